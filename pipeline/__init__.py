@@ -1,0 +1,1 @@
+"""The engine: knows recipes, artifacts, graphs and machines. Knows no model."""

@@ -1,0 +1,87 @@
+"""What a stage is, and what it is given.
+
+A stage is one function from (config, input artifacts) to one sealed folder. It knows nothing of Slurm, MLflow or
+the command line, and writes nothing but `work` (its resumable state), `out` (its product) and `report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.store import Artifact
+
+Inputs = Mapping[str, Artifact]
+
+
+class Config(BaseModel):
+    """Base of every recipe section and stage config: unknown fields are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+def operational(default: Any, description: str) -> Any:
+    """A config field that says how to run, not what to make: it is left out of the key and must not change the bytes."""
+    return Field(default, description=description, json_schema_extra={"identity": False})
+
+
+def identity(config: BaseModel) -> dict[str, Any]:
+    """The config as plain JSON without its operational fields: the part that goes into the key."""
+    out: dict[str, Any] = {}
+    for name, info in type(config).model_fields.items():
+        extra = info.json_schema_extra
+        if isinstance(extra, dict) and extra.get("identity") is False:
+            continue
+        out[name] = _plain(getattr(config, name))
+    return out
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return identity(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+class Report(Protocol):
+    """Where a stage tells how it is doing. Timed and machine-dependent figures go here, never into the artifact."""
+
+    def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
+        """How far the stage is; `figures` (loss, tokens_per_s, ...) are shown beside it. Cheap: call it freely."""
+
+    def metric(self, step: int, **values: float) -> None:
+        """One point of each named curve: always to metrics.jsonl, and to MLflow in batches."""
+
+    def note(self, text: str) -> None:
+        """One line for the log that a person reads."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage will ask of a machine. None means: not estimated."""
+
+    cpu_seconds: float | None = None
+    tokens: int | None = None
+    flops: float | None = None
+    memory_bytes: int | None = None
+    disk_bytes: int | None = None
+    parameters: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A registered stage: its name and version are part of every key, so bump `version` when the bytes change."""
+
+    name: str
+    version: int
+    config: type[Config]
+    run: Callable[[Any, Inputs, Path, Path, Report], None]
+    promise: Literal["bitwise", "numeric"] = "bitwise"
+    estimate: Callable[[Any], Estimate] = lambda config: Estimate()

@@ -1,0 +1,132 @@
+"""Sealed artifacts: a folder of files and `manifest.json`, named by its key, proven by its digest.
+
+The digest is the SHA-256 of the manifest's rows (path, size, sha256 of every file) and of nothing else, so no
+clock, host or path can get into it. A folder under `artifacts/` is complete or absent: it is written elsewhere on the
+same file system, flushed, and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import AtomError, CheckFailed
+
+MANIFEST = "manifest.json"
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys, no spaces, UTF-8: the one byte form that is hashed."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def sha256_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class FileRow:
+    path: str
+    size: int
+    sha256: str
+
+
+def rows_of(folder: Path, ignore: frozenset[str] = frozenset({MANIFEST})) -> list[FileRow]:
+    """Every regular file below `folder`, sorted by path. Raises AtomError on a link or a special file."""
+    rows = []
+    for root, dirs, names in os.walk(folder):
+        dirs.sort()
+        for name in sorted(dirs) + sorted(names):
+            path = Path(root, name)
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise AtomError(f"{path} is a link or a special file; an artifact holds regular files only")
+            relative = path.relative_to(folder).as_posix()
+            if path.is_file() and relative not in ignore:
+                rows.append(FileRow(relative, path.stat().st_size, sha256_file(path)))
+    return sorted(rows, key=lambda row: row.path)
+
+
+def digest_of(rows: list[FileRow]) -> str:
+    return sha256_bytes(canonical([[r.path, r.size, r.sha256] for r in rows]))
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A sealed folder. `path / name` are its files; they are read-only by contract."""
+
+    key: str
+    digest: str
+    path: Path
+    rows: tuple[FileRow, ...]
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def json(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text())
+
+    @classmethod
+    def open(cls, path: Path) -> Artifact:
+        """Opens a sealed folder, checking that every file is there with its size. Hashes are `verify`'s work.
+
+        Raises AtomError if the folder is not sealed or a file is missing or cut short.
+        """
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+            rows = tuple(FileRow(r["path"], r["size"], r["sha256"]) for r in manifest["files"])
+        except FileNotFoundError:
+            raise AtomError(f"{path} is not a sealed artifact: it has no {MANIFEST}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise AtomError(f"{path / MANIFEST} cannot be read ({error}); remove {path} and run again") from None
+        for row in rows:
+            try:
+                size = (path / row.path).stat().st_size
+            except FileNotFoundError:
+                size = -1
+            if size != row.size:
+                state = "is missing" if size < 0 else f"has {size} bytes instead of {row.size}"
+                raise AtomError(f"artifact {path.name}: {row.path} {state}; remove {path} and run again to rebuild it")
+        digest = digest_of(list(rows))
+        if digest != manifest.get("digest"):
+            raise AtomError(f"artifact {path.name}: {MANIFEST} was edited; remove {path} and run again to rebuild it")
+        return cls(manifest["key"], digest, path, rows)
+
+    def verify(self) -> None:
+        """Hashes every file. Raises CheckFailed naming the first file that differs, or an extra one."""
+        found = {row.path: row for row in rows_of(self.path)}
+        for row in self.rows:
+            if found.get(row.path) != row:
+                raise CheckFailed(f"artifact {self.key}: {row.path} is not what its manifest says")
+        extra = sorted(set(found) - {row.path for row in self.rows})
+        if extra:
+            raise CheckFailed(f"artifact {self.key}: {extra[0]} is not in its manifest")
+
+
+def write_manifest(folder: Path, key: str) -> Artifact:
+    """Hashes and flushes every file of a finished folder and writes its manifest."""
+    rows = rows_of(folder)
+    manifest = {"key": key, "digest": digest_of(rows), "files": [row.__dict__ for row in rows]}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    for row in [*rows, FileRow(MANIFEST, 0, "")]:
+        _flush(folder / row.path)
+    for root, _, _ in os.walk(folder):
+        _flush(Path(root))
+    return Artifact(key, manifest["digest"], folder, tuple(rows))
+
+
+def _flush(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
