@@ -1,0 +1,37 @@
+"""Mid-training: the base model goes on with longer rows, other shares of text and a decaying rate.
+
+    atom run atom-tiny --until midtrain
+
+It takes over the weights of pre-training's last step and nothing else: the optimizer starts fresh, with its own
+warm-up, since Adam's moments belong to the old mix and batch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.stage import Inputs, Report, Stage
+from stages.train.config import TrainConfig
+from stages.train.estimate import estimate
+
+VERSION = 1
+
+
+def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """inputs["tokens"], inputs["order"], `work` and `out` as in pre-training; inputs["init"]: a pretrain artifact.
+
+    Raises what stages.train.loop.train raises, and AtomError if the init's tensors do not fit the model.
+    """
+    from stages.train import sealed
+    from stages.train.engine import Engine
+    from stages.train.loop import train
+
+    def start(engine: Engine) -> None:
+        init = inputs["init"]
+        folder = init / sealed.name_of(sealed.steps_of(init.path)[-1])
+        engine.load_weights(sealed.load_tensors(folder / sealed.MODEL), init.key)
+
+    train("midtrain", config, inputs, work, out, report, start)
+
+
+STAGE = Stage("midtrain", VERSION, TrainConfig, run, promise="bitwise", estimate=estimate)

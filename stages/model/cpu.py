@@ -1,0 +1,193 @@
+"""Megatron-core on a machine without CUDA: everything that it takes, in one place. A no-op where CUDA is present.
+
+Megatron-core's schedules, DDP, optimizers and MoE layers are device-neutral in all but their vocabulary: they write
+`device="cuda"`, ask `torch.cuda` for a stream, or compare a tensor's type with its CUDA name. `enable()` gives
+Megatron's own modules a `torch` in which these words mean the CPU. PyTorch itself stays as it is: transformers, or any
+other library in the same process, sees an untouched `torch`. (Replacing the factories in `torch` itself breaks
+`from_pretrained` without an error: the tensors it makes on the meta device come out uninitialised.)
+
+Call `enable()` before anything else imports `megatron`; import `megatron` only through `stages.model` and
+`stages.train`, which do. Written for megatron-core 0.16.1 and kept to names that 0.17 to 0.19 still have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+# The parts of Megatron that the pipeline uses. They are imported by `enable`, so that all of them get the CPU's `torch`.
+MODULES = (
+    "megatron.core",
+    "megatron.core.datasets.indexed_dataset",
+    "megatron.core.dist_checkpointing",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.distributed",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+    "megatron.core.tensor_parallel",
+    "megatron.core.transformer.moe.moe_utils",
+    "megatron.core.transformer.moe.token_dispatcher",
+)
+FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "as_tensor",
+             "zeros_like", "ones_like", "empty_like", "full_like")  # fmt: skip
+
+_enabled = False
+
+
+def enable() -> None:
+    """Makes Megatron run on this machine; call it as often as you like. With CUDA it only imports Megatron."""
+    global _enabled
+    if _enabled:
+        return
+    with_cuda = torch.cuda.is_available()
+    with warnings.catch_warnings(), contextlib.nullcontext() if with_cuda else _no_compile():
+        warnings.simplefilter("ignore")  # "Apex is not installed", five times over
+        for name in MODULES:
+            importlib.import_module(name)
+    if not with_cuda:
+        _speak_cpu()
+        _fill_gaps()
+    _enabled = True
+
+
+@contextlib.contextmanager
+def _no_compile() -> Iterator[None]:
+    """Megatron decorates its fusions with torch.compile at import. None of them is used on CPU, and loading the
+    compiler takes two seconds of every process, so during the import `torch.compile` hands functions back."""
+    original = torch.compile
+
+    def identity(function: Callable | None = None, **_: Any) -> Callable:
+        return function if function is not None else lambda f: f
+
+    torch.compile = identity
+    try:
+        yield
+    finally:
+        torch.compile = original
+
+
+def _speak_cpu() -> None:
+    """In every Megatron module the global name `torch` becomes the CPU's reading of it."""
+    ours = _cpu_torch()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.") and module.__dict__.get("torch") is torch:
+            module.__dict__["torch"] = ours
+
+    # Two methods of tensors matter as well, and they belong to all tensors, so they change for Megatron's calls only:
+    # `grad.type() == "torch.cuda.FloatTensor"` guards clipping and the distributed optimizer, and gathering the
+    # optimizer's state for a checkpoint calls `.cuda()`.
+    type_, cuda = torch.Tensor.type, torch.Tensor.cuda
+
+    def cpu_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = type_(self, *args, **kwargs)
+        asked = not args and not kwargs and _called_by_megatron()
+        return name.replace("torch.", "torch.cuda.", 1) if asked else name
+
+    def cpu_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self if _called_by_megatron() else cuda(self, *args, **kwargs)
+
+    torch.Tensor.type = cpu_type  # type: ignore[method-assign]
+    torch.Tensor.cuda = cpu_cuda  # type: ignore[method-assign]
+
+
+def _called_by_megatron() -> bool:
+    """Whether the function that asks was called from one of Megatron's."""
+    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.")
+
+
+def _fill_gaps() -> None:
+    """What the change of vocabulary does not cover."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    from stages.model import cpu_adam
+
+    # 0.16: the router's matrix product looks up a Transformer Engine kernel that is only defined when TE is there.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+    # The all-to-all dispatcher brings split sizes from the GPU as numpy arrays; tensors that are on the CPU already
+    # pass through unchanged, and `all_to_all_single` refuses tensors as sizes. Needed with expert parallelism.
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+    cpu_adam.install()
+
+
+def _cpu_torch() -> types.ModuleType:
+    """A module with torch's names, in which factories take "cuda" for "cpu" and `cuda` is the stand-in below."""
+    ours = types.ModuleType("torch")
+    ours.__dict__.update(torch.__dict__)
+    ours.__dict__["__getattr__"] = lambda name: getattr(torch, name)  # what torch itself loads lazily
+    for name in FACTORIES:
+        ours.__dict__[name] = _on_cpu(getattr(torch, name))
+    ours.__dict__["cuda"] = _cpu_cuda()
+    return ours
+
+
+def _on_cpu(factory: Callable) -> Callable:
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _cpu_cuda() -> types.ModuleType:
+    """`torch.cuda` for one in-order CPU: there is one stream, it is always synchronised, and nothing is allocated."""
+    ours = types.ModuleType("torch.cuda")
+    ours.__dict__.update(torch.cuda.__dict__)
+    stream = _Stream()
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    replaced: dict[str, Any] = {
+        "current_device": lambda: torch.device("cpu"),
+        "device_count": lambda: 1,
+        "Stream": _Stream,
+        "Event": _Stream,
+        "current_stream": lambda *args: stream,
+        "default_stream": lambda *args: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "synchronize": nothing,
+        "set_device": nothing,
+        "empty_cache": nothing,
+        # dropout draws from Megatron's named generators, which are states of "the GPU's" generator
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+    }
+    ours.__dict__.update(replaced)
+    return ours
+
+
+class _Stream:
+    """A stream, or an event on one: everything before it has happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Stream()
+
+    def query(self) -> bool:
+        return True
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    wait_event = wait = record = synchronize = wait_stream
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return 0

@@ -1,0 +1,68 @@
+"""AdamW on CPU in the shape of Transformer Engine's FusedAdam, which Megatron's optimizers are written for.
+
+The difference that matters: the step count lives in the parameter group, not in each parameter's state. With
+`torch.optim.AdamW` in its place the distributed optimizer's checkpoints cannot be loaded (KeyError: 'step').
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class CpuFusedAdam(torch.optim.Optimizer):
+    """Decoupled weight decay (AdamW) unless `adam_w_mode` is false; one fused kernel call for each group."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        bias_correction: bool = True,
+        **_: Any,  # FusedAdam's switches for CUDA graphs and low-precision states
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True))
+        if not bias_correction:
+            raise NotImplementedError("Adam without bias correction")
+        self.fused = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
+
+    @torch.no_grad()
+    def step(self, closure: Any = None, **_: Any) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if "exp_avg" not in self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            self.fused(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(float(group["step"])) for _ in params],
+                lr=float(group["lr"]),
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+
+def install() -> None:
+    """Puts it where Megatron found neither Transformer Engine's FusedAdam nor Apex's."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer.Adam = distrib_optimizer.Adam = CpuFusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = True

@@ -1,0 +1,33 @@
+"""Global tensor names: what a tensor is called in a sealed checkpoint, whatever layout or kernels held it.
+
+A global name is Megatron's name of the tensor in the unfused layer, with the layer and expert counted over the whole
+model: `decoder.layers.7.mlp.experts.local_experts.3.linear_fc1.weight`.
+"""
+
+from __future__ import annotations
+
+import re
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
+_GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
+
+# Transformer Engine keeps a norm inside the linear layer that follows it.
+_FUSED = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+def global_name(local: str, first_layer: int = 0, first_expert: int = 0) -> str:
+    """The global name of a parameter of this rank's model.
+
+    local: its name in `GPTModel.named_parameters()`, with either layer specification.
+    first_layer, first_expert: the model's index of this rank's first layer and first expert.
+    """
+    name = local.removeprefix("module.")
+    name = _LAYER.sub(lambda m: f"decoder.layers.{int(m[1]) + first_layer}.", name)
+    for fused, plain in _FUSED.items():
+        name = name.replace(fused, plain)
+    name = _GROUPED.sub(lambda m: f"mlp.experts.local_experts.{m[2]}.{m[1]}.weight", name)
+    return _EXPERT.sub(lambda m: f"mlp.experts.local_experts.{int(m[1]) + first_expert}.", name)

@@ -1,0 +1,35 @@
+"""Pre-training: a mixture-of-experts decoder from its initial weights, on the rows of the order artifact.
+
+    atom run atom-tiny --until pretrain
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.stage import Inputs, Report, Stage
+from stages.train.config import TrainConfig
+from stages.train.estimate import estimate
+
+VERSION = 1
+
+
+def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """inputs["tokens"]: Megatron shards; inputs["order"]: which of their tokens each step reads.
+
+    Goes on from the checkpoint in `work` if an earlier attempt left one. Fills `out` with step-<n>/ (safetensors
+    weights and optimizer, state.json), training.jsonl and summary.json.
+    Raises what stages.train.loop.train raises.
+    """
+    from stages.model.build import initialise
+    from stages.train.engine import Engine
+    from stages.train.loop import train
+
+    def start(engine: Engine) -> None:
+        initialise(engine.gpt, config.model, config.padded_vocab_size, config.seed)
+        engine.weights_changed()
+
+    train("pretrain", config, inputs, work, out, report, start)
+
+
+STAGE = Stage("pretrain", VERSION, TrainConfig, run, promise="bitwise", estimate=estimate)

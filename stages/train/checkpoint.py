@@ -1,0 +1,108 @@
+"""Work checkpoints: where a killed run goes on from. Megatron's `torch_dist` format, in the stage's work folder only.
+
+They hold pickles, so they are never sealed, published, or read from anywhere but the work folder that this stage
+wrote. A checkpoint counts once `complete.json` lies in it, which names every file with its size and SHA-256; these are
+compared before anything is unpickled. The last two are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from pipeline.errors import AtomError
+from pipeline.stage import Report
+from pipeline.store import sha256_file
+from stages.train.engine import Engine
+
+KEEP = 2
+MARKER = "complete.json"
+
+
+def save(engine: Engine, work: Path, step: int) -> None:
+    """Writes the checkpoint of a finished step and forgets all but the last two."""
+    folder = work / "checkpoints" / f"step-{step:09d}"
+    if engine.ranks.first:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    engine.ranks.barrier()
+    # Megatron collects its writers' results through a queue in a process that it spawns for the purpose: six seconds
+    # for the first save, and a second import of the caller's main module. All ranks save synchronously here, so the
+    # queue's two ends are in this process.
+    if getattr(filesystem_async, "_results_queue", ...) is None:
+        filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save(
+        engine.state(),
+        str(folder),
+        sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+    )
+    engine.ranks.barrier()
+    if engine.ranks.first:
+        files = {
+            p.relative_to(folder).as_posix(): [p.stat().st_size, sha256_file(p)]
+            for p in sorted(folder.rglob("*"))
+            if p.is_file()
+        }
+        partial = folder / (MARKER + ".partial")
+        with open(partial, "w") as f:
+            json.dump({"step": step, "files": files}, f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        os.rename(partial, folder / MARKER)
+        for old in _folders(work)[:-KEEP]:
+            shutil.rmtree(old)
+    engine.ranks.barrier()
+
+
+def load(engine: Engine, work: Path, report: Report) -> int:
+    """Loads the newest usable checkpoint into the engine and returns its step; 0 if there never was one.
+
+    A checkpoint that was cut short or damaged is passed over with a note. Raises AtomError if complete ones were
+    written and none of them is intact any more.
+    """
+    problems: list[str] = []
+    for folder in reversed(_folders(work)):
+        problem = _problem(folder)
+        if problem is None:
+            step = int(json.loads((folder / MARKER).read_text())["step"])
+            engine.load_state(dist_checkpointing.load(engine.state(loading=True), str(folder)))
+            return step
+        if problem:
+            problems.append(problem)
+            report.note(f"work checkpoint {folder.name} is damaged ({problem}); going back to the one before it")
+    if problems:
+        raise AtomError(
+            f"every work checkpoint in {work / 'checkpoints'} is damaged (newest: {problems[0]}); "
+            f"remove {work} to start this stage anew"
+        )
+    return 0
+
+
+def _folders(work: Path) -> list[Path]:
+    return sorted((work / "checkpoints").glob("step-*"))
+
+
+def _problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint: None if it is intact, "" if it was never completed."""
+    try:
+        marker: dict[str, Any] = json.loads((folder / MARKER).read_text())
+        files = marker["files"]
+    except FileNotFoundError:
+        return ""
+    except (ValueError, KeyError) as error:
+        return f"{MARKER} cannot be read: {error}"
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size or sha256_file(path) != digest:
+            return f"{name} is not what was written"
+    return None

@@ -1,0 +1,94 @@
+"""The ranks of a training run: torch.distributed and Megatron's groups, set up and taken down together.
+
+One process without `WORLD_SIZE` in its environment is a world of one and opens no port. Otherwise RANK, WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT say who is who, as torchrun and the Slurm launcher set them. Data parallelism is the
+only split today.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+from stages.model import cpu
+
+cpu.enable()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+
+from stages.model import balance  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands."""
+
+    rank: int
+    world: int
+    data_rank: int
+    data_ranks: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and reports."""
+        return self.rank == 0
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over data-parallel ranks, in place; the same bits on each of them."""
+        if self.data_ranks > 1:
+            dist.all_reduce(value, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor([int(flag)], device="cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def session(seed: int) -> Iterator[Ranks]:
+    """Makes this process a rank, one CPU thread and deterministic kernels, and leaves the process as it was found."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    on_gpu = torch.cuda.is_available()
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        torch.set_num_threads(1)  # a sum's bits follow the number of threads
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it only slows down `torch.empty`
+    if world == 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        backend = "nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(minutes=10))
+    try:
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        yield Ranks(
+            rank,
+            world,
+            parallel_state.get_data_parallel_rank(with_context_parallel=True),
+            parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        )
+    finally:
+        balance.forget()
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+        if not on_gpu:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(deterministic)
+            torch.utils.deterministic.fill_uninitialized_memory = fill

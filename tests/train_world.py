@@ -1,0 +1,86 @@
+"""A tiny corpus in the exact form of the tokenize and order artifacts, made without the data stages."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from pipeline.store import Artifact, write_manifest
+
+VOCAB, EOD = 64, 1
+MODEL: dict[str, Any] = dict(
+    layers=2, hidden_size=32, heads=4, kv_heads=2, head_dim=8, experts=4, experts_per_token=2, expert_ffn_size=16,
+    context_length=64, aux_loss=6.67e-3, init_std=0.08,
+)  # fmt: skip
+PHASE: dict[str, Any] = dict(
+    mix={"text": 0.5, "sums": 0.5},
+    sequence_length=32,
+    batch=dict(global_tokens=256, micro_tokens=128),
+    steps=12,
+    optimizer=dict(lr=3e-3, final_lr=1e-3, warmup_steps=3, weight_decay=0.05),
+    heldout=dict(every=4, rows=8),
+    release_checkpoint_every=6,
+    work_checkpoint_every=4,
+)
+
+
+def config(seed: int = 0, **phase: Any) -> dict[str, Any]:
+    return {"model": MODEL, "phase": {**PHASE, **phase}, "padded_vocab_size": VOCAB, "seed": seed}
+
+
+def documents(source: str, count: int, rng: random.Random) -> list[tuple[list[int], int]]:
+    """(tokens, loss_from): `sums` are short with a prompt that carries no loss, `text` runs through a fixed cycle."""
+    if source == "sums":
+        found = []
+        for _ in range(count):
+            a, b = rng.randrange(10), rng.randrange(10)
+            found.append(([10 + a, 20, 10 + b, 21, 10 + (a + b) // 10, 10 + (a + b) % 10, EOD], 4))
+        return found
+    return [([30 + (k * s + t) % 31 for t in range(rng.randrange(20, 90))] + [EOD], 0)
+            for s in range(count) for k in [rng.randrange(1, 4)]]  # fmt: skip
+
+
+def make(folder: Path, phase: dict[str, Any] | None = None) -> dict[str, Artifact]:
+    """{"tokens", "order"} under `folder`, for a phase like PHASE."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+
+    from stages.model import cpu
+
+    cpu.enable()
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    phase = {**PHASE, **(phase or {})}
+    tokens, order = folder / "tokens", folder / "order"
+    order.mkdir(parents=True)
+    rng, rows, held = random.Random(0), [], {}
+    for split, count in (("train", 40), ("heldout", 6)):
+        (tokens / split).mkdir(parents=True)
+        for source in sorted(phase["mix"]):
+            builder = IndexedDatasetBuilder(str(tokens / split / f"{source}.bin"), dtype=np.uint16)
+            for ordinal, (ids, loss_from) in enumerate(documents(source, count, rng)):
+                builder.add_document(torch.tensor(ids), [len(ids)])
+                rows.append(dict(source=source, split=split, ordinal=ordinal, id=f"{source}/{split}-{ordinal}",
+                                 content_hash="", license="", bytes=len(ids), tokens=len(ids), loss_from=loss_from))  # fmt: skip
+                held.setdefault((split, source), []).append((len(ids), loss_from))
+            builder.finalize(str(tokens / split / f"{source}.idx"))
+    pq.write_table(pa.Table.from_pylist(rows), tokens / "documents.parquet")
+    (tokens / "meta.json").write_text(json.dumps({"vocab_size": VOCAB, "pad_id": 0, "eod_id": EOD}))
+
+    length, per_step = phase["sequence_length"], phase["batch"]["global_tokens"] // phase["sequence_length"]
+    picked, sources = [], sorted(phase["mix"])
+    for step in range(1, phase["steps"] + 1):
+        for row in range(per_step):
+            source = sources[row % len(sources)]
+            ordinal = rng.randrange(40)
+            size, loss_from = held["train", source][ordinal]
+            picked.append(dict(step=step, row=row, segment=0, source=source, ordinal=ordinal, id=f"{source}/train-{ordinal}",
+                               offset=0, length=min(size, length + 1), loss_from=max(0, loss_from - 1)))  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(picked), order / "order.parquet")
+    meta = {"phase": "pretrain", "steps": phase["steps"], "rows": per_step, "sequence_length": length}
+    (order / "meta.json").write_text(json.dumps(meta))
+    return {"tokens": write_manifest(tokens, "tokenize-test"), "order": write_manifest(order, "order-test")}
