@@ -1,0 +1,24 @@
+"""The YAML block at the head of a README: its metadata, or what is wrong with it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+BLOCK = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*(?:\n|\Z)", re.DOTALL)
+
+
+def metadata(text: str) -> tuple[dict[str, Any] | None, str]:
+    """(metadata, "") or (None, what is wrong). A README without a block has empty metadata."""
+    import yaml
+
+    found = BLOCK.match(text)
+    if found is None:
+        return {}, ""
+    try:
+        data = yaml.safe_load(found[1]) or {}
+    except yaml.YAMLError as error:
+        return None, f"the metadata is not YAML: {error}"
+    if not isinstance(data, dict):
+        return None, "the metadata is not a mapping"
+    return data, ""

@@ -1,0 +1,181 @@
+"""What the local Hub keeps on disk: blobs by SHA-256, and a repository as refs and commits in one JSON file.
+
+A repository file is replaced atomically, so a killed server leaves the last whole commit. One server owns one root.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+LFS_SUFFIXES = (".safetensors", ".parquet", ".bin", ".idx", ".gz", ".zst", ".gguf", ".npy")
+ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize {}\n"
+
+
+class HubError(Exception):
+    """An answer other than success; `code` is the `X-Error-Code` by which the client picks its exception class."""
+
+    def __init__(self, status: int, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.status, self.message, self.code = status, message, code
+
+
+@dataclass(frozen=True)
+class File:
+    """A file at a commit: `blob` is its SHA-256, `oid` its git object id (of the pointer if it is an LFS file)."""
+
+    blob: str
+    oid: str
+    size: int
+    lfs: bool
+
+    @property
+    def etag(self) -> str:
+        return self.blob if self.lfs else self.oid
+
+
+@dataclass
+class Commit:
+    parent: str | None
+    title: str
+    body: str
+    author: str
+    date: str
+    files: dict[str, File]
+
+
+@dataclass
+class Repo:
+    """`kind` is model, dataset or space; `id` is namespace/name."""
+
+    kind: str
+    id: str
+    private: bool
+    created: str
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, Commit] = field(default_factory=dict)
+
+    @property
+    def namespace(self) -> str:
+        return self.id.split("/")[0]
+
+    def resolve(self, revision: str) -> str:
+        """The commit of a branch, tag, full or shortened commit id. Raises HubError 404 as the Hub does."""
+        name = revision.removeprefix("refs/heads/").removeprefix("refs/tags/")
+        sha = self.branches.get(name) or self.tags.get(name)
+        if sha is None and len(name) >= 7:
+            sha = next((commit for commit in self.commits if commit.startswith(name)), None)
+        if sha is None:
+            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return sha
+
+    def add(self, branch: str, commit: Commit) -> str:
+        """Puts a commit on a branch and returns its id (40 hex digits, as the client insists)."""
+        sha = hashlib.sha1(json.dumps([self.kind, self.id, asdict(commit)], sort_keys=True).encode()).hexdigest()
+        self.commits[sha], self.branches[branch] = commit, sha
+        return sha
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+
+
+def git_blob_oid(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+class Store:
+    """Repositories, blobs and collections below one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.blobs, self.repos, self.collections = root / "blobs", root / "repos", root / "collections"
+        for folder in (self.blobs, self.repos, self.collections):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    # repositories
+
+    def _file(self, kind: str, repo_id: str) -> Path:
+        return self.repos / kind / (repo_id.replace("/", "__") + ".json")
+
+    def load(self, kind: str, repo_id: str) -> Repo | None:
+        try:
+            data = json.loads(self._file(kind, repo_id).read_text())
+        except FileNotFoundError:
+            return None
+        data["commits"] = {
+            sha: Commit(**{**commit, "files": {path: File(**file) for path, file in commit["files"].items()}})
+            for sha, commit in data["commits"].items()
+        }
+        return Repo(**data)
+
+    def save(self, repo: Repo) -> None:
+        write_json(self._file(repo.kind, repo.id), asdict(repo))
+
+    def create(self, kind: str, repo_id: str, private: bool, author: str) -> Repo:
+        """A repository with its first commit, which holds `.gitattributes` as on the Hub."""
+        repo = Repo(kind, repo_id, private, now())
+        attributes = File(self.put(ATTRIBUTES), git_blob_oid(ATTRIBUTES), len(ATTRIBUTES), False)
+        repo.add("main", Commit(None, "initial commit", "", author, now(), {".gitattributes": attributes}))
+        self.save(repo)
+        return repo
+
+    def delete(self, repo: Repo) -> None:
+        self._file(repo.kind, repo.id).unlink()
+
+    # blobs
+
+    def blob(self, sha256: str) -> Path:
+        return self.blobs / sha256
+
+    def put(self, data: bytes) -> str:
+        digest = hashlib.sha256(data).hexdigest()
+        if not self.blob(digest).exists():
+            temporary = self.blobs / f"{digest}.new"
+            temporary.write_bytes(data)
+            os.replace(temporary, self.blob(digest))
+        return digest
+
+    def accept(self, upload: Path, sha256: str) -> None:
+        """Takes an uploaded file as the blob it claims to be. Raises HubError 422 if its bytes say otherwise."""
+        with open(upload, "rb") as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest()
+        if found != sha256:
+            upload.unlink()
+            raise HubError(422, f"the uploaded object is {found}, not {sha256}")
+        os.replace(upload, self.blob(sha256))
+
+    def join(self, parts: list[Path], sha256: str) -> None:
+        """Joins the parts of a multipart upload, in order, into the blob."""
+        whole = self.blobs / f"{sha256}.joined"
+        with open(whole, "wb") as out:
+            for part in parts:
+                with open(part, "rb") as f:
+                    shutil.copyfileobj(f, out, 1 << 20)
+        self.accept(whole, sha256)
+        for part in parts:
+            part.unlink()
+
+    def text_file(self, data: bytes) -> File:
+        return File(self.put(data), git_blob_oid(data), len(data), False)
+
+    def lfs_file(self, sha256: str) -> File:
+        """An uploaded object as a file. Raises HubError 400 if it was never uploaded."""
+        if not self.blob(sha256).exists():
+            raise HubError(400, f"LFS object {sha256} was never uploaded")
+        size = self.blob(sha256).stat().st_size
+        return File(sha256, git_blob_oid(LFS_POINTER.format(sha256, size).encode()), size, True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(value))
+    os.replace(temporary, path)

@@ -1,0 +1,291 @@
+"""Stage `evaluate`: what one exported model is worth, measured with plain transformers.
+
+Two measurements, both bitwise reproducible on one thread:
+
+- **bits per byte** of every source on held-out documents (never trained on), which compares models whatever their
+  tokenizer: minus log2 p(document) over its bytes, with the standard error of the ratio over documents;
+- **exact-match accuracy** on the recipe's evaluation problems, by greedy generation, with binomial standard errors.
+
+The process that runs this stage never imports Megatron: it sees what a downstream user sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from pipeline.errors import AtomError
+from pipeline.stage import Config, Inputs, Report, Stage
+
+if TYPE_CHECKING:
+    import torch
+
+VERSION = 1
+END = "<|endoftext|>"
+ROWS_PER_BATCH = 32
+
+
+class EvaluationSection(Config):
+    """The recipe's `evaluation`: what is measured after each phase and what a release must show."""
+
+    problems: dict[str, int] = Field(min_length=1, description="held-out problems by task")
+    heldout_documents: int = Field(60, ge=2, description="held-out documents by source at most")
+    max_new_tokens: int = Field(64, ge=1, description="tokens generated for one problem at most")
+    bits_per_byte_tolerance: float = Field(
+        0.05, ge=0, description="bits per byte that mid-training may lose on the base"
+    )
+    min_accuracy_gain: float = Field(
+        0.0, ge=0, le=1, description="accuracy that mid-training must add; always more than none"
+    )
+
+
+class EvaluateConfig(Config):
+    """The part of the evaluation section that changes the measured numbers."""
+
+    heldout_documents: int = Field(ge=2)
+    max_new_tokens: int = Field(ge=1)
+
+
+def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """Measures inputs["model"] on the held-out documents of inputs["curate"] and the problems of inputs["items"].
+
+    Seals `items.parquet` (one row a problem), `documents.parquet` (one row a scored document) and `scores.json`.
+    Resumes from `work`, which keeps every finished batch.
+    Raises AtomError if there is nothing held out or no problem to solve.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    folder = inputs["model"] / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+
+    documents = heldout_documents(inputs["curate"] / "kept", config.heldout_documents)
+    problems = _read(inputs["items"] / "items.parquet", ["id", "task", "prompt", "answer"])
+    if not problems:
+        raise AtomError("evaluate: the items artifact holds no problem; give `evaluation.problems` at least one task")
+    problems.sort(key=lambda row: (len(row["prompt"]), row["id"]))
+    batches = [problems[i : i + ROWS_PER_BATCH] for i in range(0, len(problems), ROWS_PER_BATCH)]
+    total, done = len(documents) + len(problems), 0
+
+    scored: list[dict[str, Any]] = []
+    first = _first_token_bits(model, tokenizer)
+    for source in sorted({row["source"] for row in documents}):
+        rows = [row for row in documents if row["source"] == source]
+        scored += _once(work / f"documents-{source}.json", partial(_bits_of_all, model, tokenizer, first, rows))
+        done += len(rows)
+        report.progress(done, total, "documents and problems")
+
+    answered: list[dict[str, Any]] = []
+    for number, batch in enumerate(batches):
+        answered += _once(
+            work / f"items-{number:05d}.json",
+            partial(_answer, model, tokenizer, batch, config.max_new_tokens),
+        )
+        done += len(batch)
+        report.progress(done, total, "documents and problems")
+
+    answered.sort(key=lambda row: row["id"])
+    scores = summary(scored, answered)
+    _write_tables(out, scored, answered)
+    (out / "scores.json").write_text(json.dumps(scores, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    for task, row in scores["accuracy"].items():
+        report.note(f"{task}: {row['value']:.3f} ± {row['se']:.3f} exact match on {row['n']} problems")
+    for source, row in scores["bits_per_byte"].items():
+        report.note(f"{source}: {row['value']:.4f} ± {row['se']:.4f} bits per byte on {row['documents']} documents")
+
+
+def heldout_documents(kept: Path, limit: int) -> list[dict[str, Any]]:
+    """Up to `limit` held-out documents of every source: those with the smallest content hash, sorted by id.
+
+    The hash is a fixed lottery: the choice depends on the documents alone and is spread over the source.
+    """
+    chosen: list[dict[str, Any]] = []
+    for path in sorted(kept.glob("*.parquet")):
+        rows = [
+            row for row in _read(path, ["id", "text", "source", "content_hash", "split"]) if row["split"] == "heldout"
+        ]
+        if len(rows) < 2:
+            raise AtomError(
+                f"evaluate: source {path.stem} has {len(rows)} held-out documents, two are needed for an error bar"
+            )
+        rows = sorted(rows, key=lambda row: (row["content_hash"], row["id"]))[:limit]
+        chosen += sorted(rows, key=lambda row: row["id"])
+    if not chosen:
+        raise AtomError("evaluate: the curated corpus has no held-out document")
+    return chosen
+
+
+def _first_token_bits(model: Any, tokenizer: Any) -> torch.Tensor:
+    """(vocab) bits of every token after a lone end-of-document token: the context of a document's first token."""
+    import torch
+
+    with torch.inference_mode():
+        logits = model(torch.tensor([[tokenizer.convert_tokens_to_ids(END)]])).logits[0, -1]
+    return -torch.log_softmax(logits.double(), -1) / math.log(2)
+
+
+def _bits_of_all(model: Any, tokenizer: Any, first: torch.Tensor, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [_bits(model, tokenizer, first, row) for row in rows]
+
+
+def _bits(model: Any, tokenizer: Any, first: torch.Tensor, row: dict[str, Any]) -> dict[str, Any]:
+    """Bits and bytes of one document, cut to the model's context.
+
+    Documents start a row in training, without a token before them. So the first token is scored after a lone
+    end-of-document token and all others in the context that the model was trained with: by the chain rule a
+    proper probability of the whole text, in which every byte is paid for.
+    """
+    import torch
+
+    ids = token_ids(tokenizer, row["text"])[: model.config.max_position_embeddings]
+    bits = float(first[ids[0]])
+    if len(ids) > 1:
+        tokens = torch.tensor([ids])
+        with torch.inference_mode():
+            logits = model(tokens).logits[0, :-1]
+        chosen = torch.log_softmax(logits.double(), -1).gather(1, tokens[0, 1:, None])
+        bits -= float(chosen.sum()) / math.log(2)
+    return {
+        "source": row["source"],
+        "id": row["id"],
+        "bytes": token_bytes(tokenizer, ids),
+        "tokens": len(ids),
+        "nll_bits": bits,
+    }
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a document; a special token's name inside the text stays text, as in training."""
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+    backend.encode_special_tokens = False
+    return ids
+
+
+def token_bytes(tokenizer: Any, ids: list[int]) -> int:
+    """Bytes that tokens of a byte-level vocabulary stand for: one character of the byte alphabet is one byte.
+
+    A cut in the middle of a multi-byte character is counted exactly, where decoding would put a replacement.
+    """
+    return sum(len(token) for token in tokenizer.convert_ids_to_tokens(ids))
+
+
+def _answer(model: Any, tokenizer: Any, batch: list[dict[str, Any]], max_new_tokens: int) -> list[dict[str, Any]]:
+    """Greedy outputs of one left-padded batch, each with its score and the SHA-256 of the file that judged it."""
+    import torch
+    from transformers import GenerationConfig
+
+    from stages.data import problems
+
+    digest = hashlib.sha256(Path(problems.__file__).read_bytes()).hexdigest()
+    end, pad = tokenizer.convert_tokens_to_ids(END), tokenizer.pad_token_id
+    ids = [token_ids(tokenizer, row["prompt"]) for row in batch]
+    width = max(map(len, ids))
+    tokens = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+    greedy = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad
+    )
+    with torch.inference_mode():
+        made = model.generate(tokens, attention_mask=mask, generation_config=greedy)[:, width:]
+    rows = []
+    for row, tail in zip(batch, made.tolist(), strict=True):
+        kept = tail[: tail.index(end)] if end in tail else tail
+        output = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        rows.append(
+            {
+                "id": row["id"],
+                "task": row["task"],
+                "prompt": row["prompt"],
+                "expected": row["answer"],
+                "output": output,
+                "answer": problems.answer_of(output),
+                "score": problems.score(row["answer"], output),
+                "code_digest": digest,
+            }
+        )
+    return rows
+
+
+def summary(documents: list[dict[str, Any]], items: list[dict[str, Any]]) -> dict[str, Any]:
+    """`scores.json` from the two tables alone: anyone who has the tables can recompute it.
+
+    bits_per_byte_all pools the scored documents of all sources (strata of a stratified ratio);
+    accuracy_all pools all problems.
+    """
+    by_source = {
+        source: _ratio([(row["nll_bits"], row["bytes"]) for row in documents if row["source"] == source])
+        for source in sorted({row["source"] for row in documents})
+    }
+    size = sum(row["bytes"] for row in by_source.values())
+    pooled = {
+        "value": math.fsum(row["nll_bits"] for row in documents) / size,
+        "se": math.sqrt(math.fsum((row["se"] * row["bytes"]) ** 2 for row in by_source.values())) / size,
+        "documents": len(documents),
+        "bytes": size,
+    }
+    tasks = sorted({row["task"] for row in items})
+    by_task = {task: _binomial([row["score"] for row in items if row["task"] == task]) for task in tasks}
+    return {
+        "bits_per_byte": by_source,
+        "bits_per_byte_all": pooled,
+        "accuracy": by_task,
+        "accuracy_all": _binomial([row["score"] for row in items]),
+    }
+
+
+def _ratio(pairs: list[tuple[float, int]]) -> dict[str, Any]:
+    """Ratio of sums with its linearised standard error over documents (Cochran, Sampling Techniques, §6.3)."""
+    n, size = len(pairs), sum(b for _, b in pairs)
+    value = math.fsum(bits for bits, _ in pairs) / size
+    spread = math.fsum((bits - value * b) ** 2 for bits, b in pairs)
+    return {"value": value, "se": math.sqrt(n / (n - 1) * spread) / size, "documents": n, "bytes": size}
+
+
+def _binomial(scores: list[int]) -> dict[str, Any]:
+    n, p = len(scores), sum(scores) / len(scores)
+    return {"value": p, "se": math.sqrt(p * (1 - p) / n), "n": n}
+
+
+def _once(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows kept in `path`, or made and kept there whole. JSON keeps a double exactly."""
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(make()))
+        os.replace(temporary, path)
+    rows: list[dict[str, Any]] = json.loads(path.read_text())
+    return rows
+
+
+def _read(path: Path, columns: list[str]) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = pq.read_table(path, columns=columns).to_pylist()
+    return rows
+
+
+def _write_tables(out: Path, documents: list[dict[str, Any]], items: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text, i32, i64, f64 = pa.string(), pa.int32(), pa.int64(), pa.float64()
+    columns = {"source": text, "id": text, "bytes": i64, "tokens": i32, "nll_bits": f64}
+    pq.write_table(pa.Table.from_pylist(documents, pa.schema(columns)), out / "documents.parquet", compression="zstd")
+    columns = {name: text for name in ("id", "task", "prompt", "expected", "output", "answer")}
+    columns |= {"score": pa.int8(), "code_digest": text}
+    pq.write_table(pa.Table.from_pylist(items, pa.schema(columns)), out / "items.parquet", compression="zstd")
+
+
+STAGE = Stage("evaluate", VERSION, EvaluateConfig, run, promise="bitwise")

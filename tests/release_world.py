@@ -1,0 +1,263 @@
+"""A tiny finished run in contract format: every artifact that a release is built from, made by hand in seconds.
+
+The models are real `Qwen3MoeForCausalLM` with random weights and the tokenizer is a real byte-level one, so that
+loading, generating, publishing and verifying are the real thing; only the training is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.store import Artifact, write_manifest
+
+SPECIAL = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SOURCES = {"prose": "PSF-2.0", "sums": "CC0-1.0"}
+VOCAB, CONTEXT = 320, 64
+
+
+def sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A byte-level vocabulary without merges: 6 special tokens, then the 256 bytes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(SPECIAL + alphabet)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<|pad|>", eos_token="<|endoftext|>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+def save_model(folder: Path, seed: int) -> None:
+    """A random two-layer mixture of experts with its tokenizer and a generation config that stops."""
+    import torch
+    from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=CONTEXT, tie_word_embeddings=True, norm_topk_prob=True, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=[1, 3], pad_token_id=0, do_sample=False)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def table(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def corpus() -> dict[str, list[dict[str, Any]]]:
+    """Documents by source, each with its fate: enough held-out ones for an error bar, one removed by each rule."""
+    fates: dict[str, list[dict[str, Any]]] = {}
+    for source, license in SOURCES.items():
+        rows = []
+        for n in range(12):
+            text = f"{source} {n}: " + ("the quick brown fox jumps" if source == "prose" else f"{n}+{n}={2 * n}") * (
+                1 + n % 3
+            )
+            rule = {3: "exact_duplicate", 7: "gopher_short"}.get(n)
+            rows.append(
+                {
+                    "id": f"{source}/{n:03d}", "text": text, "source": source, "license": license,
+                    "origin": f"https://example.org/{source}/{n}", "content_hash": sha(text), "prompt_chars": 0,
+                    "split": None if rule else ("heldout" if n % 4 == 0 else "train"), "rule": rule,
+                }
+            )  # fmt: skip
+        fates[source] = rows
+    return fates
+
+
+def make_curate(out: Path) -> None:
+    fates, dispositions = corpus(), []
+    summary: dict[str, Any] = {"sources": {}}
+    for source, rows in fates.items():
+        kept = [{k: v for k, v in row.items() if k != "rule"} for row in rows if row["rule"] is None]
+        table(out / "kept" / f"{source}.parquet", kept)
+        for row in rows:
+            dispositions.append(
+                {
+                    "id": row["id"], "source": source, "license": row["license"], "content_hash": row["content_hash"],
+                    "bytes": len(row["text"].encode()), "disposition": "removed" if row["rule"] else "kept",
+                    "split": row["split"], "rule": row["rule"], "value": 1.0 if row["rule"] else None,
+                    "threshold": 2.0 if row["rule"] else None, "duplicate_of": None, "match": None,
+                }
+            )  # fmt: skip
+        summary["sources"][source] = {"documents_in": len(rows), "kept": len(kept)}
+    table(out / "dispositions.parquet", dispositions)
+    write_json(out / "summary.json", summary)
+
+
+def make_evaluation(out: Path, bits: float, right: int) -> None:
+    """Evaluation tables with a chosen result, and the scores that follow from them."""
+    from stages.evaluate import _write_tables, summary
+
+    documents = [
+        {
+            "source": source,
+            "id": f"{source}/{n:03d}",
+            "bytes": 40 + n,
+            "tokens": 40,
+            "nll_bits": bits * (40 + n) + 0.5 * n,
+        }
+        for source in SOURCES
+        for n in (0, 4, 8)
+    ]
+    items = [
+        {"id": f"add/{n}", "task": "add", "prompt": f"{n}+1:", "expected": str(n + 1), "output": "x", "answer": "x",
+         "score": int(n < right), "code_digest": "0" * 64}
+        for n in range(20)
+    ]  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    _write_tables(out, documents, items)
+    write_json(out / "scores.json", summary(documents, items))
+
+
+def make_training(out: Path, phase: str, steps: list[int]) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    for step in steps:
+        folder = out / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        weight = {"decoder.layers.0.mlp.router.weight": torch.full((4, 8), float(step))}
+        save_file(weight, folder / "model.safetensors")
+        save_file({f"exp_avg.{k}": v for k, v in weight.items()}, folder / "optimizer.safetensors")
+        write_json(
+            folder / "state.json",
+            {"step": step, "phase": phase, "tokens": step * 128, "data_position": step, "seed": 0},
+        )
+    (out / "training.jsonl").write_text("".join(json.dumps({"step": s, "loss": 5.0 - s / 10}) + "\n" for s in steps))
+    write_json(
+        out / "summary.json",
+        {"parameters": {"total": 40000, "active": 30000}, "steps": steps[-1], "tokens": steps[-1] * 128},
+    )
+
+
+def make_order(out: Path, phase: str) -> None:
+    rows = [
+        {"step": step, "row": row, "segment": 0, "source": source, "ordinal": row, "id": f"{source}/{row + 1:03d}",
+         "offset": 0, "length": 30, "loss_from": 0}
+        for step in (1, 2) for row, source in enumerate(SOURCES)
+    ]  # fmt: skip
+    table(out / "order.parquet", rows)
+    write_json(
+        out / "meta.json",
+        {"phase": phase, "steps": 2, "rows": 2, "sequence_length": 64, "tokens": {s: 60 for s in SOURCES}},
+    )
+
+
+INPUTS = {
+    "acquire-prose": [], "acquire-sums": [], "items": [], "curate": ["acquire-prose", "acquire-sums", "items"],
+    "tokenizer": ["curate"], "tokenize": ["curate", "tokenizer"], "order-pretrain": ["tokenize"], "order-midtrain": ["tokenize"],
+    "pretrain": ["tokenize", "order-pretrain"], "midtrain": ["tokenize", "order-midtrain", "pretrain"],
+    "export-init": ["pretrain", "tokenizer"], "export-base": ["pretrain", "tokenizer"], "export-mid": ["midtrain", "tokenizer"],
+    "evaluate-init": ["export-init", "curate", "items"], "evaluate-base": ["export-base", "curate", "items"],
+    "evaluate-mid": ["export-mid", "curate", "items"],
+}  # fmt: skip
+SCORES = {"init": (8.0, 0), "base": (3.0, 4), "mid": (3.02, 15)}
+
+
+def make_node(name: str, out: Path) -> None:
+    """The files of one node's artifact."""
+    kind, _, which = name.partition("-")
+    out.mkdir(parents=True)
+    if kind == "acquire":
+        rows = [{k: v for k, v in row.items() if k not in ("split", "rule")} for row in corpus()[which]]
+        table(out / "documents.parquet", rows)
+        license = SOURCES[which]
+        evidence = f"https://example.org/{which}/LICENSE"
+        write_json(
+            out / "source.json", {"source": which, "license": license, "evidence": evidence, "documents": len(rows)}
+        )
+    elif kind == "items":
+        rows = [
+            {"id": f"add/{n}", "task": "add", "prompt": f"{n}+1:", "answer": str(n + 1), "text": f"{n}+1"}
+            for n in range(20)
+        ]
+        table(out / "items.parquet", rows)
+    elif kind == "curate":
+        make_curate(out)
+    elif kind == "tokenizer":
+        save_tokenizer(out)
+        write_json(out / "stats.json", {"bytes_per_token": {source: 1.0 for source in SOURCES}})
+    elif kind == "tokenize":
+        rows = [
+            {"source": r["source"], "split": r["split"], "ordinal": n, "id": r["id"], "content_hash": r["content_hash"],
+             "license": r["license"], "bytes": len(r["text"]), "tokens": len(r["text"]) + 1, "loss_from": 0}
+            for rows in corpus().values() for n, r in enumerate(rows) if r["split"]
+        ]  # fmt: skip
+        table(out / "documents.parquet", rows)
+        tokens = {
+            "train": {s: sum(r["tokens"] for r in rows if r["source"] == s and r["split"] == "train") for s in SOURCES}
+        }
+        write_json(out / "meta.json", {"vocab_size": VOCAB, "pad_id": 0, "eod_id": 1, "tokens": tokens})
+    elif kind == "order":
+        make_order(out, which)
+    elif kind in ("pretrain", "midtrain"):
+        make_training(out, kind, [0, 2])
+    elif kind == "export":
+        save_model(out / "model", seed=["init", "base", "mid"].index(which))
+        write_json(out / "parity.json", {"max_abs_logit_delta": 2.5e-6, "tolerance": 1e-4, "tokens": 64, "tensors": 27})
+    elif kind == "evaluate":
+        make_evaluation(out, *SCORES[which])
+
+
+def statement(key: str, digest: str, materials: list[Artifact]) -> dict[str, Any]:
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": key, "digest": {"sha256": digest}}],
+        "predicateType": "https://slsa.dev/provenance/v1",
+        "predicate": {
+            "buildDefinition": {
+                "buildType": "https://example.org/stage",
+                "externalParameters": {},
+                "resolvedDependencies": [{"name": m.key, "digest": {"sha256": m.digest}} for m in materials],
+            },
+            "runDetails": {"builder": {"id": "https://example.org/atom"}},
+        },
+    }
+
+
+def make_run(home: Path) -> tuple[dict[str, Artifact], list[Path]]:
+    """All artifacts of a run under `home`, and their statements."""
+    artifacts: dict[str, Artifact] = {}
+    paths = []
+    for name, parents in INPUTS.items():
+        key = f"{name}-{sha(name)[:12]}"
+        out = home / "artifacts" / key
+        make_node(name, out)
+        artifacts[name] = write_manifest(out, key)
+        body = json.dumps(statement(key, artifacts[name].digest, [artifacts[p] for p in parents]), sort_keys=True)
+        path = home / "ledger" / f"{sha(body)}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(body)
+        paths.append(path)
+    return artifacts, paths

@@ -1,0 +1,114 @@
+"""The evaluation stage on a tiny random model: its numbers against slow and obvious ways to get them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import release_world as world
+
+from pipeline.errors import AtomError
+from pipeline.store import Artifact, write_manifest
+from stages import evaluate
+
+CONFIG = {"heldout_documents": 2, "max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    root = tmp_path_factory.mktemp("inputs")
+    made = {}
+    for role, node in {"model": "export-mid", "curate": "curate", "items": "items"}.items():
+        world.make_node(node, root / role)
+        made[role] = write_manifest(root / role, node)
+    return made
+
+
+def tables(artifact: Artifact, name: str) -> list[dict]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(artifact / name).to_pylist()
+
+
+def test_same_bytes_twice_and_after_a_cut(run_stage, inputs, tmp_path: Path) -> None:
+    first, second = (run_stage(evaluate.STAGE, CONFIG, inputs, tmp_path / name) for name in ("a", "b"))
+    assert first.digest == second.digest
+    (tmp_path / "b" / "items-00000.json").unlink()
+    assert run_stage(evaluate.STAGE, CONFIG, inputs, tmp_path / "b").digest == first.digest
+    scores = first.json("scores.json")
+    assert set(scores["bits_per_byte"]) == set(world.SOURCES) and scores["accuracy"]["add"]["n"] == 20
+    assert evaluate.summary(tables(first, "documents.parquet"), tables(first, "items.parquet")) == scores
+
+
+def test_bits_are_the_models_own_loss(run_stage, inputs) -> None:
+    """Every token scored one at a time with its whole context gives the same bits; a random model pays about log2(V)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    row = tables(run_stage(evaluate.STAGE, CONFIG, inputs), "documents.parquet")[0]
+    folder = inputs["model"] / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text = {r["id"]: r["text"] for rows in world.corpus().values() for r in rows}[row["id"]]
+    ids, bits = tokenizer(text)["input_ids"][: world.CONTEXT], 0.0
+    for n, token in enumerate(ids):
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids[:n] or [1]])).logits[0, -1]
+        bits -= float(torch.log_softmax(logits.double(), -1)[token]) / math.log(2)
+    assert row["nll_bits"] == pytest.approx(bits, rel=1e-5)
+    assert row["bytes"] == row["tokens"] == len(ids)
+    assert row["nll_bits"] / row["tokens"] == pytest.approx(math.log2(world.VOCAB), abs=0.5)
+
+
+def test_padding_and_batching_do_not_change_an_output(inputs) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = inputs["model"] / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [{"id": str(n), "task": "add", "prompt": "1" * n + ":", "answer": "2"} for n in (1, 9, 20)]
+    together = evaluate._answer(model, tokenizer, rows, 8)
+    alone = [evaluate._answer(model, tokenizer, [row], 8)[0] for row in rows]
+    assert [row["output"] for row in together] == [row["output"] for row in alone]
+    assert len(together[0]["code_digest"]) == 64
+
+
+def test_bytes_of_a_cut_character_and_of_a_special_name(inputs) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"] / "model")
+    text = "é<|endoftext|>日"
+    ids = evaluate.token_ids(tokenizer, text)
+    assert 1 not in ids and evaluate.token_bytes(tokenizer, ids) == len(text.encode())
+    assert evaluate.token_bytes(tokenizer, ids[:1]) == 1
+
+
+def test_standard_errors() -> None:
+    equal = evaluate._ratio([(20.0, 10), (40.0, 20)])
+    assert equal == {"value": 2.0, "se": 0.0, "documents": 2, "bytes": 30}
+    assert evaluate._ratio([(10.0, 10), (30.0, 10)])["se"] == pytest.approx(1.0)  # sqrt(2/1 * (10²+10²)) / 20
+    assert evaluate._binomial([1, 0, 0, 0])["se"] == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
+
+
+def test_nothing_held_out_is_one_sentence(inputs, run_stage, tmp_path: Path) -> None:
+    rows = [{"id": "a", "text": "x", "source": "s", "content_hash": "0", "split": "train"}]
+    world.table(tmp_path / "curate" / "kept" / "s.parquet", rows)
+    bad = write_manifest(tmp_path / "curate", "curate")
+    with pytest.raises(AtomError, match="source s has 0 held-out documents"):
+        run_stage(evaluate.STAGE, CONFIG, {**inputs, "curate": bad})
+
+
+def test_the_module_imports_nothing_heavy() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, json, stages.evaluate; print(json.dumps([m for m in ('torch','numpy','pyarrow','transformers') if m in sys.modules]))"
+    root = Path(__file__).parents[1]
+    assert (
+        json.loads(
+            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
+        )
+        == []
+    )

@@ -1,0 +1,127 @@
+"""The local Hub against the real huggingface_hub client, in a process of its own (the client reads its
+environment at import)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from release.local_hub import running
+
+PRELUDE = """
+import os, sys, pathlib, tempfile
+import huggingface_hub as hub
+from huggingface_hub import HfApi, CommitOperationAdd, snapshot_download, hf_hub_download
+from huggingface_hub.errors import *
+api, anonymous, stranger = HfApi(), HfApi(token=False), HfApi(token="hf_wrong")
+tmp = pathlib.Path(tempfile.mkdtemp())
+def refused(error, call, *args, **kw):
+    try: call(*args, **kw)
+    except error as e: return e
+    raise AssertionError("was not refused")
+"""
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    extra = ("--token", "other=hf_other", "--part-bytes", "100000", "--lfs-bytes", "50000")
+    with running(tmp_path_factory.mktemp("hub"), "local", "hf_local", *extra) as url:
+        yield url
+
+
+@pytest.fixture
+def client(endpoint: str, tmp_path: Path):
+    def run(code: str) -> None:
+        env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_local", "HF_HOME": str(tmp_path / "hf")}
+        env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", PRELUDE + code], env=env, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_upload_and_download_are_the_same_bytes(client, kind: str) -> None:
+    client(f"""
+kind, rid = "{kind}", "local/bytes-{kind}"
+assert api.whoami()["name"] == "local"
+api.create_repo(rid, repo_type=kind, private=True); api.create_repo(rid, repo_type=kind, private=True, exist_ok=True)
+d = tmp / "up"; (d / "sub dir").mkdir(parents=True)
+(d / "README.md").write_text("---\\nlicense: apache-2.0\\ntags: [x]\\n---\\n# Demo\\n")
+(d / "sub dir" / "é a.txt").write_text("hi"); (d / "empty.txt").write_text(""); (d / "small.bin").write_bytes(os.urandom(1000))
+(d / "model.safetensors").write_bytes(os.urandom(350_001))          # four parts
+(d / "long.json").write_text("1" * 60_000)                          # LFS by size
+first = api.upload_folder(folder_path=d, repo_id=rid, repo_type=kind)
+assert api.upload_folder(folder_path=d, repo_id=rid, repo_type=kind).oid == first.oid     # nothing to send
+info = api.repo_info(rid, repo_type=kind, files_metadata=True)
+assert info.private and info.card_data.license == "apache-2.0" and info.sha == first.oid
+assert {{s.rfilename: s.size for s in info.siblings}}["model.safetensors"] == 350_001
+for target in (None, tmp / "down"):
+    got = pathlib.Path(snapshot_download(rid, repo_type=kind, local_dir=target))
+    for f in d.rglob("*"):
+        if f.is_file(): assert (got / f.relative_to(d)).read_bytes() == f.read_bytes(), f
+assert {{e.path for e in api.list_repo_tree(rid, repo_type=kind)}} >= {{"sub dir", "README.md", ".gitattributes"}}
+assert len(api.get_paths_info(rid, ["long.json", "sub dir"], repo_type=kind)) == 2
+assert "é a.txt" in hub.HfFileSystem().ls(("datasets/" if kind == "dataset" else "") + rid + "/sub dir", detail=False)[0]
+import httpx2
+prefix = "datasets/" if kind == "dataset" else ""
+r = httpx2.get(os.environ["HF_ENDPOINT"] + f"/{{prefix}}{{rid}}/resolve/main/model.safetensors",
+               headers={{"Range": "bytes=10-19", "Authorization": "Bearer hf_local"}})
+assert r.status_code == 206 and r.content == (d / "model.safetensors").read_bytes()[10:20]
+api.delete_file("long.json", rid, repo_type=kind); assert not api.file_exists(rid, "long.json", repo_type=kind)
+e = refused(HfHubHTTPError, api.create_commit, rid, [CommitOperationAdd("a", b"1")], commit_message="x", parent_commit=first.oid, repo_type=kind)
+assert e.response.status_code == 412
+assert len(api.list_repo_commits(rid, repo_type=kind)) == 3
+api.delete_repo(rid, repo_type=kind); assert not api.repo_exists(rid, repo_type=kind)
+""")
+
+
+def test_branches_and_tags(client) -> None:
+    client("""
+rid = "local/refs"; api.create_repo(rid)
+api.create_branch(rid, branch="pretrain-step-200"); api.create_branch(rid, branch="pretrain-step-200", exist_ok=True)
+api.upload_file(path_or_fileobj=b"abc", path_in_repo="state.json", repo_id=rid, revision="pretrain-step-200")
+assert pathlib.Path(hf_hub_download(rid, "state.json", revision="pretrain-step-200")).read_text() == "abc"
+refused(EntryNotFoundError, hf_hub_download, rid, "state.json")
+refused(RevisionNotFoundError, api.repo_info, rid, revision="none")
+api.create_tag(rid, tag="v1", revision="pretrain-step-200"); api.create_tag(rid, tag="v1", exist_ok=True)
+assert pathlib.Path(hf_hub_download(rid, "state.json", revision="v1")).read_text() == "abc"
+api.create_branch(rid, branch="a/b"); api.upload_file(path_or_fileobj=b"1", path_in_repo="x", repo_id=rid, revision="a/b")
+refs = api.list_repo_refs(rid)
+assert {r.name for r in refs.branches} == {"main", "pretrain-step-200", "a/b"} and refs.tags[0].name == "v1"
+api.delete_branch(rid, branch="a/b"); api.delete_tag(rid, tag="v1"); assert not api.list_repo_refs(rid).tags
+""")
+
+
+def test_private_repositories_do_not_exist_for_others(client) -> None:
+    client("""
+rid = "local/hidden"; api.create_repo(rid, private=True); api.upload_file(path_or_fileobj=b"s", path_in_repo="s.txt", repo_id=rid)
+for who in (anonymous, HfApi(token="hf_other")):
+    refused(RepositoryNotFoundError, who.repo_info, rid); refused(RepositoryNotFoundError, who.hf_hub_download, rid, "s.txt", cache_dir=tmp)
+assert refused(HfHubHTTPError, stranger.whoami).response.status_code == 401
+assert refused(HfHubHTTPError, stranger.create_repo, "local/new").response.status_code == 401
+assert refused(HfHubHTTPError, HfApi(token="hf_other").create_repo, "local/new").response.status_code == 403
+api.update_repo_settings(rid, private=False)
+assert pathlib.Path(anonymous.hf_hub_download(rid, "s.txt", cache_dir=tmp)).read_text() == "s"
+assert refused(HfHubHTTPError, HfApi(token="hf_other").upload_file, path_or_fileobj=b"1", path_in_repo="x", repo_id=rid).response.status_code == 403
+""")
+
+
+def test_collections_and_cards(client) -> None:
+    client("""
+api.create_repo("local/carded")
+c = api.create_collection("My release", namespace="local", private=True); assert api.create_collection("My release", namespace="local", exists_ok=True).slug == c.slug
+api.add_collection_item(c.slug, "local/carded", "model"); c = api.add_collection_item(c.slug, "local/carded", "model", exists_ok=True)
+assert [i.item_id for i in c.items] == ["local/carded"]
+refused(HfHubHTTPError, anonymous.get_collection, c.slug)
+assert not api.update_collection_metadata(c.slug, private=False).private; assert anonymous.get_collection(c.slug).items
+hub.ModelCard("---\\nlicense: mit\\n---\\n# hi").push_to_hub("local/carded"); assert hub.ModelCard.load("local/carded").data.license == "mit"
+refused(Exception, api.upload_file, path_or_fileobj=b"---\\na: [\\n---\\n", path_in_repo="README.md", repo_id="local/carded")
+""")
