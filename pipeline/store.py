@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,49 @@ def _flush(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+class Store:
+    """The folder `$ATOM_HOME` (default `./runs`): `artifacts/`, `work/`, `ledger/`, `logs/`, `releases/`."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home.absolute()
+        self.artifacts = self.home / "artifacts"
+        self.ledger = self.home / "ledger"
+        self.logs = self.home / "logs"
+
+    def work(self, key: str) -> Path:
+        return self.home / "work" / key
+
+    def sealed(self, key: str) -> bool:
+        return (self.artifacts / key / MANIFEST).exists()
+
+    def open(self, key: str) -> Artifact:
+        return Artifact.open(self.artifacts / key)
+
+    def seal(self, out: Path, key: str, record: Callable[[Artifact], None]) -> Artifact:
+        """Moves a finished folder to `artifacts/<key>` and returns what stands there.
+
+        `record` gets the hashed artifact just before the rename, to write its statement: a kill between the two
+        leaves a statement without an artifact, never an artifact without a statement. If another attempt sealed the
+        key first, its artifact wins and `out` is discarded. Raises AtomError if the two digests differ.
+        """
+        made = write_manifest(out, key)
+        record(made)
+        self.artifacts.mkdir(parents=True, exist_ok=True)
+        target = self.artifacts / key
+        try:
+            os.rename(out, target)
+        except OSError:
+            if not self.sealed(key):
+                raise
+            shutil.rmtree(out)
+            first = self.open(key)
+            if first.digest != made.digest:
+                raise AtomError(
+                    f"{key} was sealed twice at once with different digests ({first.digest[:12]} stands, "
+                    f"{made.digest[:12]} was discarded); compare their statements in {self.ledger / key}"
+                ) from None
+            return first
+        _flush(self.artifacts)
+        return self.open(key)

@@ -1,0 +1,67 @@
+"""A stage's report as files: `events.jsonl` (state and progress, for people) and `metrics.jsonl` (curves, for ever).
+
+The files are the truth; MLflow is filled from them, so a dead tracking server never stops a stage.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+PROGRESS_EVERY = 0.5
+
+
+class FileReport:
+    """The Report of a running stage, appending to the node's folder under `logs/<run>/`."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = open(folder / "events.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in close())
+        self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        self._lock = threading.Lock()
+        self._last_progress = 0.0
+        self.figures: dict[str, float] = {}
+
+    def event(self, kind: str, **values: Any) -> None:
+        with self._lock:
+            self._events.write(json.dumps({"time": time.time(), "event": kind, **values}) + "\n")
+
+    def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
+        self.figures.update(figures)
+        now = time.monotonic()
+        if done >= total or now - self._last_progress >= PROGRESS_EVERY:
+            self._last_progress = now
+            self.event("progress", done=done, total=total, unit=unit, **figures)
+
+    def metric(self, step: int, **values: float) -> None:
+        with self._lock:
+            self._metrics.write(json.dumps({"time": time.time(), "step": step, **values}) + "\n")
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+        self.event("note", text=text)
+
+    def close(self) -> None:
+        self._events.close()
+        self._metrics.close()
+
+
+class Tail:
+    """Reads the whole lines that were appended to a JSONL file since the last call; a missing file is empty."""
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        self.path, self.offset = path, offset
+
+    def read(self) -> list[dict[str, Any]]:
+        try:
+            with open(self.path, "rb") as f:
+                f.seek(self.offset)
+                data = f.read()
+        except FileNotFoundError:
+            return []
+        end = data.rfind(b"\n") + 1
+        self.offset += end
+        return [json.loads(line) for line in data[:end].splitlines()]

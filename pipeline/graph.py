@@ -1,0 +1,142 @@
+"""Recipe → stages with keys. Every key is known before anything runs, because a key hashes keys, not bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline import registry
+from pipeline.codehash import code_digests
+from pipeline.errors import AtomError, RecipeError
+from pipeline.ledger import code_of, sealed
+from pipeline.recipe import Recipe, explain
+from pipeline.stage import Config, Stage, identity
+from pipeline.store import Store, canonical, sha256_bytes
+
+PHASES = ("pretrain", "midtrain")
+MODELS = {"init": ("pretrain", 0), "base": ("pretrain", None), "mid": ("midtrain", None)}
+"""Exported models: name → (phase, step); None is the phase's last step."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of a recipe's graph: its resolved config and the nodes that feed it, by role."""
+
+    name: str
+    stage: Stage
+    config: Config
+    inputs: dict[str, str]
+    key: str
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The nodes in an order in which each follows its inputs."""
+
+    recipe: Recipe
+    nodes: dict[str, Node]
+
+    def upstream(self, names: set[str]) -> set[str]:
+        """`names` and everything that they need, directly or not."""
+        needed = set(names)
+        for name in reversed(self.nodes):
+            if name in needed:
+                needed.update(self.nodes[name].inputs.values())
+        return needed
+
+    def select(self, until: str | None, only: str | None) -> list[str]:
+        """The nodes that a command asks for, in order. Raises AtomError for a stage that the recipe does not have."""
+        for name in (until, only):
+            if name is not None and name not in self.nodes:
+                raise AtomError(f"recipe {self.recipe.name} has no stage {name}; it has {', '.join(self.nodes)}")
+        if only:
+            return [only]
+        wanted = self.upstream({until}) if until else set(self.nodes)
+        return [name for name in self.nodes if name in wanted]
+
+
+def compose(recipe: Recipe) -> Graph:
+    """The graph of a release. Reads the digests of source trees, nothing else. Raises RecipeError."""
+    c = recipe.config
+    _check_across(recipe)
+    nodes: dict[str, Node] = {}
+
+    def add(name: str, stage: str, config: dict[str, Any], **inputs: str) -> None:
+        found = registry.stage(stage)
+        try:
+            resolved = found.config.model_validate(config)
+        except ValidationError as error:
+            raise explain(error, found.config, f"recipe {recipe.name}, stage {name}") from None
+        parts = [found.name, found.version, identity(resolved), {r: nodes[n].key for r, n in inputs.items()}]
+        nodes[name] = Node(name, found, resolved, inputs, f"{name}-{sha256_bytes(canonical(parts))[:12]}")
+
+    data = recipe.data.resolved()
+    sources = {s.name: f"acquire-{s.name}" for s in data.sources}
+    for source, name in sources.items():
+        add(name, "acquire", data.acquire_config(source, c.seed))
+    add("items", "items", {"problems": c.evaluation.problems, "seed": c.seed})
+    add("curate", "curate", data.curate_config(c.seed), **sources, items="items")
+    add("tokenizer", "tokenizer", c.tokenizer.model_dump(), curate="curate")
+    add("tokenize", "tokenize", {}, curate="curate", tokenizer="tokenizer")
+
+    previous: dict[str, str] = {}
+    for phase in PHASES:
+        p = getattr(c, phase)
+        order = {"phase": phase, "mix": p.mix, "sequence_length": p.sequence_length, "rows": p.rows, "steps": p.steps}
+        add(f"order-{phase}", "order", {**order, "seed": c.seed}, tokens="tokenize")
+        training = {"model": c.model, "phase": p, "padded_vocab_size": c.tokenizer.padded_vocab_size, "seed": c.seed}
+        add(phase, phase, training, tokens="tokenize", order=f"order-{phase}", **previous)
+        previous = {"init": phase}
+
+    for model, (phase, step) in MODELS.items():
+        export = {"model": c.model, "padded_vocab_size": c.tokenizer.padded_vocab_size, "step": step}
+        add(f"export-{model}", "export", export, checkpoint=phase, tokenizer="tokenizer")
+        measured = {"heldout_documents": c.evaluation.heldout_documents, "max_new_tokens": c.evaluation.max_new_tokens}
+        add(f"evaluate-{model}", "evaluate", measured, model=f"export-{model}", curate="curate", items="items")
+    return Graph(recipe, nodes)
+
+
+def _check_across(recipe: Recipe) -> None:
+    """What no single section can check."""
+    c, title = recipe.config, f"recipe {recipe.name}"
+    names = [s.name for s in recipe.data.sources]
+    for phase in PHASES:
+        p = getattr(c, phase)
+        for source in p.mix:
+            if source not in names:
+                raise RecipeError(f"{title}: {phase}.mix names {source}, which data recipe {c.data} does not have; it has {', '.join(names)}")
+        if abs(sum(p.mix.values()) - 1) > 1e-6:
+            raise RecipeError(f"{title}: {phase}.mix sums to {sum(p.mix.values()):g}; the shares must sum to 1")
+        if p.sequence_length > c.model.context_length:
+            raise RecipeError(
+                f"{title}: {phase}.sequence_length = {p.sequence_length} is longer than model.context_length = "
+                f"{c.model.context_length}; shorten the sequence or raise the context length"
+            )
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of a node's artifact without opening it: `sealed`, `stale` (sealed by other code) or `to run`."""
+
+    name: str
+    key: str
+    text: str
+    changed: tuple[str, ...] = ()
+
+
+def states(graph: Graph, store: Store) -> dict[str, State]:
+    """The state of every node. A stale artifact is still used: its key says that it is what was asked for."""
+    out = {}
+    for name, node in graph.nodes.items():
+        text, changed = "to run", ()
+        if store.sealed(node.key):
+            artifact = store.open(node.key)
+            made = sealed(store.ledger, artifact)
+            now = code_digests(registry.STAGES[node.stage.name])
+            then = code_of(made[1]) if made else now
+            changed = tuple(sorted(m for m in set(now) | set(then) if now.get(m) != then.get(m)))
+            text = "stale" if changed else "sealed"
+        out[name] = State(name, node.key, text, changed)
+    return out

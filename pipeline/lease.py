@@ -1,0 +1,126 @@
+"""One worker at a time for a key, on any shared file system.
+
+A lease is the highest `lease.<n>` in the work folder. Taking it means creating `lease.<n+1>` by hard link, which is
+atomic on local disks and on NFS alike; nobody ever removes another's lease, so two takers cannot both win. The
+holder refreshes its file's time; a lease whose time is older than EXPIRY, or whose process is known to be gone, may
+be succeeded. Clocks of hosts are not compared: "now" is the time that the file system gives to a file written now.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+EXPIRY = 60.0
+HEARTBEAT = 10.0
+
+
+def _process_start(pid: int) -> str | None:
+    """The start time of a local process in clock ticks since boot, which tells a reused pid apart."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _me() -> dict[str, str | int | None]:
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "start": _process_start(pid)}
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease, and whether it still counts."""
+
+    number: int
+    host: str
+    pid: int
+    alive: bool
+
+
+def holder(folder: Path) -> Holder | None:
+    """The present lease of a work folder, or None if there is none."""
+    numbers = [int(p.name.split(".")[1]) for p in folder.glob("lease.*") if p.name.split(".")[1].isdigit()]
+    if not numbers:
+        return None
+    path = folder / f"lease.{max(numbers)}"
+    try:
+        who, age = json.loads(path.read_text()), _age(path)
+    except (OSError, ValueError):
+        return None
+    alive = age < EXPIRY and not who.get("released")
+    if alive and who.get("host") == socket.gethostname() and who.get("boot") == _boot():
+        start = _process_start(int(who["pid"]))
+        alive = start is not None and start == who.get("start")
+    return Holder(max(numbers), str(who.get("host")), int(who.get("pid", 0)), alive)
+
+
+def _age(path: Path) -> float:
+    """Seconds since `path` was refreshed, by the file system's own clock."""
+    probe = path.parent / f".probe-{uuid.uuid4().hex}"
+    probe.touch()
+    try:
+        return probe.stat().st_mtime - path.stat().st_mtime
+    finally:
+        probe.unlink()
+
+
+class Lease:
+    """Held from `take` to `release`. `lost` becomes true when a successor took over (we were thought dead)."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.folder, self.number = folder, number
+        self.path = folder / f"lease.{number}"
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def take(cls, folder: Path) -> Lease | None:
+        """Takes the lease, or returns None if another live worker holds it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            present = holder(folder)
+            if present is not None and present.alive:
+                return None
+            number = present.number + 1 if present else 1
+            mine = folder / f".lease-{uuid.uuid4().hex}"
+            mine.write_text(json.dumps(_me()))
+            try:
+                os.link(mine, folder / f"lease.{number}")
+            except FileExistsError:
+                continue  # somebody was faster: look again
+            finally:
+                mine.unlink()
+            return cls(folder, number)
+
+    @property
+    def lost(self) -> bool:
+        return (self.folder / f"lease.{self.number + 1}").exists() or not self.path.exists()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT):
+            with suppress(FileNotFoundError):
+                os.utime(self.path)
+
+    def release(self) -> None:
+        """Lets a successor start at once. The file stays, so that numbers only grow."""
+        self._stop.set()
+        self._thread.join()
+        if not self.lost:
+            replacement = self.folder / f".lease-{uuid.uuid4().hex}"
+            replacement.write_text(json.dumps({**_me(), "released": True}))
+            os.replace(replacement, self.path)

@@ -1,0 +1,127 @@
+"""The ledger: one in-toto Statement v1 a file, with an SLSA provenance v1 predicate, named by its own digest.
+
+Statements link by digest: the product of one is a material of the next. A failed attempt has a statement too; its
+subject is the attempt's log. https://in-toto.io/Statement/v1, https://slsa.dev/provenance/v1
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.store import Artifact, canonical, sha256_bytes
+
+STATEMENT = "https://in-toto.io/Statement/v1"
+PREDICATE = "https://slsa.dev/provenance/v1"
+BUILD_TYPE = "https://atom-release.dev/stage/v1"
+
+
+def clock(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def statement(
+    *,
+    subject: dict[str, str],
+    stage: str,
+    version: int,
+    node: str,
+    key: str,
+    config: dict[str, Any],
+    materials: dict[str, Artifact],
+    code: dict[str, str],
+    environment: dict[str, Any],
+    invocation: str,
+    started: float,
+    finished: float,
+    usage: dict[str, Any],
+    outcome: str,
+) -> dict[str, Any]:
+    """A statement about one attempt of a stage.
+
+    subject: {name: sha256}; the artifact by its key, or the log of a failed attempt. usage: time, energy and cost
+    with the method of each. outcome: "sealed", or one sentence on what went wrong.
+    """
+    return {
+        "_type": STATEMENT,
+        "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(subject.items())],
+        "predicateType": PREDICATE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": {"stage": stage, "version": version, "node": node, "key": key, "config": config},
+                "internalParameters": {"environment": environment},
+                "resolvedDependencies": [
+                    *(
+                        {"name": role, "uri": f"atom:artifact/{a.key}", "digest": {"sha256": a.digest}}
+                        for role, a in sorted(materials.items())
+                    ),
+                    *({"name": name, "uri": f"atom:code/{name}", "digest": {"sha256": d}} for name, d in code.items()),
+                ],
+            },
+            "runDetails": {
+                "builder": {"id": "https://atom-release.dev/builder/local"},
+                "metadata": {
+                    "invocationId": invocation,
+                    "startedOn": clock(started),
+                    "finishedOn": clock(finished),
+                },
+                "byproducts": [{"name": "usage", "annotations": usage}, {"name": "outcome", "annotations": {"text": outcome}}],
+            },
+        },
+    }
+
+
+def write(ledger: Path, key: str, body: dict[str, Any]) -> Path:
+    """Writes a statement to `<ledger>/<key>/<sha256 of its bytes>.json`, completely or not at all."""
+    data = canonical(body)
+    folder = ledger / key
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{sha256_bytes(data)}.json"
+    draft = folder / f".{target.name}.{os.getpid()}"
+    try:
+        with open(draft, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+    return target
+
+
+def read(ledger: Path, key: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """All statements about a key, in the order of their end times."""
+    found = [(path, json.loads(path.read_bytes())) for path in sorted((ledger / key).glob("[0-9a-f]*.json"))]
+    yield from sorted(found, key=lambda item: item[1]["predicate"]["runDetails"]["metadata"]["finishedOn"])
+
+
+def outcome(body: dict[str, Any]) -> str:
+    return str(_byproduct(body, "outcome")["text"])
+
+
+def usage(body: dict[str, Any]) -> dict[str, Any]:
+    return _byproduct(body, "usage")
+
+
+def _byproduct(body: dict[str, Any], name: str) -> dict[str, Any]:
+    products = body["predicate"]["runDetails"]["byproducts"]
+    return next(dict(p["annotations"]) for p in products if p["name"] == name)
+
+
+def sealed(ledger: Path, artifact: Artifact) -> tuple[Path, dict[str, Any]] | None:
+    """The statement that made this very artifact, or None."""
+    for path, body in read(ledger, artifact.key):
+        if {"name": artifact.key, "digest": {"sha256": artifact.digest}} in body["subject"]:
+            return path, body
+    return None
+
+
+def code_of(body: dict[str, Any]) -> dict[str, str]:
+    """{module: sha256} of the code that a statement says it ran."""
+    dependencies = body["predicate"]["buildDefinition"]["resolvedDependencies"]
+    return {d["name"]: d["digest"]["sha256"] for d in dependencies if d["uri"].startswith("atom:code/")}

@@ -1,0 +1,56 @@
+"""The one place where the engine learns which stages and recipe sections exist.
+
+Values are module paths, imported when first asked for; importing them must stay cheap (no torch, datatrove, MLflow).
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any
+
+from pipeline.stage import Stage
+
+STAGES = {
+    "acquire": "stages.data.acquire",
+    "items": "stages.data.items",
+    "curate": "stages.data.curate",
+    "tokenizer": "stages.data.tokenizer",
+    "tokenize": "stages.data.tokenize",
+    "order": "stages.data.order",
+    "pretrain": "stages.pretrain",
+    "midtrain": "stages.midtrain",
+    "export": "release.export",
+    "evaluate": "stages.evaluate",
+}
+
+SECTIONS = {
+    "tokenizer": "stages.data.tokenizer:TokenizerSection",
+    "model": "stages.model.config:ModelConfig",
+    "pretrain": "stages.train.config:PhaseConfig",
+    "midtrain": "stages.train.config:PhaseConfig",
+    "evaluation": "stages.evaluate:EvaluationSection",
+    "release": "release.build:ReleaseSection",
+}
+
+DATA = "stages.data.recipe"
+
+
+@cache
+def stage(name: str) -> Stage:
+    """The registered stage of that name."""
+    found: Stage = importlib.import_module(STAGES[name]).STAGE
+    assert found.name == name, f"{STAGES[name]} registers itself as {found.name}"
+    return found
+
+
+@cache
+def section(name: str) -> Any:
+    """The config class that owns a recipe section."""
+    module, attribute = SECTIONS[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def data() -> Any:
+    """The module that loads data recipes."""
+    return importlib.import_module(DATA)
