@@ -1,6 +1,6 @@
 """Pre-training: a mixture-of-experts decoder from its initial weights, on the rows of the order artifact.
 
-    atom run atom-tiny --until pretrain
+atom run atom-tiny --until pretrain
 """
 
 from __future__ import annotations

@@ -49,10 +49,7 @@ def make(folder: Path, phase: dict[str, Any] | None = None) -> dict[str, Artifac
     import pyarrow.parquet as pq
     import torch
 
-    from stages.model import cpu
-
-    cpu.enable()
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    from stages.model.mcore import IndexedDatasetBuilder
 
     phase = {**PHASE, **(phase or {})}
     tokens, order = folder / "tokens", folder / "order"
@@ -84,3 +81,18 @@ def make(folder: Path, phase: dict[str, Any] | None = None) -> dict[str, Artifac
     meta = {"phase": "pretrain", "steps": phase["steps"], "rows": per_step, "sequence_length": length}
     (order / "meta.json").write_text(json.dumps(meta))
     return {"tokens": write_manifest(tokens, "tokenize-test"), "order": write_manifest(order, "order-test")}
+
+
+def tokenizer(folder: Path) -> Artifact:
+    """A tokenizer artifact of VOCAB tokens: the six special ones and single characters."""
+    from tokenizers import AddedToken, Tokenizer, models
+
+    special = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    names = special + [chr(0x21 + n) for n in range(VOCAB - len(special))]
+    made = Tokenizer(models.WordLevel({name: n for n, name in enumerate(names)}, unk_token="!"))
+    made.add_special_tokens([AddedToken(name, special=True) for name in special])
+    folder.mkdir(parents=True)
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    return write_manifest(folder, "tokenizer-test")

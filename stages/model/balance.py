@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.transformer.moe import moe_utils
+
+from stages.model.mcore import moe_utils
 
 
 def _kept() -> dict[str, torch.Tensor]:

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from stages.model import cpu
+import torch
+import torch.nn.functional as F
 
-cpu.enable()
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-
-from pipeline.errors import AtomError  # noqa: E402
-from stages.model.config import ModelConfig  # noqa: E402
-from stages.model.init import full_tensor  # noqa: E402
-from stages.model.names import global_name  # noqa: E402
-from stages.model.spec import layer_spec  # noqa: E402
+from pipeline.errors import AtomError
+from stages.model.config import ModelConfig
+from stages.model.init import full_tensor
+from stages.model.mcore import GPTModel, TransformerConfig, parallel_state
+from stages.model.names import global_name
+from stages.model.spec import layer_spec
 
 
 def transformer_config(model: ModelConfig) -> TransformerConfig:

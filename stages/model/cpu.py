@@ -6,8 +6,7 @@ Megatron's own modules a `torch` in which these words mean the CPU. PyTorch itse
 other library in the same process, sees an untouched `torch`. (Replacing the factories in `torch` itself breaks
 `from_pretrained` without an error: the tensors it makes on the meta device come out uninitialised.)
 
-Call `enable()` before anything else imports `megatron`; import `megatron` only through `stages.model` and
-`stages.train`, which do. Written for megatron-core 0.16.1 and kept to names that 0.17 to 0.19 still have.
+Take Megatron's names from `stages.model.mcore`, which calls `enable()` first. Written for megatron-core 0.16.1 and kept to names that 0.17 to 0.19 still have.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def _no_compile() -> Iterator[None]:
     def identity(function: Callable | None = None, **_: Any) -> Callable:
         return function if function is not None else lambda f: f
 
-    torch.compile = identity
+    torch.compile = identity  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -95,8 +94,8 @@ def _speak_cpu() -> None:
     def cpu_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self if _called_by_megatron() else cuda(self, *args, **kwargs)
 
-    torch.Tensor.type = cpu_type  # type: ignore[method-assign]
-    torch.Tensor.cuda = cpu_cuda  # type: ignore[method-assign]
+    torch.Tensor.type = cpu_type  # type: ignore[assignment, method-assign]
+    torch.Tensor.cuda = cpu_cuda  # type: ignore[assignment, method-assign]
 
 
 def _called_by_megatron() -> bool:
@@ -150,7 +149,7 @@ def _cpu_cuda() -> types.ModuleType:
     ours = types.ModuleType("torch.cuda")
     ours.__dict__.update(torch.cuda.__dict__)
     stream = _Stream()
-    nothing = lambda *args, **kwargs: None  # noqa: E731
+    nothing = lambda *args, **kwargs: None
     replaced: dict[str, Any] = {
         "current_device": lambda: torch.device("cpu"),
         "device_count": lambda: 1,

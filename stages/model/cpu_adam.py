@@ -25,7 +25,8 @@ class CpuFusedAdam(torch.optim.Optimizer):
         bias_correction: bool = True,
         **_: Any,  # FusedAdam's switches for CUDA graphs and low-precision states
     ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True))
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
+        super().__init__(params, defaults)
         if not bias_correction:
             raise NotImplementedError("Adam without bias correction")
         self.fused = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_

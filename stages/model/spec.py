@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import (
+
+from stages.model.mcore import (
+    MegatronModule,
+    TransformerBlockSubmodules,
+    TransformerConfig,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
+    get_num_layers_to_build,
 )
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 def layer_spec(config: TransformerConfig) -> Any:

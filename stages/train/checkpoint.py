@@ -14,13 +14,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-
 from pipeline.errors import AtomError
 from pipeline.stage import Report
 from pipeline.store import sha256_file
+from stages.model.mcore import TorchDistSaveShardedStrategy, dist_checkpointing, filesystem_async
 from stages.train.engine import Engine
 
 KEEP = 2

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from pipeline.errors import AtomError, RecipeError
 from pipeline.store import Artifact
+from stages.model.mcore import IndexedDataset
 from stages.train.config import PhaseConfig
 
 ALIGN = 8  # rows are padded to a multiple of this many tokens

@@ -6,23 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from pipeline.errors import AtomError
 from stages.model import balance
-from stages.model.build import build, load_tensors, named_tensors  # enables the CPU support before Megatron's imports
+from stages.model.build import build, load_tensors, named_tensors
+from stages.model.mcore import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    OptimizerConfig,
+    finalize_model_grads,
+    get_forward_backward_func,
+    get_megatron_optimizer,
+    parallel_state,
+)
 from stages.train.config import TrainConfig
 from stages.train.data import Batch, Row, Shards, width_of
 from stages.train.parallel import Ranks
-
-import torch  # isort: skip
-from megatron.core import parallel_state  # isort: skip
-from megatron.core.distributed import (  # isort: skip
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
-from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
-
-from pipeline.errors import AtomError  # isort: skip
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +70,22 @@ class Phase:
 
     def run(self, start: Callable[[Engine], None], stop: list[int]) -> None:
         phase, engine, report = self.config.phase, self.engine, self.report
-        step = checkpoint.load(engine, self.work, report)
-        if step:
-            self.tokens = self.log.resume(step)
-            report.note(f"{self.name}: going on after step {step}")
+        done = checkpoint.load(engine, self.work, report)
+        if done:
+            self.tokens = self.log.resume(done)
+            report.note(f"{self.name}: going on after step {done}")
         else:
             start(engine)
             self.log.resume(0)
             self._measure(0)
             self._seal(0)
         began, seen = time.monotonic(), self.tokens
-        for step in range(step + 1, phase.steps + 1):
+        for step in range(done + 1, phase.steps + 1):
             rows = self.order.rows(step)
             lr = learning_rate(step, phase.steps, phase.optimizer)
-            figures = engine.step(rows, self.shards, lr, lambda loss: self._check("loss", loss, step, rows))
-            self._check("gradient norm", figures.grad_norm, step, rows)
+            check = partial(self._check, step, rows)
+            figures = engine.step(rows, self.shards, lr, partial(check, "loss"))
+            check("gradient norm", figures.grad_norm)
             self.tokens += sum(row.length - 1 for row in rows)
             line = {"loss": figures.loss, "aux_loss": figures.aux_loss, "grad_norm": figures.grad_norm, "lr": lr}
             self.log.write({"step": step, "tokens": self.tokens, **line})
@@ -106,7 +108,7 @@ class Phase:
         if self.first:
             self._summarise()
 
-    def _check(self, what: str, value: float, step: int, rows: list[Row]) -> None:
+    def _check(self, step: int, rows: list[Row], what: str, value: float) -> None:
         """Stops the phase at a value that is not a number, before it reaches the weights or a checkpoint."""
         if not math.isfinite(value):
             documents = sorted({row.id for row in rows})
@@ -172,10 +174,9 @@ class Log:
             raise AtomError(f"{self.path} holds {len(steps)} of {step} finished steps; "
                             f"remove {self.path.parent} to start this stage anew")  # fmt: skip
         if self.writes:
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text("".join(_line(x) for x in lines))
-            os.replace(partial, self.path)
-            self.file = open(self.path, "a")
+            kept = self.path.with_name(self.path.name + ".partial")
+            kept.write_text("".join(_line(x) for x in lines))
+            os.replace(kept, self.path)
         return steps[-1]["tokens"] if steps else 0
 
     def lines(self) -> list[dict[str, Any]]:
@@ -186,13 +187,14 @@ class Log:
 
     def write(self, values: dict[str, Any]) -> None:
         if self.writes:
-            self.file.write(_line(values))
-            self.file.flush()
+            with open(self.path, "a") as file:
+                file.write(_line(values))
 
     def flush(self) -> None:
         """To the disk: a checkpoint counts on the lines before it."""
         if self.writes:
-            os.fsync(self.file.fileno())
+            with open(self.path, "a") as file:
+                os.fsync(file.fileno())
 
 
 def _line(values: dict[str, Any]) -> str:

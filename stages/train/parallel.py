@@ -12,16 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
-from stages.model import cpu
+import torch
+import torch.distributed as dist
 
-cpu.enable()
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-
-from stages.model import balance  # noqa: E402
+from stages.model import balance
+from stages.model.mcore import parallel_state, tensor_parallel
 
 
 @dataclass(frozen=True)
@@ -60,16 +57,17 @@ class Ranks:
 @contextmanager
 def session(seed: int) -> Iterator[Ranks]:
     """Makes this process a rank, one CPU thread and deterministic kernels, and leaves the process as it was found."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     on_gpu = torch.cuda.is_available()
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    filler: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
+    fill = filler.fill_uninitialized_memory
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
         torch.set_num_threads(1)  # a sum's bits follow the number of threads
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it only slows down `torch.empty`
+        filler.fill_uninitialized_memory = False  # it only slows down `torch.empty`
     if world == 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     else:
@@ -91,4 +89,4 @@ def session(seed: int) -> Iterator[Ranks]:
         if not on_gpu:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(deterministic)
-            torch.utils.deterministic.fill_uninitialized_memory = fill
+            filler.fill_uninitialized_memory = fill

@@ -1,0 +1,39 @@
+"""The judge of an export: plain transformers in an interpreter of its own.
+
+    python -P parity.py MODEL_FOLDER EXPECTED.safetensors
+
+EXPECTED holds `ids.<n>` ([length]) and Megatron's `logits.<n>` ([length, vocabulary]). The last line printed is one JSON
+object: keys that were missing, left over or of another shape, the largest logit difference and where it is. This file
+imports nothing of ours, on purpose: whatever makes Megatron run on CPU must not reach the model that is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+
+@torch.no_grad()
+def main(folder: str, expected: str) -> None:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, loading = loaded
+    keys = [f"{kind.replace('_', ' ')} {key}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            for key in sorted(map(str, loading[kind]))]  # fmt: skip
+    pairs, worst = load_file(expected), {"delta": 0.0, "row": 0, "position": 0}
+    for n in range(len(pairs) // 2):
+        deltas = (model(pairs[f"ids.{n}"].unsqueeze(0)).logits[0].float() - pairs[f"logits.{n}"]).abs().amax(-1)
+        deltas = torch.nan_to_num(deltas, nan=float("inf"))
+        at = int(deltas.argmax())
+        if float(deltas[at]) > worst["delta"]:
+            worst = {"delta": float(deltas[at]), "row": n, "position": at}
+    print(json.dumps({"keys": keys, **worst}))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
