@@ -1,0 +1,126 @@
+"""Acquire one source: from files, or from a seed, to documents that carry their id, licence and origin.
+
+Seals `documents.parquet` and `source.json`. Document ids and order depend on the source and the seed alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import AtomError
+from pipeline.stage import Config, Estimate, Inputs, Report, Stage
+from stages.data.problems import FORMS, draw
+from stages.data.recipe import (
+    Jsonl,
+    Parquet,
+    Problems,
+    Source,
+    StdlibDocstrings,
+    StdlibSource,
+    resolve_tree_digest,
+    source_files,
+)
+from stages.data.seeds import seed_of
+from stages.data.table import DOCUMENTS, content_hash, write_json, write_rows
+
+VERSION = 1
+
+
+class AcquireConfig(Config):
+    """One source with its tree digest resolved, and the recipe's seed."""
+
+    source: Source
+    seed: int
+
+
+def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """Read one source into `documents.parquet`; `source.json` declares licence, evidence, tree digest and counts.
+
+    Raises AtomError if a file is corrupt, if the tree is not the one whose digest stands in the config, or if two
+    documents have the same id.
+    """
+    source = config.source
+    if resolve_tree_digest(source) != source.tree_digest:
+        raise AtomError(f"source {source.name}: tree_digest is not resolved; run through the recipe's resolved() form")
+    files = source_files(source)
+    rows: dict[str, dict[str, Any]] = {}
+    skipped: list[str] = []
+    for found in _documents(source, config.seed, files):
+        if isinstance(found, str):
+            skipped.append(found)
+            continue
+        name, text, place, prompt_chars = found
+        key = f"{source.name}/{name}"
+        if key in rows:
+            raise AtomError(f"source {source.name}: two documents have the id {key}; choose an id_field with distinct values")
+        rows[key] = {
+            "id": key,
+            "text": text,
+            "source": source.name,
+            "license": source.license,
+            "origin": f"{source.origin}#{place}" if place else source.origin,
+            "content_hash": content_hash(text),
+            "prompt_chars": prompt_chars,
+        }
+    for path in skipped:
+        report.note(f"source {source.name}: {path} does not parse and was skipped")
+    kept = _limited(rows, getattr(source.reader, "limit", None), source.name, config.seed)
+    if not kept:
+        raise AtomError(f"source {source.name} gave no documents; check its reader")
+    write_rows(out / "documents.parquet", DOCUMENTS, kept)
+    declared = source.model_dump(include={"name", "kind", "license", "license_evidence", "origin", "tree_digest"})
+    counts = {
+        "documents": len(kept),
+        "documents_found": len(rows),
+        "bytes": sum(len(row["text"].encode()) for row in kept),
+        "files": len(files),
+        "files_skipped": skipped,
+    }
+    write_json(out / "source.json", {**declared, "reader": source.reader.reader, **counts})
+    report.note(f"source {source.name}: {len(kept)} of {len(rows)} documents, {counts['bytes'] / 1e6:.2f} MB, {source.license}")
+
+
+def _documents(source: Source, seed: int, files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, str, int] | str]:
+    """(name, text, place in the origin, prompt_chars), or the name of a file that could not be parsed."""
+    from stages.data.readers import stdlib, tables
+
+    reader = source.reader
+    found: Iterator[tuple[str, str, str] | str]
+    if isinstance(reader, Problems):
+        rng = random.Random(seed_of(f"problems/{source.name}", seed))
+        for i, problem in enumerate(draw(reader.tasks, reader.count, rng)):
+            text, prompt_chars = FORMS[reader.form](problem)
+            yield f"{problem.task}/{i:07d}", text, problem.task, prompt_chars
+        return
+    if isinstance(reader, StdlibDocstrings):
+        found = stdlib.read_docstrings(files)
+    elif isinstance(reader, StdlibSource):
+        found = stdlib.read_functions(files)
+    elif isinstance(reader, Jsonl):
+        found = iter(tables.read_jsonl(files, reader.text_field, reader.id_field))
+    else:
+        assert isinstance(reader, Parquet)
+        found = iter(tables.read_parquet(files, reader.text_field, reader.id_field))
+    for row in found:
+        yield row if isinstance(row, str) else (*row, 0)
+
+
+def _limited(rows: dict[str, dict[str, Any]], limit: int | None, name: str, seed: int) -> list[dict[str, Any]]:
+    """The first `limit` documents by a seeded hash of their id, in their original order."""
+    if limit is None or len(rows) <= limit:
+        return list(rows.values())
+    label = f"{seed_of(f'limit/{name}', seed)}/"
+    by_hash = sorted(rows, key=lambda key: hashlib.sha256((label + key).encode()).digest())
+    chosen = set(by_hash[:limit])
+    return [row for key, row in rows.items() if key in chosen]
+
+
+def estimate(config: AcquireConfig) -> Estimate:
+    return Estimate(cpu_seconds=5.0)
+
+
+STAGE = Stage("acquire", VERSION, AcquireConfig, run, promise="bitwise", estimate=estimate)

@@ -1,0 +1,116 @@
+"""Exact and near duplicates over all sources, with the document that stays in place of each one removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from datatrove.data import Document
+from datatrove.pipeline.dedup import (
+    MinhashConfig,
+    MinhashDedupBuckets,
+    MinhashDedupCluster,
+    MinhashDedupFilter,
+    MinhashDedupSignature,
+)
+from datatrove.utils.hashing import HashConfig
+
+from pipeline.errors import AtomError
+from stages.data.curation.dispositions import Dispositions
+from stages.data.curation.settings import MinHash
+from stages.data.curation.words import WORDS
+from stages.data.table import content_hash
+
+Documents = dict[str, list[Document]]  # by source, in the order of the recipe
+
+
+def exact(documents: Documents, dispositions: Dispositions) -> Documents:
+    """Keeps the first document of each SHA-256 of the text, over all sources in their order.
+
+    datatrove's exact block hashes to 64 bits and does not name the kept document.
+    """
+    first: dict[str, str] = {}
+    kept: Documents = {}
+    for source, docs in documents.items():
+        kept[source] = []
+        for doc in docs:
+            digest = content_hash(doc.text)
+            if digest in first:
+                dispositions.remove(doc.id, "exact_duplicate", 1.0, 1.0, duplicate_of=first[digest])
+            else:
+                first[digest] = doc.id
+                kept[source].append(doc)
+    return kept
+
+
+class _Removed:
+    """Stands where datatrove writes excluded documents."""
+
+    def __init__(self) -> None:
+        self.documents: list[Document] = []
+
+    def __enter__(self) -> _Removed:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def write(self, document: Document, rank: int = 0) -> None:
+        self.documents.append(document)
+
+
+def near(documents: Documents, settings: MinHash, seed: int, folder: Path, dispositions: Dispositions) -> Documents:
+    """Keeps one document of each MinHash cluster (datatrove's four stages, one shard a source).
+
+    Pairs that share a bucket are joined transitively, so the measured similarity (Jaccard index of word n-grams, the
+    `value`) of a removed document with the kept one may lie below the threshold. `folder` must be empty.
+    """
+    config = MinhashConfig(
+        n_grams=settings.n_grams,
+        num_buckets=settings.num_buckets,
+        hashes_per_bucket=settings.hashes_per_bucket,
+        seed=seed % 2**32,
+        hash_config=HashConfig(precision=64),
+    )
+    signatures, pairs, clusters = (str(folder / name) for name in ("signatures", "pairs", "clusters"))
+    signer = MinhashDedupSignature(signatures, config=config, language=WORDS)
+    for rank, docs in enumerate(documents.values()):
+        _exhaust(signer.run(iter(docs), rank=rank, world_size=len(documents)))
+    for bucket in range(settings.num_buckets):
+        finder = MinhashDedupBuckets(signatures, pairs, config=config)
+        _exhaust(finder.run(None, rank=bucket, world_size=settings.num_buckets))
+    cluster = MinhashDedupCluster(pairs, clusters, config=config, save_cluster_id=True)
+    _exhaust(cluster.run(None, 0, 1))
+
+    kept: Documents = {}
+    removed: list[Document] = []
+    for rank, (source, docs) in enumerate(documents.items()):
+        excluded = _Removed()
+        has_clusters = Path(clusters, f"{rank:06d}.clusters").exists()
+        block = MinhashDedupFilter(clusters, exclusion_writer=excluded, load_cluster_ids=has_clusters)
+        kept[source] = list(block.run(iter(docs), rank=rank, world_size=len(documents)))
+        removed.extend(excluded.documents)
+    stays = {d.metadata.get("minhash_cluster_id", -1): d for docs in kept.values() for d in docs}
+    stays.pop(-1, None)
+    for doc in removed:
+        twin = stays.get(doc.metadata["minhash_cluster_id"])
+        if twin is None:
+            raise AtomError(f"MinHash removed {doc.id} but kept no document of its cluster; this is a fault of curation")
+        similarity = _jaccard(signer.get_shingles(doc.text).ravel(), signer.get_shingles(twin.text).ravel())
+        dispositions.remove(doc.id, "near_duplicate", similarity, settings.threshold, duplicate_of=twin.id)
+    return kept
+
+
+def _jaccard(a: Iterator[int], b: Iterator[int]) -> float:
+    left, right = set(a), set(b)
+    return len(left & right) / len(left | right)
+
+
+def _exhaust(result: object) -> None:
+    """A block's `run` may be a generator (which must be drained) or a plain function (which has already run)."""
+    if isinstance(result, Iterator):
+        for _ in result:
+            pass

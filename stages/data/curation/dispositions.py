@@ -1,0 +1,102 @@
+"""The fate of every document that was read: kept, or removed by one rule. See docs/formats.md."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.errors import AtomError
+
+
+@dataclass(slots=True)
+class Disposition:
+    """One row of dispositions.parquet."""
+
+    id: str
+    source: str
+    license: str
+    content_hash: str
+    bytes: int
+    disposition: str = ""
+    split: str | None = None
+    rule: str | None = None
+    value: float | None = None
+    threshold: float | None = None
+    duplicate_of: str | None = None
+    match: str | None = None
+    kept_hash: str | None = None
+
+
+class Dispositions:
+    """Every input document gets exactly one disposition, or `close` raises."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Disposition] = {}
+
+    def enter(self, row: dict[str, Any]) -> None:
+        """A document as acquired. Raises AtomError for an id seen before, or a document without licence."""
+        if row["id"] in self.rows:
+            raise AtomError(f"two input documents have the id {row['id']}; ids must differ over all sources")
+        if not row["license"]:
+            raise AtomError(f"document {row['id']} has no licence; acquire its source with a licence")
+        size = len(row["text"].encode())
+        self.rows[row["id"]] = Disposition(row["id"], row["source"], row["license"], row["content_hash"], size)
+
+    def remove(
+        self,
+        id: str,
+        rule: str,
+        value: float,
+        threshold: float,
+        duplicate_of: str | None = None,
+        match: str | None = None,
+    ) -> None:
+        row = self._undecided(id)
+        row.disposition, row.rule, row.value, row.threshold = "removed", rule, float(value), float(threshold)
+        row.duplicate_of, row.match = duplicate_of, match
+
+    def keep(self, id: str, split: str, kept_hash: str) -> None:
+        row = self._undecided(id)
+        row.disposition, row.split, row.kept_hash = "kept", split, kept_hash
+
+    def _undecided(self, id: str) -> Disposition:
+        if id not in self.rows:
+            raise AtomError(f"curation produced the document {id}, which no source holds")
+        if self.rows[id].disposition:
+            raise AtomError(f"curation decided twice about {id}: {self.rows[id].rule or 'kept'}, and again")
+        return self.rows[id]
+
+    def close(self, kept: dict[str, int]) -> list[dict[str, Any]]:
+        """All rows in the order of input. `kept` is the number of documents written, by source.
+
+        Raises AtomError if a document has no disposition or the counts of a source do not balance.
+        """
+        counts: dict[str, Counter[str]] = {}
+        for row in self.rows.values():
+            counts.setdefault(row.source, Counter())[row.disposition] += 1
+        for source, count in counts.items():
+            if count[""] or kept.get(source, 0) != count["kept"]:
+                raise AtomError(
+                    f"source {source} does not balance: {count.total()} in, {count['kept']} kept ({kept.get(source, 0)} "
+                    f"written), {count['removed']} removed, {count['']} without a disposition; this is a fault of curation"
+                )
+        return [asdict(row) for row in self.rows.values()]
+
+
+def summarise(rows: list[dict[str, Any]], edits: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """Documents and bytes, in, kept by split, and removed by rule; by source and in total."""
+    sources: dict[str, Any] = {}
+    for name in [*sorted({row["source"] for row in rows}), None]:
+        mine = [row for row in rows if name in (None, row["source"])]
+        part = {
+            "documents_in": len(mine),
+            "bytes_in": sum(row["bytes"] for row in mine),
+            "kept": Counter(row["split"] for row in mine if row["disposition"] == "kept"),
+            "removed": Counter(row["rule"] for row in mine if row["disposition"] == "removed"),
+            "removed_bytes": sum(row["bytes"] for row in mine if row["disposition"] == "removed"),
+        }
+        if name is None:
+            return {"sources": sources, "total": part}
+        sources[name] = {**part, "edited": edits.get(name, {})}
+    raise AssertionError

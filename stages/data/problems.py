@@ -1,0 +1,97 @@
+"""Procedural problems with worked solutions: pure Python, seeded, easily extended by one function.
+
+A problem has two written forms. *Plain* is what a web page might hold, `347+586=933`; *worked* shows the steps,
+`347+586:7+6+0=13;…:933`, and ends with the answer after the last colon. The question, up to and including its `=` or `:`,
+carries no loss in training: what cannot be predicted should not be learnt.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question, the steps to its answer (`;` between them), and the answer."""
+
+    task: str
+    question: str
+    steps: str
+    answer: str
+
+    @property
+    def prompt(self) -> str:
+        """What a model is given at evaluation."""
+        return f"{self.question}:"
+
+
+def add(rng: random.Random) -> Problem:
+    """Two numbers of three digits, added digit by digit from the right: `7+6+0=13` is digit+digit+carry=sum."""
+    a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
+    steps, carry = [], 0
+    for x, y in zip(str(a)[::-1], str(b)[::-1], strict=True):
+        total = int(x) + int(y) + carry
+        steps.append(f"{x}+{y}+{carry}={total:02d}")
+        carry = total // 10
+    return Problem("add", f"{a}+{b}", ";".join(steps), str(a + b))
+
+
+def sort(rng: random.Random) -> Problem:
+    """Five digits sorted by insertion: each step shows the digits so far in order."""
+    digits = [rng.choice("0123456789") for _ in range(5)]
+    so_far: list[str] = []
+    steps = []
+    for digit in digits:
+        so_far = sorted([*so_far, digit])
+        steps.append("".join(so_far))
+    return Problem("sort", f"sort {''.join(digits)}", ";".join(steps), "".join(sorted(digits)))
+
+
+TASKS: dict[str, Callable[[random.Random], Problem]] = {"add": add, "sort": sort}
+
+
+def plain(problem: Problem) -> tuple[str, int]:
+    """(text, number of leading characters without loss)."""
+    return f"{problem.question}={problem.answer}", len(problem.question) + 1
+
+
+def worked(problem: Problem) -> tuple[str, int]:
+    """(text, number of leading characters without loss)."""
+    return f"{problem.prompt}{problem.steps}:{problem.answer}", len(problem.prompt)
+
+
+FORMS: dict[str, Callable[[Problem], tuple[str, int]]] = {"plain": plain, "worked": worked}
+
+
+def draw(tasks: dict[str, float], count: int, rng: random.Random) -> list[Problem]:
+    """`count` problems from the whole space of each task, tasks chosen with the given weights; repeats are possible."""
+    names = sorted(tasks)
+    weights = [tasks[name] for name in names]
+    return [TASKS[name](rng) for name in rng.choices(names, weights, k=count)]
+
+
+def distinct(task: str, count: int, rng: random.Random) -> list[Problem]:
+    """`count` problems of one task with different questions. Raises ValueError if the task has too few."""
+    found: dict[str, Problem] = {}
+    for _ in range(100 * count + 1000):
+        if len(found) == count:
+            break
+        problem = TASKS[task](rng)
+        found.setdefault(problem.question, problem)
+    if len(found) < count:
+        raise ValueError(f"task {task} gave only {len(found)} different problems of {count}")
+    return list(found.values())
+
+
+def answer_of(output: str) -> str:
+    """The answer in a model's output: what stands after the last colon, up to the end of text."""
+    return output.split(END_OF_TEXT, 1)[0].rsplit(":", 1)[-1].strip()
+
+
+def score(answer: str, output: str) -> int:
+    """1 if the output's answer is exactly the expected one, else 0."""
+    return int(answer_of(output) == answer)

@@ -1,0 +1,1 @@
+"""Readers: from files (or a seed) to documents with stable ids."""

@@ -1,0 +1,117 @@
+"""The running Python's standard library as documents: docstrings, or functions without their docstrings."""
+
+from __future__ import annotations
+
+import ast
+import os
+import sysconfig
+import textwrap
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+# not library code (tests, the editor, installed packages), or written at build time with paths of the build machine
+_SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "idlelib", "turtledemo", "lib2to3", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
+)
+_SKIPPED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars")
+
+
+def stdlib_files(top_level: bool = False) -> list[tuple[str, Path]]:
+    """(relative path, path) of the library's modules, sorted; `top_level` leaves packages out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for folder, folders, names in os.walk(root):
+        relative = Path(folder).relative_to(root)
+        folders[:] = [] if top_level else [f for f in folders if f not in _SKIPPED_FOLDERS and not f.startswith("config-")]
+        for name in names:
+            if name.endswith(".py") and not name.startswith(_SKIPPED_PREFIXES):
+                found.append(((relative / name).as_posix(), Path(folder, name)))
+    return sorted(found)
+
+
+def read_docstrings(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, str] | str]:
+    """Yields (name, text, file) of every docstring; for a file that does not parse, its relative path alone."""
+    for relative, _, tree in _parsed(files):
+        if tree is None:
+            yield relative
+            continue
+        for name, node in _named(tree, ""):
+            text = ast.get_docstring(node)
+            if text and _is_unicode(text):
+                yield f"{relative}:{name}" if name else relative, text, relative
+
+
+def read_functions(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, str] | str]:
+    """Yields (name, source, file) of every function and method that is more than a docstring; as above for bad files."""
+    for relative, lines, tree in _parsed(files):
+        if tree is None:
+            yield relative
+            continue
+        for name, node in _named(tree, ""):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                text = _source_without_docstring(node, lines)
+                if text and _is_unicode(text):
+                    yield f"{relative}:{name}", text, relative
+
+
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _parsed(files: list[tuple[str, Path]]) -> Iterator[tuple[str, list[str], ast.Module | None]]:
+    for relative, path in files:
+        data = path.read_bytes()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # invalid escapes in old modules are not ours to report
+                tree = ast.parse(data)
+            lines = ast.unparse(tree).splitlines() if b"coding:" in data[:200] and not _utf8(data) else None
+            text = data.decode("utf-8") if lines is None else ""
+        except (SyntaxError, ValueError, RecursionError):
+            yield relative, [], None
+            continue
+        yield relative, text.splitlines() if lines is None else lines, tree
+
+
+def _utf8(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _named(tree: ast.AST, prefix: str, seen: Counter[str] | None = None) -> Iterator[tuple[str, Documented]]:
+    """Module, classes, methods and functions with dotted names; a name used again becomes name#2, name#3, …
+
+    Functions inside functions belong to their outer function.
+    """
+    seen = Counter() if seen is None else seen
+    if isinstance(tree, ast.Module):
+        yield "", tree
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            name = f"{prefix}{node.name}"
+            seen[name] += 1
+            yield (name if seen[name] == 1 else f"{name}#{seen[name]}"), node
+            if isinstance(node, ast.ClassDef):
+                yield from _named(node, f"{name}.", seen)
+        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.ExceptHandler)):
+            yield from _named(node, prefix, seen)
+
+
+def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str | None:
+    first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+    kept = list(range(first, (node.end_lineno or node.lineno) + 1))
+    body = node.body[0]
+    if isinstance(body, ast.Expr) and isinstance(body.value, ast.Constant) and isinstance(body.value.value, str):
+        if len(node.body) == 1 or body.lineno == node.lineno:
+            return None
+        kept = [n for n in kept if not body.lineno <= n <= (body.end_lineno or body.lineno)]
+    return textwrap.dedent("\n".join(lines[n - 1] for n in kept)).strip("\n")
+
+
+def _is_unicode(text: str) -> bool:
+    """False for text with lone surrogates, which has no UTF-8 form."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)

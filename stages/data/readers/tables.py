@@ -1,0 +1,76 @@
+"""JSON Lines and Parquet files as documents, with errors that name the file and the line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import AtomError
+
+
+def read_jsonl(files: list[tuple[str, Path]], text_field: str, id_field: str | None) -> Iterator[tuple[str, str, str]]:
+    """Yields (name, text, file). Without an id field the name is file and line number."""
+    for relative, path in files:
+        for number, line in _lines(path):
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise AtomError(f"{where}: not a JSON object ({error}); the file is cut short or corrupt") from None
+            if not isinstance(row, dict):
+                raise AtomError(f"{where}: a JSON object is expected, not {type(row).__name__}")
+            yield _document(row, text_field, id_field, where, f"{relative}:{number}", relative)
+
+
+def read_parquet(files: list[tuple[str, Path]], text_field: str, id_field: str | None) -> Iterator[tuple[str, str, str]]:
+    """Yields (name, text, file). Without an id field the name is file and row number."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [text_field] + ([id_field] if id_field else [])
+    for relative, path in files:
+        number = 0
+        try:
+            parquet = pq.ParquetFile(path)
+            missing = sorted(set(columns) - set(parquet.schema_arrow.names))
+            if missing:
+                raise AtomError(f"{path} has no column {missing[0]!r}; its columns: {', '.join(parquet.schema_arrow.names)}")
+            for batch in parquet.iter_batches(batch_size=1000, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    where = f"{path}, row {number}"
+                    yield _document(row, text_field, id_field, where, f"{relative}:{number}", relative)
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise AtomError(f"{path} cannot be read after row {number} ({reason}); it is cut short or not Parquet") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    yield number, line.decode("utf-8")
+    except (EOFError, OSError, zlib.error, UnicodeDecodeError) as error:
+        raise AtomError(f"{path} cannot be read at line {number + 1} ({error}); it is cut short or corrupt") from None
+
+
+def _document(
+    row: dict[str, Any], text_field: str, id_field: str | None, where: str, name: str, relative: str
+) -> tuple[str, str, str]:
+    text = row.get(text_field)
+    if not isinstance(text, str):
+        have = ", ".join(sorted(map(str, row)))
+        raise AtomError(f"{where}: no text in field {text_field!r} (fields: {have}); set reader.text_field")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise AtomError(f"{where}: field {text_field!r} holds a lone surrogate, which is not Unicode text; mend the line")
+    if id_field is not None:
+        if row.get(id_field) in (None, ""):
+            raise AtomError(f"{where}: no id in field {id_field!r}; set reader.id_field to a field that every row has")
+        name = str(row[id_field])
+    return name, text, relative

@@ -1,0 +1,269 @@
+"""The data recipe: which sources, under which licence, read how, and what happens to them, step by step.
+
+`load("tiny")` reads the packaged recipe `data_recipes/tiny.yaml`; a path reads that file. Nothing heavy is imported
+here, since `atom plan` needs the recipe and the digests of the source trees before any stage runs.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import RecipeError
+from pipeline.stage import Config, operational
+from pipeline.store import canonical, sha256_bytes, sha256_file
+from stages.data.curation.settings import AnyStep, CurationSettings
+from stages.data.problems import FORMS, TASKS
+
+NAME = r"^[a-z][a-z0-9_]*$"
+
+
+class StdlibDocstrings(Config):
+    """Docstrings of modules, classes and functions of the running Python's standard library."""
+
+    reader: Literal["stdlib-docstrings"]
+    modules: Literal["all", "top-level"] = "all"
+    limit: int | None = Field(None, ge=1, description="keep this many documents, chosen by a seeded hash of the id")
+
+
+class StdlibSource(Config):
+    """Functions and methods of the standard library, without their docstrings.
+
+    The docstrings are left out because a held-out docstring must not be trained on inside its function.
+    """
+
+    reader: Literal["stdlib-source"]
+    modules: Literal["all", "top-level"] = "all"
+    limit: int | None = Field(None, ge=1, description="keep this many documents, chosen by a seeded hash of the id")
+
+
+class Jsonl(Config):
+    """One JSON object a line, plain or gzip; `path` is a file or a folder of *.jsonl and *.jsonl.gz."""
+
+    reader: Literal["jsonl"]
+    path: str = operational(..., "where the files lie here; the tree digest, not the path, is identity")
+    text_field: str = "text"
+    id_field: str | None = None
+    limit: int | None = Field(None, ge=1)
+
+
+class Parquet(Config):
+    """Parquet files; `path` is a file or a folder of *.parquet."""
+
+    reader: Literal["parquet"]
+    path: str = operational(..., "where the files lie here; the tree digest, not the path, is identity")
+    text_field: str = "text"
+    id_field: str | None = None
+    limit: int | None = Field(None, ge=1)
+
+
+class Problems(Config):
+    """Procedural problems drawn from the recipe's seed; `tasks` gives each task's share."""
+
+    reader: Literal["problems"]
+    tasks: dict[str, float]
+    form: Literal["plain", "worked"]
+    count: int = Field(ge=1)
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, tasks: dict[str, float]) -> dict[str, float]:
+        unknown = sorted(set(tasks) - set(TASKS))
+        if unknown or not tasks or min(tasks.values()) <= 0:
+            raise ValueError(f"unknown or empty tasks {unknown}; known are {', '.join(sorted(TASKS))}, shares above 0")
+        return tasks
+
+
+assert set(FORMS) == {"plain", "worked"}
+
+Reader = Annotated[
+    StdlibDocstrings | StdlibSource | Jsonl | Parquet | Problems,
+    Field(discriminator="reader"),
+]
+
+
+class Source(Config):
+    """What is needed to acquire one source."""
+
+    name: str = Field(pattern=NAME)
+    kind: Literal["prose", "code", "problems"]
+    license: str = Field(description="SPDX expression")
+    license_evidence: str = Field(min_length=1, description="text or URL that shows the licence")
+    origin: str = Field(min_length=1, description="where it comes from: URL or text")
+    tree_digest: str = Field("auto", pattern=r"^(auto|sha256:[0-9a-f]{64})$")
+    reader: Reader
+
+    @field_validator("name")
+    @classmethod
+    def _free(cls, name: str) -> str:
+        if name == "items":
+            raise ValueError("`items` is the role of the evaluation items; choose another name")
+        return name
+
+    @field_validator("license")
+    @classmethod
+    def _spdx(cls, value: str) -> str:
+        from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+        try:
+            return str(canonicalize_license_expression(value))
+        except InvalidLicenseExpression:
+            raise ValueError(f"{value!r} is not an SPDX expression (spdx.org/licenses), e.g. Apache-2.0") from None
+
+
+class SourceConfig(Source):
+    """A source of a data recipe: how it is acquired, and what happens to its documents in order."""
+
+    heldout: float | None = Field(None, ge=0, lt=1, description="overrides the recipe's held-out fraction")
+    steps: tuple[AnyStep, ...] = ()
+
+
+class DataRecipe(Config):
+    """One file of `data_recipes/`."""
+
+    name: str
+    description: str
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    curation: CurationSettings = CurationSettings()
+    heldout: float = Field(0.05, ge=0, lt=1, description="share of kept documents, by content hash, never trained on")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> DataRecipe:
+        names = [source.name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources are named {twice[0]}; names must differ")
+        return self
+
+    def resolved(self) -> DataRecipe:
+        """The recipe with every tree digest computed from the files on disk. Raises RecipeError if a pin differs."""
+        sources = tuple(s.model_copy(update={"tree_digest": resolve_tree_digest(s)}) for s in self.sources)
+        return self.model_copy(update={"sources": sources})
+
+    def acquire_config(self, source: str, seed: int) -> dict[str, Any]:
+        """The config of stage acquire for one source: without its curation steps, which must not re-acquire it."""
+        found = next(s for s in self.sources if s.name == source)
+        return {"source": found.model_dump(include=set(Source.model_fields)), "seed": seed}
+
+    def curate_config(self, seed: int) -> dict[str, Any]:
+        """The config of stage curate for all sources."""
+        sources = [
+            {
+                "name": s.name,
+                "kind": s.kind,
+                "heldout": self._heldout(s),
+                "steps": [step.model_dump() for step in s.steps],
+            }
+            for s in self.sources
+        ]
+        return {"sources": sources, "curation": self.curation.model_dump(), "seed": seed}
+
+    def _heldout(self, source: SourceConfig) -> float:
+        if source.heldout is not None:
+            return source.heldout
+        return 0.0 if source.kind == "problems" else self.heldout
+
+
+def load(name_or_path: str | Path) -> DataRecipe:
+    """A data recipe by packaged name or by path; relative file paths inside are relative to the YAML.
+
+    Raises RecipeError in one sentence: no such recipe, not YAML, or the first field that is wrong and its mend.
+    """
+    text, where, folder = _read(str(name_or_path))
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"data recipe {where} is not YAML: {_one_line(error)}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"data recipe {where} must be a mapping with name, description and sources")
+    _require_licences(where, raw)
+    try:
+        recipe = DataRecipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"data recipe {where}: {_first(error, raw)}") from None
+    return recipe.model_copy(update={"sources": tuple(_absolute(s, folder) for s in recipe.sources)})
+
+
+def resolve_tree_digest(source: Source) -> str:
+    """`sha256:` over the sorted (relative path, sha256) of the files that the source's reader reads.
+
+    Procedural sources read none. Raises RecipeError if the files are not there or a pinned digest differs.
+    """
+    files = source_files(source)
+    rows = [[relative, sha256_file(path)] for relative, path in files]
+    digest = f"sha256:{sha256_bytes(canonical(rows))}"
+    if source.tree_digest not in ("auto", digest):
+        raise RecipeError(
+            f"source {source.name}: tree_digest is pinned to {source.tree_digest} but the {len(files)} files here give "
+            f"{digest}; restore the pinned files, or change the pin"
+        )
+    return digest
+
+
+def source_files(source: Source) -> list[tuple[str, Path]]:
+    """(relative path, path) of every file that the reader reads, sorted by relative path."""
+    from stages.data.readers.stdlib import stdlib_files
+
+    reader = source.reader
+    if isinstance(reader, (StdlibDocstrings, StdlibSource)):
+        return stdlib_files(top_level=reader.modules == "top-level")
+    if isinstance(reader, Problems):
+        return []
+    suffixes = (".jsonl", ".jsonl.gz") if isinstance(reader, Jsonl) else (".parquet",)
+    root = Path(reader.path)
+    if root.is_file():
+        return [(root.name, root)]
+    paths = sorted(p for p in root.rglob("*") if p.is_file() and p.name.endswith(suffixes))
+    if not paths:
+        raise RecipeError(f"source {source.name}: there is no {' or '.join(suffixes)} file at {root}; check reader.path")
+    return sorted((p.relative_to(root).as_posix(), p) for p in paths)
+
+
+def _read(name: str) -> tuple[str, str, Path]:
+    """Text, the name to show, and the folder that relative paths start from."""
+    if re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        folder = resources.files("data_recipes")
+        packaged = folder / f"{name}.yaml"
+        if not packaged.is_file():
+            known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+            raise RecipeError(f"there is no data recipe {name}; packaged are {', '.join(known)}, or give a path to a .yaml")
+        return packaged.read_text("utf-8"), name, Path(str(folder))
+    path = Path(name)
+    try:
+        return path.read_text("utf-8"), path.name, path.resolve().parent
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"data recipe {path} cannot be read: {_one_line(error)}") from None
+
+
+def _require_licences(where: str, raw: dict[str, Any]) -> None:
+    for i, source in enumerate(raw.get("sources") or []):
+        name = source.get("name", f"number {i + 1}") if isinstance(source, dict) else f"number {i + 1}"
+        for field, mend in (("license", "an SPDX id, e.g. Apache-2.0"), ("license_evidence", "a text or URL that shows it")):
+            if isinstance(source, dict) and not source.get(field):
+                raise RecipeError(f"data recipe {where}: source {name} has no {field}; add `{field}:` with {mend}")
+
+
+def _first(error: ValidationError, raw: dict[str, Any]) -> str:
+    found = error.errors()[0]
+    place = ".".join(str(part) for part in found["loc"]) or "the recipe"
+    if found["loc"][:1] == ("sources",) and len(found["loc"]) > 1 and isinstance(found["loc"][1], int):
+        name = raw["sources"][found["loc"][1]].get("name", found["loc"][1])
+        place = f"source {name}, {'.'.join(str(part) for part in found['loc'][2:])}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{place}: {found['msg'].removeprefix('Value error, ')}{more}"
+
+
+def _absolute(source: SourceConfig, folder: Path) -> SourceConfig:
+    if not isinstance(source.reader, (Jsonl, Parquet)):
+        return source
+    path = str((folder / source.reader.path).resolve())
+    return source.model_copy(update={"reader": source.reader.model_copy(update={"path": path})})
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

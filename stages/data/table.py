@@ -1,0 +1,111 @@
+"""Parquet tables of the data stages: one schema each, one way of writing, errors that name the file.
+
+Equal rows give equal bytes: fixed row groups, zstd, no pandas metadata, no clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import AtomError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ROWS_PER_GROUP = 50_000
+
+# column -> Arrow type by name; docs/formats.md explains each column
+DOCUMENTS = {
+    "id": "string",
+    "text": "string",
+    "source": "string",
+    "license": "string",
+    "origin": "string",
+    "content_hash": "string",
+    "prompt_chars": "int32",
+}
+KEPT = {**DOCUMENTS, "split": "string"}
+DISPOSITIONS = {
+    "id": "string",
+    "source": "string",
+    "license": "string",
+    "content_hash": "string",
+    "bytes": "int64",
+    "disposition": "string",
+    "split": "string",
+    "rule": "string",
+    "value": "double",
+    "threshold": "double",
+    "duplicate_of": "string",
+    "match": "string",
+    "kept_hash": "string",
+}
+ITEMS = {"id": "string", "task": "string", "prompt": "string", "answer": "string", "text": "string"}
+TOKENIZED = {
+    "source": "string",
+    "split": "string",
+    "ordinal": "int32",
+    "id": "string",
+    "content_hash": "string",
+    "license": "string",
+    "bytes": "int64",
+    "tokens": "int32",
+    "loss_from": "int32",
+}
+ORDER = {
+    "step": "int32",
+    "row": "int32",
+    "segment": "int16",
+    "source": "string",
+    "ordinal": "int32",
+    "id": "string",
+    "offset": "int32",
+    "length": "int32",
+    "loss_from": "int32",
+}
+
+
+def content_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def arrow_schema(columns: Mapping[str, str]) -> pa.Schema:
+    import pyarrow as pa
+
+    return pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
+
+
+def write_rows(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes rows (dicts with exactly these columns)."""
+    import pyarrow as pa
+
+    write_table(path, pa.Table.from_pylist(list(rows), schema=arrow_schema(columns)))
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.replace_schema_metadata(None), path, compression="zstd", row_group_size=ROWS_PER_GROUP)
+
+
+def read_table(path: Path, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
+    """Raises AtomError naming the file if it is missing, cut short or without one of the columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path).read(columns=columns) if filters is None else pq.read_table(path, columns, filters=filters)
+    except FileNotFoundError:
+        raise AtomError(f"{path} is missing; run the stage that makes it again") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise AtomError(f"{path} cannot be read as Parquet ({reason}); rebuild it") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n", "utf-8")
