@@ -1,0 +1,171 @@
+"""The exact order of training data: which tokens of which documents make up every row of every step.
+
+The order follows from seed, mix and the table of documents alone. It is an artifact, so that training only follows it,
+any step's documents can be looked up without the corpus, and a release can publish it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from pipeline.errors import RecipeError
+from pipeline.stage import Config, Estimate, Inputs, Report, Stage
+from stages.data.seeds import permutation
+from stages.data.table import ORDER, arrow_schema, read_table, write_json, write_table
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+VERSION = 1
+
+
+class OrderConfig(Config):
+    """`rows` are the rows of one step; `mix` is each source's share of all rows of the phase."""
+
+    phase: str
+    mix: dict[str, float] = Field(min_length=1)
+    sequence_length: int = Field(ge=2)
+    rows: int = Field(ge=1)
+    steps: int = Field(ge=1)
+    seed: int
+
+
+def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """Seal `order.parquet` (one row for every segment of every step) and `meta.json`.
+
+    inputs["tokens"]: its documents.parquet is read, its shards are not. A document longer than a row is cut into chunks
+    of sequence_length + 1 tokens that overlap by one, so that each token but a document's first is a target once.
+    Every source is walked through in a seeded permutation of its chunks, a new one each epoch.
+    Raises RecipeError for an unknown or empty source, or shares that do not sum to 1.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    names = sorted(config.mix)
+    chunks = _chunks_by_source(inputs["tokens"] / "documents.parquet", config)
+    quota = apportion(config.mix, config.rows * config.steps)
+    labels = np.repeat(np.arange(len(names)), [quota[name] for name in names])
+    labels = labels[permutation(len(labels), f"order/{config.phase}/sources", config.seed)]
+
+    total = len(labels)
+    columns = {name: np.zeros(total, np.int64) for name in ("ordinal", "offset", "length", "loss_from")}
+    source = np.array(names, dtype=object)[labels]
+    ids = np.empty(total, dtype=object)
+    meta_sources: dict[str, Any] = {}
+    for i, name in enumerate(names):
+        places = np.flatnonzero(labels == i)
+        chosen = _walk(len(chunks[name]["ordinal"]), len(places), f"order/{config.phase}/{name}", config.seed)
+        for column, values in columns.items():
+            values[places] = chunks[name][column][chosen]
+        ids[places] = chunks[name]["id"][chosen]
+        length, loss_from = columns["length"][places], columns["loss_from"][places]
+        meta_sources[name] = {
+            "rows": len(places),
+            "tokens": int((length - 1).sum()),
+            "loss_tokens": int((length - 1 - loss_from).sum()),
+            "documents_seen": len(np.unique(columns["ordinal"][places])),
+            "chunks": len(chunks[name]["ordinal"]),
+            "epochs": round(len(places) / len(chunks[name]["ordinal"]), 6),
+        }
+    step = np.arange(total) // config.rows + 1
+    row = np.arange(total) % config.rows
+    data = {"step": step, "row": row, "segment": np.zeros(total, np.int64), "source": source, "id": ids, **columns}
+    schema = arrow_schema(ORDER)
+    table = pa.table([pa.array(data[field.name], field.type) for field in schema], schema=schema)
+    write_table(out / "order.parquet", table)
+    meta = config.model_dump(exclude={"seed"}) | {"seed": config.seed, "sources": meta_sources}
+    meta["tokens"] = sum(part["tokens"] for part in meta_sources.values())
+    write_json(out / "meta.json", meta)
+    for name, part in meta_sources.items():
+        report.note(f"{name}: {part['rows']} rows, {part['documents_seen']} documents, {part['epochs']:.2f} epochs")
+
+
+def apportion(shares: dict[str, float], total: int) -> dict[str, int]:
+    """Whole numbers in proportion to the shares that sum to `total` (largest remainder; ties by name)."""
+    whole = {name: int(share * total) for name, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda name: (whole[name] - shares[name] * total, name))
+    for name in by_remainder[: total - sum(whole.values())]:
+        whole[name] += 1
+    return whole
+
+
+def chunk(tokens: int, loss_from: int, sequence_length: int) -> list[tuple[int, int, int]]:
+    """(offset, length, targets without loss) of the chunks of one document that carry any loss.
+
+    `loss_from` is the first token of the document that carries loss. A chunk of length n has n - 1 targets.
+    """
+    found = []
+    for offset in range(0, tokens - 1, sequence_length):
+        length = min(sequence_length + 1, tokens - offset)
+        silent = min(max(loss_from - offset - 1, 0), length - 1)
+        if silent < length - 1:
+            found.append((offset, length, silent))
+    return found
+
+
+def _chunks_by_source(path: Path, config: OrderConfig) -> dict[str, dict[str, NDArray[Any]]]:
+    """By source: arrays `ordinal`, `id`, `offset`, `length`, `loss_from`, one entry a chunk of the training split."""
+    import numpy as np
+
+    problems = [f"{name} has share {share}" for name, share in sorted(config.mix.items()) if share <= 0]
+    if problems:
+        raise RecipeError(f"{config.phase}.mix: {problems[0]}; shares must be above 0")
+    if abs(sum(config.mix.values()) - 1) > 1e-6:
+        raise RecipeError(f"{config.phase}.mix: shares sum to {sum(config.mix.values()):.6g}, not 1; adjust them")
+    table = read_table(path, ["source", "split", "ordinal", "id", "tokens", "loss_from"]).to_pylist()
+    rows: dict[str, list[tuple[int, str, int, int, int]]] = {document["source"]: [] for document in table}
+    for document in table:
+        if document["split"] == "train" and document["source"] in config.mix:
+            for offset, length, silent in chunk(document["tokens"], document["loss_from"], config.sequence_length):
+                rows[document["source"]].append((document["ordinal"], document["id"], offset, length, silent))
+    chunks = {}
+    for name in config.mix:
+        if name not in rows:
+            raise RecipeError(f"{config.phase}.mix names the source {name}, which the data does not have ({', '.join(rows)})")
+        if not rows[name]:
+            raise RecipeError(f"{config.phase}.mix: source {name} has no training tokens; remove it from the mix")
+        ordinal, ids, offset, length, silent = zip(*rows[name], strict=True)
+        chunks[name] = {
+            "ordinal": np.array(ordinal),
+            "id": np.array(ids, dtype=object),
+            "offset": np.array(offset),
+            "length": np.array(length),
+            "loss_from": np.array(silent),
+        }
+    return chunks
+
+
+def _walk(size: int, count: int, label: str, seed: int) -> NDArray[np.int64]:
+    """The first `count` indices of a walk through 0..size-1 that is permuted anew in each epoch."""
+    import numpy as np
+
+    epochs = -(-count // size)
+    parts = [permutation(size, f"{label}/epoch {epoch}", seed) for epoch in range(epochs)]
+    return np.concatenate([*parts, np.zeros(0, np.int64)])[:count]
+
+
+def documents_of_step(order: Path, step: int) -> pa.Table:
+    """The rows of order.parquet of one step (1-based), by row. `order` is the sealed folder or the file."""
+    return read_table(_file(order), filters=[("step", "=", step)])
+
+
+def steps_of_document(order: Path, id: str) -> pa.Table:
+    """The rows of order.parquet in which the document occurs, by step."""
+    return read_table(_file(order), filters=[("id", "=", id)])
+
+
+def _file(order: Path) -> Path:
+    return order / "order.parquet" if order.is_dir() else order
+
+
+def estimate(config: OrderConfig) -> Estimate:
+    tokens = config.rows * config.steps * config.sequence_length
+    return Estimate(cpu_seconds=2 + config.rows * config.steps / 5e5, tokens=tokens)
+
+
+STAGE = Stage("order", VERSION, OrderConfig, run, promise="bitwise", estimate=estimate)
