@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.store import Artifact, write_manifest
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from pipeline.store import Artifact, digest_of, rows_of, write_manifest
 
 VOCAB, EOD = 64, 1
 MODEL: dict[str, Any] = dict(
@@ -96,3 +100,40 @@ def tokenizer(folder: Path) -> Artifact:
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     return write_manifest(folder, "tokenizer-test")
+
+
+class Reporter:
+    """A report that may have its own process killed at a step, or ask it to stop, as a machine would."""
+
+    def __init__(self, at: int = 0, number: int = 0) -> None:
+        self.at, self.number = at, number
+        self.notes: list[str] = []
+
+    def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
+        if self.at == done:
+            os.kill(os.getpid(), self.number)
+
+    def metric(self, step: int, **values: float) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        print(text, flush=True)
+
+
+def pretrain(folder: Path, work: Path, out: Path, settings: dict[str, Any], report: Reporter | None = None) -> None:
+    """Runs the pretrain stage on the artifacts that `make` left in `folder`."""
+    from stages.pretrain import STAGE
+
+    work.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    inputs = {role: Artifact.open(folder / role) for role in ("tokens", "order")}
+    STAGE.run(STAGE.config.model_validate(settings), inputs, work, out, report or Reporter())
+
+
+def digest(out: Path) -> str:
+    """One hash of every byte of a stage's product."""
+    return digest_of(rows_of(out))
+
+
+if __name__ == "__main__":  # python tests/train_world.py FOLDER WORK OUT CONFIG.json [AT_STEP SIGNAL]
+    pretrain(*map(Path, sys.argv[1:4]), json.loads(Path(sys.argv[4]).read_text()), Reporter(*map(int, sys.argv[5:])))

@@ -54,7 +54,8 @@ def save(engine: Engine, work: Path, step: int) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.rename(partial, folder / MARKER)
-        for old in _folders(work)[:-KEEP]:
+        complete = [f for f in _folders(work) if (f / MARKER).exists()]
+        for old in set(_folders(work)) - set(complete[-KEEP:]):
             shutil.rmtree(old)
     engine.ranks.barrier()
 
@@ -71,6 +72,10 @@ def load(engine: Engine, work: Path, report: Report) -> int:
         if problem is None:
             step = int(json.loads((folder / MARKER).read_text())["step"])
             engine.load_state(dist_checkpointing.load(engine.state(loading=True), str(folder)))
+            engine.ranks.barrier()
+            if engine.ranks.first:  # what is passed over would otherwise count among the last two
+                for newer in _folders(work)[_folders(work).index(folder) + 1 :]:
+                    shutil.rmtree(newer)
             return step
         if problem:
             problems.append(problem)

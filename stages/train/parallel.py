@@ -7,7 +7,9 @@ only split today.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,37 +58,45 @@ class Ranks:
 
 @contextmanager
 def session(seed: int) -> Iterator[Ranks]:
-    """Makes this process a rank, one CPU thread and deterministic kernels, and leaves the process as it was found."""
+    """Makes this process a rank and leaves it as it was found.
+
+    On CPU a rank computes on one thread with deterministic kernels: its sums have the same bits every time.
+    """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     on_gpu = torch.cuda.is_available()
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    filler: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
-    fill = filler.fill_uninitialized_memory
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    else:
-        torch.set_num_threads(1)  # a sum's bits follow the number of threads
-        torch.use_deterministic_algorithms(True)
-        filler.fill_uninitialized_memory = False  # it only slows down `torch.empty`
-    if world == 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        backend = "nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timedelta(minutes=10))
+    meeting: dict[str, Any] = {"store": dist.HashStore()} if world == 1 else {"timeout": timedelta(minutes=10)}
+    with warnings.catch_warnings(), contextlib.nullcontext() if on_gpu else _one_thread():
+        # deprecation notes of Megatron's and PyTorch's for each other, which nobody who reads this log can act on
+        warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+        dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world, **meeting)
+        try:
+            parallel_state.initialize_model_parallel()
+            tensor_parallel.model_parallel_cuda_manual_seed(seed)
+            yield Ranks(
+                rank,
+                world,
+                parallel_state.get_data_parallel_rank(with_context_parallel=True),
+                parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+            )
+        finally:
+            balance.forget()
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One CPU thread and deterministic kernels."""
+    filler: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), filler.fill_uninitialized_memory
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    filler.fill_uninitialized_memory = False  # it only slows `torch.empty` down
     try:
-        parallel_state.initialize_model_parallel()
-        tensor_parallel.model_parallel_cuda_manual_seed(seed)
-        yield Ranks(
-            rank,
-            world,
-            parallel_state.get_data_parallel_rank(with_context_parallel=True),
-            parallel_state.get_data_parallel_world_size(with_context_parallel=True),
-        )
+        yield
     finally:
-        balance.forget()
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
-        if not on_gpu:
-            torch.set_num_threads(threads)
-            torch.use_deterministic_algorithms(deterministic)
-            filler.fill_uninitialized_memory = fill
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+        filler.fill_uninitialized_memory = before[2]

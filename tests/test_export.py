@@ -1,0 +1,115 @@
+"""An export either is the checkpoint's model, or is refused in a sentence that says where it is not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import train_world as world
+from safetensors.torch import load_file, save_file
+
+from pipeline.errors import AtomError, CheckFailed
+from pipeline.store import Artifact, write_manifest
+from release import export
+from stages.model.config import ModelConfig
+from stages.model.init import full_tensor
+from stages.train import sealed
+
+MODEL = {**world.MODEL, "tie_embeddings": False}
+PADDED = world.VOCAB + 16  # so that padded rows must be dropped
+CONFIG = export.ExportConfig(model=ModelConfig(**MODEL), padded_vocab_size=PADDED)
+EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    model = CONFIG.model
+    made = {n: full_tensor(n, s, model, seed=0) for n, s in model.shapes(PADDED).items()}
+    return {n: t + 0.1 * torch.arange(len(t)) / len(t) if t.ndim == 1 else t for n, t in made.items()}  # norms not 1
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    folder = tmp_path_factory.mktemp("export")
+    for step in (0, 4):
+        made = {n: t * (1 + step) for n, t in tensors().items()}
+        sealed.write(folder / "checkpoint" / sealed.name_of(step), made, {}, {"step": step})
+    checkpoint = write_manifest(folder / "checkpoint", "pretrain-test")
+    return {"checkpoint": checkpoint, "tokenizer": world.tokenizer(folder / "tokenizer")}
+
+
+@pytest.fixture(scope="module")
+def exported(inputs: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "out").mkdir()
+    config = CONFIG.model_copy(update={"step": 0})
+    export.run(config, inputs, folder, folder / "out", world.Reporter())  # type: ignore[arg-type]
+    return folder / "out"
+
+
+def test_folder_loads_with_plain_transformers(exported: Path) -> None:
+    parity = json.loads((exported / "parity.json").read_text())
+    assert parity["max_abs_logit_delta"] < 1e-5 and parity["longest_row"] == 64 and parity["tensors_compared"] == 33
+    generation = json.loads((exported / "model" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [1, 3] and generation["pad_token_id"] == 0
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "t = AutoTokenizer.from_pretrained(sys.argv[1]); m = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "assert m.config.vocab_size == len(t) == 64 and m.generation_config.eos_token_id == [1, 3]\n"
+        "out = m.generate(torch.tensor([[7, 8, 9]]), max_new_tokens=4); assert out.shape[1] <= 7\n"
+        "assert t.apply_chat_template([{'role': 'user', 'content': '<think>'}], tokenize=False) == '<think>'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(exported / "model")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warn" not in done.stderr.lower() and "unrecognized" not in done.stderr.lower(), done.stderr
+
+
+def test_bytes_are_the_same_again(exported: Path, inputs: dict[str, Artifact], run_stage) -> None:
+    again = run_stage(export.STAGE, {"model": MODEL, "padded_vocab_size": PADDED, "step": 0}, inputs)
+    assert again.digest == world.digest(exported)
+
+
+def test_which_step(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    assert export._checkpoint(inputs["checkpoint"], None).name == "step-000004"
+    with pytest.raises(AtomError, match=r"pretrain-test has no sealed checkpoint of step 3; it has \[0, 4\]"):
+        export._checkpoint(inputs["checkpoint"], 3)
+
+
+def test_a_broken_expert_is_refused(exported: Path, tmp_path: Path) -> None:
+    """Both halves of the gate see it: the inverse map names the tensor, the logits say where they part."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in (exported / "model").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    written = load_file(folder / export.WEIGHTS)
+    written[EXPERT][3] *= 1.5
+    save_file(written, folder / export.WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(CheckFailed, match=r"tensor decoder.layers.1.mlp.experts.local_experts.2.linear_fc2.weight of"):
+        export.check_tensors(folder, tensors(), CONFIG.model, world.VOCAB)
+
+    rows = export.parity_rows(world.VOCAB, 64)
+    logits = [x[:, : world.VOCAB] for x in export.megatron_logits(tensors(), CONFIG, rows)]
+    with pytest.raises(
+        CheckFailed, match=r"differ from Megatron's by 0\.\d+ at position \d+ of parity row \d, tolerance 0.0001"
+    ):
+        export.check_logits(folder, rows, logits, 1e-4, tmp_path)
+    assert export.check_logits(exported / "model", rows, logits, 1e-4, tmp_path) < 1e-5
+
+    del written[EXPERT]
+    save_file(written, folder / export.WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(CheckFailed, match=r"cannot be mapped back to Megatron: .*experts.2.down_proj"):
+        export.check_tensors(folder, tensors(), CONFIG.model, world.VOCAB)
+    with pytest.raises(CheckFailed, match="transformers (finds missing|cannot load)"):
+        export.check_logits(folder, rows, logits, 1e-4, tmp_path)
+
+
+def test_one_changed_bit_is_refused(exported: Path) -> None:
+    ours = tensors()
+    ours["decoder.layers.0.mlp.router.weight"][0, 0].view(torch.int32).bitwise_xor_(1)
+    with pytest.raises(CheckFailed, match="tensor decoder.layers.0.mlp.router.weight"):
+        export.check_tensors(exported / "model", ours, CONFIG.model, world.VOCAB)

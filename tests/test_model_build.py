@@ -1,0 +1,103 @@
+"""The model that Megatron builds is the one that the recipe's numbers say, whatever the layout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import train_world as world
+
+from stages.model.build import build, initialise, named_tensors
+from stages.model.config import ModelConfig
+from stages.model.init import full_tensor
+from stages.model.names import global_name
+from stages.train import parallel
+
+TINY = ModelConfig(**world.MODEL)
+
+
+@pytest.mark.parametrize("change", [{}, {"tie_embeddings": False}, {"kv_heads": 1, "layers": 3, "experts": 3}])
+def test_counts_and_shapes_are_those_built(change: dict) -> None:
+    model = ModelConfig(**{**world.MODEL, **change})
+    with parallel.session(0):
+        built = {name: tuple(p.shape) for name, p in named_tensors(build(model, world.VOCAB))}
+    assert built == model.shapes(world.VOCAB)
+    counts = model.parameters(world.VOCAB)
+    assert counts["total"] == sum(torch.Size(s).numel() for s in built.values())
+    idle = (model.experts - model.experts_per_token) * model.layers * 3 * model.hidden_size * model.expert_ffn_size
+    assert counts["active"] == counts["total"] - idle
+    assert counts["embedding"] == world.VOCAB * model.hidden_size
+
+
+def test_published_sizes() -> None:
+    """Qwen3-30B-A3B by its published configuration: 30.5B parameters in total, 3.3B active."""
+    model = ModelConfig(layers=48, hidden_size=2048, heads=32, kv_heads=4, head_dim=128, experts=128, experts_per_token=8,
+                        expert_ffn_size=768, context_length=32768, tie_embeddings=False)  # fmt: skip
+    counts = model.parameters(151936)
+    assert counts["total"] == 30_532_122_624 and round(counts["active"] / 1e9, 1) == 3.3 + 0.1
+
+
+def test_initial_weights() -> None:
+    with parallel.session(0):
+        gpt = build(TINY, world.VOCAB)
+        initialise(gpt, TINY, world.VOCAB, seed=3)
+        for name, p in named_tensors(gpt):
+            assert torch.equal(p, full_tensor(name, tuple(p.shape), TINY, seed=3))
+    model = TINY.model_copy(update={"init_std": 0.1, "layers": 8})
+    wide = (400, 400)
+    assert full_tensor("decoder.layers.0.mlp.router.weight", wide, model, 0).std().item() == pytest.approx(
+        0.1, rel=0.02
+    )
+    scaled = full_tensor("decoder.layers.0.self_attention.linear_proj.weight", wide, model, 0)
+    assert scaled.std().item() == pytest.approx(0.1 / 4, rel=0.02)
+    experts = [full_tensor(f"decoder.layers.0.mlp.experts.local_experts.{e}.linear_fc2.weight", wide, model, 0)
+               for e in range(2)]  # fmt: skip
+    assert not torch.equal(*experts)
+    assert not torch.equal(scaled, full_tensor("decoder.layers.0.self_attention.linear_proj.weight", wide, model, 1))
+
+
+def test_global_names() -> None:
+    for local, name in {
+        "module.decoder.layers.1.mlp.router.weight": "decoder.layers.5.mlp.router.weight",
+        "decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight": "decoder.layers.4.mlp.experts.local_experts.9.linear_fc1.weight",
+        "decoder.layers.0.mlp.experts.linear_fc2.weight1": "decoder.layers.4.mlp.experts.local_experts.9.linear_fc2.weight",
+        "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.4.input_layernorm.weight",
+        "decoder.final_layernorm.weight": "decoder.final_layernorm.weight",
+    }.items():  # fmt: skip
+        assert global_name(local, first_layer=4, first_expert=8) == name
+
+
+def test_padding_changes_no_real_position() -> None:
+    with parallel.session(0), torch.no_grad():
+        gpt = build(TINY, world.VOCAB)
+        initialise(gpt, TINY, world.VOCAB, seed=0)
+        gpt.eval()
+        ids = torch.randint(6, world.VOCAB, (1, 16), generator=torch.Generator().manual_seed(0))
+        padded = torch.cat([ids, torch.zeros(1, 8, dtype=torch.long)], 1)
+        alone, beside = (gpt(x, torch.arange(x.shape[1])[None], None, padding_mask=x == 0) for x in (ids, padded))
+        assert torch.allclose(alone, beside[:, :16], atol=1e-5)
+
+
+def test_cpu_support_leaves_torch_alone() -> None:
+    """transformers in the same process computes what it computes in a clean one (a global patch once broke this)."""
+    code = (
+        "import torch, hashlib\n"
+        "{support}\n"
+        "assert not torch.cuda.is_available()\n"
+        "try: torch.zeros(1, device='cuda'); raise SystemExit('cuda means cpu outside Megatron')\n"
+        "except (AssertionError, RuntimeError): pass\n"
+        "assert torch.zeros(1).type() == 'torch.FloatTensor'\n"
+        "from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM\n"
+        "import tempfile; torch.manual_seed(0); torch.set_num_threads(1)\n"
+        "c = Qwen3MoeConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16,\n"
+        "  num_key_value_heads=1, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, intermediate_size=16)\n"
+        "with tempfile.TemporaryDirectory() as d:\n"
+        "  Qwen3MoeForCausalLM(c).save_pretrained(d); m = Qwen3MoeForCausalLM.from_pretrained(d)\n"
+        "  print(hashlib.sha256(m(torch.arange(20)[None]).logits.detach().numpy().tobytes()).hexdigest())\n"
+    )
+    seen = [subprocess.run([sys.executable, "-W", "ignore", "-c", code.replace("{support}", support)],
+                           capture_output=True, text=True, check=True, cwd=str(world.__file__).rsplit("/", 2)[0]).stdout
+            for support in ("", "import stages.model.mcore")]  # fmt: skip
+    assert seen[0] == seen[1] and len(seen[0]) == 65
