@@ -38,6 +38,12 @@ def fingerprint() -> str:
     return sha256_bytes(canonical({"python": platform.python_version(), "packages": packages(), "device": device()}))
 
 
+def describe() -> dict[str, Any]:
+    """The environment as statements record it."""
+    python = platform.python_version()
+    return {"fingerprint": fingerprint(), "python": python, "packages": packages(), "device": device()}
+
+
 def git_commit(root: Path) -> tuple[str | None, bool]:
     """(commit, dirty) of the checkout that `root` stands in; (None, False) outside one, for example from a wheel."""
     if not (root / ".git").exists():

@@ -125,3 +125,8 @@ def code_of(body: dict[str, Any]) -> dict[str, str]:
     """{module: sha256} of the code that a statement says it ran."""
     dependencies = body["predicate"]["buildDefinition"]["resolvedDependencies"]
     return {d["name"]: d["digest"]["sha256"] for d in dependencies if d["uri"].startswith("atom:code/")}
+
+
+def environment_of(body: dict[str, Any]) -> dict[str, Any]:
+    """What the attempt ran in."""
+    return dict(body["predicate"]["buildDefinition"]["internalParameters"]["environment"])

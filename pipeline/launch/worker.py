@@ -22,7 +22,7 @@ from pipeline.codehash import code_digests
 from pipeline.errors import AtomError
 from pipeline.events import FileReport
 from pipeline.lease import Lease
-from pipeline.stage import Stage, identity
+from pipeline.stage import identity
 from pipeline.store import Artifact, Store, sha256_file
 
 
@@ -87,42 +87,33 @@ def _attempt(task: Task, store: Store, report: FileReport) -> str:
     lease = Lease.take(folder)
     if lease is None:
         return "busy"
+    attempt = Attempt(task, store, report)
     out = folder / f"out.{lease.number}"
-    started, usage_before = time.time(), _cpu_seconds()
-    stage, materials = registry.stage(task.stage), {}
-    config = stage.config.model_validate(task.config)
-    done = False
     try:
         if store.sealed(task.key):
             return "sealed"
         report.event("start", stage=task.stage, key=task.key, pid=os.getpid())
-        materials = {role: store.open(key) for role, key in task.inputs.items()}
+        attempt.materials = {role: store.open(key) for role, key in task.inputs.items()}
         for stale in folder.glob("out.*"):
             shutil.rmtree(stale)
         (folder / "state").mkdir(exist_ok=True)
         out.mkdir()
-        stage.run(config, materials, folder / "state", out, report)
+        attempt.stage.run(attempt.config, attempt.materials, folder / "state", out, report)
         if lease.lost:
             raise AtomError(f"another worker took over {task.key} while this one was out of reach; its product stands")
-
-        def record(made: Artifact) -> None:
-            _refuse_second_digest(stage, made, store)
-            _state(task, stage, config, materials, store, started, usage_before, report, {made.key: made.digest}, "sealed")
-
-        store.seal(out, task.key, record)
-        done = True
+        store.seal(out, task.key, attempt.record)
         return "sealed"
     except (Exception, Interrupted) as error:
         text = _sentence(error, task, store)
         if not isinstance(error, (AtomError, Interrupted)) and not _disk_full(error):
             traceback.print_exc()
         print(f"{task.node}: {text}", file=sys.stderr, flush=True)
-        _record_failure(task, stage, config, materials, store, started, usage_before, report, text)
+        attempt.record_failure(text)
         return text
     finally:
         shutil.rmtree(out, ignore_errors=True)
         lease.release()
-        if done:
+        if store.sealed(task.key):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -145,96 +136,79 @@ def _disk_full(error: BaseException) -> bool:
     return False
 
 
-def _refuse_second_digest(stage: Stage, made: Artifact, store: Store) -> None:
-    """A bitwise stage must give the digest that it gave before in this environment. Raises AtomError if it does not."""
-    here = environment.fingerprint()
-    for _, body in ledger.read(store.ledger, made.key):
-        before = {s["name"]: s["digest"]["sha256"] for s in body["subject"]}.get(made.key)
-        then = body["predicate"]["buildDefinition"]["internalParameters"]["environment"]["fingerprint"]
-        if stage.promise == "bitwise" and before not in (None, made.digest) and then == here:
-            if code_digests(registry.STAGES[stage.name]) != ledger.code_of(body):
-                continue  # other code may give other bytes; `plan` shows such artifacts as stale
-            raise AtomError(
-                f"{made.key} gave digest {made.digest[:12]} but gave {before[:12] if before else ''} before in this same "
-                "environment, so it is not reproducible here; look for a seed, a clock or threads in the stage"
-            )
-
-
 def _cpu_seconds() -> float:
-    total = 0.0
-    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
-        used = resource.getrusage(who)
-        total += used.ru_utime + used.ru_stime
-    return total
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
-def _state(
-    task: Task,
-    stage: Stage,
-    config: Any,
-    materials: dict[str, Artifact],
-    store: Store,
-    started: float,
-    cpu_before: float,
-    report: FileReport,
-    subject: dict[str, str],
-    outcome: str,
-) -> None:
-    finished, cpu = time.time(), _cpu_seconds() - cpu_before
-    usage = {
-        "wall_seconds": round(finished - started, 3),
-        "cpu_seconds": round(cpu, 3),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "energy_joules_estimate": round(cpu * task.watts_per_core, 1),
-        "energy_method": (
-            f"estimate: CPU seconds of the job x {task.watts_per_core} W per busy core, from the cluster profile; "
-            "not measured, cooling and idle power left out"
-        ),
-        "figures": report.figures,
-    }
-    body = ledger.statement(
-        subject=subject,
-        stage=stage.name,
-        version=stage.version,
-        node=task.node,
-        key=task.key,
-        config=identity(config),
-        materials=materials,
-        code=code_digests(registry.STAGES[stage.name]),
-        environment={
-            "fingerprint": environment.fingerprint(),
-            "python": sys.version.split()[0],
-            "packages": environment.packages(),
-            "device": environment.device(),
-        },
-        invocation=f"{task.run}/{task.node}",
-        started=started,
-        finished=finished,
-        usage=usage,
-        outcome=outcome,
-    )
-    ledger.write(store.ledger, task.key, body)
-    report.event("usage", **usage)
+class Attempt:
+    """One try at a node, from its start to the statement about it."""
 
+    def __init__(self, task: Task, store: Store, report: FileReport) -> None:
+        self.task, self.store, self.report = task, store, report
+        self.stage = registry.stage(task.stage)
+        self.config = self.stage.config.model_validate(task.config)
+        self.materials: dict[str, Artifact] = {}
+        self.started, self.cpu_before = time.time(), _cpu_seconds()
+        self.code = code_digests(registry.STAGES[task.stage])
 
-def _record_failure(
-    task: Task,
-    stage: Stage,
-    config: Any,
-    materials: dict[str, Artifact],
-    store: Store,
-    started: float,
-    cpu_before: float,
-    report: FileReport,
-    text: str,
-) -> None:
-    """The statement of a failed attempt; its subject is the attempt's events, which are what is left of it."""
-    events = store.logs / task.run / task.node / "events.jsonl"
-    subject = {f"{task.run}/{task.node}/events.jsonl": sha256_file(events)}
-    try:
-        _state(task, stage, config, materials, store, started, cpu_before, report, subject, text)
-    except OSError as error:  # a full disk: the failure is told on the terminal all the same
-        print(f"{task.node}: the statement of this attempt could not be written: {error}", file=sys.stderr, flush=True)
+    def record(self, made: Artifact) -> None:
+        """The statement of a product, written just before it is sealed. Raises AtomError if it must not be."""
+        self._refuse_second_digest(made)
+        self._state({made.key: made.digest}, "sealed")
+
+    def record_failure(self, text: str) -> None:
+        """The statement of a failed attempt; its subject is the attempt's events, which are what is left of it."""
+        name = f"{self.task.run}/{self.task.node}/events.jsonl"
+        try:
+            self._state({name: sha256_file(self.store.logs / name)}, text)
+        except OSError as error:  # a full disk: the failure itself is told all the same
+            print(f"{self.task.node}: no statement of this attempt: {error}", file=sys.stderr, flush=True)
+
+    def _refuse_second_digest(self, made: Artifact) -> None:
+        """A bitwise stage must give the digest that it gave before with this code in this environment."""
+        if self.stage.promise != "bitwise":
+            return
+        here = environment.fingerprint()
+        for _, body in ledger.read(self.store.ledger, made.key):
+            before = {s["name"]: s["digest"]["sha256"] for s in body["subject"]}.get(made.key)
+            same = ledger.environment_of(body)["fingerprint"] == here and ledger.code_of(body) == self.code
+            if before not in (None, made.digest) and same:
+                raise AtomError(
+                    f"{made.key} came out as {made.digest[:12]} but as {before[:12]} before, with the same code in the "
+                    "same environment, so it is not reproducible; look for a seed, a clock or threads in the stage"
+                )
+
+    def _state(self, subject: dict[str, str], outcome: str) -> None:
+        finished, cpu = time.time(), _cpu_seconds() - self.cpu_before
+        watts = self.task.watts_per_core
+        usage = {
+            "wall_seconds": round(finished - self.started, 3),
+            "cpu_seconds": round(cpu, 3),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "energy_joules_estimate": round(cpu * watts, 1),
+            "energy_method": f"estimate: CPU seconds of the job x {watts} W per busy core, from the cluster profile; "
+            "not measured; cooling and idle power are left out",
+            "figures": self.report.figures,
+        }
+        body = ledger.statement(
+            subject=subject,
+            stage=self.stage.name,
+            version=self.stage.version,
+            node=self.task.node,
+            key=self.task.key,
+            config=identity(self.config),
+            materials=self.materials,
+            code=self.code,
+            environment=environment.describe(),
+            invocation=f"{self.task.run}/{self.task.node}",
+            started=self.started,
+            finished=finished,
+            usage=usage,
+            outcome=outcome,
+        )
+        ledger.write(self.store.ledger, self.task.key, body)
+        self.report.event("usage", **usage)
 
 
 def main(path: str) -> None:

@@ -1,0 +1,304 @@
+"""The `atom` command. Heavy imports stand inside the commands, so that `atom --help` answers at once."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.errors import AtomError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.graph import Graph
+    from pipeline.run import NodeStatus, Run
+    from pipeline.store import Store
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="""An open language model from raw text to a published release that a stranger can check.
+
+A RECIPE is a packaged name (atom-tiny, atom-smoke) or a path to a YAML file. Everything produced lies under one folder,
+$ATOM_HOME (default: ./runs). Exit codes: 0 fine, 1 the checked thing is bad, 2 the caller's mistake.
+
+Start with: atom plan atom-tiny, then atom run atom-tiny.""",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="packaged recipe name, or path to a recipe YAML")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document instead of text")]
+RunArgument = Annotated[str | None, typer.Argument(help="run id or its beginning; default: the latest run")]
+UntilOption = Annotated[str | None, typer.Option(help="stop after this stage and what it needs")]
+OnlyOption = Annotated[str | None, typer.Option(help="just this stage; what it needs must be sealed already")]
+ProfileOption = Annotated[str, typer.Option("--cluster", help="packaged cluster profile, or path to a profile YAML")]
+
+
+def _store() -> Store:
+    from pipeline.store import Store
+
+    return Store(Path(os.environ.get("ATOM_HOME") or "runs"))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _graph(recipe: str) -> Graph:
+    from pipeline import graph, recipe as recipes
+
+    return graph.compose(recipes.load(recipe))
+
+
+@app.command()
+def plan(recipe: RecipeArgument, until: UntilOption = None, only: OnlyOption = None, as_json: JsonOption = False) -> None:
+    """Show the stages of a recipe with their keys, states and estimated costs; do nothing."""
+    from pipeline import graph, planner
+    from pipeline.views import plan_table
+
+    composed = _graph(recipe)
+    rows = planner.plan(composed, graph.states(composed, _store()), composed.select(until, only))
+    if as_json:
+        identity = composed.recipe.config
+        print(json.dumps({"recipe": identity.name, "version": identity.version, "stages": [r.json() for r in rows]}, indent=1))
+    else:
+        _console().print(plan_table(rows))
+        for row in rows:
+            if row.state.changed:
+                print(f"{row.state.name} was sealed by other code than today's: {', '.join(row.state.changed)} changed")
+
+
+@app.command()
+def run(recipe: RecipeArgument, until: UntilOption = None, only: OnlyOption = None, cluster: ProfileOption = "local") -> None:
+    """Run a recipe here, stage by stage; what is sealed already is not run again. Ctrl-C stops cleanly."""
+    from pipeline import profile
+
+    composed, store, settings = _graph(recipe), _store(), profile.load(cluster)
+    selected = composed.select(until, only)
+    if all(store.sealed(composed.nodes[name].key) for name in selected):
+        for name in selected:
+            store.open(composed.nodes[name].key)
+        print(f"{len(selected)} stages, all sealed already: nothing to run. Results are under {store.artifacts}.")
+        return
+    _run(composed, store, selected, settings)
+
+
+def _run(composed: Graph, store: Store, selected: list[str], settings: Any) -> None:
+    from pipeline import run as runs, tracking
+    from pipeline.display import Display
+    from pipeline.launch.local import LocalLauncher, prepare_environment
+
+    prepare_environment()
+    this = runs.start(composed, store, selected, settings.name)
+    background = tracking.Background(this, store)
+    outcome = "FAILED"
+    print(f"run {this.id}, logs in {this.folder}")
+    try:
+        with Display(_console()) as display:
+            LocalLauncher(composed, store, this, selected, settings, display).go(lambda: None)
+        outcome = "FINISHED"
+    except KeyboardInterrupt:
+        outcome = "KILLED"
+        raise
+    finally:
+        problem = background.close(outcome)
+        if problem:
+            print(f"MLflow at {tracking.tracking_uri(store)} did not take everything ({problem}); nothing is lost: `atom track {this.id}` sends it later")
+    print(f"all {len(selected)} stages sealed under {store.artifacts}; next: atom build {composed.recipe.path.stem}")
+
+
+@app.command()
+def track(run: RunArgument = None) -> None:
+    """Send a run's metrics to MLflow again, after an outage of the tracking server."""
+    from pipeline import run as runs, tracking
+
+    store = _store()
+    this = runs.find(store, run)
+    done = all(s.state == "sealed" for s in runs.status(this, store))
+    forwarder = tracking.Forwarder(this, store)
+    try:
+        if done:
+            forwarder.finish("FINISHED")
+        else:
+            forwarder.sync()
+    except Exception as error:
+        raise AtomError(f"MLflow at {tracking.tracking_uri(store)} did not answer: {str(error).splitlines()[0]}") from error
+    print(f"run {this.id} is in MLflow at {tracking.tracking_uri(store)}")
+
+
+@app.command()
+def status(
+    run: RunArgument = None,
+    watch: Annotated[bool, typer.Option("--watch", help="redraw every two seconds until the run ends")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how far a run is: every stage with its state, progress and time."""
+    from pipeline import run as runs
+    from pipeline.views import status_table
+
+    store = _store()
+    this = runs.find(store, run)
+    found = runs.status(this, store)
+    if as_json:
+        print(json.dumps({"run": this.id, "stages": [s.json() for s in found]}, indent=1))
+        return
+    if not watch:
+        _console().print(status_table(this.id, found))
+        return
+    from rich.live import Live
+
+    with Live(status_table(this.id, found), console=_console(), auto_refresh=False) as live:
+        while any(s.state == "running" for s in found):
+            time.sleep(2)
+            found = runs.status(this, store)
+            live.update(status_table(this.id, found), refresh=True)
+
+
+@app.command()
+def logs(
+    stage: Annotated[str, typer.Argument(help="stage name, for example pretrain")],
+    run: Annotated[str | None, typer.Option(help="run id or its beginning; default: the latest run with that stage")] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="go on printing until the stage ends")] = False,
+) -> None:
+    """Print the log of a stage's latest attempt."""
+    from pipeline import run as runs
+
+    store = _store()
+    candidates = [runs.find(store, run)] if run else list(reversed(runs.runs(store)))
+    for this in candidates:
+        found = sorted((this.folder / stage / "submitit").glob("*_log.out"), key=lambda p: p.stat().st_mtime)
+        if found:
+            break
+    else:
+        names = sorted({n["name"] for r in candidates for n in r.body["nodes"]})
+        known = f"; stages: {', '.join(names)}" if names and stage not in names else ""
+        raise AtomError(f"there is no log of stage {stage} under {store.logs}{known or '; it never ran there'}")
+    node = next(n for n in this.body["nodes"] if n["name"] == stage)
+    with open(found[-1]) as log:
+        while True:
+            over = not follow or runs.node_status(this, store, node).state != "running"
+            sys.stdout.write(log.read())
+            sys.stdout.flush()
+            if over:
+                return
+            time.sleep(0.5)
+
+
+@app.command()
+def cancel(run: RunArgument = None) -> None:
+    """Ask the running stages of a run to stop; run the recipe again to go on from where they were."""
+    from pipeline import run as runs
+    from pipeline.lease import holder
+
+    store = _store()
+    this = runs.find(store, run)
+    running = [s for s in runs.status(this, store) if s.state == "running"]
+    for stage in running:
+        _terminate(store, stage)
+    for stage in running:
+        deadline = time.monotonic() + 30
+        while (present := holder(store.work(stage.key))) and present.alive and time.monotonic() < deadline:
+            time.sleep(0.2)
+    print(f"run {this.id}: stopped {', '.join(s.name for s in running) or 'nothing, no stage was running'}")
+
+
+def _terminate(store: Store, stage: NodeStatus) -> None:
+    import socket
+
+    from pipeline.lease import holder
+
+    present = holder(store.work(stage.key))
+    if present is None or not present.alive:
+        return
+    if present.host != socket.gethostname():
+        raise AtomError(f"stage {stage.name} runs on {present.host}; run `atom cancel` there")
+    os.kill(present.pid, signal.SIGTERM)
+
+
+@app.command()
+def retry(run: RunArgument = None) -> None:
+    """Go on with a run whose stages failed or were stopped, from the recipe as it was when the run began."""
+    from pipeline import profile, run as runs
+
+    store = _store()
+    this: Run = runs.find(store, run)
+    frozen = next((this.folder / "recipes").glob("*.yaml"))
+    composed = _graph(str(frozen))
+    selected = [n["name"] for n in this.body["nodes"] if n["name"] in composed.nodes]
+    _run(composed, store, selected, profile.load(this.body["profile"]))
+
+
+@app.command()
+def build(recipe: RecipeArgument) -> None:
+    """Make the release folder from a recipe's sealed artifacts, and hold its gates."""
+    from pipeline.assemble import build_release
+
+    folder = build_release(_graph(recipe), _store(), print)
+    print(f"release built: {folder}; next: atom verify {folder}")
+
+
+@app.command()
+def publish(
+    release: Annotated[Path, typer.Argument(help="a release folder made by `atom build`")],
+    to: Annotated[str, typer.Option("--to", metavar="NAMESPACE", help="user or organisation on the Hub")],
+    public: Annotated[bool, typer.Option("--public", help="make the repositories public after they are verified")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload a release to the Hub at HF_ENDPOINT: private first, pulled back and verified, then public if asked."""
+    from release.publish import publish as publish_release
+
+    report = publish_release(release, to, public, lambda text: print(text, file=sys.stderr if as_json else sys.stdout))
+    print(json.dumps(report.to_json(), indent=1) if as_json else report.text())
+
+
+@app.command()
+def verify(
+    target: Annotated[str, typer.Argument(metavar="PATH_OR_REPO[@REVISION]", help="release folder, pulled repository, or Hub id")],
+    deep: Annotated[bool, typer.Option("--deep", help="also recompute what can be recomputed from the bytes")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every byte of a release against its evidence; exit 1 names what is bad."""
+    from release.verify import verify as verify_release
+
+    verdict = verify_release(target, deep=deep)
+    print(json.dumps(verdict.to_json(), indent=1) if as_json else verdict.text())
+    if not verdict.ok:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: our errors become one sentence and an exit code; bugs keep their traceback."""
+    try:
+        app()
+    except AtomError as error:
+        print(f"atom: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("atom: stopped; run the same command to go on from here", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"atom: the disk is full ({error.filename or 'while writing'}); free some space and run the same command again", file=sys.stderr)
+        elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            print(f"atom: {error.filename} cannot be written ({error.strerror}); set ATOM_HOME to a folder of yours", file=sys.stderr)
+        else:
+            raise
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What a person sees of a run: live bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_EVERY = 10.0
+
+
+def human(value: float) -> str:
+    """A figure with three significant digits and a unit prefix: 21300 → 21.3k."""
+    for limit, divisor, suffix in ((1e15, 1e15, "P"), (1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / divisor:.3g}{suffix}"
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """60 → 1:00, 3700 → 1:01:40."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def figures_text(figures: dict[str, Any]) -> str:
+    names = {"tokens_per_s": "tokens/s"}
+    known = {"time", "event", "done", "total", "unit"}
+    return "  ".join(f"{names.get(k, k)} {human(v)}" for k, v in figures.items() if k not in known and isinstance(v, (int, float)))
+
+
+class Display:
+    """Receives what the launcher learns. On a terminal it redraws; elsewhere it prints a line at most every 10 s a stage."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live = console.is_terminal
+        self.finished = self.total = 0
+        self._usage: dict[str, dict[str, Any]] = {}
+        self._said: dict[str, float] = {}
+        self._first: dict[str, tuple[float, int]] = {}
+        self._tasks: dict[str, TaskID] = {}
+        self._bars = Progress(
+            TextColumn("{task.description:<18}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[count]}"),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not self.live,
+        )
+
+    def __enter__(self) -> Display:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def begin(self, total: int, finished: int) -> None:
+        self.total, self.finished = total, finished
+        self._line(f"{total} stages, {finished} sealed already")
+
+    def _line(self, text: str) -> None:
+        self.console.print(escape(text), highlight=False, soft_wrap=True)
+
+    def started(self, name: str, log: str) -> None:
+        self._first.pop(name, None)
+        if self.live:
+            self._tasks[name] = self._bars.add_task(name, total=None, count="", figures="")
+        else:
+            self._line(f"{name}: started, log {log}")
+
+    def progress(self, name: str, event: dict[str, Any]) -> None:
+        done, total, count = event["done"], event["total"], f"{event['done']}/{event['total']} {event['unit']}"
+        if name in self._tasks:
+            figures = figures_text(event)
+            self._bars.update(self._tasks[name], completed=done, total=total, count=count, figures=figures)
+            return
+        now = time.monotonic()
+        first_time, first_done = self._first.setdefault(name, (event["time"], done))
+        if now - self._said.get(name, -PLAIN_EVERY) < PLAIN_EVERY:
+            return
+        self._said[name] = now
+        rate = (done - first_done) / (event["time"] - first_time) if event["time"] > first_time else 0
+        eta = f"  eta {duration((total - done) / rate)}" if rate > 0 else ""
+        self._line(f"{name}: {count}  {figures_text(event)}{eta}")
+
+    def note(self, name: str, text: str) -> None:
+        self._line(f"{name}: {text}")
+
+    def usage(self, name: str, event: dict[str, Any]) -> None:
+        self._usage[name] = event
+
+    def elsewhere(self, name: str, who: str) -> None:
+        if self._said.get(name + "@") is None:
+            self._said[name + "@"] = time.monotonic()
+            self._line(f"{name}: {who} is at it; waiting for its result")
+
+    def sealed(self, name: str, elsewhere: bool = False) -> None:
+        self.finished += 1
+        self._drop(name)
+        used = self._usage.get(name)
+        took = f" in {duration(used['wall_seconds'])}" if used else ""
+        by = " by another run" if elsewhere else ""
+        self._line(f"{name}: sealed{by}{took}  [{self.finished}/{self.total}]")
+
+    def failed(self, name: str, text: str) -> None:
+        self._drop(name)
+        self._line(f"{name}: FAILED: {text}")
+
+    def stopping(self) -> None:
+        self._line("stopping: waiting for the running stages to leave clean work folders")
+
+    def _drop(self, name: str) -> None:
+        if name in self._tasks:
+            self._bars.remove_task(self._tasks.pop(name))

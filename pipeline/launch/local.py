@@ -1,0 +1,195 @@
+"""Runs a graph on this machine: every stage is a submitit job of the local executor, the twin of its Slurm one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import submitit
+
+from pipeline.display import Display
+from pipeline.errors import AtomError, CheckFailed
+from pipeline.events import Tail
+from pipeline.graph import Graph, Node
+from pipeline.launch.worker import Task, work
+from pipeline.lease import holder
+from pipeline.profile import Profile
+from pipeline.run import Run
+from pipeline.store import Store
+
+POLL = 0.2
+FOREVER_MINUTES = 60 * 24 * 365
+
+# One thread a rank: sums are then taken in one order, whatever else the machine does. Seeds of str hashes are fixed so
+# that no set order leaks into bytes. Nothing may ask the network for anything: what a stage needs is installed.
+JOB_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONHASHSEED": "0",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+@dataclass
+class Flight:
+    """A submitted job and the tail of its events."""
+
+    node: Node
+    job: Any
+    tail: Tail
+    outcome: str | None = None
+    pid: int | None = None
+
+
+@dataclass
+class LocalLauncher:
+    """Keeps up to `profile.local.jobs` stages running until all of `selected` are sealed or one has failed."""
+
+    graph: Graph
+    store: Store
+    run: Run
+    selected: list[str]
+    profile: Profile
+    display: Display
+    flights: dict[str, Flight] = field(default_factory=dict)
+
+    def go(self, every_poll: Callable[[], None]) -> None:
+        """Runs to the end. Raises AtomError with the first failure; KeyboardInterrupt after a clean stop."""
+        failures: dict[str, str] = {}
+        waiting = [n for n in self.selected if not self.store.sealed(self.graph.nodes[n].key)]
+        self._require_inputs(waiting)
+        self.display.begin(len(self.selected), len(self.selected) - len(waiting))
+        try:
+            while waiting or self.flights:
+                for name in list(waiting):
+                    node = self.graph.nodes[name]
+                    if self.store.sealed(node.key):
+                        waiting.remove(name)
+                        self.display.sealed(name, elsewhere=True)
+                    elif not failures and self._ready(node) and len(self.flights) < self.profile.local.jobs:
+                        waiting.remove(name)
+                        self.flights[name] = self._submit(node)
+                for name, flight in list(self.flights.items()):
+                    outcome = self._poll(flight)
+                    if outcome is None:
+                        continue
+                    del self.flights[name]
+                    if outcome == "busy":
+                        waiting.append(name)
+                    elif outcome != "sealed":
+                        failures[name] = outcome
+                        self.display.failed(name, outcome)
+                if failures and not self.flights:
+                    break
+                every_poll()
+                time.sleep(POLL)
+        except KeyboardInterrupt:
+            self._stop()
+            raise
+        if failures:
+            name, text = next(iter(failures.items()))
+            raise self._error(name, text)
+
+    def _error(self, name: str, text: str) -> AtomError:
+        kind = CheckFailed if text.startswith("gate ") else AtomError
+        return kind(f"stage {name} failed: {text} (log: atom logs {name})")
+
+    def _require_inputs(self, waiting: list[str]) -> None:
+        for name in waiting:
+            for source in self.graph.nodes[name].inputs.values():
+                if source not in self.selected and not self.store.sealed(self.graph.nodes[source].key):
+                    raise AtomError(f"stage {name} needs {source}, which is not sealed yet; run it first, or use --until {name}")
+
+    def _ready(self, node: Node) -> bool:
+        if not all(self.store.sealed(self.graph.nodes[n].key) for n in node.inputs.values()):
+            return False
+        folder = self.store.work(node.key)
+        present = holder(folder) if folder.exists() else None
+        if present is not None and present.alive:
+            self.display.elsewhere(node.name, f"process {present.pid} on {present.host}")
+            return False
+        return True
+
+    def _submit(self, node: Node) -> Flight:
+        folder = self.run.node_folder(node.name)
+        task = Task(
+            home=str(self.store.home),
+            run=self.run.id,
+            node=node.name,
+            stage=node.stage.name,
+            config=node.config.model_dump(mode="json"),
+            inputs={role: self.graph.nodes[name].key for role, name in node.inputs.items()},
+            key=node.key,
+            watts_per_core=self.profile.power.watts_per_core,
+        )
+        executor = submitit.LocalExecutor(folder / "submitit")
+        executor.update_parameters(timeout_min=FOREVER_MINUTES, stderr_to_stdout=True)
+        # A Ctrl-C of the terminal goes to the whole process group. The job's controller ignores it (so that it waits
+        # for the stage to stop); the stage itself handles it, see worker._stop_signals.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            tail = Tail(folder / "events.jsonl")
+            tail.read()
+            job = executor.submit(work, task.json())
+        finally:
+            signal.signal(signal.SIGINT, before)
+        self.display.started(node.name, str(job.paths.stdout))
+        return Flight(node, job, tail)
+
+    def _poll(self, flight: Flight) -> str | None:
+        """The job's outcome, or None while it runs."""
+        ended = flight.job.done()
+        for event in flight.tail.read():
+            kind = event["event"]
+            if kind == "start":
+                flight.pid = event["pid"]
+            elif kind == "end":
+                flight.outcome = event["outcome"]
+            elif kind == "usage":
+                self.display.usage(flight.node.name, event)
+            elif kind == "progress":
+                self.display.progress(flight.node.name, event)
+            elif kind == "note":
+                self.display.note(flight.node.name, event["text"])
+        if not ended:
+            return None
+        if flight.outcome == "sealed":
+            self.display.sealed(flight.node.name)
+        if flight.outcome is None:
+            return "its process was killed from outside (perhaps for memory); run the same command to go on"
+        return flight.outcome
+
+    def _stop(self) -> None:
+        """Asks every running stage to stop, waits for the grace time, then kills what is left."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.display.stopping()
+        for flight in self.flights.values():
+            with suppress(ProcessLookupError):
+                flight.job._process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + self.profile.local.stop_grace_seconds
+        while self.flights and time.monotonic() < deadline:
+            self.flights = {n: f for n, f in self.flights.items() if self._poll(f) is None}
+            time.sleep(POLL)
+        for flight in self.flights.values():
+            for pid in filter(None, (flight.pid, flight.job._process.pid)):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def prepare_environment() -> None:
+    """Jobs inherit this process's environment: set what bytes depend on before the first one starts."""
+    os.environ.update(JOB_ENVIRONMENT)
+
+

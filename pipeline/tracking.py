@@ -1,0 +1,196 @@
+"""MLflow: a parent run per run, a child per stage, filled from the files that stages write.
+
+The files are the truth. This module only forwards what they hold, remembers how far it got in `mlflow.json`, and may
+be called again at any time: after an outage of the tracking server the next call sends what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from pipeline import ledger
+from pipeline.events import Tail
+from pipeline.run import Run, status
+from pipeline.store import Artifact, Store
+
+BATCH = 1000
+SMALL = 1_000_000
+MLFLOW_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+def tracking_uri(store: Store) -> str:
+    """MLFLOW_TRACKING_URI if set, else an SQLite file in the home folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.home / 'mlflow.db'}"
+
+
+class Forwarder:
+    """Sends a run's files to MLflow. `sync` raises what the client raises; callers decide what that means."""
+
+    def __init__(self, run: Run, store: Store) -> None:
+        self.run, self.store = run, store
+        self.path = run.folder / "mlflow.json"
+        self.state: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {"nodes": {}}
+
+    def sync(self) -> None:
+        """Brings MLflow up to date with the files as they are now."""
+        client = self._client()
+        parent = self._parent(client)
+        for node in status(self.run, self.store):
+            if (self.run.node_folder(node.name) / "events.jsonl").exists():
+                self._child(client, parent, node.name, node.key, node.state)
+
+    def finish(self, outcome: str) -> None:
+        """The last sync, and the parent's end: FINISHED, FAILED or KILLED."""
+        self.sync()
+        self._client().set_terminated(self.state["parent"], outcome)
+
+    def _client(self) -> Any:
+        os.environ.update({k: v for k, v in MLFLOW_ENVIRONMENT.items() if k not in os.environ})
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        from mlflow import MlflowClient
+
+        uri = tracking_uri(self.store)
+        if self.state.setdefault("uri", uri) != uri:
+            self.state = {"nodes": {}, "uri": uri}
+        return MlflowClient(tracking_uri=uri)
+
+    def _save(self) -> None:
+        draft = self.path.with_suffix(".tmp")
+        draft.write_text(json.dumps(self.state))
+        os.replace(draft, self.path)
+
+    def _parent(self, client: Any) -> str:
+        if "parent" not in self.state:
+            name = self.run.body["recipe"]
+            found = client.get_experiment_by_name(name)
+            here = self.state["uri"].startswith("sqlite:")
+            place = (self.store.home / "mlartifacts" / name).as_uri() if here else None
+            experiment = found.experiment_id if found else client.create_experiment(name, artifact_location=place)
+            tags = {"atom.run": self.run.id, "atom.version": self.run.body["version"]}
+            self.state["parent"] = client.create_run(experiment, run_name=self.run.id, tags=tags).info.run_id
+            self.state["experiment"] = experiment
+            for file in sorted((self.run.folder / "recipes").glob("*")):
+                client.log_artifact(self.state["parent"], str(file), "recipe")
+            self._save()
+        return str(self.state["parent"])
+
+    def _child(self, client: Any, parent: str, name: str, key: str, node_state: str) -> None:
+        seen = self.state["nodes"].setdefault(name, {"offset": 0})
+        if seen.get("ended"):
+            return
+        if "id" not in seen:
+            tags = {"mlflow.parentRunId": parent, "atom.key": key, "atom.run": self.run.id}
+            seen["id"] = client.create_run(self.state["experiment"], run_name=name, tags=tags).info.run_id
+            self._save()
+        self._metrics(client, name, seen)
+        if node_state == "sealed":
+            self._sealed(client, seen["id"], self.store.open(key))
+        if node_state in ("sealed", "failed"):
+            client.set_terminated(seen["id"], "FINISHED" if node_state == "sealed" else "FAILED")
+            seen["ended"] = node_state == "sealed"
+            self._save()
+
+    def _metrics(self, client: Any, name: str, seen: dict[str, Any]) -> None:
+        from mlflow.entities import Metric
+
+        tail = Tail(self.run.node_folder(name) / "metrics.jsonl", seen["offset"])
+        points = [
+            Metric(metric, float(value), round(row["time"] * 1000), row["step"])
+            for row in tail.read()
+            for metric, value in row.items()
+            if metric not in ("time", "step")
+        ]
+        for i in range(0, len(points), BATCH):
+            client.log_batch(seen["id"], metrics=points[i : i + BATCH])
+        if points:
+            seen["offset"] = tail.offset
+            self._save()
+
+    def _sealed(self, client: Any, child: str, artifact: Artifact) -> None:
+        """What is known of a finished stage: params, inputs with digests, figures, small result files."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+
+        made = ledger.sealed(self.store.ledger, artifact)
+        if made is None:
+            return
+        definition = made[1]["predicate"]["buildDefinition"]
+        params = [Param(k, v) for k, v in _flat(definition["externalParameters"]["config"]).items()]
+        usage = {k: v for k, v in ledger.usage(made[1]).items() if isinstance(v, (int, float))}
+        metrics = [Metric(k, float(v), 0, 0) for k, v in sorted(usage.items())]
+        tags = [RunTag("atom.digest", artifact.digest), RunTag("atom.statement", made[0].stem)]
+        for i in range(0, len(params), 100):
+            client.log_batch(child, params=params[i : i + 100])
+        client.log_batch(child, metrics=metrics, tags=tags)
+        inputs = [
+            DatasetInput(
+                Dataset(d["uri"].removeprefix("atom:artifact/"), d["digest"]["sha256"][:36], "atom", json.dumps(d)),
+                [InputTag("mlflow.data.context", d["name"])],
+            )
+            for d in definition["resolvedDependencies"]
+            if d["uri"].startswith("atom:artifact/")
+        ]
+        if inputs:
+            client.log_inputs(child, datasets=inputs)
+        client.log_artifact(child, str(made[0]), "statement")
+        for row in artifact.rows:
+            if row.path.endswith((".json", ".jsonl")) and "/" not in row.path and row.size < SMALL:
+                client.log_artifact(child, str(artifact / row.path))
+        client.log_artifact(child, str(artifact / "manifest.json"))
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, dict):
+        return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return {k: v for i, inner in enumerate(value) for k, v in _flat(inner, f"{prefix}{i}.").items()}
+    return {prefix.rstrip("."): str(value)[:500]}
+
+
+class Background:
+    """Forwards every few seconds from a thread of its own. Trouble is told once and never reaches the run."""
+
+    EVERY = 5.0
+    LAST_CHANCE = 60.0
+
+    def __init__(self, run: Run, store: Store) -> None:
+        self.forwarder = Forwarder(run, store)
+        self.problem: str | None = None
+        self._outcome: str | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def _loop(self) -> None:
+        while True:
+            last = self._stop.wait(self.EVERY)
+            try:
+                if last:
+                    self.forwarder.finish(self._outcome or "FAILED")
+                else:
+                    self.forwarder.sync()
+                self.problem = None
+            except Exception as error:  # whatever a tracking server may do, training goes on; the caller prints it
+                self.problem = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            if last:
+                return
+
+    def close(self, outcome: str) -> str | None:
+        """Sends the rest and ends the parent run. Returns a sentence if MLflow does not have everything."""
+        self._outcome = outcome
+        self._stop.set()
+        self._thread.join(self.LAST_CHANCE)
+        if self._thread.is_alive():
+            self.problem = f"no answer within {self.LAST_CHANCE:.0f} seconds"
+        return self.problem

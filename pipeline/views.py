@@ -1,0 +1,53 @@
+"""Tables that the command line prints."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from pipeline.display import duration, figures_text, human
+from pipeline.planner import Row
+from pipeline.run import NodeStatus
+
+
+def _cell(value: float | None, unit: str = "") -> str:
+    return "" if value is None else human(value) + unit
+
+
+def plan_table(rows: list[Row]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("stage", "key", "state"):
+        table.add_column(column, no_wrap=True)
+    for column in ("parameters", "active", "tokens", "FLOP", "memory", "CPU time"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        e = row.estimate
+        table.add_row(
+            row.state.name,
+            row.state.key.rsplit("-", 1)[1],
+            row.state.text,
+            _cell(e.parameters.get("total")),
+            _cell(e.parameters.get("active")),
+            _cell(e.tokens),
+            _cell(e.flops),
+            _cell(e.memory_bytes, "B"),
+            "" if e.cpu_seconds is None else duration(e.cpu_seconds),
+        )
+    to_run = [r for r in rows if r.state.text == "to run"]
+    cpu = sum(r.estimate.cpu_seconds or 0 for r in to_run)
+    table.caption = f"{len(to_run)} of {len(rows)} stages to run, about {duration(cpu)} of CPU time (estimate)"
+    table.caption_justify = "left"
+    return table
+
+
+def status_table(run: str, stages: list[NodeStatus]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, title=f"run {run}", title_justify="left")
+    for column in ("stage", "state", "progress", "time", ""):
+        table.add_column(column, no_wrap=column != "")
+    for s in stages:
+        progress = f"{s.done}/{s.total} {s.unit}" if s.total else ""
+        detail = s.message if s.state == "failed" else figures_text(s.figures or {})
+        table.add_row(s.name, s.state, progress, duration(s.seconds) if s.seconds is not None else "", detail)
+    sealed = sum(s.state == "sealed" for s in stages)
+    table.caption = f"{sealed} of {len(stages)} stages sealed"
+    table.caption_justify = "left"
+    return table
