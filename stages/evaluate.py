@@ -115,6 +115,8 @@ def heldout_documents(kept: Path, limit: int) -> list[dict[str, Any]]:
         rows = [
             row for row in _read(path, ["id", "text", "source", "content_hash", "split"]) if row["split"] == "heldout"
         ]
+        if not rows:
+            continue  # a source that the data recipe does not hold out, such as procedural problems
         if len(rows) < 2:
             raise AtomError(
                 f"evaluate: source {path.stem} has {len(rows)} held-out documents, two are needed for an error bar"
