@@ -2,9 +2,9 @@
 
     python -P parity.py MODEL_FOLDER EXPECTED.safetensors
 
-EXPECTED holds `ids.<n>` ([length]) and Megatron's `logits.<n>` ([length, vocabulary]). The last line printed is one JSON
-object: keys that were missing, left over or of another shape, the largest logit difference and where it is. This file
-imports nothing of ours, on purpose: whatever makes Megatron run on CPU must not reach the model that is compared.
+EXPECTED holds `ids.<n>` ([length]) and Megatron's `logits.<n>` ([length, vocabulary]). The last line printed is one
+JSON object: keys that were missing, left over or of another shape, the largest logit difference and where it is. This
+file imports nothing of ours, on purpose: what makes Megatron run on CPU must not reach the model that is compared.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 
-@torch.no_grad()
 def main(folder: str, expected: str) -> None:
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     model, loading = loaded
@@ -26,7 +25,9 @@ def main(folder: str, expected: str) -> None:
             for key in sorted(map(str, loading[kind]))]  # fmt: skip
     pairs, worst = load_file(expected), {"delta": 0.0, "row": 0, "position": 0}
     for n in range(len(pairs) // 2):
-        deltas = (model(pairs[f"ids.{n}"].unsqueeze(0)).logits[0].float() - pairs[f"logits.{n}"]).abs().amax(-1)
+        with torch.no_grad():
+            logits = model(pairs[f"ids.{n}"].unsqueeze(0)).logits[0].float()
+        deltas = (logits - pairs[f"logits.{n}"]).abs().amax(-1)
         deltas = torch.nan_to_num(deltas, nan=float("inf"))
         at = int(deltas.argmax())
         if float(deltas[at]) > worst["delta"]:

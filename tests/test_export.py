@@ -104,12 +104,12 @@ def test_a_broken_expert_is_refused(exported: Path, tmp_path: Path) -> None:
     save_file(written, folder / export.WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(CheckFailed, match=r"cannot be mapped back to Megatron: .*experts.2.down_proj"):
         export.check_tensors(folder, tensors(), CONFIG.model, world.VOCAB)
-    with pytest.raises(CheckFailed, match="transformers (finds missing|cannot load)"):
+    with pytest.raises(CheckFailed, match=r"transformers (finds missing|cannot load)"):
         export.check_logits(folder, rows, logits, 1e-4, tmp_path)
 
 
 def test_one_changed_bit_is_refused(exported: Path) -> None:
     ours = tensors()
     ours["decoder.layers.0.mlp.router.weight"][0, 0].view(torch.int32).bitwise_xor_(1)
-    with pytest.raises(CheckFailed, match="tensor decoder.layers.0.mlp.router.weight"):
+    with pytest.raises(CheckFailed, match=r"tensor decoder\.layers\.0\.mlp\.router\.weight"):
         export.check_tensors(exported / "model", ours, CONFIG.model, world.VOCAB)

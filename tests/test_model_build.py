@@ -33,10 +33,12 @@ def test_counts_and_shapes_are_those_built(change: dict) -> None:
 
 def test_published_sizes() -> None:
     """Qwen3-30B-A3B by its published configuration: 30.5B parameters in total, 3.3B active."""
-    model = ModelConfig(layers=48, hidden_size=2048, heads=32, kv_heads=4, head_dim=128, experts=128, experts_per_token=8,
-                        expert_ffn_size=768, context_length=32768, tie_embeddings=False)  # fmt: skip
+    model = ModelConfig(
+        layers=48, hidden_size=2048, heads=32, kv_heads=4, head_dim=128, experts=128, experts_per_token=8,
+        expert_ffn_size=768, context_length=32768, tie_embeddings=False,
+    )  # fmt: skip
     counts = model.parameters(151936)
-    assert counts["total"] == 30_532_122_624 and round(counts["active"] / 1e9, 1) == 3.3 + 0.1
+    assert counts["total"] == 30_532_122_624 and 3.3e9 < counts["active"] < 3.4e9
 
 
 def test_initial_weights() -> None:
@@ -59,13 +61,14 @@ def test_initial_weights() -> None:
 
 
 def test_global_names() -> None:
+    expert = "decoder.layers.4.mlp.experts.local_experts.9."
     for local, name in {
         "module.decoder.layers.1.mlp.router.weight": "decoder.layers.5.mlp.router.weight",
-        "decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight": "decoder.layers.4.mlp.experts.local_experts.9.linear_fc1.weight",
-        "decoder.layers.0.mlp.experts.linear_fc2.weight1": "decoder.layers.4.mlp.experts.local_experts.9.linear_fc2.weight",
+        "decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight": expert + "linear_fc1.weight",
+        "decoder.layers.0.mlp.experts.linear_fc2.weight1": expert + "linear_fc2.weight",
         "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.4.input_layernorm.weight",
         "decoder.final_layernorm.weight": "decoder.final_layernorm.weight",
-    }.items():  # fmt: skip
+    }.items():
         assert global_name(local, first_layer=4, first_expert=8) == name
 
 
@@ -81,23 +84,25 @@ def test_padding_changes_no_real_position() -> None:
 
 
 def test_cpu_support_leaves_torch_alone() -> None:
-    """transformers in the same process computes what it computes in a clean one (a global patch once broke this)."""
+    """transformers computes the same before and after it came into the process (a global patch once broke this)."""
     code = (
-        "import torch, hashlib\n"
-        "{support}\n"
-        "assert not torch.cuda.is_available()\n"
-        "try: torch.zeros(1, device='cuda'); raise SystemExit('cuda means cpu outside Megatron')\n"
-        "except (AssertionError, RuntimeError): pass\n"
-        "assert torch.zeros(1).type() == 'torch.FloatTensor'\n"
+        "import sys, torch, tempfile; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(1)\n"
         "from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM\n"
-        "import tempfile; torch.manual_seed(0); torch.set_num_threads(1)\n"
         "c = Qwen3MoeConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16,\n"
         "  num_key_value_heads=1, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, intermediate_size=16)\n"
         "with tempfile.TemporaryDirectory() as d:\n"
-        "  Qwen3MoeForCausalLM(c).save_pretrained(d); m = Qwen3MoeForCausalLM.from_pretrained(d)\n"
-        "  print(hashlib.sha256(m(torch.arange(20)[None]).logits.detach().numpy().tobytes()).hexdigest())\n"
+        "  Qwen3MoeForCausalLM(c).save_pretrained(d)\n"
+        "  logits = lambda: Qwen3MoeForCausalLM.from_pretrained(d)(torch.arange(20)[None]).logits\n"
+        "  before = logits()\n"
+        "  import stages.model.mcore\n"
+        "  assert torch.equal(before, logits())\n"
+        "assert not torch.cuda.is_available() and torch.zeros(1).type() == 'torch.FloatTensor'\n"
+        "try: torch.zeros(1, device='cuda')\n"
+        "except (AssertionError, RuntimeError): pass\n"
+        "else: raise SystemExit('cuda means cpu outside Megatron')\n"
     )
-    seen = [subprocess.run([sys.executable, "-W", "ignore", "-c", code.replace("{support}", support)],
-                           capture_output=True, text=True, check=True, cwd=str(world.__file__).rsplit("/", 2)[0]).stdout
-            for support in ("", "import stages.model.mcore")]  # fmt: skip
-    assert seen[0] == seen[1] and len(seen[0]) == 65
+    root = str(world.__file__).rsplit("/", 2)[0]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, root], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -45,10 +45,10 @@ def test_padded_vocabulary_is_dropped() -> None:
 def test_foreign_tensors_are_refused() -> None:
     model = ModelConfig(**world.MODEL)
     theirs = hf.to_hf({n: torch.zeros(s) for n, s in model.shapes(64).items()}, model, 64)
-    with pytest.raises(ValueError, match="does not have: model.layers.0.mlp.shared"):
+    with pytest.raises(ValueError, match=r"does not have: model\.layers\.0\.mlp\.shared"):
         hf.from_hf({**theirs, "model.layers.0.mlp.shared": torch.zeros(1)}, model)
     del theirs["model.norm.weight"]
-    with pytest.raises(KeyError, match="model.norm"):
+    with pytest.raises(KeyError, match=r"model\.norm"):
         hf.from_hf(theirs, model)
 
 

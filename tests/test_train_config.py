@@ -26,7 +26,7 @@ from stages.train.schedule import learning_rate
          "batch.global_tokens = 256 is not a multiple of batch.micro_tokens 96; nearest: 192 or 288"),
         ({"batch": {"global_tokens": 8, "micro_tokens": 8}},
          "batch.global_tokens = 8 is not a multiple of sequence_length 32; nearest: 32"),
-        ({"optimizer": {"lr": 1e-3, "final_lr": 1e-4, "warmup_steps": 12}}, "optimizer.warmup_steps = 12 leaves nothing"),
+        ({"optimizer": {"lr": 1e-3, "final_lr": 1e-4, "warmup_steps": 12}}, "optimizer.warmup_steps = 12 leaves"),
         ({"optimizer": {"lr": 1e-3, "final_lr": 1e-2, "warmup_steps": 1}}, "final_lr = 0.01 is above lr = 0.001"),
         ({"mix": {"text": 0.0}}, "mix.text = 0.0 is not a positive share"),
         ({"sequence_length": 128, "batch": {"global_tokens": 256, "micro_tokens": 128}},
@@ -76,7 +76,8 @@ def test_estimates_need_no_torch() -> None:
     code = (
         "import sys; from stages import pretrain, midtrain; from release import export\n"
         "import train_world as w; c = pretrain.TrainConfig.model_validate(w.config()); e = pretrain.estimate(c)\n"
-        "assert e.tokens == 12 * 256 and e.flops > 6 * e.tokens * 1e4 and e.memory_bytes == 18 * e.parameters['total']\n"
+        "assert e.tokens == 12 * 256 and e.flops > 6 * e.tokens * 1e4\n"
+        "assert e.memory_bytes == 18 * e.parameters['total']\n"
         "x = export.ExportConfig.model_validate({'model': w.MODEL, 'padded_vocab_size': 64})\n"
         "assert export.estimate(x).disk_bytes == 4 * e.parameters['total']\n"
         "heavy = {'torch', 'numpy', 'pyarrow', 'megatron', 'transformers', 'safetensors'} & set(sys.modules)\n"

@@ -1,4 +1,4 @@
-"""The training loop on a tiny Megatron model: same bytes however often it is killed, and plain words when it cannot go on."""
+"""The training loop on a tiny Megatron model: the same bytes however often it is killed, and plain words at its end."""
 
 from __future__ import annotations
 

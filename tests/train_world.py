@@ -65,8 +65,15 @@ def make(folder: Path, phase: dict[str, Any] | None = None) -> dict[str, Artifac
             builder = IndexedDatasetBuilder(str(tokens / split / f"{source}.bin"), dtype=np.uint16)
             for ordinal, (ids, loss_from) in enumerate(documents(source, count, rng)):
                 builder.add_document(torch.tensor(ids), [len(ids)])
-                rows.append(dict(source=source, split=split, ordinal=ordinal, id=f"{source}/{split}-{ordinal}",
-                                 content_hash="", license="", bytes=len(ids), tokens=len(ids), loss_from=loss_from))  # fmt: skip
+                about = {
+                    "content_hash": "",
+                    "license": "",
+                    "bytes": len(ids),
+                    "tokens": len(ids),
+                    "loss_from": loss_from,
+                }
+                name = f"{source}/{split}-{ordinal}"
+                rows.append({"source": source, "split": split, "ordinal": ordinal, "id": name, **about})
                 held.setdefault((split, source), []).append((len(ids), loss_from))
             builder.finalize(str(tokens / split / f"{source}.idx"))
     pq.write_table(pa.Table.from_pylist(rows), tokens / "documents.parquet")
@@ -79,8 +86,9 @@ def make(folder: Path, phase: dict[str, Any] | None = None) -> dict[str, Artifac
             source = sources[row % len(sources)]
             ordinal = rng.randrange(40)
             size, loss_from = held["train", source][ordinal]
-            picked.append(dict(step=step, row=row, segment=0, source=source, ordinal=ordinal, id=f"{source}/train-{ordinal}",
-                               offset=0, length=min(size, length + 1), loss_from=max(0, loss_from - 1)))  # fmt: skip
+            place = {"step": step, "row": row, "segment": 0, "source": source, "ordinal": ordinal}
+            span = {"offset": 0, "length": min(size, length + 1), "loss_from": max(0, loss_from - 1)}
+            picked.append({**place, "id": f"{source}/train-{ordinal}", **span})
     pq.write_table(pa.Table.from_pylist(picked), order / "order.parquet")
     meta = {"phase": "pretrain", "steps": phase["steps"], "rows": per_step, "sequence_length": length}
     (order / "meta.json").write_text(json.dumps(meta))

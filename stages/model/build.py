@@ -80,15 +80,13 @@ def named_tensors(gpt: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
         yield global_name(local, first_layer, first_expert), parameter
 
 
-@torch.no_grad()
 def initialise(gpt: GPTModel, model: ModelConfig, padded_vocab_size: int, seed: int) -> None:
     """Fills this rank's tensors with the initial weights, which are the same in every layout."""
     shapes = model.shapes(padded_vocab_size)
     for name, parameter in named_tensors(gpt):
-        parameter.copy_(full_tensor(name, shapes[name], model, seed))
+        parameter.data.copy_(full_tensor(name, shapes[name], model, seed))
 
 
-@torch.no_grad()
 def load_tensors(gpt: GPTModel, tensors: Mapping[str, torch.Tensor], origin: str) -> None:
     """Fills this rank's tensors from full tensors by global name.
 
@@ -100,4 +98,4 @@ def load_tensors(gpt: GPTModel, tensors: Mapping[str, torch.Tensor], origin: str
         want = tuple(own[name].shape) if name in own else None
         if have != want:
             raise AtomError(f"{origin} does not fit the model section of the recipe: {name} is {have}, not {want}")
-        own[name].copy_(tensors[name])
+        own[name].data.copy_(tensors[name])

@@ -6,7 +6,8 @@ Megatron's own modules a `torch` in which these words mean the CPU. PyTorch itse
 other library in the same process, sees an untouched `torch`. (Replacing the factories in `torch` itself breaks
 `from_pretrained` without an error: the tensors it makes on the meta device come out uninitialised.)
 
-Take Megatron's names from `stages.model.mcore`, which calls `enable()` first. Written for megatron-core 0.16.1 and kept to names that 0.17 to 0.19 still have.
+Take Megatron's names from `stages.model.mcore`, which calls `enable()` first. Written for megatron-core 0.16.1, with
+names that 0.17 to 0.19 still have.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-# The parts of Megatron that the pipeline uses. They are imported by `enable`, so that all of them get the CPU's `torch`.
+# The parts of Megatron that the pipeline uses; `enable` imports them, so that all of them get the CPU's `torch`.
 MODULES = (
     "megatron.core",
     "megatron.core.datasets.indexed_dataset",
@@ -64,10 +65,10 @@ def _no_compile() -> Iterator[None]:
     compiler takes two seconds of every process, so during the import `torch.compile` hands functions back."""
     original = torch.compile
 
-    def identity(function: Callable | None = None, **_: Any) -> Callable:
+    def identity(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
         return function if function is not None else lambda f: f
 
-    torch.compile = identity  # type: ignore[assignment]
+    torch.compile = identity
     try:
         yield
     finally:
@@ -94,8 +95,8 @@ def _speak_cpu() -> None:
     def cpu_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self if _called_by_megatron() else cuda(self, *args, **kwargs)
 
-    torch.Tensor.type = cpu_type  # type: ignore[assignment, method-assign]
-    torch.Tensor.cuda = cpu_cuda  # type: ignore[assignment, method-assign]
+    torch.Tensor.type = cpu_type
+    torch.Tensor.cuda = cpu_cuda
 
 
 def _called_by_megatron() -> bool:
@@ -133,7 +134,7 @@ def _cpu_torch() -> types.ModuleType:
     return ours
 
 
-def _on_cpu(factory: Callable) -> Callable:
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     def make(*args: Any, **kwargs: Any) -> Any:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = "cpu"
@@ -149,7 +150,9 @@ def _cpu_cuda() -> types.ModuleType:
     ours = types.ModuleType("torch.cuda")
     ours.__dict__.update(torch.cuda.__dict__)
     stream = _Stream()
-    nothing = lambda *args, **kwargs: None
+
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
     replaced: dict[str, Any] = {
         "current_device": lambda: torch.device("cpu"),
         "device_count": lambda: 1,

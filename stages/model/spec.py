@@ -34,16 +34,16 @@ def layer_spec(config: TransformerConfig) -> Any:
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-class RMSNorm(torch.nn.RMSNorm):
+class RMSNorm(torch.nn.RMSNorm):  # type: ignore[misc]
     """PyTorch's, marked so that its gradient is summed over sequence-parallel ranks (Megatron's local one refuses
     sequence parallelism)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
 
-class Attention(MegatronModule):
+class Attention(MegatronModule):  # type: ignore[misc]
     """Causal grouped-query attention by PyTorch's fused kernel: about twice the speed of Megatron's unfused one.
 
     Rows are padded on the right, so causality alone keeps padding out of every real position.

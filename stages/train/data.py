@@ -89,7 +89,7 @@ class Shards:
             raise AtomError(f"the data order asks for tokens {row.offset} to {row.offset + row.length} of document "
                             f"{row.id}, which shard {self.split}/{row.source} does not hold; remove both artifacts "
                             f"and run again")  # fmt: skip
-        return dataset.get(row.ordinal, offset=row.offset, length=row.length)
+        return np.asarray(dataset.get(row.ordinal, offset=row.offset, length=row.length))
 
     def batch(self, rows: Sequence[Row], width: int) -> Batch:
         """Reads rows and pads them to `width` tokens."""

@@ -83,11 +83,11 @@ class Engine:
         self.step_done += 1
         return StepFigures(loss, aux.item(), float(grad_norm))
 
-    @torch.no_grad()
     def evaluate(self, rows: Sequence[Row], shards: Shards) -> float:
         """Mean loss over the targets of any rows; nothing is changed."""
         self.gpt.eval()
-        loss, _ = self._run(rows, shards, self.config.phase.micro_rows, forward_only=True)
+        with torch.no_grad():
+            loss, _ = self._run(rows, shards, self.config.phase.micro_rows, forward_only=True)
         balance.take()
         return loss
 
@@ -108,7 +108,7 @@ class Engine:
         positions = torch.arange(width).unsqueeze(0)
         device = next(self.gpt.parameters()).device
 
-        def forward(batches: Any, model: Any) -> tuple[torch.Tensor, Callable]:
+        def forward(batches: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             batch: Batch = next(batches)
             ids, labels, mask, padding = (
                 x.to(device) for x in (batch.ids, batch.labels, batch.loss_mask, batch.padding)
@@ -156,7 +156,6 @@ class Engine:
         """Full tensors by global name."""
         return {name: p.detach() for name, p in named_tensors(self.gpt)}
 
-    @torch.no_grad()
     def moments(self) -> dict[str, torch.Tensor]:
         """Adam's moments as full tensors, `exp_avg.<name>` and `exp_avg_sq.<name>`.
 
@@ -169,7 +168,7 @@ class Engine:
             for buffer in part.buffers:
                 for parameter in buffer.param_index_map:
                     for key in ("exp_avg", "exp_avg_sq"):
-                        whole = torch.zeros_like(parameter)
+                        whole = torch.zeros_like(parameter, requires_grad=False)
                         if parameter in part.model_param_group_index_map:
                             span = part._get_model_param_range_map(parameter)["param"]
                             state = part._get_main_param_and_optimizer_states(parameter)

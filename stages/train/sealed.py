@@ -57,10 +57,12 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Raises AtomError if the file is missing or damaged."""
     try:
-        return load_file(path)
+        tensors: dict[str, torch.Tensor] = load_file(path)
+        return tensors
     except (OSError, SafetensorError) as error:
         raise AtomError(f"checkpoint {path} cannot be read ({error}); remove its artifact and run again") from None
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / STATE).read_text())
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    return state
