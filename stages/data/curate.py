@@ -57,6 +57,9 @@ def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     from stages.data.curation.decontaminate import ContaminationIndex
     from stages.data.curation.dispositions import Dispositions, summarise
 
+    from loguru import logger
+
+    logger.disable("datatrove")  # it logs each of many small steps
     items = read_table(inputs["items"] / "items.parquet", ["id", "text"]).to_pylist()
     index = ContaminationIndex([(row["id"], row["text"]) for row in items], config.curation.decontamination.ngram)
     dispositions = Dispositions()

@@ -7,6 +7,7 @@ import ast
 import importlib.resources
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from datatrove.pipeline.filters import (
     LanguageFilter,
 )
 from datatrove.pipeline.filters.base_filter import BaseFilter
+from datatrove.pipeline.filters.gopher_repetition_filter import get_n_grams
 from datatrove.pipeline.formatters import PIIFormatter
 from datatrove.utils.lid import FT176LID
 
@@ -69,6 +71,32 @@ class C4Documents(C4QualityFilter):
         text = doc.text
         result: bool | tuple[bool, str] = super().filter(doc)
         doc.text = text
+        return result
+
+
+class Repetition(GopherRepetitionFilter):
+    """Gopher's repetition rules, where the top n-gram of a document must really be repeated.
+
+    The block counts an n-gram that occurs once as repeated, and so removes any text of about ten words: the published
+    rules were meant for documents of fifty words or more.
+    """
+
+    def __init__(self, top_n_grams: tuple[tuple[int, float], ...], min_top_count: int, **parameters: Any) -> None:
+        super().__init__(top_n_grams=(), language=WORDS, **parameters)
+        self.top_n_grams, self.min_top_count = top_n_grams, min_top_count
+        self._without_top = GopherRepetitionFilter(top_n_grams=(), language=WORDS, **parameters)
+
+    def top_share(self, text: str, n: int) -> float:
+        """Share of the text's characters in its most frequent word n-gram; 0 if that occurs less than min_top_count."""
+        counts = Counter(get_n_grams(WORDS.word_tokenize(text), n))
+        gram, count = counts.most_common(1)[0] if counts else ("", 0)
+        return len(gram) * count / len(text) if count >= self.min_top_count else 0.0
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        for n, share in self.top_n_grams:
+            if doc.text and self.top_share(doc.text, n) > share:
+                return False, f"top_{n}_gram"
+        result: bool | tuple[bool, str] = self._without_top.filter(doc)
         return result
 
 
@@ -157,7 +185,7 @@ class Pii(PIIFormatter):
 
 BUILD: dict[str, Callable[..., PipelineStep]] = {
     "language": Language,
-    "gopher_repetition": lambda **p: GopherRepetitionFilter(language=WORDS, **p),
+    "gopher_repetition": Repetition,
     "gopher_quality": lambda **p: GopherQualityFilter(language=WORDS, **p),
     "c4": C4Documents,
     "fineweb": lambda **p: FineWebQualityFilter(language=WORDS, **p),

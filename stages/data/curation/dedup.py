@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -83,7 +85,8 @@ def near(documents: Documents, settings: MinHash, seed: int, folder: Path, dispo
         finder = MinhashDedupBuckets(signatures, pairs, config=config)
         _exhaust(finder.run(None, rank=bucket, world_size=settings.num_buckets))
     cluster = MinhashDedupCluster(pairs, clusters, config=config, save_cluster_id=True)
-    _exhaust(cluster.run(None, 0, 1))
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no option turns off
+        _exhaust(cluster.run(None, 0, 1))
 
     kept: Documents = {}
     removed: list[Document] = []

@@ -12,12 +12,7 @@ from typing import Any
 
 import numpy as np
 from datatrove.data import Document
-from datatrove.pipeline.filters.gopher_repetition_filter import (
-    find_all_duplicate,
-    find_duplicates,
-    find_top_duplicate,
-    get_n_grams,
-)
+from datatrove.pipeline.filters.gopher_repetition_filter import find_all_duplicate, find_duplicates
 from datatrove.utils.text import PUNCTUATION_SET
 
 from pipeline.errors import AtomError
@@ -48,7 +43,7 @@ def _repetition(block: Any, reason: str, text: str) -> tuple[float, float]:
     words = WORDS.word_tokenize(text)
     if found := re.fullmatch(r"top_(\d+)_gram", reason):
         n = int(found[1])
-        return find_top_duplicate(get_n_grams(words, n)) / len(text), dict(block.top_n_grams)[n]
+        return float(block.top_share(text, n)), dict(block.top_n_grams)[n]
     if found := re.fullmatch(r"duplicated_(\d+)_n_grams", reason):
         n = int(found[1])
         return find_all_duplicate(words, n) / len(text), dict(block.dup_n_grams)[n]
