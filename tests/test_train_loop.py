@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -238,3 +239,20 @@ def test_two_data_parallel_ranks_train_the_same_model(corpus: Path, undisturbed:
     assert losses(tmp_path / "out", "heldout_loss") == pytest.approx(losses(undisturbed, "heldout_loss"), rel=1e-5)
     first = (undisturbed / "step-000000" / "model.safetensors").read_bytes()
     assert (tmp_path / "out" / "step-000000" / "model.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("limit", "what"), [(60_000, r"model.safetensors cannot"), (200_000, r"step-000000004 cannot")]
+)
+def test_a_full_disk_is_one_sentence(corpus: Path, undisturbed: Path, tmp_path: Path, limit: int, what: str) -> None:
+    """The system refuses longer files, as a full disk does; with room again, the run goes on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(AtomError, match=what + r" be written \(.*File too large.*\); make room and run again"):
+            world.pretrain(corpus, tmp_path / "work", tmp_path / "out", world.config())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "out").iterdir())
+    world.pretrain(corpus, tmp_path / "work", tmp_path / "out", world.config())
+    assert world.digest(tmp_path / "out") == world.digest(undisturbed)

@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from pipeline.errors import AtomError
 from pipeline.stage import Report
 from pipeline.store import sha256_file
@@ -25,7 +27,10 @@ MARKER = "complete.json"
 
 
 def save(engine: Engine, work: Path, step: int) -> None:
-    """Writes the checkpoint of a finished step and forgets all but the last two."""
+    """Writes the checkpoint of a finished step and forgets all but the last two.
+
+    Raises AtomError if the file system does not take it.
+    """
     folder = work / "checkpoints" / f"step-{step:09d}"
     if engine.ranks.first:
         shutil.rmtree(folder, ignore_errors=True)
@@ -36,11 +41,14 @@ def save(engine: Engine, work: Path, step: int) -> None:
     # queue's two ends are in this process.
     if getattr(filesystem_async, "_results_queue", ...) is None:
         filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(
-        engine.state(),
-        str(folder),
-        sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-    )
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    try:
+        dist_checkpointing.save(engine.state(), str(folder), sharded_strategy=strategy)
+    except (OSError, CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise AtomError(
+            f"work checkpoint {folder} cannot be written ({reason}); make room and run again to go on from the last one"
+        ) from error
     engine.ranks.barrier()
     if engine.ranks.first:
         files = {

@@ -50,8 +50,15 @@ def write(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """One safetensors file whose bytes follow from the tensors alone (a second metadata entry would not be ordered)."""
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    """One safetensors file whose bytes follow from the tensors alone (a second metadata entry would not be ordered).
+
+    Raises AtomError if the file system does not take it.
+    """
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    try:
+        save_file(plain, path, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise AtomError(f"{path} cannot be written ({error}); make room and run again to go on") from error
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
