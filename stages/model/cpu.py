@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import sys
 import types
 import warnings
@@ -27,6 +28,8 @@ MODULES = (
     "megatron.core",
     "megatron.core.datasets.indexed_dataset",
     "megatron.core.dist_checkpointing",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.distributed",
     "megatron.core.models.gpt.gpt_layer_specs",
@@ -39,6 +42,8 @@ MODULES = (
 )
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "as_tensor",
              "zeros_like", "ones_like", "empty_like", "full_like")  # fmt: skip
+
+TRITON_KERNEL = "megatron.core.transformer.moe.ops.paged_stash"
 
 _enabled = False
 
@@ -62,17 +67,29 @@ def enable() -> None:
 @contextlib.contextmanager
 def _no_compile() -> Iterator[None]:
     """Megatron decorates its fusions with torch.compile at import. None of them is used on CPU, and loading the
-    compiler takes two seconds of every process, so during the import `torch.compile` hands functions back."""
-    original = torch.compile
+    compiler takes two seconds of every process, so during the import `torch.compile` hands functions back. From 0.17
+    on the schedules also load a GPU kernel written in Triton, which CPU builds of PyTorch come without: a stand-in."""
+    compile_ = torch.compile
 
     def identity(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
         return function if function is not None else lambda f: f
 
     torch.compile = identity
+    if importlib.util.find_spec("triton") is None:
+        sys.modules.setdefault(TRITON_KERNEL, _Absent(TRITON_KERNEL))
     try:
         yield
     finally:
-        torch.compile = original
+        torch.compile = compile_
+
+
+class _Absent(types.ModuleType):
+    """A module of kernels that cannot be called here: importing a name from it works, using it does not."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
 
 
 def _speak_cpu() -> None:
