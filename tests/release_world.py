@@ -58,6 +58,9 @@ def save_model(folder: Path, seed: int) -> None:
     model = Qwen3MoeForCausalLM(config)
     model.generation_config = GenerationConfig(eos_token_id=[1, 3], pad_token_id=0, do_sample=False)
     model.save_pretrained(folder)
+    # transformers 5 itself writes `num_local_experts`; the export writes the name that every reader knows.
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"num_local_experts"', '"num_experts"'))
     save_tokenizer(folder)
 
 
@@ -161,17 +164,20 @@ def make_training(out: Path, phase: str, steps: list[int]) -> None:
     )
 
 
+def shard(source: str, split: str) -> list[dict[str, Any]]:
+    """The documents of one shard, in their order."""
+    return [row for row in corpus()[source] if row["split"] == split]
+
+
 def make_order(out: Path, phase: str) -> None:
     rows = [
-        {"step": step, "row": row, "segment": 0, "source": source, "ordinal": row, "id": f"{source}/{row + 1:03d}",
-         "offset": 0, "length": 30, "loss_from": 0}
+        {"step": step, "row": row, "segment": 0, "source": source, "ordinal": step, "id": shard(source, "train")[step]["id"],
+         "offset": 0, "length": 10, "loss_from": 0}
         for step in (1, 2) for row, source in enumerate(SOURCES)
     ]  # fmt: skip
     table(out / "order.parquet", rows)
-    write_json(
-        out / "meta.json",
-        {"phase": phase, "steps": 2, "rows": 2, "sequence_length": 64, "tokens": {s: 60 for s in SOURCES}},
-    )
+    tokens = {source: 20 for source in SOURCES}
+    write_json(out / "meta.json", {"phase": phase, "steps": 2, "rows": 2, "sequence_length": 64, "tokens": tokens})
 
 
 INPUTS = {
@@ -195,7 +201,14 @@ def make_node(name: str, out: Path) -> None:
         license = SOURCES[which]
         evidence = f"https://example.org/{which}/LICENSE"
         write_json(
-            out / "source.json", {"source": which, "license": license, "evidence": evidence, "documents": len(rows)}
+            out / "source.json",
+            {
+                "name": which,
+                "license": license,
+                "license_evidence": evidence,
+                "origin": f"https://example.org/{which}",
+                "documents": len(rows),
+            },
         )
     elif kind == "items":
         rows = [
@@ -212,7 +225,7 @@ def make_node(name: str, out: Path) -> None:
         rows = [
             {"source": r["source"], "split": r["split"], "ordinal": n, "id": r["id"], "content_hash": r["content_hash"],
              "license": r["license"], "bytes": len(r["text"]), "tokens": len(r["text"]) + 1, "loss_from": 0}
-            for rows in corpus().values() for n, r in enumerate(rows) if r["split"]
+            for source in SOURCES for split in ("train", "heldout") for n, r in enumerate(shard(source, split))
         ]  # fmt: skip
         table(out / "documents.parquet", rows)
         tokens = {
@@ -230,34 +243,58 @@ def make_node(name: str, out: Path) -> None:
         make_evaluation(out, *SCORES[which])
 
 
-def statement(key: str, digest: str, materials: list[Artifact]) -> dict[str, Any]:
-    return {
-        "_type": "https://in-toto.io/Statement/v1",
-        "subject": [{"name": key, "digest": {"sha256": digest}}],
-        "predicateType": "https://slsa.dev/provenance/v1",
-        "predicate": {
-            "buildDefinition": {
-                "buildType": "https://example.org/stage",
-                "externalParameters": {},
-                "resolvedDependencies": [{"name": m.key, "digest": {"sha256": m.digest}} for m in materials],
-            },
-            "runDetails": {"builder": {"id": "https://example.org/atom"}},
-        },
-    }
+def write_statement(folder: Path, artifact: Artifact, materials: list[Artifact]) -> Path:
+    """A statement as the ledger writes it: canonical JSON in a file named by its digest."""
+    from pipeline import ledger
+
+    body = ledger.statement(
+        subject={artifact.key: artifact.digest}, stage="stage", version=1, node="node", key=artifact.key, config={},
+        materials={m.key: m for m in materials}, code={}, environment={}, invocation="test", started=0, finished=1,
+        usage={}, outcome="sealed",
+    )  # fmt: skip
+    return ledger.write(folder / "ledger", artifact.key, body)
 
 
 def make_run(home: Path) -> tuple[dict[str, Artifact], list[Path]]:
     """All artifacts of a run under `home`, and their statements."""
     artifacts: dict[str, Artifact] = {}
-    paths = []
+    statements = []
     for name, parents in INPUTS.items():
         key = f"{name}-{sha(name)[:12]}"
         out = home / "artifacts" / key
         make_node(name, out)
         artifacts[name] = write_manifest(out, key)
-        body = json.dumps(statement(key, artifacts[name].digest, [artifacts[p] for p in parents]), sort_keys=True)
-        path = home / "ledger" / f"{sha(body)}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(body)
-        paths.append(path)
-    return artifacts, paths
+        statements.append(write_statement(home, artifacts[name], [artifacts[p] for p in parents]))
+    return artifacts, statements
+
+
+def make_code(root: Path) -> Path:
+    """A checkout small enough to flip every byte of; the real one changes under the feet of a test."""
+    for package in ("pipeline", "stages", "release", "data_recipes"):
+        (root / package).mkdir(parents=True)
+        (root / package / "__init__.py").write_text(f'"""{package}"""\n')
+    (root / "release" / "build.py").write_text("x = 1\n")
+    (root / "pipeline" / "__pycache__").mkdir()
+    (root / "pipeline" / "__pycache__" / "a.pyc").write_text("no")
+    (root / "LICENSE").write_text("The licence.\n")
+    return root
+
+
+def build_input(home: Path, **changes: Any) -> Any:
+    """What the engine would hand to `release.build`."""
+    from release.build import BuildInput
+
+    artifacts, statements = make_run(home)
+    metrics = home / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss": 5.0}\n')
+    recipe = {
+        "name": "tiny",
+        "description": "A test.",
+        "evaluation": {"problems": {"add": 20}, "heldout_documents": 3, "max_new_tokens": 8},
+        "release": {"licence": {"weights": "Apache-2.0", "data_compilation": "CC-BY-4.0", "code": "Apache-2.0"}},
+    }
+    return BuildInput(
+        name="tiny", version="0.1.0", recipe=recipe, recipe_files={"recipes/tiny.yaml": b"name: tiny\n"},
+        artifacts=artifacts, statements=statements, metrics={"pretrain": metrics}, environment={"python": "3.11"},
+        code_roots=[make_code(home / "checkout")], **changes,
+    )  # fmt: skip

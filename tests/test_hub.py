@@ -83,6 +83,18 @@ api.delete_repo(rid, repo_type=kind); assert not api.repo_exists(rid, repo_type=
 """)
 
 
+def test_equal_files_may_be_sent_at_once(client) -> None:
+    client("""
+api.create_repo("local/twins"); d = tmp / "twins"; d.mkdir()
+for size, count in ((200_000, 6), (5_000, 12)):
+    data = os.urandom(size)
+    for n in range(count): (d / f"{size}-{n}.bin").write_bytes(data)
+api.upload_folder(folder_path=d, repo_id="local/twins")
+got = pathlib.Path(snapshot_download("local/twins"))
+assert all((got / f.name).read_bytes() == f.read_bytes() for f in d.iterdir())
+""")
+
+
 def test_branches_and_tags(client) -> None:
     client("""
 rid = "local/refs"; api.create_repo(rid)

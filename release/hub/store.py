@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,14 +155,14 @@ class Store:
 
     def join(self, parts: list[Path], sha256: str) -> None:
         """Joins the parts of a multipart upload, in order, into the blob."""
-        whole = self.blobs / f"{sha256}.joined"
+        whole = self.blobs / f"{sha256}.{uuid.uuid4().hex}.joined"
         with open(whole, "wb") as out:
             for part in parts:
                 with open(part, "rb") as f:
                     shutil.copyfileobj(f, out, 1 << 20)
         self.accept(whole, sha256)
         for part in parts:
-            part.unlink()
+            part.unlink(missing_ok=True)
 
     def text_file(self, data: bytes) -> File:
         return File(self.put(data), git_blob_oid(data), len(data), False)

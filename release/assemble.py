@@ -1,0 +1,149 @@
+"""Copies the parts of a release out of the run's artifacts, and remembers where every file comes from.
+
+`origins` maps each path of the release to {"artifact": node, "file": path in it} for a verbatim copy, or to
+{"generated": what made it}. With the manifests and statements beside it, every byte leads back to a statement.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import AtomError
+from pipeline.store import Artifact
+from release.layout import ALL_SUMS, GATES, SUMS
+
+PACKAGES = ("pipeline", "stages", "release", "data_recipes")
+CODE_FILES = ("pyproject.toml", "Makefile", "README.md", "LICENSE")
+CODE_SUFFIXES = frozenset({".py", ".yaml", ".yml", ".jinja", ".md", ".toml", ".json", ".txt", ".sh", ".typed"})
+MODELS = {"mid": "model", "base": "model-base"}
+PHASES = ("init", "base", "mid")
+TRAINING = ("pretrain", "midtrain")
+
+
+class Assembly:
+    """A release folder in the making."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.origins: dict[str, dict[str, str]] = {}
+
+    def copy(self, node: str, artifact: Artifact, file: str, target: str) -> None:
+        self._put(target, (artifact / file), None)
+        self.origins[target] = {"artifact": node, "file": file}
+
+    def include(self, source: Path, target: str, why: str) -> None:
+        """Copies a file that is not an artifact's: code, statements, metrics."""
+        self._put(target, source, None)
+        self.origins[target] = {"generated": why}
+
+    def write(self, target: str, data: bytes, why: str) -> None:
+        self._put(target, None, data)
+        self.origins[target] = {"generated": why}
+
+    def json(self, target: str, value: Any, why: str) -> None:
+        self.write(target, to_json(value), why)
+
+    def _put(self, target: str, source: Path | None, data: bytes | None) -> None:
+        if target in self.origins:
+            raise AtomError(f"two files of the release want to be {target}; rename one of them")
+        path = self.folder / target
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if source is not None:
+            shutil.copyfile(source, path)
+        else:
+            path.write_bytes(data or b"")
+
+
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def required(artifacts: Mapping[str, Artifact]) -> None:
+    """Raises AtomError naming what a release cannot do without."""
+    needed = ["items", "curate", "tokenizer", "tokenize", "order-pretrain", "order-midtrain", *TRAINING]
+    needed += [f"{kind}-{phase}" for kind in ("export", "evaluate") for phase in PHASES]
+    if missing := [node for node in needed if node not in artifacts]:
+        raise AtomError(f"the release needs the artifact of {missing[0]}, which is not sealed; finish the run first")
+
+
+def placement(node: str, artifact: Artifact) -> Iterator[tuple[str, str]]:
+    """(file of the artifact, path in the release) for all that is published of a node."""
+    kind, _, which = node.partition("-")
+    for row in artifact.rows:
+        path, name = row.path, Path(row.path).name
+        if kind == "acquire" and path == "source.json":
+            yield path, f"dataset/sources/{which}.json"
+        elif kind == "items" and path == "items.parquet":
+            yield path, "dataset/evaluation/items.parquet"
+        elif kind == "curate" and (path.startswith("kept/") or "/" not in path):
+            yield path, f"dataset/{path}"
+        elif kind == "tokenizer" and path == "stats.json":
+            yield path, "dataset/tokens/tokenizer_stats.json"
+        elif kind == "tokenize" and path in ("documents.parquet", "meta.json"):
+            yield path, f"dataset/tokens/{path}"
+        elif kind == "order":
+            yield path, f"dataset/order/{which}/{path}"
+        elif node in TRAINING and path.startswith("step-"):
+            step = int(path.split("/")[0].removeprefix("step-"))
+            yield path, f"checkpoints/{node}-step-{step}/{name}"
+        elif node in TRAINING:
+            yield path, f"evidence/training/{node}/{path}"
+        elif kind == "export" and path == "parity.json":
+            yield path, f"evidence/parity/{which}.json"
+            if which in MODELS:
+                yield path, f"{MODELS[which]}/parity.json"
+        elif kind == "export" and path.startswith("model/") and which in MODELS:
+            yield path, f"{MODELS[which]}/{path.removeprefix('model/')}"
+        elif kind == "evaluate":
+            yield path, f"dataset/evaluation/{which}/{path}"
+            if path == "scores.json":
+                # A model's card compares it with what came before it, never with what came after.
+                later = PHASES[PHASES.index(which) :]
+                yield from ((path, f"{MODELS[phase]}/evaluation/{which}.json") for phase in later if phase in MODELS)
+
+
+def place_artifacts(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> None:
+    for node, artifact in sorted(artifacts.items()):
+        manifest = artifact.path / "manifest.json"
+        assembly.include(manifest, f"evidence/manifests/{node}.json", f"manifest of {artifact.key}")
+        for file, target in placement(node, artifact):
+            assembly.copy(node, artifact, file, target)
+
+
+def place_code(assembly: Assembly, roots: list[Path]) -> None:
+    """The source files of our packages and the files that build them, from the first root that has each."""
+    for name in PACKAGES:
+        root = next((root for root in roots if (root / name).is_dir()), None)
+        if root is None:
+            raise AtomError(
+                f"the package {name} is in none of the code roots; the release must hold the code that made it"
+            )
+        for path in sorted((root / name).rglob("*")):
+            hidden = any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(root).parts)
+            if path.is_file() and not hidden and path.suffix in CODE_SUFFIXES:
+                assembly.include(path, f"code/{path.relative_to(root).as_posix()}", "source code")
+    for root in reversed(roots):
+        names = [root / name for name in CODE_FILES] + sorted(root.glob("constraints*.txt"))
+        for path in names:
+            if path.is_file() and f"code/{path.name}" not in assembly.origins:
+                assembly.include(path, f"code/{path.name}", "source code")
+
+
+def licence_text(spdx: str, code_licence: str, roots: list[Path]) -> bytes:
+    """The full text if it is the code's own licence and the checkout has it; else its SPDX id and where the text is."""
+    found = next((root / "LICENSE" for root in roots if (root / "LICENSE").is_file()), None)
+    if spdx == code_licence and found is not None:
+        return found.read_bytes()
+    return (
+        f"SPDX-License-Identifier: {spdx}\n\nThe text of this licence: https://spdx.org/licenses/{spdx}.html\n".encode()
+    )
+
+
+def unexplained(folder: Path, origins: Mapping[str, Any], paths: list[str]) -> list[str]:
+    """Files of a release that no origin explains; checksum files and the gates' own result explain themselves."""
+    own = {ALL_SUMS, GATES}
+    return [p for p in paths if p not in origins and p not in own and Path(p).name != SUMS]

@@ -1,0 +1,201 @@
+"""`atom build`: from a run's artifacts to a release folder that has passed its gates.
+
+Nothing of a clock, a host or a path enters it but what the statements and metrics themselves say, so building again
+from the same run gives the same bytes. It is written beside its place and renamed when every gate is passed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.errors import AtomError, CheckFailed
+from pipeline.stage import Config
+from pipeline.store import Artifact
+
+SPDX = r"^[A-Za-z0-9][A-Za-z0-9.+-]*( (AND|OR|WITH) [A-Za-z0-9][A-Za-z0-9.+-]*)*$"
+NAMESPACE = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class Licences(Config):
+    """SPDX expressions. Documents keep their own licences; `data_compilation` is about their selection and arrangement."""
+
+    weights: str = Field(pattern=SPDX)
+    data_compilation: str = Field(pattern=SPDX)
+    code: str = Field(pattern=SPDX)
+
+
+class ReleaseSection(Config):
+    """The recipe's `release`: what stands on the cards and cannot be measured."""
+
+    licence: Licences
+    namespace: str = Field(
+        "local", pattern=NAMESPACE, description="user or organisation on the Hub that the cards name"
+    )
+    title: str | None = Field(None, description="heading of the cards; the recipe's name if absent")
+    contact: str | None = Field(None, description="where questions and removal requests go: URL or address")
+    languages: tuple[str, ...] = Field((), description="ISO 639 codes for the cards' metadata")
+
+
+@dataclass(frozen=True)
+class BuildInput:
+    """All that a release is made of. The engine fills it; nothing here knows graphs or recipes' schemas.
+
+    recipe: the resolved recipe as JSON, with its sections `evaluation` and `release`. artifacts: by node name.
+    statements: in-toto statement files, those of failed attempts too. metrics: metrics.jsonl by node.
+    environment: versions. code_roots: folders that hold the packages. stale: nodes made by other code than today's.
+    machine_paths: folders of this machine that must not be named in a published file.
+    """
+
+    name: str
+    version: str
+    recipe: dict[str, Any]
+    recipe_files: dict[str, bytes]
+    artifacts: dict[str, Artifact]
+    statements: list[Path]
+    metrics: dict[str, Path]
+    environment: dict[str, Any]
+    code_roots: list[Path]
+    commit: str | None = None
+    dirty: bool = False
+    stale: list[str] = field(default_factory=list)
+    machine_paths: list[Path] = field(default_factory=list)
+
+
+def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lambda text: None) -> Path:
+    """Writes `<home>/releases/<name>-<version>/` and returns it; an earlier one of that name is replaced.
+
+    Raises AtomError if a part is missing, CheckFailed with the first failed gate; then the refused folder stays beside
+    as `<name>-<version>.refused` for a look, and the earlier release is untouched.
+    """
+    from release import assemble, gates
+
+    assemble.required(source.artifacts)
+    target = home / "releases" / f"{source.name}-{source.version}"
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    refused = target.with_name(f"{target.name}.refused")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        progress("copying artifacts, code and statements")
+        context = _assemble(draft, source)
+        progress("checking the gates")
+        results = gates.run_all(context)
+        gates.write(draft, results)
+        _checksums(draft)
+        failed = [gate for gate in results if not gate.ok]
+        for gate in results:
+            progress(f"gate {gate.name}: {'passed' if gate.ok else 'FAILED'}, {gate.detail}")
+        shutil.rmtree(refused, ignore_errors=True)
+        if failed:
+            os.rename(draft, refused)
+            more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+            raise CheckFailed(
+                f"release {target.name} is refused by the gate {failed[0].name}: {failed[0].detail}{more}"
+            )
+        _replace(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
+def describe(source: BuildInput) -> dict[str, Any]:
+    """evidence/release.json: what the release is, and what was not clean when it was built."""
+    section = ReleaseSection.model_validate(source.recipe["release"])
+    return {
+        "format": 1,
+        "name": source.name,
+        "version": source.version,
+        "title": section.title or source.name,
+        "description": source.recipe.get("description", ""),
+        "namespace": section.namespace,
+        "contact": section.contact,
+        "languages": list(section.languages),
+        "licence": section.licence.model_dump(),
+        "commit": source.commit,
+        "dirty": source.dirty,
+        "stale": sorted(source.stale),
+        "nodes": {node: {"key": a.key, "digest": a.digest} for node, a in sorted(source.artifacts.items())},
+    }
+
+
+def _assemble(folder: Path, source: BuildInput) -> Any:
+    """Everything but the gates' result and the checksums; returns the gates' context."""
+    from release import assemble, facts, gates
+    from release.cards import render, tables
+    from release.layout import ORIGINS, RELEASE, repositories
+
+    made = assemble.Assembly(folder)
+    assemble.place_artifacts(made, source.artifacts)
+    assemble.place_code(made, source.code_roots)
+    for name, data in sorted(source.recipe_files.items()):
+        made.write(f"code/as-run/{name}", data, "recipe file as run")
+    for path in sorted(source.statements):
+        made.include(path, f"evidence/statements/{path.name}", "statement of the ledger")
+    for node, path in sorted(source.metrics.items()):
+        made.include(path, f"evidence/metrics/{node}.jsonl", "timed metrics of the run")
+    made.json("evidence/environment.json", source.environment, "environment of the build")
+    made.json("evidence/recipe.json", source.recipe, "resolved recipe")
+    release = describe(source)
+    made.json(RELEASE, release, "release.build")
+
+    data = facts.data_facts(folder / "dataset")
+    models = {name: facts.model_facts(folder / name) for name in render.FINAL}
+    steps = facts.checkpoint_facts(folder / "checkpoints")
+    licence, why = release["licence"], "card from the published files"
+    for name, model in models.items():
+        made.write(f"{name}/README.md", render.model_card(name, release, model, data).encode(), why)
+    made.write("dataset/README.md", render.data_card(release, data).encode(), why)
+    card = render.plain_card("checkpoints", release, licence["weights"], checkpoints=tables.checkpoints(steps))
+    made.write("checkpoints/README.md", card.encode(), why)
+    made.json("checkpoints/index.json", steps, "states of the checkpoints")
+    found = repositories(folder)
+    rows = [[r.id(release["namespace"], release["name"]), r.kind, r.branch, f"`{r.folder or '.'}`"] for r in found]
+    shown = tables.table(["repository", "kind", "branch", "place in the release"], rows)
+    made.write("README.md", render.plain_card("evidence", release, licence["code"], repositories=shown).encode(), why)
+    for place in found:
+        kind = {"dataset": "data_compilation", "": "code"}.get(place.folder, "weights")
+        text = assemble.licence_text(licence[kind], licence["code"], source.code_roots)
+        made.write(f"{place.folder}/LICENSE".lstrip("/"), text, "licence")
+    made.origins[ORIGINS] = {"generated": "release.build"}
+    (folder / ORIGINS).write_bytes(assemble.to_json(made.origins))
+    return gates.Context(folder, release, _evaluation(source.recipe), data, models, source.machine_paths)
+
+
+def _evaluation(recipe: dict[str, Any]) -> dict[str, Any]:
+    from stages.evaluate import EvaluationSection
+
+    return EvaluationSection.model_validate(recipe["evaluation"]).model_dump()
+
+
+def _checksums(folder: Path) -> None:
+    """Each repository's own file first, then the one over the whole, then the root's, which covers that one too."""
+    from release.layout import ALL_SUMS, SUMS, files_below, files_of, repositories, write_sums
+
+    places = repositories(folder)
+    for place in places:
+        if place.folder:
+            write_sums(folder / place.folder / SUMS, folder / place.folder, files_of(folder, place))
+    write_sums(folder / ALL_SUMS, folder, [p for p in files_below(folder) if p not in (SUMS, ALL_SUMS)])
+    root = next(place for place in places if place.folder == "")
+    write_sums(folder / SUMS, folder, files_of(folder, root))
+
+
+def _replace(draft: Path, target: Path) -> None:
+    """Puts the draft in the target's place; an earlier release leaves only when the new one is whole."""
+    old = target.with_name(f".{target.name}.old.{os.getpid()}")
+    try:
+        if target.exists():
+            os.rename(target, old)
+        os.rename(draft, target)
+    except OSError as error:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise AtomError(f"release {target} cannot be put in place: {error}") from None
+    shutil.rmtree(old, ignore_errors=True)

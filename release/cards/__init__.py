@@ -1,0 +1,1 @@
+"""Model, data, checkpoint and evidence cards, rendered from the facts of a release."""

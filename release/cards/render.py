@@ -1,0 +1,184 @@
+"""Renders the cards with huggingface_hub's card classes, and checks a card's numbers against the facts.
+
+The templates hold words only: a number reaches a card through `tables` or the metadata, and both come from facts.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from release.cards import tables
+
+Facts = dict[str, Any]
+TEMPLATES = Path(__file__).parent
+HUB_LICENCES = frozenset(
+    "apache-2.0 mit bsd-2-clause bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 gpl-2.0 gpl-3.0 lgpl-3.0 mpl-2.0 "
+    "odc-by unlicense isc zlib postgresql artistic-2.0 ecl-2.0 epl-2.0 cdla-permissive-2.0".split()
+)
+FINAL = {"model": "mid", "model-base": "base"}
+
+
+def licence_fields(spdx: str) -> dict[str, str]:
+    """The Hub's licence metadata for an SPDX expression: its own identifier, or `other` with name and link."""
+    if spdx.lower() in HUB_LICENCES:
+        return {"license": spdx.lower()}
+    return {"license": "other", "license_name": spdx.lower(), "license_link": "LICENSE"}
+
+
+def model_index(scores: Facts, dataset: str) -> list[Any]:
+    """One EvalResult a number of `scores.json`, at full precision."""
+    from huggingface_hub import EvalResult
+
+    found = []
+    for kind, title, task in (
+        ("bits_per_byte", "Bits per byte", "text-generation"),
+        ("accuracy", "Exact match", "text-generation"),
+    ):
+        for name, row in scores[kind].items():
+            found.append(
+                EvalResult(
+                    task_type=task,
+                    dataset_type=dataset,
+                    dataset_name=f"{name} ({'held-out documents' if kind == 'bits_per_byte' else 'held-out problems'})",
+                    dataset_config=name,
+                    dataset_split="heldout",
+                    metric_type=kind,
+                    metric_name=title,
+                    metric_value=row["value"],
+                    metric_config="standard error",
+                    metric_args={"standard_error": row["se"]},
+                )
+            )
+    return found
+
+
+def model_tables(model: Facts) -> dict[str, list[str]]:
+    """The tables that a model repository alone can prove."""
+    return {
+        "evaluation": tables.evaluation(model["scores"]),
+        "samples": tables.samples(model["scores"]),
+        "architecture": tables.architecture(model),
+        "parity": tables.parity(model),
+    }
+
+
+def data_tables(data: Facts) -> dict[str, list[str]]:
+    """The tables that the dataset repository alone can prove."""
+    return {
+        "sources": tables.sources(data),
+        "funnel": tables.funnel(data),
+        "order": tables.order(data),
+        "licences": tables.evidence_of_licence(data),
+        "scores": tables.evaluation(data["evaluation"]),
+    }
+
+
+def model_card(folder: str, release: Facts, model: Facts, data: Facts) -> str:
+    """The card of `model` or `model-base`. `release` is evidence/release.json."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    namespace, name = release["namespace"], release["name"]
+    final, dataset = folder == "model", f"{namespace}/{name}-data"
+    card_data = ModelCardData(
+        model_name=name if final else f"{name}-base",
+        **licence_fields(release["licence"]["weights"]),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        language=release["languages"] or None,
+        datasets=[dataset],
+        base_model=f"{namespace}/{name}-base" if final else None,
+        metrics=["exact_match", "bits_per_byte"],
+        tags=["mixture-of-experts", "open-data", "reproducible"],
+        eval_results=model_index(model["scores"][FINAL[folder]], dataset),
+    )
+    shown = _lines({**model_tables(model), **data_tables(data)})
+    text = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATES / "model.md.jinja"),
+        release=release,
+        model=model,
+        final=final,
+        repo=f"{namespace}/{card_data.model_name}",
+        dataset=dataset,
+        prefix=f"{namespace}/{name}",
+        t=shown,
+    )
+    return _tidy(str(text))
+
+
+def data_card(release: Facts, data: Facts) -> str:
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    kept = sum(row["kept"] for row in data["sources"].values())
+    card_data = DatasetCardData(
+        pretty_name=f"{release['title']}: data",
+        language=list(release["languages"]) or None,
+        size_categories=size_category(kept),
+        task_categories=["text-generation"],
+        configs=[
+            {"config_name": name, "data_files": [{"split": "kept", "path": f"kept/{name}.parquet"}]}
+            for name in data["sources"]
+        ]
+        + [{"config_name": "dispositions", "data_files": [{"split": "all_documents", "path": "dispositions.parquet"}]}],
+        **licence_fields(release["licence"]["data_compilation"]),
+    )
+    text = DatasetCard.from_template(
+        card_data,
+        template_path=str(TEMPLATES / "data.md.jinja"),
+        release=release,
+        prefix=f"{release['namespace']}/{release['name']}",
+        sources=list(data["sources"]),
+        t=_lines(data_tables(data)),
+    )
+    return _tidy(str(text))
+
+
+def plain_card(kind: str, release: Facts, licence: str, **shown: list[str]) -> str:
+    """The cards of the checkpoint and evidence repositories."""
+    from huggingface_hub import CardData, RepoCard
+
+    template = str(TEMPLATES / f"{kind}.md.jinja")
+    prefix = f"{release['namespace']}/{release['name']}"
+    text = RepoCard.from_template(
+        CardData(**licence_fields(licence)), template_path=template, release=release, prefix=prefix, t=_lines(shown)
+    )
+    return _tidy(str(text))
+
+
+def size_category(documents: int) -> str:
+    """The Hub's own buckets."""
+    names = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B"]
+    return names[min(max(len(str(documents)) - 3, 0), len(names) - 1)]
+
+
+def _lines(shown: dict[str, list[str]]) -> dict[str, str]:
+    return {name: "\n".join(lines) for name, lines in shown.items()}
+
+
+def _tidy(text: str) -> str:
+    return re.sub(r"\n{3,}", "\n\n", text.replace("\r\n", "\n")).strip() + "\n"
+
+
+def wrong_tables(card: str, shown: dict[str, list[str]]) -> list[str]:
+    """Lines that the facts demand and the card does not hold, word for word."""
+    present = set(card.splitlines())
+    return [line for name, lines in shown.items() for line in lines if line not in present]
+
+
+def wrong_scores(card: str, scores: Facts) -> list[str]:
+    """Values of the card's model-index that are not the measured ones."""
+    from huggingface_hub import ModelCard
+
+    results = ModelCard(card).data.eval_results or []
+    said = {
+        (r.metric_type, r.dataset_config): (r.metric_value, (r.metric_args or {}).get("standard_error"))
+        for r in results
+    }
+    measured = {(k, n): (r["value"], r["se"]) for k in ("bits_per_byte", "accuracy") for n, r in scores[k].items()}
+    return sorted(
+        f"{kind} {name}"
+        for kind, name in set(said) | set(measured)
+        if said.get((kind, name)) != measured.get((kind, name))
+    )

@@ -1,0 +1,124 @@
+"""Markdown tables of the cards. Every number that a card shows is formatted here, from facts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+Facts = dict[str, Any]
+PHASE_TITLES = {"init": "random weights", "base": "pre-training (base)", "mid": "mid-training (final)"}
+
+
+def count(value: int) -> str:
+    return f"{value:,}"
+
+
+def table(head: Iterable[str], body: Iterable[Iterable[str]]) -> list[str]:
+    head = list(head)
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] * len(head)) + "|"]
+    return lines + ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in body]
+
+
+def with_error(row: dict[str, Any], digits: int) -> str:
+    return f"{row['value']:.{digits}f} ± {row['se']:.{digits}f}"
+
+
+def evaluation(scores: Facts) -> list[str]:
+    """One row a measure, one column a phase: value ± standard error."""
+    phases = [phase for phase in PHASE_TITLES if phase in scores]
+    last = scores[phases[-1]]
+    measures = [("bits_per_byte", source, f"bits per byte, {source}", 4) for source in last["bits_per_byte"]]
+    measures += [("accuracy", task, f"exact match, {task}", 3) for task in last["accuracy"]]
+    body = [
+        [label, *(with_error(scores[p][kind][key], digits) for p in phases)] for kind, key, label, digits in measures
+    ]
+    for kind, label, digits in (
+        ("bits_per_byte_all", "bits per byte, all", 4),
+        ("accuracy_all", "exact match, all", 3),
+    ):
+        body.append([label, *(with_error(scores[p][kind], digits) for p in phases)])
+    return table(["measure", *(PHASE_TITLES[p] for p in phases)], body)
+
+
+def samples(scores: Facts) -> list[str]:
+    """How much was measured: documents, bytes and problems."""
+    last = scores[[phase for phase in PHASE_TITLES if phase in scores][-1]]
+    body = [[name, count(r["documents"]), count(r["bytes"]), ""] for name, r in last["bits_per_byte"].items()]
+    body += [[name, "", "", count(r["n"])] for name, r in last["accuracy"].items()]
+    return table(["source or task", "held-out documents", "bytes scored", "problems"], body)
+
+
+def architecture(model: Facts) -> list[str]:
+    body = [["parameters, total", count(model["parameters"]["total"])]]
+    body += [["parameters, active for one token", count(model["parameters"]["active"])]]
+    body += [[key.replace("_", " "), count(value)] for key, value in model["config"].items()]
+    return table(["what", "value"], body)
+
+
+def parity(model: Facts) -> list[str]:
+    body = [
+        [key.replace("_", " "), number(value)]
+        for key, value in sorted(model["parity"].items())
+        if not isinstance(value, dict)
+    ]
+    return table(["export parity", "value"], body)
+
+
+def number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return count(value) if isinstance(value, int) else f"{value:.3g}"
+
+
+def sources(data: Facts) -> list[str]:
+    body = []
+    for name, row in data["sources"].items():
+        split = row["by_split"]
+        tokens = sum(row["tokens"].values())
+        counts = [
+            row["documents_in"],
+            row["kept"],
+            split.get("train", 0),
+            split.get("heldout", 0),
+            row["bytes_kept"],
+            tokens,
+        ]
+        body.append([name, ", ".join(row["licences"]), *map(count, counts)])
+    return table(["source", "licence", "documents in", "kept", "train", "held out", "bytes kept", "tokens"], body)
+
+
+def evidence_of_licence(data: Facts) -> list[str]:
+    body = [
+        [name, ", ".join(row["licences"]), row["origin"], row["licence_evidence"]]
+        for name, row in data["sources"].items()
+    ]
+    return table(["source", "licence", "origin", "evidence of the licence"], body)
+
+
+def funnel(data: Facts) -> list[str]:
+    """Removed documents, one row a rule, one column a source; the last rows balance."""
+    names = list(data["sources"])
+    rules = sorted({rule for row in data["sources"].values() for rule in row["removed"]})
+
+    def line(label: str, numbers: list[int]) -> list[str]:
+        return [label, *map(count, numbers), count(sum(numbers))]
+
+    body = [line("in", [data["sources"][n]["documents_in"] for n in names])]
+    body += [line(f"removed: {rule}", [data["sources"][n]["removed"].get(rule, 0) for n in names]) for rule in rules]
+    body.append(line("kept", [data["sources"][n]["kept"] for n in names]))
+    return table(["documents", *names, "all"], body)
+
+
+def order(data: Facts) -> list[str]:
+    """What each training phase saw, from the order index."""
+    body = []
+    for phase, row in data["order"].items():
+        for name, seen in row["by_source"].items():
+            body.append(
+                [phase, count(row["steps"]), name, count(seen["rows"]), count(seen["tokens"]), count(seen["documents"])]
+            )
+    return table(["phase", "steps", "source", "rows", "tokens", "different documents"], body)
+
+
+def checkpoints(rows: list[Facts]) -> list[str]:
+    return table(["branch", "phase", "step"], [[row["branch"], row["phase"], count(row["step"])] for row in rows])

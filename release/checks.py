@@ -1,0 +1,137 @@
+"""The checks that the builder and a stranger share: functions from published files to a list of what is wrong.
+
+They read nothing but the files of a release or of one pulled repository, and each sentence names the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pipeline.store import FileRow, digest_of, sha256_file
+from release import facts
+from release.cards import render
+from release.layout import ORIGINS
+
+ARTIFACT_URI = "atom:artifact/"
+
+
+def read_manifests(folder: Path) -> dict[str, dict[str, Any]]:
+    """{node: manifest} of evidence/manifests."""
+    return {path.stem: facts.read_json(path) for path in sorted((folder / "evidence/manifests").glob("*.json"))}
+
+
+def manifests(folder: Path) -> list[str]:
+    """Each manifest's digest is the digest of its rows."""
+    wrong = []
+    for node, manifest in read_manifests(folder).items():
+        rows = [FileRow(row["path"], row["size"], row["sha256"]) for row in manifest["files"]]
+        if digest_of(rows) != manifest["digest"]:
+            wrong.append(f"evidence/manifests/{node}.json: its digest is not that of its rows")
+    return wrong
+
+
+def origins(folder: Path) -> list[str]:
+    """Each file copied from an artifact is, byte for byte, the one that the artifact's manifest lists."""
+    wrong, listed = [], {}
+    for node, manifest in read_manifests(folder).items():
+        listed |= {(node, row["path"]): row["sha256"] for row in manifest["files"]}
+    for path, origin in sorted(facts.read_json(folder / ORIGINS).items()):
+        if not (folder / path).exists():
+            if (folder / path.split("/")[0]).exists():
+                wrong.append(f"{path} is missing (listed in {ORIGINS})")
+        elif "artifact" in origin and listed.get((origin["artifact"], origin["file"])) != sha256_file(folder / path):
+            wrong.append(f"{path} is not {origin['file']} of the artifact {origin['artifact']}")
+    return wrong
+
+
+def statements(folder: Path) -> list[str]:
+    """Each artifact is the subject of a statement, and each statement's materials are the artifacts of the release."""
+    known = {manifest["key"]: manifest["digest"] for manifest in read_manifests(folder).values()}
+    stated: set[tuple[str, str]] = set()
+    wrong = []
+    for path in sorted((folder / "evidence/statements").rglob("*.json")):
+        body = facts.read_json(path)
+        name = path.relative_to(folder).as_posix()
+        if path.stem != sha256_file(path):
+            wrong.append(f"{name} is not named by its digest")
+        subjects = {(subject["name"], subject["digest"]["sha256"]) for subject in body["subject"]}
+        made = subjects & set(known.items())
+        stated |= made
+        for material in body["predicate"]["buildDefinition"]["resolvedDependencies"] if made else ():
+            uri = material.get("uri", "")
+            key = uri.removeprefix(ARTIFACT_URI)
+            if uri.startswith(ARTIFACT_URI) and known.get(key) != material["digest"]["sha256"]:
+                wrong.append(f"{name}: its material {key} is not an artifact of this release")
+    wrong += [
+        f"evidence/statements: none is about {key} as it is here" for key in sorted(set(known) - {k for k, _ in stated})
+    ]
+    return wrong
+
+
+def dispositions(dataset: Path) -> list[str]:
+    """One fate for each document; in = kept + removed; the kept ones are exactly those of kept/*.parquet."""
+    columns = ["id", "source", "disposition", "rule", "split", "license"]
+    fates = facts.rows(dataset / "dispositions.parquet", columns)
+    wrong = []
+    if twice := [key for key, n in Counter(row["id"] for row in fates).items() if n > 1]:
+        wrong.append(f"dispositions.parquet: document {twice[0]} has two fates")
+    for row in fates:
+        if row["disposition"] not in ("kept", "removed") or (row["disposition"] == "removed") != bool(row["rule"]):
+            wrong.append(f"dispositions.parquet: document {row['id']} is neither kept nor removed by a rule")
+    for source in sorted({row["source"] for row in fates}):
+        own = {row["id"]: row for row in fates if row["source"] == source and row["disposition"] == "kept"}
+        path = dataset / "kept" / f"{source}.parquet"
+        kept = {row["id"]: row for row in facts.rows(path, ["id", "split", "license"])} if path.exists() else {}
+        if different := sorted(set(own) ^ set(kept)):
+            wrong.append(f"kept/{source}.parquet: document {different[0]} is not kept in both tables")
+        for key in sorted(set(own) & set(kept)):
+            if (own[key]["split"], own[key]["license"]) != (kept[key]["split"], kept[key]["license"]):
+                wrong.append(f"kept/{source}.parquet: document {key} has another split or licence than its disposition")
+        declared = dataset / "sources" / f"{source}.json"
+        read = sum(row["source"] == source for row in fates)
+        if declared.exists() and facts.read_json(declared).get("documents", read) != read:
+            wrong.append(f"dispositions.parquet: {read} documents of {source}, the source says another number")
+    return wrong
+
+
+def scores(dataset: Path) -> list[str]:
+    """Each scores.json is what its two tables give."""
+    folders = [path.parent for path in sorted((dataset / "evaluation").glob("*/scores.json"))]
+    return [
+        f"evaluation/{folder.name}/scores.json is not what its tables give"
+        for folder in folders
+        if facts.read_json(folder / "scores.json") != json.loads(json.dumps(facts.scores_of(folder)))
+    ]
+
+
+def model_card(model: Path, final: str) -> list[str]:
+    """The card of one model repository against the files beside it."""
+    card, known = (model / "README.md").read_text(), facts.model_facts(model)
+    wrong = [
+        f"README.md: model-index {name} is not the measured one"
+        for name in render.wrong_scores(card, known["scores"][final])
+    ]
+    return wrong + [
+        f"README.md lacks the line {line!r}" for line in render.wrong_tables(card, render.model_tables(known))
+    ]
+
+
+def data_card(dataset: Path) -> list[str]:
+    """The data card against the tables beside it."""
+    shown = render.data_tables(facts.data_facts(dataset))
+    return [
+        f"README.md lacks the line {line!r}" for line in render.wrong_tables((dataset / "README.md").read_text(), shown)
+    ]
+
+
+def cards(folder: Path) -> list[str]:
+    wrong = [f"{name}/{text}" for name, final in render.FINAL.items() for text in model_card(folder / name, final)]
+    shown = render.data_tables(facts.data_facts(folder / "dataset"))
+    for name in render.FINAL:
+        card = (folder / name / "README.md").read_text()
+        own = {key: shown[key] for key in ("sources", "funnel", "order")}
+        wrong += [f"{name}/README.md lacks the line {line!r}" for line in render.wrong_tables(card, own)]
+    return wrong + [f"dataset/{text}" for text in data_card(folder / "dataset") + scores(folder / "dataset")]

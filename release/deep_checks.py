@@ -1,0 +1,114 @@
+"""Checks that read everything: each document, each row of the order, each tensor, each answer."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from pipeline.store import sha256_file
+from release import facts
+
+
+def documents(dataset: Path) -> list[str]:
+    """The content hash of every kept document is that of its text."""
+    wrong = []
+    for path in sorted((dataset / "kept").glob("*.parquet")):
+        for row in facts.rows(path, ["id", "text", "content_hash"]):
+            if hashlib.sha256(row["text"].encode()).hexdigest() != row["content_hash"]:
+                wrong.append(f"kept/{path.name}: the text of {row['id']} is not what its content hash says")
+    return wrong
+
+
+def order(dataset: Path) -> list[str]:
+    """Every segment of the order lies inside a training document, and no held-out document was trained on."""
+    columns = ["source", "split", "ordinal", "id", "tokens"]
+    known = {(r["source"], r["ordinal"], r["id"]): r for r in facts.rows(dataset / "tokens/documents.parquet", columns)
+             if r["split"] == "train"}  # fmt: skip
+    wrong = []
+    for path in sorted((dataset / "order").glob("*/order.parquet")):
+        name, last = path.relative_to(dataset).as_posix(), (0, 0, -1)
+        for row in facts.rows(path, ["step", "row", "segment", "source", "ordinal", "id", "offset", "length"]):
+            document = known.get((row["source"], row["ordinal"], row["id"]))
+            if document is None:
+                wrong.append(
+                    f"{name}: step {row['step']} row {row['row']} is {row['id']}, which is no training document"
+                )
+            elif not 0 <= row["offset"] < row["offset"] + row["length"] <= document["tokens"]:
+                wrong.append(f"{name}: step {row['step']} row {row['row']} reaches beyond the end of {row['id']}")
+            here = (row["step"], row["row"], row["segment"])
+            if here <= last:
+                wrong.append(f"{name}: step {row['step']} row {row['row']} is out of order or doubled")
+            last = here
+    return wrong
+
+
+def answers(dataset: Path) -> list[str]:
+    """Every score is what the scorer of this installation gives, if it is the one that was used then."""
+    from stages.data import problems
+
+    digest = sha256_file(Path(problems.__file__))
+    wrong = []
+    expected = {row["id"]: row["answer"] for row in facts.rows(dataset / "evaluation/items.parquet", ["id", "answer"])}
+    for path in sorted((dataset / "evaluation").glob("*/items.parquet")):
+        name = path.relative_to(dataset).as_posix()
+        for row in facts.rows(path, ["id", "expected", "output", "score", "code_digest"]):
+            if expected.get(row["id"]) != row["expected"]:
+                wrong.append(f"{name}: {row['id']} was judged by another answer than the problem's")
+            elif row["code_digest"] == digest and problems.score(row["expected"], row["output"]) != row["score"]:
+                wrong.append(f"{name}: the score of {row['id']} is not what its output earns")
+    return wrong
+
+
+def weights(folder: Path) -> list[str]:
+    """Every tensor can be read and is finite; an optimizer speaks of the tensors of its model."""
+    import torch
+    from safetensors import safe_open
+
+    wrong = []
+    for path in sorted(folder.rglob("*.safetensors")):
+        name = path.relative_to(folder).as_posix()
+        with safe_open(path, framework="pt") as f:
+            for key in f.keys():  # noqa: SIM118 (not a mapping)
+                if not torch.isfinite(f.get_tensor(key)).all():
+                    wrong.append(f"{name}: tensor {key} is not finite")
+        if path.name == "optimizer.safetensors":
+            owned = {key.split(".", 1)[1] for key in facts.tensor_shapes(path)}
+            if owned != set(facts.tensor_shapes(path.with_name("model.safetensors"))):
+                wrong.append(f"{name}: it speaks of other tensors than the model beside it")
+    return wrong
+
+
+def reload(models: list[Path]) -> list[str]:
+    """Plain transformers in a fresh interpreter loads each, and its chat template round-trips."""
+    from release.gates import run_reload
+
+    return [
+        f"{model.name}: {text}"
+        for model, found in zip(models, run_reload(models), strict=True)
+        for text in found["problems"]
+    ]
+
+
+def code(folder: Path) -> list[str]:
+    """The published source files are those that the statements of the published artifacts name, stale ones apart."""
+    from release.checks import read_manifests
+
+    stale = set(facts.read_json(folder / "evidence/release.json")["stale"])
+    current = {m["key"] for node, m in read_manifests(folder).items() if node not in stale}
+    said: dict[str, set[str]] = {}
+    for path in sorted((folder / "evidence/statements").rglob("*.json")):
+        body = facts.read_json(path)
+        if not {subject["name"] for subject in body["subject"]} & current:
+            continue
+        for item in body["predicate"]["buildDefinition"]["resolvedDependencies"]:
+            if item.get("uri", "").startswith("atom:code/"):
+                said.setdefault(item["name"], set()).add(item["digest"]["sha256"])
+    wrong = []
+    for module, digests in sorted(said.items()):
+        stem = folder / "code" / module.replace(".", "/")
+        path = next((p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.exists()), None)
+        if path is None:
+            wrong.append(f"code: {module}, which the statements name, is not there")
+        elif sha256_file(path) not in digests:
+            wrong.append(f"{path.relative_to(folder).as_posix()} is not the file that the statements name")
+    return wrong

@@ -1,0 +1,131 @@
+"""The numbers of a release, computed from the files that it publishes, never typed and never copied from a summary.
+
+Scores come from the per-item tables, the funnel from the dispositions, parameters from the tensors. `verify` calls the
+same functions on a stranger's copy and compares with what the cards say.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+Facts = dict[str, Any]
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def rows(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    found: list[dict[str, Any]] = pq.read_table(path, columns=columns).to_pylist()
+    return found
+
+
+def data_facts(dataset: Path) -> Facts:
+    """What was read, kept and removed, under which licence, in which order: from the dataset repository alone."""
+    fates = rows(dataset / "dispositions.parquet", ["source", "license", "bytes", "disposition", "split", "rule"])
+    sources: Facts = {}
+    for name in sorted({row["source"] for row in fates}):
+        own = [row for row in fates if row["source"] == name]
+        kept = [row for row in own if row["disposition"] == "kept"]
+        declared_path = dataset / "sources" / f"{name}.json"
+        declared = read_json(declared_path) if declared_path.exists() else {}
+        sources[name] = {
+            "documents_in": len(own),
+            "kept": len(kept),
+            "removed": dict(sorted(Counter(row["rule"] for row in own if row["disposition"] == "removed").items())),
+            "by_split": dict(sorted(Counter(row["split"] for row in kept).items())),
+            "bytes_in": sum(row["bytes"] for row in own),
+            "bytes_kept": sum(row["bytes"] for row in kept),
+            "licences": sorted({row["license"] for row in own}),
+            "origin": declared.get("origin", ""),
+            "licence_evidence": declared.get("license_evidence", ""),
+        }
+    tokens: dict[str, Counter[str]] = {name: Counter() for name in sources}
+    for row in rows(dataset / "tokens" / "documents.parquet", ["source", "split", "tokens"]):
+        tokens[row["source"]][row["split"]] += row["tokens"]
+    for name, counts in tokens.items():
+        sources[name]["tokens"] = dict(sorted(counts.items()))
+    return {
+        "sources": sources,
+        "order": {p.parent.name: order_facts(p) for p in sorted((dataset / "order").glob("*/order.parquet"))},
+        "problems": dict(
+            sorted(Counter(r["task"] for r in rows(dataset / "evaluation/items.parquet", ["task"])).items())
+        ),
+        "evaluation": {
+            p.parent.name: scores_of(p.parent) for p in sorted((dataset / "evaluation").glob("*/scores.json"))
+        },
+    }
+
+
+def order_facts(path: Path) -> Facts:
+    """Steps, and rows and tokens by source, of one phase's order index."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, columns=["step", "source", "id", "length"])
+    grouped = table.group_by("source").aggregate([("length", "sum"), ("length", "count"), ("id", "count_distinct")])
+    by_source = {
+        row["source"]: {"tokens": row["length_sum"], "rows": row["length_count"], "documents": row["id_count_distinct"]}
+        for row in grouped.to_pylist()
+    }
+    return {"steps": pc.max(table["step"]).as_py(), "by_source": dict(sorted(by_source.items()))}
+
+
+def scores_of(folder: Path) -> Facts:
+    """The scores of one phase, recomputed from its two tables."""
+    from stages.evaluate import summary
+
+    return summary(rows(folder / "documents.parquet"), rows(folder / "items.parquet"))
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """{tensor: shape} from the header of a safetensors file, without reading the tensors."""
+    with open(path, "rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8))
+        header = json.loads(f.read(length))
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+
+
+def model_facts(model: Path) -> Facts:
+    """Architecture, parameters (total, and active for one token), parity and scores of one model repository."""
+    config = read_json(model / "config.json")
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(model.glob("*.safetensors")):
+        shapes |= tensor_shapes(path)
+    sizes = {name: _product(shape) for name, shape in shapes.items()}
+    total, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
+    idle = experts * (config["num_experts"] - config["num_experts_per_tok"]) // config["num_experts"]
+    keys = (
+        "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts",
+        "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings", "vocab_size",
+    )  # fmt: skip
+    return {
+        "architecture": config["architectures"][0],
+        "config": {key: config[key] for key in keys},
+        "dtype": config.get("dtype") or config.get("torch_dtype"),
+        "parameters": {"total": total, "active": total - idle, "tensors": len(shapes)},
+        "parity": read_json(model / "parity.json"),
+        "scores": {path.stem: read_json(path) for path in sorted((model / "evaluation").glob("*.json"))},
+    }
+
+
+def checkpoint_facts(checkpoints: Path) -> list[Facts]:
+    """Every published checkpoint with its state, by phase and step."""
+    found = []
+    for path in checkpoints.glob("*/state.json"):
+        phase, _, step = path.parent.name.rpartition("-step-")
+        found.append({"branch": path.parent.name, "phase": phase, "step": int(step), "state": read_json(path)})
+    return sorted(found, key=lambda row: (row["phase"] != "pretrain", row["phase"], row["step"]))
+
+
+def _product(shape: list[int]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size

@@ -1,0 +1,203 @@
+"""The gates of a release: small functions from the assembled folder to what is wrong with it.
+
+A gate returns a `Gate`; a failed one says what to do. The results are published in evidence/gates.json.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from release import checks, facts, secrets
+from release.assemble import unexplained
+from release.cards import render
+from release.layout import GATES, ORIGINS, SUMS, files_below
+
+UNKNOWN_LICENCES = frozenset({"", "unknown", "noassertion", "none", "other"})
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One named check: `detail` is what was found or, if not ok, what is wrong and what to do."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the gates look at: the folder in the making, and what the recipe demands of it."""
+
+    folder: Path
+    release: dict[str, Any]
+    evaluation: dict[str, Any]
+    data: facts.Facts
+    models: dict[str, facts.Facts]
+    machine: list[Path]
+
+
+def export_parity(c: Context) -> Gate:
+    worst = {}
+    for path in sorted((c.folder / "evidence/parity").glob("*.json")):
+        found = facts.read_json(path)
+        worst[path.stem] = found["max_abs_logit_delta"]
+        if not found["max_abs_logit_delta"] < found["tolerance"]:
+            text = f"export-{path.stem} differs by {found['max_abs_logit_delta']:.3g}, tolerance {found['tolerance']:g}"
+            return Gate("export_parity", False, f"{text}; the export is not the trained model, do not publish it")
+    if set(worst) != {"init", "base", "mid"}:
+        return Gate("export_parity", False, f"parity is known for {sorted(worst)} only; run the exports again")
+    return Gate("export_parity", True, ", ".join(f"{k} max |Δ| {v:.3g}" for k, v in sorted(worst.items())))
+
+
+def reload(c: Context) -> list[Gate]:
+    """Every model loads in a fresh interpreter with plain transformers, and its chat template round-trips."""
+    said: list[str] = []
+    folders = list(c.models)
+    for folder, found in zip(folders, run_reload([c.folder / name for name in folders]), strict=True):
+        said += [f"{folder}: {problem}" for problem in found["problems"]]
+        if found["parameters"] not in (None, c.models[folder]["parameters"]["total"]):
+            said.append(f"{folder}: transformers counts {found['parameters']} parameters, the file holds others")
+    chat = [text for text in said if "template" in text or "token" in text or "generation prompt" in text]
+    rest = [text for text in said if text not in chat]
+    mend = "; mend the export or tokenizer stage and run again"
+    return [
+        Gate(
+            "reload_in_transformers", not rest, (rest[0] + mend) if rest else "model and model-base load, finite logits"
+        ),
+        Gate("chat_template_round_trip", not chat, (chat[0] + mend) if chat else "text, tokens and markers survive"),
+    ]
+
+
+def run_reload(folders: list[Path]) -> list[dict[str, Any]]:
+    """The judgement of `reload.py` on each model folder, from one fresh interpreter."""
+    command = [sys.executable, "-P", str(Path(__file__).with_name("reload.py")), *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = [
+        json.loads(line.removeprefix("RELOAD ")) for line in done.stdout.splitlines() if line.startswith("RELOAD ")
+    ]
+    if len(found) != len(folders):
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return [{"problems": [f"transformers cannot load it: {last}"], "parameters": None}] * len(folders)
+    return found
+
+
+def ledger_closed(c: Context) -> Gate:
+    """Every file comes from an artifact with a statement, or is the build's own and listed as such."""
+    origins = facts.read_json(c.folder / ORIGINS)
+    paths = files_below(c.folder)
+    wrong = [f"{path} has no origin" for path in unexplained(c.folder, origins, paths)]
+    wrong += checks.manifests(c.folder) + checks.origins(c.folder) + checks.statements(c.folder)
+    if wrong:
+        return Gate("ledger_closed", False, f"{wrong[0]}; run the stage again so that it is stated, then build")
+    copies = sum("artifact" in origin for origin in origins.values())
+    return Gate(
+        "ledger_closed",
+        True,
+        f"{copies} files copied from stated artifacts, {len(origins) - copies} generated and listed",
+    )
+
+
+def licences_known(c: Context) -> Gate:
+    bad = sorted(
+        n for n, row in c.data["sources"].items() if any((x or "").lower() in UNKNOWN_LICENCES for x in row["licences"])
+    )
+    if bad:
+        return Gate(
+            "licences_known", False, f"source {bad[0]} has documents of unknown licence; name it in the data recipe"
+        )
+    said = sorted({licence for row in c.data["sources"].values() for licence in row["licences"]})
+    return Gate("licences_known", True, f"every document has a licence: {', '.join(said)}")
+
+
+def counts_balance(c: Context) -> Gate:
+    wrong = checks.dispositions(c.folder / "dataset")
+    total = sum(row["documents_in"] for row in c.data["sources"].values())
+    kept = sum(row["kept"] for row in c.data["sources"].values())
+    detail = f"{total} documents in = {kept} kept + {total - kept} removed"
+    return Gate("counts_balance", not wrong, f"{wrong[0]}; the curate stage is at fault" if wrong else detail)
+
+
+def checkpoints_and_order(c: Context) -> Gate:
+    rows = facts.checkpoint_facts(c.folder / "checkpoints")
+    for phase in ("pretrain", "midtrain"):
+        own = [row for row in rows if row["phase"] == phase]
+        if not own:
+            return Gate(
+                "checkpoints_and_order", False, f"no checkpoint of {phase}; set {phase}.release_checkpoint_every"
+            )
+        if phase not in c.data["order"]:
+            return Gate("checkpoints_and_order", False, f"no order index of {phase}; run its order stage")
+        steps = c.data["order"][phase]["steps"]
+        if own[-1]["step"] != steps:
+            text = f"the last checkpoint of {phase} is step {own[-1]['step']}, the order has {steps} steps"
+            return Gate("checkpoints_and_order", False, f"{text}; finish the training stage")
+    return Gate(
+        "checkpoints_and_order", True, f"{len(rows)} checkpoints; order of {', '.join(sorted(c.data['order']))}"
+    )
+
+
+def learning(c: Context) -> list[Gate]:
+    """Pre-training lowers bits per byte; mid-training raises accuracy and loses no more bits than the recipe allows."""
+    init, base, mid = (c.data["evaluation"][phase] for phase in ("init", "base", "mid"))
+
+    def bits(phase: facts.Facts) -> float:
+        return float(phase["bits_per_byte_all"]["value"])
+
+    def accuracy(phase: facts.Facts) -> float:
+        return float(phase["accuracy_all"]["value"])
+
+    lowered = bits(base) < bits(init)
+    first = f"bits per byte {bits(init):.4f} → {bits(base):.4f}"
+    gain, needed = accuracy(mid) - accuracy(base), c.evaluation["min_accuracy_gain"]
+    second = f"accuracy {accuracy(base):.3f} ± {base['accuracy_all']['se']:.3f} → {accuracy(mid):.3f} ± {mid['accuracy_all']['se']:.3f}"
+    lost, allowed = bits(mid) - bits(base), c.evaluation["bits_per_byte_tolerance"]
+    third = f"bits per byte {bits(base):.4f} → {bits(mid):.4f}, at most {allowed:g} may be lost"
+    mend = "; change the recipe's {} and run again"
+    return [
+        Gate("pretraining_lowers_bits_per_byte", lowered, first if lowered else first + mend.format("pretrain section")),
+        Gate("midtraining_raises_accuracy", gain > 0 and gain >= needed, second if gain > 0 and gain >= needed
+             else f"{second}, at least {needed:g} is demanded" + mend.format("midtrain section")),
+        Gate("midtraining_keeps_bits_per_byte", lost <= allowed, third if lost <= allowed else third + mend.format("midtrain mix")),
+    ]  # fmt: skip
+
+
+def cards(c: Context) -> Gate:
+    """Rendering the cards again from the published files gives the same bytes, and their scores are the measured ones."""
+    wrong = checks.cards(c.folder)
+    for folder, model in c.models.items():
+        if (c.folder / folder / "README.md").read_text() != render.model_card(folder, c.release, model, c.data):
+            wrong.append(f"{folder}/README.md is not what the artifacts give")
+    if (c.folder / "dataset/README.md").read_text() != render.data_card(c.release, c.data):
+        wrong.append("dataset/README.md is not what the artifacts give")
+    return Gate(
+        "card_numbers",
+        not wrong,
+        f"{wrong[0]}; build again" if wrong else "every table and score equals the artifacts'",
+    )
+
+
+def no_secrets(c: Context) -> Gate:
+    paths = [p for p in files_below(c.folder) if Path(p).name != SUMS]
+    hits = secrets.scan(c.folder, paths, c.machine)
+    return Gate(
+        "no_secrets",
+        not hits,
+        f"{hits[0]}; remove it at its source and run again" if hits else f"{len(paths)} files searched",
+    )
+
+
+def run_all(c: Context) -> list[Gate]:
+    return [
+        export_parity(c), *reload(c), ledger_closed(c), licences_known(c), counts_balance(c), checkpoints_and_order(c),
+        *learning(c), cards(c), no_secrets(c),
+    ]  # fmt: skip
+
+
+def write(folder: Path, gates: list[Gate]) -> None:
+    rows = {gate.name: {key: value for key, value in asdict(gate).items() if key != "name"} for gate in gates}
+    (folder / GATES).write_text(json.dumps(rows, indent=1, sort_keys=True, ensure_ascii=False) + "\n")

@@ -1,0 +1,82 @@
+"""The one door to the real `huggingface_hub` client: imported late, quiet, and with its errors told in one sentence."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pipeline.errors import AtomError
+
+PUBLIC_HUB = "https://huggingface.co"
+
+
+def endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", PUBLIC_HUB).rstrip("/")
+
+
+def load() -> Any:
+    """The module `huggingface_hub`, set up before its import: no telemetry, and no Xet where only the real Hub has it."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    plain = endpoint() != PUBLIC_HUB
+    if plain:
+        os.environ["HF_HUB_DISABLE_XET"] = "1"
+    import huggingface_hub
+    import huggingface_hub.errors
+    from huggingface_hub import constants
+
+    # Another library may have imported it first; these two are read at import and looked up at each call.
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    if plain:
+        constants.HF_HUB_DISABLE_XET = True
+    return huggingface_hub
+
+
+def api() -> Any:
+    """A client of HF_ENDPOINT with HF_TOKEN."""
+    return load().HfApi(endpoint=endpoint(), token=os.environ.get("HF_TOKEN") or None)
+
+
+@contextmanager
+def plainly(what: str) -> Iterator[None]:
+    """Turns the client's failures while doing `what` into one AtomError."""
+    errors = load().errors
+    try:
+        import httpx2 as http
+    except ImportError:  # huggingface_hub 1.x
+        import httpx as http
+    try:
+        yield
+    except errors.RepositoryNotFoundError as error:
+        status = _status(error)
+        if status == 401 and os.environ.get("HF_TOKEN"):
+            raise AtomError(
+                f"{what}: {endpoint()} refuses the token in HF_TOKEN or hides this repository from it"
+            ) from None
+        raise AtomError(
+            f"{what}: {endpoint()} has no such repository, or it is private and HF_TOKEN may not read it"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise AtomError(f"{what}: the repository has no such revision") from None
+    except errors.HfHubHTTPError as error:
+        status, said = _status(error), str(getattr(error, "server_message", None) or error).splitlines()[0]
+        if status == 401:
+            raise AtomError(
+                f"{what}: {endpoint()} refuses the token; set HF_TOKEN to a valid one with write access"
+            ) from None
+        if status == 403:
+            raise AtomError(f"{what}: the token may not write there ({said}); use a namespace that is yours") from None
+        raise AtomError(f"{what}: {endpoint()} answers {status}: {said}") from None
+    except errors.LocalTokenNotFoundError:
+        raise AtomError(f"{what}: no token; set HF_TOKEN to one with write access") from None
+    except errors.HFValidationError as error:
+        raise AtomError(f"{what}: {str(error).splitlines()[0]}") from None
+    except (http.TransportError, ConnectionError, errors.OfflineModeIsEnabled) as error:
+        raise AtomError(f"{what}: {endpoint()} cannot be reached ({type(error).__name__}); check HF_ENDPOINT") from None
+
+
+def _status(error: Any) -> int | None:
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None)

@@ -1,0 +1,102 @@
+"""Where things stand in a release folder, which Hub repository each part becomes, and the checksum files.
+
+    model/ model-base/ dataset/        one repository each
+    checkpoints/<phase>-step-<n>/      one branch each of the checkpoint repository, whose main branch is checkpoints/*
+    README.md code/ evidence/          the evidence repository: the root of the release folder itself
+
+Every repository (and every checkpoint branch) carries its own `SHA256SUMS`, so that a pulled copy can be checked alone.
+`evidence/SHA256SUMS` covers every file of the release but itself and the root's, and the root's covers it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import CheckFailed
+from pipeline.store import sha256_file
+
+SUMS = "SHA256SUMS"
+ALL_SUMS = f"evidence/{SUMS}"
+ORIGINS = "evidence/origins.json"
+RELEASE = "evidence/release.json"
+GATES = "evidence/gates.json"
+PARTS = ("model", "model-base", "dataset", "checkpoints")
+LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """One revision of one Hub repository: `folder` is its place in the release ("" is the release's root)."""
+
+    folder: str
+    suffix: str
+    kind: str
+    branch: str = "main"
+
+    def id(self, namespace: str, name: str) -> str:
+        return f"{namespace}/{name}{self.suffix}"
+
+
+def repositories(release: Path) -> list[Repository]:
+    """The repositories of a release in the order in which they are made public: data, checkpoints, models."""
+    found = [Repository("dataset", "-data", "dataset"), Repository("", "-evidence", "dataset")]
+    steps = sorted(p.name for p in (release / "checkpoints").iterdir() if p.is_dir())
+    found.append(Repository("checkpoints", "-checkpoints", "model"))
+    found += [Repository(f"checkpoints/{name}", "-checkpoints", "model", name) for name in steps]
+    found += [Repository("model-base", "-base", "model"), Repository("model", "", "model")]
+    return found
+
+
+def files_below(folder: Path) -> list[str]:
+    """Every file below a folder as sorted POSIX paths, without what a Hub and its client add to a repository."""
+    paths = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() or p.is_symlink())
+    return sorted(p for p in paths if p != ".gitattributes" and not p.startswith(".cache/"))
+
+
+def files_of(release: Path, repository: Repository) -> list[str]:
+    """The files of a repository, relative to its folder, its checksum file left out."""
+    folder = release / repository.folder
+    found = [path for path in files_below(folder) if path != SUMS]
+    if repository.folder == "":
+        return [path for path in found if path.split("/")[0] not in PARTS]
+    if repository.folder == "checkpoints":
+        return [path for path in found if "/" not in path]
+    return found
+
+
+def write_sums(target: Path, folder: Path, paths: list[str]) -> None:
+    """The format of `sha256sum`: anyone can check with `sha256sum -c SHA256SUMS`."""
+    target.write_text("".join(f"{sha256_file(folder / path)}  {path}\n" for path in sorted(paths)))
+
+
+def read_sums(path: Path, name: str) -> dict[str, str]:
+    """{path: sha256}. Raises CheckFailed naming the line that is damaged, doubled or out of order."""
+    rows: dict[str, str] = {}
+    last = ""
+    try:
+        text = path.read_bytes().decode()
+    except FileNotFoundError:
+        raise CheckFailed(f"{name} is missing") from None
+    except UnicodeDecodeError:
+        raise CheckFailed(f"{name} is altered: it is not UTF-8 text") from None
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        match = LINE.fullmatch(line)
+        if match is None or match[2] <= last:
+            raise CheckFailed(f"{name} is altered: line {number} is not a checksum line in its place")
+        last = match[2]
+        rows[last] = match[1]
+    if not text.endswith("\n"):
+        raise CheckFailed(f"{name} is altered: its last line is cut")
+    return rows
+
+
+def compare(sums: dict[str, str], folder: Path, present: list[str], name: str) -> list[str]:
+    """What is wrong between a checksum file and a folder: every missing, extra and altered file, by name."""
+    wrong = [f"{path} is missing (listed in {name})" for path in sorted(set(sums) - set(present))]
+    wrong += [f"{path} is not listed in {name}" for path in sorted(set(present) - set(sums))]
+    for path in sorted(set(sums) & set(present)):
+        if (folder / path).is_symlink() or sha256_file(folder / path) != sums[path]:
+            wrong.append(f"{path} is altered: it is not the file that {name} lists")
+    return wrong

@@ -1,0 +1,80 @@
+"""Loads an exported model as a stranger would: plain transformers in an interpreter of its own.
+
+    python -P reload.py MODEL_FOLDER...
+
+Prints, for each folder, one line `RELOAD` with JSON: `problems`, a list of sentences (empty if all is well), and the number of
+`parameters`. This file imports nothing of ours, on purpose.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+MESSAGES = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4, «vier»\n"}]
+
+
+def judge(folder: str) -> dict[str, object]:
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, loading = loaded[0], loaded[1]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    problems = [
+        f"{kind}: {name}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for name in sorted(loading[kind])
+    ]
+    problems += check_tokenizer(tokenizer, model) + check_generation(tokenizer, model)
+    return {"problems": problems, "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def check_tokenizer(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-def]
+    """The chat template gives text that survives the tokenizer, with every marker as one token."""
+    if not tokenizer.chat_template:
+        return ["the tokenizer has no chat template"]
+    problems = []
+    text = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    direct = tokenizer.apply_chat_template(MESSAGES, return_dict=True)["input_ids"]
+    if ids != direct:
+        problems.append("the chat template gives other tokens than its own text")
+    if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
+        problems.append("the chat template's text does not survive the tokenizer")
+    for message in MESSAGES:
+        if message["content"].strip() not in text:
+            problems.append(f"the chat template drops the {message['role']}'s words")
+    for marker in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
+        if len(tokenizer(marker, add_special_tokens=False)["input_ids"]) != 1:
+            problems.append(f"{marker} is not one token")
+    asked = tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
+    if not asked.startswith(tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False)):
+        problems.append("the generation prompt rewrites what came before it")
+    if max(tokenizer.get_vocab().values()) >= model.config.vocab_size:
+        problems.append("the tokenizer knows tokens that the model does not")
+    return problems
+
+
+@torch.inference_mode()
+def check_generation(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-def]
+    """Logits are finite, and the generation config names the tokens at which to stop."""
+    inputs = tokenizer("def main(): 2+2", return_tensors="pt", add_special_tokens=False)
+    if not torch.isfinite(model(**inputs).logits).all():
+        return ["the model's logits are not finite"]
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    if tokenizer.convert_tokens_to_ids("<|endoftext|>") not in stops:
+        return ["the generation config does not stop at <|endoftext|>"]
+    made = model.generate(**inputs, do_sample=False, max_new_tokens=4)
+    return [] if made.shape[1] > inputs["input_ids"].shape[1] else ["the model generates nothing"]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in sys.argv[1:]:
+        try:
+            found = judge(name)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            found = {"problems": [f"transformers cannot load it: {type(error).__name__}: {error}"], "parameters": None}
+        print("RELOAD " + json.dumps(found))

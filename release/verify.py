@@ -1,0 +1,197 @@
+"""`atom verify`: what a stranger can check on a release folder, or on one repository pulled from the Hub.
+
+First every byte against the checksum files, both ways; only if that holds, what the files say about each other:
+digests of manifests, statements and their materials, the balance of the dispositions, the cards' numbers. `deep` also
+reads every tensor and document and recomputes what can be recomputed from them.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import AtomError, CheckFailed
+from release.layout import ALL_SUMS, ORIGINS, PARTS, SUMS, compare, files_below, files_of, read_sums, repositories
+
+SCHEMA = 1
+Wrong = list[str]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question and its answer; `wrong` names every file or number at fault. `ok` is None if it was not asked."""
+
+    name: str
+    ok: bool | None
+    detail: str
+    wrong: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Verdict:
+    """All checks of one subject. kind: release, evidence, dataset, model, checkpoint or repository."""
+
+    subject: str
+    kind: str
+    deep: bool
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok is not False for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """{schema, subject, kind, deep, ok, checks: [{name, ok, detail, wrong}]}; fields are only ever added."""
+        body = {"schema": SCHEMA, "subject": self.subject, "kind": self.kind, "deep": self.deep, "ok": self.ok}
+        return {**body, "checks": [asdict(check) for check in self.checks]}
+
+    def require(self) -> None:
+        """Raises CheckFailed with the first thing that is wrong."""
+        found = [
+            (check.name, text) for check in self.checks if check.ok is False for text in check.wrong or [check.detail]
+        ]
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise CheckFailed(f"{self.subject}: {found[0][1]} [{found[0][0]}]{more}")
+
+
+def verify(subject: str | Path, deep: bool = False, progress: Callable[[str], None] = lambda text: None) -> Verdict:
+    """Checks a folder, or `namespace/name[@revision]`, which is downloaded first to a temporary folder.
+
+    Raises AtomError if there is nothing to check under that name; what is wrong with the thing itself is in the verdict.
+    """
+    path = Path(subject)
+    if path.exists():
+        if not path.is_dir():
+            raise AtomError(f"{path} is a file; give the folder of a release or of a pulled repository")
+        return _verify_folder(path, str(subject), deep, progress)
+    if str(subject).split("@")[0].count("/") != 1 or str(subject).startswith((".", "/")):
+        raise AtomError(f"there is no folder {subject}, and a Hub repository is written namespace/name[@revision]")
+    from release.pull import pull_named
+
+    with tempfile.TemporaryDirectory(prefix="atom-verify-") as folder:
+        progress(f"downloading {subject}")
+        return _verify_folder(pull_named(str(subject), Path(folder)), str(subject), deep, progress)
+
+
+def kind_of(folder: Path) -> str:
+    """What a folder is, by the files that only it has."""
+    if (folder / "evidence").is_dir() or (folder / "code").is_dir():
+        return "release" if any((folder / part).exists() for part in PARTS) else "evidence"
+    marks = {"dispositions.parquet": "dataset", "config.json": "model", "state.json": "checkpoint"}
+    return next((kind for mark, kind in marks.items() if (folder / mark).exists()), "repository")
+
+
+def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[str], None]) -> Verdict:
+    kind = kind_of(folder)
+    verdict = Verdict(subject, kind, deep)
+    progress(f"hashing every file of {subject}")
+    verdict.checks += _byte_checks(folder, kind)
+    bytes_hold = verdict.ok
+    for name, question, only_deep in _questions(folder, kind):
+        if only_deep and not deep:
+            continue
+        if not bytes_hold:
+            verdict.checks.append(Check(name, None, "not asked, since files are not what the checksums say"))
+            continue
+        progress(name.replace("_", " "))
+        try:
+            wrong = question()
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            # Checksums can be written by anyone: a file that is listed but is not what it should be is a finding.
+            wrong = [f"cannot be checked: {type(error).__name__}: {error}"]
+        verdict.checks.append(Check(name, not wrong, wrong[0] if wrong else "holds", wrong))
+    return verdict
+
+
+def _byte_checks(folder: Path, kind: str) -> Iterator[Check]:
+    """One check for each checksum file: what it lists is there and unaltered, and nothing else is there."""
+    if kind != "release":
+        yield _sums(folder, SUMS, folder, [p for p in files_below(folder) if p != SUMS])
+        if kind == "evidence":
+            yield _agree(folder)
+        return
+    if missing := [part for part in PARTS if not (folder / part).is_dir()]:
+        yield Check("release_complete", False, f"{missing[0]} is missing", [f"{name} is missing" for name in missing])
+        return
+    yield _sums(folder, ALL_SUMS, folder, [p for p in files_below(folder) if p not in (SUMS, ALL_SUMS)])
+    for place in repositories(folder):
+        name = f"{place.folder}/{SUMS}".lstrip("/")
+        yield _sums(folder, name, folder / place.folder, files_of(folder, place))
+    yield _agree(folder)
+
+
+def _sums(folder: Path, name: str, base: Path, present: list[str]) -> Check:
+    title = f"checksums: {name}"
+    try:
+        sums = read_sums(folder / name, name)
+    except CheckFailed as error:
+        return Check(title, False, str(error), [str(error)])
+    prefix = base.relative_to(folder).as_posix()
+    wrong = compare(sums, base, present, name)
+    if prefix != ".":
+        wrong = [f"{prefix}/{text}" for text in wrong]
+    return Check(title, not wrong, wrong[0] if wrong else f"{len(sums)} files, none missing, altered or extra", wrong)
+
+
+def _agree(folder: Path) -> Check:
+    """The root's checksums and those of the whole release say the same of every file that both list."""
+    try:
+        whole, root = read_sums(folder / ALL_SUMS, ALL_SUMS), read_sums(folder / SUMS, SUMS)
+    except CheckFailed as error:
+        return Check("checksums agree", False, str(error), [str(error)])
+    wrong = [f"{SUMS} and {ALL_SUMS} disagree on {p}" for p in sorted(set(root) & set(whole)) if root[p] != whole[p]]
+    return Check("checksums agree", not wrong, wrong[0] if wrong else "the two lists agree", wrong)
+
+
+def _questions(folder: Path, kind: str) -> Iterator[tuple[str, Callable[[], Wrong], bool]]:
+    """(name, question, only if deep) for this kind of folder."""
+    from release import checks, deep_checks
+    from release.cards.render import FINAL
+
+    whole = kind == "release"
+    if whole or kind == "evidence":
+        yield "manifests", lambda: checks.manifests(folder), False
+        yield "origins", lambda: _all_explained(folder) + checks.origins(folder), False
+        yield "statements", lambda: checks.statements(folder), False
+        yield "gates", lambda: _gates(folder), False
+        yield "code", lambda: deep_checks.code(folder), True
+    if whole or kind == "dataset":
+        data = folder / "dataset" if whole else folder
+        yield "dispositions_balance", lambda: checks.dispositions(data), False
+        yield "scores", lambda: checks.scores(data), False
+        yield "data_card", lambda: checks.data_card(data), False
+        yield "documents", lambda: deep_checks.documents(data), True
+        yield "order", lambda: deep_checks.order(data), True
+        yield "answers", lambda: deep_checks.answers(data), True
+    if whole:
+        yield "cards", lambda: checks.cards(folder), False
+        yield "weights", lambda: deep_checks.weights(folder), True
+    elif kind == "model":
+        final = "mid" if (folder / "evaluation/mid.json").exists() else "base"
+        yield "cards", lambda: checks.model_card(folder, final), False
+    if kind in ("model", "checkpoint"):
+        yield "weights", lambda: deep_checks.weights(folder), True
+    if whole or kind == "model":
+        models = [folder / name for name in FINAL] if whole else [folder]
+        yield "reload_in_transformers", lambda: deep_checks.reload(models), True
+
+
+def _all_explained(folder: Path) -> Wrong:
+    from release.assemble import unexplained
+
+    origins = json.loads((folder / ORIGINS).read_text())
+    return [f"{path} has no origin" for path in unexplained(folder, origins, files_below(folder))]
+
+
+def _gates(folder: Path) -> Wrong:
+    gates = json.loads((folder / "evidence/gates.json").read_text())
+    return [
+        f"evidence/gates.json: gate {name} failed: {gate['detail']}"
+        for name, gate in sorted(gates.items())
+        if not gate["ok"]
+    ]

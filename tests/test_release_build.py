@@ -1,0 +1,279 @@
+"""Building a release from a finished run, and what makes the gates refuse it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import release_world as world
+
+from pipeline.errors import AtomError, CheckFailed
+from pipeline.store import write_manifest
+from release import build as builder
+from release.layout import ALL_SUMS, SUMS, files_below
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> builder.BuildInput:
+    return world.build_input(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def release(source: builder.BuildInput, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return builder.build(source, tmp_path_factory.mktemp("home"))
+
+
+def replaced(source: builder.BuildInput, node: str, tmp_path: Path, change) -> builder.BuildInput:
+    """The same run with another, honestly stated artifact for one node."""
+    old = source.artifacts[node]
+    folder = tmp_path / "changed"
+    shutil.copytree(old.path, folder)
+    change(folder)
+    (folder / "manifest.json").unlink()
+    new = write_manifest(folder, old.key)
+    parents = [source.artifacts[p] for p in world.INPUTS[node]]
+    statement = world.write_statement(tmp_path, new, parents)
+    changed = {**source.artifacts, node: new}
+    # Consumers state the digest that they really used, so they are stated again.
+    consumers = [n for n in changed if node in world.INPUTS[n]]
+    others = [world.write_statement(tmp_path, changed[n], [changed[p] for p in world.INPUTS[n]]) for n in consumers]
+    kept = [path for path in source.statements if path.parent.name not in [changed[n].key for n in consumers]]
+    return dataclasses.replace(source, artifacts=changed, statements=[*kept, statement, *others])
+
+
+def refused(source: builder.BuildInput, tmp_path: Path, gate: str, match: str) -> None:
+    with pytest.raises(CheckFailed, match=f"refused by the gate {gate}: .*{match}"):
+        builder.build(source, tmp_path / "home")
+    left = sorted(p.name for p in (tmp_path / "home/releases").iterdir())
+    assert left == ["tiny-0.1.0.refused"]
+    gates = json.loads((tmp_path / "home/releases/tiny-0.1.0.refused/evidence/gates.json").read_text())
+    assert not gates[gate]["ok"] and any(row["ok"] for row in gates.values())
+
+
+def test_built_twice_is_the_same_bytes(release: Path, source, tmp_path: Path) -> None:
+    again = builder.build(source, tmp_path)
+    assert (again / ALL_SUMS).read_bytes() == (release / ALL_SUMS).read_bytes()
+    assert (again / SUMS).read_bytes() == (release / SUMS).read_bytes()
+    assert builder.build(source, tmp_path) == again and len(list((tmp_path / "releases").iterdir())) == 1
+
+
+def test_the_folder_is_what_the_design_says(release: Path) -> None:
+    paths = set(files_below(release))
+    for path in (
+        "model/model.safetensors", "model/README.md", "model/LICENSE", "model/SHA256SUMS", "model/chat_template.jinja",
+        "model-base/config.json", "checkpoints/pretrain-step-0/state.json", "checkpoints/midtrain-step-2/optimizer.safetensors",
+        "dataset/kept/prose.parquet", "dataset/dispositions.parquet", "dataset/order/pretrain/order.parquet",
+        "dataset/evaluation/mid/items.parquet", "dataset/README.md", "code/release/build.py", "code/as-run/recipes/tiny.yaml",
+        "evidence/gates.json", "evidence/SHA256SUMS", "evidence/manifests/curate.json", "evidence/environment.json",
+    ):  # fmt: skip
+        assert path in paths, path
+    assert not [
+        p for p in paths if "sources/documents" in p or p.startswith("dataset/acquire")
+    ]  # removed text stays removed
+    gates = json.loads((release / "evidence/gates.json").read_text())
+    assert len(gates) == 12 and all(gate["ok"] for gate in gates.values())
+
+
+def test_sha256sum_agrees(release: Path) -> None:
+    import subprocess
+
+    for folder, name in (
+        (release, ALL_SUMS),
+        (release, SUMS),
+        (release / "model", SUMS),
+        (release / "checkpoints/pretrain-step-2", SUMS),
+    ):
+        subprocess.run(["sha256sum", "--check", "--strict", "--quiet", name], cwd=folder, check=True)
+
+
+def test_templates_hold_no_numbers() -> None:
+    templates = sorted((Path(builder.__file__).parent / "cards").glob("*.jinja"))
+    assert len(templates) == 4
+    for path in templates:
+        text = re.sub(r"SHA256SUMS|\[0\]", "", path.read_text())
+        assert not re.search(r"\d", text), path
+
+
+def test_cards_are_valid_for_the_hub(release: Path) -> None:
+    from huggingface_hub import DatasetCard, ModelCard
+
+    card = ModelCard.load(release / "model/README.md")
+    scores = json.loads((release / "model/evaluation/mid.json").read_text())
+    assert (
+        card.data.license == "apache-2.0"
+        and card.data.base_model == "local/tiny-base"
+        and card.data.datasets == ["local/tiny-data"]
+    )
+    measured = {r.dataset_config: r.metric_value for r in card.data.eval_results}
+    assert (
+        measured["add"] == scores["accuracy"]["add"]["value"]
+        and measured["prose"] == scores["bits_per_byte"]["prose"]["value"]
+    )
+    data = DatasetCard.load(release / "dataset/README.md")
+    assert data.data.license == "cc-by-4.0" and data.data.configs[0]["config_name"] == "prose"
+    assert "exact_duplicate" in data.text and "PSF-2.0" in data.text
+
+
+def test_a_wrong_number_on_a_card_is_found(release: Path, tmp_path: Path) -> None:
+    from release import checks
+
+    copy = tmp_path / "model"
+    shutil.copytree(release / "model", copy)
+    assert checks.model_card(copy, "mid") == []
+    text = (copy / "README.md").read_text()
+    for old, new in (("0.750 ± ", "0.850 ± "), ("value: 0.75", "value: 0.85")):
+        assert old in text
+        (copy / "README.md").write_text(text.replace(old, new, 1))
+        assert checks.model_card(copy, "mid")
+
+
+def test_parity_over_tolerance_is_refused(source, tmp_path: Path) -> None:
+    def worse(folder: Path) -> None:
+        world.write_json(folder / "parity.json", {"max_abs_logit_delta": 2e-4, "tolerance": 1e-4})
+
+    refused(
+        replaced(source, "export-base", tmp_path, worse), tmp_path, "export_parity", "export-base differs by 0.0002"
+    )
+
+
+def test_lost_tensor_is_refused(source, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    def lose(folder: Path) -> None:
+        tensors = load_file(folder / "model/model.safetensors")
+        del tensors["model.norm.weight"]
+        save_file(tensors, folder / "model/model.safetensors", metadata={"format": "pt"})
+
+    refused(
+        replaced(source, "export-mid", tmp_path, lose),
+        tmp_path,
+        "reload_in_transformers",
+        "missing_keys: model.norm.weight",
+    )
+
+
+def test_generation_that_does_not_stop_is_refused(source, tmp_path: Path) -> None:
+    def endless(folder: Path) -> None:
+        world.write_json(folder / "model/generation_config.json", {"eos_token_id": 3, "pad_token_id": 0})
+
+    with pytest.raises(CheckFailed, match="does not stop"):
+        builder.build(replaced(source, "export-mid", tmp_path, endless), tmp_path / "home")
+
+
+def test_template_that_drops_words_is_refused(source, tmp_path: Path) -> None:
+    def drop(folder: Path) -> None:
+        (folder / "model/chat_template.jinja").write_text(
+            "{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>{% endfor %}"
+        )
+
+    refused(
+        replaced(source, "export-mid", tmp_path, drop), tmp_path, "chat_template_round_trip", "drops the user's words"
+    )
+
+
+def test_artifact_without_statement_is_refused(source, tmp_path: Path) -> None:
+    target = source.artifacts["midtrain"].digest
+    kept = [p for p in source.statements if target != json.loads(p.read_text())["subject"][0]["digest"]["sha256"]]
+    refused(dataclasses.replace(source, statements=kept), tmp_path, "ledger_closed", "none is about midtrain")
+
+
+def test_unknown_licence_and_unbalanced_counts_are_refused(source, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def without_licence(folder: Path) -> None:
+        table = pq.read_table(folder / "dispositions.parquet")
+        at = table.schema.get_field_index("license")
+        pq.write_table(
+            table.set_column(at, "license", pa.array(["unknown"] * len(table))), folder / "dispositions.parquet"
+        )
+
+    def lost_row(folder: Path) -> None:
+        pq.write_table(pq.read_table(folder / "dispositions.parquet").slice(1), folder / "dispositions.parquet")
+
+    for n, (change, gate, match) in enumerate(
+        [
+            (without_licence, "licences_known", "source prose"),
+            (lost_row, "counts_balance", "prose/000 is not kept in both"),
+        ]
+    ):
+        (tmp_path / str(n)).mkdir()
+        refused(replaced(source, "curate", tmp_path / str(n), change), tmp_path / str(n), gate, match)
+
+
+@pytest.mark.parametrize(
+    "phase, scores, gate",
+    [
+        ("base", (9.0, 4), "pretraining_lowers_bits_per_byte"),
+        ("mid", (3.0, 4), "midtraining_raises_accuracy"),
+        ("mid", (3.2, 15), "midtraining_keeps_bits_per_byte"),
+    ],
+)
+def test_training_that_does_not_teach_is_refused(release: Path, tmp_path: Path, phase: str, scores, gate: str) -> None:
+    from release import facts, gates
+
+    data = facts.data_facts(release / "dataset")
+    limits = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
+    context = gates.Context(release, {}, limits, data, {}, [])
+    assert all(g.ok for g in gates.learning(context))
+    world.make_evaluation(tmp_path, *scores)
+    data["evaluation"][phase] = facts.scores_of(tmp_path)
+    assert [g.name for g in gates.learning(context) if not g.ok] == [gate]
+
+
+def test_secrets_and_machine_paths_are_found(tmp_path: Path, monkeypatch) -> None:
+    from release import secrets
+
+    monkeypatch.setenv("HF_TOKEN", "correct-horse-battery")
+    key = "-----BEGIN RSA PRIVATE KEY-----\n" + ("QUJD" * 16 + "\n") * 3
+    found = {
+        "a.json": ("hf_" + "a1" * 17, "a Hugging Face token"),
+        "b.md": ("AKIA" + "B2" * 8, "an AWS access key"),
+        "c.txt": (key, "a private key"),
+        "d.py": (f'"{tmp_path}/x"', f"the machine's path {tmp_path}"),
+        "e.txt": ("=correct-horse-battery", "the value of HF_TOKEN"),
+    }
+    harmless = {
+        "f.txt": "-----BEGIN PRIVATE KEY-----\n...\n", "g.txt": "AKIAIOSFODNN7EXAMPLE",
+        "h.txt": f"https://example.org{tmp_path}/x", "i.txt": "hf_hub_download and hf_token",
+    }  # fmt: skip
+    for name, text in {**{n: t for n, (t, _) in found.items()}, **harmless}.items():
+        (tmp_path / name).write_text(text)
+    world.table(
+        tmp_path / "t.parquet", [{"text": "hf_" + "a1" * 17, "origin": "x"}, {"text": f"{tmp_path}/x", "origin": "y"}]
+    )
+    world.table(tmp_path / "u.parquet", [{"text": "", "origin": f"{tmp_path}/x"}])
+    expected = [f"{name} holds {what}" for name, (_, what) in found.items()]
+    expected += ["t.parquet holds a Hugging Face token", f"u.parquet holds the machine's path {tmp_path}"]
+    assert secrets.scan(tmp_path, files_below(tmp_path), [tmp_path]) == sorted(expected)
+
+
+def test_a_secret_is_refused(source, tmp_path: Path) -> None:
+    bad = dataclasses.replace(source, environment={"note": f"{tmp_path}/runs"}, machine_paths=[tmp_path])
+    refused(bad, tmp_path, "no_secrets", "evidence/environment.json holds the machine's path")
+
+
+def test_missing_artifact_is_the_callers_mistake(source, tmp_path: Path) -> None:
+    less = {k: v for k, v in source.artifacts.items() if k != "evaluate-mid"}
+    with pytest.raises(AtomError, match="needs the artifact of evaluate-mid"):
+        builder.build(dataclasses.replace(source, artifacts=less), tmp_path)
+    assert not os.path.exists(tmp_path / "releases")
+
+
+def test_earlier_release_survives_a_refusal(release: Path, source, tmp_path: Path) -> None:
+    good = builder.build(source, tmp_path)
+    with pytest.raises(CheckFailed):
+        builder.build(dataclasses.replace(source, statements=[]), tmp_path)
+    assert (good / ALL_SUMS).read_bytes() == (release / ALL_SUMS).read_bytes()
+
+
+def test_section_says_what_is_wrong() -> None:
+    from pydantic import ValidationError
+
+    with pytest.raises(ValidationError):
+        builder.ReleaseSection.model_validate({"licence": {"weights": "", "data_compilation": "MIT", "code": "MIT"}})

@@ -1,0 +1,212 @@
+"""Publishing with the real client to a real server: private first, pulled back, verified, then public."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import release_world as world
+
+from release import build as builder
+from release.local_hub import free_port, running
+
+ROOT = Path(__file__).parents[1]
+PRELUDE = """
+import json, sys, pathlib
+from release.publish import publish
+from release.verify import verify
+from release.hub_client import api
+from pipeline.errors import AtomError, CheckFailed
+release = pathlib.Path(sys.argv[1])
+def said(error, call, *a, **k):
+    try: call(*a, **k)
+    except error as e:
+        assert type(e) is error and "\\n" not in str(e), e
+        return str(e)
+    raise AssertionError("was not refused")
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return builder.build(world.build_input(tmp_path_factory.mktemp("run")), tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture
+def release(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "tiny-0.1.0"))
+
+
+@pytest.fixture
+def client(release: Path, tmp_path: Path):
+    def run(
+        code: str, endpoint: str, token: str | None = "hf_local", check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
+        env.pop("HF_TOKEN", None)
+        if token:
+            env["HF_TOKEN"] = token
+        command = [sys.executable, "-c", PRELUDE + code, str(release)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+def test_staged_publication_and_a_strangers_check(client, release: Path, tmp_path: Path) -> None:
+    journal = release.with_name("tiny-0.1.0.publish.jsonl")
+    with running(tmp_path / "hub") as endpoint:
+        client(
+            """
+report = publish(release, "local")
+assert [r.repo for r in report.repositories if r.revision == "main"] == ["local/tiny-" + s for s in ("data", "evidence", "checkpoints", "base")] + ["local/tiny"]
+assert all(api().repo_info(r.repo, repo_type=r.kind).private for r in report.repositories)
+assert {b.name for b in api().list_repo_refs("local/tiny-checkpoints").branches} == {"main"} | {p + "-step-" + str(n) for p in ("pretrain", "midtrain") for n in (0, 2)}
+again = publish(release, "local")
+assert not sum(r.files_sent for r in again.repositories) and [r.commit for r in again.repositories] == [r.commit for r in report.repositories]
+""",
+            endpoint,
+        )
+        rows = [json.loads(line) for line in journal.read_text().splitlines()]
+        assert not [row for row in rows if row["call"] in ("make_public", "collection")]
+        assert all(len(row["files"]) <= 50 for row in rows if row["call"] == "create_commit")
+        out = client('assert "that HF_TOKEN may read" in said(AtomError, verify, "local/tiny")', endpoint, token=None)
+        out = client("print(json.dumps(publish(release, 'local', public=True).to_json()))", endpoint)
+        report = json.loads(out.stdout.splitlines()[-1])
+        rows = [json.loads(line) for line in journal.read_text().splitlines()]
+        opened = [row["repo"] for row in rows if row["call"] == "make_public"]
+        assert opened == [
+            "local/tiny-data",
+            "local/tiny-evidence",
+            "local/tiny-checkpoints",
+            "local/tiny-base",
+            "local/tiny",
+        ]
+        assert rows[-1]["call"] == "collection" and report["collection"].startswith("local/tiny-0-1-0-")
+        assert rows.index(next(r for r in rows if r["call"] == "verified")) < rows.index(
+            next(r for r in rows if r["call"] == "make_public")
+        )
+        client(
+            """
+for name, kind in {"local/tiny": "model", "local/tiny-base@v0.1.0": "model", "local/tiny-data": "dataset", "local/tiny-evidence": "evidence",
+                   "local/tiny-checkpoints": "repository", "local/tiny-checkpoints@pretrain-step-2": "checkpoint"}.items():
+    v = verify(name, deep=True); assert v.ok and v.kind == kind, (name, v.to_json())
+assert "no such revision" in said(AtomError, verify, "local/tiny@v9")
+assert "neither a folder here nor a repository" in said(AtomError, verify, "local/none")
+""",
+            endpoint,
+            token=None,
+        )
+
+
+def test_plain_transformers_loads_the_pulled_model(client, release: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "hub") as endpoint:
+        client("publish(release, 'local', public=True)", endpoint)
+        code = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer; t = AutoTokenizer.from_pretrained('local/tiny'); "
+            "m = AutoModelForCausalLM.from_pretrained('local/tiny', revision='v0.1.0'); "
+            "assert m.generate(**t('1+1', return_tensors='pt'), max_new_tokens=3).shape[1] > 3"
+        )
+        env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "stranger"), "HF_HUB_DISABLE_XET": "1"}
+        subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, timeout=120)
+
+
+def test_an_interrupted_publication_is_finished_by_the_next(client, release: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "hub") as endpoint:
+        cut = """
+import os, release.publish as p
+count = 0
+write = p.Journal.write
+def dying(self, call, **what):
+    global count
+    write(self, call, **what); count += 1
+    if count == 7: os._exit(9)
+p.Journal.write = dying
+publish(release, "local")
+"""
+        assert client(cut, endpoint, check=False).returncode == 9
+        client("r = publish(release, 'local'); assert sum(x.files_sent for x in r.repositories)", endpoint)
+
+
+def test_a_hub_that_returns_other_bytes_is_found_before_anything_is_public(client, tmp_path: Path) -> None:
+    root = tmp_path / "hub"
+    with running(root) as endpoint:
+        client("publish(release, 'local')", endpoint)
+        blob = max((root / "blobs").iterdir(), key=lambda path: path.stat().st_size)
+        data = bytearray(blob.read_bytes())
+        data[len(data) // 2] ^= 1
+        blob.write_bytes(data)
+        client(
+            """
+import json
+text = said(CheckFailed, publish, release, "local", public=True)
+assert "is altered" in text, text
+assert all(api().repo_info(r, repo_type="model").private for r in ("local/tiny", "local/tiny-base"))
+""",
+            endpoint,
+        )
+
+
+def test_what_is_refused_and_in_which_words(client, release: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "hub", "local", "hf_local", "--token", "other=hf_other") as endpoint:
+        client('assert "refuses the token" in said(AtomError, publish, release, "local")', endpoint, token="hf_expired")
+        client('t = said(AtomError, publish, release, "local"); assert "HF_TOKEN" in t, t', endpoint, token=None)
+        client(
+            't = said(AtomError, publish, release, "local"); assert "use a namespace that is yours" in t, t',
+            endpoint,
+            token="hf_other",
+        )
+        client(
+            'assert "set release.namespace: other" in said(AtomError, publish, release, "other")',
+            endpoint,
+            token="hf_other",
+        )
+        (release / "model/LICENSE").write_text("x")
+        client('assert "model/LICENSE is altered" in said(CheckFailed, publish, release, "local")', endpoint)
+        assert not list((tmp_path / "hub/repos").rglob("*.json"))
+    shutil.rmtree(release / "evidence")
+    client(
+        'assert "is not a release folder" in said(AtomError, publish, release, "local")',
+        f"http://127.0.0.1:{free_port()}",
+    )
+
+
+def test_an_endpoint_that_does_not_answer(client) -> None:
+    client(
+        't = said(AtomError, publish, release, "local"); assert "cannot be reached" in t, t',
+        f"http://127.0.0.1:{free_port()}",
+    )
+    client(
+        't = said(AtomError, verify, "local/tiny"); assert "cannot be reached" in t, t',
+        f"http://127.0.0.1:{free_port()}",
+    )
+
+
+def test_stale_and_dirty_must_be_acknowledged_by_name(tmp_path: Path) -> None:
+    from pipeline.errors import AtomError
+    from release.publish import _publishable
+
+    about = {"namespace": "local", "stale": ["curate"], "dirty": True}
+    _publishable(about, "local", False, [])
+    _publishable(about, "local", True, ["curate", "dirty"])
+    with pytest.raises(AtomError, match="curate was made by other code than today's"):
+        _publishable(about, "local", True, ["dirty"])
+    with pytest.raises(AtomError, match="uncommitted changes"):
+        _publishable(about, "local", True, ["curate"])
+
+
+def test_a_version_is_published_once(client, release: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "hub") as endpoint:
+        client("publish(release, 'local')", endpoint)
+        (release / "README.md").write_text((release / "README.md").read_text() + "\nMore.\n")
+        from release.layout import ALL_SUMS, SUMS, files_below, files_of, repositories, write_sums
+
+        write_sums(release / ALL_SUMS, release, [p for p in files_below(release) if p not in (SUMS, ALL_SUMS)])
+        write_sums(release / SUMS, release, files_of(release, next(p for p in repositories(release) if not p.folder)))
+        client('t = said(AtomError, publish, release, "local"); assert "raise the recipe\'s version" in t, t', endpoint)

@@ -1,0 +1,189 @@
+"""`verify`: every flipped byte is found and named, on a whole release and on each repository alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import release_world as world
+
+from pipeline.errors import AtomError, CheckFailed
+from pipeline.store import sha256_file
+from release import build as builder
+from release.layout import ALL_SUMS, SUMS, files_below, files_of, repositories, write_sums
+from release.verify import kind_of, verify
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return builder.build(world.build_input(tmp_path_factory.mktemp("run")), tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture
+def copy(release: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(release, tmp_path / "copy"))
+
+
+def pulled(release: Path, target: Path) -> dict[str, Path]:
+    """Each repository alone, as snapshot_download leaves it."""
+    found = {}
+    for place in repositories(release):
+        folder = target / (place.folder.replace("/", "_") or "root")
+        for path in [*files_of(release, place), SUMS]:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(release / place.folder / path, folder / path)
+        (folder / ".gitattributes").write_text("x\n")
+        (folder / ".cache/huggingface").mkdir(parents=True)
+        (folder / ".cache/huggingface/x.metadata").write_text("x\n")
+        found[place.folder] = folder
+    return found
+
+
+def resum(release: Path) -> None:
+    """What a forger would do: write all the checksums anew."""
+    places = repositories(release)
+    for place in places:
+        if place.folder:
+            write_sums(release / place.folder / SUMS, release / place.folder, files_of(release, place))
+    write_sums(release / ALL_SUMS, release, [p for p in files_below(release) if p not in (SUMS, ALL_SUMS)])
+    write_sums(release / SUMS, release, files_of(release, next(p for p in places if not p.folder)))
+
+
+def flip(path: Path) -> bytes:
+    before = path.read_bytes()
+    middle = len(before) // 2
+    path.write_bytes(before[:middle] + bytes([before[middle] ^ 1]) + before[middle + 1 :])
+    return before
+
+
+def test_a_sound_release(release: Path) -> None:
+    verdict = verify(release, deep=True)
+    assert verdict.ok and verdict.kind == "release", verdict.to_json()
+    body = json.loads(json.dumps(verdict.to_json()))
+    assert set(body) == {"schema", "subject", "kind", "deep", "ok", "checks"} and body["schema"] == 1
+    assert {c["name"] for c in body["checks"]} >= {
+        "statements",
+        "dispositions_balance",
+        "cards",
+        "weights",
+        "order",
+        "answers",
+    }
+    verdict.require()
+
+
+def test_one_flipped_byte_in_every_file(copy: Path) -> None:
+    paths = files_below(copy)
+    assert len(paths) > 100
+    for path in paths:
+        before = flip(copy / path)
+        verdict = verify(copy)
+        assert not verdict.ok, path
+        with pytest.raises(CheckFailed):
+            verdict.require()
+        assert any(path in text for check in verdict.checks for text in check.wrong), path
+        (copy / path).write_bytes(before)
+    assert verify(copy).ok
+
+
+def test_one_flipped_byte_in_every_file_of_each_repository_alone(release: Path, tmp_path: Path) -> None:
+    kinds = {}
+    for place, folder in pulled(release, tmp_path).items():
+        verdict = verify(folder)
+        assert verdict.ok, verdict.to_json()
+        kinds[place.split("/")[0] + ("/" if "/" in place else "")] = verdict.kind
+        for path in files_below(folder):
+            before = flip(folder / path)
+            verdict = verify(folder)
+            assert any(path in text for check in verdict.checks for text in check.wrong), path
+            (folder / path).write_bytes(before)
+    assert kinds == {
+        "": "evidence", "dataset": "dataset", "checkpoints": "repository", "checkpoints/": "checkpoint", "model": "model", "model-base": "model"
+    }  # fmt: skip
+
+
+def test_deep_on_each_repository_alone(release: Path, tmp_path: Path) -> None:
+    for folder in pulled(release, tmp_path).values():
+        verdict = verify(folder, deep=True)
+        assert verdict.ok, verdict.to_json()
+
+
+def test_missing_extra_and_linked_files_are_named(copy: Path) -> None:
+    (copy / "model/LICENSE").unlink()
+    (copy / "dataset/new.txt").write_text("x")
+    (copy / "code/release/build.py").rename(copy / "code/release/moved.py")
+    (copy / "code/release/build.py").symlink_to("moved.py")
+    found = [text for check in verify(copy).checks for text in check.wrong]
+    assert "model/LICENSE is missing (listed in evidence/SHA256SUMS)" in found
+    assert "dataset/new.txt is not listed in evidence/SHA256SUMS" in found
+    assert any(text.startswith("code/release/build.py is altered") for text in found)
+
+
+@pytest.mark.parametrize("part", ["model", "dataset", "checkpoints", "evidence"])
+def test_a_missing_part_is_named(copy: Path, part: str) -> None:
+    shutil.rmtree(copy / part)
+    verdict = verify(copy)
+    assert not verdict.ok and any(part in text for check in verdict.checks for text in check.wrong)
+
+
+def test_a_forger_who_writes_new_checksums_is_caught_by_the_ledger(copy: Path) -> None:
+    flip(copy / "checkpoints/pretrain-step-2/state.json")
+    (copy / "dataset/kept/extra.parquet").write_bytes((copy / "dataset/kept/prose.parquet").read_bytes())
+    resum(copy)
+    found = [text for check in verify(copy).checks for text in check.wrong]
+    assert "checkpoints/pretrain-step-2/state.json is not step-000002/state.json of the artifact pretrain" in found
+    assert "dataset/kept/extra.parquet has no origin" in found
+
+
+def test_a_forged_manifest_is_caught_by_the_statements(copy: Path) -> None:
+    path = copy / "evidence/manifests/pretrain.json"
+    manifest = json.loads(path.read_text())
+    state = copy / "checkpoints/pretrain-step-2/state.json"
+    flip(state)
+    row = next(r for r in manifest["files"] if r["path"] == "step-000002/state.json")
+    row["sha256"] = sha256_file(state)
+    path.write_text(json.dumps(manifest))
+    resum(copy)
+    assert "manifests" in {c.name for c in verify(copy).checks if c.ok is False}
+    from pipeline.store import FileRow, digest_of
+
+    manifest["digest"] = digest_of([FileRow(r["path"], r["size"], r["sha256"]) for r in manifest["files"]])
+    path.write_text(json.dumps(manifest))
+    resum(copy)
+    bad = {c.name: c.detail for c in verify(copy).checks if c.ok is False}
+    assert set(bad) == {"statements"}
+
+
+def test_deep_finds_training_on_held_out_text_and_forged_answers(release: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from release import deep_checks
+
+    data = Path(shutil.copytree(release / "dataset", tmp_path / "dataset"))
+    path = data / "order/pretrain/order.parquet"
+    table = pq.read_table(path)
+    assert deep_checks.order(data) == deep_checks.documents(data) == []
+    pq.write_table(
+        table.set_column(table.schema.get_field_index("id"), "id", pa.array(["prose/000"] * len(table))), path
+    )
+    assert "prose/000, which is no training document" in deep_checks.order(data)[0]
+    pq.write_table(
+        table.set_column(table.schema.get_field_index("length"), "length", pa.array([9999] * len(table))), path
+    )
+    assert "reaches beyond the end" in deep_checks.order(data)[0]
+    rows = pq.read_table(data / "kept/prose.parquet").to_pylist()
+    rows[0]["text"] += "!"
+    world.table(data / "kept/prose.parquet", rows)
+    assert f"the text of {rows[0]['id']} is not what" in deep_checks.documents(data)[0]
+
+
+def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(AtomError, match="there is no folder nowhere/at/all"):
+        verify("nowhere/at/all")
+    (tmp_path / "f").write_text("x")
+    with pytest.raises(AtomError, match="is a file"):
+        verify(tmp_path / "f")
+    assert kind_of(tmp_path) == "repository" and not verify(tmp_path).ok
