@@ -41,7 +41,9 @@ def test_documents_of_jsonl_and_parquet(tmp_path: Path, run_stage: Any) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a" / "all.parquet")
     numbered = run_stage(acquire.STAGE, config(tmp_path / "a", text_field="body"), {})
     table = pq.read_table(numbered / "documents.parquet").to_pylist()
-    assert [d["id"] for d in table] == [f"notes/one.jsonl:{n}" for n in (1, 2, 3)] + [f"notes/two.jsonl.gz:{n}" for n in (1, 2)]
+    assert [d["id"] for d in table] == [f"notes/one.jsonl:{n}" for n in (1, 2, 3)] + [
+        f"notes/two.jsonl.gz:{n}" for n in (1, 2)
+    ]
     assert all(d["license"] == "CC-BY-4.0" and d["content_hash"] == content_hash(d["text"]) for d in table)
     assert str(tmp_path) not in (numbered / "source.json").read_text()
     named = run_stage(acquire.STAGE, config(tmp_path / "a", "parquet", text_field="body", id_field="key"), {})
@@ -98,8 +100,12 @@ def test_an_id_twice_and_a_tree_that_changed_are_refused(tmp_path: Path, run_sta
 
 def test_standard_library_documents(run_stage: Any) -> None:
     recipe = load("smoke").resolved()
-    docs = pq.read_table(run_stage(acquire.STAGE, recipe.acquire_config("docstrings", 0), {}) / "documents.parquet").to_pylist()
-    code = pq.read_table(run_stage(acquire.STAGE, recipe.acquire_config("code", 0), {}) / "documents.parquet").to_pylist()
+    docs = pq.read_table(
+        run_stage(acquire.STAGE, recipe.acquire_config("docstrings", 0), {}) / "documents.parquet"
+    ).to_pylist()
+    code = pq.read_table(
+        run_stage(acquire.STAGE, recipe.acquire_config("code", 0), {}) / "documents.parquet"
+    ).to_pylist()
     assert len(docs) == 400 and len(code) == 300
     assert len({d["id"] for d in docs + code}) == 700
     # a docstring may be held out, so it must not stand in the function that it documents
@@ -112,12 +118,14 @@ def test_problems_are_right_and_follow_the_seed() -> None:
     assert some == draw({"sort": 0.5, "add": 0.5}, 500, random.Random(1))
     for problem in some:
         if problem.task == "add":
-            assert eval(problem.question) == int(problem.answer)  # noqa: S307 (our own digits)
+            assert eval(problem.question) == int(problem.answer)  # our own digits
         else:
             assert sorted(problem.question.removeprefix("sort ")) == list(problem.answer)
         for form in FORMS.values():
             text, prompt_chars = form(problem)
-            assert text.startswith(problem.question) and text[prompt_chars - 1] in "=:" and text.endswith(problem.answer)
+            assert (
+                text.startswith(problem.question) and text[prompt_chars - 1] in "=:" and text.endswith(problem.answer)
+            )
         text, prompt_chars = FORMS["worked"](problem)
         assert score(problem.answer, text[prompt_chars:] + "<|endoftext|>junk") == 1
         assert score(problem.answer, text[prompt_chars:] + "0") == 0

@@ -44,7 +44,8 @@ def test_recipe_and_stage_configs_import_nothing_heavy() -> None:
         "import sys, stages.data.recipe as r, stages.data.acquire, stages.data.items, stages.data.curate, "
         "stages.data.tokenizer, stages.data.tokenize, stages.data.order\n"
         "r.load('tiny').resolved()\n"
-        "heavy = {'torch', 'numpy', 'pyarrow', 'datatrove', 'transformers', 'tokenizers', 'mlflow'} & set(sys.modules)\n"
+        "names = {'torch', 'numpy', 'pyarrow', 'datatrove', 'transformers', 'tokenizers', 'mlflow'}\n"
+        "heavy = names & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -63,7 +64,9 @@ def test_recipe_and_stage_configs_import_nothing_heavy() -> None:
         ({"steps": [{"step": "magic"}]}, ["notes", "magic"]),
     ],
 )
-def test_a_wrong_recipe_is_refused_in_one_sentence(tmp_path: Path, changes: dict[str, object], words: list[str]) -> None:
+def test_a_wrong_recipe_is_refused_in_one_sentence(
+    tmp_path: Path, changes: dict[str, object], words: list[str]
+) -> None:
     with pytest.raises(RecipeError) as caught:
         load(write_recipe(tmp_path, **changes))
     message = str(caught.value)
@@ -72,7 +75,7 @@ def test_a_wrong_recipe_is_refused_in_one_sentence(tmp_path: Path, changes: dict
 
 
 def test_unknown_names_and_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="packaged are .*tiny"):
+    with pytest.raises(RecipeError, match=r"packaged are .*tiny"):
         load("tinny")
     with pytest.raises(RecipeError, match="cannot be read"):
         load(tmp_path / "none.yaml")

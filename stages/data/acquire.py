@@ -56,7 +56,9 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
         name, text, place, prompt_chars = found
         key = f"{source.name}/{name}"
         if key in rows:
-            raise AtomError(f"source {source.name}: two documents have the id {key}; choose an id_field with distinct values")
+            raise AtomError(
+                f"source {source.name}: two documents have the id {key}; choose an id_field of distinct values"
+            )
         rows[key] = {
             "id": key,
             "text": text,
@@ -73,15 +75,16 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
         raise AtomError(f"source {source.name} gave no documents; check its reader")
     write_rows(out / "documents.parquet", DOCUMENTS, kept)
     declared = source.model_dump(include={"name", "kind", "license", "license_evidence", "origin", "tree_digest"})
+    size = sum(len(row["text"].encode()) for row in kept)
     counts = {
         "documents": len(kept),
         "documents_found": len(rows),
-        "bytes": sum(len(row["text"].encode()) for row in kept),
+        "bytes": size,
         "files": len(files),
         "files_skipped": skipped,
     }
     write_json(out / "source.json", {**declared, "reader": source.reader.reader, **counts})
-    report.note(f"source {source.name}: {len(kept)} of {len(rows)} documents, {counts['bytes'] / 1e6:.2f} MB, {source.license}")
+    report.note(f"source {source.name}: {len(kept)} of {len(rows)} documents, {size / 1e6:.2f} MB, {source.license}")
 
 
 def _documents(source: Source, seed: int, files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, str, int] | str]:

@@ -53,11 +53,11 @@ def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     inputs[<source>]: acquired documents of each source of the config; inputs["items"]: evaluation items.
     Resumes after the last source whose steps were finished. Raises AtomError if counts do not balance.
     """
+    from loguru import logger
+
     from stages.data.curation import dedup
     from stages.data.curation.decontaminate import ContaminationIndex
     from stages.data.curation.dispositions import Dispositions, summarise
-
-    from loguru import logger
 
     logger.disable("datatrove")  # it logs each of many small steps
     items = read_table(inputs["items"] / "items.parquet", ["id", "text"]).to_pylist()
@@ -112,7 +112,7 @@ def _kept(doc: Document, row: dict[str, Any], heldout: float) -> dict[str, Any]:
 def _stepped(
     source: CuratedSource, rows: list[dict[str, Any]], index: ContaminationIndex, work: Path, dispositions: Dispositions
 ) -> tuple[list[Document], dict[str, int]]:
-    """The source's own steps and decontamination; the result is kept in `work`, so that a restart does not repeat it."""
+    """The source's own steps and decontamination; the result is kept in `work` for a restart."""
     import json
 
     from datatrove.data import Document
@@ -184,7 +184,7 @@ def _apply(source: CuratedSource, rows: list[dict[str, Any]], index: Contaminati
     kept = [(doc.id, doc.text) for doc in last.run(stream)]
     if len(kept) + len(removed) != len(rows):
         raise AtomError(
-            f"source {source.name}: {len(rows)} documents went in, {len(kept)} came out and {len(removed)} were removed; "
+            f"source {source.name}: {len(rows)} documents went in, {len(kept)} came out, {len(removed)} were removed; "
             f"a step loses documents without saying so"
         )
     return {"kept": kept, "removed": removed, "edits": dict(+edits)}

@@ -47,7 +47,8 @@ def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Repo
         except ValueError as error:
             raise RecipeError(f"evaluation.problems: {error}; ask for fewer") from None
         for i, p in enumerate(found):
-            rows.append({"id": f"{task}/{i:05d}", "task": task, "prompt": p.prompt, "answer": p.answer, "text": p.question})
+            row = {"task": task, "prompt": p.prompt, "answer": p.answer, "text": p.question}
+            rows.append({"id": f"{task}/{i:05d}", **row})
     write_rows(out / "items.parquet", ITEMS, rows)
     report.note(f"{len(rows)} evaluation items")
 

@@ -126,16 +126,17 @@ def _chunks_by_source(path: Path, config: OrderConfig) -> dict[str, dict[str, ND
     chunks = {}
     for name in config.mix:
         if name not in rows:
-            raise RecipeError(f"{config.phase}.mix names the source {name}, which the data does not have ({', '.join(rows)})")
+            known = ", ".join(rows)
+            raise RecipeError(f"{config.phase}.mix names the source {name}, which the data does not have ({known})")
         if not rows[name]:
             raise RecipeError(f"{config.phase}.mix: source {name} has no training tokens; remove it from the mix")
-        ordinal, ids, offset, length, silent = zip(*rows[name], strict=True)
+        ordinals, ids, offsets, lengths, silents = zip(*rows[name], strict=True)
         chunks[name] = {
-            "ordinal": np.array(ordinal),
+            "ordinal": np.array(ordinals),
             "id": np.array(ids, dtype=object),
-            "offset": np.array(offset),
-            "length": np.array(length),
-            "loss_from": np.array(silent),
+            "offset": np.array(offsets),
+            "length": np.array(lengths),
+            "loss_from": np.array(silents),
         }
     return chunks
 

@@ -1,8 +1,8 @@
 """Procedural problems with worked solutions: pure Python, seeded, easily extended by one function.
 
 A problem has two written forms. *Plain* is what a web page might hold, `347+586=933`; *worked* shows the steps,
-`347+586:7+6+0=13;…:933`, and ends with the answer after the last colon. The question, up to and including its `=` or `:`,
-carries no loss in training: what cannot be predicted should not be learnt.
+`347+586:7+6+0=13;…:933`, and ends with the answer after the last colon. The question, up to and including its `=` or
+`:`, carries no loss in training: what cannot be predicted should not be learnt.
 """
 
 from __future__ import annotations

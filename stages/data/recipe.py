@@ -220,7 +220,7 @@ def source_files(source: Source) -> list[tuple[str, Path]]:
         return [(root.name, root)]
     paths = sorted(p for p in root.rglob("*") if p.is_file() and p.name.endswith(suffixes))
     if not paths:
-        raise RecipeError(f"source {source.name}: there is no {' or '.join(suffixes)} file at {root}; check reader.path")
+        raise RecipeError(f"source {source.name}: no {' or '.join(suffixes)} file at {root}; check reader.path")
     return sorted((p.relative_to(root).as_posix(), p) for p in paths)
 
 
@@ -231,7 +231,7 @@ def _read(name: str) -> tuple[str, str, Path]:
         packaged = folder / f"{name}.yaml"
         if not packaged.is_file():
             known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
-            raise RecipeError(f"there is no data recipe {name}; packaged are {', '.join(known)}, or give a path to a .yaml")
+            raise RecipeError(f"there is no data recipe {name}; packaged are {', '.join(known)}, or give a path")
         return packaged.read_text("utf-8"), name, Path(str(folder))
     path = Path(name)
     try:
@@ -243,7 +243,8 @@ def _read(name: str) -> tuple[str, str, Path]:
 def _require_licences(where: str, raw: dict[str, Any]) -> None:
     for i, source in enumerate(raw.get("sources") or []):
         name = source.get("name", f"number {i + 1}") if isinstance(source, dict) else f"number {i + 1}"
-        for field, mend in (("license", "an SPDX id, e.g. Apache-2.0"), ("license_evidence", "a text or URL that shows it")):
+        mends = {"license": "an SPDX id, e.g. Apache-2.0", "license_evidence": "a text or URL that shows it"}
+        for field, mend in mends.items():
             if isinstance(source, dict) and not source.get(field):
                 raise RecipeError(f"data recipe {where}: source {name} has no {field}; add `{field}:` with {mend}")
 

@@ -1,4 +1,4 @@
-"""Seeds and permutations that depend on a label and a number only: no clock, no hash randomisation, no library version."""
+"""Seeds and permutations that follow from a label and a number: no clock, no hash order, no library version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check Megatron shards before they are read: their own reader ends with an assertion, a memory error or wrong tokens."""
+"""Check Megatron shards before they are read: Megatron's reader ends in an assertion or in wrong tokens."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def check_shard(prefix: Path) -> int:
         raise AtomError(f"token index {index} is not a Megatron index of version 1; run tokenize again")
     expected = _HEADER.size + 12 * sequences + 8 * documents
     if len(data) != expected:
-        raise AtomError(f"token index {index} has {len(data)} bytes where its header asks for {expected}; run tokenize again")
+        raise AtomError(
+            f"token index {index} has {len(data)} bytes where its header asks for {expected}; run tokenize again"
+        )
     lengths = np.frombuffer(data, np.int32, sequences, _HEADER.size).astype(np.int64)
     pointers = np.frombuffer(data, np.int64, sequences, _HEADER.size + 4 * sequences)
     ends = np.cumsum(lengths) * _BYTES_A_TOKEN[code]
@@ -39,5 +41,7 @@ def check_shard(prefix: Path) -> int:
         raise AtomError(f"token index {index} does not list its sequences one behind the other; run tokenize again")
     needed = int(ends[-1]) if sequences else 0
     if tokens.stat().st_size != needed:
-        raise AtomError(f"token shard {tokens} has {tokens.stat().st_size} bytes instead of {needed}; run tokenize again")
+        raise AtomError(
+            f"token shard {tokens} has {tokens.stat().st_size} bytes instead of {needed}; run tokenize again"
+        )
     return int(sequences)

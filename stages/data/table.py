@@ -99,7 +99,9 @@ def read_table(path: Path, columns: list[str] | None = None, filters: Any = None
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path).read(columns=columns) if filters is None else pq.read_table(path, columns, filters=filters)
+        if filters is None:
+            return pq.ParquetFile(path).read(columns=columns)
+        return pq.read_table(path, columns=columns, filters=filters, partitioning=None)
     except FileNotFoundError:
         raise AtomError(f"{path} is missing; run the stage that makes it again") from None
     except (pa.ArrowException, OSError, ValueError) as error:

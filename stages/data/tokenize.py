@@ -32,6 +32,8 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
     """
     tokenizer = load_for_corpus(inputs["tokenizer"] / "tokenizer.json")
     vocab_size, end = tokenizer.get_vocab_size(), tokenizer.token_to_id(END)
+    if end is None:
+        raise AtomError(f"{inputs['tokenizer'] / 'tokenizer.json'} has no {END} token; run tokenizer again")
     files = sorted((inputs["curate"] / "kept").glob("*.parquet"))
     if not files:
         raise AtomError(f"{inputs['curate'].path} holds no kept documents; run curate again")
@@ -56,7 +58,9 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
         report.progress(n + 1, len(files), "sources")
     write_rows(out / "documents.parquet", TOKENIZED, rows)
     write_json(out / "meta.json", meta)
-    report.note(f"{sum(meta['tokens']['train'].values())} training tokens, {sum(meta['tokens']['heldout'].values())} held out")
+    report.note(
+        f"{sum(meta['tokens']['train'].values())} training tokens, {sum(meta['tokens']['heldout'].values())} held out"
+    )
 
 
 def encode(tokenizer: Tokenizer, end: int, texts: list[tuple[str, int]]) -> Iterator[tuple[list[int], int]]:

@@ -55,7 +55,7 @@ CHAT_TEMPLATE = """\
 
 
 class TokenizerSection(Config):
-    """The tokenizer of a release. `padded_vocab_size` is the model's embedding size: a choice, never a layout's result."""
+    """The tokenizer of a release. `padded_vocab_size` is the model's embedding size, which no layout may change."""
 
     vocab_size: int = Field(ge=len(SPECIAL_TOKENS) + 256)
     padded_vocab_size: int
@@ -64,7 +64,9 @@ class TokenizerSection(Config):
     @model_validator(mode="after")
     def _fits(self) -> TokenizerSection:
         if self.padded_vocab_size < self.vocab_size:
-            raise ValueError(f"padded_vocab_size {self.padded_vocab_size} is below vocab_size {self.vocab_size}; raise it")
+            raise ValueError(
+                f"padded_vocab_size {self.padded_vocab_size} is below vocab_size {self.vocab_size}; raise it"
+            )
         return self
 
 
@@ -89,19 +91,21 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
     tokenizer.train_from_iterator(sample, trainer)
     size = tokenizer.get_vocab_size()
     if size < config.vocab_size:
+        have = sum(len(t.encode()) for t in sample)
         raise RecipeError(
-            f"tokenizer.vocab_size = {config.vocab_size}, but {sum(len(t.encode()) for t in sample)} bytes of training text "
-            f"yield only {size} tokens; lower it, or give more text or sample_bytes"
+            f"tokenizer.vocab_size = {config.vocab_size}, but {have} bytes of training text yield only {size} tokens; "
+            f"lower it, or give more text or sample_bytes"
         )
     save(tokenizer, out)
+    ratios = bytes_per_token(load_for_corpus(out / "tokenizer.json"), texts)
     stats = {
         "vocab_size": size,
         "padded_vocab_size": config.padded_vocab_size,
         "sample": {"documents": len(sample), "bytes": sum(len(t.encode()) for t in sample)},
-        "bytes_per_token": bytes_per_token(load_for_corpus(out / "tokenizer.json"), texts),
+        "bytes_per_token": ratios,
     }
     write_json(out / "stats.json", stats)
-    for name, part in stats["bytes_per_token"].items():
+    for name, part in ratios.items():
         report.note(f"{name}: {part['value']:.2f} bytes a token ({part['split']})")
 
 
@@ -165,8 +169,8 @@ def _set_byte_level(tokenizer: Tokenizer) -> None:
 
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
+    tokenizer.decoder = decoders.ByteLevel()
 
 
 def _alphabet() -> list[str]:

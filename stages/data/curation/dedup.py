@@ -101,7 +101,7 @@ def near(documents: Documents, settings: MinHash, seed: int, folder: Path, dispo
     for doc in removed:
         twin = stays.get(doc.metadata["minhash_cluster_id"])
         if twin is None:
-            raise AtomError(f"MinHash removed {doc.id} but kept no document of its cluster; this is a fault of curation")
+            raise AtomError(f"MinHash removed {doc.id} but kept nothing of its cluster; this is a fault of curation")
         similarity = _jaccard(signer.get_shingles(doc.text).ravel(), signer.get_shingles(twin.text).ravel())
         dispositions.remove(doc.id, "near_duplicate", similarity, settings.threshold, duplicate_of=twin.id)
     return kept

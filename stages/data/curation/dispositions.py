@@ -78,8 +78,9 @@ class Dispositions:
         for source, count in counts.items():
             if count[""] or kept.get(source, 0) != count["kept"]:
                 raise AtomError(
-                    f"source {source} does not balance: {count.total()} in, {count['kept']} kept ({kept.get(source, 0)} "
-                    f"written), {count['removed']} removed, {count['']} without a disposition; this is a fault of curation"
+                    f"source {source} does not balance: {count.total()} in, {count['kept']} kept "
+                    f"({kept.get(source, 0)} written), {count['removed']} removed, {count['']} without a disposition; "
+                    f"this is a fault of curation"
                 )
         return [asdict(row) for row in self.rows.values()]
 

@@ -31,12 +31,12 @@ def measured(step: str, block: Any, reason: str, doc: Document) -> tuple[float, 
         return max(scores.values()), block.language_threshold
     if step == "gopher_repetition":
         return _repetition(block, reason, doc.text)
+    if reason == "short_line_ratio":
+        return _short_lines(doc, block.short_line_length), block.short_line_threshold
     if reason not in _MEASURES:
         raise AtomError(f"step {step} gave the reason {reason!r}, which has no measure; add it to curation/measures.py")
     measure, threshold = _MEASURES[reason]
-    if reason == "short_line_ratio":
-        return _short_lines(doc, block.short_line_length), block.short_line_threshold
-    return float(measure(doc)), float(threshold if not isinstance(threshold, str) else getattr(block, threshold))
+    return float(measure(doc)), float(getattr(block, threshold) if isinstance(threshold, str) else threshold)
 
 
 def _repetition(block: Any, reason: str, text: str) -> tuple[float, float]:
@@ -117,7 +117,10 @@ _MEASURES: dict[str, tuple[Measure, str | float]] = {
         "max_symbol_word_ratio",
     ),
     "gopher_too_many_bullets": (_share_of_lines(lambda s: s.lstrip().startswith(("•", "-"))), "max_bullet_lines_ratio"),
-    "gopher_too_many_end_ellipsis": (_share_of_lines(lambda s: s.rstrip().endswith(("...", "…"))), "max_ellipsis_lines_ratio"),
+    "gopher_too_many_end_ellipsis": (
+        _share_of_lines(lambda s: s.rstrip().endswith(("...", "…"))),
+        "max_ellipsis_lines_ratio",
+    ),
     "gopher_below_alpha_threshold": (
         lambda d: sum(any(c.isalpha() for c in w) for w in _words(d)) / len(_words(d)),
         "max_non_alpha_words_ratio",
@@ -127,8 +130,10 @@ _MEASURES: dict[str, tuple[Measure, str | float]] = {
     "lorem_ipsum": (lambda d: d.text.lower().count("lorem ipsum"), 0.0),
     "curly_bracket": (lambda d: d.text.count("{"), 0.0),
     "line_punct_ratio": (_punctuated, "line_punct_thr"),
-    "short_line_ratio": (lambda d: 0.0, "short_line_threshold"),
-    "char_dup_ratio": (lambda d: find_duplicates(_visible_lines(d))[1] / len(d.text.replace("\n", "")), "char_duplicates_ratio"),
+    "char_dup_ratio": (
+        lambda d: find_duplicates(_visible_lines(d))[1] / len(d.text.replace("\n", "")),
+        "char_duplicates_ratio",
+    ),
     "list_ratio": (lambda d: d.text.count("\n") / len(_words(d)), "new_line_ratio"),
     "too_few_lines": (_shape("lines"), "min_lines"),
     "too_many_lines": (_shape("lines"), "max_lines"),

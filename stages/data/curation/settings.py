@@ -105,7 +105,8 @@ class Pii(Step):
 
 
 AnyStep = Annotated[
-    Language | GopherRepetition | GopherQuality | C4 | FineWeb | CodeShape | PythonSyntax | Pii, Field(discriminator="step")
+    Language | GopherRepetition | GopherQuality | C4 | FineWeb | CodeShape | PythonSyntax | Pii,
+    Field(discriminator="step"),
 ]
 
 
@@ -113,9 +114,9 @@ class MinHash(Config):
     """Near-duplicate removal by MinHash LSH over word n-grams; pairs above (1/buckets)^(1/hashes) are likely found."""
 
     kinds: tuple[Literal["prose", "code", "problems"], ...] = ("prose", "code")
-    n_grams: int = Field(5, ge=1)
-    num_buckets: int = Field(14, ge=1)
-    hashes_per_bucket: int = Field(8, ge=1)
+    n_grams: int = Field(default=5, ge=1)
+    num_buckets: int = Field(default=14, ge=1)
+    hashes_per_bucket: int = Field(default=8, ge=1)
 
     @property
     def threshold(self) -> float:
@@ -126,7 +127,7 @@ class MinHash(Config):
 class Decontamination(Config):
     """An evaluation item shorter than `ngram` words matches as a whole, a longer one by any run of `ngram` words."""
 
-    ngram: int = Field(13, ge=1)
+    ngram: int = Field(default=13, ge=1)
 
 
 class CurationSettings(Config):

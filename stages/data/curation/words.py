@@ -1,4 +1,4 @@
-"""Words, sentences and the normal form in which evaluation items are searched. Importable, so that it can be pickled."""
+"""Words, sentences, and the normal form in which evaluation items are searched."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer, simple_span_tokenize,
 _SEARCHED = re.compile(r"\w+|[-+*/=<>%^]")
 
 
-class FastWords(WordTokenizer):
+class FastWords(WordTokenizer):  # type: ignore[misc]
     """English words by regular expression: some forty times faster than spaCy's rules, and needs no model.
 
     A word is a run of letters, digits and underscores with at most one inner apostrophe; a run of punctuation counts
@@ -25,7 +25,8 @@ class FastWords(WordTokenizer):
         return self._word.findall(text)
 
     def sent_tokenize(self, text: str) -> list[str]:
-        return strip_strings(self._sentence.split(text))
+        sentences: list[str] = strip_strings(self._sentence.split(text))
+        return sentences
 
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
         return list(simple_span_tokenize(text, self.sent_tokenize(text)))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import io
 import os
+import re
 import sysconfig
 import textwrap
+import tokenize
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +16,17 @@ from pathlib import Path
 
 # not library code (tests, the editor, installed packages), or written at build time with paths of the build machine
 _SKIPPED_FOLDERS = frozenset(
-    {"test", "tests", "idlelib", "turtledemo", "lib2to3", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
+    (
+        "test",
+        "tests",
+        "idlelib",
+        "turtledemo",
+        "lib2to3",
+        "site-packages",
+        "dist-packages",
+        "lib-dynload",
+        "__pycache__",
+    )
 )
 _SKIPPED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars")
 
@@ -24,7 +37,8 @@ def stdlib_files(top_level: bool = False) -> list[tuple[str, Path]]:
     found = []
     for folder, folders, names in os.walk(root):
         relative = Path(folder).relative_to(root)
-        folders[:] = [] if top_level else [f for f in folders if f not in _SKIPPED_FOLDERS and not f.startswith("config-")]
+        wanted = [f for f in folders if f not in _SKIPPED_FOLDERS and not f.startswith("config-")]
+        folders[:] = [] if top_level else wanted
         for name in names:
             if name.endswith(".py") and not name.startswith(_SKIPPED_PREFIXES):
                 found.append(((relative / name).as_posix(), Path(folder, name)))
@@ -44,7 +58,7 @@ def read_docstrings(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, s
 
 
 def read_functions(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, str] | str]:
-    """Yields (name, source, file) of every function and method that is more than a docstring; as above for bad files."""
+    """Yields (name, source, file) of every function and method that is more than a docstring; bad files as above."""
     for relative, lines, tree in _parsed(files):
         if tree is None:
             yield relative
@@ -60,26 +74,20 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _parsed(files: list[tuple[str, Path]]) -> Iterator[tuple[str, list[str], ast.Module | None]]:
+    """(relative path, lines, syntax tree) of each file; no tree if Python cannot parse it."""
     for relative, path in files:
         data = path.read_bytes()
         try:
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+            text = data.decode(encoding)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # invalid escapes in old modules are not ours to report
-                tree = ast.parse(data)
-            lines = ast.unparse(tree).splitlines() if b"coding:" in data[:200] and not _utf8(data) else None
-            text = data.decode("utf-8") if lines is None else ""
+                tree = ast.parse(text)
         except (SyntaxError, ValueError, RecursionError):
             yield relative, [], None
             continue
-        yield relative, text.splitlines() if lines is None else lines, tree
-
-
-def _utf8(data: bytes) -> bool:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
+        # not splitlines(): form feeds in the library's files are no line ends to the parser
+        yield relative, re.split(r"\r\n|\r|\n", text), tree
 
 
 def _named(tree: ast.AST, prefix: str, seen: Counter[str] | None = None) -> Iterator[tuple[str, Documented]]:

@@ -26,7 +26,9 @@ def read_jsonl(files: list[tuple[str, Path]], text_field: str, id_field: str | N
             yield _document(row, text_field, id_field, where, f"{relative}:{number}", relative)
 
 
-def read_parquet(files: list[tuple[str, Path]], text_field: str, id_field: str | None) -> Iterator[tuple[str, str, str]]:
+def read_parquet(
+    files: list[tuple[str, Path]], text_field: str, id_field: str | None
+) -> Iterator[tuple[str, str, str]]:
     """Yields (name, text, file). Without an id field the name is file and row number."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -38,7 +40,10 @@ def read_parquet(files: list[tuple[str, Path]], text_field: str, id_field: str |
             parquet = pq.ParquetFile(path)
             missing = sorted(set(columns) - set(parquet.schema_arrow.names))
             if missing:
-                raise AtomError(f"{path} has no column {missing[0]!r}; its columns: {', '.join(parquet.schema_arrow.names)}")
+                have = ", ".join(parquet.schema_arrow.names)
+                raise AtomError(
+                    f"{path} has no column {missing[0]!r} (columns: {have}); set reader.text_field or id_field"
+                )
             for batch in parquet.iter_batches(batch_size=1000, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
@@ -46,7 +51,8 @@ def read_parquet(files: list[tuple[str, Path]], text_field: str, id_field: str |
                     yield _document(row, text_field, id_field, where, f"{relative}:{number}", relative)
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
-            raise AtomError(f"{path} cannot be read after row {number} ({reason}); it is cut short or not Parquet") from None
+            told = f"{path} cannot be read after row {number} ({reason}); it is cut short or not Parquet"
+            raise AtomError(told) from None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -68,7 +74,7 @@ def _document(
         have = ", ".join(sorted(map(str, row)))
         raise AtomError(f"{where}: no text in field {text_field!r} (fields: {have}); set reader.text_field")
     if any("\ud800" <= c <= "\udfff" for c in text):
-        raise AtomError(f"{where}: field {text_field!r} holds a lone surrogate, which is not Unicode text; mend the line")
+        raise AtomError(f"{where}: field {text_field!r} holds a lone surrogate, which is not Unicode; mend the line")
     if id_field is not None:
         if row.get(id_field) in (None, ""):
             raise AtomError(f"{where}: no id in field {id_field!r}; set reader.id_field to a field that every row has")
