@@ -52,18 +52,22 @@ def _store() -> Store:
 def _console() -> Console:
     from rich.console import Console
 
-    return Console()
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def _graph(recipe: str) -> Graph:
-    from pipeline import graph, recipe as recipes
+    from pipeline import graph
+    from pipeline import recipe as recipes
 
     return graph.compose(recipes.load(recipe))
 
 
 @app.command()
 def plan(recipe: RecipeArgument, until: UntilOption = None, only: OnlyOption = None, as_json: JsonOption = False) -> None:
-    """Show the stages of a recipe with their keys, states and estimated costs; do nothing."""
+    """Show the stages and costs of a recipe; do nothing.
+
+    Every stage is shown with its key, its state (sealed, stale, to run) and its estimated cost.
+    """
     from pipeline import graph, planner
     from pipeline.views import plan_table
 
@@ -81,7 +85,10 @@ def plan(recipe: RecipeArgument, until: UntilOption = None, only: OnlyOption = N
 
 @app.command()
 def run(recipe: RecipeArgument, until: UntilOption = None, only: OnlyOption = None, cluster: ProfileOption = "local") -> None:
-    """Run a recipe here, stage by stage; what is sealed already is not run again. Ctrl-C stops cleanly."""
+    """Run a recipe on this machine.
+
+    What is sealed already is not run again. Ctrl-C stops cleanly; the same command goes on from there.
+    """
     from pipeline import profile
 
     composed, store, settings = _graph(recipe), _store(), profile.load(cluster)
@@ -120,7 +127,10 @@ def _run(composed: Graph, store: Store, selected: list[str], settings: Any) -> N
 
 @app.command()
 def track(run: RunArgument = None) -> None:
-    """Send a run's metrics to MLflow again, after an outage of the tracking server."""
+    """Send a run to MLflow again.
+
+    For after an outage of the tracking server: what it missed is read from the run's files.
+    """
     from pipeline import run as runs, tracking
 
     store = _store()
@@ -143,7 +153,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="redraw every two seconds until the run ends")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show how far a run is: every stage with its state, progress and time."""
+    """Show how far a run is."""
     from pipeline import run as runs
     from pipeline.views import status_table
 
@@ -197,7 +207,10 @@ def logs(
 
 @app.command()
 def cancel(run: RunArgument = None) -> None:
-    """Ask the running stages of a run to stop; run the recipe again to go on from where they were."""
+    """Stop the running stages of a run.
+
+    Run the recipe again to go on from where they were.
+    """
     from pipeline import run as runs
     from pipeline.lease import holder
 
@@ -228,7 +241,10 @@ def _terminate(store: Store, stage: NodeStatus) -> None:
 
 @app.command()
 def retry(run: RunArgument = None) -> None:
-    """Go on with a run whose stages failed or were stopped, from the recipe as it was when the run began."""
+    """Go on with a run that failed or was stopped.
+
+    The recipe is taken as it was when the run began.
+    """
     from pipeline import profile, run as runs
 
     store = _store()
@@ -241,10 +257,15 @@ def retry(run: RunArgument = None) -> None:
 
 @app.command()
 def build(recipe: RecipeArgument) -> None:
-    """Make the release folder from a recipe's sealed artifacts, and hold its gates."""
-    from pipeline.assemble import build_release
+    """Make the release folder, with its gates.
 
-    folder = build_release(_graph(recipe), _store(), print)
+    Everything in it comes from the sealed artifacts of the recipe; a gate that fails stops the build.
+    """
+    from release.build import build as build_release
+    from release.inputs import build_input
+
+    store = _store()
+    folder = build_release(build_input(_graph(recipe), store), store.home, print)
     print(f"release built: {folder}; next: atom verify {folder}")
 
 
@@ -253,13 +274,22 @@ def publish(
     release: Annotated[Path, typer.Argument(help="a release folder made by `atom build`")],
     to: Annotated[str, typer.Option("--to", metavar="NAMESPACE", help="user or organisation on the Hub")],
     public: Annotated[bool, typer.Option("--public", help="make the repositories public after they are verified")] = False,
+    acknowledge: Annotated[
+        list[str] | None, typer.Option(help="a stale stage, or `dirty`, that may be made public nevertheless; repeatable")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Upload a release to the Hub at HF_ENDPOINT: private first, pulled back and verified, then public if asked."""
+    """Upload a release to the Hub.
+
+    The repositories are private until all are uploaded, pulled back and verified; --public then makes them public.
+    HF_ENDPOINT and HF_TOKEN are respected.
+    """
+    from pipeline import views
     from release.publish import publish as publish_release
 
-    report = publish_release(release, to, public, lambda text: print(text, file=sys.stderr if as_json else sys.stdout))
-    print(json.dumps(report.to_json(), indent=1) if as_json else report.text())
+    out = sys.stderr if as_json else sys.stdout
+    report = publish_release(release, to, public, lambda text: print(text, file=out, flush=True), acknowledge or ())
+    print(json.dumps(report.to_json(), indent=1) if as_json else views.published_text(report))
 
 
 @app.command()
@@ -268,11 +298,15 @@ def verify(
     deep: Annotated[bool, typer.Option("--deep", help="also recompute what can be recomputed from the bytes")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every byte of a release against its evidence; exit 1 names what is bad."""
+    """Check every byte of a release.
+
+    Exit code 1 says which file or claim is bad.
+    """
+    from pipeline import views
     from release.verify import verify as verify_release
 
-    verdict = verify_release(target, deep=deep)
-    print(json.dumps(verdict.to_json(), indent=1) if as_json else verdict.text())
+    verdict = verify_release(target, deep, lambda text: print(text, file=sys.stderr, flush=True))
+    print(json.dumps(verdict.to_json(), indent=1) if as_json else views.verdict_text(verdict))
     if not verdict.ok:
         raise typer.Exit(1)
 

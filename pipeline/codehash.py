@@ -17,18 +17,26 @@ OURS = ("pipeline", "stages", "release")
 
 
 @cache
+def _root(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+@cache
 def _locate(module: str) -> Path | None:
-    try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
+    """The file of a module of ours, found by path: asking Python would import its parents, and with them torch."""
+    package, *inner = module.split(".")
+    root = _root(package)
+    if root is None:
         return None
-    return Path(spec.origin) if spec and spec.origin else None
+    path = root.joinpath(*inner)
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
 
 @cache
 def _imports(module: str) -> tuple[str, ...]:
     path = _locate(module)
-    if path is None or path.suffix != ".py":
+    if path is None:
         return ()
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_bytes())):

@@ -17,7 +17,8 @@ from pipeline.store import Artifact, canonical, sha256_bytes
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
-BUILD_TYPE = "https://atom-release.dev/stage/v1"
+BUILD_TYPE = "urn:atom-release:stage:v1"
+BUILDER = "urn:atom-release:builder:v1"
 
 
 def clock(seconds: float) -> str:
@@ -64,7 +65,7 @@ def statement(
                 ],
             },
             "runDetails": {
-                "builder": {"id": "https://atom-release.dev/builder/local"},
+                "builder": {"id": BUILDER},
                 "metadata": {
                     "invocationId": invocation,
                     "startedOn": clock(started),
@@ -130,3 +131,8 @@ def code_of(body: dict[str, Any]) -> dict[str, str]:
 def environment_of(body: dict[str, Any]) -> dict[str, Any]:
     """What the attempt ran in."""
     return dict(body["predicate"]["buildDefinition"]["internalParameters"]["environment"])
+
+
+def invocation(body: dict[str, Any]) -> str:
+    """`<run>/<node>`: the place of the attempt's logs."""
+    return str(body["predicate"]["runDetails"]["metadata"]["invocationId"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.table import Table
 
 from pipeline.display import duration, figures_text, human
@@ -14,10 +16,10 @@ def _cell(value: float | None, unit: str = "") -> str:
 
 
 def plan_table(rows: list[Row]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     for column in ("stage", "key", "state"):
         table.add_column(column, no_wrap=True)
-    for column in ("parameters", "active", "tokens", "FLOP", "memory", "CPU time"):
+    for column in ("params/active", "tokens", "FLOP", "memory", "CPU"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         e = row.estimate
@@ -25,8 +27,7 @@ def plan_table(rows: list[Row]) -> Table:
             row.state.name,
             row.state.key.rsplit("-", 1)[1],
             row.state.text,
-            _cell(e.parameters.get("total")),
-            _cell(e.parameters.get("active")),
+            f"{human(e.parameters['total'])}/{human(e.parameters['active'])}" if e.parameters else "",
             _cell(e.tokens),
             _cell(e.flops),
             _cell(e.memory_bytes, "B"),
@@ -51,3 +52,21 @@ def status_table(run: str, stages: list[NodeStatus]) -> Table:
     table.caption = f"{sealed} of {len(stages)} stages sealed"
     table.caption_justify = "left"
     return table
+
+
+def verdict_text(verdict: Any) -> str:
+    """One line a check, everything that is wrong below its check, and the verdict last."""
+    marks = {True: "ok    ", False: "BAD   ", None: "absent"}
+    lines = []
+    for check in verdict.checks:
+        lines.append(f"{marks[check.ok]}  {check.name}: {check.detail}")
+        lines += [f"          {text}" for text in check.wrong]
+    said = "verified" if verdict.ok else "NOT what it claims to be"
+    return "\n".join([*lines, f"{verdict.kind} {verdict.subject}: {said}"])
+
+
+def published_text(report: Any) -> str:
+    """One line a repository."""
+    lines = [f"{r.kind} {r.repo}@{r.revision} {r.commit[:12]}" for r in report.repositories]
+    visible = "public" if report.public else "private"
+    return "\n".join([*lines, f"published to {report.endpoint}, {visible}, pulled back and verified"])
