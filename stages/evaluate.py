@@ -28,7 +28,7 @@ from pipeline.stage import Config, Inputs, Report, Stage
 if TYPE_CHECKING:
     import torch
 
-VERSION = 1
+VERSION = 2
 END = "<|endoftext|>"
 ROWS_PER_BATCH = 32
 
@@ -113,7 +113,7 @@ def heldout_documents(kept: Path, limit: int) -> list[dict[str, Any]]:
     chosen: list[dict[str, Any]] = []
     for path in sorted(kept.glob("*.parquet")):
         rows = [
-            row for row in _read(path, ["id", "text", "source", "content_hash", "split"]) if row["split"] == "heldout"
+            row for row in _read(path, ["id", "text", "source", "content_hash", "split", "prompt_chars"]) if row["split"] == "heldout"
         ]
         if not rows:
             continue  # a source that the data recipe does not hold out, such as procedural problems
@@ -146,23 +146,26 @@ def _bits(model: Any, tokenizer: Any, first: torch.Tensor, row: dict[str, Any]) 
 
     Documents start a row in training, without a token before them. So the first token is scored after a lone
     end-of-document token and all others in the context that the model was trained with: by the chain rule a
-    proper probability of the whole text, in which every byte is paid for.
+    proper probability of the whole text, in which every byte is paid for. The prompt of a problem carried no loss in
+    training; it is context here too, and only what follows it is scored.
     """
     import torch
 
-    ids = token_ids(tokenizer, row["text"])[: model.config.max_position_embeddings]
-    bits = float(first[ids[0]])
+    prompt = token_ids(tokenizer, row["text"][: row["prompt_chars"]])
+    ids = [*prompt, *token_ids(tokenizer, row["text"][row["prompt_chars"] :])][: model.config.max_position_embeddings]
+    bits = 0.0 if prompt else float(first[ids[0]])
     if len(ids) > 1:
         tokens = torch.tensor([ids])
         with torch.inference_mode():
             logits = model(tokens).logits[0, :-1]
         chosen = torch.log_softmax(logits.double(), -1).gather(1, tokens[0, 1:, None])
-        bits -= float(chosen.sum()) / math.log(2)
+        bits -= float(chosen[max(len(prompt) - 1, 0) :].sum()) / math.log(2)
+    scored = ids[len(prompt) :]
     return {
         "source": row["source"],
         "id": row["id"],
-        "bytes": token_bytes(tokenizer, ids),
-        "tokens": len(ids),
+        "bytes": token_bytes(tokenizer, scored),
+        "tokens": len(scored),
         "nll_bits": bits,
     }
 
