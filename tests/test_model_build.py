@@ -89,7 +89,7 @@ def test_cpu_support_leaves_torch_alone() -> None:
         "import sys, torch, tempfile; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(1)\n"
         "from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM\n"
         "c = Qwen3MoeConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16,\n"
-        "  num_key_value_heads=1, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, intermediate_size=16)\n"
+        "  num_key_value_heads=1, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)\n"
         "with tempfile.TemporaryDirectory() as d:\n"
         "  Qwen3MoeForCausalLM(c).save_pretrained(d)\n"
         "  logits = lambda: Qwen3MoeForCausalLM.from_pretrained(d)(torch.arange(20)[None]).logits\n"
