@@ -15,6 +15,7 @@ import pytest
 from pipeline.errors import AtomError, RecipeError
 from stages.data import acquire, items
 from stages.data.problems import FORMS, TASKS, add, draw, score
+from stages.data.readers.stdlib import read_docstrings, read_functions
 from stages.data.recipe import Source, load, resolve_tree_digest
 from stages.data.table import content_hash
 
@@ -146,3 +147,20 @@ def test_items_differ_from_each_other_and_cannot_exceed_their_space(run_stage: A
     assert all(r["prompt"] == r["text"] + ":" for r in rows)
     with pytest.raises(RecipeError, match="sort"):
         run_stage(items.STAGE, {"problems": {"sort": 200_000}, "seed": 3}, {})
+
+
+def test_library_files_are_cut_by_the_parsers_lines(tmp_path: Path) -> None:
+    """Form feeds and other encodings occur in the standard library; a file that does not parse is named."""
+    (tmp_path / "a.py").write_bytes(
+        b"# coding: latin-1\n\x0c\ndef outer(x):\r\n    '''Caf\xe9.'''\r\n    def inner():\n        '''Inside.'''\n"
+        b"    return x\n\x0c\n\nclass C:\n    @property\n    def value(self):\n        return 1\n"
+    )
+    (tmp_path / "b.py").write_text("print 'two'\n")
+    files = [(name, tmp_path / name) for name in ("a.py", "b.py")]
+    functions = list(read_functions(files))
+    assert functions == [
+        ("a.py:outer", "def outer(x):\n    def inner():\n        '''Inside.'''\n    return x", "a.py"),
+        ("a.py:C.value", "@property\ndef value(self):\n    return 1", "a.py"),
+        "b.py",
+    ]
+    assert list(read_docstrings(files)) == [("a.py:outer", "Café.", "a.py"), "b.py"]
