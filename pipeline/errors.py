@@ -18,3 +18,7 @@ class CheckFailed(AtomError):
     """The checked thing is bad: a gate of the release, or a byte that is not what its manifest says. Exit code 1."""
 
     exit_code = 1
+
+
+class Interrupted(KeyboardInterrupt):
+    """The job was asked to stop (SIGINT, SIGTERM, SIGUSR1). Not an Exception, so that no stage swallows it."""

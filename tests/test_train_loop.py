@@ -112,7 +112,7 @@ def test_killed_runs_end_in_the_same_bytes(
 
 
 def test_a_request_to_stop_saves_first(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
-    from stages.train.loop import Interrupted
+    from pipeline.errors import Interrupted
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="stopped after step 7"):

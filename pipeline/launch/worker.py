@@ -19,15 +19,11 @@ from typing import Any
 
 from pipeline import environment, ledger, registry
 from pipeline.codehash import code_digests
-from pipeline.errors import AtomError
+from pipeline.errors import AtomError, Interrupted
 from pipeline.events import FileReport
 from pipeline.lease import Lease
 from pipeline.stage import identity
 from pipeline.store import Artifact, Store, sha256_file
-
-
-class Interrupted(BaseException):
-    """The job was told to stop. Not an Exception, so that no stage swallows it."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ def _attempt(task: Task, store: Store, report: FileReport) -> str:
 
 def _sentence(error: BaseException, task: Task, store: Store) -> str:
     if isinstance(error, Interrupted):
-        return f"interrupted by {error}; run the same command to go on"
+        return f"stopped on request ({error}); run the same command to go on"
     if _disk_full(error):
         return f"the disk that holds {store.home} is full; free some space and run the same command to go on"
     if isinstance(error, AtomError):

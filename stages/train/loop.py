@@ -19,17 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import AtomError
+from pipeline.errors import AtomError, Interrupted
 from pipeline.stage import Inputs, Report
 from stages.train import checkpoint, parallel, sealed
 from stages.train.config import TrainConfig
 from stages.train.data import Order, Row, Shards, heldout_rows
 from stages.train.engine import Engine
 from stages.train.schedule import learning_rate
-
-
-class Interrupted(KeyboardInterrupt):
-    """The machine asked for the stop (SIGTERM, SIGUSR1). A work checkpoint is written; running again goes on."""
 
 
 def train(
@@ -216,7 +212,7 @@ def _requests_to_stop() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    watched = (signal.SIGTERM, signal.SIGUSR1)
+    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in watched}
     try:
         yield received

@@ -1,0 +1,43 @@
+# make demo: from raw text to a verified release.  make test: every check.  Both make the environment first.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: help demo test lint lock clean
+
+help:
+	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 6 minutes)"
+	@echo "make test    linters, types and all tests (about 10 minutes)"
+	@echo "make lint    linters and types only"
+	@echo "make lock    resolve the newest versions that pyproject.toml allows, into constraints.txt"
+	@echo "make clean   remove the environment and everything produced"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {v} is $(PYTHON); set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python -m release.demo
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+lock:
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet '.[test]'
+	( echo '# Exact versions, by `make lock`. A CPU or CUDA build of torch both fit. Python 3.12 and newer take a newer Megatron-core.'; \
+	  build/lock/bin/python -m pip freeze --exclude atom-release \
+	  | sed -E 's/\+cpu$$//; s/^(megatron-core==.*)/\1 ; python_version < "3.12"/' ) > constraints.txt
+	rm -rf build/lock
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,127 @@
+"""The whole path with one command: run, build, publish to a local Hub, pull back, verify, and a short table.
+
+    python -m release.demo [RECIPE]
+
+Every step is the command that a user would type; it is printed before it runs. Needs no account and no network.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+NAMESPACE, TOKEN = "local", "hf_local"
+
+
+def atom(*arguments: str, **environment: str) -> None:
+    """Runs one `atom` command as a user would. Exits with its code if it fails."""
+    print(f"\n$ atom {' '.join(arguments)}", flush=True)
+    done = subprocess.run([sys.executable, "-m", "pipeline.cli", *arguments], env={**os.environ, **environment})
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def main(recipe: str) -> None:
+    from pipeline import graph
+    from pipeline import recipe as recipes
+    from pipeline.store import Store
+    from release.local_hub import running
+
+    began = time.monotonic()
+    composed = graph.compose(recipes.load(recipe))
+    identity = composed.recipe.config
+    store = Store(Path(os.environ.get("ATOM_HOME") or "runs"))
+    release = store.home / "releases" / f"{identity.name}-{identity.version}"
+
+    atom("run", recipe)
+    atom("build", recipe)
+    print("\nstarting a local Hub that speaks the routes of huggingface.co")
+    with running(store.home / "hub", NAMESPACE, TOKEN) as endpoint:
+        hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN}
+        atom("publish", str(release), "--to", NAMESPACE, **hub)
+        atom("verify", f"{NAMESPACE}/{identity.name}@v{identity.version}", **hub)
+    atom("verify", "--deep", str(release))
+    summary(composed, store, release, time.monotonic() - began)
+
+
+def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
+    """The table at the end; every figure is read from the release or the ledger."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeline import ledger, tracking
+    from pipeline.display import duration
+    from release.cards.tables import PHASE_TITLES
+    from release.facts import data_facts, model_facts
+
+    data, model = data_facts(release / "dataset"), model_facts(release / "model")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+
+    def table(title: str, *columns: str) -> Table:
+        made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+        for i, column in enumerate(columns):
+            made.add_column(column, justify="left" if i == 0 else "right")
+        return made
+
+    print()
+    names = list(data["sources"])
+    corpus = table("Corpus: documents", "", *names, "all")
+
+    def row(label: str, values: list[int]) -> None:
+        corpus.add_row(label, *(f"{v:,}" for v in values), f"{sum(values):,}")
+
+    row("in", [data["sources"][n]["documents_in"] for n in names])
+    families = sorted({rule.split("/")[0] for n in names for rule in data["sources"][n]["removed"]})
+    for family in families:
+        row(f"removed: {family}", [_by_family(data["sources"][n]["removed"], family) for n in names])
+    row("kept", [data["sources"][n]["kept"] for n in names])
+    row("tokens", [sum(data["sources"][n]["tokens"].values()) for n in names])
+    console.print(corpus)
+
+    scores = data["evaluation"]
+    phases = [p for p in PHASE_TITLES if p in scores]
+    quality = table("\nHeld-out quality: value ± standard error", "", *(PHASE_TITLES[p] for p in phases))
+    for kind, digits, label in (("bits_per_byte", 3, "bits per byte, "), ("accuracy", 3, "exact match, ")):
+        for name in scores[phases[-1]][kind]:
+            cells = [f"{scores[p][kind][name]['value']:.{digits}f} ± {scores[p][kind][name]['se']:.{digits}f}" for p in phases]
+            quality.add_row(label + name, *cells)
+    console.print(quality)
+
+    p = model["parameters"]
+    print(f"\nModel: {p['total']:,} parameters, {p['active']:,} active for one token")
+    print(
+        f"Export parity: largest logit difference to the trainer {model['parity']['max_abs_logit_delta']:.1e}, "
+        f"allowed {model['parity']['tolerance']:.0e}"
+    )
+
+    times = []
+    for name, node in composed.nodes.items():
+        made = ledger.sealed(store.ledger, store.open(node.key))
+        if made:
+            times.append((name, ledger.usage(made[1])["wall_seconds"]))
+    print("Time of each stage: " + ", ".join(f"{name} {duration(wall)}" for name, wall in times))
+    print(f"This command took {duration(seconds)}; a second one uses what is sealed.")
+
+    uri = tracking.tracking_uri(store)
+    shown = os.path.relpath(release)
+    print(f"\nRelease  {shown}\nHub      {os.path.relpath(store.home / 'hub')}\nMLflow   {uri}")
+    print(
+        "\nWhat to try next (with .venv/bin in front of PATH)\n"
+        f"  atom status                            how the run went, stage by stage\n"
+        f"  less {shown}/model/README.md           the model card, every number of it measured\n"
+        f"  atom verify {shown}; flip any byte of it, and verify again\n"
+        f"  mlflow ui --backend-store-uri {uri}\n"
+        f"  atom plan atom-tiny, change a field of a copy of the recipe, plan the copy: only what depends on it runs"
+    )
+
+
+def _by_family(removed: dict[str, int], family: str) -> int:
+    return sum(count for rule, count in removed.items() if rule.split("/")[0] == family)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "atom-tiny")
