@@ -115,7 +115,11 @@ def place_artifacts(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> No
 
 
 def place_code(assembly: Assembly, roots: list[Path]) -> None:
-    """The source files of our packages and the files that build them, from the first root that has each."""
+    """The source files of our packages and the files that build them, from the first root that has each.
+
+    A root may also be one of the packages itself: then its parent is meant.
+    """
+    roots = list(dict.fromkeys(root.parent if root.name in PACKAGES else root for root in roots))
     for name in PACKAGES:
         root = next((root for root in roots if (root / name).is_dir()), None)
         if root is None:

@@ -24,7 +24,7 @@ NAMESPACE = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Licences(Config):
-    """SPDX expressions. Documents keep their own licences; `data_compilation` is about their selection and arrangement."""
+    """SPDX expressions. Documents keep their own licences; `data_compilation` is about selection and arrangement."""
 
     weights: str = Field(pattern=SPDX)
     data_compilation: str = Field(pattern=SPDX)
@@ -134,8 +134,8 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     made = assemble.Assembly(folder)
     assemble.place_artifacts(made, source.artifacts)
     assemble.place_code(made, source.code_roots)
-    for name, data in sorted(source.recipe_files.items()):
-        made.write(f"code/as-run/{name}", data, "recipe file as run")
+    for name, content in sorted(source.recipe_files.items()):
+        made.write(f"code/as-run/{name}", content, "recipe file as run")
     for path in sorted(source.statements):
         made.include(path, f"evidence/statements/{path.name}", "statement of the ledger")
     for node, path in sorted(source.metrics.items()):

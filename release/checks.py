@@ -35,7 +35,8 @@ def manifests(folder: Path) -> list[str]:
 
 def origins(folder: Path) -> list[str]:
     """Each file copied from an artifact is, byte for byte, the one that the artifact's manifest lists."""
-    wrong, listed = [], {}
+    wrong: list[str] = []
+    listed: dict[tuple[str, str], str] = {}
     for node, manifest in read_manifests(folder).items():
         listed |= {(node, row["path"]): row["sha256"] for row in manifest["files"]}
     for path, origin in sorted(facts.read_json(folder / ORIGINS).items()):

@@ -106,9 +106,9 @@ def code(folder: Path) -> list[str]:
     wrong = []
     for module, digests in sorted(said.items()):
         stem = folder / "code" / module.replace(".", "/")
-        path = next((p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.exists()), None)
-        if path is None:
+        found = next((p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.exists()), None)
+        if found is None:
             wrong.append(f"code: {module}, which the statements name, is not there")
-        elif sha256_file(path) not in digests:
-            wrong.append(f"{path.relative_to(folder).as_posix()} is not the file that the statements name")
+        elif sha256_file(found) not in digests:
+            wrong.append(f"{found.relative_to(folder).as_posix()} is not the file that the statements name")
     return wrong

@@ -64,14 +64,21 @@ def data_facts(dataset: Path) -> Facts:
 
 
 def order_facts(path: Path) -> Facts:
-    """Steps, and rows and tokens by source, of one phase's order index."""
+    """Steps, and rows, predicted tokens and documents by source, of one phase's order index.
+
+    A segment of n tokens predicts n - 1 of them.
+    """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     table = pq.read_table(path, columns=["step", "source", "id", "length"])
     grouped = table.group_by("source").aggregate([("length", "sum"), ("length", "count"), ("id", "count_distinct")])
     by_source = {
-        row["source"]: {"tokens": row["length_sum"], "rows": row["length_count"], "documents": row["id_count_distinct"]}
+        row["source"]: {
+            "tokens": row["length_sum"] - row["length_count"],
+            "rows": row["length_count"],
+            "documents": row["id_count_distinct"],
+        }
         for row in grouped.to_pylist()
     }
     return {"steps": pc.max(table["step"]).as_py(), "by_source": dict(sorted(by_source.items()))}

@@ -152,22 +152,25 @@ def learning(c: Context) -> list[Gate]:
         return float(phase["accuracy_all"]["value"])
 
     lowered = bits(base) < bits(init)
-    first = f"bits per byte {bits(init):.4f} → {bits(base):.4f}"
     gain, needed = accuracy(mid) - accuracy(base), c.evaluation["min_accuracy_gain"]
-    second = f"accuracy {accuracy(base):.3f} ± {base['accuracy_all']['se']:.3f} → {accuracy(mid):.3f} ± {mid['accuracy_all']['se']:.3f}"
     lost, allowed = bits(mid) - bits(base), c.evaluation["bits_per_byte_tolerance"]
-    third = f"bits per byte {bits(base):.4f} → {bits(mid):.4f}, at most {allowed:g} may be lost"
-    mend = "; change the recipe's {} and run again"
+    raised, errors = gain > 0 and gain >= needed, [phase["accuracy_all"]["se"] for phase in (base, mid)]
+    said = [
+        f"bits per byte {bits(init):.4f} → {bits(base):.4f}",
+        f"accuracy {accuracy(base):.3f} ± {errors[0]:.3f} → {accuracy(mid):.3f} ± {errors[1]:.3f}, "
+        f"a gain of at least {needed:g} is demanded",
+        f"bits per byte {bits(base):.4f} → {bits(mid):.4f} over all sources, at most {allowed:g} may be lost",
+    ]
+    names = ("pretraining_lowers_bits_per_byte", "midtraining_raises_accuracy", "midtraining_keeps_bits_per_byte")
+    holds, where = (lowered, raised, lost <= allowed), ("pretrain", "midtrain", "midtrain")
     return [
-        Gate("pretraining_lowers_bits_per_byte", lowered, first if lowered else first + mend.format("pretrain section")),
-        Gate("midtraining_raises_accuracy", gain > 0 and gain >= needed, second if gain > 0 and gain >= needed
-             else f"{second}, at least {needed:g} is demanded" + mend.format("midtrain section")),
-        Gate("midtraining_keeps_bits_per_byte", lost <= allowed, third if lost <= allowed else third + mend.format("midtrain mix")),
-    ]  # fmt: skip
+        Gate(name, ok, text if ok else f"{text}; change the recipe's {section} section and run again")
+        for name, ok, text, section in zip(names, holds, said, where, strict=True)
+    ]
 
 
 def cards(c: Context) -> Gate:
-    """Rendering the cards again from the published files gives the same bytes, and their scores are the measured ones."""
+    """Rendering the cards again from the published files gives the same bytes, and their scores are as measured."""
     wrong = checks.cards(c.folder)
     for folder, model in c.models.items():
         if (c.folder / folder / "README.md").read_text() != render.model_card(folder, c.release, model, c.data):

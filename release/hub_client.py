@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ def endpoint() -> str:
 
 
 def load() -> Any:
-    """The module `huggingface_hub`, set up before its import: no telemetry, and no Xet where only the real Hub has it."""
+    """The module `huggingface_hub`, set up before its import: no telemetry, and Xet for the real Hub only."""
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     plain = endpoint() != PUBLIC_HUB
@@ -43,10 +45,8 @@ def api() -> Any:
 def plainly(what: str) -> Iterator[None]:
     """Turns the client's failures while doing `what` into one AtomError."""
     errors = load().errors
-    try:
-        import httpx2 as http
-    except ImportError:  # huggingface_hub 1.x
-        import httpx as http
+    # huggingface_hub 2 stands on httpx2, version 1 on httpx
+    http: Any = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
     try:
         yield
     except errors.RepositoryNotFoundError as error:

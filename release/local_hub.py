@@ -21,6 +21,8 @@ from pathlib import Path
 
 from pipeline.errors import AtomError
 
+LOCAL_TOKEN = "hf_local"
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m release.local_hub", description="a local Hugging Face Hub")
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from release.hub.app import make_app
 
-    pairs = [pair.partition("=") for pair in options.token or ["local=hf_local"]]
+    pairs = [pair.partition("=") for pair in options.token or [f"local={LOCAL_TOKEN}"]]
     tokens = {token if mark else user: user if mark else "local" for user, mark, token in pairs}
     app = make_app(options.root, tokens, options.lfs_bytes, options.part_bytes)
     uvicorn.run(app, host="127.0.0.1", port=options.port, log_level="warning", access_log=False)
@@ -50,7 +52,7 @@ def free_port() -> int:
 
 @contextmanager
 def running(
-    root: Path, user: str = "local", token: str = "hf_local", *extra: str, seconds: float = 60
+    root: Path, user: str = "local", token: str = LOCAL_TOKEN, *extra: str, seconds: float = 60
 ) -> Iterator[str]:
     """A local Hub in a process of its own, stopped at the end; yields its endpoint.
 

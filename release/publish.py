@@ -106,8 +106,8 @@ def publish(
 def _publishable(about: dict[str, Any], namespace: str, public: bool, acknowledge: Sequence[str]) -> None:
     if about["namespace"] != namespace:
         raise AtomError(
-            f"the cards of this release name repositories of {about['namespace']}; publish to {about['namespace']}, or set "
-            f"release.namespace: {namespace} in the recipe and build again"
+            f"the cards of this release name repositories of {about['namespace']}; publish to {about['namespace']}, "
+            f"or set release.namespace: {namespace} in the recipe and build again"
         )
     doubts = [*about["stale"], *(["dirty"] if about["dirty"] else [])]
     open_doubts = [name for name in doubts if name not in acknowledge]

@@ -2,8 +2,8 @@
 
     python -P reload.py MODEL_FOLDER...
 
-Prints, for each folder, one line `RELOAD` with JSON: `problems`, a list of sentences (empty if all is well), and the number of
-`parameters`. This file imports nothing of ours, on purpose.
+Prints, for each folder, one line `RELOAD` with JSON: `problems`, a list of sentences (empty if all is well), and the
+number of `parameters`. This file imports nothing of ours, on purpose.
 """
 
 from __future__ import annotations
@@ -56,11 +56,12 @@ def check_tokenizer(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-d
     return problems
 
 
-@torch.inference_mode()
 def check_generation(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-def]
     """Logits are finite, and the generation config names the tokens at which to stop."""
     inputs = tokenizer("def main(): 2+2", return_tensors="pt", add_special_tokens=False)
-    if not torch.isfinite(model(**inputs).logits).all():
+    with torch.inference_mode():
+        logits = model(**inputs).logits
+    if not torch.isfinite(logits).all():
         return ["the model's logits are not finite"]
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]

@@ -17,6 +17,8 @@ PATTERNS = {
     "a private key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----\s*(?:[A-Za-z0-9+/=]{40,}\s*){2}"),
 }
 SECRET_VARIABLES = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY")
+# Folders that every machine has: a Python under /usr makes no secret of `#!/usr/bin/env`.
+COMMON_PATHS = frozenset({"/", "/usr", "/usr/local", "/opt", "/tmp", "/var", "/home", "/mnt", "/srv", "/data"})
 TEXT_COLUMNS = frozenset({"text", "prompt", "output", "match"})
 
 
@@ -30,8 +32,8 @@ def machine_patterns(paths: list[Path]) -> dict[str, re.Pattern[bytes]]:
     if len(host) >= 6 and host not in ("localhost", "debian", "ubuntu"):
         found["the host name"] = re.compile(rb"(?<![A-Za-z0-9])" + re.escape(host.encode()) + rb"(?![A-Za-z0-9])")
     for path in [Path.home(), *paths]:
-        if len(path.parts) > 1:
-            # As the start of a path that goes on: a URL that contains it, or the bare name of a common home, tells nothing.
+        if str(path) not in COMMON_PATHS:
+            # As the start of a path that goes on: a URL that contains it, or a common home's bare name, tells nothing.
             found[f"the machine's path {path}"] = re.compile(
                 rb"(?<![A-Za-z0-9.\-/])" + re.escape(str(path).encode()) + rb"/\w"
             )

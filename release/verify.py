@@ -62,7 +62,7 @@ class Verdict:
 def verify(subject: str | Path, deep: bool = False, progress: Callable[[str], None] = lambda text: None) -> Verdict:
     """Checks a folder, or `namespace/name[@revision]`, which is downloaded first to a temporary folder.
 
-    Raises AtomError if there is nothing to check under that name; what is wrong with the thing itself is in the verdict.
+    Raises AtomError if there is nothing to check under that name; what is wrong with the thing is in the verdict.
     """
     path = Path(subject)
     if path.exists():
@@ -70,7 +70,7 @@ def verify(subject: str | Path, deep: bool = False, progress: Callable[[str], No
             raise AtomError(f"{path} is a file; give the folder of a release or of a pulled repository")
         return _verify_folder(path, str(subject), deep, progress)
     if str(subject).split("@")[0].count("/") != 1 or str(subject).startswith((".", "/")):
-        raise AtomError(f"there is no folder {subject}, and a Hub repository is written namespace/name[@revision]")
+        raise AtomError(f"there is no folder {subject}; a repository on the Hub is written namespace/name[@revision]")
     from release.pull import pull_named
 
     with tempfile.TemporaryDirectory(prefix="atom-verify-") as folder:
@@ -101,8 +101,11 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
         progress(name.replace("_", " "))
         try:
             wrong = question()
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            # Checksums can be written by anyone: a file that is listed but is not what it should be is a finding.
+        except ImportError as error:
+            raise AtomError(f"the check {name} needs {error.name}; install atom-release[train]") from None
+        except (
+            Exception
+        ) as error:  # checksums can be written by anyone: a file that is not what it should be is a finding
             wrong = [f"cannot be checked: {type(error).__name__}: {error}"]
         verdict.checks.append(Check(name, not wrong, wrong[0] if wrong else "holds", wrong))
     return verdict

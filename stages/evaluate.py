@@ -3,10 +3,9 @@
 Two measurements, both bitwise reproducible on one thread:
 
 - **bits per byte** of every source on held-out documents (never trained on), which compares models whatever their
-  tokenizer: minus log2 p(document) over its bytes, with the standard error of the ratio over documents;
+  tokenizer: minus log2 p(document) over its bytes, with the standard error of the ratio over documents. What carries
+  no loss in training (the question of a problem) is context here too;
 - **exact-match accuracy** on the recipe's evaluation problems, by greedy generation, with binomial standard errors.
-
-The process that runs this stage never imports Megatron: it sees what a downstream user sees.
 """
 
 from __future__ import annotations
@@ -106,14 +105,13 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
 
 
 def heldout_documents(kept: Path, limit: int) -> list[dict[str, Any]]:
-    """Up to `limit` held-out documents of every source: those with the smallest content hash, sorted by id.
-
-    The hash is a fixed lottery: the choice depends on the documents alone and is spread over the source.
-    """
+    """Up to `limit` held-out documents of every source, drawn by smallest content hash (a fixed lottery), by id."""
     chosen: list[dict[str, Any]] = []
     for path in sorted(kept.glob("*.parquet")):
         rows = [
-            row for row in _read(path, ["id", "text", "source", "content_hash", "split", "prompt_chars"]) if row["split"] == "heldout"
+            row
+            for row in _read(path, ["id", "text", "source", "content_hash", "split", "prompt_chars"])
+            if row["split"] == "heldout"
         ]
         if not rows:
             continue  # a source that the data recipe does not hold out, such as procedural problems
@@ -138,29 +136,33 @@ def _first_token_bits(model: Any, tokenizer: Any) -> torch.Tensor:
 
 
 def _bits_of_all(model: Any, tokenizer: Any, first: torch.Tensor, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [_bits(model, tokenizer, first, row) for row in rows]
+    scored = [row for row in (_bits(model, tokenizer, first, row) for row in rows) if row["bytes"]]
+    if len(scored) < 2:  # all others are questions as long as the model's context
+        raise AtomError(f"evaluate: source {rows[0]['source']} has fewer than two documents to score; hold out more")
+    return scored
 
 
 def _bits(model: Any, tokenizer: Any, first: torch.Tensor, row: dict[str, Any]) -> dict[str, Any]:
     """Bits and bytes of one document, cut to the model's context.
 
-    Documents start a row in training, without a token before them. So the first token is scored after a lone
-    end-of-document token and all others in the context that the model was trained with: by the chain rule a
-    proper probability of the whole text, in which every byte is paid for. The prompt of a problem carried no loss in
-    training; it is context here too, and only what follows it is scored.
+    A question, the first `prompt_chars` characters, is context and is not scored, as it carries no loss in training; it
+    is tokenized by itself, as there. Documents start a row in training, with no token before them, so a first token
+    without a question is scored after a lone end-of-document token and all others in the context that the model was
+    trained with: by the chain rule a proper probability of the text, in which every byte is paid for.
     """
     import torch
 
     prompt = token_ids(tokenizer, row["text"][: row["prompt_chars"]])
-    ids = [*prompt, *token_ids(tokenizer, row["text"][row["prompt_chars"] :])][: model.config.max_position_embeddings]
-    bits = 0.0 if prompt else float(first[ids[0]])
-    if len(ids) > 1:
+    ids = (prompt + token_ids(tokenizer, row["text"][row["prompt_chars"] :]))[: model.config.max_position_embeddings]
+    scored = ids[len(prompt) :]
+    bits = float(first[ids[0]]) if scored and not prompt else 0.0
+    start = max(len(prompt), 1)
+    if len(ids) > start:
         tokens = torch.tensor([ids])
         with torch.inference_mode():
-            logits = model(tokens).logits[0, :-1]
-        chosen = torch.log_softmax(logits.double(), -1).gather(1, tokens[0, 1:, None])
-        bits -= float(chosen[max(len(prompt) - 1, 0) :].sum()) / math.log(2)
-    scored = ids[len(prompt) :]
+            logits = model(tokens).logits[0, start - 1 : -1]
+        chosen = torch.log_softmax(logits.double(), -1).gather(1, tokens[0, start:, None])
+        bits -= float(chosen.sum()) / math.log(2)
     return {
         "source": row["source"],
         "id": row["id"],

@@ -171,8 +171,8 @@ def shard(source: str, split: str) -> list[dict[str, Any]]:
 
 def make_order(out: Path, phase: str) -> None:
     rows = [
-        {"step": step, "row": row, "segment": 0, "source": source, "ordinal": step, "id": shard(source, "train")[step]["id"],
-         "offset": 0, "length": 10, "loss_from": 0}
+        {"step": step, "row": row, "segment": 0, "source": source, "ordinal": step,
+         "id": shard(source, "train")[step]["id"], "offset": 0, "length": 10, "loss_from": 0}
         for step in (1, 2) for row, source in enumerate(SOURCES)
     ]  # fmt: skip
     table(out / "order.parquet", rows)
@@ -182,9 +182,11 @@ def make_order(out: Path, phase: str) -> None:
 
 INPUTS = {
     "acquire-prose": [], "acquire-sums": [], "items": [], "curate": ["acquire-prose", "acquire-sums", "items"],
-    "tokenizer": ["curate"], "tokenize": ["curate", "tokenizer"], "order-pretrain": ["tokenize"], "order-midtrain": ["tokenize"],
+    "tokenizer": ["curate"], "tokenize": ["curate", "tokenizer"], "order-pretrain": ["tokenize"],
+    "order-midtrain": ["tokenize"],
     "pretrain": ["tokenize", "order-pretrain"], "midtrain": ["tokenize", "order-midtrain", "pretrain"],
-    "export-init": ["pretrain", "tokenizer"], "export-base": ["pretrain", "tokenizer"], "export-mid": ["midtrain", "tokenizer"],
+    "export-init": ["pretrain", "tokenizer"], "export-base": ["pretrain", "tokenizer"],
+    "export-mid": ["midtrain", "tokenizer"],
     "evaluate-init": ["export-init", "curate", "items"], "evaluate-base": ["export-base", "curate", "items"],
     "evaluate-mid": ["export-mid", "curate", "items"],
 }  # fmt: skip

@@ -43,7 +43,7 @@ def test_same_bytes_twice_and_after_a_cut(run_stage, inputs, tmp_path: Path) -> 
 
 
 def test_bits_are_the_models_own_loss(run_stage, inputs) -> None:
-    """Every token scored one at a time with its whole context gives the same bits; a random model pays about log2(V)."""
+    """Each token scored alone in its whole context gives the same bits; a random model pays about log2(V)."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,6 +59,27 @@ def test_bits_are_the_models_own_loss(run_stage, inputs) -> None:
     assert row["nll_bits"] == pytest.approx(bits, rel=1e-5)
     assert row["bytes"] == row["tokens"] == len(ids)
     assert row["nll_bits"] / row["tokens"] == pytest.approx(math.log2(world.VOCAB), abs=0.5)
+
+
+def test_a_question_is_context_and_not_scored(inputs) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = inputs["model"] / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    first = evaluate._first_token_bits(model, tokenizer)
+
+    def bits(text: str, prompt_chars: int) -> dict:
+        row = {"id": "a", "source": "s", "text": text, "prompt_chars": prompt_chars}
+        return evaluate._bits(model, tokenizer, first, row)
+
+    answer = bits("12+30=42", 6)
+    assert (answer["bytes"], answer["tokens"]) == (2, 2)
+    assert answer["nll_bits"] == pytest.approx(
+        bits("12+30=42", 0)["nll_bits"] - bits("12+30=", 0)["nll_bits"], rel=1e-5
+    )
+    assert bits("x" * 200, 100) == {"source": "s", "id": "a", "bytes": 0, "tokens": 0, "nll_bits": 0.0}
+    assert torch.exp2(-first).sum() == pytest.approx(1)
 
 
 def test_padding_and_batching_do_not_change_an_output(inputs) -> None:
@@ -93,22 +114,20 @@ def test_standard_errors() -> None:
 
 
 def test_nothing_held_out_is_one_sentence(inputs, run_stage, tmp_path: Path) -> None:
-    rows = [{"id": "a", "text": "x", "source": "s", "content_hash": "0", "split": "train"}]
+    rows = [{"id": "a", "text": "x", "source": "s", "content_hash": "0", "prompt_chars": 0, "split": "train"}]
     world.table(tmp_path / "curate" / "kept" / "s.parquet", rows)
     bad = write_manifest(tmp_path / "curate", "curate")
-    with pytest.raises(AtomError, match="source s has 0 held-out documents"):
+    with pytest.raises(AtomError, match="has no held-out document"):
         run_stage(evaluate.STAGE, CONFIG, {**inputs, "curate": bad})
 
 
-def test_the_module_imports_nothing_heavy() -> None:
+def test_modules_that_plan_and_cli_import_are_light() -> None:
     import subprocess
     import sys
 
-    code = "import sys, json, stages.evaluate; print(json.dumps([m for m in ('torch','numpy','pyarrow','transformers') if m in sys.modules]))"
+    heavy = ("torch", "numpy", "pyarrow", "transformers", "huggingface_hub", "jinja2")
+    ours = "stages.evaluate, release.build, release.publish, release.verify, release.local_hub"
+    code = f"import sys, json, {ours}; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
     root = Path(__file__).parents[1]
-    assert (
-        json.loads(
-            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
-        )
-        == []
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert json.loads(done.stdout) == []

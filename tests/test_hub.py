@@ -55,7 +55,8 @@ assert api.whoami()["name"] == "local"
 api.create_repo(rid, repo_type=kind, private=True); api.create_repo(rid, repo_type=kind, private=True, exist_ok=True)
 d = tmp / "up"; (d / "sub dir").mkdir(parents=True)
 (d / "README.md").write_text("---\\nlicense: apache-2.0\\ntags: [x]\\n---\\n# Demo\\n")
-(d / "sub dir" / "é a.txt").write_text("hi"); (d / "empty.txt").write_text(""); (d / "small.bin").write_bytes(os.urandom(1000))
+(d / "sub dir" / "é a.txt").write_text("hi"); (d / "empty.txt").write_text("")
+(d / "small.bin").write_bytes(os.urandom(1000))
 (d / "model.safetensors").write_bytes(os.urandom(350_001))          # four parts
 (d / "long.json").write_text("1" * 60_000)                          # LFS by size
 first = api.upload_folder(folder_path=d, repo_id=rid, repo_type=kind)
@@ -69,14 +70,16 @@ for target in (None, tmp / "down"):
         if f.is_file(): assert (got / f.relative_to(d)).read_bytes() == f.read_bytes(), f
 assert {{e.path for e in api.list_repo_tree(rid, repo_type=kind)}} >= {{"sub dir", "README.md", ".gitattributes"}}
 assert len(api.get_paths_info(rid, ["long.json", "sub dir"], repo_type=kind)) == 2
-assert "é a.txt" in hub.HfFileSystem().ls(("datasets/" if kind == "dataset" else "") + rid + "/sub dir", detail=False)[0]
+place = ("datasets/" if kind == "dataset" else "") + rid + "/sub dir"
+assert "é a.txt" in hub.HfFileSystem().ls(place, detail=False)[0]
 import httpx2
 prefix = "datasets/" if kind == "dataset" else ""
 r = httpx2.get(os.environ["HF_ENDPOINT"] + f"/{{prefix}}{{rid}}/resolve/main/model.safetensors",
                headers={{"Range": "bytes=10-19", "Authorization": "Bearer hf_local"}})
 assert r.status_code == 206 and r.content == (d / "model.safetensors").read_bytes()[10:20]
 api.delete_file("long.json", rid, repo_type=kind); assert not api.file_exists(rid, "long.json", repo_type=kind)
-e = refused(HfHubHTTPError, api.create_commit, rid, [CommitOperationAdd("a", b"1")], commit_message="x", parent_commit=first.oid, repo_type=kind)
+e = refused(HfHubHTTPError, api.create_commit, rid, [CommitOperationAdd("a", b"1")], commit_message="x",
+            parent_commit=first.oid, repo_type=kind)
 assert e.response.status_code == 412
 assert len(api.list_repo_commits(rid, repo_type=kind)) == 3
 api.delete_repo(rid, repo_type=kind); assert not api.repo_exists(rid, repo_type=kind)
@@ -105,7 +108,8 @@ refused(EntryNotFoundError, hf_hub_download, rid, "state.json")
 refused(RevisionNotFoundError, api.repo_info, rid, revision="none")
 api.create_tag(rid, tag="v1", revision="pretrain-step-200"); api.create_tag(rid, tag="v1", exist_ok=True)
 assert pathlib.Path(hf_hub_download(rid, "state.json", revision="v1")).read_text() == "abc"
-api.create_branch(rid, branch="a/b"); api.upload_file(path_or_fileobj=b"1", path_in_repo="x", repo_id=rid, revision="a/b")
+api.create_branch(rid, branch="a/b")
+api.upload_file(path_or_fileobj=b"1", path_in_repo="x", repo_id=rid, revision="a/b")
 refs = api.list_repo_refs(rid)
 assert {r.name for r in refs.branches} == {"main", "pretrain-step-200", "a/b"} and refs.tags[0].name == "v1"
 api.delete_branch(rid, branch="a/b"); api.delete_tag(rid, tag="v1"); assert not api.list_repo_refs(rid).tags
@@ -114,26 +118,35 @@ api.delete_branch(rid, branch="a/b"); api.delete_tag(rid, tag="v1"); assert not 
 
 def test_private_repositories_do_not_exist_for_others(client) -> None:
     client("""
-rid = "local/hidden"; api.create_repo(rid, private=True); api.upload_file(path_or_fileobj=b"s", path_in_repo="s.txt", repo_id=rid)
-for who in (anonymous, HfApi(token="hf_other")):
-    refused(RepositoryNotFoundError, who.repo_info, rid); refused(RepositoryNotFoundError, who.hf_hub_download, rid, "s.txt", cache_dir=tmp)
+rid = "local/hidden"; api.create_repo(rid, private=True)
+api.upload_file(path_or_fileobj=b"s", path_in_repo="s.txt", repo_id=rid)
+other = HfApi(token="hf_other")
+for who in (anonymous, other):
+    refused(RepositoryNotFoundError, who.repo_info, rid)
+    refused(RepositoryNotFoundError, who.hf_hub_download, rid, "s.txt", cache_dir=tmp)
 assert refused(HfHubHTTPError, stranger.whoami).response.status_code == 401
 assert refused(HfHubHTTPError, stranger.create_repo, "local/new").response.status_code == 401
-assert refused(HfHubHTTPError, HfApi(token="hf_other").create_repo, "local/new").response.status_code == 403
+assert refused(HfHubHTTPError, other.create_repo, "local/new").response.status_code == 403
 api.update_repo_settings(rid, private=False)
 assert pathlib.Path(anonymous.hf_hub_download(rid, "s.txt", cache_dir=tmp)).read_text() == "s"
-assert refused(HfHubHTTPError, HfApi(token="hf_other").upload_file, path_or_fileobj=b"1", path_in_repo="x", repo_id=rid).response.status_code == 403
+e = refused(HfHubHTTPError, other.upload_file, path_or_fileobj=b"1", path_in_repo="x", repo_id=rid)
+assert e.response.status_code == 403
 """)
 
 
 def test_collections_and_cards(client) -> None:
     client("""
 api.create_repo("local/carded")
-c = api.create_collection("My release", namespace="local", private=True); assert api.create_collection("My release", namespace="local", exists_ok=True).slug == c.slug
-api.add_collection_item(c.slug, "local/carded", "model"); c = api.add_collection_item(c.slug, "local/carded", "model", exists_ok=True)
+c = api.create_collection("My release", namespace="local", private=True)
+assert api.create_collection("My release", namespace="local", exists_ok=True).slug == c.slug
+api.add_collection_item(c.slug, "local/carded", "model")
+c = api.add_collection_item(c.slug, "local/carded", "model", exists_ok=True)
 assert [i.item_id for i in c.items] == ["local/carded"]
 refused(HfHubHTTPError, anonymous.get_collection, c.slug)
-assert not api.update_collection_metadata(c.slug, private=False).private; assert anonymous.get_collection(c.slug).items
-hub.ModelCard("---\\nlicense: mit\\n---\\n# hi").push_to_hub("local/carded"); assert hub.ModelCard.load("local/carded").data.license == "mit"
-refused(Exception, api.upload_file, path_or_fileobj=b"---\\na: [\\n---\\n", path_in_repo="README.md", repo_id="local/carded")
+assert not api.update_collection_metadata(c.slug, private=False).private
+assert anonymous.get_collection(c.slug).items
+hub.ModelCard("---\\nlicense: mit\\n---\\n# hi").push_to_hub("local/carded")
+assert hub.ModelCard.load("local/carded").data.license == "mit"
+bad = b"---\\na: [\\n---\\n"
+refused(Exception, api.upload_file, path_or_fileobj=bad, path_in_repo="README.md", repo_id="local/carded")
 """)

@@ -66,9 +66,11 @@ def test_the_folder_is_what_the_design_says(release: Path) -> None:
     paths = set(files_below(release))
     for path in (
         "model/model.safetensors", "model/README.md", "model/LICENSE", "model/SHA256SUMS", "model/chat_template.jinja",
-        "model-base/config.json", "checkpoints/pretrain-step-0/state.json", "checkpoints/midtrain-step-2/optimizer.safetensors",
+        "model-base/config.json", "checkpoints/pretrain-step-0/state.json",
+        "checkpoints/midtrain-step-2/optimizer.safetensors",
         "dataset/kept/prose.parquet", "dataset/dispositions.parquet", "dataset/order/pretrain/order.parquet",
-        "dataset/evaluation/mid/items.parquet", "dataset/README.md", "code/release/build.py", "code/as-run/recipes/tiny.yaml",
+        "dataset/evaluation/mid/items.parquet", "dataset/README.md", "code/release/build.py",
+        "code/as-run/recipes/tiny.yaml",
         "evidence/gates.json", "evidence/SHA256SUMS", "evidence/manifests/curate.json", "evidence/environment.json",
     ):  # fmt: skip
         assert path in paths, path

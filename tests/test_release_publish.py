@@ -13,7 +13,7 @@ import pytest
 import release_world as world
 
 from release import build as builder
-from release.local_hub import free_port, running
+from release.local_hub import LOCAL_TOKEN, free_port, running
 
 ROOT = Path(__file__).parents[1]
 PRELUDE = """
@@ -45,7 +45,7 @@ def release(built: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def client(release: Path, tmp_path: Path):
     def run(
-        code: str, endpoint: str, token: str | None = "hf_local", check: bool = True
+        code: str, endpoint: str, token: str | None = LOCAL_TOKEN, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
         env.pop("HF_TOKEN", None)
@@ -65,11 +65,14 @@ def test_staged_publication_and_a_strangers_check(client, release: Path, tmp_pat
         client(
             """
 report = publish(release, "local")
-assert [r.repo for r in report.repositories if r.revision == "main"] == ["local/tiny-" + s for s in ("data", "evidence", "checkpoints", "base")] + ["local/tiny"]
+names = ["local/tiny-" + s for s in ("data", "evidence", "checkpoints", "base")] + ["local/tiny"]
+assert [r.repo for r in report.repositories if r.revision == "main"] == names
 assert all(api().repo_info(r.repo, repo_type=r.kind).private for r in report.repositories)
-assert {b.name for b in api().list_repo_refs("local/tiny-checkpoints").branches} == {"main"} | {p + "-step-" + str(n) for p in ("pretrain", "midtrain") for n in (0, 2)}
+branches = {"main"} | {p + "-step-" + str(n) for p in ("pretrain", "midtrain") for n in (0, 2)}
+assert {b.name for b in api().list_repo_refs("local/tiny-checkpoints").branches} == branches
 again = publish(release, "local")
-assert not sum(r.files_sent for r in again.repositories) and [r.commit for r in again.repositories] == [r.commit for r in report.repositories]
+assert not sum(r.files_sent for r in again.repositories)
+assert [r.commit for r in again.repositories] == [r.commit for r in report.repositories]
 """,
             endpoint,
         )
@@ -94,8 +97,10 @@ assert not sum(r.files_sent for r in again.repositories) and [r.commit for r in 
         )
         client(
             """
-for name, kind in {"local/tiny": "model", "local/tiny-base@v0.1.0": "model", "local/tiny-data": "dataset", "local/tiny-evidence": "evidence",
-                   "local/tiny-checkpoints": "repository", "local/tiny-checkpoints@pretrain-step-2": "checkpoint"}.items():
+kinds = {"": "model", "-base@v0.1.0": "model", "-data": "dataset", "-evidence": "evidence",
+         "-checkpoints": "repository", "-checkpoints@pretrain-step-2": "checkpoint"}
+for suffix, kind in kinds.items():
+    name = "local/tiny" + suffix
     v = verify(name, deep=True); assert v.ok and v.kind == kind, (name, v.to_json())
 assert "no such revision" in said(AtomError, verify, "local/tiny@v9")
 assert "neither a folder here nor a repository" in said(AtomError, verify, "local/none")
@@ -109,7 +114,8 @@ def test_plain_transformers_loads_the_pulled_model(client, release: Path, tmp_pa
     with running(tmp_path / "hub") as endpoint:
         client("publish(release, 'local', public=True)", endpoint)
         code = (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer; t = AutoTokenizer.from_pretrained('local/tiny'); "
+            "from transformers import AutoModelForCausalLM, AutoTokenizer; "
+            "t = AutoTokenizer.from_pretrained('local/tiny'); "
             "m = AutoModelForCausalLM.from_pretrained('local/tiny', revision='v0.1.0'); "
             "assert m.generate(**t('1+1', return_tensors='pt'), max_new_tokens=3).shape[1] > 3"
         )

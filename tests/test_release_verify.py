@@ -100,7 +100,8 @@ def test_one_flipped_byte_in_every_file_of_each_repository_alone(release: Path, 
             assert any(path in text for check in verdict.checks for text in check.wrong), path
             (folder / path).write_bytes(before)
     assert kinds == {
-        "": "evidence", "dataset": "dataset", "checkpoints": "repository", "checkpoints/": "checkpoint", "model": "model", "model-base": "model"
+        "": "evidence", "dataset": "dataset", "checkpoints": "repository", "checkpoints/": "checkpoint",
+        "model": "model", "model-base": "model"
     }  # fmt: skip
 
 

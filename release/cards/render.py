@@ -13,14 +13,20 @@ from release.cards import tables
 
 Facts = dict[str, Any]
 TEMPLATES = Path(__file__).parent
-HUB_LICENCES = frozenset(
-    "apache-2.0 mit bsd-2-clause bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 gpl-2.0 gpl-3.0 lgpl-3.0 mpl-2.0 "
-    "odc-by unlicense isc zlib postgresql artistic-2.0 ecl-2.0 epl-2.0 cdla-permissive-2.0".split()
-)
+# The Hub's own identifiers that are the SPDX identifier in lower case; it has others, for which `other` is right too.
+HUB_LICENCES = frozenset({
+    "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "gpl-2.0",
+    "gpl-3.0", "lgpl-3.0", "mpl-2.0", "odc-by", "unlicense", "isc", "zlib", "postgresql", "artistic-2.0", "ecl-2.0",
+})  # fmt: skip
+# kind of score -> (metric of the card's metadata, its title, what it was measured on)
+METRICS = {
+    "bits_per_byte": ("bits_per_byte", "Bits per byte", "held-out documents"),
+    "accuracy": ("exact_match", "Exact match", "held-out problems"),
+}
 FINAL = {"model": "mid", "model-base": "base"}
 
 
-def licence_fields(spdx: str) -> dict[str, str]:
+def licence_fields(spdx: str) -> dict[str, Any]:
     """The Hub's licence metadata for an SPDX expression: its own identifier, or `other` with name and link."""
     if spdx.lower() in HUB_LICENCES:
         return {"license": spdx.lower()}
@@ -31,27 +37,21 @@ def model_index(scores: Facts, dataset: str) -> list[Any]:
     """One EvalResult a number of `scores.json`, at full precision."""
     from huggingface_hub import EvalResult
 
-    found = []
-    for kind, title, task in (
-        ("bits_per_byte", "Bits per byte", "text-generation"),
-        ("accuracy", "Exact match", "text-generation"),
-    ):
-        for name, row in scores[kind].items():
-            found.append(
-                EvalResult(
-                    task_type=task,
-                    dataset_type=dataset,
-                    dataset_name=f"{name} ({'held-out documents' if kind == 'bits_per_byte' else 'held-out problems'})",
-                    dataset_config=name,
-                    dataset_split="heldout",
-                    metric_type=kind,
-                    metric_name=title,
-                    metric_value=row["value"],
-                    metric_config="standard error",
-                    metric_args={"standard_error": row["se"]},
-                )
-            )
-    return found
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset,
+            dataset_name=f"{name} ({measured_on})",
+            dataset_config=name,
+            dataset_split="heldout",
+            metric_type=metric,
+            metric_name=title,
+            metric_value=row["value"],
+            metric_args={"standard_error": row["se"]},
+        )
+        for kind, (metric, title, measured_on) in METRICS.items()
+        for name, row in scores[kind].items()
+    ]
 
 
 def model_tables(model: Facts) -> dict[str, list[str]]:
@@ -89,7 +89,7 @@ def model_card(folder: str, release: Facts, model: Facts, data: Facts) -> str:
         language=release["languages"] or None,
         datasets=[dataset],
         base_model=f"{namespace}/{name}-base" if final else None,
-        metrics=["exact_match", "bits_per_byte"],
+        metrics=[metric for metric, _, _ in METRICS.values()],
         tags=["mixture-of-experts", "open-data", "reproducible"],
         eval_results=model_index(model["scores"][FINAL[folder]], dataset),
     )
@@ -171,12 +171,13 @@ def wrong_scores(card: str, scores: Facts) -> list[str]:
     """Values of the card's model-index that are not the measured ones."""
     from huggingface_hub import ModelCard
 
-    results = ModelCard(card).data.eval_results or []
+    data: Any = ModelCard(card).data
+    results = data.eval_results or []
     said = {
         (r.metric_type, r.dataset_config): (r.metric_value, (r.metric_args or {}).get("standard_error"))
         for r in results
     }
-    measured = {(k, n): (r["value"], r["se"]) for k in ("bits_per_byte", "accuracy") for n, r in scores[k].items()}
+    measured = {(METRICS[k][0], n): (r["value"], r["se"]) for k in METRICS for n, r in scores[k].items()}
     return sorted(
         f"{kind} {name}"
         for kind, name in set(said) | set(measured)

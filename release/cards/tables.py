@@ -117,7 +117,7 @@ def order(data: Facts) -> list[str]:
             body.append(
                 [phase, count(row["steps"]), name, count(seen["rows"]), count(seen["tokens"]), count(seen["documents"])]
             )
-    return table(["phase", "steps", "source", "rows", "tokens", "different documents"], body)
+    return table(["phase", "steps", "source", "rows", "tokens predicted", "different documents"], body)
 
 
 def checkpoints(rows: list[Facts]) -> list[str]:

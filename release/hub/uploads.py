@@ -35,7 +35,7 @@ async def preupload(request: Request) -> Response:
 
 async def lfs_batch(request: Request) -> Response:
     """Where to send each object: one PUT, or one PUT a part above the part size. Nothing if it is here already."""
-    _, user = access.writable(request)
+    access.writable(request)
     body, part = await request.json(), request.app.state.part_bytes
     rows, multipart = [], False
     for asked in body["objects"]:
