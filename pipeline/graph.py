@@ -50,7 +50,7 @@ class Graph:
         """The nodes that a command asks for, in order. Raises AtomError for a stage that the recipe does not have."""
         for name in (until, only):
             if name is not None and name not in self.nodes:
-                raise AtomError(f"recipe {self.recipe.name} has no stage {name}; it has {', '.join(self.nodes)}")
+                raise AtomError(f"{self.recipe.title} has no stage {name}; it has {', '.join(self.nodes)}")
         if only:
             return [only]
         wanted = self.upstream({until}) if until else set(self.nodes)
@@ -68,7 +68,7 @@ def compose(recipe: Recipe) -> Graph:
         try:
             resolved = found.config.model_validate(config)
         except ValidationError as error:
-            raise explain(error, found.config, f"recipe {recipe.name}, stage {name}") from None
+            raise explain(error, found.config, f"{recipe.title}, stage {name}") from None
         parts = [found.name, found.version, identity(resolved), {r: nodes[n].key for r, n in inputs.items()}]
         nodes[name] = Node(name, found, resolved, inputs, f"{name}-{sha256_bytes(canonical(parts))[:12]}")
 
@@ -100,13 +100,16 @@ def compose(recipe: Recipe) -> Graph:
 
 def _check_across(recipe: Recipe) -> None:
     """What no single section can check."""
-    c, title = recipe.config, f"recipe {recipe.name}"
+    c, title = recipe.config, recipe.title
     names = [s.name for s in recipe.data.sources]
     for phase in PHASES:
         p = getattr(c, phase)
         for source in p.mix:
             if source not in names:
-                raise RecipeError(f"{title}: {phase}.mix names {source}, which data recipe {c.data} does not have; it has {', '.join(names)}")
+                raise RecipeError(
+                    f"{title}: {phase}.mix names {source}, which data recipe {c.data} does not have; "
+                    f"it has {', '.join(names)}"
+                )
         if abs(sum(p.mix.values()) - 1) > 1e-6:
             raise RecipeError(f"{title}: {phase}.mix sums to {sum(p.mix.values()):g}; the shares must sum to 1")
         if p.sequence_length > c.model.context_length:

@@ -42,11 +42,15 @@ def schema() -> type[Config]:
 class Recipe:
     """A validated recipe, its data recipe, and the bytes of both files as they were read."""
 
-    name: str
     path: Path
     config: Any
     data: Any
     files: dict[str, bytes]
+
+    @property
+    def title(self) -> str:
+        """How errors name it."""
+        return f"recipe {self.path.stem}"
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -135,6 +139,5 @@ def load(reference: str) -> Recipe:
     identity: Any = config
     data_path = find(identity.data, "data_recipes", "data recipe", path.parent)
     data = registry.data().load(str(data_path))
-    return Recipe(
-        identity.name, path, config, data, {f"recipes/{path.name}": raw, f"data_recipes/{data_path.name}": data_path.read_bytes()}
-    )
+    files = {f"recipes/{path.name}": raw, f"data_recipes/{data_path.name}": data_path.read_bytes()}
+    return Recipe(path, config, data, files)

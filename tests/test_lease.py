@@ -1,0 +1,76 @@
+"""Leases: one holder at a time, successors after death or expiry, and the old holder learns of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pipeline.lease import EXPIRY, Lease, holder
+
+HOLD = "import sys,time; from pathlib import Path; from pipeline.lease import Lease; \
+l=Lease.take(Path(sys.argv[1])); print('held' if l else 'refused', flush=True); time.sleep(60 if l else 0)"
+
+
+def another(folder: Path) -> tuple[subprocess.Popen[str], str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    return process, process.stdout.readline().strip()
+
+
+def test_a_second_process_is_refused_until_release(tmp_path: Path) -> None:
+    lease = Lease.take(tmp_path)
+    assert lease and another(tmp_path)[1] == "refused"
+    lease.release()
+    process, said = another(tmp_path)
+    process.kill()
+    process.wait()
+    assert said == "held"
+
+
+def test_a_killed_holder_is_succeeded_at_once_on_its_own_host(tmp_path: Path) -> None:
+    process, said = another(tmp_path)
+    assert said == "held" and Lease.take(tmp_path) is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    lease = Lease.take(tmp_path)
+    assert lease and lease.number == 2
+    lease.release()
+
+
+def test_a_silent_holder_elsewhere_is_succeeded_after_expiry_and_learns_of_it(tmp_path: Path) -> None:
+    old = Lease.take(tmp_path)
+    assert old
+    who = json.loads(old.path.read_text())
+    old.path.write_text(json.dumps({**who, "host": "another-host"}))
+    assert Lease.take(tmp_path) is None, "a fresh lease of another host counts, whatever its process number"
+    os.utime(old.path, (time.time() - EXPIRY - 1,) * 2)
+    new = Lease.take(tmp_path)
+    assert new and old.lost and not new.lost
+    old.release()
+    present = holder(tmp_path)
+    assert present and present.number == new.number and present.alive, "the old one cannot release the new one's lease"
+    new.release()
+
+
+def test_a_reused_process_number_is_not_the_holder(tmp_path: Path) -> None:
+    lease = Lease.take(tmp_path)
+    assert lease
+    lease.path.write_text(json.dumps({**json.loads(lease.path.read_text()), "start": "1"}))
+    present = holder(tmp_path)
+    assert present and not present.alive
+
+
+def test_of_many_takers_one_wins(tmp_path: Path) -> None:
+    racers = [
+        subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(8)
+    ]
+    said = [r.stdout.readline().strip() for r in racers if r.stdout]
+    for r in racers:
+        r.kill()
+        r.wait()
+    assert sorted(said) == ["held"] + ["refused"] * 7

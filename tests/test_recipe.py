@@ -1,0 +1,106 @@
+"""Recipes: every mistake is one sentence that names the recipe, the field and the mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import graph, profile
+from pipeline import recipe as recipes
+from pipeline.errors import RecipeError
+
+SMOKE = recipes.find("atom-smoke", "pipeline.recipes", "recipe")
+
+
+def write(path: Path, **changes: Any) -> str:
+    """A copy of the smoke recipe with dotted fields changed; None removes a field."""
+    body = yaml.safe_load(SMOKE.read_text())
+    for dotted, value in changes.items():
+        *parents, last = dotted.split("__")
+        at = body
+        for name in parents:
+            at = at[name]
+        if value is None:
+            del at[last]
+        else:
+            at[last] = value
+    path.write_text(yaml.safe_dump(body, sort_keys=False))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"pretrain__stepz": 3}, "recipe r: pretrain.stepz is not a field; did you mean steps?"),
+        ({"colour": 3}, "recipe r: colour is not a field; known: "),
+        ({"pretrain__steps": None}, "recipe r: pretrain.steps is missing"),
+        ({"pretrain__steps": "many"}, "recipe r: pretrain.steps = 'many': input should be a valid integer"),
+        (
+            {"pretrain__batch": {"global_tokens": 3000, "micro_tokens": 512}, "pretrain__sequence_length": 512},
+            "recipe r: pretrain.batch.global_tokens = 3000 is not a multiple of sequence_length 512; nearest: 2560 or 3072",
+        ),
+        ({"model__kv_heads": 3}, "recipe r: model.kv_heads = 3 does not divide heads = 4; nearest: 2 or 4"),
+        ({"model__experts_per_token": 9}, "recipe r: model.experts_per_token = 9 is more than experts = 4"),
+        ({"midtrain__sequence_length": 512, "midtrain__batch": {"global_tokens": 512, "micro_tokens": 512}},
+         "recipe r: midtrain.sequence_length = 512 is longer than model.context_length = 256"),
+        ({"pretrain__mix": {"docstrings": 0.5, "cod": 0.5}}, "recipe r: pretrain.mix names cod, which data recipe smoke"),
+        ({"pretrain__mix": {"docstrings": 0.5, "code": 0.4}}, "recipe r: pretrain.mix sums to 0.9; the shares must sum to 1"),
+        ({"data": "smok"}, "there is no data recipe smok, neither packaged nor a file; did you mean smoke?"),
+        ({"version": "1"}, "recipe r: version = '1': string should match pattern"),
+    ],
+)  # fmt: skip
+def test_one_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        graph.compose(recipes.load(write(tmp_path / "r.yaml", **changes)))
+    assert str(error.value).startswith(sentence), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_field_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(SMOKE.read_text() + "\nseed: 4\n")
+    with pytest.raises(RecipeError, match=r"recipe r: line \d+ is not valid YAML: 'seed' stands twice"):
+        recipes.load(str(path))
+
+
+def test_not_yaml_and_not_there(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("a: [1")
+    with pytest.raises(RecipeError, match="recipe r: line 1 is not valid YAML"):
+        recipes.load(str(tmp_path / "r.yaml"))
+    with pytest.raises(RecipeError, match="there is no recipe atom-tinny, neither packaged nor a file; did you mean atom-tiny?"):
+        recipes.load("atom-tinny")
+
+
+def keys(reference: str) -> dict[str, str]:
+    return {name: node.key for name, node in graph.compose(recipes.load(reference)).nodes.items()}
+
+
+def changed(tmp_path: Path, **changes: Any) -> set[str]:
+    before, after = keys(str(SMOKE)), keys(write(tmp_path / "r.yaml", **changes))
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_a_changed_field_changes_the_keys_of_what_depends_on_it_and_no_others(tmp_path: Path) -> None:
+    after_midtrain = {"export-mid", "evaluate-mid"}
+    assert changed(tmp_path, midtrain__optimizer__lr=1e-3) == {"midtrain"} | after_midtrain
+    assert changed(tmp_path, midtrain__steps=200) == {"order-midtrain", "midtrain"} | after_midtrain
+    assert changed(tmp_path, evaluation__max_new_tokens=9) == {"evaluate-init", "evaluate-base", "evaluate-mid"}
+    assert changed(tmp_path, tokenizer__vocab_size=400) == {
+        name for name in keys(str(SMOKE)) if not name.startswith(("acquire", "items", "curate"))
+    }
+    assert changed(tmp_path, seed=1) >= {"acquire-sums", "items", "curate", "order-pretrain", "pretrain"}
+
+
+def test_what_is_not_identity_changes_no_key(tmp_path: Path) -> None:
+    assert changed(tmp_path, pretrain__work_checkpoint_every=7) == set()
+    assert changed(tmp_path, name="other", description="other", release__languages=["fr"]) == set()
+
+
+def test_a_cluster_profile_is_data_and_is_checked(tmp_path: Path) -> None:
+    assert profile.load("local").local.jobs >= 1
+    (tmp_path / "p.yaml").write_text("name: p\nlocal: {jobs: 0, stop_grace_seconds: 1}\npower: {watts_per_core: 1}\n")
+    with pytest.raises(RecipeError, match="cluster profile p: local.jobs = 0: input should be greater than or equal to 1"):
+        profile.load(str(tmp_path / "p.yaml"))

@@ -1,0 +1,90 @@
+"""Sealed artifacts: complete or absent, proven by their rows, refused when two differ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import AtomError, CheckFailed
+from pipeline.store import Artifact, Store, digest_of, rows_of, write_manifest
+
+
+def folder(path: Path, **files: str) -> Path:
+    path.mkdir(parents=True)
+    for name, text in files.items():
+        (path / name).write_text(text)
+    return path
+
+
+def test_the_digest_depends_on_rows_alone(tmp_path: Path) -> None:
+    one = write_manifest(folder(tmp_path / "a", x="1", y="2"), "stage-aaaaaaaaaaaa")
+    two = write_manifest(folder(tmp_path / "b", y="2", x="1"), "other-bbbbbbbbbbbb")
+    assert one.digest == two.digest == digest_of(rows_of(tmp_path / "a"))
+    assert write_manifest(folder(tmp_path / "c", x="1", y="3"), "stage-aaaaaaaaaaaa").digest != one.digest
+
+
+def test_a_sealed_folder_opens_and_verifies(tmp_path: Path) -> None:
+    store = Store(tmp_path / "home")
+    records: list[str] = []
+    made = store.seal(folder(tmp_path / "out", x="1"), "stage-aaaaaaaaaaaa", lambda a: records.append(a.digest))
+    assert records == [made.digest] and not (tmp_path / "out").exists()
+    assert store.sealed(made.key) and store.open(made.key).digest == made.digest
+    made.verify()
+
+
+def test_no_statement_no_artifact(tmp_path: Path) -> None:
+    store = Store(tmp_path / "home")
+
+    def refuse(made: Artifact) -> None:
+        raise AtomError("no")
+
+    with pytest.raises(AtomError):
+        store.seal(folder(tmp_path / "out", x="1"), "stage-aaaaaaaaaaaa", refuse)
+    assert not store.sealed("stage-aaaaaaaaaaaa")
+
+
+def test_the_first_sealed_artifact_wins_and_another_digest_is_an_error(tmp_path: Path) -> None:
+    store = Store(tmp_path / "home")
+    first = store.seal(folder(tmp_path / "1", x="1"), "stage-aaaaaaaaaaaa", lambda a: None)
+    assert store.seal(folder(tmp_path / "2", x="1"), "stage-aaaaaaaaaaaa", lambda a: None).digest == first.digest
+    with pytest.raises(AtomError, match="sealed twice at once with different digests"):
+        store.seal(folder(tmp_path / "3", x="2"), "stage-aaaaaaaaaaaa", lambda a: None)
+    assert (store.artifacts / "stage-aaaaaaaaaaaa" / "x").read_text() == "1"
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda p: (p / "x").unlink(), "x is missing"),
+        (lambda p: (p / "x").write_text("12"), "x has 2 bytes instead of 1"),
+        (lambda p: (p / "manifest.json").unlink(), "not a sealed artifact"),
+        (lambda p: (p / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda p: (p / "manifest.json").write_text(json.dumps({"key": "k", "files": []})), "was edited"),
+    ],
+)
+def test_damage_is_seen_on_opening(tmp_path: Path, damage: object, sentence: str) -> None:
+    store = Store(tmp_path / "home")
+    made = store.seal(folder(tmp_path / "out", x="1"), "stage-aaaaaaaaaaaa", lambda a: None)
+    damage(made.path)  # type: ignore[operator]
+    with pytest.raises(AtomError, match=sentence):
+        store.open(made.key)
+
+
+def test_a_flipped_byte_and_an_extra_file_are_seen_by_verify(tmp_path: Path) -> None:
+    made = write_manifest(folder(tmp_path / "a", x="1"), "stage-aaaaaaaaaaaa")
+    (made.path / "x").write_text("2")
+    with pytest.raises(CheckFailed, match="x is not what its manifest says"):
+        made.verify()
+    (made.path / "x").write_text("1")
+    (made.path / "y").write_text("")
+    with pytest.raises(CheckFailed, match="y is not in its manifest"):
+        made.verify()
+
+
+def test_links_cannot_be_sealed(tmp_path: Path) -> None:
+    out = folder(tmp_path / "a", x="1")
+    (out / "link").symlink_to("x")
+    with pytest.raises(AtomError, match="regular files only"):
+        write_manifest(out, "stage-aaaaaaaaaaaa")
