@@ -16,7 +16,8 @@ TEMPLATES = Path(__file__).parent
 # The Hub's own identifiers that are the SPDX identifier in lower case; it has others, for which `other` is right too.
 HUB_LICENCES = frozenset({
     "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0",
-    "gpl-2.0", "gpl-3.0", "lgpl-3.0", "mpl-2.0", "odc-by", "unlicense", "isc", "zlib", "postgresql", "artistic-2.0", "ecl-2.0",
+    "gpl-2.0", "gpl-3.0", "lgpl-3.0", "mpl-2.0", "odc-by", "unlicense", "isc", "zlib", "postgresql", "artistic-2.0",
+    "ecl-2.0",
 })  # fmt: skip
 # kind of score -> (metric of the card's metadata, its title, what it was measured on)
 METRICS = {
