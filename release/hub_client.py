@@ -28,9 +28,12 @@ def load() -> Any:
     import huggingface_hub
     import huggingface_hub.errors
     from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    # Another library may have imported it first; these two are read at import and looked up at each call.
+    # Another library may have imported it first; what is read at import is looked up at each call, so it is set too.
     constants.HF_HUB_DISABLE_TELEMETRY = True
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        disable_progress_bars()
     if plain:
         constants.HF_HUB_DISABLE_XET = True
     return huggingface_hub

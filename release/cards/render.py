@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from release.cards import tables
+from release.hub_client import load
 
 Facts = dict[str, Any]
 TEMPLATES = Path(__file__).parent
@@ -36,10 +37,10 @@ def licence_fields(spdx: str) -> dict[str, Any]:
 
 def model_index(scores: Facts, dataset: str) -> list[Any]:
     """One EvalResult a number of `scores.json`, at full precision."""
-    from huggingface_hub import EvalResult
+    hub = load()
 
     return [
-        EvalResult(
+        hub.EvalResult(
             task_type="text-generation",
             dataset_type=dataset,
             dataset_name=f"{name} ({measured_on})",
@@ -78,11 +79,11 @@ def data_tables(data: Facts) -> dict[str, list[str]]:
 
 def model_card(folder: str, release: Facts, model: Facts, data: Facts) -> str:
     """The card of `model` or `model-base`. `release` is evidence/release.json."""
-    from huggingface_hub import ModelCard, ModelCardData
+    hub = load()
 
     namespace, name = release["namespace"], release["name"]
     final, dataset = folder == "model", f"{namespace}/{name}-data"
-    card_data = ModelCardData(
+    card_data = hub.ModelCardData(
         model_name=name if final else f"{name}-base",
         **licence_fields(release["licence"]["weights"]),
         library_name="transformers",
@@ -95,7 +96,7 @@ def model_card(folder: str, release: Facts, model: Facts, data: Facts) -> str:
         eval_results=model_index(model["scores"][FINAL[folder]], dataset),
     )
     shown = _lines({**model_tables(model), **data_tables(data)})
-    text = ModelCard.from_template(
+    text = hub.ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "model.md.jinja"),
         release=release,
@@ -110,10 +111,10 @@ def model_card(folder: str, release: Facts, model: Facts, data: Facts) -> str:
 
 
 def data_card(release: Facts, data: Facts) -> str:
-    from huggingface_hub import DatasetCard, DatasetCardData
+    hub = load()
 
     kept = sum(row["kept"] for row in data["sources"].values())
-    card_data = DatasetCardData(
+    card_data = hub.DatasetCardData(
         pretty_name=f"{release['title']}: data",
         language=list(release["languages"]) or None,
         size_categories=size_category(kept),
@@ -125,7 +126,7 @@ def data_card(release: Facts, data: Facts) -> str:
         + [{"config_name": "dispositions", "data_files": [{"split": "all_documents", "path": "dispositions.parquet"}]}],
         **licence_fields(release["licence"]["data_compilation"]),
     )
-    text = DatasetCard.from_template(
+    text = hub.DatasetCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "data.md.jinja"),
         release=release,
@@ -138,12 +139,12 @@ def data_card(release: Facts, data: Facts) -> str:
 
 def plain_card(kind: str, release: Facts, licence: str, **shown: list[str]) -> str:
     """The cards of the checkpoint and evidence repositories."""
-    from huggingface_hub import CardData, RepoCard
+    hub = load()
 
     template = str(TEMPLATES / f"{kind}.md.jinja")
     prefix = f"{release['namespace']}/{release['name']}"
-    text = RepoCard.from_template(
-        CardData(**licence_fields(licence)), template_path=template, release=release, prefix=prefix, t=_lines(shown)
+    text = hub.RepoCard.from_template(
+        hub.CardData(**licence_fields(licence)), template_path=template, release=release, prefix=prefix, t=_lines(shown)
     )
     return _tidy(str(text))
 
@@ -170,9 +171,9 @@ def wrong_tables(card: str, shown: dict[str, list[str]]) -> list[str]:
 
 def wrong_scores(card: str, scores: Facts) -> list[str]:
     """Values of the card's model-index that are not the measured ones."""
-    from huggingface_hub import ModelCard
+    hub = load()
 
-    data: Any = ModelCard(card).data
+    data: Any = hub.ModelCard(card).data
     results = data.eval_results or []
     said = {
         (r.metric_type, r.dataset_config): (r.metric_value, (r.metric_args or {}).get("standard_error"))
