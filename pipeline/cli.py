@@ -104,8 +104,9 @@ def run(recipe: RecipeArgument, until: UntilOption = None, only: OnlyOption = No
 def _run(composed: Graph, store: Store, selected: list[str], settings: Any) -> None:
     from pipeline import run as runs, tracking
     from pipeline.display import Display
-    from pipeline.launch.local import LocalLauncher, prepare_environment
+    from pipeline.launch.local import LocalLauncher, prepare_environment, require_inputs
 
+    require_inputs(composed, store, selected)
     prepare_environment()
     this = runs.start(composed, store, selected, settings.name)
     background = tracking.Background(this, store)
@@ -113,11 +114,12 @@ def _run(composed: Graph, store: Store, selected: list[str], settings: Any) -> N
     print(f"run {this.id}, logs in {this.folder}")
     try:
         with Display(_console()) as display:
-            LocalLauncher(composed, store, this, selected, settings, display).go(lambda: None)
+            LocalLauncher(composed, store, this, selected, settings, display).go()
         outcome = "FINISHED"
     except KeyboardInterrupt:
         outcome = "KILLED"
-        raise
+        print("atom: stopped; run the same command to go on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
     finally:
         problem = background.close(outcome)
         if problem:
@@ -318,9 +320,6 @@ def main() -> None:
     except AtomError as error:
         print(f"atom: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("atom: stopped; run the same command to go on from here", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +49,31 @@ def run_stage(tmp_path: Path):
         return write_manifest(out, f"{stage.name}-{n}")
 
     return run
+
+
+def atom(home: Path, *arguments: str, code: int | None = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the `atom` command in a process of its own, as a user would. Fails unless it exits with `code`."""
+    env = {**os.environ, "ATOM_HOME": str(home), **environment}
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *arguments], env=env, capture_output=True, text=True, timeout=500
+    )
+    assert code is None or done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def smoke_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home folder of one whole, undisturbed run of atom-smoke. Treat it as read-only."""
+    home = tmp_path_factory.mktemp("smoke") / "home"
+    atom(home, "run", "atom-smoke")
+    return home
+
+
+def digests(home: Path) -> dict[str, str]:
+    """{key: digest} of every artifact of a home folder, each byte of which is hashed on the way."""
+    found = {}
+    for folder in sorted((home / "artifacts").iterdir()):
+        artifact = Artifact.open(folder)
+        artifact.verify()
+        found[artifact.key] = artifact.digest
+    return found

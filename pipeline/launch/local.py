@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +40,14 @@ JOB_ENVIRONMENT = {
 }
 
 
+def require_inputs(graph: Graph, store: Store, selected: list[str]) -> None:
+    """Raises AtomError if a selected stage needs one that is neither selected nor sealed."""
+    for name in selected:
+        for source in graph.nodes[name].inputs.values():
+            if source not in selected and not store.sealed(graph.nodes[source].key):
+                raise AtomError(f"stage {name} needs {source}, which is not sealed; run that first, or use --until {name}")
+
+
 @dataclass
 class Flight:
     """A submitted job and the tail of its events."""
@@ -64,11 +71,10 @@ class LocalLauncher:
     display: Display
     flights: dict[str, Flight] = field(default_factory=dict)
 
-    def go(self, every_poll: Callable[[], None]) -> None:
+    def go(self) -> None:
         """Runs to the end. Raises AtomError with the first failure; KeyboardInterrupt after a clean stop."""
         failures: dict[str, str] = {}
         waiting = [n for n in self.selected if not self.store.sealed(self.graph.nodes[n].key)]
-        self._require_inputs(waiting)
         self.display.begin(len(self.selected), len(self.selected) - len(waiting))
         try:
             while waiting or self.flights:
@@ -92,7 +98,6 @@ class LocalLauncher:
                         self.display.failed(name, outcome)
                 if failures and not self.flights:
                     break
-                every_poll()
                 time.sleep(POLL)
         except KeyboardInterrupt:
             self._stop()
@@ -104,12 +109,6 @@ class LocalLauncher:
     def _error(self, name: str, text: str) -> AtomError:
         kind = CheckFailed if text.startswith("gate ") else AtomError
         return kind(f"stage {name} failed: {text} (log: atom logs {name})")
-
-    def _require_inputs(self, waiting: list[str]) -> None:
-        for name in waiting:
-            for source in self.graph.nodes[name].inputs.values():
-                if source not in self.selected and not self.store.sealed(self.graph.nodes[source].key):
-                    raise AtomError(f"stage {name} needs {source}, which is not sealed yet; run it first, or use --until {name}")
 
     def _ready(self, node: Node) -> bool:
         if not all(self.store.sealed(self.graph.nodes[n].key) for n in node.inputs.values()):

@@ -19,6 +19,7 @@ import torch
 
 from pipeline.errors import AtomError, RecipeError
 from pipeline.store import Artifact
+from stages.data.shards import check_shard
 from stages.model.mcore import IndexedDataset
 from stages.train.config import PhaseConfig
 
@@ -68,19 +69,11 @@ class Shards:
         self.sets: dict[str, IndexedDataset] = {}
 
     def source(self, name: str) -> IndexedDataset:
-        """Megatron's reader of one source. Raises AtomError if the shard is missing or shorter than its index."""
+        """Megatron's reader of one source. Raises AtomError if the shard is missing or not what its index says."""
         if name not in self.sets:
             prefix = self.tokens.path / self.split / name
-            try:
-                self.sets[name] = dataset = IndexedDataset(str(prefix), mmap=True)
-                size, item = prefix.with_name(name + ".bin").stat().st_size, dataset.index.dtype().itemsize
-                held = int(dataset.sequence_lengths.sum()) * item
-            except (OSError, AssertionError, ValueError) as error:
-                raise AtomError(f"token shard {prefix}.bin or .idx cannot be read ({error or 'not a shard'}); "
-                                f"remove {self.tokens.path} and run again to rebuild it") from None  # fmt: skip
-            if size != held:
-                raise AtomError(f"token shard {prefix}.bin has {size} bytes where its index says {held}; "
-                                f"remove {self.tokens.path} and run again to rebuild it")  # fmt: skip
+            check_shard(prefix)
+            self.sets[name] = IndexedDataset(str(prefix), mmap=True)
         return self.sets[name]
 
     def read(self, row: Row) -> np.ndarray:

@@ -1,0 +1,121 @@
+"""Failing stages: one sentence, exit code 2, a statement of the attempt, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import atom
+from test_recipe import SMOKE
+
+from pipeline import ledger
+from pipeline.lease import holder
+from pipeline.recipe import find
+
+
+def recipe_with_documents(folder: Path, lines: list[str]) -> str:
+    """A copy of the smoke recipe whose docstrings come from a JSONL file."""
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
+    data = yaml.safe_load(find("smoke", "data_recipes", "data recipe").read_text())
+    data["sources"][0]["reader"] = {"reader": "jsonl", "path": "text.jsonl"}
+    (folder / "data.yaml").write_text(yaml.safe_dump(data))
+    body = yaml.safe_load(SMOKE.read_text())
+    body["data"] = "data.yaml"
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(body))
+    return str(folder / "recipe.yaml")
+
+
+def test_a_corrupt_source_fails_its_stage_and_what_is_mended_goes_on(tmp_path: Path) -> None:
+    recipe = recipe_with_documents(tmp_path, [json.dumps({"text": "Some words."}), '{"text": "cut'])
+    home = tmp_path / "home"
+    done = atom(home, "run", recipe, "--until", "acquire-docstrings", code=2)
+    assert done.stderr.startswith("atom: stage acquire-docstrings failed: ") and done.stderr.count("\n") == 1
+    assert "text.jsonl" in done.stderr and "line 2" in done.stderr
+    assert not (home / "artifacts").exists() and "Traceback" not in done.stdout + done.stderr
+    (attempt,) = [body for f in (home / "ledger").iterdir() for _, body in ledger.read(home / "ledger", f.name)]
+    assert "line 2" in ledger.outcome(attempt) and attempt["subject"][0]["name"].endswith("events.jsonl")
+    state = json.loads(atom(home, "status", "--json").stdout)["stages"][0]
+    assert state["state"] == "failed" and "line 2" in state["message"]
+
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "Some words."}) + "\n")
+    atom(home, "run", recipe, "--until", "acquire-docstrings")
+
+
+def test_a_source_without_licence_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    recipe = recipe_with_documents(tmp_path, [json.dumps({"text": "Some words."})])
+    data = yaml.safe_load((tmp_path / "data.yaml").read_text())
+    del data["sources"][0]["license"]
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(data))
+    said = atom(tmp_path / "home", "run", recipe, code=2).stderr
+    assert "source docstrings has no license" in said and said.count("\n") == 1
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_missing_or_cut_shard_is_named(smoke_home: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(smoke_home, home)
+    shutil.rmtree(next((home / "artifacts").glob("pretrain-*")))
+    tokens = next((home / "artifacts").glob("tokenize-*")) / "train" / "code.bin"
+    whole = tokens.read_bytes()
+    for damage, sentence in (
+        (lambda: tokens.write_bytes(whole[:-10]), f"train/code.bin has {len(whole) - 10} bytes instead of {len(whole)}"),
+        (tokens.unlink, "train/code.bin is missing"),
+    ):
+        damage()
+        said = atom(home, "run", "atom-smoke", "--only", "pretrain", code=2).stderr
+        assert sentence in said and said.count("\n") == 1, said
+    assert not list((home / "artifacts").glob("pretrain-*"))
+
+
+def test_a_second_digest_of_a_bitwise_stage_is_an_error(smoke_home: Path, tmp_path: Path) -> None:
+    """The ledger remembers what a key gave; a changed product in the same environment is refused, not published."""
+    home = tmp_path / "home"
+    shutil.copytree(smoke_home, home)
+    sealed = next((home / "artifacts").glob("items-*"))
+    (statement,) = (home / "ledger" / sealed.name).iterdir()
+    body = json.loads(statement.read_bytes())
+    body["subject"][0]["digest"]["sha256"] = "0" * 64
+    ledger.write(home / "ledger", sealed.name, body)
+    statement.unlink()
+    shutil.rmtree(sealed)
+    said = atom(home, "run", "atom-smoke", "--only", "items", code=2).stderr
+    assert "with the same code in the same environment, so it is not reproducible" in said
+    assert not sealed.exists()
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """A run whose home is a file system of 300 kB, then the same run with room."""
+    home = tmp_path / "home"
+    home.mkdir()
+    space = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*space, "true"], capture_output=True).returncode:
+        pytest.skip("this kernel lets nobody make a mount namespace, which the full disk is made with")
+    script = (
+        f"mount -t tmpfs -o size=300k none {home} && export ATOM_HOME={home} && "
+        f"{sys.executable} -m pipeline.cli run atom-smoke --until curate; echo code $?; "
+        f"ls {home}/artifacts; mount -o remount,size=200m {home} && "
+        f"{sys.executable} -m pipeline.cli run atom-smoke --until curate > /dev/null; echo then $?"
+    )
+    done = subprocess.run([*space, "sh", "-c", script], capture_output=True, text=True)
+    assert "code 2" in done.stdout and "then 0" in done.stdout, done.stdout + done.stderr
+    assert "is full" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_cancel_stops_a_run_from_another_terminal(tmp_path: Path) -> None:
+    from test_run import start, wait_for
+
+    home = tmp_path / "home"
+    run = start(home, "run", "atom-smoke", "--until", "pretrain")
+    wait_for(home, "logs/*/pretrain/events.jsonl", '"done"')
+    assert "stopped pretrain" in atom(home, "cancel").stdout
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode == 2 and "stopped on request" in said
+    (folder,) = (home / "work").glob("pretrain-*")
+    present = holder(folder)
+    assert present and not present.alive
+    assert "all 10 stages sealed" in atom(home, "retry").stdout

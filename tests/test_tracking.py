@@ -1,0 +1,80 @@
+"""MLflow: filled from files, through SQLite and through a real server, and never in the way of a run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from conftest import atom
+
+from pipeline.store import Artifact
+
+
+def runs(uri: str) -> dict[str, object]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("atom-smoke")
+    assert experiment
+    return {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
+
+
+def test_the_store_holds_parent_children_params_inputs_metrics_and_files(smoke_home: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{smoke_home / 'mlflow.db'}"
+    found = runs(uri)
+    (parent,) = [r for name, r in found.items() if name.startswith("atom-smoke-")]
+    assert parent.info.status == "FINISHED" and len(found) == 19
+    child = found["pretrain"]
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.params["phase.optimizer.lr"] == "0.003"
+    client = MlflowClient(tracking_uri=uri)
+    curve = client.get_metric_history(child.info.run_id, "loss")
+    assert [m.step for m in curve] == list(range(1, 61)) and curve[-1].value < curve[0].value
+    artifact = Artifact.open(smoke_home / "artifacts" / child.data.tags["atom.key"])
+    assert child.data.tags["atom.digest"] == artifact.digest
+    inputs = {i.dataset.name: i.dataset.digest for i in child.inputs.dataset_inputs}
+    tokens = next(name for name in inputs if name.startswith("tokenize-"))
+    assert Artifact.open(smoke_home / "artifacts" / tokens).digest.startswith(inputs[tokens])
+    assert {"manifest.json", "summary.json", "statement"} <= {f.path for f in client.list_artifacts(child.info.run_id)}
+
+
+def test_a_dead_server_stops_nothing_and_gets_everything_later(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    dead = "http://127.0.0.1:9"
+    done = atom(home, "run", "atom-smoke", "--until", "items", MLFLOW_TRACKING_URI=dead)
+    assert f"MLflow at {dead} did not take everything" in done.stdout and "all 1 stages sealed" in done.stdout
+    assert "atom: MLflow at" in atom(home, "track", code=2, MLFLOW_TRACKING_URI=dead).stderr
+    atom(home, "track")
+    assert runs(f"sqlite:///{home / 'mlflow.db'}")["items"].info.status == "FINISHED"
+
+
+def test_a_real_server_is_respected(tmp_path: Path) -> None:
+    from release.local_hub import free_port
+
+    home, port = tmp_path / "home", free_port()
+    uri = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
+         "--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}", "--artifacts-destination", str(tmp_path / "files")],
+        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(uri + "/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.2)
+        atom(home, "run", "atom-smoke", "--until", "items", MLFLOW_TRACKING_URI=uri)
+        assert runs(uri)["items"].data.params["problems.add"] == "40"
+        assert not (home / "mlflow.db").exists()
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait()
