@@ -63,7 +63,9 @@ def _graph(recipe: str) -> Graph:
 
 
 @app.command()
-def plan(recipe: RecipeArgument, until: UntilOption = None, only: OnlyOption = None, as_json: JsonOption = False) -> None:
+def plan(
+    recipe: RecipeArgument, until: UntilOption = None, only: OnlyOption = None, as_json: JsonOption = False
+) -> None:
     """Show the stages and costs of a recipe; do nothing.
 
     Every stage is shown with its key, its state (sealed, stale, to run) and its estimated cost.
@@ -75,7 +77,11 @@ def plan(recipe: RecipeArgument, until: UntilOption = None, only: OnlyOption = N
     rows = planner.plan(composed, graph.states(composed, _store()), composed.select(until, only))
     if as_json:
         identity = composed.recipe.config
-        print(json.dumps({"recipe": identity.name, "version": identity.version, "stages": [r.json() for r in rows]}, indent=1))
+        print(
+            json.dumps(
+                {"recipe": identity.name, "version": identity.version, "stages": [r.json() for r in rows]}, indent=1
+            )
+        )
     else:
         _console().print(plan_table(rows))
         for row in rows:
@@ -84,7 +90,9 @@ def plan(recipe: RecipeArgument, until: UntilOption = None, only: OnlyOption = N
 
 
 @app.command()
-def run(recipe: RecipeArgument, until: UntilOption = None, only: OnlyOption = None, cluster: ProfileOption = "local") -> None:
+def run(
+    recipe: RecipeArgument, until: UntilOption = None, only: OnlyOption = None, cluster: ProfileOption = "local"
+) -> None:
     """Run a recipe on this machine.
 
     What is sealed already is not run again. Ctrl-C stops cleanly; the same command goes on from there.
@@ -102,7 +110,8 @@ def run(recipe: RecipeArgument, until: UntilOption = None, only: OnlyOption = No
 
 
 def _run(composed: Graph, store: Store, selected: list[str], settings: Any) -> None:
-    from pipeline import run as runs, tracking
+    from pipeline import run as runs
+    from pipeline import tracking
     from pipeline.display import Display
     from pipeline.launch.local import LocalLauncher, prepare_environment, require_inputs
 
@@ -123,7 +132,10 @@ def _run(composed: Graph, store: Store, selected: list[str], settings: Any) -> N
     finally:
         problem = background.close(outcome)
         if problem:
-            print(f"MLflow at {tracking.tracking_uri(store)} did not take everything ({problem}); nothing is lost: `atom track {this.id}` sends it later")
+            print(
+                f"MLflow at {tracking.shown_uri(store)} did not take everything ({problem}); nothing is lost: "
+                f"`atom track {this.id}` sends it later"
+            )
     print(f"all {len(selected)} stages sealed under {store.artifacts}; next: atom build {composed.recipe.path.stem}")
 
 
@@ -133,7 +145,8 @@ def track(run: RunArgument = None) -> None:
 
     For after an outage of the tracking server: what it missed is read from the run's files.
     """
-    from pipeline import run as runs, tracking
+    from pipeline import run as runs
+    from pipeline import tracking
 
     store = _store()
     this = runs.find(store, run)
@@ -145,8 +158,10 @@ def track(run: RunArgument = None) -> None:
         else:
             forwarder.sync()
     except Exception as error:
-        raise AtomError(f"MLflow at {tracking.tracking_uri(store)} did not answer: {str(error).splitlines()[0]}") from error
-    print(f"run {this.id} is in MLflow at {tracking.tracking_uri(store)}")
+        raise AtomError(
+            f"MLflow at {tracking.shown_uri(store)} did not answer: {str(error).splitlines()[0]}"
+        ) from error
+    print(f"run {this.id} is in MLflow at {tracking.shown_uri(store)}")
 
 
 @app.command()
@@ -180,7 +195,9 @@ def status(
 @app.command()
 def logs(
     stage: Annotated[str, typer.Argument(help="stage name, for example pretrain")],
-    run: Annotated[str | None, typer.Option(help="run id or its beginning; default: the latest run with that stage")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="run id or its beginning; default: the latest run with that stage")
+    ] = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="go on printing until the stage ends")] = False,
 ) -> None:
     """Print the log of a stage's latest attempt."""
@@ -247,7 +264,8 @@ def retry(run: RunArgument = None) -> None:
 
     The recipe is taken as it was when the run began.
     """
-    from pipeline import profile, run as runs
+    from pipeline import profile
+    from pipeline import run as runs
 
     store = _store()
     this: Run = runs.find(store, run)
@@ -275,9 +293,12 @@ def build(recipe: RecipeArgument) -> None:
 def publish(
     release: Annotated[Path, typer.Argument(help="a release folder made by `atom build`")],
     to: Annotated[str, typer.Option("--to", metavar="NAMESPACE", help="user or organisation on the Hub")],
-    public: Annotated[bool, typer.Option("--public", help="make the repositories public after they are verified")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="make the repositories public after they are verified")
+    ] = False,
     acknowledge: Annotated[
-        list[str] | None, typer.Option(help="a stale stage, or `dirty`, that may be made public nevertheless; repeatable")
+        list[str] | None,
+        typer.Option(help="a stale stage, or `dirty`, that may be made public nevertheless; repeatable"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -296,7 +317,9 @@ def publish(
 
 @app.command()
 def verify(
-    target: Annotated[str, typer.Argument(metavar="PATH_OR_REPO[@REVISION]", help="release folder, pulled repository, or Hub id")],
+    target: Annotated[
+        str, typer.Argument(metavar="PATH_OR_REPO[@REVISION]", help="release folder, pulled repository, or Hub id")
+    ],
     deep: Annotated[bool, typer.Option("--deep", help="also recompute what can be recomputed from the bytes")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -325,9 +348,15 @@ def main() -> None:
         sys.exit(141)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(f"atom: the disk is full ({error.filename or 'while writing'}); free some space and run the same command again", file=sys.stderr)
+            print(
+                f"atom: the disk is full ({error.filename or 'while writing'}); free some space and run this again",
+                file=sys.stderr,
+            )
         elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            print(f"atom: {error.filename} cannot be written ({error.strerror}); set ATOM_HOME to a folder of yours", file=sys.stderr)
+            print(
+                f"atom: {error.filename} cannot be written ({error.strerror}); set ATOM_HOME to a folder of yours",
+                file=sys.stderr,
+            )
         else:
             raise
         sys.exit(2)

@@ -14,7 +14,13 @@ PLAIN_EVERY = 10.0
 
 def human(value: float) -> str:
     """A figure with three significant digits and a unit prefix: 21300 → 21.3k."""
-    for limit, divisor, suffix in ((1e15, 1e15, "P"), (1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+    for limit, divisor, suffix in (
+        (1e15, 1e15, "P"),
+        (1e12, 1e12, "T"),
+        (1e9, 1e9, "G"),
+        (1e6, 1e6, "M"),
+        (1e4, 1e3, "k"),
+    ):
         if abs(value) >= limit:
             return f"{value / divisor:.3g}{suffix}"
     return f"{value:.4g}"
@@ -29,11 +35,13 @@ def duration(seconds: float) -> str:
 def figures_text(figures: dict[str, Any]) -> str:
     names = {"tokens_per_s": "tokens/s"}
     known = {"time", "event", "done", "total", "unit"}
-    return "  ".join(f"{names.get(k, k)} {human(v)}" for k, v in figures.items() if k not in known and isinstance(v, (int, float)))
+    return "  ".join(
+        f"{names.get(k, k)} {human(v)}" for k, v in figures.items() if k not in known and isinstance(v, (int, float))
+    )
 
 
 class Display:
-    """Receives what the launcher learns. On a terminal it redraws; elsewhere it prints a line at most every 10 s a stage."""
+    """Receives what the launcher learns: redraws on a terminal, elsewhere prints a line a stage every ten seconds."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -133,7 +133,8 @@ def states(graph: Graph, store: Store) -> dict[str, State]:
     """The state of every node. A stale artifact is still used: its key says that it is what was asked for."""
     out = {}
     for name, node in graph.nodes.items():
-        text, changed = "to run", ()
+        text = "to run"
+        changed: tuple[str, ...] = ()
         if store.sealed(node.key):
             artifact = store.open(node.key)
             made = sealed(store.ledger, artifact)

@@ -71,7 +71,10 @@ def statement(
                     "startedOn": clock(started),
                     "finishedOn": clock(finished),
                 },
-                "byproducts": [{"name": "usage", "annotations": usage}, {"name": "outcome", "annotations": {"text": outcome}}],
+                "byproducts": [
+                    {"name": "usage", "annotations": usage},
+                    {"name": "outcome", "annotations": {"text": outcome}},
+                ],
             },
         },
     }

@@ -24,7 +24,9 @@ from pipeline.stage import Config
 class Identity(Config):
     """What names a release."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="lower-case name; with the version it names the folder")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9._-]*$", description="lower-case name; with the version it names the folder"
+    )
     version: str = Field(pattern=r"^\d+\.\d+\.\d+$", description="semantic version of the release")
     description: str = Field(description="one or two sentences for the cards")
     seed: int = Field(ge=0, description="every seed of every stage derives from this one")
@@ -69,7 +71,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def parse_yaml(data: bytes, title: str) -> dict[str, Any]:
     """The mapping in a YAML file. Raises RecipeError naming the line if it is not YAML, or not a mapping."""
     try:
-        found = yaml.load(data, _UniqueKeys)  # noqa: S506 (a SafeLoader)
+        found = yaml.load(data, _UniqueKeys)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise RecipeError(f"{title}: line {line} is not valid YAML: {error.problem}") from None

@@ -96,8 +96,8 @@ def node_status(run: Run, store: Store, node: dict[str, str]) -> NodeStatus:
     """Reads artifact, lease and events; the artifact outranks the rest."""
     name, key = node["name"], node["key"]
     events = Tail(run.node_folder(name) / "events.jsonl").read()
-    progress = next((e for e in reversed(events) if e["event"] == "progress"), {})
-    usage = next((e for e in reversed(events) if e["event"] == "usage"), {})
+    progress: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "progress"), {})
+    usage: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "usage"), {})
     end = events[-1] if events and events[-1]["event"] == "end" else None
     known = {"time", "event", "done", "total", "unit"}
     common: dict[str, Any] = {

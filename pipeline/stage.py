@@ -25,7 +25,7 @@ class Config(BaseModel):
 
 
 def operational(default: Any, description: str) -> Any:
-    """A config field that says how to run, not what to make: it is left out of the key and must not change the bytes."""
+    """A config field that says how to run, not what to make: left out of the key, it must not change the bytes."""
     return Field(default, description=description, json_schema_extra={"identity": False})
 
 

@@ -116,13 +116,14 @@ class Artifact:
 def write_manifest(folder: Path, key: str) -> Artifact:
     """Hashes and flushes every file of a finished folder and writes its manifest."""
     rows = rows_of(folder)
-    manifest = {"key": key, "digest": digest_of(rows), "files": [row.__dict__ for row in rows]}
+    digest = digest_of(rows)
+    manifest = {"key": key, "digest": digest, "files": [row.__dict__ for row in rows]}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     for row in [*rows, FileRow(MANIFEST, 0, "")]:
         _flush(folder / row.path)
     for root, _, _ in os.walk(folder):
         _flush(Path(root))
-    return Artifact(key, manifest["digest"], folder, tuple(rows))
+    return Artifact(key, digest, folder, tuple(rows))
 
 
 def _flush(path: Path) -> None:

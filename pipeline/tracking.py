@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
-from pathlib import Path
 from typing import Any
 
 from pipeline import ledger
@@ -33,6 +33,11 @@ MLFLOW_ENVIRONMENT = {
 def tracking_uri(store: Store) -> str:
     """MLFLOW_TRACKING_URI if set, else an SQLite file in the home folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.home / 'mlflow.db'}"
+
+
+def shown_uri(store: Store) -> str:
+    """The tracking URI without the user and password that a database URI may carry."""
+    return re.sub(r"//[^/@]+@", "//", tracking_uri(store))
 
 
 class Forwarder:
@@ -63,8 +68,9 @@ class Forwarder:
         from mlflow import MlflowClient
 
         uri = tracking_uri(self.store)
-        if self.state.setdefault("uri", uri) != uri:
-            self.state = {"nodes": {}, "uri": uri}
+        shown = shown_uri(self.store)
+        if self.state.setdefault("uri", shown) != shown:  # another store than last time: it gets everything
+            self.state = {"nodes": {}, "uri": shown}
         return MlflowClient(tracking_uri=uri)
 
     def _save(self) -> None:

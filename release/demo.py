@@ -62,7 +62,9 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
 
     def table(title: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+        made = Table(
+            title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim"
+        )
         for i, column in enumerate(columns):
             made.add_column(column, justify="left" if i == 0 else "right")
         return made
@@ -87,7 +89,10 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
     quality = table("\nHeld-out quality: value ± standard error", "", *(PHASE_TITLES[p] for p in phases))
     for kind, digits, label in (("bits_per_byte", 3, "bits per byte, "), ("accuracy", 3, "exact match, ")):
         for name in scores[phases[-1]][kind]:
-            cells = [f"{scores[p][kind][name]['value']:.{digits}f} ± {scores[p][kind][name]['se']:.{digits}f}" for p in phases]
+            cells = [
+                f"{scores[p][kind][name]['value']:.{digits}f} ± {scores[p][kind][name]['se']:.{digits}f}"
+                for p in phases
+            ]
             quality.add_row(label + name, *cells)
     console.print(quality)
 
@@ -106,7 +111,7 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
     print("Time of each stage: " + ", ".join(f"{name} {duration(wall)}" for name, wall in times))
     print(f"This command took {duration(seconds)}; a second one uses what is sealed.")
 
-    uri = tracking.tracking_uri(store)
+    uri = tracking.shown_uri(store)
     shown = os.path.relpath(release)
     print(f"\nRelease  {shown}\nHub      {os.path.relpath(store.home / 'hub')}\nMLflow   {uri}")
     print(

@@ -26,7 +26,8 @@ def build_input(graph: Graph, store: Store) -> BuildInput:
         made = ledger.sealed(store.ledger, artifact)
         if made is None:
             raise AtomError(
-                f"artifact {artifact.key} has no statement in {store.ledger}; remove {artifact.path} and run the recipe again"
+                f"artifact {artifact.key} has no statement in {store.ledger}; "
+                f"remove {artifact.path} and run the recipe again"
             )
         statements += [path for path, _ in ledger.read(store.ledger, artifact.key)]
         curves = store.logs / ledger.invocation(made[1]) / "metrics.jsonl"

@@ -63,7 +63,10 @@ def test_a_missing_or_cut_shard_is_named(smoke_home: Path, tmp_path: Path) -> No
     tokens = next((home / "artifacts").glob("tokenize-*")) / "train" / "code.bin"
     whole = tokens.read_bytes()
     for damage, sentence in (
-        (lambda: tokens.write_bytes(whole[:-10]), f"train/code.bin has {len(whole) - 10} bytes instead of {len(whole)}"),
+        (
+            lambda: tokens.write_bytes(whole[:-10]),
+            f"train/code.bin has {len(whole) - 10} bytes instead of {len(whole)}",
+        ),
         (tokens.unlink, "train/code.bin is missing"),
     ):
         damage()

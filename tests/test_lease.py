@@ -67,7 +67,8 @@ def test_a_reused_process_number_is_not_the_holder(tmp_path: Path) -> None:
 
 def test_of_many_takers_one_wins(tmp_path: Path) -> None:
     racers = [
-        subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(8)
+        subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(8)
     ]
     said = [r.stdout.readline().strip() for r in racers if r.stdout]
     for r in racers:

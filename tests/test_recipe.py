@@ -70,7 +70,9 @@ def test_not_yaml_and_not_there(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("a: [1")
     with pytest.raises(RecipeError, match="recipe r: line 1 is not valid YAML"):
         recipes.load(str(tmp_path / "r.yaml"))
-    with pytest.raises(RecipeError, match="there is no recipe atom-tinny, neither packaged nor a file; did you mean atom-tiny?"):
+    with pytest.raises(
+        RecipeError, match="there is no recipe atom-tinny, neither packaged nor a file; did you mean atom-tiny?"
+    ):
         recipes.load("atom-tinny")
 
 
@@ -102,5 +104,7 @@ def test_what_is_not_identity_changes_no_key(tmp_path: Path) -> None:
 def test_a_cluster_profile_is_data_and_is_checked(tmp_path: Path) -> None:
     assert profile.load("local").local.jobs >= 1
     (tmp_path / "p.yaml").write_text("name: p\nlocal: {jobs: 0, stop_grace_seconds: 1}\npower: {watts_per_core: 1}\n")
-    with pytest.raises(RecipeError, match="cluster profile p: local.jobs = 0: input should be greater than or equal to 1"):
+    with pytest.raises(
+        RecipeError, match="cluster profile p: local.jobs = 0: input should be greater than or equal to 1"
+    ):
         profile.load(str(tmp_path / "p.yaml"))

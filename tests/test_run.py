@@ -44,7 +44,9 @@ def statements(home: Path, outcome: str) -> dict[str, int]:
     """{key: number of statements with that outcome}."""
     found: dict[str, int] = {}
     for folder in (home / "ledger").iterdir():
-        found[folder.name] = sum(ledger.outcome(body) == outcome for _, body in ledger.read(home / "ledger", folder.name))
+        found[folder.name] = sum(
+            ledger.outcome(body) == outcome for _, body in ledger.read(home / "ledger", folder.name)
+        )
     return found
 
 
@@ -61,7 +63,7 @@ def test_every_artifact_has_one_statement_and_its_materials_are_sealed(smoke_hom
     for key, digest in found.items():
         made = ledger.sealed(store.ledger, store.open(key))
         assert made, key
-        path, body = made
+        body = made[1]
         assert body["_type"] == "https://in-toto.io/Statement/v1"
         assert body["predicateType"] == "https://slsa.dev/provenance/v1"
         assert body["subject"] == [{"name": key, "digest": {"sha256": digest}}]
@@ -139,7 +141,9 @@ def test_plan_tells_state_and_cost_as_json(smoke_home: Path, tmp_path: Path) -> 
     assert {s["state"] for s in fresh["stages"]} == {"to run"} and not any(tmp_path.iterdir()), "plan writes nothing"
     pretrain = next(s for s in fresh["stages"] if s["name"] == "pretrain")
     assert pretrain["tokens"] == 60 * 1536 and pretrain["parameters"]["active"] < pretrain["parameters"]["total"]
-    assert {s["state"] for s in json.loads(atom(smoke_home, "plan", "atom-smoke", "--json").stdout)["stages"]} == {"sealed"}
+    assert {s["state"] for s in json.loads(atom(smoke_home, "plan", "atom-smoke", "--json").stdout)["stages"]} == {
+        "sealed"
+    }
 
 
 @pytest.mark.parametrize(
@@ -147,9 +151,15 @@ def test_plan_tells_state_and_cost_as_json(smoke_home: Path, tmp_path: Path) -> 
     [
         (("run", "atom-smok"), "there is no recipe atom-smok, neither packaged nor a file; did you mean atom-smoke?"),
         (("run", "atom-smoke", "--until", "rlhf"), "recipe atom-smoke has no stage rlhf; it has acquire-docstrings"),
-        (("run", "atom-smoke", "--only", "curate"), "stage curate needs acquire-docstrings, which is not sealed; run that first"),
+        (
+            ("run", "atom-smoke", "--only", "curate"),
+            "stage curate needs acquire-docstrings, which is not sealed; run that first",
+        ),
         (("status",), "there is no run under"),
-        (("build", "atom-smoke"), "acquire-docstrings and 17 more stages are not sealed yet; run `atom run atom-smoke` first"),
+        (
+            ("build", "atom-smoke"),
+            "acquire-docstrings and 17 more stages are not sealed yet; run `atom run atom-smoke` first",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_2(tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:

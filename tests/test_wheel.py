@@ -23,19 +23,35 @@ def test_the_wheel_plans_and_runs_without_the_checkout(tmp_path: Path) -> None:
     tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files", *sorted(tops)], capture_output=True, text=True).stdout
     assert set(tracked.split()) <= set(names), "every file of the packages is in the wheel"
 
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(tmp_path / "site"),
+        str(wheel),
+    ]
     subprocess.run(install, check=True)
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "ATOM_HOME": str(tmp_path / "home")}
 
     def atom(*arguments: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "pipeline.cli", *arguments], cwd=tmp_path, env=env, capture_output=True, text=True
+            [sys.executable, "-P", "-m", "pipeline.cli", *arguments],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     where = "import pipeline, stages, release, data_recipes as d; print(pipeline.__file__, stages.__file__, d.__file__)"
-    found = subprocess.run([sys.executable, "-P", "-c", where], cwd=tmp_path, env=env, capture_output=True, text=True).stdout
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", where], cwd=tmp_path, env=env, capture_output=True, text=True
+    ).stdout
     assert found.count(str(tmp_path / "site")) == 3, found
     assert {s["state"] for s in json.loads(atom("plan", "atom-tiny", "--json"))["stages"]} == {"to run"}
     assert "all 7 stages sealed" in atom("run", "atom-smoke", "--until", "tokenizer")

@@ -45,7 +45,9 @@ def require_inputs(graph: Graph, store: Store, selected: list[str]) -> None:
     for name in selected:
         for source in graph.nodes[name].inputs.values():
             if source not in selected and not store.sealed(graph.nodes[source].key):
-                raise AtomError(f"stage {name} needs {source}, which is not sealed; run that first, or use --until {name}")
+                raise AtomError(
+                    f"stage {name} needs {source}, which is not sealed; run that first, or use --until {name}"
+                )
 
 
 @dataclass
@@ -190,5 +192,3 @@ class LocalLauncher:
 def prepare_environment() -> None:
     """Jobs inherit this process's environment: set what bytes depend on before the first one starts."""
     os.environ.update(JOB_ENVIRONMENT)
-
-

@@ -44,7 +44,7 @@ class Task:
 
 
 def work(spec: dict[str, Any]) -> str:
-    """Runs one node to its sealed artifact. Returns "sealed", "busy" (another worker holds the key) or a failure sentence.
+    """Runs one node to its sealed artifact. Returns "sealed", "busy" (another worker has it) or a failure sentence.
 
     Never raises for what a stage does: the job's outcome is a value, in `events.jsonl` and in the ledger.
     """
@@ -120,7 +120,9 @@ def _sentence(error: BaseException, task: Task, store: Store) -> str:
         return f"the disk that holds {store.home} is full; free some space and run the same command to go on"
     if isinstance(error, AtomError):
         return str(error)
-    return f"a bug in stage {task.stage}: {type(error).__name__}: {error}; the traceback is in its log".replace("\n", " ")
+    return f"a bug in stage {task.stage}: {type(error).__name__}: {error}; the traceback is in its log".replace(
+        "\n", " "
+    )
 
 
 def _disk_full(error: BaseException) -> bool:

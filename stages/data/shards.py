@@ -32,9 +32,7 @@ def check_shard(prefix: Path) -> int:
         raise AtomError(f"token index {index} is not a Megatron index of version 1; {mend}")
     expected = _HEADER.size + 12 * sequences + 8 * documents
     if len(data) != expected:
-        raise AtomError(
-            f"token index {index} has {len(data)} bytes where its header asks for {expected}; {mend}"
-        )
+        raise AtomError(f"token index {index} has {len(data)} bytes where its header asks for {expected}; {mend}")
     lengths = np.frombuffer(data, np.int32, sequences, _HEADER.size).astype(np.int64)
     pointers = np.frombuffer(data, np.int64, sequences, _HEADER.size + 4 * sequences)
     ends = np.cumsum(lengths) * _BYTES_A_TOKEN[code]
@@ -42,7 +40,5 @@ def check_shard(prefix: Path) -> int:
         raise AtomError(f"token index {index} does not list its sequences one behind the other; {mend}")
     needed = int(ends[-1]) if sequences else 0
     if tokens.stat().st_size != needed:
-        raise AtomError(
-            f"token shard {tokens} has {tokens.stat().st_size} bytes instead of {needed}; {mend}"
-        )
+        raise AtomError(f"token shard {tokens} has {tokens.stat().st_size} bytes instead of {needed}; {mend}")
     return int(sequences)
