@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.graph import Graph
-    from pipeline.run import NodeStatus, Run
+    from pipeline.run import NodeStatus
     from pipeline.store import Store
 
 app = typer.Typer(
@@ -98,13 +98,14 @@ def run(
     What is sealed already is not run again. Ctrl-C stops cleanly; the same command goes on from there.
     """
     from pipeline import profile
+    from pipeline.display import stages
 
     composed, store, settings = _graph(recipe), _store(), profile.load(cluster)
     selected = composed.select(until, only)
     if all(store.sealed(composed.nodes[name].key) for name in selected):
         for name in selected:
             store.open(composed.nodes[name].key)
-        print(f"{len(selected)} stages, all sealed already: nothing to run. Results are under {store.artifacts}.")
+        print(f"{stages(len(selected))}, all sealed already: nothing to run. Results are under {store.artifacts}.")
         return
     _run(composed, store, selected, settings)
 
@@ -112,7 +113,7 @@ def run(
 def _run(composed: Graph, store: Store, selected: list[str], settings: Any) -> None:
     from pipeline import run as runs
     from pipeline import tracking
-    from pipeline.display import Display
+    from pipeline.display import Display, stages
     from pipeline.launch.local import LocalLauncher, prepare_environment, require_inputs
 
     require_inputs(composed, store, selected)
@@ -136,7 +137,9 @@ def _run(composed: Graph, store: Store, selected: list[str], settings: Any) -> N
                 f"MLflow at {tracking.shown_uri(store)} did not take everything ({problem}); nothing is lost: "
                 f"`atom track {this.id}` sends it later"
             )
-    print(f"all {len(selected)} stages sealed under {store.artifacts}; next: atom build {composed.recipe.path.stem}")
+    print(
+        f"all of {stages(len(selected))} sealed under {store.artifacts}; next: atom build {composed.recipe.path.stem}"
+    )
 
 
 @app.command()
@@ -262,16 +265,16 @@ def _terminate(store: Store, stage: NodeStatus) -> None:
 def retry(run: RunArgument = None) -> None:
     """Go on with a run that failed or was stopped.
 
-    The recipe is taken as it was when the run began.
+    Like running its recipe again, but refused if the recipe has changed since.
     """
     from pipeline import profile
     from pipeline import run as runs
 
     store = _store()
-    this: Run = runs.find(store, run)
-    frozen = next((this.folder / "recipes").glob("*.yaml"))
-    composed = _graph(str(frozen))
-    selected = [n["name"] for n in this.body["nodes"] if n["name"] in composed.nodes]
+    this = runs.find(store, run)
+    composed = _graph(this.body["recipe_path"])
+    runs.require_same_recipe(this, composed.recipe)
+    selected = [n["name"] for n in this.body["nodes"]]
     _run(composed, store, selected, profile.load(this.body["profile"]))
 
 

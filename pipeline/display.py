@@ -32,6 +32,10 @@ def duration(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
+def stages(number: int) -> str:
+    return f"{number} stage{'' if number == 1 else 's'}"
+
+
 def figures_text(figures: dict[str, Any]) -> str:
     names = {"tokens_per_s": "tokens/s"}
     known = {"time", "event", "done", "total", "unit"}
@@ -72,7 +76,7 @@ class Display:
 
     def begin(self, total: int, finished: int) -> None:
         self.total, self.finished = total, finished
-        self._line(f"{total} stages, {finished} sealed already")
+        self._line(f"{stages(total)}, {finished} sealed already")
 
     def _line(self, text: str) -> None:
         self.console.print(escape(text), highlight=False, soft_wrap=True)

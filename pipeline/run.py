@@ -13,6 +13,7 @@ from pipeline.errors import AtomError
 from pipeline.events import Tail
 from pipeline.graph import Graph
 from pipeline.lease import holder
+from pipeline.recipe import Recipe
 from pipeline.store import Store
 
 
@@ -43,12 +44,22 @@ def start(graph: Graph, store: Store, selected: list[str], profile: str) -> Run:
         "id": run_id,
         "recipe": identity.name,
         "version": identity.version,
-        "recipe_path": str(graph.recipe.path),
+        "recipe_path": str(graph.recipe.path.absolute()),
         "profile": profile,
         "nodes": nodes,
     }
     (folder / "run.json").write_text(json.dumps(body, indent=1) + "\n")
     return Run(run_id, folder, body)
+
+
+def require_same_recipe(run: Run, recipe: Recipe) -> None:
+    """Raises AtomError if a recipe file is not what it was when the run began."""
+    for name, data in recipe.files.items():
+        before = run.folder / name
+        if not before.exists() or before.read_bytes() != data:
+            raise AtomError(
+                f"{name} has changed since run {run.id}; `atom run {recipe.path}` runs what depends on the change"
+            )
 
 
 def runs(store: Store) -> list[Run]:

@@ -43,7 +43,10 @@ def test_a_corrupt_source_fails_its_stage_and_what_is_mended_goes_on(tmp_path: P
     assert state["state"] == "failed" and "line 2" in state["message"]
 
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "Some words."}) + "\n")
-    atom(home, "run", recipe, "--until", "acquire-docstrings")
+    assert "all of 1 stage sealed" in atom(home, "retry").stdout
+    with open(recipe, "a") as file:
+        file.write("\n# changed\n")
+    assert "recipe.yaml has changed since run" in atom(home, "retry", code=2).stderr
 
 
 def test_a_source_without_licence_is_refused_before_anything_runs(tmp_path: Path) -> None:
@@ -121,4 +124,4 @@ def test_cancel_stops_a_run_from_another_terminal(tmp_path: Path) -> None:
     (folder,) = (home / "work").glob("pretrain-*")
     present = holder(folder)
     assert present and not present.alive
-    assert "all 10 stages sealed" in atom(home, "retry").stdout
+    assert "all of 10 stages sealed" in atom(home, "retry").stdout
