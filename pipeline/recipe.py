@@ -7,6 +7,7 @@ whole. Every mistake becomes one sentence: which recipe, which field, what is wr
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -96,25 +97,40 @@ def find(reference: str, package: str, kind: str, base: Path | None = None) -> P
     raise RecipeError(f"there is no {kind} {reference}, neither packaged nor a file; {hint}")
 
 
-def explain(error: ValidationError, model: type[BaseModel], title: str) -> RecipeError:
-    """The first mistake of a validation as one sentence."""
+def explain(error: ValidationError, model: type[BaseModel], title: str, raw: Any = None) -> RecipeError:
+    """The first mistake of a validation as one sentence. With the raw mapping, list items are called by their names."""
     mistakes = error.errors()
     first = mistakes[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(_called(first["loc"], raw))
     field = f"{where} " if where else ""
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
     if first["type"] == "extra_forbidden":
-        name = str(first["loc"][-1])
-        near = difflib.get_close_matches(name, _fields_at(model, first["loc"][:-1]), 1)
-        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(_fields_at(model, first['loc'][:-1]))}"
+        known = _fields_at(model, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}" if known else ""
         text = f"{field}is not a field{hint}"
     elif first["type"] == "missing":
         text = f"{field}is missing"
     elif first["type"] == "value_error":
-        text = f"{where + '.' if where else ''}{first['ctx']['error']}"
+        said = str(first["ctx"]["error"])
+        about_a_field = re.match(r"[a-z_0-9.]+ = ", said)  # such a sentence goes on from the section's name
+        text = f"{where}{'.' if about_a_field else ': '}{said}" if where else said
     else:
         text = f"{field}= {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
     return RecipeError(f"{title}: {text}{more}")
+
+
+def _called(location: tuple[Any, ...], raw: Any) -> list[str]:
+    """The parts of a location; an item of a list is called by its `name`, if it has one, instead of its place."""
+    out = []
+    for part in location:
+        try:
+            raw = raw[part]
+        except (KeyError, IndexError, TypeError):
+            raw = None
+        named = isinstance(part, int) and isinstance(raw, dict) and isinstance(raw.get("name"), str)
+        out.append(raw["name"] if named else str(part))
+    return out
 
 
 def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:

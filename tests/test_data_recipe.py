@@ -75,12 +75,12 @@ def test_a_wrong_recipe_is_refused_in_one_sentence(
 
 
 def test_unknown_names_and_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"packaged are .*tiny"):
+    with pytest.raises(RecipeError, match="did you mean tiny"):
         load("tinny")
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match="neither packaged nor a file"):
         load(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [1\n")
-    with pytest.raises(RecipeError, match="not YAML"):
+    with pytest.raises(RecipeError, match="line 2 is not valid YAML"):
         load(tmp_path / "bad.yaml")
 
 

@@ -6,15 +6,13 @@ here, since `atom plan` needs the recipe and the digests of the source trees bef
 
 from __future__ import annotations
 
-import re
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import RecipeError
+from pipeline.recipe import explain, find, parse_yaml
 from pipeline.stage import Config, operational
 from pipeline.store import canonical, sha256_bytes, sha256_file
 from stages.data.curation.settings import AnyStep, CurationSettings
@@ -174,19 +172,15 @@ def load(name_or_path: str | Path) -> DataRecipe:
 
     Raises RecipeError in one sentence: no such recipe, not YAML, or the first field that is wrong and its mend.
     """
-    text, where, folder = _read(str(name_or_path))
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"data recipe {where} is not YAML: {_one_line(error)}") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"data recipe {where} must be a mapping with name, description and sources")
-    _require_licences(where, raw)
+    path = find(str(name_or_path), "data_recipes", "data recipe")
+    title = f"data recipe {path.stem}"
+    raw = parse_yaml(path.read_bytes(), title)
+    _require_licences(title, raw)
     try:
         recipe = DataRecipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(f"data recipe {where}: {_first(error, raw)}") from None
-    return recipe.model_copy(update={"sources": tuple(_absolute(s, folder) for s in recipe.sources)})
+        raise explain(error, DataRecipe, title, raw) from None
+    return recipe.model_copy(update={"sources": tuple(_absolute(s, path.parent) for s in recipe.sources)})
 
 
 def resolve_tree_digest(source: Source) -> str:
@@ -224,39 +218,13 @@ def source_files(source: Source) -> list[tuple[str, Path]]:
     return sorted((p.relative_to(root).as_posix(), p) for p in paths)
 
 
-def _read(name: str) -> tuple[str, str, Path]:
-    """Text, the name to show, and the folder that relative paths start from."""
-    if re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        folder = resources.files("data_recipes")
-        packaged = folder / f"{name}.yaml"
-        if not packaged.is_file():
-            known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
-            raise RecipeError(f"there is no data recipe {name}; packaged are {', '.join(known)}, or give a path")
-        return packaged.read_text("utf-8"), name, Path(str(folder))
-    path = Path(name)
-    try:
-        return path.read_text("utf-8"), path.name, path.resolve().parent
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"data recipe {path} cannot be read: {_one_line(error)}") from None
-
-
-def _require_licences(where: str, raw: dict[str, Any]) -> None:
+def _require_licences(title: str, raw: dict[str, Any]) -> None:
     for i, source in enumerate(raw.get("sources") or []):
         name = source.get("name", f"number {i + 1}") if isinstance(source, dict) else f"number {i + 1}"
         mends = {"license": "an SPDX id, e.g. Apache-2.0", "license_evidence": "a text or URL that shows it"}
         for field, mend in mends.items():
             if isinstance(source, dict) and not source.get(field):
-                raise RecipeError(f"data recipe {where}: source {name} has no {field}; add `{field}:` with {mend}")
-
-
-def _first(error: ValidationError, raw: dict[str, Any]) -> str:
-    found = error.errors()[0]
-    place = ".".join(str(part) for part in found["loc"]) or "the recipe"
-    if found["loc"][:1] == ("sources",) and len(found["loc"]) > 1 and isinstance(found["loc"][1], int):
-        name = raw["sources"][found["loc"][1]].get("name", found["loc"][1])
-        place = f"source {name}, {'.'.join(str(part) for part in found['loc'][2:])}"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{place}: {found['msg'].removeprefix('Value error, ')}{more}"
+                raise RecipeError(f"{title}: source {name} has no {field}; add `{field}:` with {mend}")
 
 
 def _absolute(source: SourceConfig, folder: Path) -> SourceConfig:
@@ -264,7 +232,3 @@ def _absolute(source: SourceConfig, folder: Path) -> SourceConfig:
         return source
     path = str((folder / source.reader.path).resolve())
     return source.model_copy(update={"reader": source.reader.model_copy(update={"path": path})})
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
