@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +30,13 @@ def cpu_model() -> str:
 
 
 def device() -> dict[str, Any]:
-    """The device type that bitwise promises are bound to. Rank 0 speaks for all: a run is homogeneous."""
+    """The device type that bitwise promises are bound to. Rank 0 speaks for all: a run is homogeneous.
+
+    A stage that used a GPU has torch loaded by the time its statement is written; one that did not ran on the CPU.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return {"type": "cuda", "model": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return {"type": "cpu", "model": cpu_model(), "threads_per_rank": int(os.environ.get("OMP_NUM_THREADS", "1"))}
 
 

@@ -80,8 +80,8 @@ def find(store: Store, reference: str | None) -> Run:
         return known[-1]
     matching = [run for run in known if run.id.startswith(reference)]
     if len(matching) != 1:
-        which = "no run" if not matching else f"{len(matching)} runs"
-        raise AtomError(f"{which} under {store.logs} begin with {reference}; the latest is {known[-1].id}")
+        which = f"{len(matching)} runs under {store.logs} begin" if matching else f"no run under {store.logs} begins"
+        raise AtomError(f"{which} with {reference}; the latest is {known[-1].id}")
     return matching[0]
 
 

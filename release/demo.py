@@ -111,17 +111,23 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
     print("Time of each stage: " + ", ".join(f"{name} {duration(wall)}" for name, wall in times))
     print(f"This command took {duration(seconds)}; a second one uses what is sealed.")
 
-    uri = tracking.shown_uri(store)
-    shown = os.path.relpath(release)
-    print(f"\nRelease  {shown}\nHub      {os.path.relpath(store.home / 'hub')}\nMLflow   {uri}")
+    uri, shown = tracking.shown_uri(store), _near(release)
+    print(f"\nRelease  {shown}\nHub      {_near(store.home / 'hub')}\nMLflow   {uri}")
+    name = composed.recipe.path.stem
     print(
         "\nWhat to try next (with .venv/bin in front of PATH)\n"
-        f"  atom status                            how the run went, stage by stage\n"
-        f"  less {shown}/model/README.md           the model card, every number of it measured\n"
-        f"  atom verify {shown}; flip any byte of it, and verify again\n"
+        "  atom status                     how the run went, stage by stage\n"
+        f"  less {shown}/model/README.md    the model card: every number of it was measured\n"
+        f"  atom verify {shown}    then flip any byte of it, and verify again\n"
         f"  mlflow ui --backend-store-uri {uri}\n"
-        f"  atom plan atom-tiny, change a field of a copy of the recipe, plan the copy: only what depends on it runs"
+        f"  atom plan {name}             change a field of a copy of the recipe, and plan the copy:\n"
+        "                                  only what depends on the field is to run"
     )
+
+
+def _near(path: Path) -> str:
+    """A path below the present folder by its short name, any other in full."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _by_family(removed: dict[str, int], family: str) -> int:

@@ -148,7 +148,6 @@ class Phase:
             "tokens": self.tokens,
             "loss": {"first": losses[0], "last": losses[-1]},
             "heldout_loss": {"first": measured[0][1], "last": measured[-1][1], "rows": len(self.heldout)},
-            "layout": {"data_parallel": self.engine.ranks.data_ranks},
         }
         (self.work / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
 
