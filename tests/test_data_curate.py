@@ -22,7 +22,7 @@ from stages.data.table import DOCUMENTS, ITEMS, content_hash, write_rows
 
 PROSE_STEPS = [
     {"step": "gopher_quality", "min_doc_words": 10, "min_stop_words": 0, "max_non_alpha_words_ratio": 0.6},
-    {"step": "language"},
+    {"step": "language", "language_threshold": 0.25},  # as in data_recipes/tiny.yaml
     {"step": "gopher_repetition"},
     {"step": "c4", "min_num_sentences": 1},
     {"step": "fineweb", "line_punct_thr": 0.1},
