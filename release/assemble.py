@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from pipeline.store import Artifact
 from release.layout import ALL_SUMS, GATES, SUMS
 
 PACKAGES = ("pipeline", "stages", "release", "data_recipes")
+DISTRIBUTION = "atom-release"
 CODE_FILES = ("pyproject.toml", "Makefile", "README.md", "LICENSE")
 CODE_SUFFIXES = frozenset({".py", ".yaml", ".yml", ".jinja", ".md", ".toml", ".json", ".txt", ".sh", ".typed"})
 MODELS = {"mid": "model", "base": "model-base"}
@@ -135,13 +137,25 @@ def place_code(assembly: Assembly, roots: list[Path]) -> None:
         for path in names:
             if path.is_file() and f"code/{path.name}" not in assembly.origins:
                 assembly.include(path, f"code/{path.name}", "source code")
+    text = own_licence(roots)
+    if text is not None and "code/LICENSE" not in assembly.origins:
+        assembly.write("code/LICENSE", text, "licence text of the installed distribution")
+
+
+def own_licence(roots: list[Path]) -> bytes | None:
+    """The licence text of our code: of the first root that has one, else what the installed wheel carries."""
+    found = next((root / "LICENSE" for root in roots if (root / "LICENSE").is_file()), None)
+    if found is not None:
+        return found.read_bytes()
+    texts = (d.read_text("licenses/LICENSE") for d in importlib.metadata.distributions(name=DISTRIBUTION))
+    return next((text.encode() for text in texts if text), None)
 
 
 def licence_text(spdx: str, code_licence: str, roots: list[Path]) -> bytes:
-    """The full text if it is the code's own licence and the checkout has it; else its SPDX id and where the text is."""
-    found = next((root / "LICENSE" for root in roots if (root / "LICENSE").is_file()), None)
-    if spdx == code_licence and found is not None:
-        return found.read_bytes()
+    """The full text if it is the code's own licence and we have it; else its SPDX id and where the text is."""
+    text = own_licence(roots)
+    if spdx == code_licence and text is not None:
+        return text
     return (
         f"SPDX-License-Identifier: {spdx}\n\nThe text of this licence: https://spdx.org/licenses/{spdx}.html\n".encode()
     )

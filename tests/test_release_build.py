@@ -208,24 +208,21 @@ def test_unknown_licence_and_unbalanced_counts_are_refused(source, tmp_path: Pat
         refused(replaced(source, "curate", tmp_path / str(n), change), tmp_path / str(n), gate, match)
 
 
-@pytest.mark.parametrize(
-    "phase, scores, gate",
-    [
-        ("base", (9.0, 4), "pretraining_lowers_bits_per_byte"),
-        ("mid", (3.0, 4), "midtraining_raises_accuracy"),
-        ("mid", (3.2, 15), "midtraining_keeps_bits_per_byte"),
-    ],
-)
-def test_training_that_does_not_teach_is_refused(release: Path, tmp_path: Path, phase: str, scores, gate: str) -> None:
-    from release import facts, gates
+def test_an_installed_wheel_brings_its_licence_text(tmp_path: Path, monkeypatch) -> None:
+    import sys
 
-    data = facts.data_facts(release / "dataset")
-    limits = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
-    context = gates.Context(release, {}, limits, data, {}, [])
-    assert all(g.ok for g in gates.learning(context))
-    world.make_evaluation(tmp_path, *scores)
-    data["evaluation"][phase] = facts.scores_of(tmp_path)
-    assert [g.name for g in gates.learning(context) if not g.ok] == [gate]
+    info = tmp_path / "site/atom_release-9.dist-info"
+    (info / "licenses").mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.4\nName: atom-release\nVersion: 9\nLicense-File: LICENSE\n")
+    (info / "licenses/LICENSE").write_text("The wheel's licence.\n")
+    monkeypatch.setattr(sys, "path", [str(info.parent), *sys.path])
+    found = world.build_input(tmp_path / "run")
+    for root in found.code_roots:
+        (root / "LICENSE").unlink()
+    made = builder.build(found, tmp_path / "home")
+    for path in ("LICENSE", "code/LICENSE", "model/LICENSE"):
+        assert (made / path).read_text() == "The wheel's licence.\n", path
+    assert "spdx.org/licenses/CC-BY-4.0" in (made / "dataset/LICENSE").read_text()
 
 
 def test_secrets_and_machine_paths_are_found(tmp_path: Path, monkeypatch) -> None:
