@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from pipeline.ledger import BUILD_TYPE, PREDICATE, STATEMENT
 from pipeline.store import FileRow, digest_of, sha256_file
 from release import facts
 from release.cards import render
@@ -58,10 +59,20 @@ def statements(folder: Path) -> list[str]:
         name = path.relative_to(folder).as_posix()
         if path.stem != sha256_file(path):
             wrong.append(f"{name} is not named by its digest")
+        build = body["predicate"]["buildDefinition"]
+        said = {
+            "_type": body.get("_type"),
+            "predicateType": body.get("predicateType"),
+            "buildType": build.get("buildType"),
+        }
+        kinds = {"_type": STATEMENT, "predicateType": PREDICATE, "buildType": BUILD_TYPE}
+        wrong += [
+            f"{name}: its {field} is {said[field]}, not {kind}" for field, kind in kinds.items() if said[field] != kind
+        ]
         subjects = {(subject["name"], subject["digest"]["sha256"]) for subject in body["subject"]}
         made = subjects & set(known.items())
         stated |= made
-        for material in body["predicate"]["buildDefinition"]["resolvedDependencies"] if made else ():
+        for material in build["resolvedDependencies"] if made else ():
             uri = material.get("uri", "")
             key = uri.removeprefix(ARTIFACT_URI)
             if uri.startswith(ARTIFACT_URI) and known.get(key) != material["digest"]["sha256"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from pathlib import Path
 
 from pipeline.store import sha256_file
@@ -10,12 +11,27 @@ from release import facts
 
 
 def documents(dataset: Path) -> list[str]:
-    """The content hash of every kept document is that of its text."""
+    """The content hash of every kept document is that of its text, and every table gives it the same one."""
+    fates = facts.rows(dataset / "dispositions.parquet", ["source", "id", "kept_hash"])
+    stated = {(r["source"], r["id"]): r["kept_hash"] for r in fates}
+    tokens = facts.rows(dataset / "tokens/documents.parquet", ["source", "id", "content_hash"])
+    tokenized = {(r["source"], r["id"]): r["content_hash"] for r in tokens}
     wrong = []
     for path in sorted((dataset / "kept").glob("*.parquet")):
         for row in facts.rows(path, ["id", "text", "content_hash"]):
             if hashlib.sha256(row["text"].encode()).hexdigest() != row["content_hash"]:
                 wrong.append(f"kept/{path.name}: the text of {row['id']} is not what its content hash says")
+            key = (path.stem, row["id"])
+            if stated.pop(key, None) != row["content_hash"]:
+                wrong.append(f"dispositions.parquet: the kept hash of {row['id']} is not that of kept/{path.name}")
+            if tokenized.pop(key, None) != row["content_hash"]:
+                wrong.append(
+                    f"tokens/documents.parquet: the content hash of {row['id']} is not that of kept/{path.name}"
+                )
+    wrong += [
+        f"dispositions.parquet: {key} has a kept hash, but is not kept" for (_, key), said in stated.items() if said
+    ]
+    wrong += [f"tokens/documents.parquet: {key} is no kept document" for _, key in tokenized]
     return wrong
 
 
@@ -82,6 +98,9 @@ def reload(models: list[Path]) -> list[str]:
     """Plain transformers in a fresh interpreter loads each, and its chat template round-trips."""
     from release.gates import run_reload
 
+    for name in ("torch", "transformers"):  # the fresh interpreter would call their absence a fault of the model
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     return [
         f"{model.name}: {text}"
         for model, found in zip(models, run_reload(models), strict=True)

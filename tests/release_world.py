@@ -109,6 +109,7 @@ def make_curate(out: Path) -> None:
                 {
                     "id": row["id"], "source": source, "license": row["license"], "content_hash": row["content_hash"],
                     "bytes": len(row["text"].encode()), "disposition": "removed" if row["rule"] else "kept",
+                    "kept_hash": None if row["rule"] else row["content_hash"],
                     "split": row["split"], "rule": row["rule"], "value": 1.0 if row["rule"] else None,
                     "threshold": 2.0 if row["rule"] else None, "duplicate_of": None, "match": None,
                 }
@@ -202,16 +203,8 @@ def make_node(name: str, out: Path) -> None:
         table(out / "documents.parquet", rows)
         license = SOURCES[which]
         evidence = f"https://example.org/{which}/LICENSE"
-        write_json(
-            out / "source.json",
-            {
-                "name": which,
-                "license": license,
-                "license_evidence": evidence,
-                "origin": f"https://example.org/{which}",
-                "documents": len(rows),
-            },
-        )
+        about = {"name": which, "license": license, "license_evidence": evidence, "documents": len(rows)}
+        write_json(out / "source.json", {**about, "origin": f"https://example.org/{which}"})
     elif kind == "items":
         rows = [
             {"id": f"add/{n}", "task": "add", "prompt": f"{n}+1:", "answer": str(n + 1), "text": f"{n}+1"}
