@@ -10,6 +10,7 @@ Every repository (and every checkpoint branch) carries its own `SHA256SUMS`, so 
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ RELEASE = "evidence/release.json"
 GATES = "evidence/gates.json"
 PARTS = ("model", "model-base", "dataset", "checkpoints")
 LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
+CACHED = re.compile(r"(models|datasets)--.+")
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,16 @@ def compare(sums: dict[str, str], folder: Path, present: list[str], name: str) -
     wrong = [f"{path} is missing (listed in {name})" for path in sorted(set(sums) - set(present))]
     wrong += [f"{path} is not listed in {name}" for path in sorted(set(present) - set(sums))]
     for path in sorted(set(sums) & set(present)):
-        if (folder / path).is_symlink() or sha256_file(folder / path) != sums[path]:
+        if (folder / path).is_symlink() and not _of_cache(folder, path):
+            wrong.append(f"{path} is altered: it is a link, not the file that {name} lists")
+        elif sha256_file(folder / path) != sums[path]:
             wrong.append(f"{path} is altered: it is not the file that {name} lists")
     return wrong
+
+
+def _of_cache(folder: Path, path: str) -> bool:
+    """Whether a link is one of the Hub client's cache: from `<repository>/snapshots/<commit>` into its `blobs`."""
+    snapshot, target = folder.resolve(), Path(os.path.realpath(folder / path))
+    repository = snapshot.parent.parent
+    inside = snapshot.parent.name == "snapshots" and target.parent == repository / "blobs"
+    return inside and CACHED.fullmatch(repository.name) is not None and target.is_file()

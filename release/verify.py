@@ -8,6 +8,7 @@ reads every tensor and document and recomputes what can be recomputed from them.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,10 @@ from pipeline.errors import AtomError, CheckFailed
 from release.layout import ALL_SUMS, ORIGINS, PARTS, SUMS, compare, files_below, files_of, read_sums, repositories
 
 SCHEMA = 1
+SIGNS = (
+    "evidence", "code/as-run", "dispositions.parquet", "parity.json", "checkpoints/index.json",
+    *(f"{part}/{SUMS}" for part in PARTS),
+)  # fmt: skip
 Wrong = list[str]
 
 
@@ -86,7 +91,25 @@ def kind_of(folder: Path) -> str:
     return next((kind for mark, kind in marks.items() if (folder / mark).exists()), "repository")
 
 
+def shows_release(folder: Path) -> bool:
+    """Whether a folder is, or once was, of a release: then a missing checksum file is a finding, not a wrong name."""
+    if os.path.lexists(folder / SUMS) or any((folder / mark).exists() for mark in SIGNS):
+        return True
+    if (folder / "state.json").exists() and any(folder.glob("*.safetensors")):
+        return True
+    try:
+        rows = json.loads((folder / "index.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(rows, list) and any(isinstance(row, dict) and {"branch", "state"} <= row.keys() for row in rows)
+
+
 def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[str], None]) -> Verdict:
+    if not shows_release(folder):
+        raise AtomError(
+            f"{subject} is neither a release nor a repository of one: it has no {SUMS}; "
+            "give the folder that `atom build` made, or a repository that `atom publish` made"
+        )
     kind = kind_of(folder)
     verdict = Verdict(subject, kind, deep)
     progress(f"hashing every file of {subject}")
@@ -102,7 +125,9 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
         try:
             wrong = question()
         except ImportError as error:
-            raise AtomError(f"the check {name} needs {error.name}; install atom-release[train]") from None
+            lacks = f"not asked, since it needs {error.name or error}; install atom-release[train]"
+            verdict.checks.append(Check(name, None, lacks))
+            continue
         except (
             Exception
         ) as error:  # checksums can be written by anyone: a file that is not what it should be is a finding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -187,4 +188,111 @@ def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "f").write_text("x")
     with pytest.raises(AtomError, match="is a file"):
         verify(tmp_path / "f")
-    assert kind_of(tmp_path) == "repository" and not verify(tmp_path).ok
+    (tmp_path / "code").mkdir()
+    (tmp_path / "index.json").write_text('[{"branch": 1}]')
+    with pytest.raises(AtomError, match=r"neither a release nor a repository of one: it has no SHA256SUMS; give the"):
+        verify(tmp_path)
+    (tmp_path / SUMS).write_text("")
+    assert kind_of(tmp_path / "code") == "repository" and not verify(tmp_path).ok
+
+
+def test_a_checksum_file_that_was_deleted_is_missing(release: Path, copy: Path, tmp_path: Path) -> None:
+    for place, folder in pulled(release, tmp_path / "alone").items():
+        (folder / SUMS).unlink()
+        found = [text for check in verify(folder).checks for text in check.wrong]
+        assert f"{SUMS} is missing" in found, place
+    (copy / SUMS).unlink()
+    (copy / ALL_SUMS).unlink()
+    found = [text for check in verify(copy).checks for text in check.wrong]
+    assert f"{SUMS} is missing" in found and f"{ALL_SUMS} is missing" in found
+
+
+def test_the_tables_of_the_data_set_must_agree_on_every_kept_document(release: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    from release import deep_checks
+
+    def damaged(file: str, column: str, where, value: str) -> list[str]:
+        path = data / file
+        before, rows = path.read_bytes(), pq.read_table(path).to_pylist()
+        next(row for row in rows if where(row))[column] = value
+        world.table(path, rows)
+        found = deep_checks.documents(data)
+        path.write_bytes(before)
+        return found
+
+    data = Path(shutil.copytree(release / "dataset", tmp_path / "dataset"))
+    one, other = {"id": "prose/001"}, {"id": "prose/003"}
+    assert damaged("dispositions.parquet", "kept_hash", lambda row: row["id"] == one["id"], "0" * 64) == [
+        "dispositions.parquet: the kept hash of prose/001 is not that of kept/prose.parquet"
+    ]
+    assert damaged("dispositions.parquet", "kept_hash", lambda row: row["id"] == other["id"], "0" * 64) == [
+        "dispositions.parquet: prose/003 has a kept hash, but is not kept"
+    ]
+    assert damaged("tokens/documents.parquet", "content_hash", lambda row: row["id"] == one["id"], "0" * 64) == [
+        "tokens/documents.parquet: the content hash of prose/001 is not that of kept/prose.parquet"
+    ]
+    assert damaged("tokens/documents.parquet", "id", lambda row: row["id"] == one["id"], "prose/003") == [
+        "tokens/documents.parquet: the content hash of prose/001 is not that of kept/prose.parquet",
+        "tokens/documents.parquet: prose/003 is no kept document",
+    ]
+    assert deep_checks.documents(data) == []
+
+
+@pytest.mark.parametrize("field", ["_type", "predicateType", "buildType"])
+def test_a_statement_of_another_kind_is_named(copy: Path, field: str) -> None:
+    from pipeline.store import canonical, sha256_bytes
+
+    path = sorted((copy / "evidence/statements").glob("*.json"))[0]
+    body = json.loads(path.read_text())
+    holder = body["predicate"]["buildDefinition"] if field == "buildType" else body
+    holder[field] = "https://example.org/other"
+    path.unlink()
+    data = canonical(body)
+    path.with_name(f"{sha256_bytes(data)}.json").write_bytes(data)
+    from release import checks
+
+    assert f"evidence/statements/{sha256_bytes(data)}.json: its {field} is https://example.org/other" in "".join(
+        checks.statements(copy)
+    )
+
+
+def test_deep_without_torch_keeps_what_it_found(copy: Path, monkeypatch) -> None:
+    import sys
+
+    rows = json.loads((copy / "evidence/gates.json").read_text())
+    rows["counts_balance"]["ok"] = False
+    world.write_json(copy / "evidence/gates.json", rows)
+    resum(copy)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    verdict = verify(copy, deep=True)
+    checks = {check.name: check for check in verdict.checks}
+    assert not verdict.ok and {name for name, check in checks.items() if check.ok is False} == {"gates"}
+    assert {name for name, check in checks.items() if check.ok is None} == {"weights", "reload_in_transformers"}
+    assert checks["weights"].detail == "not asked, since it needs torch; install atom-release[train]"
+    assert checks["documents"].ok and checks["order"].ok and checks["cards"].ok
+
+
+def test_links_of_a_client_cache_are_files_and_others_are_not(release: Path, tmp_path: Path) -> None:
+    """A snapshot as the Hub client keeps it; test_release_publish.py has a real one."""
+    repository = tmp_path / "models--local--tiny"
+    snapshot, blobs = repository / "snapshots" / ("0" * 40), repository / "blobs"
+    blobs.mkdir(parents=True)
+    for path in [*files_of(release, next(p for p in repositories(release) if p.folder == "model")), SUMS]:
+        link, blob = snapshot / path, blobs / sha256_file(release / "model" / path)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(release / "model" / path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    assert verify(snapshot).ok, verify(snapshot).to_json()
+    link = snapshot / "config.json"
+    real = link.resolve()
+    for target in (release / "model/config.json", tmp_path / "models--local--other/blobs/x", repository / "refs/x"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.exists() or shutil.copyfile(real, target)
+        link.unlink()
+        link.symlink_to(target)
+        found = [text for check in verify(snapshot).checks for text in check.wrong]
+        assert found == ["config.json is altered: it is a link, not the file that SHA256SUMS lists"], target
+    link.unlink()
+    link.symlink_to(blobs / "gone")
+    assert not verify(snapshot).ok
