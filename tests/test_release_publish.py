@@ -216,3 +216,23 @@ def test_a_version_is_published_once(client, release: Path, tmp_path: Path) -> N
         write_sums(release / ALL_SUMS, release, [p for p in files_below(release) if p not in (SUMS, ALL_SUMS)])
         write_sums(release / SUMS, release, files_of(release, next(p for p in repositories(release) if not p.folder)))
         client('t = said(AtomError, publish, release, "local"); assert "raise the recipe\'s version" in t, t', endpoint)
+
+
+def test_a_snapshot_in_the_clients_cache_is_verified_as_it_lies(client, release: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "hub") as endpoint:
+        client(
+            """
+import os
+publish(release, "local")
+for suffix, kind, file in (("", "model", "model.safetensors"), ("-evidence", "dataset", "code/release/build.py")):
+    folder = pathlib.Path(api().snapshot_download("local/tiny" + suffix, repo_type=kind))
+    assert (folder / file).is_symlink() and "/hf/" in str(folder), folder
+    v = verify(folder, deep=True); assert v.ok, v.to_json()
+    blob = (folder / file).resolve()
+    data = bytearray(blob.read_bytes()); data[len(data) // 2] ^= 1
+    os.chmod(blob, 0o644); blob.write_bytes(data)
+    found = [t for c in verify(folder).checks for t in c.wrong]
+    assert any(t.startswith(file + " is altered") for t in found), found
+""",
+            endpoint,
+        )
