@@ -107,10 +107,10 @@ def run(
             store.open(composed.nodes[name].key)
         print(f"{stages(len(selected))}, all sealed already: nothing to run. Results are under {store.artifacts}.")
         return
-    _run(composed, store, selected, settings)
+    _run(composed, store, selected, cluster, settings, recipe)
 
 
-def _run(composed: Graph, store: Store, selected: list[str], settings: Any) -> None:
+def _run(composed: Graph, store: Store, selected: list[str], cluster: str, settings: Any, reference: str) -> None:
     from pipeline import run as runs
     from pipeline import tracking
     from pipeline.display import Display, stages
@@ -118,7 +118,7 @@ def _run(composed: Graph, store: Store, selected: list[str], settings: Any) -> N
 
     require_inputs(composed, store, selected)
     prepare_environment()
-    this = runs.start(composed, store, selected, settings.name)
+    this = runs.start(composed, store, selected, cluster)
     background = tracking.Background(this, store)
     outcome = "FAILED"
     print(f"run {this.id}, logs in {this.folder}")
@@ -137,9 +137,8 @@ def _run(composed: Graph, store: Store, selected: list[str], settings: Any) -> N
                 f"MLflow at {tracking.shown_uri(store)} did not take everything ({problem}); nothing is lost: "
                 f"`atom track {this.id}` sends it later"
             )
-    print(
-        f"all of {stages(len(selected))} sealed under {store.artifacts}; next: atom build {composed.recipe.path.stem}"
-    )
+    after = f"atom build {reference}" if len(selected) == len(composed.nodes) else f"atom run {reference}"
+    print(f"all of {stages(len(selected))} sealed under {store.artifacts}; next: {after}")
 
 
 @app.command()
@@ -162,7 +161,7 @@ def track(run: RunArgument = None) -> None:
             forwarder.sync()
     except Exception as error:
         raise AtomError(
-            f"MLflow at {tracking.shown_uri(store)} did not answer: {str(error).splitlines()[0]}"
+            f"MLflow at {tracking.shown_uri(store)} did not answer: {tracking.redacted(str(error).splitlines()[0])}"
         ) from error
     print(f"run {this.id} is in MLflow at {tracking.shown_uri(store)}")
 
@@ -275,7 +274,8 @@ def retry(run: RunArgument = None) -> None:
     composed = _graph(this.body["recipe_path"])
     runs.require_same_recipe(this, composed.recipe)
     selected = [n["name"] for n in this.body["nodes"]]
-    _run(composed, store, selected, profile.load(this.body["profile"]))
+    cluster, reference = this.body["profile"], this.body["recipe_path"]
+    _run(composed, store, selected, cluster, profile.load(cluster), reference)
 
 
 @app.command()
@@ -355,9 +355,10 @@ def main() -> None:
                 f"atom: the disk is full ({error.filename or 'while writing'}); free some space and run this again",
                 file=sys.stderr,
             )
-        elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOENT):
             print(
-                f"atom: {error.filename} cannot be written ({error.strerror}); set ATOM_HOME to a folder of yours",
+                f"atom: {error.filename} cannot be used ({error.strerror}); name a file that you may read, and set "
+                "ATOM_HOME to a folder that you may write",
                 file=sys.stderr,
             )
         else:

@@ -60,7 +60,7 @@ def git_commit(root: Path) -> tuple[str | None, bool]:
         return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False)
 
     try:
-        head, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+        head, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
     except FileNotFoundError:
         return None, False
     return (head.stdout.strip() or None) if head.returncode == 0 else None, bool(status.stdout.strip())

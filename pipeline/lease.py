@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -58,9 +59,12 @@ def holder(folder: Path) -> Holder | None:
         return None
     path = folder / f"lease.{max(numbers)}"
     try:
-        who, age = json.loads(path.read_text()), _age(path)
-    except (OSError, ValueError):
+        age = _age(path)
+        who = json.loads(path.read_text())
+    except FileNotFoundError:
         return None
+    except ValueError:  # cut by a crash of the machine: it counts until it is old
+        return Holder(max(numbers), "an unreadable lease", 0, age < EXPIRY)
     alive = age < EXPIRY and not who.get("released")
     if alive and who.get("host") == socket.gethostname() and who.get("boot") == _boot():
         start = _process_start(int(who["pid"]))
@@ -98,11 +102,15 @@ class Lease:
                 return None
             number = present.number + 1 if present else 1
             mine = folder / f".lease-{uuid.uuid4().hex}"
-            mine.write_text(json.dumps(_me()))
+            with open(mine, "w") as file:
+                file.write(json.dumps(_me()))
+                file.flush()
+                os.fsync(file.fileno())
             try:
                 os.link(mine, folder / f"lease.{number}")
             except FileExistsError:
-                continue  # somebody was faster: look again
+                time.sleep(0.1)  # somebody was faster: look again
+                continue
             finally:
                 mine.unlink()
             return cls(folder, number)

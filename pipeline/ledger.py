@@ -131,6 +131,12 @@ def code_of(body: dict[str, Any]) -> dict[str, str]:
     return {d["name"]: d["digest"]["sha256"] for d in dependencies if d["uri"].startswith("atom:code/")}
 
 
+def materials_of(body: dict[str, Any]) -> dict[str, str]:
+    """{role: sha256} of the artifacts that a statement says went in."""
+    dependencies = body["predicate"]["buildDefinition"]["resolvedDependencies"]
+    return {d["name"]: d["digest"]["sha256"] for d in dependencies if d["uri"].startswith("atom:artifact/")}
+
+
 def environment_of(body: dict[str, Any]) -> dict[str, Any]:
     """What the attempt ran in."""
     return dict(body["predicate"]["buildDefinition"]["internalParameters"]["environment"])

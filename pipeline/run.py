@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -45,10 +46,12 @@ def start(graph: Graph, store: Store, selected: list[str], profile: str) -> Run:
         "recipe": identity.name,
         "version": identity.version,
         "recipe_path": str(graph.recipe.path.absolute()),
-        "profile": profile,
+        "profile": str(Path(profile).absolute()) if Path(profile).is_file() else profile,
         "nodes": nodes,
     }
-    (folder / "run.json").write_text(json.dumps(body, indent=1) + "\n")
+    draft = folder / ".run.json"
+    draft.write_text(json.dumps(body, indent=1) + "\n")
+    os.replace(draft, folder / "run.json")
     return Run(run_id, folder, body)
 
 

@@ -113,6 +113,24 @@ class Artifact:
             raise CheckFailed(f"artifact {self.key}: {extra[0]} is not in its manifest")
 
 
+def once(path: Path, make: Callable[[], Any]) -> Any:
+    """A JSON value kept in a work folder, or made now and kept there whole.
+
+    The file begins with the digest of the rest: a damaged one is made again, never believed.
+    """
+    try:
+        digest, _, data = path.read_bytes().partition(b"\n")
+        if digest == sha256_bytes(data).encode():
+            return json.loads(data)
+    except FileNotFoundError:
+        pass
+    data = json.dumps(make()).encode()
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_bytes(sha256_bytes(data).encode() + b"\n" + data)
+    os.replace(draft, path)
+    return json.loads(data)
+
+
 def write_manifest(folder: Path, key: str) -> Artifact:
     """Hashes and flushes every file of a finished folder and writes its manifest."""
     rows = rows_of(folder)

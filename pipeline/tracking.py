@@ -36,8 +36,13 @@ def tracking_uri(store: Store) -> str:
 
 
 def shown_uri(store: Store) -> str:
-    """The tracking URI without the user and password that a database URI may carry."""
-    return re.sub(r"//[^/@]+@", "//", tracking_uri(store))
+    """The tracking URI without the user, password and query that it may carry."""
+    return redacted(tracking_uri(store))
+
+
+def redacted(text: str) -> str:
+    """A text in which no URI carries user, password or query."""
+    return re.sub(r"(\w+://)\S*@", r"\1", re.sub(r"(\w+://[^\s?]+)\?[^\s)]*", r"\1", text))
 
 
 class Forwarder:
@@ -189,7 +194,7 @@ class Background:
                     self.forwarder.sync()
                 self.problem = None
             except Exception as error:  # whatever a tracking server may do, training goes on; the caller prints it
-                self.problem = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                self.problem = redacted(f"{type(error).__name__}: {error}".splitlines()[0][:300])
             if last:
                 return
 

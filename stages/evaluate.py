@@ -13,8 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +21,7 @@ from pydantic import Field
 
 from pipeline.errors import AtomError
 from pipeline.stage import Config, Inputs, Report, Stage
+from pipeline.store import once
 
 if TYPE_CHECKING:
     import torch
@@ -81,13 +80,13 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
     first = _first_token_bits(model, tokenizer)
     for source in sorted({row["source"] for row in documents}):
         rows = [row for row in documents if row["source"] == source]
-        scored += _once(work / f"documents-{source}.json", partial(_bits_of_all, model, tokenizer, first, rows))
+        scored += once(work / f"documents-{source}.json", partial(_bits_of_all, model, tokenizer, first, rows))
         done += len(rows)
         report.progress(done, total, "documents and problems")
 
     answered: list[dict[str, Any]] = []
     for number, batch in enumerate(batches):
-        answered += _once(
+        answered += once(
             work / f"items-{number:05d}.json",
             partial(_answer, model, tokenizer, batch, config.max_new_tokens),
         )
@@ -264,16 +263,6 @@ def _ratio(pairs: list[tuple[float, int]]) -> dict[str, Any]:
 def _binomial(scores: list[int]) -> dict[str, Any]:
     n, p = len(scores), sum(scores) / len(scores)
     return {"value": p, "se": math.sqrt(p * (1 - p) / n), "n": n}
-
-
-def _once(path: Path, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The rows kept in `path`, or made and kept there whole. JSON keeps a double exactly."""
-    if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(make()))
-        os.replace(temporary, path)
-    rows: list[dict[str, Any]] = json.loads(path.read_text())
-    return rows
 
 
 def _read(path: Path, columns: list[str]) -> list[dict[str, Any]]:

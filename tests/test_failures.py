@@ -94,6 +94,54 @@ def test_a_second_digest_of_a_bitwise_stage_is_an_error(smoke_home: Path, tmp_pa
     assert not sealed.exists()
 
 
+def test_a_remade_input_with_other_bytes_is_no_irreproducible_stage(smoke_home: Path, tmp_path: Path) -> None:
+    """Only from equal inputs must equal code give equal bytes."""
+    home = tmp_path / "home"
+    shutil.copytree(smoke_home, home)
+    sealed = next((home / "artifacts").glob("tokenizer-*"))
+    (statement,) = (home / "ledger" / sealed.name).iterdir()
+    body = json.loads(statement.read_bytes())
+    body["subject"][0]["digest"]["sha256"] = "0" * 64
+    for d in body["predicate"]["buildDefinition"]["resolvedDependencies"]:
+        if d["uri"].startswith("atom:artifact/curate-"):
+            d["digest"]["sha256"] = "1" * 64
+    ledger.write(home / "ledger", sealed.name, body)
+    shutil.rmtree(sealed)
+    atom(home, "run", "atom-smoke", "--only", "tokenizer")
+
+
+def test_a_failed_attempt_leaves_no_place_of_the_machine_in_its_statement(tmp_path: Path) -> None:
+    from pipeline.launch.worker import _without_places
+
+    home = tmp_path / "home"
+    text = (
+        f"work checkpoint {home}/work/x/state cannot be written (see /opt/data/text.jsonl, line 2); https://a.org/b/c"
+    )
+    said = _without_places(text, home)
+    assert (
+        said
+        == "work checkpoint $ATOM_HOME/work/x/state cannot be written (see …/text.jsonl, line 2); https://a.org/b/c"
+    )
+    recipe = recipe_with_documents(tmp_path, ['{"text": "cut'])
+    atom(home, "run", recipe, "--until", "acquire-docstrings", code=2)
+    bodies = [path.read_text() for folder in (home / "ledger").iterdir() for path in folder.iterdir()]
+    assert len(bodies) == 1 and str(tmp_path) not in bodies[0] and "text.jsonl" in bodies[0]
+
+
+def test_the_environment_of_a_launcher_around_us_does_not_reach_the_stages(smoke_home: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(smoke_home, home)
+    shutil.rmtree(next((home / "artifacts").glob("export-init-*")))
+    atom(home, "run", "atom-smoke", "--only", "export-init", RANK="0", WORLD_SIZE="2")
+
+
+def test_a_home_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for home in (tmp_path / "file", Path("/proc/nope")):
+        said = atom(home, "run", "atom-smoke", "--until", "items", code=2).stderr
+        assert "cannot be used" in said and said.count("\n") == 1 and "Traceback" not in said
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     """A run whose home is a file system of 300 kB, then the same run with room."""
     home = tmp_path / "home"

@@ -75,3 +75,12 @@ def test_of_many_takers_one_wins(tmp_path: Path) -> None:
         r.kill()
         r.wait()
     assert sorted(said) == ["held"] + ["refused"] * 7
+
+
+def test_a_lease_cut_by_a_crash_counts_until_it_is_old(tmp_path: Path) -> None:
+    (tmp_path / "lease.1").touch()
+    assert Lease.take(tmp_path) is None
+    os.utime(tmp_path / "lease.1", (time.time() - EXPIRY - 1,) * 2)
+    lease = Lease.take(tmp_path)
+    assert lease and lease.number == 2
+    lease.release()

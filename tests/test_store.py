@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import AtomError, CheckFailed
-from pipeline.store import Artifact, Store, digest_of, rows_of, write_manifest
+from pipeline.store import Artifact, Store, digest_of, once, rows_of, write_manifest
 
 
 def folder(path: Path, **files: str) -> Path:
@@ -88,3 +88,18 @@ def test_links_cannot_be_sealed(tmp_path: Path) -> None:
     (out / "link").symlink_to("x")
     with pytest.raises(AtomError, match="regular files only"):
         write_manifest(out, "stage-aaaaaaaaaaaa")
+
+
+def test_work_kept_by_once_is_made_again_when_it_is_damaged(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make() -> list[float]:
+        made.append(1)
+        return [0.1, 2.0]
+
+    path = tmp_path / "rows.json"
+    assert once(path, make) == once(path, make) == [0.1, 2.0] and len(made) == 1
+    for damage in (path.read_bytes()[:-1], path.read_bytes().replace(b"2.0", b"3.0"), b"", b"\xff"):
+        path.write_bytes(damage)
+        assert once(path, make) == [0.1, 2.0]
+    assert len(made) == 5

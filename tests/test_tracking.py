@@ -54,6 +54,15 @@ def test_a_dead_server_stops_nothing_and_gets_everything_later(tmp_path: Path) -
     assert runs(f"sqlite:///{home / 'mlflow.db'}")["items"].info.status == "FINISHED"
 
 
+def test_no_password_of_a_tracking_uri_is_printed(tmp_path: Path) -> None:
+    uri = "http://bob:hunter22@127.0.0.1:9"
+    done = atom(tmp_path, "run", "atom-smoke", "--until", "items", MLFLOW_TRACKING_URI=uri)
+    again = atom(tmp_path, "track", code=2, MLFLOW_TRACKING_URI=uri)
+    assert "did not take everything" in done.stdout and "did not answer" in again.stderr
+    assert "hunter22" not in done.stdout + done.stderr + again.stderr
+    assert not any(b"hunter22" in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+
+
 def test_a_real_server_is_respected(tmp_path: Path) -> None:
     from release.local_hub import free_port
 

@@ -145,6 +145,22 @@ def test_damaged_work_checkpoints(corpus: Path, undisturbed: Path, tmp_path: Pat
         world.pretrain(corpus, work, tmp_path / "out2", world.config())
 
 
+def test_a_damaged_product_in_the_work_folder_is_never_sealed(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        world.pretrain(corpus, work, out, world.config(), world.Reporter(9, signal.SIGTERM))
+    weights = work / "sealed" / "step-000000" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(AtomError, match=r"is damaged .*step-000000/model.safetensors is not what was written"):
+        world.pretrain(corpus, work, out, world.config())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    world.pretrain(corpus, work, out, world.config())
+    assert world.digest(out) == world.digest(undisturbed)
+
+
 def test_a_loss_that_is_not_a_number_stops_the_phase(corpus: Path, tmp_path: Path) -> None:
     settings = world.config(optimizer={"lr": 1e30, "final_lr": 1e3, "warmup_steps": 0})
     with pytest.raises(

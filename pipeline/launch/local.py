@@ -33,6 +33,7 @@ JOB_ENVIRONMENT = {
     "RAYON_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONHASHSEED": "0",
+    "PYTHONUTF8": "1",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -192,3 +193,5 @@ class LocalLauncher:
 def prepare_environment() -> None:
     """Jobs inherit this process's environment: set what bytes depend on before the first one starts."""
     os.environ.update(JOB_ENVIRONMENT)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)  # of a launcher around us, not of the stage's own ranks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -101,7 +102,7 @@ def _attempt(task: Task, store: Store, report: FileReport) -> str:
         return "sealed"
     except (Exception, Interrupted) as error:
         text = _sentence(error, task, store)
-        if not isinstance(error, (AtomError, Interrupted)) and not _disk_full(error):
+        if not isinstance(error, (AtomError, Interrupted, ImportError)) and not _disk_full(error):
             traceback.print_exc()
         print(f"{task.node}: {text}", file=sys.stderr, flush=True)
         attempt.record_failure(text)
@@ -120,9 +121,17 @@ def _sentence(error: BaseException, task: Task, store: Store) -> str:
         return f"the disk that holds {store.home} is full; free some space and run the same command to go on"
     if isinstance(error, AtomError):
         return str(error)
+    if isinstance(error, ImportError) and (error.name or "").split(".")[0] not in ("pipeline", "stages", "release"):
+        return f"stage {task.stage} needs {error.name}; install atom-release[data,train] and run the same command again"
     return f"a bug in stage {task.stage}: {type(error).__name__}: {error}; the traceback is in its log".replace(
         "\n", " "
     )
+
+
+def _without_places(text: str, home: Path) -> str:
+    """A sentence as a statement may keep it: statements are published, and no folder of a machine belongs there."""
+    text = text.replace(str(home), "$ATOM_HOME")
+    return re.sub(r"(?<![\w$./:])/[^\s:;,()'\"]+/([^\s:;,()'\"/]+)", r"…/\1", text)
 
 
 def _disk_full(error: BaseException) -> bool:
@@ -159,18 +168,20 @@ class Attempt:
         """The statement of a failed attempt; its subject is the attempt's events, which are what is left of it."""
         name = f"{self.task.run}/{self.task.node}/events.jsonl"
         try:
-            self._state({name: sha256_file(self.store.logs / name)}, text)
+            self._state({name: sha256_file(self.store.logs / name)}, _without_places(text, self.store.home))
         except OSError as error:  # a full disk: the failure itself is told all the same
             print(f"{self.task.node}: no statement of this attempt: {error}", file=sys.stderr, flush=True)
 
     def _refuse_second_digest(self, made: Artifact) -> None:
-        """A bitwise stage must give the digest that it gave before with this code in this environment."""
+        """A bitwise stage must give the digest that it gave before from these inputs with this code, here."""
         if self.stage.promise != "bitwise":
             return
         here = environment.fingerprint()
         for _, body in ledger.read(self.store.ledger, made.key):
             before = {s["name"]: s["digest"]["sha256"] for s in body["subject"]}.get(made.key)
+            materials = {role: a.digest for role, a in self.materials.items()}
             same = ledger.environment_of(body)["fingerprint"] == here and ledger.code_of(body) == self.code
+            same = same and ledger.materials_of(body) == materials
             if before not in (None, made.digest) and same:
                 raise AtomError(
                     f"{made.key} came out as {made.digest[:12]} but as {before[:12]} before, with the same code in the "

@@ -8,7 +8,6 @@ start-up of some seconds a step.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pydantic import Field
 
 from pipeline.errors import AtomError
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage
+from pipeline.store import once
 from stages.data.curation.settings import AnyStep, CurationSettings
 from stages.data.seeds import seed_of
 from stages.data.table import DISPOSITIONS, KEPT, content_hash, read_table, write_json, write_rows
@@ -113,18 +113,9 @@ def _stepped(
     source: CuratedSource, rows: list[dict[str, Any]], index: ContaminationIndex, work: Path, dispositions: Dispositions
 ) -> tuple[list[Document], dict[str, int]]:
     """The source's own steps and decontamination; the result is kept in `work` for a restart."""
-    import json
-
     from datatrove.data import Document
 
-    done = work / f"steps-{source.name}.json"
-    if done.exists():
-        saved = json.loads(done.read_text("utf-8"))
-    else:
-        saved = _apply(source, rows, index)
-        part = done.with_suffix(".part")
-        part.write_text(json.dumps(saved), "utf-8")
-        os.replace(part, done)
+    saved = once(work / f"steps-{source.name}.json", lambda: _apply(source, rows, index))
     for removal in saved["removed"]:
         dispositions.remove(**removal)
     return [Document(text=text, id=id) for id, text in saved["kept"]], saved["edits"]

@@ -6,9 +6,14 @@ which a token visits `experts_per_token`. No torch here: `atom plan` reads this 
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveInt, model_validator
+from typing import Annotated
+
+from pydantic import Field, model_validator
 
 from pipeline.stage import Config
+
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
+"""A size: above zero, and small enough for every index that Megatron keeps."""
 
 
 class ModelConfig(Config):
@@ -34,12 +39,16 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def _possible(self) -> ModelConfig:
         if self.heads % self.kv_heads:
-            divisors = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
-            nearest = _nearest(divisors, self.kv_heads)
+            nearest = _nearest([n for n in range(1, min(self.heads, 4096) + 1) if self.heads % n == 0], self.kv_heads)
             raise ValueError(f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}; nearest: {nearest}")
         if self.head_dim % 2:
             near = f"{self.head_dim - 1} or {self.head_dim + 1}" if self.head_dim > 1 else "2"
             raise ValueError(f"head_dim = {self.head_dim} is odd, but rotary embedding turns pairs; nearest: {near}")
+        if self.experts_per_token == 1:
+            raise ValueError(
+                "experts_per_token = 1 gives the router no gradient from the loss, since the one weight is always 1; "
+                "nearest: 2"
+            )
         if self.experts_per_token > self.experts:
             raise ValueError(
                 f"experts_per_token = {self.experts_per_token} is more than experts = {self.experts}; "

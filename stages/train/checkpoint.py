@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from pipeline.errors import AtomError
 from pipeline.stage import Report
-from pipeline.store import sha256_file
+from pipeline.store import sha256_bytes, sha256_file
 from stages.model.mcore import TorchDistSaveShardedStrategy, dist_checkpointing, filesystem_async
 from stages.train.engine import Engine
 
@@ -58,7 +58,7 @@ def save(engine: Engine, work: Path, step: int) -> None:
         }
         partial = folder / (MARKER + ".partial")
         with open(partial, "w") as f:
-            json.dump({"step": step, "files": files}, f, indent=1)
+            json.dump({"step": step, "files": files, "product": _product(work)}, f, indent=1)
             f.flush()
             os.fsync(f.fileno())
         os.rename(partial, folder / MARKER)
@@ -76,7 +76,7 @@ def load(engine: Engine, work: Path, report: Report) -> int:
     """
     problems: list[str] = []
     for folder in reversed(_folders(work)):
-        problem = _problem(folder)
+        problem = _problem(folder, work)
         if problem is None:
             step = int(json.loads((folder / MARKER).read_text())["step"])
             engine.load_state(dist_checkpointing.load(engine.state(loading=True), str(folder)))
@@ -100,11 +100,18 @@ def _folders(work: Path) -> list[Path]:
     return sorted((work / "checkpoints").glob("step-*"))
 
 
-def _problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint: None if it is intact, "" if it was never completed."""
+def _product(work: Path) -> dict[str, list[Any]]:
+    """{path: [size, sha256]} of what the phase has produced so far: sealed checkpoints, and the log up to here."""
+    paths = sorted(p for p in (work / "sealed").rglob("*") if p.is_file())
+    paths += [p for p in (work / "training.jsonl",) if p.exists()]
+    return {p.relative_to(work).as_posix(): [p.stat().st_size, sha256_file(p)] for p in paths}
+
+
+def _problem(folder: Path, work: Path) -> str | None:
+    """What is wrong with a checkpoint, or with the product it goes on from: None if nothing, "" if never completed."""
     try:
         marker: dict[str, Any] = json.loads((folder / MARKER).read_text())
-        files = marker["files"]
+        files, product = marker["files"], marker["product"]
     except FileNotFoundError:
         return ""
     except (ValueError, KeyError) as error:
@@ -114,5 +121,10 @@ def _problem(folder: Path) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size or sha256_file(path) != digest:
+            return f"{name} is not what was written"
+    for name, (size, digest) in product.items():
+        path = work / name
+        written = path.read_bytes()[:size] if path.is_file() else b""  # the log has grown since
+        if sha256_bytes(written) != digest:
             return f"{name} is not what was written"
     return None

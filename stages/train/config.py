@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from pipeline.stage import Config, operational
-from stages.model.config import ModelConfig
+from stages.model.config import ModelConfig, PositiveInt
 
 
 class Batch(Config):
