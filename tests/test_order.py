@@ -87,7 +87,7 @@ def test_look_up_by_step_and_by_document(tmp_path: Path, run_stage: Any) -> None
 @pytest.mark.parametrize(
     ("mix", "words"),
     [
-        ({"a": 0.5, "c": 0.5}, r"source c, which the data does not have \(a, b, empty\)"),
+        ({"a": 0.5, "c": 0.5}, r"source c, of which curation left no document \(it left a, b, empty\)"),
         ({"a": 0.5, "b": 0.4}, "sum to 0.9"),
         ({"a": 0.5, "empty": 0.5}, "empty has no training tokens"),
         ({"a": 1.5, "b": -0.5}, "above 0"),

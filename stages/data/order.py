@@ -126,8 +126,11 @@ def _chunks_by_source(path: Path, config: OrderConfig) -> dict[str, dict[str, ND
     chunks = {}
     for name in config.mix:
         if name not in rows:
-            known = ", ".join(rows)
-            raise RecipeError(f"{config.phase}.mix names the source {name}, which the data does not have ({known})")
+            left = ", ".join(rows)
+            raise RecipeError(
+                f"{config.phase}.mix names the source {name}, of which curation left no document (it left {left}); see "
+                "the dispositions, then loosen its steps or take it out of the mix"
+            )
         if not rows[name]:
             raise RecipeError(f"{config.phase}.mix: source {name} has no training tokens; remove it from the mix")
         ordinals, ids, offsets, lengths, silents = zip(*rows[name], strict=True)

@@ -77,10 +77,10 @@ def draw(tasks: dict[str, float], count: int, rng: random.Random) -> list[Proble
 def distinct(task: str, count: int, rng: random.Random) -> list[Problem]:
     """`count` problems of one task with different questions. Raises ValueError if the task has too few."""
     found: dict[str, Problem] = {}
-    for _ in range(100 * count + 1000):
-        if len(found) == count:
-            break
+    misses = 0
+    while len(found) < count and misses < 20 * len(found) + 1000:
         problem = TASKS[task](rng)
+        misses = misses + 1 if problem.question in found else 0
         found.setdefault(problem.question, problem)
     if len(found) < count:
         raise ValueError(f"task {task} gave only {len(found)} different problems of {count}")

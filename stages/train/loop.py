@@ -105,7 +105,8 @@ class Phase:
             self._summarise()
 
     def _check(self, step: int, rows: list[Row], what: str, value: float) -> None:
-        """Stops the phase at a value that is not a number, before it reaches the weights or a checkpoint."""
+        """Stops the phase at a value that is not a number: a loss before the weights move, a gradient norm before any
+        checkpoint is written."""
         if not math.isfinite(value):
             documents = sorted({row.id for row in rows})
             named = ", ".join(documents[:5]) + (f" and {len(documents) - 5} more" if len(documents) > 5 else "")

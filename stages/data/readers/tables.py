@@ -19,7 +19,7 @@ def read_jsonl(files: list[tuple[str, Path]], text_field: str, id_field: str | N
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise AtomError(f"{where}: not a JSON object ({error}); the file is cut short or corrupt") from None
             if not isinstance(row, dict):
                 raise AtomError(f"{where}: a JSON object is expected, not {type(row).__name__}")
@@ -62,7 +62,9 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     yield number, line.decode("utf-8")
-    except (EOFError, OSError, zlib.error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise AtomError(f"{path} cannot be read at line {number} ({error}); it is not UTF-8, or corrupt") from None
+    except (EOFError, OSError, zlib.error) as error:
         raise AtomError(f"{path} cannot be read at line {number + 1} ({error}); it is cut short or corrupt") from None
 
 
