@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import locale
 import os
 import signal
 import sys
@@ -341,6 +342,9 @@ def verify(
 
 def main() -> None:
     """Entry point: our errors become one sentence and an exit code; bugs keep their traceback."""
+    if locale.getpreferredencoding(False).lower().replace("-", "") != "utf8":
+        # Every text file of ours is UTF-8, whatever the terminal's language: start again in Python's UTF-8 mode.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "pipeline.cli", *sys.argv[1:]])
     try:
         app()
     except AtomError as error:

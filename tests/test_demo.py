@@ -81,3 +81,12 @@ def test_building_twice_gives_the_same_bytes(demo_home: Path) -> None:
     before = sums.read_text()
     atom(demo_home, "build", "atom-smoke")
     assert sums.read_text() == before
+
+
+def test_a_terminal_without_utf_8_changes_nothing(demo_home: Path) -> None:
+    old = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    sums = demo_home / "releases" / "atom-smoke-0.1.0" / "evidence" / "SHA256SUMS"
+    before = sums.read_text()
+    atom(demo_home, "build", "atom-smoke", **old)
+    assert sums.read_text() == before
+    assert "verified" in atom(demo_home, "verify", str(sums.parents[1]), **old).stdout
