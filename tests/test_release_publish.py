@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -84,13 +85,7 @@ assert [r.commit for r in again.repositories] == [r.commit for r in report.repos
         report = json.loads(out.stdout.splitlines()[-1])
         rows = [json.loads(line) for line in journal.read_text().splitlines()]
         opened = [row["repo"] for row in rows if row["call"] == "make_public"]
-        assert opened == [
-            "local/tiny-data",
-            "local/tiny-evidence",
-            "local/tiny-checkpoints",
-            "local/tiny-base",
-            "local/tiny",
-        ]
+        assert opened == ["local/tiny" + suffix for suffix in ("-data", "-evidence", "-checkpoints", "-base", "")]
         assert rows[-1]["call"] == "collection" and report["collection"].startswith("local/tiny-0-1-0-")
         assert rows.index(next(r for r in rows if r["call"] == "verified")) < rows.index(
             next(r for r in rows if r["call"] == "make_public")
@@ -184,14 +179,9 @@ def test_what_is_refused_and_in_which_words(client, release: Path, tmp_path: Pat
 
 
 def test_an_endpoint_that_does_not_answer(client) -> None:
-    client(
-        't = said(AtomError, publish, release, "local"); assert "cannot be reached" in t, t',
-        f"http://127.0.0.1:{free_port()}",
-    )
-    client(
-        't = said(AtomError, verify, "local/tiny"); assert "cannot be reached" in t, t',
-        f"http://127.0.0.1:{free_port()}",
-    )
+    for call in ('publish, release, "local"', 'verify, "local/tiny"'):
+        code = f't = said(AtomError, {call}); assert "cannot be reached" in t, t'
+        client(code, f"http://127.0.0.1:{free_port()}")
 
 
 def test_stale_and_dirty_must_be_acknowledged_by_name(tmp_path: Path) -> None:
@@ -207,15 +197,85 @@ def test_stale_and_dirty_must_be_acknowledged_by_name(tmp_path: Path) -> None:
         _publishable(about, "local", True, ["curate"])
 
 
+HEADS = """
+def heads():
+    repos = [("local/tiny" + s, k) for s, k in (("", "model"), ("-base", "model"), ("-checkpoints", "model"),
+                                                ("-data", "dataset"), ("-evidence", "dataset"))]
+    return {r + "@" + b.name: b.target_commit for r, k in repos for b in api().list_repo_refs(r, repo_type=k).branches}
+"""
+
+
 def test_a_version_is_published_once(client, release: Path, tmp_path: Path) -> None:
+    journal = release.with_name("tiny-0.1.0.publish.jsonl")
     with running(tmp_path / "hub") as endpoint:
         client("publish(release, 'local')", endpoint)
+        before = journal.read_bytes()
         (release / "README.md").write_text((release / "README.md").read_text() + "\nMore.\n")
         from release.layout import ALL_SUMS, SUMS, files_below, files_of, repositories, write_sums
 
         write_sums(release / ALL_SUMS, release, [p for p in files_below(release) if p not in (SUMS, ALL_SUMS)])
         write_sums(release / SUMS, release, files_of(release, next(p for p in repositories(release) if not p.folder)))
-        client('t = said(AtomError, publish, release, "local"); assert "raise the recipe\'s version" in t, t', endpoint)
+        client(
+            HEADS
+            + """
+before = heads()
+t = said(AtomError, publish, release, "local"); assert "raise the recipe's version" in t, t
+assert heads() == before
+""",
+            endpoint,
+        )
+        assert journal.read_bytes() == before  # nothing was changed anywhere
+
+
+def test_a_later_version_is_verified_before_a_public_branch_moves(client, release: Path, tmp_path: Path) -> None:
+    source = world.build_input(tmp_path / "run")
+    for root in source.code_roots:
+        (root / "LICENSE").write_text("Another licence.\n")  # it stands in the repository of every model
+    later = builder.build(dataclasses.replace(source, version="0.2.0"), tmp_path / "home")
+    where = f"later = pathlib.Path({str(later)!r})\n" + HEADS
+    with running(tmp_path / "hub") as endpoint:
+        client("publish(release, 'local', public=True)", endpoint)
+        client(
+            where
+            + """
+import release.publish as p
+before, pull = heads(), p.pull
+def damaged(repo, kind, revision, target):
+    pull(repo, kind, revision, target)
+    if repo == "local/tiny": (target / "config.json").write_text("{}")
+p.pull = damaged
+assert "config.json is altered" in said(CheckFailed, publish, later, "local", public=True)
+after = heads()
+assert {name: after[name] for name in before} == before, "a branch that anyone pulls was moved"
+assert {n for n in after if n not in before} >= {"local/tiny@upload-v0.2.0", "local/tiny-checkpoints@upload-v0.2.0-pretrain-step-2"}
+assert verify("local/tiny").ok and verify("local/tiny-evidence").ok
+""",
+            endpoint,
+        )
+        client(
+            where
+            + """
+before = heads()
+report = publish(later, "local", public=True)
+assert not sum(r.files_sent for r in report.repositories), "the staging branches held all of it"
+after = heads()
+assert {r.repo + "@" + r.revision: r.commit for r in report.repositories} == {n: after[n] for n in after}
+assert all(after[n] != before[n] for n in after) and not [n for n in after if "upload-" in n]
+again = publish(later, "local", public=True)
+assert [r.commit for r in again.repositories] == [r.commit for r in report.repositories] and heads() == after
+""",
+            endpoint,
+        )
+        client(
+            """
+for name in ("", "-base", "-data", "-evidence", "-checkpoints"):
+    for revision in ("main", "v0.1.0", "v0.2.0"):
+        assert verify("local/tiny" + name + "@" + revision).ok, (name, revision)
+assert verify("local/tiny-checkpoints@pretrain-step-2").ok
+""",
+            endpoint,
+            token=None,
+        )
 
 
 def test_a_snapshot_in_the_clients_cache_is_verified_as_it_lies(client, release: Path, tmp_path: Path) -> None:
