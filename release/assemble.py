@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def place_code(assembly: Assembly, roots: list[Path]) -> None:
             raise AtomError(
                 f"the package {name} is in none of the code roots; the release must hold the code that made it"
             )
-        for path in sorted((root / name).rglob("*")):
+        for path in _sources(root, name):
             hidden = any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(root).parts)
             if path.is_file() and not hidden and path.suffix in CODE_SUFFIXES:
                 assembly.include(path, f"code/{path.relative_to(root).as_posix()}", "source code")
@@ -140,6 +141,15 @@ def place_code(assembly: Assembly, roots: list[Path]) -> None:
     text = own_licence(roots)
     if text is not None and "code/LICENSE" not in assembly.origins:
         assembly.write("code/LICENSE", text, "licence text of the installed distribution")
+
+
+def _sources(root: Path, package: str) -> list[Path]:
+    """A package's files: in a checkout those that git tracks, so that what lies about there is not published."""
+    if (root / ".git").exists() and shutil.which("git"):
+        listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z", package], capture_output=True, check=False)
+        if listed.returncode == 0:
+            return sorted(root / name for name in listed.stdout.decode().split("\0") if name)
+    return sorted((root / package).rglob("*"))
 
 
 def own_licence(roots: list[Path]) -> bytes | None:

@@ -276,3 +276,20 @@ def test_section_says_what_is_wrong() -> None:
 
     with pytest.raises(ValidationError):
         builder.ReleaseSection.model_validate({"licence": {"weights": "", "data_compilation": "MIT", "code": "MIT"}})
+
+
+def test_what_git_does_not_track_is_not_published_and_makes_the_checkout_dirty(tmp_path: Path) -> None:
+    import subprocess
+
+    from pipeline.environment import git_commit
+    from release.assemble import _sources
+
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "a.py").write_text("")
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "Begin"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    assert git_commit(tmp_path)[1] is False
+    (tmp_path / "pipeline" / "private.yaml").write_text("password: x")
+    assert git_commit(tmp_path)[1] is True
+    assert _sources(tmp_path, "pipeline") == [tmp_path / "pipeline" / "a.py"]
