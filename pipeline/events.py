@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRESS_EVERY = 0.5
+LOG_EVERY = 10.0
 
 
 class FileReport:
@@ -22,7 +23,7 @@ class FileReport:
         self._events = open(folder / "events.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in close())
         self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         self._lock = threading.Lock()
-        self._last_progress = 0.0
+        self._last_progress = self._last_line = 0.0
         self.figures: dict[str, float] = {}
 
     def event(self, kind: str, **values: Any) -> None:
@@ -35,6 +36,9 @@ class FileReport:
         if done >= total or now - self._last_progress >= PROGRESS_EVERY:
             self._last_progress = now
             self.event("progress", done=done, total=total, unit=unit, **figures)
+        if done >= total or now - self._last_line >= LOG_EVERY:
+            self._last_line = now
+            print(f"{done}/{total} {unit}", *(f"{k} {v:.6g}" for k, v in figures.items()), sep="  ", flush=True)
 
     def metric(self, step: int, **values: float) -> None:
         with self._lock:

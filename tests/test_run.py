@@ -131,7 +131,7 @@ def test_status_and_logs_read_the_files(smoke_home: Path) -> None:
     assert [s["state"] for s in body["stages"]] == ["sealed"] * 18
     assert "18 of 18 stages sealed" in atom(smoke_home, "status").stdout
     assert "docstrings:" in atom(smoke_home, "logs", "curate").stdout
-    assert "Job completed successfully" in atom(smoke_home, "logs", "pretrain", "-f").stdout
+    assert "60/60 steps  loss " in atom(smoke_home, "logs", "pretrain", "-f").stdout
     refused = atom(smoke_home, "logs", "pretran", code=2).stderr
     assert refused.startswith("atom: there is no log of stage pretran") and refused.count("\n") == 1
 
