@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 .PHONY: help demo test lint lock clean
 
 help:
-	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 6 minutes)"
+	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 5 minutes with installation)"
 	@echo "make test    linters, types and all tests (about 10 minutes)"
 	@echo "make lint    linters and types only"
 	@echo "make lock    resolve the newest versions that pyproject.toml allows, into constraints.txt"
