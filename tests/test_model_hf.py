@@ -15,11 +15,11 @@ from stages.model.config import ModelConfig
 @st.composite
 def models(draw: st.DrawFn) -> ModelConfig:
     kv_heads, queries = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    experts = draw(st.integers(1, 4))
+    experts = draw(st.integers(2, 4))
     return ModelConfig(
         layers=draw(st.integers(1, 3)), hidden_size=draw(st.integers(1, 9)), heads=kv_heads * queries,
         kv_heads=kv_heads, head_dim=2 * draw(st.integers(1, 3)), experts=experts,
-        experts_per_token=draw(st.integers(1, experts)), expert_ffn_size=draw(st.integers(1, 5)), context_length=16,
+        experts_per_token=draw(st.integers(2, experts)), expert_ffn_size=draw(st.integers(1, 5)), context_length=16,
         tie_embeddings=draw(st.booleans()),
     )  # fmt: skip
 
