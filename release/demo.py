@@ -8,6 +8,7 @@ Every step is the command that a user would type; it is printed before it runs. 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -39,7 +40,8 @@ def main(recipe: str) -> None:
 
     atom("run", recipe)
     atom("build", recipe)
-    print("\nstarting a local Hub that speaks the routes of huggingface.co")
+    print("\nstarting a local Hub, empty, that speaks the routes of huggingface.co")
+    shutil.rmtree(store.home / "hub", ignore_errors=True)  # a Hub keeps a version for good; the demo may be built anew
     with running(store.home / "hub", NAMESPACE, TOKEN) as endpoint:
         hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN}
         atom("publish", str(release), "--to", NAMESPACE, **hub)
