@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import resource
@@ -218,12 +217,3 @@ class Attempt:
         )
         ledger.write(self.store.ledger, self.task.key, body)
         self.report.event("usage", **usage)
-
-
-def main(path: str) -> None:
-    """Runs a task from its JSON file without submitit, for debugging: python -m pipeline.launch.worker TASK.json"""
-    print(work(json.loads(Path(path).read_text())))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
