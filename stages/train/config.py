@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from pipeline.stage import Config, operational
 from stages.model.config import ModelConfig, PositiveInt
+from stages.train.layout import Layout, problem
 
 
 class Batch(Config):
@@ -51,6 +52,9 @@ class PhaseConfig(Config):
     heldout: Heldout
     release_checkpoint_every: PositiveInt = Field(description="steps between checkpoints that are sealed")
     work_checkpoint_every: PositiveInt = operational(1000, "steps between checkpoints that a killed run resumes from")
+    work_checkpoints_kept: PositiveInt = operational(2, "work checkpoints that are kept, the newest ones")
+    hang_seconds: float = operational(1800.0, "a rank that finishes no step for this long is taken to hang")
+    cluster: Layout = operational(Layout(), "how the phase is spread over processes; never part of the key")
 
     @model_validator(mode="after")
     def _possible(self) -> PhaseConfig:
@@ -98,6 +102,9 @@ class TrainConfig(Config):
                 f"sequence_length = {self.phase.sequence_length} is longer than model.context_length = "
                 f"{self.model.context_length}; shorten the sequence or raise the context length"
             )
+        wrong = problem(self.phase.cluster, self.model, self.phase, self.padded_vocab_size)
+        if wrong:
+            raise ValueError(wrong)
         return self
 
 
