@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from pipeline.stage import Config, operational
 from stages.model.config import ModelConfig, PositiveInt
-from stages.train.layout import Layout, problem
+from stages.model.layout import Layout, problem
 
 
 class Batch(Config):
@@ -86,6 +86,11 @@ class PhaseConfig(Config):
     def micro_rows(self) -> int:
         return self.batch.micro_tokens // self.sequence_length
 
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one optimizer step, over all ranks."""
+        return self.batch.global_tokens // self.batch.micro_tokens
+
 
 class TrainConfig(Config):
     """What a pretrain or midtrain stage is given: the recipe's sections, resolved."""
@@ -102,7 +107,7 @@ class TrainConfig(Config):
                 f"sequence_length = {self.phase.sequence_length} is longer than model.context_length = "
                 f"{self.model.context_length}; shorten the sequence or raise the context length"
             )
-        wrong = problem(self.phase.cluster, self.model, self.phase, self.padded_vocab_size)
+        wrong = problem(self.phase.cluster, self.model, self.padded_vocab_size, self.phase.micro_batches)
         if wrong:
             raise ValueError(wrong)
         return self

@@ -8,15 +8,12 @@ both grids cover the same ranks.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from pipeline.stage import Config
 from stages.model.config import ModelConfig, PositiveInt
-
-if TYPE_CHECKING:
-    from stages.train.config import PhaseConfig
 
 
 class Layout(Config):
@@ -49,8 +46,11 @@ class Layout(Config):
         return self.tensor * (2 * self.context if self.context > 1 else 1)
 
 
-def problem(layout: Layout, model: ModelConfig, phase: PhaseConfig, padded_vocab_size: int) -> str | None:
-    """Why this model cannot be trained so, in one sentence that begins with a field of the section; None if it can."""
+def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_batches: int) -> str | None:
+    """Why this model cannot be trained so, in one sentence that begins with a field of the section; None if it can.
+
+    micro_batches: of one optimizer step, over all ranks.
+    """
     for field, size, of, whole in (
         ("tensor", layout.tensor, "heads", model.heads),
         ("tensor", layout.tensor, "kv_heads", model.kv_heads),
@@ -75,7 +75,6 @@ def problem(layout: Layout, model: ModelConfig, phase: PhaseConfig, padded_vocab
         return (f"cluster.expert_tensor = {layout.split_experts} with tensor = {layout.tensor} and expert = 1 would "
                 f"train wrongly without an error: Megatron-core then sums no expert's gradient over the tensor ranks; "
                 f"leave expert_tensor out, or set expert to {layout.tensor}")  # fmt: skip
-    micro_batches = phase.rows // phase.micro_rows
     if micro_batches % layout.data:
         return (f"cluster.ranks = {layout.ranks} makes {layout.data} data-parallel ranks, which cannot share the "
                 f"{micro_batches} micro-batches of a step evenly; use a number that divides them, "
