@@ -29,14 +29,20 @@ def operational(default: Any, description: str) -> Any:
     return Field(default, description=description, json_schema_extra={"identity": False})
 
 
+def added(default: Any, description: str, **rules: Any) -> Any:
+    """A config field that came after keys were given: while it has its default it is left out of the key."""
+    return Field(default, description=description, json_schema_extra={"identity": "unless default"}, **rules)
+
+
 def identity(config: BaseModel) -> dict[str, Any]:
     """The config as plain JSON without its operational fields: the part that goes into the key."""
     out: dict[str, Any] = {}
     for name, info in type(config).model_fields.items():
-        extra = info.json_schema_extra
-        if isinstance(extra, dict) and extra.get("identity") is False:
+        value, extra = getattr(config, name), info.json_schema_extra
+        counts = extra.get("identity", True) if isinstance(extra, dict) else True
+        if counts is False or (counts == "unless default" and value == info.default):
             continue
-        out[name] = _plain(getattr(config, name))
+        out[name] = _plain(value)
     return out
 
 

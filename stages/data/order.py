@@ -2,17 +2,24 @@
 
 The order follows from seed, mix and the table of documents alone. It is an artifact, so that training only follows it,
 any step's documents can be looked up without the corpus, and a release can publish it.
+
+A phase that goes on from a checkpoint gets the order of its remaining steps. Each source's walk goes on where the
+checkpoint stood, so that nothing is read again before its epoch ends; if nothing about the order has changed, the rows
+are the very ones that were to come.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipeline.errors import RecipeError
-from pipeline.stage import Config, Estimate, Inputs, Report, Stage
+from pipeline.errors import AtomError, RecipeError
+from pipeline.stage import Config, Estimate, Inputs, Report, Stage, added
+from pipeline.store import Artifact
 from stages.data.seeds import permutation
 from stages.data.table import ORDER, arrow_schema, read_table, write_json, write_table
 
@@ -33,33 +40,58 @@ class OrderConfig(Config):
     rows: int = Field(ge=1)
     steps: int = Field(ge=1)
     seed: int
+    first_step: int = added(1, "the first step of the order; later than 1 only after a checkpoint")
+
+
+SETTINGS = tuple(name for name in OrderConfig.model_fields if name != "first_step")
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How rows are drawn: from which step on, and how many rows of each source were read before that step.
+
+    The sources are walked through by `seed`, which a checkpoint hands on, so that another seed repeats nothing.
+    """
+
+    first_step: int
+    seed: int
+    rows: dict[str, int] = field(default_factory=dict)
 
 
 def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Seal `order.parquet` (one row for every segment of every step) and `meta.json`.
+    """Seal `order.parquet` (one row for every segment of every step from `first_step` on) and `meta.json`.
 
     inputs["tokens"]: its documents.parquet is read, its shards are not. A document longer than a row is cut into chunks
     of sequence_length + 1 tokens that overlap by one, so that each token but a document's first is a target once.
     Every source is walked through in a seeded permutation of its chunks, a new one each epoch.
-    Raises RecipeError for an unknown or empty source, or shares that do not sum to 1.
+    inputs["continue"], if there: a checkpoint, from whose data position the walks go on.
+    Raises RecipeError for an unknown or empty source, or shares that do not sum to 1; AtomError for a checkpoint of
+    another step.
     """
     import numpy as np
     import pyarrow as pa
 
     names = sorted(config.mix)
     chunks = _chunks_by_source(inputs["tokens"] / "documents.parquet", config)
-    quota = apportion(config.mix, config.rows * config.steps)
+    sizes = {name: len(chunks[name]["ordinal"]) for name in names}
+    walk, start = Walk(1, config.seed), None
+    if "continue" in inputs:
+        walk, start = _go_on(config, inputs["continue"], sizes)
+    quota = apportion(config.mix, config.rows * (config.steps - walk.first_step + 1))
     labels = np.repeat(np.arange(len(names)), [quota[name] for name in names])
-    labels = labels[permutation(len(labels), f"order/{config.phase}/sources", config.seed)]
+    where = f"order/{config.phase}/sources" + (f" from step {walk.first_step}" if walk.first_step > 1 else "")
+    labels = labels[permutation(len(labels), where, config.seed)]
+    past = (config.first_step - walk.first_step) * config.rows  # rows of the walk that the checkpoint has read
 
-    total = len(labels)
+    total = len(labels) - past
     columns = {name: np.zeros(total, np.int64) for name in ("ordinal", "offset", "length", "loss_from")}
-    source = np.array(names, dtype=object)[labels]
+    source = np.array(names, dtype=object)[labels[past:]]
     ids = np.empty(total, dtype=object)
     meta_sources: dict[str, Any] = {}
     for i, name in enumerate(names):
-        places = np.flatnonzero(labels == i)
-        chosen = _walk(len(chunks[name]["ordinal"]), len(places), f"order/{config.phase}/{name}", config.seed)
+        before, places = np.count_nonzero(labels[:past] == i), np.flatnonzero(labels[past:] == i)
+        first = walk.rows.get(name, 0) + int(before)
+        chosen = _walk(sizes[name], first, len(places), f"order/{config.phase}/{name}", walk.seed)
         for column, values in columns.items():
             values[places] = chunks[name][column][chosen]
         ids[places] = chunks[name]["id"][chosen]
@@ -69,20 +101,57 @@ def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Repo
             "tokens": int((length - 1).sum()),
             "loss_tokens": int((length - 1 - loss_from).sum()),
             "documents_seen": len(np.unique(columns["ordinal"][places])),
-            "chunks": len(chunks[name]["ordinal"]),
-            "epochs": round(len(places) / len(chunks[name]["ordinal"]), 6),
+            "chunks": sizes[name],
+            "epochs": round(len(places) / sizes[name], 6),
         }
-    step = np.arange(total) // config.rows + 1
+    step = np.arange(total) // config.rows + config.first_step
     row = np.arange(total) % config.rows
     data = {"step": step, "row": row, "segment": np.zeros(total, np.int64), "source": source, "id": ids, **columns}
     schema = arrow_schema(ORDER)
     table = pa.table([pa.array(data[field.name], field.type) for field in schema], schema=schema)
     write_table(out / "order.parquet", table)
-    meta = config.model_dump(exclude={"seed"}) | {"seed": config.seed, "sources": meta_sources}
+    meta = {name: getattr(config, name) for name in SETTINGS} | {"sources": meta_sources}
+    if start is not None:
+        meta |= {"first_step": config.first_step, "start": start, "walk": walk.__dict__}
     meta["tokens"] = sum(part["tokens"] for part in meta_sources.values())
     write_json(out / "meta.json", meta)
     for name, part in meta_sources.items():
         report.note(f"{name}: {part['rows']} rows, {part['documents_seen']} documents, {part['epochs']:.2f} epochs")
+
+
+def position(meta: Mapping[str, Any], read: Mapping[str, int], step: int) -> dict[str, Any]:
+    """`data_position` of a checkpoint: all that another order needs to go on after `step`.
+
+    meta: the meta.json of the order that was followed; read: how many of its rows, by source, belong to its steps up to
+    `step`. `rows` counts all that the phase has read of each source since its first step, `chunks` is an epoch's rows.
+    """
+    start = meta.get("start", {"rows": {}, "chunks": {}})
+    rows = {name: start["rows"].get(name, 0) + read.get(name, 0) for name in sorted({*start["rows"], *read})}
+    chunks = start["chunks"] | {name: part["chunks"] for name, part in meta["sources"].items()}
+    walk = meta.get("walk", Walk(1, meta["seed"]).__dict__)
+    order = {name: meta[name] for name in SETTINGS} | {"walk": walk}
+    return {"next_step": step + 1, "steps": meta["steps"], "rows": rows, "chunks": chunks, "order": order}
+
+
+def _go_on(config: OrderConfig, checkpoint: Artifact, sizes: Mapping[str, int]) -> tuple[Walk, dict[str, Any]]:
+    """The walk after a checkpoint, and where every source then stands: `rows` read and `chunks` of an epoch.
+
+    A source whose number of chunks is another now (the length of rows or its documents changed) goes on at the same
+    fraction of its epoch.
+    """
+    state = checkpoint.json("state.json")
+    if (state["phase"], state["step"] + 1) != (config.phase, config.first_step):
+        raise AtomError(
+            f"checkpoint {checkpoint.key} stands after step {state['step']} of {state['phase']}, "
+            f"and the order was to begin with step {config.first_step} of {config.phase}"
+        )
+    before = state["data_position"]
+    was, rows, chunks = before["order"], dict(before["rows"]), before["chunks"] | sizes
+    for name in sizes:
+        rows[name] = -(-rows.get(name, 0) * sizes[name] // before["chunks"].get(name, 1))
+    unchanged = all(was[name] == getattr(config, name) for name in SETTINGS) and chunks == before["chunks"]
+    walk = Walk(**was["walk"]) if unchanged else Walk(config.first_step, was["walk"]["seed"], rows)
+    return walk, {"rows": rows, "chunks": chunks}
 
 
 def apportion(shares: dict[str, float], total: int) -> dict[str, int]:
@@ -144,13 +213,14 @@ def _chunks_by_source(path: Path, config: OrderConfig) -> dict[str, dict[str, ND
     return chunks
 
 
-def _walk(size: int, count: int, label: str, seed: int) -> NDArray[np.int64]:
-    """The first `count` indices of a walk through 0..size-1 that is permuted anew in each epoch."""
+def _walk(size: int, first: int, count: int, label: str, seed: int) -> NDArray[np.int64]:
+    """Indices `first` to `first + count - 1` of an endless walk through 0..size-1, permuted anew in each epoch."""
     import numpy as np
 
-    epochs = -(-count // size)
-    parts = [permutation(size, f"{label}/epoch {epoch}", seed) for epoch in range(epochs)]
-    return np.concatenate([*parts, np.zeros(0, np.int64)])[:count]
+    epoch = first // size
+    epochs = range(epoch, -(-(first + count) // size))
+    parts = [permutation(size, f"{label}/epoch {n}", seed) for n in epochs]
+    return np.concatenate([*parts, np.zeros(0, np.int64)])[first - epoch * size :][:count]
 
 
 def documents_of_step(order: Path, step: int) -> pa.Table:
@@ -168,8 +238,8 @@ def _file(order: Path) -> Path:
 
 
 def estimate(config: OrderConfig) -> Estimate:
-    tokens = config.rows * config.steps * config.sequence_length
-    return Estimate(cpu_seconds=2 + config.rows * config.steps / 5e5, tokens=tokens)
+    rows = config.rows * (config.steps - config.first_step + 1)
+    return Estimate(cpu_seconds=2 + rows / 5e5, tokens=rows * config.sequence_length)
 
 
 STAGE = Stage("order", VERSION, OrderConfig, run, promise="bitwise", estimate=estimate)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import AtomError
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage
+from pipeline.store import sha256_file
 from stages.data.table import TOKENIZED, read_table, write_json, write_rows
 from stages.data.tokenizer import END, PAD, load_for_corpus
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-VERSION = 1
+VERSION = 2
 BATCH = 512
 
 
@@ -42,6 +43,7 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
         "vocab_size": vocab_size,
         "pad_id": tokenizer.token_to_id(PAD),
         "eod_id": end,
+        "tokenizer": sha256_file(inputs["tokenizer"] / "tokenizer.json"),
         "tokens": {"train": {}, "heldout": {}},
         "documents": {"train": {}, "heldout": {}},
     }
