@@ -60,7 +60,7 @@ def _graph(recipe: str) -> Graph:
     from pipeline import graph
     from pipeline import recipe as recipes
 
-    return graph.compose(recipes.load(recipe))
+    return graph.compose(recipes.load(recipe), _store())
 
 
 @app.command()
@@ -86,6 +86,8 @@ def plan(
     else:
         _console().print(plan_table(rows))
         for row in rows:
+            for key in row.external.values():
+                print(f"{row.state.name} continues from {key.rsplit('-', 1)[0]} (key {key})")
             if row.state.changed:
                 print(f"{row.state.name} was sealed by other code than today's: {', '.join(row.state.changed)} changed")
 

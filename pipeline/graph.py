@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline import registry
+from pipeline import checkpoints, ledger, registry
+from pipeline.checkpoints import Checkpoint
 from pipeline.codehash import code_digests
 from pipeline.errors import AtomError, RecipeError
-from pipeline.ledger import code_of, sealed
 from pipeline.recipe import Recipe, explain
 from pipeline.stage import Config, Stage, identity
 from pipeline.store import Store, canonical, sha256_bytes
@@ -22,13 +23,17 @@ MODELS = {"init": ("pretrain", 0), "base": ("pretrain", None), "mid": ("midtrain
 
 @dataclass(frozen=True)
 class Node:
-    """One stage of a recipe's graph: its resolved config and the nodes that feed it, by role."""
+    """One stage of a recipe's graph: its resolved config and the nodes that feed it, by role.
+
+    external: keys of artifacts of earlier runs that feed it as well, by role.
+    """
 
     name: str
     stage: Stage
     config: Config
     inputs: dict[str, str]
     key: str
+    external: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,10 @@ class Graph:
                 needed.update(self.nodes[name].inputs.values())
         return needed
 
+    def materials(self, node: Node) -> dict[str, str]:
+        """The keys of all that feeds a node, by role."""
+        return {role: self.nodes[name].key for role, name in node.inputs.items()} | dict(node.external)
+
     def select(self, until: str | None, only: str | None) -> list[str]:
         """The nodes that a command asks for, in order. Raises AtomError for a stage that the recipe does not have."""
         for name in (until, only):
@@ -57,20 +66,25 @@ class Graph:
         return [name for name in self.nodes if name in wanted]
 
 
-def compose(recipe: Recipe) -> Graph:
-    """The graph of a release. Reads the digests of source trees, nothing else. Raises RecipeError."""
+def compose(recipe: Recipe, store: Store) -> Graph:
+    """The graph of a release. Reads the digests of source trees and, if a phase goes on from an earlier run, which
+    checkpoints are sealed. Raises RecipeError.
+    """
     c = recipe.config
     _check_across(recipe)
     nodes: dict[str, Node] = {}
 
-    def add(name: str, stage: str, config: dict[str, Any], **inputs: str) -> None:
+    def add(
+        name: str, stage: str, config: dict[str, Any], external: Mapping[str, str] | None = None, /, **inputs: str
+    ) -> None:
         found = registry.stage(stage)
         try:
             resolved = found.config.model_validate(config)
         except ValidationError as error:
             raise explain(error, found.config, f"{recipe.title}, stage {name}") from None
-        parts = [found.name, found.version, identity(resolved), {r: nodes[n].key for r, n in inputs.items()}]
-        nodes[name] = Node(name, found, resolved, inputs, f"{name}-{sha256_bytes(canonical(parts))[:12]}")
+        keys = {role: nodes[n].key for role, n in inputs.items()} | dict(external or {})
+        key = f"{name}-{sha256_bytes(canonical([found.name, found.version, identity(resolved), keys]))[:12]}"
+        nodes[name] = Node(name, found, resolved, inputs, key, external or {})
 
     data = recipe.data.resolved()
     sources = {s.name: f"acquire-{s.name}" for s in data.sources}
@@ -83,19 +97,41 @@ def compose(recipe: Recipe) -> Graph:
 
     previous: dict[str, str] = {}
     for phase in PHASES:
-        p = getattr(c, phase)
+        p, earlier = getattr(c, phase), {}
+        if p.continue_from:
+            where = f"{recipe.title}: {phase}.continue_from"
+            checkpoint = checkpoints.find(p.continue_from, phase, where, store)
+            _same_beginning(checkpoint, {role: nodes[name].key for role, name in previous.items()}, where, store)
+            p, earlier = p.model_copy(update={"continue_from": str(checkpoint)}), {"continue": checkpoint.key}
         order = {"phase": phase, "mix": p.mix, "sequence_length": p.sequence_length, "rows": p.rows, "steps": p.steps}
-        add(f"order-{phase}", "order", {**order, "seed": c.seed}, tokens="tokenize")
+        order |= {"seed": c.seed, "first_step": p.first_step}
+        add(f"order-{phase}", "order", order, earlier, tokens="tokenize")
         training = {"model": c.model, "phase": p, "padded_vocab_size": c.tokenizer.padded_vocab_size, "seed": c.seed}
-        add(phase, phase, training, tokens="tokenize", order=f"order-{phase}", **previous)
+        add(phase, phase, training, earlier, tokens="tokenize", order=f"order-{phase}", **previous)
         previous = {"init": phase}
 
     for model, (phase, step) in MODELS.items():
         export = {"model": c.model, "padded_vocab_size": c.tokenizer.padded_vocab_size, "step": step}
-        add(f"export-{model}", "export", export, checkpoint=phase, tokenizer="tokenizer")
+        trained = {"checkpoint": phase}
+        if step == 0 and nodes[phase].external:  # a phase that goes on has no step 0
+            export, trained = {**export, "seed": c.seed}, {}
+        add(f"export-{model}", "export", export, tokenizer="tokenizer", **trained)
         measured = {"heldout_documents": c.evaluation.heldout_documents, "max_new_tokens": c.evaluation.max_new_tokens}
         add(f"evaluate-{model}", "evaluate", measured, model=f"export-{model}", curate="curate", items="items")
     return Graph(recipe, nodes)
+
+
+def _same_beginning(checkpoint: Checkpoint, previous: Mapping[str, str], where: str, store: Store) -> None:
+    """Raises RecipeError if the phase of a checkpoint began from another earlier phase than this recipe has: the base
+    model of the release would not be the one that its final model came from."""
+    body = checkpoints.statement(checkpoint.key, store)
+    for role, key in previous.items():
+        began = ledger.material_keys(body).get(role, key) if body else key
+        if began != key:
+            raise RecipeError(
+                f"{where} = {checkpoint} began from {began}, but this recipe's is {key}; take over that recipe's "
+                "sections up to this phase, or start the phase anew"
+            )
 
 
 def _check_across(recipe: Recipe) -> None:
@@ -137,9 +173,9 @@ def states(graph: Graph, store: Store) -> dict[str, State]:
         changed: tuple[str, ...] = ()
         if store.sealed(node.key):
             artifact = store.open(node.key)
-            made = sealed(store.ledger, artifact)
+            made = ledger.sealed(store.ledger, artifact)
             now = code_digests(registry.STAGES[node.stage.name])
-            then = code_of(made[1]) if made else now
+            then = ledger.code_of(made[1]) if made else now
             changed = tuple(sorted(m for m in set(now) | set(then) if now.get(m) != then.get(m)))
             text = "stale" if changed else "sealed"
         out[name] = State(name, node.key, text, changed)

@@ -137,6 +137,13 @@ def materials_of(body: dict[str, Any]) -> dict[str, str]:
     return {d["name"]: d["digest"]["sha256"] for d in dependencies if d["uri"].startswith("atom:artifact/")}
 
 
+def material_keys(body: dict[str, Any]) -> dict[str, str]:
+    """{role: key} of the artifacts that a statement says went in."""
+    dependencies = body["predicate"]["buildDefinition"]["resolvedDependencies"]
+    prefix = "atom:artifact/"
+    return {d["name"]: d["uri"].removeprefix(prefix) for d in dependencies if d["uri"].startswith(prefix)}
+
+
 def environment_of(body: dict[str, Any]) -> dict[str, Any]:
     """What the attempt ran in."""
     return dict(body["predicate"]["buildDefinition"]["internalParameters"]["environment"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,11 @@ from pipeline.stage import Estimate
 
 @dataclass(frozen=True)
 class Row:
-    """One stage of the plan: its state and its estimate."""
+    """One stage of the plan: its state, its estimate, and the artifacts of earlier runs that it needs, by role."""
 
     state: State
     estimate: Estimate
+    external: Mapping[str, str]
 
     def json(self) -> dict[str, Any]:
         e = self.estimate
@@ -29,8 +31,10 @@ class Row:
             "memory_bytes": e.memory_bytes,
             "disk_bytes": e.disk_bytes,
             "parameters": e.parameters,
+            "external": dict(self.external),
         }
 
 
 def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[Row]:
-    return [Row(states[name], graph.nodes[name].stage.estimate(graph.nodes[name].config)) for name in selected]
+    nodes = [graph.nodes[name] for name in selected]
+    return [Row(states[node.name], node.stage.estimate(node.config), node.external) for node in nodes]

@@ -33,9 +33,9 @@ def main(recipe: str) -> None:
     from release.local_hub import running
 
     began = time.monotonic()
-    composed = graph.compose(recipes.load(recipe))
-    identity = composed.recipe.config
     store = Store(Path(os.environ.get("ATOM_HOME") or "runs"))
+    composed = graph.compose(recipes.load(recipe), store)
+    identity = composed.recipe.config
     release = store.home / "releases" / f"{identity.name}-{identity.version}"
 
     atom("run", recipe)

@@ -11,6 +11,7 @@ import yaml
 from pipeline import graph, profile
 from pipeline import recipe as recipes
 from pipeline.errors import RecipeError
+from pipeline.store import Store
 
 SMOKE = recipes.find("atom-smoke", "pipeline.recipes", "recipe")
 
@@ -57,7 +58,7 @@ def write(path: Path, **changes: Any) -> str:
 )  # fmt: skip
 def test_one_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RecipeError) as error:
-        graph.compose(recipes.load(write(tmp_path / "r.yaml", **changes)))
+        graph.compose(recipes.load(write(tmp_path / "r.yaml", **changes)), Store(tmp_path))
     assert str(error.value).startswith(sentence), str(error.value)
     assert "\n" not in str(error.value)
 
@@ -80,7 +81,7 @@ def test_not_yaml_and_not_there(tmp_path: Path) -> None:
 
 
 def keys(reference: str) -> dict[str, str]:
-    return {name: node.key for name, node in graph.compose(recipes.load(reference)).nodes.items()}
+    return {name: node.key for name, node in graph.compose(recipes.load(reference), Store(Path("none"))).nodes.items()}
 
 
 def changed(tmp_path: Path, **changes: Any) -> set[str]:

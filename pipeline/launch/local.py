@@ -49,6 +49,12 @@ def require_inputs(graph: Graph, store: Store, selected: list[str]) -> None:
                 raise AtomError(
                     f"stage {name} needs {source}, which is not sealed; run that first, or use --until {name}"
                 )
+        for key in graph.nodes[name].external.values():
+            if not store.sealed(key):
+                raise AtomError(
+                    f"stage {name} needs {key} of an earlier run, which is not sealed under {store.artifacts}; run "
+                    "that recipe here first, or copy the artifact and its folder of the ledger"
+                )
 
 
 @dataclass
@@ -114,7 +120,7 @@ class LocalLauncher:
         return kind(f"stage {name} failed: {text} (log: atom logs {name})")
 
     def _ready(self, node: Node) -> bool:
-        if not all(self.store.sealed(self.graph.nodes[n].key) for n in node.inputs.values()):
+        if not all(self.store.sealed(key) for key in self.graph.materials(node).values()):
             return False
         folder = self.store.work(node.key)
         present = holder(folder) if folder.exists() else None
@@ -131,7 +137,7 @@ class LocalLauncher:
             node=node.name,
             stage=node.stage.name,
             config=node.config.model_dump(mode="json"),
-            inputs={role: self.graph.nodes[name].key for role, name in node.inputs.items()},
+            inputs=self.graph.materials(node),
             key=node.key,
             watts_per_core=self.profile.power.watts_per_core,
         )

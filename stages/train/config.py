@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import Field, NonNegativeInt, model_validator
 
-from pipeline.stage import Config, operational
+from pipeline.stage import Config, added, operational
 from stages.model.config import ModelConfig, PositiveInt
 from stages.model.layout import Layout, problem
 
@@ -50,6 +52,9 @@ class PhaseConfig(Config):
     steps: PositiveInt
     optimizer: Optimizer
     heldout: Heldout
+    continue_from: str | None = added(
+        None, "a release checkpoint of an earlier run, such as pretrain@1200: only the steps after it are trained"
+    )
     release_checkpoint_every: PositiveInt = Field(description="steps between checkpoints that are sealed")
     work_checkpoint_every: PositiveInt = operational(1000, "steps between checkpoints that a killed run resumes from")
     work_checkpoints_kept: PositiveInt = operational(2, "work checkpoints that are kept, the newest ones")
@@ -72,10 +77,22 @@ class PhaseConfig(Config):
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of steps = {self.steps} to "
                 f"train at the full rate; use at most {self.steps - 1}"
             )
+        if self.continue_from and not re.fullmatch(r"[a-z][a-z0-9-]*@[1-9][0-9]{0,11}", self.continue_from):
+            raise ValueError(f"continue_from = {self.continue_from} is no checkpoint; write it as in pretrain@1200")
+        if self.first_step > self.steps:
+            raise ValueError(
+                f"steps = {self.steps} leaves nothing to train after {self.continue_from}; "
+                f"use at least {self.first_step}, since steps are counted from the beginning of the phase"
+            )
         for source, share in self.mix.items():
             if share <= 0:
                 raise ValueError(f"mix.{source} = {share} is not a positive share; leave the source out instead")
         return self
+
+    @property
+    def first_step(self) -> int:
+        """The first step that is trained; 1 unless the phase goes on from a checkpoint."""
+        return int(self.continue_from.rsplit("@")[1]) + 1 if self.continue_from else 1
 
     @property
     def rows(self) -> int:

@@ -16,9 +16,10 @@ BYTES_PER_PARAMETER = 18
 def estimate(config: TrainConfig) -> Estimate:
     phase, model = config.phase, config.model
     parameters = model.parameters(config.padded_vocab_size)
-    tokens = phase.steps * phase.batch.global_tokens
+    steps = phase.steps - phase.first_step + 1
+    tokens = steps * phase.batch.global_tokens
     flops = tokens * model.flops_per_token(config.padded_vocab_size, phase.sequence_length)
-    checkpoints = 2 + phase.steps // phase.release_checkpoint_every
+    checkpoints = 2 + steps // phase.release_checkpoint_every
     return Estimate(
         cpu_seconds=flops / CPU_FLOPS,
         tokens=tokens,
