@@ -1,0 +1,27 @@
+"""The benchmarks run, compare the same thing, and end in one JSON object; their timings decide nothing here."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_training_benchmark() -> None:
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "train.py"), "--quick"], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    *table, last = run.stdout.splitlines()
+    result = json.loads(last)
+    assert set(result) == {"name", "ratio", "low", "high", "target", "unit", "machine"}
+    assert result["name"] == "train" and 0 < result["low"] <= result["ratio"] <= result["high"]
+    # the same model from the same weights on the same rows, and after some steps still so
+    losses = {line.split()[0]: [float(x) for x in re.findall(r"\d+\.\d{6}", line)] for line in table}
+    assert len(losses["ours"]) == 2
+    for ours, theirs in zip(losses["ours"], losses["transformers"], strict=True):
+        assert abs(ours - theirs) < 1e-4
