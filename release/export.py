@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipeline.errors import AtomError, CheckFailed
-from pipeline.stage import Config, Estimate, Inputs, Report, Stage
+from pipeline.stage import Config, Estimate, Inputs, Report, Stage, added
 from pipeline.store import Artifact
 from stages.model.config import ModelConfig
 
@@ -40,12 +40,14 @@ class ExportConfig(Config):
     model: ModelConfig
     padded_vocab_size: PositiveInt
     step: NonNegativeInt | None = Field(None, description="which sealed checkpoint; null: the last")
+    seed: NonNegativeInt | None = added(None, "exports random weights of this seed instead of a checkpoint")
     parity_tolerance: float = Field(1e-4, gt=0, description="largest allowed difference of any fp32 logit")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the exported weights")
 
 
 def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["checkpoint"]: a pretrain or midtrain artifact; inputs["tokenizer"]: the tokenizer artifact.
+    """inputs["checkpoint"]: a pretrain or midtrain artifact, unless the config has a seed; inputs["tokenizer"]: the
+    tokenizer artifact.
 
     Fills `out` with model/ (config.json, model.safetensors, generation_config.json, the tokenizer's files) and
     parity.json. Raises CheckFailed if the export is not the checkpoint's model, AtomError if the step is not there.
@@ -53,6 +55,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     import torch
 
     from stages.model import hf
+    from stages.model.init import full_tensor
     from stages.train import sealed
 
     folder = out / "model"
@@ -62,10 +65,12 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     if vocab_size > config.padded_vocab_size:
         raise AtomError(f"the tokenizer has {vocab_size} tokens, more than padded_vocab_size = "
                         f"{config.padded_vocab_size}; raise it in the recipe")  # fmt: skip
-    tensors = {
-        name: t.to(getattr(torch, config.dtype))
-        for name, t in sealed.load_tensors(_checkpoint(inputs["checkpoint"], config.step) / sealed.MODEL).items()
-    }
+    if config.seed is None:
+        found = sealed.load_tensors(_checkpoint(inputs["checkpoint"], config.step) / sealed.MODEL)
+    else:
+        shapes, seed = config.model.shapes(config.padded_vocab_size), config.seed
+        found = {name: full_tensor(name, shape, config.model, seed) for name, shape in shapes.items()}
+    tensors = {name: t.to(getattr(torch, config.dtype)) for name, t in found.items()}
     sealed.save_tensors(folder / WEIGHTS, hf.to_hf(tensors, config.model, vocab_size))
     stops = [ids[token] for token in STOPS]
     _write(folder / "config.json", hf.hf_config(config.model, vocab_size, stops[0], ids[PAD], config.dtype))
