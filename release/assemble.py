@@ -90,9 +90,11 @@ def placement(node: str, artifact: Artifact) -> Iterator[tuple[str, str]]:
             yield path, f"dataset/tokens/{path}"
         elif kind == "order":
             yield path, f"dataset/order/{which}/{path}"
+        elif "@" in node:
+            phase, step = node.split("@")
+            yield path, f"checkpoints/{phase}-step-{step}/{name}"
         elif node in TRAINING and path.startswith("step-"):
-            step = int(path.split("/")[0].removeprefix("step-"))
-            yield path, f"checkpoints/{node}-step-{step}/{name}"
+            yield path, f"checkpoints/{node}-step-{int(path.split('/')[0].removeprefix('step-'))}/{name}"
         elif node in TRAINING:
             yield path, f"evidence/training/{node}/{path}"
         elif kind == "export" and path == "parity.json":
@@ -115,6 +117,17 @@ def place_artifacts(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> No
         assembly.include(manifest, f"evidence/manifests/{node}.json", f"manifest of {artifact.key}")
         for file, target in placement(node, artifact):
             assembly.copy(node, artifact, file, target)
+
+
+def place_earlier(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> None:
+    """What the training went on from: checkpoints stand among the others, data by their keys in dataset/earlier/."""
+    for key, artifact in sorted(artifacts.items()):
+        assembly.include(artifact.path / "manifest.json", f"evidence/manifests/{key}.json", f"manifest of {key}")
+        for file, target in placement(key.rsplit("-", 1)[0], artifact):
+            if target.startswith("dataset/"):
+                assembly.copy(key, artifact, file, f"dataset/earlier/{key}/{file}")
+            elif target.startswith("checkpoints/") and "@" in key:
+                assembly.copy(key, artifact, file, target)
 
 
 def place_code(assembly: Assembly, roots: list[Path]) -> None:

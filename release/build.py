@@ -48,6 +48,7 @@ class BuildInput:
     """All that a release is made of. The engine fills it; nothing here knows graphs or recipes' schemas.
 
     recipe: the resolved recipe as JSON, with its sections `evaluation` and `release`. artifacts: by node name.
+    earlier: by key, artifacts of earlier runs that the training went on from, and what those came from.
     statements: in-toto statement files, those of failed attempts too. metrics: metrics.jsonl by node.
     environment: versions. code_roots: folders that hold the packages. stale: nodes made by other code than today's.
     machine_paths: folders of this machine that must not be named in a published file.
@@ -65,6 +66,7 @@ class BuildInput:
     commit: str | None = None
     dirty: bool = False
     stale: list[str] = field(default_factory=list)
+    earlier: dict[str, Artifact] = field(default_factory=dict)
     machine_paths: list[Path] = field(default_factory=list)
 
 
@@ -133,6 +135,7 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
 
     made = assemble.Assembly(folder)
     assemble.place_artifacts(made, source.artifacts)
+    assemble.place_earlier(made, source.earlier)
     assemble.place_code(made, source.code_roots)
     for name, content in sorted(source.recipe_files.items()):
         made.write(f"code/as-run/{name}", content, "recipe file as run")
@@ -148,9 +151,10 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     data = facts.data_facts(folder / "dataset")
     models = {name: facts.model_facts(folder / name) for name in render.FINAL}
     steps = facts.checkpoint_facts(folder / "checkpoints")
+    changes = facts.interventions(steps)
     licence, why = release["licence"], "card from the published files"
     for name, model in models.items():
-        made.write(f"{name}/README.md", render.model_card(name, release, model, data).encode(), why)
+        made.write(f"{name}/README.md", render.model_card(name, release, model, data, changes).encode(), why)
     made.write("dataset/README.md", render.data_card(release, data).encode(), why)
     card = render.plain_card("checkpoints", release, licence["weights"], checkpoints=tables.checkpoints(steps))
     made.write("checkpoints/README.md", card.encode(), why)
@@ -165,7 +169,7 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
         made.write(f"{place.folder}/LICENSE".lstrip("/"), text, "licence")
     made.origins[ORIGINS] = {"generated": "release.build"}
     (folder / ORIGINS).write_bytes(assemble.to_json(made.origins))
-    return gates.Context(folder, release, _evaluation(source.recipe), data, models, source.machine_paths)
+    return gates.Context(folder, release, _evaluation(source.recipe), data, models, source.machine_paths, changes)
 
 
 def _evaluation(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -142,8 +142,9 @@ def data_card(dataset: Path) -> list[str]:
 def cards(folder: Path) -> list[str]:
     wrong = [f"{name}/{text}" for name, final in render.FINAL.items() for text in model_card(folder / name, final)]
     shown = render.data_tables(facts.data_facts(folder / "dataset"))
+    changes = facts.interventions(facts.checkpoint_facts(folder / "checkpoints"))
     for name in render.FINAL:
         card = (folder / name / "README.md").read_text()
-        own = {key: shown[key] for key in ("sources", "funnel", "order")}
+        own = {key: shown[key] for key in ("sources", "funnel", "order")} | render.intervention_tables(name, changes)
         wrong += [f"{name}/README.md lacks the line {line!r}" for line in render.wrong_tables(card, own)]
     return wrong + [f"dataset/{text}" for text in data_card(folder / "dataset") + scores(folder / "dataset")]

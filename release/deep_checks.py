@@ -38,10 +38,14 @@ def documents(dataset: Path) -> list[str]:
 def order(dataset: Path) -> list[str]:
     """Every segment of the order lies inside a training document, and no held-out document was trained on."""
     columns = ["source", "split", "ordinal", "id", "tokens"]
-    known = {(r["source"], r["ordinal"], r["id"]): r for r in facts.rows(dataset / "tokens/documents.parquet", columns)
-             if r["split"] == "train"}  # fmt: skip
+    earlier = sorted((dataset / "earlier").glob("order-*/order.parquet"))
+    current = dataset / "tokens/documents.parquet"
+    # An earlier run may have had other documents: then they are beside its order.
+    tables = [*(dataset / "earlier").glob("tokenize-*/documents.parquet"), current]
     wrong = []
-    for path in sorted((dataset / "order").glob("*/order.parquet")):
+    for path in sorted((dataset / "order").glob("*/order.parquet")) + earlier:
+        known = {(r["source"], r["ordinal"], r["id"]): r for table in (tables if path in earlier else [current])
+                 for r in facts.rows(table, columns) if r["split"] == "train"}  # fmt: skip
         name, last = path.relative_to(dataset).as_posix(), (0, 0, -1)
         for row in facts.rows(path, ["step", "row", "segment", "source", "ordinal", "id", "offset", "length"]):
             document = known.get((row["source"], row["ordinal"], row["id"]))
@@ -110,10 +114,8 @@ def reload(models: list[Path]) -> list[str]:
 
 def code(folder: Path) -> list[str]:
     """The published source files are those that the statements of the published artifacts name, stale ones apart."""
-    from release.checks import read_manifests
-
-    stale = set(facts.read_json(folder / "evidence/release.json")["stale"])
-    current = {m["key"] for node, m in read_manifests(folder).items() if node not in stale}
+    release = facts.read_json(folder / "evidence/release.json")
+    current = {made["key"] for node, made in release["nodes"].items() if node not in release["stale"]}
     said: dict[str, set[str]] = {}
     for path in sorted((folder / "evidence/statements").rglob("*.json")):
         body = facts.read_json(path)

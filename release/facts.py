@@ -53,7 +53,10 @@ def data_facts(dataset: Path) -> Facts:
         sources[name]["tokens"] = dict(sorted(counts.items()))
     return {
         "sources": sources,
-        "order": {p.parent.name: order_facts(p) for p in sorted((dataset / "order").glob("*/order.parquet"))},
+        "order": {
+            p.name: order_facts([*_earlier_orders(dataset, p.name), p])
+            for p in sorted(path.parent for path in (dataset / "order").glob("*/order.parquet"))
+        },
         "problems": dict(
             sorted(Counter(r["task"] for r in rows(dataset / "evaluation/items.parquet", ["task"])).items())
         ),
@@ -63,8 +66,26 @@ def data_facts(dataset: Path) -> Facts:
     }
 
 
-def order_facts(path: Path) -> Facts:
-    """Steps, and rows, predicted tokens and documents by source, of one phase's order index.
+def _earlier_orders(dataset: Path, phase: str) -> list[Path]:
+    """The orders of earlier runs that a phase followed before its own, the first one first."""
+    metas = {p.parent: read_json(p) for p in (dataset / "earlier").glob("order-*/meta.json")}
+    own = [folder for folder, meta in metas.items() if meta["phase"] == phase]
+    return sorted(own, key=lambda folder: int(metas[folder].get("first_step", 1)))
+
+
+def order_facts(folders: list[Path]) -> Facts:
+    """Steps of one phase, and what each part of them read: one part, unless it went on from an earlier run.
+
+    folders: the order indices that were followed one after the other, each up to where the next begins.
+    """
+    first = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
+    ends: list[int | None] = [step - 1 for step in first[1:]] + [None]
+    parts = [_part(folder / "order.parquet", end) for folder, end in zip(folders, ends, strict=True)]
+    return {"steps": parts[-1]["last_step"], "parts": parts}
+
+
+def _part(path: Path, end: int | None) -> Facts:
+    """Rows, predicted tokens and documents by source of the steps of an order index up to `end`.
 
     A segment of n tokens predicts n - 1 of them.
     """
@@ -72,6 +93,8 @@ def order_facts(path: Path) -> Facts:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path, columns=["step", "source", "id", "length"])
+    if end is not None:
+        table = table.filter(pc.field("step") <= end)
     grouped = table.group_by("source").aggregate([("length", "sum"), ("length", "count"), ("id", "count_distinct")])
     by_source = {
         row["source"]: {
@@ -81,7 +104,8 @@ def order_facts(path: Path) -> Facts:
         }
         for row in grouped.to_pylist()
     }
-    return {"steps": pc.max(table["step"]).as_py(), "by_source": dict(sorted(by_source.items()))}
+    steps = pc.min_max(table["step"]).as_py()
+    return {"first_step": steps["min"], "last_step": steps["max"], "by_source": dict(sorted(by_source.items()))}
 
 
 def scores_of(folder: Path) -> Facts:
@@ -129,6 +153,38 @@ def checkpoint_facts(checkpoints: Path) -> list[Facts]:
         phase, _, step = path.parent.name.rpartition("-step-")
         found.append({"branch": path.parent.name, "phase": phase, "step": int(step), "state": read_json(path)})
     return sorted(found, key=lambda row: (row["phase"] != "pretrain", row["phase"], row["step"]))
+
+
+def interventions(checkpoints: list[Facts]) -> list[Facts]:
+    """Where a phase went on from a checkpoint of an earlier run, and which settings are others from there on.
+
+    checkpoints: what `checkpoint_facts` gives. by: key of the phase that trained the steps up to `step`; changes:
+    [setting, before, after].
+    """
+    states = {(row["phase"], row["step"]): row["state"] for row in checkpoints}
+    found: dict[tuple[str, int], Facts] = {}
+    for (phase, _), state in sorted(states.items()):
+        now = _settings(state)
+        by, _, step = now.pop("continue_from", "").partition("@")
+        if by:
+            before = _settings(states[phase, int(step)])
+            before.pop("continue_from", None)
+            names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+            changes = [[name, before.get(name), now.get(name)] for name in names]
+            found[phase, int(step)] = {"phase": phase, "step": int(step), "by": by, "changes": changes}
+    return sorted(found.values(), key=lambda row: (row["phase"] != "pretrain", row["phase"], row["step"]))
+
+
+def _settings(state: Facts) -> dict[str, Any]:
+    config = dict(state.get("config", {}))
+    return _flat(config.pop("phase", {})) | _flat(config)
+
+
+def _flat(config: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names, as the recipe's section has them."""
+    if not isinstance(config, dict):
+        return {name: config}
+    return {k: v for part, value in config.items() for k, v in _flat(value, f"{name}.{part}".strip(".")).items()}
 
 
 def _product(shape: list[int]) -> int:

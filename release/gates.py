@@ -9,7 +9,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Context:
     data: facts.Facts
     models: dict[str, facts.Facts]
     machine: list[Path]
+    interventions: list[facts.Facts] = field(default_factory=list)
 
 
 def export_parity(c: Context) -> Gate:
@@ -134,7 +135,10 @@ def checkpoints_and_order(c: Context) -> Gate:
             )
         if phase not in c.data["order"]:
             return Gate("checkpoints_and_order", False, f"no order index of {phase}; run its order stage")
-        steps = c.data["order"][phase]["steps"]
+        steps, parts = c.data["order"][phase]["steps"], c.data["order"][phase]["parts"]
+        if parts[0]["first_step"] != 1:
+            text = f"the order of {phase} begins with step {parts[0]['first_step']}"
+            return Gate("checkpoints_and_order", False, f"{text}; the order that the checkpoint followed is missing")
         if own[-1]["step"] != steps:
             text = f"the last checkpoint of {phase} is step {own[-1]['step']}, the order has {steps} steps"
             return Gate("checkpoints_and_order", False, f"{text}; finish the training stage")
@@ -158,7 +162,8 @@ def learning(c: Context) -> list[Gate]:
     def accuracy(phase: facts.Facts) -> float:
         return float(phase["accuracy_all"]["value"])
 
-    read = {ALL, *c.data["order"].get("pretrain", {}).get("by_source", ())}
+    parts = c.data["order"].get("pretrain", {}).get("parts", ())
+    read = {ALL, *(source for part in parts for source in part["by_source"])}
     learned = _changes(bits(init), bits(base), read)
     kept = _changes(bits(base), bits(mid), set(bits(base)) | set(bits(mid)))
     gain, needed = accuracy(mid) - accuracy(base), c.evaluation["min_accuracy_gain"]
@@ -204,7 +209,9 @@ def cards(c: Context) -> Gate:
     """Rendering the cards again from the published files gives the same bytes, and their scores are as measured."""
     wrong = checks.cards(c.folder)
     for folder, model in c.models.items():
-        if (c.folder / folder / "README.md").read_text() != render.model_card(folder, c.release, model, c.data):
+        if (c.folder / folder / "README.md").read_text() != render.model_card(
+            folder, c.release, model, c.data, c.interventions
+        ):
             wrong.append(f"{folder}/README.md is not what the artifacts give")
     if (c.folder / "dataset/README.md").read_text() != render.data_card(c.release, c.data):
         wrong.append("dataset/README.md is not what the artifacts give")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pipeline
 from pipeline import environment, ledger
 from pipeline.errors import AtomError
 from pipeline.graph import Graph, states
 from pipeline.stage import identity
-from pipeline.store import Store
+from pipeline.store import Artifact, Store
 from release.build import BuildInput
 
 
@@ -21,16 +22,11 @@ def build_input(graph: Graph, store: Store) -> BuildInput:
         more = f" and {len(missing) - 1} more stages are" if len(missing) > 1 else " is"
         raise AtomError(f"{missing[0]}{more} not sealed yet; run `atom run {graph.recipe.path.stem}` first")
     artifacts = {name: store.open(node.key) for name, node in graph.nodes.items()}
+    earlier = _earlier(graph, store)
     statements, metrics = [], {}
-    for name, artifact in artifacts.items():
-        made = ledger.sealed(store.ledger, artifact)
-        if made is None:
-            raise AtomError(
-                f"artifact {artifact.key} has no statement in {store.ledger}; "
-                f"remove {artifact.path} and run the recipe again"
-            )
+    for name, artifact in {**artifacts, **earlier}.items():
         statements += [path for path, _ in ledger.read(store.ledger, artifact.key)]
-        curves = store.logs / ledger.invocation(made[1]) / "metrics.jsonl"
+        curves = store.logs / ledger.invocation(_statement(store, artifact)) / "metrics.jsonl"
         if curves.exists():
             metrics[name] = curves
     root = Path(pipeline.__path__[0]).parent  # a checkout, or the site-packages folder of a wheel
@@ -41,6 +37,7 @@ def build_input(graph: Graph, store: Store) -> BuildInput:
         recipe={**identity(graph.recipe.config), "data_recipe": identity(graph.recipe.data)},
         recipe_files=graph.recipe.files,
         artifacts=artifacts,
+        earlier=earlier,
         statements=statements,
         metrics=metrics,
         environment=environment.describe(),
@@ -50,3 +47,32 @@ def build_input(graph: Graph, store: Store) -> BuildInput:
         stale=[s.name for s in states(graph, store).values() if s.text == "stale"],
         machine_paths=[store.home, root, Path.home(), Path(sys.prefix)],
     )
+
+
+def _earlier(graph: Graph, store: Store) -> dict[str, Artifact]:
+    """{key: artifact} of what earlier runs made and this one goes on from: checkpoints, and all that they came from."""
+    own = {node.key for node in graph.nodes.values()}
+    wanted = [key for node in graph.nodes.values() for key in node.external.values()]
+    found: dict[str, Artifact] = {}
+    while wanted:
+        key = wanted.pop()
+        if key in own or key in found:
+            continue
+        if not store.sealed(key):
+            raise AtomError(
+                f"{key} of an earlier run, which this one goes on from, is not sealed under {store.artifacts}; "
+                "run the recipe that made it, or copy the artifact and its folder of the ledger"
+            )
+        found[key] = store.open(key)
+        wanted += ledger.material_keys(_statement(store, found[key])).values()
+    return dict(sorted(found.items()))
+
+
+def _statement(store: Store, artifact: Artifact) -> dict[str, Any]:
+    made = ledger.sealed(store.ledger, artifact)
+    if made is None:
+        raise AtomError(
+            f"artifact {artifact.key} has no statement in {store.ledger}; "
+            f"remove {artifact.path} and run the recipe again"
+        )
+    return made[1]

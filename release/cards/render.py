@@ -77,7 +77,13 @@ def data_tables(data: Facts) -> dict[str, list[str]]:
     }
 
 
-def model_card(folder: str, release: Facts, model: Facts, data: Facts) -> str:
+def intervention_tables(folder: str, interventions: list[Facts]) -> dict[str, list[str]]:
+    """Where training went on from an earlier run, as far as it made this model."""
+    own = [row for row in interventions if folder == "model" or row["phase"] == "pretrain"]
+    return {"interventions": tables.interventions(own)}
+
+
+def model_card(folder: str, release: Facts, model: Facts, data: Facts, interventions: list[Facts]) -> str:
     """The card of `model` or `model-base`. `release` is evidence/release.json."""
     hub = load()
 
@@ -95,7 +101,7 @@ def model_card(folder: str, release: Facts, model: Facts, data: Facts) -> str:
         tags=["mixture-of-experts", "open-data", "reproducible"],
         eval_results=model_index(model["scores"][FINAL[folder]], dataset),
     )
-    shown = _lines({**model_tables(model), **data_tables(data)})
+    shown = _lines({**model_tables(model), **data_tables(data), **intervention_tables(folder, interventions)})
     text = hub.ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "model.md.jinja"),
@@ -132,6 +138,7 @@ def data_card(release: Facts, data: Facts) -> str:
         release=release,
         prefix=f"{release['namespace']}/{release['name']}",
         sources=list(data["sources"]),
+        earlier=any(len(phase["parts"]) > 1 for phase in data["order"].values()),
         t=_lines(data_tables(data)),
     )
     return _tidy(str(text))

@@ -113,11 +113,31 @@ def order(data: Facts) -> list[str]:
     """What each training phase saw, from the order index."""
     body = []
     for phase, row in data["order"].items():
-        for name, seen in row["by_source"].items():
-            body.append(
-                [phase, count(row["steps"]), name, count(seen["rows"]), count(seen["tokens"]), count(seen["documents"])]
-            )
+        for part in row["parts"]:
+            first, last = part["first_step"], part["last_step"]
+            label = phase if len(row["parts"]) == 1 else f"{phase}, steps {count(first)} to {count(last)}"
+            for name, seen in part["by_source"].items():
+                seen_in = [count(seen[key]) for key in ("rows", "tokens", "documents")]
+                body.append([label, count(last - first + 1), name, *seen_in])
     return table(["phase", "steps", "source", "rows", "tokens predicted", "different documents"], body)
+
+
+def interventions(rows: list[Facts]) -> list[str]:
+    """One line for each time that a phase went on from a checkpoint of an earlier run."""
+    lines = []
+    for row in rows:
+        changes = ", ".join(f"`{name}` {_shown(before)} → {_shown(after)}" for name, before, after in row["changes"])
+        what = f"with other settings: {changes}" if changes else "with the same settings"
+        lines.append(
+            f"- {row['phase']}: steps 1 to {count(row['step'])} by `{row['by']}`; "
+            f"from step {count(row['step'] + 1)} on {what}."
+        )
+    return lines
+
+
+def _shown(value: Any) -> str:
+    """A setting as a recipe has it; one that is not set is the default, or a source that is not read."""
+    return "not set" if value is None else str(value)
 
 
 def checkpoints(rows: list[Facts]) -> list[str]:
