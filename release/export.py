@@ -149,8 +149,8 @@ def megatron_logits(
     from stages.train import parallel
 
     with parallel.session(0), torch.no_grad():
-        gpt = build(config.model, config.padded_vocab_size)
-        load_tensors(gpt, tensors, "the checkpoint")
+        (gpt,) = build(config.model, config.padded_vocab_size)
+        load_tensors([gpt], config.model, config.padded_vocab_size, tensors, "the checkpoint")
         gpt.eval()
         device = next(gpt.parameters()).device
         out = []

@@ -11,7 +11,7 @@ from pipeline.stage import Inputs, Report, Stage
 from stages.train.config import TrainConfig
 from stages.train.estimate import estimate
 
-VERSION = 2
+VERSION = 3
 
 
 def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -26,7 +26,7 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     from stages.train.loop import train
 
     def start(engine: Engine) -> None:
-        initialise(engine.gpt, config.model, config.padded_vocab_size, config.seed)
+        initialise(engine.chunks, config.model, config.padded_vocab_size, config.seed)
         engine.weights_changed()
 
     train("pretrain", config, inputs, work, out, report, start)

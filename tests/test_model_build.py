@@ -43,9 +43,9 @@ def test_published_sizes() -> None:
 
 def test_initial_weights() -> None:
     with parallel.session(0):
-        gpt = build(TINY, world.VOCAB)
-        initialise(gpt, TINY, world.VOCAB, seed=3)
-        for name, p in named_tensors(gpt):
+        (gpt,) = build(TINY, world.VOCAB)
+        initialise([gpt], TINY, world.VOCAB, seed=3)
+        for name, p in named_tensors([gpt]):
             assert torch.equal(p, full_tensor(name, tuple(p.shape), TINY, seed=3))
     model = TINY.model_copy(update={"init_std": 0.1, "layers": 8})
     wide = (400, 400)
@@ -74,8 +74,8 @@ def test_global_names() -> None:
 
 def test_padding_changes_no_real_position() -> None:
     with parallel.session(0), torch.no_grad():
-        gpt = build(TINY, world.VOCAB)
-        initialise(gpt, TINY, world.VOCAB, seed=0)
+        (gpt,) = build(TINY, world.VOCAB)
+        initialise([gpt], TINY, world.VOCAB, seed=0)
         gpt.eval()
         ids = torch.randint(6, world.VOCAB, (1, 16), generator=torch.Generator().manual_seed(0))
         padded = torch.cat([ids, torch.zeros(1, 8, dtype=torch.long)], 1)

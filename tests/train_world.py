@@ -7,7 +7,7 @@ import os
 import random
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -116,6 +116,7 @@ class Reporter:
     def __init__(self, at: int = 0, number: int = 0) -> None:
         self.at, self.number = at, number
         self.notes: list[str] = []
+        self.products: list[str] = []
 
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
         if self.at == done:
@@ -126,6 +127,13 @@ class Reporter:
     def note(self, text: str) -> None:
         self.notes.append(text)
         print(text, flush=True)
+
+    def product(self, name: str, folder: Path) -> None:
+        self.products.append(name)
+
+    def abandon(self, text: str) -> NoReturn:
+        print(f"abandoned: {text}", flush=True)
+        os._exit(1)
 
 
 def pretrain(folder: Path, work: Path, out: Path, settings: dict[str, Any], report: Reporter | None = None) -> None:

@@ -15,7 +15,8 @@ def _kept() -> dict[str, torch.Tensor]:
 
 
 def take() -> torch.Tensor:
-    """The sum over layers and micro-batches since the last call: a scalar, without the loss weight."""
+    """This rank's part of the sum over layers, tokens and micro-batches since the last call: a scalar, without the
+    loss weight."""
     values = list(_kept().values())
     total = torch.stack([v.sum() for v in values]).sum() if values else torch.zeros(())
     for v in values:

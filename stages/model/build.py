@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from pipeline.errors import AtomError
 from stages.model.config import ModelConfig
 from stages.model.init import full_tensor
+from stages.model.layout import Layout
 from stages.model.mcore import GPTModel, TransformerConfig, parallel_state
 from stages.model.names import global_name
+from stages.model.placement import boxes, cut, is_cut
 from stages.model.spec import layer_spec
 
 
-def transformer_config(model: ModelConfig) -> TransformerConfig:
+def transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig:
     """Megatron's configuration of the model: Qwen3-MoE's architecture in fp32, without dropout or biases."""
     on_gpu = torch.cuda.is_available()
     return TransformerConfig(
@@ -40,10 +42,22 @@ def transformer_config(model: ModelConfig) -> TransformerConfig:
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=model.aux_loss,
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type=layout.dispatcher,
         moe_grouped_gemm=on_gpu,
         perform_initialization=False,  # `initialise` below
         use_cpu_initialization=not on_gpu,
+        tensor_model_parallel_size=layout.tensor,
+        sequence_parallel=layout.tensor > 1,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        pipeline_dtype=torch.float32,
+        # Two pipeline ranks are each other's next and previous one; only the ordered sends and receives of the
+        # overlapping mode then tell an activation from a gradient. Batched ones mix them up without an error.
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
+        batch_p2p_comm=layout.virtual_pipeline == 1,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.split_experts,
         # kernels of Apex and Transformer Engine
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
@@ -54,48 +68,74 @@ def transformer_config(model: ModelConfig) -> TransformerConfig:
     )
 
 
-def build(model: ModelConfig, padded_vocab_size: int) -> GPTModel:
-    """This rank's part of the model; its weights are not initialised yet. Needs `stages.train.parallel.session`."""
-    config = transformer_config(model)
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=layer_spec(config),
-        vocab_size=padded_vocab_size,
-        max_sequence_length=model.context_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=model.tie_embeddings,
-        position_embedding_type="rope",
-        rotary_base=model.rope_base,
-    )
+def build(model: ModelConfig, padded_vocab_size: int, layout: Layout | None = None) -> list[GPTModel]:
+    """This rank's part of the model, one GPTModel for each virtual pipeline stage, without its initial weights.
+
+    Needs a `stages.train.parallel.session` of the same layout.
+    """
+    layout = layout or Layout()
+    config = transformer_config(model, layout)
+    chunks = []
+    for number in range(layout.virtual_pipeline):
+        stage = number if layout.virtual_pipeline > 1 else None
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=layer_spec(config, stage),
+            vocab_size=padded_vocab_size,
+            max_sequence_length=model.context_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=model.rope_base,
+            vp_stage=stage,
+        )
+        for name, parameter in named_tensors([chunk]):
+            # Megatron marks cut tensors while it initialises them, which it does not do here. Without the mark the
+            # gradient norm counts the parts of tensor rank 0 only.
+            parameter.tensor_model_parallel = is_cut(name)
+        chunks.append(chunk)
+    return chunks
 
 
-def named_tensors(gpt: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(global name, parameter) of this rank's tensors, in the model's order."""
-    layers = gpt.decoder.layers
-    first_layer = layers[0].layer_number - 1 if len(layers) else 0
-    experts = gpt.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
-    first_expert = parallel_state.get_expert_model_parallel_rank() * experts
-    for local, parameter in gpt.named_parameters():
-        yield global_name(local, first_layer, first_expert), parameter
+def named_tensors(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(global name, parameter) of this rank's tensors, in the model's order.
+
+    With tied embeddings the last pipeline stage has a copy of the first one's table, and its name.
+    """
+    for gpt in chunks:
+        layers = gpt.decoder.layers
+        first_layer = layers[0].layer_number - 1 if len(layers) else 0
+        experts = gpt.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+        first_expert = parallel_state.get_expert_model_parallel_rank() * experts
+        for local, parameter in gpt.named_parameters():
+            name = global_name(local, first_layer, first_expert)
+            if gpt.share_embeddings_and_output_weights and name == "output_layer.weight":
+                name = "embedding.word_embeddings.weight"
+            yield name, parameter
 
 
-def initialise(gpt: GPTModel, model: ModelConfig, padded_vocab_size: int, seed: int) -> None:
+def initialise(chunks: Sequence[GPTModel], model: ModelConfig, padded_vocab_size: int, seed: int) -> None:
     """Fills this rank's tensors with the initial weights, which are the same in every layout."""
     shapes = model.shapes(padded_vocab_size)
-    for name, parameter in named_tensors(gpt):
-        parameter.data.copy_(full_tensor(name, shapes[name], model, seed))
+    for name, parameter in named_tensors(chunks):
+        parameter.data.copy_(cut(full_tensor(name, shapes[name], model, seed), boxes(name, shapes[name])))
 
 
-def load_tensors(gpt: GPTModel, tensors: Mapping[str, torch.Tensor], origin: str) -> None:
-    """Fills this rank's tensors from full tensors by global name.
-
-    Raises AtomError, naming `origin`, if a tensor is missing, left over, or of another shape.
-    """
-    own = dict(named_tensors(gpt))
-    for name in sorted(set(own) | set(tensors)):
-        have = tuple(tensors[name].shape) if name in tensors else None
-        want = tuple(own[name].shape) if name in own else None
+def check_tensors(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Sequence[int]], origin: str) -> None:
+    """Raises AtomError, naming `origin`, if a tensor is missing, left over, or of another shape."""
+    for name in sorted(set(shapes) | set(found)):
+        have, want = (tuple(x[name]) if name in x else None for x in (found, shapes))
         if have != want:
             raise AtomError(f"{origin} does not fit the model section of the recipe: {name} is {have}, not {want}")
-        own[name].data.copy_(tensors[name])
+
+
+def load_tensors(
+    chunks: Sequence[GPTModel], model: ModelConfig, padded_vocab_size: int, tensors: Mapping[str, torch.Tensor],
+    origin: str,
+) -> None:  # fmt: skip
+    """Fills this rank's tensors from full tensors by global name. Raises AtomError if they are not this model's."""
+    shapes = model.shapes(padded_vocab_size)
+    check_tensors(shapes, {name: t.shape for name, t in tensors.items()}, origin)
+    for name, parameter in named_tensors(chunks):
+        parameter.data.copy_(cut(tensors[name], boxes(name, shapes[name])))

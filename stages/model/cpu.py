@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 # The parts of Megatron that the pipeline uses; `enable` imports them, so that all of them get the CPU's `torch`.
 MODULES = (
@@ -123,6 +124,7 @@ def _called_by_megatron() -> bool:
 
 def _fill_gaps() -> None:
     """What the change of vocabulary does not cover."""
+    from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     from stages.model import cpu_adam
@@ -137,6 +139,10 @@ def _fill_gaps() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+    # Megatron's named generators are states of "the GPU's" one, which it reaches below `torch.cuda`.
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cpu_adam.install()
 
 
@@ -148,6 +154,39 @@ def _cpu_torch() -> types.ModuleType:
     for name in FACTORIES:
         ours.__dict__[name] = _on_cpu(getattr(torch, name))
     ours.__dict__["cuda"] = _cpu_cuda()
+    ours.__dict__["distributed"] = _gloo()
+    return ours
+
+
+def _gloo() -> types.ModuleType:
+    """`torch.distributed` with two collectives on parts of unequal size, which gloo lacks and NCCL has: tokens of
+    split experts are gathered and summed so. Both are made of collectives on equal sizes."""
+    ours = types.ModuleType("torch.distributed")
+    ours.__dict__.update(dist.__dict__)
+
+    def all_gather(parts: list[torch.Tensor], own: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
+        sizes = [part.shape[0] for part in parts]
+        if len(set(sizes)) == 1:
+            return dist.all_gather(parts, own, group=group, **kwargs)
+        padded = own.new_zeros(max(sizes), *own.shape[1:])
+        padded[: own.shape[0]] = own
+        whole = [torch.empty_like(padded) for _ in parts]
+        dist.all_gather(whole, padded, group=group)
+        for part, received in zip(parts, whole, strict=True):
+            part.copy_(received[: part.shape[0]])
+        return None
+
+    def reduce_scatter(
+        own: torch.Tensor, parts: list[torch.Tensor], *args: Any, group: Any = None, **kwargs: Any
+    ) -> Any:
+        if len({part.shape[0] for part in parts}) == 1:
+            return dist.reduce_scatter(own, parts, *args, group=group, **kwargs)
+        whole = torch.cat(parts)
+        dist.all_reduce(whole, group=group)
+        own.copy_(whole.split([part.shape[0] for part in parts])[dist.get_rank(group)])
+        return None
+
+    ours.__dict__.update(all_gather=all_gather, reduce_scatter=reduce_scatter)
     return ours
 
 
@@ -181,7 +220,7 @@ def _cpu_cuda() -> types.ModuleType:
         "synchronize": nothing,
         "set_device": nothing,
         "empty_cache": nothing,
-        # dropout draws from Megatron's named generators, which are states of "the GPU's" generator
+        # as above: dropout draws from these
         "manual_seed": torch.manual_seed,
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),

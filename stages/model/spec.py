@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from stages.model.mcore import (
@@ -14,11 +15,12 @@ from stages.model.mcore import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
     get_num_layers_to_build,
+    parallel_state,
 )
 
 
-def layer_spec(config: TransformerConfig) -> Any:
-    """The layer specification that GPTModel is built from."""
+def layer_spec(config: TransformerConfig, virtual_stage: int | None = None) -> Any:
+    """The layer specification that GPTModel is built from, for one virtual pipeline stage of this rank."""
     if torch.cuda.is_available():
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
@@ -30,7 +32,7 @@ def layer_spec(config: TransformerConfig) -> Any:
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = Attention
-    layers = [spec] * get_num_layers_to_build(config)
+    layers = [spec] * get_num_layers_to_build(config, vp_stage=virtual_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
@@ -46,17 +48,57 @@ class RMSNorm(torch.nn.RMSNorm):  # type: ignore[misc]
 class Attention(MegatronModule):  # type: ignore[misc]
     """Causal grouped-query attention by PyTorch's fused kernel: about twice the speed of Megatron's unfused one.
 
-    Rows are padded on the right, so causality alone keeps padding out of every real position.
+    Rows are padded on the right, so causality alone keeps padding out of every real position. Under context
+    parallelism a rank has slices r and 2C-1-r of the 2C slices of each row, which evens out the work of causal
+    attention; it gathers the keys and values of the others.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise NotImplementedError("context parallelism without Transformer Engine")
-        self.scale = softmax_scale
+        self.scale, self.context = softmax_scale, config.context_parallel_size
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """q: [sequence, batch, heads, dim]; k, v: [sequence, batch, kv_heads, dim] -> [sequence, batch, heads*dim]."""
+        """q: [sequence, batch, heads, dim]; k, v: [sequence, batch, kv_heads, dim] -> [sequence, batch, heads*dim].
+
+        `sequence` is this rank's share of the row.
+        """
+        mask = None
+        if self.context > 1:
+            k, v = GatherSlices.apply(k), GatherSlices.apply(v)
+            here = context_positions(k.shape[0]).to(q.device)
+            mask = here[:, None] >= torch.arange(k.shape[0], device=q.device)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+        )
         return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def context_positions(length: int) -> torch.Tensor:
+    """The positions of a row of `length` tokens that this context rank holds, in the order in which it holds them."""
+    rank = parallel_state.get_context_parallel_rank()
+    slices = torch.arange(length).chunk(2 * parallel_state.get_context_parallel_world_size())
+    return torch.cat([slices[rank], slices[-1 - rank]])
+
+
+class GatherSlices(torch.autograd.Function):  # type: ignore[misc]
+    """Puts the context ranks' slices of a tensor [share of the sequence, ...] together, in the order of the row.
+
+    Backward: each rank's gradient for the slices that this one holds, summed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor) -> torch.Tensor:
+        group = parallel_state.get_context_parallel_group()
+        size = dist.get_world_size(group)
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(size)]
+        dist.all_gather(parts, part.contiguous(), group=group)
+        halves = [p.chunk(2) for p in parts]
+        return torch.cat([low for low, _ in halves] + [high for _, high in reversed(halves)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        group = parallel_state.get_context_parallel_group()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=group)
+        return gradient[context_positions(gradient.shape[0]).to(gradient.device)]

@@ -1,130 +1,252 @@
-"""Work checkpoints: where a killed run goes on from. Megatron's `torch_dist` format, in the stage's work folder only.
+"""Work checkpoints: where a killed run goes on from, written while training goes on.
 
-They hold pickles, so they are never sealed, published, or read from anywhere but the work folder that this stage
-wrote. A checkpoint counts once `complete.json` lies in it, which names every file with its size and SHA-256; these are
-compared before anything is unpickled. The last two are kept.
+    state/attempt-0002/training.jsonl             the log of finished steps
+    state/attempt-0002/sealed/step-000600/        release checkpoints so far
+    state/attempt-0002/checkpoints/step-000000600/rank-00000.safetensors, rank-00000.json, …, complete.json
+
+Saving copies the state in memory, which is all that training waits for; a thread of each rank writes its copy, and
+rank 0's adds `complete.json` when it sees all ranks' files. That names every file with its size and SHA-256, and
+those of the phase's product so far, all compared before anything is loaded.
+
+Each attempt writes into a folder of its own and reads those before it, so a process of an earlier attempt that still
+lives can damage nothing; it stops when it sees that it has been succeeded.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import queue
 import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.api import CheckpointException
+import torch
 
 from pipeline.errors import AtomError
 from pipeline.stage import Report
 from pipeline.store import sha256_bytes, sha256_file
-from stages.model.mcore import TorchDistSaveShardedStrategy, dist_checkpointing, filesystem_async
+from stages.train import pieces, sealed
 from stages.train.engine import Engine
+from stages.train.pieces import Pieces
 
-KEEP = 2
 MARKER = "complete.json"
+POLL = 0.02
 
 
-def save(engine: Engine, work: Path, step: int) -> None:
-    """Writes the checkpoint of a finished step and forgets all but the last two.
+class Checkpoints:
+    """The work checkpoints of one attempt. Methods are collective but for `failed`."""
 
-    Raises AtomError if the file system does not take it.
-    """
-    folder = work / "checkpoints" / f"step-{step:09d}"
-    if engine.ranks.first:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    engine.ranks.barrier()
-    # Megatron collects its writers' results through a queue in a process that it spawns for the purpose: six seconds
-    # for the first save, and a second import of the caller's main module. All ranks save synchronously here, so the
-    # queue's two ends are in this process.
-    if getattr(filesystem_async, "_results_queue", ...) is None:
-        filesystem_async._results_queue = queue.Queue()
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    try:
-        dist_checkpointing.save(engine.state(), str(folder), sharded_strategy=strategy)
-    except (OSError, CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise AtomError(
-            f"work checkpoint {folder} cannot be written ({reason}); make room and run again to go on from the last one"
-        ) from error
-    engine.ranks.barrier()
-    if engine.ranks.first:
-        files = {
-            p.relative_to(folder).as_posix(): [p.stat().st_size, sha256_file(p)]
-            for p in sorted(folder.rglob("*"))
-            if p.is_file()
-        }
+    def __init__(self, work: Path, keep: int, engine: Engine, report: Report) -> None:
+        self.work, self.keep, self.engine, self.report = work, keep, engine, report
+        self.ranks = ranks = engine.ranks
+        number = 0
+        if ranks.first:
+            number = 1 + max((int(p.name[8:]) for p in _attempts(work)), default=0)
+            (work / f"attempt-{number:04d}" / "checkpoints").mkdir(parents=True)
+        self.number = ranks.from_first(number)
+        self.folder = work / f"attempt-{self.number:04d}"
+        self.thread: threading.Thread | None = None
+        self.error: AtomError | None = None
+        self.given_up = threading.Event()
+        self.copies: dict[str, torch.Tensor] = {}
+
+    # -- saving -----------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, state: Mapping[str, Any], seal: bool) -> float:
+        """Copies the state of a finished step and has it written. Returns the seconds that training stood still.
+
+        state: what else is to be known when going on, and what a sealed checkpoint's state.json says. seal: makes a
+        release checkpoint of it as well. Waits for the checkpoint before, if that is still being written.
+        Raises AtomError if that one could not be written.
+        """
+        began = time.monotonic()
+        self.wait()
+        owned = list(self.engine.state())
+        found = {f"{kind}.{piece.name}": t for piece, tensors in owned for kind, t in tensors.items()}
+        with torch.no_grad():
+            for name, tensor in found.items():
+                if name not in self.copies:
+                    self.copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+                self.copies[name].copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        copies = {name: self.copies[name] for name in found}
+        log = (self.folder / "training.jsonl").stat().st_size if self.ranks.first else 0
+        job = (step, [piece for piece, _ in owned], copies, dict(state), seal, log)
+        self.thread = threading.Thread(target=self._write, args=job, name="checkpoint", daemon=True)
+        self.thread.start()
+        return time.monotonic() - began
+
+    def wait(self) -> None:
+        """Until nothing is being written on any rank. Raises what went wrong on any of them, on all of them."""
+        while found := self.ranks.max(2 if self.error else int(self.thread is not None and self.thread.is_alive())):
+            if found == 2:
+                self.given_up.set()  # rank 0 may be waiting for a file that will never come
+                raise AtomError(next(filter(None, self.ranks.gather(self.error and str(self.error)))))
+            time.sleep(POLL)
+        self.thread = None
+
+    def failed(self) -> bool:
+        """Whether a write went wrong on this rank; `wait` tells."""
+        return self.error is not None
+
+    def _write(
+        self, step: int, owned: list[Any], copies: dict[str, torch.Tensor], state: dict[str, Any], seal: bool, log: int
+    ) -> None:
+        began = time.monotonic()
+        folder = self.folder / "checkpoints" / f"step-{step:09d}"
+        try:
+            folder.mkdir(exist_ok=True)
+            pieces.write(folder, self.ranks.rank, owned, copies)
+            if self.ranks.first:
+                self._complete(folder, step, state, log)
+                if seal:
+                    self._seal(folder, step)
+                self._forget()
+                self.report.metric(step, checkpoint_write_seconds=time.monotonic() - began)
+        except AtomError as error:
+            self.error = error
+        except Exception as error:
+            problem = f"work checkpoint {folder} cannot be written ({error}); make room and run again to go on"
+            self.error = AtomError(problem)
+            self.error.__cause__ = error
+
+    def _complete(self, folder: Path, step: int, state: Mapping[str, Any], log: int) -> None:
+        while (files := pieces.receipts(folder, self.ranks.world)) is None:
+            self._require_present()
+            if self.given_up.wait(POLL):
+                raise AtomError(f"work checkpoint {folder} lacks the files of another rank")
+        self._require_present()
+        product = {p.relative_to(self.folder).as_posix(): _mark(p) for p in _files(self.folder / "sealed")}
+        with open(self.folder / "training.jsonl", "rb") as file:
+            product["training.jsonl"] = [log, sha256_bytes(file.read(log))]
         partial = folder / (MARKER + ".partial")
-        with open(partial, "w") as f:
-            json.dump({"step": step, "files": files, "product": _product(work)}, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
+        with open(partial, "w") as out:
+            json.dump({"step": step, "state": state, "files": files, "product": product}, out)
+            out.flush()
+            os.fsync(out.fileno())
         os.rename(partial, folder / MARKER)
-        complete = [f for f in _folders(work) if (f / MARKER).exists()]
-        for old in set(_folders(work)) - set(complete[-KEEP:]):
-            shutil.rmtree(old)
-    engine.ranks.barrier()
+
+    def _seal(self, folder: Path, step: int) -> None:
+        """Makes a release checkpoint of a complete work checkpoint, from its files."""
+        made = self.folder / "sealed" / sealed.name_of(step)
+        marker = json.loads((folder / MARKER).read_text())
+        source, state = Pieces(folder, marker["files"]), marker["state"]
+        kinds = ("exp_avg", "exp_avg_sq") if source.has("exp_avg") else ()
+        shapes = self.engine.shapes
+        weights = {name: source.full("weight", name, shapes[name]) for name in source.names()}
+        moments = {f"{k}.{name}": source.full(k, name, shapes[name]) for k in kinds for name in source.names()}
+        self._require_present()
+        sealed.write(made, weights, moments, state)
+        self.report.product(f"@{step}", made)
+
+    def _require_present(self) -> None:
+        """Raises AtomError if a later attempt has begun: this one was thought dead."""
+        latest = int(_attempts(self.work)[-1].name[8:])
+        if latest != self.number:
+            raise AtomError(f"attempt {latest} has taken over from this one, which stops without harm to it")
+
+    def _forget(self) -> None:
+        """Keeps the newest complete checkpoints, those of later attempts before those of earlier ones."""
+        complete = [f for f in _checkpoints(self.work) if (f / MARKER).exists()]
+        own = self.folder / "checkpoints"
+        for old in complete[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        for folder in _checkpoints(self.work):
+            if folder.parent != own and not (folder / MARKER).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+        for attempt in _attempts(self.work)[:-1]:
+            if not any((attempt / "checkpoints").glob("step-*")):
+                shutil.rmtree(attempt, ignore_errors=True)
+
+    # -- going on ---------------------------------------------------------------------------------------------------
+
+    def load(self, due: Callable[[int], bool]) -> dict[str, Any] | None:
+        """Loads the newest usable checkpoint into the engine and takes over the product up to its step.
+
+        due: whether a release checkpoint belongs to a step. Returns the state that was saved with it; None if there
+        never was a checkpoint. One that was cut short or damaged is passed over with a note. Raises AtomError if
+        complete ones were written and none of them is intact any more.
+        """
+        problems: list[str] = []
+        names = [f.relative_to(self.work).as_posix() for f in reversed(_checkpoints(self.work))]
+        for name in self.ranks.from_first(names):
+            folder = self.work / name
+            found = next(filter(None, self.ranks.gather(self._problem(folder))), None)
+            if found is None:
+                marker = json.loads((folder / MARKER).read_text())
+                self.engine.load_state(Pieces(folder, marker["files"]).read, marker["step"])
+                if self.ranks.first:
+                    self._take_over(folder, marker, due)
+                self.ranks.barrier()
+                state: dict[str, Any] = marker["state"]
+                return state
+            if found != INCOMPLETE:
+                problems.append(found)
+                self.report.note(f"work checkpoint {name} is damaged ({found}); going back to the one before it")
+        if problems:
+            raise AtomError(
+                f"every work checkpoint in {self.work} is damaged (newest: {problems[0]}); "
+                f"remove {self.work} to start this stage anew"
+            )
+        return None
+
+    def _problem(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint or with the product it goes on from; each rank looks at its share of it."""
+        try:
+            marker: dict[str, Any] = json.loads((folder / MARKER).read_text())
+            files = {folder / name: [r["size"], r["sha256"]] for name, r in marker["files"].items()}
+            product = {folder.parent.parent / name: mark for name, mark in marker["product"].items()}
+        except FileNotFoundError:
+            return INCOMPLETE
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{MARKER} cannot be read: {error}"
+        for path, (size, digest) in list({**files, **product}.items())[self.ranks.rank :: self.ranks.world]:
+            if not path.is_file():
+                return f"{path.name} is missing"
+            if path.name == "training.jsonl":  # it has grown since
+                intact = sha256_bytes(path.read_bytes()[:size]) == digest
+            else:
+                intact = path.stat().st_size == size and sha256_file(path) == digest
+            if not intact:
+                return f"{path.relative_to(folder.parent.parent)} is not what was written"
+        return None
+
+    def _take_over(self, folder: Path, marker: dict[str, Any], due: Callable[[int], bool]) -> None:
+        """Brings the product up to a checkpoint's step into this attempt's folder, and drops what was passed over."""
+        before = folder.parent.parent
+        for name in marker["product"]:
+            if name != "training.jsonl":
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.link(before / name, self.folder / name)
+        size = marker["product"]["training.jsonl"][0]
+        (self.folder / "training.jsonl").write_bytes((before / "training.jsonl").read_bytes()[:size])
+        for newer in _checkpoints(self.work)[_checkpoints(self.work).index(folder) + 1 :]:
+            shutil.rmtree(newer, ignore_errors=True)
+        for made in sorted((self.folder / "sealed").glob("step-*")):  # a kill may have come before these were told
+            self.report.product(f"@{int(made.name[5:])}", made)
+        if due(marker["step"]) and not (self.folder / "sealed" / sealed.name_of(marker["step"])).exists():
+            self._seal(folder, marker["step"])
 
 
-def load(engine: Engine, work: Path, report: Report) -> int:
-    """Loads the newest usable checkpoint into the engine and returns its step; 0 if there never was one.
-
-    A checkpoint that was cut short or damaged is passed over with a note. Raises AtomError if complete ones were
-    written and none of them is intact any more.
-    """
-    problems: list[str] = []
-    for folder in reversed(_folders(work)):
-        problem = _problem(folder, work)
-        if problem is None:
-            step = int(json.loads((folder / MARKER).read_text())["step"])
-            engine.load_state(dist_checkpointing.load(engine.state(loading=True), str(folder)))
-            engine.ranks.barrier()
-            if engine.ranks.first:  # what is passed over would otherwise count among the last two
-                for newer in _folders(work)[_folders(work).index(folder) + 1 :]:
-                    shutil.rmtree(newer)
-            return step
-        if problem:
-            problems.append(problem)
-            report.note(f"work checkpoint {folder.name} is damaged ({problem}); going back to the one before it")
-    if problems:
-        raise AtomError(
-            f"every work checkpoint in {work / 'checkpoints'} is damaged (newest: {problems[0]}); "
-            f"remove {work} to start this stage anew"
-        )
-    return 0
+INCOMPLETE = "never completed"
 
 
-def _folders(work: Path) -> list[Path]:
-    return sorted((work / "checkpoints").glob("step-*"))
+def _attempts(work: Path) -> list[Path]:
+    return sorted(p for p in work.glob("attempt-*") if p.name[8:].isdigit())
 
 
-def _product(work: Path) -> dict[str, list[Any]]:
-    """{path: [size, sha256]} of what the phase has produced so far: sealed checkpoints, and the log up to here."""
-    paths = sorted(p for p in (work / "sealed").rglob("*") if p.is_file())
-    paths += [p for p in (work / "training.jsonl",) if p.exists()]
-    return {p.relative_to(work).as_posix(): [p.stat().st_size, sha256_file(p)] for p in paths}
+def _checkpoints(work: Path) -> list[Path]:
+    """All work checkpoints, the one to go on from last: a later attempt's before an earlier one's."""
+    return [f for attempt in _attempts(work) for f in sorted((attempt / "checkpoints").glob("step-*"))]
 
 
-def _problem(folder: Path, work: Path) -> str | None:
-    """What is wrong with a checkpoint, or with the product it goes on from: None if nothing, "" if never completed."""
-    try:
-        marker: dict[str, Any] = json.loads((folder / MARKER).read_text())
-        files, product = marker["files"], marker["product"]
-    except FileNotFoundError:
-        return ""
-    except (ValueError, KeyError) as error:
-        return f"{MARKER} cannot be read: {error}"
-    for name, (size, digest) in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size or sha256_file(path) != digest:
-            return f"{name} is not what was written"
-    for name, (size, digest) in product.items():
-        path = work / name
-        written = path.read_bytes()[:size] if path.is_file() else b""  # the log has grown since
-        if sha256_bytes(written) != digest:
-            return f"{name} is not what was written"
-    return None
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _mark(path: Path) -> list[Any]:
+    return [path.stat().st_size, sha256_file(path)]

@@ -1,5 +1,5 @@
 """Training rows by step: the order artifact says which tokens, the shards hold them. Nothing is shuffled here, so the
-position in the data is the step and nothing else.
+position in the data is the step and nothing else, whatever the number of ranks.
 
 A row is one document, or one chunk of one, of at most sequence_length + 1 tokens: its tokens but the last are the
 inputs, its tokens but the first the targets. Rows are padded on the right to the longest row of their step, which
@@ -9,7 +9,10 @@ every rank knows from the order alone.
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from pipeline.store import Artifact
 from stages.data.shards import check_shard
 from stages.model.mcore import IndexedDataset
 from stages.train.config import PhaseConfig
+from stages.train.parallel import Ranks
 
 ALIGN = 8  # rows are padded to a multiple of this many tokens
 
@@ -84,13 +88,15 @@ class Shards:
                             f"and run again")  # fmt: skip
         return np.asarray(dataset.get(row.ordinal, offset=row.offset, length=row.length))
 
-    def batch(self, rows: Sequence[Row], width: int) -> Batch:
-        """Reads rows and pads them to `width` tokens."""
+    def batch(self, rows: Sequence[Row | None], width: int) -> Batch:
+        """Reads rows and pads them to `width` tokens; None is a row of nothing but padding."""
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         labels = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=np.float32)
         padding = np.ones((len(rows), width), dtype=bool)
         for i, row in enumerate(rows):
+            if row is None:
+                continue
             tokens, n = self.read(row), row.length - 1
             ids[i, :n], labels[i, :n] = tokens[:-1], tokens[1:]
             mask[i, row.loss_from : n] = 1
@@ -98,33 +104,91 @@ class Shards:
         return Batch(*(torch.from_numpy(x) for x in (ids, labels, mask, padding)))
 
 
-def width_of(rows: Sequence[Row]) -> int:
-    """Tokens to which the rows of a step are padded."""
-    longest = max(row.length for row in rows) - 1
-    return -(-longest // ALIGN) * ALIGN
+@dataclass(frozen=True)
+class Share:
+    """What one rank computes of a set of rows: micro-batches of equal shape, and what the whole set counts."""
+
+    micro: list[Batch]
+    width: int
+    targets: int  # of all ranks
+
+    @classmethod
+    def read(cls, rows: Sequence[Row], shards: Shards, micro_rows: int, ranks: Ranks) -> Share:
+        """Cuts rows into micro-batches of `micro_rows` and deals them to the data-parallel ranks in runs, so that the
+        micro-batches are the same in every layout. What does not fill up evenly (only evaluation) is filled with
+        padding. Tensor, pipeline and context ranks read the rows of their data-parallel rank."""
+        layout = ranks.layout
+        each = -(-len(rows) // (micro_rows * ranks.data_ranks))
+        if layout.virtual_pipeline > 1:  # the interleaved schedule takes micro-batches by groups
+            each = -(-each // layout.pipeline) * layout.pipeline
+        unit = math.lcm(ALIGN, layout.width_unit)
+        width = -(-max(row.length - 1 for row in rows) // unit) * unit
+        first = ranks.data_rank * each * micro_rows
+        own: list[Row | None] = list(rows[first : first + each * micro_rows])
+        own += [None] * (each * micro_rows - len(own))
+        micro = [shards.batch(own[i : i + micro_rows], width) for i in range(0, len(own), micro_rows)]
+        return cls(micro, width, sum(row.targets for row in rows))
+
+
+class Feed:
+    """The shares of successive steps, each read by a thread while the step before it is computed.
+
+    The position is the step alone: nothing is kept that a checkpoint would have to hold.
+    """
+
+    def __init__(self, order: Order, shards: Shards, micro_rows: int, ranks: Ranks) -> None:
+        self.order, self.shards, self.micro_rows, self.ranks = order, shards, micro_rows, ranks
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self.ahead: dict[int, Future[tuple[list[Row], Share]]] = {}
+        self.waited = 0.0
+        """Seconds that the last `take` waited for its data."""
+
+    def take(self, step: int) -> tuple[list[Row], Share]:
+        """The rows of a step (all of them) and this rank's share; begins to read the step after it."""
+        for due in (step, step + 1):
+            if due not in self.ahead and due <= self.order.last:
+                self.ahead[due] = self.reader.submit(self._read, due)
+        began = time.monotonic()
+        found = self.ahead.pop(step).result()
+        self.waited = time.monotonic() - began
+        return found
+
+    def close(self) -> None:
+        self.reader.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, step: int) -> tuple[list[Row], Share]:
+        rows = self.order.rows(step)
+        return rows, Share.read(rows, self.shards, self.micro_rows, self.ranks)
 
 
 class Order:
-    """The rows of every step of a phase."""
+    """The rows of every step of a phase, from its first one: 1, or the one after the step that it continues from."""
 
     def __init__(self, order: Artifact, phase: PhaseConfig) -> None:
         meta = json.loads((order / "meta.json").read_text())
         for name, value in (("steps", phase.steps), ("rows", phase.rows), ("sequence_length", phase.sequence_length)):
             if meta[name] != value:
                 raise AtomError(f"order artifact {order.key} was made for {name} = {meta[name]}, not {value}")
+        self.first, self.last = int(meta.get("first_step", 1)), phase.steps
         columns = ["step", "segment", "source", "id", "ordinal", "offset", "length", "loss_from"]
         table = pq.read_table(order / "order.parquet", columns=columns)
         if len(table) and max(table["segment"].to_numpy()) > 0:
             raise AtomError(f"order artifact {order.key} packs several documents into a row, which is not supported")
         self.table = table
-        self.starts = np.searchsorted(table["step"].to_numpy(), np.arange(1, phase.steps + 2))
+        self.starts = np.searchsorted(table["step"].to_numpy(), np.arange(self.first, self.last + 2))
         if set(np.diff(self.starts)) != {phase.rows}:
             raise AtomError(f"order artifact {order.key} does not hold {phase.rows} rows for each of its steps")
 
     def rows(self, step: int) -> list[Row]:
-        """step: 1-based."""
-        part = self.table.slice(self.starts[step - 1], self.starts[step] - self.starts[step - 1]).to_pylist()
+        """step: first .. last."""
+        at = step - self.first
+        part = self.table.slice(self.starts[at], self.starts[at + 1] - self.starts[at]).to_pylist()
         return [Row(r["source"], r["id"], r["ordinal"], r["offset"], r["length"], r["loss_from"]) for r in part]
+
+    def consumed(self, step: int) -> dict[str, int]:
+        """Rows of each source that the steps of this order up to `step` have read."""
+        counts = self.table["source"].slice(0, self.starts[step - self.first + 1]).value_counts()
+        return {str(c["values"]): int(c["counts"].as_py()) for c in sorted(counts, key=lambda c: str(c["values"]))}
 
 
 def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:

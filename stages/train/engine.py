@@ -1,14 +1,13 @@
-"""One model under training: Megatron's DDP, schedules and distributed optimizer around our GPTModel."""
+"""One model under training: Megatron's DDP, schedules and distributed optimizer around our GPTModel, in any layout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pipeline.errors import AtomError
 from stages.model import balance
 from stages.model.build import build, load_tensors, named_tensors
 from stages.model.mcore import (
@@ -20,9 +19,13 @@ from stages.model.mcore import (
     get_megatron_optimizer,
     parallel_state,
 )
+from stages.model.placement import Box, boxes
+from stages.model.spec import context_positions
 from stages.train.config import TrainConfig
-from stages.train.data import Batch, Row, Shards, width_of
+from stages.train.data import Batch, Share
 from stages.train.parallel import Ranks
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -34,26 +37,39 @@ class StepFigures:
     grad_norm: float  # before clipping
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What this rank's distributed optimizer owns of one tensor: a stretch of the flat local tensor."""
+
+    name: str
+    boxes: tuple[Box, ...]
+    start: int
+    stop: int
+
+
 class Engine:
     """Holds model and optimizer. Every method is collective: all ranks call it with the same arguments."""
 
     def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
-        self.config, self.ranks = config, ranks
-        phase = config.phase
+        self.config, self.ranks, self.layout = config, ranks, ranks.layout
         self.step_done = 0
-        if phase.rows % (phase.micro_rows * ranks.data_ranks):
-            raise AtomError(
-                f"{phase.rows} rows of batch.global_tokens cannot be dealt to {ranks.data_ranks} data-parallel ranks "
-                f"in micro-batches of {phase.micro_rows} rows; run on a number of ranks that divides "
-                f"{phase.rows // phase.micro_rows}"
+        self.shapes = config.model.shapes(config.padded_vocab_size)
+        self.chunks = build(config.model, config.padded_vocab_size, self.layout)
+        megatron = self.chunks[0].config
+        self.ddp = [
+            DistributedDataParallel(
+                config=megatron,
+                ddp_config=DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=True,
+                    overlap_grad_reduce=self.layout.overlap_gradients,
+                ),
+                module=chunk,
+                disable_bucketing=number > 0,
             )
-        self.gpt = build(config.model, config.padded_vocab_size)
-        self.ddp = DistributedDataParallel(
-            config=self.gpt.config,
-            ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-            module=self.gpt,
-        )
-        o = phase.optimizer
+            for number, chunk in enumerate(self.chunks)
+        ]
+        o = config.phase.optimizer
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -65,55 +81,49 @@ class Engine:
                 use_distributed_optimizer=True,
                 params_dtype=torch.float32,
             ),
-            [self.ddp],
+            self.ddp,
         )
-        self.gpt.config.finalize_model_grads_func = finalize_model_grads
-        self.gpt.config.grad_scale_func = self.optimizer.scale_loss
+        megatron.finalize_model_grads_func = finalize_model_grads
+        megatron.grad_scale_func = self.optimizer.scale_loss
+        if self.layout.overlap_gradients:  # reduce with the last micro-batch only
+            quiet = [chunk.no_sync for chunk in self.ddp]
+            megatron.no_sync_func = quiet if len(quiet) > 1 else quiet[0]
 
-    def step(self, rows: Sequence[Row], shards: Shards, lr: float, check: Callable[[float], None]) -> StepFigures:
-        """Forward, backward and update on the rows of one step. `check` sees the loss before the update."""
+    def step(self, share: Share, lr: float, check: Callable[[float], None]) -> StepFigures:
+        """Forward, backward and update on this rank's share of a step. `check` sees the loss before the update."""
         self._set_rates(lr)
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
+            chunk.train()
         self.optimizer.zero_grad()
-        self.gpt.train()
-        loss, micro_batches = self._run(rows, shards, self.config.phase.micro_rows, forward_only=False)
-        aux = self.ranks.sum(balance.take()) / (self.ranks.data_ranks * micro_batches)
+        loss = self._run(share, forward_only=False)
+        aux = self.ranks.sum(balance.take()) / (self.ranks.data_ranks * len(share.micro))
         check(loss)
         _, grad_norm, _ = self.optimizer.step()
         self.step_done += 1
         return StepFigures(loss, aux.item(), float(grad_norm))
 
-    def evaluate(self, rows: Sequence[Row], shards: Shards) -> float:
+    def evaluate(self, share: Share) -> float:
         """Mean loss over the targets of any rows; nothing is changed."""
-        self.gpt.eval()
+        for chunk in self.ddp:
+            chunk.eval()
         with torch.no_grad():
-            loss, _ = self._run(rows, shards, self.config.phase.micro_rows, forward_only=True)
+            loss = self._run(share, forward_only=True)
         balance.take()
         return loss
 
-    def _run(self, rows: Sequence[Row], shards: Shards, micro_rows: int, forward_only: bool) -> tuple[float, int]:
-        """Runs this rank's share through Megatron's schedule; gives the mean loss over all ranks and the number of
-        micro-batches.
+    def _run(self, share: Share, forward_only: bool) -> float:
+        """Runs this rank's share through Megatron's schedule; gives the mean loss over all ranks.
 
         The loss of a step is the mean over its loss-carrying targets, wherever they lie. Megatron averages over
         micro-batches and DDP over ranks, so each micro-batch's sum is scaled back by both counts.
         """
-        ranks, width = self.ranks, width_of(rows)
-        per_rank = -(-len(rows) // ranks.data_ranks)
-        own = rows[ranks.data_rank * per_rank : (ranks.data_rank + 1) * per_rank] or rows[:1]
-        counted = ranks.data_rank * per_rank < len(rows)  # evaluation rows may not reach the last rank
-        micro = [shards.batch(own[i : i + micro_rows], width) for i in range(0, len(own), micro_rows)]
-        targets = sum(row.targets for row in rows)
-        scale = len(micro) * ranks.data_ranks / targets
-        positions = torch.arange(width).unsqueeze(0)
-        device = next(self.gpt.parameters()).device
+        scale = len(share.micro) * self.ranks.data_ranks / share.targets
+        device = next(self.chunks[0].parameters()).device
 
         def forward(batches: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             batch: Batch = next(batches)
-            ids, labels, mask, padding = (
-                x.to(device) for x in (batch.ids, batch.labels, batch.loss_mask, batch.padding)
-            )
-            where = positions.expand_as(ids).to(device)
+            ids, where, labels, mask, padding = (x.to(device) for x in self._inputs(batch, model.module))
             losses = model(ids, where, None, labels=labels, padding_mask=padding)
 
             def reduce(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -122,17 +132,31 @@ class Engine:
 
             return losses, reduce
 
+        feeds: list[Any] = [iter(share.micro) for _ in self.ddp]
         out = get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=iter(micro),
-            model=[self.ddp],
-            num_microbatches=len(micro),
-            seq_length=width,
-            micro_batch_size=micro_rows,
+            data_iterator=feeds if len(feeds) > 1 else feeds[0],
+            model=self.ddp,
+            num_microbatches=len(share.micro),
+            seq_length=share.width,
+            micro_batch_size=share.micro[0].ids.shape[0],
             forward_only=forward_only,
         )
+        counted = self.ranks.counts_loss and out
         total = torch.stack([x["sum"] for x in out]).sum() if counted else torch.zeros((), device=device)
-        return (ranks.sum(total) / targets).item(), len(micro)
+        return (self.ranks.sum(total) / share.targets).item()
+
+    def _inputs(self, batch: Batch, gpt: Any) -> Iterator[torch.Tensor]:
+        """ids, positions, labels, loss mask and padding as this rank's part of the model takes them."""
+        where = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
+        parts = [batch.ids, where, batch.labels, batch.loss_mask, batch.padding]
+        if self.layout.context > 1:
+            held = context_positions(batch.ids.shape[1])
+            parts = [x[:, held].contiguous() for x in parts]
+        if self.layout.tensor > 1 and not gpt.pre_process:
+            # Megatron cuts the router's padding for sequence parallelism where the embedding is, and nowhere else
+            parts[-1] = parts[-1].chunk(self.layout.tensor, 1)[parallel_state.get_tensor_model_parallel_rank()]
+        yield from parts
 
     def _set_rates(self, lr: float) -> None:
         """Megatron marks groups that are not to be decayed (norms) with `wd_mult` 0 and leaves it to its scheduler to
@@ -144,50 +168,54 @@ class Engine:
     # -- state ------------------------------------------------------------------------------------------------------
 
     def load_weights(self, tensors: Mapping[str, torch.Tensor], origin: str) -> None:
-        """New weights under a fresh optimizer."""
-        load_tensors(self.gpt, tensors, origin)
+        """New weights under a fresh optimizer. Raises AtomError, naming `origin`, if they are not this model's."""
+        load_tensors(self.chunks, self.config.model, self.config.padded_vocab_size, tensors, origin)
         self.weights_changed()
 
     def weights_changed(self) -> None:
         """To be called after the model's weights were set from outside: the optimizer may hold copies of them."""
         self.optimizer.reload_model_params()
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Full tensors by global name."""
-        return {name: p.detach() for name, p in named_tensors(self.gpt)}
+    def state(self) -> Iterator[tuple[Piece, dict[str, torch.Tensor]]]:
+        """What this rank owns: of each piece `weight` and, after the first step, Adam's moments, all flat and fp32.
 
-    def moments(self) -> dict[str, torch.Tensor]:
-        """Adam's moments as full tensors, `exp_avg.<name>` and `exp_avg_sq.<name>`.
-
-        The distributed optimizer keeps on each data-parallel rank the moments of a stretch of the flat parameters; the
-        stretches do not overlap, so a sum over ranks puts them together exactly.
+        The pieces of all ranks together cover every tensor; what several ranks hold (norms under tensor parallelism,
+        tied embeddings under pipeline parallelism) comes from each of them.
         """
-        names = {id(p): name for name, p in named_tensors(self.gpt)}
-        out = {}
-        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-            for buffer in part.buffers:
-                for parameter in buffer.param_index_map:
-                    for key in ("exp_avg", "exp_avg_sq"):
-                        whole = torch.zeros_like(parameter, requires_grad=False)
-                        if parameter in part.model_param_group_index_map:
-                            span = part._get_model_param_range_map(parameter)["param"]
-                            state = part._get_main_param_and_optimizer_states(parameter)
-                            whole.view(-1)[span.start : span.end] = state[key]
-                        out[f"{key}.{names[id(parameter)]}"] = self.ranks.sum(whole)
-        return out
+        for piece, _, main, moments in self._owned():
+            yield piece, {"weight": main, **{k: moments[k] for k in MOMENTS if k in moments}}
 
-    def state(self, loading: bool = False) -> dict[str, Any]:
-        """The sharded state for Megatron's dist_checkpointing; independent of the number of ranks."""
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        model = self.gpt.sharded_state_dict(metadata={"dp_cp_group": group})
-        optimizer = self.optimizer.sharded_state_dict(
-            model,
-            is_loading=loading,
-            metadata={"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True},
-        )
-        return {"model": model, "optimizer": optimizer, "step": self.step_done}
+    def load_state(self, read: Callable[[str, Piece], torch.Tensor], step: int, moments: bool = True) -> None:
+        """Takes over weights and, if `moments`, Adam's moments and step count.
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self.gpt.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step_done = state["step"]
+        read: ("weight" | "exp_avg" | "exp_avg_sq", piece) -> the flat fp32 values of that piece.
+        The step count stands in Megatron's parameter groups, which differ in number between layouts (experts have
+        their own under expert parallelism), so it is set in each instead of being merged.
+        """
+        for piece, part, main, states in self._owned():
+            main.data.copy_(read("weight", piece))
+            if moments and step:
+                for kind in MOMENTS:
+                    states[kind] = read(kind, piece).to(main.device, torch.float32)
+            for group in part.optimizer.param_groups if moments else ():
+                group["step"] = step
+        for part in self._parts():
+            part._copy_main_params_to_model_params()
+        for chunk in self.ddp:
+            chunk.start_param_sync(force_sync=True)
+        self.step_done = step if moments else 0
+
+    def _parts(self) -> list[Any]:
+        """Megatron's distributed optimizers: one for dense tensors, another for experts if they are spread."""
+        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [part for part in parts if not part.is_stub_optimizer]
+
+    def _owned(self) -> Iterator[tuple[Piece, Any, torch.Tensor, dict[str, torch.Tensor]]]:
+        """(piece, its optimizer, the optimizer's flat fp32 weights, its state) of all that this rank owns."""
+        names = {id(p): name for name, p in named_tensors(self.chunks)}
+        for part in self._parts():
+            for parameter, (group, number) in part.model_param_group_index_map.items():
+                name, span = names[id(parameter)], part._get_model_param_range_map(parameter)["param"]
+                main = part.optimizer.param_groups[group]["params"][number]
+                piece = Piece(name, boxes(name, self.shapes[name]), span.start, span.end)
+                yield piece, part, main, part.optimizer.state[main]

@@ -1,7 +1,7 @@
 """The training loop that every training stage runs: one phase, from its first step or from where it was killed.
 
-What the loop keeps in `work`: checkpoints, the log of finished steps (`training.jsonl`), and the sealed checkpoints
-that are due. `out` is filled at the end, so that it never holds half a phase.
+What the loop keeps in `work` is told in stages.train.checkpoint. `out` is filled at the end, so that it never holds
+half a phase.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import AtomError, Interrupted
-from pipeline.stage import Inputs, Report
-from stages.train import checkpoint, parallel, sealed
+from pipeline.stage import Inputs, Report, identity
+from stages.train import parallel, sealed
+from stages.train.checkpoint import Checkpoints
 from stages.train.config import TrainConfig
-from stages.train.data import Order, Row, Shards, heldout_rows
+from stages.train.data import Feed, Order, Row, Shards, Share, heldout_rows
 from stages.train.engine import Engine
+from stages.train.origin import Origin
 from stages.train.schedule import learning_rate
+from stages.train.watchdog import Watchdog
+
+STOP, FAILED = 1, 2
 
 
 def train(
@@ -39,14 +44,15 @@ def train(
 ) -> None:
     """Runs a phase to its end and fills `out` with sealed checkpoints, training.jsonl and summary.json.
 
-    start: sets the weights that the phase begins with.
-    Raises AtomError when the loss is no longer a number, when data and recipe do not fit, or when no work checkpoint
-    is intact; Interrupted when the machine asked to stop.
+    start: sets the weights that the phase begins with, unless it continues from a checkpoint (inputs["continue"]).
+    Raises AtomError when the loss is no longer a number, when data and recipe do not fit, when no work checkpoint
+    is intact, or when another rank is lost; Interrupted when the machine asked to stop.
     """
-    with parallel.session(config.seed) as ranks, _requests_to_stop() as stop:
-        Phase(phase, config, inputs, work, report, Engine(config, ranks)).run(start, stop)
-        if ranks.first:
-            _fill(work, out)
+    patience = config.phase.hang_seconds
+    # the watchdog speaks before a collective gives up, so that its dumps are in the log
+    with parallel.session(config.seed, config.phase.cluster, 2 * patience + 60) as ranks, _requests_to_stop() as stop:
+        with Watchdog(phase, patience, work, ranks, report) as watchdog:
+            Phase(phase, config, inputs, work, report, Engine(config, ranks)).run(start, stop, watchdog, out)
 
 
 class Phase:
@@ -55,54 +61,81 @@ class Phase:
     def __init__(
         self, name: str, config: TrainConfig, inputs: Inputs, work: Path, report: Report, engine: Engine
     ) -> None:
-        self.name, self.config, self.work, self.report, self.engine = name, config, work, report, engine
-        self.first = engine.ranks.first
-        self.order = Order(inputs["order"], config.phase)
+        self.name, self.config, self.report, self.engine = name, config, report, engine
+        self.first, phase = engine.ranks.first, config.phase
+        self.origin = Origin(inputs["continue"]) if "continue" in inputs else None
+        self.order = Order(inputs["order"], phase)
         self.shards = Shards(inputs["tokens"], "train", config.padded_vocab_size)
-        self.heldout_shards = Shards(inputs["tokens"], "heldout", config.padded_vocab_size)
-        self.heldout = heldout_rows(inputs["tokens"], config.phase)
-        self.log = Log(work / "training.jsonl", self.first)
+        self.tokenizer = str(inputs["tokens"].json("meta.json").get("tokenizer", ""))
+        heldout = heldout_rows(inputs["tokens"], phase)
+        shards = Shards(inputs["tokens"], "heldout", config.padded_vocab_size)
+        self.heldout, self.heldout_rows = Share.read(heldout, shards, phase.micro_rows, engine.ranks), len(heldout)
+        self.checkpoints = Checkpoints(work, phase.work_checkpoints_kept, engine, report)
+        self.log = Log(self.checkpoints.folder / "training.jsonl", self.first)
         self.tokens = 0  # targets seen
 
-    def run(self, start: Callable[[Engine], None], stop: list[int]) -> None:
+    def run(self, start: Callable[[Engine], None], stop: list[int], watchdog: Watchdog, out: Path) -> None:
         phase, engine, report = self.config.phase, self.engine, self.report
-        done = checkpoint.load(engine, self.work, report)
-        if done:
-            self.tokens = self.log.resume(done)
-            report.note(f"{self.name}: going on after step {done}")
-        else:
-            start(engine)
-            self.log.resume(0)
-            self._measure(0)
-            self._seal(0)
-        began, seen = time.monotonic(), self.tokens
-        for step in range(done + 1, phase.steps + 1):
-            rows = self.order.rows(step)
-            lr = learning_rate(step, phase.steps, phase.optimizer)
-            check = partial(self._check, step, rows)
-            figures = engine.step(rows, self.shards, lr, partial(check, "loss"))
-            check("gradient norm", figures.grad_norm)
-            self.tokens += sum(row.length - 1 for row in rows)
-            line = {"loss": figures.loss, "aux_loss": figures.aux_loss, "grad_norm": figures.grad_norm, "lr": lr}
-            self.log.write({"step": step, "tokens": self.tokens, **line})
-            if self.first:
-                speed = (self.tokens - seen) / (time.monotonic() - began)
-                report.metric(step, **line, tokens=float(self.tokens), tokens_per_s=speed)
-                report.progress(step, phase.steps, loss=figures.loss, tokens_per_s=speed)
-            last = step == phase.steps
-            if last or step % phase.heldout.every == 0:
-                self._measure(step)
-            if last or step % phase.release_checkpoint_every == 0:
-                self._seal(step)
-            stopping = engine.ranks.any(bool(stop))
-            if last or stopping or step % phase.work_checkpoint_every == 0:
-                self.log.flush()
-                checkpoint.save(engine, self.work, step)
-            if stopping and not last:
-                raise Interrupted(f"{self.name}: stopped after step {step} on signal {stop[0] if stop else ''}; "
-                                  f"run again to go on")  # fmt: skip
+        done = self._begin(start)
+        watchdog.alive()
+        with closing(Feed(self.order, self.shards, phase.micro_rows, engine.ranks)) as feed:
+            began, seen = time.monotonic(), self.tokens
+            for step in range(done + 1, phase.steps + 1):
+                rows, share = feed.take(step)
+                lr = learning_rate(step, phase.steps, phase.optimizer)
+                check = partial(self._check, step, rows)
+                figures = engine.step(share, lr, partial(check, "loss"))
+                check("gradient norm", figures.grad_norm)
+                self.tokens += sum(row.length - 1 for row in rows)
+                line = {"loss": figures.loss, "aux_loss": figures.aux_loss, "grad_norm": figures.grad_norm, "lr": lr}
+                self.log.write({"step": step, "tokens": self.tokens, **line})
+                if self.first:
+                    speed = (self.tokens - seen) / (time.monotonic() - began)
+                    timed = {"tokens_per_s": speed, "data_wait_seconds": feed.waited}
+                    report.metric(step, **line, tokens=float(self.tokens), **timed)
+                    report.progress(step, phase.steps, loss=figures.loss, tokens_per_s=speed)
+                last, due = step == phase.steps, self._due(step)
+                if last or step % phase.heldout.every == 0:
+                    self._measure(step)
+                state = engine.ranks.max(FAILED if self.checkpoints.failed() else STOP if stop else 0)
+                if state == FAILED:
+                    self.checkpoints.wait()
+                if last or due or state == STOP or step % phase.work_checkpoint_every == 0:
+                    self._save(step)
+                watchdog.alive()
+                if state == STOP and not last:
+                    self.checkpoints.wait()
+                    raise Interrupted(f"{self.name}: stopped after step {step} on signal {stop[0] if stop else ''}; "
+                                      f"run again to go on")  # fmt: skip
+        self.checkpoints.wait()
         if self.first:
-            self._summarise()
+            self._fill(out)
+        engine.ranks.barrier()
+
+    def _begin(self, start: Callable[[Engine], None]) -> int:
+        """Brings engine, log and counts to where this attempt goes on. Returns the last finished step."""
+        state = self.checkpoints.load(self._due)
+        if state is not None:
+            self.log.check(state["step"], self.order.first)
+            self.tokens = state["tokens"]
+            if state["step"]:
+                self.report.note(f"{self.name}: going on after step {state['step']}")
+            return int(state["step"])
+        self.log.begin()
+        if self.origin is not None:
+            self.tokens = self.origin.load(self.engine, self.config, self.tokenizer)
+            self.report.note(f"{self.name}: continues from {self.origin.artifact.key}")
+            self._measure(self.origin.step)
+            return self.origin.step
+        start(self.engine)
+        self._measure(0)
+        self._save(0)
+        return 0
+
+    def _due(self, step: int) -> bool:
+        """Whether a release checkpoint belongs to a step."""
+        phase = self.config.phase
+        return step in (0, phase.steps) or step % phase.release_checkpoint_every == 0
 
     def _check(self, step: int, rows: list[Row], what: str, value: float) -> None:
         """Stops the phase at a value that is not a number: a loss before the weights move, a gradient norm before any
@@ -114,31 +147,35 @@ class Phase:
                             f"{self.name}.optimizer.lr, or look at these documents")  # fmt: skip
 
     def _measure(self, step: int) -> None:
-        loss = self.engine.evaluate(self.heldout, self.heldout_shards)
+        loss = self.engine.evaluate(self.heldout)
         self.log.write({"step": step, "heldout_loss": loss})
         if self.first:
             self.report.metric(step, heldout_loss=loss)
 
-    def _seal(self, step: int) -> None:
-        """Writes the sealed checkpoint of a step into `work`; after a kill it is written again, byte for byte."""
+    def _save(self, step: int) -> None:
         phase = self.config.phase
+        rows = self.order.consumed(step) if step else {}
+        for source, count in (self.origin.rows if self.origin else {}).items():
+            rows[source] = rows.get(source, 0) + count
         state = {
             "phase": self.name,
             "step": step,
             "tokens": self.tokens,
             "seed": self.config.seed,
-            "data_position": {"next_step": step + 1, "steps": phase.steps},
+            "data_position": {"next_step": step + 1, "steps": phase.steps, "rows": dict(sorted(rows.items()))},
             "optimizer_step": self.engine.step_done,
             "lr": learning_rate(step, phase.steps, phase.optimizer) if step else 0.0,
             "rng": "not used: no dropout, and the data order is an artifact",
+            "config": identity(self.config),
+            "tokenizer": self.tokenizer,
         }
-        moments = self.engine.moments() if step else {}
-        weights = self.engine.weights()
+        self.log.flush()
+        stall = self.checkpoints.save(step, state, seal=self._due(step))
         if self.first:
-            sealed.write(self.work / "sealed" / sealed.name_of(step), weights, moments, state)
+            self.report.metric(step, checkpoint_stall_seconds=stall)
 
-    def _summarise(self) -> None:
-        """Writes summary.json into `work`."""
+    def _fill(self, out: Path) -> None:
+        """Puts the phase's product into `out`."""
         lines = self.log.lines()
         measured = [(x["step"], x["heldout_loss"]) for x in lines if "heldout_loss" in x]
         losses = [x["loss"] for x in lines if "loss" in x]
@@ -148,9 +185,13 @@ class Phase:
             "steps": self.config.phase.steps,
             "tokens": self.tokens,
             "loss": {"first": losses[0], "last": losses[-1]},
-            "heldout_loss": {"first": measured[0][1], "last": measured[-1][1], "rows": len(self.heldout)},
+            "heldout_loss": {"first": measured[0][1], "last": measured[-1][1], "rows": self.heldout_rows},
         }
-        (self.work / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+        (out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+        shutil.copyfile(self.log.path, out / "training.jsonl")
+        folder = self.checkpoints.folder / "sealed"
+        for step in sealed.steps_of(folder):
+            shutil.copytree(folder / sealed.name_of(step), out / sealed.name_of(step), copy_function=os.link)
 
 
 class Log:
@@ -159,50 +200,32 @@ class Log:
     def __init__(self, path: Path, writes: bool) -> None:
         self.path, self.writes = path, writes
 
-    def resume(self, step: int) -> int:
-        """Forgets lines after `step` (a killed run may have got further than its checkpoint). Returns the tokens seen.
-
-        Raises AtomError if the log does not reach the step.
-        """
-        lines = [x for x in self.lines() if x["step"] <= step] if step else []
-        steps = [x for x in lines if "tokens" in x]
-        if len(steps) != step:
-            raise AtomError(f"{self.path} holds {len(steps)} of {step} finished steps; "
-                            f"remove {self.path.parent} to start this stage anew")  # fmt: skip
+    def begin(self) -> None:
+        """An empty log."""
         if self.writes:
-            kept = self.path.with_name(self.path.name + ".partial")
-            kept.write_text("".join(_line(x) for x in lines))
-            os.replace(kept, self.path)
-        return steps[-1]["tokens"] if steps else 0
+            self.path.write_bytes(b"")
+
+    def check(self, step: int, first: int) -> None:
+        """Raises AtomError if the log that came with a checkpoint does not hold every step from `first` to `step`."""
+        if self.writes:
+            steps = [x["step"] for x in self.lines() if "tokens" in x]
+            if steps != list(range(first, step + 1)):
+                raise AtomError(f"{self.path} does not hold the steps {first} to {step} one by one; "
+                                f"remove {self.path.parent.parent} to start this stage anew")  # fmt: skip
 
     def lines(self) -> list[dict[str, Any]]:
-        """The finished lines; a line cut short by a kill is not one."""
-        if not self.path.exists():
-            return []
-        return [json.loads(x) for x in self.path.read_text().splitlines(keepends=True) if x.endswith("\n")]
+        return [json.loads(x) for x in self.path.read_text().splitlines()]
 
     def write(self, values: dict[str, Any]) -> None:
         if self.writes:
             with open(self.path, "a") as file:
-                file.write(_line(values))
+                file.write(json.dumps(values, sort_keys=True) + "\n")
 
     def flush(self) -> None:
         """To the disk: a checkpoint counts on the lines before it."""
         if self.writes:
             with open(self.path, "a") as file:
                 os.fsync(file.fileno())
-
-
-def _line(values: dict[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True) + "\n"
-
-
-def _fill(work: Path, out: Path) -> None:
-    """Copies the phase's product from `work` to `out`."""
-    for step in sealed.steps_of(work / "sealed"):
-        shutil.copytree(work / "sealed" / sealed.name_of(step), out / sealed.name_of(step), dirs_exist_ok=True)
-    for name in ("training.jsonl", "summary.json"):
-        shutil.copyfile(work / name, out / name)
 
 
 @contextmanager

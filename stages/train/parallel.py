@@ -1,8 +1,7 @@
 """The ranks of a training run: torch.distributed and Megatron's groups, set up and taken down together.
 
 One process without `WORLD_SIZE` in its environment is a world of one and opens no port. Otherwise RANK, WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT say who is who, as torchrun and the Slurm launcher set them. Data parallelism is the
-only split today.
+MASTER_ADDR and MASTER_PORT say who is who, as torchrun, the local launcher and the Slurm launcher set them.
 """
 
 from __future__ import annotations
@@ -14,13 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from pipeline.errors import AtomError
 from stages.model import balance
+from stages.model.layout import Layout
 from stages.model.mcore import parallel_state, tensor_parallel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,11 @@ class Ranks:
 
     rank: int
     world: int
+    layout: Layout
     data_rank: int
     data_ranks: int
+    counts_loss: bool
+    """Whether this rank's loss enters the sum: of all that compute it, one for each share of the tokens does."""
 
     @property
     def first(self) -> bool:
@@ -38,18 +44,34 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over data-parallel ranks, in place; the same bits on each of them."""
-        if self.data_ranks > 1:
-            dist.all_reduce(value, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        """The sum of a tensor over all ranks, in place; the same bits on each of them."""
+        if self.world > 1:
+            dist.all_reduce(value)
         return value
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank."""
+    def max(self, value: int) -> int:
+        """The largest of the ranks' numbers."""
         if self.world == 1:
-            return flag
-        value = torch.tensor([int(flag)], device="cuda" if torch.cuda.is_available() else "cpu")
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+            return value
+        found = torch.tensor([value], device="cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return int(found.item())
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -57,33 +79,65 @@ class Ranks:
 
 
 @contextmanager
-def session(seed: int) -> Iterator[Ranks]:
-    """Makes this process a rank and leaves it as it was found.
+def session(seed: int, layout: Layout | None = None, patience: float = 600.0) -> Iterator[Ranks]:
+    """Makes this process a rank of a layout and leaves it as it was found.
 
     On CPU a rank computes on one thread with deterministic kernels: its sums have the same bits every time.
+    patience: seconds after which a collective that some rank did not join fails.
+    Raises AtomError if the number of processes is not the layout's, and when another rank is lost.
     """
+    layout = layout or Layout()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world != layout.ranks:
+        raise AtomError(
+            f"{world} processes were started for cluster.ranks = {layout.ranks}; start that many, or change the recipe"
+        )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    meeting: dict[str, Any] = {"store": dist.HashStore()} if world == 1 else {"timeout": timedelta(minutes=10)}
-    with warnings.catch_warnings(), contextlib.nullcontext() if on_gpu else _one_thread():
+    meeting: dict[str, Any] = {"store": dist.HashStore()} if world == 1 else {"timeout": timedelta(seconds=patience)}
+    with warnings.catch_warnings(), contextlib.nullcontext() if on_gpu else _one_thread(), _peers(rank):
         # deprecation notes of Megatron's and PyTorch's for each other, which nobody who reads this log can act on
         warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
         dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world, **meeting)
         try:
-            parallel_state.initialize_model_parallel()
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=layout.tensor,
+                pipeline_model_parallel_size=layout.pipeline,
+                virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+                context_parallel_size=layout.context,
+                expert_model_parallel_size=layout.expert,
+                expert_tensor_parallel_size=layout.split_experts,
+            )
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
             yield Ranks(
                 rank,
                 world,
-                parallel_state.get_data_parallel_rank(with_context_parallel=True),
-                parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+                layout,
+                parallel_state.get_data_parallel_rank(),
+                parallel_state.get_data_parallel_world_size(),
+                parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0,
             )
         finally:
             balance.forget()
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+
+
+@contextmanager
+def _peers(rank: int) -> Iterator[None]:
+    """A collective that fails because another rank is gone is no bug of ours: one sentence instead of a traceback."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, dist.DistError) and "gloo" not in text and "NCCL" not in text:
+            raise
+        reason = text.strip().splitlines()[0].rpartition("] ")[2][:200]
+        raise AtomError(
+            f"rank {rank} lost touch with another rank ({reason}); the log of the rank that went first tells why; "
+            f"run again to go on from the last work checkpoint"
+        ) from error
 
 
 @contextmanager

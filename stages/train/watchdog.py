@@ -1,0 +1,81 @@
+"""A watch over ranks that hang: where each of them stands goes into the log, and the attempt ends.
+
+A rank that finishes no step for `patience` seconds writes the stacks of its threads into the attempt's folder; since
+all ranks wait for the one that hangs, all of them do so. Rank 0 puts them into its log, names the ranks that left
+none (stopped, or on a dead node), and ends the attempt; the next one goes on from the last work checkpoint.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+from pipeline.stage import Report
+from stages.train.parallel import Ranks
+
+COLLECT_SECONDS = 5.0
+
+
+class Watchdog:
+    """Watches from its creation to the end of the `with` block. `alive()` says that a step was finished."""
+
+    def __init__(self, phase: str, patience: float, work: Path, ranks: Ranks, report: Report) -> None:
+        self.phase, self.patience, self.work, self.ranks, self.report = phase, patience, work, ranks, report
+        self.last = time.monotonic()
+        self.step_over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.step_over.set()
+        self.thread.join()
+
+    def alive(self) -> None:
+        self.last = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self.step_over.wait(min(1.0, self.patience / 10)):
+            if time.monotonic() - self.last > self.patience:
+                self._bark()
+
+    def _bark(self) -> None:
+        folder = self.work / "stacks"
+        folder.mkdir(exist_ok=True)
+        own = folder / f"rank-{self.ranks.rank:05d}.txt"
+        with open(own, "w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        print(f"rank {self.ranks.rank}: no step for {self.patience:g} s, it stands here:\n{own.read_text()}",
+              file=sys.stderr, flush=True)  # fmt: skip
+        text = f"{self.phase}: no step was finished for {self.patience:g} s"
+        if self.ranks.first:
+            began, expected = time.time(), set(range(self.ranks.world))
+            deadline = time.monotonic() + COLLECT_SECONDS + self.patience / 2
+            while (missing := expected - self._told(began)) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            for rank in sorted(expected - missing - {0}):
+                stacks = (folder / f"rank-{rank:05d}.txt").read_text()
+                print(f"rank {rank} stands here:\n{stacks}", file=sys.stderr, flush=True)
+            silent = f"; no sign of rank {', '.join(map(str, sorted(missing)))}" if missing else ""
+            text += (
+                f"{silent}; the stacks of all ranks are in the log; run again to go on from the last work checkpoint"
+            )
+        else:
+            time.sleep(COLLECT_SECONDS + self.patience)  # rank 0 speaks first
+        self.report.abandon(text)
+
+    def _told(self, since: float) -> set[int]:
+        """The ranks whose stacks were written in this hang."""
+        found = set()
+        for path in (self.work / "stacks").glob("rank-*.txt"):
+            if path.stat().st_mtime > since - self.patience and path.stat().st_size:
+                found.add(int(path.stem[5:]))
+        return found

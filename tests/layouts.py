@@ -1,0 +1,117 @@
+"""A few optimizer steps of one model in several layouts, in one set of processes: what each gives, to compare.
+
+    python tests/layouts.py CORPUS '{"layouts": {"one": {}}, "config": {...}, "steps": 5}' OUT.json
+
+RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as usual; each layout meets at a port of its own, from MASTER_PORT on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import train_world as world
+
+MODEL: dict[str, Any] = {**world.MODEL, "layers": 4, "tie_embeddings": True}
+BATCH = {"global_tokens": 256, "micro_tokens": 64}  # eight rows in four micro-batches
+TWO: dict[str, dict[str, Any]] = {
+    "DP2": {},
+    "DP2 overlap": {"overlap_gradients": True},
+    "TP2+SP": {"tensor": 2},
+    "PP2": {"pipeline": 2},
+    "EP2 alltoall": {"expert": 2},
+    "EP2 allgather": {"expert": 2, "dispatcher": "allgather"},
+    "CP2": {"context": 2},
+    "PP2 interleaved": {"pipeline": 2, "virtual_pipeline": 2},
+    "TP2 EP2 ETP1": {"tensor": 2, "expert": 2, "expert_tensor": 1},
+}
+FOUR: dict[str, dict[str, Any]] = {
+    "EP2xDP2": {"expert": 2},
+    "TP2xPP2": {"tensor": 2, "pipeline": 2},
+    "PP2xEP2": {"pipeline": 2, "expert": 2},
+    "PP2 interleaved xDP2": {"pipeline": 2, "virtual_pipeline": 2},
+    "PP4": {"pipeline": 4},
+    "EP4": {"expert": 4},
+    "TP2xEP2": {"tensor": 2, "expert": 2},
+    "TP2xCP2": {"tensor": 2, "context": 2},
+    "CP2xEP2": {"context": 2, "expert": 2, "overlap_gradients": True},
+    "TP2xEP4 ETP1": {"tensor": 2, "expert": 4, "expert_tensor": 1},
+}
+
+
+def train(corpus: Path, settings: dict[str, Any], steps: int) -> list[dict[str, float]]:
+    """Figures of the first steps, and the loss on held-out rows after them."""
+    from pipeline.store import Artifact
+    from stages.model.build import initialise
+    from stages.train import parallel
+    from stages.train.config import TrainConfig
+    from stages.train.data import Order, Shards, Share, heldout_rows
+    from stages.train.engine import Engine
+    from stages.train.schedule import learning_rate
+
+    config = TrainConfig.model_validate(settings)
+    tokens = Artifact.open(corpus / "tokens")
+    phase, out = config.phase, []
+    with parallel.session(config.seed, phase.cluster) as ranks:
+        engine = Engine(config, ranks)
+        initialise(engine.chunks, config.model, config.padded_vocab_size, config.seed)
+        engine.weights_changed()
+        order = Order(Artifact.open(corpus / "order"), phase)
+        shards = Shards(tokens, "train", config.padded_vocab_size)
+        for step in range(1, steps + 1):
+            share = Share.read(order.rows(step), shards, phase.micro_rows, ranks)
+            figures = engine.step(share, learning_rate(step, phase.steps, phase.optimizer), lambda loss: None)
+            out.append({"loss": figures.loss, "aux_loss": figures.aux_loss, "grad_norm": figures.grad_norm})
+        held = Shards(tokens, "heldout", config.padded_vocab_size)
+        share = Share.read(heldout_rows(tokens, phase)[:7], held, phase.micro_rows, ranks)
+        out.append({"heldout_loss": engine.evaluate(share)})
+    return out
+
+
+def spawn(command: list[str], ranks: int, env: dict[str, str] | None = None, **options: Any) -> list[Any]:
+    """One process for each rank, on a free port."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = {**os.environ, **(env or {}), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    places = [{"RANK": str(n), "WORLD_SIZE": str(ranks)} if ranks > 1 else {} for n in range(ranks)]
+    return [
+        subprocess.Popen([sys.executable, *command], env={**common, **place}, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, **options) for place in places
+    ]  # fmt: skip
+
+
+def compare(corpus: Path, layouts: dict[str, dict[str, Any]], ranks: int, settings: dict[str, Any], out: Path,
+            steps: int = 5) -> dict[str, list[dict[str, float]]]:  # fmt: skip
+    """Runs layouts of that many ranks. Raises AssertionError with the log of a rank that failed."""
+    task = {"layouts": layouts, "config": settings, "steps": steps}
+    processes = spawn([__file__, str(corpus), json.dumps(task), str(out)], ranks)
+    logs = [p.communicate(timeout=500)[0] for p in processes]
+    failed = [log for p, log in zip(processes, logs, strict=True) if p.returncode]
+    assert not failed, failed[0][-3000:]
+    found: dict[str, list[dict[str, float]]] = json.loads(out.read_text())
+    return found
+
+
+def main(corpus: Path, task: dict[str, Any], out: Path) -> None:
+    ranks, port = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ["MASTER_PORT"])
+    found = {}
+    for number, (name, layout) in enumerate(task["layouts"].items()):
+        os.environ["MASTER_PORT"] = str(port + number)
+        settings = task["config"]
+        settings["phase"]["cluster"] = {"ranks": ranks, **layout}
+        try:
+            found[name] = train(corpus, settings, task["steps"])
+        except Exception as error:
+            raise RuntimeError(f"layout {name}") from error
+    if os.environ.get("RANK", "0") == "0":
+        out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3]))
