@@ -86,7 +86,7 @@ def plan(
     else:
         _console().print(plan_table(rows))
         for row in rows:
-            for key in row.external.values():
+            for key in row.external.values() if row.state.name in graph.PHASES else ():
                 print(f"{row.state.name} continues from {key.rsplit('-', 1)[0]} (key {key})")
             if row.state.changed:
                 print(f"{row.state.name} was sealed by other code than today's: {', '.join(row.state.changed)} changed")

@@ -158,7 +158,7 @@ def checkpoint_facts(checkpoints: Path) -> list[Facts]:
 def interventions(checkpoints: list[Facts]) -> list[Facts]:
     """Where a phase went on from a checkpoint of an earlier run, and which settings are others from there on.
 
-    checkpoints: what `checkpoint_facts` gives. by: key of the phase that trained the steps up to `step`; changes:
+    checkpoints: what `checkpoint_facts` gives. by: key of the phase that trained the steps `first` to `step`; changes:
     [setting, before, after].
     """
     states = {(row["phase"], row["step"]): row["state"] for row in checkpoints}
@@ -172,7 +172,12 @@ def interventions(checkpoints: list[Facts]) -> list[Facts]:
             names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
             changes = [[name, before.get(name), now.get(name)] for name in names]
             found[phase, int(step)] = {"phase": phase, "step": int(step), "by": by, "changes": changes}
-    return sorted(found.values(), key=lambda row: (row["phase"] != "pretrain", row["phase"], row["step"]))
+    rows = sorted(found.values(), key=lambda row: (row["phase"] != "pretrain", row["phase"], row["step"]))
+    last: dict[str, int] = {}
+    for row in rows:
+        row["first"] = last.get(row["phase"], 0) + 1
+        last[row["phase"]] = row["step"]
+    return rows
 
 
 def _settings(state: Facts) -> dict[str, Any]:

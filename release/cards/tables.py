@@ -129,7 +129,7 @@ def interventions(rows: list[Facts]) -> list[str]:
         changes = ", ".join(f"`{name}` {_shown(before)} → {_shown(after)}" for name, before, after in row["changes"])
         what = f"with other settings: {changes}" if changes else "with the same settings"
         lines.append(
-            f"- {row['phase']}: steps 1 to {count(row['step'])} by `{row['by']}`; "
+            f"- {row['phase']}: steps {count(row['first'])} to {count(row['step'])} by `{row['by']}`; "
             f"from step {count(row['step'] + 1)} on {what}."
         )
     return lines
