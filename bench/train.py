@@ -28,11 +28,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from stages.model.build import initialise
+from stages.model.build import initialise, named_tensors
 from stages.model.config import ModelConfig
 from stages.model.hf import hf_config, to_hf
 from stages.train.config import TrainConfig
-from stages.train.data import Batch, Row
+from stages.train.data import Batch, Share
 from stages.train.engine import Engine
 from stages.train.parallel import session
 
@@ -82,14 +82,11 @@ class Tokens:
         generator = torch.Generator().manual_seed(number)
         return torch.randint(self.size.vocab, (self.size.rows, self.size.length + 1), generator=generator)
 
-    def rows(self, number: int) -> list[Row]:
-        return [Row("random", str(number), i, 0, self.size.length + 1, 0) for i in range(self.size.rows)]
-
-    def batch(self, rows: list[Row], width: int) -> Batch:
-        assert width == self.size.length and len(rows) == self.size.rows
-        tokens = self.step(int(rows[0].id))
-        padding = torch.zeros(len(rows), width, dtype=torch.bool)
-        return Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(len(rows), width), padding)
+    def share(self, number: int) -> Share:
+        data, length = self.step(number), self.size.length
+        padding = torch.zeros(len(data), length, dtype=torch.bool)
+        batch = Batch(data[:, :-1], data[:, 1:], torch.ones(len(data), length), padding)
+        return Share([batch], length, self.size.tokens)
 
 
 Step = Callable[[int], float]
@@ -98,8 +95,7 @@ Step = Callable[[int], float]
 
 def ours(engine: Engine, tokens: Tokens) -> Step:
     def step(number: int) -> float:
-        figures = engine.step(tokens.rows(number), tokens, OPTIMIZER["lr"], lambda loss: None)
-        return figures.loss
+        return engine.step(tokens.share(number), OPTIMIZER["lr"], lambda loss: None).loss
 
     return step
 
@@ -145,7 +141,7 @@ def peer_model(engine: Engine, size: Size) -> Any:
     from transformers import Qwen3MoeForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
-        tensors = to_hf(engine.weights(), size.model, size.vocab)
+        tensors = to_hf({k: v.detach() for k, v in named_tensors(engine.chunks)}, size.model, size.vocab)
         save_file({k: v.contiguous() for k, v in tensors.items()}, f"{folder}/model.safetensors", {"format": "pt"})
         config = hf_config(size.model, size.vocab, eos_token_id=1, pad_token_id=0, dtype="float32")
         (Path(folder) / "config.json").write_text(json.dumps(config))
@@ -207,7 +203,7 @@ def measure(size: Size) -> dict[str, Any]:
     )  # fmt: skip
     with session(0) as ranks:
         engine = Engine(config, ranks)
-        initialise(engine.gpt, size.model, size.vocab, seed=0)
+        initialise(engine.chunks, size.model, size.vocab, seed=0)
         engine.weights_changed()
         model, tokens = peer_model(engine, size), Tokens(size)
         experts, tried = fastest_experts(model, tokens, 2)
