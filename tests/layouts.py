@@ -90,12 +90,60 @@ def compare(corpus: Path, layouts: dict[str, dict[str, Any]], ranks: int, settin
             steps: int = 5) -> dict[str, list[dict[str, float]]]:  # fmt: skip
     """Runs layouts of that many ranks. Raises AssertionError with the log of a rank that failed."""
     task = {"layouts": layouts, "config": settings, "steps": steps}
-    processes = spawn([__file__, str(corpus), json.dumps(task), str(out)], ranks)
-    logs = [p.communicate(timeout=500)[0] for p in processes]
-    failed = [log for p, log in zip(processes, logs, strict=True) if p.returncode]
-    assert not failed, failed[0][-3000:]
+    codes, logs = end(spawn([__file__, str(corpus), json.dumps(task), str(out)], ranks), timeout=500)
+    assert not any(codes), [log[-2000:] for code, log in zip(codes, logs, strict=True) if code]
     found: dict[str, list[dict[str, float]]] = json.loads(out.read_text())
     return found
+
+
+def settings_of(layout: dict[str, Any], ranks: int, seed: int = 0, **phase: Any) -> dict[str, Any]:
+    """world.config() of the deeper model, in small micro-batches, in that layout."""
+    found = world.config(seed, batch=BATCH, cluster={"ranks": ranks, **layout}, **phase)
+    return {**found, "model": MODEL}
+
+
+def start(corpus: Path, folder: Path, settings: dict[str, Any], at: int = 0, number: int = 0, **env: str) -> list[Any]:
+    """The ranks of the pretrain stage, `work` and `out` under `folder`; rank 0 sends itself a signal at a step."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(settings))
+    places = [str(p) for p in (corpus, folder / "work", folder / "out", folder / "config.json")]
+    script = str(Path(__file__).with_name("train_world.py"))
+    return spawn([script, *places, str(at), str(number)], settings["phase"]["cluster"]["ranks"], env)
+
+
+def end(processes: list[Any], timeout: float = 300) -> tuple[list[int], list[str]]:
+    """Exit codes and logs of ranks."""
+    logs = [p.communicate(timeout=timeout)[0] for p in processes]
+    return [p.returncode for p in processes], logs
+
+
+def run(corpus: Path, folder: Path, settings: dict[str, Any], **options: Any) -> list[str]:
+    """Runs the pretrain stage to its end. Returns the ranks' logs. Raises AssertionError if one failed."""
+    codes, logs = end(start(corpus, folder, settings, **options))
+    assert not any(codes), [log[-2000:] for code, log in zip(codes, logs, strict=True) if code]
+    return logs
+
+
+def named(name: str) -> dict[str, Any]:
+    """The settings of a layout by its name here; "one" is one process."""
+    ranks = 1 if name == "one" else 2 if name in TWO else 4
+    return settings_of({"one": {}, **TWO, **FOUR}[name], ranks)
+
+
+def reads(folder: Path) -> dict[int, dict[int, list[tuple[Any, ...]]]]:
+    """step -> rank -> rows that this rank read, as TEST_READS left them."""
+    found: dict[int, dict[int, list[tuple[Any, ...]]]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            step, row = json.loads(line)
+            found.setdefault(step, {}).setdefault(int(path.stem), []).append(tuple(row))
+    return found
+
+
+def figures(out: Path, keys: tuple[str, ...] = ("loss", "aux_loss", "grad_norm", "heldout_loss")) -> list[float]:
+    """All figures of a phase's log, in order."""
+    lines = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines for key in keys if key in line]
 
 
 def main(corpus: Path, task: dict[str, Any], out: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from pipeline.errors import AtomError, Interrupted
 from pipeline.store import Artifact, digest_of, rows_of, write_manifest
 
 VOCAB, EOD = 64, 1
@@ -151,5 +154,54 @@ def digest(out: Path) -> str:
     return digest_of(rows_of(out))
 
 
+def disturb(rank: int, step: int, action: str) -> None:
+    """Has this process be killed, stopped or put to sleep before its so-and-so-manieth step, if it is that rank."""
+    from stages.train.engine import Engine
+
+    if os.environ.get("RANK", "0") != str(rank):
+        return
+    compute, count = Engine.step, [0]
+
+    def step_or_not(*args: Any) -> Any:
+        count[0] += 1
+        if count[0] == step and action == "sleep":
+            time.sleep(3600)
+        elif count[0] == step:
+            os.kill(os.getpid(), getattr(signal, action))
+        return compute(*args)
+
+    Engine.step = step_or_not  # type: ignore[method-assign]
+
+
+def record_reads(folder: Path) -> None:
+    """Keeps what this rank reads of the training shards in `<folder>/<rank>.jsonl`: [step, [source, ordinal, ...]]."""
+    from stages.train.data import Feed, Row, Shards
+
+    read_step, read_row, now = Feed._read, Shards.read, [0]
+    folder.mkdir(exist_ok=True)
+    file = open(folder / f"{os.environ.get('RANK', '0')}.jsonl", "a", buffering=1)  # noqa: SIM115 (to the end)
+
+    def step(self: Feed, due: int) -> Any:
+        now[0] = due
+        return read_step(self, due)
+
+    def row(self: Shards, row: Row) -> Any:
+        if self.split == "train":
+            file.write(json.dumps([now[0], [row.source, row.ordinal, row.offset, row.length]]) + "\n")
+        return read_row(self, row)
+
+    Feed._read, Shards.read = step, row  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":  # python tests/train_world.py FOLDER WORK OUT CONFIG.json [AT_STEP SIGNAL]
-    pretrain(*map(Path, sys.argv[1:4]), json.loads(Path(sys.argv[4]).read_text()), Reporter(*map(int, sys.argv[5:])))
+    if "TEST_READS" in os.environ:
+        record_reads(Path(os.environ["TEST_READS"]))
+    if "TEST_DISTURB" in os.environ:
+        rank_, step_, action_ = os.environ["TEST_DISTURB"].split()
+        disturb(int(rank_), int(step_), action_)
+    try:
+        pretrain(
+            *map(Path, sys.argv[1:4]), json.loads(Path(sys.argv[4]).read_text()), Reporter(*map(int, sys.argv[5:]))
+        )
+    except (AtomError, Interrupted) as told:  # as the worker does: the sentence, no traceback
+        sys.exit(str(told))

@@ -19,15 +19,23 @@ from stages.model.config import ModelConfig, PositiveInt
 class Layout(Config):
     """The ranks of a phase and how they share the work. Any layout gives the same loss within rounding."""
 
-    ranks: PositiveInt = Field(1, description="processes in all, one for each device")
-    tensor: PositiveInt = Field(1, description="ranks that split each matrix; activations are then split by sequence")
-    pipeline: PositiveInt = Field(1, description="ranks that split the layers")
-    virtual_pipeline: PositiveInt = Field(1, description="model chunks on a pipeline rank; above 1: interleaved 1F1B")
-    context: PositiveInt = Field(1, description="ranks that split each sequence in attention")
-    expert: PositiveInt = Field(1, description="ranks that split the experts of a layer")
-    expert_tensor: PositiveInt | None = Field(None, description="ranks that split each expert; as `tensor` by default")
-    dispatcher: Literal["alltoall", "allgather"] = Field("alltoall", description="how tokens reach their experts")
-    overlap_gradients: bool = Field(False, description="reduce gradients while the backward pass still runs")
+    ranks: PositiveInt = Field(default=1, description="processes in all, one for each device")
+    tensor: PositiveInt = Field(
+        default=1, description="ranks that split each matrix; activations are then split by sequence"
+    )
+    pipeline: PositiveInt = Field(default=1, description="ranks that split the layers")
+    virtual_pipeline: PositiveInt = Field(
+        default=1, description="model chunks on a pipeline rank; above 1: interleaved 1F1B"
+    )
+    context: PositiveInt = Field(default=1, description="ranks that split each sequence in attention")
+    expert: PositiveInt = Field(default=1, description="ranks that split the experts of a layer")
+    expert_tensor: PositiveInt | None = Field(
+        default=None, description="ranks that split each expert; as `tensor` by default"
+    )
+    dispatcher: Literal["alltoall", "allgather"] = Field(
+        default="alltoall", description="how tokens reach their experts"
+    )
+    overlap_gradients: bool = Field(default=False, description="reduce gradients while the backward pass still runs")
 
     @property
     def data(self) -> int:
@@ -63,7 +71,7 @@ def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_ba
     chunks = layout.pipeline * layout.virtual_pipeline
     if model.layers % chunks:
         return (f"cluster.pipeline = {layout.pipeline} with virtual_pipeline = {layout.virtual_pipeline} cannot deal "
-                f"layers = {model.layers} evenly; their product must be one of {_divisors(model.layers, chunks)}")  # fmt: skip
+                f"layers = {model.layers} evenly; nearest product: {_divisors(model.layers, chunks)}")  # fmt: skip
     for fields, size in (
         ("tensor x pipeline x context", layout.tensor * layout.pipeline * layout.context),
         ("expert_tensor x expert x pipeline", layout.split_experts * layout.expert * layout.pipeline),

@@ -144,7 +144,7 @@ class Engine:
         )
         counted = self.ranks.counts_loss and out
         total = torch.stack([x["sum"] for x in out]).sum() if counted else torch.zeros((), device=device)
-        return (self.ranks.sum(total) / share.targets).item()
+        return float(self.ranks.sum(total) / share.targets)
 
     def _inputs(self, batch: Batch, gpt: Any) -> Iterator[torch.Tensor]:
         """ids, positions, labels, loss mask and padding as this rank's part of the model takes them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from safetensors import safe_open
 
@@ -32,14 +34,16 @@ class Origin:
         key = self.artifact.key
         before, now = self.state["config"], identity(config)
         for field, value in now["model"].items():
-            if before["model"].get(field) != value:
-                raise AtomError(f"checkpoint {key} is of another model: its model.{field} is "
-                                f"{before['model'].get(field)}, not {value}; continue from one of this model")  # fmt: skip
+            there = before["model"].get(field)
+            if there != value:
+                raise AtomError(f"checkpoint {key} is of another model: its model.{field} is {there}, not {value}; "
+                                f"continue from one of this model")  # fmt: skip
         if self.state["tokenizer"] != tokenizer:
             raise AtomError(f"checkpoint {key} was trained on another tokenizer's tokens; continue from one of this "
                             f"recipe's tokenizer")  # fmt: skip
-        files = {"weight": safe_open(self.artifact / sealed.MODEL, framework="pt")}
-        check_tensors(engine.shapes, {n: files["weight"].get_slice(n).get_shape() for n in files["weight"].keys()}, key)  # noqa: SIM118
+        files: dict[str, Any] = {"weight": safe_open(self.artifact / sealed.MODEL, framework="pt")}
+        names = files["weight"].keys()
+        check_tensors(engine.shapes, {name: files["weight"].get_slice(name).get_shape() for name in names}, key)
         if self.step:
             files["moments"] = safe_open(self.artifact / sealed.OPTIMIZER, framework="pt")
 

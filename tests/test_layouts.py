@@ -1,0 +1,107 @@
+"""Any layout trains the same model, and a work checkpoint of one goes on in another.
+
+The aux loss is that of a micro-batch. A micro-batch's size stands in the recipe and layouts only deal whole ones to
+their ranks, so it is the same sum in each of them and is compared like the rest.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import layouts
+import pytest
+import train_world as world
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    world.make(folder, {"batch": layouts.BATCH})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    out = tmp_path_factory.mktemp("one") / "out.json"
+    return layouts.compare(corpus, {"one": {}}, 1, layouts.settings_of({}, 1), out)["one"]
+
+
+@pytest.mark.parametrize(("ranks", "chosen"), [(2, layouts.TWO), (4, layouts.FOUR)], ids=["two", "four"])
+def test_every_layout_trains_like_one_process(
+    corpus: Path, one: list[dict[str, float]], tmp_path: Path, ranks: int, chosen: dict
+) -> None:
+    found = layouts.compare(corpus, chosen, ranks, layouts.settings_of({}, 1), tmp_path / "out.json")
+    assert set(found) == set(chosen)
+    for name, steps in found.items():
+        assert len(steps) == len(one) == 6
+        for step, (here, there) in enumerate(zip(steps, one, strict=True), start=1):
+            assert here == pytest.approx(there, rel=TOLERANCE), f"{name}, step {step}"
+
+
+PAIRS = [("EP2 alltoall", "one"), ("TP2+SP", "PP2"), ("PP2", "EP2xDP2")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    layouts.run(corpus, folder, layouts.settings_of({}, 1))
+    return folder / "out"
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_a_work_checkpoint_goes_on_in_another_layout(
+    corpus: Path, undisturbed: Path, tmp_path: Path, before: str, after: str
+) -> None:
+    codes, logs = layouts.end(layouts.start(corpus, tmp_path, layouts.named(before), at=7, number=signal.SIGTERM))
+    assert all(codes) and "stopped after step 7" in logs[0], logs
+    logs = layouts.run(corpus, tmp_path, layouts.named(after))
+    assert "going on after step 7" in logs[0]
+    assert layouts.figures(tmp_path / "out") == pytest.approx(layouts.figures(undisturbed), rel=TOLERANCE)
+
+
+def test_a_killed_rank_changes_no_byte(corpus: Path, tmp_path: Path) -> None:
+    """Same layout: bit for bit, whichever rank dies."""
+    settings = layouts.named("EP2 alltoall")
+    layouts.run(corpus, tmp_path / "calm", settings)
+    codes, logs = layouts.end(layouts.start(corpus, tmp_path / "killed", settings, TEST_DISTURB="1 7 SIGKILL"))
+    assert codes == [1, -signal.SIGKILL] and "rank 0 lost touch with another rank" in logs[0], (codes, logs)
+    assert "going on after step 4" in layouts.run(corpus, tmp_path / "killed", settings)[0]
+    assert world.digest(tmp_path / "killed" / "out") == world.digest(tmp_path / "calm" / "out")
+
+
+def test_ranks_read_what_the_order_says(corpus: Path, tmp_path: Path) -> None:
+    """The rows that ranks really read, by step, are those of the order index, each by one data-parallel rank."""
+    from collections import Counter
+
+    from stages.data.order import documents_of_step
+
+    settings = layouts.settings_of({"expert": 2}, 2, steps=12)
+    layouts.run(corpus, tmp_path, settings, TEST_READS=str(tmp_path / "reads"))
+    read = layouts.reads(tmp_path / "reads")
+    assert set(read) == set(range(1, 13))
+    for step, by_rank in read.items():
+        index = documents_of_step(corpus / "order", step).select(["source", "ordinal", "offset", "length"]).to_pylist()
+        assert Counter(map(tuple, sum(by_rank.values(), []))) == Counter(tuple(row.values()) for row in index)
+        assert {rank: len(rows) for rank, rows in by_rank.items()} == {0: 4, 1: 4}
+
+
+def test_a_rank_that_hangs_is_found(corpus: Path, tmp_path: Path) -> None:
+    """One rank sleeps in C: both tell where they stand, the attempt ends, and the next one goes on."""
+    settings = layouts.settings_of({"expert": 2}, 2, hang_seconds=2.0)
+    codes, logs = layouts.end(layouts.start(corpus, tmp_path, settings, TEST_DISTURB="1 7 sleep"))
+    assert codes == [1, 1], logs
+    assert "abandoned: pretrain: no step was finished for 2 s; the stacks of all ranks are in the log" in logs[0]
+    assert "rank 1 stands here" in logs[0] and "in step_or_not" in logs[0] and "distributed_c10d.py" in logs[0]
+    assert "going on after step 4" in layouts.run(corpus, tmp_path, layouts.named("EP2 alltoall"))[0]
+
+
+def test_a_rank_that_gives_no_sign_is_named(corpus: Path, tmp_path: Path) -> None:
+    settings = layouts.settings_of({}, 2, hang_seconds=2.0)
+    processes = layouts.start(corpus, tmp_path, settings, TEST_DISTURB="1 7 SIGSTOP")
+    log = processes[0].communicate(timeout=120)[0]
+    processes[1].kill()
+    processes[1].wait()
+    assert "no step was finished for 2 s; no sign of rank 1; the stacks" in log
