@@ -4,11 +4,18 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help demo test lint lock clean
+# The newest Megatron-core needs Python 3.12 or newer; the environment of test-latest is made for it.
+PYTHON_LATEST ?= python3.13
+VENV_LATEST   ?= .venv-latest
+LATEST_TESTS  := tests/test_model_*.py tests/test_train_*.py tests/test_layouts.py tests/test_export.py
+
+.PHONY: help demo test test-latest soak lint lock clean
 
 help:
 	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 5 minutes with installation)"
 	@echo "make test    linters, types and all tests (about 10 minutes)"
+	@echo "make test-latest   the training, checkpoint and export tests with the newest Megatron-core on $(PYTHON_LATEST) (some GB of download)"
+	@echo "make soak    layouts, checkpoint pairs and random kills at length (about 40 minutes); writes docs/soak.md"
 	@echo "make lint    linters and types only"
 	@echo "make lock    resolve the newest versions that pyproject.toml allows, into constraints.txt"
 	@echo "make clean   remove the environment and everything produced"
@@ -30,6 +37,14 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m pytest
 
+test-latest:
+	$(MAKE) VENV=$(VENV_LATEST) PYTHON=$(PYTHON_LATEST) $(VENV_LATEST)/.ready
+	$(VENV_LATEST)/bin/python -c 'from importlib.metadata import version as v; print("megatron-core", v("megatron-core"), "torch", v("torch"))'
+	$(VENV_LATEST)/bin/python -m pytest $(LATEST_TESTS)
+
+soak: $(READY)
+	$(BIN)/python tests/soak.py
+
 lock:
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
@@ -40,4 +55,4 @@ lock:
 	rm -rf build/lock
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV_LATEST) runs build dist *.egg-info

@@ -6,12 +6,16 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import train_world as world
 
@@ -197,6 +201,97 @@ def test_a_damaged_product_in_the_work_folder_is_never_sealed(corpus: Path, undi
     weights.write_bytes(content)
     world.pretrain(corpus, work, out, world.config())
     assert world.digest(out) == world.digest(undisturbed)
+
+
+def test_an_orphan_of_an_earlier_attempt_does_no_harm(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """An attempt is stopped by the system, thought dead and succeeded; then it wakes up and goes on writing."""
+    orphan = fresh(corpus, tmp_path, env={"TEST_DISTURB": "0 8 SIGSTOP"})
+    while orphan.poll() is None and stopped(orphan.pid) is False:
+        time.sleep(0.05)
+    with pytest.raises(KeyboardInterrupt):  # the successor is itself stopped, after checkpoints of its own
+        world.pretrain(corpus, tmp_path / "work", tmp_path / "out2", world.config(), world.Reporter(11, signal.SIGTERM))
+    orphan.send_signal(signal.SIGCONT)
+    _, told = orphan.communicate(timeout=60)
+    assert orphan.returncode == 1 and "a later attempt has taken over from this one" in told
+    report = world.Reporter()
+    world.pretrain(corpus, tmp_path / "work", tmp_path / "out2", world.config(), report)
+    assert report.notes[0].endswith("going on after step 11")
+    assert world.digest(tmp_path / "out2") == world.digest(undisturbed)
+
+
+def stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in ("T", "t")
+
+
+def test_the_newest_checkpoints_are_kept(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
+    work, settings = tmp_path / "work", world.config(work_checkpoints_kept=3, work_checkpoint_every=1)
+    for step in (4, 9):
+        with pytest.raises(KeyboardInterrupt):
+            world.pretrain(corpus, work, tmp_path / "out", settings, world.Reporter(step, signal.SIGTERM))
+        kept = [p.relative_to(work).as_posix() for p in checkpoints(work)]
+        number = 1 if step == 4 else 2
+        assert kept == [f"attempt-{number:04d}/checkpoints/step-{n:09d}" for n in range(step - 2, step + 1)]
+    report = world.Reporter()
+    world.pretrain(corpus, work, tmp_path / "out", settings, report)
+    assert world.digest(tmp_path / "out") == world.digest(undisturbed) and report.products == ["@0", "@6", "@12"]
+
+
+@pytest.fixture
+def later_half(corpus: Path, undisturbed: Path, tmp_path: Path) -> dict[str, Artifact]:
+    """Inputs of a phase that continues from the checkpoint of step 6: the tokens, and the order of what is left."""
+    order = tmp_path / "order"
+    order.mkdir()
+    table = pq.read_table(corpus / "order" / "order.parquet")
+    pq.write_table(table.filter(pc.field("step") > 6), order / "order.parquet")
+    meta = json.loads((corpus / "order" / "meta.json").read_text())
+    (order / "meta.json").write_text(json.dumps({**meta, "first_step": 7}))
+    shutil.copytree(undisturbed / "step-000006", tmp_path / "continue")
+    return {
+        "tokens": Artifact.open(corpus / "tokens"),
+        "order": write_manifest(order, "order-later"),
+        "continue": write_manifest(tmp_path / "continue", "pretrain@6-test"),
+    }
+
+
+def test_a_phase_continues_from_a_release_checkpoint(
+    undisturbed: Path, later_half: dict[str, Artifact], run_stage
+) -> None:
+    from stages.pretrain import STAGE
+
+    same = run_stage(STAGE, world.config(), later_half)
+    assert losses(same.path) == losses(undisturbed)[6:]
+    assert losses(same.path, "heldout_loss")[1:] == losses(undisturbed, "heldout_loss")[2:]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (same / f"step-000012/{name}").read_bytes() == (undisturbed / "step-000012" / name).read_bytes()
+    one, other = same.json("step-000012/state.json"), json.loads((undisturbed / "step-000012/state.json").read_text())
+    assert one == other and one["data_position"] == {"next_step": 13, "steps": 12, "rows": {"sums": 48, "text": 48}}
+
+    slower = world.config(optimizer={**world.PHASE["optimizer"], "lr": 1.5e-3})
+    changed = run_stage(STAGE, slower, later_half)
+    assert losses(changed.path)[0] == losses(undisturbed)[6] and losses(changed.path)[1] != losses(undisturbed)[7]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("layers", 3, "pretrain@6-test is of another model: its model.layers is 2, not 3"),
+        ("rope_base", 5e5, "pretrain@6-test is of another model: its model.rope_base is 10000.0, not 500000.0"),
+        ("tokenizer", "other", "pretrain@6-test was trained on another tokenizer's tokens"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(
+    later_half: dict[str, Artifact], tmp_path: Path, run_stage, field: str, value: object, sentence: str
+) -> None:
+    from stages.pretrain import STAGE
+
+    settings = world.config()
+    if field == "tokenizer":
+        path = tmp_path / "continue" / "state.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer": value}))
+    else:
+        settings["model"] = {**settings["model"], field: value}
+    with pytest.raises(AtomError, match=re.escape(sentence)):
+        run_stage(STAGE, settings, later_half)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_phase(corpus: Path, tmp_path: Path) -> None:

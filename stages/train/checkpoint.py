@@ -145,9 +145,8 @@ class Checkpoints:
 
     def _require_present(self) -> None:
         """Raises AtomError if a later attempt has begun: this one was thought dead."""
-        latest = int(_attempts(self.work)[-1].name[8:])
-        if latest != self.number:
-            raise AtomError(f"attempt {latest} has taken over from this one, which stops without harm to it")
+        if _attempts(self.work)[-1:] != [self.folder]:
+            raise AtomError(SUCCEEDED)
 
     def _forget(self) -> None:
         """Keeps the newest complete checkpoints, those of later attempts before those of earlier ones."""
@@ -233,6 +232,7 @@ class Checkpoints:
 
 
 INCOMPLETE = "never completed"
+SUCCEEDED = "a later attempt has taken over from this one, which stops without harm to it"
 
 
 def _attempts(work: Path) -> list[Path]:

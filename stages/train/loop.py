@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipeline.errors import AtomError, Interrupted
 from pipeline.stage import Inputs, Report, identity
 from stages.train import parallel, sealed
-from stages.train.checkpoint import Checkpoints
+from stages.train.checkpoint import SUCCEEDED, Checkpoints
 from stages.train.config import TrainConfig
 from stages.train.data import Feed, Order, Row, Shards, Share, heldout_rows
 from stages.train.engine import Engine
@@ -221,14 +221,21 @@ class Log:
 
     def write(self, values: dict[str, Any]) -> None:
         if self.writes:
-            with open(self.path, "a") as file:
+            with self._open() as file:
                 file.write(json.dumps(values, sort_keys=True) + "\n")
 
     def flush(self) -> None:
         """To the disk: a checkpoint counts on the lines before it."""
         if self.writes:
-            with open(self.path, "a") as file:
+            with self._open() as file:
                 os.fsync(file.fileno())
+
+    def _open(self) -> TextIO:
+        """Raises AtomError if the folder is gone, which only a later attempt removes."""
+        try:
+            return open(self.path, "a")
+        except FileNotFoundError:
+            raise AtomError(SUCCEEDED) from None
 
 
 @contextmanager
