@@ -14,20 +14,26 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 EXPIRY = 60.0
 HEARTBEAT = 10.0
 
 
 def _process_start(pid: int) -> str | None:
-    """The start time of a local process in clock ticks since boot, which tells a reused pid apart."""
+    """The start time of a local process in clock ticks since boot, which tells a reused pid apart.
+
+    None if it is gone; a dead one that nobody has waited for yet (a container's init may never do so) is gone.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (OSError, IndexError):
         return None
+    return None if fields[0] in "ZX" else fields[19]
 
 
 def _boot() -> str:
@@ -37,9 +43,18 @@ def _boot() -> str:
         return ""
 
 
-def _me() -> dict[str, str | int | None]:
+def me() -> dict[str, str | int | None]:
+    """This process, so that others can tell whether it still lives."""
     pid = os.getpid()
     return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "start": _process_start(pid)}
+
+
+def gone(who: Mapping[str, Any]) -> bool:
+    """Whether the process that `me` described is known to be gone; of another host's, nothing is known."""
+    if who.get("host") != socket.gethostname() or who.get("boot") != _boot():
+        return False
+    start = _process_start(int(who["pid"]))
+    return start is None or start != who.get("start")
 
 
 @dataclass(frozen=True)
@@ -65,10 +80,7 @@ def holder(folder: Path) -> Holder | None:
         return None
     except ValueError:  # cut by a crash of the machine: it counts until it is old
         return Holder(max(numbers), "an unreadable lease", 0, age < EXPIRY)
-    alive = age < EXPIRY and not who.get("released")
-    if alive and who.get("host") == socket.gethostname() and who.get("boot") == _boot():
-        start = _process_start(int(who["pid"]))
-        alive = start is not None and start == who.get("start")
+    alive = age < EXPIRY and not who.get("released") and not gone(who)
     return Holder(max(numbers), str(who.get("host")), int(who.get("pid", 0)), alive)
 
 
@@ -103,7 +115,7 @@ class Lease:
             number = present.number + 1 if present else 1
             mine = folder / f".lease-{uuid.uuid4().hex}"
             with open(mine, "w") as file:
-                file.write(json.dumps(_me()))
+                file.write(json.dumps(me()))
                 file.flush()
                 os.fsync(file.fileno())
             try:
@@ -130,5 +142,5 @@ class Lease:
         self._thread.join()
         if not self.lost:
             replacement = self.folder / f".lease-{uuid.uuid4().hex}"
-            replacement.write_text(json.dumps({**_me(), "released": True}))
+            replacement.write_text(json.dumps({**me(), "released": True}))
             os.replace(replacement, self.path)
