@@ -204,6 +204,7 @@ def logs(
         str | None, typer.Option(help="run id or its beginning; default: the latest run with that stage")
     ] = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="go on printing until the stage ends")] = False,
+    rank: Annotated[int, typer.Option(help="which of the stage's processes")] = 0,
 ) -> None:
     """Print the log of a stage's latest attempt."""
     from pipeline import run as runs
@@ -211,7 +212,7 @@ def logs(
     store = _store()
     candidates = [runs.find(store, run)] if run else list(reversed(runs.runs(store)))
     for this in candidates:
-        found = sorted((this.folder / stage / "submitit").glob("*_log.out"), key=lambda p: p.stat().st_mtime)
+        found = sorted((this.folder / stage / "submitit").glob("*_0_log.out"), key=lambda p: p.stat().st_mtime)
         if found:
             break
     else:
@@ -219,7 +220,12 @@ def logs(
         known = f"; stages: {', '.join(names)}" if names and stage not in names else ""
         raise AtomError(f"there is no log of stage {stage} under {store.logs}{known or '; it never ran there'}")
     node = next(n for n in this.body["nodes"] if n["name"] == stage)
-    with open(found[-1]) as log:
+    path = found[-1].with_name(found[-1].name.replace("_0_log.out", f"_{rank}_log.out"))
+    if not path.exists():
+        number = len(list(path.parent.glob(found[-1].name.replace("_0_log.out", "_*_log.out"))))
+        what = "one rank, 0" if number == 1 else f"ranks 0 to {number - 1}"
+        raise AtomError(f"stage {stage} has no rank {rank} in run {this.id}; its latest attempt ran as {what}")
+    with open(path) as log:
         while True:
             over = not follow or runs.node_status(this, store, node).state != "running"
             sys.stdout.write(log.read())

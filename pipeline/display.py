@@ -81,12 +81,13 @@ class Display:
     def _line(self, text: str) -> None:
         self.console.print(escape(text), highlight=False, soft_wrap=True)
 
-    def started(self, name: str, log: str) -> None:
+    def started(self, name: str, log: str, ranks: int = 1) -> None:
         self._first.pop(name, None)
         if self.live:
-            self._tasks[name] = self._bars.add_task(name, total=None, count="", figures="")
+            shown = name if ranks == 1 else f"{name} x {ranks}"
+            self._tasks[name] = self._bars.add_task(shown, total=None, count="", figures="")
         else:
-            self._line(f"{name}: started, log {log}")
+            self._line(f"{name}: started{'' if ranks == 1 else f' on {ranks} ranks'}, log {log}")
 
     def progress(self, name: str, event: dict[str, Any]) -> None:
         done, total, count = event["done"], event["total"], f"{event['done']}/{event['total']} {event['unit']}"

@@ -6,13 +6,18 @@ The files are the truth; MLflow is filled from them, so a dead tracking server n
 from __future__ import annotations
 
 import json
+import os
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 PROGRESS_EVERY = 0.5
 LOG_EVERY = 10.0
+LOCK_SECONDS = 2.0
+ABANDON_SECONDS = 30.0
 
 
 class FileReport:
@@ -25,10 +30,21 @@ class FileReport:
         self._lock = threading.Lock()
         self._last_progress = self._last_line = 0.0
         self.figures: dict[str, float] = {}
+        self.ending = threading.RLock()
+        """Held, for good, by the thread that ends the attempt: the main one, or the one that abandons it."""
+        self.record_abandoned: Callable[[str], None] = lambda text: None
+        """What ends the attempt in the main thread's stead; the worker sets it."""
+        self.seal_product: Callable[[str, Path], None] = lambda name, folder: None
+        """What seals an artifact of its own; the worker sets it."""
 
     def event(self, kind: str, **values: Any) -> None:
-        with self._lock:
-            self._events.write(json.dumps({"time": time.time(), "event": kind, **values}) + "\n")
+        line = json.dumps({"time": time.time(), "event": kind, **values}) + "\n"
+        held = self._lock.acquire(timeout=LOCK_SECONDS)  # a thread that hangs while it writes must not silence the rest
+        try:
+            self._events.write(line)
+        finally:
+            if held:
+                self._lock.release()
 
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
         self.figures.update(figures)
@@ -48,9 +64,38 @@ class FileReport:
         print(text, flush=True)
         self.event("note", text=text)
 
+    def product(self, name: str, folder: Path) -> None:
+        self.seal_product(name, folder)
+
+    def abandon(self, text: str) -> NoReturn:
+        if not self.ending.acquire(blocking=False):
+            sys.exit()  # in any thread but the main one this ends that thread only
+        # In a thread with a deadline, so that whatever else hangs, the process goes.
+        last = threading.Thread(target=self.record_abandoned, args=(text,), name="abandon", daemon=True)
+        last.start()
+        last.join(ABANDON_SECONDS)
+        os._exit(1)
+
     def close(self) -> None:
         self._events.close()
         self._metrics.close()
+
+
+class FollowerReport:
+    """The Report of a rank other than 0: notes go to its own log, and nothing is kept, since rank 0 speaks for all."""
+
+    def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None: ...
+
+    def metric(self, step: int, **values: float) -> None: ...
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    def product(self, name: str, folder: Path) -> None: ...
+
+    def abandon(self, text: str) -> NoReturn:
+        os.write(2, f"{text}\n".encode())  # not `print`, whose lock the thread that hangs may hold
+        os._exit(1)
 
 
 class Tail:

@@ -33,6 +33,7 @@ def statement(
     node: str,
     key: str,
     config: dict[str, Any],
+    operation: dict[str, Any],
     materials: dict[str, Artifact],
     code: dict[str, str],
     environment: dict[str, Any],
@@ -41,12 +42,15 @@ def statement(
     finished: float,
     usage: dict[str, Any],
     outcome: str,
+    of: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A statement about one attempt of a stage.
 
-    subject: {name: sha256}; the artifact by its key, or the log of a failed attempt. usage: time, energy and cost
-    with the method of each. outcome: "sealed", or one sentence on what went wrong.
+    subject: {name: sha256}; the artifact by its key, or the log of a failed attempt. config: the part that is in the
+    key; operation: the rest, which says how it was run. usage: time, energy and cost with the method of each.
+    outcome: "sealed", or one sentence on what went wrong. of: {key, step} of the phase that a checkpoint is of.
     """
+    parameters = {"stage": stage, "version": version, "node": node, "key": key, "config": config}
     return {
         "_type": STATEMENT,
         "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(subject.items())],
@@ -54,8 +58,8 @@ def statement(
         "predicate": {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
-                "externalParameters": {"stage": stage, "version": version, "node": node, "key": key, "config": config},
-                "internalParameters": {"environment": environment},
+                "externalParameters": parameters | ({"of": of} if of else {}),
+                "internalParameters": {"environment": environment, "operation": operation},
                 "resolvedDependencies": [
                     *(
                         {"name": role, "uri": f"atom:artifact/{a.key}", "digest": {"sha256": a.digest}}
@@ -147,6 +151,11 @@ def material_keys(body: dict[str, Any]) -> dict[str, str]:
 def environment_of(body: dict[str, Any]) -> dict[str, Any]:
     """What the attempt ran in."""
     return dict(body["predicate"]["buildDefinition"]["internalParameters"]["environment"])
+
+
+def operation_of(body: dict[str, Any]) -> dict[str, Any]:
+    """How the attempt was run: the operational part of its config."""
+    return dict(body["predicate"]["buildDefinition"]["internalParameters"].get("operation", {}))
 
 
 def invocation(body: dict[str, Any]) -> str:

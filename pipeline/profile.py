@@ -11,7 +11,7 @@ from pipeline.stage import Config
 class Local(Config):
     """How `atom run` uses this machine."""
 
-    jobs: int = Field(ge=1, description="stages that may run at once; each computes with one thread")
+    jobs: int = Field(ge=1, description="ranks that may run at once; each computes with one thread")
     stop_grace_seconds: float = Field(gt=0, description="time that a stopped stage gets to leave a clean work folder")
 
 

@@ -100,6 +100,7 @@ class NodeStatus:
     unit: str = ""
     figures: dict[str, float] | None = None
     seconds: float | None = None
+    ranks: int | None = None
     message: str = ""
 
     def json(self) -> dict[str, Any]:
@@ -111,6 +112,7 @@ def node_status(run: Run, store: Store, node: dict[str, str]) -> NodeStatus:
     name, key = node["name"], node["key"]
     events = Tail(run.node_folder(name) / "events.jsonl").read()
     progress: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "progress"), {})
+    begun: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "start"), {})
     usage: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "usage"), {})
     end = events[-1] if events and events[-1]["event"] == "end" else None
     known = {"time", "event", "done", "total", "unit"}
@@ -120,6 +122,7 @@ def node_status(run: Run, store: Store, node: dict[str, str]) -> NodeStatus:
         "unit": progress.get("unit", ""),
         "figures": {k: v for k, v in progress.items() if k not in known} or None,
         "seconds": usage.get("wall_seconds"),
+        "ranks": begun.get("ranks"),
     }
     if store.sealed(key):
         return NodeStatus(name, key, "sealed", **common)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from pathlib import Path, PurePath
+from typing import Any, Literal, NoReturn, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -46,6 +46,30 @@ def identity(config: BaseModel) -> dict[str, Any]:
     return out
 
 
+def operation(config: BaseModel) -> dict[str, Any]:
+    """The rest of the config: its operational fields alone, nested as they stand in it.
+
+    Of an absolute path only the last part is kept: statements hold this and are published.
+    """
+    dumped = config.model_dump(mode="json")
+    out: dict[str, Any] = {}
+    for name, info in type(config).model_fields.items():
+        extra, value = info.json_schema_extra, getattr(config, name)
+        if isinstance(extra, dict) and extra.get("identity") is False:
+            out[name] = _portable(dumped[name])
+        elif isinstance(value, BaseModel) and (inner := operation(value)):
+            out[name] = inner
+    return out
+
+
+def _portable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _portable(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_portable(v) for v in value]
+    return f"…/{PurePath(value).name}" if isinstance(value, str) and value.startswith("/") else value
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return identity(value)
@@ -68,6 +92,16 @@ class Report(Protocol):
     def note(self, text: str) -> None:
         """One line for the log that a person reads."""
 
+    def product(self, name: str, folder: Path) -> None:
+        """Seals a copy of `folder` as an artifact of its own before the stage is finished, such as the checkpoint
+        `@1200`. What is sealed already is compared and left. Any thread of rank 0 may call it. Raises AtomError if the
+        bytes are not those that were sealed before, or if another worker has taken over."""
+
+    def abandon(self, text: str) -> NoReturn:
+        """Ends the attempt with that sentence from any thread, when the main one is out of reach (it hangs in a
+        collective): the attempt is recorded as failed and the process exits. If the attempt is ending by itself
+        already, only the calling thread ends."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -83,7 +117,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Stage:
-    """A registered stage: its name and version are part of every key, so bump `version` when the bytes change."""
+    """A registered stage: its name and version are part of every key, so bump `version` when the bytes change.
+
+    ranks: the processes that run it together. Each calls `run` with the same arguments, with RANK, WORLD_SIZE,
+    LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment (absent for one); rank 0 alone writes `out`.
+    """
 
     name: str
     version: int
@@ -91,3 +129,4 @@ class Stage:
     run: Callable[[Any, Inputs, Path, Path, Report], None]
     promise: Literal["bitwise", "numeric"] = "bitwise"
     estimate: Callable[[Any], Estimate] = lambda config: Estimate()
+    ranks: Callable[[Any], int] = lambda config: 1

@@ -47,7 +47,8 @@ def status_table(run: str, stages: list[NodeStatus]) -> Table:
     for s in stages:
         progress = f"{s.done}/{s.total} {s.unit}" if s.total else ""
         detail = s.message if s.state == "failed" else figures_text(s.figures or {})
-        table.add_row(s.name, s.state, progress, duration(s.seconds) if s.seconds is not None else "", detail)
+        state = s.state if (s.ranks or 1) == 1 else f"{s.state}, {s.ranks} ranks"
+        table.add_row(s.name, state, progress, duration(s.seconds) if s.seconds is not None else "", detail)
     sealed = sum(s.state == "sealed" for s in stages)
     table.caption = f"{sealed} of {len(stages)} stages sealed"
     table.caption_justify = "left"

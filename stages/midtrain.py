@@ -34,4 +34,6 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     train("midtrain", config, inputs, work, out, report, start)
 
 
-STAGE = Stage("midtrain", VERSION, TrainConfig, run, promise="bitwise", estimate=estimate)
+STAGE = Stage(
+    "midtrain", VERSION, TrainConfig, run, promise="bitwise", estimate=estimate, ranks=lambda c: c.phase.cluster.ranks
+)

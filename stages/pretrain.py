@@ -32,4 +32,6 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     train("pretrain", config, inputs, work, out, report, start)
 
 
-STAGE = Stage("pretrain", VERSION, TrainConfig, run, promise="bitwise", estimate=estimate)
+STAGE = Stage(
+    "pretrain", VERSION, TrainConfig, run, promise="bitwise", estimate=estimate, ranks=lambda c: c.phase.cluster.ranks
+)

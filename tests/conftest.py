@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -33,6 +33,11 @@ class RecordingReport:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def product(self, name: str, folder: Path) -> None: ...
+
+    def abandon(self, text: str) -> NoReturn:
+        raise AssertionError(f"abandoned: {text}")
 
 
 @pytest.fixture

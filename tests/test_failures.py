@@ -111,13 +111,13 @@ def test_a_remade_input_with_other_bytes_is_no_irreproducible_stage(smoke_home: 
 
 
 def test_a_failed_attempt_leaves_no_place_of_the_machine_in_its_statement(tmp_path: Path) -> None:
-    from pipeline.launch.worker import _without_places
+    from pipeline.launch.sentences import without_places
 
     home = tmp_path / "home"
     text = (
         f"work checkpoint {home}/work/x/state cannot be written (see /opt/data/text.jsonl, line 2); https://a.org/b/c"
     )
-    said = _without_places(text, home)
+    said = without_places(text, home)
     assert (
         said
         == "work checkpoint $ATOM_HOME/work/x/state cannot be written (see …/text.jsonl, line 2); https://a.org/b/c"

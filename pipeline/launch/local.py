@@ -15,6 +15,7 @@ from pipeline.display import Display
 from pipeline.errors import AtomError, CheckFailed
 from pipeline.events import Tail
 from pipeline.graph import Graph, Node
+from pipeline.launch.ranks import kill, launch_folder, lost, tasks
 from pipeline.launch.worker import Task, work
 from pipeline.lease import holder
 from pipeline.profile import Profile
@@ -64,13 +65,23 @@ class Flight:
     node: Node
     job: Any
     tail: Tail
+    ranks: int = 1
     outcome: str | None = None
     pid: int | None = None
+    seen: set[int] = field(default_factory=set)
+    """Ranks that were seen alive."""
+    lost: list[int] = field(default_factory=list)
+    """Ranks that are gone though the others need them."""
+    deadline: float | None = None
+    """When what is left of the ranks is killed."""
 
 
 @dataclass
 class LocalLauncher:
-    """Keeps up to `profile.local.jobs` stages running until all of `selected` are sealed or one has failed."""
+    """Keeps stages running, in up to `profile.local.jobs` places, until all of `selected` are sealed or one has failed.
+
+    A stage takes a place for each of its ranks; one that has more ranks than there are places takes all.
+    """
 
     graph: Graph
     store: Store
@@ -92,7 +103,7 @@ class LocalLauncher:
                     if self.store.sealed(node.key):
                         waiting.remove(name)
                         self.display.sealed(name, elsewhere=True)
-                    elif not failures and self._ready(node) and len(self.flights) < self.profile.local.jobs:
+                    elif not failures and self._ready(node) and self._places(node) <= self._free():
                         waiting.remove(name)
                         self.flights[name] = self._submit(node)
                 for name, flight in list(self.flights.items()):
@@ -119,6 +130,12 @@ class LocalLauncher:
         kind = CheckFailed if text.startswith("gate ") else AtomError
         return kind(f"stage {name} failed: {text} (log: atom logs {name})")
 
+    def _places(self, node: Node) -> int:
+        return min(node.stage.ranks(node.config), self.profile.local.jobs)
+
+    def _free(self) -> int:
+        return self.profile.local.jobs - sum(self._places(flight.node) for flight in self.flights.values())
+
     def _ready(self, node: Node) -> bool:
         if not all(self.store.sealed(key) for key in self.graph.materials(node).values()):
             return False
@@ -130,7 +147,7 @@ class LocalLauncher:
         return True
 
     def _submit(self, node: Node) -> Flight:
-        folder = self.run.node_folder(node.name)
+        folder, number = self.run.node_folder(node.name), node.stage.ranks(node.config)
         task = Task(
             home=str(self.store.home),
             run=self.run.id,
@@ -140,9 +157,10 @@ class LocalLauncher:
             inputs=self.graph.materials(node),
             key=node.key,
             watts_per_core=self.profile.power.watts_per_core,
+            ranks=number,
         )
         executor = submitit.LocalExecutor(folder / "submitit")
-        executor.update_parameters(timeout_min=FOREVER_MINUTES, stderr_to_stdout=True)
+        executor.update_parameters(timeout_min=FOREVER_MINUTES, stderr_to_stdout=True, tasks_per_node=number)
         # A Ctrl-C of the terminal goes to the whole process group. The job's controller ignores it (so that it waits
         # for the stage to stop); the stage itself handles it, see worker._stop_signals.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -152,8 +170,8 @@ class LocalLauncher:
             job = executor.submit(work, task.json())
         finally:
             signal.signal(signal.SIGINT, before)
-        self.display.started(node.name, str(job.paths.stdout))
-        return Flight(node, job, tail)
+        self.display.started(node.name, str(job.paths.stdout), number)
+        return Flight(node, job, tail, number)
 
     def _poll(self, flight: Flight) -> str | None:
         """The job's outcome, or None while it runs."""
@@ -171,12 +189,33 @@ class LocalLauncher:
             elif kind == "note":
                 self.display.note(flight.node.name, event["text"])
         if not ended:
+            self._see_off(flight)
             return None
         if flight.outcome == "sealed":
             self.display.sealed(flight.node.name)
+        if flight.outcome is None and flight.lost and flight.lost[0] > 0:
+            return (
+                f"rank {flight.lost[0]} is gone and the others hung without it; its log may tell why (atom logs "
+                f"{flight.node.name} --rank {flight.lost[0]}); run the same command to go on"
+            )
         if flight.outcome is None:
             return "its process was killed from outside (perhaps for memory); run the same command to go on"
         return flight.outcome
+
+    def _see_off(self, flight: Flight) -> None:
+        """Once rank 0 has ended the attempt, or a rank is gone that the others need, what is left of them (it may hang
+        in a collective, or be stopped) gets the grace time and is killed."""
+        if flight.ranks == 1:
+            return
+        living = tasks(flight.job._process.pid)
+        flight.seen |= living.keys()
+        folder = launch_folder(self.run.node_folder(flight.node.name), flight.job.job_id)
+        flight.lost = flight.lost or lost(folder, flight.seen - living.keys())
+        if flight.outcome is None and not flight.lost:
+            return
+        flight.deadline = flight.deadline or time.monotonic() + self.profile.local.stop_grace_seconds
+        if time.monotonic() > flight.deadline:
+            kill(living.values())
 
     def _stop(self) -> None:
         """Asks every running stage to stop, waits for the grace time, then kills what is left."""
@@ -190,9 +229,8 @@ class LocalLauncher:
             self.flights = {n: f for n, f in self.flights.items() if self._poll(f) is None}
             time.sleep(POLL)
         for flight in self.flights.values():
-            for pid in filter(None, (flight.pid, flight.job._process.pid)):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            controller = flight.job._process.pid
+            kill({*tasks(controller).values(), *filter(None, [flight.pid]), controller})
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

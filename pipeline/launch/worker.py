@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import re
-import resource
 import shutil
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import environment, ledger, registry
+from pipeline.checkpoints import Checkpoint
 from pipeline.codehash import code_digests
 from pipeline.errors import AtomError, Interrupted
-from pipeline.events import FileReport
+from pipeline.events import FileReport, FollowerReport
+from pipeline.launch.products import Products
+from pipeline.launch.ranks import FOLLOWED, Ranks, Usage
+from pipeline.launch.sentences import tell, without_places
 from pipeline.lease import Lease
-from pipeline.stage import identity
+from pipeline.stage import identity, operation
 from pipeline.store import Artifact, Store, sha256_file
 
 
@@ -38,6 +38,7 @@ class Task:
     inputs: dict[str, str]
     key: str
     watts_per_core: float
+    ranks: int
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,16 +47,22 @@ class Task:
 def work(spec: dict[str, Any]) -> str:
     """Runs one node to its sealed artifact. Returns "sealed", "busy" (another worker has it) or a failure sentence.
 
-    Never raises for what a stage does: the job's outcome is a value, in `events.jsonl` and in the ledger.
+    Never raises for what a stage does: the job's outcome is a value, in `events.jsonl` and in the ledger. If the stage
+    has several ranks, all of them call this; rank 0 keeps lease, report and product, the others only run the stage.
     """
     task = Task(**spec)
     store = Store(Path(task.home))
-    report = FileReport(store.logs / task.run / task.node)
+    folder = store.logs / task.run / task.node
+    ranks = Ranks.here(task.ranks, folder)
+    if ranks.rank:
+        return _follow(task, store, ranks)
+    report = FileReport(folder)
     try:
         with _stop_signals():
-            outcome = _attempt(task, store, report)
+            outcome = _attempt(task, store, report, ranks)
     except Interrupted:
         outcome = "interrupted"
+    ranks.dismiss(outcome)
     report.event("end", outcome=outcome)
     report.close()
     return outcome
@@ -78,101 +85,102 @@ def _stop_signals() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def _attempt(task: Task, store: Store, report: FileReport) -> str:
+def _follow(task: Task, store: Store, ranks: Ranks) -> str:
+    """A rank other than 0: runs the stage once rank 0 has called, and writes nothing but its log and its usage."""
+    before, folder = Usage.now(), store.work(task.key)
+    try:
+        with _stop_signals():
+            meeting = ranks.meet()
+            stage = registry.stage(task.stage)
+            config = stage.config.model_validate(task.config)
+            materials = {role: store.open(key) for role, key in task.inputs.items()}
+            with ranks.environment(meeting):
+                stage.run(config, materials, folder / "state", folder / meeting.out, FollowerReport())
+        outcome = FOLLOWED
+    except (Exception, Interrupted) as error:
+        outcome = tell(error, task.node, task.stage, store)
+    ranks.leave(outcome, Usage.now().since(before))
+    return outcome
+
+
+def _attempt(task: Task, store: Store, report: FileReport, ranks: Ranks) -> str:
     folder = store.work(task.key)
     lease = Lease.take(folder)
     if lease is None:
         return "busy"
-    attempt = Attempt(task, store, report)
+    attempt = Attempt(task, store, report, ranks)
     out = folder / f"out.{lease.number}"
-    try:
-        if store.sealed(task.key):
-            return "sealed"
-        report.event("start", stage=task.stage, key=task.key, pid=os.getpid())
-        attempt.materials = {role: store.open(key) for role, key in task.inputs.items()}
-        for stale in folder.glob("out.*"):
-            shutil.rmtree(stale)
-        (folder / "state").mkdir(exist_ok=True)
-        out.mkdir()
-        attempt.stage.run(attempt.config, attempt.materials, folder / "state", out, report)
-        if lease.lost:
-            raise AtomError(f"another worker took over {task.key} while this one was out of reach; its product stands")
-        store.seal(out, task.key, attempt.record)
-        return "sealed"
-    except (Exception, Interrupted) as error:
-        text = _sentence(error, task, store)
-        if not isinstance(error, (AtomError, Interrupted, ImportError)) and not _disk_full(error):
-            traceback.print_exc()
-        print(f"{task.node}: {text}", file=sys.stderr, flush=True)
-        attempt.record_failure(text)
-        return text
-    finally:
+
+    def leave() -> None:
         shutil.rmtree(out, ignore_errors=True)
         lease.release()
         if store.sealed(task.key):
             shutil.rmtree(folder, ignore_errors=True)
 
+    def abandon(text: str) -> None:
+        print(f"{task.node}: {text}", file=sys.stderr, flush=True)
+        attempt.record_failure(text)
+        leave()
+        report.event("end", outcome=text)
 
-def _sentence(error: BaseException, task: Task, store: Store) -> str:
-    if isinstance(error, Interrupted):
-        return f"stopped on request ({error}); run the same command to go on"
-    if _disk_full(error):
-        return f"the disk that holds {store.home} is full; free some space and run the same command to go on"
-    if isinstance(error, AtomError):
-        return str(error)
-    if isinstance(error, ImportError) and (error.name or "").split(".")[0] not in ("pipeline", "stages", "release"):
-        return f"stage {task.stage} needs {error.name}; install atom-release[data,train] and run the same command again"
-    return f"a bug in stage {task.stage}: {type(error).__name__}: {error}; the traceback is in its log".replace(
-        "\n", " "
-    )
-
-
-def _without_places(text: str, home: Path) -> str:
-    """A sentence as a statement may keep it: statements are published, and no folder of a machine belongs there."""
-    text = text.replace(str(home), "$ATOM_HOME")
-    return re.sub(r"(?<![\w$./:])/[^\s:;,()'\"]+/([^\s:;,()'\"/]+)", r"…/\1", text)
-
-
-def _disk_full(error: BaseException) -> bool:
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
-
-
-def _cpu_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
+    report.record_abandoned = abandon
+    try:
+        if store.sealed(task.key):
+            return "sealed"
+        report.event("start", stage=task.stage, key=task.key, pid=os.getpid(), ranks=task.ranks)
+        attempt.materials = {role: store.open(key) for role, key in task.inputs.items()}
+        report.seal_product = Products(attempt, lease).seal
+        for stale in folder.glob("out.*"):
+            shutil.rmtree(stale)
+        (folder / "state").mkdir(exist_ok=True)
+        out.mkdir()
+        with ranks.environment(ranks.call(out)):
+            attempt.stage.run(attempt.config, attempt.materials, folder / "state", out, report)
+        report.ending.acquire()
+        if lease.lost:
+            raise AtomError(f"another worker took over {task.key} while this one was out of reach; its product stands")
+        store.seal(out, task.key, attempt.record)
+        return "sealed"
+    except (Exception, Interrupted) as error:
+        report.ending.acquire()
+        text = tell(error, task.node, task.stage, store)
+        ranks.dismiss(text)
+        attempt.record_failure(text)
+        return text
+    finally:
+        leave()
 
 
 class Attempt:
     """One try at a node, from its start to the statement about it."""
 
-    def __init__(self, task: Task, store: Store, report: FileReport) -> None:
-        self.task, self.store, self.report = task, store, report
+    def __init__(self, task: Task, store: Store, report: FileReport, ranks: Ranks) -> None:
+        self.task, self.store, self.report, self.ranks = task, store, report, ranks
         self.stage = registry.stage(task.stage)
         self.config = self.stage.config.model_validate(task.config)
         self.materials: dict[str, Artifact] = {}
-        self.started, self.cpu_before = time.time(), _cpu_seconds()
+        self.started, self.before = time.time(), Usage.now()
         self.code = code_digests(registry.STAGES[task.stage])
 
-    def record(self, made: Artifact) -> None:
-        """The statement of a product, written just before it is sealed. Raises AtomError if it must not be."""
-        self._refuse_second_digest(made)
-        self._state({made.key: made.digest}, "sealed")
+    def record(self, made: Artifact, part: Checkpoint | None = None) -> None:
+        """The statement of a product, written just before it is sealed. Raises AtomError if it must not be.
+
+        part: what the product is, if it is not the stage's own.
+        """
+        self.refuse_second_digest(made)
+        self._state({made.key: made.digest}, "sealed", part)
 
     def record_failure(self, text: str) -> None:
         """The statement of a failed attempt; its subject is the attempt's events, which are what is left of it."""
         name = f"{self.task.run}/{self.task.node}/events.jsonl"
         try:
-            self._state({name: sha256_file(self.store.logs / name)}, _without_places(text, self.store.home))
+            self._state({name: sha256_file(self.store.logs / name)}, without_places(text, self.store.home))
         except OSError as error:  # a full disk: the failure itself is told all the same
             print(f"{self.task.node}: no statement of this attempt: {error}", file=sys.stderr, flush=True)
 
-    def _refuse_second_digest(self, made: Artifact) -> None:
-        """A bitwise stage must give the digest that it gave before from these inputs with this code, here."""
+    def refuse_second_digest(self, made: Artifact) -> None:
+        """A bitwise stage must give the digest that it gave before from these inputs with this code, here and run in
+        the same way: another layout of ranks adds in another order."""
         if self.stage.promise != "bitwise":
             return
         here = environment.fingerprint()
@@ -181,31 +189,37 @@ class Attempt:
             materials = {role: a.digest for role, a in self.materials.items()}
             same = ledger.environment_of(body)["fingerprint"] == here and ledger.code_of(body) == self.code
             same = same and ledger.materials_of(body) == materials
+            same = same and ledger.operation_of(body) == operation(self.config)
             if before not in (None, made.digest) and same:
                 raise AtomError(
                     f"{made.key} came out as {made.digest[:12]} but as {before[:12]} before, with the same code in the "
                     "same environment, so it is not reproducible; look for a seed, a clock or threads in the stage"
                 )
 
-    def _state(self, subject: dict[str, str], outcome: str) -> None:
-        finished, cpu = time.time(), _cpu_seconds() - self.cpu_before
+    def _state(self, subject: dict[str, str], outcome: str, part: Checkpoint | None = None) -> None:
+        counted = [Usage.now().since(self.before), *([] if part else self.ranks.others())]
+        finished, cpu = time.time(), sum(used.cpu_seconds for used in counted)
         watts = self.task.watts_per_core
         usage = {
             "wall_seconds": round(finished - self.started, 3),
             "cpu_seconds": round(cpu, 3),
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": max(used.peak_memory_bytes for used in counted),
+            "ranks": self.task.ranks,
+            "ranks_counted": len(counted),
             "energy_joules_estimate": round(cpu * watts, 1),
-            "energy_method": f"estimate: CPU seconds of the job x {watts} W per busy core, from the cluster profile; "
+            "energy_method": f"estimate: CPU seconds of all ranks x {watts} W per busy core, from the cluster profile; "
             "not measured; cooling and idle power are left out",
-            "figures": self.report.figures,
+            "figures": dict(self.report.figures),
         }
         body = ledger.statement(
             subject=subject,
             stage=self.stage.name,
             version=self.stage.version,
-            node=self.task.node,
-            key=self.task.key,
+            node=part.node if part else self.task.node,
+            key=part.key if part else self.task.key,
+            of={"key": part.phase, "step": part.step} if part else None,
             config=identity(self.config),
+            operation=operation(self.config),
             materials=self.materials,
             code=self.code,
             environment=environment.describe(),
@@ -215,5 +229,6 @@ class Attempt:
             usage=usage,
             outcome=outcome,
         )
-        ledger.write(self.store.ledger, self.task.key, body)
-        self.report.event("usage", **usage)
+        ledger.write(self.store.ledger, part.key if part else self.task.key, body)
+        if part is None:
+            self.report.event("usage", **usage)

@@ -1,0 +1,49 @@
+"""How an attempt that failed is told: one sentence, fit for a statement that is published."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+import traceback
+from pathlib import Path
+
+from pipeline.errors import AtomError, Interrupted
+from pipeline.store import Store
+
+
+def tell(error: BaseException, node: str, stage: str, store: Store) -> str:
+    """Prints the sentence to the log, below the traceback if it is a bug; returns it."""
+    text = sentence(error, stage, store)
+    if not isinstance(error, (AtomError, Interrupted, ImportError)) and not disk_full(error):
+        traceback.print_exc()
+    print(f"{node}: {text}", file=sys.stderr, flush=True)
+    return text
+
+
+def sentence(error: BaseException, stage: str, store: Store) -> str:
+    """What went wrong and what to do, as one sentence."""
+    if isinstance(error, Interrupted):
+        return f"stopped on request ({error}); run the same command to go on"
+    if disk_full(error):
+        return f"the disk that holds {store.home} is full; free some space and run the same command to go on"
+    if isinstance(error, AtomError):
+        return str(error)
+    if isinstance(error, ImportError) and (error.name or "").split(".")[0] not in ("pipeline", "stages", "release"):
+        return f"stage {stage} needs {error.name}; install atom-release[data,train] and run the same command again"
+    return f"a bug in stage {stage}: {type(error).__name__}: {error}; the traceback is in its log".replace("\n", " ")
+
+
+def without_places(text: str, home: Path) -> str:
+    """A sentence as a statement may keep it: statements are published, and no folder of a machine belongs there."""
+    text = text.replace(str(home), "$ATOM_HOME")
+    return re.sub(r"(?<![\w$./:])/[^\s:;,()'\"]+/([^\s:;,()'\"/]+)", r"…/\1", text)
+
+
+def disk_full(error: BaseException) -> bool:
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

@@ -1,0 +1,213 @@
+"""A stage of several processes: sealed as by one, and however a rank ends, nothing hangs and nothing is half-written."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import atom, digests
+from test_recipe import SMOKE
+from test_run import start, wait_for
+
+from pipeline import ledger, registry
+from pipeline.errors import AtomError
+from pipeline.launch import ranks
+from pipeline.launch.worker import Task, work
+from pipeline.lease import gone, holder, me
+from pipeline.stage import Config, Inputs, Report, Stage, operational
+from pipeline.store import Store
+
+SLOW = 20  # steps: enough to be disturbed in
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The smoke recipe with a short pre-training on two data-parallel ranks."""
+    body = yaml.safe_load(SMOKE.read_text())
+    body["pretrain"] |= {
+        "steps": SLOW,
+        "batch": {"global_tokens": 1536, "micro_tokens": 768},
+        "heldout": {"every": 10, "rows": 24},
+        "optimizer": {**body["pretrain"]["optimizer"], "warmup_steps": 5},
+        "release_checkpoint_every": 10,
+        "work_checkpoint_every": 5,
+        "cluster": {"ranks": 2},
+    }
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(yaml.safe_dump(body))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(smoke_home: Path, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home folder of a run that nobody disturbed; what does not depend on the recipe is taken from the smoke run."""
+    home = tmp_path_factory.mktemp("ranks") / "home"
+    for name in ("artifacts", "ledger"):
+        shutil.copytree(smoke_home / name, home / name)
+    atom(home, "run", recipe, "--until", "order-pretrain")
+    before = home.parent / "before"
+    shutil.copytree(home, before)
+    said = atom(home, "run", recipe, "--until", "pretrain").stdout
+    assert "pretrain: started on 2 ranks" in said and "all of 10 stages sealed" in said
+    return home
+
+
+def test_two_ranks_seal_one_artifact_whose_statement_tells_how(undisturbed: Path, recipe: str) -> None:
+    status = json.loads(atom(undisturbed, "status", "--json").stdout)["stages"][-1]
+    assert (status["name"], status["state"], status["ranks"]) == ("pretrain", "sealed", 2)
+    store = Store(undisturbed)
+    made = ledger.sealed(store.ledger, store.open(status["key"]))
+    assert made
+    operation, usage = ledger.operation_of(made[1]), ledger.usage(made[1])
+    assert operation["phase"]["cluster"]["ranks"] == 2 and operation["phase"]["work_checkpoint_every"] == 5
+    assert "cluster" not in made[1]["predicate"]["buildDefinition"]["externalParameters"]["config"]["phase"]
+    assert usage["ranks"] == usage["ranks_counted"] == 2 and usage["cpu_seconds"] > 0
+    assert not any((undisturbed / "work").iterdir()), "no work folder is left"
+
+    first, second = (atom(undisturbed, "logs", "pretrain", "--rank", str(n)).stdout for n in range(2))
+    assert f"{SLOW}/{SLOW} steps" in first and f"{SLOW}/{SLOW} steps" not in second and "global_rank=1" in second
+    refused = atom(undisturbed, "logs", "pretrain", "--rank", "2", code=2).stderr
+    assert refused.startswith("atom: stage pretrain has no rank 2 in run") and "ran as ranks 0 to 1" in refused
+    assert "ran as one rank, 0" in atom(undisturbed, "logs", "order-pretrain", "--rank", "1", code=2).stderr
+
+
+def test_however_a_rank_ends_the_same_command_ends_in_the_same_bytes(
+    undisturbed: Path, recipe: str, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(undisturbed.parent / "before", home)
+    profile = tmp_path / "cluster.yaml"
+    profile.write_text("name: here\nlocal: {jobs: 2, stop_grace_seconds: 5}\npower: {watts_per_core: 8}\n")
+
+    def disturb(rank: int, number: int, step: int, interrupt: bool = False) -> tuple[int, str]:
+        """Sends a signal to a rank after a step. Returns exit code and output of `atom run`."""
+        before = set(home.glob("logs/*"))
+        run = start(home, "run", recipe, "--until", "pretrain", "--cluster", str(profile))
+        while not (new := set(home.glob("logs/*/pretrain/ranks/*")) - {p for b in before for p in b.rglob("*")}):
+            time.sleep(0.1)
+            assert run.poll() is None
+        folder = new.pop()
+        file, text = ("metrics.jsonl", f'"step": {step},') if step else ("events.jsonl", '"start"')
+        wait_for(home, str((folder.parent.parent / file).relative_to(home)), text, seconds=60)
+        pids = ranks.tasks(int(folder.name.split(".")[0]))
+        processes = [json.loads((folder / f"rank-{n}.json").read_text()) for n in sorted(pids)]
+        assert sorted(pids) == [0, 1] and not any(map(gone, processes))
+        os.kill(pids[rank], number)
+        if interrupt:
+            time.sleep(0.5)
+            os.killpg(run.pid, signal.SIGINT)
+        said = run.communicate(timeout=60)[0]
+        deadline = time.monotonic() + 10
+        while not all(map(gone, processes)):
+            assert time.monotonic() < deadline, "no rank is left"
+            time.sleep(0.1)
+        (left,) = (home / "work").glob("pretrain-*")
+        present = holder(left)
+        assert present and not present.alive and not list((home / "artifacts").glob(left.name))
+        return run.returncode, said
+
+    code, said = disturb(1, signal.SIGKILL, 0)
+    assert code == 2 and "stage pretrain failed: rank 1 is gone and the others hung without it" in said, said
+
+    code, said = disturb(1, signal.SIGKILL, 2)
+    assert code == 2 and "stage pretrain failed: " in said, said
+    (failed,) = [body for p in (home / "ledger").glob("pretrain-*") for _, body in ledger.read(p.parent, p.name)
+                 if ledger.outcome(body) != "sealed"]  # fmt: skip
+    usage = ledger.usage(failed)
+    assert (usage["ranks"], usage["ranks_counted"]) == (2, 1), "a rank that was killed cannot say what it used"
+
+    code, said = disturb(0, signal.SIGKILL, 7)
+    assert code == 2 and "its process was killed from outside (perhaps for memory)" in said, said
+
+    code, said = disturb(1, signal.SIGSTOP, 12, interrupt=True)
+    assert code == 130 and "stopped; run the same command to go on from here" in said
+
+    assert "pretrain: going on after step" in atom(home, "run", recipe, "--until", "pretrain").stdout
+    assert digests(home) == digests(undisturbed)
+
+
+def test_ranks_believe_only_the_rank_0_of_their_own_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "LOCAL_NTASKS": "2", "LOCAL_JOB_NUM_NODES": "1"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SUBMITIT_{name}", value)
+
+    def rank(number: int, job: int = 7) -> ranks.Ranks:
+        monkeypatch.setenv("SUBMITIT_LOCAL_GLOBALID", str(number))
+        monkeypatch.setenv("SUBMITIT_LOCAL_LOCALID", str(number))
+        monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", str(job))
+        return ranks.Ranks.here(2, tmp_path)
+
+    meeting = rank(0).call(tmp_path / "out.1")
+    assert meeting and rank(1).meet() == meeting and meeting.out == "out.1"
+    with rank(1).environment(meeting):
+        assert os.environ["RANK"] == os.environ["LOCAL_RANK"] == "1" and os.environ["MASTER_ADDR"] == "127.0.0.1"
+        assert os.environ["MASTER_PORT"] == str(meeting.port) and os.environ["WORLD_SIZE"] == "2"
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} & set(os.environ)
+    monkeypatch.setattr(ranks, "MEETING_SECONDS", 0.2)
+    with pytest.raises(AtomError, match="rank 0 said nothing"):
+        rank(1, job=8).meet()
+    rank(0, job=8).dismiss("busy")
+    with pytest.raises(AtomError, match=r"rank 0 needs no other ranks \(busy\)"):
+        rank(1, job=8).meet()
+    rank(0, job=9)
+    another = {**me(), "start": "1"}
+    (tmp_path / "ranks" / "9.0" / "rank-0.json").write_text(json.dumps(another))
+    with pytest.raises(AtomError, match="rank 0 is gone"):
+        rank(1, job=9).meet()
+
+
+class Hanging(Config):
+    """Config of a stage that hangs."""
+
+    path: str = operational("/somewhere/private/file", "")
+    holding_the_lock: bool = False
+
+
+def hang(config: Hanging, inputs: Inputs, work: Path, out: Path, report: Any) -> None:
+    """Sleeps in C; another thread gives up after a moment."""
+    (out / "half").touch()
+
+    def give_up(report: Report) -> None:
+        time.sleep(0.5)
+        report.abandon("rank 0 finished no step for 0.5 seconds; run again to go on")
+
+    if config.holding_the_lock:
+        report._lock.acquire()
+    threading.Thread(target=give_up, args=(report,)).start()
+    ctypes.CDLL(None).sleep(600)
+
+
+STAGE = Stage("hanging", 1, Hanging, hang)
+
+
+@pytest.mark.parametrize("holding_the_lock", [False, True])
+def test_a_stage_that_hangs_in_c_is_abandoned_by_another_thread(tmp_path: Path, holding_the_lock: bool) -> None:
+    command = [sys.executable, __file__, str(tmp_path), json.dumps({"holding_the_lock": holding_the_lock})]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1, done.stderr
+    text = "rank 0 finished no step for 0.5 seconds; run again to go on"
+    assert f"hanging: {text}" in done.stderr
+    ((_, body),) = ledger.read(tmp_path / "ledger", "hanging-0")
+    assert ledger.outcome(body) == text
+    assert ledger.operation_of(body) == {"path": "…/file"}, "no folder of the machine is published"
+    events = [json.loads(line) for line in (tmp_path / "logs" / "run" / "hanging" / "events.jsonl").open()]
+    assert [e["event"] for e in events] == ["start", "usage", "end"] and events[-1]["outcome"] == text
+    present = holder(tmp_path / "work" / "hanging-0")
+    assert present and not present.alive and not list(tmp_path.glob("work/*/out.*"))
+
+
+if __name__ == "__main__":  # python tests/test_ranks.py HOME CONFIG
+    registry.STAGES["hanging"] = "test_ranks"
+    task = Task(sys.argv[1], "run", "hanging", "hanging", json.loads(sys.argv[2]), {}, "hanging-0", 8.0, 1)
+    work(task.json())
