@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from stages.model.experts import Experts
+from stages.model.heads import SelfAttention
 from stages.model.mcore import (
     MegatronModule,
     TransformerBlockSubmodules,
@@ -28,7 +31,13 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None) -> A
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm"
     )
+    if config.expert_model_parallel_size * config.expert_tensor_parallel_size == 1:
+        # nobody to exchange tokens with: this dispatcher then sorts them once, where "alltoall" copies them twice more
+        config.moe_token_dispatcher_type = "allgather"
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    moe = layer.mlp.keywords["submodules"] if isinstance(layer.mlp, partial) else layer.mlp.submodules  # 0.19 | 0.16
+    moe.experts = Experts
+    layer.self_attention.module = SelfAttention
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = Attention

@@ -1,0 +1,50 @@
+"""Our own forward and backward of the experts and of an attention layer's heads, against the formulas they stand for."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from stages.model.experts import SwiGLU
+from stages.model.heads import Heads
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_experts() -> None:
+    torch.manual_seed(0)
+    counts, hidden, ffn = [3, 0, 5], 4, 3  # one expert gets no row
+    x, weights = _random(8, hidden), _random(8)
+    fc1, fc2 = [_random(2 * ffn, hidden) for _ in counts], [_random(hidden, ffn) for _ in counts]
+    out = SwiGLU.apply(x, weights, counts, *fc1, *fc2)
+    expected = []
+    for rows, w, a, b in zip(x.split(counts), weights.split(counts), fc1, fc2, strict=True):
+        gate, up = (rows @ a.T).chunk(2, 1)
+        expected.append((F.silu(gate) * up) @ b.T * w[:, None])
+    torch.testing.assert_close(out, torch.cat(expected))
+    assert torch.autograd.gradcheck(lambda x, w, *m: SwiGLU.apply(x, w, counts, *m), (x, weights, *fc1, *fc2))
+
+
+def test_heads() -> None:
+    torch.manual_seed(0)
+    sequence, batch, groups, queries, dim, eps = 3, 2, 2, 3, 4, 1e-6
+    mixed, q_weight, k_weight = _random(sequence, batch, groups, queries + 2, dim), _random(dim), _random(dim)
+    angles = torch.randn(sequence, dim // 2, dtype=torch.float64).repeat(1, 2)
+
+    def apply(mixed: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return Heads.apply(mixed, q_weight, k_weight, angles.cos(), angles.sin(), eps)
+
+    def turned(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # [batch, heads, sequence, dim]
+        x = F.rms_norm(x, (dim,), weight, eps)
+        low, high = x.chunk(2, -1)
+        return x * angles.cos() + torch.cat([-high, low], -1) * angles.sin()
+
+    heads = mixed.permute(1, 2, 3, 0, 4)
+    q, k, v = apply(mixed, q_weight, k_weight)
+    torch.testing.assert_close(q, turned(heads[:, :, :queries].flatten(1, 2), q_weight))
+    torch.testing.assert_close(k, turned(heads[:, :, queries], k_weight))
+    torch.testing.assert_close(v, heads[:, :, queries + 1])
+    assert all(x.is_contiguous() for x in (q, k, v))
+    assert torch.autograd.gradcheck(apply, (mixed, q_weight, k_weight))
