@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 from test_order import config as order_config
 from test_order import tokens
+from test_recipe import SMOKE, write
 
-from pipeline.errors import AtomError
-from pipeline.store import Artifact, write_manifest
+from pipeline import graph, ledger
+from pipeline import recipe as recipes
+from pipeline.checkpoints import Checkpoint
+from pipeline.errors import AtomError, RecipeError
+from pipeline.events import FileReport
+from pipeline.launch.products import Products
+from pipeline.launch.ranks import Ranks
+from pipeline.launch.worker import Attempt, Task
+from pipeline.lease import Lease
+from pipeline.store import Artifact, Store, write_manifest
 from stages.data import order
 from stages.data.table import write_json
 
@@ -89,3 +99,124 @@ def test_a_checkpoint_of_another_step_is_refused(tmp_path: Path, run_stage: Any)
     at = checkpoint(tmp_path / "c4", run_stage(order.STAGE, order_config(), inputs), 4)
     with pytest.raises(AtomError, match="stands after step 4 of pretrain, and the order was to begin with step 9"):
         run_stage(order.STAGE, order_config(first_step=9), {**inputs, "continue": at})
+
+
+def attempt_at(store: Store, recipe: str, run: str, phase: str = "pretrain") -> Attempt:
+    """An attempt of a training stage, as the worker begins it; nothing is trained."""
+    whole = graph.compose(recipes.load(recipe), store)
+    node = whole.nodes[phase]
+    materials = whole.materials(node)
+    config = node.config.model_dump(mode="json")
+    task = Task(str(store.home), run, phase, phase, config, materials, node.key, watts_per_core=1.0, ranks=1)
+    attempt = Attempt(task, store, FileReport(store.logs / run / phase), Ranks())
+    attempt.materials = {role: Artifact(key, "0" * 64, Path(), ()) for role, key in materials.items()}
+    return attempt
+
+
+def seal(store: Store, recipe: str, run: str, step: int, text: str = "{}", phase: str = "pretrain") -> Checkpoint:
+    """A checkpoint of a recipe's phase, sealed as the worker seals it."""
+    attempt = attempt_at(store, recipe, run, phase)
+    made = store.home / "made" / run
+    made.mkdir(parents=True, exist_ok=True)
+    (made / "state.json").unlink(missing_ok=True)
+    (made / "state.json").write_text(text)
+    lease = Lease.take(store.work(attempt.task.key))
+    assert lease is not None
+    try:
+        Products(attempt, lease).seal(f"@{step}", made)
+    finally:
+        lease.release()
+    return Checkpoint(attempt.task.key, step)
+
+
+def test_a_checkpoint_is_an_artifact_with_a_statement_before_its_phase_ends(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    checkpoint = seal(store, str(SMOKE), "run-1", 30)
+    artifact = store.open(checkpoint.key)
+    artifact.verify()
+    assert checkpoint.key.startswith("pretrain@30-") and not store.sealed(checkpoint.phase)
+    assert os.path.samefile(artifact / "state.json", tmp_path / "made/run-1/state.json"), "a hard link"
+    ((_, body),) = ledger.read(store.ledger, checkpoint.key)
+    said = body["predicate"]["buildDefinition"]["externalParameters"]
+    assert said["of"] == {"key": checkpoint.phase, "step": 30}
+    assert (said["node"], said["key"], said["stage"]) == ("pretrain@30", checkpoint.key, "pretrain")
+    assert said["config"]["phase"]["steps"] == 60 and set(ledger.materials_of(body)) == {"tokens", "order"}
+    assert ledger.sealed(store.ledger, artifact) and ledger.usage(body)["energy_joules_estimate"] >= 0
+
+    seal(store, str(SMOKE), "run-1", 30)
+    assert len(list(ledger.read(store.ledger, checkpoint.key))) == 1, "the second time nothing is done"
+    with pytest.raises(AtomError, match="with the same code in the same environment, so it is not reproducible"):
+        seal(store, str(SMOKE), "run-1", 30, "{ }")
+    assert store.open(checkpoint.key).digest == artifact.digest
+
+
+def test_who_has_lost_the_lease_seals_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    attempt = attempt_at(store, str(SMOKE), "run-1")
+    lease = Lease.take(store.work(attempt.task.key))
+    assert lease is not None
+    (store.work(attempt.task.key) / f"lease.{lease.number + 1}").touch()
+    (tmp_path / "made").mkdir()
+    with pytest.raises(AtomError, match=r"another worker took over pretrain-\w+ before pretrain@30 was sealed here"):
+        Products(attempt, lease).seal("@30", tmp_path / "made")
+    lease.release()
+    assert not store.artifacts.exists()
+
+
+def composed(store: Store, path: Path, **changes: Any) -> graph.Graph:
+    return graph.compose(recipes.load(write(path / "r.yaml", **changes)), store)
+
+
+def test_a_checkpoint_is_found_by_step_and_is_an_input_of_order_and_phase(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    checkpoint = seal(store, str(SMOKE), "run-1", 30)
+    short = composed(store, tmp_path, pretrain__continue_from="pretrain@30")
+    for name in ("order-pretrain", "pretrain"):
+        assert short.materials(short.nodes[name])["continue"] == checkpoint.key
+    assert short.nodes["order-pretrain"].config.first_step == 31  # type: ignore[attr-defined]
+    assert "checkpoint" not in short.nodes["export-init"].inputs, "random weights are drawn, since no step 0 is trained"
+    long = composed(store, tmp_path, pretrain__continue_from=str(checkpoint))
+    elsewhere = composed(Store(tmp_path / "none"), tmp_path, pretrain__continue_from=str(checkpoint))
+    before = graph.compose(recipes.load(str(SMOKE)), store)
+    keys = [{name: node.key for name, node in each.nodes.items()} for each in (short, long, elsewhere, before)]
+    assert keys[0] == keys[1] == keys[2], "how it is written does not count"
+    assert {n for n in keys[0] if keys[0][n] != keys[3][n]} == {
+        "order-pretrain", "pretrain", "midtrain", *(f"{kind}-{m}" for kind in ("export", "evaluate") for m in graph.MODELS)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"continue_from": "pretrain@30"}, "recipe r: pretrain.continue_from = pretrain@30 is not sealed under "),
+        ({"continue_from": "pretrain@20"}, "there are pretrain@40, pretrain@50"),
+        ({"continue_from": "pretrain@60"}, "recipe r: pretrain.steps = 60 leaves nothing to train after pretrain@60; use at least 61"),
+        ({"continue_from": "midtrain@30"}, "recipe r: pretrain.continue_from = midtrain@30 is no checkpoint of pretrain; write pretrain@STEP"),
+        ({"continue_from": "pretrain"}, "recipe r: pretrain.continue_from = pretrain is no checkpoint; write it as in pretrain@1200"),
+        ({"continue_from": "pretrain@40"}, "recipe r: pretrain.continue_from = pretrain@40 fits 2 checkpoints: pretrain-"),
+    ],
+)  # fmt: skip
+def test_one_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    store, other = Store(tmp_path), write(tmp_path / "other.yaml", pretrain__optimizer__lr=2e-3)
+    made = [seal(store, str(SMOKE), "run-1", 40), seal(store, other, "run-2", 40), seal(store, other, "run-2", 50)]
+    with pytest.raises(RecipeError) as error:
+        composed(store, tmp_path, **{f"pretrain__{name}": value for name, value in changes.items()})
+    assert sentence in str(error.value) and "\n" not in str(error.value), str(error.value)
+    if "fits" in sentence:
+        for checkpoint, run in zip(made[:2], ("run-1", "run-2"), strict=True):
+            assert f"{checkpoint} of run {run}" in str(error.value)
+            assert composed(store, tmp_path, pretrain__continue_from=str(checkpoint))
+
+
+def test_the_base_model_must_be_the_one_that_the_checkpoint_came_from(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(RecipeError, match="run the recipe first that is to be gone on from"):
+        composed(store, tmp_path, midtrain__continue_from="midtrain@100")
+    checkpoint = seal(store, str(SMOKE), "run-1", 100, phase="midtrain")
+    changes = {"midtrain__continue_from": "midtrain@100", "midtrain__optimizer__lr": 2e-3}
+    found = composed(store, tmp_path, **changes)
+    assert found.materials(found.nodes["midtrain"])["continue"] == checkpoint.key
+    with pytest.raises(
+        RecipeError, match=r"midtrain.continue_from = midtrain-\w+@100 began from pretrain-\w+, but this"
+    ):
+        composed(store, tmp_path, **changes, pretrain__optimizer__lr=2e-3)
