@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,38 @@ def figures(out: Path, keys: tuple[str, ...] = ("loss", "aux_loss", "grad_norm",
     """All figures of a phase's log, in order."""
     lines = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
     return [line[key] for line in lines for key in keys if key in line]
+
+
+def kill_at_random(
+    corpus: Path, folder: Path, settings: dict[str, Any], kills: int, chance: random.Random, longest: float
+) -> list[str]:
+    """Runs the pretrain stage to its end through `kills` `kill -9` of one rank or of all, each at a random moment up to
+    `longest` seconds after the start. A run that ends before gives its digest and another begins. Returns the digests.
+    """
+    digests, left, number = [], kills, 0
+    folder.mkdir()
+    while True:
+        processes = start(corpus, folder / f"run-{number}", settings)
+        try:
+            processes[0].wait(chance.uniform(0, longest) if left else 300)
+        except subprocess.TimeoutExpired:
+            victims = processes if chance.random() < 0.3 else [chance.choice(processes)]
+            for process in victims:
+                process.kill()
+            left -= 1
+            deadline = time.monotonic() + 5
+            while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            for process in processes:  # as a launcher does: those that were still waiting to meet the dead one
+                process.kill()
+            end(processes)
+            continue
+        codes, logs = end(processes)
+        assert not any(codes), logs
+        digests.append(world.digest(folder / f"run-{number}" / "out"))
+        if not left:
+            return digests
+        number += 1
 
 
 def main(corpus: Path, task: dict[str, Any], out: Path) -> None:

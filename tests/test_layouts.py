@@ -6,6 +6,7 @@ their ranks, so it is the same sum in each of them and is compared like the rest
 
 from __future__ import annotations
 
+import random
 import re
 import signal
 from collections import Counter
@@ -107,3 +108,11 @@ def test_a_rank_that_gives_no_sign_is_named(corpus: Path, tmp_path: Path) -> Non
     processes[1].kill()
     processes[1].wait()
     assert "no step was finished for 2 s; no sign of rank 1; the stacks" in log
+
+
+def test_random_kills(corpus: Path, tmp_path: Path) -> None:
+    """The short version of what `make soak` does 25 times."""
+    settings = layouts.settings_of(layouts.FOUR["PP2xEP2"], 4, work_checkpoint_every=2)
+    layouts.run(corpus, tmp_path / "calm", settings)
+    digests = layouts.kill_at_random(corpus, tmp_path / "kills", settings, 3, random.Random(0), 15)
+    assert set(digests) == {world.digest(tmp_path / "calm" / "out")}

@@ -51,9 +51,9 @@ def train(
     patience = config.phase.hang_seconds
     # the watchdog speaks before a collective gives up, so that its dumps are in the log
     with (
+        Watchdog(phase, patience, work, report) as watchdog,
         parallel.session(config.seed, config.phase.cluster, 2 * patience + 60) as ranks,
         _requests_to_stop() as stop,
-        Watchdog(phase, patience, work, ranks, report) as watchdog,
     ):
         Phase(phase, config, inputs, work, report, Engine(config, ranks)).run(start, stop, watchdog, out)
 

@@ -78,6 +78,11 @@ class Ranks:
             dist.barrier()
 
 
+def place() -> tuple[int, int]:
+    """(rank, number of ranks), as the launcher says."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def session(seed: int, layout: Layout | None = None, patience: float = 600.0) -> Iterator[Ranks]:
     """Makes this process a rank of a layout and leaves it as it was found.
@@ -87,7 +92,7 @@ def session(seed: int, layout: Layout | None = None, patience: float = 600.0) ->
     Raises AtomError if the number of processes is not the layout's, and when another rank is lost.
     """
     layout = layout or Layout()
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = place()
     if world != layout.ranks:
         raise AtomError(
             f"{world} processes were started for cluster.ranks = {layout.ranks}; start that many, or change the recipe"

@@ -15,17 +15,22 @@ from pathlib import Path
 from types import TracebackType
 
 from pipeline.stage import Report
-from stages.train.parallel import Ranks
+from stages.train import parallel
 
-COLLECT_SECONDS = 5.0
+COLLECT_SECONDS = 10.0
+"""What the ranks, which wait for each other at every step, may differ in noticing."""
+START_SECONDS = 600.0
+"""What the ranks get at least for meeting, building the model, and reading a checkpoint."""
 
 
 class Watchdog:
-    """Watches from its creation to the end of the `with` block. `alive()` says that a step was finished."""
+    """Watches from its creation to the end of the `with` block, the meeting of the ranks included. `alive()` says that
+    a step was finished."""
 
-    def __init__(self, phase: str, patience: float, work: Path, ranks: Ranks, report: Report) -> None:
-        self.phase, self.patience, self.work, self.ranks, self.report = phase, patience, work, ranks, report
-        self.last = time.monotonic()
+    def __init__(self, phase: str, patience: float, work: Path, report: Report) -> None:
+        self.phase, self.patience, self.work, self.report = phase, patience, work, report
+        self.rank, self.world = parallel.place()
+        self.last, self.limit = time.monotonic(), max(patience, START_SECONDS)
         self.step_over = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -40,25 +45,25 @@ class Watchdog:
         self.thread.join()
 
     def alive(self) -> None:
-        self.last = time.monotonic()
+        self.last, self.limit = time.monotonic(), self.patience
 
     def _watch(self) -> None:
         while not self.step_over.wait(min(1.0, self.patience / 10)):
-            if time.monotonic() - self.last > self.patience:
+            if time.monotonic() - self.last > self.limit:
                 self._bark()
 
     def _bark(self) -> None:
         folder = self.work / "stacks"
         folder.mkdir(exist_ok=True)
-        own = folder / f"rank-{self.ranks.rank:05d}.txt"
+        own = folder / f"rank-{self.rank:05d}.txt"
         with open(own, "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        print(f"rank {self.ranks.rank}: no step for {self.patience:g} s, it stands here:\n{own.read_text()}",
+        print(f"rank {self.rank}: no step for {self.limit:g} s, it stands here:\n{own.read_text()}",
               file=sys.stderr, flush=True)  # fmt: skip
-        text = f"{self.phase}: no step was finished for {self.patience:g} s"
-        if self.ranks.first:
-            began, expected = time.time(), set(range(self.ranks.world))
-            deadline = time.monotonic() + COLLECT_SECONDS + self.patience / 2
+        text = f"{self.phase}: no step was finished for {self.limit:g} s"
+        if self.rank == 0:
+            began, expected = time.time(), set(range(self.world))
+            deadline = time.monotonic() + COLLECT_SECONDS
             while (missing := expected - self._told(began)) and time.monotonic() < deadline:
                 time.sleep(0.1)
             for rank in sorted(expected - missing - {0}):
@@ -69,13 +74,13 @@ class Watchdog:
                 f"{silent}; the stacks of all ranks are in the log; run again to go on from the last work checkpoint"
             )
         else:
-            time.sleep(COLLECT_SECONDS + self.patience)  # rank 0 speaks first
+            time.sleep(2 * COLLECT_SECONDS)  # rank 0 speaks first
         self.report.abandon(text)
 
     def _told(self, since: float) -> set[int]:
         """The ranks whose stacks were written in this hang."""
         found = set()
         for path in (self.work / "stacks").glob("rank-*.txt"):
-            if path.stat().st_mtime > since - self.patience and path.stat().st_size:
+            if path.stat().st_mtime > since - self.limit and path.stat().st_size:
                 found.add(int(path.stem[5:]))
         return found

@@ -1,0 +1,112 @@
+"""How long training stands still for a work checkpoint, against a copy of the same state in memory.
+
+    .venv/bin/python bench/checkpoint.py            # about a minute
+    .venv/bin/python bench/checkpoint.py --quick    # a tiny model, to see that it works; its figures mean nothing
+
+Ours is `Checkpoints.save` as a phase calls it, with the files written by its thread; the peer is `Tensor.clone` of
+weights and both Adam moments, which is the least that any checkpoint that does not stop training can do. The two take
+turns; a round's ratio is the peer's seconds by ours. The table also tells what the checkpoint would cost if training
+waited for it, and what a training step costs while one is being written. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from train import FULL, OPTIMIZER, QUICK, Size, Tokens
+
+from stages.model.build import initialise
+from stages.train.checkpoint import Checkpoints
+from stages.train.config import TrainConfig
+from stages.train.engine import Engine
+from stages.train.parallel import session
+
+TARGET = 1.0
+ROUNDS = 12
+
+
+class Quiet:
+    """A report that nobody reads."""
+
+    def metric(self, step: int, **values: float) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def product(self, name: str, folder: Path) -> None: ...
+
+
+def measure(size: Size, folder: Path, rounds: int) -> dict[str, Any]:
+    phase = dict(
+        mix={"random": 1.0}, sequence_length=size.length, steps=10**6, optimizer=OPTIMIZER,
+        batch={"global_tokens": size.tokens, "micro_tokens": size.tokens}, heldout={"every": 1, "rows": 1},
+        release_checkpoint_every=10**6,
+    )  # fmt: skip
+    config = TrainConfig.model_validate(dict(model=size.model, phase=phase, padded_vocab_size=size.vocab, seed=0))
+    tokens, times = Tokens(size), {"stall": [], "copy": [], "whole": [], "step": [], "step while writing": []}
+
+    def timed(name: str, work: Any) -> Any:
+        began = time.perf_counter()
+        found = work()
+        times[name].append(time.perf_counter() - began)
+        return found
+
+    with session(0) as ranks:
+        engine = Engine(config, ranks)
+        initialise(engine.chunks, config.model, config.padded_vocab_size, 0)
+        engine.weights_changed()
+        share = tokens.share(0)
+        step = lambda: engine.step(share, OPTIMIZER["lr"], lambda loss: None)  # noqa: E731
+        step()
+        checkpoints = Checkpoints(folder, 2, engine, Quiet())
+        (checkpoints.folder / "training.jsonl").write_text("")
+        for number in range(rounds + 1):
+            began = time.perf_counter()
+            timed("stall", lambda n=number: checkpoints.save(n, {}, seal=False))
+            checkpoints.wait()
+            times["whole"].append(time.perf_counter() - began)
+            state = [t for _, tensors in engine.state() for t in tensors.values()]
+            copies = timed("copy", lambda tensors=state: [t.clone() for t in tensors])
+            del copies
+            timed("step", step)
+            checkpoints.save(10**6 + number, {}, seal=False)
+            timed("step while writing", step)
+            checkpoints.wait()
+        size_bytes = sum(t.numel() * t.element_size() for t in state)
+    for values in times.values():
+        del values[0]  # the first save also allocates its buffers
+    ratios = [copy / stall for copy, stall in zip(times["copy"], times["stall"], strict=True)]
+    print(f"state: {size_bytes / 2**20:.0f} MiB in {len(state)} tensors, {rounds} rounds, median (least, most) in ms")
+    for name, values in times.items():
+        low, high = min(values), max(values)
+        print(f"  {name:20} {1e3 * statistics.median(values):9.2f}   ({1e3 * low:.2f}, {1e3 * high:.2f})")
+    quarters = statistics.quantiles(ratios, n=4)
+    print("ratio of a round = copy / stall; low and high are its quartiles")
+    return {
+        "name": "checkpoint",
+        "ratio": round(statistics.median(ratios), 3),
+        "low": round(quarters[0], 3),
+        "high": round(quarters[2], 3),
+        "target": TARGET,
+        "unit": "seconds of an in-memory copy by seconds of stall",
+        "machine": f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model: does it run?")
+    quick = parser.parse_args().quick
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measure(QUICK if quick else FULL, Path(folder), 3 if quick else ROUNDS)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What takes too long for every test run: all layouts on several models, checkpoints between all layouts, many kills.
+
+    make soak            # about half an hour on two cores; writes docs/soak.md
+
+Exits with 1, and says where, if anything is not as it must be.
+"""
+
+from __future__ import annotations
+
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import layouts
+import train_world as world
+
+ROOT = Path(__file__).parent.parent
+TOLERANCE = 1e-5
+MODELS: dict[str, dict[str, Any]] = {
+    "4 experts, tied": {},
+    "8 experts, top-3, untied, 4 kv heads": {
+        "experts": 8, "experts_per_token": 3, "tie_embeddings": False, "kv_heads": 4,
+    },
+    "width 48, 8 layers": {"hidden_size": 48, "head_dim": 12, "layers": 8, "expert_ffn_size": 24},
+}  # fmt: skip
+PLACES = ("one", "DP2", "TP2+SP", "PP2", "EP2 alltoall", "CP2", "PP2 interleaved", "EP2xDP2", "TP2xPP2", "PP2xEP2",
+          "TP2xEP4 ETP1")  # fmt: skip
+KILLS = 25
+
+
+def worst(found: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+
+
+def matrix(corpus: Path, folder: Path) -> list[str]:
+    """Every layout against one process: the largest relative difference in five steps."""
+    lines = ["| layout | " + " | ".join(f"{model}, seed {seed}" for model in MODELS for seed in (0, 1)) + " |"]
+    lines.append("|---|" + "---|" * 2 * len(MODELS))
+    rows: dict[str, list[str]] = {name: [] for name in (*layouts.TWO, *layouts.FOUR)}
+    for model in MODELS.values():
+        for seed in (0, 1):
+            settings = layouts.settings_of({}, 1, seed)
+            settings["model"] = {**settings["model"], **model}
+            (one,) = layouts.compare(corpus, {"one": {}}, 1, settings, folder / "one.json").values()
+            for ranks, chosen in ((2, layouts.TWO), (4, layouts.FOUR)):
+                for name, steps in layouts.compare(corpus, chosen, ranks, settings, folder / "out.json").items():
+                    pairs = [(a[key], b[key]) for a, b in zip(steps, one, strict=True) for key in b]
+                    rows[name].append(f"{checked(f'layout {name}', worst(*map(list, zip(*pairs, strict=True)))):.0e}")
+    return lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+
+
+def checked(what: str, difference: float) -> float:
+    if not difference <= TOLERANCE:
+        raise SystemExit(f"soak: {what} differs by {difference:.1e}, more than {TOLERANCE:g}")
+    print(f"{what}: {difference:.1e}", flush=True)
+    return difference
+
+
+def pairs(corpus: Path, folder: Path) -> list[str]:
+    """Stopped after step 7 in one layout, gone on in another."""
+    lines = ["| from \\ to | " + " | ".join(PLACES) + " |", "|---|" + "---|" * len(PLACES)]
+    calm: dict[str, Path] = {}
+    for name in PLACES:
+        calm[name] = folder / f"calm {name}"
+        layouts.run(corpus, calm[name], layouts.named(name))
+    expected = layouts.figures(calm["one"] / "out")
+    for before in PLACES:
+        stopped = folder / f"stopped {before}"
+        layouts.end(layouts.start(corpus, stopped, layouts.named(before), at=7, number=signal.SIGTERM))
+        cells = []
+        for after in PLACES:
+            place = folder / "next"
+            shutil.copytree(stopped / "work", place / "work")
+            assert "going on after step 7" in layouts.run(corpus, place, layouts.named(after))[0]
+            if before == after:
+                if world.digest(place / "out") != world.digest(calm[after] / "out"):
+                    raise SystemExit(f"soak: {before}, stopped and gone on, gives other bytes")
+                cells.append("same bytes")
+            else:
+                cells.append(f"{checked(f'{before} to {after}', worst(layouts.figures(place / 'out'), expected)):.0e}")
+            shutil.rmtree(place)
+        lines.append(f"| {before} | {' | '.join(cells)} |")
+    return lines
+
+
+def kills(corpus: Path, folder: Path) -> list[str]:
+    """Kills of one rank or all over a run of four processes."""
+    settings = layouts.settings_of(layouts.FOUR["PP2xEP2"], 4, work_checkpoint_every=2)
+    layouts.run(corpus, folder / "calm", settings)
+    digests = layouts.kill_at_random(corpus, folder / "kills", settings, KILLS, random.Random(0), 15)
+    if set(digests) != {world.digest(folder / "calm" / "out")}:
+        raise SystemExit("soak: a killed run gives other bytes than the undisturbed one")
+    return [f"{KILLS} × `kill -9` of one rank or all four, at random moments, over {len(digests)} runs of PP2xEP2: "
+            f"every run ended in the digest of the undisturbed one."]  # fmt: skip
+
+
+def main() -> None:
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        world.make(folder / "corpus", {"batch": layouts.BATCH})
+        parts = {
+            "Layouts against one process": matrix(folder / "corpus", folder),
+            "Work checkpoints between layouts": pairs(folder / "corpus", folder),
+            "Random kills": kills(folder / "corpus", folder / "random"),
+        }
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    head = (
+        f"# Last soak\n\n`make soak` of {datetime.now(UTC):%Y-%m-%d} at commit {commit.stdout.strip()}: "
+        f"Python {platform.python_version()}, torch {version('torch')}, megatron-core {version('megatron-core')}, "
+        f"{platform.machine()}, {(time.monotonic() - began) / 60:.0f} minutes. fp32 on CPU over gloo; figures are the "
+        f"largest relative difference of loss, balance loss, gradient norm and held-out loss at any step; the bound "
+        f"is {TOLERANCE:g}.\n"
+    )
+    body = "\n".join(f"\n## {title}\n\n" + "\n".join(lines) + "\n" for title, lines in parts.items())
+    (ROOT / "docs" / "soak.md").write_text(head + body)
+    print(head + body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
