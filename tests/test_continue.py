@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from conftest import atom
 from test_order import config as order_config
 from test_order import tokens
 from test_recipe import SMOKE, write
@@ -220,3 +223,65 @@ def test_the_base_model_must_be_the_one_that_the_checkpoint_came_from(tmp_path: 
         RecipeError, match=r"midtrain.continue_from = midtrain-\w+@100 began from pretrain-\w+, but this"
     ):
         composed(store, tmp_path, **changes, pretrain__optimizer__lr=2e-3)
+
+
+def step_files(artifact: Artifact, step: int) -> dict[str, str]:
+    """{file: sha256} of the tensors of one checkpoint of a phase."""
+    return {r.path: r.sha256 for r in artifact.rows if r.path.startswith(f"step-{step:06d}/") and "state" not in r.path}
+
+
+def test_a_run_goes_on_from_an_earlier_one_and_its_release_tells(smoke_home: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(smoke_home, home)
+    store = Store(home)
+    first = graph.compose(recipes.load(str(SMOKE)), store)
+
+    # Nothing changed: the same rows, the same moments, so the very bytes that the earlier run ended with.
+    same = write(tmp_path / "same.yaml", name="same", pretrain__continue_from="pretrain@30")
+    planned = atom(home, "plan", same).stdout
+    assert "\npretrain continues from pretrain@30 (key pretrain@30-" in planned
+    atom(home, "run", same, "--until", "pretrain")
+    again = graph.compose(recipes.load(write(tmp_path / "r.yaml", pretrain__continue_from="pretrain@30")), store)
+    made = store.open(again.nodes["pretrain"].key)
+    assert {p.name for p in made.path.glob("step-*")} == {"step-000060"}
+    assert step_files(made, 60) == step_files(store.open(first.nodes["pretrain"].key), 60)
+    atom(home, "run", same, "--until", "export-init")
+    drawn, trained = (store.open(each.nodes["export-init"].key) for each in (again, first))
+    assert drawn.rows == trained.rows, "random weights by their seed are those of step 0"
+    assert "fits 2 checkpoints" in atom(home, "plan", write(
+        tmp_path / "r.yaml", pretrain__continue_from="pretrain@60", pretrain__steps=90), code=2).stderr  # fmt: skip
+
+    # Another rate and another mix from step 151 of mid-training on.
+    mix = {"docstrings": 0.15, "code": 0.1, "worked": 0.75}
+    changes = {"midtrain__continue_from": "midtrain@150", "midtrain__optimizer__lr": 2e-3, "midtrain__mix": mix}
+    changed = write(tmp_path / "changed.yaml", name="changed", **changes)
+    atom(home, "run", changed)
+    found = graph.compose(recipes.load(changed), store)
+    phase = store.open(found.nodes["midtrain"].key)
+    lines = [json.loads(line) for line in (phase / "training.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(151, 301))
+    checkpoint = store.open(found.nodes["midtrain"].external["continue"])
+    stated = ledger.sealed(store.ledger, phase)
+    assert stated and ledger.materials_of(stated[1])["continue"] == checkpoint.digest
+    config = stated[1]["predicate"]["buildDefinition"]["externalParameters"]["config"]
+    assert config["phase"]["continue_from"] == f"{first.nodes['midtrain'].key}@150"
+    before = rows(store.open(first.nodes["order-midtrain"].key))
+    read = chunks([r for r in before if r["step"] <= 150] + rows(store.open(found.nodes["order-midtrain"].key)), "code")
+    size = store.open(found.nodes["order-midtrain"].key).json("meta.json")["sources"]["code"]["chunks"]
+    assert len(set(read[:size])) == min(size, len(read))
+
+    atom(home, "build", changed)
+    release = home / "releases" / "changed-0.1.0"
+    assert "verified" in atom(home, "verify", "--deep", str(release)).stdout
+    card = (release / "model/README.md").read_text()
+    assert (
+        f"- midtrain: steps 1 to 150 by `{first.nodes['midtrain'].key}`; from step 151 on with other settings: " in card
+    )
+    assert "`mix.sums` 0.05 → not set" in card and "`optimizer.lr` 0.003 → 0.002" in card
+    assert "went on from" not in (release / "model-base/README.md").read_text()
+    assert (release / "checkpoints/midtrain-step-150/optimizer.safetensors").exists()
+    assert (release / f"dataset/earlier/{first.nodes['order-midtrain'].key}/order.parquet").exists()
+
+    (store.artifacts / first.nodes["order-midtrain"].key).rename(tmp_path / "lost")
+    said = atom(home, "build", changed, code=2).stderr
+    assert f"{first.nodes['order-midtrain'].key} of an earlier run, which this one goes on from, is not sealed" in said

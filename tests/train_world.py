@@ -94,6 +94,7 @@ def make(folder: Path, phase: dict[str, Any] | None = None) -> dict[str, Artifac
             picked.append({**place, "id": f"{source}/train-{ordinal}", **span})
     pq.write_table(pa.Table.from_pylist(picked), order / "order.parquet")
     meta = {"phase": "pretrain", "steps": phase["steps"], "rows": per_step, "sequence_length": length}
+    meta |= {"mix": phase["mix"], "seed": 0, "sources": {source: {"chunks": 40} for source in sources}}
     (order / "meta.json").write_text(json.dumps(meta))
     return {"tokens": write_manifest(tokens, "tokenize-test"), "order": write_manifest(order, "order-test")}
 

@@ -169,6 +169,7 @@ class Order:
         for name, value in (("steps", phase.steps), ("rows", phase.rows), ("sequence_length", phase.sequence_length)):
             if meta[name] != value:
                 raise AtomError(f"order artifact {order.key} was made for {name} = {meta[name]}, not {value}")
+        self.meta = meta
         self.first, self.last = int(meta.get("first_step", 1)), phase.steps
         columns = ["step", "segment", "source", "id", "ordinal", "offset", "length", "loss_from"]
         table = pq.read_table(order / "order.parquet", columns=columns)

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 from pipeline.errors import AtomError, Interrupted
 from pipeline.stage import Inputs, Report, identity
+from stages.data.order import position
 from stages.train import parallel, sealed
 from stages.train.checkpoint import SUCCEEDED, Checkpoints
 from stages.train.config import TrainConfig
@@ -157,15 +158,13 @@ class Phase:
 
     def _save(self, step: int) -> None:
         phase = self.config.phase
-        rows = self.order.consumed(step) if step else {}
-        for source, count in (self.origin.rows if self.origin else {}).items():
-            rows[source] = rows.get(source, 0) + count
+        read = self.order.consumed(step) if step else {}
         state = {
             "phase": self.name,
             "step": step,
             "tokens": self.tokens,
             "seed": self.config.seed,
-            "data_position": {"next_step": step + 1, "steps": phase.steps, "rows": dict(sorted(rows.items()))},
+            "data_position": position(self.order.meta, read, step),
             "optimizer_step": self.engine.step_done,
             "lr": learning_rate(step, phase.steps, phase.optimizer) if step else 0.0,
             "rng": "not used: no dropout, and the data order is an artifact",

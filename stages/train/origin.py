@@ -24,7 +24,6 @@ class Origin:
         self.artifact = artifact
         self.state = sealed.load_state(artifact.path)
         self.step = int(self.state["step"])
-        self.rows: dict[str, int] = self.state["data_position"]["rows"]
 
     def load(self, engine: Engine, config: TrainConfig, tokenizer: str) -> int:
         """Takes over weights, Adam's moments and step count. Returns the targets seen so far.
