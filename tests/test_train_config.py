@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import train_world as world
+from conftest import atom
 from pydantic import ValidationError
 
+from pipeline.errors import AtomError
 from stages.model.config import ModelConfig
+from stages.model.layout import Layout
 from stages.train.config import Optimizer, PhaseConfig, TrainConfig
 from stages.train.schedule import learning_rate
 
@@ -53,6 +59,64 @@ def test_model(change: dict, sentence: str) -> None:
     with pytest.raises(ValidationError) as caught:
         ModelConfig.model_validate({**world.MODEL, **change})
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "sentence"),
+    [
+        ({"ranks": 3, "tensor": 3}, "cluster.tensor = 3 does not divide heads = 4; nearest: 2 or 4"),
+        ({"ranks": 4, "tensor": 4}, "cluster.tensor = 4 does not divide kv_heads = 2; nearest: 2"),
+        ({"ranks": 3, "expert": 3}, "cluster.expert = 3 does not divide experts = 4; nearest: 2 or 4"),
+        ({"ranks": 4, "pipeline": 4}, "cluster.pipeline = 4 with virtual_pipeline = 1 cannot deal layers = 2 evenly"),
+        ({"ranks": 3, "pipeline": 2}, "cluster.ranks = 3 is not a multiple of tensor x pipeline x context = 2; nearest: 2 or 4"),
+        ({"ranks": 3, "expert": 2}, "cluster.ranks = 3 is not a multiple of expert_tensor x expert x pipeline = 2"),
+        ({"ranks": 4}, "cluster.ranks = 4 makes 4 data-parallel ranks, which cannot share the 2 micro-batches of a step"),
+        ({"ranks": 2, "tensor": 2, "expert_tensor": 1}, "cluster.expert_tensor = 1 with tensor = 2 and expert = 1 would train wrongly"),
+        ({"ranks": 2, "expert_tensor": 2}, "cluster.expert_tensor = 2 with tensor = 1 and expert = 1 would train wrongly"),
+        ({"virtual_pipeline": 2}, "cluster.virtual_pipeline > 1 interleaves pipeline ranks, and pipeline = 1 has none"),
+        ({"ranks": 0}, "greater than 0"),
+    ],
+)  # fmt: skip
+def test_layouts_that_cannot_work(cluster: dict, sentence: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        TrainConfig.model_validate(world.config(cluster=cluster))
+    assert sentence in str(caught.value)
+
+
+def test_an_interleaved_pipeline_takes_micro_batches_by_groups() -> None:
+    settings = world.config(cluster={"ranks": 2, "pipeline": 2, "virtual_pipeline": 2},
+                            batch={"global_tokens": 96, "micro_tokens": 32})  # fmt: skip
+    settings["model"] = {**settings["model"], "layers": 4}
+    with pytest.raises(ValidationError, match="needs a multiple of pipeline = 2 micro-batches on each .* not 3"):
+        TrainConfig.model_validate(settings)
+
+
+def test_plan_refuses_a_layout_and_keys_do_not_hold_one(tmp_path) -> None:
+    recipes = Path(world.__file__).parent.parent / "pipeline" / "recipes"
+    text = (recipes / "atom-smoke.yaml").read_text()
+    keys = []
+    for cluster in ("", "  cluster: {ranks: 2, tensor: 2}\n", "  cluster: {ranks: 2, tensor: 2, expert_tensor: 1}\n"):
+        path = tmp_path / "smoke.yaml"
+        path.write_text(re.sub(r"\n(pretrain:.*\n)", r"\n\1" + cluster, text))
+        refused = "expert_tensor" in cluster
+        done = atom(tmp_path / "home", "plan", str(path), "--json", code=2 if refused else 0)
+        if refused:
+            assert (
+                "pretrain.cluster.expert_tensor = 1 with tensor = 2 and expert = 1 would train wrongly"
+                in done.stderr.replace("\n", " ")
+            )
+            assert "Traceback" not in done.stderr
+        else:
+            keys.append([stage["key"] for stage in json.loads(done.stdout)["stages"]])
+    assert keys[0] == keys[1]
+
+
+def test_a_wrong_number_of_processes_is_refused() -> None:
+    from stages.train import parallel
+
+    with pytest.raises(AtomError, match="1 processes were started for cluster.ranks = 2; start that many"), \
+         parallel.session(0, Layout(ranks=2)):  # fmt: skip
+        pass
 
 
 def test_work_checkpoints_are_not_identity() -> None:
