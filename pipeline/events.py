@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ PROGRESS_EVERY = 0.5
 LOG_EVERY = 10.0
 LOCK_SECONDS = 2.0
 ABANDON_SECONDS = 30.0
+ROOM_SECONDS = 10.0
 
 
 class FileReport:
@@ -75,6 +77,18 @@ class FileReport:
         last.start()
         last.join(ABANDON_SECONDS)
         os._exit(1)
+
+    def end(self, outcome: str) -> None:
+        """The last event. On a full disk it waits a while: room comes when stages that fail remove what they made."""
+        deadline, write = time.monotonic() + ROOM_SECONDS, partial(self.event, "end", outcome=outcome)
+        while True:
+            try:
+                return write()
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                write = partial(self._events.flush)  # the line stays in the buffer
+                time.sleep(0.1)
 
     def close(self) -> None:
         self._events.close()

@@ -1,8 +1,8 @@
 """A few optimizer steps of one model in several layouts, in one set of processes: what each gives, to compare.
 
-    python tests/layouts.py CORPUS '{"layouts": {"one": {}}, "config": {...}, "steps": 5}' OUT.json
+    python tests/layouts.py CORPUS '{"layouts": {"one": {}}, "ports": [20000], "config": {...}, "steps": 5}' OUT.json
 
-RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as usual; each layout meets at a port of its own, from MASTER_PORT on.
+RANK, WORLD_SIZE and MASTER_ADDR as usual; each layout meets at a port of its own.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
+import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import train_world as world
 
+from pipeline.launch.ranks import free_port
+
 MODEL: dict[str, Any] = {**world.MODEL, "layers": 4, "tie_embeddings": True}
+GRACE = 60.0
 BATCH = {"global_tokens": 256, "micro_tokens": 64}  # eight rows in four micro-batches
 TWO: dict[str, dict[str, Any]] = {
     "DP2": {},
@@ -77,10 +81,8 @@ def train(corpus: Path, settings: dict[str, Any], steps: int) -> list[dict[str, 
 
 def spawn(command: list[str], ranks: int, env: dict[str, str] | None = None, **options: Any) -> list[Any]:
     """One process for each rank, on a free port."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    common = {**os.environ, **(env or {}), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = {**os.environ, **(env or {}), "OMP_NUM_THREADS": "1", **meeting}
     places = [{"RANK": str(n), "WORLD_SIZE": str(ranks)} if ranks > 1 else {} for n in range(ranks)]
     return [
         subprocess.Popen([sys.executable, *command], env={**common, **place}, text=True, stdout=subprocess.PIPE,
@@ -91,7 +93,7 @@ def spawn(command: list[str], ranks: int, env: dict[str, str] | None = None, **o
 def compare(corpus: Path, layouts: dict[str, dict[str, Any]], ranks: int, settings: dict[str, Any], out: Path,
             steps: int = 5) -> dict[str, list[dict[str, float]]]:  # fmt: skip
     """Runs layouts of that many ranks. Raises AssertionError with the log of a rank that failed."""
-    task = {"layouts": layouts, "config": settings, "steps": steps}
+    task = {"layouts": layouts, "ports": [free_port() for _ in layouts], "config": settings, "steps": steps}
     codes, logs = end(spawn([__file__, str(corpus), json.dumps(task), str(out)], ranks), timeout=500)
     assert not any(codes), [log[-2000:] for code, log in zip(codes, logs, strict=True) if code]
     found: dict[str, list[dict[str, float]]] = json.loads(out.read_text())
@@ -107,6 +109,7 @@ def settings_of(layout: dict[str, Any], ranks: int, seed: int = 0, **phase: Any)
 def start(corpus: Path, folder: Path, settings: dict[str, Any], at: int = 0, number: int = 0, **env: str) -> list[Any]:
     """The ranks of the pretrain stage, `work` and `out` under `folder`; rank 0 sends itself a signal at a step."""
     folder.mkdir(exist_ok=True)
+    shutil.rmtree(folder / "out", ignore_errors=True)  # the worker gives each attempt an empty one
     (folder / "config.json").write_text(json.dumps(settings))
     places = [str(p) for p in (corpus, folder / "work", folder / "out", folder / "config.json")]
     script = str(Path(__file__).with_name("train_world.py"))
@@ -114,9 +117,17 @@ def start(corpus: Path, folder: Path, settings: dict[str, Any], at: int = 0, num
 
 
 def end(processes: list[Any], timeout: float = 300) -> tuple[list[int], list[str]]:
-    """Exit codes and logs of ranks."""
-    logs = [p.communicate(timeout=timeout)[0] for p in processes]
-    return [p.returncode for p in processes], logs
+    """Exit codes and logs of ranks. As a launcher does, those that wait in vain for one that failed are killed."""
+    deadline = time.monotonic() + timeout
+    with ThreadPoolExecutor(len(processes)) as pool:
+        logs = [pool.submit(p.communicate) for p in processes]
+        while not all(log.done() for log in logs) and time.monotonic() < deadline:
+            if any(p.returncode for p in processes):
+                deadline = min(deadline, time.monotonic() + GRACE)
+            time.sleep(0.05)
+        for process in processes:
+            process.kill()
+    return [p.returncode for p in processes], [log.result()[0] for log in logs]
 
 
 def run(corpus: Path, folder: Path, settings: dict[str, Any], **options: Any) -> list[str]:
@@ -181,10 +192,9 @@ def kill_at_random(
 
 
 def main(corpus: Path, task: dict[str, Any], out: Path) -> None:
-    ranks, port = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ["MASTER_PORT"])
-    found = {}
-    for number, (name, layout) in enumerate(task["layouts"].items()):
-        os.environ["MASTER_PORT"] = str(port + number)
+    ranks, found = int(os.environ.get("WORLD_SIZE", "1")), {}
+    for port, (name, layout) in zip(task["ports"], task["layouts"].items(), strict=True):
+        os.environ["MASTER_PORT"] = str(port)
         settings = task["config"]
         settings["phase"]["cluster"] = {"ranks": ranks, **layout}
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import signal
 import socket
@@ -31,6 +32,7 @@ from pipeline.errors import AtomError
 MEETING_SECONDS = 600.0
 USAGE_SECONDS = 5.0
 FOLLOWED = "followed"
+FIRST_PORT = 20000
 POLL = 0.05
 
 
@@ -85,14 +87,15 @@ class Ranks:
         """Rank 0: calls the others to a meeting. None if there are no others."""
         if self.size == 1:
             return None
-        meeting = Meeting(out.name, "127.0.0.1" if self.one_host else socket.gethostname(), _free_port())
+        meeting = Meeting(out.name, "127.0.0.1" if self.one_host else socket.gethostname(), free_port())
         _write(self.folder / "meeting.json", meeting.__dict__)
         return meeting
 
     def dismiss(self, why: str) -> None:
         """Rank 0, at its end: if there was no meeting, there will be none."""
         if self.size > 1 and not (self.folder / "meeting.json").exists():
-            _write(self.folder / "meeting.json", {"dismissed": why})
+            with suppress(OSError):  # on a full disk the others see that rank 0 is gone
+                _write(self.folder / "meeting.json", {"dismissed": why})
 
     def meet(self) -> Meeting:
         """Another rank: waits for rank 0's call. Raises AtomError if it does not come."""
@@ -165,7 +168,15 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A free port below those that the system gives to outgoing connections: one of them, this job's own included,
+    might take it between here and the meeting."""
+    with suppress(OSError):  # no such file but on Linux
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        for port in random.sample(range(FIRST_PORT, first), max(0, first - FIRST_PORT)):
+            with socket.socket() as s, suppress(OSError):
+                s.bind(("", port))
+                return port
     with socket.socket() as s:
         s.bind(("", 0))
         return int(s.getsockname()[1])

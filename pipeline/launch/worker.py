@@ -63,7 +63,7 @@ def work(spec: dict[str, Any]) -> str:
     except Interrupted:
         outcome = "interrupted"
     ranks.dismiss(outcome)
-    report.event("end", outcome=outcome)
+    report.end(outcome)
     report.close()
     return outcome
 
@@ -121,7 +121,7 @@ def _attempt(task: Task, store: Store, report: FileReport, ranks: Ranks) -> str:
         print(f"{task.node}: {text}", file=sys.stderr, flush=True)
         attempt.record_failure(text)
         leave()
-        report.event("end", outcome=text)
+        report.end(text)
 
     report.record_abandoned = abandon
     try:
