@@ -102,13 +102,16 @@ class Artifact:
             raise AtomError(f"artifact {path.name}: {MANIFEST} was edited; remove {path} and run again to rebuild it")
         return cls(manifest["key"], digest, path, rows)
 
-    def verify(self) -> None:
-        """Hashes every file. Raises CheckFailed naming the first file that differs, or an extra one."""
-        found = {row.path: row for row in rows_of(self.path)}
-        for row in self.rows:
-            if found.get(row.path) != row:
+    def verify(self, below: str = "") -> None:
+        """Hashes every file, or every one in the folder `below`. Raises CheckFailed naming the first file that differs,
+        or an extra one."""
+        start = f"{below}/" if below else ""
+        found = {start + row.path: (row.size, row.sha256) for row in rows_of(self.path / below)}
+        rows = [row for row in self.rows if row.path.startswith(start)]
+        for row in rows:
+            if found.get(row.path) != (row.size, row.sha256):
                 raise CheckFailed(f"artifact {self.key}: {row.path} is not what its manifest says")
-        extra = sorted(set(found) - {row.path for row in self.rows})
+        extra = sorted(set(found) - {row.path for row in rows})
         if extra:
             raise CheckFailed(f"artifact {self.key}: {extra[0]} is not in its manifest")
 

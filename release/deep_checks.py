@@ -85,16 +85,19 @@ def weights(folder: Path) -> list[str]:
     from safetensors import safe_open
 
     wrong = []
+    tensors: dict[tuple[Path, str], set[str]] = {}  # by folder, of model and optimizer
     for path in sorted(folder.rglob("*.safetensors")):
         name = path.relative_to(folder).as_posix()
         with safe_open(path, framework="pt") as f:
             for key in f.keys():  # noqa: SIM118 (not a mapping)
                 if not torch.isfinite(f.get_tensor(key)).all():
                     wrong.append(f"{name}: tensor {key} is not finite")
-        if path.name == "optimizer.safetensors":
-            owned = {key.split(".", 1)[1] for key in facts.tensor_shapes(path)}
-            if owned != set(facts.tensor_shapes(path.with_name("model.safetensors"))):
-                wrong.append(f"{name}: it speaks of other tensors than the model beside it")
+                tensors.setdefault((path.parent, path.stem.split("-")[0]), set()).add(key)
+    for (place, kind), names in tensors.items():
+        owned = {name.split(".", 1)[1] for name in names}
+        if kind == "optimizer" and owned != tensors.get((place, "model")):
+            at = place.relative_to(folder).as_posix()
+            wrong.append(f"{at}: its optimizer speaks of other tensors than the model beside it")
     return wrong
 
 

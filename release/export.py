@@ -66,7 +66,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         raise AtomError(f"the tokenizer has {vocab_size} tokens, more than padded_vocab_size = "
                         f"{config.padded_vocab_size}; raise it in the recipe")  # fmt: skip
     if config.seed is None:
-        found = sealed.load_tensors(_checkpoint(inputs["checkpoint"], config.step) / sealed.MODEL)
+        found = dict(sealed.Tensors(_checkpoint(inputs["checkpoint"], config.step)))
     else:
         shapes, seed = config.model.shapes(config.padded_vocab_size), config.seed
         found = {name: full_tensor(name, shape, config.model, seed) for name, shape in shapes.items()}

@@ -25,11 +25,11 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     from stages.train import sealed
     from stages.train.engine import Engine
     from stages.train.loop import train
+    from stages.train.origin import Origin
 
     def start(engine: Engine) -> None:
         init = inputs["init"]
-        folder = init / sealed.name_of(sealed.steps_of(init.path)[-1])
-        engine.load_weights(sealed.load_tensors(folder / sealed.MODEL), init.key)
+        Origin(init, sealed.name_of(sealed.steps_of(init.path)[-1])).load_weights(engine)
 
     train("midtrain", config, inputs, work, out, report, start)
 

@@ -6,15 +6,14 @@ Megatron's own modules a `torch` in which these words mean the CPU. PyTorch itse
 other library in the same process, sees an untouched `torch`. (Replacing the factories in `torch` itself breaks
 `from_pretrained` without an error: the tensors it makes on the meta device come out uninitialised.)
 
-Take Megatron's names from `stages.model.mcore`, which calls `enable()` first. Written for megatron-core 0.16.1, with
-names that 0.17 to 0.19 still have.
+Take Megatron's names from `stages.model.mcore`, which calls `enable()` first. What differs between Megatron's versions
+stands in `stages.model.versions`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import sys
 import types
 import warnings
@@ -24,14 +23,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from stages.model import versions
+
 # The parts of Megatron that the pipeline uses; `enable` imports them, so that all of them get the CPU's `torch`.
 MODULES = (
     "megatron.core",
     "megatron.core.datasets.indexed_dataset",
-    "megatron.core.dist_checkpointing",
-    "megatron.core.dist_checkpointing.strategies.filesystem_async",
-    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
-    "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.distributed",
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.models.gpt.gpt_model",
@@ -43,8 +40,6 @@ MODULES = (
 )
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "as_tensor",
              "zeros_like", "ones_like", "empty_like", "full_like")  # fmt: skip
-
-TRITON_KERNEL = "megatron.core.transformer.moe.ops.paged_stash"
 
 _enabled = False
 
@@ -68,29 +63,18 @@ def enable() -> None:
 @contextlib.contextmanager
 def _no_compile() -> Iterator[None]:
     """Megatron decorates its fusions with torch.compile at import. None of them is used on CPU, and loading the
-    compiler takes two seconds of every process, so during the import `torch.compile` hands functions back. From 0.17
-    on the schedules also load a GPU kernel written in Triton, which CPU builds of PyTorch come without: a stand-in."""
+    compiler takes two seconds of every process, so during the import `torch.compile` hands functions back."""
     compile_ = torch.compile
 
     def identity(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
         return function if function is not None else lambda f: f
 
     torch.compile = identity
-    if importlib.util.find_spec("triton") is None:
-        sys.modules.setdefault(TRITON_KERNEL, _Absent(TRITON_KERNEL))
+    versions.before_import()
     try:
         yield
     finally:
         torch.compile = compile_
-
-
-class _Absent(types.ModuleType):
-    """A module of kernels that cannot be called here: importing a name from it works, using it does not."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None
 
 
 def _speak_cpu() -> None:
@@ -125,13 +109,11 @@ def _called_by_megatron() -> bool:
 def _fill_gaps() -> None:
     """What the change of vocabulary does not cover."""
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
     from stages.model import cpu_adam
 
-    # 0.16: the router's matrix product looks up a Transformer Engine kernel that is only defined when TE is there.
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    versions.after_import()
 
     # The all-to-all dispatcher brings split sizes from the GPU as numpy arrays; tensors that are on the CPU already
     # pass through unchanged, and `all_to_all_single` refuses tensors as sizes. Needed with expert parallelism.

@@ -29,7 +29,7 @@ from pipeline.errors import AtomError
 from pipeline.stage import Report
 from pipeline.store import sha256_bytes, sha256_file
 from stages.train import pieces, sealed
-from stages.train.engine import Engine
+from stages.train.engine import MOMENTS, Engine
 from stages.train.pieces import Pieces
 
 MARKER = "complete.json"
@@ -135,12 +135,9 @@ class Checkpoints:
         made = self.folder / "sealed" / sealed.name_of(step)
         marker = json.loads((folder / MARKER).read_text())
         source, state = Pieces(folder, marker["files"]), marker["state"]
-        kinds = ("exp_avg", "exp_avg_sq") if source.has("exp_avg") else ()
-        shapes = self.engine.shapes
-        weights = {name: source.full("weight", name, shapes[name]) for name in source.names()}
-        moments = {f"{k}.{name}": source.full(k, name, shapes[name]) for k in kinds for name in source.names()}
+        moments = MOMENTS if source.has(MOMENTS[0]) else ()
         self._require_present()
-        sealed.write(made, weights, moments, state)
+        sealed.write(made, self.engine.shapes, moments, source.full, state)
         self.report.product(f"@{step}", made)
 
     def _require_present(self) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from stages.model import balance
-from stages.model.build import build, load_tensors, named_tensors
+from stages.model.build import build, named_tensors
 from stages.model.mcore import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -166,11 +166,6 @@ class Engine:
             group["weight_decay"] = self.config.phase.optimizer.weight_decay * group.get("wd_mult", 1.0)
 
     # -- state ------------------------------------------------------------------------------------------------------
-
-    def load_weights(self, tensors: Mapping[str, torch.Tensor], origin: str) -> None:
-        """New weights under a fresh optimizer. Raises AtomError, naming `origin`, if they are not this model's."""
-        load_tensors(self.chunks, self.config.model, self.config.padded_vocab_size, tensors, origin)
-        self.weights_changed()
 
     def weights_changed(self) -> None:
         """To be called after the model's weights were set from outside: the optimizer may hold copies of them."""

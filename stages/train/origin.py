@@ -1,13 +1,10 @@
-"""The release checkpoint of an earlier run that a phase continues from, with other settings or data from there on."""
+"""The sealed checkpoint that a phase starts from: an earlier phase's last one, or one of its own of an earlier run."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from safetensors import safe_open
 
-from pipeline.errors import AtomError
+from pipeline.errors import AtomError, CheckFailed
 from pipeline.stage import identity
 from pipeline.store import Artifact
 from stages.model.build import check_tensors
@@ -18,17 +15,24 @@ from stages.train.engine import Engine, Piece
 
 
 class Origin:
-    """A sealed checkpoint: model.safetensors, optimizer.safetensors and state.json."""
+    """A sealed checkpoint: the folder `below` of an artifact, or the whole of one."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        self.artifact = artifact
-        self.state = sealed.load_state(artifact.path)
+    def __init__(self, artifact: Artifact, below: str = "") -> None:
+        self.artifact, self.below = artifact, below
+        self.state = sealed.load_state(artifact / below)
         self.step = int(self.state["step"])
+
+    def load_weights(self, engine: Engine) -> None:
+        """Takes over the weights, under a fresh optimizer.
+
+        Raises AtomError if the files are not those that were sealed, or not of the engine's model.
+        """
+        self._load(engine, moments=False)
 
     def load(self, engine: Engine, config: TrainConfig, tokenizer: str) -> int:
         """Takes over weights, Adam's moments and step count. Returns the targets seen so far.
 
-        Raises AtomError if the checkpoint is of another model or tokenizer.
+        Raises AtomError as above, and if the checkpoint is of another model or tokenizer.
         """
         key = self.artifact.key
         before, now = self.state["config"], identity(config)
@@ -40,16 +44,28 @@ class Origin:
         if self.state["tokenizer"] != tokenizer:
             raise AtomError(f"checkpoint {key} was trained on another tokenizer's tokens; continue from one of this "
                             f"recipe's tokenizer")  # fmt: skip
-        files: dict[str, Any] = {"weight": safe_open(self.artifact / sealed.MODEL, framework="pt")}
-        names = files["weight"].keys()
-        check_tensors(engine.shapes, {name: files["weight"].get_slice(name).get_shape() for name in names}, key)
-        if self.step:
-            files["moments"] = safe_open(self.artifact / sealed.OPTIMIZER, framework="pt")
+        self._load(engine, moments=True)
+        return int(self.state["tokens"])
+
+    def _load(self, engine: Engine, moments: bool) -> None:
+        wrong = self._damage() if engine.ranks.first else None
+        if wrong := engine.ranks.from_first(wrong):
+            raise AtomError(f"{wrong}; take it from a copy, or remove {self.artifact.path} and run again to rebuild it")
+        folder = self.artifact / self.below
+        weights = sealed.Tensors(folder)
+        check_tensors(engine.shapes, weights.shapes(), self.artifact.key)
+        states = sealed.Tensors(folder, sealed.OPTIMIZER) if moments and self.step else {}
 
         def read(kind: str, piece: Piece) -> torch.Tensor:
-            full = (files["weight"].get_tensor(piece.name) if kind == "weight"
-                    else files["moments"].get_tensor(f"{kind}.{piece.name}"))  # fmt: skip
+            full = weights[piece.name] if kind == "weight" else states[f"{kind}.{piece.name}"]
             return cut(full, piece.boxes).flatten()[piece.start : piece.stop]
 
-        engine.load_state(read, self.step)
-        return int(self.state["tokens"])
+        engine.load_state(read, self.step if moments else 0, moments)
+
+    def _damage(self) -> str | None:
+        """Hours of training would follow from a flipped byte; opening an artifact looks at sizes only."""
+        try:
+            self.artifact.verify(self.below)
+            return None
+        except CheckFailed as error:
+            return str(error)

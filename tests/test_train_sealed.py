@@ -1,0 +1,87 @@
+"""Sealed checkpoints: the same tensors in one file or in many, and a damaged one is never trained on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import train_world as world
+from safetensors.torch import load_file
+
+from pipeline.errors import AtomError
+from pipeline.stage import identity
+from pipeline.store import Artifact, write_manifest
+from stages.model.config import ModelConfig
+from stages.train import sealed
+from stages.train.config import TrainConfig
+
+SHAPES = ModelConfig(**world.MODEL).shapes(world.VOCAB)
+
+
+def read(kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    size = math.prod(shape)
+    return torch.arange(size).view(shape) / size + len(kind + name)
+
+
+def write(folder: Path) -> Path:
+    state = {"step": 3, "tokens": 0, "config": identity(TrainConfig.model_validate(world.config())), "tokenizer": ""}
+    sealed.write(folder, SHAPES, ("exp_avg", "exp_avg_sq"), read, state)
+    return folder
+
+
+def test_many_files_hold_what_one_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = write(tmp_path / "one")
+    assert sorted(p.name for p in one.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    monkeypatch.setattr(sealed, "SHARD_BYTES", 20_000)
+    many, again = write(tmp_path / "many"), write(tmp_path / "again")
+    assert world.digest(many) == world.digest(again)
+    for stem in (sealed.MODEL, sealed.OPTIMIZER):
+        index = json.loads((many / f"{stem}.safetensors.index.json").read_text())
+        files = sorted(many.glob(f"{stem}-*.safetensors"))
+        assert len(files) > 2 and all(p.stat().st_size < 25_000 for p in files)
+        assert [p.name for p in files] == [
+            f"{stem}-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)
+        ]
+        expected = load_file(one / f"{stem}.safetensors")
+        assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in expected.values())
+        for name, file in index["weight_map"].items():
+            assert name in load_file(many / file)
+        for folder in (one, many):
+            found = sealed.Tensors(folder, stem)
+            assert set(found) == set(expected) and found.shapes() == {n: tuple(t.shape) for n, t in expected.items()}
+            assert all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sealed, "SHARD_BYTES", 20_000)
+    folder = write(tmp_path / "many")
+    sorted(folder.glob("model-*"))[1].unlink()
+    with pytest.raises(
+        AtomError, match=r"checkpoint .*many cannot be read \(.*model-00002-of-.*\); remove its artifact"
+    ):
+        sealed.Tensors(folder)
+
+
+@pytest.mark.parametrize("phase", ["pretrain", "midtrain"])
+def test_no_phase_begins_from_a_flipped_byte(tmp_path: Path, phase: str, run_stage) -> None:
+    from importlib import import_module
+
+    stage = import_module(f"stages.{phase}").STAGE
+    world.make(tmp_path / "corpus")
+    inputs = {role: Artifact.open(tmp_path / "corpus" / role) for role in ("tokens", "order")}
+    place = tmp_path / "made" / ("step-000012" if phase == "midtrain" else "")
+    write(place)
+    made = write_manifest(tmp_path / "made", "pretrain-test")
+    weights = place / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    if phase == "pretrain":
+        inputs["continue"] = made
+    else:
+        inputs["init"] = made
+    with pytest.raises(AtomError, match="artifact pretrain-test: .*is not what its manifest says; take it from a copy"):
+        run_stage(stage, world.config(), inputs)
