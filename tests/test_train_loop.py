@@ -14,6 +14,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -396,3 +397,29 @@ def test_a_full_disk_is_one_sentence(corpus: Path, undisturbed: Path, tmp_path: 
     assert not list((tmp_path / "out").iterdir())
     world.pretrain(corpus, tmp_path / "work", tmp_path / "out", world.config())
     assert world.digest(tmp_path / "out") == world.digest(undisturbed)
+
+
+def test_an_order_of_many_row_groups_reads_as_one(corpus: Path, tmp_path: Path) -> None:
+    """Steps lie across the bounds of row groups, and are asked for in any order."""
+    from stages.train.config import TrainConfig
+    from stages.train.data import Order
+
+    table = pq.read_table(corpus / "order" / "order.parquet")
+    shutil.copytree(corpus / "order", tmp_path / "order")
+    pq.write_table(table, tmp_path / "order" / "order.parquet", row_group_size=13)
+    phase = TrainConfig.model_validate(world.config()).phase
+    order, found = Order(Artifact("order-test", "", tmp_path / "order", ()), phase), {}
+    for step in (1, 2, 5, 12, 4, 3):
+        rows = table.filter(pc.field("step") == step).to_pylist()
+        assert [(r.id, r.offset, r.length) for r in order.rows(step)] == [
+            (r["id"], r["offset"], r["length"]) for r in rows
+        ]
+        found[step] = order.consumed(step)
+    assert found == {step: {"sums": 4 * step, "text": 4 * step} for step in found}
+
+    pq.write_table(table.slice(1), tmp_path / "order" / "order.parquet")
+    with pytest.raises(AtomError, match="order artifact order-test does not hold 8 rows for each of its steps"):
+        Order(Artifact("order-test", "", tmp_path / "order", ()), phase)
+    pq.write_table(pa.concat_tables([table.slice(1), table.slice(0, 1)]), tmp_path / "order" / "order.parquet")
+    with pytest.raises(AtomError, match="does not hold 8 rows"):
+        Order(Artifact("order-test", "", tmp_path / "order", ()), phase).rows(1)

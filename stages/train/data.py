@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from pipeline.errors import AtomError, RecipeError
 from pipeline.store import Artifact
 from stages.data.shards import check_shard
+from stages.data.table import read_table
 from stages.model.mcore import IndexedDataset
 from stages.train.config import PhaseConfig
 from stages.train.parallel import Ranks
@@ -162,34 +166,75 @@ class Feed:
 
 
 class Order:
-    """The rows of every step of a phase, from its first one: 1, or the one after the step that it continues from."""
+    """The rows of every step of a phase, from its first one: 1, or the one after the step that it continues from.
+
+    Of the table only the part around the present step is in memory, however long the phase is. Threads may share it.
+    """
+
+    COLUMNS: ClassVar = ["step", "source", "id", "ordinal", "offset", "length", "loss_from"]
 
     def __init__(self, order: Artifact, phase: PhaseConfig) -> None:
         meta = json.loads((order / "meta.json").read_text())
         for name, value in (("steps", phase.steps), ("rows", phase.rows), ("sequence_length", phase.sequence_length)):
             if meta[name] != value:
                 raise AtomError(f"order artifact {order.key} was made for {name} = {meta[name]}, not {value}")
-        self.meta = meta
+        self.meta, self.key, self.each = meta, order.key, phase.rows
         self.first, self.last = int(meta.get("first_step", 1)), phase.steps
-        columns = ["step", "segment", "source", "id", "ordinal", "offset", "length", "loss_from"]
-        table = pq.read_table(order / "order.parquet", columns=columns)
-        if len(table) and max(table["segment"].to_numpy()) > 0:
+        self.file = pq.ParquetFile(order / "order.parquet")
+        groups = [self.file.metadata.row_group(i) for i in range(self.file.num_row_groups)]
+        self.ends = np.cumsum([group.num_rows for group in groups])
+        if self.file.metadata.num_rows != self.each * (self.last + 1 - self.first):
+            raise self._uneven()
+        segment = self.file.schema_arrow.get_field_index("segment")
+        if any(group.column(segment).statistics.max > 0 for group in groups):
             raise AtomError(f"order artifact {order.key} packs several documents into a row, which is not supported")
-        self.table = table
-        self.starts = np.searchsorted(table["step"].to_numpy(), np.arange(self.first, self.last + 2))
-        if set(np.diff(self.starts)) != {phase.rows}:
-            raise AtomError(f"order artifact {order.key} does not hold {phase.rows} rows for each of its steps")
+        self.lock = threading.Lock()
+        self.empty = self.file.schema_arrow.empty_table().select(self.COLUMNS)
+        self.group: tuple[int, pa.Table] = (-1, self.empty)
+        self.counted: tuple[int, Counter[str]] = (0, Counter())  # rows before this group, by source
 
     def rows(self, step: int) -> list[Row]:
-        """step: first .. last."""
-        at = step - self.first
-        part = self.table.slice(self.starts[at], self.starts[at + 1] - self.starts[at]).to_pylist()
+        """step: first .. last. Raises AtomError if the table does not hold as many rows for each step as it should."""
+        table = self._between((step - self.first) * self.each, (step + 1 - self.first) * self.each)
+        part = table.to_pylist()
+        if {row["step"] for row in part} != {step}:
+            raise self._uneven()
         return [Row(r["source"], r["id"], r["ordinal"], r["offset"], r["length"], r["loss_from"]) for r in part]
 
     def consumed(self, step: int) -> dict[str, int]:
-        """Rows of each source that the steps of this order up to `step` have read."""
-        counts = self.table["source"].slice(0, self.starts[step - self.first + 1]).value_counts()
-        return {str(c["values"]): int(c["counts"].as_py()) for c in sorted(counts, key=lambda c: str(c["values"]))}
+        """Rows of each source that the steps of this order up to `step` have read. Cheap for one step after another."""
+        stop = (step + 1 - self.first) * self.each
+        group, counts = self.counted if self._start(self.counted[0]) <= stop else (0, Counter())
+        while group < len(self.ends) and self.ends[group] <= stop:
+            counts = counts + self._sources(self._start(group), int(self.ends[group]))
+            group += 1
+        self.counted = group, counts
+        found = counts + self._sources(self._start(group), stop)
+        return {name: found[name] for name in sorted(found)}
+
+    def _sources(self, start: int, stop: int) -> Counter[str]:
+        counts = self._between(start, stop)["source"].value_counts().to_pylist()
+        return Counter({c["values"]: c["counts"] for c in counts})
+
+    def _start(self, group: int) -> int:
+        return int(self.ends[group - 1]) if group else 0
+
+    def _between(self, start: int, stop: int) -> pa.Table:
+        """Rows of the table by their number."""
+        parts = [self.empty]
+        while start < stop:
+            group = int(np.searchsorted(self.ends, start, side="right"))
+            with self.lock:
+                if self.group[0] != group:
+                    self.group = group, self.file.read_row_group(group, columns=self.COLUMNS)
+                table = self.group[1]
+            end = min(stop, int(self.ends[group]))
+            parts.append(table.slice(start - self._start(group), end - start))
+            start = end
+        return pa.concat_tables(parts)
+
+    def _uneven(self) -> AtomError:
+        return AtomError(f"order artifact {self.key} does not hold {self.each} rows for each of its steps")
 
 
 def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:
@@ -197,8 +242,8 @@ def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:
 
     Raises RecipeError if no source of the mix has a held-out document.
     """
-    table = pq.read_table(Path(tokens / "documents.parquet"))
-    documents = [d for d in table.to_pylist() if d["split"] == "heldout"]
+    columns = ["source", "id", "ordinal", "tokens", "loss_from"]
+    documents = read_table(tokens / "documents.parquet", columns, [("split", "=", "heldout")]).to_pylist()
     total = sum(phase.mix.values())
     rows: list[Row] = []
     for source, share in sorted(phase.mix.items()):
