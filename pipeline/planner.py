@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.graph import Graph, State
-from pipeline.stage import Estimate
+from pipeline.stage import Estimate, operation
 
 
 @dataclass(frozen=True)
 class Row:
-    """One stage of the plan: its state, its estimate, and the artifacts of earlier runs that it needs, by role."""
+    """One stage of the plan: its state, its estimate, the artifacts of earlier runs that it needs, by role, and how it
+    would run: its ranks, and the operational fields of its config."""
 
     state: State
     estimate: Estimate
     external: Mapping[str, str]
+    ranks: int
+    operation: Mapping[str, Any]
 
     def json(self) -> dict[str, Any]:
         e = self.estimate
@@ -32,9 +35,19 @@ class Row:
             "disk_bytes": e.disk_bytes,
             "parameters": e.parameters,
             "external": dict(self.external),
+            "ranks": self.ranks,
+            "operation": dict(self.operation),
         }
 
 
 def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[Row]:
-    nodes = [graph.nodes[name] for name in selected]
-    return [Row(states[node.name], node.stage.estimate(node.config), node.external) for node in nodes]
+    return [
+        Row(
+            states[node.name],
+            node.stage.estimate(node.config),
+            node.external,
+            node.stage.ranks(node.config),
+            operation(node.config),
+        )
+        for node in (graph.nodes[name] for name in selected)
+    ]

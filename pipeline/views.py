@@ -19,7 +19,7 @@ def plan_table(rows: list[Row]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     for column in ("stage", "key", "state"):
         table.add_column(column, no_wrap=True)
-    for column in ("params/active", "tokens", "FLOP", "memory", "CPU"):
+    for column in ("params/active", "tokens", "FLOP", "memory", "CPU", "ranks"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         e = row.estimate
@@ -32,6 +32,7 @@ def plan_table(rows: list[Row]) -> Table:
             _cell(e.flops),
             _cell(e.memory_bytes, "B"),
             "" if e.cpu_seconds is None else duration(e.cpu_seconds),
+            str(row.ranks),
         )
     to_run = [r for r in rows if r.state.text == "to run"]
     cpu = sum(r.estimate.cpu_seconds or 0 for r in to_run)

@@ -138,7 +138,11 @@ def test_a_request_to_stop_saves_first(corpus: Path, undisturbed: Path, tmp_path
     assert signal.getsignal(signal.SIGTERM) is before
     report = world.Reporter()
     world.pretrain(corpus, tmp_path / "work", tmp_path / "out", world.config(), report)
-    assert report.notes == ["pretrain: going on after step 7"]
+    assert report.notes[0] == "pretrain: going on after step 7"
+    assert re.fullmatch(
+        r"pretrain: 5 steps in \d+\.\d s, of which it waited \d\.\d\d s for data and \d\.\d\d s for work checkpoints",
+        report.notes[1],
+    )
     assert world.digest(tmp_path / "out") == world.digest(undisturbed)
 
 

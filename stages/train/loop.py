@@ -77,15 +77,19 @@ class Phase:
         self.checkpoints = Checkpoints(work, phase.work_checkpoints_kept, engine, report)
         self.log = Log(self.checkpoints.folder / "training.jsonl", self.first)
         self.tokens = 0  # targets seen
+        self.stalled = 0.0  # seconds that work checkpoints took of training
 
     def run(self, start: Callable[[Engine], None], stop: list[int], watchdog: Watchdog, out: Path) -> None:
         phase, engine, report = self.config.phase, self.engine, self.report
         done = self._begin(start)
         watchdog.alive()
         with closing(Feed(self.order, self.shards, phase.micro_rows, engine.ranks)) as feed:
-            began, seen = time.monotonic(), self.tokens
+            began, seen, waited = time.monotonic(), self.tokens, 0.0
             for step in range(done + 1, phase.steps + 1):
                 rows, share = feed.take(step)
+                waited += (
+                    feed.waited if step > done + 1 else 0.0
+                )  # the first step has nothing to hide its reading behind
                 lr = learning_rate(step, phase.steps, phase.optimizer)
                 check = partial(self._check, step, rows)
                 figures = engine.step(share, lr, partial(check, "loss"))
@@ -111,8 +115,11 @@ class Phase:
                     self.checkpoints.wait()
                     raise Interrupted(f"{self.name}: stopped after step {step} on signal {stop[0] if stop else ''}; "
                                       f"run again to go on")  # fmt: skip
+        seconds = time.monotonic() - began
         self.checkpoints.wait()
         if self.first:
+            waits = f"{waited:.2f} s for data and {self.stalled:.2f} s for work checkpoints"
+            report.note(f"{self.name}: {phase.steps - done} steps in {seconds:.1f} s, of which it waited {waits}")
             self._fill(out)
         engine.ranks.barrier()
 
@@ -173,6 +180,7 @@ class Phase:
         }
         self.log.flush()
         stall = self.checkpoints.save(step, state, seal=self._due(step))
+        self.stalled += stall
         if self.first:
             self.report.metric(step, checkpoint_stall_seconds=stall)
 
