@@ -89,11 +89,13 @@ def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_ba
                 f"or other batch.micro_tokens")  # fmt: skip
     if layout.virtual_pipeline > 1:
         if layout.pipeline == 1:
-            return "cluster.virtual_pipeline > 1 interleaves pipeline ranks, and pipeline = 1 has none; leave it out"
-        if micro_batches // layout.data % layout.pipeline:
-            return (f"cluster.virtual_pipeline > 1 needs a multiple of pipeline = {layout.pipeline} micro-batches on "
-                    f"each data-parallel rank, not {micro_batches // layout.data}; change batch.micro_tokens or "
-                    f"ranks")  # fmt: skip
+            return (f"cluster.virtual_pipeline = {layout.virtual_pipeline} interleaves pipeline ranks, "
+                    f"and pipeline = 1 has none; leave it out")  # fmt: skip
+        each = micro_batches // layout.data
+        if each % layout.pipeline:
+            return (f"cluster.virtual_pipeline = {layout.virtual_pipeline} needs a multiple of pipeline = "
+                    f"{layout.pipeline} micro-batches on each data-parallel rank, not {each}; "
+                    f"change batch.micro_tokens or ranks")  # fmt: skip
     return None
 
 
