@@ -185,6 +185,22 @@ def test_every_kind_of_damage_is_seen(corpus: Path, undisturbed: Path, tmp_path:
     assert world.digest(out) == world.digest(undisturbed)
 
 
+def test_no_flipped_bit_of_a_marker_is_believed(corpus: Path, tmp_path: Path) -> None:
+    from stages.train.checkpoint import read_marker
+
+    with pytest.raises(KeyboardInterrupt):
+        world.pretrain(corpus, tmp_path / "work", tmp_path / "out", world.config(), world.Reporter(5, signal.SIGTERM))
+    folder = checkpoints(tmp_path / "work")[-1]
+    marker, whole = folder / "complete.json", read_marker(folder)
+    content = marker.read_bytes()
+    for at in range(0, len(content), 5):
+        marker.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        try:
+            assert read_marker(folder) == whole  # a blank between values
+        except ValueError:
+            continue
+
+
 def test_nothing_is_trained_on_when_no_checkpoint_is_intact(corpus: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     with pytest.raises(KeyboardInterrupt):

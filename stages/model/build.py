@@ -14,7 +14,7 @@ from stages.model.layout import Layout
 from stages.model.mcore import GPTModel, TransformerConfig, parallel_state
 from stages.model.names import global_name
 from stages.model.placement import boxes, cut, is_cut
-from stages.model.spec import layer_spec
+from stages.model.spec import has_transformer_engine, layer_spec
 
 
 def transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig:
@@ -43,7 +43,7 @@ def transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig:
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=model.aux_loss,
         moe_token_dispatcher_type=layout.dispatcher,
-        moe_grouped_gemm=on_gpu,
+        moe_grouped_gemm=has_transformer_engine(),
         perform_initialization=False,  # `initialise` below
         use_cpu_initialization=not on_gpu,
         tensor_model_parallel_size=layout.tensor,

@@ -1,4 +1,4 @@
-"""Megatron-core on a machine without CUDA: everything that it takes, in one place. A no-op where CUDA is present.
+"""Megatron-core on a machine without CUDA: everything that it takes, in one place.
 
 Megatron-core's schedules, DDP, optimizers and MoE layers are device-neutral in all but their vocabulary: they write
 `device="cuda"`, ask `torch.cuda` for a stream, or compare a tensor's type with its CUDA name. `enable()` gives
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stages.model import versions
+from stages.model import fused_adam, versions
 
 # The parts of Megatron that the pipeline uses; `enable` imports them, so that all of them get the CPU's `torch`.
 MODULES = (
@@ -45,7 +45,8 @@ _enabled = False
 
 
 def enable() -> None:
-    """Makes Megatron run on this machine; call it as often as you like. With CUDA it only imports Megatron."""
+    """Makes Megatron run on this machine; call it as often as you like. With CUDA it imports Megatron and fills in what
+    is missing without Transformer Engine."""
     global _enabled
     if _enabled:
         return
@@ -54,6 +55,8 @@ def enable() -> None:
         warnings.simplefilter("ignore")  # "Apex is not installed", five times over
         for name in MODULES:
             importlib.import_module(name)
+    versions.after_import()
+    fused_adam.install()
     if not with_cuda:
         _speak_cpu()
         _fill_gaps()
@@ -111,10 +114,6 @@ def _fill_gaps() -> None:
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
 
-    from stages.model import cpu_adam
-
-    versions.after_import()
-
     # The all-to-all dispatcher brings split sizes from the GPU as numpy arrays; tensors that are on the CPU already
     # pass through unchanged, and `all_to_all_single` refuses tensors as sizes. Needed with expert parallelism.
     def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -125,7 +124,6 @@ def _fill_gaps() -> None:
     # Megatron's named generators are states of "the GPU's" one, which it reaches below `torch.cuda`.
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    cpu_adam.install()
 
 
 def _cpu_torch() -> types.ModuleType:

@@ -1,7 +1,8 @@
-"""Which kernels a layer is made of: Transformer Engine's on GPU, PyTorch's on CPU. The one place that decides."""
+"""Which kernels a layer is made of: Transformer Engine's where it is, else PyTorch's. The one place that decides."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -22,9 +23,14 @@ from stages.model.mcore import (
 )
 
 
+def has_transformer_engine() -> bool:
+    """Whether layers are made of Transformer Engine's kernels: there is a GPU, and the library."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
 def layer_spec(config: TransformerConfig, virtual_stage: int | None = None) -> Any:
     """The layer specification that GPTModel is built from, for one virtual pipeline stage of this rank."""
-    if torch.cuda.is_available():
+    if has_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
         )

@@ -27,7 +27,7 @@ import torch
 
 from pipeline.errors import AtomError
 from pipeline.stage import Report
-from pipeline.store import sha256_bytes, sha256_file
+from pipeline.store import canonical, sha256_bytes, sha256_file
 from stages.train import pieces, sealed
 from stages.train.engine import MOMENTS, Engine
 from stages.train.pieces import Pieces
@@ -125,7 +125,7 @@ class Checkpoints:
             product["training.jsonl"] = [log, sha256_bytes(file.read(log))]
         partial = folder / (MARKER + ".partial")
         with open(partial, "w") as out:
-            json.dump({"step": step, "state": state, "files": files, "product": product}, out)
+            json.dump(signed({"step": step, "state": state, "files": files, "product": product}), out)
             out.flush()
             os.fsync(out.fileno())
         os.rename(partial, folder / MARKER)
@@ -133,7 +133,7 @@ class Checkpoints:
     def _seal(self, folder: Path, step: int) -> None:
         """Makes a release checkpoint of a complete work checkpoint, from its files."""
         made = self.folder / "sealed" / sealed.name_of(step)
-        marker = json.loads((folder / MARKER).read_text())
+        marker = read_marker(folder)
         source, state = Pieces(folder, marker["files"]), marker["state"]
         moments = MOMENTS if source.has(MOMENTS[0]) else ()
         self._require_present()
@@ -146,16 +146,18 @@ class Checkpoints:
             raise AtomError(SUCCEEDED)
 
     def _forget(self) -> None:
-        """Keeps the newest complete checkpoints, those of later attempts before those of earlier ones."""
-        complete = [f for f in _checkpoints(self.work) if (f / MARKER).exists()]
-        own = self.folder / "checkpoints"
+        """Keeps the newest complete checkpoints, those of later attempts before those of earlier ones. What a later
+        attempt than this one writes is left alone: this one may be the orphan."""
+        self._require_present()
+        known = [f for f in _checkpoints(self.work) if f.parent.parent <= self.folder]
+        complete = [f for f in known if (f / MARKER).exists()]
         for old in complete[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
-        for folder in _checkpoints(self.work):
-            if folder.parent != own and not (folder / MARKER).exists():
+        for folder in known:
+            if folder.parent.parent < self.folder and folder not in complete:
                 shutil.rmtree(folder, ignore_errors=True)
-        for attempt in _attempts(self.work)[:-1]:
-            if not any((attempt / "checkpoints").glob("step-*")):
+        for attempt in _attempts(self.work):
+            if attempt < self.folder and not any((attempt / "checkpoints").glob("step-*")):
                 shutil.rmtree(attempt, ignore_errors=True)
 
     # -- going on ---------------------------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ class Checkpoints:
             folder = self.work / name
             found = next(filter(None, self.ranks.gather(self._problem(folder))), None)
             if found is None:
-                marker = json.loads((folder / MARKER).read_text())
+                marker = read_marker(folder)
                 self.engine.load_state(Pieces(folder, marker["files"]).read, marker["step"])
                 if self.ranks.first:
                     self._take_over(folder, marker, due)
@@ -193,13 +195,13 @@ class Checkpoints:
     def _problem(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint or with the product it goes on from; each rank looks at its share of it."""
         try:
-            marker: dict[str, Any] = json.loads((folder / MARKER).read_text())
-            files = {folder / name: [r["size"], r["sha256"]] for name, r in marker["files"].items()}
-            product = {folder.parent.parent / name: mark for name, mark in marker["product"].items()}
+            marker = read_marker(folder)
         except FileNotFoundError:
             return INCOMPLETE
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
             return f"{MARKER} cannot be read: {error}"
+        files = {folder / name: [r["size"], r["sha256"]] for name, r in marker["files"].items()}
+        product = {folder.parent.parent / name: mark for name, mark in marker["product"].items()}
         for path, (size, digest) in list({**files, **product}.items())[self.ranks.rank :: self.ranks.world]:
             if not path.is_file():
                 return f"{path.name} is missing"
@@ -226,6 +228,22 @@ class Checkpoints:
             self.report.product(f"@{int(made.name[5:])}", made)
         if due(marker["step"]) and not (self.folder / "sealed" / sealed.name_of(marker["step"])).exists():
             self._seal(folder, marker["step"])
+
+
+def signed(marker: dict[str, Any]) -> dict[str, Any]:
+    """With the digest of the rest, so that no flipped byte of it is believed."""
+    return {**marker, "sha256": sha256_bytes(canonical(marker))}
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError if the checkpoint was never completed, ValueError if the marker is damaged."""
+    marker = json.loads((folder / MARKER).read_text())
+    if not isinstance(marker, dict):
+        raise ValueError("it is not what was written")
+    rest = {name: value for name, value in marker.items() if name != "sha256"}
+    if signed(rest) != marker:
+        raise ValueError("it is not what was written")
+    return rest
 
 
 INCOMPLETE = "never completed"

@@ -1,4 +1,4 @@
-"""AdamW on CPU in the shape of Transformer Engine's FusedAdam, which Megatron's optimizers are written for.
+"""PyTorch's fused AdamW in the shape of Transformer Engine's FusedAdam, which Megatron's optimizers are written for.
 
 The difference that matters: the step count lives in the parameter group, not in each parameter's state. With
 `torch.optim.AdamW` in its place the distributed optimizer's checkpoints cannot be loaded (KeyError: 'step').
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 
-class CpuFusedAdam(torch.optim.Optimizer):  # type: ignore[misc]
+class FusedAdam(torch.optim.Optimizer):  # type: ignore[misc]
     """Decoupled weight decay (AdamW) unless `adam_w_mode` is false; one fused kernel call for each group."""
 
     def __init__(
@@ -48,7 +48,7 @@ class CpuFusedAdam(torch.optim.Optimizer):  # type: ignore[misc]
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [torch.tensor(float(group["step"])) for _ in params],
+                [torch.tensor(float(group["step"]), device=p.device) for p in params],
                 lr=float(group["lr"]),
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -64,6 +64,7 @@ def install() -> None:
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    optimizer.Adam = distrib_optimizer.Adam = CpuFusedAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = True
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = True
