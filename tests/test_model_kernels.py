@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from stages.model.experts import SwiGLU
 from stages.model.heads import Heads
+from stages.model.spec import causal_attention
 
 
 def _random(*shape: int) -> torch.Tensor:
@@ -48,3 +50,25 @@ def test_heads() -> None:
     torch.testing.assert_close(v, heads[:, :, queries + 1])
     assert all(x.is_contiguous() for x in (q, k, v))
     assert torch.autograd.gradcheck(apply, (mixed, q_weight, k_weight))
+
+
+@pytest.mark.parametrize(
+    "here", [torch.arange(11), torch.tensor([0, 1, 2, 9, 10, 11]), torch.tensor([3, 4, 5, 6, 7, 8])]
+)
+def test_attention_by_slices(here: torch.Tensor) -> None:
+    """All positions of a row, and those that one of two context-parallel ranks holds."""
+    torch.manual_seed(0)
+    batch, heads, kv_heads, dim, keys = 2, 4, 2, 4, 12
+    q, k, v = (
+        _random(batch, heads, len(here), dim),
+        _random(batch, kv_heads, keys, dim),
+        _random(batch, kv_heads, keys, dim),
+    )
+    scores = q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3
+    scores = scores.masked_fill(here[:, None] < torch.arange(keys), float("-inf"))
+    expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
+    wanted = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    for slice_ in (1, 4, 5, 64):
+        out = causal_attention(q, k, v, here, 0.3, slice_)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(torch.autograd.grad(out.square().sum(), (q, k, v)), wanted)
