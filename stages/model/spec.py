@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from stages.model import versions
-from stages.model.experts import Experts
 from stages.model.heads import SelfAttention
 from stages.model.mcore import (
     MegatronModule,
@@ -41,7 +39,6 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None) -> A
         # nobody to exchange tokens with: this dispatcher then sorts them once, where "alltoall" copies them twice more
         config.moe_token_dispatcher_type = "allgather"
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    versions.expert_slots(layer).experts = Experts
     layer.self_attention.module = SelfAttention
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention.q_layernorm = attention.k_layernorm = RMSNorm

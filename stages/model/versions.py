@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,11 +28,6 @@ def after_import() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
-
-
-def expert_slots(layer: Any) -> Any:
-    """The submodules of a layer specification's MoE part: of a ModuleSpec in 0.16, later of a partial."""
-    return layer.mlp.keywords["submodules"] if isinstance(layer.mlp, partial) else layer.mlp.submodules
 
 
 def balance_losses() -> list[torch.Tensor]:
