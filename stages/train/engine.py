@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -207,10 +208,16 @@ class Engine:
 
     def _owned(self) -> Iterator[tuple[Piece, Any, torch.Tensor, dict[str, torch.Tensor]]]:
         """(piece, its optimizer, the optimizer's flat fp32 weights, its state) of all that this rank owns."""
+        for piece, part, main in self._pieces:
+            yield piece, part, main, part.optimizer.state[main]
+
+    @cached_property
+    def _pieces(self) -> list[tuple[Piece, Any, torch.Tensor]]:
+        found = []
         names = {id(p): name for name, p in named_tensors(self.chunks)}
         for part in self._parts():
             for parameter, (group, number) in part.model_param_group_index_map.items():
                 name, span = names[id(parameter)], part._get_model_param_range_map(parameter)["param"]
                 main = part.optimizer.param_groups[group]["params"][number]
-                piece = Piece(name, boxes(name, self.shapes[name]), span.start, span.end)
-                yield piece, part, main, part.optimizer.state[main]
+                found.append((Piece(name, boxes(name, self.shapes[name]), span.start, span.end), part, main))
+        return found
