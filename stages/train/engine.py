@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,9 +86,9 @@ class Engine:
             self.ddp,
         )
         megatron.finalize_model_grads_func = finalize_model_grads
-        megatron.grad_scale_func = self.optimizer.scale_loss
+        megatron.grad_scale_func = _weak(self.optimizer.scale_loss)
         if self.layout.overlap_gradients:  # reduce with the last micro-batch only
-            quiet = [chunk.no_sync for chunk in self.ddp]
+            quiet = [_weak(chunk.no_sync) for chunk in self.ddp]
             megatron.no_sync_func = quiet if len(quiet) > 1 else quiet[0]
 
     def step(self, share: Share, lr: float, check: Callable[[float], None]) -> StepFigures:
@@ -221,3 +222,16 @@ class Engine:
                 main = part.optimizer.param_groups[group]["params"][number]
                 found.append((Piece(name, boxes(name, self.shapes[name]), span.start, span.end), part, main))
         return found
+
+
+def _weak(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method for Megatron's config, which outlives the engine: held there, model, optimizer and the threads of their
+    process groups would outlive it too."""
+    held = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        found = held()
+        assert found is not None
+        return found(*args)
+
+    return call
