@@ -105,6 +105,7 @@ def kills(corpus: Path, folder: Path) -> list[str]:
 
 def main() -> None:
     began = time.monotonic()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         world.make(folder / "corpus", {"batch": layouts.BATCH})
@@ -113,7 +114,6 @@ def main() -> None:
             "Work checkpoints between layouts": pairs(folder / "corpus", folder),
             "Random kills": kills(folder / "corpus", folder / "random"),
         }
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     head = (
         f"# Last soak\n\n`make soak` of {datetime.now(UTC):%Y-%m-%d} at commit {commit.stdout.strip()}: "
         f"Python {platform.python_version()}, torch {version('torch')}, megatron-core {version('megatron-core')}, "
