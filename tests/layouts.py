@@ -93,7 +93,10 @@ def spawn(command: list[str], ranks: int, env: dict[str, str] | None = None, **o
 def compare(corpus: Path, layouts: dict[str, dict[str, Any]], ranks: int, settings: dict[str, Any], out: Path,
             steps: int = 5) -> dict[str, list[dict[str, float]]]:  # fmt: skip
     """Runs layouts of that many ranks. Raises AssertionError with the log of a rank that failed."""
-    task = {"layouts": layouts, "ports": [free_port() for _ in layouts], "config": settings, "steps": steps}
+    ports: set[int] = set()
+    while len(ports) < len(layouts):  # a store that an earlier layout left behind would answer at its port
+        ports.add(free_port())
+    task = {"layouts": layouts, "ports": sorted(ports), "config": settings, "steps": steps}
     codes, logs = end(spawn([__file__, str(corpus), json.dumps(task), str(out)], ranks), timeout=500)
     assert not any(codes), [log[-2000:] for code, log in zip(codes, logs, strict=True) if code]
     found: dict[str, list[dict[str, float]]] = json.loads(out.read_text())
