@@ -3,10 +3,11 @@
     .venv/bin/python bench/checkpoint.py            # about a minute
     .venv/bin/python bench/checkpoint.py --quick    # a tiny model, to see that it works; its figures mean nothing
 
-Ours is `Checkpoints.save` as a phase calls it, with the files written by its thread; the peer is `Tensor.clone` of
-weights and both Adam moments, which is the least that any checkpoint that does not stop training can do. The two take
-turns; a round's ratio is the peer's seconds by ours. The table also tells what the checkpoint would cost if training
-waited for it, and what a training step costs while one is being written. The last line is one JSON object.
+Ours is `Checkpoints.save` as a phase calls it, with the files written by its thread; the peer is `Tensor.copy_` of
+weights and both Adam moments into tensors that are there already, the least that a checkpoint which does not stop
+training can do. The two take turns; a round's ratio is the peer's seconds by ours. The table also tells what the
+checkpoint would cost if training waited for it, and what a training step costs while one is being written. The last
+line is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from stages.train.config import TrainConfig
 from stages.train.engine import Engine
 from stages.train.parallel import session
 
-TARGET = 1.0
+TARGET = 0.8  # a copy and what it takes to name 700 pieces and start a thread
 ROUNDS = 12
 
 
@@ -67,14 +68,16 @@ def measure(size: Size, folder: Path, rounds: int) -> dict[str, Any]:
         step()
         checkpoints = Checkpoints(folder, 2, engine, Quiet())
         (checkpoints.folder / "training.jsonl").write_text("")
+        copies: list[torch.Tensor] = []
         for number in range(rounds + 1):
             began = time.perf_counter()
             timed("stall", lambda n=number: checkpoints.save(n, {}, seal=False))
             checkpoints.wait()
             times["whole"].append(time.perf_counter() - began)
             state = [t for _, tensors in engine.state() for t in tensors.values()]
-            copies = timed("copy", lambda tensors=state: [t.clone() for t in tensors])
-            del copies
+            copies = copies or [torch.empty_like(t) for t in state]
+            both = list(zip(copies, state, strict=True))
+            timed("copy", lambda pairs=both: [mine.copy_(t) for mine, t in pairs])
             timed("step", step)
             checkpoints.save(10**6 + number, {}, seal=False)
             timed("step while writing", step)

@@ -33,7 +33,7 @@ def statement(
     node: str,
     key: str,
     config: dict[str, Any],
-    operation: dict[str, Any],
+    operations: list[dict[str, Any]],
     materials: dict[str, Artifact],
     code: dict[str, str],
     environment: dict[str, Any],
@@ -47,8 +47,9 @@ def statement(
     """A statement about one attempt of a stage.
 
     subject: {name: sha256}; the artifact by its key, or the log of a failed attempt. config: the part that is in the
-    key; operation: the rest, which says how it was run. usage: time, energy and cost with the method of each.
-    outcome: "sealed", or one sentence on what went wrong. of: {key, step} of the phase that a checkpoint is of.
+    key; operations: the rest, which says how it was run, and those whose work it went on from, the latest last. usage:
+    time, energy and cost with the method of each. outcome: "sealed", or one sentence on what went wrong. of: {key,
+    step} of the phase that a checkpoint is of.
     """
     parameters = {"stage": stage, "version": version, "node": node, "key": key, "config": config}
     return {
@@ -59,7 +60,11 @@ def statement(
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
                 "externalParameters": parameters | ({"of": of} if of else {}),
-                "internalParameters": {"environment": environment, "operation": operation},
+                "internalParameters": {
+                    "environment": environment,
+                    "operation": operations[-1],
+                    **({"earlier_operations": operations[:-1]} if operations[1:] else {}),
+                },
                 "resolvedDependencies": [
                     *(
                         {"name": role, "uri": f"atom:artifact/{a.key}", "digest": {"sha256": a.digest}}
@@ -161,3 +166,9 @@ def operation_of(body: dict[str, Any]) -> dict[str, Any]:
 def invocation(body: dict[str, Any]) -> str:
     """`<run>/<node>`: the place of the attempt's logs."""
     return str(body["predicate"]["runDetails"]["metadata"]["invocationId"])
+
+
+def operations_of(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """How the attempt and those whose work it went on from were run, the latest last."""
+    earlier = body["predicate"]["buildDefinition"]["internalParameters"].get("earlier_operations", [])
+    return [*earlier, operation_of(body)]

@@ -24,9 +24,9 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
-def operational(default: Any, description: str) -> Any:
+def operational(default: Any, description: str, **rules: Any) -> Any:
     """A config field that says how to run, not what to make: left out of the key, it must not change the bytes."""
-    return Field(default, description=description, json_schema_extra={"identity": False})
+    return Field(default, description=description, json_schema_extra={"identity": False}, **rules)
 
 
 def added(default: Any, description: str, **rules: Any) -> Any:

@@ -243,7 +243,7 @@ def write_statement(folder: Path, artifact: Artifact, materials: list[Artifact])
     from pipeline import ledger
 
     body = ledger.statement(
-        operation={},
+        operations=[{}],
         subject={artifact.key: artifact.digest}, stage="stage", version=1, node="node", key=artifact.key, config={},
         materials={m.key: m for m in materials}, code={}, environment={}, invocation="test", started=0, finished=1,
         usage={}, outcome="sealed",

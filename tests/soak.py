@@ -7,6 +7,8 @@ Exits with 1, and says where, if anything is not as it must be.
 
 from __future__ import annotations
 
+import itertools
+import json
 import platform
 import random
 import shutil
@@ -22,6 +24,9 @@ from typing import Any
 
 import layouts
 import train_world as world
+from pydantic import ValidationError
+
+from stages.train.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = 1e-5
@@ -34,7 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 PLACES = ("one", "DP2", "TP2+SP", "PP2", "EP2 alltoall", "CP2", "PP2 interleaved", "EP2xDP2", "TP2xPP2", "PP2xEP2",
           "TP2xEP4 ETP1")  # fmt: skip
-KILLS = 25
+KILLS, DRAWS, DRAWN_LAYOUTS = 25, 3, 12
 
 
 def worst(found: list[float], expected: list[float]) -> float:
@@ -56,6 +61,52 @@ def matrix(corpus: Path, folder: Path) -> list[str]:
                     pairs = [(a[key], b[key]) for a, b in zip(steps, one, strict=True) for key in b]
                     rows[name].append(f"{checked(f'layout {name}', worst(*map(list, zip(*pairs, strict=True)))):.0e}")
     return lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+
+
+def drawn(folder: Path) -> list[str]:
+    """Layouts and models drawn at random, against one process: three steps of each."""
+    lines = []
+    for seed in range(DRAWS):
+        chance = random.Random(seed)
+        kv_heads, experts = chance.choice([1, 2, 4]), chance.choice([2, 4, 6, 8])
+        model = {
+            **layouts.MODEL, "layers": chance.choice([2, 4, 6, 8]), "hidden_size": chance.choice([16, 32, 48]),
+            "kv_heads": kv_heads, "heads": kv_heads * chance.choice([1, 2, 4]), "head_dim": chance.choice([4, 8, 12]),
+            "experts": experts, "experts_per_token": chance.randint(2, min(4, experts)),
+            "expert_ffn_size": chance.choice([8, 16, 24]), "tie_embeddings": chance.random() < 0.5,
+        }  # fmt: skip
+        batch = {"global_tokens": 512, "micro_tokens": 32}
+        settings = {**layouts.settings_of({}, 1, seed, batch=batch), "model": model}
+        corpus = folder / f"drawn-{seed}"
+        world.make(corpus, {"batch": batch})
+        (one,) = layouts.compare(corpus, {"one": {}}, 1, settings, folder / "one.json", steps=3).values()
+        for ranks in (2, 4, 8):
+            legal = possible(ranks, settings)
+            chosen = {json.dumps(layout): layout for layout in chance.sample(legal, min(DRAWN_LAYOUTS, len(legal)))}
+            largest = 0.0
+            for name, steps in layouts.compare(corpus, chosen, ranks, settings, folder / "out.json", steps=3).items():
+                pairs = [(a[key], b[key]) for a, b in zip(steps, one, strict=True) for key in b]
+                largest = max(largest, checked(f"{ranks} ranks, {name}", worst(*map(list, zip(*pairs, strict=True)))))
+            lines.append(f"| {seed} | {ranks} | {len(legal)} | {len(chosen)} | {largest:.0e} |")
+    return ["| seed | ranks | possible | run | largest difference |", "|---|---|---|---|---|", *lines]
+
+
+def possible(ranks: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every layout of that many ranks that `plan` lets pass, each once."""
+    sizes, found = [n for n in range(1, ranks + 1) if ranks % n == 0], []
+    options: dict[str, list[Any]] = {
+        "tensor": sizes, "pipeline": sizes, "virtual_pipeline": [1, 2], "context": sizes, "expert": sizes,
+        "expert_tensor": sizes, "dispatcher": ["alltoall", "allgather"], "overlap_gradients": [False, True],
+    }  # fmt: skip
+    for values in itertools.product(*options.values()):
+        layout = dict(zip(options, values, strict=True))
+        try:
+            phase = {**settings["phase"], "cluster": {"ranks": ranks, **layout}}
+            TrainConfig.model_validate({**settings, "phase": phase})
+        except ValidationError:
+            continue
+        found.append(layout)
+    return found
 
 
 def checked(what: str, difference: float) -> float:
@@ -111,6 +162,7 @@ def main() -> None:
         world.make(folder / "corpus", {"batch": layouts.BATCH})
         parts = {
             "Layouts against one process": matrix(folder / "corpus", folder),
+            "Layouts and models drawn at random": drawn(folder),
             "Work checkpoints between layouts": pairs(folder / "corpus", folder),
             "Random kills": kills(folder / "corpus", folder / "random"),
         }

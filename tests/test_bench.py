@@ -11,15 +11,25 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def test_training_benchmark() -> None:
+def quick(name: str) -> list[str]:
+    """What a benchmark prints of a tiny model, but for its last line, which is checked."""
     run = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "train.py"), "--quick"], capture_output=True, text=True, timeout=300
+        [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--quick"], capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
     *table, last = run.stdout.splitlines()
     result = json.loads(last)
     assert set(result) == {"name", "ratio", "low", "high", "target", "unit", "machine"}
-    assert result["name"] == "train" and 0 < result["low"] <= result["ratio"] <= result["high"]
+    assert result["name"] == name and 0 < result["low"] <= result["ratio"] <= result["high"]
+    return table
+
+
+def test_checkpoint_benchmark() -> None:
+    assert {"stall", "copy", "whole", "step"} <= {line.split()[0] for line in quick("checkpoint")}
+
+
+def test_training_benchmark() -> None:
+    table = quick("train")
     # the same model from the same weights on the same rows, and after some steps still so
     losses = {line.split()[0]: [float(x) for x in re.findall(r"\d+\.\d{6}", line)] for line in table}
     assert len(losses["ours"]) == 2

@@ -23,12 +23,13 @@ from test_run import start, wait_for
 from pipeline import ledger, registry
 from pipeline.errors import AtomError
 from pipeline.launch import ranks
-from pipeline.launch.worker import Task, work
+from pipeline.launch.local import visible_gpus
+from pipeline.launch.worker import Task, _operations, work
 from pipeline.lease import gone, holder, me
 from pipeline.stage import Config, Inputs, Report, Stage, operational
 from pipeline.store import Store
 
-SLOW = 20  # steps: enough to be disturbed in
+SLOW = 40  # steps: enough to be disturbed in
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,8 @@ def test_however_a_rank_ends_the_same_command_ends_in_the_same_bytes(
         folder = new.pop()
         file, text = ("metrics.jsonl", f'"step": {step},') if step else ("events.jsonl", '"start"')
         wait_for(home, str((folder.parent.parent / file).relative_to(home)), text, seconds=60)
+        for n in range(2):
+            wait_for(home, str((folder / f"rank-{n}.json").relative_to(home)), '"pid"', seconds=60)
         pids = ranks.tasks(int(folder.name.split(".")[0]))
         processes = [json.loads((folder / f"rank-{n}.json").read_text()) for n in sorted(pids)]
         assert sorted(pids) == [0, 1] and not any(map(gone, processes))
@@ -165,6 +168,30 @@ def test_ranks_believe_only_the_rank_0_of_their_own_launch(tmp_path: Path, monke
     (tmp_path / "ranks" / "9.0" / "rank-0.json").write_text(json.dumps(another))
     with pytest.raises(AtomError, match="rank 0 is gone"):
         rank(1, job=9).meet()
+
+
+def test_every_way_in_which_a_phase_was_run_is_remembered(tmp_path: Path) -> None:
+    path = tmp_path / "operations.json"
+    one, two = {"ranks": 1}, {"ranks": 2}
+    assert [_operations(path, now) for now in (one, one, two, one)] == [[one], [one], [one, two], [two, one]]
+    path.write_text("[{")
+    assert _operations(path, two) == [two]
+    common = dict(subject={}, stage="s", version=1, node="n", key="k", config={}, materials={}, code={}, environment={},
+                  invocation="r/n", started=0.0, finished=1.0, usage={}, outcome="sealed")  # fmt: skip
+    for operations in ([one], [one, two]):
+        body = ledger.statement(operations=operations, **common)
+        assert ledger.operations_of(body) == operations and ledger.operation_of(body) == operations[-1]
+
+
+@pytest.mark.parametrize(("named", "expected"), [("2,3", [2, 3]), ("", []), (None, None)])
+def test_the_local_launcher_hides_no_gpu(
+    named: str | None, expected: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    present = list(range(len(list(Path("/dev").glob("nvidia[0-9]*")))))
+    assert visible_gpus() == (present if expected is None else expected)
 
 
 class Hanging(Config):

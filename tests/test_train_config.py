@@ -113,6 +113,12 @@ def test_plan_refuses_a_layout_and_keys_do_not_hold_one(tmp_path) -> None:
     assert keys[0] == keys[1]
 
 
+@pytest.mark.parametrize("seconds", [0, -5])
+def test_a_hang_takes_time(seconds: int) -> None:
+    with pytest.raises(ValidationError, match="hang_seconds\n.*greater than 0"):
+        PhaseConfig.model_validate(world.config(hang_seconds=seconds)["phase"])
+
+
 def test_a_wrong_number_of_processes_is_refused() -> None:
     from stages.train import parallel
 

@@ -65,8 +65,11 @@ def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         sealed.Tensors(folder)
 
 
-@pytest.mark.parametrize("phase", ["pretrain", "midtrain"])
-def test_no_phase_begins_from_a_flipped_byte(tmp_path: Path, phase: str, run_stage) -> None:
+@pytest.mark.parametrize(
+    ("phase", "file"),
+    [("pretrain", "model.safetensors"), ("pretrain", "state.json"), ("midtrain", "model.safetensors")],
+)
+def test_no_phase_begins_from_a_flipped_byte(tmp_path: Path, phase: str, file: str, run_stage) -> None:
     from importlib import import_module
 
     stage = import_module(f"stages.{phase}").STAGE
@@ -75,10 +78,9 @@ def test_no_phase_begins_from_a_flipped_byte(tmp_path: Path, phase: str, run_sta
     place = tmp_path / "made" / ("step-000012" if phase == "midtrain" else "")
     write(place)
     made = write_manifest(tmp_path / "made", "pretrain-test")
-    weights = place / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    content = bytearray((place / file).read_bytes())
+    content[-3] ^= 1
+    (place / file).write_bytes(content)
     if phase == "pretrain":
         inputs["continue"] = made
     else:

@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import submitit
@@ -161,6 +162,8 @@ class LocalLauncher:
         )
         executor = submitit.LocalExecutor(folder / "submitit")
         executor.update_parameters(timeout_min=FOREVER_MINUTES, stderr_to_stdout=True, tasks_per_node=number)
+        gpus = visible_gpus()
+        executor.update_parameters(gpus_per_node=min(number, len(gpus)), visible_gpus=gpus)  # else it hides them all
         # A Ctrl-C of the terminal goes to the whole process group. The job's controller ignores it (so that it waits
         # for the stage to stop); the stage itself handles it, see worker._stop_signals.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -232,6 +235,14 @@ class LocalLauncher:
             controller = flight.job._process.pid
             kill({*tasks(controller).values(), *filter(None, [flight.pid]), controller})
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def visible_gpus() -> list[int]:
+    """The GPUs that this process may use: those that CUDA_VISIBLE_DEVICES names, or all. No torch here."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [int(name) for name in named.split(",") if name.strip().isdigit()]
+    return list(range(len(list(Path("/dev").glob("nvidia[0-9]*")))))
 
 
 def prepare_environment() -> None:

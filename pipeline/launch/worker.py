@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -133,6 +134,7 @@ def _attempt(task: Task, store: Store, report: FileReport, ranks: Ranks) -> str:
         for stale in folder.glob("out.*"):
             shutil.rmtree(stale)
         (folder / "state").mkdir(exist_ok=True)
+        attempt.operations = _operations(folder / "operations.json", attempt.operations[0])
         out.mkdir()
         with ranks.environment(ranks.call(out)):
             attempt.stage.run(attempt.config, attempt.materials, folder / "state", out, report)
@@ -151,6 +153,17 @@ def _attempt(task: Task, store: Store, report: FileReport, ranks: Ranks) -> str:
         leave()
 
 
+def _operations(path: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
+    """The ways in which the attempts at a key were run so far, kept beside what they left: a phase that was spread over
+    ranks in two ways adds in two orders."""
+    try:
+        before = [each for each in json.loads(path.read_text()) if each != now]
+    except (FileNotFoundError, ValueError):  # the first attempt, or a file that a crash cut
+        before = []
+    path.write_text(json.dumps([*before, now]))
+    return [*before, now]
+
+
 class Attempt:
     """One try at a node, from its start to the statement about it."""
 
@@ -161,6 +174,8 @@ class Attempt:
         self.materials: dict[str, Artifact] = {}
         self.started, self.before = time.time(), Usage.now()
         self.code = code_digests(registry.STAGES[task.stage])
+        self.operations = [operation(self.config)]
+        """How this attempt and those whose work it goes on from were run: each way once, the latest last."""
 
     def record(self, made: Artifact, part: Checkpoint | None = None) -> None:
         """The statement of a product, written just before it is sealed. Raises AtomError if it must not be.
@@ -181,15 +196,15 @@ class Attempt:
     def refuse_second_digest(self, made: Artifact) -> None:
         """A bitwise stage must give the digest that it gave before from these inputs with this code, here and run in
         the same way: another layout of ranks adds in another order."""
-        if self.stage.promise != "bitwise":
-            return
+        if self.stage.promise != "bitwise" or environment.device()["type"] != "cpu":
+            return  # GPU kernels add in an order of their own
         here = environment.fingerprint()
         for _, body in ledger.read(self.store.ledger, made.key):
             before = {s["name"]: s["digest"]["sha256"] for s in body["subject"]}.get(made.key)
             materials = {role: a.digest for role, a in self.materials.items()}
             same = ledger.environment_of(body)["fingerprint"] == here and ledger.code_of(body) == self.code
             same = same and ledger.materials_of(body) == materials
-            same = same and ledger.operation_of(body) == operation(self.config)
+            same = same and ledger.operations_of(body) == self.operations
             if before not in (None, made.digest) and same:
                 raise AtomError(
                     f"{made.key} came out as {made.digest[:12]} but as {before[:12]} before, with the same code in the "
@@ -219,7 +234,7 @@ class Attempt:
             key=part.key if part else self.task.key,
             of={"key": part.phase, "step": part.step} if part else None,
             config=identity(self.config),
-            operation=operation(self.config),
+            operations=self.operations,
             materials=self.materials,
             code=self.code,
             environment=environment.describe(),

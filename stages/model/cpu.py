@@ -88,8 +88,8 @@ def _speak_cpu() -> None:
             module.__dict__["torch"] = ours
 
     # Two methods of tensors matter as well, and they belong to all tensors, so they change for Megatron's calls only:
-    # `grad.type() == "torch.cuda.FloatTensor"` guards clipping and the distributed optimizer, and gathering the
-    # optimizer's state for a checkpoint calls `.cuda()`.
+    # `grad.type() == "torch.cuda.FloatTensor"` guards clipping and the distributed optimizer, and the last stage of a
+    # pipeline calls `.cuda()` on the embedding that it shares with the first.
     type_, cuda = torch.Tensor.type, torch.Tensor.cuda
 
     def cpu_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

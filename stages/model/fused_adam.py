@@ -1,7 +1,7 @@
 """PyTorch's fused AdamW in the shape of Transformer Engine's FusedAdam, which Megatron's optimizers are written for.
 
-The difference that matters: the step count lives in the parameter group, not in each parameter's state. With
-`torch.optim.AdamW` in its place the distributed optimizer's checkpoints cannot be loaded (KeyError: 'step').
+The difference that matters: the step count lives in the parameter group, not in each parameter's state, and that is
+where a checkpoint puts it back.
 """
 
 from __future__ import annotations

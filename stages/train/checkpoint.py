@@ -39,17 +39,21 @@ POLL = 0.02
 class Checkpoints:
     """The work checkpoints of one attempt. Methods are collective but for `failed`."""
 
-    def __init__(self, work: Path, keep: int, engine: Engine, report: Report) -> None:
+    def __init__(self, work: Path, keep: int, engine: Engine, report: Report, lease: int | None = None) -> None:
+        """lease: the number of this attempt among those that were allowed to write, if somebody keeps count; else it is
+        taken for the latest."""
         self.work, self.keep, self.engine, self.report = work, keep, engine, report
         self.ranks = ranks = engine.ranks
-        number = 0
+        latest = max((int(p.name[8:]) for p in _attempts(work)), default=0)
+        number = ranks.from_first(1 + latest if lease is None else lease)
+        self.folder = work / f"attempt-{number:04d}"
         if ranks.first:
-            number = 1 + max((int(p.name[8:]) for p in _attempts(work)), default=0)
-            (work / f"attempt-{number:04d}" / "checkpoints").mkdir(parents=True)
-        self.number = ranks.from_first(number)
-        self.folder = work / f"attempt-{self.number:04d}"
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self._require_present()
         self.thread: threading.Thread | None = None
-        self.error: AtomError | None = None
+        self.error: Exception | None = None
+        self.marks: dict[str, list[Any]] = {}
+        """[size, digest] of the release checkpoints' files, which never change."""
         self.given_up = threading.Event()
         self.copies: dict[str, torch.Tensor] = {}
 
@@ -85,7 +89,8 @@ class Checkpoints:
         while found := self.ranks.max(2 if self.error else int(self.thread is not None and self.thread.is_alive())):
             if found == 2:
                 self.given_up.set()  # rank 0 may be waiting for a file that will never come
-                raise AtomError(next(filter(None, self.ranks.gather(self.error and str(self.error)))))
+                told = self.ranks.gather(str(self.error) if self.error else None)
+                raise self.error or AtomError(next(filter(None, told)))
             time.sleep(POLL)
         self.thread = None
 
@@ -107,12 +112,11 @@ class Checkpoints:
                     self._seal(folder, step)
                 self._forget()
                 self.report.metric(step, checkpoint_write_seconds=time.monotonic() - began)
-        except AtomError as error:
-            self.error = error
-        except Exception as error:
+        except OSError as error:
             problem = f"work checkpoint {folder} cannot be written ({error}); make room and run again to go on"
-            self.error = AtomError(problem)
-            self.error.__cause__ = error
+            self.error = AtomError(problem if self._present() else SUCCEEDED)
+        except Exception as error:  # a sentence, or a bug of ours: `wait` raises it
+            self.error = error
 
     def _complete(self, folder: Path, step: int, state: Mapping[str, Any], log: int) -> None:
         while (files := pieces.receipts(folder, self.ranks.world)) is None:
@@ -120,7 +124,10 @@ class Checkpoints:
             if self.given_up.wait(POLL):
                 raise AtomError(f"work checkpoint {folder} lacks the files of another rank")
         self._require_present()
-        product = {p.relative_to(self.folder).as_posix(): _mark(p) for p in _files(self.folder / "sealed")}
+        for path in _files(self.folder / "sealed"):
+            name = path.relative_to(self.folder).as_posix()
+            self.marks[name] = self.marks.get(name) or _mark(path)
+        product: dict[str, Any] = dict(self.marks)
         with open(self.folder / "training.jsonl", "rb") as file:
             product["training.jsonl"] = [log, sha256_bytes(file.read(log))]
         partial = folder / (MARKER + ".partial")
@@ -140,9 +147,12 @@ class Checkpoints:
         sealed.write(made, self.engine.shapes, moments, source.full, state)
         self.report.product(f"@{step}", made)
 
+    def _present(self) -> bool:
+        return _attempts(self.work)[-1:] == [self.folder]
+
     def _require_present(self) -> None:
         """Raises AtomError if a later attempt has begun: this one was thought dead."""
-        if _attempts(self.work)[-1:] != [self.folder]:
+        if not self._present():
             raise AtomError(SUCCEEDED)
 
     def _forget(self) -> None:
@@ -215,14 +225,21 @@ class Checkpoints:
 
     def _take_over(self, folder: Path, marker: dict[str, Any], due: Callable[[int], bool]) -> None:
         """Brings the product up to a checkpoint's step into this attempt's folder, and drops what was passed over."""
-        before = folder.parent.parent
-        for name in marker["product"]:
-            if name != "training.jsonl":
-                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                os.link(before / name, self.folder / name)
-        size = marker["product"]["training.jsonl"][0]
-        (self.folder / "training.jsonl").write_bytes((before / "training.jsonl").read_bytes()[:size])
-        for newer in _checkpoints(self.work)[_checkpoints(self.work).index(folder) + 1 :]:
+        before, own = folder.parent.parent, self.folder
+        try:
+            for name, mark in marker["product"].items():
+                if name != "training.jsonl":
+                    (own / name).parent.mkdir(parents=True, exist_ok=True)
+                    os.link(before / name, own / name)
+                    self.marks[name] = mark
+            size = marker["product"]["training.jsonl"][0]
+            (own / "training.jsonl").write_bytes((before / "training.jsonl").read_bytes()[:size])
+        except FileNotFoundError:
+            self._require_present()
+            raise
+        self._require_present()
+        known = [f for f in _checkpoints(self.work) if f.parent.parent < own]
+        for newer in known[known.index(folder) + 1 :]:
             shutil.rmtree(newer, ignore_errors=True)
         for made in sorted((self.folder / "sealed").glob("step-*")):  # a kill may have come before these were told
             self.report.product(f"@{int(made.name[5:])}", made)

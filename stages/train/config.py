@@ -58,7 +58,7 @@ class PhaseConfig(Config):
     release_checkpoint_every: PositiveInt = Field(description="steps between checkpoints that are sealed")
     work_checkpoint_every: PositiveInt = operational(1000, "steps between checkpoints that a killed run resumes from")
     work_checkpoints_kept: PositiveInt = operational(2, "work checkpoints that are kept, the newest ones")
-    hang_seconds: float = operational(1800.0, "a rank that finishes no step for this long is taken to hang")
+    hang_seconds: float = operational(1800.0, "a rank that finishes no step for this long is taken to hang", gt=0)
     cluster: Layout = operational(Layout(), "how the phase is spread over processes; never part of the key")
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ def estimate(config: TrainConfig) -> Estimate:
     steps = phase.steps - phase.first_step + 1
     tokens = steps * phase.batch.global_tokens
     flops = tokens * model.flops_per_token(config.padded_vocab_size, phase.sequence_length)
-    checkpoints = 2 + steps // phase.release_checkpoint_every
+    checkpoints = 1 + steps // phase.release_checkpoint_every + phase.work_checkpoints_kept + 1
     return Estimate(
         cpu_seconds=flops / CPU_FLOPS,
         tokens=tokens,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -29,7 +30,7 @@ from stages.train.data import Feed, Order, Row, Shards, Share, heldout_rows
 from stages.train.engine import Engine
 from stages.train.origin import Origin
 from stages.train.schedule import learning_rate
-from stages.train.watchdog import Watchdog
+from stages.train.watchdog import START_SECONDS, Watchdog
 
 STOP, FAILED = 1, 2
 
@@ -53,18 +54,21 @@ def train(
     # the watchdog speaks before a collective gives up, so that its dumps are in the log
     with (
         Watchdog(phase, patience, work, report) as watchdog,
-        parallel.session(config.seed, config.phase.cluster, 2 * patience + 60) as ranks,
+        parallel.session(config.seed, config.phase.cluster, 2 * max(patience, START_SECONDS) + 60) as ranks,
         _requests_to_stop() as stop,
     ):
-        Phase(phase, config, inputs, work, report, Engine(config, ranks)).run(start, stop, watchdog, out)
+        held = re.fullmatch(r"out\.(\d+)", out.name)  # the worker names it by its lease, whose numbers only grow
+        lease = int(held[1]) if held else None
+        Phase(phase, config, inputs, work, report, Engine(config, ranks), lease).run(start, stop, watchdog, out)
 
 
 class Phase:
     """The state of one run of the loop."""
 
     def __init__(
-        self, name: str, config: TrainConfig, inputs: Inputs, work: Path, report: Report, engine: Engine
-    ) -> None:
+        self, name: str, config: TrainConfig, inputs: Inputs, work: Path, report: Report, engine: Engine,
+        lease: int | None,
+    ) -> None:  # fmt: skip
         self.name, self.config, self.report, self.engine = name, config, report, engine
         self.first, phase = engine.ranks.first, config.phase
         self.origin = Origin(inputs["continue"]) if "continue" in inputs else None
@@ -74,7 +78,7 @@ class Phase:
         heldout = heldout_rows(inputs["tokens"], phase)
         shards = Shards(inputs["tokens"], "heldout", config.padded_vocab_size)
         self.heldout, self.heldout_rows = Share.read(heldout, shards, phase.micro_rows, engine.ranks), len(heldout)
-        self.checkpoints = Checkpoints(work, phase.work_checkpoints_kept, engine, report)
+        self.checkpoints = Checkpoints(work, phase.work_checkpoints_kept, engine, report, lease)
         self.log = Log(self.checkpoints.folder / "training.jsonl", self.first)
         self.tokens = 0  # targets seen
         self.stalled = 0.0  # seconds that work checkpoints took of training
@@ -113,8 +117,7 @@ class Phase:
                 watchdog.alive()
                 if state == STOP and not last:
                     self.checkpoints.wait()
-                    raise Interrupted(f"{self.name}: stopped after step {step} on signal {stop[0] if stop else ''}; "
-                                      f"run again to go on")  # fmt: skip
+                    raise Interrupted(f"{self.name}: stopped after step {step} as asked; run again to go on")
         seconds = time.monotonic() - began
         self.checkpoints.wait()
         if self.first:

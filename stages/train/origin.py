@@ -19,14 +19,15 @@ class Origin:
 
     def __init__(self, artifact: Artifact, below: str = "") -> None:
         self.artifact, self.below = artifact, below
-        self.state = sealed.load_state(artifact / below)
-        self.step = int(self.state["step"])
+        self.step = 0
+        """The step after which it stands, once it is loaded."""
 
     def load_weights(self, engine: Engine) -> None:
         """Takes over the weights, under a fresh optimizer.
 
         Raises AtomError if the files are not those that were sealed, or not of the engine's model.
         """
+        self._require_intact(engine)
         self._load(engine, moments=False)
 
     def load(self, engine: Engine, config: TrainConfig, tokenizer: str) -> int:
@@ -34,23 +35,28 @@ class Origin:
 
         Raises AtomError as above, and if the checkpoint is of another model or tokenizer.
         """
-        key = self.artifact.key
-        before, now = self.state["config"], identity(config)
+        self._require_intact(engine)
+        key, state = self.artifact.key, sealed.load_state(self.artifact / self.below)
+        before, now = state["config"], identity(config)
         for field, value in now["model"].items():
             there = before["model"].get(field)
             if there != value:
                 raise AtomError(f"checkpoint {key} is of another model: its model.{field} is {there}, not {value}; "
                                 f"continue from one of this model")  # fmt: skip
-        if self.state["tokenizer"] != tokenizer:
+        if state["tokenizer"] != tokenizer:
             raise AtomError(f"checkpoint {key} was trained on another tokenizer's tokens; continue from one of this "
                             f"recipe's tokenizer")  # fmt: skip
+        self.step = int(state["step"])
         self._load(engine, moments=True)
-        return int(self.state["tokens"])
+        return int(state["tokens"])
 
-    def _load(self, engine: Engine, moments: bool) -> None:
+    def _require_intact(self, engine: Engine) -> None:
+        """Hours of training would follow from a flipped byte; opening an artifact looks at sizes only."""
         wrong = self._damage() if engine.ranks.first else None
         if wrong := engine.ranks.from_first(wrong):
             raise AtomError(f"{wrong}; take it from a copy, or remove {self.artifact.path} and run again to rebuild it")
+
+    def _load(self, engine: Engine, moments: bool) -> None:
         folder = self.artifact / self.below
         weights = sealed.Tensors(folder)
         check_tensors(engine.shapes, weights.shapes(), self.artifact.key)
@@ -63,7 +69,6 @@ class Origin:
         engine.load_state(read, self.step if moments else 0, moments)
 
     def _damage(self) -> str | None:
-        """Hours of training would follow from a flipped byte; opening an artifact looks at sizes only."""
         try:
             self.artifact.verify(self.below)
             return None

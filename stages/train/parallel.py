@@ -7,6 +7,7 @@ MASTER_ADDR and MASTER_PORT say who is who, as torchrun, the local launcher and 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -113,6 +114,7 @@ def session(seed: int, layout: Layout | None = None, patience: float = 600.0) ->
                 context_parallel_size=layout.context,
                 expert_model_parallel_size=layout.expert,
                 expert_tensor_parallel_size=layout.split_experts,
+                distributed_timeout_minutes=math.ceil(patience / 60),
             )
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
             yield Ranks(

@@ -1,8 +1,8 @@
 """A watch over ranks that hang: where each of them stands goes into the log, and the attempt ends.
 
-A rank that finishes no step for `patience` seconds writes the stacks of its threads into the attempt's folder; since
-all ranks wait for the one that hangs, all of them do so. Rank 0 puts them into its log, names the ranks that left
-none (stopped, or on a dead node), and ends the attempt; the next one goes on from the last work checkpoint.
+A rank that finishes no step for `patience` seconds writes the stacks of its threads into the work folder; since all
+ranks wait for the one that hangs, all of them do so. Rank 0 puts them into its log, names the ranks that left none
+(stopped, or on a dead node), and ends the attempt; the next one goes on from the last work checkpoint.
 """
 
 from __future__ import annotations
@@ -53,6 +53,15 @@ class Watchdog:
                 self._bark()
 
     def _bark(self) -> None:
+        text = f"{self.phase}: no step was finished for {self.limit:g} s"
+        try:
+            text += self._stacks()
+        except OSError as error:  # a full disk must not keep a hang alive
+            text += f"; the stacks could not be written ({error})"
+        self.report.abandon(f"{text}; run again to go on from the last work checkpoint")
+
+    def _stacks(self) -> str:
+        """Writes this rank's stacks; on rank 0, puts the others' into the log and says what is there."""
         folder = self.work / "stacks"
         folder.mkdir(exist_ok=True)
         own = folder / f"rank-{self.rank:05d}.txt"
@@ -60,7 +69,6 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
         print(f"rank {self.rank}: no step for {self.limit:g} s, it stands here:\n{own.read_text()}",
               file=sys.stderr, flush=True)  # fmt: skip
-        text = f"{self.phase}: no step was finished for {self.limit:g} s"
         if self.rank == 0:
             began, expected = time.time(), set(range(self.world))
             deadline = time.monotonic() + COLLECT_SECONDS
@@ -69,13 +77,12 @@ class Watchdog:
             for rank in sorted(expected - missing - {0}):
                 stacks = (folder / f"rank-{rank:05d}.txt").read_text()
                 print(f"rank {rank} stands here:\n{stacks}", file=sys.stderr, flush=True)
-            silent = f"; no sign of rank {', '.join(map(str, sorted(missing)))}" if missing else ""
-            text += (
-                f"{silent}; the stacks of all ranks are in the log; run again to go on from the last work checkpoint"
-            )
+            if missing:
+                silent = ", ".join(map(str, sorted(missing)))
+                return f"; no sign of rank {silent}; the stacks of the others are in the log"
         else:
             time.sleep(2 * COLLECT_SECONDS)  # rank 0 speaks first
-        self.report.abandon(text)
+        return "; the stacks of all ranks are in the log"
 
     def _told(self, since: float) -> set[int]:
         """The ranks whose stacks were written in this hang."""
