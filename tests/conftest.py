@@ -13,6 +13,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import train_world as world
+
 from pipeline.stage import Stage
 from pipeline.store import Artifact, write_manifest
 
@@ -82,3 +84,18 @@ def digests(home: Path) -> dict[str, str]:
         artifact.verify()
         found[artifact.key] = artifact.digest
     return found
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    world.make(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The product of a run that nobody disturbed, and its work folder beside it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    world.pretrain(corpus, folder / "work", folder / "out", world.config())
+    return folder / "out"

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -153,6 +154,32 @@ def pretrain(folder: Path, work: Path, out: Path, settings: dict[str, Any], repo
 def digest(out: Path) -> str:
     """One hash of every byte of a stage's product."""
     return digest_of(rows_of(out))
+
+
+def fresh(corpus: Path, folder: Path, at: int = 0, number: int = 0, env: dict[str, str] | None = None, **phase: object):
+    """Runs the stage in an interpreter of its own."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config(**phase)))
+    places = [str(p) for p in (corpus, folder / "work", folder / "out", folder / "config.json")]
+    command = [sys.executable, __file__, *places, str(at), str(number)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
+    )
+
+
+def checkpoints(work: Path) -> list[Path]:
+    return sorted(p.parent for p in work.glob("attempt-*/checkpoints/step-*/complete.json"))
+
+
+def damage(path: Path, at: int | None = None) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if at is None else at] ^= 1
+    path.write_bytes(content)
+
+
+def losses(out: Path, key: str = "loss") -> list[float]:
+    lines = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
 
 
 def disturb(rank: int, step: int, action: str) -> None:

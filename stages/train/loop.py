@@ -91,9 +91,8 @@ class Phase:
             began, seen, waited = time.monotonic(), self.tokens, 0.0
             for step in range(done + 1, phase.steps + 1):
                 rows, share = feed.take(step)
-                waited += (
-                    feed.waited if step > done + 1 else 0.0
-                )  # the first step has nothing to hide its reading behind
+                if step > done + 1:  # the first one has nothing to hide its reading behind
+                    waited += feed.waited
                 lr = learning_rate(step, phase.steps, phase.optimizer)
                 check = partial(self._check, step, rows)
                 figures = engine.step(share, lr, partial(check, "loss"))

@@ -1,0 +1,194 @@
+"""Work checkpoints: damaged ones are passed over, orphans do no harm, the newest are kept, a full disk is told."""
+
+from __future__ import annotations
+
+import re
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import train_world as world
+from train_world import checkpoints, damage, fresh
+
+from pipeline.errors import AtomError
+
+
+def test_damaged_work_checkpoints(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        world.pretrain(corpus, work, out, world.config(), world.Reporter(9, signal.SIGTERM))
+    before, newest = checkpoints(work)
+    (newest.parent / "step-000000010").mkdir()  # one that a kill left incomplete
+    damage(newest / "rank-00000.safetensors")
+    report = world.Reporter()
+    world.pretrain(corpus, work, out, world.config(), report)
+    assert before.name == "step-000000008" and report.notes[1].endswith("going on after step 8")
+    assert re.match(r"work checkpoint attempt-0001/\S+/step-000000009 is damaged \(.*rank-00000.safetensors is not what "
+                    r"was written\); going back", report.notes[0])  # fmt: skip
+    assert world.digest(out) == world.digest(undisturbed)
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "marker", "log"])
+def test_every_kind_of_damage_is_seen(corpus: Path, undisturbed: Path, tmp_path: Path, how: str) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        world.pretrain(corpus, work, out, world.config(), world.Reporter(5, signal.SIGTERM))
+    _, folder = checkpoints(work)
+    data, marker, log = (
+        folder / "rank-00000.safetensors",
+        folder / "complete.json",
+        folder.parent.parent / "training.jsonl",
+    )
+    {
+        "flipped": lambda: damage(data),
+        "truncated": lambda: data.write_bytes(data.read_bytes()[:-1]),
+        "missing": data.unlink,
+        "marker": lambda: marker.write_bytes(marker.read_bytes()[:-9]),
+        "log": lambda: damage(log, at=len(log.read_bytes()) - 2),  # in the lines of step 5
+    }[how]()
+    report = world.Reporter()
+    world.pretrain(corpus, work, out, world.config(), report)
+    assert "step-000000005 is damaged" in report.notes[0] and report.notes[1].endswith("going on after step 4")
+    assert world.digest(out) == world.digest(undisturbed)
+
+
+def test_no_flipped_bit_of_a_marker_is_believed(corpus: Path, tmp_path: Path) -> None:
+    from stages.train.checkpoint import read_marker
+
+    with pytest.raises(KeyboardInterrupt):
+        world.pretrain(corpus, tmp_path / "work", tmp_path / "out", world.config(), world.Reporter(5, signal.SIGTERM))
+    folder = checkpoints(tmp_path / "work")[-1]
+    marker, whole = folder / "complete.json", read_marker(folder)
+    content = marker.read_bytes()
+    for at in range(0, len(content), 5):
+        marker.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        try:
+            assert read_marker(folder) == whole  # a blank between values
+        except ValueError:
+            continue
+
+
+def test_nothing_is_trained_on_when_no_checkpoint_is_intact(corpus: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt):
+        world.pretrain(corpus, work, tmp_path / "out", world.config(), world.Reporter(5, signal.SIGTERM))
+    for folder in checkpoints(work):
+        damage(folder / "rank-00000.safetensors")
+    with pytest.raises(AtomError, match=r"every work checkpoint .* is damaged .*; remove .* to start this stage anew"):
+        world.pretrain(corpus, work, tmp_path / "out", world.config())
+
+
+def test_a_damaged_product_in_the_work_folder_is_never_sealed(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        world.pretrain(corpus, work, out, world.config(), world.Reporter(9, signal.SIGTERM))
+    weights = work / "attempt-0001" / "sealed" / "step-000000" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(AtomError, match=r"is damaged .*step-000000/model.safetensors is not what was written"):
+        world.pretrain(corpus, work, out, world.config())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    world.pretrain(corpus, work, out, world.config())
+    assert world.digest(out) == world.digest(undisturbed)
+
+
+def test_an_orphan_of_an_earlier_attempt_does_no_harm(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """An attempt is stopped by the system, thought dead and succeeded; then it wakes up and goes on writing."""
+    orphan = fresh(corpus, tmp_path, env={"TEST_DISTURB": "0 8 SIGSTOP"})
+    while orphan.poll() is None and stopped(orphan.pid) is False:
+        time.sleep(0.05)
+    with pytest.raises(KeyboardInterrupt):  # the successor is itself stopped, after checkpoints of its own
+        world.pretrain(corpus, tmp_path / "work", tmp_path / "out2", world.config(), world.Reporter(11, signal.SIGTERM))
+    orphan.send_signal(signal.SIGCONT)
+    _, told = orphan.communicate(timeout=60)
+    assert orphan.returncode == 1 and "a later attempt has taken over from this one" in told
+    report = world.Reporter()
+    world.pretrain(corpus, tmp_path / "work", tmp_path / "out2", world.config(), report)
+    assert report.notes[0].endswith("going on after step 11")
+    assert world.digest(tmp_path / "out2") == world.digest(undisturbed)
+
+
+def test_an_orphan_that_wakes_while_it_loads_does_no_harm(
+    corpus: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attempt 2 sleeps between finding a checkpoint and going on from it; meanwhile attempt 3 writes later ones."""
+    from stages.train.checkpoint import Checkpoints
+
+    work, out, take_over = tmp_path / "work", tmp_path / "out", Checkpoints._take_over
+
+    def slept(self: Checkpoints, *args: object) -> None:
+        monkeypatch.undo()
+        _, told = fresh(corpus, tmp_path, 11, signal.SIGTERM).communicate(timeout=60)
+        assert "stopped after step 11" in told
+        take_over(self, *args)  # type: ignore[arg-type]
+
+    with pytest.raises(KeyboardInterrupt):
+        world.pretrain(corpus, work, out, world.config(), world.Reporter(5, signal.SIGTERM))
+    monkeypatch.setattr(Checkpoints, "_take_over", slept)
+    with pytest.raises(AtomError, match="a later attempt has taken over from this one"):
+        world.pretrain(corpus, work, out, world.config())
+    report = world.Reporter()
+    world.pretrain(corpus, work, out, world.config(), report)
+    assert report.notes[0].endswith("going on after step 11") and world.digest(out) == world.digest(undisturbed)
+
+
+def test_an_attempt_that_was_succeeded_before_it_began_stops(corpus: Path, tmp_path: Path) -> None:
+    """Attempts are counted by the lease, which the worker names the product by, not by who comes first."""
+    with pytest.raises(KeyboardInterrupt):
+        world.pretrain(corpus, tmp_path / "work", tmp_path / "out.3", world.config(), world.Reporter(5, signal.SIGTERM))
+    kept = checkpoints(tmp_path / "work")
+    assert {p.relative_to(tmp_path / "work").parts[0] for p in kept} == {"attempt-0003"}
+    with pytest.raises(AtomError, match="a later attempt has taken over from this one"):
+        world.pretrain(corpus, tmp_path / "work", tmp_path / "out.2", world.config())
+    assert checkpoints(tmp_path / "work") == kept
+
+
+def test_a_bug_while_writing_is_not_told_as_a_full_disk(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.train import pieces
+
+    def write(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(pieces, "write", write)
+    with pytest.raises(KeyError, match="a bug"):
+        world.pretrain(corpus, tmp_path / "work", tmp_path / "out", world.config())
+
+
+def stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in ("T", "t")
+
+
+def test_the_newest_checkpoints_are_kept(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
+    work, settings = tmp_path / "work", world.config(work_checkpoints_kept=3, work_checkpoint_every=1)
+    for step in (4, 9):
+        with pytest.raises(KeyboardInterrupt):
+            world.pretrain(corpus, work, tmp_path / "out", settings, world.Reporter(step, signal.SIGTERM))
+        kept = [p.relative_to(work).as_posix() for p in checkpoints(work)]
+        number = 1 if step == 4 else 2
+        assert kept == [f"attempt-{number:04d}/checkpoints/step-{n:09d}" for n in range(step - 2, step + 1)]
+    report = world.Reporter()
+    world.pretrain(corpus, work, tmp_path / "out", settings, report)
+    assert world.digest(tmp_path / "out") == world.digest(undisturbed) and report.products == ["@0", "@6", "@12"]
+
+
+@pytest.mark.parametrize("limit", [60_000, 200_000])
+def test_a_full_disk_is_one_sentence(corpus: Path, undisturbed: Path, tmp_path: Path, limit: int) -> None:
+    """The system refuses longer files, as a full disk does; with room again, the run goes on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(
+            AtomError, match=r"rank-00000.safetensors cannot be written \(.*File too large.*\); make room and run again"
+        ):
+            world.pretrain(corpus, tmp_path / "work", tmp_path / "out", world.config())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "out").iterdir())
+    world.pretrain(corpus, tmp_path / "work", tmp_path / "out", world.config())
+    assert world.digest(tmp_path / "out") == world.digest(undisturbed)
