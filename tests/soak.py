@@ -76,7 +76,8 @@ def drawn(folder: Path) -> list[str]:
             "expert_ffn_size": chance.choice([8, 16, 24]), "tie_embeddings": chance.random() < 0.5,
         }  # fmt: skip
         batch = {"global_tokens": 512, "micro_tokens": 32}
-        settings = {**layouts.settings_of({}, 1, seed, batch=batch), "model": model}
+        settings = {**layouts.settings_of({}, 1, seed), "model": model}
+        settings["phase"]["batch"] = batch
         corpus = folder / f"drawn-{seed}"
         world.make(corpus, {"batch": batch})
         (one,) = layouts.compare(corpus, {"one": {}}, 1, settings, folder / "one.json", steps=3).values()
