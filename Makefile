@@ -15,7 +15,7 @@ help:
 	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 5 minutes with installation)"
 	@echo "make test    linters, types and all tests (about 12 minutes)"
 	@echo "make test-latest   the training, checkpoint and export tests with the newest Megatron-core on $(PYTHON_LATEST) (some GB of download)"
-	@echo "make soak    layouts, checkpoint pairs and random kills at length (about half an hour); writes docs/soak.md"
+	@echo "make soak    layouts, checkpoint pairs and random kills at length (about three quarters of an hour); writes docs/soak.md"
 	@echo "make lint    linters and types only"
 	@echo "make lock    resolve the newest versions that pyproject.toml allows, into constraints.txt"
 	@echo "make clean   remove the environment and everything produced"
