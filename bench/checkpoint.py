@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from train import FULL, OPTIMIZER, QUICK, Size, Tokens
 
-from stages.model.build import initialise
 from stages.train.checkpoint import Checkpoints
 from stages.train.config import TrainConfig
 from stages.train.engine import Engine
@@ -61,10 +60,9 @@ def measure(size: Size, folder: Path, rounds: int) -> dict[str, Any]:
 
     with session(0) as ranks:
         engine = Engine(config, ranks)
-        initialise(engine.chunks, config.model, config.padded_vocab_size, 0)
-        engine.weights_changed()
+        engine.initialise()
         share = tokens.share(0)
-        step = lambda: engine.step(share, OPTIMIZER["lr"], lambda loss: None)  # noqa: E731
+        step = lambda: engine.step(share, OPTIMIZER["lr"], lambda loss, norm: None)  # noqa: E731
         step()
         checkpoints = Checkpoints(folder, 2, engine, Quiet())
         (checkpoints.folder / "training.jsonl").write_text("")

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from stages.model.build import initialise, named_tensors
+from stages.model.build import named_tensors
 from stages.model.config import ModelConfig
 from stages.model.hf import hf_config, to_hf
 from stages.train.config import TrainConfig
@@ -96,7 +96,7 @@ Step = Callable[[int], float]
 
 def ours(engine: Engine, tokens: Tokens) -> Step:
     def step(number: int) -> float:
-        return engine.step(tokens.share(number), OPTIMIZER["lr"], lambda loss: None).loss
+        return engine.step(tokens.share(number), OPTIMIZER["lr"], lambda loss, norm: None).loss
 
     return step
 
@@ -205,8 +205,7 @@ def measure(size: Size) -> dict[str, Any]:
     )  # fmt: skip
     with session(0) as ranks:
         engine = Engine(config, ranks)
-        initialise(engine.chunks, size.model, size.vocab, seed=0)
-        engine.weights_changed()
+        engine.initialise()
         model, tokens = peer_model(engine, size), Tokens(size)
         experts, tried = fastest_experts(model, tokens, 2)
         sides = {"ours": ours(engine, tokens), "transformers": peer(model, tokens)}

@@ -103,7 +103,8 @@ def compose(recipe: Recipe, store: Store) -> Graph:
             checkpoint = checkpoints.find(p.continue_from, phase, where, store)
             _same_beginning(checkpoint, {role: nodes[name].key for role, name in previous.items()}, where, store)
             p, earlier = p.model_copy(update={"continue_from": str(checkpoint)}), {"continue": checkpoint.key}
-        order = {"phase": phase, "mix": p.mix, "sequence_length": p.sequence_length, "rows": p.rows, "steps": p.steps}
+        order = {"phase": phase, "mix": p.mix, "sequence_length": p.sequence_length, "steps": p.steps}
+        order |= {"rows": p.rows_of(p.steps), "ramp": p.row_ramp, "pack": p.pack, "long_documents": p.long_documents}
         order |= {"seed": c.seed, "first_step": p.first_step}
         add(f"order-{phase}", "order", order, earlier, tokens="tokenize")
         training = {"model": c.model, "phase": p, "padded_vocab_size": c.tokenizer.padded_vocab_size, "seed": c.seed}

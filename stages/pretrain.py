@@ -11,7 +11,7 @@ from pipeline.stage import Inputs, Report, Stage
 from stages.train.config import TrainConfig
 from stages.train.estimate import estimate
 
-VERSION = 5
+VERSION = 6
 
 
 def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -21,15 +21,10 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     weights and optimizer, state.json), training.jsonl and summary.json.
     Raises what stages.train.loop.train raises.
     """
-    from stages.model.build import initialise
     from stages.train.engine import Engine
     from stages.train.loop import train
 
-    def start(engine: Engine) -> None:
-        initialise(engine.chunks, config.model, config.padded_vocab_size, config.seed)
-        engine.weights_changed()
-
-    train("pretrain", config, inputs, work, out, report, start)
+    train("pretrain", config, inputs, work, out, report, start=Engine.initialise)
 
 
 STAGE = Stage(

@@ -53,7 +53,6 @@ FOUR: dict[str, dict[str, Any]] = {
 def train(corpus: Path, settings: dict[str, Any], steps: int) -> list[dict[str, float]]:
     """Figures of the first steps, and the loss on held-out rows after them."""
     from pipeline.store import Artifact
-    from stages.model.build import initialise
     from stages.train import parallel
     from stages.train.config import TrainConfig
     from stages.train.data import Order, Shards, Share, heldout_rows
@@ -65,13 +64,12 @@ def train(corpus: Path, settings: dict[str, Any], steps: int) -> list[dict[str, 
     phase, out = config.phase, []
     with parallel.session(config.seed, phase.cluster) as ranks:
         engine = Engine(config, ranks)
-        initialise(engine.chunks, config.model, config.padded_vocab_size, config.seed)
-        engine.weights_changed()
+        engine.initialise()
         order = Order(Artifact.open(corpus / "order"), phase)
         shards = Shards(tokens, "train", config.padded_vocab_size)
         for step in range(1, steps + 1):
             share = Share.read(order.rows(step), shards, phase.micro_rows, ranks)
-            figures = engine.step(share, learning_rate(step, phase.steps, phase.optimizer), lambda loss: None)
+            figures = engine.step(share, learning_rate(step, phase.steps, phase.optimizer), lambda loss, norm: None)
             out.append({"loss": figures.loss, "aux_loss": figures.aux_loss, "grad_norm": figures.grad_norm})
         held = Shards(tokens, "heldout", config.padded_vocab_size)
         share = Share.read(heldout_rows(tokens, phase)[:7], held, phase.micro_rows, ranks)

@@ -9,13 +9,18 @@ import pytest
 import torch
 import train_world as world
 
-from stages.model.build import build, initialise, named_tensors
+from stages.model.build import build, load_tensors, named_tensors
 from stages.model.config import ModelConfig
 from stages.model.init import full_tensor
 from stages.model.names import global_name
 from stages.train import parallel
 
 TINY = ModelConfig(**world.MODEL)
+
+
+def initialise(gpt, model: ModelConfig, seed: int) -> None:
+    shapes = model.shapes(world.VOCAB)
+    load_tensors([gpt], model, world.VOCAB, {n: full_tensor(n, s, model, seed) for n, s in shapes.items()}, "test")
 
 
 @pytest.mark.parametrize("change", [{}, {"tie_embeddings": False}, {"kv_heads": 1, "layers": 3, "experts": 3}])
@@ -44,7 +49,7 @@ def test_published_sizes() -> None:
 def test_initial_weights() -> None:
     with parallel.session(0):
         (gpt,) = build(TINY, world.VOCAB)
-        initialise([gpt], TINY, world.VOCAB, seed=3)
+        initialise(gpt, TINY, seed=3)
         for name, p in named_tensors([gpt]):
             assert torch.equal(p, full_tensor(name, tuple(p.shape), TINY, seed=3))
     model = TINY.model_copy(update={"init_std": 0.1, "layers": 8})
@@ -75,7 +80,7 @@ def test_global_names() -> None:
 def test_padding_changes_no_real_position() -> None:
     with parallel.session(0), torch.no_grad():
         (gpt,) = build(TINY, world.VOCAB)
-        initialise([gpt], TINY, world.VOCAB, seed=0)
+        initialise(gpt, TINY, seed=0)
         gpt.eval()
         ids = torch.randint(6, world.VOCAB, (1, 16), generator=torch.Generator().manual_seed(0))
         padded = torch.cat([ids, torch.zeros(1, 8, dtype=torch.long)], 1)

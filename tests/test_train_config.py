@@ -163,4 +163,4 @@ def test_estimates_need_no_torch() -> None:
 
 def test_rows_of_a_phase() -> None:
     phase = PhaseConfig.model_validate(world.PHASE)
-    assert (phase.rows, phase.micro_rows) == (8, 4)
+    assert (phase.rows_of(1), phase.micro_rows) == (8, 4)

@@ -173,35 +173,35 @@ def test_a_loss_that_is_not_a_number_stops_the_phase(corpus: Path, tmp_path: Pat
 
 
 def test_missing_and_truncated_shards(corpus: Path, tmp_path: Path) -> None:
-    from stages.train.data import Row, Shards
+    from stages.train.data import Segment, Shards
 
     world.make(tmp_path)
     tokens = Artifact.open(tmp_path / "tokens")
     path = tmp_path / "tokens" / "train" / "sums.bin"
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(AtomError, match=r"sums.bin has \d+ bytes instead of \d+; remove"):
-        Shards(tokens, "train", world.VOCAB).read(Row("sums", "sums/0", 0, 0, 7, 0))
+        Shards(tokens, "train", world.VOCAB).read(Segment("sums", "sums/0", 0, 0, 7, 0))
     path.unlink()
     with pytest.raises(AtomError, match="sums.bin is missing; remove"):
-        Shards(tokens, "train", world.VOCAB).read(Row("sums", "sums/0", 0, 0, 7, 0))
+        Shards(tokens, "train", world.VOCAB).read(Segment("sums", "sums/0", 0, 0, 7, 0))
     with pytest.raises(AtomError, match="does not hold"):
-        Shards(tokens, "train", world.VOCAB).read(Row("text", "text/0", 0, 0, 700, 0))
+        Shards(tokens, "train", world.VOCAB).read(Segment("text", "text/0", 0, 0, 700, 0))
     with pytest.raises(RecipeError, match="padded_vocab_size = 32 is less than the 64 tokens"):
         Shards(tokens, "train", 32)
 
 
 def test_rows_become_shifted_padded_batches(corpus: Path) -> None:
     from stages.train import parallel
-    from stages.train.data import Row, Shards, Share
+    from stages.train.data import Row, Segment, Shards, Share
 
     shards = Shards(Artifact.open(corpus / "tokens"), "train", world.VOCAB)
-    rows = [Row("sums", "sums/train-0", 0, 0, 7, 3), Row("text", "text/train-0", 0, 4, 9, 0)]
+    rows = [Row((Segment("sums", "sums/train-0", 0, 0, 7, 3),)), Row((Segment("text", "text/train-0", 0, 4, 9, 0),))]
     with parallel.session(0) as ranks:
         share = Share.read(rows, shards, 2, ranks)
     (batch,) = share.micro
     assert share.width == 8 and share.targets == 3 + 8
     assert batch.ids.shape == (2, 8) and rows[0].targets == 3
-    tokens = shards.read(rows[0]).tolist()
+    tokens = shards.read(rows[0].segments[0]).tolist()
     assert batch.ids[0].tolist() == [*tokens[:-1], 0, 0] and batch.labels[0].tolist() == [*tokens[1:], 0, 0]
     assert batch.loss_mask[0].tolist() == [0, 0, 0, 1, 1, 1, 0, 0]
     assert batch.padding[0].tolist() == [False] * 6 + [True] * 2
@@ -255,15 +255,15 @@ def test_an_order_of_many_row_groups_reads_as_one(corpus: Path, tmp_path: Path) 
     order, found = Order(Artifact("order-test", "", tmp_path / "order", ()), phase), {}
     for step in (1, 2, 5, 12, 4, 3):
         rows = table.filter(pc.field("step") == step).to_pylist()
-        assert [(r.id, r.offset, r.length) for r in order.rows(step)] == [
+        assert [(s.id, s.offset, s.length) for r in order.rows(step) for s in r.segments] == [
             (r["id"], r["offset"], r["length"]) for r in rows
         ]
         found[step] = order.consumed(step)
     assert found == {step: {"sums": 4 * step, "text": 4 * step} for step in found}
 
     pq.write_table(table.slice(1), tmp_path / "order" / "order.parquet")
-    with pytest.raises(AtomError, match="order artifact order-test does not hold 8 rows for each of its steps"):
+    with pytest.raises(AtomError, match="order artifact order-test does not hold the rows that each of its steps"):
         Order(Artifact("order-test", "", tmp_path / "order", ()), phase)
     pq.write_table(pa.concat_tables([table.slice(1), table.slice(0, 1)]), tmp_path / "order" / "order.parquet")
-    with pytest.raises(AtomError, match="does not hold 8 rows"):
+    with pytest.raises(AtomError, match="does not hold the rows"):
         Order(Artifact("order-test", "", tmp_path / "order", ()), phase).rows(1)

@@ -190,20 +190,20 @@ def disturb(rank: int, step: int, action: str) -> None:
         return
     compute, count = Engine.step, [0]
 
-    def step_or_not(*args: Any) -> Any:
+    def step_or_not(*args: Any, **options: Any) -> Any:
         count[0] += 1
         if count[0] == step and action == "sleep":
             time.sleep(3600)
         elif count[0] == step:
             os.kill(os.getpid(), getattr(signal, action))
-        return compute(*args)
+        return compute(*args, **options)
 
     Engine.step = step_or_not  # type: ignore[method-assign]
 
 
 def record_reads(folder: Path) -> None:
     """Keeps what this rank reads of the training shards in `<folder>/<rank>.jsonl`: [step, [source, ordinal, ...]]."""
-    from stages.train.data import Feed, Row, Shards
+    from stages.train.data import Feed, Segment, Shards
 
     read_step, read_row, now = Feed._read, Shards.read, [0]
     folder.mkdir(exist_ok=True)
@@ -213,7 +213,7 @@ def record_reads(folder: Path) -> None:
         now[0] = due
         return read_step(self, due)
 
-    def row(self: Shards, row: Row) -> Any:
+    def row(self: Shards, row: Segment) -> Any:
         if self.split == "train":
             file.write(json.dumps([now[0], [row.source, row.ordinal, row.offset, row.length]]) + "\n")
         return read_row(self, row)

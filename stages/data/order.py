@@ -10,6 +10,7 @@ are the very ones that were to come.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from pipeline.errors import AtomError, RecipeError
-from pipeline.stage import Config, Estimate, Inputs, Report, Stage, added
+from pipeline.stage import Config, Estimate, Inputs, Report, Stage, added, identity
 from pipeline.store import Artifact
+from stages.data import packing
+from stages.data.packing import LongDocuments
 from stages.data.seeds import permutation
 from stages.data.table import ORDER, arrow_schema, read_table, write_json, write_table
 
@@ -32,7 +35,8 @@ VERSION = 1
 
 
 class OrderConfig(Config):
-    """`rows` are the rows of one step; `mix` is each source's share of all rows of the phase."""
+    """`rows` are the rows of one step; `mix` is each source's share of all rows of the phase, of all tokens if rows are
+    packed; `ramp`: (last step, rows) of smaller steps at the beginning."""
 
     phase: str
     mix: dict[str, float] = Field(min_length=1)
@@ -41,9 +45,21 @@ class OrderConfig(Config):
     steps: int = Field(ge=1)
     seed: int
     first_step: int = added(1, "the first step of the order; later than 1 only after a checkpoint")
+    ramp: tuple[tuple[int, int], ...] = added((), "smaller steps at the beginning")
+    pack: bool = added(False, "several chunks in a row")
+    long_documents: LongDocuments | None = added(None, "up-weights long chunks of packed rows")
+
+    def rows_of(self, first: int) -> list[int]:
+        """Rows of each step from `first` on."""
+        sizes = []
+        for step in range(first, self.steps + 1):
+            sizes.append(next((rows for last, rows in self.ramp if step <= last), self.rows))
+        return sizes
 
 
-SETTINGS = tuple(name for name in OrderConfig.model_fields if name != "first_step")
+def settings(config: OrderConfig) -> dict[str, Any]:
+    """What a checkpoint keeps of a config, to tell whether a later one asks for the same rows."""
+    return {name: value for name, value in identity(config).items() if name != "first_step"}
 
 
 @dataclass(frozen=True)
@@ -71,52 +87,119 @@ def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     import numpy as np
     import pyarrow as pa
 
-    names = sorted(config.mix)
     chunks = _chunks_by_source(inputs["tokens"] / "documents.parquet", config)
-    sizes = {name: len(chunks[name]["ordinal"]) for name in names}
+    sizes = {name: len(chunks[name]["ordinal"]) for name in sorted(config.mix)}
     walk, start = Walk(1, config.seed), None
     if "continue" in inputs:
         walk, start = _go_on(config, inputs["continue"], sizes)
-    quota = apportion(config.mix, config.rows * (config.steps - walk.first_step + 1))
+    table, sources = (_packed if config.pack else _drawn)(config, chunks, sizes, walk)
+    for name, part in sources.items():
+        own = table["source"] == name
+        length, loss_from = table["length"][own], table["loss_from"][own]
+        sources[name] = {
+            "rows": int(own.sum()),
+            "tokens": int((length - 1).sum()),
+            "loss_tokens": int((length - 1 - loss_from).sum()),
+            "documents_seen": len(np.unique(table["ordinal"][own])),
+            "chunks": sizes[name],
+            "epochs": round(int((length - 1).sum()) / int((chunks[name]["length"] - 1).sum()), 6)
+            if config.pack
+            else round(int(own.sum()) / sizes[name], 6),
+            **part,
+        }
+    schema = arrow_schema(ORDER)
+    columns = [pa.array(table[column.name], column.type) for column in schema]
+    write_table(out / "order.parquet", pa.table(columns, schema=schema))
+    meta = settings(config) | {"sources": sources}
+    if start is not None:
+        meta |= {"first_step": config.first_step, "start": start, "walk": walk.__dict__}
+    meta["tokens"] = sum(part["tokens"] for part in sources.values())
+    if config.pack:
+        slots = sum(config.rows_of(config.first_step)) * config.sequence_length
+        meta["fill"] = round(meta["tokens"] / slots, 6)
+        report.note(f"rows are filled to {meta['fill']:.1%}")
+    write_json(out / "meta.json", meta)
+    for name, part in sources.items():
+        report.note(f"{name}: {part['rows']} rows, {part['documents_seen']} documents, {part['epochs']:.2f} epochs")
+        if part.get("long", {}).get("missing_tokens"):
+            long = part["long"]
+            report.note(
+                f"{name}: {long['chunks']} chunks of more than {long['over']} tokens hold {long['available_tokens']} "
+                f"tokens; {long['missing_tokens']} of the {long['wanted_tokens']} asked for are missing, made up by "
+                "shorter ones"
+            )
+
+
+Table = dict[str, "NDArray[Any]"]
+
+
+def _drawn(
+    config: OrderConfig, chunks: Mapping[str, Table], sizes: Mapping[str, int], walk: Walk
+) -> tuple[Table, dict[str, Any]]:
+    """One chunk a row: the table from `first_step` on, and nothing to tell about the sources."""
+    import numpy as np
+
+    names, counts = sorted(config.mix), config.rows_of(walk.first_step)
+    quota = apportion(config.mix, sum(counts))
     labels = np.repeat(np.arange(len(names)), [quota[name] for name in names])
     where = f"order/{config.phase}/sources" + (f" from step {walk.first_step}" if walk.first_step > 1 else "")
     labels = labels[permutation(len(labels), where, config.seed)]
-    past = (config.first_step - walk.first_step) * config.rows  # rows of the walk that the checkpoint has read
+    counts, before = counts[config.first_step - walk.first_step :], counts[: config.first_step - walk.first_step]
+    past = sum(before)  # rows of the walk that the checkpoint has read
 
     total = len(labels) - past
     columns = {name: np.zeros(total, np.int64) for name in ("ordinal", "offset", "length", "loss_from")}
-    source = np.array(names, dtype=object)[labels[past:]]
     ids = np.empty(total, dtype=object)
-    meta_sources: dict[str, Any] = {}
     for i, name in enumerate(names):
-        before, places = np.count_nonzero(labels[:past] == i), np.flatnonzero(labels[past:] == i)
-        first = walk.rows.get(name, 0) + int(before)
+        read, places = np.count_nonzero(labels[:past] == i), np.flatnonzero(labels[past:] == i)
+        first = walk.rows.get(name, 0) + int(read)
         chosen = _walk(sizes[name], first, len(places), f"order/{config.phase}/{name}", walk.seed)
         for column, values in columns.items():
             values[places] = chunks[name][column][chosen]
         ids[places] = chunks[name]["id"][chosen]
-        length, loss_from = columns["length"][places], columns["loss_from"][places]
-        meta_sources[name] = {
-            "rows": len(places),
-            "tokens": int((length - 1).sum()),
-            "loss_tokens": int((length - 1 - loss_from).sum()),
-            "documents_seen": len(np.unique(columns["ordinal"][places])),
-            "chunks": sizes[name],
-            "epochs": round(len(places) / sizes[name], 6),
-        }
-    step = np.arange(total) // config.rows + config.first_step
-    row = np.arange(total) % config.rows
-    data = {"step": step, "row": row, "segment": np.zeros(total, np.int64), "source": source, "id": ids, **columns}
-    schema = arrow_schema(ORDER)
-    table = pa.table([pa.array(data[field.name], field.type) for field in schema], schema=schema)
-    write_table(out / "order.parquet", table)
-    meta = {name: getattr(config, name) for name in SETTINGS} | {"sources": meta_sources}
-    if start is not None:
-        meta |= {"first_step": config.first_step, "start": start, "walk": walk.__dict__}
-    meta["tokens"] = sum(part["tokens"] for part in meta_sources.values())
-    write_json(out / "meta.json", meta)
-    for name, part in meta_sources.items():
-        report.note(f"{name}: {part['rows']} rows, {part['documents_seen']} documents, {part['epochs']:.2f} epochs")
+    step = np.repeat(np.arange(config.first_step, config.steps + 1), counts)
+    row = np.concatenate([np.arange(count) for count in counts])
+    source = np.array(names, dtype=object)[labels[past:]]
+    table = {"step": step, "row": row, "segment": np.zeros(total, np.int64), "source": source, "id": ids, **columns}
+    return table, {name: {} for name in names}
+
+
+def _packed(
+    config: OrderConfig, chunks: Mapping[str, Table], sizes: Mapping[str, int], walk: Walk
+) -> tuple[Table, dict[str, Any]]:
+    """Chunks side by side in each row: the table from `first_step` on, and what is to be told about long ones.
+
+    Raises RecipeError if a phase goes on with other settings than it had: rows are packed as a whole.
+    """
+    import numpy as np
+
+    if walk.first_step > 1:
+        raise RecipeError(f"{config.phase}: packed rows can only go on as they were; take back what was changed in "
+                          f"{config.phase}, or start it anew without continue_from")  # fmt: skip
+    counts, names, told = config.rows_of(1), sorted(config.mix), {}
+    rows, capacity = sum(counts), config.sequence_length
+    label, parts = f"order/{config.phase}", []
+    for name in names:
+        want = config.mix[name] * rows * capacity
+        chosen, long = packing.choose(chunks[name], want, config.long_documents, f"{label}/{name}", config.seed)
+        told[name] = {"long": long} if long else {}
+        source = np.full(len(chosen), name, dtype=object)
+        fields = {column: chunks[name][column][chosen] for column in ("ordinal", "id", "offset", "length", "loss_from")}
+        parts.append({"source": source, **fields})
+    every = {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
+    shuffled = permutation(len(every["length"]), f"{label}/segments", config.seed)
+    every = {column: values[shuffled] for column, values in every.items()}
+    items, place = packing.fill(every["length"] - 1, capacity, rows)
+    place = permutation(rows, f"{label}/rows", config.seed)[place]
+    by_row = np.argsort(place, kind="stable")
+    items, place = items[by_row], place[by_row]
+    segment = np.arange(len(place)) - np.searchsorted(place, place)
+    step_of = np.repeat(np.arange(1, config.steps + 1), counts)
+    row_of = np.concatenate([np.arange(count) for count in counts])
+    table = {"step": step_of[place], "row": row_of[place], "segment": segment}
+    table |= {column: values[items] for column, values in every.items()}
+    own = table["step"] >= config.first_step
+    return {column: values[own] for column, values in table.items()}, told
 
 
 def position(meta: Mapping[str, Any], read: Mapping[str, int], step: int) -> dict[str, Any]:
@@ -129,7 +212,8 @@ def position(meta: Mapping[str, Any], read: Mapping[str, int], step: int) -> dic
     rows = {name: start["rows"].get(name, 0) + read.get(name, 0) for name in sorted({*start["rows"], *read})}
     chunks = start["chunks"] | {name: part["chunks"] for name, part in meta["sources"].items()}
     walk = meta.get("walk", Walk(1, meta["seed"]).__dict__)
-    order = {name: meta[name] for name in SETTINGS} | {"walk": walk}
+    known = [name for name in OrderConfig.model_fields if name in meta and name != "first_step"]
+    order = {name: meta[name] for name in known} | {"walk": walk}
     return {"next_step": step + 1, "steps": meta["steps"], "rows": rows, "chunks": chunks, "order": order}
 
 
@@ -149,7 +233,8 @@ def _go_on(config: OrderConfig, checkpoint: Artifact, sizes: Mapping[str, int]) 
     was, rows, chunks = before["order"], dict(before["rows"]), before["chunks"] | sizes
     for name in sizes:
         rows[name] = -(-rows.get(name, 0) * sizes[name] // before["chunks"].get(name, 1))
-    unchanged = all(was[name] == getattr(config, name) for name in SETTINGS) and chunks == before["chunks"]
+    asked = json.loads(json.dumps(settings(config)))
+    unchanged = asked == {name: was[name] for name in was if name != "walk"} and chunks == before["chunks"]
     walk = Walk(**was["walk"]) if unchanged else Walk(config.first_step, was["walk"]["seed"], rows)
     return walk, {"rows": rows, "chunks": chunks}
 
@@ -238,7 +323,7 @@ def _file(order: Path) -> Path:
 
 
 def estimate(config: OrderConfig) -> Estimate:
-    rows = config.rows * (config.steps - config.first_step + 1)
+    rows = sum(config.rows_of(config.first_step))
     return Estimate(cpu_seconds=2 + rows / 5e5, tokens=rows * config.sequence_length)
 
 

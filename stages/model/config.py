@@ -1,19 +1,53 @@
 """The `model` section of a recipe: a decoder of the Qwen3-MoE shape, told in numbers.
 
 Every layer is grouped-query attention with normalised queries and keys, followed by a mixture of SwiGLU experts of
-which a token visits `experts_per_token`. No torch here: `atom plan` reads this file.
+which a token visits `experts_per_token`; the first `dense_layers` have one SwiGLU instead. No torch here: `atom plan`
+reads this file.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.stage import Config
+from pipeline.stage import Config, added, operational
 
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
 """A size: above zero, and small enough for every index that Megatron keeps."""
+Precision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8"]
+"""What matrices are multiplied in. Weights of the optimizer, reductions, router, norms and losses are fp32 in all."""
+PositiveCount = Annotated[int, Field(gt=0, strict=True)]
+
+
+class Yarn(Config):
+    """YaRN (Peng et al., 2023, arXiv:2309.00071): slow rotary frequencies are divided by `factor`, fast ones are kept,
+    and attention is sharpened by 0.1 ln(factor) + 1 in queries and in keys."""
+
+    factor: float = Field(gt=1, description="new context by original_length")
+    original_length: PositiveInt = Field(description="context that the frequencies were trained for")
+    beta_fast: float = Field(32.0, gt=0, description="turns within original_length above which a frequency is kept")
+    beta_slow: float = Field(1.0, gt=0, description="turns within original_length below which it is divided")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Yarn:
+        if self.beta_slow >= self.beta_fast:
+            raise ValueError(f"beta_slow = {self.beta_slow} is not below beta_fast = {self.beta_fast}; use 1 and 32")
+        return self
+
+
+class Rope(Config):
+    """How a phase turns queries and keys, if not as the model section says."""
+
+    base: float | None = Field(None, gt=1, description="base of the rotary frequencies; null: as the phase before")
+    yarn: Yarn | None = Field(None, description="YaRN's scaling; null: none")
+
+
+class StatedParameters(Config):
+    """What the recipe's author says that the model has; a recipe that is wrong about itself is refused."""
+
+    total: PositiveCount
+    active: PositiveCount
 
 
 class ModelConfig(Config):
@@ -35,6 +69,18 @@ class ModelConfig(Config):
         1e-3, ge=0, description="weight of the load-balancing loss, summed over layers as Megatron-core defines it"
     )
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+    balance: Literal["batch", "sequence"] = added(
+        "batch", "over what aux_loss evens out the experts: the tokens of a micro-batch, or of each row"
+    )
+    bias_rate: float = added(
+        0.0, "auxiliary-loss-free balancing: what a step adds to or takes from an expert's bias; 0: none", ge=0
+    )
+    z_loss: float = added(0.0, "weight of the squared log-sum-exp of the router's logits (ST-MoE); 0: none", ge=0)
+    dense_layers: int = added(0, "first layers that have one SwiGLU instead of experts", ge=0)
+    dense_ffn_size: PositiveInt | None = added(None, "inner width of a dense layer's SwiGLU")
+    shared_expert_ffn_size: PositiveInt | None = added(None, "inner width of an expert that every token visits as well")
+    yarn: Yarn | None = added(None, "YaRN's scaling of the rotary frequencies")
+    stated_parameters: StatedParameters | None = operational(None, "total and active parameters, checked when loaded")
 
     @model_validator(mode="after")
     def _possible(self) -> ModelConfig:
@@ -54,7 +100,35 @@ class ModelConfig(Config):
                 f"experts_per_token = {self.experts_per_token} is more than experts = {self.experts}; "
                 f"nearest: experts_per_token {self.experts} or experts {self.experts_per_token}"
             )
+        if self.dense_layers >= self.layers:
+            raise ValueError(
+                f"dense_layers = {self.dense_layers} leaves no layer of {self.layers} with experts; "
+                f"use at most {self.layers - 1}"
+            )
+        if bool(self.dense_layers) != bool(self.dense_ffn_size):
+            raise ValueError(
+                f"dense_layers = {self.dense_layers} and dense_ffn_size = {self.dense_ffn_size} go together; set both "
+                "or neither"
+            )
         return self
+
+    def beyond_qwen3(self) -> str | None:
+        """What of the model transformers' Qwen3MoeForCausalLM cannot express, in one sentence; None: nothing."""
+        for field, value, what in (
+            ("bias_rate", self.bias_rate, "no bias of experts and no sigmoid scores"),
+            ("shared_expert_ffn_size", self.shared_expert_ffn_size, "no shared expert"),
+        ):
+            if value:
+                return (f"model.{field} = {value} cannot be exported: Qwen3MoeForCausalLM, which transformers, vLLM "
+                        f"and others load unchanged, has {what}; leave it out, or stop before the export")  # fmt: skip
+        return None
+
+    def with_rope(self, rope: Rope | None, context_length: int) -> ModelConfig:
+        """The same tensors with the rotary embedding of a phase, for rows of up to `context_length` tokens."""
+        changes: dict[str, object] = {"context_length": max(self.context_length, context_length)}
+        if rope is not None:
+            changes |= {"rope_base": rope.base or self.rope_base, "yarn": rope.yarn}
+        return self.model_copy(update=changes)
 
     def shapes(self, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
         """Every tensor's global name and full shape, in Megatron's own words and layout.
@@ -62,8 +136,13 @@ class ModelConfig(Config):
         `linear_qkv` holds, for each key/value head, its query heads, its key and its value; an expert's `linear_fc1`
         holds gate above up.
         """
-        hidden, head, ffn = self.hidden_size, self.head_dim, self.expert_ffn_size
+        hidden, head = self.hidden_size, self.head_dim
         out: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (padded_vocab_size, hidden)}
+
+        def swiglu(at: str, ffn: int) -> None:
+            out[at + "linear_fc1.weight"] = (2 * ffn, hidden)
+            out[at + "linear_fc2.weight"] = (hidden, ffn)
+
         for layer in range(self.layers):
             at = f"decoder.layers.{layer}."
             out[at + "input_layernorm.weight"] = (hidden,)
@@ -72,10 +151,16 @@ class ModelConfig(Config):
             out[at + "self_attention.k_layernorm.weight"] = (head,)
             out[at + "self_attention.linear_proj.weight"] = (hidden, self.heads * head)
             out[at + "pre_mlp_layernorm.weight"] = (hidden,)
+            if layer < self.dense_layers:
+                swiglu(at + "mlp.", self.dense_ffn_size or 0)
+                continue
             out[at + "mlp.router.weight"] = (self.experts, hidden)
+            if self.bias_rate:
+                out[at + "mlp.router.expert_bias"] = (self.experts,)
+            if self.shared_expert_ffn_size:
+                swiglu(at + "mlp.shared_experts.", self.shared_expert_ffn_size)
             for expert in range(self.experts):
-                out[at + f"mlp.experts.local_experts.{expert}.linear_fc1.weight"] = (2 * ffn, hidden)
-                out[at + f"mlp.experts.local_experts.{expert}.linear_fc2.weight"] = (hidden, ffn)
+                swiglu(at + f"mlp.experts.local_experts.{expert}.", self.expert_ffn_size)
         out["decoder.final_layernorm.weight"] = (hidden,)
         if not self.tie_embeddings:
             out["output_layer.weight"] = (padded_vocab_size, hidden)
@@ -83,16 +168,18 @@ class ModelConfig(Config):
 
     def parameters(self, padded_vocab_size: int) -> dict[str, int]:
         """Parameter counts in closed form: total, active (what one token uses), embedding (the input table)."""
-        embedding = padded_vocab_size * self.hidden_size
-        attention = 2 * self.hidden_size * self.head_dim * (self.heads + self.kv_heads)
-        norms = 2 * self.hidden_size + 2 * self.head_dim
-        router = self.hidden_size * self.experts
-        expert = 3 * self.hidden_size * self.expert_ffn_size
-        shared = embedding * (1 if self.tie_embeddings else 2) + self.hidden_size
-        layer = attention + norms + router
+        hidden, sparse = self.hidden_size, self.layers - self.dense_layers
+        embedding = padded_vocab_size * hidden
+        attention = 2 * hidden * self.head_dim * (self.heads + self.kv_heads)
+        layer = attention + 2 * hidden + 2 * self.head_dim
+        router = self.experts * (hidden + bool(self.bias_rate))
+        expert, always = 3 * hidden * self.expert_ffn_size, 3 * hidden * (self.shared_expert_ffn_size or 0)
+        dense = self.dense_layers * 3 * hidden * (self.dense_ffn_size or 0)
+        rest = embedding * (1 if self.tie_embeddings else 2) + hidden + self.layers * layer + dense
+        rest += sparse * (router + always)
         return {
-            "total": shared + self.layers * (layer + self.experts * expert),
-            "active": shared + self.layers * (layer + self.experts_per_token * expert),
+            "total": rest + sparse * self.experts * expert,
+            "active": rest + sparse * self.experts_per_token * expert,
             "embedding": embedding,
         }
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from pipeline.errors import AtomError
 from stages.model.config import ModelConfig
+from stages.model.rope import hf_rope
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -22,8 +24,16 @@ _SAME = {
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "mlp.router.weight": "mlp.gate.weight",
 }
+_ROUTER = ("mlp.router.weight", "mlp.gate.weight")
+
+
+def _swiglus(model: ModelConfig, layer: int) -> list[tuple[str, str]]:
+    """(Megatron's, Hugging Face's) prefixes of a layer's SwiGLUs: one in a dense layer, else one for each expert."""
+    a, b = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp."
+    if layer < model.dense_layers:
+        return [(a, b)]
+    return [(f"{a}experts.local_experts.{e}.", f"{b}experts.{e}.") for e in range(model.experts)]
 
 
 def to_hf(tensors: Tensors, model: ModelConfig, vocab_size: int) -> dict[str, torch.Tensor]:
@@ -47,8 +57,9 @@ def to_hf(tensors: Tensors, model: ModelConfig, vocab_size: int) -> dict[str, to
         out[b + "self_attn.q_proj.weight"] = qkv[:, :queries].reshape(-1, hidden)
         out[b + "self_attn.k_proj.weight"] = qkv[:, queries].reshape(-1, hidden)
         out[b + "self_attn.v_proj.weight"] = qkv[:, queries + 1].reshape(-1, hidden)
-        for expert in range(model.experts):
-            e, f = a + f"mlp.experts.local_experts.{expert}.", b + f"mlp.experts.{expert}."
+        if layer >= model.dense_layers:
+            out[b + _ROUTER[1]] = tensors[a + _ROUTER[0]]
+        for e, f in _swiglus(model, layer):
             gate, up = tensors[e + "linear_fc1.weight"].chunk(2, 0)
             out[f + "gate_proj.weight"], out[f + "up_proj.weight"] = gate, up
             out[f + "down_proj.weight"] = tensors[e + "linear_fc2.weight"]
@@ -76,8 +87,9 @@ def from_hf(tensors: Tensors, model: ModelConfig) -> dict[str, torch.Tensor]:
         k = rest.pop(b + "self_attn.k_proj.weight").reshape(groups, 1, dim, hidden)
         v = rest.pop(b + "self_attn.v_proj.weight").reshape(groups, 1, dim, hidden)
         out[a + "self_attention.linear_qkv.weight"] = torch.cat([q, k, v], 1).reshape(-1, hidden)
-        for expert in range(model.experts):
-            e, f = a + f"mlp.experts.local_experts.{expert}.", b + f"mlp.experts.{expert}."
+        if layer >= model.dense_layers:
+            out[a + _ROUTER[0]] = rest.pop(b + _ROUTER[1])
+        for e, f in _swiglus(model, layer):
             halves = [rest.pop(f + "gate_proj.weight"), rest.pop(f + "up_proj.weight")]
             out[e + "linear_fc1.weight"] = torch.cat(halves, 0)
             out[e + "linear_fc2.weight"] = rest.pop(f + "down_proj.weight")
@@ -89,8 +101,12 @@ def from_hf(tensors: Tensors, model: ModelConfig) -> dict[str, torch.Tensor]:
 def hf_config(model: ModelConfig, vocab_size: int, eos_token_id: int, pad_token_id: int, dtype: str) -> dict[str, Any]:
     """config.json of the exported model.
 
-    The rotary base stands twice: `rope_parameters` is read by transformers 5, `rope_theta` by everything older.
+    The rotary embedding stands twice: `rope_parameters` is read by transformers 5, `rope_theta` and `rope_scaling` by
+    everything older. Raises AtomError for what Qwen3MoeForCausalLM cannot express.
     """
+    if wrong := model.beyond_qwen3():
+        raise AtomError(wrong)
+    rope = hf_rope(model)
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -105,10 +121,10 @@ def hf_config(model: ModelConfig, vocab_size: int, eos_token_id: int, pad_token_
         "hidden_act": "silu",
         "hidden_size": model.hidden_size,
         "initializer_range": model.init_std,
-        "intermediate_size": model.expert_ffn_size * model.experts_per_token,  # of dense layers: there are none
+        "intermediate_size": model.dense_ffn_size or model.expert_ffn_size * model.experts_per_token,
         "max_position_embeddings": model.context_length,
         "max_window_layers": model.layers,
-        "mlp_only_layers": [],
+        "mlp_only_layers": list(range(model.dense_layers)),
         "moe_intermediate_size": model.expert_ffn_size,
         "norm_topk_prob": True,
         "num_attention_heads": model.heads,
@@ -119,11 +135,11 @@ def hf_config(model: ModelConfig, vocab_size: int, eos_token_id: int, pad_token_
         "output_router_logits": False,
         "pad_token_id": pad_token_id,
         "rms_norm_eps": model.norm_eps,
-        "rope_parameters": {"rope_theta": model.rope_base, "rope_type": "default"},
-        "rope_scaling": None,
+        "rope_parameters": rope,
+        "rope_scaling": None if model.yarn is None else {k: v for k, v in rope.items() if k != "rope_theta"},
         "rope_theta": model.rope_base,
         # Megatron divides its balance by experts_per_token and sums it over layers; Hugging Face does neither
-        "router_aux_loss_coef": model.aux_loss * model.layers / model.experts_per_token,
+        "router_aux_loss_coef": model.aux_loss * (model.layers - model.dense_layers) / model.experts_per_token,
         "sliding_window": None,
         "tie_word_embeddings": model.tie_embeddings,
         "use_cache": True,

@@ -15,10 +15,15 @@ from stages.model.config import ModelConfig
 
 
 def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> torch.Tensor:
-    """The whole initial fp32 tensor of that global name: ones for norms, otherwise normal with standard deviation
-    `init_std`, divided by sqrt(2 * layers) where a layer writes into the residual stream (GPT-2's scaling)."""
+    """The whole initial fp32 tensor of that global name.
+
+    Ones for norms, zeros for biases of experts, otherwise normal with standard deviation `init_std`, divided by
+    sqrt(2 * layers) where a layer writes into the residual stream (GPT-2's scaling).
+    """
     if name.endswith("layernorm.weight"):
         return torch.ones(shape)
+    if name.endswith("expert_bias"):
+        return torch.zeros(shape)
     std = model.init_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= math.sqrt(2 * model.layers)

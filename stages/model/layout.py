@@ -8,6 +8,7 @@ both grids cover the same ranks.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field
@@ -35,6 +36,9 @@ class Layout(Config):
     dispatcher: Literal["alltoall", "allgather"] = Field(
         default="alltoall", description="how tokens reach their experts"
     )
+    recompute: Literal["none", "layer"] = Field(
+        default="none", description="`layer` keeps each layer's input only and computes the rest again going backward"
+    )
     overlap_gradients: bool = Field(default=False, description="reduce gradients while the backward pass still runs")
 
     @property
@@ -54,16 +58,18 @@ class Layout(Config):
         return self.tensor * (2 * self.context if self.context > 1 else 1)
 
 
-def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_batches: int) -> str | None:
+def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_batches: Iterable[int]) -> str | None:
     """Why this model cannot be trained so, in one sentence that begins with a field of the section; None if it can.
 
-    micro_batches: of one optimizer step, over all ranks.
+    micro_batches: of one optimizer step, over all ranks; several if the batch grows.
     """
     for field, size, of, whole in (
         ("tensor", layout.tensor, "heads", model.heads),
         ("tensor", layout.tensor, "kv_heads", model.kv_heads),
         ("tensor", layout.tensor, "padded_vocab_size", padded_vocab_size),
         ("expert_tensor", layout.split_experts, "expert_ffn_size", model.expert_ffn_size),
+        ("tensor", layout.tensor, "dense_ffn_size", model.dense_ffn_size or 0),
+        ("tensor", layout.tensor, "shared_expert_ffn_size", model.shared_expert_ffn_size or 0),
         ("expert", layout.expert, "experts", model.experts),
     ):
         if whole % size:
@@ -83,16 +89,16 @@ def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_ba
         return (f"cluster.expert_tensor = {layout.split_experts} with tensor = {layout.tensor} and expert = 1 would "
                 f"train wrongly without an error: Megatron-core then sums no expert's gradient over the tensor ranks; "
                 f"leave expert_tensor out, or set expert to {layout.tensor}")  # fmt: skip
-    if micro_batches % layout.data:
-        return (f"cluster.ranks = {layout.ranks} makes {layout.data} data-parallel ranks, which cannot share the "
-                f"{micro_batches} micro-batches of a step evenly; use a number that divides them, "
-                f"or other batch.micro_tokens")  # fmt: skip
-    if layout.virtual_pipeline > 1:
-        if layout.pipeline == 1:
-            return (f"cluster.virtual_pipeline = {layout.virtual_pipeline} interleaves pipeline ranks, "
-                    f"and pipeline = 1 has none; leave it out")  # fmt: skip
-        each = micro_batches // layout.data
-        if each % layout.pipeline:
+    if layout.virtual_pipeline > 1 and layout.pipeline == 1:
+        return (f"cluster.virtual_pipeline = {layout.virtual_pipeline} interleaves pipeline ranks, "
+                f"and pipeline = 1 has none; leave it out")  # fmt: skip
+    for count in micro_batches:
+        if count % layout.data:
+            return (f"cluster.ranks = {layout.ranks} makes {layout.data} data-parallel ranks, which cannot share the "
+                    f"{count} micro-batches of a step evenly; use a number that divides them, "
+                    f"or other batch.micro_tokens")  # fmt: skip
+        each = count // layout.data
+        if layout.virtual_pipeline > 1 and each % layout.pipeline:
             return (f"cluster.virtual_pipeline = {layout.virtual_pipeline} needs a multiple of pipeline = "
                     f"{layout.pipeline} micro-batches on each data-parallel rank, not {each}; "
                     f"change batch.micro_tokens or ranks")  # fmt: skip

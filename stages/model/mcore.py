@@ -21,18 +21,22 @@ from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.transformer.module import MegatronModule  # noqa: E402
+from megatron.core.transformer.module import Float16Module, MegatronModule  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
 
 __all__ = [
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
+    "Float16Module",
     "GPTModel",
     "IndexedDataset",
     "IndexedDatasetBuilder",
     "MegatronModule",
     "OptimizerConfig",
+    "TopKRouter",
     "TransformerBlockSubmodules",
     "TransformerConfig",
     "finalize_model_grads",
@@ -41,6 +45,7 @@ __all__ = [
     "get_gpt_layer_with_transformer_engine_spec",
     "get_megatron_optimizer",
     "get_num_layers_to_build",
+    "get_transformer_layer_offset",
     "parallel_state",
     "tensor_parallel",
 ]

@@ -18,6 +18,9 @@ _FUSED = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 
+BUFFERS = (".expert_bias",)
+"""Endings of the names of what training changes without a gradient: the optimizer has no moments of them."""
+
 
 def global_name(local: str, first_layer: int = 0, first_expert: int = 0) -> str:
     """The global name of a parameter of this rank's model.

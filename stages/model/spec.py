@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from stages.model.heads import SelfAttention
+from stages.model.heads import SelfAttention, context_positions
 from stages.model.mcore import (
     MegatronModule,
     TransformerBlockSubmodules,
@@ -17,6 +17,7 @@ from stages.model.mcore import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
     get_num_layers_to_build,
+    get_transformer_layer_offset,
     parallel_state,
 )
 
@@ -26,25 +27,42 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def layer_spec(config: TransformerConfig, virtual_stage: int | None = None) -> Any:
-    """The layer specification that GPTModel is built from, for one virtual pipeline stage of this rank."""
-    if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
-        )
-    spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm"
-    )
-    if config.expert_model_parallel_size * config.expert_tensor_parallel_size == 1:
+def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, packed: bool = False) -> Any:
+    """The layers that GPTModel is built from, for one virtual pipeline stage of this rank.
+
+    packed: attention must tell the documents of a row apart; ours does, also between Transformer Engine's matrices.
+    """
+    engine = has_transformer_engine()
+    if not engine and config.expert_model_parallel_size * config.expert_tensor_parallel_size == 1:
         # nobody to exchange tokens with: this dispatcher then sorts them once, where "alltoall" copies them twice more
         config.moe_token_dispatcher_type = "allgather"
-    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
-    layer.self_attention.module = SelfAttention
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
-    attention.core_attention = Attention
-    layers = [spec] * get_num_layers_to_build(config, vp_stage=virtual_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+    def layer(experts: int | None) -> Any:
+        if engine:
+            spec = get_gpt_layer_with_transformer_engine_spec(
+                num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
+            )
+        else:
+            spec = get_gpt_layer_local_spec(
+                num_experts=experts, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm"
+            )
+            inner = spec.submodules.self_attention.submodules
+            spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+            inner.q_layernorm = inner.k_layernorm = RMSNorm
+        if packed or not engine:
+            spec.submodules.self_attention.module = SelfAttention
+            spec.submodules.self_attention.submodules.core_attention = Attention
+        return spec
+
+    first = get_transformer_layer_offset(config, vp_stage=virtual_stage)
+    kinds = config.moe_layer_freq[first : first + get_num_layers_to_build(config, vp_stage=virtual_stage)]
+    specs = {kind: layer(config.num_moe_experts if kind else None) for kind in set(kinds)}
+    norm: Any = RMSNorm
+    if engine:
+        from megatron.core.extensions import transformer_engine
+
+        norm = transformer_engine.TENorm
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=norm)
 
 
 class RMSNorm(torch.nn.RMSNorm):  # type: ignore[misc]
@@ -61,14 +79,17 @@ class Attention(MegatronModule):  # type: ignore[misc]
 
     Rows are padded on the right, so causality alone keeps padding out of every real position. Under context
     parallelism a rank has slices r and 2C-1-r of the 2C slices of each row, which evens out the work of causal
-    attention; it gathers the keys and values of the others.
+    attention; it gathers the keys and values of the others. Where rows are packed, what Megatron hands through as the
+    attention mask tells for each position of a row where its document begins: int64 [batch, whole row].
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
         self.scale, self.context = softmax_scale, config.context_parallel_size
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor | None = None, *_: Any, **__: Any
+    ) -> torch.Tensor:
         """q: [sequence, batch, heads, dim]; k, v: [sequence, batch, kv_heads, dim] -> [sequence, batch, heads*dim].
 
         `sequence` is this rank's share of the row.
@@ -79,7 +100,7 @@ class Attention(MegatronModule):  # type: ignore[misc]
         else:
             here = torch.arange(q.shape[0])
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        out = causal_attention(q, k, v, here, self.scale)
+        out = causal_attention(q, k, v, here, self.scale, starts=None if starts is None else starts[:, here])
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -88,29 +109,31 @@ SLICE = 128
 
 
 def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, here: torch.Tensor, scale: float | None, slice_: int = SLICE
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, here: torch.Tensor, scale: float | None, slice_: int = SLICE,
+    starts: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Attention of the queries at the positions `here` to the keys up to there; q: [batch, heads, len(here), dim].
 
-    A slice of queries sees no keys beyond its last position. The CPU's kernel computes masked scores as well, so that
-    spares almost half of the work of long rows.
+    starts: [batch, len(here)], the first key that each query sees; None: position 0.
+    A slice of queries sees no keys beyond its last position, nor before the first document that it is part of. The
+    CPU's kernel computes masked scores as well, so that spares almost half of the work of long rows.
     """
     out = []
-    for queries, at in zip(q.split(slice_, 2), here.split(slice_), strict=True):
-        keys = int(at.max()) + 1
-        square = keys == len(at)
-        mask = None if square else (at[:, None] >= torch.arange(keys)).to(q.device)
+    begins = starts.split(slice_, 1) if starts is not None else [None] * len(here.split(slice_))
+    for queries, at, begin in zip(q.split(slice_, 2), here.split(slice_), begins, strict=True):
+        first, keys = 0 if begin is None else int(begin.min()), int(at.max()) + 1
+        square = begin is None and keys == len(at)
+        mask = None
+        if not square:
+            key = torch.arange(first, keys)
+            mask = (at[:, None] >= key).to(q.device)
+            if begin is not None:
+                mask = (mask & (begin[:, :, None] <= key.to(q.device)))[:, None]
         out.append(F.scaled_dot_product_attention(
-            queries, k[:, :, :keys], v[:, :, :keys], attn_mask=mask, is_causal=square, scale=scale, enable_gqa=True
+            queries, k[:, :, first:keys], v[:, :, first:keys], attn_mask=mask, is_causal=square, scale=scale,
+            enable_gqa=True,
         ))  # fmt: skip
     return out[0] if len(out) == 1 else torch.cat(out, 2)
-
-
-def context_positions(length: int) -> torch.Tensor:
-    """The positions of a row of `length` tokens that this context rank holds, in the order in which it holds them."""
-    rank = parallel_state.get_context_parallel_rank()
-    slices = torch.arange(length).chunk(2 * parallel_state.get_context_parallel_world_size())
-    return torch.cat([slices[rank], slices[-1 - rank]])
 
 
 class GatherSlices(torch.autograd.Function):  # type: ignore[misc]

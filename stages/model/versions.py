@@ -28,16 +28,32 @@ def after_import() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    _count_without_padding()
 
 
-def balance_losses() -> list[torch.Tensor]:
-    """This rank's load-balancing losses by layer, summed since they were last set to zero; 0.17 moved them into an
-    object."""
+def _count_without_padding() -> None:
+    """All: the router that keeps biases of its experts counts their tokens under a padding mask of another shape,
+    which fails (or, with as many tokens as experts, counts wrongly)."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    count = TopKRouter._apply_expert_bias
+
+    def apply_expert_bias(self: Any, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+        if padding_mask is not None:
+            routing_map = routing_map & ~padding_mask.unsqueeze(-1)
+        count(self, routing_map)
+
+    TopKRouter._apply_expert_bias = apply_expert_bias
+
+
+def side_losses() -> dict[str, torch.Tensor]:
+    """This rank's losses of the routers by name ("load_balancing_loss", "z_loss", ...) and layer, summed since they
+    were last set to zero; 0.17 moved them into an object."""
     from megatron.core.transformer.moe import moe_utils
 
     if hasattr(moe_utils, "get_moe_metrics_tracker"):
-        return [entry.values for entry in moe_utils.get_moe_metrics_tracker().metrics.values()]
-    return [entry["values"] for entry in moe_utils.get_moe_layer_wise_logging_tracker().values()]
+        return {name: entry.values for name, entry in moe_utils.get_moe_metrics_tracker().metrics.items()}
+    return {name: entry["values"] for name, entry in moe_utils.get_moe_layer_wise_logging_tracker().items()}
 
 
 def forget_balance() -> None:

@@ -39,9 +39,12 @@ POLL = 0.02
 class Checkpoints:
     """The work checkpoints of one attempt. Methods are collective but for `failed`."""
 
-    def __init__(self, work: Path, keep: int, engine: Engine, report: Report, lease: int | None = None) -> None:
+    def __init__(
+        self, work: Path, keep: int, engine: Engine, report: Report, lease: int | None = None, back: int = 0
+    ) -> None:
         """lease: the number of this attempt among those that were allowed to write, if somebody keeps count; else it is
-        taken for the latest."""
+        taken for the latest. back: steps that `rewind` may be asked to go back from the next one."""
+        self.back = back
         self.work, self.keep, self.engine, self.report = work, keep, engine, report
         self.ranks = ranks = engine.ranks
         latest = max((int(p.name[8:]) for p in _attempts(work)), default=0)
@@ -141,7 +144,7 @@ class Checkpoints:
         """Makes a release checkpoint of a complete work checkpoint, from its files."""
         made = self.folder / "sealed" / sealed.name_of(step)
         marker = read_marker(folder)
-        source, state = Pieces(folder, marker["files"]), marker["state"]
+        source, state = Pieces(folder, marker["files"]), {k: v for k, v in marker["state"].items() if k != PENDING}
         moments = MOMENTS if source.has(MOMENTS[0]) else ()
         self._require_present()
         sealed.write(made, self.engine.shapes, moments, source.full, state)
@@ -161,8 +164,12 @@ class Checkpoints:
         self._require_present()
         known = [f for f in _checkpoints(self.work) if f.parent.parent <= self.folder]
         complete = [f for f in known if (f / MARKER).exists()]
-        for old in complete[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        kept = complete[-self.keep :]
+        if self.back:  # and the one that a spike at the next step would go back to
+            kept += [f for f in complete if _step(f) <= _step(complete[-1]) + 1 - self.back][-1:]
+        for old in complete:
+            if old not in kept:
+                shutil.rmtree(old, ignore_errors=True)
         for folder in known:
             if folder.parent.parent < self.folder and folder not in complete:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -186,7 +193,8 @@ class Checkpoints:
             found = next(filter(None, self.ranks.gather(self._problem(folder))), None)
             if found is None:
                 marker = read_marker(folder)
-                self.engine.load_state(Pieces(folder, marker["files"]).read, marker["step"])
+                done = int(marker["state"]["optimizer_step"])
+                self.engine.load_state(Pieces(folder, marker["files"]).read, done)
                 if self.ranks.first:
                     self._take_over(folder, marker, due)
                 self.ranks.barrier()
@@ -201,6 +209,32 @@ class Checkpoints:
                 f"remove {self.work} to start this stage anew"
             )
         return None
+
+    def rewind(self, step: int) -> dict[str, Any]:
+        """Loads the newest usable checkpoint of this step or an earlier one into the engine, and takes the log back to
+        there. Release checkpoints stay: they are made again with the same bytes. Returns the state saved with it.
+
+        Raises AtomError if there is none.
+        """
+        self.wait()
+        names = [f.relative_to(self.work).as_posix() for f in reversed(_checkpoints(self.work)) if _step(f) <= step]
+        for name in self.ranks.from_first(names):
+            folder = self.work / name
+            if any(self.ranks.gather(self._problem(folder))):
+                continue
+            marker = read_marker(folder)
+            state: dict[str, Any] = marker["state"]
+            self.engine.load_state(Pieces(folder, marker["files"]).read, int(state["optimizer_step"]))
+            if self.ranks.first:
+                self._require_present()
+                os.truncate(self.folder / "training.jsonl", marker["product"]["training.jsonl"][0])
+                for newer in _checkpoints(self.work):
+                    if newer.parent.parent <= self.folder and _step(newer) > state["step"]:
+                        shutil.rmtree(newer, ignore_errors=True)
+            self.ranks.barrier()
+            return state
+        raise AtomError(f"no work checkpoint of step {step} or before is left in {self.work} to go back to; raise "
+                        f"work_checkpoints_kept")  # fmt: skip
 
     def _problem(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint or with the product it goes on from; each rank looks at its share of it."""
@@ -263,6 +297,12 @@ def read_marker(folder: Path) -> dict[str, Any]:
     return rest
 
 
+def _step(folder: Path) -> int:
+    return int(folder.name[5:])
+
+
+PENDING = "spikes_pending"
+"""Of the state of a work checkpoint alone: spikes whose steps are still to be passed again."""
 INCOMPLETE = "never completed"
 SUCCEEDED = "a later attempt has taken over from this one, which stops without harm to it"
 

@@ -1,14 +1,24 @@
-"""The `pretrain` and `midtrain` sections of a recipe, and the config of the stages that run them."""
+"""The training sections of a recipe (`pretrain`, `midtrain`, `long_context`), and the config of the stages that run
+them."""
 
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
 from pipeline.stage import Config, added, operational
-from stages.model.config import ModelConfig, PositiveInt
+from stages.data.packing import LongDocuments
+from stages.model.config import ModelConfig, PositiveInt, Precision, Rope
 from stages.model.layout import Layout, problem
+
+
+class RampStep(Config):
+    """A smaller batch at the beginning of a phase."""
+
+    until_step: PositiveInt = Field(description="the last step with this batch")
+    global_tokens: PositiveInt
 
 
 class Batch(Config):
@@ -16,11 +26,31 @@ class Batch(Config):
 
     global_tokens: PositiveInt = Field(description="token slots of one optimizer step, over all ranks")
     micro_tokens: PositiveInt = Field(description="token slots of one forward and backward on one rank")
+    ramp: tuple[RampStep, ...] = added((), "smaller batches before global_tokens is reached, in order")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Batch:
+        steps, sizes = [0], [0]
+        for number, part in enumerate(self.ramp):
+            if part.until_step <= steps[-1]:
+                raise ValueError(f"ramp.{number}.until_step = {part.until_step} is not after the one before; sort them")
+            if not sizes[-1] < part.global_tokens < self.global_tokens:
+                raise ValueError(
+                    f"ramp.{number}.global_tokens = {part.global_tokens} does not lie between the batch before it and "
+                    f"batch.global_tokens = {self.global_tokens}; a ramp only grows"
+                )
+            steps.append(part.until_step)
+            sizes.append(part.global_tokens)
+        return self
 
 
 class Optimizer(Config):
-    """AdamW under linear warm-up from zero to `lr` and cosine decay to `final_lr` at the last step."""
+    """AdamW under linear warm-up from zero to `lr`, then one of two ways down to `final_lr` at the last step: a cosine
+    (Loshchilov and Hutter, 2017), or warm-up-stable-decay, which holds `lr` and comes down in the last `decay_steps` by
+    1 - sqrt (Hägele et al., 2024)."""
 
+    schedule: Literal["cosine", "wsd"] = added("cosine", "cosine, or wsd: warm-up, stable, decay")
+    decay_steps: PositiveInt | None = added(None, "last steps of a wsd schedule, in which the rate comes down")
     lr: float = Field(gt=0, description="peak learning rate")
     final_lr: float = Field(ge=0, description="learning rate of the last step")
     warmup_steps: NonNegativeInt = Field(description="steps of linear warm-up")
@@ -33,6 +63,11 @@ class Optimizer(Config):
     def _possible(self) -> Optimizer:
         if self.final_lr > self.lr:
             raise ValueError(f"final_lr = {self.final_lr} is above lr = {self.lr}; the rate only decays after warm-up")
+        if (self.schedule == "wsd") != (self.decay_steps is not None):
+            raise ValueError(
+                f"decay_steps = {self.decay_steps} with schedule = {self.schedule}: a wsd schedule needs it, and no "
+                "other has it"
+            )
         return self
 
 
@@ -43,15 +78,40 @@ class Heldout(Config):
     rows: PositiveInt
 
 
+class Spikes(Config):
+    """What is done about a batch after which the loss or the gradients leap, before any weight moves.
+
+    A loss counts as one above median + loss_sigmas standard deviations (1.4826 x the median absolute deviation, at
+    least 1 % of the median) of the last `window` accepted ones; a gradient norm above norm_factor x their median; what
+    is not a number always. Nothing else is judged before `window` steps were accepted.
+    """
+
+    action: Literal["skip", "rewind", "stop"] = Field(
+        description="skip: the step moves nothing; rewind: as skip, and the steps before it are taken back and trained "
+        "again without the last rewind_steps batches; stop: the phase ends with the facts"
+    )
+    loss_sigmas: float = Field(6.0, gt=0)
+    norm_factor: float = Field(10.0, gt=1)
+    window: PositiveInt = Field(64, ge=4, description="accepted steps that are looked back on")
+    rewind_steps: PositiveInt = Field(1, description="batches up to the spike's own that a rewind leaves out")
+    at_most: PositiveInt = Field(16, description="spikes after which the phase stops")
+
+
 class PhaseConfig(Config):
     """One training phase: which text in which shares, how long, how fast."""
 
-    mix: dict[str, float] = Field(min_length=1, description="share of rows by source")
+    mix: dict[str, float] = Field(min_length=1, description="share of rows by source; of tokens where rows are packed")
     sequence_length: PositiveInt = Field(description="tokens predicted in one row")
     batch: Batch
     steps: PositiveInt
     optimizer: Optimizer
     heldout: Heldout
+    precision: Precision = added("fp32", "what matrices are multiplied in")
+    rope: Rope | None = added(None, "rotary embedding from this phase on, if another than before")
+    pack: bool = added(False, "several documents in a row, each seeing itself alone and counting from position 0")
+    long_documents: LongDocuments | None = added(None, "up-weights long documents; needs pack")
+    spikes: Spikes | None = added(None, "what is done about a leaping loss; null: only what is no number stops")
+    excluded_steps: tuple[PositiveInt, ...] = added((), "steps whose batch is left out, since it was found to be bad")
     continue_from: str | None = added(
         None, "a release checkpoint of an earlier run, such as pretrain@1200: only the steps after it are trained"
     )
@@ -64,11 +124,17 @@ class PhaseConfig(Config):
     @model_validator(mode="after")
     def _possible(self) -> PhaseConfig:
         length, batch = self.sequence_length, self.batch
-        for name, value, unit, called in (
-            ("global_tokens", batch.global_tokens, length, "sequence_length"),
-            ("micro_tokens", batch.micro_tokens, length, "sequence_length"),
-            ("global_tokens", batch.global_tokens, batch.micro_tokens, "batch.micro_tokens"),
-        ):
+        sizes = [("global_tokens", batch.global_tokens, length, "sequence_length")]
+        sizes += [("micro_tokens", batch.micro_tokens, length, "sequence_length")]
+        sizes += [("global_tokens", batch.global_tokens, batch.micro_tokens, "batch.micro_tokens")]
+        for number, part in enumerate(batch.ramp):
+            sizes += [(f"ramp.{number}.global_tokens", part.global_tokens, batch.micro_tokens, "batch.micro_tokens")]
+            if part.until_step >= self.steps:
+                raise ValueError(
+                    f"batch.ramp.{number}.until_step = {part.until_step} leaves no step with the full batch; "
+                    f"use less than steps = {self.steps}"
+                )
+        for name, value, unit, called in sizes:
             if value % unit:
                 near = _multiples(value, unit)
                 raise ValueError(f"batch.{name} = {value} is not a multiple of {called} {unit}; nearest: {near}")
@@ -76,6 +142,18 @@ class PhaseConfig(Config):
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of steps = {self.steps} to "
                 f"train at the full rate; use at most {self.steps - 1}"
+            )
+        decay = self.optimizer.decay_steps or 0
+        if self.optimizer.warmup_steps + decay > self.steps:
+            raise ValueError(
+                f"optimizer.decay_steps = {decay} and warmup_steps = {self.optimizer.warmup_steps} are more than "
+                f"steps = {self.steps}; use at most {self.steps - self.optimizer.warmup_steps}"
+            )
+        if self.long_documents and not self.pack:
+            raise ValueError("long_documents = … weighs chunks by their tokens, which only packed rows do; set pack")
+        if self.excluded_steps and max(self.excluded_steps) > self.steps:
+            raise ValueError(
+                f"excluded_steps = {list(self.excluded_steps)} goes beyond steps = {self.steps}; leave later ones out"
             )
         if self.continue_from and not re.fullmatch(r"[a-z][a-z0-9-]*@[1-9][0-9]{0,11}", self.continue_from):
             raise ValueError(f"continue_from = {self.continue_from} is no checkpoint; write it as in pretrain@1200")
@@ -94,19 +172,33 @@ class PhaseConfig(Config):
         """The first step that is trained; 1 unless the phase goes on from a checkpoint."""
         return int(self.continue_from.rsplit("@")[1]) + 1 if self.continue_from else 1
 
+    def rows_of(self, step: int) -> int:
+        """Rows of an optimizer step, over all ranks."""
+        sizes = [part.global_tokens for part in self.batch.ramp if step <= part.until_step]
+        return (sizes[0] if sizes else self.batch.global_tokens) // self.sequence_length
+
     @property
-    def rows(self) -> int:
-        """Rows of one optimizer step, over all ranks."""
-        return self.batch.global_tokens // self.sequence_length
+    def row_ramp(self) -> list[tuple[int, int]]:
+        """(last step, rows of each step) of the smaller batches at the beginning."""
+        return [(part.until_step, part.global_tokens // self.sequence_length) for part in self.batch.ramp]
+
+    def tokens(self, first: int = 1) -> int:
+        """Token slots of the steps from `first` to the last."""
+        total, done = 0, first - 1
+        for last, rows in [*self.row_ramp, (self.steps, self.rows_of(self.steps))]:
+            total += max(0, last - done) * rows * self.sequence_length
+            done = max(done, last)
+        return total
 
     @property
     def micro_rows(self) -> int:
         return self.batch.micro_tokens // self.sequence_length
 
     @property
-    def micro_batches(self) -> int:
-        """Micro-batches of one optimizer step, over all ranks."""
-        return self.batch.global_tokens // self.batch.micro_tokens
+    def micro_batches(self) -> list[int]:
+        """Micro-batches of one optimizer step, over all ranks: as the batch grows."""
+        sizes = [*(part.global_tokens for part in self.batch.ramp), self.batch.global_tokens]
+        return [size // self.batch.micro_tokens for size in sizes]
 
 
 class TrainConfig(Config):
@@ -127,6 +219,12 @@ class TrainConfig(Config):
         wrong = problem(self.phase.cluster, self.model, self.padded_vocab_size, self.phase.micro_batches)
         if wrong:
             raise ValueError(wrong)
+        stated, counts = self.model.stated_parameters, self.model.parameters(self.padded_vocab_size)
+        if stated and (stated.total, stated.active) != (counts["total"], counts["active"]):
+            raise ValueError(
+                f"model.stated_parameters = {stated.total} in all, {stated.active} active, but the model has "
+                f"{counts['total']} and {counts['active']}; correct one or the other"
+            )
         return self
 
 

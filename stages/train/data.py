@@ -1,9 +1,10 @@
 """Training rows by step: the order artifact says which tokens, the shards hold them. Nothing is shuffled here, so the
 position in the data is the step and nothing else, whatever the number of ranks.
 
-A row is one document, or one chunk of one, of at most sequence_length + 1 tokens: its tokens but the last are the
-inputs, its tokens but the first the targets. Rows are padded on the right to the longest row of their step, which
-every rank knows from the order alone.
+A segment is one document, or one chunk of one, of at most sequence_length + 1 tokens: its tokens but the last are the
+inputs, its tokens but the first the targets. A row is one segment, or several side by side where a phase packs them;
+each then sees itself alone. Rows are padded on the right to the longest row of their step, which every rank knows from
+the order alone.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import json
 import math
 import threading
 import time
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -35,8 +37,8 @@ ALIGN = 8  # rows are padded to a multiple of this many tokens
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of a batch: where its tokens stand. `loss_from` targets at its start carry no loss."""
+class Segment:
+    """Where the tokens of a document or chunk stand. `loss_from` targets at its start carry no loss."""
 
     source: str
     id: str
@@ -52,14 +54,32 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Row:
+    """One row of a batch, its segments from left to right."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def slots(self) -> int:
+        """Inputs, which are as many as targets."""
+        return sum(segment.length - 1 for segment in self.segments)
+
+    @property
+    def targets(self) -> int:
+        return sum(segment.targets for segment in self.segments)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows of one micro-batch, each [rows, width]; `loss_mask` is 1 where a target carries loss, `padding` is True
-    where an input is padding (Megatron's router leaves those out of its balance)."""
+    where an input is padding (Megatron's router leaves those out of its balance). `starts`, where rows are packed: the
+    position at which the segment of each position begins; padding is a segment of its own."""
 
     ids: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
     padding: torch.Tensor
+    starts: torch.Tensor | None = None
 
 
 class Shards:
@@ -84,28 +104,33 @@ class Shards:
             self.sets[name] = IndexedDataset(str(prefix), mmap=True)
         return self.sets[name]
 
-    def read(self, row: Row) -> np.ndarray:
-        dataset = self.source(row.source)
-        if row.ordinal >= len(dataset) or row.offset + row.length > dataset.sequence_lengths[row.ordinal]:
-            raise AtomError(f"the data order asks for tokens {row.offset} to {row.offset + row.length} of document "
-                            f"{row.id}, which shard {self.split}/{row.source} does not hold; remove both artifacts "
-                            f"and run again")  # fmt: skip
-        return np.asarray(dataset.get(row.ordinal, offset=row.offset, length=row.length))
+    def read(self, segment: Segment) -> np.ndarray:
+        dataset, end = self.source(segment.source), segment.offset + segment.length
+        if segment.ordinal >= len(dataset) or end > dataset.sequence_lengths[segment.ordinal]:
+            raise AtomError(f"the data order asks for tokens {segment.offset} to {end} of document {segment.id}, which "
+                            f"shard {self.split}/{segment.source} does not hold; remove both artifacts and run "
+                            f"again")  # fmt: skip
+        return np.asarray(dataset.get(segment.ordinal, offset=segment.offset, length=segment.length))
 
-    def batch(self, rows: Sequence[Row | None], width: int) -> Batch:
+    def batch(self, rows: Sequence[Row | None], width: int, packed: bool = False) -> Batch:
         """Reads rows and pads them to `width` tokens; None is a row of nothing but padding."""
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         labels = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=np.float32)
         padding = np.ones((len(rows), width), dtype=bool)
+        starts = np.zeros((len(rows), width), dtype=np.int64)
         for i, row in enumerate(rows):
-            if row is None:
-                continue
-            tokens, n = self.read(row), row.length - 1
-            ids[i, :n], labels[i, :n] = tokens[:-1], tokens[1:]
-            mask[i, row.loss_from : n] = 1
-            padding[i, :n] = False
-        return Batch(*(torch.from_numpy(x) for x in (ids, labels, mask, padding)))
+            at = 0
+            for segment in row.segments if row is not None else ():
+                tokens, end = self.read(segment), at + segment.length - 1
+                ids[i, at:end], labels[i, at:end] = tokens[:-1], tokens[1:]
+                mask[i, at + segment.loss_from : end] = 1
+                padding[i, at:end] = False
+                starts[i, at:end] = at
+                at = end
+            starts[i, at:] = at
+        whole = (ids, labels, mask, padding, starts) if packed else (ids, labels, mask, padding)
+        return Batch(*(torch.from_numpy(x) for x in whole))
 
 
 @dataclass(frozen=True)
@@ -117,7 +142,7 @@ class Share:
     targets: int  # of all ranks
 
     @classmethod
-    def read(cls, rows: Sequence[Row], shards: Shards, micro_rows: int, ranks: Ranks) -> Share:
+    def read(cls, rows: Sequence[Row], shards: Shards, micro_rows: int, ranks: Ranks, packed: bool = False) -> Share:
         """Cuts rows into micro-batches of `micro_rows` and deals them to the data-parallel ranks in runs, so that the
         micro-batches are the same in every layout. What does not fill up evenly (only evaluation) is filled with
         padding. Tensor, pipeline and context ranks read the rows of their data-parallel rank."""
@@ -126,11 +151,11 @@ class Share:
         if layout.virtual_pipeline > 1:  # the interleaved schedule takes micro-batches by groups
             each = -(-each // layout.pipeline) * layout.pipeline
         unit = math.lcm(ALIGN, layout.width_unit)
-        width = -(-max(row.length - 1 for row in rows) // unit) * unit
+        width = -(-max(row.slots for row in rows) // unit) * unit
         first = ranks.data_rank * each * micro_rows
         own: list[Row | None] = list(rows[first : first + each * micro_rows])
         own += [None] * (each * micro_rows - len(own))
-        micro = [shards.batch(own[i : i + micro_rows], width) for i in range(0, len(own), micro_rows)]
+        micro = [shards.batch(own[i : i + micro_rows], width, packed) for i in range(0, len(own), micro_rows)]
         return cls(micro, width, sum(row.targets for row in rows))
 
 
@@ -140,8 +165,8 @@ class Feed:
     The position is the step alone: nothing is kept that a checkpoint would have to hold.
     """
 
-    def __init__(self, order: Order, shards: Shards, micro_rows: int, ranks: Ranks) -> None:
-        self.order, self.shards, self.micro_rows, self.ranks = order, shards, micro_rows, ranks
+    def __init__(self, order: Order, shards: Shards, phase: PhaseConfig, ranks: Ranks) -> None:
+        self.order, self.shards, self.phase, self.ranks = order, shards, phase, ranks
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self.ahead: dict[int, Future[tuple[list[Row], Share]]] = {}
         self.waited = 0.0
@@ -162,7 +187,7 @@ class Feed:
 
     def _read(self, step: int) -> tuple[list[Row], Share]:
         rows = self.order.rows(step)
-        return rows, Share.read(rows, self.shards, self.micro_rows, self.ranks)
+        return rows, Share.read(rows, self.shards, self.phase.micro_rows, self.ranks, self.phase.pack)
 
 
 class Order:
@@ -171,70 +196,85 @@ class Order:
     Of the table only the part around the present step is in memory, however long the phase is. Threads may share it.
     """
 
-    COLUMNS: ClassVar = ["step", "source", "id", "ordinal", "offset", "length", "loss_from"]
+    COLUMNS: ClassVar = ["step", "row", "source", "id", "ordinal", "offset", "length", "loss_from"]
 
     def __init__(self, order: Artifact, phase: PhaseConfig) -> None:
         meta = json.loads((order / "meta.json").read_text())
-        for name, value in (("steps", phase.steps), ("rows", phase.rows), ("sequence_length", phase.sequence_length)):
-            if meta[name] != value:
-                raise AtomError(f"order artifact {order.key} was made for {name} = {meta[name]}, not {value}")
-        self.meta, self.key, self.each = meta, order.key, phase.rows
+        wanted: dict[str, Any] = {
+            "steps": phase.steps,
+            "rows": phase.rows_of(phase.steps),
+            "sequence_length": phase.sequence_length,
+        }
+        wanted |= {"ramp": [list(part) for part in phase.row_ramp], "pack": phase.pack}
+        for name, value in wanted.items():
+            if meta.get(name, {"ramp": [], "pack": False}.get(name)) != value:
+                raise AtomError(f"order artifact {order.key} was made for {name} = {meta.get(name)}, not {value}")
+        self.meta, self.key, self.phase = meta, order.key, phase
         self.first, self.last = int(meta.get("first_step", 1)), phase.steps
         self.file = pq.ParquetFile(order / "order.parquet")
-        groups = [self.file.metadata.row_group(i) for i in range(self.file.num_row_groups)]
-        self.ends = np.cumsum([group.num_rows for group in groups])
-        if self.file.metadata.num_rows != self.each * (self.last + 1 - self.first):
+        step = self.file.schema_arrow.get_field_index("step")
+        groups = [self.file.metadata.row_group(i).column(step).statistics for i in range(self.file.num_row_groups)]
+        self.spans = [(group.min, group.max) for group in groups]
+        """First and last step of each row group."""
+        if not phase.pack and self.file.metadata.num_rows != phase.tokens(self.first) // phase.sequence_length:
             raise self._uneven()
-        segment = self.file.schema_arrow.get_field_index("segment")
-        if any(group.column(segment).statistics.max > 0 for group in groups):
-            raise AtomError(f"order artifact {order.key} packs several documents into a row, which is not supported")
         self.lock = threading.Lock()
         self.empty = self.file.schema_arrow.empty_table().select(self.COLUMNS)
         self.group: tuple[int, pa.Table] = (-1, self.empty)
-        self.counted: tuple[int, Counter[str]] = (0, Counter())  # rows before this group, by source
+        self.counted: tuple[int, Counter[str]] = (0, Counter())  # segments of the groups before this one, by source
 
     def rows(self, step: int) -> list[Row]:
-        """step: first .. last. Raises AtomError if the table does not hold as many rows for each step as it should."""
-        table = self._between((step - self.first) * self.each, (step + 1 - self.first) * self.each)
-        part = table.to_pylist()
-        if {row["step"] for row in part} != {step}:
+        """step: first .. last. Raises AtomError if the table does not hold the rows of a step that it should."""
+        part = self._between(step, step).to_pylist()
+        rows: dict[int, list[Segment]] = {}
+        for r in part:
+            segment = Segment(r["source"], r["id"], r["ordinal"], r["offset"], r["length"], r["loss_from"])
+            rows.setdefault(r["row"], []).append(segment)
+        if list(rows) != list(range(self.phase.rows_of(step))):
             raise self._uneven()
-        return [Row(r["source"], r["id"], r["ordinal"], r["offset"], r["length"], r["loss_from"]) for r in part]
+        found = [Row(tuple(segments)) for segments in rows.values()]
+        if max(row.slots for row in found) > self.phase.sequence_length:
+            raise AtomError(f"order artifact {self.key} has a row of step {step} longer than sequence_length")
+        return found
 
     def consumed(self, step: int) -> dict[str, int]:
-        """Rows of each source that the steps of this order up to `step` have read. Cheap for one step after another."""
-        stop = (step + 1 - self.first) * self.each
-        group, counts = self.counted if self._start(self.counted[0]) <= stop else (0, Counter())
-        while group < len(self.ends) and self.ends[group] <= stop:
-            counts = counts + self._sources(self._start(group), int(self.ends[group]))
+        """Segments of each source that the steps of this order up to `step` have read. Cheap for one step after
+        another."""
+        group, counts = self.counted
+        if group and self.spans[group - 1][1] > step:
+            group, counts = 0, Counter()
+        while group < len(self.spans) and self.spans[group][1] <= step:
+            counts = counts + _sources(self._read(group))
             group += 1
         self.counted = group, counts
-        found = counts + self._sources(self._start(group), stop)
+        rest = self._part(group, self.first, step) if group < len(self.spans) else self.empty
+        found = counts + _sources(rest)
         return {name: found[name] for name in sorted(found)}
 
-    def _sources(self, start: int, stop: int) -> Counter[str]:
-        counts = self._between(start, stop)["source"].value_counts().to_pylist()
-        return Counter({c["values"]: c["counts"] for c in counts})
+    def _between(self, first: int, last: int) -> pa.Table:
+        """The table's part of these steps."""
+        begin = bisect_left(self.spans, first, key=lambda span: span[1])
+        end = bisect_right(self.spans, last, key=lambda span: span[0])
+        return pa.concat_tables([self.empty, *(self._part(group, first, last) for group in range(begin, end))])
 
-    def _start(self, group: int) -> int:
-        return int(self.ends[group - 1]) if group else 0
+    def _part(self, group: int, first: int, last: int) -> pa.Table:
+        table = self._read(group)
+        steps = table["step"].to_numpy()
+        begin, end = np.searchsorted(steps, first, "left"), np.searchsorted(steps, last, "right")
+        return table.slice(begin, end - begin)
 
-    def _between(self, start: int, stop: int) -> pa.Table:
-        """Rows of the table by their number."""
-        parts = [self.empty]
-        while start < stop:
-            group = int(np.searchsorted(self.ends, start, side="right"))
-            with self.lock:
-                if self.group[0] != group:
-                    self.group = group, self.file.read_row_group(group, columns=self.COLUMNS)
-                table = self.group[1]
-            end = min(stop, int(self.ends[group]))
-            parts.append(table.slice(start - self._start(group), end - start))
-            start = end
-        return pa.concat_tables(parts)
+    def _read(self, group: int) -> pa.Table:
+        with self.lock:
+            if self.group[0] != group:
+                self.group = group, self.file.read_row_group(group, columns=self.COLUMNS)
+            return self.group[1]
 
     def _uneven(self) -> AtomError:
-        return AtomError(f"order artifact {self.key} does not hold {self.each} rows for each of its steps")
+        return AtomError(f"order artifact {self.key} does not hold the rows that each of its steps should have")
+
+
+def _sources(table: pa.Table) -> Counter[str]:
+    return Counter({c["values"]: c["counts"] for c in table["source"].value_counts().to_pylist()})
 
 
 def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:
@@ -251,7 +291,8 @@ def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:
         for d in own[: max(1, round(phase.heldout.rows * share / total))]:
             length = min(d["tokens"], phase.sequence_length + 1)
             # in documents.parquet loss_from is the first token that carries loss; its target stands one place earlier
-            rows.append(Row(source, d["id"], d["ordinal"], 0, length, max(0, d["loss_from"] - 1)))
+            segment = Segment(source, d["id"], d["ordinal"], 0, length, max(0, d["loss_from"] - 1))
+            rows.append(Row((segment,)))
     rows = [row for row in rows if row.targets]
     if not rows:
         raise RecipeError(f"no held-out document in any source of the mix ({', '.join(sorted(phase.mix))}); "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,24 +12,30 @@ from typing import Any
 
 import torch
 
-from stages.model import balance
-from stages.model.build import build, named_tensors
+from pipeline.errors import RecipeError
+from stages.model import balance, precision
+from stages.model.balance import Experts, RouterWatch
+from stages.model.build import build, named_buffers, named_tensors
+from stages.model.heads import context_positions
+from stages.model.init import full_tensor
 from stages.model.mcore import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
+    Float16Module,
     OptimizerConfig,
     finalize_model_grads,
     get_forward_backward_func,
     get_megatron_optimizer,
     parallel_state,
 )
-from stages.model.placement import Box, boxes
-from stages.model.spec import context_positions
+from stages.model.placement import Box, boxes, cut, is_cut
 from stages.train.config import TrainConfig
 from stages.train.data import Batch, Share
 from stages.train.parallel import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Judge = Callable[[float, float | None], str | None]
+"""(loss, gradient norm or None before it is known) -> why the update is not to be made, or None. May raise."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,11 @@ class StepFigures:
 
     loss: float  # mean over the step's loss-carrying targets
     aux_loss: float  # load-balancing loss, summed over layers, mean over micro-batches, without its weight
+    z_loss: float  # the router's z-loss, likewise
     grad_norm: float  # before clipping
+    experts: Experts
+    refused: str | None = None  # why no weight was moved
+    gradients: dict[str, float] | None = None  # norms by part of the model, if so
 
 
 @dataclass(frozen=True)
@@ -55,9 +67,17 @@ class Engine:
     def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
         self.config, self.ranks, self.layout = config, ranks, ranks.layout
         self.step_done = 0
-        self.shapes = config.model.shapes(config.padded_vocab_size)
-        self.chunks = build(config.model, config.padded_vocab_size, self.layout)
+        kind, model = config.phase.precision, config.model
+        if lack := precision.missing(kind):
+            raise RecipeError(lack)
+        self.shapes = model.shapes(config.padded_vocab_size)
+        self.chunks = build(model, config.padded_vocab_size, self.layout, kind, config.phase.pack)
+        self.routers = RouterWatch(self.chunks, model.layers, model.experts, model.dense_layers)
         megatron = self.chunks[0].config
+        held = self.chunks if kind == "fp32" else [Float16Module(megatron, chunk) for chunk in self.chunks]
+        self.buffers = named_buffers(self.chunks)
+        for name, buffer in self.buffers.items():
+            buffer.data = torch.zeros(self.shapes[name], dtype=torch.float32, device=buffer.device)
         self.ddp = [
             DistributedDataParallel(
                 config=megatron,
@@ -69,7 +89,7 @@ class Engine:
                 module=chunk,
                 disable_bucketing=number > 0,
             )
-            for number, chunk in enumerate(self.chunks)
+            for number, chunk in enumerate(held)
         ]
         o = config.phase.optimizer
         self.optimizer = get_megatron_optimizer(
@@ -81,7 +101,8 @@ class Engine:
                 adam_beta2=o.beta2,
                 clip_grad=o.clip,
                 use_distributed_optimizer=True,
-                params_dtype=torch.float32,
+                bf16=kind != "fp32",
+                params_dtype=megatron.params_dtype,
             ),
             self.ddp,
         )
@@ -91,19 +112,60 @@ class Engine:
             quiet = [_weak(chunk.no_sync) for chunk in self.ddp]
             megatron.no_sync_func = quiet if len(quiet) > 1 else quiet[0]
 
-    def step(self, share: Share, lr: float, check: Callable[[float], None]) -> StepFigures:
-        """Forward, backward and update on this rank's share of a step. `check` sees the loss before the update."""
+    def initialise(self) -> None:
+        """The initial weights, which are the same in every layout and fp32 where the optimizer keeps them."""
+
+        def read(kind: str, piece: Piece) -> torch.Tensor:
+            full = full_tensor(piece.name, self.shapes[piece.name], self.config.model, self.config.seed)
+            return cut(full, piece.boxes).flatten()[piece.start : piece.stop]
+
+        self.load_state(read, 0)
+
+    def step(self, share: Share, lr: float, judge: Judge, norm_first: bool = False) -> StepFigures:
+        """Forward, backward and update on this rank's share of a step.
+
+        judge: sees the loss and then, if norm_first, the gradient norm, before any weight moves; if it gives a reason,
+        none does. Without norm_first it sees the norm after the update and can only raise.
+        """
         self._set_rates(lr)
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
             chunk.train()
         self.optimizer.zero_grad()
+        before = {name: buffer.clone() for name, buffer in self.buffers.items()}
         loss = self._run(share, forward_only=False)
-        aux = self.ranks.sum(balance.take()) / (self.ranks.data_ranks * len(share.micro))
-        check(loss)
-        _, grad_norm, _ = self.optimizer.step()
+        aux, z = (self.ranks.sum(x).item() / (self.ranks.data_ranks * len(share.micro)) for x in balance.take())
+        experts = self.routers.take(self.config.model.experts_per_token, self.ranks.sum)
+        z /= self.layout.tensor * self.layout.context  # each of these ranks has its own tokens' mean
+        refused, norm = judge(loss, None), math.nan
+        if refused or norm_first:
+            self.optimizer.prepare_grads()
+            norm = float(self.optimizer.get_grad_norm())
+            refused = refused or judge(loss, norm)
+        if refused:
+            for name, buffer in self.buffers.items():  # Megatron moves the biases of experts with the backward pass
+                buffer.copy_(before[name])
+            return StepFigures(loss, aux, z, norm, experts, refused, self._gradients())
+        _, norm, _ = self.optimizer.step()
         self.step_done += 1
-        return StepFigures(loss, aux.item(), float(grad_norm))
+        if not norm_first:
+            judge(loss, float(norm))
+        return StepFigures(loss, aux, z, float(norm), experts)
+
+    def _gradients(self) -> dict[str, float]:
+        """Norms of the present gradients by part of the model: embedding, each layer's attention, experts, …"""
+        first = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+        tensor = parallel_state.get_tensor_model_parallel_rank()
+        parts = sorted({part_of(name) for name in self.shapes})
+        squares = torch.zeros(len(parts), dtype=torch.float64)
+        for piece, _, main in self._pieces:
+            copy = tensor and not is_cut(piece.name)  # every tensor rank has these
+            copy = copy or (self.config.model.tie_embeddings and piece.name.startswith("embedding") and not first)
+            if not copy and main.grad is not None:
+                squares[parts.index(part_of(piece.name))] += main.grad.double().square().sum().cpu()
+        if torch.cuda.is_available():
+            squares = squares.cuda()
+        return dict(zip(parts, self.ranks.sum(squares).sqrt().tolist(), strict=True))
 
     def evaluate(self, share: Share) -> float:
         """Mean loss over the targets of any rows; nothing is changed."""
@@ -125,8 +187,9 @@ class Engine:
 
         def forward(batches: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             batch: Batch = next(batches)
-            ids, where, labels, mask, padding = (x.to(device) for x in self._inputs(batch, model.module))
-            losses = model(ids, where, None, labels=labels, padding_mask=padding)
+            ids, where, labels, mask, padding = (x.to(device) for x in self._inputs(batch, model))
+            starts = None if batch.starts is None else batch.starts.to(device)
+            losses = model(ids, where, starts, labels=labels, padding_mask=padding)
 
             def reduce(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
                 total = (losses.float() * mask).sum()
@@ -148,8 +211,10 @@ class Engine:
         total = torch.stack([x["sum"] for x in out]).sum() if counted else torch.zeros((), device=device)
         return float(self.ranks.sum(total) / share.targets)
 
-    def _inputs(self, batch: Batch, gpt: Any) -> Iterator[torch.Tensor]:
-        """ids, positions, labels, loss mask and padding as this rank's part of the model takes them."""
+    def _inputs(self, batch: Batch, model: Any) -> Iterator[torch.Tensor]:
+        """ids, positions, labels, loss mask and padding as this rank's part of the model takes them. Positions are for
+        Megatron's signature only: attention takes its own."""
+        gpt = self.chunks[self.ddp.index(model)]
         where = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
         parts = [batch.ids, where, batch.labels, batch.loss_mask, batch.padding]
         if self.layout.context > 1:
@@ -169,33 +234,40 @@ class Engine:
 
     # -- state ------------------------------------------------------------------------------------------------------
 
-    def weights_changed(self) -> None:
-        """To be called after the model's weights were set from outside: the optimizer may hold copies of them."""
-        self.optimizer.reload_model_params()
-
     def state(self) -> Iterator[tuple[Piece, dict[str, torch.Tensor]]]:
         """What this rank owns: of each piece `weight` and, after the first step, Adam's moments, all flat and fp32.
 
         The pieces of all ranks together cover every tensor; what several ranks hold (norms under tensor parallelism,
-        tied embeddings under pipeline parallelism) comes from each of them.
+        tied embeddings under pipeline parallelism) comes from each of them, and so does what has no gradient.
         """
         for piece, _, main, moments in self._owned():
             yield piece, {"weight": main, **{k: moments[k] for k in MOMENTS if k in moments}}
+        for piece, buffer in self._buffer_pieces():
+            yield piece, {"weight": buffer.flatten()}
+
+    def _buffer_pieces(self) -> Iterator[tuple[Piece, torch.Tensor]]:
+        for name, buffer in self.buffers.items():
+            yield Piece(name, boxes(name, self.shapes[name]), 0, buffer.numel()), buffer
 
     def load_state(self, read: Callable[[str, Piece], torch.Tensor], step: int, moments: bool = True) -> None:
         """Takes over weights and, if `moments`, Adam's moments and step count.
 
         read: ("weight" | "exp_avg" | "exp_avg_sq", piece) -> the flat fp32 values of that piece.
+        step: updates that the optimizer has made.
         The step count stands in Megatron's parameter groups, which differ in number between layouts (experts have
         their own under expert parallelism), so it is set in each instead of being merged.
         """
         for piece, part, main, states in self._owned():
             main.data.copy_(read("weight", piece))
-            if moments and step:
-                for kind in MOMENTS:
+            for kind in MOMENTS if moments else ():
+                if step:
                     states[kind] = read(kind, piece).to(main.device, torch.float32)
+                else:  # none were there yet
+                    states.pop(kind, None)
             for group in part.optimizer.param_groups if moments else ():
                 group["step"] = step
+        for piece, buffer in self._buffer_pieces():
+            buffer.copy_(read("weight", piece).view_as(buffer))
         for part in self._parts():
             part._copy_main_params_to_model_params()
         for chunk in self.ddp:
@@ -222,6 +294,16 @@ class Engine:
                 main = part.optimizer.param_groups[group]["params"][number]
                 found.append((Piece(name, boxes(name, self.shapes[name]), span.start, span.end), part, main))
         return found
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a tensor belongs to, as gradient norms are told: `layer 3 experts`."""
+    found = re.match(r"decoder\.layers\.(\d+)\.(\w+)", name)
+    if found is None:
+        return name.split(".")[0]
+    kind = "experts" if ".mlp.experts." in name else "router" if ".router." in name else found[2]
+    names = {"self_attention": "attention", "input_layernorm": "attention", "pre_mlp_layernorm": "mlp"}
+    return f"layer {int(found[1]):03d} {names.get(kind, kind)}"
 
 
 def _weak(method: Callable[..., Any]) -> Callable[..., Any]:

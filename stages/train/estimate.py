@@ -16,8 +16,7 @@ BYTES_PER_PARAMETER = 18
 def estimate(config: TrainConfig) -> Estimate:
     phase, model = config.phase, config.model
     parameters = model.parameters(config.padded_vocab_size)
-    steps = phase.steps - phase.first_step + 1
-    tokens = steps * phase.batch.global_tokens
+    steps, tokens = phase.steps - phase.first_step + 1, phase.tokens(phase.first_step)
     flops = tokens * model.flops_per_token(config.padded_vocab_size, phase.sequence_length)
     checkpoints = 1 + steps // phase.release_checkpoint_every + phase.work_checkpoints_kept + 1
     return Estimate(

@@ -7,7 +7,6 @@ half a phase.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -23,13 +22,15 @@ from typing import Any, TextIO
 from pipeline.errors import AtomError, Interrupted
 from pipeline.stage import Inputs, Report, identity
 from stages.data.order import position
+from stages.model.balance import DEAD_SHARE, Experts
 from stages.train import parallel, sealed
-from stages.train.checkpoint import SUCCEEDED, Checkpoints
+from stages.train.checkpoint import PENDING, SUCCEEDED, Checkpoints
 from stages.train.config import TrainConfig
 from stages.train.data import Feed, Order, Row, Shards, Share, heldout_rows
-from stages.train.engine import Engine
+from stages.train.engine import Engine, StepFigures
 from stages.train.origin import Origin
 from stages.train.schedule import learning_rate
+from stages.train.spikes import Judge, Record, finite, record
 from stages.train.watchdog import START_SECONDS, Watchdog
 
 STOP, FAILED = 1, 2
@@ -78,33 +79,36 @@ class Phase:
         heldout = heldout_rows(inputs["tokens"], phase)
         shards = Shards(inputs["tokens"], "heldout", config.padded_vocab_size)
         self.heldout, self.heldout_rows = Share.read(heldout, shards, phase.micro_rows, engine.ranks), len(heldout)
-        self.checkpoints = Checkpoints(work, phase.work_checkpoints_kept, engine, report, lease)
+        back = phase.spikes.rewind_steps if phase.spikes and phase.spikes.action == "rewind" else 0
+        self.checkpoints = Checkpoints(work, phase.work_checkpoints_kept, engine, report, lease, back)
         self.log = Log(self.checkpoints.folder / "training.jsonl", self.first)
         self.tokens = 0  # targets seen
+        self.pending: list[Record] = []  # spikes behind which training went back, until their steps are passed again
+        self.spikes = 0
+        self.shown: dict[str, float] = {}
         self.stalled = 0.0  # seconds that work checkpoints took of training
 
     def run(self, start: Callable[[Engine], None], stop: list[int], watchdog: Watchdog, out: Path) -> None:
         phase, engine, report = self.config.phase, self.engine, self.report
         done = self._begin(start)
+        self.judge = Judge(phase.spikes, self._lines())
         watchdog.alive()
-        with closing(Feed(self.order, self.shards, phase.micro_rows, engine.ranks)) as feed:
-            began, seen, waited = time.monotonic(), self.tokens, 0.0
-            for step in range(done + 1, phase.steps + 1):
+        with closing(Feed(self.order, self.shards, phase, engine.ranks)) as feed:
+            began, seen, waited, step = time.monotonic(), self.tokens, 0.0, done
+            while step < phase.steps:
+                step += 1
                 rows, share = feed.take(step)
                 if step > done + 1:  # the first one has nothing to hide its reading behind
                     waited += feed.waited
-                lr = learning_rate(step, phase.steps, phase.optimizer)
-                check = partial(self._check, step, rows)
-                figures = engine.step(share, lr, partial(check, "loss"))
-                check("gradient norm", figures.grad_norm)
-                self.tokens += sum(row.length - 1 for row in rows)
-                line = {"loss": figures.loss, "aux_loss": figures.aux_loss, "grad_norm": figures.grad_norm, "lr": lr}
-                self.log.write({"step": step, "tokens": self.tokens, **line})
+                resumed = self._step(step, rows, share)
+                if resumed is not None:
+                    step = resumed
+                    watchdog.alive()
+                    continue
                 if self.first:
                     speed = (self.tokens - seen) / (time.monotonic() - began)
-                    timed = {"tokens_per_s": speed, "data_wait_seconds": feed.waited}
-                    report.metric(step, **line, tokens=float(self.tokens), **timed)
-                    report.progress(step, phase.steps, loss=figures.loss, tokens_per_s=speed)
+                    report.metric(step, tokens_per_s=speed, data_wait_seconds=feed.waited)
+                    report.progress(step, phase.steps, "steps", **self.shown, tokens_per_s=speed)
                 last, due = step == phase.steps, self._due(step)
                 if last or step % phase.heldout.every == 0:
                     self._measure(step)
@@ -125,12 +129,94 @@ class Phase:
             self._fill(out)
         engine.ranks.barrier()
 
+    def _step(self, step: int, rows: list[Row], share: Share) -> int | None:
+        """Trains on a step's rows, unless they are excluded. Returns the step to go on after, if that is another."""
+        phase, lr = self.config.phase, learning_rate(step, self.config.phase.steps, self.config.phase.optimizer)
+        if step in phase.excluded_steps or any(step in found["excluded"] for found in self.pending):
+            self.log.write({"step": step, "tokens": self.tokens, "lr": lr, "excluded": True})
+            for found in [x for x in self.pending if x["excluded"][-1] == step]:
+                self.log.write({"step": step, "spike": found})
+                self.pending.remove(found)
+            self.shown = {}
+            return None
+        figures = self.engine.step(share, lr, partial(self._look, step, rows), norm_first=phase.spikes is not None)
+        line = {"loss": figures.loss, "aux_loss": figures.aux_loss, "grad_norm": figures.grad_norm, "lr": lr}
+        if self.config.model.z_loss:
+            line["z_loss"] = figures.z_loss
+        line |= {"expert_max_violation": figures.experts.max_violation}
+        line |= {"router_entropy": float(figures.experts.entropy.mean())}
+        plain = {name: finite(value) for name, value in line.items()}
+        if figures.refused:
+            return self._spike(step, rows, figures, plain)
+        self.tokens += sum(row.slots for row in rows)
+        self.judge.accept(figures.loss, figures.grad_norm)
+        self.log.write({"step": step, "tokens": self.tokens, **line})
+        self.shown = {"loss": figures.loss}
+        if self.first:
+            self.report.metric(step, **line, tokens=float(self.tokens))
+        if step == phase.steps or step % phase.heldout.every == 0:
+            self._tell_experts(step, figures.experts)
+        return None
+
+    def _look(self, step: int, rows: list[Row], loss: float, norm: float | None) -> str | None:
+        """Whether a step is a spike. Raises AtomError if the recipe says to stop at one, or has no policy."""
+        reason = self.judge.reason(loss, norm)
+        if reason and (self.judge.policy is None or self.judge.policy.action == "stop"):
+            documents = sorted({segment.id for row in rows for segment in row.segments})
+            named = ", ".join(documents[:5]) + (f" and {len(documents) - 5} more" if len(documents) > 5 else "")
+            raise AtomError(f"{self.name}: {reason} at step {step}, on documents {named}; lower "
+                            f"{self.name}.optimizer.lr, look at these documents, or say in {self.name}.spikes to skip "
+                            f"such steps")  # fmt: skip
+        return reason
+
+    def _spike(self, step: int, rows: list[Row], figures: StepFigures, line: dict[str, float | None]) -> int | None:
+        """Keeps what is known about a spike, whose update was not made; for a rewind, goes back."""
+        policy = self.config.phase.spikes
+        assert policy is not None
+        self.spikes += 1
+        if self.first:
+            self.report.note(f"{self.name}: step {step} moved no weight: {figures.refused}")
+        if self.spikes > policy.at_most:
+            raise AtomError(f"{self.name}: {self.spikes} spikes, more than {self.name}.spikes.at_most = "
+                            f"{policy.at_most}; the last at step {step}: {figures.refused}; lower the learning rate or "
+                            f"look at the documents that {self.log.path} names")  # fmt: skip
+        if policy.action == "skip":
+            found = record(step, "skip", [step], rows, figures)
+            self.log.write({"step": step, "tokens": self.tokens, **line, "skipped": True})
+            self.log.write({"step": step, "spike": found})
+            self.shown = {}
+            return None
+        sealed_ = max(n for n in range(step) if self._due(n) or n < self.order.first)  # what is published stays
+        base = max(step - policy.rewind_steps, sealed_)
+        lost = [x["spike"] for x in self._lines() if "spike" in x]
+        state = self.checkpoints.rewind(base)
+        self.tokens = state["tokens"]
+        self.pending = [x for x in lost if x["excluded"][-1] > state["step"]] + self.pending
+        self.pending.append(record(step, "rewind", range(base + 1, step + 1), rows, figures))
+        self.judge = Judge(policy, self._lines())
+        if self.first:
+            self.report.note(f"{self.name}: back to step {state['step']}; steps {base + 1} to {step} are left out")
+        return int(state["step"])
+
+    def _tell_experts(self, step: int, experts: Experts) -> None:
+        """Puts a step's distribution over experts into the log, and raises the alarm about dead ones."""
+        self.log.write({"step": step, "experts": experts.json()})
+        dead = experts.dead()
+        if self.first:
+            self.report.metric(step, dead_experts=float(len(dead)), dropped_tokens=float(experts.dropped))
+            if dead:
+                named = ", ".join(f"{expert} of layer {layer}" for layer, expert in dead[:5])
+                more = f" and {len(dead) - 5} more" if len(dead) > 5 else ""
+                self.report.note(f"{self.name}: experts starve at step {step}: {named}{more} get less than "
+                                 f"{DEAD_SHARE:.0%} of a fair share")  # fmt: skip
+
     def _begin(self, start: Callable[[Engine], None]) -> int:
         """Brings engine, log and counts to where this attempt goes on. Returns the last finished step."""
         state = self.checkpoints.load(self._due)
         if state is not None:
             self.log.check(state["step"], self.order.first)
-            self.tokens = state["tokens"]
+            self.tokens, self.pending = state["tokens"], state.get(PENDING, [])
+            self.spikes = len(self.pending) + sum("spike" in line for line in self._lines())
             if state["step"]:
                 self.report.note(f"{self.name}: going on after step {state['step']}")
             return int(state["step"])
@@ -139,25 +225,22 @@ class Phase:
             self.tokens = self.origin.load(self.engine, self.config, self.tokenizer)
             self.report.note(f"{self.name}: continues from {self.origin.artifact.key}")
             self._measure(self.origin.step)
+            if self.config.phase.spikes is not None:
+                self._save(self.origin.step, seal=False)  # a rewind needs somewhere to go
             return self.origin.step
         start(self.engine)
         self._measure(0)
         self._save(0)
         return 0
 
+    def _lines(self) -> list[dict[str, Any]]:
+        """The log so far, on every rank."""
+        return self.engine.ranks.from_first(self.log.lines() if self.first else [])
+
     def _due(self, step: int) -> bool:
         """Whether a release checkpoint belongs to a step."""
         phase = self.config.phase
         return step in (0, phase.steps) or step % phase.release_checkpoint_every == 0
-
-    def _check(self, step: int, rows: list[Row], what: str, value: float) -> None:
-        """Stops the phase at a value that is not a number: a loss before the weights move, a gradient norm before any
-        checkpoint is written."""
-        if not math.isfinite(value):
-            documents = sorted({row.id for row in rows})
-            named = ", ".join(documents[:5]) + (f" and {len(documents) - 5} more" if len(documents) > 5 else "")
-            raise AtomError(f"{self.name}: the {what} is {value} at step {step}, on documents {named}; lower "
-                            f"{self.name}.optimizer.lr, or look at these documents")  # fmt: skip
 
     def _measure(self, step: int) -> None:
         loss = self.engine.evaluate(self.heldout)
@@ -165,7 +248,7 @@ class Phase:
         if self.first:
             self.report.metric(step, heldout_loss=loss)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, seal: bool = True) -> None:
         phase = self.config.phase
         read = self.order.consumed(step) if step else {}
         state = {
@@ -180,8 +263,10 @@ class Phase:
             "config": identity(self.config),
             "tokenizer": self.tokenizer,
         }
+        if self.pending:
+            state[PENDING] = self.pending
         self.log.flush()
-        stall = self.checkpoints.save(step, state, seal=self._due(step))
+        stall = self.checkpoints.save(step, state, seal=seal and self._due(step))
         self.stalled += stall
         if self.first:
             self.report.metric(step, checkpoint_stall_seconds=stall)
@@ -190,7 +275,9 @@ class Phase:
         """Puts the phase's product into `out`."""
         lines = self.log.lines()
         measured = [(x["step"], x["heldout_loss"]) for x in lines if "heldout_loss" in x]
-        losses = [x["loss"] for x in lines if "loss" in x]
+        losses = [x["loss"] for x in lines if "loss" in x and "skipped" not in x]
+        spikes = [{"step": x["step"], **x["spike"]} for x in lines if "spike" in x]
+        experts = [x["experts"] for x in lines if "experts" in x]
         summary = {
             "phase": self.name,
             "parameters": self.config.model.parameters(self.config.padded_vocab_size),
@@ -198,6 +285,11 @@ class Phase:
             "tokens": self.tokens,
             "loss": {"first": losses[0], "last": losses[-1]},
             "heldout_loss": {"first": measured[0][1], "last": measured[-1][1], "rows": self.heldout_rows},
+            "precision": self.config.phase.precision,
+            "spikes": [{k: x[k] for k in ("step", "reason", "action", "excluded", "documents")} for x in spikes],
+            "excluded_steps": [x["step"] for x in lines if "excluded" in x],
+            "dead_experts": experts[-1]["dead"] if experts else [],
+            "dropped_tokens": sum(x["dropped"] for x in experts),
         }
         (out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
         shutil.copyfile(self.log.path, out / "training.jsonl")

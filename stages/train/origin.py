@@ -60,13 +60,14 @@ class Origin:
         folder = self.artifact / self.below
         weights = sealed.Tensors(folder)
         check_tensors(engine.shapes, weights.shapes(), self.artifact.key)
-        states = sealed.Tensors(folder, sealed.OPTIMIZER) if moments and self.step else {}
+        done = int(sealed.load_state(folder)["optimizer_step"]) if moments else 0
+        states = sealed.Tensors(folder, sealed.OPTIMIZER) if done else {}
 
         def read(kind: str, piece: Piece) -> torch.Tensor:
             full = weights[piece.name] if kind == "weight" else states[f"{kind}.{piece.name}"]
             return cut(full, piece.boxes).flatten()[piece.start : piece.stop]
 
-        engine.load_state(read, self.step if moments else 0, moments)
+        engine.load_state(read, done, moments)
 
     def _damage(self) -> str | None:
         try:

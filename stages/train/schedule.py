@@ -1,4 +1,4 @@
-"""The learning rate of a step: linear warm-up, then cosine decay to the final rate (Loshchilov and Hutter, 2017)."""
+"""The learning rate of a step: linear warm-up, then as the recipe's schedule says."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from stages.train.config import Optimizer
 
 
 def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:
-    """step: 1 .. steps. The peak is reached at the end of warm-up, the final rate at the last step."""
+    """step: 1 .. steps. The peak is reached at the end of warm-up, the final rate at the last step.
+
+    The two ways down are told in `Optimizer`.
+    """
     warmup = optimizer.warmup_steps
     if step <= warmup:
         return optimizer.lr * step / warmup
+    if optimizer.decay_steps is not None:
+        done = max(0, step - (steps - optimizer.decay_steps)) / optimizer.decay_steps
+        return optimizer.final_lr + (optimizer.lr - optimizer.final_lr) * (1 - math.sqrt(done))
     done = (step - warmup) / (steps - warmup)
     return optimizer.final_lr + 0.5 * (optimizer.lr - optimizer.final_lr) * (1 + math.cos(math.pi * done))

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import AtomError
+from stages.model.names import BUFFERS
 
 MODEL, OPTIMIZER, STATE = "model", "optimizer", "state.json"
 SHARD_BYTES = 5 * 10**9
@@ -50,7 +51,12 @@ def write(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for stem, kinds in ((MODEL, ("weight",)), (OPTIMIZER, tuple(moments))):
-        entries = {(name if kind == "weight" else f"{kind}.{name}"): (kind, name) for kind in kinds for name in shapes}
+        entries = {
+            (name if kind == "weight" else f"{kind}.{name}"): (kind, name)
+            for kind in kinds
+            for name in shapes
+            if kind == "weight" or not name.endswith(BUFFERS)
+        }
         shards = _shards({key: 4 * math.prod(shapes[name]) for key, (_, name) in entries.items()})
         files: dict[str, str] = {}
         for number, keys in enumerate(shards, start=1):

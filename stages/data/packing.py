@@ -1,0 +1,130 @@
+"""Which chunks a packed phase reads, and which of them share a row.
+
+A source's share of a packed phase is one of tokens. Long chunks can be up-weighted: they are walked through by
+themselves, up to a number of epochs, and what is then missing is made up by shorter ones and reported. Rows are filled
+by best fit among a bounded number of open ones, in an order that follows from the seed alone.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from pipeline.stage import Config
+from stages.data.seeds import permutation
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+OPEN_ROWS = 64
+"""Rows that are being filled at a time: more fill better and mix the order of long and short chunks more."""
+
+Chunks = Mapping[str, "NDArray[Any]"]
+
+
+class LongDocuments(Config):
+    """How long documents are up-weighted: of each source, chunks of more than `over` tokens make up `share` of the
+    tokens, unless they would be read more than `max_epochs` times; what is then missing is made up by shorter ones and
+    reported. Four epochs cost next to nothing (Muennighoff et al., 2023)."""
+
+    over: int = Field(gt=0, description="tokens above which a chunk is long; usually the context before")
+    share: float = Field(gt=0, lt=1, description="of each source's tokens")
+    max_epochs: float = Field(4.0, gt=0, description="times that a long chunk is read at most")
+
+
+def quotas(slots: NDArray[np.int64], tokens: float, rule: LongDocuments | None) -> dict[str, Any]:
+    """How many of a source's tokens come from its long and its short chunks.
+
+    slots: targets of each chunk; tokens: what the phase reads of the source.
+    """
+    if rule is None:
+        return {"short": tokens}
+    long = slots > rule.over
+    available, wanted = int(slots[long].sum()), rule.share * tokens
+    got = min(wanted, rule.max_epochs * available)
+    if long.all():
+        got = tokens
+    return {
+        "short": tokens - got,
+        "long": got,
+        "told": {
+            "over": rule.over,
+            "chunks": int(long.sum()),
+            "available_tokens": available,
+            "wanted_tokens": round(wanted),
+            "missing_tokens": round(max(0.0, wanted - got)),
+        },
+    }
+
+
+def draw(slots: NDArray[np.int64], tokens: float, label: str, seed: int) -> NDArray[np.int64]:
+    """Indices of chunks of an endless walk, permuted anew in each epoch, until they hold `tokens` targets."""
+    import numpy as np
+
+    parts, have, epoch = [np.zeros(0, np.int64)], 0.0, 0
+    while have < tokens and slots.sum() > 0:
+        order = permutation(len(slots), f"{label}/epoch {epoch}", seed)
+        sums = have + np.cumsum(slots[order])
+        order = order[: int(np.searchsorted(sums, tokens)) + 1]
+        parts.append(order)
+        have, epoch = have + float(slots[order].sum()), epoch + 1
+    return np.concatenate(parts)
+
+
+def choose(chunks: Chunks, tokens: float, rule: LongDocuments | None, label: str, seed: int) -> tuple[Any, Any]:
+    """(indices of the chunks that a phase reads of one source, what is to be told about long ones or None)."""
+    import numpy as np
+
+    slots = np.asarray(chunks["length"]) - 1
+    quota = quotas(slots, tokens, rule)
+    if rule is None:
+        return draw(slots, tokens, label, seed), None
+    found = []
+    for name, mask in (("long", slots > rule.over), ("short", slots <= rule.over)):
+        where = np.flatnonzero(mask)
+        if len(where) and quota[name] > 0:
+            found.append(where[draw(slots[where], quota[name], f"{label}/{name}", seed)])
+    indices = np.concatenate([*found, np.zeros(0, np.int64)])
+    return indices, quota["told"]
+
+
+def fill(slots: NDArray[np.int64], capacity: int, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Puts items into rows in their order: each into the open row that it fills best.
+
+    slots: size of each item, at most `capacity`. Returns (item, row) of those that found a place in the first `rows`
+    rows, by row and then by place in it.
+    """
+    import numpy as np
+
+    open_: list[tuple[int, int]] = []  # (room, row), ascending
+    row_of = np.full(len(slots), -1, np.int64)
+    rank: dict[int, int] = {}  # row -> in which order it was closed
+    made = 0
+    for item, size in enumerate(slots.tolist()):
+        at = bisect.bisect_left(open_, (size, -1))
+        if at < len(open_):
+            room, row = open_.pop(at)
+        else:
+            if len(open_) == OPEN_ROWS:
+                rank[open_.pop(0)[1]] = len(rank)  # the fullest
+            if len(rank) >= rows:
+                break
+            room, row, made = capacity, made, made + 1
+        row_of[item] = row
+        if room > size:
+            bisect.insort(open_, (room - size, row))
+        else:
+            rank[row] = len(rank)
+    for _, row in open_:
+        rank[row] = len(rank)
+    number = np.full(made + 1, -1, np.int64)
+    for row, closed in rank.items():
+        number[row] = closed if closed < rows else -1
+    place = number[row_of]
+    items = np.flatnonzero(place >= 0)
+    items = items[np.argsort(place[items], kind="stable")]
+    return items, place[items]

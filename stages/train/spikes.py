@@ -1,0 +1,79 @@
+"""Loss spikes: which steps move no weight, and what is kept about them.
+
+A step is judged before any weight moves, from the log of the accepted steps before it alone, so that a resumed or
+repeated phase judges in the same way. What is kept is a line of training.jsonl: the reason, the documents of the batch,
+where the routers sent its tokens and the gradient's norm by part of the model.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from stages.train.config import Spikes
+from stages.train.data import Row
+from stages.train.engine import StepFigures
+
+Record = dict[str, Any]
+SIGMA = 1.4826
+"""Standard deviation of a normal distribution by its median absolute deviation."""
+LEAST_SIGMA = 0.01
+"""Of the median: a loss that hardly moves is not to be called a spike for moving a little."""
+
+
+class Judge:
+    """Looks back on the losses and gradient norms of the last accepted steps."""
+
+    def __init__(self, policy: Spikes | None, lines: Iterable[Record]) -> None:
+        """lines: of training.jsonl so far."""
+        self.policy = policy
+        window = policy.window if policy else 1
+        self.losses: deque[float] = deque(maxlen=window)
+        self.norms: deque[float] = deque(maxlen=window)
+        for line in lines:
+            if "grad_norm" in line and "skipped" not in line:
+                self.accept(line["loss"], line["grad_norm"])
+
+    def accept(self, loss: float, norm: float) -> None:
+        self.losses.append(loss)
+        self.norms.append(norm)
+
+    def reason(self, loss: float, norm: float | None) -> str | None:
+        """Why a step is a spike; None if it is not. norm: None before it is known."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if norm is not None and not math.isfinite(norm):
+            return f"the gradient norm is {norm}"
+        if self.policy is None or len(self.losses) < self.policy.window:
+            return None
+        median = statistics.median(self.losses)
+        spread = SIGMA * statistics.median(abs(x - median) for x in self.losses)
+        limit = median + self.policy.loss_sigmas * max(spread, LEAST_SIGMA * median)
+        if loss > limit:
+            return f"the loss is {loss:.4g}, above {limit:.4g} (median {median:.4g} of {len(self.losses)} steps)"
+        usual = statistics.median(self.norms)
+        if norm is not None and norm > self.policy.norm_factor * usual:
+            return f"the gradient norm is {norm:.4g}, above {self.policy.norm_factor:g} times its median {usual:.4g}"
+        return None
+
+
+def record(step: int, action: str, excluded: Sequence[int], rows: Sequence[Row], figures: StepFigures) -> Record:
+    """What training.jsonl keeps of a spike; excluded: the steps whose batches move no weight because of it."""
+    return {
+        "reason": figures.refused,
+        "action": action,
+        "excluded": list(excluded),
+        "loss": finite(figures.loss),
+        "grad_norm": finite(figures.grad_norm),
+        "documents": sorted({segment.id for row in rows for segment in row.segments}),
+        "experts": figures.experts.json(),
+        "gradient_norms": {part: finite(norm) for part, norm in (figures.gradients or {}).items()},
+    }
+
+
+def finite(value: float) -> float | None:
+    """JSON has no word for what is not a number."""
+    return value if math.isfinite(value) else None
