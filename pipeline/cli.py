@@ -86,8 +86,10 @@ def plan(
     else:
         _console().print(plan_table(rows))
         for row in rows:
-            for key in row.external.values() if row.state.name in graph.PHASES else ():
+            for key in row.external.values() if not row.state.name.startswith("order-") else ():
                 print(f"{row.state.name} continues from {key.rsplit('-', 1)[0]} (key {key})")
+            if row.obstacle:
+                print(f"{row.state.name} cannot be run: {row.obstacle}")
             if row.state.changed:
                 print(f"{row.state.name} was sealed by other code than today's: {', '.join(row.state.changed)} changed")
 

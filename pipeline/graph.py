@@ -16,9 +16,31 @@ from pipeline.recipe import Recipe, explain
 from pipeline.stage import Config, Stage, identity
 from pipeline.store import Store, canonical, sha256_bytes
 
-PHASES = ("pretrain", "midtrain")
-MODELS = {"init": ("pretrain", 0), "base": ("pretrain", None), "mid": ("midtrain", None)}
-"""Exported models: name → (phase, step); None is the phase's last step."""
+
+@dataclass(frozen=True)
+class Phase:
+    """A training phase of a recipe: the name of its node, the stage that runs it, where its section stands in the
+    recipe, and its section."""
+
+    node: str
+    stage: str
+    where: str
+    config: Any
+
+
+def phases(config: Any) -> list[Phase]:
+    """The training phases of a recipe, in order."""
+    found = [Phase(name, name, name, getattr(config, name)) for name in ("pretrain", "midtrain")]
+    for number, part in enumerate(config.long_context):
+        found.append(Phase(f"longcontext-{number + 1}", "midtrain", f"long_context.{number}", part))
+    return found
+
+
+def models(config: Any) -> dict[str, tuple[str, int | None]]:
+    """Exported models, the final one last: name → (node of the phase, step); None is the phase's last step."""
+    found: dict[str, tuple[str, int | None]] = {"init": ("pretrain", 0), "base": ("pretrain", None)}
+    found["mid"] = ("midtrain", None)
+    return found | {f"long-{n + 1}": (f"longcontext-{n + 1}", None) for n in range(len(config.long_context))}
 
 
 @dataclass(frozen=True)
@@ -96,29 +118,34 @@ def compose(recipe: Recipe, store: Store) -> Graph:
     add("tokenize", "tokenize", {}, curate="curate", tokenizer="tokenizer")
 
     previous: dict[str, str] = {}
-    for phase in PHASES:
-        p, earlier = getattr(c, phase), {}
+    model, trained_as = c.model, {}
+    for phase in phases(c):
+        p, name, earlier = phase.config, phase.node, {}
+        longest = p.sequence_length if phase.where.startswith("long_context") else model.context_length
+        model = model.with_rope(p.rope, longest)
+        trained_as[name] = (model, "float32" if p.precision == "fp32" else "bfloat16")
         if p.continue_from:
-            where = f"{recipe.title}: {phase}.continue_from"
-            checkpoint = checkpoints.find(p.continue_from, phase, where, store)
-            _same_beginning(checkpoint, {role: nodes[name].key for role, name in previous.items()}, where, store)
+            where = f"{recipe.title}: {phase.where}.continue_from"
+            checkpoint = checkpoints.find(p.continue_from, name, where, store)
+            _same_beginning(checkpoint, {role: nodes[n].key for role, n in previous.items()}, where, store)
             p, earlier = p.model_copy(update={"continue_from": str(checkpoint)}), {"continue": checkpoint.key}
-        order = {"phase": phase, "mix": p.mix, "sequence_length": p.sequence_length, "steps": p.steps}
+        order = {"phase": name, "mix": p.mix, "sequence_length": p.sequence_length, "steps": p.steps}
         order |= {"rows": p.rows_of(p.steps), "ramp": p.row_ramp, "pack": p.pack, "long_documents": p.long_documents}
         order |= {"seed": c.seed, "first_step": p.first_step}
-        add(f"order-{phase}", "order", order, earlier, tokens="tokenize")
-        training = {"model": c.model, "phase": p, "padded_vocab_size": c.tokenizer.padded_vocab_size, "seed": c.seed}
-        add(phase, phase, training, earlier, tokens="tokenize", order=f"order-{phase}", **previous)
-        previous = {"init": phase}
+        add(f"order-{name}", "order", order, earlier, tokens="tokenize")
+        training = {"model": model, "phase": p, "padded_vocab_size": c.tokenizer.padded_vocab_size, "seed": c.seed}
+        add(name, phase.stage, training, earlier, tokens="tokenize", order=f"order-{name}", **previous)
+        previous = {"init": name}
 
-    for model, (phase, step) in MODELS.items():
-        export = {"model": c.model, "padded_vocab_size": c.tokenizer.padded_vocab_size, "step": step}
-        trained = {"checkpoint": phase}
-        if step == 0 and nodes[phase].external:  # a phase that goes on has no step 0
+    for which, (name, step) in models(c).items():
+        made, dtype = trained_as[name]
+        export = {"model": made, "padded_vocab_size": c.tokenizer.padded_vocab_size, "step": step, "dtype": dtype}
+        trained = {"checkpoint": name}
+        if step == 0 and nodes[name].external:  # a phase that goes on has no step 0
             export, trained = {**export, "seed": c.seed}, {}
-        add(f"export-{model}", "export", export, tokenizer="tokenizer", **trained)
+        add(f"export-{which}", "export", export, tokenizer="tokenizer", **trained)
         measured = {"heldout_documents": c.evaluation.heldout_documents, "max_new_tokens": c.evaluation.max_new_tokens}
-        add(f"evaluate-{model}", "evaluate", measured, model=f"export-{model}", curate="curate", items="items")
+        add(f"evaluate-{which}", "evaluate", measured, model=f"export-{which}", curate="curate", items="items")
     return Graph(recipe, nodes)
 
 
@@ -139,20 +166,21 @@ def _check_across(recipe: Recipe) -> None:
     """What no single section can check."""
     c, title = recipe.config, recipe.title
     names = [s.name for s in recipe.data.sources]
-    for phase in PHASES:
-        p = getattr(c, phase)
+    for phase in phases(c):
+        p, where = phase.config, phase.where
         for source in p.mix:
             if source not in names:
                 raise RecipeError(
-                    f"{title}: {phase}.mix names {source}, which data recipe {c.data} does not have; "
+                    f"{title}: {where}.mix names {source}, which data recipe {c.data} does not have; "
                     f"it has {', '.join(names)}"
                 )
         if abs(sum(p.mix.values()) - 1) > 1e-6:
-            raise RecipeError(f"{title}: {phase}.mix sums to {sum(p.mix.values()):g}; the shares must sum to 1")
-        if p.sequence_length > c.model.context_length:
+            raise RecipeError(f"{title}: {where}.mix sums to {sum(p.mix.values()):g}; the shares must sum to 1")
+        if p.sequence_length > c.model.context_length and phase.node == phase.stage:
             raise RecipeError(
-                f"{title}: {phase}.sequence_length = {p.sequence_length} is longer than model.context_length = "
-                f"{c.model.context_length}; shorten the sequence or raise the context length"
+                f"{title}: {where}.sequence_length = {p.sequence_length} is longer than model.context_length = "
+                f"{c.model.context_length}; shorten the sequence, raise the context length, or make it a phase of "
+                "long_context"
             )
 
 

@@ -20,6 +20,7 @@ class Row:
     external: Mapping[str, str]
     ranks: int
     operation: Mapping[str, Any]
+    obstacle: str | None = None
 
     def json(self) -> dict[str, Any]:
         e = self.estimate
@@ -37,6 +38,7 @@ class Row:
             "external": dict(self.external),
             "ranks": self.ranks,
             "operation": dict(self.operation),
+            "obstacle": self.obstacle,
         }
 
 
@@ -48,6 +50,7 @@ def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[Ro
             node.external,
             node.stage.ranks(node.config),
             operation(node.config),
+            node.stage.obstacle(node.config),
         )
         for node in (graph.nodes[name] for name in selected)
     ]

@@ -37,7 +37,9 @@ class Identity(Config):
 @cache
 def schema() -> type[Config]:
     """The recipe's class: `Identity` and one field per registered section."""
-    sections: dict[str, Any] = {name: (registry.section(name), ...) for name in registry.SECTIONS}
+    sections: dict[str, Any] = {
+        name: (registry.section(name), registry.OPTIONAL.get(name, ...)) for name in registry.SECTIONS
+    }
     return create_model("Recipe", __base__=Identity, **sections)
 
 

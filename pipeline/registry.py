@@ -29,9 +29,13 @@ SECTIONS = {
     "model": "stages.model.config:ModelConfig",
     "pretrain": "stages.train.config:PhaseConfig",
     "midtrain": "stages.train.config:PhaseConfig",
+    "long_context": "stages.train.config:LongContext",
     "evaluation": "stages.evaluate:EvaluationSection",
     "release": "release.build:ReleaseSection",
 }
+
+OPTIONAL: dict[str, Any] = {"long_context": ()}
+"""Sections that a recipe may leave out, with what then stands there."""
 
 DATA = "stages.data.recipe"
 

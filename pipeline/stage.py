@@ -121,6 +121,7 @@ class Stage:
 
     ranks: the processes that run it together. Each calls `run` with the same arguments, with RANK, WORLD_SIZE,
     LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment (absent for one); rank 0 alone writes `out`.
+    obstacle: why a config can be planned but not run, in one sentence; asked before anything starts.
     """
 
     name: str
@@ -129,4 +130,5 @@ class Stage:
     run: Callable[[Any, Inputs, Path, Path, Report], None]
     promise: Literal["bitwise", "numeric"] = "bitwise"
     estimate: Callable[[Any], Estimate] = lambda config: Estimate()
+    obstacle: Callable[[Any], str | None] = lambda config: None
     ranks: Callable[[Any], int] = lambda config: 1

@@ -224,4 +224,7 @@ def _write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
-STAGE = Stage("export", VERSION, ExportConfig, run, promise="bitwise", estimate=estimate)
+STAGE = Stage(
+    "export", VERSION, ExportConfig, run, promise="bitwise", estimate=estimate,
+    obstacle=lambda config: config.model.beyond_qwen3(),
+)  # fmt: skip

@@ -1,9 +1,10 @@
-"""Mid-training: the base model goes on with longer rows, other shares of text and a decaying rate.
+"""Mid-training: the model of the phase before goes on with longer rows, other shares of text and a decaying rate.
 
     atom run atom-tiny --until midtrain
 
-It takes over the weights of pre-training's last step and nothing else: the optimizer starts fresh, with its own
-warm-up, since Adam's moments belong to the old mix and batch.
+The phases of a recipe's `long_context` are mid-training too, each on the one before. It takes over the weights of the
+last step and nothing else: the optimizer starts fresh, with its own warm-up, since Adam's moments belong to the old mix
+and batch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ VERSION = 6
 
 
 def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["tokens"], inputs["order"], `work` and `out` as in pre-training; inputs["init"]: a pretrain artifact.
+    """inputs["tokens"], inputs["order"], `work` and `out` as in pre-training; inputs["init"]: the phase before.
 
     Raises what stages.train.loop.train raises, and AtomError if the init's tensors do not fit the model.
     """
@@ -31,7 +32,8 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
         init = inputs["init"]
         Origin(init, sealed.name_of(sealed.steps_of(init.path)[-1])).load_weights(engine)
 
-    train("midtrain", config, inputs, work, out, report, start)
+    name = inputs["order"].json("meta.json")["phase"]  # midtrain, longcontext-1, ...
+    train(name, config, inputs, work, out, report, start)
 
 
 STAGE = Stage(

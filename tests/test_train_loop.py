@@ -227,7 +227,10 @@ def test_midtrain_continues_the_weights_with_a_fresh_optimizer(
 ) -> None:
     from stages.midtrain import STAGE
 
-    inputs = {role: Artifact.open(corpus / role) for role in ("tokens", "order")}
+    shutil.copytree(corpus / "order", tmp_path / "order")
+    meta = json.loads((tmp_path / "order/meta.json").read_text())
+    (tmp_path / "order/meta.json").write_text(json.dumps({**meta, "phase": "midtrain"}))
+    inputs = {"tokens": Artifact.open(corpus / "tokens"), "order": write_manifest(tmp_path / "order", "order-test")}
     shutil.copytree(undisturbed, tmp_path / "init")
     init = write_manifest(tmp_path / "init", "pretrain-test")
     made = run_stage(STAGE, world.config(), {**inputs, "init": init})

@@ -44,8 +44,11 @@ JOB_ENVIRONMENT = {
 
 
 def require_inputs(graph: Graph, store: Store, selected: list[str]) -> None:
-    """Raises AtomError if a selected stage needs one that is neither selected nor sealed."""
+    """Raises AtomError if a selected stage needs one that is neither selected nor sealed, or cannot be run at all."""
     for name in selected:
+        node = graph.nodes[name]
+        if not store.sealed(node.key) and (obstacle := node.stage.obstacle(node.config)):
+            raise AtomError(f"{graph.recipe.title}, stage {name}: {obstacle}")
         for source in graph.nodes[name].inputs.values():
             if source not in selected and not store.sealed(graph.nodes[source].key):
                 raise AtomError(

@@ -201,6 +201,10 @@ class PhaseConfig(Config):
         return [size // self.batch.micro_tokens for size in sizes]
 
 
+LongContext = tuple[PhaseConfig, ...]
+"""The `long_context` section: mid-training phases on longer and longer rows."""
+
+
 class TrainConfig(Config):
     """What a pretrain or midtrain stage is given: the recipe's sections, resolved."""
 
@@ -215,6 +219,13 @@ class TrainConfig(Config):
             raise ValueError(
                 f"sequence_length = {self.phase.sequence_length} is longer than model.context_length = "
                 f"{self.model.context_length}; shorten the sequence or raise the context length"
+            )
+        yarn = self.model.yarn
+        if yarn and yarn.factor * yarn.original_length < self.phase.sequence_length:
+            raise ValueError(
+                f"rope.yarn.factor = {yarn.factor:g} x original_length = {yarn.original_length} covers fewer tokens "
+                f"than sequence_length = {self.phase.sequence_length}; raise the factor to at least "
+                f"{self.phase.sequence_length / yarn.original_length:g}"
             )
         wrong = problem(self.phase.cluster, self.model, self.padded_vocab_size, self.phase.micro_batches)
         if wrong:
