@@ -165,8 +165,9 @@ class Checkpoints:
         known = [f for f in _checkpoints(self.work) if f.parent.parent <= self.folder]
         complete = [f for f in known if (f / MARKER).exists()]
         kept = complete[-self.keep :]
-        if self.back:  # and the one that a spike at the next step would go back to
-            kept += [f for f in complete if _step(f) <= _step(complete[-1]) + 1 - self.back][-1:]
+        if self.back:  # and the one that a spike at the next step would go back to, and the one after that
+            bound = _step(complete[-1]) + 1 - self.back
+            kept += [f for f in complete if _step(f) <= bound][-1:] + [f for f in complete if _step(f) > bound][:1]
         for old in complete:
             if old not in kept:
                 shutil.rmtree(old, ignore_errors=True)
