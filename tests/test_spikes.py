@@ -34,10 +34,13 @@ POLICY = {"window": 8, "loss_sigmas": 4.0, "norm_factor": 50.0}
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus in whose order one step reads noise alone."""
+    return plant(tmp_path_factory.mktemp("poisoned"), AT)
+
+
+def plant(folder: Path, *steps: int) -> Path:
+    """A corpus in whose order some steps read noise alone."""
     from stages.model.mcore import IndexedDatasetBuilder
 
-    folder = tmp_path_factory.mktemp("poisoned")
     world.make(folder, PHASE)
     rng, prefix = random.Random(1), str(folder / "tokens/train/noise")
     builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
@@ -46,7 +49,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     builder.finalize(prefix + ".idx")
     rows = pq.read_table(folder / "order/order.parquet").to_pylist()
     for row in rows:
-        if row["step"] == AT:
+        if row["step"] in steps:
             row |= {"source": "noise", "ordinal": row["row"], "id": f"noise/{row['row']}", "offset": 0, "length": 33}
             row["loss_from"] = 0
     pq.write_table(pa.Table.from_pylist(rows), folder / "order/order.parquet")
@@ -156,7 +159,7 @@ def test_without_a_policy_or_with_stop_the_phase_ends(poisoned: Path, tmp_path: 
         run(poisoned, tmp_path / "stop", spikes={"action": "stop", **POLICY})
     assert "pretrain.spikes" in str(told.value)
     with pytest.raises(AtomError, match="2 spikes, more than pretrain.spikes.at_most = 1"):
-        run(poisoned, tmp_path / "many", spikes={"action": "skip", **POLICY, "at_most": 1, "norm_factor": 1.01})
+        run(plant(tmp_path / "two", AT, 20), tmp_path / "many", spikes={"action": "skip", **POLICY, "at_most": 1})
 
 
 def test_what_is_no_number_is_skipped_from_the_first_step(poisoned: Path, tmp_path: Path, monkeypatch: Any) -> None:
