@@ -68,9 +68,11 @@ def train(corpus: Path, settings: dict[str, Any], steps: int) -> list[dict[str, 
         order = Order(Artifact.open(corpus / "order"), phase)
         shards = Shards(tokens, "train", config.padded_vocab_size)
         for step in range(1, steps + 1):
-            share = Share.read(order.rows(step), shards, phase.micro_rows, ranks)
+            share = Share.read(order.rows(step), shards, phase.micro_rows, ranks, phase.pack)
             figures = engine.step(share, learning_rate(step, phase.steps, phase.optimizer), lambda loss, norm: None)
             out.append({"loss": figures.loss, "aux_loss": figures.aux_loss, "grad_norm": figures.grad_norm})
+            out[-1] |= {"z_loss": figures.z_loss, "busiest": figures.experts.max_violation}
+            out[-1] |= {"entropy": float(figures.experts.entropy.mean()), "dropped": float(figures.experts.dropped)}
         held = Shards(tokens, "heldout", config.padded_vocab_size)
         share = Share.read(heldout_rows(tokens, phase)[:7], held, phase.micro_rows, ranks)
         out.append({"heldout_loss": engine.evaluate(share)})
@@ -103,7 +105,7 @@ def compare(corpus: Path, layouts: dict[str, dict[str, Any]], ranks: int, settin
 
 def settings_of(layout: dict[str, Any], ranks: int, seed: int = 0, **phase: Any) -> dict[str, Any]:
     """world.config() of the deeper model, in small micro-batches, in that layout."""
-    found = world.config(seed, batch=BATCH, cluster={"ranks": ranks, **layout}, **phase)
+    found = world.config(seed, **{"batch": BATCH, "cluster": {"ranks": ranks, **layout}, **phase})
     return {**found, "model": MODEL}
 
 

@@ -100,6 +100,21 @@ def make(folder: Path, phase: dict[str, Any] | None = None) -> dict[str, Artifac
     return {"tokens": write_manifest(tokens, "tokenize-test"), "order": write_manifest(order, "order-test")}
 
 
+def pack(folder: Path, phase: dict[str, Any]) -> Artifact:
+    """Packs what `make` left in `folder` by the order stage, into `packed`."""
+    from stages.data.order import STAGE
+    from stages.train.config import PhaseConfig
+
+    p = PhaseConfig.model_validate({**PHASE, **phase, "pack": True})
+    config = {"phase": "pretrain", "mix": p.mix, "sequence_length": p.sequence_length, "rows": p.rows_of(p.steps)}
+    config |= {"steps": p.steps, "seed": 0, "pack": True, "ramp": p.row_ramp, "long_documents": p.long_documents}
+    out = folder / "packed" / "order"
+    out.mkdir(parents=True)
+    STAGE.run(STAGE.config.model_validate(config), {"tokens": Artifact.open(folder / "tokens")}, out, out, Reporter())
+    (folder / "packed" / "tokens").symlink_to(folder / "tokens")
+    return write_manifest(out, "order-test")
+
+
 def tokenizer(folder: Path) -> Artifact:
     """A tokenizer artifact of VOCAB tokens: the six special ones and single characters."""
     from tokenizers import AddedToken, Tokenizer, models

@@ -1,0 +1,126 @@
+"""Rotary frequencies, their scaling and their export: three implementations that must agree."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import train_world as world
+
+from pipeline.errors import AtomError
+from release import export
+from stages.model.build import transformer_config
+from stages.model.config import ModelConfig, Rope, Yarn
+from stages.model.hf import from_hf, hf_config, to_hf
+from stages.model.init import full_tensor
+from stages.model.layout import Layout
+from stages.model.rope import frequencies
+from stages.train import parallel
+
+PLAIN = ModelConfig(**world.MODEL)
+YARN = Yarn(factor=4.0, original_length=64)
+SHAPES = [
+    (128, 1e6, Yarn(factor=4.0, original_length=32768)),
+    (64, 1e4, Yarn(factor=16.0, original_length=4096)),
+    (32, 5e5, Yarn(factor=8.0, original_length=512, beta_fast=16.0, beta_slow=2.0)),
+    (8, 1e4, YARN),
+    (32, 1e4, None),
+]
+
+
+@pytest.mark.parametrize(("dim", "base", "yarn"), SHAPES)
+def test_frequencies_are_those_of_transformers_and_megatron(dim: int, base: float, yarn: Yarn | None) -> None:
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+        YarnRotaryEmbedding,
+        _yarn_get_concentration_factor_from_config,
+    )
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
+
+    model = PLAIN.model_copy(update={"head_dim": dim, "rope_base": base, "yarn": yarn, "context_length": 2048})
+    found, factor = frequencies(model)
+    theirs = Qwen3MoeRotaryEmbedding(Qwen3MoeConfig(**hf_config(model, 64, 1, 0, "float32")))
+    torch.testing.assert_close(found, theirs.inv_freq, rtol=1e-6, atol=0)
+    assert factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
+    if yarn is not None:
+        with parallel.session(0):
+            config = transformer_config(model, Layout())
+            rope = YarnRotaryEmbedding(
+                dim, rotary_base=base, use_cpu_initialization=True, scaling_factor=yarn.factor,
+                original_max_position_embeddings=yarn.original_length, beta_fast=yarn.beta_fast, beta_slow=yarn.beta_slow,
+            )  # fmt: skip
+            angles, _ = rope.get_emb(3)
+            torch.testing.assert_close(angles[1, 0, 0, : dim // 2], found, rtol=1e-6, atol=0)
+            assert _yarn_get_concentration_factor_from_config(config) == pytest.approx(factor, rel=1e-12)
+
+
+def test_the_next_phase_takes_over_the_base() -> None:
+    longer = PLAIN.with_rope(Rope(base=1e6), 256)
+    assert (longer.rope_base, longer.yarn, longer.context_length) == (1e6, None, 256)
+    scaled = longer.with_rope(Rope(yarn=YARN), 1024)
+    assert (scaled.rope_base, scaled.yarn, scaled.context_length) == (1e6, YARN, 1024)
+    assert scaled.with_rope(None, 512) == scaled, "a phase that says nothing changes nothing, and never shortens"
+    assert scaled.shapes(64) == PLAIN.shapes(64)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return {"tokenizer": world.tokenizer(tmp_path_factory.mktemp("t") / "tokenizer")}
+
+
+LONG = {
+    "yarn": {"context_length": 1024, "rope_base": 5e4, "yarn": Yarn(factor=16.0, original_length=64)},
+    "base": {"context_length": 1024, "rope_base": 1e6},
+    "dense first layer": {"dense_layers": 1, "dense_ffn_size": 48},
+}
+
+
+@pytest.mark.parametrize("change", LONG)
+def test_transformers_gives_the_logits_at_full_length(change: str, inputs: dict, tmp_path: Path) -> None:
+    """The exported folder in a fresh interpreter, on a row of the whole context (release/parity.py)."""
+    model = PLAIN.model_copy(update=LONG[change])
+    config = export.ExportConfig(model=model, padded_vocab_size=world.VOCAB, seed=3)
+    (tmp_path / "out").mkdir()
+    export.run(config, inputs, tmp_path, tmp_path / "out", world.Reporter())  # type: ignore[arg-type]
+    parity = json.loads((tmp_path / "out/parity.json").read_text())
+    assert parity["longest_row"] == model.context_length and parity["max_abs_logit_delta"] < 1e-4
+    said = json.loads((tmp_path / "out/model/config.json").read_text())
+    assert said["max_position_embeddings"] == model.context_length
+    assert said["mlp_only_layers"] == list(range(model.dense_layers))
+    if model.yarn:
+        assert said["rope_parameters"]["rope_type"] == said["rope_scaling"]["rope_type"] == "yarn"
+        said["rope_parameters"] = {"rope_theta": 5e4, "rope_type": "default"}  # as if the scaling had been forgotten
+        (tmp_path / "out/model/config.json").write_text(json.dumps({**said, "rope_scaling": None}))
+        code = (
+            "import sys, torch; from transformers import AutoModelForCausalLM as A\n"
+            "m = A.from_pretrained(sys.argv[1]); torch.manual_seed(0)\n"
+            "torch.save(m(torch.randint(6, 64, (1, 1024))).logits.detach(), sys.argv[2])\n"
+        )
+        found = []
+        for name in ("forgotten", "kept"):
+            target = str(tmp_path / name)
+            subprocess.run([sys.executable, "-c", code, str(tmp_path / "out/model"), target], check=True)
+            found.append(torch.load(target, weights_only=True))
+            full = hf_config(model, world.VOCAB, 1, 0, "float32")
+            (tmp_path / "out/model/config.json").write_text(json.dumps(full))
+        assert (found[0] - found[1]).abs().max() > 1e-2, "the comparison would notice"
+
+
+def test_what_qwen3_moe_cannot_express_is_refused(inputs: dict, tmp_path: Path) -> None:
+    for field, value, said in (("bias_rate", 1e-3, "no bias of experts"), ("shared_expert_ffn_size", 16, "no shared")):
+        model = PLAIN.model_copy(update={field: value})
+        with pytest.raises(AtomError, match=rf"model\.{field} = {value} cannot be exported: .*{said}.* leave it out"):
+            hf_config(model, world.VOCAB, 1, 0, "float32")
+        obstacle = export.STAGE.obstacle(export.ExportConfig(model=model, padded_vocab_size=world.VOCAB))
+        assert obstacle is not None and obstacle.startswith(f"model.{field}")
+
+
+def test_dense_layers_map_back() -> None:
+    model = PLAIN.model_copy(update={"dense_layers": 1, "dense_ffn_size": 48})
+    tensors = {n: full_tensor(n, s, model, 0) for n, s in model.shapes(world.VOCAB).items()}
+    back = from_hf(to_hf(tensors, model, world.VOCAB), model)
+    assert back.keys() == tensors.keys() and all(torch.equal(back[n], tensors[n]) for n in back)
