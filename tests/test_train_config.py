@@ -135,6 +135,98 @@ def test_work_checkpoints_are_not_identity() -> None:
     assert identity(one) != identity(TrainConfig.model_validate(world.config(steps=13)))
 
 
+@pytest.mark.parametrize(
+    ("phase", "sentence"),
+    [
+        ({"batch": {"global_tokens": 256, "micro_tokens": 128, "ramp": [{"until_step": 3, "global_tokens": 100}]}},
+         "batch.ramp.0.global_tokens = 100 is not a multiple of batch.micro_tokens 128; nearest: 128"),
+        ({"batch": {"global_tokens": 256, "micro_tokens": 128, "ramp": [{"until_step": 3, "global_tokens": 256}]}},
+         "ramp.0.global_tokens = 256 does not lie between the batch before it and batch.global_tokens = 256"),
+        ({"batch": {"global_tokens": 256, "micro_tokens": 128, "ramp": [{"until_step": 12, "global_tokens": 128}]}},
+         "batch.ramp.0.until_step = 12 leaves no step with the full batch; use less than steps = 12"),
+        ({"optimizer": {"lr": 1e-3, "final_lr": 0, "warmup_steps": 2, "schedule": "wsd"}},
+         "decay_steps = None with schedule = wsd: a wsd schedule needs it"),
+        ({"optimizer": {"lr": 1e-3, "final_lr": 0, "warmup_steps": 2, "decay_steps": 4}},
+         "decay_steps = 4 with schedule = cosine"),
+        ({"optimizer": {"lr": 1e-3, "final_lr": 0, "warmup_steps": 2, "schedule": "wsd", "decay_steps": 11}},
+         "optimizer.decay_steps = 11 and warmup_steps = 2 are more than steps = 12; use at most 10"),
+        ({"long_documents": {"over": 8, "share": 0.5}}, "only packed rows do; set pack"),
+        ({"excluded_steps": [3, 13]}, "excluded_steps = [3, 13] goes beyond steps = 12; leave later ones out"),
+        ({"spikes": {"action": "skip", "window": 1}}, "greater than or equal to 4"),
+        ({"precision": "fp8"}, "'fp32', 'bf16', 'fp8-tensorwise', 'fp8-blockwise' or 'mxfp8'"),
+        ({"rope": {"yarn": {"factor": 4, "original_length": 16, "beta_fast": 1}}}, "beta_slow = 1.0 is not below beta_fast"),
+    ],
+)  # fmt: skip
+def test_phases_that_cannot_work(phase: dict, sentence: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        TrainConfig.model_validate(world.config(**phase))
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ({"yarn": {"factor": 2, "original_length": 8}},
+         "rope.yarn.factor = 2 x original_length = 8 covers fewer tokens than sequence_length = 32; raise the factor to at least 4"),
+        ({"stated_parameters": {"total": 5, "active": 3}}, "model.stated_parameters = 5 in all, 3 active, but the model has"),
+        ({"dense_layers": 2, "dense_ffn_size": 8}, "dense_layers = 2 leaves no layer of 2 with experts; use at most 1"),
+        ({"dense_layers": 1}, "dense_layers = 1 and dense_ffn_size = None go together"),
+    ],
+)  # fmt: skip
+def test_models_that_contradict_themselves(model: dict, sentence: str) -> None:
+    settings = world.config()
+    settings["model"] = {**settings["model"], **model}
+    with pytest.raises(ValidationError) as caught:
+        TrainConfig.model_validate(settings)
+    assert sentence in str(caught.value)
+
+
+def test_what_came_later_changes_no_key_while_it_is_not_used() -> None:
+    """Sealed artifacts of earlier recipes stay valid: a field that was added counts only where it is set."""
+    from pipeline.stage import identity
+
+    config = TrainConfig.model_validate(world.config())
+    known = {"mix", "sequence_length", "batch", "steps", "optimizer", "heldout", "release_checkpoint_every"}
+    assert set(identity(config)["phase"]) == known and set(identity(config)["phase"]["batch"]) == {
+        "global_tokens",
+        "micro_tokens",
+    }
+    assert "schedule" not in identity(config)["phase"]["optimizer"]
+    sizes = {
+        "layers",
+        "hidden_size",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "experts",
+        "experts_per_token",
+        "expert_ffn_size",
+    }
+    rest = {"context_length", "rope_base", "norm_eps", "tie_embeddings", "aux_loss", "init_std"}
+    assert set(identity(config)["model"]) == sizes | rest
+    assert "pack" in identity(TrainConfig.model_validate(world.config(pack=True)))["phase"]
+
+
+def test_a_batch_that_grows() -> None:
+    ramp = [{"until_step": 3, "global_tokens": 64}, {"until_step": 5, "global_tokens": 128}]
+    phase = PhaseConfig.model_validate(
+        {**world.PHASE, "batch": {"global_tokens": 256, "micro_tokens": 64, "ramp": ramp}}
+    )
+    assert [phase.rows_of(step) for step in range(1, 8)] == [2, 2, 2, 4, 4, 8, 8]
+    assert phase.micro_batches == [1, 2, 4] and phase.row_ramp == [(3, 2), (5, 4)]
+    assert phase.tokens() == 3 * 64 + 2 * 128 + 7 * 256 and phase.tokens(5) == 128 + 7 * 256
+    with pytest.raises(ValidationError, match="2 data-parallel ranks, which cannot share the 1 micro-batches"):
+        TrainConfig.model_validate({**world.config(), "phase": {**phase.model_dump(), "cluster": {"ranks": 2}}})
+
+
+def test_warm_up_stable_decay() -> None:
+    o = Optimizer(lr=1.0, final_lr=0.1, warmup_steps=4, schedule="wsd", decay_steps=8)
+    rates = [learning_rate(step, 20, o) for step in range(1, 21)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and set(rates[3:12]) == {1.0} and math.isclose(rates[-1], 0.1)
+    assert math.isclose(rates[13], 0.1 + 0.9 * (1 - math.sqrt(2 / 8)))  # 1 - sqrt (Hägele et al., 2024)
+    assert rates[11:] == sorted(rates[11:], reverse=True)
+
+
 def test_schedule() -> None:
     o = Optimizer(lr=1.0, final_lr=0.1, warmup_steps=4)
     rates = [learning_rate(step, 20, o) for step in range(1, 21)]
