@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,30 @@ def test_apportionment_is_exact(shares: list[int], total: int) -> None:
     whole = order.apportion(mix, total)
     assert sum(whole.values()) == total
     assert all(abs(whole[name] - mix[name] * total) < 1 + 1e-6 for name in mix)
+
+
+def test_a_growing_batch_changes_the_size_of_steps_alone(tmp_path: Path, run_stage: Any) -> None:
+    """The rows come in the order of an even phase of as many rows; only where steps end is another."""
+    inputs = {"tokens": tokens(tmp_path / "t")}
+    made = run_stage(order.STAGE, config(ramp=[[4, 2], [8, 3]], steps=24, rows=5), inputs)
+    rows = pq.read_table(made / "order.parquet").to_pylist()
+    sizes = [2] * 4 + [3] * 4 + [5] * 16
+    assert [(r["step"], r["row"]) for r in rows] == [(s, r) for s, n in enumerate(sizes, 1) for r in range(n)]
+    even = run_stage(order.STAGE, config(steps=sum(sizes), rows=1), inputs)
+    assert [(r["id"], r["offset"]) for r in rows] == [
+        (r["id"], r["offset"]) for r in pq.read_table(even / "order.parquet").to_pylist()
+    ]
+    assert made.json("meta.json")["ramp"] == [[4, 2], [8, 3]] and "ramp" not in even.json("meta.json")
+
+
+def test_a_growing_batch_goes_on_from_a_checkpoint(tmp_path: Path, run_stage: Any) -> None:
+    inputs, ramp = {"tokens": tokens(tmp_path / "t")}, [[4, 2], [8, 3]]
+    whole = run_stage(order.STAGE, config(ramp=ramp), inputs)
+    table = pq.read_table(whole / "order.parquet").to_pylist()
+    read = {name: sum(r["source"] == name and r["step"] <= 6 for r in table) for name in ("a", "b")}
+    state = {"phase": "pretrain", "step": 6, "data_position": order.position(whole.json("meta.json"), read, 6)}
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/state.json").write_text(json.dumps(state))
+    inputs["continue"] = write_manifest(tmp_path / "checkpoint", "pretrain@6")
+    rest = run_stage(order.STAGE, config(ramp=ramp, first_step=7), inputs)
+    assert pq.read_table(rest / "order.parquet").to_pylist() == [r for r in table if r["step"] > 6]
