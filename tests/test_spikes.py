@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import layouts
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -209,3 +210,20 @@ class SecondTime(world.Reporter):
         self.seen += done == self.when
         if done == self.when and self.seen == (2 if self.when < AT else 1):
             signal.raise_signal(signal.SIGTERM)
+
+
+def test_ranks_judge_together(poisoned: Path, tmp_path: Path) -> None:
+    """Two tensor-parallel ranks find the spike, go back and go on as one process does."""
+    rewind = {"action": "rewind", "rewind_steps": 4, **POLICY}
+    alone = layouts.settings_of({}, 1, **PHASE, spikes=rewind)
+    found = {}
+    for name, settings in {"one": alone, "two": layouts.settings_of({"tensor": 2}, 2, **PHASE, spikes=rewind)}.items():
+        layouts.run(poisoned, tmp_path / name, settings)
+        (line,) = lines(tmp_path / name / "out", "spike")
+        found[name] = line["spike"]
+        found[name, "losses"] = layouts.figures(tmp_path / name / "out")
+    one, two = found["one"], found["two"]
+    assert one["excluded"] == two["excluded"] == [14, 15, 16, 17] and one["documents"] == two["documents"]
+    assert two["gradient_norms"] == pytest.approx(one["gradient_norms"], rel=1e-3)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    assert found["two", "losses"] == pytest.approx(found["one", "losses"], rel=1e-3)
