@@ -20,13 +20,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from stages.model.mcore import GPTModel, tensor_parallel
-from stages.model.quantize import Counts, Kind, Quantised, Recipe, quantise
+from stages.model.quantize import KINDS, Counts, Kind, Quantised, Recipe, quantise
 
 
 @dataclass
@@ -37,10 +37,18 @@ class LinearRecord:
     """Width of the input: K of its forward product."""
     rows: int
     """Width of the output: N."""
-    counts: dict[Kind, Counts] = field(default_factory=lambda: dict.fromkeys(("input", "weight", "gradient"), Counts()))
+    counts: dict[Kind, Counts] = field(default_factory=lambda: dict.fromkeys(KINDS, Counts()))
     """Both roundings of an operand, where its two products take it in different blocks."""
     tokens: Counter[int] = field(default_factory=Counter)
     """How many products were over how many tokens (M)."""
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "k": self.columns,
+            "n": self.rows,
+            "tokens": {str(tokens): self.tokens[tokens] for tokens in sorted(self.tokens)},
+            "counts": {kind: asdict(counts) for kind, counts in self.counts.items()},
+        }
 
 
 Record = dict[tuple[int, str], LinearRecord]

@@ -2,11 +2,11 @@
 
 A recipe says, for each operand of a matrix product, which format it is rounded to and which values share a scale:
 
-| recipe           | input, weight, gradient | values that share a scale                                  | scale           |
-|------------------|-------------------------|------------------------------------------------------------|-----------------|
-| `fp8-tensorwise` | e4m3, e4m3, e5m2        | the whole tensor                                           | fp32            |
-| `fp8-blockwise`  | e4m3                    | 1 x 128 along the summed dimension; 128 x 128 of a weight  | power of two    |
-| `mxfp8`          | e4m3                    | 1 x 32 along the summed dimension                          | e8m0            |
+| recipe         | input, weight, gradient | values that share a scale                                 | scale        |
+|----------------|-------------------------|-----------------------------------------------------------|--------------|
+| fp8-tensorwise | e4m3, e4m3, e5m2        | the whole tensor                                          | fp32         |
+| fp8-blockwise  | e4m3                    | 1 x 128 along the summed dimension; 128 x 128 of a weight | power of two |
+| mxfp8          | e4m3                    | 1 x 32 along the summed dimension                         | e8m0         |
 
 Formats: OCP 8-bit Floating Point (2023); Microscaling: OCP MX 1.0 (2023); blockwise: DeepSeek-V3 (arXiv:2412.19437)
 with scales rounded as Transformer Engine rounds them by default. No Megatron here.
@@ -170,7 +170,8 @@ SLAB = 2**17
 
 def _slabs(x: torch.Tensor, height: int) -> tuple[torch.Tensor, ...]:
     """The rows of a matrix by about SLAB values, cut between blocks."""
-    return x.split(max(1, SLAB // x.shape[1] // height) * height)
+    slabs: tuple[torch.Tensor, ...] = x.split(max(1, SLAB // x.shape[1] // height) * height)
+    return slabs
 
 
 def _largest(x: torch.Tensor, group: Any) -> torch.Tensor:
