@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 # The newest Megatron-core needs Python 3.12 or newer; the environment of test-latest is made for it.
 PYTHON_LATEST ?= python3.13
 VENV_LATEST   ?= .venv-latest
-LATEST_TESTS  := tests/test_model_*.py tests/test_train_*.py tests/test_layouts.py tests/test_export.py
+LATEST_TESTS  := tests/test_fake_fp8.py tests/test_model_*.py tests/test_train_*.py tests/test_layouts.py tests/test_export.py
 
 .PHONY: help demo test test-latest soak lint lock clean
 

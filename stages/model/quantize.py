@@ -213,7 +213,8 @@ def _multiplier(largest: torch.Tensor, format_: Format, scale: str) -> torch.Ten
     Powers of two are the largest one with which no value overflows. For e8m0 that is the scale 2^e with e from -127 to
     127, rounded up.
     """
-    multiplier = (format_.largest / largest).clamp_max_(FP32_MAX)
+    # a number by a tensor would be the number times a rounded reciprocal
+    multiplier = torch.full_like(largest, format_.largest).div_(largest).clamp_max_(FP32_MAX)
     if scale != "fp32":
         multiplier = (multiplier.view(torch.int32) & EXPONENT).view(torch.float32)
     multiplier[~largest.isfinite() | (largest == 0)] = 1.0

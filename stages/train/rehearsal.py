@@ -37,7 +37,7 @@ BASELINES: tuple[Baseline, ...] = ("bf16", "fp32")
 
 
 def rehearse(
-    recipe: Recipe, home: Path, display: Display, precisions: Sequence[str] = (), steps: int = 60, seeds: int = 3,
+    recipe: Recipe, home: Path, display: Display, precisions: Sequence[str] = (), steps: int = 48, seeds: int = 3,
     baseline: str = "bf16", bound: float = 0.0025, hidden: int | None = None, layers: int | None = None,
     out: Path | None = None,
 ) -> tuple[dict[str, Any], Path]:  # fmt: skip
@@ -118,7 +118,7 @@ def _folder(settings: Settings, home: Path, out: Path | None) -> Path:
     file = folder / "settings.json"
     if file.exists():
         held = json.loads(file.read_text())
-        changed = [name for name in body if held.get(name) != body[name]]
+        changed = sorted(name for name in body if held.get(name) != body[name])
         if changed:
             raise AtomError(f"{folder} holds a rehearsal of another {', '.join(changed)}; name another folder")
     elif folder.exists() and any(folder.iterdir()):

@@ -34,7 +34,7 @@ def losses(report: Mapping[str, Any], runs: Runs, path: Path) -> None:
             continue
         _band(above, curve, COLOURS[name], name)
         steps = min(curve.shape[1], base.shape[1])
-        _band(below, _smooth(100 * (curve[:, :steps] / base[:, :steps] - 1)), COLOURS[name], name, SMOOTH // 2)
+        _band(below, _smooth(100 * (curve[:, :steps] / base[:, :steps] - 1)), COLOURS[name], name, SMOOTH - 1)
     last = report["training"]["steps"]
     for axes in (above, below):
         axes.axvspan(last - report["window_steps"] + 0.5, last + 0.5, color="0.93", zorder=0)
@@ -47,8 +47,8 @@ def losses(report: Mapping[str, Any], runs: Runs, path: Path) -> None:
         below.axhline(side, color="black", linestyle=":", linewidth=1)
     below.axhline(0, color="black", linewidth=0.8)
     below.set_ylabel(f"deviation from {baseline} (%)")
-    below.set_xlabel(f"step; deviations are means over {SMOOTH} steps, the dotted lines are the bound")
-    half = max(4 * bound, 1.2 * max((abs(d) * 100 for d in _deviations(report)), default=0.0))
+    below.set_xlabel(f"step; deviations are means over the last {SMOOTH} steps, the dotted lines are the bound")
+    half = max(3 * bound, 1.2 * max((abs(d) * 100 for d in _deviations(report)), default=0.0))
     below.set_ylim(-half, half)
     _save(figure, path)
 

@@ -20,8 +20,10 @@ TOLERANCE = 0.05
 """How far a ratio may be off, relatively."""
 CONTEXT = 128
 """The longest row, since attention's own products stay as they are."""
-SPARE = 3
+SPARE = 4
 """How many times the tokens that an expert must see come to it on average: routers are uneven, at first most of all."""
+LEAST_TOKENS = 1024
+"""Of a step, so that its loss is not mostly chance."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,6 @@ def ratios(model: ModelConfig, small: ModelConfig) -> list[Ratio]:
 
 
 def step_tokens(small: ModelConfig, smallest: int, sequence_length: int) -> int:
-    """Tokens of a step, in whole rows: SPARE times what it takes for an average expert to see `smallest`."""
-    tokens = SPARE * smallest * small.experts / small.experts_per_token
+    """Tokens of a step, in whole rows: SPARE times what it takes for an average expert to see `smallest`, at least."""
+    tokens = max(LEAST_TOKENS, SPARE * smallest * small.experts / small.experts_per_token)
     return math.ceil(tokens / sequence_length) * sequence_length
