@@ -20,7 +20,7 @@ from pipeline.errors import AtomError
 from stages.model import quantize
 from stages.model.config import ModelConfig
 from stages.model.quantize import RECIPES, Format, Recipe
-from stages.train import rehearsal, rehearsal_report, rehearsal_run
+from stages.train import rehearsal, rehearsal_plot, rehearsal_report, rehearsal_run
 from stages.train.rehearsal_report import compose, judge, markdown
 from stages.train.twin import dimensions, ratios, step_tokens, twin
 
@@ -144,33 +144,38 @@ def run(precision: str, seed: int, loss: float, **changes: Any) -> dict[str, Any
     return {**whole, **changes}
 
 
-def verdict(settings: rehearsal_run.Settings, ends: list[float], **changes: Any) -> dict[str, Any]:
+def verdict(
+    folder: Path, settings: rehearsal_run.Settings, ends: list[float], **changes: Any
+) -> dict[str, Any]:  # fmt: skip
     """Of fp8-tensorwise runs that end with these losses beside a baseline of 2; changes: to the first of them."""
     runs = {("bf16", seed): run("bf16", seed, 2.0) for seed in range(len(ends))}
     runs |= {("fp8-tensorwise", s): run("fp8-tensorwise", s, loss) for s, loss in enumerate(ends)}
     runs["fp8-tensorwise", 0] |= changes
     report = compose(settings, [], [96], ["fp8-tensorwise"], len(ends), 0.0025, runs)
+    rehearsal_plot.losses(report, runs, folder / "loss.png")
     json.dumps(report, allow_nan=False)
     assert report["verdict"] == report["precisions"][0]["verdict"]
     markdown(report)
     return report["precisions"][0]
 
 
-def test_verdicts(settings: rehearsal_run.Settings) -> None:
-    assert verdict(settings, [2.001, 2.002, 2.0015])["verdict"] == "holds"
-    assert verdict(settings, [2.01, 2.011, 2.0105])["verdict"] == "fails"
-    assert verdict(settings, [1.99, 1.989, 1.9895])["verdict"] == "fails", "a lower loss is a deviation too"
-    assert verdict(settings, [2.004, 2.005, 2.006])["verdict"] == "inconclusive", "0.25 % is within the error"
-    assert verdict(settings, [2.0, 2.02, 1.98])["verdict"] == "inconclusive", "no seed agrees with another"
-    assert verdict(settings, [2.001, 2.002, 2.0015])["reason"] == "|+0.075 %| ± 0.0289 % is below 0.25 %"
-    lost = verdict(settings, [2.001, 2.002, 2.0015], diverged_at=5, losses=[2.0] * 4)
+def test_verdicts(tmp_path: Path, settings: rehearsal_run.Settings) -> None:
+    assert verdict(tmp_path, settings, [2.001, 2.002, 2.0015])["verdict"] == "holds"
+    assert verdict(tmp_path, settings, [2.01, 2.011, 2.0105])["verdict"] == "fails"
+    assert verdict(tmp_path, settings, [1.99, 1.989, 1.9895])["verdict"] == "fails", "a lower loss is a deviation too"
+    assert verdict(tmp_path, settings, [2.004, 2.005, 2.006])["verdict"] == "inconclusive", "0.25 % is within the error"
+    assert verdict(tmp_path, settings, [2.0, 2.02, 1.98])["verdict"] == "inconclusive", "no seed agrees with another"
+    assert verdict(tmp_path, settings, [2.001, 2.002, 2.0015])["reason"] == "|+0.075 %| ± 0.0289 % is below 0.25 %"
+    lost = verdict(tmp_path, settings, [2.001, 2.002, 2.0015], diverged_at=5, losses=[2.0] * 4)
     assert lost["verdict"] == "fails" and lost["reason"] == "from seed 0 the loss was not a number at step 5"
     assert lost["deviation"] == {"by_seed": [None, pytest.approx(0.001), pytest.approx(0.00075)]}
     thin = run("fp8-tensorwise", 0, 2.0)["linears"][0] | {"tokens": {"384": 8, "20": 8}}
-    few = verdict(settings, [2.0, 2.001, 2.0], linears=[thin])
+    few = verdict(tmp_path, settings, [2.0, 2.001, 2.0], linears=[thin])
     assert few["verdict"] == "inconclusive"
     assert few["reason"] == "1.71 % of the multiply-adds were over fewer than 32 tokens, two blocks"
     assert few["linears"][0]["tokens"] == {"min": 20, "median": 384}
+    at_once = verdict(tmp_path, settings, [2.0, 2.0], diverged_at=1, losses=[])
+    assert at_once["verdict"] == "fails" and at_once["reason"] == "from seed 0 the loss was not a number at step 1"
 
 
 def test_judge_counts_two_standard_errors() -> None:

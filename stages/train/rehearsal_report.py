@@ -210,8 +210,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     for x in report["precisions"]:
         d = x["deviation"]
-        shown = [_signed(d["mean"]), _signed(d["min"]), _signed(d["max"]), _percent(d["standard_error"])]
-        cells = shown if "mean" in d else ["–"] * 4
+        cells = ["none"] * 4
+        if "mean" in d:
+            cells = [_signed(d["mean"]), _signed(d["min"]), _signed(d["max"]), _percent(d["standard_error"])]
         lines.append(f"| {' | '.join([x['precision'], *cells, x['verdict'], x['reason'].replace('|', '∣')])} |")
     lines += [
         "",
