@@ -9,7 +9,8 @@ PYTHON_LATEST ?= python3.13
 VENV_LATEST   ?= .venv-latest
 # vLLM pins versions of its own; its environment is made for test-vllm.
 VENV_VLLM     ?= .venv-vllm
-LATEST_TESTS  := tests/test_model_*.py tests/test_train_*.py tests/test_layouts.py tests/test_export.py
+LATEST_TESTS  := tests/test_fake_fp8.py tests/test_spikes.py tests/test_packing.py tests/test_precision.py tests/test_experts.py \
+	tests/test_model_*.py tests/test_train_*.py tests/test_layouts.py tests/test_export.py
 
 .PHONY: help demo test test-latest test-vllm soak lint lock clean
 

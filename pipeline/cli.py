@@ -290,6 +290,54 @@ def retry(run: RunArgument = None) -> None:
 
 
 @app.command()
+def rehearse(
+    recipe: RecipeArgument,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="fp8-tensorwise, fp8-blockwise or mxfp8; repeatable; default: all three"),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="optimizer steps of each run; the last quarter counts")] = 48,
+    seeds: Annotated[int, typer.Option(help="initial weights and data orders, each run in every precision")] = 3,
+    baseline: Annotated[str, typer.Option(help="what FP8 is compared with, and around it: bf16 or fp32")] = "bf16",
+    bound: Annotated[float, typer.Option(help="largest relative deviation of the loss")] = 0.0025,
+    hidden: Annotated[
+        int | None, typer.Option(help="width of the twin; default: the smallest of two blocks everywhere")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="layers of the twin; default: 2")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the result; default: one of its own under $ATOM_HOME/rehearsals")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Rehearse FP8 on any machine.
+
+    A small twin of the recipe's model is trained on Python's standard library with linear layers that round to FP8, and
+    without. Exit code 0: every precision holds the bound; 1: one fails it, or the runs do not decide; 2: a mistake.
+    Ctrl-C stops cleanly; the same command goes on from the runs that are finished.
+    """
+    from rich.console import Console
+
+    from pipeline import recipe as recipes
+    from pipeline.display import Display
+    from pipeline.views import rehearsal_text
+    from stages.train.rehearsal import rehearse as run_rehearsal
+
+    console = Console(stderr=True) if as_json else _console()
+    try:
+        with Display(console) as display:
+            report, folder = run_rehearsal(
+                recipes.load(recipe), _store().home, display, precision or (), steps, seeds, baseline, bound, hidden,
+                layers, out,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        print("atom: stopped; run the same command to go on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(json.dumps(report, indent=1, sort_keys=True) if as_json else rehearsal_text(report, folder))
+    if report["verdict"] != "holds":
+        raise typer.Exit(1)
+
+
+@app.command()
 def build(recipe: RecipeArgument) -> None:
     """Make the release folder, with its gates.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -72,3 +73,9 @@ def published_text(report: Any) -> str:
     lines = [f"{r.kind} {r.repo}@{r.revision} {r.commit[:12]}" for r in report.repositories]
     visible = "public" if report.public else "private"
     return "\n".join([*lines, f"published to {report.endpoint}, {visible}, pulled back and verified"])
+
+
+def rehearsal_text(report: dict[str, Any], folder: Path) -> str:
+    """The verdicts of a rehearsal, a line each."""
+    lines = [f"{x['precision']}: {x['verdict']}, {x['reason']}" for x in report["precisions"]]
+    return "\n".join([*lines, f"{report['recipe']}: {report['verdict']}; table and plots are in {folder}"])

@@ -1,0 +1,236 @@
+"""FP8 as Transformer Engine's recipes use it, in plain PyTorch: round to a format's numbers and back, block by block.
+
+A recipe says, for each operand of a matrix product, which format it is rounded to and which values share a scale:
+
+| recipe         | input, weight, gradient | values that share a scale                                 | scale        |
+|----------------|-------------------------|-----------------------------------------------------------|--------------|
+| fp8-tensorwise | e4m3, e4m3, e5m2        | the whole tensor                                          | fp32         |
+| fp8-blockwise  | e4m3                    | 1 x 128 along the summed dimension; 128 x 128 of a weight | power of two |
+| mxfp8          | e4m3                    | 1 x 32 along the summed dimension                         | e8m0         |
+
+Formats: OCP 8-bit Floating Point (2023); Microscaling: OCP MX 1.0 (2023); blockwise: DeepSeek-V3 (arXiv:2412.19437)
+with scales rounded as Transformer Engine rounds them by default. No Megatron here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+Kind = Literal["input", "weight", "gradient"]
+KINDS: tuple[Kind, ...] = ("input", "weight", "gradient")
+"""The operands of a linear layer's three products: what comes in, the weight, the gradient of what goes out."""
+
+FP32_MAX = torch.finfo(torch.float32).max
+EXPONENT = 0x7F800000
+"""The exponent bits of an fp32 number; without the others it is the power of two at or below it."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """An 8-bit floating-point format, of which nothing but its numbers matters here."""
+
+    name: str
+    mantissa_bits: int
+    smallest_exponent: int  # of a normal number; below it lie subnormals of the same spacing
+    largest: float
+
+    @property
+    def overflow(self) -> float:
+        """Magnitudes from here on are nearer to the number after the largest, which the format does not have."""
+        spacing: float = 2.0 ** (math.frexp(self.largest)[1] - 1 - self.mantissa_bits)
+        return self.largest + spacing / 2
+
+
+E4M3 = Format("e4m3", 3, -6, 448.0)
+E5M2 = Format("e5m2", 2, -14, 57344.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the operands of a matrix product are rounded."""
+
+    forward: Format
+    """Of inputs and weights."""
+    backward: Format
+    """Of gradients."""
+    block: int | None
+    """Values that share a scale, along the summed dimension; None: all of the tensor."""
+    square_weights: bool = False
+    """Whether a weight's blocks are block x block, and so the same for both products that it takes part in."""
+    scale: Literal["fp32", "power of two", "e8m0"] = "fp32"
+
+    def format(self, kind: Kind) -> Format:
+        return self.backward if kind == "gradient" else self.forward
+
+    def shape(self, kind: Kind, summed: int) -> tuple[int, int] | None:
+        """Rows and columns of a block of a matrix whose dimension `summed` (0 or 1) is summed over; None: all of it."""
+        if self.block is None:
+            return None
+        if kind == "weight" and self.square_weights:
+            return self.block, self.block
+        return (self.block, 1) if summed == 0 else (1, self.block)
+
+    @property
+    def smallest_dimension(self) -> int:
+        """What every dimension of a product must have at least for its blocks to act as in a large model: two blocks.
+        Where scales know no blocks, two times 16, the unit that FP8 tensor cores demand."""
+        return 2 * (self.block or 16)
+
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "fp8-tensorwise": Recipe(E4M3, E5M2, None),
+        "fp8-blockwise": Recipe(E4M3, E4M3, 128, square_weights=True, scale="power of two"),
+        "mxfp8": Recipe(E4M3, E4M3, 32, scale="e8m0"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What rounding did to the values of a tensor, or of several."""
+
+    values: int = 0
+    nonzero: int = 0
+    underflow: int = 0
+    """Values that were not zero and are."""
+    overflow: int = 0
+    """Values that were clipped to the largest number, and values that were infinite or not a number."""
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.values + other.values,
+            self.nonzero + other.nonzero,
+            self.underflow + other.underflow,
+            self.overflow + other.overflow,
+        )
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix of rounded values: `values` times `factor`, a power of two of each block being in the values already.
+
+    Apart, because values are then exact in bf16 as in fp32, and a product of such matrices is rounded once, as on a
+    tensor core: its scales are applied to the sum.
+    """
+
+    values: torch.Tensor
+    factor: float
+    counts: Counts
+
+
+def quantise_dequantise(
+    x: torch.Tensor, recipe: Recipe, kind: Kind, summed: int = 1, group: Any = None
+) -> tuple[torch.Tensor, Counts]:
+    """A matrix as a product of the recipe sees it, in fp32, and what the rounding did. Arguments: see `quantise`."""
+    rounded = quantise(x, recipe, kind, summed, group)
+    return rounded.values.float() * rounded.factor, rounded.counts
+
+
+def quantise(x: torch.Tensor, recipe: Recipe, kind: Kind, summed: int = 1, group: Any = None) -> Quantised:
+    """Rounds a matrix to the format's nearest numbers (ties to even), scaled so that each block's largest magnitude
+    comes as near to the format's largest number as the scale allows, and saturating there.
+
+    x: [rows, columns], fp32 or bf16, which is what `values` are as well. summed: the dimension that the product sums
+    over, along which 1-D blocks lie; where it is no multiple of the block, the last block of each line is shorter.
+    group: ranks over which the tensor is cut; one scale for a tensor is then that of all its parts. Blocks are not
+    exchanged, so cuts must fall between them for a split product to round as a whole one does.
+
+    A block of zeros stays as it is. Magnitudes below the format's smallest normal number are rounded to its
+    subnormals, and from half the smallest of these downwards (inclusive) to zero. A block whose largest magnitude is
+    too small for its scale to be an fp32 number gets the largest one. In a block with an infinity or a NaN: fp32 and
+    power-of-two scales are 1, an infinity saturates, a NaN stays; an e8m0 scale of an infinity is the largest (so the
+    block's other values vanish), of a NaN it is a NaN, and so is then all of the block.
+    """
+    format_, shape = recipe.format(kind), recipe.shape(kind, summed)
+    values, counts, factor = torch.empty_like(x), Counts(), 1.0
+    if x.numel() == 0:
+        return Quantised(values, factor, counts)
+    shared = None
+    if shape is None:
+        shared = _multiplier(_largest(x, group), format_, recipe.scale)
+        factor = float(1 / shared)
+    height, width = shape or (1, x.shape[1])
+    for rounded, part in zip(_slabs(values, height), _slabs(x, height), strict=True):
+        counts += _quantise(part, rounded, format_, height, width, shared, recipe.scale)
+    return Quantised(values, factor, counts)
+
+
+SLAB = 2**17
+"""Values that are rounded at once: the work takes a dozen passes, which should find them in the processor's cache."""
+
+
+def _slabs(x: torch.Tensor, height: int) -> tuple[torch.Tensor, ...]:
+    """The rows of a matrix by about SLAB values, cut between blocks."""
+    slabs: tuple[torch.Tensor, ...] = x.split(max(1, SLAB // x.shape[1] // height) * height)
+    return slabs
+
+
+def _largest(x: torch.Tensor, group: Any) -> torch.Tensor:
+    """The largest magnitude of a tensor and of its parts on the group's other ranks: an fp32 scalar."""
+    low, high = torch.aminmax(x)
+    largest = torch.maximum(-low, high).float()
+    if group is not None and dist.get_world_size(group) > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return largest
+
+
+def _quantise(
+    x: torch.Tensor, out: torch.Tensor, format_: Format, height: int, width: int, shared: torch.Tensor | None,
+    scale: str,
+) -> Counts:  # fmt: skip
+    """Fills `out` with the rounded values of x, [rows, columns], in blocks of height x width that are scaled each by
+    itself; with a `shared` multiplier, the values stay multiplied."""
+    rows, columns = x.shape
+    ragged = (0, -columns % width, 0, -rows % height)
+    padded = F.pad(x, ragged) if any(ragged) else x
+    y = padded.reshape(-1, height, padded.shape[1] // width, width).to(torch.float32, copy=True)
+    largest = y.abs().amax((1, 3), keepdim=True)
+    multiplier = _multiplier(largest, format_, scale) if shared is None else shared
+    nonzero = int(torch.count_nonzero(y))
+    y.mul_(multiplier)
+    clips = not bool((largest * multiplier < format_.overflow).all())
+    overflow = int((~(y.abs() < format_.overflow)).sum()) if clips else 0
+    _round(y, format_)
+    counts = Counts(x.numel(), nonzero, nonzero - int(torch.count_nonzero(y)), overflow)
+    if shared is None:
+        y.mul_(1 / multiplier)
+    out.copy_(y.view(padded.shape)[:rows, :columns])
+    return counts
+
+
+def _multiplier(largest: torch.Tensor, format_: Format, scale: str) -> torch.Tensor:
+    """What each block is multiplied by before it is rounded: the inverse of its scale.
+
+    Powers of two are the largest one with which no value overflows. For e8m0 that is the scale 2^e with e from -127 to
+    127, rounded up.
+    """
+    # a number by a tensor would be the number times a rounded reciprocal
+    multiplier = torch.full_like(largest, format_.largest).div_(largest).clamp_max_(FP32_MAX)
+    if scale != "fp32":
+        multiplier = (multiplier.view(torch.int32) & EXPONENT).view(torch.float32)
+    multiplier[~largest.isfinite() | (largest == 0)] = 1.0
+    if scale == "e8m0":
+        multiplier[largest.isinf()] = 2.0**-127
+        multiplier[largest.isnan()] = math.nan
+    return multiplier
+
+
+def _round(y: torch.Tensor, format_: Format) -> torch.Tensor:
+    """Rounds fp32 values in place to the nearest numbers of the format, ties to even; NaN stays.
+
+    Adding 1.5 x 2^23 spacings and taking them off again leaves a whole number of spacings, because that is where fp32
+    itself has no finer ones; the spacing follows from a value's power of two, and is constant below the normal ones.
+    """
+    y.clamp_(-format_.largest, format_.largest)
+    power = (y.view(torch.int32) & EXPONENT).view(torch.float32).clamp_min_(2.0**format_.smallest_exponent)
+    shift = power.mul_(1.5 * 2.0 ** (23 - format_.mantissa_bits))
+    return y.add_(shift).sub_(shift)
