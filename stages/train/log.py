@@ -1,0 +1,52 @@
+"""training.jsonl: what a phase tells of each step, in order, without any time in it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline.errors import AtomError
+from stages.train.checkpoint import SUCCEEDED
+
+
+class Log:
+    """training.jsonl: one line for each step and each held-out measurement, in order, without any time in it."""
+
+    def __init__(self, path: Path, writes: bool) -> None:
+        self.path, self.writes = path, writes
+
+    def begin(self) -> None:
+        """An empty log."""
+        if self.writes:
+            self.path.write_bytes(b"")
+
+    def check(self, step: int, first: int) -> None:
+        """Raises AtomError if the log that came with a checkpoint does not hold every step from `first` to `step`."""
+        if self.writes:
+            steps = [x["step"] for x in self.lines() if "tokens" in x]
+            if steps != list(range(first, step + 1)):
+                raise AtomError(f"{self.path} does not hold the steps {first} to {step} one by one; "
+                                f"remove {self.path.parent.parent} to start this stage anew")  # fmt: skip
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(x) for x in self.path.read_text().splitlines()]
+
+    def write(self, values: dict[str, Any]) -> None:
+        if self.writes:
+            with self._open() as file:
+                file.write(json.dumps(values, sort_keys=True) + "\n")
+
+    def flush(self) -> None:
+        """To the disk: a checkpoint counts on the lines before it."""
+        if self.writes:
+            with self._open() as file:
+                os.fsync(file.fileno())
+
+    def _open(self) -> TextIO:
+        """Raises AtomError if the folder is gone, which only a later attempt removes."""
+        try:
+            return open(self.path, "a")
+        except FileNotFoundError:
+            raise AtomError(SUCCEEDED) from None
