@@ -171,33 +171,13 @@ def _packed(
 
     Raises RecipeError if a phase goes on with other settings than it had: rows are packed as a whole.
     """
-    import numpy as np
-
     if walk.first_step > 1:
         raise RecipeError(f"{config.phase}: packed rows can only go on as they were; take back what was changed in "
                           f"{config.phase}, or start it anew without continue_from")  # fmt: skip
-    counts, names, told = config.rows_of(1), sorted(config.mix), {}
-    rows, capacity = sum(counts), config.sequence_length
-    label, parts = f"order/{config.phase}", []
-    for name in names:
-        want = config.mix[name] * rows * capacity
-        chosen, long = packing.choose(chunks[name], want, config.long_documents, f"{label}/{name}", config.seed)
-        told[name] = {"long": long} if long else {}
-        source = np.full(len(chosen), name, dtype=object)
-        fields = {column: chunks[name][column][chosen] for column in ("ordinal", "id", "offset", "length", "loss_from")}
-        parts.append({"source": source, **fields})
-    every = {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
-    shuffled = permutation(len(every["length"]), f"{label}/segments", config.seed)
-    every = {column: values[shuffled] for column, values in every.items()}
-    items, place = packing.fill(every["length"] - 1, capacity, rows)
-    place = permutation(rows, f"{label}/rows", config.seed)[place]
-    by_row = np.argsort(place, kind="stable")
-    items, place = items[by_row], place[by_row]
-    segment = np.arange(len(place)) - np.searchsorted(place, place)
-    step_of = np.repeat(np.arange(1, config.steps + 1), counts)
-    row_of = np.concatenate([np.arange(count) for count in counts])
-    table = {"step": step_of[place], "row": row_of[place], "segment": segment}
-    table |= {column: values[items] for column, values in every.items()}
+    counts, label = config.rows_of(1), f"order/{config.phase}"
+    table, told = packing.pack(
+        chunks, config.mix, counts, config.sequence_length, config.long_documents, label, config.seed
+    )
     own = table["step"] >= config.first_step
     return {column: values[own] for column, values in table.items()}, told
 

@@ -8,7 +8,7 @@ by best fit among a bounded number of open ones, in an order that follows from t
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -90,6 +90,36 @@ def choose(chunks: Chunks, tokens: float, rule: LongDocuments | None, label: str
             found.append(where[draw(slots[where], quota[name], f"{label}/{name}", seed)])
     indices = np.concatenate([*found, np.zeros(0, np.int64)])
     return indices, quota["told"]
+
+
+def pack(
+    chunks: Mapping[str, Chunks], mix: Mapping[str, float], counts: Sequence[int], capacity: int,
+    rule: LongDocuments | None, label: str, seed: int,
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:  # fmt: skip
+    """The order of a whole packed phase, and by source what is to be told about it.
+
+    chunks: by source, with columns ordinal, id, offset, length, loss_from; counts: rows of each step; capacity: targets
+    of a row. The order has these columns, step, row, segment and source, by step, row and place in it.
+    """
+    import numpy as np
+
+    rows, told, parts = sum(counts), {}, []
+    for name in sorted(mix):
+        chosen, long = choose(chunks[name], mix[name] * rows * capacity, rule, f"{label}/{name}", seed)
+        told[name] = {"long": long} if long else {}
+        columns = {column: values[chosen] for column, values in chunks[name].items()}
+        parts.append({"source": np.full(len(chosen), name, dtype=object), **columns})
+    every = {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
+    shuffled = permutation(len(every["length"]), f"{label}/segments", seed)
+    every = {column: values[shuffled] for column, values in every.items()}
+    items, place = fill(every["length"] - 1, capacity, rows)
+    place = permutation(rows, f"{label}/rows", seed)[place]
+    by_row = np.argsort(place, kind="stable")
+    items, place = items[by_row], place[by_row]
+    step = np.repeat(np.arange(1, len(counts) + 1), counts)
+    row = np.concatenate([np.arange(count) for count in counts])
+    table = {"step": step[place], "row": row[place], "segment": np.arange(len(place)) - np.searchsorted(place, place)}
+    return table | {column: values[items] for column, values in every.items()}, told
 
 
 def fill(slots: NDArray[np.int64], capacity: int, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
