@@ -56,11 +56,11 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
-def _graph(recipe: str) -> Graph:
+def _graph(recipe: str, without_data: bool = False) -> Graph:
     from pipeline import graph
     from pipeline import recipe as recipes
 
-    return graph.compose(recipes.load(recipe), _store())
+    return graph.compose(recipes.load(recipe), _store(), without_data)
 
 
 @app.command()
@@ -69,22 +69,34 @@ def plan(
 ) -> None:
     """Show the stages and costs of a recipe; do nothing.
 
-    Every stage is shown with its key, its state (sealed, stale, to run) and its estimated cost.
+    Every stage is shown with its key, its state (sealed, stale, to run) and its estimated cost, every training phase
+    with what it asks of its ranks. Works without the data, too.
     """
     from pipeline import graph, planner
-    from pipeline.views import plan_table
+    from pipeline.views import phases_table, plan_table
 
-    composed = _graph(recipe)
+    composed = _graph(recipe, without_data=True)
     rows = planner.plan(composed, graph.states(composed, _store()), composed.select(until, only))
     if as_json:
         identity = composed.recipe.config
         print(
             json.dumps(
-                {"recipe": identity.name, "version": identity.version, "stages": [r.json() for r in rows]}, indent=1
+                {
+                    "recipe": identity.name,
+                    "version": identity.version,
+                    "absent": list(composed.absent),
+                    "stages": [r.json() for r in rows],
+                },
+                indent=1,
             )
         )
     else:
+        for text in composed.absent:
+            print(text)
         _console().print(plan_table(rows))
+        if phases := phases_table(rows):
+            _console().print()
+            _console().print(phases)
         for row in rows:
             for key in row.external.values() if not row.state.name.startswith("order-") else ():
                 print(f"{row.state.name} continues from {key.rsplit('-', 1)[0]} (key {key})")

@@ -60,10 +60,14 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """The nodes in an order in which each follows its inputs."""
+    """The nodes in an order in which each follows its inputs.
+
+    absent: sentences on sources whose files are not here; such a graph can be looked at, not run.
+    """
 
     recipe: Recipe
     nodes: dict[str, Node]
+    absent: tuple[str, ...] = ()
 
     def upstream(self, names: set[str]) -> set[str]:
         """`names` and everything that they need, directly or not."""
@@ -88,9 +92,11 @@ class Graph:
         return [name for name in self.nodes if name in wanted]
 
 
-def compose(recipe: Recipe, store: Store) -> Graph:
+def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     """The graph of a release. Reads the digests of source trees and, if a phase goes on from an earlier run, which
     checkpoints are sealed. Raises RecipeError.
+
+    without_data: source trees may be absent; keys of what comes from one without a pinned digest are provisional.
     """
     c = recipe.config
     _check_across(recipe)
@@ -108,7 +114,7 @@ def compose(recipe: Recipe, store: Store) -> Graph:
         key = f"{name}-{sha256_bytes(canonical([found.name, found.version, identity(resolved), keys]))[:12]}"
         nodes[name] = Node(name, found, resolved, inputs, key, external or {})
 
-    data = recipe.data.resolved()
+    data, absent = recipe.data.present() if without_data else (recipe.data.resolved(), ())
     sources = {s.name: f"acquire-{s.name}" for s in data.sources}
     for source, name in sources.items():
         add(name, "acquire", data.acquire_config(source, c.seed))
@@ -146,7 +152,7 @@ def compose(recipe: Recipe, store: Store) -> Graph:
         add(f"export-{which}", "export", export, tokenizer="tokenizer", **trained)
         measured = {"heldout_documents": c.evaluation.heldout_documents, "max_new_tokens": c.evaluation.max_new_tokens}
         add(f"evaluate-{which}", "evaluate", measured, model=f"export-{which}", curate="curate", items="items")
-    return Graph(recipe, nodes)
+    return Graph(recipe, nodes, absent)
 
 
 def _same_beginning(checkpoint: Checkpoint, previous: Mapping[str, str], where: str, store: Store) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.graph import Graph, State
@@ -35,6 +35,7 @@ class Row:
             "memory_bytes": e.memory_bytes,
             "disk_bytes": e.disk_bytes,
             "parameters": e.parameters,
+            "training": asdict(e.training) if e.training else None,
             "external": dict(self.external),
             "ranks": self.ranks,
             "operation": dict(self.operation),

@@ -104,15 +104,36 @@ class Report(Protocol):
 
 
 @dataclass(frozen=True)
+class TrainingEstimate:
+    """What a training phase asks of its ranks and disks, in tokens and bytes. Of ranks that differ, the fullest."""
+
+    steps: int  # still to be trained
+    batch_tokens: tuple[int, ...]  # of a step, as the batch grows
+    sequence_length: int
+    precision: str
+    layout: str  # in words: TP4 PP2 EP32 DP64
+    gflop_per_token: float  # training FLOPs of the model, without what is computed again
+    state_bytes: int  # weights, gradients and optimizer of a rank
+    activation_bytes: int  # what a rank keeps for the backward pass, at most
+    host_bytes: int  # the copy of a rank's state that is written while training goes on
+    checkpoint_bytes: int  # of one checkpoint, all ranks together
+    release_checkpoints: int  # that are sealed
+    work_checkpoints: int  # that are kept
+    order_rows: int
+    data_bytes: int  # order, and token shards if nothing were read twice
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a stage will ask of a machine. None means: not estimated."""
 
     cpu_seconds: float | None = None
     tokens: int | None = None
     flops: float | None = None
-    memory_bytes: int | None = None
+    memory_bytes: int | None = None  # of a process; of several, the fullest
     disk_bytes: int | None = None
     parameters: dict[str, int] = field(default_factory=dict)
+    training: TrainingEstimate | None = None
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,16 @@ def _cell(value: float | None, unit: str = "") -> str:
 
 
 def plan_table(rows: list[Row]) -> Table:
+    """A line a stage. CPU time is shown where that of every training phase is estimated: that of fp32 on CPU."""
+    timed = all(row.estimate.cpu_seconds is not None for row in rows if row.estimate.training)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     for column in ("stage", "key", "state"):
         table.add_column(column, no_wrap=True)
-    for column in ("params/active", "tokens", "FLOP", "memory", "CPU", "ranks"):
+    for column in ("params/active", "tokens", "FLOP", "memory", "disk", *(["CPU"] if timed else []), "ranks"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         e = row.estimate
+        cpu = "" if e.cpu_seconds is None else duration(e.cpu_seconds)
         table.add_row(
             row.state.name,
             row.state.key.rsplit("-", 1)[1],
@@ -32,14 +35,59 @@ def plan_table(rows: list[Row]) -> Table:
             _cell(e.tokens),
             _cell(e.flops),
             _cell(e.memory_bytes, "B"),
-            "" if e.cpu_seconds is None else duration(e.cpu_seconds),
+            _cell(e.disk_bytes, "B"),
+            *([cpu] if timed else []),
             str(row.ranks),
         )
     to_run = [r for r in rows if r.state.text == "to run"]
-    cpu = sum(r.estimate.cpu_seconds or 0 for r in to_run)
-    table.caption = f"{len(to_run)} of {len(rows)} stages to run, about {duration(cpu)} of CPU time (estimate)"
+    seconds = sum(r.estimate.cpu_seconds or 0 for r in to_run)
+    time = f", about {duration(seconds)} of CPU time (estimate)" if timed else ""
+    table.caption = f"{len(to_run)} of {len(rows)} stages to run{time}"
     table.caption_justify = "left"
     return table
+
+
+def phases_table(rows: list[Row]) -> Table | None:
+    """What each training phase asks of its ranks; None if there is none."""
+    found = [(row, row.estimate.training) for row in rows if row.estimate.training is not None]
+    if not found:
+        return None
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    table.add_column("phase", no_wrap=True)
+    for column in ("steps", "batch", "row"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("precision", no_wrap=True)
+    for column in ("GFLOP/token", "state", "activ.", "both", "host", "checkpoints", "data"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("layout")
+    for row, t in found:
+        ramp = f"{human(t.batch_tokens[0])}→" if len(t.batch_tokens) > 1 else ""
+        table.add_row(
+            row.state.name,
+            f"{t.steps:,}",
+            ramp + human(t.batch_tokens[-1]),
+            str(t.sequence_length),
+            t.precision,
+            f"{t.gflop_per_token:.4g}",
+            _binary(t.state_bytes),
+            _binary(t.activation_bytes),
+            _binary(row.estimate.memory_bytes or 0),
+            _binary(t.host_bytes),
+            f"{t.release_checkpoints} x {human(t.checkpoint_bytes)}B",
+            human(t.data_bytes) + "B",
+            t.layout,
+        )
+    table.caption = (
+        "batch, row: tokens; state, activations, both: bytes of the fullest rank, host: of its copy in host memory; "
+        "checkpoints: sealed ones;\ndata: order and token shards"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _binary(value: float) -> str:
+    """Bytes as memory is counted: 40.1Gi, 7.53Mi."""
+    return f"{value / 2**30:.3g}Gi" if value >= 2**30 else f"{value / 2**20:.3g}Mi"
 
 
 def status_table(run: str, stages: list[NodeStatus]) -> Table:

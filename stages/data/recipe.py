@@ -143,6 +143,20 @@ class DataRecipe(Config):
         sources = tuple(s.model_copy(update={"tree_digest": resolve_tree_digest(s)}) for s in self.sources)
         return self.model_copy(update={"sources": sources})
 
+    def present(self) -> tuple[DataRecipe, tuple[str, ...]]:
+        """As `resolved`, but sources whose files are not here keep the digest that they have: a pinned one, or `auto`.
+        With a sentence for each of those."""
+        sources, sentences = [], []
+        for source in self.sources:
+            lack, digest = absent(source), source.tree_digest
+            if lack is None:
+                digest = resolve_tree_digest(source)
+            else:
+                keys = "; keys below are provisional" if digest == "auto" else ""
+                sentences.append(f"{lack}; put it there before running{keys}")
+            sources.append(source.model_copy(update={"tree_digest": digest}))
+        return self.model_copy(update={"sources": tuple(sources)}), tuple(sentences)
+
     def acquire_config(self, source: str, seed: int) -> dict[str, Any]:
         """The config of stage acquire for one source: without its curation steps, which must not re-acquire it."""
         found = next(s for s in self.sources if s.name == source)
@@ -208,14 +222,28 @@ def source_files(source: Source) -> list[tuple[str, Path]]:
         return stdlib_files(top_level=reader.modules == "top-level")
     if isinstance(reader, Problems):
         return []
-    suffixes = (".jsonl", ".jsonl.gz") if isinstance(reader, Jsonl) else (".parquet",)
     root = Path(reader.path)
     if root.is_file():
         return [(root.name, root)]
-    paths = sorted(p for p in root.rglob("*") if p.is_file() and p.name.endswith(suffixes))
-    if not paths:
-        raise RecipeError(f"source {source.name}: no {' or '.join(suffixes)} file at {root}; check reader.path")
+    if lack := absent(source):
+        raise RecipeError(f"{lack}; check reader.path")
+    paths = (p for p in root.rglob("*") if p.is_file() and p.name.endswith(_suffixes(reader)))
     return sorted((p.relative_to(root).as_posix(), p) for p in paths)
+
+
+def absent(source: Source) -> str | None:
+    """That the files of a source are not here, as a sentence without its end; None if they are, or if it needs none."""
+    reader = source.reader
+    if not isinstance(reader, (Jsonl, Parquet)):
+        return None
+    root, suffixes = Path(reader.path), _suffixes(reader)
+    if root.is_file() or any(p.is_file() and p.name.endswith(suffixes) for p in root.rglob("*")):
+        return None
+    return f"source {source.name}: no {' or '.join(suffixes)} file at {root}"
+
+
+def _suffixes(reader: Jsonl | Parquet) -> tuple[str, ...]:
+    return (".jsonl", ".jsonl.gz") if isinstance(reader, Jsonl) else (".parquet",)
 
 
 def _require_licences(title: str, raw: dict[str, Any]) -> None:

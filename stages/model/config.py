@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.stage import Config, added, operational
+from stages.model.costs import Attention, training_flops
 
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
 """A size: above zero, and small enough for every index that Megatron keeps."""
@@ -183,13 +184,19 @@ class ModelConfig(Config):
             "embedding": embedding,
         }
 
+    def matrices(self, padded_vocab_size: int) -> int:
+        """Matrix parameters that one token meets: active ones with the output head, without input table and norms."""
+        hidden, sparse = self.hidden_size, self.layers - self.dense_layers
+        attention = 2 * hidden * self.head_dim * (self.heads + self.kv_heads)
+        expert = 3 * hidden * (self.experts_per_token * self.expert_ffn_size + (self.shared_expert_ffn_size or 0))
+        dense = 3 * hidden * (self.dense_ffn_size or 0)
+        layers = self.layers * attention + sparse * (self.experts * hidden + expert) + self.dense_layers * dense
+        return layers + padded_vocab_size * hidden
+
     def flops_per_token(self, padded_vocab_size: int, sequence_length: int) -> float:
-        """Training FLOPs of one token: 6 per active matrix parameter (the output head counts, the input table does
-        not), and attention's two products over half a sequence on average, forward and twice that backward."""
-        counts = self.parameters(padded_vocab_size)
-        matrices = counts["active"] - (0 if self.tie_embeddings else counts["embedding"])
-        attention = 6 * self.layers * sequence_length * self.heads * self.head_dim
-        return 6.0 * matrices + attention
+        """Training FLOPs of one token in rows of that length, as `stages.model.costs.training_flops` counts them."""
+        attention = Attention(self.layers, self.heads, self.head_dim, self.head_dim)
+        return training_flops(self.matrices(padded_vocab_size), [attention], sequence_length)
 
 
 def _nearest(choices: list[int], value: int) -> str:

@@ -1,29 +1,88 @@
-"""What a training phase will ask of a machine. No torch."""
+"""What a training phase will ask of its machines. No torch."""
 
 from __future__ import annotations
 
-from pipeline.stage import Estimate
-from stages.train.config import TrainConfig
+from pipeline.stage import Estimate, TrainingEstimate
+from stages.model.activations import Rows, activation_bytes
+from stages.model.costs import MASTER, MOMENTS, held, owned_bytes, state_bytes
+from stages.model.layout import Layout
+from stages.train.config import PhaseConfig, TrainConfig
 
 # Sustained training FLOP/s of one CPU thread in fp32 on matrices this small: 493,536 parameters, 24 x 48 tokens in
 # 54 ms (docs/lab-log.md), that is 2.3e9 FLOPs a step.
 CPU_FLOPS = 4.3e10
-# Bytes per parameter while training: fp32 weight and gradient (4 + 4), Adam's two moments (4 + 4), and 2 of slack for
-# communication buffers, the usual rule of 18.
-BYTES_PER_PARAMETER = 18
+# A row of order.parquet on disk, measured on 400,000 random rows: 27 bytes where ids are UUIDs, 12 where they are row
+# numbers. A packed row of several documents has one for each.
+ORDER_ROW = 27
+# Ids up to here take two bytes in a token shard (stages/data/tokenize.py), larger ones four.
+TWO_BYTE_IDS = 65_536
 
 
 def estimate(config: TrainConfig) -> Estimate:
-    phase, model = config.phase, config.model
+    """FLOPs, memory of the fullest rank, and disk of a phase. Of time only that of fp32 on CPU threads is estimated."""
+    phase, model, layout = config.phase, config.model, config.phase.cluster
     parameters = model.parameters(config.padded_vocab_size)
     steps, tokens = phase.steps - phase.first_step + 1, phase.tokens(phase.first_step)
-    flops = tokens * model.flops_per_token(config.padded_vocab_size, phase.sequence_length)
-    checkpoints = 1 + steps // phase.release_checkpoint_every + phase.work_checkpoints_kept + 1
+    per_token = model.flops_per_token(config.padded_vocab_size, phase.sequence_length)
+    rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
+    each = max(phase.micro_batches) // layout.data
+    states, kept, owned = [], [], []
+    for place in range(layout.pipeline):
+        part = held(model, config.padded_vocab_size, layout, place)
+        states.append(state_bytes(part, layout, phase.precision))
+        owned.append(owned_bytes(part, layout))
+        kept.append(activation_bytes(model, config.padded_vocab_size, layout, phase.precision, rows, each, place))
+    memory = round(max(state + activation for state, activation in zip(states, kept, strict=True)))
+    checkpoint = (MASTER + MOMENTS) * parameters["total"]
+    sealed, first = release_checkpoints(phase), phase.first_step == 1
+    # step 0 has no moments yet; one more work checkpoint than is kept lies there while it is being written
+    disk = checkpoint * (sealed - first + phase.work_checkpoints_kept + 1) + first * MASTER * parameters["total"]
+    order_rows = sum(phase.rows_of(step) for step in range(phase.first_step, phase.steps + 1))
     return Estimate(
-        cpu_seconds=flops / CPU_FLOPS,
+        cpu_seconds=tokens * per_token / CPU_FLOPS if phase.precision == "fp32" else None,
         tokens=tokens,
-        flops=flops,
-        memory_bytes=BYTES_PER_PARAMETER * parameters["total"],
-        disk_bytes=12 * parameters["total"] * checkpoints,
+        flops=tokens * per_token,
+        memory_bytes=memory,
+        disk_bytes=disk,
         parameters=parameters,
+        training=TrainingEstimate(
+            steps=steps,
+            batch_tokens=(*(part.global_tokens for part in phase.batch.ramp), phase.batch.global_tokens),
+            sequence_length=phase.sequence_length,
+            precision=phase.precision,
+            layout=words(layout),
+            gflop_per_token=per_token / 1e9,
+            state_bytes=round(max(states)),
+            activation_bytes=round(max(kept)),
+            host_bytes=round(max(owned)),
+            checkpoint_bytes=checkpoint,
+            release_checkpoints=sealed,
+            work_checkpoints=phase.work_checkpoints_kept,
+            order_rows=order_rows,
+            data_bytes=tokens * (2 if config.padded_vocab_size <= TWO_BYTE_IDS else 4) + order_rows * ORDER_ROW,
+        ),
     )
+
+
+def release_checkpoints(phase: PhaseConfig) -> int:
+    """Checkpoints that a phase seals: step 0 unless it continues, every n-th and the last."""
+    every, last, first = phase.release_checkpoint_every, phase.steps, phase.first_step
+    return (first == 1) + last // every - (first - 1) // every + (last % every > 0)
+
+
+def words(layout: Layout) -> str:
+    """A layout in the field's shorthand, without what is 1: `TP4 PP2 CP8 EP32 DP8`."""
+    sizes = {
+        "TP": layout.tensor,
+        "PP": layout.pipeline,
+        "VP": layout.virtual_pipeline,
+        "CP": layout.context,
+        "EP": layout.expert,
+        "DP": layout.data,
+    }
+    parts = [name + str(size) for name, size in sizes.items() if size > 1]
+    if layout.split_experts != layout.tensor:
+        parts.insert(-1, f"ETP{layout.split_experts}")
+    if layout.recompute == "layer":
+        parts.append("recompute")
+    return " ".join(parts) or "one rank"
