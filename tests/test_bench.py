@@ -35,3 +35,13 @@ def test_training_benchmark() -> None:
     assert len(losses["ours"]) == 2
     for ours, theirs in zip(losses["ours"], losses["transformers"], strict=True):
         assert abs(ours - theirs) < 1e-4
+
+
+def test_planner_benchmark() -> None:
+    """Every published figure that the formulas describe, to 1 %; the one memory that was measured is not far off."""
+    table = quick("planner")
+    errors = [float(line.split("%")[0].split()[-1]) for line in table if re.search(r"%.*%  (H100|G?B[23]00) ", line)]
+    assert len(errors) >= 20 and max(map(abs, errors)) < 1
+    memory = {line[:62].strip(): line.split() for line in table if line.startswith(("state", "peak"))}
+    assert float(memory["state, 18 bytes a parameter where it is not shared"][-3]) == 40.06
+    assert abs(float(memory["peak allocated: one kernel for SwiGLU, as in its recipe"][-1].rstrip("%"))) < 10

@@ -3,8 +3,8 @@
 The layers are ours: Megatron's with its unfused SwiGLU, between matrices of Transformer Engine or PyTorch. Assumed:
 routing is balanced (each rank's experts get their share of the tokens; natural routing is not so even, and the fullest
 rank needs more); the attention kernel saves queries, keys, values, output and log-sum-exp, but no scores; FP8's smaller
-copies of matrix inputs are counted as bf16. Left out: transient tensors within one operation, communication buffers, and
-the allocator's fragments. `tests/test_costs.py` compares with what autograd saves.
+copies of matrix inputs are counted as bf16. Left out: transient tensors within one operation, communication buffers,
+and the allocator's fragments. `tests/test_costs.py` compares with what autograd saves.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from stages.model.config import ModelConfig, Precision
 from stages.model.costs import layers_of
 from stages.model.layout import Layout
+
+SLICE = 128
+"""Queries that attend in one call where rows are packed: `stages.model.spec.SLICE`."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,12 @@ def layer_tensors(
     tensors: dict[str, float] = {"layer's input": size * hidden, "its norm, input of the projection": size * hidden}
     if rows.packed:
         tensors |= {
-            "queries and keys, normed, fp32": 4 * (q + kv),
+            "queries and keys, normed, and 1/RMS, fp32": 4 * (q + kv + model.heads + model.kv_heads),
             "queries, keys (turned) and values": size * (q + 2 * kv * layout.context),  # gathered over context ranks
             "cosines and sines": 8 * model.head_dim * layout.tensor,
             "attention's output by slices of queries": size * q,
-            # causal and document by document: at most every key before the query, half a row on average
-            "attention mask": size * rows.length / 2 * layout.tensor,
+            # of each slice of queries, up to its last one: if one document fills the row, half of it on average
+            "attention mask": size * (rows.length + SLICE) / 2 * layout.tensor,
         }
     else:
         tensors |= {
