@@ -53,6 +53,24 @@ def test_documents_of_jsonl_and_parquet(tmp_path: Path, run_stage: Any) -> None:
     assert [d["text"] for d in same] == [d["text"] for d in table] == [r["body"] for r in rows]
 
 
+def test_a_document_may_bring_its_own_licence(tmp_path: Path, run_stage: Any) -> None:
+    """A string or a list, in SPDX's spelling; what is no licence names the row."""
+    path = tmp_path / "code.parquet"
+    rows = [{"text": f"x = {i}", "terms": terms} for i, terms in enumerate([["mit"], ["MIT", "apache-2.0"]])]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    table = pq.read_table(
+        run_stage(acquire.STAGE, config(path, "parquet", license_field="terms"), {}) / "documents.parquet"
+    )
+    assert table["license"].to_pylist() == ["MIT", "Apache-2.0 AND MIT"]
+    lines = tmp_path / "code.jsonl"
+    lines.write_text('{"text": "x = 1", "terms": "bsd-3-clause"}\n{"text": "x = 2", "terms": null}\n')
+    with pytest.raises(AtomError, match=r"line 2: field 'terms' holds None, which is no SPDX licence"):
+        run_stage(acquire.STAGE, config(lines, license_field="terms"), {})
+    lines.write_text('{"text": "x = 1", "terms": ["my own"]}\n')
+    with pytest.raises(AtomError, match=r"line 1: field 'terms' holds \['my own'\], which is no SPDX licence"):
+        run_stage(acquire.STAGE, config(lines, license_field="terms"), {})
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

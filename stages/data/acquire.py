@@ -53,7 +53,7 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
         if isinstance(found, str):
             skipped.append(found)
             continue
-        name, text, place, prompt_chars = found
+        name, text, place, prompt_chars, licence = found
         key = f"{source.name}/{name}"
         if key in rows:
             raise AtomError(
@@ -63,7 +63,7 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
             "id": key,
             "text": text,
             "source": source.name,
-            "license": source.license,
+            "license": licence or source.license,
             "origin": f"{source.origin}#{place}" if place else source.origin,
             "content_hash": content_hash(text),
             "prompt_chars": prompt_chars,
@@ -87,8 +87,11 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
     report.note(f"source {source.name}: {len(kept)} of {len(rows)} documents, {size / 1e6:.2f} MB, {source.license}")
 
 
-def _documents(source: Source, seed: int, files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, str, int] | str]:
-    """(name, text, place in the origin, prompt_chars), or the name of a file that could not be parsed."""
+def _documents(
+    source: Source, seed: int, files: list[tuple[str, Path]]
+) -> Iterator[tuple[str, str, str, int, str | None] | str]:
+    """(name, text, place in the origin, prompt_chars, its own licence if it has one), or the name of a file that could
+    not be parsed."""
     from stages.data.readers import stdlib, tables
 
     reader = source.reader
@@ -97,19 +100,20 @@ def _documents(source: Source, seed: int, files: list[tuple[str, Path]]) -> Iter
         rng = random.Random(seed_of(f"problems/{source.name}", seed))
         for i, problem in enumerate(draw(reader.tasks, reader.count, rng)):
             text, prompt_chars = FORMS[reader.form](problem)
-            yield f"{problem.task}/{i:07d}", text, problem.task, prompt_chars
+            yield f"{problem.task}/{i:07d}", text, problem.task, prompt_chars, None
+        return
+    if isinstance(reader, (Jsonl, Parquet)):
+        read = tables.read_jsonl if isinstance(reader, Jsonl) else tables.read_parquet
+        for name, text, place, licence in read(files, reader.text_field, reader.id_field, reader.license_field):
+            yield name, text, place, 0, licence
         return
     if isinstance(reader, StdlibDocstrings):
         found = stdlib.read_docstrings(files)
-    elif isinstance(reader, StdlibSource):
-        found = stdlib.read_functions(files)
-    elif isinstance(reader, Jsonl):
-        found = iter(tables.read_jsonl(files, reader.text_field, reader.id_field))
     else:
-        assert isinstance(reader, Parquet)
-        found = iter(tables.read_parquet(files, reader.text_field, reader.id_field))
+        assert isinstance(reader, StdlibSource)
+        found = stdlib.read_functions(files)
     for row in found:
-        yield row if isinstance(row, str) else (*row, 0)
+        yield row if isinstance(row, str) else (*row, 0, None)
 
 
 def _limited(rows: dict[str, dict[str, Any]], limit: int | None, name: str, seed: int) -> list[dict[str, Any]]:
@@ -123,7 +127,8 @@ def _limited(rows: dict[str, dict[str, Any]], limit: int | None, name: str, seed
 
 
 def estimate(config: AcquireConfig) -> Estimate:
-    return Estimate(cpu_seconds=5.0)
+    """Seconds of the sources that come with Python or from a seed; files may be of any size."""
+    return Estimate(cpu_seconds=None if isinstance(config.source.reader, (Jsonl, Parquet)) else 5.0)
 
 
 STAGE = Stage("acquire", VERSION, AcquireConfig, run, promise="bitwise", estimate=estimate)

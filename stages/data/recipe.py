@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import RecipeError
 from pipeline.recipe import explain, find, parse_yaml
-from pipeline.stage import Config, operational
+from pipeline.stage import Config, added, operational
 from pipeline.store import canonical, sha256_bytes, sha256_file
 from stages.data.curation.settings import AnyStep, CurationSettings
 from stages.data.problems import FORMS, TASKS
@@ -47,6 +47,9 @@ class Jsonl(Config):
     path: str = operational(..., "where the files lie here; the tree digest, not the path, is identity")
     text_field: str = "text"
     id_field: str | None = None
+    license_field: str | None = added(
+        None, "field with a document's own SPDX licence, or list of them; null: the source's"
+    )
     limit: int | None = Field(None, ge=1)
 
 
@@ -57,6 +60,9 @@ class Parquet(Config):
     path: str = operational(..., "where the files lie here; the tree digest, not the path, is identity")
     text_field: str = "text"
     id_field: str | None = None
+    license_field: str | None = added(
+        None, "field with a document's own SPDX licence, or list of them; null: the source's"
+    )
     limit: int | None = Field(None, ge=1)
 
 
@@ -90,7 +96,7 @@ class Source(Config):
 
     name: str = Field(pattern=NAME)
     kind: Literal["prose", "code", "problems"]
-    license: str = Field(description="SPDX expression")
+    license: str = Field(description="SPDX expression; with reader.license_field, of the collection as a whole")
     license_evidence: str = Field(min_length=1, description="text or URL that shows the licence")
     origin: str = Field(min_length=1, description="where it comes from: URL or text")
     tree_digest: str = Field("auto", pattern=r"^(auto|sha256:[0-9a-f]{64})$")
@@ -106,12 +112,17 @@ class Source(Config):
     @field_validator("license")
     @classmethod
     def _spdx(cls, value: str) -> str:
-        from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
-
         try:
-            return str(canonicalize_license_expression(value))
-        except InvalidLicenseExpression:
+            return spdx(value)
+        except ValueError:
             raise ValueError(f"{value!r} is not an SPDX expression (spdx.org/licenses), e.g. Apache-2.0") from None
+
+
+def spdx(expression: str) -> str:
+    """The expression with SPDX's own spelling. Raises ValueError if it is none."""
+    from packaging.licenses import canonicalize_license_expression
+
+    return str(canonicalize_license_expression(expression))
 
 
 class SourceConfig(Source):

@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import AtomError
+from stages.data.recipe import spdx
+
+Document = tuple[str, str, str, str | None]
+"""(name, text, file, its own licence if a field says it)."""
 
 
-def read_jsonl(files: list[tuple[str, Path]], text_field: str, id_field: str | None) -> Iterator[tuple[str, str, str]]:
-    """Yields (name, text, file). Without an id field the name is file and line number."""
+def read_jsonl(
+    files: list[tuple[str, Path]], text_field: str, id_field: str | None, license_field: str | None = None
+) -> Iterator[Document]:
+    """Without an id field the name is file and line number."""
     for relative, path in files:
         for number, line in _lines(path):
             where = f"{path}, line {number}"
@@ -23,17 +29,17 @@ def read_jsonl(files: list[tuple[str, Path]], text_field: str, id_field: str | N
                 raise AtomError(f"{where}: not a JSON object ({error}); the file is cut short or corrupt") from None
             if not isinstance(row, dict):
                 raise AtomError(f"{where}: a JSON object is expected, not {type(row).__name__}")
-            yield _document(row, text_field, id_field, where, f"{relative}:{number}", relative)
+            yield _document(row, text_field, id_field, license_field, where, f"{relative}:{number}", relative)
 
 
 def read_parquet(
-    files: list[tuple[str, Path]], text_field: str, id_field: str | None
-) -> Iterator[tuple[str, str, str]]:
-    """Yields (name, text, file). Without an id field the name is file and row number."""
+    files: list[tuple[str, Path]], text_field: str, id_field: str | None, license_field: str | None = None
+) -> Iterator[Document]:
+    """Without an id field the name is file and row number."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = [text_field] + ([id_field] if id_field else [])
+    columns = [text_field, *(field for field in (id_field, license_field) if field)]
     for relative, path in files:
         number = 0
         try:
@@ -42,13 +48,14 @@ def read_parquet(
             if missing:
                 have = ", ".join(parquet.schema_arrow.names)
                 raise AtomError(
-                    f"{path} has no column {missing[0]!r} (columns: {have}); set reader.text_field or id_field"
+                    f"{path} has no column {missing[0]!r} (columns: {have}); set reader.text_field, id_field or "
+                    "license_field"
                 )
             for batch in parquet.iter_batches(batch_size=1000, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
                     where = f"{path}, row {number}"
-                    yield _document(row, text_field, id_field, where, f"{relative}:{number}", relative)
+                    yield _document(row, text_field, id_field, license_field, where, f"{relative}:{number}", relative)
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
             told = f"{path} cannot be read after row {number} ({reason}); it is cut short or not Parquet"
@@ -69,8 +76,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _document(
-    row: dict[str, Any], text_field: str, id_field: str | None, where: str, name: str, relative: str
-) -> tuple[str, str, str]:
+    row: dict[str, Any],
+    text_field: str,
+    id_field: str | None,
+    license_field: str | None,
+    where: str,
+    name: str,
+    relative: str,
+) -> Document:
     text = row.get(text_field)
     if not isinstance(text, str):
         have = ", ".join(sorted(map(str, row)))
@@ -81,4 +94,17 @@ def _document(
         if row.get(id_field) in (None, ""):
             raise AtomError(f"{where}: no id in field {id_field!r}; set reader.id_field to a field that every row has")
         name = str(row[id_field])
-    return name, text, relative
+    return name, text, relative, _license(row, license_field, where) if license_field else None
+
+
+def _license(row: dict[str, Any], license_field: str, where: str) -> str:
+    """The SPDX expression of a row's licences; several hold together. Raises AtomError if there is none, or no SPDX."""
+    found = row.get(license_field)
+    names = found if isinstance(found, list) else [found]
+    try:
+        return spdx(" AND ".join(f"({name})" if " " in name else name for name in sorted(names, key=str.lower)))
+    except (ValueError, TypeError):
+        raise AtomError(
+            f"{where}: field {license_field!r} holds {found!r}, which is no SPDX licence or list of them "
+            "(spdx.org/licenses); leave the row out, or mend the field"
+        ) from None
