@@ -15,6 +15,8 @@ PLAIN_EVERY = 10.0
 def human(value: float) -> str:
     """A figure with three significant digits and a unit prefix: 21300 → 21.3k."""
     for limit, divisor, suffix in (
+        (1e21, 1e21, "Z"),
+        (1e18, 1e18, "E"),
         (1e15, 1e15, "P"),
         (1e12, 1e12, "T"),
         (1e9, 1e9, "G"),
