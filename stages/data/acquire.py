@@ -13,10 +13,12 @@ from typing import Any
 
 from pipeline.errors import AtomError
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage
+from stages.data import passkeys
 from stages.data.problems import FORMS, draw
 from stages.data.recipe import (
     Jsonl,
     Parquet,
+    Passkeys,
     Problems,
     Source,
     StdlibDocstrings,
@@ -99,10 +101,22 @@ def _documents(source: Source, seed: int, files: list[tuple[str, Path]]) -> Iter
             text, prompt_chars = FORMS[reader.form](problem)
             yield f"{problem.task}/{i:07d}", text, problem.task, prompt_chars
         return
+    if isinstance(reader, Passkeys):
+        texts = []
+        for docstring in stdlib.read_docstrings(files):
+            if isinstance(docstring, str):
+                yield docstring
+            else:
+                texts.append(docstring[1:])
+        rng = random.Random(seed_of(f"passkeys/{source.name}", seed))
+        chars, texts = (reader.min_chars, reader.max_chars), passkeys.fillers(texts)
+        for i, (text, prompt_chars, place) in enumerate(passkeys.draw(texts, reader.count, chars, reader.digits, rng)):
+            yield f"{i:07d}", text, place, prompt_chars
+        return
     if isinstance(reader, StdlibDocstrings):
         found = stdlib.read_docstrings(files)
     elif isinstance(reader, StdlibSource):
-        found = stdlib.read_functions(files)
+        found = stdlib.read_modules(files) if reader.unit == "file" else stdlib.read_functions(files)
     elif isinstance(reader, Jsonl):
         found = iter(tables.read_jsonl(files, reader.text_field, reader.id_field))
     else:
