@@ -1,6 +1,6 @@
 """How far back a model can use its context: two measurements of stage `evaluate`, for recipes that ask for them.
 
-- **Passkeys**: a key stands at some depth of a text of some length (exact, in tokens), the question at its end. The text
+- **Passkeys**: a key stands at some depth of a text of some length (in tokens, exact), the question at its end. Text
   comes from held-out documents, the key from those that training never uses (stages/data/passkeys.py). The answer
   counts if every token of it is the most probable one given the right ones before it, which is what greedy decoding
   asks for: one forward pass an item.
