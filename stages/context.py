@@ -66,7 +66,7 @@ class ContextSection(Config):
     )
     per_cell: int = Field(ge=1, description="passkey items of each length and depth")
     documents: int = Field(ge=2, description="long held-out documents for the loss by position, at most")
-    digits: int = Field(4, ge=2, le=9, description="digits of a key, as in the passkeys that were trained on")
+    digits: int = Field(6, ge=2, le=9, description="digits of a key, as in the passkeys that were trained on")
 
     @model_validator(mode="after")
     def _possible(self) -> ContextSection:

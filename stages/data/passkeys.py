@@ -6,7 +6,8 @@ Whoever answers has to look the key up, however far away it stands (Mohtashami a
 but the answer is context without loss: the text is there to be skipped, and the key itself cannot be predicted.
 
 No digit occurs twice in a key, so that each digit tells which one follows; a model of two layers finds that rule within
-a minute (docs/lab-log.md). A fixed fifth of all keys is set apart for evaluation and never stands in training data.
+minutes. A fixed tenth of all keys is set apart for evaluation and never stands in training data. Keys should be of six
+digits or more: of the few keys of four, a model learns by heart which ones there are (docs/lab-log.md).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 STATEMENT = "\nThe pass key is {}.\n"
 QUESTION = "\nThe pass key is"
 ANSWER = " {}"
-EVALUATION_SHARE = 0.2
+EVALUATION_SHARE = 0.1
 """Share of all keys that only evaluation uses."""
 HELD_OUT_SHARE = 0.1
 """Share of texts, by content hash, that are never filler in training: those that a data recipe may hold out."""

@@ -95,7 +95,9 @@ class Passkeys(Config):
     count: int = Field(ge=1)
     min_chars: int = Field(ge=1)
     max_chars: int = Field(ge=1)
-    digits: int = Field(4, ge=2, le=9, description="digits of a key, all different")
+    digits: int = Field(
+        6, ge=2, le=9, description="digits of a key, all different; few have too few keys to generalise from"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Passkeys:
