@@ -150,7 +150,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
         if step == 0 and nodes[name].external:  # a phase that goes on has no step 0
             export, trained = {**export, "seed": c.seed}, {}
         add(f"export-{which}", "export", export, tokenizer="tokenizer", **trained)
-        measured = {"heldout_documents": c.evaluation.heldout_documents, "max_new_tokens": c.evaluation.max_new_tokens}
+        measured = {name: getattr(c.evaluation, name) for name in ("heldout_documents", "max_new_tokens", "context")}
         add(f"evaluate-{which}", "evaluate", measured, model=f"export-{which}", curate="curate", items="items")
     return Graph(recipe, nodes, absent)
 

@@ -130,10 +130,11 @@ def _part(folder: Path, end: int | None) -> Facts:
 
 
 def scores_of(folder: Path) -> Facts:
-    """The scores of one phase, recomputed from its two tables."""
+    """The scores of one phase, recomputed from its tables: two, or four with those of long contexts."""
     from stages.evaluate import summary
 
-    return summary(rows(folder / "documents.parquet"), rows(folder / "items.parquet"))
+    tables = [folder / f"{name}.parquet" for name in ("documents", "items", "passkey", "positions")]
+    return summary(*(rows(path) for path in tables if path.is_file() or path in tables[:2]))
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:

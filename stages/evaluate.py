@@ -1,11 +1,13 @@
 """Stage `evaluate`: what one exported model is worth, measured with plain transformers.
 
-Two measurements, both bitwise reproducible on one thread:
+Two measurements, bitwise reproducible on one thread:
 
 - **bits per byte** of every source on held-out documents (never trained on), which compares models whatever their
   tokenizer: minus log2 p(document) over its bytes, with the standard error of the ratio over documents. What carries
   no loss in training (the question of a problem) is context here too;
 - **exact-match accuracy** on the recipe's evaluation problems, by greedy generation, with binomial standard errors.
+
+A recipe with `evaluation.context` has two more, on long texts (stages/context.py).
 """
 
 from __future__ import annotations
@@ -20,8 +22,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from pipeline.errors import AtomError
-from pipeline.stage import Config, Inputs, Report, Stage
+from pipeline.stage import Config, Inputs, Report, Stage, added
 from pipeline.store import once
+from stages import context
+from stages.context import ContextSection
+from stages.data.table import write_rows
+from stages.statistics import binomial, ratio
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +49,7 @@ class EvaluationSection(Config):
     min_accuracy_gain: float = Field(
         0.0, ge=0, le=1, description="accuracy that mid-training must add; always more than none"
     )
+    context: ContextSection | None = added(None, "measure passkeys and the loss by position on long texts")
 
 
 class EvaluateConfig(Config):
@@ -50,12 +57,14 @@ class EvaluateConfig(Config):
 
     heldout_documents: int = Field(ge=2)
     max_new_tokens: int = Field(ge=1)
+    context: ContextSection | None = added(None, "as in the section")
 
 
 def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Measures inputs["model"] on the held-out documents of inputs["curate"] and the problems of inputs["items"].
 
-    Seals `items.parquet` (one row a problem), `documents.parquet` (one row a scored document) and `scores.json`.
+    Seals `items.parquet` (one row a problem), `documents.parquet` (one row a scored document) and `scores.json`; with
+    config.context also `passkey.parquet` and `positions.parquet`.
     Resumes from `work`, which keeps every finished batch.
     Raises AtomError if there is nothing held out or no problem to solve.
     """
@@ -94,7 +103,14 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
         report.progress(done, total, "documents and problems")
 
     answered.sort(key=lambda row: row["id"])
-    scores = summary(scored, answered)
+    tables: tuple[list[dict[str, Any]], ...] = (scored, answered)
+    if config.context is not None:
+        long = [row for row in _heldout(inputs["curate"] / "kept") if not row["prompt_chars"]]
+        encode = partial(token_ids, tokenizer)
+        tables += context.measure(config.context, model, tokenizer, encode, long, work, report)
+        write_rows(out / "passkey.parquet", context.PASSKEY, tables[2])
+        write_rows(out / "positions.parquet", context.POSITIONS, tables[3])
+    scores = summary(*tables)
     _write_tables(out, scored, answered)
     (out / "scores.json").write_text(json.dumps(scores, indent=1, sort_keys=True, allow_nan=False) + "\n")
     for task, row in scores["accuracy"].items():
@@ -106,23 +122,24 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
 def heldout_documents(kept: Path, limit: int) -> list[dict[str, Any]]:
     """Up to `limit` held-out documents of every source, drawn by smallest content hash (a fixed lottery), by id."""
     chosen: list[dict[str, Any]] = []
-    for path in sorted(kept.glob("*.parquet")):
-        rows = [
-            row
-            for row in _read(path, ["id", "text", "source", "content_hash", "split", "prompt_chars"])
-            if row["split"] == "heldout"
-        ]
-        if not rows:
-            continue  # a source that the data recipe does not hold out, such as procedural problems
+    heldout = _heldout(kept)
+    for source in sorted({row["source"] for row in heldout}):  # some sources hold nothing out, such as problems
+        rows = [row for row in heldout if row["source"] == source]
         if len(rows) < 2:
             raise AtomError(
-                f"evaluate: source {path.stem} has {len(rows)} held-out documents, two are needed for an error bar"
+                f"evaluate: source {source} has {len(rows)} held-out documents, two are needed for an error bar"
             )
         rows = sorted(rows, key=lambda row: (row["content_hash"], row["id"]))[:limit]
         chosen += sorted(rows, key=lambda row: row["id"])
     if not chosen:
         raise AtomError("evaluate: the curated corpus has no held-out document")
     return chosen
+
+
+def _heldout(kept: Path) -> list[dict[str, Any]]:
+    """Every held-out document, by source."""
+    columns = ["id", "text", "source", "content_hash", "split", "prompt_chars"]
+    return [row for path in sorted(kept.glob("*.parquet")) for row in _read(path, columns) if row["split"] == "heldout"]
 
 
 def _first_token_bits(model: Any, tokenizer: Any) -> torch.Tensor:
@@ -225,14 +242,19 @@ def _answer(model: Any, tokenizer: Any, batch: list[dict[str, Any]], max_new_tok
     return rows
 
 
-def summary(documents: list[dict[str, Any]], items: list[dict[str, Any]]) -> dict[str, Any]:
-    """`scores.json` from the two tables alone: anyone who has the tables can recompute it.
+def summary(
+    documents: list[dict[str, Any]],
+    items: list[dict[str, Any]],
+    keys: list[dict[str, Any]] | None = None,
+    positions: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """`scores.json` from the tables alone: anyone who has the tables can recompute it.
 
     bits_per_byte_all pools the scored documents of all sources (strata of a stratified ratio);
     accuracy_all pools all problems.
     """
     by_source = {
-        source: _ratio([(row["nll_bits"], row["bytes"]) for row in documents if row["source"] == source])
+        source: ratio([(row["nll_bits"], row["bytes"]) for row in documents if row["source"] == source])
         for source in sorted({row["source"] for row in documents})
     }
     size = sum(row["bytes"] for row in by_source.values())
@@ -243,26 +265,14 @@ def summary(documents: list[dict[str, Any]], items: list[dict[str, Any]]) -> dic
         "bytes": size,
     }
     tasks = sorted({row["task"] for row in items})
-    by_task = {task: _binomial([row["score"] for row in items if row["task"] == task]) for task in tasks}
+    by_task = {task: binomial([row["score"] for row in items if row["task"] == task]) for task in tasks}
     return {
         "bits_per_byte": by_source,
         "bits_per_byte_all": pooled,
         "accuracy": by_task,
-        "accuracy_all": _binomial([row["score"] for row in items]),
+        "accuracy_all": binomial([row["score"] for row in items]),
+        **(context.summary(keys, positions) if keys and positions else {}),
     }
-
-
-def _ratio(pairs: list[tuple[float, int]]) -> dict[str, Any]:
-    """Ratio of sums with its linearised standard error over documents (Cochran, Sampling Techniques, §6.3)."""
-    n, size = len(pairs), sum(b for _, b in pairs)
-    value = math.fsum(bits for bits, _ in pairs) / size
-    spread = math.fsum((bits - value * b) ** 2 for bits, b in pairs)
-    return {"value": value, "se": math.sqrt(n / (n - 1) * spread) / size, "documents": n, "bytes": size}
-
-
-def _binomial(scores: list[int]) -> dict[str, Any]:
-    n, p = len(scores), sum(scores) / len(scores)
-    return {"value": p, "se": math.sqrt(p * (1 - p) / n), "n": n}
 
 
 def _read(path: Path, columns: list[str]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import release_world as world
 
 from pipeline.errors import AtomError
 from pipeline.store import Artifact, write_manifest
-from stages import evaluate
+from stages import evaluate, statistics
 
 CONFIG = {"heldout_documents": 2, "max_new_tokens": 8}
 
@@ -107,10 +107,10 @@ def test_bytes_of_a_cut_character_and_of_a_special_name(inputs) -> None:
 
 
 def test_standard_errors() -> None:
-    equal = evaluate._ratio([(20.0, 10), (40.0, 20)])
+    equal = statistics.ratio([(20.0, 10), (40.0, 20)])
     assert equal == {"value": 2.0, "se": 0.0, "documents": 2, "bytes": 30}
-    assert evaluate._ratio([(10.0, 10), (30.0, 10)])["se"] == pytest.approx(1.0)  # sqrt(2/1 * (10²+10²)) / 20
-    assert evaluate._binomial([1, 0, 0, 0])["se"] == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
+    assert statistics.ratio([(10.0, 10), (30.0, 10)])["se"] == pytest.approx(1.0)  # sqrt(2/1 * (10²+10²)) / 20
+    assert statistics.binomial([1, 0, 0, 0])["se"] == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
 
 
 def test_nothing_held_out_is_one_sentence(inputs, run_stage, tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 
 from pipeline.errors import AtomError
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage
+from stages.data import passkeys
 from stages.data.problems import FORMS, draw
 from stages.data.recipe import (
     Jsonl,
     Parquet,
+    Passkeys,
     Problems,
     Source,
     StdlibDocstrings,
@@ -107,11 +109,23 @@ def _documents(
         for name, text, place, licence in read(files, reader.text_field, reader.id_field, reader.license_field):
             yield name, text, place, 0, licence
         return
+    if isinstance(reader, Passkeys):
+        texts = []
+        for docstring in stdlib.read_docstrings(files):
+            if isinstance(docstring, str):
+                yield docstring
+            else:
+                texts.append(docstring[1:])
+        rng = random.Random(seed_of(f"passkeys/{source.name}", seed))
+        chars, texts = (reader.min_chars, reader.max_chars), passkeys.fillers(texts)
+        for i, (text, prompt_chars, place) in enumerate(passkeys.draw(texts, reader.count, chars, reader.digits, rng)):
+            yield f"{i:07d}", text, place, prompt_chars, None
+        return
     if isinstance(reader, StdlibDocstrings):
         found = stdlib.read_docstrings(files)
     else:
         assert isinstance(reader, StdlibSource)
-        found = stdlib.read_functions(files)
+        found = stdlib.read_modules(files) if reader.unit == "file" else stdlib.read_functions(files)
     for row in found:
         yield row if isinstance(row, str) else (*row, 0, None)
 

@@ -16,6 +16,7 @@ from pipeline.recipe import explain, find, parse_yaml
 from pipeline.stage import Config, added, operational
 from pipeline.store import canonical, sha256_bytes, sha256_file
 from stages.data.curation.settings import AnyStep, CurationSettings
+from stages.data.passkeys import least_chars
 from stages.data.problems import FORMS, TASKS
 
 NAME = r"^[a-z][a-z0-9_]*$"
@@ -30,12 +31,15 @@ class StdlibDocstrings(Config):
 
 
 class StdlibSource(Config):
-    """Functions and methods of the standard library, without their docstrings.
+    """Functions and methods of the standard library, or its whole files, without their docstrings.
 
     The docstrings are left out because a held-out docstring must not be trained on inside its function.
     """
 
     reader: Literal["stdlib-source"]
+    unit: Literal["function", "file"] = added(
+        "function", "what one document is; a recipe must not read functions and the files that hold them"
+    )
     modules: Literal["all", "top-level"] = "all"
     limit: int | None = Field(None, ge=1, description="keep this many documents, chosen by a seeded hash of the id")
 
@@ -85,8 +89,34 @@ class Problems(Config):
 
 assert set(FORMS) == {"plain", "worked"}
 
+
+class Passkeys(Config):
+    """Documents with a passkey to be found again, in filler of the standard library's docstrings.
+
+    Lengths are drawn log-uniformly from `min_chars` to `max_chars`. Filler comes from PSF-2.0 text, the rest is this
+    project's, so the licence is `PSF-2.0 AND Apache-2.0`.
+    """
+
+    reader: Literal["passkeys"]
+    count: int = Field(ge=1)
+    min_chars: int = Field(ge=1)
+    max_chars: int = Field(ge=1)
+    digits: int = Field(
+        6, ge=2, le=9, description="digits of a key, all different; few have too few keys to generalise from"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Passkeys:
+        least = least_chars(self.digits)
+        if self.min_chars < least:
+            raise ValueError(f"min_chars = {self.min_chars} leaves no room for key and question; use at least {least}")
+        if self.max_chars < self.min_chars:
+            raise ValueError(f"max_chars = {self.max_chars} is below min_chars = {self.min_chars}; raise it")
+        return self
+
+
 Reader = Annotated[
-    StdlibDocstrings | StdlibSource | Jsonl | Parquet | Problems,
+    StdlibDocstrings | StdlibSource | Jsonl | Parquet | Problems | Passkeys,
     Field(discriminator="reader"),
 ]
 
@@ -231,6 +261,8 @@ def source_files(source: Source) -> list[tuple[str, Path]]:
     reader = source.reader
     if isinstance(reader, (StdlibDocstrings, StdlibSource)):
         return stdlib_files(top_level=reader.modules == "top-level")
+    if isinstance(reader, Passkeys):
+        return stdlib_files()
     if isinstance(reader, Problems):
         return []
     root = Path(reader.path)

@@ -1,4 +1,4 @@
-"""The running Python's standard library as documents: docstrings, or functions without their docstrings."""
+"""The running Python's standard library as documents: docstrings, or functions or files without their docstrings."""
 
 from __future__ import annotations
 
@@ -70,6 +70,17 @@ def read_functions(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, st
                     yield f"{relative}:{name}", text, relative
 
 
+def read_modules(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, str] | str]:
+    """Yields (file, source, file) of every file that holds more than docstrings; bad files as above."""
+    for relative, lines, tree in _parsed(files):
+        if tree is None:
+            yield relative
+            continue
+        text = _file_without_docstrings(tree, lines)
+        if text and _is_unicode(text):
+            yield relative, text, relative
+
+
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -118,6 +129,29 @@ def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, line
             return None
         kept = [n for n in kept if not body.lineno <= n <= (body.end_lineno or body.lineno)]
     return textwrap.dedent("\n".join(lines[n - 1] for n in kept)).strip("\n")
+
+
+def _file_without_docstrings(tree: ast.Module, lines: list[str]) -> str:
+    """The file's text without the docstrings of `_named`, and of functions inside functions.
+
+    A docstring that is all there is, or shares a line with code, becomes `pass`, so that the rest still parses.
+    """
+    edited: list[str | None] = list(lines)
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) or not node.body:
+            continue
+        body = node.body[0]
+        if not (
+            isinstance(body, ast.Expr) and isinstance(body.value, ast.Constant) and isinstance(body.value.value, str)
+        ):
+            continue
+        first, last = body.lineno - 1, (body.end_lineno or body.lineno) - 1
+        # columns count bytes of UTF-8
+        before = lines[first].encode()[: body.col_offset].decode()
+        after = lines[last].encode()[body.end_col_offset :].decode()
+        alone = not before.strip() and not after.strip() and (len(node.body) > 1 or isinstance(node, ast.Module))
+        edited[first : last + 1] = [None if alone else f"{before}pass{after}", *[None] * (last - first)]
+    return "\n".join(line for line in edited if line is not None).strip("\n")
 
 
 def _is_unicode(text: str) -> bool:

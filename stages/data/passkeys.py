@@ -1,0 +1,85 @@
+"""Procedural documents that hide a passkey: real text of a drawn length, a key in it, and the question at the end.
+
+    …text… The pass key is 4821. …text… The pass key is 4821
+
+Whoever answers has to look the key up, however far away it stands (Mohtashami and Jaggi 2023, arXiv 2305.16300). All
+but the answer is context without loss: the text is there to be skipped, and the key itself cannot be predicted.
+
+No digit occurs twice in a key, so that each digit tells which one follows; a model of two layers finds that rule within
+minutes. A fixed tenth of all keys is set apart for evaluation and never stands in training data. Keys should be of six
+digits or more: of the few keys of four, a model learns by heart which ones there are (docs/lab-log.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Iterator, Sequence
+
+STATEMENT = "\nThe pass key is {}.\n"
+QUESTION = "\nThe pass key is"
+ANSWER = " {}"
+EVALUATION_SHARE = 0.1
+"""Share of all keys that only evaluation uses."""
+HELD_OUT_SHARE = 0.1
+"""Share of texts, by content hash, that are never filler in training: those that a data recipe may hold out."""
+
+
+def for_evaluation(key: str) -> bool:
+    """Whether a key is set apart: a lottery by its SHA-256, the same for every seed."""
+    return _fraction(key) < EVALUATION_SHARE
+
+
+def draw_key(rng: random.Random, digits: int, evaluation: bool = False) -> str:
+    """A key of `digits` different digits (2 to 9), of those for evaluation or of the others."""
+    while True:
+        key = "".join(rng.sample("0123456789", digits))
+        if for_evaluation(key) == evaluation:
+            return key
+
+
+def least_chars(digits: int) -> int:
+    """Characters of a document without any filler."""
+    return len(STATEMENT.format("0" * digits)) + len(QUESTION) + len(ANSWER.format("0" * digits))
+
+
+def fillers(texts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The (text, place) pairs that training may use: without those that a data recipe may hold out."""
+    return [(text, place) for text, place in texts if _fraction(text) >= HELD_OUT_SHARE]
+
+
+def draw(
+    texts: Sequence[tuple[str, str]], count: int, chars: tuple[int, int], digits: int, rng: random.Random
+) -> Iterator[tuple[str, int, str]]:
+    """`count` documents as (text, characters without loss, place of the first filler text).
+
+    texts: (text, place) pairs, not empty, that filler is cut from: neighbours in order, from a drawn one on.
+    chars: least and most characters of a document, drawn log-uniformly: as many from 100 to 200 as from 1000 to 2000.
+    The key stands before a line or a word, at a depth that is drawn uniformly.
+    """
+    low, high = chars
+    for _ in range(count):
+        size = min(high, int(low * math.exp(rng.random() * math.log((high + 1) / low))))
+        start, depth, key = rng.randrange(len(texts)), rng.random(), draw_key(rng, digits)
+        filler = _filler(texts, start, size - least_chars(digits))
+        at = round(depth * len(filler))
+        cut = max(filler.rfind("\n", 0, at), filler.rfind(" ", 0, at)) + 1 if at < len(filler) else at
+        prompt = filler[:cut] + STATEMENT.format(key) + filler[cut:] + QUESTION
+        yield prompt + ANSWER.format(key), len(prompt), texts[start][1]
+
+
+def _filler(texts: Sequence[tuple[str, str]], start: int, size: int) -> str:
+    """`size` characters of texts in order from `start` on, with an empty line between them; the last is cut."""
+    parts: list[str] = []
+    room, n = size, start
+    while room > 0:
+        parts.append(texts[n % len(texts)][0][:room])
+        room -= len(parts[-1]) + 2
+        n += 1
+    return "\n\n".join(parts)[:size]
+
+
+def _fraction(text: str) -> float:
+    """The text's SHA-256 as a number from 0 to 1, as curation's held-out split reads it."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64
