@@ -19,6 +19,8 @@ STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:atom-release:stage:v1"
 BUILDER = "urn:atom-release:builder:v1"
+SUMMARY = "summary.json"
+"""The file of a product that its statement repeats, whatever the stage is."""
 
 
 def clock(seconds: float) -> str:
@@ -43,13 +45,15 @@ def statement(
     usage: dict[str, Any],
     outcome: str,
     of: dict[str, Any] | None = None,
+    product: Artifact | None = None,
 ) -> dict[str, Any]:
     """A statement about one attempt of a stage.
 
     subject: {name: sha256}; the artifact by its key, or the log of a failed attempt. config: the part that is in the
     key; operations: the rest, which says how it was run, and those whose work it went on from, the latest last. usage:
     time, energy and cost with the method of each. outcome: "sealed", or one sentence on what went wrong. of: {key,
-    step} of the phase that a checkpoint is of.
+    step} of the phase that a checkpoint is of. product: what was made; its summary.json, if it has one, becomes a
+    byproduct, so that whoever reads the ledger alone knows what the stage says of its product.
     """
     parameters = {"stage": stage, "version": version, "node": node, "key": key, "config": config}
     return {
@@ -83,10 +87,22 @@ def statement(
                 "byproducts": [
                     {"name": "usage", "annotations": usage},
                     {"name": "outcome", "annotations": {"text": outcome}},
+                    *(summaries(product) if product else ()),
                 ],
             },
         },
     }
+
+
+def summaries(product: Artifact) -> Iterator[dict[str, Any]]:
+    """The byproduct of a product's summary.json, if it has one: an in-toto ResourceDescriptor with its content.
+
+    A number that JSON has no word for is told as a string: it must not keep a finished stage from being stated.
+    """
+    for row in product.rows:
+        if row.path == SUMMARY:
+            content = json.loads((product / SUMMARY).read_text(), parse_constant=str)
+            yield {"name": SUMMARY, "digest": {"sha256": row.sha256}, "annotations": content}
 
 
 def write(ledger: Path, key: str, body: dict[str, Any]) -> Path:
@@ -119,6 +135,13 @@ def outcome(body: dict[str, Any]) -> str:
 
 def usage(body: dict[str, Any]) -> dict[str, Any]:
     return _byproduct(body, "usage")
+
+
+def summary(body: dict[str, Any]) -> dict[str, Any] | None:
+    """The byproduct of a product's summary.json, {name, digest: {sha256}, annotations: its content}; None if the
+    product has none, or the statement was written before statements held it."""
+    found = (p for p in body["predicate"]["runDetails"]["byproducts"] if p["name"] == SUMMARY)
+    return next(found, None)
 
 
 def _byproduct(body: dict[str, Any], name: str) -> dict[str, Any]:

@@ -10,21 +10,18 @@ import importlib.metadata
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import AtomError
 from pipeline.store import Artifact
-from release.layout import ALL_SUMS, GATES, SUMS
+from release.layout import ALL_SUMS, BASE, GATES, MODEL, SUMS, models_of, phases_of
 
 PACKAGES = ("pipeline", "stages", "release", "data_recipes")
 DISTRIBUTION = "atom-release"
 CODE_FILES = ("pyproject.toml", "Makefile", "README.md", "LICENSE")
 CODE_SUFFIXES = frozenset({".py", ".yaml", ".yml", ".jinja", ".md", ".toml", ".json", ".txt", ".sh", ".typed"})
-MODELS = {"mid": "model", "base": "model-base"}
-PHASES = ("init", "base", "mid")
-TRAINING = ("pretrain", "midtrain")
 
 
 class Assembly:
@@ -67,14 +64,22 @@ def to_json(value: Any) -> bytes:
 
 def required(artifacts: Mapping[str, Artifact]) -> None:
     """Raises AtomError naming what a release cannot do without."""
-    needed = ["items", "curate", "tokenizer", "tokenize", "order-pretrain", "order-midtrain", *TRAINING]
-    needed += [f"{kind}-{phase}" for kind in ("export", "evaluate") for phase in PHASES]
+    phases = phases_of({*artifacts, "pretrain", "midtrain"})
+    models = models_of({*artifacts, "export-init", "export-base", "export-mid"})
+    needed = ["items", "curate", "tokenizer", "tokenize", *(f"order-{phase}" for phase in phases), *phases]
+    needed += [f"{kind}-{model}" for kind in ("export", "evaluate") for model in models]
     if missing := [node for node in needed if node not in artifacts]:
         raise AtomError(f"the release needs the artifact of {missing[0]}, which is not sealed; finish the run first")
 
 
-def placement(node: str, artifact: Artifact) -> Iterator[tuple[str, str]]:
-    """(file of the artifact, path in the release) for all that is published of a node."""
+def placement(
+    node: str, artifact: Artifact, phases: Sequence[str] = (), models: Sequence[str] = ()
+) -> Iterator[tuple[str, str]]:
+    """(file of the artifact, path in the release) for all that is published of a node.
+
+    phases, models: those of the release, in the order of training.
+    """
+    folders = {"base": BASE, models[-1]: MODEL} if models else {}
     kind, _, which = node.partition("-")
     for row in artifact.rows:
         path, name = row.path, Path(row.path).name
@@ -93,29 +98,33 @@ def placement(node: str, artifact: Artifact) -> Iterator[tuple[str, str]]:
         elif "@" in node:
             phase, step = node.split("@")
             yield path, f"checkpoints/{phase}-step-{step}/{name}"
-        elif node in TRAINING and path.startswith("step-"):
+        elif node in phases and path.startswith("step-"):
             yield path, f"checkpoints/{node}-step-{int(path.split('/')[0].removeprefix('step-'))}/{name}"
-        elif node in TRAINING:
+        elif node in phases:
             yield path, f"evidence/training/{node}/{path}"
+            if path == "training.jsonl":  # what a model's card says of its training is proved by the repository alone
+                made = (MODEL, BASE) if node == phases[0] else (MODEL,)
+                yield from ((path, f"{folder}/training/{node}.jsonl") for folder in made)
         elif kind == "export" and path == "parity.json":
             yield path, f"evidence/parity/{which}.json"
-            if which in MODELS:
-                yield path, f"{MODELS[which]}/parity.json"
-        elif kind == "export" and path.startswith("model/") and which in MODELS:
-            yield path, f"{MODELS[which]}/{path.removeprefix('model/')}"
+            if which in folders:
+                yield path, f"{folders[which]}/parity.json"
+        elif kind == "export" and path.startswith("model/") and which in folders:
+            yield path, f"{folders[which]}/{path.removeprefix('model/')}"
         elif kind == "evaluate":
             yield path, f"dataset/evaluation/{which}/{path}"
             if path == "scores.json":
                 # A model's card compares it with what came before it, never with what came after.
-                later = PHASES[PHASES.index(which) :]
-                yield from ((path, f"{MODELS[phase]}/evaluation/{which}.json") for phase in later if phase in MODELS)
+                later = models[models.index(which) :]
+                yield from ((path, f"{folders[m]}/evaluation/{which}.json") for m in later if m in folders)
 
 
 def place_artifacts(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> None:
+    phases, models = phases_of(artifacts), models_of(artifacts)
     for node, artifact in sorted(artifacts.items()):
         manifest = artifact.path / "manifest.json"
         assembly.include(manifest, f"evidence/manifests/{node}.json", f"manifest of {artifact.key}")
-        for file, target in placement(node, artifact):
+        for file, target in placement(node, artifact, phases, models):
             assembly.copy(node, artifact, file, target)
 
 

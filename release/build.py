@@ -77,7 +77,9 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
     as `<name>-<version>.refused` for a look, and the earlier release is untouched.
     """
     from release import assemble, gates
+    from release.cards import plot
 
+    plot.require()
     assemble.required(source.artifacts)
     target = home / "releases" / f"{source.name}-{source.version}"
     draft = target.with_name(f".{target.name}.{os.getpid()}")
@@ -130,8 +132,8 @@ def describe(source: BuildInput) -> dict[str, Any]:
 def _assemble(folder: Path, source: BuildInput) -> Any:
     """Everything but the gates' result and the checksums; returns the gates' context."""
     from release import assemble, facts, gates
-    from release.cards import render, tables
-    from release.layout import ORIGINS, RELEASE, repositories
+    from release.cards import plot, render, tables
+    from release.layout import MODEL_FOLDERS, ORIGINS, RELEASE, repositories
 
     made = assemble.Assembly(folder)
     assemble.place_artifacts(made, source.artifacts)
@@ -149,12 +151,13 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     made.json(RELEASE, release, "release.build")
 
     data = facts.data_facts(folder / "dataset")
-    models = {name: facts.model_facts(folder / name) for name in render.FINAL}
+    models = {name: facts.model_facts(folder / name) for name in MODEL_FOLDERS}
     steps = facts.checkpoint_facts(folder / "checkpoints")
     changes = facts.interventions(steps)
     licence, why = release["licence"], "card from the published files"
     for name, model in models.items():
         made.write(f"{name}/README.md", render.model_card(name, release, model, data, changes).encode(), why)
+        made.write(f"{name}/{plot.NAME}", plot.draw(folder / name), "plot of the logs in training/")
     made.write("dataset/README.md", render.data_card(release, data).encode(), why)
     card = render.plain_card("checkpoints", release, licence["weights"], checkpoints=tables.checkpoints(steps))
     made.write("checkpoints/README.md", card.encode(), why)

@@ -10,11 +10,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from pipeline import ledger
 from pipeline.ledger import BUILD_TYPE, PREDICATE, STATEMENT
-from pipeline.store import FileRow, digest_of, sha256_file
+from pipeline.store import Artifact, FileRow, digest_of, sha256_file
 from release import facts
-from release.cards import render
-from release.layout import ORIGINS
+from release.cards import plot, render
+from release.layout import MODEL_FOLDERS, ORIGINS
 
 ARTIFACT_URI = "atom:artifact/"
 
@@ -50,8 +51,11 @@ def origins(folder: Path) -> list[str]:
 
 
 def statements(folder: Path) -> list[str]:
-    """Each artifact is the subject of a statement, and each statement's materials are the artifacts of the release."""
-    known = {manifest["key"]: manifest["digest"] for manifest in read_manifests(folder).values()}
+    """Each artifact is the subject of a statement, each statement's materials are the artifacts of the release, and the
+    summary that it repeats is that of its product."""
+    manifests = read_manifests(folder)
+    known = {manifest["key"]: manifest["digest"] for manifest in manifests.values()}
+    said_by_files = _summaries(folder, manifests)
     stated: set[tuple[str, str]] = set()
     wrong = []
     for path in sorted((folder / "evidence/statements").rglob("*.json")):
@@ -72,6 +76,9 @@ def statements(folder: Path) -> list[str]:
         subjects = {(subject["name"], subject["digest"]["sha256"]) for subject in body["subject"]}
         made = subjects & set(known.items())
         stated |= made
+        for key, _ in made:
+            if (found := ledger.summary(body)) and said_by_files.get(key, found) != found:
+                wrong.append(f"{name}: what it says is in {ledger.SUMMARY} of {key} is not what is there")
         for material in build["resolvedDependencies"] if made else ():
             uri = material.get("uri", "")
             key = uri.removeprefix(ARTIFACT_URI)
@@ -81,6 +88,21 @@ def statements(folder: Path) -> list[str]:
         f"evidence/statements: none is about {key} as it is here" for key in sorted(set(known) - {k for k, _ in stated})
     ]
     return wrong
+
+
+def _summaries(folder: Path, manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """{key: the byproduct that a statement about it should have} of each artifact whose summary.json is published."""
+    found = {}
+    for path, origin in facts.read_json(folder / ORIGINS).items():
+        if origin.get("file") == ledger.SUMMARY and (folder / path).exists():
+            manifest = manifests[origin["artifact"]]
+            product = Artifact(manifest["key"], "", (folder / path).parent, (_row(manifest, ledger.SUMMARY),))
+            found[manifest["key"]] = next(ledger.summaries(product))
+    return found
+
+
+def _row(manifest: dict[str, Any], path: str) -> FileRow:
+    return next(FileRow(row["path"], row["size"], row["sha256"]) for row in manifest["files"] if row["path"] == path)
 
 
 def dispositions(dataset: Path) -> list[str]:
@@ -119,13 +141,16 @@ def scores(dataset: Path) -> list[str]:
     ]
 
 
-def model_card(model: Path, final: str) -> list[str]:
-    """The card of one model repository against the files beside it."""
+def model_card(model: Path) -> list[str]:
+    """The card of one model repository, and its plot, against the files beside them."""
     card, known = (model / "README.md").read_text(), facts.model_facts(model)
     wrong = [
         f"README.md: model-index {name} is not the measured one"
-        for name in render.wrong_scores(card, known["scores"][final])
+        for name in render.wrong_scores(card, render.own_scores(known))
     ]
+    drawn = model / plot.NAME
+    if drawn.exists() and plot.source_of(drawn.read_bytes()) != plot.source(model):
+        wrong.append(f"{plot.NAME} was not drawn from the logs in training/")
     return wrong + [
         f"README.md lacks the line {line!r}" for line in render.wrong_tables(card, render.model_tables(known))
     ]
@@ -140,10 +165,10 @@ def data_card(dataset: Path) -> list[str]:
 
 
 def cards(folder: Path) -> list[str]:
-    wrong = [f"{name}/{text}" for name, final in render.FINAL.items() for text in model_card(folder / name, final)]
+    wrong = [f"{name}/{text}" for name in MODEL_FOLDERS for text in model_card(folder / name)]
     shown = render.data_tables(facts.data_facts(folder / "dataset"))
     changes = facts.interventions(facts.checkpoint_facts(folder / "checkpoints"))
-    for name in render.FINAL:
+    for name in MODEL_FOLDERS:
         card = (folder / name / "README.md").read_text()
         own = {key: shown[key] for key in ("sources", "funnel", "order")} | render.intervention_tables(name, changes)
         wrong += [f"{name}/README.md lacks the line {line!r}" for line in render.wrong_tables(card, own)]

@@ -57,7 +57,7 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
 
     from pipeline import ledger, tracking
     from pipeline.display import duration
-    from release.cards.tables import PHASE_TITLES
+    from release.cards.tables import titles
     from release.facts import data_facts, model_facts
 
     data, model = data_facts(release / "dataset"), model_facts(release / "model")
@@ -87,8 +87,8 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
     console.print(corpus)
 
     scores = data["evaluation"]
-    phases = [p for p in PHASE_TITLES if p in scores]
-    quality = table("\nHeld-out quality: value ± standard error", "", *(PHASE_TITLES[p] for p in phases))
+    phases = list(scores)
+    quality = table("\nHeld-out quality: value ± standard error", "", *titles(phases).values())
     for kind, digits, label in (("bits_per_byte", 3, "bits per byte, "), ("accuracy", 3, "exact match, ")):
         for name in scores[phases[-1]][kind]:
             cells = [

@@ -9,8 +9,12 @@ from __future__ import annotations
 import json
 import struct
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from release import training
+from release.layout import when
 
 Facts = dict[str, Any]
 
@@ -55,15 +59,21 @@ def data_facts(dataset: Path) -> Facts:
         "sources": sources,
         "order": {
             p.name: order_facts([*_earlier_orders(dataset, p.name), p])
-            for p in sorted(path.parent for path in (dataset / "order").glob("*/order.parquet"))
+            for p in _by_name(path.parent for path in (dataset / "order").glob("*/order.parquet"))
         },
         "problems": dict(
             sorted(Counter(r["task"] for r in rows(dataset / "evaluation/items.parquet", ["task"])).items())
         ),
         "evaluation": {
-            p.parent.name: scores_of(p.parent) for p in sorted((dataset / "evaluation").glob("*/scores.json"))
+            p.name: scores_of(p)
+            for p in _by_name(path.parent for path in (dataset / "evaluation").glob("*/scores.json"))
         },
     }
+
+
+def _by_name(folders: Iterable[Path]) -> list[Path]:
+    """Folders that are named after phases or models, in the order of training."""
+    return sorted(folders, key=lambda folder: when(folder.name))
 
 
 def _earlier_orders(dataset: Path, phase: str) -> list[Path]:
@@ -80,32 +90,43 @@ def order_facts(folders: list[Path]) -> Facts:
     """
     first = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
     ends: list[int | None] = [step - 1 for step in first[1:]] + [None]
-    parts = [_part(folder / "order.parquet", end) for folder, end in zip(folders, ends, strict=True)]
+    parts = [_part(folder, end) for folder, end in zip(folders, ends, strict=True)]
     return {"steps": parts[-1]["last_step"], "parts": parts}
 
 
-def _part(path: Path, end: int | None) -> Facts:
-    """Rows, predicted tokens and documents by source of the steps of an order index up to `end`.
+def _part(folder: Path, end: int | None) -> Facts:
+    """What the steps of an order index up to `end` read.
 
-    A segment of n tokens predicts n - 1 of them.
+    by_source: predicted tokens, documents, and the rows that hold any of them: several sources can share a row that is
+    packed. packed, for such an order only: all rows, their predicted tokens and how full they are. long, by source:
+    what the order stage tells of up-weighted long documents. A segment of n tokens predicts n - 1 of them.
     """
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path, columns=["step", "source", "id", "length"])
+    meta = read_json(folder / "meta.json")
+    table = pq.read_table(folder / "order.parquet", columns=["step", "row", "source", "id", "length"])
     if end is not None:
         table = table.filter(pc.field("step") <= end)
     grouped = table.group_by("source").aggregate([("length", "sum"), ("length", "count"), ("id", "count_distinct")])
+    rows = table.group_by(["step", "row"]).aggregate([]).num_rows
+    of_source = table.group_by(["source", "step", "row"]).aggregate([])["source"].to_pylist()
+    in_rows = Counter(of_source)
     by_source = {
         row["source"]: {
             "tokens": row["length_sum"] - row["length_count"],
-            "rows": row["length_count"],
+            "rows": in_rows[row["source"]],
             "documents": row["id_count_distinct"],
         }
         for row in grouped.to_pylist()
     }
     steps = pc.min_max(table["step"]).as_py()
-    return {"first_step": steps["min"], "last_step": steps["max"], "by_source": dict(sorted(by_source.items()))}
+    part = {"first_step": steps["min"], "last_step": steps["max"], "by_source": dict(sorted(by_source.items()))}
+    if meta.get("pack"):
+        tokens, length = sum(row["tokens"] for row in by_source.values()), meta["sequence_length"]
+        part["packed"] = {"rows": rows, "sequence_length": length, "tokens": tokens, "fill": tokens / (rows * length)}
+        part["long"] = {name: row["long"] for name, row in sorted(meta["sources"].items()) if "long" in row}
+    return part
 
 
 def scores_of(folder: Path) -> Facts:
@@ -124,8 +145,9 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
 
 
 def model_facts(model: Path) -> Facts:
-    """Architecture, parameters (total, and active for one token), parity and scores of one model repository."""
-    config = read_json(model / "config.json")
+    """Architecture, parameters (total, and active for one token), parity, scores and training logs of one model
+    repository. The last of its scores are its own, those before are of the models that it came from."""
+    config, scores = read_json(model / "config.json"), (model / "evaluation").glob("*.json")
     shapes: dict[str, list[int]] = {}
     for path in sorted(model.glob("*.safetensors")):
         shapes |= tensor_shapes(path)
@@ -142,7 +164,9 @@ def model_facts(model: Path) -> Facts:
         "dtype": config.get("dtype") or config.get("torch_dtype"),
         "parameters": {"total": total, "active": total - idle, "tensors": len(shapes)},
         "parity": read_json(model / "parity.json"),
-        "scores": {path.stem: read_json(path) for path in sorted((model / "evaluation").glob("*.json"))},
+        "rope": config["rope_parameters"],
+        "scores": {path.stem: read_json(path) for path in sorted(scores, key=lambda path: when(path.stem))},
+        "training": {phase: training.log_facts(training.read(log)) for phase, log in training.logs(model).items()},
     }
 
 
@@ -152,7 +176,16 @@ def checkpoint_facts(checkpoints: Path) -> list[Facts]:
     for path in checkpoints.glob("*/state.json"):
         phase, _, step = path.parent.name.rpartition("-step-")
         found.append({"branch": path.parent.name, "phase": phase, "step": int(step), "state": read_json(path)})
-    return sorted(found, key=lambda row: (row["phase"] != "pretrain", row["phase"], row["step"]))
+    return sorted(found, key=lambda row: (when(row["phase"]), row["step"]))
+
+
+def context_of(checkpoints: list[Facts], phase: str) -> int:
+    """The context length that a phase was trained for, in tokens, as the state of its last checkpoint says.
+
+    checkpoints: what `checkpoint_facts` gives.
+    """
+    states = [row["state"] for row in checkpoints if row["phase"] == phase]
+    return int(states[-1]["config"]["model"]["context_length"])
 
 
 def interventions(checkpoints: list[Facts]) -> list[Facts]:
@@ -172,7 +205,7 @@ def interventions(checkpoints: list[Facts]) -> list[Facts]:
             names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
             changes = [[name, before.get(name), now.get(name)] for name in names]
             found[phase, int(step)] = {"phase": phase, "step": int(step), "by": by, "changes": changes}
-    rows = sorted(found.values(), key=lambda row: (row["phase"] != "pretrain", row["phase"], row["step"]))
+    rows = sorted(found.values(), key=lambda row: (when(row["phase"]), row["step"]))
     last: dict[str, int] = {}
     for row in rows:
         row["first"] = last.get(row["phase"], 0) + 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,12 @@ ALL_SUMS = f"evidence/{SUMS}"
 ORIGINS = "evidence/origins.json"
 RELEASE = "evidence/release.json"
 GATES = "evidence/gates.json"
-PARTS = ("model", "model-base", "dataset", "checkpoints")
+MODEL, BASE = "model", "model-base"
+MODEL_FOLDERS = (MODEL, BASE)
+PARTS = (*MODEL_FOLDERS, "dataset", "checkpoints")
+TRAINING = ("pretrain", "midtrain", "longcontext")
+EXPORTED = ("init", "base", "mid", "long")
+"""Kinds of phases and of exported models, as `pipeline.graph` names them, in the order of training."""
 LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 CACHED = re.compile(r"(models|datasets)--.+")
 
@@ -41,13 +47,33 @@ class Repository:
         return f"{namespace}/{name}{self.suffix}"
 
 
+def when(name: str) -> tuple[int, int, str]:
+    """Sort key of phases, or of exported models: midtrain, longcontext-1, …, longcontext-10; unknown ones last."""
+    kind, _, number = name.partition("-")
+    for kinds in (TRAINING, EXPORTED):
+        if kind in kinds:
+            return kinds.index(kind), int(number) if number.isdigit() else 0, name
+    return len(EXPORTED), 0, name
+
+
+def phases_of(nodes: Iterable[str]) -> list[str]:
+    """The training phases among a graph's nodes, in order."""
+    return sorted((node for node in nodes if node.partition("-")[0] in TRAINING and "@" not in node), key=when)
+
+
+def models_of(nodes: Iterable[str]) -> list[str]:
+    """The models that nodes export or evaluate, in the order of training: the last one is the release's model."""
+    named = (node.partition("-") for node in nodes)
+    return sorted({which for kind, _, which in named if kind in ("export", "evaluate")}, key=when)
+
+
 def repositories(release: Path) -> list[Repository]:
     """The repositories of a release in the order in which they are made public: data, checkpoints, models."""
     found = [Repository("dataset", "-data", "dataset"), Repository("", "-evidence", "dataset")]
     steps = sorted(p.name for p in (release / "checkpoints").iterdir() if p.is_dir())
     found.append(Repository("checkpoints", "-checkpoints", "model"))
     found += [Repository(f"checkpoints/{name}", "-checkpoints", "model", name) for name in steps]
-    found += [Repository("model-base", "-base", "model"), Repository("model", "", "model")]
+    found += [Repository(BASE, "-base", "model"), Repository(MODEL, "", "model")]
     return found
 
 

@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import AtomError, CheckFailed
-from release.layout import ALL_SUMS, ORIGINS, PARTS, SUMS, compare, files_below, files_of, read_sums, repositories
+from release.layout import (
+    ALL_SUMS,
+    MODEL_FOLDERS,
+    ORIGINS,
+    PARTS,
+    SUMS,
+    compare,
+    files_below,
+    files_of,
+    read_sums,
+    repositories,
+)
 
 SCHEMA = 1
 SIGNS = (
@@ -179,7 +190,6 @@ def _agree(folder: Path) -> Check:
 def _questions(folder: Path, kind: str) -> Iterator[tuple[str, Callable[[], Wrong], bool]]:
     """(name, question, only if deep) for this kind of folder."""
     from release import checks, deep_checks
-    from release.cards.render import FINAL
 
     whole = kind == "release"
     if whole or kind == "evidence":
@@ -200,12 +210,11 @@ def _questions(folder: Path, kind: str) -> Iterator[tuple[str, Callable[[], Wron
         yield "cards", lambda: checks.cards(folder), False
         yield "weights", lambda: deep_checks.weights(folder), True
     elif kind == "model":
-        final = "mid" if (folder / "evaluation/mid.json").exists() else "base"
-        yield "cards", lambda: checks.model_card(folder, final), False
+        yield "cards", lambda: checks.model_card(folder), False
     if kind in ("model", "checkpoint"):
         yield "weights", lambda: deep_checks.weights(folder), True
     if whole or kind == "model":
-        models = [folder / name for name in FINAL] if whole else [folder]
+        models = [folder / name for name in MODEL_FOLDERS] if whole else [folder]
         yield "reload_in_transformers", lambda: deep_checks.reload(models), True
 
 

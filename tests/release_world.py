@@ -44,16 +44,19 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def save_model(folder: Path, seed: int) -> None:
-    """A random two-layer mixture of experts with its tokenizer and a generation config that stops."""
+def save_model(folder: Path, seed: int, context: int = CONTEXT) -> None:
+    """A random two-layer mixture of experts with its tokenizer and a generation config that stops; a context longer
+    than CONTEXT is YaRN's."""
     import torch
     from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": context / CONTEXT}
+    yarn |= {"original_max_position_embeddings": CONTEXT, "beta_fast": 32.0, "beta_slow": 1.0}
     config = Qwen3MoeConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
-        max_position_embeddings=CONTEXT, tie_word_embeddings=True, norm_topk_prob=True, pad_token_id=0, eos_token_id=1,
+        max_position_embeddings=context, rope_parameters=yarn if context > CONTEXT else None, tie_word_embeddings=True, norm_topk_prob=True, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     model = Qwen3MoeForCausalLM(config)
     model.generation_config = GenerationConfig(eos_token_id=[1, 3], pad_token_id=0, do_sample=False)
@@ -156,13 +159,42 @@ def make_training(out: Path, phase: str, steps: list[int]) -> None:
         save_file({f"exp_avg.{k}": v for k, v in weight.items()}, folder / "optimizer.safetensors")
         write_json(
             folder / "state.json",
-            {"step": step, "phase": phase, "tokens": step * 128, "data_position": step, "seed": 0},
-        )
-    (out / "training.jsonl").write_text("".join(json.dumps({"step": s, "loss": 5.0 - s / 10}) + "\n" for s in steps))
+            {"step": step, "phase": phase, "tokens": step * 128, "data_position": step, "seed": 0,
+             "config": {"model": {"context_length": context_of(phase)}}},
+        )  # fmt: skip
+    lines = training_lines(phase, steps[-1])
+    (out / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_json(
         out / "summary.json",
-        {"parameters": {"total": 40000, "active": 30000}, "steps": steps[-1], "tokens": steps[-1] * 128},
-    )
+        {"parameters": {"total": 40000, "active": 30000}, "steps": steps[-1], "tokens": steps[-1] * 128,
+         "spikes": [{"step": x["step"], **x["spike"]} for x in lines if "spike" in x]},
+    )  # fmt: skip
+
+
+def context_of(name: str) -> int:
+    """Of a phase or a model: the first long-context phase doubles the context, the next one again."""
+    number = name.rpartition("-")[2]
+    return CONTEXT * 2 ** int(number) if number.isdigit() else CONTEXT
+
+
+def training_lines(phase: str, last: int) -> list[dict[str, Any]]:
+    """The log of a phase. In `longcontext-2` step 1 spikes, step 2 is left out by the recipe, and an expert is dead."""
+    bad = phase == "longcontext-2"
+    share = [[0.25, 0.25, 0.25, 0.25], [0.004, 0.396, 0.4, 0.2] if bad else [0.1, 0.4, 0.3, 0.2]]
+    experts = {"layers": [0, 1], "share": share, "entropy": [1.2, 0.9], "dropped": 0, "dead": [[1, 0]] if bad else []}
+    lines: list[dict[str, Any]] = [{"step": 0, "heldout_loss": 5.0}]
+    for step in range(1, last + 1):
+        line = {"step": step, "tokens": step * 128, "loss": 5.0 - step / 10, "aux_loss": 2.0, "grad_norm": 1.0,
+                "lr": 1e-3, "expert_max_violation": 0.6 / step, "router_entropy": 1.0 + step / 10}  # fmt: skip
+        lines.append({**line, "skipped": True} if bad and step == 1 else line)
+        if bad and step == 1:
+            spike = {"reason": "the loss is 9.1, above 6.2 (median 5 of 64 steps)", "action": "skip", "excluded": [1],
+                     "loss": 9.1, "grad_norm": 30.0, "documents": ["prose/001", "sums/001"], "experts": experts,
+                     "gradient_norms": {"embedding": 3.0}}  # fmt: skip
+            lines.append({"step": step, "spike": spike})
+    if bad:
+        lines.append({"step": last + 1, "tokens": last * 128, "lr": 1e-3, "excluded": True})
+    return [*lines, {"step": last, "experts": experts}]
 
 
 def shard(source: str, split: str) -> list[dict[str, Any]]:
@@ -171,6 +203,9 @@ def shard(source: str, split: str) -> list[dict[str, Any]]:
 
 
 def make_order(out: Path, phase: str) -> None:
+    """One document a row; in a long-context phase one of each source, and the long ones are too few."""
+    if phase.startswith("longcontext"):
+        return make_packed_order(out, phase)
     rows = [
         {"step": step, "row": row, "segment": 0, "source": source, "ordinal": step,
          "id": shard(source, "train")[step]["id"], "offset": 0, "length": 10, "loss_from": 0}
@@ -179,6 +214,21 @@ def make_order(out: Path, phase: str) -> None:
     table(out / "order.parquet", rows)
     tokens = {source: 20 for source in SOURCES}
     write_json(out / "meta.json", {"phase": phase, "steps": 2, "rows": 2, "sequence_length": 64, "tokens": tokens})
+
+
+def make_packed_order(out: Path, phase: str) -> None:
+    rows = [
+        {"step": step, "row": row, "segment": segment, "source": source, "ordinal": step,
+         "id": shard(source, "train")[step]["id"], "offset": 0, "length": 11 + segment, "loss_from": 0}
+        for step in (1, 2) for row in (0, 1) for segment, source in enumerate(SOURCES)
+    ]  # fmt: skip
+    table(out / "order.parquet", rows)
+    long = {"over": 64, "chunks": 3, "available_tokens": 300, "wanted_tokens": 2000, "missing_tokens": 800}
+    write_json(
+        out / "meta.json",
+        {"phase": phase, "steps": 2, "rows": 2, "sequence_length": 32, "pack": True, "fill": 0.65625, "tokens": 84,
+         "sources": {"prose": {"rows": 4, "long": long}, "sums": {"rows": 4}}},
+    )  # fmt: skip
 
 
 INPUTS = {
@@ -191,7 +241,20 @@ INPUTS = {
     "evaluate-init": ["export-init", "curate", "items"], "evaluate-base": ["export-base", "curate", "items"],
     "evaluate-mid": ["export-mid", "curate", "items"],
 }  # fmt: skip
-SCORES = {"init": (8.0, 0), "base": (3.0, 4), "mid": (3.02, 15)}
+SCORES = {"init": (8.0, 0), "base": (3.0, 4), "mid": (3.02, 15), "long-1": (3.03, 15), "long-2": (3.04, 15)}
+
+
+def inputs_with_long_context() -> dict[str, list[str]]:
+    """The graph of a run with two long-context phases."""
+    found = dict(INPUTS)
+    for number, before in ((1, "midtrain"), (2, "longcontext-1")):
+        found |= {
+            f"order-longcontext-{number}": ["tokenize"],
+            f"longcontext-{number}": ["tokenize", f"order-longcontext-{number}", before],
+            f"export-long-{number}": [f"longcontext-{number}", "tokenizer"],
+            f"evaluate-long-{number}": [f"export-long-{number}", "curate", "items"],
+        }
+    return found
 
 
 def make_node(name: str, out: Path) -> None:
@@ -229,10 +292,10 @@ def make_node(name: str, out: Path) -> None:
         write_json(out / "meta.json", {"vocab_size": VOCAB, "pad_id": 0, "eod_id": 1, "tokens": tokens})
     elif kind == "order":
         make_order(out, which)
-    elif kind in ("pretrain", "midtrain"):
-        make_training(out, kind, [0, 2])
+    elif kind in ("pretrain", "midtrain", "longcontext"):
+        make_training(out, name, [0, 2])
     elif kind == "export":
-        save_model(out / "model", seed=["init", "base", "mid"].index(which))
+        save_model(out / "model", list(SCORES).index(which), context_of(which))
         write_json(out / "parity.json", {"max_abs_logit_delta": 2.5e-6, "tolerance": 1e-4, "tokens": 64, "tensors": 27})
     elif kind == "evaluate":
         make_evaluation(out, *SCORES[which])
@@ -246,16 +309,16 @@ def write_statement(folder: Path, artifact: Artifact, materials: list[Artifact])
         operations=[{}],
         subject={artifact.key: artifact.digest}, stage="stage", version=1, node="node", key=artifact.key, config={},
         materials={m.key: m for m in materials}, code={}, environment={}, invocation="test", started=0, finished=1,
-        usage={}, outcome="sealed",
+        usage={}, outcome="sealed", product=artifact,
     )  # fmt: skip
     return ledger.write(folder / "ledger", artifact.key, body)
 
 
-def make_run(home: Path) -> tuple[dict[str, Artifact], list[Path]]:
+def make_run(home: Path, inputs: dict[str, list[str]] = INPUTS) -> tuple[dict[str, Artifact], list[Path]]:
     """All artifacts of a run under `home`, and their statements."""
     artifacts: dict[str, Artifact] = {}
     statements = []
-    for name, parents in INPUTS.items():
+    for name, parents in inputs.items():
         key = f"{name}-{sha(name)[:12]}"
         out = home / "artifacts" / key
         make_node(name, out)
@@ -276,11 +339,11 @@ def make_code(root: Path) -> Path:
     return root
 
 
-def build_input(home: Path, **changes: Any) -> Any:
+def build_input(home: Path, inputs: dict[str, list[str]] = INPUTS, **changes: Any) -> Any:
     """What the engine would hand to `release.build`."""
     from release.build import BuildInput
 
-    artifacts, statements = make_run(home)
+    artifacts, statements = make_run(home, inputs)
     metrics = home / "metrics.jsonl"
     metrics.write_text('{"step": 1, "loss": 5.0}\n')
     recipe = {

@@ -183,7 +183,7 @@ class Attempt:
         part: what the product is, if it is not the stage's own.
         """
         self.refuse_second_digest(made)
-        self._state({made.key: made.digest}, "sealed", part)
+        self._state({made.key: made.digest}, "sealed", part, None if part else made)
 
     def record_failure(self, text: str) -> None:
         """The statement of a failed attempt; its subject is the attempt's events, which are what is left of it."""
@@ -211,7 +211,9 @@ class Attempt:
                     "same environment, so it is not reproducible; look for a seed, a clock or threads in the stage"
                 )
 
-    def _state(self, subject: dict[str, str], outcome: str, part: Checkpoint | None = None) -> None:
+    def _state(
+        self, subject: dict[str, str], outcome: str, part: Checkpoint | None = None, product: Artifact | None = None
+    ) -> None:
         counted = [Usage.now().since(self.before), *([] if part else self.ranks.others())]
         finished, cpu = time.time(), sum(used.cpu_seconds for used in counted)
         watts = self.task.watts_per_core
@@ -243,6 +245,7 @@ class Attempt:
             finished=finished,
             usage=usage,
             outcome=outcome,
+            product=product,
         )
         ledger.write(self.store.ledger, part.key if part else self.task.key, body)
         if part is None:

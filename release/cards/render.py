@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from release.cards import tables
+from release.cards import tables, training_tables
 from release.hub_client import load
 
 Facts = dict[str, Any]
@@ -25,7 +25,7 @@ METRICS = {
     "bits_per_byte": ("bits_per_byte", "Bits per byte", "held-out documents"),
     "accuracy": ("exact_match", "Exact match", "held-out problems"),
 }
-FINAL = {"model": "mid", "model-base": "base"}
+PHASES = {"pretrain": "pre-training", "midtrain": "mid-training", "longcontext": "long-context training"}
 
 
 def licence_fields(spdx: str) -> dict[str, Any]:
@@ -63,6 +63,14 @@ def model_tables(model: Facts) -> dict[str, list[str]]:
         "samples": tables.samples(model["scores"]),
         "architecture": tables.architecture(model),
         "parity": tables.parity(model),
+        "context": tables.context(model),
+        "passkeys": tables.passkeys(model["scores"]),
+        "passkeys_by_depth": tables.passkeys_by_depth(model["scores"]),
+        "positions": tables.positions(model["scores"]),
+        "experts_by_phase": training_tables.experts_by_phase(model),
+        "experts": training_tables.experts(model),
+        "experts_verdict": training_tables.verdict(model),
+        "spikes": training_tables.spikes(model),
     }
 
 
@@ -72,8 +80,12 @@ def data_tables(data: Facts) -> dict[str, list[str]]:
         "sources": tables.sources(data),
         "funnel": tables.funnel(data),
         "order": tables.order(data),
+        "packing": tables.packing(data),
+        "long_documents": tables.long_documents(data),
         "licences": tables.evidence_of_licence(data),
         "scores": tables.evaluation(data["evaluation"]),
+        "passkeys": tables.passkeys(data["evaluation"]),
+        "positions": tables.positions(data["evaluation"]),
     }
 
 
@@ -99,21 +111,38 @@ def model_card(folder: str, release: Facts, model: Facts, data: Facts, intervent
         base_model=f"{namespace}/{name}-base" if final else None,
         metrics=[metric for metric, _, _ in METRICS.values()],
         tags=["mixture-of-experts", "open-data", "reproducible"],
-        eval_results=model_index(model["scores"][FINAL[folder]], dataset),
+        eval_results=model_index(own_scores(model), dataset),
     )
-    shown = _lines({**model_tables(model), **data_tables(data), **intervention_tables(folder, interventions)})
+    # of what both repositories tell, the scores too, the model's own word counts on its card
+    shown = _lines({**data_tables(data), **model_tables(model), **intervention_tables(folder, interventions)})
     text = hub.ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "model.md.jinja"),
         release=release,
         model=model,
         final=final,
+        came_by=_listed([_title(phase) for phase in model["training"]]),
         repo=f"{namespace}/{card_data.model_name}",
         dataset=dataset,
         prefix=f"{namespace}/{name}",
         t=shown,
     )
     return _tidy(str(text))
+
+
+def own_scores(model: Facts) -> Facts:
+    """The scores of the model itself: the last ones, since a card compares with what came before and nothing else."""
+    scores: Facts = model["scores"][list(model["scores"])[-1]]
+    return scores
+
+
+def _title(phase: str) -> str:
+    kind, _, number = phase.partition("-")
+    return f"{PHASES.get(kind, kind)} {number}".strip()
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), *words[-1:]]) if len(words) > 1 else "".join(words)
 
 
 def data_card(release: Facts, data: Facts) -> str:

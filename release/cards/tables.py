@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 Facts = dict[str, Any]
-PHASE_TITLES = {"init": "random weights", "base": "pre-training (base)", "mid": "mid-training (final)"}
+TITLES = {"init": "random weights", "base": "pre-training (base)", "mid": "mid-training", "long": "long context"}
 
 
 def count(value: int) -> str:
@@ -23,10 +23,19 @@ def with_error(row: dict[str, Any], digits: int) -> str:
     return f"{row['value']:.{digits}f} ± {row['se']:.{digits}f}"
 
 
+def titles(models: Iterable[str]) -> dict[str, str]:
+    """What columns call the models, given in the order of training; the last one is final unless it is the base."""
+    found = {}
+    for model in models:
+        kind, _, number = model.partition("-")
+        found[model] = f"{TITLES.get(kind, kind)} {number}".strip()
+    last = list(found)[-1]
+    return found | ({} if last == "base" else {last: f"{found[last]} (final)"})
+
+
 def evaluation(scores: Facts) -> list[str]:
-    """One row a measure, one column a phase: value ± standard error."""
-    phases = [phase for phase in PHASE_TITLES if phase in scores]
-    last = scores[phases[-1]]
+    """One row a measure, one column a model: value ± standard error."""
+    phases, last = list(scores), scores[list(scores)[-1]]
     measures = [("bits_per_byte", source, f"bits per byte, {source}", 4) for source in last["bits_per_byte"]]
     measures += [("accuracy", task, f"exact match, {task}", 3) for task in last["accuracy"]]
     body = [
@@ -37,12 +46,45 @@ def evaluation(scores: Facts) -> list[str]:
         ("accuracy_all", "exact match, all", 3),
     ):
         body.append([label, *(with_error(scores[p][kind], digits) for p in phases)])
-    return table(["measure", *(PHASE_TITLES[p] for p in phases)], body)
+    return table(["measure", *titles(phases).values()], body)
+
+
+def passkeys(scores: Facts) -> list[str]:
+    """Keys found in texts of each length, one column a model that was asked for them."""
+    return _by_model(scores, "passkey", "tokens of the text", 3)
+
+
+def positions(scores: Facts) -> list[str]:
+    """Bits per token of long documents by the token's position, one column a model."""
+    return _by_model(scores, "loss_by_position", "position of the token", 4)
+
+
+def passkeys_by_depth(scores: Facts) -> list[str]:
+    """Keys that the last model found, by length of the text and how deep in it the key stands (0: at its start)."""
+    found = scores[list(scores)[-1]].get("passkey_by_depth", {})
+    depths = sorted({depth for row in found.values() for depth in row}, key=float)
+    body = [
+        [count(int(length)), *(with_error(row[depth], 3) if depth in row else "" for depth in depths)]
+        for length, row in sorted(found.items(), key=lambda pair: int(pair[0]))
+    ]
+    return table(["tokens of the text", *(f"depth {depth}" for depth in depths)], body) if body else []
+
+
+def _by_model(scores: Facts, kind: str, head: str, digits: int) -> list[str]:
+    """One row for each name of a kind of scores, in order of its first number; nothing if no model has that kind."""
+    names, columns = titles(scores), [model for model in scores if kind in scores[model]]
+    keys = sorted({key for model in columns for key in scores[model][kind]}, key=lambda key: int(key.split("-")[0]))
+    body = []
+    for key in keys:
+        cells = [scores[model][kind].get(key) for model in columns]
+        label = " to ".join(count(int(number)) for number in key.split("-"))
+        body.append([label, *(with_error(cell, digits) if cell else "not measured" for cell in cells)])
+    return table([head, *(names[model] for model in columns)], body) if body else []
 
 
 def samples(scores: Facts) -> list[str]:
     """How much was measured: documents, bytes and problems."""
-    last = scores[[phase for phase in PHASE_TITLES if phase in scores][-1]]
+    last = scores[list(scores)[-1]]
     body = [[name, count(r["documents"]), count(r["bytes"]), ""] for name, r in last["bits_per_byte"].items()]
     body += [[name, "", "", count(r["n"])] for name, r in last["accuracy"].items()]
     return table(["source or task", "held-out documents", "bytes scored", "problems"], body)
@@ -52,6 +94,17 @@ def architecture(model: Facts) -> list[str]:
     body = [["parameters, total", count(model["parameters"]["total"])]]
     body += [["parameters, active for one token", count(model["parameters"]["active"])]]
     body += [[key.replace("_", " "), count(value)] for key, value in model["config"].items()]
+    return table(["what", "value"], body)
+
+
+def context(model: Facts) -> list[str]:
+    """How long texts may be, and how positions are told, as config.json says to every loader."""
+    rope = dict(model["rope"])
+    body = [["context length, tokens", count(model["config"]["max_position_embeddings"])]]
+    body += [["base of the rotary embedding", f"{rope.pop('rope_theta'):,.10g}"]]
+    kind = rope.pop("rope_type", "default")
+    body += [["scaling of the rotary embedding", "none" if kind == "default" else kind]]
+    body += [[f"{kind}: {key.replace('_', ' ')}", number(value)] for key, value in sorted(rope.items())]
     return table(["what", "value"], body)
 
 
@@ -119,7 +172,37 @@ def order(data: Facts) -> list[str]:
             for name, seen in part["by_source"].items():
                 seen_in = [count(seen[key]) for key in ("rows", "tokens", "documents")]
                 body.append([label, count(last - first + 1), name, *seen_in])
-    return table(["phase", "steps", "source", "rows", "tokens predicted", "different documents"], body)
+    return table(["phase", "steps", "source", "rows that hold it", "tokens predicted", "different documents"], body)
+
+
+def packing(data: Facts) -> list[str]:
+    """How full the rows of packed phases are; nothing if no phase is packed."""
+    body = []
+    for phase, part in _packed(data):
+        row = part["packed"]
+        sizes = [count(row[key]) for key in ("rows", "sequence_length", "tokens")]
+        body.append([phase, *sizes, f"{100 * row['fill']:.2f} %"])
+    return table(["phase", "rows", "tokens of a row", "tokens predicted", "filled"], body) if body else []
+
+
+def long_documents(data: Facts) -> list[str]:
+    """What was asked for of long documents, and what was missing; nothing if no phase up-weights them."""
+    keys = ("over", "chunks", "available_tokens", "wanted_tokens", "missing_tokens")
+    body = [
+        [phase, source, *(count(row[key]) for key in keys)]
+        for phase, part in _packed(data)
+        for source, row in part["long"].items()
+    ]
+    head = ["phase", "source", "long is more than, tokens", "long chunks", "tokens in them", "tokens asked for"]
+    return table([*head, "missing, made up by shorter ones"], body) if body else []
+
+
+def _packed(data: Facts) -> Iterator[tuple[str, Facts]]:
+    for phase, row in data["order"].items():
+        for part in row["parts"]:
+            if "packed" in part:
+                label = f", steps {count(part['first_step'])} to {count(part['last_step'])}"
+                yield phase + (label if len(row["parts"]) > 1 else ""), part
 
 
 def interventions(rows: list[Facts]) -> list[str]:

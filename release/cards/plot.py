@@ -1,0 +1,151 @@
+"""`experts.png` of a model repository: drawn from the training logs beside it, the same bytes each time.
+
+Equal bytes are promised for one version of matplotlib and its fonts. Elsewhere a check can still see what was drawn:
+the picture says the digests of the logs that it shows, in the text entry `Source`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+import struct
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import AtomError
+from pipeline.store import sha256_file
+from release import training
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NAME = "experts.png"
+DPI = 144
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def require() -> None:
+    """Raises AtomError if matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise AtomError(
+            f"atom build draws {NAME} of each model with matplotlib, which is not installed; "
+            "install atom-release[report]"
+        )
+
+
+def source(model: Path) -> str:
+    """The logs that a model's plot shows, one a line: `<sha256>  training/<phase>.jsonl`."""
+    return "\n".join(f"{sha256_file(log)}  training/{log.name}" for log in training.logs(model).values())
+
+
+def source_of(png: bytes) -> str | None:
+    """What a plot says it was drawn from; None if it does not say, or is no PNG."""
+    at = len(SIGNATURE)
+    while png.startswith(SIGNATURE) and at + 8 <= len(png):
+        length, kind = struct.unpack(">I4s", png[at : at + 8])
+        name, _, text = png[at + 8 : at + 8 + length].partition(b"\0")
+        if (kind, name) == (b"tEXt", b"Source"):
+            return text.decode("latin-1")
+        at += 12 + length
+    return None
+
+
+def draw(model: Path) -> bytes:
+    """The plot: tokens of each expert at the last measurement, and balance and entropy of all steps.
+
+    model: a model repository with its training logs. Raises AtomError if matplotlib is not installed.
+    """
+    require()
+    return _draw(_Logs(source(model), model))
+
+
+@dataclass(frozen=True)
+class _Logs:
+    """Logs of training, equal if their bytes are."""
+
+    source: str
+    model: Path = field(compare=False)
+
+
+@lru_cache(maxsize=8)
+def _draw(logs: _Logs) -> bytes:
+    """The gates ask for what the build has just drawn."""
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = {phase: training.read(log) for phase, log in training.logs(logs.model).items()}
+    measured = [(phase, x["step"], x["experts"]) for phase, log in lines.items() for x in log if "experts" in x]
+    with matplotlib.style.context("default"):  # not the settings of whoever builds
+        rows = len(measured[-1][2]["layers"]) if measured else 0
+        heights = [1.2 + min(4.0, 0.25 * rows)] * bool(measured) + [1.7, 1.7]
+        figure = Figure(figsize=(8.0, sum(heights) + 1.1), dpi=DPI, layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+        axes = [figure.add_subplot(grid[n]) for n in range(len(heights))]
+        if measured:
+            _heat_map(figure, axes[0], *measured[-1])
+        _curves(axes[-2], axes[-1], {phase: training.curves(log) for phase, log in lines.items()})
+        if measured:
+            _limit(axes[-1], len(measured[-1][2]["share"][0]))
+        out = io.BytesIO()
+        figure.savefig(out, format="png", metadata={"Software": None, "Source": logs.source})
+    return out.getvalue()
+
+
+def _heat_map(figure: Figure, axis: Axes, phase: str, step: int, found: training.Facts) -> None:
+    """Layers down, experts across; white is a fair share, blue less and red more."""
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.ticker import MaxNLocator
+
+    loads = [[share * len(row) for share in row] for row in found["share"]]
+    norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=max(2.0, *(max(row) for row in loads)))
+    image = axis.imshow(loads, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+    axis.set_title(f"Tokens of each expert at step {step:,} of {phase} (1 = a fair share)", loc="left", fontsize=10)
+    axis.set_xlabel("expert")
+    axis.set_ylabel("layer")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    shown = range(0, len(loads), max(1, -(-len(loads) // 12)))
+    axis.set_yticks(list(shown), [str(found["layers"][row]) for row in shown])
+    figure.colorbar(image, ax=axis, pad=0.01)
+
+
+def _curves(above: Axes, below: Axes, found: dict[str, tuple[list[int], list[float], list[float]]]) -> None:
+    """The steps of all phases in one line, each phase after the one before."""
+    begin = 0
+    for number, (phase, (steps, violation, entropy)) in enumerate(found.items()):
+        places = [begin + n for n in range(len(steps))]
+        for axis, values in ((above, violation), (below, entropy)):
+            axis.plot(places, values, color="#1f4e79", linewidth=0.8)
+            if number:
+                axis.axvline(begin, color="#888888", linewidth=0.8, linestyle="--")
+        if steps:
+            above.annotate(
+                f"{phase}, steps {steps[0]:,} to {steps[-1]:,}", (begin, 1.0), xycoords=("data", "axes fraction"),
+                xytext=(3, -3), textcoords="offset points", va="top", fontsize=7, color="#444444",
+            )  # fmt: skip
+        begin += len(steps)
+    largest = max((max(violation, default=0.0) for _, violation, _ in found.values()), default=0.0)
+    above.set_ylim(0, 1.25 * largest or 1.0)  # room for the names of the phases
+    above.set_title("Balance: the busiest expert's tokens over a fair share, less 1", loc="left", fontsize=10)
+    above.set_ylabel("max violation")
+    below.set_title("Mean entropy of the routers", loc="left", fontsize=10)
+    below.set_ylabel("nats")
+    below.set_xlabel("steps that moved weights, over all phases")
+    below.set_ylim(bottom=0)
+    for axis in (above, below):
+        axis.margins(x=0)
+        axis.spines[["top", "right"]].set_visible(False)
+
+
+def _limit(axis: Axes, experts: int) -> None:
+    """The entropy of a router that has no preference at all."""
+    axis.axhline(math.log(experts), color="#888888", linewidth=0.8, linestyle=":")
+    axis.annotate(
+        f"ln {experts}, all experts alike", (1.0, math.log(experts)), xycoords=("axes fraction", "data"),
+        xytext=(-3, -3), textcoords="offset points", ha="right", va="top", fontsize=7, color="#444444",
+    )  # fmt: skip

@@ -1,0 +1,101 @@
+"""The card's tables and sentences about training itself: experts, and steps that moved no weight."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from release.cards.tables import count, table
+
+Facts = dict[str, Any]
+
+
+def experts_by_phase(model: Facts) -> list[str]:
+    """One row a phase: how evenly its tokens went to the experts when it ended."""
+    body = []
+    for phase, log in model["training"].items():
+        found = log["experts"]
+        if found is None:
+            body.append([phase, "never", *[""] * 5])
+            continue
+        busiest = max(max(row) for row in _loads(found))
+        body.append([
+            phase, count(found["step"]), f"{busiest - 1:.3f}", f"{sum(found['entropy']) / len(found['entropy']):.3f}",
+            count(len(found["dead"])), count(log["measurements"]), count(log["dropped"]),
+        ])  # fmt: skip
+    head = ["phase", "last measured at step", "max violation", "mean entropy, nats", "dead experts"]
+    return table([*head, "measurements", "assignments dropped in all of them"], body) if body else []
+
+
+def experts(model: Facts) -> list[str]:
+    """One row a layer, of the last measurement of all."""
+    found = last_measurement(model)
+    if found is None:
+        return []
+    body = []
+    for row, layer in enumerate(found["layers"]):
+        loads, entropy = _loads(found)[row], found["entropy"][row]
+        dead = [str(expert) for at, expert in found["dead"] if at == layer]
+        body.append([
+            str(layer), f"{min(loads):.3f}", f"{max(loads):.3f}", f"{entropy:.3f}",
+            f"{entropy / math.log(len(loads)):.3f}", ", ".join(dead) or "none",
+        ])  # fmt: skip
+    head = ["layer", "least busy expert, of a fair share", "busiest expert, of a fair share", "router entropy, nats"]
+    return table([*head, "of the largest possible", "dead experts"], body)
+
+
+def verdict(model: Facts) -> list[str]:
+    """One sentence: an alarm if the last measurement finds any expert dead."""
+    found = last_measurement(model)
+    if found is None:
+        return ["Where the routers sent the tokens was not measured."] if model["training"] else []
+    total, dead = sum(len(row) for row in found["share"]), len(found["dead"])
+    if not dead:
+        return [f"None of the {count(total)} experts was dead at the last measurement."]
+    be, they = ("is", "it") if dead == 1 else ("are", "them")
+    return [
+        f"**Alarm: {count(dead)} of {count(total)} experts {be} dead.** At step {count(found['step'])} of "
+        f"{found['phase']}, the last one measured, hardly any token was sent to {they}; the table by layer names "
+        f"{they}. These weights take memory and do next to nothing."
+    ]
+
+
+def last_measurement(model: Facts) -> Facts | None:
+    """The last measurement of the last phase that has one, with its `phase`."""
+    found = [{"phase": phase, **log["experts"]} for phase, log in model["training"].items() if log["experts"]]
+    return found[-1] if found else None
+
+
+def spikes(model: Facts) -> list[str]:
+    """A line for each spike, one for what the recipe left out, and one for each phase that has neither."""
+    lines = []
+    for phase, log in model["training"].items():
+        for spike in log["spikes"]:
+            documents = len(spike["documents"])
+            held = f"{count(documents)} document{'s' if documents != 1 else ''}"
+            lines.append(
+                f"- {phase}, step {count(spike['step'])}: {spike['reason']}; action {spike['action']}: "
+                f"{_left_out(spike['excluded'])}; the batch that spiked held {held}."
+            )
+        if log["excluded"]:
+            lines.append(f"- {phase}: {_left_out(log['excluded'])}, because the recipe says so.")
+        if not log["spikes"] and not log["excluded"]:
+            lines.append(f"- {phase}, steps {count(log['first'])} to {count(log['last'])}: no step was skipped.")
+    return lines
+
+
+def _left_out(numbers: list[int]) -> str:
+    """Which steps moved no weight: `steps 3 to 5, 9 moved no weight`."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1] = [spans[-1][0], number]
+        else:
+            spans.append([number])
+    named = ", ".join(" to ".join(map(count, span)) for span in spans)
+    return f"step{'s' if len(numbers) > 1 else ''} {named} moved no weight"
+
+
+def _loads(found: Facts) -> list[list[float]]:
+    """Each expert's tokens by layer, 1 being a fair share."""
+    return [[share * len(row) for share in row] for row in found["share"]]

@@ -1,0 +1,57 @@
+"""What the logs of training tell: where the routers sent the tokens, and which steps moved no weight.
+
+A model repository carries the log of each phase that made it as `training/<phase>.jsonl`, byte for byte the
+`training.jsonl` of the phase's artifact. Card, plot and checks read these logs and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from release.layout import when
+
+Facts = dict[str, Any]
+
+
+def logs(model: Path) -> dict[str, Path]:
+    """{phase: its log} of a model repository, in the order of training."""
+    found = {path.stem: path for path in (model / "training").glob("*.jsonl")}
+    return {phase: found[phase] for phase in sorted(found, key=when)}
+
+
+def read(log: Path) -> list[Facts]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def log_facts(lines: list[Facts]) -> Facts:
+    """What a card says of one phase.
+
+    first, last: the steps that the log covers. experts: the last measurement of the routers with its `step`, or None if
+    there is none; measurements: how many there are; dropped: assignments that no expert took, in all of them. spikes:
+    each with its `step`. excluded: steps that were left out because the recipe says so, not because of a spike.
+    """
+    steps = [line["step"] for line in lines if "tokens" in line]
+    measured = [{"step": line["step"], **line["experts"]} for line in lines if "experts" in line]
+    spikes = [{"step": line["step"], **line["spike"]} for line in lines if "spike" in line]
+    known = {step for spike in spikes for step in spike["excluded"]}
+    return {
+        "first": min(steps),
+        "last": max(steps),
+        "experts": measured[-1] if measured else None,
+        "measurements": len(measured),
+        "dropped": sum(each["dropped"] for each in measured),
+        "spikes": spikes,
+        "excluded": [line["step"] for line in lines if "excluded" in line and line["step"] not in known],
+    }
+
+
+def curves(lines: list[Facts]) -> tuple[list[int], list[float], list[float]]:
+    """Steps that moved weights, and for each the largest violation of balance and the mean entropy of the routers."""
+    rows = [line for line in lines if "expert_max_violation" in line and "skipped" not in line]
+    return (
+        [row["step"] for row in rows],
+        [row["expert_max_violation"] for row in rows],
+        [row["router_entropy"] for row in rows],
+    )
