@@ -143,7 +143,7 @@ def test_a_forged_manifest_is_caught_by_the_statements(copy: Path) -> None:
     path = copy / "evidence/manifests/pretrain.json"
     manifest = json.loads(path.read_text())
     state = copy / "checkpoints/pretrain-step-2/state.json"
-    flip(state)
+    state.write_text(state.read_text().replace('"seed": 0', '"seed": 1'))
     row = next(r for r in manifest["files"] if r["path"] == "step-000002/state.json")
     row["sha256"] = sha256_file(state)
     path.write_text(json.dumps(manifest))
@@ -155,7 +155,7 @@ def test_a_forged_manifest_is_caught_by_the_statements(copy: Path) -> None:
     path.write_text(json.dumps(manifest))
     resum(copy)
     bad = {c.name: c.detail for c in verify(copy).checks if c.ok is False}
-    assert set(bad) == {"statements", "cards"}, "the cards say what the states of the checkpoints do"
+    assert set(bad) == {"statements"}
 
 
 def test_deep_finds_training_on_held_out_text_and_forged_answers(release: Path, tmp_path: Path) -> None:

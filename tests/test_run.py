@@ -77,6 +77,32 @@ def test_every_artifact_has_one_statement_and_its_materials_are_sealed(smoke_hom
     assert not any((smoke_home / "work").iterdir()), "finished stages leave no work folder"
 
 
+def test_a_statement_repeats_the_summary_of_its_product(smoke_home: Path) -> None:
+    store, told = Store(smoke_home), {}
+    for folder in sorted(store.artifacts.iterdir()):
+        artifact = store.open(folder.name)
+        stated = ledger.sealed(store.ledger, artifact)
+        assert stated
+        summary = ledger.summary(stated[1])
+        rows = [row for row in artifact.rows if row.path == "summary.json"]
+        assert bool(summary) == bool(rows)
+        if summary:
+            assert summary["digest"]["sha256"] == rows[0].sha256 and summary["annotations"] == artifact.json(
+                "summary.json"
+            )
+            told[folder.name.rpartition("-")[0]] = summary["annotations"]
+    assert set(told) == {"curate", "pretrain", "midtrain"}
+    assert told["pretrain"]["spikes"] == [] and told["midtrain"]["precision"] == "fp32"
+
+
+def test_a_product_without_a_number_is_stated_all_the_same(tmp_path: Path) -> None:
+    from pipeline.store import canonical, write_manifest
+
+    (tmp_path / "summary.json").write_text('{"heldout_loss": NaN}')
+    (found,) = ledger.summaries(write_manifest(tmp_path, "pretrain-0"))
+    assert found["annotations"] == {"heldout_loss": "NaN"} and canonical(found)
+
+
 def test_stopped_and_killed_runs_end_in_the_same_bytes(smoke_home: Path, tmp_path: Path) -> None:
     """Ctrl-C in training, then kill -9 of the whole process group at random moments; each leaves sealed or nothing."""
     home = tmp_path / "home"
