@@ -22,9 +22,11 @@ from release import training
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 NAME = "experts.png"
 DPI = 144
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by the colour-blind too (Okabe and Ito)
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -89,9 +91,11 @@ def _draw(logs: _Logs) -> bytes:
         axes = [figure.add_subplot(grid[n]) for n in range(len(heights))]
         if measured:
             _heat_map(figure, axes[0], *measured[-1])
-        _curves(axes[-2], axes[-1], {phase: training.curves(log) for phase, log in lines.items()})
+        named = _curves(axes[-2], axes[-1], {phase: training.curves(log) for phase, log in lines.items()})
         if measured:
             _limit(axes[-1], len(measured[-1][2]["share"][0]))
+        if named:
+            figure.legend(handles=named, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
         out = io.BytesIO()
         figure.savefig(out, format="png", metadata={"Software": None, "Source": logs.source})
     return out.getvalue()
@@ -114,32 +118,28 @@ def _heat_map(figure: Figure, axis: Axes, phase: str, step: int, found: training
     figure.colorbar(image, ax=axis, pad=0.01)
 
 
-def _curves(above: Axes, below: Axes, found: dict[str, tuple[list[int], list[float], list[float]]]) -> None:
-    """The steps of all phases in one line, each phase after the one before."""
-    begin = 0
+def _curves(above: Axes, below: Axes, found: dict[str, tuple[list[int], list[float], list[float]]]) -> list[Line2D]:
+    """The steps of all phases in one line, each phase after the one before in its own colour. Returns what a legend
+    names."""
+    begin, named = 0, []
     for number, (phase, (steps, violation, entropy)) in enumerate(found.items()):
-        places = [begin + n for n in range(len(steps))]
-        for axis, values in ((above, violation), (below, entropy)):
-            axis.plot(places, values, color="#1f4e79", linewidth=0.8)
-            if number:
-                axis.axvline(begin, color="#888888", linewidth=0.8, linestyle="--")
-        if steps:
-            above.annotate(
-                f"{phase}, steps {steps[0]:,} to {steps[-1]:,}", (begin, 1.0), xycoords=("data", "axes fraction"),
-                xytext=(3, -3), textcoords="offset points", va="top", fontsize=7, color="#444444",
-            )  # fmt: skip
+        if not steps:
+            continue
+        places, color = range(begin, begin + len(steps)), COLORS[number % len(COLORS)]
+        label = f"{phase}, steps {steps[0]:,} to {steps[-1]:,}"
+        named += above.plot(places, violation, color=color, linewidth=0.8, label=label)
+        below.plot(places, entropy, color=color, linewidth=0.8)
         begin += len(steps)
-    largest = max((max(violation, default=0.0) for _, violation, _ in found.values()), default=0.0)
-    above.set_ylim(0, 1.25 * largest or 1.0)  # room for the names of the phases
     above.set_title("Balance: the busiest expert's tokens over a fair share, less 1", loc="left", fontsize=10)
     above.set_ylabel("max violation")
     below.set_title("Mean entropy of the routers", loc="left", fontsize=10)
     below.set_ylabel("nats")
     below.set_xlabel("steps that moved weights, over all phases")
-    below.set_ylim(bottom=0)
     for axis in (above, below):
+        axis.set_ylim(bottom=0)
         axis.margins(x=0)
         axis.spines[["top", "right"]].set_visible(False)
+    return named
 
 
 def _limit(axis: Axes, experts: int) -> None:
