@@ -82,7 +82,8 @@ def _draw(logs: _Logs) -> bytes:
 
     lines = {phase: training.read(log) for phase, log in training.logs(logs.model).items()}
     measured = [(phase, x["step"], x["experts"]) for phase, log in lines.items() for x in log if "experts" in x]
-    with matplotlib.style.context("default"):  # not the settings of whoever builds
+    # not the settings of whoever builds; a line of very many steps is rasterised in pieces, or Agg refuses it
+    with matplotlib.style.context(["default", {"agg.path.chunksize": 10000}]):
         rows = len(measured[-1][2]["layers"]) if measured else 0
         heights = [1.2 + min(4.0, 0.25 * rows)] * bool(measured) + [1.7, 1.7]
         figure = Figure(figsize=(8.0, sum(heights) + 1.1), dpi=DPI, layout="constrained")
@@ -144,6 +145,7 @@ def _curves(above: Axes, below: Axes, found: dict[str, tuple[list[int], list[flo
 
 def _limit(axis: Axes, experts: int) -> None:
     """The entropy of a router that has no preference at all."""
+    axis.set_ylim(0, 1.1 * math.log(experts))
     axis.axhline(math.log(experts), color="#888888", linewidth=0.8, linestyle=":")
     axis.annotate(
         f"ln {experts}, all experts alike", (1.0, math.log(experts)), xycoords=("axes fraction", "data"),
