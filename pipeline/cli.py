@@ -308,7 +308,7 @@ def rehearse(
         list[str] | None,
         typer.Option(help="fp8-tensorwise, fp8-blockwise or mxfp8; repeatable; default: all three"),
     ] = None,
-    steps: Annotated[int, typer.Option(help="optimizer steps of each run; the last quarter counts")] = 48,
+    steps: Annotated[int, typer.Option(help="optimizer steps of each run; the last quarter counts")] = 64,
     seeds: Annotated[int, typer.Option(help="initial weights and data orders, each run in every precision")] = 3,
     baseline: Annotated[str, typer.Option(help="what FP8 is compared with, and around it: bf16 or fp32")] = "bf16",
     bound: Annotated[float, typer.Option(help="largest relative deviation of the loss")] = 0.0025,

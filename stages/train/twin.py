@@ -20,7 +20,7 @@ TOLERANCE = 0.05
 """How far a ratio may be off, relatively."""
 CONTEXT = 128
 """The longest row, since attention's own products stay as they are."""
-SPARE = 4
+SPARE = 3
 """How many times the tokens that an expert must see come to it on average: routers are uneven, at first most of all."""
 LEAST_TOKENS = 1024
 """Of a step, so that its loss is not mostly chance."""
