@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.parallel_state import RankGenerator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from stages.model.build import build, named_buffers, named_tensors
@@ -43,12 +42,13 @@ class Part:
 def places(layout: Layout) -> list[Place]:
     """Each rank's place, by Megatron's own numbering of ranks."""
     order = "tp-cp-ep-dp-pp"
-    dense = RankGenerator(layout.tensor, 1, layout.data, layout.pipeline, layout.context, order)
+    grid = parallel_state.RankGenerator
+    dense = grid(layout.tensor, 1, layout.data, layout.pipeline, layout.context, order)
     each = layout.ranks // (layout.split_experts * layout.expert * layout.pipeline)
-    sparse = RankGenerator(layout.split_experts, layout.expert, each, layout.pipeline, 1, order)
+    sparse = grid(layout.split_experts, layout.expert, each, layout.pipeline, 1, order)
     at = [
-        {rank: place for group in grid.get_ranks(kind) for place, rank in enumerate(group)}
-        for grid, kind in ((dense, "pp"), (dense, "tp"), (sparse, "ep"), (sparse, "tp"))
+        {rank: place for group in generator.get_ranks(kind) for place, rank in enumerate(group)}
+        for generator, kind in ((dense, "pp"), (dense, "tp"), (sparse, "ep"), (sparse, "tp"))
     ]
     return [Place(*(numbers[rank] for numbers in at)) for rank in range(layout.ranks)]
 

@@ -68,49 +68,35 @@ def test_shapes_are_the_published_ones() -> None:
     assert 1.0e9 < counts["atom-1b-a300m"].total < 1.3e9 and 0.29e9 < counts["atom-1b-a300m"].active < 0.31e9
 
 
-@cache
-def _built(key: tuple[Any, ...], place: fake.Place) -> list[fake.Part]:
-    """A place for what was built: layouts that differ in context and data ranks only give a place the same tensors."""
-    return []
-
-
 @each
 def test_every_rank_of_every_layout_is_what_megatron_builds(name: str) -> None:
     """Each distinct rank, built by Megatron on the meta device: its tensors have the shapes of the boxes that it is said
     to hold, its parameters are as many as the planner says, and the boxes of all ranks together cover each tensor
     of the model exactly, each held by as many ranks as share it."""
+    built: dict[Any, fake.Part] = {}  # layouts that differ in context and data ranks only give a place the same tensors
     for phase, config in trained(name):
         model, layout, vocabulary = config.model, config.phase.cluster, config.padded_vocab_size
         full, numbers = model.shapes(vocabulary), fake.places(layout)
         assert len(numbers) == layout.ranks
-        cut = (
-            model.layers,
-            layout.tensor,
-            layout.pipeline,
-            layout.virtual_pipeline,
-            layout.expert,
-            layout.split_experts,
-        )
         holders: dict[str, Counter[Any]] = {tensor: Counter() for tensor in full}
+        sizes = (layout.tensor, layout.pipeline, layout.virtual_pipeline, layout.expert, layout.split_experts)
         for place, ranks in Counter(numbers).items():
-            found = _built((name, cut, config.phase.precision), place)
-            if not found:
-                seen, part = fake.part(
-                    model, vocabulary, layout, numbers.index(place), config.phase.precision, config.phase.pack
-                )
+            if (sizes, place) not in built:
+                rank, phase_ = numbers.index(place), config.phase
+                seen, part = fake.part(model, vocabulary, layout, rank, phase_.precision, phase_.pack)
                 assert seen == place
                 for tensor, boxes in part.boxes.items():
-                    sizes = [tuple(stop - start for start, stop in box) for box in boxes]
-                    joined = (sum(size[0] for size in sizes), *sizes[0][1:])
+                    each_size = [tuple(stop - start for start, stop in box) for box in boxes]
+                    joined = (sum(size[0] for size in each_size), *each_size[0][1:])
                     assert part.shapes[tensor] == joined, f"{phase} {place} {tensor}"
                 assert part.trained == held(model, vocabulary, layout, place.pipeline).all, f"{phase} {place}"
-                found.append(part)
-            for tensor, boxes in found[0].boxes.items():
+                built[sizes, place] = part
+            for tensor, boxes in built[sizes, place].boxes.items():
                 for box in boxes:
                     holders[tensor][box] += ranks
-        for tensor, boxes in holders.items():
-            _require_exact_cover(tensor, full[tensor], list(boxes), f"{name} {phase}")
-            assert set(boxes.values()) == {_expected_holders(tensor, layout, model)}, f"{name} {phase} {tensor}"
+        for tensor, found in holders.items():
+            _require_exact_cover(tensor, full[tensor], list(found), f"{name} {phase}")
+            assert set(found.values()) == {_expected_holders(tensor, layout, model)}, f"{name} {phase} {tensor}"
 
 
 def _require_exact_cover(tensor: str, shape: tuple[int, ...], boxes: list[Any], where: str) -> None:

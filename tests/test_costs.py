@@ -17,7 +17,7 @@ from stages.model import spec
 from stages.model.activations import SLICE, Rows, activation_bytes, in_flight
 from stages.model.build import build
 from stages.model.config import ModelConfig
-from stages.model.costs import Attention, Held, held, owned_bytes, sharing, state_bytes, training_flops
+from stages.model.costs import Attention, Held, held, layers_of, owned_bytes, sharing, state_bytes, training_flops
 from stages.model.layout import Layout, problem
 from stages.model.mcore import Float16Module
 from stages.train import parallel
@@ -56,6 +56,8 @@ def test_parameters_of_a_rank_are_those_that_megatron_builds(extra: dict[str, An
     expected = held(model, VOCAB, layout, place.pipeline)
     experts = sum(torch.Size(shape).numel() for name, shape in part.shapes.items() if ".experts." in name)
     assert (part.trained, experts) == (expected.all, expected.experts)
+    layers = {int(name.split(".")[2]) for name in part.shapes if name.startswith("decoder.layers.")}
+    assert layers == {layer for chunk in layers_of(model, layout, place.pipeline) for layer in chunk}
 
 
 def test_one_rank_holds_the_model() -> None:
