@@ -36,6 +36,11 @@ EXPECTED |= {
 
 def model() -> Any:
     """A GPTModel with a dense layer and shared experts, and its initial weights."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    # What Megatron's schedule does before a backward pass. Without it the router makes a scale of its own for the whole
+    # process, of a shape that the schedule of a later test cannot write to.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     config = ModelConfig.model_validate(SIZES)
     (gpt,) = build(config, world.VOCAB)
     shapes = config.shapes(world.VOCAB)
