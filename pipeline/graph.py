@@ -172,6 +172,7 @@ def _check_across(recipe: Recipe) -> None:
     """What no single section can check."""
     c, title = recipe.config, recipe.title
     names = [s.name for s in recipe.data.sources]
+    before = 0
     for phase in phases(c):
         p, where = phase.config, phase.where
         for source in p.mix:
@@ -182,6 +183,12 @@ def _check_across(recipe: Recipe) -> None:
                 )
         if abs(sum(p.mix.values()) - 1) > 1e-6:
             raise RecipeError(f"{title}: {where}.mix sums to {sum(p.mix.values()):g}; the shares must sum to 1")
+        if phase.node != phase.stage and p.sequence_length <= before:
+            raise RecipeError(
+                f"{title}: {where}.sequence_length = {p.sequence_length} is no longer than the {before} tokens of the "
+                "phase before; long_context phases only lengthen"
+            )
+        before = p.sequence_length
         if p.sequence_length > c.model.context_length and phase.node == phase.stage:
             raise RecipeError(
                 f"{title}: {where}.sequence_length = {p.sequence_length} is longer than model.context_length = "

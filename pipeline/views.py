@@ -79,7 +79,7 @@ def phases_table(rows: list[Row]) -> Table | None:
         )
     table.caption = (
         "batch, row: tokens; state, activations, both: bytes of the fullest rank, host: of its copy in host memory; "
-        "checkpoints: sealed ones;\ndata: order and token shards"
+        "checkpoints: sealed ones;\ndata: token shards, and the order with one document a row"
     )
     table.caption_justify = "left"
     return table

@@ -192,6 +192,12 @@ def long_context(c: Context) -> list[Gate]:
         kept = _changes(_bits(scores["mid"]), _bits(scores[model]), {*_bits(scores["mid"]), *_bits(scores[model])})
         said.append(f"{model}: bits per byte {_said(kept)}")
         worst = max(worst, *_rises(kept))
+        # of one text both models see as much up to mid-training's context, where bits per byte let the longer see more
+        near = [_short(scores[name].get("loss_by_position", {}), c) for name in ("mid", model)]
+        if any(near):
+            changes = _changes(near[0], near[1], {*near[0], *near[1]})
+            said.append(f"bits per token by position {_said(changes)}")
+            worst = max(worst, *_rises(changes))
     text, ok = f"{'; '.join(said)}; at most {allowed:g} may be lost on each", worst <= allowed
     mend = "; change the recipe's long_context section and run again"
     gates = [Gate("longcontext_keeps_bits_per_byte", ok, text if ok else text + mend)]
@@ -199,6 +205,12 @@ def long_context(c: Context) -> list[Gate]:
         ok, text = _passkeys(c, scores["mid"].get("passkey", {}), scores[long[-1]].get("passkey", {}))
         gates.append(Gate("longcontext_finds_passkeys", ok, text if ok else text + mend))
     return gates
+
+
+def _short(by_position: facts.Facts, c: Context) -> dict[str, float]:
+    """The loss at positions within mid-training's context."""
+    context = facts.context_of(facts.checkpoint_facts(c.folder / "checkpoints"), "midtrain")
+    return {name: float(row["value"]) for name, row in by_position.items() if int(name.split("-")[1]) < context}
 
 
 def _passkeys(c: Context, before: facts.Facts, after: facts.Facts) -> tuple[bool, str]:

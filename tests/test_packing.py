@@ -14,7 +14,7 @@ import train_world as world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import AtomError, RecipeError
+from pipeline.errors import AtomError
 from pipeline.store import Artifact, write_manifest
 from stages.data import order, packing
 from stages.data.packing import LongDocuments
@@ -104,10 +104,11 @@ def test_quotas() -> None:
     rule = LongDocuments(over=100, share=0.5, max_epochs=2)
     found = packing.quotas(slots, 1000, rule)
     assert (found["short"], found["long"]) == (600, 400) and found["told"]["missing_tokens"] == 100
-    assert packing.quotas(np.array([200, 300]), 1000, rule)["long"] == 1000, "there is nothing shorter to stand in"
+    alone = packing.quotas(np.array([20, 200, 300])[1:], 5000, rule)
+    assert alone["long"] == 5000 and alone["told"]["missing_tokens"] == 2500 - 2 * 500, "nothing shorter can stand in"
 
 
-def test_a_packed_phase_goes_on_only_as_it_was(tmp_path: Path, run_stage: Any) -> None:
+def test_a_packed_phase_goes_on_as_it_was_or_packs_the_rest_anew(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
     whole = run_stage(order.STAGE, config(), inputs)
     meta, table = whole.json("meta.json"), pq.read_table(whole / "order.parquet").to_pylist()
@@ -118,8 +119,12 @@ def test_a_packed_phase_goes_on_only_as_it_was(tmp_path: Path, run_stage: Any) -
     inputs["continue"] = write_manifest(tmp_path / "checkpoint", "midtrain@6")
     rest = run_stage(order.STAGE, config(first_step=7), inputs)
     assert pq.read_table(rest / "order.parquet").to_pylist() == [r for r in table if r["step"] > 6]
-    with pytest.raises(RecipeError, match="packed rows can only go on as they were"):
-        run_stage(order.STAGE, config(first_step=7, mix={"a": 0.5, "b": 0.5}), inputs)
+    other = run_stage(order.STAGE, config(first_step=7, mix={"a": 0.5, "b": 0.5}, steps=14), inputs)
+    rows = pq.read_table(other / "order.parquet").to_pylist()
+    assert {(r["step"], r["row"]) for r in rows} == {(s, r) for s in range(7, 15) for r in range(4)}
+    tokens_of = {name: sum(r["length"] - 1 for r in rows if r["source"] == name) for name in ("a", "b")}
+    assert tokens_of["a"] == pytest.approx(tokens_of["b"], rel=0.1)
+    assert other.json("meta.json")["walk"]["first_step"] == 7
 
 
 def test_a_document_in_company_computes_as_alone(tmp_path: Path) -> None:

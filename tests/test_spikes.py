@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import train_world as world
 from safetensors.torch import load_file
 
 from pipeline.errors import AtomError
-from pipeline.store import write_manifest
+from pipeline.store import Artifact, write_manifest
 from stages.train.config import Spikes
 from stages.train.spikes import Judge
 
@@ -181,6 +182,62 @@ def test_what_is_no_number_is_skipped_from_the_first_step(poisoned: Path, tmp_pa
     first = lines(out, "spike")[0]
     assert first["step"] == 2 and first["spike"]["reason"] == "the loss is nan" and first["spike"]["loss"] is None
     assert all(bool(torch.isfinite(t).all()) for t in weights(out).values())
+
+
+def test_broken_activations_are_rewound(poisoned: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A step whose routers see no numbers at all: its record goes through work checkpoints, and no file holds a NaN."""
+    from stages.model.mcore import TopKRouter
+
+    gate, passes = TopKRouter.gating, [0]
+
+    def broken(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        logits = gate(self, hidden)
+        passes[0] += self.training
+        return logits * math.nan if passes[0] in range(37, 41) else logits  # ten steps of two micro-batches, two layers
+
+    monkeypatch.setattr(TopKRouter, "gating", broken)
+    rewind = {"action": "rewind", "rewind_steps": 2, **POLICY}
+    out = run(poisoned, tmp_path, excluded_steps=[AT], spikes=rewind, work_checkpoint_every=1)
+    (found,) = lines(out, "spike")
+    assert found["step"] == 10 and found["spike"]["excluded"] == [9, 10] and found["spike"]["loss"] is None
+    assert None in found["spike"]["experts"]["entropy"]
+    for path in (*out.rglob("*.json"), *out.rglob("*.jsonl")):
+        assert "NaN" not in path.read_text(), path
+
+
+def test_a_continued_phase_resumes_as_it_would_have_gone_on(poisoned: Path, tmp_path: Path) -> None:
+    """It keeps a work checkpoint of its beginning, to go back to, which is no release checkpoint of its own."""
+    from stages.pretrain import STAGE
+
+    first = run(poisoned, tmp_path / "first", spikes={"action": "rewind", **POLICY})
+    (tmp_path / "order").mkdir()
+    rows = [r for r in pq.read_table(poisoned / "order/order.parquet").to_pylist() if r["step"] > 12]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "order/order.parquet")
+    meta = json.loads((poisoned / "order/meta.json").read_text())
+    (tmp_path / "order/meta.json").write_text(json.dumps({**meta, "first_step": 13}))
+    inputs = {
+        "tokens": Artifact.open(poisoned / "tokens"), "order": write_manifest(tmp_path / "order", "order-test"),
+        "continue": write_manifest(first / "step-000012", "pretrain@12"),
+    }  # fmt: skip
+    settings = world.config(
+        **PHASE, continue_from="pretrain@12", spikes={"action": "rewind", "rewind_steps": 3, **POLICY}
+    )
+
+    def go(name: str, report: world.Reporter | None = None, again: str = "") -> Path:
+        out = tmp_path / name / ("out" + again)
+        out.mkdir(parents=True)
+        (tmp_path / name / "work").mkdir(exist_ok=True)
+        config = STAGE.config.model_validate(settings)
+        STAGE.run(config, inputs, tmp_path / name / "work", out, report or world.Reporter())
+        return out
+
+    whole = go("whole")
+    assert sorted(p.name for p in whole.glob("step-*")) == ["step-000024"]
+    with pytest.raises(KeyboardInterrupt):
+        go("killed", world.Reporter(14, signal.SIGTERM))
+    for newer in (tmp_path / "killed/work").glob("attempt-*/checkpoints/step-00000001[34]*"):
+        shutil.rmtree(newer)  # as if it had been killed before it could save anything but its beginning
+    assert world.digest(go("killed", again="2")) == world.digest(whole)
 
 
 def test_the_judge() -> None:

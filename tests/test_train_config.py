@@ -151,6 +151,8 @@ def test_work_checkpoints_are_not_identity() -> None:
         ({"optimizer": {"lr": 1e-3, "final_lr": 0, "warmup_steps": 2, "schedule": "wsd", "decay_steps": 11}},
          "optimizer.decay_steps = 11 and warmup_steps = 2 are more than steps = 12; use at most 10"),
         ({"long_documents": {"over": 8, "share": 0.5}}, "only packed rows do; set pack"),
+        ({"long_documents": {"over": 32, "share": 0.5}, "pack": True}, "long_documents.over = 32 leaves no chunk of sequence_length = 32"),
+        ({"excluded_steps": list(range(1, 13))}, "leaves no step to train; leave some in"),
         ({"excluded_steps": [3, 13]}, "excluded_steps = [3, 13] goes beyond steps = 12; leave later ones out"),
         ({"spikes": {"action": "skip", "window": 1}}, "greater than or equal to 4"),
         ({"precision": "fp8"}, "'fp32', 'bf16', 'fp8-tensorwise', 'fp8-blockwise' or 'mxfp8'"),
@@ -168,6 +170,8 @@ def test_phases_that_cannot_work(phase: dict, sentence: str) -> None:
     [
         ({"yarn": {"factor": 2, "original_length": 8}},
          "rope.yarn.factor = 2 x original_length = 8 covers fewer tokens than sequence_length = 32; raise the factor to at least 4"),
+        ({"yarn": {"factor": 8, "original_length": 16}},
+         "rope.yarn.factor = 8 x original_length = 16 is not the context of 64 tokens, from which some readers of an exported config compute the factor; use the factor 4"),
         ({"stated_parameters": {"total": 5, "active": 3}}, "model.stated_parameters = 5 in all, 3 active, but the model has"),
         ({"dense_layers": 2, "dense_ffn_size": 8}, "dense_layers = 2 leaves no layer of 2 with experts; use at most 1"),
         ({"dense_layers": 1}, "dense_layers = 1 and dense_ffn_size = None go together"),

@@ -169,15 +169,16 @@ def _packed(
 ) -> tuple[Table, dict[str, Any]]:
     """Chunks side by side in each row: the table from `first_step` on, and what is to be told about long ones.
 
-    Raises RecipeError if a phase goes on with other settings than it had: rows are packed as a whole.
+    A phase that goes on with other settings than it had has its remaining steps packed anew, since rows are packed as a
+    whole: chunks that it has read may come again before all others were.
     """
+    counts, label = config.rows_of(walk.first_step), f"order/{config.phase}"
     if walk.first_step > 1:
-        raise RecipeError(f"{config.phase}: packed rows can only go on as they were; take back what was changed in "
-                          f"{config.phase}, or start it anew without continue_from")  # fmt: skip
-    counts, label = config.rows_of(1), f"order/{config.phase}"
+        label += f" from step {walk.first_step}"
     table, told = packing.pack(
         chunks, config.mix, counts, config.sequence_length, config.long_documents, label, config.seed
     )
+    table["step"] += walk.first_step - 1
     own = table["step"] >= config.first_step
     return {column: values[own] for column, values in table.items()}, told
 

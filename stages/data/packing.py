@@ -45,9 +45,8 @@ def quotas(slots: NDArray[np.int64], tokens: float, rule: LongDocuments | None) 
         return {"short": tokens}
     long = slots > rule.over
     available, wanted = int(slots[long].sum()), rule.share * tokens
-    got = min(wanted, rule.max_epochs * available)
-    if long.all():
-        got = tokens
+    allowed = min(wanted, rule.max_epochs * available)
+    got = tokens if long.all() else allowed  # nothing shorter can stand in: the long ones come more often
     return {
         "short": tokens - got,
         "long": got,
@@ -56,7 +55,7 @@ def quotas(slots: NDArray[np.int64], tokens: float, rule: LongDocuments | None) 
             "chunks": int(long.sum()),
             "available_tokens": available,
             "wanted_tokens": round(wanted),
-            "missing_tokens": round(max(0.0, wanted - got)),
+            "missing_tokens": round(wanted - allowed),
         },
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,10 +56,11 @@ class Experts:
         return [(self.layers[row], expert) for row, expert in starved]
 
     def json(self) -> dict[str, Any]:
+        """What is not a number, as after a step of broken activations, is null."""
         return {
             "layers": self.layers,
-            "share": [[round(x, 6) for x in row] for row in self.share.tolist()],
-            "entropy": [round(x, 6) for x in self.entropy.tolist()],
+            "share": [[round(x, 6) if math.isfinite(x) else None for x in row] for row in self.share.tolist()],
+            "entropy": [round(x, 6) if math.isfinite(x) else None for x in self.entropy.tolist()],
             "dropped": self.dropped,
             "dead": [list(pair) for pair in self.dead()],
         }

@@ -155,6 +155,11 @@ class PhaseConfig(Config):
             raise ValueError(
                 f"excluded_steps = {list(self.excluded_steps)} goes beyond steps = {self.steps}; leave later ones out"
             )
+        if self.long_documents and self.long_documents.over >= length:
+            raise ValueError(
+                f"long_documents.over = {self.long_documents.over} leaves no chunk of sequence_length = {length} that "
+                f"is longer; use less, such as the context before"
+            )
         if self.continue_from and not re.fullmatch(r"[a-z][a-z0-9-]*@[1-9][0-9]{0,11}", self.continue_from):
             raise ValueError(f"continue_from = {self.continue_from} is no checkpoint; write it as in pretrain@1200")
         if self.first_step > self.steps:
@@ -162,6 +167,8 @@ class PhaseConfig(Config):
                 f"steps = {self.steps} leaves nothing to train after {self.continue_from}; "
                 f"use at least {self.first_step}, since steps are counted from the beginning of the phase"
             )
+        if set(self.excluded_steps) >= set(range(self.first_step, self.steps + 1)):
+            raise ValueError(f"excluded_steps = {list(self.excluded_steps)} leaves no step to train; leave some in")
         for source, share in self.mix.items():
             if share <= 0:
                 raise ValueError(f"mix.{source} = {share} is not a positive share; leave the source out instead")
@@ -189,6 +196,10 @@ class PhaseConfig(Config):
             total += max(0, last - done) * rows * self.sequence_length
             done = max(done, last)
         return total
+
+    @property
+    def fp8(self) -> bool:
+        return self.precision not in ("fp32", "bf16")
 
     @property
     def micro_rows(self) -> int:
@@ -226,6 +237,12 @@ class TrainConfig(Config):
                 f"rope.yarn.factor = {yarn.factor:g} x original_length = {yarn.original_length} covers fewer tokens "
                 f"than sequence_length = {self.phase.sequence_length}; raise the factor to at least "
                 f"{self.phase.sequence_length / yarn.original_length:g}"
+            )
+        if yarn and yarn.factor * yarn.original_length != self.model.context_length:
+            raise ValueError(
+                f"rope.yarn.factor = {yarn.factor:g} x original_length = {yarn.original_length} is not the context of "
+                f"{self.model.context_length} tokens, from which some readers of an exported config compute the factor"
+                f"; use the factor {self.model.context_length / yarn.original_length:g}"
             )
         wrong = problem(self.phase.cluster, self.model, self.padded_vocab_size, self.phase.micro_batches)
         if wrong:

@@ -34,6 +34,7 @@ from stages.train.config import PhaseConfig
 from stages.train.parallel import Ranks
 
 ALIGN = 8  # rows are padded to a multiple of this many tokens
+FP8_ALIGN = 128  # and of this many on each rank where matrices are made of quantisation blocks
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,9 @@ class Share:
     targets: int  # of all ranks
 
     @classmethod
-    def read(cls, rows: Sequence[Row], shards: Shards, micro_rows: int, ranks: Ranks, packed: bool = False) -> Share:
+    def read(
+        cls, rows: Sequence[Row], shards: Shards, micro_rows: int, ranks: Ranks, packed: bool = False, fp8: bool = False
+    ) -> Share:
         """Cuts rows into micro-batches of `micro_rows` and deals them to the data-parallel ranks in runs, so that the
         micro-batches are the same in every layout. What does not fill up evenly (only evaluation) is filled with
         padding. Tensor, pipeline and context ranks read the rows of their data-parallel rank."""
@@ -150,7 +153,7 @@ class Share:
         each = -(-len(rows) // (micro_rows * ranks.data_ranks))
         if layout.virtual_pipeline > 1:  # the interleaved schedule takes micro-batches by groups
             each = -(-each // layout.pipeline) * layout.pipeline
-        unit = math.lcm(ALIGN, layout.width_unit)
+        unit = FP8_ALIGN * layout.width_unit if fp8 else math.lcm(ALIGN, layout.width_unit)
         width = -(-max(row.slots for row in rows) // unit) * unit
         first = ranks.data_rank * each * micro_rows
         own: list[Row | None] = list(rows[first : first + each * micro_rows])
@@ -187,7 +190,8 @@ class Feed:
 
     def _read(self, step: int) -> tuple[list[Row], Share]:
         rows = self.order.rows(step)
-        return rows, Share.read(rows, self.shards, self.phase.micro_rows, self.ranks, self.phase.pack)
+        phase = self.phase
+        return rows, Share.read(rows, self.shards, phase.micro_rows, self.ranks, phase.pack, phase.fp8)
 
 
 class Order:

@@ -36,7 +36,10 @@ def estimate(config: TrainConfig) -> Estimate:
     checkpoint = (MASTER + MOMENTS) * parameters["total"]
     sealed, first = release_checkpoints(phase), phase.first_step == 1
     # step 0 has no moments yet; one more work checkpoint than is kept lies there while it is being written
-    disk = checkpoint * (sealed - first + phase.work_checkpoints_kept + 1) + first * MASTER * parameters["total"]
+    work = phase.work_checkpoints_kept + 1
+    if phase.spikes and phase.spikes.action == "rewind":
+        work += 2  # where a spike at the next step would go back to, and one after that
+    disk = checkpoint * (sealed - first + work) + first * MASTER * parameters["total"]
     order_rows = sum(phase.rows_of(step) for step in range(phase.first_step, phase.steps + 1))
     return Estimate(
         cpu_seconds=tokens * per_token / CPU_FLOPS if phase.precision == "fp32" else None,
@@ -57,7 +60,7 @@ def estimate(config: TrainConfig) -> Estimate:
             host_bytes=round(max(owned)),
             checkpoint_bytes=checkpoint,
             release_checkpoints=sealed,
-            work_checkpoints=phase.work_checkpoints_kept,
+            work_checkpoints=work - 1,
             order_rows=order_rows,
             data_bytes=tokens * (2 if config.padded_vocab_size <= TWO_BYTE_IDS else 4) + order_rows * ORDER_ROW,
         ),

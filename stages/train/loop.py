@@ -79,7 +79,8 @@ class Phase:
         self.tokenizer = str(inputs["tokens"].json("meta.json").get("tokenizer", ""))
         heldout = heldout_rows(inputs["tokens"], phase)
         shards = Shards(inputs["tokens"], "heldout", config.padded_vocab_size)
-        self.heldout, self.heldout_rows = Share.read(heldout, shards, phase.micro_rows, engine.ranks), len(heldout)
+        read = partial(Share.read, shards=shards, micro_rows=phase.micro_rows, ranks=engine.ranks, fp8=phase.fp8)
+        self.heldout, self.heldout_rows = read(heldout), len(heldout)
         back = phase.spikes.rewind_steps if phase.spikes and phase.spikes.action == "rewind" else 0
         self.checkpoints = Checkpoints(work, phase.work_checkpoints_kept, engine, report, lease, back)
         self.log = Log(self.checkpoints.folder / "training.jsonl", self.first)
@@ -241,7 +242,9 @@ class Phase:
     def _due(self, step: int) -> bool:
         """Whether a release checkpoint belongs to a step."""
         phase = self.config.phase
-        return step in (0, phase.steps) or step % phase.release_checkpoint_every == 0
+        if step < self.order.first:  # the beginning belongs to a phase that has no other origin
+            return step == 0 and self.origin is None
+        return step == phase.steps or step % phase.release_checkpoint_every == 0
 
     def _measure(self, step: int) -> None:
         loss = self.engine.evaluate(self.heldout)
@@ -284,7 +287,7 @@ class Phase:
             "parameters": self.config.model.parameters(self.config.padded_vocab_size),
             "steps": self.config.phase.steps,
             "tokens": self.tokens,
-            "loss": {"first": losses[0], "last": losses[-1]},
+            "loss": {"first": losses[0], "last": losses[-1]} if losses else None,
             "heldout_loss": {"first": measured[0][1], "last": measured[-1][1], "rows": self.heldout_rows},
             "precision": self.config.phase.precision,
             "spikes": [{k: x[k] for k in ("step", "reason", "action", "excluded", "documents")} for x in spikes],

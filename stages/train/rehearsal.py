@@ -35,6 +35,8 @@ from stages.train.twin import CONTEXT, dimensions, ratios, step_tokens, twin
 
 BASELINES: tuple[Baseline, ...] = ("bf16", "fp32")
 
+MOST_LAYERS = 1000
+
 
 def rehearse(
     recipe: Recipe, home: Path, display: Display, precisions: Sequence[str] = (), steps: int = 64, seeds: int = 3,
@@ -52,8 +54,9 @@ def rehearse(
     model, phase = recipe.config.model, recipe.config.pretrain
     small = twin(model, smallest, hidden)
     if layers is not None:
-        if layers <= small.dense_layers:
-            raise AtomError(f"--layers {layers} leaves no layer with experts; use at least {small.dense_layers + 1}")
+        least = small.dense_layers + 1
+        if not least <= layers <= MOST_LAYERS:
+            raise AtomError(f"--layers {layers} is no depth of a small twin; use {least} to {MOST_LAYERS}")
         small = type(small).model_validate({**small.model_dump(), "layers": layers})
     length = min(phase.sequence_length, CONTEXT)
     settings = Settings(
