@@ -1,0 +1,1 @@
+"""Reinforcement learning: contracts, losses, verifiers, the sandbox, samplers and the loop between them."""

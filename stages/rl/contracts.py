@@ -1,0 +1,102 @@
+"""The two interfaces between which the RL loop stands: samplers answer prompts, verifiers score answers.
+
+Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeline.errors import AtomError
+
+if TYPE_CHECKING:
+    import torch
+
+Row = Mapping[str, Any]
+"""A task as it is kept and published, in NeMo Gym's row format: `responses_create_params` with the messages of `input`,
+and the verifier's own fields beside it; plus `id`, `verifier` (its name), `kind` and `level`."""
+
+
+def question(row: Row) -> str:
+    """What the user asks: the content of the last message."""
+    return str(row["responses_create_params"]["input"][-1]["content"])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a rendered chat up to the assistant's turn, and the seed of the one answer that is to be drawn."""
+
+    ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a sampler drew: token ids with the stop token, if one came, and the log-probability of each under the
+    distribution that it was drawn from (temperature applied, nothing cut off)."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished: bool
+
+
+class Sampler(Protocol):
+    """Draws completions. Not collective: one process holds it."""
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes over weights by their Hugging Face names."""
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
+        """One completion for each prompt, in their order. Temperature 0 takes the likeliest token."""
+
+    def close(self) -> None:
+        """Frees what it holds, child processes included."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """An answer as a verifier sees it.
+
+    text: the whole of it, special tokens in words, without the stop token. answer: what stands after the reasoning, or
+    all of it where there is none. finished: whether it ended by itself; a verifier gives no credit to one that did not.
+    """
+
+    text: str
+    answer: str
+    finished: bool
+
+    @classmethod
+    def of(cls, text: str, finished: bool) -> Response:
+        """Splits the reasoning off. One that was opened and never closed leaves no answer."""
+        _, closed, after = text.rpartition("</think>")
+        if closed:
+            return cls(text, after.strip(), finished)
+        return cls(text, "" if "<think>" in text else text.strip(), finished)
+
+
+Parts = dict[str, float]
+"""Parts of a reward by name, each finite; `reward` is the whole."""
+
+
+class VerifierFailed(AtomError):
+    """A verifier could not judge: it crashed, timed out or is unreachable. Never a reward of 0."""
+
+
+class Verifier(Protocol):
+    """Scores answers. The same row and response give the same parts."""
+
+    name: str
+    version: str
+    runs_code: bool
+    """Whether it runs what a model wrote, which needs the sandbox."""
+
+    def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
+        """The parts of each answer's reward, in order. An answer of any kind (empty, garbage, huge, hostile) has one.
+
+        Raises VerifierFailed in a sentence that names the verifier and the row.
+        """
+
+    def close(self) -> None:
+        """Frees what it holds, child processes included."""
