@@ -33,6 +33,8 @@ def phases(config: Any) -> list[Phase]:
     found = [Phase(name, name, name, getattr(config, name)) for name in ("pretrain", "midtrain")]
     for number, part in enumerate(config.long_context):
         found.append(Phase(f"longcontext-{number + 1}", "midtrain", f"long_context.{number}", part))
+    if config.sft is not None:
+        found.append(Phase("sft", "sft", "sft", config.sft))
     return found
 
 
@@ -40,7 +42,8 @@ def models(config: Any) -> dict[str, tuple[str, int | None]]:
     """Exported models, the final one last: name → (node of the phase, step); None is the phase's last step."""
     found: dict[str, tuple[str, int | None]] = {"init": ("pretrain", 0), "base": ("pretrain", None)}
     found["mid"] = ("midtrain", None)
-    return found | {f"long-{n + 1}": (f"longcontext-{n + 1}", None) for n in range(len(config.long_context))}
+    found |= {f"long-{n + 1}": (f"longcontext-{n + 1}", None) for n in range(len(config.long_context))}
+    return found | {name: (name, None) for name in ("sft", "rlvr") if getattr(config, name) is not None}
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,12 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     sources = {s.name: f"acquire-{s.name}" for s in data.sources}
     for source, name in sources.items():
         add(name, "acquire", data.acquire_config(source, c.seed))
-    add("items", "items", {"problems": c.evaluation.problems, "seed": c.seed})
+    add("items", "items", {"problems": c.evaluation.problems, "seed": c.seed, "chat": c.evaluation.chat_items})
     add("curate", "curate", data.curate_config(c.seed), **sources, items="items")
-    add("tokenizer", "tokenizer", c.tokenizer.model_dump(), curate="curate")
-    add("tokenize", "tokenize", {}, curate="curate", tokenizer="tokenizer")
+    chats = data.conversations
+    left_out = {"leave_out": (*c.tokenizer.leave_out, *chats)}
+    add("tokenizer", "tokenizer", c.tokenizer.model_dump() | left_out, curate="curate")
+    add("tokenize", "tokenize", {"conversations": chats}, curate="curate", tokenizer="tokenizer")
 
     previous: dict[str, str] = {}
     model, trained_as = c.model, {}
@@ -143,6 +148,17 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
         add(name, phase.stage, training, earlier, tokens="tokenize", order=f"order-{name}", **previous)
         previous = {"init": name}
 
+    if c.rlvr is not None:
+        trained_as["rlvr"] = (model, "float32" if c.rlvr.precision == "fp32" else "bfloat16")
+        add("tasks-rlvr", "tasks", {"sources": c.rlvr.tasks, "seed": c.seed}, items="items")
+        rl = {"model": model, "phase": c.rlvr, "padded_vocab_size": c.tokenizer.padded_vocab_size, "seed": c.seed}
+        given = {"tasks": "tasks-rlvr", "items": "items", "tokenizer": "tokenizer", **previous}
+        if replay := c.rlvr.replay:
+            order = {"phase": "rlvr", "mix": replay.mix, "sequence_length": replay.sequence_length, "seed": c.seed}
+            add("order-rlvr", "order", order | {"steps": c.rlvr.steps, "rows": replay.rows}, tokens="tokenize")
+            given |= {"tokens": "tokenize", "order": "order-rlvr"}
+        add("rlvr", "rlvr", rl, **given)
+
     for which, (name, step) in models(c).items():
         made, dtype = trained_as[name]
         export = {"model": made, "padded_vocab_size": c.tokenizer.padded_vocab_size, "step": step, "dtype": dtype}
@@ -151,6 +167,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
             export, trained = {**export, "seed": c.seed}, {}
         add(f"export-{which}", "export", export, tokenizer="tokenizer", **trained)
         measured = {name: getattr(c.evaluation, name) for name in ("heldout_documents", "max_new_tokens", "context")}
+        measured["conversations"] = chats
         add(f"evaluate-{which}", "evaluate", measured, model=f"export-{which}", curate="curate", items="items")
     return Graph(recipe, nodes, absent)
 
@@ -183,12 +200,12 @@ def _check_across(recipe: Recipe) -> None:
                 )
         if abs(sum(p.mix.values()) - 1) > 1e-6:
             raise RecipeError(f"{title}: {where}.mix sums to {sum(p.mix.values()):g}; the shares must sum to 1")
-        if phase.node != phase.stage and p.sequence_length <= before:
+        if phase.where.startswith("long_context") and p.sequence_length <= before:
             raise RecipeError(
                 f"{title}: {where}.sequence_length = {p.sequence_length} is no longer than the {before} tokens of the "
                 "phase before; long_context phases only lengthen"
             )
-        before = p.sequence_length
+        before = p.sequence_length if phase.node != "sft" else before
         if p.sequence_length > c.model.context_length and phase.node == phase.stage:
             raise RecipeError(
                 f"{title}: {where}.sequence_length = {p.sequence_length} is longer than model.context_length = "

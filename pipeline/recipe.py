@@ -37,10 +37,14 @@ class Identity(Config):
 @cache
 def schema() -> type[Config]:
     """The recipe's class: `Identity` and one field per registered section."""
-    sections: dict[str, Any] = {
-        name: (registry.section(name), registry.OPTIONAL.get(name, ...)) for name in registry.SECTIONS
-    }
+    sections: dict[str, Any] = {name: (_optional(name), registry.OPTIONAL.get(name, ...)) for name in registry.SECTIONS}
     return create_model("Recipe", __base__=Identity, **sections)
+
+
+def _optional(name: str) -> Any:
+    """The type of a section: one that may be absent may be null."""
+    section = registry.section(name)
+    return section | None if registry.OPTIONAL.get(name, ...) is None else section
 
 
 @dataclass(frozen=True)

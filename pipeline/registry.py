@@ -20,6 +20,9 @@ STAGES = {
     "order": "stages.data.order",
     "pretrain": "stages.pretrain",
     "midtrain": "stages.midtrain",
+    "sft": "stages.sft",
+    "tasks": "stages.rl.tasks",
+    "rlvr": "stages.rlvr",
     "export": "release.export",
     "evaluate": "stages.evaluate",
 }
@@ -30,11 +33,13 @@ SECTIONS = {
     "pretrain": "stages.train.config:PhaseConfig",
     "midtrain": "stages.train.config:PhaseConfig",
     "long_context": "stages.train.config:LongContext",
+    "sft": "stages.train.config:PhaseConfig",
+    "rlvr": "stages.rl.config:RlPhase",
     "evaluation": "stages.evaluate:EvaluationSection",
     "release": "release.build:ReleaseSection",
 }
 
-OPTIONAL: dict[str, Any] = {"long_context": ()}
+OPTIONAL: dict[str, Any] = {"long_context": (), "sft": None, "rlvr": None}
 """Sections that a recipe may leave out, with what then stands there."""
 
 DATA = "stages.data.recipe"

@@ -26,6 +26,7 @@ from pipeline.stage import Config, Inputs, Report, Stage, added
 from pipeline.store import once
 from stages import context
 from stages.context import ContextSection
+from stages.data.items import ChatItems
 from stages.data.table import write_rows
 from stages.statistics import binomial, ratio
 
@@ -35,6 +36,14 @@ if TYPE_CHECKING:
 VERSION = 2
 END = "<|endoftext|>"
 ROWS_PER_BATCH = 32
+
+
+class ChatSection(Config):
+    """The recipe's `evaluation.chat`: what conversations are measured on."""
+
+    items: ChatItems
+    max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
+    samples: int = Field(8, ge=1, description="answers to each problem, for pass@k and maj@k")
 
 
 class EvaluationSection(Config):
@@ -49,7 +58,13 @@ class EvaluationSection(Config):
     min_accuracy_gain: float = Field(
         0.0, ge=0, le=1, description="accuracy that mid-training must add; always more than none"
     )
+    chat: ChatSection | None = added(None, "ask the problems, and requests, in conversations")
     context: ContextSection | None = added(None, "measure passkeys and the loss by position on long texts")
+
+    @property
+    def chat_items(self) -> dict[str, Any] | None:
+        """The part that says what is asked in conversations."""
+        return None if self.chat is None else self.chat.items.model_dump()
 
 
 class EvaluateConfig(Config):
@@ -58,6 +73,7 @@ class EvaluateConfig(Config):
     heldout_documents: int = Field(ge=2)
     max_new_tokens: int = Field(ge=1)
     context: ContextSection | None = added(None, "as in the section")
+    conversations: tuple[str, ...] = added((), "sources in whose documents special tokens are tokens")
 
 
 def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -89,7 +105,8 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
     first = _first_token_bits(model, tokenizer)
     for source in sorted({row["source"] for row in documents}):
         rows = [row for row in documents if row["source"] == source]
-        scored += once(work / f"documents-{source}.json", partial(_bits_of_all, model, tokenizer, first, rows))
+        chat = source in config.conversations
+        scored += once(work / f"documents-{source}.json", partial(_bits_of_all, model, tokenizer, first, rows, chat))
         done += len(rows)
         report.progress(done, total, "documents and problems")
 
@@ -151,14 +168,16 @@ def _first_token_bits(model: Any, tokenizer: Any) -> torch.Tensor:
     return -torch.log_softmax(logits.double(), -1) / math.log(2)
 
 
-def _bits_of_all(model: Any, tokenizer: Any, first: torch.Tensor, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    scored = [row for row in (_bits(model, tokenizer, first, row) for row in rows) if row["bytes"]]
+def _bits_of_all(
+    model: Any, tokenizer: Any, first: torch.Tensor, rows: list[dict[str, Any]], chat: bool
+) -> list[dict[str, Any]]:
+    scored = [row for row in (_bits(model, tokenizer, first, row, chat) for row in rows) if row["bytes"]]
     if len(scored) < 2:  # all others are questions as long as the model's context
         raise AtomError(f"evaluate: source {rows[0]['source']} has fewer than two documents to score; hold out more")
     return scored
 
 
-def _bits(model: Any, tokenizer: Any, first: torch.Tensor, row: dict[str, Any]) -> dict[str, Any]:
+def _bits(model: Any, tokenizer: Any, first: torch.Tensor, row: dict[str, Any], chat: bool = False) -> dict[str, Any]:
     """Bits and bytes of one document, cut to the model's context.
 
     A question, the first `prompt_chars` characters, is context and is not scored, as it carries no loss in training; it
@@ -168,8 +187,10 @@ def _bits(model: Any, tokenizer: Any, first: torch.Tensor, row: dict[str, Any]) 
     """
     import torch
 
-    prompt = token_ids(tokenizer, row["text"][: row["prompt_chars"]])
-    ids = (prompt + token_ids(tokenizer, row["text"][row["prompt_chars"] :]))[: model.config.max_position_embeddings]
+    prompt = token_ids(tokenizer, row["text"][: row["prompt_chars"]], chat)
+    ids = (prompt + token_ids(tokenizer, row["text"][row["prompt_chars"] :], chat))[
+        : model.config.max_position_embeddings
+    ]
     scored = ids[len(prompt) :]
     bits = float(first[ids[0]]) if scored and not prompt else 0.0
     start = max(len(prompt), 1)
@@ -188,10 +209,11 @@ def _bits(model: Any, tokenizer: Any, first: torch.Tensor, row: dict[str, Any]) 
     }
 
 
-def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a document; a special token's name inside the text stays text, as in training."""
+def token_ids(tokenizer: Any, text: str, chat: bool = False) -> list[int]:
+    """The tokens of a document; a special token's name inside the text stays text, as in training, unless it is a
+    conversation in the release's template."""
     backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True
+    backend.encode_special_tokens = not chat
     ids: list[int] = backend.encode(text, add_special_tokens=False).ids
     backend.encode_special_tokens = False
     return ids

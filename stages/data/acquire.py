@@ -13,9 +13,11 @@ from typing import Any
 
 from pipeline.errors import AtomError
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage
-from stages.data import passkeys
-from stages.data.problems import FORMS, draw
+from stages.data import chat, courtesies, passkeys
+from stages.data.problems import FORMS, draw, messages
 from stages.data.recipe import (
+    ChatProblems,
+    Courtesies,
     Jsonl,
     Parquet,
     Passkeys,
@@ -71,7 +73,7 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
             "prompt_chars": prompt_chars,
         }
     for path in skipped:
-        report.note(f"source {source.name}: {path} does not parse and was skipped")
+        report.note(f"source {source.name}: {path} cannot be read and was skipped")
     kept = _limited(rows, getattr(source.reader, "limit", None), source.name, config.seed)
     if not kept:
         raise AtomError(f"source {source.name} gave no documents; check its reader")
@@ -92,8 +94,8 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
 def _documents(
     source: Source, seed: int, files: list[tuple[str, Path]]
 ) -> Iterator[tuple[str, str, str, int, str | None] | str]:
-    """(name, text, place in the origin, prompt_chars, its own licence if it has one), or the name of a file that could
-    not be parsed."""
+    """(name, text, place in the origin, prompt_chars, its own licence if it has one), or the name of a file or
+    conversation that could not be read."""
     from stages.data.readers import stdlib, tables
 
     reader = source.reader
@@ -104,10 +106,31 @@ def _documents(
             text, prompt_chars = FORMS[reader.form](problem)
             yield f"{problem.task}/{i:07d}", text, problem.task, prompt_chars, None
         return
+    if isinstance(reader, ChatProblems):
+        rng = random.Random(seed_of(f"problems/{source.name}", seed))
+        for i, problem in enumerate(draw(reader.tasks, reader.count, rng, reader.levels)):
+            ((text, prompt_chars),) = chat.turns(messages(problem, rng.random() < reader.thinking))
+            yield f"{problem.task}/{i:07d}", text, problem.task, prompt_chars, None
+        return
+    if isinstance(reader, Courtesies):
+        rng = random.Random(seed_of(f"courtesies/{source.name}", seed))
+        for i in range(reader.count):
+            asked = courtesies.request(rng)
+            ((text, prompt_chars),) = chat.turns(courtesies.messages(asked, rng))
+            yield f"{asked.act.name}/{i:07d}", text, asked.act.name, prompt_chars, None
+        return
     if isinstance(reader, (Jsonl, Parquet)):
         read = tables.read_jsonl if isinstance(reader, Jsonl) else tables.read_parquet
-        for name, text, place, licence in read(files, reader.text_field, reader.id_field, reader.license_field):
-            yield name, text, place, 0, licence
+        field, kind = (reader.messages_field, list) if reader.messages_field else (reader.text_field, str)
+        for name, text, place, licence in read(files, field, reader.id_field, reader.license_field, kind):
+            if kind is str:
+                yield name, text, place, 0, licence
+                continue
+            try:
+                for number, (turn, prompt_chars) in enumerate(chat.turns(text)):
+                    yield f"{name}#{number}", turn, place, prompt_chars, licence
+            except ValueError as error:
+                yield f"{name} ({error})"
         return
     if isinstance(reader, Passkeys):
         texts = []

@@ -12,14 +12,16 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from pipeline.errors import AtomError
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage
 from pipeline.store import once
-from stages.data.curation.settings import AnyStep, CurationSettings
+from stages.data.chat import prompt_chars
+from stages.data.curation.settings import AnyStep, CurationSettings, Kind
+from stages.data.items import texts_of
 from stages.data.seeds import seed_of
 from stages.data.table import DISPOSITIONS, KEPT, content_hash, read_table, write_json, write_rows
 
@@ -36,7 +38,7 @@ class CuratedSource(Config):
     """What curation needs to know of one source; its documents come with the input of the same name."""
 
     name: str
-    kind: Literal["prose", "code", "problems"]
+    kind: Kind
     heldout: float = Field(ge=0, lt=1)
     steps: tuple[AnyStep, ...] = ()
 
@@ -60,8 +62,7 @@ def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     from stages.data.curation.dispositions import Dispositions, summarise
 
     logger.disable("datatrove")  # it logs each of many small steps
-    items = read_table(inputs["items"] / "items.parquet", ["id", "text"]).to_pylist()
-    index = ContaminationIndex([(row["id"], row["text"]) for row in items], config.curation.decontamination.ngram)
+    index = ContaminationIndex(texts_of(inputs["items"]), config.curation.decontamination.ngram)
     dispositions = Dispositions()
     acquired: dict[str, dict[str, Any]] = {}
     documents: dict[str, list[Document]] = {}
@@ -88,7 +89,7 @@ def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 
     written: Counter[str] = Counter()
     for source in config.sources:
-        kept = [_kept(doc, acquired[doc.id], source.heldout) for doc in documents[source.name]]
+        kept = [_kept(doc, acquired[doc.id], source) for doc in documents[source.name]]
         for row in kept:
             dispositions.keep(row["id"], row["split"], row["content_hash"])
         write_rows(out / "kept" / f"{source.name}.parquet", KEPT, kept)
@@ -103,10 +104,11 @@ def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         report.note(f"{name}: {part['documents_in']} in, {part['kept'].total()} kept; removed: {removed or 'none'}")
 
 
-def _kept(doc: Document, row: dict[str, Any], heldout: float) -> dict[str, Any]:
+def _kept(doc: Document, row: dict[str, Any], source: CuratedSource) -> dict[str, Any]:
     digest = content_hash(doc.text)
-    split = "heldout" if int(digest[:16], 16) < heldout * 2**64 else "train"
-    return {**row, "text": doc.text, "content_hash": digest, "split": split}
+    split = "heldout" if int(digest[:16], 16) < source.heldout * 2**64 else "train"
+    row = {**row, "text": doc.text, "content_hash": digest, "split": split}
+    return {**row, "prompt_chars": prompt_chars(doc.text)} if source.kind == "chat" else row  # a step may edit it
 
 
 def _stepped(

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, field_validator
 
 from pipeline.errors import RecipeError
-from pipeline.stage import Config, Inputs, Report, Stage
+from pipeline.stage import Config, Inputs, Report, Stage, added
+from pipeline.store import Artifact
+from stages.data import courtesies
 from stages.data.problems import TASKS, distinct
 from stages.data.seeds import seed_of
-from stages.data.table import ITEMS, write_rows
+from stages.data.table import ITEMS, read_jsonl, read_table, write_jsonl, write_rows
+from stages.rl.contracts import Row, question, task_row
 
 VERSION = 1
+CHAT = "chat.jsonl"
+
+
+class ChatItems(Config):
+    """What is asked in conversations: the same problems, more of them on which settings may be chosen, and requests for
+    courteous notes."""
+
+    validation: dict[str, int] = Field({}, description="further problems by task; test problems are never looked at")
+    courtesies: int = Field(0, ge=0, description="held-out requests on which preferences are measured")
+    courtesies_validation: int = Field(0, ge=0, description="further ones on which settings may be chosen")
 
 
 class ItemsConfig(Config):
@@ -21,6 +36,7 @@ class ItemsConfig(Config):
 
     problems: dict[str, int] = Field(min_length=1)
     seed: int
+    chat: ChatItems | None = added(None, "what is asked in conversations")
 
     @field_validator("problems")
     @classmethod
@@ -51,6 +67,52 @@ def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Repo
             rows.append({"id": f"{task}/{i:05d}", **row})
     write_rows(out / "items.parquet", ITEMS, rows)
     report.note(f"{len(rows)} evaluation items")
+    if config.chat is not None:
+        asked = list(_chat(config.chat, rows, config.seed))
+        write_jsonl(out / CHAT, asked)
+        report.note(f"{len(asked)} items for conversations")
+
+
+def courtesy_row(id: str, asked: courtesies.Request, verifier: str = "courtesy", **more: Any) -> Row:
+    """The task of answering a request for a courteous note."""
+    fields = {"act": asked.act.name, "who": asked.who, "what": asked.what, **more}
+    return task_row(id, verifier, "courtesy", 1, asked.text, **fields)
+
+
+def _chat(config: ChatItems, items: list[dict[str, str]], seed: int) -> Iterator[Row]:
+    taken = {row["text"] for row in items}
+    for row in items:
+        fields = {"question": row["text"], "expected_answer": row["answer"], "split": "test"}
+        yield task_row(row["id"], "exact", row["task"], 0, row["text"], **fields)
+    for task, count in sorted(config.validation.items()):
+        rng = random.Random(seed_of(f"items/validation/{task}", seed))
+        try:
+            found = distinct(task, count, rng, without=taken)
+        except ValueError as error:
+            raise RecipeError(f"evaluation.chat.validation: {error}; ask for fewer") from None
+        for i, p in enumerate(found):
+            fields = {"question": p.question, "expected_answer": p.answer, "split": "validation"}
+            yield task_row(f"validation/{task}/{i:05d}", "exact", task, 0, p.question, **fields)
+    wanted = config.courtesies + config.courtesies_validation
+    try:
+        requests = courtesies.distinct(wanted, random.Random(seed_of("items/courtesies", seed)), heldout=True)
+    except ValueError as error:
+        raise RecipeError(f"evaluation.chat.courtesies: {error}; ask for fewer") from None
+    for i, asked in enumerate(requests):
+        split = "test" if i < config.courtesies else "validation"
+        yield courtesy_row(f"{split}/courtesy/{i:05d}", asked, split=split)
+
+
+def chat_rows(items: Artifact) -> list[dict[str, Any]]:
+    """The items for conversations, if the recipe has them."""
+    return read_jsonl(items / CHAT) if (items / CHAT).exists() else []
+
+
+def texts_of(items: Artifact) -> list[tuple[str, str]]:
+    """(id, text that must not occur in training data) of every item."""
+    rows = read_table(items / "items.parquet", ["id", "text"]).to_pylist()
+    found = {row["id"]: row["text"] for row in rows}
+    return list({**{row["id"]: question(row) for row in chat_rows(items)}, **found}.items())
 
 
 STAGE = Stage("items", VERSION, ItemsConfig, run, promise="bitwise")

@@ -2,13 +2,16 @@
 
 A problem has two written forms. *Plain* is what a web page might hold, `347+586=933`; *worked* shows the steps,
 `347+586:7+6+0=13;…:933`, and ends with the answer after the last colon. The question, up to and including its `=` or
-`:`, carries no loss in training: what cannot be predicted should not be learnt.
+`:`, carries no loss in training: what cannot be predicted should not be learnt. In a conversation the user asks the
+question, and the assistant answers, with the steps as its reasoning or without.
+
+A task is a function of a random generator and a level, its difficulty, whose default is what documents are made of.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 END_OF_TEXT = "<|endoftext|>"
@@ -29,9 +32,9 @@ class Problem:
         return f"{self.question}:"
 
 
-def add(rng: random.Random) -> Problem:
-    """Two numbers of three digits, added digit by digit from the right: `7+6+0=13` is digit+digit+carry=sum."""
-    a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
+def add(rng: random.Random, level: int = 3) -> Problem:
+    """Two numbers of `level` digits, added digit by digit from the right: `7+6+0=13` is digit+digit+carry=sum."""
+    a, b = (rng.randrange(10 ** (level - 1), 10**level) for _ in range(2))
     steps, carry = [], 0
     for x, y in zip(str(a)[::-1], str(b)[::-1], strict=True):
         total = int(x) + int(y) + carry
@@ -40,9 +43,9 @@ def add(rng: random.Random) -> Problem:
     return Problem("add", f"{a}+{b}", ";".join(steps), str(a + b))
 
 
-def sort(rng: random.Random) -> Problem:
-    """Five digits sorted by insertion: each step shows the digits so far in order."""
-    digits = [rng.choice("0123456789") for _ in range(5)]
+def sort(rng: random.Random, level: int = 5) -> Problem:
+    """`level` digits sorted by insertion: each step shows the digits so far in order."""
+    digits = [rng.choice("0123456789") for _ in range(level)]
     so_far: list[str] = []
     steps = []
     for digit in digits:
@@ -51,7 +54,7 @@ def sort(rng: random.Random) -> Problem:
     return Problem("sort", f"sort {''.join(digits)}", ";".join(steps), "".join(sorted(digits)))
 
 
-TASKS: dict[str, Callable[[random.Random], Problem]] = {"add": add, "sort": sort}
+TASKS: dict[str, Callable[..., Problem]] = {"add": add, "sort": sort}
 
 
 def plain(problem: Problem) -> tuple[str, int]:
@@ -67,19 +70,41 @@ def worked(problem: Problem) -> tuple[str, int]:
 FORMS: dict[str, Callable[[Problem], tuple[str, int]]] = {"plain": plain, "worked": worked}
 
 
-def draw(tasks: dict[str, float], count: int, rng: random.Random) -> list[Problem]:
-    """`count` problems from the whole space of each task, tasks chosen with the given weights; repeats are possible."""
-    names = sorted(tasks)
+def messages(problem: Problem, thinking: bool) -> list[dict[str, str]]:
+    """A conversation; `thinking`: with the steps as the assistant's reasoning."""
+    answer = {"role": "assistant", "content": problem.answer}
+    if thinking:
+        answer["reasoning_content"] = problem.steps
+    return [{"role": "user", "content": problem.question}, answer]
+
+
+def draw(
+    tasks: Mapping[str, float], count: int, rng: random.Random, levels: Mapping[str, Sequence[int]] | None = None
+) -> list[Problem]:
+    """`count` problems from the whole space of each task, tasks chosen with the given weights; repeats are possible.
+
+    levels: of which each problem of a task has one at random; tasks that are not named have their default.
+    """
+    names, levels = sorted(tasks), levels or {}
     weights = [tasks[name] for name in names]
-    return [TASKS[name](rng) for name in rng.choices(names, weights, k=count)]
+    chosen = rng.choices(names, weights, k=count)
+    return [TASKS[n](rng, rng.choice(levels[n])) if n in levels else TASKS[n](rng) for n in chosen]
 
 
-def distinct(task: str, count: int, rng: random.Random) -> list[Problem]:
-    """`count` problems of one task with different questions. Raises ValueError if the task has too few."""
+def distinct(
+    task: str, count: int, rng: random.Random, level: int | None = None, without: Collection[str] = ()
+) -> list[Problem]:
+    """`count` problems of one task with different questions, none of them in `without`.
+
+    Raises ValueError if the task has too few.
+    """
     found: dict[str, Problem] = {}
     misses = 0
     while len(found) < count and misses < 20 * len(found) + 1000:
-        problem = TASKS[task](rng)
+        problem = TASKS[task](rng) if level is None else TASKS[task](rng, level)
+        if problem.question in without:
+            misses += 1
+            continue
         misses = misses + 1 if problem.question in found else 0
         found.setdefault(problem.question, problem)
     if len(found) < count:

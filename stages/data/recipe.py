@@ -15,7 +15,7 @@ from pipeline.errors import RecipeError
 from pipeline.recipe import explain, find, parse_yaml
 from pipeline.stage import Config, added, operational
 from pipeline.store import canonical, sha256_bytes, sha256_file
-from stages.data.curation.settings import AnyStep, CurationSettings
+from stages.data.curation.settings import AnyStep, CurationSettings, Kind
 from stages.data.passkeys import least_chars
 from stages.data.problems import FORMS, TASKS
 
@@ -50,6 +50,9 @@ class Jsonl(Config):
     reader: Literal["jsonl"]
     path: str = operational(..., "where the files lie here; the tree digest, not the path, is identity")
     text_field: str = "text"
+    messages_field: str | None = added(
+        None, "field with the messages (role, content, reasoning_content) of a conversation, instead of text_field"
+    )
     id_field: str | None = None
     license_field: str | None = added(
         None, "field with a document's own SPDX licence, or list of them; null: the source's"
@@ -63,6 +66,9 @@ class Parquet(Config):
     reader: Literal["parquet"]
     path: str = operational(..., "where the files lie here; the tree digest, not the path, is identity")
     text_field: str = "text"
+    messages_field: str | None = added(
+        None, "field with the messages (role, content, reasoning_content) of a conversation, instead of text_field"
+    )
     id_field: str | None = None
     license_field: str | None = added(
         None, "field with a document's own SPDX licence, or list of them; null: the source's"
@@ -115,17 +121,47 @@ class Passkeys(Config):
         return self
 
 
+class ChatProblems(Config):
+    """Procedural problems as conversations; `thinking` is the share of answers that show their steps first."""
+
+    reader: Literal["chat-problems"]
+    tasks: dict[str, float]
+    levels: dict[str, tuple[int, ...]] = Field({}, description="difficulties by task, each as likely as the other")
+    thinking: float = Field(ge=0, le=1)
+    count: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _known(self) -> ChatProblems:
+        unknown = sorted({*self.tasks, *self.levels} - set(TASKS))
+        if unknown or not self.tasks or min(self.tasks.values()) <= 0:
+            known = ", ".join(sorted(TASKS))
+            raise ValueError(f"tasks = unknown or empty tasks {unknown}; known are {known}, shares above 0")
+        if any(not levels or min(levels) < 1 for levels in self.levels.values()):
+            raise ValueError("levels = a task without a level, or one below 1; leave the task out for its default")
+        return self
+
+
+class Courtesies(Config):
+    """Requests for a courteous note, with answers of mixed quality (stages/data/courtesies.py)."""
+
+    reader: Literal["courtesies"]
+    count: int = Field(ge=1)
+
+
 Reader = Annotated[
-    StdlibDocstrings | StdlibSource | Jsonl | Parquet | Problems | Passkeys,
+    StdlibDocstrings | StdlibSource | Jsonl | Parquet | Problems | Passkeys | ChatProblems | Courtesies,
     Field(discriminator="reader"),
 ]
+
+
+CHATS = (ChatProblems, Courtesies)
 
 
 class Source(Config):
     """What is needed to acquire one source."""
 
     name: str = Field(pattern=NAME)
-    kind: Literal["prose", "code", "problems"]
+    kind: Kind
     license: str = Field(description="SPDX expression; with reader.license_field, of the collection as a whole")
     license_evidence: str = Field(min_length=1, description="text or URL that shows the licence")
     origin: str = Field(min_length=1, description="where it comes from: URL or text")
@@ -138,6 +174,16 @@ class Source(Config):
         if name == "items":
             raise ValueError("`items` is the role of the evaluation items; choose another name")
         return name
+
+    @model_validator(mode="after")
+    def _conversations(self) -> Source:
+        chat = isinstance(self.reader, CHATS) or bool(getattr(self.reader, "messages_field", None))
+        if chat != (self.kind == "chat"):
+            raise ValueError(
+                f"kind = {self.kind}, but reader {self.reader.reader} gives {'conversations' if chat else 'plain text'}"
+                f"; {'use kind: chat' if chat else 'conversations come from messages_field and the chat readers'}"
+            )
+        return self
 
     @field_validator("license")
     @classmethod
@@ -216,6 +262,11 @@ class DataRecipe(Config):
         ]
         return {"sources": sources, "curation": self.curation.model_dump(), "seed": seed}
 
+    @property
+    def conversations(self) -> tuple[str, ...]:
+        """The sources whose documents are turns of conversations."""
+        return tuple(source.name for source in self.sources if source.kind == "chat")
+
     def _heldout(self, source: SourceConfig) -> float:
         if source.heldout is not None:
             return source.heldout
@@ -263,7 +314,7 @@ def source_files(source: Source) -> list[tuple[str, Path]]:
         return stdlib_files(top_level=reader.modules == "top-level")
     if isinstance(reader, Passkeys):
         return stdlib_files()
-    if isinstance(reader, Problems):
+    if isinstance(reader, (Problems, *CHATS)):
         return []
     root = Path(reader.path)
     if root.is_file():

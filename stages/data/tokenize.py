@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import AtomError
-from pipeline.stage import Config, Estimate, Inputs, Report, Stage
+from pipeline.stage import Config, Estimate, Inputs, Report, Stage, added
 from pipeline.store import sha256_file
 from stages.data.table import TOKENIZED, read_table, write_json, write_rows
 from stages.data.tokenizer import END, PAD, load_for_corpus
@@ -22,12 +22,14 @@ BATCH = 512
 
 
 class TokenizeConfig(Config):
-    """Nothing to choose: tokenizer and documents come as inputs."""
+    """Tokenizer and documents come as inputs."""
+
+    conversations: tuple[str, ...] = added((), "sources in which special tokens are tokens, and end every document")
 
 
 def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Seal `<split>/<source>.bin` and `.idx`, `documents.parquet` and `meta.json`. Every document ends with
-    `<|endoftext|>`. A split of a source without documents has no shard.
+    `<|endoftext|>`, a conversation with its own `<|im_end|>`. A split of a source without documents has no shard.
 
     inputs["curate"]: kept documents; inputs["tokenizer"]: tokenizer.json.
     """
@@ -48,12 +50,13 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
         "documents": {"train": {}, "heldout": {}},
     }
     for n, file in enumerate(files):
-        documents = read_table(file).to_pylist()
+        documents, chat = read_table(file).to_pylist(), file.stem in config.conversations
+        tokenizer.encode_special_tokens = not chat
         for split in ("train", "heldout"):
             mine = [d for d in documents if d["split"] == split]
             if not mine:
                 continue
-            written = list(_shard(tokenizer, end, mine, split, file.stem, work, out))
+            written = list(_shard(tokenizer, None if chat else end, mine, split, file.stem, work, out))
             rows.extend(written)
             meta["documents"][split][file.stem] = len(written)
             meta["tokens"][split][file.stem] = sum(row["tokens"] for row in written)
@@ -65,19 +68,25 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
     )
 
 
-def encode(tokenizer: Tokenizer, end: int, texts: list[tuple[str, int]]) -> Iterator[tuple[list[int], int]]:
-    """(ids with the final endoftext, number of ids of the part without loss) of each (text, prompt_chars).
+def encode(tokenizer: Tokenizer, end: int | None, texts: list[tuple[str, int]]) -> Iterator[tuple[list[int], int]]:
+    """(ids with the final `end`, number of ids of the part without loss) of each (text, prompt_chars).
 
     The part without loss is encoded by itself, as it will be when a model is prompted with it.
     """
     parts = [text[:n] for text, n in texts] + [text[n:] for text, n in texts]
     encoded = [e.ids for e in tokenizer.encode_batch(parts, add_special_tokens=False)]
     for prompt, rest in zip(encoded[: len(texts)], encoded[len(texts) :], strict=True):
-        yield [*prompt, *rest, end], len(prompt)
+        yield [*prompt, *rest, *([] if end is None else [end])], len(prompt)
 
 
 def _shard(
-    tokenizer: Tokenizer, end: int, documents: list[dict[str, Any]], split: str, source: str, work: Path, out: Path
+    tokenizer: Tokenizer,
+    end: int | None,
+    documents: list[dict[str, Any]],
+    split: str,
+    source: str,
+    work: Path,
+    out: Path,
 ) -> Iterator[dict[str, Any]]:
     from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from pipeline.errors import RecipeError
-from pipeline.stage import Config, Estimate, Inputs, Report, Stage
+from pipeline.stage import Config, Estimate, Inputs, Report, Stage, added
 from stages.data.table import read_table, write_json
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ class TokenizerSection(Config):
     padded_vocab_size: int
     sample_bytes: int = Field(4_000_000, ge=1, description="train on at most this many bytes of the training split")
 
+    leave_out: tuple[str, ...] = added((), "sources that it does not learn from; conversations never are")
+
     @model_validator(mode="after")
     def _fits(self) -> TokenizerSection:
         if self.padded_vocab_size < self.vocab_size:
@@ -78,6 +80,7 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
     from tokenizers import Tokenizer, models, trainers
 
     files = sorted((inputs["curate"] / "kept").glob("*.parquet"))
+    files = [file for file in files if file.stem not in config.leave_out]
     texts = {file.stem: _texts(file) for file in files}
     sample = list(interleaved({name: by_split["train"] for name, by_split in texts.items()}, config.sample_bytes))
     tokenizer = Tokenizer(models.BPE())

@@ -19,6 +19,13 @@ Row = Mapping[str, Any]
 and the verifier's own fields beside it; plus `id`, `verifier` (its name), `kind` and `level`."""
 
 
+def task_row(id: str, verifier: str, kind: str, level: int, ask: str, **fields: Any) -> Row:
+    """A row that asks one thing."""
+    messages = [{"role": "user", "content": ask}]
+    named = {"id": id, "verifier": verifier, "kind": kind, "level": level}
+    return {**named, "responses_create_params": {"input": messages}, **fields}
+
+
 def question(row: Row) -> str:
     """What the user asks: the content of the last message."""
     return str(row["responses_create_params"]["input"][-1]["content"])
@@ -48,8 +55,9 @@ class Sampler(Protocol):
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes over weights by their Hugging Face names."""
 
-    def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
-        """One completion for each prompt, in their order. Temperature 0 takes the likeliest token."""
+    def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
+        """One completion for each prompt, in their order. greedy: of the likeliest tokens; log-probabilities are then
+        those at temperature 1."""
 
     def close(self) -> None:
         """Frees what it holds, child processes included."""

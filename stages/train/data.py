@@ -15,9 +15,9 @@ import threading
 import time
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -74,13 +74,15 @@ class Row:
 class Batch:
     """Rows of one micro-batch, each [rows, width]; `loss_mask` is 1 where a target carries loss, `padding` is True
     where an input is padding (Megatron's router leaves those out of its balance). `starts`, where rows are packed: the
-    position at which the segment of each position begins; padding is a segment of its own."""
+    position at which the segment of each position begins; padding is a segment of its own. `more`: what an objective
+    other than the plain loss needs, each [rows] or [rows, width]."""
 
     ids: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
     padding: torch.Tensor
     starts: torch.Tensor | None = None
+    more: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Shards:

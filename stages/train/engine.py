@@ -6,9 +6,9 @@ import math
 import re
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -16,6 +16,7 @@ from pipeline.errors import RecipeError
 from stages.model import balance, precision
 from stages.model.balance import Experts, RouterWatch
 from stages.model.build import build, named_buffers, named_tensors
+from stages.model.config import ModelConfig, Precision
 from stages.model.heads import context_positions
 from stages.model.init import full_tensor
 from stages.model.mcore import (
@@ -28,14 +29,43 @@ from stages.model.mcore import (
     get_megatron_optimizer,
     parallel_state,
 )
-from stages.model.placement import Box, boxes, cut, is_cut
-from stages.train.config import TrainConfig
+from stages.model.placement import Box, boxes, cut, is_cut, paste
+from stages.train.config import Optimizer
 from stages.train.data import Batch, Share
 from stages.train.parallel import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Judge = Callable[[float, float | None], str | None]
 """(loss, gradient norm or None before it is known) -> why the update is not to be made, or None. May raise."""
+
+
+Objective = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""(minus the log-probability of each target [rows, width], the batch) -> the sum that is minimised, which the engine
+divides by the share's targets, and figures to be summed over the step; of those called `max_…` the largest is kept."""
+
+
+class Trained(Protocol):
+    """The part of a stage's config that the engine reads."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def phase(self) -> Trainee: ...
+    @property
+    def padded_vocab_size(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+class Trainee(Protocol):
+    """Of a phase."""
+
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def pack(self) -> bool: ...
+    @property
+    def optimizer(self) -> Optimizer: ...
 
 
 @dataclass(frozen=True)
@@ -49,6 +79,7 @@ class StepFigures:
     experts: Experts
     refused: str | None = None  # why no weight was moved
     gradients: dict[str, float] | None = None  # norms by part of the model, if so
+    more: dict[str, float] = field(default_factory=dict)  # what the objective tells
 
 
 @dataclass(frozen=True)
@@ -64,7 +95,7 @@ class Piece:
 class Engine:
     """Holds model and optimizer. Every method is collective: all ranks call it with the same arguments."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+    def __init__(self, config: Trained, ranks: Ranks) -> None:
         self.config, self.ranks, self.layout = config, ranks, ranks.layout
         self.step_done = 0
         kind, model = config.phase.precision, config.model
@@ -121,8 +152,12 @@ class Engine:
 
         self.load_state(read, 0)
 
-    def step(self, share: Share, lr: float, judge: Judge, norm_first: bool = False) -> StepFigures:
+    def step(
+        self, share: Share, lr: float, judge: Judge, norm_first: bool = False, objective: Objective | None = None
+    ) -> StepFigures:
         """Forward, backward and update on this rank's share of a step.
+
+        objective: what is minimised, if not the mean loss over targets.
 
         judge: sees the loss and then, if norm_first, the gradient norm, before any weight moves; if it gives a reason,
         none does. Without norm_first it sees the norm after the update and can only raise.
@@ -133,7 +168,7 @@ class Engine:
             chunk.train()
         self.optimizer.zero_grad()
         before = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        loss = self._run(share, forward_only=False)
+        loss, more = self._run(share, forward_only=False, objective=objective or cross_entropy)
         aux, z = (self.ranks.sum(x).item() / (self.ranks.data_ranks * len(share.micro)) for x in balance.take())
         experts = self.routers.take(self.config.model.experts_per_token, self.ranks.sum)
         z /= self.layout.tensor * self.layout.context  # each of these ranks has its own tokens' mean
@@ -145,12 +180,12 @@ class Engine:
         if refused:
             for name, buffer in self.buffers.items():  # Megatron moves the biases of experts with the backward pass
                 buffer.copy_(before[name])
-            return StepFigures(loss, aux, z, norm, experts, refused, self._gradients())
+            return StepFigures(loss, aux, z, norm, experts, refused, self._gradients(), more)
         _, norm, _ = self.optimizer.step()
         self.step_done += 1
         if not norm_first:
             judge(loss, float(norm))
-        return StepFigures(loss, aux, z, float(norm), experts)
+        return StepFigures(loss, aux, z, float(norm), experts, more=more)
 
     def _gradients(self) -> dict[str, float]:
         """Norms of the present gradients by part of the model: embedding, each layer's attention, experts, …"""
@@ -172,12 +207,27 @@ class Engine:
         for chunk in self.ddp:
             chunk.eval()
         with torch.no_grad():
-            loss = self._run(share, forward_only=True)
+            loss, _ = self._run(share, forward_only=True, objective=cross_entropy)
         balance.take()
         return loss
 
-    def _run(self, share: Share, forward_only: bool) -> float:
-        """Runs this rank's share through Megatron's schedule; gives the mean loss over all ranks.
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The full tensors that the model computes with, by global name, on rank 0; others give none. On CPU; of
+        one process the live ones."""
+        held = [(n, boxes(n, self.shapes[n]), t.data) for n, t in named_tensors(self.chunks)]
+        held += [(n, boxes(n, self.shapes[n]), t) for n, t in self.buffers.items()]
+        if self.ranks.world == 1:
+            return {name: tensor.cpu() for name, _, tensor in held}
+        full: dict[str, torch.Tensor] = {}
+        for part in self.ranks.to_first([(name, parts, tensor.cpu()) for name, parts, tensor in held]):
+            for name, parts, tensor in part:
+                whole = full.setdefault(name, torch.empty(self.shapes[name], dtype=tensor.dtype))
+                paste(whole, parts, tensor)
+        return full
+
+    def _run(self, share: Share, forward_only: bool, objective: Objective) -> tuple[float, dict[str, float]]:
+        """Runs this rank's share through Megatron's schedule; gives the mean of the objective over all ranks, and its
+        figures.
 
         The loss of a step is the mean over its loss-carrying targets, wherever they lie. Megatron averages over
         micro-batches and DDP over ranks, so each micro-batch's sum is scaled back by both counts.
@@ -187,13 +237,16 @@ class Engine:
 
         def forward(batches: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             batch: Batch = next(batches)
+            assert not batch.more or self.layout.context == 1, "context ranks hold parts of rows"
             ids, where, labels, mask, padding = (x.to(device) for x in self._inputs(batch, model))
             starts = None if batch.starts is None else batch.starts.to(device)
             losses = model(ids, where, starts, labels=labels, padding_mask=padding)
+            held = replace(batch, loss_mask=mask, more={n: x.to(device) for n, x in batch.more.items()})
 
             def reduce(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-                total = (losses.float() * mask).sum()
-                return total * scale, {"sum": total.detach().clone()}  # a clone: the schedule divides in place
+                total, more = objective(losses.float(), held)
+                # a clone: the schedule divides in place
+                return total * scale, {"sum": total.detach().clone(), **{n: x.detach() for n, x in more.items()}}
 
             return losses, reduce
 
@@ -209,7 +262,13 @@ class Engine:
         )
         counted = self.ranks.counts_loss and out
         total = torch.stack([x["sum"] for x in out]).sum() if counted else torch.zeros((), device=device)
-        return float(self.ranks.sum(total) / share.targets)
+        told = [{n: float(v) for n, v in x.items() if n != "sum"} for x in out] if counted else []
+        loss = float(self.ranks.sum(total) / share.targets)
+        more: dict[str, float] = {}
+        for one in [x for part in self.ranks.gather(told) for x in part] if objective is not cross_entropy else []:
+            for n, v in one.items():
+                more[n] = max(more.get(n, v), v) if n.startswith("max_") else more.get(n, 0.0) + v
+        return loss, more
 
     def _inputs(self, batch: Batch, model: Any) -> Iterator[torch.Tensor]:
         """ids, positions, labels, loss mask and padding as this rank's part of the model takes them. Positions are for
@@ -294,6 +353,11 @@ class Engine:
                 main = part.optimizer.param_groups[group]["params"][number]
                 found.append((Piece(name, boxes(name, self.shapes[name]), span.start, span.end), part, main))
         return found
+
+
+def cross_entropy(losses: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of the targets that carry one."""
+    return (losses * batch.loss_mask).sum(), {}
 
 
 def part_of(name: str) -> str:

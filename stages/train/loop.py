@@ -57,7 +57,7 @@ def train(
     with (
         Watchdog(phase, patience, work, report) as watchdog,
         parallel.session(config.seed, config.phase.cluster, 2 * max(patience, START_SECONDS) + 60) as ranks,
-        _requests_to_stop() as stop,
+        requests_to_stop() as stop,
     ):
         held = re.fullmatch(r"out\.(\d+)", out.name)  # the worker names it by its lease, whose numbers only grow
         lease = int(held[1]) if held else None
@@ -303,7 +303,7 @@ class Phase:
 
 
 @contextmanager
-def _requests_to_stop() -> Iterator[list[int]]:
+def requests_to_stop() -> Iterator[list[int]]:
     """The signals received, instead of their usual effect. Handlers belong to the main thread; elsewhere: none."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -74,6 +74,14 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def to_first(self, value: T) -> list[T]:
+        """Every rank's value, on rank 0; nothing elsewhere."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.world if self.first else None
+        dist.gather_object(value, values)
+        return values or []
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

@@ -12,6 +12,9 @@ from pydantic import Field
 
 from pipeline.stage import Config
 
+Kind = Literal["prose", "code", "problems", "chat"]
+"""What a source's documents are."""
+
 
 class Step(Config):
     """One named step of a source. Every parameter but `step` goes to the block as it is."""
@@ -113,7 +116,7 @@ AnyStep = Annotated[
 class MinHash(Config):
     """Near-duplicate removal by MinHash LSH over word n-grams; pairs above (1/buckets)^(1/hashes) are likely found."""
 
-    kinds: tuple[Literal["prose", "code", "problems"], ...] = ("prose", "code")
+    kinds: tuple[Kind, ...] = ("prose", "code")
     n_grams: int = Field(default=5, ge=1)
     num_buckets: int = Field(default=14, ge=1)
     hashes_per_bucket: int = Field(default=8, ge=1)

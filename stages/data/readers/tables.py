@@ -12,14 +12,16 @@ from typing import Any
 from pipeline.errors import AtomError
 from stages.data.recipe import spdx
 
-Document = tuple[str, str, str, str | None]
-"""(name, text, file, its own licence if a field says it)."""
+Document = tuple[str, Any, str, str | None]
+"""(name, text or messages, file, its own licence if a field says it)."""
 
 
 def read_jsonl(
-    files: list[tuple[str, Path]], text_field: str, id_field: str | None, license_field: str | None = None
-) -> Iterator[Document]:
-    """Without an id field the name is file and line number."""
+    files: list[tuple[str, Path]], text_field: str, id_field: str | None, license_field: str | None = None,
+    kind: type[Any] = str,
+) -> Iterator[Document]:  # fmt: skip
+    """Without an id field the name is file and line number. kind: what the text field holds; `list` for the messages
+    of a conversation."""
     for relative, path in files:
         for number, line in _lines(path):
             where = f"{path}, line {number}"
@@ -29,13 +31,14 @@ def read_jsonl(
                 raise AtomError(f"{where}: not a JSON object ({error}); the file is cut short or corrupt") from None
             if not isinstance(row, dict):
                 raise AtomError(f"{where}: a JSON object is expected, not {type(row).__name__}")
-            yield _document(row, text_field, id_field, license_field, where, f"{relative}:{number}", relative)
+            yield _document(row, text_field, id_field, license_field, where, f"{relative}:{number}", relative, kind)
 
 
 def read_parquet(
-    files: list[tuple[str, Path]], text_field: str, id_field: str | None, license_field: str | None = None
-) -> Iterator[Document]:
-    """Without an id field the name is file and row number."""
+    files: list[tuple[str, Path]], text_field: str, id_field: str | None, license_field: str | None = None,
+    kind: type[Any] = str,
+) -> Iterator[Document]:  # fmt: skip
+    """Without an id field the name is file and row number. kind: as for read_jsonl."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -55,7 +58,9 @@ def read_parquet(
                 for row in batch.to_pylist():
                     number += 1
                     where = f"{path}, row {number}"
-                    yield _document(row, text_field, id_field, license_field, where, f"{relative}:{number}", relative)
+                    yield _document(
+                        row, text_field, id_field, license_field, where, f"{relative}:{number}", relative, kind
+                    )
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
             told = f"{path} cannot be read after row {number} ({reason}); it is cut short or not Parquet"
@@ -83,12 +88,15 @@ def _document(
     where: str,
     name: str,
     relative: str,
+    kind: type[Any],
 ) -> Document:
     text = row.get(text_field)
-    if not isinstance(text, str):
+    if not isinstance(text, kind):
         have = ", ".join(sorted(map(str, row)))
-        raise AtomError(f"{where}: no text in field {text_field!r} (fields: {have}); set reader.text_field")
-    if any("\ud800" <= c <= "\udfff" for c in text):
+        what, field = ("text", "text_field") if kind is str else ("list of messages", "messages_field")
+        raise AtomError(f"{where}: no {what} in field {text_field!r} (fields: {have}); set reader.{field}")
+    said: str = text if kind is str else json.dumps(text, ensure_ascii=False)
+    if any("\ud800" <= c <= "\udfff" for c in said):
         raise AtomError(f"{where}: field {text_field!r} holds a lone surrogate, which is not Unicode; mend the line")
     if id_field is not None:
         if row.get(id_field) in (None, ""):

@@ -1,0 +1,81 @@
+"""Conversations as text: rendered with the release's chat template, one document for each turn of the assistant.
+
+The part before the assistant's turn carries no loss, and the turn ends with its `<|im_end|>`, so a document is exactly
+what a model is asked and what it should then write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+
+from stages.data.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, TURN_END, TURN_START
+
+BEGIN = f"{TURN_START}assistant\n"
+"""What the template puts before an answer."""
+ROLES = ("system", "user", "assistant", "tool")
+Message = Mapping[str, Any]
+"""`role`, `content` and, of the assistant, perhaps `reasoning_content`, all text."""
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's tokens for training libraries; here it only groups."""
+
+    tags = {"generation"}  # noqa: RUF012  as the base class has it
+
+    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@cache
+def _template() -> jinja2.Template:
+    found = jinja2.Environment(extensions=[_Generation], autoescape=False)
+    return found.from_string(CHAT_TEMPLATE)
+
+
+def render(messages: Sequence[Message], ask: bool = False) -> str:
+    """The messages in the release's chat template; `ask` adds the beginning of an answer."""
+    return _template().render(messages=messages, add_generation_prompt=ask)
+
+
+def turns(messages: Sequence[Message]) -> Iterator[tuple[str, int]]:
+    """(text, number of leading characters without loss) of each turn of the assistant, with all that came before it.
+
+    Raises ValueError in words if the messages are no conversation, or hold a special token's name, which training could
+    not tell from the token.
+    """
+    check(messages)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise ValueError("no message is the assistant's")
+    for i in answers:
+        whole = render(messages[: i + 1])
+        text = whole[: whole.rindex(TURN_END) + len(TURN_END)]
+        yield text, prompt_chars(text)
+
+
+def prompt_chars(text: str) -> int:
+    """The number of leading characters without loss of a document that `turns` made."""
+    return text.rindex(BEGIN) + len(BEGIN)
+
+
+def check(messages: Sequence[Message]) -> None:
+    """Raises ValueError in words if the messages are no conversation."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError("there is no list of messages")
+    for message in messages:
+        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+            raise ValueError(f"a message has no role of {', '.join(ROLES)}")
+        parts = [message.get("content"), message.get("reasoning_content") or ""]
+        for part in parts:
+            if not isinstance(part, str):
+                raise ValueError(f"a message of the {message['role']} has no text")
+            found = next((token for token in SPECIAL_TOKENS if token in part), None)
+            if found:
+                raise ValueError(f"a message of the {message['role']} holds {found}")

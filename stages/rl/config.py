@@ -1,0 +1,128 @@
+"""The post-training sections of a recipe: `rlvr` and the parts of `rlhf`. No torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.stage import Config, operational
+from stages.model.config import ModelConfig, PositiveInt, Precision
+from stages.model.layout import Layout, problem
+from stages.rl.curriculum import CurriculumConfig
+from stages.rl.tasks import TaskSource
+from stages.train.config import Batch, Heldout, Optimizer, PhaseConfig
+
+
+class Replay(Config):
+    """Rows of earlier data in every step, so that it is not forgotten: their mean loss is added with a weight."""
+
+    mix: dict[str, float] = Field(min_length=1, description="share of rows by source")
+    rows: PositiveInt = Field(description="rows of one step")
+    sequence_length: PositiveInt
+    weight: float = Field(gt=0, description="of their mean loss, beside a policy loss of weight 1")
+
+
+class Sampling(Config):
+    """How answers are drawn."""
+
+    kind: Literal["in-process", "vllm"] = Field("in-process", description="who draws them")
+    max_new_tokens: PositiveInt
+    temperature: float = Field(1.0, gt=0)
+    python: str | None = operational(None, "the interpreter of vLLM's environment; null: ATOM_VLLM_PYTHON says it")
+
+
+class Trainable(Config):
+    """What every phase of post-training has in common."""
+
+    steps: PositiveInt = Field(description="updates of the policy")
+    optimizer: Optimizer
+    micro_rows: PositiveInt = Field(description="rows of one forward and backward on one rank")
+    precision: Precision = "fp32"
+    release_checkpoint_every: PositiveInt = Field(description="steps between checkpoints that are sealed")
+    work_checkpoint_every: PositiveInt = operational(20, "steps between checkpoints that a killed run resumes from")
+    work_checkpoints_kept: PositiveInt = operational(2, "work checkpoints that are kept, the newest ones")
+    hang_seconds: float = operational(1800.0, "a rank that finishes no step for this long is taken to hang", gt=0)
+    cluster: Layout = operational(Layout(), "how the phase is spread over processes; never part of the key")
+
+    @property
+    def pack(self) -> bool:
+        return False
+
+    @property
+    def fp8(self) -> bool:
+        return self.precision not in ("fp32", "bf16")
+
+    @model_validator(mode="after")
+    def _short(self) -> Trainable:
+        if self.optimizer.warmup_steps >= self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of steps = {self.steps}; "
+                f"use at most {self.steps - 1}"
+            )
+        if self.cluster.context > 1:
+            raise ValueError(
+                f"cluster.context = {self.cluster.context} would cut answers apart, whose parts are weighed together; "
+                "use 1"
+            )
+        return self
+
+
+class RlPhase(Trainable):
+    """Group-relative policy optimisation (GRPO) against verifiers: DAPO's token-level loss and asymmetric clip, Dr.
+    GRPO's advantages without division, no KL."""
+
+    tasks: tuple[TaskSource, ...] = Field(min_length=1, description="what is asked, and who judges the answers")
+    groups: PositiveInt = Field(description="tasks of one step whose answers differ in reward")
+    samples: PositiveInt = Field(ge=2, description="answers to one task")
+    sampling: Sampling
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.28, gt=0)
+    tis_cap: float = Field(2.0, gt=0, description="largest weight of a token by trainer and sampler")
+    refills: int = Field(2, ge=0, description="waves of further tasks in place of groups without signal")
+    curriculum: CurriculumConfig = CurriculumConfig()
+    replay: Replay | None = None
+    validate_every: PositiveInt = Field(description="steps between measurements on the validation items")
+    logprob_gap: float = Field(
+        1e-3, gt=0, description="largest mean difference of a token's log-probability between sampler and trainer"
+    )
+    verifiers: dict[str, dict[str, Any]] = operational({}, "settings of verifiers by name, such as a server's url")
+    retries: int = operational(2, "times that a verifier that failed is asked again before the phase stops", ge=0)
+
+    def replay_rows(self) -> PhaseConfig:
+        """The replayed rows as those of a training phase, which is how their order is made and read."""
+        assert self.replay is not None
+        r = self.replay
+        batch = Batch(global_tokens=r.rows * r.sequence_length, micro_tokens=r.sequence_length)
+        return PhaseConfig(
+            mix=r.mix, sequence_length=r.sequence_length, batch=batch, steps=self.steps, optimizer=self.optimizer,
+            heldout=Heldout(every=self.steps, rows=1), release_checkpoint_every=self.steps,
+        )  # fmt: skip
+
+
+class PairPhase(Trainable):
+    """Learning from pairs of answers, of which a judge prefers one: length-normalised DPO, or a reward model."""
+
+    beta: float = Field(gt=0, description="how strongly a pair's margin is pulled apart")
+    pairs: PositiveInt = Field(description="pairs of one update")
+
+
+class RlTrainConfig(Config):
+    """What a stage of post-training is given: the recipe's sections, resolved."""
+
+    model: ModelConfig
+    phase: RlPhase
+    padded_vocab_size: PositiveInt
+    seed: int
+
+    @model_validator(mode="after")
+    def _possible(self) -> RlTrainConfig:
+        wrong = problem(self.phase.cluster, self.model, self.padded_vocab_size, [self.phase.cluster.data])
+        if wrong:
+            raise ValueError(wrong)
+        if self.phase.sampling.max_new_tokens >= self.model.context_length:
+            raise ValueError(
+                f"sampling.max_new_tokens = {self.phase.sampling.max_new_tokens} leaves no room for a question in "
+                f"model.context_length = {self.model.context_length}"
+            )
+        return self

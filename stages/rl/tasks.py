@@ -1,0 +1,180 @@
+"""Stage `tasks`: the questions of a reinforcement-learning phase, drawn before it begins and sealed as NeMo Gym rows.
+
+    atom run atom-tiny --until tasks-rlvr
+
+Tasks come in bins of one kind and level, from which the phase's curriculum draws. None asks what an evaluation item
+asks.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.errors import AtomError, RecipeError
+from pipeline.stage import Config, Estimate, Inputs, Report, Stage, operational
+from pipeline.store import Artifact, sha256_file
+from stages.data import courtesies, problems
+from stages.data.items import chat_rows, courtesy_row, texts_of
+from stages.data.recipe import spdx
+from stages.data.seeds import seed_of
+from stages.data.table import read_jsonl, write_jsonl
+from stages.rl.contracts import question, task_row
+
+if TYPE_CHECKING:
+    from stages.rl.contracts import Row
+
+VERSION = 1
+OWN = {"license": "Apache-2.0", "origin": "procedural"}
+
+
+class ProblemTasks(Config):
+    """The project's own procedural problems (stages/data/problems.py)."""
+
+    source: Literal["problems"]
+    task: str
+    levels: tuple[int, ...] = Field(min_length=1, description="difficulties, a bin each")
+    count: int = Field(ge=1, description="tasks of each level at most; easy levels may have fewer")
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, task: str) -> str:
+        if task not in problems.TASKS:
+            raise ValueError(f"unknown task {task}; known are {', '.join(sorted(problems.TASKS))}")
+        return task
+
+    def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
+        for level in self.levels:
+            rng = random.Random(seed_of(f"tasks/{self.task}/{level}", seed))
+            for n in range(self.count, 0, -1):
+                try:
+                    found = problems.distinct(self.task, n, rng, level, taken)
+                    break
+                except ValueError:
+                    continue
+            else:
+                raise RecipeError(f"task {self.task} has no problem of level {level} that is not an evaluation item")
+            for i, p in enumerate(found):
+                fields = {"question": p.question, "expected_answer": p.answer, **OWN}
+                yield task_row(f"{self.task}/{level}/{i:06d}", "exact", self.task, level, p.question, **fields)
+
+
+class CourtesyTasks(Config):
+    """Requests for a courteous note; what scores them is a judge of answers, by its verifier's name."""
+
+    source: Literal["courtesies"]
+    verifier: str = Field("courtesy", description="the judge: courtesy for the rules, reward-model for a trained one")
+    count: int = Field(ge=1)
+
+    def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
+        try:
+            found = courtesies.distinct(self.count, random.Random(seed_of("tasks/courtesies", seed)), heldout=False)
+        except ValueError as error:
+            raise RecipeError(f"tasks: {error}; ask for fewer") from None
+        for i, asked in enumerate(found):
+            yield courtesy_row(f"courtesy/{i:06d}", asked, self.verifier, **OWN)
+
+
+class ReasoningGymTasks(Config):
+    """A dataset of the package reasoning-gym, by its name; `settings` are its own."""
+
+    source: Literal["reasoning-gym"]
+    dataset: str
+    level: int = 1
+    settings: dict[str, Any] = Field(default_factory=dict)
+    count: int = Field(ge=1)
+
+    def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
+        from stages.rl.verifiers import reasoning_gym_rows
+
+        label = seed_of(f"tasks/{self.dataset}/{self.level}", seed) % 2**31
+        yield from reasoning_gym_rows(self.dataset, label, self.count, self.level, self.settings)
+
+
+class FileTasks(Config):
+    """Rows of a file in NeMo Gym's format, one JSON object a line."""
+
+    source: Literal["rows"]
+    path: str = operational(..., "where the file lies here; its digest, not the path, is identity")
+    digest: str = Field(pattern=r"^sha256:[0-9a-f]{64}$", description="SHA-256 of the file")
+    verifier: str
+    kind: str = Field(pattern=r"^[a-z][a-z0-9_-]*$")
+    level: int = 1
+    license: str
+    origin: str = Field(min_length=1)
+
+    @field_validator("license")
+    @classmethod
+    def _spdx(cls, value: str) -> str:
+        return spdx(value)
+
+    def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
+        path = Path(self.path)
+        if not path.is_file():
+            raise RecipeError(f"tasks: there is no file {path}; put it there, or correct tasks.path")
+        if (found := f"sha256:{sha256_file(path)}") != self.digest:
+            raise RecipeError(f"tasks: {path} has the digest {found}, not {self.digest}; restore it, or change digest")
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                row = json.loads(line)
+                question(row)
+            except (ValueError, LookupError, TypeError) as error:
+                raise AtomError(f"{path}, line {number}: not a row of NeMo Gym ({error!r}); mend it") from None
+            own = {"verifier": self.verifier, "kind": self.kind, "level": self.level}
+            yield {"license": self.license, "origin": self.origin, **row, **own, "id": f"{self.kind}/{number:06d}"}
+
+
+TaskSource = Annotated[ProblemTasks | CourtesyTasks | ReasoningGymTasks | FileTasks, Field(discriminator="source")]
+
+
+class TasksConfig(Config):
+    """Where the tasks of a phase come from, and the recipe's seed."""
+
+    sources: tuple[TaskSource, ...] = Field(min_length=1)
+    seed: int
+
+    @model_validator(mode="after")
+    def _distinct(self) -> TasksConfig:
+        bins = Counter(name for source in self.sources for name in bins_of(source))
+        twice = [name for name, count in bins.items() if count > 1]
+        if twice:
+            raise ValueError(f"tasks: two sources give {twice[0]}; give each kind and level once")
+        return self
+
+
+def bins_of(source: Any) -> list[str]:
+    """The bins that a source fills, as `<kind>/<level>`."""
+    if isinstance(source, ProblemTasks):
+        return [f"{source.task}/{level}" for level in source.levels]
+    if isinstance(source, CourtesyTasks):
+        return ["courtesy/1"]
+    return [f"{source.dataset if isinstance(source, ReasoningGymTasks) else source.kind}/{source.level}"]
+
+
+def run(config: TasksConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """Seals `tasks.jsonl`. inputs["items"]: what no task may ask. Raises RecipeError for a source that gives none."""
+    taken = {text for _, text in texts_of(inputs["items"])} | {question(row) for row in chat_rows(inputs["items"])}
+    rows = [row for source in config.sources for row in source.rows(config.seed, taken)]
+    kept = [row for row in rows if question(row) not in taken]
+    if len(rows) > len(kept):
+        report.note(f"{len(rows) - len(kept)} tasks ask what an evaluation item asks and were left out")
+    write_jsonl(out / "tasks.jsonl", kept)
+    for name, count in sorted(Counter(bin_of(row) for row in kept).items()):
+        report.note(f"{name}: {count} tasks")
+
+
+def bin_of(row: Row) -> str:
+    return f"{row['kind']}/{row['level']}"
+
+
+def read(artifact: Artifact) -> list[dict[str, Any]]:
+    return read_jsonl(artifact / "tasks.jsonl")
+
+
+STAGE = Stage("tasks", VERSION, TasksConfig, run, promise="bitwise", estimate=lambda config: Estimate(cpu_seconds=3))
