@@ -58,7 +58,7 @@ def matrix(corpus: Path, folder: Path) -> list[str]:
             (one,) = layouts.compare(corpus, {"one": {}}, 1, settings, folder / "one.json").values()
             for ranks, chosen in ((2, layouts.TWO), (4, layouts.FOUR)):
                 for name, steps in layouts.compare(corpus, chosen, ranks, settings, folder / "out.json").items():
-                    pairs = [(a[key], b[key]) for a, b in zip(steps, one, strict=True) for key in b]
+                    pairs = [(a[key], b[key]) for a, b in zip(steps, one, strict=True) for key in b if key != "share"]
                     rows[name].append(f"{checked(f'layout {name}', worst(*map(list, zip(*pairs, strict=True)))):.0e}")
     return lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
 
@@ -86,7 +86,7 @@ def drawn(folder: Path) -> list[str]:
             chosen = {json.dumps(layout): layout for layout in chance.sample(legal, min(DRAWN_LAYOUTS, len(legal)))}
             largest = 0.0
             for name, steps in layouts.compare(corpus, chosen, ranks, settings, folder / "out.json", steps=3).items():
-                pairs = [(a[key], b[key]) for a, b in zip(steps, one, strict=True) for key in b]
+                pairs = [(a[key], b[key]) for a, b in zip(steps, one, strict=True) for key in b if key != "share"]
                 largest = max(largest, checked(f"{ranks} ranks, {name}", worst(*map(list, zip(*pairs, strict=True)))))
             lines.append(f"| {seed} | {ranks} | {len(legal)} | {len(chosen)} | {largest:.0e} |")
     return ["| seed | ranks | possible | run | largest difference |", "|---|---|---|---|---|", *lines]

@@ -224,7 +224,7 @@ def test_a_twin_has_the_recipes_ratios_and_two_blocks(sizes: dict[str, Any] | No
         ({"seeds": 1}, "--seeds 1 shows no spread, so nothing could be concluded; use at least 2"),
         ({"bound": 0.0}, "--bound 0.0 is no relative deviation of a loss; use something like 0.0025"),
         ({"hidden": 33}, "--hidden 33 cannot be divided into heads of a size that FP8 takes; use 64"),
-        ({"layers": 0}, "--layers 0 leaves no layer with experts; use at least 1"),
+        ({"layers": 0}, "--layers 0 is no depth of a small twin; use 1 to 1000"),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
