@@ -43,7 +43,8 @@ def models(config: Any) -> dict[str, tuple[str, int | None]]:
     found: dict[str, tuple[str, int | None]] = {"init": ("pretrain", 0), "base": ("pretrain", None)}
     found["mid"] = ("midtrain", None)
     found |= {f"long-{n + 1}": (f"longcontext-{n + 1}", None) for n in range(len(config.long_context))}
-    return found | {name: (name, None) for name in ("sft", "rlvr") if getattr(config, name) is not None}
+    found |= {name: (name, None) for name in ("sft", "rlvr", "rlhf") if getattr(config, name) is not None}
+    return found | ({"online": ("online", None)} if config.rlhf and config.rlhf.online else {})
 
 
 @dataclass(frozen=True)
@@ -148,16 +149,34 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
         add(name, phase.stage, training, earlier, tokens="tokenize", order=f"order-{name}", **previous)
         previous = {"init": name}
 
-    if c.rlvr is not None:
-        trained_as["rlvr"] = (model, "float32" if c.rlvr.precision == "fp32" else "bfloat16")
-        add("tasks-rlvr", "tasks", {"sources": c.rlvr.tasks, "seed": c.seed}, items="items")
-        rl = {"model": model, "phase": c.rlvr, "padded_vocab_size": c.tokenizer.padded_vocab_size, "seed": c.seed}
-        given = {"tasks": "tasks-rlvr", "items": "items", "tokenizer": "tokenizer", **previous}
-        if replay := c.rlvr.replay:
-            order = {"phase": "rlvr", "mix": replay.mix, "sequence_length": replay.sequence_length, "seed": c.seed}
-            add("order-rlvr", "order", order | {"steps": c.rlvr.steps, "rows": replay.rows}, tokens="tokenize")
-            given |= {"tokens": "tokenize", "order": "order-rlvr"}
-        add("rlvr", "rlvr", rl, **given)
+    def post(
+        name: str, stage: str, phase: Any, asked: Any = (), more: Mapping[str, Any] | None = None, /, **given: str
+    ) -> None:
+        """A phase of post-training with its tasks and the order of what it replays."""
+        trained_as[name] = (model, "float32" if phase.precision == "fp32" else "bfloat16")
+        config = {"model": model, "phase": phase, "padded_vocab_size": c.tokenizer.padded_vocab_size, "seed": c.seed}
+        if asked:
+            add(f"tasks-{name}", "tasks", {"sources": asked, "seed": c.seed}, items="items")
+            given |= {"tasks": f"tasks-{name}", "items": "items"}
+        if replay := getattr(phase, "replay", None):
+            order = {"phase": name, "mix": replay.mix, "sequence_length": replay.sequence_length, "seed": c.seed}
+            add(f"order-{name}", "order", order | {"steps": phase.steps, "rows": replay.rows}, tokens="tokenize")
+            given |= {"tokens": "tokenize", "order": f"order-{name}"}
+        add(name, stage, config | dict(more or {}), tokenizer="tokenizer", **given)
+
+    if c.rlvr:
+        post("rlvr", "rlvr", c.rlvr, c.rlvr.tasks, {"name": "rlvr"}, **previous)
+        previous = {"init": "rlvr"}
+    if c.rlhf:
+        dpo, began = c.rlhf.dpo, previous
+        post("rlhf", "rlhf", dpo, (*dpo.preferences.tasks, *(dpo.skills.tasks if dpo.skills else ())), **began)
+        if c.rlhf.reward and c.rlhf.online:
+            post("reward", "reward", c.rlhf.reward, pairs="rlhf", **began)
+            made, dtype = trained_as["reward"]
+            export = {"model": made, "padded_vocab_size": c.tokenizer.padded_vocab_size, "dtype": dtype}
+            add("reward-model", "export", export, tokenizer="tokenizer", checkpoint="reward")
+            online = c.rlhf.online
+            post("online", "rlvr", online, online.tasks, {"name": "online"}, init="rlhf", reward="reward-model")
 
     for which, (name, step) in models(c).items():
         made, dtype = trained_as[name]

@@ -23,6 +23,8 @@ STAGES = {
     "sft": "stages.sft",
     "tasks": "stages.rl.tasks",
     "rlvr": "stages.rlvr",
+    "rlhf": "stages.rlhf",
+    "reward": "stages.reward",
     "export": "release.export",
     "evaluate": "stages.evaluate",
 }
@@ -35,11 +37,12 @@ SECTIONS = {
     "long_context": "stages.train.config:LongContext",
     "sft": "stages.train.config:PhaseConfig",
     "rlvr": "stages.rl.config:RlPhase",
+    "rlhf": "stages.rl.config:RlhfSection",
     "evaluation": "stages.evaluate:EvaluationSection",
     "release": "release.build:ReleaseSection",
 }
 
-OPTIONAL: dict[str, Any] = {"long_context": (), "sft": None, "rlvr": None}
+OPTIONAL: dict[str, Any] = {"long_context": (), "sft": None, "rlvr": None, "rlhf": None}
 """Sections that a recipe may leave out, with what then stands there."""
 
 DATA = "stages.data.recipe"

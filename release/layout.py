@@ -27,8 +27,8 @@ GATES = "evidence/gates.json"
 MODEL, BASE = "model", "model-base"
 MODEL_FOLDERS = (MODEL, BASE)
 PARTS = (*MODEL_FOLDERS, "dataset", "checkpoints")
-TRAINING = ("pretrain", "midtrain", "longcontext", "sft", "rlvr")
-EXPORTED = ("init", "base", "mid", "long", "sft", "rlvr")
+TRAINING = ("pretrain", "midtrain", "longcontext", "sft", "rlvr", "rlhf", "online")
+EXPORTED = ("init", "base", "mid", "long", "sft", "rlvr", "rlhf", "online")
 """Kinds of phases and of exported models, as `pipeline.graph` names them, in the order of training."""
 LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 CACHED = re.compile(r"(models|datasets)--.+")

@@ -1,4 +1,5 @@
-"""Reinforcement learning against verifiers (GRPO) on top of supervised fine-tuning.
+"""Reinforcement learning against verifiers (GRPO) on top of supervised fine-tuning; as the node `online`, against a
+trained reward model.
 
     atom run atom-tiny --until rlvr
 
@@ -18,7 +19,8 @@ VERSION = 1
 
 def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """inputs["init"]: the phase before, of which the last checkpoint's weights are taken; inputs["tasks"],
-    inputs["items"], inputs["tokenizer"]; with replay also inputs["tokens"] and inputs["order"].
+    inputs["items"], inputs["tokenizer"]; with replay also inputs["tokens"] and inputs["order"];
+    where tasks name the verifier reward-model, inputs["reward"], its export.
 
     Fills `out` with step-<n>/, training.jsonl, summary.json and rollouts.parquet.
     Raises what stages.rl.trainer.train raises.
@@ -26,7 +28,7 @@ def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Re
     from stages.rl.policy import Rlvr
     from stages.rl.trainer import train
 
-    train(Rlvr, "rlvr", config, inputs, work, out, report)
+    train(Rlvr, config.name, config, inputs, work, out, report)
 
 
 def estimate(config: RlTrainConfig) -> Estimate:

@@ -102,7 +102,7 @@ def _documents(
     found: Iterator[tuple[str, str, str] | str]
     if isinstance(reader, Problems):
         rng = random.Random(seed_of(f"problems/{source.name}", seed))
-        for i, problem in enumerate(draw(reader.tasks, reader.count, rng)):
+        for i, problem in enumerate(draw(reader.tasks, reader.count, rng, reader.levels)):
             text, prompt_chars = FORMS[reader.form](problem)
             yield f"{problem.task}/{i:07d}", text, problem.task, prompt_chars, None
         return

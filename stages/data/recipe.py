@@ -7,7 +7,7 @@ here, since `atom plan` needs the recipe and the digests of the source trees bef
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -81,16 +81,15 @@ class Problems(Config):
 
     reader: Literal["problems"]
     tasks: dict[str, float]
+    levels: dict[str, tuple[int, ...]] = added(
+        {}, "difficulties by task, each as likely as the other; else its default"
+    )
     form: Literal["plain", "worked"]
     count: int = Field(ge=1)
 
-    @field_validator("tasks")
-    @classmethod
-    def _known(cls, tasks: dict[str, float]) -> dict[str, float]:
-        unknown = sorted(set(tasks) - set(TASKS))
-        if unknown or not tasks or min(tasks.values()) <= 0:
-            raise ValueError(f"unknown or empty tasks {unknown}; known are {', '.join(sorted(TASKS))}, shares above 0")
-        return tasks
+    @model_validator(mode="after")
+    def _known(self) -> Problems:
+        return _known_tasks(self)
 
 
 assert set(FORMS) == {"plain", "worked"}
@@ -132,13 +131,20 @@ class ChatProblems(Config):
 
     @model_validator(mode="after")
     def _known(self) -> ChatProblems:
-        unknown = sorted({*self.tasks, *self.levels} - set(TASKS))
-        if unknown or not self.tasks or min(self.tasks.values()) <= 0:
-            known = ", ".join(sorted(TASKS))
-            raise ValueError(f"tasks = unknown or empty tasks {unknown}; known are {known}, shares above 0")
-        if any(not levels or min(levels) < 1 for levels in self.levels.values()):
-            raise ValueError("levels = a task without a level, or one below 1; leave the task out for its default")
-        return self
+        return _known_tasks(self)
+
+
+P = TypeVar("P", Problems, ChatProblems)
+
+
+def _known_tasks(reader: P) -> P:
+    unknown = sorted({*reader.tasks, *reader.levels} - set(TASKS))
+    if unknown or not reader.tasks or min(reader.tasks.values()) <= 0:
+        known = ", ".join(sorted(TASKS))
+        raise ValueError(f"tasks: unknown or empty tasks {unknown}; known are {known}, shares above 0")
+    if any(not levels or min(levels) < 1 for levels in reader.levels.values()):
+        raise ValueError("levels: a task without a level, or one below 1; leave the task out for its default")
+    return reader
 
 
 class Courtesies(Config):

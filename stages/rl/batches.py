@@ -31,13 +31,13 @@ def share(
 ) -> Share:
     """This rank's part of a set of rows. targets: what the engine divides the objective's sum by.
 
-    sort: by length, so that short rows are not padded to long ones; pairs must stay side by side and are not sorted. A
-    row of padding, where rows do not come out even, has 0 in everything.
+    sort: by length, so that short rows are not padded to long ones; pairs must stay side by side and are not sorted.
+    Where rows do not come out even, rows of padding follow them, with 0 in everything.
     """
     ordered = sorted(examples, key=lambda example: len(example.ids)) if sort else examples
     each = -(-len(ordered) // (micro_rows * ranks.data_ranks))
-    rows: list[Example | None] = [None] * (each * micro_rows * ranks.data_ranks - len(ordered))
-    rows += ordered
+    rows: list[Example | None] = [*ordered]
+    rows += [None] * (each * micro_rows * ranks.data_ranks - len(ordered))
     first = ranks.data_rank * each * micro_rows
     own = rows[first : first + each * micro_rows]
     same = ranks.layout.pipeline > 1  # its schedule sends tensors of one shape

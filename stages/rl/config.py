@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -53,12 +53,17 @@ class Trainable(Config):
     def fp8(self) -> bool:
         return self.precision not in ("fp32", "bf16")
 
+    @property
+    def all_updates(self) -> int:
+        """Updates of the weights, which the optimizer's schedule counts."""
+        return self.steps
+
     @model_validator(mode="after")
     def _short(self) -> Trainable:
-        if self.optimizer.warmup_steps >= self.steps:
+        if self.optimizer.warmup_steps >= self.all_updates:
             raise ValueError(
-                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of steps = {self.steps}; "
-                f"use at most {self.steps - 1}"
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of {self.all_updates} updates; "
+                f"use at most {self.all_updates - 1}"
             )
         if self.cluster.context > 1:
             raise ValueError(
@@ -100,29 +105,105 @@ class RlPhase(Trainable):
         )  # fmt: skip
 
 
-class PairPhase(Trainable):
-    """Learning from pairs of answers, of which a judge prefers one: length-normalised DPO, or a reward model."""
+class Asking(Config):
+    """Tasks of which some are asked in every round."""
 
+    tasks: tuple[TaskSource, ...] = Field(min_length=1)
+    count: PositiveInt = Field(description="tasks of one round")
+    samples: PositiveInt = Field(description="answers to each")
+
+
+class DpoPhase(Trainable):
+    """Rounds of learning from pairs: the policy answers, a judge scores, and of each question's answers the best is
+    preferred to the worst by length-normalised DPO (Tulu 3, arXiv 2411.15124), whose reference is the policy that drew
+    them. `steps` are the rounds; the optimizer's steps are updates, `updates` to a round."""
+
+    preferences: Asking = Field(description="what is asked, and who judges the answers")
+    skills: Asking | None = Field(None, description="verified tasks, whose right answers are an anchor")
+    sampling: Sampling
+    updates: PositiveInt = Field(description="updates of one round; its pairs are spread over them")
     beta: float = Field(gt=0, description="how strongly a pair's margin is pulled apart")
+    least_margin: float = Field(0.05, ge=0, description="difference of the judge's scores below which there is no pair")
+    anchor: float = Field(1.0, ge=0, description="weight of the mean loss of right answers, beside a pair's loss of 1")
+    validate_every: PositiveInt = Field(description="rounds between measurements on the validation items")
+    verifiers: dict[str, dict[str, Any]] = operational({}, "settings of verifiers by name, such as a server's url")
+    retries: int = operational(2, "times that a verifier that failed is asked again before the phase stops", ge=0)
+
+    @property
+    def all_updates(self) -> int:
+        return self.steps * self.updates
+
+    @model_validator(mode="after")
+    def _even(self) -> DpoPhase:
+        return _even(self)
+
+
+class RewardPhase(Trainable):
+    """A reward model from the pairs: the probability that `<|endoftext|>` follows an answer is its reward, trained by
+    the Bradley-Terry loss. It keeps the policy's architecture, so every runtime that loads the model loads it too."""
+
     pairs: PositiveInt = Field(description="pairs of one update")
+    heldout: float = Field(0.2, gt=0, lt=1, description="share of questions, by hash, whose pairs are not learnt from")
+    validate_every: PositiveInt = Field(description="updates between measurements on the held-out pairs")
+
+    @model_validator(mode="after")
+    def _even(self) -> RewardPhase:
+        return _even(self)
 
 
-class RlTrainConfig(Config):
+T = TypeVar("T", bound=Trainable)
+
+
+def _even(phase: T) -> T:
+    if phase.micro_rows % 2:
+        raise ValueError(f"micro_rows = {phase.micro_rows} would part the answers of a pair; use an even number")
+    return phase
+
+
+class RlhfSection(Config):
+    """Learning from preferences: DPO on pairs; then, if so, a reward model of these pairs and GRPO against it."""
+
+    dpo: DpoPhase
+    reward: RewardPhase | None = None
+    online: RlPhase | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> RlhfSection:
+        if (self.reward is None) != (self.online is None):
+            raise ValueError("reward and online belong together: the one is trained for the other; give both or none")
+        return self
+
+
+class PostConfig(Config):
     """What a stage of post-training is given: the recipe's sections, resolved."""
 
     model: ModelConfig
-    phase: RlPhase
+    phase: Any
     padded_vocab_size: PositiveInt
     seed: int
 
     @model_validator(mode="after")
-    def _possible(self) -> RlTrainConfig:
+    def _possible(self) -> PostConfig:
         wrong = problem(self.phase.cluster, self.model, self.padded_vocab_size, [self.phase.cluster.data])
         if wrong:
             raise ValueError(wrong)
-        if self.phase.sampling.max_new_tokens >= self.model.context_length:
+        sampling = getattr(self.phase, "sampling", None)
+        if sampling and sampling.max_new_tokens >= self.model.context_length:
             raise ValueError(
-                f"sampling.max_new_tokens = {self.phase.sampling.max_new_tokens} leaves no room for a question in "
+                f"sampling.max_new_tokens = {sampling.max_new_tokens} leaves no room for a question in "
                 f"model.context_length = {self.model.context_length}"
             )
         return self
+
+
+class RlTrainConfig(PostConfig):
+    name: Literal["rlvr", "online"] = "rlvr"
+    phase: RlPhase
+
+
+class DpoTrainConfig(PostConfig):
+    phase: DpoPhase
+
+
+class RewardTrainConfig(PostConfig):
+    phase: RewardPhase

@@ -1,23 +1,23 @@
-"""Verifiers by name, and the judges of answers to which no rule has one right answer."""
+"""Verifiers by name, and the judges of answers to which no rule has one right answer: rules, or a reward model.
+
+A judge is a verifier: it gives each answer a reward, and of two answers prefers the one with the higher.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import RecipeError
 from pipeline.stage import Inputs
-from stages.data import courtesies
-from stages.rl.contracts import Parts, Response, Row, Verifier
+from pipeline.store import Artifact
+from stages.data import chat, courtesies
+from stages.rl.contracts import Parts, Response, Row, Verifier, question
 
+if TYPE_CHECKING:
+    from stages.rl.answers import Chat
 
-class Exact:
-    name, version, runs_code = "exact", "1", False
-
-    def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
-        return [{"reward": float(r.finished and r.answer == row["expected_answer"])} for row, r in answers]
-
-    def close(self) -> None:
-        return None
+ROWS = 64
 
 
 class Courtesy:
@@ -37,9 +37,66 @@ class Courtesy:
         """Nothing is held."""
 
 
-MADE: dict[str, type[Any]] = {"exact": Exact, "courtesy": Courtesy}
+class RewardModel:
+    """A trained judge: an exported model in whose eyes `<|endoftext|>` follows an answer with a certain probability,
+    which is the reward."""
+
+    name, runs_code = "reward-model", False
+
+    def __init__(self, artifact: Artifact, chat: Chat) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        folder = artifact / "model"
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        self.chat, self.version = chat, artifact.key
+
+    def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
+        import torch
+
+        rows = [judged(self.chat, question(row), r.text, r.finished)[:-1] for row, r in answers]
+        limit = self.model.config.max_position_embeddings
+        found: list[float] = [0.0] * len(rows)
+        order = sorted((i for i in range(len(rows)) if len(rows[i]) <= limit), key=lambda i: (len(rows[i]), i))
+        for start in range(0, len(order), ROWS):
+            some = order[start : start + ROWS]
+            last = torch.tensor([len(rows[i]) - 1 for i in some])
+            width = int(last.max()) + 1
+            ids = torch.tensor([[*rows[i], *[self.chat.pad] * (width - len(rows[i]))] for i in some])
+            with torch.inference_mode():
+                logits = self.model(ids).logits[torch.arange(len(some)), last]
+            chances = torch.softmax(logits.double(), -1)[:, self.chat.end].tolist()
+            for i, chance in zip(some, chances, strict=True):
+                found[i] = chance if answers[i][1].finished else 0.0
+        return [{"reward": chance} for chance in found]
+
+    def close(self) -> None:
+        del self.model
 
 
-def verifiers_of(rows: Sequence[Row], inputs: Inputs, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Verifier]:
+def judged(chat_: Chat, asked: str, text: str, finished: bool) -> list[int]:
+    """The ids of a question and an answer in the template, and the token whose probability is the answer's reward."""
+    ids = chat_.tokenizer.encode(
+        chat.render([{"role": "user", "content": asked}], ask=True), add_special_tokens=False
+    ).ids
+    ids += chat_.tokenizer.encode(text, add_special_tokens=False).ids
+    return [*ids, *([chat_.turn_end] if finished else []), chat_.end]
+
+
+def verifiers_of(
+    rows: Sequence[Row], inputs: Inputs, chat: Chat, settings: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Verifier]:
     """The verifiers that these tasks name. Raises RecipeError for a name that is none."""
-    return {str(name): MADE[name]() for name in sorted({row["verifier"] for row in rows})}
+    from stages.rl.verifiers import verifier
+
+    made: dict[str, Verifier] = {}
+    for name in sorted({str(row["verifier"]) for row in rows}):
+        if name == Courtesy.name:
+            made[name] = Courtesy()
+        elif name == RewardModel.name:
+            if "reward" not in inputs:
+                raise RecipeError("tasks name the verifier reward-model, which only rlhf.online has; use another judge")
+            made[name] = RewardModel(inputs["reward"], chat)
+        else:
+            made[name] = verifier(name, **settings.get(name, {}))
+    return made

@@ -36,7 +36,7 @@ class Policy:
     """The engine's weights in a sampler's hands, with the chat template and the verifiers around it. Rank 0 alone calls
     all but `load`."""
 
-    def __init__(self, config: Any, inputs: Inputs, engine: Engine, report: Report, work: Path) -> None:
+    def __init__(self, config: Any, inputs: Inputs, engine: Engine, report: Report) -> None:
         self.config, self.engine, self.report = config, engine, report
         self.chat = answers.Chat(inputs["tokenizer"])
         self.sampler: Sampler | None = None
@@ -46,7 +46,7 @@ class Policy:
             made = hf.hf_config(model, self.chat.vocab_size, self.chat.end, self.chat.pad, "float32")
             self.sampler = InProcess(made, self.chat.stops, sampling.max_new_tokens, sampling.temperature)
             rows = [*tasks.read(inputs["tasks"]), *chat_rows(inputs["items"])]
-            made_verifiers = verifiers_of(rows, inputs, config.phase.verifiers)
+            made_verifiers = verifiers_of(rows, inputs, self.chat, config.phase.verifiers)
             self.verifiers = answers.Verifiers(made_verifiers, config.phase.retries, report)
 
     def load(self) -> str:
@@ -150,7 +150,7 @@ class Rlvr(Trainer):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         phase: RlPhase = self.phase
-        self.policy = Policy(self.config, self.inputs, self.engine, self.report, self.work)
+        self.policy = Policy(self.config, self.inputs, self.engine, self.report)
         self.files = Answers(self.work / "rollouts", self.report)
         rows = tasks.read(self.inputs["tasks"])
         self.by_id = {row["id"]: row for row in rows}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -155,6 +155,11 @@ def bins_of(source: Any) -> list[str]:
     if isinstance(source, CourtesyTasks):
         return ["courtesy/1"]
     return [f"{source.dataset if isinstance(source, ReasoningGymTasks) else source.kind}/{source.level}"]
+
+
+def kinds_of(sources: Iterable[Any]) -> set[str]:
+    """The kinds of tasks that sources give."""
+    return {name.rsplit("/", 1)[0] for source in sources for name in bins_of(source)}
 
 
 def run(config: TasksConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

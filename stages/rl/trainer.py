@@ -109,7 +109,8 @@ class Trainer:
         return look
 
     def rate(self, step: int) -> float:
-        return learning_rate(step, self.phase.steps, self.phase.optimizer)
+        """The learning rate of an update."""
+        return learning_rate(step, self.phase.all_updates, self.phase.optimizer)
 
     @staticmethod
     def told(figures: StepFigures, lr: float) -> dict[str, Any]:
@@ -154,7 +155,7 @@ class Trainer:
             "tokens": self.tokens,
             "seed": self.config.seed,
             "optimizer_step": self.engine.step_done,
-            "lr": self.rate(step) if step else 0.0,
+            "lr": self.rate(self.engine.step_done) if self.engine.step_done else 0.0,
             "rng": "not used: every answer has a seed of its own, which follows from the recipe's",
             "config": identity(self.config),
             "rl": self.state(),

@@ -204,12 +204,16 @@ class Engine:
 
     def evaluate(self, share: Share) -> float:
         """Mean loss over the targets of any rows; nothing is changed."""
+        return self.figures(share, cross_entropy)[0]
+
+    def figures(self, share: Share, objective: Objective) -> tuple[float, dict[str, float]]:
+        """An objective's mean and figures over any rows; nothing is changed."""
         for chunk in self.ddp:
             chunk.eval()
         with torch.no_grad():
-            loss, _ = self._run(share, forward_only=True, objective=cross_entropy)
+            found = self._run(share, forward_only=True, objective=objective)
         balance.take()
-        return loss
+        return found
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The full tensors that the model computes with, by global name, on rank 0; others give none. On CPU; of

@@ -1,0 +1,302 @@
+"""Learning from pairs of answers: rounds of DPO on what the policy itself answers, and a reward model of the pairs."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import AtomError
+from pipeline.store import Artifact
+from stages.data.items import chat_rows
+from stages.data.seeds import seed_of
+from stages.data.table import read_table, write_rows
+from stages.rl import answers, losses, rollouts, tasks
+from stages.rl.batches import Example, share
+from stages.rl.config import Asking, DpoPhase, RewardPhase
+from stages.rl.contracts import Row, question
+from stages.rl.curriculum import Curriculum, CurriculumConfig
+from stages.rl.judges import judged
+from stages.rl.policy import Answers, Policy
+from stages.rl.rollouts import Rollout
+from stages.rl.trainer import Trainer
+from stages.train.data import Batch
+from stages.train.engine import Objective
+
+PAIRS = {
+    "round": "int32",
+    "task": "string",
+    "question": "string",
+    "chosen": "string",
+    "rejected": "string",
+    "chosen_finished": "bool",
+    "rejected_finished": "bool",
+    "chosen_sample": "int32",
+    "rejected_sample": "int32",
+    "chosen_reward": "double",
+    "rejected_reward": "double",
+    "judge": "string",
+    "judge_version": "string",
+    "policy": "string",
+}
+
+
+class Dpo(Trainer):
+    """Rounds: answers are drawn and judged, pairs made, and learnt from in a few updates."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        phase: DpoPhase = self.phase
+        self.policy = Policy(self.config, self.inputs, self.engine, self.report)
+        self.files = Answers(self.work / "rollouts", self.report)
+        rows = tasks.read(self.inputs["tasks"])
+        self.by_id = {row["id"]: row for row in rows}
+        seed, anywhere = self.config.seed, CurriculumConfig(floor=1.0)  # no bin is preferred
+        liked = set(tasks.kinds_of(phase.preferences.tasks))
+        self.asked = Curriculum(anywhere, [r for r in rows if r["kind"] in liked], f"{self.name}/ask", seed)
+        self.skills = None
+        if phase.skills is not None:
+            own = [row for row in rows if row["kind"] not in liked]
+            self.skills = Curriculum(anywhere, own, f"{self.name}/skills", seed)
+        kinds = {row["kind"] for row in rows}
+        items = chat_rows(self.inputs["items"])
+        self.validation = [row for row in items if row["split"] == "validation" and row["kind"] in kinds]
+
+    def state(self) -> dict[str, Any]:
+        return {"asked": self.asked.state, "skills": self.skills.state if self.skills else None}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.asked.load(state["asked"])
+        if self.skills:
+            self.skills.load(state["skills"])
+
+    def measure(self, step: int) -> dict[str, Any] | None:
+        if step % self.phase.validate_every and step != self.phase.steps:
+            return None
+        self.policy.load()
+        found = self.policy.validate(self.validation) if self.first and self.validation else {}
+        if self.first:
+            self.report.metric(step, **{f"validation_{kind}": value for kind, value in found.items()})
+        return {"validation": found} if found else None
+
+    def step(self, step: int) -> dict[str, Any]:
+        digest = self.policy.load()
+        found, state = self.engine.ranks.from_first(self._draw(step, digest) if self.first else ([], None))
+        self.restore(state or self.state())
+        groups = grouped([r for r in found if r.wave == 0])
+        pairs = [pair for own in groups if (pair := best_and_worst(own, self.phase.least_margin))]
+        right = [r for r in found if r.wave == 1 and not r.dropped]
+        judged_ = [r for r in found if r.wave == 0]
+        told: dict[str, Any] = {
+            "reward": sum(r.reward for r in judged_) / len(judged_),
+            "pairs": len(pairs),
+            "anchors": len(right),
+            "answers": len(found),
+            "policy": digest,
+        }
+        if len(pairs) < self.phase.updates:
+            return told | {"idle": True}
+        rng = random.Random(seed_of(f"{self.name}/round/{step}", self.config.seed))
+        rng.shuffle(pairs)
+        rng.shuffle(right)
+        for number in range(self.phase.updates):
+            some = pairs[number :: self.phase.updates]
+            told |= self._update(step, number, some, right[number :: self.phase.updates])
+        return told
+
+    def _update(
+        self, step: int, number: int, pairs: Sequence[tuple[Rollout, Rollout]], right: Sequence[Rollout]
+    ) -> dict[str, Any]:
+        """One update; answers' log-probabilities when they were drawn are those of the reference."""
+        tokens = sum(len(r.ids) for r in right)
+        weight = self.phase.anchor * len(pairs) / tokens if tokens else 0.0
+        examples = [_example(r, pair=1.0, anchor=0.0) for pair in pairs for r in pair]
+        examples += [_example(r, pair=0.0, anchor=weight) for r in right]
+        self.tokens += sum(len(e.ids) - e.start for e in examples)
+        each = share(examples, self.phase.micro_rows, self.engine.ranks, self.policy.chat.pad, len(pairs), sort=False)
+        lr = self.rate((step - 1) * self.phase.updates + number + 1)
+        figures = self.engine.step(each, lr, self.judge(step), objective=dpo(self.phase.beta))
+        more = figures.more
+        return self.told(figures, lr) | {
+            "pair_loss": (figures.loss * len(pairs) - more["anchor"]) / len(pairs),
+            "pair_accuracy": more["accuracy"] / len(pairs),
+            "pair_margin": more["margin"] / len(pairs),
+            "anchor_loss": more["anchor"] / len(pairs),
+        }
+
+    def _draw(self, step: int, digest: str) -> tuple[list[Rollout], dict[str, Any]]:
+        """The answers of a round and the state after them. Of rank 0."""
+        found = self._ask(step, 0, digest, self.asked, self.phase.preferences)
+        chosen = {
+            (r.task, r.sample) for own in grouped(found) for r in best_and_worst(own, self.phase.least_margin) or ()
+        }
+        found = [replace(r, dropped="" if (r.task, r.sample) in chosen else "between") for r in found]
+        self.files.keep(step, 0, found)
+        if self.skills is not None:
+            right = self._ask(step, 1, digest, self.skills, self.phase.skills)
+            right = [replace(r, dropped="" if r.reward == 1 and r.finished else "wrong") for r in right]
+            self.files.keep(step, 1, right)
+            found += right
+        return found, self.state()
+
+    def _ask(self, step: int, wave: int, digest: str, source: Curriculum, asking: Asking) -> list[Rollout]:
+        rows = source.draw(asking.count, step, wave)
+        label = f"{self.name}/answer/{step}/{wave}"
+        asked = [
+            (row, seed_of(f"{label}/{group}/{sample}", self.config.seed))
+            for group, row in enumerate(rows)
+            for sample in range(asking.samples)
+        ]
+        found = self.files.once(step, wave, digest, asked, self.policy)
+        return [replace(r, group=i // asking.samples, sample=i % asking.samples) for i, r in enumerate(found)]
+
+    def fill(self, out: Path) -> dict[str, Any]:
+        count = rollouts.join(self.files.all(), out / "rollouts.parquet")
+        rows = []
+        for path in self.files.all():
+            found = [r for r in rollouts.read(path) if r.wave == 0]
+            for own in grouped(found):
+                if pair := best_and_worst(own, self.phase.least_margin):
+                    rows.append(pair_row(self.by_id[own[0].task], *pair))
+        write_rows(out / "pairs.parquet", PAIRS, rows)
+        lines = self.log.lines()
+        validated = [{"step": x["step"], **x["validation"]} for x in lines if "validation" in x]
+        rewards = [x["reward"] for x in lines if "reward" in x]
+        told = {"reward": {"first": rewards[0], "last": rewards[-1]}, "validation": validated}
+        return {"answers": count, "pairs": len(rows), **told}
+
+    def close(self) -> None:
+        self.policy.close()
+
+
+def grouped(found: Sequence[Rollout]) -> list[list[Rollout]]:
+    """The answers to each task of a round."""
+    groups: dict[int, list[Rollout]] = {}
+    for r in found:
+        groups.setdefault(r.group, []).append(r)
+    return list(groups.values())
+
+
+def best_and_worst(own: Sequence[Rollout], least: float) -> tuple[Rollout, Rollout] | None:
+    """The best answer, which must have ended, and the worst, if their rewards differ enough. Of equals the first."""
+    ended = [r for r in own if r.finished]
+    if not ended:
+        return None
+    best, worst = max(ended, key=lambda r: r.reward), min(own, key=lambda r: r.reward)
+    return (best, worst) if best.reward - worst.reward > least else None
+
+
+def pair_row(row: Row, chosen: Rollout, rejected: Rollout) -> dict[str, Any]:
+    """A row of pairs.parquet: two answers, and where they and their order come from."""
+    out: dict[str, Any] = {
+        "round": chosen.step,
+        "task": chosen.task,
+        "question": question(row),
+        "judge": chosen.verifier,
+        "judge_version": chosen.verifier_version,
+        "policy": chosen.policy,
+    }
+    for which, r in (("chosen", chosen), ("rejected", rejected)):
+        named = {"": r.text, "_finished": r.finished, "_sample": r.sample, "_reward": r.reward}
+        out |= {which + name: value for name, value in named.items()}
+    return out
+
+
+def _example(r: Rollout, pair: float, anchor: float) -> Example:
+    tokens = {"reference": r.logprobs, "anchor": [anchor] * len(r.ids)}
+    return Example([*r.prompt_ids, *r.ids], len(r.prompt_ids), {"pair": pair}, tokens)
+
+
+def dpo(beta: float) -> Objective:
+    """The loss of the pairs and, weighted as they say, of the right answers."""
+
+    def compute(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        own = batch.more["pair"] > 0
+        total, figures = losses.dpo_loss(-cross_entropy[own], batch.more["reference"][own], batch.loss_mask[own], beta)
+        anchored = (cross_entropy * batch.more["anchor"]).sum()
+        return total + anchored, figures | {"anchor": anchored.detach()}
+
+    return compute
+
+
+class Reward(Trainer):
+    """A reward model: the pairs of a round-based phase, learnt by the Bradley-Terry loss."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        phase: RewardPhase = self.phase
+        self.chat = answers.Chat(self.inputs["tokenizer"])
+        rows = read_pairs(self.inputs["pairs"])
+        self.heldout = [row for row in rows if _lot(row["question"]) < phase.heldout]
+        self.pairs = [row for row in rows if _lot(row["question"]) >= phase.heldout]
+        if not self.pairs or not self.heldout:
+            raise AtomError(
+                f"{self.name}: {len(self.pairs)} pairs to learn from and {len(self.heldout)} held out are too few; "
+                "draw more in rlhf.dpo"
+            )
+
+    def step(self, step: int) -> dict[str, Any]:
+        count = self.phase.pairs
+        some = []
+        for number in range((step - 1) * count, step * count):
+            epoch, place = divmod(number, len(self.pairs))
+            order = list(range(len(self.pairs)))
+            random.Random(seed_of(f"{self.name}/epoch {epoch}", self.config.seed)).shuffle(order)
+            some.append(self.pairs[order[place]])
+        examples = self._examples(some)
+        self.tokens += sum(len(e.ids) for e in examples)
+        lr = self.rate(step)
+        figures = self.engine.step(self._share(examples), lr, self.judge(step), objective=bradley_terry)
+        return self.told(figures, lr) | {"pair_accuracy": figures.more["accuracy"] / count}
+
+    def measure(self, step: int) -> dict[str, Any] | None:
+        if step % self.phase.validate_every and step != self.phase.steps:
+            return None
+        loss, figures = self.engine.figures(self._share(self._examples(self.heldout)), bradley_terry)
+        found = {"heldout_accuracy": figures["accuracy"] / len(self.heldout), "heldout_loss": loss}
+        if self.first:
+            self.report.metric(step, **found)
+        return found
+
+    def fill(self, out: Path) -> dict[str, Any]:
+        measured = [x for x in self.log.lines() if "heldout_accuracy" in x]
+        last = measured[-1]["heldout_accuracy"]
+        spread = (last * (1 - last) / len(self.heldout)) ** 0.5
+        return {
+            "pairs": len(self.pairs),
+            "heldout_pairs": len(self.heldout),
+            "heldout_accuracy": {"first": measured[0]["heldout_accuracy"], "last": last, "se": spread},
+        }
+
+    def _examples(self, pairs: Sequence[dict[str, Any]]) -> list[Example]:
+        found = []
+        for row in pairs:
+            for which in ("chosen", "rejected"):
+                ids = judged(self.chat, row["question"], row[which], row[f"{which}_finished"])
+                found.append(Example(ids, len(ids) - 1))
+        return found
+
+    def _share(self, examples: list[Example]) -> Any:
+        pad, rows = self.chat.pad, self.phase.micro_rows
+        return share(examples, rows, self.engine.ranks, pad, len(examples) // 2, sort=False)
+
+
+def bradley_terry(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of pairs whose score is the log-probability of one token after the answer."""
+    own = batch.loss_mask.any(1)
+    return losses.dpo_loss(-cross_entropy[own], None, batch.loss_mask[own], 1.0)
+
+
+def read_pairs(artifact: Artifact) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_table(artifact / "pairs.parquet").to_pylist()
+    return rows
+
+
+def _lot(question: str) -> float:
+    """A number in [0, 1) that follows from the question alone."""
+    return int(hashlib.sha256(question.encode()).hexdigest()[:8], 16) / 2**32
