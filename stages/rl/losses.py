@@ -1,0 +1,139 @@
+"""The losses of reinforcement learning and of preference learning: pure functions of tensors, held to TRL's in tests.
+
+Log-probabilities are of the tokens that were drawn, [rows, width], one row a completion; a mask of the same shape is
+true where a token counts. What stands under a false mask, even NaN, changes neither loss nor gradient. Losses and
+figures are sums in fp32, so that micro-batches and ranks add up; who calls divides by the whole batch's count. A figure
+whose name begins with `max_` combines by the maximum instead.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn.functional import logsigmoid
+
+Figures = dict[str, torch.Tensor]
+
+
+def zero_variance(rewards: torch.Tensor) -> torch.Tensor:
+    """[groups]: whether all samples of a group earned the same, so that it carries no signal. rewards: [groups,
+    samples]."""
+    return (rewards == rewards[:, :1]).all(1)
+
+
+def advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """Rewards [groups, samples] less the mean of their group; not divided by its standard deviation, which would favour
+    groups of nearly equal rewards (Dr. GRPO, arXiv 2503.20783)."""
+    rewards = rewards.float()
+    centred = rewards - rewards.mean(1, keepdim=True)
+    # The rounded mean of equal rewards need not be that reward; no signal must stay none.
+    return centred.masked_fill(zero_variance(rewards)[:, None], 0.0)
+
+
+def without_unfinished(mask: torch.Tensor, finished: torch.Tensor) -> torch.Tensor:
+    """The mask [rows, width] less the rows of completions that were cut off: their reward says nothing of what they
+    would have come to (overlong filtering, DAPO, arXiv 2503.14476). finished: [rows]."""
+    return mask.bool() & finished.bool()[:, None]
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    sampler_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    tis_cap: float = 2.0,
+    old_logprobs: torch.Tensor | None = None,
+    kl: float = 0.0,
+    reference_logprobs: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Figures]:
+    """The sum of the tokens' losses, and figures.
+
+    PPO's clipped surrogate by token, with the wider upper clip of DAPO (arXiv 2503.14476); divided by the unmasked
+    tokens of the whole batch it is DAPO's token-level loss. The ratio is to `old_logprobs`, the trainer's before the
+    first update on this batch (None: this is the first update). As the sampler's distribution is not quite the
+    trainer's, each token is weighted by min(exp(old - sampler), tis_cap): truncated importance sampling
+    (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). `kl` times the k3
+    estimate of KL(policy || reference) (joschu.net/blog/kl-approx.html) is added if not 0, unweighted.
+
+    logprobs (with gradient), sampler_logprobs, old_logprobs, reference_logprobs, mask: [rows, width]. advantages:
+    [rows], or [rows, width] where they differ by token.
+    Figures: `tokens`; `clipped`, tokens whose gradient the clip stopped; `ratio`; `weight` and `truncated`, tokens at
+    the cap; `sampler_gap` and `max_sampler_gap`, |old - sampler|; `sampler_kl`, k3 of KL(sampler || old); `kl` if asked
+    for.
+    Raises ValueError if `kl` is asked for without a reference.
+    """
+    if kl and reference_logprobs is None:
+        raise ValueError("a KL penalty needs the reference's log-probabilities")
+    mask = mask.bool()
+    now = _masked(logprobs, mask)
+    old = now.detach() if old_logprobs is None else _masked(old_logprobs, mask).detach()
+    gap = old - _masked(sampler_logprobs, mask).detach()
+    weight = gap.exp().clamp(max=tis_cap)
+    gain = (advantages if advantages.dim() == 2 else advantages[:, None]).float()
+    ratio = (now - old).exp()
+    plain, clipped = ratio * gain, ratio.clamp(1 - clip_low, 1 + clip_high) * gain
+    loss = -torch.minimum(plain, clipped) * weight
+    figures = {
+        "tokens": mask,
+        "clipped": clipped < plain,
+        "ratio": ratio,
+        "weight": weight,
+        "truncated": gap > math.log(tis_cap),
+        "sampler_gap": gap.abs(),
+        "sampler_kl": gap.expm1() - gap,
+    }
+    if kl and reference_logprobs is not None:
+        away = _masked(reference_logprobs, mask).detach() - now
+        figures["kl"] = away.expm1() - away
+        loss = loss + kl * figures["kl"]
+    sums = {name: (figure.detach().float() * mask).sum() for name, figure in figures.items()}
+    sums["max_sampler_gap"] = (gap.abs() * mask).amax() if gap.numel() else gap.new_zeros(())
+    return torch.where(mask, loss, 0.0).sum(), sums
+
+
+def dpo_loss(
+    logprobs: torch.Tensor,
+    reference_logprobs: torch.Tensor | None,
+    mask: torch.Tensor,
+    beta: float,
+    *,
+    margin: float = 0.0,
+) -> tuple[torch.Tensor, Figures]:
+    """The sum over pairs of -log sigmoid(beta * (score of chosen - score of rejected) - margin), and figures.
+
+    Rows 2i and 2i + 1 are the chosen and the rejected answer of a pair. A row's score is the mean over its tokens of
+    log-probability less the reference's: length-normalised DPO (Tulu 3, arXiv 2411.15124). With no reference it is
+    SimPO's loss with its target margin (arXiv 2405.14734), and for rows of one column that hold a reward model's score,
+    with beta 1, the Bradley-Terry loss (arXiv 2203.02155).
+
+    logprobs (with gradient), reference_logprobs, mask: [2 * pairs, width]. A row without tokens scores 0.
+    Figures: `pairs`; `accuracy`, pairs whose chosen answer scores higher; `margin`, beta times the difference; `chosen`
+    and `rejected`, beta times the scores.
+    Raises ValueError if the rows are no pairs.
+    """
+    if len(logprobs) % 2:
+        raise ValueError(f"{len(logprobs)} rows are not pairs of a chosen and a rejected answer")
+    mask = mask.bool()
+    score = _masked(logprobs, mask)
+    if reference_logprobs is not None:
+        score = score - _masked(reference_logprobs, mask).detach()
+    chosen, rejected = (beta * score.sum(1) / mask.sum(1).clamp(min=1)).view(-1, 2).unbind(1)
+    apart = chosen - rejected
+    figures = {
+        "pairs": torch.ones_like(apart),
+        "accuracy": apart > 0,
+        "margin": apart,
+        "chosen": chosen,
+        "rejected": rejected,
+    }
+    sums = {name: figure.detach().float().sum() for name, figure in figures.items()}
+    return -logsigmoid(apart - margin).sum(), sums
+
+
+def _masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """In fp32, and 0 under a false mask: NaN times 0 would be NaN, in the gradient too."""
+    return torch.where(mask, values.float(), 0.0)

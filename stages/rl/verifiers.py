@@ -1,0 +1,184 @@
+"""The verifiers by name. Each scores an answer of any kind; none gives credit to one that is not finished.
+
+Every part is in [0, 1] unless a server of others says otherwise, and each verifier gives the same parts to all answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pipeline.errors import AtomError
+from stages.rl.contracts import Parts, Response, Row, Verifier, VerifierFailed
+from stages.rl.gym_server import GymServer
+from stages.rl.instructions import followed
+from stages.rl.judge import Judges
+from stages.rl.judge_worker import boxed
+
+
+class Exact:
+    """The project's own tasks: the answer, or what follows its last colon, is the expected one but for white space.
+
+    Row: expected_answer.
+    """
+
+    name = "exact"
+    version = "1"
+    runs_code = False
+
+    def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
+        return [self._parts(row, response) for row, response in answers]
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+    def _parts(self, row: Row, response: Response) -> Parts:
+        expected = " ".join(str(row.get("expected_answer", "")).split())
+        if not expected:
+            raise VerifierFailed(f"verifier exact, row {row.get('id')}: no expected_answer; fix the row or drop it")
+        given = " ".join(response.answer.split())
+        right = given == expected or given.endswith((f":{expected}", f": {expected}"))
+        return {"reward": float(right and response.finished), "finished": float(response.finished)}
+
+
+class Instructions:
+    """Constraints that a program can check (IFEval, arXiv 2311.07911), see `instructions.CHECKS`.
+
+    Row, as NeMo Gym's instruction_following: instruction_id_list, and kwargs, a set of arguments for each.
+    `reward` is 1 if all are followed, `fraction` the share that is.
+    """
+
+    name = "instructions"
+    version = "1"
+    runs_code = False
+
+    def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
+        return [self._parts(row, response) for row, response in answers]
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+    def _parts(self, row: Row, response: Response) -> Parts:
+        try:
+            found = followed(response.answer, row["instruction_id_list"], row["kwargs"])
+        except (KeyError, ValueError) as error:
+            said = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            raise VerifierFailed(
+                f"verifier instructions, row {row.get('id')}: {said}; fix the row or drop it"
+            ) from error
+        if not response.finished:
+            return {"reward": 0.0, "fraction": 0.0, "finished": 0.0}
+        return {"reward": float(all(found)), "fraction": sum(found) / len(found), "finished": 1.0}
+
+
+class Judged:
+    """A verifier whose package parses answers, so that it works in processes with limits (see `judge`).
+
+    seconds: processor time for one answer, whole ones. Parts: `reward`, `finished`, `unreadable`.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    fields: tuple[str, ...]
+    runs_code = False
+
+    def __init__(self, seconds: int = 5) -> None:
+        self.version = " ".join(["1", *(f"{package} {_version(package)}" for package in self.packages)])
+        self._judges = Judges(self.name, self.fields, self.probe, seconds)
+
+    def probe(self, row: Row) -> str:
+        """A right answer to the row, as a model would write it."""
+        raise NotImplementedError
+
+    def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
+        return self._judges.score(answers)
+
+    def close(self) -> None:
+        self._judges.close()
+
+
+class MathVerify(Judged):
+    """Mathematical equality by math-verify. Row, as NeMo Gym's math_with_judge: question, expected_answer."""
+
+    name = "math-verify"
+    packages = ("math-verify", "latex2sympy2_extended", "sympy")
+    fields = ("expected_answer",)
+
+    def probe(self, row: Row) -> str:
+        return boxed(str(row["expected_answer"]))
+
+
+class ReasoningGym(Judged):
+    """The score that a dataset of reasoning_gym gives. Row, as NeMo Gym's reasoning_gym: question, answer, metadata.
+
+    Datasets whose own answers do not get full marks here are refused; `rows` says so before a run does. In 0.1.25 they
+    evaluate the answer as Python (bitwise_arithmetic, countdown, puzzle24, number_sorting, polynomial_multiplication,
+    the two integrations), have no answer in the row (boxnet, graph_color, propositional_logic, rubiks_cube, rush_hour),
+    lose by JSON (arc_agi, rearc), or give any answer full marks (game_of_life_halting).
+    """
+
+    name = "reasoning-gym"
+    packages = ("reasoning-gym",)
+    fields = ("question", "answer", "metadata")
+
+    def probe(self, row: Row) -> str:
+        return str(row["answer"])
+
+
+def to_row(
+    id: str, prompt: str | Sequence[Mapping[str, str]], /, verifier: str, kind: str, level: int, **fields: Any
+) -> dict[str, Any]:
+    """A task in NeMo Gym's row format. prompt: what the user asks, or the messages up to there. fields: the
+    verifier's own, which may be called `prompt` too."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    params = {"input": messages}
+    return {"id": id, "responses_create_params": params, "verifier": verifier, "kind": kind, "level": level, **fields}
+
+
+def reasoning_gym_rows(dataset: str, seed: int, count: int, level: int = 0, **config: Any) -> Iterator[dict[str, Any]]:
+    """`count` rows of a reasoning_gym dataset, whose own settings are `config`. Kind: the dataset's name.
+
+    Raises AtomError if there is no such dataset, it refuses the settings, or it cannot be judged here.
+    """
+    _version("reasoning-gym")
+    from reasoning_gym.factory import create_dataset
+
+    try:
+        entries = create_dataset(dataset, seed=seed, size=count, **config)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise AtomError(f"reasoning_gym dataset {dataset} with {config}: {error}; see its configuration") from error
+    rows = [
+        # As it will be read again: JSON makes lists of tuples, which some datasets cannot score.
+        json.loads(json.dumps(to_row(f"{dataset}-{seed}-{i}", e["question"], ReasoningGym.name, dataset, level, **e)))
+        for i, e in enumerate(entries)
+    ]
+    judge = ReasoningGym()
+    try:
+        judge.score([(row, Response.of(judge.probe(row), finished=True)) for row in rows])
+    finally:
+        judge.close()
+    return iter(rows)
+
+
+VERIFIERS: dict[str, Callable[..., Verifier]] = {
+    kind.name: kind for kind in (Exact, Instructions, MathVerify, ReasoningGym, GymServer)
+}
+
+
+def verifier(name: str, **settings: Any) -> Verifier:
+    """The verifier of that name. Raises AtomError for a name, setting or package that is not there."""
+    if name not in VERIFIERS:
+        raise AtomError(f"no verifier {name!r}; there are {', '.join(sorted(VERIFIERS))}")
+    try:
+        return VERIFIERS[name](**settings)
+    except TypeError as error:
+        raise AtomError(f"verifier {name} with the settings {settings}: {error}") from error
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        raise AtomError(f"{package} is not installed; pip install 'atom-release[rl]'") from None
