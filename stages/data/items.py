@@ -16,7 +16,7 @@ from stages.data import courtesies
 from stages.data.problems import TASKS, distinct
 from stages.data.seeds import seed_of
 from stages.data.table import ITEMS, read_jsonl, read_table, write_jsonl, write_rows
-from stages.rl.contracts import Row, question, task_row
+from stages.rl.contracts import Row, question, to_row
 
 VERSION = 1
 CHAT = "chat.jsonl"
@@ -76,14 +76,14 @@ def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 def courtesy_row(id: str, asked: courtesies.Request, verifier: str = "courtesy", **more: Any) -> Row:
     """The task of answering a request for a courteous note."""
     fields = {"act": asked.act.name, "who": asked.who, "what": asked.what, **more}
-    return task_row(id, verifier, "courtesy", 1, asked.text, **fields)
+    return to_row(id, asked.text, verifier, "courtesy", 1, **fields)
 
 
 def _chat(config: ChatItems, items: list[dict[str, str]], seed: int) -> Iterator[Row]:
     taken = {row["text"] for row in items}
     for row in items:
         fields = {"question": row["text"], "expected_answer": row["answer"], "split": "test"}
-        yield task_row(row["id"], "exact", row["task"], 0, row["text"], **fields)
+        yield to_row(row["id"], row["text"], "exact", row["task"], 0, **fields)
     for task, count in sorted(config.validation.items()):
         rng = random.Random(seed_of(f"items/validation/{task}", seed))
         try:
@@ -92,7 +92,7 @@ def _chat(config: ChatItems, items: list[dict[str, str]], seed: int) -> Iterator
             raise RecipeError(f"evaluation.chat.validation: {error}; ask for fewer") from None
         for i, p in enumerate(found):
             fields = {"question": p.question, "expected_answer": p.answer, "split": "validation"}
-            yield task_row(f"validation/{task}/{i:05d}", "exact", task, 0, p.question, **fields)
+            yield to_row(f"validation/{task}/{i:05d}", p.question, "exact", task, 0, **fields)
     wanted = config.courtesies + config.courtesies_validation
     try:
         requests = courtesies.distinct(wanted, random.Random(seed_of("items/courtesies", seed)), heldout=True)

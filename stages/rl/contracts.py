@@ -19,11 +19,14 @@ Row = Mapping[str, Any]
 and the verifier's own fields beside it; plus `id`, `verifier` (its name), `kind` and `level`."""
 
 
-def task_row(id: str, verifier: str, kind: str, level: int, ask: str, **fields: Any) -> Row:
-    """A row that asks one thing."""
-    messages = [{"role": "user", "content": ask}]
-    named = {"id": id, "verifier": verifier, "kind": kind, "level": level}
-    return {**named, "responses_create_params": {"input": messages}, **fields}
+def to_row(
+    id: str, prompt: str | Sequence[Mapping[str, str]], /, verifier: str, kind: str, level: int, **fields: Any
+) -> dict[str, Any]:
+    """A task in NeMo Gym's row format. prompt: what the user asks, or the messages up to there. fields: the
+    verifier's own, which may be called `prompt` too."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    params = {"input": messages}
+    return {"id": id, "responses_create_params": params, "verifier": verifier, "kind": kind, "level": level, **fields}
 
 
 def question(row: Row) -> str:

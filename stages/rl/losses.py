@@ -121,7 +121,7 @@ def dpo_loss(
     score = _masked(logprobs, mask)
     if reference_logprobs is not None:
         score = score - _masked(reference_logprobs, mask).detach()
-    chosen, rejected = (beta * score.sum(1) / mask.sum(1).clamp(min=1)).view(-1, 2).unbind(1)
+    chosen, rejected = (beta * score.sum(1) / mask.sum(1).clamp(min=1)).unflatten(0, (len(score) // 2, 2)).unbind(1)
     apart = chosen - rejected
     figures = {
         "pairs": torch.ones_like(apart),

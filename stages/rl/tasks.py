@@ -25,7 +25,7 @@ from stages.data.items import chat_rows, courtesy_row, texts_of
 from stages.data.recipe import spdx
 from stages.data.seeds import seed_of
 from stages.data.table import read_jsonl, write_jsonl
-from stages.rl.contracts import question, task_row
+from stages.rl.contracts import question, to_row
 
 if TYPE_CHECKING:
     from stages.rl.contracts import Row
@@ -62,7 +62,7 @@ class ProblemTasks(Config):
                 raise RecipeError(f"task {self.task} has no problem of level {level} that is not an evaluation item")
             for i, p in enumerate(found):
                 fields = {"question": p.question, "expected_answer": p.answer, **OWN}
-                yield task_row(f"{self.task}/{level}/{i:06d}", "exact", self.task, level, p.question, **fields)
+                yield to_row(f"{self.task}/{level}/{i:06d}", p.question, "exact", self.task, level, **fields)
 
 
 class CourtesyTasks(Config):
@@ -94,7 +94,7 @@ class ReasoningGymTasks(Config):
         from stages.rl.verifiers import reasoning_gym_rows
 
         label = seed_of(f"tasks/{self.dataset}/{self.level}", seed) % 2**31
-        yield from reasoning_gym_rows(self.dataset, label, self.count, self.level, self.settings)
+        yield from reasoning_gym_rows(self.dataset, label, self.count, self.level, **self.settings)
 
 
 class FileTasks(Config):

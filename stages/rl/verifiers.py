@@ -6,12 +6,12 @@ Every part is in [0, 1] unless a server of others says otherwise, and each verif
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.errors import AtomError
-from stages.rl.contracts import Parts, Response, Row, Verifier, VerifierFailed
+from stages.rl.contracts import Parts, Response, Row, Verifier, VerifierFailed, to_row
 from stages.rl.gym_server import GymServer
 from stages.rl.instructions import followed
 from stages.rl.judge import Judges
@@ -125,16 +125,6 @@ class ReasoningGym(Judged):
 
     def probe(self, row: Row) -> str:
         return str(row["answer"])
-
-
-def to_row(
-    id: str, prompt: str | Sequence[Mapping[str, str]], /, verifier: str, kind: str, level: int, **fields: Any
-) -> dict[str, Any]:
-    """A task in NeMo Gym's row format. prompt: what the user asks, or the messages up to there. fields: the
-    verifier's own, which may be called `prompt` too."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    params = {"input": messages}
-    return {"id": id, "responses_create_params": params, "verifier": verifier, "kind": kind, "level": level, **fields}
 
 
 def reasoning_gym_rows(dataset: str, seed: int, count: int, level: int = 0, **config: Any) -> Iterator[dict[str, Any]]:
