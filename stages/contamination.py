@@ -5,7 +5,8 @@
 Every item (test, validation, fresh) is compared with every training phase by itself: with the documents that the
 phase's order really read, each as a whole even if a part of it was read, and with what a phase of reinforcement or
 preference learning asked. Two figures of each pair: the share of the item's word n-grams that occur, and its longest
-run of words that does. What says the same in other words is not found.
+run of words that does. What says the same in other words is not found. Of a phase that goes on from an earlier run's
+checkpoint only what this run's order read is looked at.
 
 How good the detector is is measured: items that occur nowhere are planted in copies of training documents, in several
 forms, and others like them are not.
