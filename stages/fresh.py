@@ -24,7 +24,7 @@ from stages.data.items import CHAT, chat_rows, texts_of
 from stages.data.problems import distinct
 from stages.data.seeds import seed_of
 from stages.data.table import stream_rows, write_json, write_jsonl
-from stages.rl.contracts import Row, question, task_row
+from stages.rl.contracts import Row, question, to_row
 
 VERSION = 1
 EVALUATION = "evaluation items"
@@ -78,7 +78,7 @@ def seed_from(digest: str) -> str:
 
 def draw(digest: str, problems: Mapping[str, int]) -> list[Row]:
     """The problems of a model with that digest, before any is taken out."""
-    rows = []
+    rows: list[Row] = []
     for task in sorted(problems):
         rng = random.Random(seed_of(f"fresh/{task}", int(seed_from(digest), 16)))
         try:
@@ -87,7 +87,7 @@ def draw(digest: str, problems: Mapping[str, int]) -> list[Row]:
             raise RecipeError(f"evaluation.problems: {error}; ask for fewer") from None
         for i, p in enumerate(found):
             fields = {"question": p.question, "expected_answer": p.answer, "split": "test"}
-            rows.append(task_row(f"fresh/{task}/{i:05d}", "exact", task, 0, p.question, **fields))
+            rows.append(to_row(f"fresh/{task}/{i:05d}", p.question, "exact", task, 0, **fields))
     return rows
 
 

@@ -120,7 +120,7 @@ class Speaker:
         torch.use_deterministic_algorithms(True)
         self.chat = answers.Chat(folder)
         self.sampler = InProcess(folder, self.chat.stops, max_new_tokens)
-        self.verifiers = answers.Verifiers(verifiers_of(rows, inputs, {}), 2, report)
+        self.verifiers = answers.Verifiers(verifiers_of(rows, inputs, self.chat, {}), 2, report)
 
     def ask(self, asked: Sequence[tuple[Row, int, int]], greedy: bool = False) -> list[Answer]:
         """The answers to some (row, sample, seed), scored."""
