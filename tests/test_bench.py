@@ -45,3 +45,9 @@ def test_planner_benchmark() -> None:
     memory = {line[:62].strip(): line.split() for line in table if line.startswith(("state", "peak"))}
     assert float(memory["state, 18 bytes a parameter where it is not shared"][-3]) == 40.06
     assert abs(float(memory["peak allocated: one kernel for SwiGLU, as in its recipe"][-1].rstrip("%"))) < 10
+
+
+def test_ladder_benchmark() -> None:
+    table = quick("ladder")
+    losses = [float(line.split()[-2]) for line in table if " active" in line]
+    assert len(losses) == 4 and losses[-1] < losses[0]  # more compute, less loss
