@@ -95,7 +95,7 @@ GARBAGE = [
 
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[CodeVerifier]:
-    verifier = CodeVerifier(workers=3, limits=Limits(cpu_seconds=1, wall_seconds=15, memory_bytes=256 << 20))
+    verifier = CodeVerifier(workers=3, limits=Limits(cpu_seconds=1, wall_seconds=30, memory_bytes=256 << 20))
     yield verifier
     verifier.close()
 
@@ -120,10 +120,14 @@ def test_right_and_wrong(verifier: CodeVerifier, row: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
-def test_attacks_get_nothing(verifier: CodeVerifier, row: dict[str, Any]) -> None:
-    parts = verifier.score([(row, response(code)) for code in HOSTILE.values()])
-    assert {name: p["reward"] for name, p in zip(HOSTILE, parts, strict=True)} == dict.fromkeys(HOSTILE, 0.0)
-    assert verifier.score([(row, response(RIGHT))]) == [{"reward": 1.0, "passed": 1.0}], "and harm none after them"
+def test_attacks_get_nothing(row: dict[str, Any]) -> None:
+    verifier = CodeVerifier(workers=2, limits=Limits(cpu_seconds=1, wall_seconds=6, memory_bytes=256 << 20))
+    try:
+        parts = verifier.score([(row, response(code)) for code in HOSTILE.values()])
+        assert {name: p["reward"] for name, p in zip(HOSTILE, parts, strict=True)} == dict.fromkeys(HOSTILE, 0.0)
+        assert verifier.score([(row, response(RIGHT))] * 4) == [{"reward": 1.0, "passed": 1.0}] * 4, "nor harm others"
+    finally:
+        verifier.close()
 
 
 @pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])

@@ -29,7 +29,9 @@ class SandboxFailed(AtomError):
 
 @dataclass(frozen=True)
 class Limits:
-    """cpu_seconds bound each process and decide; wall_seconds are far above, so that a busy machine fails no good
+    """What a program may use.
+
+    cpu_seconds bound each process and decide; wall_seconds are far above, so that a busy machine fails no good
     program, and end what sleeps. memory_bytes: address space of each process, and, under root, memory of all together.
     disk_bytes: of /tmp. output_bytes: of standard output, of standard error, and of each message, apart."""
 
