@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stages.rl.sandbox.cgroups import Cgroup
+from stages.rl.sandbox.cgroups import PREFIX, Cgroup
 from stages.rl.sandbox.running import PATIENCE, Limits, Outcome, Running, SandboxFailed
 
 INSIDE = ("inside.py", "calls.py")
@@ -72,7 +72,7 @@ class Cell:
         line, limits = command(self.limits), self.limits
         if os.geteuid() == 0:
             total = limits.memory_bytes + limits.disk_bytes + OWN_MEMORY
-            name = f"atom-sandbox-{os.getpid()}-{next(Cell._numbers)}"
+            name = f"{PREFIX}{os.getpid()}-{next(Cell._numbers)}"
             self._cgroup = Cgroup(name, limits.processes + OWN_PROCESSES, total)
             line = self._cgroup.entered(line)
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -17,6 +17,7 @@ from stages.rl.sandbox.running import SandboxFailed
 
 # Version 1's and 2's names of the two limits.
 FILES = {"pids": ("pids.max", "pids.max"), "memory": ("memory.limit_in_bytes", "memory.max")}
+PREFIX = "atom-sandbox-"  # the number of the process that made it follows
 SWAP = ("memory.memsw.limit_in_bytes", "memory.swap.max")
 
 
@@ -92,6 +93,7 @@ class Cgroup:
                 folder.mkdir()
                 if (folder / needed).exists():
                     self.folders.append(folder)
+                    _sweep(parent)
                     return folder
                 folder.rmdir()
             if parent == home.top:
@@ -132,6 +134,14 @@ class Cgroup:
                 return
             time.sleep(0.01)
         raise SandboxFailed(f"{self.folders[0]} holds processes that cannot be killed: {sorted(self.processes())}")
+
+
+def _sweep(parent: Path) -> None:
+    """Removes the empty groups of processes that were killed before they could."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        if not Path("/proc", folder.name.removeprefix(PREFIX).partition("-")[0]).exists():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _read(file: Path) -> str:

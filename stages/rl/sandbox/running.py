@@ -82,8 +82,12 @@ class Running:
             theirs.close()
             os.close(their_out)
             os.close(their_err)
-        if self.ask(json.dumps(job).encode()) is None:  # it was to say that it is confined, and so far nothing ran
-            raise SandboxFailed(f"the sandbox cannot confine a program: {self.finish()}")
+        try:
+            if self.ask(json.dumps(job).encode()) is None:  # it was to say that it is confined; nothing has run so far
+                raise SandboxFailed(f"the sandbox cannot confine a program: {self.finish()}")
+        except BaseException:
+            self.close()
+            raise
 
     def ask(self, message: bytes | None = None) -> bytes | None:
         """Sends a line, if one is given, and gives the next that comes back; none if the program ends before."""
@@ -94,9 +98,8 @@ class Running:
         self._lines = rest
         if end and self._reason is None:
             return bytes(line)
-        self._kill(
-            "killed"
-        )  # it has nothing more to say; if it was the sandbox that died, this or the next line finds out
+        # It has nothing more to say. Only its supervisor's word makes that its own end and not that of the sandbox.
+        self._kill("killed")
         self._pump(lambda: self._exit is not None)
         return None
 
@@ -113,7 +116,7 @@ class Running:
     def _status(self, code: int, used: float, err: str) -> Status:
         if self._reason or code == 0:
             return self._reason or "ok"
-        if code == -9 and used >= self.limits.cpu_seconds - 0.1:
+        if code == -9 and used >= self.limits.cpu_seconds / 2:  # the kernel counts ticks for the one, not for the other
             return "timeout"
         if self._out_of_memory() or err.rstrip().rpartition("\n")[2].startswith("MemoryError"):
             return "memory"
