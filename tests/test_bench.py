@@ -37,6 +37,11 @@ def test_training_benchmark() -> None:
         assert abs(ours - theirs) < 1e-4
 
 
+def test_sandbox_benchmark() -> None:
+    table = quick("sandbox")
+    assert [line.split()[0] for line in table if "/s" in line] == ["tests", "check"]
+
+
 def test_planner_benchmark() -> None:
     """Every published figure that the formulas describe, to 1 %; the one memory that was measured is not far off."""
     table = quick("planner")

@@ -37,9 +37,7 @@ class Trainable(Config):
 
     steps: PositiveInt = Field(description="updates of the policy")
     optimizer: Optimizer
-    micro_batches: PositiveInt = Field(
-        description="pieces of an update, dealt to data-parallel ranks"
-    )
+    micro_batches: PositiveInt = Field(description="pieces of an update, dealt to data-parallel ranks")
     precision: Precision = "fp32"
     release_checkpoint_every: PositiveInt = Field(description="steps between checkpoints that are sealed")
     work_checkpoint_every: PositiveInt = operational(20, "steps between checkpoints that a killed run resumes from")
