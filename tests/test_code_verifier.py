@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,11 @@ from stages.rl.contracts import Response, VerifierFailed
 from stages.rl.humaneval import problems
 from stages.rl.sandbox import Limits, SandboxFailed
 from stages.rl.sandbox.calls import decode, encode
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("bwrap") is None and "CI" not in os.environ,
+    reason="needs bubblewrap (apt-get install bubblewrap), which only recipes that run a model's code need",
+)
 
 RIGHT = "def add(a, b):\n    return a + b\n"
 TESTS = {

@@ -22,6 +22,11 @@ from stages.rl.sandbox import Limits, Outcome, Pool, Program, SandboxFailed, cgr
 from stages.rl.sandbox.cell import OWN_PROCESSES, Cell
 from stages.rl.sandbox.cgroups import Cgroup, Home, homes
 
+pytestmark = pytest.mark.skipif(
+    shutil.which("bwrap") is None and "CI" not in os.environ,
+    reason="needs bubblewrap (apt-get install bubblewrap), which only recipes that run a model's code need",
+)
+
 ROOT = Path(__file__).parent.parent
 LIMITS = Limits(cpu_seconds=2, wall_seconds=20, memory_bytes=256 << 20, file_bytes=4 << 20)
 Run = Callable[..., Outcome]
