@@ -25,6 +25,7 @@ from stages.rl.judges import judged
 from stages.rl.policy import Answers, Policy
 from stages.rl.rollouts import Rollout
 from stages.rl.trainer import Trainer
+from stages.statistics import wilson
 from stages.train.data import Batch, Share
 from stages.train.engine import Objective
 
@@ -266,12 +267,12 @@ class Reward(Trainer):
 
     def fill(self, out: Path) -> dict[str, Any]:
         measured = [x for x in self.log.lines() if "heldout_accuracy" in x]
-        last = measured[-1]["heldout_accuracy"]
-        spread = (last * (1 - last) / len(self.heldout)) ** 0.5
+        last, n = measured[-1]["heldout_accuracy"], len(self.heldout)
+        interval = list(wilson(round(last * n), n))
         return {
             "pairs": len(self.pairs),
             "heldout_pairs": len(self.heldout),
-            "heldout_accuracy": {"first": measured[0]["heldout_accuracy"], "last": last, "se": spread},
+            "heldout_accuracy": {"first": measured[0]["heldout_accuracy"], "last": last, "interval": interval},
         }
 
     def _units(self, pairs: Sequence[dict[str, Any]]) -> list[list[Example]]:
