@@ -176,7 +176,16 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
             export = {"model": made, "padded_vocab_size": c.tokenizer.padded_vocab_size, "dtype": dtype}
             add("reward-model", "export", export, tokenizer="tokenizer", checkpoint="reward")
             online = c.rlhf.online
-            post("online", "rlvr", online, online.tasks, {"name": "online"}, init="rlhf", reward="reward-model")
+            post(
+                "online",
+                "rlvr",
+                online,
+                online.tasks,
+                {"name": "online"},
+                init="rlhf",
+                reward="reward",
+                judge="reward-model",
+            )
 
     for which, (name, step) in models(c).items():
         made, dtype = trained_as[name]
