@@ -40,7 +40,8 @@ class Courtesy:
 
 class RewardModel:
     """A trained judge: an exported model in whose eyes `<|endoftext|>` follows an answer with a certain
-    log-probability, its score. The reward is the chance, by Bradley and Terry, that the answer is preferred to one of middling score."""
+    log-probability, its score. The reward is the chance, by Bradley and Terry, that the answer is preferred to one of
+    middling score."""
 
     name, runs_code = "reward-model", False
 
