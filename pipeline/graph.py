@@ -188,6 +188,26 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
         measured = {name: getattr(c.evaluation, name) for name in ("heldout_documents", "max_new_tokens", "context")}
         measured["conversations"] = chats
         add(f"evaluate-{which}", "evaluate", measured, model=f"export-{which}", curate="curate", items="items")
+
+    chatty = list(models(c))[list(models(c)).index("sft") :] if c.evaluation.chat is not None and c.sft else []
+    if chatty:  # models that answer in conversations
+        asked = {name: name for name in nodes if nodes[name].stage.name == "tasks"}
+        orders = {name: name for name in nodes if nodes[name].stage.name == "order"}
+        read = [nodes[name].config.model_dump() for name in orders]
+        mixes = {order["phase"]: sorted(order["mix"]) for order in read}
+        given = {"model": f"export-{chatty[-1]}", "curate": "curate", "items": "items"}
+        add("fresh", "fresh", {"problems": c.evaluation.problems, "phases": mixes}, **given, **asked)
+        part = {"max_new_tokens": c.evaluation.chat.max_new_tokens, "seed": c.seed}
+        for n, which in enumerate(chatty):
+            solving = part | {"samples": c.evaluation.chat.samples}
+            for name, source in ((f"solve-{which}", "items"), (f"fresh-solve-{which}", "fresh")):
+                add(name, "solve", solving, model=f"export-{which}", items=source)
+            if n and c.evaluation.chat.items.courtesies > 1:
+                pair = {"model": f"export-{which}", "before": f"export-{chatty[n - 1]}", "items": "items"}
+                add(f"prefer-{which}", "prefer", part | {"model": which, "before": chatty[n - 1]}, **pair)
+        tables = {name: name for name in nodes if nodes[name].stage.name in ("evaluate", "solve")}
+        given = {"curate": "curate", "items": "items", "fresh": "fresh"}
+        add("contamination", "contamination", {"seed": c.seed}, **given, **orders, **asked, **tables)
     return Graph(recipe, nodes, absent)
 
 

@@ -27,6 +27,10 @@ STAGES = {
     "reward": "stages.reward",
     "export": "release.export",
     "evaluate": "stages.evaluate",
+    "solve": "stages.solve",
+    "fresh": "stages.fresh",
+    "prefer": "stages.prefer",
+    "contamination": "stages.contamination",
 }
 
 SECTIONS = {

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
+from fractions import Fraction
 from typing import Any
+
+Z95 = 1.959963984540054
+"""Half the width of a normal 95 % interval, in standard errors."""
 
 
 def ratio(pairs: Sequence[tuple[float, int]], unit: str = "bytes") -> dict[str, Any]:
@@ -22,3 +27,52 @@ def binomial(scores: Sequence[int]) -> dict[str, Any]:
     """Share of ones with its binomial standard error."""
     n, p = len(scores), sum(scores) / len(scores)
     return {"value": p, "se": math.sqrt(p * (1 - p) / n), "n": n}
+
+
+def clustered(values: Sequence[float]) -> dict[str, Any]:
+    """Mean of one value an item with its standard error over items, two at least: answers to one item share its luck,
+    so they are averaged before they are counted (Miller 2024, arXiv 2411.00640)."""
+    n, mean = len(values), math.fsum(values) / len(values)
+    spread = math.fsum((x - mean) ** 2 for x in values)
+    return {"value": mean, "se": math.sqrt(spread / (n - 1) / n), "n": n}
+
+
+def wilson(wins: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927)."""
+    p, z = wins / n, Z95
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def powers(n: int) -> list[int]:
+    """1, 2, 4, … below n, and n."""
+    return [*(2**i for i in range(n.bit_length()) if 2**i < n), n]
+
+
+def pass_at(n: int, right: int, k: int) -> float:
+    """Chance that one of k answers is right, drawn without replacement from n of which `right` are: the unbiased
+    estimator of pass@k (Chen et al. 2021, arXiv 2107.03374)."""
+    return float(1 - Fraction(math.comb(n - right, k), math.comb(n, k)))
+
+
+def majority_at(votes: Sequence[str | None], right: Collection[str], k: int) -> float:
+    """Chance that the most frequent of k answers is right, drawn without replacement from all: the expectation of maj@k
+    over every subset, in closed form. None is an answer without a vote; of equally frequent answers each is as likely.
+
+    A right answer wins with j votes where no other has more; the ways to draw the others are counted by convolution.
+    """
+    counts = Counter(vote for vote in votes if vote is not None)
+    silent, ways = len(votes) - counts.total(), Fraction(0)
+    for winner in sorted(set(right) & counts.keys()):
+        for j in range(1, min(counts[winner], k) + 1):
+            others = {(0, 0): 1}  # (answers drawn, of how many others j) -> ways
+            for other in counts.keys() - {winner}:
+                more: dict[tuple[int, int], int] = defaultdict(int)
+                for (drawn, ties), count in others.items():
+                    for i in range(min(counts[other], j, k - j - drawn) + 1):
+                        more[drawn + i, ties + (i == j)] += count * math.comb(counts[other], i)
+                others = more
+            for (drawn, ties), count in others.items():
+                rest = math.comb(silent, k - j - drawn)
+                ways += Fraction(math.comb(counts[winner], j) * count * rest, ties + 1)
+    return float(ways / math.comb(len(votes), k))

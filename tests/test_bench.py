@@ -37,6 +37,11 @@ def test_training_benchmark() -> None:
         assert abs(ours - theirs) < 1e-4
 
 
+def test_sandbox_benchmark() -> None:
+    table = quick("sandbox")
+    assert [line.split()[0] for line in table if "/s" in line] == ["tests", "check"]
+
+
 def test_planner_benchmark() -> None:
     """Every published figure that the formulas describe, to 1 %; the one memory that was measured is not far off."""
     table = quick("planner")
@@ -45,3 +50,9 @@ def test_planner_benchmark() -> None:
     memory = {line[:62].strip(): line.split() for line in table if line.startswith(("state", "peak"))}
     assert float(memory["state, 18 bytes a parameter where it is not shared"][-3]) == 40.06
     assert abs(float(memory["peak allocated: one kernel for SwiGLU, as in its recipe"][-1].rstrip("%"))) < 10
+
+
+def test_ladder_benchmark() -> None:
+    table = quick("ladder")
+    losses = [float(line.split()[-2]) for line in table if " active" in line]
+    assert len(losses) == 4 and losses[-1] < losses[0]  # more compute, less loss

@@ -126,7 +126,7 @@ def test_modules_that_plan_and_cli_import_are_light() -> None:
     import sys
 
     heavy = ("torch", "numpy", "pyarrow", "transformers", "huggingface_hub", "jinja2")
-    ours = "stages.evaluate, release.build, release.publish, release.verify, release.local_hub"
+    ours = "stages.evaluate, stages.solve, stages.fresh, stages.prefer, stages.contamination, release.build, release.publish, release.verify, release.local_hub"
     code = f"import sys, json, {ours}; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)

@@ -102,13 +102,13 @@ def _documents(
     found: Iterator[tuple[str, str, str] | str]
     if isinstance(reader, Problems):
         rng = random.Random(seed_of(f"problems/{source.name}", seed))
-        for i, problem in enumerate(draw(reader.tasks, reader.count, rng, reader.levels)):
+        for i, problem in enumerate(draw(reader.tasks, reader.count, rng)):
             text, prompt_chars = FORMS[reader.form](problem)
             yield f"{problem.task}/{i:07d}", text, problem.task, prompt_chars, None
         return
     if isinstance(reader, ChatProblems):
         rng = random.Random(seed_of(f"problems/{source.name}", seed))
-        for i, problem in enumerate(draw(reader.tasks, reader.count, rng, reader.levels)):
+        for i, problem in enumerate(draw(reader.tasks, reader.count, rng)):
             ((text, prompt_chars),) = chat.turns(messages(problem, rng.random() < reader.thinking))
             yield f"{problem.task}/{i:07d}", text, problem.task, prompt_chars, None
         return

@@ -5,14 +5,16 @@ A problem has two written forms. *Plain* is what a web page might hold, `347+586
 `:`, carries no loss in training: what cannot be predicted should not be learnt. In a conversation the user asks the
 question, and the assistant answers, with the steps as its reasoning or without.
 
-A task is a function of a random generator and a level, its difficulty, whose default is what documents are made of.
+A task is a function of a random generator and, if so, a level of difficulty; without one it gives any of its problems.
+Problems of all levels have the same form and width: what differs is how much there is to keep in mind.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -32,20 +34,32 @@ class Problem:
         return f"{self.question}:"
 
 
-def add(rng: random.Random, level: int = 3) -> Problem:
-    """Two numbers of `level` digits, added digit by digit from the right: `7+6+0=13` is digit+digit+carry=sum."""
-    a, b = (rng.randrange(10 ** (level - 1), 10**level) for _ in range(2))
-    steps, carry = [], 0
-    for x, y in zip(str(a)[::-1], str(b)[::-1], strict=True):
-        total = int(x) + int(y) + carry
-        steps.append(f"{x}+{y}+{carry}={total:02d}")
-        carry = total // 10
-    return Problem("add", f"{a}+{b}", ";".join(steps), str(a + b))
+def add(rng: random.Random, level: int | None = None) -> Problem:
+    """Two numbers of three digits, added digit by digit from the right: `7+6+0=13` is digit+digit+carry=sum. The level
+    is the number of carries, 0 to 3."""
+    if level is not None and level not in range(4):
+        raise ValueError(f"add has the levels 0 to 3 (carries), not {level}")
+    while True:
+        a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
+        steps, carry, carries = [], 0, 0
+        for x, y in zip(str(a)[::-1], str(b)[::-1], strict=True):
+            total = int(x) + int(y) + carry
+            steps.append(f"{x}+{y}+{carry}={total:02d}")
+            carry = total // 10
+            carries += carry
+        if level in (None, carries):
+            return Problem("add", f"{a}+{b}", ";".join(steps), str(a + b))
 
 
-def sort(rng: random.Random, level: int = 5) -> Problem:
-    """`level` digits sorted by insertion: each step shows the digits so far in order."""
-    digits = [rng.choice("0123456789") for _ in range(level)]
+def sort(rng: random.Random, level: int | None = None) -> Problem:
+    """Five digits sorted by insertion: each step shows the digits so far in order. The level is the number of digits
+    that are less than the one before, 0 to 4."""
+    if level is not None and level not in range(5):
+        raise ValueError(f"sort has the levels 0 to 4 (descents), not {level}")
+    while True:
+        digits = [rng.choice("0123456789") for _ in range(5)]
+        if level in (None, sum(b < a for a, b in pairwise(digits))):
+            break
     so_far: list[str] = []
     steps = []
     for digit in digits:
@@ -78,17 +92,11 @@ def messages(problem: Problem, thinking: bool) -> list[dict[str, str]]:
     return [{"role": "user", "content": problem.question}, answer]
 
 
-def draw(
-    tasks: Mapping[str, float], count: int, rng: random.Random, levels: Mapping[str, Sequence[int]] | None = None
-) -> list[Problem]:
-    """`count` problems from the whole space of each task, tasks chosen with the given weights; repeats are possible.
-
-    levels: of which each problem of a task has one at random; tasks that are not named have their default.
-    """
-    names, levels = sorted(tasks), levels or {}
+def draw(tasks: Mapping[str, float], count: int, rng: random.Random) -> list[Problem]:
+    """`count` problems from the whole space of each task, tasks chosen with the given weights; repeats are possible."""
+    names = sorted(tasks)
     weights = [tasks[name] for name in names]
-    chosen = rng.choices(names, weights, k=count)
-    return [TASKS[n](rng, rng.choice(levels[n])) if n in levels else TASKS[n](rng) for n in chosen]
+    return [TASKS[name](rng) for name in rng.choices(names, weights, k=count)]
 
 
 def distinct(

@@ -81,9 +81,6 @@ class Problems(Config):
 
     reader: Literal["problems"]
     tasks: dict[str, float]
-    levels: dict[str, tuple[int, ...]] = added(
-        {}, "difficulties by task, each as likely as the other; else its default"
-    )
     form: Literal["plain", "worked"]
     count: int = Field(ge=1)
 
@@ -125,7 +122,6 @@ class ChatProblems(Config):
 
     reader: Literal["chat-problems"]
     tasks: dict[str, float]
-    levels: dict[str, tuple[int, ...]] = Field({}, description="difficulties by task, each as likely as the other")
     thinking: float = Field(ge=0, le=1)
     count: int = Field(ge=1)
 
@@ -138,12 +134,10 @@ P = TypeVar("P", Problems, ChatProblems)
 
 
 def _known_tasks(reader: P) -> P:
-    unknown = sorted({*reader.tasks, *reader.levels} - set(TASKS))
+    unknown = sorted(set(reader.tasks) - set(TASKS))
     if unknown or not reader.tasks or min(reader.tasks.values()) <= 0:
         known = ", ".join(sorted(TASKS))
         raise ValueError(f"tasks: unknown or empty tasks {unknown}; known are {known}, shares above 0")
-    if any(not levels or min(levels) < 1 for levels in reader.levels.values()):
-        raise ValueError("levels: a task without a level, or one below 1; leave the task out for its default")
     return reader
 
 

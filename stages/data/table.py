@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,13 +96,29 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 def read_table(path: Path, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
     """Raises AtomError naming the file if it is missing, cut short or without one of the columns."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with _told(path):
         if filters is None:
             return pq.ParquetFile(path).read(columns=columns)
         return pq.read_table(path, columns=columns, filters=filters, partitioning=None)
+
+
+def stream_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a file of any size, of which a few thousand are held at once. Raises what `read_table` raises."""
+    import pyarrow.parquet as pq
+
+    with _told(path), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=4096, columns=columns):
+            yield from batch.to_pylist()
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
     except FileNotFoundError:
         raise AtomError(f"{path} is missing; run the stage that makes it again") from None
     except (pa.ArrowException, OSError, ValueError) as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import AtomError
@@ -20,9 +21,9 @@ RETRY_SECONDS = 2.0
 
 
 class Chat:
-    """The release's tokenizer and template."""
+    """The release's tokenizer and template. tokenizer: its artifact, or the folder of an exported model."""
 
-    def __init__(self, tokenizer: Artifact) -> None:
+    def __init__(self, tokenizer: Artifact | Path) -> None:
         from tokenizers import Tokenizer
 
         self.tokenizer = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))

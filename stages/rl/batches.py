@@ -1,13 +1,14 @@
 """Answers as rows of a training batch: a question and its answer side by side, padded on the right.
 
-Rows are sorted by length and cut into micro-batches, which are dealt to data-parallel ranks in runs; the sums that the
-loss is made of are the same in every layout.
+How many micro-batches an update has stands in the recipe; its rows are spread over them evenly, and layouts only deal
+whole ones to their data-parallel ranks. So every layout computes the same sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -26,29 +27,28 @@ class Example:
     tokens: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
-def share(
-    examples: Sequence[Example], micro_rows: int, ranks: Ranks, pad_id: int, targets: int, sort: bool = True
-) -> Share:
-    """This rank's part of a set of rows. targets: what the engine divides the objective's sum by.
-
-    sort: by length, so that short rows are not padded to long ones; pairs must stay side by side and are not sorted.
-    Where rows do not come out even, rows of padding follow them, with 0 in everything.
-    """
-    ordered = sorted(examples, key=lambda example: len(example.ids)) if sort else examples
-    each = -(-len(ordered) // (micro_rows * ranks.data_ranks))
-    rows: list[Example | None] = [*ordered]
-    rows += [None] * (each * micro_rows * ranks.data_ranks - len(ordered))
-    first = ranks.data_rank * each * micro_rows
-    own = rows[first : first + each * micro_rows]
+def share(units: Sequence[Sequence[Example]], micro_batches: int, ranks: Ranks, pad_id: int, targets: int) -> Share:
+    """This rank's part of an update. units: rows that must stay together, such as the two of a pair, in the order in
+    which they are dealt; those of like length side by side are padded least. targets: what the engine divides the
+    objective's sum by."""
+    assert micro_batches % ranks.data_ranks == 0, "the recipe's check"
+    cuts = [len(units) * n // micro_batches for n in range(micro_batches + 1)]
+    parts = [[row for unit in units[a:b] for row in unit] for a, b in pairwise(cuts)]
+    widest = max(len(row.ids) for part in parts for row in part) - 1
+    most = max(map(len, parts))
     same = ranks.layout.pipeline > 1  # its schedule sends tensors of one shape
-    widest = max(len(example.ids) for example in examples) - 1
-    names = sorted(examples[0].row), sorted(examples[0].tokens)
+    each = micro_batches // ranks.data_ranks
     micro = []
-    for i in range(0, len(own), micro_rows):
-        part = own[i : i + micro_rows]
-        width = widest if same else max((len(e.ids) - 1 for e in part if e is not None), default=1)
-        micro.append(_batch(part, _up(width, ranks), pad_id, *names))
+    for part in parts[ranks.data_rank * each : (ranks.data_rank + 1) * each]:
+        rows = part or [_silent(units[0][0])]  # Megatron's balance of no token at all is no number
+        width = widest if same else max(len(row.ids) for row in rows) - 1
+        micro.append(_batch(rows, most if same else len(rows), _up(width, ranks), pad_id))
     return Share(micro, _up(widest, ranks), targets)
+
+
+def _silent(row: Example) -> Example:
+    """A row from which nothing is learnt."""
+    return Example(row.ids[:2], 2, dict.fromkeys(row.row, 0.0), dict.fromkeys(row.tokens, ()))
 
 
 def _up(width: int, ranks: Ranks) -> int:
@@ -56,20 +56,18 @@ def _up(width: int, ranks: Ranks) -> int:
     return -(-width // unit) * unit
 
 
-def _batch(rows: Sequence[Example | None], width: int, pad_id: int, row: list[str], token: list[str]) -> Batch:
-    shape = (len(rows), width)
+def _batch(rows: Sequence[Example], count: int, width: int, pad_id: int) -> Batch:
+    shape = (count, width)
     ids = torch.full(shape, pad_id)
     labels = torch.full(shape, pad_id)
     mask, padding = torch.zeros(shape), torch.ones(shape, dtype=torch.bool)
-    more = {name: torch.zeros(len(rows)) for name in row} | {name: torch.zeros(shape) for name in token}
-    for i, example in enumerate(rows):
-        if example is None:
-            continue
-        n, at = len(example.ids) - 1, example.start - 1
-        ids[i, :n], labels[i, :n] = torch.tensor(example.ids[:-1]), torch.tensor(example.ids[1:])
+    more = {name: torch.zeros(count) for name in rows[0].row} | {name: torch.zeros(shape) for name in rows[0].tokens}
+    for i, row in enumerate(rows):
+        n, at = len(row.ids) - 1, row.start - 1
+        ids[i, :n], labels[i, :n] = torch.tensor(row.ids[:-1]), torch.tensor(row.ids[1:])
         mask[i, at:n], padding[i, :n] = 1, False
-        for name in row:
-            more[name][i] = example.row[name]
-        for name in token:
-            more[name][i, at:n] = torch.tensor(example.tokens[name])
+        for name, value in row.row.items():
+            more[name][i] = value
+        for name, values in row.tokens.items():
+            more[name][i, at:n] = torch.tensor(values)
     return Batch(ids, labels, mask, padding, more=more)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -39,7 +39,7 @@ class Trainable(Config):
 
     steps: PositiveInt = Field(description="updates of the policy")
     optimizer: Optimizer
-    micro_rows: PositiveInt = Field(description="rows of one forward and backward on one rank")
+    micro_batches: PositiveInt = Field(description="pieces of an update, dealt to data-parallel ranks")
     precision: Precision = "fp32"
     release_checkpoint_every: PositiveInt = Field(description="steps between checkpoints that are sealed")
     work_checkpoint_every: PositiveInt = operational(20, "steps between checkpoints that a killed run resumes from")
@@ -135,10 +135,6 @@ class DpoPhase(Trainable):
     def all_updates(self) -> int:
         return self.steps * self.updates
 
-    @model_validator(mode="after")
-    def _even(self) -> DpoPhase:
-        return _even(self)
-
 
 class RewardPhase(Trainable):
     """A reward model from the pairs: the probability that `<|endoftext|>` follows an answer is its reward, trained by
@@ -147,19 +143,6 @@ class RewardPhase(Trainable):
     pairs: PositiveInt = Field(description="pairs of one update")
     heldout: float = Field(0.2, gt=0, lt=1, description="share of questions, by hash, whose pairs are not learnt from")
     validate_every: PositiveInt = Field(description="updates between measurements on the held-out pairs")
-
-    @model_validator(mode="after")
-    def _even(self) -> RewardPhase:
-        return _even(self)
-
-
-T = TypeVar("T", bound=Trainable)
-
-
-def _even(phase: T) -> T:
-    if phase.micro_rows % 2:
-        raise ValueError(f"micro_rows = {phase.micro_rows} would part the answers of a pair; use an even number")
-    return phase
 
 
 class RlhfSection(Config):
@@ -186,7 +169,7 @@ class PostConfig(Config):
 
     @model_validator(mode="after")
     def _possible(self) -> PostConfig:
-        wrong = problem(self.phase.cluster, self.model, self.padded_vocab_size, [self.phase.cluster.data])
+        wrong = problem(self.phase.cluster, self.model, self.padded_vocab_size, [self.phase.micro_batches])
         if wrong:
             raise ValueError(wrong)
         sampling = getattr(self.phase, "sampling", None)

@@ -41,6 +41,10 @@ class Curriculum:
         self.state: dict[str, Any] = {name: {"drawn": 0, "rate": None} for name in sorted(self.bins)}
         """By bin: tasks drawn so far and the moving pass rate, None before the first group."""
 
+    def copy(self) -> dict[str, Any]:
+        """The state as it is now: a checkpoint is written while the next step already changes it."""
+        return {name: dict(part) for name, part in self.state.items()}
+
     def load(self, state: Mapping[str, Any]) -> None:
         self.state = {name: dict(part) for name, part in state.items()}
 

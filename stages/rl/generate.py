@@ -8,14 +8,17 @@ of its own, so it is the same whatever else is asked beside it, up to the roundi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Qwen3MoeForCausalLM
 
 from stages.rl.contracts import Completion, Prompt
 
+CACHE = "cache" if "cache" in signature(Qwen3MoeForCausalLM.forward).parameters else "past_key_values"
+"""What this version of transformers calls it."""
 ROWS = 256
 """Answers that are drawn side by side, which bounds the cache."""
 
@@ -73,7 +76,7 @@ class InProcess:
                 ids.to(device),
                 attention_mask=None if not pads.any() else mask.to(device),
                 position_ids=where.to(device),
-                past_key_values=cache,
+                **{CACHE: cache},
                 logits_to_keep=1,
             ).logits[:, -1]
             chosen, logprobs = self._choose(logits.float().cpu(), noise[:, step] if noise is not None else None)

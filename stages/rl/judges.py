@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stages.rl.answers import Chat
 
 ROWS = 64
+CODE = "python-tests"
 
 
 class Courtesy:
@@ -87,6 +88,7 @@ def verifiers_of(
     rows: Sequence[Row], inputs: Inputs, chat: Chat, settings: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Verifier]:
     """The verifiers that these tasks name. Raises RecipeError for a name that is none."""
+    from stages.rl import sandbox
     from stages.rl.verifiers import verifier
 
     made: dict[str, Verifier] = {}
@@ -98,5 +100,7 @@ def verifiers_of(
                 raise RecipeError("tasks name the verifier reward-model, which only rlhf.online has; use another judge")
             made[name] = RewardModel(inputs["reward"], chat)
         else:
+            if name == CODE and (lack := sandbox.missing()):
+                raise RecipeError(f"tasks of the verifier {CODE} run what the model writes: {lack}")
             made[name] = verifier(name, **settings.get(name, {}))
     return made

@@ -177,7 +177,7 @@ class Rlvr(Trainer):
             self.replay = order, Shards(self.inputs["tokens"], "train", self.config.padded_vocab_size)
 
     def state(self) -> dict[str, Any]:
-        return {"curriculum": self.curriculum.state, "generated": self.generated}
+        return {"curriculum": self.curriculum.copy(), "generated": self.generated}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.curriculum.load(state["curriculum"])
@@ -203,7 +203,8 @@ class Rlvr(Trainer):
             return told | {"idle": True}
         examples += self._replayed(step, targets)
         lr = self.rate(step)
-        each = share(examples, self.phase.micro_rows, self.engine.ranks, self.policy.chat.pad, targets)
+        units = [[example] for example in sorted(examples, key=lambda example: len(example.ids))]
+        each = share(units, self.phase.micro_batches, self.engine.ranks, self.policy.chat.pad, targets)
         figures = self.engine.step(each, lr, self.judge(step), objective=objective(self.phase))
         more = figures.more
         gap = more["sampler_gap"] / targets

@@ -25,7 +25,8 @@ from stages.rl.judges import judged
 from stages.rl.policy import Answers, Policy
 from stages.rl.rollouts import Rollout
 from stages.rl.trainer import Trainer
-from stages.train.data import Batch
+from stages.statistics import wilson
+from stages.train.data import Batch, Share
 from stages.train.engine import Objective
 
 PAIRS = {
@@ -68,7 +69,7 @@ class Dpo(Trainer):
         self.validation = [row for row in items if row["split"] == "validation" and row["kind"] in kinds]
 
     def state(self) -> dict[str, Any]:
-        return {"asked": self.asked.state, "skills": self.skills.state if self.skills else None}
+        return {"asked": self.asked.copy(), "skills": self.skills.copy() if self.skills else None}
 
     def restore(self, state: dict[str, Any]) -> None:
         self.asked.load(state["asked"])
@@ -115,10 +116,11 @@ class Dpo(Trainer):
         """One update; answers' log-probabilities when they were drawn are those of the reference."""
         tokens = sum(len(r.ids) for r in right)
         weight = self.phase.anchor * len(pairs) / tokens if tokens else 0.0
-        examples = [_example(r, pair=1.0, anchor=0.0) for pair in pairs for r in pair]
-        examples += [_example(r, pair=0.0, anchor=weight) for r in right]
-        self.tokens += sum(len(e.ids) - e.start for e in examples)
-        each = share(examples, self.phase.micro_rows, self.engine.ranks, self.policy.chat.pad, len(pairs), sort=False)
+        units = [[_example(r, pair=1.0, anchor=0.0) for r in pair] for pair in pairs]
+        units += [[_example(r, pair=0.0, anchor=weight)] for r in right]
+        units.sort(key=lambda unit: max(len(example.ids) for example in unit))
+        self.tokens += sum(len(example.ids) - example.start for unit in units for example in unit)
+        each = share(units, self.phase.micro_batches, self.engine.ranks, self.policy.chat.pad, len(pairs))
         lr = self.rate((step - 1) * self.phase.updates + number + 1)
         figures = self.engine.step(each, lr, self.judge(step), objective=dpo(self.phase.beta))
         more = figures.more
@@ -248,16 +250,16 @@ class Reward(Trainer):
             order = list(range(len(self.pairs)))
             random.Random(seed_of(f"{self.name}/epoch {epoch}", self.config.seed)).shuffle(order)
             some.append(self.pairs[order[place]])
-        examples = self._examples(some)
-        self.tokens += sum(len(e.ids) for e in examples)
+        units = self._units(some)
+        self.tokens += sum(len(example.ids) for unit in units for example in unit)
         lr = self.rate(step)
-        figures = self.engine.step(self._share(examples), lr, self.judge(step), objective=bradley_terry)
+        figures = self.engine.step(self._share(units), lr, self.judge(step), objective=bradley_terry)
         return self.told(figures, lr) | {"pair_accuracy": figures.more["accuracy"] / count}
 
     def measure(self, step: int) -> dict[str, Any] | None:
         if step % self.phase.validate_every and step != self.phase.steps:
             return None
-        loss, figures = self.engine.figures(self._share(self._examples(self.heldout)), bradley_terry)
+        loss, figures = self.engine.figures(self._share(self._units(self.heldout)), bradley_terry)
         found = {"heldout_accuracy": figures["accuracy"] / len(self.heldout), "heldout_loss": loss}
         if self.first:
             self.report.metric(step, **found)
@@ -265,25 +267,23 @@ class Reward(Trainer):
 
     def fill(self, out: Path) -> dict[str, Any]:
         measured = [x for x in self.log.lines() if "heldout_accuracy" in x]
-        last = measured[-1]["heldout_accuracy"]
-        spread = (last * (1 - last) / len(self.heldout)) ** 0.5
+        last, n = measured[-1]["heldout_accuracy"], len(self.heldout)
+        interval = list(wilson(round(last * n), n))
         return {
             "pairs": len(self.pairs),
             "heldout_pairs": len(self.heldout),
-            "heldout_accuracy": {"first": measured[0]["heldout_accuracy"], "last": last, "se": spread},
+            "heldout_accuracy": {"first": measured[0]["heldout_accuracy"], "last": last, "interval": interval},
         }
 
-    def _examples(self, pairs: Sequence[dict[str, Any]]) -> list[Example]:
+    def _units(self, pairs: Sequence[dict[str, Any]]) -> list[list[Example]]:
         found = []
         for row in pairs:
-            for which in ("chosen", "rejected"):
-                ids = judged(self.chat, row["question"], row[which], row[f"{which}_finished"])
-                found.append(Example(ids, len(ids) - 1))
-        return found
+            both = [judged(self.chat, row["question"], row[w], row[f"{w}_finished"]) for w in ("chosen", "rejected")]
+            found.append([Example(ids, len(ids) - 1) for ids in both])
+        return sorted(found, key=lambda unit: max(len(example.ids) for example in unit))
 
-    def _share(self, examples: list[Example]) -> Any:
-        pad, rows = self.chat.pad, self.phase.micro_rows
-        return share(examples, rows, self.engine.ranks, pad, len(examples) // 2, sort=False)
+    def _share(self, units: list[list[Example]]) -> Share:
+        return share(units, self.phase.micro_batches, self.engine.ranks, self.chat.pad, len(units))
 
 
 def bradley_terry(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

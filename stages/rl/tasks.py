@@ -42,12 +42,13 @@ class ProblemTasks(Config):
     levels: tuple[int, ...] = Field(min_length=1, description="difficulties, a bin each")
     count: int = Field(ge=1, description="tasks of each level at most; easy levels may have fewer")
 
-    @field_validator("task")
-    @classmethod
-    def _known(cls, task: str) -> str:
-        if task not in problems.TASKS:
-            raise ValueError(f"unknown task {task}; known are {', '.join(sorted(problems.TASKS))}")
-        return task
+    @model_validator(mode="after")
+    def _known(self) -> ProblemTasks:
+        if self.task not in problems.TASKS:
+            raise ValueError(f"unknown task {self.task}; known are {', '.join(sorted(problems.TASKS))}")
+        for level in self.levels:
+            problems.TASKS[self.task](random.Random(0), level)  # raises ValueError in words if there is none
+        return self
 
     def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
         for level in self.levels:

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pipeline.errors import AtomError
+from stages.rl.code_verifier import CodeVerifier
 from stages.rl.contracts import Parts, Response, Row, Verifier, VerifierFailed, to_row
 from stages.rl.gym_server import GymServer
 from stages.rl.instructions import followed
@@ -153,7 +154,7 @@ def reasoning_gym_rows(dataset: str, seed: int, count: int, level: int = 0, **co
 
 
 VERIFIERS: dict[str, Callable[..., Verifier]] = {
-    kind.name: kind for kind in (Exact, Instructions, MathVerify, ReasoningGym, GymServer)
+    kind.name: kind for kind in (Exact, Instructions, MathVerify, ReasoningGym, CodeVerifier, GymServer)
 }
 
 

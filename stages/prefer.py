@@ -1,0 +1,122 @@
+"""Stage `prefer`: how often a model's answers are preferred to those of the model that it was trained from.
+
+    atom run atom-tiny --only prefer-rlvr
+
+Each of the two answers every held-out request of the test split once, at temperature 1 and with the same seed. A judge
+scores both answers; the higher score wins, and equal ones are half a win.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.errors import AtomError
+from pipeline.stage import Config, Inputs, Report, Stage
+from pipeline.store import once
+from stages.data.items import chat_rows
+from stages.data.seeds import seed_of
+from stages.data.table import write_json, write_rows
+from stages.solve import JUDGED, Answer, Speaker, chosen
+from stages.statistics import Z95, clustered, wilson
+
+VERSION = 1
+ITEMS_PER_BATCH = 256
+EXAMPLES = 8
+SIDES = ("model", "before")
+OF_A_SIDE = {"text": "string", "answer": "string", "finished": "bool", "tokens": "int32", "reward": "double"}
+PAIRS = {"id": "string", "question": "string", "seed": "uint64", "verifier": "string", "verifier_version": "string"}
+PAIRS |= {f"{side}_{name}": kind for side in SIDES for name, kind in {**OF_A_SIDE, "parts": "string"}.items()}
+
+
+class PreferConfig(Config):
+    """The two models by name, as the recipe calls them, and how long an answer may be."""
+
+    model: str
+    before: str
+    max_new_tokens: int = Field(ge=1)
+    seed: int
+
+
+def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """inputs["model"], inputs["before"]: exports; inputs["items"]: the items artifact with chat.jsonl.
+
+    Seals `pairs.parquet`, a row a request, and `scores.json`, which follows from it alone (`summary`).
+    Resumes from `work`, which keeps every finished batch. Raises AtomError if fewer than two requests are held out.
+    """
+    from stages.rl.contracts import question
+
+    rows = [row for row in chat_rows(inputs["items"]) if row["kind"] in JUDGED]
+    if not rows:
+        raise AtomError("prefer: the items have no request for a courteous note; set evaluation.chat.items.courtesies")
+    rows = chosen(rows, "test")
+    asked = [(row, 0, seed_of(f"prefer/{row['id']}", config.seed)) for row in rows]
+    sides: dict[str, list[Answer]] = {}
+    for number, side in enumerate(SIDES):
+        speaker = Speaker(inputs[side] / "model", config.max_new_tokens, rows, inputs, report)
+        sides[side] = []
+        for start in range(0, len(asked), ITEMS_PER_BATCH):
+            batch = asked[start : start + ITEMS_PER_BATCH]
+            name = f"{side}-{start // ITEMS_PER_BATCH:05d}.json"
+            sides[side] += once(work / name, partial(speaker.ask, batch))
+            report.progress(number * len(asked) + start + len(batch), len(SIDES) * len(asked), "answers")
+        speaker.close()
+    pairs = []
+    for row, ours, theirs in zip(rows, sides["model"], sides["before"], strict=True):
+        pair = {name: ours[name] for name in PAIRS if name in ours} | {"question": question(row)}
+        for side, answer in zip(SIDES, (ours, theirs), strict=True):
+            pair |= {f"{side}_{name}": answer[name] for name in (*OF_A_SIDE, "parts")}
+        pairs.append(pair)
+    write_rows(out / "pairs.parquet", PAIRS, pairs)
+    scores = {"model": config.model, "before": config.before, **summary(pairs)}
+    write_json(out / "scores.json", scores)
+    rate = scores["win_rate"]
+    report.note(
+        f"{config.model} is preferred to {config.before} on {rate['value']:.1%} ± {rate['se']:.1%} of {rate['n']} "
+        f"requests; {scores['wins']} wins, {scores['ties']} ties, {scores['losses']} losses"
+    )
+
+
+def summary(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`scores.json`, but for the models' names, from the table alone.
+
+    win_rate counts ties as half; its 95 % interval is normal, with the standard error over requests. without_ties is
+    the share of wins among decided pairs with Wilson's interval; null if nothing is decided.
+    """
+    gaps = [pair["model_reward"] - pair["before_reward"] for pair in pairs]
+    wins, losses = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
+    rate = clustered([0.5 if gap == 0 else float(gap > 0) for gap in gaps])
+    decided = wins + losses
+    low, high = wilson(wins, decided) if decided else (0.0, 1.0)
+    lottery = sorted(pairs, key=lambda pair: hashlib.sha256(pair["id"].encode()).hexdigest())
+    return {
+        "win_rate": rate | {"low": rate["value"] - Z95 * rate["se"], "high": rate["value"] + Z95 * rate["se"]},
+        "without_ties": {"value": wins / decided, "n": decided, "low": low, "high": high} if decided else None,
+        "wins": wins,
+        "ties": len(pairs) - decided,
+        "losses": losses,
+        "sides": {side: _side(pairs, side) for side in SIDES},
+        "examples": [
+            {"id": pair["id"], "question": pair["question"]}
+            | {side: {name: pair[f"{side}_{name}"] for name in ("answer", "finished", "reward")} for side in SIDES}
+            for pair in lottery[:EXAMPLES]
+        ],
+    }
+
+
+def _side(pairs: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
+    parts = [json.loads(pair[f"{side}_parts"]) for pair in pairs]
+    return {
+        "parts": {name: clustered([part[name] for part in parts]) for name in sorted(parts[0])},
+        "tokens": sum(pair[f"{side}_tokens"] for pair in pairs) / len(pairs),
+        "truncated": sum(not pair[f"{side}_finished"] for pair in pairs) / len(pairs),
+    }
+
+
+STAGE = Stage("prefer", VERSION, PreferConfig, run, promise="bitwise")

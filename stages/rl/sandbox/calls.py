@@ -1,0 +1,120 @@
+"""Calls between two sandboxes: one holds the answer's functions, the other the check; only plain data passes.
+
+Runs inside (see inside.py), and its `encode` and `decode` outside too. Values are JSON with None, bool, int,
+float, str and list as they are, and {kind: parts} for tuple, set, dict, bytes and complex. An object of any other class
+does not pass, so nothing with a comparison of its own ever meets an expected value.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Protocol
+
+
+class Channel(Protocol):
+    def receive(self) -> Any: ...
+    def send(self, message: dict[str, Any]) -> None: ...
+
+
+Load = Callable[[str, str], ModuleType]
+
+
+def encode(value: Any) -> Any:
+    """Raises TypeError for what is not plain data."""
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, list):
+        return [encode(v) for v in value]
+    if isinstance(value, dict):
+        return {"dict": [[encode(k), encode(v)] for k, v in value.items()]}
+    for name, kinds in (("tuple", tuple), ("set", (set, frozenset))):
+        if isinstance(value, kinds):
+            return {name: [encode(v) for v in value]}
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    raise TypeError(f"a {type(value).__name__} is not plain data")
+
+
+def decode(value: Any) -> Any:
+    """Raises TypeError or ValueError for what encode does not make."""
+    if isinstance(value, list):
+        return [decode(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, parts),) = value.items()
+    if kind == "dict":
+        return {decode(k): decode(v) for k, v in parts}
+    if kind == "tuple":
+        return tuple(decode(v) for v in parts)
+    if kind == "set":
+        return {decode(v) for v in parts}
+    if kind == "bytes":
+        return bytes.fromhex(parts)
+    if kind == "complex":
+        return complex(*parts)
+    raise ValueError(f"unknown kind {kind}")
+
+
+def answer(channel: Channel, load: Load, job: dict[str, Any]) -> None:
+    """Loads the answer, then calls its function as asked. Whatever it does here, it can only change what it returns."""
+    module = load(job["source"], "answer")
+    channel.send({"loaded": True})
+    while True:
+        try:
+            call = channel.receive()
+        except EOFError:
+            return
+        try:
+            args, kwargs = decode(call["call"])
+            channel.send({"value": encode(getattr(module, job["entry_point"])(*args, **kwargs))})
+        except Exception as e:
+            channel.send({"raised": [type(e).__name__, str(e)[:500]]})
+
+
+def check(channel: Channel, load: Load, job: dict[str, Any]) -> None:
+    """Runs `check(candidate)` of a trusted source, where candidate, by its own name too, asks the other sandbox.
+
+    The last line is the verdict: true, false, or null with a reason if it is the row that is wrong.
+    """
+    unsuited: list[str] = []
+    calls = 0
+
+    def candidate(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        try:
+            asked = encode([list(args), kwargs])
+        except TypeError as e:
+            unsuited.append(f"its check passes what cannot leave a process: {e}")
+            raise
+        channel.send({"call": asked})
+        reply = channel.receive()
+        if "raised" in reply:
+            name, text = reply["raised"]
+            kind = getattr(builtins, str(name), None)
+            known = isinstance(kind, type) and issubclass(kind, Exception)
+            raise (kind if known and kind else RuntimeError)(text)
+        return decode(reply["value"])
+
+    try:
+        module = load(job["source"], "check")
+        setattr(module, job["entry_point"], candidate)
+        function = module.check
+    except Exception as e:
+        channel.send({"verdict": None, "reason": f"its check does not load: {type(e).__name__}: {e}"})
+        return
+    try:
+        function(candidate)
+        verdict = True
+    except Exception:
+        verdict = False
+    if not calls:
+        unsuited.append("its check never calls the candidate")
+    channel.send({"verdict": None, "reason": unsuited[0]} if unsuited else {"verdict": verdict})

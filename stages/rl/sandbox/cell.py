@@ -1,0 +1,150 @@
+"""A warm process under bubblewrap, and the programs that are run in it, one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stages.rl.sandbox.cgroups import PREFIX, Cgroup
+from stages.rl.sandbox.running import PATIENCE, Limits, Outcome, Running, SandboxFailed
+
+INSIDE = ("inside.py", "calls.py")
+OWN_PROCESSES = 5  # bwrap's, the warm process, the supervisor
+OWN_MEMORY = 64 << 20
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Program:
+    source: str
+    stdin: str = ""
+
+
+def command(limits: Limits) -> list[str]:
+    """The bwrap command. Read-only: this Python, the libraries it loads, our two files. No /proc, no network, no user
+    namespace; the one capability, to mount /tmp anew and unshare, is given up before a program runs."""
+    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    base = str(Path(sysconfig.get_path("stdlib", vars={"installed_base": sys.base_prefix})).parent)
+    line = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
+    line += ["--clearenv", "--setenv", "PYTHONHASHSEED", "0", "--setenv", "LANG", "C.UTF-8", "--setenv", "HOME", "/tmp"]
+    line += ["--setenv", "MALLOC_ARENA_MAX", "1"]  # glibc reserves 64 MiB of address space for each further one
+    line += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN", "--uid", "65534", "--gid", "65534"]
+    for folder in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"):
+        line += ["--ro-bind-try", folder, folder]
+    line += ["--ro-bind", base, base, "--ro-bind", python, python]
+    for name in ("purelib", "platlib"):
+        packages = sysconfig.get_path(name, vars={"base": sys.base_prefix, "platbase": sys.base_prefix})
+        if os.path.isdir(packages):
+            line += ["--tmpfs", packages, "--remount-ro", packages]
+    for file in INSIDE:
+        line += ["--ro-bind", str(Path(__file__).with_name(file)), f"/atom/{file}"]
+    for device in ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"):
+        line += ["--dev-bind", device, device]
+    settings = json.dumps({**asdict(limits), "own_processes": OWN_PROCESSES})
+    line += ["--dir", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
+    return [*line, python, "-S", "-s", "-P", "-X", "utf8", f"/atom/{INSIDE[0]}", settings]
+
+
+class Cell:
+    """One sandbox, which takes one program at a time. It starts, and starts again, by itself."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._process: subprocess.Popen[bytes] | None = None
+        self._cgroup: Cgroup | None = None
+        self._ready = False
+
+    def start(self) -> None:
+        """Begins to start it, without waiting. Raises SandboxFailed where it cannot."""
+        line, limits = command(self.limits), self.limits
+        if os.geteuid() == 0:
+            total = limits.memory_bytes + limits.disk_bytes + OWN_MEMORY
+            name = f"{PREFIX}{os.getpid()}-{next(Cell._numbers)}"
+            self._cgroup = Cgroup(name, limits.processes + OWN_PROCESSES, total)
+            line = self._cgroup.entered(line)
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._process = subprocess.Popen(
+                line, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            )
+        except OSError as e:
+            self.close()
+            raise SandboxFailed(f"the sandbox cannot start: {e}; apt-get install bubblewrap") from e
+        finally:
+            theirs.close()
+        self._ready = False
+
+    def run(self, program: Program) -> Outcome:
+        """Runs it to its end. Raises SandboxFailed where the sandbox failed."""
+
+        def once() -> Outcome:
+            with self.begin({"role": "program", **asdict(program)}) as running:
+                return running.finish()
+
+        return twice([self], once)
+
+    def begin(self, job: dict[str, Any]) -> Running:
+        """Starts a job. Raises SandboxFailed where the sandbox does not start; see `twice` for one that is killed."""
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self.start()
+        if not self._ready:
+            self.control.settimeout(PATIENCE)
+            said = b""
+            with contextlib.suppress(OSError):
+                said = self.control.recv(16)
+            if said != b"ready":
+                raise SandboxFailed(f"the sandbox cannot start: {self._complaint()}")
+            self._ready = True
+        return Running(self, job, self._cgroup)
+
+    @property
+    def pid(self) -> int | None:
+        """bwrap's, if it runs."""
+        return self._process.pid if self._process else None
+
+    def _complaint(self) -> str:
+        if self._process is None or self._process.stderr is None:
+            return "it was closed"
+        self._process.kill()
+        text = self._process.stderr.read().decode(errors="replace").strip()
+        self.close()
+        return text.splitlines()[-1] if text else "bwrap said nothing"
+
+    def close(self) -> None:
+        """Kills everything in it."""
+        if self._process is not None:
+            self.control.close()
+            self._process.kill()
+            if self._process.stderr:
+                self._process.stderr.read()  # the other end is held by process 1 of the sandbox, which dies last
+                self._process.stderr.close()
+            self._process.wait()
+            self._process = None
+        if self._cgroup is not None:
+            self._cgroup.close()
+            self._cgroup = None
+
+
+def twice(cells: Sequence[Cell], work: Callable[[], R]) -> R:
+    """Does work in cells, and once more if one of them is killed from outside. Raises SandboxFailed after that."""
+    for _ in range(2):
+        try:
+            return work()
+        except (BrokenPipeError, ConnectionResetError):
+            for cell in cells:
+                cell.close()
+    raise SandboxFailed("the sandbox was killed twice from outside while it ran a program; see the kernel's log")

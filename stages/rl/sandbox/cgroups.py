@@ -1,0 +1,151 @@
+"""Control groups that bound the processes and the memory of one sandbox, in version 1 and 2.
+
+Root needs them: the kernel holds root to no limit on processes. Whoever is not root is held to RLIMIT_NPROC, which
+counts per user namespace, and every sandbox has one of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.rl.sandbox.running import SandboxFailed
+
+# Version 1's and 2's names of the two limits.
+FILES = {"pids": ("pids.max", "pids.max"), "memory": ("memory.limit_in_bytes", "memory.max")}
+PREFIX = "atom-sandbox-"  # the number of the process that made it follows
+SWAP = ("memory.memsw.limit_in_bytes", "memory.swap.max")
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where this process's groups lie: `folder` holds the group it is in, `top` is the mount."""
+
+    version: int
+    top: Path
+    folder: Path
+
+
+def homes(mounts: str, membership: str) -> dict[str, Home]:
+    """The home of "pids" and "memory" by /proc/self/mountinfo and /proc/self/cgroup; left out is one that has none.
+
+    Version 1 wins where both are mounted: a controller that it has is absent from version 2.
+    """
+    groups = {}
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        groups.update({name: path for name in controllers.split(",")})
+    found: dict[str, Home] = {}
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        root, top = before.split()[3:5]
+        kind, _, options = after.split(None, 2)
+        names = [n for n in FILES if kind == "cgroup2" or (kind == "cgroup" and n in options.split(","))]
+        for name in names:
+            version = 2 if kind == "cgroup2" else 1
+            path = groups.get(name if version == 1 else "", "/")
+            inside = os.path.relpath(path, root) if path.startswith(root) else "."
+            if name not in found or version == 1:
+                found[name] = Home(version, Path(top), Path(top, inside))
+    return found
+
+
+class Cgroup:
+    """A group of its own for each controller that this machine has. Close it when its processes are to be dead."""
+
+    def __init__(self, name: str, processes: int, memory_bytes: int, at: dict[str, Home] | None = None) -> None:
+        """Raises SandboxFailed if no group that bounds processes can be made. Memory is bounded where it can be."""
+        if at is None:
+            at = homes(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
+        self.folders: list[Path] = []
+        for controller, value in (("pids", processes), ("memory", memory_bytes)):
+            home = at.get(controller)
+            folder = self._folder(home, name, FILES[controller][home.version - 1]) if home else None
+            if home and folder:
+                (folder / FILES[controller][home.version - 1]).write_text(str(value))
+                swap = folder / SWAP[home.version - 1]
+                if controller == "memory" and swap.exists():
+                    swap.write_text(str(value if home.version == 1 else 0))
+            elif controller == "pids":
+                raise SandboxFailed(
+                    "the sandbox cannot bound root's processes here: no control group with pids.max can be made under "
+                    "/sys/fs/cgroup; mount the pids controller writable there, or run as another user than root"
+                )
+
+    def _folder(self, home: Home, name: str, needed: str) -> Path | None:
+        """The group with that file: in the group that this process is in, or in the nearest above that allows it.
+
+        Version 2 gives no controller to the children of a group that has processes of its own.
+        """
+        for folder in self.folders:
+            if (folder / needed).exists():
+                return folder
+        for parent in (home.folder, *home.folder.parents):
+            with contextlib.suppress(OSError):
+                folder = parent / name
+                for controller in FILES if home.version == 2 else ():
+                    with contextlib.suppress(OSError):
+                        (parent / "cgroup.subtree_control").write_text(f"+{controller}")
+                folder.mkdir()
+                if (folder / needed).exists():
+                    self.folders.append(folder)
+                    _sweep(parent)
+                    return folder
+                folder.rmdir()
+            if parent == home.top:
+                break
+        return None
+
+    def entered(self, command: list[str]) -> list[str]:
+        """The command that enters the group before it does what `command` does."""
+        files = [str(folder / "cgroup.procs") for folder in self.folders]
+        script = 'n=$1; shift; while [ $n -gt 0 ]; do echo $$ > "$1" || exit 1; shift; n=$((n-1)); done; exec "$@"'
+        return ["/bin/sh", "-c", script, "sh", str(len(files)), *files, *command]
+
+    def processes(self) -> set[int]:
+        """Their numbers, of all folders."""
+        return {int(n) for folder in self.folders for n in _read(folder / "cgroup.procs").split()}
+
+    def out_of_memory(self) -> int:
+        """How many processes the kernel has killed here for memory."""
+        lines = [line.split() for f in self.folders for name in ("memory.oom_control", "memory.events")
+                 for line in _read(f / name).splitlines()]  # fmt: skip
+        return sum(int(count) for name, count in lines if name == "oom_kill")
+
+    def close(self) -> None:
+        """Kills whatever is left in it and removes it. Raises SandboxFailed if something cannot be killed."""
+        for _ in range(500):
+            for folder in self.folders:
+                with contextlib.suppress(OSError):  # version 2 in a kernel since 5.14
+                    if (folder / "cgroup.kill").exists():
+                        (folder / "cgroup.kill").write_text("1")
+            for pid in self.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for folder in list(self.folders):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+                    self.folders.remove(folder)
+            if not self.folders:
+                return
+            time.sleep(0.01)
+        raise SandboxFailed(f"{self.folders[0]} holds processes that cannot be killed: {sorted(self.processes())}")
+
+
+def _sweep(parent: Path) -> None:
+    """Removes the empty groups of processes that were killed before they could."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        if not Path("/proc", folder.name.removeprefix(PREFIX).partition("-")[0]).exists():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,211 @@
+"""One program in a sandbox: its job goes in, its lines and its output come out, and it is ended in time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import AtomError
+
+if TYPE_CHECKING:
+    from stages.rl.sandbox.cell import Cell
+    from stages.rl.sandbox.cgroups import Cgroup
+
+PATIENCE = 60.0  # seconds in which our own processes start or answer, on however busy a machine
+
+Status = Literal["ok", "error", "timeout", "memory", "output", "killed"]
+
+
+class SandboxFailed(AtomError):
+    """The sandbox itself did not do its work; nothing is known of the program."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use.
+
+    cpu_seconds bound each process and decide; wall_seconds are far above, so that a busy machine fails no good
+    program, and end what sleeps. memory_bytes: address space of each process, and, under root, memory of all together.
+    disk_bytes: of /tmp. output_bytes: of standard output, of standard error, and of each message, apart."""
+
+    cpu_seconds: int = 4
+    wall_seconds: float = 40.0
+    memory_bytes: int = 512 << 20
+    disk_bytes: int = 16 << 20
+    file_bytes: int = 16 << 20
+    processes: int = 16
+    open_files: int = 64
+    output_bytes: int = 64 << 10
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """exit_code: negative if a signal ended it. cpu_seconds: of its first process and those that this waited for."""
+
+    status: Status
+    stdout: str
+    stderr: str
+    exit_code: int
+    cpu_seconds: float
+
+
+class Running:
+    """A program in its cell. As a context: on leaving, whatever is left of it is killed."""
+
+    def __init__(self, cell: Cell, job: dict[str, Any], cgroup: Cgroup | None) -> None:
+        self.cell, self.limits, self._cgroup = cell, cell.limits, cgroup
+        self._killed_before = cgroup.out_of_memory() if cgroup else 0
+        self._reason: Status | None = None
+        self._exit: tuple[int, float] | None = None
+        self._deadline = time.monotonic() + cell.limits.wall_seconds
+        self._selector = selectors.DefaultSelector()
+        self._channel, theirs = socket.socketpair()
+        (out, their_out), (err, their_err) = os.pipe(), os.pipe()
+        self._texts = {out: bytearray(), err: bytearray()}
+        self._lines = bytearray()
+        for file in (self._channel, out, err, cell.control):
+            self._selector.register(file, selectors.EVENT_READ)
+        try:
+            socket.send_fds(cell.control, [b"run"], [theirs.fileno(), their_out, their_err])
+        except OSError:
+            cell.close()
+            self.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(their_out)
+            os.close(their_err)
+        try:
+            if self.ask(json.dumps(job).encode()) is None:  # it was to say that it is confined; nothing has run so far
+                raise SandboxFailed(f"the sandbox cannot confine a program: {self.finish()}")
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, message: bytes | None = None) -> bytes | None:
+        """Sends a line, if one is given, and gives the next that comes back; none if the program ends before."""
+        if message is not None:
+            self._send(message)
+        self._pump(lambda: b"\n" in self._lines or self._channel.fileno() < 0)
+        line, end, rest = self._lines.partition(b"\n")
+        self._lines = rest
+        if end and self._reason is None:
+            return bytes(line)
+        # It has nothing more to say. Only its supervisor's word makes that its own end and not that of the sandbox.
+        self._kill("killed")
+        self._pump(lambda: self._exit is not None)
+        return None
+
+    def finish(self) -> Outcome:
+        """Closes the channel, waits for the end, and tells of it."""
+        self._close_channel()
+        self._pump(lambda: self._exit is not None)
+        self._pump(lambda: len(self._selector.get_map()) <= 1)  # what is left in the pipes of the dead
+        assert self._exit is not None
+        code, used = self._exit
+        out, err = (bytes(t[: self.limits.output_bytes]).decode(errors="replace") for t in self._texts.values())
+        return Outcome(self._status(code, used, err), out, err, code, used)
+
+    def _status(self, code: int, used: float, err: str) -> Status:
+        if self._reason or code == 0:
+            return self._reason or "ok"
+        if code == -9 and used >= self.limits.cpu_seconds / 2:  # the kernel counts ticks for the one, not for the other
+            return "timeout"
+        if self._out_of_memory() or err.rstrip().rpartition("\n")[2].startswith("MemoryError"):
+            return "memory"
+        return "error" if code > 0 else "killed"
+
+    def _out_of_memory(self) -> bool:
+        return self._cgroup is not None and self._cgroup.out_of_memory() > self._killed_before
+
+    def _send(self, line: bytes) -> None:
+        if self._channel.fileno() < 0:
+            return
+        self._channel.settimeout(max(self._deadline - time.monotonic(), 0.001))
+        try:
+            self._channel.sendall(line + b"\n")
+        except TimeoutError:
+            self._kill("timeout")
+        except OSError:
+            self._close_channel()
+
+    def _pump(self, enough: Callable[[], bool]) -> None:
+        while not enough():
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                self._kill("timeout")
+            for key, _ in self._selector.select(max(left, 0)):
+                if key.fileobj is self.cell.control:
+                    self._ended(self.cell.control.recv(256))
+                    continue
+                data = self._read(key.fd)
+                if not data:
+                    self._selector.unregister(key.fileobj)
+                    if key.fd not in self._texts:
+                        self._channel.close()
+                    continue
+                kept = self._texts.get(key.fd, self._lines)
+                if self._reason is None:
+                    kept += data
+                if len(kept) > self.limits.output_bytes:
+                    self._kill("output")
+
+    def _read(self, file: int) -> bytes:
+        try:
+            return os.read(file, 65536)
+        except ConnectionResetError:
+            return b""
+
+    def _ended(self, message: bytes) -> None:
+        if message:
+            code, used = json.loads(message)
+            self._exit = code, used
+            return
+        memory = self._out_of_memory()
+        self.cell.close()
+        if not memory:
+            raise BrokenPipeError("the sandbox was killed")
+        self._reason, self._exit = "memory", (-9, 0.0)  # the kernel took the warm process along
+        self._selector.unregister(self.cell.control)
+
+    def _kill(self, reason: Status) -> None:
+        if self._exit is not None:
+            return
+        now = time.monotonic()
+        if self._reason is None:
+            self._reason, self._deadline = reason, now + PATIENCE
+            self.cell.control.send(b"kill")
+        elif now >= self._deadline:
+            self.cell.close()
+            raise SandboxFailed(f"a program could not be killed within {PATIENCE:.0f} seconds; see the kernel's log")
+
+    def _close_channel(self) -> None:
+        if self._channel.fileno() >= 0:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(self._channel)
+            self._channel.close()
+
+    def close(self) -> None:
+        self._close_channel()
+        if self._exit is None and self.cell.pid is not None:
+            try:
+                self._kill("killed")
+                self._pump(lambda: self._exit is not None)  # what it still prints is dropped
+            except (OSError, SandboxFailed):
+                self.cell.close()
+        self._selector.close()
+        for file in self._texts:
+            os.close(file)
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

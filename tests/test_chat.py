@@ -1,0 +1,204 @@
+"""Conversations as data: rendered as transformers renders the release's template, with loss on the answers alone."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from conftest import RecordingReport
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from pipeline.errors import AtomError, RecipeError
+from pipeline.store import write_manifest
+from stages.data import acquire, chat, courtesies, tokenize, tokenizer
+from stages.data.recipe import Source, load
+from stages.data.seeds import seed_of
+from stages.data.table import KEPT, read_table, write_rows
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": "2", "reasoning_content": "one and one"},
+    {"role": "user", "content": "And 2+2?"},
+    {"role": "assistant", "content": "4"},
+]
+LICENCE = {"license": "Apache-2.0", "license_evidence": "a test", "origin": "a test"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained tokenizer of the release's kind."""
+    place = tmp_path_factory.mktemp("tokenizer")
+    (place / "curate" / "kept").mkdir(parents=True)
+    texts = [f"the {word} is number {n}\n" for n, word in enumerate(courtesies.PEOPLE * 40)]
+    rows = [
+        {
+            "id": f"a/{n}",
+            "text": t,
+            "source": "a",
+            "content_hash": str(n),
+            "prompt_chars": 0,
+            "split": "train",
+            **{k: "" for k in ("license", "origin")},
+        }
+        for n, t in enumerate(texts)
+    ]
+    write_rows(place / "curate" / "kept" / "a.parquet", KEPT, rows)
+    out = place / "out"
+    out.mkdir()
+    config = tokenizer.TokenizerSection(vocab_size=300, padded_vocab_size=320)
+    tokenizer.run(config, {"curate": write_manifest(place / "curate", "curate-test")}, place, out, RecordingReport())
+    return out
+
+
+def test_rendering_is_transformers(folder: Path) -> None:
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for ask in (False, True):
+        assert chat.render(TALK, ask) == theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=ask)
+    # and the part with loss is what training libraries would put loss on, less the line's end after the turn
+    found = theirs.apply_chat_template(TALK, return_assistant_tokens_mask=True, return_dict=True)
+    marked = theirs.decode([i for i, m in zip(found["input_ids"], found["assistant_masks"], strict=True) if m])
+    assert marked == "".join(text[n:] for text, n in chat.turns(TALK))
+
+
+def test_each_answer_is_a_document_after_all_that_came_before() -> None:
+    (first, a), (second, b) = chat.turns(TALK)
+    assert first[a:] == "<think>\none and one\n</think>\n\n2<|im_end|>" and second[b:] == "4<|im_end|>"
+    assert second.startswith(first) and second[:b].endswith("<|im_start|>assistant\n")
+    assert [chat.prompt_chars(first), chat.prompt_chars(second)] == [a, b]
+
+
+@pytest.mark.parametrize(
+    ("messages", "told"),
+    [
+        ([], "there is no list of messages"),
+        ("hello", "there is no list of messages"),
+        ([{"role": "user", "content": "x"}], "no message is the assistant's"),
+        ([{"role": "robot", "content": "x"}], "a message has no role of system, user, assistant, tool"),
+        ([{"role": "user", "content": None}], "a message of the user has no text"),
+        ([{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "x"}], "a message of the user holds <|im_end|>"),
+        ([{"role": "assistant", "content": "x", "reasoning_content": "</think>"}], "a message of the assistant holds </think>"),
+    ],
+)  # fmt: skip
+def test_what_is_no_conversation(messages: object, told: str) -> None:
+    with pytest.raises(ValueError, match=told.replace("|", r"\|")):
+        list(chat.turns(messages))  # type: ignore[arg-type]
+
+
+def test_files_of_conversations_are_read_and_bad_ones_told(tmp_path: Path) -> None:
+    rows = [{"id": "a", "messages": TALK}, {"id": "b", "messages": [{"role": "user", "content": "alone"}]}]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = {"reader": "jsonl", "path": str(tmp_path), "messages_field": "messages", "id_field": "id"}
+    source = Source(name="talk", kind="chat", reader=reader, **LICENCE)  # type: ignore[arg-type]
+    source = source.model_copy(update={"tree_digest": acquire.resolve_tree_digest(source)})
+    out, report = tmp_path / "out", RecordingReport()
+    out.mkdir()
+    acquire.run(acquire.AcquireConfig(source=source, seed=0), {}, tmp_path, out, report)
+    found = read_table(out / "documents.parquet").to_pylist()
+    assert [(row["id"], row["text"], row["prompt_chars"]) for row in found] == [
+        (f"talk/a#{n}", text, chars) for n, (text, chars) in enumerate(chat.turns(TALK))
+    ]
+    assert report.notes[0] == "source talk: b (no message is the assistant's) cannot be read and was skipped"
+    assert json.loads((out / "source.json").read_text())["files_skipped"] == ["b (no message is the assistant's)"]
+    (tmp_path / "talk.jsonl").write_text('{"id": "c", "messages": "hello"}\n')
+    with pytest.raises(
+        AtomError, match=r"no list of messages in field 'messages' \(fields: id, messages\); set reader.messages_field"
+    ):
+        list(acquire._documents(source, 0, acquire.source_files(source)))
+
+
+def test_kind_and_reader_must_fit(tmp_path: Path) -> None:
+    text = (
+        "name: x\ndescription: x\nsources:\n  - {name: a, kind: prose, license: MIT, license_evidence: x, origin: x,"
+        " reader: {reader: courtesies, count: 3}}\n"
+    )
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(RecipeError, match="kind = prose, but reader courtesies gives conversations; use kind: chat"):
+        load(tmp_path / "x.yaml")
+    (tmp_path / "x.yaml").write_text(
+        text.replace("kind: prose", "kind: chat").replace("courtesies, count: 3", "stdlib-docstrings")
+    )
+    with pytest.raises(RecipeError, match="kind = chat, but reader stdlib-docstrings gives plain text"):
+        load(tmp_path / "x.yaml")
+
+
+def test_special_tokens_are_tokens_in_conversations_and_text_elsewhere(folder: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "curate" / "kept"
+    ((text, chars),) = chat.turns(TALK[1:3])
+    for name, prompt in (("talk", chars), ("prose", 0)):
+        row = {
+            "id": f"{name}/0",
+            "text": text,
+            "source": name,
+            "license": "",
+            "origin": "",
+            "content_hash": "",
+            "prompt_chars": prompt,
+            "split": "train",
+        }
+        write_rows(kept / f"{name}.parquet", KEPT, [row])
+    inputs = {
+        "curate": write_manifest(tmp_path / "curate", "curate-t"),
+        "tokenizer": write_manifest(folder, "tokenizer-t"),
+    }
+    out = tmp_path / "out"
+    out.mkdir()
+    tokenize.run(tokenize.TokenizeConfig(conversations=("talk",)), inputs, tmp_path / "work", out, RecordingReport())
+    from stages.model.mcore import IndexedDataset
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ids = {name: IndexedDataset(str(out / "train" / name), mmap=False).get(0).tolist() for name in ("talk", "prose")}
+    asked = theirs.apply_chat_template(TALK[1:2], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert ids["talk"][: len(asked)] == asked and ids["talk"][-1] == theirs.convert_tokens_to_ids("<|im_end|>")
+    assert theirs.decode(ids["talk"]) == text
+    special = set(theirs.all_special_ids) | {theirs.convert_tokens_to_ids(t) for t in tokenizer.SPECIAL_TOKENS}
+    assert special.isdisjoint(ids["prose"][:-1]) and ids["prose"][-1] == theirs.convert_tokens_to_ids("<|endoftext|>")
+    loss_from = {r["source"]: r["loss_from"] for r in read_table(out / "documents.parquet").to_pylist()}
+    assert loss_from == {"talk": len(asked), "prose": 0}
+
+
+def test_requests_are_held_out_by_their_text() -> None:
+    rng = random.Random(seed_of("x", 0))
+    trained = {courtesies.request(rng).text for _ in range(3000)}
+    held = {found.text for found in courtesies.distinct(600, rng, heldout=True)}
+    assert len(held) == 600 and not trained & held
+
+
+@pytest.mark.parametrize(
+    ("note", "worth"),
+    [
+        ("Dear baker, thank you for the bread. Have a nice day!", 1.0),
+        ("Dear baker, thank you for the bread.", 0.9),
+        ("Dear baker, thank you for it. Have a nice day!", 0.75),
+        ("Dear nurse, thank you for the bread. Have a nice day!", 0.75),
+        ("Have a nice day!", 0.1),  # one polite phrase is worth little
+        ("Have a nice day! Have a nice day!", 0.0),
+        ("dear baker, thank you for the bread", 0.325),
+        ("Dear baker, thank thank you for the bread. Have a nice day!", 0.5),
+        ("", 0.0),
+        ("\ud800 \x00 %s" * 50, 0.0),
+    ],
+)
+def test_the_judge_of_courtesies(note: str, worth: float) -> None:
+    thank = next(act for act in courtesies.ACTS if act.name == "thank")
+    assert courtesies.judge(courtesies.Request(thank, "baker", "bread"), note)["reward"] == pytest.approx(worth)
+
+
+def test_garbage_around_polite_phrases_earns_less_than_plain_words() -> None:
+    """A win must mean a better answer, not more polite phrases."""
+    thank = next(act for act in courtesies.ACTS if act.name == "thank")
+    asked = courtesies.Request(thank, "baker", "bread")
+    garbled = "Dear baker, thank you for the bread. gledar fo iss blen prod ekkle thrun. Have a nice day!"
+    plain = "Dear baker, thank you for it."
+    assert courtesies.judge(asked, garbled)["reward"] < courtesies.judge(asked, plain)["reward"] + 0.05
+
+
+@given(st.text(max_size=300))
+@settings(max_examples=100, deadline=None)
+def test_any_text_has_a_worth(note: str) -> None:
+    asked = courtesies.request(random.Random(1))
+    assert all(0 <= value <= 1 for value in courtesies.judge(asked, note).values())

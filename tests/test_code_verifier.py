@@ -1,0 +1,297 @@
+"""The verifier of code: right answers pass, wrong and hostile ones do not, and a sandbox that fails is not a reward of 0."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.rl.code_verifier import CodeVerifier, code_of, returned, same
+from stages.rl.contracts import Response, VerifierFailed
+from stages.rl.humaneval import problems
+from stages.rl.sandbox import Limits, SandboxFailed
+from stages.rl.sandbox.calls import decode, encode
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("bwrap") is None and "CI" not in os.environ,
+    reason="needs bubblewrap (apt-get install bubblewrap), which only recipes that run a model's code need",
+)
+
+RIGHT = "def add(a, b):\n    return a + b\n"
+TESTS = {
+    "id": "add-tests",
+    "entry_point": "add",
+    "tests": [
+        {"input": [1, 2], "expected": 3},
+        {"input": ["a", "b"], "expected": "ab"},
+        {"input": [[1], [2]], "expected": [1, 2]},
+    ],
+}
+CHECK = {
+    "id": "add-check",
+    "entry_point": "add",
+    "check": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate('a', b='b') == 'ab'\n    assert candidate((1,), (2,)) == (1, 2)\n",
+}
+RAISES = {
+    "id": "raises",
+    "entry_point": "f",
+    "check": "def check(candidate):\n    try:\n        candidate(0)\n    except ValueError as e:\n        assert str(e) == 'zero'\n    else:\n        assert False\n",
+}
+
+EQUALS_ALL = """
+class Yes(KIND):
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    def __hash__(self): return 0
+    def __len__(self): return 2
+    def __sub__(self, other): return 0
+def add(a, b): return Yes()
+"""
+
+HOSTILE = {
+    "exit at once": "import sys; sys.exit(0)",
+    "exit when called": "import os\ndef add(a, b): os._exit(0)",
+    "raise the exit": "def add(a, b): raise SystemExit(0)",
+    "say so": "print('passed')\nprint('{\"verdict\": true}')\ndef add(a, b): print('passed'); return None",
+    "verdicts on every descriptor": "import os\nfor n in range(64):\n    try: os.write(n, b'{\"verdict\": true}\\n' * 9)\n    except OSError: pass\ndef add(a, b): return None",
+    "replies ahead": "import os\nos.write(3, b'{\"loaded\": true}\\n' + b'{\"value\": 3}\\n' * 50)\nos._exit(0)",
+    "equals everything": EQUALS_ALL.replace("KIND", "object"),
+    "an int that equals everything": EQUALS_ALL.replace("KIND", "int"),
+    "a list that equals everything": EQUALS_ALL.replace("KIND", "list"),
+    "a string that equals everything": EQUALS_ALL.replace("KIND", "str"),
+    "another builtins": "import builtins\nbuiltins.AssertionError = builtins.Exception = SystemExit\nbuiltins.isinstance = lambda *a: True\ndef add(a, b): return None",
+    "another json": "import json\njson.dumps = lambda *a, **k: '{\"verdict\": true}'\ndef add(a, b): return None",
+    "atexit": "import atexit, os\natexit.register(lambda: os._exit(0))\ndef add(a, b): raise KeyboardInterrupt",
+    "frames": "import sys\ndef add(a, b):\n    f = sys._getframe()\n    while f:\n        for k in ('check', 'expected', 'tests', 'verdict'):\n            if k in f.f_locals or k in f.f_globals: f.f_locals[k] = True\n        f = f.f_back\n    return None",
+    "trace": "import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)\ndef add(a, b): return a",
+    "deep": "def add(a, b):\n    x = []\n    for _ in range(900): x = [x]\n    return x",
+    "deep by hand": "import os\nos.write(3, b'{\"loaded\": true}\\n')\nwhile True: os.write(3, b'{\"value\": ' + b'[' * 20000 + b']' * 20000 + b'}\\n')",
+    "itself": "def add(a, b):\n    x = []\n    x.append(x)\n    return x",
+    "endless line": "import os\nwhile True: os.write(3, b'x' * 65536)",
+    "not a number": "def add(a, b): return float('nan')",
+    "not plain": "def add(a, b): return add",
+    "junk replies": "import os\nos.write(3, b'\\xff\\n[]\\n{}\\n{\"raised\": 5}\\n{\"value\": {\"dict\": [[[], 1]]}}\\nnull\\n')\ndef add(a, b): return None",
+    "bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "computes": "def add(a, b):\n    while True: pass",
+    "eats": "def add(a, b): return b'x' * (1 << 40)",
+    "shouts": "def add(a, b):\n    while True: print('x' * 9999)",
+    "looks for the tests": "import gc, os\ndef add(a, b):\n    for o in gc.get_objects():\n        if isinstance(o, dict) and 'expected' in o: return o['expected']\n    for r, d, f in os.walk('/tmp'):\n        if f: return f\n    return None",
+}  # fmt: skip
+
+GARBAGE = [
+    "",
+    " ",
+    "\n```python\n```",
+    "\udcff\udc00",
+    "\0",
+    "I cannot.",
+    "```python\n" + "(" * 5000,
+    "x" * (1 << 21),
+    "add = 3",
+    "```python\nadd\n```",
+    "</think>",
+    "def add(a, b):\n\treturn\n  1",
+]
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[CodeVerifier]:
+    verifier = CodeVerifier(workers=3, limits=Limits(cpu_seconds=1, wall_seconds=30, memory_bytes=256 << 20))
+    yield verifier
+    verifier.close()
+
+
+def response(code: str, finished: bool = True) -> Response:
+    return Response.of(code, finished)
+
+
+@pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
+def test_right_and_wrong(verifier: CodeVerifier, row: dict[str, Any]) -> None:
+    whole = {"reward": 1.0, "passed": 1.0}
+    right = [
+        RIGHT,
+        f"Here:\n```python\n{RIGHT}```\nas asked",
+        f"<think>def add(a, b): ...</think>```py\n{RIGHT}",
+        f"```\n{RIGHT}```\n```\nadd(1, 2)\n```",
+    ]
+    assert verifier.score([(row, response(r)) for r in right]) == [whole] * len(right)
+    assert verifier.score([(row, response(RIGHT, finished=False))])[0]["reward"] == 0
+    numbers_only = verifier.score([(row, response("def add(a, b):\n    return 3\n"))])[0]
+    assert numbers_only == {"reward": 0.0, "passed": 1 / 3 if row is TESTS else 0.0}
+
+
+@pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
+def test_attacks_get_nothing(row: dict[str, Any]) -> None:
+    verifier = CodeVerifier(workers=2, limits=Limits(cpu_seconds=1, wall_seconds=6, memory_bytes=256 << 20))
+    try:
+        parts = verifier.score([(row, response(code)) for code in HOSTILE.values()])
+        assert {name: p["reward"] for name, p in zip(HOSTILE, parts, strict=True)} == dict.fromkeys(HOSTILE, 0.0)
+        assert verifier.score([(row, response(RIGHT))] * 4) == [{"reward": 1.0, "passed": 1.0}] * 4, "nor harm others"
+    finally:
+        verifier.close()
+
+
+@pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
+def test_garbage_gets_nothing(verifier: CodeVerifier, row: dict[str, Any]) -> None:
+    assert [p["reward"] for p in verifier.score([(row, response(text)) for text in GARBAGE])] == [0.0] * len(GARBAGE)
+
+
+def test_noise_does_not_fail_a_right_answer(verifier: CodeVerifier) -> None:
+    noisy = (
+        "import os, sys\nprint('working')\nprint('{\"value\": 0}', file=sys.stderr)\nopen('/tmp/x', 'w').write('x')\nif os.fork() == 0:\n    os._exit(1)\n"
+        + RIGHT
+    )
+    assert [p["reward"] for p in verifier.score([(TESTS, response(noisy)), (CHECK, response(noisy))])] == [1.0, 1.0]
+
+
+def test_exceptions_reach_the_check(verifier: CodeVerifier) -> None:
+    answers = [
+        "def f(x): raise ValueError('zero')",
+        "def f(x): raise ValueError('one')",
+        "def f(x): raise KeyError('zero')",
+        "def f(x): return 0",
+    ]
+    assert [p["reward"] for p in verifier.score([(RAISES, response(a)) for a in answers])] == [1, 0, 0, 0]
+
+
+def test_the_expected_values_are_not_in_the_sandbox(verifier: CodeVerifier) -> None:
+    """An answer that returns all it can find in its memory and files finds the arguments and not what is expected."""
+    search = """
+import gc, os, re, sys
+def f(x, prefix):
+    texts = [repr(o) for o in gc.get_objects() if isinstance(o, (list, tuple, dict))]
+    frame = sys._getframe()
+    while frame:
+        texts.append(repr((frame.f_locals, frame.f_globals)))
+        frame = frame.f_back
+    texts += [open(folder + '/' + n, errors='replace').read() for top in ('/tmp', '/atom') for folder, _, names in os.walk(top) for n in names]
+    found = re.search(prefix + '-[0-9a-f]{4}', ' '.join(texts))
+    return found and found[0]
+"""
+    tests = [(["argument-7f3a", "argument"], "argument-7f3a"), (["", "secret"], "secret-b2c9")]
+    row = {"entry_point": "f", "tests": [{"input": i, "expected": e} for i, e in tests]}
+    check = "SECRET = 'secret-b2c9'\ndef check(candidate):\n    assert candidate('argument-7f3a', 'argument') == 'argument-7f3a'\n    assert candidate('', 'secret') is None"
+    parts = verifier.score([(row, response(search)), ({"entry_point": "f", "check": check}, response(search))])
+    assert parts == [{"reward": 0.0, "passed": 0.5}, {"reward": 1.0, "passed": 1.0}]
+
+
+def test_rows_that_cannot_be_judged(verifier: CodeVerifier) -> None:
+    def why(**fields: Any) -> str:
+        with pytest.raises(VerifierFailed) as e:
+            verifier.score([({"id": "row-9", **fields}, response(RIGHT))])
+        assert str(e.value).startswith("verifier python-tests cannot judge row row-9: ")
+        return str(e.value)
+
+    assert "no entry_point" in why() and "no entry_point" in why(entry_point="add", tests=[])
+    assert "SyntaxError" in why(entry_point="add", check="def check(")
+    assert "no attribute 'check'" in why(entry_point="add", check="pass")
+    assert "never calls" in why(entry_point="add", check="def check(candidate): pass")
+    assert "function is not plain data" in why(entry_point="add", check="def check(c): c(1, check)")
+    assert "ends without a verdict" in why(entry_point="add", check="import os\ndef check(c): os._exit(0)")
+
+
+def test_a_failed_sandbox_is_not_a_reward(
+    verifier: CodeVerifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(VerifierFailed, match="row add-tests: the sandbox cannot start"):
+        broken = CodeVerifier(workers=1)
+        try:
+            broken.score([(TESTS, response(RIGHT))])
+        except SandboxFailed as e:
+            raise AssertionError("the verifier's own error is expected") from e
+        finally:
+            broken.close()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_sandbox_killed_at_work_is_tried_again(which: int) -> None:
+    slow = "import time\ndef add(a, b):\n    time.sleep(0.4)\n    return a + b"
+    verifier = CodeVerifier(workers=1)
+    try:
+        verifier.score([(CHECK, response(RIGHT))])
+        pid = verifier._pool._cells[0][which].pid
+        assert pid
+        threading.Timer(0.5, os.kill, (pid, 9)).start()
+        assert verifier.score([(CHECK, response(slow))]) == [{"reward": 1.0, "passed": 1.0}]
+        assert verifier._pool._cells[0][which].pid != pid, "it was killed"
+    finally:
+        verifier.close()
+
+
+def test_scores_are_the_same_again(verifier: CodeVerifier) -> None:
+    """Though the answer draws lots and depends on the order of a set."""
+    chance = "import random\ndef add(a, b):\n    return a + b if random.random() + list({'x', 'y', 'z'}).index('x') < 1.5 else None"
+    first, *others = verifier.score([(TESTS, response(chance))] * 8)
+    assert others == [first] * 7
+
+
+def test_humaneval(verifier: CodeVerifier) -> None:
+    """All canonical solutions pass, and all empty ones do not."""
+    rows = problems()
+    assert len(rows) == 164 and rows[0]["responses_create_params"]["input"][0]["content"].count(rows[0]["prompt"]) == 1
+    bodies = [
+        (row, response(f"```python\n{row['prompt']}{body}\n```"))
+        for row in rows
+        for body in (row["canonical_solution"], "    pass")
+    ]
+    rewards = [p["reward"] for p in verifier.score(bodies)]
+    assert [r["id"] for r, reward in zip(rows, rewards[::2], strict=True) if reward != 1] == []
+    assert [r["id"] for r, reward in zip(rows, rewards[1::2], strict=True) if reward != 0] == []
+
+
+def test_the_code_in_an_answer() -> None:
+    assert code_of("just code", "f") == "just code"
+    assert code_of("```python\na\n```\n```\nb\n```", "f") == "b\n"
+    assert code_of("```python\ndef f(): 1\n```\n```python\nf()\n```", "f") == "def f(): 1\n"
+    assert code_of("```python\ncut", "f") == "cut"
+
+
+def test_plain_data_passes_whole_and_nothing_else_does() -> None:
+    values = [
+        None,
+        True,
+        3,
+        -2.5,
+        "ä\udcff",
+        [1, [2]],
+        (1, (2,)),
+        {1, 2},
+        {1: "a", "1": (2,)},
+        b"\xff",
+        1 + 2j,
+        {"dict": []},
+        float("inf"),
+    ]
+    for value in values:
+        back = decode(encode(value))
+        assert back == value and type(back) is type(value)
+    for other in (object(), encode, range(3), iter([])):
+        with pytest.raises(TypeError):
+            encode(other)
+
+
+def test_same() -> None:
+    assert (
+        same((1, 2), [1, 2]) and same({1: "a"}, {"1": "a"}) and same(0.1 + 0.2, 0.3) and same(2, 2.0) and same(2.0, 2)
+    )
+    assert not same(1, True) and not same(True, 1) and not same([1], [1, 2]) and not same("1", 1) and not same(None, [])
+    assert not same(float("nan"), 1.0) and not same({"a": 1, "b": 2}, {"a": 1})
+    for line in (
+        b"",
+        b"\xff",
+        b"[]",
+        b"3",
+        b"{}",
+        b'{"value": {}}',
+        b'{"value": {"set": [[]]}}',
+        b'{"value": 1e999}',
+        b"[" * 9999,
+        b'{"value": ' + b"9" * 5000 + b"}",
+    ):
+        assert not returned(line, 1.0)

@@ -1,0 +1,90 @@
+"""The curriculum asks where there is signal, rises with the policy, and goes on where a checkpoint left it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from pipeline.errors import RecipeError
+from stages.rl.contracts import to_row
+from stages.rl.curriculum import Curriculum, CurriculumConfig, name_of
+
+ROWS = [
+    to_row(f"{kind}/{level}/{n}", f"{kind} {level} {n}", "exact", kind, level)
+    for kind, levels in (("add", (0, 1, 2)), ("sort", (3,)))
+    for level in levels
+    for n in range(10)
+]
+
+
+def made(**settings: Any) -> Curriculum:
+    return Curriculum(CurriculumConfig(**settings), ROWS, "test", 0)
+
+
+def test_levels_open_one_after_another_and_close_again() -> None:
+    found = made(rise=0.7, memory=1.0)
+    assert found.open() == ["add/0", "sort/3"]
+    easy = next(row for row in ROWS if name_of(row) == "add/0")
+    found.learn(easy, 0.69)
+    assert found.open() == ["add/0", "sort/3"]
+    found.learn(easy, 0.7)
+    assert found.open() == ["add/0", "add/1", "sort/3"]
+    found.learn(next(row for row in ROWS if name_of(row) == "add/1"), 1.0)
+    assert found.open() == ["add/0", "add/1", "add/2", "sort/3"]
+    found.learn(easy, 0.2)
+    assert found.open() == ["add/0", "sort/3"]
+
+
+def test_weights_are_the_variance_of_a_coin_and_never_nothing() -> None:
+    found = made(memory=1.0, floor=0.05)
+    add, sort = ROWS[0], ROWS[-1]
+    assert found.weights() == {"add/0": 1.0, "sort/3": 1.0}
+    found.learn(add, 0.5)
+    found.learn(sort, 1.0)
+    assert found.weights() == {"add/0": 1.0, "sort/3": 0.05}
+    found.learn(add, 0.0)
+    assert found.weights()["add/0"] == 0.05
+    drawn = Counter(name_of(row) for step in range(200) for row in found.draw(8, step, 0))
+    assert set(drawn) == {"add/0", "sort/3"}
+
+
+def test_signal_is_asked_more_often() -> None:
+    found = made(memory=1.0)
+    found.learn(ROWS[0], 0.5)
+    found.learn(ROWS[-1], 0.95)
+    drawn = Counter(name_of(row) for step in range(200) for row in found.draw(8, step, 0))
+    assert drawn["add/0"] / drawn.total() == pytest.approx(1 / 1.19, abs=0.04)
+
+
+def test_a_bin_is_walked_through_before_anything_comes_again() -> None:
+    found = made(floor=1.0)
+    names = [row["id"] for step in range(10) for row in found.draw(4, step, 0) if name_of(row) == "sort/3"]
+    epochs = [names[i : i + 10] for i in range(0, len(names) - 9, 10)]
+    assert epochs and all(len(set(epoch)) == 10 for epoch in epochs)
+    assert len(epochs) == 1 or epochs[0] != epochs[1]
+
+
+def test_it_goes_on_from_its_state() -> None:
+    one, other = made(), made()
+    for step in range(5):
+        for row in one.draw(4, step, 0):
+            one.learn(row, step / 5)
+    other.load(json.loads(json.dumps(one.copy())))
+    for step in range(5, 10):
+        rows = one.draw(4, step, 0)
+        assert rows == other.draw(4, step, 0)
+        for row in rows:
+            one.learn(row, 0.5)
+            other.learn(row, 0.5)
+    assert one.state == other.state
+    kept = one.copy()
+    one.draw(4, 11, 0)
+    assert kept != one.state, "a copy does not change with the curriculum"
+
+
+def test_no_task_is_a_mistake() -> None:
+    with pytest.raises(RecipeError, match="no task to draw from"):
+        Curriculum(CurriculumConfig(), [], "test", 0)

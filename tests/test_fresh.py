@@ -1,0 +1,77 @@
+"""Items that did not exist before the weights: drawn from their digest, and none that was trained on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import chat_world as world
+import pytest
+
+from pipeline.errors import RecipeError
+from pipeline.store import Artifact, write_manifest
+from stages import fresh
+from stages.data import problems
+from stages.data.items import chat_rows
+from stages.data.table import read_jsonl, write_jsonl
+
+CONFIG = {"problems": {"add": 40, "sort": 10}, "phases": {"pretrain": ["prose"], "sft": ["prose", "chats"]}}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """A world in which the corpus, a task and an evaluation item ask what the model `model` will draw."""
+    folder = tmp_path_factory.mktemp("world")
+    drawn = fresh.draw(fresh.digest_of(world.model(folder / "a", 1) / "model"), CONFIG["problems"])
+    asked = [row["question"] for row in drawn]
+    texts = {
+        "prose": [world.TEXT, f"It is known that {asked[0]} = 17, or so.", f"9{asked[1]} is another sum."],
+        "chats": [f"<|im_start|>user\n{asked[40].upper()}<|im_end|>\n", f"{asked[0]}", world.TEXT],
+    }
+    made = world.make(folder / "world", texts)
+    for role, name, question in (("tasks-rlvr", "tasks.jsonl", asked[2]), ("items", "chat.jsonl", asked[3])):
+        rows = read_jsonl(made[role] / name)
+        rows[0]["responses_create_params"]["input"][0]["content"] = question
+        write_jsonl(made[role] / name, rows)
+        made[role] = write_manifest(made[role].path, role)
+    return made
+
+
+def test_anyone_with_the_weights_draws_the_same(run_stage, inputs, tmp_path: Path) -> None:
+    first, second = run_stage(fresh.STAGE, CONFIG, inputs), run_stage(fresh.STAGE, CONFIG, inputs)
+    assert first.digest == second.digest
+    shutil.copytree(inputs["model"] / "model", tmp_path / "published")
+    digest = fresh.digest_of(tmp_path / "published")
+    about = first.json("meta.json")
+    assert about["digest"] == digest == f"sha256:{about['seed']}"
+    removed = {row["id"] for row in about["removed"]}
+    again = [row for row in fresh.draw(digest, about["problems"]) if row["id"] not in removed]
+    assert again == chat_rows(first)
+    other = run_stage(fresh.STAGE, CONFIG, {**inputs, "model": inputs["before"]})
+    ours, theirs = ({row["question"] for row in chat_rows(found)} for found in (first, other))
+    assert len(ours & theirs) < 5
+
+
+def test_what_stood_anywhere_is_taken_out_and_counted(run_stage, inputs) -> None:
+    about = run_stage(fresh.STAGE, CONFIG, inputs).json("meta.json")
+    found = {row["id"]: row["where"] for row in about["removed"]}
+    assert found == {
+        "fresh/add/00000": ["pretrain", "sft"],
+        "fresh/add/00002": ["tasks-rlvr"],
+        "fresh/add/00003": [fresh.EVALUATION],
+        "fresh/sort/00000": ["sft"],
+    }  # and not add/00001, whose digits stand in the corpus as a part of other ones
+    assert about["removed_by_place"] == {"pretrain": 1, "sft": 2, "tasks-rlvr": 1, fresh.EVALUATION: 1}
+    assert (about["drawn"], about["kept"]) == (50, 46)
+
+
+def test_rows_are_as_the_items_artifact_has_them(run_stage, inputs) -> None:
+    fields = {frozenset(row) for row in chat_rows(inputs["items"]) if row["verifier"] == "exact"}
+    assert {frozenset(row) for row in chat_rows(run_stage(fresh.STAGE, CONFIG, inputs))} == fields
+
+
+def test_a_task_with_too_few_problems_is_one_sentence(monkeypatch) -> None:
+    few = lambda rng: problems.Problem("sort", f"sort {rng.randrange(3)}", "", "")  # noqa: E731
+    monkeypatch.setitem(problems.TASKS, "sort", few)
+    with pytest.raises(RecipeError, match="task sort gave only 3 different problems of 4; ask for fewer"):
+        fresh.draw("sha256:00", {"sort": 4})

@@ -1,0 +1,59 @@
+"""Which of two models is preferred: by hand, and on two tiny random models."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import chat_world as world
+import pytest
+
+from pipeline.errors import AtomError
+from pipeline.store import Artifact
+from stages import prefer
+
+CONFIG = {"model": "rlhf", "before": "rlvr", "max_new_tokens": 6, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    return world.make(tmp_path_factory.mktemp("world"))
+
+
+def pair(id: str, ours: float, theirs: float) -> dict:
+    row = {"id": id, "question": "Thank the baker for the bread."}
+    for side, reward in (("model", ours), ("before", theirs)):
+        told = {"answer": "Dear baker", "finished": True, "tokens": 4, "reward": reward}
+        row |= {f"{side}_{name}": value for name, value in told.items()}
+        row[f"{side}_parts"] = json.dumps({"reward": reward, "act": 1.0})
+    return row
+
+
+def test_a_win_rate_by_hand() -> None:
+    found = prefer.summary([pair("a", 1.0, 0.5), pair("b", 0.2, 0.1), pair("c", 0.3, 0.3), pair("d", 0.0, 1.0)])
+    se = math.sqrt((2 * 0.375**2 + 0.125**2 + 0.625**2) / 3 / 4)
+    rate = found["win_rate"]
+    assert (found["wins"], found["ties"], found["losses"], rate["value"], rate["n"]) == (2, 1, 1, 0.625, 4)
+    assert rate["se"] == pytest.approx(se) and rate["high"] - rate["low"] == pytest.approx(2 * 1.96 * se, rel=1e-4)
+    assert found["without_ties"]["value"] == pytest.approx(2 / 3) and found["without_ties"]["n"] == 3
+    assert found["sides"]["model"]["parts"]["reward"]["value"] == pytest.approx(0.375)
+    assert prefer.summary([pair("a", 1, 1), pair("b", 0, 0)])["without_ties"] is None
+
+
+def test_two_models_and_the_same_bytes_twice(run_stage, inputs, tmp_path) -> None:
+    first, second = (run_stage(prefer.STAGE, CONFIG, inputs, tmp_path / name) for name in ("a", "b"))
+    assert first.digest == second.digest
+    rows, scores = world.table(first, "pairs.parquet"), first.json("scores.json")
+    assert len(rows) == 12 and scores["wins"] + scores["ties"] + scores["losses"] == 12
+    assert scores == {"model": "rlhf", "before": "rlvr", **prefer.summary(rows)}
+    assert len(scores["examples"]) == 8 and rows[0]["question"].endswith(".")
+    assert any(row["model_text"] != row["before_text"] for row in rows)
+    same = run_stage(prefer.STAGE, CONFIG, {**inputs, "before": inputs["model"]}).json("scores.json")
+    assert same["ties"] == 12 and same["win_rate"]["value"] == 0.5
+
+
+def test_no_requests_is_one_sentence(run_stage, inputs, tmp_path) -> None:
+    config = {"problems": {"add": 2}, "seed": 0, "chat": {}}
+    none = world.sealed(world.items_stage.STAGE, config, {}, tmp_path / "none")
+    with pytest.raises(AtomError, match="no request for a courteous note; set evaluation.chat.items.courtesies"):
+        run_stage(prefer.STAGE, CONFIG, {**inputs, "items": none})

@@ -1,0 +1,206 @@
+"""Learning from preferences: pairs with their origin, an update that prefers the better answer, skills that stay, a reward
+model that tells better from worse, and the same bytes after a stop."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rl_world
+import train_world as world
+from conftest import RecordingReport
+
+from pipeline.errors import AtomError, Interrupted
+from pipeline.store import Artifact, write_manifest
+from stages import reward, rlhf
+from stages.data.table import read_table, write_jsonl
+from stages.rl import rollouts
+from stages.rl.contracts import Response, VerifierFailed
+from stages.rl.judges import RewardModel, judged
+from stages.rl.preferences import best_and_worst
+
+
+def rows_source(kind: str) -> dict[str, Any]:
+    named = {"verifier": "instructions", "kind": kind, "license": "MIT", "origin": "a test"}
+    return {"source": "rows", "path": "unused", "digest": f"sha256:{0:064d}", **named}
+
+
+PHASE = dict(
+    preferences={"tasks": [rows_source("letter")], "count": 8, "samples": 6},
+    skills={"tasks": [rows_source("skill")], "count": 6, "samples": 2},
+    sampling={"max_new_tokens": 36},
+    steps=6,
+    updates=2,
+    beta=2.0,
+    anchor=0.2,
+    micro_batches=2,
+    optimizer=rl_world.OPTIMIZER | {"lr": 3e-3, "final_lr": 3e-3},
+    validate_every=3,
+    release_checkpoint_every=6,
+    work_checkpoint_every=1,
+)
+REWARD = dict(
+    pairs=6,
+    steps=20,
+    micro_batches=2,
+    optimizer=rl_world.OPTIMIZER | {"lr": 1e-2, "final_lr": 1e-3},
+    validate_every=10,
+    release_checkpoint_every=20,
+)
+
+
+def settings(phase: dict[str, Any], **changed: Any) -> dict[str, Any]:
+    return {**rl_world.config(), "phase": {**phase, **changed}}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    folder = tmp_path_factory.mktemp("rlhf")
+    made = rl_world.make(folder)
+    rows = [rl_world.row(f"letter/{n}", "letter", 0, f"say {n}", "e") for n in range(40)]
+    rows += [rl_world.row(f"skill/{n}", "skill", 0, f"do {n}", "x") for n in range(20)]
+    (folder / "asked").mkdir()
+    write_jsonl(folder / "asked" / "tasks.jsonl", rows)
+    return made | {"tasks": write_manifest(folder / "asked", "tasks-asked")}
+
+
+def run(
+    stage: Any, config: dict[str, Any], inputs: dict[str, Artifact], work: Path, out: Path, report: Any = None
+) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True)
+    stage.run(stage.STAGE.config.model_validate(config), inputs, work, out, report or world.Reporter())
+
+
+@pytest.fixture(scope="module")
+def calm(inputs: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calm")
+    run(rlhf, settings(PHASE), inputs, folder / "work", folder / "out")
+    return folder / "out"
+
+
+def test_the_policy_comes_to_answer_as_the_judge_likes(calm: Path) -> None:
+    lines = [x for x in rl_world.lines(calm) if "reward" in x]
+    assert len(lines) == 6 and lines[-1]["reward"] > lines[0]["reward"] + 0.2, [x["reward"] for x in lines]
+    right = [x["pair_accuracy"] for x in lines if "pair_accuracy" in x]
+    assert sum(right) / len(right) > 0.5
+    assert lines[0]["anchors"] > 0
+
+
+def test_pairs_say_where_they_come_from(calm: Path) -> None:
+    pairs = read_table(calm / "pairs.parquet").to_pylist()
+    answers = {(r.step, r.wave, r.task, r.sample): r for r in rollouts.read(calm / "rollouts.parquet")}
+    assert len(pairs) == sum(x["pairs"] for x in rl_world.lines(calm) if "pairs" in x) > 10
+    for pair in pairs:
+        for which in ("chosen", "rejected"):
+            r = answers[pair["round"], 0, pair["task"], pair[f"{which}_sample"]]
+            assert (r.text, r.reward, r.policy, r.verifier) == (
+                pair[which],
+                pair[f"{which}_reward"],
+                pair["policy"],
+                pair["judge"],
+            )
+            assert r.dropped == ""
+        assert pair["chosen_reward"] > pair["rejected_reward"] and pair["chosen_finished"]
+    for (_, wave, _, _), r in answers.items():
+        assert wave == 0 or (r.dropped == "") == (r.reward == 1)
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_stopped_and_resumed_gives_the_same_bytes(
+    inputs: dict[str, Artifact], calm: Path, tmp_path: Path, at: int
+) -> None:
+    with pytest.raises(Interrupted):
+        run(rlhf, settings(PHASE), inputs, tmp_path / "work", tmp_path / "a", world.Reporter(at, signal.SIGTERM))
+    run(rlhf, settings(PHASE), inputs, tmp_path / "work", tmp_path / "b")
+    assert world.digest(tmp_path / "b") == world.digest(calm)
+
+
+@pytest.fixture(scope="module")
+def trained(inputs: dict[str, Artifact], calm: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("reward")
+    given = {"pairs": write_manifest(calm, "rlhf-test"), "init": inputs["init"], "tokenizer": inputs["tokenizer"]}
+    run(reward, settings(REWARD), given, folder / "work", folder / "out")
+    return write_manifest(folder / "out", "reward-test")
+
+
+def test_the_reward_model_learns_what_the_judge_likes(trained: Artifact) -> None:
+    told = trained.json("summary.json")
+    assert told["heldout_accuracy"]["last"] > max(0.8, told["heldout_accuracy"]["first"]), told
+    assert told["pairs"] + told["heldout_pairs"] > 10
+
+
+def test_the_reward_model_judges_as_it_was_trained(
+    trained: Artifact, inputs: dict[str, Artifact], calm: Path, tmp_path: Path
+) -> None:
+    """Exported, it gives pairs the order that the trainer measured; an answer that did not end earns nothing."""
+    from release import export
+    from stages.rl.answers import Chat
+
+    given = {"checkpoint": trained, "tokenizer": inputs["tokenizer"]}
+    run(
+        export,
+        {"model": rl_world.MODEL, "padded_vocab_size": rl_world.PADDED},
+        given,
+        tmp_path / "work",
+        tmp_path / "out",
+    )
+    judge = RewardModel(write_manifest(tmp_path / "out", "export-test"), Chat(inputs["tokenizer"]))
+    pairs = read_table(calm / "pairs.parquet").to_pylist()
+    asked = [rl_world.row("p", "letter", 0, pair["question"]) for pair in pairs]
+    scores = {
+        which: judge.score(
+            [(r, Response.of(p[which], p[f"{which}_finished"])) for r, p in zip(asked, pairs, strict=True)]
+        )
+        for which in ("chosen", "rejected")
+    }
+    better = [a["reward"] > b["reward"] for a, b in zip(scores["chosen"], scores["rejected"], strict=True)]
+    assert sum(better) / len(better) > 0.75
+    (cut,) = judge.score([(asked[0], Response.of("eee", False))])
+    assert cut["reward"] == 0.0 and judge.version == "export-test" and judge.runs_code is False
+    assert judged(judge.chat, "say", "e", True)[-2:] == [3, 1]
+
+
+def test_too_few_pairs_are_told(inputs: dict[str, Artifact], calm: Path, tmp_path: Path) -> None:
+    given = {"pairs": write_manifest(calm, "rlhf-test"), "init": inputs["init"], "tokenizer": inputs["tokenizer"]}
+    with pytest.raises(
+        AtomError, match=r"reward: \d+ pairs to learn from and 0 held out are too few; draw more in rlhf.dpo"
+    ):
+        run(reward, settings(REWARD, heldout=1e-9), given, tmp_path / "work", tmp_path / "out")
+
+
+def test_a_judge_out_of_order_makes_no_pair(
+    inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self, answers):
+        raise VerifierFailed("verifier instructions: gone")
+
+    monkeypatch.setattr("stages.rl.verifiers.Instructions.score", broken)
+    with pytest.raises(VerifierFailed, match="gone"):
+        run(
+            rlhf,
+            settings(PHASE, retries=0, validate_every=6),
+            inputs,
+            tmp_path / "work",
+            tmp_path / "out",
+            RecordingReport(),
+        )
+    assert not list((tmp_path / "out").iterdir())
+
+
+def rollout(reward_: float, finished: bool, sample: int) -> rollouts.Rollout:
+    return rollouts.Rollout(
+        step=1, wave=0, group=0, sample=sample, task="t", kind="k", level=0, policy="", seed=0, prompt_ids=[], ids=[],
+        logprobs=[], text="", finished=finished, reward=reward_, parts={}, verifier="", verifier_version="", dropped="",
+    )  # fmt: skip
+
+
+def test_which_answers_make_a_pair() -> None:
+    own = [rollout(0.5, True, 0), rollout(0.9, True, 1), rollout(0.0, False, 2), rollout(0.9, True, 3)]
+    best, worst = best_and_worst(own, 0.05) or pytest.fail("a pair")
+    assert (best.sample, worst.sample) == (1, 2)
+    assert best_and_worst(own[:1] * 2, 0.0) is None, "equal answers are no pair"
+    assert best_and_worst([rollout(1.0, False, 0), rollout(0.0, False, 1)], 0.0) is None, "no answer ended"
+    assert best_and_worst([rollout(0.50, True, 0), rollout(0.46, True, 1)], 0.05) is None

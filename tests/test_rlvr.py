@@ -1,0 +1,193 @@
+"""The loop of reinforcement learning: it learns, keeps every answer, comes back from any stop, and believes no verifier
+that is out of order."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import layouts
+import pytest
+import rl_world
+import train_world as world
+
+from pipeline.errors import AtomError, Interrupted
+from stages.rl import rollouts
+from stages.rl.contracts import Response, VerifierFailed
+from stages.rl.generate import InProcess
+from stages.rl.verifiers import Instructions
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rl")
+    rl_world.make(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calm(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The product of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("calm")
+    rl_world.rlvr(place, folder / "work", folder / "out", rl_world.config())
+    return folder / "out"
+
+
+def test_the_policy_learns(place: Path, tmp_path: Path) -> None:
+    settings = rl_world.config(steps=24, release_checkpoint_every=24, curriculum={"rise": 0.5})
+    rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", settings)
+    found = rl_world.lines(tmp_path / "out")
+    held = [x["validation"]["letter"] for x in found if "validation" in x]
+    passed = [x["rates"]["letter/0"] for x in found if "rates" in x]
+    assert held[-1] >= held[0] and passed[-1] > passed[0] + 0.3, (held, passed)
+    # the second level opened once the first was passed often enough, and not before
+    opened = next(i for i, x in enumerate(found) if x.get("rates", {}).get("letter/1") is not None)
+    before = [x["rates"]["letter/0"] for x in found[:opened] if "rates" in x]
+    assert max(before) >= 0.5 > min(before)
+
+
+def test_every_answer_is_kept_and_says_what_became_of_it(calm: Path) -> None:
+    found = rollouts.read(calm / "rollouts.parquet")
+    steps = [x for x in rl_world.lines(calm) if "reward" in x]
+    assert len(found) == sum(x["answers"] for x in steps) == json.loads((calm / "summary.json").read_text())["answers"]
+    assert len({(r.step, r.wave, r.group, r.sample) for r in found}) == len({r.seed for r in found}) == len(found)
+    assert {r.policy for r in found if r.step == 1} != {r.policy for r in found if r.step == 2}
+    groups: dict[tuple[int, int, int], list[rollouts.Rollout]] = {}
+    for r in found:
+        groups.setdefault((r.step, r.wave, r.group), []).append(r)
+        assert len(r.ids) == len(r.logprobs) and max(r.logprobs) <= 0 and r.verifier == "instructions"
+        assert r.finished == (r.ids[-1] in (1, 3)) and (r.finished or len(r.ids) == 12)
+        answer = Response.of(r.text, r.finished).answer
+        assert r.reward == float(r.finished and "ex"[r.level] in answer)
+    for own in groups.values():
+        dull = len({r.reward for r in own}) == 1
+        assert {r.dropped for r in own} <= ({"variance"} if dull else {"", "truncated"})
+        assert all((r.dropped == "truncated") == (not r.finished) for r in own if not dull)
+    for x in steps:
+        alive = {(r.wave, r.group) for r in found if r.step == x["step"] and r.dropped != "variance"}
+        assert len(alive) == x["groups"] <= 4
+    assert sum(r.wave > 0 for r in found), "no group was ever replaced"
+
+
+def test_sampler_and_trainer_agree_and_a_gap_stops_the_phase(place: Path, calm: Path, tmp_path: Path) -> None:
+    gaps = [x["max_sampler_gap"] for x in rl_world.lines(calm) if "max_sampler_gap" in x]
+    assert 0 < max(gaps) < 1e-4
+    with pytest.raises(
+        AtomError, match=r"rlvr: sampler and trainer differ by \S+ in a token's log-probability at step 1"
+    ):
+        rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", rl_world.config(logprob_gap=1e-12))
+
+
+@pytest.mark.parametrize("at", [1, 3, 6])
+def test_stopped_and_resumed_gives_the_same_bytes(place: Path, calm: Path, tmp_path: Path, at: int) -> None:
+    with pytest.raises(Interrupted, match=f"stopped after step {at}"):
+        rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", rl_world.config(), world.Reporter(at, signal.SIGTERM))
+    report = world.Reporter()
+    rl_world.rlvr(place, tmp_path / "work", tmp_path / "again", rl_world.config(), report)
+    assert f"rlvr: going on after step {at}" in report.notes
+    assert world.digest(tmp_path / "again") == world.digest(calm)
+
+
+def test_killed_between_checkpoints_gives_the_same_bytes(place: Path, calm: Path, tmp_path: Path) -> None:
+    """A kill loses the steps since the last work checkpoint, and none of the answers that were drawn in them."""
+    (tmp_path / "config.json").write_text(json.dumps(rl_world.config()))
+    places = [str(p) for p in (place, tmp_path / "work", tmp_path / "out", tmp_path / "config.json")]
+    command = [str(Path(rl_world.__file__)), *places]
+    codes, logs = layouts.end(layouts.spawn(command, 1, {"TEST_DISTURB": "0 4 SIGKILL"}))
+    assert codes == [-signal.SIGKILL], logs
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "work" / "rollouts").glob("000004-*.parquet")}
+    assert kept
+    calls: list[int] = []
+    generate = InProcess.generate
+
+    def counted(self, prompts, greedy=False):
+        calls.append(0 if greedy else len(prompts))
+        return generate(self, prompts, greedy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InProcess, "generate", counted)
+        rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", rl_world.config())
+    assert world.digest(tmp_path / "out") == world.digest(calm)
+    drawn = [r for r in rollouts.read(calm / "rollouts.parquet") if r.step > 4]
+    assert sum(calls) == len(drawn), "answers that were on disk were drawn again"
+    assert kept == {name: (tmp_path / "work" / "rollouts" / name).read_bytes() for name in kept}
+
+
+def test_a_verifier_out_of_order_stops_the_step_and_loses_nothing(
+    place: Path, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, calls = Instructions.score, [0]
+
+    def broken(self, answers):
+        calls[0] += 1
+        if calls[0] > 5:
+            raise VerifierFailed("verifier instructions: out of order")
+        return score(self, answers)
+
+    monkeypatch.setattr("stages.rl.answers.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(Instructions, "score", broken)
+    with pytest.raises(VerifierFailed, match="out of order"):
+        rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", rl_world.config(retries=1))
+    (unscored,) = (tmp_path / "work" / "rollouts").glob("*.drawn")
+    assert rollouts.read(unscored)
+    monkeypatch.setattr(Instructions, "score", score)
+    rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", rl_world.config(retries=1))
+    assert world.digest(tmp_path / "out") == world.digest(calm)
+
+
+def test_a_verifier_that_recovers_is_asked_again(
+    place: Path, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, calls = Instructions.score, [0]
+
+    def flaky(self, answers):
+        calls[0] += 1
+        if calls[0] % 3 == 2:
+            raise VerifierFailed("verifier instructions: busy")
+        return score(self, answers)
+
+    monkeypatch.setattr("stages.rl.answers.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(Instructions, "score", flaky)
+    report = world.Reporter()
+    rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", rl_world.config(), report)
+    assert "verifier instructions: busy; asking again" in report.notes
+    assert world.digest(tmp_path / "out") == world.digest(calm)
+
+
+@pytest.mark.parametrize("spoil", ["flip", "other policy"])
+def test_answers_on_disk_that_are_not_this_policys_are_drawn_again(
+    place: Path, calm: Path, tmp_path: Path, spoil: str
+) -> None:
+    with pytest.raises(Interrupted):
+        rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", rl_world.config(), world.Reporter(2, signal.SIGTERM))
+    folder = tmp_path / "work" / "rollouts"
+    if spoil == "flip":
+        (folder / "000003-0.parquet").write_bytes(b"PAR1 no Parquet at all PAR1")
+    else:
+        shutil.copyfile(folder / "000002-0.parquet", folder / "000003-0.parquet")
+    report = world.Reporter()
+    rl_world.rlvr(place, tmp_path / "work", tmp_path / "again", rl_world.config(), report)
+    assert any("000003-0.parquet" in note and "drawn again" in note for note in report.notes)
+    assert world.digest(tmp_path / "again") == world.digest(calm)
+
+
+@pytest.mark.parametrize("layout", [{"data": 2}, {"expert": 2}, {"tensor": 2}, {"pipeline": 2}], ids=str)
+def test_two_processes_learn_like_one(place: Path, tmp_path: Path, layout: dict[str, int]) -> None:
+    """From the same weights and answers: the files that one process drew are given to two."""
+    cluster = {"ranks": 2, **{k: v for k, v in layout.items() if k != "data"}}
+    one, two = rl_world.config(steps=2), rl_world.config(steps=2, cluster=cluster)
+    rl_world.rlvr(place, tmp_path / "one-work", tmp_path / "one", one)
+    (tmp_path / "config.json").write_text(json.dumps(two))
+    places = [str(p) for p in (place, tmp_path / "work", tmp_path / "two", tmp_path / "config.json")]
+    codes, logs = layouts.end(layouts.spawn([str(Path(rl_world.__file__)), *places], 2))
+    assert not any(codes), logs
+    found = [[x for x in rl_world.lines(tmp_path / name) if "reward" in x] for name in ("one", "two")]
+    names = ("loss", "grad_norm", "aux_loss", "reward", "tokens", "weight", "answers", "policy")
+    first, second = ([{k: x[k] for k in names} for x in run] for run in found)
+    assert first[0]["policy"] == second[0]["policy"]
+    for a, b in zip(first, second, strict=True):
+        assert {k: v for k, v in a.items() if k != "policy"} == pytest.approx(
+            {k: v for k, v in b.items() if k != "policy"}, rel=1e-4, abs=1e-6
+        )
