@@ -124,8 +124,11 @@ class VllmServer:
             raise AtomError(f"the vLLM server at {server.url} gave no whole answer ({str(answer)[:300]}); "
                             "see its log and run again to go on")  # fmt: skip
         if versions != {self.loaded}:
-            raise AtomError(f"the vLLM server at {server.url} answered with the weights {', '.join(map(str, versions))}"
-                            f" instead of {self.loaded}; it started anew, or somebody else uses it: run again")  # fmt: skip
+            other = ", ".join(sorted(map(str, versions)))
+            raise AtomError(
+                f"the vLLM server at {server.url} answered with the weights {other} instead of {self.loaded}; it "
+                "started anew, or somebody else uses it: run again"
+            )
         return Completion(ids, tuple(float(x["logprob"]) for x in told), ids[-1] in self.stops)
 
     def _renew(self, server: Server, folder: Path, digest: str, norms: Mapping[str, str]) -> None:

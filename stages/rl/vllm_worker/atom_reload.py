@@ -23,7 +23,7 @@ class Reload:
         if current_platform.is_cpu():
             for module in self.model_runner.get_model().modules():
                 method = getattr(module, "quant_method", None)
-                if hasattr(method, "moe_kernel"):
+                if method is not None and hasattr(method, "moe_kernel"):
                     method.moe_kernel = None  # it is then made anew, which packs the weights
         self.update_config({"load_config": {"load_format": "safetensors"}})
         self.reload_weights(weights_path=folder)
