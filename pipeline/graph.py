@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline import checkpoints, ledger, registry
+from pipeline import checkpoints, ledger, post, registry
 from pipeline.checkpoints import Checkpoint
 from pipeline.codehash import code_digests
 from pipeline.errors import AtomError, RecipeError
@@ -149,35 +149,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
         add(name, phase.stage, training, earlier, tokens="tokenize", order=f"order-{name}", **previous)
         previous = {"init": name}
 
-    def post(
-        name: str, stage: str, phase: Any, asked: Any = (), more: Mapping[str, Any] | None = None, /, **given: str
-    ) -> None:
-        """A phase of post-training with its tasks and the order of what it replays."""
-        trained_as[name] = (model, "float32" if phase.precision == "fp32" else "bfloat16")
-        config = {"model": model, "phase": phase, "padded_vocab_size": c.tokenizer.padded_vocab_size, "seed": c.seed}
-        if asked:
-            add(f"tasks-{name}", "tasks", {"sources": asked, "seed": c.seed}, items="items")
-            given |= {"tasks": f"tasks-{name}", "items": "items"}
-        if replay := getattr(phase, "replay", None):
-            order = {"phase": name, "mix": replay.mix, "sequence_length": replay.sequence_length, "seed": c.seed}
-            add(f"order-{name}", "order", order | {"steps": phase.steps, "rows": replay.rows}, tokens="tokenize")
-            given |= {"tokens": "tokenize", "order": f"order-{name}"}
-        add(name, stage, config | dict(more or {}), tokenizer="tokenizer", **given)
-
-    if c.rlvr:
-        post("rlvr", "rlvr", c.rlvr, c.rlvr.tasks, {"name": "rlvr"}, **previous)
-        previous = {"init": "rlvr"}
-    if c.rlhf:
-        dpo, began = c.rlhf.dpo, previous
-        post("rlhf", "rlhf", dpo, (*dpo.preferences.tasks, *(dpo.skills.tasks if dpo.skills else ())), **began)
-        if c.rlhf.reward and c.rlhf.online:
-            post("reward", "reward", c.rlhf.reward, pairs="rlhf", **began)
-            made, dtype = trained_as["reward"]
-            export = {"model": made, "padded_vocab_size": c.tokenizer.padded_vocab_size, "dtype": dtype}
-            add("reward-model", "export", export, tokenizer="tokenizer", checkpoint="reward")
-            online = c.rlhf.online
-            post("online", "rlvr", online, online.tasks, {"name": "online"}, init="rlhf", reward="reward-model")
-
+    trained_as |= post.phases(c, model, previous, add)
     for which, (name, step) in models(c).items():
         made, dtype = trained_as[name]
         export = {"model": made, "padded_vocab_size": c.tokenizer.padded_vocab_size, "step": step, "dtype": dtype}
@@ -189,25 +161,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
         measured["conversations"] = chats
         add(f"evaluate-{which}", "evaluate", measured, model=f"export-{which}", curate="curate", items="items")
 
-    chatty = list(models(c))[list(models(c)).index("sft") :] if c.evaluation.chat is not None and c.sft else []
-    if chatty:  # models that answer in conversations
-        asked = {name: name for name in nodes if nodes[name].stage.name == "tasks"}
-        orders = {name: name for name in nodes if nodes[name].stage.name == "order"}
-        read = [nodes[name].config.model_dump() for name in orders]
-        mixes = {order["phase"]: sorted(order["mix"]) for order in read}
-        given = {"model": f"export-{chatty[-1]}", "curate": "curate", "items": "items"}
-        add("fresh", "fresh", {"problems": c.evaluation.problems, "phases": mixes}, **given, **asked)
-        part = {"max_new_tokens": c.evaluation.chat.max_new_tokens, "seed": c.seed}
-        for n, which in enumerate(chatty):
-            solving = part | {"samples": c.evaluation.chat.samples}
-            for name, source in ((f"solve-{which}", "items"), (f"fresh-solve-{which}", "fresh")):
-                add(name, "solve", solving, model=f"export-{which}", items=source)
-            if n and c.evaluation.chat.items.courtesies > 1:
-                pair = {"model": f"export-{which}", "before": f"export-{chatty[n - 1]}", "items": "items"}
-                add(f"prefer-{which}", "prefer", part | {"model": which, "before": chatty[n - 1]}, **pair)
-        tables = {name: name for name in nodes if nodes[name].stage.name in ("evaluate", "solve")}
-        given = {"curate": "curate", "items": "items", "fresh": "fresh"}
-        add("contamination", "contamination", {"seed": c.seed}, **given, **orders, **asked, **tables)
+    post.evaluation(c, list(models(c)), nodes, add)
     return Graph(recipe, nodes, absent)
 
 
@@ -229,16 +183,17 @@ def _check_across(recipe: Recipe) -> None:
     c, title = recipe.config, recipe.title
     names = [s.name for s in recipe.data.sources]
     before = 0
-    for phase in phases(c):
-        p, where = phase.config, phase.where
-        for source in p.mix:
+    for where, mix in {**{phase.where: phase.config.mix for phase in phases(c)}, **post.replays(c)}.items():
+        for source in mix:
             if source not in names:
                 raise RecipeError(
                     f"{title}: {where}.mix names {source}, which data recipe {c.data} does not have; "
                     f"it has {', '.join(names)}"
                 )
-        if abs(sum(p.mix.values()) - 1) > 1e-6:
-            raise RecipeError(f"{title}: {where}.mix sums to {sum(p.mix.values()):g}; the shares must sum to 1")
+        if abs(sum(mix.values()) - 1) > 1e-6:
+            raise RecipeError(f"{title}: {where}.mix sums to {sum(mix.values()):g}; the shares must sum to 1")
+    for phase in phases(c):
+        p, where = phase.config, phase.where
         if phase.where.startswith("long_context") and p.sequence_length <= before:
             raise RecipeError(
                 f"{title}: {where}.sequence_length = {p.sequence_length} is no longer than the {before} tokens of the "

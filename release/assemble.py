@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.errors import AtomError
 from pipeline.store import Artifact
-from release.layout import ALL_SUMS, BASE, GATES, MODEL, SUMS, models_of, phases_of
+from release.layout import ALL_SUMS, BASE, GATES, MODEL, SUMS, WITHOUT_ORDER, models_of, phases_of
 
 PACKAGES = ("pipeline", "stages", "release", "data_recipes")
 DISTRIBUTION = "atom-release"
@@ -66,7 +66,8 @@ def required(artifacts: Mapping[str, Artifact]) -> None:
     """Raises AtomError naming what a release cannot do without."""
     phases = phases_of({*artifacts, "pretrain", "midtrain"})
     models = models_of({*artifacts, "export-init", "export-base", "export-mid"})
-    needed = ["items", "curate", "tokenizer", "tokenize", *(f"order-{phase}" for phase in phases), *phases]
+    ordered = [phase for phase in phases if phase not in WITHOUT_ORDER]
+    needed = ["items", "curate", "tokenizer", "tokenize", *(f"order-{phase}" for phase in ordered), *phases]
     needed += [f"{kind}-{model}" for kind in ("export", "evaluate") for model in models]
     if missing := [node for node in needed if node not in artifacts]:
         raise AtomError(f"the release needs the artifact of {missing[0]}, which is not sealed; finish the run first")
@@ -85,8 +86,12 @@ def placement(
         path, name = row.path, Path(row.path).name
         if kind == "acquire" and path == "source.json":
             yield path, f"dataset/sources/{which}.json"
-        elif kind == "items" and path == "items.parquet":
-            yield path, "dataset/evaluation/items.parquet"
+        elif kind == "items":
+            yield path, f"dataset/evaluation/{path}"
+        elif kind == "tasks":
+            yield path, f"dataset/rl/{which}/{path}"
+        elif node in WITHOUT_ORDER and path.endswith(".parquet"):
+            yield path, f"dataset/rl/{node}/{path}"
         elif kind == "curate" and (path.startswith("kept/") or "/" not in path):
             yield path, f"dataset/{path}"
         elif kind == "tokenizer" and path == "stats.json":
@@ -102,9 +107,13 @@ def placement(
             yield path, f"checkpoints/{node}-step-{int(path.split('/')[0].removeprefix('step-'))}/{name}"
         elif node in phases:
             yield path, f"evidence/training/{node}/{path}"
-            if path == "training.jsonl":  # what a model's card says of its training is proved by the repository alone
+            if (
+                path == "training.jsonl" and node != "reward"
+            ):  # what a model's card says of its training is proved by the repository alone
                 made = (MODEL, BASE) if node == phases[0] else (MODEL,)
                 yield from ((path, f"{folder}/training/{node}.jsonl") for folder in made)
+        elif node == "reward-model" and path == "parity.json":
+            yield path, "evidence/parity/reward.json"
         elif kind == "export" and path == "parity.json":
             yield path, f"evidence/parity/{which}.json"
             if which in folders:
@@ -119,6 +128,22 @@ def placement(
                 yield from ((path, f"{folders[m]}/evaluation/{which}.json") for m in later if m in folders)
 
 
+def measured(node: str, path: str, models: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(path of the artifact, path in the release) of what was measured of models that converse."""
+    kind, _, which = node.partition("-")
+    if kind == "contamination" or node == "fresh":
+        yield path, f"dataset/evaluation/{node}/{path}"
+        if path == "report.json":
+            yield path, f"{MODEL}/evaluation/contamination/{path}"
+        return
+    about = {"solve": "test", "fresh": "fresh", "prefer": "preferences"}.get(kind)
+    if about is not None:
+        which = which.removeprefix("solve-")
+        yield path, f"dataset/evaluation/{about}/{which}/{path}"
+        if path == "scores.json" and which in models:
+            yield path, f"{MODEL}/evaluation/{about}/{which}.json"
+
+
 def place_artifacts(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> None:
     phases, models = phases_of(artifacts), models_of(artifacts)
     for node, artifact in sorted(artifacts.items()):
@@ -126,6 +151,9 @@ def place_artifacts(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> No
         assembly.include(manifest, f"evidence/manifests/{node}.json", f"manifest of {artifact.key}")
         for file, target in placement(node, artifact, phases, models):
             assembly.copy(node, artifact, file, target)
+        for row in artifact.rows:
+            for file, target in measured(node, row.path, models):
+                assembly.copy(node, artifact, file, target)
 
 
 def place_earlier(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> None:

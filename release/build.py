@@ -132,7 +132,7 @@ def describe(source: BuildInput) -> dict[str, Any]:
 def _assemble(folder: Path, source: BuildInput) -> Any:
     """Everything but the gates' result and the checksums; returns the gates' context."""
     from release import assemble, facts, gates
-    from release.cards import plot, render, tables
+    from release.cards import axes, plot, render, tables
     from release.layout import MODEL_FOLDERS, ORIGINS, RELEASE, repositories
 
     made = assemble.Assembly(folder)
@@ -158,6 +158,8 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     for name, model in models.items():
         made.write(f"{name}/README.md", render.model_card(name, release, model, data, changes).encode(), why)
         made.write(f"{name}/{plot.NAME}", plot.draw(folder / name), "plot of the logs in training/")
+        for drawn, image in axes.of_model(folder / name, model).items():
+            made.write(f"{name}/{drawn}", image, "plot of the scores in evaluation/ and the logs in training/")
     made.write("dataset/README.md", render.data_card(release, data).encode(), why)
     card = render.plain_card("checkpoints", release, licence["weights"], checkpoints=tables.checkpoints(steps))
     made.write("checkpoints/README.md", card.encode(), why)

@@ -164,6 +164,41 @@ def data_card(dataset: Path) -> list[str]:
     ]
 
 
+def _measured(dataset: Path) -> list[str]:
+    return scores(dataset) + chat_scores(dataset)
+
+
+def chat_scores(dataset: Path) -> list[str]:
+    """What models that converse scored is what their tables give."""
+    known = facts.chat_facts(dataset / "evaluation")
+    wrong = []
+    for about, models in known.items():
+        for name, found in models.items():
+            path = dataset / "evaluation" / about / name / "scores.json"
+            said = facts.read_json(path) if path.exists() else {}
+            if {key: said.get(key) for key in found} != json.loads(json.dumps(found)):
+                wrong.append(f"evaluation/{about}/{name}/scores.json is not what its table gives")
+    return wrong
+
+
+def fresh_set(folder: Path) -> list[str]:
+    """The fresh set is the one that the published weights give: drawn from their digest, less what was taken out."""
+    from stages import fresh
+    from stages.data.table import read_jsonl
+
+    place = folder / "dataset/evaluation/fresh"
+    if not (place / "meta.json").exists():
+        return ["evaluation/fresh/meta.json is missing: no item is known to be newer than the weights"]
+    meta = facts.read_json(place / "meta.json")
+    if (folder / "model").is_dir() and (digest := fresh.digest_of(folder / "model")) != meta["digest"]:
+        return [f"evaluation/fresh/meta.json was drawn from the weights {meta['digest']}, and these are {digest}"]
+    out = {row["id"] for row in meta["removed"]}
+    expected = [row for row in fresh.draw(meta["digest"], meta["problems"]) if row["id"] not in out]
+    if read_jsonl(place / "chat.jsonl") != json.loads(json.dumps(expected)):
+        return ["evaluation/fresh/chat.jsonl is not what the digest of the weights gives"]
+    return []
+
+
 def cards(folder: Path) -> list[str]:
     wrong = [f"{name}/{text}" for name in MODEL_FOLDERS for text in model_card(folder / name)]
     shown = render.data_tables(facts.data_facts(folder / "dataset"))
@@ -172,4 +207,4 @@ def cards(folder: Path) -> list[str]:
         card = (folder / name / "README.md").read_text()
         own = {key: shown[key] for key in ("sources", "funnel", "order")} | render.intervention_tables(name, changes)
         wrong += [f"{name}/README.md lacks the line {line!r}" for line in render.wrong_tables(card, own)]
-    return wrong + [f"dataset/{text}" for text in data_card(folder / "dataset") + scores(folder / "dataset")]
+    return wrong + [f"dataset/{text}" for text in data_card(folder / "dataset") + _measured(folder / "dataset")]

@@ -98,6 +98,9 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
             quality.add_row(label + name, *cells)
     console.print(quality)
 
+    if data["chat"]:
+        conversation(console, table, data["chat"])
+
     p = model["parameters"]
     print(f"\nModel: {p['total']:,} parameters, {p['active']:,} active for one token")
     print(
@@ -125,6 +128,25 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
         f"  atom plan {name}             change a field of a copy of the recipe, and plan the copy:\n"
         "                                  only what depends on the field is to run"
     )
+
+
+def conversation(console: Any, table: Any, chat: dict[str, Any]) -> None:
+    """What each phase of post-training gave: test problems, the fresh set, preferences."""
+    test, fresh, liked = (chat.get(about, {}) for about in ("test", "fresh", "preferences"))
+    made = table("\nIn conversation: value ± standard error; pass@1: right answers drawn at temperature 1", "", *test)
+
+    def row(label: str, cells: list[dict[str, Any] | None]) -> None:
+        made.add_row(label, *(f"{c['value']:.3f} ± {c['se']:.3f}" if c else "" for c in cells))
+
+    for kind in next(iter(test.values()))["problems"]:
+        row(f"pass@1, {kind}", [found["problems"][kind]["samples"]["accuracy"] for found in test.values()])
+    row("pass@1, all", [found["problems_all"]["samples"]["accuracy"] for found in test.values()])
+    row("greedy, all", [found["problems_all"]["greedy"]["accuracy"] for found in test.values()])
+    row("pass@1, fresh set", [found["problems_all"]["samples"]["accuracy"] for found in fresh.values()])
+    for kind in next(iter(test.values()))["judged"]:
+        row(f"judge's mean, {kind}", [found["judged"][kind]["reward"] for found in test.values()])
+    row("wins against the model before", [liked[name]["win_rate"] if name in liked else None for name in test])
+    console.print(made)
 
 
 def _near(path: Path) -> str:

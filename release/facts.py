@@ -17,6 +17,7 @@ from release import training
 from release.layout import when
 
 Facts = dict[str, Any]
+CONTAMINATION = "evaluation/contamination/report.json"
 
 
 def read_json(path: Path) -> Any:
@@ -64,11 +65,30 @@ def data_facts(dataset: Path) -> Facts:
         "problems": dict(
             sorted(Counter(r["task"] for r in rows(dataset / "evaluation/items.parquet", ["task"])).items())
         ),
+        "chat": chat_facts(dataset / "evaluation"),
         "evaluation": {
             p.name: scores_of(p)
             for p in _by_name(path.parent for path in (dataset / "evaluation").glob("*/scores.json"))
         },
     }
+
+
+ABOUT = ("test", "fresh", "preferences")
+"""What models that converse are measured on, as the folders are called."""
+
+
+def chat_facts(evaluation: Path) -> Facts:
+    """By what was asked and model: the scores recomputed from the tables. Empty if no model converses."""
+    from stages import prefer, solve
+
+    found: Facts = {}
+    for about in ABOUT:
+        of = prefer.summary if about == "preferences" else solve.summary
+        table = "pairs.parquet" if about == "preferences" else "answers.parquet"
+        scored = {p.parent.name: of(rows(p)) for p in (evaluation / about).glob(f"*/{table}")}
+        if scored:
+            found[about] = {name: scored[name] for name in sorted(scored, key=when)}
+    return found
 
 
 def _by_name(folders: Iterable[Path]) -> list[Path]:
@@ -167,6 +187,12 @@ def model_facts(model: Path) -> Facts:
         "parity": read_json(model / "parity.json"),
         "rope": config["rope_parameters"],
         "scores": {path.stem: read_json(path) for path in sorted(scores, key=lambda path: when(path.stem))},
+        "chat": {
+            about: {p.stem: read_json(p) for p in sorted(folder.glob("*.json"), key=lambda p: when(p.stem))}
+            for about in ABOUT
+            if (folder := model / "evaluation" / about).is_dir()
+        },
+        "contamination": read_json(path) if (path := model / CONTAMINATION).exists() else None,
         "training": {phase: training.log_facts(training.read(log)) for phase, log in training.logs(model).items()},
     }
 

@@ -16,7 +16,8 @@ from typing import Any
 from release import checks, facts, secrets
 from release.assemble import unexplained
 from release.cards import plot, render
-from release.layout import GATES, ORIGINS, SUMS, files_below, models_of, phases_of, when
+from release.layout import GATES, ORIGINS, SUMS, WITHOUT_ORDER, files_below, models_of, phases_of, when
+from release.post_gates import post_training
 
 ALL = "over all"
 UNKNOWN_LICENCES = frozenset({"", "unknown", "noassertion", "none", "other"})
@@ -133,6 +134,8 @@ def checkpoints_and_order(c: Context) -> Gate:
             return Gate(
                 "checkpoints_and_order", False, f"no checkpoint of {phase}; set {phase}.release_checkpoint_every"
             )
+        if phase in WITHOUT_ORDER:
+            continue
         if phase not in c.data["order"]:
             return Gate("checkpoints_and_order", False, f"no order index of {phase}; run its order stage")
         steps, parts = c.data["order"][phase]["steps"], c.data["order"][phase]["parts"]
@@ -156,10 +159,10 @@ def learning(c: Context) -> list[Gate]:
     def accuracy(phase: facts.Facts) -> float:
         return float(phase["accuracy_all"]["value"])
 
-    parts = c.data["order"].get("pretrain", {}).get("parts", ())
-    read = {ALL, *(source for part in parts for source in part["by_source"])}
+    read = {ALL, *_read(c, "pretrain")}
     learned = _changes(_bits(init), _bits(base), read)
-    kept = _changes(_bits(base), _bits(mid), {*_bits(base), *_bits(mid)})
+    read_by_now = read | _read(c, "midtrain")
+    kept = _changes(_bits(base), _bits(mid), read_by_now)
     gain, needed = accuracy(mid) - accuracy(base), c.evaluation["min_accuracy_gain"]
     allowed = c.evaluation["bits_per_byte_tolerance"]
     raised, errors = gain > 0 and gain >= needed, [phase["accuracy_all"]["se"] for phase in (base, mid)]
@@ -178,18 +181,25 @@ def learning(c: Context) -> list[Gate]:
     ]
 
 
+def _read(c: Context, phase: str) -> set[str]:
+    """The sources that a phase read."""
+    parts = c.data["order"].get(phase, {}).get("parts", ())
+    return {source for part in parts for source in part["by_source"]}
+
+
 def long_context(c: Context) -> list[Gate]:
     """Longer texts cost no more bits per byte on short ones than the recipe allows, and passkeys are found in them.
 
     Asked of a release with long-context phases only; of passkeys only if the models were asked for any.
     """
     scores = c.data["evaluation"]
-    long = [model for model in scores if when(model) > when("mid")]
+    long = [model for model in scores if model.startswith("long")]
     if not long:
         return []
     allowed, said, worst = c.evaluation["bits_per_byte_tolerance"], [], -math.inf
     for model in long:
-        kept = _changes(_bits(scores["mid"]), _bits(scores[model]), {*_bits(scores["mid"]), *_bits(scores[model])})
+        named = {ALL}.union(*(_read(c, phase) for phase in c.data["order"] if when(phase) < when("sft")))
+        kept = _changes(_bits(scores["mid"]), _bits(scores[model]), named)
         said.append(f"{model}: bits per byte {_said(kept)}")
         worst = max(worst, *_rises(kept))
         # of one text both models see as much up to mid-training's context, where bits per byte let the longer see more
@@ -286,7 +296,7 @@ def no_secrets(c: Context) -> Gate:
 def run_all(c: Context) -> list[Gate]:
     return [
         export_parity(c), *reload(c), ledger_closed(c), licences_known(c), counts_balance(c), checkpoints_and_order(c),
-        *learning(c), *long_context(c), cards(c), no_secrets(c),
+        *learning(c), *long_context(c), *post_training(c), cards(c), no_secrets(c),
     ]  # fmt: skip
 
 

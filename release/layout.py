@@ -27,9 +27,14 @@ GATES = "evidence/gates.json"
 MODEL, BASE = "model", "model-base"
 MODEL_FOLDERS = (MODEL, BASE)
 PARTS = (*MODEL_FOLDERS, "dataset", "checkpoints")
-TRAINING = ("pretrain", "midtrain", "longcontext", "sft", "rlvr", "rlhf", "online")
+TRAINING = ("pretrain", "midtrain", "longcontext", "sft", "rlvr", "rlhf", "reward", "online")
 EXPORTED = ("init", "base", "mid", "long", "sft", "rlvr", "rlhf", "online")
 """Kinds of phases and of exported models, as `pipeline.graph` names them, in the order of training."""
+ORDER = (
+    "init", "pretrain", "base", "midtrain", "mid", "longcontext", "long", "sft", "rlvr", "rlhf", "reward", "online",
+)  # fmt: skip
+WITHOUT_ORDER = ("rlvr", "rlhf", "reward", "online")
+"""Phases that draw what they learn from; what they replay has an order, and only that."""
 LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 CACHED = re.compile(r"(models|datasets)--.+")
 
@@ -50,10 +55,9 @@ class Repository:
 def when(name: str) -> tuple[int, int, str]:
     """Sort key of phases, or of exported models: midtrain, longcontext-1, …, longcontext-10; unknown ones last."""
     kind, _, number = name.partition("-")
-    for kinds in (TRAINING, EXPORTED):
-        if kind in kinds:
-            return kinds.index(kind), int(number) if number.isdigit() else 0, name
-    return len(EXPORTED), 0, name
+    if kind in ORDER:
+        return ORDER.index(kind), int(number) if number.isdigit() else 0, name
+    return len(ORDER), 0, name
 
 
 def phases_of(nodes: Iterable[str]) -> list[str]:

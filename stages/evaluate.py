@@ -44,6 +44,9 @@ class ChatSection(Config):
     items: ChatItems
     max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
     samples: int = Field(8, ge=1, description="answers to each problem, for pass@k and maj@k")
+    min_gain: float = Field(0.0, ge=-1, le=1, description="RLVR must add more pass@1 to SFT's than this")
+    least_win: float = Field(0.5, ge=0, le=1, description="the lower bound of a win rate must lie above this")
+    skill_tolerance: float = Field(0.05, ge=0, le=1, description="pass@1 that phases after RLVR may lose of its")
 
 
 class EvaluationSection(Config):

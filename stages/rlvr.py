@@ -21,7 +21,7 @@ VERSION = 1
 def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """inputs["init"]: the phase before, of which the last checkpoint's weights are taken; inputs["tasks"],
     inputs["items"], inputs["tokenizer"]; with replay also inputs["tokens"] and inputs["order"];
-    where tasks name the verifier reward-model, inputs["reward"], its export.
+    where tasks name the verifier reward-model, inputs["reward"], its training, and inputs["judge"], its export.
 
     Fills `out` with step-<n>/, training.jsonl, summary.json and rollouts.parquet.
     Raises what stages.rl.trainer.train raises.

@@ -147,7 +147,11 @@ def test_the_reward_model_judges_as_it_was_trained(
         tmp_path / "work",
         tmp_path / "out",
     )
-    judge = RewardModel(write_manifest(tmp_path / "out", "export-test"), Chat(inputs["tokenizer"]))
+    judge = RewardModel(
+        write_manifest(tmp_path / "out", "export-test"),
+        trained.json("summary.json")["centre"],
+        Chat(inputs["tokenizer"]),
+    )
     pairs = read_table(calm / "pairs.parquet").to_pylist()
     asked = [rl_world.row("p", "letter", 0, pair["question"]) for pair in pairs]
     scores = {
@@ -158,6 +162,8 @@ def test_the_reward_model_judges_as_it_was_trained(
     }
     better = [a["reward"] > b["reward"] for a, b in zip(scores["chosen"], scores["rejected"], strict=True)]
     assert sum(better) / len(better) > 0.75
+    middling = sum(s["reward"] for some in scores.values() for s in some) / (2 * len(pairs))
+    assert 0.25 < middling < 0.75, "rewards lie on both sides of the middle"
     (cut,) = judge.score([(asked[0], Response.of("eee", False))])
     assert cut["reward"] == 0.0 and judge.version == "export-test" and judge.runs_code is False
     assert judged(judge.chat, "say", "e", True)[-2:] == [3, 1]

@@ -8,13 +8,29 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from release import training
 from release.cards.plot import COLORS, DPI, require
 from stages.statistics import Z95
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+def of_model(folder: Path, model: Mapping[str, Any]) -> dict[str, bytes]:
+    """The plots that a model repository carries, by name; none of a model that does not converse.
+
+    model: its facts, whose scores are drawn.
+    """
+    found = {}
+    if scores := model["chat"].get("test"):
+        found["inference.png"] = inference(scores)
+    logs = {phase: training.read(path) for phase, path in training.logs(folder).items() if phase == "rlvr"}
+    if logs:
+        found["reinforcement.png"] = reinforcement(logs)
+    return found
 
 
 def inference(scores: Mapping[str, Any], kind: str | None = None) -> bytes:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from release.cards import tables, training_tables
+from release.cards import chat_tables, tables, training_tables
 from release.hub_client import load
 
 Facts = dict[str, Any]
@@ -25,7 +25,11 @@ METRICS = {
     "bits_per_byte": ("bits_per_byte", "Bits per byte", "held-out documents"),
     "accuracy": ("exact_match", "Exact match", "held-out problems"),
 }
-PHASES = {"pretrain": "pre-training", "midtrain": "mid-training", "longcontext": "long-context training"}
+PHASES = {
+    "pretrain": "pre-training", "midtrain": "mid-training", "longcontext": "long-context training",
+    "sft": "supervised fine-tuning", "rlvr": "reinforcement learning against verifiers",
+    "rlhf": "learning from preferences", "online": "reinforcement learning against a reward model",
+}  # fmt: skip
 
 
 def licence_fields(spdx: str) -> dict[str, Any]:
@@ -71,6 +75,7 @@ def model_tables(model: Facts) -> dict[str, list[str]]:
         "experts": training_tables.experts(model),
         "experts_verdict": training_tables.verdict(model),
         "spikes": training_tables.spikes(model),
+        **chat_tables.of(model["chat"], model["contamination"]),
     }
 
 
@@ -86,6 +91,7 @@ def data_tables(data: Facts) -> dict[str, list[str]]:
         "scores": tables.evaluation(data["evaluation"]),
         "passkeys": tables.passkeys(data["evaluation"]),
         "positions": tables.positions(data["evaluation"]),
+        **chat_tables.of(data["chat"], None),
     }
 
 

@@ -39,18 +39,20 @@ class Courtesy:
 
 
 class RewardModel:
-    """A trained judge: an exported model in whose eyes `<|endoftext|>` follows an answer with a certain probability,
-    which is the reward."""
+    """A trained judge: an exported model in whose eyes `<|endoftext|>` follows an answer with a certain
+    log-probability, its score. The reward is the chance, by Bradley and Terry, that the answer is preferred to one of
+    middling score."""
 
     name, runs_code = "reward-model", False
 
-    def __init__(self, artifact: Artifact, chat: Chat) -> None:
+    def __init__(self, artifact: Artifact, centre: float, chat: Chat) -> None:
+        """artifact: the export; centre: the middling score, which its training measured on held-out pairs."""
         import torch
         from transformers import AutoModelForCausalLM
 
         folder = artifact / "model"
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-        self.chat, self.version = chat, artifact.key
+        self.chat, self.centre, self.version = chat, centre, artifact.key
 
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
         import torch
@@ -66,7 +68,8 @@ class RewardModel:
             ids = torch.tensor([[*rows[i], *[self.chat.pad] * (width - len(rows[i]))] for i in some])
             with torch.inference_mode():
                 logits = self.model(ids).logits[torch.arange(len(some)), last]
-            chances = torch.softmax(logits.double(), -1)[:, self.chat.end].tolist()
+            scores = torch.log_softmax(logits.double(), -1)[:, self.chat.end]
+            chances = torch.sigmoid(scores - self.centre).tolist()
             for i, chance in zip(some, chances, strict=True):
                 found[i] = chance if answers[i][1].finished else 0.0
         return [{"reward": chance} for chance in found]
@@ -98,7 +101,7 @@ def verifiers_of(
         elif name == RewardModel.name:
             if "reward" not in inputs:
                 raise RecipeError("tasks name the verifier reward-model, which only rlhf.online has; use another judge")
-            made[name] = RewardModel(inputs["reward"], chat)
+            made[name] = RewardModel(inputs["judge"], inputs["reward"].json("summary.json")["centre"], chat)
         else:
             if name == CODE and (lack := sandbox.missing()):
                 raise RecipeError(f"tasks of the verifier {CODE} run what the model writes: {lack}")

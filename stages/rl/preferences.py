@@ -260,7 +260,9 @@ class Reward(Trainer):
         if step % self.phase.validate_every and step != self.phase.steps:
             return None
         loss, figures = self.engine.figures(self._share(self._units(self.heldout)), bradley_terry)
-        found = {"heldout_accuracy": figures["accuracy"] / len(self.heldout), "heldout_loss": loss}
+        n = len(self.heldout)
+        centre = (figures["chosen"] + figures["rejected"]) / 2 / n
+        found = {"heldout_accuracy": figures["accuracy"] / n, "heldout_loss": loss, "centre": centre}
         if self.first:
             self.report.metric(step, **found)
         return found
@@ -271,7 +273,8 @@ class Reward(Trainer):
         interval = list(wilson(round(last * n), n))
         return {
             "pairs": len(self.pairs),
-            "heldout_pairs": len(self.heldout),
+            "heldout_pairs": n,
+            "centre": measured[-1]["centre"],
             "heldout_accuracy": {"first": measured[0]["heldout_accuracy"], "last": last, "interval": interval},
         }
 

@@ -1,0 +1,71 @@
+"""The gates of a release whose model converses: what reinforcement learning and preferences must have given, and the
+evidence that goes with the scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from release import checks, facts
+from release.layout import when
+
+if TYPE_CHECKING:
+    from release.gates import Context, Gate
+
+LEAST_RECALL = 0.9
+"""Of items planted into a copy of the corpus, what a detector must find to be believed."""
+
+
+def post_training(c: Context) -> list[Gate]:
+    """Asked of a release with models that converse only."""
+    from release.gates import Gate
+
+    chat = c.data["chat"]
+    if not chat:
+        return []
+    mend = "; change the recipe's {} section and run again"
+    asked, gates = c.evaluation["chat"], []
+    right = {name: found["problems_all"]["samples"]["accuracy"] for name, found in chat["test"].items()}
+    said = {name: f"{row['value']:.3f} ± {row['se']:.3f}" for name, row in right.items()}
+    if "rlvr" in right:
+        gain = right["rlvr"]["value"] - right["sft"]["value"]
+        ok = gain > asked["min_gain"]
+        text = f"pass@1 {said['sft']} → {said['rlvr']}, a gain of more than {asked['min_gain']:g} is demanded"
+        gates.append(Gate("rlvr_raises_pass_at_1", ok, text if ok else text + mend.format("rlvr")))
+    later = [name for name in right if when(name) > when("rlvr")]
+    if "rlvr" in right and later:
+        worst = min(right[name]["value"] for name in later)
+        ok = worst >= right["rlvr"]["value"] - asked["skill_tolerance"]
+        text = f"pass@1 {', '.join(f'{name} {said[name]}' for name in ('rlvr', *later))}; at most "
+        text += f"{asked['skill_tolerance']:g} may be lost after rlvr"
+        gates.append(Gate("rlhf_keeps_skills", ok, text if ok else text + mend.format("rlhf")))
+    for name in (name for name in later if name in chat.get("preferences", {})):
+        rate = chat["preferences"][name]["win_rate"]
+        text = f"{name} wins {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against the model before it"
+        ok = rate["low"] > asked["least_win"]
+        gates.append(Gate(f"{name}_is_preferred", ok, text if ok else text + mend.format("rlhf")))
+    return [*gates, _fresh(c), _contamination(c)]
+
+
+def _fresh(c: Context) -> Gate:
+    from release.gates import Gate
+
+    wrong = checks.fresh_set(c.folder)
+    meta = c.folder / "dataset/evaluation/fresh/meta.json"
+    text = f"{facts.read_json(meta)['kept']} items drawn from the digest of the weights" if meta.exists() else ""
+    return Gate("fresh_set", not wrong, f"{wrong[0]}; run the stage fresh again" if wrong else text)
+
+
+def _contamination(c: Context) -> Gate:
+    from release.gates import Gate
+
+    path = c.folder / "dataset" / facts.CONTAMINATION
+    if not path.exists():
+        return Gate("contamination_report", False, "there is no contamination report; run the stage contamination")
+    report = facts.read_json(path)
+    planted = report["detector"]["recall"]
+    ok = planted["found"] >= LEAST_RECALL * planted["planted"]
+    verdicts = {split: dict(counts) for split, counts in report["items"].items()}
+    text = f"{planted['found']} of {planted['planted']} planted items found; verdicts {verdicts}"
+    return Gate(
+        "contamination_report", ok, text if ok else f"{text}; the detector misses too much, look at its settings"
+    )
