@@ -162,10 +162,10 @@ def test_a_reload_of_nothing_or_of_a_part_is_noticed(
     with monkeypatch.context() as patch:
         patch.setattr(vllm_server.Server, "post", other)
         served.loaded = None
-        with pytest.raises(
-            AtomError, match="did not take over" if what == "nothing" else "differ by .* does not renew"
-        ):
+        told = "did not take over" if what == "nothing" else "differ by .* does not renew"
+        with pytest.raises(AtomError, match=told) as raised:
             served.load(SECOND)
+        print(f"\n{raised.value}")
     served.loaded = None
     served.load(FIRST)
 
