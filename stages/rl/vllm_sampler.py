@@ -80,7 +80,11 @@ class VllmServer:
         self._each([(s, s) for s in self.servers], lambda server, _: self._renew(server, folder, digest, norms))
         first, self.loaded = self.loaded is None, digest
         if first:
-            self._prove(served)
+            try:
+                self._prove(served)
+            except AtomError:
+                self.loaded = None
+                raise
         for old in self.folder.iterdir():
             if old.is_dir() and old != folder:
                 shutil.rmtree(old)
