@@ -18,7 +18,7 @@ help:
 	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 5 minutes with installation)"
 	@echo "make test    linters, types and all tests (about 12 minutes)"
 	@echo "make test-latest   the training, checkpoint and export tests with the newest Megatron-core on $(PYTHON_LATEST) (some GB of download)"
-	@echo "make test-vllm     vLLM on CPU against transformers, at the full length of a scaled context (3 GB of download)"
+	@echo "make test-vllm     vLLM on CPU against transformers, and as the sampler of RL (3 GB of download)"
 	@echo "make soak    layouts, checkpoint pairs and random kills at length (about three quarters of an hour); writes docs/soak.md"
 	@echo "make lint    linters and types only"
 	@echo "make lock    resolve the newest versions that pyproject.toml allows, into constraints.txt"
@@ -53,7 +53,7 @@ $(VENV_VLLM)/.ready:
 	@touch $@
 
 test-vllm: $(READY) $(VENV_VLLM)/.ready
-	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/test_vllm.py
+	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/test_vllm.py tests/test_vllm_sampler.py
 
 soak: $(READY)
 	$(BIN)/python tests/soak.py

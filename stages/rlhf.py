@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.stage import Estimate, Inputs, Report, Stage
 from stages.rl.config import DpoTrainConfig
+from stages.rl.vllm_server import obstacle
 
 VERSION = 1
 
@@ -39,5 +40,6 @@ def estimate(config: DpoTrainConfig) -> Estimate:
 
 
 STAGE = Stage(
-    "rlhf", VERSION, DpoTrainConfig, run, promise="bitwise", estimate=estimate, ranks=lambda c: c.phase.cluster.ranks
-)
+    "rlhf", VERSION, DpoTrainConfig, run, promise="bitwise", estimate=estimate,
+    obstacle=lambda c: obstacle(c.phase.sampling), ranks=lambda c: c.phase.cluster.ranks,
+)  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.stage import Estimate, Inputs, Report, Stage
 from stages.rl.config import RlTrainConfig
+from stages.rl.vllm_server import obstacle
 
 VERSION = 1
 
@@ -41,5 +42,6 @@ def estimate(config: RlTrainConfig) -> Estimate:
 
 
 STAGE = Stage(
-    "rlvr", VERSION, RlTrainConfig, run, promise="bitwise", estimate=estimate, ranks=lambda c: c.phase.cluster.ranks
-)
+    "rlvr", VERSION, RlTrainConfig, run, promise="bitwise", estimate=estimate,
+    obstacle=lambda c: obstacle(c.phase.sampling), ranks=lambda c: c.phase.cluster.ranks,
+)  # fmt: skip

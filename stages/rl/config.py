@@ -30,6 +30,8 @@ class Sampling(Config):
     max_new_tokens: PositiveInt
     temperature: float = Field(1.0, gt=0)
     python: str | None = operational(None, "the interpreter of vLLM's environment; null: ATOM_VLLM_PYTHON says it")
+    url: tuple[str, ...] = operational((), "vLLM servers on nodes of their own; empty: the stage starts one")
+    options: tuple[str, ...] = operational((), "further options of the server that the stage starts, as vLLM has them")
 
 
 class Trainable(Config):

@@ -43,25 +43,7 @@ class InProcess:
         self.temperature, self.rows = temperature, rows
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Fills the model. Raises ValueError if a tensor is missing, left over, or of another shape."""
-        own = dict(self.model.named_parameters())
-        if self.model.config.tie_word_embeddings:
-            own.pop("lm_head.weight", None)
-        experts = {name for name in own if ".mlp.experts." in name}
-        for name in own.keys() - experts:
-            own[name].data.copy_(tensors[name])
-        used = own.keys() - experts
-        for name in sorted(experts):  # transformers holds them stacked
-            stem, part = name.rsplit(".", 1)
-            kinds = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
-            for number in range(own[name].shape[0]):
-                names = [f"{stem}.{number}.{kind}.weight" for kind in kinds]
-                for piece, n in zip(own[name].data[number].chunk(len(kinds), 0), names, strict=True):
-                    piece.copy_(tensors[n])
-                used |= set(names)
-        left = sorted(set(tensors) - used - {"lm_head.weight"})
-        if left:
-            raise ValueError(f"the sampler's model has no tensor {left[0]}")
+        fill(self.model, tensors)
 
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
         found: dict[int, Completion] = {}
@@ -139,3 +121,26 @@ class InProcess:
             at = noise[:, None] * below[:, -1:]
             chosen = torch.searchsorted(below, at, right=True).squeeze(1).clamp_max(logits.shape[1] - 1)
         return chosen, spread.gather(1, chosen[:, None]).squeeze(1)
+
+
+def fill(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fills a transformers model with weights by the names in which they are exported. Raises ValueError if a tensor is
+    missing, left over, or of another shape."""
+    own = dict(model.named_parameters())
+    if model.config.tie_word_embeddings:
+        own.pop("lm_head.weight", None)
+    experts = {name for name in own if ".mlp.experts." in name}
+    for name in own.keys() - experts:
+        own[name].data.copy_(tensors[name])
+    used = own.keys() - experts
+    for name in sorted(experts):  # transformers holds them stacked
+        stem, part = name.rsplit(".", 1)
+        kinds = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
+        for number in range(own[name].shape[0]):
+            names = [f"{stem}.{number}.{kind}.weight" for kind in kinds]
+            for piece, n in zip(own[name].data[number].chunk(len(kinds), 0), names, strict=True):
+                piece.copy_(tensors[n])
+            used |= set(names)
+    left = sorted(set(tensors) - used - {"lm_head.weight"})
+    if left:
+        raise ValueError(f"the sampler's model has no tensor {left[0]}")

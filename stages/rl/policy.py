@@ -36,15 +36,14 @@ class Policy:
     """The engine's weights in a sampler's hands, with the chat template and the verifiers around it. Rank 0 alone calls
     all but `load`."""
 
-    def __init__(self, config: Any, inputs: Inputs, engine: Engine, report: Report) -> None:
+    def __init__(self, config: Any, inputs: Inputs, engine: Engine, report: Report, work: Path) -> None:
+        """work: the stage's, for what a sampler keeps on disk."""
         self.config, self.engine, self.report = config, engine, report
         self.chat = answers.Chat(inputs["tokenizer"])
         self.sampler: Sampler | None = None
         self.verifiers: answers.Verifiers | None = None
         if engine.ranks.first:
-            sampling, model = config.phase.sampling, config.model
-            made = hf.hf_config(model, self.chat.vocab_size, self.chat.end, self.chat.pad, "float32")
-            self.sampler = InProcess(made, self.chat.stops, sampling.max_new_tokens, sampling.temperature)
+            self.sampler = sampler_of(config, self.chat, work)
             rows = [*tasks.read(inputs["tasks"]), *chat_rows(inputs["items"])]
             made_verifiers = verifiers_of(rows, inputs, self.chat, config.phase.verifiers)
             self.verifiers = answers.Verifiers(made_verifiers, config.phase.retries, report)
@@ -80,6 +79,19 @@ class Policy:
         for each in (self.sampler, self.verifiers):
             if each is not None:
                 each.close()
+
+
+def sampler_of(config: Any, chat: answers.Chat, work: Path) -> Sampler:
+    """The sampler that the recipe asks for. vLLM computes as the trainer does: in fp32, or else in bf16."""
+    sampling, in_process = config.phase.sampling, config.phase.sampling.kind == "in-process"
+    dtype = "float32" if in_process or config.phase.precision == "fp32" else "bfloat16"
+    made = hf.hf_config(config.model, chat.vocab_size, chat.end, chat.pad, dtype)
+    common = (made, chat.stops, sampling.max_new_tokens, sampling.temperature)
+    if in_process:
+        return InProcess(*common)
+    from stages.rl.vllm_sampler import VllmServer
+
+    return VllmServer(*common, work / "served", sampling.python, sampling.url, sampling.options)
 
 
 class Answers:
@@ -150,7 +162,7 @@ class Rlvr(Trainer):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         phase: RlPhase = self.phase
-        self.policy = Policy(self.config, self.inputs, self.engine, self.report)
+        self.policy = Policy(self.config, self.inputs, self.engine, self.report, self.work)
         self.files = Answers(self.work / "rollouts", self.report)
         rows = tasks.read(self.inputs["tasks"])
         self.by_id = {row["id"]: row for row in rows}

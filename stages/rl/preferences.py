@@ -53,7 +53,7 @@ class Dpo(Trainer):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         phase: DpoPhase = self.phase
-        self.policy = Policy(self.config, self.inputs, self.engine, self.report)
+        self.policy = Policy(self.config, self.inputs, self.engine, self.report, self.work)
         self.files = Answers(self.work / "rollouts", self.report)
         rows = tasks.read(self.inputs["tasks"])
         self.by_id = {row["id"]: row for row in rows}

@@ -1,0 +1,1 @@
+"""What runs inside vLLM's workers. This folder is on their path, so it holds nothing else."""
