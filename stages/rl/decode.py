@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeForCausalLM
 
 ROOM = 64
 """Tokens by which the cache grows at least."""
@@ -30,11 +30,15 @@ class Decoder:
         self.qkv = [_fused(layer.self_attn) for layer in self.model.layers]
         self.numbers = torch.arange(self.config.num_experts, device=model.device)
 
-    def start(self, cache: DynamicCache, rows: torch.Tensor, pads: torch.Tensor, longest: int) -> None:
-        """Takes over what transformers has read. rows: of its cache, one for each row to continue, [rows]; pads: tokens
-        of padding on their left, [rows]; longest: the length that rows may reach."""
-        self.cache = [torch.stack((x.keys[rows], x.values[rows])) for x in cache.layers]
-        self.pads, self.length = pads, self.cache[0].shape[3]
+    def room(self, rows: int, length: int) -> list[torch.Tensor]:
+        """Empty keys and values, for each layer [2, rows, groups, length, dim]."""
+        shape = (2, rows, self.groups, length, self.dim)
+        return [torch.zeros(shape, device=self.numbers.device) for _ in self.qkv]
+
+    def start(self, cache: list[torch.Tensor], pads: torch.Tensor, longest: int) -> None:
+        """Takes over what transformers has read. cache: as `room` gives it, filled; pads: empty places on the left of
+        rows, [rows]; longest: the length that rows may reach."""
+        self.cache, self.pads, self.length = cache, pads, cache[0].shape[3]
         where = torch.arange(longest, device=pads.device)[None]
         cos, sin = self.model.rotary_emb(self.cache[0][0], where)
         first, second = sin.chunk(2, -1)

@@ -20,6 +20,8 @@ from stages.rl.decode import Decoder
 
 CACHE = "cache" if "cache" in signature(Qwen3MoeForCausalLM.forward).parameters else "past_key_values"
 """What this version of transformers calls it."""
+READ = 1024
+"""Tokens of prompts that are read at once, padding included: what is made of more leaves the processor's caches."""
 ROWS = 256
 """Answers that are drawn side by side, which bounds the cache."""
 GOING = 0.75
@@ -111,22 +113,34 @@ class InProcess:
     def _read(self, prompts: list[Prompt]) -> torch.Tensor:
         """Fills the decoder's cache; gives the logits after each prompt. A prompt that is asked several times, as those
         of a group are, is read once."""
-        asked = list(dict.fromkeys(prompt.ids for prompt in prompts))
-        width = max(map(len, asked))
-        pads = torch.tensor([width - len(ids) for ids in asked])
-        where = torch.arange(width) - pads[:, None]
-        cache, device = DynamicCache(config=self.model.config), self.model.device
-        logits = self.model(
-            torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in asked], device=device),
-            attention_mask=(where >= 0).long().to(device) if pads.any() else None,
-            position_ids=where.clamp_min(0).to(device),
-            **{CACHE: cache},
-            logits_to_keep=1,
-        ).logits[:, -1]
+        device, width = self.model.device, max(len(prompt.ids) for prompt in prompts)
+        asked = list(dict.fromkeys(prompt.ids for prompt in prompts))  # shortest first, as the prompts are
+        kept = self.decoder.room(len(asked), width)
+        logits, start = [], 0
+        while start < len(asked):
+            some = [asked[start]]
+            while start + len(some) < len(asked) and (len(some) + 1) * len(asked[start + len(some)]) <= READ:
+                some.append(asked[start + len(some)])
+            longest = len(some[-1])
+            pads = torch.tensor([longest - len(ids) for ids in some])
+            where = torch.arange(longest) - pads[:, None]
+            cache = DynamicCache(config=self.model.config)
+            told = self.model(
+                torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in some], device=device),
+                attention_mask=(where >= 0).long().to(device) if pads.any() else None,
+                position_ids=where.clamp_min(0).to(device),
+                **{CACHE: cache},
+                logits_to_keep=1,
+            )
+            logits.append(told.logits[:, -1].float().cpu())
+            for whole, layer in zip(kept, cache.layers, strict=True):
+                whole[:, start : start + len(some), :, width - longest :] = torch.stack((layer.keys, layer.values))
+            start += len(some)
         number = {ids: n for n, ids in enumerate(asked)}
         rows = torch.tensor([number[prompt.ids] for prompt in prompts])
-        self.decoder.start(cache, rows.to(device), pads[rows].to(device), width + self.max_new_tokens)
-        return logits.float().cpu()[rows]
+        pads = torch.tensor([width - len(prompt.ids) for prompt in prompts])
+        self.decoder.start([whole[:, rows.to(device)] for whole in kept], pads.to(device), width + self.max_new_tokens)
+        return torch.cat(logits)[rows]
 
     def _noise(self, prompts: list[Prompt]) -> torch.Tensor:
         """Uniform numbers in (0, 1), [rows, steps]: one for each token that may be drawn."""
