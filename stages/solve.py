@@ -10,8 +10,8 @@ follow, for k = 1, 2, 4, … answers and by what they cost in generated tokens:
   end has no vote, and of equally frequent answers each is as likely.
 
 Both are exact expectations over all subsets of the samples (stages/statistics.py). A request for a courteous note has
-no one right answer; it is asked once, for its mean reward; which of two models is preferred is measured by stage `prefer`. Errors are
-over items. Seeds follow from item and sample, so all models of a recipe draw with the same random numbers.
+no one right answer; it is asked once, for its mean reward, and which of two models is preferred is measured by stage
+`prefer`. Errors are over items. Seeds follow from item and sample, so all models of a recipe draw with the same random numbers.
 """
 
 from __future__ import annotations
@@ -147,9 +147,7 @@ class Speaker:
 def _answers(speaker: Speaker, batch: Sequence[Row], config: SolveConfig) -> list[Answer]:
     once_each = [(row, GREEDY, 0) for row in batch if row["kind"] not in JUDGED]
     often = {id(row): 1 if row["kind"] in JUDGED else config.samples for row in batch}
-    sampled = [
-        (row, n, seed_of(f"solve/{row['id']}/{n}", config.seed)) for row in batch for n in range(often[id(row)])
-    ]
+    sampled = [(row, n, seed_of(f"solve/{row['id']}/{n}", config.seed)) for row in batch for n in range(often[id(row)])]
     return (speaker.ask(once_each, greedy=True) if once_each else []) + speaker.ask(sampled)
 
 

@@ -1,5 +1,5 @@
-"""The in-process sampler: a transformers model filled from the trainer's tensors, and a loop over its cache of keys and
-values.
+"""The in-process sampler: a transformers model filled from the trainer's tensors reads the prompts, and our decoder
+goes on from its cache of keys and values.
 
 The log-probabilities are those of the very distribution that a token was drawn from. Every answer has a random stream
 of its own, so it is the same whatever else is asked beside it, up to the rounding of a batched matrix product.
@@ -16,11 +16,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Qwen3MoeForCausalLM
 
 from stages.rl.contracts import Completion, Prompt
+from stages.rl.decode import Decoder
 
 CACHE = "cache" if "cache" in signature(Qwen3MoeForCausalLM.forward).parameters else "past_key_values"
 """What this version of transformers calls it."""
+READ = 1024
+"""Tokens of prompts that are read at once, padding included: what is made of more leaves the processor's caches."""
 ROWS = 256
 """Answers that are drawn side by side, which bounds the cache."""
+GOING = 0.75
+"""Share of rows not yet stopped at which the others leave the cache, which is copied then."""
 
 
 class InProcess:
@@ -39,6 +44,7 @@ class InProcess:
         if torch.cuda.is_available():
             self.model.cuda()
         self.model.requires_grad_(False)
+        self.decoder = Decoder(self.model)
         self.stops, self.max_new_tokens = frozenset(stops), max_new_tokens
         self.temperature, self.rows = temperature, rows
 
@@ -54,54 +60,69 @@ class InProcess:
         return [found[i] for i in range(len(prompts))]
 
     def close(self) -> None:
-        del self.model
+        del self.model, self.decoder
 
     def _draw(self, prompts: list[Prompt], greedy: bool) -> list[Completion]:
         with torch.inference_mode():
             return self._drawn(prompts, None if greedy else self._noise(prompts))
 
     def _drawn(self, prompts: list[Prompt], noise: torch.Tensor | None) -> list[Completion]:
-        device = next(self.model.parameters()).device
-        width = max(len(p.ids) for p in prompts)
-        pads = torch.tensor([width - len(p.ids) for p in prompts])
-        ids = torch.tensor([[0] * (width - len(p.ids)) + list(p.ids) for p in prompts])
-        mask = (torch.arange(width) >= pads[:, None]).long()
-        where = (torch.arange(width) - pads[:, None]).clamp_min(0)
-        drawn: list[list[int]] = [[] for _ in prompts]
-        told: list[list[float]] = [[] for _ in prompts]
-        live = list(range(len(prompts)))
-        cache = DynamicCache(config=self.model.config)
-        for step in range(self.max_new_tokens):
-            logits = self.model(
-                ids.to(device),
-                attention_mask=None if not pads.any() else mask.to(device),
-                position_ids=where.to(device),
+        device, count, most = self.model.device, len(prompts), self.max_new_tokens
+        stops = torch.tensor(sorted(self.stops))
+        logits = self._read(prompts)
+        drawn, told = torch.zeros(most, count, dtype=torch.long), torch.zeros(most, count)
+        live, going = torch.arange(count), torch.ones(count, dtype=torch.bool)
+        for step in range(most):
+            chosen, told[step, live] = self._choose(logits, noise[live, step] if noise is not None else None)
+            drawn[step, live] = chosen
+            if len(stops):
+                going &= ~torch.isin(chosen, stops)
+                left = int(going.sum())
+                if not left:
+                    break
+                if left <= GOING * len(live):
+                    rows = going.nonzero()[:, 0]
+                    self.decoder.select(rows.to(device))
+                    live, chosen, going = live[rows], chosen[rows], going[rows]
+            if step + 1 < most:
+                logits = self.decoder.step(chosen.to(device)).float().cpu()
+        found = []
+        for ids, logprobs in zip(drawn.T.tolist(), told.T.tolist(), strict=True):
+            end = next((n for n, token in enumerate(ids) if token in self.stops), most - 1) + 1
+            found.append(Completion(tuple(ids[:end]), tuple(logprobs[:end]), ids[end - 1] in self.stops))
+        return found
+
+    def _read(self, prompts: list[Prompt]) -> torch.Tensor:
+        """Fills the decoder's cache; gives the logits after each prompt. A prompt that is asked several times, as those
+        of a group are, is read once."""
+        device, width = self.model.device, max(len(prompt.ids) for prompt in prompts)
+        asked = list(dict.fromkeys(prompt.ids for prompt in prompts))  # shortest first, as the prompts are
+        kept = self.decoder.room(len(asked), width)
+        logits, start = [], 0
+        while start < len(asked):
+            some = [asked[start]]
+            while start + len(some) < len(asked) and (len(some) + 1) * len(asked[start + len(some)]) <= READ:
+                some.append(asked[start + len(some)])
+            longest = len(some[-1])
+            pads = torch.tensor([longest - len(ids) for ids in some])
+            where = torch.arange(longest) - pads[:, None]
+            cache = DynamicCache(config=self.model.config)
+            told = self.model(
+                torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in some], device=device),
+                attention_mask=(where >= 0).long().to(device) if pads.any() else None,
+                position_ids=where.clamp_min(0).to(device),
                 **{CACHE: cache},
                 logits_to_keep=1,
-            ).logits[:, -1]
-            chosen, logprobs = self._choose(logits.float().cpu(), noise[:, step] if noise is not None else None)
-            goes_on = []
-            for row, (i, token, logprob) in enumerate(zip(live, chosen.tolist(), logprobs.tolist(), strict=True)):
-                drawn[i].append(token)
-                told[i].append(logprob)
-                if token not in self.stops:
-                    goes_on.append(row)
-            if not goes_on:
-                break
-            if len(goes_on) < len(live):
-                kept = torch.tensor(goes_on)
-                live = [live[row] for row in goes_on]
-                chosen, mask, pads = chosen[kept], mask[kept], pads[kept]
-                where = where[kept]
-                noise = noise[kept] if noise is not None else None
-                cache.batch_select_indices(kept.to(device))
-            ids = chosen[:, None]
-            mask = torch.cat((mask, torch.ones(len(live), 1, dtype=mask.dtype)), 1)
-            where = where[:, -1:] + 1
-        return [
-            Completion(tuple(ids), tuple(logprobs), ids[-1] in self.stops)
-            for ids, logprobs in zip(drawn, told, strict=True)
-        ]
+            )
+            logits.append(told.logits[:, -1].float().cpu())
+            for whole, layer in zip(kept, cache.layers, strict=True):
+                whole[:, start : start + len(some), :, width - longest :] = torch.stack((layer.keys, layer.values))
+            start += len(some)
+        number = {ids: n for n, ids in enumerate(asked)}
+        rows = torch.tensor([number[prompt.ids] for prompt in prompts])
+        pads = torch.tensor([width - len(prompt.ids) for prompt in prompts])
+        self.decoder.start([whole[:, rows.to(device)] for whole in kept], pads.to(device), width + self.max_new_tokens)
+        return torch.cat(logits)[rows]
 
     def _noise(self, prompts: list[Prompt]) -> torch.Tensor:
         """Uniform numbers in (0, 1), [rows, steps]: one for each token that may be drawn."""
@@ -112,15 +133,14 @@ class InProcess:
 
     def _choose(self, logits: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [rows] and their log-probabilities, by inverting the distribution function at the random number."""
+        chances = (logits if noise is None else logits / self.temperature).softmax(-1)
         if noise is None:
-            spread = torch.log_softmax(logits, -1)
-            chosen = spread.argmax(-1)
+            chosen = chances.argmax(-1)
         else:
-            spread = torch.log_softmax(logits / self.temperature, -1)
-            below = spread.double().exp().cumsum(-1)
+            below = chances.cumsum(-1, dtype=torch.float64)
             at = noise[:, None] * below[:, -1:]
             chosen = torch.searchsorted(below, at, right=True).squeeze(1).clamp_max(logits.shape[1] - 1)
-        return chosen, spread.gather(1, chosen[:, None]).squeeze(1)
+        return chosen, chances.gather(1, chosen[:, None]).squeeze(1).log()
 
 
 def fill(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:

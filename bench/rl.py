@@ -1,0 +1,324 @@
+"""Speed of a step of reinforcement learning on one CPU core: ours against TRL's GRPOTrainer, same model, same questions.
+
+    .venv/bin/python bench/rl.py            # about five minutes
+    .venv/bin/python bench/rl.py --quick    # a tiny model, to see that it works; its figures mean nothing
+
+A step draws a group of answers to each of 32 questions, scores them, and updates the weights once by DAPO's loss. Ours
+is `stages.rl.policy.Rlvr.step` as a stage runs it, with what it writes to disk and the digest of the policy; without
+refills, replay or validation. The peer is `GRPOTrainer.training_step` and its optimizer's step, without logging and
+checkpoints, with the fastest of transformers' expert implementations here. Both start from the same weights and ask the
+same questions in every step, at temperature 1, with the same load-balancing loss, optimizer, clip and advantages.
+
+The same work: the token that ends an answer is, on both sides, one beyond the vocabulary, which the model has no logit
+for. So every answer has exactly as many tokens as allowed, and ours are told to count as finished, since a stage learns
+nothing from answers that were cut off. The reward is the share of letters among an answer's characters, which differs
+within every group, so no group is left out.
+
+The two take steps in turn in one process; a round's ratio is TRL's seconds by ours. Seconds are CPU seconds of the
+process. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.store import Artifact, write_manifest
+from stages.data.chat import render
+from stages.data.table import ITEMS, write_jsonl, write_rows
+from stages.data.tokenizer import PAD, SPECIAL_TOKENS, _alphabet, _set_byte_level
+from stages.model.build import named_tensors
+from stages.model.hf import hf_config, to_hf
+from stages.rl.config import RlTrainConfig
+from stages.rl.contracts import Completion, Parts, Prompt, Response, Row
+from stages.rl.generate import InProcess
+from stages.rl.policy import Rlvr
+from stages.rl.tasks import ProblemTasks
+from stages.train.engine import Engine
+from stages.train.parallel import session
+
+TARGET = 2.0
+ROOT = Path(__file__).parent.parent
+RATE, BETAS, CLIP = 2e-4, (0.9, 0.99), 1.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured: `groups` questions a step, `samples` answers of `new` tokens to each."""
+
+    model: Mapping[str, Any]
+    vocab: int
+    groups: int
+    samples: int
+    new: int
+    micro_batches: int  # of an update, ours
+    pieces: tuple[int, ...]  # of an update, the peer's; the quicker number of them is taken
+    rounds: int
+
+
+FULL = Size(
+    dict(layers=3, hidden_size=96, heads=4, kv_heads=2, head_dim=32, experts=4, experts_per_token=2,
+         expert_ffn_size=96, context_length=512, tie_embeddings=True, aux_loss=6.67e-3, init_std=0.08),
+    vocab=512, groups=32, samples=8, new=48, micro_batches=4, pieces=(1, 4), rounds=12,
+)  # fmt: skip
+QUICK = Size(
+    dict(layers=1, hidden_size=32, heads=4, kv_heads=2, head_dim=8, experts=4, experts_per_token=2,
+         expert_ffn_size=16, context_length=128, tie_embeddings=True, aux_loss=6.67e-3, init_std=0.08),
+    vocab=300, groups=2, samples=4, new=8, micro_batches=1, pieces=(1,), rounds=3,
+)  # fmt: skip
+
+
+def reward(text: str) -> float:
+    """The share of letters among the characters of an answer."""
+    return sum(map(str.isalpha, text)) / max(1, len(text))
+
+
+class Letters:
+    """`reward` as a verifier of ours."""
+
+    name, version, runs_code = "letters", "1", False
+
+    def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
+        return [{"reward": reward(response.text)} for _, response in answers]
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+class Whole(InProcess):
+    """Our sampler, whose answers count as finished when they are as long as allowed."""
+
+    def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
+        return [replace(found, finished=True) for found in super().generate(prompts, greedy)]
+
+
+class Quiet:
+    """A report that nobody reads."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *given, **named: None
+
+
+def world(folder: Path, size: Size) -> tuple[dict[str, Artifact], list[dict[str, Any]]]:
+    """Tasks, items and tokenizer under `folder`, and the rows of the tasks: as many as a step asks."""
+    from tokenizers import Tokenizer, models, trainers
+
+    made = Tokenizer(models.BPE())
+    _set_byte_level(made)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size.vocab, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=_alphabet(), show_progress=False
+    )
+    made.train_from_iterator((path.read_text("utf-8") for path in sorted((ROOT / "stages").rglob("*.py"))), trainer)
+    assert made.get_vocab_size() == size.vocab
+    for name in ("tokenizer", "tasks", "items"):
+        (folder / name).mkdir()
+    made.save(str(folder / "tokenizer" / "tokenizer.json"))
+    source = ProblemTasks(source="problems", task="add", levels=(2,), count=size.groups)
+    rows = list(source.rows(0, set()))[: size.groups]
+    assert len(rows) == size.groups
+    write_jsonl(folder / "tasks" / "tasks.jsonl", rows)
+    write_rows(folder / "items" / "items.parquet", ITEMS, [])
+    write_jsonl(folder / "items" / "chat.jsonl", [])
+    return {name: write_manifest(folder / name, f"{name}-bench") for name in ("tokenizer", "tasks", "items")}, rows
+
+
+def ours(size: Size, inputs: Mapping[str, Artifact], work: Path, engine: Engine, config: Any) -> Rlvr:
+    trainer = Rlvr("rlvr", config, inputs, work, Quiet(), engine, None)
+    engine.initialise()
+    policy = trainer.policy
+    policy.sampler.close()
+    made = hf_config(config.model, size.vocab, size.vocab, policy.chat.pad, "float32")
+    policy.sampler = Whole(made, (size.vocab,), size.new)
+    policy.verifiers.made = {name: Letters() for name in policy.verifiers.made}
+    return trainer
+
+
+def peer_model(engine: Engine, config: Any, vocab: int, pad: int) -> Any:
+    """transformers' model with the engine's weights, by the way that a release goes."""
+    from safetensors.torch import save_file
+    from transformers import Qwen3MoeForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        tensors = to_hf({k: v.detach() for k, v in named_tensors(engine.chunks)}, config.model, vocab)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, f"{folder}/model.safetensors", {"format": "pt"})
+        # the stop token is one beyond the vocabulary: it is never drawn
+        (Path(folder) / "config.json").write_text(json.dumps(hf_config(config.model, vocab, vocab, pad, "float32")))
+        model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # a leaf of its own in memory, not the mapped file
+    return model
+
+
+def peer(size: Size, model: Any, tokenizer: Path, prompts: list[str], work: Path, pieces: int, steps: int) -> Any:
+    """TRL's trainer, which takes `steps` steps when told to train."""
+    from datasets import Dataset, disable_progress_bars
+    from transformers import PreTrainedTokenizerFast
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    disable_progress_bars()
+    made = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer), pad_token=PAD, padding_side="left")
+    made.add_special_tokens({"eos_token": "<|never|>"})
+    assert made.eos_token_id == size.vocab
+
+    def rewards(completions: list[str], **more: Any) -> list[float]:
+        return [reward(text) for text in completions]
+
+    settings = GRPOConfig(
+        output_dir=str(work), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", seed=0,
+        per_device_train_batch_size=size.groups * size.samples // pieces, gradient_accumulation_steps=pieces,
+        num_generations=size.samples, max_completion_length=size.new, temperature=1.0, beta=0.0, loss_type="dapo",
+        scale_rewards="none", epsilon=0.2, epsilon_high=0.28, learning_rate=RATE, lr_scheduler_type="constant",
+        adam_beta1=BETAS[0], adam_beta2=BETAS[1], weight_decay=0.0, max_grad_norm=CLIP, max_steps=steps,
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, shuffle_dataset=False,
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        model, rewards, settings, train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=made
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """The peer owes nobody equal bytes."""
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True)
+
+
+Seconds = tuple[float, float]
+"""CPU seconds of this process, and seconds by the clock."""
+
+
+def now() -> Seconds:
+    return time.process_time(), time.perf_counter()
+
+
+def since(start: Seconds) -> Seconds:
+    return time.process_time() - start[0], time.perf_counter() - start[1]
+
+
+def drive(trainer: Any, after: Callable[[Seconds], None]) -> None:
+    """Lets TRL's trainer take its steps, with a call after each that is told how long the step took."""
+    from transformers import TrainerCallback
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *given: Any, **named: Any) -> None:
+            self.start = now()
+
+        def on_step_end(self, *given: Any, **named: Any) -> None:
+            after(since(self.start))
+
+    trainer.add_callback(Turns())
+    with plain_kernels():
+        trainer.train()
+
+
+def quickest(size: Size, model: Any, make: Callable[[Any, int, int], Any]) -> tuple[str, int, str]:
+    """TRL's experts and number of pieces here, by the second of two steps of a copy of the model; and what was tried."""
+    found = {}
+    for experts in ("grouped_mm", "eager"):
+        for pieces in size.pieces:
+            other = copy.deepcopy(model)
+            other.set_experts_implementation(experts)
+            took: list[Seconds] = []
+            drive(make(other, pieces, 2), took.append)
+            found[experts, pieces] = took[-1][0]
+    best = min(found, key=lambda name: found[name])
+    return *best, ", ".join(f"{experts} in {pieces} {took:.2f} s" for (experts, pieces), took in found.items())
+
+
+def measure(size: Size) -> dict[str, Any]:
+    """Runs the rounds and prints the table; gives the JSON object. Raises SystemExit if the work is not the same."""
+    optimizer = dict(
+        lr=RATE, final_lr=RATE, warmup_steps=0, weight_decay=0.0, beta1=BETAS[0], beta2=BETAS[1], clip=CLIP
+    )
+    phase = dict(
+        tasks=[{"source": "problems", "task": "add", "levels": [2], "count": size.groups}], groups=size.groups,
+        samples=size.samples, steps=10**6, sampling={"max_new_tokens": size.new}, micro_batches=size.micro_batches,
+        optimizer=optimizer, validate_every=10**6, release_checkpoint_every=10**6, refills=0,
+    )  # fmt: skip
+    config = RlTrainConfig(model=size.model, phase=phase, padded_vocab_size=size.vocab, seed=0)
+    with tempfile.TemporaryDirectory() as place, session(0) as ranks:
+        folder = Path(place)
+        inputs, rows = world(folder, size)
+        trainer = ours(size, inputs, folder / "work", Engine(config, ranks), config)
+        chat = trainer.policy.chat
+        prompts = [render(row["responses_create_params"]["input"], ask=True) for row in rows]
+        model = peer_model(trainer.engine, config, size.vocab, chat.pad)
+
+        def make(model: Any, pieces: int, steps: int) -> Any:
+            tokenizer = folder / "tokenizer" / "tokenizer.json"
+            return peer(size, model, tokenizer, prompts, folder / "trl", pieces, steps)
+
+        experts, pieces, tried = quickest(size, model, make)
+        model.set_experts_implementation(experts)
+        theirs = make(model, pieces, size.rounds + 1)
+        for row, prompt in zip(rows, prompts, strict=True):
+            if list(chat.ask(row)) != theirs.processing_class(prompt)["input_ids"]:
+                raise SystemExit("not the same questions: the tokenizers differ")
+        print(f"{config.model.parameters(size.vocab)['total']:,} parameters; {size.groups} questions, {size.samples} "
+              f"answers of {size.new} tokens to each; fp32, one thread; TRL: {experts} experts, update in {pieces} "
+              f"(tried: {tried})")  # fmt: skip
+
+        took: dict[str, list[Seconds]] = {"ours": [], "trl": []}
+        lines: dict[str, list[dict[str, float]]] = {"ours": [], "trl": []}
+
+        def turn(seconds: Seconds) -> None:
+            told = theirs._metrics["train"]
+            lines["trl"].append({"tokens": told["completions/mean_length"][-1], "reward": told["reward"][-1]})
+            torch.use_deterministic_algorithms(True)
+            start = now()
+            line = trainer.step(len(took["ours"]) + 1)
+            took["ours"].append(since(start))
+            took["trl"].append(seconds)
+            torch.use_deterministic_algorithms(False)
+            lines["ours"].append({"tokens": line["answer_tokens"], "reward": line["reward"]})
+            if line["groups"] != size.groups or any(each[-1]["tokens"] != size.new for each in lines.values()):
+                raise SystemExit(f"not the same work: {line['groups']} groups, {lines}")
+
+        drive(theirs, turn)
+        trainer.close()
+
+    ratios = [trl[0] / own[0] for own, trl in zip(*(each[1:] for each in took.values()), strict=True)]  # 1: warm-up
+    clock = statistics.median(trl[1] / own[1] for own, trl in zip(*(each[1:] for each in took.values()), strict=True))
+    print(f"{'':6}{'CPU s a step, median':>22}{'lowest':>8}{'highest':>9}{'by clock':>10}{'first reward':>14}"
+          f"{'last reward':>13}")  # fmt: skip
+    for name, each in took.items():
+        used, passed = ([step[n] for step in each[1:]] for n in (0, 1))
+        print(f"{name:6}{statistics.median(used):22.3f}{min(used):8.3f}{max(used):9.3f}{statistics.median(passed):10.3f}"
+              f"{lines[name][0]['reward']:14.4f}{lines[name][-1]['reward']:13.4f}")  # fmt: skip
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    print(f"ratio by round: median {ratio:.3f}, quartiles {low:.3f} to {high:.3f}, lowest {min(ratios):.3f}, "
+          f"highest {max(ratios):.3f} ({size.rounds} rounds of a step); median by the clock {clock:.3f}")  # fmt: skip
+    return {
+        "name": "rl", "ratio": round(ratio, 4), "low": round(low, 4), "high": round(high, 4), "target": TARGET,
+        "unit": "TRL's CPU seconds a step by ours, one thread each; low and high: quartiles over rounds",
+        "machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}, fp32",
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model, for tests")
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    print(json.dumps(measure(QUICK if parser.parse_args().quick else FULL)))
