@@ -11,7 +11,8 @@ follow, for k = 1, 2, 4, … answers and by what they cost in generated tokens:
 
 Both are exact expectations over all subsets of the samples (stages/statistics.py). A request for a courteous note has
 no one right answer; it is asked once, for its mean reward, and which of two models is preferred is measured by stage
-`prefer`. Errors are over items. Seeds follow from item and sample, so all models of a recipe draw with the same random numbers.
+`prefer`. Errors are over items. Seeds follow from item and sample, so all models of a recipe draw with the same random
+numbers.
 """
 
 from __future__ import annotations
