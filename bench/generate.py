@@ -3,7 +3,7 @@
     .venv/bin/python bench/generate.py            # about three minutes
     .venv/bin/python bench/generate.py --quick    # a tiny model, to see that it works; its figures mean nothing
 
-Ours is `stages.rl.generate.InProcess` as a stage of reinforcement learning runs it: a random stream for each answer, and
+Ours is `stages.rl.generate.InProcess` as a stage of reinforcement learning runs it: a random stream for each answer and
 the log-probability of each token. The peer is `generate` of the same `Qwen3MoeForCausalLM` object's class, filled with
 the same weights: the whole batch at once, padded on the left, no cuts of the distribution (top_k 0, top_p 1), no scores
 returned, and the fastest of its own expert implementations and caches here. Both draw at temperature 1 in fp32 on one
@@ -54,7 +54,7 @@ class Size:
 FULL = Size(
     ModelConfig(layers=3, hidden_size=96, heads=4, kv_heads=2, head_dim=32, experts=4, experts_per_token=2,
                 expert_ffn_size=96, context_length=512, tie_embeddings=True, init_std=0.08),
-    vocab=512, new=56, shortest=12, longest=48, rounds=15, batches=(1, 16, 128), busy=32,
+    vocab=512, new=56, shortest=12, longest=48, rounds=9, batches=(1, 16, 128), busy=32,
 )  # fmt: skip
 QUICK = Size(
     ModelConfig(layers=1, hidden_size=32, heads=4, kv_heads=2, head_dim=8, experts=4, experts_per_token=2,

@@ -1,6 +1,6 @@
-"""Speed of a step of reinforcement learning on one CPU core: ours against TRL's GRPOTrainer, same model, same questions.
+"""Speed of a step of reinforcement learning on one CPU core: ours against TRL's GRPOTrainer, same model and questions.
 
-    .venv/bin/python bench/rl.py            # about five minutes
+    .venv/bin/python bench/rl.py            # one to five minutes
     .venv/bin/python bench/rl.py --quick    # a tiny model, to see that it works; its figures mean nothing
 
 A step draws a group of answers to each of 32 questions, scores them, and updates the weights once by DAPO's loss. Ours
@@ -233,7 +233,7 @@ def drive(trainer: Any, after: Callable[[Seconds], None]) -> None:
 
 
 def quickest(size: Size, model: Any, make: Callable[[Any, int, int], Any]) -> tuple[str, int, str]:
-    """TRL's experts and number of pieces here, by the second of two steps of a copy of the model; and what was tried."""
+    """TRL's experts and number of pieces here, by the second of two steps of a copy; and what was tried."""
     found = {}
     for experts in ("grouped_mm", "eager"):
         for pieces in size.pieces:
@@ -275,6 +275,12 @@ def measure(size: Size) -> dict[str, Any]:
         for row, prompt in zip(rows, prompts, strict=True):
             if list(chat.ask(row)) != theirs.processing_class(prompt)["input_ids"]:
                 raise SystemExit("not the same questions: the tokenizers differ")
+        trainer.policy.load()
+        ids = torch.tensor([chat.ask(rows[0])])
+        with torch.inference_mode():
+            apart = (trainer.policy.sampler.model(ids).logits - model(ids).logits).abs().max().item()
+        if not apart < 1e-4:
+            raise SystemExit(f"not the same model: logits differ by {apart}")
         print(f"{config.model.parameters(size.vocab)['total']:,} parameters; {size.groups} questions, {size.samples} "
               f"answers of {size.new} tokens to each; fp32, one thread; TRL: {experts} experts, update in {pieces} "
               f"(tried: {tried})")  # fmt: skip

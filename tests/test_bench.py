@@ -56,3 +56,15 @@ def test_ladder_benchmark() -> None:
     table = quick("ladder")
     losses = [float(line.split()[-2]) for line in table if " active" in line]
     assert len(losses) == 4 and losses[-1] < losses[0]  # more compute, less loss
+
+
+def test_generation_benchmark() -> None:
+    table = quick("generate")
+    assert [line.split()[:2] for line in table[2:]] == [[n, who] for n in "14" for who in ("ours", "transformers")]
+
+
+def test_reinforcement_learning_benchmark() -> None:
+    """That model, questions and numbers of tokens are the same is the benchmark's own check; both earn and learn."""
+    rewards = {line.split()[0]: [float(x) for x in re.findall(r"\d\.\d{4}\b", line)] for line in quick("rl")}
+    for who in ("ours", "trl"):
+        assert len(rewards[who]) == 2 and all(0 < reward < 1 for reward in rewards[who])

@@ -1,4 +1,4 @@
-"""What sampling consists of: one more token for each row, by Qwen3-MoE's own formulas on transformers' weights.
+"""What sampling consists of: one more token for each row, by Qwen3-MoE's formulas on a transformers model's weights.
 
 transformers reads the prompts. After that, a step of a small model is mostly what surrounds its arithmetic: modules,
 masks made anew, caches copied to grow by a token, keys repeated for each query head. Here it is some thirty operations

@@ -1,0 +1,84 @@
+"""The decoder's logits are those of a whole forward pass of transformers, whatever the model's shape and the rows."""
+
+from __future__ import annotations
+
+import pytest
+import rl_world
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from stages.model import hf
+from stages.model.config import ModelConfig, Yarn
+from stages.model.init import full_tensor
+from stages.rl.contracts import Prompt
+from stages.rl.decode import Decoder
+from stages.rl.generate import InProcess
+
+MODEL = ModelConfig.model_validate(rl_world.MODEL)
+VOCAB, STEPS = rl_world.PADDED, 90  # more than the cache grows by at once
+
+
+def sampler(changes: dict[str, object], new: int = STEPS, seed: int = 0, **config: object) -> InProcess:
+    model = MODEL.model_copy(update=changes)
+    found = InProcess({**hf.hf_config(model, VOCAB, 1, 0, "float32"), **config}, (), new)
+    made = {n: full_tensor(n, s, model, seed) for n, s in model.shapes(VOCAB).items()}
+    found.load(hf.to_hf(made, model, VOCAB))
+    return found
+
+
+def prompts(lengths: list[int]) -> list[Prompt]:
+    rng = torch.Generator().manual_seed(0)
+    rows = [torch.randint(6, VOCAB, (n,), generator=rng) for n in sorted(lengths)]
+    return [Prompt(tuple(row.tolist()), i) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "config"),
+    [
+        ({}, {}),
+        ({"kv_heads": 4, "tie_embeddings": False}, {}),
+        ({"kv_heads": 1, "experts": 8, "experts_per_token": 3}, {"norm_topk_prob": False}),
+        ({"dense_layers": 1, "dense_ffn_size": 24}, {}),
+        ({"yarn": Yarn(factor=4.0, original_length=32), "context_length": 128}, {}),
+    ],
+)
+@pytest.mark.parametrize("lengths", [[5, 1, 30, 9], [7, 7], [40]])
+def test_logits_are_those_of_a_whole_forward_pass(changes, config, lengths, monkeypatch) -> None:
+    monkeypatch.setattr("stages.rl.generate.READ", 16)  # so that the prompts are read in several pieces
+    own, asked = sampler(changes, **config), prompts(lengths)
+    given = torch.randint(6, VOCAB, (len(asked), STEPS), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        found, rows = [own._read(asked)], torch.arange(len(asked))
+        for n in range(STEPS):
+            if n == STEPS // 2 and len(rows) > 2:  # some rows have ended
+                rows = rows[[0, 2]]
+                own.decoder.select(rows)
+            found.append(own.decoder.step(given[rows, n]))
+        for at, row in enumerate(rows.tolist()):
+            whole = torch.tensor([[*asked[row].ids, *given[row].tolist()]])
+            expected = own.model(whole).logits[0, len(asked[row].ids) - 1 :]
+            told = torch.stack([x[row] if len(x) == len(asked) else x[at] for x in found])
+            assert torch.allclose(told, expected, atol=2e-5, rtol=1e-5), (told - expected).abs().max()
+
+
+def test_a_prompt_asked_several_times_is_read_once() -> None:
+    own, (asked,) = sampler({}, new=12), prompts([9])
+    reads = []
+    own.model.register_forward_pre_hook(lambda model, given: reads.append(len(given[0])))
+    several = own.generate([Prompt(asked.ids, seed) for seed in range(5)])
+    assert reads == [1]
+    assert [c.ids for c in several] == [own.generate([Prompt(asked.ids, seed)])[0].ids for seed in range(5)]
+    assert len({c.ids for c in several}) == 5
+
+
+def test_weights_that_are_loaded_later_are_used() -> None:
+    own, asked = sampler({}, new=12), prompts([9, 4])
+    before, shapes = own.generate(asked), MODEL.shapes(VOCAB).items()
+    own.load(hf.to_hf({n: full_tensor(n, s, MODEL, 5) for n, s in shapes}, MODEL, VOCAB))
+    assert before != own.generate(asked) == sampler({}, new=12, seed=5).generate(asked)
+
+
+def test_another_kind_of_model_is_refused() -> None:
+    config = AutoConfig.for_model("qwen3", hidden_size=16, num_hidden_layers=1, vocab_size=32)
+    with pytest.raises(TypeError, match="not from Qwen3ForCausalLM"):
+        Decoder(AutoModelForCausalLM.from_config(config))
