@@ -154,7 +154,7 @@ class Release:
         """Share of right answers in all that RLVR drew."""
         lines = [json.loads(line) for line in (self.made("rlvr") / "training.jsonl").read_text().splitlines()]
         drawn = [(line["reward"], line["answers"]) for line in lines if "answers" in line]
-        return sum(reward * n for reward, n in drawn) / sum(n for _, n in drawn)
+        return float(sum(reward * n for reward, n in drawn) / sum(n for _, n in drawn))
 
     def continued(self) -> Any:
         """The SFT stage's config for the control."""
@@ -236,12 +236,13 @@ def scores(solved: Any) -> Scores:
 
 
 def beside(solved: Any, evaluated: Any) -> dict[str, float]:
-    """What else may rise or fall: bits per byte of held-out text, problems in document form, courteous notes, and the
-    length of answers."""
+    """What else may rise or fall: bits per byte of held-out text, problems in document form, courteous notes, the share
+    of sampled answers that reason first, and their length."""
     told, solves = evaluated.json("scores.json"), solved.json("scores.json")
     found = {f"bits per byte, {name}": row["value"] for name, row in told["bits_per_byte"].items()}
     found |= {f"as a document, {name}": row["value"] for name, row in told["accuracy"].items()}
     found |= {f"reward, {name}": row["reward"]["value"] for name, row in solves["judged"].items()}
+    found |= {f"with reasoning, {name}": row["samples"]["reasoning"] for name, row in solves["problems"].items()}
     return found | {"tokens of an answer": solves["problems_all"]["samples"]["tokens"]}
 
 
