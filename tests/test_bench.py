@@ -7,6 +7,20 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import rl_world
+import train_world
+
+from bench import post
+from pipeline import graph
+from pipeline import recipe as recipes
+from pipeline.store import Store, write_manifest
+from stages.data.table import write_rows
+from stages.rl import rollouts
+from stages.rl.config import RlTrainConfig
+from stages.rl.trainer import train
+from stages.solve import ANSWERS, GREEDY
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,3 +82,72 @@ def test_reinforcement_learning_benchmark() -> None:
     rewards = {line.split()[0]: [float(x) for x in re.findall(r"\d\.\d{4}\b", line)] for line in quick("rl")}
     for who in ("ours", "trl"):
         assert len(rewards[who]) == 2 and all(0 < reward < 1 for reward in rewards[who])
+
+
+# bench/post.py takes two minutes of CPU time even with --quick, so its parts are tested one by one.
+
+
+def test_post_recipes_differ_in_the_seed_alone(tmp_path: Path) -> None:
+    packaged = recipes.load("atom-tiny").config
+    assert recipes.load(str(post.recipe(7, tmp_path))).config == packaged.model_copy(update={"seed": 7})
+    composed = graph.compose(recipes.load(str(post.recipe(0, tmp_path, quick=True))), Store(tmp_path))
+    assert {f"{what}-{node}" for what in ("solve", "evaluate") for node in post.NODES.values()} < set(composed.nodes)
+
+
+def test_post_random_reward_knows_nothing_of_the_answer(tmp_path: Path) -> None:
+    tossed = [post.coin(seed, 0.3) for seed in range(4000)]
+    assert set(tossed) == {0.0, 1.0} and abs(sum(tossed) / 4000 - 0.3) < 0.03
+    inputs, found = rl_world.make(tmp_path / "given"), []
+    for name, lr in (("one", 5e-3), ("another", 2e-2)):
+        optimizer = {**rl_world.OPTIMIZER, "lr": lr}
+        config = RlTrainConfig.model_validate(rl_world.config(steps=4, optimizer=optimizer))
+        work, out = tmp_path / name / "work", tmp_path / name / "out"
+        work.mkdir(parents=True)
+        out.mkdir()
+        train(post.with_random_reward(0.3), "rlvr", config, inputs, work, out, train_world.Reporter())
+        found.append(rollouts.read(out / "rollouts.parquet"))
+    assert all(r.reward == post.coin(r.seed, 0.3) for r in found[0])
+    # two policies that answer differently are asked the same and earn the same; what is right stays on record
+    one, another = ([(r.task, r.seed, r.reward) for r in own] for own in found)
+    assert one == another and [r.text for r in found[0]] != [r.text for r in found[1]]
+    assert any(r.reward != r.parts["reward"] for r in found[0])
+
+
+def test_post_scores_follow_from_the_answers(tmp_path: Path) -> None:
+    def answer(kind: str, id: str, sample: int, reward: float) -> dict[str, Any]:
+        blank = {"seed": 0, "text": "", "answer": "", "finished": True, "tokens": 1, "parts": "{}"}
+        return {
+            **blank,
+            "id": id,
+            "kind": kind,
+            "sample": sample,
+            "reward": reward,
+            "verifier": "",
+            "verifier_version": "",
+        }
+
+    rows = [answer("add", "a", n, reward) for n, reward in ((GREEDY, 1), (0, 1), (1, 0), (2, 0), (3, 0))]
+    rows += [answer("sort", "s", n, 0) for n in (GREEDY, 0, 1, 2, 3)] + [answer("courtesy", "c", 0, 0.5)]
+    write_rows(tmp_path / "answers.parquet", ANSWERS, rows)
+    found = post.scores(write_manifest(tmp_path, "solve"))
+    assert found["add"] == {"pass@1": {"a": 0.25}, "pass@4": {"a": 1.0}, "greedy": {"a": 1.0}}
+    assert found["all"]["pass@4"] == {"a": 1.0, "s": 0.0} and set(found) == {"add", "sort", "all"}
+
+
+def test_post_tells_the_smallest_gain() -> None:
+    def seed(number: int, *gains: float) -> dict[str, Any]:
+        means = {name: [0.1, 0.3] for name in post.MODELS}
+        means["RLVR"] = [before + rise for before, rise in zip(means["SFT"], gains, strict=True)]
+        scores = {name: {"all": {"pass@1": dict(zip("ab", own, strict=True))}} for name, own in means.items()}
+        beside = {name: {"tokens of an answer": 9.0} for name in post.MODELS}
+        costs = {name: (5, 60.0) for name in post.MODELS}
+        return {"seed": number, "rate": 0.5, "scores": scores, "beside": beside, "costs": costs}
+
+    found = [seed(0, 0.5, 0.6), seed(1, 0.3, 0.4)]
+    line = post.last_line(found)
+    assert set(line) == {"name", "ratio", "low", "high", "target", "unit", "machine"}
+    # mean 0.35 of two items that differ by 0.1: a standard error of 0.05, whatever their level is
+    assert line["ratio"] == 1.75 and line["low"] == round((0.35 - 1.959964 * 0.05) / 0.2, 4)
+    head, first, second, *rest = post.table(found)
+    assert first.split() == ["0", "all", "pass@1", "2", "0.200", "0.750", "+0.550", "±", "0.050", "0.200", "0.200"]
+    assert "+0.350 ± 0.050" in second and len(head) == len(first) and rest[-1].endswith("0.500, 0.500")

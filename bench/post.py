@@ -1,0 +1,380 @@
+"""What reinforcement learning against verifiers (RLVR) adds to fine-tuning (SFT), beside two controls.
+
+    .venv/bin/python bench/post.py --home post            # seeds 0, 1, 2: some 35 minutes of CPU time if none is sealed
+    .venv/bin/python bench/post.py --home post --seeds 1  # seed 0 alone: a third of that
+    .venv/bin/python bench/post.py --quick                # to see that it works: two minutes of CPU time
+
+For each seed atom-tiny is trained from raw text by `atom run`, test items included: they follow from the seed. Two
+controls start from the same SFT checkpoint as RLVR:
+
+- **random reward**: the same RLVR with the same settings and steps, but what an answer earns is a coin that knows
+  nothing of the answer. It falls on 1 as often as answers were right in the real run.
+- **SFT continued**: more steps of SFT on its mix in a new order, with a fresh optimizer as in RLVR. The rate is warmed
+  up to 1e-3, a third of SFT's, and comes down to SFT's own final rate, so that neither a rate that is still high at the
+  end nor one that moves nothing is held against it. Compute is processor time as the ledger has it of the sealed
+  stages, with all that they do beside training: the steps are SFT's times RLVR's seconds by SFT's, and a tenth more,
+  since start-up counts in both. What the control then took is printed.
+
+All four models are exported and answer the test items by the stages themselves: the same settings, and the same random
+numbers for each sample. Errors are clustered by item, those of a gain paired as well. Two processes at a time, one
+thread each; what is sealed or finished under --home is not run again, and output goes to --home/controls/*.txt.
+
+The last line is one JSON object. `ratio` is the smallest gain in pass@1 over the seeds by the 0.20 that is claimed; low
+and high are its 95 % interval over items, which knows nothing of seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+CLAIM = 0.20
+RATE, MARGIN = 1e-3, 1.1
+RANDOM, CONTINUED = "random reward", "SFT continued"
+NODES = {"SFT": "sft", "RLVR": "rlvr"}
+MODELS = (*NODES, RANDOM, CONTINUED)
+QUICK: dict[str, dict[str, Any]] = {  # of atom-tiny's sections, what atom-smoke's models take other values for
+    "sft": {"steps": 24, "release_checkpoint_every": 24, "heldout": {"every": 24, "rows": 8}},
+    "rlvr": {"steps": 3, "groups": 4, "samples": 4, "validate_every": 3, "release_checkpoint_every": 3, "refills": 0},
+}
+
+Scores = dict[str, dict[str, dict[str, float]]]
+"""kind → measure → item → how likely it is right."""
+
+
+def recipe(seed: int, folder: Path, quick: bool = False) -> Path:
+    """A copy of atom-tiny with that seed; quick: of atom-smoke, with conversations."""
+    recipes, data = ROOT / "pipeline" / "recipes", ROOT / "data_recipes"
+    path, text = folder / f"atom-tiny-seed-{seed}.yaml", (recipes / "atom-tiny.yaml").read_text()
+    if quick:
+        import yaml
+
+        tiny, smoke = yaml.safe_load(text), yaml.safe_load((recipes / "atom-smoke.yaml").read_text())
+        sources = yaml.safe_load((data / "smoke.yaml").read_text())
+        chats = [s for s in yaml.safe_load((data / "tiny.yaml").read_text())["sources"] if s["kind"] == "chat"]
+        sources["sources"] += [s | {"reader": s["reader"] | {"count": 400}} for s in chats]
+        (folder / "smoke-chat.yaml").write_text(yaml.safe_dump(sources | {"name": "smoke-chat"}))
+        small = {"steps": 24, "release_checkpoint_every": 24}
+        smoke |= {"data": "smoke-chat.yaml", **{name: smoke[name] | small for name in ("pretrain", "midtrain")}}
+        smoke |= {name: tiny[name] | changed for name, changed in QUICK.items()}
+        for name in QUICK:
+            smoke[name]["optimizer"] |= {"warmup_steps": 1}
+        smoke["rlvr"]["replay"] |= {"rows": 4}
+        asked = {"validation": {"add": 4, "sort": 4}, "courtesies": 8, "courtesies_validation": 4}
+        chat = {"items": asked, "samples": 2, "max_new_tokens": 16}
+        smoke["evaluation"] |= {"problems": {"add": 4, "sort": 4}, "heldout_documents": 4, "chat": chat}
+        text = yaml.safe_dump(smoke)
+    path.write_text(re.sub(r"(?m)^seed: .*$", f"seed: {seed}", text))
+    return path
+
+
+def coin(seed: int, rate: float) -> float:
+    """The random reward of the answer that was drawn with this seed, which no two answers share."""
+    from stages.data.seeds import seed_of
+
+    return float(Random(seed_of("coin", seed)).random() < rate)
+
+
+def with_random_reward(rate: float) -> Any:
+    """The RLVR stage's trainer around verifiers whose rewards are replaced by coins. What the answers earn in truth
+    stays in the files (`parts`), and validation is by the verifiers."""
+    from stages.rl.policy import Answers, Rlvr
+
+    class Tossed(Answers):
+        def once(self, *asked: Any) -> Any:
+            return [replace(found, reward=coin(found.seed, rate)) for found in super().once(*asked)]
+
+    class RandomReward(Rlvr):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.files = Tossed(self.files.folder, self.report)
+
+    return RandomReward
+
+
+class Told:
+    """A stage's report: notes to this process's output."""
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *given, **named: None
+
+
+class Release:
+    """A recipe's graph and what is sealed of it under a home."""
+
+    def __init__(self, path: Path, home: Path) -> None:
+        from pipeline import graph
+        from pipeline import recipe as recipes
+        from pipeline.store import Store
+
+        self.store = Store(home)
+        self.graph = graph.compose(recipes.load(str(path)), self.store)
+        self.seed = int(self.graph.recipe.config.seed)
+
+    def config(self, node: str) -> Any:
+        return self.graph.nodes[node].config
+
+    def given(self, node: str) -> dict[str, Any]:
+        materials = self.graph.materials(self.graph.nodes[node])
+        return {role: self.store.open(key) for role, key in materials.items()}
+
+    def made(self, node: str) -> Any:
+        return self.store.open(self.graph.nodes[node].key)
+
+    def seconds(self, node: str) -> float:
+        """Processor time that the sealed stage took."""
+        from pipeline import ledger
+
+        found = ledger.sealed(self.store.ledger, self.made(node))
+        if found is None:
+            raise SystemExit(f"no statement tells how {node} was made")
+        return float(ledger.usage(found[1])["cpu_seconds"])
+
+    def pass_rate(self) -> float:
+        """Share of right answers in all that RLVR drew."""
+        lines = [json.loads(line) for line in (self.made("rlvr") / "training.jsonl").read_text().splitlines()]
+        drawn = [(line["reward"], line["answers"]) for line in lines if "answers" in line]
+        return float(sum(reward * n for reward, n in drawn) / sum(n for _, n in drawn))
+
+    def continued(self) -> Any:
+        """The SFT stage's config for the control."""
+        was = self.config("sft")
+        steps = round(MARGIN * was.phase.steps * self.seconds("rlvr") / self.seconds("sft"))
+        optimizer = was.phase.optimizer.model_copy(update={"lr": RATE})
+        changed = {"steps": steps, "optimizer": optimizer, "release_checkpoint_every": steps}
+        return was.model_copy(update={"phase": was.phase.model_copy(update=changed)})
+
+
+def control(which: str, path: Path, home: Path) -> dict[str, Any]:
+    """Trains, exports and measures a control in this process. Kept under home/controls, in a folder by all that it
+    follows from. Returns what is told of it beside its scores."""
+    from pipeline.stage import identity
+    from pipeline.store import MANIFEST, Artifact, canonical, once, sha256_bytes, write_manifest
+    from stages.rl.trainer import train
+
+    release = Release(path, home)
+    config = release.continued() if which == CONTINUED else release.config("rlvr")
+    rate = release.pass_rate()
+    about = canonical([identity(config), rate, release.made("rlvr").digest, release.made("sft").digest])
+    folder = home / "controls" / f"{which.replace(' ', '-').lower()}-{release.seed}-{sha256_bytes(about)[:12]}"
+
+    def make(node: str, run: Any, **given: Any) -> Any:
+        """What a stage makes of a node's inputs, of which some are replaced; from the folder if it is there."""
+        out, work = folder / node, folder / f"{node}-work"
+        if not (out / MANIFEST).exists():
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir(parents=True)
+            work.mkdir(exist_ok=True)
+            run({**release.given(node), **given}, work, out, Told())
+            write_manifest(out, f"{folder.name}-{node}")
+        return Artifact.open(out)
+
+    def stage(node: str, config: Any = None, **given: Any) -> Any:
+        found = release.graph.nodes[node]
+        return make(node, lambda *rest: found.stage.run(config or found.config, *rest), **given)
+
+    def trained() -> Any:
+        if which == RANDOM:
+            trainer = with_random_reward(rate)
+            return make("rlvr", lambda *rest: train(trainer, "rlvr", config, *rest))
+        was, changed = release.config("order-sft"), {"phase": "sft-continued", "steps": config.phase.steps}
+        order = stage("order-sft", was.model_copy(update=changed))
+        return stage("sft", config, order=order, init=release.made("sft"))
+
+    def timed() -> float:
+        began = time.process_time()
+        trained()
+        return time.process_time() - began
+
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds = once(folder / "seconds.json", timed)
+    model = stage("export-sft", checkpoint=trained())
+    for node in ("solve-sft", "evaluate-sft"):
+        stage(node, model=model)
+    return {"folder": str(folder), "steps": config.phase.steps, "seconds": seconds, "rate": rate}
+
+
+def scores(solved: Any) -> Scores:
+    """pass@1, pass@k for all k samples, and the greedy answer, from a solve stage's table."""
+    from stages.data.table import read_table
+    from stages.solve import GREEDY, JUDGED
+    from stages.statistics import pass_at
+
+    items: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in read_table(solved / "answers.parquet").to_pylist():
+        if row["kind"] not in JUDGED:
+            items.setdefault((row["kind"], row["id"]), []).append(row)
+    found: Scores = {}
+    for (kind, id), rows in sorted(items.items()):
+        right = [row["reward"] >= 1 for row in rows if row["sample"] != GREEDY]
+        told = {f"pass@{k}": pass_at(len(right), sum(right), k) for k in (1, len(right))}
+        told["greedy"] = float(next(row["reward"] >= 1 for row in rows if row["sample"] == GREEDY))
+        for name, value in told.items():
+            for each in (kind, "all"):
+                found.setdefault(each, {}).setdefault(name, {})[id] = value
+    return found
+
+
+def beside(solved: Any, evaluated: Any) -> dict[str, float]:
+    """What else may rise or fall: bits per byte of held-out text, problems in document form, courteous notes, the share
+    of sampled answers that reason first, and their length."""
+    told, solves = evaluated.json("scores.json"), solved.json("scores.json")
+    found = {f"bits per byte, {name}": row["value"] for name, row in told["bits_per_byte"].items()}
+    found |= {f"as a document, {name}": row["value"] for name, row in told["accuracy"].items()}
+    found |= {f"reward, {name}": row["reward"]["value"] for name, row in solves["judged"].items()}
+    found |= {f"with reasoning, {name}": row["samples"]["reasoning"] for name, row in solves["problems"].items()}
+    return found | {"tokens of an answer": solves["problems_all"]["samples"]["tokens"]}
+
+
+def measure(seeds: Sequence[int], home: Path, folder: Path, quick: bool) -> list[dict[str, Any]]:
+    """Every seed's four models. Raises SystemExit if a process fails."""
+    alone = {**os.environ, "ATOM_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    alone |= {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    logs = home / "controls"
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def started(name: str, *arguments: str) -> str:
+        log = logs / f"{name}.txt"
+        with open(log, "a") as file:
+            begin = file.tell()
+            done = subprocess.run([sys.executable, *arguments], env=alone, stdout=file, stderr=subprocess.STDOUT)
+        text = log.read_text()[begin:]
+        if done.returncode:
+            raise SystemExit(f"{' '.join(arguments)} failed; see {log}:\n{text[-2000:]}")
+        return text
+
+    def real(seed: int) -> Path:
+        path = recipe(seed, folder, quick)
+        for node in NODES.values():
+            for until in (f"solve-{node}", f"evaluate-{node}"):
+                started(f"seed-{seed}", "-m", "pipeline.cli", "run", str(path), "--until", until)
+        return path
+
+    def one(which: str, made: Future[Path]) -> dict[str, Any]:
+        path = made.result()  # no deadlock: every seed's own training was begun before any control
+        text = started(
+            f"{path.stem}-{which.replace(' ', '-')}", __file__, "--home", str(home), "--one", which, str(path)
+        )
+        told: dict[str, Any] = json.loads(text.splitlines()[-1])
+        return told
+
+    with ThreadPoolExecutor(2) as pool:
+        paths = {seed: pool.submit(real, seed) for seed in seeds}
+        controls = {(s, w): pool.submit(one, w, path) for s, path in paths.items() for w in (CONTINUED, RANDOM)}
+    return [
+        collected(paths[seed].result(), home, {w: controls[seed, w].result() for w in (RANDOM, CONTINUED)})
+        for seed in seeds
+    ]
+
+
+def collected(path: Path, home: Path, controls: Mapping[str, Any]) -> dict[str, Any]:
+    """What `report` tells of a seed."""
+    from pipeline.store import Artifact
+
+    release = Release(path, home)
+    made = {name: (release.made(f"solve-{node}"), release.made(f"evaluate-{node}")) for name, node in NODES.items()}
+    for name, told in controls.items():
+        folder = Path(told["folder"])
+        made[name] = Artifact.open(folder / "solve-sft"), Artifact.open(folder / "evaluate-sft")
+    costs = {name: (release.config(node).phase.steps, release.seconds(node)) for name, node in NODES.items()}
+    costs |= {name: (told["steps"], told["seconds"]) for name, told in controls.items()}
+    return {
+        "seed": release.seed,
+        "rate": controls[RANDOM]["rate"],
+        "costs": costs,
+        "scores": {name: scores(solved) for name, (solved, _) in made.items()},
+        "beside": {name: beside(*both) for name, both in made.items()},
+    }
+
+
+def gain(seed: Mapping[str, Any], kind: str, what: str) -> dict[str, Any]:
+    """RLVR's gain over SFT, item by item, so that an item's luck counts once."""
+    from stages.statistics import clustered
+
+    after, before = (seed["scores"][name][kind][what] for name in ("RLVR", "SFT"))
+    return clustered([after[id] - before[id] for id in sorted(before)])
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines for people."""
+    lines = [f"{'seed':>4}  {'kind':5}{'measure':9}{'items':>6}{'SFT':>7}{'RLVR':>7}{'gain ± s.e.':>17}"
+             f"{RANDOM:>15}{CONTINUED:>15}"]  # fmt: skip
+    for seed in found:
+        for kind, measures in seed["scores"]["SFT"].items():
+            for what in measures:
+                values = {name: seed["scores"][name][kind][what] for name in MODELS}
+                means = {name: sum(own.values()) / len(own) for name, own in values.items()}
+                rise = gain(seed, kind, what)
+                told = f"{rise['value']:+.3f} ± {rise['se']:.3f}"
+                lines.append(f"{seed['seed']:4}  {kind:5}{what:9}{rise['n']:6}{means['SFT']:7.3f}{means['RLVR']:7.3f}"
+                             f"{told:>17}{means[RANDOM]:15.3f}{means[CONTINUED]:15.3f}")  # fmt: skip
+    lines += ["", f"{'seed':>4}  {'beside':32}" + "".join(f"{name:>15}" for name in MODELS)]
+    for seed in found:
+        costs = {"steps": 0, "processor seconds of training": 1}
+        rows = {name: [float(seed["costs"][model][n]) for model in MODELS] for name, n in costs.items()}
+        rows |= {name: [seed["beside"][model][name] for model in MODELS] for name in seed["beside"]["SFT"]}
+        for name, row in rows.items():
+            digits = 0 if name in costs else 1 if name.startswith("tokens") else 3
+            lines.append(f"{seed['seed']:4}  {name:32}" + "".join(f"{value:15.{digits}f}" for value in row))
+    rates = ", ".join(f"{seed['rate']:.3f}" for seed in found)
+    return [*lines, f"chance of a random reward, by seed: {rates}"]
+
+
+def last_line(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    from stages.statistics import Z95
+
+    least = min((gain(seed, "all", "pass@1") for seed in found), key=lambda rise: rise["value"])
+    half = Z95 * least["se"]
+    return {
+        "name": "rlvr-gain", "ratio": round(least["value"] / CLAIM, 4),
+        "low": round((least["value"] - half) / CLAIM, 4), "high": round((least["value"] + half) / CLAIM, 4),
+        "target": 1.0, "unit": f"smallest gain in pass@1 of RLVR over SFT by {CLAIM:.2f}, {len(found)} seeds",
+        "machine": f"{platform.machine()}, 2 processes of 1 thread",
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="atom-smoke for a few steps; the figures mean nothing")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
+    parser.add_argument(
+        "--home", type=Path, help="the ATOM_HOME, of which sealed stages and finished controls are taken"
+    )
+    parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        print(json.dumps(control(asked.one[0], Path(asked.one[1]), asked.home)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        home = (asked.home or Path(folder) / "home").absolute()
+        seeds = range(1 if asked.quick else asked.seeds)
+        found = measure(seeds, home, Path(folder), asked.quick)
+    print("\n".join(table(found)))
+    if asked.json:
+        asked.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    print(json.dumps(last_line(found)))
+
+
+if __name__ == "__main__":
+    main()
