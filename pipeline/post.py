@@ -43,8 +43,8 @@ def phases(c: Any, model: Any, previous: dict[str, str], add: Add) -> dict[str, 
             train("reward", "reward", c.rlhf.reward, pairs="rlhf", **previous)
             made, dtype = trained_as["reward"]
             export = {"model": made, "padded_vocab_size": c.tokenizer.padded_vocab_size, "dtype": dtype}
-            add("reward-model", "export", export, tokenizer="tokenizer", checkpoint="reward")
-            judge = {"reward": "reward", "judge": "reward-model"}
+            add("judge", "export", export, tokenizer="tokenizer", checkpoint="reward")
+            judge = {"reward": "reward", "judge": "judge"}
             train("online", "rlvr", online, online.tasks, {"name": "online"}, init="rlhf", **judge)
     return trained_as
 

@@ -112,7 +112,7 @@ def placement(
             ):  # what a model's card says of its training is proved by the repository alone
                 made = (MODEL, BASE) if node == phases[0] else (MODEL,)
                 yield from ((path, f"{folder}/training/{node}.jsonl") for folder in made)
-        elif node == "reward-model" and path == "parity.json":
+        elif node == "judge" and path == "parity.json":
             yield path, "evidence/parity/reward.json"
         elif kind == "export" and path == "parity.json":
             yield path, f"evidence/parity/{which}.json"

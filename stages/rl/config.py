@@ -142,6 +142,7 @@ class RewardPhase(Trainable):
 
     pairs: PositiveInt = Field(description="pairs of one update")
     heldout: float = Field(0.2, gt=0, lt=1, description="share of questions, by hash, whose pairs are not learnt from")
+    heldout_pairs: PositiveInt = Field(400, description="of these at most so many are measured on")
     validate_every: PositiveInt = Field(description="updates between measurements on the held-out pairs")
 
 

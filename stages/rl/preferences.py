@@ -44,6 +44,7 @@ PAIRS = {
     "judge": "string",
     "judge_version": "string",
     "policy": "string",
+    "learnt": "bool",
 }
 
 
@@ -163,14 +164,14 @@ class Dpo(Trainer):
         for path in self.files.all():
             found = [r for r in rollouts.read(path) if r.wave == 0]
             for own in grouped(found):
-                if pair := best_and_worst(own, self.phase.least_margin):
-                    rows.append(pair_row(self.by_id[own[0].task], *pair))
+                for pair, learnt in all_pairs(own, self.phase.least_margin):
+                    rows.append(pair_row(self.by_id[own[0].task], *pair, learnt))
         write_rows(out / "pairs.parquet", PAIRS, rows)
         lines = self.log.lines()
         validated = [{"step": x["step"], **x["validation"]} for x in lines if "validation" in x]
         rewards = [x["reward"] for x in lines if "reward" in x]
         told = {"reward": {"first": rewards[0], "last": rewards[-1]}, "validation": validated}
-        return {"answers": count, "pairs": len(rows), **told}
+        return {"answers": count, "pairs": sum(row["learnt"] for row in rows), "pairs_in_all": len(rows), **told}
 
     def close(self) -> None:
         self.policy.close()
@@ -193,7 +194,15 @@ def best_and_worst(own: Sequence[Rollout], least: float) -> tuple[Rollout, Rollo
     return (best, worst) if best.reward - worst.reward > least else None
 
 
-def pair_row(row: Row, chosen: Rollout, rejected: Rollout) -> dict[str, Any]:
+def all_pairs(own: Sequence[Rollout], least: float) -> list[tuple[tuple[Rollout, Rollout], bool]]:
+    """Every two answers to a task whose rewards differ enough, the better first, and whether DPO learnt from them: from
+    the best and the worst. A reward model needs the others too, lest it know only the extremes."""
+    used = best_and_worst(own, least)
+    better = [(a, b) for a in own for b in own if a.finished and a.reward - b.reward > least]
+    return [(pair, pair == used) for pair in better]
+
+
+def pair_row(row: Row, chosen: Rollout, rejected: Rollout, learnt: bool) -> dict[str, Any]:
     """A row of pairs.parquet: two answers, and where they and their order come from."""
     out: dict[str, Any] = {
         "round": chosen.step,
@@ -202,6 +211,7 @@ def pair_row(row: Row, chosen: Rollout, rejected: Rollout) -> dict[str, Any]:
         "judge": chosen.verifier,
         "judge_version": chosen.verifier_version,
         "policy": chosen.policy,
+        "learnt": learnt,
     }
     for which, r in (("chosen", chosen), ("rejected", rejected)):
         named = {"": r.text, "_finished": r.finished, "_sample": r.sample, "_reward": r.reward}
@@ -234,7 +244,8 @@ class Reward(Trainer):
         phase: RewardPhase = self.phase
         self.chat = answers.Chat(self.inputs["tokenizer"])
         rows = read_pairs(self.inputs["pairs"])
-        self.heldout = [row for row in rows if _lot(row["question"]) < phase.heldout]
+        held = [row for row in rows if _lot(row["question"]) < phase.heldout]
+        self.heldout = sorted(held, key=lambda row: _lot(row["chosen"] + row["rejected"]))[: phase.heldout_pairs]
         self.pairs = [row for row in rows if _lot(row["question"]) >= phase.heldout]
         if not self.pairs or not self.heldout:
             raise AtomError(
