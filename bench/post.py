@@ -320,7 +320,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"{'seed':>4}  {'kind':5}{'measure':9}{'items':>6}{'SFT':>7}{'RLVR':>7}{'gain ± s.e.':>17}"
              f"{RANDOM:>15}{CONTINUED:>15}"]  # fmt: skip
     for seed in found:
-        for kind, measures in seed["scores"]["SFT"].items():
+        for kind, measures in sorted(seed["scores"]["SFT"].items(), key=lambda own: (own[0] == "all", own[0])):
             for what in measures:
                 values = {name: seed["scores"][name][kind][what] for name in MODELS}
                 means = {name: sum(own.values()) / len(own) for name, own in values.items()}
