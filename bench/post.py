@@ -50,37 +50,15 @@ RATE, MARGIN = 1e-3, 1.1
 RANDOM, CONTINUED = "random reward", "SFT continued"
 NODES = {"SFT": "sft", "RLVR": "rlvr"}
 MODELS = (*NODES, RANDOM, CONTINUED)
-QUICK: dict[str, dict[str, Any]] = {  # of atom-tiny's sections, what atom-smoke's models take other values for
-    "sft": {"steps": 24, "release_checkpoint_every": 24, "heldout": {"every": 24, "rows": 8}},
-    "rlvr": {"steps": 3, "groups": 4, "samples": 4, "validate_every": 3, "release_checkpoint_every": 3, "refills": 0},
-}
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """kind → measure → item → how likely it is right."""
 
 
-def recipe(seed: int, folder: Path, quick: bool = False) -> Path:
-    """A copy of atom-tiny with that seed; quick: of atom-smoke, with conversations."""
-    recipes, data = ROOT / "pipeline" / "recipes", ROOT / "data_recipes"
-    path, text = folder / f"atom-tiny-seed-{seed}.yaml", (recipes / "atom-tiny.yaml").read_text()
-    if quick:
-        import yaml
-
-        tiny, smoke = yaml.safe_load(text), yaml.safe_load((recipes / "atom-smoke.yaml").read_text())
-        sources = yaml.safe_load((data / "smoke.yaml").read_text())
-        chats = [s for s in yaml.safe_load((data / "tiny.yaml").read_text())["sources"] if s["kind"] == "chat"]
-        sources["sources"] += [s | {"reader": s["reader"] | {"count": 400}} for s in chats]
-        (folder / "smoke-chat.yaml").write_text(yaml.safe_dump(sources | {"name": "smoke-chat"}))
-        small = {"steps": 24, "release_checkpoint_every": 24}
-        smoke |= {"data": "smoke-chat.yaml", **{name: smoke[name] | small for name in ("pretrain", "midtrain")}}
-        smoke |= {name: tiny[name] | changed for name, changed in QUICK.items()}
-        for name in QUICK:
-            smoke[name]["optimizer"] |= {"warmup_steps": 1}
-        smoke["rlvr"]["replay"] |= {"rows": 4}
-        asked = {"validation": {"add": 4, "sort": 4}, "courtesies": 8, "courtesies_validation": 4}
-        chat = {"items": asked, "samples": 2, "max_new_tokens": 16}
-        smoke["evaluation"] |= {"problems": {"add": 4, "sort": 4}, "heldout_documents": 4, "chat": chat}
-        text = yaml.safe_dump(smoke)
+def recipe(seed: int, folder: Path, name: str = "atom-tiny") -> Path:
+    """A copy of a packaged recipe with that seed."""
+    path = folder / f"{name}-seed-{seed}.yaml"
+    text = (ROOT / "pipeline" / "recipes" / f"{name}.yaml").read_text()
     path.write_text(re.sub(r"(?m)^seed: .*$", f"seed: {seed}", text))
     return path
 
@@ -264,7 +242,7 @@ def measure(seeds: Sequence[int], home: Path, folder: Path, quick: bool) -> list
         return text
 
     def real(seed: int) -> Path:
-        path = recipe(seed, folder, quick)
+        path = recipe(seed, folder, "atom-smoke" if quick else "atom-tiny")
         for node in NODES.values():
             for until in (f"solve-{node}", f"evaluate-{node}"):
                 started(f"seed-{seed}", "-m", "pipeline.cli", "run", str(path), "--until", until)
@@ -320,7 +298,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"{'seed':>4}  {'kind':5}{'measure':9}{'items':>6}{'SFT':>7}{'RLVR':>7}{'gain ± s.e.':>17}"
              f"{RANDOM:>15}{CONTINUED:>15}"]  # fmt: skip
     for seed in found:
-        for kind, measures in seed["scores"]["SFT"].items():
+        for kind, measures in sorted(seed["scores"]["SFT"].items(), key=lambda own: (own[0] == "all", own[0])):
             for what in measures:
                 values = {name: seed["scores"][name][kind][what] for name in MODELS}
                 means = {name: sum(own.values()) / len(own) for name, own in values.items()}
@@ -355,7 +333,7 @@ def last_line(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="atom-smoke for a few steps; the figures mean nothing")
+    parser.add_argument("--quick", action="store_true", help="atom-smoke, one seed; the figures mean nothing")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     parser.add_argument(
         "--home", type=Path, help="the ATOM_HOME, of which sealed stages and finished controls are taken"

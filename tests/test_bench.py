@@ -90,7 +90,7 @@ def test_reinforcement_learning_benchmark() -> None:
 def test_post_recipes_differ_in_the_seed_alone(tmp_path: Path) -> None:
     packaged = recipes.load("atom-tiny").config
     assert recipes.load(str(post.recipe(7, tmp_path))).config == packaged.model_copy(update={"seed": 7})
-    composed = graph.compose(recipes.load(str(post.recipe(0, tmp_path, quick=True))), Store(tmp_path))
+    composed = graph.compose(recipes.load(str(post.recipe(0, tmp_path, "atom-smoke"))), Store(tmp_path))
     assert {f"{what}-{node}" for what in ("solve", "evaluate") for node in post.NODES.values()} < set(composed.nodes)
 
 
