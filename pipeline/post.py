@@ -67,8 +67,10 @@ def evaluation(c: Any, models: list[str], nodes: Mapping[str, Any], add: Add) ->
         for name, source in ((f"solve-{which}", "items"), (f"fresh-solve-{which}", "fresh")):
             add(name, "solve", solving, model=f"export-{which}", items=source)
         if n and c.evaluation.chat.items.courtesies > 1:
-            pair = {"model": f"export-{which}", "before": f"export-{chatty[n - 1]}", "items": "items"}
-            add(f"prefer-{which}", "prefer", part | {"model": which, "before": chatty[n - 1]}, **pair)
+            # each is compared with the one before it, what learnt from preferences with the last one that had not
+            before = chatty[n - 1] if which != "online" else chatty[n - 2]
+            pair = {"model": f"export-{which}", "before": f"export-{before}", "items": "items"}
+            add(f"prefer-{which}", "prefer", part | {"model": which, "before": before}, **pair)
     tables = {name: name for name in nodes if nodes[name].stage.name in ("evaluate", "solve")}
     given = {"curate": "curate", "items": "items", "fresh": "fresh"}
     add("contamination", "contamination", {"seed": c.seed}, **given, **orders, **asked, **tables)

@@ -85,10 +85,16 @@ def chat_facts(evaluation: Path) -> Facts:
     for about in ABOUT:
         of = prefer.summary if about == "preferences" else solve.summary
         table = "pairs.parquet" if about == "preferences" else "answers.parquet"
-        scored = {p.parent.name: of(rows(p)) for p in (evaluation / about).glob(f"*/{table}")}
+        scored = {p.parent.name: of(rows(p)) | _named(p) for p in (evaluation / about).glob(f"*/{table}")}
         if scored:
             found[about] = {name: scored[name] for name in sorted(scored, key=when)}
     return found
+
+
+def _named(table: Path) -> Facts:
+    """The two models of a comparison, whose names no table holds."""
+    said = read_json(table.with_name("scores.json"))
+    return {name: said[name] for name in ("model", "before") if name in said}
 
 
 def _by_name(folders: Iterable[Path]) -> list[Path]:

@@ -40,7 +40,9 @@ def post_training(c: Context) -> list[Gate]:
         gates.append(Gate("rlhf_keeps_skills", ok, text if ok else text + mend.format("rlhf")))
     for name in (name for name in later if name in chat.get("preferences", {})):
         rate = chat["preferences"][name]["win_rate"]
-        text = f"{name} wins {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against the model before it"
+        text = (
+            f"{name} wins {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against the model before rlhf"
+        )
         ok = rate["low"] > asked["least_win"]
         gates.append(Gate(f"{name}_is_preferred", ok, text if ok else text + mend.format("rlhf")))
     return [*gates, _fresh(c), _contamination(c)]

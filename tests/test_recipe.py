@@ -90,12 +90,19 @@ def changed(tmp_path: Path, **changes: Any) -> set[str]:
 
 
 def test_a_changed_field_changes_the_keys_of_what_depends_on_it_and_no_others(tmp_path: Path) -> None:
-    after_midtrain = {"export-mid", "evaluate-mid"}
+    models, chatty = ("mid", "sft", "rlvr"), ("sft", "rlvr")
+    after_midtrain = {f"{what}-{model}" for what in ("export", "evaluate") for model in models} | {"sft", "rlvr"}
+    after_midtrain |= {"fresh", "contamination", "prefer-rlvr"}
+    after_midtrain |= {f"{what}-{model}" for what in ("solve", "fresh-solve") for model in chatty}
     assert changed(tmp_path, midtrain__optimizer__lr=1e-3) == {"midtrain"} | after_midtrain
     assert changed(tmp_path, midtrain__steps=200) == {"order-midtrain", "midtrain"} | after_midtrain
-    assert changed(tmp_path, evaluation__max_new_tokens=9) == {"evaluate-init", "evaluate-base", "evaluate-mid"}
+    evaluated = {f"evaluate-{model}" for model in ("init", "base", *models)}
+    assert changed(tmp_path, evaluation__max_new_tokens=9) == evaluated | {"contamination"}
+    assert changed(tmp_path, rlvr__clip_high=0.3) == {name for name in after_midtrain if "rlvr" in name} | {
+        "fresh", "contamination", "fresh-solve-sft",
+    }  # fmt: skip
     assert changed(tmp_path, tokenizer__vocab_size=400) == {
-        name for name in keys(str(SMOKE)) if not name.startswith(("acquire", "items", "curate"))
+        name for name in keys(str(SMOKE)) if not name.startswith(("acquire", "items", "curate", "tasks"))
     }
     assert changed(tmp_path, seed=1) >= {"acquire-sums", "items", "curate", "order-pretrain", "pretrain"}
 

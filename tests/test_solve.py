@@ -88,7 +88,7 @@ def test_same_bytes_twice_and_after_a_cut(run_stage, inputs, tmp_path: Path) -> 
     (tmp_path / "b" / "answers-00000.json").unlink()
     assert run_stage(solve.STAGE, CONFIG, inputs, tmp_path / "b").digest == first.digest
     rows = world.table(first, "answers.parquet")
-    assert len(rows) == 10 * 4 + 12 * 3
+    assert len(rows) == 10 * 4 + 12
     assert solve.summary(rows) == first.json("scores.json")
     assert all(json.loads(row["parts"])["reward"] == row["reward"] for row in rows)
     drawn = [row for row in rows if row["sample"] >= 0]

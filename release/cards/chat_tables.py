@@ -65,12 +65,12 @@ def wins(preferences: Facts) -> list[str]:
         rate = found["win_rate"]
         sides = {side: found["sides"][side]["parts"]["reward"] for side in ("before", "model")}
         body.append([
-            name, count(rate["n"]), f"{rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})",
+            name, found["before"], count(rate["n"]), f"{rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})",
             count(found["wins"]), count(found["ties"]), count(found["losses"]),
             *(_value(sides[side]) for side in ("before", "model")),
         ])  # fmt: skip
-    head = ["model", "requests", "wins against the model before it", "won", "tied", "lost"]
-    return table([*head, "judge's mean before", "judge's mean"], body) if body else []
+    head = ["model", "against", "requests", "wins", "won", "tied", "lost"]
+    return table([*head, "judge's mean of the other", "judge's mean"], body) if body else []
 
 
 def samples(found: Facts) -> list[str]:
@@ -79,7 +79,7 @@ def samples(found: Facts) -> list[str]:
     for row in found["examples"][:SHOWN]:
         cells = [f"{_plain(row[side]['answer'])} ({row[side]['reward']:.2f})" for side in ("before", "model")]
         body.append([_plain(row["question"]), *cells])
-    return table(["request", "the model before (judge)", "this model (judge)"], body)
+    return table(["request", f"{found['before']} (judge)", f"{found['model']} (judge)"], body)
 
 
 def overlaps(report: Facts) -> list[str]:

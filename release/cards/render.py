@@ -91,7 +91,7 @@ def data_tables(data: Facts) -> dict[str, list[str]]:
         "scores": tables.evaluation(data["evaluation"]),
         "passkeys": tables.passkeys(data["evaluation"]),
         "positions": tables.positions(data["evaluation"]),
-        **chat_tables.of(data["chat"], None),
+        **{name: t for name, t in chat_tables.of(data["chat"], None).items() if name != "preference_samples"},
     }
 
 
