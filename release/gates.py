@@ -20,6 +20,9 @@ from release.layout import GATES, ORIGINS, SUMS, WITHOUT_ORDER, files_below, mod
 from release.post_gates import post_training
 
 ALL = "over all"
+SURE = 1.645
+"""Standard errors of a difference beyond which it is no chance, 95 % of the time."""
+BEYOND = f", beyond {SURE} standard errors of the difference"
 UNKNOWN_LICENCES = frozenset({"", "unknown", "noassertion", "none", "other"})
 
 
@@ -163,6 +166,7 @@ def learning(c: Context) -> list[Gate]:
     learned = _changes(_bits(init), _bits(base), read)
     read_by_now = read | _read(c, "midtrain")
     kept = _changes(_bits(base), _bits(mid), read_by_now)
+    lost = _certain(kept, base, mid)
     gain, needed = accuracy(mid) - accuracy(base), c.evaluation["min_accuracy_gain"]
     allowed = c.evaluation["bits_per_byte_tolerance"]
     raised, errors = gain > 0 and gain >= needed, [phase["accuracy_all"]["se"] for phase in (base, mid)]
@@ -170,10 +174,10 @@ def learning(c: Context) -> list[Gate]:
         f"bits per byte {_said(learned)}",
         f"accuracy {accuracy(base):.3f} ± {errors[0]:.3f} → {accuracy(mid):.3f} ± {errors[1]:.3f}, "
         f"a gain of at least {needed:g} is demanded",
-        f"bits per byte {_said(kept)}, at most {allowed:g} may be lost on each",
+        f"bits per byte {_said(kept)}, at most {allowed:g} may be lost on each{BEYOND}",
     ]
     names = ("pretraining_lowers_bits_per_byte", "midtraining_raises_accuracy", "midtraining_keeps_bits_per_byte")
-    lowered, no_loss = max(_rises(learned)) < 0, max(_rises(kept)) <= allowed
+    lowered, no_loss = max(_rises(learned)) < 0, max(lost) <= allowed
     holds, where = (lowered, raised, no_loss), ("pretrain", "midtrain", "midtrain")
     return [
         Gate(name, ok, text if ok else f"{text}; change the recipe's {section} section and run again")
@@ -201,14 +205,14 @@ def long_context(c: Context) -> list[Gate]:
         named = {ALL}.union(*(_read(c, phase) for phase in c.data["order"] if when(phase) < when("sft")))
         kept = _changes(_bits(scores["mid"]), _bits(scores[model]), named)
         said.append(f"{model}: bits per byte {_said(kept)}")
-        worst = max(worst, *_rises(kept))
+        worst = max(worst, *_certain(kept, scores["mid"], scores[model]))
         # of one text both models see as much up to mid-training's context, where bits per byte let the longer see more
         near = [_short(scores[name].get("loss_by_position", {}), c) for name in ("mid", model)]
         if any(near):
             changes = _changes(near[0], near[1], {*near[0], *near[1]})
             said.append(f"bits per token by position {_said(changes)}")
             worst = max(worst, *_rises(changes))
-    text, ok = f"{'; '.join(said)}; at most {allowed:g} may be lost on each", worst <= allowed
+    text, ok = f"{'; '.join(said)}; at most {allowed:g} may be lost on each{BEYOND}", worst <= allowed
     mend = "; change the recipe's long_context section and run again"
     gates = [Gate("longcontext_keeps_bits_per_byte", ok, text if ok else text + mend)]
     if any("passkey" in scores[model] for model in ("mid", long[-1])):
@@ -254,6 +258,17 @@ def _rise(pair: tuple[float, float]) -> float:
     """How much worse; a value that one of the phases lacks, or that is no number, is as bad as can be."""
     rise = pair[1] - pair[0]
     return rise if math.isfinite(rise) else math.inf
+
+
+def _certain(changes: dict[str, tuple[float, float]], before: facts.Facts, after: facts.Facts) -> list[float]:
+    """The part of each rise in bits per byte that is no chance of the held-out documents: a small source has few of
+    them, and one bound for all would ask of it what its figures cannot tell."""
+    out = []
+    for name, pair in changes.items():
+        rows = [s["bits_per_byte_all"] if name == ALL else s["bits_per_byte"].get(name) for s in (before, after)]
+        chance = SURE * math.hypot(*(row["se"] for row in rows)) if all(rows) else 0.0
+        out.append(_rise(pair) - chance)
+    return out
 
 
 def _rises(changes: dict[str, tuple[float, float]]) -> list[float]:
