@@ -53,7 +53,7 @@ def statements(home: Path, outcome: str) -> dict[str, int]:
 def test_a_second_run_runs_nothing(smoke_home: Path) -> None:
     before = sorted(str(p) for p in smoke_home.rglob("*"))
     said = atom(smoke_home, "run", "atom-smoke").stdout
-    assert "18 stages, all sealed already: nothing to run" in said
+    assert "36 stages, all sealed already: nothing to run" in said
     assert sorted(str(p) for p in smoke_home.rglob("*")) == before
 
 
@@ -91,7 +91,7 @@ def test_a_statement_repeats_the_summary_of_its_product(smoke_home: Path) -> Non
                 "summary.json"
             )
             told[folder.name.rpartition("-")[0]] = summary["annotations"]
-    assert set(told) == {"curate", "pretrain", "midtrain"}
+    assert set(told) == {"curate", "pretrain", "midtrain", "sft", "rlvr"}
     assert told["pretrain"]["spikes"] == [] and told["midtrain"]["precision"] == "fp32"
 
 
@@ -106,7 +106,8 @@ def test_a_product_without_a_number_is_stated_all_the_same(tmp_path: Path) -> No
 def test_stopped_and_killed_runs_end_in_the_same_bytes(smoke_home: Path, tmp_path: Path) -> None:
     """Ctrl-C in training, then kill -9 of the whole process group at random moments; each leaves sealed or nothing."""
     home = tmp_path / "home"
-    first = start(home, "run", "atom-smoke")
+    asked = ("run", "atom-smoke", "--until", "rlvr")
+    first = start(home, *asked)
     wait_for(home, "logs/*/pretrain/events.jsonl", '"done"')
     os.killpg(first.pid, signal.SIGINT)
     said = first.communicate(timeout=60)[0]
@@ -120,13 +121,14 @@ def test_stopped_and_killed_runs_end_in_the_same_bytes(smoke_home: Path, tmp_pat
 
     rng = random.Random(20261125)
     for _ in range(4):
-        run = start(home, "run", "atom-smoke")
+        run = start(home, *asked)
         time.sleep(rng.uniform(2, 12))
         os.killpg(run.pid, signal.SIGKILL)
         run.communicate()
         digests(home)
-    atom(home, "run", "atom-smoke")
-    assert digests(home) == digests(smoke_home)
+    atom(home, *asked)
+    found = digests(home)
+    assert found.items() <= digests(smoke_home).items() and any(key.startswith("rlvr-") for key in found)
 
 
 def test_two_processes_share_the_work(smoke_home: Path, tmp_path: Path) -> None:
@@ -136,7 +138,7 @@ def test_two_processes_share_the_work(smoke_home: Path, tmp_path: Path) -> None:
         said = run.communicate(timeout=300)[0]
         assert run.returncode == 0, said
     found = digests(home)
-    assert len(found) == 9 and found.items() <= digests(smoke_home).items()
+    assert len(found) == 11 and found.items() <= digests(smoke_home).items()
     assert statements(home, "sealed") == dict.fromkeys(found, 1), "no stage was done twice"
 
 
@@ -155,8 +157,8 @@ def test_a_worker_outlives_its_driver_and_the_next_run_waits_for_it(tmp_path: Pa
 
 def test_status_and_logs_read_the_files(smoke_home: Path) -> None:
     body = json.loads(atom(smoke_home, "status", "--json").stdout)
-    assert [s["state"] for s in body["stages"]] == ["sealed"] * 18
-    assert "18 of 18 stages sealed" in atom(smoke_home, "status").stdout
+    assert [s["state"] for s in body["stages"]] == ["sealed"] * 36
+    assert "36 of 36 stages sealed" in atom(smoke_home, "status").stdout
     assert "docstrings:" in atom(smoke_home, "logs", "curate").stdout
     assert "60/60 steps  loss " in atom(smoke_home, "logs", "pretrain", "-f").stdout
     refused = atom(smoke_home, "logs", "pretran", code=2).stderr
