@@ -69,7 +69,7 @@ def answers(dataset: Path) -> list[str]:
     digest = sha256_file(Path(problems.__file__))
     wrong = []
     expected = {row["id"]: row["answer"] for row in facts.rows(dataset / "evaluation/items.parquet", ["id", "answer"])}
-    for path in sorted((dataset / "evaluation").glob("*/items.parquet")):
+    for path in (found.with_name("items.parquet") for found in sorted((dataset / "evaluation").glob("*/scores.json"))):
         name = path.relative_to(dataset).as_posix()
         for row in facts.rows(path, ["id", "expected", "output", "score", "code_digest"]):
             if expected.get(row["id"]) != row["expected"]:

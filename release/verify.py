@@ -201,7 +201,7 @@ def _questions(folder: Path, kind: str) -> Iterator[tuple[str, Callable[[], Wron
     if whole or kind == "dataset":
         data = folder / "dataset" if whole else folder
         yield "dispositions_balance", lambda: checks.dispositions(data), False
-        yield "scores", lambda: checks.scores(data), False
+        yield "scores", lambda: checks.scores(data) + checks.chat_scores(data), False
         yield "data_card", lambda: checks.data_card(data), False
         yield "documents", lambda: deep_checks.documents(data), True
         yield "order", lambda: deep_checks.order(data), True
@@ -209,6 +209,8 @@ def _questions(folder: Path, kind: str) -> Iterator[tuple[str, Callable[[], Wron
     if whole:
         yield "cards", lambda: checks.cards(folder), False
         yield "weights", lambda: deep_checks.weights(folder), True
+        if (folder / "dataset/evaluation/fresh").is_dir():
+            yield "fresh_set", lambda: checks.fresh_set(folder), True
     elif kind == "model":
         yield "cards", lambda: checks.model_card(folder), False
     if kind in ("model", "checkpoint"):
