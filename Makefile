@@ -15,8 +15,8 @@ LATEST_TESTS  := tests/test_fake_fp8.py tests/test_spikes.py tests/test_packing.
 .PHONY: help demo test test-latest test-vllm soak lint lock clean
 
 help:
-	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 5 minutes with installation)"
-	@echo "make test    linters, types and all tests (about 12 minutes)"
+	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 15 minutes with installation)"
+	@echo "make test    linters, types and all tests (about half an hour)"
 	@echo "make test-latest   the training, checkpoint and export tests with the newest Megatron-core on $(PYTHON_LATEST) (some GB of download)"
 	@echo "make test-vllm     vLLM on CPU against transformers, and as the sampler of RL (3 GB of download)"
 	@echo "make soak    layouts, checkpoint pairs and random kills at length (about three quarters of an hour); writes docs/soak.md"

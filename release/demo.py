@@ -61,7 +61,7 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
     from release.facts import data_facts, model_facts
 
     data, model = data_facts(release / "dataset"), model_facts(release / "model")
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 150)
 
     def table(title: str, *columns: str) -> Table:
         made = Table(
@@ -145,7 +145,7 @@ def conversation(console: Any, table: Any, chat: dict[str, Any]) -> None:
     row("pass@1, fresh set", [found["problems_all"]["samples"]["accuracy"] for found in fresh.values()])
     for kind in next(iter(test.values()))["judged"]:
         row(f"judge's mean, {kind}", [found["judged"][kind]["reward"] for found in test.values()])
-    row("wins against the model before", [liked[name]["win_rate"] if name in liked else None for name in test])
+    row("wins against an earlier model", [liked[name]["win_rate"] if name in liked else None for name in test])
     console.print(made)
 
 
