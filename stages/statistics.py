@@ -41,7 +41,7 @@ def wilson(wins: int, n: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927)."""
     p, z = wins / n, Z95
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def powers(n: int) -> list[int]:

