@@ -169,13 +169,13 @@ def test_what_is_no_number_is_skipped_from_the_first_step(poisoned: Path, tmp_pa
 
     run_ = Engine._run
 
-    def broken(self: Engine, share: Any, forward_only: bool) -> float:
-        loss = run_(self, share, forward_only)
+    def broken(self: Engine, share: Any, forward_only: bool, objective: Any) -> tuple[float, dict[str, float]]:
+        loss, more = run_(self, share, forward_only, objective)
         if not forward_only and self.step_done == 1 and not getattr(self, "once", False):
             self.once = True
             next(self.chunks[0].parameters()).main_grad.fill_(math.nan)
-            return math.nan
-        return loss
+            return math.nan, more
+        return loss, more
 
     monkeypatch.setattr(Engine, "_run", broken)
     out = run(poisoned, tmp_path / "nan", spikes={"action": "skip", **POLICY})
