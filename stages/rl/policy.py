@@ -165,11 +165,9 @@ class Rlvr(Trainer):
         self.policy = Policy(self.config, self.inputs, self.engine, self.report, self.work)
         self.files = Answers(self.work / "rollouts", self.report)
         rows = tasks.read(self.inputs["tasks"])
-        self.by_id = {row["id"]: row for row in rows}
         self.curriculum = Curriculum(phase.curriculum, rows, self.name, self.config.seed)
-        self.validation = [row for row in chat_rows(self.inputs["items"]) if row["split"] == "validation"]
-        kinds = {row["kind"] for row in rows}
-        self.validation = [row for row in self.validation if row["kind"] in kinds]
+        kinds, items = {row["kind"] for row in rows}, chat_rows(self.inputs["items"])
+        self.validation = [row for row in items if row["split"] == "validation" and row["kind"] in kinds]
         self.generated = 0  # tokens of all answers
         self.replay: tuple[Order, Shards] | None = None
         if phase.replay is not None:
