@@ -9,16 +9,19 @@ PYTHON_LATEST ?= python3.13
 VENV_LATEST   ?= .venv-latest
 # vLLM pins versions of its own; its environment is made for test-vllm.
 VENV_VLLM     ?= .venv-vllm
+# NeMo Gym wants Python 3.12 or newer, and pins what we do not.
+VENV_NEMO     ?= .venv-nemo
 LATEST_TESTS  := tests/test_fake_fp8.py tests/test_spikes.py tests/test_packing.py tests/test_precision.py tests/test_experts.py \
 	tests/test_model_*.py tests/test_train_*.py tests/test_layouts.py tests/test_export.py
 
-.PHONY: help demo test test-latest test-vllm soak lint lock clean
+.PHONY: help demo test test-latest test-vllm test-nemo soak lint lock clean
 
 help:
 	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 15 minutes with installation)"
 	@echo "make test    linters, types and all tests (about half an hour)"
 	@echo "make test-latest   the training, checkpoint and export tests with the newest Megatron-core on $(PYTHON_LATEST) (some GB of download)"
 	@echo "make test-vllm     vLLM on CPU against transformers, and as the sampler of RL (3 GB of download)"
+	@echo "make test-nemo     NeMo Gym's servers score the rows that a release publishes, on $(PYTHON_LATEST) (1.4 GB on disk)"
 	@echo "make soak    layouts, checkpoint pairs and random kills at length (about three quarters of an hour); writes docs/soak.md"
 	@echo "make lint    linters and types only"
 	@echo "make lock    resolve the newest versions that pyproject.toml allows, into constraints.txt"
@@ -55,6 +58,14 @@ $(VENV_VLLM)/.ready:
 test-vllm: $(READY) $(VENV_VLLM)/.ready
 	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/test_vllm.py tests/test_vllm_sampler.py
 
+$(VENV_NEMO)/.ready:
+	$(PYTHON_LATEST) -m venv $(VENV_NEMO)
+	$(VENV_NEMO)/bin/python -m pip install --quiet nemo-gym==0.4.0 reasoning-gym==0.1.25 math-verify==0.8.0
+	@touch $@
+
+test-nemo: $(READY) $(VENV_NEMO)/.ready
+	ATOM_NEMO_PYTHON=$(abspath $(VENV_NEMO))/bin/python $(BIN)/python -m pytest tests/test_nemo_gym.py
+
 soak: $(READY)
 	$(BIN)/python tests/soak.py
 
@@ -68,4 +79,4 @@ lock:
 	rm -rf build/lock
 
 clean:
-	rm -rf $(VENV) $(VENV_LATEST) $(VENV_VLLM) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV_LATEST) $(VENV_VLLM) $(VENV_NEMO) runs build dist *.egg-info

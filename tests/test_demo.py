@@ -66,6 +66,16 @@ def test_a_pulled_model_loads_in_a_fresh_interpreter(demo_home: Path, tmp_path: 
         assert refused.stderr.count("\n") == 1 and "token" in refused.stderr
 
 
+def test_the_harness_gives_the_answers_that_the_release_states(demo_home: Path) -> None:
+    from release import harness
+
+    for folder in ("model", "model-base"):
+        found = harness.again(demo_home / "releases" / "atom-smoke-0.1.0", folder)
+        assert found["problems"] and not found["other_answers"] and found["exact_match"] == found["stated"]
+    shorter = harness.again(demo_home / "releases" / "atom-smoke-0.1.0", "model", limit=3)
+    assert shorter["problems"] == 3
+
+
 def test_a_flipped_byte_is_named_and_exits_1(demo_home: Path) -> None:
     release = demo_home / "releases" / "atom-smoke-0.1.0"
     weights = release / "model" / "model.safetensors"
