@@ -136,6 +136,10 @@ class Estimate:
     training: TrainingEstimate | None = None
 
 
+Promise = Literal["bitwise", "numeric"]
+"""What two attempts of one key have in common: every byte, in one environment on CPU; or values, within a tolerance."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """A registered stage: its name and version are part of every key, so bump `version` when the bytes change.
@@ -149,7 +153,7 @@ class Stage:
     version: int
     config: type[Config]
     run: Callable[[Any, Inputs, Path, Path, Report], None]
-    promise: Literal["bitwise", "numeric"] = "bitwise"
+    promise: Callable[[Any], Promise] = lambda config: "bitwise"
     estimate: Callable[[Any], Estimate] = lambda config: Estimate()
     obstacle: Callable[[Any], str | None] = lambda config: None
     ranks: Callable[[Any], int] = lambda config: 1

@@ -225,6 +225,6 @@ def _write(path: Path, value: Any) -> None:
 
 
 STAGE = Stage(
-    "export", VERSION, ExportConfig, run, promise="bitwise", estimate=estimate,
+    "export", VERSION, ExportConfig, run, estimate=estimate,
     obstacle=lambda config: config.model.beyond_qwen3(),
 )  # fmt: skip

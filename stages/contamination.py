@@ -276,4 +276,4 @@ def _lot(what: str, id: str, seed: int) -> str:
     return hashlib.sha256(f"{seed_of(f'contamination/{what}', seed)}/{id}".encode()).hexdigest()
 
 
-STAGE = Stage("contamination", VERSION, ContaminationConfig, run, promise="bitwise")
+STAGE = Stage("contamination", VERSION, ContaminationConfig, run)

@@ -319,4 +319,4 @@ def _write_tables(out: Path, documents: list[dict[str, Any]], items: list[dict[s
     pq.write_table(pa.Table.from_pylist(items, pa.schema(columns)), out / "items.parquet", compression="zstd")
 
 
-STAGE = Stage("evaluate", VERSION, EvaluateConfig, run, promise="bitwise")
+STAGE = Stage("evaluate", VERSION, EvaluateConfig, run)

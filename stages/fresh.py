@@ -139,4 +139,4 @@ def prompts(inputs: Inputs, role: str) -> Iterator[str]:
         yield "\n".join(str(message["content"]) for message in row["responses_create_params"]["input"])
 
 
-STAGE = Stage("fresh", VERSION, FreshConfig, run, promise="bitwise")
+STAGE = Stage("fresh", VERSION, FreshConfig, run)

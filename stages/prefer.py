@@ -119,4 +119,4 @@ def _side(pairs: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
     }
 
 
-STAGE = Stage("prefer", VERSION, PreferConfig, run, promise="bitwise")
+STAGE = Stage("prefer", VERSION, PreferConfig, run)

@@ -33,6 +33,6 @@ def estimate(config: RewardTrainConfig) -> Estimate:
 
 
 STAGE = Stage(
-    "reward", VERSION, RewardTrainConfig, run, promise="bitwise", estimate=estimate,
+    "reward", VERSION, RewardTrainConfig, run, estimate=estimate,
     ranks=lambda c: c.phase.cluster.ranks,
 )  # fmt: skip

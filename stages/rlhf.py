@@ -11,8 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.stage import Estimate, Inputs, Report, Stage
-from stages.rl.config import DpoTrainConfig
-from stages.rl.vllm_server import obstacle
+from stages.rl.config import DpoTrainConfig, obstacle
 
 VERSION = 1
 
@@ -40,6 +39,7 @@ def estimate(config: DpoTrainConfig) -> Estimate:
 
 
 STAGE = Stage(
-    "rlhf", VERSION, DpoTrainConfig, run, promise="bitwise", estimate=estimate,
-    obstacle=lambda c: obstacle(c.phase.sampling), ranks=lambda c: c.phase.cluster.ranks,
+    "rlhf", VERSION, DpoTrainConfig, run, estimate=estimate,
+    promise=lambda c: c.phase.sampling.promise,
+    obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.cluster.ranks,
 )  # fmt: skip

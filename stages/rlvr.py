@@ -12,8 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.stage import Estimate, Inputs, Report, Stage
-from stages.rl.config import RlTrainConfig
-from stages.rl.vllm_server import obstacle
+from stages.rl.config import RlTrainConfig, obstacle
 
 VERSION = 1
 
@@ -42,6 +41,7 @@ def estimate(config: RlTrainConfig) -> Estimate:
 
 
 STAGE = Stage(
-    "rlvr", VERSION, RlTrainConfig, run, promise="bitwise", estimate=estimate,
-    obstacle=lambda c: obstacle(c.phase.sampling), ranks=lambda c: c.phase.cluster.ranks,
+    "rlvr", VERSION, RlTrainConfig, run, estimate=estimate,
+    promise=lambda c: c.phase.sampling.promise,
+    obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.cluster.ranks,
 )  # fmt: skip

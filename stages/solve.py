@@ -202,4 +202,4 @@ def _told(items: Mapping[str, list[Answer]], what: str) -> dict[str, Any]:
     }
 
 
-STAGE = Stage("solve", VERSION, SolveConfig, run, promise="bitwise")
+STAGE = Stage("solve", VERSION, SolveConfig, run)

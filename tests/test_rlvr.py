@@ -15,6 +15,7 @@ import train_world as world
 
 from pipeline.errors import AtomError, Interrupted
 from stages.rl import rollouts
+from stages.rl.config import RlTrainConfig
 from stages.rl.contracts import Response, VerifierFailed
 from stages.rl.generate import InProcess
 from stages.rl.verifiers import Instructions
@@ -25,6 +26,29 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rl")
     rl_world.make(folder)
     return folder
+
+
+def test_what_is_promised_and_what_stands_in_the_way_are_known_before_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.rl import sandbox
+    from stages.rlvr import STAGE
+
+    def made(**phase: object) -> RlTrainConfig:
+        return RlTrainConfig.model_validate(rl_world.config(**phase))
+
+    assert STAGE.promise(made()) == "bitwise"
+    assert STAGE.promise(made(sampling={"kind": "vllm", "max_new_tokens": 12})) == "numeric"
+    rows = {"source": "rows", "path": "rows.jsonl", "digest": "sha256:" + "0" * 64, "verifier": "python-tests"}
+    code = made(tasks=[{**rows, "kind": "code", "license": "CC0-1.0", "origin": "by hand"}])
+    assert STAGE.obstacle(made()) is None and STAGE.obstacle(code) == (
+        None
+        if sandbox.missing() is None
+        else f"tasks of the verifier python-tests run what the model writes: {sandbox.missing()}"
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))  # no bubblewrap
+    assert "tasks of the verifier python-tests run what the model writes: " in (STAGE.obstacle(code) or "")
+    assert STAGE.obstacle(made()) is None
 
 
 @pytest.fixture(scope="module")

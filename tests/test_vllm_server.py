@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rl_world
 import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import AtomError
 from stages.rl import vllm_server
-from stages.rl.config import Sampling
 from stages.rl.contracts import Completion, Prompt
 from stages.rl.vllm_sampler import VllmServer
 
@@ -205,8 +205,8 @@ def test_without_vllm_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.delenv("ATOM_VLLM_PYTHON", raising=False)
 
     def why(**more: Any) -> str | None:
-        sampling = Sampling(kind="vllm", max_new_tokens=4, **more)
-        return STAGE.obstacle(type("C", (), {"phase": type("P", (), {"sampling": sampling})}))
+        sampling = {"kind": "vllm", "max_new_tokens": 4, **more}
+        return STAGE.obstacle(STAGE.config.model_validate(rl_world.config(sampling=sampling)))
 
     assert "needs the interpreter of an environment with vLLM; make one by `make .venv-vllm/.ready`" in (why() or "")
     assert f"{tmp_path}/python is no interpreter that runs" in (why(python=f"{tmp_path}/python") or "")

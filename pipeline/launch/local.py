@@ -167,15 +167,15 @@ class LocalLauncher:
         executor.update_parameters(timeout_min=FOREVER_MINUTES, stderr_to_stdout=True, tasks_per_node=number)
         gpus = visible_gpus()
         executor.update_parameters(gpus_per_node=min(number, len(gpus)), visible_gpus=gpus)  # else it hides them all
-        # A Ctrl-C of the terminal goes to the whole process group. The job's controller ignores it (so that it waits
-        # for the stage to stop); the stage itself handles it, see worker._stop_signals.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # A Ctrl-C of the terminal goes to the whole process group. The job's controller never sees it (so that it waits
+        # for the stage to stop); the stage itself unblocks it, see worker._stop_signals. Here it waits until after.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             tail = Tail(folder / "events.jsonl")
             tail.read()
             job = executor.submit(work, task.json())
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.display.started(node.name, str(job.paths.stdout), number)
         return Flight(node, job, tail, number)
 

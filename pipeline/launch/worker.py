@@ -79,6 +79,7 @@ def _stop_signals() -> Iterator[None]:
         raise Interrupted(signal.Signals(number).name)
 
     before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the launcher blocked it on the way here
     try:
         yield
     finally:
@@ -196,7 +197,7 @@ class Attempt:
     def refuse_second_digest(self, made: Artifact) -> None:
         """A bitwise stage must give the digest that it gave before from these inputs with this code, here and run in
         the same way: another layout of ranks adds in another order."""
-        if self.stage.promise != "bitwise" or environment.device()["type"] != "cpu":
+        if self.stage.promise(self.config) != "bitwise" or environment.device()["type"] != "cpu":
             return  # GPU kernels add in an order of their own
         here = environment.fingerprint()
         for _, body in ledger.read(self.store.ledger, made.key):

@@ -168,4 +168,4 @@ def estimate(config: AcquireConfig) -> Estimate:
     return Estimate(cpu_seconds=None if isinstance(config.source.reader, (Jsonl, Parquet)) else 5.0)
 
 
-STAGE = Stage("acquire", VERSION, AcquireConfig, run, promise="bitwise", estimate=estimate)
+STAGE = Stage("acquire", VERSION, AcquireConfig, run, estimate=estimate)

@@ -187,4 +187,4 @@ def estimate(config: CurateConfig) -> Estimate:
     return Estimate(cpu_seconds=30.0)
 
 
-STAGE = Stage("curate", VERSION, CurateConfig, run, promise="bitwise", estimate=estimate)
+STAGE = Stage("curate", VERSION, CurateConfig, run, estimate=estimate)

@@ -115,4 +115,4 @@ def texts_of(items: Artifact) -> list[tuple[str, str]]:
     return list({**{row["id"]: question(row) for row in chat_rows(items)}, **found}.items())
 
 
-STAGE = Stage("items", VERSION, ItemsConfig, run, promise="bitwise")
+STAGE = Stage("items", VERSION, ItemsConfig, run)

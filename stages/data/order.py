@@ -308,4 +308,4 @@ def estimate(config: OrderConfig) -> Estimate:
     return Estimate(cpu_seconds=2 + rows / 5e5, tokens=rows * config.sequence_length)
 
 
-STAGE = Stage("order", VERSION, OrderConfig, run, promise="bitwise", estimate=estimate)
+STAGE = Stage("order", VERSION, OrderConfig, run, estimate=estimate)

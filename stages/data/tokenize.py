@@ -127,4 +127,4 @@ def estimate(config: TokenizeConfig) -> Estimate:
     return Estimate(cpu_seconds=10.0)
 
 
-STAGE = Stage("tokenize", VERSION, TokenizeConfig, run, promise="bitwise", estimate=estimate)
+STAGE = Stage("tokenize", VERSION, TokenizeConfig, run, estimate=estimate)

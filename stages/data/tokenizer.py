@@ -192,4 +192,4 @@ def estimate(config: TokenizerSection) -> Estimate:
     return Estimate(cpu_seconds=5 + config.sample_bytes / 1.5e6)
 
 
-STAGE = Stage("tokenizer", VERSION, TokenizerSection, run, promise="bitwise", estimate=estimate)
+STAGE = Stage("tokenizer", VERSION, TokenizerSection, run, estimate=estimate)

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.stage import Config, operational
+from pipeline.stage import Config, Promise, operational
 from stages.model.config import ModelConfig, PositiveInt, Precision
 from stages.model.layout import Layout, problem
 from stages.rl.curriculum import CurriculumConfig
-from stages.rl.tasks import TaskSource
+from stages.rl.tasks import CODE, TaskSource
 from stages.train.config import Batch, Heldout, Optimizer, PhaseConfig
 
 
@@ -32,6 +32,11 @@ class Sampling(Config):
     python: str | None = operational(None, "the interpreter of vLLM's environment; null: ATOM_VLLM_PYTHON says it")
     url: tuple[str, ...] = operational((), "vLLM servers on nodes of their own; empty: the stage starts one")
     options: tuple[str, ...] = operational((), "further options of the server that the stage starts, as vLLM has them")
+
+    @property
+    def promise(self) -> Promise:
+        """Of a stage that draws so: vLLM adds in an order of its own."""
+        return "bitwise" if self.kind == "in-process" else "numeric"
 
 
 class Trainable(Config):
@@ -180,6 +185,18 @@ class PostConfig(Config):
                 f"model.context_length = {self.model.context_length}"
             )
         return self
+
+
+def obstacle(phase: RlPhase | DpoPhase) -> str | None:
+    """Why answers cannot be drawn here as the recipe says, or what would run code of the model's has no sandbox."""
+    from stages.rl import sandbox, vllm_server
+
+    sources = phase.tasks if isinstance(phase, RlPhase) else phase.preferences.tasks
+    if isinstance(phase, DpoPhase) and phase.skills is not None:
+        sources += phase.skills.tasks
+    if any(getattr(source, "verifier", "") == CODE for source in sources) and (lack := sandbox.missing()):
+        return f"tasks of the verifier {CODE} run what the model writes: {lack}"
+    return vllm_server.obstacle(phase.sampling)
 
 
 class RlTrainConfig(PostConfig):

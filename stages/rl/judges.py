@@ -13,12 +13,12 @@ from pipeline.stage import Inputs
 from pipeline.store import Artifact
 from stages.data import chat, courtesies
 from stages.rl.contracts import Parts, Response, Row, Verifier, question
+from stages.rl.tasks import CODE
 
 if TYPE_CHECKING:
     from stages.rl.answers import Chat
 
 ROWS = 64
-CODE = "python-tests"
 
 
 class Courtesy:

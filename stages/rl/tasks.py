@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from stages.rl.contracts import Row
 
 VERSION = 1
+CODE = "python-tests"
+"""The verifier that runs what the model writes."""
 OWN = {"license": "Apache-2.0", "origin": "procedural"}
 
 
@@ -183,4 +185,4 @@ def read(artifact: Artifact) -> list[dict[str, Any]]:
     return read_jsonl(artifact / "tasks.jsonl")
 
 
-STAGE = Stage("tasks", VERSION, TasksConfig, run, promise="bitwise", estimate=lambda config: Estimate(cpu_seconds=3))
+STAGE = Stage("tasks", VERSION, TasksConfig, run, estimate=lambda config: Estimate(cpu_seconds=3))
