@@ -73,7 +73,8 @@ def coin(seed: int, rate: float) -> float:
 def with_random_reward(rate: float) -> Any:
     """The RLVR stage's trainer around verifiers whose rewards are replaced by coins. What the answers earn in truth
     stays in the files (`parts`), and validation is by the verifiers."""
-    from stages.rl.policy import Answers, Rlvr
+    from stages.rl.grpo import Rlvr
+    from stages.rl.policy import Answers
 
     class Tossed(Answers):
         def once(self, *asked: Any) -> Any:

@@ -4,7 +4,7 @@
     .venv/bin/python bench/rl.py --quick    # a tiny model, to see that it works; its figures mean nothing
 
 A step draws a group of answers to each of 32 questions, scores them, and updates the weights once by DAPO's loss. Ours
-is `stages.rl.policy.Rlvr.step` as a stage runs it, with what it writes to disk and the digest of the policy; without
+is `stages.rl.grpo.Rlvr.step` as a stage runs it, with what it writes to disk and the digest of the policy; without
 refills, replay or validation. The peer is `GRPOTrainer.training_step` and its optimizer's step, without logging and
 checkpoints, with the fastest of transformers' expert implementations here. Both start from the same weights and ask the
 same questions in every step, at temperature 1, with the same load-balancing loss, optimizer, clip and advantages.
@@ -46,7 +46,7 @@ from stages.model.hf import hf_config, to_hf
 from stages.rl.config import RlTrainConfig
 from stages.rl.contracts import Completion, Parts, Prompt, Response, Row
 from stages.rl.generate import InProcess
-from stages.rl.policy import Rlvr
+from stages.rl.grpo import Rlvr
 from stages.rl.tasks import ProblemTasks
 from stages.train.engine import Engine
 from stages.train.parallel import session

@@ -25,7 +25,7 @@ def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Re
     Fills `out` with step-<n>/, training.jsonl, summary.json and rollouts.parquet.
     Raises what stages.rl.trainer.train raises.
     """
-    from stages.rl.policy import Rlvr
+    from stages.rl.grpo import Rlvr
     from stages.rl.trainer import train
 
     train(Rlvr, config.name, config, inputs, work, out, report)

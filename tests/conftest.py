@@ -14,6 +14,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import train_world as world
+from verifier_world import gym, maths, serve  # noqa: F401 - fixtures
 
 from pipeline.stage import Stage
 from pipeline.store import Artifact, write_manifest

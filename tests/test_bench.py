@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import release_world
 import rl_world
 import train_world
 
@@ -54,6 +55,17 @@ def test_training_benchmark() -> None:
 def test_sandbox_benchmark() -> None:
     table = quick("sandbox")
     assert [line.split()[0] for line in table if "/s" in line] == ["tests", "check"]
+
+
+def test_humaneval_benchmark(tmp_path: Path) -> None:
+    """A model of random weights is asked and its answers are run; its long context holds two questions of these five."""
+    release_world.save_model(tmp_path, seed=0, context=512)
+    asked = [sys.executable, str(ROOT / "bench/humaneval.py"), str(tmp_path), "--max-new-tokens", "8", "--limit", "5"]
+    run = subprocess.run(asked, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    told, last = run.stdout.splitlines()
+    assert told.startswith("0 of 5 problems solved; 3 do not fit its context, ")
+    assert json.loads(last)["ratio"] == 0 and json.loads(last)["low"] == 0 < json.loads(last)["high"]
 
 
 def test_planner_benchmark() -> None:

@@ -3,137 +3,35 @@
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import random
 import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from verifier_world import (
+    ARGUMENTS,
+    Server,
+    client,
+    form_row,
+    gym_row,
+    judged,
+    one,
+    said,
+    sum_row,
+)
 
 from pipeline.errors import AtomError
 from stages.data import problems
-from stages.rl import gym_server, judge, judge_worker
-from stages.rl.contracts import Parts, Response, Row, Verifier, VerifierFailed, question
+from stages.rl import judge, judge_worker
+from stages.rl.contracts import Parts, Row, Verifier, VerifierFailed, question
 from stages.rl.instructions import CHECKS
 from stages.rl.verifiers import VERIFIERS, reasoning_gym_rows, to_row, verifier
-
-
-def said(text: str, finished: bool = True) -> Response:
-    return Response.of(text, finished)
-
-
-def one(found: Verifier, row: Row, text: str, finished: bool = True) -> Parts:
-    return found.score([(row, said(text, finished))])[0]
-
-
-@pytest.fixture(scope="module")
-def maths() -> Iterator[Verifier]:
-    found = verifier("math-verify", seconds=1)
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
-def gym() -> Iterator[Verifier]:
-    found = verifier("reasoning-gym", seconds=1)
-    yield found
-    found.close()
-
-
-def sum_row(expected: str = "4") -> dict[str, Any]:
-    return to_row("m1", "2+2?", "math-verify", "arithmetic", 0, question="2+2?", expected_answer=expected)
-
-
-def gym_row(dataset: str = "gcd") -> dict[str, Any]:
-    entry = {"question": "Find the GCD of 12 and 18.", "answer": "6", "metadata": {"source_dataset": dataset}}
-    return to_row("g1", entry["question"], "reasoning-gym", dataset, 0, **entry)
-
-
-def form_row(*instructions: tuple[str, dict[str, Any]]) -> dict[str, Any]:
-    names, kwargs = [name for name, _ in instructions], [given for _, given in instructions]
-    return to_row("i1", "Write.", "instructions", "form", 0, prompt="Write.", instruction_id_list=names, kwargs=kwargs)
-
-
-# --- a real server of NeMo Gym's protocol -----------------------------------------------------------------------------
-
-REPLY_KEYS = {"id", "created_at", "model", "object", "output", "parallel_tool_calls", "tool_choice", "tools"}
-
-
-class Server(ThreadingHTTPServer):
-    """Answers POST /verify with (status, body) as `reply(n, request)` says, n counting requests; None hangs up."""
-
-    daemon_threads = True
-
-    def __init__(self, reply: Callable[[int, dict[str, Any]], tuple[int, bytes] | None]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.reply, self.seen, self.lock = reply, [], threading.Lock()
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.seen.append(request)
-            number = len(self.server.seen)
-        reply = self.server.reply(number, request) if self.path == "/verify" else (404, b"no such path")
-        if reply is None:
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        self.send_response(reply[0])
-        self.send_header("Content-Length", str(len(reply[1])))
-        self.end_headers()
-        self.wfile.write(reply[1])
-
-    def log_message(self, *_: Any) -> None: ...
-
-
-def judged(_: int, request: dict[str, Any]) -> tuple[int, bytes]:
-    """As NeMo Gym's servers: 422 for what the schema lacks, else an echo with a reward."""
-    response = request.get("response", {})
-    if REPLY_KEYS - set(response) or not request["responses_create_params"].get("input"):
-        return 422, b'{"detail":"Field required"}'
-    (message,) = response["output"]
-    if not {"id", "content", "type", "role"} <= set(message) or "annotations" not in message["content"][0]:
-        return 422, b'{"detail":"Field required"}'
-    right = message["content"][0]["text"].strip() == request["expected_answer"]
-    return 200, json.dumps({**request, "reward": float(right), "library_reward": 0.5, "extracted": "x"}).encode()
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
-    monkeypatch.setattr(gym_server, "BACK_OFF", 0.01)
-    servers: list[Server] = []
-
-    def start(reply: Callable[[int, dict[str, Any]], tuple[int, bytes] | None]) -> Server:
-        servers.append(Server(reply))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def client(server: Server, timeout: float = 20.0) -> Verifier:
-    return verifier("nemo-gym", url=server.url, serves="a test", timeout=timeout)
-
-
-# --- answers of every kind --------------------------------------------------------------------------------------------
 
 HOSTILE = {
     "empty": "",
@@ -485,184 +383,3 @@ def test_an_unknown_dataset_in_a_row_is_no_reward(gym: Verifier) -> None:
         one(gym, {**gym_row(), "answer": "?"}, "6")
     with pytest.raises(VerifierFailed, match="row g1: no metadata to judge by"):
         one(gym, {k: v for k, v in gym_row().items() if k != "metadata"}, "6")
-
-
-# --- instructions -----------------------------------------------------------------------------------------------------
-
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "keywords:existence": {"keywords": ["tea", "milk"]},
-    "keywords:frequency": {"keyword": "tea", "frequency": 2, "relation": "at least"},
-    "keywords:forbidden_words": {"forbidden_words": ["tea"]},
-    "keywords:letter_frequency": {"letter": "z", "let_frequency": 2, "let_relation": "less than"},
-    "length_constraints:number_words": {"num_words": 4, "relation": "at least"},
-    "length_constraints:number_sentences": {"num_sentences": 3, "relation": "less than"},
-    "length_constraints:number_paragraphs": {"num_paragraphs": 2},
-    "length_constraints:nth_paragraph_first_word": {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"},
-    "detectable_content:number_placeholders": {"num_placeholders": 2},
-    "detectable_content:postscript": {"postscript_marker": "P.S."},
-    "detectable_format:number_bullet_lists": {"num_bullets": 2},
-    "detectable_format:constrained_response": {},
-    "detectable_format:number_highlighted_sections": {"num_highlights": 2},
-    "detectable_format:multiple_sections": {"section_spliter": "SECTION", "num_sections": 2},
-    "detectable_format:json_format": {},
-    "detectable_format:title": {},
-    "combination:two_responses": {},
-    "combination:repeat_prompt": {"prompt_to_repeat": "Say this."},
-    "startend:start_checker": {"start_phrase": "Dear"},
-    "startend:end_checker": {"end_phrase": "Bye."},
-    "startend:quotation": {},
-    "change_case:capital_word_frequency": {"capital_frequency": 2, "capital_relation": "at least"},
-    "change_case:english_capital": {},
-    "change_case:english_lowercase": {},
-    "punctuation:no_comma": {},
-}
-FOLLOWED: dict[str, tuple[list[str], list[str]]] = {
-    "keywords:existence": (["Tea with milk"], ["tea", "milk"]),
-    "keywords:frequency": (["tea and more Tea"], ["tea"]),
-    "keywords:forbidden_words": (["steam"], ["Have tea.", "tea"]),
-    "keywords:letter_frequency": (["zoo", "none"], ["Zz"]),
-    "length_constraints:number_words": (["one two three four"], ["one two, three"]),
-    "length_constraints:number_sentences": (["One. Two!", "3.14 is pi."], ["One. Two! Three? Four."]),
-    "length_constraints:number_paragraphs": (
-        ["one\n***\ntwo", "***\none\n***\ntwo\n***"],
-        ["one", "one\n***\n***\ntwo"],
-    ),
-    "length_constraints:nth_paragraph_first_word": (['First.\n\n"Then" more.'], ["Then.\n\nFirst.", "Then."]),
-    "detectable_content:number_placeholders": (["[name] of [place]"], ["[name]", "[[["]),
-    "detectable_content:postscript": (["Bye.\np.s. more"], ["Bye."]),
-    "detectable_format:number_bullet_lists": (
-        ["* a\n* b", "Say:\n- a\n  - b"],
-        ["* a", "* a\n* b\n* c", "**a**\n**b**"],
-    ),
-    "detectable_format:constrained_response": (["My answer is yes."], ["Yes."]),
-    "detectable_format:number_highlighted_sections": (["*a* and **b**"], ["*a*", "* * * *"]),
-    "detectable_format:multiple_sections": (["SECTION 1\na\nSECTION 2\nb"], ["SECTION 1", "SECTION A SECTION B"]),
-    "detectable_format:json_format": (['{"a": [1]}', '```json\n{"a": 1}\n```'], ["{a: 1}", 'Here: {"a": 1}']),
-    "detectable_format:title": (["<<A tale>>\nonce"], ["<<>>", "<< >>", "A tale", ">>a<<"]),
-    "combination:two_responses": (["one\n******\ntwo"], ["one", "one ****** one", "one ****** two ****** three"]),
-    "combination:repeat_prompt": (["Say this. I did."], ["I say this."]),
-    "startend:start_checker": (["dear you"], ["Oh dear"]),
-    "startend:end_checker": (["Well. Bye.", '"Bye."'], ["Bye. Well."]),
-    "startend:quotation": (['"all of it"'], ['"half', '"', "none"]),
-    "change_case:capital_word_frequency": (["SO MUCH noise"], ["SO much noise"]),
-    "change_case:english_capital": (["ALL OF 1T"], ["All"]),
-    "change_case:english_lowercase": (["all of 1t"], ["All"]),
-    "punctuation:no_comma": (["none here"], ["one, two"]),
-}
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_each_instruction(name: str) -> None:
-    found, row = verifier("instructions"), form_row((name, ARGUMENTS[name]))
-    followed, not_followed = FOLLOWED[name]
-    for text in followed:
-        assert one(found, row, text) == {"reward": 1, "fraction": 1, "finished": 1}, text
-    for text in (*not_followed, "", " "):
-        assert one(found, row, text) == {"reward": 0, "fraction": 0, "finished": 1}, text
-
-
-def test_all_instructions_must_be_followed_and_none_are_left_unread() -> None:
-    found = verifier("instructions")
-    words = "length_constraints:number_words"
-    row = form_row(
-        (words, {"num_words": 3, "relation": "at least", "keywords": None}),
-        (words, {"num_words": 5, "relation": "less than"}),
-        ("punctuation:no_comma", {}),
-    )
-    assert one(found, row, "one two three") == {"reward": 1, "fraction": 1, "finished": 1}
-    assert one(found, row, "one, two") == {"reward": 0, "fraction": pytest.approx(1 / 3), "finished": 1}
-
-
-@pytest.mark.parametrize(
-    ("instruction", "words"),
-    [
-        (("language:response_language", {"language": "en"}), "unknown instruction 'language:response_language'"),
-        (("punctuation:no_comma", {"num_words": 3}), "unexpected keyword argument 'num_words'"),
-        (("length_constraints:number_words", {"num_words": 3}), "missing 1 required positional argument: 'relation'"),
-        (("length_constraints:number_words", {"num_words": 3, "relation": "about"}), "relation 'about' is neither"),
-        (("keywords:existence", {"keywords": [3]}), "has no attribute 'lower'"),
-    ],
-)
-def test_an_instruction_that_cannot_be_checked_is_no_reward(
-    instruction: tuple[str, dict[str, Any]], words: str
-) -> None:
-    with pytest.raises(VerifierFailed, match=f"verifier instructions, row i1: .*{words}"):
-        one(verifier("instructions"), form_row(instruction), "text")
-
-
-def test_a_row_without_instructions_is_no_reward() -> None:
-    with pytest.raises(VerifierFailed, match="row i1: no field 'kwargs'"):
-        one(verifier("instructions"), {k: v for k, v in form_row().items() if k != "kwargs"}, "text")
-    with pytest.raises(VerifierFailed, match="0 instructions with 0 sets"):
-        one(verifier("instructions"), form_row(), "text")
-
-
-# --- nemo-gym ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_server_scores_in_the_order_of_the_answers(serve: Callable[..., Server]) -> None:
-    server = serve(judged)
-    rewards = [p["reward"] for p in client(server).score([(sum_row(), said(t)) for t in ("4", "5") * 20])]
-    assert rewards == [1, 0] * 20 and len(server.seen) == 40
-    assert one(client(server), sum_row(), "4") == {"reward": 1, "library_reward": 0.5, "finished": 1}
-    assert server.seen[-1]["expected_answer"] == "4" and server.seen[-1]["id"] == "m1"
-
-
-def test_what_passes_is_tried_again(serve: Callable[..., Server]) -> None:
-    for trouble in ((500, b"oops"), (503, b"busy"), (429, b"slow down"), None):
-        server = serve(lambda n, request, trouble=trouble: judged(n, request) if n > 2 else trouble)
-        assert one(client(server), sum_row(), "4")["reward"] == 1 and len(server.seen) == 3
-
-
-@pytest.mark.parametrize(
-    ("reply", "words", "requests"),
-    [
-        ((422, b'{"detail":"Field required"}'), 'answered 422: {"detail":"Field required"}', 1),
-        ((404, b"not here"), "answered 404: not here", 1),
-        ((500, b"oops"), "answered 500: oops, 5 times", 5),
-        (None, r"did not answer \(.*\), 5 times", 5),
-        ((200, b"<html>"), "answered what is no JSON object: '<html>'", 1),
-        ((200, b"[1]"), "answered what is no JSON object", 1),
-        ((200, b"\xff\xfe"), "answered what is no JSON object", 1),
-        ((200, b'{"reward": NaN}'), r"answered without a finite reward \(nan\)", 1),
-        ((200, b'{"reward": 1e999}'), r"answered without a finite reward \(inf\)", 1),
-        ((200, b'{"reward": null}'), r"answered without a finite reward \(None\)", 1),
-        ((200, b'{"reward": true}'), r"answered without a finite reward \(True\)", 1),
-        ((200, b'{"reward": "1"}'), r"answered without a finite reward \('1'\)", 1),
-        ((200, b"{}"), "answered without a finite reward", 1),
-    ],
-)
-def test_a_server_that_cannot_judge_is_no_reward(
-    serve: Callable[..., Server], reply: tuple[int, bytes] | None, words: str, requests: int
-) -> None:
-    server = serve(lambda *_: reply)
-    with pytest.raises(
-        VerifierFailed, match=f"verifier nemo-gym, row m1: {server.url}/verify {words.replace('{', '[{]')}"
-    ) as failed:
-        one(client(server), sum_row(), "4")
-    assert "see to that server" in str(failed.value) and len(server.seen) == requests
-
-
-def test_a_server_that_dies_in_mid_step_is_no_reward(serve: Callable[..., Server]) -> None:
-    def reply(n: int, request: dict[str, Any]) -> tuple[int, bytes] | None:
-        if n > 10:
-            server.socket.close()
-            return None
-        return judged(n, request)
-
-    server = serve(reply)
-    with pytest.raises(VerifierFailed, match="did not answer .*, 5 times; see to that server"):
-        client(server).score([(sum_row(), said("4"))] * 100)
-
-
-def test_a_server_that_is_too_slow_is_no_reward(serve: Callable[..., Server]) -> None:
-    def reply(*_: Any) -> None:
-        time.sleep(0.5)
-
-    with pytest.raises(VerifierFailed, match=r"did not answer \(.*timed out.*\), 5 times"):
-        one(client(serve(reply), timeout=0.05), sum_row(), "4")
-
-
-def test_a_server_that_was_never_there_is_no_reward(serve: Callable[..., Server]) -> None:
-    with pytest.raises(VerifierFailed, match="Connection refused"):
-        one(verifier("nemo-gym", url="http://127.0.0.1:9", serves="nothing"), sum_row(), "4")
