@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, ValidationError
 
+from pipeline.errors import RecipeError
 from pipeline.recipe import explain, find, parse_yaml
 from pipeline.stage import Config
 
@@ -11,22 +14,87 @@ from pipeline.stage import Config
 class Local(Config):
     """How `atom run` uses this machine."""
 
-    jobs: int = Field(ge=1, description="ranks that may run at once; each computes with one thread")
-    stop_grace_seconds: float = Field(gt=0, description="time that a stopped stage gets to leave a clean work folder")
+    jobs: int = Field(default=2, ge=1, description="ranks that may run at once; each computes with one thread")
+    stop_grace_seconds: float = Field(
+        default=20, gt=0, description="time that a stopped stage gets to leave a clean folder"
+    )
 
 
 class Power(Config):
     """What the energy estimate is made of."""
 
     watts_per_core: float = Field(ge=0, description="power of one busy core")
+    watts_per_gpu: float = Field(0.0, ge=0, description="power of one busy GPU")
+
+
+class Prices(Config):
+    """What an hour costs, for estimates; in one currency, whichever it is."""
+
+    gpu_hour: float = Field(default=0.0, ge=0)
+    core_hour: float = Field(default=0.0, ge=0)
+    currency: str = "USD"
+
+
+class Container(Config):
+    """What the stages run in. The image holds Python and the packages; our code comes from the frozen snapshot."""
+
+    kind: Literal["pyxis", "apptainer"]
+    image: str = Field(min_length=1, description="pyxis: an image or a .sqsh file; apptainer: a .sif file")
+    mounts: tuple[str, ...] = Field((), description="from:to, or one path for both; $ATOM_HOME is added")
+    python: str = Field("python3", description="the interpreter inside")
+
+
+class Jobs(Config):
+    """What jobs of one kind ask Slurm for."""
+
+    partition: str = Field(min_length=1)
+    minutes: int = Field(ge=1, description="time limit of one start; a stage that needs more is started again")
+    tasks_per_node: int = Field(1, ge=1, description="ranks on one node: as many as it has GPUs")
+    gpus_per_node: int = Field(0, ge=0, description="0: none is asked for")
+    cpus_per_task: int = Field(1, ge=1)
+    memory_gb: float | None = Field(None, gt=0, description="of a node; null: what the partition gives")
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = Field(None, description="features that a node must have")
+    exclude: str | None = Field(None, description="nodes to stay away from, as Slurm writes lists of them")
+    exclusive: bool = False
+
+
+class Slurm(Config):
+    """How `atom submit` uses a cluster."""
+
+    cpu: Jobs = Field(description="data, export and evaluation")
+    train: Jobs = Field(description="training and reinforcement learning: a rank for each GPU")
+    container: Container | None = None
+    python: str | None = Field(None, description="the interpreter on the nodes, without a container; null: this one")
+    modules: tuple[str, ...] = Field((), description="environment modules to load")
+    setup: tuple[str, ...] = Field((), description="lines of shell before the stage starts")
+    environment: dict[str, str] = Field({}, description="variables for the stages, such as NCCL_SOCKET_IFNAME")
+    forward: tuple[str, ...] = Field((), description="variables that a job takes over from whoever submits")
+    scratch: str | None = Field(None, description="a folder on each node for temporary files")
+    free_gb: float = Field(1.0, ge=0, description="space that must be free under $ATOM_HOME and in scratch")
+    signal_lead_seconds: int = Field(120, ge=10, description="how long before the time limit a stage is told to save")
+    restarts: int = Field(3, ge=0, description="attempts that may follow each other without progress")
+    notify: str | None = Field(
+        None,
+        description="command when a stage fails or the last one is done; ATOM_RUN, ATOM_STAGE, ATOM_OUTCOME tell it what",
+    )
 
 
 class Profile(Config):
     """One file of `pipeline/clusters/`."""
 
     name: str
-    local: Local
+    local: Local = Local()
     power: Power
+    prices: Prices = Prices()
+    slurm: Slurm | None = None
+
+    def cluster(self) -> Slurm:
+        """The part for Slurm. Raises RecipeError if there is none."""
+        if self.slurm is None:
+            raise RecipeError(f"cluster profile {self.name} has no section slurm; `atom run` is for this machine")
+        return self.slurm
 
 
 def load(reference: str) -> Profile:

@@ -9,19 +9,18 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import snapshot
 from pipeline.errors import AtomError
+from pipeline.snapshot import PACKAGES
 from pipeline.store import Artifact
 from release.layout import ALL_SUMS, BASE, GATES, MODEL, SUMS, WITHOUT_ORDER, models_of, phases_of
 
-PACKAGES = ("pipeline", "stages", "release", "data_recipes")
 DISTRIBUTION = "atom-release"
 CODE_FILES = ("pyproject.toml", "Makefile", "README.md", "LICENSE")
-CODE_SUFFIXES = frozenset({".py", ".yaml", ".yml", ".jinja", ".md", ".toml", ".json", ".txt", ".sh", ".typed"})
 
 
 class Assembly:
@@ -179,10 +178,8 @@ def place_code(assembly: Assembly, roots: list[Path]) -> None:
             raise AtomError(
                 f"the package {name} is in none of the code roots; the release must hold the code that made it"
             )
-        for path in _sources(root, name):
-            hidden = any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(root).parts)
-            if path.is_file() and not hidden and path.suffix in CODE_SUFFIXES:
-                assembly.include(path, f"code/{path.relative_to(root).as_posix()}", "source code")
+        for path in snapshot.sources(root, name):
+            assembly.include(path, f"code/{path.relative_to(root).as_posix()}", "source code")
     for root in reversed(roots):
         names = [root / name for name in CODE_FILES] + sorted(root.glob("constraints*.txt"))
         for path in names:
@@ -191,15 +188,6 @@ def place_code(assembly: Assembly, roots: list[Path]) -> None:
     text = own_licence(roots)
     if text is not None and "code/LICENSE" not in assembly.origins:
         assembly.write("code/LICENSE", text, "licence text of the installed distribution")
-
-
-def _sources(root: Path, package: str) -> list[Path]:
-    """A package's files: in a checkout those that git tracks, so that what lies about there is not published."""
-    if (root / ".git").exists() and shutil.which("git"):
-        listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z", package], capture_output=True, check=False)
-        if listed.returncode == 0:
-            return sorted(root / name for name in listed.stdout.decode().split("\0") if name)
-    return sorted((root / package).rglob("*"))
 
 
 def own_licence(roots: list[Path]) -> bytes | None:

@@ -3,6 +3,7 @@ evidence that goes with the scores."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from release import checks, facts
@@ -11,32 +12,40 @@ from release.layout import when
 if TYPE_CHECKING:
     from release.gates import Context, Gate
 
-LEAST_RECALL = 0.9
-"""Of items planted into a copy of the corpus, what a detector must find to be believed."""
+LEAST_RECALL, LEAST_PLANTED = 0.9, 4
+"""Of items planted into a copy of the corpus, what a detector must find to be believed, and how many there must be."""
+MOST_CONTAMINATED = 0.05
+"""Share of the items of a split that may stand in what was trained on."""
 
 
 def post_training(c: Context) -> list[Gate]:
     """Asked of a release with models that converse only."""
-    from release.gates import Gate
+    from release.gates import BEYOND, SURE, Gate
 
     chat = c.data["chat"]
     if not chat:
         return []
-    mend = "; change the recipe's {} section and run again"
+    mend = "; change the recipe's {} section, choosing on the validation split alone, and run again"
     asked, gates = c.evaluation["chat"], []
     right = {name: found["problems_all"]["samples"]["accuracy"] for name, found in chat["test"].items()}
     said = {name: f"{row['value']:.3f} ± {row['se']:.3f}" for name, row in right.items()}
     if "rlvr" in right:
         gain = right["rlvr"]["value"] - right["sft"]["value"]
-        ok = gain > asked["min_gain"]
-        text = f"pass@1 {said['sft']} → {said['rlvr']}, a gain of more than {asked['min_gain']:g} is demanded"
+        ok = gain - SURE * math.hypot(right["rlvr"]["se"], right["sft"]["se"]) > asked["min_gain"]
+        text = f"pass@1 {said['sft']} → {said['rlvr']}, a gain of more than {asked['min_gain']:g} is demanded{BEYOND}"
         gates.append(Gate("rlvr_raises_pass_at_1", ok, text if ok else text + mend.format("rlvr")))
     later = [name for name in right if when(name) > when("rlvr")]
     if "rlvr" in right and later:
-        worst = min(right[name]["value"] for name in later)
-        ok = worst >= right["rlvr"]["value"] - asked["skill_tolerance"]
-        text = f"pass@1 {', '.join(f'{name} {said[name]}' for name in ('rlvr', *later))}; at most "
-        text += f"{asked['skill_tolerance']:g} may be lost after rlvr"
+        before = right["rlvr"]
+        losses = [
+            before["value"] - right[name]["value"] + SURE * math.hypot(before["se"], right[name]["se"])
+            for name in later
+        ]
+        ok = max(losses) <= asked["skill_tolerance"]
+        text = f"pass@1 {', '.join(f'{name} {said[name]}' for name in ('rlvr', *later))}; no more than "
+        text += (
+            f"{asked['skill_tolerance']:g} may be lost after rlvr, {SURE} standard errors of the difference included"
+        )
         gates.append(Gate("rlhf_keeps_skills", ok, text if ok else text + mend.format("rlhf")))
     for name in (name for name in later if name in chat.get("preferences", {})):
         rate = chat["preferences"][name]["win_rate"]
@@ -65,9 +74,14 @@ def _contamination(c: Context) -> Gate:
         return Gate("contamination_report", False, "there is no contamination report; run the stage contamination")
     report = facts.read_json(path)
     planted = report["detector"]["recall"]
-    ok = planted["found"] >= LEAST_RECALL * planted["planted"]
     verdicts = {split: dict(counts) for split, counts in report["items"].items()}
     text = f"{planted['found']} of {planted['planted']} planted items found; verdicts {verdicts}"
-    return Gate(
-        "contamination_report", ok, text if ok else f"{text}; the detector misses too much, look at its settings"
-    )
+    wrong = ""
+    if planted["planted"] < LEAST_PLANTED:
+        wrong = "too few items could be planted to know how good the detector is; ask for more items, or cleaner ones"
+    elif planted["found"] < LEAST_RECALL * planted["planted"]:
+        wrong = "the detector misses too much, look at its settings"
+    for split, counts in verdicts.items():
+        if counts["contaminated"] > MOST_CONTAMINATED * sum(counts.values()):
+            wrong = wrong or f"the {split} items stand in what was trained on; draw others, or decontaminate the data"
+    return Gate("contamination_report", not wrong, f"{text}; {wrong}" if wrong else text)

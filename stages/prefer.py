@@ -24,9 +24,9 @@ from stages.data.items import chat_rows
 from stages.data.seeds import seed_of
 from stages.data.table import write_json, write_rows
 from stages.solve import JUDGED, Answer, Speaker, chosen
-from stages.statistics import Z95, clustered, wilson
+from stages.statistics import clustered, wilson
 
-VERSION = 1
+VERSION = 2
 ITEMS_PER_BATCH = 256
 EXAMPLES = 8
 SIDES = ("model", "before")
@@ -86,17 +86,18 @@ def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 def summary(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`scores.json`, but for the models' names, from the table alone.
 
-    win_rate counts ties as half; its 95 % interval is normal, with the standard error over requests. without_ties is
-    the share of wins among decided pairs with Wilson's interval; null if nothing is decided.
+    win_rate counts ties as half, with the standard error over requests and Wilson's 95 % interval. without_ties is the
+    share of wins among decided pairs with Wilson's interval; null if nothing is decided.
     """
     gaps = [pair["model_reward"] - pair["before_reward"] for pair in pairs]
     wins, losses = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
     rate = clustered([0.5 if gap == 0 else float(gap > 0) for gap in gaps])
     decided = wins + losses
     low, high = wilson(wins, decided) if decided else (0.0, 1.0)
+    least, most = wilson(wins + (len(pairs) - decided) / 2, len(pairs))
     lottery = sorted(pairs, key=lambda pair: hashlib.sha256(pair["id"].encode()).hexdigest())
     return {
-        "win_rate": rate | {"low": rate["value"] - Z95 * rate["se"], "high": rate["value"] + Z95 * rate["se"]},
+        "win_rate": rate | {"low": least, "high": most},
         "without_ties": {"value": wins / decided, "n": decided, "low": low, "high": high} if decided else None,
         "wins": wins,
         "ties": len(pairs) - decided,

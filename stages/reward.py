@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.stage import Estimate, Inputs, Report, Stage
 from stages.rl.config import RewardTrainConfig
 
-VERSION = 1
+VERSION = 2
 
 
 def run(config: RewardTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -37,8 +37,8 @@ def clustered(values: Sequence[float]) -> dict[str, Any]:
     return {"value": mean, "se": math.sqrt(spread / (n - 1) / n), "n": n}
 
 
-def wilson(wins: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927)."""
+def wilson(wins: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927). wins: halves count, which makes it wider than it need be."""
     p, z = wins / n, Z95
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))

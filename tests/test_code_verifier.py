@@ -193,6 +193,15 @@ def test_rows_that_cannot_be_judged(verifier: CodeVerifier) -> None:
     assert "never calls" in why(entry_point="add", check="def check(candidate): pass")
     assert "function is not plain data" in why(entry_point="add", check="def check(c): c(1, check)")
     assert "ends without a verdict" in why(entry_point="add", check="import os\ndef check(c): os._exit(0)")
+    slow = "def check(c):\n    assert c(1, 2) == 3\n    while True: pass"
+    assert "ends without a verdict after 1 calls" in why(entry_point="add", check=slow)
+
+
+def test_no_exception_of_an_answer_ends_a_loop_of_the_check(verifier: CodeVerifier) -> None:
+    check = "def check(c):\n    assert all(map(lambda x: c(x) == x, (1, 2)))"
+    answers = [response(f"def f(x): raise {name}") for name in ("StopIteration", "StopAsyncIteration", "GeneratorExit")]
+    parts = verifier.score([({"entry_point": "f", "check": check}, answer) for answer in answers])
+    assert [p["reward"] for p in parts] == [0, 0, 0]
 
 
 def test_a_failed_sandbox_is_not_a_reward(

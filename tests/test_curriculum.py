@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RecipeError
-from stages.rl.contracts import to_row
-from stages.rl.curriculum import Curriculum, CurriculumConfig, name_of
+from stages.rl.contracts import bin_of, to_row
+from stages.rl.curriculum import Curriculum, CurriculumConfig
 
 ROWS = [
     to_row(f"{kind}/{level}/{n}", f"{kind} {level} {n}", "exact", kind, level)
@@ -20,6 +20,12 @@ ROWS = [
 ]
 
 
+def test_without_a_config_every_bin_is_drawn_alike() -> None:
+    found = Curriculum(None, ROWS, "test", 0)
+    drawn = Counter(bin_of(row) for step in range(200) for row in found.draw(8, step, 0))
+    assert set(drawn) == {bin_of(row) for row in ROWS} and min(drawn.values()) > 0.8 * max(drawn.values())
+
+
 def made(**settings: Any) -> Curriculum:
     return Curriculum(CurriculumConfig(**settings), ROWS, "test", 0)
 
@@ -27,12 +33,12 @@ def made(**settings: Any) -> Curriculum:
 def test_levels_open_one_after_another_and_close_again() -> None:
     found = made(rise=0.7, memory=1.0)
     assert found.open() == ["add/0", "sort/3"]
-    easy = next(row for row in ROWS if name_of(row) == "add/0")
+    easy = next(row for row in ROWS if bin_of(row) == "add/0")
     found.learn(easy, 0.69)
     assert found.open() == ["add/0", "sort/3"]
     found.learn(easy, 0.7)
     assert found.open() == ["add/0", "add/1", "sort/3"]
-    found.learn(next(row for row in ROWS if name_of(row) == "add/1"), 1.0)
+    found.learn(next(row for row in ROWS if bin_of(row) == "add/1"), 1.0)
     assert found.open() == ["add/0", "add/1", "add/2", "sort/3"]
     found.learn(easy, 0.2)
     assert found.open() == ["add/0", "sort/3"]
@@ -47,7 +53,7 @@ def test_weights_are_the_variance_of_a_coin_and_never_nothing() -> None:
     assert found.weights() == {"add/0": 1.0, "sort/3": 0.05}
     found.learn(add, 0.0)
     assert found.weights()["add/0"] == 0.05
-    drawn = Counter(name_of(row) for step in range(200) for row in found.draw(8, step, 0))
+    drawn = Counter(bin_of(row) for step in range(200) for row in found.draw(8, step, 0))
     assert set(drawn) == {"add/0", "sort/3"}
 
 
@@ -55,13 +61,13 @@ def test_signal_is_asked_more_often() -> None:
     found = made(memory=1.0)
     found.learn(ROWS[0], 0.5)
     found.learn(ROWS[-1], 0.95)
-    drawn = Counter(name_of(row) for step in range(200) for row in found.draw(8, step, 0))
+    drawn = Counter(bin_of(row) for step in range(200) for row in found.draw(8, step, 0))
     assert drawn["add/0"] / drawn.total() == pytest.approx(1 / 1.19, abs=0.04)
 
 
 def test_a_bin_is_walked_through_before_anything_comes_again() -> None:
     found = made(floor=1.0)
-    names = [row["id"] for step in range(10) for row in found.draw(4, step, 0) if name_of(row) == "sort/3"]
+    names = [row["id"] for step in range(10) for row in found.draw(4, step, 0) if bin_of(row) == "sort/3"]
     epochs = [names[i : i + 10] for i in range(0, len(names) - 9, 10)]
     assert epochs and all(len(set(epoch)) == 10 for epoch in epochs)
     assert len(epochs) == 1 or epochs[0] != epochs[1]

@@ -34,7 +34,10 @@ def test_a_win_rate_by_hand() -> None:
     se = math.sqrt((2 * 0.375**2 + 0.125**2 + 0.625**2) / 3 / 4)
     rate = found["win_rate"]
     assert (found["wins"], found["ties"], found["losses"], rate["value"], rate["n"]) == (2, 1, 1, 0.625, 4)
-    assert rate["se"] == pytest.approx(se) and rate["high"] - rate["low"] == pytest.approx(2 * 1.96 * se, rel=1e-4)
+    assert rate["se"] == pytest.approx(se)
+    assert (rate["low"], rate["high"]) == (pytest.approx(0.2194, abs=1e-4), pytest.approx(0.9081, abs=1e-4))  # Wilson's
+    few = prefer.summary([pair("a", 1.0, 0.5), pair("b", 0.2, 0.1)])["win_rate"]
+    assert few["value"] == few["high"] == 1 and few["low"] < 0.5, "two wins of two show nothing"
     assert found["without_ties"]["value"] == pytest.approx(2 / 3) and found["without_ties"]["n"] == 3
     assert found["sides"]["model"]["parts"]["reward"]["value"] == pytest.approx(0.375)
     assert prefer.summary([pair("a", 1, 1), pair("b", 0, 0)])["without_ties"] is None

@@ -282,7 +282,7 @@ def test_what_git_does_not_track_is_not_published_and_makes_the_checkout_dirty(t
     import subprocess
 
     from pipeline.environment import git_commit
-    from release.assemble import _sources
+    from pipeline.snapshot import sources
 
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "a.py").write_text("")
@@ -292,4 +292,4 @@ def test_what_git_does_not_track_is_not_published_and_makes_the_checkout_dirty(t
     assert git_commit(tmp_path)[1] is False
     (tmp_path / "pipeline" / "private.yaml").write_text("password: x")
     assert git_commit(tmp_path)[1] is True
-    assert _sources(tmp_path, "pipeline") == [tmp_path / "pipeline" / "a.py"]
+    assert sources(tmp_path, "pipeline") == [tmp_path / "pipeline" / "a.py"]

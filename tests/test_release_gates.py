@@ -60,3 +60,68 @@ def test_one_source_that_gets_worse_is_refused(release: Path) -> None:
     assert all(g.ok for g in gates.learning(gates.Context(release, {}, limits, data, {}, [])))
     del data["evaluation"]["mid"]["bits_per_byte"]["sums"]
     assert [g.ok for g in gates.learning(gates.Context(release, {}, limits, data, {}, []))] == [True, True, False]
+
+
+def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **changed: tuple[float, float]):
+    """A release with these (value, standard error) of pass@1 by model and of the win rate, and a contamination report."""
+    from release import facts, gates
+
+    right = {"sft": (0.4, 0.02), "rlvr": (0.6, 0.01), "rlhf": (0.59, 0.01), **changed}
+    win, se = right.pop("win", (0.6, 0.02))
+    test = {name: {"problems_all": {"samples": {"accuracy": {"value": v, "se": e}}}} for name, (v, e) in right.items()}
+    rate = {"value": win, "low": win - 1.96 * se, "high": win + 1.96 * se}
+    counts = {"clean": 100 - contaminated, "overlap": 0, "contaminated": contaminated}
+    found = {"recall": {"planted": planted, "found": round(0.95 * planted)}}
+    world.write_json(
+        folder / "dataset" / facts.CONTAMINATION, {"detector": found, "items": {"test": counts, "fresh": counts}}
+    )
+    data = {"chat": {"test": test, "preferences": {"rlhf": {"win_rate": rate}}}}
+    limits = {"chat": {"min_gain": 0.1, "least_win": 0.5, "skill_tolerance": 0.05}}
+    return gates.Context(folder, {}, limits, data, {}, [])
+
+
+@pytest.mark.parametrize(
+    "changed, gate",
+    [
+        ({}, None),
+        ({"rlvr": (0.45, 0.01), "rlhf": (0.45, 0.01)}, "rlvr_raises_pass_at_1"),
+        ({"rlvr": (0.52, 0.01), "sft": (0.4, 0.03), "rlhf": (0.52, 0.01)}, "rlvr_raises_pass_at_1"),  # no sure gain
+        ({"rlhf": (0.54, 0.01)}, "rlhf_keeps_skills"),
+        ({"rlhf": (0.56, 0.01)}, "rlhf_keeps_skills"),  # perhaps within the bound, perhaps not
+        ({"win": (0.53, 0.02)}, "rlhf_is_preferred"),
+        ({"planted": 0}, "contamination_report"),
+        ({"contaminated": 6}, "contamination_report"),
+    ],
+    ids=str,
+)
+def test_post_training_that_does_not_teach_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed, gate: str | None
+) -> None:
+    from release import post_gates
+
+    monkeypatch.setattr(post_gates.checks, "fresh_set", lambda folder: [])
+    failed = [g for g in post_gates.post_training(chat_context(tmp_path, **changed)) if not g.ok]
+    assert [g.name for g in failed] == ([gate] if gate else []), failed
+    assert all("run again" in g.detail or "items" in g.detail for g in failed)
+
+
+def test_a_detector_that_misses_and_a_fresh_set_that_does_not_follow_are_refused(tmp_path: Path) -> None:
+    import json
+
+    from release import facts, post_gates
+
+    context = chat_context(tmp_path)
+    path = tmp_path / "dataset" / facts.CONTAMINATION
+    report = json.loads(path.read_text())
+    report["detector"]["recall"]["found"] = 35
+    path.write_text(json.dumps(report))
+    failed = {g.name: g.detail for g in post_gates.post_training(context) if not g.ok}
+    assert set(failed) == {"fresh_set", "contamination_report"} and "misses too much" in failed["contamination_report"]
+
+
+def test_no_contamination_report_is_refused(tmp_path: Path) -> None:
+    from release import facts, post_gates
+
+    context = chat_context(tmp_path)
+    (tmp_path / "dataset" / facts.CONTAMINATION).unlink()
+    assert any("no contamination report" in g.detail for g in post_gates.post_training(context) if not g.ok)

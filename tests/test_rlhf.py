@@ -3,6 +3,7 @@ model that tells better from worse, and the same bytes after a stop."""
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -31,19 +32,19 @@ PHASE = dict(
     preferences={"tasks": [rows_source("letter")], "count": 8, "samples": 6},
     skills={"tasks": [rows_source("skill")], "count": 6, "samples": 2},
     sampling={"max_new_tokens": 36},
-    steps=6,
+    steps=8,
     updates=2,
     beta=2.0,
     anchor=0.2,
     micro_batches=2,
     optimizer=rl_world.OPTIMIZER | {"lr": 3e-3, "final_lr": 3e-3},
     validate_every=3,
-    release_checkpoint_every=6,
+    release_checkpoint_every=8,
     work_checkpoint_every=1,
 )
 REWARD = dict(
     pairs=6,
-    steps=20,
+    steps=8,
     micro_batches=2,
     optimizer=rl_world.OPTIMIZER | {"lr": 1e-2, "final_lr": 1e-3},
     validate_every=10,
@@ -60,7 +61,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     folder = tmp_path_factory.mktemp("rlhf")
     made = rl_world.make(folder)
     rows = [rl_world.row(f"letter/{n}", "letter", 0, f"say {n}", "e") for n in range(40)]
-    rows += [rl_world.row(f"skill/{n}", "skill", 0, f"do {n}", "x") for n in range(20)]
+    rows += [rl_world.row(f"skill/{level}/{n}", "skill", level, f"do {n}", "x") for level in (0, 1) for n in range(20)]
     (folder / "asked").mkdir()
     write_jsonl(folder / "asked" / "tasks.jsonl", rows)
     return made | {"tasks": write_manifest(folder / "asked", "tasks-asked")}
@@ -83,10 +84,37 @@ def calm(inputs: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) 
 
 def test_the_policy_comes_to_answer_as_the_judge_likes(calm: Path) -> None:
     lines = [x for x in rl_world.lines(calm) if "reward" in x]
-    assert len(lines) == 6 and lines[-1]["reward"] > lines[0]["reward"] + 0.2, [x["reward"] for x in lines]
+    rewards = [x["reward"] for x in lines]
+    assert len(rewards) == 8 and sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1, rewards
     right = [x["pair_accuracy"] for x in lines if "pair_accuracy" in x]
     assert sum(right) / len(right) > 0.5
     assert lines[0]["anchors"] > 0
+
+
+def test_every_level_of_every_kind_is_asked(calm: Path) -> None:
+    asked = {(r.kind, r.level) for r in rollouts.read(calm / "rollouts.parquet")}
+    assert asked == {("letter", 0), ("skill", 0), ("skill", 1)}
+
+
+def test_the_reference_is_the_policy_that_drew(calm: Path, inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    gaps = [x["max_sampler_gap"] for x in rl_world.lines(calm) if "max_sampler_gap" in x]
+    assert len(gaps) == 8 and max(gaps) < 1e-4
+    with pytest.raises(AtomError, match=r"sampler and trainer differ by .*, more than rlhf.logprob_gap = 1e-12"):
+        run(rlhf, settings(PHASE, logprob_gap=1e-12), inputs, tmp_path / "work", tmp_path / "out")
+
+
+def test_a_round_of_too_few_pairs_teaches_nothing_and_says_so(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    run(
+        rlhf,
+        settings(PHASE, steps=1, updates=50, optimizer={**PHASE["optimizer"], "warmup_steps": 1}),
+        inputs,
+        tmp_path / "w",
+        tmp_path / "o",
+    )
+    pairs = read_table(tmp_path / "o" / "pairs.parquet").to_pylist()
+    assert pairs and not any(pair["learnt"] for pair in pairs)
+    assert {r.dropped for r in rollouts.read(tmp_path / "o" / "rollouts.parquet") if r.wave == 0} == {"idle", "between"}
+    assert json.loads((tmp_path / "o" / "summary.json").read_text())["pairs"] == 0
 
 
 def test_pairs_say_where_they_come_from(calm: Path) -> None:

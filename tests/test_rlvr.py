@@ -197,6 +197,23 @@ def test_answers_on_disk_that_are_not_this_policys_are_drawn_again(
     assert world.digest(tmp_path / "again") == world.digest(calm)
 
 
+def test_waves_that_another_attempt_needed_and_this_one_does_not_are_forgotten(
+    place: Path, calm: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted):
+        rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", rl_world.config(), world.Reporter(2, signal.SIGTERM))
+    folder = tmp_path / "work" / "rollouts"
+    for wave in (5, 6):
+        shutil.copyfile(folder / "000002-0.parquet", folder / f"000003-{wave}.parquet")
+    rl_world.rlvr(place, tmp_path / "work", tmp_path / "again", rl_world.config())
+    assert world.digest(tmp_path / "again") == world.digest(calm)
+
+
+def test_a_question_that_leaves_no_room_is_refused_before_the_first_answer(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(AtomError, match=r"task letter/0/0 has \d+ tokens, and sampling.max_new_tokens = 60 of model"):
+        rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", rl_world.config(sampling={"max_new_tokens": 60}))
+
+
 @pytest.mark.parametrize("layout", [{"data": 2}, {"expert": 2}, {"tensor": 2}, {"pipeline": 2}], ids=str)
 def test_two_processes_learn_like_one(place: Path, tmp_path: Path, layout: dict[str, int]) -> None:
     """From the same weights and answers: the files that one process drew are given to two."""

@@ -106,6 +106,16 @@ def distinct(
 
     Raises ValueError if the task has too few.
     """
+    found = up_to(task, count, rng, level, without)
+    if len(found) < count:
+        raise ValueError(f"task {task} gave only {len(found)} different problems of {count}")
+    return found
+
+
+def up_to(
+    task: str, count: int, rng: random.Random, level: int | None = None, without: Collection[str] = ()
+) -> list[Problem]:
+    """As `distinct`, but as many as there are where there are fewer: drawing ends when little that is new comes."""
     found: dict[str, Problem] = {}
     misses = 0
     while len(found) < count and misses < 20 * len(found) + 1000:
@@ -115,8 +125,6 @@ def distinct(
             continue
         misses = misses + 1 if problem.question in found else 0
         found.setdefault(problem.question, problem)
-    if len(found) < count:
-        raise ValueError(f"task {task} gave only {len(found)} different problems of {count}")
     return list(found.values())
 
 

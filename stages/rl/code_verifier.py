@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from stages.rl.contracts import Parts, Response, Row, VerifierFailed
@@ -40,7 +41,8 @@ class CodeVerifier:
       an expected float may be missed by 1e-9;
     - `check`: Python that defines `check(candidate)`, as HumanEval's does. It passes and is given plain data.
 
-    `prelude`, if there, is Python that goes before the answer and before the check.
+    `prelude`, if there, is Python that goes before the answer and before the check. A check may use four times what an
+    answer may; one that ends without a verdict nevertheless says nothing of the answer.
     """
 
     name = "python-tests"
@@ -49,7 +51,9 @@ class CodeVerifier:
 
     def __init__(self, workers: int | None = None, limits: Limits | None = None) -> None:
         """Raises SandboxFailed where no sandbox starts; stages.rl.sandbox.missing says why."""
-        self._pool = Pool(workers, limits, cells=2)
+        limits = limits or Limits()
+        patient = replace(limits, cpu_seconds=4 * limits.cpu_seconds, wall_seconds=4 * limits.wall_seconds)
+        self._pool = Pool(workers, limits, [patient])  # the second is for checks
 
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
         """Raises VerifierFailed where a sandbox failed or a row's tests cannot be run."""
@@ -105,9 +109,7 @@ class CodeVerifier:
                 return 0.0
             replies += 1
             line = check.ask(reply)
-        if not replies:  # nothing of the answer has reached it: its end is the row's own
-            raise self._failed(row, f"its check ends without a verdict: {check.finish()}")
-        return 0.0
+        raise self._failed(row, f"its check ends without a verdict after {replies} calls: {check.finish()}")
 
     def _failed(self, row: Row, why: str) -> VerifierFailed:
         return VerifierFailed(f"verifier {self.name} cannot judge row {row.get('id', '(no id)')}: {why}")

@@ -24,11 +24,10 @@ class Replay(Config):
 
 
 class Sampling(Config):
-    """How answers are drawn."""
+    """How answers are drawn: at temperature 1 and with nothing cut off, from the distribution that is learnt."""
 
     kind: Literal["in-process", "vllm"] = Field("in-process", description="who draws them")
     max_new_tokens: PositiveInt
-    temperature: float = Field(1.0, gt=0)
     python: str | None = operational(None, "the interpreter of vLLM's environment; null: ATOM_VLLM_PYTHON says it")
     url: tuple[str, ...] = operational((), "vLLM servers on nodes of their own; empty: the stage starts one")
     options: tuple[str, ...] = operational((), "further options of the server that the stage starts, as vLLM has them")
@@ -85,13 +84,15 @@ class RlPhase(Trainable):
     GRPO's advantages without division, no KL."""
 
     tasks: tuple[TaskSource, ...] = Field(min_length=1, description="what is asked, and who judges the answers")
-    groups: PositiveInt = Field(description="tasks of one step whose answers differ in reward")
-    samples: PositiveInt = Field(ge=2, description="answers to one task")
+    groups: PositiveInt = Field(description="prompts of one step, whose answers differ in reward")
+    samples: PositiveInt = Field(ge=2, description="answers to one prompt, GRPO's group size")
     sampling: Sampling
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.28, gt=0)
+    clip_low: float = Field(0.2, gt=0, lt=1, description="PPO's clip below 1; one update a step never reaches it")
+    clip_high: float = Field(0.28, gt=0, description="and above 1, where DAPO's is wider")
     tis_cap: float = Field(2.0, gt=0, description="largest weight of a token by trainer and sampler")
-    refills: int = Field(2, ge=0, description="waves of further tasks in place of groups without signal")
+    refills: int = Field(
+        2, ge=0, description="waves of further tasks in place of groups without signal (DAPO's dynamic sampling)"
+    )
     curriculum: CurriculumConfig = CurriculumConfig()
     replay: Replay | None = None
     validate_every: PositiveInt = Field(description="steps between measurements on the validation items")
@@ -130,8 +131,13 @@ class DpoPhase(Trainable):
     sampling: Sampling
     updates: PositiveInt = Field(description="updates of one round; its pairs are spread over them")
     beta: float = Field(gt=0, description="how strongly a pair's margin is pulled apart")
+    logprob_gap: float = Field(
+        1e-3, gt=0, description="largest mean difference of a token's log-probability between sampler and trainer"
+    )
     least_margin: float = Field(0.05, ge=0, description="difference of the judge's scores below which there is no pair")
-    anchor: float = Field(1.0, ge=0, description="weight of the mean loss of right answers, beside a pair's loss of 1")
+    anchor: float = Field(
+        1.0, ge=0, description="NLL coefficient: weight of the mean loss of right answers, beside a pair's loss of 1"
+    )
     validate_every: PositiveInt = Field(description="rounds between measurements on the validation items")
     verifiers: dict[str, dict[str, Any]] = operational({}, "settings of verifiers by name, such as a server's url")
     retries: int = operational(2, "times that a verifier that failed is asked again before the phase stops", ge=0)

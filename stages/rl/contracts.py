@@ -29,6 +29,11 @@ def to_row(
     return {"id": id, "responses_create_params": params, "verifier": verifier, "kind": kind, "level": level, **fields}
 
 
+def bin_of(row: Row) -> str:
+    """The bin of tasks of one kind and level that a task belongs to."""
+    return f"{row['kind']}/{row['level']}"
+
+
 def question(row: Row) -> str:
     """What the user asks: the content of the last message."""
     return str(row["responses_create_params"]["input"][-1]["content"])

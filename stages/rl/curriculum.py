@@ -16,7 +16,7 @@ from pydantic import Field
 from pipeline.errors import RecipeError
 from pipeline.stage import Config
 from stages.data.seeds import seed_of
-from stages.rl.contracts import Row
+from stages.rl.contracts import Row, bin_of
 
 
 class CurriculumConfig(Config):
@@ -30,14 +30,14 @@ class CurriculumConfig(Config):
 class Curriculum:
     """Draws tasks and remembers how they went."""
 
-    def __init__(self, config: CurriculumConfig, tasks: Sequence[Row], label: str, seed: int) -> None:
-        """Raises RecipeError if there is no task."""
+    def __init__(self, config: CurriculumConfig | None, tasks: Sequence[Row], label: str, seed: int) -> None:
+        """config: None draws from every bin alike, whatever the pass rates. Raises RecipeError if there is no task."""
         if not tasks:
             raise RecipeError("there is no task to draw from; give the phase a source of tasks")
         self.config, self.label, self.seed = config, label, seed
         self.bins: dict[str, list[Row]] = {}
         for row in tasks:
-            self.bins.setdefault(name_of(row), []).append(row)
+            self.bins.setdefault(bin_of(row), []).append(row)
         self.state: dict[str, Any] = {name: {"drawn": 0, "rate": None} for name in sorted(self.bins)}
         """By bin: tasks drawn so far and the moving pass rate, None before the first group."""
 
@@ -50,6 +50,8 @@ class Curriculum:
 
     def open(self) -> list[str]:
         """The open bins, by name: of each kind the levels up to the first whose pass rate is below `rise`."""
+        if self.config is None:
+            return sorted(self.bins)
         kinds: dict[str, list[tuple[int, str]]] = {}
         for name, rows in self.bins.items():
             kinds.setdefault(str(rows[0]["kind"]), []).append((int(rows[0]["level"]), name))
@@ -63,6 +65,8 @@ class Curriculum:
 
     def weights(self) -> dict[str, float]:
         """By open bin: 4 p (1 - p), which is 1 where nothing is known yet, and never below the floor."""
+        if self.config is None:
+            return dict.fromkeys(self.open(), 1.0)
         rates = {name: self.state[name]["rate"] for name in self.open()}
         return {n: 1.0 if p is None else max(self.config.floor, 4 * p * (1 - p)) for n, p in rates.items()}
 
@@ -83,10 +87,7 @@ class Curriculum:
 
     def learn(self, row: Row, passed: float) -> None:
         """Takes in the share of a group's answers that passed."""
-        part = self.state[name_of(row)]
+        assert self.config is not None, "what is drawn alike learns nothing"
+        part = self.state[bin_of(row)]
         before = part["rate"]
         part["rate"] = passed if before is None else before + self.config.memory * (passed - before)
-
-
-def name_of(row: Row) -> str:
-    return f"{row['kind']}/{row['level']}"

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import AtomError
 from stages.data.items import chat_rows
 from stages.data.seeds import seed_of
 from stages.rl import losses, rollouts, tasks
 from stages.rl.batches import Example, share
 from stages.rl.config import RlPhase
 from stages.rl.curriculum import Curriculum
-from stages.rl.policy import Answers, Policy
+from stages.rl.policy import Answers, Policy, require_small_gap
 from stages.rl.rollouts import Rollout
 from stages.rl.trainer import Trainer
 from stages.train.data import Batch, Order, Shards
@@ -85,12 +84,7 @@ class Rlvr(Trainer):
         }
         if "replay" in more:
             told["replay_loss"] = more["replay"] / targets / self.phase.replay.weight
-        if not gap <= self.phase.logprob_gap:
-            raise AtomError(
-                f"{self.name}: sampler and trainer differ by {gap:.3g} in a token's log-probability at step {step}, "
-                f"more than {self.name}.logprob_gap = {self.phase.logprob_gap:g}; weights or arithmetic are "
-                "not the same"
-            )
+        require_small_gap(self.name, step, gap, self.phase.logprob_gap)
         return told
 
     def _draw(self, step: int, policy: str) -> tuple[list[Rollout], dict[str, Any], dict[str, Any]]:
@@ -114,6 +108,7 @@ class Rlvr(Trainer):
                 self.curriculum.learn(row, sum(min(max(r.reward, 0.0), 1.0) for r in own) / len(own))
             groups += kept
             every += found
+        self.files.forget(step, every[-1].wave + 1)
         lengths = [len(r.ids) for r in every]
         self.generated += sum(lengths)
         told = {

@@ -12,7 +12,7 @@ from pipeline.errors import RecipeError
 from pipeline.stage import Inputs
 from pipeline.store import Artifact
 from stages.data import chat, courtesies
-from stages.rl.contracts import Parts, Response, Row, Verifier, question
+from stages.rl.contracts import Parts, Response, Row, Verifier, VerifierFailed, question
 from stages.rl.tasks import CODE
 
 if TYPE_CHECKING:
@@ -60,6 +60,12 @@ class RewardModel:
         rows = [judged(self.chat, question(row), r.text, r.finished)[:-1] for row, r in answers]
         limit = self.model.config.max_position_embeddings
         found: list[float] = [0.0] * len(rows)
+        for (row, response), ids in zip(answers, rows, strict=True):
+            if response.finished and len(ids) > limit:
+                raise VerifierFailed(
+                    f"verifier {self.name} cannot judge row {row['id']}: {len(ids)} tokens are more than its context "
+                    f"of {limit}; allow shorter answers"
+                )
         order = sorted((i for i in range(len(rows)) if len(rows[i]) <= limit), key=lambda i: (len(rows[i]), i))
         for start in range(0, len(order), ROWS):
             some = order[start : start + ROWS]

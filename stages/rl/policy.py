@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import AtomError
+from pipeline.errors import AtomError, RecipeError
 from pipeline.stage import Inputs, Report
 from stages.data.items import chat_rows
 from stages.model import hf
@@ -36,8 +36,20 @@ class Policy:
         if engine.ranks.first:
             self.sampler = sampler_of(config, self.chat, work)
             rows = [*tasks.read(inputs["tasks"]), *chat_rows(inputs["items"])]
+            self._require_room(rows)
             made_verifiers = verifiers_of(rows, inputs, self.chat, config.phase.verifiers)
             self.verifiers = answers.Verifiers(made_verifiers, config.phase.retries, report)
+
+    def _require_room(self, rows: Sequence[Row]) -> None:
+        """Raises RecipeError for a question that leaves no room for an answer in the model's context."""
+        length = self.config.model.context_length - self.config.phase.sampling.max_new_tokens
+        for row in rows:
+            if (tokens := len(self.chat.ask(row))) > length:
+                raise RecipeError(
+                    f"task {row['id']} has {tokens} tokens, and sampling.max_new_tokens = "
+                    f"{self.config.phase.sampling.max_new_tokens} of model.context_length = "
+                    f"{self.config.model.context_length} leave {length}; leave it out, or allow shorter answers"
+                )
 
     def load(self) -> str:
         """Brings the sampler up to the engine's weights. Returns the policy's digest. Collective."""
@@ -77,12 +89,21 @@ def sampler_of(config: Any, chat: answers.Chat, work: Path) -> Sampler:
     sampling, in_process = config.phase.sampling, config.phase.sampling.kind == "in-process"
     dtype = "float32" if in_process or config.phase.precision == "fp32" else "bfloat16"
     made = hf.hf_config(config.model, chat.vocab_size, chat.end, chat.pad, dtype)
-    common = (made, chat.stops, sampling.max_new_tokens, sampling.temperature)
+    common = (made, chat.stops, sampling.max_new_tokens, 1.0)
     if in_process:
         return InProcess(*common)
     from stages.rl.vllm_sampler import VllmServer
 
     return VllmServer(*common, work / "served", sampling.python, sampling.url, sampling.options)
+
+
+def require_small_gap(name: str, step: int, gap: float, most: float) -> None:
+    """Raises AtomError if sampler and trainer, of equal weights, give a token too different log-probabilities."""
+    if not gap <= most:
+        raise AtomError(
+            f"{name}: sampler and trainer differ by {gap:.3g} in a token's log-probability at step {step}, more than "
+            f"{name}.logprob_gap = {most:g}; weights or arithmetic are not the same"
+        )
 
 
 class Answers:
@@ -131,6 +152,12 @@ class Answers:
     def keep(self, step: int, wave: int, found: Sequence[Rollout]) -> None:
         rollouts.write(self.path(step, wave), found)
         self.path(step, wave).with_suffix(".drawn").unlink(missing_ok=True)
+
+    def forget(self, step: int, wave: int) -> None:
+        """Removes the waves of a step from `wave` on: another attempt, whose arithmetic differed, needed more."""
+        for path in self.folder.glob(f"{step:06d}-*"):
+            if int(path.name.split("-")[1].split(".")[0]) >= wave:
+                path.unlink()
 
     def _read(self, path: Path, digest: str, asked: Sequence[tuple[Row, int]]) -> list[Rollout] | None:
         if not path.exists():

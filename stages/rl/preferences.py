@@ -20,9 +20,9 @@ from stages.rl import answers, losses, rollouts, tasks
 from stages.rl.batches import Example, share
 from stages.rl.config import Asking, DpoPhase, RewardPhase
 from stages.rl.contracts import Row, question
-from stages.rl.curriculum import Curriculum, CurriculumConfig
+from stages.rl.curriculum import Curriculum
 from stages.rl.judges import judged
-from stages.rl.policy import Answers, Policy
+from stages.rl.policy import Answers, Policy, require_small_gap
 from stages.rl.rollouts import Rollout
 from stages.rl.trainer import Trainer
 from stages.statistics import wilson
@@ -58,13 +58,13 @@ class Dpo(Trainer):
         self.files = Answers(self.work / "rollouts", self.report)
         rows = tasks.read(self.inputs["tasks"])
         self.by_id = {row["id"]: row for row in rows}
-        seed, anywhere = self.config.seed, CurriculumConfig(floor=1.0)  # no bin is preferred
+        seed = self.config.seed
         liked = set(tasks.kinds_of(phase.preferences.tasks))
-        self.asked = Curriculum(anywhere, [r for r in rows if r["kind"] in liked], f"{self.name}/ask", seed)
+        self.asked = Curriculum(None, [r for r in rows if r["kind"] in liked], f"{self.name}/ask", seed)
         self.skills = None
         if phase.skills is not None:
             own = [row for row in rows if row["kind"] not in liked]
-            self.skills = Curriculum(anywhere, own, f"{self.name}/skills", seed)
+            self.skills = Curriculum(None, own, f"{self.name}/skills", seed)
         kinds = {row["kind"] for row in rows}
         items = chat_rows(self.inputs["items"])
         self.validation = [row for row in items if row["split"] == "validation" and row["kind"] in kinds]
@@ -109,7 +109,10 @@ class Dpo(Trainer):
         for number in range(self.phase.updates):
             some = pairs[number :: self.phase.updates]
             told |= self._update(step, number, some, right[number :: self.phase.updates])
-        return told
+            if number == 0:  # no weight has moved since the answers were drawn
+                told |= {"sampler_gap": told["now_gap"], "max_sampler_gap": told["max_now_gap"]}
+                require_small_gap(self.name, step, told["sampler_gap"], self.phase.logprob_gap)
+        return {name: value for name, value in told.items() if name not in ("now_gap", "max_now_gap")}
 
     def _update(
         self, step: int, number: int, pairs: Sequence[tuple[Rollout, Rollout]], right: Sequence[Rollout]
@@ -130,15 +133,17 @@ class Dpo(Trainer):
             "pair_accuracy": more["accuracy"] / len(pairs),
             "pair_margin": more["margin"] / len(pairs),
             "anchor_loss": more["anchor"] / len(pairs),
+            "now_gap": more["gap"] / more["tokens"],
+            "max_now_gap": more["max_gap"],
         }
 
     def _draw(self, step: int, digest: str) -> tuple[list[Rollout], dict[str, Any]]:
         """The answers of a round and the state after them. Of rank 0."""
         found = self._ask(step, 0, digest, self.asked, self.phase.preferences)
-        chosen = {
-            (r.task, r.sample) for own in grouped(found) for r in best_and_worst(own, self.phase.least_margin) or ()
-        }
-        found = [replace(r, dropped="" if (r.task, r.sample) in chosen else "between") for r in found]
+        pairs = [best_and_worst(own, self.phase.least_margin) for own in grouped(found)]
+        learnt = "" if sum(pair is not None for pair in pairs) >= self.phase.updates else "idle"
+        chosen = {(r.group, r.sample) for pair in pairs for r in pair or ()}
+        found = [replace(r, dropped=learnt if (r.group, r.sample) in chosen else "between") for r in found]
         self.files.keep(step, 0, found)
         if self.skills is not None:
             right = self._ask(step, 1, digest, self.skills, self.phase.skills)
@@ -164,8 +169,8 @@ class Dpo(Trainer):
         for path in self.files.all():
             found = [r for r in rollouts.read(path) if r.wave == 0]
             for own in grouped(found):
-                for pair, learnt in all_pairs(own, self.phase.least_margin):
-                    rows.append(pair_row(self.by_id[own[0].task], *pair, learnt))
+                for pair in all_pairs(own, self.phase.least_margin):
+                    rows.append(pair_row(self.by_id[own[0].task], *pair))
         write_rows(out / "pairs.parquet", PAIRS, rows)
         lines = self.log.lines()
         validated = [{"step": x["step"], **x["validation"]} for x in lines if "validation" in x]
@@ -194,16 +199,14 @@ def best_and_worst(own: Sequence[Rollout], least: float) -> tuple[Rollout, Rollo
     return (best, worst) if best.reward - worst.reward > least else None
 
 
-def all_pairs(own: Sequence[Rollout], least: float) -> list[tuple[tuple[Rollout, Rollout], bool]]:
-    """Every two answers to a task whose rewards differ enough, the better first, and whether DPO learnt from them: from
-    the best and the worst. A reward model needs the others too, lest it know only the extremes."""
-    used = best_and_worst(own, least)
-    better = [(a, b) for a in own for b in own if a.finished and a.reward - b.reward > least]
-    return [(pair, pair == used) for pair in better]
+def all_pairs(own: Sequence[Rollout], least: float) -> list[tuple[Rollout, Rollout]]:
+    """Every two answers to a task whose rewards differ enough, the better first. DPO learns from the best and the worst
+    alone; a reward model needs the others too, lest it know only the extremes."""
+    return [(a, b) for a in own for b in own if a.finished and a.reward - b.reward > least]
 
 
-def pair_row(row: Row, chosen: Rollout, rejected: Rollout, learnt: bool) -> dict[str, Any]:
-    """A row of pairs.parquet: two answers, and where they and their order come from."""
+def pair_row(row: Row, chosen: Rollout, rejected: Rollout) -> dict[str, Any]:
+    """A row of pairs.parquet: two answers, where they and their order come from, and whether DPO learnt from them."""
     out: dict[str, Any] = {
         "round": chosen.step,
         "task": chosen.task,
@@ -211,7 +214,7 @@ def pair_row(row: Row, chosen: Rollout, rejected: Rollout, learnt: bool) -> dict
         "judge": chosen.verifier,
         "judge_version": chosen.verifier_version,
         "policy": chosen.policy,
-        "learnt": learnt,
+        "learnt": not chosen.dropped and not rejected.dropped,
     }
     for which, r in (("chosen", chosen), ("rejected", rejected)):
         named = {"": r.text, "_finished": r.finished, "_sample": r.sample, "_reward": r.reward}
@@ -225,13 +228,17 @@ def _example(r: Rollout, pair: float, anchor: float) -> Example:
 
 
 def dpo(beta: float) -> Objective:
-    """The loss of the pairs and, weighted as they say, of the right answers."""
+    """The loss of the pairs and, weighted as they say, of the right answers. Figures: also how far the pairs' tokens
+    are from the sampler's log-probabilities, the reference."""
 
     def compute(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         own = batch.more["pair"] > 0
         total, figures = losses.dpo_loss(-cross_entropy[own], batch.more["reference"][own], batch.loss_mask[own], beta)
         anchored = (cross_entropy * batch.more["anchor"]).sum()
-        return total + anchored, figures | {"anchor": anchored.detach()}
+        mask = batch.loss_mask[own].bool()
+        away = (-cross_entropy[own] - batch.more["reference"][own]).detach().abs().masked_fill(~mask, 0.0)
+        gaps = {"gap": away.sum(), "max_gap": away.amax() if away.numel() else away.sum(), "tokens": mask.sum()}
+        return total + anchored, figures | {"anchor": anchored.detach()} | gaps
 
     return compute
 
@@ -281,10 +288,12 @@ class Reward(Trainer):
     def fill(self, out: Path) -> dict[str, Any]:
         measured = [x for x in self.log.lines() if "heldout_accuracy" in x]
         last, n = measured[-1]["heldout_accuracy"], len(self.heldout)
-        interval = list(wilson(round(last * n), n))
+        questions = len({row["question"] for row in self.heldout})
+        interval = list(wilson(last * questions, questions))  # as if the pairs of a question were one
         return {
             "pairs": len(self.pairs),
             "heldout_pairs": n,
+            "heldout_questions": questions,
             "centre": measured[-1]["centre"],
             "heldout_accuracy": {"first": measured[0]["heldout_accuracy"], "last": last, "interval": interval},
         }

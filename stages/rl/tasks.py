@@ -25,12 +25,12 @@ from stages.data.items import chat_rows, courtesy_row, texts_of
 from stages.data.recipe import spdx
 from stages.data.seeds import seed_of
 from stages.data.table import read_jsonl, write_jsonl
-from stages.rl.contracts import question, to_row
+from stages.rl.contracts import bin_of, question, to_row
 
 if TYPE_CHECKING:
     from stages.rl.contracts import Row
 
-VERSION = 1
+VERSION = 2
 CODE = "python-tests"
 """The verifier that runs what the model writes."""
 OWN = {"license": "Apache-2.0", "origin": "procedural"}
@@ -55,13 +55,8 @@ class ProblemTasks(Config):
     def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
         for level in self.levels:
             rng = random.Random(seed_of(f"tasks/{self.task}/{level}", seed))
-            for n in range(self.count, 0, -1):
-                try:
-                    found = problems.distinct(self.task, n, rng, level, taken)
-                    break
-                except ValueError:
-                    continue
-            else:
+            found = problems.up_to(self.task, self.count, rng, level, taken)
+            if not found:
                 raise RecipeError(f"task {self.task} has no problem of level {level} that is not an evaluation item")
             for i, p in enumerate(found):
                 fields = {"question": p.question, "expected_answer": p.answer, **OWN}
@@ -175,10 +170,6 @@ def run(config: TasksConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     write_jsonl(out / "tasks.jsonl", kept)
     for name, count in sorted(Counter(bin_of(row) for row in kept).items()):
         report.note(f"{name}: {count} tasks")
-
-
-def bin_of(row: Row) -> str:
-    return f"{row['kind']}/{row['level']}"
 
 
 def read(artifact: Artifact) -> list[dict[str, Any]]:

@@ -27,15 +27,16 @@ R = TypeVar("R")
 
 
 class Pool:
-    """Cells that stand warm, a row of `cells` for each worker. Close it, or use it as a context."""
+    """Cells that stand warm, one or more for each worker. Close it, or use it as a context."""
 
-    def __init__(self, workers: int | None = None, limits: Limits | None = None, cells: int = 1) -> None:
-        """workers: two for each core, if not given, since a worker often waits for its sandbox.
+    def __init__(self, workers: int | None = None, limits: Limits | None = None, more: Sequence[Limits] = ()) -> None:
+        """workers: two for each core, if not given, since a worker often waits for its sandbox. more: the limits of
+        further cells of each worker.
 
         Raises SandboxFailed where no sandbox starts.
         """
         self.workers = workers or 2 * len(os.sched_getaffinity(0))
-        self._cells = [[Cell(limits or Limits()) for _ in range(cells)] for _ in range(self.workers)]
+        self._cells = [[Cell(each) for each in (limits or Limits(), *more)] for _ in range(self.workers)]
         self._free: queue.SimpleQueue[list[Cell]] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(self.workers, "sandbox")
         try:

@@ -100,7 +100,9 @@ def check(channel: Channel, load: Load, job: dict[str, Any]) -> None:
             name, text = reply["raised"]
             kind = getattr(builtins, str(name), None)
             known = isinstance(kind, type) and issubclass(kind, Exception)
-            raise (kind if known and kind else RuntimeError)(text)
+            # StopIteration would end a loop of the check's own, and with it the check
+            plain = known and kind not in (StopIteration, StopAsyncIteration)
+            raise (kind if plain and kind else RuntimeError)(text)
         return decode(reply["value"])
 
     try:
