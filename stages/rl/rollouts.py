@@ -25,6 +25,7 @@ DROPPED = {
     "": "kept",
     "variance": "all answers to the task have one reward, so none is better than another",
     "between": "neither the best answer to the task nor the worst",
+    "idle": "the round had too few pairs to learn from",
     "wrong": "it is no right answer, and only those are an anchor",
     "truncated": "it did not end within max_new_tokens",
 }
