@@ -14,7 +14,7 @@ VENV_NEMO     ?= .venv-nemo
 LATEST_TESTS  := tests/test_fake_fp8.py tests/test_spikes.py tests/test_packing.py tests/test_precision.py tests/test_experts.py \
 	tests/test_model_*.py tests/test_train_*.py tests/test_layouts.py tests/test_export.py
 
-.PHONY: help demo test test-latest test-vllm test-nemo soak lint lock clean
+.PHONY: help demo test test-latest test-vllm test-nemo slurm-up slurm-down soak lint lock clean
 
 help:
 	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 15 minutes with installation)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-latest   the training, checkpoint and export tests with the newest Megatron-core on $(PYTHON_LATEST) (some GB of download)"
 	@echo "make test-vllm     vLLM on CPU against transformers, and as the sampler of RL (3 GB of download)"
 	@echo "make test-nemo     NeMo Gym's servers score the rows that a release publishes, on $(PYTHON_LATEST) (1.4 GB on disk)"
+	@echo "make slurm-up      a real Slurm cluster of four virtual nodes on this machine, as root; make slurm-down stops it"
 	@echo "make soak    layouts, checkpoint pairs and random kills at length (about three quarters of an hour); writes docs/soak.md"
 	@echo "make lint    linters and types only"
 	@echo "make lock    resolve the newest versions that pyproject.toml allows, into constraints.txt"
@@ -65,6 +66,12 @@ $(VENV_NEMO)/.ready:
 
 test-nemo: $(READY) $(VENV_NEMO)/.ready
 	ATOM_NEMO_PYTHON=$(abspath $(VENV_NEMO))/bin/python $(BIN)/python -m pytest tests/test_nemo_gym.py
+
+slurm-up:
+	tests/slurm/cluster up
+
+slurm-down:
+	tests/slurm/cluster down
 
 soak: $(READY)
 	$(BIN)/python tests/soak.py

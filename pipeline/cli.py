@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.graph import Graph
+    from pipeline.launch.slurm import Submission
     from pipeline.run import NodeStatus
     from pipeline.store import Store
 
@@ -159,6 +160,54 @@ def _run(composed: Graph, store: Store, selected: list[str], cluster: str, setti
 
 
 @app.command()
+def submit(
+    recipe: RecipeArgument,
+    cluster: Annotated[str, typer.Option("--cluster", help="packaged cluster profile, or path to a profile YAML")],
+    until: UntilOption = None,
+    only: OnlyOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="write the jobs' scripts and have Slurm look at each; submit nothing")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Hand a recipe to a Slurm cluster, and return.
+
+    A job for each stage that is not sealed, tied by dependencies; what another run has submitted is waited for, not
+    doubled. The jobs run from a copy of today's code, and come back from time limits, preemption and dead nodes.
+    """
+    from pipeline import profile
+    from pipeline.launch import slurm
+
+    composed, store, settings = _graph(recipe), _store(), profile.load(cluster)
+    selected = composed.select(until, only)
+    if dry_run:
+        checked = slurm.dry_run(composed, store, selected, settings)
+        if as_json:
+            print(json.dumps({"scripts": [row.json() for row in checked]}, indent=1))
+        else:
+            for row in checked:
+                print(f"{row.script}: {row.said}")
+        if bad := [row for row in checked if not row.ok]:
+            raise AtomError(f"Slurm would refuse stage {bad[0].stage}: {bad[0].said}; mend the cluster profile")
+        return
+    made = slurm.submit(composed, store, selected, settings, cluster)
+    if as_json:
+        body = {"run": made.run.id, "submitted": made.submitted, "attached": made.attached, "sealed": made.sealed}
+        print(json.dumps(body, indent=1))
+        return
+    _told(made)
+
+
+def _told(made: Submission) -> None:
+    from pipeline.display import stages
+
+    told = [f"{stages(len(made.submitted))} submitted"] if made.submitted else []
+    told += [f"{len(made.attached)} in Slurm's hands already"] if made.attached else []
+    told += [f"{len(made.sealed)} sealed already"] if made.sealed else []
+    print(f"run {made.run.id}: {', '.join(told)}; watch it: atom status --watch")
+
+
+@app.command()
 def track(run: RunArgument = None) -> None:
     """Send a run to MLflow again.
 
@@ -190,24 +239,27 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show how far a run is."""
+    from pipeline import monitor
     from pipeline import run as runs
     from pipeline.views import status_table
 
     store = _store()
     this = runs.find(store, run)
-    found = runs.status(this, store)
+    found, lack = monitor.status(this, store)
     if as_json:
-        print(json.dumps({"run": this.id, "stages": [s.json() for s in found]}, indent=1))
+        print(json.dumps({"run": this.id, "unknown": lack, "stages": [s.json() for s in found]}, indent=1))
         return
+    if lack:
+        print(f"atom: {lack}", file=sys.stderr)
     if not watch:
         _console().print(status_table(this.id, found))
         return
     from rich.live import Live
 
     with Live(status_table(this.id, found), console=_console(), auto_refresh=False) as live:
-        while any(s.state == "running" for s in found):
+        while not monitor.over(found):
             time.sleep(2)
-            found = runs.status(this, store)
+            found, _ = monitor.status(this, store)
             live.update(status_table(this.id, found), refresh=True)
 
 
@@ -220,7 +272,8 @@ def logs(
     follow: Annotated[bool, typer.Option("-f", "--follow", help="go on printing until the stage ends")] = False,
     rank: Annotated[int, typer.Option(help="which of the stage's processes")] = 0,
 ) -> None:
-    """Print the log of a stage's latest attempt."""
+    """Print the log of a stage's latest job, all its starts; on failure what went wrong comes first."""
+    from pipeline import monitor
     from pipeline import run as runs
 
     store = _store()
@@ -233,15 +286,20 @@ def logs(
         names = sorted({n["name"] for r in candidates for n in r.body["nodes"]})
         known = f"; stages: {', '.join(names)}" if names and stage not in names else ""
         raise AtomError(f"there is no log of stage {stage} under {store.logs}{known or '; it never ran there'}")
-    node = next(n for n in this.body["nodes"] if n["name"] == stage)
     path = found[-1].with_name(found[-1].name.replace("_0_log.out", f"_{rank}_log.out"))
     if not path.exists():
         number = len(list(path.parent.glob(found[-1].name.replace("_0_log.out", "_*_log.out"))))
         what = "one rank, 0" if number == 1 else f"ranks 0 to {number - 1}"
         raise AtomError(f"stage {stage} has no rank {rank} in run {this.id}; its latest attempt ran as {what}")
+
+    def now() -> NodeStatus:
+        return next(s for s in monitor.status(this, store)[0] if s.name == stage)
+
+    if (present := now()).state in ("failed", "lost", "cancelled"):
+        print(f"{stage} {present.state}: {present.message or present.reason or 'no word of why'}\n")
     with open(path) as log:
         while True:
-            over = not follow or runs.node_status(this, store, node).state != "running"
+            over = not follow or monitor.over([now()])
             sys.stdout.write(log.read())
             sys.stdout.flush()
             if over:
@@ -260,6 +318,12 @@ def cancel(run: RunArgument = None) -> None:
 
     store = _store()
     this = runs.find(store, run)
+    if this.jobs():
+        from pipeline import monitor
+
+        gone = monitor.cancel(this, store)
+        print(f"run {this.id}: cancelled {', '.join(gone) or 'nothing, Slurm holds no job of it'}")
+        return
     running = [s for s in runs.status(this, store) if s.state == "running"]
     for stage in running:
         _terminate(store, stage)
@@ -284,10 +348,15 @@ def _terminate(store: Store, stage: NodeStatus) -> None:
 
 
 @app.command()
-def retry(run: RunArgument = None) -> None:
-    """Go on with a run that failed or was stopped.
+def retry(
+    run: RunArgument = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="only this stage and what depends on it")
+    ] = None,
+) -> None:
+    """Go on with a run that failed, was stopped, or lost jobs.
 
-    Like running its recipe again, but refused if the recipe has changed since.
+    Like running or submitting its recipe again, but refused if the recipe has changed since.
     """
     from pipeline import profile
     from pipeline import run as runs
@@ -297,8 +366,40 @@ def retry(run: RunArgument = None) -> None:
     composed = _graph(this.body["recipe_path"])
     runs.require_same_recipe(this, composed.recipe)
     selected = [n["name"] for n in this.body["nodes"]]
+    if start is not None:
+        composed.select(None, start)  # raises for a stage that is none
+        selected = [name for name in selected if start in composed.upstream({name})]
+    if this.jobs():
+        from pipeline.launch import slurm
+
+        made = slurm.submit(composed, store, selected, profile.load(this.body["profile"]), this.body["profile"])
+        _told(made)
+        return
     cluster, reference = this.body["profile"], this.body["recipe_path"]
     _run(composed, store, selected, cluster, profile.load(cluster), reference)
+
+
+@app.command()
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="delete what is listed")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what under $ATOM_HOME nothing needs any more, and how much it is.
+
+    Never what a release was built from, what the latest run of a recipe leads to, or what a running job needs.
+    """
+    from pipeline import gc as collector
+    from pipeline.display import human
+
+    rows = collector.loose(_store())
+    if as_json:
+        print(json.dumps({"loose": [row.json() for row in rows], "deleted": delete}, indent=1))
+    else:
+        for row in rows:
+            print(f"{human(row.bytes):>8}B  {row.path}  ({row.why})")
+    freed = collector.delete(rows) if delete else sum(row.bytes for row in rows)
+    if not as_json:
+        print(f"{human(freed)}B {'deleted' if delete else 'can be deleted: atom gc --delete'}")
 
 
 @app.command()

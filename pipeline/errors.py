@@ -21,4 +21,4 @@ class CheckFailed(AtomError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The job was asked to stop (SIGINT, SIGTERM, SIGUSR1). Not an Exception, so that no stage swallows it."""
+    """The job was asked to stop (SIGINT, SIGTERM, SIGUSR1, SIGUSR2). Not an Exception, so that no stage swallows it."""

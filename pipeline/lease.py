@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +44,22 @@ def _boot() -> str:
 
 
 def me() -> dict[str, str | int | None]:
-    """This process, so that others can tell whether it still lives."""
+    """This process, so that others can tell whether it still lives; in a Slurm job also the job and its start."""
     pid = os.getpid()
-    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "start": _process_start(pid)}
+    who: dict[str, str | int | None] = {"host": socket.gethostname(), "boot": _boot(), "pid": pid}
+    who["start"] = _process_start(pid)
+    if job := os.environ.get("SLURM_JOB_ID"):
+        who |= {"job": job, "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
+    return who
+
+
+def succeeded(who: Mapping[str, Any]) -> bool:
+    """Whether that process belongs to an earlier start of the Slurm job that this one belongs to: Slurm gave it up,
+    even if it lives on where its node's daemon died."""
+    own = me()
+    return (
+        who.get("job") is not None and who["job"] == own.get("job") and int(who["restart"]) < int(own["restart"] or 0)
+    )
 
 
 def gone(who: Mapping[str, Any]) -> bool:
@@ -80,7 +93,7 @@ def holder(folder: Path) -> Holder | None:
         return None
     except ValueError:  # cut by a crash of the machine: it counts until it is old
         return Holder(max(numbers), "an unreadable lease", 0, age < EXPIRY)
-    alive = age < EXPIRY and not who.get("released") and not gone(who)
+    alive = age < EXPIRY and not who.get("released") and not gone(who) and not succeeded(who)
     return Holder(max(numbers), str(who.get("host")), int(who.get("pid", 0)), alive)
 
 
@@ -100,6 +113,8 @@ class Lease:
     def __init__(self, folder: Path, number: int) -> None:
         self.folder, self.number = folder, number
         self.path = folder / f"lease.{number}"
+        self.on_lost: Callable[[], None] = lambda: None
+        """Called by the thread that refreshes the lease, once it sees a successor."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
@@ -135,6 +150,8 @@ class Lease:
         while not self._stop.wait(HEARTBEAT):
             with suppress(FileNotFoundError):
                 os.utime(self.path)
+            if self.lost:
+                return self.on_lost()
 
     def release(self) -> None:
         """Lets a successor start at once. The file stays, so that numbers only grow."""

@@ -176,6 +176,12 @@ def material_keys(body: dict[str, Any]) -> dict[str, str]:
     return {d["name"]: d["uri"].removeprefix(prefix) for d in dependencies if d["uri"].startswith(prefix)}
 
 
+def phase_of(body: dict[str, Any]) -> str | None:
+    """The key of the phase that a checkpoint is of; None if the statement is about something else."""
+    of = body["predicate"]["buildDefinition"]["externalParameters"].get("of")
+    return str(of["key"]) if of else None
+
+
 def environment_of(body: dict[str, Any]) -> dict[str, Any]:
     """What the attempt ran in."""
     return dict(body["predicate"]["buildDefinition"]["internalParameters"]["environment"])

@@ -77,7 +77,7 @@ class Slurm(Config):
     restarts: int = Field(3, ge=0, description="attempts that may follow each other without progress")
     notify: str | None = Field(
         None,
-        description="command when a stage fails or the last one is done; ATOM_RUN, ATOM_STAGE, ATOM_OUTCOME tell it what",
+        description="command when a stage fails or the last one is done; ATOM_RUN, ATOM_STAGE, ATOM_OUTCOME say what",
     )
 
 

@@ -19,7 +19,14 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 
 from pipeline import registry
 from pipeline.errors import RecipeError
-from pipeline.stage import Config
+from pipeline.stage import Config, operational
+
+
+class Budget(Config):
+    """What a release may use in all, failed attempts included; nothing further is begun beyond it."""
+
+    gpu_hours: float | None = Field(None, gt=0)
+    core_hours: float | None = Field(None, gt=0)
 
 
 class Identity(Config):
@@ -32,6 +39,7 @@ class Identity(Config):
     description: str = Field(description="one or two sentences for the cards")
     seed: int = Field(ge=0, description="every seed of every stage derives from this one")
     data: str = Field(description="a data recipe: the name of a packaged one, or a path relative to this file")
+    budget: Budget | None = operational(None, "hours that may be used; `atom submit` and its jobs keep to it")
 
 
 @cache

@@ -29,9 +29,18 @@ class Run:
     def node_folder(self, name: str) -> Path:
         return self.folder / name
 
+    def note_job(self, node: str, job: str, attached: bool) -> None:
+        """Writes down which Slurm job is to make a node; attached: another run submitted it."""
+        with open(self.folder / "jobs.jsonl", "a") as file:
+            file.write(json.dumps({"node": node, "job": job, "attached": attached}) + "\n")
 
-def start(graph: Graph, store: Store, selected: list[str], profile: str) -> Run:
-    """Writes a new run: the recipe as it is now, and the nodes asked for with their keys."""
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        """{node: {job, attached}} of the latest submissions; empty for a run of this machine."""
+        return {row["node"]: row for row in Tail(self.folder / "jobs.jsonl").read()}
+
+
+def start(graph: Graph, store: Store, selected: list[str], profile: str, **more: str) -> Run:
+    """Writes a new run: the recipe as it is now, and the nodes asked for with keys. more: what a launcher adds."""
     identity = graph.recipe.config
     run_id = f"{identity.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = store.logs / run_id
@@ -48,6 +57,7 @@ def start(graph: Graph, store: Store, selected: list[str], profile: str) -> Run:
         "recipe_path": str(graph.recipe.path.absolute()),
         "profile": str(Path(profile).absolute()) if Path(profile).is_file() else profile,
         "nodes": nodes,
+        **more,
     }
     draft = folder / ".run.json"
     draft.write_text(json.dumps(body, indent=1) + "\n")
@@ -94,13 +104,19 @@ class NodeStatus:
 
     name: str
     key: str
-    state: str  # sealed | running | failed | waiting
+    state: str  # sealed | running | failed | waiting; of a Slurm job also as Slurm says it, or lost
     done: int = 0
     total: int = 0
     unit: str = ""
     figures: dict[str, float] | None = None
     seconds: float | None = None
     ranks: int | None = None
+    eta: float | None = None  # seconds
+    job: str | None = None  # of Slurm, and so is what follows
+    nodes: str | None = None
+    elapsed: str | None = None
+    restarts: int | None = None
+    reason: str | None = None
     message: str = ""
 
     def json(self) -> dict[str, Any]:
@@ -123,6 +139,7 @@ def node_status(run: Run, store: Store, node: dict[str, str]) -> NodeStatus:
         "figures": {k: v for k, v in progress.items() if k not in known} or None,
         "seconds": usage.get("wall_seconds"),
         "ranks": begun.get("ranks"),
+        "eta": _eta(events),
     }
     if store.sealed(key):
         return NodeStatus(name, key, "sealed", **common)
@@ -134,6 +151,16 @@ def node_status(run: Run, store: Store, node: dict[str, str]) -> NodeStatus:
     if events and events[-1]["event"] != "end":
         return NodeStatus(name, key, "failed", **common, message="its process is gone; run the same command to go on")
     return NodeStatus(name, key, "waiting", **common)
+
+
+def _eta(events: list[dict[str, Any]]) -> float | None:
+    """Seconds to the end by the pace of the present attempt; None if it has not gone far enough to tell."""
+    start = next((i for i, e in reversed(list(enumerate(events))) if e["event"] == "start"), 0)
+    points = [e for e in events[start:] if e["event"] == "progress"]
+    if len(points) < 2 or points[-1]["done"] <= points[0]["done"]:
+        return None
+    pace = (points[-1]["time"] - points[0]["time"]) / (points[-1]["done"] - points[0]["done"])
+    return round(float(max(0, points[-1]["total"] - points[-1]["done"]) * pace), 1)
 
 
 def status(run: Run, store: Store) -> list[NodeStatus]:

@@ -147,6 +147,7 @@ class Stage:
     ranks: the processes that run it together. Each calls `run` with the same arguments, with RANK, WORLD_SIZE,
     LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment (absent for one); rank 0 alone writes `out`.
     obstacle: why a config can be planned but not run, in one sentence; asked before anything starts.
+    trains: whether it moves weights, and wants a GPU for each rank.
     """
 
     name: str
@@ -157,3 +158,4 @@ class Stage:
     estimate: Callable[[Any], Estimate] = lambda config: Estimate()
     obstacle: Callable[[Any], str | None] = lambda config: None
     ranks: Callable[[Any], int] = lambda config: 1
+    trains: bool = False

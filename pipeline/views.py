@@ -92,13 +92,17 @@ def _binary(value: float) -> str:
 
 def status_table(run: str, stages: list[NodeStatus]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, title=f"run {run}", title_justify="left")
-    for column in ("stage", "state", "progress", "time", ""):
+    slurm = any(s.job for s in stages)
+    for column in ("stage", "state", *(("job", "nodes", "again") if slurm else ()), "progress", "time", "left", ""):
         table.add_column(column, no_wrap=column != "")
     for s in stages:
         progress = f"{s.done}/{s.total} {s.unit}" if s.total else ""
-        detail = s.message if s.state == "failed" else figures_text(s.figures or {})
+        detail = s.message or s.reason or figures_text(s.figures or {})
         state = s.state if (s.ranks or 1) == 1 else f"{s.state}, {s.ranks} ranks"
-        table.add_row(s.name, state, progress, duration(s.seconds) if s.seconds is not None else "", detail)
+        where = (s.job or "", s.nodes or "", str(s.restarts or "")) if slurm else ()
+        took = duration(s.seconds) if s.seconds is not None else (s.elapsed or "")
+        left = duration(s.eta) if s.eta is not None and s.state == "running" else ""
+        table.add_row(s.name, state, *where, progress, took, left, detail)
     sealed = sum(s.state == "sealed" for s in stages)
     table.caption = f"{sealed} of {len(stages)} stages sealed"
     table.caption_justify = "left"

@@ -36,4 +36,6 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     train(name, config, inputs, work, out, report, start)
 
 
-STAGE = Stage("midtrain", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.cluster.ranks)
+STAGE = Stage(
+    "midtrain", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.cluster.ranks, trains=True
+)

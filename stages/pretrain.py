@@ -27,4 +27,6 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     train("pretrain", config, inputs, work, out, report, start=Engine.initialise)
 
 
-STAGE = Stage("pretrain", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.cluster.ranks)
+STAGE = Stage(
+    "pretrain", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.cluster.ranks, trains=True
+)

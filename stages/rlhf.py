@@ -41,5 +41,5 @@ def estimate(config: DpoTrainConfig) -> Estimate:
 STAGE = Stage(
     "rlhf", VERSION, DpoTrainConfig, run, estimate=estimate,
     promise=lambda c: c.phase.sampling.promise,
-    obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.cluster.ranks,
+    obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.cluster.ranks, trains=True,
 )  # fmt: skip

@@ -14,4 +14,4 @@ from stages.train.config import TrainConfig
 from stages.train.estimate import estimate
 
 VERSION = 1
-STAGE = Stage("sft", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.cluster.ranks)
+STAGE = Stage("sft", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.cluster.ranks, trains=True)

@@ -80,28 +80,28 @@ class Ranks:
         job = submitit.JobEnvironment()
         folder = launch_folder(node_folder, job.job_id)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / f"rank-{job.global_rank}.json", lease.me())
+        write(folder / f"rank-{job.global_rank}.json", lease.me())
         return cls(size, job.global_rank, job.local_rank, job.num_nodes == 1, folder)
 
     def call(self, out: Path) -> Meeting | None:
         """Rank 0: calls the others to a meeting. None if there are no others."""
         if self.size == 1:
             return None
-        meeting = Meeting(out.name, "127.0.0.1" if self.one_host else socket.gethostname(), free_port())
-        _write(self.folder / "meeting.json", meeting.__dict__)
+        meeting = Meeting(out.name, "127.0.0.1" if self.one_host else node_name(), free_port())
+        write(self.folder / "meeting.json", meeting.__dict__)
         return meeting
 
     def dismiss(self, why: str) -> None:
         """Rank 0, at its end: if there was no meeting, there will be none."""
         if self.size > 1 and not (self.folder / "meeting.json").exists():
             with suppress(OSError):  # on a full disk the others see that rank 0 is gone
-                _write(self.folder / "meeting.json", {"dismissed": why})
+                write(self.folder / "meeting.json", {"dismissed": why})
 
     def meet(self) -> Meeting:
         """Another rank: waits for rank 0's call. Raises AtomError if it does not come."""
         deadline = time.monotonic() + MEETING_SECONDS
         while time.monotonic() < deadline:
-            said = _read(self.folder / "meeting.json")
+            said = read(self.folder / "meeting.json")
             if said is not None and "dismissed" in said:
                 raise AtomError(f"rank 0 needs no other ranks ({said['dismissed']})")
             if said is not None:
@@ -123,7 +123,7 @@ class Ranks:
 
     def leave(self, outcome: str, usage: Usage) -> None:
         """Another rank, at its end. outcome: FOLLOWED, or one sentence on what went wrong."""
-        _write(_end(self.folder, self.rank), {"outcome": outcome, "usage": usage.__dict__})
+        write(_end(self.folder, self.rank), {"outcome": outcome, "usage": usage.__dict__})
 
     def others(self) -> list[Usage]:
         """Rank 0: what the others used, of those that come to their end within a few seconds."""
@@ -131,13 +131,18 @@ class Ranks:
         while waiting and time.monotonic() < deadline:
             waiting = {rank for rank in waiting if not self._gone(rank) and not _end(self.folder, rank).exists()}
             time.sleep(POLL if waiting else 0)
-        ends = [_read(_end(self.folder, rank)) for rank in range(1, self.size)]
+        ends = [read(_end(self.folder, rank)) for rank in range(1, self.size)]
         return [Usage(**end["usage"]) for end in ends if end is not None]
 
     def _gone(self, rank: int) -> bool:
         """Whether a rank's process is known to be gone."""
-        who = _read(self.folder / f"rank-{rank}.json")
+        who = read(self.folder / f"rank-{rank}.json")
         return who is not None and lease.gone(who)
+
+
+def node_name() -> str:
+    """This node as Slurm, or else the system, calls it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _end(folder: Path, rank: int) -> Path:
@@ -151,17 +156,17 @@ def launch_folder(node_folder: Path, job: str) -> Path:
 
 def lost(folder: Path, gone: Iterable[int]) -> list[int]:
     """The ranks, of those that are gone, without which the others cannot end well."""
-    ends = {rank: _read(_end(folder, rank)) for rank in gone}
+    ends = {rank: read(_end(folder, rank)) for rank in gone}
     return sorted(rank for rank, end in ends.items() if end is None or end["outcome"] != FOLLOWED)
 
 
-def _write(path: Path, value: dict[str, Any]) -> None:
+def write(path: Path, value: dict[str, Any]) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(json.dumps(value) + "\n")
     os.replace(draft, path)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read(path: Path) -> dict[str, Any] | None:
     try:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError:

@@ -26,6 +26,10 @@ from pipeline.lease import Lease
 from pipeline.stage import identity, operation
 from pipeline.store import Artifact, Store, sha256_file
 
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+"""By whom a stage is told to stop: a launcher, a terminal, or Slurm before a time limit or a preemption."""
+WAIT_SECONDS = 1.0
+
 
 @dataclass(frozen=True)
 class Task:
@@ -40,6 +44,8 @@ class Task:
     key: str
     watts_per_core: float
     ranks: int
+    gpus: int = 0
+    watts_per_gpu: float = 0.0
 
     def json(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,14 +77,14 @@ def work(spec: dict[str, Any]) -> str:
 
 @contextmanager
 def _stop_signals() -> Iterator[None]:
-    """SIGTERM and SIGINT raise Interrupted in the main thread, once: a second one must not cut the clean-up short."""
+    """A signal to stop raises Interrupted in the main thread, once: a second one must not cut the clean-up short."""
 
     def stop(number: int, frame: Any) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
+        for each in STOP:
             signal.signal(each, signal.SIG_IGN)
         raise Interrupted(signal.Signals(number).name)
 
-    before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
+    before = {each: signal.signal(each, stop) for each in STOP}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the launcher blocked it on the way here
     try:
         yield
@@ -108,6 +114,11 @@ def _follow(task: Task, store: Store, ranks: Ranks) -> str:
 def _attempt(task: Task, store: Store, report: FileReport, ranks: Ranks) -> str:
     folder = store.work(task.key)
     lease = Lease.take(folder)
+    while lease is None and "SLURM_JOB_ID" in os.environ:  # a job has its place already: it waits for its turn
+        if store.sealed(task.key):
+            return "sealed"
+        time.sleep(WAIT_SECONDS)
+        lease = Lease.take(folder)
     if lease is None:
         return "busy"
     attempt = Attempt(task, store, report, ranks)
@@ -125,7 +136,13 @@ def _attempt(task: Task, store: Store, report: FileReport, ranks: Ranks) -> str:
         leave()
         report.end(text)
 
+    def fenced() -> None:
+        print(f"{task.node}: a later start of this job has taken over; ending", file=sys.stderr, flush=True)
+        os._exit(1)
+
     report.record_abandoned = abandon
+    if "SLURM_JOB_ID" in os.environ:
+        lease.on_lost = fenced
     try:
         if store.sealed(task.key):
             return "sealed"
@@ -217,16 +234,19 @@ class Attempt:
     ) -> None:
         counted = [Usage.now().since(self.before), *([] if part else self.ranks.others())]
         finished, cpu = time.time(), sum(used.cpu_seconds for used in counted)
-        watts = self.task.watts_per_core
+        watts, gpu = self.task.watts_per_core, (finished - self.started) * self.task.gpus
+        gpus = {"gpus": self.task.gpus, "gpu_seconds": round(gpu, 3)} if self.task.gpus else {}
+        board = f", and allotted GPU seconds x {self.task.watts_per_gpu} W per GPU" if gpus else ""
         usage = {
             "wall_seconds": round(finished - self.started, 3),
             "cpu_seconds": round(cpu, 3),
+            **gpus,
             "peak_memory_bytes": max(used.peak_memory_bytes for used in counted),
             "ranks": self.task.ranks,
             "ranks_counted": len(counted),
-            "energy_joules_estimate": round(cpu * watts, 1),
-            "energy_method": f"estimate: CPU seconds of all ranks x {watts} W per busy core, from the cluster profile; "
-            "not measured; cooling and idle power are left out",
+            "energy_joules_estimate": round(cpu * watts + gpu * self.task.watts_per_gpu, 1),
+            "energy_method": f"estimate: CPU seconds of all ranks x {watts} W per busy core{board}, from the cluster "
+            "profile; not measured; cooling and idle power are left out",
             "figures": dict(self.report.figures),
         }
         body = ledger.statement(

@@ -1,0 +1,110 @@
+"""What our bookkeeping costs on Slurm: submitting a graph of 200 stages, and asking how it stands.
+
+    make slurm-up && .venv/bin/python bench/orchestration.py            # a minute
+    .venv/bin/python bench/orchestration.py --quick                     # 20 stages
+
+Each round submits a graph of atom-tiny's stages, repeated under other names, to a partition that starts nothing, by
+what `atom submit` calls; then the scripts that were written are submitted again by `sbatch` alone, one after another
+with their dependencies. The time of `atom status` over all these jobs is told beside it. Seconds are by the clock, for
+most of them are spent in Slurm. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from pipeline import graph, monitor, profile, recipe
+from pipeline.launch import queue, slurm
+from pipeline.store import Store
+
+TARGET = 0.5
+PLACE = Path(os.environ.get("SLURM_TEST_DIR", Path(__file__).parent.parent / "build/slurm")).resolve()
+
+
+def large(store: Store, stages: int) -> graph.Graph:
+    """atom-tiny's graph, again and again, each time under other names and keys."""
+    found = graph.compose(recipe.load("atom-tiny"), store)
+    nodes: dict[str, graph.Node] = {}
+    for turn in range(-(-stages // len(found.nodes))):
+        for name, node in found.nodes.items():
+            if len(nodes) < stages:
+                inputs = {role: f"{other}.{turn}" for role, other in node.inputs.items()}
+                key = f"{name}.{turn}-{node.key[-12:]}"
+                nodes[f"{name}.{turn}"] = replace(node, name=f"{name}.{turn}", inputs=inputs, key=key)
+    return replace(found, nodes=nodes)
+
+
+def again(scripts: list[str]) -> None:
+    """The same scripts by sbatch alone; an id that a script waits for is that of the job submitted in its stead."""
+    new: dict[str, str] = {}
+    for path in scripts:
+        text = Path(path).read_text()
+        old = Path(path).name.split("_")[0]
+        found = re.search(r"--dependency=afterok:(\S+)", text)
+        more = [f"--dependency=afterok:{':'.join(new[i] for i in found[1].split(':'))}"] if found else []
+        said = subprocess.run(["sbatch", "--parsable", *more, path], capture_output=True, text=True, check=True)
+        new[old] = said.stdout.strip()
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    os.environ.setdefault("SLURM_CONF", str(PLACE / "etc/slurm.conf"))
+    stages, rounds = (20, 3) if quick else (200, 5)
+    settings = profile.load("dev")
+    queue.ask("scontrol", "update", "partitionname=test", "state=down")
+    took: dict[str, list[float]] = {"atom submit": [], "sbatch": [], "atom status": []}
+    try:
+        for _ in range(rounds):
+            with tempfile.TemporaryDirectory() as place:
+                store = Store(Path(place))
+                composed = large(store, stages)
+                start = time.perf_counter()
+                made = slurm.submit(composed, store, list(composed.nodes), settings, "dev")
+                took["atom submit"].append(time.perf_counter() - start)
+                start = time.perf_counter()
+                found, lack = monitor.status(made.run, store)
+                took["atom status"].append(time.perf_counter() - start)
+                assert lack is None and all(stage.state == "pending" for stage in found), (lack, found[0])
+                scripts = [
+                    str(path)
+                    for name, job in made.submitted.items()
+                    for path in (made.run.node_folder(name) / "submitit").glob(f"{job}_submission.sh")
+                ]
+                assert len(scripts) == stages
+                start = time.perf_counter()
+                again(scripts)
+                took["sbatch"].append(time.perf_counter() - start)
+                queue.ask("scancel", "--me")
+    finally:
+        queue.ask("scancel", "--me")
+        queue.ask("scontrol", "update", "partitionname=test", "state=up")
+    print(f"{stages} stages, {rounds} rounds{'seconds, median':>28}{'lowest':>9}{'highest':>9}")
+    for name, each in took.items():
+        print(f"{name:24}{statistics.median(each):28.3f}{min(each):9.3f}{max(each):9.3f}")
+    ratios = [raw / own for own, raw in zip(took["atom submit"], took["sbatch"], strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    return {
+        "name": "orchestration", "ratio": round(ratio, 4), "low": round(low, 4), "high": round(high, 4),
+        "target": TARGET,
+        "unit": f"seconds of sbatch alone by ours, {stages} stages; low and high: quartiles over rounds",
+        "machine": f"{platform.machine()}, Python {platform.python_version()}, virtual nodes on the same machine",
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="20 stages")
+    print(json.dumps(measure(parser.parse_args().quick)))

@@ -1,0 +1,31 @@
+"""What a recipe's stages have used so far, by the ledger, failed attempts included, against what its budget allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from pipeline import ledger
+from pipeline.store import Store
+
+
+def used(store: Store, keys: Iterable[str]) -> dict[str, float]:
+    """Hours of GPUs that were allotted, and of cores that were busy, by all attempts at these keys."""
+    hours = {"gpu_hours": 0.0, "core_hours": 0.0}
+    for key in keys:
+        for _, body in ledger.read(store.ledger, key):
+            spent = ledger.usage(body)
+            hours["gpu_hours"] += spent.get("gpu_seconds", 0.0) / 3600
+            hours["core_hours"] += spent.get("cpu_seconds", 0.0) / 3600
+    return hours
+
+
+def exceeded(limits: Mapping[str, float | None] | None, store: Store, keys: Iterable[str]) -> str | None:
+    """Why nothing further is begun, in one sentence; None within the budget."""
+    if not limits:
+        return None
+    hours = used(store, keys)
+    for name, most in limits.items():
+        if most is not None and hours[name] >= most:
+            what = name.replace("_", " ")
+            return f"the budget of {most:g} {what} is used up ({hours[name]:.2f}); raise budget.{name} of the recipe"
+    return None

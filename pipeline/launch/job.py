@@ -1,0 +1,108 @@
+"""What a Slurm job runs: the worker, and around it what a cluster does to jobs.
+
+What shall become of the job, rank 0 leaves in the file `decision` of the launch, for the job's script (slurm.py): the
+Slurm commands are outside of a stage's container. An attempt that was told to stop, or failed, is started again while
+attempts get further: what the stage reports as done is the measure, so a crash loop ends by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from pipeline import budget
+from pipeline.events import FileReport, Tail
+from pipeline.launch import preflight
+from pipeline.launch.ranks import launch_folder, node_name
+from pipeline.launch.worker import STOP, Task, work
+from pipeline.store import Store
+
+SEALED, DONE, AGAIN, FAILED = "sealed", "done", "again", "failed"
+"""Decisions. done: sealed, and so is all that the run asked for."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """nodes: all of the run, with their keys. budget: the recipe's. The rest is the profile's."""
+
+    nodes: dict[str, str]
+    budget: dict[str, float | None] | None
+    restarts: int
+    free_gb: float
+    scratch: str | None
+
+
+def run(spec: dict[str, Any], terms_: dict[str, Any]) -> str:
+    """Runs one node as a Slurm job, on each of its ranks. Returns the decision, or how another rank than 0 ended."""
+    task, terms = Task(**spec), Terms(**terms_)
+    here, store = submitit.JobEnvironment(), Store(Path(task.home))
+    folder = store.logs / task.run / task.node
+    launch = launch_folder(folder, here.raw_job_id)
+    launch.mkdir(parents=True, exist_ok=True)
+    (launch / f"started-{here.global_rank}").touch()
+    with told_to_stop() as told:
+        lack = preflight.check(task, launch, here.global_rank, terms.free_gb, terms.scratch)
+        if here.global_rank:
+            return work(spec)
+        report = FileReport(folder)
+        report.event("attempt", job=here.raw_job_id, launch=launch.name, host=node_name(), pid=os.getpid())
+        since, where = standstill(folder)
+        lack = lack or (where if since > terms.restarts + 1 else None)
+        final = budget.exceeded(terms.budget, store, terms.nodes.values())
+        lack = lack or final
+        if lack:
+            report.end(lack)
+        report.close()
+        outcome = lack or work(spec)
+        stopped = told()
+    since, where = standstill(folder)
+    if outcome == "sealed":
+        decision = DONE if all(store.sealed(key) for key in terms.nodes.values()) else SEALED
+    else:
+        decision = AGAIN if not final and (stopped or since <= terms.restarts) else FAILED
+    draft = launch / ".decision"
+    draft.write_text(f"{decision}\n{outcome}\n")
+    os.replace(draft, launch / "decision")
+    print(f"{task.node}: {decision}: {outcome}", flush=True)
+    return decision
+
+
+@contextmanager
+def told_to_stop() -> Iterator[Callable[[], bool]]:
+    """A function that says whether a signal to stop has arrived, whoever else handles it."""
+    read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    found: set[int] = set()
+
+    def told() -> bool:
+        with suppress(BlockingIOError):
+            found.update(os.read(read, 4096))
+        return bool(found & set(STOP))
+
+    try:
+        yield told
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(read)
+        os.close(write)
+
+
+def standstill(folder: Path) -> tuple[int, str]:
+    """How many attempts, this one among them, have followed each other without getting further, and where that is."""
+    best, since, where, said = -1, 0, "the start", "it was killed"
+    for event in Tail(folder / "events.jsonl").read():
+        if event["event"] == "attempt":
+            since += 1
+        elif event["event"] == "progress" and event["done"] > best:
+            best, since = event["done"], 0
+            where = f"{event['done']}/{event['total']} {event['unit']}"
+        elif event["event"] == "end":
+            said = event["outcome"]
+    return since, f"{since - 1} attempts ended at {where} without getting further; of the last one: {said}"

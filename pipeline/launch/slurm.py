@@ -1,0 +1,274 @@
+"""Hands a graph to Slurm through submitit: a job a stage, tied by `afterok`. Nothing of ours stays behind.
+
+The job's script sets up what the profile says, runs the stage by srun, and does with the job what rank 0 decided
+(job.py). Code comes from a frozen snapshot, so the checkout may change or go.
+"""
+
+from __future__ import annotations
+
+import io
+import shlex
+import sys
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from pipeline import budget, snapshot
+from pipeline import run as runs
+from pipeline.errors import AtomError, RecipeError
+from pipeline.graph import Graph, Node
+from pipeline.launch import claims, job, queue
+from pipeline.launch.claims import Claim
+from pipeline.launch.job import Terms
+from pipeline.launch.local import JOB_ENVIRONMENT, require_inputs
+from pipeline.launch.worker import Task
+from pipeline.profile import Jobs, Profile, Slurm
+from pipeline.run import Run
+from pipeline.store import Store
+
+KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "SLURM_CONF", "MODULEPATH", "LD_LIBRARY_PATH")
+"""Variables that a job takes over from whoever submits, beside those of `forward`: no token ever travels."""
+UNLIMITED = 10**6
+
+
+@dataclass
+class Submission:
+    """What became of the stages: submitted with a job, attached to one that was there, or sealed already."""
+
+    run: Run
+    submitted: dict[str, str] = field(default_factory=dict)
+    attached: dict[str, str] = field(default_factory=dict)
+    sealed: list[str] = field(default_factory=list)
+
+
+def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, reference: str) -> Submission:
+    """Submits what is neither sealed nor in Slurm's hands. Raises AtomError before anything is submitted, or after what
+    was submitted by this call has been cancelled."""
+    slurm = profile.cluster()
+    require_inputs(graph, store, selected)
+    limits = None if graph.recipe.config.budget is None else graph.recipe.config.budget.model_dump()
+    if lack := budget.exceeded(limits, store, (node.key for node in graph.nodes.values())):
+        raise AtomError(lack)
+    for name in selected:
+        shape(slurm, graph.nodes[name])
+    code = snapshot.freeze(store, graph.recipe.files)
+    with claims.submitting(store):
+        known = queue.held()
+        made = Submission(runs.start(graph, store, selected, reference, cluster=profile.name, code=code.name))
+        keys = {name: graph.nodes[name].key for name in selected}
+        terms = Terms(keys, limits, slurm.restarts, slurm.free_gb, slurm.scratch)
+        jobs: dict[str, str] = {}
+        try:
+            for name in selected:
+                node = graph.nodes[name]
+                claim = claims.read(store, node.key)
+                if store.sealed(node.key):
+                    made.sealed.append(name)
+                elif claim is not None and claim.holds(known):
+                    made.attached[name] = jobs[name] = claim.job
+                else:
+                    after = sorted({jobs[i] for i in node.inputs.values() if i in jobs}, key=int)
+                    executor = executor_of(store, made.run, node, profile, code, after)
+                    task = task_of(graph, store, made.run, node, profile)
+                    jobs[name] = made.submitted[name] = start(executor, task, terms)
+                    claims.write(store, Claim(node.key, jobs[name], made.run.id, name))
+                if name in jobs:
+                    made.run.note_job(name, jobs[name], attached=name in made.attached)
+        except BaseException:
+            if made.submitted:
+                queue.ask("scancel", *made.submitted.values())
+                for name in made.submitted:
+                    claims.remove(store, graph.nodes[name].key)
+            raise
+    return made
+
+
+def start(executor: submitit.SlurmExecutor, task: Task, terms: Terms) -> str:
+    """Submits one job; returns its id. Raises AtomError with what sbatch said."""
+    try:
+        with redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, which is told below
+            made = executor.submit(job.run, task.json(), asdict(terms))
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise AtomError(f"Slurm refused stage {task.node}: {refusal(str(error))}; mend the profile") from None
+    return str(made.job_id)
+
+
+def refusal(said: str) -> str:
+    """What sbatch said, in one line: its errors without their prefixes."""
+    lines = [line.partition("error: ")[2] for line in said.splitlines() if "error: " in line]
+    return "; ".join(dict.fromkeys(line.strip() for line in lines)) or " ".join(said.split())
+
+
+def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) -> Task:
+    jobs, nodes, each = shape(profile.cluster(), node)
+    return Task(
+        home=str(store.home),
+        run=run.id,
+        node=node.name,
+        stage=node.stage.name,
+        config=node.config.model_dump(mode="json"),
+        inputs=graph.materials(node),
+        key=node.key,
+        watts_per_core=profile.power.watts_per_core,
+        ranks=nodes * each,
+        gpus=nodes * min(each, jobs.gpus_per_node),
+        watts_per_gpu=profile.power.watts_per_gpu,
+    )
+
+
+def shape(slurm: Slurm, node: Node) -> tuple[Jobs, int, int]:
+    """(what its job asks for, nodes, ranks on each). Raises RecipeError if the ranks do not fill nodes alike."""
+    ranks = node.stage.ranks(node.config)
+    jobs = slurm.train if node.stage.trains else slurm.cpu
+    each = min(ranks, jobs.tasks_per_node)
+    if ranks % each:
+        raise RecipeError(
+            f"stage {node.name} has {ranks} ranks, which do not fill nodes of {each} alike; change its cluster.ranks, "
+            "or tasks_per_node of the cluster profile"
+        )
+    return jobs, ranks // each, each
+
+
+def executor_of(
+    store: Store, run: Run, node: Node, profile: Profile, code: Path, after: list[str]
+) -> submitit.SlurmExecutor:
+    """submitit's executor with all that the node's job asks for. Raises AtomError where there is no Slurm."""
+    slurm = profile.cluster()
+    jobs, nodes, each = shape(slurm, node)
+    folder = run.node_folder(node.name)
+    try:
+        made = submitit.SlurmExecutor(folder / "submitit", max_num_timeout=UNLIMITED, python=interpreter(slurm, store))
+    except RuntimeError:
+        raise queue.NoAnswer(
+            "there is no srun here; submit from a host of a Slurm cluster, or use `atom run`"
+        ) from None
+    more: dict[str, Any] = {"kill-on-invalid-dep": "yes", "requeue": True, "chdir": str(store.home)}
+    more |= {"export": ",".join((*KEPT, *slurm.forward))}
+    if jobs.memory_gb is not None:
+        more["mem"] = f"{round(jobs.memory_gb * 1024)}M"
+    if jobs.exclusive:
+        more["exclusive"] = True
+    made.update_parameters(
+        job_name=f"atom-{node.name}",
+        partition=jobs.partition,
+        time=jobs.minutes,
+        nodes=nodes,
+        ntasks_per_node=each,
+        cpus_per_task=jobs.cpus_per_task,
+        gpus_per_node=min(each, jobs.gpus_per_node) or None,
+        account=jobs.account,
+        qos=jobs.qos,
+        constraint=jobs.constraint,
+        exclude=jobs.exclude,
+        dependency=f"afterok:{':'.join(after)}" if after else None,
+        comment=queue.comment(run.id, node.name, node.key),
+        signal_delay_s=slurm.signal_lead_seconds,
+        stderr_to_stdout=True,
+        wckey=None,
+        setup=setup(slurm, store, code),
+        teardown=teardown(slurm, run, node, folder),
+        srun_args=["--export=ALL", "--kill-on-bad-exit=1", *container(slurm, store)],
+        additional_parameters=more,
+    )
+    return made
+
+
+def interpreter(slurm: Slurm, store: Store) -> str:
+    """The shell command that is Python, in the container if there is one."""
+    c = slurm.container
+    if c is None:
+        return shlex.quote(slurm.python or sys.executable)
+    if c.kind == "pyxis":
+        return shlex.quote(c.python)
+    binds = ",".join([f"{store.home}:{store.home}", *c.mounts])
+    return shlex.join(["apptainer", "exec", "--nv", "--bind", binds, c.image, c.python])
+
+
+def container(slurm: Slurm, store: Store) -> list[str]:
+    """srun's arguments for a container by pyxis."""
+    c = slurm.container
+    if c is None or c.kind != "pyxis":
+        return []
+    mounts = ",".join([f"{store.home}:{store.home}", *c.mounts])
+    return [f"--container-image={c.image}", f"--container-mounts={mounts}"]
+
+
+def setup(slurm: Slurm, store: Store, code: Path) -> list[str]:
+    """Lines of shell before the stage."""
+    own = {**JOB_ENVIRONMENT, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "ATOM_HOME": str(store.home)}
+    if slurm.scratch:
+        own["TMPDIR"] = slurm.scratch
+    lines = [f"module load {shlex.quote(name)}" for name in slurm.modules]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in {**own, **slurm.environment}.items()]
+    return [*lines, *slurm.setup]
+
+
+def teardown(slurm: Slurm, run: Run, node: Node, folder: Path) -> list[str]:
+    """Lines of shell after the stage: what rank 0 decided is done. If it did not live to decide, the job is started
+    again, unless Python never began: then it never will."""
+    lines = [
+        "code=$?",
+        f"launch={shlex.quote(str(folder))}/ranks/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}",
+        'decision=$(head -n 1 "$launch/decision" 2> /dev/null)',
+        'outcome=$(tail -n +2 "$launch/decision" 2> /dev/null)',
+        '[ -z "$decision" ] && [ -e "$launch/started-0" ] && decision=again',
+        'if [ "$decision" = again ]; then',
+        "    # what Slurm itself has ended (scancel, requeue) is not RUNNING any more",
+        '    if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ] && scontrol requeue "$SLURM_JOB_ID"; then',
+        "        sleep 300  # until Slurm ends this start",
+        "    fi",
+        "    exit 1",
+        "fi",
+    ]
+    if slurm.notify:
+        told = f"ATOM_RUN={shlex.quote(run.id)} ATOM_STAGE={shlex.quote(node.name)}"
+        lines += [
+            'if [ "$decision" != sealed ]; then',
+            f'    {told} ATOM_OUTCOME="${{outcome:-it did not start, exit code $code}}" \\',
+            f"        sh -c {shlex.quote(slurm.notify)}",
+            "fi",
+        ]
+    return [*lines, '[ "$decision" = sealed ] || [ "$decision" = done ]']
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A script that was written, and what Slurm says of it."""
+
+    stage: str
+    script: str
+    ok: bool
+    said: str
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -> list[Checked]:
+    """Writes the scripts of what is not sealed under `$ATOM_HOME/dry-run/<recipe>/` and has `sbatch --test-only` judge
+    each. Dependencies stand in a comment, since no job is there to be waited for."""
+    require_inputs(graph, store, selected)
+    code = snapshot.freeze(store, graph.recipe.files)
+    run = Run("dry-run", store.home / "dry-run" / graph.recipe.config.name, {})
+    found = []
+    for name in selected:
+        node = graph.nodes[name]
+        if store.sealed(node.key):
+            continue
+        executor = executor_of(store, run, node, profile, code, [])
+        waits = [n for n in dict.fromkeys(node.inputs.values()) if not store.sealed(graph.nodes[n].key)]
+        text = executor._make_submission_file_text(executor._submitit_command_str, "")
+        head, _, rest = text.partition("\n")
+        path = run.folder / f"{name}.sh"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{head}\n# waits for: {', '.join(waits) or 'nothing'}\n{rest}\n")
+        try:
+            queue.ask("sbatch", "--test-only", str(path))
+            found.append(Checked(name, str(path), True, "Slurm takes it"))
+        except queue.Refused as error:
+            found.append(Checked(name, str(path), False, refusal(str(error))))
+    return found

@@ -1,0 +1,100 @@
+"""How a run stands: what its files say, and for a run that Slurm has, what Slurm says. Nothing is kept in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipeline import run as runs
+from pipeline.events import Tail
+from pipeline.launch import claims, queue
+from pipeline.launch.queue import Job, NoAnswer
+from pipeline.run import NodeStatus, Run
+from pipeline.store import Store
+
+ENDED = {
+    "CANCELLED": "cancelled",
+    "TIMEOUT": "its time limit came before it could save; raise minutes or signal_lead_seconds of the profile",
+    "NODE_FAIL": "its node failed",
+    "OUT_OF_MEMORY": "it ran out of memory",
+}
+
+
+def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
+    """The stages of a run, and what could not be learnt of them, in one sentence."""
+    found, jobs = runs.status(run, store), run.jobs()
+    if not jobs:
+        return found, None
+    try:
+        held = queue.held()
+    except NoAnswer as error:
+        return found, f"{error}; what stands here is what the stages wrote themselves"
+    rest = [row["job"] for name, row in jobs.items() if not _ours(held.get(row["job"]), run, row, name, store)]
+    ended: dict[str, Job] = {}
+    lack = None
+    try:
+        ended = queue.ended(rest)
+    except NoAnswer as error:
+        lack = f"{error}; how jobs ended that Slurm has forgotten is not known"
+    out = []
+    for node in found:
+        row = jobs.get(node.name)
+        if row is None:
+            out.append(node)
+            continue
+        job = held.get(row["job"])
+        if not _ours(job, run, row, node.name, store):
+            job = ended.get(row["job"])
+        out.append(_with_job(node, row["job"], job, restarts(run, node.name)))
+    return out, lack
+
+
+def _ours(job: Job | None, run: Run, row: dict[str, object], node: str, store: Store) -> bool:
+    """Whether a job that Slurm holds is the one that was submitted, not another that was given its id."""
+    if job is None:
+        return False
+    told = job.comment.split(" ")
+    return len(told) == 4 and told[2] == node and (bool(row["attached"]) or told[1] == run.id)
+
+
+def _with_job(node: NodeStatus, id: str, job: Job | None, again: int) -> NodeStatus:
+    """A node as its files tell it, with what Slurm says of its job; an artifact outranks both."""
+    node = replace(node, job=id, restarts=again or None)
+    if job is None:
+        if node.state in ("sealed", "running", "failed"):
+            return node
+        return replace(node, state="lost", message="Slurm knows its job no more; `atom retry` submits it again")
+    node = replace(node, nodes=job.nodes or None, elapsed=job.elapsed or None)
+    if node.state == "sealed":
+        return node
+    if job.alive:
+        return replace(node, state=job.state.lower(), reason=job.reason or None, message="")
+    message = node.message or ENDED.get(job.state, f"{job.state.lower().replace('_', ' ')} {job.reason}".strip())
+    if job.state == "CANCELLED":
+        return replace(node, state="cancelled", reason=job.reason or None, message="")
+    return replace(node, state="failed", message=message)
+
+
+def restarts(run: Run, node: str) -> int:
+    """How often a stage's job was started again."""
+    events = Tail(run.node_folder(node) / "events.jsonl").read()
+    return max(0, len([event for event in events if event["event"] == "attempt"]) - 1)
+
+
+def over(stages: list[NodeStatus]) -> bool:
+    """Whether nothing of a run goes on by itself."""
+    still = {"running", *(state.lower() for state in queue.LIVING)}
+    return not any(stage.state in still for stage in stages)
+
+
+def cancel(run: Run, store: Store) -> list[str]:
+    """Cancels the run's jobs that Slurm holds, but not those that other runs submitted. Returns the stages' names."""
+    with claims.submitting(store):
+        held = queue.held()
+        own = {
+            name: row["job"]
+            for name, row in run.jobs().items()
+            if not row["attached"] and _ours(held.get(row["job"]), run, row, name, store) and held[row["job"]].alive
+        }
+        if own:
+            queue.ask("scancel", *own.values())
+    return list(own)
