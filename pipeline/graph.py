@@ -127,7 +127,13 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     chats = data.conversations
     left_out = {"leave_out": (*c.tokenizer.leave_out, *chats)}
     add("tokenizer", "tokenizer", c.tokenizer.model_dump() | left_out, curate="curate")
-    add("tokenize", "tokenize", {"conversations": chats}, curate="curate", tokenizer="tokenizer")
+    add(
+        "tokenize",
+        "tokenize",
+        {"conversations": chats, "shards": data.curation.shards},
+        curate="curate",
+        tokenizer="tokenizer",
+    )
 
     previous: dict[str, str] = {}
     model, trained_as = c.model, {}

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from pipeline import run as runs
 from pipeline.events import Tail
-from pipeline.launch import claims, queue
+from pipeline.launch import claims, job, queue
 from pipeline.launch.queue import Job, NoAnswer
 from pipeline.run import NodeStatus, Run
 from pipeline.store import Store
@@ -41,10 +41,11 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
         if row is None:
             out.append(node)
             continue
-        job = held.get(row["job"])
-        if not _ours(job, run, row, node.name, store):
-            job = ended.get(row["job"])
-        out.append(_with_job(node, row["job"], job, restarts(run, node.name)))
+        of_node = held.get(row["job"])
+        if not _ours(of_node, run, row, node.name, store):
+            of_node = ended.get(row["job"])
+        known = _with_job(node, row["job"], of_node, restarts(run, node.name))
+        out.append(_with_array(known, row["array"], run, held) if row.get("array") else known)
     return out, lack
 
 
@@ -74,6 +75,21 @@ def _with_job(node: NodeStatus, id: str, job: Job | None, again: int) -> NodeSta
     return replace(node, state="failed", message=message)
 
 
+def _with_array(node: NodeStatus, array: str, run: Run, held: dict[str, Job]) -> NodeStatus:
+    """A node whose shards are done beforehand by a job array: how far that is, or which task failed."""
+    if node.state in ("sealed", "running"):
+        return node
+    folder = run.node_folder(node.name) / "shards"
+    shards = len(list((folder / "submitit").glob(f"{array}_*_submitted.pkl")))
+    said = [path.read_text().split("\n") for path in folder.glob("ranks/*/decision")]
+    done, failed = sum(row[0] == job.SEALED for row in said), [row[1] for row in said if row[0] == job.FAILED]
+    bad = [each.id for each in held.values() if each.id.startswith(f"{array}_") and each.state in ("FAILED", "TIMEOUT")]
+    if node.state == "cancelled" and (failed or bad):
+        why = failed[0] if failed else f"task {bad[0]} of its array failed; its log is in {folder / 'submitit'}"
+        return replace(node, state="failed", reason=None, message=why)
+    return replace(node, done=done, total=shards, unit="shards")
+
+
 def restarts(run: Run, node: str) -> int:
     """How often a stage's job was started again."""
     events = Tail(run.node_folder(node) / "events.jsonl").read()
@@ -95,6 +111,7 @@ def cancel(run: Run, store: Store) -> list[str]:
             for name, row in run.jobs().items()
             if not row["attached"] and _ours(held.get(row["job"]), run, row, name, store) and held[row["job"]].alive
         }
+        arrays = [row["array"] for name, row in run.jobs().items() if name in own and row.get("array")]
         if own:
-            queue.ask("scancel", *own.values())
+            queue.ask("scancel", *own.values(), *arrays)
     return list(own)

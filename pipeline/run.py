@@ -29,10 +29,10 @@ class Run:
     def node_folder(self, name: str) -> Path:
         return self.folder / name
 
-    def note_job(self, node: str, job: str, attached: bool) -> None:
-        """Writes down which Slurm job is to make a node; attached: another run submitted it."""
+    def note_job(self, node: str, job: str, attached: bool, array: str | None = None) -> None:
+        """Writes down which Slurm job is to make a node. attached: another run submitted it; array: of its shards."""
         with open(self.folder / "jobs.jsonl", "a") as file:
-            file.write(json.dumps({"node": node, "job": job, "attached": attached}) + "\n")
+            file.write(json.dumps({"node": node, "job": job, "attached": attached, "array": array}) + "\n")
 
     def jobs(self) -> dict[str, dict[str, Any]]:
         """{node: {job, attached}} of the latest submissions; empty for a run of this machine."""

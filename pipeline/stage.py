@@ -148,6 +148,8 @@ class Stage:
     LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment (absent for one); rank 0 alone writes `out`.
     obstacle: why a config can be planned but not run, in one sentence; asked before anything starts.
     trains: whether it moves weights, and wants a GPU for each rank.
+    shards: pieces of work that may be done beforehand and side by side, by `run_shard(config, inputs, work, shard)`,
+    each leaving whole files in `work`; `run` does what is missing, and gives the same bytes however many there are.
     """
 
     name: str
@@ -159,3 +161,5 @@ class Stage:
     obstacle: Callable[[Any], str | None] = lambda config: None
     ranks: Callable[[Any], int] = lambda config: 1
     trains: bool = False
+    shards: Callable[[Any], int] = lambda config: 1
+    run_shard: Callable[[Any, Inputs, Path, int], None] | None = None

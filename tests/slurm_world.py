@@ -93,6 +93,16 @@ def job_of(home: Path, stage: str) -> str:
     return str([row["job"] for row in rows if row["node"] == stage][-1])
 
 
+def array_of(home: Path, stage: str) -> str:
+    rows = [json.loads(line) for path in home.glob("logs/*/jobs.jsonl") for line in path.read_text().splitlines()]
+    return str(next(row["array"] for row in rows if row["node"] == stage))
+
+
+def reached_shards(home: Path, stage: str) -> int:
+    """How many shards of a stage its array has done."""
+    return len({path.parent.name.split(".")[0] for path in home.glob(f"logs/*/{stage}/shards/ranks/*/usage.json")})
+
+
 def nodes_of(home: Path, stage: str) -> list[str]:
     """The nodes that a stage runs on, rank 0's first."""
     told = slurm("squeue", "-h", "-j", job_of(home, stage), "-o", "%N").strip()

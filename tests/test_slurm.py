@@ -264,6 +264,64 @@ def settled(home: Path) -> dict | None:
     return stages if all(s["state"] in ("sealed", "failed", "cancelled", "lost") for s in stages.values()) else None
 
 
+# --- arrays over shards -------------------------------------------------------------------------------------------------
+
+
+def with_shards(folder: Path, shards: int) -> str:
+    """The recipe, with a data recipe whose sources are cut into so many shards."""
+    recipe = Path(world.write_recipe(folder))
+    body = yaml.safe_load(recipe.read_text())
+    data = yaml.safe_load((world.ROOT / "data_recipes/smoke.yaml").read_text())
+    data["curation"] = {**data.get("curation", {}), "shards": shards}
+    (folder / "cut.yaml").write_text(yaml.safe_dump(data))
+    recipe.write_text(yaml.safe_dump({**body, "data": "cut.yaml"}))
+    return str(recipe)
+
+
+@pytest.fixture
+def acquired(upstream: Path, tmp_path: Path) -> Path:
+    """A home folder in which all is sealed that comes before curation."""
+    home = tmp_path / "home"
+    for path in (p for kind in ("artifacts", "ledger") for p in (upstream / kind).iterdir()):
+        if path.name.startswith(("acquire-", "items-")):
+            shutil.copytree(path, home / path.parent.name / path.name)
+    return home
+
+
+@pytest.mark.parametrize("shards", [3, 8])
+def test_curation_in_an_array_gives_the_same_bytes(acquired: Path, upstream: Path, tmp_path: Path, shards: int) -> None:
+    home, recipe, cluster = acquired, with_shards(tmp_path, shards), world.write_profile(tmp_path)
+    atom(home, "submit", recipe, "--cluster", cluster, "--until", "tokenize")
+    if shards == 3:  # tasks that are killed are done again
+        word = b"/curate/shards/submitit"
+        found = world.until(lambda: [p for n in range(1, 5) for p in world.processes(f"n{n}", word)], "a task")
+        world.kill(found)
+    world.until(lambda: world.sealed(home, "tokenize"), "tokenize sealed")
+    for stage in ("curate", "tokenize"):
+        assert world.digest(home, stage) == world.digest(upstream, stage)
+        assert len(list(home.glob(f"logs/*/{stage}/shards/submitit/*_submission.sh"))) == 1, "one submission"
+        assert world.reached_shards(home, stage) == shards and world.array_of(home, stage).isdigit()
+    body = next(json.loads(path.read_text()) for path in home.glob("ledger/curate-*/*.json"))
+    usage = next(x for x in body["predicate"]["runDetails"]["byproducts"] if x["name"] == "usage")["annotations"]
+    assert usage["ranks_counted"] == shards + 1
+
+
+def test_shards_here_give_the_same_bytes_too(upstream: Path, tmp_path: Path) -> None:
+    atom(tmp_path / "home", "run", with_shards(tmp_path, 5), "--until", "tokenize")
+    for stage in ("curate", "tokenize"):
+        assert world.digest(tmp_path / "home", stage) == world.digest(upstream, stage)
+
+
+def test_a_shard_that_fails_is_told_and_stops_what_waits(acquired: Path, tmp_path: Path) -> None:
+    home, recipe, cluster = acquired, with_shards(tmp_path, 2), world.write_profile(tmp_path, restarts=0)
+    documents = next(home.glob("artifacts/acquire-sums-*/documents.parquet"))
+    documents.write_bytes(b"x" * documents.stat().st_size)
+    atom(home, "submit", recipe, "--cluster", cluster, "--until", "tokenize")
+    stages = world.until(lambda: settled(home), "an end")
+    assert stages["curate"]["state"] == "failed" and "array failed" in stages["curate"]["message"]
+    assert stages["tokenize"]["state"] == "cancelled"
+
+
 # --- submitting ---------------------------------------------------------------------------------------------------------
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import submitit
 
-from pipeline import budget
+from pipeline import budget, registry
 from pipeline.events import FileReport, Tail
 from pipeline.launch import preflight
-from pipeline.launch.ranks import launch_folder, node_name
+from pipeline.launch.ranks import Usage, launch_folder, node_name, write
 from pipeline.launch.worker import STOP, Task, work
 from pipeline.store import Store
 
@@ -67,10 +67,43 @@ def run(spec: dict[str, Any], terms_: dict[str, Any]) -> str:
         decision = DONE if all(store.sealed(key) for key in terms.nodes.values()) else SEALED
     else:
         decision = AGAIN if not final and (stopped or since <= terms.restarts) else FAILED
+    return _decide(launch, decision, outcome)
+
+
+def run_shard(spec: dict[str, Any], shard: int, terms_: dict[str, Any]) -> str:
+    """Does one shard of a node's work, as a task of a job array. Returns the decision; raises what the stage raises,
+    and then the job's script has it done again as often as the profile allows."""
+    task, terms = Task(**spec), Terms(**terms_)
+    here, store = submitit.JobEnvironment(), Store(Path(task.home))
+    launch = launch_folder(store.logs / task.run / task.node / "shards", here.raw_job_id)
+    launch.mkdir(parents=True, exist_ok=True)
+    (launch / "started-0").touch()
+    stage, before = registry.stage(task.stage), Usage.now()
+    assert stage.run_shard is not None, "only such stages are submitted so"
+    lack = preflight.own(Path(task.home), terms.free_gb, terms.scratch)
+    if lack:
+        return _decide(launch, AGAIN if restarted() < terms.restarts else FAILED, lack)
+    if not store.sealed(task.key):
+        work = store.work(task.key) / "state"
+        work.mkdir(parents=True, exist_ok=True)
+        config = stage.config.model_validate(task.config)
+        materials = {role: store.open(key) for role, key in task.inputs.items()}
+        stage.run_shard(config, materials, work, shard)
+    write(launch / "usage.json", Usage.now().since(before).__dict__)
+    return _decide(launch, SEALED, f"shard {shard} is done")
+
+
+def restarted() -> int:
+    """How often Slurm has started this job before."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def _decide(launch: Path, decision: str, outcome: str) -> str:
+    """Leaves the decision for the job's script; returns it."""
     draft = launch / ".decision"
     draft.write_text(f"{decision}\n{outcome}\n")
     os.replace(draft, launch / "decision")
-    print(f"{task.node}: {decision}: {outcome}", flush=True)
+    print(f"{decision}: {outcome}", flush=True)
     return decision
 
 

@@ -43,6 +43,8 @@ class Submission:
     submitted: dict[str, str] = field(default_factory=dict)
     attached: dict[str, str] = field(default_factory=dict)
     sealed: list[str] = field(default_factory=list)
+    arrays: dict[str, str] = field(default_factory=dict)
+    """The job arrays that do the shards of submitted stages beforehand."""
 
 
 def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, reference: str) -> Submission:
@@ -72,25 +74,33 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
                     made.attached[name] = jobs[name] = claim.job
                 else:
                     after = sorted({jobs[i] for i in node.inputs.values() if i in jobs}, key=int)
-                    executor = executor_of(store, made.run, node, profile, code, after)
                     task = task_of(graph, store, made.run, node, profile)
+                    if node.stage.run_shard is not None and node.stage.shards(node.config) > 1:
+                        executor = executor_of(store, made.run, node, profile, code, after, shards=True)
+                        after = [start(executor, task, terms, node.stage.shards(node.config))]
+                        made.arrays[name] = after[0]
+                    executor = executor_of(store, made.run, node, profile, code, after)
                     jobs[name] = made.submitted[name] = start(executor, task, terms)
                     claims.write(store, Claim(node.key, jobs[name], made.run.id, name))
                 if name in jobs:
-                    made.run.note_job(name, jobs[name], attached=name in made.attached)
+                    made.run.note_job(name, jobs[name], name in made.attached, made.arrays.get(name))
         except BaseException:
-            if made.submitted:
-                queue.ask("scancel", *made.submitted.values())
+            if made.submitted or made.arrays:
+                queue.ask("scancel", *made.submitted.values(), *made.arrays.values())
                 for name in made.submitted:
                     claims.remove(store, graph.nodes[name].key)
             raise
     return made
 
 
-def start(executor: submitit.SlurmExecutor, task: Task, terms: Terms) -> str:
-    """Submits one job; returns its id. Raises AtomError with what sbatch said."""
+def start(executor: submitit.SlurmExecutor, task: Task, terms: Terms, shards: int = 0) -> str:
+    """Submits one job, or an array with a task for each shard; returns its id. Raises AtomError with sbatch's words."""
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, which is told below
+            if shards:
+                spec, held = task.json(), asdict(terms)
+                first, *_ = executor.map_array(job.run_shard, [spec] * shards, range(shards), [held] * shards)
+                return str(first.job_id).split("_")[0]
             made = executor.submit(job.run, task.json(), asdict(terms))
     except (FailedJobError, FailedSubmissionError) as error:
         raise AtomError(f"Slurm refused stage {task.node}: {refusal(str(error))}; mend the profile") from None
@@ -134,12 +144,13 @@ def shape(slurm: Slurm, node: Node) -> tuple[Jobs, int, int]:
 
 
 def executor_of(
-    store: Store, run: Run, node: Node, profile: Profile, code: Path, after: list[str]
+    store: Store, run: Run, node: Node, profile: Profile, code: Path, after: list[str], shards: bool = False
 ) -> submitit.SlurmExecutor:
-    """submitit's executor with all that the node's job asks for. Raises AtomError where there is no Slurm."""
+    """submitit's executor with all that the node's job asks for; shards: the array that comes before it. Raises
+    AtomError where there is no Slurm."""
     slurm = profile.cluster()
     jobs, nodes, each = shape(slurm, node)
-    folder = run.node_folder(node.name)
+    folder = run.node_folder(node.name) / ("shards" if shards else "")
     try:
         made = submitit.SlurmExecutor(folder / "submitit", max_num_timeout=UNLIMITED, python=interpreter(slurm, store))
     except RuntimeError:
@@ -170,9 +181,10 @@ def executor_of(
         stderr_to_stdout=True,
         wckey=None,
         setup=setup(slurm, store, code),
-        teardown=teardown(slurm, run, node, folder),
+        teardown=teardown(slurm, run, node, folder, shards),
         srun_args=["--export=ALL", "--kill-on-bad-exit=1", *container(slurm, store)],
         additional_parameters=more,
+        array_parallelism=slurm.array_tasks,
     )
     return made
 
@@ -207,15 +219,17 @@ def setup(slurm: Slurm, store: Store, code: Path) -> list[str]:
     return [*lines, *slurm.setup]
 
 
-def teardown(slurm: Slurm, run: Run, node: Node, folder: Path) -> list[str]:
+def teardown(slurm: Slurm, run: Run, node: Node, folder: Path, shards: bool) -> list[str]:
     """Lines of shell after the stage: what rank 0 decided is done. If it did not live to decide, the job is started
-    again, unless Python never began: then it never will."""
+    again; where nothing counts attempts (a shard, or Python that never began) as often as `restarts` says."""
     lines = [
         "code=$?",
         f"launch={shlex.quote(str(folder))}/ranks/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}",
         'decision=$(head -n 1 "$launch/decision" 2> /dev/null)',
         'outcome=$(tail -n +2 "$launch/decision" 2> /dev/null)',
-        '[ -z "$decision" ] && [ -e "$launch/started-0" ] && decision=again',
+        f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {slurm.restarts} ] && more=yes',
+        *([] if shards else ['[ -e "$launch/started-0" ] && more=yes']),
+        '[ -z "$decision" ] && [ -n "$more" ] && decision=again',
         'if [ "$decision" = again ]; then',
         "    # what Slurm itself has ended (scancel, requeue) is not RUNNING any more",
         '    if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ] && scontrol requeue "$SLURM_JOB_ID"; then',

@@ -233,6 +233,9 @@ class Attempt:
         self, subject: dict[str, str], outcome: str, part: Checkpoint | None = None, product: Artifact | None = None
     ) -> None:
         counted = [Usage.now().since(self.before), *([] if part else self.ranks.others())]
+        if product is not None:  # what tasks of a job array did beforehand
+            shards = self.store.logs / self.task.run / self.task.node / "shards"
+            counted += [Usage(**json.loads(path.read_text())) for path in sorted(shards.glob("ranks/*/usage.json"))]
         finished, cpu = time.time(), sum(used.cpu_seconds for used in counted)
         watts, gpu = self.task.watts_per_core, (finished - self.started) * self.task.gpus
         gpus = {"gpus": self.task.gpus, "gpu_seconds": round(gpu, 3)} if self.task.gpus else {}

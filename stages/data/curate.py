@@ -23,13 +23,12 @@ from stages.data.chat import prompt_chars
 from stages.data.curation.settings import AnyStep, CurationSettings, Kind
 from stages.data.items import texts_of
 from stages.data.seeds import seed_of
-from stages.data.table import DISPOSITIONS, KEPT, content_hash, read_table, write_json, write_rows
+from stages.data.table import DISPOSITIONS, KEPT, content_hash, read_shard, read_table, write_json, write_rows
 
 if TYPE_CHECKING:
     from datatrove.data import Document
 
     from stages.data.curation.decontaminate import ContaminationIndex
-    from stages.data.curation.dispositions import Dispositions
 
 VERSION = 1
 
@@ -53,8 +52,9 @@ def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     """Seal kept documents by source, one disposition for every input document, and a summary.
 
     inputs[<source>]: acquired documents of each source of the config; inputs["items"]: evaluation items.
-    Resumes after the last source whose steps were finished. Raises AtomError if counts do not balance.
+    Resumes after the last shard whose steps were finished. Raises AtomError if counts do not balance.
     """
+    from datatrove.data import Document
     from loguru import logger
 
     from stages.data.curation import dedup
@@ -72,7 +72,14 @@ def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         for row in rows:
             dispositions.enter(row)
             acquired[row["id"]] = row
-        documents[source.name], edits[source.name] = _stepped(source, rows, index, work, dispositions)
+        documents[source.name], counts = [], Counter[str]()
+        for shard in range(config.curation.shards):
+            saved = _stepped(config, source, inputs, index, work, shard)
+            for removal in saved["removed"]:
+                dispositions.remove(**removal)
+            documents[source.name] += [Document(text=text, id=id) for id, text in saved["kept"]]
+            counts.update(saved["edits"])
+        edits[source.name] = dict(counts)
         report.progress(n + 1, len(config.sources) + 2, "sources")
         report.note(f"{source.name}: {len(documents[source.name])} of {len(rows)} documents left after its steps")
 
@@ -111,16 +118,27 @@ def _kept(doc: Document, row: dict[str, Any], source: CuratedSource) -> dict[str
     return {**row, "prompt_chars": prompt_chars(doc.text)} if source.kind == "chat" else row  # a step may edit it
 
 
-def _stepped(
-    source: CuratedSource, rows: list[dict[str, Any]], index: ContaminationIndex, work: Path, dispositions: Dispositions
-) -> tuple[list[Document], dict[str, int]]:
-    """The source's own steps and decontamination; the result is kept in `work` for a restart."""
-    from datatrove.data import Document
+def run_shard(config: CurateConfig, inputs: Inputs, work: Path, shard: int) -> None:
+    """The steps of one shard of every source, left in `work`."""
+    from loguru import logger
 
-    saved = once(work / f"steps-{source.name}.json", lambda: _apply(source, rows, index))
-    for removal in saved["removed"]:
-        dispositions.remove(**removal)
-    return [Document(text=text, id=id) for id, text in saved["kept"]], saved["edits"]
+    from stages.data.curation.decontaminate import ContaminationIndex
+
+    logger.disable("datatrove")
+    index = ContaminationIndex(texts_of(inputs["items"]), config.curation.decontamination.ngram)
+    for source in config.sources:
+        _stepped(config, source, inputs, index, work, shard)
+
+
+def _stepped(
+    config: CurateConfig, source: CuratedSource, inputs: Inputs, index: ContaminationIndex, work: Path, shard: int
+) -> dict[str, Any]:
+    """The source's own steps and decontamination on one shard; the result is kept in `work`."""
+    shards = config.curation.shards
+    path = work / f"steps-{source.name}-{shard:05d}-of-{shards:05d}.json"
+    documents = inputs[source.name] / "documents.parquet"
+    found: dict[str, Any] = once(path, lambda: _apply(source, read_shard(documents, shard, shards), index))
+    return found
 
 
 def _apply(source: CuratedSource, rows: list[dict[str, Any]], index: ContaminationIndex) -> dict[str, Any]:
@@ -187,4 +205,6 @@ def estimate(config: CurateConfig) -> Estimate:
     return Estimate(cpu_seconds=30.0)
 
 
-STAGE = Stage("curate", VERSION, CurateConfig, run, estimate=estimate)
+STAGE = Stage(
+    "curate", VERSION, CurateConfig, run, estimate=estimate, shards=lambda c: c.curation.shards, run_shard=run_shard
+)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from array import array
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import AtomError
-from pipeline.stage import Config, Estimate, Inputs, Report, Stage, added
-from pipeline.store import sha256_file
-from stages.data.table import TOKENIZED, read_table, write_json, write_rows
+from pipeline.stage import Config, Estimate, Inputs, Report, Stage, added, operational
+from pipeline.store import once, sha256_file
+from stages.data.table import TOKENIZED, read_shard, read_table, write_json, write_rows
 from stages.data.tokenizer import END, PAD, load_for_corpus
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ class TokenizeConfig(Config):
     """Tokenizer and documents come as inputs."""
 
     conversations: tuple[str, ...] = added((), "sources in which special tokens are tokens, and end every document")
+    shards: int = operational(1, "pieces that each source is cut into", ge=1)
 
 
 def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
@@ -33,13 +36,8 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
 
     inputs["curate"]: kept documents; inputs["tokenizer"]: tokenizer.json.
     """
-    tokenizer = load_for_corpus(inputs["tokenizer"] / "tokenizer.json")
-    vocab_size, end = tokenizer.get_vocab_size(), tokenizer.token_to_id(END)
-    if end is None:
-        raise AtomError(f"{inputs['tokenizer'] / 'tokenizer.json'} has no {END} token; run tokenizer again")
-    files = sorted((inputs["curate"] / "kept").glob("*.parquet"))
-    if not files:
-        raise AtomError(f"{inputs['curate'].path} holds no kept documents; run curate again")
+    tokenizer, end, files = _given(inputs)
+    vocab_size = tokenizer.get_vocab_size()
     rows: list[dict[str, Any]] = []
     meta: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -50,13 +48,13 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
         "documents": {"train": {}, "heldout": {}},
     }
     for n, file in enumerate(files):
-        documents, chat = read_table(file).to_pylist(), file.stem in config.conversations
-        tokenizer.encode_special_tokens = not chat
+        documents = read_table(file).to_pylist()
+        encoded = [x for shard in range(config.shards) for x in _encoded(config, tokenizer, end, file, work, shard)]
         for split in ("train", "heldout"):
-            mine = [d for d in documents if d["split"] == split]
+            mine = [(d, *found) for d, found in zip(documents, encoded, strict=True) if d["split"] == split]
             if not mine:
                 continue
-            written = list(_shard(tokenizer, None if chat else end, mine, split, file.stem, work, out))
+            written = list(_shard(vocab_size, mine, split, file.stem, work, out))
             rows.extend(written)
             meta["documents"][split][file.stem] = len(written)
             meta["tokens"][split][file.stem] = sum(row["tokens"] for row in written)
@@ -66,6 +64,49 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
     report.note(
         f"{sum(meta['tokens']['train'].values())} training tokens, {sum(meta['tokens']['heldout'].values())} held out"
     )
+
+
+def _given(inputs: Inputs) -> tuple[Tokenizer, int, list[Path]]:
+    """The tokenizer, its end of a document, and the files of kept documents, one a source."""
+    tokenizer = load_for_corpus(inputs["tokenizer"] / "tokenizer.json")
+    end = tokenizer.token_to_id(END)
+    if end is None:
+        raise AtomError(f"{inputs['tokenizer'] / 'tokenizer.json'} has no {END} token; run tokenizer again")
+    files = sorted((inputs["curate"] / "kept").glob("*.parquet"))
+    if not files:
+        raise AtomError(f"{inputs['curate'].path} holds no kept documents; run curate again")
+    return tokenizer, end, files
+
+
+def run_shard(config: TokenizeConfig, inputs: Inputs, work: Path, shard: int) -> None:
+    """The tokens of one shard of every source, left in `work`."""
+    tokenizer, end, files = _given(inputs)
+    for file in files:
+        _encoded(config, tokenizer, end, file, work, shard)
+
+
+def _encoded(
+    config: TokenizeConfig, tokenizer: Tokenizer, end: int, file: Path, work: Path, shard: int
+) -> Iterator[tuple[list[int], int]]:
+    """What `encode` gives for each document of a shard; kept in `work`, as bytes of int32."""
+
+    def make() -> dict[str, Any]:
+        chat = file.stem in config.conversations
+        tokenizer.encode_special_tokens = not chat
+        documents = read_shard(file, shard, config.shards, ["text", "prompt_chars"])
+        found: list[tuple[list[int], int]] = []
+        for start in range(0, len(documents), BATCH):
+            texts = [(d["text"], d["prompt_chars"]) for d in documents[start : start + BATCH]]
+            found += encode(tokenizer, None if chat else end, texts)
+        ids = array("i", [i for ids, _ in found for i in ids])
+        lengths, prompts = [len(ids) for ids, _ in found], [prompt for _, prompt in found]
+        return {"ids": b64encode(ids.tobytes()).decode(), "lengths": lengths, "loss_from": prompts}
+
+    saved = once(work / f"tokens-{file.stem}-{shard:05d}-of-{config.shards:05d}.json", make)
+    ids, start = array("i", b64decode(saved["ids"])).tolist(), 0
+    for length, loss_from in zip(saved["lengths"], saved["loss_from"], strict=True):
+        yield ids[start : start + length], loss_from
+        start += length
 
 
 def encode(tokenizer: Tokenizer, end: int | None, texts: list[tuple[str, int]]) -> Iterator[tuple[list[int], int]]:
@@ -80,39 +121,34 @@ def encode(tokenizer: Tokenizer, end: int | None, texts: list[tuple[str, int]]) 
 
 
 def _shard(
-    tokenizer: Tokenizer,
-    end: int | None,
-    documents: list[dict[str, Any]],
+    vocab_size: int,
+    documents: list[tuple[dict[str, Any], list[int], int]],
     split: str,
     source: str,
     work: Path,
     out: Path,
 ) -> Iterator[dict[str, Any]]:
+    """Megatron's shard of a split of a source; yields a row for each document. documents: with ids and loss_from."""
     from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 
     # datatrove's files hold two bytes a token up to 65,536 ids; the width stands in the .idx, so Megatron reads both
-    size = 2 if tokenizer.get_vocab_size() <= 65_536 else 4
+    size = 2 if vocab_size <= 65_536 else 4
     folder = work / split
     folder.mkdir(parents=True, exist_ok=True)
     shard = MegatronTokenizedFile(str(folder), source, token_size=size)
-    ordinal = 0
-    for start in range(0, len(documents), BATCH):
-        batch = documents[start : start + BATCH]
-        encoded = encode(tokenizer, end, [(d["text"], d["prompt_chars"]) for d in batch])
-        for document, (ids, loss_from) in zip(batch, encoded, strict=True):
-            shard.write(ids)
-            yield {
-                "source": source,
-                "split": split,
-                "ordinal": ordinal,
-                "id": document["id"],
-                "content_hash": document["content_hash"],
-                "license": document["license"],
-                "bytes": len(document["text"].encode()),
-                "tokens": len(ids),
-                "loss_from": loss_from,
-            }
-            ordinal += 1
+    for ordinal, (document, ids, loss_from) in enumerate(documents):
+        shard.write(ids)
+        yield {
+            "source": source,
+            "split": split,
+            "ordinal": ordinal,
+            "id": document["id"],
+            "content_hash": document["content_hash"],
+            "license": document["license"],
+            "bytes": len(document["text"].encode()),
+            "tokens": len(ids),
+            "loss_from": loss_from,
+        }
     shard.close()
     (out / split).mkdir(exist_ok=True)
     for suffix in (".bin", ".idx"):
@@ -127,4 +163,6 @@ def estimate(config: TokenizeConfig) -> Estimate:
     return Estimate(cpu_seconds=10.0)
 
 
-STAGE = Stage("tokenize", VERSION, TokenizeConfig, run, estimate=estimate)
+STAGE = Stage(
+    "tokenize", VERSION, TokenizeConfig, run, estimate=estimate, shards=lambda c: c.shards, run_shard=run_shard
+)

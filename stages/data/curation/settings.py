@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from pipeline.stage import Config
+from pipeline.stage import Config, operational
 
 Kind = Literal["prose", "code", "problems", "chat"]
 """What a source's documents are."""
@@ -138,3 +138,6 @@ class CurationSettings(Config):
 
     decontamination: Decontamination = Decontamination()
     minhash: MinHash | None = MinHash()
+    shards: int = operational(
+        1, "pieces that each source is cut into for its steps and for tokenizing; on a cluster tasks of an array", ge=1
+    )
