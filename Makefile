@@ -23,7 +23,7 @@ help:
 	@echo "make test-vllm     vLLM on CPU against transformers, and as the sampler of RL (3 GB of download)"
 	@echo "make test-nemo     NeMo Gym's servers score the rows that a release publishes, on $(PYTHON_LATEST) (1.4 GB on disk)"
 	@echo "make slurm-up      a real Slurm cluster of four virtual nodes on this machine, as root; make slurm-down stops it"
-	@echo "make soak    layouts, checkpoint pairs and random kills at length (about three quarters of an hour); writes docs/soak.md"
+	@echo "make soak    layouts, checkpoint pairs, random kills and Slurm's disturbances at length (an hour and more); writes docs/soak.md"
 	@echo "make lint    linters and types only"
 	@echo "make lock    resolve the newest versions that pyproject.toml allows, into constraints.txt"
 	@echo "make clean   remove the environment and everything produced"
@@ -75,6 +75,7 @@ slurm-down:
 
 soak: $(READY)
 	$(BIN)/python tests/soak.py
+	ATOM_SOAK=1 $(BIN)/python -m pytest tests/test_slurm.py
 
 lock:
 	rm -rf build/lock

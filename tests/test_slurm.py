@@ -132,13 +132,15 @@ def accounting_away(home: Path) -> None:
     world.cluster("up")
 
 
-AGAIN = {requeue: True, preempt: True, node_crash: True, rank_hangs: True, daemons_killed: None}
+AGAIN = {requeue: True, preempt: True, rank_hangs: True, daemons_killed: None}
 AGAIN |= {controller_killed: None, accounting_away: False}
 """Whether the stage's job must have been started again; None: as it comes."""
-AT_LENGTH = {node_down: True, rank_killed: True, first_rank_killed: True} if os.environ.get("ATOM_SOAK") else {}
+AT_LENGTH = {node_down: True, node_crash: True, rank_killed: True, first_rank_killed: True}
+"""As well by `make soak`."""
+SOAK = bool(os.environ.get("ATOM_SOAK"))
 
 
-@pytest.mark.parametrize("disturb", AGAIN | AT_LENGTH, ids=lambda x: x.__name__)
+@pytest.mark.parametrize("disturb", AGAIN | (AT_LENGTH if SOAK else {}), ids=lambda x: x.__name__)
 def test_the_same_bytes_after(disturb: Callable[[Path], None], home: Path, calm: str) -> None:
     partition = "low" if disturb is preempt else "test"
     hang = {"hang_seconds": 8.0} if disturb in (rank_hangs, first_rank_killed) else {}
@@ -155,7 +157,7 @@ def test_the_same_bytes_after(disturb: Callable[[Path], None], home: Path, calm:
     assert (stage["state"], stage.get("restarts", 0)) == ("sealed", world.attempts(home, "pretrain") - 1)
 
 
-@pytest.mark.parametrize("seed", range(3 if os.environ.get("ATOM_SOAK") else 0))
+@pytest.mark.parametrize("seed", range(3 if SOAK else 0))
 @pytest.mark.timeout(1800)
 def test_the_same_bytes_after_everything_in_random_order(seed: int, upstream: Path, home: Path) -> None:
     """`make soak`: each kind of disturbance in one run, wherever it happens to be."""
@@ -207,7 +209,9 @@ def test_jobs_that_the_controller_lost_are_told_and_submitted_again(home: Path, 
 def test_a_full_disk_for_a_while(upstream: Path, calm: str, tmp_path: Path) -> None:
     place = tmp_path / "small"
     place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(place)], check=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(place)], check=False)
+    if mounted.returncode:
+        pytest.skip("a small disk to fill needs the right to mount one, which a container may not have")
     try:
         shutil.copytree(upstream, place / "home")
         atom(
@@ -288,7 +292,7 @@ def acquired(upstream: Path, tmp_path: Path) -> Path:
     return home
 
 
-@pytest.mark.parametrize("shards", [3, 8])
+@pytest.mark.parametrize("shards", [3, 8] if SOAK else [3])
 def test_curation_in_an_array_gives_the_same_bytes(acquired: Path, upstream: Path, tmp_path: Path, shards: int) -> None:
     home, recipe, cluster = acquired, with_shards(tmp_path, shards), world.write_profile(tmp_path)
     atom(home, "submit", recipe, "--cluster", cluster, "--until", "tokenize")
