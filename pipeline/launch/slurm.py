@@ -221,14 +221,20 @@ def setup(slurm: Slurm, store: Store, code: Path) -> list[str]:
 
 def teardown(slurm: Slurm, run: Run, node: Node, folder: Path, shards: bool) -> list[str]:
     """Lines of shell after the stage: what rank 0 decided is done. If it did not live to decide, the job is started
-    again; where nothing counts attempts (a shard, or Python that never began) as often as `restarts` says."""
+    again: `restarts` times where nothing counts attempts, as of a shard, or of Python that never begins."""
     lines = [
         "code=$?",
-        f"launch={shlex.quote(str(folder))}/ranks/$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}",
-        'decision=$(head -n 1 "$launch/decision" 2> /dev/null)',
-        'outcome=$(tail -n +2 "$launch/decision" 2> /dev/null)',
-        f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {slurm.restarts} ] && more=yes',
-        *([] if shards else ['[ -e "$launch/started-0" ] && more=yes']),
+        "start=${SLURM_RESTART_COUNT:-0}",
+        f"launches={shlex.quote(str(folder))}/ranks/$SLURM_JOB_ID",
+        'decision=$(head -n 1 "$launches.$start/decision" 2> /dev/null)',
+        'outcome=$(tail -n +2 "$launches.$start/decision" 2> /dev/null)',
+        f'[ "$start" -lt {slurm.restarts} ] && more=yes',
+    ]
+    if not shards:
+        lines.append(
+            f'for n in $(seq 0 {slurm.restarts}); do [ -e "$launches.$((start - n))/started-0" ] && more=yes; done'
+        )
+    lines += [
         '[ -z "$decision" ] && [ -n "$more" ] && decision=again',
         'if [ "$decision" = again ]; then',
         "    # what Slurm itself has ended (scancel, requeue) is not RUNNING any more",
