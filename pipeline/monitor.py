@@ -32,7 +32,8 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
     ended: dict[str, Job] = {}
     lack = None
     try:
-        ended = queue.ended(rest)
+        # accounting never hears of the end of a job that the controller lost, and goes on to call it pending or running
+        ended = {id: found for id, found in queue.ended(rest).items() if not found.alive}
     except NoAnswer as error:
         lack = f"{error}; how jobs ended that Slurm has forgotten is not known"
     out = []
