@@ -273,7 +273,7 @@ def test_curation_resumes_and_does_not_depend_on_hash_randomisation(tmp_path: Pa
             check=True,
         )
         digests.add(done.stdout.strip().splitlines()[-1])
-        (tmp_path / work / "steps-code.json").unlink()
+        (tmp_path / work / "steps-code-00000-of-00001.json").unlink()
     assert len(digests) == 1
 
 

@@ -38,6 +38,7 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
     """
     tokenizer, end, files = _given(inputs)
     vocab_size = tokenizer.get_vocab_size()
+    work.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     meta: dict[str, Any] = {
         "vocab_size": vocab_size,
