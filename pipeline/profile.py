@@ -27,14 +27,6 @@ class Power(Config):
     watts_per_gpu: float = Field(0.0, ge=0, description="power of one busy GPU")
 
 
-class Prices(Config):
-    """What an hour costs, for estimates; in one currency, whichever it is."""
-
-    gpu_hour: float = Field(default=0.0, ge=0)
-    core_hour: float = Field(default=0.0, ge=0)
-    currency: str = "USD"
-
-
 class Container(Config):
     """What the stages run in. The image holds Python and the packages; our code comes from the frozen snapshot."""
 
@@ -88,7 +80,6 @@ class Profile(Config):
     name: str
     local: Local = Local()
     power: Power
-    prices: Prices = Prices()
     slurm: Slurm | None = None
 
     def cluster(self) -> Slurm:

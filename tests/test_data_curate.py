@@ -296,3 +296,31 @@ def test_the_smoke_recipe_runs_every_step_and_values_are_consistent(run_stage: A
         while row["duplicate_of"]:
             row, hops = rows[row["duplicate_of"]], hops + 1
         assert hops <= 2 and (hops == 0 or row["disposition"] == "kept")
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_shards_done_beforehand_are_all_that_the_stage_needs(
+    tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    inputs = inputs_of(tmp_path)
+    whole = run_stage(curate.STAGE, config(0.1), inputs)
+    asked = config(0.1)
+    asked["curation"] = {**asked.get("curation", {}), "shards": shards}
+    cut = curate.CurateConfig.model_validate(asked)
+    work = tmp_path / "work"
+    work.mkdir()
+    for shard in range(shards):
+        curate.run_shard(cut, inputs, work, shard)
+    monkeypatch.setattr(curate, "_apply", None)  # nothing is left to do
+    assert run_stage(curate.STAGE, asked, inputs, work).digest == whole.digest
+
+
+def test_a_shard_is_read_from_the_row_groups_that_it_lies_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.data import table
+
+    monkeypatch.setattr(table, "ROWS_PER_GROUP", 4)
+    rows = [{"id": str(n)} for n in range(11)]
+    table.write_rows(tmp_path / "rows.parquet", {"id": "string"}, rows)
+    for shards in (1, 2, 3, 5, 11, 20):
+        parts = [table.read_shard(tmp_path / "rows.parquet", shard, shards) for shard in range(shards)]
+        assert [row for part in parts for row in part] == rows

@@ -304,6 +304,9 @@ def acquired(upstream: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("shards", [3, 8] if SOAK else [3])
 def test_curation_in_an_array_gives_the_same_bytes(acquired: Path, upstream: Path, tmp_path: Path, shards: int) -> None:
     home, recipe, cluster = acquired, with_shards(tmp_path, shards), world.write_profile(tmp_path)
+    atom(home, "submit", recipe, "--cluster", cluster, "--until", "tokenize", "--dry-run")
+    script = (home / "dry-run/atom-smoke/curate.shards.sh").read_text()
+    assert f"#SBATCH --array=0-{shards - 1}%{shards}\n" in script
     atom(home, "submit", recipe, "--cluster", cluster, "--until", "tokenize")
     if shards == 3:  # tasks that are killed are done again
         word = b"/curate/shards/submitit"

@@ -206,3 +206,23 @@ def test_a_broken_shard_is_named(tmp_path: Path, run_stage: Any) -> None:
         check_shard(prefix)
     with pytest.raises(AtomError, match=r"train/sums\.bin is missing"):
         Artifact.open(tokens.path)
+
+
+@pytest.mark.parametrize("shards", [1, 3, 7])
+def test_shards_done_beforehand_are_all_that_the_stage_needs(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    from conftest import RecordingReport
+
+    inputs = {"curate": curated(tmp_path / "in"), "tokenizer": write_manifest(tokenizer_folder, "tokenizer")}
+    whole, cut, work = tmp_path / "whole", tmp_path / "cut", tmp_path / "work"
+    for folder in (whole, cut, work):
+        folder.mkdir()
+    tokenize.run(tokenize.TokenizeConfig(), inputs, tmp_path / "other", whole, RecordingReport())
+    config = tokenize.TokenizeConfig(shards=shards)
+    for shard in range(shards):
+        tokenize.run_shard(config, inputs, work, shard)
+    assert len(list(work.glob("tokens-*"))) == 2 * shards
+    monkeypatch.setattr(tokenize, "encode", None)  # nothing is left to encode
+    tokenize.run(config, inputs, work, cut, RecordingReport())
+    assert write_manifest(cut, "t").digest == write_manifest(whole, "t").digest

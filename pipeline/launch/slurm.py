@@ -75,9 +75,9 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
                 else:
                     after = sorted({jobs[i] for i in node.inputs.values() if i in jobs}, key=int)
                     task = task_of(graph, store, made.run, node, profile)
-                    if node.stage.run_shard is not None and node.stage.shards(node.config) > 1:
+                    if (shards := shards_of(node)) > 1:
                         executor = executor_of(store, made.run, node, profile, code, after, shards=True)
-                        after = [start(executor, task, terms, node.stage.shards(node.config))]
+                        after = [start(executor, task, terms, shards)]
                         made.arrays[name] = after[0]
                     executor = executor_of(store, made.run, node, profile, code, after)
                     jobs[name] = made.submitted[name] = start(executor, task, terms)
@@ -128,6 +128,11 @@ def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) 
         gpus=nodes * min(each, jobs.gpus_per_node),
         watts_per_gpu=profile.power.watts_per_gpu,
     )
+
+
+def shards_of(node: Node) -> int:
+    """The tasks of the array that comes before its job; 1 if there is none."""
+    return 1 if node.stage.run_shard is None else node.stage.shards(node.config)
 
 
 def shape(slurm: Slurm, node: Node) -> tuple[Jobs, int, int]:
@@ -279,16 +284,24 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
         node = graph.nodes[name]
         if store.sealed(node.key):
             continue
-        executor = executor_of(store, run, node, profile, code, [])
         waits = [n for n in dict.fromkeys(node.inputs.values()) if not store.sealed(graph.nodes[n].key)]
-        text = executor._make_submission_file_text(executor._submitit_command_str, "")
-        head, _, rest = text.partition("\n")
-        path = run.folder / f"{name}.sh"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{head}\n# waits for: {', '.join(waits) or 'nothing'}\n{rest}\n")
-        try:
-            queue.ask("sbatch", "--test-only", str(path))
-            found.append(Checked(name, str(path), True, "Slurm takes it"))
-        except queue.Refused as error:
-            found.append(Checked(name, str(path), False, refusal(str(error))))
+        if (shards := shards_of(node)) > 1:
+            executor = executor_of(store, run, node, profile, code, [], shards=True)
+            executor.parameters["map_count"] = shards
+            found.append(_checked(executor, name, run.folder / f"{name}.shards.sh", waits))
+            waits = ["its shards"]
+        executor = executor_of(store, run, node, profile, code, [])
+        found.append(_checked(executor, name, run.folder / f"{name}.sh", waits))
     return found
+
+
+def _checked(executor: submitit.SlurmExecutor, stage: str, path: Path, waits: list[str]) -> Checked:
+    text = executor._make_submission_file_text(executor._submitit_command_str, "")
+    head, _, rest = text.partition("\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{head}\n# waits for: {', '.join(waits) or 'nothing'}\n{rest}\n")
+    try:
+        queue.ask("sbatch", "--test-only", str(path))
+    except queue.Refused as error:
+        return Checked(stage, str(path), False, refusal(str(error)))
+    return Checked(stage, str(path), True, "Slurm takes it")

@@ -50,7 +50,8 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
     }
     for n, file in enumerate(files):
         documents = read_table(file).to_pylist()
-        encoded = [x for shard in range(config.shards) for x in _encoded(config, tokenizer, end, file, work, shard)]
+        shards = (_kept(config, tokenizer, end, file, work, shard) for shard in range(config.shards))
+        encoded = [document for saved in shards for document in _encoded(saved)]
         for split in ("train", "heldout"):
             mine = [(d, *found) for d, found in zip(documents, encoded, strict=True) if d["split"] == split]
             if not mine:
@@ -83,13 +84,12 @@ def run_shard(config: TokenizeConfig, inputs: Inputs, work: Path, shard: int) ->
     """The tokens of one shard of every source, left in `work`."""
     tokenizer, end, files = _given(inputs)
     for file in files:
-        _encoded(config, tokenizer, end, file, work, shard)
+        _kept(config, tokenizer, end, file, work, shard)
 
 
-def _encoded(
-    config: TokenizeConfig, tokenizer: Tokenizer, end: int, file: Path, work: Path, shard: int
-) -> Iterator[tuple[list[int], int]]:
-    """What `encode` gives for each document of a shard; kept in `work`, as bytes of int32."""
+def _kept(config: TokenizeConfig, tokenizer: Tokenizer, end: int, file: Path, work: Path, shard: int) -> dict[str, Any]:
+    """What `encode` gives for the documents of a shard, as it lies in `work`: ids as bytes of int32, and by document
+    their number and `loss_from`."""
 
     def make() -> dict[str, Any]:
         chat = file.stem in config.conversations
@@ -103,7 +103,12 @@ def _encoded(
         lengths, prompts = [len(ids) for ids, _ in found], [prompt for _, prompt in found]
         return {"ids": b64encode(ids.tobytes()).decode(), "lengths": lengths, "loss_from": prompts}
 
-    saved = once(work / f"tokens-{file.stem}-{shard:05d}-of-{config.shards:05d}.json", make)
+    found: dict[str, Any] = once(work / f"tokens-{file.stem}-{shard:05d}-of-{config.shards:05d}.json", make)
+    return found
+
+
+def _encoded(saved: dict[str, Any]) -> Iterator[tuple[list[int], int]]:
+    """(ids, loss_from) of each document of a shard."""
     ids, start = array("i", b64decode(saved["ids"])).tolist(), 0
     for length, loss_from in zip(saved["lengths"], saved["loss_from"], strict=True):
         yield ids[start : start + length], loss_from

@@ -12,31 +12,24 @@ from typing import Any
 
 import torch
 
-from stages.data.items import chat_rows
 from stages.data.seeds import seed_of
-from stages.rl import losses, rollouts, tasks
+from stages.rl import losses, rollouts
 from stages.rl.batches import Example, share
 from stages.rl.config import RlPhase
 from stages.rl.curriculum import Curriculum
-from stages.rl.policy import Answers, Policy, require_small_gap
+from stages.rl.policy import PolicyTrainer, require_small_gap
 from stages.rl.rollouts import Rollout
-from stages.rl.trainer import Trainer
 from stages.train.data import Batch, Order, Shards
 from stages.train.engine import Objective
 
 
-class Rlvr(Trainer):
+class Rlvr(PolicyTrainer):
     """The loop against verifiers."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         phase: RlPhase = self.phase
-        self.policy = Policy(self.config, self.inputs, self.engine, self.report, self.work)
-        self.files = Answers(self.work / "rollouts", self.report)
-        rows = tasks.read(self.inputs["tasks"])
-        self.curriculum = Curriculum(phase.curriculum, rows, self.name, self.config.seed)
-        kinds, items = {row["kind"] for row in rows}, chat_rows(self.inputs["items"])
-        self.validation = [row for row in items if row["split"] == "validation" and row["kind"] in kinds]
+        self.curriculum = Curriculum(phase.curriculum, self.rows, self.name, self.config.seed)
         self.generated = 0  # tokens of all answers
         self.replay: tuple[Order, Shards] | None = None
         if phase.replay is not None:
@@ -51,13 +44,8 @@ class Rlvr(Trainer):
         self.generated = state["generated"]
 
     def measure(self, step: int) -> dict[str, Any] | None:
-        if step % self.phase.validate_every and step != self.phase.steps:
-            return None
-        self.policy.load()
-        found = self.policy.validate(self.validation) if self.first and self.validation else {}
-        if self.first:
-            self.report.metric(step, **{f"validation_{kind}": value for kind, value in found.items()})
-        return {"validation": found, "generated": self.generated} if found else None
+        found = super().measure(step)
+        return None if found is None else found | {"generated": self.generated}
 
     def step(self, step: int) -> dict[str, Any]:
         policy = self.policy.load()
@@ -153,9 +141,6 @@ class Rlvr(Trainer):
             "largest_sampler_gap": max((x["max_sampler_gap"] for x in lines if "max_sampler_gap" in x), default=None),
             "curriculum": self.curriculum.state,
         }
-
-    def close(self) -> None:
-        self.policy.close()
 
 
 def sorted_out(found: Sequence[Rollout], samples: int) -> tuple[list[Rollout], int]:

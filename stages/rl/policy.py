@@ -20,6 +20,7 @@ from stages.rl.contracts import Completion, Parts, Row, Sampler
 from stages.rl.generate import InProcess
 from stages.rl.judges import verifiers_of
 from stages.rl.rollouts import Rollout
+from stages.rl.trainer import Trainer
 from stages.train.engine import Engine
 
 
@@ -172,3 +173,28 @@ class Answers:
             self.report.note(f"{path.name} was drawn by another policy or for other tasks; its answers are drawn again")
             return None
         return found
+
+
+class PolicyTrainer(Trainer):
+    """The loop of a phase whose policy is asked: its sampler and verifiers, the answers on disk, and the validation
+    items of the kinds that it is trained on."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.policy = Policy(self.config, self.inputs, self.engine, self.report, self.work)
+        self.files = Answers(self.work / "rollouts", self.report)
+        self.rows = tasks.read(self.inputs["tasks"])
+        kinds, items = {row["kind"] for row in self.rows}, chat_rows(self.inputs["items"])
+        self.validation = [row for row in items if row["split"] == "validation" and row["kind"] in kinds]
+
+    def measure(self, step: int) -> dict[str, Any] | None:
+        if step % self.phase.validate_every and step != self.phase.steps:
+            return None
+        self.policy.load()
+        found = self.policy.validate(self.validation) if self.first and self.validation else {}
+        if self.first:
+            self.report.metric(step, **{f"validation_{kind}": value for kind, value in found.items()})
+        return {"validation": found} if found else None
+
+    def close(self) -> None:
+        self.policy.close()

@@ -13,7 +13,6 @@ import torch
 
 from pipeline.errors import AtomError
 from pipeline.store import Artifact
-from stages.data.items import chat_rows
 from stages.data.seeds import seed_of
 from stages.data.table import read_table, write_rows
 from stages.rl import answers, losses, rollouts, tasks
@@ -22,7 +21,7 @@ from stages.rl.config import Asking, DpoPhase, RewardPhase
 from stages.rl.contracts import Row, question
 from stages.rl.curriculum import Curriculum
 from stages.rl.judges import judged
-from stages.rl.policy import Answers, Policy, require_small_gap
+from stages.rl.policy import PolicyTrainer, require_small_gap
 from stages.rl.rollouts import Rollout
 from stages.rl.trainer import Trainer
 from stages.statistics import wilson
@@ -48,26 +47,20 @@ PAIRS = {
 }
 
 
-class Dpo(Trainer):
+class Dpo(PolicyTrainer):
     """Rounds: answers are drawn and judged, pairs made, and learnt from in a few updates."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         phase: DpoPhase = self.phase
-        self.policy = Policy(self.config, self.inputs, self.engine, self.report, self.work)
-        self.files = Answers(self.work / "rollouts", self.report)
-        rows = tasks.read(self.inputs["tasks"])
-        self.by_id = {row["id"]: row for row in rows}
+        self.by_id = {row["id"]: row for row in self.rows}
         seed = self.config.seed
         liked = set(tasks.kinds_of(phase.preferences.tasks))
-        self.asked = Curriculum(None, [r for r in rows if r["kind"] in liked], f"{self.name}/ask", seed)
+        self.asked = Curriculum(None, [r for r in self.rows if r["kind"] in liked], f"{self.name}/ask", seed)
         self.skills = None
         if phase.skills is not None:
-            own = [row for row in rows if row["kind"] not in liked]
+            own = [row for row in self.rows if row["kind"] not in liked]
             self.skills = Curriculum(None, own, f"{self.name}/skills", seed)
-        kinds = {row["kind"] for row in rows}
-        items = chat_rows(self.inputs["items"])
-        self.validation = [row for row in items if row["split"] == "validation" and row["kind"] in kinds]
 
     def state(self) -> dict[str, Any]:
         return {"asked": self.asked.copy(), "skills": self.skills.copy() if self.skills else None}
@@ -76,15 +69,6 @@ class Dpo(Trainer):
         self.asked.load(state["asked"])
         if self.skills:
             self.skills.load(state["skills"])
-
-    def measure(self, step: int) -> dict[str, Any] | None:
-        if step % self.phase.validate_every and step != self.phase.steps:
-            return None
-        self.policy.load()
-        found = self.policy.validate(self.validation) if self.first and self.validation else {}
-        if self.first:
-            self.report.metric(step, **{f"validation_{kind}": value for kind, value in found.items()})
-        return {"validation": found} if found else None
 
     def step(self, step: int) -> dict[str, Any]:
         digest = self.policy.load()
@@ -108,16 +92,18 @@ class Dpo(Trainer):
         rng.shuffle(right)
         for number in range(self.phase.updates):
             some = pairs[number :: self.phase.updates]
-            told |= self._update(step, number, some, right[number :: self.phase.updates])
+            figures, gap = self._update(step, number, some, right[number :: self.phase.updates])
+            told |= figures
             if number == 0:  # no weight has moved since the answers were drawn
-                told |= {"sampler_gap": told["now_gap"], "max_sampler_gap": told["max_now_gap"]}
-                require_small_gap(self.name, step, told["sampler_gap"], self.phase.logprob_gap)
-        return {name: value for name, value in told.items() if name not in ("now_gap", "max_now_gap")}
+                require_small_gap(self.name, step, gap["sampler_gap"], self.phase.logprob_gap)
+                told |= gap
+        return told
 
     def _update(
         self, step: int, number: int, pairs: Sequence[tuple[Rollout, Rollout]], right: Sequence[Rollout]
-    ) -> dict[str, Any]:
-        """One update; answers' log-probabilities when they were drawn are those of the reference."""
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """One update; answers' log-probabilities when they were drawn are those of the reference. Returns what the log
+        says of it, and how far the policy was from the reference before it."""
         tokens = sum(len(r.ids) for r in right)
         weight = self.phase.anchor * len(pairs) / tokens if tokens else 0.0
         units = [[_example(r, pair=1.0, anchor=0.0) for r in pair] for pair in pairs]
@@ -128,14 +114,14 @@ class Dpo(Trainer):
         lr = self.rate((step - 1) * self.phase.updates + number + 1)
         figures = self.engine.step(each, lr, self.judge(step), objective=dpo(self.phase.beta))
         more = figures.more
-        return self.told(figures, lr) | {
+        gap = {"sampler_gap": more["gap"] / more["tokens"], "max_sampler_gap": more["max_gap"]}
+        told = {
             "pair_loss": (figures.loss * len(pairs) - more["anchor"]) / len(pairs),
             "pair_accuracy": more["accuracy"] / len(pairs),
             "pair_margin": more["margin"] / len(pairs),
             "anchor_loss": more["anchor"] / len(pairs),
-            "now_gap": more["gap"] / more["tokens"],
-            "max_now_gap": more["max_gap"],
         }
+        return self.told(figures, lr) | told, gap
 
     def _draw(self, step: int, digest: str) -> tuple[list[Rollout], dict[str, Any]]:
         """The answers of a round and the state after them. Of rank 0."""
@@ -177,9 +163,6 @@ class Dpo(Trainer):
         rewards = [x["reward"] for x in lines if "reward" in x]
         told = {"reward": {"first": rewards[0], "last": rewards[-1]}, "validation": validated}
         return {"answers": count, "pairs": sum(row["learnt"] for row in rows), "pairs_in_all": len(rows), **told}
-
-    def close(self) -> None:
-        self.policy.close()
 
 
 def grouped(found: Sequence[Rollout]) -> list[list[Rollout]]:
