@@ -1,12 +1,14 @@
-"""What our bookkeeping costs on Slurm: submitting a graph of 200 stages, and asking how it stands.
+"""What our bookkeeping costs on Slurm: submitting a graph of 200 stages, going from a stage to the next, and asking how
+1,000 jobs stand.
 
-    make slurm-up && .venv/bin/python bench/orchestration.py            # a minute
+    make slurm-up && .venv/bin/python bench/orchestration.py            # some minutes
     .venv/bin/python bench/orchestration.py --quick                     # 20 stages
 
 Each round submits a graph of atom-tiny's stages, repeated under other names, to a partition that starts nothing, by
 what `atom submit` calls; then the scripts that were written are submitted again by `sbatch` alone, one after another
-with their dependencies. The time of `atom status` over all these jobs is told beside it. Seconds are by the clock, for
-most of them are spent in Slurm. The last line is one JSON object.
+with their dependencies. From a stage to the next: in a chain of short stages of atom-smoke, from the end of the work of
+one to the beginning of the next one's, beside a chain of jobs in which srun writes the time. Seconds are by the clock,
+for most of them are spent in Slurm. The last line is one JSON object: the ratio is that of submitting.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from pipeline import graph, monitor, profile, recipe
+from pipeline.events import Tail
 from pipeline.launch import queue, slurm
 from pipeline.store import Store
 
@@ -60,12 +64,46 @@ def again(scripts: list[str]) -> None:
         new[old] = said.stdout.strip()
 
 
+def ours() -> list[float]:
+    """Seconds from the end of a stage's work to the beginning of the next one's, on an empty cluster."""
+    chain = ["curate", "tokenizer", "tokenize"]
+    with tempfile.TemporaryDirectory() as place:
+        store = Store(Path(place))
+        composed = graph.compose(recipe.load("atom-smoke"), store)
+        made = slurm.submit(composed, store, composed.select("tokenize", None), profile.load("dev"), "dev")
+        while not store.sealed(composed.nodes["tokenize"].key):
+            time.sleep(0.5)
+        events = [Tail(made.run.node_folder(name) / "events.jsonl").read() for name in chain]
+        while queue.ask("squeue", "-h", "--me", "-t", "running,completing").strip():
+            time.sleep(0.2)
+    when = [{event["event"]: event["time"] for event in each} for each in events]
+    return [after["start"] - before["end"] for before, after in pairwise(when)]
+
+
+def theirs() -> list[float]:
+    """The same of jobs that do nothing but write the time, by srun."""
+    with tempfile.TemporaryDirectory() as place:
+        job = ""
+        for number in range(3):
+            more = [f"--dependency=afterok:{job}"] if job else []
+            run = f"srun date +%s.%N > {place}/{number}"
+            job = queue.ask("sbatch", "--parsable", "--output=/dev/null", *more, f"--wrap={run}").strip()
+        while not (Path(place) / "2").exists() or queue.ask("squeue", "-h", "-j", job, "-t", "running,completing"):
+            time.sleep(0.2)
+        when = [float((Path(place) / str(number)).read_text()) for number in range(3)]
+    return [after - before for before, after in pairwise(when)]
+
+
 def measure(quick: bool) -> dict[str, Any]:
     os.environ.setdefault("SLURM_CONF", str(PLACE / "etc/slurm.conf"))
-    stages, rounds = (20, 3) if quick else (200, 5)
+    stages, rounds, many = (20, 3, 40) if quick else (200, 5, 1000)
     settings = profile.load("dev")
+    names = ("atom submit", "sbatch", "atom status", f"atom status, {many} jobs", "stage to stage", "job to job")
+    took: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        took["stage to stage"] += ours()
+        took["job to job"] += theirs()
     queue.ask("scontrol", "update", "partitionname=test", "state=down")
-    took: dict[str, list[float]] = {"atom submit": [], "sbatch": [], "atom status": []}
     try:
         for _ in range(rounds):
             with tempfile.TemporaryDirectory() as place:
@@ -88,6 +126,15 @@ def measure(quick: bool) -> dict[str, Any]:
                 again(scripts)
                 took["sbatch"].append(time.perf_counter() - start)
                 queue.ask("scancel", "--me")
+        with tempfile.TemporaryDirectory() as place:
+            store = Store(Path(place))
+            composed = large(store, many)
+            made = slurm.submit(composed, store, list(composed.nodes), settings, "dev")
+            for _ in range(rounds):
+                start = time.perf_counter()
+                found, lack = monitor.status(made.run, store)
+                took[f"atom status, {many} jobs"].append(time.perf_counter() - start)
+                assert lack is None and len(found) == many
     finally:
         queue.ask("scancel", "--me")
         queue.ask("scontrol", "update", "partitionname=test", "state=up")

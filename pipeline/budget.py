@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pipeline import ledger
 from pipeline.store import Store
@@ -17,6 +18,15 @@ def used(store: Store, keys: Iterable[str]) -> dict[str, float]:
             hours["gpu_hours"] += spent.get("gpu_seconds", 0.0) / 3600
             hours["core_hours"] += spent.get("cpu_seconds", 0.0) / 3600
     return hours
+
+
+def told(hours: Mapping[str, float], prices: Mapping[str, Any] | None) -> str:
+    """Hours that were used in words, with what they cost by a profile's prices."""
+    said = f"{hours['gpu_hours']:.3g} GPU hours, {hours['core_hours']:.3g} core hours"
+    if not prices:
+        return said
+    cost = hours["gpu_hours"] * prices["gpu_hour"] + hours["core_hours"] * prices["core_hour"]
+    return f"{said}, {cost:,.2f} {prices['currency']}"
 
 
 def exceeded(limits: Mapping[str, float | None] | None, store: Store, keys: Iterable[str]) -> str | None:

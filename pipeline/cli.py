@@ -18,6 +18,7 @@ from pipeline.errors import AtomError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from pipeline.graph import Graph
     from pipeline.launch.slurm import Submission
@@ -136,7 +137,7 @@ def _run(composed: Graph, store: Store, selected: list[str], cluster: str, setti
 
     require_inputs(composed, store, selected)
     prepare_environment()
-    this = runs.start(composed, store, selected, cluster)
+    this = runs.start(composed, store, selected, cluster, prices=settings.costs())
     background = tracking.Background(this, store)
     outcome = "FAILED"
     print(f"run {this.id}, logs in {this.folder}")
@@ -193,7 +194,7 @@ def submit(
     made = slurm.submit(composed, store, selected, settings, cluster)
     if as_json:
         body = {"run": made.run.id, "submitted": made.submitted, "attached": made.attached, "sealed": made.sealed}
-        print(json.dumps(body, indent=1))
+        print(json.dumps({**body, "unknown": made.lack}, indent=1))
         return
     _told(made)
 
@@ -201,6 +202,8 @@ def submit(
 def _told(made: Submission) -> None:
     from pipeline.display import stages
 
+    if made.lack:
+        print(f"atom: {made.lack}", file=sys.stderr)
     told = [f"{stages(len(made.submitted))} submitted"] if made.submitted else []
     told += [f"{len(made.attached)} in Slurm's hands already"] if made.attached else []
     told += [f"{len(made.sealed)} sealed already"] if made.sealed else []
@@ -238,29 +241,36 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="redraw every two seconds until the run ends")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show how far a run is."""
-    from pipeline import monitor
+    """Show how far a run is, and what it has used so far, failed attempts counted."""
+    from rich.live import Live
+
+    from pipeline import budget, monitor
     from pipeline import run as runs
     from pipeline.views import status_table
 
     store = _store()
     this = runs.find(store, run)
-    found, lack = monitor.status(this, store)
+
+    def now() -> tuple[Table, list[NodeStatus], str | None, dict[str, float]]:
+        found, lack = monitor.status(this, store)
+        used = budget.used(store, (stage.key for stage in found))
+        return status_table(this.id, found, budget.told(used, this.body.get("prices"))), found, lack, used
+
+    table, found, lack, used = now()
     if as_json:
-        print(json.dumps({"run": this.id, "unknown": lack, "stages": [s.json() for s in found]}, indent=1))
+        body = {"run": this.id, "unknown": lack, "used": used, "stages": [s.json() for s in found]}
+        print(json.dumps(body, indent=1))
         return
     if lack:
         print(f"atom: {lack}", file=sys.stderr)
     if not watch:
-        _console().print(status_table(this.id, found))
+        _console().print(table)
         return
-    from rich.live import Live
-
-    with Live(status_table(this.id, found), console=_console(), auto_refresh=False) as live:
+    with Live(table, console=_console(), auto_refresh=False) as live:
         while not monitor.over(found):
             time.sleep(2)
-            found, _ = monitor.status(this, store)
-            live.update(status_table(this.id, found), refresh=True)
+            table, found, *_ = now()
+            live.update(table, refresh=True)
 
 
 @app.command()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from pipeline import run as runs
 from pipeline.events import Tail
@@ -46,7 +49,7 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
         if not _ours(of_node, run, row, node.name, store):
             of_node = ended.get(row["job"])
         known = _with_job(node, row["job"], of_node, restarts(run, node.name))
-        out.append(_with_array(known, row["array"], run, held) if row.get("array") else known)
+        out.append(_with_array(known, row, run, held) if row.get("array") else known)
     return out, lack
 
 
@@ -76,19 +79,23 @@ def _with_job(node: NodeStatus, id: str, job: Job | None, again: int) -> NodeSta
     return replace(node, state="failed", message=message)
 
 
-def _with_array(node: NodeStatus, array: str, run: Run, held: dict[str, Job]) -> NodeStatus:
+def _with_array(node: NodeStatus, row: Mapping[str, Any], run: Run, held: dict[str, Job]) -> NodeStatus:
     """A node whose shards are done beforehand by a job array: how far that is, or which task failed."""
     if node.state in ("sealed", "running"):
         return node
     folder = run.node_folder(node.name) / "shards"
-    shards = len(list((folder / "submitit").glob(f"{array}_*_submitted.pkl")))
     said = [path.read_text().split("\n") for path in folder.glob("ranks/*/decision")]
-    done, failed = sum(row[0] == job.SEALED for row in said), [row[1] for row in said if row[0] == job.FAILED]
-    bad = [each.id for each in held.values() if each.id.startswith(f"{array}_") and each.state in ("FAILED", "TIMEOUT")]
+    failed = [why for decision, why, *_ in said if decision == job.FAILED]
+    tasks = (each for id, each in held.items() if id.startswith(f"{row['array']}_"))
+    bad = [each.id for each in tasks if each.state in ("FAILED", "TIMEOUT")]
     if node.state == "cancelled" and (failed or bad):
         why = failed[0] if failed else f"task {bad[0]} of its array failed; its log is in {folder / 'submitit'}"
         return replace(node, state="failed", reason=None, message=why)
-    return replace(node, done=done, total=shards, unit="shards")
+    done: dict[str, int] = {}
+    for path in folder.glob("ranks/*/shards.json"):  # a task that was started again counts what it finds done, too
+        task = path.parent.name.rpartition(".")[0]
+        done[task] = max(done.get(task, 0), json.loads(path.read_text())["done"])
+    return replace(node, done=sum(done.values()), total=row["shards"], unit="shards")
 
 
 def restarts(run: Run, node: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -25,6 +25,14 @@ class Power(Config):
 
     watts_per_core: float = Field(ge=0, description="power of one busy core")
     watts_per_gpu: float = Field(0.0, ge=0, description="power of one busy GPU")
+
+
+class Prices(Config):
+    """What an hour costs, for `atom status` to say what a run has cost so far."""
+
+    gpu_hour: float = Field(0.0, ge=0)
+    core_hour: float = Field(0.0, ge=0, description="of a busy core")
+    currency: str = Field("USD", min_length=1)
 
 
 class Container(Config):
@@ -66,6 +74,7 @@ class Slurm(Config):
     scratch: str | None = Field(None, description="a folder on each node for temporary files")
     free_gb: float = Field(1.0, ge=0, description="space that must be free under $ATOM_HOME and in scratch")
     signal_lead_seconds: int = Field(120, ge=10, description="how long before the time limit a stage is told to save")
+    array_size: int = Field(1000, ge=1, description="tasks of a job array; each does several shards if there are more")
     array_tasks: int = Field(256, ge=1, description="tasks of one job array that may run at once")
     restarts: int = Field(3, ge=0, description="attempts that may follow each other without progress")
     notify: str | None = Field(
@@ -80,7 +89,12 @@ class Profile(Config):
     name: str
     local: Local = Local()
     power: Power
+    prices: Prices | None = None
     slurm: Slurm | None = None
+
+    def costs(self) -> dict[str, Any] | None:
+        """The prices as plain values, for a run to keep."""
+        return None if self.prices is None else self.prices.model_dump()
 
     def cluster(self) -> Slurm:
         """The part for Slurm. Raises RecipeError if there is none."""

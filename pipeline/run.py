@@ -29,17 +29,19 @@ class Run:
     def node_folder(self, name: str) -> Path:
         return self.folder / name
 
-    def note_job(self, node: str, job: str, attached: bool, array: str | None = None) -> None:
-        """Writes down which Slurm job is to make a node. attached: another run submitted it; array: of its shards."""
+    def note_job(self, node: str, job: str, attached: bool, array: str | None = None, shards: int = 1) -> None:
+        """Writes down which Slurm job is to make a node. attached: another run submitted it; array: the job array that
+        does its shards beforehand, so many."""
+        row = {"node": node, "job": job, "attached": attached, "array": array, "shards": shards}
         with open(self.folder / "jobs.jsonl", "a") as file:
-            file.write(json.dumps({"node": node, "job": job, "attached": attached, "array": array}) + "\n")
+            file.write(json.dumps(row) + "\n")
 
     def jobs(self) -> dict[str, dict[str, Any]]:
         """{node: {job, attached}} of the latest submissions; empty for a run of this machine."""
         return {row["node"]: row for row in Tail(self.folder / "jobs.jsonl").read()}
 
 
-def start(graph: Graph, store: Store, selected: list[str], profile: str, **more: str) -> Run:
+def start(graph: Graph, store: Store, selected: list[str], profile: str, **more: Any) -> Run:
     """Writes a new run: the recipe as it is now, and the nodes asked for with keys. more: what a launcher adds."""
     identity = graph.recipe.config
     run_id = f"{identity.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"

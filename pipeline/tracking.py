@@ -2,6 +2,8 @@
 
 The files are the truth. This module only forwards what they hold, remembers how far it got in `mlflow.json`, and may
 be called again at any time: after an outage of the tracking server the next call sends what is missing.
+
+Beside a Slurm job it runs as a process of its own (`Companion`); of the jobs of a run one at a time sends for all.
 """
 
 from __future__ import annotations
@@ -10,11 +12,19 @@ import json
 import logging
 import os
 import re
+import select
+import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 from pipeline import ledger
+from pipeline import run as runs
 from pipeline.events import Tail
+from pipeline.lease import Lease
 from pipeline.run import Run, status
 from pipeline.store import Artifact, Store
 
@@ -187,14 +197,7 @@ class Background:
     def _loop(self) -> None:
         while True:
             last = self._stop.wait(self.EVERY)
-            try:
-                if last:
-                    self.forwarder.finish(self._outcome or "FAILED")
-                else:
-                    self.forwarder.sync()
-                self.problem = None
-            except Exception as error:  # whatever a tracking server may do, training goes on; the caller prints it
-                self.problem = redacted(f"{type(error).__name__}: {error}".splitlines()[0][:300])
+            self.problem = _sent(self.forwarder, (self._outcome or "FAILED") if last else "")
             if last:
                 return
 
@@ -206,3 +209,84 @@ class Background:
         if self._thread.is_alive():
             self.problem = f"no answer within {self.LAST_CHANCE:.0f} seconds"
         return self.problem
+
+
+class Companion:
+    """A process beside a Slurm job that sends its run to the tracking server that MLFLOW_TRACKING_URI names, if it
+    names one: a file of SQLite on a shared file system is not for many hosts to write. What it meets never reaches the
+    job."""
+
+    LAST_CHANCE = 60.0
+
+    def __init__(self, home: Path, run: str) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http:", "https:")):
+            return
+        # Slurm's signals go to every process of a job; this one ends when the job closes its input, or dies
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT})
+        try:
+            command = [sys.executable, "-m", "pipeline.tracking", str(home), run]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def close(self, outcome: str) -> None:
+        """Lets it send the rest. outcome: of the whole run, FINISHED or FAILED; empty: it goes on."""
+        if self.process is None:
+            return
+        try:
+            self.process.communicate(outcome, timeout=self.LAST_CHANCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def accompany(home: Path, run: str) -> None:
+    """What that process does: whoever has the turn sends every few seconds what all jobs of the run have written. When
+    its own job is over it sends once more; or it leaves that to whoever has the turn, and sees that it was done."""
+    store = Store(home)
+    this = runs.find(store, run)
+    folder = this.folder / "mlflow"
+    over, outcome, turn, problem = False, "", None, None
+    while True:
+        if not over and select.select([sys.stdin], [], [], Background.EVERY)[0]:
+            over, outcome = True, sys.stdin.read()
+        elif over:
+            time.sleep(0.5)
+        if turn is not None and turn.lost:
+            turn = None
+        turn = turn or Lease.take(folder)
+        end, begun, sent = folder / f"end-{os.getpid()}", folder / "begun", folder / "sent"
+        if over and not end.exists():
+            end.touch()
+        if turn is not None:
+            begun.touch()
+            problem = _sent(Forwarder(this, store), outcome)
+            os.replace(begun, sent)  # its time: when the last sending began
+        if over and (turn is not None or (not outcome and _later(sent, end))):
+            break
+    end.unlink()
+    if turn is not None:
+        turn.release()
+    if problem:
+        print(f"MLflow did not take everything ({problem}); `atom track {run}` sends it later", file=sys.stderr)
+
+
+def _sent(forwarder: Forwarder, outcome: str) -> str | None:
+    """Sends what there is; what went wrong, in one line, without passwords."""
+    try:
+        if outcome:
+            forwarder.finish(outcome)
+        else:
+            forwarder.sync()
+    except Exception as error:  # whatever a tracking server may do, the stage goes on; the caller tells it
+        return redacted(f"{type(error).__name__}: {error}".splitlines()[0][:300])
+    return None
+
+
+def _later(path: Path, than: Path) -> bool:
+    return path.exists() and path.stat().st_mtime_ns > than.stat().st_mtime_ns
+
+
+if __name__ == "__main__":
+    accompany(Path(sys.argv[1]), sys.argv[2])

@@ -90,7 +90,7 @@ def _binary(value: float) -> str:
     return f"{value / 2**30:.3g}Gi" if value >= 2**30 else f"{value / 2**20:.3g}Mi"
 
 
-def status_table(run: str, stages: list[NodeStatus]) -> Table:
+def status_table(run: str, stages: list[NodeStatus], used: str) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, title=f"run {run}", title_justify="left")
     slurm = any(s.job for s in stages)
     for column in ("stage", "state", *(("job", "nodes", "again") if slurm else ()), "progress", "time", "left", ""):
@@ -104,7 +104,7 @@ def status_table(run: str, stages: list[NodeStatus]) -> Table:
         left = duration(s.eta) if s.eta is not None and s.state == "running" else ""
         table.add_row(s.name, state, *where, progress, took, left, detail)
     sealed = sum(s.state == "sealed" for s in stages)
-    table.caption = f"{sealed} of {len(stages)} stages sealed"
+    table.caption = f"{sealed} of {len(stages)} stages sealed; used so far: {used}"
     table.caption_justify = "left"
     return table
 

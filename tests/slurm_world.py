@@ -100,7 +100,10 @@ def array_of(home: Path, stage: str) -> str:
 
 def reached_shards(home: Path, stage: str) -> int:
     """How many shards of a stage its array has done."""
-    return len({path.parent.name.split(".")[0] for path in home.glob(f"logs/*/{stage}/shards/ranks/*/usage.json")})
+    done: dict[str, int] = {}
+    for path in sorted(home.glob(f"logs/*/{stage}/shards/ranks/*/shards.json")):
+        done[path.parent.name.split(".")[0]] = json.loads(path.read_text())["done"]
+    return sum(done.values())
 
 
 def nodes_of(home: Path, stage: str) -> list[str]:

@@ -29,6 +29,8 @@ def test_what_is_wrong_with_a_node_names_it(tmp_path: Path, monkeypatch: pytest.
     assert said and said.startswith("node n7 has ") and "less than free_gb = 1e+09" in said
     said = preflight.check(task(tmp_path), tmp_path, 0, 0.0, str(tmp_path / "none"))
     assert said and said.startswith("node n7 cannot write to ") and "No such file" in said
+    said = preflight.check(task(tmp_path), tmp_path, 0, 0.0, "/sys")  # nobody can write there, not even root
+    assert said and said.startswith("node n7 cannot write to /sys (")
     monkeypatch.setattr(preflight.time, "time", lambda: 0.0)
     said = preflight.check(task(tmp_path), tmp_path, 0, 0.0, None)
     assert said and said.startswith("the clock of node n7 differs by ")

@@ -18,6 +18,11 @@ import pytest
 import slurm_world as world
 import yaml
 from conftest import atom, digests
+from mlflow import MlflowClient
+from test_tracking import runs as tracked
+from test_tracking import tracking_server
+
+from release.local_hub import free_port
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the daemons of the test cluster run as root")
 
@@ -77,62 +82,62 @@ def finish(home: Path, stage: str = "pretrain") -> str:
 # --- what happens to the job of a stage, or to the cluster under it -----------------------------------------------------
 
 
-def requeue(home: Path) -> None:
-    world.slurm("scontrol", "requeue", world.job_of(home, "pretrain"))
+def requeue(home: Path, stage: str = "pretrain") -> None:
+    world.slurm("scontrol", "requeue", world.job_of(home, stage))
 
 
-def told_to_save(home: Path) -> None:
+def told_to_save(home: Path, stage: str = "pretrain") -> None:
     """The signal that comes before a time limit."""
-    world.slurm("scancel", "--signal=USR2", world.job_of(home, "pretrain"))
+    world.slurm("scancel", "--signal=USR2", world.job_of(home, stage))
 
 
-def preempt(home: Path) -> None:
+def preempt(home: Path, stage: str = "pretrain") -> None:
     command = ["--partition=test", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"]
     world.slurm("sbatch", *command)
 
 
-def node_down(home: Path) -> None:
-    node = world.nodes_of(home, "pretrain")[1]
+def node_down(home: Path, stage: str = "pretrain") -> None:
+    node = world.nodes_of(home, stage)[-1]
     world.slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
 
-def node_crash(home: Path) -> None:
+def node_crash(home: Path, stage: str = "pretrain") -> None:
     """Every process of a node, its daemon and Slurm's supervisors among them."""
-    node = world.nodes_of(home, "pretrain")[1]
+    node = world.nodes_of(home, stage)[-1]
     world.kill([world.daemon(f"slurmd.{node}"), *world.processes(node)])
     time.sleep(12)  # until the controller has noticed
     world.cluster("up")
 
 
-def rank_killed(home: Path) -> None:
-    world.kill(world.processes(world.nodes_of(home, "pretrain")[1], b"submitit"))
+def rank_killed(home: Path, stage: str = "pretrain") -> None:
+    world.kill(world.processes(world.nodes_of(home, stage)[-1], b"submitit"))
 
 
-def first_rank_killed(home: Path) -> None:
-    world.kill(world.processes(world.nodes_of(home, "pretrain")[0], b"submitit"))
+def first_rank_killed(home: Path, stage: str = "pretrain") -> None:
+    world.kill(world.processes(world.nodes_of(home, stage)[0], b"submitit"))
 
 
-def rank_hangs(home: Path) -> None:
-    world.kill(world.processes(world.nodes_of(home, "pretrain")[1], b"submitit"), signal.SIGSTOP)
+def rank_hangs(home: Path, stage: str = "pretrain") -> None:
+    world.kill(world.processes(world.nodes_of(home, stage)[-1], b"submitit"), signal.SIGSTOP)
 
 
-def daemons_killed(home: Path) -> None:
+def daemons_killed(home: Path, stage: str = "pretrain") -> None:
     """Node daemon and supervisors, while the stage's own processes live on."""
-    daemons = [world.daemon(f"slurmd.{node}") for node in world.nodes_of(home, "pretrain")]
-    world.kill([*daemons, *world.stepds(world.job_of(home, "pretrain"))])
+    daemons = [world.daemon(f"slurmd.{node}") for node in world.nodes_of(home, stage)]
+    world.kill([*daemons, *world.stepds(world.job_of(home, stage))])
     time.sleep(12)
     world.cluster("up")
 
 
-def controller_killed(home: Path) -> None:
+def controller_killed(home: Path, stage: str = "pretrain") -> None:
     world.kill([world.daemon("slurmctld")])
     world.cluster("up")
 
 
-def accounting_away(home: Path) -> None:
+def accounting_away(home: Path, stage: str = "pretrain") -> None:
     world.kill([world.daemon("slurmdbd")], signal.SIGTERM)
     told = atom(home, "status").stdout
-    assert "pretrain" in told
+    assert stage in told
     time.sleep(2)
     world.cluster("up")
 
@@ -188,6 +193,62 @@ def test_the_same_bytes_after_everything_in_random_order(seed: int, upstream: Pa
     assert world.digest(home, "pretrain") == world.digest(folder / "calm/home", "pretrain")
 
 
+@pytest.mark.skipif(not SOAK, reason="a quarter of an hour each; see `make soak`")
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.timeout(3600)
+def test_a_whole_recipe_in_disorder_has_the_digests_of_a_quiet_one(seed: int, tmp_path: Path) -> None:
+    """`make soak`: all stages, training on two nodes, arrays of shards; whatever runs is disturbed every few seconds, and
+    status is held to squeue and sacct all the while."""
+    rng, home, quiet = random.Random(seed), tmp_path / "home", tmp_path / "quiet"
+    recipe = with_shards(tmp_path, 3)
+    atom(quiet, "run", recipe)
+    cluster = world.write_profile(tmp_path, cpu={"partition": "low"}, train={"partition": "low"}, restarts=30)
+    atom(home, "submit", recipe, "--cluster", cluster)
+    kinds: list[Callable[[Path, str], None]] = []
+    while True:
+        told = told_truly(home)
+        if all(stage["state"] == "sealed" for stage in told["stages"]):
+            break
+        bad = [stage for stage in told["stages"] if stage["state"] in ("failed", "cancelled")]
+        assert not bad, bad
+        if any(stage["state"] == "lost" for stage in told["stages"]):
+            atom(home, "retry")
+        running = [stage["name"] for stage in told["stages"] if stage["state"] == "running"]
+        if not running or rng.random() < 0.5:
+            time.sleep(rng.random() * 8)
+            continue
+        if not kinds:
+            kinds = rng.sample([*AGAIN, node_down, node_crash, rank_killed], len(AGAIN) + 3)
+        disturb, stage = kinds.pop(), rng.choice(running)
+        print(f"{disturb.__name__}: {stage}", flush=True)
+        try:
+            disturb(home, stage)
+        except (AssertionError, IndexError):  # the job has ended meanwhile
+            world.until(lambda s=stage: s not in running_now(home), "the end of what was disturbed")
+        world.cluster("up")
+    assert digests(home) == digests(quiet)
+
+
+def running_now(home: Path) -> list[str]:
+    return [stage["name"] for stage in status(home)["stages"] if stage["state"] == "running"]
+
+
+def told_truly(home: Path) -> dict:
+    """What status says, after a comparison with what Slurm said just before and after."""
+
+    def now() -> dict[str, str]:
+        return dict(line.split("|") for line in world.slurm("squeue", "-h", "-t", "all", "-o", "%i|%T").splitlines())
+
+    before, told, after = now(), status(home), now()
+    for stage in told["stages"]:
+        state = before.get(stage.get("job", ""))
+        if state != after.get(stage.get("job", "")) or state is None or stage["state"] in ("lost", "sealed"):
+            continue  # it was changing; or Slurm has another job of that number; or the artifact says more
+        expected = {"COMPLETED": "sealed", "NODE_FAIL": "failed", "TIMEOUT": "failed"}.get(state, state.lower())
+        assert stage["state"] == expected, (stage, state)
+    return told
+
+
 @pytest.mark.skipif(not SOAK, reason="four minutes; see `make soak`; above, the same signal is sent by hand")
 def test_a_time_limit_reached_again_and_again(upstream: Path, home: Path) -> None:
     """One minute, with a signal some twenty seconds after the start (Slurm may send it much earlier)."""
@@ -213,6 +274,28 @@ def test_jobs_that_the_controller_lost_are_told_and_submitted_again(home: Path, 
         assert "1 stage submitted" in atom(home, "retry").stdout
     world.cluster("up")  # which ends the draining, if the controller remembers it
     assert finish(home) == calm
+
+
+def test_jobs_send_to_a_tracking_server_and_go_on_without_it(home: Path, tmp_path: Path) -> None:
+    port, folder = free_port(), tmp_path / "mlflow"
+    folder.mkdir()
+    recipe = world.write_recipe(tmp_path, steps=400)
+    cluster = world.write_profile(tmp_path, forward=["MLFLOW_TRACKING_URI"])
+
+    def steps(uri: str) -> list[int]:
+        client, found = MlflowClient(tracking_uri=uri), tracked(uri)
+        return [m.step for m in client.get_metric_history(found["pretrain"].info.run_id, "loss")] if found else []
+
+    with tracking_server(folder, port) as uri:
+        atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain", MLFLOW_TRACKING_URI=uri)
+        world.until(lambda: steps(uri), "steps, while it trains")
+        assert not world.sealed(home, "pretrain")
+    world.until(lambda: world.sealed(home, "pretrain"), "the end without a server")
+    world.until(lambda: "MLflow did not take everything" in atom(home, "logs", "pretrain").stdout, "a word of it", 60)
+    assert world.attempts(home, "pretrain") == 1
+    with tracking_server(folder, port) as uri:
+        atom(home, "track", MLFLOW_TRACKING_URI=uri)
+        assert sorted(steps(uri)) == list(range(1, 401))
 
 
 def test_a_full_disk_for_a_while(upstream: Path, calm: str, tmp_path: Path) -> None:
@@ -301,14 +384,17 @@ def acquired(upstream: Path, tmp_path: Path) -> Path:
     return home
 
 
-@pytest.mark.parametrize("shards", [3, 8] if SOAK else [3])
-def test_curation_in_an_array_gives_the_same_bytes(acquired: Path, upstream: Path, tmp_path: Path, shards: int) -> None:
-    home, recipe, cluster = acquired, with_shards(tmp_path, shards), world.write_profile(tmp_path)
+@pytest.mark.parametrize("shards, tasks", [(1000, 3), *([(3, 1000), (8, 8)] if SOAK else [])])
+def test_curation_in_an_array_gives_the_same_bytes(
+    acquired: Path, upstream: Path, tmp_path: Path, shards: int, tasks: int
+) -> None:
+    home, recipe = acquired, with_shards(tmp_path, shards)
+    cluster, size = world.write_profile(tmp_path, array_size=tasks), min(tasks, shards)
     atom(home, "submit", recipe, "--cluster", cluster, "--until", "tokenize", "--dry-run")
     script = (home / "dry-run/atom-smoke/curate.shards.sh").read_text()
-    assert f"#SBATCH --array=0-{shards - 1}%{shards}\n" in script
+    assert f"#SBATCH --array=0-{size - 1}%{size}\n" in script
     atom(home, "submit", recipe, "--cluster", cluster, "--until", "tokenize")
-    if shards == 3:  # tasks that are killed are done again
+    if size == 3:  # tasks that are killed are done again
         word = b"/curate/shards/submitit"
         found = world.until(lambda: [p for n in range(1, 5) for p in world.processes(f"n{n}", word)], "a task")
         world.kill(found)
@@ -317,9 +403,10 @@ def test_curation_in_an_array_gives_the_same_bytes(acquired: Path, upstream: Pat
         assert world.digest(home, stage) == world.digest(upstream, stage)
         assert len(list(home.glob(f"logs/*/{stage}/shards/submitit/*_submission.sh"))) == 1, "one submission"
         assert world.reached_shards(home, stage) == shards and world.array_of(home, stage).isdigit()
+        assert {s["name"]: s for s in status(home)["stages"]}[stage]["state"] == "sealed"
     body = next(json.loads(path.read_text()) for path in home.glob("ledger/curate-*/*.json"))
     usage = next(x for x in body["predicate"]["runDetails"]["byproducts"] if x["name"] == "usage")["annotations"]
-    assert usage["ranks_counted"] == shards + 1
+    assert usage["ranks_counted"] == size + 1
 
 
 def test_shards_here_give_the_same_bytes_too(upstream: Path, tmp_path: Path) -> None:
@@ -396,6 +483,9 @@ def test_jobs_run_from_the_code_as_it_was(home: Path, tmp_path: Path) -> None:
         ({"train": {"minutes": 0}}, "slurm.train.minutes = 0"),
         ({"train": {"partitions": "test"}}, "did you mean partition?"),
         ({"train": {"memory_gb": 9e6}}, "Requested node configuration is not available"),
+        ({"train": {"gpus_per_node": 9, "tasks_per_node": 2}}, "Requested node configuration is not available"),
+        ({"train": {"account": "nobody"}}, "account"),
+        ({"container": {"kind": "apptainer", "image": "/images/none.sif"}}, "/images/none.sif is not there; make it"),
     ],
     ids=str,
 )
@@ -499,4 +589,4 @@ def test_orchestration_benchmark() -> None:
     )
     assert run.returncode == 0, run.stderr
     *table, last = run.stdout.splitlines()
-    assert json.loads(last)["name"] == "orchestration" and len(table) == 4
+    assert json.loads(last)["name"] == "orchestration" and len(table) == 7

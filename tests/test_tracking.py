@@ -7,11 +7,37 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from conftest import atom
 
 from pipeline.store import Artifact
+from release.local_hub import free_port
+
+
+@contextmanager
+def tracking_server(folder: Path, port: int) -> Iterator[str]:
+    """The address of a real server, whose data is under `folder`."""
+    uri = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
+         "--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", str(folder / "files")],
+        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(uri + "/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield uri
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait()
 
 
 def runs(uri: str) -> dict[str, object]:
@@ -64,26 +90,8 @@ def test_no_password_of_a_tracking_uri_is_printed(tmp_path: Path) -> None:
 
 
 def test_a_real_server_is_respected(tmp_path: Path) -> None:
-    from release.local_hub import free_port
-
-    home, port = tmp_path / "home", free_port()
-    uri = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
-         "--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}", "--artifacts-destination", str(tmp_path / "files")],
-        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(uri + "/health", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.2)
+    home = tmp_path / "home"
+    with tracking_server(tmp_path, free_port()) as uri:
         atom(home, "run", "atom-smoke", "--until", "items", MLFLOW_TRACKING_URI=uri)
         assert runs(uri)["items"].data.params["problems.add"] == "40"
         assert not (home / "mlflow.db").exists()
-    finally:
-        os.killpg(server.pid, 15)
-        server.wait()

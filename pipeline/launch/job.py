@@ -17,7 +17,7 @@ from typing import Any
 
 import submitit
 
-from pipeline import budget, registry
+from pipeline import budget, registry, tracking
 from pipeline.events import FileReport, Tail
 from pipeline.launch import preflight
 from pipeline.launch.ranks import Usage, launch_folder, node_name, write
@@ -60,6 +60,7 @@ def run(spec: dict[str, Any], terms_: dict[str, Any]) -> str:
         if lack:
             report.end(lack)
         report.close()
+        companion = None if lack else tracking.Companion(store.home, task.run)
         outcome = lack or work(spec)
         stopped = told()
     since, where = standstill(folder)
@@ -67,12 +68,18 @@ def run(spec: dict[str, Any], terms_: dict[str, Any]) -> str:
         decision = DONE if all(store.sealed(key) for key in terms.nodes.values()) else SEALED
     else:
         decision = AGAIN if not final and (stopped or since <= terms.restarts) else FAILED
-    return _decide(launch, decision, outcome)
+    _decide(launch, decision, outcome)
+    if companion is not None:
+        companion.close({DONE: "FINISHED", FAILED: "FAILED"}.get(decision, ""))
+    return decision
 
 
-def run_shard(spec: dict[str, Any], shard: int, terms_: dict[str, Any]) -> str:
-    """Does one shard of a node's work, as a task of a job array. Returns the decision; raises what the stage raises,
-    and then the job's script has it done again as often as the profile allows."""
+def run_shards(spec: dict[str, Any], number: int, tasks: int, terms_: dict[str, Any]) -> str:
+    """Does every shard of a node's work that falls to this task of a job array: `number`, and each `tasks` further on.
+
+    Returns the decision; raises what the stage raises, and then the job's script has it done again as often as the
+    profile allows. Shards that were done stay done.
+    """
     task, terms = Task(**spec), Terms(**terms_)
     here, store = submitit.JobEnvironment(), Store(Path(task.home))
     launch = launch_folder(store.logs / task.run / task.node / "shards", here.raw_job_id)
@@ -83,14 +90,18 @@ def run_shard(spec: dict[str, Any], shard: int, terms_: dict[str, Any]) -> str:
     lack = preflight.own(Path(task.home), terms.free_gb, terms.scratch)
     if lack:
         return _decide(launch, AGAIN if restarted() < terms.restarts else FAILED, lack)
+    mine: list[int] = []
     if not store.sealed(task.key):
         work = store.work(task.key) / "state"
         work.mkdir(parents=True, exist_ok=True)
         config = stage.config.model_validate(task.config)
         materials = {role: store.open(key) for role, key in task.inputs.items()}
-        stage.run_shard(config, materials, work, shard)
+        mine = list(range(number, stage.shards(config), tasks))
+        for done, shard in enumerate(mine, start=1):
+            stage.run_shard(config, materials, work, shard)
+            write(launch / "shards.json", {"done": done})
     write(launch / "usage.json", Usage.now().since(before).__dict__)
-    return _decide(launch, SEALED, f"shard {shard} is done")
+    return _decide(launch, SEALED, f"{len(mine)} shards are done")
 
 
 def restarted() -> int:

@@ -45,6 +45,8 @@ class Submission:
     sealed: list[str] = field(default_factory=list)
     arrays: dict[str, str] = field(default_factory=dict)
     """The job arrays that do the shards of submitted stages beforehand."""
+    lack: str | None = None
+    """What will not be known of the jobs, in one sentence."""
 
 
 def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, reference: str) -> Submission:
@@ -52,6 +54,7 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
     was submitted by this call has been cancelled."""
     slurm = profile.cluster()
     require_inputs(graph, store, selected)
+    require_image(profile)
     limits = None if graph.recipe.config.budget is None else graph.recipe.config.budget.model_dump()
     if lack := budget.exceeded(limits, store, (node.key for node in graph.nodes.values())):
         raise AtomError(lack)
@@ -60,7 +63,8 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
     code = snapshot.freeze(store, graph.recipe.files)
     with claims.submitting(store):
         known = queue.held()
-        made = Submission(runs.start(graph, store, selected, reference, cluster=profile.name, code=code.name))
+        more = {"cluster": profile.name, "code": code.name, "prices": profile.costs()}
+        made = Submission(runs.start(graph, store, selected, reference, **more))
         keys = {name: graph.nodes[name].key for name in selected}
         terms = Terms(keys, limits, slurm.restarts, slurm.free_gb, slurm.scratch)
         jobs: dict[str, str] = {}
@@ -75,31 +79,37 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
                 else:
                     after = sorted({jobs[i] for i in node.inputs.values() if i in jobs}, key=int)
                     task = task_of(graph, store, made.run, node, profile)
-                    if (shards := shards_of(node)) > 1:
+                    if tasks := array_of(slurm, node):
                         executor = executor_of(store, made.run, node, profile, code, after, shards=True)
-                        after = [start(executor, task, terms, shards)]
+                        after = [start(executor, task, terms, tasks)]
                         made.arrays[name] = after[0]
                     executor = executor_of(store, made.run, node, profile, code, after)
                     jobs[name] = made.submitted[name] = start(executor, task, terms)
                     claims.write(store, Claim(node.key, jobs[name], made.run.id, name))
                 if name in jobs:
-                    made.run.note_job(name, jobs[name], name in made.attached, made.arrays.get(name))
+                    array, shards = made.arrays.get(name), node.stage.shards(node.config)
+                    made.run.note_job(name, jobs[name], name in made.attached, array, shards)
         except BaseException:
             if made.submitted or made.arrays:
                 queue.ask("scancel", *made.submitted.values(), *made.arrays.values())
                 for name in made.submitted:
                     claims.remove(store, graph.nodes[name].key)
             raise
+    try:
+        queue.ask("sacct", "-n", "-X", "-j", "1", seconds=5)
+    except queue.NoAnswer as error:
+        made.lack = f"{error}; the jobs are submitted, but how one ended that Slurm has forgotten will not be known"
     return made
 
 
-def start(executor: submitit.SlurmExecutor, task: Task, terms: Terms, shards: int = 0) -> str:
-    """Submits one job, or an array with a task for each shard; returns its id. Raises AtomError with sbatch's words."""
+def start(executor: submitit.SlurmExecutor, task: Task, terms: Terms, tasks: int = 0) -> str:
+    """Submits one job, or an array of so many tasks for the shards; returns its id. Raises AtomError with sbatch's
+    words."""
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, which is told below
-            if shards:
-                spec, held = task.json(), asdict(terms)
-                first, *_ = executor.map_array(job.run_shard, [spec] * shards, range(shards), [held] * shards)
+            if tasks:
+                each = ([x] * tasks for x in (tasks, asdict(terms)))
+                first, *_ = executor.map_array(job.run_shards, [task.json()] * tasks, range(tasks), *each)
                 return str(first.job_id).split("_")[0]
             made = executor.submit(job.run, task.json(), asdict(terms))
     except (FailedJobError, FailedSubmissionError) as error:
@@ -130,9 +140,10 @@ def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) 
     )
 
 
-def shards_of(node: Node) -> int:
-    """The tasks of the array that comes before its job; 1 if there is none."""
-    return 1 if node.stage.run_shard is None else node.stage.shards(node.config)
+def array_of(slurm: Slurm, node: Node) -> int:
+    """The tasks of the array that comes before its job; 0 if there is none."""
+    shards = 1 if node.stage.run_shard is None else node.stage.shards(node.config)
+    return min(shards, slurm.array_size) if shards > 1 else 0
 
 
 def shape(slurm: Slurm, node: Node) -> tuple[Jobs, int, int]:
@@ -192,6 +203,15 @@ def executor_of(
         array_parallelism=slurm.array_tasks,
     )
     return made
+
+
+def require_image(profile: Profile) -> None:
+    """Raises RecipeError if the container's image is a file that is not there."""
+    c = profile.cluster().container
+    if c is not None and c.image.startswith("/") and not Path(c.image).exists():
+        raise RecipeError(
+            f"cluster profile {profile.name}: slurm.container.image = {c.image} is not there; make it, or name another"
+        )
 
 
 def interpreter(slurm: Slurm, store: Store) -> str:
@@ -277,6 +297,7 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
     """Writes the scripts of what is not sealed under `$ATOM_HOME/dry-run/<recipe>/` and has `sbatch --test-only` judge
     each. Dependencies stand in a comment, since no job is there to be waited for."""
     require_inputs(graph, store, selected)
+    require_image(profile)
     code = snapshot.freeze(store, graph.recipe.files)
     run = Run("dry-run", store.home / "dry-run" / graph.recipe.config.name, {})
     found = []
@@ -285,9 +306,9 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
         if store.sealed(node.key):
             continue
         waits = [n for n in dict.fromkeys(node.inputs.values()) if not store.sealed(graph.nodes[n].key)]
-        if (shards := shards_of(node)) > 1:
+        if tasks := array_of(profile.cluster(), node):
             executor = executor_of(store, run, node, profile, code, [], shards=True)
-            executor.parameters["map_count"] = shards
+            executor.parameters["map_count"] = tasks
             found.append(_checked(executor, name, run.folder / f"{name}.shards.sh", waits))
             waits = ["its shards"]
         executor = executor_of(store, run, node, profile, code, [])

@@ -66,6 +66,7 @@ def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     dispositions = Dispositions()
     acquired: dict[str, dict[str, Any]] = {}
     documents: dict[str, list[Document]] = {}
+    signatures: dict[str, list[int]] = {}
     edits: dict[str, dict[str, int]] = {}
     for n, source in enumerate(config.sources):
         rows = read_table(inputs[source.name] / "documents.parquet").to_pylist()
@@ -78,6 +79,8 @@ def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Rep
             for removal in saved["removed"]:
                 dispositions.remove(**removal)
             documents[source.name] += [Document(text=text, id=id) for id, text in saved["kept"]]
+            signed = _signed(config, source, saved["kept"], work, shard)
+            signatures.update(zip((text for _, text in saved["kept"]), signed, strict=True))
             counts.update(saved["edits"])
         edits[source.name] = dict(counts)
         report.progress(n + 1, len(config.sources) + 2, "sources")
@@ -91,7 +94,7 @@ def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         some = {name: docs for name, docs in documents.items() if name in kinds}
         if any(some.values()):
             seed = seed_of("minhash", config.seed)
-            documents.update(dedup.near(some, config.curation.minhash, seed, folder, dispositions))
+            documents.update(dedup.near(some, signatures, config.curation.minhash, seed, folder, dispositions))
     report.progress(len(config.sources) + 1, len(config.sources) + 2, "sources")
 
     written: Counter[str] = Counter()
@@ -119,7 +122,7 @@ def _kept(doc: Document, row: dict[str, Any], source: CuratedSource) -> dict[str
 
 
 def run_shard(config: CurateConfig, inputs: Inputs, work: Path, shard: int) -> None:
-    """The steps of one shard of every source, left in `work`."""
+    """The steps of one shard of every source, and the MinHash signatures of what they leave, kept in `work`."""
     from loguru import logger
 
     from stages.data.curation.decontaminate import ContaminationIndex
@@ -127,7 +130,8 @@ def run_shard(config: CurateConfig, inputs: Inputs, work: Path, shard: int) -> N
     logger.disable("datatrove")
     index = ContaminationIndex(texts_of(inputs["items"]), config.curation.decontamination.ngram)
     for source in config.sources:
-        _stepped(config, source, inputs, index, work, shard)
+        saved = _stepped(config, source, inputs, index, work, shard)
+        _signed(config, source, saved["kept"], work, shard)
 
 
 def _stepped(
@@ -138,6 +142,22 @@ def _stepped(
     path = work / f"steps-{source.name}-{shard:05d}-of-{shards:05d}.json"
     documents = inputs[source.name] / "documents.parquet"
     found: dict[str, Any] = once(path, lambda: _apply(source, read_shard(documents, shard, shards), index))
+    return found
+
+
+def _signed(
+    config: CurateConfig, source: CuratedSource, kept: list[tuple[str, str]], work: Path, shard: int
+) -> list[list[int]]:
+    """The MinHash signatures of the (id, text) that the steps left of a shard, kept in `work` as well; empty ones of a
+    source in which no near duplicates are sought."""
+    from stages.data.curation import dedup
+
+    settings, shards = config.curation.minhash, config.curation.shards
+    if settings is None or source.kind not in settings.kinds:
+        return [[]] * len(kept)
+    seed, texts = seed_of("minhash", config.seed), [text for _, text in kept]
+    path = work / f"signatures-{source.name}-{shard:05d}-of-{shards:05d}.json"
+    found: list[list[int]] = once(path, lambda: dedup.sign(texts, settings, seed))
     return found
 
 
