@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def manifests(folder: Path) -> list[str]:
     return wrong
 
 
-def origins(folder: Path) -> list[str]:
+def origins(folder: Path, digest: Callable[[Path], str] = sha256_file) -> list[str]:
     """Each file copied from an artifact is, byte for byte, the one that the artifact's manifest lists."""
     wrong: list[str] = []
     listed: dict[tuple[str, str], str] = {}
@@ -45,12 +46,12 @@ def origins(folder: Path) -> list[str]:
         if not (folder / path).exists():
             if (folder / path.split("/")[0]).exists():
                 wrong.append(f"{path} is missing (listed in {ORIGINS})")
-        elif "artifact" in origin and listed.get((origin["artifact"], origin["file"])) != sha256_file(folder / path):
+        elif "artifact" in origin and listed.get((origin["artifact"], origin["file"])) != digest(folder / path):
             wrong.append(f"{path} is not {origin['file']} of the artifact {origin['artifact']}")
     return wrong
 
 
-def statements(folder: Path) -> list[str]:
+def statements(folder: Path, digest: Callable[[Path], str] = sha256_file) -> list[str]:
     """Each artifact is the subject of a statement, each statement's materials are the artifacts of the release, and the
     summary that it repeats is that of its product."""
     manifests = read_manifests(folder)
@@ -61,7 +62,7 @@ def statements(folder: Path) -> list[str]:
     for path in sorted((folder / "evidence/statements").rglob("*.json")):
         body = facts.read_json(path)
         name = path.relative_to(folder).as_posix()
-        if path.stem != sha256_file(path):
+        if path.stem != digest(path):
             wrong.append(f"{name} is not named by its digest")
         build = body["predicate"]["buildDefinition"]
         said = {

@@ -4,7 +4,8 @@
     checkpoints/<phase>-step-<n>/      one branch each of the checkpoint repository, whose main branch is checkpoints/*
     README.md code/ evidence/          the evidence repository: the root of the release folder itself
 
-Every repository (and every checkpoint branch) carries its own `SHA256SUMS`, so that a pulled copy can be checked alone.
+Every repository (and every checkpoint branch) carries its own `SHA256SUMS`, so that a pulled copy can be checked alone,
+and once it is signed a `model.sig`.
 `evidence/SHA256SUMS` covers every file of the release but itself and the root's, and the root's covers it.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ ALL_SUMS = f"evidence/{SUMS}"
 ORIGINS = "evidence/origins.json"
 RELEASE = "evidence/release.json"
 GATES = "evidence/gates.json"
+SIGNATURE, PUBLIC_KEY = "model.sig", "model.pub"
+"""In each repository, in no checksum file: the signature covers those, and the key is known by its fingerprint."""
 MODEL, BASE = "model", "model-base"
 MODEL_FOLDERS = (MODEL, BASE)
 PARTS = (*MODEL_FOLDERS, "dataset", "checkpoints")
@@ -82,9 +85,12 @@ def repositories(release: Path) -> list[Repository]:
 
 
 def files_below(folder: Path) -> list[str]:
-    """Every file below a folder as sorted POSIX paths, without what a Hub and its client add to a repository."""
+    """Every file below a folder as sorted POSIX paths, without signatures and their keys where they belong, and without
+    what a Hub and its client add to a repository."""
     paths = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() or p.is_symlink())
-    return sorted(p for p in paths if p != ".gitattributes" and not p.startswith(".cache/"))
+    places = repositories(folder) if (folder / "checkpoints").is_dir() else [Repository("", "", "")]
+    signed = {f"{place.folder}/{name}".lstrip("/") for place in places for name in (SIGNATURE, PUBLIC_KEY)}
+    return sorted(p for p in paths if p != ".gitattributes" and not p.startswith(".cache/") and p not in signed)
 
 
 def files_of(release: Path, repository: Repository) -> list[str]:
@@ -124,21 +130,30 @@ def read_sums(path: Path, name: str) -> dict[str, str]:
     return rows
 
 
-def compare(sums: dict[str, str], folder: Path, present: list[str], name: str) -> list[str]:
+def compare(
+    sums: dict[str, str],
+    folder: Path,
+    present: list[str],
+    name: str,
+    digest: Callable[[Path], str] = sha256_file,
+) -> list[str]:
     """What is wrong between a checksum file and a folder: every missing, extra and altered file, by name."""
     wrong = [f"{path} is missing (listed in {name})" for path in sorted(set(sums) - set(present))]
     wrong += [f"{path} is not listed in {name}" for path in sorted(set(present) - set(sums))]
     for path in sorted(set(sums) & set(present)):
-        if (folder / path).is_symlink() and not _of_cache(folder, path):
+        if is_foreign_link(folder, path):
             wrong.append(f"{path} is altered: it is a link, not the file that {name} lists")
-        elif sha256_file(folder / path) != sums[path]:
+        elif digest(folder / path) != sums[path]:
             wrong.append(f"{path} is altered: it is not the file that {name} lists")
     return wrong
 
 
-def _of_cache(folder: Path, path: str) -> bool:
-    """Whether a link is one of the Hub client's cache: from `<repository>/snapshots/<commit>` into its `blobs`."""
+def is_foreign_link(folder: Path, path: str) -> bool:
+    """Whether a path is a link that is none of the Hub client's cache: from `<repository>/snapshots/<commit>` into its
+    `blobs`."""
+    if not (folder / path).is_symlink():
+        return False
     snapshot, target = folder.resolve(), Path(os.path.realpath(folder / path))
     repository = snapshot.parent.parent
     inside = snapshot.parent.name == "snapshots" and target.parent == repository / "blobs"
-    return inside and CACHED.fullmatch(repository.name) is not None and target.is_file()
+    return not (inside and CACHED.fullmatch(repository.name) is not None and target.is_file())

@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.errors import AtomError, CheckFailed
 from release.hub_client import api, endpoint, plainly
-from release.layout import RELEASE, Repository, repositories
+from release.layout import PUBLIC_KEY, RELEASE, Repository, repositories
 from release.pull import pull
 from release.upload import (
     Journal,
@@ -32,7 +32,7 @@ from release.upload import (
     tag_mains,
     upload,
 )
-from release.verify import verify
+from release.verify import Trust, verify
 
 
 @dataclass
@@ -115,7 +115,8 @@ def _pull_back(release: Path, places: list[Repository], report: PublishReport, p
         for leftover in [*copy.rglob(".cache"), *copy.rglob(".gitattributes")]:
             _remove(leftover)
         progress("verifying what came back")
-        verdict = verify(copy)
+        key = release / PUBLIC_KEY
+        verdict = verify(copy, trust=Trust(str(key)) if key.exists() else Trust())
         verdict.subject = f"{endpoint()}/{report.namespace}"
         verdict.require()
         if (copy / RELEASE).read_bytes() != (release / RELEASE).read_bytes():

@@ -18,9 +18,10 @@ from typing import Any
 from pipeline.errors import AtomError, CheckFailed
 from pipeline.store import sha256_file
 from release.hub_client import api, endpoint, load, plainly
-from release.layout import SUMS, Repository, files_of
+from release.layout import PUBLIC_KEY, SIGNATURE, SUMS, Repository, files_of
 
 FILES_PER_COMMIT = 50
+LAST = (SUMS, PUBLIC_KEY, SIGNATURE)
 Progress = Callable[[str], None]
 
 
@@ -84,7 +85,8 @@ def upload(release: Path, place: Repository, repo: str, tag: str, journal: Journ
         public = not client.repo_info(repo, repo_type=place.kind).private
         heads = _heads(repo, place.kind)
     folder = release / place.folder
-    wanted = {path: _identities(folder / path) for path in [*files_of(release, place), SUMS]}
+    last = [path for path in LAST if (folder / path).exists()]
+    wanted = {path: _identities(folder / path) for path in [*files_of(release, place), *last]}
     branch = place.branch
     difference = _difference(wanted, repo, place.kind, branch if branch in heads else None)
     if public and difference:
@@ -172,10 +174,11 @@ def _difference(wanted: dict[str, tuple[str, str]], repo: str, kind: str, revisi
 
 
 def _chunks(difference: Difference) -> list[list[str]]:
-    """Paths by commit; the checksum file goes last and alone, so that a cut upload is seen to be one."""
-    paths = [path for path in difference.missing if path != SUMS]
+    """Paths by commit; checksum file and signature go last and alone, so that a cut upload is seen to be one."""
+    paths = [path for path in difference.missing if path not in LAST]
     chunks = [paths[i : i + FILES_PER_COMMIT] for i in range(0, len(paths), FILES_PER_COMMIT)]
-    chunks += [[SUMS]] if SUMS in difference.missing else []
+    last = [path for path in difference.missing if path in LAST]
+    chunks += [last] if last else []
     return chunks or ([[]] if difference else [])
 
 

@@ -16,15 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import AtomError, CheckFailed
+from release.digests import Digests
 from release.layout import (
     ALL_SUMS,
     MODEL_FOLDERS,
     ORIGINS,
     PARTS,
+    PUBLIC_KEY,
     SUMS,
+    Repository,
     compare,
     files_below,
     files_of,
+    is_foreign_link,
     read_sums,
     repositories,
 )
@@ -75,7 +79,31 @@ class Verdict:
             raise CheckFailed(f"{self.subject}: {found[0][1]} [{found[0][0]}]{more}")
 
 
-def verify(subject: str | Path, deep: bool = False, progress: Callable[[str], None] = lambda text: None) -> Verdict:
+@dataclass(frozen=True)
+class Trust:
+    """Whose signatures count. key: a public key's fingerprint, or a file that holds the key; chain: certificates."""
+
+    key: str | None = None
+    chain: tuple[Path, ...] = ()
+
+    def fingerprint(self) -> str | None:
+        """Raises AtomError if `key` is neither."""
+        from release import sign
+
+        if self.key is None or sign.FINGERPRINT.fullmatch(self.key):
+            return self.key
+        try:
+            return sign.fingerprint(Path(self.key).read_bytes())
+        except (OSError, ValueError):
+            raise AtomError(f"{self.key} is neither a fingerprint, sha256:…, nor the file of a public key") from None
+
+
+def verify(
+    subject: str | Path,
+    deep: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
+    trust: Trust = Trust(),
+) -> Verdict:
     """Checks a folder, or `namespace/name[@revision]`, which is downloaded first to a temporary folder.
 
     Raises AtomError if there is nothing to check under that name; what is wrong with the thing is in the verdict.
@@ -84,14 +112,14 @@ def verify(subject: str | Path, deep: bool = False, progress: Callable[[str], No
     if path.exists():
         if not path.is_dir():
             raise AtomError(f"{path} is a file; give the folder of a release or of a pulled repository")
-        return _verify_folder(path, str(subject), deep, progress)
+        return _verify_folder(path, str(subject), deep, progress, trust)
     if str(subject).split("@")[0].count("/") != 1 or str(subject).startswith((".", "/")):
         raise AtomError(f"there is no folder {subject}; a repository on the Hub is written namespace/name[@revision]")
     from release.pull import pull_named
 
     with tempfile.TemporaryDirectory(prefix="atom-verify-") as folder:
         progress(f"downloading {subject}")
-        return _verify_folder(pull_named(str(subject), Path(folder)), str(subject), deep, progress)
+        return _verify_folder(pull_named(str(subject), Path(folder)), str(subject), deep, progress, trust)
 
 
 def kind_of(folder: Path) -> str:
@@ -115,7 +143,7 @@ def shows_release(folder: Path) -> bool:
     return isinstance(rows, list) and any(isinstance(row, dict) and {"branch", "state"} <= row.keys() for row in rows)
 
 
-def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[str], None]) -> Verdict:
+def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[str], None], trust: Trust) -> Verdict:
     if not shows_release(folder):
         raise AtomError(
             f"{subject} is neither a release nor a repository of one: it has no {SUMS}; "
@@ -124,9 +152,11 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
     kind = kind_of(folder)
     verdict = Verdict(subject, kind, deep)
     progress(f"hashing every file of {subject}")
-    verdict.checks += _byte_checks(folder, kind)
+    digests = Digests(folder, (path for path in files_below(folder) if not is_foreign_link(folder, path)))
+    verdict.checks += _byte_checks(folder, kind, digests)
+    verdict.checks.append(_signatures(folder, kind, digests, trust))
     bytes_hold = verdict.ok
-    for name, question, only_deep in _questions(folder, kind):
+    for name, question, only_deep in _questions(folder, kind, digests):
         if only_deep and not deep:
             continue
         if not bytes_hold:
@@ -147,34 +177,68 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
     return verdict
 
 
-def _byte_checks(folder: Path, kind: str) -> Iterator[Check]:
+def _byte_checks(folder: Path, kind: str, digests: Digests) -> Iterator[Check]:
     """One check for each checksum file: what it lists is there and unaltered, and nothing else is there."""
     if kind != "release":
-        yield _sums(folder, SUMS, folder, [p for p in files_below(folder) if p != SUMS])
+        yield _sums(folder, SUMS, folder, [p for p in files_below(folder) if p != SUMS], digests)
         if kind == "evidence":
             yield _agree(folder)
         return
     if missing := [part for part in PARTS if not (folder / part).is_dir()]:
         yield Check("release_complete", False, f"{missing[0]} is missing", [f"{name} is missing" for name in missing])
         return
-    yield _sums(folder, ALL_SUMS, folder, [p for p in files_below(folder) if p not in (SUMS, ALL_SUMS)])
+    yield _sums(folder, ALL_SUMS, folder, [p for p in files_below(folder) if p not in (SUMS, ALL_SUMS)], digests)
     for place in repositories(folder):
         name = f"{place.folder}/{SUMS}".lstrip("/")
-        yield _sums(folder, name, folder / place.folder, files_of(folder, place))
+        yield _sums(folder, name, folder / place.folder, files_of(folder, place), digests)
     yield _agree(folder)
 
 
-def _sums(folder: Path, name: str, base: Path, present: list[str]) -> Check:
+def _sums(folder: Path, name: str, base: Path, present: list[str], digests: Digests) -> Check:
     title = f"checksums: {name}"
     try:
         sums = read_sums(folder / name, name)
     except CheckFailed as error:
         return Check(title, False, str(error), [str(error)])
     prefix = base.relative_to(folder).as_posix()
-    wrong = compare(sums, base, present, name)
+    wrong = compare(sums, base, present, name, digests)
     if prefix != ".":
         wrong = [f"{prefix}/{text}" for text in wrong]
     return Check(title, not wrong, wrong[0] if wrong else f"{len(sums)} files, none missing, altered or extra", wrong)
+
+
+def _signatures(folder: Path, kind: str, digests: Digests, trust: Trust) -> Check:
+    """All repositories are signed, by one key, and by that which is trusted; or none is signed."""
+    from release import sign
+
+    wanted, name = trust.fingerprint(), "signatures"
+    places = [Repository("", "", "")]
+    if kind == "release":
+        if any(not (folder / part).is_dir() for part in PARTS):
+            return Check(name, None, "not asked, since parts of the release are missing")
+        places = repositories(folder)
+    wrong: Wrong = []
+    keys: dict[str, str | None] = {}
+    for place in places:
+        prefix = f"{place.folder}/" if place.folder else ""
+        present = [*files_of(folder, place), SUMS] if kind == "release" else files_below(folder)
+        found = sign.verify(folder / place.folder, present, digests, trust.chain)
+        if found is None:
+            continue
+        wrong += [prefix + text for text in found.wrong]
+        keys[prefix] = found.fingerprint
+    if not keys:
+        said = "not signed" if wanted is None else f"not signed, so not by {wanted}"
+        return Check(name, None if wanted is None else False, said, [] if wanted is None else [said])
+    unsigned = [f"{p.folder}/" if p.folder else "" for p in places]
+    wrong += [f"{prefix or folder.name} is not signed, and others are" for prefix in unsigned if prefix not in keys]
+    expected = wanted or next(filter(None, keys.values()), None)
+    wrong += [f"{p}{PUBLIC_KEY} is {key}, not {expected}" for p, key in keys.items() if key not in (None, expected)]
+    what = f"{len(keys)} {'repository' if len(keys) == 1 else 'repositories'} signed by {expected}"
+    vouched = (
+        "" if wanted else "; nothing but the release itself says whose key that is: compare it, or give it by --key"
+    )
+    return Check(name, not wrong, wrong[0] if wrong else what + vouched, wrong)
 
 
 def _agree(folder: Path) -> Check:
@@ -187,15 +251,15 @@ def _agree(folder: Path) -> Check:
     return Check("checksums agree", not wrong, wrong[0] if wrong else "the two lists agree", wrong)
 
 
-def _questions(folder: Path, kind: str) -> Iterator[tuple[str, Callable[[], Wrong], bool]]:
+def _questions(folder: Path, kind: str, digests: Digests) -> Iterator[tuple[str, Callable[[], Wrong], bool]]:
     """(name, question, only if deep) for this kind of folder."""
     from release import checks, deep_checks
 
     whole = kind == "release"
     if whole or kind == "evidence":
         yield "manifests", lambda: checks.manifests(folder), False
-        yield "origins", lambda: _all_explained(folder) + checks.origins(folder), False
-        yield "statements", lambda: checks.statements(folder), False
+        yield "origins", lambda: _all_explained(folder) + checks.origins(folder, digests), False
+        yield "statements", lambda: checks.statements(folder, digests), False
         yield "gates", lambda: _gates(folder), False
         yield "code", lambda: deep_checks.code(folder), True
     if whole or kind == "dataset":

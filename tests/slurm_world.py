@@ -40,7 +40,7 @@ def write_profile(folder: Path, **changed: Any) -> str:
     packaged = Path(profile.__file__).parent / "clusters" / "dev.yaml"
     body = yaml.safe_load(packaged.read_text())
     for name, value in changed.items():
-        body["slurm"][name] = {**body["slurm"][name], **value} if isinstance(value, dict) else value
+        body["slurm"][name] = {**body["slurm"].get(name, {}), **value} if isinstance(value, dict) else value
     path = folder / "profile.yaml"
     path.write_text(yaml.safe_dump(body))
     return str(path)

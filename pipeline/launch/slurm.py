@@ -247,8 +247,11 @@ def setup(slurm: Slurm, store: Store, code: Path) -> list[str]:
 def teardown(slurm: Slurm, run: Run, node: Node, folder: Path, shards: bool) -> list[str]:
     """Lines of shell after the stage: what rank 0 decided is done. If it did not live to decide, the job is started
     again: `restarts` times where nothing counts attempts, as of a shard, or of Python that never begins."""
+    # one task of an array has the id of the whole
+    me = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if shards else "$SLURM_JOB_ID"
     lines = [
         "code=$?",
+        f"me={me}",
         "start=${SLURM_RESTART_COUNT:-0}",
         f"launches={shlex.quote(str(folder))}/ranks/$SLURM_JOB_ID",
         'decision=$(head -n 1 "$launches.$start/decision" 2> /dev/null)',
@@ -263,7 +266,7 @@ def teardown(slurm: Slurm, run: Run, node: Node, folder: Path, shards: bool) -> 
         '[ -z "$decision" ] && [ -n "$more" ] && decision=again',
         'if [ "$decision" = again ]; then',
         "    # what Slurm itself has ended (scancel, requeue) is not RUNNING any more",
-        '    if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ] && scontrol requeue "$SLURM_JOB_ID"; then',
+        '    if [ "$(squeue -h -j "$me" -o %T)" = RUNNING ] && scontrol requeue "$me"; then',
         "        sleep 300  # until Slurm ends this start",
         "    fi",
         "    exit 1",
