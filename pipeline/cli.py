@@ -14,10 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline import cli_release
+from pipeline.cli_shared import (
+    JsonOption,
+    OnlyOption,
+    ProfileOption,
+    RecipeArgument,
+    RunArgument,
+    UntilOption,
+    console,
+    graph_of,
+    open_store,
+)  # fmt: skip
 from pipeline.errors import AtomError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from pipeline.graph import Graph
@@ -38,32 +49,6 @@ $ATOM_HOME (default: ./runs). Exit codes: 0 fine, 1 the checked thing is bad, 2 
 Start with: atom plan atom-tiny, then atom run atom-tiny.""",
 )
 
-RecipeArgument = Annotated[str, typer.Argument(help="packaged recipe name, or path to a recipe YAML")]
-JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document instead of text")]
-RunArgument = Annotated[str | None, typer.Argument(help="run id or its beginning; default: the latest run")]
-UntilOption = Annotated[str | None, typer.Option(help="stop after this stage and what it needs")]
-OnlyOption = Annotated[str | None, typer.Option(help="just this stage; what it needs must be sealed already")]
-ProfileOption = Annotated[str, typer.Option("--cluster", help="packaged cluster profile, or path to a profile YAML")]
-
-
-def _store() -> Store:
-    from pipeline.store import Store
-
-    return Store(Path(os.environ.get("ATOM_HOME") or "runs"))
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 160)
-
-
-def _graph(recipe: str, without_data: bool = False) -> Graph:
-    from pipeline import graph
-    from pipeline import recipe as recipes
-
-    return graph.compose(recipes.load(recipe), _store(), without_data)
-
 
 @app.command()
 def plan(
@@ -77,8 +62,8 @@ def plan(
     from pipeline import graph, planner
     from pipeline.views import phases_table, plan_table
 
-    composed = _graph(recipe, without_data=True)
-    rows = planner.plan(composed, graph.states(composed, _store()), composed.select(until, only))
+    composed = graph_of(recipe, without_data=True)
+    rows = planner.plan(composed, graph.states(composed, open_store()), composed.select(until, only))
     if as_json:
         identity = composed.recipe.config
         print(
@@ -95,10 +80,10 @@ def plan(
     else:
         for text in composed.absent:
             print(text)
-        _console().print(plan_table(rows))
+        console().print(plan_table(rows))
         if phases := phases_table(rows):
-            _console().print()
-            _console().print(phases)
+            console().print()
+            console().print(phases)
         for row in rows:
             for key in row.external.values() if not row.state.name.startswith("order-") else ():
                 print(f"{row.state.name} continues from {key.rsplit('-', 1)[0]} (key {key})")
@@ -119,7 +104,7 @@ def run(
     from pipeline import profile
     from pipeline.display import stages
 
-    composed, store, settings = _graph(recipe), _store(), profile.load(cluster)
+    composed, store, settings = graph_of(recipe), open_store(), profile.load(cluster)
     selected = composed.select(until, only)
     if all(store.sealed(composed.nodes[name].key) for name in selected):
         for name in selected:
@@ -142,7 +127,7 @@ def _run(composed: Graph, store: Store, selected: list[str], cluster: str, setti
     outcome = "FAILED"
     print(f"run {this.id}, logs in {this.folder}")
     try:
-        with Display(_console()) as display:
+        with Display(console()) as display:
             LocalLauncher(composed, store, this, selected, settings, display).go()
         outcome = "FINISHED"
     except KeyboardInterrupt:
@@ -179,7 +164,7 @@ def submit(
     from pipeline import profile
     from pipeline.launch import slurm
 
-    composed, store, settings = _graph(recipe), _store(), profile.load(cluster)
+    composed, store, settings = graph_of(recipe), open_store(), profile.load(cluster)
     selected = composed.select(until, only)
     if dry_run:
         checked = slurm.dry_run(composed, store, selected, settings)
@@ -206,6 +191,7 @@ def _told(made: Submission) -> None:
         print(f"atom: {made.lack}", file=sys.stderr)
     told = [f"{stages(len(made.submitted))} submitted"] if made.submitted else []
     told += [f"{len(made.attached)} in Slurm's hands already"] if made.attached else []
+    told += [f"{', '.join(made.released)} released"] if made.released else []
     told += [f"{len(made.sealed)} sealed already"] if made.sealed else []
     print(f"run {made.run.id}: {', '.join(told)}; watch it: atom status --watch")
 
@@ -219,7 +205,7 @@ def track(run: RunArgument = None) -> None:
     from pipeline import run as runs
     from pipeline import tracking
 
-    store = _store()
+    store = open_store()
     this = runs.find(store, run)
     done = all(s.state == "sealed" for s in runs.status(this, store))
     forwarder = tracking.Forwarder(this, store)
@@ -248,7 +234,7 @@ def status(
     from pipeline import run as runs
     from pipeline.views import status_table
 
-    store = _store()
+    store = open_store()
     this = runs.find(store, run)
 
     def now() -> tuple[Table, list[NodeStatus], str | None, dict[str, float]]:
@@ -264,9 +250,9 @@ def status(
     if lack:
         print(f"atom: {lack}", file=sys.stderr)
     if not watch:
-        _console().print(table)
+        console().print(table)
         return
-    with Live(table, console=_console(), auto_refresh=False) as live:
+    with Live(table, console=console(), auto_refresh=False) as live:
         while not monitor.over(found):
             time.sleep(2)
             table, found, *_ = now()
@@ -286,7 +272,7 @@ def logs(
     from pipeline import monitor
     from pipeline import run as runs
 
-    store = _store()
+    store = open_store()
     candidates = [runs.find(store, run)] if run else list(reversed(runs.runs(store)))
     for this in candidates:
         found = sorted((this.folder / stage / "submitit").glob("*_0_log.out"), key=lambda p: p.stat().st_mtime)
@@ -326,7 +312,7 @@ def cancel(run: RunArgument = None) -> None:
     from pipeline import run as runs
     from pipeline.lease import holder
 
-    store = _store()
+    store = open_store()
     this = runs.find(store, run)
     if this.jobs():
         from pipeline import monitor
@@ -371,9 +357,9 @@ def retry(
     from pipeline import profile
     from pipeline import run as runs
 
-    store = _store()
+    store = open_store()
     this = runs.find(store, run)
-    composed = _graph(this.body["recipe_path"])
+    composed = graph_of(this.body["recipe_path"])
     runs.require_same_recipe(this, composed.recipe)
     selected = [n["name"] for n in this.body["nodes"]]
     if start is not None:
@@ -401,7 +387,7 @@ def gc(
     from pipeline import gc as collector
     from pipeline.display import human
 
-    rows = collector.loose(_store())
+    rows = collector.loose(open_store())
     if as_json:
         print(json.dumps({"loose": [row.json() for row in rows], "deleted": delete}, indent=1))
     else:
@@ -445,12 +431,12 @@ def rehearse(
     from pipeline.views import rehearsal_text
     from stages.train.rehearsal import rehearse as run_rehearsal
 
-    console = Console(stderr=True) if as_json else _console()
+    screen = Console(stderr=True) if as_json else console()
     try:
-        with Display(console) as display:
+        with Display(screen) as display:
             report, folder = run_rehearsal(
-                recipes.load(recipe), _store().home, display, precision or (), steps, seeds, baseline, bound, hidden,
-                layers, out,
+                recipes.load(recipe), open_store().home, display, precision or (), steps, seeds, baseline, bound,
+                hidden, layers, out,
             )  # fmt: skip
     except KeyboardInterrupt:
         print("atom: stopped; run the same command to go on from here", file=sys.stderr)
@@ -460,65 +446,7 @@ def rehearse(
         raise typer.Exit(1)
 
 
-@app.command()
-def build(recipe: RecipeArgument) -> None:
-    """Make the release folder, with its gates.
-
-    Everything in it comes from the sealed artifacts of the recipe; a gate that fails stops the build.
-    """
-    from release.build import build as build_release
-    from release.inputs import build_input
-
-    store = _store()
-    folder = build_release(build_input(_graph(recipe), store), store.home, print)
-    print(f"release built: {folder}; next: atom verify {folder}")
-
-
-@app.command()
-def publish(
-    release: Annotated[Path, typer.Argument(help="a release folder made by `atom build`")],
-    to: Annotated[str, typer.Option("--to", metavar="NAMESPACE", help="user or organisation on the Hub")],
-    public: Annotated[
-        bool, typer.Option("--public", help="make the repositories public after they are verified")
-    ] = False,
-    acknowledge: Annotated[
-        list[str] | None,
-        typer.Option(help="a stale stage, or `dirty`, that may be made public nevertheless; repeatable"),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Upload a release to the Hub.
-
-    The repositories are private until all are uploaded, pulled back and verified; --public then makes them public.
-    HF_ENDPOINT and HF_TOKEN are respected.
-    """
-    from pipeline import views
-    from release.publish import publish as publish_release
-
-    out = sys.stderr if as_json else sys.stdout
-    report = publish_release(release, to, public, lambda text: print(text, file=out, flush=True), acknowledge or ())
-    print(json.dumps(report.to_json(), indent=1) if as_json else views.published_text(report))
-
-
-@app.command()
-def verify(
-    target: Annotated[
-        str, typer.Argument(metavar="PATH_OR_REPO[@REVISION]", help="release folder, pulled repository, or Hub id")
-    ],
-    deep: Annotated[bool, typer.Option("--deep", help="also recompute what can be recomputed from the bytes")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Check every byte of a release.
-
-    Exit code 1 says which file or claim is bad.
-    """
-    from pipeline import views
-    from release.verify import verify as verify_release
-
-    verdict = verify_release(target, deep, lambda text: print(text, file=sys.stderr, flush=True))
-    print(json.dumps(verdict.to_json(), indent=1) if as_json else views.verdict_text(verdict))
-    if not verdict.ok:
-        raise typer.Exit(1)
+app.add_typer(cli_release.app)
 
 
 def main() -> None:

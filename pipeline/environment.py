@@ -16,8 +16,10 @@ from pipeline.store import canonical, sha256_bytes
 
 @cache
 def packages() -> dict[str, str]:
-    """{distribution: version} of everything importable here, sorted by name: the environment lock."""
-    return dict(sorted((d.metadata["Name"].lower(), d.version) for d in metadata.distributions() if d.metadata["Name"]))
+    """{distribution: version} of everything importable here, sorted by name: the environment lock. Without what a
+    package carries inside itself, which is importable only once that package was imported."""
+    found = (d for d in metadata.distributions() if "_vendor" not in Path(str(d.locate_file(""))).parts)
+    return dict(sorted((d.metadata["Name"].lower(), d.version) for d in found if d.metadata["Name"]))
 
 
 @cache

@@ -72,7 +72,8 @@ def _with_job(node: NodeStatus, id: str, job: Job | None, again: int) -> NodeSta
     if node.state == "sealed":
         return node
     if job.alive:
-        return replace(node, state=job.state.lower(), reason=job.reason or None, message="")
+        reason = f"{job.reason}; `atom retry` releases it" if job.stuck else job.reason
+        return replace(node, state=job.state.lower(), reason=reason or None, message="")
     message = node.message or ENDED.get(job.state, f"{job.state.lower().replace('_', ' ')} {job.reason}".strip())
     if job.state == "CANCELLED":
         return replace(node, state="cancelled", reason=job.reason or None, message="")

@@ -17,7 +17,18 @@ from pipeline import snapshot
 from pipeline.errors import AtomError
 from pipeline.snapshot import PACKAGES
 from pipeline.store import Artifact
-from release.layout import ALL_SUMS, BASE, GATES, MODEL, SUMS, WITHOUT_ORDER, models_of, phases_of
+from release.layout import (
+    ALL_SUMS,
+    GATES,
+    GATES_STATED,
+    MODEL,
+    SUMS,
+    WITHOUT_ORDER,
+    folders_of,
+    models_of,
+    phases_of,
+    when,
+)
 
 DISTRIBUTION = "atom-release"
 CODE_FILES = ("pyproject.toml", "Makefile", "README.md", "LICENSE")
@@ -79,7 +90,7 @@ def placement(
 
     phases, models: those of the release, in the order of training.
     """
-    folders = {"base": BASE, models[-1]: MODEL} if models else {}
+    folders = folders_of(models)
     kind, _, which = node.partition("-")
     for row in artifact.rows:
         path, name = row.path, Path(row.path).name
@@ -109,7 +120,7 @@ def placement(
             if (
                 path == "training.jsonl" and node != "reward"
             ):  # what a model's card says of its training is proved by the repository alone
-                made = (MODEL, BASE) if node == phases[0] else (MODEL,)
+                made = [folder for model, folder in folders.items() if when(model) >= when(node)]
                 yield from ((path, f"{folder}/training/{node}.jsonl") for folder in made)
         elif node == "judge" and path == "parity.json":
             yield path, "evidence/parity/reward.json"
@@ -140,7 +151,8 @@ def measured(node: str, path: str, models: Sequence[str]) -> Iterator[tuple[str,
         which = which.removeprefix("solve-")
         yield path, f"dataset/evaluation/{about}/{which}/{path}"
         if path == "scores.json" and which in models:
-            yield path, f"{MODEL}/evaluation/{about}/{which}.json"
+            later, folders = models[models.index(which) :], folders_of(models)
+            yield from ((path, f"{folders[m]}/evaluation/{about}/{which}.json") for m in later if m in folders)
 
 
 def place_artifacts(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> None:
@@ -211,5 +223,5 @@ def licence_text(spdx: str, code_licence: str, roots: list[Path]) -> bytes:
 
 def unexplained(folder: Path, origins: Mapping[str, Any], paths: list[str]) -> list[str]:
     """Files of a release that no origin explains; checksum files and the gates' own result explain themselves."""
-    own = {ALL_SUMS, GATES}
+    own = {ALL_SUMS, GATES, GATES_STATED}
     return [p for p in paths if p not in origins and p not in own and Path(p).name != SUMS]

@@ -91,7 +91,7 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
         context = _assemble(draft, source)
         progress("checking the gates")
         results = gates.run_all(context)
-        gates.write(draft, results)
+        gates.write(draft, context.release["nodes"], results)
         _checksums(draft)
         failed = [gate for gate in results if not gate.ok]
         for gate in results:
@@ -131,9 +131,9 @@ def describe(source: BuildInput) -> dict[str, Any]:
 
 def _assemble(folder: Path, source: BuildInput) -> Any:
     """Everything but the gates' result and the checksums; returns the gates' context."""
-    from release import assemble, facts, gates
-    from release.cards import axes, plot, render, tables
-    from release.layout import MODEL_FOLDERS, ORIGINS, RELEASE, repositories
+    from release import assemble, attest, costs, facts, gates, merkle
+    from release.cards import axes, croissant, plot, render, tables
+    from release.layout import CANARY, GOLDENS, ORIGINS, RELEASE, ROOTS, model_folders, repositories
 
     made = assemble.Assembly(folder)
     assemble.place_artifacts(made, source.artifacts)
@@ -151,16 +151,28 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     made.json(RELEASE, release, "release.build")
 
     data = facts.data_facts(folder / "dataset")
-    models = {name: facts.model_facts(folder / name) for name in MODEL_FOLDERS}
+    models = {name: facts.model_facts(folder / name) for name in model_folders(folder)}
     steps = facts.checkpoint_facts(folder / "checkpoints")
     changes = facts.interventions(steps)
     licence, why = release["licence"], "card from the published files"
+    loaded = gates.run_reload([folder / name for name in models])
+    for name, told in zip(models, loaded, strict=True):
+        made.json(f"{name}/{GOLDENS}", told["goldens"], "what plain transformers makes of fixed inputs")
+    spent = costs.of(folder)
     for name, model in models.items():
-        made.write(f"{name}/README.md", render.model_card(name, release, model, data, changes).encode(), why)
+        card = render.model_card(name, release, model, data, changes, spent)
+        made.write(f"{name}/README.md", card.encode(), why)
         made.write(f"{name}/{plot.NAME}", plot.draw(folder / name), "plot of the logs in training/")
         for drawn, image in axes.of_model(folder / name, model).items():
             made.write(f"{name}/{drawn}", image, "plot of the scores in evaluation/ and the logs in training/")
-    made.write("dataset/README.md", render.data_card(release, data).encode(), why)
+    canary = facts.canary(source.artifacts["items"].digest)
+    made.json(f"dataset/{CANARY}", canary, "made from the digest of the evaluation items")
+    made.json(f"dataset/{ROOTS}", merkle.roots(folder / "dataset"), "Merkle roots of the tables")
+    described = croissant.of(release, folder / "dataset", data)
+    made.json(f"dataset/{croissant.NAME}", described, "description of the tables")
+    made.write("dataset/README.md", render.data_card(release, data, canary).encode(), why)
+    for target, statement in attest.evaluations(folder, release["nodes"]).items():
+        made.json(target, statement, "in-toto statement of what was measured")
     card = render.plain_card("checkpoints", release, licence["weights"], checkpoints=tables.checkpoints(steps))
     made.write("checkpoints/README.md", card.encode(), why)
     made.json("checkpoints/index.json", steps, "states of the checkpoints")
@@ -174,7 +186,8 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
         made.write(f"{place.folder}/LICENSE".lstrip("/"), text, "licence")
     made.origins[ORIGINS] = {"generated": "release.build"}
     (folder / ORIGINS).write_bytes(assemble.to_json(made.origins))
-    return gates.Context(folder, release, _evaluation(source.recipe), data, models, source.machine_paths, changes)
+    wanted = _evaluation(source.recipe)
+    return gates.Context(folder, release, wanted, data, models, source.machine_paths, changes, spent, canary, loaded)
 
 
 def _evaluation(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -7,18 +7,54 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from pipeline import ledger
 from pipeline.ledger import BUILD_TYPE, PREDICATE, STATEMENT
 from pipeline.store import Artifact, FileRow, digest_of, sha256_file
-from release import facts
-from release.cards import plot, render
-from release.layout import MODEL_FOLDERS, ORIGINS
+from release import attest, costs, facts, merkle, training
+from release.cards import croissant, plot, render
+from release.layout import CANARY, GATES, GATES_STATED, ORIGINS, RELEASE, ROOTS, files_below, model_folders
 
+UNKNOWN_LICENCES = frozenset({"", "unknown", "noassertion", "none", "other"})
 ARTIFACT_URI = "atom:artifact/"
+
+
+class Absent(Exception):
+    """What a check is about is not in a release of an older version."""
+
+
+def _there(folder: Path, path: str) -> Path:
+    if not (folder / path).exists():
+        raise Absent(f"{path} is not there: this release was made before there was one")
+    return folder / path
+
+
+PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"})
+"""Names of files that hold pickles, or that loaders unpickle."""
+
+
+def formats(folder: Path, paths: Iterable[str]) -> list[str]:
+    """No file is a pickle, by its name or by its first bytes; none is opened by what could run it."""
+    wrong = []
+    for path in paths:
+        with open(folder / path, "rb") as file:
+            start = file.read(2)
+        if Path(path).suffix.lower() in PICKLES or (start[:1] == b"\x80" and start[1:] in (b"\2", b"\3", b"\4", b"\5")):
+            wrong.append(f"{path} is, or may be, a pickle, which runs code when it is loaded; a release holds none")
+    return wrong
+
+
+def licences(dataset: Path) -> list[str]:
+    """Every document has a licence, removed ones too."""
+    rows = facts.rows(dataset / "dispositions.parquet", ["id", "license"])
+    return [
+        f"dispositions.parquet: document {row['id']} has no licence"
+        for row in rows
+        if (row["license"] or "").lower() in UNKNOWN_LICENCES
+    ]
 
 
 def read_manifests(folder: Path) -> dict[str, dict[str, Any]]:
@@ -42,8 +78,9 @@ def origins(folder: Path, digest: Callable[[Path], str] = sha256_file) -> list[s
     listed: dict[tuple[str, str], str] = {}
     for node, manifest in read_manifests(folder).items():
         listed |= {(node, row["path"]): row["sha256"] for row in manifest["files"]}
+    present = set(files_below(folder))
     for path, origin in sorted(facts.read_json(folder / ORIGINS).items()):
-        if not (folder / path).exists():
+        if path not in present:  # nor does ../ lead out of the release
             if (folder / path.split("/")[0]).exists():
                 wrong.append(f"{path} is missing (listed in {ORIGINS})")
         elif "artifact" in origin and listed.get((origin["artifact"], origin["file"])) != digest(folder / path):
@@ -165,6 +202,45 @@ def data_card(dataset: Path) -> list[str]:
     ]
 
 
+def described(folder: Path, digest: Callable[[Path], str] = sha256_file) -> list[str]:
+    """What stands in croissant.json is what the data of a whole release gives."""
+    about, dataset = facts.read_json(folder / RELEASE), folder / "dataset"
+    expected = croissant.of(about, dataset, facts.data_facts(dataset), digest)
+    same = facts.read_json(_there(dataset, croissant.NAME)) == json.loads(json.dumps(expected))
+    return [] if same else [f"dataset/{croissant.NAME} is not what the data gives"]
+
+
+def roots(dataset: Path) -> list[str]:
+    """The Merkle roots are those of the tables."""
+    said, found = facts.read_json(_there(dataset, ROOTS)), merkle.roots(dataset)
+    return [
+        f"{ROOTS}: the root of {name} is not that of its table"
+        for name in sorted(said.keys() | found.keys())
+        if said.get(name) != found.get(name)
+    ]
+
+
+def attestations(folder: Path) -> list[str]:
+    """The statements of what was measured and gated say what the tables say."""
+    nodes = facts.read_json(folder / RELEASE)["nodes"]
+    _there(folder, GATES_STATED)
+    expected = attest.evaluations(folder, nodes) if (folder / "dataset").is_dir() else {}
+    expected[GATES_STATED] = attest.gates(
+        nodes, {name: gate["ok"] for name, gate in facts.read_json(folder / GATES).items()}
+    )
+    return [
+        f"{path} is not what the tables give"
+        for path, body in expected.items()
+        if facts.read_json(folder / path) != body
+    ]
+
+
+def canary(dataset: Path, items: str) -> list[str]:
+    """items: the digest of the artifact of evaluation items."""
+    same = not (dataset / CANARY).exists() or facts.read_json(dataset / CANARY) == facts.canary(items)
+    return [] if same else [f"{CANARY} is not that of the items"]
+
+
 def _measured(dataset: Path) -> list[str]:
     return scores(dataset) + chat_scores(dataset)
 
@@ -201,11 +277,19 @@ def fresh_set(folder: Path) -> list[str]:
 
 
 def cards(folder: Path) -> list[str]:
-    wrong = [f"{name}/{text}" for name in MODEL_FOLDERS for text in model_card(folder / name)]
+    models = model_folders(folder)
+    wrong = [f"{name}/{text}" for name in models for text in model_card(folder / name)]
     shown = render.data_tables(facts.data_facts(folder / "dataset"))
     changes = facts.interventions(facts.checkpoint_facts(folder / "checkpoints"))
-    for name in MODEL_FOLDERS:
+    spent = costs.of(folder)
+    for name in models:
         card = (folder / name / "README.md").read_text()
-        own = {key: shown[key] for key in ("sources", "funnel", "order")} | render.intervention_tables(name, changes)
+        phases = training.logs(folder / name)
+        own = {key: shown[key] for key in ("sources", "funnel", "order")} | render.intervention_tables(phases, changes)
+        own |= render.cost_tables(spent)
         wrong += [f"{name}/README.md lacks the line {line!r}" for line in render.wrong_tables(card, own)]
-    return wrong + [f"dataset/{text}" for text in data_card(folder / "dataset") + _measured(folder / "dataset")]
+    data = folder / "dataset"
+    data_wrong = (
+        data_card(data) + _measured(data) + canary(data, facts.read_json(folder / RELEASE)["nodes"]["items"]["digest"])
+    )
+    return wrong + [f"dataset/{text}" for text in data_wrong]

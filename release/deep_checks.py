@@ -5,9 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from pipeline.store import sha256_file
 from release import facts
+from release.layout import GOLDENS
+
+GOLDEN_BOUND = 1e-3
+"""Of logits in fp32, which another processor adds up in another order."""
 
 
 def documents(dataset: Path) -> list[str]:
@@ -108,11 +113,26 @@ def reload(models: list[Path]) -> list[str]:
     for name in ("torch", "transformers"):  # the fresh interpreter would call their absence a fault of the model
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    return [
-        f"{model.name}: {text}"
-        for model, found in zip(models, run_reload(models), strict=True)
-        for text in found["problems"]
-    ]
+    wrong = []
+    for model, found in zip(models, run_reload(models), strict=True):
+        told = found["problems"] or _against_goldens(model, found["goldens"])
+        wrong += [f"{model.name}: {text}" for text in told]
+    return wrong
+
+
+def _against_goldens(model: Path, found: dict[str, Any]) -> list[str]:
+    """What tokenizer, template and weights give here is what they gave in the build; logits within GOLDEN_BOUND."""
+    if not (model / GOLDENS).exists():
+        return []
+    wrong = []
+    for then, now in zip(facts.read_json(model / GOLDENS)["rows"], found["rows"], strict=True):
+        apart = max(abs(a - b) for a, b in zip(then["logits"], now["logits"], strict=True))
+        for what in ("text", "ids", "greedy"):
+            if then[what] != now[what]:
+                wrong.append(f"{GOLDENS}: the {what} of {then['text']!r} are {now[what]!r} here")
+        if apart > GOLDEN_BOUND:
+            wrong.append(f"{GOLDENS}: logits after {then['text']!r} differ by {apart:.3g}, more than {GOLDEN_BOUND:g}")
+    return wrong
 
 
 def code(folder: Path) -> list[str]:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 import struct
+import uuid
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import CheckFailed
 from release import training
 from release.layout import when
 
 Facts = dict[str, Any]
+HEADER_BYTES = 100_000_000
+"""The most that the header of a safetensors file may have, by the format's own library."""
 CONTAMINATION = "evaluation/contamination/report.json"
 
 
@@ -29,6 +33,12 @@ def rows(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
 
     found: list[dict[str, Any]] = pq.read_table(path, columns=columns).to_pylist()
     return found
+
+
+def canary(items: str) -> dict[str, str]:
+    """A string by which evaluation items can be found in a training corpus; its GUID follows from their digest."""
+    guid = uuid.uuid5(uuid.NAMESPACE_URL, f"sha256:{items}")
+    return {"canary": f"Evaluation data; it should never appear in a training corpus. canary GUID {guid}"}
 
 
 def data_facts(dataset: Path) -> Facts:
@@ -59,7 +69,7 @@ def data_facts(dataset: Path) -> Facts:
     return {
         "sources": sources,
         "order": {
-            p.name: order_facts([*_earlier_orders(dataset, p.name), p])
+            p.name: order_facts([*earlier_orders(dataset, p.name), p])
             for p in _by_name(path.parent for path in (dataset / "order").glob("*/order.parquet"))
         },
         "problems": dict(
@@ -102,7 +112,7 @@ def _by_name(folders: Iterable[Path]) -> list[Path]:
     return sorted(folders, key=lambda folder: when(folder.name))
 
 
-def _earlier_orders(dataset: Path, phase: str) -> list[Path]:
+def earlier_orders(dataset: Path, phase: str) -> list[Path]:
     """The orders of earlier runs that a phase followed before its own, the first one first."""
     metas = {p.parent: read_json(p) for p in (dataset / "earlier").glob("order-*/meta.json")}
     own = [folder for folder, meta in metas.items() if meta["phase"] == phase]
@@ -167,6 +177,8 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
     """{tensor: shape} from the header of a safetensors file, without reading the tensors."""
     with open(path, "rb") as f:
         (length,) = struct.unpack("<Q", f.read(8))
+        if length > min(path.stat().st_size, HEADER_BYTES):
+            raise CheckFailed(f"{path.name} says that its header has {length} bytes, which no model's has")
         header = json.loads(f.read(length))
     return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 

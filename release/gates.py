@@ -13,17 +13,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from release import checks, facts, secrets
-from release.assemble import unexplained
-from release.cards import plot, render
-from release.layout import GATES, ORIGINS, SUMS, WITHOUT_ORDER, files_below, models_of, phases_of, when
+from release import attest, checks, facts, secrets
+from release.assemble import to_json, unexplained
+from release.cards import croissant, plot, render
+from release.costs import Costs
+from release.layout import GATES, GATES_STATED, ORIGINS, SUMS, WITHOUT_ORDER, files_below, models_of, phases_of, when
 from release.post_gates import post_training
 
 ALL = "over all"
 SURE = 1.645
 """Standard errors of a difference beyond which it is no chance, 95 % of the time."""
 BEYOND = f", beyond {SURE} standard errors of the difference"
-UNKNOWN_LICENCES = frozenset({"", "unknown", "noassertion", "none", "other"})
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class Context:
     models: dict[str, facts.Facts]
     machine: list[Path]
     interventions: list[facts.Facts] = field(default_factory=list)
+    costs: Costs = field(default_factory=dict)
+    canary: dict[str, str] | None = None
+    loaded: list[dict[str, Any]] | None = None
 
 
 def export_parity(c: Context) -> Gate:
@@ -65,7 +68,8 @@ def reload(c: Context) -> list[Gate]:
     """Every model loads in a fresh interpreter with plain transformers, and its chat template round-trips."""
     said: list[str] = []
     folders = list(c.models)
-    for folder, found in zip(folders, run_reload([c.folder / name for name in folders]), strict=True):
+    loaded = c.loaded or run_reload([c.folder / name for name in folders])
+    for folder, found in zip(folders, loaded, strict=True):
         said += [f"{folder}: {problem}" for problem in found["problems"]]
         if found["parameters"] not in (None, c.models[folder]["parameters"]["total"]):
             said.append(f"{folder}: transformers counts {found['parameters']} parameters, the file holds others")
@@ -89,7 +93,9 @@ def run_reload(folders: list[Path]) -> list[dict[str, Any]]:
     ]
     if len(found) != len(folders):
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return [{"problems": [f"transformers cannot load it: {last}"], "parameters": None}] * len(folders)
+        return [{"problems": [f"transformers cannot load it: {last}"], "parameters": None, "goldens": {}}] * len(
+            folders
+        )
     return found
 
 
@@ -111,7 +117,9 @@ def ledger_closed(c: Context) -> Gate:
 
 def licences_known(c: Context) -> Gate:
     bad = sorted(
-        n for n, row in c.data["sources"].items() if any((x or "").lower() in UNKNOWN_LICENCES for x in row["licences"])
+        n
+        for n, row in c.data["sources"].items()
+        if any((x or "").lower() in checks.UNKNOWN_LICENCES for x in row["licences"])
     )
     if bad:
         return Gate(
@@ -284,18 +292,25 @@ def cards(c: Context) -> Gate:
     wrong = checks.cards(c.folder)
     for folder, model in c.models.items():
         if (c.folder / folder / "README.md").read_text() != render.model_card(
-            folder, c.release, model, c.data, c.interventions
+            folder, c.release, model, c.data, c.interventions, c.costs
         ):
             wrong.append(f"{folder}/README.md is not what the artifacts give")
         if (c.folder / folder / plot.NAME).read_bytes() != plot.draw(c.folder / folder):
             wrong.append(f"{folder}/{plot.NAME} is not what the logs of training give")
-    if (c.folder / "dataset/README.md").read_text() != render.data_card(c.release, c.data):
+    if (c.folder / "dataset/README.md").read_text() != render.data_card(c.release, c.data, c.canary):
         wrong.append("dataset/README.md is not what the artifacts give")
     return Gate(
         "card_numbers",
         not wrong,
         f"{wrong[0]}; build again" if wrong else "every table and score equals the artifacts'",
     )
+
+
+def described(c: Context) -> Gate:
+    """mlcroissant finds no error in the description of the data, and loads records by it."""
+    wrong = croissant.problems(c.folder / "dataset" / croissant.NAME)
+    found = f"{wrong[0]}; mend release/cards/croissant.py" if wrong else "croissant.json: no error, records load"
+    return Gate("croissant", not wrong, found)
 
 
 def no_secrets(c: Context) -> Gate:
@@ -311,10 +326,13 @@ def no_secrets(c: Context) -> Gate:
 def run_all(c: Context) -> list[Gate]:
     return [
         export_parity(c), *reload(c), ledger_closed(c), licences_known(c), counts_balance(c), checkpoints_and_order(c),
-        *learning(c), *long_context(c), *post_training(c), cards(c), no_secrets(c),
+        *learning(c), *long_context(c), *post_training(c), cards(c), described(c), no_secrets(c),
     ]  # fmt: skip
 
 
-def write(folder: Path, gates: list[Gate]) -> None:
+def write(folder: Path, nodes: dict[str, dict[str, str]], gates: list[Gate]) -> None:
+    """The results as a table, and as a statement about all artifacts. nodes: as in evidence/release.json."""
     rows = {gate.name: {key: value for key, value in asdict(gate).items() if key != "name"} for gate in gates}
     (folder / GATES).write_text(json.dumps(rows, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    stated = attest.gates(nodes, {gate.name: gate.ok for gate in gates})
+    (folder / GATES_STATED).write_bytes(to_json(stated))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import AtomError, CheckFailed
-from release.layout import BASE, MODEL, models_of
+from release.layout import MODEL, model_name, models_of
 
 PROBLEMS = "release_problems"
 BATCH = 32
@@ -82,7 +82,7 @@ def published(release: Path, folder: str) -> tuple[list[dict[str, Any]], int]:
     from stages.evaluate import EvaluationSection
 
     models = models_of(path.stem for path in (release / "evidence/manifests").glob("*.json"))
-    which = {MODEL: models[-1] if models else "", BASE: "base"}[folder]
+    which = model_name(folder, models[-1] if models else "")
     stated = release / "dataset/evaluation" / which / "items.parquet"
     recipe = release / "evidence/recipe.json"
     if not (stated.is_file() and recipe.is_file()):
@@ -123,7 +123,7 @@ def again(release: Path, folder: str, limit: int | None = None) -> dict[str, Any
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("release", type=Path, help="a release folder")
-    parser.add_argument("--model", choices=(MODEL, BASE), default=MODEL, help="which of its models")
+    parser.add_argument("--model", default=MODEL, metavar="FOLDER", help="which of its models; default: model")
     parser.add_argument("--tasks", default=None, help="the harness's tasks, with commas; the release's own if absent")
     parser.add_argument("--include-path", type=Path, default=None, help="a folder of more tasks as YAML")
     parser.add_argument("--limit", type=int, default=None, help="only the first items")

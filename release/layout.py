@@ -1,6 +1,6 @@
 """Where things stand in a release folder, which Hub repository each part becomes, and the checksum files.
 
-    model/ model-base/ dataset/        one repository each
+    model/ model-<name>/ dataset/      one repository each: the final model, and those that it came from
     checkpoints/<phase>-step-<n>/      one branch each of the checkpoint repository, whose main branch is checkpoints/*
     README.md code/ evidence/          the evidence repository: the root of the release folder itself
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +25,17 @@ ALL_SUMS = f"evidence/{SUMS}"
 ORIGINS = "evidence/origins.json"
 RELEASE = "evidence/release.json"
 GATES = "evidence/gates.json"
+GATES_STATED = "evidence/attestations/gates.json"
+ROOTS = "merkle.json"
+"""Of the dataset repository: the Merkle root of each of its tables."""
+GOLDENS = "goldens.json"
+"""Of a model repository: token ids, text, logits and greedy continuations of fixed inputs."""
+CANARY = "evaluation/canary.json"
 SIGNATURE, PUBLIC_KEY = "model.sig", "model.pub"
 """In each repository, in no checksum file: the signature covers those, and the key is known by its fingerprint."""
 MODEL, BASE = "model", "model-base"
-MODEL_FOLDERS = (MODEL, BASE)
-PARTS = (*MODEL_FOLDERS, "dataset", "checkpoints")
+PARTS = (MODEL, BASE, "dataset", "checkpoints")
+"""What every release has beside its root; `model_folders` are more."""
 TRAINING = ("pretrain", "midtrain", "longcontext", "sft", "rlvr", "rlhf", "reward", "online")
 EXPORTED = ("init", "base", "mid", "long", "sft", "rlvr", "rlhf", "online")
 """Kinds of phases and of exported models, as `pipeline.graph` names them, in the order of training."""
@@ -74,14 +80,32 @@ def models_of(nodes: Iterable[str]) -> list[str]:
     return sorted({which for kind, _, which in named if kind in ("export", "evaluate")}, key=when)
 
 
+def model_name(folder: str, final: str) -> str:
+    """The exported model that a folder holds; final: the name of the last one."""
+    return final if folder == MODEL else folder.removeprefix(f"{MODEL}-")
+
+
+def folders_of(models: Sequence[str]) -> dict[str, str]:
+    """{exported model: its folder}; models: in the order of training. The untrained one is published as a checkpoint
+    alone."""
+    return {model: MODEL if model == models[-1] else f"{MODEL}-{model}" for model in models if model != "init"}
+
+
+def model_folders(release: Path) -> list[str]:
+    """The folders of a release that hold models, the final one first, then in the order of training."""
+    found = [path.name.removeprefix(f"{MODEL}-") for path in release.glob(f"{MODEL}-*") if path.is_dir()]
+    return [MODEL, *(f"{MODEL}-{name}" for name in sorted(found, key=when))]
+
+
 def repositories(release: Path) -> list[Repository]:
     """The repositories of a release in the order in which they are made public: data, checkpoints, models."""
     found = [Repository("dataset", "-data", "dataset"), Repository("", "-evidence", "dataset")]
     steps = sorted(p.name for p in (release / "checkpoints").iterdir() if p.is_dir())
     found.append(Repository("checkpoints", "-checkpoints", "model"))
     found += [Repository(f"checkpoints/{name}", "-checkpoints", "model", name) for name in steps]
-    found += [Repository(BASE, "-base", "model"), Repository(MODEL, "", "model")]
-    return found
+    final, *others = model_folders(release)
+    found += [Repository(folder, folder.removeprefix(MODEL), "model") for folder in others]
+    return [*found, Repository(final, "", "model")]
 
 
 def files_below(folder: Path) -> list[str]:
@@ -98,7 +122,8 @@ def files_of(release: Path, repository: Repository) -> list[str]:
     folder = release / repository.folder
     found = [path for path in files_below(folder) if path != SUMS]
     if repository.folder == "":
-        return [path for path in found if path.split("/")[0] not in PARTS]
+        inside = {*PARTS, *model_folders(release)}
+        return [path for path in found if path.split("/")[0] not in inside]
     if repository.folder == "checkpoints":
         return [path for path in found if "/" not in path]
     return found

@@ -2,8 +2,10 @@
 
     python -P reload.py MODEL_FOLDER...
 
-Prints, for each folder, one line `RELOAD` with JSON: `problems`, a list of sentences (empty if all is well), and the
-number of `parameters`. This file imports nothing of ours, on purpose.
+Prints, for each folder, one line `RELOAD` with JSON: `problems`, a list of sentences (empty if all is well), the
+number of `parameters`, and `goldens`, what tokenizer, template and model make of fixed inputs: token ids, text, last
+row of logits in fp32, a greedy continuation, to which any runtime can be held. This file imports nothing of ours, on
+purpose.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MESSAGES = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4, «vier»\n"}]
 
+TEXTS = ["def main(): 2+2", "Ünïcode, «quotes»\n\n\tand 3 lines.", "347+586="]
+NEW = 8
+
 
 def judge(folder: str) -> dict[str, object]:
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
@@ -27,7 +32,22 @@ def judge(folder: str) -> dict[str, object]:
         for name in sorted(loading[kind])
     ]
     problems += check_tokenizer(tokenizer, model) + check_generation(tokenizer, model)
-    return {"problems": problems, "parameters": sum(p.numel() for p in model.parameters())}
+    found = {} if problems else goldens(tokenizer, model.float())
+    return {"problems": problems, "parameters": sum(p.numel() for p in model.parameters()), "goldens": found}
+
+
+def goldens(tokenizer, model) -> dict[str, object]:  # type: ignore[no-untyped-def]
+    """For each text, {text, ids, logits, greedy}; the last text is a conversation as the template renders it."""
+    chat = tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
+    rows = []
+    for text in [*TEXTS, chat]:
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        with torch.inference_mode():
+            logits = model(**inputs).logits[0, -1].float()
+        made = model.generate(**inputs, do_sample=False, max_new_tokens=NEW)[0, inputs["input_ids"].shape[1] :]
+        ids, greedy = inputs["input_ids"][0].tolist(), made.tolist()
+        rows.append({"text": text, "ids": ids, "logits": [round(x, 6) for x in logits.tolist()], "greedy": greedy})
+    return {"messages": MESSAGES[:1], "rows": rows}
 
 
 def check_tokenizer(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-def]

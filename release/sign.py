@@ -19,7 +19,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from pipeline.errors import AtomError
-from release.layout import PARTS, PUBLIC_KEY, SIGNATURE, Repository, repositories
+from release.layout import PARTS, PUBLIC_KEY, SIGNATURE, Repository, model_folders, repositories
 
 IGNORED = (SIGNATURE, PUBLIC_KEY, ".cache")
 """Beside what belongs to git: the signature and its key, and what the Hub's client leaves in a folder."""
@@ -74,9 +74,9 @@ def sign(release: Path, signer: Signer, progress: Callable[[str], None] = lambda
     for place in repositories(release):
         folder = release / place.folder
         progress(f"signing {place.folder or 'the release itself'}")
-        paths = hashing.Config()  # type: ignore[no-untyped-call]
+        paths = hashing.Config()
         paths.set_ignored_paths(paths=[*IGNORED, *_nested(release, place)])
-        config = signing.Config()  # type: ignore[no-untyped-call]
+        config = signing.Config()
         config.set_hashing_config(paths)
         try:
             if signer.certificate is None:
@@ -95,7 +95,7 @@ def sign(release: Path, signer: Signer, progress: Callable[[str], None] = lambda
 def _nested(release: Path, place: Repository) -> list[str]:
     """What lies in a repository's folder, in a release, and is a repository or branch of its own."""
     if place.folder == "":
-        return list(PARTS)
+        return [*dict.fromkeys((*PARTS, *model_folders(release)))]
     folder = release / place.folder
     return sorted(p.name for p in folder.iterdir() if p.is_dir()) if place.folder == "checkpoints" else []
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import AtomError, CheckFailed
+from release import checks
 from release.digests import Digests
 from release.layout import (
     ALL_SUMS,
-    MODEL_FOLDERS,
     ORIGINS,
     PARTS,
     PUBLIC_KEY,
@@ -29,6 +29,7 @@ from release.layout import (
     files_below,
     files_of,
     is_foreign_link,
+    model_folders,
     read_sums,
     repositories,
 )
@@ -155,6 +156,8 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
     digests = Digests(folder, (path for path in files_below(folder) if not is_foreign_link(folder, path)))
     verdict.checks += _byte_checks(folder, kind, digests)
     verdict.checks.append(_signatures(folder, kind, digests, trust))
+    bad = checks.formats(folder, (path for path in files_below(folder) if not is_foreign_link(folder, path)))
+    verdict.checks.append(Check("formats", not bad, bad[0] if bad else "no file holds code that loading it runs", bad))
     bytes_hold = verdict.ok
     for name, question, only_deep in _questions(folder, kind, digests):
         if only_deep and not deep:
@@ -168,6 +171,9 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
         except ImportError as error:
             lacks = f"not asked, since it needs {error.name or error}; install atom-release[train]"
             verdict.checks.append(Check(name, None, lacks))
+            continue
+        except checks.Absent as error:
+            verdict.checks.append(Check(name, None, str(error)))
             continue
         except (
             Exception
@@ -253,7 +259,7 @@ def _agree(folder: Path) -> Check:
 
 def _questions(folder: Path, kind: str, digests: Digests) -> Iterator[tuple[str, Callable[[], Wrong], bool]]:
     """(name, question, only if deep) for this kind of folder."""
-    from release import checks, deep_checks
+    from release import deep_checks
 
     whole = kind == "release"
     if whole or kind == "evidence":
@@ -261,17 +267,21 @@ def _questions(folder: Path, kind: str, digests: Digests) -> Iterator[tuple[str,
         yield "origins", lambda: _all_explained(folder) + checks.origins(folder, digests), False
         yield "statements", lambda: checks.statements(folder, digests), False
         yield "gates", lambda: _gates(folder), False
+        yield "attestations", lambda: checks.attestations(folder), False
         yield "code", lambda: deep_checks.code(folder), True
     if whole or kind == "dataset":
         data = folder / "dataset" if whole else folder
         yield "dispositions_balance", lambda: checks.dispositions(data), False
+        yield "licences", lambda: checks.licences(data), False
         yield "scores", lambda: checks.scores(data) + checks.chat_scores(data), False
         yield "data_card", lambda: checks.data_card(data), False
+        yield "merkle_roots", lambda: checks.roots(data), False
         yield "documents", lambda: deep_checks.documents(data), True
         yield "order", lambda: deep_checks.order(data), True
         yield "answers", lambda: deep_checks.answers(data), True
     if whole:
         yield "cards", lambda: checks.cards(folder), False
+        yield "croissant", lambda: checks.described(folder, digests), False
         yield "weights", lambda: deep_checks.weights(folder), True
         if (folder / "dataset/evaluation/fresh").is_dir():
             yield "fresh_set", lambda: checks.fresh_set(folder), True
@@ -280,7 +290,7 @@ def _questions(folder: Path, kind: str, digests: Digests) -> Iterator[tuple[str,
     if kind in ("model", "checkpoint"):
         yield "weights", lambda: deep_checks.weights(folder), True
     if whole or kind == "model":
-        models = [folder / name for name in MODEL_FOLDERS] if whole else [folder]
+        models = [folder / name for name in model_folders(folder)] if whole else [folder]
         yield "reload_in_transformers", lambda: deep_checks.reload(models), True
 
 

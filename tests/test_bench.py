@@ -163,3 +163,8 @@ def test_post_tells_the_smallest_gain() -> None:
     head, first, second, *rest = post.table(found)
     assert first.split() == ["0", "all", "pass@1", "2", "0.200", "0.750", "+0.550", "±", "0.050", "0.200", "0.200"]
     assert "+0.350 ± 0.050" in second and len(head) == len(first) and rest[-1].endswith("0.500, 0.500")
+
+
+def test_verify_benchmark() -> None:
+    head, ours, theirs = quick("verify")
+    assert "MB/s" in head and ours.startswith("atom verify") and theirs.startswith("sha256sum")

@@ -16,7 +16,7 @@ import release_world as world
 from pipeline import graph
 from pipeline.errors import AtomError
 from release import build as builder
-from release import checks, facts, gates, layout
+from release import checks, costs, facts, gates, layout
 from release.cards import plot, render, tables
 from release.layout import files_below
 from release.verify import verify
@@ -99,12 +99,12 @@ def test_the_cards_say_so(release: Path) -> None:
         "the final model, after pre-training, mid-training, long-context training 1 and long-context training 2, of",
         "| context length, tokens | 256 |", "| scaling of the rotary embedding | yarn |", "| yarn: factor | 4 |",
         "| yarn: original max position embeddings | 64 |",
-        "| random weights | pre-training (base) | mid-training | long context 1 | long context 2 (final) |",
+        "| random weights | pre-training (base) | mid-training | long context 1 | long context 2 |",
     ):  # fmt: skip
         assert words in card, words
     card = (release / "model-base/README.md").read_text()
     assert "| context length, tokens | 64 |" in card and "| scaling of the rotary embedding | none |" in card
-    assert "(final)" not in card and "long" not in card.split("## Load it")[0]
+    assert "long" not in card.split("## Load it")[0]
 
 
 def test_it_is_verified_whole_and_each_model_alone(release: Path, model: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_number_in_the_artifact_moves_the_card(release: Path, model: Path) -> 
     assert "experts.png was not drawn from the logs in training/" in wrong
     assert "README.md lacks the line '| 1 | 0.800 | 1.200 | 0.900 | 0.649 | none |'" in wrong
     data = facts.data_facts(release / "dataset")
-    card = render.model_card("model", about(release), facts.model_facts(model), data, [])
+    card = render.model_card("model", about(release), facts.model_facts(model), data, [], {})
     assert "| 1 | 0.800 | 1.200 | 0.900 | 0.649 | none |" in card
     assert "Alarm" not in card and "None of the 8 experts was dead" in card
 
@@ -150,8 +150,9 @@ def test_a_number_in_the_artifact_moves_the_card(release: Path, model: Path) -> 
 def test_a_changed_card_or_plot_does_not_pass_the_gate(release: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(release, tmp_path / "copy"))
     data = facts.data_facts(copy / "dataset")
-    models = {name: facts.model_facts(copy / name) for name in layout.MODEL_FOLDERS}
-    found = gates.Context(copy, about(copy), LIMITS, data, models, [])
+    models = {name: facts.model_facts(copy / name) for name in layout.model_folders(copy)}
+    canary = facts.canary(about(copy)["nodes"]["items"]["digest"])
+    found = gates.Context(copy, about(copy), LIMITS, data, models, [], [], costs.of(copy), canary)
     assert gates.cards(found).ok
     png = (copy / "model/experts.png").read_bytes()
     (copy / "model/experts.png").write_bytes((copy / "model-base/experts.png").read_bytes())
@@ -261,11 +262,11 @@ def test_passkeys_and_positions_are_shown_when_measured(release: Path) -> None:
             cell = {"value": value, "se": 0.01, "documents": 5, "tokens": 320}
             scores[model] |= {"loss_by_position": {"128-255": cell, "0-63": cell, "64-127": cell}}
     found["scores"]["long-2"]["passkey_by_depth"] = {"1024": {"1": keys(_0=0.5)["0"], "0.5": keys(_0=0.9)["0"]}}
-    card = render.model_card("model", about(release), found, data, [])
+    card = render.model_card("model", about(release), found, data, [], {})
     for words in (
-        "| tokens of the text | mid-training | long context 2 (final) |", "| 1,024 | 0.250 ± 0.100 | 0.750 ± 0.100 |",
+        "| tokens of the text | mid-training | long context 2 |", "| 1,024 | 0.250 ± 0.100 | 0.750 ± 0.100 |",
         "| tokens of the text | depth 0.5 | depth 1 |", "| 1,024 | 0.900 ± 0.100 | 0.500 ± 0.100 |",
-        "| position of the token | mid-training | long context 2 (final) |",
+        "| position of the token | mid-training | long context 2 |",
     ):  # fmt: skip
         assert words in card, words
     assert card.index("| 0 to 63 |") < card.index("| 64 to 127 |") < card.index("| 128 to 255 |")

@@ -267,8 +267,12 @@ def test_deep_without_torch_keeps_what_it_found(copy: Path, monkeypatch) -> None
     monkeypatch.setitem(sys.modules, "torch", None)
     verdict = verify(copy, deep=True)
     checks = {check.name: check for check in verdict.checks}
-    assert not verdict.ok and {name for name, check in checks.items() if check.ok is False} == {"gates"}
-    assert {name for name, check in checks.items() if check.ok is None} == {"weights", "reload_in_transformers"}
+    assert not verdict.ok and {name for name, check in checks.items() if check.ok is False} == {"gates", "attestations"}
+    assert {name for name, check in checks.items() if check.ok is None} == {
+        "signatures",
+        "weights",
+        "reload_in_transformers",
+    }
     assert checks["weights"].detail == "not asked, since it needs torch; install atom-release[train]"
     assert checks["documents"].ok and checks["order"].ok and checks["cards"].ok
 

@@ -38,6 +38,11 @@ class Job:
     def alive(self) -> bool:
         return self.state in LIVING
 
+    @property
+    def stuck(self) -> bool:
+        """Whether Slurm holds it because it could not launch it: it waits until somebody releases it."""
+        return self.state == "PENDING" and "launch" in self.reason and "held" in self.reason
+
 
 def ask(*command: str, seconds: float = SECONDS) -> str:
     """The output of a command of Slurm's. Raises NoAnswer with what it said on standard error."""

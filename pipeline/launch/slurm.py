@@ -43,6 +43,8 @@ class Submission:
     submitted: dict[str, str] = field(default_factory=dict)
     attached: dict[str, str] = field(default_factory=dict)
     sealed: list[str] = field(default_factory=list)
+    released: list[str] = field(default_factory=list)
+    """Of the attached ones, those that Slurm held back after it had failed to launch them."""
     arrays: dict[str, str] = field(default_factory=dict)
     """The job arrays that do the shards of submitted stages beforehand."""
     lack: str | None = None
@@ -76,6 +78,9 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
                     made.sealed.append(name)
                 elif claim is not None and claim.holds(known):
                     made.attached[name] = jobs[name] = claim.job
+                    if known[claim.job].stuck:
+                        queue.ask("scontrol", "release", claim.job)
+                        made.released.append(name)
                 else:
                     after = sorted({jobs[i] for i in node.inputs.values() if i in jobs}, key=int)
                     task = task_of(graph, store, made.run, node, profile)
@@ -265,8 +270,13 @@ def teardown(slurm: Slurm, run: Run, node: Node, folder: Path, shards: bool) -> 
     lines += [
         '[ -z "$decision" ] && [ -n "$more" ] && decision=again',
         'if [ "$decision" = again ]; then',
-        "    # what Slurm itself has ended (scancel, requeue) is not RUNNING any more",
-        '    if [ "$(squeue -h -j "$me" -o %T)" = RUNNING ] && scontrol requeue "$me"; then',
+        "    # what Slurm itself has ended (scancel, requeue) is not RUNNING any more; a controller is awaited",
+        "    for _ in $(seq 60); do",
+        '        state=$(squeue -h -j "$me" -o %T 2>&1) && break',
+        "        case $state in *Invalid*) break ;; esac",
+        "        sleep 5",
+        "    done",
+        '    if [ "$state" = RUNNING ] && scontrol requeue "$me"; then',
         "        sleep 300  # until Slurm ends this start",
         "    fi",
         "    exit 1",

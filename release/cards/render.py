@@ -6,9 +6,11 @@ The templates hold words only: a number reaches a card through `tables` or the m
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from release import costs
 from release.cards import chat_tables, tables, training_tables
 from release.hub_client import load
 
@@ -95,38 +97,48 @@ def data_tables(data: Facts) -> dict[str, list[str]]:
     }
 
 
-def intervention_tables(folder: str, interventions: list[Facts]) -> dict[str, list[str]]:
-    """Where training went on from an earlier run, as far as it made this model."""
-    own = [row for row in interventions if folder == "model" or row["phase"] == "pretrain"]
+def intervention_tables(phases: Iterable[str], interventions: list[Facts]) -> dict[str, list[str]]:
+    """Where training went on from an earlier run, in the phases that made a model."""
+    own = [row for row in interventions if row["phase"] in set(phases)]
     return {"interventions": tables.interventions(own)}
 
 
-def model_card(folder: str, release: Facts, model: Facts, data: Facts, interventions: list[Facts]) -> str:
-    """The card of `model` or `model-base`. `release` is evidence/release.json."""
+def cost_tables(spent: costs.Costs) -> dict[str, list[str]]:
+    """What all of the release took to make."""
+    head = ["stage", "attempts", "failed", "core hours", "GPU hours", "energy, Wh"]
+    return {"cost": tables.table(head, costs.rows(spent))}
+
+
+def model_card(
+    folder: str, release: Facts, model: Facts, data: Facts, interventions: list[Facts], spent: costs.Costs
+) -> str:
+    """The card of a folder that holds a model. `release` is evidence/release.json; spent: `costs.of` the release."""
     hub = load()
 
     namespace, name = release["namespace"], release["name"]
-    final, dataset = folder == "model", f"{namespace}/{name}-data"
+    dataset = f"{namespace}/{name}-data"
+    title = {"model": "", "model-base": "base"}.get(folder, folder.removeprefix("model-"))
     card_data = hub.ModelCardData(
-        model_name=name if final else f"{name}-base",
+        model_name=f"{name}-{title}".rstrip("-"),
         **licence_fields(release["licence"]["weights"]),
         library_name="transformers",
         pipeline_tag="text-generation",
         language=release["languages"] or None,
         datasets=[dataset],
-        base_model=f"{namespace}/{name}-base" if final else None,
+        base_model=None if title == "base" else f"{namespace}/{name}-base",
         metrics=[metric for metric, _, _ in METRICS.values()],
         tags=["mixture-of-experts", "open-data", "reproducible"],
         eval_results=model_index(own_scores(model), dataset),
     )
     # of what both repositories tell, the scores too, the model's own word counts on its card
-    shown = _lines({**data_tables(data), **model_tables(model), **intervention_tables(folder, interventions)})
+    more = intervention_tables(model["training"], interventions) | cost_tables(spent)
+    shown = _lines({**data_tables(data), **model_tables(model), **more})
     text = hub.ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "model.md.jinja"),
         release=release,
         model=model,
-        final=final,
+        title=title,
         came_by=_listed([_title(phase) for phase in model["training"]]),
         repo=f"{namespace}/{card_data.model_name}",
         dataset=dataset,
@@ -151,7 +163,7 @@ def _listed(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), *words[-1:]]) if len(words) > 1 else "".join(words)
 
 
-def data_card(release: Facts, data: Facts) -> str:
+def data_card(release: Facts, data: Facts, canary: Mapping[str, str] | None = None) -> str:
     hub = load()
 
     kept = sum(row["kept"] for row in data["sources"].values())
@@ -174,6 +186,7 @@ def data_card(release: Facts, data: Facts) -> str:
         prefix=f"{release['namespace']}/{release['name']}",
         sources=list(data["sources"]),
         earlier=any(len(phase["parts"]) > 1 for phase in data["order"].values()),
+        canary=canary and canary["canary"],
         t=_lines(data_tables(data)),
     )
     return _tidy(str(text))

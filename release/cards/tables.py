@@ -24,13 +24,9 @@ def with_error(row: dict[str, Any], digits: int) -> str:
 
 
 def titles(models: Iterable[str]) -> dict[str, str]:
-    """What columns call the models, given in the order of training; the last one is final unless it is the base."""
-    found = {}
-    for model in models:
-        kind, _, number = model.partition("-")
-        found[model] = f"{TITLES.get(kind, kind)} {number}".strip()
-    last = list(found)[-1]
-    return found | ({} if last == "base" else {last: f"{found[last]} (final)"})
+    """What columns call the models, given in the order of training."""
+    parts = {model: model.partition("-") for model in models}
+    return {model: f"{TITLES.get(kind, kind)} {number}".strip() for model, (kind, _, number) in parts.items()}
 
 
 def evaluation(scores: Facts) -> list[str]:

@@ -1,0 +1,163 @@
+"""croissant.json of the dataset repository: Croissant 1.1 with its RAI vocabulary and PROV-O provenance.
+
+Written here as JSON-LD and judged by mlcroissant as a gate; every number in it is read from the files it describes.
+Specifications: docs.mlcommons.org/croissant/docs/croissant-spec-1.1.html, …/croissant-rai-spec.html, w3.org/TR/prov-o.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.store import sha256_file
+from release.facts import read_json
+
+NAME = "croissant.json"
+TYPES = {
+    "string": "sc:Text", "int32": "sc:Integer", "int64": "sc:Integer", "int16": "sc:Integer", "double": "sc:Float",
+    "float": "sc:Float", "bool": "sc:Boolean",
+}  # fmt: skip
+CONTEXT: dict[str, Any] = {
+    "@language": "en", "@vocab": "https://schema.org/", "arrayShape": "cr:arrayShape", "citeAs": "cr:citeAs",
+    "column": "cr:column", "conformsTo": "dct:conformsTo", "containedIn": "cr:containedIn",
+    "cr": "http://mlcommons.org/croissant/", "data": {"@id": "cr:data", "@type": "@json"},
+    "dataType": {"@id": "cr:dataType", "@type": "@vocab"}, "dct": "http://purl.org/dc/terms/",
+    "description": {"@container": "@language"}, "equivalentProperty": "cr:equivalentProperty",
+    "examples": {"@id": "cr:examples", "@type": "@json"}, "extract": "cr:extract", "field": "cr:field",
+    "fileObject": "cr:fileObject", "fileProperty": "cr:fileProperty", "fileSet": "cr:fileSet", "format": "cr:format",
+    "includes": "cr:includes", "isArray": "cr:isArray", "isLiveDataset": "cr:isLiveDataset", "jsonPath": "cr:jsonPath",
+    "key": "cr:key", "md5": "cr:md5", "name": {"@container": "@language"}, "parentField": "cr:parentField",
+    "path": "cr:path", "prov": "http://www.w3.org/ns/prov#", "rai": "http://mlcommons.org/croissant/RAI/",
+    "recordSet": "cr:recordSet", "references": "cr:references", "regex": "cr:regex", "repeated": "cr:repeated",
+    "replace": "cr:replace", "samplingRate": "cr:samplingRate", "sc": "https://schema.org/",
+    "separator": "cr:separator", "source": "cr:source", "subField": "cr:subField", "transform": "cr:transform",
+}  # fmt: skip
+
+
+def of(
+    release: dict[str, Any], dataset: Path, data: dict[str, Any], digest: Callable[[Path], str] = sha256_file
+) -> dict[str, Any]:
+    """The JSON-LD of a dataset folder. release: evidence/release.json; data: `facts.data_facts` of the folder."""
+    repo = f"https://huggingface.co/datasets/{release['namespace']}/{release['name']}-data"
+    tables = {"dispositions": "dispositions.parquet"}
+    tables |= {
+        f"kept-{name}": f"kept/{name}.parquet"
+        for name in data["sources"]
+        if (dataset / f"kept/{name}.parquet").exists()
+    }
+    tables |= {"tokens": "tokens/documents.parquet", "problems": "evaluation/items.parquet"}
+    read = sum(row["documents_in"] for row in data["sources"].values())
+    kept = sum(row["kept"] for row in data["sources"].values())
+    rules = sorted({rule.split("/")[0] for row in data["sources"].values() for rule in row["removed"]})
+    replaced = _replaced(dataset)
+    return {
+        "@context": CONTEXT,
+        "@type": "sc:Dataset",
+        "conformsTo": ["http://mlcommons.org/croissant/1.1", "http://mlcommons.org/croissant/RAI/1.0"],
+        "name": f"{release['name']}-data",
+        "description": f"What {release['title']} was trained on: the documents that were kept, one disposition for "
+        "every document that was read, and where each was seen in training.",
+        "url": repo,
+        "version": release["version"],
+        "license": f"https://spdx.org/licenses/{release['licence']['data_compilation']}.html",
+        "citeAs": f"{release['title']} {release['version']}, {repo}",
+        "creator": {"@type": "sc:Organization", "name": release["namespace"]},
+        "isLiveDataset": False,
+        **({"inLanguage": release["languages"]} if release["languages"] else {}),
+        "distribution": [_file(dataset, path, name, digest) for name, path in tables.items()],
+        "recordSet": [_records(dataset / path, name) for name, path in tables.items()],
+        "prov:wasDerivedFrom": [_source(dataset, name, row) for name, row in data["sources"].items()],
+        "rai:dataCollection": f"{read} documents of {len(data['sources'])} sources were read; each source's own file "
+        "in sources/ says from where, under which licence, and the evidence for it.",
+        "rai:dataPreprocessingProtocol": [
+            f"{kept} of {read} documents were kept; the others were removed by {', '.join(rules) or 'no rule'}.",
+            "dispositions.parquet names for each document the rule, the measured value and the threshold; removed "
+            "documents are listed without their text.",
+        ],
+        "rai:personalSensitiveInformation": [
+            f"Replaced by a placeholder where a pattern found them: in {replaced} documents. What no pattern finds "
+            "stays; a document can be removed on request."
+        ],
+        "rai:dataLimitations": [
+            "Decontamination and deduplication compare words: paraphrases and translations are not found.",
+            "A licence that stands beside a document is evidence, not legal clearance.",
+        ],
+        "rai:dataUseCases": "Training the models of this release, and checking what they were trained on.",
+        "rai:dataReleaseMaintenancePlan": "A version is published once; changes, removals on request too, come as a "
+        f"new version. Requests: {release['contact'] or 'the discussions of the repository'}.",
+    }  # fmt: skip
+
+
+def _replaced(dataset: Path) -> int:
+    """Documents in which personal data was replaced, as curation counted them."""
+    sources = read_json(dataset / "summary.json")["sources"]
+    return sum(count for row in sources.values() for step, count in row.get("edited", {}).items() if step == "pii")
+
+
+def _file(dataset: Path, path: str, name: str, digest: Callable[[Path], str]) -> dict[str, Any]:
+    return {
+        "@type": "cr:FileObject",
+        "@id": f"{name}.parquet",
+        "name": f"{name}.parquet",
+        "contentUrl": path,
+        "contentSize": f"{(dataset / path).stat().st_size} B",
+        "encodingFormat": "application/x-parquet",
+        "sha256": digest(dataset / path),
+    }
+
+
+def _records(path: Path, name: str) -> dict[str, Any]:
+    """A record set with a field for each column."""
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(path)
+    fields = []
+    for column in schema:
+        kind = str(getattr(column.type, "value_type", column.type))
+        fields.append({
+            "@type": "cr:Field",
+            "@id": f"{name}/{column.name}",
+            "name": column.name,
+            "dataType": TYPES.get(kind, "sc:Text"),
+            **({"isArray": True, "arrayShape": "-1"} if kind != str(column.type) else {}),
+            "source": {"fileObject": {"@id": f"{name}.parquet"}, "extract": {"column": column.name}},
+        })  # fmt: skip
+    return {"@type": "cr:RecordSet", "@id": name, "name": name, "field": fields}
+
+
+def _source(dataset: Path, name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A source as a PROV entity: where it is from, and the digest of what was read there, if it has one."""
+    path = dataset / f"sources/{name}.json"
+    declared = read_json(path) if path.exists() else {}
+    found: dict[str, Any] = {"@type": "prov:Entity", "@id": f"source/{name}", "prov:label": name}
+    if row["origin"]:
+        found["prov:atLocation"] = row["origin"]
+    if tree := declared.get("tree_digest"):
+        found["identifier"] = tree
+    return found | {"license": row["licences"]}
+
+
+def problems(path: Path, records: int = 3) -> list[str]:
+    """The errors that mlcroissant finds in a croissant.json, and what does not load of its record sets. Of what it
+    merely recommends, `datePublished` is left out: no clock enters a release."""
+    import itertools
+    import logging
+    import warnings
+
+    import mlcroissant
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its libraries about each other
+        try:
+            found = mlcroissant.Dataset(jsonld=path)
+        except mlcroissant.ValidationError as error:
+            return [" ".join(str(error).split())]
+        wrong = list(found.metadata.ctx.issues.errors)
+        for record_set in found.metadata.record_sets:
+            rows = list(itertools.islice(found.records(record_set.uuid), records))
+            names = {field.uuid for field in record_set.fields}
+            if any(set(row) != names for row in rows):
+                wrong.append(f"record set {record_set.uuid} does not load with its fields")
+    return sorted(wrong)
