@@ -134,6 +134,14 @@ def controller_killed(home: Path, stage: str = "pretrain") -> None:
     world.cluster("up")
 
 
+def controller_away_as_a_rank_dies(home: Path, stage: str = "pretrain") -> None:
+    """The job's script then asks for a new start of a controller that does not answer."""
+    rank = world.processes(world.nodes_of(home, stage)[-1], b"submitit")
+    world.kill([world.daemon("slurmctld"), *rank])
+    time.sleep(12)
+    world.cluster("up")
+
+
 def accounting_away(home: Path, stage: str = "pretrain") -> None:
     world.kill([world.daemon("slurmdbd")], signal.SIGTERM)
     told = atom(home, "status").stdout
@@ -146,6 +154,7 @@ AGAIN = {requeue: True, told_to_save: True, preempt: True, daemons_killed: None}
 AGAIN |= {controller_killed: None, accounting_away: False}
 """Whether the stage's job must have been started again; None: as it comes."""
 AT_LENGTH = {node_down: True, node_crash: True, rank_killed: True, first_rank_killed: True, rank_hangs: True}
+AT_LENGTH |= {controller_away_as_a_rank_dies: True}
 """As well by `make soak`."""
 SOAK = bool(os.environ.get("ATOM_SOAK"))
 
