@@ -30,6 +30,7 @@ def main(recipe: str) -> None:
     from pipeline import graph
     from pipeline import recipe as recipes
     from pipeline.store import Store
+    from release import sign
     from release.local_hub import running
 
     began = time.monotonic()
@@ -40,13 +41,19 @@ def main(recipe: str) -> None:
 
     atom("run", recipe)
     atom("build", recipe)
+    key = store.home / "keys" / "demo.pem"
+    if not key.exists():
+        print(f"\nmaking a key for this demo, {_near(key)}")
+        sign.make_key(key)
+    atom("sign", str(release), "--key", str(key))
+    name = sign.fingerprint(sign.Signer(key).public_key())
     print("\nstarting a local Hub, empty, that speaks the routes of huggingface.co")
     shutil.rmtree(store.home / "hub", ignore_errors=True)  # a Hub keeps a version for good; the demo may be built anew
     with running(store.home / "hub", NAMESPACE, TOKEN) as endpoint:
         hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN}
         atom("publish", str(release), "--to", NAMESPACE, **hub)
-        atom("verify", f"{NAMESPACE}/{identity.name}@v{identity.version}", **hub)
-    atom("verify", "--deep", str(release))
+        atom("verify", f"{NAMESPACE}/{identity.name}@v{identity.version}", "--key", name, **hub)
+    atom("verify", "--deep", str(release), "--key", name)
     summary(composed, store, release, time.monotonic() - began)
 
 
@@ -123,6 +130,9 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
         "\nWhat to try next (with .venv/bin in front of PATH)\n"
         "  atom status                     how the run went, stage by stage\n"
         f"  less {shown}/model/README.md    the model card: every number of it was measured\n"
+        f"  atom show {shown}      the release on one page\n"
+        f"  atom trace {shown} --phase pretrain --step 7    what that batch held, and where it is from\n"
+        f"  atom replay {shown} pretrain    train its last steps again, and compare every tensor\n"
         f"  atom verify {shown}    then flip any byte of it, and verify again\n"
         f"  mlflow ui --backend-store-uri {uri}\n"
         f"  atom plan {name}             change a field of a copy of the recipe, and plan the copy:\n"

@@ -27,6 +27,18 @@ FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 HOW_TO = "make one: openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
 
 
+def make_key(path: Path) -> None:
+    """A new private key on P-256 as PEM, which nobody but its owner may read. Raises FileExistsError."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    form, none = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    pem = ec.generate_private_key(ec.SECP256R1()).private_bytes(serialization.Encoding.PEM, form, none)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(pem)
+
+
 @dataclass(frozen=True)
 class Signer:
     """A private key (PEM, elliptic curve), and the certificate that names its owner, with those that vouch for it."""

@@ -43,7 +43,9 @@ def test_the_demo_ends_with_its_table(demo_home: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for words in ("Corpus: documents", "Held-out quality", "Export parity", "Time of each stage", "What to try next"):
         assert words in done.stdout
-    assert done.stdout.count(": verified\n") == 2
+    assert done.stdout.count(": verified\n") == 2 and done.stdout.count("ok      signatures: ") == 2
+    page = atom(demo_home, "show", str(demo_home / "releases" / "atom-smoke-0.1.0")).stdout
+    assert "how checked: 15 gates, all passed" in page and "signed by sha256:" in page
 
 
 def test_a_pulled_model_loads_in_a_fresh_interpreter(demo_home: Path, tmp_path: Path) -> None:

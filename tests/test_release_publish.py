@@ -46,14 +46,14 @@ def release(built: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def client(release: Path, tmp_path: Path):
     def run(
-        code: str, endpoint: str, token: str | None = LOCAL_TOKEN, check: bool = True
+        code: str, endpoint: str, token: str | None = LOCAL_TOKEN, check: bool = True, timeout: float = 240
     ) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
         env.pop("HF_TOKEN", None)
         if token:
             env["HF_TOKEN"] = token
         command = [sys.executable, "-c", PRELUDE + code, str(release)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
         assert not check or done.returncode == 0, done.stderr
         return done
 
