@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,11 @@ class Companion:
         try:
             self.process.communicate(outcome, timeout=self.LAST_CHANCE)
         except subprocess.TimeoutExpired:
+            self.leave()
+
+    def leave(self) -> None:
+        """Ends it at once."""
+        if self.process is not None:
             self.process.kill()
             self.process.wait()
 
@@ -247,6 +253,7 @@ def accompany(home: Path, run: str) -> None:
     store = Store(home)
     this = runs.find(store, run)
     folder = this.folder / "mlflow"
+    end, begun, sent = folder / f"end-{uuid.uuid4().hex}", folder / "begun", folder / "sent"
     over, outcome, turn, problem = False, "", None, None
     while True:
         if not over and select.select([sys.stdin], [], [], Background.EVERY)[0]:
@@ -256,7 +263,6 @@ def accompany(home: Path, run: str) -> None:
         if turn is not None and turn.lost:
             turn = None
         turn = turn or Lease.take(folder)
-        end, begun, sent = folder / f"end-{os.getpid()}", folder / "begun", folder / "sent"
         if over and not end.exists():
             end.touch()
         if turn is not None:

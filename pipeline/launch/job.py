@@ -69,7 +69,9 @@ def run(spec: dict[str, Any], terms_: dict[str, Any]) -> str:
     else:
         decision = AGAIN if not final and (stopped or since <= terms.restarts) else FAILED
     _decide(launch, decision, outcome)
-    if companion is not None:
+    if companion is not None and decision == AGAIN:
+        companion.leave()  # the time limit may be near; the next start sends on
+    elif companion is not None:
         companion.close({DONE: "FINISHED", FAILED: "FAILED"}.get(decision, ""))
     return decision
 
