@@ -204,10 +204,14 @@ def track(run: RunArgument = None) -> None:
     """
     from pipeline import run as runs
     from pipeline import tracking
+    from pipeline.lease import Lease
 
     store = open_store()
     this = runs.find(store, run)
     done = all(s.state == "sealed" for s in runs.status(this, store))
+    turn = Lease.take(this.folder / "mlflow")
+    if turn is None:
+        raise AtomError(f"a job of run {this.id} is sending it at the moment; its metrics arrive by themselves")
     forwarder = tracking.Forwarder(this, store)
     try:
         if done:
@@ -218,6 +222,8 @@ def track(run: RunArgument = None) -> None:
         raise AtomError(
             f"MLflow at {tracking.shown_uri(store)} did not answer: {tracking.redacted(str(error).splitlines()[0])}"
         ) from error
+    finally:
+        turn.release()
     print(f"run {this.id} is in MLflow at {tracking.shown_uri(store)}")
 
 

@@ -101,6 +101,12 @@ def verify(
     chain: Annotated[
         list[Path] | None, typer.Option(help="a certificate that is trusted, if it was signed with one; repeatable")
     ] = None,
+    proof: Annotated[
+        Path | None,
+        typer.Option(
+            help="instead, check these Merkle proofs (atom trace --report --json) against TARGET, a merkle.json"
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check every byte of a release, and who signed it.
@@ -108,6 +114,9 @@ def verify(
     Exit code 1 says which file or claim is bad.
     """
     from pipeline import views
+
+    if proof is not None:
+        return _check_proofs(proof, Path(target), as_json)
     from release.verify import Trust
     from release.verify import verify as verify_release
 
@@ -115,6 +124,20 @@ def verify(
     verdict = verify_release(target, deep, lambda text: print(text, file=sys.stderr, flush=True), trust)
     print(json.dumps(verdict.to_json(), indent=1) if as_json else views.verdict_text(verdict))
     if not verdict.ok:
+        raise typer.Exit(1)
+
+
+def _check_proofs(proof: Path, roots: Path, as_json: bool) -> None:
+    """Exit code 1 if one of them does not hold."""
+    from release import merkle
+
+    found = merkle.check_file(proof, roots)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        for table, wrong in found.items():
+            print(f"BAD     {table}: {wrong}" if wrong else f"ok      {table}: the row is in it, by its root alone")
+    if not found or any(found.values()):
         raise typer.Exit(1)
 
 
@@ -151,6 +174,8 @@ def trace(
 
     if [step, doc, text].count(None) != 2:
         raise AtomError("atom trace answers one question: give --step N, --doc ID or --text STR")
+    if phase is not None and step is None:
+        raise AtomError("--phase names the phase of a step; give it with --step N")
     if report and doc is None:
         raise AtomError("--report is about a document; give it with --doc ID")
     require_release(release, "dispositions.parquet")
@@ -189,9 +214,9 @@ def replay(
     require_release(release)
     first, last = _span(steps)
     found = again.replay(release, stage, first, last, lambda text: print(text, file=sys.stderr, flush=True))
+    print(json.dumps(found.to_json(), indent=1) if as_json else report.text(found), flush=True)
     if certificate is not None:
         certificate.write_text(json.dumps(report.certificate(found, release), indent=1, sort_keys=True) + "\n")
-    print(json.dumps(found.to_json(), indent=1) if as_json else report.text(found))
     if not found.ok:
         raise typer.Exit(1)
 

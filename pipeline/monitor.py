@@ -14,6 +14,8 @@ from pipeline.launch.queue import Job, NoAnswer
 from pipeline.run import NodeStatus, Run
 from pipeline.store import Store
 
+BROKEN = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
+"""How a task of an array may end, so that what waits for the array is cancelled."""
 ENDED = {
     "CANCELLED": "cancelled",
     "TIMEOUT": "its time limit came before it could save; raise minutes or signal_lead_seconds of the profile",
@@ -88,7 +90,7 @@ def _with_array(node: NodeStatus, row: Mapping[str, Any], run: Run, held: dict[s
     said = [path.read_text().split("\n") for path in folder.glob("ranks/*/decision")]
     failed = [why for decision, why, *_ in said if decision == job.FAILED]
     tasks = (each for id, each in held.items() if id.startswith(f"{row['array']}_"))
-    bad = [each.id for each in tasks if each.state in ("FAILED", "TIMEOUT")]
+    bad = [each.id for each in tasks if each.state in BROKEN]
     if node.state == "cancelled" and (failed or bad):
         why = failed[0] if failed else f"task {bad[0]} of its array failed; its log is in {folder / 'submitit'}"
         return replace(node, state="failed", reason=None, message=why)
@@ -96,7 +98,7 @@ def _with_array(node: NodeStatus, row: Mapping[str, Any], run: Run, held: dict[s
     for path in folder.glob("ranks/*/shards.json"):  # a task that was started again counts what it finds done, too
         task = path.parent.name.rpartition(".")[0]
         done[task] = max(done.get(task, 0), json.loads(path.read_text())["done"])
-    return replace(node, done=sum(done.values()), total=row["shards"], unit="shards")
+    return replace(node, done=sum(done.values()), total=row.get("shards", 0), unit="shards")
 
 
 def restarts(run: Run, node: str) -> int:

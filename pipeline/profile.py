@@ -74,7 +74,7 @@ class Slurm(Config):
     scratch: str | None = Field(None, description="a folder on each node for temporary files")
     free_gb: float = Field(1.0, ge=0, description="space that must be free under $ATOM_HOME and in scratch")
     signal_lead_seconds: int = Field(120, ge=10, description="how long before the time limit a stage is told to save")
-    array_size: int = Field(1000, ge=1, description="tasks of a job array; each does several shards if there are more")
+    array_size: int = Field(1000, ge=2, description="tasks of a job array; each does several shards if there are more")
     array_tasks: int = Field(256, ge=1, description="tasks of one job array that may run at once")
     restarts: int = Field(3, ge=0, description="attempts that may follow each other without progress")
     notify: str | None = Field(

@@ -239,6 +239,8 @@ class Companion:
             self.process.communicate(outcome, timeout=self.LAST_CHANCE)
         except subprocess.TimeoutExpired:
             self.leave()
+            said = f"no answer within {self.LAST_CHANCE:.0f} seconds"
+            print(f"MLflow did not take everything ({said}); `atom track` sends it later", file=sys.stderr)
 
     def leave(self) -> None:
         """Ends it at once."""
@@ -253,7 +255,8 @@ def accompany(home: Path, run: str) -> None:
     store = Store(home)
     this = runs.find(store, run)
     folder = this.folder / "mlflow"
-    end, begun, sent = folder / f"end-{uuid.uuid4().hex}", folder / "begun", folder / "sent"
+    me = uuid.uuid4().hex
+    end, begun, sent = folder / f"end-{me}", folder / f"begun-{me}", folder / "sent"
     over, outcome, turn, problem = False, "", None, None
     while True:
         if not over and select.select([sys.stdin], [], [], Background.EVERY)[0]:
@@ -265,11 +268,13 @@ def accompany(home: Path, run: str) -> None:
         turn = turn or Lease.take(folder)
         if over and not end.exists():
             end.touch()
+            if outcome:
+                (folder / "outcome").write_text(outcome)
         if turn is not None:
             begun.touch()
-            problem = _sent(Forwarder(this, store), outcome)
+            problem = _sent(Forwarder(this, store), _read(folder / "outcome"))
             os.replace(begun, sent)  # its time: when the last sending began
-        if over and (turn is not None or (not outcome and _later(sent, end))):
+        if over and (turn is not None or _later(sent, end)):
             break
     end.unlink()
     if turn is not None:
@@ -288,6 +293,10 @@ def _sent(forwarder: Forwarder, outcome: str) -> str | None:
     except Exception as error:  # whatever a tracking server may do, the stage goes on; the caller tells it
         return redacted(f"{type(error).__name__}: {error}".splitlines()[0][:300])
     return None
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 def _later(path: Path, than: Path) -> bool:

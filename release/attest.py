@@ -7,6 +7,7 @@ test-result.md.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ FOLDER = "evidence/attestations"
 def test_result(
     subjects: dict[str, str], configuration: dict[str, str], passed: Iterable[str], failed: Iterable[str]
 ) -> dict[str, Any]:
-    """subjects, configuration: {name: SHA-256}; passed, failed: names of tests. What failed is PASSED's opposite."""
+    """subjects, configuration: {name: SHA-256}; passed, failed: names of tests. One that failed fails the result."""
     passed, failed = sorted(passed), sorted(failed)
     return {
         "_type": STATEMENT,
@@ -45,7 +46,7 @@ def evaluations(release: Path, nodes: dict[str, dict[str, str]]) -> dict[str, di
     for node, made in nodes.items():
         kind, _, model = node.partition("-")
         table = release / "dataset/evaluation" / model / "items.parquet"
-        if kind != "export" or not table.is_file():
+        if kind != "export" or not re.fullmatch(r"[a-z0-9-]+", model) or not table.is_file():
             continue
         rows = facts.rows(table, ["id", "score"])
         inputs = {nodes[name]["key"]: nodes[name]["digest"] for name in ("items", f"evaluate-{model}")}

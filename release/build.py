@@ -111,9 +111,11 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
 
 def describe(source: BuildInput) -> dict[str, Any]:
     """evidence/release.json: what the release is, and what was not clean when it was built."""
+    from release.layout import FORMAT
+
     section = ReleaseSection.model_validate(source.recipe["release"])
     return {
-        "format": 1,
+        "format": FORMAT,
         "name": source.name,
         "version": source.version,
         "title": section.title or source.name,

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import ledger
+from pipeline.errors import CheckFailed
 from pipeline.ledger import BUILD_TYPE, PREDICATE, STATEMENT
 from pipeline.store import Artifact, FileRow, digest_of, sha256_file
 from release import attest, costs, facts, merkle, training
 from release.cards import croissant, plot, render
-from release.layout import CANARY, GATES, GATES_STATED, ORIGINS, RELEASE, ROOTS, files_below, model_folders
+from release.layout import CANARY, FORMAT, GATES, GATES_STATED, ORIGINS, RELEASE, ROOTS, files_below, model_folders
 
 UNKNOWN_LICENCES = frozenset({"", "unknown", "noassertion", "none", "other"})
 ARTIFACT_URI = "atom:artifact/"
@@ -26,8 +27,17 @@ class Absent(Exception):
     """What a check is about is not in a release of an older version."""
 
 
-def _there(folder: Path, path: str) -> Path:
+def current(folder: Path) -> bool | None:
+    """Whether a release is of today's format; None of a repository alone, which does not say."""
+    about = next((base / RELEASE for base in (folder, folder.parent) if (base / RELEASE).is_file()), None)
+    return None if about is None else facts.read_json(about).get("format", 1) >= FORMAT
+
+
+def there(folder: Path, path: str) -> Path:
+    """Raises CheckFailed if a file is missing, Absent if the release may be older than such files."""
     if not (folder / path).exists():
+        if current(folder):
+            raise CheckFailed(f"{path} is missing")
         raise Absent(f"{path} is not there: this release was made before there was one")
     return folder / path
 
@@ -37,12 +47,17 @@ PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pk
 
 
 def formats(folder: Path, paths: Iterable[str]) -> list[str]:
-    """No file is a pickle, by its name or by its first bytes; none is opened by what could run it."""
+    """No file is a pickle or an archive of some, by its name or first bytes, and no model brings code of its own."""
     wrong = []
     for path in paths:
         with open(folder / path, "rb") as file:
-            start = file.read(2)
-        if Path(path).suffix.lower() in PICKLES or (start[:1] == b"\x80" and start[1:] in (b"\2", b"\3", b"\4", b"\5")):
+            start = file.read(4)
+        if path.endswith(".py") and not path.startswith("code/"):
+            wrong.append(f"{path} is code beside data or weights, which a loader might run; a release holds none")
+        if Path(path).name in ("config.json", "tokenizer_config.json") and b"auto_map" in (folder / path).read_bytes():
+            wrong.append(f"{path} names code to load a model with (auto_map); a release needs none")
+        pickled = start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5")
+        if Path(path).suffix.lower() in PICKLES or pickled or start == b"PK\3\4":
             wrong.append(f"{path} is, or may be, a pickle, which runs code when it is loaded; a release holds none")
     return wrong
 
@@ -130,9 +145,9 @@ def statements(folder: Path, digest: Callable[[Path], str] = sha256_file) -> lis
 
 def _summaries(folder: Path, manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """{key: the byproduct that a statement about it should have} of each artifact whose summary.json is published."""
-    found = {}
+    found, present = {}, set(files_below(folder))
     for path, origin in facts.read_json(folder / ORIGINS).items():
-        if origin.get("file") == ledger.SUMMARY and (folder / path).exists():
+        if origin.get("file") == ledger.SUMMARY and path in present:
             manifest = manifests[origin["artifact"]]
             product = Artifact(manifest["key"], "", (folder / path).parent, (_row(manifest, ledger.SUMMARY),))
             found[manifest["key"]] = next(ledger.summaries(product))
@@ -206,13 +221,13 @@ def described(folder: Path, digest: Callable[[Path], str] = sha256_file) -> list
     """What stands in croissant.json is what the data of a whole release gives."""
     about, dataset = facts.read_json(folder / RELEASE), folder / "dataset"
     expected = croissant.of(about, dataset, facts.data_facts(dataset), digest)
-    same = facts.read_json(_there(dataset, croissant.NAME)) == json.loads(json.dumps(expected))
+    same = facts.read_json(there(dataset, croissant.NAME)) == json.loads(json.dumps(expected))
     return [] if same else [f"dataset/{croissant.NAME} is not what the data gives"]
 
 
 def roots(dataset: Path) -> list[str]:
     """The Merkle roots are those of the tables."""
-    said, found = facts.read_json(_there(dataset, ROOTS)), merkle.roots(dataset)
+    said, found = facts.read_json(there(dataset, ROOTS)), merkle.roots(dataset)
     return [
         f"{ROOTS}: the root of {name} is not that of its table"
         for name in sorted(said.keys() | found.keys())
@@ -223,21 +238,24 @@ def roots(dataset: Path) -> list[str]:
 def attestations(folder: Path) -> list[str]:
     """The statements of what was measured and gated say what the tables say."""
     nodes = facts.read_json(folder / RELEASE)["nodes"]
-    _there(folder, GATES_STATED)
-    expected = attest.evaluations(folder, nodes) if (folder / "dataset").is_dir() else {}
+    there(folder, GATES_STATED)
+    whole = (folder / "dataset").is_dir()
+    expected = attest.evaluations(folder, nodes) if whole else {}
     expected[GATES_STATED] = attest.gates(
         nodes, {name: gate["ok"] for name, gate in facts.read_json(folder / GATES).items()}
     )
-    return [
-        f"{path} is not what the tables give"
-        for path, body in expected.items()
-        if facts.read_json(folder / path) != body
+    present = {path.relative_to(folder).as_posix() for path in (folder / attest.FOLDER).rglob("*") if path.is_file()}
+    wrong = [f"{path} is about nothing in the release" for path in sorted(present - expected.keys()) if whole]
+    wrong += [f"{path} is missing" for path in sorted(expected.keys() - present)]
+    both = sorted(present & expected.keys())
+    return wrong + [
+        f"{path} is not what the tables give" for path in both if facts.read_json(folder / path) != expected[path]
     ]
 
 
 def canary(dataset: Path, items: str) -> list[str]:
     """items: the digest of the artifact of evaluation items."""
-    same = not (dataset / CANARY).exists() or facts.read_json(dataset / CANARY) == facts.canary(items)
+    same = facts.read_json(there(dataset, CANARY)) == facts.canary(items)
     return [] if same else [f"{CANARY} is not that of the items"]
 
 
@@ -277,6 +295,8 @@ def fresh_set(folder: Path) -> list[str]:
 
 
 def cards(folder: Path) -> list[str]:
+    if current(folder) is False:
+        raise Absent("not asked, since it was made by an older version of atom, whose cards had other tables")
     models = model_folders(folder)
     wrong = [f"{name}/{text}" for name in models for text in model_card(folder / name)]
     shown = render.data_tables(facts.data_facts(folder / "dataset"))

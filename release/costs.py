@@ -35,12 +35,6 @@ def total(costs: Costs) -> dict[str, float]:
     return {column: sum(row[column] for row in costs.values()) for column in COLUMNS}
 
 
-def methods(release: Path) -> list[str]:
-    """How the energy was estimated, each way once."""
-    bodies = (json.loads(path.read_bytes()) for path in (release / "evidence/statements").rglob("*.json"))
-    return sorted({str(ledger.usage(body).get("energy_method", "")) for body in bodies} - {""})
-
-
 def rows(costs: Costs) -> list[list[Any]]:
     """Cells of a table: a row a stage, and one over all."""
     all_rows = {**costs, "all": total(costs)}

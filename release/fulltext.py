@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import AtomError
-from pipeline.store import canonical, sha256_bytes
+from pipeline.store import canonical, sha256_bytes, sha256_file
 from stages.data.table import stream_rows
 
 INDEX = 1
@@ -49,6 +49,9 @@ def index_of(files: Mapping[str, Path], sums: Mapping[str, str], cache: Path, pr
     try:
         cache.mkdir(parents=True, exist_ok=True)
         draft.unlink(missing_ok=True)
+        for name, path in files.items():  # else a damaged copy would answer for the sound one ever after
+            if sha256_file(path) != sums[name]:
+                raise AtomError(f"{path} is not the file that the checksums beside it list; verify this copy")
         try:
             _write_index(draft, files, progress)
             os.rename(draft, index)

@@ -24,6 +24,8 @@ SUMS = "SHA256SUMS"
 ALL_SUMS = f"evidence/{SUMS}"
 ORIGINS = "evidence/origins.json"
 RELEASE = "evidence/release.json"
+FORMAT = 2
+"""Of the release folder, in release.json. 2: with Merkle roots, Croissant, attestations, canary, goldens and costs."""
 GATES = "evidence/gates.json"
 GATES_STATED = "evidence/attestations/gates.json"
 ROOTS = "merkle.json"
@@ -112,7 +114,8 @@ def files_below(folder: Path) -> list[str]:
     """Every file below a folder as sorted POSIX paths, without signatures and their keys where they belong, and without
     what a Hub and its client add to a repository."""
     paths = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() or p.is_symlink())
-    places = repositories(folder) if (folder / "checkpoints").is_dir() else [Repository("", "", "")]
+    whole = (folder / RELEASE).is_file() and (folder / "checkpoints").is_dir()
+    places = repositories(folder) if whole else [Repository("", "", "")]
     signed = {f"{place.folder}/{name}".lstrip("/") for place in places for name in (SIGNATURE, PUBLIC_KEY)}
     return sorted(p for p in paths if p != ".gitattributes" and not p.startswith(".cache/") and p not in signed)
 

@@ -7,6 +7,7 @@ whoever publishes a root publishes the size with it, and `check` compares both.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
@@ -60,16 +61,6 @@ def leaf_hash(leaf: bytes) -> bytes:
 
 def node_hash(left: bytes, right: bytes) -> bytes:
     return sha256(b"\x01" + left + right).digest()
-
-
-def root(leaves: Sequence[bytes]) -> bytes:
-    """The root over leaves, 32 bytes."""
-    return Tree(leaves).root
-
-
-def proof(leaves: Sequence[bytes], index: int) -> list[bytes]:
-    """The inclusion proof of one leaf. For several of the same leaves, ask one `Tree`."""
-    return Tree(leaves).proof(index)
 
 
 def holds(leaf: bytes, index: int, size: int, proof: Sequence[bytes], root: bytes) -> bool:
@@ -145,6 +136,19 @@ def check(proof: Mapping[str, Any], roots: Mapping[str, Any]) -> str | None:
     if not holds(leaf, index, size, siblings, bytes.fromhex(published["root"])):
         return f"the proof does not hold: it leads from this row at place {index} of {table} to another root"
     return None
+
+
+def check_file(proofs: Path, roots: Path) -> dict[str, str | None]:
+    """{table: what is wrong with its proof, or None} of a file that `atom trace --doc ID --report --json` wrote.
+
+    roots: a merkle.json from a trusted place. Raises AtomError if a file is not what it should be.
+    """
+    try:
+        said, trusted = json.loads(proofs.read_bytes()), json.loads(roots.read_bytes())
+        found = said.get("proofs", said)
+        return {name: check(proof, trusted) for name, proof in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise AtomError(f"{proofs} and {roots} are not proofs and the roots that they lead to: {error}") from None
 
 
 def _tables(dataset: Path) -> dict[str, tuple[Path, list[str]]]:

@@ -20,12 +20,14 @@ MESSAGES = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "
 
 TEXTS = ["def main(): 2+2", "Ünïcode, «quotes»\n\n\tand 3 lines.", "347+586="]
 NEW = 8
+LOADING = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
+"""Nothing of a stranger's folder is run or unpickled, and nobody is asked whether it may be."""
 
 
 def judge(folder: str) -> dict[str, object]:
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **LOADING)
     model, loading = loaded[0], loaded[1]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     problems = [
         f"{kind}: {name}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")

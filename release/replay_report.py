@@ -77,6 +77,8 @@ def certificate(found: Replay, release: Path) -> dict[str, Any]:
         )
     tests = {"token_shards": True, "state": not found.state}
     tests |= {"tensors_within_tolerance": found.largest <= found.tolerance, "tensors_bitwise": not found.different}
+    if found.ranks == 1:
+        tests["log"] = found.diverges is None
     missed = [name for name, passed in tests.items() if not passed]
     notes = {
         "release": f"{about['name']}-{about['version']}",
@@ -88,6 +90,7 @@ def certificate(found: Replay, release: Path) -> dict[str, Any]:
         "largest_relative_difference": _number(found.largest),
         "tolerance": found.tolerance,
         "ranks": {"then": found.ranks, "now": 1},
+        "log_diverges_at_step": found.diverges,
         "environment_differences": list(found.environment),
         "environment_fingerprint": found.fingerprint,
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from release import costs, facts, sign
 from release.cards import tables
-from release.layout import GATES, PUBLIC_KEY, RELEASE, model_folders
+from release.layout import GATES, PUBLIC_KEY, RELEASE, SIGNATURE, model_folders
 
 WIDTH = 118
 ABOUT = ("name", "version", "title", "description", "licence", "commit", "dirty", "stale")
@@ -18,8 +18,8 @@ def facts_of(release: Path) -> dict[str, Any]:
     """What the page tells, for `--json`; fields are only ever added.
 
     corpus: by source, documents in, kept and tokens; removed: by rule. models: in the order of training, parameters and
-    scores {measure: {value, se}}; of those that converse, pass_at_1. gates: {name: ok}. signed_by: the fingerprint of
-    the key beside the first repository, unchecked, or None.
+    scores {measure: {value, se}}; of those that converse, pass_at_1. gates: {name: ok}. key: the fingerprint of the key
+    that is said to have signed it, unchecked, or None.
     """
     about, data = facts.read_json(release / RELEASE), facts.data_facts(release / "dataset")
     final, *others = model_folders(release)
@@ -29,7 +29,6 @@ def facts_of(release: Path) -> dict[str, Any]:
         for rule, count in row["removed"].items():
             removed[rule] = removed.get(rule, 0) + count
     chat = data["chat"].get("test", {})
-    key = release / PUBLIC_KEY
     return {
         "schema": 1,
         **{name: about[name] for name in ABOUT},
@@ -50,8 +49,18 @@ def facts_of(release: Path) -> dict[str, Any]:
         "checkpoints": [row["branch"] for row in facts.checkpoint_facts(release / "checkpoints")],
         "gates": {name: gate["ok"] for name, gate in sorted(facts.read_json(release / GATES).items())},
         "cost": costs.total(costs.of(release)),
-        "signed_by": sign.fingerprint(key.read_bytes()) if key.is_file() else None,
+        "key": _key(release),
     }  # fmt: skip
+
+
+def _key(release: Path) -> str | None:
+    """The fingerprint of the key beside a signature; whether that holds is the question of `atom verify`."""
+    if not ((release / PUBLIC_KEY).is_file() and (release / SIGNATURE).is_file()):
+        return None
+    try:
+        return sign.fingerprint((release / PUBLIC_KEY).read_bytes())
+    except ValueError:
+        return "which cannot be read"
 
 
 def _seen(order: dict[str, Any]) -> dict[str, int]:
@@ -71,7 +80,7 @@ def text(found: dict[str, Any]) -> str:
     from rich.table import Table
 
     out = io.StringIO()
-    console = Console(file=out, width=WIDTH, highlight=False)
+    console = Console(file=out, width=WIDTH, highlight=False, markup=False)  # a title may hold brackets
 
     def table(*columns: str) -> Table:
         made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -79,7 +88,7 @@ def text(found: dict[str, Any]) -> str:
             made.add_column(column, justify="right" if number else "left", no_wrap=True)
         return made
 
-    console.print(f"[bold]{found['title']}[/bold] {found['version']}  {found['description']}", soft_wrap=False)
+    console.print(f"{found['title']} {found['version']}  {found['description']}", soft_wrap=False)
     licence, size = found["licence"], found["parameters"]
     console.print(
         f"{size['total']:,} parameters, {size['active']:,} active for one token; weights {licence['weights']}, "
@@ -111,7 +120,9 @@ def text(found: dict[str, Any]) -> str:
     failed = [name for name, ok in gates.items() if not ok]
     console.print(f"\nhow checked: {len(gates)} gates, {'failed: ' + ', '.join(failed) if failed else 'all passed'}")
     console.print(f"checkpoints: {', '.join(found['checkpoints'])}")
-    console.print(f"signed by {found['signed_by']} (see atom verify)" if found["signed_by"] else "not signed")
+    console.print(
+        f"carries signatures and the key {found['key']}; atom verify checks" if found["key"] else "not signed"
+    )
     console.print(
         f"cost, failed attempts counted: {cost['attempts']:.0f} attempts ({cost['failed']:.0f} failed), "
         f"{cost['core_hours']:.3g} core hours, {cost['gpu_hours']:.3g} GPU hours, about {cost['energy_wh']:.3g} Wh"

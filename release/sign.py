@@ -67,10 +67,14 @@ class Signer:
 
 
 def fingerprint(pem: bytes) -> str:
-    """`sha256:` and the SHA-256 of a public key's DER form. Raises ValueError if it is none."""
+    """`sha256:` and the SHA-256 of a public key's DER form. Raises ValueError if it is none that is known."""
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
 
-    key = serialization.load_pem_public_key(pem)
+    try:
+        key = serialization.load_pem_public_key(pem)
+    except UnsupportedAlgorithm as error:
+        raise ValueError(str(error)) from None
     der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return f"sha256:{hashlib.sha256(der).hexdigest()}"
 
@@ -82,6 +86,10 @@ def sign(release: Path, signer: Signer, progress: Callable[[str], None] = lambda
     """
     from model_signing import hashing, signing
 
+    if signer.certificate is not None and not signer.chain:
+        raise AtomError("a certificate needs those that vouch for it, up to the root; give each by --chain")
+    if signer.certificate is not None and signer.password is not None:
+        raise AtomError("a key with a password cannot be used with a certificate; give the key without one")
     pem = signer.public_key()
     for place in repositories(release):
         folder = release / place.folder
@@ -98,7 +106,7 @@ def sign(release: Path, signer: Signer, progress: Callable[[str], None] = lambda
                     private_key=signer.key, signing_certificate=signer.certificate, certificate_chain=signer.chain
                 )
             config.sign(folder, folder / SIGNATURE)
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, OSError) as error:
             raise AtomError(f"{release} cannot be signed: {' '.join(str(error).split())}") from None
         (folder / PUBLIC_KEY).write_bytes(pem)
     return fingerprint(pem)

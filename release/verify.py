@@ -20,9 +20,11 @@ from release import checks
 from release.digests import Digests
 from release.layout import (
     ALL_SUMS,
+    FORMAT,
     ORIGINS,
     PARTS,
     PUBLIC_KEY,
+    RELEASE,
     SUMS,
     Repository,
     compare,
@@ -88,9 +90,11 @@ class Trust:
     chain: tuple[Path, ...] = ()
 
     def fingerprint(self) -> str | None:
-        """Raises AtomError if `key` is neither."""
+        """Of the key that counts, if one does. Raises AtomError if `key` is neither, or a certificate is not there."""
         from release import sign
 
+        if missing := [path for path in self.chain if not path.is_file()]:
+            raise AtomError(f"there is no certificate {missing[0]}; name the file of one that you trust, as PEM")
         if self.key is None or sign.FINGERPRINT.fullmatch(self.key):
             return self.key
         try:
@@ -150,20 +154,24 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
             f"{subject} is neither a release nor a repository of one: it has no {SUMS}; "
             "give the folder that `atom build` made, or a repository that `atom publish` made"
         )
+    trust.fingerprint()  # a mistake of the caller's is told before anything is read
     kind = kind_of(folder)
+    _require_known(folder)
     verdict = Verdict(subject, kind, deep)
     progress(f"hashing every file of {subject}")
     digests = Digests(folder, (path for path in files_below(folder) if not is_foreign_link(folder, path)))
     verdict.checks += _byte_checks(folder, kind, digests)
     verdict.checks.append(_signatures(folder, kind, digests, trust))
     bad = checks.formats(folder, (path for path in files_below(folder) if not is_foreign_link(folder, path)))
-    verdict.checks.append(Check("formats", not bad, bad[0] if bad else "no file holds code that loading it runs", bad))
+    verdict.checks.append(
+        Check("formats", not bad, bad[0] if bad else "no pickle, and no code beside weights or data", bad)
+    )
     bytes_hold = verdict.ok
     for name, question, only_deep in _questions(folder, kind, digests):
         if only_deep and not deep:
             continue
         if not bytes_hold:
-            verdict.checks.append(Check(name, None, "not asked, since files are not what the checksums say"))
+            verdict.checks.append(Check(name, None, "not asked, since the bytes are not what was published"))
             continue
         progress(name.replace("_", " "))
         try:
@@ -172,6 +180,8 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
             lacks = f"not asked, since it needs {error.name or error}; install atom-release[train]"
             verdict.checks.append(Check(name, None, lacks))
             continue
+        except CheckFailed as error:
+            wrong = [str(error)]
         except checks.Absent as error:
             verdict.checks.append(Check(name, None, str(error)))
             continue
@@ -181,6 +191,16 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
             wrong = [f"cannot be checked: {type(error).__name__}: {error}"]
         verdict.checks.append(Check(name, not wrong, wrong[0] if wrong else "holds", wrong))
     return verdict
+
+
+def _require_known(folder: Path) -> None:
+    """Raises AtomError for a release of a later format than this program knows."""
+    try:
+        number = json.loads((folder / RELEASE).read_bytes())["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # a repository without it, or a damaged one, which the checksums tell
+    if isinstance(number, int) and number > FORMAT:
+        raise AtomError(f"{folder} has the format {number}, and this atom knows {FORMAT} at most; use a later one")
 
 
 def _byte_checks(folder: Path, kind: str, digests: Digests) -> Iterator[Check]:
@@ -234,8 +254,10 @@ def _signatures(folder: Path, kind: str, digests: Digests, trust: Trust) -> Chec
         wrong += [prefix + text for text in found.wrong]
         keys[prefix] = found.fingerprint
     if not keys:
-        said = "not signed" if wanted is None else f"not signed, so not by {wanted}"
-        return Check(name, None if wanted is None else False, said, [] if wanted is None else [said])
+        if wanted is None and not trust.chain:
+            return Check(name, None, "not signed")
+        said = f"not signed, so not by {wanted or 'whom the certificates vouch for'}"
+        return Check(name, False, said, [said])
     unsigned = [f"{p.folder}/" if p.folder else "" for p in places]
     wrong += [f"{prefix or folder.name} is not signed, and others are" for prefix in unsigned if prefix not in keys]
     expected = wanted or next(filter(None, keys.values()), None)

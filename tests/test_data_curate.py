@@ -299,6 +299,22 @@ def test_the_smoke_recipe_runs_every_step_and_values_are_consistent(run_stage: A
         assert hops <= 2 and (hops == 0 or row["disposition"] == "kept")
 
 
+def test_a_text_of_two_kinds_of_source_is_still_found_nearly_twice(tmp_path: Path, run_stage: Any) -> None:
+    """The first source is searched for near duplicates, a later one that holds the same text is not."""
+    long = " ".join(f"{chr(97 + n % 26)}{chr(97 + n // 26)}x" for n in range(200))  # numbers would all be alike
+    inputs = {
+        "prose": acquired(tmp_path, "prose", {"first": long, "near": long + " more"}),
+        "sums": acquired(tmp_path, "sums", {"copy": long}),
+        "items": evaluation_items(tmp_path),
+    }
+    sources = [{"name": "prose", "kind": "prose", "heldout": 0.0, "steps": []}]
+    sources += [{"name": "sums", "kind": "problems", "heldout": 0.0, "steps": []}]
+    found = dispositions(run_stage(curate.STAGE, {"sources": sources, "curation": {}, "seed": 0}, inputs))
+    rules = {key: row["rule"] for key, row in found.items()}
+    assert rules["sums/copy"] == "exact_duplicate"
+    assert sorted(str(rules[f"prose/{name}"]) for name in ("first", "near")) == ["None", "near_duplicate"]
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_shards_done_beforehand_are_all_that_the_stage_needs(
     tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch, shards: int

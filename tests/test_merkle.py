@@ -63,20 +63,20 @@ def test_the_roots_of_a_known_tree() -> None:
     """The first inputs and roots of the reference implementation of RFC 6962."""
     inputs = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657", "606162636465666768696a6b6c6d6e6f"]
     leaves = [bytes.fromhex(text) for text in inputs]
-    assert merkle.root([]).hex() == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-    assert merkle.root(leaves[:1]).hex() == "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d"
-    assert merkle.root(leaves).hex() == "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328"
+    assert merkle.Tree([]).root.hex() == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert merkle.Tree(leaves[:1]).root.hex() == "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d"
+    assert merkle.Tree(leaves).root.hex() == "5dc9da79a70659a9ad559cb701ded9a2ab9d823aad2f4960cfe370eff4604328"
 
 
 @given(st.lists(st.binary(max_size=9), max_size=70))
 def test_root_and_proofs_are_those_of_the_rfc(leaves: list[bytes]) -> None:
     tree = merkle.Tree(leaves)
-    assert tree.root == merkle.root(leaves) == mth(leaves)
+    assert tree.root == mth(leaves)
     for index, leaf in enumerate(leaves):
         proof = tree.proof(index)
         assert proof == path(index, leaves)
         assert merkle.holds(leaf, index, len(leaves), proof, tree.root)
-    assert not leaves or merkle.proof(leaves, len(leaves) - 1) == path(len(leaves) - 1, leaves)
+    assert not leaves or merkle.Tree(leaves).proof(len(leaves) - 1) == path(len(leaves) - 1, leaves)
 
 
 @given(SIZES, st.data())
@@ -110,7 +110,7 @@ def test_what_was_changed_is_refused(size: int, data: st.DataObject) -> None:
 @pytest.mark.parametrize("index", [-1, 3])
 def test_there_is_no_proof_of_no_leaf(index: int) -> None:
     with pytest.raises(IndexError):
-        merkle.proof(some(3), index)
+        merkle.Tree(some(3)).proof(index)
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +195,18 @@ def test_a_measure_that_is_no_number_has_a_leaf(dataset: Path, tmp_path: Path) -
 def test_a_missing_table_is_told_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(AtomError, match=r"dispositions.parquet is missing"):
         merkle.roots(tmp_path)
+
+
+def test_proofs_are_checked_against_the_roots_alone(dataset: Path, tmp_path: Path) -> None:
+    proofs, roots = tmp_path / "report.json", tmp_path / "merkle.json"
+    roots.write_text(json.dumps(merkle.roots(dataset)))
+    found = merkle.prove(dataset, facts.rows(dataset / "kept/prose.parquet", ["id"])[0]["id"])
+    proofs.write_text(json.dumps({"proofs": found}))
+    assert merkle.check_file(proofs, roots) == dict.fromkeys(found) and len(found) == 3
+    found["tokens"]["leaf"]["tokens"] += 1
+    proofs.write_text(json.dumps(found))
+    assert {name for name, wrong in merkle.check_file(proofs, roots).items() if wrong} == {"tokens"}
+    for content in ("[]", "{", '{"proofs": [1]}'):
+        proofs.write_text(content)
+        with pytest.raises(AtomError, match="are not proofs and the roots"):
+            merkle.check_file(proofs, roots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -13,7 +14,9 @@ import pytest
 import release_world as world
 from test_release_verify import resum
 
+from pipeline.errors import AtomError
 from release import build as builder
+from release import gates
 from release.layout import ALL_SUMS, CANARY, GATES_STATED, ORIGINS, ROOTS, SUMS
 from release.verify import verify
 
@@ -94,6 +97,8 @@ def test_texts_that_grow_when_they_are_read(copy: Path) -> None:
 
 
 def test_a_release_of_an_older_version_lacks_what_there_was_not_yet(copy: Path) -> None:
+    path = copy / "evidence/release.json"
+    world.write_json(path, {**json.loads(path.read_text()), "format": 1})
     gone = [f"dataset/{ROOTS}", "dataset/croissant.json", f"dataset/{CANARY}", GATES_STATED, "model/goldens.json"]
     rows = json.loads((copy / ORIGINS).read_text())
     for path in gone:
@@ -103,9 +108,49 @@ def test_a_release_of_an_older_version_lacks_what_there_was_not_yet(copy: Path) 
     resum(copy)
     checks = {check.name: check for check in verify(copy, deep=True).checks}
     absent = {name for name, check in checks.items() if check.ok is None}
-    assert absent == {"signatures", "merkle_roots", "croissant", "attestations"}
+    assert absent == {"signatures", "merkle_roots", "croissant", "attestations", "cards"}
     assert "this release was made before there was one" in checks["merkle_roots"].detail
     assert not [name for name, check in checks.items() if check.ok is False], checks
+
+
+def test_code_of_a_models_own_is_refused_and_not_run(copy: Path, tmp_path: Path, monkeypatch) -> None:
+    told, config = tmp_path / "told", json.loads((copy / "model/config.json").read_text())
+    own = {"AutoConfig": "m.Own", "AutoModelForCausalLM": "m.Model"}
+    world.write_json(copy / "model/config.json", {**config, "model_type": "own", "auto_map": own})
+    (copy / "model/m.py").write_text(f"open({str(told)!r}, 'w')\nclass Own: ...\nclass Model: ...\n")
+    resum(copy)
+    wrong = next(check.wrong for check in verify(copy, deep=True).checks if check.name == "formats")
+    assert len(wrong) == 2 and "auto_map" in wrong[0] and "model/m.py is code" in wrong[1]
+    read, write = os.pipe()  # somebody who says yes to everything
+    os.write(write, b"y\n" * 100)
+    os.dup2(read, 0)
+    (found,) = gates.run_reload([copy / "model"])
+    assert found["problems"] and not told.exists()
+
+
+def test_goldens_are_compared_and_missed(copy: Path) -> None:
+    path = copy / "model/goldens.json"
+    body = json.loads(path.read_text())
+    for value in (float("nan"), body["rows"][0]["logits"][0] + 0.01):
+        body["rows"][0]["logits"][0] = value
+        path.write_text(json.dumps(body))
+        resum(copy)
+        found = next(check for check in verify(copy, deep=True).checks if check.name == "reload_in_transformers")
+        assert found.ok is False and "goldens.json: logits after 'def main(): 2+2' differ" in found.wrong[0]
+    path.unlink()
+    rows = json.loads((copy / ORIGINS).read_text())
+    rows.pop("model/goldens.json")
+    world.write_json(copy / ORIGINS, rows)
+    resum(copy)
+    found = next(check for check in verify(copy, deep=True).checks if check.name == "reload_in_transformers")
+    assert found.wrong == ["goldens.json is missing"]
+
+
+def test_a_release_of_a_later_format_is_refused(copy: Path) -> None:
+    path = copy / "evidence/release.json"
+    world.write_json(path, {**json.loads(path.read_text()), "format": 99})
+    with pytest.raises(AtomError, match="has the format 99, and this atom knows 2 at most"):
+        verify(copy)
 
 
 def test_half_a_download_is_told(release: Path, tmp_path: Path) -> None:

@@ -166,6 +166,21 @@ def test_a_certificate_names_the_signer(release: Path, tmp_path: Path) -> None:
     assert verdict(release, Trust(chain=(tmp_path / "root.pem",)))[0] is False
 
 
+def test_certificates_that_are_not_there_and_a_stripped_release(release: Path, tmp_path: Path) -> None:
+    with pytest.raises(AtomError, match="there is no certificate"):
+        verify(release, trust=Trust(chain=(tmp_path / "none.pem",)))
+    (tmp_path / "root.pem").write_text("x")
+    for place in repositories(release):
+        for name in (sign.SIGNATURE, sign.PUBLIC_KEY):
+            (release / place.folder / name).unlink()
+    assert verdict(release, Trust(chain=(tmp_path / "root.pem",)))[0] is False
+    key = write_key(tmp_path / "key.pem")
+    for signer in (sign.Signer(key, key), sign.Signer(key, key, (key,), "secret"), sign.Signer(key, key, (key,))):
+        with pytest.raises(AtomError) as error:
+            sign.sign(release, signer)
+        assert "\n" not in str(error.value)
+
+
 def test_keys_that_are_none_cost_a_sentence(signed: Path, tmp_path: Path) -> None:
     (tmp_path / "text.pem").write_text("x")
     write_key(tmp_path / "rsa.pem", rsa.generate_private_key(65537, 2048))

@@ -20,7 +20,8 @@ import submitit
 from pipeline import budget, registry, tracking
 from pipeline.events import FileReport, Tail
 from pipeline.launch import preflight
-from pipeline.launch.ranks import Usage, launch_folder, node_name, write
+from pipeline.launch.ranks import Usage, launch_folder, node_name, read, write
+from pipeline.launch.sentences import tell
 from pipeline.launch.worker import STOP, Task, work
 from pipeline.store import Store
 
@@ -79,7 +80,7 @@ def run(spec: dict[str, Any], terms_: dict[str, Any]) -> str:
 def run_shards(spec: dict[str, Any], number: int, tasks: int, terms_: dict[str, Any]) -> str:
     """Does every shard of a node's work that falls to this task of a job array: `number`, and each `tasks` further on.
 
-    Returns the decision; raises what the stage raises, and then the job's script has it done again as often as the
+    Returns the decision: after an error the task is started again while it gets further, and else as often as the
     profile allows. Shards that were done stay done.
     """
     task, terms = Task(**spec), Terms(**terms_)
@@ -99,11 +100,25 @@ def run_shards(spec: dict[str, Any], number: int, tasks: int, terms_: dict[str, 
         config = stage.config.model_validate(task.config)
         materials = {role: store.open(key) for role, key in task.inputs.items()}
         mine = list(range(number, stage.shards(config), tasks))
-        for done, shard in enumerate(mine, start=1):
-            stage.run_shard(config, materials, work, shard)
-            write(launch / "shards.json", {"done": done})
+        before_this = max((found["done"] for found in _earlier(launch, here.raw_job_id)), default=0)
+        try:
+            for done, shard in enumerate(mine, start=1):
+                stage.run_shard(config, materials, work, shard)
+                write(launch / "shards.json", {"done": done})
+                if done > before_this:
+                    (launch / "further").touch()  # which the job's script asks for
+        except Exception as error:
+            text = tell(error, task.node, task.stage, store)
+            again = (launch / "further").exists() or restarted() < terms.restarts
+            return _decide(launch, AGAIN if again else FAILED, f"shard {shard}: {text}")
     write(launch / "usage.json", Usage.now().since(before).__dict__)
     return _decide(launch, SEALED, f"{len(mine)} shards are done")
+
+
+def _earlier(launch: Path, job: str) -> list[dict[str, Any]]:
+    """What earlier starts of this task had done."""
+    found = (read(path / "shards.json") for path in launch.parent.glob(f"{job}.*") if path != launch)
+    return [each for each in found if each is not None]
 
 
 def restarted() -> int:

@@ -263,7 +263,9 @@ def teardown(slurm: Slurm, run: Run, node: Node, folder: Path, shards: bool) -> 
         'outcome=$(tail -n +2 "$launches.$start/decision" 2> /dev/null)',
         f'[ "$start" -lt {slurm.restarts} ] && more=yes',
     ]
-    if not shards:
+    if shards:
+        lines.append('[ -e "$launches.$start/further" ] && more=yes')
+    else:
         lines.append(
             f'for n in $(seq 0 {slurm.restarts}); do [ -e "$launches.$((start - n))/started-0" ] && more=yes; done'
         )
@@ -283,9 +285,11 @@ def teardown(slurm: Slurm, run: Run, node: Node, folder: Path, shards: bool) -> 
         "fi",
     ]
     if slurm.notify:
+        told_once = f" && mkdir {shlex.quote(str(folder / 'told'))} 2> /dev/null" if shards else ""
         told = f"ATOM_RUN={shlex.quote(run.id)} ATOM_STAGE={shlex.quote(node.name)}"
         lines += [
-            'if [ "$decision" != sealed ]; then',
+            # of an array, one task speaks for all
+            f'if [ "$decision" != sealed ]{told_once}; then',
             f'    {told} ATOM_OUTCOME="${{outcome:-it did not start, exit code $code}}" \\',
             f"        sh -c {shlex.quote(slurm.notify)}",
             "fi",

@@ -60,7 +60,7 @@ def of(
         "every document that was read, and where each was seen in training.",
         "url": repo,
         "version": release["version"],
-        "license": f"https://spdx.org/licenses/{release['licence']['data_compilation']}.html",
+        "license": _licence(release["licence"]["data_compilation"]),
         "citeAs": f"{release['title']} {release['version']}, {repo}",
         "creator": {"@type": "sc:Organization", "name": release["namespace"]},
         "isLiveDataset": False,
@@ -87,6 +87,11 @@ def of(
         "rai:dataReleaseMaintenancePlan": "A version is published once; changes, removals on request too, come as a "
         f"new version. Requests: {release['contact'] or 'the discussions of the repository'}.",
     }  # fmt: skip
+
+
+def _licence(spdx: str) -> str:
+    """The address of a licence's text; an expression of several stands as it is."""
+    return spdx if " " in spdx else f"https://spdx.org/licenses/{spdx}.html"
 
 
 def _replaced(dataset: Path) -> int:

@@ -80,7 +80,7 @@ def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Rep
                 dispositions.remove(**removal)
             documents[source.name] += [Document(text=text, id=id) for id, text in saved["kept"]]
             signed = _signed(config, source, saved["kept"], work, shard)
-            signatures.update(zip((text for _, text in saved["kept"]), signed, strict=True))
+            signatures |= {text: s for (_, text), s in zip(saved["kept"], signed, strict=True) if s}
             counts.update(saved["edits"])
         edits[source.name] = dict(counts)
         report.progress(n + 1, len(config.sources) + 2, "sources")

@@ -84,7 +84,7 @@ class _Signed(MinhashDedupSignature):  # type: ignore[misc]
         self.signatures = signatures
 
     def get_shingles(self, text: str) -> Any:
-        return np.array(self.signatures[text], dtype=np.uint64)
+        return np.array(self.signatures.get(text, []), dtype=np.uint64)
 
     def get_signature(self, shingles: Any) -> list[list[int]]:
         return [part.tolist() for part in np.split(shingles, self.config.num_buckets)]
