@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from contextlib import suppress
@@ -17,6 +18,7 @@ from pipeline.errors import AtomError, CheckFailed
 from pipeline.events import Tail
 from pipeline.graph import Graph, Node
 from pipeline.launch.ranks import kill, launch_folder, lost, tasks
+from pipeline.launch.sentences import full
 from pipeline.launch.worker import Task, work
 from pipeline.lease import holder
 from pipeline.profile import Profile
@@ -25,6 +27,8 @@ from pipeline.store import Store
 
 POLL = 0.2
 FOREVER_MINUTES = 60 * 24 * 365
+NO_ROOM = 1_000_000
+"""Free bytes below which a process that died without a word is thought to have had no room for it."""
 
 # One thread a rank: sums are then taken in one order, whatever else the machine does. Seeds of str hashes are fixed so
 # that no set order leaks into bytes. Nothing may ask the network for anything: what a stage needs is installed.
@@ -204,6 +208,8 @@ class LocalLauncher:
                 f"rank {flight.lost[0]} is gone and the others hung without it; its log may tell why (atom logs "
                 f"{flight.node.name} --rank {flight.lost[0]}); run the same command to go on"
             )
+        if flight.outcome is None and shutil.disk_usage(self.store.home).free < NO_ROOM:
+            return full(self.store)  # not even the word that it ends had room
         if flight.outcome is None:
             return "its process was killed from outside (perhaps for memory); run the same command to go on"
         return flight.outcome

@@ -26,12 +26,16 @@ def sentence(error: BaseException, stage: str, store: Store) -> str:
     if isinstance(error, Interrupted):
         return f"stopped on request ({error}); run the same command to go on"
     if disk_full(error):
-        return f"the disk that holds {store.home} is full; free some space and run the same command to go on"
+        return full(store)
     if isinstance(error, AtomError):
         return str(error)
     if isinstance(error, ImportError) and (error.name or "").split(".")[0] not in ("pipeline", "stages", "release"):
         return f"stage {stage} needs {error.name}; install atom-release[data,train] and run the same command again"
     return f"a bug in stage {stage}: {type(error).__name__}: {error}; the traceback is in its log".replace("\n", " ")
+
+
+def full(store: Store) -> str:
+    return f"the disk that holds {store.home} is full; free some space and run the same command to go on"
 
 
 def without_places(text: str, home: Path) -> str:
