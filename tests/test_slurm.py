@@ -439,7 +439,8 @@ def test_a_shard_that_fails_is_told_and_stops_what_waits(acquired: Path, tmp_pat
     documents.write_bytes(b"x" * documents.stat().st_size)
     atom(home, "submit", recipe, "--cluster", cluster, "--until", "tokenize")
     stages = world.until(lambda: settled(home), "an end")
-    assert stages["curate"]["state"] == "failed" and "array failed" in stages["curate"]["message"]
+    assert stages["curate"]["state"] == "failed"
+    assert re.match(r"shard [01]: .*documents.parquet cannot be read as Parquet", stages["curate"]["message"]), stages
     assert stages["tokenize"]["state"] == "cancelled"
 
 

@@ -377,7 +377,9 @@ def test_an_index_that_cannot_be_trusted_is_refused(release: Path, alone: Path, 
         trace.text(release, "a\udc80b", cache)
     whole = (alone / "kept/sums.parquet").read_bytes()
     (alone / "kept/sums.parquet").write_bytes(whole[:200])
-    with pytest.raises(AtomError, match="sums.parquet is not the file that the checksums beside it list; verify this copy"):
+    with pytest.raises(
+        AtomError, match="sums.parquet is not the file that the checksums beside it list; verify this copy"
+    ):
         trace.text(alone, "said", cache)
     assert list(cache.iterdir()) == []  # half an index is none
     (alone / "kept/sums.parquet").unlink()
