@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +14,10 @@ from typing import Any
 from pipeline.errors import AtomError
 
 PUBLIC_HUB = "https://huggingface.co"
+BUSY = (429, 500, 502, 503, 504)
+"""Answers after which the same is asked again."""
+ATTEMPTS = 6
+MOST_SECONDS = 60.0
 
 
 def endpoint() -> str:
@@ -39,9 +45,39 @@ def load() -> Any:
     return huggingface_hub
 
 
+class Patient:
+    """The client's calls, each asked again where the Hub says that it is busy: the client itself does so for uploads
+    only. Every call that is made here may be made twice."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self.client, name)
+
+        def patient(*arguments: Any, **options: Any) -> Any:
+            for attempt in range(ATTEMPTS):
+                try:
+                    found = call(*arguments, **options)
+                    return list(found) if inspect.isgenerator(found) else found  # which asks when it is read
+                except load().errors.HfHubHTTPError as error:
+                    if _status(error) not in BUSY or attempt == ATTEMPTS - 1:
+                        raise
+                    time.sleep(_wait(error, attempt))
+            raise AssertionError("the last attempt returns or raises")
+
+        return patient
+
+
+def _wait(error: Any, attempt: int) -> float:
+    """Seconds: what the Hub asks for, or 1, 2, 4, … ; a minute at most."""
+    asked = str(error.response.headers.get("Retry-After", ""))
+    return min(float(asked) if asked.isdigit() else 2.0**attempt, MOST_SECONDS)
+
+
 def api() -> Any:
     """A client of HF_ENDPOINT with HF_TOKEN."""
-    return load().HfApi(endpoint=endpoint(), token=os.environ.get("HF_TOKEN") or None)
+    return Patient(load().HfApi(endpoint=endpoint(), token=os.environ.get("HF_TOKEN") or None))
 
 
 @contextmanager

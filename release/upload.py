@@ -80,7 +80,7 @@ def upload(release: Path, place: Repository, repo: str, tag: str, journal: Journ
     client = api()
     with plainly(f"creating {repo}"):
         if not client.repo_exists(repo, repo_type=place.kind):
-            client.create_repo(repo, repo_type=place.kind, private=True)
+            client.create_repo(repo, repo_type=place.kind, private=True, exist_ok=True)
             journal.write("create_repo", repo=repo, kind=place.kind, private=True)
         public = not client.repo_info(repo, repo_type=place.kind).private
         heads = _heads(repo, place.kind)
@@ -130,7 +130,7 @@ def tag_mains(published: list[Published], tag: str, journal: Journal) -> None:
         with plainly(f"tagging {done.repo}"):
             tags = {t.name: t.target_commit for t in client.list_repo_refs(done.repo, repo_type=done.kind).tags}
             if tag not in tags:
-                client.create_tag(done.repo, tag=tag, revision=done.commit, repo_type=done.kind)
+                client.create_tag(done.repo, tag=tag, revision=done.commit, repo_type=done.kind, exist_ok=True)
                 journal.write("create_tag", repo=done.repo, kind=done.kind, tag=tag, commit=done.commit)
                 continue
         if tags[tag] != done.commit and _tree(done.repo, done.kind, tag) != _tree(done.repo, done.kind, done.commit):
@@ -163,7 +163,7 @@ def _branch(repo: str, kind: str, branch: str, start: str | None, journal: Journ
         return
     with plainly(f"creating {repo}@{branch}"):
         start = start or api().list_repo_commits(repo, repo_type=kind)[-1].commit_id
-        api().create_branch(repo, repo_type=kind, branch=branch, revision=start)
+        api().create_branch(repo, repo_type=kind, branch=branch, revision=start, exist_ok=True)
         journal.write("create_branch", repo=repo, kind=kind, branch=branch)
 
 
