@@ -168,7 +168,10 @@ class Plan:
         _, body = source.statement(node)
         made_of = ledger.material_keys(body)
         digest = source.listed(made_of["tokenizer"])["tokenizer.json"]  # it stands in each model's repository
-        encoder = next((path for path, d in source.sums.items() if d == digest), f"tokenizer.json of {node}")
+        encoder = next(
+            (path for path, d in source.sums.items() if d == digest and path.endswith("/tokenizer.json")),
+            f"tokenizer.json of {node}",
+        )
         kept, out, work = folder / "curate" / "kept", folder / "tokens", folder / "shards"
         for made in (kept, out, work):
             made.mkdir(parents=True)
@@ -223,8 +226,8 @@ class Plan:
     def otherwise(self, made: Path) -> tuple[tuple[str, ...], int | None]:
         """Fields of state.json, and the first step in the log, that came out otherwise than published."""
         state = json.loads((made / "state.json").read_text())
-        known = sorted({*state} & {*self.after} - {"config", "rng"})  # the config was compared, `rng` is a sentence
-        fields = tuple(name for name in known if state[name] != self.after[name])
+        known = sorted({*state, *self.after} - {"config", "rng"})  # the config was compared, `rng` is a sentence
+        fields = tuple(name for name in known if state.get(name) != self.after.get(name))
         if not self.log:
             return fields, None
         lines = [json.loads(line) for line in (made.parent.parent / "training.jsonl").read_text().splitlines()]
