@@ -64,7 +64,8 @@ class Replay:
 
 def certificate(found: Replay, release: Path) -> dict[str, Any]:
     """An in-toto Statement v1 about the published checkpoint, with the predicate test-result v0.1: PASSED if every bit
-    is the same, WARNED if within tolerance or if the log parts, FAILED else. It names no clock, host or path of the machine.
+    is the same, WARNED if within tolerance or if the log parts, FAILED else. It names no clock, host or path of the
+    machine.
 
     https://github.com/in-toto/attestation/blob/main/spec/predicates/test-result.md
     Raises CheckFailed if the release is no longer the one that was replayed.

@@ -59,7 +59,7 @@ def test_a_pickle_is_refused_and_not_opened(name: str, copy: Path, tmp_path: Pat
     assert told.exists()
 
 
-@pytest.mark.parametrize("length", [2**62, 10**10, 5, 0])
+@pytest.mark.parametrize("length", [2**62, 5])
 def test_a_header_of_weights_that_lies(length: int, copy: Path) -> None:
     path = copy / "model/model.safetensors"
     path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
