@@ -25,7 +25,7 @@ from pipeline.cli_shared import (
     console,
     graph_of,
     open_store,
-)  # fmt: skip
+)
 from pipeline.errors import AtomError
 
 if TYPE_CHECKING:

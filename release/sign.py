@@ -170,9 +170,8 @@ def _signed(signature: Path, public: Path, chain: Sequence[Path]) -> dict[str, s
             pems = [_pem(certificate.raw_bytes) for certificate in given.certificates]
             if fingerprint(pems[0][1]) != fingerprint(public.read_bytes()):
                 raise ValueError("its certificate is of another key")
-            anchor.write(
-                pems[-1][0]
-            )  # where no certificate is trusted, the signature vouches for itself, as a key does
+            # where no certificate is trusted, the signature vouches for itself, as a key does
+            anchor.write(pems[-1][0])
             anchor.flush()
             verifier = sign_certificate.Verifier(chain or [Path(anchor.name)])
         elif chain:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
 import time
 import zlib
@@ -70,7 +69,6 @@ def test_every_request_fails_once_and_the_publication_is_finished(
     thread.start()
     while not server.started:
         time.sleep(0.05)
-    shutil.copytree(release, tmp_path / "tiny-0.1.0", dirs_exist_ok=True)
     code = """
 report, said = None, []
 while report is None:

@@ -17,7 +17,7 @@ from test_release_verify import resum
 from pipeline.errors import AtomError
 from release import build as builder
 from release import gates
-from release.layout import ALL_SUMS, CANARY, GATES_STATED, ORIGINS, ROOTS, SUMS
+from release.layout import CANARY, GATES_STATED, ORIGINS, ROOTS, SUMS
 from release.verify import verify
 
 
@@ -79,8 +79,7 @@ def test_paths_lead_nowhere_outside(path: str, copy: Path, tmp_path: Path) -> No
     world.write_json(copy / ORIGINS, rows)
     resum(copy)
     checks = {check.name: check for check in verify(copy).checks}
-    folder = path.split("/")[0]
-    assert checks["origins"].ok is False or not (copy / folder).exists()
+    assert checks["origins"].ok is False
     (copy / SUMS).write_text(f"{'0' * 64}  ../outside\n" + (copy / SUMS).read_text())
     found = next(check for check in verify(copy).checks if check.name == f"checksums: {SUMS}")
     assert found.ok is False and f"../outside is missing (listed in {SUMS})" in found.wrong
@@ -163,4 +162,3 @@ def test_half_a_download_is_told(release: Path, tmp_path: Path) -> None:
     wrong = [text for check in verify(folder).checks for text in check.wrong]
     assert f"model.safetensors is missing (listed in {SUMS})" in wrong
     assert f"README.md is altered: it is not the file that {SUMS} lists" in wrong
-    assert not (release / ALL_SUMS).is_symlink()
