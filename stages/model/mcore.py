@@ -14,6 +14,8 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding  # noqa: E402
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -36,9 +38,11 @@ __all__ = [
     "IndexedDatasetBuilder",
     "MegatronModule",
     "OptimizerConfig",
+    "RotaryEmbedding",
     "TopKRouter",
     "TransformerBlockSubmodules",
     "TransformerConfig",
+    "YarnRotaryEmbedding",
     "finalize_model_grads",
     "get_forward_backward_func",
     "get_gpt_layer_local_spec",

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from pipeline.errors import AtomError
 from stages.model import balance
 from stages.model.layout import Layout
-from stages.model.mcore import parallel_state, tensor_parallel
+from stages.model.mcore import RotaryEmbedding, YarnRotaryEmbedding, parallel_state, tensor_parallel
 
 T = TypeVar("T")
 
@@ -135,6 +135,8 @@ def session(seed: int, layout: Layout | None = None, patience: float = 600.0) ->
             )
         finally:
             balance.forget()
+            for cached in (RotaryEmbedding, YarnRotaryEmbedding):  # a table kept for a group keeps its threads
+                cached.forward.cache_clear()
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
 
