@@ -123,7 +123,8 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     for source, name in sources.items():
         add(name, "acquire", data.acquire_config(source, c.seed))
     add("items", "items", {"problems": c.evaluation.problems, "seed": c.seed, "chat": c.evaluation.chat_items})
-    add("curate", "curate", data.curate_config(c.seed), **sources, items="items")
+    add("filter", "filter", data.filter_config(c.seed), **sources, items="items")
+    add("curate", "curate", data.curate_config(), filter="filter")
     chats = data.conversations
     left_out = {"leave_out": (*c.tokenizer.leave_out, *chats)}
     add("tokenizer", "tokenizer", c.tokenizer.model_dump() | left_out, curate="curate")

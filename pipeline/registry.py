@@ -14,6 +14,7 @@ from pipeline.stage import Stage
 STAGES = {
     "acquire": "stages.data.acquire",
     "items": "stages.data.items",
+    "filter": "stages.data.filter",
     "curate": "stages.data.curate",
     "tokenizer": "stages.data.tokenizer",
     "tokenize": "stages.data.tokenize",

@@ -232,7 +232,8 @@ def make_packed_order(out: Path, phase: str) -> None:
 
 
 INPUTS = {
-    "acquire-prose": [], "acquire-sums": [], "items": [], "curate": ["acquire-prose", "acquire-sums", "items"],
+    "acquire-prose": [], "acquire-sums": [], "items": [], "filter": ["acquire-prose", "acquire-sums", "items"],
+    "curate": ["filter"],
     "tokenizer": ["curate"], "tokenize": ["curate", "tokenizer"], "order-pretrain": ["tokenize"],
     "order-midtrain": ["tokenize"],
     "pretrain": ["tokenize", "order-pretrain"], "midtrain": ["tokenize", "order-midtrain", "pretrain"],
@@ -274,6 +275,8 @@ def make_node(name: str, out: Path) -> None:
             for n in range(20)
         ]
         table(out / "items.parquet", rows)
+    elif kind == "filter":
+        write_json(out / "edits.json", {})
     elif kind == "curate":
         make_curate(out)
     elif kind == "tokenizer":

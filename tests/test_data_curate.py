@@ -14,10 +14,11 @@ import pytest
 
 from pipeline.errors import AtomError
 from pipeline.store import Artifact, write_manifest
-from stages.data import acquire, curate, items
+from stages.data import acquire, curate, filter, items
 from stages.data.curation import dedup
 from stages.data.curation.decontaminate import ContaminationIndex
 from stages.data.curation.dispositions import Dispositions
+from stages.data.curation.settings import CurationSettings
 from stages.data.recipe import load
 from stages.data.table import DOCUMENTS, ITEMS, content_hash, write_rows
 
@@ -112,10 +113,28 @@ def inputs_of(folder: Path) -> dict[str, Artifact]:
     }
 
 
+def parts(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configs of filter and of curate."""
+    steps = [{k: v for k, v in source.items() if k != "heldout"} for source in config["sources"]]
+    splits = [{k: v for k, v in source.items() if k != "steps"} for source in config["sources"]]
+    curation = CurationSettings.model_validate(config["curation"]).model_dump()
+    return {**config, "sources": steps}, {
+        "sources": splits,
+        "minhash": curation["minhash"],
+        "shards": curation["shards"],
+    }
+
+
+def curated(run_stage: Any, config: dict[str, Any], inputs: dict[str, Artifact]) -> Artifact:
+    """Both stages of curation, one after the other."""
+    first, then = parts(config)
+    made: Artifact = run_stage(curate.STAGE, then, {"filter": run_stage(filter.STAGE, first, inputs)})
+    return made
+
+
 @pytest.fixture
 def planted(tmp_path: Path, run_stage: Any) -> Artifact:
-    result: Artifact = run_stage(curate.STAGE, config(), inputs_of(tmp_path))
-    return result
+    return curated(run_stage, config(), inputs_of(tmp_path))
 
 
 def dispositions(artifact: Artifact) -> dict[str, dict[str, Any]]:
@@ -207,7 +226,7 @@ def test_an_unbalanced_book_or_a_document_without_licence_is_refused(tmp_path: P
     inputs = inputs_of(tmp_path)
     inputs["sums"] = acquired(tmp_path / "again", "sums", SUMS, license="")
     with pytest.raises(AtomError, match="sums/1 has no licence"):
-        run_stage(curate.STAGE, config(), inputs)
+        curated(run_stage, config(), inputs)
 
 
 def test_a_step_that_loses_documents_is_refused(
@@ -223,7 +242,7 @@ def test_a_step_that_loses_documents_is_refused(
 
     monkeypatch.setitem(blocks.BUILD, "pii", Lossy)
     with pytest.raises(AtomError, match="loses documents without saying so"):
-        run_stage(curate.STAGE, config(), inputs_of(tmp_path))
+        curated(run_stage, config(), inputs_of(tmp_path))
 
 
 def test_heldout_split_follows_the_text_alone(tmp_path: Path, run_stage: Any) -> None:
@@ -234,11 +253,11 @@ def test_heldout_split_follows_the_text_alone(tmp_path: Path, run_stage: Any) ->
     setup["sources"] = [setup["sources"][1]]
     setup["curation"] = {"minhash": None}
     inputs = {"code": acquired(tmp_path, "code", texts), "items": evaluation_items(tmp_path)}
-    rows = pq.read_table(run_stage(curate.STAGE, setup, inputs) / "kept/code.parquet").to_pylist()
+    rows = pq.read_table(curated(run_stage, setup, inputs) / "kept/code.parquet").to_pylist()
     heldout = {row["content_hash"] for row in rows if row["split"] == "heldout"}
     assert 30 < len(heldout) < 90
     inputs["code"] = acquired(tmp_path / "fewer", "code", dict(list(texts.items())[::-2]))
-    fewer = pq.read_table(run_stage(curate.STAGE, setup, inputs) / "kept/code.parquet").to_pylist()
+    fewer = pq.read_table(curated(run_stage, setup, inputs) / "kept/code.parquet").to_pylist()
     assert all((row["split"] == "heldout") == (row["content_hash"] in heldout) for row in fewer)
 
 
@@ -255,17 +274,21 @@ def test_curation_resumes_and_does_not_depend_on_hash_randomisation(tmp_path: Pa
     code = (
         "import sys, json; from pathlib import Path\n"
         "sys.path.insert(0, 'tests')\n"
-        "from conftest import RecordingReport; from stages.data import curate\n"
+        "from conftest import RecordingReport; from stages.data import curate, filter\n"
         "from pipeline.store import Artifact, write_manifest\n"
-        "base, work, out = map(Path, sys.argv[1:4]); work.mkdir(exist_ok=True); out.mkdir()\n"
+        "base, work, out, last = map(Path, sys.argv[1:5]); work.mkdir(exist_ok=True); out.mkdir(); last.mkdir()\n"
         "inputs = {n: Artifact.open(base / n) for n in ('prose', 'code', 'sums', 'items')}\n"
-        "config = curate.CurateConfig.model_validate(json.loads(sys.argv[4]))\n"
-        "curate.run(config, inputs, work, out, RecordingReport()); print(write_manifest(out, 'x').digest)"
+        "first, then = json.loads(sys.argv[5])\n"
+        "filter.run(filter.FilterConfig.model_validate(first), inputs, work, out, RecordingReport())\n"
+        "given = {'filter': write_manifest(out, 'x')}\n"
+        "curate.run(curate.CurateConfig.model_validate(then), given, work, last, RecordingReport())\n"
+        "print(given['filter'].digest, write_manifest(last, 'y').digest)"
     )
     inputs_of(tmp_path)
     digests = set()
     for seed, work in (("1", "w1"), ("2", "w2"), ("3", "w2")):
-        arguments = [str(tmp_path), str(tmp_path / work), str(tmp_path / f"out{seed}"), json.dumps(config(0.1))]
+        folders = [tmp_path, tmp_path / work, tmp_path / f"out{seed}", tmp_path / f"last{seed}"]
+        arguments = [*map(str, folders), json.dumps(parts(config(0.1)))]
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],
             env={"PYTHONHASHSEED": seed, "PATH": "", "HOME": str(tmp_path)},
@@ -275,6 +298,7 @@ def test_curation_resumes_and_does_not_depend_on_hash_randomisation(tmp_path: Pa
         )
         digests.add(done.stdout.strip().splitlines()[-1])
         (tmp_path / work / "steps-code-00000-of-00001.json").unlink()
+        (tmp_path / work / "pairs" / "00003_00.dups").unlink()
     assert len(digests) == 1
 
 
@@ -282,7 +306,8 @@ def test_the_smoke_recipe_runs_every_step_and_values_are_consistent(run_stage: A
     recipe = load("smoke").resolved()
     inputs = {s.name: run_stage(acquire.STAGE, recipe.acquire_config(s.name, 0), {}) for s in recipe.sources}
     inputs["items"] = run_stage(items.STAGE, {"problems": {"add": 20, "sort": 200}, "seed": 0}, {})
-    made = run_stage(curate.STAGE, recipe.curate_config(0), inputs)
+    filtered = run_stage(filter.STAGE, recipe.filter_config(0), inputs)
+    made = run_stage(curate.STAGE, recipe.curate_config(), {"filter": filtered})
     rows = dispositions(made)
     assert len(rows) == sum(
         pq.ParquetFile(a / "documents.parquet").metadata.num_rows for n, a in inputs.items() if n != "items"
@@ -309,28 +334,53 @@ def test_a_text_of_two_kinds_of_source_is_still_found_nearly_twice(tmp_path: Pat
     }
     sources = [{"name": "prose", "kind": "prose", "heldout": 0.0, "steps": []}]
     sources += [{"name": "sums", "kind": "problems", "heldout": 0.0, "steps": []}]
-    found = dispositions(run_stage(curate.STAGE, {"sources": sources, "curation": {}, "seed": 0}, inputs))
+    found = dispositions(curated(run_stage, {"sources": sources, "curation": {}, "seed": 0}, inputs))
     rules = {key: row["rule"] for key, row in found.items()}
     assert rules["sums/copy"] == "exact_duplicate"
     assert sorted(str(rules[f"prose/{name}"]) for name in ("first", "near")) == ["None", "near_duplicate"]
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_shards_done_beforehand_are_all_that_the_stage_needs(
+def test_shards_done_beforehand_are_all_that_the_stages_need(
     tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch, shards: int
 ) -> None:
     inputs = inputs_of(tmp_path)
-    whole = run_stage(curate.STAGE, config(0.1), inputs)
-    asked = config(0.1)
-    asked["curation"] = {**asked.get("curation", {}), "shards": shards}
-    cut = curate.CurateConfig.model_validate(asked)
+    filtered = run_stage(filter.STAGE, parts(config(0.1))[0], inputs)
+    whole = run_stage(curate.STAGE, parts(config(0.1))[1], {"filter": filtered})
+    first, then = parts({**config(0.1), "curation": {"shards": shards}})
     work = tmp_path / "work"
     work.mkdir()
+    cut = filter.FilterConfig.model_validate(first)
+    assert filter.STAGE.shards(cut) == shards
     for shard in range(shards):
-        curate.run_shard(cut, inputs, work, shard)
-    monkeypatch.setattr(curate, "_apply", None)  # nothing is left to do
+        filter.run_shard(cut, inputs, work, shard)
+    buckets = curate.CurateConfig.model_validate(then)
+    assert curate.STAGE.shards(buckets) == (14 if shards > 1 else 1)
+    for bucket in reversed(range(14)):
+        curate.run_shard(buckets, {"filter": filtered}, work, bucket)
+    monkeypatch.setattr(filter, "_apply", None)  # nothing is left to do
     monkeypatch.setattr(dedup, "sign", None)
-    assert run_stage(curate.STAGE, asked, inputs, work).digest == whole.digest
+    monkeypatch.setattr(dedup, "MinhashDedupBuckets", None)
+    assert run_stage(filter.STAGE, first, inputs, work).digest == filtered.digest
+    assert run_stage(curate.STAGE, then, {"filter": filtered}, work).digest == whole.digest
+
+
+def test_a_near_duplicate_may_be_the_only_one_removed_of_its_source(tmp_path: Path, run_stage: Any) -> None:
+    inputs = {
+        "prose": acquired(tmp_path, "prose", {"long": LONG}),
+        "code": acquired(tmp_path, "code", {"near": LONG.replace("finished", "completed")}),
+        "items": evaluation_items(tmp_path),
+    }
+    sources = [{"name": name, "kind": name, "heldout": 0.0, "steps": []} for name in ("prose", "code")]
+    found = dispositions(curated(run_stage, {"sources": sources, "curation": {}, "seed": 0}, inputs))
+    assert sorted(str(row["rule"]) for row in found.values()) == ["None", "near_duplicate"]
+
+
+def test_no_source_is_searched_for_near_duplicates(tmp_path: Path, run_stage: Any) -> None:
+    inputs = {"sums": acquired(tmp_path, "sums", SUMS), "items": evaluation_items(tmp_path)}
+    sources = [{"name": "sums", "kind": "problems", "heldout": 0.0, "steps": []}]
+    made = curated(run_stage, {"sources": sources, "curation": {"shards": 2}, "seed": 0}, inputs)
+    assert {row["rule"] for row in dispositions(made).values()} == {None, "decontamination", "exact_duplicate"}
 
 
 def test_a_shard_is_read_from_the_row_groups_that_it_lies_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 from pipeline.errors import RecipeError
 from pipeline.stage import identity
 from pipeline.store import Artifact, write_manifest
-from stages.data import acquire, curate, passkeys
+from stages.data import acquire, curate, filter, passkeys
 from stages.data.curation.settings import CurationSettings
 from stages.data.readers.stdlib import read_modules
 from stages.data.recipe import Source, StdlibSource, load, resolve_tree_digest
@@ -73,15 +73,8 @@ def test_no_filler_is_held_out_elsewhere() -> None:
     kept = {text for text, _ in passkeys.fillers(texts)}
     assert len(kept) == pytest.approx(1800, abs=60)
 
-    class Doc:
-        id = "d"
-
-        def __init__(self, text: str) -> None:
-            self.text = text
-
-    source = curate.CuratedSource(name="docstrings", kind="prose", heldout=passkeys.HELD_OUT_SHARE)
     for text, _ in texts:
-        if curate._kept(Doc(text), {}, source)["split"] == "heldout":  # type: ignore[arg-type]
+        if curate.split_of(content_hash(text), passkeys.HELD_OUT_SHARE) == "heldout":
             assert text not in kept
 
 
@@ -120,9 +113,10 @@ def test_curation_keeps_documents_that_share_their_filler(tmp_path: Path, run_st
     inputs = {name: write_manifest(tmp_path / name, name) for name in ("keys", "items")}
     kept = {}
     for kind in ("problems", "prose"):
-        sources = [{"name": "keys", "kind": kind, "heldout": 0.0}]
-        config = {"sources": sources, "curation": CurationSettings().model_dump(), "seed": 0}
-        made = run_stage(curate.STAGE, config, inputs)
+        source, settings = {"name": "keys", "kind": kind}, CurationSettings().model_dump()
+        filtered = run_stage(filter.STAGE, {"sources": [source], "curation": settings, "seed": 0}, inputs)
+        config = {"sources": [{**source, "heldout": 0.0}], "minhash": settings["minhash"]}
+        made = run_stage(curate.STAGE, config, {"filter": filtered})
         kept[kind] = pq.read_table(made / "kept/keys.parquet").to_pylist()
     assert len(kept["problems"]) == 40 and len(kept["prose"]) < 20
     assert [row["prompt_chars"] for row in kept["problems"]] == [row["prompt_chars"] for row in rows[:40]]

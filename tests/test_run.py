@@ -53,7 +53,7 @@ def statements(home: Path, outcome: str) -> dict[str, int]:
 def test_a_second_run_runs_nothing(smoke_home: Path) -> None:
     before = sorted(str(p) for p in smoke_home.rglob("*"))
     said = atom(smoke_home, "run", "atom-smoke").stdout
-    assert "36 stages, all sealed already: nothing to run" in said
+    assert "37 stages, all sealed already: nothing to run" in said
     assert sorted(str(p) for p in smoke_home.rglob("*")) == before
 
 
@@ -156,8 +156,8 @@ def test_a_worker_outlives_its_driver_and_the_next_run_waits_for_it(tmp_path: Pa
 
 def test_status_and_logs_read_the_files(smoke_home: Path) -> None:
     body = json.loads(atom(smoke_home, "status", "--json").stdout)
-    assert [s["state"] for s in body["stages"]] == ["sealed"] * 36
-    assert "36 of 36 stages sealed" in atom(smoke_home, "status").stdout
+    assert [s["state"] for s in body["stages"]] == ["sealed"] * 37
+    assert "36 of 37 stages sealed" in atom(smoke_home, "status").stdout
     assert "docstrings:" in atom(smoke_home, "logs", "curate").stdout
     assert "60/60 steps  loss " in atom(smoke_home, "logs", "pretrain", "-f").stdout
     refused = atom(smoke_home, "logs", "pretran", code=2).stderr

@@ -249,18 +249,18 @@ class DataRecipe(Config):
         found = next(s for s in self.sources if s.name == source)
         return {"source": found.model_dump(include=set(Source.model_fields)), "seed": seed}
 
-    def curate_config(self, seed: int) -> dict[str, Any]:
-        """The config of stage curate for all sources."""
+    def filter_config(self, seed: int) -> dict[str, Any]:
+        """The config of stage filter for all sources."""
         sources = [
-            {
-                "name": s.name,
-                "kind": s.kind,
-                "heldout": self._heldout(s),
-                "steps": [step.model_dump() for step in s.steps],
-            }
-            for s in self.sources
+            {"name": s.name, "kind": s.kind, "steps": [step.model_dump() for step in s.steps]} for s in self.sources
         ]
         return {"sources": sources, "curation": self.curation.model_dump(), "seed": seed}
+
+    def curate_config(self) -> dict[str, Any]:
+        """The config of stage curate for all sources."""
+        sources = [{"name": s.name, "kind": s.kind, "heldout": self._heldout(s)} for s in self.sources]
+        curation = self.curation.model_dump()
+        return {"sources": sources, "minhash": curation["minhash"], "shards": curation["shards"]}
 
     @property
     def conversations(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,9 +82,37 @@ def arrow_schema(columns: Mapping[str, str]) -> pa.Schema:
 
 def write_rows(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes rows (dicts with exactly these columns)."""
-    import pyarrow as pa
+    with writing(path, columns) as write:
+        for row in rows:
+            write(row)
 
-    write_table(path, pa.Table.from_pylist(list(rows), schema=arrow_schema(columns)))
+
+@contextmanager
+def writing(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that writes one row; a row group of them is held at once. The bytes are those of `write_table`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = arrow_schema(columns)
+    held: list[Mapping[str, Any]] = []
+    groups = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+
+        def flush() -> None:
+            nonlocal groups
+            groups += 1
+            writer.write_table(pa.Table.from_pylist(held, schema=schema), row_group_size=ROWS_PER_GROUP)
+            held.clear()
+
+        def write(row: Mapping[str, Any]) -> None:
+            held.append(row)
+            if len(held) == ROWS_PER_GROUP:
+                flush()
+
+        yield write
+        if held or not groups:
+            flush()
 
 
 def write_table(path: Path, table: pa.Table) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import AtomError
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage, added, operational
 from pipeline.store import once, sha256_file
-from stages.data.table import TOKENIZED, read_shard, read_table, write_json, write_rows
+from stages.data.table import TOKENIZED, read_shard, write_json, write_rows
 from stages.data.tokenizer import END, PAD, load_for_corpus
 
 if TYPE_CHECKING:
@@ -49,17 +49,17 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
         "documents": {"train": {}, "heldout": {}},
     }
     for n, file in enumerate(files):
-        documents = read_table(file).to_pylist()
-        shards = (_kept(config, tokenizer, end, file, work, shard) for shard in range(config.shards))
-        encoded = [document for saved in shards for document in _encoded(saved)]
-        for split in ("train", "heldout"):
-            mine = [(d, *found) for d, found in zip(documents, encoded, strict=True) if d["split"] == split]
-            if not mine:
-                continue
-            written = list(_shard(vocab_size, mine, split, file.stem, work, out))
-            rows.extend(written)
-            meta["documents"][split][file.stem] = len(written)
-            meta["tokens"][split][file.stem] = sum(row["tokens"] for row in written)
+        splits = {split: _Shard(vocab_size, split, file.stem, work) for split in ("train", "heldout")}
+        for shard in range(config.shards):
+            documents = read_shard(file, shard, config.shards)
+            encoded = _encoded(_kept(config, tokenizer, end, file, work, shard))
+            for document, (ids, loss_from) in zip(documents, encoded, strict=True):
+                splits[document["split"]].add(document, ids, loss_from)
+        for split, made in splits.items():
+            if made.close(out):
+                rows.extend(made.rows)
+                meta["documents"][split][file.stem] = len(made.rows)
+                meta["tokens"][split][file.stem] = sum(row["tokens"] for row in made.rows)
         report.progress(n + 1, len(files), "sources")
     write_rows(out / "documents.parquet", TOKENIZED, rows)
     write_json(out / "meta.json", meta)
@@ -126,43 +126,48 @@ def encode(tokenizer: Tokenizer, end: int | None, texts: list[tuple[str, int]]) 
         yield [*prompt, *rest, *([] if end is None else [end])], len(prompt)
 
 
-def _shard(
-    vocab_size: int,
-    documents: list[tuple[dict[str, Any], list[int], int]],
-    split: str,
-    source: str,
-    work: Path,
-    out: Path,
-) -> Iterator[dict[str, Any]]:
-    """Megatron's shard of a split of a source; yields a row for each document. documents: with ids and loss_from."""
-    from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
+class _Shard:
+    """Megatron's shard of a split of a source; `rows` describe its documents."""
 
-    # datatrove's files hold two bytes a token up to 65,536 ids; the width stands in the .idx, so Megatron reads both
-    size = 2 if vocab_size <= 65_536 else 4
-    folder = work / split
-    folder.mkdir(parents=True, exist_ok=True)
-    shard = MegatronTokenizedFile(str(folder), source, token_size=size)
-    for ordinal, (document, ids, loss_from) in enumerate(documents):
-        shard.write(ids)
-        yield {
-            "source": source,
-            "split": split,
-            "ordinal": ordinal,
-            "id": document["id"],
-            "content_hash": document["content_hash"],
-            "license": document["license"],
-            "bytes": len(document["text"].encode()),
-            "tokens": len(ids),
-            "loss_from": loss_from,
-        }
-    shard.close()
-    (out / split).mkdir(exist_ok=True)
-    for suffix in (".bin", ".idx"):
-        target = out / split / f"{source}{suffix}"
-        try:
-            os.replace(folder / f"{source}{suffix}", target)
-        except OSError:  # work and out may lie on different file systems
-            shutil.move(folder / f"{source}{suffix}", target)
+    def __init__(self, vocab_size: int, split: str, source: str, work: Path) -> None:
+        from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
+
+        # datatrove's files hold two bytes a token up to 65,536 ids; the width stands in the .idx: Megatron reads both
+        size = 2 if vocab_size <= 65_536 else 4
+        self.split, self.source, self.folder = split, source, work / split
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rows: list[dict[str, Any]] = []
+        self._file = MegatronTokenizedFile(str(self.folder), source, token_size=size)
+
+    def add(self, document: dict[str, Any], ids: list[int], loss_from: int) -> None:
+        self._file.write(ids)
+        self.rows.append(
+            {
+                "source": self.source,
+                "split": self.split,
+                "ordinal": len(self.rows),
+                "id": document["id"],
+                "content_hash": document["content_hash"],
+                "license": document["license"],
+                "bytes": len(document["text"].encode()),
+                "tokens": len(ids),
+                "loss_from": loss_from,
+            }
+        )
+
+    def close(self, out: Path) -> bool:
+        """Moves the finished files to `out`; False, and no files, if there are no documents."""
+        self._file.close()
+        if not self.rows:
+            return False
+        (out / self.split).mkdir(exist_ok=True)
+        for suffix in (".bin", ".idx"):
+            made, target = (place / f"{self.source}{suffix}" for place in (self.folder, out / self.split))
+            try:
+                os.replace(made, target)
+            except OSError:  # work and out may lie on different file systems
+                shutil.move(made, target)
+        return True
 
 
 def estimate(config: TokenizeConfig) -> Estimate:

@@ -1,71 +1,37 @@
-"""Exact and near duplicates over all sources, with the document that stays in place of each one removed."""
+"""Near duplicates by MinHash (datatrove's stages), with the document that stays in place of each one removed."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from datatrove.data import Document
-from datatrove.pipeline.dedup import (
-    MinhashConfig,
-    MinhashDedupBuckets,
-    MinhashDedupCluster,
-    MinhashDedupFilter,
-    MinhashDedupSignature,
-)
+from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupSignature
 from datatrove.utils.hashing import HashConfig
 
 from pipeline.errors import AtomError
-from stages.data.curation.dispositions import Dispositions
 from stages.data.curation.settings import MinHash
 from stages.data.curation.words import WORDS
-from stages.data.table import content_hash
+from stages.data.table import stream_rows
 
-Documents = dict[str, list[Document]]  # by source, in the order of the recipe
 Signature = list[int]  # all hashes of a document, bucket after bucket; empty of a text shorter than one n-gram
 
 
-def exact(documents: Documents, dispositions: Dispositions) -> Documents:
-    """Keeps the first document of each SHA-256 of the text, over all sources in their order.
+@dataclass(frozen=True)
+class Near:
+    """Why a document is a near duplicate: the document that stays, and (similarity, threshold)."""
 
-    datatrove's exact block hashes to 64 bits and does not name the kept document.
-    """
-    first: dict[str, str] = {}
-    kept: Documents = {}
-    for source, docs in documents.items():
-        kept[source] = []
-        for doc in docs:
-            digest = content_hash(doc.text)
-            if digest in first:
-                dispositions.remove(doc.id, "exact_duplicate", 1.0, 1.0, duplicate_of=first[digest])
-            else:
-                first[digest] = doc.id
-                kept[source].append(doc)
-    return kept
-
-
-class _Removed:
-    """Stands where datatrove writes excluded documents."""
-
-    def __init__(self) -> None:
-        self.documents: list[Document] = []
-
-    def __enter__(self) -> _Removed:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-    def write(self, document: Document, rank: int = 0) -> None:
-        self.documents.append(document)
+    id: str
+    measured: tuple[float, float]
 
 
 def sign(texts: list[str], settings: MinHash, seed: int) -> list[Signature]:
@@ -77,66 +43,76 @@ def sign(texts: list[str], settings: MinHash, seed: int) -> list[Signature]:
 
 
 class _Signed(MinhashDedupSignature):  # type: ignore[misc]
-    """datatrove's first stage with signatures that were made beforehand: the shingles of a text are its signature."""
-
-    def __init__(self, folder: str, config: MinhashConfig, signatures: Mapping[str, Signature]) -> None:
-        super().__init__(folder, config=config, language=WORDS)
-        self.signatures = signatures
+    """datatrove's first stage with signatures that were made beforehand: a document's text is its signature."""
 
     def get_shingles(self, text: str) -> Any:
-        return np.array(self.signatures.get(text, []), dtype=np.uint64)
+        return np.frombuffer(bytes.fromhex(text), np.uint64)
 
     def get_signature(self, shingles: Any) -> list[list[int]]:
         return [part.tolist() for part in np.split(shingles, self.config.num_buckets)]
 
 
-def near(
-    documents: Documents,
-    signatures: Mapping[str, Signature],
-    settings: MinHash,
-    seed: int,
-    folder: Path,
-    dispositions: Dispositions,
-) -> Documents:
-    """Keeps one document of each MinHash cluster (datatrove's four stages, one shard a source).
+def write_signatures(folder: Path, settings: MinHash, number: int, signatures: Iterable[Signature]) -> None:
+    """Writes datatrove's files of signatures of one source, a file a bucket. number: of the source, from 0."""
+    signer = _Signed(str(folder), config=_config(settings), language=WORDS)
+    _exhaust(signer.run((Document(np.array(s, np.uint64).tobytes().hex(), "") for s in signatures), rank=number))
 
-    signatures: what `sign` gave for each text. Pairs that share a bucket are joined transitively, so the measured
-    similarity (Jaccard index of word n-grams, the `value`) of a removed document with the kept one may lie below the
-    threshold. `folder` must be empty.
+
+def find_pairs(signatures: Path, folder: Path, settings: MinHash, bucket: int) -> None:
+    """Leaves the pairs of documents that share a bucket in `folder`, in datatrove's form, unless they are there."""
+    done = folder / f"{bucket:05d}_00.dups"
+    if done.exists():
+        return
+    folder.mkdir(exist_ok=True)
+    draft = folder.with_name(f".{folder.name}-{bucket}.{os.getpid()}")
+    finder = MinhashDedupBuckets(str(signatures), str(draft), config=_config(settings))
+    _exhaust(finder.run(None, rank=bucket, world_size=settings.num_buckets))
+    os.replace(draft / done.name, done)
+    draft.rmdir()
+
+
+def near(files: list[Path], pairs: Path, folder: Path, settings: MinHash) -> dict[str, Near]:
+    """The near duplicates to remove, by id: one document of each cluster stays.
+
+    files: the documents of each source, in the order of the signatures' numbers; pairs: of every bucket; folder: for
+    work, emptied first. Documents that share a bucket are joined transitively, so the similarity (Jaccard index of word
+    n-grams) of a removed document with the kept one may lie below the threshold.
     """
-    config = _config(settings, seed)
-    signed, pairs, clusters = (str(folder / name) for name in ("signatures", "pairs", "clusters"))
-    signer = _Signed(signed, config, signatures)
-    for rank, docs in enumerate(documents.values()):
-        _exhaust(signer.run(iter(docs), rank=rank, world_size=len(documents)))
-    for bucket in range(settings.num_buckets):
-        finder = MinhashDedupBuckets(signed, pairs, config=config)
-        _exhaust(finder.run(None, rank=bucket, world_size=settings.num_buckets))
-    cluster = MinhashDedupCluster(pairs, clusters, config=config, save_cluster_id=True)
+    if not files:
+        return {}
+    shutil.rmtree(folder, ignore_errors=True)
+    cluster = MinhashDedupCluster(str(pairs), str(folder), config=_config(settings), save_cluster_id=True)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no option turns off
         _exhaust(cluster.run(None, 0, 1))
 
-    kept: Documents = {}
-    removed: list[Document] = []
-    for rank, (source, docs) in enumerate(documents.items()):
-        excluded = _Removed()
-        has_clusters = Path(clusters, f"{rank:06d}.clusters").exists()
-        block = MinhashDedupFilter(clusters, exclusion_writer=excluded, load_cluster_ids=has_clusters)
-        kept[source] = list(block.run(iter(docs), rank=rank, world_size=len(documents)))
-        removed.extend(excluded.documents)
-    stays = {d.metadata.get("minhash_cluster_id", -1): d for docs in kept.values() for d in docs}
-    stays.pop(-1, None)
-    plain = MinhashDedupSignature(signed, config=config, language=WORDS)
-    for doc in removed:
-        twin = stays.get(doc.metadata["minhash_cluster_id"])
-        if twin is None:
-            raise AtomError(f"MinHash removed {doc.id} but kept nothing of its cluster; this is a fault of curation")
-        similarity = _jaccard(plain.get_shingles(doc.text).ravel(), plain.get_shingles(twin.text).ravel())
-        dispositions.remove(doc.id, "near_duplicate", similarity, settings.threshold, duplicate_of=twin.id)
-    return kept
+    stays: dict[int, tuple[str, str]] = {}
+    removed: list[tuple[int, str, str]] = []
+    for number, file in enumerate(files):
+        goes = {row for (row,) in _read(folder / f"{number:06d}.remove", "<I")}
+        clusters = {row: cluster for row, cluster in _read(folder / f"{number:06d}.clusters", "<2I")}
+        for n, row in enumerate(stream_rows(file, ["id", "text"]) if clusters else ()):
+            if n in goes:
+                removed.append((clusters[n], row["id"], row["text"]))
+            elif n in clusters:
+                stays[clusters[n]] = row["id"], row["text"]
+    plain = MinhashDedupSignature("memory://", config=_config(settings), language=WORDS)
+    found = {}
+    for number, id, text in removed:
+        if number not in stays:
+            raise AtomError(f"MinHash removed {id} but kept nothing of its cluster; this is a fault of curation")
+        twin, other = stays[number]
+        similarity = _jaccard(plain.get_shingles(text).ravel(), plain.get_shingles(other).ravel())
+        found[id] = Near(twin, (similarity, settings.threshold))
+    return found
 
 
-def _config(settings: MinHash, seed: int) -> MinhashConfig:
+def _read(path: Path, form: str) -> Iterator[tuple[int, ...]]:
+    """The tuples in a file of datatrove's; none if it was not written."""
+    return struct.iter_unpack(form, path.read_bytes() if path.exists() else b"")
+
+
+def _config(settings: MinHash, seed: int = 0) -> MinhashConfig:
+    """seed: only signatures depend on it."""
     return MinhashConfig(
         n_grams=settings.n_grams,
         num_buckets=settings.num_buckets,

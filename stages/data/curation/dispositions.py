@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,6 +35,15 @@ class Dispositions:
     def __init__(self) -> None:
         self.rows: dict[str, Disposition] = {}
 
+    @classmethod
+    def of(cls, rows: Iterable[dict[str, Any]]) -> Dispositions:
+        """Those of an earlier stage: what it kept is undecided again."""
+        made = cls()
+        for row in rows:
+            left = {"disposition": "", "kept_hash": None} if row["disposition"] == "kept" else {}
+            made.rows[row["id"]] = Disposition(**{**row, **left})
+        return made
+
     def enter(self, row: dict[str, Any]) -> None:
         """A document as acquired. Raises AtomError for an id seen before, or a document without licence."""
         if row["id"] in self.rows:
@@ -56,7 +66,7 @@ class Dispositions:
         row.disposition, row.rule, row.value, row.threshold = "removed", rule, float(value), float(threshold)
         row.duplicate_of, row.match = duplicate_of, match
 
-    def keep(self, id: str, split: str, kept_hash: str) -> None:
+    def keep(self, id: str, split: str | None, kept_hash: str) -> None:
         row = self._undecided(id)
         row.disposition, row.split, row.kept_hash = "kept", split, kept_hash
 
@@ -67,7 +77,7 @@ class Dispositions:
             raise AtomError(f"curation decided twice about {id}: {self.rows[id].rule or 'kept'}, and again")
         return self.rows[id]
 
-    def close(self, kept: dict[str, int]) -> list[dict[str, Any]]:
+    def close(self, kept: dict[str, int]) -> Iterator[dict[str, Any]]:
         """All rows in the order of input. `kept` is the number of documents written, by source.
 
         Raises AtomError if a document has no disposition or the counts of a source do not balance.
@@ -82,22 +92,23 @@ class Dispositions:
                     f"({kept.get(source, 0)} written), {count['removed']} removed, {count['']} without a disposition; "
                     f"this is a fault of curation"
                 )
-        return [asdict(row) for row in self.rows.values()]
+        return map(asdict, self.rows.values())
 
+    def summary(self, edits: dict[str, dict[str, int]]) -> dict[str, Any]:
+        """Documents and bytes, in, kept by split, and removed by rule; by source and in total."""
 
-def summarise(rows: list[dict[str, Any]], edits: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """Documents and bytes, in, kept by split, and removed by rule; by source and in total."""
-    sources: dict[str, Any] = {}
-    for name in [*sorted({row["source"] for row in rows}), None]:
-        mine = [row for row in rows if name in (None, row["source"])]
-        part = {
-            "documents_in": len(mine),
-            "bytes_in": sum(row["bytes"] for row in mine),
-            "kept": Counter(row["split"] for row in mine if row["disposition"] == "kept"),
-            "removed": Counter(row["rule"] for row in mine if row["disposition"] == "removed"),
-            "removed_bytes": sum(row["bytes"] for row in mine if row["disposition"] == "removed"),
-        }
-        if name is None:
-            return {"sources": sources, "total": part}
-        sources[name] = {**part, "edited": edits.get(name, {})}
-    raise AssertionError
+        def part(rows: list[Disposition]) -> dict[str, Any]:
+            removed = [row for row in rows if row.disposition == "removed"]
+            return {
+                "documents_in": len(rows),
+                "bytes_in": sum(row.bytes for row in rows),
+                "kept": Counter(row.split for row in rows if row.disposition == "kept"),
+                "removed": Counter(row.rule for row in removed),
+                "removed_bytes": sum(row.bytes for row in removed),
+            }
+
+        sources: dict[str, list[Disposition]] = {}
+        for row in self.rows.values():
+            sources.setdefault(row.source, []).append(row)
+        each = {name: {**part(rows), "edited": edits.get(name, {})} for name, rows in sorted(sources.items())}
+        return {"sources": each, "total": part(list(self.rows.values()))}
