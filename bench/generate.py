@@ -75,6 +75,7 @@ class Sides:
         for sampler in (self.own, other):
             sampler.load(tensors)
         self.model: Any = other.model  # of the same class, in memory of its own
+        self.model.generation_config.eos_token_id = None  # a setting of None in a call is filled in from here
         self.cache = CACHES[0]
 
     def prompts(self, count: int, number: int) -> list[Prompt]:
