@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +16,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import slurm_world
 import train_world as world
 from verifier_world import gym, maths, serve  # noqa: F401 - fixtures
 
@@ -110,3 +113,38 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     world.pretrain(corpus, folder / "work", folder / "out", world.config())
     return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[None]:
+    """One cluster for all tests of a session that need it."""
+    slurm_world.cluster("up")
+    os.environ["SLURM_CONF"] = str(slurm_world.PLACE / "etc/slurm.conf")
+    yield
+    slurm_world.cluster("down")
+
+
+@pytest.fixture(scope="session")
+def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder in which all is sealed that the pre-training of the tests on Slurm needs."""
+    folder = tmp_path_factory.mktemp("upstream")
+    atom(folder / "home", "run", slurm_world.write_recipe(folder), "--until", "order-pretrain")
+    return folder / "home"
+
+
+@pytest.fixture(scope="session")
+def calm(upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of an undisturbed pre-training by two ranks, on this machine."""
+    folder = tmp_path_factory.mktemp("calm")
+    shutil.copytree(upstream, folder / "home")
+    atom(folder / "home", "run", slurm_world.write_recipe(folder), "--only", "pretrain")
+    return slurm_world.digest(folder / "home", "pretrain")
+
+
+@pytest.fixture
+def home(upstream: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of `upstream`; afterwards no job is left, and the cluster is whole."""
+    shutil.copytree(upstream, tmp_path / "home")
+    yield tmp_path / "home"
+    subprocess.run(["scancel", "--me"], check=False)
+    slurm_world.cluster("up")  # whatever a test has killed

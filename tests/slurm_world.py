@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from pipeline import profile, recipe
@@ -22,6 +23,11 @@ ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "tests/slurm/cluster"
 PLACE = Path(os.environ.get("SLURM_TEST_DIR", ROOT / "build/slurm")).resolve()
 PATIENCE = 240.0
+ON_SLURM = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="the daemons of the test cluster run as root"),
+    pytest.mark.usefixtures("slurm"),
+]
+"""Marks of a module whose tests need the cluster."""
 
 
 def cluster(what: str) -> None:
@@ -152,3 +158,14 @@ def digest(home: Path, stage: str) -> str:
     path = sealed(home, stage)
     assert path is not None, f"{stage} is not sealed"
     return str(json.loads(path.read_text())["digest"])
+
+
+def with_shards(folder: Path, shards: int) -> str:
+    """The recipe, with a data recipe whose sources are cut into so many shards."""
+    recipe = Path(write_recipe(folder))
+    body = yaml.safe_load(recipe.read_text())
+    data = yaml.safe_load((ROOT / "data_recipes/smoke.yaml").read_text())
+    data["curation"] = {**data.get("curation", {}), "shards": shards}
+    (folder / "cut.yaml").write_text(yaml.safe_dump(data))
+    recipe.write_text(yaml.safe_dump({**body, "data": "cut.yaml"}))
+    return str(recipe)

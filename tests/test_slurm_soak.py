@@ -1,0 +1,115 @@
+"""Slurm's disturbances at length, by `make soak`: in random order, in a whole recipe, and a time limit again and again."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import slurm_world as world
+import yaml
+from conftest import atom, digests
+from slurm_acts import AGAIN, AT_LENGTH, SOAK, finish, node_crash, node_down, rank_killed, status
+
+pytestmark = world.ON_SLURM
+
+
+@pytest.mark.skipif(not SOAK, reason="ten minutes each; see `make soak`")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.timeout(1800)
+def test_the_same_bytes_after_everything_in_random_order(seed: int, upstream: Path, home: Path) -> None:
+    """`make soak`: each kind of disturbance in one run, wherever it happens to be."""
+    rng, folder = random.Random(seed), home.parent
+    steps = {"steps": 600, "hang_seconds": 8.0, "release_checkpoint_every": 600}
+    recipe = world.write_recipe(folder, **steps)
+    (folder / "calm").mkdir()
+    shutil.copytree(upstream, folder / "calm/home")
+    atom(folder / "calm/home", "run", recipe, "--until", "pretrain")
+    cluster = world.write_profile(folder, train={"partition": "low"}, restarts=20)
+    atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain")
+    kinds = [*AGAIN, *AT_LENGTH]
+    rng.shuffle(kinds)
+    for number, disturb in enumerate(kinds):
+        world.until(lambda n=number: world.reached(home, "pretrain", 20 + 40 * n), f"step {20 + 40 * number}", 600)
+        time.sleep(rng.random() * 4)
+        job = world.job_of(home, "pretrain")
+        world.until(lambda j=job: "RUNNING" in world.slurm("squeue", "-h", "-j", j, "-o", "%T"), "it runs", 300)
+        print(disturb.__name__, flush=True)
+        disturb(home)
+    world.until(lambda: world.sealed(home, "pretrain"), "pretrain sealed", 900)
+    assert world.digest(home, "pretrain") == world.digest(folder / "calm/home", "pretrain")
+
+
+@pytest.mark.skipif(not SOAK, reason="a quarter of an hour each; see `make soak`")
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.timeout(3600)
+def test_a_whole_recipe_in_disorder_has_the_digests_of_a_quiet_one(seed: int, tmp_path: Path) -> None:
+    """`make soak`: all stages, training on two nodes, arrays of shards; whatever runs is disturbed every few seconds, and
+    status is held to squeue and sacct all the while."""
+    rng, home, quiet = random.Random(seed), tmp_path / "home", tmp_path / "quiet"
+    recipe = world.with_shards(tmp_path, 3)
+    body = yaml.safe_load(Path(recipe).read_text())
+    body["rlvr"]["logprob_gap"] = 0.1  # so short a training leaves the ids that pad the vocabulary some weight
+    Path(recipe).write_text(yaml.safe_dump(body))
+    atom(quiet, "run", recipe)
+    cluster = world.write_profile(tmp_path, cpu={"partition": "low"}, train={"partition": "low"}, restarts=30)
+    atom(home, "submit", recipe, "--cluster", cluster)
+    kinds: list[Callable[[Path, str], None]] = []
+    while True:
+        told = told_truly(home)
+        if all(stage["state"] == "sealed" for stage in told["stages"]):
+            break
+        bad = [stage for stage in told["stages"] if stage["state"] in ("failed", "cancelled")]
+        assert not bad, bad
+        if any(stage["state"] == "lost" or "retry" in stage.get("reason", "") for stage in told["stages"]):
+            atom(home, "retry")
+        running = [stage["name"] for stage in told["stages"] if stage["state"] == "running"]
+        if not running or rng.random() < 0.5:
+            time.sleep(rng.random() * 8)
+            continue
+        if not kinds:
+            kinds = rng.sample([*AGAIN, node_down, node_crash, rank_killed], len(AGAIN) + 3)
+        disturb, stage = kinds.pop(), rng.choice(running)
+        print(f"{disturb.__name__}: {stage}", flush=True)
+        try:
+            disturb(home, stage)
+        except (AssertionError, IndexError):  # the job has ended meanwhile
+            world.until(lambda s=stage: s not in running_now(home), "the end of what was disturbed")
+        world.cluster("up")
+    assert digests(home) == digests(quiet)
+
+
+def running_now(home: Path) -> list[str]:
+    return [stage["name"] for stage in status(home)["stages"] if stage["state"] == "running"]
+
+
+def told_truly(home: Path) -> dict:
+    """What status says, after a comparison with what Slurm said just before and after."""
+
+    def now() -> dict[str, str]:
+        return dict(line.split("|") for line in world.slurm("squeue", "-h", "-t", "all", "-o", "%i|%T").splitlines())
+
+    before, told, after = now(), status(home), now()
+    for stage in told["stages"]:
+        state = before.get(stage.get("job", ""))
+        if state != after.get(stage.get("job", "")) or state is None or stage["state"] in ("lost", "sealed"):
+            continue  # it was changing; or Slurm has another job of that number; or the artifact says more
+        expected = {"COMPLETED": "sealed", "NODE_FAIL": "failed", "TIMEOUT": "failed"}.get(state, state.lower())
+        assert stage["state"] == expected, (stage, state)
+    return told
+
+
+@pytest.mark.skipif(not SOAK, reason="four minutes; see `make soak`; `told_to_save` sends the same signal by hand")
+def test_a_time_limit_reached_again_and_again(upstream: Path, home: Path) -> None:
+    """One minute, with a signal some twenty seconds after the start (Slurm may send it much earlier)."""
+    folder = home.parent
+    recipe = world.write_recipe(folder, steps=240)
+    shutil.copytree(upstream, folder / "calm/home")
+    atom(folder / "calm/home", "run", recipe, "--until", "pretrain")
+    cluster = world.write_profile(folder, train={"minutes": 1}, signal_lead_seconds=40, restarts=9)
+    atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain")
+    assert finish(home) == world.digest(folder / "calm/home", "pretrain")
+    assert world.attempts(home, "pretrain") > 1

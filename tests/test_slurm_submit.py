@@ -1,0 +1,134 @@
+"""Submitting to a real Slurm: once and twice, from frozen code, what is refused, without Slurm, other profiles' scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import slurm_world as world
+from conftest import atom
+from slurm_acts import finish, settled, submit
+
+pytestmark = world.ON_SLURM
+
+
+def test_submitting_twice_attaches_and_two_at_once_share(home: Path, calm: str) -> None:
+    folder = home.parent
+    recipe, cluster = world.write_recipe(folder), world.write_profile(folder)
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.cli",
+        "submit",
+        recipe,
+        "--cluster",
+        cluster,
+        "--until",
+        "pretrain",
+        "--json",
+    ]
+    both = [
+        subprocess.Popen(command, env={**os.environ, "ATOM_HOME": str(home)}, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    told = [json.loads(each.communicate(timeout=60)[0]) for each in both]
+    assert sorted(list(each["submitted"]) for each in told) == [[], ["pretrain"]]
+    third = json.loads(atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain", "--json").stdout)
+    assert third["attached"] == {"pretrain": world.job_of(home, "pretrain")} and not third["submitted"]
+    assert finish(home) == calm
+    assert world.attempts(home, "pretrain") == 1
+    assert "all sealed" not in atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain").stdout
+
+
+def test_jobs_run_from_the_code_as_it_was(home: Path, tmp_path: Path) -> None:
+    submit(home)
+    (code,) = (home / "code").iterdir()
+    assert (code / "stages/pretrain.py").read_bytes() == (world.ROOT / "stages/pretrain.py").read_bytes()
+    assert not os.access(code / "stages/pretrain.py", os.W_OK) or os.geteuid() == 0
+    script = next(home.glob("logs/*/pretrain/submitit/*_submission.sh")).read_text()
+    assert f"export PYTHONPATH={code}\n" in script and "HF_TOKEN" not in script
+    world.until(lambda: world.reached(home, "pretrain", 1), "a step")
+    environment = (
+        (Path("/proc") / str(world.processes(world.nodes_of(home, "pretrain")[0], b"submitit")[0]) / "environ")
+        .read_bytes()
+        .split(b"\0")
+    )
+    assert f"PYTHONPATH={code}".encode() in environment
+    assert "pretrain" in atom(home, "cancel").stdout
+    world.until(lambda: settled(home), "an end")
+    assert world.attempts(home, "pretrain") == 1, "what is cancelled does not come back"
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"train": {"partition": "nowhere"}}, "invalid partition specified: nowhere"),
+        ({"train": {"cpus_per_task": 97}}, "Requested node configuration is not available"),
+        ({"train": {"minutes": 0}}, "slurm.train.minutes = 0"),
+        ({"train": {"partitions": "test"}}, "did you mean partition?"),
+        ({"train": {"memory_gb": 9e6}}, "Requested node configuration is not available"),
+        ({"train": {"account": "nobody"}}, "Invalid account or account/partition combination"),
+        ({"container": {"kind": "apptainer", "image": "/images/none.sif"}}, "/images/none.sif is not there; make it"),
+    ],
+    ids=str,
+)
+def test_what_slurm_or_the_schema_refuses_is_one_sentence_and_leaves_nothing(
+    home: Path, changed: dict, words: str
+) -> None:
+    folder = home.parent
+    recipe, cluster = world.write_recipe(folder), world.write_profile(folder, **changed)
+    for more in ((), ("--dry-run",)):
+        said = atom(home, "submit", recipe, "--cluster", cluster, "--until", "midtrain", *more, code=2).stderr
+        assert said.count("\n") == 1 and words in said, said
+    assert not world.slurm("squeue", "-h", "--me", "-t", "pending,running")
+    assert not list(home.glob("jobs/*.json"))
+
+
+def test_without_slurm_one_sentence(home: Path, tmp_path: Path) -> None:
+    recipe, cluster = world.write_recipe(tmp_path), world.write_profile(tmp_path)
+    asked = ("submit", recipe, "--cluster", cluster, "--until", "pretrain")
+    said = atom(home, *asked, code=2, PATH=str(tmp_path)).stderr
+    assert said.count("\n") == 1 and "there is no s" in said and "atom run" in said
+    dead = tmp_path / "slurm.conf"
+    text = Path(os.environ["SLURM_CONF"]).read_text()
+    dead.write_text(re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=45999", text))
+    shutil.copy(world.PLACE / "etc/slurm.key", tmp_path)
+    said = atom(home, *asked, code=2, SLURM_CONF=str(dead)).stderr
+    assert said.count("\n") == 1 and "squeue failed: " in said and "ontroller" in said
+    said = atom(home, "submit", recipe, "--cluster", "local", code=2).stderr
+    assert said.count("\n") == 1 and "has no section slurm" in said
+
+
+def test_other_profiles_give_the_same_keys_and_scripts_of_their_own(home: Path) -> None:
+    from pipeline import graph, profile, recipe
+    from pipeline.launch import slurm
+    from pipeline.store import Store
+
+    store = Store(home)
+    composed = graph.compose(recipe.load(world.write_recipe(home.parent)), store)
+    for name, words in {
+        "h100-pyxis": [
+            "--container-image=/shared/images/atom.sqsh",
+            "#SBATCH --gpus-per-node=2",
+            "#SBATCH --exclusive",
+        ],
+        "h100-apptainer": ["apptainer exec --nv --bind", "module load apptainer"],
+        "h100-modules": ["/shared/envs/atom/bin/python -u -m submitit", "#SBATCH --constraint=h100", "ulimit -n 65536"],
+    }.items():
+        run = slurm.Run("test", home.parent / name, {})
+        made = slurm.executor_of(store, run, composed.nodes["pretrain"], profile.load(name), Path("/code"), ["7", "8"])
+        text = made._make_submission_file_text(made._submitit_command_str, "")
+        for word in [
+            *words,
+            "#SBATCH --dependency=afterok:7:8",
+            "#SBATCH --kill-on-invalid-dep=yes",
+            "--signal=USR2@300",
+        ]:
+            assert word in text, (name, word, text)
+        assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0

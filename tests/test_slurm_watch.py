@@ -1,0 +1,78 @@
+"""What is told of a run on a real Slurm, and what ends it: a diagnosis, a budget; what can go afterwards, what it costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import slurm_world as world
+import yaml
+from conftest import atom, digests
+from slurm_acts import settled
+
+pytestmark = world.ON_SLURM
+
+
+def test_a_stage_that_gets_no_further_ends_with_a_diagnosis_and_stops_what_waits_for_it(home: Path) -> None:
+    folder = home.parent
+    told = folder / "told"
+    recipe = world.write_recipe(folder)
+    order = next((home / "artifacts").glob("order-pretrain-*"))
+    (order / "order.parquet").write_bytes(b"x" * (order / "order.parquet").stat().st_size)  # no retry will mend it
+    notify = f'echo "$ATOM_STAGE: $ATOM_OUTCOME" >> {told}'
+    cluster = world.write_profile(folder, restarts=1, notify=notify)
+    atom(home, "submit", recipe, "--cluster", cluster, "--until", "midtrain")
+    stages = world.until(lambda: settled(home), "an end")
+    assert stages["pretrain"]["state"] == "failed" and stages["pretrain"]["restarts"] == 1
+    assert stages["midtrain"]["state"] == "cancelled"
+    assert "pretrain" in stages["pretrain"]["message"] or "order" in stages["pretrain"]["message"]
+    assert told.read_text().startswith("pretrain: ") and stages["pretrain"]["message"] in told.read_text()
+    assert atom(home, "logs", "pretrain").stdout.startswith("pretrain failed: ")
+    failed = [path for path in (home / "ledger").glob("pretrain-*/*.json")]
+    assert len(failed) == 2, "each attempt has its statement"
+
+
+def test_a_budget_that_is_used_up_stops_what_comes_next(home: Path) -> None:
+    folder = home.parent
+    recipe = Path(world.write_recipe(folder))
+    body = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**body, "budget": {"core_hours": 1e-6}}))
+    said = atom(
+        home, "submit", str(recipe), "--cluster", world.write_profile(folder), "--until", "pretrain", code=2
+    ).stderr
+    assert "the budget of 1e-06 core hours is used up" in said and said.count("\n") == 1
+
+
+def test_what_nothing_needs_is_named_and_deleted_and_nothing_else(home: Path) -> None:
+    folder = home.parent
+    atom(home, "run", world.write_recipe(folder, steps=60), "--until", "pretrain")
+    old = {key for key in digests(home) if key.startswith("pretrain")}
+    assert len(old) == 4, "the phase and its checkpoints of three steps"
+    atom(home, "run", world.write_recipe(folder, steps=90), "--only", "order-pretrain")
+    before = digests(home)
+    out, code = home / "work" / "pretrain-000000000000" / "out.3", home / "code" / "0123456789abcdef"
+    out.mkdir(parents=True)
+    (out / "model").write_bytes(b"x" * 1000)
+    code.mkdir(parents=True)
+    told = {Path(row["path"]) for row in json.loads(atom(home, "gc", "--json").stdout)["loose"]}
+    orders = {home / "artifacts" / key for key in before if key.startswith("order-")}
+    assert told == {out, code, *(home / "artifacts" / key for key in old), *(told & orders)} and len(told & orders) == 2
+    atom(home, "gc", "--delete")
+    assert not any(path.exists() for path in told)
+    assert digests(home) == {key: value for key, value in before.items() if home / "artifacts" / key not in told}
+    assert "0B can be deleted" in atom(home, "gc").stdout
+
+
+def test_orchestration_benchmark() -> None:
+    run = subprocess.run(
+        [sys.executable, "bench/orchestration.py", "--quick"],
+        cwd=world.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    *table, last = run.stdout.splitlines()
+    assert json.loads(last)["name"] == "orchestration" and len(table) == 7
