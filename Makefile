@@ -42,10 +42,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# In two processes: each training phase leaves idle threads of gloo behind, and a thousand of them take a core.
+# Two workers: most tests use one core. Of the tests of Slurm, and of those that share a whole run, one worker does all.
 test: lint
-	$(BIN)/python -m pytest tests/test_[a-q]*.py
-	$(BIN)/python -m pytest tests/test_[r-z]*.py
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 20
 
 test-latest:
 	$(MAKE) VENV=$(VENV_LATEST) PYTHON=$(PYTHON_LATEST) $(VENV_LATEST)/.ready

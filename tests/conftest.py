@@ -47,6 +47,14 @@ class RecordingReport:
         raise AssertionError(f"abandoned: {text}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What one worker of several does: all tests on Slurm, all that share a whole run of atom-smoke, else a file."""
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        group = next((name for name in ("slurm", "smoke_home") if name in names), item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True)
 def few_threads():
     """A model is part of cycles, and its groups of ranks keep 48 threads, which wake all the time, until those are

@@ -32,7 +32,7 @@ def test_curation_in_an_array_gives_the_same_bytes(
     home, recipe = acquired, world.with_shards(tmp_path, shards)
     cluster, size = world.write_profile(tmp_path, array_size=tasks), min(tasks, shards)
     atom(home, "submit", recipe, "--cluster", cluster, "--until", "tokenize", "--dry-run")
-    script = (home / "dry-run/atom-smoke/curate.shards.sh").read_text()
+    script = (home / "dry-run/atom-smoke/filter.shards.sh").read_text()
     assert f"#SBATCH --array=0-{size - 1}%{size}\n" in script
     atom(home, "submit", recipe, "--cluster", cluster, "--until", "tokenize")
     if size == 3:  # tasks that are killed are done again
@@ -44,19 +44,19 @@ def test_curation_in_an_array_gives_the_same_bytes(
 
         world.kill(world.until(three, "three tasks"))
     world.until(lambda: world.sealed(home, "tokenize"), "tokenize sealed")
-    for stage in ("curate", "tokenize"):
+    for stage, pieces in (("filter", shards), ("curate", 14), ("tokenize", shards)):  # 14 buckets of MinHash
         assert world.digest(home, stage) == world.digest(upstream, stage)
         assert len(list(home.glob(f"logs/*/{stage}/shards/submitit/*_submission.sh"))) == 1, "one submission"
-        assert world.reached_shards(home, stage) == shards and world.array_of(home, stage).isdigit()
+        assert world.reached_shards(home, stage) == pieces and world.array_of(home, stage).isdigit()
         assert {s["name"]: s for s in status(home)["stages"]}[stage]["state"] == "sealed"
-    body = next(json.loads(path.read_text()) for path in home.glob("ledger/curate-*/*.json"))
+    body = next(json.loads(path.read_text()) for path in home.glob("ledger/filter-*/*.json"))
     usage = next(x for x in body["predicate"]["runDetails"]["byproducts"] if x["name"] == "usage")["annotations"]
     assert usage["ranks_counted"] == size + 1
 
 
 def test_shards_here_give_the_same_bytes_too(upstream: Path, tmp_path: Path) -> None:
     atom(tmp_path / "home", "run", world.with_shards(tmp_path, 5), "--until", "tokenize")
-    for stage in ("curate", "tokenize"):
+    for stage in ("filter", "curate", "tokenize"):
         assert world.digest(tmp_path / "home", stage) == world.digest(upstream, stage)
 
 
@@ -66,6 +66,6 @@ def test_a_shard_that_fails_is_told_and_stops_what_waits(acquired: Path, tmp_pat
     documents.write_bytes(b"x" * documents.stat().st_size)
     atom(home, "submit", recipe, "--cluster", cluster, "--until", "tokenize")
     stages = world.until(lambda: settled(home), "an end")
-    assert stages["curate"]["state"] == "failed"
-    assert re.match(r"shard [01]: .*documents.parquet cannot be read as Parquet", stages["curate"]["message"]), stages
-    assert stages["tokenize"]["state"] == "cancelled"
+    assert stages["filter"]["state"] == "failed"
+    assert re.match(r"shard [01]: .*documents.parquet cannot be read as Parquet", stages["filter"]["message"]), stages
+    assert stages["curate"]["state"] == stages["tokenize"]["state"] == "cancelled"
