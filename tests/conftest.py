@@ -47,6 +47,7 @@ class RecordingReport:
         raise AssertionError(f"abandoned: {text}")
 
 
+@pytest.hookimpl(tryfirst=True)  # the workers read the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What one worker of several does: all tests on Slurm, all that share a whole run of atom-smoke, else a file."""
     for item in items:

@@ -137,7 +137,7 @@ def test_two_processes_share_the_work(smoke_home: Path, tmp_path: Path) -> None:
         said = run.communicate(timeout=300)[0]
         assert run.returncode == 0, said
     found = digests(home)
-    assert len(found) == 11 and found.items() <= digests(smoke_home).items()
+    assert len(found) == 12 and found.items() <= digests(smoke_home).items()
     assert statements(home, "sealed") == dict.fromkeys(found, 1), "no stage was done twice"
 
 
@@ -157,7 +157,7 @@ def test_a_worker_outlives_its_driver_and_the_next_run_waits_for_it(tmp_path: Pa
 def test_status_and_logs_read_the_files(smoke_home: Path) -> None:
     body = json.loads(atom(smoke_home, "status", "--json").stdout)
     assert [s["state"] for s in body["stages"]] == ["sealed"] * 37
-    assert "36 of 37 stages sealed" in atom(smoke_home, "status").stdout
+    assert "37 of 37 stages sealed" in atom(smoke_home, "status").stdout
     assert "docstrings:" in atom(smoke_home, "logs", "curate").stdout
     assert "60/60 steps  loss " in atom(smoke_home, "logs", "pretrain", "-f").stdout
     refused = atom(smoke_home, "logs", "pretran", code=2).stderr
