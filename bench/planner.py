@@ -1,4 +1,4 @@
-"""The planner's formulas against published figures: FLOPs of a token, state and peak memory.
+"""The planner's formulas against published figures: FLOPs of a token, state and peak memory, GPU hours of whole runs.
 
     .venv/bin/python bench/planner.py            # under a second; nothing is run
 
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import profile
 from stages.model.activations import Rows, activation_bytes
 from stages.model.config import ModelConfig
 from stages.model.costs import Attention, held, state_bytes, training_flops
@@ -34,6 +35,12 @@ QWEN3 = dict(kv_heads=4, head_dim=128, experts=128, experts_per_token=8, context
 QWEN3_30B = ModelConfig(layers=48, hidden_size=2048, heads=32, expert_ffn_size=768, **QWEN3)
 QWEN3_235B = ModelConfig(layers=94, hidden_size=4096, heads=64, expert_ffn_size=1536, **QWEN3)
 QWEN3_VOCABULARY = 151_936
+
+RUNS = (
+    ("DeepSeek-V3", "fp8", 14.8e12, 2_664_000, "arXiv:2412.19437, table 1, pre-training on H800"),
+    ("SmolLM3 3B", "bf16", 11.2e12, 384 * 24 * 24, "huggingface.co/blog/smollm3, 24 days of 384 H100"),
+)
+"""Whole runs on rows of 4,096: precision, tokens, GPU hours as published, and where."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,9 @@ def qwen3(model: ModelConfig) -> Model:
     )
 
 
-def llama(layers: int, hidden: int, heads: int, ffn: int) -> Model:
-    """Llama 3 (arXiv:2407.21783, table 3): 8 key and value heads of 128, 128,256 tokens."""
-    layer = 2 * hidden * 128 * (heads + 8) + 3 * hidden * ffn
+def llama(layers: int, hidden: int, heads: int, ffn: int, kv_heads: int = 8) -> Model:
+    """Llama 3 (arXiv:2407.21783, table 3), and SmolLM3, which is built alike: heads of 128, 128,256 tokens."""
+    layer = 2 * hidden * 128 * (heads + kv_heads) + 3 * hidden * ffn
     return Model(layers * layer + 128_256 * hidden, (Attention(layers, heads, 128, 128),))
 
 
@@ -79,6 +86,7 @@ def gpt_oss(expert_matrices: int = 3, window: int | None = 128) -> Model:
 
 
 MODELS = {
+    "SmolLM3 3B": llama(36, 2048, 16, 11008, kv_heads=4),
     "Llama 3 8B": llama(32, 4096, 32, 14336),
     "Llama 3 70B": llama(80, 8192, 64, 28672),
     "Llama 3.1 405B": llama(126, 16384, 128, 53248),
@@ -140,6 +148,22 @@ def memory() -> None:
         print(f"{name:62}{value:8.2f}{published:11.2f}{value / published - 1:9.1%}")
 
 
+def hours_errors() -> list[float]:
+    """Prints GPU hours of whole runs, by the rates of the profile h100-pyxis and published; gives the errors."""
+    gpu = profile.load("h100-pyxis").gpu
+    assert gpu is not None
+    print(f"\n{'GPU hours of a whole run':38}{'ours':>12}{'published':>12}{'error':>9}{'of peak':>9}  of")
+    errors = []
+    for name, precision, tokens, published, where in RUNS:
+        rate, model = gpu.rate(precision), MODELS[name]
+        assert rate is not None
+        flops = tokens * training_flops(model.matrices, model.attention, 4096)
+        ours, reached = flops / rate.flops / 3600, flops / published / 3600 / rate.peak_tflops / 1e12
+        errors.append(ours / published - 1)
+        print(f"{name + ', ' + precision:38}{ours:12,.0f}{published:12,}{errors[-1]:9.0%}{reached:9.1%}  {where}")
+    return errors
+
+
 def fp8_on_h100() -> None:
     """Prints whether FP8 has been seen to pay on H100, which is what the recipes go by."""
     print(f"\n{'TFLOP/s of an H100':38}{'bf16':>8}{'fp8':>8}{'fp8 / bf16':>12}")
@@ -156,6 +180,7 @@ def fp8_on_h100() -> None:
 def measure() -> dict[str, Any]:
     errors = [abs(error) for error in flops_errors()]
     memory()
+    hours_errors()
     fp8_on_h100()
     return {
         "name": "planner",

@@ -28,11 +28,47 @@ class Power(Config):
 
 
 class Prices(Config):
-    """What an hour costs, for `atom status` to say what a run has cost so far."""
+    """What an hour costs, for `atom status` to say what a run has cost so far, and `atom plan` what it will."""
 
     gpu_hour: float = Field(0.0, ge=0)
     core_hour: float = Field(0.0, ge=0, description="of a busy core")
     currency: str = Field("USD", min_length=1)
+
+
+class Rate(Config):
+    """How fast a GPU trains in one precision."""
+
+    peak_tflops: float = Field(gt=0, description="dense TFLOP/s that the maker states")
+    utilisation: float = Field(gt=0, le=1, description="share of the peak that a model's FLOPs are assumed to reach")
+
+    @property
+    def flops(self) -> float:
+        """FLOP/s of one GPU."""
+        return self.peak_tflops * 1e12 * self.utilisation
+
+
+class Gpu(Config):
+    """What `atom plan --cluster` estimates the time of training from; nothing else reads it."""
+
+    name: str = Field(min_length=1)
+    fp32: Rate | None = None
+    bf16: Rate | None = None
+    fp8: Rate | None = Field(None, description="of every kind of FP8")
+    source: str = Field(min_length=1, description="where the figures come from, for whoever reads a plan")
+
+    def rate(self, precision: str) -> Rate | None:
+        found: Rate | None = getattr(self, _family(precision), None)
+        return found
+
+    def told(self, precision: str) -> str:
+        """The rate in words. It must be there."""
+        rate = self.rate(precision)
+        assert rate is not None
+        return f"{rate.utilisation:g} of {rate.peak_tflops:g} TFLOP/s in {_family(precision)}"
+
+
+def _family(precision: str) -> str:
+    return "fp8" if "fp8" in precision else precision
 
 
 class Container(Config):
@@ -82,6 +118,17 @@ class Slurm(Config):
         description="command when a stage fails or the last one is done; ATOM_RUN, ATOM_STAGE, ATOM_OUTCOME say what",
     )
 
+    def shape(self, stage: str, ranks: int, trains: bool) -> tuple[Jobs, int, int]:
+        """(what its job asks for, nodes, ranks on each). Raises RecipeError if the ranks do not fill nodes alike."""
+        jobs = self.train if trains else self.cpu
+        each = min(ranks, jobs.tasks_per_node)
+        if ranks % each:
+            raise RecipeError(
+                f"stage {stage} has {ranks} ranks, which do not fill nodes of {each} alike; change its cluster.ranks, "
+                "or tasks_per_node of the cluster profile"
+            )
+        return jobs, ranks // each, each
+
 
 class Profile(Config):
     """One file of `pipeline/clusters/`."""
@@ -90,6 +137,7 @@ class Profile(Config):
     local: Local = Local()
     power: Power
     prices: Prices | None = None
+    gpu: Gpu | None = None
     slurm: Slurm | None = None
 
     def costs(self) -> dict[str, Any] | None:

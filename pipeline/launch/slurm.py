@@ -153,15 +153,7 @@ def array_of(slurm: Slurm, node: Node) -> int:
 
 def shape(slurm: Slurm, node: Node) -> tuple[Jobs, int, int]:
     """(what its job asks for, nodes, ranks on each). Raises RecipeError if the ranks do not fill nodes alike."""
-    ranks = node.stage.ranks(node.config)
-    jobs = slurm.train if node.stage.trains else slurm.cpu
-    each = min(ranks, jobs.tasks_per_node)
-    if ranks % each:
-        raise RecipeError(
-            f"stage {node.name} has {ranks} ranks, which do not fill nodes of {each} alike; change its cluster.ranks, "
-            "or tasks_per_node of the cluster profile"
-        )
-    return jobs, ranks // each, each
+    return slurm.shape(node.name, node.stage.ranks(node.config), node.stage.trains)
 
 
 def executor_of(
