@@ -29,6 +29,18 @@ def told(hours: Mapping[str, float], prices: Mapping[str, Any] | None) -> str:
     return f"{said}, {cost:,.2f} {prices['currency']}"
 
 
+def foreseen(
+    limits: Mapping[str, float | None] | None, spent: Mapping[str, float], coming: Mapping[str, float]
+) -> list[str]:
+    """For each limit that a plan exceeds, with what was used already, a sentence that says so."""
+    return [
+        f"the plan exceeds budget.{name} = {most:g} of the recipe: {coming[name]:,.2f} hours to come, "
+        f"{spent[name]:,.2f} used already"
+        for name, most in (limits or {}).items()
+        if most is not None and spent[name] + coming[name] > most
+    ]
+
+
 def exceeded(limits: Mapping[str, float | None] | None, store: Store, keys: Iterable[str]) -> str | None:
     """Why nothing further is begun, in one sentence; None within the budget."""
     if not limits:

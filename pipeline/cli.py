@@ -52,31 +52,40 @@ Start with: atom plan atom-tiny, then atom run atom-tiny.""",
 
 @app.command()
 def plan(
-    recipe: RecipeArgument, until: UntilOption = None, only: OnlyOption = None, as_json: JsonOption = False
+    recipe: RecipeArgument,
+    until: UntilOption = None,
+    only: OnlyOption = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="cluster profile by which hours, money and energy are estimated")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show the stages and costs of a recipe; do nothing.
 
     Every stage is shown with its key, its state (sealed, stale, to run) and its estimated cost, every training phase
     with what it asks of its ranks. Works without the data, too.
     """
-    from pipeline import graph, planner
-    from pipeline.views import phases_table, plan_table
+    from pipeline import budget, graph, planner, profile
+    from pipeline.forecast import forecast
+    from pipeline.views import forecast_table, phases_table, plan_table
 
-    composed = graph_of(recipe, without_data=True)
-    rows = planner.plan(composed, graph.states(composed, open_store()), composed.select(until, only))
+    composed, store = graph_of(recipe, without_data=True), open_store()
+    rows = planner.plan(composed, graph.states(composed, store), composed.select(until, only))
+    told, beyond, identity = None, [], composed.recipe.config
+    if cluster is not None:
+        told = forecast(rows, profile.load(cluster))
+        limits = None if identity.budget is None else identity.budget.model_dump()
+        spent = budget.used(store, (node.key for node in composed.nodes.values()))
+        coming = {"gpu_hours": told.total.gpu_hours, "core_hours": told.total.core_hours}
+        beyond = budget.foreseen(limits, spent, coming)
     if as_json:
-        identity = composed.recipe.config
-        print(
-            json.dumps(
-                {
-                    "recipe": identity.name,
-                    "version": identity.version,
-                    "absent": list(composed.absent),
-                    "stages": [r.json() for r in rows],
-                },
-                indent=1,
-            )
-        )
+        body = {
+            "recipe": identity.name,
+            "version": identity.version,
+            "absent": list(composed.absent),
+            "stages": [r.json() for r in rows],
+        }
+        print(json.dumps(body if told is None else {**body, "cluster": {**told.json(), "beyond": beyond}}, indent=1))
     else:
         for text in composed.absent:
             print(text)
@@ -84,6 +93,11 @@ def plan(
         if phases := phases_table(rows):
             console().print()
             console().print(phases)
+        if told:
+            console().print()
+            console().print(forecast_table(told))
+            for text in (*told.assumed, *beyond):
+                print(text)
         for row in rows:
             for key in row.external.values() if not row.state.name.startswith("order-") else ():
                 print(f"{row.state.name} continues from {key.rsplit('-', 1)[0]} (key {key})")

@@ -21,6 +21,7 @@ class Row:
     ranks: int
     operation: Mapping[str, Any]
     obstacle: str | None = None
+    trains: bool = False
 
     def json(self) -> dict[str, Any]:
         e = self.estimate
@@ -43,6 +44,11 @@ class Row:
         }
 
 
+def timed(rows: list[Row]) -> bool:
+    """Whether CPU time is estimated of every training phase: that of fp32 on CPU, where all is small."""
+    return all(row.estimate.cpu_seconds is not None for row in rows if row.estimate.training)
+
+
 def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[Row]:
     return [
         Row(
@@ -52,6 +58,7 @@ def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[Ro
             node.stage.ranks(node.config),
             operation(node.config),
             node.stage.obstacle(node.config),
+            node.stage.trains,
         )
         for node in (graph.nodes[name] for name in selected)
     ]

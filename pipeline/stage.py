@@ -128,6 +128,7 @@ class Estimate:
     """What a stage will ask of a machine. None means: not estimated."""
 
     cpu_seconds: float | None = None
+    fixed: bool = False  # cpu_seconds is that of a small corpus, whatever the size of this one
     tokens: int | None = None
     flops: float | None = None
     memory_bytes: int | None = None  # of a process; of several, the fullest

@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from pipeline.display import duration, figures_text, human
-from pipeline.planner import Row
+from pipeline.forecast import Forecast
+from pipeline.planner import Row, timed
 from pipeline.run import NodeStatus
 
 
@@ -17,12 +18,12 @@ def _cell(value: float | None, unit: str = "") -> str:
 
 
 def plan_table(rows: list[Row]) -> Table:
-    """A line a stage. CPU time is shown where that of every training phase is estimated: that of fp32 on CPU."""
-    timed = all(row.estimate.cpu_seconds is not None for row in rows if row.estimate.training)
+    """A line a stage. CPU time is shown where that of every training phase is estimated."""
+    shown = timed(rows)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     for column in ("stage", "key", "state"):
         table.add_column(column, no_wrap=True)
-    for column in ("params/active", "tokens", "FLOP", "memory", "disk", *(["CPU"] if timed else []), "ranks"):
+    for column in ("params/active", "tokens", "FLOP", "memory", "disk", *(["CPU"] if shown else []), "ranks"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         e = row.estimate
@@ -36,12 +37,12 @@ def plan_table(rows: list[Row]) -> Table:
             _cell(e.flops),
             _cell(e.memory_bytes, "B"),
             _cell(e.disk_bytes, "B"),
-            *([cpu] if timed else []),
+            *([cpu] if shown else []),
             str(row.ranks),
         )
     to_run = [r for r in rows if r.state.text == "to run"]
     seconds = sum(r.estimate.cpu_seconds or 0 for r in to_run)
-    time = f", about {duration(seconds)} of CPU time (estimate)" if timed else ""
+    time = f", about {duration(seconds)} of CPU time (estimate)" if shown else ""
     table.caption = f"{len(to_run)} of {len(rows)} stages to run{time}"
     table.caption_justify = "left"
     return table
@@ -83,6 +84,31 @@ def phases_table(rows: list[Row]) -> Table | None:
     )
     table.caption_justify = "left"
     return table
+
+
+def forecast_table(told: Forecast) -> Table:
+    """What each stage to run will use on a cluster, those that are not estimated left out."""
+    prices = told.profile.prices
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    table.add_column(f"on {told.profile.name}", no_wrap=True)
+    for column in ("hours", "GPU hours", "core hours", *([prices.currency] if prices else []), "energy"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for use in (*(use for use in told.uses if use.why is None), told.total):
+        table.add_row(
+            use.name,
+            _hours(use.hours),
+            _hours(use.gpu_hours) if use.gpu_hours else "",
+            _hours(use.core_hours) if use.core_hours else "",
+            *([f"{use.cost:,.2f}"] if prices else []),
+            (human(use.energy_wh) if use.energy_wh >= 100 else f"{use.energy_wh:.2g}") + "Wh",
+        )
+    table.caption = "hours: on the clock; of all: one stage after the other; money and energy: by the profile"
+    table.caption_justify = "left"
+    return table
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def _binary(value: float) -> str:

@@ -97,7 +97,7 @@ def shards(config: CurateConfig) -> int:
 
 
 def estimate(config: CurateConfig) -> Estimate:
-    return Estimate(cpu_seconds=10.0)
+    return Estimate(cpu_seconds=10.0, fixed=True)
 
 
 STAGE = Stage("curate", VERSION, CurateConfig, run, estimate=estimate, shards=shards, run_shard=run_shard)

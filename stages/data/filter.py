@@ -239,7 +239,7 @@ def _apply(source: FilteredSource, rows: list[dict[str, Any]], index: Contaminat
 
 
 def estimate(config: FilterConfig) -> Estimate:
-    return Estimate(cpu_seconds=30.0)
+    return Estimate(cpu_seconds=30.0, fixed=True)
 
 
 STAGE = Stage(
