@@ -71,7 +71,8 @@ class BuildInput:
 
 
 def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lambda text: None) -> Path:
-    """Writes `<home>/releases/<name>-<version>/` and returns it; an earlier one of that name is replaced.
+    """Writes `<home>/releases/<name>-<version>/` and returns it; an earlier one of that name is replaced. The index of
+    its texts goes to `<home>/trace`.
 
     Raises AtomError if a part is missing, CheckFailed with the first failed gate; then the refused folder stays beside
     as `<name>-<version>.refused` for a look, and the earlier release is untouched.
@@ -106,7 +107,20 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
         _replace(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+    _index(target, home / "trace", progress)
     return target
+
+
+def _index(release: Path, cache: Path, progress: Callable[[str], None]) -> None:
+    """What `atom trace --text` answers from, beside the release. The release is whole without it, so that there is none
+    is told and no error."""
+    from release import trace
+
+    try:
+        if trace.index(release, cache, progress) is None:
+            progress("no index of texts: SQLite here has no FTS5 with trigrams; `atom trace --text` reads every text")
+    except AtomError as error:
+        progress(f"no index of texts: {error}")
 
 
 def describe(source: BuildInput) -> dict[str, Any]:

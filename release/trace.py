@@ -140,9 +140,9 @@ def text(release: Path, span: str, cache: Path, progress: Progress = lambda text
     """Every kept document that holds the span exactly, with the steps that read it. Steps are found by id: where an
     earlier run had another text under the same id, its steps read that one.
 
-    cache: folder of the index, which is made at the first question and named by the checksums of the kept files in
-    `SHA256SUMS`; whether these are the files that stand here is the question of `atom verify`. A span of less than
-    three characters is sought in every text. Raises AtomError for an empty span, or a damaged index.
+    cache: folder of the index, which `atom build` makes, else the first question, and is named by the checksums of the
+    kept files in `SHA256SUMS`; whether these are the files that stand here is the question of `atom verify`. A span of
+    less than three characters is sought in every text. Raises AtomError for an empty span, or a damaged index.
     """
     place = _Place.of(release)
     try:
@@ -151,13 +151,11 @@ def text(release: Path, span: str, cache: Path, progress: Progress = lambda text
         raise AtomError("the span is no Unicode text, which all documents are; give it in UTF-8") from None
     if not span:
         raise AtomError("the span is empty; give at least one character of the text")
-    files, sums = {place.name(path): path for path in place.tables("kept/*.parquet")}, _sums(place)
-    if odd := sorted(files.keys() ^ sums.keys()):
-        raise AtomError(f"{place.data / odd[0]} is missing or not listed in {SUMS} beside it; pull the data again")
+    files, _ = _kept_texts(place)
     wanted: Mapping[str, Sequence[int] | None] = dict.fromkeys(files)
-    by = "index" if len(span) >= 3 and has_trigrams() else "scan"
-    if by == "index":
-        wanted = candidates(index_of(files, sums, cache, progress), span)
+    made = index(release, cache, progress) if len(span) >= 3 else None
+    if made is not None:
+        wanted = candidates(made, span)
     matches: dict[tuple[str, str], Match] = {}
     for name, rows in wanted.items():
         for row in hits(files[name], span, rows):
@@ -166,7 +164,12 @@ def text(release: Path, span: str, cache: Path, progress: Progress = lambda text
     uses = _uses(place, {match.id for match in matches.values()})
     for match in matches.values():
         match.uses.extend(uses.get(match.id, []))
-    return Text(span, by, list(matches.values()), place.unknown())
+    return Text(span, "index" if made else "scan", list(matches.values()), place.unknown())
+
+
+def index(release: Path, cache: Path, progress: Progress = lambda text: None) -> Path | None:
+    """The index of the kept texts, made if it is not in the cache; None if this Python's SQLite can make none."""
+    return index_of(*_kept_texts(_Place.of(release)), cache, progress) if has_trigrams() else None
 
 
 def removal_report(release: Path, doc_id: str, progress: Progress = lambda text: None) -> Removal:
@@ -374,7 +377,11 @@ def _count(path: Path, doc_id: str, texts: set[str]) -> list[int]:
         raise AtomError(f"{path} cannot be read as Parquet ({error}); pull it again") from None
 
 
-def _sums(place: _Place) -> dict[str, str]:
-    """{table: SHA-256} of the files with kept text, as the checksum file lists them."""
+def _kept_texts(place: _Place) -> tuple[dict[str, Path], dict[str, str]]:
+    """{table: its file} with kept text, and {table: SHA-256} as the checksum file lists them."""
     listed = read_sums(place.data / SUMS, str(place.data / SUMS))
-    return {name: sum for name, sum in listed.items() if re.fullmatch(r"(earlier/[^/]+/)?kept/[^/]+\.parquet", name)}
+    sums = {name: sum for name, sum in listed.items() if re.fullmatch(r"(earlier/[^/]+/)?kept/[^/]+\.parquet", name)}
+    files = {place.name(path): path for path in place.tables("kept/*.parquet")}
+    if odd := sorted(files.keys() ^ sums.keys()):
+        raise AtomError(f"{place.data / odd[0]} is missing or not listed in {SUMS} beside it; pull the data again")
+    return files, sums

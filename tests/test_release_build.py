@@ -83,6 +83,33 @@ def test_the_folder_is_what_the_design_says(release: Path) -> None:
     assert len(gates) == 13 and all(gate["ok"] for gate in gates.values())
 
 
+def test_the_index_of_texts_is_there_before_the_first_question(release: Path) -> None:
+    from release import trace
+
+    told: list[str] = []
+    cache = release.parent.parent / "trace"
+    [index] = cache.iterdir()
+    made = index.stat().st_mtime_ns
+    found = trace.text(release, "quick brown fox", cache, told.append)
+    assert found.by == "index" and found.matches and told == [] and index.stat().st_mtime_ns == made
+    assert not [path for path in files_below(release) if path.endswith(".sqlite")]  # no part of the release
+
+
+def test_a_release_is_whole_without_the_index(release: Path, source, tmp_path: Path, monkeypatch) -> None:
+    from release import fulltext
+
+    told: list[str] = []
+    (tmp_path / "trace").write_text("")  # where no folder can be made
+    made = builder.build(source, tmp_path, told.append)
+    assert (made / ALL_SUMS).read_bytes() == (release / ALL_SUMS).read_bytes()
+    assert told[-1].startswith("no index of texts: the index of texts cannot be written in ")
+    builder._index(made, tmp_path / "cache", told.append)
+    assert told[-2:] == ["indexing kept/prose.parquet", "indexing kept/sums.parquet"]
+    monkeypatch.setattr(fulltext, "TEXTS", fulltext.TEXTS.replace("fts5", "fts_that_is_not_there"))
+    builder._index(made, tmp_path / "cache", told.append)
+    assert told[-1].startswith("no index of texts: SQLite here has no FTS5 with trigrams; `atom trace --text`")
+
+
 def test_sha256sum_agrees(release: Path) -> None:
     import subprocess
 
