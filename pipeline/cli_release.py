@@ -20,6 +20,11 @@ AnyReleaseArgument = Annotated[
     Path, typer.Argument(metavar="RELEASE", help="a release folder, or the folder of one pulled repository of it")
 ]
 
+TrustConfigOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="trust configuration of another instance of Sigstore than the public one"),
+]
+
 
 def require_release(folder: Path, *marks: str) -> None:
     """Raises AtomError if a folder is not a release, nor (marks: files that only those have) what else may be meant."""
@@ -44,22 +49,49 @@ def build(recipe: RecipeArgument) -> None:
 @app.command()
 def sign(
     release: ReleaseArgument,
-    key: Annotated[Path, typer.Option(help="a private key on an elliptic curve, as PEM; ATOM_KEY_PASSWORD opens it")],
+    key: Annotated[
+        Path | None, typer.Option(help="a private key on an elliptic curve, as PEM; ATOM_KEY_PASSWORD opens it")
+    ] = None,
     certificate: Annotated[Path | None, typer.Option(help="a certificate of that key, as PEM")] = None,
     chain: Annotated[
         list[Path] | None, typer.Option(help="certificates that vouch for it, up to the root; repeatable")
     ] = None,
+    keyless: Annotated[
+        bool,
+        typer.Option(
+            "--keyless", help="instead of a key, by Sigstore: as the CI job that runs this, else as you, in a browser"
+        ),
+    ] = False,
+    trust_config: TrustConfigOption = None,
 ) -> None:
     """Sign every repository of a release.
 
     A `model.sig` (OpenSSF Model Signing) in each covers all its files. Give the fingerprint that is printed to your
     users by another way than the release itself.
+
+    With --keyless there is no key to keep: Sigstore certifies the address or workflow that an OpenID provider vouches
+    for, and its public log keeps that name for ever. The job's own credentials are used where there are some (GitHub
+    Actions, GitLab CI, Google Cloud, Buildkite), else a browser is opened, or a link is shown. It needs a network.
     """
     from release import sign as signing
 
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    if keyless:
+        if key is not None or certificate is not None or chain:
+            raise AtomError("--keyless signs without a key; leave out --key, --certificate and --chain")
+        require_release(release)
+        who = signing.sign_keyless(release, trust_config, say)
+        print(f"signed by {who}; check it: atom verify {release} --identity {who.name} --issuer {who.issuer}")
+        return
+    if trust_config is not None:
+        raise AtomError("--trust-config is of an instance of Sigstore; give it with --keyless")
+    if key is None:
+        raise AtomError(f"no key to sign with; give --key PEM ({signing.HOW_TO}), or sign without one by --keyless")
     signer = signing.Signer(key, certificate, tuple(chain or ()), os.environ.get("ATOM_KEY_PASSWORD"))
     require_release(release)
-    name = signing.sign(release, signer, lambda text: print(text, flush=True))
+    name = signing.sign(release, signer, say)
     print(f"signed by {name}; check it: atom verify {release} --key {name}")
 
 
@@ -101,6 +133,14 @@ def verify(
     chain: Annotated[
         list[Path] | None, typer.Option(help="a certificate that is trusted, if it was signed with one; repeatable")
     ] = None,
+    identity: Annotated[
+        str | None,
+        typer.Option(metavar="WHO", help="who must have signed it without a key: an address, or a workflow's URL"),
+    ] = None,
+    issuer: Annotated[
+        str | None, typer.Option(metavar="URL", help="the OpenID provider that vouches for --identity")
+    ] = None,
+    trust_config: TrustConfigOption = None,
     proof: Annotated[
         Path | None,
         typer.Option(
@@ -117,10 +157,10 @@ def verify(
 
     if proof is not None:
         return _check_proofs(proof, Path(target), as_json)
-    from release.verify import Trust
+    from release.trust import Trust
     from release.verify import verify as verify_release
 
-    trust = Trust(key, tuple(chain or ()))
+    trust = Trust(key, tuple(chain or ()), identity, issuer, trust_config)
     verdict = verify_release(target, deep, lambda text: print(text, file=sys.stderr, flush=True), trust)
     print(json.dumps(verdict.to_json(), indent=1) if as_json else views.verdict_text(verdict))
     if not verdict.ok:

@@ -1,5 +1,7 @@
 """Signatures of a release: OpenSSF Model Signing v1.0, a `model.sig` inside each repository, the public key beside it.
 
+A signature by Sigstore (`keyless`) has no key beside it: the bundle holds the certificate that names the signer.
+
 A signature covers every file of its repository, `SHA256SUMS` among them, and nothing of the repositories that lie
 inside its folder in a release. The stock `model_signing` command verifies a pulled repository by itself. Verification
 here takes the digests that are known already, so no file is read twice.
@@ -19,6 +21,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from pipeline.errors import AtomError
+from release import keyless
 from release.layout import PARTS, PUBLIC_KEY, SIGNATURE, Repository, model_folders, repositories
 
 IGNORED = (SIGNATURE, PUBLIC_KEY, ".cache")
@@ -84,7 +87,7 @@ def sign(release: Path, signer: Signer, progress: Callable[[str], None] = lambda
 
     Raises AtomError if the key or certificate cannot be used.
     """
-    from model_signing import hashing, signing
+    from model_signing import signing
 
     if signer.certificate is not None and not signer.chain:
         raise AtomError("a certificate needs those that vouch for it, up to the root; give each by --chain")
@@ -94,10 +97,8 @@ def sign(release: Path, signer: Signer, progress: Callable[[str], None] = lambda
     for place in repositories(release):
         folder = release / place.folder
         progress(f"signing {place.folder or 'the release itself'}")
-        paths = hashing.Config()
-        paths.set_ignored_paths(paths=[*IGNORED, *_nested(release, place)])
         config = signing.Config()
-        config.set_hashing_config(paths)
+        config.set_hashing_config(_hashing(release, place))
         try:
             if signer.certificate is None:
                 config.use_elliptic_key_signer(private_key=signer.key, password=signer.password)
@@ -112,6 +113,41 @@ def sign(release: Path, signer: Signer, progress: Callable[[str], None] = lambda
     return fingerprint(pem)
 
 
+def sign_keyless(
+    release: Path, trust_config: Path | None = None, progress: Callable[[str], None] = lambda text: None
+) -> keyless.Identity:
+    """The same as whom Sigstore certifies; returns who that is. No signature is written before all are made.
+
+    trust_config: of another instance of Sigstore. Raises AtomError if it cannot be reached, or knows us not.
+    """
+    from model_signing._signing.signing import Payload
+
+    signer = keyless.signer(trust_config)  # what cannot be reached is told before anything is hashed
+    places = repositories(release)
+    payloads, made = [], []
+    for place in places:
+        progress(f"hashing {place.folder or 'the release itself'}")
+        with keyless.plainly(f"{release} cannot be signed"):
+            payloads.append(Payload(_hashing(release, place).hash(release / place.folder)))
+    for place, payload in zip(places, payloads, strict=True):
+        progress(f"signing {place.folder or 'the release itself'}")
+        with keyless.plainly(f"{release} cannot be signed without a key", "; nothing was written"):
+            made.append(signer.sign(payload))
+    for place, signature in zip(places, made, strict=True):
+        (release / place.folder / PUBLIC_KEY).unlink(missing_ok=True)
+        signature.write(release / place.folder / SIGNATURE)
+    return keyless.named(made[0].bundle.signing_certificate)
+
+
+def _hashing(release: Path, place: Repository) -> Any:
+    """How the library hashes a repository."""
+    from model_signing import hashing
+
+    config = hashing.Config()
+    config.set_ignored_paths(paths=[*IGNORED, *_nested(release, place)])
+    return config
+
+
 def _nested(release: Path, place: Repository) -> list[str]:
     """What lies in a repository's folder, in a release, and is a repository or branch of its own."""
     if place.folder == "":
@@ -121,40 +157,76 @@ def _nested(release: Path, place: Repository) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the signature of one repository says; wrong: empty if it holds, else a sentence for everything."""
+class Asked:
+    """What signatures are held to. by: who must have signed, as it is told: a key's fingerprint, or an identity, of
+    which `verifier` is. chain: certificates to trust, for a release that was signed with one; without them the key
+    beside the signature counts."""
 
-    fingerprint: str | None
+    by: str | None = None
+    chain: tuple[Path, ...] = ()
+    verifier: Any = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the signature of one repository says. by: a key's fingerprint, or an identity; wrong: empty if it holds,
+    else a sentence for everything."""
+
+    by: str | None
     wrong: list[str]
 
 
-def verify(
-    folder: Path, present: Iterable[str], digest: Callable[[Path], str], chain: Sequence[Path] = ()
-) -> Verdict | None:
+def verify(folder: Path, present: Iterable[str], digest: Callable[[Path], str], asked: Asked) -> Verdict | None:
     """The verdict on the repository in `folder`; None if it is not signed.
 
-    present: its files, without those that belong to git or to the Hub's client. digest: SHA-256 of a file. chain:
-    certificates to trust, for a release that was signed with one; without them the key beside the signature counts.
+    present: its files, without those that belong to git or to the Hub's client. digest: SHA-256 of a file.
     """
     signature, public = folder / SIGNATURE, folder / PUBLIC_KEY
     if not os.path.lexists(signature) and not os.path.lexists(public):
         return None
+    by, signed, wrong = (_by_identity if keyless.is_keyless(signature) else _by_key)(signature, public, asked)
+    if wrong:
+        return Verdict(by, [wrong])
+    there = set(present) - set(IGNORED)
+    found = [f"{path} is missing, and was signed" for path in sorted(signed.keys() - there)]
+    found += [f"{path} was added after signing" for path in sorted(there - signed.keys())]
+    both = sorted(there & signed.keys())
+    return Verdict(by, found + [f"{p} was altered after signing" for p in both if digest(folder / p) != signed[p]])
+
+
+Signed = tuple[str | None, dict[str, str], str]
+"""Who signed, {path: SHA-256} of what, and what is wrong with the signature."""
+
+
+def _by_identity(signature: Path, public: Path, asked: Asked) -> Signed:
+    if os.path.lexists(public):
+        return None, {}, f"{PUBLIC_KEY} is there, and {SIGNATURE} was made without a key"
+    try:
+        with redirect_stdout(sys.stderr):
+            identity, manifest = keyless.verified(signature, asked.verifier)
+        return str(identity), _digests(manifest), ""
+    except Exception as error:  # whatever a forger may have put there is a finding
+        whom = asked.by if asked.verifier else "whom its certificate names"
+        return None, {}, f"{SIGNATURE} is not by {whom}, or is altered: {_said(error)}"
+
+
+def _by_key(signature: Path, public: Path, asked: Asked) -> Signed:
     if missing := [path.name for path in (signature, public) if not path.is_file()]:
-        return Verdict(None, [f"{missing[0]} is missing"])
+        return None, {}, f"{missing[0]} is missing"
     try:
         name = fingerprint(public.read_bytes())
     except ValueError:
-        return Verdict(None, [f"{PUBLIC_KEY} is not a public key"])
+        return None, {}, f"{PUBLIC_KEY} is not a public key"
+    if asked.verifier:
+        return None, {}, f"{SIGNATURE} was made with the key {name[:23]}…, not by {asked.by}"
     try:
-        signed = _signed(signature, public, chain)
-    except Exception as error:  # whatever a forger may have put there is a finding
-        said = " ".join(str(error).split()) or type(error).__name__
-        return Verdict(name, [f"{SIGNATURE} is not by the key {name[:23]}… in {PUBLIC_KEY}, or is altered: {said}"])
-    there = set(present) - set(IGNORED)
-    wrong = [f"{path} is missing, and was signed" for path in sorted(signed.keys() - there)]
-    wrong += [f"{path} was added after signing" for path in sorted(there - signed.keys())]
-    both = sorted(there & signed.keys())
-    return Verdict(name, wrong + [f"{p} was altered after signing" for p in both if digest(folder / p) != signed[p]])
+        return name, _signed(signature, public, asked.chain), ""
+    except Exception as error:
+        return name, {}, f"{SIGNATURE} is not by the key {name[:23]}… in {PUBLIC_KEY}, or is altered: {_said(error)}"
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _signed(signature: Path, public: Path, chain: Sequence[Path]) -> dict[str, str]:
@@ -176,7 +248,10 @@ def _signed(signature: Path, public: Path, chain: Sequence[Path]) -> dict[str, s
             verifier = sign_certificate.Verifier(chain or [Path(anchor.name)])
         elif chain:
             raise ValueError("it was made without a certificate")
-        manifest = verifier.verify(bundle)
+        return _digests(verifier.verify(bundle))
+
+
+def _digests(manifest: Any) -> dict[str, str]:
     rows = list(manifest.resource_descriptors())
     if other := [row for row in rows if row.digest.algorithm != "sha256"]:
         raise ValueError(f"{other[0].identifier} was signed by {other[0].digest.algorithm}, not sha256")

@@ -25,6 +25,7 @@ from release.layout import (
     PARTS,
     PUBLIC_KEY,
     RELEASE,
+    SIGNATURE,
     SUMS,
     Repository,
     compare,
@@ -35,6 +36,8 @@ from release.layout import (
     read_sums,
     repositories,
 )
+from release.sign import Asked
+from release.trust import ANYONE, Trust
 
 SCHEMA = 1
 SIGNS = (
@@ -82,32 +85,11 @@ class Verdict:
             raise CheckFailed(f"{self.subject}: {found[0][1]} [{found[0][0]}]{more}")
 
 
-@dataclass(frozen=True)
-class Trust:
-    """Whose signatures count. key: a public key's fingerprint, or a file that holds the key; chain: certificates."""
-
-    key: str | None = None
-    chain: tuple[Path, ...] = ()
-
-    def fingerprint(self) -> str | None:
-        """Of the key that counts, if one does. Raises AtomError if `key` is neither, or a certificate is not there."""
-        from release import sign
-
-        if missing := [path for path in self.chain if not path.is_file()]:
-            raise AtomError(f"there is no certificate {missing[0]}; name the file of one that you trust, as PEM")
-        if self.key is None or sign.FINGERPRINT.fullmatch(self.key):
-            return self.key
-        try:
-            return sign.fingerprint(Path(self.key).read_bytes())
-        except (OSError, ValueError):
-            raise AtomError(f"{self.key} is neither a fingerprint, sha256:…, nor the file of a public key") from None
-
-
 def verify(
     subject: str | Path,
     deep: bool = False,
     progress: Callable[[str], None] = lambda text: None,
-    trust: Trust = Trust(),
+    trust: Trust = ANYONE,
 ) -> Verdict:
     """Checks a folder, or `namespace/name[@revision]`, which is downloaded first to a temporary folder.
 
@@ -154,14 +136,14 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
             f"{subject} is neither a release nor a repository of one: it has no {SUMS}; "
             "give the folder that `atom build` made, or a repository that `atom publish` made"
         )
-    trust.fingerprint()  # a mistake of the caller's is told before anything is read
+    asked = trust.asked()  # a mistake of the caller's is told before anything is read
     kind = kind_of(folder)
     _require_known(folder)
     verdict = Verdict(subject, kind, deep)
     progress(f"hashing every file of {subject}")
     digests = Digests(folder, (path for path in files_below(folder) if not is_foreign_link(folder, path)))
     verdict.checks += _byte_checks(folder, kind, digests)
-    verdict.checks.append(_signatures(folder, kind, digests, trust))
+    verdict.checks.append(_signatures(folder, kind, digests, asked))
     bad = checks.formats(folder, (path for path in files_below(folder) if not is_foreign_link(folder, path)))
     verdict.checks.append(
         Check("formats", not bad, bad[0] if bad else "no pickle, and no code beside weights or data", bad)
@@ -233,40 +215,44 @@ def _sums(folder: Path, name: str, base: Path, present: list[str], digests: Dige
     return Check(title, not wrong, wrong[0] if wrong else f"{len(sums)} files, none missing, altered or extra", wrong)
 
 
-def _signatures(folder: Path, kind: str, digests: Digests, trust: Trust) -> Check:
-    """All repositories are signed, by one key, and by that which is trusted; or none is signed."""
+def _signatures(folder: Path, kind: str, digests: Digests, asked: Asked) -> Check:
+    """All repositories are signed, by one key or identity, and by that which is trusted; or none is signed."""
     from release import sign
 
-    wanted, name = trust.fingerprint(), "signatures"
+    name = "signatures"
     places = [Repository("", "", "")]
     if kind == "release":
         if any(not (folder / part).is_dir() for part in PARTS):
             return Check(name, None, "not asked, since parts of the release are missing")
         places = repositories(folder)
     wrong: Wrong = []
-    keys: dict[str, str | None] = {}
+    signers: dict[str, str | None] = {}
     for place in places:
         prefix = f"{place.folder}/" if place.folder else ""
         present = [*files_of(folder, place), SUMS] if kind == "release" else files_below(folder)
-        found = sign.verify(folder / place.folder, present, digests, trust.chain)
+        found = sign.verify(folder / place.folder, present, digests, asked)
         if found is None:
             continue
         wrong += [prefix + text for text in found.wrong]
-        keys[prefix] = found.fingerprint
-    if not keys:
-        if wanted is None and not trust.chain:
+        signers[prefix] = found.by
+    if not signers:
+        if asked == Asked():
             return Check(name, None, "not signed")
-        said = f"not signed, so not by {wanted or 'whom the certificates vouch for'}"
+        said = f"not signed, so not by {asked.by or 'whom the certificates vouch for'}"
         return Check(name, False, said, [said])
     unsigned = [f"{p.folder}/" if p.folder else "" for p in places]
-    wrong += [f"{prefix or folder.name} is not signed, and others are" for prefix in unsigned if prefix not in keys]
-    expected = wanted or next(filter(None, keys.values()), None)
-    wrong += [f"{p}{PUBLIC_KEY} is {key}, not {expected}" for p, key in keys.items() if key not in (None, expected)]
-    what = f"{len(keys)} {'repository' if len(keys) == 1 else 'repositories'} signed by {expected}"
-    vouched = (
-        "" if wanted else "; nothing but the release itself says whose key that is: compare it, or give it by --key"
-    )
-    return Check(name, not wrong, wrong[0] if wrong else what + vouched, wrong)
+    wrong += [f"{prefix or folder.name} is not signed, and others are" for prefix in unsigned if prefix not in signers]
+    expected = asked.by or next(filter(None, signers.values()), None)
+    for prefix, by in signers.items():
+        if by not in (None, expected):
+            wrong.append(
+                f"{prefix}{PUBLIC_KEY if sign.FINGERPRINT.fullmatch(str(by)) else SIGNATURE} is {by}, not {expected}"
+            )
+    what = f"{len(signers)} {'repository' if len(signers) == 1 else 'repositories'} signed by {expected}"
+    vouched = "; nothing but the release itself says whose key that is: compare it, or give it by --key"
+    if not sign.FINGERPRINT.fullmatch(str(expected)):
+        vouched = "; nothing but the release itself says so: give --identity and --issuer"
+    return Check(name, not wrong, wrong[0] if wrong else what + ("" if asked.by else vouched), wrong)
 
 
 def _agree(folder: Path) -> Check:

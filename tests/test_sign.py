@@ -22,7 +22,8 @@ from release import build as builder
 from release import sign
 from release.layout import SUMS, files_of, repositories
 from release.local_hub import running
-from release.verify import Trust, verify
+from release.trust import Trust
+from release.verify import verify
 
 
 def write_key(path: Path, key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | None = None) -> Path:
