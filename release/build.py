@@ -148,7 +148,7 @@ def describe(source: BuildInput) -> dict[str, Any]:
 def _assemble(folder: Path, source: BuildInput) -> Any:
     """Everything but the gates' result and the checksums; returns the gates' context."""
     from release import assemble, attest, costs, facts, gates, merkle
-    from release.cards import axes, croissant, plot, render, tables
+    from release.cards import axes, croissant, plot, render, results, tables
     from release.layout import CANARY, GOLDENS, ORIGINS, RELEASE, ROOTS, model_folders, repositories
 
     made = assemble.Assembly(folder)
@@ -171,6 +171,7 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     steps = facts.checkpoint_facts(folder / "checkpoints")
     changes = facts.interventions(steps)
     licence, why = release["licence"], "card from the published files"
+    data_id = render.data_id(release)
     loaded = gates.run_reload([folder / name for name in models])
     for name, told in zip(models, loaded, strict=True):
         made.json(f"{name}/{GOLDENS}", told["goldens"], "what plain transformers makes of fixed inputs")
@@ -178,6 +179,8 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     for name, model in models.items():
         card = render.model_card(name, release, model, data, changes, spent)
         made.write(f"{name}/README.md", card.encode(), why)
+        measured = results.text(model, data_id, release["version"])
+        made.write(f"{name}/{results.place(data_id)}", measured.encode(), "scores in evaluation/ for the Hub")
         made.write(f"{name}/{plot.NAME}", plot.draw(folder / name), "plot of the logs in training/")
         for drawn, image in axes.of_model(folder / name, model).items():
             made.write(f"{name}/{drawn}", image, "plot of the scores in evaluation/ and the logs in training/")

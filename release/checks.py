@@ -16,7 +16,7 @@ from pipeline.errors import CheckFailed
 from pipeline.ledger import BUILD_TYPE, PREDICATE, STATEMENT
 from pipeline.store import Artifact, FileRow, digest_of, sha256_file
 from release import attest, costs, facts, merkle, training
-from release.cards import croissant, plot, render
+from release.cards import croissant, plot, render, results
 from release.layout import CANARY, FORMAT, GATES, GATES_STATED, ORIGINS, RELEASE, ROOTS, files_below, model_folders
 
 UNKNOWN_LICENCES = frozenset({"", "unknown", "noassertion", "none", "other"})
@@ -194,8 +194,11 @@ def scores(dataset: Path) -> list[str]:
     ]
 
 
-def model_card(model: Path) -> list[str]:
-    """The card of one model repository, and its plot, against the files beside them."""
+def model_card(model: Path, release: dict[str, Any] | None = None) -> list[str]:
+    """The card of one model repository, its plot, and its results for the Hub, against the files beside them.
+
+    release: evidence/release.json, if it is there.
+    """
     card, known = (model / "README.md").read_text(), facts.model_facts(model)
     wrong = [
         f"README.md: model-index {name} is not the measured one"
@@ -204,6 +207,10 @@ def model_card(model: Path) -> list[str]:
     drawn = model / plot.NAME
     if drawn.exists() and plot.source_of(drawn.read_bytes()) != plot.source(model):
         wrong.append(f"{plot.NAME} was not drawn from the logs in training/")
+    data_id, version = (
+        (render.data_of(card), None) if release is None else (render.data_id(release), release["version"])
+    )
+    wrong += results.wrong(model, known, data_id, version)
     return wrong + [
         f"README.md lacks the line {line!r}" for line in render.wrong_tables(card, render.model_tables(known))
     ]
@@ -297,8 +304,8 @@ def fresh_set(folder: Path) -> list[str]:
 def cards(folder: Path) -> list[str]:
     if current(folder) is False:
         raise Absent("not asked, since it was made by an older version of atom, whose cards had other tables")
-    models = model_folders(folder)
-    wrong = [f"{name}/{text}" for name in models for text in model_card(folder / name)]
+    models, about = model_folders(folder), facts.read_json(folder / RELEASE)
+    wrong = [f"{name}/{text}" for name in models for text in model_card(folder / name, about)]
     shown = render.data_tables(facts.data_facts(folder / "dataset"))
     changes = facts.interventions(facts.checkpoint_facts(folder / "checkpoints"))
     spent = costs.of(folder)
@@ -309,7 +316,5 @@ def cards(folder: Path) -> list[str]:
         own |= render.cost_tables(spent)
         wrong += [f"{name}/README.md lacks the line {line!r}" for line in render.wrong_tables(card, own)]
     data = folder / "dataset"
-    data_wrong = (
-        data_card(data) + _measured(data) + canary(data, facts.read_json(folder / RELEASE)["nodes"]["items"]["digest"])
-    )
+    data_wrong = data_card(data) + _measured(data) + canary(data, about["nodes"]["items"]["digest"])
     return wrong + [f"dataset/{text}" for text in data_wrong]

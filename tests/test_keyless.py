@@ -201,6 +201,13 @@ trust = Trust(identity={WHO!r}, issuer={ISSUER!r}, trust_config=pathlib.Path({st
 for suffix in ("", "-data", "-evidence", "-checkpoints@pretrain-step-2"):
     found = next(c for c in verify("local/tiny" + suffix, trust=trust).checks if c.name == "signatures")
     assert found.ok, found
+from release.pull import pull_named
+hidden = ".eval_results/tiny-data.yaml"
+came = pull_named("local/tiny", release.with_name("came")) / hidden
+assert came.read_bytes() == (release / "model" / hidden).read_bytes()
+came.write_text("[]")
+found = next(c for c in verify(came.parent.parent, trust=trust).checks if c.name == "signatures")
+assert found.wrong == [hidden + " was altered after signing"], found
 """,
             endpoint,
         )

@@ -163,6 +163,48 @@ def test_a_wrong_number_on_a_card_is_found(release: Path, tmp_path: Path) -> Non
         assert checks.model_card(copy)
 
 
+def test_results_for_the_hub_are_the_measured_ones(release: Path, tmp_path: Path) -> None:
+    import yaml
+    from huggingface_hub import parse_eval_result_entries
+
+    from release import checks
+    from release.layout import read_sums
+
+    for folder, model in (("model", "mid"), ("model-base", "base")):
+        path = release / folder / ".eval_results/tiny-data.yaml"
+        entries = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+        scores = json.loads((release / f"{folder}/evaluation/{model}.json").read_text())
+        measured = {f"exact_match_{name}": row["value"] for name, row in scores["accuracy"].items()}
+        measured |= {f"bits_per_byte_{name}": row["value"] for name, row in scores["bits_per_byte"].items()}
+        assert measured and {entry.task_id: entry.value for entry in entries} == measured
+        assert len(entries) == len(measured) and {entry.dataset_id for entry in entries} == {"local/tiny-data"}
+        [url] = {entry.source_url for entry in entries}
+        assert url == f"https://huggingface.co/datasets/local/tiny-data/tree/v0.1.0/evaluation/{model}"
+        assert (release / "dataset/evaluation" / model / "scores.json").exists()
+        assert ".eval_results/tiny-data.yaml" in read_sums(release / folder / SUMS, SUMS)
+        assert f"{folder}/.eval_results/tiny-data.yaml" in read_sums(release / ALL_SUMS, ALL_SUMS)
+    about = json.loads((release / "evidence/release.json").read_text())
+    copy = Path(shutil.copytree(release / "model", tmp_path / "model"))
+    path = copy / ".eval_results/tiny-data.yaml"
+    text = path.read_text()
+    for old, new, alone in (
+        ("value: 0.75", "value: 0.85", True),
+        ("standard error 0.", "standard error 0.0", True),
+        ("id: local/tiny-data", "id: cais/hle", True),
+        ("  value: 0.75", "  verifyToken: x\n  value: 0.75", True),
+        ("/v0.1.0/", "/v0.2.0/", False),  # the repository alone does not know its version
+    ):
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        said = [".eval_results/tiny-data.yaml is not what was measured"]
+        assert checks.model_card(copy, about) == said and checks.model_card(copy) == (said if alone else [])
+    path.write_text(text)
+    (copy / ".eval_results/hle.yaml").write_text(text)
+    assert checks.model_card(copy, about)[0].startswith(".eval_results holds .eval_results/hle.yaml, ")
+    shutil.rmtree(copy / ".eval_results")
+    assert checks.model_card(copy, about) == []  # as in a release of before
+
+
 def test_parity_over_tolerance_is_refused(source, tmp_path: Path) -> None:
     def worse(folder: Path) -> None:
         world.write_json(folder / "parity.json", {"max_abs_logit_delta": 2e-4, "tolerance": 1e-4})

@@ -116,7 +116,7 @@ def model_card(
     hub = load()
 
     namespace, name = release["namespace"], release["name"]
-    dataset = f"{namespace}/{name}-data"
+    dataset = data_id(release)
     title = {"model": "", "model-base": "base"}.get(folder, folder.removeprefix("model-"))
     card_data = hub.ModelCardData(
         model_name=f"{name}-{title}".rstrip("-"),
@@ -146,6 +146,17 @@ def model_card(
         t=shown,
     )
     return _tidy(str(text))
+
+
+def data_id(release: Facts) -> str:
+    """The release's data repository."""
+    return f"{release['namespace']}/{release['name']}-data"
+
+
+def data_of(card: str) -> str:
+    """The data repository that a model's card names."""
+    data: Any = load().ModelCard(card).data
+    return str(data.datasets[0])
 
 
 def own_scores(model: Facts) -> Facts:

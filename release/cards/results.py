@@ -1,0 +1,61 @@
+"""`.eval_results/<data repository>.yaml` of a model repository: its measured scores as the Hub's evaluation results.
+
+The Hub's `revision` is a commit, which nobody knows before the data are published, so the tag stands in the source's
+URL. There is no date: the Hub takes that of the commit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from release.cards.render import METRICS, Facts, own_scores
+from release.hub_client import PUBLIC_HUB, load
+
+FOLDER = ".eval_results"
+
+
+def place(dataset: str) -> str:
+    return f"{FOLDER}/{dataset.rpartition('/')[2]}.yaml"
+
+
+def text(model: Facts, dataset: str, version: str) -> str:
+    """The file's content; dataset: id of the release's data repository."""
+    return yaml.safe_dump(_rows(model, dataset, version), sort_keys=False, width=1000)
+
+
+def wrong(folder: Path, model: Facts, dataset: str, version: str | None) -> list[str]:
+    """What of a model repository's file is not measured. version: None if only the repository is known; then the source
+    is not compared. A release that is older than such files has none."""
+    if not (folder / FOLDER).exists():
+        return []
+    path = place(dataset)
+    present = [file.relative_to(folder).as_posix() for file in (folder / FOLDER).rglob("*")]
+    if present != [path]:
+        return [f"{FOLDER} holds {', '.join(sorted(present))}, and not {path} alone"]
+    said, measured = yaml.safe_load((folder / path).read_text()), _rows(model, dataset, version or "")
+    if version is None:
+        said, measured = ([{**row, "source": None} for row in rows] for rows in (said, measured))
+    return [] if said == measured else [f"{path} is not what was measured"]
+
+
+def _rows(model: Facts, dataset: str, version: str) -> list[dict[str, Any]]:
+    hub = load()
+
+    scores, name = own_scores(model), list(model["scores"])[-1]
+    entries = [
+        hub.EvalResultEntry(
+            dataset_id=dataset,
+            task_id=f"{metric}_{task}",
+            value=row["value"],
+            source_url=f"{PUBLIC_HUB}/datasets/{dataset}/tree/v{version}/evaluation/{name}",
+            source_name="Scores, and the outputs that they follow from",
+            notes=f"{title} on {measured_on}; standard error {row['se']}",
+        )
+        for kind, (metric, title, measured_on) in METRICS.items()
+        for task, row in scores[kind].items()
+    ]
+    rows: list[dict[str, Any]] = hub.eval_result_entries_to_yaml(entries)
+    return rows
