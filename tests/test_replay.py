@@ -16,10 +16,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipeline import graph
+from pipeline import graph, registry
 from pipeline import recipe as recipes
 from pipeline.errors import AtomError, CheckFailed
-from pipeline.store import Store, sha256_file
+from pipeline.store import Artifact, Store, sha256_file
 from release import layout
 from release import replay as replays
 from release.replay import Plan, replay
@@ -243,18 +243,49 @@ def published_anew(copy: Path, steps: dict[int, Path], settings: dict[str, Any],
     resum(copy)
 
 
+def pack(plan: Plan, tokens: Artifact, folder: Path) -> None:
+    """Publishes the order of a phase anew, its rows packed."""
+    _, body = plan.source.statement(f"order-{plan.phase}")
+    config = body["predicate"]["buildDefinition"]["externalParameters"]["config"] | {"pack": True}
+    stage, out = registry.stage("order"), folder / "packed"
+    out.mkdir()
+    stage.run(stage.config.model_validate(config), {"tokens": tokens}, out, out, replays._Until(-1, print))
+    for path in plan.order_files:
+        shutil.copyfile(out / Path(path).name, plan.source.folder / path)
+
+
+def trained_anew(copy: Path, folder: Path, settings: dict[str, Any]) -> None:
+    """Trains the whole of pre-training with other settings, without a halt, and publishes that."""
+    plan = Plan(Source(copy), "pretrain", 0, 60)
+    phase = type(plan.config.phase).model_validate({**plan.config.phase.model_dump(), **settings})
+    plan.config = plan.config.model_copy(update={"phase": phase})
+    tokens = plan.tokens(folder)
+    if phase.pack:
+        pack(plan, tokens, folder)
+    plan.lay_down(folder / "work")
+    made = replays._train(plan, {"tokens": tokens, "order": plan.order()}, folder, lambda note: None)
+    published_anew(copy, {60: made, 30: made.with_name("step-000030")}, settings)
+
+
+@pytest.mark.parametrize("settings", [{"pack": True}, {"precision": "bf16"}], ids=["packed", "bf16"])
+def test_a_phase_of_other_settings_comes_out_bit_for_bit(settings: dict[str, Any], copy: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    before = sha256_file(copy / END / "model.safetensors")
+    trained_anew(copy, tmp_path, settings)
+    assert sha256_file(copy / END / "model.safetensors") != before
+    assert (max(pq.read_table(copy / ORDER)["segment"].to_pylist()) > 0) == ("pack" in settings)
+    found = replay(copy, "pretrain", 30, 60)
+    assert (found.verdict, found.tensors, found.different, found.state) == ("bitwise", 96, {}, ())
+    assert found.diverges is None, "the log is the same too"
+
+
 def test_spikes_are_judged_by_the_log_before_the_checkpoint(copy: Path, tmp_path: Path) -> None:
     """A policy that calls every little rise a spike: right after step 30, by the steps before it."""
     from stages.train.config import Spikes
 
     spikes = {"action": "skip", "loss_sigmas": 0.2, "norm_factor": 1.05, "window": 8, "at_most": 60}
-    plan = Plan(Source(copy), "pretrain", 0, 60)
-    policy = Spikes.model_validate(spikes)
-    plan.config = plan.config.model_copy(update={"phase": plan.config.phase.model_copy(update={"spikes": policy})})
-    inputs = {"tokens": plan.tokens(tmp_path), "order": plan.order()}
-    plan.lay_down(tmp_path / "work")
-    made = replays._train(plan, inputs, tmp_path, lambda note: None)
-    published_anew(copy, {60: made, 30: made.with_name("step-000030")}, {"spikes": policy.model_dump()})
+    trained_anew(copy, tmp_path, {"spikes": Spikes.model_validate(spikes).model_dump()})
     log = (copy / "evidence/training/pretrain/training.jsonl").read_text().splitlines()
     skipped = [line["step"] for line in map(json.loads, log) if line.get("skipped")]
     assert any(30 < step <= 38 for step in skipped), skipped
