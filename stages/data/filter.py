@@ -20,7 +20,7 @@ from pipeline.errors import AtomError
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage
 from pipeline.store import once
 from stages.data.chat import prompt_chars
-from stages.data.curation.settings import AnyStep, CurationSettings, Kind
+from stages.data.curation.settings import AnyStep, CurationSettings, Kind, MinHash
 from stages.data.items import texts_of
 from stages.data.seeds import seed_of
 from stages.data.table import DISPOSITIONS, DOCUMENTS, content_hash, read_shard, write_json, write_rows, writing
@@ -55,54 +55,95 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     inputs[<source>]: acquired documents of each source of the config; inputs["items"]: evaluation items.
     Resumes after the last shard that was finished. Raises AtomError if counts do not balance.
     """
-    from loguru import logger
-
     from stages.data.curation import dedup
     from stages.data.curation.dispositions import Dispositions
 
-    logger.disable("datatrove")  # it logs each of many small steps
+    shards, signed = _Shards(config, inputs, work), 0
     dispositions, first = Dispositions(), dict[str, str]()
-    edits: dict[str, Counter[str]] = {}
-    passed: Counter[str] = Counter()
-    signed = 0
-    index = _index(config, inputs)
+    edits, passed = {source.name: Counter[str]() for source in config.sources}, Counter[str]()
+
+    def passing(source: FilteredSource) -> Iterator[list[int]]:
+        """Writes each document that passes, and gives its signature."""
+        with writing(out / "kept" / f"{source.name}.parquet", DOCUMENTS) as write:
+            for shard in range(config.curation.shards):
+                saved = shards.stepped(source, shard)
+                edits[source.name].update(saved["edits"])
+                rows = _decided(source, shards.rows(source, shard), saved, dispositions, first)
+                for row, signature in zip(rows, shards.signed(source, saved["kept"], shard), strict=True):
+                    if row is not None:
+                        write(row)
+                        passed[source.name] += 1
+                        yield signature
+
     for n, source in enumerate(config.sources):
-        edits[source.name] = Counter()
-
-        def passing(source: FilteredSource = source) -> Iterator[list[int]]:
-            """Writes each document that passes, and gives its signature."""
-            with writing(out / "kept" / f"{source.name}.parquet", DOCUMENTS) as write:
-                for shard in range(config.curation.shards):
-                    saved = _stepped(config, source, inputs, index, work, shard)
-                    edits[source.name].update(saved["edits"])
-                    signatures = _signed(config, source, saved["kept"], work, shard)
-                    for row, signature in zip(
-                        _decided(config, source, inputs, saved, shard, dispositions, first), signatures, strict=True
-                    ):
-                        if row is not None:
-                            write(row)
-                            passed[source.name] += 1
-                            yield signature
-
-        if _sought(config, source):
-            assert config.curation.minhash is not None
-            dedup.write_signatures(out / "signatures", config.curation.minhash, signed, passing())
-            signed += 1
-        else:
-            for _ in passing():
+        settings = shards.minhash(source)
+        if settings is None:
+            for _ in passing(source):
                 pass
+        else:
+            dedup.write_signatures(out / "signatures", settings, signed, passing(source))
+            signed += 1
         report.progress(n + 1, len(config.sources), "sources")
         report.note(f"{source.name}: {passed[source.name]} documents left after its steps and exact duplicates")
     write_rows(out / "dispositions.parquet", DISPOSITIONS, dispositions.close(passed))
     write_json(out / "edits.json", {name: dict(+counts) for name, counts in edits.items()})
 
 
+def run_shard(config: FilterConfig, inputs: Inputs, work: Path, shard: int) -> None:
+    """The steps of one shard of every source, and the MinHash signatures of what they leave, kept in `work`."""
+    shards = _Shards(config, inputs, work)
+    for source in config.sources:
+        shards.signed(source, shards.stepped(source, shard)["kept"], shard)
+
+
+class _Shards:
+    """What can be done with a shard of a source by itself, each result being kept in `work`."""
+
+    def __init__(self, config: FilterConfig, inputs: Inputs, work: Path) -> None:
+        from loguru import logger
+
+        from stages.data.curation.decontaminate import ContaminationIndex
+
+        logger.disable("datatrove")  # it logs each of many small steps
+        self.config, self.inputs, self.work = config, inputs, work
+        self.index = ContaminationIndex(texts_of(inputs["items"]), config.curation.decontamination.ngram)
+
+    def rows(self, source: FilteredSource, shard: int) -> list[dict[str, Any]]:
+        """The documents as acquired."""
+        return read_shard(self.inputs[source.name] / "documents.parquet", shard, self.config.curation.shards)
+
+    def minhash(self, source: FilteredSource) -> MinHash | None:
+        """How near duplicates are sought among the source's documents, if they are."""
+        settings = self.config.curation.minhash
+        return settings if settings is not None and source.kind in settings.kinds else None
+
+    def stepped(self, source: FilteredSource, shard: int) -> dict[str, Any]:
+        """What the source's own steps and decontamination make of a shard."""
+        path = self._path("steps", source, shard)
+        found: dict[str, Any] = once(path, lambda: _apply(source, self.rows(source, shard), self.index))
+        return found
+
+    def signed(self, source: FilteredSource, kept: list[tuple[str, str]], shard: int) -> list[list[int]]:
+        """The MinHash signatures of the (id, text) that the steps left; empty ones where none are needed."""
+        from stages.data.curation import dedup
+
+        settings = self.minhash(source)
+        if settings is None:
+            return [[]] * len(kept)
+        seed, texts = seed_of("minhash", self.config.seed), [text for _, text in kept]
+        found: list[list[int]] = once(
+            self._path("signatures", source, shard), lambda: dedup.sign(texts, settings, seed)
+        )
+        return found
+
+    def _path(self, what: str, source: FilteredSource, shard: int) -> Path:
+        return self.work / f"{what}-{source.name}-{shard:05d}-of-{self.config.curation.shards:05d}.json"
+
+
 def _decided(
-    config: FilterConfig,
     source: FilteredSource,
-    inputs: Inputs,
+    acquired: list[dict[str, Any]],
     saved: dict[str, Any],
-    shard: int,
     dispositions: Dispositions,
     first: dict[str, str],
 ) -> Iterator[dict[str, Any] | None]:
@@ -111,8 +152,8 @@ def _decided(
     first: the id of the first document of each SHA-256. datatrove's exact block hashes to 64 bits and does not name the
     kept document.
     """
-    rows = {row["id"]: row for row in _rows(config, source, inputs, shard)}
-    for row in rows.values():
+    rows = {row["id"]: row for row in acquired}
+    for row in acquired:
         dispositions.enter(row)
     for removal in saved["removed"]:
         dispositions.remove(**removal)
@@ -125,57 +166,6 @@ def _decided(
         dispositions.keep(id, None, digest)
         row = {**rows[id], "text": text, "content_hash": digest}
         yield {**row, "prompt_chars": prompt_chars(text)} if source.kind == "chat" else row  # a step may edit it
-
-
-def run_shard(config: FilterConfig, inputs: Inputs, work: Path, shard: int) -> None:
-    """The steps of one shard of every source, and the MinHash signatures of what they leave, kept in `work`."""
-    from loguru import logger
-
-    logger.disable("datatrove")
-    index = _index(config, inputs)
-    for source in config.sources:
-        saved = _stepped(config, source, inputs, index, work, shard)
-        _signed(config, source, saved["kept"], work, shard)
-
-
-def _index(config: FilterConfig, inputs: Inputs) -> ContaminationIndex:
-    from stages.data.curation.decontaminate import ContaminationIndex
-
-    return ContaminationIndex(texts_of(inputs["items"]), config.curation.decontamination.ngram)
-
-
-def _rows(config: FilterConfig, source: FilteredSource, inputs: Inputs, shard: int) -> list[dict[str, Any]]:
-    return read_shard(inputs[source.name] / "documents.parquet", shard, config.curation.shards)
-
-
-def _sought(config: FilterConfig, source: FilteredSource) -> bool:
-    """Whether near duplicates are sought among the source's documents."""
-    return config.curation.minhash is not None and source.kind in config.curation.minhash.kinds
-
-
-def _stepped(
-    config: FilterConfig, source: FilteredSource, inputs: Inputs, index: ContaminationIndex, work: Path, shard: int
-) -> dict[str, Any]:
-    """The source's own steps and decontamination on one shard; the result is kept in `work`."""
-    path = work / f"steps-{source.name}-{shard:05d}-of-{config.curation.shards:05d}.json"
-    found: dict[str, Any] = once(path, lambda: _apply(source, _rows(config, source, inputs, shard), index))
-    return found
-
-
-def _signed(
-    config: FilterConfig, source: FilteredSource, kept: list[tuple[str, str]], work: Path, shard: int
-) -> list[list[int]]:
-    """The MinHash signatures of the (id, text) that the steps left of a shard, kept in `work` as well; empty ones of a
-    source in which no near duplicates are sought."""
-    from stages.data.curation import dedup
-
-    settings, shards = config.curation.minhash, config.curation.shards
-    if settings is None or not _sought(config, source):
-        return [[]] * len(kept)
-    seed, texts = seed_of("minhash", config.seed), [text for _, text in kept]
-    path = work / f"signatures-{source.name}-{shard:05d}-of-{shards:05d}.json"
-    found: list[list[int]] = once(path, lambda: dedup.sign(texts, settings, seed))
-    return found
 
 
 def _apply(source: FilteredSource, rows: list[dict[str, Any]], index: ContaminationIndex) -> dict[str, Any]:
