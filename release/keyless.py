@@ -76,7 +76,7 @@ def is_keyless(signature: Path) -> bool:
     """Whether a bundle has an entry of a transparency log, which none has that was made with a key."""
     try:
         return bool(json.loads(signature.read_bytes())["verificationMaterial"]["tlogEntries"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
 
 

@@ -133,10 +133,11 @@ def sign_keyless(
         progress(f"signing {place.folder or 'the release itself'}")
         with keyless.plainly(f"{release} cannot be signed without a key", "; nothing was written"):
             made.append(signer.sign(payload))
+            who = keyless.named(made[0].bundle.signing_certificate)
     for place, signature in zip(places, made, strict=True):
         (release / place.folder / PUBLIC_KEY).unlink(missing_ok=True)
         signature.write(release / place.folder / SIGNATURE)
-    return keyless.named(made[0].bundle.signing_certificate)
+    return who
 
 
 def _hashing(release: Path, place: Repository) -> Any:

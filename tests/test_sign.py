@@ -117,7 +117,9 @@ def test_another_key_is_no_signature_of_ours(release: Path, signer: sign.Signer,
     assert ok is False and f"model/model.pub is {theirs}, not {ours.key}" in wrong
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"\xff\x00", b'{"verificationMaterial": {}, "dsseEnvelope": []}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"\xff\x00", b'{"verificationMaterial": {}, "dsseEnvelope": []}', b"[" * 99999]
+)
 def test_what_is_no_signature_is_told(content: bytes, release: Path) -> None:
     (release / "model" / sign.SIGNATURE).write_bytes(content)
     ok, wrong = verdict(release)
