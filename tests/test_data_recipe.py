@@ -41,7 +41,7 @@ def test_packaged_recipes_load_and_resolve(name: str) -> None:
 
 def test_recipe_and_stage_configs_import_nothing_heavy() -> None:
     code = (
-        "import sys, stages.data.recipe as r, stages.data.acquire, stages.data.items, stages.data.curate, "
+        "import sys, stages.data.recipe as r, stages.data.acquire, stages.data.items, stages.data.filter, stages.data.curate, "
         "stages.data.tokenizer, stages.data.tokenize, stages.data.order\n"
         "r.load('tiny').resolved()\n"
         "names = {'torch', 'numpy', 'pyarrow', 'datatrove', 'transformers', 'tokenizers', 'mlflow'}\n"

@@ -172,4 +172,4 @@ def test_cancel_stops_a_run_from_another_terminal(tmp_path: Path) -> None:
     (folder,) = (home / "work").glob("pretrain-*")
     present = holder(folder)
     assert present and not present.alive
-    assert "all of 12 stages sealed" in atom(home, "retry").stdout
+    assert "all of 13 stages sealed" in atom(home, "retry").stdout

@@ -60,7 +60,7 @@ def undisturbed(smoke_home: Path, recipe: str, tmp_path_factory: pytest.TempPath
     before = home.parent / "before"
     shutil.copytree(home, before)
     said = atom(home, "run", recipe, "--until", "pretrain").stdout
-    assert "pretrain: started on 2 ranks" in said and "all of 12 stages sealed" in said
+    assert "pretrain: started on 2 ranks" in said and "all of 13 stages sealed" in said
     return home
 
 

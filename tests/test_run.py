@@ -186,7 +186,7 @@ def test_plan_tells_state_and_cost_as_json(smoke_home: Path, tmp_path: Path) -> 
         (("status",), "there is no run under"),
         (
             ("build", "atom-smoke"),
-            "acquire-docstrings and 35 more stages are not sealed yet; run `atom run atom-smoke` first",
+            "acquire-docstrings and 36 more stages are not sealed yet; run `atom run atom-smoke` first",
         ),
     ],
 )
