@@ -16,12 +16,14 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import release_world
 import slurm_world
 import train_world as world
 from verifier_world import gym, maths, serve  # noqa: F401 - fixtures
 
 from pipeline.stage import Stage
 from pipeline.store import Artifact, write_manifest
+from release import build as builder
 
 
 class RecordingReport:
@@ -97,6 +99,23 @@ def smoke_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("smoke") / "home"
     atom(home, "run", "atom-smoke")
     return home
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> builder.BuildInput:
+    """What the small release of release_world is built from. Treat it as read-only."""
+    return release_world.build_input(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="session")
+def built(source: builder.BuildInput, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small release. Treat it as read-only; `copy` may be altered."""
+    return builder.build(source, tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture
+def copy(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / built.name))
 
 
 def digests(home: Path) -> dict[str, str]:

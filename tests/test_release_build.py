@@ -18,16 +18,6 @@ from release import build as builder
 from release.layout import ALL_SUMS, SUMS, files_below
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> builder.BuildInput:
-    return world.build_input(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def release(source: builder.BuildInput, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return builder.build(source, tmp_path_factory.mktemp("home"))
-
-
 def replaced(source: builder.BuildInput, node: str, tmp_path: Path, change) -> builder.BuildInput:
     """The same run with another, honestly stated artifact for one node."""
     old = source.artifacts[node]
@@ -55,15 +45,15 @@ def refused(source: builder.BuildInput, tmp_path: Path, gate: str, match: str) -
     assert not gates[gate]["ok"] and any(row["ok"] for row in gates.values())
 
 
-def test_built_twice_is_the_same_bytes(release: Path, source, tmp_path: Path) -> None:
+def test_built_twice_is_the_same_bytes(built: Path, source, tmp_path: Path) -> None:
     again = builder.build(source, tmp_path)
-    assert (again / ALL_SUMS).read_bytes() == (release / ALL_SUMS).read_bytes()
-    assert (again / SUMS).read_bytes() == (release / SUMS).read_bytes()
+    assert (again / ALL_SUMS).read_bytes() == (built / ALL_SUMS).read_bytes()
+    assert (again / SUMS).read_bytes() == (built / SUMS).read_bytes()
     assert builder.build(source, tmp_path) == again and len(list((tmp_path / "releases").iterdir())) == 1
 
 
-def test_the_folder_is_what_the_design_says(release: Path) -> None:
-    paths = set(files_below(release))
+def test_the_folder_is_what_the_design_says(built: Path) -> None:
+    paths = set(files_below(built))
     for path in (
         "model/model.safetensors", "model/README.md", "model/LICENSE", "model/SHA256SUMS", "model/chat_template.jinja",
         "model-base/config.json", "checkpoints/pretrain-step-0/state.json",
@@ -79,29 +69,29 @@ def test_the_folder_is_what_the_design_says(release: Path) -> None:
     assert not [
         p for p in paths if "sources/documents" in p or p.startswith("dataset/acquire")
     ]  # removed text stays removed
-    gates = json.loads((release / "evidence/gates.json").read_text())
+    gates = json.loads((built / "evidence/gates.json").read_text())
     assert len(gates) == 13 and all(gate["ok"] for gate in gates.values())
 
 
-def test_the_index_of_texts_is_there_before_the_first_question(release: Path) -> None:
+def test_the_index_of_texts_is_there_before_the_first_question(built: Path) -> None:
     from release import trace
 
     told: list[str] = []
-    cache = release.parent.parent / "trace"
+    cache = built.parent.parent / "trace"
     [index] = cache.iterdir()
     made = index.stat().st_mtime_ns
-    found = trace.text(release, "quick brown fox", cache, told.append)
+    found = trace.text(built, "quick brown fox", cache, told.append)
     assert found.by == "index" and found.matches and told == [] and index.stat().st_mtime_ns == made
-    assert not [path for path in files_below(release) if path.endswith(".sqlite")]  # no part of the release
+    assert not [path for path in files_below(built) if path.endswith(".sqlite")]  # no part of the release
 
 
-def test_a_release_is_whole_without_the_index(release: Path, source, tmp_path: Path, monkeypatch) -> None:
+def test_a_release_is_whole_without_the_index(built: Path, source, tmp_path: Path, monkeypatch) -> None:
     from release import fulltext
 
     told: list[str] = []
     (tmp_path / "trace").write_text("")  # where no folder can be made
     made = builder.build(source, tmp_path, told.append)
-    assert (made / ALL_SUMS).read_bytes() == (release / ALL_SUMS).read_bytes()
+    assert (made / ALL_SUMS).read_bytes() == (built / ALL_SUMS).read_bytes()
     assert told[-1].startswith("no index of texts: the index of texts cannot be written in ")
     builder._index(made, tmp_path / "cache", told.append)
     assert told[-2:] == ["indexing kept/prose.parquet", "indexing kept/sums.parquet"]
@@ -110,14 +100,14 @@ def test_a_release_is_whole_without_the_index(release: Path, source, tmp_path: P
     assert told[-1].startswith("no index of texts: SQLite here has no FTS5 with trigrams; `atom trace --text`")
 
 
-def test_sha256sum_agrees(release: Path) -> None:
+def test_sha256sum_agrees(built: Path) -> None:
     import subprocess
 
     for folder, name in (
-        (release, ALL_SUMS),
-        (release, SUMS),
-        (release / "model", SUMS),
-        (release / "checkpoints/pretrain-step-2", SUMS),
+        (built, ALL_SUMS),
+        (built, SUMS),
+        (built / "model", SUMS),
+        (built / "checkpoints/pretrain-step-2", SUMS),
     ):
         subprocess.run(["sha256sum", "--check", "--strict", "--quiet", name], cwd=folder, check=True)
 
@@ -130,11 +120,11 @@ def test_templates_hold_no_numbers() -> None:
         assert not re.search(r"\d", text), path
 
 
-def test_cards_are_valid_for_the_hub(release: Path) -> None:
+def test_cards_are_valid_for_the_hub(built: Path) -> None:
     from huggingface_hub import DatasetCard, ModelCard
 
-    card = ModelCard.load(release / "model/README.md")
-    scores = json.loads((release / "model/evaluation/mid.json").read_text())
+    card = ModelCard.load(built / "model/README.md")
+    scores = json.loads((built / "model/evaluation/mid.json").read_text())
     assert (
         card.data.license == "apache-2.0"
         and card.data.base_model == "local/tiny-base"
@@ -145,16 +135,16 @@ def test_cards_are_valid_for_the_hub(release: Path) -> None:
         measured["add"] == scores["accuracy"]["add"]["value"]
         and measured["prose"] == scores["bits_per_byte"]["prose"]["value"]
     )
-    data = DatasetCard.load(release / "dataset/README.md")
+    data = DatasetCard.load(built / "dataset/README.md")
     assert data.data.license == "cc-by-4.0" and data.data.configs[0]["config_name"] == "prose"
     assert "exact_duplicate" in data.text and "PSF-2.0" in data.text
 
 
-def test_a_wrong_number_on_a_card_is_found(release: Path, tmp_path: Path) -> None:
+def test_a_wrong_number_on_a_card_is_found(built: Path, tmp_path: Path) -> None:
     from release import checks
 
     copy = tmp_path / "model"
-    shutil.copytree(release / "model", copy)
+    shutil.copytree(built / "model", copy)
     assert checks.model_card(copy) == []
     text = (copy / "README.md").read_text()
     for old, new in (("0.750 ± ", "0.850 ± "), ("value: 0.75", "value: 0.85")):
@@ -163,7 +153,7 @@ def test_a_wrong_number_on_a_card_is_found(release: Path, tmp_path: Path) -> Non
         assert checks.model_card(copy)
 
 
-def test_results_for_the_hub_are_the_measured_ones(release: Path, tmp_path: Path) -> None:
+def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) -> None:
     import yaml
     from huggingface_hub import parse_eval_result_entries
 
@@ -335,11 +325,11 @@ def test_missing_artifact_is_the_callers_mistake(source, tmp_path: Path) -> None
     assert not os.path.exists(tmp_path / "releases")
 
 
-def test_earlier_release_survives_a_refusal(release: Path, source, tmp_path: Path) -> None:
+def test_earlier_release_survives_a_refusal(built: Path, source, tmp_path: Path) -> None:
     good = builder.build(source, tmp_path)
     with pytest.raises(CheckFailed):
         builder.build(dataclasses.replace(source, statements=[]), tmp_path)
-    assert (good / ALL_SUMS).read_bytes() == (release / ALL_SUMS).read_bytes()
+    assert (good / ALL_SUMS).read_bytes() == (built / ALL_SUMS).read_bytes()
 
 
 def test_section_says_what_is_wrong() -> None:

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import release_world as world
 import uvicorn
 from starlette.responses import JSONResponse
-from test_release_publish import client  # noqa: F401 - a fixture
+from test_release_publish import client, release  # noqa: F401 - fixtures
 
-from release import build as builder
 from release.hub.app import make_app
 from release.local_hub import LOCAL_TOKEN, free_port
 
@@ -48,17 +46,12 @@ class Faulty:
         return await JSONResponse({"error": way}, status, more)(scope, receive, send)
 
 
-@pytest.fixture
-def release(tmp_path: Path) -> Path:
-    return builder.build(world.build_input(tmp_path / "run"), tmp_path / "home")
-
-
 @pytest.mark.parametrize("every", [1] if SOAK else [23], ids=lambda n: f"one-in-{n}")
 @pytest.mark.timeout(3600)
 def test_every_request_fails_once_and_the_publication_is_finished(
     every: int,
     client,  # noqa: F811
-    release: Path,
+    release: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     """One in twenty-three here, every one by `make soak`."""

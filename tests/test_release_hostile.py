@@ -15,20 +15,9 @@ import release_world as world
 from test_release_verify import resum
 
 from pipeline.errors import AtomError
-from release import build as builder
 from release import gates
 from release.layout import CANARY, GATES_STATED, ORIGINS, ROOTS, SUMS
 from release.verify import verify
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return builder.build(world.build_input(tmp_path_factory.mktemp("run")), tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture
-def copy(release: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(release, tmp_path / "copy"))
 
 
 class Tell:
@@ -152,9 +141,9 @@ def test_a_release_of_a_later_format_is_refused(copy: Path) -> None:
         verify(copy)
 
 
-def test_half_a_download_is_told(release: Path, tmp_path: Path) -> None:
+def test_half_a_download_is_told(built: Path, tmp_path: Path) -> None:
     folder = tmp_path / "half"
-    shutil.copytree(release / "model", folder)
+    shutil.copytree(built / "model", folder)
     (folder / "model.safetensors").unlink()
     (folder / ".cache/huggingface/download").mkdir(parents=True)
     (folder / ".cache/huggingface/download/model.safetensors.incomplete").write_bytes(b"x")

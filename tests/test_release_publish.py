@@ -33,14 +33,9 @@ def said(error, call, *a, **k):
 """
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return builder.build(world.build_input(tmp_path_factory.mktemp("run")), tmp_path_factory.mktemp("home"))
-
-
 @pytest.fixture
-def release(built: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(built, tmp_path / "tiny-0.1.0"))
+def release(copy: Path) -> Path:
+    return copy
 
 
 @pytest.fixture

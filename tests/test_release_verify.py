@@ -12,19 +12,8 @@ import release_world as world
 
 from pipeline.errors import AtomError, CheckFailed
 from pipeline.store import sha256_file
-from release import build as builder
 from release.layout import ALL_SUMS, SUMS, files_below, files_of, repositories, write_sums
 from release.verify import kind_of, verify
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return builder.build(world.build_input(tmp_path_factory.mktemp("run")), tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture
-def copy(release: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(release, tmp_path / "copy"))
 
 
 def pulled(release: Path, target: Path) -> dict[str, Path]:
@@ -59,8 +48,8 @@ def flip(path: Path) -> bytes:
     return before
 
 
-def test_a_sound_release(release: Path) -> None:
-    verdict = verify(release, deep=True)
+def test_a_sound_release(built: Path) -> None:
+    verdict = verify(built, deep=True)
     assert verdict.ok and verdict.kind == "release", verdict.to_json()
     body = json.loads(json.dumps(verdict.to_json()))
     assert set(body) == {"schema", "subject", "kind", "deep", "ok", "checks"} and body["schema"] == 1
@@ -89,9 +78,9 @@ def test_one_flipped_byte_in_every_file(copy: Path) -> None:
     assert verify(copy).ok
 
 
-def test_one_flipped_byte_in_every_file_of_each_repository_alone(release: Path, tmp_path: Path) -> None:
+def test_one_flipped_byte_in_every_file_of_each_repository_alone(built: Path, tmp_path: Path) -> None:
     kinds = {}
-    for place, folder in pulled(release, tmp_path).items():
+    for place, folder in pulled(built, tmp_path).items():
         verdict = verify(folder)
         assert verdict.ok, verdict.to_json()
         kinds[place.split("/")[0] + ("/" if "/" in place else "")] = verdict.kind
@@ -106,8 +95,8 @@ def test_one_flipped_byte_in_every_file_of_each_repository_alone(release: Path, 
     }  # fmt: skip
 
 
-def test_deep_on_each_repository_alone(release: Path, tmp_path: Path) -> None:
-    for folder in pulled(release, tmp_path).values():
+def test_deep_on_each_repository_alone(built: Path, tmp_path: Path) -> None:
+    for folder in pulled(built, tmp_path).values():
         verdict = verify(folder, deep=True)
         assert verdict.ok, verdict.to_json()
 
@@ -158,13 +147,13 @@ def test_a_forged_manifest_is_caught_by_the_statements(copy: Path) -> None:
     assert set(bad) == {"statements"}
 
 
-def test_deep_finds_training_on_held_out_text_and_forged_answers(release: Path, tmp_path: Path) -> None:
+def test_deep_finds_training_on_held_out_text_and_forged_answers(built: Path, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from release import deep_checks
 
-    data = Path(shutil.copytree(release / "dataset", tmp_path / "dataset"))
+    data = Path(shutil.copytree(built / "dataset", tmp_path / "dataset"))
     path = data / "order/pretrain/order.parquet"
     table = pq.read_table(path)
     assert deep_checks.order(data) == deep_checks.documents(data) == []
@@ -196,8 +185,8 @@ def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch) -> None:
     assert kind_of(tmp_path / "code") == "repository" and not verify(tmp_path).ok
 
 
-def test_a_checksum_file_that_was_deleted_is_missing(release: Path, copy: Path, tmp_path: Path) -> None:
-    for place, folder in pulled(release, tmp_path / "alone").items():
+def test_a_checksum_file_that_was_deleted_is_missing(built: Path, copy: Path, tmp_path: Path) -> None:
+    for place, folder in pulled(built, tmp_path / "alone").items():
         (folder / SUMS).unlink()
         found = [text for check in verify(folder).checks for text in check.wrong]
         assert f"{SUMS} is missing" in found, place
@@ -207,7 +196,7 @@ def test_a_checksum_file_that_was_deleted_is_missing(release: Path, copy: Path, 
     assert f"{SUMS} is missing" in found and f"{ALL_SUMS} is missing" in found
 
 
-def test_the_tables_of_the_data_set_must_agree_on_every_kept_document(release: Path, tmp_path: Path) -> None:
+def test_the_tables_of_the_data_set_must_agree_on_every_kept_document(built: Path, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     from release import deep_checks
@@ -221,7 +210,7 @@ def test_the_tables_of_the_data_set_must_agree_on_every_kept_document(release: P
         path.write_bytes(before)
         return found
 
-    data = Path(shutil.copytree(release / "dataset", tmp_path / "dataset"))
+    data = Path(shutil.copytree(built / "dataset", tmp_path / "dataset"))
     one, other = {"id": "prose/001"}, {"id": "prose/003"}
     assert damaged("dispositions.parquet", "kept_hash", lambda row: row["id"] == one["id"], "0" * 64) == [
         "dispositions.parquet: the kept hash of prose/001 is not that of kept/prose.parquet"
@@ -277,20 +266,20 @@ def test_deep_without_torch_keeps_what_it_found(copy: Path, monkeypatch) -> None
     assert checks["documents"].ok and checks["order"].ok and checks["cards"].ok
 
 
-def test_links_of_a_client_cache_are_files_and_others_are_not(release: Path, tmp_path: Path) -> None:
+def test_links_of_a_client_cache_are_files_and_others_are_not(built: Path, tmp_path: Path) -> None:
     """A snapshot as the Hub client keeps it; test_release_publish.py has a real one."""
     repository = tmp_path / "models--local--tiny"
     snapshot, blobs = repository / "snapshots" / ("0" * 40), repository / "blobs"
     blobs.mkdir(parents=True)
-    for path in [*files_of(release, next(p for p in repositories(release) if p.folder == "model")), SUMS]:
-        link, blob = snapshot / path, blobs / sha256_file(release / "model" / path)
+    for path in [*files_of(built, next(p for p in repositories(built) if p.folder == "model")), SUMS]:
+        link, blob = snapshot / path, blobs / sha256_file(built / "model" / path)
         link.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(release / "model" / path, blob)
+        shutil.copyfile(built / "model" / path, blob)
         link.symlink_to(os.path.relpath(blob, link.parent))
     assert verify(snapshot).ok, verify(snapshot).to_json()
     link = snapshot / "config.json"
     real = link.resolve()
-    for target in (release / "model/config.json", tmp_path / "models--local--other/blobs/x", repository / "refs/x"):
+    for target in (built / "model/config.json", tmp_path / "models--local--other/blobs/x", repository / "refs/x"):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.exists() or shutil.copyfile(real, target)
         link.unlink()

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import release_world as world
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -18,7 +17,6 @@ from test_release_publish import client  # noqa: F401 - a fixture
 from test_release_verify import resum
 
 from pipeline.errors import AtomError
-from release import build as builder
 from release import sign
 from release.layout import SUMS, files_of, repositories
 from release.local_hub import running
@@ -39,8 +37,8 @@ def signer(tmp_path_factory: pytest.TempPathFactory) -> sign.Signer:
 
 
 @pytest.fixture(scope="module")
-def signed(signer: sign.Signer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = builder.build(world.build_input(tmp_path_factory.mktemp("run")), tmp_path_factory.mktemp("home"))
+def signed(built: Path, signer: sign.Signer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = Path(shutil.copytree(built, tmp_path_factory.mktemp("signed") / built.name))
     sign.sign(made, signer)
     return made
 
