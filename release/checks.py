@@ -46,13 +46,16 @@ PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pk
 """Names of files that hold pickles, or that loaders unpickle."""
 
 
-def formats(folder: Path, paths: Iterable[str]) -> list[str]:
-    """No file is a pickle or an archive of some, by its name or first bytes, and no model brings code of its own."""
+def formats(folder: Path, paths: Iterable[str], archive: bool) -> list[str]:
+    """No file is a pickle or an archive of some, by its name or first bytes, and no model brings code of its own.
+
+    archive: whether `code/` is the source that a release is made by, which only a release and its evidence hold.
+    """
     wrong = []
     for path in paths:
         with open(folder / path, "rb") as file:
             start = file.read(4)
-        if path.endswith(".py") and not path.startswith("code/"):
+        if path.endswith(".py") and not (archive and path.startswith("code/")):
             wrong.append(f"{path} is code beside data or weights, which a loader might run; a release holds none")
         if Path(path).name in ("config.json", "tokenizer_config.json") and b"auto_map" in (folder / path).read_bytes():
             wrong.append(f"{path} names code to load a model with (auto_map); a release needs none")

@@ -111,10 +111,17 @@ def verify(
 
 def kind_of(folder: Path) -> str:
     """What a folder is, by the files that only it has."""
+    marks = {
+        "dispositions.parquet": "dataset",
+        "config.json": "model",
+        "state.json": "checkpoint",
+        "index.json": "repository",  # the main branch of checkpoints
+    }
+    if kind := next((kind for mark, kind in marks.items() if (folder / mark).exists()), None):
+        return kind
     if (folder / "evidence").is_dir() or (folder / "code").is_dir():
         return "release" if any((folder / part).exists() for part in PARTS) else "evidence"
-    marks = {"dispositions.parquet": "dataset", "config.json": "model", "state.json": "checkpoint"}
-    return next((kind for mark, kind in marks.items() if (folder / mark).exists()), "repository")
+    return "repository"
 
 
 def shows_release(folder: Path) -> bool:
@@ -144,7 +151,8 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
     digests = Digests(folder, (path for path in files_below(folder) if not is_foreign_link(folder, path)))
     verdict.checks += _byte_checks(folder, kind, digests)
     verdict.checks.append(_signatures(folder, kind, digests, asked))
-    bad = checks.formats(folder, (path for path in files_below(folder) if not is_foreign_link(folder, path)))
+    present = (path for path in files_below(folder) if not is_foreign_link(folder, path))
+    bad = checks.formats(folder, present, archive=kind in ("release", "evidence"))
     verdict.checks.append(
         Check("formats", not bad, bad[0] if bad else "no pickle, and no code beside weights or data", bad)
     )

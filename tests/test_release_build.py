@@ -161,20 +161,20 @@ def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) 
     from release.layout import read_sums
 
     for folder, model in (("model", "mid"), ("model-base", "base")):
-        path = release / folder / ".eval_results/tiny-data.yaml"
+        path = built / folder / ".eval_results/tiny-data.yaml"
         entries = parse_eval_result_entries(yaml.safe_load(path.read_text()))
-        scores = json.loads((release / f"{folder}/evaluation/{model}.json").read_text())
+        scores = json.loads((built / f"{folder}/evaluation/{model}.json").read_text())
         measured = {f"exact_match_{name}": row["value"] for name, row in scores["accuracy"].items()}
         measured |= {f"bits_per_byte_{name}": row["value"] for name, row in scores["bits_per_byte"].items()}
         assert measured and {entry.task_id: entry.value for entry in entries} == measured
         assert len(entries) == len(measured) and {entry.dataset_id for entry in entries} == {"local/tiny-data"}
         [url] = {entry.source_url for entry in entries}
         assert url == f"https://huggingface.co/datasets/local/tiny-data/tree/v0.1.0/evaluation/{model}"
-        assert (release / "dataset/evaluation" / model / "scores.json").exists()
-        assert ".eval_results/tiny-data.yaml" in read_sums(release / folder / SUMS, SUMS)
-        assert f"{folder}/.eval_results/tiny-data.yaml" in read_sums(release / ALL_SUMS, ALL_SUMS)
-    about = json.loads((release / "evidence/release.json").read_text())
-    copy = Path(shutil.copytree(release / "model", tmp_path / "model"))
+        assert (built / "dataset/evaluation" / model / "scores.json").exists()
+        assert ".eval_results/tiny-data.yaml" in read_sums(built / folder / SUMS, SUMS)
+        assert f"{folder}/.eval_results/tiny-data.yaml" in read_sums(built / ALL_SUMS, ALL_SUMS)
+    about = json.loads((built / "evidence/release.json").read_text())
+    copy = Path(shutil.copytree(built / "model", tmp_path / "model"))
     path = copy / ".eval_results/tiny-data.yaml"
     text = path.read_text()
     for old, new, alone in (

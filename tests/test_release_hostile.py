@@ -151,3 +151,21 @@ def test_half_a_download_is_told(built: Path, tmp_path: Path) -> None:
     wrong = [text for check in verify(folder).checks for text in check.wrong]
     assert f"model.safetensors is missing (listed in {SUMS})" in wrong
     assert f"README.md is altered: it is not the file that {SUMS} lists" in wrong
+
+
+@pytest.mark.parametrize("place", ["model", "model-base", "checkpoints", "checkpoints/pretrain-step-2", "dataset"])
+def test_code_in_a_repository_alone_is_refused_where_a_release_keeps_its_source(place: str, copy: Path) -> None:
+    """In `code/`, and beside an `evidence/`, as in the repository that holds both."""
+    folder = copy / place
+    before = verify(folder).kind
+    for path in ("code/m.py", "code/release/build.py"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("x = 1\n")
+    world.write_json(folder / ORIGINS, {})
+    resum(copy)
+    verdict = verify(folder)
+    found = {check.name: check for check in verdict.checks}
+    assert verdict.kind == before and [text.split(" is ")[0] for text in found["formats"].wrong] == [
+        "code/m.py",
+        "code/release/build.py",
+    ]
