@@ -76,7 +76,7 @@ slurm-down:
 
 soak: $(READY)
 	$(BIN)/python tests/soak.py
-	ATOM_SOAK=1 $(BIN)/python -m pytest tests/test_slurm_*.py tests/test_release_faults.py
+	ATOM_SOAK=1 $(BIN)/python -m pytest tests/test_slurm_*.py tests/test_release_faults.py tests/test_release_flips.py
 
 lock:
 	rm -rf build/lock

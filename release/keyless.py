@@ -95,6 +95,8 @@ def verified(signature: Path, by: Any = None) -> tuple[Identity, Any]:
             return envelope._inner.payload_type, payload
 
     found = sign_sigstore.Signature.read(signature)
+    if signature.read_text() != found.bundle.to_json():  # base64 has bits that decide nothing
+        raise ValueError("it is not written as signers write it")
     return named(found.bundle.signing_certificate), (by or Itself()).verify(found)
 
 

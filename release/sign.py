@@ -69,8 +69,9 @@ class Signer:
         return key.public_key().public_bytes(serialization.Encoding.PEM, form)
 
 
-def fingerprint(pem: bytes) -> str:
-    """`sha256:` and the SHA-256 of a public key's DER form. Raises ValueError if it is none that is known."""
+def fingerprint(pem: bytes, exact: bool = False) -> str:
+    """`sha256:` and the SHA-256 of a public key's DER form. Raises ValueError if it is none that is known, or, if
+    `exact`, if any byte is not as `sign` writes it."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
 
@@ -78,8 +79,10 @@ def fingerprint(pem: bytes) -> str:
         key = serialization.load_pem_public_key(pem)
     except UnsupportedAlgorithm as error:
         raise ValueError(str(error)) from None
-    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return f"sha256:{hashlib.sha256(der).hexdigest()}"
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    if exact and pem != key.public_bytes(serialization.Encoding.PEM, form):
+        raise ValueError("it has bytes that no key needs")
+    return f"sha256:{hashlib.sha256(key.public_bytes(serialization.Encoding.DER, form)).hexdigest()}"
 
 
 def sign(release: Path, signer: Signer, progress: Callable[[str], None] = lambda text: None) -> str:
@@ -215,9 +218,9 @@ def _by_key(signature: Path, public: Path, asked: Asked) -> Signed:
     if missing := [path.name for path in (signature, public) if not path.is_file()]:
         return None, {}, f"{missing[0]} is missing"
     try:
-        name = fingerprint(public.read_bytes())
+        name = fingerprint(public.read_bytes(), exact=True)
     except ValueError:
-        return None, {}, f"{PUBLIC_KEY} is not a public key"
+        return None, {}, f"{PUBLIC_KEY} is not a public key, or is altered"
     if asked.verifier:
         return None, {}, f"{SIGNATURE} was made with the key {name[:23]}…, not by {asked.by}"
     try:
@@ -236,6 +239,8 @@ def _signed(signature: Path, public: Path, chain: Sequence[Path]) -> dict[str, s
     from model_signing._signing import sign_certificate, sign_ec_key, sign_sigstore_pb
 
     bundle = sign_sigstore_pb.Signature.read(signature)
+    if signature.read_text() != bundle.bundle.to_json():  # base64 has bits that decide nothing
+        raise ValueError("it is not written as signers write it")
     given = bundle.bundle.verification_material.x509_certificate_chain
     with redirect_stdout(sys.stderr), NamedTemporaryFile(suffix=".pem") as anchor:
         verifier: Any = sign_ec_key.Verifier(public)

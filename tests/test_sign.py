@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
+import json
 import shutil
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +125,28 @@ def test_what_is_no_signature_is_told(content: bytes, release: Path) -> None:
     (release / "model" / sign.SIGNATURE).write_bytes(content)
     ok, wrong = verdict(release)
     assert ok is False and len(wrong) == 1 and "model/model.sig is not by the key" in wrong[0]
+
+
+def test_bytes_that_decide_nothing_may_not_change_either(release: Path) -> None:
+    """The white space of a key, and the last bits of a payload in base64, which no decoder reads."""
+    key = release / "model" / sign.PUBLIC_KEY
+    pem = key.read_bytes()
+    key.write_bytes(pem[:-1] + b"\v")
+    assert verdict(release) == (False, ["model/model.pub is not a public key, or is altered"])
+    key.write_bytes(pem)
+    digits = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
+    changed = 0
+    for path in sorted(release.rglob(sign.SIGNATURE)):
+        bundle = path.read_text()
+        payload = json.loads(bundle)["dsseEnvelope"]["payload"]
+        stem = payload.rstrip("=")
+        other = (stem[:-1] + digits[digits.index(stem[-1]) ^ 1]).ljust(len(payload), "=")
+        if base64.b64decode(other) == base64.b64decode(payload):
+            path.write_text(bundle.replace(payload, other))
+            changed += 1
+    ok, wrong = verdict(release)
+    assert ok is False and len(wrong) == changed > 0, wrong
+    assert all("it is not written as signers write it" in text for text in wrong)
 
 
 def test_one_repository_without_and_a_release_without(release: Path, signer: sign.Signer) -> None:
