@@ -44,7 +44,7 @@ lint: $(READY)
 
 # Two workers: most tests use one core. Of the tests of Slurm, and of those that share a whole run, one worker does all.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 20
+	$(BIN)/python -m pytest -n 2 --dist loadscope --durations 20
 
 test-latest:
 	$(MAKE) VENV=$(VENV_LATEST) PYTHON=$(PYTHON_LATEST) $(VENV_LATEST)/.ready

@@ -34,7 +34,7 @@ def foreseen(
 ) -> list[str]:
     """For each limit that a plan exceeds, with what was used already, a sentence that says so."""
     return [
-        f"the plan exceeds budget.{name} = {most:g} of the recipe: {coming[name]:,.2f} hours to come, "
+        f"the plan exceeds budget.{name} = {most:,.10g} of the recipe: {coming[name]:,.2f} hours to come, "
         f"{spent[name]:,.2f} used already"
         for name, most in (limits or {}).items()
         if most is not None and spent[name] + coming[name] > most

@@ -73,7 +73,7 @@ def plan(
     rows = planner.plan(composed, graph.states(composed, store), composed.select(until, only))
     told, beyond, identity = None, [], composed.recipe.config
     if cluster is not None:
-        told = forecast(rows, profile.load(cluster))
+        told = forecast(rows, profile.load(cluster), planner.is_small(composed))
         limits = None if identity.budget is None else identity.budget.model_dump()
         spent = budget.used(store, (node.key for node in composed.nodes.values()))
         coming = {"gpu_hours": told.total.gpu_hours, "core_hours": told.total.core_hours}

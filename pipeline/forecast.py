@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipeline.planner import Row, timed
+from pipeline.planner import Row
 from pipeline.profile import Profile
 
 RECOMPUTED = 4 / 3
@@ -49,9 +49,11 @@ class Forecast:
         }
 
 
-def forecast(rows: list[Row], profile: Profile) -> Forecast:
-    """Raises RecipeError if the ranks of a stage do not fill the profile's nodes alike."""
-    small = timed(rows)
+def forecast(rows: list[Row], profile: Profile, small: bool) -> Forecast:
+    """small: `planner.is_small` of the graph.
+
+    Raises RecipeError if the ranks of a stage do not fill the profile's nodes alike.
+    """
     uses = tuple(_priced(_use(row, profile, small), profile) for row in rows if row.state.text == "to run")
     total = Use("all", *(sum(values) for values in zip(*(_figures(use) for use in uses), strict=True)))
     return Forecast(profile, uses, total, tuple(_assumed(rows, uses, profile)))
@@ -94,7 +96,7 @@ def _gpus(row: Row, profile: Profile) -> int:
 
 
 def _recomputes(row: Row) -> bool:
-    return row.estimate.training is not None and row.estimate.training.layout.endswith("recompute")
+    return row.estimate.training is not None and row.estimate.training.recomputes
 
 
 def _priced(use: Use, profile: Profile) -> Use:
@@ -112,7 +114,7 @@ def _assumed(rows: list[Row], uses: tuple[Use, ...], profile: Profile) -> list[s
     used = [row for row in rows if row.state.name in on_gpus]
     if profile.gpu and used:
         precisions = dict.fromkeys(row.estimate.training.precision for row in used if row.estimate.training)
-        rates = " and ".join(profile.gpu.told(precision) for precision in precisions)
+        rates = " and ".join(dict.fromkeys(profile.gpu.told(precision) for precision in precisions))
         again = ", a third more FLOPs where layers are computed again" if any(map(_recomputes, used)) else ""
         told.append(f"assumed: {profile.gpu.name} at {rates}{again}; {profile.gpu.source}")
         told.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,9 +44,14 @@ class Row:
         }
 
 
-def timed(rows: list[Row]) -> bool:
+def timed(estimates: Iterable[Estimate]) -> bool:
     """Whether CPU time is estimated of every training phase: that of fp32 on CPU, where all is small."""
-    return all(row.estimate.cpu_seconds is not None for row in rows if row.estimate.training)
+    return all(estimate.cpu_seconds is not None for estimate in estimates if estimate.training)
+
+
+def is_small(graph: Graph) -> bool:
+    """Whether a whole recipe is for corpora as small as those that stages with a fixed estimate were timed with."""
+    return timed(node.stage.estimate(node.config) for node in graph.nodes.values())
 
 
 def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[Row]:

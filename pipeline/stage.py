@@ -112,6 +112,7 @@ class TrainingEstimate:
     sequence_length: int
     precision: str
     layout: str  # in words: TP4 PP2 EP32 DP64
+    recomputes: bool  # layers, in the backward pass
     gflop_per_token: float  # training FLOPs of the model, without what is computed again
     state_bytes: int  # weights, gradients and optimizer of a rank
     activation_bytes: int  # what a rank keeps for the backward pass, at most

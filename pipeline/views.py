@@ -19,7 +19,7 @@ def _cell(value: float | None, unit: str = "") -> str:
 
 def plan_table(rows: list[Row]) -> Table:
     """A line a stage. CPU time is shown where that of every training phase is estimated."""
-    shown = timed(rows)
+    shown = timed(row.estimate for row in rows)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     for column in ("stage", "key", "state"):
         table.add_column(column, no_wrap=True)

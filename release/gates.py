@@ -137,7 +137,7 @@ def counts_balance(c: Context) -> Gate:
     total = sum(row["documents_in"] for row in c.data["sources"].values())
     kept = sum(row["kept"] for row in c.data["sources"].values())
     detail = f"{total} documents in = {kept} kept + {total - kept} removed"
-    return Gate("counts_balance", not wrong, f"{wrong[0]}; the curate stage is at fault" if wrong else detail)
+    return Gate("counts_balance", not wrong, f"{wrong[0]}; curation is at fault" if wrong else detail)
 
 
 def checkpoints_and_order(c: Context) -> Gate:

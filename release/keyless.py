@@ -60,6 +60,7 @@ def signer(trust_config: Path | None) -> Any:
                 self.token = super()._get_identity_token()
             return self.token
 
+    _require(trust_config)
     with plainly("no signature without a key can be made", ONLINE):
         return Signer(trust_config=trust_config)
 
@@ -68,8 +69,14 @@ def verifier(identity: Identity, trust_config: Path | None) -> Any:
     """What verifies bundles. Raises AtomError if the trust root cannot be had."""
     from model_signing._signing import sign_sigstore
 
+    _require(trust_config)
     with plainly(f"whether {identity} signed cannot be told", ONLINE):
         return sign_sigstore.Verifier(identity=identity.name, oidc_issuer=identity.issuer, trust_config=trust_config)
+
+
+def _require(trust_config: Path | None) -> None:
+    if trust_config is not None and not trust_config.is_file():
+        raise AtomError(f"there is no trust configuration {trust_config}; name the file of an instance of Sigstore")
 
 
 def is_keyless(signature: Path) -> bool:
@@ -98,6 +105,18 @@ def verified(signature: Path, by: Any = None) -> tuple[Identity, Any]:
     if signature.read_text() != found.bundle.to_json():  # base64 has bits that decide nothing
         raise ValueError("it is not written as signers write it")
     return named(found.bundle.signing_certificate), (by or Itself()).verify(found)
+
+
+def identity(signature: Path) -> str | None:
+    """Whom a bundle names that was made without a key; whether that holds is the question of `atom verify`."""
+    from model_signing._signing import sign_sigstore
+
+    if not is_keyless(signature):
+        return None
+    try:
+        return str(named(sign_sigstore.Signature.read(signature).bundle.signing_certificate))
+    except Exception:  # whatever a forger may have put there
+        return "which cannot be read"
 
 
 def named(certificate: Any) -> Identity:

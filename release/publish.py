@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.errors import AtomError, CheckFailed
 from release.hub_client import api, endpoint, plainly
-from release.layout import PUBLIC_KEY, RELEASE, Repository, repositories
+from release.layout import PUBLIC_KEY, RELEASE, SIGNATURE, Repository, repositories
 from release.pull import pull
 from release.trust import ANYONE, Trust
 from release.upload import (
@@ -120,8 +120,15 @@ def _pull_back(release: Path, places: list[Repository], report: PublishReport, p
         verdict = verify(copy, trust=Trust(str(key)) if key.exists() else ANYONE)
         verdict.subject = f"{endpoint()}/{report.namespace}"
         verdict.require()
+        for name in (f"{place.folder}/{file}" for place in places for file in (SIGNATURE, PUBLIC_KEY)):
+            if _bytes(copy / name) != _bytes(release / name):  # no checksum covers them
+                raise CheckFailed(f"{verdict.subject}: {name} did not come back as it was sent; publish again")
         if (copy / RELEASE).read_bytes() != (release / RELEASE).read_bytes():
             raise CheckFailed(f"{verdict.subject}: what came back is another release; publish again")
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def _remove(path: Path) -> None:

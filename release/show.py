@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from release import costs, facts, sign
+from release import costs, facts, keyless, sign
 from release.cards import tables
 from release.layout import GATES, PUBLIC_KEY, RELEASE, SIGNATURE, model_folders
 
@@ -50,6 +50,7 @@ def facts_of(release: Path) -> dict[str, Any]:
         "gates": {name: gate["ok"] for name, gate in sorted(facts.read_json(release / GATES).items())},
         "cost": costs.total(costs.of(release)),
         "key": _key(release),
+        "identity": keyless.identity(release / SIGNATURE),
     }  # fmt: skip
 
 
@@ -120,9 +121,8 @@ def text(found: dict[str, Any]) -> str:
     failed = [name for name, ok in gates.items() if not ok]
     console.print(f"\nhow checked: {len(gates)} gates, {'failed: ' + ', '.join(failed) if failed else 'all passed'}")
     console.print(f"checkpoints: {', '.join(found['checkpoints'])}")
-    console.print(
-        f"carries signatures and the key {found['key']}; atom verify checks" if found["key"] else "not signed"
-    )
+    signer = f"the key {found['key']}" if found["key"] else found["identity"] and f"the name {found['identity']}"
+    console.print(f"carries signatures and {signer}; atom verify checks" if signer else "not signed")
     console.print(
         f"cost, failed attempts counted: {cost['attempts']:.0f} attempts ({cost['failed']:.0f} failed), "
         f"{cost['core_hours']:.3g} core hours, {cost['gpu_hours']:.3g} GPU hours, about {cost['energy_wh']:.3g} Wh"

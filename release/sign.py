@@ -119,9 +119,10 @@ def sign(release: Path, signer: Signer, progress: Callable[[str], None] = lambda
 def sign_keyless(
     release: Path, trust_config: Path | None = None, progress: Callable[[str], None] = lambda text: None
 ) -> keyless.Identity:
-    """The same as whom Sigstore certifies; returns who that is. No signature is written before all are made.
+    """Signs every repository as the identity that Sigstore certifies, and returns that. No signature is written before
+    all are made.
 
-    trust_config: of another instance of Sigstore. Raises AtomError if it cannot be reached, or knows us not.
+    trust_config: of another instance of Sigstore. Raises AtomError if it cannot be reached, or certifies nobody.
     """
     from model_signing._signing.signing import Payload
 
@@ -137,9 +138,10 @@ def sign_keyless(
         with keyless.plainly(f"{release} cannot be signed without a key", "; nothing was written"):
             made.append(signer.sign(payload))
             who = keyless.named(made[0].bundle.signing_certificate)
-    for place, signature in zip(places, made, strict=True):
-        (release / place.folder / PUBLIC_KEY).unlink(missing_ok=True)
-        signature.write(release / place.folder / SIGNATURE)
+    with keyless.plainly(f"not every signature could be written into {release}", "; sign it again"):
+        for place, signature in zip(places, made, strict=True):
+            signature.write(release / place.folder / SIGNATURE)
+            (release / place.folder / PUBLIC_KEY).unlink(missing_ok=True)
     return who
 
 
@@ -205,6 +207,8 @@ Signed = tuple[str | None, dict[str, str], str]
 def _by_identity(signature: Path, public: Path, asked: Asked) -> Signed:
     if os.path.lexists(public):
         return None, {}, f"{PUBLIC_KEY} is there, and {SIGNATURE} was made without a key"
+    if asked.chain:
+        return None, {}, f"{SIGNATURE} was made without a key, not by whom the certificates vouch for"
     try:
         with redirect_stdout(sys.stderr):
             identity, manifest = keyless.verified(signature, asked.verifier)

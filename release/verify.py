@@ -95,18 +95,19 @@ def verify(
 
     Raises AtomError if there is nothing to check under that name; what is wrong with the thing is in the verdict.
     """
+    asked = trust.asked()  # a mistake of the caller's is told before anything is read
     path = Path(subject)
     if path.exists():
         if not path.is_dir():
             raise AtomError(f"{path} is a file; give the folder of a release or of a pulled repository")
-        return _verify_folder(path, str(subject), deep, progress, trust)
+        return _verify_folder(path, str(subject), deep, progress, asked)
     if str(subject).split("@")[0].count("/") != 1 or str(subject).startswith((".", "/")):
         raise AtomError(f"there is no folder {subject}; a repository on the Hub is written namespace/name[@revision]")
     from release.pull import pull_named
 
     with tempfile.TemporaryDirectory(prefix="atom-verify-") as folder:
         progress(f"downloading {subject}")
-        return _verify_folder(pull_named(str(subject), Path(folder)), str(subject), deep, progress, trust)
+        return _verify_folder(pull_named(str(subject), Path(folder)), str(subject), deep, progress, asked)
 
 
 def kind_of(folder: Path) -> str:
@@ -137,13 +138,12 @@ def shows_release(folder: Path) -> bool:
     return isinstance(rows, list) and any(isinstance(row, dict) and {"branch", "state"} <= row.keys() for row in rows)
 
 
-def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[str], None], trust: Trust) -> Verdict:
+def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[str], None], asked: Asked) -> Verdict:
     if not shows_release(folder):
         raise AtomError(
             f"{subject} is neither a release nor a repository of one: it has no {SUMS}; "
             "give the folder that `atom build` made, or a repository that `atom publish` made"
         )
-    asked = trust.asked()  # a mistake of the caller's is told before anything is read
     kind = kind_of(folder)
     _require_known(folder)
     verdict = Verdict(subject, kind, deep)
@@ -256,9 +256,11 @@ def _signatures(folder: Path, kind: str, digests: Digests, asked: Asked) -> Chec
             wrong.append(
                 f"{prefix}{PUBLIC_KEY if sign.FINGERPRINT.fullmatch(str(by)) else SIGNATURE} is {by}, not {expected}"
             )
-    what = f"{len(signers)} {'repository' if len(signers) == 1 else 'repositories'} signed by {expected}"
+    by_key = sign.FINGERPRINT.fullmatch(str(expected))
+    signed = "signed by" if by_key or asked.by else "saying that they are signed by"
+    what = f"{len(signers)} {'repository' if len(signers) == 1 else 'repositories'} {signed} {expected}"
     vouched = "; nothing but the release itself says whose key that is: compare it, or give it by --key"
-    if not sign.FINGERPRINT.fullmatch(str(expected)):
+    if not by_key:
         vouched = "; nothing but the release itself says so: give --identity and --issuer"
     return Check(name, not wrong, wrong[0] if wrong else what + ("" if asked.by else vouched), wrong)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -49,13 +50,17 @@ class RecordingReport:
         raise AssertionError(f"abandoned: {text}")
 
 
-@pytest.hookimpl(tryfirst=True)  # the workers read the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What one worker of several does: all tests on Slurm, all that share a whole run of atom-smoke, else a file."""
-    for item in items:
-        names = getattr(item, "fixturenames", ())
-        group = next((name for name in ("slurm", "smoke_home") if name in names), item.path.stem)
-        item.add_marker(pytest.mark.xdist_group(group))
+class Groups(LoadScopeScheduling):
+    """What one worker of several does: all files of tests on Slurm, all that share a run of atom-smoke, else a file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = Path(__file__).parent.parent / nodeid.partition("::")[0]
+        text = file.read_text()
+        return next((name for name in ("ON_SLURM", "smoke_home") if name in text), file.name)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups:
+    return Groups(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -298,7 +298,7 @@ def test_curation_resumes_and_does_not_depend_on_hash_randomisation(tmp_path: Pa
         )
         digests.add(done.stdout.strip().splitlines()[-1])
         (tmp_path / work / "steps-code-00000-of-00001.json").unlink()
-        (tmp_path / work / "pairs" / "00003_00.dups").unlink()
+        (tmp_path / work / "pairs-00003-of-00014.json").unlink()
     assert len(digests) == 1
 
 

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 import sigstore_world
+from cryptography.hazmat.primitives.asymmetric import ec
 from sigstore_world import ISSUER, WHO, Sigstore
 from test_release_publish import client  # noqa: F401 - a fixture
 from test_release_verify import resum
-from test_sign import verdict, write_key
+from test_sign import certificate, verdict, write_key
 from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.errors import AtomError
-from release import keyless, sign
+from release import keyless, show, sign
 from release.layout import SUMS, files_below, files_of, repositories
 from release.local_hub import running
 from release.trust import Trust
@@ -136,6 +137,10 @@ def test_keys_and_identities_are_told_apart(release: Path, ours: Trust, config: 
     key = f"sha256:{'0' * 64}"
     ok, wrong = verdict(release, Trust(key))
     assert ok is False and f"model/model.sig is {WHO} ({ISSUER}), not {key}" in wrong
+    root = ec.generate_private_key(ec.SECP256R1())
+    (tmp_path / "root.pem").write_bytes(certificate("root", "root", root, root))
+    ok, wrong = verdict(release, Trust(chain=(tmp_path / "root.pem",)))
+    assert ok is False and "model/model.sig was made without a key, not by whom the certificates vouch for" in wrong
     name = sign.sign(release, sign.Signer(write_key(tmp_path / "key.pem")))
     ok, wrong = verdict(release, ours)
     assert ok is False and f"model/model.sig was made with the key {name[:23]}…, not by {WHO} ({ISSUER})" in wrong
@@ -193,6 +198,9 @@ def test_what_goes_not_together_is_told(arguments: list[str], words: str, built:
 
 
 def test_they_are_published_and_come_back(client, release: Path, config: Path, tmp_path: Path) -> None:  # noqa: F811
+    assert f"carries signatures and the name {WHO} ({ISSUER}); atom verify checks" in " ".join(
+        show.text(show.facts_of(release)).split()
+    )
     with running(tmp_path / "hub") as endpoint:
         client(
             f"""

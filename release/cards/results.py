@@ -31,6 +31,8 @@ def wrong(folder: Path, model: Facts, dataset: str, version: str | None) -> list
     is not compared. A release that is older than such files has none."""
     if not (folder / FOLDER).exists():
         return []
+    if not (folder / FOLDER).is_dir():
+        return [f"{FOLDER} is a file"]
     path = place(dataset)
     present = [file.relative_to(folder).as_posix() for file in (folder / FOLDER).rglob("*")]
     if present != [path]:

@@ -1,11 +1,13 @@
 """Curate: near duplicates over all sources, then the held-out split.
 
-Of all documents together only dispositions are held in memory, and the texts of near duplicates.
+Of all documents together only dispositions are held in memory, the pairs that share a bucket, and the texts of near
+duplicates.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import Field
@@ -50,12 +52,15 @@ def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     filtered = inputs["filter"]
     dispositions = Dispositions.of(stream_rows(filtered / "dispositions.parquet", list(DISPOSITIONS)))
     removed: dict[str, dedup.Near] = {}
-    if config.minhash is not None:
+    if config.minhash is not None and config.sought():
+
+        def pairs(settings: MinHash) -> Iterator[bytes]:
+            for bucket in range(settings.num_buckets):
+                yield dedup.find_pairs(filtered / "signatures", work, settings, bucket)
+                report.progress(bucket + 1, settings.num_buckets + 1, "buckets")
+
         files = [filtered / "kept" / f"{name}.parquet" for name in config.sought()]
-        for bucket in range(config.minhash.num_buckets):
-            run_shard(config, inputs, work, bucket)
-            report.progress(bucket + 1, config.minhash.num_buckets + 1, "buckets")
-        removed = dedup.near(files, work / "pairs", work / "clusters", config.minhash)
+        removed = dedup.near(files, pairs(config.minhash), work, config.minhash)
 
     written: Counter[str] = Counter()
     for source in config.sources:
@@ -89,11 +94,11 @@ def run_shard(config: CurateConfig, inputs: Inputs, work: Path, shard: int) -> N
 
     logger.disable("datatrove")
     if config.minhash is not None and config.sought():
-        dedup.find_pairs(inputs["filter"] / "signatures", work / "pairs", config.minhash, shard)
+        dedup.find_pairs(inputs["filter"] / "signatures", work, config.minhash, shard)
 
 
 def shards(config: CurateConfig) -> int:
-    return config.minhash.num_buckets if config.minhash is not None and config.shards > 1 else 1
+    return config.minhash.num_buckets if config.minhash is not None and config.sought() and config.shards > 1 else 1
 
 
 def estimate(config: CurateConfig) -> Estimate:

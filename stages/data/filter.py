@@ -4,7 +4,7 @@ Order matters: personal data is replaced before duplicates are sought, so copies
 contaminated documents go before duplicates, so that a document that stays in place of others is itself kept.
 Blocks are datatrove's, composed directly in one process a shard: the corpus of a demo is too small for an executor's
 start-up of some seconds a step. Of all documents together only digests and dispositions are held in memory, of texts
-those of one shard of one source.
+those of one shard and of one row group of what is written.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from stages.data.chat import prompt_chars
 from stages.data.curation.settings import AnyStep, CurationSettings, Kind, MinHash
 from stages.data.items import texts_of
 from stages.data.seeds import seed_of
-from stages.data.table import DISPOSITIONS, DOCUMENTS, content_hash, read_shard, write_json, write_rows, writing
+from stages.data.table import (
+    DISPOSITIONS,
+    DOCUMENTS,
+    content_hash,
+    read_shard,
+    stream_shards,
+    write_json,
+    write_rows,
+    writing,
+)
 
 if TYPE_CHECKING:
     from datatrove.data import Document
@@ -65,10 +74,10 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     def passing(source: FilteredSource) -> Iterator[list[int]]:
         """Writes each document that passes, and gives its signature."""
         with writing(out / "kept" / f"{source.name}.parquet", DOCUMENTS) as write:
-            for shard in range(config.curation.shards):
-                saved = shards.stepped(source, shard)
+            for shard, acquired in enumerate(shards.all(source)):
+                saved = shards.stepped(source, shard, acquired)
                 edits[source.name].update(saved["edits"])
-                rows = _decided(source, shards.rows(source, shard), saved, dispositions, first)
+                rows = _decided(source, acquired, saved, dispositions, first)
                 for row, signature in zip(rows, shards.signed(source, saved["kept"], shard), strict=True):
                     if row is not None:
                         write(row)
@@ -93,7 +102,8 @@ def run_shard(config: FilterConfig, inputs: Inputs, work: Path, shard: int) -> N
     """The steps of one shard of every source, and the MinHash signatures of what they leave, kept in `work`."""
     shards = _Shards(config, inputs, work)
     for source in config.sources:
-        shards.signed(source, shards.stepped(source, shard)["kept"], shard)
+        acquired = read_shard(shards.file(source), shard, config.curation.shards)
+        shards.signed(source, shards.stepped(source, shard, acquired)["kept"], shard)
 
 
 class _Shards:
@@ -108,19 +118,22 @@ class _Shards:
         self.config, self.inputs, self.work = config, inputs, work
         self.index = ContaminationIndex(texts_of(inputs["items"]), config.curation.decontamination.ngram)
 
-    def rows(self, source: FilteredSource, shard: int) -> list[dict[str, Any]]:
-        """The documents as acquired."""
-        return read_shard(self.inputs[source.name] / "documents.parquet", shard, self.config.curation.shards)
+    def file(self, source: FilteredSource) -> Path:
+        return self.inputs[source.name] / "documents.parquet"
+
+    def all(self, source: FilteredSource) -> Iterator[list[dict[str, Any]]]:
+        """The documents of each shard as acquired."""
+        return stream_shards(self.file(source), self.config.curation.shards)
 
     def minhash(self, source: FilteredSource) -> MinHash | None:
         """How near duplicates are sought among the source's documents, if they are."""
         settings = self.config.curation.minhash
         return settings if settings is not None and source.kind in settings.kinds else None
 
-    def stepped(self, source: FilteredSource, shard: int) -> dict[str, Any]:
+    def stepped(self, source: FilteredSource, shard: int, acquired: list[dict[str, Any]]) -> dict[str, Any]:
         """What the source's own steps and decontamination make of a shard."""
         path = self._path("steps", source, shard)
-        found: dict[str, Any] = once(path, lambda: _apply(source, self.rows(source, shard), self.index))
+        found: dict[str, Any] = once(path, lambda: _apply(source, acquired, self.index))
         return found
 
     def signed(self, source: FilteredSource, kept: list[tuple[str, str]], shard: int) -> list[list[int]]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +157,18 @@ def read_shard(path: Path, shard: int, shards: int, columns: list[str] | None = 
         found = file.read_row_groups(groups, columns=columns).slice(start - first, stop - start)
         rows_: list[dict[str, Any]] = found.to_pylist()
         return rows_
+
+
+def stream_shards(path: Path, shards: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each shard in turn, which `read_shard` gives one by one; the file is read once."""
+    import pyarrow.parquet as pq
+
+    with _told(path), pq.ParquetFile(path) as file:
+        count, columns = file.metadata.num_rows, file.schema_arrow.names
+    rows = stream_rows(path, columns)
+    for shard in range(shards):
+        start, stop = slice_of(count, shard, shards)
+        yield list(islice(rows, stop - start))
 
 
 def stream_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:

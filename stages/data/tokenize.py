@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import AtomError
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage, added, operational
 from pipeline.store import once, sha256_file
-from stages.data.table import TOKENIZED, read_shard, write_json, write_rows
+from stages.data.table import TOKENIZED, read_shard, stream_shards, write_json, write_rows
 from stages.data.tokenizer import END, PAD, load_for_corpus
 
 if TYPE_CHECKING:
@@ -50,9 +50,8 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
     }
     for n, file in enumerate(files):
         splits = {split: _Shard(vocab_size, split, file.stem, work) for split in ("train", "heldout")}
-        for shard in range(config.shards):
-            documents = read_shard(file, shard, config.shards)
-            encoded = _encoded(_kept(config, tokenizer, end, file, work, shard))
+        for shard, documents in enumerate(stream_shards(file, config.shards)):
+            encoded = _encoded(_kept(config, tokenizer, end, file, work, shard, documents))
             for document, (ids, loss_from) in zip(documents, encoded, strict=True):
                 splits[document["split"]].add(document, ids, loss_from)
         for split, made in splits.items():
@@ -84,17 +83,25 @@ def run_shard(config: TokenizeConfig, inputs: Inputs, work: Path, shard: int) ->
     """The tokens of one shard of every source, left in `work`."""
     tokenizer, end, files = _given(inputs)
     for file in files:
-        _kept(config, tokenizer, end, file, work, shard)
+        documents = read_shard(file, shard, config.shards, ["text", "prompt_chars"])
+        _kept(config, tokenizer, end, file, work, shard, documents)
 
 
-def _kept(config: TokenizeConfig, tokenizer: Tokenizer, end: int, file: Path, work: Path, shard: int) -> dict[str, Any]:
+def _kept(
+    config: TokenizeConfig,
+    tokenizer: Tokenizer,
+    end: int,
+    file: Path,
+    work: Path,
+    shard: int,
+    documents: list[dict[str, Any]],
+) -> dict[str, Any]:
     """What `encode` gives for the documents of a shard, as it lies in `work`: ids as bytes of int32, and by document
     their number and `loss_from`."""
 
     def make() -> dict[str, Any]:
         chat = file.stem in config.conversations
         tokenizer.encode_special_tokens = not chat
-        documents = read_shard(file, shard, config.shards, ["text", "prompt_chars"])
         found: list[tuple[list[int], int]] = []
         for start in range(0, len(documents), BATCH):
             texts = [(d["text"], d["prompt_chars"]) for d in documents[start : start + BATCH]]

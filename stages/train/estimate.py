@@ -57,6 +57,7 @@ def estimate(config: TrainConfig) -> Estimate:
             gflop_per_token=per_token / 1e9,
             state_bytes=round(max(states)),
             activation_bytes=round(max(kept)),
+            recomputes=layout.recompute == "layer",
             host_bytes=round(max(owned)),
             checkpoint_bytes=checkpoint,
             release_checkpoints=sealed,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import shutil
 import struct
+from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupBuckets, Minhash
 from datatrove.utils.hashing import HashConfig
 
 from pipeline.errors import AtomError
+from pipeline.store import once
 from stages.data.curation.settings import MinHash
 from stages.data.curation.words import WORDS
 from stages.data.table import stream_rows
@@ -58,30 +60,32 @@ def write_signatures(folder: Path, settings: MinHash, number: int, signatures: I
     _exhaust(signer.run((Document(np.array(s, np.uint64).tobytes().hex(), "") for s in signatures), rank=number))
 
 
-def find_pairs(signatures: Path, folder: Path, settings: MinHash, bucket: int) -> None:
-    """Leaves the pairs of documents that share a bucket in `folder`, in datatrove's form, unless they are there."""
-    done = folder / f"{bucket:05d}_00.dups"
-    if done.exists():
-        return
-    folder.mkdir(exist_ok=True)
-    draft = folder.with_name(f".{folder.name}-{bucket}.{os.getpid()}")
-    finder = MinhashDedupBuckets(str(signatures), str(draft), config=_config(settings))
-    _exhaust(finder.run(None, rank=bucket, world_size=settings.num_buckets))
-    os.replace(draft / done.name, done)
-    draft.rmdir()
+def find_pairs(signatures: Path, work: Path, settings: MinHash, bucket: int) -> bytes:
+    """The pairs of documents that share a bucket, in datatrove's form, kept in `work`."""
+
+    def make() -> str:
+        with TemporaryDirectory(dir=work) as folder:
+            finder = MinhashDedupBuckets(str(signatures), folder, config=_config(settings))
+            _exhaust(finder.run(None, rank=bucket, world_size=settings.num_buckets))
+            return b64encode((Path(folder) / _pairs(bucket)).read_bytes()).decode()
+
+    return b64decode(once(work / f"pairs-{bucket:05d}-of-{settings.num_buckets:05d}.json", make))
 
 
-def near(files: list[Path], pairs: Path, folder: Path, settings: MinHash) -> dict[str, Near]:
+def near(files: list[Path], pairs: Iterable[bytes], work: Path, settings: MinHash) -> dict[str, Near]:
     """The near duplicates to remove, by id: one document of each cluster stays.
 
-    files: the documents of each source, in the order of the signatures' numbers; pairs: of every bucket; folder: for
-    work, emptied first. Documents that share a bucket are joined transitively, so the similarity (Jaccard index of word
-    n-grams) of a removed document with the kept one may lie below the threshold.
+    files: the documents of each source, in the order of the signatures' numbers; pairs: of each bucket in turn.
+    Documents that share a bucket are joined transitively, so the similarity (Jaccard index of word n-grams) of a
+    removed document with the kept one may lie below the threshold.
     """
-    if not files:
-        return {}
-    shutil.rmtree(folder, ignore_errors=True)
-    cluster = MinhashDedupCluster(str(pairs), str(folder), config=_config(settings), save_cluster_id=True)
+    given, folder = work / "pairs", work / "clusters"
+    for path in (given, folder):
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+    for bucket, found in enumerate(pairs):
+        (given / _pairs(bucket)).write_bytes(found)
+    cluster = MinhashDedupCluster(str(given), str(folder), config=_config(settings), save_cluster_id=True)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no option turns off
         _exhaust(cluster.run(None, 0, 1))
 
@@ -96,14 +100,19 @@ def near(files: list[Path], pairs: Path, folder: Path, settings: MinHash) -> dic
             elif n in clusters:
                 stays[clusters[n]] = row["id"], row["text"]
     plain = MinhashDedupSignature("memory://", config=_config(settings), language=WORDS)
-    found = {}
+    twins = {}
     for number, id, text in removed:
         if number not in stays:
             raise AtomError(f"MinHash removed {id} but kept nothing of its cluster; this is a fault of curation")
         twin, other = stays[number]
         similarity = _jaccard(plain.get_shingles(text).ravel(), plain.get_shingles(other).ravel())
-        found[id] = Near(twin, (similarity, settings.threshold))
-    return found
+        twins[id] = Near(twin, (similarity, settings.threshold))
+    return twins
+
+
+def _pairs(bucket: int) -> str:
+    """The name that datatrove gives the file."""
+    return f"{bucket:05d}_00.dups"
 
 
 def _read(path: Path, form: str) -> Iterator[tuple[int, ...]]:

@@ -139,5 +139,7 @@ class CurationSettings(Config):
     decontamination: Decontamination = Decontamination()
     minhash: MinHash | None = MinHash()
     shards: int = operational(
-        1, "pieces that each source is cut into for its steps and for tokenizing; on a cluster tasks of an array", ge=1
+        1,
+        "pieces that each source is cut into; with more than one, curation and tokenizing have arrays on a cluster",
+        ge=1,
     )
