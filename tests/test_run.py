@@ -181,7 +181,7 @@ def test_plan_tells_state_and_cost_as_json(smoke_home: Path, tmp_path: Path) -> 
         (("run", "atom-smoke", "--until", "rlhf"), "recipe atom-smoke has no stage rlhf; it has acquire-docstrings"),
         (
             ("run", "atom-smoke", "--only", "curate"),
-            "stage curate needs acquire-docstrings, which is not sealed; run that first",
+            "stage curate needs filter, which is not sealed; run that first",
         ),
         (("status",), "there is no run under"),
         (

@@ -55,7 +55,7 @@ def test_the_store_holds_parent_children_params_inputs_metrics_and_files(smoke_h
     uri = f"sqlite:///{smoke_home / 'mlflow.db'}"
     found = runs(uri)
     (parent,) = [r for name, r in found.items() if name.startswith("atom-smoke-")]
-    assert parent.info.status == "FINISHED" and len(found) == 37
+    assert parent.info.status == "FINISHED" and len(found) == 38
     child = found["pretrain"]
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.params["phase.optimizer.lr"] == "0.003"

@@ -109,6 +109,13 @@ def test_a_phase_leaves_no_threads(corpus: Path, tmp_path: Path) -> None:
         gc.collect()
         threads.append(len(list(Path("/proc/self/task").iterdir())))
     assert threads[0] == threads[1] == threads[2]
+    settings = world.config(optimizer={**world.PHASE["optimizer"], "lr": 1e30, "warmup_steps": 0})
+    for name in ("fourth", "fifth"):
+        with pytest.raises(AtomError, match="the gradient norm is nan"):
+            world.pretrain(corpus, tmp_path / name / "work", tmp_path / name / "out", settings)
+        gc.collect()
+        threads.append(len(list(Path("/proc/self/task").iterdir())))
+    assert threads[3] == threads[4] == threads[0]
 
 
 @pytest.fixture

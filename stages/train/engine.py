@@ -122,6 +122,7 @@ class Engine:
             )
             for number, chunk in enumerate(held)
         ]
+        ranks.wrapped.extend(self.ddp)
         o = config.phase.optimizer
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(

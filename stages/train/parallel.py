@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,7 +22,13 @@ import torch.distributed as dist
 from pipeline.errors import AtomError
 from stages.model import balance
 from stages.model.layout import Layout
-from stages.model.mcore import RotaryEmbedding, YarnRotaryEmbedding, parallel_state, tensor_parallel
+from stages.model.mcore import (
+    DistributedDataParallel,
+    RotaryEmbedding,
+    YarnRotaryEmbedding,
+    parallel_state,
+    tensor_parallel,
+)
 
 T = TypeVar("T")
 
@@ -38,6 +44,8 @@ class Ranks:
     data_ranks: int
     counts_loss: bool
     """Whether this rank's loss enters the sum: of all that compute it, one for each share of the tokens does."""
+    wrapped: list[DistributedDataParallel] = field(default_factory=list, compare=False)
+    """What was made of this place; it is of no use after the session."""
 
     @property
     def first(self) -> bool:
@@ -113,6 +121,7 @@ def session(seed: int, layout: Layout | None = None, patience: float = 600.0) ->
     with warnings.catch_warnings(), contextlib.nullcontext() if on_gpu else _one_thread(), _peers(rank):
         # deprecation notes of Megatron's and PyTorch's for each other, which nobody who reads this log can act on
         warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+        ranks: Ranks | None = None
         dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world, **meeting)
         try:
             parallel_state.initialize_model_parallel(
@@ -125,7 +134,7 @@ def session(seed: int, layout: Layout | None = None, patience: float = 600.0) ->
                 distributed_timeout_minutes=math.ceil(patience / 60),
             )
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
-            yield Ranks(
+            ranks = Ranks(
                 rank,
                 world,
                 layout,
@@ -133,7 +142,12 @@ def session(seed: int, layout: Layout | None = None, patience: float = 600.0) ->
                 parallel_state.get_data_parallel_world_size(),
                 parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0,
             )
+            yield ranks
         finally:
+            for wrapped in ranks.wrapped if ranks else ():
+                # The hooks of its parameters hold it, and a graph that was not walked back, which the model keeps,
+                # holds them: a circle through C++ that Python cannot collect, with the groups and their threads in it.
+                vars(wrapped).clear()
             balance.forget()
             for cached in (RotaryEmbedding, YarnRotaryEmbedding):  # a table kept for a group keeps its threads
                 cached.forward.cache_clear()
