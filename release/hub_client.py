@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -64,6 +65,10 @@ class Patient:
                     if _status(error) not in BUSY or attempt == ATTEMPTS - 1:
                         raise
                     time.sleep(_wait(error, attempt))
+                except json.JSONDecodeError:  # of a server's failure; the client reads some answers before their status
+                    if attempt == ATTEMPTS - 1:
+                        raise
+                    time.sleep(2.0**attempt)
             raise AssertionError("the last attempt returns or raises")
 
         return patient
@@ -108,6 +113,10 @@ def plainly(what: str) -> Iterator[None]:
         if status == 403:
             raise AtomError(f"{what}: the token may not write there ({said}); use a namespace that is yours") from None
         raise AtomError(f"{what}: {endpoint()} answers {status}: {said}") from None
+    except json.JSONDecodeError:
+        raise AtomError(
+            f"{what}: {endpoint()} answers what no Hub does, perhaps a proxy before it; try again"
+        ) from None
     except errors.LocalTokenNotFoundError:
         raise AtomError(f"{what}: no token; set HF_TOKEN to one with write access") from None
     except errors.HFValidationError as error:
