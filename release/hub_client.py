@@ -61,10 +61,12 @@ class Patient:
                 try:
                     found = call(*arguments, **options)
                     return list(found) if inspect.isgenerator(found) else found  # which asks when it is read
-                except load().errors.HfHubHTTPError as error:
-                    if _status(error) not in BUSY or attempt == ATTEMPTS - 1:
+                except (load().errors.HfHubHTTPError, load().errors.LocalEntryNotFoundError) as error:
+                    # a download that was answered by an error says that nothing is here, and why
+                    why = error.__cause__ if isinstance(error, load().errors.LocalEntryNotFoundError) else error
+                    if _status(why) not in BUSY or attempt == ATTEMPTS - 1:
                         raise
-                    time.sleep(_wait(error, attempt))
+                    time.sleep(_wait(why, attempt))
                 except json.JSONDecodeError:  # of a server's failure; the client reads some answers before their status
                     if attempt == ATTEMPTS - 1:
                         raise
@@ -113,6 +115,8 @@ def plainly(what: str) -> Iterator[None]:
         if status == 403:
             raise AtomError(f"{what}: the token may not write there ({said}); use a namespace that is yours") from None
         raise AtomError(f"{what}: {endpoint()} answers {status}: {said}") from None
+    except errors.LocalEntryNotFoundError as error:
+        raise AtomError(f"{what}: {endpoint()} cannot be read: {str(error).splitlines()[0]}; try again") from None
     except json.JSONDecodeError:
         raise AtomError(
             f"{what}: {endpoint()} answers what no Hub does, perhaps a proxy before it; try again"
