@@ -105,7 +105,7 @@ def test_a_full_disk_for_a_while(upstream: Path, calm: str, tmp_path: Path) -> N
         )
         world.until(lambda: world.reached(place / "home", "pretrain", 8), "step 8")
         fill = place / "fill"
-        with open(fill, "wb") as file, pytest.raises(OSError):
+        with open(fill, "wb", buffering=0) as file, pytest.raises(OSError):  # else closing it may fail, too
             while True:
                 file.write(b"\0" * 65536)
         time.sleep(8)
