@@ -90,7 +90,7 @@ def is_keyless(signature: Path) -> bool:
 def verified(signature: Path, by: Any = None) -> tuple[Identity, Any]:
     """Whom a bundle names, and the manifest that it signs, if it is valid. Raises what the libraries raise, if not.
 
-    by: of `verifier`; without one the certificate in the bundle vouches for itself, as a key does.
+    by: of `verifier`; without one nothing vouches for the certificate in the bundle: its name may be invented.
     """
     from model_signing._signing import sign_sigstore, signing
     from sigstore import dsse

@@ -175,10 +175,8 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
         except checks.Absent as error:
             verdict.checks.append(Check(name, None, str(error)))
             continue
-        except (
-            Exception
-        ) as error:  # checksums can be written by anyone: a file that is not what it should be is a finding
-            wrong = [f"cannot be checked: {type(error).__name__}: {error}"]
+        except Exception as error:  # anyone can write checksums: a file that is not what it should be is a finding
+            wrong = [f"cannot be checked: {type(error).__name__}: {' '.join(str(error).split())}"]
         verdict.checks.append(Check(name, not wrong, wrong[0] if wrong else "holds", wrong))
     return verdict
 

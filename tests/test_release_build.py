@@ -188,6 +188,9 @@ def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) 
         path.write_text(text.replace(old, new, 1))
         said = [".eval_results/tiny-data.yaml is not what was measured"]
         assert checks.model_card(copy, about) == said and checks.model_card(copy) == (said if alone else [])
+    for odd in ("only words", f"{text}- 1\n", "x: &a [1]\ny: *a\n"):
+        path.write_text(odd)
+        assert checks.model_card(copy) == [".eval_results/tiny-data.yaml is not what was measured"]
     path.write_text(text)
     (copy / ".eval_results/hle.yaml").write_text(text)
     assert checks.model_card(copy, about)[0].startswith(".eval_results holds .eval_results/hle.yaml, ")

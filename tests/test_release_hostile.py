@@ -55,7 +55,7 @@ def test_a_header_of_weights_that_lies(length: int, copy: Path) -> None:
     resum(copy)
     verdict = verify(copy, deep=True)
     wrong = [text for check in verdict.checks for text in check.wrong]
-    assert not verdict.ok and all("\n" not in text or "cannot be checked" in text for text in wrong)
+    assert not verdict.ok and all("\n" not in text for text in wrong)
     assert any(check.name == "origins" and check.ok is False for check in verdict.checks)
     assert any(check.name == "cards" and check.ok is False for check in verdict.checks)
 
