@@ -59,7 +59,7 @@ def measure(size: Size, folder: Path, rounds: int) -> dict[str, Any]:
         return found
 
     with session(0) as ranks:
-        engine = Engine(config, ranks)
+        engine = Engine(config, ranks, size.vocab)
         engine.initialise()
         share = tokens.share(0)
         step = lambda: engine.step(share, OPTIMIZER["lr"], lambda loss, norm: None)  # noqa: E731

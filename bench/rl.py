@@ -260,7 +260,7 @@ def measure(size: Size) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place, session(0) as ranks:
         folder = Path(place)
         inputs, rows = world(folder, size)
-        trainer = ours(size, inputs, folder / "work", Engine(config, ranks), config)
+        trainer = ours(size, inputs, folder / "work", Engine(config, ranks, size.vocab), config)
         chat = trainer.policy.chat
         prompts = [render(row["responses_create_params"]["input"], ask=True) for row in rows]
         model = peer_model(trainer.engine, config, size.vocab, chat.pad)

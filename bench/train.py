@@ -204,7 +204,7 @@ def measure(size: Size) -> dict[str, Any]:
         ),
     )  # fmt: skip
     with session(0) as ranks:
-        engine = Engine(config, ranks)
+        engine = Engine(config, ranks, size.vocab)
         engine.initialise()
         model, tokens = peer_model(engine, size), Tokens(size)
         experts, tried = fastest_experts(model, tokens, 2)

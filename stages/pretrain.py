@@ -11,7 +11,7 @@ from pipeline.stage import Inputs, Report, Stage
 from stages.train.config import TrainConfig
 from stages.train.estimate import estimate
 
-VERSION = 6
+VERSION = 7
 
 
 def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

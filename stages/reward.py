@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.stage import Estimate, Inputs, Report, Stage
 from stages.rl.config import RewardTrainConfig
 
-VERSION = 2
+VERSION = 3
 
 
 def run(config: RewardTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -13,5 +13,5 @@ from stages.midtrain import run
 from stages.train.config import TrainConfig
 from stages.train.estimate import estimate
 
-VERSION = 1
+VERSION = 2
 STAGE = Stage("sft", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.cluster.ranks, trains=True)

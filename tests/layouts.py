@@ -64,10 +64,10 @@ def train(corpus: Path, settings: dict[str, Any], steps: int) -> list[dict[str, 
     tokens = Artifact.open(corpus / "tokens")
     phase, out = config.phase, []
     with parallel.session(config.seed, phase.cluster) as ranks:
-        engine = Engine(config, ranks)
+        engine = Engine(config, ranks, tokens.json("meta.json")["vocab_size"])
         engine.initialise()
         order = Order(Artifact.open(corpus / "order"), phase)
-        shards = Shards(tokens, "train", config.padded_vocab_size)
+        shards = Shards(tokens, "train")
         for step in range(1, steps + 1):
             share = Share.read(order.rows(step), shards, phase.micro_rows, ranks, phase.pack)
             figures = engine.step(share, learning_rate(step, phase.steps, phase.optimizer), lambda loss, norm: None)
@@ -75,7 +75,7 @@ def train(corpus: Path, settings: dict[str, Any], steps: int) -> list[dict[str, 
             out[-1] |= {"z_loss": figures.z_loss, "busiest": figures.experts.max_violation}
             out[-1] |= {"share": figures.experts.share.flatten().tolist()}
             out[-1] |= {"entropy": float(figures.experts.entropy.mean()), "dropped": float(figures.experts.dropped)}
-        held = Shards(tokens, "heldout", config.padded_vocab_size)
+        held = Shards(tokens, "heldout")
         share = Share.read(heldout_rows(tokens, phase)[:7], held, phase.micro_rows, ranks)
         out.append({"heldout_loss": engine.evaluate(share)})
     return out

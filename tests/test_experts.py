@@ -24,11 +24,10 @@ def step(corpus: Path, model: dict[str, Any], count: int = 1) -> tuple[Engine, l
     settings["model"] = {**settings["model"], **model}
     config = TrainConfig.model_validate(settings)
     with parallel.session(0) as ranks:
-        engine = Engine(config, ranks)
+        engine = Engine(config, ranks, world.VOCAB)
         engine.initialise()
-        order, shards = Order(Artifact.open(corpus / "order"), config.phase), Shards(
-            Artifact.open(corpus / "tokens"), "train", world.VOCAB
-        )  # fmt: skip
+        order = Order(Artifact.open(corpus / "order"), config.phase)
+        shards = Shards(Artifact.open(corpus / "tokens"), "train")
         figures = []
         for number in range(1, count + 1):
             share = Share.read(order.rows(number), shards, config.phase.micro_rows, ranks)

@@ -50,7 +50,7 @@ FEATURES: dict[str, tuple[dict, dict, float]] = {
         {"precision": "fp32"},
         TOLERANCE,
     ),
-    "biases": ({"bias_rate": 0.05}, {"spikes": {"action": "skip"}}, TOLERANCE),
+    "biases, padded vocabulary": ({"bias_rate": 0.05}, {"spikes": {"action": "skip"}}, TOLERANCE),
     "packed": ({"yarn": {"factor": 4.0, "original_length": 16}}, {"pack": True}, TOLERANCE),
     # a rank's own sums are rounded to eight bits where another adds whole; and each tensor or context rank's z-loss is the
     # mean over its own tokens, of which padding takes unevenly
@@ -67,6 +67,8 @@ def test_every_feature_trains_alike_in_every_layout(corpus: Path, tmp_path: Path
         phase = {**phase, "batch": {**layouts.BATCH, "ramp": [{"until_step": 2, "global_tokens": 128}]}}
     settings = layouts.settings_of({}, 1, **phase)
     settings["model"] = {**layouts.MODEL, **model}
+    if "padded vocabulary" in feature:  # two tensor ranks: the first pads a part of its ids, the second all of them
+        settings["padded_vocab_size"] = 5 * world.VOCAB // 2
     place = corpus
     if packed:
         world.make(tmp_path / "corpus", {"batch": layouts.BATCH})

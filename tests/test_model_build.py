@@ -77,6 +77,27 @@ def test_global_names() -> None:
         assert global_name(local, first_layer=4, first_expert=8) == name
 
 
+def test_ids_that_pad_the_vocabulary_have_no_probability() -> None:
+    """However large their logits would be, the loss is that over the real vocabulary and their rows get no gradient."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    padded, table = world.VOCAB + 64, "embedding.word_embeddings.weight"
+    full = {n: full_tensor(n, s, TINY, 0) for n, s in TINY.shapes(padded).items()}
+    full[table][world.VOCAB :] = 3.0
+    ids = torch.randint(6, world.VOCAB, (1, 17), generator=torch.Generator().manual_seed(0))
+    losses = {}
+    with parallel.session(0):
+        for size in (world.VOCAB, padded):
+            (gpt,) = build(TINY, size, vocab_size=world.VOCAB)
+            load_tensors([gpt], TINY, size, {**full, table: full[table][:size]}, "test")
+            losses[size] = gpt(ids[:, :-1], torch.arange(16)[None], None, labels=ids[:, 1:])
+        MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # as Megatron's schedule does before a backward pass
+        losses[padded].sum().backward()
+        gradient = dict(named_tensors([gpt]))[table].grad
+    assert torch.allclose(losses[padded], losses[world.VOCAB], rtol=1e-5)
+    assert not gradient[world.VOCAB :].any() and gradient[: world.VOCAB].any()
+
+
 def test_padding_changes_no_real_position() -> None:
     with parallel.session(0), torch.no_grad():
         (gpt,) = build(TINY, world.VOCAB)

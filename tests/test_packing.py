@@ -200,7 +200,7 @@ def test_packed_batches(packed: Path) -> None:
 
     phase = TrainConfig.model_validate(world.config(pack=True)).phase
     rows = Order(Artifact.open(packed / "order"), phase).rows(3)
-    shards = Shards(Artifact.open(packed / "tokens"), "train", world.VOCAB)
+    shards = Shards(Artifact.open(packed / "tokens"), "train")
     with parallel.session(0) as ranks:
         share = Share.read(rows, shards, phase.micro_rows, ranks, packed=True)
     assert len(rows) == 8 and any(len(row.segments) > 1 for row in rows)

@@ -106,7 +106,7 @@ def test_gradients_are_summed_in_fp32(corpus: Path) -> None:
     from stages.train.engine import Engine
 
     with parallel.session(0) as ranks:
-        engine = Engine(TrainConfig.model_validate(world.config(precision="bf16")), ranks)
+        engine = Engine(TrainConfig.model_validate(world.config(precision="bf16")), ranks, world.VOCAB)
         parameters = list(engine.chunks[0].parameters())
         assert {p.dtype for p in parameters} == {torch.bfloat16}
         assert {p.main_grad.dtype for p in parameters} == {torch.float32}

@@ -198,21 +198,21 @@ def test_missing_and_truncated_shards(corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "tokens" / "train" / "sums.bin"
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(AtomError, match=r"sums.bin has \d+ bytes instead of \d+; remove"):
-        Shards(tokens, "train", world.VOCAB).read(Segment("sums", "sums/0", 0, 0, 7, 0))
+        Shards(tokens, "train").read(Segment("sums", "sums/0", 0, 0, 7, 0))
     path.unlink()
     with pytest.raises(AtomError, match="sums.bin is missing; remove"):
-        Shards(tokens, "train", world.VOCAB).read(Segment("sums", "sums/0", 0, 0, 7, 0))
+        Shards(tokens, "train").read(Segment("sums", "sums/0", 0, 0, 7, 0))
     with pytest.raises(AtomError, match="does not hold"):
-        Shards(tokens, "train", world.VOCAB).read(Segment("text", "text/0", 0, 0, 700, 0))
+        Shards(tokens, "train").read(Segment("text", "text/0", 0, 0, 700, 0))
     with pytest.raises(RecipeError, match="padded_vocab_size = 32 is less than the 64 tokens"):
-        Shards(tokens, "train", 32)
+        world.pretrain(corpus, tmp_path / "work", tmp_path / "out", {**world.config(), "padded_vocab_size": 32})
 
 
 def test_rows_become_shifted_padded_batches(corpus: Path) -> None:
     from stages.train import parallel
     from stages.train.data import Row, Segment, Shards, Share
 
-    shards = Shards(Artifact.open(corpus / "tokens"), "train", world.VOCAB)
+    shards = Shards(Artifact.open(corpus / "tokens"), "train")
     rows = [Row((Segment("sums", "sums/train-0", 0, 0, 7, 3),)), Row((Segment("text", "text/train-0", 0, 4, 9, 0),))]
     with parallel.session(0) as ranks:
         share = Share.read(rows, shards, 2, ranks)
@@ -232,7 +232,7 @@ def test_norms_are_not_decayed(corpus: Path) -> None:
     from stages.train.engine import Engine
 
     with parallel.session(0) as ranks:
-        engine = Engine(TrainConfig.model_validate(world.config()), ranks)
+        engine = Engine(TrainConfig.model_validate(world.config()), ranks, world.VOCAB)
         engine._set_rates(0.1)
         decay = {g["weight_decay"]: sum(p.numel() for p in g["params"]) for g in engine.optimizer.param_groups}
         parameters = list(engine.chunks[0].parameters())

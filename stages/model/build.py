@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,11 +86,12 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
 
 def build(
     model: ModelConfig, padded_vocab_size: int, layout: Layout | None = None, precision: Precision = "fp32",
-    packed: bool = False,
+    packed: bool = False, vocab_size: int | None = None,
 ) -> list[GPTModel]:  # fmt: skip
     """This rank's part of the model, one GPTModel for each virtual pipeline stage, without its initial weights.
 
     packed: rows hold several documents, and the attention mask tells which (see spec.Attention).
+    vocab_size: ids from here to `padded_vocab_size` only pad the table and get probability zero; None: there are none.
 
     Needs a `stages.train.parallel.session` of the same layout.
     """
@@ -114,8 +116,26 @@ def build(
             # Megatron marks cut tensors while it initialises them, which it does not do here. Without the mark the
             # gradient norm counts the parts of tensor rank 0 only.
             parameter.tensor_model_parallel = is_cut(name)
+        if vocab_size is not None and chunk.post_process:
+            chunk.output_layer.register_forward_hook(_mask_padding(vocab_size))
         chunks.append(chunk)
     return chunks
+
+
+def _mask_padding(vocab_size: int) -> Callable[..., None]:
+    """A hook that gives ids from `vocab_size` on a logit of minus infinity, as they do not exist in any runtime.
+
+    It writes in place and outside of autograd, which costs no copy of the logits: the gradient of a logit whose
+    probability is zero is zero.
+    """
+
+    def mask(layer: Any, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
+        logits = output[0]  # [sequence, batch, this tensor rank's part of the padded vocabulary]
+        first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        with torch.no_grad():
+            logits[..., max(0, vocab_size - first) :] = -math.inf
+
+    return mask
 
 
 def named_buffers(chunks: Sequence[GPTModel]) -> dict[str, torch.Tensor]:

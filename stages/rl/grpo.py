@@ -34,7 +34,7 @@ class Rlvr(PolicyTrainer):
         self.replay: tuple[Order, Shards] | None = None
         if phase.replay is not None:
             order = Order(self.inputs["order"], phase.replay_rows())
-            self.replay = order, Shards(self.inputs["tokens"], "train", self.config.padded_vocab_size)
+            self.replay = order, Shards(self.inputs["tokens"], "train")
 
     def state(self) -> dict[str, Any]:
         return {"curriculum": self.curriculum.copy(), "generated": self.generated}

@@ -103,8 +103,7 @@ def require_small_gap(name: str, step: int, gap: float, most: float) -> None:
     if not gap <= most:
         raise AtomError(
             f"{name}: sampler and trainer differ by {gap:.3g} in a token's log-probability at step {step}, more than "
-            f"{name}.logprob_gap = {most:g}; weights or arithmetic are not the same, or the model was trained so "
-            "little that it still expects ids beyond the tokenizer's, which only the trainer has"
+            f"{name}.logprob_gap = {most:g}; their weights or their arithmetic are not the same"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import AtomError, Interrupted
 from pipeline.stage import Inputs, Report, identity
+from stages.rl.answers import Chat
 from stages.train import parallel, sealed
 from stages.train.checkpoint import Checkpoints
 from stages.train.engine import Engine, StepFigures
@@ -195,7 +196,8 @@ def train(kind: type[Trainer], name: str, config: Any, inputs: Inputs, work: Pat
     ):
         held = re.fullmatch(r"out\.(\d+)", out.name)
         lease = int(held[1]) if held else None
-        trainer = kind(name, config, inputs, work, report, Engine(config, ranks), lease)
+        engine = Engine(config, ranks, Chat(inputs["tokenizer"]).vocab_size)
+        trainer = kind(name, config, inputs, work, report, engine, lease)
         try:
             trainer.run(stop, watchdog, out)
         finally:

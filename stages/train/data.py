@@ -88,14 +88,8 @@ class Batch:
 class Shards:
     """The token shards of one split, opened as they are asked for."""
 
-    def __init__(self, tokens: Artifact, split: str, padded_vocab_size: int) -> None:
-        meta = tokens.json("meta.json")
-        if meta["vocab_size"] > padded_vocab_size:
-            raise RecipeError(
-                f"tokenizer.padded_vocab_size = {padded_vocab_size} is less than the {meta['vocab_size']} tokens of "
-                f"the tokenizer; raise it"
-            )
-        self.pad_id: int = meta["pad_id"]
+    def __init__(self, tokens: Artifact, split: str) -> None:
+        self.pad_id: int = tokens.json("meta.json")["pad_id"]
         self.tokens, self.split = tokens, split
         self.sets: dict[str, IndexedDataset] = {}
 

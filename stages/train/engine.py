@@ -95,14 +95,20 @@ class Piece:
 class Engine:
     """Holds model and optimizer. Every method is collective: all ranks call it with the same arguments."""
 
-    def __init__(self, config: Trained, ranks: Ranks) -> None:
+    def __init__(self, config: Trained, ranks: Ranks, vocab_size: int) -> None:
+        """vocab_size: of the tokenizer; ids beyond it only pad the model's table."""
         self.config, self.ranks, self.layout = config, ranks, ranks.layout
         self.step_done = 0
         kind, model = config.phase.precision, config.model
         if lack := precision.missing(kind):
             raise RecipeError(lack)
         self.shapes = model.shapes(config.padded_vocab_size)
-        self.chunks = build(model, config.padded_vocab_size, self.layout, kind, config.phase.pack)
+        if vocab_size > config.padded_vocab_size:
+            raise RecipeError(
+                f"tokenizer.padded_vocab_size = {config.padded_vocab_size} is less than the {vocab_size} tokens of the "
+                "tokenizer; raise it"
+            )
+        self.chunks = build(model, config.padded_vocab_size, self.layout, kind, config.phase.pack, vocab_size)
         self.routers = RouterWatch(self.chunks, model.layers, model.experts, model.dense_layers)
         megatron = self.chunks[0].config
         held = self.chunks if kind == "fp32" else [Float16Module(megatron, chunk) for chunk in self.chunks]

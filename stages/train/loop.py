@@ -61,7 +61,8 @@ def train(
     ):
         held = re.fullmatch(r"out\.(\d+)", out.name)  # the worker names it by its lease, whose numbers only grow
         lease = int(held[1]) if held else None
-        Phase(phase, config, inputs, work, report, Engine(config, ranks), lease).run(start, stop, watchdog, out)
+        engine = Engine(config, ranks, inputs["tokens"].json("meta.json")["vocab_size"])
+        Phase(phase, config, inputs, work, report, engine, lease).run(start, stop, watchdog, out)
 
 
 class Phase:
@@ -75,10 +76,10 @@ class Phase:
         self.first, phase = engine.ranks.first, config.phase
         self.origin = Origin(inputs["continue"]) if "continue" in inputs else None
         self.order = Order(inputs["order"], phase)
-        self.shards = Shards(inputs["tokens"], "train", config.padded_vocab_size)
+        self.shards = Shards(inputs["tokens"], "train")
         self.tokenizer = str(inputs["tokens"].json("meta.json").get("tokenizer", ""))
         heldout = heldout_rows(inputs["tokens"], phase)
-        shards = Shards(inputs["tokens"], "heldout", config.padded_vocab_size)
+        shards = Shards(inputs["tokens"], "heldout")
         read = partial(Share.read, shards=shards, micro_rows=phase.micro_rows, ranks=engine.ranks, fp8=phase.fp8)
         self.heldout, self.heldout_rows = read(heldout), len(heldout)
         back = phase.spikes.rewind_steps if phase.spikes and phase.spikes.action == "rewind" else 0

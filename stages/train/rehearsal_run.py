@@ -94,7 +94,7 @@ def train(settings: Settings, precision: str, seed: int) -> dict[str, Any]:
         raise SystemExit("the standard library is not the one that this rehearsal began with")
     losses: list[float] = []
     with parallel.session(seed) as ranks:
-        engine = Engine(settings.config(seed), ranks)
+        engine = Engine(settings.config(seed), ranks, VOCABULARY)
         engine.initialise()
         record = attach(engine.chunks, RECIPES[precision]) if precision in RECIPES else {}
         for step in range(1, settings.steps + 1):
