@@ -309,7 +309,8 @@ def cards(folder: Path) -> list[str]:
         raise Absent("not asked, since it was made by an older version of atom, whose cards had other tables")
     models, about = model_folders(folder), facts.read_json(folder / RELEASE)
     wrong = [f"{name}/{text}" for name in models for text in model_card(folder / name, about)]
-    shown = render.data_tables(facts.data_facts(folder / "dataset"))
+    known = facts.data_facts(folder / "dataset")
+    shown = render.data_tables(known)
     changes = facts.interventions(facts.checkpoint_facts(folder / "checkpoints"))
     spent = costs.of(folder)
     for name in models:
@@ -317,6 +318,7 @@ def cards(folder: Path) -> list[str]:
         phases = training.logs(folder / name)
         own = {key: shown[key] for key in ("sources", "funnel", "order")} | render.intervention_tables(phases, changes)
         own |= render.cost_tables(spent)
+        own |= render.unread_tables(facts.model_facts(folder / name), known["order"])
         wrong += [f"{name}/README.md lacks the line {line!r}" for line in render.wrong_tables(card, own)]
     data = folder / "dataset"
     data_wrong = data_card(data) + _measured(data) + canary(data, about["nodes"]["items"]["digest"])

@@ -64,6 +64,7 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
 
     from pipeline import ledger, tracking
     from pipeline.display import duration
+    from release.cards import caveats
     from release.cards.tables import titles
     from release.facts import data_facts, model_facts
 
@@ -92,6 +93,11 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
     row("kept", [data["sources"][n]["kept"] for n in names])
     row("tokens", [sum(data["sources"][n]["tokens"].values()) for n in names])
     console.print(corpus)
+
+    first = [*caveats.of(model), *caveats.unread(model["scores"], data["order"])]
+    print("\nWhat to know before any figure")
+    for sentence in first:
+        console.print(sentence.replace("**", ""), markup=False, highlight=False)
 
     scores = data["evaluation"]
     phases = list(scores)
@@ -141,7 +147,9 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
 
 
 def conversation(console: Any, table: Any, chat: dict[str, Any]) -> None:
-    """What each phase of post-training gave: test problems, the fresh set, preferences."""
+    """What each phase of post-training gave: test problems, the fresh set, the judge's reward in parts, preferences."""
+    from release.cards import caveats, chat_tables
+
     test, fresh, liked = (chat.get(about, {}) for about in ("test", "fresh", "preferences"))
     made = table("\nIn conversation: value ± standard error; pass@1: right answers drawn at temperature 1", "", *test)
 
@@ -155,6 +163,10 @@ def conversation(console: Any, table: Any, chat: dict[str, Any]) -> None:
     row("pass@1, fresh set", [found["problems_all"]["samples"]["accuracy"] for found in fresh.values()])
     for kind in next(iter(test.values()))["judged"]:
         row(f"judge's mean, {kind}", [found["judged"][kind]["reward"] for found in test.values()])
+    measured = caveats.parts(chat)
+    for part in chat_tables.ordered([part for found in measured.values() for part in found]):
+        label = f"  its part {part}" if part != "reward" else "judge's mean, preferences"
+        row(label, [measured.get(name, {}).get(part) for name in test])
     row("wins against an earlier model", [liked[name]["win_rate"] if name in liked else None for name in test])
     console.print(made)
 

@@ -19,11 +19,10 @@ from release.cards import croissant, plot, render
 from release.costs import Costs
 from release.layout import GATES, GATES_STATED, ORIGINS, SUMS, WITHOUT_ORDER, files_below, models_of, phases_of, when
 from release.post_gates import post_training
+from stages.statistics import SURE
 
 ALL = "over all"
 RELOAD_SECONDS = 3600.0
-SURE = 1.645
-"""Standard errors of a difference beyond which it is no chance, 95 % of the time."""
 BEYOND = f", beyond {SURE} standard errors of the difference"
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from release import checks, facts
 from release.layout import when
+from stages.statistics import SURE
 
 if TYPE_CHECKING:
     from release.gates import Context, Gate
@@ -20,7 +21,7 @@ MOST_CONTAMINATED = 0.05
 
 def post_training(c: Context) -> list[Gate]:
     """Asked of a release with models that converse only."""
-    from release.gates import BEYOND, SURE, Gate
+    from release.gates import BEYOND, Gate
 
     chat = c.data["chat"]
     if not chat:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from release.layout import when
+from stages.statistics import clustered
 
 Facts = dict[str, Any]
 
@@ -30,12 +31,16 @@ def log_facts(lines: list[Facts]) -> Facts:
 
     first, last: the steps that the log covers. experts: the last measurement of the routers with its `step`, or None if
     there is none; measurements: how many there are; dropped: assignments that no expert took, in all of them. spikes:
-    each with its `step`. excluded: steps that were left out because the recipe says so, not because of a spike.
+    each with its `step`. rewards: by kind of task, the mean reward of the `first` and the `last` quarter of the steps,
+    with standard errors over steps; none of fewer than four steps. excluded: steps that were left out because the
+    recipe says so, not because of a spike.
     """
     steps = [line["step"] for line in lines if "tokens" in line]
     measured = [{"step": line["step"], **line["experts"]} for line in lines if "experts" in line]
     spikes = [{"step": line["step"], **line["spike"]} for line in lines if "spike" in line]
     known = {step for spike in spikes for step in spike["excluded"]}
+    rewards = [line["rewards"] for line in lines if "rewards" in line]
+    kinds = {kind: [row[kind] for row in rewards if kind in row] for row in rewards for kind in row}
     return {
         "first": min(steps),
         "last": max(steps),
@@ -43,8 +48,14 @@ def log_facts(lines: list[Facts]) -> Facts:
         "measurements": len(measured),
         "dropped": sum(each["dropped"] for each in measured),
         "spikes": spikes,
+        "rewards": {kind: _ends(means) for kind, means in sorted(kinds.items()) if len(means) >= 4},
         "excluded": [line["step"] for line in lines if "excluded" in line and line["step"] not in known],
     }
+
+
+def _ends(means: list[float]) -> Facts:
+    size = max(2, len(means) // 4)
+    return {"first": clustered(means[:size]), "last": clustered(means[-size:])}
 
 
 def curves(lines: list[Facts]) -> tuple[list[int], list[float], list[float]]:

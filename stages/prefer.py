@@ -3,7 +3,7 @@
     atom run atom-tiny --only prefer-rlvr
 
 Each of the two answers every held-out request of the test split once, at temperature 1 and with the same seed. A judge
-scores both answers; the higher score wins, and equal ones are half a win.
+scores both answers. The higher score wins if that answer does what was asked; all else is a tie, which is half a win.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stages.data.table import write_json, write_rows
 from stages.solve import JUDGED, Answer, Speaker, chosen
 from stages.statistics import clustered, wilson
 
-VERSION = 2
+VERSION = 3
 ITEMS_PER_BATCH = 256
 EXAMPLES = 8
 SIDES = ("model", "before")
@@ -87,9 +87,10 @@ def summary(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`scores.json`, but for the models' names, from the table alone.
 
     win_rate counts ties as half, with the standard error over requests and Wilson's 95 % interval. without_ties is the
-    share of wins among decided pairs with Wilson's interval; null if nothing is decided.
+    share of wins among decided pairs with Wilson's interval; null if nothing is decided. An answer whose part `task` is
+    not 1 wins nothing; a judge without that part is taken at its word.
     """
-    gaps = [pair["model_reward"] - pair["before_reward"] for pair in pairs]
+    gaps = [_gap(pair) for pair in pairs]
     wins, losses = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
     rate = clustered([0.5 if gap == 0 else float(gap > 0) for gap in gaps])
     decided = wins + losses
@@ -109,6 +110,13 @@ def summary(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for pair in lottery[:EXAMPLES]
         ],
     }
+
+
+def _gap(pair: dict[str, Any]) -> float:
+    """How far the model's answer is ahead; 0 if the better answer does not do what was asked."""
+    gap = float(pair["model_reward"] - pair["before_reward"])
+    better = json.loads(pair["model_parts" if gap > 0 else "before_parts"])
+    return gap if better.get("task", 1) == 1 else 0.0
 
 
 def _side(pairs: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:

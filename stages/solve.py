@@ -36,7 +36,7 @@ from stages.statistics import clustered, majority_at, pass_at, powers
 if TYPE_CHECKING:
     from stages.rl.contracts import Row
 
-VERSION = 1
+VERSION = 2
 GREEDY = -1
 ITEMS_PER_BATCH = 32
 JUDGED = ("courtesy",)

@@ -172,12 +172,17 @@ def test_requests_are_held_out_by_their_text() -> None:
     ("note", "worth"),
     [
         ("Dear baker, thank you for the bread. Have a nice day!", 1.0),
-        ("Dear baker, thank you for the bread.", 0.9),
-        ("Dear baker, thank you for it. Have a nice day!", 0.75),
-        ("Dear nurse, thank you for the bread. Have a nice day!", 0.75),
-        ("Have a nice day!", 0.1),  # one polite phrase is worth little
+        ("Dear baker, thank you for the bread.", 0.8),
+        ("Dear baker, thank you for it. Have a nice day!", 0.2 / 3),
+        ("Dear nurse, thank you for the bread. Have a nice day!", 0.2 / 3),
+        ("Dear baker, I am sorry about the bread. Have a nice day!", 0.1 / 3),
+        ("Dear baker, thank you for the bread. I am sorry about it. Have a nice day!", 0.2 / 3),  # two acts
+        ("Dear baker, thank you for the bread and the soup. Have a nice day!", 0.2 / 3 * 13 / 14),
+        ("Dear baker, nurse, thank you for the bread. Have a nice day!", 0.2 / 3),
+        ("Dear baker, thank you. The bread. Have a nice day!", 0.1 / 3),  # the words, and not what was asked
+        ("Have a nice day!", 0.0),
         ("Have a nice day! Have a nice day!", 0.0),
-        ("dear baker, thank you for the bread", 0.325),
+        ("dear baker, thank you for the bread", 0.1 / 3),
         ("Dear baker, thank thank you for the bread. Have a nice day!", 0.5),
         ("", 0.0),
         ("\ud800 \x00 %s" * 50, 0.0),
@@ -188,13 +193,50 @@ def test_the_judge_of_courtesies(note: str, worth: float) -> None:
     assert courtesies.judge(courtesies.Request(thank, "baker", "bread"), note)["reward"] == pytest.approx(worth)
 
 
-def test_garbage_around_polite_phrases_earns_less_than_plain_words() -> None:
-    """A win must mean a better answer, not more polite phrases."""
-    thank = next(act for act in courtesies.ACTS if act.name == "thank")
-    asked = courtesies.Request(thank, "baker", "bread")
-    garbled = "Dear baker, thank you for the bread. gledar fo iss blen prod ekkle thrun. Have a nice day!"
-    plain = "Dear baker, thank you for it."
-    assert courtesies.judge(asked, garbled)["reward"] < courtesies.judge(asked, plain)["reward"] + 0.05
+def test_a_full_note_is_full_for_every_request() -> None:
+    for asked in courtesies.distinct(300, random.Random(0), heldout=True):
+        done = asked.act.done.format(who=asked.who, what=asked.what)
+        found = courtesies.judge(asked, f"Dear {asked.who}, {done} Have a nice day!")
+        assert (found["reward"], found["task"]) == (1.0, 1.0), asked
+
+
+def test_style_without_the_task_earns_next_to_nothing() -> None:
+    """What is not a win must not look like one: notes that ignore the request, or answer all requests at once."""
+    acts = [act.done.format(who="baker", what="bread") for act in courtesies.ACTS]
+    same_for_all = [
+        "Dear baker, thank you for the bread. Have a nice day!",
+        "Dear baker, thank you for it. Have a nice day!",
+        "Have a nice day!",
+        "Dear " + ", ".join(courtesies.PEOPLE) + ", thank you for " + ", ".join(f"the {x}" for x in courtesies.THINGS),
+        f"Dear baker, {' '.join(acts)} Have a nice day!",
+        "Thank you for the gift, would you like it? May I have it? I am sorry about it. With kind regards.",
+    ]
+    asked = courtesies.distinct(400, random.Random(1), heldout=True)
+    for note in same_for_all:
+        assert sum(courtesies.judge(each, note)["reward"] for each in asked) / len(asked) < 0.04, note
+
+
+FRAGMENTS = [
+    *(f"Dear {who}," for who in courtesies.PEOPLE[:4]),
+    *(act.done.format(who="baker", what=what) for act in courtesies.ACTS for what in courtesies.THINGS[:4]),
+    *courtesies.ENDINGS,
+    *courtesies.PEOPLE[:4],
+    *courtesies.THINGS[:4],
+]
+REQUESTS = [
+    courtesies.Request(act, who, what)
+    for act in courtesies.ACTS
+    for who in courtesies.PEOPLE[:4]
+    for what in courtesies.THINGS[:4]
+]
+
+
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_a_note_does_the_task_of_one_request_at_most(fragments: list[str]) -> None:
+    found = [courtesies.judge(asked, " ".join(fragments)) for asked in REQUESTS]
+    assert sum(parts["task"] for parts in found) <= 1
+    assert all(parts["reward"] < 0.07 for parts in found if not parts["task"])
 
 
 @given(st.text(max_size=300))

@@ -20,12 +20,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     return world.make(tmp_path_factory.mktemp("world"))
 
 
-def pair(id: str, ours: float, theirs: float) -> dict:
+def pair(id: str, ours: float, theirs: float, **parts: float) -> dict:
     row = {"id": id, "question": "Thank the baker for the bread."}
     for side, reward in (("model", ours), ("before", theirs)):
         told = {"answer": "Dear baker", "finished": True, "tokens": 4, "reward": reward}
         row |= {f"{side}_{name}": value for name, value in told.items()}
-        row[f"{side}_parts"] = json.dumps({"reward": reward, "act": 1.0})
+        row[f"{side}_parts"] = json.dumps({"reward": reward, "act": 1.0, **parts})
     return row
 
 
@@ -41,6 +41,12 @@ def test_a_win_rate_by_hand() -> None:
     assert found["without_ties"]["value"] == pytest.approx(2 / 3) and found["without_ties"]["n"] == 3
     assert found["sides"]["model"]["parts"]["reward"]["value"] == pytest.approx(0.375)
     assert prefer.summary([pair("a", 1, 1), pair("b", 0, 0)])["without_ties"] is None
+
+
+def test_an_answer_that_does_not_do_what_was_asked_wins_nothing() -> None:
+    style = [pair("a", 0.07, 0.0, task=0.0), pair("b", 0.0, 0.06, task=0.0)]
+    found = prefer.summary([*style, pair("c", 1.0, 0.8, task=1.0)])
+    assert (found["wins"], found["ties"], found["losses"]) == (1, 2, 0)
 
 
 def test_two_models_and_the_same_bytes_twice(run_stage, inputs, tmp_path) -> None:

@@ -3,8 +3,10 @@ data."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from release.cards import caveats
 from release.cards.tables import count, table
 
 Facts = dict[str, Any]
@@ -20,6 +22,7 @@ def of(chat: Facts, contamination: Facts | None) -> dict[str, list[str]]:
         "chat_test": answers(chat.get("test", {})),
         "chat_fresh": answers(chat.get("fresh", {})),
         "preferences": wins(preferences),
+        "reward_parts": reward_parts(chat),
         "preference_samples": samples(last) if last else [],
         "contamination": overlaps(contamination) if contamination else [],
         "clean_scores": clean(contamination) if contamination else [],
@@ -71,6 +74,22 @@ def wins(preferences: Facts) -> list[str]:
         ])  # fmt: skip
     head = ["model", "against", "requests", "wins", "won", "tied", "lost"]
     return table([*head, "judge's mean of the other", "judge's mean"], body) if body else []
+
+
+def reward_parts(chat: Facts) -> list[str]:
+    """The judge's mean on the held-out requests of all models, and what it is made of: one row a part."""
+    measured = caveats.parts(chat)
+    names = ordered([name for found in measured.values() for name in found])
+    body = [
+        [name, *(_value(found[name]) if name in found else "not measured" for found in measured.values())]
+        for name in names
+    ]
+    return table(["part of the reward", *measured], body) if body else []
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Parts of a reward, each once: the whole and the task first."""
+    return sorted(set(names), key=lambda name: (name != "reward", name != "task", name))
 
 
 def samples(found: Facts) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from release import costs
-from release.cards import chat_tables, tables, training_tables
+from release.cards import caveats, chat_tables, tables, training_tables
 from release.hub_client import load
 
 Facts = dict[str, Any]
@@ -65,6 +65,7 @@ def model_index(scores: Facts, dataset: str) -> list[Any]:
 def model_tables(model: Facts) -> dict[str, list[str]]:
     """The tables that a model repository alone can prove."""
     return {
+        "caveats": caveats.of(model),
         "evaluation": tables.evaluation(model["scores"]),
         "samples": tables.samples(model["scores"]),
         "architecture": tables.architecture(model),
@@ -103,6 +104,11 @@ def intervention_tables(phases: Iterable[str], interventions: list[Facts]) -> di
     return {"interventions": tables.interventions(own)}
 
 
+def unread_tables(model: Facts, order: Facts) -> dict[str, list[str]]:
+    """What phases did not read of what got worse; order: of the dataset's facts."""
+    return {"unread": caveats.unread(model["scores"], order)}
+
+
 def cost_tables(spent: costs.Costs) -> dict[str, list[str]]:
     """What all of the release took to make."""
     head = ["stage", "attempts", "failed", "core hours", "GPU hours", "energy, Wh"]
@@ -132,6 +138,7 @@ def model_card(
     )
     # of what both repositories tell, the scores too, the model's own word counts on its card
     more = intervention_tables(model["training"], interventions) | cost_tables(spent)
+    more |= unread_tables(model, data["order"])
     shown = _lines({**data_tables(data), **model_tables(model), **more})
     text = hub.ModelCard.from_template(
         card_data,

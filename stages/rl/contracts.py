@@ -93,7 +93,8 @@ class Response:
 
 
 Parts = dict[str, float]
-"""Parts of a reward by name, each finite; `reward` is the whole."""
+"""Parts of a reward by name, each finite; `reward` is the whole. `task`, if there, is 1 where what was asked was done
+and 0 elsewhere: cards compare it with the reward, and an answer without it wins no comparison."""
 
 
 class VerifierFailed(AtomError):

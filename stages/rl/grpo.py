@@ -101,6 +101,7 @@ class Rlvr(PolicyTrainer):
         self.generated += sum(lengths)
         told = {
             "reward": sum(r.reward for r in every) / len(every),
+            "rewards": rollouts.rewards(every),
             "answers": len(every),
             "groups": groups,
             "answer_tokens": sum(lengths) / len(every),

@@ -24,7 +24,7 @@ ROWS = 64
 class Courtesy:
     """The rules of stages/data/courtesies.py for a courteous note."""
 
-    name, version, runs_code = "courtesy", "1", False
+    name, version, runs_code = "courtesy", "2", False
 
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
         return [self._parts(row, response) for row, response in answers]
@@ -32,7 +32,7 @@ class Courtesy:
     def _parts(self, row: Row, response: Response) -> Parts:
         act = next(act for act in courtesies.ACTS if act.name == row["act"])
         parts = courtesies.judge(courtesies.Request(act, row["who"], row["what"]), response.answer)
-        return parts if response.finished else parts | {"reward": 0.0}
+        return parts if response.finished else parts | {"reward": 0.0, "task": 0.0}
 
     def close(self) -> None:
         """Nothing is held."""

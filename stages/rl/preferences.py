@@ -80,6 +80,7 @@ class Dpo(PolicyTrainer):
         judged_ = [r for r in found if r.wave == 0]
         told: dict[str, Any] = {
             "reward": sum(r.reward for r in judged_) / len(judged_),
+            "rewards": rollouts.rewards(judged_),
             "pairs": len(pairs),
             "anchors": len(right),
             "answers": len(found),

@@ -102,6 +102,14 @@ def join(parts: Sequence[Path], target: Path) -> int:
     return count
 
 
+def rewards(found: Sequence[Rollout]) -> dict[str, float]:
+    """Mean reward by kind of task, in the order of their names."""
+    kinds: dict[str, list[float]] = {}
+    for r in found:
+        kinds.setdefault(r.kind, []).append(r.reward)
+    return {kind: sum(values) / len(values) for kind, values in sorted(kinds.items())}
+
+
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over the names, types, shapes and bytes of a policy's tensors, by name."""
     import torch

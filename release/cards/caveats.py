@@ -1,0 +1,142 @@
+"""What a reader has to know before any figure that sounds like praise: sentences that follow from figures by rule.
+
+- What was asked: in how many held-out requests the model does it, where its judge tells that (the part `task`).
+- A reward rose and its task did not, or none was measured, from one phase to the next: of the judge's mean on held-out
+  requests, and of the reward that a phase was trained on.
+- What got worse from one phase to the next, and what of it the phase did not read.
+
+A rise is one beyond `SURE` standard errors of the difference; for what got worse one standard error is enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+from release.cards.tables import count, titles, with_error
+from stages.statistics import SURE
+
+Facts = dict[str, Any]
+NONE = "No reward rose without its task, and nothing that was measured got worse from one phase to the next."
+
+
+def of(model: Facts) -> list[str]:
+    """Of the facts of one model: what its repository alone can prove."""
+    found = [*_task(model), *_untaught(model), *_trained(model), *_worse(model)]
+    return [f"- {sentence}" for sentence in found] or [NONE]
+
+
+def unread(scores: Facts, order: Facts) -> list[str]:
+    """Sources whose bits per byte rose in phases that read none of their documents.
+
+    scores: as of a model, in the order of training; order: `order` of the facts of a dataset.
+    """
+    lines = []
+    for before, after in pairwise(scores):
+        phase = PHASE.get(after, after.replace("long-", "longcontext-"))
+        read = {source for part in order.get(phase, {}).get("parts", ()) for source in part["by_source"]}
+        lost = [source for source in _risen(scores[before], scores[after]) if source not in read]
+        if lost:
+            lines.append(f"- Why: {phase} read no document of {', '.join(lost)}.")
+    return lines
+
+
+PHASE = {"base": "pretrain", "mid": "midtrain"}
+"""The phase that a model came from, where it is not called after it."""
+
+
+def parts(chat: Facts) -> dict[str, Facts]:
+    """Of each model that answered the held-out requests, in the order of training, the parts of its reward."""
+    found: dict[str, Facts] = {}
+    for name, row in chat.get("preferences", {}).items():
+        found.setdefault(row["before"], row["sides"]["before"]["parts"])
+        found[name] = row["sides"]["model"]["parts"]
+    return found
+
+
+def rises(before: Facts, after: Facts, errors: float = SURE) -> bool:
+    """Whether a value rises by more than so many standard errors of the difference."""
+    return bool(after["value"] - before["value"] > errors * math.hypot(before["se"], after["se"]))
+
+
+def _task(model: Facts) -> Iterator[str]:
+    measured = parts(model["chat"])
+    if measured and "task" in (last := measured[list(measured)[-1]]):
+        yield (
+            f"Of {count(last['task']['n'])} held-out requests this model does what was asked in a share of "
+            f"{with_error(last['task'], 3)}. A preference between two answers says no more than that."
+        )
+
+
+def _untaught(model: Facts) -> Iterator[str]:
+    """Where the judge's mean rose on held-out requests and the share that does what was asked did not."""
+    measured = parts(model["chat"])
+    for before, after in pairwise(measured):
+        old, new = measured[before], measured[after]
+        if "task" in new and rises(old["reward"], new["reward"]) and not rises(old["task"], new["task"]):
+            risen = [name for name in new if name not in ("reward", "task") and rises(old[name], new[name])]
+            what = ", ".join(f"{name} ({_change(old[name], new[name])})" for name in risen) or "no part by itself"
+            yield (
+                f"**A reward rose and its task did not**: from {before} to {after} the judge's mean rose "
+                f"({_change(old['reward'], new['reward'])}), and the share of answers that do what was asked did not "
+                f"({_change(old['task'], new['task'])}). What rose: {what}."
+            )
+
+
+def _trained(model: Facts) -> Iterator[str]:
+    """Where the reward that a phase was trained on rose, and the held-out figure that it stands for did not."""
+    chat, measured = model["chat"].get("test", {}), parts(model["chat"])
+    for before, after in pairwise(chat):
+        for kind, reward in model["training"].get(after, {}).get("rewards", {}).items():
+            if not rises(reward["first"], reward["last"]):
+                continue
+            change = f"({_change(reward['first'], reward['last'])}, means of the first and the last steps)"
+            start = f"while {after} was trained, its reward for {kind} rose {change}, and"
+            if kind in chat[after]["problems"]:
+                what = f"the share of right answers to test problems ({kind})"
+                old, new = (chat[name]["problems"][kind]["samples"]["accuracy"] for name in (before, after))
+            elif kind in chat[after]["judged"] and all("task" in measured.get(name, {}) for name in (before, after)):
+                what = "the share of answers to held-out requests that do what was asked"
+                old, new = measured[before]["task"], measured[after]["task"]
+            else:
+                yield f"**A reward rose, and no task was measured**: {start} no held-out figure tells what it gave."
+                continue
+            if not rises(old, new):
+                yield f"**A reward rose and its task did not**: {start} {what} did not ({_change(old, new)})."
+
+
+def _worse(model: Facts) -> Iterator[str]:
+    """What got worse from one model to the next by more than a standard error of the difference, one line a phase."""
+    names, test = titles(model["scores"]), model["chat"].get("test", {})
+    for before, after in pairwise(model["scores"]):
+        old, new = model["scores"][before], model["scores"][after]
+        lost = [
+            f"bits per byte of {source} ({_change(old['bits_per_byte'][source], new['bits_per_byte'][source])})"
+            for source in _risen(old, new)
+        ]
+        pairs = [
+            (f"exact match of {task}", old["accuracy"].get(task, row), row) for task, row in new["accuracy"].items()
+        ]
+        if before in test and after in test:
+            for kind, row in test[after]["problems"].items():
+                accuracy = [found["samples"]["accuracy"] for found in (test[before]["problems"][kind], row)]
+                pairs.append((f"pass@1 of {kind}", *accuracy))
+            pairs += [
+                (f"judge's mean of {kind}", test[before]["judged"][kind]["reward"], row["reward"])
+                for kind, row in test[after]["judged"].items()
+            ]
+        lost += [f"{what} ({_change(low, high)})" for what, low, high in pairs if rises(high, low, 1)]
+        if lost:
+            yield f"From {names[before]} to {names[after]} these got worse: {', '.join(lost)}."
+
+
+def _risen(before: Facts, after: Facts) -> list[str]:
+    """Sources whose bits per byte rose."""
+    old, new = before["bits_per_byte"], after["bits_per_byte"]
+    return [source for source, row in new.items() if source in old and rises(old[source], row, 1)]
+
+
+def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    return f"{with_error(dict(before), 3)} → {with_error(dict(after), 3)}"

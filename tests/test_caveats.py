@@ -1,0 +1,129 @@
+"""What a card says before its figures: every sentence by rule, from figures with their standard errors, and none else."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from release import training
+from release.cards import caveats, chat_tables
+
+
+def value(x: float, se: float = 0.01, n: int = 400) -> dict[str, Any]:
+    return {"value": x, "se": se, "n": n}
+
+
+def problems(accuracy: float, judged: float) -> dict[str, Any]:
+    found = {"samples": {"accuracy": value(accuracy)}}
+    return {"problems": {"add": found}, "problems_all": found, "judged": {"courtesy": {"reward": value(judged)}}}
+
+
+def side(reward: float, task: float | None, ending: float) -> dict[str, Any]:
+    parts = {"ending": value(ending), "reward": value(reward)} | ({} if task is None else {"task": value(task)})
+    return {"parts": parts}
+
+
+def log(*rewards: float, kind: str = "add") -> dict[str, Any]:
+    return training.log_facts([{"step": n, "tokens": n, "rewards": {kind: x}} for n, x in enumerate(rewards, 1)])
+
+
+def facts(**changes: Any) -> dict[str, Any]:
+    """A release in which nothing gets worse and every reward that rises has its task rise."""
+    bits = {"init": 8.0, "base": 2.0, "mid": 1.9, "sft": 1.8, "rlvr": 1.8, "rlhf": 1.8}
+    scores = {
+        name: {"bits_per_byte": {"sums": value(x)}, "accuracy": {"add": value(n / 10)}}
+        for n, (name, x) in enumerate(bits.items())
+    }
+    sides = {"before": side(0.3, 0.3, 0.3), "model": side(0.6, 0.6, 0.5)}
+    model = {
+        "scores": scores,
+        "chat": {
+            "test": {"sft": problems(0.4, 0.3), "rlvr": problems(0.8, 0.3), "rlhf": problems(0.8, 0.6)},
+            "preferences": {"rlhf": {"before": "rlvr", "sides": sides}},
+        },
+        "training": {"rlvr": log(0.3, 0.31, 0.5, 0.79, 0.8), "rlhf": log(0.3, 0.31, 0.5, 0.6, 0.59, kind="courtesy")},
+    }
+    return model | changes
+
+
+def said(model: dict[str, Any], part: str) -> list[str]:
+    return [line for line in caveats.of(model) if part in line]
+
+
+def test_where_all_is_well_only_the_share_that_does_what_was_asked_is_stated() -> None:
+    assert caveats.of(facts()) == [
+        "- Of 400 held-out requests this model does what was asked in a share of 0.600 ± 0.010. A preference between two "
+        "answers says no more than that."
+    ]
+    assert caveats.of(facts(chat={}, training={})) == [caveats.NONE]
+
+
+@pytest.mark.parametrize(("task", "expected"), [(0.002, True), (0.02, True), (0.05, False)])
+def test_a_judge_that_is_pleased_by_style_alone_is_named(task: float, expected: bool) -> None:
+    model = facts()
+    model["chat"]["preferences"]["rlhf"]["sides"] = {
+        "before": side(0.26, 0.002, 0.32),
+        "model": side(0.43, task, 0.95),
+    }
+    lines = said(model, "A reward rose and its task did not**: from rlvr to rlhf")
+    assert bool(lines) == expected
+    if lines:
+        assert (
+            "rose (0.260 ± 0.010 → 0.430 ± 0.010)" in lines[0]
+            and "What rose: ending (0.320 ± 0.010 → 0.950" in lines[0]
+        )
+
+
+def test_a_phase_whose_training_reward_rises_alone_is_named() -> None:
+    model = facts()
+    model["chat"]["test"]["rlvr"] = problems(0.41, 0.3)
+    (line,) = said(model, "while rlvr was trained")
+    assert "for add rose (0.305 ± 0.005 → 0.795 ± 0.005" in line and "(0.400 ± 0.010 → 0.410 ± 0.010)" in line
+    model = facts()
+    model["chat"]["preferences"]["rlhf"]["sides"]["model"] = side(0.3, 0.3, 0.3)
+    assert len(said(model, "while rlhf was trained, its reward for courtesy rose")) == 1
+    model["training"]["rlhf"] = log(0.3, 0.6, 0.3, 0.6, 0.3, kind="courtesy")
+    assert not said(model, "while rlhf"), "within its standard errors nothing rose"
+    model["training"]["rlhf"] = log(0.1, 0.1, 0.5, 0.5, kind="code")
+    assert len(said(model, "and no task was measured**: while rlhf was trained, its reward for code rose")) == 1
+
+
+def test_what_got_worse_is_listed_with_the_phase_that_did_not_read_it() -> None:
+    model = facts()
+    model["scores"]["sft"]["bits_per_byte"]["sums"] = value(9.1, 0.3)
+    model["scores"]["sft"]["accuracy"]["add"] = value(0.1)
+    (line,) = said(model, "got worse")
+    assert line == (
+        "- From mid-training to sft these got worse: bits per byte of sums (1.900 ± 0.010 → 9.100 ± 0.300), "
+        "exact match of add (0.200 ± 0.010 → 0.100 ± 0.010)."
+    )
+    order = {"sft": {"parts": [{"by_source": {"prose": {}}}]}}
+    assert caveats.unread(model["scores"], order) == ["- Why: sft read no document of sums."]
+    assert caveats.unread(model["scores"], {"sft": {"parts": [{"by_source": {"sums": {}}}]}}) == []
+    model["scores"]["sft"]["bits_per_byte"]["sums"] = value(1.91, 0.3)
+    assert "bits per byte" not in said(model, "got worse")[0], "less than a standard error"
+
+
+def test_a_judge_without_a_task_is_taken_at_its_word() -> None:
+    model = facts()
+    model["chat"]["preferences"]["rlhf"]["sides"] = {"before": side(0.2, None, 0.3), "model": side(0.5, None, 0.9)}
+    assert caveats.of(model) == [caveats.NONE]
+
+
+def test_parts_of_the_reward_by_model() -> None:
+    rows = chat_tables.reward_parts(facts()["chat"])
+    assert rows[0] == "| part of the reward | rlvr | rlhf |"
+    assert rows[2:] == [
+        "| reward | 0.300 ± 0.010 | 0.600 ± 0.010 |",
+        "| task | 0.300 ± 0.010 | 0.600 ± 0.010 |",
+        "| ending | 0.300 ± 0.010 | 0.500 ± 0.010 |",
+    ]
+    assert chat_tables.reward_parts({}) == []
+
+
+def test_rewards_of_a_log_with_few_steps_say_nothing() -> None:
+    assert log(0.1, 0.2, 0.9)["rewards"] == {}
+    found = log(*(n / 20 for n in range(20)))["rewards"]["add"]
+    assert json.dumps(found) and found["first"]["n"] == found["last"]["n"] == 5
