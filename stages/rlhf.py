@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.stage import Estimate, Inputs, Report, Stage
 from stages.rl.config import DpoTrainConfig, obstacle
 
-VERSION = 3
+VERSION = 4
 
 
 def run(config: DpoTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.stage import Estimate, Inputs, Report, Stage
 from stages.rl.config import RlTrainConfig, obstacle
 
-VERSION = 2
+VERSION = 3
 
 
 def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -106,10 +106,12 @@ def test_what_got_worse_is_listed_with_the_phase_that_did_not_read_it() -> None:
     assert "bits per byte" not in said(model, "got worse")[0], "less than a standard error"
 
 
-def test_a_judge_without_a_task_is_taken_at_its_word() -> None:
+def test_a_reward_without_a_task_is_named_where_it_was_trained_on() -> None:
     model = facts()
     model["chat"]["preferences"]["rlhf"]["sides"] = {"before": side(0.2, None, 0.3), "model": side(0.5, None, 0.9)}
-    assert caveats.of(model) == [caveats.NONE]
+    (line,) = caveats.of(model)
+    assert "no task was measured**: while rlhf was trained, its reward for courtesy rose" in line
+    assert caveats.of(model | {"training": {}}) == [caveats.NONE], "of an older release, whose logs have no rewards"
 
 
 def test_parts_of_the_reward_by_model() -> None:
