@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from release import costs, facts, keyless, sign
-from release.cards import tables
+from release.cards import caveats, tables
 from release.layout import GATES, PUBLIC_KEY, RELEASE, SIGNATURE, model_folders
 
 WIDTH = 118
@@ -18,7 +18,8 @@ def facts_of(release: Path) -> dict[str, Any]:
     """What the page tells, for `--json`; fields are only ever added.
 
     corpus: by source, documents in, kept and tokens; removed: by rule. models: in the order of training, parameters and
-    scores {measure: {value, se}}; of those that converse, pass_at_1. gates: {name: ok}. key: the fingerprint of the key
+    scores {measure: {value, se}}; of those that converse, pass_at_1. caveats: the sentences that the final model's card
+    opens with. gates: {name: ok}. key: the fingerprint of the key
     that is said to have signed it, unchecked, or None.
     """
     about, data = facts.read_json(release / RELEASE), facts.data_facts(release / "dataset")
@@ -45,6 +46,7 @@ def facts_of(release: Path) -> dict[str, Any]:
         "removed": dict(sorted(removed.items(), key=lambda item: (-item[1], item[0]))),
         "seen": {phase: _seen(found) for phase, found in data["order"].items()},
         "models": {folder: _scores(model) for folder, model in known.items()},
+        "caveats": [*caveats.of(known[final]), *caveats.unread(known[final]["scores"], data["order"])],
         "pass_at_1": {name: found["problems_all"]["samples"]["accuracy"] for name, found in chat.items()},
         "checkpoints": [row["branch"] for row in facts.checkpoint_facts(release / "checkpoints")],
         "gates": {name: gate["ok"] for name, gate in sorted(facts.read_json(release / GATES).items())},
@@ -108,6 +110,11 @@ def text(found: dict[str, Any]) -> str:
     console.print(f"removed: {removed or 'nothing'}")
     seen = ", ".join(f"{name} {row['steps']:,} steps, {row['tokens']:,} tokens" for name, row in found["seen"].items())
     console.print(f"seen: {seen}\n")
+
+    console.print("read first")
+    for sentence in found["caveats"]:
+        console.print(sentence.replace("**", ""))
+    console.print()
 
     quality = table("how good", "bits per byte, all", "exact match, all")
     for folder, scores in found["models"].items():

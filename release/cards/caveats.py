@@ -19,6 +19,10 @@ from release.cards.tables import count, titles, with_error
 from stages.statistics import SURE
 
 Facts = dict[str, Any]
+RULE = (
+    "By rule from the figures below: what got worse from one phase to the next by more than a standard error of the "
+    f"difference, and every reward that rose by more than {SURE} of them where its task did not."
+)
 NONE = "No reward rose without its task, and nothing that was measured got worse from one phase to the next."
 
 

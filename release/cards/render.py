@@ -65,6 +65,7 @@ def model_index(scores: Facts, dataset: str) -> list[Any]:
 def model_tables(model: Facts) -> dict[str, list[str]]:
     """The tables that a model repository alone can prove."""
     return {
+        "caveats_rule": [caveats.RULE],
         "caveats": caveats.of(model),
         "evaluation": tables.evaluation(model["scores"]),
         "samples": tables.samples(model["scores"]),
