@@ -161,11 +161,9 @@ def conversation(console: Any, table: Any, chat: dict[str, Any]) -> None:
     row("pass@1, all", [found["problems_all"]["samples"]["accuracy"] for found in test.values()])
     row("greedy, all", [found["problems_all"]["greedy"]["accuracy"] for found in test.values()])
     row("pass@1, fresh set", [found["problems_all"]["samples"]["accuracy"] for found in fresh.values()])
-    for kind in next(iter(test.values()))["judged"]:
-        row(f"judge's mean, {kind}", [found["judged"][kind]["reward"] for found in test.values()])
     measured = caveats.parts(chat)
     for part in chat_tables.ordered([part for found in measured.values() for part in found]):
-        label = f"  its part {part}" if part != "reward" else "judge's mean, preferences"
+        label = f"  its part {part}" if part != "reward" else "judge's mean on requests"
         row(label, [measured.get(name, {}).get(part) for name in test])
     row("wins against an earlier model", [liked[name]["win_rate"] if name in liked else None for name in test])
     console.print(made)
