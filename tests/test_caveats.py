@@ -54,8 +54,8 @@ def said(model: dict[str, Any], part: str) -> list[str]:
 
 def test_where_all_is_well_only_the_share_that_does_what_was_asked_is_stated() -> None:
     assert caveats.of(facts()) == [
-        "- Of 400 held-out requests this model does what was asked in a share of 0.600 ± 0.010. A preference between two "
-        "answers says no more than that."
+        "- This model does all of what was asked in 0.600 ± 0.010 of 400 held-out requests. That its answers are preferred "
+        "to another model's says no more than that."
     ]
     assert caveats.of(facts(chat={}, training={})) == [caveats.NONE]
 

@@ -69,8 +69,8 @@ def _task(model: Facts) -> Iterator[str]:
     measured = parts(model["chat"])
     if measured and "task" in (last := measured[list(measured)[-1]]):
         yield (
-            f"Of {count(last['task']['n'])} held-out requests this model does what was asked in a share of "
-            f"{with_error(last['task'], 3)}. A preference between two answers says no more than that."
+            f"This model does all of what was asked in {with_error(last['task'], 3)} of {count(last['task']['n'])} "
+            "held-out requests. That its answers are preferred to another model's says no more than that."
         )
 
 
