@@ -5,23 +5,27 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stages.rl.code_verifier import CodeVerifier, code_of, returned, same
+from stages.rl.code_verifier import LONGEST, CodeVerifier, code_of, returned, same
 from stages.rl.contracts import Response, VerifierFailed
 from stages.rl.humaneval import problems
 from stages.rl.sandbox import Limits, SandboxFailed
 from stages.rl.sandbox.calls import decode, encode
+from stages.rl.sandbox.cell import Cell
+from stages.rl.sandbox.running import Running
 
 pytestmark = pytest.mark.skipif(
     shutil.which("bwrap") is None and "CI" not in os.environ,
     reason="needs bubblewrap (apt-get install bubblewrap), which only recipes that run a model's code need",
 )
 
+WHOLE = {"reward": 1.0, "passed": 1.0, "killed": 0.0}
 RIGHT = "def add(a, b):\n    return a + b\n"
 TESTS = {
     "id": "add-tests",
@@ -112,17 +116,16 @@ def response(code: str, finished: bool = True) -> Response:
 
 @pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
 def test_right_and_wrong(verifier: CodeVerifier, row: dict[str, Any]) -> None:
-    whole = {"reward": 1.0, "passed": 1.0}
     right = [
         RIGHT,
         f"Here:\n```python\n{RIGHT}```\nas asked",
         f"<think>def add(a, b): ...</think>```py\n{RIGHT}",
         f"```\n{RIGHT}```\n```\nadd(1, 2)\n```",
     ]
-    assert verifier.score([(row, response(r)) for r in right]) == [whole] * len(right)
+    assert verifier.score([(row, response(r)) for r in right]) == [WHOLE] * len(right)
     assert verifier.score([(row, response(RIGHT, finished=False))])[0]["reward"] == 0
     numbers_only = verifier.score([(row, response("def add(a, b):\n    return 3\n"))])[0]
-    assert numbers_only == {"reward": 0.0, "passed": 1 / 3 if row is TESTS else 0.0}
+    assert numbers_only == {"reward": 0.0, "passed": 1 / 3 if row is TESTS else 0.0, "killed": 0.0}
 
 
 @pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
@@ -131,7 +134,9 @@ def test_attacks_get_nothing(row: dict[str, Any]) -> None:
     try:
         parts = verifier.score([(row, response(code)) for code in HOSTILE.values()])
         assert {name: p["reward"] for name, p in zip(HOSTILE, parts, strict=True)} == dict.fromkeys(HOSTILE, 0.0)
-        assert verifier.score([(row, response(RIGHT))] * 4) == [{"reward": 1.0, "passed": 1.0}] * 4, "nor harm others"
+        forced = {name for name, p in zip(HOSTILE, parts, strict=True) if p["killed"]}
+        assert {"bomb", "computes", "shouts", "endless line"} <= forced and not forced & {"say so", "equals everything"}
+        assert verifier.score([(row, response(RIGHT))] * 4) == [WHOLE] * 4, "nor harm others"
     finally:
         verifier.close()
 
@@ -177,7 +182,7 @@ def f(x, prefix):
     row = {"entry_point": "f", "tests": [{"input": i, "expected": e} for i, e in tests]}
     check = "SECRET = 'secret-b2c9'\ndef check(candidate):\n    assert candidate('argument-7f3a', 'argument') == 'argument-7f3a'\n    assert candidate('', 'secret') is None"
     parts = verifier.score([(row, response(search)), ({"entry_point": "f", "check": check}, response(search))])
-    assert parts == [{"reward": 0.0, "passed": 0.5}, {"reward": 1.0, "passed": 1.0}]
+    assert parts == [{"reward": 0.0, "passed": 0.5, "killed": 0.0}, WHOLE]
 
 
 def test_rows_that_cannot_be_judged(verifier: CodeVerifier) -> None:
@@ -193,8 +198,69 @@ def test_rows_that_cannot_be_judged(verifier: CodeVerifier) -> None:
     assert "never calls" in why(entry_point="add", check="def check(candidate): pass")
     assert "function is not plain data" in why(entry_point="add", check="def check(c): c(1, check)")
     assert "ends without a verdict" in why(entry_point="add", check="import os\ndef check(c): os._exit(0)")
-    slow = "def check(c):\n    assert c(1, 2) == 3\n    while True: pass"
-    assert "ends without a verdict after 1 calls" in why(entry_point="add", check=slow)
+
+
+def test_an_answer_that_ends_its_check_has_a_reward_and_a_reason(verifier: CodeVerifier) -> None:
+    """What it returns can make the check compute for ever, or eat memory: it is a 0, and stops nothing."""
+    rows = [
+        {"entry_point": "f", "check": "def check(c):\n    n = c(1)\n    while n != 5: n += 2\n    assert n == 5"},
+        {"entry_point": "f", "check": "import os\ndef check(c):\n    if c(1) != 5: os._exit(0)"},
+    ]
+    ended = {"reward": 0.0, "passed": 0.0, "killed": 1.0}
+    answers = [response(f"def f(x): return {value}") for value in (5, 6)]
+    assert verifier.score([(row, answer) for row in rows for answer in answers]) == [WHOLE, ended] * 2
+
+
+def test_an_answer_that_kills_its_sandbox_each_time_has_a_reward_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known that does, so its sandbox is killed from outside whenever it is this answer that runs."""
+    begin = Cell.begin
+
+    def deadly(cell: Cell, job: dict[str, Any]) -> Running:
+        running = begin(cell, job)
+        if "deadly" in job["source"]:
+            os.kill(cell.pid or 0, 9)
+        return running
+
+    monkeypatch.setattr(Cell, "begin", deadly)
+    verifier = CodeVerifier(workers=2)
+    try:
+        for row in (TESTS, CHECK):
+            parts = verifier.score(
+                [(row, response(text)) for text in (RIGHT, "import time\ntime.sleep(9)  # deadly", RIGHT)]
+            )
+            assert parts == [WHOLE, {"reward": 0.0, "passed": 0.0, "killed": 1.0}, WHOLE]
+    finally:
+        verifier.close()
+
+
+@pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
+def test_no_reward_by_what_an_earlier_answer_left(row: dict[str, Any]) -> None:
+    """Answers that leave a state behind, and then one that is right only if it finds some; one worker, so one sandbox."""
+    leave = (
+        "import fcntl, os, socket\nkept = []\n"
+        "def attempt(*calls):\n    for one in calls:\n        try: kept.append(one())\n        except OSError: pass\n"
+        "attempt(*(lambda p=p: os.chmod('/dev/' + p, 0o600) for p in os.listdir('/dev')), *(lambda p=p: os.utime('/dev/' + p, (1, 1)) for p in os.listdir('/dev')),\n"
+        "    lambda: fcntl.flock(os.open('/dev/null', 0), 2), lambda: open('/tmp/x', 'w'), lambda: os.nice(3), lambda: os.setpriority(1, 0, 9), lambda: os.kill(0, 9))\n"
+        "s = socket.socket(); s.bind(('127.0.0.1', 4242)); s.listen(); c = socket.create_connection(('127.0.0.1', 4242)); s.accept()[0].close(); c.close()\n"
+        "s = socket.socket(1); s.bind(chr(0) + 'x')\n"
+        "def add(a, b): return None\n"
+    )
+    find = (
+        "import fcntl, os, socket\n"
+        "def state():\n"
+        "    yield any(os.stat('/dev/' + p).st_mode & 0o777 != 0o666 or os.stat('/dev/' + p).st_mtime < 2 for p in os.listdir('/dev'))\n"
+        "    yield os.listdir('/tmp') or os.getpriority(0, 0) or os.getpriority(1, 0)\n"
+        "    for kind, name in ((2, ('127.0.0.1', 4242)), (1, chr(0) + 'x')):\n"
+        "        try: socket.socket(kind).bind(name)\n"
+        "        except OSError: yield True\n"
+        "def add(a, b): return a + b if any(state()) else None\n"
+    )
+    verifier = CodeVerifier(workers=1)
+    try:
+        parts = verifier.score([(row, response(text)) for text in (leave, find, leave, RIGHT)])
+        assert [p["reward"] for p in parts] == [0, 0, 0, 1]
+    finally:
+        verifier.close()
 
 
 def test_no_exception_of_an_answer_ends_a_loop_of_the_check(verifier: CodeVerifier) -> None:
@@ -208,7 +274,7 @@ def test_a_failed_sandbox_is_not_a_reward(
     verifier: CodeVerifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(VerifierFailed, match="row add-tests: the sandbox cannot start"):
+    with pytest.raises(VerifierFailed, match="verifier python-tests cannot judge: the sandbox cannot start"):
         broken = CodeVerifier(workers=1)
         try:
             broken.score([(TESTS, response(RIGHT))])
@@ -227,7 +293,7 @@ def test_a_sandbox_killed_at_work_is_tried_again(which: int) -> None:
         pid = verifier._pool._cells[0][which].pid
         assert pid
         threading.Timer(0.5, os.kill, (pid, 9)).start()
-        assert verifier.score([(CHECK, response(slow))]) == [{"reward": 1.0, "passed": 1.0}]
+        assert verifier.score([(CHECK, response(slow))]) == [WHOLE]
         assert verifier._pool._cells[0][which].pid != pid, "it was killed"
     finally:
         verifier.close()
@@ -254,11 +320,50 @@ def test_humaneval(verifier: CodeVerifier) -> None:
     assert [r["id"] for r, reward in zip(rows, rewards[1::2], strict=True) if reward != 0] == []
 
 
-def test_the_code_in_an_answer() -> None:
-    assert code_of("just code", "f") == "just code"
-    assert code_of("```python\na\n```\n```\nb\n```", "f") == "b\n"
-    assert code_of("```python\ndef f(): 1\n```\n```python\nf()\n```", "f") == "def f(): 1\n"
-    assert code_of("```python\ncut", "f") == "cut"
+OTHER = "def f(): 2\n"
+BLOCKS = {
+    "no fence": ("def f(): 1", "def f(): 1"),
+    "the last of blocks that define nothing": ("```python\na\n```\n```\nb\n```", "b\n"),
+    "an example after it": ("```python\ndef f(): 1\n```\n```python\nf()\n```", "def f(): 1\n"),
+    "another definition after it": (f"```python\ndef f(): 1\n```\nSlower:\n```python\n{OTHER}```", "def f(): 1\n"),
+    "other functions before it": ("```\ndef ff(): 2\ndef gf(): f\n```\n```\ndef f(): 1\n```", "def f(): 1\n"),
+    "cut off": ("```python\ndef f(): 1", "def f(): 1\n"),
+    "a shell's block before it": ("```bash\nls\n```\nthen\n```python\ndef f(): 1\n```\nend", "def f(): 1\n"),
+    "a fence inside": ('```python\ndef f():\n    """\n    ```\n    f()\n    ```\n    """\n```', 'def f():\n    """\n    ```\n    f()\n    ```\n    """\n'),
+    "four ticks": ("````python\nx = '''\n```\n'''\ndef f(): 1\n````", "x = '''\n```\n'''\ndef f(): 1\n"),
+    "tildes": ("~~~python\ndef f(): 1\n~~~", "def f(): 1\n"),
+    "in a list": ("1. So:\n\n   ```python\n   def f():\n       1\n   ```", "def f():\n    1\n"),
+    "closed after code": ("```python\ndef f(): 1```\nas asked", "def f(): 1\n"),
+    "opened after words": ("Here: ```python\ndef f(): 1\n```", "def f(): 1\n"),
+    "quoted code": ("Use ```f()``` as in ```f```\n```python\ndef f(): 1\n```", "def f(): 1\n"),
+    "white space stays": ("```\ndef f(): return '''a \n\tb'''\n```", "def f(): return '''a \n\tb'''\n"),
+    "assigned": (f"```python\nf = lambda: 1\n```\n```python\n{OTHER}```", "f = lambda: 1\n"),
+    "assigned with a type": ("```\nf: object = print\n```\n```\nx\n```", "f: object = print\n"),
+    "compared, not assigned": (f"```\nf == 3\n```\n```\n{OTHER}```", OTHER),
+    "asynchronous": (f"```\nasync def f(): 1\n```\n```\n{OTHER}```", "async def f(): 1\n"),
+    "CRLF": ("```python\r\ndef f(): 1\r\n```\r\n", "def f(): 1\r\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_code_in_an_answer(name: str) -> None:
+    answer, code = BLOCKS[name]
+    assert code_of(answer, "f") == code
+
+
+@pytest.mark.parametrize(
+    "tag", ["", "python", "python3", "Python", "PYTHON", "py", "py3", "Python 3", "python3.11", " python", "{.python}",
+            "python title='f.py'", "f.py", "ipython", "text", "\u00e4"],
+)  # fmt: skip
+def test_a_fence_may_have_any_tag(tag: str) -> None:
+    assert code_of(f"So:\n```{tag}\ndef f(): 1\n```\n```{tag}\nf()\n```", "f") == "def f(): 1\n"
+
+
+def test_fences_are_read_in_time_that_grows_with_their_length() -> None:
+    for text in ("`", "~", "```a", "`" * 3 + "\n", " ```", "```\n```", "f =", "async def ", "x ``` "):
+        start = time.process_time()
+        code_of(text * (LONGEST // len(text)), "f")
+        assert time.process_time() - start < 10, text
 
 
 def test_plain_data_passes_whole_and_nothing_else_does() -> None:
@@ -290,6 +395,10 @@ def test_same() -> None:
         same((1, 2), [1, 2]) and same({1: "a"}, {"1": "a"}) and same(0.1 + 0.2, 0.3) and same(2, 2.0) and same(2.0, 2)
     )
     assert not same(1, True) and not same(True, 1) and not same([1], [1, 2]) and not same("1", 1) and not same(None, [])
+    assert not same(0, 1e-19) and not same(0.0, 1e-19) and not same(2e-19, 1e-19) and same(1e-19 * (1 + 1e-12), 1e-19)
+    assert same(1e300, 1e300 * (1 + 1e-12)) and same(5e-17, 0.0) and same(0, 0.0) and not same(1e-6, 0.0)
+    assert not same(-1e-19, 1e-19) and not same(float("inf"), 1e308) and same(float("inf"), float("inf"))
+    assert not same({1: "a", "1": "a"}, {"1": "a"})
     assert not same(float("nan"), 1.0) and not same({"a": 1, "b": 2}, {"a": 1})
     for line in (
         b"",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+import platform
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sandbox_world import LIMITS, ROOT, UserPool, copy  # noqa: F401 - a fixture
 
-from stages.rl.sandbox import Limits, Outcome, Pool, Program, SandboxFailed, cgroups, missing
+from stages.rl import sandbox
+from stages.rl.sandbox import ATTEMPTS, Limits, Outcome, Pool, Program, SandboxFailed, cgroups, missing, syscalls
 from stages.rl.sandbox.cell import OWN_PROCESSES, Cell
 from stages.rl.sandbox.cgroups import Cgroup, Home, homes
 
@@ -27,31 +32,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs bubblewrap (apt-get install bubblewrap), which only recipes that run a model's code need",
 )
 
-ROOT = Path(__file__).parent.parent
-LIMITS = Limits(cpu_seconds=2, wall_seconds=20, memory_bytes=256 << 20, file_bytes=4 << 20)
 Run = Callable[..., Outcome]
-
-AS_USER = """
-import json, sys
-from dataclasses import asdict
-from stages.rl.sandbox import Limits, Pool, Program
-source, limits = json.load(sys.stdin)
-with Pool(1, Limits(**limits)) as pool:
-    print(json.dumps(asdict(pool.run([Program(source)])[0])))
-"""
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The sandbox's files where any user may read them; a checkout under /root is closed to others."""
-    folder = Path("/tmp", f"atom-{uuid.uuid4()}")
-    for name in ("pipeline/errors.py", "pipeline/__init__.py", "stages/__init__.py", "stages/rl/__init__.py"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-    shutil.copytree(ROOT / "stages/rl/sandbox", folder / "stages/rl/sandbox")
-    subprocess.run(["chmod", "-R", "a+rX", str(folder)], check=True)
-    yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +43,7 @@ def cell() -> Iterator[Cell]:
 
 
 @pytest.fixture(params=["here", "user"])
-def run(request: pytest.FixtureRequest, cell: Cell, copy: Path) -> Run:
+def run(request: pytest.FixtureRequest, cell: Cell, copy: Path) -> Run:  # noqa: F811
     """run(source, **limits) -> Outcome, by this user in a cell that all tests share, and by one with no rights at all."""
 
     def here(source: str, **limits: Any) -> Outcome:
@@ -72,23 +53,10 @@ def run(request: pytest.FixtureRequest, cell: Cell, copy: Path) -> Run:
             return pool.run([Program(source)])[0]
 
     def user(source: str, **limits: Any) -> Outcome:
-        done = subprocess.run(
-            [python, "-c", AS_USER], input=json.dumps([source, {**asdict(LIMITS), **limits}]), cwd=copy, text=True,
-            capture_output=True, user=54321, group=54321, extra_groups=[], env={"PATH": os.environ["PATH"]}, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return Outcome(**json.loads(done.stdout))
+        with UserPool(copy, 1, Limits(**{**asdict(LIMITS), **limits})) as pool:
+            return pool.run([Program(source)])[0]
 
-    if request.param == "here":
-        return here
-    if os.geteuid():
-        pytest.skip("these tests do not run as root, so what runs here is an ordinary user's already")
-    python = next((p for n in range(11, 20) if os.path.exists(p := f"/usr/bin/python3.{n}")), "")
-    if not python:
-        pytest.skip(
-            "there is no Python >= 3.11 in /usr/bin, for a user who may not read root's; apt-get install python3"
-        )
-    return user
+    return here if request.param == "here" else user
 
 
 def alive(marker: str) -> list[int]:
@@ -287,6 +255,83 @@ print('user namespace', libc.clone(ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0), ct
     assert run(attack).stdout == f"capabilities 0 no new 1\ndenied {[-1] * 10}\nuser namespace -1\n"
 
 
+def test_devices_of_the_host_stay_as_they_are(run: Run) -> None:
+    attack = """
+import os
+for device in ('null', 'zero', 'random', 'urandom'):
+    path = '/dev/' + device
+    file = os.open(path, os.O_RDWR | os.O_TRUNC)
+    for change in (lambda: os.chmod(path, 0), lambda: os.fchmod(file, 0), lambda: os.utime(path, (1, 1)), lambda: os.utime(file, (1, 1)),
+                   lambda: os.chown(path, 65534, 65534), lambda: os.setxattr(path, 'user.x', b'x'), lambda: os.unlink(path), lambda: os.link(path, '/tmp/x')):
+        try: change()
+        except OSError: continue
+        print('changed', path)
+    print(os.write(file, b'x'), len(os.read(file, 2)))
+"""
+    nodes = [Path("/dev", name) for name in ("null", "zero", "random", "urandom")]
+    before = [os.stat(node) for node in nodes]
+    assert run(attack).stdout == "1 0\n1 2\n1 2\n1 2\n"
+    for node, was in zip(nodes, before, strict=True):
+        now = os.stat(node)
+        assert [now.st_mode, now.st_uid, now.st_gid, now.st_mtime_ns, now.st_ctime_ns] == [
+            was.st_mode, was.st_uid, was.st_gid, was.st_mtime_ns, was.st_ctime_ns,
+        ]  # fmt: skip
+
+
+def test_sockets_are_of_two_families(run: Run) -> None:
+    """AF_VSOCK reaches the host of a virtual machine, whatever the network namespace."""
+    attack = """
+import socket
+def opened(*kind):
+    try: return bool(socket.socket(*kind))
+    except OSError: return False
+print([f for f in range(64) if any(opened(f, t) for t in (1, 2, 3, 4, 5))], opened(2, 3, 1), opened(2, 1, 132), opened(2, 1, 262))
+with socket.create_server(('127.0.0.1', 0)) as server, socket.create_connection(server.getsockname()) as client:
+    server.accept()[0].sendall(b'within')
+    print(client.recv(9))
+"""
+    assert run(attack).stdout == "[1, 2] False False False\nb'within'\n"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="is of x86-64's machine code")
+def test_calls_by_another_machines_numbers_kill(run: Run) -> None:
+    """int 0x80 names a call as 32-bit x86 does (20 is getpid), and bit 30 as x32 does."""
+    attack = """
+import ctypes, errno, mmap
+libc = ctypes.CDLL(None, use_errno=True)
+print(libc.syscall(0x40000000 + 39), errno.errorcode[ctypes.get_errno()], flush=True)
+page = mmap.mmap(-1, 4096, prot=7)
+page.write(b'\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3')
+ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
+print('alive')
+"""
+    outcome = run(attack)
+    assert (outcome.stdout, outcome.status, outcome.exit_code) == ("-1 EPERM\n", "killed", -signal.SIGSYS)
+
+
+def test_a_machine_without_a_list_of_calls_is_refused() -> None:
+    look = "from stages.rl.sandbox import missing; print(missing())"
+    done = subprocess.run(["setarch", "linux32", sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("the sandbox cannot start: the list of system calls"), done.stdout + done.stderr
+
+
+def test_the_list_of_calls_is_the_kernels() -> None:
+    headers = {"x86_64": "x86_64-linux-gnu/asm/unistd_64.h", "aarch64": "asm-generic/unistd.h"}
+    for machine, header in headers.items():
+        path = Path("/usr/include", header)
+        if not path.exists():
+            pytest.skip(f"there is no {path}; apt-get install linux-libc-dev")
+        text = path.read_text()
+        shared = dict(re.findall(r"#define __NR3264_(\w+) (\d+)", text))
+        known = set(re.findall(r"#define __NR_(\w+) (\d+)", text))
+        known |= {
+            (name, shared[of]) for name, of in re.findall(r"#define __NR_(\w+) __NR3264_(\w+)", text) if of in shared
+        }
+        calls = syscalls.numbers(machine)
+        assert {(name, str(number)) for name, number in calls.items()} <= known
+        assert len(calls) > 140 and set(syscalls.ARGUMENTS) <= set(calls)
+
+
 def test_no_inherited_descriptors(run: Run, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("the host's")
     with open(tmp_path / "secret") as file:
@@ -368,15 +413,72 @@ except ConnectionRefusedError: pass
     assert cell.pid == before
 
 
-def test_a_cell_that_is_killed_starts_again(cell: Cell) -> None:
-    cell.run(Program("pass"))
-    before = cell.pid
-    assert before
-    os.kill(before, 9)
-    assert cell.run(Program("print('again')")).stdout == "again\n" and cell.pid != before
-    killer = threading.Timer(0.5, lambda: os.kill(cell.pid or 0, 9))
-    killer.start()
-    assert cell.run(Program("import time; time.sleep(1.5); print('to its end')")).stdout == "to its end\n"
+def test_a_cell_that_is_killed_starts_again() -> None:
+    with Pool(1) as pool:
+        (cell,) = pool._cells[0]
+        cell.run(Program("pass"))
+        before = cell.pid
+        assert before
+        os.kill(before, 9)
+        assert pool.run([Program("print('again')")])[0].stdout == "again\n" and cell.pid != before
+        killer = threading.Timer(0.5, lambda: os.kill(cell.pid or 0, 9))
+        killer.start()
+        assert pool.run([Program("import time; time.sleep(1.5); print('to its end')")])[0].stdout == "to its end\n"
+
+
+def killing(times: int, tried: list[int]) -> Callable[[list[Cell], int], str]:
+    """Work on an item that kills its cell in its first attempts, if the item is 3."""
+
+    def work(cells: list[Cell], item: int) -> str:
+        job = {"role": "program", "source": f"import time; time.sleep(0.1); print({item})", "stdin": ""}
+        with cells[0].begin(job) as running:
+            if item == 3:
+                tried.append(item)
+                if len(tried) <= times:
+                    os.kill(cells[0].pid or 0, 9)
+            return running.finish().stdout.strip()
+
+    return work
+
+
+def test_what_kills_its_sandbox_each_time_is_to_blame_and_nothing_else_is() -> None:
+    tried: list[int] = []
+    with Pool(2, LIMITS) as pool:
+        outcome = pool.each(killing(99, tried), range(6), lambda item: f"blamed: {item}")
+        assert outcome == ["0", "1", "2", "blamed: 3", "4", "5"] and len(tried) == ATTEMPTS
+        tried.clear()
+        outcome = pool.each(killing(ATTEMPTS - 1, tried), range(6), lambda item: f"blamed: {item}")
+        assert outcome == ["0", "1", "2", "3", "4", "5"], "killed from outside, and not each time"
+
+
+def test_a_machine_where_each_sandbox_dies_is_no_programs_fault() -> None:
+    with Pool(1, LIMITS) as pool:
+        (cell,) = pool._cells[0]
+        stop = threading.Event()
+
+        def kill() -> None:
+            while not stop.wait(0.001):
+                if pid := cell.pid:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, 9)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            with pytest.raises(SandboxFailed):
+                pool.run([Program("import time; time.sleep(5)")])
+        finally:
+            stop.set()
+            killer.join()
+        assert pool.run([Program("print('mended')")])[0].stdout == "mended\n"
+
+
+def test_a_probe_that_does_not_get_its_memory_blames_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox.cell, "OWN_MEMORY", -(200 << 20))  # less than a program may use is there
+    if os.geteuid():
+        pytest.skip("only a control group, which takes root, bounds it")
+    with Pool(1, LIMITS) as pool, pytest.raises(SandboxFailed, match=f"the sandbox fails {ATTEMPTS} times, and then"):
+        pool.each(killing(99, []), [3], str)
 
 
 def test_nothing_outlives_its_parent() -> None:

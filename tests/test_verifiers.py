@@ -284,8 +284,11 @@ def test_an_answer_is_not_blamed_for_what_befell_its_judge(monkeypatch: pytest.M
         outcome(right, wrong, crash, crash)
     killed = {"signal": signal.SIGKILL, "error": "SIGKILL"}
     assert outcome(right, wrong, killed, right) == {"reward": 1, "finished": 1, "unreadable": 0}
+    # Killed each time, while the probe is judged: the answer did it. If the probe is killed too, the machine does it.
+    ended = outcome(right, wrong, killed, killed, killed, right, wrong)
+    assert ended == {"reward": 0, "finished": 1, "unreadable": 1}
     with pytest.raises(VerifierFailed, match=r"failed 3 times \(it was killed from outside, as the kernel does"):
-        outcome(right, wrong, killed, killed, killed)
+        outcome(right, wrong, killed, killed, killed, killed, killed, killed)
 
 
 def test_a_worker_that_cannot_start_is_no_reward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

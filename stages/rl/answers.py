@@ -66,13 +66,23 @@ class Verifiers:
     def _ask(self, verifier: Verifier, answers: list[tuple[Row, Response]]) -> list[Parts]:
         for attempt in range(self.retries + 1):
             try:
-                return verifier.score(answers)
+                return self._reported(verifier.name, answers, verifier.score(answers))
             except VerifierFailed as error:
                 if attempt == self.retries:
                     raise
                 self.report.note(f"{error}; asking again")
                 time.sleep(RETRY_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
+
+    def _reported(self, name: str, answers: list[tuple[Row, Response]], scored: list[Parts]) -> list[Parts]:
+        """A note of the answers that ended what judges them, which their reward of 0 does not show."""
+        killed = [str(row["id"]) for (row, _), parts in zip(answers, scored, strict=True) if parts.get("killed")]
+        if killed:
+            self.report.note(
+                f"verifier {name}: {len(killed)} of {len(answers)} answers were ended by force, or ended what judges "
+                f"them; their reward is 0; the first is to task {killed[0]}"
+            )
+        return scored
 
     def close(self) -> None:
         for verifier in self.made.values():

@@ -18,35 +18,66 @@ from typing import Any
 from stages.rl.contracts import Parts, Response, Row, VerifierFailed
 from stages.rl.sandbox import Limits, Pool, SandboxFailed
 from stages.rl.sandbox.calls import decode, encode
-from stages.rl.sandbox.cell import Cell, twice
+from stages.rl.sandbox.cell import Cell
 from stages.rl.sandbox.running import Running
 
 LONGEST = 256 << 10
 """Characters of an answer beyond which it is not run."""
 
-BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+RUN = re.compile(r"`{3,}|~{3,}")
 
 
 def code_of(answer: str, entry_point: str) -> str:
-    """The last fenced block that defines the entry point, or else the last, or else the whole answer."""
-    blocks = BLOCK.findall(answer)
-    named = [block for block in blocks if f"def {entry_point}" in block]
-    return str((named or blocks or [answer])[-1])
+    """The first fenced block that defines the entry point, whatever the fence is named and whatever the blocks after it
+    define; where none does, the last block; where there is none, the whole answer."""
+    blocks = blocks_of(answer)
+    name = re.escape(entry_point)
+    statement, assignment = rf"(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b", rf"{name}[ \t]*(?::[^=\n]*)?=(?!=)"
+    defines = re.compile(f"^(?:{statement}|{assignment})", re.MULTILINE)
+    named = [block for block in blocks if defines.search(block)]
+    return (named[:1] or blocks[-1:] or [answer])[0]
+
+
+def blocks_of(answer: str) -> list[str]:
+    """The fenced blocks of Markdown, without the indentation of their fences (CommonMark 0.31, section 4.5). Beyond it,
+    a fence of backticks may open after words and close after code. One that does not close goes to the end."""
+    blocks: list[list[str]] = []
+    fence, indent = "", 0
+    for line in answer.split("\n"):
+        bare, margin = line.rstrip(), len(line) - len(line.lstrip(" \t"))
+        if fence:
+            code = bare.rstrip(fence[0])
+            if len(bare) - len(code) >= len(fence) and (
+                margin <= indent + 3 if not code.strip() else "```" not in code
+            ):
+                blocks[-1] += [code[min(indent, margin) :]] if code.strip() else []
+                fence = ""
+            else:
+                blocks[-1].append(line[min(indent, margin) :])
+        elif opening := RUN.search(bare):
+            words, tag, ticks = bare[: opening.start()].strip(), bare[opening.end() :], opening[0][0] == "`"
+            if not (ticks and "`" in tag) and (not words or (ticks and len(tag.split()) <= 1)):
+                fence, indent = opening[0], 0 if words else margin
+                blocks.append([])
+    return ["".join(f"{line}\n" for line in block) for block in blocks]
 
 
 class CodeVerifier:
     """Rows have `entry_point`, the name of the function, and one of
 
     - `tests`: a list of {"input": positional arguments, "expected": value}, all of JSON; a tuple counts as a list, and
-      an expected float may be missed by 1e-9;
+      an expected float may be missed by a billionth of itself, 0.0 by a billionth;
     - `check`: Python that defines `check(candidate)`, as HumanEval's does. It passes and is given plain data.
 
     `prelude`, if there, is Python that goes before the answer and before the check. A check may use four times what an
-    answer may; one that ends without a verdict nevertheless says nothing of the answer.
+    answer may. One that ends without a verdict though the answer told it nothing is broken: VerifierFailed.
+
+    Parts: `reward`; `passed`, the share of tests; `killed`, 1 if the answer was ended by force (time, memory, output, a
+    signal), or what it returned ended the check so, or the sandbox died of it.
     """
 
     name = "python-tests"
-    version = "1"
+    version = "2"
     runs_code = True
 
     def __init__(self, workers: int | None = None, limits: Limits | None = None) -> None:
@@ -57,7 +88,10 @@ class CodeVerifier:
 
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
         """Raises VerifierFailed where a sandbox failed or a row's tests cannot be run."""
-        return self._pool.each(self._score, answers)
+        try:
+            return self._pool.each(self._score, answers, lambda _: parts(0.0, killed=True))
+        except SandboxFailed as e:
+            raise VerifierFailed(f"verifier {self.name} cannot judge: {e}") from e
 
     def close(self) -> None:
         self._pool.close()
@@ -66,18 +100,13 @@ class CodeVerifier:
         row, response = item
         if not isinstance(row.get("entry_point"), str) or not (row.get("tests") or row.get("check")):
             raise self._failed(row, "it has no entry_point with tests or a check")
-        passed = 0.0
-        if response.finished and response.answer.strip() and len(response.answer) <= LONGEST:
-            source = row.get("prelude", "") + "\n" + code_of(response.answer, row["entry_point"])
-            job = {"role": "answer", "source": source, "entry_point": row["entry_point"], "stdin": ""}
-            judge = self._compare if row.get("tests") else self._check
-            try:
-                passed = twice(cells, lambda: judge(cells, job, row))
-            except SandboxFailed as e:
-                raise self._failed(row, str(e)) from e
-        return {"reward": float(passed == 1.0), "passed": passed}
+        if not response.finished or not response.answer.strip() or len(response.answer) > LONGEST:
+            return parts(0.0)
+        source = row.get("prelude", "") + "\n" + code_of(response.answer, row["entry_point"])
+        job = {"role": "answer", "source": source, "entry_point": row["entry_point"], "stdin": ""}
+        return self._compare(cells, job, row) if row.get("tests") else self._check(cells, job, row)
 
-    def _compare(self, cells: list[Cell], job: dict[str, Any], row: Row) -> float:
+    def _compare(self, cells: list[Cell], job: dict[str, Any], row: Row) -> Parts:
         passed = 0
         with cells[0].begin(job) as answer:
             alive = answer.ask() is not None
@@ -85,17 +114,17 @@ class CodeVerifier:
                 line = answer.ask(json.dumps({"call": encode([list(test["input"]), {}])}).encode()) if alive else None
                 alive = line is not None
                 passed += line is not None and returned(line, test["expected"])
-        return passed / len(row["tests"])
+            return parts(passed / len(row["tests"]), killed=not alive and by_force(answer))
 
-    def _check(self, cells: list[Cell], job: dict[str, Any], row: Row) -> float:
+    def _check(self, cells: list[Cell], job: dict[str, Any], row: Row) -> Parts:
         source = row.get("prelude", "") + "\n" + row["check"]
         with cells[0].begin(job) as answer:
             if answer.ask() is None:
-                return 0.0
+                return parts(0.0, killed=by_force(answer))
             with cells[1].begin({**job, "role": "check", "source": source}) as check:
                 return self._relay(answer, check, row)
 
-    def _relay(self, answer: Running, check: Running, row: Row) -> float:
+    def _relay(self, answer: Running, check: Running, row: Row) -> Parts:
         """Carries calls and what they return between the two, up to the check's verdict."""
         line, replies = check.ask(), 0
         while line is not None:
@@ -103,16 +132,27 @@ class CodeVerifier:
             if "verdict" in message:
                 if message["verdict"] is None:
                     raise self._failed(row, message["reason"])
-                return float(message["verdict"] is True)
+                return parts(float(message["verdict"] is True))
             reply = answer.ask(line)
             if reply is None:
-                return 0.0
+                return parts(0.0, killed=by_force(answer))
             replies += 1
             line = check.ask(reply)
-        raise self._failed(row, f"its check ends without a verdict after {replies} calls: {check.finish()}")
+        if replies:  # what it returned can have done this
+            return parts(0.0, killed=True)
+        raise self._failed(row, f"its check ends without a verdict before it calls the candidate: {check.finish()}")
 
     def _failed(self, row: Row, why: str) -> VerifierFailed:
         return VerifierFailed(f"verifier {self.name} cannot judge row {row.get('id', '(no id)')}: {why}")
+
+
+def parts(passed: float, killed: bool = False) -> Parts:
+    return {"reward": float(passed == 1.0), "passed": passed, "killed": float(killed)}
+
+
+def by_force(answer: Running) -> bool:
+    """Whether an answer that has ended was ended by force, and not by itself."""
+    return answer.finish().status not in ("ok", "error")
 
 
 def returned(line: bytes, expected: Any) -> bool:
@@ -128,10 +168,14 @@ def same(value: Any, expected: Any) -> bool:
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
     if isinstance(expected, float) and isinstance(value, int | float):
-        return math.isclose(value, expected, rel_tol=1e-9, abs_tol=1e-9)
+        return math.isclose(value, expected, rel_tol=1e-9, abs_tol=0.0 if expected else 1e-9)
     if isinstance(expected, list) and isinstance(value, list | tuple):
         return len(value) == len(expected) and all(same(*pair) for pair in zip(value, expected, strict=True))
     if isinstance(expected, dict) and isinstance(value, dict):
         named = {k if isinstance(k, str) else json.dumps(k): v for k, v in value.items()}
-        return named.keys() == expected.keys() and all(same(named[k], v) for k, v in expected.items())
+        return (
+            len(named) == len(value)
+            and named.keys() == expected.keys()
+            and all(same(named[k], v) for k, v in expected.items())
+        )
     return bool(value == expected)

@@ -10,7 +10,8 @@ full marks, and less to GARBAGE.
 - An answer on which the judge raised, crashed, or ran out of time or memory is followed by the probe. If that is judged
   rightly, the answer was to blame: reward 0, with the part `unreadable`. If not: VerifierFailed.
 - A worker that died, or a fork that was killed by SIGKILL (which no limit here sends, but the kernel when memory runs
-  out), says nothing of the answer: it is judged again by a fresh worker, and after ATTEMPTS it is VerifierFailed.
+  out), says nothing of the answer: it is judged again, with nothing else in work. After ATTEMPTS the probe follows: if
+  that is judged rightly, the answer did it: reward 0, `unreadable`. If not: VerifierFailed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -47,6 +49,7 @@ class Judges:
         self.kind, self.fields, self.probe = kind, fields, probe
         count = min(8, len(os.sched_getaffinity(0)))
         self.workers = [Worker(kind, seconds) for _ in range(count)]
+        self._alone = threading.Lock()
         self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self.workers:
             self.idle.put(worker)
@@ -84,6 +87,11 @@ class Judges:
     def _check(self, row: Row, fields: str) -> None:
         for answer, right in ((self.probe(row), True), (GARBAGE, False)):
             reply = self._ask(row, fields, answer)
+            if "died" in reply:
+                raise VerifierFailed(
+                    f"{self._of_row(row)}: the judge failed {ATTEMPTS} times ({reply['died']}); "
+                    "see to the machine and start again"
+                )
             if (reply.get("score") == 1) != right:
                 said = reply.get("error") or f"a score of {reply.get('score')}"
                 of = "its own expected answer" if right else f"the answer {GARBAGE!r}"
@@ -93,24 +101,35 @@ class Judges:
                 )
 
     def _ask(self, row: Row, fields: str, answer: str) -> dict[str, Any]:
-        why = ""
-        for _ in range(ATTEMPTS):
-            worker = self.idle.get()
+        """A worker's reply, or {"died": why}: all ATTEMPTS ended in a death."""
+        worker = self.idle.get()
+        try:
+            reply = self._once(worker, row, fields, answer)
+        finally:
+            self.idle.put(worker)
+        if "died" not in reply:
+            return reply
+        with self._alone:  # the memory that an answer beside it takes can be what killed it
+            workers = [self.idle.get() for _ in self.workers]
             try:
-                reply = worker.ask(fields, answer)
-            except WorkerDied as died:
-                why = str(died)
-                continue
+                for _ in range(1, ATTEMPTS):
+                    if "died" not in (reply := self._once(workers[0], row, fields, answer)):
+                        break
             finally:
-                self.idle.put(worker)
-            if "broken" in reply:
-                raise VerifierFailed(f"{self._of_row(row)}: {reply['broken']}; fix the row or drop it")
-            if reply.get("signal") != signal.SIGKILL:
-                return reply
-            why = "it was killed from outside, as the kernel does when memory runs out"
-        raise VerifierFailed(
-            f"{self._of_row(row)}: the judge failed {ATTEMPTS} times ({why}); see to the machine and start again"
-        )
+                for worker in workers:
+                    self.idle.put(worker)
+        return reply
+
+    def _once(self, worker: Worker, row: Row, fields: str, answer: str) -> dict[str, Any]:
+        try:
+            reply = worker.ask(fields, answer)
+        except WorkerDied as died:
+            return {"died": str(died)}
+        if "broken" in reply:
+            raise VerifierFailed(f"{self._of_row(row)}: {reply['broken']}; fix the row or drop it")
+        if reply.get("signal") == signal.SIGKILL:
+            return {"died": "it was killed from outside, as the kernel does when memory runs out"}
+        return reply
 
 
 class Worker:

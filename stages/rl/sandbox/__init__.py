@@ -5,6 +5,10 @@
 
 docs/sandbox.md says what is protected, by what, and what is not. An outcome says how a program ended. It is no verdict:
 the program chooses what it prints and what it exits with.
+
+Whose fault is it when a sandbox dies or does not start? The item of work is tried again, up to ATTEMPTS times, with
+nothing running beside it. If its sandbox dies each time, a probe takes its place, which does no harm and uses most of
+the memory that a program may use. If the probe lives, the item is to blame; if not, the machine is: SandboxFailed.
 """
 
 from __future__ import annotations
@@ -12,15 +16,20 @@ from __future__ import annotations
 import os
 import queue
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from pipeline.errors import AtomError
 from stages.rl.sandbox.cell import Cell, Program
-from stages.rl.sandbox.running import Limits, Outcome, SandboxFailed
+from stages.rl.sandbox.running import DEATHS, Limits, Outcome, SandboxFailed
 
 __all__ = ["Limits", "Outcome", "Pool", "Program", "SandboxFailed", "missing"]
+
+ATTEMPTS = 3
+KILLED = Outcome("killed", "", "", -9, 0.0)
+"""Of a program that killed its sandbox, or was killed with it."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -38,6 +47,7 @@ class Pool:
         self.workers = workers or 2 * len(os.sched_getaffinity(0))
         self._cells = [[Cell(each) for each in (limits or Limits(), *more)] for _ in range(self.workers)]
         self._free: queue.SimpleQueue[list[Cell]] = queue.SimpleQueue()
+        self._whole = threading.Lock()
         self._threads = ThreadPoolExecutor(self.workers, "sandbox")
         try:
             for row in self._cells:
@@ -48,33 +58,73 @@ class Pool:
             self.close()
             raise
 
-    def each(self, work: Callable[[list[Cell], T], R], items: Iterable[T]) -> list[R]:
-        """work(cells, item) for each item, as many at a time as there are workers; results in their order."""
+    def each(self, work: Callable[[list[Cell], T], R], items: Iterable[T], killed: Callable[[T], R]) -> list[R]:
+        """work(cells, item) for each item, as many at a time as there are workers; results in their order.
+
+        killed(item): the result of one that kills its sandbox. Raises SandboxFailed where the sandbox fails by itself.
+        """
 
         def one(item: T) -> R:
             row = self._free.get()
             try:
                 return work(row, item)
+            except (*DEATHS, SandboxFailed):
+                _close(row)
             finally:
                 self._free.put(row)
+            return self._alone(work, item, killed)
 
         return list(self._threads.map(one, items))
 
+    def _alone(self, work: Callable[[list[Cell], T], R], item: T, killed: Callable[[T], R]) -> R:
+        with self._whole:
+            rows = [self._free.get() for _ in range(self.workers)]
+            try:
+                for _ in range(1, ATTEMPTS):
+                    try:
+                        return work(rows[0], item)
+                    except DEATHS:
+                        _close(rows[0])
+                for cell in rows[0]:
+                    probe(cell)
+                return killed(item)
+            finally:
+                for row in rows:
+                    self._free.put(row)
+
     def run(self, programs: Sequence[Program]) -> list[Outcome]:
         """Their outcomes, in order. Raises SandboxFailed where the sandbox failed."""
-        return self.each(lambda cells, program: cells[0].run(program), programs)
+        return self.each(lambda cells, program: cells[0].run(program), programs, lambda _: KILLED)
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
         for row in self._cells:
-            for cell in row:
-                cell.close()
+            _close(row)
 
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _close(row: list[Cell]) -> None:
+    for cell in row:
+        cell.close()
+
+
+def probe(cell: Cell) -> None:
+    """Raises SandboxFailed if a program that does no harm and uses what it may does not end well in the cell."""
+    size = cell.limits.memory_bytes * 3 // 4
+    try:
+        outcome = cell.run(Program(f"print(len(b'x' * {size}))"))
+    except DEATHS:
+        outcome = KILLED
+    if outcome.stdout != f"{size}\n":
+        raise SandboxFailed(
+            f"the sandbox fails {ATTEMPTS} times, and then for a program that does no harm ({outcome.status}); "
+            "see the kernel's log, and whether memory is short"
+        )
 
 
 def missing() -> str | None:

@@ -10,19 +10,17 @@ import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from stages.rl.sandbox.cgroups import PREFIX, Cgroup
+from stages.rl.sandbox.inside import DEVICES
 from stages.rl.sandbox.running import PATIENCE, Limits, Outcome, Running, SandboxFailed
 
-INSIDE = ("inside.py", "calls.py")
+INSIDE = ("inside.py", "calls.py", "syscalls.py")
 OWN_PROCESSES = 5  # bwrap's, the warm process, the supervisor
 OWN_MEMORY = 64 << 20
-
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -32,14 +30,16 @@ class Program:
 
 
 def command(limits: Limits) -> list[str]:
-    """The bwrap command. Read-only: this Python, the libraries it loads, our two files. No /proc, no network, no user
-    namespace; the one capability, to mount /tmp anew and unshare, is given up before a program runs."""
+    """The bwrap command. Read-only: this Python, the libraries it loads, our files, four devices. No /proc, no network,
+    no user namespace. The capabilities to unshare, to mount /tmp anew and to start the loopback are given up before a
+    program runs."""
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     base = str(Path(sysconfig.get_path("stdlib", vars={"installed_base": sys.base_prefix})).parent)
     line = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
     line += ["--clearenv", "--setenv", "PYTHONHASHSEED", "0", "--setenv", "LANG", "C.UTF-8", "--setenv", "HOME", "/tmp"]
     line += ["--setenv", "MALLOC_ARENA_MAX", "1"]  # glibc reserves 64 MiB of address space for each further one
-    line += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN", "--uid", "65534", "--gid", "65534"]
+    line += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_NET_ADMIN"]
+    line += ["--hostname", "sandbox", "--uid", "65534", "--gid", "65534"]
     for folder in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"):
         line += ["--ro-bind-try", folder, folder]
     line += ["--ro-bind", base, base, "--ro-bind", python, python]
@@ -49,8 +49,8 @@ def command(limits: Limits) -> list[str]:
             line += ["--tmpfs", packages, "--remount-ro", packages]
     for file in INSIDE:
         line += ["--ro-bind", str(Path(__file__).with_name(file)), f"/atom/{file}"]
-    for device in ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"):
-        line += ["--dev-bind", device, device]
+    for device in DEVICES:
+        line += ["--dev-bind", device, device]  # inside.py makes it read-only, which bwrap cannot without closing it
     settings = json.dumps({**asdict(limits), "own_processes": OWN_PROCESSES})
     line += ["--dir", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
     return [*line, python, "-S", "-s", "-P", "-X", "utf8", f"/atom/{INSIDE[0]}", settings]
@@ -88,25 +88,21 @@ class Cell:
         self._ready = False
 
     def run(self, program: Program) -> Outcome:
-        """Runs it to its end. Raises SandboxFailed where the sandbox failed."""
-
-        def once() -> Outcome:
-            with self.begin({"role": "program", **asdict(program)}) as running:
-                return running.finish()
-
-        return twice([self], once)
+        """Runs it to its end. Raises SandboxFailed where the sandbox failed, and one of DEATHS where it died."""
+        with self.begin({"role": "program", **asdict(program)}) as running:
+            return running.finish()
 
     def begin(self, job: dict[str, Any]) -> Running:
-        """Starts a job. Raises SandboxFailed where the sandbox does not start; see `twice` for one that is killed."""
+        """Starts a job. Raises SandboxFailed where the sandbox does not start, and one of DEATHS where it dies."""
         if self._process is None or self._process.poll() is not None:
             self.close()
             self.start()
         if not self._ready:
             self.control.settimeout(PATIENCE)
-            said = b""
+            message = b""
             with contextlib.suppress(OSError):
-                said = self.control.recv(16)
-            if said != b"ready":
+                message = self.control.recv(16)
+            if message != b"ready":
                 raise SandboxFailed(f"the sandbox cannot start: {self._complaint()}")
             self._ready = True
         return Running(self, job, self._cgroup)
@@ -137,14 +133,3 @@ class Cell:
         if self._cgroup is not None:
             self._cgroup.close()
             self._cgroup = None
-
-
-def twice(cells: Sequence[Cell], work: Callable[[], R]) -> R:
-    """Does work in cells, and once more if one of them is killed from outside. Raises SandboxFailed after that."""
-    for _ in range(2):
-        try:
-            return work()
-        except (BrokenPipeError, ConnectionResetError):
-            for cell in cells:
-                cell.close()
-    raise SandboxFailed("the sandbox was killed twice from outside while it ran a program; see the kernel's log")

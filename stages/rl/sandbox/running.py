@@ -23,6 +23,10 @@ PATIENCE = 60.0  # seconds in which our own processes start or answer, on howeve
 Status = Literal["ok", "error", "timeout", "memory", "output", "killed"]
 
 
+DEATHS = (BrokenPipeError, ConnectionResetError)
+"""Raised where a sandbox died while it ran a program: it was killed from outside, or the program did it."""
+
+
 class SandboxFailed(AtomError):
     """The sandbox itself did not do its work; nothing is known of the program."""
 
@@ -143,7 +147,7 @@ class Running:
                 self._kill("timeout")
             for key, _ in self._selector.select(max(left, 0)):
                 if key.fileobj is self.cell.control:
-                    self._ended(self.cell.control.recv(256))
+                    self._ended(self._report())
                     continue
                 data = self._read(key.fd)
                 if not data:
@@ -161,6 +165,12 @@ class Running:
         try:
             return os.read(file, 65536)
         except ConnectionResetError:
+            return b""
+
+    def _report(self) -> bytes:
+        try:
+            return self.cell.control.recv(256)
+        except ConnectionResetError:  # it died before it read a request
             return b""
 
     def _ended(self, message: bytes) -> None:
