@@ -201,14 +201,10 @@ def test_rows_that_cannot_be_judged(verifier: CodeVerifier) -> None:
 
 
 def test_an_answer_that_ends_its_check_has_a_reward_and_a_reason(verifier: CodeVerifier) -> None:
-    """What it returns can make the check compute for ever, or eat memory: it is a 0, and stops nothing."""
-    rows = [
-        {"entry_point": "f", "check": "def check(c):\n    n = c(1)\n    while n != 5: n += 2\n    assert n == 5"},
-        {"entry_point": "f", "check": "import os\ndef check(c):\n    if c(1) != 5: os._exit(0)"},
-    ]
-    ended = {"reward": 0.0, "passed": 0.0, "killed": 1.0}
-    answers = [response(f"def f(x): return {value}") for value in (5, 6)]
-    assert verifier.score([(row, answer) for row in rows for answer in answers]) == [WHOLE, ended] * 2
+    """What it returns can make a check compute for ever, eat memory or end. It is a 0, and stops nothing."""
+    row = {"entry_point": "f", "check": "import os\ndef check(c):\n    if c(1) != 5: os._exit(0)"}
+    parts = verifier.score([(row, response(f"def f(x): return {value}")) for value in (5, 6)])
+    assert parts == [WHOLE, {"reward": 0.0, "passed": 0.0, "killed": 1.0}]
 
 
 def test_an_answer_that_kills_its_sandbox_each_time_has_a_reward_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

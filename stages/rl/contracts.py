@@ -112,7 +112,7 @@ class Verifier(Protocol):
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
         """The parts of each answer's reward, in order. An answer of any kind (empty, garbage, huge, hostile) has one.
 
-        Raises VerifierFailed in a sentence that names the verifier and the row.
+        Raises VerifierFailed in a sentence that names the verifier, and the row unless the machine is to blame.
         """
 
     def close(self) -> None:
