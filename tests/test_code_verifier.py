@@ -235,7 +235,7 @@ def test_no_reward_by_what_an_earlier_answer_left(row: dict[str, Any]) -> None:
     leave = (
         "import fcntl, os, socket\nkept = []\n"
         "def attempt(*calls):\n    for one in calls:\n        try: kept.append(one())\n        except OSError: pass\n"
-        "attempt(*(lambda p=p: os.chmod('/dev/' + p, 0o600) for p in os.listdir('/dev')), *(lambda p=p: os.utime('/dev/' + p, (1, 1)) for p in os.listdir('/dev')),\n"
+        "attempt(*(lambda p=p: os.chmod('/dev/' + p, 0o666) for p in os.listdir('/dev')), *(lambda p=p: os.utime('/dev/' + p, (1, 1)) for p in os.listdir('/dev')),\n"
         "    lambda: fcntl.flock(os.open('/dev/null', 0), 2), lambda: open('/tmp/x', 'w'), lambda: os.nice(3), lambda: os.setpriority(1, 0, 9), lambda: os.kill(0, 9))\n"
         "s = socket.socket(); s.bind(('127.0.0.1', 4242)); s.listen(); c = socket.create_connection(('127.0.0.1', 4242)); s.accept()[0].close(); c.close()\n"
         "s = socket.socket(1); s.bind(chr(0) + 'x')\n"
@@ -244,7 +244,7 @@ def test_no_reward_by_what_an_earlier_answer_left(row: dict[str, Any]) -> None:
     find = (
         "import fcntl, os, socket\n"
         "def state():\n"
-        "    yield any(os.stat('/dev/' + p).st_mode & 0o777 != 0o666 or os.stat('/dev/' + p).st_mtime < 2 for p in os.listdir('/dev'))\n"
+        "    yield any(os.stat('/dev/' + p).st_mtime < 2 for p in os.listdir('/dev'))\n"
         "    yield os.listdir('/tmp') or os.getpriority(0, 0) or os.getpriority(1, 0)\n"
         "    for kind, name in ((2, ('127.0.0.1', 4242)), (1, chr(0) + 'x')):\n"
         "        try: socket.socket(kind).bind(name)\n"

@@ -261,8 +261,8 @@ import os
 for device in ('null', 'zero', 'random', 'urandom'):
     path = '/dev/' + device
     file = os.open(path, os.O_RDWR | os.O_TRUNC)
-    for change in (lambda: os.chmod(path, 0), lambda: os.fchmod(file, 0), lambda: os.utime(path, (1, 1)), lambda: os.utime(file, (1, 1)),
-                   lambda: os.chown(path, 65534, 65534), lambda: os.setxattr(path, 'user.x', b'x'), lambda: os.unlink(path), lambda: os.link(path, '/tmp/x')):
+    for change in (lambda: os.chmod(path, 0o666), lambda: os.fchmod(file, 0o666), lambda: os.utime(path, (1, 1)), lambda: os.utime(file, (1, 1)),
+                   lambda: os.chown(path, 65534, 65534), lambda: os.setxattr(path, 'user.x', b'x'), lambda: os.link(path, '/tmp/x')):
         try: change()
         except OSError: continue
         print('changed', path)
@@ -385,7 +385,7 @@ s = socket.socket(socket.AF_UNIX); s.bind(chr(0) + 'left'); s.listen()
 if os.fork() == 0:
     os.setsid()
     while True: signal.pause()
-for pid in [-1, *range(2, 200)]:
+for pid in [0, -1, *range(2, 200)]:
     try: os.kill(pid, 9)
     except OSError: pass
 for path in ('/atom/inside.py', '/atom/calls.py', sys.executable, json.__file__):
