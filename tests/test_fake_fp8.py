@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import fp8_layouts
-import layouts
 import pytest
 import torch
 import train_world as world
@@ -15,7 +14,7 @@ from stages.model import fake_fp8
 from stages.model.build import build
 from stages.model.config import ModelConfig
 from stages.model.init import full_tensor
-from stages.model.quantize import KINDS, RECIPES, Counts, Recipe, quantise_dequantise
+from stages.model.quantize import RECIPES, Counts, Recipe, quantise_dequantise
 from stages.train import parallel
 
 SIZES: dict[str, Any] = {
@@ -156,28 +155,16 @@ def test_counts_add_up() -> None:
     assert Counts(4, 3, 2, 1) + Counts(40, 30, 20, 10) == Counts(44, 33, 22, 11)
 
 
-TWO = {name: layouts.TWO[name] for name in ("TP2+SP", "TP2 EP2 ETP1")}
-
-
 def test_tensor_parallel_layouts_round_like_one_process(tmp_path: Path) -> None:
-    world.make(tmp_path / "corpus", {"batch": layouts.BATCH})
-    cases = [(recipe, name, layout) for recipe in RECIPES for name, layout in TWO.items()]
-    cases += [(f"fp8-tensorwise {kind}", "TP2+SP", TWO["TP2+SP"]) for kind in KINDS]
-    one = fp8_layouts.compare(tmp_path / "corpus", [(r, "one", {}) for r in RECIPES], 1, tmp_path / "one.json")
-    two = fp8_layouts.compare(tmp_path / "corpus", cases, 2, tmp_path / "two.json")
-    assert len({steps[0]["loss"] for steps in one.values()}) == 3, "recipes must differ"
-
-    def apart(recipe: str, name: str, figure: str) -> list[float]:
-        """Relative differences to one process, sorted."""
-        pairs = zip(one[f"{recipe.split()[0]} one"], two[f"{recipe} {name}"], strict=True)
-        return sorted(abs(there[figure] / here[figure] - 1) for here, there in pairs if figure in here)
-
-    for recipe in RECIPES:
-        for name in TWO:
-            assert apart(recipe, name, "loss")[-1] < 1e-5, (recipe, name)
-            assert apart(recipe, name, "heldout_loss")[-1] < 1e-5, (recipe, name)
-            # a single value that rounds to the other side shows in one batch of the three
-            assert apart(recipe, name, "grad_norm")[1] < 1e-5 and apart(recipe, name, "grad_norm")[-1] < 1e-3
-    # and this is what it takes: where ranks keep their scales to themselves, they round to other numbers
-    for kind, figure in (("input", "loss"), ("weight", "loss"), ("gradient", "grad_norm")):
-        assert apart(f"fp8-tensorwise {kind}", "TP2+SP", figure)[1] > 1e-4, kind
+    """Bit for bit, layer by layer. Whole models cannot be held to each other so: where sums are taken in another order
+    a value now and then rounds to the other side, and on one processor a router then chose another expert."""
+    found = fp8_layouts.compare(tmp_path / "out.json")
+    assert len(found) == 12 and {case for case, wrong in found.items() if wrong} == {
+        case for case in found if case.split("/")[1]
+    }, found
+    # and this is what it takes: where a rank hears nothing of the other's largest value, the tensors that are cut differ
+    for kind, layer, product in (
+        ("input", "linear_proj", "y"), ("weight", "linear_qkv", "y"), ("gradient", "linear_qkv", "dx"),
+    ):  # fmt: skip
+        for layout in ("TP2+SP", "TP2 EP2 ETP1"):
+            assert f"layers.0.self_attention.{layer} {product}" in found[f"{layout}/{kind}/fp8-tensorwise"]
