@@ -14,12 +14,13 @@ VENV_NEMO     ?= .venv-nemo
 LATEST_TESTS  := tests/test_fake_fp8.py tests/test_spikes.py tests/test_packing.py tests/test_precision.py tests/test_experts.py \
 	tests/test_model_*.py tests/test_train_*.py tests/test_layouts.py tests/test_export.py
 
-.PHONY: help demo test test-latest test-vllm test-nemo slurm-up slurm-down soak lint lock clean
+.PHONY: help demo test test-latest test-processors test-vllm test-nemo slurm-up slurm-down soak lint lock clean
 
 help:
 	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 15 minutes with installation)"
 	@echo "make test    linters, types and all tests (about half an hour)"
 	@echo "make test-latest   the training, checkpoint and export tests with the newest Megatron-core on $(PYTHON_LATEST) (some GB of download)"
+	@echo "make test-processors   the numeric tests as other processors compute, with a third of their tolerances (an hour)"
 	@echo "make test-vllm     vLLM on CPU against transformers, and as the sampler of RL (3 GB of download)"
 	@echo "make test-nemo     NeMo Gym's servers score the rows that a release publishes, on $(PYTHON_LATEST) (1.4 GB on disk)"
 	@echo "make slurm-up      a real Slurm cluster of four virtual nodes on this machine, as root; make slurm-down stops it"
@@ -50,6 +51,9 @@ test-latest:
 	$(MAKE) VENV=$(VENV_LATEST) PYTHON=$(PYTHON_LATEST) $(VENV_LATEST)/.ready
 	$(VENV_LATEST)/bin/python -c 'from importlib.metadata import version as v; print("megatron-core", v("megatron-core"), "torch", v("torch"))'
 	$(VENV_LATEST)/bin/python -m pytest $(LATEST_TESTS)
+
+test-processors: $(READY)
+	$(BIN)/python tests/processors.py
 
 $(VENV_VLLM)/.ready:
 	$(PYTHON) -m venv $(VENV_VLLM)

@@ -19,6 +19,8 @@ from stages import context, evaluate
 from stages.context import ContextSection
 from stages.data import passkeys
 
+pytestmark = pytest.mark.numeric
+
 SECTION = {"lengths": [60, 150, 300], "depths": [0, 0.3, 1], "per_cell": 2, "documents": 3, "digits": 4}
 """Lengths in bytes, which are the tokens of the test's tokenizer; 300 is far beyond the model's 64."""
 CONFIG = {"heldout_documents": 2, "max_new_tokens": 4}

@@ -14,6 +14,8 @@ from stages.rl.contracts import Prompt
 from stages.rl.decode import Decoder
 from stages.rl.generate import InProcess
 
+pytestmark = pytest.mark.numeric
+
 MODEL = ModelConfig.model_validate(rl_world.MODEL)
 VOCAB, STEPS = rl_world.PADDED, 90  # more than the cache grows by at once
 

@@ -13,6 +13,8 @@ from pipeline.errors import AtomError
 from pipeline.store import Artifact, write_manifest
 from stages import evaluate, statistics
 
+pytestmark = pytest.mark.numeric
+
 CONFIG = {"heldout_documents": 2, "max_new_tokens": 8}
 
 

@@ -18,6 +18,8 @@ from stages.train.config import TrainConfig
 from stages.train.data import Order, Shards, Share
 from stages.train.engine import Engine
 
+pytestmark = pytest.mark.numeric
+
 
 def step(corpus: Path, model: dict[str, Any], count: int = 1) -> tuple[Engine, list[Any], Share]:
     settings = world.config()

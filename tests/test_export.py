@@ -19,6 +19,8 @@ from stages.model.config import ModelConfig
 from stages.model.init import full_tensor
 from stages.train import sealed
 
+pytestmark = pytest.mark.numeric
+
 MODEL = {**world.MODEL, "tie_embeddings": False}
 PADDED = world.VOCAB + 16  # so that padded rows must be dropped
 CONFIG = export.ExportConfig(model=ModelConfig(**MODEL), padded_vocab_size=PADDED)

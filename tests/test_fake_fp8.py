@@ -17,6 +17,8 @@ from stages.model.init import full_tensor
 from stages.model.quantize import RECIPES, Counts, Recipe, quantise_dequantise
 from stages.train import parallel
 
+pytestmark = pytest.mark.numeric
+
 SIZES: dict[str, Any] = {
     **world.MODEL,
     "layers": 3,

@@ -15,6 +15,8 @@ from stages.model.init import full_tensor
 from stages.rl.contracts import Prompt
 from stages.rl.generate import InProcess
 
+pytestmark = pytest.mark.numeric
+
 MODEL = ModelConfig.model_validate(rl_world.MODEL)
 VOCAB, STOPS = rl_world.PADDED, (1, 3)
 

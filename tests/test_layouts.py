@@ -33,6 +33,7 @@ def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str
     return layouts.compare(corpus, {"one": {}}, 1, layouts.settings_of({}, 1), out)["one"]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("ranks", "chosen"), [(2, layouts.TWO), (4, layouts.FOUR)], ids=["two", "four"])
 def test_every_layout_trains_like_one_process(
     corpus: Path, one: list[dict[str, float]], tmp_path: Path, ranks: int, chosen: dict
@@ -59,6 +60,7 @@ FEATURES: dict[str, tuple[dict, dict, float]] = {
 FOR_FEATURES = ("TP2+SP", "PP2 interleaved", "EP2 alltoall", "CP2")
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("feature", FEATURES)
 def test_every_feature_trains_alike_in_every_layout(corpus: Path, tmp_path: Path, feature: str) -> None:
     model, phase, tolerance = FEATURES[feature]

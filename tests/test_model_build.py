@@ -15,6 +15,8 @@ from stages.model.init import full_tensor
 from stages.model.names import global_name
 from stages.train import parallel
 
+pytestmark = pytest.mark.numeric
+
 TINY = ModelConfig(**world.MODEL)
 
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from stages.model import hf
 from stages.model.config import ModelConfig
 
+pytestmark = pytest.mark.numeric
+
 
 @st.composite
 def models(draw: st.DrawFn) -> ModelConfig:

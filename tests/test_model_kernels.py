@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from stages.model.heads import Heads
 from stages.model.spec import causal_attention
 
+pytestmark = pytest.mark.numeric
+
 
 def _random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)

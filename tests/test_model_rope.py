@@ -21,6 +21,8 @@ from stages.model.layout import Layout
 from stages.model.rope import frequencies
 from stages.train import parallel
 
+pytestmark = pytest.mark.numeric
+
 PLAIN = ModelConfig(**world.MODEL)
 YARN = Yarn(factor=4.0, original_length=64)
 SHAPES = [

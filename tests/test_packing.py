@@ -20,6 +20,8 @@ from stages.data import order, packing
 from stages.data.packing import LongDocuments
 from stages.data.table import TOKENIZED, write_rows
 
+pytestmark = pytest.mark.numeric
+
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=300), st.integers(40, 90), st.integers(1, 40))

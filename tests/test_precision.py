@@ -16,6 +16,8 @@ from pipeline.store import write_manifest
 from release import export
 from stages.model import precision
 
+pytestmark = pytest.mark.numeric
+
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
 
 

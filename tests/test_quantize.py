@@ -20,6 +20,8 @@ from stages.model import quantize
 from stages.model.fake_fp8 import multiply
 from stages.model.quantize import E4M3, E5M2, RECIPES, Counts, Format, quantise, quantise_dequantise
 
+pytestmark = pytest.mark.numeric
+
 FORMATS = {"e4m3": (3, -6, 448), "e5m2": (2, -14, 57344)}  # mantissa bits, least normal exponent, largest
 TORCH = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 EXPECTED = {  # format of input, weight and gradient; block along the summed dimension; block of a weight across it

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from stages.rl.losses import advantages, dpo_loss, policy_loss, without_unfinished, zero_variance
 
+pytestmark = pytest.mark.numeric
+
 SHAPES = [(1, 1), (2, 3), (4, 7), (8, 33), (16, 128)]
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 ACCELERATOR = SimpleNamespace(

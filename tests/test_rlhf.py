@@ -82,6 +82,7 @@ def calm(inputs: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) 
     return folder / "out"
 
 
+@pytest.mark.numeric
 def test_the_policy_comes_to_answer_as_the_judge_likes(calm: Path) -> None:
     lines = [x for x in rl_world.lines(calm) if "reward" in x]
     rewards = [x["reward"] for x in lines]
@@ -96,6 +97,7 @@ def test_every_level_of_every_kind_is_asked(calm: Path) -> None:
     assert asked == {("letter", 0), ("skill", 0), ("skill", 1)}
 
 
+@pytest.mark.numeric
 def test_the_reference_is_the_policy_that_drew(calm: Path, inputs: dict[str, Artifact], tmp_path: Path) -> None:
     gaps = [x["max_sampler_gap"] for x in rl_world.lines(calm) if "max_sampler_gap" in x]
     assert len(gaps) == 8 and max(gaps) < 1e-4

@@ -59,6 +59,7 @@ def calm(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.numeric
 def test_the_policy_learns(place: Path, tmp_path: Path) -> None:
     settings = rl_world.config(steps=24, release_checkpoint_every=24, curriculum={"rise": 0.5})
     rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", settings)
@@ -95,6 +96,7 @@ def test_every_answer_is_kept_and_says_what_became_of_it(calm: Path) -> None:
     assert sum(r.wave > 0 for r in found), "no group was ever replaced"
 
 
+@pytest.mark.numeric
 def test_sampler_and_trainer_agree_and_a_gap_stops_the_phase(place: Path, calm: Path, tmp_path: Path) -> None:
     gaps = [x["max_sampler_gap"] for x in rl_world.lines(calm) if "max_sampler_gap" in x]
     assert 0 < max(gaps) < 1e-4
@@ -214,6 +216,7 @@ def test_a_question_that_leaves_no_room_is_refused_before_the_first_answer(place
         rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", rl_world.config(sampling={"max_new_tokens": 60}))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("layout", [{"data": 2}, {"expert": 2}, {"tensor": 2}, {"pipeline": 2}], ids=str)
 def test_two_processes_learn_like_one(place: Path, tmp_path: Path, layout: dict[str, int]) -> None:
     """From the same weights and answers: the files that one process drew are given to two."""

@@ -28,6 +28,7 @@ FIRST = [4.2126617431640625, 4.118559837341309, 3.9561610221862793, 3.6554815769
 PINNED = {("AMD EPYC", "AVX512", "2.13.0", "0.16.1"), ("AMD EPYC", "AVX512", "2.13.0", "0.19.2")}
 
 
+@pytest.mark.numeric
 def test_product_and_learning(undisturbed: Path) -> None:
     assert sorted(p.name for p in undisturbed.iterdir()) == [
         "step-000000", "step-000006", "step-000012", "summary.json", "training.jsonl",
@@ -56,6 +57,7 @@ def test_sealed_tensors_are_whole_and_globally_named(undisturbed: Path) -> None:
     assert all(t.abs().sum() > 0 for t in moments.values())
 
 
+@pytest.mark.numeric
 def test_pinned_losses(undisturbed: Path) -> None:
     import torch
 
@@ -226,6 +228,7 @@ def test_rows_become_shifted_padded_batches(corpus: Path) -> None:
     assert batch.ids[1, 0] == shards.source("text").get(0)[4]
 
 
+@pytest.mark.numeric
 def test_norms_are_not_decayed(corpus: Path) -> None:
     from stages.train import parallel
     from stages.train.config import TrainConfig
