@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline.errors import Failure
+
 PROGRESS_EVERY = 0.5
 LOG_EVERY = 10.0
 LOCK_SECONDS = 2.0
@@ -34,7 +36,7 @@ class FileReport:
         self.figures: dict[str, float] = {}
         self.ending = threading.RLock()
         """Held, for good, by the thread that ends the attempt: the main one, or the one that abandons it."""
-        self.record_abandoned: Callable[[str], None] = lambda text: None
+        self.record_abandoned: Callable[[Failure], None] = lambda failure: None
         """What ends the attempt in the main thread's stead; the worker sets it."""
         self.seal_product: Callable[[str, Path], None] = lambda name, folder: None
         """What seals an artifact of its own; the worker sets it."""
@@ -70,17 +72,24 @@ class FileReport:
         self.seal_product(name, folder)
 
     def abandon(self, text: str) -> NoReturn:
+        self.fail(Failure(text))
+
+    def fail(self, failure: Failure) -> NoReturn:
+        """What `abandon` does, with the kind of the failure."""
         if not self.ending.acquire(blocking=False):
             sys.exit()  # in any thread but the main one this ends that thread only
         # In a thread with a deadline, so that whatever else hangs, the process goes.
-        last = threading.Thread(target=self.record_abandoned, args=(text,), name="abandon", daemon=True)
+        last = threading.Thread(target=self.record_abandoned, args=(failure,), name="abandon", daemon=True)
         last.start()
         last.join(ABANDON_SECONDS)
         os._exit(1)
 
-    def end(self, outcome: str) -> None:
+    def end(self, outcome: str | Failure) -> None:
         """The last event. On a full disk it waits a while: room comes when stages that fail remove what they made."""
-        deadline, write = time.monotonic() + ROOM_SECONDS, partial(self.event, "end", outcome=outcome)
+        values = (
+            {"outcome": outcome.text, "kind": outcome.kind} if isinstance(outcome, Failure) else {"outcome": outcome}
+        )
+        deadline, write = time.monotonic() + ROOM_SECONDS, partial(self.event, "end", **values)
         while True:
             try:
                 return write()
@@ -98,6 +107,9 @@ class FileReport:
 class FollowerReport:
     """The Report of a rank other than 0: notes go to its own log, and nothing is kept, since rank 0 speaks for all."""
 
+    def __init__(self, announce: Callable[[Failure], None] = lambda failure: None) -> None:
+        self.announce = announce
+
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None: ...
 
     def metric(self, step: int, **values: float) -> None: ...
@@ -109,6 +121,7 @@ class FollowerReport:
 
     def abandon(self, text: str) -> NoReturn:
         os.write(2, f"{text}\n".encode())  # not `print`, whose lock the thread that hangs may hold
+        self.announce(Failure(text))
         os._exit(1)
 
 

@@ -44,6 +44,7 @@ def statement(
     finished: float,
     usage: dict[str, Any],
     outcome: str,
+    kind: str | None = None,
     of: dict[str, Any] | None = None,
     product: Artifact | None = None,
 ) -> dict[str, Any]:
@@ -51,9 +52,10 @@ def statement(
 
     subject: {name: sha256}; the artifact by its key, or the log of a failed attempt. config: the part that is in the
     key; operations: the rest, which says how it was run, and those whose work it went on from, the latest last. usage:
-    time, energy and cost with the method of each. outcome: "sealed", or one sentence on what went wrong. of: {key,
-    step} of the phase that a checkpoint is of. product: what was made; its summary.json, if it has one, becomes a
-    byproduct, so that whoever reads the ledger alone knows what the stage says of its product.
+    time, energy and cost with the method of each. outcome: "sealed", or one sentence on what went wrong; kind: then
+    the kind of the failure. of: {key, step} of the phase that a checkpoint is of. product: what was made; its
+    summary.json, if it has one, becomes a byproduct, so that whoever reads the ledger alone knows what the stage says
+    of its product.
     """
     parameters = {"stage": stage, "version": version, "node": node, "key": key, "config": config}
     return {
@@ -86,7 +88,7 @@ def statement(
                 },
                 "byproducts": [
                     {"name": "usage", "annotations": usage},
-                    {"name": "outcome", "annotations": {"text": outcome}},
+                    {"name": "outcome", "annotations": {"text": outcome} | ({"kind": kind} if kind else {})},
                     *(summaries(product) if product else ()),
                 ],
             },

@@ -16,6 +16,8 @@ from pipeline.store import Store
 
 BROKEN = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
 """How a task of an array may end, so that what waits for the array is cancelled."""
+ENDING = "ending"
+"""The state of a stage whose attempt has failed while Slurm still has its job: it says why, not that it runs."""
 ENDED = {
     "CANCELLED": "cancelled",
     "TIMEOUT": "its time limit came before it could save; raise minutes or signal_lead_seconds of the profile",
@@ -75,10 +77,12 @@ def _with_job(node: NodeStatus, id: str, job: Job | None, again: int) -> NodeSta
         return node
     if job.alive:
         reason = f"{job.reason}; `atom retry` releases it" if job.stuck else job.reason
-        return replace(node, state=job.state.lower(), reason=reason or None, message="")
+        if node.state == "failed" and node.kind is not None and job.state in ("RUNNING", "COMPLETING"):
+            return replace(node, state=ENDING, reason=reason or None)  # its attempt is over, and the job nearly is
+        return replace(node, state=job.state.lower(), reason=reason or None, message="", kind=None)
     message = node.message or ENDED.get(job.state, f"{job.state.lower().replace('_', ' ')} {job.reason}".strip())
     if job.state == "CANCELLED":
-        return replace(node, state="cancelled", reason=job.reason or None, message="")
+        return replace(node, state="cancelled", reason=job.reason or None, message="", kind=None)
     return replace(node, state="failed", message=message)
 
 
@@ -88,7 +92,7 @@ def _with_array(node: NodeStatus, row: Mapping[str, Any], run: Run, held: dict[s
         return node
     folder = run.node_folder(node.name) / "shards"
     said = [path.read_text().split("\n") for path in folder.glob("ranks/*/decision")]
-    failed = [why for decision, why, *_ in said if decision == job.FAILED]
+    failed = [lines[2 if lines[2:] and lines[2] else 1] for lines in said if lines[0] == job.FAILED]  # older: no kind
     tasks = (each for id, each in held.items() if id.startswith(f"{row['array']}_"))
     bad = [each.id for each in tasks if each.state in BROKEN]
     if node.state == "cancelled" and (failed or bad):
@@ -109,7 +113,7 @@ def restarts(run: Run, node: str) -> int:
 
 def over(stages: list[NodeStatus]) -> bool:
     """Whether nothing of a run goes on by itself."""
-    still = {"running", *(state.lower() for state in queue.LIVING)}
+    still = {"running", ENDING, *(state.lower() for state in queue.LIVING)}
     return not any(stage.state in still for stage in stages)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from pipeline.errors import RecipeError
+from pipeline.launch.clean_environment import secret
 from pipeline.recipe import explain, find, parse_yaml
 from pipeline.stage import Config
 
@@ -117,6 +118,16 @@ class Slurm(Config):
         None,
         description="command when a stage fails or the last one is done; ATOM_RUN, ATOM_STAGE, ATOM_OUTCOME say what",
     )
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Slurm:
+        for name, value in (*((name, "") for name in self.forward), *self.environment.items()):
+            if secret(name, value):
+                raise ValueError(
+                    f"{name} looks like a secret, and no secret reaches a job; leave it out, and give MLflow its user "
+                    "and password in ~/.mlflow/credentials"
+                )
+        return self
 
     def shape(self, stage: str, ranks: int, trains: bool) -> tuple[Jobs, int, int]:
         """(what its job asks for, nodes, ranks on each). Raises RecipeError if the ranks do not fill nodes alike."""

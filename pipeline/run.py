@@ -120,6 +120,7 @@ class NodeStatus:
     restarts: int | None = None
     reason: str | None = None
     message: str = ""
+    kind: str | None = None  # of the failure that `message` tells
 
     def json(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if v not in (None, "")}
@@ -148,8 +149,8 @@ def node_status(run: Run, store: Store, node: dict[str, str]) -> NodeStatus:
     present = holder(store.work(key)) if store.work(key).exists() else None
     if present is not None and present.alive:
         return NodeStatus(name, key, "running", **common)
-    if end is not None and end["outcome"] != "busy":
-        return NodeStatus(name, key, "failed", **common, message=end["outcome"])
+    if end is not None and end["outcome"] not in ("busy", "sealed"):
+        return NodeStatus(name, key, "failed", **common, message=end["outcome"], kind=end.get("kind"))
     if events and events[-1]["event"] != "end":
         return NodeStatus(name, key, "failed", **common, message="its process is gone; run the same command to go on")
     return NodeStatus(name, key, "waiting", **common)

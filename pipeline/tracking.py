@@ -218,6 +218,7 @@ class Companion:
     job."""
 
     LAST_CHANCE = 60.0
+    QUICK = 2.0
 
     def __init__(self, home: Path, run: str) -> None:
         self.process: subprocess.Popen[str] | None = None
@@ -231,15 +232,17 @@ class Companion:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def close(self, outcome: str) -> None:
-        """Lets it send the rest. outcome: of the whole run, FINISHED or FAILED; empty: it goes on."""
+    def close(self, outcome: str, quick: bool = False) -> None:
+        """Lets it send the rest. outcome: of the whole run, FINISHED or FAILED; empty: it goes on. quick: it gets
+        a moment only, since nodes are held for nothing meanwhile."""
         if self.process is None:
             return
+        seconds = self.QUICK if quick else self.LAST_CHANCE
         try:
-            self.process.communicate(outcome, timeout=self.LAST_CHANCE)
+            self.process.communicate(outcome, timeout=seconds)
         except subprocess.TimeoutExpired:
             self.leave()
-            said = f"no answer within {self.LAST_CHANCE:.0f} seconds"
+            said = f"no answer within {seconds:.0f} seconds"
             print(f"MLflow did not take everything ({said}); `atom track` sends it later", file=sys.stderr)
 
     def leave(self) -> None:

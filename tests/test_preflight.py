@@ -4,62 +4,75 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from pipeline.errors import Failure, Kind
 from pipeline.launch import job, preflight
-from pipeline.launch.ranks import read, write
-from pipeline.launch.worker import Task
+from pipeline.launch.ranks import FAILURES, Ranks, read
 
 
-def task(home: Path, ranks: int = 1) -> Task:
-    return Task(str(home), "run", "node", "items", {}, {}, "node-0", 8.0, ranks)
+def ranks(folder: Path, size: int = 1, rank: int = 0) -> Ranks:
+    (folder / FAILURES).touch()
+    return Ranks(size, rank, rank, True, folder)
+
+
+def check(home: Path, free_gb: float = 0.0, scratch: str | None = None) -> str | None:
+    failure = preflight.check(home, ranks(home), free_gb, scratch)
+    assert failure is None or failure.kind is Kind.MACHINE
+    return failure and failure.text
 
 
 def test_a_sound_node_has_nothing_wrong(tmp_path: Path) -> None:
-    assert preflight.check(task(tmp_path), tmp_path, 0, 0.0, str(tmp_path)) is None
+    assert check(tmp_path, 0.0, str(tmp_path)) is None
     assert not list(tmp_path.glob(".probe*"))
 
 
 def test_what_is_wrong_with_a_node_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
-    said = preflight.check(task(tmp_path), tmp_path, 0, 1e9, None)
+    said = check(tmp_path, 1e9)
     assert said and said.startswith("node n7 has ") and "less than free_gb = 1e+09" in said
-    said = preflight.check(task(tmp_path), tmp_path, 0, 0.0, str(tmp_path / "none"))
+    said = check(tmp_path, 0.0, str(tmp_path / "none"))
     assert said and said.startswith("node n7 cannot write to ") and "No such file" in said
-    said = preflight.check(task(tmp_path), tmp_path, 0, 0.0, "/sys")  # nobody can write there, not even root
+    said = check(tmp_path, 0.0, "/sys")  # nobody can write there, not even root
     assert said and said.startswith("node n7 cannot write to /sys (")
     monkeypatch.setattr(preflight.time, "time", lambda: 0.0)
-    said = preflight.check(task(tmp_path), tmp_path, 0, 0.0, None)
+    said = check(tmp_path)
     assert said and said.startswith("the clock of node n7 differs by ")
     monkeypatch.undo()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
     if not list(Path("/dev").glob("nvidia[0-9]*")):
-        assert "0 GPUs under /dev, and Slurm gave 2" in (preflight.check(task(tmp_path), tmp_path, 0, 0.0, None) or "")
+        assert "0 GPUs under /dev, and Slurm gave 2" in (check(tmp_path) or "")
 
 
-def look(folder: Path, ranks: int, **free: float) -> str | None:
-    """The verdict of rank 0, with the others in threads."""
-    others = [
-        threading.Thread(
-            target=preflight.check, args=(task(folder, ranks), folder, rank, free.get(f"r{rank}", 0.0), None)
-        )
-        for rank in range(1, ranks)
-    ]
+def look(folder: Path, size: int, **free: float) -> str | None:
+    """The verdict of rank 0, with the others in threads. What fails is announced, as the job does it."""
+
+    def follow(rank: int) -> None:
+        failure = preflight.check(folder, ranks(folder, size, rank), free.get(f"r{rank}", 0.0), None)
+        if failure is not None:
+            ranks(folder, size, rank).announce(failure)
+
+    others = [threading.Thread(target=follow, args=(rank,)) for rank in range(1, size)]
     for other in others:
         other.start()
-    said = preflight.check(task(folder, ranks), folder, 0, free.get("r0", 0.0), None)
+    failure = preflight.check(folder, ranks(folder, size), free.get("r0", 0.0), None)
+    if failure is not None:
+        ranks(folder, size).announce(failure)
     for other in others:
-        other.join(10)
-    return said
+        other.join(20)
+        assert not other.is_alive(), "a rank waits on"
+    return failure and failure.text
 
 
-def test_ranks_call_rank_0(tmp_path: Path) -> None:
+def test_ranks_call_rank_0_and_leave_one_file(tmp_path: Path) -> None:
     assert look(tmp_path, 4) is None
-    assert sorted(path.name for path in tmp_path.glob("node-*")) == ["node-1.json", "node-2.json", "node-3.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FAILURES, "listener.json"], "no file for each rank"
 
 
 def test_a_rank_whose_node_is_full_is_told_by_rank_0(tmp_path: Path) -> None:
@@ -67,26 +80,46 @@ def test_a_rank_whose_node_is_full_is_told_by_rank_0(tmp_path: Path) -> None:
 
 
 def test_rank_0s_own_node_ends_the_others_at_once(tmp_path: Path) -> None:
-    assert "GB free in" in (look(tmp_path, 2, r0=1e9) or "")
-    assert (read(tmp_path / "node-1.json") or {})["wrong"]
+    assert "GB free in" in (look(tmp_path, 3, r0=1e9) or "")
+    assert not (tmp_path / "listener.json").exists()
+
+
+def test_a_rank_that_fails_before_it_calls_ends_the_wait_of_rank_0(tmp_path: Path) -> None:
+    ranks(tmp_path, 3, 2).announce(Failure("node n2 cannot reach rank 0"))
+    failure = preflight.check(tmp_path, ranks(tmp_path, 3), 0.0, None)
+    assert failure and failure.text == "rank 2: node n2 cannot reach rank 0"
 
 
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "SECONDS", 0.5)
-    said = preflight.check(task(tmp_path, 3), tmp_path, 0, 0.0, None)
-    assert said == "rank 1 and 1 more of 3 did not start within 0 s; its own log may tell why"
+    failure = preflight.check(tmp_path, ranks(tmp_path, 3), 0.0, None)
+    assert failure and failure.text == "rank 1 and 1 more of 3 did not start within 0 s; its own log may tell why"
 
 
-def test_other_packages_on_another_node_are_told(tmp_path: Path) -> None:
-    write(tmp_path / "node-1.json", {"wrong": None, "node": "n9", "lock": "another"})
-    said = preflight.check(task(tmp_path, 2), tmp_path, 0, 0.0, None)
-    assert said and said.startswith("nodes n9 and ") and "differ in Python, packages or processor" in said
+def test_other_packages_on_another_node_are_told_and_strangers_are_not_heard(tmp_path: Path) -> None:
+    def call(*lines: bytes) -> None:
+        while (listener := read(tmp_path / "listener.json")) is None:
+            time.sleep(0.05)
+        for line in lines:
+            with socket.create_connection((listener["host"], listener["port"])) as caller:
+                caller.sendall(line + b"\n")
+                caller.recv(1)
+
+    report = {"rank": 1, "node": "n9", "wrong": None, "lock": "another"}
+    calls = (b"GET / HTTP/1.1", b"[]", b'{"rank": 1}', json.dumps(report).encode())
+    caller = threading.Thread(target=call, args=calls)
+    caller.start()
+    failure = preflight.check(tmp_path, ranks(tmp_path, 2), 0.0, None)
+    caller.join(20)
+    assert failure and failure.text.startswith("nodes n9 and ")
+    assert "differ in Python, packages or processor" in failure.text
 
 
 def test_attempts_are_counted_until_one_gets_further(tmp_path: Path) -> None:
     def happened(*rows: dict) -> tuple[int, str]:
         (tmp_path / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return job.standstill(tmp_path)
+        found = job.standstill(tmp_path)
+        return found.since, found.where
 
     start, done = {"event": "attempt"}, lambda n: {"event": "progress", "done": n, "total": 9, "unit": "steps"}
     assert happened() == (0, "-1 attempts ended at the start without getting further; of the last one: it was killed")
@@ -95,6 +128,17 @@ def test_attempts_are_counted_until_one_gets_further(tmp_path: Path) -> None:
     count, said = happened(start, done(5), start, {"event": "end", "outcome": "a bug"}, start)
     assert count == 2 and said == "1 attempts ended at 5/9 steps without getting further; of the last one: a bug"
     assert happened(start, done(5), start, start, done(6))[0] == 0
+    end = {"event": "end", "outcome": "KeyError", "kind": "bug"}
+    for rows, repeated in (
+        ((start, end), False),
+        ((start, end, start, end), True),
+        ((start, end, start, done(5), end), False),
+        ((start, end, start, {**end, "outcome": "OSError"}), False),
+        ((start, {"event": "end", "outcome": "KeyError"}) * 2, False),  # of before kinds existed
+        ((start, {**end, "kind": "machine"}) * 2, False),
+    ):
+        happened(*rows)
+        assert job.standstill(tmp_path).repeated == repeated, rows
 
 
 def test_signals_to_stop_are_seen_whoever_handles_them() -> None:

@@ -1,14 +1,16 @@
 """What a Slurm job runs: the worker, and around it what a cluster does to jobs.
 
 What shall become of the job, rank 0 leaves in the file `decision` of the launch, for the job's script (slurm.py): the
-Slurm commands are outside of a stage's container. An attempt that was told to stop, or failed, is started again while
-attempts get further: what the stage reports as done is the measure, so a crash loop ends by itself.
+Slurm commands are outside of a stage's container. An attempt that was told to stop, or that the machine failed, is
+started again while attempts get further: what the stage reports as done is the measure, so a crash loop ends by itself.
+What would fail again (a recipe, a gate, a budget) is final.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,11 +20,12 @@ from typing import Any
 import submitit
 
 from pipeline import budget, registry, tracking
+from pipeline.errors import Failure, Kind
 from pipeline.events import FileReport, Tail
-from pipeline.launch import preflight
-from pipeline.launch.ranks import Usage, launch_folder, node_name, read, write
+from pipeline.launch import clean_environment, preflight
+from pipeline.launch.ranks import Ranks, Usage, end_process, launch_folder, node_name, read, write
 from pipeline.launch.sentences import tell
-from pipeline.launch.worker import STOP, Task, work
+from pipeline.launch.worker import STOP, Task, attempt
 from pipeline.store import Store
 
 SEALED, DONE, AGAIN, FAILED = "sealed", "done", "again", "failed"
@@ -41,40 +44,71 @@ class Terms:
 
 
 def run(spec: dict[str, Any], terms_: dict[str, Any]) -> str:
-    """Runs one node as a Slurm job, on each of its ranks. Returns the decision, or how another rank than 0 ended."""
+    """Runs one node as a Slurm job, on each of its ranks. Returns the decision, or how another rank than 0 ended; if a
+    job of several ranks has failed, each of its processes ends with exit code 1 instead."""
+    clean_environment.require()
     task, terms = Task(**spec), Terms(**terms_)
     here, store = submitit.JobEnvironment(), Store(Path(task.home))
     folder = store.logs / task.run / task.node
     launch = launch_folder(folder, here.raw_job_id)
     launch.mkdir(parents=True, exist_ok=True)
     (launch / f"started-{here.global_rank}").touch()
+    ranks = Ranks.here(task.ranks, folder)
+    if ranks.rank:
+        return _follow(task, terms, store, ranks)
+    report = FileReport(folder)
+    report.event("attempt", job=here.raw_job_id, launch=launch.name, host=node_name(), pid=os.getpid())
+    companion: tracking.Companion | None = None
     with told_to_stop() as told:
-        lack = preflight.check(task, launch, here.global_rank, terms.free_gb, terms.scratch)
-        if here.global_rank:
-            return work(spec)
-        report = FileReport(folder)
-        report.event("attempt", job=here.raw_job_id, launch=launch.name, host=node_name(), pid=os.getpid())
-        since, where = standstill(folder)
-        lack = lack or (where if since > terms.restarts + 1 else None)
-        final = budget.exceeded(terms.budget, store, terms.nodes.values())
-        lack = lack or final
-        if lack:
+
+        def ended(outcome: str | Failure) -> None:
+            """Once the outcome is on record, from whatever thread ends the attempt."""
+            stall = standstill(folder)
+            if outcome == "sealed":
+                decision = DONE if all(store.sealed(key) for key in terms.nodes.values()) else SEALED
+            else:
+                failure = outcome if isinstance(outcome, Failure) else Failure(outcome)
+                again = not (failure.kind.final or stall.repeated) and (told() or stall.since <= terms.restarts)
+                decision = AGAIN if again else FAILED
+            _decide(launch, decision, outcome)
+            if isinstance(outcome, Failure):
+                ranks.close()  # the others need not wait for the tracking server
+            if companion is not None and decision == AGAIN:
+                companion.leave()  # the time limit may be near; the next start sends on
+            elif companion is not None:
+                quick = isinstance(outcome, Failure) and ranks.size > 1
+                companion.close({DONE: "FINISHED", FAILED: "FAILED"}.get(decision, ""), quick)
+
+        lack = preflight.check(store.home, ranks, terms.free_gb, terms.scratch)
+        if (stall := standstill(folder)).since > terms.restarts + 1:
+            lack = lack or Failure(stall.where, Kind.BUG)
+        if (spent := budget.exceeded(terms.budget, store, terms.nodes.values())) is not None:
+            lack = lack or Failure(spent, Kind.USER)
+        if lack is not None:
+            ranks.announce(lack)
+            print(f"{task.node}: {lack.text}", file=sys.stderr, flush=True)
             report.end(lack)
+            ended(lack)
+            outcome: str | Failure = lack
+        else:
+            companion = tracking.Companion(store.home, task.run)
+            outcome = attempt(task, store, ranks, ended)
         report.close()
-        companion = None if lack else tracking.Companion(store.home, task.run)
-        outcome = lack or work(spec)
-        stopped = told()
-    since, where = standstill(folder)
-    if outcome == "sealed":
-        decision = DONE if all(store.sealed(key) for key in terms.nodes.values()) else SEALED
-    else:
-        decision = AGAIN if not final and (stopped or since <= terms.restarts) else FAILED
-    _decide(launch, decision, outcome)
-    if companion is not None and decision == AGAIN:
-        companion.leave()  # the time limit may be near; the next start sends on
-    elif companion is not None:
-        companion.close({DONE: "FINISHED", FAILED: "FAILED"}.get(decision, ""))
-    return decision
+    if isinstance(outcome, Failure) and ranks.size > 1:
+        end_process(1)  # and srun ends what is left of the others
+    return (launch / "decision").read_text().split("\n")[0]
+
+
+def _follow(task: Task, terms: Terms, store: Store, ranks: Ranks) -> str:
+    """A rank other than 0. Its process ends with exit code 1 if the launch fails, but not if it is stopped: rank 0 then
+    goes on to save, and srun would end it."""
+    wrong = preflight.check(store.home, ranks, terms.free_gb, terms.scratch)
+    if wrong is not None:
+        print(f"{task.node}: {wrong.text}", file=sys.stderr, flush=True)
+        ranks.announce(wrong)
+        ranks.depart()
+    outcome = attempt(task, store, ranks)
+    return outcome if isinstance(outcome, str) else outcome.text
 
 
 def run_shards(spec: dict[str, Any], number: int, tasks: int, terms_: dict[str, Any]) -> str:
@@ -83,6 +117,7 @@ def run_shards(spec: dict[str, Any], number: int, tasks: int, terms_: dict[str, 
     Returns the decision: after an error the task is started again while it gets further, and else as often as the
     profile allows. Shards that were done stay done.
     """
+    clean_environment.require()
     task, terms = Task(**spec), Terms(**terms_)
     here, store = submitit.JobEnvironment(), Store(Path(task.home))
     launch = launch_folder(store.logs / task.run / task.node / "shards", here.raw_job_id)
@@ -92,7 +127,7 @@ def run_shards(spec: dict[str, Any], number: int, tasks: int, terms_: dict[str, 
     assert stage.run_shard is not None, "only such stages are submitted so"
     lack = preflight.own(Path(task.home), terms.free_gb, terms.scratch)
     if lack:
-        return _decide(launch, AGAIN if restarted() < terms.restarts else FAILED, lack)
+        return _decide(launch, AGAIN if restarted() < terms.restarts else FAILED, Failure(lack))
     mine: list[int] = []
     if not store.sealed(task.key):
         work = store.work(task.key) / "state"
@@ -108,9 +143,10 @@ def run_shards(spec: dict[str, Any], number: int, tasks: int, terms_: dict[str, 
                 if done > before_this:
                     (launch / "further").touch()  # which the job's script asks for
         except Exception as error:
-            text = tell(error, task.node, task.stage, store)
-            again = (launch / "further").exists() or restarted() < terms.restarts
-            return _decide(launch, AGAIN if again else FAILED, f"shard {shard}: {text}")
+            failure = tell(error, task.node, task.stage, store)
+            again = not failure.kind.final and ((launch / "further").exists() or restarted() < terms.restarts)
+            told = Failure(f"shard {shard}: {failure.text}", failure.kind)
+            return _decide(launch, AGAIN if again else FAILED, told)
     write(launch / "usage.json", Usage.now().since(before).__dict__)
     return _decide(launch, SEALED, f"{len(mine)} shards are done")
 
@@ -126,12 +162,14 @@ def restarted() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
-def _decide(launch: Path, decision: str, outcome: str) -> str:
-    """Leaves the decision for the job's script; returns it."""
+def _decide(launch: Path, decision: str, outcome: str | Failure) -> str:
+    """Leaves the decision for the job's script, with the kind of a failure and how the attempt ended; returns it."""
+    failure = outcome if isinstance(outcome, Failure) else None
+    text = failure.text if failure else str(outcome)
     draft = launch / ".decision"
-    draft.write_text(f"{decision}\n{outcome}\n")
+    draft.write_text(f"{decision}\n{failure.kind if failure else ''}\n{text}\n")
     os.replace(draft, launch / "decision")
-    print(f"{decision}: {outcome}", flush=True)
+    print(f"{decision}: {text}", flush=True)
     return decision
 
 
@@ -155,15 +193,30 @@ def told_to_stop() -> Iterator[Callable[[], bool]]:
         os.close(write)
 
 
-def standstill(folder: Path) -> tuple[int, str]:
-    """How many attempts, this one among them, have followed each other without getting further, and where that is."""
-    best, since, where, said = -1, 0, "the start", "it was killed"
+@dataclass(frozen=True)
+class Standstill:
+    """How many attempts, this one among them, have followed each other without getting further, and where that is.
+
+    repeated: the last two of them ended with the same sentence of an unexpected exception, so it comes every time."""
+
+    since: int
+    where: str
+    repeated: bool
+
+
+def standstill(folder: Path) -> Standstill:
+    """Read from the events of all attempts at a node."""
+    best, since, where = -1, 0, "the start"
+    ends: list[tuple[str, str | None]] = []
     for event in Tail(folder / "events.jsonl").read():
         if event["event"] == "attempt":
             since += 1
         elif event["event"] == "progress" and event["done"] > best:
-            best, since = event["done"], 0
+            best, since, ends = event["done"], 0, []
             where = f"{event['done']}/{event['total']} {event['unit']}"
         elif event["event"] == "end":
-            said = event["outcome"]
-    return since, f"{since - 1} attempts ended at {where} without getting further; of the last one: {said}"
+            ends.append((event["outcome"], event.get("kind")))
+    last = ends[-1][0] if ends else "it was killed"
+    text = f"{since - 1} attempts ended at {where} without getting further; of the last one: {last}"
+    repeated = len(ends) > 1 and ends[-1] == ends[-2] and ends[-1][1] == Kind.BUG
+    return Standstill(since, text, repeated)

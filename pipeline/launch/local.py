@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,10 +16,11 @@ from typing import Any
 import submitit
 
 from pipeline.display import Display
-from pipeline.errors import AtomError, CheckFailed
+from pipeline.errors import AtomError, Failure, of_kind
 from pipeline.events import Tail
 from pipeline.graph import Graph, Node
-from pipeline.launch.ranks import kill, launch_folder, lost, tasks
+from pipeline.launch import clean_environment
+from pipeline.launch.ranks import announce, kill, launch_folder, lost, silent, tasks
 from pipeline.launch.sentences import full
 from pipeline.launch.worker import Task, work
 from pipeline.lease import holder
@@ -27,6 +30,9 @@ from pipeline.store import Store
 
 POLL = 0.2
 FOREVER_MINUTES = 60 * 24 * 365
+LAST_SECONDS = 4.0
+"""What the ranks of a launch that is over get to end by themselves."""
+GONE = "its process is gone, perhaps killed for memory; its log may tell why; run the same command to go on"
 NO_ROOM = 1_000_000
 """Free bytes below which a process that died without a word is thought to have had no room for it."""
 
@@ -74,14 +80,14 @@ class Flight:
     job: Any
     tail: Tail
     ranks: int = 1
-    outcome: str | None = None
+    outcome: str | Failure | None = None
     pid: int | None = None
     seen: set[int] = field(default_factory=set)
     """Ranks that were seen alive."""
     lost: list[int] = field(default_factory=list)
     """Ranks that are gone though the others need them."""
-    deadline: float | None = None
-    """When what is left of the ranks is killed."""
+    over: float | None = None
+    """Since when what is left of the ranks has no more to do."""
 
 
 @dataclass
@@ -101,7 +107,7 @@ class LocalLauncher:
 
     def go(self) -> None:
         """Runs to the end. Raises AtomError with the first failure; KeyboardInterrupt after a clean stop."""
-        failures: dict[str, str] = {}
+        failures: dict[str, Failure] = {}
         waiting = [n for n in self.selected if not self.store.sealed(self.graph.nodes[n].key)]
         self.display.begin(len(self.selected), len(self.selected) - len(waiting))
         try:
@@ -121,9 +127,9 @@ class LocalLauncher:
                     del self.flights[name]
                     if outcome == "busy":
                         waiting.append(name)
-                    elif outcome != "sealed":
+                    elif isinstance(outcome, Failure):
                         failures[name] = outcome
-                        self.display.failed(name, outcome)
+                        self.display.failed(name, outcome.text)
                 if failures and not self.flights:
                     break
                 time.sleep(POLL)
@@ -131,12 +137,8 @@ class LocalLauncher:
             self._stop()
             raise
         if failures:
-            name, text = next(iter(failures.items()))
-            raise self._error(name, text)
-
-    def _error(self, name: str, text: str) -> AtomError:
-        kind = CheckFailed if text.startswith("gate ") else AtomError
-        return kind(f"stage {name} failed: {text} (log: atom logs {name})")
+            name, failure = next(iter(failures.items()))
+            raise of_kind(failure, f"stage {name} failed: {failure.text} (log: atom logs {name})")
 
     def _places(self, node: Node) -> int:
         return min(node.stage.ranks(node.config), self.profile.local.jobs)
@@ -167,7 +169,9 @@ class LocalLauncher:
             watts_per_core=self.profile.power.watts_per_core,
             ranks=number,
         )
-        executor = submitit.LocalExecutor(folder / "submitit")
+        # `env` becomes the stage's process, without what a stage may not have
+        without = [word for name in clean_environment.denied(os.environ) for word in ("-u", name)]
+        executor = submitit.LocalExecutor(folder / "submitit", python=shlex.join(["env", *without, sys.executable]))
         executor.update_parameters(timeout_min=FOREVER_MINUTES, stderr_to_stdout=True, tasks_per_node=number)
         gpus = visible_gpus()
         executor.update_parameters(gpus_per_node=min(number, len(gpus)), visible_gpus=gpus)  # else it hides them all
@@ -183,7 +187,7 @@ class LocalLauncher:
         self.display.started(node.name, str(job.paths.stdout), number)
         return Flight(node, job, tail, number)
 
-    def _poll(self, flight: Flight) -> str | None:
+    def _poll(self, flight: Flight) -> str | Failure | None:
         """The job's outcome, or None while it runs."""
         ended = flight.job.done()
         for event in flight.tail.read():
@@ -191,7 +195,8 @@ class LocalLauncher:
             if kind == "start":
                 flight.pid = event["pid"]
             elif kind == "end":
-                flight.outcome = event["outcome"]
+                good = event["outcome"] in ("sealed", "busy")
+                flight.outcome = event["outcome"] if good else Failure.read(event["outcome"], event.get("kind"))
             elif kind == "usage":
                 self.display.usage(flight.node.name, event)
             elif kind == "progress":
@@ -204,29 +209,32 @@ class LocalLauncher:
         if flight.outcome == "sealed":
             self.display.sealed(flight.node.name)
         if flight.outcome is None and flight.lost and flight.lost[0] > 0:
-            return (
-                f"rank {flight.lost[0]} is gone and the others hung without it; its log may tell why (atom logs "
-                f"{flight.node.name} --rank {flight.lost[0]}); run the same command to go on"
-            )
+            return Failure(f"rank {flight.lost[0]}: {GONE}")
         if flight.outcome is None and shutil.disk_usage(self.store.home).free < NO_ROOM:
-            return full(self.store)  # not even the word that it ends had room
+            return Failure(full(self.store))  # not even the word that it ends had room
         if flight.outcome is None:
-            return "its process was killed from outside (perhaps for memory); run the same command to go on"
+            return Failure("its process was killed from outside (perhaps for memory); run the same command to go on")
         return flight.outcome
 
     def _see_off(self, flight: Flight) -> None:
         """Once rank 0 has ended the attempt, or a rank is gone that the others need, what is left of them (it may hang
-        in a collective, or be stopped) gets the grace time and is killed."""
+        in a collective, or be stopped) gets a moment, and is killed. Of a rank that was killed the others are told."""
         if flight.ranks == 1:
             return
         living = tasks(flight.job._process.pid)
         flight.seen |= living.keys()
         folder = launch_folder(self.run.node_folder(flight.node.name), flight.job.job_id)
-        flight.lost = flight.lost or lost(folder, flight.seen - living.keys())
+        if not flight.lost:
+            flight.lost = lost(folder, flight.seen - living.keys())
+            if flight.lost and silent(folder, flight.lost[0]):
+                announce(folder, flight.lost[0], Failure(GONE))
         if flight.outcome is None and not flight.lost:
             return
-        flight.deadline = flight.deadline or time.monotonic() + self.profile.local.stop_grace_seconds
-        if time.monotonic() > flight.deadline:
+        flight.over = flight.over or time.monotonic()
+        late = time.monotonic() - flight.over
+        if late > LAST_SECONDS:  # rank 0 may still write, and what it has told is on record
+            kill(pid for rank, pid in living.items() if rank or flight.outcome is not None)
+        if late > self.profile.local.stop_grace_seconds:
             kill(living.values())
 
     def _stop(self) -> None:

@@ -1,11 +1,12 @@
 """A look at each node before a stage begins, so that what is wrong with one is told in seconds, with its name.
 
-Each rank looks at its own node (space, clock, GPU, versions) and leaves what it found in the folder of the launch; the
-others then call rank 0 over the network that training will use. Rank 0 gathers, and speaks for all.
+Each rank looks at its own node (space, clock, GPU, versions) and tells rank 0 over the network that training will use.
+Rank 0 gathers, and speaks for all. The shared file system holds only where rank 0 listens.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -16,29 +17,28 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import environment
-from pipeline.launch.ranks import node_name, read, write
-from pipeline.launch.worker import Task
+from pipeline.errors import Failure
+from pipeline.launch.ranks import Ranks, node_name, polls, read, write
 
 SECONDS = 120.0
 """What the ranks of a launch may differ in starting, and a call may take."""
+CALLER_SECONDS = 5.0
+"""What one caller may take to say its line, so that a stranger's connection delays nobody for long."""
 SKEW_SECONDS = 30.0
 POLL = 0.1
+LONGEST_LINE = 65536
 
 
-def check(task: Task, launch: Path, rank: int, free_gb: float, scratch: str | None) -> str | None:
-    """What is wrong with a node of this launch, in one sentence that names it; None of a rank other than 0, and if all
-    is well."""
-    home = Path(task.home)
+def check(home: Path, ranks: Ranks, free_gb: float, scratch: str | None) -> Failure | None:
+    """What is wrong with a node of this launch, in one sentence that names it; of a rank other than 0, why it could not
+    even tell rank 0. None if all is well."""
     wrong = own(home, free_gb, scratch)
-    if task.ranks == 1:
-        return wrong
-    if rank:
-        listener = _wait(launch / "listener.json") if wrong is None else None
-        if wrong is None:
-            wrong = _call(listener, rank)
-        write(launch / f"node-{rank}.json", {"wrong": wrong, "node": node_name(), "lock": environment.fingerprint()})
-        return None
-    return _gather(launch, task.ranks, wrong)
+    text = wrong
+    if ranks.rank:
+        text = _call(ranks, wrong)
+    elif wrong is None and ranks.size > 1:
+        text = _gather(ranks)
+    return None if text is None else Failure(text)
 
 
 def own(home: Path, free_gb: float, scratch: str | None) -> str | None:
@@ -72,12 +72,21 @@ def _gpus(name: str) -> str | None:
     return None
 
 
-def _call(listener: dict[str, Any] | None, rank: int) -> str | None:
+def _call(ranks: Ranks, wrong: str | None) -> str | None:
+    """Another rank: tells rank 0 how its node is."""
+    listener, deadline = None, time.monotonic() + SECONDS
+    for _ in polls(deadline):
+        listener = read(ranks.folder / "listener.json")
+        if listener is not None or ranks.failure() is not None:
+            break
     if listener is None:
+        if (failure := ranks.failure()) is not None:
+            return failure.text
         return f"node {node_name()} saw no word of rank 0 for {SECONDS:.0f} s; does it see the same $ATOM_HOME?"
+    report = {"rank": ranks.rank, "node": node_name(), "wrong": wrong, "lock": environment.fingerprint()}
     try:
         with socket.create_connection((listener["host"], listener["port"]), timeout=SECONDS) as line:
-            line.sendall(f"{rank}\n".encode())
+            line.sendall(json.dumps(report).encode() + b"\n")
             line.settimeout(SECONDS)
             if line.recv(1) == b"+":
                 return None
@@ -87,53 +96,54 @@ def _call(listener: dict[str, Any] | None, rank: int) -> str | None:
         return f"node {node_name()} cannot reach rank 0 at {where} ({error}); look at names, routes and firewall"
 
 
-def _gather(launch: Path, ranks: int, wrong: str | None) -> str | None:
-    if wrong is not None:
-        write(launch / "listener.json", {"host": "", "port": 0})
-        return wrong
-    deadline = time.monotonic() + SECONDS
-    with socket.create_server(("", 0), backlog=ranks) as server:
+def _gather(ranks: Ranks) -> str | None:
+    """Rank 0: hears every other rank, and says what is wrong."""
+    deadline, look = time.monotonic() + SECONDS, 0.0
+    reports: dict[int, dict[str, Any]] = {}
+    with socket.create_server(("", 0), backlog=ranks.size) as server:
         server.settimeout(POLL)
-        write(launch / "listener.json", {"host": address(), "port": server.getsockname()[1]})
-        told: dict[int, dict[str, Any]] = {}
-        while len(told) < ranks - 1 and time.monotonic() < deadline:
-            with suppress(TimeoutError):
+        write(ranks.folder / "listener.json", {"host": address(), "port": server.getsockname()[1]})
+        while len(reports) < ranks.size - 1 and time.monotonic() < deadline:
+            with suppress(OSError):  # TimeoutError among them: nobody calls at the moment
                 line, _ = server.accept()
                 with line:
-                    line.settimeout(SECONDS)
-                    line.recv(64)
-                    line.sendall(b"+")
-            for rank in set(range(1, ranks)) - set(told):
-                found = read(launch / f"node-{rank}.json")
-                if found is not None:
-                    told[rank] = found
-    silent = sorted(set(range(1, ranks)) - set(told))
+                    report = _hear(line)
+                    if report is not None:
+                        reports[report["rank"]] = report
+            if time.monotonic() > look:
+                if (failure := ranks.failure()) is not None:
+                    return failure.text
+                look = time.monotonic() + 1.0
+    silent = sorted(set(range(1, ranks.size)) - set(reports))
     if silent:
-        started = [rank for rank in silent if (launch / f"started-{rank}").exists()]
+        started = set(os.listdir(ranks.folder))
         which = f"rank {silent[0]}" + (f" and {len(silent) - 1} more" if silent[1:] else "")
-        how = "started and said nothing more" if started else "did not start"
-        return f"{which} of {ranks} {how} within {SECONDS:.0f} s; its own log may tell why"
-    bad = [found["wrong"] for _, found in sorted(told.items()) if found["wrong"]]
-    if bad:
+        some = any(f"started-{rank}" in started for rank in silent)
+        how = "started and said nothing more" if some else "did not start"
+        return f"{which} of {ranks.size} {how} within {SECONDS:.0f} s; its own log may tell why"
+    ordered = [reports[rank] for rank in sorted(reports)]
+    if bad := [report["wrong"] for report in ordered if report["wrong"]]:
         return str(bad[0])
     lock = environment.fingerprint()
-    other = next((found["node"] for _, found in sorted(told.items()) if found["lock"] != lock), None)
-    if other is not None:
+    if (other := next((report["node"] for report in ordered if report["lock"] != lock), None)) is not None:
         return f"nodes {other} and {node_name()} differ in Python, packages or processor; ask for nodes that are alike"
     return None
+
+
+def _hear(line: socket.socket) -> dict[str, Any] | None:
+    """What one rank says; None if it is no rank of ours."""
+    line.settimeout(CALLER_SECONDS)
+    try:
+        with line.makefile("rb") as file:
+            report = dict(json.loads(file.readline(LONGEST_LINE)))
+        int(report["rank"]), report["node"], report["wrong"], report["lock"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    line.sendall(b"+")
+    return report
 
 
 def address() -> str:
     """The name by which other nodes of the job reach this one."""
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     return node_name() if nodes > 1 else "127.0.0.1"
-
-
-def _wait(path: Path) -> dict[str, Any] | None:
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        found = read(path)
-        if found is not None:
-            return found
-        time.sleep(POLL)
-    return None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.checkpoints import Checkpoint
-from pipeline.errors import AtomError
+from pipeline.errors import MachineError
 from pipeline.lease import Lease
 from pipeline.store import Artifact, digest_of, rows_of
 
@@ -30,8 +30,8 @@ class Products:
     def seal(self, name: str, folder: Path) -> None:
         """Seals `folder` as the checkpoint `name`, which is `@` and its step, unless that was done before.
 
-        Raises AtomError if it was done with other bytes by the same code in the same environment, or if another worker
-        has taken over.
+        Raises AtomError if it was done with other bytes by the same code in the same environment, MachineError if
+        another worker has taken over.
         """
         with self.lock:
             task, store = self.attempt.task, self.attempt.store
@@ -66,4 +66,4 @@ class Products:
 
     def _require_lease(self, checkpoint: Checkpoint) -> None:
         if self.lease.lost:
-            raise AtomError(f"another worker took over {checkpoint.phase} before {checkpoint.node} was sealed here")
+            raise MachineError(f"another worker took over {checkpoint.phase} before {checkpoint.node} was sealed here")

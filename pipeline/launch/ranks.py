@@ -4,36 +4,54 @@ A launch is one start of a job, and what its ranks tell each other lies in a fol
 ever believed: `logs/<run>/<node>/ranks/<job>.<restarts>/` with
 
     rank-<rank>.json    the process of a rank
-    meeting.json        what it decided: where to meet, or why nobody is needed
+    meeting.json        what rank 0 decided: where to meet, that it waits for its turn, or that nobody is needed
     end-<rank>.json     how another rank ended, and what it used
+    failures.jsonl      whoever fails says so here, in a line; the first one counts. Rank 0 adds `over` when it has
+                        written all that it has to write
+
+A launch fails as a whole: each rank looks at failures.jsonl once a second, from a thread of its own, so that it leaves
+also out of a collective. That is one file, there from the start (a shared file system may believe for long that a file
+is absent), and one reading a rank and second.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
 import resource
 import signal
 import socket
+import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import submitit
 from submitit.core.utils import environment_variables
 
 from pipeline import lease
-from pipeline.errors import AtomError
+from pipeline.errors import Failure, Kind, MachineError, PeerLost
 
 MEETING_SECONDS = 600.0
 USAGE_SECONDS = 5.0
+FAILED_USAGE_SECONDS = 1.5
+"""What rank 0 waits for the others' word of what they used; less after a failure, whose 5 seconds are counted."""
+WATCH_SECONDS = 1.0
+DEPART_SECONDS = 3.0
+"""What a rank of a failed launch waits for rank 0 to write how it failed: srun ends all when one ends badly."""
+BLAME_SECONDS = 2.5
+"""What a rank that lost touch with another waits for that one's word, or the launcher's about it."""
 FOLLOWED = "followed"
+FAILURES = "failures.jsonl"
 FIRST_PORT = 20000
 POLL = 0.05
+SLOWEST_POLL = 1.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,7 @@ class Ranks:
         job = submitit.JobEnvironment()
         folder = launch_folder(node_folder, job.job_id)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / FAILURES).touch()
         write(folder / f"rank-{job.global_rank}.json", lease.me())
         return cls(size, job.global_rank, job.local_rank, job.num_nodes == 1, folder)
 
@@ -91,25 +110,103 @@ class Ranks:
         write(self.folder / "meeting.json", meeting.__dict__)
         return meeting
 
+    def wait(self, turns: int) -> None:
+        """Rank 0: tells the others now and then that it waits for its turn. Raises PeerLost if one has failed."""
+        if self.size > 1:
+            if (failure := self.failure()) is not None:
+                raise PeerLost(failure.text)
+            if turns % 30 == 0:
+                write(self.folder / "meeting.json", {"turns": turns})
+
     def dismiss(self, why: str) -> None:
-        """Rank 0, at its end: if there was no meeting, there will be none."""
-        if self.size > 1 and not (self.folder / "meeting.json").exists():
-            with suppress(OSError):  # on a full disk the others see that rank 0 is gone
+        """Rank 0, at an end without failure: if there was no meeting, there will be none."""
+        if self.size > 1:
+            present = read(self.folder / "meeting.json")
+            if present is None or "turns" in present:
                 write(self.folder / "meeting.json", {"dismissed": why})
 
-    def meet(self) -> Meeting:
-        """Another rank: waits for rank 0's call. Raises AtomError if it does not come."""
-        deadline = time.monotonic() + MEETING_SECONDS
-        while time.monotonic() < deadline:
-            said = read(self.folder / "meeting.json")
-            if said is not None and "dismissed" in said:
-                raise AtomError(f"rank 0 needs no other ranks ({said['dismissed']})")
-            if said is not None:
-                return Meeting(**said)
+    def meet(self) -> Meeting | None:
+        """Another rank: waits for rank 0's call; None if rank 0 needs nobody. Raises MachineError if no call comes."""
+        deadline, turns = time.monotonic() + MEETING_SECONDS, None
+        for _ in polls():
+            message = read(self.folder / "meeting.json")
+            if message is not None and "dismissed" in message:
+                return None
+            if message is not None and "turns" not in message:
+                return Meeting(**message)
+            if message is not None and message["turns"] != turns:  # rank 0 lives, and waits for another worker
+                deadline, turns = time.monotonic() + MEETING_SECONDS, message["turns"]
             if self._gone(0):
-                raise AtomError("rank 0 is gone; its own log may tell why")
-            time.sleep(POLL)
-        raise AtomError(f"rank 0 said nothing for {MEETING_SECONDS:.0f} seconds; its own log may tell why")
+                raise MachineError("rank 0 is gone; its own log may tell why")
+            if time.monotonic() > deadline:
+                break
+        raise MachineError(f"rank 0 said nothing for {MEETING_SECONDS:.0f} seconds; its own log may tell why")
+
+    def announce(self, failure: Failure) -> None:
+        """Dismisses every rank of the launch, with how it failed."""
+        if self.size > 1:
+            announce(self.folder, self.rank, failure)
+
+    def failure(self) -> Failure | None:
+        """How the launch failed by another rank's word, if it did: the first that failed is named in the sentence."""
+        for row in _rows(self.folder):
+            if "text" in row:
+                if row.get("rank") == self.rank:
+                    return None
+                return Failure.read(f"rank {row['rank']}: {row['text']}", row.get("kind"))
+        return None
+
+    def blame(self, failure: Failure) -> Failure:
+        """After touch was lost with another rank: what that one says of it, if it comes to say it."""
+        deadline = time.monotonic() + BLAME_SECONDS
+        while self.size > 1 and time.monotonic() < deadline:
+            if (cause := self.failure()) is not None:
+                return cause
+            time.sleep(0.2)
+        return failure
+
+    @contextmanager
+    def watch(self, react: Callable[[Failure], object]) -> Iterator[None]:
+        """Calls `react` from a thread of its own once another rank has failed, or the launcher says so of one."""
+        if self.size == 1:
+            yield
+            return
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(WATCH_SECONDS):
+                with suppress(OSError):  # a file system that is away for a moment: the next look tells
+                    if (failure := self.failure()) is not None:
+                        react(failure)
+                        return
+
+        thread = threading.Thread(target=look, name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+
+    def close(self) -> None:
+        """Rank 0 of a failed launch, once all is written: whoever waits for that may go."""
+        if self.size > 1:
+            _append(self.folder, {"over": True})
+
+    def depart(self) -> NoReturn:
+        """Another rank of a failed launch: ends this process once rank 0 has written what it has to, or is too slow."""
+        deadline = time.monotonic() + DEPART_SECONDS
+        with suppress(OSError):
+            while time.monotonic() < deadline and not any("over" in row for row in _rows(self.folder)):
+                time.sleep(0.2)
+        end_process(1)
+
+    def dismissed(self, failure: Failure, usage: Usage) -> NoReturn:
+        """Another rank, from a thread, when the launch has failed: leaves its stacks in its log, and ends."""
+        text = f"this launch has failed ({failure.text}), so rank {self.rank} ends; it stands here:\n"
+        os.write(2, text.encode())  # not `print`, whose lock the thread that hangs may hold
+        faulthandler.dump_traceback(2, all_threads=True)
+        self.leave(failure.text, usage)
+        self.depart()
 
     @contextmanager
     def environment(self, meeting: Meeting | None) -> Iterator[None]:
@@ -123,14 +220,21 @@ class Ranks:
 
     def leave(self, outcome: str, usage: Usage) -> None:
         """Another rank, at its end. outcome: FOLLOWED, or one sentence on what went wrong."""
-        write(_end(self.folder, self.rank), {"outcome": outcome, "usage": usage.__dict__})
+        with suppress(OSError):  # on a full disk what it used is not known
+            write(_end(self.folder, self.rank), {"outcome": outcome, "usage": usage.__dict__})
 
-    def others(self) -> list[Usage]:
+    def others(self, seconds: float = USAGE_SECONDS) -> list[Usage]:
         """Rank 0: what the others used, of those that come to their end within a few seconds."""
-        waiting, deadline = set(range(1, self.size)), time.monotonic() + USAGE_SECONDS
-        while waiting and time.monotonic() < deadline:
-            waiting = {rank for rank in waiting if not self._gone(rank) and not _end(self.folder, rank).exists()}
-            time.sleep(POLL if waiting else 0)
+        if self.size == 1:
+            return []
+        deadline = time.monotonic() + seconds
+        processes = {rank: read(self.folder / f"rank-{rank}.json") for rank in range(1, self.size)}
+        waiting = set(processes)
+        for _ in polls(deadline):
+            waiting -= {rank for rank in waiting if (who := processes[rank]) is not None and lease.gone(who)}
+            waiting -= {int(name[4:-5]) for name in os.listdir(self.folder) if name.startswith("end-")}
+            if not waiting:
+                break
         ends = [read(_end(self.folder, rank)) for rank in range(1, self.size)]
         return [Usage(**end["usage"]) for end in ends if end is not None]
 
@@ -138,6 +242,50 @@ class Ranks:
         """Whether a rank's process is known to be gone."""
         who = read(self.folder / f"rank-{rank}.json")
         return who is not None and lease.gone(who)
+
+
+def announce(folder: Path, rank: int, failure: Failure) -> None:
+    """Dismisses every rank of the launch in `folder`; rank: the one that failed."""
+    _append(folder, {"rank": rank, "node": node_name(), **failure.json()})
+
+
+def _append(folder: Path, row: dict[str, Any]) -> None:
+    try:
+        with open(folder / FAILURES, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:  # on a full disk the launcher, or srun, ends the others when this rank has ended
+        print(f"the other ranks cannot be told ({error})", file=sys.stderr, flush=True)
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """The lines of failures.jsonl. One that two hosts wrote at once may be damaged: it is a failure all the same."""
+    rows = []
+    with suppress(FileNotFoundError):
+        for line in (folder / FAILURES).read_bytes().splitlines():
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                rows.append({"rank": "?", "text": "a rank failed, and its sentence is damaged", "kind": Kind.MACHINE})
+    return rows
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends this process whatever its other threads, or the library of a collective, are at."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def polls(deadline: float = float("inf")) -> Iterator[None]:
+    """Moments to look again, ever rarer: hundreds of ranks wait for one file. At least one; none after `deadline`."""
+    pause = POLL
+    while True:
+        yield
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return
+        time.sleep(min(pause, left))
+        pause = min(SLOWEST_POLL, pause * 1.3)
 
 
 def node_name() -> str:
@@ -158,6 +306,11 @@ def lost(folder: Path, gone: Iterable[int]) -> list[int]:
     """The ranks, of those that are gone, without which the others cannot end well."""
     ends = {rank: read(_end(folder, rank)) for rank in gone}
     return sorted(rank for rank, end in ends.items() if end is None or end["outcome"] != FOLLOWED)
+
+
+def silent(folder: Path, rank: int) -> bool:
+    """Whether a rank left no word of its end, as one that was killed."""
+    return read(_end(folder, rank)) is None
 
 
 def write(path: Path, value: dict[str, Any]) -> None:

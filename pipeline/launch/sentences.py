@@ -8,17 +8,39 @@ import sys
 import traceback
 from pathlib import Path
 
-from pipeline.errors import AtomError, Interrupted
+from pipeline.errors import AtomError, Failure, Interrupted, Kind
 from pipeline.store import Store
 
+MACHINE = frozenset({
+    errno.EIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE,
+    errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE,
+    errno.EREMOTEIO, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.EAGAIN, errno.EBUSY,
+})  # fmt: skip
+"""What the system says of a machine, not of our code: another attempt may meet another state, or another node."""
 
-def tell(error: BaseException, node: str, stage: str, store: Store) -> str:
-    """Prints the sentence to the log, below the traceback if it is a bug; returns it."""
-    text = sentence(error, stage, store)
-    if not isinstance(error, (AtomError, Interrupted, ImportError)) and not disk_full(error):
+
+def tell(error: BaseException, node: str, stage: str, store: Store) -> Failure:
+    """Prints the sentence to the log, below the traceback if it is a bug; returns it with its kind."""
+    failure = Failure(sentence(error, stage, store), kind(error))
+    if failure.kind is Kind.BUG or not isinstance(error, (AtomError, Interrupted, ImportError, OSError)):
         traceback.print_exc()
-    print(f"{node}: {text}", file=sys.stderr, flush=True)
-    return text
+    print(f"{node}: {failure.text}", file=sys.stderr, flush=True)
+    return failure
+
+
+def kind(error: BaseException) -> Kind:
+    """What an exception of a stage is, for the exit code and for whether another attempt is made."""
+    if isinstance(error, Interrupted):
+        return Kind.STOPPED
+    if disk_full(error):
+        return Kind.MACHINE
+    if isinstance(error, AtomError):
+        return error.kind
+    if isinstance(error, OSError) and error.errno in MACHINE:
+        return Kind.MACHINE
+    if isinstance(error, ImportError) and _foreign(error):
+        return Kind.USER
+    return Kind.BUG
 
 
 def sentence(error: BaseException, stage: str, store: Store) -> str:
@@ -29,9 +51,14 @@ def sentence(error: BaseException, stage: str, store: Store) -> str:
         return full(store)
     if isinstance(error, AtomError):
         return str(error)
-    if isinstance(error, ImportError) and (error.name or "").split(".")[0] not in ("pipeline", "stages", "release"):
+    if isinstance(error, ImportError) and _foreign(error):
         return f"stage {stage} needs {error.name}; install atom-release[data,train] and run the same command again"
     return f"a bug in stage {stage}: {type(error).__name__}: {error}; the traceback is in its log".replace("\n", " ")
+
+
+def _foreign(error: ImportError) -> bool:
+    """Whether a package is missing that is not ours."""
+    return (error.name or "").split(".")[0] not in ("pipeline", "stages", "release")
 
 
 def full(store: Store) -> str:

@@ -7,8 +7,10 @@ The job's script sets up what the profile says, runs the stage by srun, and does
 from __future__ import annotations
 
 import io
+import os
 import shlex
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,9 +21,9 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from pipeline import budget, snapshot
 from pipeline import run as runs
-from pipeline.errors import AtomError, RecipeError
+from pipeline.errors import AtomError, Kind, RecipeError
 from pipeline.graph import Graph, Node
-from pipeline.launch import claims, job, queue
+from pipeline.launch import claims, clean_environment, job, queue
 from pipeline.launch.claims import Claim
 from pipeline.launch.job import Terms
 from pipeline.launch.local import JOB_ENVIRONMENT, require_inputs
@@ -30,8 +32,6 @@ from pipeline.profile import Jobs, Profile, Slurm
 from pipeline.run import Run
 from pipeline.store import Store
 
-KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "SLURM_CONF", "MODULEPATH", "LD_LIBRARY_PATH")
-"""Variables that a job takes over from whoever submits, beside those of `forward`: no token ever travels."""
 UNLIMITED = 10**6
 
 
@@ -171,7 +171,7 @@ def executor_of(
             "there is no srun here; submit from a host of a Slurm cluster, or use `atom run`"
         ) from None
     more: dict[str, Any] = {"kill-on-invalid-dep": "yes", "requeue": True, "chdir": str(store.home)}
-    more |= {"export": ",".join((*KEPT, *slurm.forward))}
+    more |= {"export": "NIL"}  # a list of names would make Slurm load the login environment, tokens and all
     if jobs.memory_gb is not None:
         more["mem"] = f"{round(jobs.memory_gb * 1024)}M"
     if jobs.exclusive:
@@ -236,9 +236,15 @@ def setup(slurm: Slurm, store: Store, code: Path) -> list[str]:
     own = {**JOB_ENVIRONMENT, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "ATOM_HOME": str(store.home)}
     if slurm.scratch:
         own["TMPDIR"] = slurm.scratch
-    lines = [f"module load {shlex.quote(name)}" for name in slurm.modules]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in {**own, **slurm.environment}.items()]
-    return [*lines, *slurm.setup]
+    lines = [*clean_environment.shell(), *_exports(clean_environment.taken_over(os.environ, slurm.forward))]
+    if slurm.modules:  # no login shell has defined `module`
+        lines += ["type module > /dev/null 2>&1 || . /etc/profile", *clean_environment.shell()]
+        lines += [f"module load {shlex.quote(name)}" for name in slurm.modules]
+    return [*lines, *_exports({**own, **slurm.environment}), *slurm.setup]
+
+
+def _exports(variables: Mapping[str, str]) -> list[str]:
+    return [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
 
 
 def teardown(slurm: Slurm, run: Run, node: Node, folder: Path, shards: bool) -> list[str]:
@@ -252,7 +258,8 @@ def teardown(slurm: Slurm, run: Run, node: Node, folder: Path, shards: bool) -> 
         "start=${SLURM_RESTART_COUNT:-0}",
         f"launches={shlex.quote(str(folder))}/ranks/$SLURM_JOB_ID",
         'decision=$(head -n 1 "$launches.$start/decision" 2> /dev/null)',
-        'outcome=$(tail -n +2 "$launches.$start/decision" 2> /dev/null)',
+        'kind=$(sed -n 2p "$launches.$start/decision" 2> /dev/null)',
+        'outcome=$(tail -n +3 "$launches.$start/decision" 2> /dev/null)',
         f'[ "$start" -lt {slurm.restarts} ] && more=yes',
     ]
     if shards:
@@ -286,7 +293,12 @@ def teardown(slurm: Slurm, run: Run, node: Node, folder: Path, shards: bool) -> 
             f"        sh -c {shlex.quote(slurm.notify)}",
             "fi",
         ]
-    return [*lines, '[ "$decision" = sealed ] || [ "$decision" = done ]']
+    return [
+        *lines,
+        '[ "$decision" = sealed ] || [ "$decision" = done ] && exit 0',
+        f'[ "$kind" = {Kind.CHECK} ] && exit {Kind.CHECK.exit_code}',
+        f"exit {Kind.USER.exit_code}",
+    ]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +17,10 @@ from typing import Any
 from pipeline import environment, ledger, registry
 from pipeline.checkpoints import Checkpoint
 from pipeline.codehash import code_digests
-from pipeline.errors import AtomError, Interrupted
+from pipeline.errors import AtomError, Failure, Interrupted, Kind, MachineError, PeerLost
 from pipeline.events import FileReport, FollowerReport
 from pipeline.launch.products import Products
-from pipeline.launch.ranks import FOLLOWED, Ranks, Usage
+from pipeline.launch.ranks import FAILED_USAGE_SECONDS, FOLLOWED, USAGE_SECONDS, Ranks, Usage, end_process
 from pipeline.launch.sentences import tell, without_places
 from pipeline.lease import Lease
 from pipeline.stage import identity, operation
@@ -55,22 +55,42 @@ def work(spec: dict[str, Any]) -> str:
     """Runs one node to its sealed artifact. Returns "sealed", "busy" (another worker has it) or a failure sentence.
 
     Never raises for what a stage does: the job's outcome is a value, in `events.jsonl` and in the ledger. If the stage
-    has several ranks, all of them call this; rank 0 keeps lease, report and product, the others only run the stage.
+    has several ranks, all of them call this; rank 0 keeps lease, report and product, the others only run the stage. A
+    process of several ends with exit code 1 if the launch has failed.
     """
     task = Task(**spec)
     store = Store(Path(task.home))
-    folder = store.logs / task.run / task.node
-    ranks = Ranks.here(task.ranks, folder)
+    outcome = attempt(task, store, Ranks.here(task.ranks, store.logs / task.run / task.node))
+    if isinstance(outcome, str):
+        return outcome
+    if task.ranks > 1 and outcome.kind is not Kind.STOPPED:
+        end_process(1)
+    return outcome.text
+
+
+def attempt(
+    task: Task, store: Store, ranks: Ranks, ended: Callable[[str | Failure], None] = lambda outcome: None
+) -> str | Failure:
+    """What each rank does. ended: called on rank 0 once the outcome is on record, by whatever thread ends the attempt;
+    the process may go right after."""
     if ranks.rank:
         return _follow(task, store, ranks)
-    report = FileReport(folder)
+    report = FileReport(store.logs / task.run / task.node)
+
+    def end(outcome: str | Failure) -> None:
+        report.end(outcome)
+        ended(outcome)
+        if isinstance(outcome, Failure):
+            ranks.close()
+
     try:
         with _stop_signals():
-            outcome = _attempt(task, store, report, ranks)
+            outcome = _attempt(task, store, report, ranks, end)
     except Interrupted:
-        outcome = "interrupted"
-    ranks.dismiss(outcome)
-    report.end(outcome)
+        outcome = Failure("interrupted", Kind.STOPPED)
+    if isinstance(outcome, str) or outcome.kind is Kind.STOPPED:
+        ranks.dismiss(outcome if isinstance(outcome, str) else outcome.text)
+    end(outcome)
     report.close()
     return outcome
 
@@ -93,31 +113,52 @@ def _stop_signals() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def _follow(task: Task, store: Store, ranks: Ranks) -> str:
-    """A rank other than 0: runs the stage once rank 0 has called, and writes nothing but its log and its usage."""
+def _follow(task: Task, store: Store, ranks: Ranks) -> str | Failure:
+    """A rank other than 0: runs the stage once rank 0 has called, and writes nothing but its log and its usage. If it
+    fails, it says so to all; if another one does, the process ends."""
     before, folder = Usage.now(), store.work(task.key)
-    try:
-        with _stop_signals():
-            meeting = ranks.meet()
-            stage = registry.stage(task.stage)
-            config = stage.config.model_validate(task.config)
-            materials = {role: store.open(key) for role, key in task.inputs.items()}
-            with ranks.environment(meeting):
-                stage.run(config, materials, folder / "state", folder / meeting.out, FollowerReport())
-        outcome = FOLLOWED
-    except (Exception, Interrupted) as error:
-        outcome = tell(error, task.node, task.stage, store)
-    ranks.leave(outcome, Usage.now().since(before))
-    return outcome
+
+    def used() -> Usage:
+        return Usage.now().since(before)
+
+    with ranks.watch(lambda failure: ranks.dismissed(failure, used())):
+        try:
+            with _stop_signals():
+                meeting = ranks.meet()
+                if meeting is not None:
+                    stage = registry.stage(task.stage)
+                    config = stage.config.model_validate(task.config)
+                    materials = {role: store.open(key) for role, key in task.inputs.items()}
+                    report = FollowerReport(ranks.announce)
+                    with ranks.environment(meeting):
+                        stage.run(config, materials, folder / "state", folder / meeting.out, report)
+            ranks.leave(FOLLOWED, used())
+            return FOLLOWED
+        except (Exception, Interrupted) as error:
+            failure = tell(error, task.node, task.stage, store)
+            if isinstance(error, PeerLost):
+                ranks.blame(failure)  # the watch ends this process if somebody takes the blame
+        ranks.leave(failure.text, used())
+        if failure.kind is not Kind.STOPPED:
+            ranks.announce(failure)
+            ranks.depart()
+    return failure
 
 
-def _attempt(task: Task, store: Store, report: FileReport, ranks: Ranks) -> str:
-    folder = store.work(task.key)
+def _attempt(
+    task: Task, store: Store, report: FileReport, ranks: Ranks, end: Callable[[str | Failure], None]
+) -> str | Failure:
+    folder, turns = store.work(task.key), 0
     lease = Lease.take(folder)
     while lease is None and "SLURM_JOB_ID" in os.environ:  # a job has its place already: it waits for its turn
         if store.sealed(task.key):
             return "sealed"
+        try:
+            ranks.wait(turns)
+        except PeerLost as error:
+            return Failure(str(error))
         time.sleep(WAIT_SECONDS)
+        turns += 1
         lease = Lease.take(folder)
     if lease is None:
         return "busy"
@@ -130,11 +171,12 @@ def _attempt(task: Task, store: Store, report: FileReport, ranks: Ranks) -> str:
         if store.sealed(task.key):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def abandon(text: str) -> None:
-        print(f"{task.node}: {text}", file=sys.stderr, flush=True)
-        attempt.record_failure(text)
+    def abandon(failure: Failure) -> None:
+        print(f"{task.node}: {failure.text}", file=sys.stderr, flush=True)
+        ranks.announce(failure)
+        attempt.record_failure(failure)
         leave()
-        report.end(text)
+        end(failure)
 
     def fenced() -> None:
         print(f"{task.node}: a later start of this job has taken over; ending", file=sys.stderr, flush=True)
@@ -154,19 +196,24 @@ def _attempt(task: Task, store: Store, report: FileReport, ranks: Ranks) -> str:
         (folder / "state").mkdir(exist_ok=True)
         attempt.operations = _operations(folder / "operations.json", attempt.operations[0])
         out.mkdir()
-        with ranks.environment(ranks.call(out)):
+        with ranks.environment(ranks.call(out)), ranks.watch(report.fail):
             attempt.stage.run(attempt.config, attempt.materials, folder / "state", out, report)
         report.ending.acquire()
         if lease.lost:
-            raise AtomError(f"another worker took over {task.key} while this one was out of reach; its product stands")
+            raise MachineError(
+                f"another worker took over {task.key} while this one was out of reach; its product stands"
+            )
         store.seal(out, task.key, attempt.record)
         return "sealed"
     except (Exception, Interrupted) as error:
         report.ending.acquire()
-        text = tell(error, task.node, task.stage, store)
-        ranks.dismiss(text)
-        attempt.record_failure(text)
-        return text
+        failure = tell(error, task.node, task.stage, store)
+        if isinstance(error, PeerLost):
+            failure = ranks.blame(failure)
+        if failure.kind is not Kind.STOPPED:
+            ranks.announce(failure)
+        attempt.record_failure(failure)
+        return failure
     finally:
         leave()
 
@@ -203,11 +250,12 @@ class Attempt:
         self.refuse_second_digest(made)
         self._state({made.key: made.digest}, "sealed", part, None if part else made)
 
-    def record_failure(self, text: str) -> None:
+    def record_failure(self, failure: Failure) -> None:
         """The statement of a failed attempt; its subject is the attempt's events, which are what is left of it."""
         name = f"{self.task.run}/{self.task.node}/events.jsonl"
+        published = Failure(without_places(failure.text, self.store.home), failure.kind)
         try:
-            self._state({name: sha256_file(self.store.logs / name)}, without_places(text, self.store.home))
+            self._state({name: sha256_file(self.store.logs / name)}, published)
         except OSError as error:  # a full disk: the failure itself is told all the same
             print(f"{self.task.node}: no statement of this attempt: {error}", file=sys.stderr, flush=True)
 
@@ -230,9 +278,15 @@ class Attempt:
                 )
 
     def _state(
-        self, subject: dict[str, str], outcome: str, part: Checkpoint | None = None, product: Artifact | None = None
+        self,
+        subject: dict[str, str],
+        outcome: str | Failure,
+        part: Checkpoint | None = None,
+        product: Artifact | None = None,
     ) -> None:
-        counted = [Usage.now().since(self.before), *([] if part else self.ranks.others())]
+        hasty = isinstance(outcome, Failure) and outcome.kind is not Kind.STOPPED
+        patience = FAILED_USAGE_SECONDS if hasty else USAGE_SECONDS
+        counted = [Usage.now().since(self.before), *([] if part else self.ranks.others(patience))]
         if product is not None:  # what tasks of a job array did beforehand
             shards = self.store.logs / self.task.run / self.task.node / "shards"
             counted += [Usage(**json.loads(path.read_text())) for path in sorted(shards.glob("ranks/*/usage.json"))]
@@ -268,7 +322,8 @@ class Attempt:
             started=self.started,
             finished=finished,
             usage=usage,
-            outcome=outcome,
+            outcome=outcome.text if isinstance(outcome, Failure) else outcome,
+            kind=outcome.kind if isinstance(outcome, Failure) else None,
             product=product,
         )
         ledger.write(self.store.ledger, part.key if part else self.task.key, body)

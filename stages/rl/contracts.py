@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.errors import AtomError
+from pipeline.errors import MachineError
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,7 @@ Parts = dict[str, float]
 and 0 elsewhere: cards compare it with the reward, and an answer without it wins no comparison."""
 
 
-class VerifierFailed(AtomError):
+class VerifierFailed(MachineError):
     """A verifier could not judge: it crashed, timed out or is unreachable. Never a reward of 0."""
 
 

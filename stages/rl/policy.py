@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import AtomError, RecipeError
+from pipeline.errors import AtomError, CheckFailed, RecipeError
 from pipeline.stage import Inputs, Report
 from stages.data.items import chat_rows
 from stages.model import hf
@@ -99,9 +99,9 @@ def sampler_of(config: Any, chat: answers.Chat, work: Path) -> Sampler:
 
 
 def require_small_gap(name: str, step: int, gap: float, most: float) -> None:
-    """Raises AtomError if sampler and trainer, of equal weights, give a token too different log-probabilities."""
+    """Raises CheckFailed if sampler and trainer, of equal weights, give a token too different log-probabilities."""
     if not gap <= most:
-        raise AtomError(
+        raise CheckFailed(
             f"{name}: sampler and trainer differ by {gap:.3g} in a token's log-probability at step {step}, more than "
             f"{name}.logprob_gap = {most:g}; their weights or their arithmetic are not the same"
         )

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.errors import AtomError
+from pipeline.errors import AtomError, CheckFailed, MachineError
 from stages.rl import rollouts
 from stages.rl.contracts import Completion, Prompt
 from stages.rl.generate import fill
@@ -125,11 +125,11 @@ class VllmServer:
         except (KeyError, TypeError, ValueError):
             ids, whole, versions = (), False, set()
         if not ids or not whole:
-            raise AtomError(f"the vLLM server at {server.url} gave no whole answer ({str(answer)[:300]}); "
+            raise MachineError(f"the vLLM server at {server.url} gave no whole answer ({str(answer)[:300]}); "
                             "see its log and run again to go on")  # fmt: skip
         if versions != {self.loaded}:
             other = ", ".join(sorted(map(str, versions)))
-            raise AtomError(
+            raise MachineError(
                 f"the vLLM server at {server.url} answered with the weights {other} instead of {self.loaded}; it "
                 "started anew, or somebody else uses it: run again"
             )
@@ -140,13 +140,13 @@ class VllmServer:
         before = self._digests(server)
         server.post("/collective_rpc", {"method": "renew", "args": [str(folder)]})
         if not server.post("/reset_prefix_cache")["success"]:
-            raise AtomError(f"the vLLM server at {server.url} keeps its cache of prompts while somebody else uses it; "
-                            "give it to this run alone")  # fmt: skip
+            raise MachineError(f"the vLLM server at {server.url} keeps its cache of prompts while somebody else uses "
+                               "it; give it to this run alone")  # fmt: skip
         server.post("/update_weight_version", {"new_version": digest})
         after = self._digests(server)
         seen = {(name, sha) for key, sha in after.items() if (name := key.rsplit(":", 1)[-1]) in norms}
         if seen != set(norms.items()) or (after == before and self.loaded is not None):
-            raise AtomError(f"the vLLM server at {server.url} did not take over the weights in {folder}; "
+            raise MachineError(f"the vLLM server at {server.url} did not take over the weights in {folder}; "
                             "have it see this folder and run again")  # fmt: skip
 
     @staticmethod
@@ -167,7 +167,7 @@ class VllmServer:
             gaps.append((told - torch.tensor(found.logprobs)).abs())
         gap = torch.cat(gaps).mean().item()
         if not gap <= TOLERANCE[self.config["dtype"]]:
-            raise AtomError(
+            raise CheckFailed(
                 f"vLLM's log-probabilities differ by {gap:.3g} from those of the weights that it was given, so it does "
                 "not renew all of them, or computes otherwise; use another version of it, or sampling.kind = in-process"
             )

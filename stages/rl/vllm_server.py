@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import AtomError
+from pipeline.errors import AtomError, MachineError
 
 START_SECONDS = 900.0  # to import, and to warm up on a machine that is busy
 REQUEST_SECONDS = 900.0
@@ -173,12 +173,12 @@ class Server:
         if self.process is not None and (code := self.process.poll()) is not None:
             raise self._gone(f"exit code {code}")
 
-    def _gone(self, why: str) -> AtomError:
+    def _gone(self, why: str) -> MachineError:
         said = ""
         if self.log is not None and self.log.exists():
             lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
             said = f"; its log {self.log} ends: {' | '.join(lines[-5:])[-1000:]}"
-        return AtomError(f"the vLLM server at {self.url} is gone ({why}){said}; see to it and run again to go on")
+        return MachineError(f"the vLLM server at {self.url} is gone ({why}){said}; see to it and run again to go on")
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import AtomError
+from pipeline.errors import AtomError, MachineError
 from pipeline.stage import Report
 from pipeline.store import canonical, sha256_bytes, sha256_file
 from stages.train import pieces, sealed
@@ -93,7 +93,7 @@ class Checkpoints:
             if found == 2:
                 self.given_up.set()  # rank 0 may be waiting for a file that will never come
                 told = self.ranks.gather(str(self.error) if self.error else None)
-                raise self.error or AtomError(next(filter(None, told)))
+                raise self.error or MachineError(next(filter(None, told)))
             time.sleep(POLL)
         self.thread = None
 
@@ -117,7 +117,7 @@ class Checkpoints:
                 self.report.metric(step, checkpoint_write_seconds=time.monotonic() - began)
         except OSError as error:
             problem = f"work checkpoint {folder} cannot be written ({error}); make room and run again to go on"
-            self.error = AtomError(problem if self._present() else SUCCEEDED)
+            self.error = MachineError(problem if self._present() else SUCCEEDED)
         except Exception as error:  # a sentence, or a bug of ours: `wait` raises it
             self.error = error
 
@@ -125,7 +125,7 @@ class Checkpoints:
         while (files := pieces.receipts(folder, self.ranks.world)) is None:
             self._require_present()
             if self.given_up.wait(POLL):
-                raise AtomError(f"work checkpoint {folder} lacks the files of another rank")
+                raise MachineError(f"work checkpoint {folder} lacks the files of another rank")
         self._require_present()
         for path in _files(self.folder / "sealed"):
             name = path.relative_to(self.folder).as_posix()
@@ -156,7 +156,7 @@ class Checkpoints:
     def _require_present(self) -> None:
         """Raises AtomError if a later attempt has begun: this one was thought dead."""
         if not self._present():
-            raise AtomError(SUCCEEDED)
+            raise MachineError(SUCCEEDED)
 
     def _forget(self) -> None:
         """Keeps the newest complete checkpoints, those of later attempts before those of earlier ones. What a later

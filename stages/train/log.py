@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.errors import AtomError
+from pipeline.errors import AtomError, MachineError
 from stages.train.checkpoint import SUCCEEDED
 
 
@@ -49,4 +49,4 @@ class Log:
         try:
             return open(self.path, "a")
         except FileNotFoundError:
-            raise AtomError(SUCCEEDED) from None
+            raise MachineError(SUCCEEDED) from None

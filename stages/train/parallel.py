@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import AtomError
+from pipeline.errors import AtomError, PeerLost
 from stages.model import balance
 from stages.model.layout import Layout
 from stages.model.mcore import (
@@ -106,7 +106,7 @@ def session(seed: int, layout: Layout | None = None, patience: float = 600.0) ->
 
     On CPU a rank computes on one thread with deterministic kernels: its sums have the same bits every time.
     patience: seconds after which a collective that some rank did not join fails.
-    Raises AtomError if the number of processes is not the layout's, and when another rank is lost.
+    Raises AtomError if the number of processes is not the layout's, PeerLost when another rank is lost.
     """
     layout = layout or Layout()
     rank, world = place()
@@ -122,6 +122,7 @@ def session(seed: int, layout: Layout | None = None, patience: float = 600.0) ->
         # deprecation notes of Megatron's and PyTorch's for each other, which nobody who reads this log can act on
         warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
         ranks: Ranks | None = None
+        failed = False
         dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world, **meeting)
         try:
             parallel_state.initialize_model_parallel(
@@ -143,16 +144,25 @@ def session(seed: int, layout: Layout | None = None, patience: float = 600.0) ->
                 parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0,
             )
             yield ranks
+        except Exception:
+            failed = world > 1
+            raise
         finally:
-            for wrapped in ranks.wrapped if ranks else ():
-                # The hooks of its parameters hold it, and a graph that was not walked back, which the model keeps,
-                # holds them: a circle through C++ that Python cannot collect, with the groups and their threads in it.
-                vars(wrapped).clear()
-            balance.forget()
-            for cached in (RotaryEmbedding, YarnRotaryEmbedding):  # a table kept for a group keeps its threads
-                cached.forward.cache_clear()
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
+            if not failed:  # else it is left to the end of the process: NCCL would wait for a rank that comes no more
+                _take_down(ranks)
+
+
+def _take_down(ranks: Ranks | None) -> None:
+    """Megatron's groups and torch's, and whatever keeps them alive."""
+    for wrapped in ranks.wrapped if ranks else ():
+        # The hooks of its parameters hold it, and a graph that was not walked back, which the model keeps, holds them:
+        # a circle through C++ that Python cannot collect, with the groups and their threads in it.
+        vars(wrapped).clear()
+    balance.forget()
+    for cached in (RotaryEmbedding, YarnRotaryEmbedding):  # a table kept for a group keeps its threads
+        cached.forward.cache_clear()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 @contextmanager
@@ -165,7 +175,7 @@ def _peers(rank: int) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in text and "NCCL" not in text:
             raise
         reason = text.strip().splitlines()[0].rpartition("] ")[2][:200]
-        raise AtomError(
+        raise PeerLost(
             f"rank {rank} lost touch with another rank ({reason}); the log of the rank that went first tells why; "
             f"run again to go on from the last work checkpoint"
         ) from error

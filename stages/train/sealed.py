@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.errors import AtomError
+from pipeline.errors import AtomError, MachineError
 from stages.model.names import BUFFERS
 
 MODEL, OPTIMIZER, STATE = "model", "optimizer", "state.json"
@@ -132,7 +132,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     try:
         save_file(plain, path, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        raise AtomError(f"{path} cannot be written ({error}); make room and run again to go on") from error
+        raise MachineError(f"{path} cannot be written ({error}); make room and run again to go on") from error
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

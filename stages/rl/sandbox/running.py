@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.errors import AtomError
+from pipeline.errors import MachineError
 
 if TYPE_CHECKING:
     from stages.rl.sandbox.cell import Cell
@@ -27,7 +27,7 @@ DEATHS = (BrokenPipeError, ConnectionResetError)
 """Raised where a sandbox died while it ran a program: it was killed from outside, or the program did it."""
 
 
-class SandboxFailed(AtomError):
+class SandboxFailed(MachineError):
     """The sandbox itself did not do its work; nothing is known of the program."""
 
 
