@@ -41,7 +41,7 @@ class FileReport:
         self.seal_product: Callable[[str, Path], None] = lambda name, folder: None
         """What seals an artifact of its own; the worker sets it."""
 
-    def event(self, kind: str, **values: Any) -> None:
+    def event(self, kind: str, /, **values: Any) -> None:
         line = json.dumps({"time": time.time(), "event": kind, **values}) + "\n"
         held = self._lock.acquire(timeout=LOCK_SECONDS)  # a thread that hangs while it writes must not silence the rest
         try:
@@ -107,8 +107,9 @@ class FileReport:
 class FollowerReport:
     """The Report of a rank other than 0: notes go to its own log, and nothing is kept, since rank 0 speaks for all."""
 
-    def __init__(self, announce: Callable[[Failure], None] = lambda failure: None) -> None:
-        self.announce = announce
+    def __init__(self, fail: Callable[[Failure], object] = lambda failure: None) -> None:
+        self.fail = fail
+        """What ends this rank, and dismisses the others; the worker sets it."""
 
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None: ...
 
@@ -121,7 +122,7 @@ class FollowerReport:
 
     def abandon(self, text: str) -> NoReturn:
         os.write(2, f"{text}\n".encode())  # not `print`, whose lock the thread that hangs may hold
-        self.announce(Failure(text))
+        self.fail(Failure(text))
         os._exit(1)
 
 

@@ -135,6 +135,12 @@ def outcome(body: dict[str, Any]) -> str:
     return str(_byproduct(body, "outcome")["text"])
 
 
+def kind(body: dict[str, Any]) -> str | None:
+    """The kind of a failure; None of a product, and of a statement that was written before kinds were."""
+    found = _byproduct(body, "outcome").get("kind")
+    return None if found is None else str(found)
+
+
 def usage(body: dict[str, Any]) -> dict[str, Any]:
     return _byproduct(body, "usage")
 

@@ -86,6 +86,8 @@ class Flight:
     """Ranks that were seen alive."""
     lost: list[int] = field(default_factory=list)
     """Ranks that are gone though the others need them."""
+    announced: bool = False
+    """Whether the others were told of the lost ones."""
     over: float | None = None
     """Since when what is left of the ranks has no more to do."""
 
@@ -226,7 +228,9 @@ class LocalLauncher:
         folder = launch_folder(self.run.node_folder(flight.node.name), flight.job.job_id)
         if not flight.lost:
             flight.lost = lost(folder, flight.seen - living.keys())
-            if flight.lost and silent(folder, flight.lost[0]):
+        elif flight.outcome is None and not flight.announced:  # a look later: rank 0 may have ended well meanwhile
+            flight.announced = True
+            if silent(folder, flight.lost[0]):
                 announce(folder, flight.lost[0], Failure(GONE))
         if flight.outcome is None and not flight.lost:
             return

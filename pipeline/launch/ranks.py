@@ -200,6 +200,12 @@ class Ranks:
                 time.sleep(0.2)
         end_process(1)
 
+    def fail(self, failure: Failure, usage: Usage) -> NoReturn:
+        """Another rank: dismisses all, and ends this process."""
+        self.announce(failure)
+        self.leave(failure.text, usage)
+        self.depart()
+
     def dismissed(self, failure: Failure, usage: Usage) -> NoReturn:
         """Another rank, from a thread, when the launch has failed: leaves its stacks in its log, and ends."""
         text = f"this launch has failed ({failure.text}), so rank {self.rank} ends; it stands here:\n"

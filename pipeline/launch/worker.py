@@ -129,7 +129,7 @@ def _follow(task: Task, store: Store, ranks: Ranks) -> str | Failure:
                     stage = registry.stage(task.stage)
                     config = stage.config.model_validate(task.config)
                     materials = {role: store.open(key) for role, key in task.inputs.items()}
-                    report = FollowerReport(ranks.announce)
+                    report = FollowerReport(lambda failure: ranks.fail(failure, used()))
                     with ranks.environment(meeting):
                         stage.run(config, materials, folder / "state", folder / meeting.out, report)
             ranks.leave(FOLLOWED, used())
@@ -138,10 +138,9 @@ def _follow(task: Task, store: Store, ranks: Ranks) -> str | Failure:
             failure = tell(error, task.node, task.stage, store)
             if isinstance(error, PeerLost):
                 ranks.blame(failure)  # the watch ends this process if somebody takes the blame
-        ranks.leave(failure.text, used())
         if failure.kind is not Kind.STOPPED:
-            ranks.announce(failure)
-            ranks.depart()
+            ranks.fail(failure, used())
+        ranks.leave(failure.text, used())
     return failure
 
 

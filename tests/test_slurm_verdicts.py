@@ -1,0 +1,80 @@
+"""On a real Slurm cluster: a verdict of one rank ends the processes of all nodes within seconds, is told by `atom status`,
+and what would fail again is not started again."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import slurm_world
+import verdict_world as world
+from conftest import atom
+
+from pipeline import profile, snapshot
+from pipeline import run as runs
+from pipeline.errors import Kind
+from pipeline.launch import slurm
+from pipeline.launch.job import Terms
+from pipeline.run import Run
+from pipeline.store import Store
+
+pytestmark = slurm_world.ON_SLURM
+
+VERDICTS = {
+    "preflight": ("sleep", 0, Kind.MACHINE, "GB free in "),
+    "budget": ("sleep", 1, Kind.USER, "the budget of 0 core hours is used up"),
+    "standstill": ("sleep", 2, Kind.BUG, "3 attempts ended at the start without getting further"),
+    "check": ("check", 1, Kind.CHECK, "rank 1: the weights that come back are others"),
+    "user": ("user", 0, Kind.USER, "recipe r: this cannot be"),
+    "bug": ("bug", 3, Kind.BUG, "rank 3: a bug in stage failing: KeyError"),
+    "hang": ("abandon", 2, Kind.MACHINE, "rank 2: no step was finished for 5 s"),
+}
+
+
+def start(folder: Path, name: str, retried: int) -> tuple[Store, Run, str]:
+    """Submits the stage that fails so, on four nodes; returns its home folder, run and job."""
+    way, who, *_ = VERDICTS[name]
+    environment = {"PYTHONPATH": f"{slurm_world.ROOT}:{world.python_path(folder)}"}
+    settings = profile.load(slurm_world.write_profile(folder, restarts=retried, environment=environment))
+    store, graph = Store(folder / "home"), world.graph(folder / "act", way, who)
+    (node,) = graph.nodes.values()
+    this = runs.start(graph, store, [node.name], "dev")
+    if name == "standstill":
+        this.node_folder(node.name).mkdir()
+        (this.node_folder(node.name) / "events.jsonl").write_text('{"event": "attempt"}\n' * 3)
+    limits: dict[str, float | None] | None = {"core_hours": 0.0} if name == "budget" else None
+    free = 1e9 if name == "preflight" else 0.0
+    terms = Terms({node.name: node.key}, limits, retried, free, None)
+    executor = slurm.executor_of(store, this, node, settings, snapshot.freeze(store, {}), [])
+    job = slurm.start(executor, slurm.task_of(graph, store, this, node, settings), terms)
+    this.note_job(node.name, job, False)
+    return store, this, job
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_a_verdict_ends_every_node_within_seconds_and_is_told(name: str, tmp_path: Path) -> None:
+    _, _, kind, sentence = VERDICTS[name]
+    store, this, job = start(tmp_path, name, retried=3 if kind.final else 0)
+    (folder,) = [this.node_folder(node["name"]) for node in this.body["nodes"]]
+    launch = slurm_world.until(lambda: next(folder.glob("ranks/*"), None), "a start")
+    end = world.last_end(launch)
+    acted = tmp_path / "act" / "acted"  # a verdict before the stage begins is known once the last rank has started
+    begun = [acted] if acted.exists() else list(launch.glob("started-*"))
+    took = end - max(path.stat().st_mtime for path in begun)
+    slurm_world.until(lambda: "RUNNING" not in slurm_world.slurm("squeue", "-h", "-j", job, "-o", "%T"), "its end")
+    freed = time.time() - max(path.stat().st_mtime for path in begun)
+    print(f"{name}: {took:.2f} s from the verdict to the end of the last process, {freed:.2f} s to free nodes")
+    assert took < world.LIMIT
+
+    def state() -> dict | None:
+        (stage,) = json.loads(atom(store.home, "status", "--json").stdout)["stages"]
+        assert stage["state"] != "running", stage
+        return stage if stage["state"] == "failed" else None
+
+    stage = slurm_world.until(state, "a failure that is told")
+    assert sentence in stage["message"] and stage["kind"] == kind, stage
+    code = slurm_world.slurm("sacct", "-n", "-X", "-P", "-j", job, "-o", "ExitCode").strip()
+    assert code == ("1:0" if kind is Kind.CHECK else "2:0")
+    assert [path.name for path in folder.glob("ranks/*")] == [launch.name], "it is not started again"

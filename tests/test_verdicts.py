@@ -1,0 +1,62 @@
+"""Whatever ends a stage of several ranks on this machine ends all of its processes within seconds, with its sentence."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import verdict_world as world
+from rich.console import Console
+
+from pipeline import ledger, profile
+from pipeline import run as runs
+from pipeline.display import Display
+from pipeline.errors import AtomError, CheckFailed, Kind
+from pipeline.launch.local import LocalLauncher
+from pipeline.lease import holder
+from pipeline.store import Store
+
+WAYS = [
+    ("collective", 1, Kind.BUG, "rank 1: a bug in stage failing: KeyError"),
+    ("check", 1, Kind.CHECK, "rank 1: the weights that come back are others"),
+    ("user", 0, Kind.USER, "recipe r: this cannot be"),
+    ("kill", 3, Kind.MACHINE, "rank 3: its process is gone, perhaps killed for memory"),
+    ("abandon", 0, Kind.MACHINE, "no step was finished for 5 s"),
+    ("abandon", 2, Kind.MACHINE, "rank 2: no step was finished for 5 s"),
+]
+
+
+@pytest.mark.parametrize(("way", "who", "kind", "sentence"), WAYS, ids=[f"{way}-{who}" for way, who, *_ in WAYS])
+def test_a_failure_of_one_rank_ends_all_within_seconds(
+    way: str, who: int, kind: Kind, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", world.python_path(tmp_path))
+    store, graph = Store(tmp_path / "home"), world.graph(tmp_path / "act", way, who)
+    (name,) = graph.nodes
+    this = runs.start(graph, store, [name], "local")
+    ends: list[float] = []
+
+    def watch() -> None:
+        while not (launches := list(this.node_folder(name).glob("ranks/*"))):
+            time.sleep(0.05)
+        ends.append(world.last_end(launches[0]))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with pytest.raises(AtomError) as error, Display(Console(quiet=True)) as display:
+        LocalLauncher(graph, store, this, [name], profile.load("local"), display).go()
+    watcher.join(60)
+    took = ends[0] - (tmp_path / "act" / "acted").stat().st_mtime
+    print(f"{name}: {took:.2f} s from the failure to the end of the last process")
+    assert took < world.LIMIT
+    assert error.value.kind is kind and isinstance(error.value, CheckFailed) == (kind is Kind.CHECK)
+    assert error.value.exit_code == (1 if kind is Kind.CHECK else 2)
+    assert sentence in str(error.value)
+    (stage,) = runs.status(this, store)
+    assert stage.state == "failed" and stage.kind == kind and sentence in stage.message, stage
+    ((_, statement),) = ledger.read(store.ledger, graph.nodes[name].key)
+    assert sentence in ledger.outcome(statement) and ledger.kind(statement) == kind
+    present = holder(store.work(graph.nodes[name].key))
+    assert present and not present.alive and not list(store.work(graph.nodes[name].key).glob("out.*"))

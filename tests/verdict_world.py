@@ -1,0 +1,95 @@
+"""A stage that fails in a given way on one of its ranks while the others hang, and how long its processes then live."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Literal
+
+from pipeline import recipe
+from pipeline.errors import CheckFailed, RecipeError
+from pipeline.graph import Graph, Node
+from pipeline.lease import gone
+from pipeline.stage import Config, Inputs, Report, Stage, operational
+
+RANKS = 4
+LIMIT = 30.0
+"""Seconds that a test allows from a failure to the end of the last process, on however busy a machine; 5 are promised."""
+Way = Literal["bug", "check", "user", "kill", "abandon", "collective", "sleep"]
+
+
+class Failing(Config):
+    """Which rank fails, and how. Before it does, it leaves the file `acted` in `folder`."""
+
+    way: Way = "sleep"
+    who: int = 0
+    folder: str = operational("", "where `acted` and the processes' ids are left")
+    ranks: int = operational(RANKS, "processes")
+
+
+def run(config: Failing, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    rank, folder = int(os.environ.get("RANK", "0")), Path(config.folder)
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    while len(list(folder.glob("pid-*"))) < config.ranks:
+        time.sleep(0.05)
+    if config.way == "collective":
+        import torch.distributed as dist
+
+        from stages.train.parallel import Layout, session
+
+        with session(0, Layout(ranks=config.ranks)):
+            if rank == config.who:
+                act(config, report)
+            dist.barrier()
+    if rank == config.who:
+        act(config, report)
+    ctypes.CDLL(None).sleep(600)  # as in a collective that some rank never joins: no signal handler of Python's runs
+
+
+def act(config: Failing, report: Report) -> None:
+    (Path(config.folder) / "acted").touch()
+    if config.way == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if config.way in ("bug", "collective"):
+        raise KeyError("nobody expects this")
+    if config.way == "check":
+        raise CheckFailed("the weights that come back are others")
+    if config.way == "user":
+        raise RecipeError("recipe r: this cannot be")
+    if config.way == "abandon":
+        threading.Thread(target=report.abandon, args=("no step was finished for 5 s",)).start()
+
+
+STAGE = Stage("failing", 1, Failing, run, ranks=lambda config: config.ranks, trains=True)
+
+
+def python_path(folder: Path) -> str:
+    """A PYTHONPATH with which any process of ours knows the stage."""
+    (folder / "sitecustomize.py").write_text(
+        "from pipeline import registry\nregistry.STAGES['failing'] = 'verdict_world'\n"
+    )
+    return f"{folder}:{Path(__file__).parent}"
+
+
+def graph(folder: Path, way: str, who: int = 0, ranks: int = RANKS) -> Graph:
+    """A graph of that stage alone, named by the way in which it fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = Failing.model_validate({"way": way, "who": who, "folder": str(folder), "ranks": ranks})
+    name = f"{way}-{who}"
+    return Graph(recipe.load("atom-smoke"), {name: Node(name, STAGE, config, {}, f"{name}-0123456789ab")})
+
+
+def last_end(launch: Path, ranks: int = RANKS, patience: float = 120.0) -> float:
+    """The time at which the last process of a launch was seen gone."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        processes = [json.loads(path.read_text()) for path in launch.glob("rank-*.json")]
+        if len(processes) == ranks and all(map(gone, processes)):
+            return time.time()
+        time.sleep(0.05)
+    raise AssertionError(f"processes of {launch} live on after {patience:.0f} s")
