@@ -1,4 +1,5 @@
-"""A stage that fails in a given way on one of its ranks while the others hang, and how long its processes then live."""
+"""A stage that fails in a given way on one of its ranks while the others hang, and how long its processes then live; or
+that shows its environment."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -20,7 +22,7 @@ from pipeline.stage import Config, Inputs, Report, Stage, operational
 RANKS = 4
 LIMIT = 30.0
 """Seconds that a test allows from a failure to the end of the last process, on however busy a machine; 5 are promised."""
-Way = Literal["bug", "check", "user", "kill", "abandon", "collective", "sleep"]
+Way = Literal["bug", "check", "user", "kill", "abandon", "collective", "sleep", "environment"]
 
 
 class Failing(Config):
@@ -46,6 +48,9 @@ def run(config: Failing, inputs: Inputs, work: Path, out: Path, report: Report) 
             if rank == config.who:
                 act(config, report)
             dist.barrier()
+    if config.way == "environment":
+        show_environment(folder, out)
+        return
     if rank == config.who:
         act(config, report)
     ctypes.CDLL(None).sleep(600)  # as in a collective that some rank never joins: no signal handler of Python's runs
@@ -63,6 +68,15 @@ def act(config: Failing, report: Report) -> None:
         raise RecipeError("recipe r: this cannot be")
     if config.way == "abandon":
         threading.Thread(target=report.abandon, args=("no step was finished for 5 s",)).start()
+
+
+def show_environment(folder: Path, out: Path) -> None:
+    """Leaves what this process and a child of it have as environment, and waits with the child for the file `go`."""
+    (folder / "stage.environ").write_bytes(Path("/proc/self/environ").read_bytes())
+    with subprocess.Popen(["sh", "-c", f"until [ -e {folder}/go ]; do sleep 0.1; done"]) as child:
+        (folder / "child").write_text(str(child.pid))
+        (folder / "child.environ").write_bytes(Path(f"/proc/{child.pid}/environ").read_bytes())
+    (out / "seen").touch()
 
 
 STAGE = Stage("failing", 1, Failing, run, ranks=lambda config: config.ranks, trains=True)

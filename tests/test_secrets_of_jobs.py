@@ -1,0 +1,90 @@
+"""No secret of whoever runs or submits reaches a stage: by which rule, and as its processes have it on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import verdict_world as world
+from rich.console import Console
+
+from pipeline import profile
+from pipeline import run as runs
+from pipeline.display import Display
+from pipeline.errors import RecipeError
+from pipeline.launch import clean_environment
+from pipeline.launch.local import LocalLauncher
+from pipeline.store import Store
+
+PLANTED = "planted-0123456789"
+SECRETS = {
+    "HF_TOKEN": PLANTED,
+    "AWS_SECRET_ACCESS_KEY": PLANTED,
+    "WANDB_API_KEY": PLANTED,
+    "ATOM_KEY_PASSWORD": PLANTED,
+    "SLURM_JWT": PLANTED,
+    "MLFLOW_TRACKING_PASSWORD": PLANTED,
+    "MLFLOW_TRACKING_URI": f"https://me:{PLANTED}@tracking.example",
+    "NCCL_AUTH": PLANTED,
+    "my_github_token": PLANTED,
+    "TEAM_LOGIN": f"no word of the name says it, and\nthe second line has it: {PLANTED}",
+    "PYTHON_DATABASE": f"postgres://me:{PLANTED}@db/x",
+    "TORCH_HUB_ACCESS": f"hf_{PLANTED.replace('-', '')}",
+}
+"""Variables that no stage may have, whichever the pattern that they would fit."""
+NEEDED = {"NCCL_SOCKET_IFNAME": "ib0", "CUDA_VISIBLE_DEVICES": "0,1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1",
+          "ATEN_CPU_CAPABILITY": "avx2", "SLURM_JOB_ID": "7", "PYTHONPATH": "/x", "LC_ALL": "C.UTF-8", "ATOM_HOME": "/y",
+          "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000", "SLURM_STEP_TASKS_PER_NODE": "1"}  # fmt: skip
+
+
+def test_names_and_values_decide() -> None:
+    assert clean_environment.denied(SECRETS) == sorted(SECRETS)
+    assert clean_environment.denied(NEEDED) == []
+    assert clean_environment.denied({"BASH_FUNC_module%%": "() { :; }", "my-variable": "x", "EDITOR": "vi"}) != []
+
+
+def test_the_shell_has_the_same_rule() -> None:
+    lines = [*clean_environment.shell(), "env -0"]
+    named = {name: value for name, value in SECRETS.items() if clean_environment.secret(name) or name == "TEAM_LOGIN"}
+    function = {"BASH_FUNC_planted%%": f"() {{ echo {PLANTED}; }}"}
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], env={**named, **function, **NEEDED}, capture_output=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    left = dict(entry.split("=", 1) for entry in done.stdout.decode().split("\0") if entry)
+    assert PLANTED not in done.stdout.decode()
+    assert left.keys() - {"PWD", "SHLVL", "_"} == NEEDED.keys() and all(left[name] == NEEDED[name] for name in NEEDED)
+
+
+def test_a_profile_that_would_carry_a_secret_is_refused(tmp_path: Path) -> None:
+    text = Path(profile.__file__).parent.joinpath("clusters/dev.yaml").read_text()
+    path = tmp_path / "mine.yaml"
+    for more, words in (
+        ("  forward: [HF_TOKEN]\n", "HF_TOKEN looks like a secret"),
+        ("  forward: [MLFLOW_TRACKING_PASSWORD]\n", "~/.mlflow/credentials"),
+        ("  forward: [AWS_SECRET_ACCESS_KEY]\n", "no secret reaches a job"),
+    ):
+        path.write_text(text + more)
+        with pytest.raises(RecipeError, match=words) as error:
+            profile.load(str(path))
+        assert "\n" not in str(error.value)
+    with pytest.raises(RecipeError, match="MLFLOW_TRACKING_URI, which a job would take over, looks like a secret"):
+        clean_environment.taken_over(SECRETS, ["MLFLOW_TRACKING_URI"])
+    assert clean_environment.taken_over({"HOME": "/h", "OTHER": "x"}, ["MINE"]) == {"HOME": "/h"}
+
+
+def test_a_stage_here_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**SECRETS, "NCCL_SOCKET_IFNAME": "lo"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", world.python_path(tmp_path))
+    store, graph = Store(tmp_path / "home"), world.graph(tmp_path / "act", "environment", ranks=1)
+    (tmp_path / "act" / "go").touch()
+    (name,) = graph.nodes
+    this = runs.start(graph, store, [name], "local")
+    with Display(Console(quiet=True)) as display:
+        LocalLauncher(graph, store, this, [name], profile.load("local"), display).go()
+    assert os.environ["HF_TOKEN"] == PLANTED, "what runs the stages keeps its own"
+    for who in ("stage", "child"):
+        seen = (tmp_path / "act" / f"{who}.environ").read_bytes()
+        assert PLANTED.encode() not in seen and PLANTED.replace("-", "").encode() not in seen, seen
+        assert b"NCCL_SOCKET_IFNAME=lo" in seen and b"PATH=" in seen
