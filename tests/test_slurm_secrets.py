@@ -48,14 +48,14 @@ def test_no_token_reaches_a_stage(login_token: None, tmp_path: Path, monkeypatch
     environment = {"PYTHONPATH": f"{slurm_world.ROOT}:{world.python_path(tmp_path)}", "GLOO_SOCKET_IFNAME": "lo"}
     setup = [f"export SETUP_TOKEN={PLANTED}", f"export AWS_SESSION_TOKEN={PLANTED}"]
     settings = profile.load(slurm_world.write_profile(tmp_path, environment=environment, setup=setup))
-    store, graph = Store(tmp_path / "home"), world.graph(tmp_path / "act", "environment", ranks=2)
+    store, graph = Store(tmp_path / "home"), world.graph(tmp_path / "act", "environment", ranks=1)
     (name,) = graph.nodes
     made = slurm.submit(graph, store, [name], settings, "dev")
     job = made.submitted[name]
     child = slurm_world.until(lambda: next((tmp_path / "act").glob("child.environ"), None), "a child of the stage")
     processes = {"child": int(child.with_name("child").read_text())}
     processes |= {path.name: int(path.read_text()) for path in (tmp_path / "act").glob("pid-*")}
-    assert len(processes) == 3
+    assert len(processes) == 2
     for who, pid in processes.items():
         seen = Path(f"/proc/{pid}/environ").read_bytes()
         assert PLANTED.encode() not in seen and PLANTED.replace("-", "").encode() not in seen, (who, seen)

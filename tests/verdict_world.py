@@ -73,9 +73,10 @@ def act(config: Failing, report: Report) -> None:
 def show_environment(folder: Path, out: Path) -> None:
     """Leaves what this process and a child of it have as environment, and waits with the child for the file `go`."""
     (folder / "stage.environ").write_bytes(Path("/proc/self/environ").read_bytes())
-    with subprocess.Popen(["sh", "-c", f"until [ -e {folder}/go ]; do sleep 0.1; done"]) as child:
-        (folder / "child").write_text(str(child.pid))
-        (folder / "child.environ").write_bytes(Path(f"/proc/{child.pid}/environ").read_bytes())
+    script = (
+        "cat /proc/$$/environ > draft; echo $$ > child; mv draft child.environ; until [ -e go ]; do sleep 0.1; done"
+    )
+    subprocess.run(["sh", "-c", script], cwd=folder, check=True)
     (out / "seen").touch()
 
 
