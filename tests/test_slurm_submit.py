@@ -90,6 +90,18 @@ def test_what_slurm_or_the_schema_refuses_is_one_sentence_and_leaves_nothing(
     assert not list(home.glob("jobs/*.json"))
 
 
+def test_a_second_test_cluster_is_refused_in_one_sentence_and_takes_down_nothing(tmp_path: Path) -> None:
+    other = {**os.environ, "SLURM_TEST_DIR": str(tmp_path / "other")}
+    up = subprocess.run([str(world.CLUSTER), "up"], env=other, capture_output=True, text=True, timeout=60)
+    assert up.returncode == 1 and not up.stdout and up.stderr.count("\n") == 1, up
+    assert f"another Slurm test cluster runs on this machine, of {world.PLACE} " in up.stderr
+    assert not (tmp_path / "other").exists()
+    down = subprocess.run([str(world.CLUSTER), "down"], env=other, capture_output=True, text=True, timeout=60)
+    assert (down.returncode, down.stdout, down.stderr) == (0, "", "")
+    world.cluster("up")  # says at once that all is up
+    assert len(world.slurm("sinfo", "-h", "-N", "-p", "test", "-t", "idle,mix,alloc").splitlines()) == 4
+
+
 def test_without_slurm_one_sentence(home: Path, tmp_path: Path) -> None:
     recipe, cluster = world.write_recipe(tmp_path), world.write_profile(tmp_path)
     asked = ("submit", recipe, "--cluster", cluster, "--until", "pretrain")
