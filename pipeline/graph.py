@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline.errors import AtomError, RecipeError
 from pipeline.recipe import Recipe, explain
 from pipeline.stage import Config, Stage, identity
 from pipeline.store import Store, canonical, sha256_bytes
+from pipeline.text import escaped
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ class Graph:
         """The nodes that a command asks for, in order. Raises AtomError for a stage that the recipe does not have."""
         for name in (until, only):
             if name is not None and name not in self.nodes:
-                raise AtomError(f"{self.recipe.title} has no stage {name}; it has {', '.join(self.nodes)}")
+                near = difflib.get_close_matches(name[:100], self.nodes, 1)
+                hint = f"did you mean {near[0]}? It has" if near else "it has"
+                raise AtomError(f"{self.recipe.title} has no stage {escaped(name, 80)}; {hint} {_listed(self.nodes)}")
         if only:
             return [only]
         wanted = self.upstream({until}) if until else set(self.nodes)
@@ -169,6 +173,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
         add(f"evaluate-{which}", "evaluate", measured, model=f"export-{which}", curate="curate", items="items")
 
     post.evaluation(c, list(models(c)), nodes, add)
+    _check_sizes(recipe, nodes)
     return Graph(recipe, nodes, absent)
 
 
@@ -193,9 +198,11 @@ def _check_across(recipe: Recipe) -> None:
     for where, mix in {**{phase.where: phase.config.mix for phase in phases(c)}, **post.replays(c)}.items():
         for source in mix:
             if source not in names:
+                near = difflib.get_close_matches(source, names, 1)
+                hint = f"did you mean {near[0]}? It has" if near else "it has"
                 raise RecipeError(
-                    f"{title}: {where}.mix names {source}, which data recipe {c.data} does not have; "
-                    f"it has {', '.join(names)}"
+                    f"{title}: {where}.mix names {source}, which data recipe {escaped(c.data, 80)} does not have; "
+                    f"{hint} {_listed(names)}"
                 )
         if abs(sum(mix.values()) - 1) > 1e-6:
             raise RecipeError(f"{title}: {where}.mix sums to {sum(mix.values()):g}; the shares must sum to 1")
@@ -213,6 +220,46 @@ def _check_across(recipe: Recipe) -> None:
                 f"{c.model.context_length}; shorten the sequence, raise the context length, or make it a phase of "
                 "long_context"
             )
+
+
+MOST_FLOPS = 1e27
+"""Of a training phase; the largest runs until 2025 took about 5e26 (epoch.ai/data/ai-models)."""
+MOST_MEMORY = 2**42
+"""Bytes of one rank, on whatever device: 4 TiB. The largest accelerators have 288 GB."""
+MOST_DISK = 1e18
+"""Bytes of the checkpoints of a phase: an exabyte, more than the largest file systems of clusters hold."""
+
+
+def _check_sizes(recipe: Recipe, nodes: Mapping[str, Node]) -> None:
+    """That no training phase asks for what no machine has: each number may be possible where their product is not."""
+    for name, node in nodes.items():
+        estimate = node.stage.estimate(node.config)
+        if estimate.training is None:
+            continue
+        where = f"{recipe.title}, stage {name}"
+        flops, memory, disk = estimate.flops or 0.0, estimate.memory_bytes or 0, estimate.disk_bytes or 0
+        if flops > MOST_FLOPS:
+            raise RecipeError(
+                f"{where}: {estimate.tokens:.2g} tokens of {estimate.parameters['active']:.2g} active parameters are "
+                f"{flops:.1e} FLOPs; use at most {MOST_FLOPS:.0e} (Llama 3 405B: 4e25), by fewer steps, smaller "
+                "batches, or a smaller model"
+            )
+        if memory > MOST_MEMORY:
+            raise RecipeError(
+                f"{where}: a rank would hold {memory / 2**40:.3g} TiB; use at most {MOST_MEMORY >> 40}, by more ranks "
+                "and cluster.tensor, pipeline, expert or context, or by smaller micro_tokens"
+            )
+        if disk > MOST_DISK:
+            raise RecipeError(
+                f"{where}: {estimate.training.release_checkpoints} sealed checkpoints are {disk:.1e} bytes; use at "
+                f"most {MOST_DISK:.0e}, by a larger release_checkpoint_every"
+            )
+
+
+def _listed(names: Iterable[str], most: int = 60) -> str:
+    """Names in words, the first ones if there are many."""
+    every = list(names)
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
 
 
 @dataclass(frozen=True)

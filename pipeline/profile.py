@@ -2,45 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from pipeline.bounds import Flag, Key, Line, LongLine, Range, Text, Variable, Words
 from pipeline.errors import RecipeError
 from pipeline.launch.clean_environment import secret
-from pipeline.recipe import explain, find, parse_yaml
+from pipeline.recipe import explain, find
 from pipeline.stage import Config
+from pipeline.text import escaped
+from pipeline.yaml_text import parse_yaml, read_file
 
 
 class Local(Config):
     """How `atom run` uses this machine."""
 
-    jobs: int = Field(default=2, ge=1, description="ranks that may run at once; each computes with one thread")
-    stop_grace_seconds: float = Field(
-        default=20, gt=0, description="time that a stopped stage gets to leave a clean folder"
+    jobs: Annotated[int, Range(1, 4096)] = Field(
+        default=2, description="ranks that may run at once; each computes with one thread"
     )
+    stop_grace_seconds: Annotated[float, Range(0, 86_400, above=True)] = Field(
+        default=20, description="time that a stopped stage gets to leave a clean folder"
+    )
+
+
+Watts = Annotated[float, Range(0, 1e5)]
+Price = Annotated[float, Range(0, 1e6)]
 
 
 class Power(Config):
     """What the energy estimate is made of."""
 
-    watts_per_core: float = Field(ge=0, description="power of one busy core")
-    watts_per_gpu: float = Field(0.0, ge=0, description="power of one busy GPU")
+    watts_per_core: Watts = Field(description="power of one busy core")
+    watts_per_gpu: Watts = Field(0.0, description="power of one busy GPU")
 
 
 class Prices(Config):
     """What an hour costs, for `atom status` to say what a run has cost so far, and `atom plan` what it will."""
 
-    gpu_hour: float = Field(0.0, ge=0)
-    core_hour: float = Field(0.0, ge=0, description="of a busy core")
-    currency: str = Field("USD", min_length=1)
+    gpu_hour: Price = 0.0
+    core_hour: Price = Field(0.0, description="of a busy core")
+    currency: Annotated[str, Words(16)] = "USD"
 
 
 class Rate(Config):
     """How fast a GPU trains in one precision."""
 
-    peak_tflops: float = Field(gt=0, description="dense TFLOP/s that the maker states")
-    utilisation: float = Field(gt=0, le=1, description="share of the peak that a model's FLOPs are assumed to reach")
+    peak_tflops: Annotated[float, Range(1e-3, 1e6, "H100 in bf16: 989")] = Field(
+        description="dense TFLOP/s that the maker states"
+    )
+    utilisation: Annotated[float, Range(1e-4, 1, "usual: 0.2 to 0.6")] = Field(
+        description="share of the peak that a model's FLOPs are assumed to reach"
+    )
 
     @property
     def flops(self) -> float:
@@ -51,11 +64,11 @@ class Rate(Config):
 class Gpu(Config):
     """What `atom plan --cluster` estimates the time of training from; nothing else reads it."""
 
-    name: str = Field(min_length=1)
+    name: Line
     fp32: Rate | None = None
     bf16: Rate | None = None
     fp8: Rate | None = Field(None, description="of every kind of FP8")
-    source: str = Field(min_length=1, description="where the figures come from, for whoever reads a plan")
+    source: Text = Field(description="where the figures come from, for whoever reads a plan")
 
     def rate(self, precision: str) -> Rate | None:
         found: Rate | None = getattr(self, _family(precision), None)
@@ -76,25 +89,42 @@ class Container(Config):
     """What the stages run in. The image holds Python and the packages; our code comes from the frozen snapshot."""
 
     kind: Literal["pyxis", "apptainer"]
-    image: str = Field(min_length=1, description="pyxis: an image or a .sqsh file; apptainer: a .sif file")
-    mounts: tuple[str, ...] = Field((), description="from:to, or one path for both; $ATOM_HOME is added")
-    python: str = Field("python3", description="the interpreter inside")
+    image: LongLine = Field(description="pyxis: an image or a .sqsh file; apptainer: a .sif file")
+    mounts: tuple[LongLine, ...] = Field(
+        (), max_length=100, description="from:to, or one path for both; $ATOM_HOME is added"
+    )
+    python: LongLine = Field("python3", description="the interpreter inside")
+
+
+SlurmName = Annotated[
+    str, Words(200, "name of Slurm, or several with commas between", r"[A-Za-z0-9_][A-Za-z0-9_.,@+-]*")
+]
+SlurmExpression = Annotated[
+    str, Words(1000, "expression of Slurm: no spaces or quotes", r"[A-Za-z0-9_\[(][^\s'\"\\`$;<>]*")
+]
 
 
 class Jobs(Config):
     """What jobs of one kind ask Slurm for."""
 
-    partition: str = Field(min_length=1)
-    minutes: int = Field(ge=1, description="time limit of one start; a stage that needs more is started again")
-    tasks_per_node: int = Field(1, ge=1, description="ranks on one node: as many as it has GPUs")
-    gpus_per_node: int = Field(0, ge=0, description="0: none is asked for")
-    cpus_per_task: int = Field(1, ge=1)
-    memory_gb: float | None = Field(None, gt=0, description="of a node; null: what the partition gives")
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = Field(None, description="features that a node must have")
-    exclude: str | None = Field(None, description="nodes to stay away from, as Slurm writes lists of them")
-    exclusive: bool = False
+    partition: SlurmName
+    minutes: Annotated[int, Range(1, 525_600, "525600 are a year")] = Field(
+        description="time limit of one start; a stage that needs more is started again"
+    )
+    tasks_per_node: Annotated[int, Range(1, 1024)] = Field(1, description="ranks on one node: as many as it has GPUs")
+    gpus_per_node: Annotated[int, Range(0, 1024)] = Field(0, description="0: none is asked for")
+    cpus_per_task: Annotated[int, Range(1, 4096)] = 1
+    memory_gb: Annotated[float, Range(0, 1e6, above=True)] | None = Field(
+        None, description="of a node; null: what the partition gives"
+    )
+    account: SlurmName | None = None
+    qos: SlurmName | None = None
+    constraint: SlurmExpression | None = Field(None, description="features that a node must have")
+    exclude: SlurmExpression | None = Field(None, description="nodes to stay away from, as Slurm writes lists of them")
+    exclusive: Flag = False
+
+
+Value = Annotated[str, Words(4096, empty=True)]
 
 
 class Slurm(Config):
@@ -103,18 +133,32 @@ class Slurm(Config):
     cpu: Jobs = Field(description="data, export and evaluation")
     train: Jobs = Field(description="training and reinforcement learning: a rank for each GPU")
     container: Container | None = None
-    python: str | None = Field(None, description="the interpreter on the nodes, without a container; null: this one")
-    modules: tuple[str, ...] = Field((), description="environment modules to load")
-    setup: tuple[str, ...] = Field((), description="lines of shell before the stage starts")
-    environment: dict[str, str] = Field({}, description="variables for the stages, such as NCCL_SOCKET_IFNAME")
-    forward: tuple[str, ...] = Field((), description="variables that a job takes over from whoever submits")
-    scratch: str | None = Field(None, description="a folder on each node for temporary files")
-    free_gb: float = Field(1.0, ge=0, description="space that must be free under $ATOM_HOME and in scratch")
-    signal_lead_seconds: int = Field(120, ge=10, description="how long before the time limit a stage is told to save")
-    array_size: int = Field(1000, ge=2, description="tasks of a job array; each does several shards if there are more")
-    array_tasks: int = Field(256, ge=1, description="tasks of one job array that may run at once")
-    restarts: int = Field(3, ge=0, description="attempts that may follow each other without progress")
-    notify: str | None = Field(
+    python: LongLine | None = Field(
+        None, description="the interpreter on the nodes, without a container; null: this one"
+    )
+    modules: tuple[Line, ...] = Field((), max_length=100, description="environment modules to load")
+    setup: tuple[Text, ...] = Field((), max_length=100, description="lines of shell before the stage starts")
+    environment: dict[Variable, Value] = Field(
+        {}, max_length=1000, description="variables for the stages, such as NCCL_SOCKET_IFNAME"
+    )
+    forward: tuple[Variable, ...] = Field(
+        (), max_length=1000, description="variables that a job takes over from whoever submits"
+    )
+    scratch: LongLine | None = Field(None, description="a folder on each node for temporary files")
+    free_gb: Annotated[float, Range(0, 1e9)] = Field(
+        1.0, description="space that must be free under $ATOM_HOME and in scratch"
+    )
+    signal_lead_seconds: Annotated[int, Range(10, 65_535, "Slurm takes no more than 65535")] = Field(
+        120, description="how long before the time limit a stage is told to save"
+    )
+    array_size: Annotated[int, Range(2, 4_000_001, "Slurm's MaxArraySize is at most 4000001")] = Field(
+        1000, description="tasks of a job array; each does several shards if there are more"
+    )
+    array_tasks: Annotated[int, Range(1, 1e6)] = Field(256, description="tasks of one job array that may run at once")
+    restarts: Annotated[int, Range(0, 10_000)] = Field(
+        3, description="attempts that may follow each other without progress"
+    )
+    notify: LongLine | None = Field(
         None,
         description="command when a stage fails or the last one is done; ATOM_RUN, ATOM_STAGE, ATOM_OUTCOME say what",
     )
@@ -144,7 +188,7 @@ class Slurm(Config):
 class Profile(Config):
     """One file of `pipeline/clusters/`."""
 
-    name: str
+    name: Key
     local: Local = Local()
     power: Power
     prices: Prices | None = None
@@ -165,8 +209,9 @@ class Profile(Config):
 def load(reference: str) -> Profile:
     """A packaged profile by name, or a file by path. Raises RecipeError in one sentence."""
     path = find(reference, "pipeline.clusters", "cluster profile")
-    title = f"cluster profile {path.stem}"
+    title = f"cluster profile {escaped(path.stem, 80)}"
+    raw = parse_yaml(read_file(path, title), title)
     try:
-        return Profile.model_validate(parse_yaml(path.read_bytes(), title))
+        return Profile.model_validate(raw)
     except ValidationError as error:
-        raise explain(error, Profile, title) from None
+        raise explain(error, Profile, title, raw) from None

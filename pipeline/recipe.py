@@ -7,38 +7,44 @@ whole. Every mistake becomes one sentence: which recipe, which field, what is wr
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import stat
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from pipeline import registry
+from pipeline.bounds import OUT_OF_BOUNDS, LongLine, Range, ReleaseName, Seed, Text, Version
 from pipeline.errors import RecipeError
 from pipeline.stage import Config, operational
+from pipeline.text import escaped, shown, unprintable
+from pipeline.yaml_text import parse_yaml, read_file
+
+LONGEST_SENTENCE = 1000
+"""Characters that a mistake is told in; some list all that is known."""
+Hours = Annotated[float, Range(0, 1e11, "a million GPUs use 1e10 hours in a year", above=True)]
 
 
 class Budget(Config):
     """What a release may use in all, failed attempts included; nothing further is begun beyond it."""
 
-    gpu_hours: float | None = Field(None, gt=0)
-    core_hours: float | None = Field(None, gt=0)
+    gpu_hours: Hours | None = None
+    core_hours: Hours | None = None
 
 
 class Identity(Config):
     """What names a release."""
 
-    name: str = Field(
-        pattern=r"^[a-z0-9][a-z0-9._-]*$", description="lower-case name; with the version it names the folder"
-    )
-    version: str = Field(pattern=r"^\d+\.\d+\.\d+$", description="semantic version of the release")
-    description: str = Field(description="one or two sentences for the cards")
-    seed: int = Field(ge=0, description="every seed of every stage derives from this one")
-    data: str = Field(description="a data recipe: the name of a packaged one, or a path relative to this file")
+    name: ReleaseName = Field(description="lower-case name; with the version it names the folder")
+    version: Version = Field(description="semantic version of the release")
+    description: Text = Field(description="one or two sentences for the cards")
+    seed: Seed = Field(description="every seed of every stage derives from this one")
+    data: LongLine = Field(description="a data recipe: the name of a packaged one, or a path relative to this file")
     budget: Budget | None = operational(None, "hours that may be used; `atom submit` and its jobs keep to it")
 
 
@@ -67,34 +73,7 @@ class Recipe:
     @property
     def title(self) -> str:
         """How errors name it."""
-        return f"recipe {self.path.stem}"
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML takes the last of two equal keys without a word; a recipe must not."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=deep)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-def parse_yaml(data: bytes, title: str) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises RecipeError naming the line if it is not YAML, or not a mapping."""
-    try:
-        found = yaml.load(data, _UniqueKeys)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise RecipeError(f"{title}: line {line} is not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{title}: is not valid YAML: {error}".replace("\n", " ")) from None
-    if not isinstance(found, dict):
-        raise RecipeError(f"{title}: must be a mapping of sections, see the packaged recipes for examples")
-    return found
+        return _title(self.path)
 
 
 def find(reference: str, package: str, kind: str, base: Path | None = None) -> Path:
@@ -103,12 +82,21 @@ def find(reference: str, package: str, kind: str, base: Path | None = None) -> P
     names = sorted(p.stem for p in packaged.glob("*.yaml"))
     if reference in names:
         return packaged / f"{reference}.yaml"
-    path = (base / reference) if base else Path(reference)
-    if path.is_file():
-        return path
-    close = difflib.get_close_matches(reference, names, 1)
-    hint = f"did you mean {close[0]}?" if close else f"packaged ones: {', '.join(names)}"
-    raise RecipeError(f"there is no {kind} {reference}, neither packaged nor a file; {hint}")
+    path, name = (base / reference) if base else Path(reference), escaped(reference, 80)
+    try:
+        mode = os.stat(path).st_mode
+    except PermissionError as error:
+        raise RecipeError(f"{kind} {name} cannot be read ({error.strerror}); name a file that you may read") from None
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        close = difflib.get_close_matches(reference[:100], names, 1)
+        hint = f"did you mean {close[0]}?" if close else f"packaged ones: {', '.join(names)}"
+        raise RecipeError(f"there is no {kind} {name}, neither packaged nor a file; {hint}") from None
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise RecipeError(f"{kind} {name} is {what}; name a YAML file")
+    if unprintable(path.name):
+        raise RecipeError(f"{kind} {name} has a name that cannot be printed, and releases carry it; rename the file")
+    return path
 
 
 def explain(error: ValidationError, model: type[BaseModel], title: str, raw: Any = None) -> RecipeError:
@@ -120,40 +108,75 @@ def explain(error: ValidationError, model: type[BaseModel], title: str, raw: Any
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        near = difflib.get_close_matches(str(first["loc"][-1])[:100], known, 1)
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}" if known else ""
         text = f"{field}is not a field{hint}"
     elif first["type"] == "missing":
         text = f"{field}is missing"
+    elif first["type"] == OUT_OF_BOUNDS:
+        text = f"{field}= {shown(first['input'])} {first['msg']}"
     elif first["type"] == "value_error":
         said = str(first["ctx"]["error"])
         about_a_field = re.match(r"[a-z_0-9.]+ = ", said)  # such a sentence goes on from the section's name
         text = f"{where}{'.' if about_a_field else ': '}{said}" if where else said
     else:
-        text = f"{field}= {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-    return RecipeError(f"{title}: {text}{more}")
+        text = f"{field}= {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}{_mend(first)}"
+    return RecipeError(f"{title}: {escaped(text, LONGEST_SENTENCE)}{more}")
+
+
+def _mend(mistake: Any) -> str:
+    """How a value of the wrong type is to be written."""
+    kind, value = mistake["type"], mistake["input"]
+    if kind == "bool_type":
+        return "; write true or false"
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    if kind == "string_type" and isinstance(value, (bool, int, float)):
+        return "; put it in quotes"
+    if kind in ("int_type", "float_type") and isinstance(value, str):
+        return "; write a plain number"
+    return ""
 
 
 def _called(location: tuple[Any, ...], raw: Any) -> list[str]:
-    """The parts of a location; an item of a list is called by its `name`, if it has one, instead of its place."""
+    """The parts of a location as a recipe's author knows them: an item of a list is called by its `name`, if it has
+    one, instead of its place; which class was chosen for it is left out."""
     out = []
-    for part in location:
+    for number, part in enumerate(location):
+        if part == "[key]" or (isinstance(raw, dict) and part not in raw and number < len(location) - 1):
+            continue
         try:
             raw = raw[part]
         except (KeyError, IndexError, TypeError):
             raw = None
         named = isinstance(part, int) and isinstance(raw, dict) and isinstance(raw.get("name"), str)
-        out.append(raw["name"] if named else str(part))
+        out.append(escaped(raw["name"] if named else str(part), 60))
     return out
 
 
 def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
-    """The field names of the class that stands at a location of the schema."""
+    """The field names of the classes that may stand at a location of the schema."""
+    classes = [model]
     for part in location:
-        info = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        candidates = [info.annotation, *getattr(info.annotation, "__args__", ())] if info else []
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-    return sorted(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+        fields = [each.model_fields[part] for each in classes if part in each.model_fields]
+        if fields:
+            classes = [each for info in fields for each in _classes(info.annotation)]
+        else:  # a place in a list, or the tag by which one of several classes was chosen
+            classes = [each for each in classes if part in _tags(each)] or classes
+    return sorted({name for each in classes for name in each.model_fields})
+
+
+def _classes(annotation: Any) -> list[type[BaseModel]]:
+    """The config classes within a type, such as those of `tuple[A | B, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [each for part in get_args(annotation) for each in _classes(part)]
+
+
+def _tags(model: type[BaseModel]) -> set[Any]:
+    """The words by which a class is chosen among others."""
+    types = [info.annotation for info in model.model_fields.values()]
+    return {word for kind in types if get_origin(kind) is Literal for word in get_args(kind)}
 
 
 def load(reference: str) -> Recipe:
@@ -162,14 +185,20 @@ def load(reference: str) -> Recipe:
     Raises RecipeError with one sentence for any mistake in either.
     """
     path = find(reference, "pipeline.recipes", "recipe")
-    title = f"recipe {path.stem}"
-    raw = path.read_bytes()
+    title = _title(path)
+    content = read_file(path, title)
+    raw = parse_yaml(content, title)
     try:
-        config = schema().model_validate(parse_yaml(raw, title))
+        config = schema().model_validate(raw)
     except ValidationError as error:
-        raise explain(error, schema(), title) from None
+        raise explain(error, schema(), title, raw) from None
     identity: Any = config
     data_path = find(identity.data, "data_recipes", "data recipe", path.parent)
-    data = registry.data().load(str(data_path))
-    files = {f"recipes/{path.name}": raw, f"data_recipes/{data_path.name}": data_path.read_bytes()}
+    data_content = read_file(data_path, f"data recipe {escaped(data_path.stem, 80)}")
+    data = registry.data().loads(data_content, data_path)
+    files = {f"recipes/{path.name}": content, f"data_recipes/{data_path.name}": data_content}
     return Recipe(path, config, data, files)
+
+
+def _title(path: Path) -> str:
+    return f"recipe {escaped(path.stem, 80)}"

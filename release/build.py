@@ -15,32 +15,30 @@ from typing import Any
 
 from pydantic import Field
 
+from pipeline.bounds import Language, License, Line, Namespace
 from pipeline.errors import AtomError, CheckFailed
 from pipeline.stage import Config
 from pipeline.store import Artifact
-
-SPDX = r"^[A-Za-z0-9][A-Za-z0-9.+-]*( (AND|OR|WITH) [A-Za-z0-9][A-Za-z0-9.+-]*)*$"
-NAMESPACE = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Licences(Config):
     """SPDX expressions. Documents keep their own licences; `data_compilation` is about selection and arrangement."""
 
-    weights: str = Field(pattern=SPDX)
-    data_compilation: str = Field(pattern=SPDX)
-    code: str = Field(pattern=SPDX)
+    weights: License
+    data_compilation: License
+    code: License
 
 
 class ReleaseSection(Config):
     """The recipe's `release`: what stands on the cards and cannot be measured."""
 
     licence: Licences
-    namespace: str = Field(
-        "local", pattern=NAMESPACE, description="user or organisation on the Hub that the cards name"
+    namespace: Namespace = Field("local", description="user or organisation on the Hub that the cards name")
+    title: Line | None = Field(None, description="heading of the cards; the recipe's name if absent")
+    contact: Line | None = Field(None, description="where questions and removal requests go: URL or address")
+    languages: tuple[Language, ...] = Field(
+        min_length=1, max_length=200, description="ISO 639 codes for the cards' metadata"
     )
-    title: str | None = Field(None, description="heading of the cards; the recipe's name if absent")
-    contact: str | None = Field(None, description="where questions and removal requests go: URL or address")
-    languages: tuple[str, ...] = Field((), description="ISO 639 codes for the cards' metadata")
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,15 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 
+from pipeline.bounds import Range, Seed
 from pipeline.errors import AtomError, CheckFailed
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage, added
 from pipeline.store import Artifact
-from stages.model.config import ModelConfig
+from stages.model.config import ModelConfig, PositiveInt
 
 if TYPE_CHECKING:
     import torch
@@ -39,9 +40,11 @@ PAD = "<|pad|>"
 class ExportConfig(Config):
     model: ModelConfig
     padded_vocab_size: PositiveInt
-    step: NonNegativeInt | None = Field(None, description="which sealed checkpoint; null: the last")
-    seed: NonNegativeInt | None = added(None, "exports random weights of this seed instead of a checkpoint")
-    parity_tolerance: float = Field(1e-4, gt=0, description="largest allowed difference of any fp32 logit")
+    step: Annotated[int, Range(0, 1e8)] | None = Field(None, description="which sealed checkpoint; null: the last")
+    seed: Seed | None = added(None, "exports random weights of this seed instead of a checkpoint")
+    parity_tolerance: Annotated[float, Range(0, 1, above=True)] = Field(
+        1e-4, description="largest allowed difference of any fp32 logit"
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the exported weights")
 
 

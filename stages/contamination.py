@@ -20,10 +20,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from pipeline.bounds import PositiveShare, Range, Seed
 from pipeline.errors import AtomError
 from pipeline.stage import Config, Inputs, Report, Stage
 from stages.data.items import chat_rows, texts_of
@@ -58,15 +59,19 @@ Item = tuple[str, str, str]
 class ContaminationConfig(Config):
     """What counts as how much, and how the detector is tried."""
 
-    ngram: int = Field(8, ge=1, description="words of an n-gram; a shorter item is one n-gram as a whole")
-    contaminated_from: float = Field(
-        0.5, gt=0, le=1, description="share of its n-grams in one phase from which an item is contaminated"
+    ngram: Annotated[int, Range(1, 1000)] = Field(
+        8, description="words of an n-gram; a shorter item is one n-gram as a whole"
     )
-    overlap_from: float = Field(
-        0.8, gt=0, le=1, description="share of its words in one run in one phase from which it overlaps"
+    contaminated_from: PositiveShare = Field(
+        0.5, description="share of its n-grams in one phase from which an item is contaminated"
     )
-    canaries: int = Field(80, ge=4, description="items that are planted at most, and as many that are not")
-    seed: int
+    overlap_from: PositiveShare = Field(
+        0.8, description="share of its words in one run in one phase from which it overlaps"
+    )
+    canaries: Annotated[int, Range(4, 1e6)] = Field(
+        80, description="items that are planted at most, and as many that are not"
+    )
+    seed: Seed
 
     def verdict(self, words: int, overlap: float, longest: int) -> str:
         if overlap >= self.contaminated_from:

@@ -20,13 +20,15 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
+from pipeline.bounds import Context, Range, Share
 from pipeline.errors import AtomError
 from pipeline.stage import Config, Report
 from pipeline.store import once
+from pipeline.text import shown
 from stages.data import passkeys
 from stages.data.seeds import seed_of
 from stages.statistics import binomial, ratio
@@ -60,21 +62,27 @@ POSITIONS = {
 class ContextSection(Config):
     """`evaluation.context` of a recipe: at which lengths and depths, and how often."""
 
-    lengths: tuple[int, ...] = Field(min_length=1, description="tokens of a passkey item, increasing")
-    depths: tuple[float, ...] = Field(
-        min_length=1, description="where in the text the key stands, from 0 (start) to 1 (end), increasing"
+    lengths: tuple[Context, ...] = Field(
+        min_length=1, max_length=100, description="tokens of a passkey item, increasing"
     )
-    per_cell: int = Field(ge=1, description="passkey items of each length and depth")
-    documents: int = Field(ge=2, description="long held-out documents for the loss by position, at most")
-    digits: int = Field(6, ge=2, le=9, description="digits of a key, as in the passkeys that were trained on")
+    depths: tuple[Share, ...] = Field(
+        min_length=1,
+        max_length=101,
+        description="where in the text the key stands, from 0 (start) to 1 (end), increasing",
+    )
+    per_cell: Annotated[int, Range(1, 1e5)] = Field(description="passkey items of each length and depth")
+    documents: Annotated[int, Range(2, 1e6)] = Field(
+        description="long held-out documents for the loss by position, at most"
+    )
+    digits: Annotated[int, Range(2, 9)] = Field(
+        6, description="digits of a key, as in the passkeys that were trained on"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> ContextSection:
         for name, values in (("lengths", self.lengths), ("depths", self.depths)):
             if list(values) != sorted(set(values)):
-                raise ValueError(f"{name} = {list(values)} are not increasing; put each once, the least first")
-        if self.lengths[0] < 1 or self.depths[0] < 0 or self.depths[-1] > 1:
-            raise ValueError("lengths start at 1, and depths lie between 0 and 1; leave out what does not")
+                raise ValueError(f"{name} = {shown(values)} are not increasing; put each once, the least first")
         return self
 
 

@@ -17,16 +17,17 @@ import json
 import math
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from pipeline.bounds import MOST_SOURCES, Context, Range, Share, SourceName
 from pipeline.errors import AtomError
 from pipeline.stage import Config, Inputs, Report, Stage, added
 from pipeline.store import once
 from stages import context
 from stages.context import ContextSection
-from stages.data.items import ChatItems
+from stages.data.items import ChatItems, Problems
 from stages.data.table import write_rows
 from stages.statistics import binomial, ratio
 
@@ -38,29 +39,32 @@ END = "<|endoftext|>"
 ROWS_PER_BATCH = 32
 
 
+Samples = Annotated[int, Range(1, 4096)]
+"""Answers to one problem."""
+Documents = Annotated[int, Range(2, 1e6)]
+
+
 class ChatSection(Config):
     """The recipe's `evaluation.chat`: what conversations are measured on."""
 
     items: ChatItems
-    max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
-    samples: int = Field(8, ge=1, description="answers to each problem, for pass@k and maj@k")
-    min_gain: float = Field(0.0, ge=-1, le=1, description="RLVR must add more pass@1 to SFT's than this")
-    least_win: float = Field(0.5, ge=0, le=1, description="the lower bound of a win rate must lie above this")
-    skill_tolerance: float = Field(0.05, ge=0, le=1, description="pass@1 that phases after RLVR may lose of its")
+    max_new_tokens: Context = Field(64, description="tokens of an answer at most")
+    samples: Samples = Field(8, description="answers to each problem, for pass@k and maj@k")
+    min_gain: Annotated[float, Range(-1, 1)] = Field(0.0, description="RLVR must add more pass@1 to SFT's than this")
+    least_win: Share = Field(0.5, description="the lower bound of a win rate must lie above this")
+    skill_tolerance: Share = Field(0.05, description="pass@1 that phases after RLVR may lose of its")
 
 
 class EvaluationSection(Config):
     """The recipe's `evaluation`: what is measured after each phase and what a release must show."""
 
-    problems: dict[str, int] = Field(min_length=1, description="held-out problems by task")
-    heldout_documents: int = Field(60, ge=2, description="held-out documents by source at most")
-    max_new_tokens: int = Field(64, ge=1, description="tokens generated for one problem at most")
-    bits_per_byte_tolerance: float = Field(
-        0.05, ge=0, description="bits per byte that mid-training may lose on the base"
+    problems: Problems = Field(description="held-out problems by task")
+    heldout_documents: Documents = Field(60, description="held-out documents by source at most")
+    max_new_tokens: Context = Field(64, description="tokens generated for one problem at most")
+    bits_per_byte_tolerance: Annotated[float, Range(0, 8, "a byte has 8 bits")] = Field(
+        0.05, description="bits per byte that mid-training may lose on the base"
     )
-    min_accuracy_gain: float = Field(
-        0.0, ge=0, le=1, description="accuracy that mid-training must add; always more than none"
-    )
+    min_accuracy_gain: Share = Field(0.0, description="accuracy that mid-training must add; always more than none")
     chat: ChatSection | None = added(None, "ask the problems, and requests, in conversations")
     context: ContextSection | None = added(None, "measure passkeys and the loss by position on long texts")
 
@@ -73,10 +77,12 @@ class EvaluationSection(Config):
 class EvaluateConfig(Config):
     """The part of the evaluation section that changes the measured numbers."""
 
-    heldout_documents: int = Field(ge=2)
-    max_new_tokens: int = Field(ge=1)
+    heldout_documents: Documents
+    max_new_tokens: Context
     context: ContextSection | None = added(None, "as in the section")
-    conversations: tuple[str, ...] = added((), "sources in whose documents special tokens are tokens")
+    conversations: tuple[SourceName, ...] = added(
+        (), "sources in whose documents special tokens are tokens", max_length=MOST_SOURCES
+    )
 
 
 def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

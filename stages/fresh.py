@@ -15,12 +15,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
+from pipeline.bounds import MOST_SOURCES, Key, SourceName
 from pipeline.errors import RecipeError
 from pipeline.stage import Config, Inputs, Report, Stage
-from stages.data.items import CHAT, chat_rows, texts_of
+from stages.data.items import CHAT, Problems, chat_rows, texts_of
 from stages.data.problems import distinct
 from stages.data.seeds import seed_of
 from stages.data.table import stream_rows, write_json, write_jsonl
@@ -30,11 +32,14 @@ VERSION = 1
 EVALUATION = "evaluation items"
 
 
+Sources = Annotated[tuple[SourceName, ...], Field(max_length=MOST_SOURCES)]
+
+
 class FreshConfig(Config):
     """How many problems are drawn by task, and the sources of documents of each training phase."""
 
-    problems: dict[str, int] = Field(min_length=1)
-    phases: dict[str, tuple[str, ...]]
+    problems: Problems
+    phases: Annotated[dict[Key, Sources], Field(max_length=100)]
 
 
 def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
+from pipeline.bounds import Context, Key, Seed
 from pipeline.errors import AtomError
 from pipeline.stage import Config, Inputs, Report, Stage
 from pipeline.store import once
@@ -38,10 +37,10 @@ PAIRS |= {f"{side}_{name}": kind for side in SIDES for name, kind in {**OF_A_SID
 class PreferConfig(Config):
     """The two models by name, as the recipe calls them, and how long an answer may be."""
 
-    model: str
-    before: str
-    max_new_tokens: int = Field(ge=1)
-    seed: int
+    model: Key
+    before: Key
+    max_new_tokens: Context
+    seed: Seed
 
 
 def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

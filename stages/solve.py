@@ -21,10 +21,9 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
-
+from pipeline.bounds import Context, Range, Seed
 from pipeline.errors import AtomError
 from pipeline.stage import Config, Inputs, Report, Stage
 from pipeline.store import once
@@ -62,10 +61,10 @@ Answer = dict[str, Any]
 class SolveConfig(Config):
     """Which items are asked, how often, and how long an answer may be."""
 
-    samples: int = Field(ge=1)
-    max_new_tokens: int = Field(ge=1)
+    samples: Annotated[int, Range(1, 4096)]
+    max_new_tokens: Context
     split: Literal["test", "validation"] = "test"
-    seed: int
+    seed: Seed
 
 
 def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

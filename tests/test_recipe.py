@@ -45,15 +45,15 @@ def write(path: Path, **changes: Any) -> str:
         ),
         ({"model__kv_heads": 3}, "recipe r: model.kv_heads = 3 does not divide heads = 4; nearest: 2 or 4"),
         ({"model__experts_per_token": 1}, "recipe r: model.experts_per_token = 1 gives the router no gradient"),
-        ({"model__heads": 10**10, "model__kv_heads": 3}, "recipe r: model.heads = 10000000000: input should be less than"),
-        ({"pretrain__steps": 10**40}, "recipe r: pretrain.steps = 1"),
+        ({"model__heads": 10**10, "model__kv_heads": 3}, "recipe r: model.heads = 10000000000 is out of range; use 1 to 1024"),
+        ({"pretrain__steps": 10**40}, "recipe r: pretrain.steps = a number of about 39 digits is out of range; use 1 to 1e8"),
         ({"model__experts_per_token": 9}, "recipe r: model.experts_per_token = 9 is more than experts = 4"),
         ({"midtrain__sequence_length": 512, "midtrain__batch": {"global_tokens": 512, "micro_tokens": 512}},
          "recipe r: midtrain.sequence_length = 512 is longer than model.context_length = 256"),
         ({"pretrain__mix": {"docstrings": 0.5, "cod": 0.5}}, "recipe r: pretrain.mix names cod, which data recipe smoke"),
         ({"pretrain__mix": {"docstrings": 0.5, "code": 0.4}}, "recipe r: pretrain.mix sums to 0.9; the shares must sum to 1"),
         ({"data": "smok"}, "there is no data recipe smok, neither packaged nor a file; did you mean smoke?"),
-        ({"version": "1"}, "recipe r: version = '1': string should match pattern"),
+        ({"version": "1"}, "recipe r: version = '1' is no semantic version, such as 0.1.0"),
     ],
 )  # fmt: skip
 def test_one_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
@@ -72,7 +72,7 @@ def test_a_field_that_stands_twice_is_refused(tmp_path: Path) -> None:
 
 def test_not_yaml_and_not_there(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("a: [1")
-    with pytest.raises(RecipeError, match="recipe r: line 1 is not valid YAML"):
+    with pytest.raises(RecipeError, match=r"recipe r: line \d is not valid YAML"):
         recipes.load(str(tmp_path / "r.yaml"))
     with pytest.raises(
         RecipeError, match="there is no recipe atom-tinny, neither packaged nor a file; did you mean atom-tiny?"
@@ -115,7 +115,5 @@ def test_what_is_not_identity_changes_no_key(tmp_path: Path) -> None:
 def test_a_cluster_profile_is_data_and_is_checked(tmp_path: Path) -> None:
     assert profile.load("local").local.jobs >= 1
     (tmp_path / "p.yaml").write_text("name: p\nlocal: {jobs: 0, stop_grace_seconds: 1}\npower: {watts_per_core: 1}\n")
-    with pytest.raises(
-        RecipeError, match="cluster profile p: local.jobs = 0: input should be greater than or equal to 1"
-    ):
+    with pytest.raises(RecipeError, match="cluster profile p: local.jobs = 0 is out of range; use 1 to 4096"):
         profile.load(str(tmp_path / "p.yaml"))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.bounds import Seed
 from pipeline.errors import AtomError
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage
 from stages.data import chat, courtesies, passkeys
@@ -38,7 +39,7 @@ class AcquireConfig(Config):
     """One source with its tree digest resolved, and the recipe's seed."""
 
     source: Source
-    seed: int
+    seed: Seed
 
 
 def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
+from pipeline.bounds import MOST_SOURCES, Range, SourceName
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage, operational
-from stages.data.curation.settings import Kind, MinHash
+from stages.data.curation.settings import Kind, MinHash, Shards
 from stages.data.table import DISPOSITIONS, DOCUMENTS, KEPT, stream_rows, write_json, write_rows, writing
 
 VERSION = 2
@@ -22,15 +24,15 @@ VERSION = 2
 class CuratedSource(Config):
     """What curation needs to know of one source."""
 
-    name: str
+    name: SourceName
     kind: Kind
-    heldout: float = Field(ge=0, lt=1)
+    heldout: Annotated[float, Range(0, 1, below=True)]
 
 
 class CurateConfig(Config):
-    sources: tuple[CuratedSource, ...] = Field(min_length=1)
+    sources: tuple[CuratedSource, ...] = Field(min_length=1, max_length=MOST_SOURCES)
     minhash: MinHash | None
-    shards: int = operational(1, "with more than one, the buckets of MinHash are tasks of an array on a cluster", ge=1)
+    shards: Shards = operational(1, "with more than one, the buckets of MinHash are tasks of an array on a cluster")
 
     def sought(self) -> list[str]:
         """The sources among whose documents near duplicates are sought."""

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from pipeline.bounds import MOST_SOURCES, Seed, SourceName
 from pipeline.errors import AtomError
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage
 from pipeline.store import once
 from stages.data.chat import prompt_chars
-from stages.data.curation.settings import AnyStep, CurationSettings, Kind, MinHash
+from stages.data.curation.settings import MOST_STEPS, AnyStep, CurationSettings, Kind, MinHash
 from stages.data.items import texts_of
 from stages.data.seeds import seed_of
 from stages.data.table import (
@@ -46,15 +47,15 @@ VERSION = 1
 class FilteredSource(Config):
     """What filtering needs to know of one source; its documents come with the input of the same name."""
 
-    name: str
+    name: SourceName
     kind: Kind
-    steps: tuple[AnyStep, ...] = ()
+    steps: tuple[AnyStep, ...] = Field((), max_length=MOST_STEPS)
 
 
 class FilterConfig(Config):
-    sources: tuple[FilteredSource, ...] = Field(min_length=1)
+    sources: tuple[FilteredSource, ...] = Field(min_length=1, max_length=MOST_SOURCES)
     curation: CurationSettings
-    seed: int
+    seed: Seed
 
 
 def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
+from pipeline.bounds import Range, Seed, Words
 from pipeline.errors import RecipeError
 from pipeline.stage import Config, Inputs, Report, Stage, added
 from pipeline.store import Artifact
@@ -22,31 +23,35 @@ VERSION = 1
 CHAT = "chat.jsonl"
 
 
+def _known(task: str) -> str | None:
+    return None if task in TASKS else f"is an unknown task; known are {', '.join(sorted(TASKS))}"
+
+
+Task = Annotated[str, Words(40, test=_known)]
+"""A procedural task by its name."""
+Items = Annotated[int, Range(1, 100_000, "each answer costs a generation")]
+Problems = Annotated[dict[Task, Items], Field(min_length=1, max_length=len(TASKS))]
+"""How many problems of each task."""
+Requests = Annotated[int, Range(0, 10_000)]
+
+
 class ChatItems(Config):
     """What is asked in conversations: the same problems, more of them on which settings may be chosen, and requests for
     courteous notes."""
 
-    validation: dict[str, int] = Field({}, description="further problems by task; test problems are never looked at")
-    courtesies: int = Field(0, ge=0, description="held-out requests on which preferences are measured")
-    courtesies_validation: int = Field(0, ge=0, description="further ones on which settings may be chosen")
+    validation: dict[Task, Items] = Field(
+        {}, max_length=len(TASKS), description="further problems by task; test problems are never looked at"
+    )
+    courtesies: Requests = Field(0, description="held-out requests on which preferences are measured")
+    courtesies_validation: Requests = Field(0, description="further ones on which settings may be chosen")
 
 
 class ItemsConfig(Config):
     """How many problems of each task, and the recipe's seed."""
 
-    problems: dict[str, int] = Field(min_length=1)
-    seed: int
+    problems: Problems
+    seed: Seed
     chat: ChatItems | None = added(None, "what is asked in conversations")
-
-    @field_validator("problems")
-    @classmethod
-    def _known(cls, problems: dict[str, int]) -> dict[str, int]:
-        unknown = sorted(set(problems) - set(TASKS))
-        if unknown:
-            raise ValueError(f"unknown task {unknown[0]}; known are {', '.join(sorted(TASKS))}")
-        if min(problems.values()) < 1:
-            raise ValueError("each task needs at least one problem")
-        return problems
 
 
 def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -14,10 +14,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
-
+from pipeline.bounds import MOST_RAMP_STEPS, Flag, Key, Mix, Range, Seed, Steps
 from pipeline.errors import AtomError, RecipeError
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage, added, identity
 from pipeline.store import Artifact
@@ -34,19 +33,23 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
+Rows = Annotated[int, Range(1, 2**30)]
+"""Of one step."""
+
+
 class OrderConfig(Config):
     """`rows` are the rows of one step; `mix` is each source's share of all rows of the phase, of all tokens if rows are
     packed; `ramp`: (last step, rows) of smaller steps at the beginning."""
 
-    phase: str
-    mix: dict[str, float] = Field(min_length=1)
-    sequence_length: int = Field(ge=2)
-    rows: int = Field(ge=1)
-    steps: int = Field(ge=1)
-    seed: int
-    first_step: int = added(1, "the first step of the order; later than 1 only after a checkpoint")
-    ramp: tuple[tuple[int, int], ...] = added((), "smaller steps at the beginning")
-    pack: bool = added(False, "several chunks in a row")
+    phase: Key
+    mix: Mix
+    sequence_length: Annotated[int, Range(2, 2**24)]
+    rows: Rows
+    steps: Steps
+    seed: Seed
+    first_step: Steps = added(1, "the first step of the order; later than 1 only after a checkpoint")
+    ramp: tuple[tuple[Steps, Rows], ...] = added((), "smaller steps at the beginning", max_length=MOST_RAMP_STEPS)
+    pack: Flag = added(False, "several chunks in a row")
     long_documents: LongDocuments | None = added(None, "up-weights long chunks of packed rows")
 
     def rows_of(self, first: int) -> list[int]:
@@ -55,6 +58,14 @@ class OrderConfig(Config):
         for step in range(first, self.steps + 1):
             sizes.append(next((rows for last, rows in self.ramp if step <= last), self.rows))
         return sizes
+
+    def rows_from(self, first: int) -> int:
+        """Rows of all steps from `first` on, in closed form."""
+        rows, done = 0, first - 1
+        for last, each in (*self.ramp, (self.steps, self.rows)):
+            rows += max(0, last - done) * each
+            done = max(done, last)
+        return rows
 
 
 def settings(config: OrderConfig) -> dict[str, Any]:
@@ -115,7 +126,7 @@ def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Repo
         meta |= {"first_step": config.first_step, "start": start, "walk": walk.__dict__}
     meta["tokens"] = sum(part["tokens"] for part in sources.values())
     if config.pack:
-        slots = sum(config.rows_of(config.first_step)) * config.sequence_length
+        slots = config.rows_from(config.first_step) * config.sequence_length
         meta["fill"] = round(meta["tokens"] / slots, 6)
         report.note(f"rows are filled to {meta['fill']:.1%}")
     write_json(out / "meta.json", meta)
@@ -304,7 +315,7 @@ def _file(order: Path) -> Path:
 
 
 def estimate(config: OrderConfig) -> Estimate:
-    rows = sum(config.rows_of(config.first_step))
+    rows = config.rows_from(config.first_step)
     return Estimate(cpu_seconds=2 + rows / 5e5, tokens=rows * config.sequence_length)
 
 

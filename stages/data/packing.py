@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from pipeline.bounds import Context, Range
 from pipeline.stage import Config
 from stages.data.seeds import permutation
 
@@ -31,9 +32,11 @@ class LongDocuments(Config):
     tokens, unless they would be read more than `max_epochs` times; what is then missing is made up by shorter ones and
     reported. Four epochs cost next to nothing (Muennighoff et al., 2023)."""
 
-    over: int = Field(gt=0, description="tokens above which a chunk is long; usually the context before")
-    share: float = Field(gt=0, lt=1, description="of each source's tokens")
-    max_epochs: float = Field(4.0, gt=0, description="times that a long chunk is read at most")
+    over: Context = Field(description="tokens above which a chunk is long; usually the context before")
+    share: Annotated[float, Range(0, 1, above=True, below=True)] = Field(description="of each source's tokens")
+    max_epochs: Annotated[float, Range(0, 1000, above=True)] = Field(
+        4.0, description="times that a long chunk is read at most"
+    )
 
 
 def quotas(slots: NDArray[np.int64], tokens: float, rule: LongDocuments | None) -> dict[str, Any]:

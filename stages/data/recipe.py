@@ -6,20 +6,48 @@ here, since `atom plan` needs the recipe and the digests of the source trees bef
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from pipeline.bounds import (
+    MOST_SOURCES,
+    Key,
+    License,
+    Line,
+    LongLine,
+    Range,
+    Share,
+    SourceName,
+    Text,
+    Words,
+)
 from pipeline.errors import RecipeError
-from pipeline.recipe import explain, find, parse_yaml
+from pipeline.recipe import explain, find
 from pipeline.stage import Config, added, operational
 from pipeline.store import canonical, sha256_bytes, sha256_file
-from stages.data.curation.settings import AnyStep, CurationSettings, Kind
+from pipeline.text import escaped
+from pipeline.yaml_text import parse_yaml, read_file
+from stages.data.curation.settings import MOST_STEPS, AnyStep, CurationSettings, Kind
 from stages.data.passkeys import least_chars
 from stages.data.problems import FORMS, TASKS
 
-NAME = r"^[a-z][a-z0-9_]*$"
+MOST_ENTRIES = 100_000
+"""Files and folders under a source's path; FineWeb-Edu, of 1.3 trillion tokens, has some two thousand."""
+
+Documents = Annotated[int, Range(1, 1e12)]
+Drawn = Annotated[int, Range(1, 1e8, "they are drawn in memory")]
+"""Procedural documents."""
+Characters = Annotated[int, Range(1, 1e7)]
+Shares = Annotated[dict[Key, Annotated[float, Range(0, 1000, above=True)]], Field(min_length=1, max_length=100)]
+"""Of tasks, by their name; they need not sum to 1."""
+Column = Line
+"""The name of a field or column in files of others."""
+Heldout = Annotated[float, Range(0, 1, below=True)]
 
 
 class StdlibDocstrings(Config):
@@ -27,7 +55,7 @@ class StdlibDocstrings(Config):
 
     reader: Literal["stdlib-docstrings"]
     modules: Literal["all", "top-level"] = "all"
-    limit: int | None = Field(None, ge=1, description="keep this many documents, chosen by a seeded hash of the id")
+    limit: Documents | None = Field(None, description="keep this many documents, chosen by a seeded hash of the id")
 
 
 class StdlibSource(Config):
@@ -41,48 +69,48 @@ class StdlibSource(Config):
         "function", "what one document is; a recipe must not read functions and the files that hold them"
     )
     modules: Literal["all", "top-level"] = "all"
-    limit: int | None = Field(None, ge=1, description="keep this many documents, chosen by a seeded hash of the id")
+    limit: Documents | None = Field(None, description="keep this many documents, chosen by a seeded hash of the id")
 
 
 class Jsonl(Config):
     """One JSON object a line, plain or gzip; `path` is a file or a folder of *.jsonl and *.jsonl.gz."""
 
     reader: Literal["jsonl"]
-    path: str = operational(..., "where the files lie here; the tree digest, not the path, is identity")
-    text_field: str = "text"
-    messages_field: str | None = added(
+    path: LongLine = operational(..., "where the files lie here; the tree digest, not the path, is identity")
+    text_field: Column = "text"
+    messages_field: Column | None = added(
         None, "field with the messages (role, content, reasoning_content) of a conversation, instead of text_field"
     )
-    id_field: str | None = None
-    license_field: str | None = added(
+    id_field: Column | None = None
+    license_field: Column | None = added(
         None, "field with a document's own SPDX licence, or list of them; null: the source's"
     )
-    limit: int | None = Field(None, ge=1)
+    limit: Documents | None = None
 
 
 class Parquet(Config):
     """Parquet files; `path` is a file or a folder of *.parquet."""
 
     reader: Literal["parquet"]
-    path: str = operational(..., "where the files lie here; the tree digest, not the path, is identity")
-    text_field: str = "text"
-    messages_field: str | None = added(
+    path: LongLine = operational(..., "where the files lie here; the tree digest, not the path, is identity")
+    text_field: Column = "text"
+    messages_field: Column | None = added(
         None, "field with the messages (role, content, reasoning_content) of a conversation, instead of text_field"
     )
-    id_field: str | None = None
-    license_field: str | None = added(
+    id_field: Column | None = None
+    license_field: Column | None = added(
         None, "field with a document's own SPDX licence, or list of them; null: the source's"
     )
-    limit: int | None = Field(None, ge=1)
+    limit: Documents | None = None
 
 
 class Problems(Config):
     """Procedural problems drawn from the recipe's seed; `tasks` gives each task's share."""
 
     reader: Literal["problems"]
-    tasks: dict[str, float]
+    tasks: Shares
     form: Literal["plain", "worked"]
-    count: int = Field(ge=1)
+    count: Drawn
 
     @model_validator(mode="after")
     def _known(self) -> Problems:
@@ -100,11 +128,11 @@ class Passkeys(Config):
     """
 
     reader: Literal["passkeys"]
-    count: int = Field(ge=1)
-    min_chars: int = Field(ge=1)
-    max_chars: int = Field(ge=1)
-    digits: int = Field(
-        6, ge=2, le=9, description="digits of a key, all different; few have too few keys to generalise from"
+    count: Drawn
+    min_chars: Characters
+    max_chars: Characters
+    digits: Annotated[int, Range(2, 9)] = Field(
+        6, description="digits of a key, all different; few have too few keys to generalise from"
     )
 
     @model_validator(mode="after")
@@ -121,9 +149,9 @@ class ChatProblems(Config):
     """Procedural problems as conversations; `thinking` is the share of answers that show their steps first."""
 
     reader: Literal["chat-problems"]
-    tasks: dict[str, float]
-    thinking: float = Field(ge=0, le=1)
-    count: int = Field(ge=1)
+    tasks: Shares
+    thinking: Share
+    count: Drawn
 
     @model_validator(mode="after")
     def _known(self) -> ChatProblems:
@@ -135,9 +163,8 @@ P = TypeVar("P", Problems, ChatProblems)
 
 def _known_tasks(reader: P) -> P:
     unknown = sorted(set(reader.tasks) - set(TASKS))
-    if unknown or not reader.tasks or min(reader.tasks.values()) <= 0:
-        known = ", ".join(sorted(TASKS))
-        raise ValueError(f"tasks: unknown or empty tasks {unknown}; known are {known}, shares above 0")
+    if unknown:
+        raise ValueError(f"tasks: unknown task {unknown[0]}; known are {', '.join(sorted(TASKS))}")
     return reader
 
 
@@ -145,7 +172,7 @@ class Courtesies(Config):
     """Requests for a courteous note, with answers of mixed quality (stages/data/courtesies.py)."""
 
     reader: Literal["courtesies"]
-    count: int = Field(ge=1)
+    count: Drawn
 
 
 Reader = Annotated[
@@ -157,15 +184,18 @@ Reader = Annotated[
 CHATS = (ChatProblems, Courtesies)
 
 
+TreeDigest = Annotated[str, Words(71, "digest: write auto, or sha256:<64 hex digits>", r"auto|sha256:[0-9a-f]{64}")]
+
+
 class Source(Config):
     """What is needed to acquire one source."""
 
-    name: str = Field(pattern=NAME)
+    name: SourceName
     kind: Kind
-    license: str = Field(description="SPDX expression; with reader.license_field, of the collection as a whole")
-    license_evidence: str = Field(min_length=1, description="text or URL that shows the licence")
-    origin: str = Field(min_length=1, description="where it comes from: URL or text")
-    tree_digest: str = Field("auto", pattern=r"^(auto|sha256:[0-9a-f]{64})$")
+    license: License = Field(description="SPDX expression; with reader.license_field, of the collection as a whole")
+    license_evidence: Text = Field(description="text or URL that shows the licence")
+    origin: Text = Field(description="where it comes from: URL or text")
+    tree_digest: TreeDigest = "auto"
     reader: Reader
 
     @field_validator("name")
@@ -185,42 +215,27 @@ class Source(Config):
             )
         return self
 
-    @field_validator("license")
-    @classmethod
-    def _spdx(cls, value: str) -> str:
-        try:
-            return spdx(value)
-        except ValueError:
-            raise ValueError(f"{value!r} is not an SPDX expression (spdx.org/licenses), e.g. Apache-2.0") from None
-
-
-def spdx(expression: str) -> str:
-    """The expression with SPDX's own spelling. Raises ValueError if it is none."""
-    from packaging.licenses import canonicalize_license_expression
-
-    return str(canonicalize_license_expression(expression))
-
 
 class SourceConfig(Source):
     """A source of a data recipe: how it is acquired, and what happens to its documents in order."""
 
-    heldout: float | None = Field(None, ge=0, lt=1, description="overrides the recipe's held-out fraction")
-    steps: tuple[AnyStep, ...] = ()
+    heldout: Heldout | None = Field(None, description="overrides the recipe's held-out fraction")
+    steps: tuple[AnyStep, ...] = Field((), max_length=MOST_STEPS)
 
 
 class DataRecipe(Config):
     """One file of `data_recipes/`."""
 
-    name: str
-    description: str
-    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    name: Key
+    description: Text
+    sources: tuple[SourceConfig, ...] = Field(min_length=1, max_length=MOST_SOURCES)
     curation: CurationSettings = CurationSettings()
-    heldout: float = Field(0.05, ge=0, lt=1, description="share of kept documents, by content hash, never trained on")
+    heldout: Heldout = Field(0.05, description="share of kept documents, by content hash, never trained on")
 
     @model_validator(mode="after")
     def _distinct(self) -> DataRecipe:
-        names = [source.name for source in self.sources]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        counts = Counter(source.name for source in self.sources)
+        twice = sorted(name for name, count in counts.items() if count > 1)
         if twice:
             raise ValueError(f"two sources are named {twice[0]}; names must differ")
         return self
@@ -279,8 +294,17 @@ def load(name_or_path: str | Path) -> DataRecipe:
     Raises RecipeError in one sentence: no such recipe, not YAML, or the first field that is wrong and its mend.
     """
     path = find(str(name_or_path), "data_recipes", "data recipe")
-    title = f"data recipe {path.stem}"
-    raw = parse_yaml(path.read_bytes(), title)
+    return loads(read_file(path, _title(path)), path)
+
+
+def _title(path: Path) -> str:
+    return f"data recipe {escaped(path.stem, 80)}"
+
+
+def loads(content: bytes, path: Path) -> DataRecipe:
+    """As `load`, from the bytes that were read from `path`."""
+    title = _title(path)
+    raw = parse_yaml(content, title)
     _require_licences(title, raw)
     try:
         recipe = DataRecipe.model_validate(raw)
@@ -321,8 +345,7 @@ def source_files(source: Source) -> list[tuple[str, Path]]:
         return [(root.name, root)]
     if lack := absent(source):
         raise RecipeError(f"{lack}; check reader.path")
-    paths = (p for p in root.rglob("*") if p.is_file() and p.name.endswith(_suffixes(reader)))
-    return sorted((p.relative_to(root).as_posix(), p) for p in paths)
+    return sorted((path.relative_to(root).as_posix(), path) for path in _files(source, root, _suffixes(reader)))
 
 
 def absent(source: Source) -> str | None:
@@ -331,9 +354,22 @@ def absent(source: Source) -> str | None:
     if not isinstance(reader, (Jsonl, Parquet)):
         return None
     root, suffixes = Path(reader.path), _suffixes(reader)
-    if root.is_file() or any(p.is_file() and p.name.endswith(suffixes) for p in root.rglob("*")):
+    if root.is_file() or any(_files(source, root, suffixes)):
         return None
     return f"source {source.name}: no {' or '.join(suffixes)} file at {root}"
+
+
+def _files(source: Source, root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """The regular files of these endings under a folder. Raises RecipeError where it holds so many that it must be
+    another than is meant, such as a whole file system."""
+    count = 0
+    for folder, folders, names in os.walk(root):
+        count += len(folders) + len(names)
+        if count > MOST_ENTRIES:
+            raise RecipeError(
+                f"source {source.name}: {root} holds more than {MOST_ENTRIES} files and folders; name the corpus alone"
+            )
+        yield from (path for name in names if name.endswith(suffixes) and (path := Path(folder, name)).is_file())
 
 
 def _suffixes(reader: Jsonl | Parquet) -> tuple[str, ...]:
@@ -341,8 +377,10 @@ def _suffixes(reader: Jsonl | Parquet) -> tuple[str, ...]:
 
 
 def _require_licences(title: str, raw: dict[str, Any]) -> None:
-    for i, source in enumerate(raw.get("sources") or []):
-        name = source.get("name", f"number {i + 1}") if isinstance(source, dict) else f"number {i + 1}"
+    sources = raw.get("sources")
+    for i, source in enumerate(sources if isinstance(sources, list) else []):
+        named = source.get("name") if isinstance(source, dict) else None
+        name = escaped(str(named or f"number {i + 1}"), 60)
         mends = {"license": "an SPDX id, e.g. Apache-2.0", "license_evidence": "a text or URL that shows it"}
         for field, mend in mends.items():
             if isinstance(source, dict) and not source.get(field):

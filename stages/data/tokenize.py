@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.bounds import MOST_SOURCES, SourceName
 from pipeline.errors import AtomError
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage, added, operational
 from pipeline.store import once, sha256_file
+from stages.data.curation.settings import Shards
 from stages.data.table import TOKENIZED, read_shard, stream_shards, write_json, write_rows
 from stages.data.tokenizer import END, PAD, load_for_corpus
 
@@ -26,8 +28,10 @@ BATCH = 512
 class TokenizeConfig(Config):
     """Tokenizer and documents come as inputs."""
 
-    conversations: tuple[str, ...] = added((), "sources in which special tokens are tokens, and end every document")
-    shards: int = operational(1, "pieces that each source is cut into", ge=1)
+    conversations: tuple[SourceName, ...] = added(
+        (), "sources in which special tokens are tokens, and end every document", max_length=MOST_SOURCES
+    )
+    shards: Shards = operational(1, "pieces that each source is cut into")
 
 
 def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

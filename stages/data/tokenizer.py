@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
+from pipeline.bounds import MOST_SOURCES, Range, SourceName
 from pipeline.errors import RecipeError
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage, added
 from stages.data.table import read_table, write_json
@@ -54,14 +55,20 @@ CHAT_TEMPLATE = """\
 """
 
 
+Vocabulary = Annotated[int, Range(len(SPECIAL_TOKENS) + 256, 2**20, "Llama 3: 128256, Gemma 3: 262144, XLM-V: 1e6")]
+"""Tokens; the least are all bytes and the special tokens."""
+SampleBytes = Annotated[int, Range(1, 1e12, "the sample lies in memory")]
+
+
 class TokenizerSection(Config):
     """The tokenizer of a release. `padded_vocab_size` is the model's embedding size, which no layout may change."""
 
-    vocab_size: int = Field(ge=len(SPECIAL_TOKENS) + 256)
-    padded_vocab_size: int
-    sample_bytes: int = Field(4_000_000, ge=1, description="train on at most this many bytes of the training split")
-
-    leave_out: tuple[str, ...] = added((), "sources that it does not learn from; conversations never are")
+    vocab_size: Vocabulary
+    padded_vocab_size: Vocabulary
+    sample_bytes: SampleBytes = Field(4_000_000, description="train on at most this many bytes of the training split")
+    leave_out: tuple[SourceName, ...] = added(
+        (), "sources that it does not learn from; conversations never are", max_length=MOST_SOURCES
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> TokenizerSection:

@@ -11,24 +11,38 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.bounds import Context, Flag, Range
 from pipeline.stage import Config, added, operational
 from stages.model.costs import Attention, training_flops
 
-PositiveInt = Annotated[int, Field(gt=0, lt=2**31, strict=True)]
+PositiveInt = Annotated[int, Range(1, 2**31 - 1)]
 """A size: above zero, and small enough for every index that Megatron keeps."""
+Layers = Annotated[int, Range(1, 1024, "Llama 3 405B: 126")]
+Width = Annotated[int, Range(1, 2**17, "Llama 3 405B: 16384, inside its feed-forward layers 53248")]
+Heads = Annotated[int, Range(1, 1024, "DeepSeek-V3: 128")]
+Experts = Annotated[int, Range(1, 4096, "Kimi K2: 384, Switch-C: 2048")]
+RopeBase = Annotated[float, Range(1, 1e12, "Llama 3: 5e5, Qwen2.5-1M: 1e7", above=True)]
+LossWeight = Annotated[float, Range(0, 100, "DeepSeek-V3: 1e-4, OLMoE: 0.01")]
 Precision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8"]
 """What matrices are multiplied in. Weights of the optimizer, reductions, router, norms and losses are fp32 in all."""
-PositiveCount = Annotated[int, Field(gt=0, strict=True)]
+PositiveCount = Annotated[int, Range(1, 1e15)]
+MOST_PARAMETERS = 10**14
+"""Of a model; the largest that were published have 2e12."""
+
+
+Turns = Annotated[float, Range(0, 1e4, above=True)]
 
 
 class Yarn(Config):
     """YaRN (Peng et al., 2023, arXiv:2309.00071): slow rotary frequencies are divided by `factor`, fast ones are kept,
     and attention is sharpened by 0.1 ln(factor) + 1 in queries and in keys."""
 
-    factor: float = Field(gt=1, description="new context by original_length")
-    original_length: PositiveInt = Field(description="context that the frequencies were trained for")
-    beta_fast: float = Field(32.0, gt=0, description="turns within original_length above which a frequency is kept")
-    beta_slow: float = Field(1.0, gt=0, description="turns within original_length below which it is divided")
+    factor: Annotated[float, Range(1, 4096, "DeepSeek-V3: 40", above=True)] = Field(
+        description="new context by original_length"
+    )
+    original_length: Context = Field(description="context that the frequencies were trained for")
+    beta_fast: Turns = Field(32.0, description="turns within original_length above which a frequency is kept")
+    beta_slow: Turns = Field(1.0, description="turns within original_length below which it is divided")
 
     @model_validator(mode="after")
     def _possible(self) -> Yarn:
@@ -40,7 +54,7 @@ class Yarn(Config):
 class Rope(Config):
     """How a phase turns queries and keys, if not as the model section says."""
 
-    base: float | None = Field(None, gt=1, description="base of the rotary frequencies; null: as the phase before")
+    base: RopeBase | None = Field(None, description="base of the rotary frequencies; null: as the phase before")
     yarn: Yarn | None = Field(None, description="YaRN's scaling; null: none")
 
 
@@ -54,39 +68,45 @@ class StatedParameters(Config):
 class ModelConfig(Config):
     """Sizes and constants of the model; the vocabulary's padded size stands in the tokenizer section."""
 
-    layers: PositiveInt = Field(description="number of transformer layers")
-    hidden_size: PositiveInt = Field(description="width of the residual stream")
-    heads: PositiveInt = Field(description="query heads")
-    kv_heads: PositiveInt = Field(description="key and value heads; a divisor of heads")
-    head_dim: PositiveInt = Field(description="width of one head; even, since rotary embedding turns pairs")
-    experts: PositiveInt = Field(description="experts in each layer")
-    experts_per_token: PositiveInt = Field(description="experts that one token visits (top-k)")
-    expert_ffn_size: PositiveInt = Field(description="inner width of one expert")
-    context_length: PositiveInt = Field(description="longest sequence the model is made for")
-    rope_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies")
-    norm_eps: float = Field(1e-6, gt=0, description="epsilon of every RMSNorm")
-    tie_embeddings: bool = Field(True, description="output head = input embedding")
-    aux_loss: float = Field(
-        1e-3, ge=0, description="weight of the load-balancing loss, summed over layers as Megatron-core defines it"
+    layers: Layers = Field(description="number of transformer layers")
+    hidden_size: Width = Field(description="width of the residual stream")
+    heads: Heads = Field(description="query heads")
+    kv_heads: Heads = Field(description="key and value heads; a divisor of heads")
+    head_dim: Annotated[int, Range(1, 1024, "usual: 64 to 256")] = Field(
+        description="width of one head; even, since rotary embedding turns pairs"
     )
-    init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+    experts: Experts = Field(description="experts in each layer")
+    experts_per_token: Experts = Field(description="experts that one token visits (top-k)")
+    expert_ffn_size: Width = Field(description="inner width of one expert")
+    context_length: Context = Field(description="longest sequence the model is made for")
+    rope_base: RopeBase = Field(10000.0, description="base of the rotary frequencies")
+    norm_eps: Annotated[float, Range(1e-12, 1e-2, "usual: 1e-6 or 1e-5")] = Field(
+        1e-6, description="epsilon of every RMSNorm"
+    )
+    tie_embeddings: Flag = Field(True, description="output head = input embedding")
+    aux_loss: LossWeight = Field(
+        1e-3, description="weight of the load-balancing loss, summed over layers as Megatron-core defines it"
+    )
+    init_std: Annotated[float, Range(0, 1, "usual: 0.006 to 0.1", above=True)] = Field(
+        0.02, description="standard deviation of the initial weights"
+    )
     balance: Literal["batch", "sequence"] = added(
         "batch", "over what aux_loss evens out the experts: the tokens of a micro-batch, or of each row"
     )
-    bias_rate: float = added(
-        0.0, "auxiliary-loss-free balancing: what a step adds to or takes from an expert's bias; 0: none", ge=0
+    bias_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")] = added(
+        0.0, "auxiliary-loss-free balancing: what a step adds to or takes from an expert's bias; 0: none"
     )
-    z_loss: float = added(0.0, "weight of the squared log-sum-exp of the router's logits (ST-MoE); 0: none", ge=0)
-    dense_layers: int = added(0, "first layers that have one SwiGLU instead of experts", ge=0)
-    dense_ffn_size: PositiveInt | None = added(None, "inner width of a dense layer's SwiGLU")
-    shared_expert_ffn_size: PositiveInt | None = added(None, "inner width of an expert that every token visits as well")
+    z_loss: LossWeight = added(0.0, "weight of the squared log-sum-exp of the router's logits (ST-MoE); 0: none")
+    dense_layers: Annotated[int, Range(0, 1023)] = added(0, "first layers that have one SwiGLU instead of experts")
+    dense_ffn_size: Width | None = added(None, "inner width of a dense layer's SwiGLU")
+    shared_expert_ffn_size: Width | None = added(None, "inner width of an expert that every token visits as well")
     yarn: Yarn | None = added(None, "YaRN's scaling of the rotary frequencies")
     stated_parameters: StatedParameters | None = operational(None, "total and active parameters, checked when loaded")
 
     @model_validator(mode="after")
     def _possible(self) -> ModelConfig:
         if self.heads % self.kv_heads:
-            nearest = _nearest([n for n in range(1, min(self.heads, 4096) + 1) if self.heads % n == 0], self.kv_heads)
+            nearest = _nearest([n for n in range(1, self.heads + 1) if self.heads % n == 0], self.kv_heads)
             raise ValueError(f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}; nearest: {nearest}")
         if self.head_dim % 2:
             near = f"{self.head_dim - 1} or {self.head_dim + 1}" if self.head_dim > 1 else "2"

@@ -9,28 +9,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pipeline.bounds import Flag, Range
 from pipeline.stage import Config
-from stages.model.config import ModelConfig, PositiveInt
+from stages.model.config import ModelConfig
+
+Split = Annotated[int, Range(1, 4096)]
 
 
 class Layout(Config):
     """The ranks of a phase and how they share the work. Any layout gives the same loss within rounding."""
 
-    ranks: PositiveInt = Field(default=1, description="processes in all, one for each device")
-    tensor: PositiveInt = Field(
-        default=1, description="ranks that split each matrix; activations are then split by sequence"
+    ranks: Annotated[int, Range(1, 1e6, "Llama 3: 16384")] = Field(
+        default=1, description="processes in all, one for each device"
     )
-    pipeline: PositiveInt = Field(default=1, description="ranks that split the layers")
-    virtual_pipeline: PositiveInt = Field(
-        default=1, description="model chunks on a pipeline rank; above 1: interleaved 1F1B"
-    )
-    context: PositiveInt = Field(default=1, description="ranks that split each sequence in attention")
-    expert: PositiveInt = Field(default=1, description="ranks that split the experts of a layer")
-    expert_tensor: PositiveInt | None = Field(
+    tensor: Split = Field(default=1, description="ranks that split each matrix; activations are then split by sequence")
+    pipeline: Split = Field(default=1, description="ranks that split the layers")
+    virtual_pipeline: Split = Field(default=1, description="model chunks on a pipeline rank; above 1: interleaved 1F1B")
+    context: Split = Field(default=1, description="ranks that split each sequence in attention")
+    expert: Split = Field(default=1, description="ranks that split the experts of a layer")
+    expert_tensor: Split | None = Field(
         default=None, description="ranks that split each expert; as `tensor` by default"
     )
     dispatcher: Literal["alltoall", "allgather"] = Field(
@@ -39,7 +40,7 @@ class Layout(Config):
     recompute: Literal["none", "layer"] = Field(
         default="none", description="`layer` keeps each layer's input only and computes the rest again going backward"
     )
-    overlap_gradients: bool = Field(default=False, description="reduce gradients while the backward pass still runs")
+    overlap_gradients: Flag = Field(default=False, description="reduce gradients while the backward pass still runs")
 
     @property
     def data(self) -> int:

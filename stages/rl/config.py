@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.bounds import Context, Key, LongLine, Mix, Range, Seed, Settings, Steps, Words
 from pipeline.stage import Config, Promise, operational
 from stages.model.config import ModelConfig, PositiveInt, Precision
 from stages.model.layout import Layout, problem
 from stages.rl.curriculum import CurriculumConfig
-from stages.rl.tasks import CODE, TaskSource
-from stages.train.config import Batch, Heldout, Optimizer, PhaseConfig
+from stages.rl.tasks import CODE, Tasks
+from stages.train.config import Batch, Heldout, Kept, Optimizer, Patience, PhaseConfig
+
+Prompts = Annotated[int, Range(1, 1e6)]
+"""Of one step."""
+Answers = Annotated[int, Range(1, 4096, "DeepSeek-R1: 16")]
+"""To one prompt."""
+Gap = Annotated[float, Range(0, 100, "nats; usual: 0.001 in one process, 0.05 with vLLM in bf16", above=True)]
+Coefficient = Annotated[float, Range(0, 1000)]
+Retries = Annotated[int, Range(0, 1000)]
+Url = Annotated[str, Words(2000, "address; write it as in http://node1:8000", r"https?://[^\s/]+(/\S*)?")]
+Verifiers = Annotated[dict[Key, Settings], Field(max_length=100)]
 
 
 class Replay(Config):
     """Rows of earlier data in every step, so that it is not forgotten: their mean loss is added with a weight."""
 
-    mix: dict[str, float] = Field(min_length=1, description="share of rows by source")
-    rows: PositiveInt = Field(description="rows of one step")
-    sequence_length: PositiveInt
-    weight: float = Field(gt=0, description="of their mean loss, beside a policy loss of weight 1")
+    mix: Mix = Field(description="share of rows by source")
+    rows: Annotated[int, Range(1, 1e6)] = Field(description="rows of one step")
+    sequence_length: Context
+    weight: Annotated[float, Range(0, 1000, above=True)] = Field(
+        description="of their mean loss, beside a policy loss of weight 1"
+    )
 
 
 class Sampling(Config):
     """How answers are drawn: at temperature 1 and with nothing cut off, from the distribution that is learnt."""
 
     kind: Literal["in-process", "vllm"] = Field("in-process", description="who draws them")
-    max_new_tokens: PositiveInt
-    python: str | None = operational(None, "the interpreter of vLLM's environment; null: ATOM_VLLM_PYTHON says it")
-    url: tuple[str, ...] = operational((), "vLLM servers on nodes of their own; empty: the stage starts one")
-    options: tuple[str, ...] = operational((), "further options of the server that the stage starts, as vLLM has them")
+    max_new_tokens: Context
+    python: LongLine | None = operational(None, "the interpreter of vLLM's environment; null: ATOM_VLLM_PYTHON says it")
+    url: tuple[Url, ...] = operational(
+        (), "vLLM servers on nodes of their own; empty: the stage starts one", max_length=1000
+    )
+    options: tuple[LongLine, ...] = operational(
+        (), "further options of the server that the stage starts, as vLLM has them", max_length=100
+    )
 
     @property
     def promise(self) -> Promise:
@@ -41,14 +58,16 @@ class Sampling(Config):
 class Trainable(Config):
     """What every phase of post-training has in common."""
 
-    steps: PositiveInt = Field(description="updates of the policy")
+    steps: Steps = Field(description="updates of the policy")
     optimizer: Optimizer
-    micro_batches: PositiveInt = Field(description="pieces of an update, dealt to data-parallel ranks")
+    micro_batches: Annotated[int, Range(1, 1e6)] = Field(
+        description="pieces of an update, dealt to data-parallel ranks"
+    )
     precision: Precision = "fp32"
-    release_checkpoint_every: PositiveInt = Field(description="steps between checkpoints that are sealed")
-    work_checkpoint_every: PositiveInt = operational(20, "steps between checkpoints that a killed run resumes from")
-    work_checkpoints_kept: PositiveInt = operational(2, "work checkpoints that are kept, the newest ones")
-    hang_seconds: float = operational(1800.0, "a rank that finishes no step for this long is taken to hang", gt=0)
+    release_checkpoint_every: Steps = Field(description="steps between checkpoints that are sealed")
+    work_checkpoint_every: Steps = operational(20, "steps between checkpoints that a killed run resumes from")
+    work_checkpoints_kept: Kept = operational(2, "work checkpoints that are kept, the newest ones")
+    hang_seconds: Patience = operational(1800.0, "a rank that finishes no step for this long is taken to hang")
     cluster: Layout = operational(Layout(), "how the phase is spread over processes; never part of the key")
 
     @property
@@ -83,24 +102,32 @@ class RlPhase(Trainable):
     """Group-relative policy optimisation (GRPO) against verifiers: DAPO's token-level loss and asymmetric clip, Dr.
     GRPO's advantages without division, no KL."""
 
-    tasks: tuple[TaskSource, ...] = Field(min_length=1, description="what is asked, and who judges the answers")
-    groups: PositiveInt = Field(description="prompts of one step, whose answers differ in reward")
-    samples: PositiveInt = Field(ge=2, description="answers to one prompt, GRPO's group size")
+    tasks: Tasks = Field(description="what is asked, and who judges the answers")
+    groups: Prompts = Field(description="prompts of one step, whose answers differ in reward")
+    samples: Annotated[int, Range(2, 4096, "DeepSeek-R1: 16")] = Field(
+        description="answers to one prompt, GRPO's group size"
+    )
     sampling: Sampling
-    clip_low: float = Field(0.2, gt=0, lt=1, description="PPO's clip below 1; one update a step never reaches it")
-    clip_high: float = Field(0.28, gt=0, description="and above 1, where DAPO's is wider")
-    tis_cap: float = Field(2.0, gt=0, description="largest weight of a token by trainer and sampler")
-    refills: int = Field(
-        2, ge=0, description="waves of further tasks in place of groups without signal (DAPO's dynamic sampling)"
+    clip_low: Annotated[float, Range(0, 1, "PPO and DAPO: 0.2", above=True, below=True)] = Field(
+        0.2, description="PPO's clip below 1; one update a step never reaches it"
+    )
+    clip_high: Annotated[float, Range(0, 100, "PPO: 0.2, DAPO: 0.28", above=True)] = Field(
+        0.28, description="and above 1, where DAPO's is wider"
+    )
+    tis_cap: Annotated[float, Range(0, 1000, "usual: 2", above=True)] = Field(
+        2.0, description="largest weight of a token by trainer and sampler"
+    )
+    refills: Retries = Field(
+        2, description="waves of further tasks in place of groups without signal (DAPO's dynamic sampling)"
     )
     curriculum: CurriculumConfig = CurriculumConfig()
     replay: Replay | None = None
-    validate_every: PositiveInt = Field(description="steps between measurements on the validation items")
-    logprob_gap: float = Field(
-        1e-3, gt=0, description="largest mean difference of a token's log-probability between sampler and trainer"
+    validate_every: Steps = Field(description="steps between measurements on the validation items")
+    logprob_gap: Gap = Field(
+        1e-3, description="largest mean difference of a token's log-probability between sampler and trainer"
     )
-    verifiers: dict[str, dict[str, Any]] = operational({}, "settings of verifiers by name, such as a server's url")
-    retries: int = operational(2, "times that a verifier that failed is asked again before the phase stops", ge=0)
+    verifiers: Verifiers = operational({}, "settings of verifiers by name, such as a server's url")
+    retries: Retries = operational(2, "times that a verifier that failed is asked again before the phase stops")
 
     def replay_rows(self) -> PhaseConfig:
         """The replayed rows as those of a training phase, which is how their order is made and read."""
@@ -116,9 +143,9 @@ class RlPhase(Trainable):
 class Asking(Config):
     """Tasks of which some are asked in every round."""
 
-    tasks: tuple[TaskSource, ...] = Field(min_length=1)
-    count: PositiveInt = Field(description="tasks of one round")
-    samples: PositiveInt = Field(description="answers to each")
+    tasks: Tasks
+    count: Prompts = Field(description="tasks of one round")
+    samples: Answers = Field(description="answers to each")
 
 
 class DpoPhase(Trainable):
@@ -129,18 +156,20 @@ class DpoPhase(Trainable):
     preferences: Asking = Field(description="what is asked, and who judges the answers")
     skills: Asking | None = Field(None, description="verified tasks, whose right answers are an anchor")
     sampling: Sampling
-    updates: PositiveInt = Field(description="updates of one round; its pairs are spread over them")
-    beta: float = Field(gt=0, description="how strongly a pair's margin is pulled apart")
-    logprob_gap: float = Field(
-        1e-3, gt=0, description="largest mean difference of a token's log-probability between sampler and trainer"
+    updates: Annotated[int, Range(1, 1e6)] = Field(description="updates of one round; its pairs are spread over them")
+    beta: Annotated[float, Range(0, 1000, "DPO: 0.1, normalized by length as in Tulu 3: 5", above=True)] = Field(
+        description="how strongly a pair's margin is pulled apart"
     )
-    least_margin: float = Field(0.05, ge=0, description="difference of the judge's scores below which there is no pair")
-    anchor: float = Field(
-        1.0, ge=0, description="NLL coefficient: weight of the mean loss of right answers, beside a pair's loss of 1"
+    logprob_gap: Gap = Field(
+        1e-3, description="largest mean difference of a token's log-probability between sampler and trainer"
     )
-    validate_every: PositiveInt = Field(description="rounds between measurements on the validation items")
-    verifiers: dict[str, dict[str, Any]] = operational({}, "settings of verifiers by name, such as a server's url")
-    retries: int = operational(2, "times that a verifier that failed is asked again before the phase stops", ge=0)
+    least_margin: Coefficient = Field(0.05, description="difference of the judge's scores below which there is no pair")
+    anchor: Coefficient = Field(
+        1.0, description="NLL coefficient: weight of the mean loss of right answers, beside a pair's loss of 1"
+    )
+    validate_every: Steps = Field(description="rounds between measurements on the validation items")
+    verifiers: Verifiers = operational({}, "settings of verifiers by name, such as a server's url")
+    retries: Retries = operational(2, "times that a verifier that failed is asked again before the phase stops")
 
     @property
     def all_updates(self) -> int:
@@ -151,10 +180,12 @@ class RewardPhase(Trainable):
     """A reward model from the pairs: the probability that `<|endoftext|>` follows an answer is its reward, trained by
     the Bradley-Terry loss. It keeps the policy's architecture, so every runtime that loads the model loads it too."""
 
-    pairs: PositiveInt = Field(description="pairs of one update")
-    heldout: float = Field(0.2, gt=0, lt=1, description="share of questions, by hash, whose pairs are not learnt from")
-    heldout_pairs: PositiveInt = Field(400, description="of these at most so many are measured on")
-    validate_every: PositiveInt = Field(description="updates between measurements on the held-out pairs")
+    pairs: Prompts = Field(description="pairs of one update")
+    heldout: Annotated[float, Range(0, 1, above=True, below=True)] = Field(
+        0.2, description="share of questions, by hash, whose pairs are not learnt from"
+    )
+    heldout_pairs: Prompts = Field(400, description="of these at most so many are measured on")
+    validate_every: Steps = Field(description="updates between measurements on the held-out pairs")
 
 
 class RlhfSection(Config):
@@ -177,7 +208,7 @@ class PostConfig(Config):
     model: ModelConfig
     phase: Any
     padded_vocab_size: PositiveInt
-    seed: int
+    seed: Seed
 
     @model_validator(mode="after")
     def _possible(self) -> PostConfig:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import Field
 
+from pipeline.bounds import PositiveShare
 from pipeline.errors import RecipeError
 from pipeline.stage import Config
 from stages.data.seeds import seed_of
@@ -22,9 +23,9 @@ from stages.rl.contracts import Row, bin_of
 class CurriculumConfig(Config):
     """How tasks are drawn."""
 
-    rise: float = Field(default=0.7, gt=0, le=1, description="pass rate at which the next level of a kind opens")
-    floor: float = Field(default=0.05, gt=0, le=1, description="least weight of an open bin; the most is 1")
-    memory: float = Field(default=0.1, gt=0, le=1, description="what one group moves the pass rate of its bin")
+    rise: PositiveShare = Field(default=0.7, description="pass rate at which the next level of a kind opens")
+    floor: PositiveShare = Field(default=0.05, description="least weight of an open bin; the most is 1")
+    memory: PositiveShare = Field(default=0.1, description="what one group moves the pass rate of its bin")
 
 
 class Curriculum:

@@ -15,14 +15,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from pipeline.bounds import Key, License, LongLine, Range, Seed, Settings, Sha256, Text, Words
 from pipeline.errors import AtomError, RecipeError
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage, operational
 from pipeline.store import Artifact, sha256_file
 from stages.data import courtesies, problems
-from stages.data.items import chat_rows, courtesy_row, texts_of
-from stages.data.recipe import spdx
+from stages.data.items import Task, chat_rows, courtesy_row, texts_of
 from stages.data.seeds import seed_of
 from stages.data.table import read_jsonl, write_jsonl
 from stages.rl.contracts import bin_of, question, to_row
@@ -36,18 +36,21 @@ CODE = "python-tests"
 OWN = {"license": "Apache-2.0", "origin": "procedural"}
 
 
+Level = Annotated[int, Range(0, 1000)]
+"""Of difficulty."""
+Count = Annotated[int, Range(1, 1e7)]
+
+
 class ProblemTasks(Config):
     """The project's own procedural problems (stages/data/problems.py)."""
 
     source: Literal["problems"]
-    task: str
-    levels: tuple[int, ...] = Field(min_length=1, description="difficulties, a bin each")
-    count: int = Field(ge=1, description="tasks of each level at most; easy levels may have fewer")
+    task: Task
+    levels: tuple[Level, ...] = Field(min_length=1, max_length=100, description="difficulties, a bin each")
+    count: Count = Field(description="tasks of each level at most; easy levels may have fewer")
 
     @model_validator(mode="after")
     def _known(self) -> ProblemTasks:
-        if self.task not in problems.TASKS:
-            raise ValueError(f"unknown task {self.task}; known are {', '.join(sorted(problems.TASKS))}")
         for level in self.levels:
             problems.TASKS[self.task](random.Random(0), level)  # raises ValueError in words if there is none
         return self
@@ -67,8 +70,8 @@ class CourtesyTasks(Config):
     """Requests for a courteous note; what scores them is a judge of answers, by its verifier's name."""
 
     source: Literal["courtesies"]
-    verifier: str = Field("courtesy", description="the judge: courtesy for the rules, reward-model for a trained one")
-    count: int = Field(ge=1)
+    verifier: Key = Field("courtesy", description="the judge: courtesy for the rules, reward-model for a trained one")
+    count: Count
 
     def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
         try:
@@ -83,10 +86,10 @@ class ReasoningGymTasks(Config):
     """A dataset of the package reasoning-gym, by its name; `settings` are its own."""
 
     source: Literal["reasoning-gym"]
-    dataset: str
-    level: int = 1
-    settings: dict[str, Any] = Field(default_factory=dict)
-    count: int = Field(ge=1)
+    dataset: Key
+    level: Level = 1
+    settings: Settings = Field(default_factory=dict)
+    count: Count
 
     def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
         from stages.rl.verifiers import reasoning_gym_rows
@@ -99,18 +102,13 @@ class FileTasks(Config):
     """Rows of a file in NeMo Gym's format, one JSON object a line."""
 
     source: Literal["rows"]
-    path: str = operational(..., "where the file lies here; its digest, not the path, is identity")
-    digest: str = Field(pattern=r"^sha256:[0-9a-f]{64}$", description="SHA-256 of the file")
-    verifier: str
-    kind: str = Field(pattern=r"^[a-z][a-z0-9_-]*$")
-    level: int = 1
-    license: str
-    origin: str = Field(min_length=1)
-
-    @field_validator("license")
-    @classmethod
-    def _spdx(cls, value: str) -> str:
-        return spdx(value)
+    path: LongLine = operational(..., "where the file lies here; its digest, not the path, is identity")
+    digest: Sha256 = Field(description="SHA-256 of the file")
+    verifier: Key
+    kind: Annotated[str, Words(64, "name of lower-case letters, digits, '_' and '-'", r"[a-z][a-z0-9_-]*")]
+    level: Level = 1
+    license: License
+    origin: Text
 
     def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
         path = Path(self.path)
@@ -129,13 +127,14 @@ class FileTasks(Config):
 
 
 TaskSource = Annotated[ProblemTasks | CourtesyTasks | ReasoningGymTasks | FileTasks, Field(discriminator="source")]
+Tasks = Annotated[tuple[TaskSource, ...], Field(min_length=1, max_length=1000)]
 
 
 class TasksConfig(Config):
     """Where the tasks of a phase come from, and the recipe's seed."""
 
-    sources: tuple[TaskSource, ...] = Field(min_length=1)
-    seed: int
+    sources: Annotated[tuple[TaskSource, ...], Field(min_length=1, max_length=2000)]
+    seed: Seed
 
     @model_validator(mode="after")
     def _distinct(self) -> TasksConfig:

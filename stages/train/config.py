@@ -4,29 +4,42 @@ them."""
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 
+from pipeline.bounds import MOST_RAMP_STEPS, Context, Flag, Line, Mix, Range, Seed, Steps
 from pipeline.stage import Config, added, operational
+from pipeline.text import shown
 from stages.data.packing import LongDocuments
-from stages.model.config import ModelConfig, PositiveInt, Precision, Rope
+from stages.model.config import MOST_PARAMETERS, ModelConfig, PositiveInt, Precision, Rope
 from stages.model.layout import Layout, problem
+
+BatchTokens = Annotated[int, Range(1, 2**30, "Llama 3: 1.6e7, DeepSeek-V3: 6.3e7, MiniMax-01: 1.3e8")]
+LearningRate = Annotated[float, Range(0, 1, "published runs of AdamW: 1e-5 to 0.01")]
+PeakRate = Annotated[float, Range(0, 1, "published runs of AdamW: 1e-5 to 0.01", above=True)]
+Beta = Annotated[float, Range(0, 1, "usual: 0.9 and 0.95", below=True)]
+Kept = Annotated[int, Range(1, 1000)]
+Patience = Annotated[float, Range(0, 604_800, "seconds; 604800 are a week", above=True)]
+MOST_EXCLUDED = 10_000
+"""Steps of one phase."""
 
 
 class RampStep(Config):
     """A smaller batch at the beginning of a phase."""
 
-    until_step: PositiveInt = Field(description="the last step with this batch")
-    global_tokens: PositiveInt
+    until_step: Steps = Field(description="the last step with this batch")
+    global_tokens: BatchTokens
 
 
 class Batch(Config):
     """Sizes in token slots (rows times sequence_length), padding included."""
 
-    global_tokens: PositiveInt = Field(description="token slots of one optimizer step, over all ranks")
-    micro_tokens: PositiveInt = Field(description="token slots of one forward and backward on one rank")
-    ramp: tuple[RampStep, ...] = added((), "smaller batches before global_tokens is reached, in order")
+    global_tokens: BatchTokens = Field(description="token slots of one optimizer step, over all ranks")
+    micro_tokens: BatchTokens = Field(description="token slots of one forward and backward on one rank")
+    ramp: tuple[RampStep, ...] = added(
+        (), "smaller batches before global_tokens is reached, in order", max_length=MOST_RAMP_STEPS
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Batch:
@@ -50,14 +63,18 @@ class Optimizer(Config):
     1 - sqrt (Hägele et al., 2024)."""
 
     schedule: Literal["cosine", "wsd"] = added("cosine", "cosine, or wsd: warm-up, stable, decay")
-    decay_steps: PositiveInt | None = added(None, "last steps of a wsd schedule, in which the rate comes down")
-    lr: float = Field(gt=0, description="peak learning rate")
-    final_lr: float = Field(ge=0, description="learning rate of the last step")
-    warmup_steps: NonNegativeInt = Field(description="steps of linear warm-up")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled; norms are never decayed")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+    decay_steps: Steps | None = added(None, "last steps of a wsd schedule, in which the rate comes down")
+    lr: PeakRate = Field(description="peak learning rate")
+    final_lr: LearningRate = Field(description="learning rate of the last step")
+    warmup_steps: Annotated[int, Range(0, 1e8)] = Field(description="steps of linear warm-up")
+    weight_decay: Annotated[float, Range(0, 10, "usual: 0 to 0.1")] = Field(
+        0.1, description="decoupled; norms are never decayed"
+    )
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
+    clip: Annotated[float, Range(0, 1000, "usual: 1", above=True)] = Field(
+        1.0, description="largest global gradient norm"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Optimizer:
@@ -74,8 +91,8 @@ class Optimizer(Config):
 class Heldout(Config):
     """How often the loss on held-out documents is measured, and on how many rows."""
 
-    every: PositiveInt
-    rows: PositiveInt
+    every: Steps
+    rows: Annotated[int, Range(1, 1e6)]
 
 
 class Spikes(Config):
@@ -90,35 +107,39 @@ class Spikes(Config):
         description="skip: the step moves nothing; rewind: as skip, and the steps before it are taken back and trained "
         "again without the last rewind_steps batches; stop: the phase ends with the facts"
     )
-    loss_sigmas: float = Field(6.0, gt=0)
-    norm_factor: float = Field(10.0, gt=1)
-    window: PositiveInt = Field(64, ge=4, description="accepted steps that are looked back on")
-    rewind_steps: PositiveInt = Field(1, description="batches up to the spike's own that a rewind leaves out")
-    at_most: PositiveInt = Field(16, description="spikes after which the phase stops")
+    loss_sigmas: Annotated[float, Range(0, 1000, above=True)] = 6.0
+    norm_factor: Annotated[float, Range(1, 1e6, above=True)] = 10.0
+    window: Annotated[int, Range(4, 1e5)] = Field(64, description="accepted steps that are looked back on")
+    rewind_steps: Annotated[int, Range(1, 1e5, "PaLM: 200 to 500")] = Field(
+        1, description="batches up to the spike's own that a rewind leaves out"
+    )
+    at_most: Annotated[int, Range(1, 1e5)] = Field(16, description="spikes after which the phase stops")
 
 
 class PhaseConfig(Config):
     """One training phase: which text in which shares, how long, how fast."""
 
-    mix: dict[str, float] = Field(min_length=1, description="share of rows by source; of tokens where rows are packed")
-    sequence_length: PositiveInt = Field(description="tokens predicted in one row")
+    mix: Mix = Field(description="share of rows by source; of tokens where rows are packed")
+    sequence_length: Context = Field(description="tokens predicted in one row")
     batch: Batch
-    steps: PositiveInt
+    steps: Steps
     optimizer: Optimizer
     heldout: Heldout
     precision: Precision = added("fp32", "what matrices are multiplied in")
     rope: Rope | None = added(None, "rotary embedding from this phase on, if another than before")
-    pack: bool = added(False, "several documents in a row, each seeing itself alone and counting from position 0")
+    pack: Flag = added(False, "several documents in a row, each seeing itself alone and counting from position 0")
     long_documents: LongDocuments | None = added(None, "up-weights long documents; needs pack")
     spikes: Spikes | None = added(None, "what is done about a leaping loss; null: only what is no number stops")
-    excluded_steps: tuple[PositiveInt, ...] = added((), "steps whose batch is left out, since it was found to be bad")
-    continue_from: str | None = added(
+    excluded_steps: tuple[Steps, ...] = added(
+        (), "steps whose batch is left out, since it was found to be bad", max_length=MOST_EXCLUDED
+    )
+    continue_from: Line | None = added(
         None, "a release checkpoint of an earlier run, such as pretrain@1200: only the steps after it are trained"
     )
-    release_checkpoint_every: PositiveInt = Field(description="steps between checkpoints that are sealed")
-    work_checkpoint_every: PositiveInt = operational(1000, "steps between checkpoints that a killed run resumes from")
-    work_checkpoints_kept: PositiveInt = operational(2, "work checkpoints that are kept, the newest ones")
-    hang_seconds: float = operational(1800.0, "a rank that finishes no step for this long is taken to hang", gt=0)
+    release_checkpoint_every: Steps = Field(description="steps between checkpoints that are sealed")
+    work_checkpoint_every: Steps = operational(1000, "steps between checkpoints that a killed run resumes from")
+    work_checkpoints_kept: Kept = operational(2, "work checkpoints that are kept, the newest ones")
+    hang_seconds: Patience = operational(1800.0, "a rank that finishes no step for this long is taken to hang")
     cluster: Layout = operational(Layout(), "how the phase is spread over processes; never part of the key")
 
     @model_validator(mode="after")
@@ -153,7 +174,7 @@ class PhaseConfig(Config):
             raise ValueError("long_documents = … weighs chunks by their tokens, which only packed rows do; set pack")
         if self.excluded_steps and max(self.excluded_steps) > self.steps:
             raise ValueError(
-                f"excluded_steps = {list(self.excluded_steps)} goes beyond steps = {self.steps}; leave later ones out"
+                f"excluded_steps = {shown(self.excluded_steps)} goes beyond steps = {self.steps}; leave later ones out"
             )
         if self.long_documents and self.long_documents.over >= length:
             raise ValueError(
@@ -167,11 +188,9 @@ class PhaseConfig(Config):
                 f"steps = {self.steps} leaves nothing to train after {self.continue_from}; "
                 f"use at least {self.first_step}, since steps are counted from the beginning of the phase"
             )
-        if set(self.excluded_steps) >= set(range(self.first_step, self.steps + 1)):
-            raise ValueError(f"excluded_steps = {list(self.excluded_steps)} leaves no step to train; leave some in")
-        for source, share in self.mix.items():
-            if share <= 0:
-                raise ValueError(f"mix.{source} = {share} is not a positive share; leave the source out instead")
+        excluded = sum(step >= self.first_step for step in set(self.excluded_steps))
+        if excluded == self.steps - self.first_step + 1:
+            raise ValueError(f"excluded_steps = {shown(self.excluded_steps)} leaves no step to train; leave some in")
         return self
 
     @property
@@ -189,13 +208,17 @@ class PhaseConfig(Config):
         """(last step, rows of each step) of the smaller batches at the beginning."""
         return [(part.until_step, part.global_tokens // self.sequence_length) for part in self.batch.ramp]
 
-    def tokens(self, first: int = 1) -> int:
-        """Token slots of the steps from `first` to the last."""
+    def rows_from(self, first: int) -> int:
+        """Rows of the steps from `first` to the last, in closed form."""
         total, done = 0, first - 1
         for last, rows in [*self.row_ramp, (self.steps, self.rows_of(self.steps))]:
-            total += max(0, last - done) * rows * self.sequence_length
+            total += max(0, last - done) * rows
             done = max(done, last)
         return total
+
+    def tokens(self, first: int = 1) -> int:
+        """Token slots of the steps from `first` to the last."""
+        return self.rows_from(first) * self.sequence_length
 
     @property
     def fp8(self) -> bool:
@@ -212,7 +235,7 @@ class PhaseConfig(Config):
         return [size // self.batch.micro_tokens for size in sizes]
 
 
-LongContext = tuple[PhaseConfig, ...]
+LongContext = Annotated[tuple[PhaseConfig, ...], Field(max_length=16)]
 """The `long_context` section: mid-training phases on longer and longer rows."""
 
 
@@ -222,7 +245,7 @@ class TrainConfig(Config):
     model: ModelConfig
     phase: PhaseConfig
     padded_vocab_size: PositiveInt
-    seed: NonNegativeInt
+    seed: Seed
 
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:
@@ -248,6 +271,12 @@ class TrainConfig(Config):
         if wrong:
             raise ValueError(wrong)
         stated, counts = self.model.stated_parameters, self.model.parameters(self.padded_vocab_size)
+        if counts["total"] > MOST_PARAMETERS:
+            raise ValueError(
+                f"model.layers = {self.model.layers} with experts = {self.model.experts} of expert_ffn_size = "
+                f"{self.model.expert_ffn_size} x hidden_size = {self.model.hidden_size} makes {counts['total']:.1e} "
+                f"parameters; use at most {MOST_PARAMETERS:.0e} (Kimi K2: 1e12)"
+            )
         if stated and (stated.total, stated.active) != (counts["total"], counts["active"]):
             raise ValueError(
                 f"model.stated_parameters = {stated.total} in all, {stated.active} active, but the model has "

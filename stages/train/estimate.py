@@ -40,7 +40,7 @@ def estimate(config: TrainConfig) -> Estimate:
     if phase.spikes and phase.spikes.action == "rewind":
         work += 2  # where a spike at the next step would go back to, and one after that
     disk = checkpoint * (sealed - first + work) + first * MASTER * parameters["total"]
-    order_rows = sum(phase.rows_of(step) for step in range(phase.first_step, phase.steps + 1))
+    order_rows = phase.rows_from(phase.first_step)
     return Estimate(
         cpu_seconds=tokens * per_token / CPU_FLOPS if phase.precision == "fp32" else None,
         tokens=tokens,

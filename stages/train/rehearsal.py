@@ -27,6 +27,7 @@ from pipeline.display import Display, duration
 from pipeline.errors import AtomError
 from pipeline.recipe import Recipe
 from pipeline.store import canonical, sha256_bytes
+from pipeline.text import shown
 from stages.model.quantize import RECIPES
 from stages.train.config import Optimizer, PhaseConfig
 from stages.train.rehearsal_report import LEAST_STEPS, Runs, compose
@@ -35,7 +36,7 @@ from stages.train.twin import CONTEXT, dimensions, ratios, step_tokens, twin
 
 BASELINES: tuple[Baseline, ...] = ("bf16", "fp32")
 
-MOST_LAYERS = 1000
+MOST_LAYERS, MOST_STEPS, MOST_SEEDS = 1000, 1_000_000, 1000
 
 
 def rehearse(
@@ -90,8 +91,12 @@ def _check(precisions: Sequence[str], steps: int, seeds: int, baseline: str, bou
         raise AtomError(f"--baseline {baseline} is not known; choose {' or '.join(BASELINES)}")
     if steps < LEAST_STEPS:
         raise AtomError(f"--steps {steps} leaves fewer than two steps in the last quarter; use at least {LEAST_STEPS}")
+    if steps > MOST_STEPS:
+        raise AtomError(f"--steps {shown(steps)} is no short run; use at most {MOST_STEPS}")
     if seeds < 2:
         raise AtomError(f"--seeds {seeds} shows no spread, so nothing could be concluded; use at least 2")
+    if seeds > MOST_SEEDS:
+        raise AtomError(f"--seeds {shown(seeds)} would take days; use at most {MOST_SEEDS}")
     if not 0 < bound < 1:
         raise AtomError(f"--bound {bound} is no relative deviation of a loss; use something like 0.0025")
     if importlib.util.find_spec("matplotlib") is None:
@@ -104,7 +109,7 @@ def _optimizer(phase: PhaseConfig, steps: int, narrowing: float) -> Optimizer:
     2022, arXiv:2203.03466), hence the recipe's x hidden size / hidden size of the twin. Of that the half, after a third
     of the steps, then a cosine to a tenth: the first steps at the full rate are chaotic, and then even bf16 and fp32
     end further apart than what is to be measured (docs/lab-log.md)."""
-    o, peak = phase.optimizer, phase.optimizer.lr * narrowing / 2
+    o, peak = phase.optimizer, min(1.0, phase.optimizer.lr * narrowing / 2)  # 1: the most that an optimizer may have
     return Optimizer(
         lr=peak,
         final_lr=peak / 10,

@@ -20,6 +20,8 @@ TOLERANCE = 0.05
 """How far a ratio may be off, relatively."""
 CONTEXT = 128
 """The longest row, since attention's own products stay as they are."""
+WIDEST = 4096
+"""A wider twin is not small."""
 SPARE = 3
 """How many times the tokens that an expert must see come to it on average: routers are uneven, at first most of all."""
 LEAST_TOKENS = 1024
@@ -51,12 +53,13 @@ def twin(model: ModelConfig, smallest: int, hidden: int | None = None) -> ModelC
             unit = UNIT * model.heads // model.kv_heads
             raise RecipeError(f"--hidden {hidden} cannot be divided into heads of a size that FP8 takes; use {unit}")
         return found
-    width = math.ceil(smallest / UNIT) * UNIT
-    while True:
+    for width in range(math.ceil(smallest / UNIT) * UNIT, WIDEST + 1, UNIT):
         found = _at(model, width)
         if found and min(dimensions(found)) >= smallest and all(_near(r) for r in widths(model, found)):
             return found
-        width += UNIT
+    raise RecipeError(
+        f"no twin of up to {WIDEST} wide has the proportions of the model; name a width by --hidden, such as {WIDEST}"
+    )
 
 
 def _near(ratio: Ratio) -> bool:
@@ -85,7 +88,7 @@ def _at(model: ModelConfig, hidden: int) -> ModelConfig | None:
         "experts_per_token": chosen,
         "expert_ffn_size": scaled(model.expert_ffn_size),
         "context_length": CONTEXT,
-        "init_std": model.init_std * (model.hidden_size / hidden) ** 0.5,
+        "init_std": min(1.0, model.init_std * (model.hidden_size / hidden) ** 0.5),  # the most that a model may have
         "dense_layers": min(model.dense_layers, 1),
         "dense_ffn_size": model.dense_ffn_size and scaled(model.dense_ffn_size),
         "shared_expert_ffn_size": model.shared_expert_ffn_size and scaled(model.shared_expert_ffn_size),

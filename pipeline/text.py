@@ -1,0 +1,36 @@
+"""Text of others in sentences of ours: one line, printable, of bounded length."""
+
+from __future__ import annotations
+
+import re
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
+"""What cannot be seen, or changes how the rest is seen: controls, line separators, lone surrogates, and the marks that
+turn the direction of text (CVE-2021-42574). Joiners within words are letters to some scripts."""
+
+
+def unprintable(text: str, lines: bool = False) -> str | None:
+    """The first character that cannot be printed; lines: other than a line break or a tab."""
+    found = (match[0] for match in _UNPRINTABLE.finditer(text) if not (lines and match[0] in "\n\t"))
+    return next(found, None)
+
+
+def escaped(text: str, longest: int = 200) -> str:
+    """The text with escapes for what cannot be printed, cut to `longest` characters."""
+    cut = text if len(text) <= longest else f"{text[: longest - 1]}…"
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), cut)
+
+
+def shown(value: object, longest: int = 80) -> str:
+    """A value as Python writes it, in one bounded line. Of long texts and collections only the beginning is read."""
+    if isinstance(value, str):
+        return escaped(repr(value[: longest + 1]), longest)
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return f"a number of about {value.bit_length() * 3 // 10} digits"
+    if isinstance(value, dict):
+        pairs = [f"{shown(key, 30)}: {shown(item, 30)}" for key, item in list(value.items())[:8]]
+        return escaped(f"{{{', '.join(pairs)}{', …' if len(value) > 8 else ''}}}", longest)
+    if isinstance(value, (list, tuple)):
+        items = ", ".join(shown(item, 30) for item in value[:8])
+        return escaped(f"[{items}{', …' if len(value) > 8 else ''}]", longest)
+    return escaped(repr(value), longest)
