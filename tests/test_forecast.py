@@ -119,8 +119,11 @@ def test_gpu_hours_of_published_runs() -> None:
 @pytest.mark.parametrize(
     "gpu, sentence",
     [
-        ({"bf16": {"peak_tflops": 1000, "utilisation": 1.2}}, "gpu.bf16.utilisation = 1.2: input should be less than"),
-        ({"bf16": {"peak_tflops": 0, "utilisation": 0.2}}, "gpu.bf16.peak_tflops = 0: input should be greater than 0"),
+        (
+            {"bf16": {"peak_tflops": 1000, "utilisation": 1.2}},
+            "gpu.bf16.utilisation = 1.2 is out of range; use 0.0001 to 1",
+        ),
+        ({"bf16": {"peak_tflops": 0, "utilisation": 0.2}}, "gpu.bf16.peak_tflops = 0 is out of range; use 0.001"),
         ({"bf61": {"peak_tflops": 1000, "utilisation": 0.2}}, "gpu.bf61 is not a field; did you mean bf16?"),
     ],
 )
