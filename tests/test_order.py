@@ -91,7 +91,6 @@ def test_look_up_by_step_and_by_document(tmp_path: Path, run_stage: Any) -> None
         ({"a": 0.5, "c": 0.5}, r"source c, of which curation left no document \(it left a, b, empty\)"),
         ({"a": 0.5, "b": 0.4}, "sum to 0.9"),
         ({"a": 0.5, "empty": 0.5}, "empty has no training tokens"),
-        ({"a": 1.5, "b": -0.5}, "above 0"),
     ],
 )
 def test_a_wrong_mix_is_refused(tmp_path: Path, run_stage: Any, mix: dict[str, float], words: str) -> None:

@@ -258,9 +258,6 @@ def _chunks_by_source(path: Path, config: OrderConfig) -> dict[str, dict[str, ND
     """By source: arrays `ordinal`, `id`, `offset`, `length`, `loss_from`, one entry a chunk of the training split."""
     import numpy as np
 
-    problems = [f"{name} has share {share}" for name, share in sorted(config.mix.items()) if share <= 0]
-    if problems:
-        raise RecipeError(f"{config.phase}.mix: {problems[0]}; shares must be above 0")
     if abs(sum(config.mix.values()) - 1) > 1e-6:
         raise RecipeError(f"{config.phase}.mix: shares sum to {sum(config.mix.values()):.6g}, not 1; adjust them")
     table = read_table(path, ["source", "split", "ordinal", "id", "tokens", "loss_from"]).to_pylist()
