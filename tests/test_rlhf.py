@@ -100,7 +100,7 @@ def test_every_level_of_every_kind_is_asked(calm: Path) -> None:
 @pytest.mark.numeric
 def test_the_reference_is_the_policy_that_drew(calm: Path, inputs: dict[str, Artifact], tmp_path: Path) -> None:
     gaps = [x["max_sampler_gap"] for x in rl_world.lines(calm) if "max_sampler_gap" in x]
-    assert len(gaps) == 8 and max(gaps) < 1e-4
+    assert len(gaps) == 8 and max(gaps) == pytest.approx(0, abs=1e-4)
     with pytest.raises(AtomError, match=r"sampler and trainer differ by .*, more than rlhf.logprob_gap = 1e-12"):
         run(rlhf, settings(PHASE, logprob_gap=1e-12), inputs, tmp_path / "work", tmp_path / "out")
 
