@@ -42,7 +42,15 @@ def test_the_demo_ends_with_its_table(demo_home: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for words in ("Corpus: documents", "Held-out quality", "Export parity", "Time of each stage", "What to try next"):
+    for words in (
+        "What to know before any figure",
+        "its part task",
+        "Corpus: documents",
+        "Held-out quality",
+        "Export parity",
+        "Time of each stage",
+        "What to try next",
+    ):
         assert words in done.stdout
     assert done.stdout.count(": verified\n") == 2 and done.stdout.count("ok      signatures: ") == 2
     release = demo_home / "releases" / "atom-smoke-0.1.0"
