@@ -100,7 +100,7 @@ def test_what_got_worse_is_listed_with_the_phase_that_did_not_read_it() -> None:
         "exact match of add (0.200 ± 0.010 → 0.100 ± 0.010)."
     )
     order = {"sft": {"parts": [{"by_source": {"prose": {}}}]}}
-    assert caveats.unread(model["scores"], order) == ["- Why: sft read no document of sums."]
+    assert caveats.unread(model["scores"], order) == ["- Not trained on in sft: sums."]
     assert caveats.unread(model["scores"], {"sft": {"parts": [{"by_source": {"sums": {}}}]}}) == []
     model["scores"]["sft"]["bits_per_byte"]["sums"] = value(1.91, 0.3)
     assert "bits per byte" not in said(model, "got worse")[0], "less than a standard error"

@@ -43,7 +43,7 @@ def unread(scores: Facts, order: Facts) -> list[str]:
         read = {source for part in order.get(phase, {}).get("parts", ()) for source in part["by_source"]}
         lost = [source for source in _risen(scores[before], scores[after]) if source not in read]
         if lost:
-            lines.append(f"- Why: {phase} read no document of {', '.join(lost)}.")
+            lines.append(f"- Not trained on in {phase}: {', '.join(lost)}.")
     return lines
 
 
