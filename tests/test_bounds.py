@@ -117,7 +117,7 @@ def write(path: Path, body: Any) -> Path:
         ("rlvr.replay.wieght", 3, "rlvr.replay.wieght is not a field; did you mean weight?"),
         ("rlvr.verifiers", {"exact": {"a": {"b": {"c": {"d": 1}}}}}, "cannot be handed on"),
         ("rlvr.clip_high", 1e9, "PPO: 0.2, DAPO: 0.28"),
-        ("evaluation.problems", {"add": 10**12}, "use 1 to 100000"),
+        ("evaluation.problems", {"add": 10**12}, "use 1 to 1000000"),
         ("release.licence.weights", "nonsense", "release.licence.weights = 'nonsense' is not an SPDX expression"),
         ("release.licence.code", "MIT AND (", "is not an SPDX expression"),
         ("release.licence.code", "(" * 400, "is not an SPDX expression"),

@@ -29,7 +29,7 @@ def _known(task: str) -> str | None:
 
 Task = Annotated[str, Words(40, test=_known)]
 """A procedural task by its name."""
-Items = Annotated[int, Range(1, 100_000, "each answer costs a generation")]
+Items = Annotated[int, Range(1, 1e6, "each answer costs a generation")]
 Problems = Annotated[dict[Task, Items], Field(min_length=1, max_length=len(TASKS))]
 """How many problems of each task."""
 Requests = Annotated[int, Range(0, 10_000)]
