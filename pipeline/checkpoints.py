@@ -10,8 +10,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import ledger
+from pipeline import json_files, ledger
 from pipeline.errors import RecipeError
+from pipeline.json_files import Damaged
 from pipeline.store import Store, canonical, sha256_bytes
 
 
@@ -68,12 +69,20 @@ def sealed(phase: str, store: Store) -> dict[Checkpoint, str]:
     for path in sorted(store.artifacts.glob(f"{phase}@*-*")):
         body = statement(path.name, store)
         if body is not None:
-            of = body["predicate"]["buildDefinition"]["externalParameters"]["of"]
+            of = body["predicate"]["buildDefinition"]["externalParameters"].get("of")
+            if of is None:
+                continue
             found[Checkpoint(of["key"], of["step"])] = ledger.invocation(body).split("/")[0]
     return found
 
 
 def statement(key: str, store: Store) -> dict[str, Any] | None:
-    """The statement that made a checkpoint; None if either is not here."""
-    made = ledger.sealed(store.ledger, store.open(key)) if store.sealed(key) else None
+    """The statement that made a checkpoint; None if either is not here, or damaged, which is reported."""
+    if not store.sealed(key):
+        return None
+    try:
+        made = ledger.sealed(store.ledger, store.manifest(key))
+    except Damaged as error:
+        json_files.report(error, "this checkpoint is left out")
+        return None
     return made[1] if made else None

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import locale
 import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline import cli_release
+from pipeline import cli_release, os_errors
 from pipeline.cli_shared import (
     JsonOption,
     OnlyOption,
@@ -27,6 +27,7 @@ from pipeline.cli_shared import (
     open_store,
 )
 from pipeline.errors import AtomError
+from pipeline.json_files import DamagedFile
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -101,6 +102,8 @@ def plan(
         for row in rows:
             for key in row.external.values() if not row.state.name.startswith("order-") else ():
                 print(f"{row.state.name} continues from {key.rsplit('-', 1)[0]} (key {key})")
+            if row.state.damage:
+                print(f"{row.state.name}: {row.state.damage}")
             if row.obstacle:
                 print(f"{row.state.name} cannot be run: {row.obstacle}")
             if row.state.changed:
@@ -116,24 +119,26 @@ def run(
     What is sealed already is not run again. Ctrl-C stops cleanly; the same command goes on from there.
     """
     from pipeline import profile
-    from pipeline.display import stages
 
     composed, store, settings = graph_of(recipe), open_store(), profile.load(cluster)
-    selected = composed.select(until, only)
-    if all(store.sealed(composed.nodes[name].key) for name in selected):
-        for name in selected:
-            store.open(composed.nodes[name].key)
-        print(f"{stages(len(selected))}, all sealed already: nothing to run. Results are under {store.artifacts}.")
-        return
-    _run(composed, store, selected, cluster, settings, recipe)
+    _run(composed, store, composed.select(until, only), cluster, settings, recipe)
 
 
 def _run(composed: Graph, store: Store, selected: list[str], cluster: str, settings: Any, reference: str) -> None:
     from pipeline import run as runs
     from pipeline import tracking
     from pipeline.display import Display, stages
-    from pipeline.launch.local import LocalLauncher, prepare_environment, require_inputs
+    from pipeline.launch.local import LocalLauncher, damage_of, prepare_environment, require_inputs
 
+    damage = damage_of(composed, store, selected)
+    wanted, selected = selected, [name for name in selected if name not in damage]
+    if all(store.sealed(composed.nodes[name].key) for name in selected):
+        if damage:
+            raise AtomError(next(iter(damage.values())))
+        print(f"{stages(len(selected))}, all sealed already: nothing to run. Results are under {store.artifacts}.")
+        return
+    for name, text in damage.items():
+        print(f"atom: stage {name} cannot be run: {text}", file=sys.stderr)
     require_inputs(composed, store, selected)
     prepare_environment()
     this = runs.start(composed, store, selected, cluster, prices=settings.costs())
@@ -155,6 +160,8 @@ def _run(composed: Graph, store: Store, selected: list[str], cluster: str, setti
                 f"MLflow at {tracking.shown_uri(store)} did not take everything ({problem}); nothing is lost: "
                 f"`atom track {this.id}` sends it later"
             )
+    if damage:
+        raise AtomError(f"{stages(len(selected))} of {len(wanted)} sealed; {next(iter(damage.values()))}")
     after = f"atom build {reference}" if len(selected) == len(composed.nodes) else f"atom run {reference}"
     print(f"all of {stages(len(selected))} sealed under {store.artifacts}; next: {after}")
 
@@ -192,7 +199,12 @@ def submit(
         return
     made = slurm.submit(composed, store, selected, settings, cluster)
     if as_json:
-        body = {"run": made.run.id, "submitted": made.submitted, "attached": made.attached, "sealed": made.sealed}
+        body = {
+            "run": made.run and made.run.id,
+            "submitted": made.submitted,
+            "attached": made.attached,
+            "sealed": made.sealed,
+        }
         print(json.dumps({**body, "unknown": made.lack}, indent=1))
         return
     _told(made)
@@ -203,6 +215,9 @@ def _told(made: Submission) -> None:
 
     if made.lack:
         print(f"atom: {made.lack}", file=sys.stderr)
+    if made.run is None:
+        print(f"{stages(len(made.sealed))} sealed already: nothing to submit")
+        return
     told = [f"{stages(len(made.submitted))} submitted"] if made.submitted else []
     told += [f"{len(made.attached)} in Slurm's hands already"] if made.attached else []
     told += [f"{', '.join(made.released)} released"] if made.released else []
@@ -390,6 +405,7 @@ def retry(
 
         made = slurm.submit(composed, store, selected, profile.load(this.body["profile"]), this.body["profile"])
         _told(made)
+        made.require_undamaged()
         return
     cluster, reference = this.body["profile"], this.body["recipe_path"]
     _run(composed, store, selected, cluster, profile.load(cluster), reference)
@@ -469,11 +485,27 @@ def rehearse(
 app.add_typer(cli_release.app)
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """Warnings of ours are for whoever typed the command; others are as Python writes them."""
+    if issubclass(category, DamagedFile):
+        print(f"atom: {message}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
+
+
 def main() -> None:
     """Entry point: our errors become one sentence and an exit code; bugs keep their traceback."""
     if locale.getpreferredencoding(False).lower().replace("-", "") != "utf8":
         # Every text file of ours is UTF-8, whatever the terminal's language: start again in Python's UTF-8 mode.
         os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "pipeline.cli", *sys.argv[1:]])
+    warnings.showwarning = _show_warning
     try:
         app()
     except AtomError as error:
@@ -482,20 +514,11 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(
-                f"atom: the disk is full ({error.filename or 'while writing'}); free some space and run this again",
-                file=sys.stderr,
-            )
-        elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOENT):
-            print(
-                f"atom: {error.filename} cannot be used ({error.strerror}); name a file that you may read, and set "
-                "ATOM_HOME to a folder that you may write",
-                file=sys.stderr,
-            )
-        else:
+    except Exception as error:
+        text = os_errors.sentence(error, open_store().home, names_anywhere=True)
+        if text is None:
             raise
+        print(f"atom: {text}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -13,7 +13,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, NotRequired
+
+from pydantic import Discriminator, Field, FiniteFloat, Tag, TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline import json_files
+from pipeline.json_files import Damaged
 
 from pipeline.errors import Failure
 
@@ -126,19 +132,103 @@ class FollowerReport:
         os._exit(1)
 
 
-class Tail:
-    """Reads the whole lines that were appended to a JSONL file since the last call; a missing file is empty."""
+Number = Annotated[FiniteFloat, Field(ge=-1e15, le=1e15)]
 
-    def __init__(self, path: Path, offset: int = 0) -> None:
-        self.path, self.offset = path, offset
+
+class Event(TypedDict):
+    """A line of events.jsonl. Kinds that have no type of their own are read by nobody."""
+
+    time: Number
+    event: str
+
+
+class Start(Event):
+    pid: int
+    ranks: int
+
+
+class Progress(Event):
+    done: Number
+    total: Number
+    unit: str
+
+
+class Note(Event):
+    text: str
+
+
+class UsageEvent(Event):
+    wall_seconds: Number
+    energy_joules_estimate: NotRequired[Number]
+
+
+class End(Event):
+    outcome: str
+
+
+def _kind(row: Any) -> str:
+    kind = row.get("event") if isinstance(row, dict) else None
+    return kind if kind in ("start", "progress", "note", "usage", "end") else "other"
+
+
+EVENT: TypeAdapter[Any] = TypeAdapter(
+    Annotated[
+        Annotated[Start, Tag("start")]
+        | Annotated[Progress, Tag("progress")]
+        | Annotated[Note, Tag("note")]
+        | Annotated[UsageEvent, Tag("usage")]
+        | Annotated[End, Tag("end")]
+        | Annotated[Event, Tag("other")],
+        Discriminator(_kind),
+    ]
+)
+
+
+class Point(TypedDict):
+    """A line of metrics.jsonl: a point of each named curve."""
+
+    time: Number
+    step: int
+
+
+POINT: TypeAdapter[Any] = TypeAdapter(Point)
+LINE = 2**20
+"""Bytes of the longest line that is believed."""
+
+
+class Tail:
+    """Reads the whole lines that were appended to a JSONL file since the last call; a missing file is empty. Lines that
+    are damaged are reported and left out."""
+
+    def __init__(self, path: Path, offset: int = 0, kind: TypeAdapter[Any] = EVENT) -> None:
+        self.path, self.offset, self.kind = path, offset, kind
+        self.cut = False
+        """Whether something stands behind the last whole line: one that is being written, or was cut."""
 
     def read(self) -> list[dict[str, Any]]:
+        rows = []
         try:
-            with open(self.path, "rb") as f:
-                f.seek(self.offset)
-                data = f.read()
+            with json_files.open_file(self.path) as file:
+                file.seek(self.offset)
+                while line := file.readline(LINE):
+                    self.cut = not line.endswith(b"\n")
+                    if self.cut and len(line) < LINE:
+                        break
+                    long = self.cut
+                    while self.cut and (rest := file.readline(LINE)):
+                        self.cut = not rest.endswith(b"\n")
+                    place = f"the line that ends at byte {file.tell():,}: "
+                    self.offset = file.tell()
+                    try:
+                        if long:
+                            raise Damaged(self.path, f"{place}it is too long")
+                        rows.append(json_files.parse(line, self.path, self.kind, place))
+                    except Damaged as error:
+                        json_files.report(error, "the other lines count")
         except FileNotFoundError:
-            return []
-        end = data.rfind(b"\n") + 1
-        self.offset += end
-        return [json.loads(line) for line in data[:end].splitlines()]
+            pass
+        except Damaged as error:
+            json_files.report(error, "what it says is not known")
+        except OSError as error:
+            json_files.report(Damaged(self.path, str(error.strerror)), "what it says is not known")
+        return rows

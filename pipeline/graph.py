@@ -264,12 +264,14 @@ def _listed(names: Iterable[str], most: int = 60) -> str:
 
 @dataclass(frozen=True)
 class State:
-    """What is known of a node's artifact without opening it: `sealed`, `stale` (sealed by other code) or `to run`."""
+    """What is known of a node's artifact without hashing it: `sealed`, `stale` (sealed by other code), `damaged` or
+    `to run`. damage: what is wrong with it."""
 
     name: str
     key: str
     text: str
     changed: tuple[str, ...] = ()
+    damage: str | None = None
 
 
 def states(graph: Graph, store: Store) -> dict[str, State]:
@@ -279,7 +281,10 @@ def states(graph: Graph, store: Store) -> dict[str, State]:
         text = "to run"
         changed: tuple[str, ...] = ()
         if store.sealed(node.key):
-            artifact = store.open(node.key)
+            if damage := store.damage(node.key):
+                out[name] = State(name, node.key, "damaged", damage=damage)
+                continue
+            artifact = store.manifest(node.key)
             made = ledger.sealed(store.ledger, artifact)
             now = code_digests(registry.STAGES[node.stage.name])
             then = ledger.code_of(made[1]) if made else now

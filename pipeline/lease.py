@@ -3,13 +3,15 @@
 A lease is the highest `lease.<n>` in the work folder. Taking it means creating `lease.<n+1>` by hard link, which is
 atomic on local disks and on NFS alike; nobody ever removes another's lease, so two takers cannot both win. The
 holder refreshes its file's time; a lease whose time is older than EXPIRY, or whose process is known to be gone, may
-be succeeded. Clocks of hosts are not compared: "now" is the time that the file system gives to a file written now.
+be succeeded. Whoever takes one compares no clocks of hosts: "now" is the time that the file system gives to a file
+written now. Whoever only looks writes nothing and goes by the own clock.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -18,10 +20,33 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline import json_files
+from pipeline.json_files import Damaged
 
 EXPIRY = 60.0
 HEARTBEAT = 10.0
+UNREADABLE = "an unreadable lease"
+"""The host of a holder of which nothing is known."""
+
+
+class Process(TypedDict):
+    """The body of a lease: the process that holds it."""
+
+    host: str
+    boot: str
+    pid: Annotated[int, Field(ge=1, lt=2**31)]
+    start: str | None
+    job: NotRequired[str]
+    restart: NotRequired[Annotated[int, Field(ge=0, lt=2**31)]]
+    released: NotRequired[bool]
+
+
+BODY = TypeAdapter(Process)
 
 
 def _process_start(pid: int) -> str | None:
@@ -30,7 +55,7 @@ def _process_start(pid: int) -> str | None:
     None if it is gone; a dead one that nobody has waited for yet (a container's init may never do so) is gone.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
     except (OSError, IndexError):
         return None
     return None if fields[0] in "ZX" else fields[19]
@@ -58,7 +83,9 @@ def succeeded(who: Mapping[str, Any]) -> bool:
     even if it lives on where its node's daemon died."""
     own = me()
     return (
-        who.get("job") is not None and who["job"] == own.get("job") and int(who["restart"]) < int(own["restart"] or 0)
+        who.get("job") is not None
+        and who["job"] == own.get("job")
+        and int(who.get("restart", 0)) < int(own["restart"] or 0)
     )
 
 
@@ -80,29 +107,41 @@ class Holder:
     alive: bool
 
 
-def holder(folder: Path) -> Holder | None:
-    """The present lease of a work folder, or None if there is none."""
-    numbers = [int(p.name.split(".")[1]) for p in folder.glob("lease.*") if p.name.split(".")[1].isdigit()]
-    if not numbers:
-        return None
-    path = folder / f"lease.{max(numbers)}"
+def holder(folder: Path, now: Callable[[Path], float] | None = None) -> Holder | None:
+    """The present lease of a work folder, or None if there is none. Nothing is written.
+
+    now: the time by the file system's clock, of whoever may write there; by default this host's clock is used. A lease
+    that cannot be read is reported, and counts until it is old.
+    """
     try:
-        age = _age(path)
-        who = json.loads(path.read_text())
+        leases = {
+            int(m[1]): m[0] for name in json_files.names(folder) if (m := re.fullmatch(r"lease\.([0-9]{1,18})", name))
+        }
+    except Damaged as error:
+        json_files.report(error, "whether a process works there is not known")
+        return None
+    if not leases:
+        return None
+    number = max(leases)
+    path = folder / leases[number]
+    try:
+        age = (time.time() if now is None else now(folder)) - path.lstat().st_mtime
+        who = json_files.read(path, BODY)
     except FileNotFoundError:
         return None
-    except ValueError:  # cut by a crash of the machine: it counts until it is old
-        return Holder(max(numbers), "an unreadable lease", 0, age < EXPIRY)
+    except Damaged as error:  # perhaps cut by a crash of the machine
+        json_files.report(error, f"it counts until it is {EXPIRY:.0f} s old")
+        return Holder(number, UNREADABLE, 0, age < EXPIRY)
     alive = age < EXPIRY and not who.get("released") and not gone(who) and not succeeded(who)
-    return Holder(max(numbers), str(who.get("host")), int(who.get("pid", 0)), alive)
+    return Holder(number, who["host"], who["pid"], alive)
 
 
-def _age(path: Path) -> float:
-    """Seconds since `path` was refreshed, by the file system's own clock."""
-    probe = path.parent / f".probe-{uuid.uuid4().hex}"
+def file_system_time(folder: Path) -> float:
+    """Now by the clock of the file system that holds a folder."""
+    probe = folder / f".probe-{uuid.uuid4().hex}"
     probe.touch()
     try:
-        return probe.stat().st_mtime - path.stat().st_mtime
+        return probe.stat().st_mtime
     finally:
         probe.unlink()
 
@@ -124,7 +163,7 @@ class Lease:
         """Takes the lease, or returns None if another live worker holds it."""
         folder.mkdir(parents=True, exist_ok=True)
         while True:
-            present = holder(folder)
+            present = holder(folder, file_system_time)
             if present is not None and present.alive:
                 return None
             number = present.number + 1 if present else 1

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
+from pydantic import AfterValidator, FiniteFloat, TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline import json_files
+from pipeline.json_files import Damaged
 from pipeline.store import Artifact, canonical, sha256_bytes
 
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -21,6 +27,97 @@ BUILD_TYPE = "urn:atom-release:stage:v1"
 BUILDER = "urn:atom-release:builder:v1"
 SUMMARY = "summary.json"
 """The file of a product that its statement repeats, whatever the stage is."""
+
+
+class _Sha256(TypedDict):
+    sha256: str
+
+
+class _Subject(TypedDict):
+    name: str
+    digest: _Sha256
+
+
+class _Dependency(_Subject):
+    uri: str
+
+
+class _Of(TypedDict):
+    key: str
+    step: int
+
+
+class _External(TypedDict):
+    stage: str
+    node: str
+    key: str
+    config: dict[str, Any]
+    of: NotRequired[_Of]
+
+
+class _Environment(TypedDict):
+    fingerprint: str
+
+
+class _Internal(TypedDict):
+    environment: _Environment
+    operation: NotRequired[dict[str, Any]]
+    earlier_operations: NotRequired[list[dict[str, Any]]]
+
+
+class _Definition(TypedDict):
+    externalParameters: _External
+    internalParameters: _Internal
+    resolvedDependencies: list[_Dependency]
+
+
+class _Metadata(TypedDict):
+    invocationId: str
+    startedOn: str
+    finishedOn: str
+
+
+class _Byproduct(TypedDict):
+    name: str
+    annotations: Any
+
+
+class _Usage(TypedDict):
+    wall_seconds: NotRequired[FiniteFloat]
+    cpu_seconds: NotRequired[FiniteFloat]
+    gpu_seconds: NotRequired[FiniteFloat]
+
+
+class _Outcome(TypedDict):
+    text: str
+
+
+def _has_usage_and_outcome(byproducts: list[_Byproduct]) -> list[_Byproduct]:
+    for name, kind in (("usage", TypeAdapter(_Usage)), ("outcome", TypeAdapter(_Outcome))):
+        annotations = [each["annotations"] for each in byproducts if each["name"] == name]
+        if not annotations:
+            raise ValueError(f"there is no {name}")
+        kind.validate_python(annotations[0], strict=True)
+    return byproducts
+
+
+class _Details(TypedDict):
+    metadata: _Metadata
+    byproducts: Annotated[list[_Byproduct], AfterValidator(_has_usage_and_outcome)]
+
+
+class _Predicate(TypedDict):
+    buildDefinition: _Definition
+    runDetails: _Details
+
+
+class _Statement(TypedDict):
+    subject: list[_Subject]
+    predicate: _Predicate
+
+
+BODY: TypeAdapter[Any] = TypeAdapter(_Statement)
+"""What is read of a statement; whatever else stands in it stays as it is."""
 
 
 def clock(seconds: float) -> str:
@@ -125,10 +222,34 @@ def write(ledger: Path, key: str, body: dict[str, Any]) -> Path:
     return target
 
 
+def statements(ledger: Path, key: str) -> tuple[list[tuple[Path, dict[str, Any]]], list[Damaged]]:
+    """All statements about a key, in the order of their end times, and those that cannot be read."""
+    found, damaged = [], []
+    try:
+        names = [name for name in json_files.names(ledger / key) if re.fullmatch(r"[0-9a-f]+\.json", name)]
+    except Damaged as error:
+        return [], [error]
+    for name in names:
+        path = ledger / key / name
+        try:
+            data = json_files.read_bytes(path)
+            body = json_files.parse(data, path, BODY)
+            if sha256_bytes(data) != path.stem:
+                raise Damaged(path, "its bytes are not those that it is named by")
+            found.append((path, body))
+        except FileNotFoundError:
+            continue
+        except Damaged as error:
+            damaged.append(error)
+    return sorted(found, key=lambda item: item[1]["predicate"]["runDetails"]["metadata"]["finishedOn"]), damaged
+
+
 def read(ledger: Path, key: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """All statements about a key, in the order of their end times."""
-    found = [(path, json.loads(path.read_bytes())) for path in sorted((ledger / key).glob("[0-9a-f]*.json"))]
-    yield from sorted(found, key=lambda item: item[1]["predicate"]["runDetails"]["metadata"]["finishedOn"])
+    """All statements about a key that can be read, in the order of their end times; the others are reported."""
+    found, damaged = statements(ledger, key)
+    for error in damaged:
+        json_files.report(error, "this statement is left out")
+    yield from found
 
 
 def outcome(body: dict[str, Any]) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline import json_files
 from pipeline import run as runs
 from pipeline.events import Tail
+from pipeline.json_files import Damaged
 from pipeline.launch import claims, job, queue
 from pipeline.launch.queue import Job, NoAnswer
 from pipeline.run import NodeStatus, Run
@@ -91,7 +96,7 @@ def _with_array(node: NodeStatus, row: Mapping[str, Any], run: Run, held: dict[s
     if node.state in ("sealed", "running"):
         return node
     folder = run.node_folder(node.name) / "shards"
-    said = [path.read_text().split("\n") for path in folder.glob("ranks/*/decision")]
+    said = [_decision(path).split("\n") for path in folder.glob("ranks/*/decision")]
     failed = [lines[2 if lines[2:] and lines[2] else 1] for lines in said if lines[0] == job.FAILED]  # older: no kind
     tasks = (each for id, each in held.items() if id.startswith(f"{row['array']}_"))
     bad = [each.id for each in tasks if each.state in BROKEN]
@@ -101,8 +106,35 @@ def _with_array(node: NodeStatus, row: Mapping[str, Any], run: Run, held: dict[s
     done: dict[str, int] = {}
     for path in folder.glob("ranks/*/shards.json"):  # a task that was started again counts what it finds done, too
         task = path.parent.name.rpartition(".")[0]
-        done[task] = max(done.get(task, 0), json.loads(path.read_text())["done"])
+        done[task] = max(done.get(task, 0), _shards_done(path))
     return replace(node, done=sum(done.values()), total=row.get("shards", 0), unit="shards")
+
+
+class _Shards(TypedDict):
+    done: int
+
+
+_SHARDS: TypeAdapter[Any] = TypeAdapter(_Shards)
+
+
+def _shards_done(path: Path) -> int:
+    try:
+        return int(json_files.read(path, _SHARDS)["done"])
+    except FileNotFoundError:
+        return 0
+    except Damaged as error:
+        json_files.report(error, "its shards are not counted")
+        return 0
+
+
+def _decision(path: Path) -> str:
+    try:
+        return json_files.read_text(path)
+    except FileNotFoundError:
+        return ""
+    except Damaged as error:
+        json_files.report(error, "how that task ended is not known")
+        return ""
 
 
 def restarts(run: Run, node: str) -> int:

@@ -41,6 +41,7 @@ class Row:
             "ranks": self.ranks,
             "operation": dict(self.operation),
             "obstacle": self.obstacle,
+            "damage": self.state.damage,
         }
 
 

@@ -8,14 +8,65 @@ import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline import json_files
 from pipeline.errors import AtomError
 from pipeline.events import Tail
 from pipeline.graph import Graph
+from pipeline.json_files import Damaged
 from pipeline.lease import holder
 from pipeline.recipe import Recipe
 from pipeline.store import Store
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w@.-]*$")]
+"""Of a run, a node or an artifact: one part of a path."""
+
+
+class NodeRow(TypedDict):
+    """A stage that a run was asked for. inputs: the keys of what feeds it, by role; older runs do not say."""
+
+    name: Name
+    stage: str
+    key: Name
+    inputs: NotRequired[dict[str, Name]]
+
+
+class Prices(TypedDict):
+    gpu_hour: float
+    core_hour: float
+    currency: str
+
+
+class Body(TypedDict):
+    """run.json."""
+
+    id: Name
+    recipe: str
+    version: str
+    recipe_path: str
+    profile: str
+    nodes: list[NodeRow]
+    prices: NotRequired[Prices | None]
+    cluster: NotRequired[str]
+    code: NotRequired[Name]
+
+
+class JobRow(TypedDict):
+    """A line of jobs.jsonl."""
+
+    node: Name
+    job: str
+    attached: bool
+    array: NotRequired[str | None]
+    shards: NotRequired[int]
+
+
+BODY = TypeAdapter(Body)
+JOB: TypeAdapter[Any] = TypeAdapter(JobRow)
 
 
 @dataclass(frozen=True)
@@ -38,7 +89,13 @@ class Run:
 
     def jobs(self) -> dict[str, dict[str, Any]]:
         """{node: {job, attached}} of the latest submissions; empty for a run of this machine."""
-        return {row["node"]: row for row in Tail(self.folder / "jobs.jsonl").read()}
+        tail = Tail(self.folder / "jobs.jsonl", kind=JOB)
+        rows = {row["node"]: row for row in tail.read()}
+        if tail.cut:
+            json_files.report(Damaged(tail.path, "its last line is cut"), "that job is not known")
+        elif not rows and tail.path.is_file() and not tail.offset:
+            json_files.report(Damaged(tail.path, "it is empty"), "the run's jobs are not known")
+        return rows
 
 
 def start(graph: Graph, store: Store, selected: list[str], profile: str, **more: Any) -> Run:
@@ -51,7 +108,10 @@ def start(graph: Graph, store: Store, selected: list[str], profile: str, **more:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    nodes = [{"name": n, "stage": graph.nodes[n].stage.name, "key": graph.nodes[n].key} for n in selected]
+    nodes = [
+        {"name": n, "stage": node.stage.name, "key": node.key, "inputs": graph.materials(node)}
+        for n, node in ((name, graph.nodes[name]) for name in selected)
+    ]
     body = {
         "id": run_id,
         "recipe": identity.name,
@@ -77,18 +137,51 @@ def require_same_recipe(run: Run, recipe: Recipe) -> None:
             )
 
 
+def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
+    """All runs, oldest first, and those of which it cannot be read what they were asked for."""
+    found, damaged = [], []
+    for name in json_files.names(store.logs):
+        path = store.logs / name / "run.json"
+        try:
+            body = json_files.read(path, BODY)
+            if body["id"] != name:
+                raise Damaged(path, f"it says that it is of run {body['id']}")
+            found.append((path.stat().st_mtime, Run(name, path.parent, body)))
+        except FileNotFoundError:
+            if _has_begun(path.parent):
+                damaged.append(Damaged(path, "it is missing"))
+        except Damaged as error:
+            damaged.append(error)
+    return [run for _, run in sorted(found, key=lambda item: (item[0], item[1].id))], damaged
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether stages of a run wrote anything there: without run.json, it was killed before that or it is damaged."""
+    return folder.is_dir() and any(folder.glob("*/events.jsonl") or folder.glob("*/submitit"))
+
+
 def runs(store: Store) -> list[Run]:
-    """All runs, oldest first."""
-    found = []
-    for path in store.logs.glob("*/run.json"):
-        body = json.loads(path.read_text())
-        found.append((path.stat().st_mtime, Run(body["id"], path.parent, body)))
-    return [run for _, run in sorted(found, key=lambda item: (item[0], item[1].id))]
+    """All runs that can be read, oldest first; the others are reported."""
+    try:
+        known, damaged = read_all(store)
+    except Damaged as error:
+        json_files.report(error, "no run is known")
+        return []
+    for each in damaged:
+        json_files.report(each, "that run is left out")
+    return known
 
 
 def find(store: Store, reference: str | None) -> Run:
-    """The run whose id starts with `reference`, or the latest. Raises AtomError if there is none, or several."""
-    known = runs(store)
+    """The run whose id starts with `reference`, or the latest. Raises AtomError if there is none, or several, or if it
+    cannot be read."""
+    known, damaged = read_all(store)
+    if reference is not None:
+        for each in damaged:
+            if each.path.parent.name.startswith(reference):
+                raise each
+    for each in damaged:
+        json_files.report(each, "that run is left out")
     if not known:
         raise AtomError(f"there is no run under {store.logs}; start one with `atom run RECIPE`, or set ATOM_HOME")
     if reference is None:
@@ -129,7 +222,8 @@ class NodeStatus:
 def node_status(run: Run, store: Store, node: dict[str, str]) -> NodeStatus:
     """Reads artifact, lease and events; the artifact outranks the rest."""
     name, key = node["name"], node["key"]
-    events = Tail(run.node_folder(name) / "events.jsonl").read()
+    tail = Tail(run.node_folder(name) / "events.jsonl")
+    events = tail.read()
     progress: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "progress"), {})
     begun: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "start"), {})
     usage: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "usage"), {})
@@ -139,15 +233,25 @@ def node_status(run: Run, store: Store, node: dict[str, str]) -> NodeStatus:
         "done": progress.get("done", 0),
         "total": progress.get("total", 0),
         "unit": progress.get("unit", ""),
-        "figures": {k: v for k, v in progress.items() if k not in known} or None,
+        "figures": {k: v for k, v in progress.items() if k not in known and isinstance(v, (int, float))} or None,
         "seconds": usage.get("wall_seconds"),
         "ranks": begun.get("ranks"),
         "eta": _eta(events),
     }
+    present = holder(store.work(key))
+    running = present is not None and present.alive
+    if not running and tail.cut:
+        json_files.report(Damaged(tail.path, "its last line is cut"), "the other lines count")
     if store.sealed(key):
+        if tail.path.is_file() and not (events or tail.cut or tail.offset):
+            json_files.report(Damaged(tail.path, "it is empty"), "what the stage did is not known")
+        try:
+            store.manifest(key)
+        except Damaged as error:
+            json_files.report(error, "what needs this artifact cannot be run")
+            return NodeStatus(name, key, "damaged", **common, message=str(error))
         return NodeStatus(name, key, "sealed", **common)
-    present = holder(store.work(key)) if store.work(key).exists() else None
-    if present is not None and present.alive:
+    if running:
         return NodeStatus(name, key, "running", **common)
     if end is not None and end["outcome"] not in ("busy", "sealed"):
         return NodeStatus(name, key, "failed", **common, message=end["outcome"], kind=end.get("kind"))

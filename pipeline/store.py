@@ -11,14 +11,38 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline import json_files
 from pipeline.errors import AtomError, CheckFailed
+from pipeline.json_files import Damaged, printable
 
 MANIFEST = "manifest.json"
+MANIFEST_LIMIT = 2**30
+"""Bytes of the largest manifest that is believed: five million files."""
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Row(TypedDict):
+    path: Annotated[str, Field(min_length=1)]
+    size: Annotated[int, Field(ge=0, lt=2**63)]
+    sha256: Sha256
+
+
+class _Manifest(TypedDict):
+    key: str
+    digest: Sha256
+    files: list[_Row]
+
+
+_MANIFEST: TypeAdapter[Any] = TypeAdapter(_Manifest)
 
 
 def canonical(value: Any) -> bytes:
@@ -82,25 +106,41 @@ class Artifact:
 
         Raises AtomError if the folder is not sealed or a file is missing or cut short.
         """
-        try:
-            manifest = json.loads((path / MANIFEST).read_text())
-            rows = tuple(FileRow(r["path"], r["size"], r["sha256"]) for r in manifest["files"])
-        except FileNotFoundError:
-            raise AtomError(f"{path} is not a sealed artifact: it has no {MANIFEST}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise AtomError(f"{path / MANIFEST} cannot be read ({error}); remove {path} and run again") from None
-        for row in rows:
+        made = cls.read(path)
+        for row in made.rows:
             try:
-                size = (path / row.path).stat().st_size
+                entry = (path / row.path).stat()
             except FileNotFoundError:
-                size = -1
-            if size != row.size:
-                state = "is missing" if size < 0 else f"has {size} bytes instead of {row.size}"
-                raise AtomError(f"artifact {path.name}: {row.path} {state}; remove {path} and run again to rebuild it")
-        digest = digest_of(list(rows))
-        if digest != manifest.get("digest"):
-            raise AtomError(f"artifact {path.name}: {MANIFEST} was edited; remove {path} and run again to rebuild it")
-        return cls(manifest["key"], digest, path, rows)
+                state = "is missing"
+            except OSError as error:
+                state = f"cannot be read ({error.strerror})"
+            else:
+                if stat.S_ISREG(entry.st_mode) and entry.st_size == row.size:
+                    continue
+                regular = stat.S_ISREG(entry.st_mode)
+                state = f"has {entry.st_size} bytes instead of {row.size}" if regular else "is no regular file"
+            raise AtomError(f"artifact {path.name}: {printable(row.path)} {state}; {cls.advice(path.name)}")
+        return made
+
+    @classmethod
+    def read(cls, path: Path) -> Artifact:
+        """What a folder's manifest says, without a look at the files. Raises Damaged."""
+        manifest_path = path / MANIFEST
+        try:
+            manifest = json_files.read(manifest_path, _MANIFEST, MANIFEST_LIMIT)
+        except FileNotFoundError:
+            raise Damaged(manifest_path, "it is missing", f"{path} is not a sealed artifact") from None
+        except Damaged as error:
+            raise Damaged(manifest_path, error.why, cls.advice(path.name)) from error
+        rows = tuple(FileRow(**row) for row in manifest["files"])
+        if digest_of(list(rows)) != manifest["digest"] or any("\0" in row.path for row in rows):
+            raise Damaged(manifest_path, "it was edited", cls.advice(path.name))
+        return cls(manifest["key"], manifest["digest"], path, rows)
+
+    @staticmethod
+    def advice(key: str) -> str:
+        """What to do about a damaged artifact."""
+        return f"restore it from a copy, or `atom gc --delete --include {key}` and run again to make it anew"
 
     def verify(self, below: str = "") -> None:
         """Hashes every file, or every one in the folder `below`. Raises CheckFailed naming the first file that differs,
@@ -122,7 +162,8 @@ def once(path: Path, make: Callable[[], Any]) -> Any:
     The file begins with the digest of the rest: a damaged one is made again, never believed.
     """
     try:
-        digest, _, data = path.read_bytes().partition(b"\n")
+        with json_files.open_file(path) as file:
+            digest, _, data = file.read().partition(b"\n")
         if digest == sha256_bytes(data).encode():
             return json.loads(data)
     except FileNotFoundError:
@@ -155,6 +196,12 @@ def _flush(path: Path) -> None:
         os.close(fd)
 
 
+def _require_key(artifact: Artifact, key: str) -> Artifact:
+    if artifact.key != key:
+        raise Damaged(artifact.path / MANIFEST, f"it is that of {artifact.key}", Artifact.advice(key))
+    return artifact
+
+
 class Store:
     """The folder `$ATOM_HOME` (default `./runs`): `artifacts/`, `work/`, `ledger/`, `logs/`, `releases/`."""
 
@@ -168,10 +215,24 @@ class Store:
         return self.home / "work" / key
 
     def sealed(self, key: str) -> bool:
-        return (self.artifacts / key / MANIFEST).exists()
+        """Whether a folder of that key stands there, which is complete unless it was damaged since."""
+        return os.path.lexists(self.artifacts / key)
 
     def open(self, key: str) -> Artifact:
-        return Artifact.open(self.artifacts / key)
+        """Raises AtomError if it is not sealed or damaged."""
+        return _require_key(Artifact.open(self.artifacts / key), key)
+
+    def manifest(self, key: str) -> Artifact:
+        """What the manifest says, without a look at the files. Raises Damaged."""
+        return _require_key(Artifact.read(self.artifacts / key), key)
+
+    def damage(self, key: str) -> str | None:
+        """What can be seen of an artifact's damage without hashing it, as one sentence."""
+        try:
+            self.open(key)
+        except AtomError as error:
+            return str(error)
+        return None
 
     def seal(self, out: Path, key: str, record: Callable[[Artifact], None]) -> Artifact:
         """Moves a finished folder to `artifacts/<key>` and returns what stands there.

@@ -18,6 +18,10 @@ def folder(path: Path, **files: str) -> Path:
     return path
 
 
+def edited(path: Path) -> None:
+    path.write_text(path.read_text().replace('"x"', '"y"'))
+
+
 def test_the_digest_depends_on_rows_alone(tmp_path: Path) -> None:
     one = write_manifest(folder(tmp_path / "a", x="1", y="2"), "stage-aaaaaaaaaaaa")
     two = write_manifest(folder(tmp_path / "b", y="2", x="1"), "other-bbbbbbbbbbbb")
@@ -60,8 +64,9 @@ def test_the_first_sealed_artifact_wins_and_another_digest_is_an_error(tmp_path:
         (lambda p: (p / "x").unlink(), "x is missing"),
         (lambda p: (p / "x").write_text("12"), "x has 2 bytes instead of 1"),
         (lambda p: (p / "manifest.json").unlink(), "not a sealed artifact"),
-        (lambda p: (p / "manifest.json").write_text("{"), "cannot be read"),
-        (lambda p: (p / "manifest.json").write_text(json.dumps({"key": "k", "files": []})), "was edited"),
+        (lambda p: (p / "manifest.json").write_text("{"), "is damaged"),
+        (lambda p: (p / "manifest.json").write_text(json.dumps({"key": "k", "files": []})), "digest"),
+        (lambda p: edited(p / "manifest.json"), "was edited"),
     ],
 )
 def test_damage_is_seen_on_opening(tmp_path: Path, damage: object, sentence: str) -> None:

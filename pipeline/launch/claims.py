@@ -13,8 +13,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline import json_files
 from pipeline.errors import AtomError
+from pipeline.json_files import Damaged
 from pipeline.launch.queue import Job, comment
 from pipeline.lease import Lease, holder
 from pipeline.store import Store
@@ -41,11 +47,31 @@ def folder(store: Store) -> Path:
     return store.home / "jobs"
 
 
-def read(store: Store, key: str) -> Claim | None:
+class _Claim(TypedDict):
+    key: str
+    job: str
+    run: str
+    node: str
+
+
+_CLAIM: TypeAdapter[Any] = TypeAdapter(_Claim)
+
+
+def read(store: Store, key: str, known: Mapping[str, Job]) -> Claim | None:
+    """The claim on a key. If it cannot be read, the living job is taken whose comment says that it makes the key."""
+    path = folder(store) / f"{key}.json"
     try:
-        return Claim(**json.loads((folder(store) / f"{key}.json").read_text()))
+        body = json_files.read(path, _CLAIM)
+        return Claim(*(body[name] for name in ("key", "job", "run", "node")))
     except FileNotFoundError:
         return None
+    except Damaged as error:
+        json_files.report(error, "whether a job makes this key is asked of Slurm")
+    for id, job in known.items():
+        words = job.comment.split(" ")
+        if job.alive and len(words) == 4 and words[3] == key:
+            return Claim(key, id, words[1], words[2])
+    return None
 
 
 def write(store: Store, claim: Claim) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import submitit
 
-from pipeline import budget, registry, tracking
+from pipeline import budget, intact, registry, tracking
 from pipeline.errors import Failure, Kind
 from pipeline.events import FileReport, Tail
 from pipeline.launch import clean_environment, preflight
@@ -133,11 +133,14 @@ def run_shards(spec: dict[str, Any], number: int, tasks: int, terms_: dict[str, 
         work = store.work(task.key) / "state"
         work.mkdir(parents=True, exist_ok=True)
         config = stage.config.model_validate(task.config)
-        materials = {role: store.open(key) for role, key in task.inputs.items()}
         mine = list(range(number, stage.shards(config), tasks))
         before_this = max((found["done"] for found in _earlier(launch, here.raw_job_id)), default=0)
+        where = "its inputs"
         try:
+            materials = {role: store.open(key) for role, key in task.inputs.items()}
+            intact.check(store.logs / task.run, materials.values())
             for done, shard in enumerate(mine, start=1):
+                where = f"shard {shard}"
                 stage.run_shard(config, materials, work, shard)
                 write(launch / "shards.json", {"done": done})
                 if done > before_this:
@@ -145,7 +148,7 @@ def run_shards(spec: dict[str, Any], number: int, tasks: int, terms_: dict[str, 
         except Exception as error:
             failure = tell(error, task.node, task.stage, store)
             again = not failure.kind.final and ((launch / "further").exists() or restarted() < terms.restarts)
-            told = Failure(f"shard {shard}: {failure.text}", failure.kind)
+            told = Failure(f"{where}: {failure.text}", failure.kind)
             return _decide(launch, AGAIN if again else FAILED, told)
     write(launch / "usage.json", Usage.now().since(before).__dict__)
     return _decide(launch, SEALED, f"{len(mine)} shards are done")

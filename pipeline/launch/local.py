@@ -72,6 +72,25 @@ def require_inputs(graph: Graph, store: Store, selected: list[str]) -> None:
                 )
 
 
+def damage_of(graph: Graph, store: Store, selected: list[str]) -> dict[str, str]:
+    """Of the selected stages those that cannot be had, because what they sealed is damaged or what they need is, each
+    with a sentence that says which file."""
+    found: dict[str, str] = {}
+    for name in selected:
+        node = graph.nodes[name]
+        if store.sealed(node.key):
+            if text := store.damage(node.key):
+                found[name] = text
+            continue
+        inputs = {source: graph.nodes[source].key for source in node.inputs.values()}
+        for source, key in {**inputs, **{key: key for key in node.external.values()}}.items():
+            text = found.get(source) or (store.damage(key) if store.sealed(key) else None)
+            if text is not None:
+                found[name] = text
+                break
+    return found
+
+
 @dataclass
 class Flight:
     """A submitted job and the tail of its events."""

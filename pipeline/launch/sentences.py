@@ -8,6 +8,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from pipeline import os_errors
 from pipeline.errors import AtomError, Failure, Interrupted, Kind
 from pipeline.store import Store
 
@@ -21,21 +22,23 @@ MACHINE = frozenset({
 
 def tell(error: BaseException, node: str, stage: str, store: Store) -> Failure:
     """Prints the sentence to the log, below the traceback if it is a bug; returns it with its kind."""
-    failure = Failure(sentence(error, stage, store), kind(error))
-    if failure.kind is Kind.BUG or not isinstance(error, (AtomError, Interrupted, ImportError, OSError)):
+    failure = Failure(sentence(error, stage, store), kind(error, store))
+    if failure.kind is Kind.BUG:
         traceback.print_exc()
     print(f"{node}: {failure.text}", file=sys.stderr, flush=True)
     return failure
 
 
-def kind(error: BaseException) -> Kind:
+def kind(error: BaseException, store: Store) -> Kind:
     """What an exception of a stage is, for the exit code and for whether another attempt is made."""
     if isinstance(error, Interrupted):
         return Kind.STOPPED
-    if disk_full(error):
+    if os_errors.device(error, store.home):
         return Kind.MACHINE
     if isinstance(error, AtomError):
         return error.kind
+    if os_errors.sentence(error, store.home):
+        return Kind.MACHINE if isinstance(error, FileNotFoundError) else Kind.USER
     if isinstance(error, OSError) and error.errno in MACHINE:
         return Kind.MACHINE
     if isinstance(error, ImportError) and _foreign(error):
@@ -47,10 +50,12 @@ def sentence(error: BaseException, stage: str, store: Store) -> str:
     """What went wrong and what to do, as one sentence."""
     if isinstance(error, Interrupted):
         return f"stopped on request ({error}); run the same command to go on"
-    if disk_full(error):
-        return full(store)
+    if text := os_errors.device(error, store.home):
+        return text
     if isinstance(error, AtomError):
         return str(error)
+    if text := os_errors.sentence(error, store.home):
+        return text
     if isinstance(error, ImportError) and _foreign(error):
         return f"stage {stage} needs {error.name}; install atom-release[data,train] and run the same command again"
     return f"a bug in stage {stage}: {type(error).__name__}: {error}; the traceback is in its log".replace("\n", " ")
@@ -62,19 +67,10 @@ def _foreign(error: ImportError) -> bool:
 
 
 def full(store: Store) -> str:
-    return f"the disk that holds {store.home} is full; free some space and run the same command to go on"
+    return os_errors.DEVICES[errno.ENOSPC].format(place=store.home)
 
 
 def without_places(text: str, home: Path) -> str:
     """A sentence as a statement may keep it: statements are published, and no folder of a machine belongs there."""
     text = text.replace(str(home), "$ATOM_HOME")
     return re.sub(r"(?<![\w$./:])/[^\s:;,()'\"]+/([^\s:;,()'\"/]+)", r"…/\1", text)
-
-
-def disk_full(error: BaseException) -> bool:
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False

@@ -26,7 +26,7 @@ from pipeline.graph import Graph, Node
 from pipeline.launch import claims, clean_environment, job, queue
 from pipeline.launch.claims import Claim
 from pipeline.launch.job import Terms
-from pipeline.launch.local import JOB_ENVIRONMENT, require_inputs
+from pipeline.launch.local import JOB_ENVIRONMENT, damage_of, require_inputs
 from pipeline.launch.worker import Task
 from pipeline.profile import Jobs, Profile, Slurm
 from pipeline.run import Run
@@ -39,7 +39,8 @@ UNLIMITED = 10**6
 class Submission:
     """What became of the stages: submitted with a job, attached to one that was there, or sealed already."""
 
-    run: Run
+    run: Run | None = None
+    """None where nothing is to be done: then there is no new run."""
     submitted: dict[str, str] = field(default_factory=dict)
     attached: dict[str, str] = field(default_factory=dict)
     sealed: list[str] = field(default_factory=list)
@@ -47,14 +48,25 @@ class Submission:
     """Of the attached ones, those that Slurm held back after it had failed to launch them."""
     arrays: dict[str, str] = field(default_factory=dict)
     """The job arrays that do the shards of submitted stages beforehand."""
+    damaged: dict[str, str] = field(default_factory=dict)
+    """Stages that were left out, each with a sentence on the file that is damaged."""
     lack: str | None = None
     """What will not be known of the jobs, in one sentence."""
+
+    def require_undamaged(self) -> None:
+        """Raises AtomError if a stage was left out for a damaged file."""
+        for name, text in self.damaged.items():
+            raise AtomError(f"stage {name} was not submitted: {text}")
 
 
 def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, reference: str) -> Submission:
     """Submits what is neither sealed nor in Slurm's hands. Raises AtomError before anything is submitted, or after what
     was submitted by this call has been cancelled."""
     slurm = profile.cluster()
+    damage = damage_of(graph, store, selected)
+    selected = [name for name in selected if name not in damage]
+    if all(store.sealed(graph.nodes[name].key) for name in selected):
+        return Submission(sealed=selected, damaged=damage)
     require_inputs(graph, store, selected)
     require_image(profile)
     limits = None if graph.recipe.config.budget is None else graph.recipe.config.budget.model_dump()
@@ -66,14 +78,15 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
     with claims.submitting(store):
         known = queue.held()
         more = {"cluster": profile.name, "code": code.name, "prices": profile.costs()}
-        made = Submission(runs.start(graph, store, selected, reference, **more))
+        run = runs.start(graph, store, selected, reference, **more)
+        made = Submission(run, damaged=damage)
         keys = {name: graph.nodes[name].key for name in selected}
         terms = Terms(keys, limits, slurm.restarts, slurm.free_gb, slurm.scratch)
         jobs: dict[str, str] = {}
         try:
             for name in selected:
                 node = graph.nodes[name]
-                claim = claims.read(store, node.key)
+                claim = claims.read(store, node.key, known)
                 if store.sealed(node.key):
                     made.sealed.append(name)
                 elif claim is not None and claim.holds(known):
@@ -83,17 +96,17 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
                         made.released.append(name)
                 else:
                     after = sorted({jobs[i] for i in node.inputs.values() if i in jobs}, key=int)
-                    task = task_of(graph, store, made.run, node, profile)
+                    task = task_of(graph, store, run, node, profile)
                     if tasks := array_of(slurm, node):
-                        executor = executor_of(store, made.run, node, profile, code, after, shards=True)
+                        executor = executor_of(store, run, node, profile, code, after, shards=True)
                         after = [start(executor, task, terms, tasks)]
                         made.arrays[name] = after[0]
-                    executor = executor_of(store, made.run, node, profile, code, after)
+                    executor = executor_of(store, run, node, profile, code, after)
                     jobs[name] = made.submitted[name] = start(executor, task, terms)
-                    claims.write(store, Claim(node.key, jobs[name], made.run.id, name))
+                    claims.write(store, Claim(node.key, jobs[name], run.id, name))
                 if name in jobs:
                     array, shards = made.arrays.get(name), node.stage.shards(node.config)
-                    made.run.note_job(name, jobs[name], name in made.attached, array, shards)
+                    run.note_job(name, jobs[name], name in made.attached, array, shards)
         except BaseException:
             if made.submitted or made.arrays:
                 queue.ask("scancel", *made.submitted.values(), *made.arrays.values())

@@ -14,11 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import environment, ledger, registry
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline import environment, intact, json_files, ledger, registry
 from pipeline.checkpoints import Checkpoint
 from pipeline.codehash import code_digests
 from pipeline.errors import AtomError, Failure, Interrupted, Kind, MachineError, PeerLost
 from pipeline.events import FileReport, FollowerReport
+from pipeline.json_files import Damaged
 from pipeline.launch.products import Products
 from pipeline.launch.ranks import FAILED_USAGE_SECONDS, FOLLOWED, USAGE_SECONDS, Ranks, Usage, end_process
 from pipeline.launch.sentences import tell, without_places
@@ -29,6 +33,15 @@ from pipeline.store import Artifact, Store, sha256_file
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """By whom a stage is told to stop: a launcher, a terminal, or Slurm before a time limit or a preemption."""
 WAIT_SECONDS = 1.0
+OPERATIONS: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[dict[str, Any]])
+
+
+class _UsageFile(TypedDict):
+    cpu_seconds: float
+    peak_memory_bytes: int
+
+
+USAGE: TypeAdapter[Any] = TypeAdapter(_UsageFile)
 
 
 @dataclass(frozen=True)
@@ -189,6 +202,7 @@ def _attempt(
             return "sealed"
         report.event("start", stage=task.stage, key=task.key, pid=os.getpid(), ranks=task.ranks)
         attempt.materials = {role: store.open(key) for role, key in task.inputs.items()}
+        intact.check(store.logs / task.run, attempt.materials.values())
         report.seal_product = Products(attempt, lease).seal
         for stale in folder.glob("out.*"):
             shutil.rmtree(stale)
@@ -202,7 +216,7 @@ def _attempt(
             raise MachineError(
                 f"another worker took over {task.key} while this one was out of reach; its product stands"
             )
-        store.seal(out, task.key, attempt.record)
+        intact.note(store.logs / task.run, store.seal(out, task.key, attempt.record))
         return "sealed"
     except (Exception, Interrupted) as error:
         report.ending.acquire()
@@ -221,11 +235,23 @@ def _operations(path: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
     """The ways in which the attempts at a key were run so far, kept beside what they left: a phase that was spread over
     ranks in two ways adds in two orders."""
     try:
-        before = [each for each in json.loads(path.read_text()) if each != now]
-    except (FileNotFoundError, ValueError):  # the first attempt, or a file that a crash cut
+        before = [each for each in json_files.read(path, OPERATIONS) if each != now]
+    except FileNotFoundError:  # the first attempt
+        before = []
+    except Damaged as error:
+        json_files.report(error, "how earlier attempts were run is not stated")
         before = []
     path.write_text(json.dumps([*before, now]))
     return [*before, now]
+
+
+def _usage(path: Path) -> Usage | None:
+    """What a task of a job array wrote down that it used; None, with a report, if that cannot be read."""
+    try:
+        return Usage(**json_files.read(path, USAGE))
+    except Damaged as error:
+        json_files.report(error, "what that task used is not counted")
+        return None
 
 
 class Attempt:
@@ -288,7 +314,7 @@ class Attempt:
         counted = [Usage.now().since(self.before), *([] if part else self.ranks.others(patience))]
         if product is not None:  # what tasks of a job array did beforehand
             shards = self.store.logs / self.task.run / self.task.node / "shards"
-            counted += [Usage(**json.loads(path.read_text())) for path in sorted(shards.glob("ranks/*/usage.json"))]
+            counted += [used for path in sorted(shards.glob("ranks/*/usage.json")) if (used := _usage(path))]
         finished, cpu = time.time(), sum(used.cpu_seconds for used in counted)
         watts, gpu = self.task.watts_per_core, (finished - self.started) * self.task.gpus
         gpus = {"gpus": self.task.gpus, "gpu_seconds": round(gpu, 3)} if self.task.gpus else {}
