@@ -129,6 +129,7 @@ def _run(composed: Graph, store: Store, selected: list[str], cluster: str, setti
     from pipeline import tracking
     from pipeline.display import Display, stages
     from pipeline.launch.local import LocalLauncher, damage_of, prepare_environment, require_inputs
+    from pipeline.lease import Lease
 
     damage = damage_of(composed, store, selected)
     wanted, selected = selected, [name for name in selected if name not in damage]
@@ -142,6 +143,8 @@ def _run(composed: Graph, store: Store, selected: list[str], cluster: str, setti
     require_inputs(composed, store, selected)
     prepare_environment()
     this = runs.start(composed, store, selected, cluster, prices=settings.costs())
+    driver = Lease.take(this.folder / "driver")
+    assert driver is not None, "the run was begun just now"
     background = tracking.Background(this, store)
     outcome = "FAILED"
     print(f"run {this.id}, logs in {this.folder}")
@@ -155,6 +158,7 @@ def _run(composed: Graph, store: Store, selected: list[str], cluster: str, setti
         raise typer.Exit(130) from None
     finally:
         problem = background.close(outcome)
+        driver.release()
         if problem:
             print(
                 f"MLflow at {tracking.shown_uri(store)} did not take everything ({problem}); nothing is lost: "
@@ -413,25 +417,59 @@ def retry(
 
 @app.command()
 def gc(
-    delete: Annotated[bool, typer.Option("--delete", help="delete what is listed")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="move what is listed to the trash")] = False,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="this artifact and its work, too, whatever leads to it")
+    ] = None,
+    ignore_run: Annotated[
+        list[str] | None, typer.Option(metavar="RUN", help="what only this run leads to is not needed any more")
+    ] = None,
+    restore: Annotated[list[str] | None, typer.Option(metavar="KEY", help="move this back from the trash")] = None,
+    empty_trash: Annotated[bool, typer.Option("--empty-trash", help="delete all that lies in the trash")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what under $ATOM_HOME nothing needs any more, and how much it is.
 
-    Never what a release was built from, what the latest run of a recipe leads to, or what a running job needs.
+    Never what any run leads to, what a release was built from, or what a running job needs; what training made, and its
+    checkpoints, only if --include names it. What goes lies in $ATOM_HOME/trash for 14 days; the next --delete after
+    that deletes it.
     """
     from pipeline import gc as collector
+    from pipeline import trash
     from pipeline.display import human
 
-    rows = collector.loose(open_store())
+    store = open_store()
+    if ((restore or empty_trash) and (delete or include or ignore_run)) or (restore and empty_trash):
+        raise AtomError("--restore and --empty-trash stand alone; run them one after the other")
+    if restore:
+        back = [path for name in restore for path in trash.restore(store, name)]
+        print(json.dumps({"restored": [str(p) for p in back]}) if as_json else "\n".join(map(str, back)))
+        return
+    if empty_trash:
+        freed = trash.empty(store, everything=True)
+        print(json.dumps({"freed": freed}) if as_json else f"{human(freed)}B freed; the trash is empty")
+        return
+    rows, notes = collector.loose(store, include or (), ignore_run or ())
+    freed = 0
+    if delete:
+        rows = collector.move(store, include or (), ignore_run or ())
+        freed = trash.empty(store)
+    lying = trash.entries(store)
     if as_json:
-        print(json.dumps({"loose": [row.json() for row in rows], "deleted": delete}, indent=1))
-    else:
-        for row in rows:
-            print(f"{human(row.bytes):>8}B  {row.path}  ({row.why})")
-    freed = collector.delete(rows) if delete else sum(row.bytes for row in rows)
-    if not as_json:
-        print(f"{human(freed)}B {'deleted' if delete else 'can be deleted: atom gc --delete'}")
+        body = {"loose": [row.json() for row in rows], "kept": notes, "deleted": delete, "freed": freed}
+        print(json.dumps({**body, "trash": [entry.json() for entry in lying]}, indent=1))
+        return
+    for row in rows:
+        print(f"{human(row.bytes):>8}B  {row.path}  ({row.why})")
+    for text in notes:
+        print(text)
+    total = human(sum(row.bytes for row in rows))
+    print(f"{total}B {'moved to the trash' if delete else 'can go: atom gc --delete moves it to the trash'}")
+    if freed:
+        print(f"{human(freed)}B freed of what had lain there for more than {trash.GRACE_DAYS} days")
+    if lying:
+        size = human(sum(trash.freed(entry.path for entry in lying).values()))
+        print(f"{size}B in {store.home / 'trash'}: atom gc --restore KEY moves it back, --empty-trash deletes it")
 
 
 @app.command()

@@ -1,106 +1,265 @@
-"""What of `$ATOM_HOME` can go: state of stages that are sealed, what failed attempts left, and code that no job runs.
+"""What of `$ATOM_HOME` can go: state of stages that are sealed, what failed attempts left, and what no run leads to.
 
-Artifacts are only named that no recipe of a known run leads to and no release was built from.
+Kept is what any run leads to, whenever it was and whatever its recipe was called, and what any release was built from.
+What training stages made and left, checkpoints of unfinished ones too, goes only if it is named. Where a file that
+would tell what is needed cannot be read, everything stays that it might have named. Nothing is deleted: it is moved to
+the trash (trash.py).
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import ledger
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline import json_files, ledger, registry, trash
 from pipeline import run as runs
 from pipeline.errors import AtomError
-from pipeline.launch import queue
-from pipeline.lease import holder
+from pipeline.json_files import Damaged
+from pipeline.launch import claims, queue
+from pipeline.lease import Lease, holder
+from pipeline.run import Run
 from pipeline.store import Store
+
+KEY = re.compile(r"[A-Za-z0-9][\w@.-]*-[0-9a-f]{12}")
+CODE = re.compile(r"[0-9a-f]{16}")
+
+
+class _Keyed(TypedDict):
+    key: str
+
+
+class _Release(TypedDict):
+    nodes: dict[str, _Keyed]
+
+
+_KEYED: TypeAdapter[Any] = TypeAdapter(_Keyed)
+_RELEASE: TypeAdapter[Any] = TypeAdapter(_Release)
 
 
 @dataclass(frozen=True)
 class Loose:
-    """A folder that nothing needs, and why."""
+    """A folder that nothing needs, and why. bytes: what becomes free if all that is listed goes."""
 
     path: Path
     bytes: int
     why: str
 
     def json(self) -> dict[str, Any]:
-        return {**asdict(self), "path": str(self.path)}
+        return {"path": str(self.path), "bytes": self.bytes, "why": self.why}
 
 
-def loose(store: Store) -> list[Loose]:
-    """What can be deleted now, the largest first. Raises AtomError where it is not known what Slurm still runs."""
-    known = runs.runs(store)
-    latest = {run.body["recipe"]: run for run in known}
-    needed = _of_releases(store) | {node["key"] for run in latest.values() for node in run.body["nodes"]}
-    code = {run.body["code"] for run in latest.values() if "code" in run.body}
-    if any(run.jobs() for run in known):
+@dataclass
+class Needed:
+    """What runs and releases lead to. doubts: why it is not known what else they need, if it is not."""
+
+    keys: set[str] = field(default_factory=set)
+    code: set[str] = field(default_factory=set)
+    stages: dict[str, str] = field(default_factory=dict)
+    """The stage of each key that a run names."""
+    doubts: list[str] = field(default_factory=list)
+
+    def doubt(self, error: Damaged, what: str) -> None:
+        json_files.report(error, "every artifact and all code is kept, since it may have needed them")
+        self.doubts.append(f"{json_files.printable(error.path)}: {what}")
+
+
+def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) -> tuple[list[Loose], list[str]]:
+    """What can go now, the largest first; and what is kept though nothing leads to it, each with the reason.
+
+    named: keys that go whatever leads to them; ignored: ids of runs that count no more. Raises AtomError if a job that
+    is not over needs one of them.
+    """
+    known, damaged = _runs(store)
+    ids = {name: _one(name, [run.id for run in known] + [e.path.parent.name for e in damaged]) for name in ignored}
+    counting = [run for run in known if run.id not in ids.values()]
+    needed = _of_runs(store, counting)
+    for error in damaged:
+        if error.path.parent.name not in ids.values():
+            needed.doubt(error, "what that run needs is not known")
+    _of_releases(store, needed)
+    for run in known:
+        needed.stages |= {row["key"]: row["stage"] for row in run.body["nodes"]}
+    keys = {_one(name, [*_names(store.artifacts, KEY), *_names(store.home / "work", KEY)]) for name in named}
+    _require_idle(store, known, keys, set(ids.values()))
+    rows = [*_work(store, needed, keys), *_artifacts(store, needed, keys), *_code(store, needed)]
+    sizes = trash.freed(path for path, _ in rows)
+    found = [Loose(path, sizes[path], why) for path, why in rows]
+    kept = [
+        f"{key} is kept, since it was trained or it is not known what made it; --include {key} names it"
+        for key in _names(store.artifacts, KEY)
+        if not needed.doubts and key not in needed.keys | keys and _trained(store, key, needed)
+    ]
+    return sorted(found, key=lambda row: (-row.bytes, str(row.path))), [*needed.doubts, *kept]
+
+
+def move(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) -> list[Loose]:
+    """Moves what can go to the trash; returns it. Nobody submits meanwhile, and what a run that was begun meanwhile
+    leads to is moved back."""
+    with claims.submitting(store):
+        before = {run.id for run in _runs(store)[0]}
+        rows, _ = loose(store, named, ignored)
+        moved = {row: target for row in rows if (target := _move(store, row.path)) is not None}
+        new = _of_runs(store, [run for run in _runs(store)[0] if run.id not in before])
+        for row, target in list(moved.items()):
+            if row.path.name in new.keys | new.code:
+                trash.put_back(store, target, row.path)
+                del moved[row]
+    return list(moved)
+
+
+def _move(store: Store, path: Path) -> Path | None:
+    """Where a folder lies now; None if it is gone, or is of work whose lease somebody holds."""
+    kind, name = path.relative_to(store.home).parts[:2]
+    lease = None
+    if kind == "work" and (lease := Lease.take(store.work(name))) is None:
+        return None
+    try:
+        return trash.move(store, path) if os.path.lexists(path) else None
+    finally:
+        if lease is not None:
+            lease.release()
+
+
+def _runs(store: Store) -> tuple[list[Run], list[Damaged]]:
+    try:
+        return runs.read_all(store)
+    except Damaged as error:
+        return [], [error]
+
+
+def _one(name: str, known: Iterable[str]) -> str:
+    """The one of these names that is meant by its beginning. Raises AtomError."""
+    matching = sorted({each for each in known if each.startswith(name)})
+    if name in matching:
+        return name
+    if len(matching) != 1:
+        fits = f"fits {', '.join(matching)}; write the one that is meant" if matching else "is not there"
+        raise AtomError(f"{name} {fits}")
+    return matching[0]
+
+
+def _of_runs(store: Store, known: list[Run]) -> Needed:
+    """What these runs lead to: their stages, the code of their jobs, and all that goes into the stages."""
+    needed = Needed()
+    inputs: dict[str, set[str]] = {}
+    for run in known:
+        needed.keys |= {row["key"] for row in run.body["nodes"]}
+        needed.code |= {run.body["code"]} if "code" in run.body else set()
+        inputs |= {row["key"]: set(row["inputs"].values()) for row in run.body["nodes"] if "inputs" in row}
+    todo = list(needed.keys)
+    while todo:
+        key = todo.pop()
+        if key not in inputs:
+            statements, damaged = ledger.statements(store.ledger, key)
+            inputs[key] = {each for _, body in statements for each in ledger.material_keys(body).values()}
+            inputs[key] |= {phase for _, body in statements if (phase := ledger.phase_of(body))}
+            if not statements:
+                lack = Damaged(store.ledger / key, "it holds no statement")
+                needed.doubt(next(iter(damaged), lack), f"what goes into {key} is not known")
+        todo += inputs[key] - needed.keys
+        needed.keys |= inputs[key]
+    return needed
+
+
+def _of_releases(store: Store, needed: Needed) -> None:
+    """Adds the artifacts that releases were built from."""
+    try:
+        releases = [store.home / "releases" / name for name in json_files.names(store.home / "releases")]
+    except Damaged as error:
+        return needed.doubt(error, "what its releases were built from is not known")
+    for evidence in (each / "evidence" for each in releases if each.is_dir() and not each.name.startswith(".")):
         try:
-            ids = {job.comment.split(" ")[1] for job in queue.held().values() if job.alive}
+            about = json_files.read(evidence / "release.json", _RELEASE)
+            needed.keys |= {node["key"] for node in about["nodes"].values()}
+            for name in json_files.names(evidence / "manifests"):
+                needed.keys.add(json_files.read(evidence / "manifests" / name, _KEYED)["key"])
+        except FileNotFoundError:
+            needed.doubt(Damaged(evidence / "release.json", "it is missing"), "what it was built from is not known")
+        except Damaged as error:
+            needed.doubt(error, "what that release was built from is not known")
+
+
+def _require_idle(store: Store, known: list[Run], keys: set[str], ignored: set[str]) -> None:
+    """Raises AtomError if a run that is not over needs one of these keys, or is to be ignored."""
+    for run in known:
+        led = _of_runs(store, [run]).keys if keys else set()
+        if not (keys & led or run.id in ignored):
+            continue
+        if why := _at_work(store, run):
+            what = f"{sorted(keys & led)[0]} is needed by run" if keys & led else "it cannot be ignored: run"
+            raise AtomError(f"{what} {run.id}, {why}; stop it first: atom cancel {run.id}")
+
+
+def _at_work(store: Store, run: Run) -> str | None:
+    """Why a run may not be over; None if it is."""
+    if all(store.sealed(row["key"]) for row in run.body["nodes"]):
+        return None
+    places = [run.folder / "driver", *(store.work(row["key"]) for row in run.body["nodes"])]
+    if any(present is not None and present.alive for present in map(holder, places)):
+        return "which is at work"
+    if "cluster" in run.body:
+        try:
+            held = queue.held()
         except queue.NoAnswer as error:
-            raise AtomError(f"{error}; what its jobs still need is not known, so nothing is named") from None
-        live = [run for run in known if run.id in ids]
-        needed |= {node["key"] for run in live for node in run.body["nodes"]}
-        code |= {run.body["code"] for run in live if "code" in run.body}
-    found = [*_work(store), *_artifacts(store, _with_inputs(store, needed)), *_code(store, code)]
-    return sorted(found, key=lambda row: (-row.bytes, str(row.path)))
+            return f"whose jobs are not known ({error})"
+        mine = {str(row["job"]) for row in run.jobs().values()}
+        if any(job.alive and (id in mine or run.id in job.comment.split(" ")) for id, job in held.items()):
+            return "which Slurm has jobs of"
+    return None
 
 
-def _work(store: Store) -> Iterator[Loose]:
-    for folder in sorted((store.home / "work").glob("*")):
+def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
+    try:
+        return [name for name in json_files.names(folder) if pattern.fullmatch(name)]
+    except Damaged as error:
+        json_files.report(error, "nothing there is named")
+        return []
+
+
+def _trained(store: Store, key: str, needed: Needed) -> bool:
+    """Whether a key is of a training stage or a checkpoint, or of a stage that is not known."""
+    names = {needed.stages[key]} if key in needed.stages else set()
+    if not names and "@" not in key:
+        statements = ledger.statements(store.ledger, key)[0]
+        names = {body["predicate"]["buildDefinition"]["externalParameters"]["stage"] for _, body in statements}
+    return not names or any(name not in registry.STAGES or registry.stage(name).trains for name in names)
+
+
+def _work(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple[Path, str]]:
+    for name in _names(store.home / "work", KEY):
+        folder = store.work(name)
         present = holder(folder)
         if present is not None and present.alive:
             continue
-        if store.sealed(folder.name):
-            yield Loose(folder, _size(folder), "its stage is sealed")
+        if name in named:
+            yield folder, "it was named"
+        elif _trained(store, name, needed):
             continue
-        for out in sorted(folder.glob("out.*")):
-            yield Loose(out, _size(out), "a product that was never finished")
+        elif store.sealed(name) and store.damage(name) is None:
+            yield folder, "its stage is sealed"
+        else:
+            with suppress(Damaged):  # which `holder` has reported
+                outs = [out for out in json_files.names(folder) if re.fullmatch(r"out\.\S+", out)]
+                yield from ((folder / out, "a product that was never finished") for out in outs)
 
 
-def _with_inputs(store: Store, keys: set[str]) -> set[str]:
-    """These keys and all that went into them, directly or not, as their statements say."""
-    todo, seen = list(keys), set(keys)
-    while todo:
-        for _, body in ledger.read(store.ledger, todo.pop()):
-            new = set(ledger.material_keys(body).values()) - seen
-            seen |= new
-            todo.extend(new)
-    return seen
+def _artifacts(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple[Path, str]]:
+    for key in _names(store.artifacts, KEY):
+        if key in named:
+            yield store.artifacts / key, "it was named"
+        elif key not in needed.keys and not needed.doubts and not _trained(store, key, needed):
+            yield store.artifacts / key, "no run and no release leads to it"
 
 
-def _artifacts(store: Store, needed: set[str]) -> Iterator[Loose]:
-    for folder in sorted(store.artifacts.glob("*-*")):
-        of = (ledger.phase_of(body) for _, body in ledger.read(store.ledger, folder.name))
-        if folder.name not in needed and not needed.intersection(key for key in of if key):
-            yield Loose(folder, _size(folder), "no latest run of a recipe and no release leads to it")
-
-
-def _code(store: Store, needed: set[str]) -> Iterator[Loose]:
-    for folder in sorted((store.home / "code").glob("[0-9a-f]*")):
-        if folder.name not in needed:
-            yield Loose(folder, _size(folder), "no job runs from it")
-
-
-def _of_releases(store: Store) -> set[str]:
-    """The keys of all artifacts that releases were built from."""
-    found: set[str] = set()
-    for path in (store.home / "releases").glob("*/evidence/manifests/*.json"):
-        found.add(str(json.loads(path.read_text())["key"]))
-    return found
-
-
-def _size(folder: Path) -> int:
-    """Bytes of the files that nothing else holds: checkpoints share theirs with the phase's artifact."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
-
-
-def delete(rows: list[Loose]) -> int:
-    """Deletes them; returns the bytes that became free."""
-    for row in rows:
-        shutil.rmtree(row.path)
-    return sum(row.bytes for row in rows)
+def _code(store: Store, needed: Needed) -> Iterator[tuple[Path, str]]:
+    for name in _names(store.home / "code", CODE):
+        if name not in needed.code and not needed.doubts:
+            yield store.home / "code" / name, "no run has jobs that run from it"

@@ -1,0 +1,161 @@
+"""The trash of `$ATOM_HOME`: what `atom gc` moves away lies there by date, and can be moved back.
+
+    trash/2026-11-26/artifacts/<key>, trash/2026-11-26/work/<key>, trash/2026-11-26/code/<digest>
+
+The path below the date is the path below `$ATOM_HOME`, so that `mv` restores it, too. A second folder of the same name
+and day lies under `2026-11-26.2`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from pipeline import json_files
+from pipeline.errors import AtomError
+from pipeline.json_files import Damaged
+from pipeline.store import Store
+
+GRACE_DAYS = 14
+KINDS = ("artifacts", "work", "code")
+
+
+def freed(paths: Iterable[Path]) -> dict[Path, int]:
+    """The bytes that become free if all of these go: of files whose every link lies in them, counted once, by the path
+    that holds the first of the links."""
+    links: dict[tuple[int, int], int] = {}
+    out: dict[Path, int] = {}
+    first: dict[tuple[int, int], tuple[Path, os.stat_result]] = {}
+    for path in paths:
+        out[path] = 0
+        for entry in _files(path):
+            inode = (entry.st_dev, entry.st_ino)
+            links[inode] = links.get(inode, 0) + 1
+            first.setdefault(inode, (path, entry))
+    for inode, (path, entry) in first.items():
+        if links[inode] == entry.st_nlink:
+            out[path] += entry.st_size
+    return out
+
+
+def _files(path: Path) -> Iterator[os.stat_result]:
+    if path.is_dir() and not path.is_symlink():
+        for root, _, names in os.walk(path):
+            yield from (os.lstat(os.path.join(root, name)) for name in names)
+    elif os.path.lexists(path):
+        yield path.lstat()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A folder in the trash. name: a key, or the digest of code; since: the day on which it was moved there."""
+
+    path: Path
+    kind: str
+    name: str
+    since: date
+
+    @property
+    def until(self) -> date:
+        """The last day on which it is kept."""
+        return self.since + timedelta(days=GRACE_DAYS)
+
+    def json(self) -> dict[str, Any]:
+        return {"path": str(self.path), "since": self.since.isoformat(), "until": self.until.isoformat()}
+
+
+def today() -> date:
+    return datetime.now(UTC).date()
+
+
+def entries(store: Store) -> list[Entry]:
+    """What lies in the trash, the oldest first. Whatever is not laid out as above is reported and left alone."""
+    return list(_entries(store.home / "trash"))
+
+
+def _entries(trash: Path) -> Iterator[Entry]:
+    for day in _names(trash):
+        match = re.fullmatch(r"(\d{4}-\d{2}-\d{2})(\.\d+)?", day)
+        try:
+            since = date.fromisoformat(match[1] if match else day)
+        except ValueError:
+            json_files.report(Damaged(trash / day, "its name is no date"), "it is left alone")
+            continue
+        for kind in _names(trash / day):
+            if kind not in KINDS:
+                json_files.report(Damaged(trash / day / kind, "it is of no known kind"), "it is left alone")
+                continue
+            for name in _names(trash / day / kind):
+                yield Entry(trash / day / kind / name, kind, name, since)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return json_files.names(folder)
+    except Damaged as error:
+        json_files.report(error, "it is left alone")
+        return []
+
+
+def move(store: Store, path: Path) -> Path:
+    """Moves a folder of the home into the trash; returns where it lies now."""
+    for number in itertools.count(1):
+        day = today().isoformat() + (f".{number}" if number > 1 else "")
+        target = store.home / "trash" / day / path.relative_to(store.home)
+        if not os.path.lexists(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(path, target)
+            return target
+    raise AssertionError("there is always a next number")
+
+
+def restore(store: Store, name: str) -> list[Path]:
+    """Moves what has that name back to where it was, of several the latest; returns where it lies now.
+
+    Raises AtomError if there is none, or something else stands in its place.
+    """
+    latest = {entry.kind: entry for entry in entries(store) if entry.name == name}
+    if not latest:
+        raise AtomError(f"there is no {name} in {store.home / 'trash'}; `atom gc --json` lists what is there")
+    targets = {kind: store.home / kind / name for kind in latest}
+    for target in targets.values():
+        if os.path.lexists(target):
+            raise AtomError(f"{target} is there already, so what lies in the trash stays there")
+    for kind, entry in latest.items():
+        targets[kind].parent.mkdir(exist_ok=True)
+        os.rename(entry.path, targets[kind])
+        _tidy(entry.path.parent)
+    return list(targets.values())
+
+
+def put_back(store: Store, path: Path, target: Path) -> None:
+    """Undoes a move."""
+    os.rename(path, target)
+    _tidy(path.parent)
+
+
+def empty(store: Store, everything: bool = False) -> int:
+    """Deletes what has lain there longer than the days of grace, or everything; returns the bytes that became free."""
+    going = [entry for entry in entries(store) if everything or entry.until < today()]
+    sizes = freed(entry.path for entry in going)
+    for entry in going:
+        if entry.path.is_symlink() or not entry.path.is_dir():
+            entry.path.unlink()
+        else:
+            shutil.rmtree(entry.path)
+        _tidy(entry.path.parent)
+    return sum(sizes.values())
+
+
+def _tidy(folder: Path) -> None:
+    """Removes a folder of the trash that is empty, and its parents."""
+    while folder.name != "trash" and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent

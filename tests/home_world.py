@@ -1,0 +1,116 @@
+"""A home folder as runs leave it, made in milliseconds: real graphs, runs, artifacts, statements and leases of small
+files that no stage has made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline import graph, ledger, recipe
+from pipeline import run as runs
+from pipeline.checkpoints import Checkpoint
+from pipeline.events import FileReport
+from pipeline.graph import Graph
+from pipeline.run import Run
+from pipeline.store import Artifact, Store
+
+SMOKE = Path(recipe.__file__).parent / "recipes" / "atom-smoke.yaml"
+
+
+@cache
+def graphs(folder: Path) -> list[Graph]:
+    """Three recipes: two of one name whose pre-training differs, and one of another name that shares the data."""
+    out = []
+    for name, steps in (("one", 60), ("one", 90), ("two", 120)):
+        body = yaml.safe_load(SMOKE.read_text())
+        body["name"] = name
+        body["pretrain"]["steps"] = steps
+        path = folder / f"{name}-{steps}.yaml"
+        path.write_text(yaml.safe_dump(body))
+        out.append(graph.compose(recipe.load(str(path)), Store(folder / "nowhere")))
+    return out
+
+
+def state(store: Store, run: Run, composed: Graph, name: str, made: Artifact, part: Checkpoint | None = None) -> None:
+    """The statement of a product."""
+    node = composed.nodes[name]
+    materials = {role: store.manifest(key) for role, key in composed.materials(node).items() if store.sealed(key)}
+    body = ledger.statement(
+        subject={made.key: made.digest},
+        stage=node.stage.name,
+        version=node.stage.version,
+        node=part.node if part else name,
+        key=made.key,
+        config={},
+        operations=[{}],
+        materials=materials,
+        code={"stages.x": "0" * 64},
+        environment={"fingerprint": "f"},
+        invocation=f"{run.id}/{name}",
+        started=1.0,
+        finished=2.0,
+        usage={"wall_seconds": 1.0, "cpu_seconds": 3600.0},
+        outcome="sealed",
+        of={"key": part.phase, "step": part.step} if part else None,
+    )
+    ledger.write(store.ledger, made.key, body)
+
+
+def seal(store: Store, run: Run, composed: Graph, name: str) -> None:
+    """Seals a node's product, and of a training stage a checkpoint whose file is the product's."""
+    key = composed.nodes[name].key
+    report = FileReport(run.node_folder(name))
+    report.event("start", stage=name, key=key, pid=1, ranks=1)
+    report.progress(1, 2, loss=3.5)
+    out = store.work(key) / "out.1"
+    out.mkdir(parents=True)
+    (out / "file").write_text(f"{key}\n" * 100)
+    if composed.nodes[name].stage.trains:
+        part = Checkpoint(key, 1)
+        if not store.sealed(part.key):
+            draft = store.work(key) / "out.1@1"
+            draft.mkdir()
+            os.link(out / "file", draft / "file")
+            store.seal(draft, part.key, lambda made: state(store, run, composed, name, made, part))
+    store.seal(out, key, lambda made: state(store, run, composed, name, made))
+    shutil.rmtree(store.work(key))
+    report.event("usage", wall_seconds=1.0)
+    report.end("sealed")
+    report.close()
+
+
+def start(store: Store, composed: Graph, selected: list[str], stop_before: str | None = None, **more: Any) -> Run:
+    """A run of these nodes that was killed in the middle of `stop_before`, if that is one of them."""
+    run = runs.start(composed, store, selected, "local", **more)
+    for name in selected:
+        key = composed.nodes[name].key
+        if name == stop_before:
+            for place in (store.work(key) / "state" / "checkpoint", store.work(key) / "out.1"):
+                place.mkdir(parents=True, exist_ok=True)
+                (place / "file").write_text("x" * 1000)
+            report = FileReport(run.node_folder(name))
+            report.event("start", stage=name, key=key, pid=1, ranks=1)
+            report.close()
+            break
+        if not store.sealed(key):
+            seal(store, run, composed, name)
+    return run
+
+
+def release(store: Store, composed: Graph, selected: list[str]) -> None:
+    """What a release keeps of the artifacts that it was built from."""
+    evidence = store.home / "releases" / f"{composed.recipe.config.name}-0.1.0" / "evidence"
+    shutil.rmtree(evidence, ignore_errors=True)
+    (evidence / "manifests").mkdir(parents=True)
+    nodes = {}
+    for name in selected:
+        made = store.manifest(composed.nodes[name].key)
+        shutil.copy(made / "manifest.json", evidence / "manifests" / f"{name}.json")
+        nodes[name] = {"key": made.key, "digest": made.digest}
+    (evidence / "release.json").write_text(json.dumps({"format": 2, "nodes": nodes}))

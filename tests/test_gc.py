@@ -1,0 +1,273 @@
+"""What `atom gc` takes: never what was trained, and nothing that a run or a release leads to."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import home_world as world
+import pytest
+from conftest import atom
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline import gc, trash
+from pipeline.errors import AtomError
+from pipeline.graph import Graph
+from pipeline.lease import Lease
+from pipeline.store import Store
+
+pytestmark = pytest.mark.filterwarnings("ignore::pipeline.json_files.DamagedFile")
+DAMAGES = ("", "{", "[]", '{"id": 1}', "[" * 100_000, "\x00\xff")
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[Graph]:
+    return world.graphs(tmp_path_factory.mktemp("recipes"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "home")
+
+
+def taken(store: Store, **options: Any) -> set[str]:
+    """The paths below the home that gc moves."""
+    return {row.path.relative_to(store.home).as_posix() for row in gc.move(store, **options)}
+
+
+class History:
+    """Runs of three recipes in one home, and what must not go, known without looking at any file."""
+
+    def __init__(self, store: Store, three: list[Graph]) -> None:
+        self.store, self.graphs = store, three
+        self.runs: dict[Path, tuple[int, list[str]]] = {}
+        self.released: dict[str, set[str]] = {}
+        self.trained: set[str] = set()
+        self.training: set[Path] = set()
+        self.damaged: set[Path] = set()
+
+    def run(self, which: int, selected: list[str], stop_before: str | None) -> None:
+        composed = self.graphs[which]
+        run = world.start(self.store, composed, selected, stop_before)
+        self.runs[run.folder] = (which, selected)
+        for name in selected:
+            key, trains = composed.nodes[name].key, composed.nodes[name].stage.trains
+            if trains and self.store.sealed(key):
+                self.trained |= {key, world.Checkpoint(key, 1).key}
+            elif trains and name == stop_before:
+                self.training.add(self.store.work(key) / "state" / "checkpoint" / "file")
+            if self.store.sealed(key):
+                self.training.discard(self.store.work(key) / "state" / "checkpoint" / "file")
+
+    def led_to(self) -> set[str]:
+        keys = set()
+        for which, selected in self.runs.values():
+            composed = self.graphs[which]
+            keys |= {composed.nodes[name].key for name in composed.upstream(set(selected))}
+        return keys.union(*self.released.values())
+
+    def collect(self) -> None:
+        before = set(os.listdir(self.store.artifacts)) if self.store.artifacts.exists() else set()
+        gc.move(self.store)
+        after = set(os.listdir(self.store.artifacts)) if before else set()
+        kept = before if self.damaged else before & (self.led_to() | self.trained)
+        assert after == kept, (after - kept, kept - after)
+        assert all(path.exists() for path in self.training), "work checkpoints of unfinished training stay"
+        assert not any(self.store.damage(key) for key in after)
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["run", "run", "only", "retry", "release", "damage", "forget", "gc"]),
+        st.integers(0, 2),
+        st.integers(0, 23),
+        st.integers(0, 30),
+    ),
+    max_size=9,
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=STEPS)
+def test_after_any_history_gc_takes_nothing_that_is_needed(three: list[Graph], steps: list[Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        history = History(Store(Path(folder) / "home"), three)
+        for step, which, place, other in steps:
+            composed = three[which]
+            names = list(composed.nodes)
+            name, known = names[place], sorted(history.runs)
+            if step == "run":
+                history.run(which, composed.select(name, None), names[other])
+            elif step == "only" and all(
+                history.store.sealed(k) for k in composed.materials(composed.nodes[name]).values()
+            ):
+                history.run(which, [name], names[other])
+            elif step == "retry" and known:
+                history.run(*history.runs[known[place % len(known)]], names[other])
+            elif step == "release":
+                selected = composed.select(name, None)
+                if all(history.store.sealed(composed.nodes[n].key) for n in selected):
+                    world.release(history.store, composed, selected)
+                    keys = {composed.nodes[n].key for n in selected}
+                    history.released[composed.recipe.config.name] = keys
+            elif step == "damage" and known:
+                folder_of = known[place % len(known)]
+                (folder_of / "run.json").write_text(DAMAGES[other % len(DAMAGES)])
+                history.damaged.add(folder_of)
+            elif step == "forget" and known:
+                shutil.rmtree(known[place % len(known)])
+                del history.runs[known[place % len(known)]]
+                history.damaged.discard(known[place % len(known)])
+            else:
+                history.collect()
+        history.collect()
+
+
+def test_a_trivial_later_submission_makes_no_run_and_takes_nothing(three: list[Graph], store: Store) -> None:
+    composed = three[0]
+    world.start(store, composed, composed.select("sft", None))
+    before, recipe = sorted(os.listdir(store.artifacts)), str(composed.recipe.path)
+    said = atom(store.home, "submit", recipe, "--cluster", "dev", "--until", "acquire-code").stdout
+    assert "1 stage sealed already: nothing to submit" in said
+    assert "nothing to run" in atom(store.home, "run", recipe, "--until", "acquire-code").stdout
+    assert "nothing to run" in atom(store.home, "retry").stdout
+    assert len(os.listdir(store.logs)) == 1, "no run that does nothing"
+    world.start(store, composed, composed.select("acquire-code", None))  # as an older version of this program made one
+    told = json.loads(atom(store.home, "gc", "--delete", "--json").stdout)
+    assert told["loose"] == [] and sorted(os.listdir(store.artifacts)) == before
+
+
+def test_what_no_run_leads_to_goes_and_comes_back(three: list[Graph], store: Store) -> None:
+    first, second = three[0], three[1]
+    run = world.start(store, first, first.select("export-base", None))
+    world.start(store, second, second.select("export-base", None), "midtrain")
+    only = {first.nodes[name].key for name in first.select("export-base", None)}
+    only -= {second.nodes[name].key for name in second.select("export-base", None)}
+    trained = {key for key in only if key.startswith("pretrain")}
+    gone = {f"artifacts/{key}" for key in only - trained}
+    assert taken(store) == set(), "the run leads to it"
+    assert taken(store, ignored=[run.id]) == gone and len(gone) == 2, "order and export"
+    (key,) = [key for key in only - trained if key.startswith("export")]
+    assert not store.sealed(key)
+    atom(store.home, "gc", "--restore", key)
+    store.open(key).verify()
+    assert "there is no" in atom(store.home, "gc", "--restore", key, code=2).stderr
+
+
+def test_what_was_trained_goes_only_by_its_name(three: list[Graph], store: Store) -> None:
+    composed = three[0]
+    run = world.start(store, composed, composed.select("pretrain", None))
+    world.start(store, composed, composed.select("midtrain", None), "midtrain")
+    shutil.rmtree(run.folder)
+    key, unfinished = composed.nodes["pretrain"].key, composed.nodes["midtrain"].key
+    assert taken(store) == set()
+    assert taken(store, named=[key]) == {f"artifacts/{key}"}
+    assert taken(store, named=[unfinished[:-3]]) == {f"work/{unfinished}"}
+    with pytest.raises(AtomError, match="is not there"):
+        gc.loose(store, named=["pretrain-nothing"])
+    checkpoint = world.Checkpoint(key, 1).key
+    assert store.sealed(checkpoint), "a checkpoint has a name of its own"
+
+
+def test_what_is_at_work_is_not_taken_even_if_it_is_named(three: list[Graph], store: Store) -> None:
+    composed = three[0]
+    run = world.start(store, composed, composed.select("midtrain", None), "midtrain")
+    key = composed.nodes["pretrain"].key
+    lease = Lease.take(store.work(composed.nodes["midtrain"].key))
+    assert lease
+    with pytest.raises(AtomError, match=f"{key} is needed by run {run.id}, which is at work"):
+        gc.loose(store, named=[key])
+    with pytest.raises(AtomError, match="cannot be ignored"):
+        gc.loose(store, ignored=[run.id])
+    lease.release()
+    driver = Lease.take(run.folder / "driver")
+    assert driver
+    with pytest.raises(AtomError, match="which is at work"):
+        gc.loose(store, named=[key])
+    driver.release()
+    assert taken(store, named=[key]) == {f"artifacts/{key}"}
+
+
+def test_left_work_and_code_go(three: list[Graph], store: Store) -> None:
+    composed = three[0]
+    world.start(store, composed, composed.select("tokenizer", None), "tokenizer", code="1" * 16)
+    work = store.work(composed.nodes["items"].key) / "state"
+    work.mkdir(parents=True)
+    for name in ("1" * 16, "2" * 16):
+        (store.home / "code" / name).mkdir(parents=True)
+    assert taken(store) == {
+        f"work/{composed.nodes['items'].key}",
+        f"work/{composed.nodes['tokenizer'].key}/out.1",
+        f"code/{'2' * 16}",
+    }
+
+
+def test_sizes_count_a_file_when_its_last_link_goes(three: list[Graph], store: Store, tmp_path: Path) -> None:
+    composed = three[0]
+    run = world.start(store, composed, composed.select("pretrain", None))
+    key = composed.nodes["pretrain"].key
+    checkpoint = world.Checkpoint(key, 1).key
+    shutil.rmtree(run.folder)
+    size, manifests = (store.artifacts / key / "file").stat().st_size, 0
+    for each in (key, checkpoint):
+        manifests += (store.artifacts / each / "manifest.json").stat().st_size
+        rows = {row.path.name: row.bytes for row in gc.loose(store, named=[each])[0]}
+        assert rows[each] < size, "the other link holds the file"
+    both = [row for row in gc.loose(store, named=[key, checkpoint])[0] if row.path.name in (key, checkpoint)]
+    assert sum(row.bytes for row in both) == size + manifests
+    os.link(store.artifacts / key / "file", tmp_path / "elsewhere")
+    both = [row for row in gc.loose(store, named=[key, checkpoint])[0] if row.path.name in (key, checkpoint)]
+    assert sum(row.bytes for row in both) == manifests
+
+
+def test_the_trash_keeps_for_days_and_then_not(
+    three: list[Graph], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed = three[0]
+    world.start(store, composed, composed.select("items", None))
+    key, day = composed.nodes["items"].key, trash.today()
+    gc.move(store, [key])
+    monkeypatch.setattr(trash, "today", lambda: day + timedelta(days=trash.GRACE_DAYS))
+    assert trash.empty(store) == 0 and len(trash.entries(store)) == 1
+    monkeypatch.setattr(trash, "today", lambda: day + timedelta(days=trash.GRACE_DAYS + 1))
+    assert trash.empty(store) > 0 and not (store.home / "trash" / day.isoformat()).exists()
+
+
+def test_of_two_of_one_name_and_day_both_lie_in_the_trash(three: list[Graph], store: Store) -> None:
+    composed = three[0]
+    for _ in range(2):
+        world.start(store, composed, composed.select("items", None))
+        gc.move(store, [composed.nodes["items"].key])
+    assert [entry.kind for entry in trash.entries(store)] == ["artifacts", "artifacts"]
+    (store.home / "trash" / "notes").mkdir()
+    said = atom(store.home, "gc", "--empty-trash").stderr
+    assert "its name is no date" in said and os.listdir(store.home / "trash") == ["notes"]
+
+
+@pytest.mark.parametrize("file", ["evidence/release.json", "evidence/manifests/items.json"])
+def test_a_damaged_release_keeps_everything(three: list[Graph], store: Store, file: str) -> None:
+    composed = three[0]
+    selected = composed.select("curate", None)
+    run = world.start(store, composed, selected)
+    world.release(store, composed, selected)
+    (store.home / "releases" / "one-0.1.0" / file).write_text("[]")
+    shutil.rmtree(run.folder)
+    said = atom(store.home, "gc")
+    assert file in said.stderr and "is kept" in said.stderr and "artifacts/" not in said.stdout
+
+
+def test_a_statement_that_would_say_what_went_in_keeps_everything(three: list[Graph], store: Store) -> None:
+    composed = three[0]
+    run = world.start(store, composed, composed.select("filter", None))
+    world.start(store, composed, ["curate"])
+    shutil.rmtree(run.folder)
+    assert taken(store) == set(), "the run of one stage leads to what went into it"
+    (statement,) = (store.ledger / composed.nodes["filter"].key).iterdir()
+    statement.write_text("")
+    assert taken(store) == set()
