@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from pipeline import json_files, ledger, registry, trash
@@ -37,7 +37,7 @@ class _Keyed(TypedDict):
 
 
 class _Release(TypedDict):
-    nodes: dict[str, _Keyed]
+    nodes: Annotated[dict[str, _Keyed], Field(min_length=1)]
 
 
 _KEYED: TypeAdapter[Any] = TypeAdapter(_Keyed)
@@ -157,13 +157,16 @@ def _of_runs(store: Store, known: list[Run]) -> Needed:
     todo = list(needed.keys)
     while todo:
         key = todo.pop()
+        statements, damaged = ledger.statements(store.ledger, key)
+        if key in inputs or statements:
+            for error in damaged:
+                json_files.report(error, "this statement is left out")
+        else:
+            lack = Damaged(store.ledger / key, "it holds no statement")
+            needed.doubt(next(iter(damaged), lack), f"what goes into {key} is not known")
         if key not in inputs:
-            statements, damaged = ledger.statements(store.ledger, key)
             inputs[key] = {each for _, body in statements for each in ledger.material_keys(body).values()}
             inputs[key] |= {phase for _, body in statements if (phase := ledger.phase_of(body))}
-            if not statements:
-                lack = Damaged(store.ledger / key, "it holds no statement")
-                needed.doubt(next(iter(damaged), lack), f"what goes into {key} is not known")
         todo += inputs[key] - needed.keys
         needed.keys |= inputs[key]
     return needed
@@ -253,6 +256,10 @@ def _work(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple[Path,
 
 def _artifacts(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple[Path, str]]:
     for key in _names(store.artifacts, KEY):
+        try:
+            store.manifest(key)
+        except Damaged as error:
+            json_files.report(error, "what needs this artifact cannot be run")
         if key in named:
             yield store.artifacts / key, "it was named"
         elif key not in needed.keys and not needed.doubts and not _trained(store, key, needed):

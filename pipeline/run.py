@@ -49,7 +49,7 @@ class Body(TypedDict):
     version: str
     recipe_path: str
     profile: str
-    nodes: list[NodeRow]
+    nodes: Annotated[list[NodeRow], Field(min_length=1)]
     prices: NotRequired[Prices | None]
     cluster: NotRequired[str]
     code: NotRequired[Name]
