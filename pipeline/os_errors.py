@@ -57,9 +57,7 @@ def sentence(error: BaseException, home: Path, names_anywhere: bool = False) -> 
     if not below and not names_anywhere:
         return None
     if cause.errno == errno.ENOENT and below and not home.exists():
-        return (
-            f"{printable(home)} cannot be used (it is not there); have it mounted, or set ATOM_HOME to another folder"
-        )
+        return f"{printable(home)} cannot be used (it is not there); have it mounted, or set ATOM_HOME anew"
     return (
         f"{printable(path)} cannot be used ({os.strerror(cause.errno)}); name a file that you may read, and set "
         "ATOM_HOME to a folder that you may write, with everything in it"

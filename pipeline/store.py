@@ -181,11 +181,22 @@ def write_manifest(folder: Path, key: str) -> Artifact:
     digest = digest_of(rows)
     manifest = {"key": key, "digest": digest, "files": [row.__dict__ for row in rows]}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    _share(folder, (folder / MANIFEST).stat().st_mode & 0o666)
     for row in [*rows, FileRow(MANIFEST, 0, "")]:
         _flush(folder / row.path)
     for root, _, _ in os.walk(folder):
         _flush(Path(root))
     return Artifact(key, digest, folder, tuple(rows))
+
+
+def _share(folder: Path, mode: int) -> None:
+    """Gives every file the permissions that a new one has here, by umask and the folder's defaults: some libraries
+    write files that only their owner may read."""
+    search = (mode & 0o444) >> 2
+    for root, _, names in os.walk(folder):
+        for path, lacking in [(Path(root), mode | search), *((Path(root, name), mode) for name in names)]:
+            if (now := stat.S_IMODE(path.stat().st_mode)) | lacking != now:
+                path.chmod(now | lacking)
 
 
 def _flush(path: Path) -> None:

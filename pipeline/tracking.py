@@ -20,15 +20,34 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
-from pipeline import ledger
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline import json_files, ledger
 from pipeline import run as runs
-from pipeline.events import Tail
+from pipeline.events import POINT, Tail
+from pipeline.json_files import Damaged
 from pipeline.lease import Lease
 from pipeline.run import Run, status
 from pipeline.store import Artifact, Store
 
+
+class _Seen(TypedDict):
+    offset: Annotated[int, Field(ge=0, lt=2**63)]
+    id: NotRequired[str]
+    ended: NotRequired[bool]
+
+
+class _State(TypedDict):
+    nodes: dict[str, _Seen]
+    uri: NotRequired[str]
+    parent: NotRequired[str]
+    experiment: NotRequired[str]
+
+
+STATE: TypeAdapter[Any] = TypeAdapter(_State)
 BATCH = 1000
 SMALL = 1_000_000
 MLFLOW_ENVIRONMENT = {
@@ -62,7 +81,12 @@ class Forwarder:
     def __init__(self, run: Run, store: Store) -> None:
         self.run, self.store = run, store
         self.path = run.folder / "mlflow.json"
-        self.state: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {"nodes": {}}
+        try:
+            self.state: dict[str, Any] = json_files.read(self.path, STATE)
+        except FileNotFoundError:
+            self.state = {"nodes": {}}
+        except Damaged as error:
+            raise Damaged(self.path, error.why, "remove it, and `atom track` sends everything again") from error
 
     def sync(self) -> None:
         """Brings MLflow up to date with the files as they are now."""
@@ -128,7 +152,7 @@ class Forwarder:
     def _metrics(self, client: Any, name: str, seen: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
-        tail = Tail(self.run.node_folder(name) / "metrics.jsonl", seen["offset"])
+        tail = Tail(self.run.node_folder(name) / "metrics.jsonl", seen["offset"], POINT)
         points = [
             Metric(metric, float(value), round(row["time"] * 1000), row["step"])
             for row in tail.read()
@@ -188,7 +212,7 @@ class Background:
     LAST_CHANCE = 60.0
 
     def __init__(self, run: Run, store: Store) -> None:
-        self.forwarder = Forwarder(run, store)
+        self.run, self.store = run, store
         self.problem: str | None = None
         self._outcome: str | None = None
         self._stop = threading.Event()
@@ -198,7 +222,7 @@ class Background:
     def _loop(self) -> None:
         while True:
             last = self._stop.wait(self.EVERY)
-            self.problem = _sent(self.forwarder, (self._outcome or "FAILED") if last else "")
+            self.problem = _sent(self.run, self.store, (self._outcome or "FAILED") if last else "")
             if last:
                 return
 
@@ -275,7 +299,7 @@ def accompany(home: Path, run: str) -> None:
                 (folder / "outcome").write_text(outcome)
         if turn is not None:
             begun.touch()
-            problem = _sent(Forwarder(this, store), _read(folder / "outcome"))
+            problem = _sent(this, store, _read(folder / "outcome"))
             os.replace(begun, sent)  # its time: when the last sending began
         if over and (turn is not None or _later(sent, end)):
             break
@@ -286,9 +310,10 @@ def accompany(home: Path, run: str) -> None:
         print(f"MLflow did not take everything ({problem}); `atom track {run}` sends it later", file=sys.stderr)
 
 
-def _sent(forwarder: Forwarder, outcome: str) -> str | None:
+def _sent(run: Run, store: Store, outcome: str) -> str | None:
     """Sends what there is; what went wrong, in one line, without passwords."""
     try:
+        forwarder = Forwarder(run, store)
         if outcome:
             forwarder.finish(outcome)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,31 @@ def test_work_kept_by_once_is_made_again_when_it_is_damaged(tmp_path: Path) -> N
         path.write_bytes(damage)
         assert once(path, make) == [0.1, 2.0]
     assert len(made) == 5
+
+
+def test_sealed_files_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    out = folder(tmp_path / "out", x="1")
+    (out / "sub").mkdir(mode=0o700)
+    (out / "sub" / "y").write_text("2")
+    for path in (out / "x", out / "sub" / "y"):
+        path.chmod(0o600)
+    before = os.umask(0o002)
+    try:
+        write_manifest(out, "stage-aaaaaaaaaaaa")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()} == {0o664}
+    assert (out / "sub").stat().st_mode & 0o777 == 0o775
+
+
+def test_tensors_are_written_by_the_umask(tmp_path: Path) -> None:
+    import torch
+
+    from stages.train.sealed import save_tensors
+
+    before = os.umask(0o027)
+    try:
+        save_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(1)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,10 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
+        path.touch()
+        mode = path.stat().st_mode  # by umask; the library's own files are for their owner alone
         save_file(plain, path, metadata={"format": "pt"})
+        path.chmod(stat.S_IMODE(mode))
     except (OSError, SafetensorError) as error:
         raise MachineError(f"{path} cannot be written ({error}); make room and run again to go on") from error
 
