@@ -19,9 +19,8 @@ from pydantic import Discriminator, Field, FiniteFloat, Tag, TypeAdapter
 from typing_extensions import TypedDict
 
 from pipeline import json_files
-from pipeline.json_files import Damaged
-
 from pipeline.errors import Failure
+from pipeline.json_files import Damaged
 
 PROGRESS_EVERY = 0.5
 LOG_EVERY = 10.0
