@@ -69,6 +69,7 @@ def seal(store: Store, run: Run, composed: Graph, name: str) -> None:
     report.event("start", stage=name, key=key, pid=1, ranks=1)
     report.progress(1, 2, loss=3.5)
     out = store.work(key) / "out.1"
+    shutil.rmtree(out, ignore_errors=True)  # of an attempt that was killed, as the worker does
     out.mkdir(parents=True)
     (out / "file").write_text(f"{key}\n" * 100)
     if composed.nodes[name].stage.trains:

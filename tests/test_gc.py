@@ -93,7 +93,11 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(steps=STEPS)
 def test_after_any_history_gc_takes_nothing_that_is_needed(three: list[Graph], steps: list[Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
