@@ -15,7 +15,7 @@ from pipeline import ledger
 from pipeline.errors import CheckFailed
 from pipeline.ledger import BUILD_TYPE, PREDICATE, STATEMENT
 from pipeline.store import Artifact, FileRow, digest_of, sha256_file
-from release import attest, costs, facts, merkle, training
+from release import attest, costs, facts, formats, merkle, training
 from release.cards import croissant, plot, render, results
 from release.layout import CANARY, FORMAT, GATES, GATES_STATED, ORIGINS, RELEASE, ROOTS, files_below, model_folders
 
@@ -42,26 +42,18 @@ def there(folder: Path, path: str) -> Path:
     return folder / path
 
 
-PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"})
-"""Names of files that hold pickles, or that loaders unpickle."""
-
-
-def formats(folder: Path, paths: Iterable[str], archive: bool) -> list[str]:
-    """No file is a pickle or an archive of some, by its name or first bytes, and no model brings code of its own.
-
-    archive: whether `code/` is the source that a release is made by, which only a release and its evidence hold.
-    """
+def chat_templates(models: Iterable[Path]) -> list[str]:
+    """Every chat template of a model renders a conversation."""
     wrong = []
-    for path in paths:
-        with open(folder / path, "rb") as file:
-            start = file.read(4)
-        if path.endswith(".py") and not (archive and path.startswith("code/")):
-            wrong.append(f"{path} is code beside data or weights, which a loader might run; a release holds none")
-        if Path(path).name in ("config.json", "tokenizer_config.json") and b"auto_map" in (folder / path).read_bytes():
-            wrong.append(f"{path} names code to load a model with (auto_map); a release needs none")
-        pickled = start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5")
-        if Path(path).suffix.lower() in PICKLES or pickled or start == b"PK\3\4":
-            wrong.append(f"{path} is, or may be, a pickle, which runs code when it is loaded; a release holds none")
+    for model in models:
+        for where, template in formats.templates(model).items():
+            try:
+                formats.render(template)
+            except MemoryError:
+                raise
+            except Exception as error:  # whatever a template does
+                said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                wrong.append(f"{model.name}/{where} renders no conversation: {said}")
     return wrong
 
 

@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.store import sha256_file
+from pipeline.errors import CheckFailed
+from release.tree import Tree
+from release.untrusted import open_regular
 
 
 class Digests:
-    """Called with a path, the digest of that file: known already, or found now and then known."""
+    """Called with a path, the digest of that file: known already, or computed now and then known.
 
-    def __init__(self, folder: Path, paths: Iterable[str] = ()) -> None:
-        """paths: relative to the folder; their digests are found at once, the largest file first."""
-        present = [folder / path for path in paths]
-        present.sort(key=lambda path: -path.stat().st_size)
+    Nothing but the files of the tree is read, and of those no more than they had when they were listed.
+    """
+
+    def __init__(self, folder: Path, tree: Tree, paths: Set[str] = frozenset()) -> None:
+        """paths: relative to the folder; their digests are computed at once, the largest file first."""
+        self.folder, self.tree = folder, tree
+        present = sorted(paths & tree.files.keys(), key=lambda path: -tree.files[path].st_size)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run meanwhile
-            self.known = dict(zip(present, pool.map(sha256_file, present), strict=True))
+            digests = pool.map(self._digest, present)
+            self.known = dict(zip((folder / path for path in present), digests, strict=True))
 
     def __call__(self, path: Path) -> str:
         if path not in self.known:
-            self.known[path] = sha256_file(path)
+            self.known[path] = self._digest(path.relative_to(self.folder).as_posix())
         return self.known[path]
+
+    def _digest(self, path: str) -> str:
+        """No digest, "", of what is not to be read, or changes meanwhile."""
+        status = self.tree.files.get(path)
+        if status is None:
+            return ""
+        digest, left = hashlib.sha256(), status.st_size
+        try:
+            with open_regular(self.folder / path, follow=True) as file:
+                while chunk := file.read(min(1 << 20, left + 1)):
+                    digest.update(chunk)
+                    left -= len(chunk)
+                    if left < 0:
+                        return ""
+        except (OSError, CheckFailed):
+            return ""
+        return digest.hexdigest()

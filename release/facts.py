@@ -7,20 +7,17 @@ same functions on a stranger's copy and compares with what the cards say.
 from __future__ import annotations
 
 import json
-import struct
 import uuid
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import CheckFailed
 from release import training
 from release.layout import when
+from release.untrusted import tensor_header
 
 Facts = dict[str, Any]
-HEADER_BYTES = 100_000_000
-"""The most that the header of a safetensors file may have, by the format's own library."""
 CONTAMINATION = "evaluation/contamination/report.json"
 
 
@@ -174,13 +171,8 @@ def scores_of(folder: Path) -> Facts:
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """{tensor: shape} from the header of a safetensors file, without reading the tensors."""
-    with open(path, "rb") as f:
-        (length,) = struct.unpack("<Q", f.read(8))
-        if length > min(path.stat().st_size, HEADER_BYTES):
-            raise CheckFailed(f"{path.name} says that its header has {length} bytes, which no model's has")
-        header = json.loads(f.read(length))
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    """{tensor: shape} from the header of a safetensors file, without reading the tensors. Raises CheckFailed."""
+    return {name: entry["shape"] for name, entry in tensor_header(path, follow=True).items()}
 
 
 def model_facts(model: Path) -> Facts:

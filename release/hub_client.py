@@ -10,15 +10,25 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from pipeline.errors import AtomError
+from release import hub_limits
+from release.hub_limits import PUBLIC_HUB, HubLimit
+from release.untrusted import printable
 
-PUBLIC_HUB = "https://huggingface.co"
 BUSY = (429, 500, 502, 503, 504)
 """Answers after which the same is asked again."""
 ATTEMPTS = 6
+UNREACHABLE_ATTEMPTS = 3
+"""Where no answer comes at all."""
 MOST_SECONDS = 60.0
+LISTED = 1_000_000
+"""Files, branches or commits that a Hub may list."""
+ODD = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
+"""What the client raises where JSON is of another shape than a Hub's, and so do we where we read what it returns."""
 
 
 def endpoint() -> str:
@@ -43,12 +53,26 @@ def load() -> Any:
         disable_progress_bars()
     if plain:
         constants.HF_HUB_DISABLE_XET = True
+    _limit_client(huggingface_hub)
     return huggingface_hub
 
 
+@lru_cache(maxsize=1)
+def _limit_client(hub: Any) -> None:
+    """Every client that the module makes from now on keeps to our limits."""
+    from huggingface_hub.utils import _http
+
+    hub.set_client_factory(lambda: hub_limits.install(_http.default_client_factory(), endpoint()))
+
+
+def _http() -> Any:
+    """huggingface_hub 2 stands on httpx2, version 1 on httpx."""
+    return importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
+
+
 class Patient:
-    """The client's calls, each asked again where the Hub says that it is busy: the client itself does so for uploads
-    only. Every call that is made here may be made twice."""
+    """The client's calls, each asked again where the Hub says that it is busy or does not answer: the client itself
+    does so for uploads only. Every call that is made here may be made twice."""
 
     def __init__(self, client: Any) -> None:
         self.client = client
@@ -57,14 +81,22 @@ class Patient:
         call = getattr(self.client, name)
 
         def patient(*arguments: Any, **options: Any) -> Any:
+            errors, transport = load().errors, _http().TransportError
             for attempt in range(ATTEMPTS):
+                hub_limits.begin_call(again=attempt > 0)
                 try:
-                    found = call(*arguments, **options)
-                    return list(found) if inspect.isgenerator(found) else found  # which asks when it is read
-                except (load().errors.HfHubHTTPError, load().errors.LocalEntryNotFoundError) as error:
+                    answer = call(*arguments, **options)
+                    if not inspect.isgenerator(answer):
+                        return answer
+                    rows = list(islice(answer, LISTED + 1))  # which asks when it is read
+                    if len(rows) > LISTED:
+                        raise HubLimit(f"lists more than {LISTED} entries")
+                    return rows
+                except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, transport) as error:
                     # a download that was answered by an error says that nothing is here, and why
-                    why = error.__cause__ if isinstance(error, load().errors.LocalEntryNotFoundError) else error
-                    if _status(why) not in BUSY or attempt == ATTEMPTS - 1:
+                    why = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+                    last = UNREACHABLE_ATTEMPTS if isinstance(why, transport) else ATTEMPTS
+                    if not (isinstance(why, transport) or _status(why) in BUSY) or attempt >= last - 1:
                         raise
                     time.sleep(_wait(why, attempt))
                 except json.JSONDecodeError:  # of a server's failure; the client reads some answers before their status
@@ -78,7 +110,8 @@ class Patient:
 
 def _wait(error: Any, attempt: int) -> float:
     """Seconds: what the Hub asks for, or 1, 2, 4, … ; a minute at most."""
-    asked = str(error.response.headers.get("Retry-After", ""))
+    response = getattr(error, "response", None)
+    asked = str(response.headers.get("Retry-After", "")) if response is not None else ""
     return min(float(asked) if asked.isdigit() else 2.0**attempt, MOST_SECONDS)
 
 
@@ -90,11 +123,11 @@ def api() -> Any:
 @contextmanager
 def plainly(what: str) -> Iterator[None]:
     """Turns the client's failures while doing `what` into one AtomError."""
-    errors = load().errors
-    # huggingface_hub 2 stands on httpx2, version 1 on httpx
-    http: Any = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
+    errors, http = load().errors, _http()
     try:
         yield
+    except HubLimit as error:
+        raise AtomError(f"{what}: {endpoint()} {printable(str(error))}") from None
     except errors.RepositoryNotFoundError as error:
         status = _status(error)
         if status == 401 and os.environ.get("HF_TOKEN"):
@@ -107,16 +140,18 @@ def plainly(what: str) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         raise AtomError(f"{what}: the repository has no such revision") from None
     except errors.HfHubHTTPError as error:
-        status, said = _status(error), str(getattr(error, "server_message", None) or error).splitlines()[0]
+        status, message = _status(error), _first_line(getattr(error, "server_message", None) or error)
         if status == 401:
             raise AtomError(
                 f"{what}: {endpoint()} refuses the token; set HF_TOKEN to a valid one with write access"
             ) from None
         if status == 403:
-            raise AtomError(f"{what}: the token may not write there ({said}); use a namespace that is yours") from None
-        raise AtomError(f"{what}: {endpoint()} answers {status}: {said}") from None
+            raise AtomError(
+                f"{what}: the token may not write there ({message}); use a namespace that is yours"
+            ) from None
+        raise AtomError(f"{what}: {endpoint()} answers {status}: {message}") from None
     except errors.LocalEntryNotFoundError as error:
-        raise AtomError(f"{what}: {endpoint()} cannot be read: {str(error).splitlines()[0]}; try again") from None
+        raise AtomError(f"{what}: {endpoint()} cannot be read: {_first_line(error)}; try again") from None
     except json.JSONDecodeError:
         raise AtomError(
             f"{what}: {endpoint()} answers what no Hub does, perhaps a proxy before it; try again"
@@ -124,9 +159,29 @@ def plainly(what: str) -> Iterator[None]:
     except errors.LocalTokenNotFoundError:
         raise AtomError(f"{what}: no token; set HF_TOKEN to one with write access") from None
     except errors.HFValidationError as error:
-        raise AtomError(f"{what}: {str(error).splitlines()[0]}") from None
-    except (http.TransportError, ConnectionError, errors.OfflineModeIsEnabled) as error:
+        raise AtomError(f"{what}: {_first_line(error)}") from None
+    except http.TimeoutException:
+        raise AtomError(f"{what}: {endpoint()} does not answer; try again later, or check HF_ENDPOINT") from None
+    except http.TooManyRedirects:
+        raise AtomError(f"{what}: {endpoint()} sends us in circles; check HF_ENDPOINT") from None
+    except http.RemoteProtocolError as error:
+        raise AtomError(f"{what}: {endpoint()} breaks off or garbles its answer: {_first_line(error)}") from None
+    except (http.HTTPError, http.InvalidURL, ConnectionError, errors.OfflineModeIsEnabled) as error:
         raise AtomError(f"{what}: {endpoint()} cannot be reached ({type(error).__name__}); check HF_ENDPOINT") from None
+    except ODD as error:
+        raise AtomError(
+            f"{what}: {endpoint()} answers what no Hub does ({type(error).__name__}: {_first_line(error)}); "
+            "check HF_ENDPOINT"
+        ) from None
+    except OSError as error:
+        if error.errno is not None:  # the disk's
+            raise
+        raise AtomError(f"{what}: {endpoint()} sends other bytes than it announced: {_first_line(error)}") from None
+
+
+def _first_line(error: object) -> str:
+    """What an error or a server says, in one line that is safe to print."""
+    return printable((str(error).splitlines() or [""])[0])
 
 
 def _status(error: Any) -> int | None:

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import CheckFailed
 from pipeline.store import sha256_file
+from release.tree import is_foreign_link, walk
+from release.untrusted import read
 
 SUMS = "SHA256SUMS"
 ALL_SUMS = f"evidence/{SUMS}"
@@ -47,7 +50,8 @@ ORDER = (
 WITHOUT_ORDER = ("rlvr", "rlhf", "reward", "online")
 """Phases that draw what they learn from; what they replay has an order, and only that."""
 LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
-CACHED = re.compile(r"(models|datasets)--.+")
+SUMS_BYTES = 32 << 20
+"""The most that a checksum file may have: some 300,000 files."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,8 @@ def repositories(release: Path) -> list[Repository]:
 def files_below(folder: Path) -> list[str]:
     """Every file below a folder as sorted POSIX paths, without signatures and their keys where they belong, and without
     what a Hub and its client add to a repository."""
-    paths = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() or p.is_symlink())
+    entries = ((path, status) for path, status in walk(folder) if not isinstance(status, OSError))
+    paths = (path for path, status in entries if stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode))
     whole = (folder / RELEASE).is_file() and (folder / "checkpoints").is_dir()
     places = repositories(folder) if whole else [Repository("", "", "")]
     signed = {f"{place.folder}/{name}".lstrip("/") for place in places for name in (SIGNATURE, PUBLIC_KEY)}
@@ -142,9 +147,9 @@ def read_sums(path: Path, name: str) -> dict[str, str]:
     rows: dict[str, str] = {}
     last = ""
     try:
-        text = path.read_bytes().decode()
-    except FileNotFoundError:
-        raise CheckFailed(f"{name} is missing") from None
+        if not os.path.lexists(path):
+            raise CheckFailed(f"{name} is missing")
+        text = read(path, SUMS_BYTES, follow=not is_foreign_link(path.parent, path.name)).decode()
     except UnicodeDecodeError:
         raise CheckFailed(f"{name} is altered: it is not UTF-8 text") from None
     for number, line in enumerate(text.split("\n")[:-1], 1):
@@ -174,14 +179,3 @@ def compare(
         elif digest(folder / path) != sums[path]:
             wrong.append(f"{path} is altered: it is not the file that {name} lists")
     return wrong
-
-
-def is_foreign_link(folder: Path, path: str) -> bool:
-    """Whether a path is a link that is none of the Hub client's cache: from `<repository>/snapshots/<commit>` into its
-    `blobs`."""
-    if not (folder / path).is_symlink():
-        return False
-    snapshot, target = folder.resolve(), Path(os.path.realpath(folder / path))
-    repository = snapshot.parent.parent
-    inside = snapshot.parent.name == "snapshots" and target.parent == repository / "blobs"
-    return not (inside and CACHED.fullmatch(repository.name) is not None and target.is_file())

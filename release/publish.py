@@ -12,13 +12,13 @@ memory: a second run sends only what differs, so an interrupted publication is f
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import AtomError, CheckFailed
+from release import scratch
 from release.hub_client import api, endpoint, plainly
 from release.layout import PUBLIC_KEY, RELEASE, SIGNATURE, Repository, repositories
 from release.pull import pull
@@ -108,8 +108,8 @@ def _publishable(about: dict[str, Any], namespace: str, public: bool, acknowledg
 
 def _pull_back(release: Path, places: list[Repository], report: PublishReport, progress: Progress) -> None:
     """Downloads every repository at the commit just made, into the shape of the release, and verifies that."""
-    with tempfile.TemporaryDirectory(prefix="atom-publish-") as temporary:
-        copy = Path(temporary) / release.name
+    with scratch.folder() as temporary:
+        copy = temporary / release.name
         for place, done in sorted(zip(places, report.repositories, strict=True), key=lambda pair: pair[0].folder):
             progress(f"pulling back {done.repo}@{done.revision}")
             pull(done.repo, done.kind, done.commit, copy / place.folder)

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
-from pipeline.errors import AtomError
+from pipeline.errors import AtomError, CheckFailed
+from release import hub_limits
 from release.hub_client import api, endpoint, plainly
+from release.untrusted import printable
 
 
 def pull(repo: str, kind: str, revision: str, target: Path) -> Path:
-    """One revision of one repository, below `target`."""
+    """One revision of one repository, below `target`.
+
+    Raises AtomError if the Hub does not give it or the disk has no room for it, CheckFailed if it holds files that no
+    release holds, which could lie anywhere on this disk.
+    """
     with plainly(f"pulling {repo}@{revision}"):
-        api().snapshot_download(repo, repo_type=kind, revision=revision, local_dir=target)
+        client = api()
+        info = client.repo_info(repo, repo_type=kind, revision=revision)
+        commit, names = str(info.sha), [str(row.rfilename) for row in info.siblings or ()]
+        if odd := [name for name in names if _is_odd(name)]:
+            raise CheckFailed(f"{repo}@{revision} holds {printable(odd[0])}, where no file of a release is")
+        entries = client.list_repo_tree(repo, recursive=True, revision=commit, repo_type=kind)
+        size = sum(int(entry.size) for entry in entries if hasattr(entry, "blob_id"))
+        target.mkdir(parents=True, exist_ok=True)
+        if size > (free := shutil.disk_usage(target).free):
+            raise AtomError(f"{repo}@{revision} has {size} bytes, and {target} has room for {free}; set TMPDIR")
+        with hub_limits.transfer(size):
+            client.snapshot_download(repo, repo_type=kind, revision=commit, local_dir=target)
     return target
+
+
+def _is_odd(name: str) -> bool:
+    """Whether a name leads elsewhere, or into what the client keeps for itself."""
+    parts = name.split("/")
+    return not name.isprintable() or "\\" in name or any(part in ("", ".", "..", ".cache", ".git") for part in parts)
 
 
 def pull_named(name: str, target: Path) -> Path:
@@ -24,6 +48,7 @@ def pull_named(name: str, target: Path) -> Path:
     revision = revision or "main"
     for kind in ("model", "dataset"):
         with plainly(f"looking for {repo} at {endpoint()}"):
-            if api().repo_exists(repo, repo_type=kind):
-                return pull(repo, kind, revision, target)
+            exists = api().repo_exists(repo, repo_type=kind)
+        if exists:
+            return pull(repo, kind, revision, target)
     raise AtomError(f"{repo} is neither a folder here nor a repository at {endpoint()} that HF_TOKEN may read")

@@ -30,6 +30,12 @@ FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 HOW_TO = "make one: openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
 
 
+def load_libraries() -> None:
+    """Imports once what verifying needs."""
+    from model_signing._signing import sign_certificate, sign_ec_key, sign_sigstore_pb, signing  # noqa: F401
+    from sigstore import dsse  # noqa: F401
+
+
 def make_key(path: Path) -> None:
     """A new private key on P-256 as PEM, which nobody but its owner may read. Raises FileExistsError."""
     from cryptography.hazmat.primitives import serialization

@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import AtomError, CheckFailed
 from pipeline.store import sha256_file
+from release import hub_limits
 from release.hub_client import api, endpoint, load, plainly
 from release.layout import PUBLIC_KEY, SIGNATURE, SUMS, Repository, files_of
 
@@ -186,7 +187,8 @@ def _commit(folder: Path, repo: str, kind: str, branch: str, what: Difference, m
     hub = load()
     operations = [hub.CommitOperationAdd(path, folder / path) for path in what.missing]
     operations += [hub.CommitOperationDelete(path) for path in what.surplus]
-    with plainly(f"uploading to {repo}@{branch}"):
+    size = sum((folder / path).stat().st_size for path in what.missing)
+    with plainly(f"uploading to {repo}@{branch}"), hub_limits.transfer(size):
         made = api().create_commit(repo, operations, commit_message=message, repo_type=kind, revision=branch)
     journal.write("create_commit", repo=repo, kind=kind, branch=branch, commit=made.oid, files=what.missing)
 

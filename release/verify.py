@@ -7,22 +7,18 @@ reads every tensor and document and recomputes what can be recomputed from them.
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import AtomError, CheckFailed
-from release import checks
+from release import checks, formats, listing, scratch, sign, untrusted
+from release.check_runner import CheckRunner, ask
 from release.digests import Digests
 from release.layout import (
     ALL_SUMS,
     FORMAT,
     ORIGINS,
-    PARTS,
     PUBLIC_KEY,
     RELEASE,
     SIGNATURE,
@@ -31,58 +27,20 @@ from release.layout import (
     compare,
     files_below,
     files_of,
-    is_foreign_link,
     model_folders,
     read_sums,
     repositories,
 )
+from release.listing import kind_of, missing_parts
 from release.sign import Asked
+from release.tree import scan
 from release.trust import ANYONE, Trust
+from release.untrusted import printable
+from release.verdict import Check, Verdict, Wrong, answer
 
-SCHEMA = 1
-SIGNS = (
-    "evidence", "code/as-run", "dispositions.parquet", "parity.json", "checkpoints/index.json",
-    *(f"{part}/{SUMS}" for part in PARTS),
-)  # fmt: skip
-Wrong = list[str]
+__all__ = ["Check", "Trust", "Verdict", "kind_of", "verify"]
 
-
-@dataclass(frozen=True)
-class Check:
-    """One question and its answer; `wrong` names every file or number at fault. `ok` is None if it was not asked."""
-
-    name: str
-    ok: bool | None
-    detail: str
-    wrong: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Verdict:
-    """All checks of one subject. kind: release, evidence, dataset, model, checkpoint or repository."""
-
-    subject: str
-    kind: str
-    deep: bool
-    checks: list[Check] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        return all(check.ok is not False for check in self.checks)
-
-    def to_json(self) -> dict[str, Any]:
-        """{schema, subject, kind, deep, ok, checks: [{name, ok, detail, wrong}]}; fields are only ever added."""
-        body = {"schema": SCHEMA, "subject": self.subject, "kind": self.kind, "deep": self.deep, "ok": self.ok}
-        return {**body, "checks": [asdict(check) for check in self.checks]}
-
-    def require(self) -> None:
-        """Raises CheckFailed with the first thing that is wrong."""
-        found = [
-            (check.name, text) for check in self.checks if check.ok is False for text in check.wrong or [check.detail]
-        ]
-        if found:
-            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            raise CheckFailed(f"{self.subject}: {found[0][1]} [{found[0][0]}]{more}")
+FORMATS_HOLD = "no pickle, no program, and no code beside weights or data"
 
 
 def verify(
@@ -99,96 +57,70 @@ def verify(
     path = Path(subject)
     if path.exists():
         if not path.is_dir():
-            raise AtomError(f"{path} is a file; give the folder of a release or of a pulled repository")
+            raise AtomError(f"{printable(str(path))} is a file; give the folder of a release or of a pulled repository")
         return _verify_folder(path, str(subject), deep, progress, asked)
     if str(subject).split("@")[0].count("/") != 1 or str(subject).startswith((".", "/")):
-        raise AtomError(f"there is no folder {subject}; a repository on the Hub is written namespace/name[@revision]")
+        named = printable(str(subject))
+        raise AtomError(f"there is no folder {named}; a repository on the Hub is written namespace/name[@revision]")
     from release.pull import pull_named
 
-    with tempfile.TemporaryDirectory(prefix="atom-verify-") as folder:
+    with scratch.folder() as folder:
         progress(f"downloading {subject}")
-        return _verify_folder(pull_named(str(subject), Path(folder)), str(subject), deep, progress, asked)
-
-
-def kind_of(folder: Path) -> str:
-    """What a folder is, by the files that only it has."""
-    marks = {
-        "dispositions.parquet": "dataset",
-        "config.json": "model",
-        "state.json": "checkpoint",
-        "index.json": "repository",  # the main branch of checkpoints
-    }
-    if kind := next((kind for mark, kind in marks.items() if (folder / mark).exists()), None):
-        return kind
-    if (folder / "evidence").is_dir() or (folder / "code").is_dir():
-        return "release" if any((folder / part).exists() for part in PARTS) else "evidence"
-    return "repository"
-
-
-def shows_release(folder: Path) -> bool:
-    """Whether a folder is, or once was, of a release: then a missing checksum file is a finding, not a wrong name."""
-    if os.path.lexists(folder / SUMS) or any((folder / mark).exists() for mark in SIGNS):
-        return True
-    if (folder / "state.json").exists() and any(folder.glob("*.safetensors")):
-        return True
-    try:
-        rows = json.loads((folder / "index.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(rows, list) and any(isinstance(row, dict) and {"branch", "state"} <= row.keys() for row in rows)
+        return _verify_folder(pull_named(str(subject), folder), str(subject), deep, progress, asked)
 
 
 def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[str], None], asked: Asked) -> Verdict:
-    if not shows_release(folder):
+    if not listing.shows_release(folder):
         raise AtomError(
-            f"{subject} is neither a release nor a repository of one: it has no {SUMS}; "
+            f"{printable(subject)} is neither a release nor a repository of one: it has no {SUMS}; "
             "give the folder that `atom build` made, or a repository that `atom publish` made"
         )
     kind = kind_of(folder)
     _require_known(folder)
     verdict = Verdict(subject, kind, deep)
-    progress(f"hashing every file of {subject}")
-    digests = Digests(folder, (path for path in files_below(folder) if not is_foreign_link(folder, path)))
+    progress(f"listing the files of {verdict.subject}")
+    tree = scan(folder, listing.count_lines(folder))
+    verdict.checks.append(listing.check(folder, kind, tree))
+    if tree.overflow:
+        return verdict
+    progress(f"hashing every file of {verdict.subject}")
+    digests = Digests(folder, tree, listing.listed_files(folder))
     verdict.checks += _byte_checks(folder, kind, digests)
-    verdict.checks.append(_signatures(folder, kind, digests, asked))
-    present = (path for path in files_below(folder) if not is_foreign_link(folder, path))
-    bad = checks.formats(folder, present, archive=kind in ("release", "evidence"))
+    runner = CheckRunner(folder, tree, deep)
+    if any(path.endswith(SIGNATURE) for path in tree.files):
+        sign.load_libraries()
+    verdict.checks.append(runner.run("signatures", lambda: _signatures(folder, kind, digests, asked)))
+    archive = kind in ("release", "evidence")
     verdict.checks.append(
-        Check("formats", not bad, bad[0] if bad else "no pickle, and no code beside weights or data", bad)
+        runner.run("formats", lambda: answer("formats", formats.formats(folder, tree.files, archive), FORMATS_HOLD))
     )
     bytes_hold = verdict.ok
-    for name, question, only_deep in _questions(folder, kind, digests):
+    if bytes_hold:
+        verdict.checks += runner.check_tables()
+    for name, question, only_deep in _questions(folder, kind, digests, runner):
         if only_deep and not deep:
             continue
         if not bytes_hold:
             verdict.checks.append(Check(name, None, "not asked, since the bytes are not what was published"))
             continue
         progress(name.replace("_", " "))
-        try:
-            wrong = question()
-        except ImportError as error:
-            lacks = f"not asked, since it needs {error.name or error}; install atom-release[train]"
-            verdict.checks.append(Check(name, None, lacks))
-            continue
-        except CheckFailed as error:
-            wrong = [str(error)]
-        except checks.Absent as error:
-            verdict.checks.append(Check(name, None, str(error)))
-            continue
-        except Exception as error:  # anyone can write checksums: a file that is not what it should be is a finding
-            wrong = [f"cannot be checked: {type(error).__name__}: {' '.join(str(error).split())}"]
-        verdict.checks.append(Check(name, not wrong, wrong[0] if wrong else "holds", wrong))
+        if name == "reload_in_transformers":  # has a process of its own
+            verdict.checks.append(ask(name, question))
+        else:
+            verdict.checks.append(runner.run(name, partial(ask, name, question)))
     return verdict
 
 
 def _require_known(folder: Path) -> None:
     """Raises AtomError for a release of a later format than this program knows."""
     try:
-        number = json.loads((folder / RELEASE).read_bytes())["format"]
-    except (OSError, ValueError, KeyError, TypeError):
+        number = untrusted.read_json(folder / RELEASE, listing.SMALL_JSON)["format"]
+    except (CheckFailed, KeyError, TypeError):
         return  # a repository without it, or a damaged one, which the checksums tell
     if isinstance(number, int) and number > FORMAT:
-        raise AtomError(f"{folder} has the format {number}, and this atom knows {FORMAT} at most; use a later one")
+        raise AtomError(
+            f"{printable(str(folder))} has the format {number}, and this atom knows {FORMAT} at most; use a later one"
+        )
 
 
 def _byte_checks(folder: Path, kind: str, digests: Digests) -> Iterator[Check]:
@@ -198,8 +130,8 @@ def _byte_checks(folder: Path, kind: str, digests: Digests) -> Iterator[Check]:
         if kind == "evidence":
             yield _agree(folder)
         return
-    if missing := [part for part in PARTS if not (folder / part).is_dir()]:
-        yield Check("release_complete", False, f"{missing[0]} is missing", [f"{name} is missing" for name in missing])
+    if missing := missing_parts(folder, kind):
+        yield answer("release_complete", missing)
         return
     yield _sums(folder, ALL_SUMS, folder, [p for p in files_below(folder) if p not in (SUMS, ALL_SUMS)], digests)
     for place in repositories(folder):
@@ -223,12 +155,10 @@ def _sums(folder: Path, name: str, base: Path, present: list[str], digests: Dige
 
 def _signatures(folder: Path, kind: str, digests: Digests, asked: Asked) -> Check:
     """All repositories are signed, by one key or identity, and by that which is trusted; or none is signed."""
-    from release import sign
-
     name = "signatures"
     places = [Repository("", "", "")]
     if kind == "release":
-        if any(not (folder / part).is_dir() for part in PARTS):
+        if missing_parts(folder, kind):
             return Check(name, None, "not asked, since parts of the release are missing")
         places = repositories(folder)
     wrong: Wrong = []
@@ -273,7 +203,9 @@ def _agree(folder: Path) -> Check:
     return Check("checksums agree", not wrong, wrong[0] if wrong else "the two lists agree", wrong)
 
 
-def _questions(folder: Path, kind: str, digests: Digests) -> Iterator[tuple[str, Callable[[], Wrong], bool]]:
+def _questions(
+    folder: Path, kind: str, digests: Digests, runner: CheckRunner
+) -> Iterator[tuple[str, Callable[[], Wrong], bool]]:
     """(name, question, only if deep) for this kind of folder."""
     from release import deep_checks
 
@@ -307,18 +239,20 @@ def _questions(folder: Path, kind: str, digests: Digests) -> Iterator[tuple[str,
         yield "weights", lambda: deep_checks.weights(folder), True
     if whole or kind == "model":
         models = [folder / name for name in model_folders(folder)] if whole else [folder]
-        yield "reload_in_transformers", lambda: deep_checks.reload(models), True
+        yield "chat_templates", lambda: checks.chat_templates(models), False
+        if not runner.spent:  # what loads a model renders its templates
+            yield "reload_in_transformers", lambda: deep_checks.reload(models), True
 
 
 def _all_explained(folder: Path) -> Wrong:
     from release.assemble import unexplained
 
-    origins = json.loads((folder / ORIGINS).read_text())
+    origins = untrusted.read_json(folder / ORIGINS)
     return [f"{path} has no origin" for path in unexplained(folder, origins, files_below(folder))]
 
 
 def _gates(folder: Path) -> Wrong:
-    gates = json.loads((folder / "evidence/gates.json").read_text())
+    gates = untrusted.read_json(folder / "evidence/gates.json")
     return [
         f"evidence/gates.json: gate {name} failed: {gate['detail']}"
         for name, gate in sorted(gates.items())

@@ -1,0 +1,88 @@
+"""The room that the checks of one release have: processor time and memory, which grow with what the release lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.errors import CheckFailed
+from release import checks, confine, table_sizes
+from release.confine import Budget
+from release.layout import SIGNATURE
+from release.tree import Tree
+from release.verdict import Check, Wrong, answer
+
+SECONDS, MEMORY = 5.0, 256 << 20
+"""What all checks of a small release may take together, beyond hashing: processor time, and bytes of memory."""
+ROW_SECONDS, BYTE_SECONDS, TENSOR_SECONDS = 1e-4, 1e-6, 2e-8
+"""What is added for each row of tables, each byte of JSON, and each byte of weights if they are read, too."""
+
+
+def ask(name: str, question: Callable[[], Wrong]) -> Check:
+    """The answer to a question about files that may hold anything."""
+    try:
+        return answer(name, question())
+    except ImportError as error:
+        return Check(name, None, f"not asked, since it needs {error.name or error}; install atom-release[train]")
+    except CheckFailed as error:
+        return answer(name, [str(error)])
+    except checks.Absent as error:
+        return Check(name, None, str(error))
+    except MemoryError:
+        raise
+    except Exception as error:  # anyone can write checksums: a file that is not what it should be is a finding
+        return answer(name, [f"cannot be checked: {type(error).__name__}: {' '.join(str(error).split())}"])
+
+
+def load_libraries() -> None:
+    """Imports once what checks need, so that not every process of theirs does."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    import stages.evaluate
+    import stages.prefer
+    import stages.solve  # noqa: F401
+
+    pa.table({"column": [1]}).to_pylist()  # looks for pandas
+
+
+class CheckRunner:
+    """What all checks together may take, each in a process of its own. Once a check took more, none is asked."""
+
+    def __init__(self, folder: Path, tree: Tree, deep: bool) -> None:
+        self.folder, self.tree, self.deep = folder, tree, deep
+        texts = sum(s.st_size for p, s in tree.files.items() if p.endswith((".json", ".jsonl", SIGNATURE)))
+        weights = [s.st_size for p, s in tree.files.items() if p.endswith(".safetensors") and deep]
+        self.memory = MEMORY + 20 * texts + 3 * max(weights, default=0)
+        self.seconds = SECONDS + BYTE_SECONDS * texts + TENSOR_SECONDS * sum(weights)
+        self.spent = ""
+
+    def run(self, name: str, question: Callable[[], Check]) -> Check:
+        if self.spent:
+            return Check(name, None, f"not asked, since {self.spent} took all the time there is")
+        try:
+            body, took = confine.run(lambda: asdict(question()), Budget(self.memory, self.seconds))
+        except CheckFailed as error:
+            self.spent = name
+            return answer(name, [f"cannot be checked: it {error}"])
+        self.seconds = max(1.0, self.seconds - took)
+        return Check(**body)
+
+    def check_tables(self) -> Iterator[Check]:
+        """Whether tables are as large as their bytes can be; makes room for them."""
+        paths = sorted(path for path in self.tree.files if path.endswith(".parquet"))
+        if not paths or self.spent:
+            return
+        load_libraries()
+        try:
+            body, took = confine.run(lambda: table_sizes.sizes(self.folder, paths), Budget(self.memory, self.seconds))
+        except CheckFailed as error:
+            self.spent = "tables"
+            yield answer("tables", [f"cannot be checked: it {error}"])
+            return
+        self.memory += 2 * body["memory"]
+        self.seconds += ROW_SECONDS * body["rows"] - took
+        yield answer("tables", body["wrong"], f"{len(paths)} tables, {body['rows']} rows")
+        if body["wrong"]:
+            self.spent = "reading the tables"

@@ -1,0 +1,40 @@
+"""What Parquet files grow to when they are read, by their footers, before anything of them is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROW_BYTES, VALUE_BYTES = 300, 100
+"""Of a row as Python's objects, and of each value in it: measured on tables of text and numbers."""
+GROWTH = 1000
+"""The most that a table may grow by. Orders, the densest that are published, grow by 200 to 300."""
+SMALL = 32 << 20
+"""A table may grow to this size in any case."""
+
+
+def sizes(folder: Path, paths: Iterable[str]) -> dict[str, Any]:
+    """{wrong: sentences, memory: bytes that reading them all takes, rows: of all}."""
+    import pyarrow.parquet as pq
+
+    wrong, memory, rows = [], 0, 0
+    for path in paths:
+        size = (folder / path).stat().st_size
+        try:
+            footer = pq.read_metadata(folder / path)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever the library raises of bytes that are no table
+            wrong.append(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}")
+            continue
+        groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+        columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+        values = sum(column.num_values for column in columns)
+        unpacked = sum(max(0, column.total_uncompressed_size) for column in columns)
+        need = ROW_BYTES * footer.num_rows + VALUE_BYTES * values + 3 * unpacked
+        if not 0 <= need <= SMALL + GROWTH * size or footer.num_rows < 0 or values < 0:
+            wrong.append(f"{path} says that its {size} bytes hold {footer.num_rows} rows in {unpacked} bytes")
+            continue
+        memory, rows = memory + need, rows + footer.num_rows
+    return {"wrong": wrong, "memory": memory, "rows": rows}

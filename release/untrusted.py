@@ -1,0 +1,129 @@
+"""Reading what a stranger wrote: a limit on every size and depth, and text that is safe to print.
+
+Everything here raises CheckFailed with one sentence, and reads nothing but regular files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pipeline.errors import CheckFailed
+
+LINE = 600
+"""Characters of one printed text; what is longer is cut in its middle."""
+JSON_BYTES = 64 << 20
+HEADER_BYTES = 100_000_000
+"""The most that the header of a safetensors file may have, by the format's own library."""
+TENSORS = 1_000_000
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+def printable(text: str) -> str:
+    """The text in one line: every character that moves a terminal's cursor, turns its direction or is no character at
+    all is escaped as in Python (`\\x1b`, `\\u202e`, `\\udcff`), and what is very long is cut."""
+    cut = text if len(text) <= LINE else f"{text[: LINE // 2]} … {text[-LINE // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+
+
+def open_regular(path: Path, follow: bool = False) -> BinaryIO:
+    """Opens a regular file and nothing else: no device that never ends, no pipe that waits for a writer.
+
+    follow: whether the path may be a link. Raises CheckFailed.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        if not stat.S_ISREG(os.stat(path, follow_symlinks=follow).st_mode):  # a device is not even opened
+            raise CheckFailed(f"{path.name} is not a regular file")
+        descriptor = os.open(path, flags)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise CheckFailed(f"{path.name} is not a regular file")
+    except (OSError, ValueError) as error:
+        raise CheckFailed(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return os.fdopen(descriptor, "rb")
+
+
+def read(path: Path, limit: int, follow: bool = False) -> bytes:
+    """The bytes of a regular file. Raises CheckFailed if it is none, or has more than `limit`."""
+    with open_regular(path, follow) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(limit + 1) if size <= limit else b""
+    if size > limit or len(data) > limit:
+        raise CheckFailed(f"{path.name} has {max(size, len(data))} bytes, and at most {limit} are read of such a file")
+    return data
+
+
+def parse_json(data: bytes, name: str) -> Any:
+    """JSON as every parser reads it alike: no key twice. Raises CheckFailed.
+
+    NaN and the infinities are read, since logs of training may have them.
+    """
+    try:
+        return json.loads(data, object_pairs_hook=_unique)
+    except RecursionError:  # the parser counts on the way, and stops
+        raise CheckFailed(f"{name} is no JSON that can be read: it is nested too deeply") from None
+    except ValueError as error:
+        raise CheckFailed(f"{name} is no JSON that can be read: {error}") from None
+
+
+def read_json(path: Path, limit: int = JSON_BYTES, follow: bool = False) -> Any:
+    return parse_json(read(path, limit, follow), path.name)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    body = dict(pairs)
+    if len(body) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return body
+
+
+def tensor_header(path: Path, follow: bool = False) -> dict[str, dict[str, Any]]:
+    """{tensor: {dtype, shape, data_offsets}} of a safetensors file, after every number in it was checked: tensors lie
+    one after the other, as long as shape and dtype make them, up to the end of the file. Raises CheckFailed."""
+    with open_regular(path, follow) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        if len(start) < 8:
+            raise CheckFailed(f"{path.name} is cut: it has no header")
+        (length,) = struct.unpack("<Q", start)
+        if length > min(size - 8, HEADER_BYTES):
+            raise CheckFailed(f"{path.name} says that its header has {length} bytes, which no model's has")
+        body = parse_json(file.read(length), f"{path.name}: its header")
+    if not isinstance(body, dict) or len(body) > TENSORS:
+        raise CheckFailed(f"{path.name}: its header is no table of tensors")
+    body.pop("__metadata__", None)
+    spans = sorted(_span(path.name, name, entry) for name, entry in body.items())
+    end = 0
+    for begin, stop in spans:
+        if begin != end:
+            raise CheckFailed(f"{path.name}: its tensors overlap, or leave a gap at byte {end}")
+        end = stop
+    if 8 + length + end != size:
+        raise CheckFailed(f"{path.name} has {size} bytes, and its header speaks of {8 + length + end}")
+    return body
+
+
+def _span(file: str, name: str, entry: Any) -> tuple[int, int]:
+    """Where a tensor begins and ends. Raises CheckFailed."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [begin, end, *shape]
+        if any(type(number) is not int or not 0 <= number < 1 << 48 for number in numbers) or len(shape) > 16:
+            raise ValueError
+        bits = DTYPE_BITS[dtype]
+        for number in shape:
+            bits *= number
+        if bits % 8 or bits // 8 != end - begin:
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise CheckFailed(f"{file}: its header says of {name} what is true of no tensor") from None
+    return begin, end
