@@ -13,9 +13,11 @@ from release.layout import SIGNATURE
 from release.tree import Tree
 from release.verdict import Check, Wrong, answer
 
-SECONDS, MEMORY = 5.0, 256 << 20
+SECONDS, MEMORY = 5.0, 192 << 20
 """What all checks of a small release may take together, beyond hashing: processor time, and bytes of memory."""
-ROW_SECONDS, BYTE_SECONDS, TENSOR_SECONDS = 1e-4, 1e-6, 2e-8
+TEXT_GROWTH = 8
+"""Bytes of memory for each byte of JSON."""
+ROW_SECONDS, BYTE_SECONDS, TENSOR_SECONDS = 1e-4, 2e-7, 2e-8
 """What is added for each row of tables, each byte of JSON, and each byte of weights if they are read, too."""
 
 
@@ -54,7 +56,7 @@ class CheckRunner:
         self.folder, self.tree, self.deep = folder, tree, deep
         texts = sum(s.st_size for p, s in tree.files.items() if p.endswith((".json", ".jsonl", SIGNATURE)))
         weights = [s.st_size for p, s in tree.files.items() if p.endswith(".safetensors") and deep]
-        self.memory = MEMORY + 20 * texts + 3 * max(weights, default=0)
+        self.memory = MEMORY + TEXT_GROWTH * texts + 3 * max(weights, default=0)
         self.seconds = SECONDS + BYTE_SECONDS * texts + TENSOR_SECONDS * sum(weights)
         self.spent = ""
 

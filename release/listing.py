@@ -91,9 +91,9 @@ def listed_files(folder: Path) -> set[str]:
 
 def check(folder: Path, kind: str, tree: Tree) -> Check:
     """All that lies there may be read, and tells of itself how large it is."""
-    wrong = list(tree.refused[:NAMED])
+    wrong = tree.refused[:NAMED]
     if tree.overflow:
-        return answer("files", wrong)
+        return answer("files", [tree.refused[-1]])
     wrong += missing_parts(folder, kind)
     try:
         sizes, _ = confine.run(lambda: _sizes(folder, tree), Budget(MEMORY, SECONDS))

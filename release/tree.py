@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DEPTH = 32
-ENTRIES = 100_000
+ENTRIES = 20_000
 """What may lie in a folder whose checksum files are small."""
 NAMED = 100
 """Refusals that are named one by one."""
@@ -38,7 +39,7 @@ class Tree:
 
 def walk(folder: Path, most: int | None = None) -> Iterator[tuple[str, os.stat_result | OSError]]:
     """(path, status) of everything below a folder but readable folders, at most DEPTH levels deep, the path relative
-    and as POSIX writes it. A folder that is deeper or cannot be read comes as itself. most: entries to look at."""
+    and as POSIX writes it. A folder that is deeper or cannot be read comes as itself, and "." after `most` entries."""
     seen = 0
     waiting = [""]
     while waiting:
@@ -52,6 +53,7 @@ def walk(folder: Path, most: int | None = None) -> Iterator[tuple[str, os.stat_r
             for entry in entries:
                 seen += 1
                 if most is not None and seen > most:
+                    yield ".", OSError(errno.E2BIG, f"has more than {most} entries, far more than its checksums name")
                     return
                 path = f"{place}/{entry.name}".lstrip("/")
                 try:
@@ -67,26 +69,21 @@ def walk(folder: Path, most: int | None = None) -> Iterator[tuple[str, os.stat_r
 
 def scan(folder: Path, listed: int) -> Tree:
     """What of a folder may be read. listed: how many files its checksum files can name, by their sizes."""
-    most, seen, kinds = ENTRIES + 4 * listed, 0, Tree()
+    tree = Tree()
     spelled: dict[str, str] = {}
-    for path, status in walk(folder, most + 1):
-        seen += 1
-        if seen > most:
-            break
-        if why := _refusal(folder, path, status, spelled):
-            kinds.refused.append(f"{path} {why}")
-        elif not isinstance(status, OSError):
-            kinds.files[path] = os.stat(folder / path) if stat.S_ISLNK(status.st_mode) else status
-    kinds.overflow = seen > most
-    if kinds.overflow:
-        kinds.refused.append(f"more than {most} files lie there, and the checksum files name {listed} at most")
-    return kinds
+    for path, status in walk(folder, ENTRIES + 4 * listed):
+        if isinstance(status, OSError):
+            tree.overflow = tree.overflow or status.errno == errno.E2BIG
+            tree.refused.append(f"{path} cannot be read: {status.strerror}")
+        elif why := _refusal(folder, path, status, spelled):
+            tree.refused.append(f"{path} {why}")
+        else:
+            tree.files[path] = os.stat(folder / path) if stat.S_ISLNK(status.st_mode) else status
+    return tree
 
 
-def _refusal(folder: Path, path: str, status: os.stat_result | OSError, spelled: dict[str, str]) -> str:
+def _refusal(folder: Path, path: str, status: os.stat_result, spelled: dict[str, str]) -> str:
     """Why a path may not be read; "" if it may."""
-    if isinstance(status, OSError):
-        return f"cannot be read: {status.strerror}"
     try:
         path.encode()
     except UnicodeEncodeError:

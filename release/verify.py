@@ -7,6 +7,7 @@ reads every tensor and document and recomputes what can be recomputed from them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -166,6 +167,11 @@ def _signatures(folder: Path, kind: str, digests: Digests, asked: Asked) -> Chec
     for place in places:
         prefix = f"{place.folder}/" if place.folder else ""
         present = [*files_of(folder, place), SUMS] if kind == "release" else files_below(folder)
+        unread = [name for name in (SIGNATURE, PUBLIC_KEY) if os.path.lexists(folder / place.folder / name)]
+        if unread := [name for name in unread if prefix + name not in digests.tree.files]:
+            wrong += [f"{prefix}{name} is no file that can be read" for name in unread]
+            signers[prefix] = None
+            continue
         found = sign.verify(folder / place.folder, present, digests, asked)
         if found is None:
             continue
