@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def ask(name: str, question: Callable[[], Wrong]) -> Check:
         return answer(name, [f"cannot be checked: {type(error).__name__}: {' '.join(str(error).split())}"])
 
 
-def load_libraries() -> None:
-    """Imports once what checks need, so that not every process of theirs does."""
+def load_libraries(deep: bool) -> None:
+    """Imports once what checks need, so that not every process of theirs does, within its limits."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -47,10 +48,13 @@ def load_libraries() -> None:
     import stages.solve  # noqa: F401
 
     pa.table({"column": [1]}).to_pylist()  # looks for pandas
+    if deep:
+        with suppress(ImportError):  # the check that needs it says so
+            import torch  # noqa: F401
 
 
 class CheckRunner:
-    """What all checks together may take, each in a process of its own. Once a check took more, none is asked."""
+    """What all checks together may take, each in a process of its own. Once a check took more, no other is asked."""
 
     def __init__(self, folder: Path, tree: Tree, deep: bool) -> None:
         self.folder, self.tree, self.deep = folder, tree, deep
@@ -62,11 +66,11 @@ class CheckRunner:
 
     def run(self, name: str, question: Callable[[], Check]) -> Check:
         if self.spent:
-            return Check(name, None, f"not asked, since {self.spent} took all the time there is")
+            return Check(name, None, f"not asked, since {self.spent}")
         try:
             body, took = confine.run(lambda: asdict(question()), Budget(self.memory, self.seconds))
         except CheckFailed as error:
-            self.spent = name
+            self.spent = f"{name} took all the time or memory that there is"
             return answer(name, [f"cannot be checked: it {error}"])
         self.seconds = max(1.0, self.seconds - took)
         return Check(**body)
@@ -74,17 +78,17 @@ class CheckRunner:
     def check_tables(self) -> Iterator[Check]:
         """Whether tables are as large as their bytes can be; makes room for them."""
         paths = sorted(path for path in self.tree.files if path.endswith(".parquet"))
+        load_libraries(self.deep)
         if not paths or self.spent:
             return
-        load_libraries()
         try:
             body, took = confine.run(lambda: table_sizes.sizes(self.folder, paths), Budget(self.memory, self.seconds))
         except CheckFailed as error:
-            self.spent = "tables"
+            self.spent = "tables took all the time or memory that there is"
             yield answer("tables", [f"cannot be checked: it {error}"])
             return
         self.memory += 2 * body["memory"]
         self.seconds += ROW_SECONDS * body["rows"] - took
         yield answer("tables", body["wrong"], f"{len(paths)} tables, {body['rows']} rows")
         if body["wrong"]:
-            self.spent = "reading the tables"
+            self.spent = "a table cannot be read"

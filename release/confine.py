@@ -22,7 +22,7 @@ from typing import Any
 
 from pipeline.errors import CheckFailed
 
-WAITING = 4
+WAITING = 10
 """Seconds on the clock for each second of processor time: other processes need theirs, too."""
 
 
@@ -100,10 +100,9 @@ def _limit(budget: Budget) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):  # a library that dies has much to say
         os.dup2(null, descriptor)
-    if "torch" in sys.modules:  # its threads were not copied
-        sys.modules["torch"].set_num_threads(1)
-    if "pyarrow" in sys.modules:
-        pyarrow = sys.modules["pyarrow"]
+    if torch := sys.modules.get("torch"):  # its threads were not copied
+        torch.set_num_threads(1)
+    if pyarrow := sys.modules.get("pyarrow"):
         pyarrow.set_cpu_count(1)
         pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # others reserve a gigabyte at once
     set_limits(budget)

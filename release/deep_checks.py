@@ -13,6 +13,8 @@ from release.layout import GOLDENS
 
 GOLDEN_BOUND = 1e-3
 """Of logits in fp32, which another processor adds up in another order."""
+RELOAD_MEMORY, RELOAD_SECONDS, RELOAD_BYTES_PER_SECOND = 400 << 20, 10, 5_000_000
+"""What a model may take that is loaded in transformers, beyond what its weights need."""
 
 
 def documents(dataset: Path) -> list[str]:
@@ -113,8 +115,10 @@ def reload(models: list[Path]) -> list[str]:
     for name in ("torch", "transformers"):  # the fresh interpreter would call their absence a fault of the model
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    size = sum(path.stat().st_size for model in models for path in model.glob("*.safetensors"))
+    limits = RELOAD_MEMORY + 8 * size, RELOAD_SECONDS * len(models) + size // RELOAD_BYTES_PER_SECOND
     wrong = []
-    for model, found in zip(models, run_reload(models), strict=True):
+    for model, found in zip(models, run_reload(models, limits), strict=True):
         told = found["problems"] or _against_goldens(model, found["goldens"])
         wrong += [f"{model.name}: {text}" for text in told]
     return wrong

@@ -82,9 +82,15 @@ def reload(c: Context) -> list[Gate]:
     ]
 
 
-def run_reload(folders: list[Path]) -> list[dict[str, Any]]:
-    """The judgement of `reload.py` on each model folder, from one fresh interpreter."""
-    command = [sys.executable, "-P", str(Path(__file__).with_name("reload.py")), *map(str, folders)]
+def run_reload(folders: list[Path], limits: tuple[int, int] | None = None) -> list[dict[str, Any]]:
+    """The judgement of `reload.py` on each model folder, from one fresh interpreter.
+
+    limits: bytes of memory and seconds of processor time that a stranger's models may take once the libraries are
+    loaded.
+    """
+    command = [sys.executable, "-P", str(Path(__file__).with_name("reload.py"))]
+    command += [] if limits is None else [f"--memory={limits[0]}", f"--seconds={limits[1]}"]
+    command += [str(folder.resolve()) for folder in folders]
     try:
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=RELOAD_SECONDS)
     except subprocess.TimeoutExpired:
@@ -95,6 +101,8 @@ def run_reload(folders: list[Path]) -> list[dict[str, Any]]:
     ]
     if len(found) != len(folders):
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        if limits is not None and done.returncode < 0:
+            last = f"it takes more than {limits[0] >> 20} MB of memory or {limits[1]} s of processor time"
         return [{"problems": [f"transformers cannot load it: {last}"], "parameters": None, "goldens": {}}] * len(
             folders
         )

@@ -85,7 +85,7 @@ class Patient:
             for attempt in range(ATTEMPTS):
                 hub_limits.begin_call(again=attempt > 0)
                 try:
-                    answer = call(*arguments, **options)
+                    answer = _unwrapped(call, *arguments, **options)
                     if not inspect.isgenerator(answer):
                         return answer
                     rows = list(islice(answer, LISTED + 1))  # which asks when it is read
@@ -106,6 +106,16 @@ class Patient:
             raise AssertionError("the last attempt returns or raises")
 
         return patient
+
+
+def _unwrapped(call: Any, *arguments: Any, **options: Any) -> Any:
+    """Calls. What went wrong with an upload is raised itself, not the RuntimeError in which the client wraps it."""
+    try:
+        return call(*arguments, **options)
+    except RuntimeError as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
 
 
 def _wait(error: Any, attempt: int) -> float:

@@ -150,6 +150,8 @@ def read_sums(path: Path, name: str) -> dict[str, str]:
         if not os.path.lexists(path):
             raise CheckFailed(f"{name} is missing")
         text = read(path, SUMS_BYTES, follow=not is_foreign_link(path.parent, path.name)).decode()
+    except CheckFailed as error:
+        raise CheckFailed(str(error).replace(path.name, name, 1)) from None
     except UnicodeDecodeError:
         raise CheckFailed(f"{name} is altered: it is not UTF-8 text") from None
     for number, line in enumerate(text.split("\n")[:-1], 1):

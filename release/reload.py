@@ -1,17 +1,19 @@
 """Loads an exported model as a stranger would: plain transformers in an interpreter of its own.
 
-    python -P reload.py MODEL_FOLDER...
+    python -P reload.py [--memory=BYTES --seconds=N] MODEL_FOLDER...
 
 Prints, for each folder, one line `RELOAD` with JSON: `problems`, a list of sentences (empty if all is well), the
 number of `parameters`, and `goldens`, what tokenizer, template and model make of fixed inputs: token ids, text, last
-row of logits in fp32, a greedy continuation, to which any runtime can be held. This file imports nothing of ours, on
-purpose.
+row of logits in fp32, a greedy continuation, to which any runtime can be held. The limits hold for what is
+used beyond the libraries themselves. This file imports nothing of ours, on purpose.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
+import time
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -93,11 +95,25 @@ def check_generation(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-
     return [] if made.shape[1] > inputs["input_ids"].shape[1] else ["the model generates nothing"]
 
 
+def limit(memory: int, seconds: int) -> None:
+    """Of what this process may use from here on: memory of its own in bytes, and processor time."""
+    with open("/proc/self/status") as file:
+        used = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData:"))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_DATA, (used + memory, used + memory))
+    spent = round(time.process_time())
+    resource.setrlimit(resource.RLIMIT_CPU, (spent + seconds, spent + seconds + 1))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in sys.argv[1:]:
+    folders = [name for name in sys.argv[1:] if not name.startswith("--")]
+    options = dict(name[2:].split("=") for name in sys.argv[1:] if name.startswith("--"))
+    if options:
+        limit(int(options["memory"]), int(options["seconds"]))
+    for name in folders:
         try:
             found = judge(name)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, MemoryError) as error:
             found = {"problems": [f"transformers cannot load it: {type(error).__name__}: {error}"], "parameters": None}
         print("RELOAD " + json.dumps(found))

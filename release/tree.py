@@ -29,8 +29,8 @@ CLIENTS_BYTES = 16 << 20
 
 @dataclass
 class Tree:
-    """files: {path: its status} of all that may be read; refused: a sentence for everything else; overflow: whether so
-    much lies there that not all was listed."""
+    """files: {path: its status} of all that may be read; refused: a sentence for everything else but links, which no
+    checksum file can list; overflow: whether so much lies there that not all was listed."""
 
     files: dict[str, os.stat_result] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
@@ -75,14 +75,16 @@ def scan(folder: Path, listed: int) -> Tree:
         if isinstance(status, OSError):
             tree.overflow = tree.overflow or status.errno == errno.E2BIG
             tree.refused.append(f"{path} cannot be read: {status.strerror}")
-        elif why := _refusal(folder, path, status, spelled):
+        elif why := _refusal(path, status, spelled):
             tree.refused.append(f"{path} {why}")
-        else:
-            tree.files[path] = os.stat(folder / path) if stat.S_ISLNK(status.st_mode) else status
+        elif not stat.S_ISLNK(status.st_mode):
+            tree.files[path] = status
+        elif not is_foreign_link(folder, path):
+            tree.files[path] = os.stat(folder / path)
     return tree
 
 
-def _refusal(folder: Path, path: str, status: os.stat_result, spelled: dict[str, str]) -> str:
+def _refusal(path: str, status: os.stat_result, spelled: dict[str, str]) -> str:
     """Why a path may not be read; "" if it may."""
     try:
         path.encode()
@@ -96,11 +98,9 @@ def _refusal(folder: Path, path: str, status: os.stat_result, spelled: dict[str,
         not CLIENTS.fullmatch(path) or not stat.S_ISREG(status.st_mode) or status.st_size > CLIENTS_BYTES
     ):
         return "lies in .cache, where a release keeps nothing and the Hub's client leaves no such file"
-    if stat.S_ISLNK(status.st_mode):
-        return "" if not is_foreign_link(folder, path) else "is a link, which a release has none of"
     if stat.S_ISDIR(status.st_mode):
         return f"lies more than {DEPTH} folders deep"
-    if not stat.S_ISREG(status.st_mode):
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)):
         return f"is {_KINDS.get(stat.S_IFMT(status.st_mode), 'a special file')}, not a regular file"
     return ""
 

@@ -93,7 +93,7 @@ def test_tables_and_weights_that_are_cut_short_are_told(suffix: str, copy: Path)
         cut(copy / name)
     resum(copy)
     wrong = told(copy)
-    assert all(f"{name} is not" in wrong for name in files), wrong
+    assert all(f"{name} cannot be read as Parquet" in wrong or f"{name}: " in wrong for name in files), wrong
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_they_are_told_in_a_repository_alone_whose_checksums_were_made_anew(
     for path in sorted((copy / place).rglob(pattern)):
         before = cut(path)
         resum(copy)
-        assert "cannot be checked" in told(copy / place, deep=True), path
+        assert path.relative_to(copy / place).as_posix() in told(copy / place, deep=True), path
         path.write_bytes(before)
     resum(copy)
     assert told(copy / place, deep=True) == ""

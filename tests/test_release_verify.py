@@ -25,8 +25,8 @@ def pulled(release: Path, target: Path) -> dict[str, Path]:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(release / place.folder / path, folder / path)
         (folder / ".gitattributes").write_text("x\n")
-        (folder / ".cache/huggingface").mkdir(parents=True)
-        (folder / ".cache/huggingface/x.metadata").write_text("x\n")
+        (folder / ".cache/huggingface/download").mkdir(parents=True)
+        (folder / ".cache/huggingface/download/x.metadata").write_text("x\n")
         found[place.folder] = folder
     return found
 

@@ -1,0 +1,328 @@
+"""Every hostile thing in a release ends `verify` soon, in little memory, with the file named in one printable line."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_release_verify import resum
+
+from pipeline.errors import CheckFailed
+from release import confine, formats, scratch, tree, untrusted
+from release.confine import Budget
+from release.layout import SUMS, files_below
+from release.verify import kind_of, verify
+
+SECONDS = 25
+"""Of processor time: the verifier allows itself 5, its imports and a slow processor take the rest."""
+
+
+def replace(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink(missing_ok=True)
+    make(path)
+
+
+def link(target: str) -> Callable[[Path], object]:
+    return lambda path: path.symlink_to(target)
+
+
+def hole(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 100 << 30)
+
+
+def bound_socket(path: Path) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    here = os.open(path.parent, os.O_RDONLY)
+    listener.bind(f"/proc/self/fd/{here}/{path.name}")  # the whole path may be too long for a socket
+    os.close(here)
+
+
+def header(body: object) -> bytes:
+    data = json.dumps(body).encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def many_rows(path: Path) -> None:
+    column = pa.array(["x"]).take(pa.array([0] * 4_000_000, pa.int32()))
+    pq.write_table(pa.table({"id": column}), path, compression="zstd")
+
+
+def long_values(path: Path) -> None:
+    """One megabyte, twenty thousand times: the footer tells of one megabyte."""
+    zeros = pa.array([0] * 20_000, pa.int32())
+    names = ("id", "source", "license", "disposition", "split", "rule")
+    columns = {
+        name: pa.DictionaryArray.from_arrays(zeros, pa.array(["v" * (1_000_000 if name == "id" else 1)]))
+        for name in names
+    }
+    pq.write_table(pa.table(columns), path, compression="zstd", store_schema=False)
+
+
+SPECIAL = {
+    "a pipe": (lambda path: os.mkfifo(path), "is a named pipe, not a regular file"),
+    "a socket": (bound_socket, "is a socket, not a regular file"),
+    "a link to /dev/zero": (link("/dev/zero"), "is "),
+    "a link to itself": (link("."), "is "),
+    "a link to nothing": (link("/nowhere"), "is "),
+    "a hole of 100 GB": (hole, "is a file of holes"),
+}
+PLACES = ("SHA256SUMS", "evidence/SHA256SUMS", "evidence/release.json", "evidence/origins.json", "model/SHA256SUMS",
+          "model/model.safetensors", "model/model.sig", "dataset/dispositions.parquet", "checkpoints/index.json",
+          "model/new.json")  # fmt: skip
+BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "deep JSON": ("evidence/gates.json", lambda p: p.write_text("[" * 100_000), "nested too deeply"),
+    "long number": ("model/parity.json", lambda p: p.write_text("9" * 1_000_000), "no JSON that can be read"),
+    "much JSON": ("model/parity.json", lambda p: p.write_text("[" + "[]," * 9_000_000 + "[]]"), "needs more than"),
+    "key twice": ("model/config.json", lambda p: p.write_text('{"a": 1, "a": 2}'), "a key stands there twice"),
+    "huge tensor": (
+        "model/model.safetensors",
+        lambda p: p.write_bytes(header({"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 2**120]}})),
+        "its header says of a what is true of no tensor",
+    ),
+    "deep header": ("model/model.safetensors", lambda p: p.write_bytes(struct.pack("<Q", 90_000) + b"[" * 90_000), "nested too deeply"),
+    "endless template": (
+        "model/chat_template.jinja",
+        lambda p: p.write_text("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
+        "does not end within",
+    ),
+    "growing template": (
+        "model/chat_template.jinja",
+        lambda p: p.write_text("{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}"),
+        "needs more than",
+    ),
+    "rows of nothing": ("dataset/dispositions.parquet", many_rows, "bytes hold 4000000 rows"),
+    "values that unpack": ("dataset/dispositions.parquet", long_values, "needs more than"),
+    "no table": ("dataset/kept/prose.parquet", lambda p: p.write_bytes(b"PAR1" + b"\xff" * 90 + b"\x40\0\0\0PAR1"), "cannot be read as Parquet"),
+    "a program": ("model/LICENSE", lambda p: p.write_bytes(b"\x7fELF" + bytes(60)), "is a program by its first bytes"),
+    "a library": ("dataset/x.so", lambda p: p.write_bytes(b"x"), "is code beside data or weights"),
+    "compiled code": ("code/release/x.pyc", lambda p: p.write_bytes(b"x"), "is compiled code"),
+    "an archive": ("dataset/x.json", lambda p: p.write_bytes(b"\x1f\x8b\x08" + bytes(60)), "is an archive by its first bytes"),
+    "another kind": ("checkpoints/pretrain-step-2/x.exe", lambda p: p.write_bytes(b"x"), "is of a kind that a release does not hold"),
+    "a script": ("model/x.txt", lambda p: p.write_text("#!/bin/sh\n"), "is a script by its first bytes"),
+    "escaped auto_map": ("model/x.json", lambda p: p.write_text('{"a": [{"auto\\u005fmap": {}}]}'), "names code to load a model with (auto_map)"),
+    "auto_map in UTF-16": ("model/x.json", lambda p: p.write_bytes('{"auto_map": {}}'.encode("utf-16")), "names code to load a model with (auto_map)"),
+    "a text with ESC": ("model/README.md", lambda p: p.write_text("\x1b[2J"), "is a text with characters that no text has"),
+}  # fmt: skip
+
+
+def judge(folder: Path) -> tuple[list[str], float]:
+    """All that is wrong, and the processor time that it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.process_time()
+    verdict = verify(folder)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = time.process_time() - start + after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    wrong = [text for check in verdict.checks for text in (check.detail, *check.wrong)]
+    assert not verdict.ok and all(text.isprintable() for text in wrong)
+    assert json.loads(json.dumps(verdict.to_json()))["ok"] is False
+    return wrong, took
+
+
+@pytest.mark.parametrize("thing", SPECIAL)
+def test_what_is_no_regular_file_is_named_and_not_read(thing: str, copy: Path) -> None:
+    make, expected = SPECIAL[thing]
+    for place in PLACES:
+        path = copy / place
+        before = path.read_bytes() if path.exists() else None
+        replace(path, make)
+        wrong, took = judge(copy)
+        assert f"{place} {expected}" in "\n".join(wrong) and took < SECONDS, (place, took, wrong[:5])
+        path.unlink()
+        if before is not None:
+            path.write_bytes(before)
+    assert verify(copy).ok
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_bomb_of_any_format_is_reported(bomb: str, copy: Path) -> None:
+    place, make, expected = BOMBS[bomb]
+    replace(copy / place, make)
+    resum(copy)
+    wrong, took = judge(copy)
+    assert expected in "\n".join(wrong) and took < SECONDS, (took, wrong)
+
+
+def test_the_command_needs_little_memory_and_one_line(copy: Path) -> None:
+    """The worst of them, as a user sees it; memory is that of the largest process."""
+    replace(copy / "model/parity.json", lambda path: path.write_text("[" + "[]," * 9_000_000 + "[]]"))
+    resum(copy)
+    code = "import resource, subprocess, sys; d = subprocess.run(sys.argv[1:]); print('MB', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10); sys.exit(d.returncode)"
+    command = [sys.executable, "-c", code, sys.executable, "-m", "pipeline.cli", "verify", str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and int(done.stdout.split("MB ")[-1]) < 500, done.stdout[-300:]
+    assert len([line for line in done.stdout.splitlines() if line.startswith("BAD")]) == 1, done.stdout
+
+
+def test_names_that_no_terminal_should_see(copy: Path) -> None:
+    names = [b"a\xff.json", b"b\n.json", b"c\x1b[2J.json", "d\u202ecod.json".encode()]
+    for name in names:
+        with open(os.fsencode(copy / "model") + b"/" + name, "w"):
+            pass
+    wrong, _ = judge(copy)
+    for shown in ("model/a\\udcff.json has a name that is no UTF-8", "model/b\\n.json has a name with characters",
+                  "model/c\\x1b[2J.json has a name", "model/d\\u202ecod.json has a name"):  # fmt: skip
+        assert any(text.startswith(shown) for text in wrong), (shown, wrong[:9])
+    body = json.dumps(verify(copy).to_json(), ensure_ascii=False)
+    assert body.encode() and body.isprintable()
+
+
+def test_too_many_and_too_deep(copy: Path) -> None:
+    (copy / "model/many").mkdir()
+    for number in range(tree.ENTRIES + 10_000):
+        (copy / f"model/many/{number}").mkdir()
+    wrong, took = judge(copy)
+    assert "entries, far more than its checksums name" in wrong[0] and took < SECONDS
+    shutil.rmtree(copy / "model/many")
+    (copy / "model" / "/".join("d" * 60)).mkdir(parents=True)
+    assert any("lies more than 32 folders deep" in text for text in judge(copy)[0])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [".cache/x.py", ".cache/huggingface/x.json", ".cache/huggingface/download/model.safetensors", "sub/.cache/a"],
+)
+def test_nothing_hides_in_a_cache(path: str, built: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(built / "model", tmp_path / "model"))
+    for name in ("CACHEDIR.TAG", ".gitignore", "trees/0a.json", "download/a/b.metadata", "download/a/b.lock"):
+        (folder / ".cache/huggingface" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / ".cache/huggingface" / name).write_text("x")
+    assert verify(folder).ok  # which the Hub's client leaves there
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path).write_text("x")
+    assert any(text.startswith(f"{path} lies in .cache") for text in judge(folder)[0])
+
+
+@pytest.mark.parametrize(
+    "left",
+    [("model", "dataset", "code"), ("model-base",), ("model", "model-base"), ("checkpoints",), ("dataset", "model")],
+)
+@pytest.mark.parametrize("mark", [None, "config.json", "index.json"])
+def test_a_release_without_its_evidence_is_a_damaged_release(
+    left: tuple[str, ...], mark: str | None, copy: Path
+) -> None:
+    for part in [path for path in copy.iterdir() if path.name not in left]:
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+    if mark:
+        (copy / mark).write_text("[]")
+    if len(left) > 1:  # and with a checksum file for what is left
+        paths = files_below(copy)
+        subprocess.run(["sha256sum", *paths], cwd=copy, check=True, stdout=(copy / SUMS).open("w"))
+    verdict = verify(copy)
+    assert verdict.kind == kind_of(copy) == "release" and not verdict.ok
+    assert "evidence is missing" in [text for check in verdict.checks for text in check.wrong]
+
+
+def test_a_folder_that_tells_nothing_is_not_verified(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("x")
+    subprocess.run("sha256sum README.md > SHA256SUMS", shell=True, cwd=tmp_path, check=True)
+    assert "nothing here tells what it is" in judge(tmp_path)[0][0]
+
+
+MUTATIONS = st.sampled_from(["flip", "cut", "empty", "zeros", "brackets", "digits", "escape", "long", "pipe", "link"])
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_any_file_in_any_way(built: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """With all checksums made anew, so that every parser sees it; nothing but our own errors may come out."""
+    folder = tmp_path_factory.mktemp("any") / "release"
+    shutil.copytree(built, folder)
+    name = data.draw(st.sampled_from(files_below(folder)))
+    path, how = folder / name, data.draw(MUTATIONS)
+    body = path.read_bytes()
+    at = data.draw(st.integers(0, max(0, len(body) - 1)))
+    texts = {
+        "flip": body[:at] + bytes([(body[at] if body else 0) ^ 255]) + body[at + 1 :], "cut": body[:at], "empty": b"",
+        "zeros": bytes(len(body)), "brackets": body[:at] + b"[" * 50_000 + body[at:],
+        "digits": body[:at] + b"9" * 10_000 + body[at:], "escape": body[:at] + b"\x1b]0;x\x07" + body[at:],
+        "long": body * 50,
+    }  # fmt: skip
+    if how in texts:
+        if texts[how] == body:
+            return
+        path.write_bytes(texts[how])
+    else:
+        replace(path, lambda p: os.mkfifo(p) if how == "pipe" else p.symlink_to("/dev/zero"))
+    if data.draw(st.booleans()) and how in texts:
+        resum(folder)
+    verdict = verify(folder)
+    assert all(text.isprintable() for check in verdict.checks for text in (check.detail, *check.wrong))
+    source = name.startswith("code/") or name.endswith((".md", SUMS, "LICENSE"))  # which a maker may write as he likes
+    assert not verdict.ok or source or "metrics" in name or "environment" in name or "recipe" in name, (name, how)
+    shutil.rmtree(folder)
+
+
+def test_a_confined_call_ends() -> None:
+    budget = Budget(64 << 20, 1.0)
+    assert confine.run(lambda: {"a": [1, "é"]}, budget)[0] == {"a": [1, "é"]}
+
+    def loop() -> None:
+        while True:
+            pass
+
+    for call, expected in (
+        (loop, "does not end within 1 s of processor time"),
+        (lambda: len(bytearray(200 << 20)), "needs more than 64 MB of memory"),
+        (lambda: os.abort(), "needs more than 64 MB of memory"),
+        (lambda: os.kill(os.getpid(), 11), "ends by SIGSEGV in the library that reads it"),
+        (lambda: os._exit(3), "ends without a result"),
+    ):
+        with pytest.raises(CheckFailed, match=expected):
+            confine.run(call, budget)
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        confine.run(lambda: 1 // 0, budget)
+
+
+def test_text_that_is_safe_to_print() -> None:
+    assert untrusted.printable("é 漢 a") == "é 漢 a"
+    assert untrusted.printable("a\x1b\n\u202e\udcff\u2028\x9b") == "a\\x1b\\n\\u202e\\udcff\\u2028\\x9b"
+    assert len(untrusted.printable("x" * 10_000_000)) < 1000
+    with pytest.raises(CheckFailed, match="is not a regular file"):
+        untrusted.read(Path("/dev/zero"), 10, follow=True)
+
+
+def test_templates_of_every_place_are_rendered(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    )
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": [{"name": "a", "template": "{{ 1 + }}"}]})
+    )
+    found = formats.templates(tmp_path)
+    assert set(found) == {"chat_template.jinja", "tokenizer_config.json (a)"}
+    assert "What is 2+2?" in formats.render(found["chat_template.jinja"])
+    with pytest.raises(Exception, match="unexpected"):
+        formats.render(found["tokenizer_config.json (a)"])
+
+
+def test_folders_of_killed_processes_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = f"import tempfile, time; tempfile.tempdir = {str(tmp_path)!r}\nfrom release import scratch\nwith scratch.folder() as f:\n (f / 'x').write_text('x'); print(f, flush=True); time.sleep(600)"
+    holders = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    dead, alive = (Path(holder.stdout.readline().strip()) for holder in holders if holder.stdout)
+    (tmp_path / "atom-pulled-file").write_text("x")
+    (tmp_path / "atom-pulled-link").symlink_to(alive)
+    holders[0].kill()
+    holders[0].wait()
+    with scratch.folder() as mine:
+        assert not dead.exists() and (alive / "x").exists() and mine.is_dir()
+        assert scratch.sweep(tmp_path) == []  # neither the other's nor mine
+    assert not mine.exists() and (tmp_path / "atom-pulled-file").exists()
+    holders[1].kill()
+    holders[1].wait()
+    assert scratch.sweep(tmp_path) == [alive]
