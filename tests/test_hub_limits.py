@@ -26,18 +26,20 @@ from pipeline.errors import AtomError
 from release import hub_limits
 from release.{module} import {call}
 hub_limits.LIMITS = hub_limits.Limits(
-    connect=20, silence=5, work=5, patience=9, answer_seconds=7, window=5, retry_after=1, call_seconds=8)
+    connect=20, silence=5, work=5, patience=30, answer_seconds=7, window=5, retry_after=1, call_seconds={seconds})
 try:
     {run}
     print("no error")
 except AtomError as error:
     print(type(error).__name__, error.exit_code, str(error))
 """
-VERIFY = {"module": "verify", "call": "verify", "run": "verify('a/b')"}
+VERIFY = {"module": "verify", "call": "verify", "run": "verify('a/b')", "seconds": "300"}
+PAGES = {**VERIFY, "seconds": "5"}
 UPLOAD = {
     "module": "upload",
     "call": "Difference, Journal, _commit",
     "run": "import pathlib; _commit(pathlib.Path(sys.argv[1]), 'a/b', 'model', 'main', Difference(['x.safetensors'], []), 'm', Journal(pathlib.Path(sys.argv[1]) / 'j'))",
+    "seconds": "300",
 }
 Connection = socket.socket
 
@@ -192,7 +194,7 @@ CASES: dict[str, tuple[dict[str, str], Callable[[Connection], None], str]] = {
     "a cut file": (VERIFY, repository(wrong_length), "breaks off or garbles its answer"),
     "a short file": (VERIFY, repository(says(b"abc")), "sends other bytes than it announced"),
     "a file elsewhere": (VERIFY, repository(ELSEWHERE), "sends us to another host, 127.0.0.9"),
-    "pages without end": (VERIFY, repository(says(bytes(1000)), next_page=True), "is too slow"),
+    "pages without end": (PAGES, repository(says(bytes(1000)), next_page=True), "is too slow"),
     "a path that leads out": (VERIFY, repository(says(b""), name="../../out"), "holds ../../out, where no file"),
     "a path into the cache": (VERIFY, repository(says(b""), name=".cache/x.py"), "holds .cache/x.py, where no file"),
     "a name that clears the screen": (VERIFY, repository(says(b""), name="\x1b[2Jx"), "holds \\x1b[2Jx, where no file"),
