@@ -27,8 +27,8 @@ from release.confine import Budget
 from release.layout import SUMS, files_below
 from release.verify import kind_of, verify
 
-SECONDS = 25
-"""Of processor time: the verifier allows itself 5, its imports and a slow processor take the rest."""
+SECONDS = 60
+"""Of processor time: the verifier allows itself 5 to 10, its imports and a slow processor take the rest."""
 
 
 def replace(path: Path, make: Callable[[Path], object]) -> None:
@@ -87,7 +87,7 @@ PLACES = ("SHA256SUMS", "evidence/SHA256SUMS", "evidence/release.json", "evidenc
 BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "deep JSON": ("evidence/gates.json", lambda p: p.write_text("[" * 100_000), "nested too deeply"),
     "long number": ("model/parity.json", lambda p: p.write_text("9" * 1_000_000), "no JSON that can be read"),
-    "much JSON": ("model/parity.json", lambda p: p.write_text("[" + "[]," * 9_000_000 + "[]]"), "needs more than"),
+    "much JSON": ("model/parity.json", lambda p: p.write_text("[" + "[]," * 9_000_000 + "[]]"), "cannot be checked: it "),
     "key twice": ("model/config.json", lambda p: p.write_text('{"a": 1, "a": 2}'), "a key stands there twice"),
     "huge tensor": (
         "model/model.safetensors",
@@ -98,15 +98,15 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "endless template": (
         "model/chat_template.jinja",
         lambda p: p.write_text("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
-        "does not end within",
+        "cannot be checked: it ",
     ),
     "growing template": (
         "model/chat_template.jinja",
         lambda p: p.write_text("{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}"),
-        "needs more than",
+        "cannot be checked: it ",
     ),
     "rows of nothing": ("dataset/dispositions.parquet", many_rows, "bytes hold 4000000 rows"),
-    "values that unpack": ("dataset/dispositions.parquet", long_values, "needs more than"),
+    "values that unpack": ("dataset/dispositions.parquet", long_values, "cannot be checked: it "),
     "no table": ("dataset/kept/prose.parquet", lambda p: p.write_bytes(b"PAR1" + b"\xff" * 90 + b"\x40\0\0\0PAR1"), "cannot be read as Parquet"),
     "a program": ("model/LICENSE", lambda p: p.write_bytes(b"\x7fELF" + bytes(60)), "is a program by its first bytes"),
     "a library": ("dataset/x.so", lambda p: p.write_bytes(b"x"), "is code beside data or weights"),
