@@ -16,6 +16,7 @@ import os
 import platform
 import random
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -35,10 +36,15 @@ def make(folder: Path, large: int, size: int, small: int) -> int:
     """A repository of so many large files of `size` bytes, and of small ones; returns its bytes."""
     rng = random.Random(0)
     for number in range(large):
-        (folder / f"model-{number:05d}.safetensors").write_bytes(rng.randbytes(size))
+        entry = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+        header = json.dumps({"tensor": entry}).encode()
+        weights = struct.pack("<Q", len(header)) + header + rng.randbytes(size)
+        (folder / f"model-{number:05d}.safetensors").write_bytes(weights)
     (folder / "statements").mkdir()
     for number in range(small):
-        (folder / f"statements/{number:05d}.json").write_bytes(rng.randbytes(rng.randrange(1000, 40_000)))
+        text = json.dumps(rng.randbytes(rng.randrange(500, 20_000)).hex())
+        (folder / f"statements/{number:05d}.json").write_text(text)
+    (folder / "index.json").write_text("[]")
     paths = files_below(folder)
     write_sums(folder / SUMS, folder, paths)
     return sum((folder / path).stat().st_size for path in paths)
