@@ -108,23 +108,22 @@ def _names_code(data: bytes, name: str) -> Iterator[str]:
 
 def templates(folder: Path) -> dict[str, str]:
     """{where: template} of the chat templates of a model. Raises CheckFailed if a file cannot be read."""
-    found = {}
+    texts = {}
     for path in [*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")]:
-        found[path.relative_to(folder).as_posix()] = untrusted.read(path, TEXT_BYTES, follow=True).decode()
+        texts[path.relative_to(folder).as_posix()] = untrusted.read(path, TEXT_BYTES, follow=True).decode()
     for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
         if not (folder / name).is_file():
             continue
         body = untrusted.read_json(folder / name, follow=True)
         inside = body.get("chat_template") if isinstance(body, dict) else None
         if isinstance(inside, str):
-            found[name] = inside
+            texts[name] = inside
         elif isinstance(inside, dict):
-            found |= {f"{name} ({key})": str(text) for key, text in inside.items()}
+            texts |= {f"{name} ({key})": str(text) for key, text in inside.items()}
         elif isinstance(inside, list):
-            found |= {
-                f"{name} ({n})": str(row.get("template")) for n, row in enumerate(inside) if isinstance(row, dict)
-            }
-    return found
+            rows = [row for row in inside if isinstance(row, dict)]
+            texts |= {f"{name} ({row.get('name')})": str(row.get("template")) for row in rows}
+    return texts
 
 
 MESSAGES = (

@@ -57,7 +57,7 @@ class _Call:
     started: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)
     received: int = 0
-    asked: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -112,8 +112,8 @@ def _begin_request(request: Any, endpoint: str) -> None:
     url, limits, now = str(request.url), LIMITS, time.monotonic()
     _check_host(request, url, endpoint)
     with _lock:
-        _call.asked[f"{request.method} {url}"] += 1
-        attempts = _call.asked[f"{request.method} {url}"]
+        _call.requests[f"{request.method} {url}"] += 1
+        attempts = _call.requests[f"{request.method} {url}"]
     if attempts > limits.attempts_per_address:
         raise HubLimit(f"was asked for {urlsplit(url).path} {attempts - 1} times in vain")
     if now - _call.heard > limits.patience:

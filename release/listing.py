@@ -80,13 +80,13 @@ def listed_files(folder: Path) -> set[str]:
     if checkpoints.is_dir() and not checkpoints.is_symlink():
         with os.scandir(checkpoints) as entries:
             bases += sorted(f"checkpoints/{entry.name}/" for entry in entries if entry.is_dir(follow_symlinks=False))
-    found: set[str] = set()
+    paths: set[str] = set()
     for name, base in [(ALL_SUMS, ""), *((f"{base}{SUMS}", base) for base in bases)]:
         try:
-            found |= {base + path for path in read_sums(folder / name, name)}
+            paths |= {base + path for path in read_sums(folder / name, name)}
         except CheckFailed:
             continue  # which its own check says
-    return found
+    return paths
 
 
 def check(folder: Path, kind: str, tree: Tree) -> Check:
@@ -132,7 +132,7 @@ def missing_parts(folder: Path, kind: str) -> Wrong:
 def _sizes(folder: Path, tree: Tree) -> dict[str, int]:
     """{path: bytes} of the files that are copies from artifacts, by the manifests of those, as far as they can be read:
     a file of another size is not worth hashing."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     try:
         rows: dict[tuple[str, str], Any] = {}
         for path in tree.files:
@@ -141,7 +141,7 @@ def _sizes(folder: Path, tree: Tree) -> dict[str, int]:
                 rows |= {(Path(path).stem, row["path"]): row["size"] for row in body["files"]}
         for path, origin in untrusted.read_json(folder / ORIGINS).items():
             if (size := rows.get((origin.get("artifact"), origin.get("file")))) is not None and type(size) is int:
-                found[path] = size
+                sizes[path] = size
     except (CheckFailed, KeyError, TypeError, AttributeError):
         return {}
-    return found
+    return sizes

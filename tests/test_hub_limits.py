@@ -231,17 +231,17 @@ def start_server(serve: Callable[[Connection], None]) -> tuple[socket.socket, st
 def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen[str]]]:
     folder = tmp_path_factory.mktemp("clients")
     (folder / "x.safetensors").write_bytes(bytes(1000))
-    found, listeners = {}, []
+    processes, listeners = {}, []
     for number, (name, (client, serve, _)) in enumerate(CASES.items()):
         listener, endpoint = start_server(serve)
         listeners.append(listener)
         env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(folder / f"hf-{number}")}
         command = [sys.executable, "-c", CLIENT.format(**client), str(folder)]
-        found[name] = subprocess.Popen(
+        processes[name] = subprocess.Popen(
             command, env=env, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-    yield found
-    for process in found.values():
+    yield processes
+    for process in processes.values():
         process.kill()
     for listener in listeners:
         listener.close()
