@@ -306,7 +306,7 @@ def test_templates_of_every_place_are_rendered(tmp_path: Path) -> None:
     texts = formats.templates(tmp_path)
     assert set(texts) == {"chat_template.jinja", "tokenizer_config.json (a)"}
     assert "What is 2+2?" in formats.render(texts["chat_template.jinja"])
-    with pytest.raises(Exception, match="Expected an expression"):
+    with pytest.raises(Exception, match="unexpected"):
         formats.render(texts["tokenizer_config.json (a)"])
 
 
