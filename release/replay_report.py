@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline import ledger
 from pipeline.errors import CheckFailed
+from release import schema
 from release.attest import PREDICATE
 from release.layout import ALL_SUMS, RELEASE
 from release.replay_source import Source
@@ -71,7 +72,7 @@ def certificate(found: Replay, release: Path) -> dict[str, Any]:
     Raises CheckFailed if the release is no longer the one that was replayed.
     """
     source = Source(release)
-    about = source.json(RELEASE)
+    about = schema.reader(release).release(source.json(RELEASE))
     if any(source.sums.get(path) != digest for path, digest in found.subject.items()):
         raise CheckFailed(
             f"step {found.last} of {found.phase} in {release} is not the one that was replayed; replay it"

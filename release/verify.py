@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import AtomError, CheckFailed
-from release import checks
+from release import checks, schema
 from release.digests import Digests
 from release.layout import (
     ALL_SUMS,
@@ -24,7 +24,6 @@ from release.layout import (
     ORIGINS,
     PARTS,
     PUBLIC_KEY,
-    RELEASE,
     SIGNATURE,
     SUMS,
     Repository,
@@ -40,6 +39,7 @@ from release.sign import Asked
 from release.trust import ANYONE, Trust
 
 SCHEMA = 1
+README = "README.md"
 SIGNS = (
     "evidence", "code/as-run", "dispositions.parquet", "parity.json", "checkpoints/index.json",
     *(f"{part}/{SUMS}" for part in PARTS),
@@ -164,8 +164,11 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
             verdict.checks.append(Check(name, None, "not asked, since the bytes are not what was published"))
             continue
         progress(name.replace("_", " "))
+        findings = checks.Findings()
         try:
-            wrong = question()
+            answer = question()
+            findings = answer if isinstance(answer, checks.Findings) else checks.Findings(answer)
+            wrong = findings.wrong
         except ImportError as error:
             lacks = f"not asked, since it needs {error.name or error}; install atom-release[train]"
             verdict.checks.append(Check(name, None, lacks))
@@ -177,18 +180,20 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
             continue
         except Exception as error:  # anyone can write checksums: a file that is not what it should be is a finding
             wrong = [f"cannot be checked: {type(error).__name__}: {' '.join(str(error).split())}"]
-        verdict.checks.append(Check(name, not wrong, wrong[0] if wrong else "holds", wrong))
+        verdict.checks.append(Check(name, not wrong, wrong[0] if wrong else findings.detail, wrong))
+        verdict.checks += [
+            Check(f"{name}: {part}", None, f"skipped: {why}") for part, why in sorted(findings.skipped.items())
+        ]
     return verdict
 
 
 def _require_known(folder: Path) -> None:
     """Raises AtomError for a release of a later format than this program knows."""
-    try:
-        number = json.loads((folder / RELEASE).read_bytes())["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # a repository without it, or a damaged one, which the checksums tell
-    if isinstance(number, int) and number > FORMAT:
-        raise AtomError(f"{folder} has the format {number}, and this atom knows {FORMAT} at most; use a later one")
+    stated = schema.of_release(folder) or schema.of_card(folder)
+    if stated is not None and stated.format > FORMAT:
+        raise AtomError(
+            f"{folder} has the format {stated.format}, and this atom knows {FORMAT} at most; use a later one"
+        )
 
 
 def _byte_checks(folder: Path, kind: str, digests: Digests) -> Iterator[Check]:
@@ -273,11 +278,15 @@ def _agree(folder: Path) -> Check:
     return Check("checksums agree", not wrong, wrong[0] if wrong else "the two lists agree", wrong)
 
 
-def _questions(folder: Path, kind: str, digests: Digests) -> Iterator[tuple[str, Callable[[], Wrong], bool]]:
+def _questions(
+    folder: Path, kind: str, digests: Digests
+) -> Iterator[tuple[str, Callable[[], Wrong | checks.Findings], bool]]:
     """(name, question, only if deep) for this kind of folder."""
-    from release import deep_checks
+    from release import deep_checks, rescore
 
     whole = kind == "release"
+    if (folder / README).is_file():
+        yield "versions", lambda: checks.stated_versions(folder, whole), False
     if whole or kind == "evidence":
         yield "manifests", lambda: checks.manifests(folder), False
         yield "origins", lambda: _all_explained(folder) + checks.origins(folder, digests), False
@@ -294,7 +303,7 @@ def _questions(folder: Path, kind: str, digests: Digests) -> Iterator[tuple[str,
         yield "merkle_roots", lambda: checks.roots(data), False
         yield "documents", lambda: deep_checks.documents(data), True
         yield "order", lambda: deep_checks.order(data), True
-        yield "answers", lambda: deep_checks.answers(data), True
+        yield "answers", lambda: rescore.answers(data), True
     if whole:
         yield "cards", lambda: checks.cards(folder), False
         yield "croissant", lambda: checks.described(folder, digests), False
