@@ -32,6 +32,7 @@ class Replay:
     state.json that came out otherwise. diverges: the first step whose lines in the published log came out otherwise, if
     there is one, and such a log. ranks: processes that trained the phase; here it was one. environment: `name: then,
     now` of all that is not as it was. materials, subject: {path: sha256} of what was read, and of what was compared.
+    code: `here`, or the digest of the code that trained the phase, which the release carries and which ran now.
     """
 
     phase: str
@@ -48,6 +49,7 @@ class Replay:
     materials: dict[str, str]
     subject: dict[str, str]
     tolerance: float = TOLERANCE
+    code: str = "here"
 
     @property
     def ok(self) -> bool:
@@ -95,6 +97,7 @@ def certificate(found: Replay, release: Path) -> dict[str, Any]:
         "log_diverges_at_step": found.diverges,
         "environment_differences": list(found.environment),
         "environment_fingerprint": found.fingerprint,
+        "code": found.code,
     }
     materials = {ALL_SUMS: source.sums[ALL_SUMS], **found.materials}
     return {
@@ -127,6 +130,8 @@ def text(found: Replay) -> str:
         ]
     else:
         lines.append(f"all {found.tensors} tensors (weights and optimizer) came out bit for bit")
+    if found.code != "here":
+        lines.append(f"by the code that the release carries ({found.code}), since the code here is another")
     if found.state:
         lines.append(f"state.json came out with another {', '.join(found.state)}")
     if found.diverges is not None:
