@@ -42,12 +42,14 @@ class Absent(Exception):
 class Findings:
     """What came of a check with several parts.
 
-    wrong: sentences on what is bad. skipped: {part: why it was not compared}. detail: what was compared, if all holds.
+    wrong: sentences on what is bad. skipped: {part: a sentence why it was not compared}. detail: what was compared, if all holds.
+    compared: whether any part was.
     """
 
     wrong: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     detail: str = "holds"
+    compared: bool = True
 
     def add(self, other: Findings, prefix: str = "") -> None:
         """Takes over what came of a part, whose sentences begin with the name of a file."""
@@ -57,13 +59,13 @@ class Findings:
     def tables(self, card: str, shown: dict[str, list[str]], stated: schema.Stated) -> None:
         """The lines of tables, as far as a card of its version has them."""
         expected, skipped = versions.comparable(shown, stated.cards)
-        self.skipped |= {f"table {name}": why for name, why in skipped.items()}
+        self.skipped |= {f"table {name}": f"table {name}: {why}" for name, why in skipped.items()}
         self.wrong += [f"README.md lacks the line {line!r}" for line in render.wrong_tables(card, expected)]
 
     def part(self, name: str, stated: schema.Stated, wrong: Callable[[], list[str]]) -> None:
         """A part that depends on the version of the cards."""
         if why := versions.skipped(name, stated.cards):
-            self.skipped[name.replace("_", " ")] = why
+            self.skipped[name] = f"{name.replace('_', ' ')}: {why}"
         else:
             self.wrong += wrong()
 

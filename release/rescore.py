@@ -57,7 +57,9 @@ class Tally:
             for scorer, count in self.skipped.items()
         }
         again = ", ".join(f"{count:,} by {' '.join(scorer)}" for scorer, count in sorted(self.again.items()))
-        return Findings(wrong, skipped, f"scored again: {again}" if again else "no answer could be scored again")
+        if not again:
+            return Findings(wrong, skipped, "no answer could be scored again", compared=False)
+        return Findings(wrong, skipped, f"scored again: {again}")
 
 
 def answers(dataset: Path) -> Findings:

@@ -49,12 +49,14 @@ Wrong = list[str]
 
 @dataclass(frozen=True)
 class Check:
-    """One question and its answer; `wrong` names every file or number at fault. `ok` is None if it was not asked."""
+    """One question and its answer; `wrong` names every file or number at fault, `skipped` every part that was not
+    compared, with the reason. `ok` is None if it was not asked."""
 
     name: str
     ok: bool | None
     detail: str
     wrong: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Verdict:
         return all(check.ok is not False for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """{schema, subject, kind, deep, ok, checks: [{name, ok, detail, wrong}]}; fields are only ever added."""
+        """{schema, subject, kind, deep, ok, checks: [{name, ok, detail, wrong, skipped}]}; fields are only added."""
         body = {"schema": SCHEMA, "subject": self.subject, "kind": self.kind, "deep": self.deep, "ok": self.ok}
         return {**body, "checks": [asdict(check) for check in self.checks]}
 
@@ -180,10 +182,9 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
             continue
         except Exception as error:  # anyone can write checksums: a file that is not what it should be is a finding
             wrong = [f"cannot be checked: {type(error).__name__}: {' '.join(str(error).split())}"]
-        verdict.checks.append(Check(name, not wrong, wrong[0] if wrong else findings.detail, wrong))
-        verdict.checks += [
-            Check(f"{name}: {part}", None, f"skipped: {why}") for part, why in sorted(findings.skipped.items())
-        ]
+        skipped = [f"skipped: {why}" for _, why in sorted(findings.skipped.items())]
+        ok = not wrong if wrong or findings.compared else None
+        verdict.checks.append(Check(name, ok, wrong[0] if wrong else findings.detail, wrong, skipped))
     return verdict
 
 
