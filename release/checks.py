@@ -42,8 +42,8 @@ class Absent(Exception):
 class Findings:
     """What came of a check with several parts.
 
-    wrong: sentences on what is bad. skipped: {part: a sentence why it was not compared}. detail: what was compared, if all holds.
-    compared: whether any part was.
+    wrong: sentences on what is bad. skipped: {part: a sentence why it was not compared}. detail: what was compared, if
+    all holds. compared: whether any part was.
     """
 
     wrong: list[str] = field(default_factory=list)

@@ -115,8 +115,8 @@ def chat_tables(evaluation: Path, about: str) -> list[Path]:
 
 def _named(table: Path) -> Facts:
     """The two models of a comparison, whose names no table holds."""
-    stated, called = scores(table.with_name("scores.json")), schema.reader(table).model
-    return {name: called(stated[name]) for name in ("model", "before") if name in stated}
+    stated = scores(table.with_name("scores.json"))
+    return {name: stated[name] for name in ("model", "before") if name in stated}
 
 
 def _by_name(files: Iterable[Path], called: Callable[[Path], str]) -> list[tuple[str, Path]]:

@@ -92,6 +92,8 @@ COLUMNS: dict[str, dict[str, str]] = {
 }
 """Columns of tables, by the name of the file."""
 
+COMPARED = ("model", "before")
+
 SCORERS = dict.fromkeys(
     (
         "6b8f17b4256c23e33e74eb3e2b636bb49275cfac484590f5e763ba157147e1c6",
@@ -147,9 +149,11 @@ def release(body: Mapping[str, Any]) -> dict[str, Any]:
 def fields(file: str, value: Any) -> Any:
     """The content of a JSON file, with today's names of its fields. file: its name, as in FIELDS."""
     names = FIELDS.get(file, {})
-    if all(name == today for name, today in names.items()):
-        return value
-    return _renamed(value, names)
+    if any(name != today for name, today in names.items()):
+        value = _renamed(value, names)
+    if file == "scores.json" and isinstance(value, dict):  # that of a comparison names two models
+        value = value | {name: model(value[name]) for name in COMPARED if isinstance(value.get(name), str)}
+    return value
 
 
 def _renamed(value: Any, names: Mapping[str, str]) -> Any:
