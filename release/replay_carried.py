@@ -34,7 +34,7 @@ ARITHMETIC = re.compile(r"(OMP|MKL|ATEN|ONEDNN|DNNL|CUBLAS|TORCH)_[A-Z0-9_]+|CUD
 """Settings that decide how numbers are added, which a replay needs as they are."""
 RESULT_BYTES = 10_000_000
 RESULT = "result.json"
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "made": str, "state": list, "diverges": (int, type(None)), "ranks": int, "environment": list, "fingerprint": str,
     "materials": dict, "subject": dict,
 }  # fmt: skip

@@ -181,7 +181,8 @@ def _live(scorer: Scorer, scored: Sequence[Scored]) -> list[Row]:
     """The parts that a scorer of this installation gives. Raises AtomError where its version is another or it cannot
     run."""
     from stages.rl.contracts import Response
-    from stages.rl.verifiers import VERIFIERS, GymServer, verifier
+    from stages.rl.gym_server import GymServer
+    from stages.rl.verifiers import VERIFIERS, verifier
 
     name, version = scorer
     if name not in VERIFIERS or name == GymServer.name:

@@ -17,6 +17,7 @@ from stages.rl.verifiers import verifier
 FOLDER = Path(scorers.__file__).parent
 FROZEN = {
     "courtesy_v1": "86cb53b4d7e4809103083daf0816b37e40c0a7ca7a0ad73d08696fd65ff62c93",
+    "courtesy_v2": "2637e9c57512609c3a05b42dcef645b419e46a6889bf71f9922815a3f834d077",
     "exact_v1": "066a604c0731c14a478321ebe966d8cd1b4fad02ece22735bc13113026bba5dc",
     "instructions_v1": "3fe8f19531c994d5ab15893132aac61702db8bfec40b6840bcee012a2f7c0381",
     "problems_v1": "fffb07d89c2057bfce019690c623e5f15d89a72a8409699bd9bfddf856c71703",

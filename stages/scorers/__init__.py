@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.scorers import courtesy_v1, exact_v1, instructions_v1, problems_v1, response_v1
+from stages.scorers import courtesy_v1, courtesy_v2, exact_v1, instructions_v1, problems_v1, response_v1
 
 Score = Callable[[Mapping[str, Any], str, bool], dict[str, float]]
 """(row of the task, answer, whether it ended by itself) -> parts by name, `reward` being the whole."""
@@ -24,11 +24,12 @@ PROBLEMS = ("problems", "1")
 """Scores outputs of base models; it takes the expected answer and the whole output."""
 SCORERS: dict[tuple[str, str], Score] = {
     ("courtesy", "1"): courtesy_v1.score,
+    ("courtesy", "2"): courtesy_v2.score,
     ("exact", "1"): exact_v1.score,
     ("instructions", "1"): instructions_v1.score,
 }
 """By name and version, those of conversations."""
-LATEST = {"courtesy": "1", "exact": "1", "instructions": "1"}
+LATEST = {"courtesy": "2", "exact": "1", "instructions": "1"}
 """The versions that new outputs are scored by."""
 RESPONSES: dict[tuple[str, str], Callable[[str], str]] = dict.fromkeys(SCORERS, response_v1.answer_of)
 """What of a text is its answer, for each version of a scorer."""
