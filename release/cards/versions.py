@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 SCHEMA = 3
 """3: cards state their versions, and open with what the figures do not flatter."""
-ADDED: dict[str, int] = {"caveats": 3, "unread": 3, "reward_parts": 3}
+ADDED: dict[str, int] = {"caveats": 3, "caveats_rule": 3, "unread": 3, "reward_parts": 3}
 """{table: the schema that brought it}. Older cards have no such table, and none is asked for."""
 CHANGED: dict[str, int] = {}
 """{part: the schema in which it last changed}. In an older card it is not compared. Parts are tables, by the names that
