@@ -181,9 +181,10 @@ def confined(release: Path, code: Path, work: Path, environment: dict[str, str])
 
 
 def _python() -> list[str]:
-    """Folders and files of the system that Python and its packages need, without those that hold our own packages."""
+    """Folders and files that Python and its packages need. Of the path no other folders: the working folder can stand
+    there, and with it a home."""
     system = ["/usr", "/lib", "/lib64", "/lib32", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/ld.so.conf", "/sys"]
     system += ["/etc/ld.so.conf.d", "/etc/localtime", "/etc/passwd", "/etc/nsswitch.conf"]
     found = [sys.prefix, sys.base_prefix, str(Path(os.path.realpath(sys.executable)).parent.parent)]
-    found += [path for path in sys.path if os.path.isdir(path) and not (Path(path) / "pipeline").is_dir()]
+    found += [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     return list(dict.fromkeys([*system, *(path for path in found if path not in ("/", ""))]))
