@@ -242,10 +242,14 @@ def replay(
         str | None, typer.Option(metavar="A:B", help="steps of two published checkpoints; default: the last two")
     ] = None,
     certificate: Annotated[Path | None, typer.Option(help="write an in-toto statement of the result here")] = None,
+    unconfined: Annotated[
+        bool, typer.Option("--unconfined", help="run code that an older release carries without bubblewrap")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a published piece again from its checkpoint and data, and compare every tensor.
 
+    Where the code here is not the one that trained it, the code that the release carries is run, under bubblewrap.
     Exit code 0: every bit is the same, or all differences lie within a stated tolerance; 1: it differs.
     """
     from release import replay as again
@@ -253,7 +257,7 @@ def replay(
 
     require_release(release)
     first, last = _span(steps)
-    found = again.replay(release, stage, first, last, lambda text: print(text, file=sys.stderr, flush=True))
+    found = again.replay(release, stage, first, last, lambda text: print(text, file=sys.stderr, flush=True), unconfined)
     print(json.dumps(found.to_json(), indent=1) if as_json else report.text(found), flush=True)
     if certificate is not None:
         certificate.write_text(json.dumps(report.certificate(found, release), indent=1, sort_keys=True) + "\n")

@@ -142,6 +142,7 @@ def verdict_text(verdict: Any) -> str:
     for check in verdict.checks:
         lines.append(f"{marks[check.ok]}  {check.name}: {check.detail}")
         lines += [f"          {text}" for text in check.wrong]
+        lines += [f"{marks[None]}  {check.name}: {text}" for text in check.skipped]
     said = "verified" if verdict.ok else "NOT what it claims to be"
     return "\n".join([*lines, f"{verdict.kind} {verdict.subject}: {said}"])
 

@@ -123,11 +123,13 @@ def _index(release: Path, cache: Path, progress: Callable[[str], None]) -> None:
 
 def describe(source: BuildInput) -> dict[str, Any]:
     """evidence/release.json: what the release is, and what was not clean when it was built."""
+    from release.cards.versions import SCHEMA as CARDS
     from release.layout import FORMAT
 
     section = ReleaseSection.model_validate(source.recipe["release"])
     return {
         "format": FORMAT,
+        "card_schema": CARDS,
         "name": source.name,
         "version": source.version,
         "title": section.title or source.name,

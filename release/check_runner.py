@@ -22,10 +22,15 @@ ROW_SECONDS, BYTE_SECONDS, TENSOR_SECONDS = 1e-4, 2e-7, 2e-8
 """What is added for each row of tables, each byte of JSON, and each byte of weights if they are read, too."""
 
 
-def ask(name: str, question: Callable[[], Wrong]) -> Check:
+def ask(name: str, question: Callable[[], Wrong | checks.Findings]) -> Check:
     """The answer to a question about files that may hold anything."""
     try:
-        return answer(name, question())
+        findings = question()
+        if not isinstance(findings, checks.Findings):
+            return answer(name, findings)
+        wrong, skipped = findings.wrong, [f"skipped: {why}" for _, why in sorted(findings.skipped.items())]
+        ok = not wrong if wrong or findings.compared else None
+        return Check(name, ok, wrong[0] if wrong else findings.detail, wrong, skipped)
     except ImportError as error:
         return Check(name, None, f"not asked, since it needs {error.name or error}; install atom-release[train]")
     except CheckFailed as error:

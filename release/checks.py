@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,19 @@ from pipeline import ledger
 from pipeline.errors import CheckFailed
 from pipeline.ledger import BUILD_TYPE, PREDICATE, STATEMENT
 from pipeline.store import Artifact, FileRow, digest_of, sha256_file
-from release import attest, costs, facts, formats, merkle, training
-from release.cards import croissant, plot, render, results
-from release.layout import CANARY, FORMAT, GATES, GATES_STATED, ORIGINS, RELEASE, ROOTS, files_below, model_folders
+from release import attest, costs, facts, formats, merkle, schema, training
+from release.cards import croissant, plot, render, results, versions
+from release.layout import (
+    CANARY,
+    GATES,
+    GATES_STATED,
+    ORIGINS,
+    RELEASE,
+    ROOTS,
+    files_below,
+    model_folders,
+    repositories,
+)
 
 UNKNOWN_LICENCES = frozenset({"", "unknown", "noassertion", "none", "other"})
 ARTIFACT_URI = "atom:artifact/"
@@ -27,19 +38,54 @@ class Absent(Exception):
     """What a check is about is not in a release of an older version."""
 
 
-def current(folder: Path) -> bool | None:
-    """Whether a release is of today's format; None of a repository alone, which does not say."""
-    about = next((base / RELEASE for base in (folder, folder.parent) if (base / RELEASE).is_file()), None)
-    return None if about is None else facts.read_json(about).get("format", 1) >= FORMAT
+@dataclass
+class Findings:
+    """What came of a check with several parts.
+
+    wrong: sentences on what is bad. skipped: {part: a sentence why it was not compared}. detail: what was compared, if
+    all holds. compared: whether any part was.
+    """
+
+    wrong: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    detail: str = "holds"
+    compared: bool = True
+
+    def add(self, other: Findings, prefix: str = "") -> None:
+        """Takes over what came of a part, whose sentences begin with the name of a file."""
+        self.wrong += [f"{prefix}{text}" for text in other.wrong]
+        self.skipped |= {part: why for part, why in other.skipped.items() if part not in self.skipped}
+
+    def tables(self, card: str, shown: dict[str, list[str]], stated: schema.Stated) -> None:
+        """The lines of tables, as far as a card of its version has them."""
+        expected, skipped = versions.comparable(shown, stated.cards)
+        self.skipped |= {f"table {name}": f"table {name}: {why}" for name, why in skipped.items()}
+        self.wrong += [f"README.md lacks the line {line!r}" for line in render.wrong_tables(card, expected)]
+
+    def part(self, name: str, stated: schema.Stated, wrong: Callable[[], list[str]]) -> None:
+        """A part that depends on the version of the cards."""
+        if why := versions.skipped(name, stated.cards):
+            self.skipped[name] = f"{name.replace('_', ' ')}: {why}"
+        else:
+            self.wrong += wrong()
 
 
-def there(folder: Path, path: str) -> Path:
-    """Raises CheckFailed if a file is missing, Absent if the release may be older than such files."""
+def there(folder: Path, path: str, since: int = 2) -> Path:
+    """Raises CheckFailed if a file is missing, Absent if the release is, or may be, of a format before `since`."""
     if not (folder / path).exists():
-        if current(folder):
+        whole = next(filter(None, map(schema.of_release, (folder, folder.parent))), None)
+        if whole is not None and whole.format >= since:
             raise CheckFailed(f"{path} is missing")
         raise Absent(f"{path} is not there: this release was made before there was one")
     return folder / path
+
+
+def stated_versions(folder: Path, whole: bool) -> Findings:
+    """Every repository of a release states the versions that release.json states."""
+    places = [""] if not whole else [place.folder for place in repositories(folder) if place.branch == "main"]
+    wrong = list(schema.disagreements(folder, places)) if (folder / RELEASE).is_file() else []
+    stated = schema.stated(folder)
+    return Findings(wrong, detail=f"format {stated.format}, card schema {stated.cards}")
 
 
 def chat_templates(models: Iterable[Path]) -> list[str]:
@@ -185,46 +231,78 @@ def scores(dataset: Path) -> list[str]:
     return [
         f"evaluation/{folder.name}/scores.json is not what its tables give"
         for folder in folders
-        if facts.read_json(folder / "scores.json") != json.loads(json.dumps(facts.scores_of(folder)))
+        if not _as_measured(folder / "scores.json", facts.scores_of(folder))
     ]
 
 
-def model_card(model: Path, release: dict[str, Any] | None = None) -> list[str]:
-    """The card of one model repository, its plot, and its results for the Hub, against the files beside them.
+def _as_measured(path: Path, measured: facts.Facts) -> bool:
+    """Whether a scores.json is what was measured. One that an older version wrote may lack figures that came since."""
+    stated, expected = facts.scores(path), json.loads(json.dumps(measured))
+    if versions.skipped("scores", schema.stated(path).cards) is None:
+        return bool(stated == expected)
+    return _within(stated, expected)
+
+
+def _within(stated: Any, expected: Any) -> bool:
+    """Whether two JSON values are equal wherever both have a field."""
+    if isinstance(stated, dict) and isinstance(expected, dict):
+        return all(_within(stated[name], expected[name]) for name in stated.keys() & expected.keys())
+    return bool(stated == expected)
+
+
+def model_card(model: Path, release: dict[str, Any] | None = None) -> Findings:
+    """The card of one model repository, its plot, and its results for the Hub, against the files beside them, as far as
+    cards of its version have them.
 
     release: evidence/release.json, if it is there.
     """
     card, known = (model / "README.md").read_text(), facts.model_facts(model)
-    wrong = [
-        f"README.md: model-index {name} is not the measured one"
-        for name in render.wrong_scores(card, render.own_scores(known))
-    ]
-    drawn = model / plot.NAME
-    if drawn.exists() and plot.source_of(drawn.read_bytes()) != plot.source(model):
-        wrong.append(f"{plot.NAME} was not drawn from the logs in training/")
+    stated, findings = schema.stated(model), Findings()
+    findings.part("metadata", stated, lambda: _index(card, known))
+    findings.part("plots", stated, lambda: _plots(model))
     data_id, version = (
         (render.data_of(card), None) if release is None else (render.data_id(release), release["version"])
     )
-    wrong += results.wrong(model, known, data_id, version)
-    return wrong + [
-        f"README.md lacks the line {line!r}" for line in render.wrong_tables(card, render.model_tables(known))
-    ]
+    findings.part("eval_results", stated, lambda: results.wrong(model, known, data_id, version))
+    findings.tables(card, render.model_tables(known), stated)
+    return findings
 
 
-def data_card(dataset: Path) -> list[str]:
-    """The data card against the tables beside it."""
-    shown = render.data_tables(facts.data_facts(dataset))
+def _index(card: str, known: facts.Facts) -> list[str]:
     return [
-        f"README.md lacks the line {line!r}" for line in render.wrong_tables((dataset / "README.md").read_text(), shown)
+        f"README.md: model-index {name} is not the measured one"
+        for name in render.wrong_scores(card, render.own_scores(known))
     ]
+
+
+def _plots(model: Path) -> list[str]:
+    drawn = model / plot.NAME
+    if drawn.exists() and plot.source_of(drawn.read_bytes()) != plot.source(model):
+        return [f"{plot.NAME} was not drawn from the logs in training/"]
+    return []
+
+
+def data_card(dataset: Path) -> Findings:
+    """The data card against the tables beside it, as far as cards of its version have them."""
+    findings = Findings()
+    card, shown = (dataset / "README.md").read_text(), render.data_tables(facts.data_facts(dataset))
+    findings.tables(card, shown, schema.stated(dataset))
+    return findings
 
 
 def described(folder: Path, digest: Callable[[Path], str] = sha256_file) -> list[str]:
     """What stands in croissant.json is what the data of a whole release gives."""
-    about, dataset = facts.read_json(folder / RELEASE), folder / "dataset"
+    _require_comparable(folder, "croissant")
+    about, dataset = schema.read_release(folder), folder / "dataset"
     expected = croissant.of(about, dataset, facts.data_facts(dataset), digest)
     same = facts.read_json(there(dataset, croissant.NAME)) == json.loads(json.dumps(expected))
     return [] if same else [f"dataset/{croissant.NAME} is not what the data gives"]
+
+
+def _require_comparable(folder: Path, part: str) -> None:
+    """Raises Absent if today's code renders it otherwise than the version that the release states."""
+    if why := versions.skipped(part, schema.stated(folder).cards):
+        raise Absent(f"skipped: {why}")
 
 
 def roots(dataset: Path) -> list[str]:
@@ -239,7 +317,8 @@ def roots(dataset: Path) -> list[str]:
 
 def attestations(folder: Path) -> list[str]:
     """The statements of what was measured and gated say what the tables say."""
-    nodes = facts.read_json(folder / RELEASE)["nodes"]
+    _require_comparable(folder, "attestations")
+    nodes = facts.read_json(folder / RELEASE)["nodes"]  # statements and folders have the names of the release's format
     there(folder, GATES_STATED)
     whole = (folder / "dataset").is_dir()
     expected = attest.evaluations(folder, nodes) if whole else {}
@@ -270,11 +349,10 @@ def chat_scores(dataset: Path) -> list[str]:
     known = facts.chat_facts(dataset / "evaluation")
     wrong = []
     for about, models in known.items():
-        for name, found in models.items():
-            path = dataset / "evaluation" / about / name / "scores.json"
-            said = facts.read_json(path) if path.exists() else {}
-            if {key: said.get(key) for key in found} != json.loads(json.dumps(found)):
-                wrong.append(f"evaluation/{about}/{name}/scores.json is not what its table gives")
+        for table in facts.chat_tables(dataset / "evaluation", about):
+            path, measured = table.with_name("scores.json"), models[schema.model(table.parent)]
+            if not path.exists() or not _as_measured(path, measured):
+                wrong.append(f"evaluation/{about}/{table.parent.name}/scores.json is not what its table gives")
     return wrong
 
 
@@ -289,6 +367,8 @@ def fresh_set(folder: Path) -> list[str]:
     meta = facts.read_json(place / "meta.json")
     if (folder / "model").is_dir() and (digest := fresh.digest_of(folder / "model")) != meta["digest"]:
         return [f"evaluation/fresh/meta.json was drawn from the weights {meta['digest']}, and these are {digest}"]
+    if (drawn_by := str(meta.get("generator", fresh.FIRST_GENERATOR))) != fresh.GENERATOR:
+        raise Absent(f"skipped: drawn by version {drawn_by} of the generator, and this atom has {fresh.GENERATOR}")
     out = {row["id"] for row in meta["removed"]}
     expected = [row for row in fresh.draw(meta["digest"], meta["problems"]) if row["id"] not in out]
     if read_jsonl(place / "chat.jsonl") != json.loads(json.dumps(expected)):
@@ -296,11 +376,14 @@ def fresh_set(folder: Path) -> list[str]:
     return []
 
 
-def cards(folder: Path) -> list[str]:
-    if current(folder) is False:
+def cards(folder: Path) -> Findings:
+    """The cards of a whole release against its files, as far as cards of its version have what today's have."""
+    stated, findings = schema.stated(folder), Findings()
+    if stated.format < 2:
         raise Absent("not asked, since it was made by an older version of atom, whose cards had other tables")
-    models, about = model_folders(folder), facts.read_json(folder / RELEASE)
-    wrong = [f"{name}/{text}" for name in models for text in model_card(folder / name, about)]
+    models, about = model_folders(folder), schema.read_release(folder)
+    for name in models:
+        findings.add(model_card(folder / name, about), f"{name}/")
     known = facts.data_facts(folder / "dataset")
     shown = render.data_tables(known)
     changes = facts.interventions(facts.checkpoint_facts(folder / "checkpoints"))
@@ -311,7 +394,11 @@ def cards(folder: Path) -> list[str]:
         own = {key: shown[key] for key in ("sources", "funnel", "order")} | render.intervention_tables(phases, changes)
         own |= render.cost_tables(spent)
         own |= render.unread_tables(facts.model_facts(folder / name), known["order"])
-        wrong += [f"{name}/README.md lacks the line {line!r}" for line in render.wrong_tables(card, own)]
+        shown_here = Findings()
+        shown_here.tables(card, own, stated)
+        findings.add(shown_here, f"{name}/")
     data = folder / "dataset"
-    data_wrong = data_card(data) + _measured(data) + canary(data, about["nodes"]["items"]["digest"])
-    return wrong + [f"dataset/{text}" for text in data_wrong]
+    findings.add(data_card(data), "dataset/")
+    wrong = _measured(data) + canary(data, about["nodes"]["items"]["digest"])
+    findings.wrong += [f"dataset/{text}" for text in wrong]
+    return findings

@@ -69,23 +69,6 @@ def order(dataset: Path) -> list[str]:
     return wrong
 
 
-def answers(dataset: Path) -> list[str]:
-    """Every score is what the scorer of this installation gives, if it is the one that was used then."""
-    from stages.data import problems
-
-    digest = sha256_file(Path(problems.__file__))
-    wrong = []
-    expected = {row["id"]: row["answer"] for row in facts.rows(dataset / "evaluation/items.parquet", ["id", "answer"])}
-    for path in (found.with_name("items.parquet") for found in sorted((dataset / "evaluation").glob("*/scores.json"))):
-        name = path.relative_to(dataset).as_posix()
-        for row in facts.rows(path, ["id", "expected", "output", "score", "code_digest"]):
-            if expected.get(row["id"]) != row["expected"]:
-                wrong.append(f"{name}: {row['id']} was judged by another answer than the problem's")
-            elif row["code_digest"] == digest and problems.score(row["expected"], row["output"]) != row["score"]:
-                wrong.append(f"{name}: the score of {row['id']} is not what its output earns")
-    return wrong
-
-
 def weights(folder: Path) -> list[str]:
     """Every tensor can be read and is finite; an optimizer speaks of the tensors of its model."""
     import torch

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from release import training
+from release import schema, training
 from release.layout import when
 from release.untrusted import tensor_header
 
@@ -26,9 +26,18 @@ def read_json(path: Path) -> Any:
 
 
 def rows(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    """Of a published table; columns have today's names, whatever the release's format calls them."""
     import pyarrow.parquet as pq
 
-    found: list[dict[str, Any]] = pq.read_table(path, columns=columns).to_pylist()
+    stored = schema.columns(path, columns if columns is not None else schema.today(path, pq.read_schema(path).names))
+    table = pq.read_table(path, columns=list(stored.values())).select(list(stored.values()))
+    rows: list[dict[str, Any]] = table.rename_columns(list(stored)).to_pylist()
+    return rows
+
+
+def scores(path: Path) -> Facts:
+    """A published scores.json, or its copy in a model repository, in today's names."""
+    found: Facts = schema.fields(path, "scores.json", read_json(path))
     return found
 
 
@@ -66,16 +75,15 @@ def data_facts(dataset: Path) -> Facts:
     return {
         "sources": sources,
         "order": {
-            p.name: order_facts([*earlier_orders(dataset, p.name), p])
-            for p in _by_name(path.parent for path in (dataset / "order").glob("*/order.parquet"))
+            phase: order_facts([*earlier_orders(dataset, phase), p])
+            for phase, p in _by_name((dataset / "order").glob("*/order.parquet"), schema.phase)
         },
         "problems": dict(
             sorted(Counter(r["task"] for r in rows(dataset / "evaluation/items.parquet", ["task"])).items())
         ),
         "chat": chat_facts(dataset / "evaluation"),
         "evaluation": {
-            p.name: scores_of(p)
-            for p in _by_name(path.parent for path in (dataset / "evaluation").glob("*/scores.json"))
+            model: scores_of(p) for model, p in _by_name((dataset / "evaluation").glob("*/scores.json"), schema.model)
         },
     }
 
@@ -91,28 +99,32 @@ def chat_facts(evaluation: Path) -> Facts:
     found: Facts = {}
     for about in ABOUT:
         of = prefer.summary if about == "preferences" else solve.summary
-        table = "pairs.parquet" if about == "preferences" else "answers.parquet"
-        scored = {p.parent.name: of(rows(p)) | _named(p) for p in (evaluation / about).glob(f"*/{table}")}
+        scored = {schema.model(p.parent): of(rows(p)) | _named(p) for p in chat_tables(evaluation, about)}
         if scored:
             found[about] = {name: scored[name] for name in sorted(scored, key=when)}
     return found
 
 
+def chat_tables(evaluation: Path, about: str) -> list[Path]:
+    """The tables of what was asked, one a model."""
+    return sorted((evaluation / about).glob(f"*/{'pairs' if about == 'preferences' else 'answers'}.parquet"))
+
+
 def _named(table: Path) -> Facts:
     """The two models of a comparison, whose names no table holds."""
-    said = read_json(table.with_name("scores.json"))
-    return {name: said[name] for name in ("model", "before") if name in said}
+    stated = scores(table.with_name("scores.json"))
+    return {name: stated[name] for name in ("model", "before") if name in stated}
 
 
-def _by_name(folders: Iterable[Path]) -> list[Path]:
-    """Folders that are named after phases or models, in the order of training."""
-    return sorted(folders, key=lambda folder: when(folder.name))
+def _by_name(files: Iterable[Path], called: Callable[[Path], str]) -> list[tuple[str, Path]]:
+    """(name, folder) of the folders of files, which are named after phases or models, in the order of training."""
+    return sorted(((called(file.parent), file.parent) for file in files), key=lambda pair: when(pair[0]))
 
 
 def earlier_orders(dataset: Path, phase: str) -> list[Path]:
     """The orders of earlier runs that a phase followed before its own, the first one first."""
     metas = {p.parent: read_json(p) for p in (dataset / "earlier").glob("order-*/meta.json")}
-    own = [folder for folder, meta in metas.items() if meta["phase"] == phase]
+    own = [folder for folder, meta in metas.items() if schema.reader(folder).phase(meta["phase"]) == phase]
     return sorted(own, key=lambda folder: int(metas[folder].get("first_step", 1)))
 
 
@@ -178,7 +190,7 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
 def model_facts(model: Path) -> Facts:
     """Architecture, parameters (total, and active for one token), parity, scores and training logs of one model
     repository. The last of its scores are its own, those before are of the models that it came from."""
-    config, scores = read_json(model / "config.json"), (model / "evaluation").glob("*.json")
+    config = read_json(model / "config.json")
     shapes: dict[str, list[int]] = {}
     for path in sorted(model.glob("*.safetensors")):
         shapes |= tensor_shapes(path)
@@ -196,15 +208,18 @@ def model_facts(model: Path) -> Facts:
         "parameters": {"total": total, "active": total - idle, "tensors": len(shapes)},
         "parity": read_json(model / "parity.json"),
         "rope": config["rope_parameters"],
-        "scores": {path.stem: read_json(path) for path in sorted(scores, key=lambda path: when(path.stem))},
+        "scores": _scores_by_model(model / "evaluation"),
         "chat": {
-            about: {p.stem: read_json(p) for p in sorted(folder.glob("*.json"), key=lambda p: when(p.stem))}
-            for about in ABOUT
-            if (folder := model / "evaluation" / about).is_dir()
+            about: _scores_by_model(folder) for about in ABOUT if (folder := model / "evaluation" / about).is_dir()
         },
         "contamination": read_json(path) if (path := model / CONTAMINATION).exists() else None,
         "training": {phase: training.log_facts(training.read(log)) for phase, log in training.logs(model).items()},
     }
+
+
+def _scores_by_model(folder: Path) -> dict[str, Facts]:
+    files = {schema.model(path): path for path in folder.glob("*.json")}
+    return {model: scores(files[model]) for model in sorted(files, key=when)}
 
 
 def checkpoint_facts(checkpoints: Path) -> list[Facts]:
@@ -212,7 +227,9 @@ def checkpoint_facts(checkpoints: Path) -> list[Facts]:
     found = []
     for path in checkpoints.glob("*/state.json"):
         phase, _, step = path.parent.name.rpartition("-step-")
-        found.append({"branch": path.parent.name, "phase": phase, "step": int(step), "state": read_json(path)})
+        state = schema.fields(path, "state.json", read_json(path))
+        phase = schema.reader(path).phase(phase)
+        found.append({"branch": path.parent.name, "phase": phase, "step": int(step), "state": state})
     return sorted(found, key=lambda row: (when(row["phase"]), row["step"]))
 
 

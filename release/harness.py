@@ -56,8 +56,8 @@ def problems(rows: list[dict[str, Any]], max_new_tokens: int) -> Any:
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
-    from stages.data import problems
     from stages.evaluate import END
+    from stages.scorers import score_problem
 
     return ConfigurableTask(
         config={
@@ -69,7 +69,7 @@ def problems(rows: list[dict[str, Any]], max_new_tokens: int) -> Any:
             "doc_to_target": lambda row: row["answer"],
             "target_delimiter": "",
             "generation_kwargs": {"until": [END], "max_gen_toks": max_new_tokens, "do_sample": False},
-            "process_results": lambda row, made: {"exact_match": problems.score(row["answer"], made[0])},
+            "process_results": lambda row, made: {"exact_match": score_problem(row["answer"], made[0])},
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         }
     )

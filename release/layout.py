@@ -99,8 +99,11 @@ def folders_of(models: Sequence[str]) -> dict[str, str]:
 
 def model_folders(release: Path) -> list[str]:
     """The folders of a release that hold models, the final one first, then in the order of training."""
+    from release import schema
+
+    called = schema.reader(release).model
     found = [path.name.removeprefix(f"{MODEL}-") for path in release.glob(f"{MODEL}-*") if path.is_dir()]
-    return [MODEL, *(f"{MODEL}-{name}" for name in sorted(found, key=when))]
+    return [MODEL, *(f"{MODEL}-{name}" for name in sorted(found, key=lambda name: when(called(name))))]
 
 
 def repositories(release: Path) -> list[Repository]:

@@ -11,14 +11,13 @@ memory: a second run sends only what differs, so an interrupted publication is f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import AtomError, CheckFailed
-from release import scratch
+from release import schema, scratch
 from release.hub_client import api, endpoint, plainly
 from release.layout import PUBLIC_KEY, RELEASE, SIGNATURE, Repository, repositories
 from release.pull import pull
@@ -69,7 +68,7 @@ def publish(
         raise AtomError(f"{release} is not a release folder; make one with `atom build`")
     progress("verifying the release before anything is sent")
     verify(release).require()
-    about = json.loads((release / RELEASE).read_text())
+    about = schema.read_release(release)
     _publishable(about, namespace, public, acknowledge)
     with plainly("asking who the token belongs to"):
         api().whoami()

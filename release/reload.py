@@ -14,6 +14,7 @@ import json
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,6 +23,8 @@ MESSAGES = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "
 
 TEXTS = ["def main(): 2+2", "Ünïcode, «quotes»\n\n\tand 3 lines.", "347+586="]
 NEW = 8
+MOST_BYTES, MOST_TEXTS, MOST_CHARACTERS = 100_000_000, 16, 2_000
+"""Of a stranger's goldens.json."""
 LOADING = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
 """Nothing of a stranger's folder is run or unpickled, and nobody is asked whether it may be."""
 
@@ -36,22 +39,35 @@ def judge(folder: str) -> dict[str, object]:
         for name in sorted(loading[kind])
     ]
     problems += check_tokenizer(tokenizer, model) + check_generation(tokenizer, model)
-    found = {} if problems else goldens(tokenizer, model.float())
+    found = {} if problems else goldens(tokenizer, model.float(), *recorded(folder))
     return {"problems": problems, "parameters": sum(p.numel() for p in model.parameters()), "goldens": found}
 
 
-def goldens(tokenizer, model) -> dict[str, object]:  # type: ignore[no-untyped-def]
+def recorded(folder: str) -> tuple[list[str], list[dict[str, str]]]:
+    """The inputs of the goldens.json in a folder, which an older version may have chosen otherwise; else today's."""
+    path = Path(folder, "goldens.json")
+    if not path.is_file():
+        return TEXTS, MESSAGES[:1]
+    with open(path, "rb") as file:
+        stated = json.loads(file.read(MOST_BYTES))
+    texts = [str(row["text"]) for row in stated["rows"][:-1]]
+    if len(texts) > MOST_TEXTS or sum(map(len, texts)) > MOST_CHARACTERS:
+        raise ValueError("goldens.json has more inputs than a release states")
+    return texts, stated["messages"]
+
+
+def goldens(tokenizer, model, texts, messages) -> dict[str, object]:  # type: ignore[no-untyped-def]
     """For each text, {text, ids, logits, greedy}; the last text is a conversation as the template renders it."""
-    chat = tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     rows = []
-    for text in [*TEXTS, chat]:
+    for text in [*texts, chat]:
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
         with torch.inference_mode():
             logits = model(**inputs).logits[0, -1].float()
         made = model.generate(**inputs, do_sample=False, max_new_tokens=NEW)[0, inputs["input_ids"].shape[1] :]
         ids, greedy = inputs["input_ids"][0].tolist(), made.tolist()
         rows.append({"text": text, "ids": ids, "logits": [round(x, 6) for x in logits.tolist()], "greedy": greedy})
-    return {"messages": MESSAGES[:1], "rows": rows}
+    return {"messages": messages, "rows": rows}
 
 
 def check_tokenizer(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-def]

@@ -4,8 +4,10 @@
 
 The kept documents are tokenized again, the checkpoint after step A is laid down as a work checkpoint beside the log up
 to there, and the stage that trained the phase goes on from it as after a kill, by the published order, until step B is
-sealed. Learning rate, spikes and data are then those of the whole phase. Nothing of the release is executed or
-unpickled: it is read as safetensors, JSON and Parquet, and each file only if it has the digest of `SHA256SUMS`.
+sealed. Learning rate, spikes and data are then those of the whole phase. Nothing of the release is unpickled: it is
+read as safetensors, JSON and Parquet, and each file only if it has the digest of `SHA256SUMS`. Nothing of it is
+executed either, unless today's code is another than that which trained it: then the code that it carries does all of
+this, see release/replay_carried.py.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,6 +26,7 @@ from pipeline import environment, ledger, registry
 from pipeline.codehash import code_digests
 from pipeline.errors import AtomError, CheckFailed
 from pipeline.store import Artifact, canonical, sha256_bytes, write_manifest
+from release import replay_carried, schema
 from release.layout import WITHOUT_ORDER, when
 from release.replay_report import BITWISE, CLOSE, DIFFERS, TOLERANCE, Replay
 from release.replay_source import Source
@@ -44,19 +47,25 @@ def replay(
     first: int | None = None,
     last: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    unconfined: bool = False,
 ) -> Replay:
     """Trains the steps after `first` up to `last` again; both are steps of published checkpoints, the last two if None.
 
     Raises AtomError if there is no such phase or step, CheckFailed if a file is not what SHA256SUMS says, if the files
     do not say how the phase was trained, or if the kept documents do not give the token shards of the release.
+
+    unconfined: run code that the release carries, if it comes to that, without bubblewrap.
     """
     if lacks := next((name for name in NEEDS if importlib.util.find_spec(name) is None), None):
         raise AtomError(f"replaying trains, which needs {lacks}; install atom-release[train,data]")
     source = Source(release)
     first, last = _steps(source, phase, first, last)
     progress("hashing checkpoints and evidence")
+    code = replay_carried.find(source, phase, last)
     with TemporaryDirectory(prefix="atom-replay-") as name:
-        folder = Path(name)
+        folder = Path(name).resolve()
+        if code is not None:
+            return _by_carried_code(code, phase, first, last, folder, unconfined, progress)
         try:
             plan = Plan(source, phase, first, last)
             progress("tokenizing the kept documents")
@@ -72,13 +81,38 @@ def replay(
         progress("comparing")
         tensors, different = _compare(source.folder / plan.end, made)
         state, diverges = plan.otherwise(made)
-    verdict = CLOSE if different else BITWISE
-    if state or max(different.values(), default=0.0) > TOLERANCE:
-        verdict = DIFFERS
+    verdict = _verdict(different, state)
     materials = plan.files(plan.start) | source.digests(*plan.order_files)
     materials |= {f"{tokens.key}/{row.path}": row.sha256 for row in tokens.rows}
     found = (phase, first, last, verdict, tensors, different, state, diverges, plan.ranks)
     return Replay(*found, *plan.changes(), materials, plan.files(plan.end))
+
+
+def _verdict(different: Mapping[str, float], state: Sequence[str]) -> str:
+    if state or max(different.values(), default=0.0) > TOLERANCE:
+        return DIFFERS
+    return CLOSE if different else BITWISE
+
+
+def _by_carried_code(
+    code: replay_carried.Code,
+    phase: str,
+    first: int,
+    last: int,
+    folder: Path,
+    unconfined: bool,
+    progress: Callable[[str], None],
+) -> Replay:
+    result = replay_carried.run(code, phase, first, last, folder, unconfined, progress)
+    progress("comparing")
+    end = f"checkpoints/{phase}-step-{last}"
+    for path in result["subject"]:
+        code.source.file(path)
+    tensors, different = _compare(code.source.folder / end, result["made"])
+    state = tuple(result["state"])
+    found = (phase, first, last, _verdict(different, state), tensors, different, state, result["diverges"])
+    environment = (result["ranks"], tuple(result["environment"]), result["fingerprint"])
+    return Replay(*found, *environment, result["materials"], result["subject"], code=f"sha256:{code.digest}")
 
 
 def _steps(source: Source, phase: str, first: int | None, last: int | None) -> tuple[int, int]:
@@ -87,8 +121,11 @@ def _steps(source: Source, phase: str, first: int | None, last: int | None) -> t
     for path in source.sums:
         if match := re.fullmatch(r"checkpoints/([a-z0-9-]+)-step-(0|[1-9]\d{0,11})/state\.json", path):
             found.setdefault(match[1], []).append(int(match[2]))
-    ordered = ", ".join(sorted((name for name in found if name not in WITHOUT_ORDER), key=when))
-    if phase in WITHOUT_ORDER:
+    called = schema.reader(source.folder).phase
+    ordered = ", ".join(
+        sorted((name for name in found if called(name) not in WITHOUT_ORDER), key=lambda n: when(called(n)))
+    )
+    if called(phase) in WITHOUT_ORDER:
         raise AtomError(f"{phase} draws what it learns from; replay covers phases with a data order: {ordered}")
     if phase not in found:
         raise AtomError(f"the release has no checkpoints of {phase}; replay can do {ordered}")

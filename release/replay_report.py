@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline import ledger
 from pipeline.errors import CheckFailed
+from release import schema
 from release.attest import PREDICATE
 from release.layout import ALL_SUMS, RELEASE
 from release.replay_source import Source
@@ -31,6 +32,7 @@ class Replay:
     state.json that came out otherwise. diverges: the first step whose lines in the published log came out otherwise, if
     there is one, and such a log. ranks: processes that trained the phase; here it was one. environment: `name: then,
     now` of all that is not as it was. materials, subject: {path: sha256} of what was read, and of what was compared.
+    code: `here`, or the digest of the code that trained the phase, which the release carries and which ran now.
     """
 
     phase: str
@@ -47,6 +49,7 @@ class Replay:
     materials: dict[str, str]
     subject: dict[str, str]
     tolerance: float = TOLERANCE
+    code: str = "here"
 
     @property
     def ok(self) -> bool:
@@ -71,7 +74,7 @@ def certificate(found: Replay, release: Path) -> dict[str, Any]:
     Raises CheckFailed if the release is no longer the one that was replayed.
     """
     source = Source(release)
-    about = source.json(RELEASE)
+    about = schema.reader(release).release(source.json(RELEASE))
     if any(source.sums.get(path) != digest for path, digest in found.subject.items()):
         raise CheckFailed(
             f"step {found.last} of {found.phase} in {release} is not the one that was replayed; replay it"
@@ -94,6 +97,7 @@ def certificate(found: Replay, release: Path) -> dict[str, Any]:
         "log_diverges_at_step": found.diverges,
         "environment_differences": list(found.environment),
         "environment_fingerprint": found.fingerprint,
+        "code": found.code,
     }
     materials = {ALL_SUMS: source.sums[ALL_SUMS], **found.materials}
     return {
@@ -126,6 +130,8 @@ def text(found: Replay) -> str:
         ]
     else:
         lines.append(f"all {found.tensors} tensors (weights and optimizer) came out bit for bit")
+    if found.code != "here":
+        lines.append(f"by the code that the release carries ({found.code}), since the code here is another")
     if found.state:
         lines.append(f"state.json came out with another {', '.join(found.state)}")
     if found.diverges is not None:

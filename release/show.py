@@ -6,9 +6,9 @@ import io
 from pathlib import Path
 from typing import Any
 
-from release import costs, facts, keyless, sign
+from release import costs, facts, keyless, schema, sign
 from release.cards import caveats, tables
-from release.layout import GATES, PUBLIC_KEY, RELEASE, SIGNATURE, model_folders
+from release.layout import GATES, PUBLIC_KEY, SIGNATURE, model_folders
 
 WIDTH = 118
 ABOUT = ("name", "version", "title", "description", "licence", "commit", "dirty", "stale")
@@ -22,7 +22,7 @@ def facts_of(release: Path) -> dict[str, Any]:
     opens with. gates: {name: ok}. key: the fingerprint of the key
     that is said to have signed it, unchecked, or None.
     """
-    about, data = facts.read_json(release / RELEASE), facts.data_facts(release / "dataset")
+    about, data = schema.read_release(release), facts.data_facts(release / "dataset")
     final, *others = model_folders(release)
     known = {folder: facts.model_facts(release / folder) for folder in [*others, final]}
     removed: dict[str, int] = {}

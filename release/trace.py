@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import AtomError
-from release import facts, merkle, training
+from release import facts, merkle, schema, training
 from release.fulltext import ABOUT, Progress, candidates, has_trigrams, hits, index_of
-from release.layout import EXPORTED, RELEASE, SUMS, files_below, read_sums, repositories, when
+from release.layout import EXPORTED, SUMS, files_below, read_sums, repositories, when
 from release.trace_answers import Document, Match, Related, Removal, Rows, Step, Text, Use
 from stages.data.table import read_jsonl, read_table
 from stages.rl.contracts import question
@@ -63,15 +63,16 @@ class _Place:
     def orders(self) -> dict[str, list[tuple[Path, int, float]]]:
         """By phase, in the order of training: (folder, first step, last step) of each order that it followed."""
         found = {}
-        for phase in sorted((p.parent.name for p in self.data.glob("order/*/order.parquet")), key=when):
-            folders = [*facts.earlier_orders(self.data, phase), self.data / "order" / phase]
+        own = {schema.phase(p.parent): p.parent for p in self.data.glob("order/*/order.parquet")}
+        for phase in sorted(own, key=when):
+            folders = [*facts.earlier_orders(self.data, phase), own[phase]]
             first = [int(facts.read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
             found[phase] = list(zip(folders, first, [*(n - 1 for n in first[1:]), float("inf")], strict=True))
         return found
 
     def moved(self, phase: str, folder: Path) -> Callable[[int], bool | None]:
         """Whether a step moved the weights, of an order that the phase followed."""
-        log = self.whole and self.whole / f"evidence/training/{phase}/training.jsonl"
+        log = self.whole and self.whole / f"evidence/training/{folder.name}/training.jsonl"
         if not log or not log.exists() or folder.parent.name != "order":
             return lambda step: None
         steps = {line["step"] for line in training.read(log) if "loss" in line and not line.get("skipped")}
@@ -83,10 +84,11 @@ class _Place:
             return None
         names = [path.parent.name for path in self.whole.glob("checkpoints/*/state.json")]
         parts = [(*name.rpartition("-step-")[::2], name) for name in names]
-        return sorted(((p, int(n), name) for p, n, name in parts), key=lambda row: (when(row[0]), row[1]))
+        called = schema.reader(self.whole).phase
+        return sorted(((called(p), int(n), name) for p, n, name in parts), key=lambda row: (when(row[0]), row[1]))
 
     def models(self) -> list[str]:
-        names = (path.parent.name for path in self.data.glob("evaluation/*/scores.json"))
+        names = (schema.model(path.parent) for path in self.data.glob("evaluation/*/scores.json"))
         return sorted((name for name in names if name.partition("-")[0] in EXPORTED), key=when)
 
     def unknown(self, checkpoints: bool = False) -> list[str]:
@@ -193,7 +195,9 @@ def removal_report(release: Path, doc_id: str, progress: Progress = lambda text:
 def _select(path: Path, columns: Sequence[str], *filters: tuple[str, str, Any]) -> Rows:
     if any(how == "in" and not values for _, how, values in filters):  # a set of nothing has no type for Arrow
         return []
-    rows: Rows = read_table(path, list(columns), list(filters)).to_pylist()
+    stored = schema.columns(path, [*columns, *(name for name, _, _ in filters)])
+    table = read_table(path, [stored[name] for name in columns], [(stored[n], how, value) for n, how, value in filters])
+    rows: Rows = table.rename_columns([*columns]).to_pylist()
     return rows
 
 
@@ -275,7 +279,7 @@ def _texts(place: _Place, documents: Sequence[Document]) -> Rows:
 
 def _asked(place: _Place, documents: Sequence[Document]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(id, its entry of `asked`) of documents whose id or question a task of reinforcement learning has."""
-    tables = sorted(place.data.glob("rl/*/tasks.jsonl"), key=lambda path: when(path.parent.name))
+    tables = sorted(place.data.glob("rl/*/tasks.jsonl"), key=lambda path: when(schema.phase(path.parent)))
     if not tables:
         return
     asks = {(row["id"], asked) for row in _texts(place, documents) for asked in ASKED.findall(row["text"])}
@@ -291,7 +295,7 @@ def _asked(place: _Place, documents: Sequence[Document]) -> Iterator[tuple[str, 
             answers: Rows = []
             if (drawn := table.with_name("rollouts.parquet")).exists():
                 answers = _select(drawn, ["step", "dropped"], ("task", "in", own))
-            yield id, {"phase": table.parent.name, "table": place.name(table), "tasks": own,
+            yield id, {"phase": schema.phase(table.parent), "table": place.name(table), "tasks": own,
                        "steps": sorted({row["step"] for row in answers}), "answers": len(answers),
                        "learnt": sum(row["dropped"] == "" for row in answers)}  # fmt: skip
 
@@ -337,7 +341,7 @@ def _files(place: _Place, doc_id: str, texts: set[str], progress: Progress) -> R
     folder, found = place.whole or place.data, []
     names: dict[str, str] = {}
     if place.whole and (place.whole / "checkpoints").is_dir():
-        about = facts.read_json(place.whole / RELEASE)
+        about = schema.read_release(place.whole)
         names = {r.folder: r.id(about["namespace"], about["name"]) for r in repositories(place.whole)}
     for path in files_below(folder):
         if path.endswith(".parquet"):

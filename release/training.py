@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from release import schema
 from release.layout import when
 from stages.statistics import clustered
 
@@ -18,12 +19,14 @@ Facts = dict[str, Any]
 
 def logs(model: Path) -> dict[str, Path]:
     """{phase: its log} of a model repository, in the order of training."""
-    found = {path.stem: path for path in (model / "training").glob("*.jsonl")}
+    found = {schema.phase(path): path for path in (model / "training").glob("*.jsonl")}
     return {phase: found[phase] for phase in sorted(found, key=when)}
 
 
 def read(log: Path) -> list[Facts]:
-    return [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    named: list[Facts] = schema.fields(log, "training.jsonl", lines)
+    return named
 
 
 def log_facts(lines: list[Facts]) -> Facts:

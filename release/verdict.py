@@ -16,7 +16,8 @@ Wrong = list[str]
 
 @dataclass(frozen=True)
 class Check:
-    """One question and its answer; `wrong` names every file or number at fault. `ok` is None if it was not asked.
+    """One question and its answer; `wrong` names every file or number at fault, `skipped` every part that was not
+    compared, with the reason. `ok` is None if it was not asked.
 
     Names of files and what stands in them come from strangers: every text is one line that is safe to print.
     """
@@ -25,6 +26,7 @@ class Check:
     ok: bool | None
     detail: str
     wrong: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         rest = len(self.wrong) - NAMED
@@ -32,6 +34,7 @@ class Check:
         object.__setattr__(self, "name", printable(self.name))
         object.__setattr__(self, "detail", printable(self.detail))
         object.__setattr__(self, "wrong", wrong)
+        object.__setattr__(self, "skipped", [printable(text) for text in self.skipped[:NAMED]])
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Verdict:
         return all(check.ok is not False for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """{schema, subject, kind, deep, ok, checks: [{name, ok, detail, wrong}]}; fields are only ever added."""
+        """{schema, subject, kind, deep, ok, checks: [{name, ok, detail, wrong, skipped}]}; fields are only added."""
         body = {"schema": SCHEMA, "subject": self.subject, "kind": self.kind, "deep": self.deep, "ok": self.ok}
         return {**body, "checks": [asdict(check) for check in self.checks]}
 

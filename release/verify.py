@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.errors import AtomError, CheckFailed
-from release import checks, formats, listing, scratch, sign, untrusted
+from release import checks, formats, listing, schema, scratch, sign, untrusted
 from release.check_runner import CheckRunner, ask
 from release.digests import Digests
 from release.layout import (
@@ -21,7 +21,6 @@ from release.layout import (
     FORMAT,
     ORIGINS,
     PUBLIC_KEY,
-    RELEASE,
     SIGNATURE,
     SUMS,
     Repository,
@@ -41,6 +40,7 @@ from release.verdict import Check, Verdict, Wrong, answer
 
 __all__ = ["Check", "Trust", "Verdict", "kind_of", "verify"]
 
+README = "README.md"
 FORMATS_HOLD = "no pickle, no program, and no code beside weights or data"
 
 
@@ -114,13 +114,11 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
 
 def _require_known(folder: Path) -> None:
     """Raises AtomError for a release of a later format than this program knows."""
-    try:
-        number = untrusted.read_json(folder / RELEASE, listing.SMALL_JSON)["format"]
-    except (CheckFailed, KeyError, TypeError):
-        return  # a repository without it, or a damaged one, which the checksums tell
-    if isinstance(number, int) and number > FORMAT:
+    stated = schema.of_release(folder) or schema.of_card(folder)
+    if stated is not None and stated.format > FORMAT:
         raise AtomError(
-            f"{printable(str(folder))} has the format {number}, and this atom knows {FORMAT} at most; use a later one"
+            f"{printable(str(folder))} has the format {stated.format}, and this atom knows {FORMAT} at most; "
+            "use a later one"
         )
 
 
@@ -211,11 +209,13 @@ def _agree(folder: Path) -> Check:
 
 def _questions(
     folder: Path, kind: str, digests: Digests, runner: CheckRunner
-) -> Iterator[tuple[str, Callable[[], Wrong], bool]]:
+) -> Iterator[tuple[str, Callable[[], Wrong | checks.Findings], bool]]:
     """(name, question, only if deep) for this kind of folder."""
-    from release import deep_checks
+    from release import deep_checks, rescore
 
     whole = kind == "release"
+    if (folder / README).is_file():
+        yield "versions", lambda: checks.stated_versions(folder, whole), False
     if whole or kind == "evidence":
         yield "manifests", lambda: checks.manifests(folder), False
         yield "origins", lambda: _all_explained(folder) + checks.origins(folder, digests), False
@@ -232,7 +232,7 @@ def _questions(
         yield "merkle_roots", lambda: checks.roots(data), False
         yield "documents", lambda: deep_checks.documents(data), True
         yield "order", lambda: deep_checks.order(data), True
-        yield "answers", lambda: deep_checks.answers(data), True
+        yield "answers", lambda: rescore.answers(data), True
     if whole:
         yield "cards", lambda: checks.cards(folder), False
         yield "croissant", lambda: checks.described(folder, digests), False

@@ -12,7 +12,6 @@ A recipe with `evaluation.context` has two more, on long texts (stages/context.p
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from functools import partial
@@ -34,7 +33,7 @@ from stages.statistics import binomial, ratio
 if TYPE_CHECKING:
     import torch
 
-VERSION = 2
+VERSION = 3
 END = "<|endoftext|>"
 ROWS_PER_BATCH = 32
 
@@ -237,13 +236,14 @@ def token_bytes(tokenizer: Any, ids: list[int]) -> int:
 
 
 def _answer(model: Any, tokenizer: Any, batch: list[dict[str, Any]], max_new_tokens: int) -> list[dict[str, Any]]:
-    """Greedy outputs of one left-padded batch, each with its score and the SHA-256 of the file that judged it."""
+    """Greedy outputs of one left-padded batch, each with its score, the scorer and the SHA-256 of its file."""
     import torch
     from transformers import GenerationConfig
 
-    from stages.data import problems
+    from stages import scorers
 
-    digest = hashlib.sha256(Path(problems.__file__).read_bytes()).hexdigest()
+    verifier, version = scorers.PROBLEMS
+    digest = scorers.digest(verifier, version)
     end, pad = tokenizer.convert_tokens_to_ids(END), tokenizer.pad_token_id
     ids = [token_ids(tokenizer, row["prompt"]) for row in batch]
     width = max(map(len, ids))
@@ -265,9 +265,11 @@ def _answer(model: Any, tokenizer: Any, batch: list[dict[str, Any]], max_new_tok
                 "prompt": row["prompt"],
                 "expected": row["answer"],
                 "output": output,
-                "answer": problems.answer_of(output),
-                "score": problems.score(row["answer"], output),
+                "answer": scorers.answer_of_problem(output),
+                "score": scorers.score_problem(row["answer"], output),
                 "code_digest": digest,
+                "verifier": verifier,
+                "verifier_version": version,
             }
         )
     return rows
@@ -321,7 +323,7 @@ def _write_tables(out: Path, documents: list[dict[str, Any]], items: list[dict[s
     columns = {"source": text, "id": text, "bytes": i64, "tokens": i32, "nll_bits": f64}
     pq.write_table(pa.Table.from_pylist(documents, pa.schema(columns)), out / "documents.parquet", compression="zstd")
     columns = {name: text for name in ("id", "task", "prompt", "expected", "output", "answer")}
-    columns |= {"score": pa.int8(), "code_digest": text}
+    columns |= {"score": pa.int8(), "code_digest": text, "verifier": text, "verifier_version": text}
     pq.write_table(pa.Table.from_pylist(items, pa.schema(columns)), out / "items.parquet", compression="zstd")
 
 

@@ -29,6 +29,9 @@ from stages.data.table import stream_rows, write_json, write_jsonl
 from stages.rl.contracts import Row, question, to_row
 
 VERSION = 1
+FIRST_GENERATOR = GENERATOR = "1"
+"""Version of what draws the problems (`draw`, and the tasks of stages/data/problems.py). Who changes what is drawn from
+a seed raises GENERATOR and writes it into meta.json as `generator`; a release that states none has the first."""
 EVALUATION = "evaluation items"
 
 

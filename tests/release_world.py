@@ -125,6 +125,7 @@ def make_curate(out: Path) -> None:
 def make_evaluation(out: Path, bits: float, right: int) -> None:
     """Evaluation tables with a chosen result, and the scores that follow from them."""
     from stages.evaluate import _write_tables, summary
+    from stages.scorers import digest
 
     documents = [
         {
@@ -138,9 +139,11 @@ def make_evaluation(out: Path, bits: float, right: int) -> None:
         for n in (0, 4, 8)
     ]
     items = [
-        {"id": f"add/{n}", "task": "add", "prompt": f"{n}+1:", "expected": str(n + 1), "output": "x", "answer": "x",
-         "score": int(n < right), "code_digest": "0" * 64}
+        {"id": f"add/{n}", "task": "add", "prompt": f"{n}+1:", "expected": str(n + 1), "output": f"1:{answer}",
+         "answer": answer, "score": int(n < right), "code_digest": digest("problems", "1"), "verifier": "problems",
+         "verifier_version": "1"}
         for n in range(20)
+        for answer in [str(n + 1) if n < right else "x"]
     ]  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     _write_tables(out, documents, items)
@@ -353,7 +356,10 @@ def build_input(home: Path, inputs: dict[str, list[str]] = INPUTS, **changes: An
         "name": "tiny",
         "description": "A test.",
         "evaluation": {"problems": {"add": 20}, "heldout_documents": 3, "max_new_tokens": 8},
-        "release": {"licence": {"weights": "Apache-2.0", "data_compilation": "CC-BY-4.0", "code": "Apache-2.0"}},
+        "release": {
+            "licence": {"weights": "Apache-2.0", "data_compilation": "CC-BY-4.0", "code": "Apache-2.0"},
+            "languages": ["en"],
+        },
     }
     return BuildInput(
         name="tiny", version="0.1.0", recipe=recipe, recipe_files={"recipes/tiny.yaml": b"name: tiny\n"},

@@ -8,8 +8,8 @@ import pytest
 from verifier_world import ARGUMENTS, form_row, one
 
 from stages.rl.contracts import VerifierFailed
-from stages.rl.instructions import CHECKS
 from stages.rl.verifiers import verifier
+from stages.scorers.instructions_v1 import CHECKS
 
 FOLLOWED: dict[str, tuple[list[str], list[str]]] = {
     "keywords:existence": (["Tea with milk"], ["tea", "milk"]),

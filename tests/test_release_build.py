@@ -145,12 +145,12 @@ def test_a_wrong_number_on_a_card_is_found(built: Path, tmp_path: Path) -> None:
 
     copy = tmp_path / "model"
     shutil.copytree(built / "model", copy)
-    assert checks.model_card(copy) == []
+    assert checks.model_card(copy).wrong == []
     text = (copy / "README.md").read_text()
     for old, new in (("0.750 ± ", "0.850 ± "), ("value: 0.75", "value: 0.85")):
         assert old in text
         (copy / "README.md").write_text(text.replace(old, new, 1))
-        assert checks.model_card(copy)
+        assert checks.model_card(copy).wrong
 
 
 def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) -> None:
@@ -187,15 +187,15 @@ def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) 
         assert old in text
         path.write_text(text.replace(old, new, 1))
         said = [".eval_results/tiny-data.yaml is not what was measured"]
-        assert checks.model_card(copy, about) == said and checks.model_card(copy) == (said if alone else [])
+        assert checks.model_card(copy, about).wrong == said and checks.model_card(copy).wrong == (said if alone else [])
     for odd in ("only words", f"{text}- 1\n", "x: &a [1]\ny: *a\n"):
         path.write_text(odd)
-        assert checks.model_card(copy) == [".eval_results/tiny-data.yaml is not what was measured"]
+        assert checks.model_card(copy).wrong == [".eval_results/tiny-data.yaml is not what was measured"]
     path.write_text(text)
     (copy / ".eval_results/hle.yaml").write_text(text)
-    assert checks.model_card(copy, about)[0].startswith(".eval_results holds .eval_results/hle.yaml, ")
+    assert checks.model_card(copy, about).wrong[0].startswith(".eval_results holds .eval_results/hle.yaml, ")
     shutil.rmtree(copy / ".eval_results")
-    assert checks.model_card(copy, about) == []  # as in a release of before
+    assert checks.model_card(copy, about).wrong == []  # as in a release of before
 
 
 def test_parity_over_tolerance_is_refused(source, tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ from pipeline.errors import AtomError
 from stages.data import problems
 from stages.rl import judge, judge_worker
 from stages.rl.contracts import Parts, Row, Verifier, VerifierFailed, question
-from stages.rl.instructions import CHECKS
 from stages.rl.verifiers import VERIFIERS, reasoning_gym_rows, to_row, verifier
+from stages.scorers.instructions_v1 import CHECKS
 
 HOSTILE = {
     "empty": "",

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from release import costs
+from release import costs, schema
 from release.cards import caveats, chat_tables, tables, training_tables
 from release.hub_client import load
 
@@ -136,6 +136,7 @@ def model_card(
         metrics=[metric for metric, _, _ in METRICS.values()],
         tags=["mixture-of-experts", "open-data", "reproducible"],
         eval_results=model_index(own_scores(model), dataset),
+        **schema.head(),
     )
     # of what both repositories tell, the scores too, the model's own word counts on its card
     more = intervention_tables(model["training"], interventions) | cost_tables(spent)
@@ -197,6 +198,7 @@ def data_card(release: Facts, data: Facts, canary: Mapping[str, str] | None = No
         ]
         + [{"config_name": "dispositions", "data_files": [{"split": "all_documents", "path": "dispositions.parquet"}]}],
         **licence_fields(release["licence"]["data_compilation"]),
+        **schema.head(),
     )
     text = hub.DatasetCard.from_template(
         card_data,
@@ -218,7 +220,11 @@ def plain_card(kind: str, release: Facts, licence: str, **shown: list[str]) -> s
     template = str(TEMPLATES / f"{kind}.md.jinja")
     prefix = f"{release['namespace']}/{release['name']}"
     text = hub.RepoCard.from_template(
-        hub.CardData(**licence_fields(licence)), template_path=template, release=release, prefix=prefix, t=_lines(shown)
+        hub.CardData(**licence_fields(licence), **schema.head()),
+        template_path=template,
+        release=release,
+        prefix=prefix,
+        t=_lines(shown),
     )
     return _tidy(str(text))
 

@@ -16,8 +16,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-END_OF_TEXT = "<|endoftext|>"
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -126,13 +124,3 @@ def up_to(
         misses = misses + 1 if problem.question in found else 0
         found.setdefault(problem.question, problem)
     return list(found.values())
-
-
-def answer_of(output: str) -> str:
-    """The answer in a model's output: what stands after the last colon, up to the end of text."""
-    return output.split(END_OF_TEXT, 1)[0].rsplit(":", 1)[-1].strip()
-
-
-def score(answer: str, output: str) -> int:
-    """1 if the output's answer is exactly the expected one, else 0."""
-    return int(answer_of(output) == answer)

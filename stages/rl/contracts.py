@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import MachineError
+from stages.scorers import answer_of
 
 if TYPE_CHECKING:
     import torch
@@ -86,10 +87,7 @@ class Response:
     @classmethod
     def of(cls, text: str, finished: bool) -> Response:
         """Splits the reasoning off. One that was opened and never closed leaves no answer."""
-        _, closed, after = text.rpartition("</think>")
-        if closed:
-            return cls(text, after.strip(), finished)
-        return cls(text, "" if "<think>" in text else text.strip(), finished)
+        return cls(text, answer_of(text), finished)
 
 
 Parts = dict[str, float]

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import RecipeError
 from pipeline.stage import Inputs
 from pipeline.store import Artifact
-from stages.data import chat, courtesies
+from stages.data import chat
 from stages.rl.contracts import Parts, Response, Row, Verifier, VerifierFailed, question
 from stages.rl.tasks import CODE
+from stages.rl.verifiers import Frozen, verifier
 
 if TYPE_CHECKING:
     from stages.rl.answers import Chat
@@ -21,21 +22,10 @@ if TYPE_CHECKING:
 ROWS = 64
 
 
-class Courtesy:
-    """The rules of stages/data/courtesies.py for a courteous note."""
+class Courtesy(Frozen):
+    """The rules for a courteous note (stages/scorers)."""
 
-    name, version, runs_code = "courtesy", "2", False
-
-    def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
-        return [self._parts(row, response) for row, response in answers]
-
-    def _parts(self, row: Row, response: Response) -> Parts:
-        act = next(act for act in courtesies.ACTS if act.name == row["act"])
-        parts = courtesies.judge(courtesies.Request(act, row["who"], row["what"]), response.answer)
-        return parts if response.finished else parts | {"reward": 0.0, "task": 0.0}
-
-    def close(self) -> None:
-        """Nothing is held."""
+    name = "courtesy"
 
 
 class RewardModel:
@@ -98,7 +88,6 @@ def verifiers_of(
 ) -> dict[str, Verifier]:
     """The verifiers that these tasks name. Raises RecipeError for a name that is none."""
     from stages.rl import sandbox
-    from stages.rl.verifiers import verifier
 
     made: dict[str, Verifier] = {}
     for name in sorted({str(row["verifier"]) for row in rows}):

@@ -14,46 +14,20 @@ from pipeline.errors import AtomError
 from stages.rl.code_verifier import CodeVerifier
 from stages.rl.contracts import Parts, Response, Row, Verifier, VerifierFailed, to_row
 from stages.rl.gym_server import GymServer
-from stages.rl.instructions import followed
 from stages.rl.judge import Judges
 from stages.rl.judge_worker import boxed
+from stages.scorers import LATEST, SCORERS
 
 
-class Exact:
-    """The project's own tasks: the answer, or what follows its last colon, is the expected one but for white space.
+class Frozen:
+    """A scorer of stages/scorers, in its latest version."""
 
-    Row: expected_answer.
-    """
-
-    name = "exact"
-    version = "1"
+    name: str
     runs_code = False
 
-    def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
-        return [self._parts(row, response) for row, response in answers]
-
-    def close(self) -> None:
-        """Holds nothing."""
-
-    def _parts(self, row: Row, response: Response) -> Parts:
-        expected = " ".join(str(row.get("expected_answer", "")).split())
-        if not expected:
-            raise VerifierFailed(f"verifier exact, row {row.get('id')}: no expected_answer; fix the row or drop it")
-        given = " ".join(response.answer.split())
-        right = given == expected or given.endswith((f":{expected}", f": {expected}"))
-        return {"reward": float(right and response.finished), "finished": float(response.finished)}
-
-
-class Instructions:
-    """Constraints that a program can check (IFEval, arXiv 2311.07911), see `instructions.CHECKS`.
-
-    Row, as NeMo Gym's instruction_following: instruction_id_list, and kwargs, a set of arguments for each.
-    `reward` is 1 if all are followed, `fraction` the share that is.
-    """
-
-    name = "instructions"
-    version = "1"
-    runs_code = False
+    def __init__(self) -> None:
+        self.version = LATEST[self.name]
+        self._scorer = SCORERS[self.name, self.version]
 
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
         return [self._parts(row, response) for row, response in answers]
@@ -63,15 +37,24 @@ class Instructions:
 
     def _parts(self, row: Row, response: Response) -> Parts:
         try:
-            found = followed(response.answer, row["instruction_id_list"], row["kwargs"])
+            return self._scorer(row, response.answer, response.finished)
         except (KeyError, ValueError) as error:
-            said = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise VerifierFailed(
-                f"verifier instructions, row {row.get('id')}: {said}; fix the row or drop it"
+                f"verifier {self.name}, row {row.get('id')}: {reason}; fix the row or drop it"
             ) from error
-        if not response.finished:
-            return {"reward": 0.0, "fraction": 0.0, "finished": 0.0}
-        return {"reward": float(all(found)), "fraction": sum(found) / len(found), "finished": 1.0}
+
+
+class Exact(Frozen):
+    """The project's own tasks: the answer is the expected one."""
+
+    name = "exact"
+
+
+class Instructions(Frozen):
+    """Constraints that a program can check (IFEval, arXiv 2311.07911). Rows as NeMo Gym's instruction_following."""
+
+    name = "instructions"
 
 
 class Judged:

@@ -1,4 +1,6 @@
-"""Constraints on an answer's form that a program can check: those of IFEval (arXiv 2311.07911), by its names and
+"""Scorer `instructions`, version 1. Frozen: a change is a new version in a new file.
+
+Constraints on an answer's form that a program can check: those of IFEval (arXiv 2311.07911), by its names and
 arguments, so that rows of NeMo Gym's instruction_following can be used as they are.
 
 Differences: sentences end with `.`, `!` or `?` before white space (IFEval asks a trained splitter); keywords are taken
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
@@ -142,3 +144,14 @@ def followed(text: str, instructions: list[str], arguments: list[dict[str, Any] 
         except (TypeError, AttributeError) as error:
             raise ValueError(f"instruction {name!r} with the arguments {wanted}: {error}") from error
     return found
+
+
+def score(row: Mapping[str, Any], answer: str, finished: bool) -> dict[str, float]:
+    """`reward` is 1 if all are followed, `fraction` the share that is. Raises ValueError for a row that cannot be
+    scored."""
+    if missing := [name for name in ("instruction_id_list", "kwargs") if name not in row]:
+        raise ValueError(f"no field {missing[0]!r}")
+    each = followed(answer, row["instruction_id_list"], row["kwargs"])
+    if not finished:
+        return {"reward": 0.0, "fraction": 0.0, "finished": 0.0}
+    return {"reward": float(all(each)), "fraction": sum(each) / len(each), "finished": 1.0}

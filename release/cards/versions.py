@@ -1,0 +1,37 @@
+"""Versions of the cards, and from which of them on a part of a card is as it is rendered today.
+
+A published card is compared with today's tables as far as its own version had them. What is added to a card goes into
+ADDED, what is rendered otherwise than before into CHANGED, each with the number of the next schema; then cards that are
+out in the world stay right: verification demands nothing that came later, and says what it did not compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+SCHEMA = 3
+"""3: cards state their versions, and open with what the figures do not flatter."""
+ADDED: dict[str, int] = {"caveats": 3, "caveats_rule": 3, "unread": 3, "reward_parts": 3}
+"""{table: the schema that brought it}. Older cards have no such table, and none is asked for."""
+CHANGED: dict[str, int] = {}
+"""{part: the schema in which it last changed}. In an older card it is not compared. Parts are tables, by the names that
+render.py gives them, and `metadata`, `eval_results`, `plots`, `croissant`, `attestations`, `goldens`, `scores`."""
+
+
+def skipped(part: str, schema: int) -> str | None:
+    """Why a part of a card of that schema is not compared; None if it is."""
+    if schema > SCHEMA:
+        return f"the card has schema {schema}, and this atom renders {SCHEMA} at most"
+    if schema < CHANGED.get(part, 0):
+        return f"the card has schema {schema}, and this atom renders it as in schema {CHANGED[part]}"
+    return None
+
+
+def comparable(shown: Mapping[str, T], schema: int) -> tuple[dict[str, T], dict[str, str]]:
+    """Of rendered tables, those that a card of that schema must hold; and those that are not compared, with reasons."""
+    expected = {name: lines for name, lines in shown.items() if ADDED.get(name, 0) <= schema}
+    reasons = {name: why for name in expected if (why := skipped(name, schema))}
+    return {name: lines for name, lines in expected.items() if name not in reasons}, reasons

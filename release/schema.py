@@ -1,0 +1,137 @@
+"""Which versions of our formats a published folder states, and the module that reads its names.
+
+Two numbers: the **format** of the release, which says what its files hold and what things are called in them, and the
+**card schema**, which says which tables the cards have and what their lines look like. Both stand in release.json
+(`format`, `card_schema`) and at the head of each repository's card (`atom_release_format`, `atom_card_schema`). What
+states none is of format 2 with card schema 2: releases had no other then.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pipeline.errors import CheckFailed
+from release import schema_v2, untrusted
+from release.cards.versions import SCHEMA as CARDS
+from release.layout import FORMAT, RELEASE
+
+READERS: dict[int, ModuleType] = {1: schema_v2, 2: schema_v2}
+"""The module that knows the names of each format."""
+CARD = "README.md"
+CARD_BYTES, RELEASE_BYTES = 4_000_000, 4_000_000
+"""The most that is read of a card and of release.json."""
+DEPTH = 6
+"""Folders between a file and the root of its repository or release, at most."""
+HEAD = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*(?:\n|\Z)", re.DOTALL)
+LINE = re.compile(r"^atom_(release_format|card_schema): ([0-9]{1,9})\r?$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Stated:
+    """The versions that a release or a repository states."""
+
+    format: int = schema_v2.FORMAT
+    cards: int = schema_v2.CARDS
+
+
+def head() -> dict[str, int]:
+    """What a card's metadata says of its versions."""
+    return {"atom_release_format": FORMAT, "atom_card_schema": CARDS}
+
+
+def of_card(folder: Path) -> Stated | None:
+    """What the card in a folder states; None if it states nothing, or there is none."""
+    try:
+        text = untrusted.read(folder / CARD, CARD_BYTES).decode(errors="replace")
+    except CheckFailed:
+        return None
+    block = HEAD.match(text)
+    numbers = {name: int(number) for name, number in LINE.findall(block[1])} if block else {}
+    if not numbers:
+        return None
+    return Stated(numbers.get("release_format", schema_v2.FORMAT), numbers.get("card_schema", schema_v2.CARDS))
+
+
+def of_release(folder: Path) -> Stated | None:
+    """What evidence/release.json in a folder states; None if there is none, or it cannot be read."""
+    try:
+        body = untrusted.read_json(folder / RELEASE, RELEASE_BYTES)
+        numbers = body.get("format", 1), body.get("card_schema", schema_v2.CARDS)
+    except (CheckFailed, AttributeError):
+        return None
+    return Stated(*numbers) if all(type(number) is int for number in numbers) else None
+
+
+def stated(path: Path) -> Stated:
+    """The versions of what a file or a folder belongs to: the release's if it lies in one, else its repository's."""
+    places = [place for place in (path, *path.absolute().parents[:DEPTH]) if place.is_dir()]
+    whole = next(filter(None, map(of_release, places)), None)
+    return whole or next(filter(None, map(of_card, places)), Stated())
+
+
+def reader(path: Path) -> ModuleType:
+    """The module that knows the names in a published file. Raises CheckFailed for a format of a later version."""
+    number = stated(path).format
+    if number not in READERS:
+        raise CheckFailed(f"it has the format {number}, and this atom knows {max(READERS)} at most; use a later one")
+    return READERS[number]
+
+
+def read_release(folder: Path) -> dict[str, Any]:
+    """evidence/release.json of a folder, in today's names."""
+    body: dict[str, Any] = reader(folder).release(untrusted.read_json(folder / RELEASE, RELEASE_BYTES))
+    return body
+
+
+def disagreements(folder: Path, repositories: list[str]) -> Iterator[str]:
+    """Repositories of a release that state other versions than release.json. repositories: their folders."""
+    whole = of_release(folder)
+    if whole is None:
+        yield f"{RELEASE} does not state its format as a number"
+        return
+    for place in repositories:
+        card = of_card(folder / place) or Stated(whole.format)
+        if card != whole and (folder / place / CARD).is_file():
+            name = f"{place}/{CARD}".lstrip("/")
+            yield (
+                f"{name} states format {card.format} and card schema {card.cards}, and {RELEASE} states "
+                f"{whole.format} and {whole.cards}"
+            )
+
+
+def phase(path: Path) -> str:
+    """The phase that a published folder or file is called after, as today's code calls it."""
+    name: str = reader(path).phase(_name(path))
+    return name
+
+
+def model(path: Path) -> str:
+    """The exported model that a published folder or file is called after, as today's code calls it."""
+    name: str = reader(path).model(_name(path))
+    return name
+
+
+def _name(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
+
+
+def fields(path: Path, file: str, value: Any) -> Any:
+    """What stands in a published JSON file, with today's names of its fields. file: what such files are called."""
+    return reader(path).fields(file, value)
+
+
+def today(path: Path, names: Iterable[str]) -> list[str]:
+    """The columns of a published table, as today's code calls them."""
+    known = reader(path).COLUMNS.get(path.name, {})
+    return [known.get(name, name) for name in names]
+
+
+def columns(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """{column as today's code calls it: as the table does}"""
+    known = reader(path)
+    return {name: known.column(path.name, name) for name in names}

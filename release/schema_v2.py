@@ -1,0 +1,209 @@
+"""Format 2: what the files of such a release call things, and what today's code calls them.
+
+This is the only module that knows names which later formats gave up. It reads, and writes nothing. It is never deleted:
+releases of format 2 stay published. Left stand the names in the files, which never change. Right stand today's names.
+Who renames something in the code writes the new name there, adds a module for the new format to `schema.READERS`, and
+raises `layout.FORMAT`. A name that stands nowhere here is the same in both.
+
+Format 1 had the same names and fewer files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+FORMAT = 2
+CARDS = 2
+"""The card schema of a repository that states none."""
+
+PHASES = {
+    "pretrain": "pretrain",
+    "midtrain": "midtrain",
+    "longcontext": "longcontext",
+    "sft": "sft",
+    "rlvr": "rlvr",
+    "rlhf": "rlhf",
+    "reward": "reward",
+    "online": "online",
+}
+"""Phases that train. Their names stand in folders, in `state.json` and in the `phase` of an order."""
+MODELS = {
+    "init": "init",
+    "base": "base",
+    "mid": "mid",
+    "long": "long",
+    "sft": "sft",
+    "rlvr": "rlvr",
+    "rlhf": "rlhf",
+    "online": "online",
+}
+"""Exported models. Their names stand in folders and in the names of nodes."""
+NODES = {
+    "items": "items",
+    "filter": "filter",
+    "curate": "curate",
+    "tokenizer": "tokenizer",
+    "tokenize": "tokenize",
+    "judge": "judge",
+    "fresh": "fresh",
+    "contamination": "contamination",
+}
+"""Nodes of the graph that are no phase."""
+OF_PHASE = ("order", "tasks")
+OF_MODEL = ("fresh-solve", "export", "evaluate", "solve", "prefer")
+"""Nodes that are called `<kind>-<phase>` and `<kind>-<model>`."""
+
+FIELDS: dict[str, dict[str, str]] = {
+    "release.json": {
+        name: name
+        for name in (
+            "format", "name", "version", "title", "description", "namespace", "contact", "languages", "licence",
+            "weights", "data_compilation", "code", "commit", "dirty", "stale", "nodes", "key", "digest",
+        )
+    },
+    "scores.json": {
+        name: name
+        for name in (
+            "bits_per_byte", "bits_per_byte_all", "accuracy", "accuracy_all", "passkey", "passkey_by_depth",
+            "loss_by_position", "problems", "problems_all", "judged", "greedy", "samples", "at", "pass", "maj",
+            "tokens", "truncated", "reasoning", "reward", "model", "before", "win_rate", "without_ties", "wins", "ties",
+            "losses", "sides", "parts", "examples", "value", "se", "n", "low", "high", "documents", "bytes",
+        )
+    },
+    "training.jsonl": {
+        name: name
+        for name in (
+            "step", "tokens", "loss", "lr", "grad_norm", "skipped", "excluded", "spike", "experts",
+            "expert_max_violation", "router_entropy", "reward", "clipped", "weight", "answer_tokens",
+        )
+    },
+    "state.json": {name: name for name in ("step", "phase", "tokens", "config", "optimizer_step", "data_position")},
+}  # fmt: skip
+"""Fields of JSON files, however deep they stand. `training.jsonl` is also what a model repository has for each phase
+under `training/`, and `scores.json` what it has under `evaluation/`."""
+COLUMNS: dict[str, dict[str, str]] = {
+    "items.parquet": {"score": "score", "code_digest": "code_digest"},
+    "answers.parquet": {"verifier": "verifier", "verifier_version": "verifier_version"},
+    "pairs.parquet": {"verifier": "verifier", "verifier_version": "verifier_version"},
+    "rollouts.parquet": {"verifier": "verifier", "verifier_version": "verifier_version"},
+    "dispositions.parquet": {"rule": "rule", "kept_hash": "kept_hash"},
+    "order.parquet": {"segment": "segment", "ordinal": "ordinal"},
+}
+"""Columns of tables, by the name of the file."""
+
+COMPARED = ("model", "before")
+
+SCORERS = dict.fromkeys(
+    (
+        "6b8f17b4256c23e33e74eb3e2b636bb49275cfac484590f5e763ba157147e1c6",
+        "6c5fbebd6ed544968764e455aafc94bff03be8ced980d14fdcae531daa993330",
+        "bd9bd72f37091cdba7c042858b7fb45544d486ee5500e0e3313048dbe64724db",
+        "cb0b2477e0cb624418d47cf3026121a4a0915a0e6901c960e7d2154850756739",
+    ),
+    ("problems", "1"),
+)
+"""{digest: scorer}. `items.parquet` named its scorer by the digest of `stages/data/problems.py` alone, which held it.
+All these files hold the same functions `answer_of` and `score`."""
+
+
+def phase(name: str) -> str:
+    """A phase, as today's code calls it: `longcontext-2`."""
+    return _numbered(name, PHASES)
+
+
+def model(name: str) -> str:
+    """An exported model, as today's code calls it: `long-2`."""
+    return _numbered(name, MODELS)
+
+
+def node(name: str) -> str:
+    """A node, as today's code calls it: `export-rlhf`, `rlhf@2`, `acquire-docstrings`."""
+    if "@" in name:
+        trained, _, step = name.partition("@")
+        return f"{phase(trained)}@{step}"
+    for kinds, called in ((OF_PHASE, phase), (OF_MODEL, model)):
+        for kind in kinds:
+            if name.startswith(f"{kind}-"):
+                return f"{kind}-{called(name.removeprefix(f'{kind}-'))}"
+    return NODES.get(name) or phase(name)
+
+
+def _numbered(name: str, known: Mapping[str, str]) -> str:
+    if name in known:
+        return known[name]
+    kind, dash, number = name.rpartition("-")
+    return f"{known.get(kind, kind)}{dash}{number}" if number.isdigit() else name
+
+
+def release(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of evidence/release.json, in today's names."""
+    renamed: dict[str, Any] = fields("release.json", dict(body))
+    if isinstance(nodes := renamed.get("nodes"), dict):
+        renamed["nodes"] = {node(name): value for name, value in nodes.items()}
+    if isinstance(stale := renamed.get("stale"), list):
+        renamed["stale"] = [node(name) for name in stale]
+    return renamed
+
+
+def fields(file: str, value: Any) -> Any:
+    """The content of a JSON file, with today's names of its fields. file: its name, as in FIELDS."""
+    names = FIELDS.get(file, {})
+    if any(name != today for name, today in names.items()):
+        value = _renamed(value, names)
+    if file == "scores.json" and isinstance(value, dict):  # that of a comparison names two models
+        value = value | {name: model(value[name]) for name in COMPARED if isinstance(value.get(name), str)}
+    return value
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {names.get(name, name): _renamed(part, names) for name, part in value.items()}
+    return [_renamed(part, names) for part in value] if isinstance(value, list) else value
+
+
+def column(table: str, today: str) -> str:
+    """What a table calls a column that today's code calls so. table: the name of its file."""
+    return next((name for name, now in COLUMNS.get(table, {}).items() if now == today), today)
+
+
+def scorer(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The scorer of a row of `items.parquet` that does not name one, by the digest of its code; None if unknown."""
+    return SCORERS.get(str(row.get("code_digest")))
+
+
+REPLAY = """
+import json, os, sys
+from pathlib import Path
+
+release, phase, first, last, folder = sys.argv[1:]
+import release as carried
+code = os.path.realpath(os.environ["PYTHONPATH"])
+if not os.path.realpath(carried.__file__).startswith(code + os.sep):
+    sys.exit("the code that ran is not the one that the release carries")
+
+from release import replay
+from release.replay_source import Source
+
+def show(text):
+    print("ATOM " + " ".join(text.split()), flush=True)
+
+folder = Path(folder)
+plan = replay.Plan(Source(Path(release)), phase, int(first), int(last))
+show("tokenizing the kept documents")
+tokens = plan.tokens(folder)
+plan.lay_down(folder / "work")
+show(f"training steps {int(first) + 1} to {last}")
+made = replay._train(plan, {"tokens": tokens, "order": plan.order()}, folder, show)
+state, diverges = plan.otherwise(made)
+environment, fingerprint = plan.changes()
+materials = plan.files(plan.start) | plan.source.digests(*plan.order_files)
+materials |= {f"{tokens.key}/{row.path}": row.sha256 for row in tokens.rows}
+result = {
+    "made": str(Path(made).relative_to(folder)), "state": list(state), "diverges": diverges, "ranks": plan.ranks,
+    "environment": list(environment), "fingerprint": fingerprint, "materials": materials,
+    "subject": plan.files(plan.end),
+}
+(folder / "result.json").write_text(json.dumps(result))
+"""
+"""Replays steps by the code that a release of format 2 carries: `release/replay.py` had these functions then."""
