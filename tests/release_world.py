@@ -353,7 +353,10 @@ def build_input(home: Path, inputs: dict[str, list[str]] = INPUTS, **changes: An
         "name": "tiny",
         "description": "A test.",
         "evaluation": {"problems": {"add": 20}, "heldout_documents": 3, "max_new_tokens": 8},
-        "release": {"licence": {"weights": "Apache-2.0", "data_compilation": "CC-BY-4.0", "code": "Apache-2.0"}},
+        "release": {
+            "licence": {"weights": "Apache-2.0", "data_compilation": "CC-BY-4.0", "code": "Apache-2.0"},
+            "languages": ["en"],
+        },
     }
     return BuildInput(
         name="tiny", version="0.1.0", recipe=recipe, recipe_files={"recipes/tiny.yaml": b"name: tiny\n"},
