@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from pipeline import json_files
+from pipeline.json_files import Damaged
 from pipeline.store import Store, canonical, sha256_bytes
 
 PACKAGES = ("pipeline", "stages", "release", "data_recipes")
@@ -46,12 +48,13 @@ def _plain(root: Path, paths: list[Path]) -> list[Path]:
 def freeze(store: Store, more: Mapping[str, bytes]) -> Path:
     """`$ATOM_HOME/code/<digest>`: our packages, the pins if they are beside them, and `more` under as-run/, read-only.
 
-    The same code gives the same folder, which is complete or absent.
+    The same code gives the same folder, which is complete or absent. Raises Damaged if it was altered since.
     """
     files = dict(_files(more))
     digest = sha256_bytes(canonical({name: sha256_bytes(data) for name, data in files.items()}))[:16]
     target = store.home / "code" / digest
     if target.is_dir():
+        _require_intact(target, files)
         return target
     draft = target.with_name(f".{digest}.{uuid.uuid4().hex}")
     for name, data in files.items():
@@ -66,6 +69,17 @@ def freeze(store: Store, more: Mapping[str, bytes]) -> Path:
             raise
         shutil.rmtree(draft)  # another submitter was faster
     return target
+
+
+def _require_intact(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Raises Damaged if a file of frozen code is not what it was."""
+    for name, data in files.items():
+        try:
+            intact = json_files.read_bytes(folder / name) == data
+        except FileNotFoundError:
+            intact = False
+        if not intact:
+            raise Damaged(folder / name, "it is not the code that was frozen", f"move {folder} away, and submit again")
 
 
 def _files(more: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:

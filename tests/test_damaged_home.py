@@ -16,7 +16,7 @@ import home_world as world
 import pytest
 from conftest import atom
 
-from pipeline import intact, json_files, ledger, os_errors
+from pipeline import intact, json_files, ledger, os_errors, snapshot
 from pipeline.errors import AtomError
 from pipeline.events import Tail
 from pipeline.graph import Graph
@@ -352,3 +352,14 @@ def test_a_socket_is_no_file(tmp_path: Path) -> None:
         server.bind(str(tmp_path / "s"))
         with pytest.raises(Damaged):
             json_files.read_bytes(tmp_path / "s")
+
+
+def test_frozen_code_that_was_altered_is_not_run(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    folder = snapshot.freeze(store, {"recipes/x.yaml": b"x"})
+    assert snapshot.freeze(store, {"recipes/x.yaml": b"x"}) == folder
+    file = folder / "pipeline" / "store.py"
+    file.unlink()
+    file.write_text("")
+    with pytest.raises(Damaged, match="it is not the code that was frozen"):
+        snapshot.freeze(store, {"recipes/x.yaml": b"x"})
