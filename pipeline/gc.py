@@ -95,7 +95,7 @@ def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) 
     kept = [
         f"{key} is kept, since it was trained or it is not known what made it; --include {key} names it"
         for key in _names(store.artifacts, KEY)
-        if not needed.doubts and key not in needed.keys | keys and _trained(store, key, needed)
+        if not needed.doubts and key not in keys and not _led_to(store, key, needed) and _trained(store, key, needed)
     ]
     return sorted(found, key=lambda row: (-row.bytes, str(row.path))), [*needed.doubts, *kept]
 
@@ -225,6 +225,12 @@ def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
     except Damaged as error:
         json_files.report(error, "nothing there is named")
         return []
+
+
+def _led_to(store: Store, key: str, needed: Needed) -> bool:
+    """Whether a run or release leads to a key, or to the phase that it is a checkpoint of."""
+    of = (ledger.phase_of(body) for _, body in ledger.statements(store.ledger, key)[0]) if "@" in key else ()
+    return key in needed.keys or any(phase in needed.keys for phase in of)
 
 
 def _trained(store: Store, key: str, needed: Needed) -> bool:
