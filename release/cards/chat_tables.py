@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from release.cards import caveats
-from release.cards.tables import count, table
+from release.cards.tables import count, escaped, table
 
 Facts = dict[str, Any]
 SHOWN = 4
@@ -133,6 +133,7 @@ def _value(row: Facts) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text in one table cell as it is: no line break, no bar, no back-tick, nothing that is markup."""
+    """A text in one table cell as it is: no line break, no bar, no back-tick, nothing that is markup or
+    steers a terminal."""
     shown = " ".join(text.split()).replace("`", "'").replace("|", "/")
-    return f"`{shown[:160]}`" if shown else "(nothing)"
+    return f"`{escaped(shown[:160])}`" if shown else "(nothing)"

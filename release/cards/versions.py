@@ -14,6 +14,8 @@ T = TypeVar("T")
 
 SCHEMA = 3
 """3: cards state their versions, and open with what the figures do not flatter."""
+ESCAPED = 3
+"""The schema from which on characters that no text has are escaped in what a model wrote."""
 ADDED: dict[str, int] = {"caveats": 3, "caveats_rule": 3, "unread": 3, "reward_parts": 3}
 """{table: the schema that brought it}. Older cards have no such table, and none is asked for."""
 CHANGED: dict[str, int] = {}
