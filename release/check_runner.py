@@ -48,6 +48,7 @@ def load_libraries(deep: bool) -> None:
     import pyarrow as pa
     import pyarrow.parquet
 
+    import release.rescore  # noqa: F401
     import stages.evaluate
     import stages.prefer
     import stages.solve  # noqa: F401

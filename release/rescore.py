@@ -1,7 +1,7 @@
 """Scores every published answer again: with the version of the scorer that is stated beside it, or not at all.
 
-The scorers of stages/scorers are frozen files, so an old answer is scored as it was then. Others need a sandbox or
-other packages, and are asked if they have the stated version here. What cannot be scored again is reported by scorer.
+The scorers of stages/scorers are frozen files, so an old answer is scored as it was then. Others need a sandbox, other
+packages, a model or a server: they are not run, and what they scored is reported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import AtomError
 from release import facts, schema
 from release.checks import Findings
 from stages import scorers
@@ -22,8 +21,6 @@ from stages.data.table import read_jsonl
 Row = dict[str, Any]
 Scorer = tuple[str, str]
 SIDES = ("model", "before")
-BATCH = 256
-"""Answers that a scorer which is no file of ours is given at a time."""
 
 
 @dataclass(frozen=True)
@@ -148,16 +145,11 @@ def _scored(where: str, tasks: dict[str, Row], task: str, row: Row) -> Scored:
 
 def _again(scorer: Scorer, scored: Sequence[Scored], tally: Tally) -> list[str]:
     """What is wrong with answers of one scorer; counts them in the tally."""
-    if scorer in scorers.SCORERS:
-        tally.again[scorer] += len(scored)
-        return [text for each in scored for text in _frozen(scorer, each)]
-    try:
-        parts = _live(scorer, scored)
-    except AtomError as error:
-        tally.skip(scorer, str(error), len(scored))
+    if scorer not in scorers.SCORERS:
+        tally.skip(scorer, _unknown(scorer), len(scored))
         return []
     tally.again[scorer] += len(scored)
-    return [text for each, earned in zip(scored, parts, strict=True) for text in _compare(each, earned)]
+    return [text for each in scored for text in _frozen(scorer, each)]
 
 
 def _frozen(scorer: Scorer, each: Scored) -> Iterator[str]:
@@ -177,28 +169,11 @@ def _compare(each: Scored, earned: Row) -> Iterator[str]:
         yield f"{each.where}: its reward is not what its answer earns"
 
 
-def _live(scorer: Scorer, scored: Sequence[Scored]) -> list[Row]:
-    """The parts that a scorer of this installation gives. Raises AtomError where its version is another or it cannot
-    run."""
-    from stages.rl.contracts import Response
-    from stages.rl.gym_server import GymServer
-    from stages.rl.verifiers import VERIFIERS, verifier
-
-    name, version = scorer
-    if name not in VERIFIERS or name == GymServer.name:
-        raise AtomError(_unknown(scorer))
-    made = verifier(name)
-    try:
-        if made.version != version:
-            raise AtomError(f"this atom has {name} {made.version}")
-        pairs = [(each.task, Response.of(each.text, each.finished)) for each in scored]
-        batches = (pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH))
-        return [dict(parts) for batch in batches for parts in made.score(batch)]
-    finally:
-        made.close()
-
-
 def _unknown(scorer: Scorer) -> str:
-    if scorer[0] == "reward-model":
+    name = scorer[0]
+    if name == "reward-model":
         return "a trained model, which is published as a checkpoint and is not loaded to verify"
-    return "this atom holds no such scorer"
+    versions = sorted(version for known, version in (*scorers.SCORERS, scorers.PROBLEMS) if known == name)
+    if versions:
+        return f"this atom holds {name} {', '.join(versions)}"
+    return "it needs a sandbox, other packages or a server, and verification runs none"

@@ -47,7 +47,7 @@ def head() -> dict[str, int]:
 def of_card(folder: Path) -> Stated | None:
     """What the card in a folder states; None if it states nothing, or there is none."""
     try:
-        text = untrusted.read(folder / CARD, CARD_BYTES).decode(errors="replace")
+        text = untrusted.read(folder / CARD, CARD_BYTES, follow=True).decode(errors="replace")
     except CheckFailed:
         return None
     block = HEAD.match(text)
@@ -60,10 +60,12 @@ def of_card(folder: Path) -> Stated | None:
 def of_release(folder: Path) -> Stated | None:
     """What evidence/release.json in a folder states; None if there is none, or it cannot be read."""
     try:
-        body = untrusted.read_json(folder / RELEASE, RELEASE_BYTES)
-        numbers = body.get("format", 1), body.get("card_schema", schema_v2.CARDS)
-    except (CheckFailed, AttributeError):
+        body = untrusted.read_json(folder / RELEASE, RELEASE_BYTES, follow=True)
+    except CheckFailed:
         return None
+    if not isinstance(body, dict):
+        return None
+    numbers = body.get("format", 1), body.get("card_schema", schema_v2.CARDS)
     return Stated(*numbers) if all(type(number) is int for number in numbers) else None
 
 
@@ -84,7 +86,8 @@ def reader(path: Path) -> ModuleType:
 
 def read_release(folder: Path) -> dict[str, Any]:
     """evidence/release.json of a folder, in today's names."""
-    body: dict[str, Any] = reader(folder).release(untrusted.read_json(folder / RELEASE, RELEASE_BYTES))
+    stated = untrusted.read_json(folder / RELEASE, RELEASE_BYTES, follow=True)
+    body: dict[str, Any] = reader(folder).release(stated)
     return body
 
 

@@ -29,12 +29,15 @@ class Check:
     skipped: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        rest = len(self.wrong) - NAMED
-        wrong = [printable(text) for text in self.wrong[:NAMED]] + ([f"and {rest} others"] if rest > 0 else [])
         object.__setattr__(self, "name", printable(self.name))
         object.__setattr__(self, "detail", printable(self.detail))
-        object.__setattr__(self, "wrong", wrong)
-        object.__setattr__(self, "skipped", [printable(text) for text in self.skipped[:NAMED]])
+        object.__setattr__(self, "wrong", _named(self.wrong))
+        object.__setattr__(self, "skipped", _named(self.skipped))
+
+
+def _named(texts: list[str]) -> list[str]:
+    rest = len(texts) - NAMED
+    return [printable(text) for text in texts[:NAMED]] + ([f"and {rest} others"] if rest > 0 else [])
 
 
 @dataclass
