@@ -1,0 +1,271 @@
+"""A release of format 2 stays verifiable, readable and replayable for ever, by this code and by later versions of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import old_releases
+import pytest
+from old_releases import Tree
+
+from pipeline.errors import AtomError, CheckFailed
+from pipeline.store import sha256_file
+from release import replay_carried, schema, schema_v2, show, trace
+from release.layout import model_folders
+from release.replay import replay
+from release.replay_report import certificate, text
+from release.replay_source import Source
+from release.verify import Verdict, verify
+
+PHASE, STEP = "pretrain", 30
+MODELS = ["model", "model-base", "model-mid", "model-sft", "model-rlvr", "model-rlhf"]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return old_releases.unpack(tmp_path_factory.mktemp("kept"))
+
+
+def test_the_kept_release_is_small_and_the_one_that_was_built() -> None:
+    assert old_releases.KEPT.stat().st_size <= 3_000_000
+    assert sha256_file(old_releases.KEPT) == "59d61d326f8a725b8f28daf931dd3c8e6193a9bf417281dc6add81587889752c"
+
+
+def by_name(verdict: Verdict) -> dict[str, Any]:
+    return {check.name: check for check in verdict.checks}
+
+
+def test_it_verifies_to_the_last_answer(kept: Path) -> None:
+    verdict = verify(kept, deep=True)
+    checks = by_name(verdict)
+    assert verdict.ok, [(check.name, check.wrong) for check in verdict.checks if check.ok is False]
+    assert [name for name, check in checks.items() if check.ok is None] == ["signatures"]
+    assert checks["versions"].detail == "format 2, card schema 2"
+    scored = checks["answers"]
+    assert all(f"by {scorer}" in scored.detail for scorer in ("courtesy 1", "exact 1", "problems 1"))
+    assert len(scored.skipped) == 1 and scored.skipped[0].startswith("skipped: scored by reward-model judge-")
+
+
+def test_no_comparison_of_its_cards_is_lost_without_a_word(kept: Path) -> None:
+    """What of the cards is not compared any more is what release/cards/versions.py says."""
+    from release.cards import versions
+
+    checks = by_name(verify(kept))
+    changed = {part for part, since in versions.CHANGED.items() if since > schema_v2.CARDS}
+    for name in ("cards", "data_card"):
+        skipped = {line.split(": ")[1].removeprefix("table ") for line in checks[name].skipped}
+        assert skipped <= changed and checks[name].ok, checks[name]
+
+
+def test_each_repository_alone_is_of_format_2(kept: Path, tmp_path: Path) -> None:
+    import shutil
+
+    for folder in ("model", "dataset"):
+        alone = Path(shutil.copytree(kept / folder, tmp_path / folder))
+        assert schema.stated(alone) == schema.Stated(2, 2)
+        assert verify(alone).ok
+
+
+def test_its_names_are_those_that_the_schema_lists(kept: Path) -> None:
+    """What stands in its files is known to schema_v2; so a rename in the code finds there what to translate."""
+    about = json.loads((kept / "evidence/release.json").read_text())
+    assert about.keys() <= schema_v2.FIELDS["release.json"].keys()
+    kinds = {*schema_v2.PHASES, *schema_v2.NODES, *schema_v2.OF_PHASE, *schema_v2.OF_MODEL, "acquire"}
+    for node in about["nodes"]:
+        assert any(node == kind or node.startswith((f"{kind}-", f"{kind}@")) for kind in kinds), node
+        assert schema_v2.node(node) == node, "today's names are still those of format 2; change this line with them"
+    assert model_folders(kept) == MODELS
+
+
+def test_it_is_shown_and_traced(kept: Path, tmp_path: Path) -> None:
+    page = show.facts_of(kept)
+    assert (page["name"], page["version"], page["commit"][:7]) == ("atom-kept", "0.1.0", "f71c494")
+    assert list(page["models"]) == [*MODELS[1:], "model"] and all(page["gates"].values())
+    assert page["seen"][PHASE]["steps"] == STEP and "atom-kept" in show.text(page)
+
+    step = trace.step(kept, PHASE, 1)
+    assert step.moved is True and len(step.segments) == 24
+    found = trace.document(kept, step.segments[0]["id"])
+    assert found.fates[0]["disposition"] == "kept" and 1 in [use.step for use in found.uses if use.phase == PHASE]
+    assert found.models == ["base", "mid", "sft", "rlvr", "rlhf", "online"]
+    assert f"{PHASE}-step-{STEP}" in found.checkpoints and "online-step-2" in found.checkpoints
+    matches = trace.text(kept, "Thank the ", tmp_path).matches
+    assert matches and {match.source for match in matches} == {"courtesies"}
+
+
+def without_bubblewrap(kept: Path, tmp_path: Path) -> bool:
+    try:
+        replay_carried.confined(kept, tmp_path, tmp_path, {})
+    except AtomError:
+        return True
+    return False
+
+
+def test_a_segment_is_replayed_by_the_code_that_it_carries(kept: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    found = replay(kept, PHASE, 0, STEP, told.append, unconfined=without_bubblewrap(kept, tmp_path))
+    assert found.code.startswith("sha256:") and any("running the code that the release carries" in t for t in told)
+    assert found.tensors == 96 and not [name for name in found.environment if name.startswith("code of ")]
+    # another processor or other packages add otherwise, and the replay says that they are others
+    assert found.verdict == "bitwise" or found.environment
+    assert found.code in text(found)
+    notes = certificate(found, kept)["predicate"]["configuration"][0]["annotations"]
+    assert notes["code"] == found.code
+
+
+def test_carried_code_that_is_not_the_code_that_trained_is_not_run(kept: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from test_replay import resum
+
+    copy = Path(shutil.copytree(kept, tmp_path / "copy"))
+    assert replay_carried.find(Source(copy), PHASE, STEP) is not None
+    engine = copy / "code/stages/train/engine.py"
+    engine.write_text(f"{engine.read_text()}\nraise SystemExit('I ran')\n")
+    with pytest.raises(CheckFailed, match="engine.py is altered"):
+        code = replay_carried.find(Source(copy), PHASE, STEP)
+        assert code is not None
+        code.extract(tmp_path / "extracted")
+    resum(copy)  # the checksums agree now, and the statement does not
+    assert replay_carried.find(Source(copy), PHASE, STEP) is None
+
+
+def test_the_carried_code_sees_no_network_and_none_of_our_files(kept: Path, tmp_path: Path) -> None:
+    secret, code, work = tmp_path / "secret", tmp_path / "code", tmp_path / "work"
+    secret.write_text("s3cret")
+    for folder in (code, work):
+        folder.mkdir()
+    if without_bubblewrap(kept, work):
+        with pytest.raises(AtomError, match="give --unconfined if you trust"):
+            replay_carried.confined(kept, code, work, {})
+        return
+    attack = f"""
+import os, pathlib, socket
+for what in (lambda: open({str(secret)!r}).read(), lambda: open({str(kept / "README.md")!r}, "a"),
+             lambda: open({str(code / "x")!r}, "w"), lambda: socket.create_connection(("1.1.1.1", 53), 2)):
+    try:
+        what()
+    except OSError:
+        continue
+    raise SystemExit("it reached out")
+assert "TOKEN" not in os.environ and os.getpid() < 20, os.getpid()
+pathlib.Path("done").write_text("yes")
+"""
+    line = replay_carried.confined(kept, code, work, {"HOME": str(work)})
+    done = subprocess.run(
+        [*line, sys.executable, "-c", attack], capture_output=True, text=True, env={"TOKEN": "x", "PATH": "/usr/bin:/bin"},
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and (work / "done").read_text() == "yes", done.stderr
+
+
+def test_what_a_model_wrote_is_escaped_on_cards_of_today(kept: Path) -> None:
+    from release.cards import chat_tables, tables
+
+    drawn = (kept / "model-rlvr/README.md").read_bytes()
+    assert b"\x12" in drawn and verify(kept / "model-rlvr").ok, "a model of bytes wrote it, and cards showed it so"
+    assert chat_tables._plain("Thank\x1b[2J you\u202e") == "`Thank\\x1b[2J you\\u202e`"
+    assert tables.escaped(tables.escaped("\x12|é")) == "\\x12|é"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path / "later")
+
+
+def change_a_table(tree: Tree) -> None:
+    tree.replace("release/cards/model.md.jinja", "## What it is", "## Architecture")
+    tree.replace("release/cards/tables.py", '"bytes scored"', '"bytes measured"')
+
+
+def test_a_later_card_template_does_not_make_it_bad(kept: Path, tree: Tree) -> None:
+    change_a_table(tree)
+    code, checks = tree.verify(kept / "model")
+    assert code == 1 and "bytes measured" in checks["cards"]["wrong"][0], "so a change without a new schema is found"
+
+    schema_line = next(
+        line for line in (tree.folder / "release/cards/versions.py").read_text().splitlines() if line[:9] == "SCHEMA = "
+    )
+    now = int(schema_line.removeprefix("SCHEMA = ")) + 1
+    tree.replace("release/cards/versions.py", schema_line, f"SCHEMA = {now}")
+    with open(tree.folder / "release/cards/versions.py", "a") as file:
+        file.write(f"\nADDED['novelties'] = {now}\nCHANGED['samples'] = {now}\n")
+    tree.replace("release/cards/render.py", '"samples": tables', '"novelties": ["a new line"], "samples": tables')
+    code, checks = tree.verify(kept / "model")
+    assert code == 0, [check for check in checks.values() if check["ok"] is False]
+    said = f"skipped: table samples: the card has schema 2, and this atom renders it as in schema {now}"
+    assert checks["cards"]["ok"] and said in checks["cards"]["skipped"]
+    assert said in tree.atom("verify", str(kept / "model")).stdout, "the text says it as well"
+
+
+def test_a_later_scorer_does_not_make_it_bad(kept: Path, tree: Tree) -> None:
+    scorers = tree.folder / "stages/scorers"
+    stricter = (scorers / "exact_v1.py").read_text().replace("float(right and finished)", "0.0")
+    (scorers / "exact_v2.py").write_text(stricter)
+    with open(scorers / "__init__.py", "a") as file:
+        file.write("\nfrom stages.scorers import exact_v2\ndel SCORERS['exact', '1']\n")
+        file.write("SCORERS['exact', '2'], LATEST['exact'] = exact_v2.score, '2'\n")
+    code, checks = tree.verify(kept / "dataset", "--deep")
+    assert code == 0, [check for check in checks.values() if check["ok"] is False]
+    skipped = next(line for line in checks["answers"]["skipped"] if "exact" in line)
+    assert skipped.startswith("skipped: scored by exact 1: ") and skipped.endswith("this atom holds exact 2")
+
+
+IDENTITY = '''"""Format 3: today's names."""
+COLUMNS = {}
+def same(name): return name
+phase = model = node = same
+def release(body): return dict(body)
+def fields(file, value): return value
+def column(table, today): return today
+def scorer(row): return None
+'''
+V2 = "release/schema_v2.py"
+
+
+def rename_everything(tree: Tree) -> None:
+    """Nodes, phases, models, fields and a column get other names in the code, and the format becomes 3."""
+    tree.replace("release/layout.py", '"rlhf"', '"dpo"')
+    tree.replace("release/layout.py", '"online"', '"onlinerl"')
+    tree.replace("release/layout.py", "FORMAT = 2", "FORMAT = 3")
+    tree.replace(V2, '"rlhf": "rlhf"', '"rlhf": "dpo"')
+    tree.replace(V2, '"online": "online"', '"online": "onlinerl"')
+    tree.replace(V2, '"judge": "judge"', '"judge": "export-reward"')
+    tree.replace_all(r'"accuracy(_all)?"', r'"exact_match\1"', "release", "stages", without=[V2])
+    tree.replace_all(r'"kept_hash"', '"text_hash"', "release", without=[V2])
+    tree.replace_all(r'(release|found)\["licence"\]', r'\1["license"]', "release", without=[V2])
+    tree.replace("release/show.py", '"licence", "commit"', '"license", "commit"')
+    tree.replace("release/schema.py", "2: schema_v2}", "2: schema_v2, 3: schema_v3}")
+    tree.replace("release/schema.py", "from release import schema_v2", "from release import schema_v2, schema_v3")
+    (tree.folder / "release/schema_v3.py").write_text(IDENTITY)
+    with open(tree.folder / V2, "a") as file:
+        file.write("FIELDS['scores.json'] |= {'accuracy': 'exact_match', 'accuracy_all': 'exact_match_all'}\n")
+        file.write("FIELDS['release.json'] |= {'licence': 'license'}\n")
+        file.write("COLUMNS['dispositions.parquet'] = {'kept_hash': 'text_hash'}\n")
+    with open(tree.folder / "release/cards/versions.py", "a") as file:  # columns are called after the models
+        file.write("SCHEMA += 1\nCHANGED |= dict.fromkeys(('evaluation', 'chat_test', 'chat_fresh', 'preferences',\n")
+        file.write("    'preference_samples', 'scores', 'spikes', 'experts_by_phase', 'eval_results', 'order',\n")
+        file.write("    'contamination', 'clean_scores', 'detector', 'attestations', 'croissant'), SCHEMA)\n")
+
+
+def test_it_outlives_a_rename_of_everything(kept: Path, tree: Tree) -> None:
+    rename_everything(tree)
+    code, checks = tree.verify(kept)
+    assert code == 0, [check for check in checks.values() if check["ok"] is False]
+    assert {"scores", "cards", "data_card", "gates", "statements"} <= {n for n, check in checks.items() if check["ok"]}
+    code, deep = tree.verify(kept / "dataset", "--deep")
+    assert code == 0, [check for check in deep.values() if check["ok"] is False]
+    assert {"documents", "order", "answers"} <= {name for name, check in deep.items() if check["ok"]}
+    assert checks["versions"]["detail"] == "format 2, card schema 2"
+
+    shown = json.loads(tree.atom("show", str(kept), "--json").stdout)
+    assert list(shown["models"]) == [*MODELS[1:], "model"], "in the order of training, by folders as they are"
+    assert shown["license"]["weights"] == "Apache-2.0" and "dpo" not in shown["models"]
+    step = json.loads(tree.atom("trace", str(kept), "--phase", "rlvr", "--step", "1", "--json").stdout)
+    document = json.loads(tree.atom("trace", str(kept), "--doc", step["segments"][0]["id"], "--json").stdout)
+    assert document["models"] == ["sft", "rlvr", "dpo", "onlinerl"]
+    assert document["fates"][0]["text_hash"], "a column under today's name"
