@@ -149,9 +149,9 @@ def read_sums(path: Path, name: str) -> dict[str, str]:
     """{path: sha256}. Raises CheckFailed naming the line that is damaged, doubled or out of order."""
     rows: dict[str, str] = {}
     last = ""
+    if not os.path.lexists(path):
+        raise CheckFailed(f"{name} is missing")
     try:
-        if not os.path.lexists(path):
-            raise CheckFailed(f"{name} is missing")
         text = read(path, SUMS_BYTES, follow=not is_foreign_link(path.parent, path.name)).decode()
     except CheckFailed as error:
         raise CheckFailed(str(error).replace(path.name, name, 1)) from None
