@@ -14,10 +14,11 @@ import pytest
 
 from pipeline.errors import AtomError, RecipeError
 from stages.data import acquire, items
-from stages.data.problems import FORMS, TASKS, add, draw, score
+from stages.data.problems import FORMS, TASKS, add, draw
 from stages.data.readers.stdlib import read_docstrings, read_functions
 from stages.data.recipe import Source, load, resolve_tree_digest
 from stages.data.table import content_hash
+from stages.scorers.problems_v1 import score
 
 
 def config(path: Path, reader: str = "jsonl", **options: Any) -> dict[str, Any]:

@@ -60,12 +60,14 @@ def test_shards_here_give_the_same_bytes_too(upstream: Path, tmp_path: Path) -> 
         assert world.digest(tmp_path / "home", stage) == world.digest(upstream, stage)
 
 
-def test_a_shard_that_fails_is_told_and_stops_what_waits(acquired: Path, tmp_path: Path) -> None:
+def test_a_damaged_input_is_reported_and_stops_what_waits(acquired: Path, tmp_path: Path) -> None:
     home, recipe, cluster = acquired, world.with_shards(tmp_path, 2), world.write_profile(tmp_path, restarts=0)
     documents = next(home.glob("artifacts/acquire-sums-*/documents.parquet"))
     documents.write_bytes(b"x" * documents.stat().st_size)
     atom(home, "submit", recipe, "--cluster", cluster, "--until", "tokenize")
     stages = world.until(lambda: settled(home), "an end")
     assert stages["filter"]["state"] == "failed"
-    assert re.match(r"shard [01]: .*documents.parquet cannot be read as Parquet", stages["filter"]["message"]), stages
+    assert re.match(
+        r"its inputs: artifact acquire-sums-\S+ file documents.parquet is damaged", stages["filter"]["message"]
+    ), stages
     assert stages["curate"]["state"] == stages["tokenize"]["state"] == "cancelled"

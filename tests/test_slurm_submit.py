@@ -72,7 +72,7 @@ def test_jobs_run_from_the_code_as_it_was(home: Path, tmp_path: Path) -> None:
         ({"train": {"cpus_per_task": 97}}, "Requested node configuration is not available"),
         ({"train": {"minutes": 0}}, "slurm.train.minutes = 0"),
         ({"train": {"partitions": "test"}}, "did you mean partition?"),
-        ({"train": {"memory_gb": 9e6}}, "Requested node configuration is not available"),
+        ({"train": {"memory_gb": 9e5}}, "Requested node configuration is not available"),
         ({"train": {"account": "nobody"}}, "Invalid account or account/partition combination"),
         ({"container": {"kind": "apptainer", "image": "/images/none.sif"}}, "/images/none.sif is not there; make it"),
     ],
