@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -78,7 +79,11 @@ class Cell:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._process = subprocess.Popen(
-                line, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+                line,
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
             )
         except OSError as e:
             self.close()
@@ -115,16 +120,23 @@ class Cell:
     def _complaint(self) -> str:
         if self._process is None or self._process.stderr is None:
             return "it was closed"
-        self._process.kill()
+        self._kill(self._process)
         text = self._process.stderr.read().decode(errors="replace").strip()
         self.close()
         return text.splitlines()[-1] if text else "bwrap said nothing"
+
+    @staticmethod
+    def _kill(bwrap: subprocess.Popen[bytes]) -> None:
+        """Kills bwrap and its first child: if bwrap dies before that child has asked to die with it, the child waits
+        for ever for a word from it, and holds the pipe of its messages open."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(bwrap.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Kills everything in it."""
         if self._process is not None:
             self.control.close()
-            self._process.kill()
+            self._kill(self._process)
             if self._process.stderr:
                 self._process.stderr.read()  # the other end is held by process 1 of the sandbox, which dies last
                 self._process.stderr.close()
