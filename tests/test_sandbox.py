@@ -460,7 +460,7 @@ def test_a_machine_where_each_sandbox_dies_is_no_programs_fault() -> None:
             while not stop.wait(0.001):
                 if pid := cell.pid:
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, 9)
+                        os.killpg(pid, 9)  # with the first child, which may not yet have asked to die with it
 
         killer = threading.Thread(target=kill)
         killer.start()
