@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 STAGES = ("pretrain", "midtrain", "sft")
 NEEDS = ("torch", "megatron", "datatrove", "tokenizers")
-PATIENCE = 365 * 86_400.0  # one process may need long for a step of many; nobody waits for a rank here
+PATIENCE = 7 * 86_400.0  # one process may need long for a step of many; nobody waits for a rank here
 
 
 def replay(
