@@ -152,7 +152,9 @@ def read_sums(path: Path, name: str) -> dict[str, str]:
     if not os.path.lexists(path):
         raise CheckFailed(f"{name} is missing")
     try:
-        text = read(path, SUMS_BYTES, follow=not is_foreign_link(path.parent, path.name)).decode()
+        root = path.parents[0 if os.path.isabs(name) else name.count("/")]  # of the repository
+        follow = not is_foreign_link(root, path.relative_to(root).as_posix())
+        text = read(path, SUMS_BYTES, follow=follow).decode()
     except CheckFailed as error:
         raise CheckFailed(str(error).replace(path.name, name, 1)) from None
     except UnicodeDecodeError:

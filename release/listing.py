@@ -61,7 +61,7 @@ def shows_release(folder: Path) -> bool:
     if os.path.lexists(folder / "state.json") and any(folder.glob("*.safetensors")):
         return True
     try:
-        rows = untrusted.read_json(folder / "index.json", SMALL_JSON)
+        rows = untrusted.read_json(folder / "index.json", SMALL_JSON, follow=True)
     except CheckFailed:
         return False
     return isinstance(rows, list) and any(isinstance(row, dict) and {"branch", "state"} <= row.keys() for row in rows)
@@ -137,9 +137,9 @@ def _sizes(folder: Path, tree: Tree) -> dict[str, int]:
         rows: dict[tuple[str, str], Any] = {}
         for path in tree.files:
             if path.startswith("evidence/manifests/") and path.endswith(".json"):
-                body = untrusted.read_json(folder / path)
+                body = untrusted.read_json(folder / path, follow=True)
                 rows |= {(Path(path).stem, row["path"]): row["size"] for row in body["files"]}
-        for path, origin in untrusted.read_json(folder / ORIGINS).items():
+        for path, origin in untrusted.read_json(folder / ORIGINS, follow=True).items():
             if (size := rows.get((origin.get("artifact"), origin.get("file")))) is not None and type(size) is int:
                 sizes[path] = size
     except (CheckFailed, KeyError, TypeError, AttributeError):

@@ -253,12 +253,12 @@ def _questions(
 def _all_explained(folder: Path) -> Wrong:
     from release.assemble import unexplained
 
-    origins = untrusted.read_json(folder / ORIGINS)
+    origins = untrusted.read_json(folder / ORIGINS, follow=True)
     return [f"{path} has no origin" for path in unexplained(folder, origins, files_below(folder))]
 
 
 def _gates(folder: Path) -> Wrong:
-    gates = untrusted.read_json(folder / "evidence/gates.json")
+    gates = untrusted.read_json(folder / "evidence/gates.json", follow=True)
     return [
         f"evidence/gates.json: gate {name} failed: {gate['detail']}"
         for name, gate in sorted(gates.items())
