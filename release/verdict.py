@@ -36,8 +36,9 @@ class Check:
 
 
 def _named(texts: list[str]) -> list[str]:
+    """Again of what it returned, the same."""
     rest = len(texts) - NAMED
-    return [printable(text) for text in texts[:NAMED]] + ([f"and {rest} others"] if rest > 0 else [])
+    return [printable(text) for text in texts[: NAMED + (rest == 1)]] + ([f"and {rest} others"] if rest > 1 else [])
 
 
 @dataclass
