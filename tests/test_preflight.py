@@ -117,7 +117,7 @@ def test_other_packages_on_another_node_are_told_and_strangers_are_not_heard(tmp
 
 def test_attempts_are_counted_until_one_gets_further(tmp_path: Path) -> None:
     def happened(*rows: dict) -> tuple[int, str]:
-        (tmp_path / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "events.jsonl").write_text("".join(json.dumps({"time": 1.0, **row}) + "\n" for row in rows))
         found = job.standstill(tmp_path)
         return found.since, found.where
 

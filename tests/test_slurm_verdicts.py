@@ -43,7 +43,7 @@ def start(folder: Path, name: str, retried: int) -> tuple[Store, Run, str]:
     this = runs.start(graph, store, [node.name], "dev")
     if name == "standstill":
         this.node_folder(node.name).mkdir()
-        (this.node_folder(node.name) / "events.jsonl").write_text('{"event": "attempt"}\n' * 3)
+        (this.node_folder(node.name) / "events.jsonl").write_text('{"time": 1.0, "event": "attempt"}\n' * 3)
     limits: dict[str, float | None] | None = {"core_hours": 0.0} if name == "budget" else None
     free = 1e9 if name == "preflight" else 0.0
     terms = Terms({node.name: node.key}, limits, retried, free, None)
