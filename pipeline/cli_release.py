@@ -191,7 +191,7 @@ def show(
 
     require_release(release)
     found = page.facts_of(release)
-    print(json.dumps(found, indent=1, ensure_ascii=False) if as_json else page.text(found))
+    print(json.dumps(found, indent=1) if as_json else page.text(found))
 
 
 @app.command()
@@ -231,7 +231,7 @@ def trace(
     else:
         assert doc is not None, "one of the three was given"
         answer = tracing.removal_report(release, doc, say) if report else tracing.document(release, doc)
-    print(json.dumps(answer.to_json(), indent=1, ensure_ascii=False) if as_json else answers.shown(answer))
+    print(json.dumps(answer.to_json(), indent=1) if as_json else answers.shown(answer))
 
 
 @app.command()

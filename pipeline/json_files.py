@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import AtomError
+from pipeline.text import escaped
 
 LIMIT = 64 * 2**20
 """Bytes of the largest file that is believed. A statement has some 50 kB, a manifest 150 bytes for each file."""
@@ -47,8 +48,7 @@ def report(error: Damaged, consequence: str) -> None:
 
 def printable(path: Path | str) -> str:
     """A path as one line of plain text, whatever bytes its name has."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return escaped(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
 def open_file(path: Path) -> BinaryIO:

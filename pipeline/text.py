@@ -15,10 +15,11 @@ def unprintable(text: str, lines: bool = False) -> str | None:
     return next(found, None)
 
 
-def escaped(text: str, longest: int = 200) -> str:
-    """The text with escapes for what cannot be printed, cut to `longest` characters."""
-    cut = text if len(text) <= longest else f"{text[: longest - 1]}…"
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), cut)
+def escaped(text: str, longest: int | None = None) -> str:
+    """The text in one line, cut to `longest` characters: each that moves a terminal's cursor, turns the direction of
+    text or is no character at all stands as in Python: `\\x1b`, `\\u202e`, `\\udcff`."""
+    cut = text if longest is None or len(text) <= longest else f"{text[: longest - 1]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 def shown(value: object, longest: int = 80) -> str:

@@ -40,10 +40,12 @@ def read_file(path: Path, title: str) -> bytes:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise RecipeError(f"{title}: {escaped(str(path))} cannot be read ({error.strerror}); name another") from None
+        raise RecipeError(
+            f"{title}: {escaped(str(path), 200)} cannot be read ({error.strerror}); name another"
+        ) from None
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise RecipeError(f"{title}: {escaped(str(path))} is no regular file; name a YAML file")
+            raise RecipeError(f"{title}: {escaped(str(path), 200)} is no regular file; name a YAML file")
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
         raise RecipeError(f"{title}: is larger than {MOST_BYTES // 1024} KiB; this is no file of settings")
@@ -59,9 +61,9 @@ def parse_yaml(data: bytes, title: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         hint = "; indent by spaces, not by tabs" if re.match(rb" *\t", _line(data, line)) else ""
-        raise RecipeError(f"{title}: line {line} is not valid YAML: {escaped(str(error.problem))}{hint}") from None
+        raise RecipeError(f"{title}: line {line} is not valid YAML: {escaped(str(error.problem), 200)}{hint}") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: escapes that PyYAML does not check
-        raise RecipeError(f"{title}: is not valid YAML: {escaped(str(error))}") from None
+        raise RecipeError(f"{title}: is not valid YAML: {escaped(str(error), 200)}") from None
     if not isinstance(found, dict):
         raise RecipeError(f"{title}: must be a mapping of sections, see the packaged recipes for examples")
     return found

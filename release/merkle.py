@@ -7,15 +7,15 @@ whoever publishes a root publishes the size with it, and `check` compares both.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import AtomError
+from pipeline.errors import AtomError, CheckFailed
 from pipeline.store import canonical
+from release import untrusted
 from stages.data.table import read_table, stream_rows
 
 KEPT = ("id", "source", "content_hash", "license", "split")
@@ -144,10 +144,10 @@ def check_file(proofs: Path, roots: Path) -> dict[str, str | None]:
     roots: a merkle.json from a trusted place. Raises AtomError if a file is not what it should be.
     """
     try:
-        said, trusted = json.loads(proofs.read_bytes()), json.loads(roots.read_bytes())
-        found = said.get("proofs", said)
-        return {name: check(proof, trusted) for name, proof in found.items()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        stated, trusted = untrusted.read_json(proofs, follow=True), untrusted.read_json(roots, follow=True)
+        found = stated.get("proofs", stated)
+        return untrusted.cleaned({name: check(proof, trusted) for name, proof in found.items()})
+    except (CheckFailed, ValueError, AttributeError, TypeError) as error:
         raise AtomError(f"{proofs} and {roots} are not proofs and the roots that they lead to: {error}") from None
 
 

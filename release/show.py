@@ -9,6 +9,7 @@ from typing import Any
 from release import costs, facts, keyless, schema, sign
 from release.cards import caveats, tables
 from release.layout import GATES, PUBLIC_KEY, SIGNATURE, model_folders
+from release.untrusted import cleaned
 
 WIDTH = 118
 ABOUT = ("name", "version", "title", "description", "licence", "commit", "dirty", "stale")
@@ -78,11 +79,11 @@ def _scores(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """The page."""
+    """The page; what a terminal would obey is shown in escapes."""
     from rich.console import Console
     from rich.table import Table
 
-    out = io.StringIO()
+    found, out = cleaned(found), io.StringIO()
     console = Console(file=out, width=WIDTH, highlight=False, markup=False)  # a title may hold brackets
 
     def table(*columns: str) -> Table:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from release.untrusted import cleaned
+
 SCHEMA = 1
 Rows = list[dict[str, Any]]
 
@@ -113,7 +115,8 @@ class Removal(Answer):
 
 
 def shown(answer: Answer) -> str:
-    """Any answer in lines for people."""
+    """Any answer in lines for people; what a terminal would obey is shown in escapes."""
+    answer = cleaned(answer)
     if isinstance(answer, Step):
         return _step_text(answer)
     if isinstance(answer, Document):
@@ -129,20 +132,20 @@ def _step_text(found: Step) -> str:
     lines = [head]
     for row in found.segments:
         end = row["offset"] + row["length"] - 1
-        lines.append(f"  row {row['row']}.{row['segment']}  tokens {row['offset']}-{end}  {_shown(row['id'])}  "
-                     f"{row['license'] or 'licence unknown'}  {_shown(row['origin'] or '')}".rstrip())  # fmt: skip
+        lines.append(f"  row {row['row']}.{row['segment']}  tokens {row['offset']}-{end}  {row['id']}  "
+                     f"{row['license'] or 'licence unknown'}  {row['origin'] or ''}".rstrip())  # fmt: skip
     return "\n".join(lines + _untold(found.unknown))
 
 
 def _document_text(found: Document) -> str:
-    lines = [_shown(found.id)]
+    lines = [found.id]
     for fate in found.fates:
         what = f"kept ({fate['split']})" if fate["disposition"] == "kept" else f"removed by {fate['rule']}"
         if fate["value"] is not None:
             what += f": {fate['value']:g}, threshold {fate['threshold']:g}"
         for name in ("duplicate_of", "match"):
-            what += f", {name.replace('_', ' ')} {_shown(fate[name])}" if fate[name] else ""
-        lines.append(f"  {what}; {fate['license']}; {_shown(fate['origin'] or fate['source'])} [{fate['table']}]")
+            what += f", {name.replace('_', ' ')} {fate[name]}" if fate[name] else ""
+        lines.append(f"  {what}; {fate['license']}; {fate['origin'] or fate['source']} [{fate['table']}]")
     lines += _uses_text(found.uses) or ["  no step read it"]
     for asked in found.asked:
         steps = _ranges(asked["steps"]) or "none"
@@ -159,7 +162,7 @@ def _matches_text(found: Text) -> str:
     lines = [f"kept documents that hold {found.span!r}, exactly: {len(found.matches)} (by {found.by})"]
     for match in found.matches:
         times = "once" if match.count == 1 else f"{match.count} times"
-        lines.append(f"{_shown(match.id)}: {times}; {match.split}; {match.license}; {_shown(match.origin)}")
+        lines.append(f"{match.id}: {times}; {match.split}; {match.license}; {match.origin}")
         lines += _uses_text(match.uses) or ["  no step read it"]
     return "\n".join(lines + _untold(found.unknown))
 
@@ -206,8 +209,3 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([n])
     return ", ".join("-".join(map(str, part)) for part in parts)
-
-
-def _shown(text: str) -> str:
-    """Ids and addresses come from outside: what a terminal would obey is shown in escapes."""
-    return text if text.isprintable() else repr(text)

@@ -5,14 +5,17 @@ Everything here raises CheckFailed with one sentence, and reads nothing but regu
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import stat
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.errors import CheckFailed
+from pipeline.text import escaped
 
 LINE = 600
 """Characters of one printed text; what is longer is cut in its middle."""
@@ -28,10 +31,22 @@ DTYPE_BITS = {
 
 
 def printable(text: str) -> str:
-    """The text in one line: every character that moves a terminal's cursor, turns its direction or is no character at
-    all is escaped as in Python (`\\x1b`, `\\u202e`, `\\udcff`), and what is very long is cut."""
-    cut = text if len(text) <= LINE else f"{text[: LINE // 2]} … {text[-LINE // 2 :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+    """The text in one line that is safe to print; what is very long is cut in its middle."""
+    return escaped(text if len(text) <= LINE else f"{text[: LINE // 2]} … {text[-LINE // 2 :]}")
+
+
+def cleaned(value: Any) -> Any:
+    """The same, of lists, mappings and data classes, with every text in it as `printable` gives it."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {cleaned(key): cleaned(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(cleaned(item) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        texts = {field.name: cleaned(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        return dataclasses.replace(value, **texts)
+    return value
 
 
 def open_regular(path: Path, follow: bool = False) -> BinaryIO:

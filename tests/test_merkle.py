@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ def test_a_measure_that_is_no_number_has_a_leaf(dataset: Path, tmp_path: Path) -
     assert merkle.check(json.loads(json.dumps(proof, allow_nan=False)), merkle.roots(tmp_path)) is None
 
 
-def test_a_missing_table_is_told_in_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_table_is_reported_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(AtomError, match=r"dispositions.parquet is missing"):
         merkle.roots(tmp_path)
 
@@ -206,7 +207,14 @@ def test_proofs_are_checked_against_the_roots_alone(dataset: Path, tmp_path: Pat
     found["tokens"]["leaf"]["tokens"] += 1
     proofs.write_text(json.dumps(found))
     assert {name for name, wrong in merkle.check_file(proofs, roots).items() if wrong} == {"tokens"}
-    for content in ("[]", "{", '{"proofs": [1]}'):
+    for content in ("[]", "{", '{"proofs": [1]}', "[" * 100_000, '{"proofs": {"a": 1, "a": 2}}'):
         proofs.write_text(content)
         with pytest.raises(AtomError, match="are not proofs and the roots"):
             merkle.check_file(proofs, roots)
+    proofs.write_text(json.dumps({"proofs": {"a\x1b[2J": {**found["tokens"], "table": "\u202e"}}}))
+    assert list(merkle.check_file(proofs, roots)) == ["a\\x1b[2J"]
+    assert "the table \\u202e, of which" in (merkle.check_file(proofs, roots)["a\\x1b[2J"] or "")
+    proofs.unlink()
+    os.mkfifo(proofs)
+    with pytest.raises(AtomError, match="is not a regular file"):
+        merkle.check_file(proofs, roots)

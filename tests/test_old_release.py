@@ -14,6 +14,7 @@ from old_releases import Tree
 
 from pipeline.errors import AtomError, CheckFailed
 from pipeline.store import sha256_file
+from pipeline.text import escaped
 from release import replay_carried, schema, schema_v2, show, trace
 from release.layout import model_folders
 from release.replay import replay
@@ -164,12 +165,12 @@ pathlib.Path("done").write_text("yes")
 
 
 def test_what_a_model_wrote_is_escaped_on_cards_of_today(kept: Path) -> None:
-    from release.cards import chat_tables, tables
+    from release.cards import chat_tables
 
     drawn = (kept / "model-rlvr/README.md").read_bytes()
     assert b"\x12" in drawn and verify(kept / "model-rlvr").ok, "a model of bytes wrote it, and cards showed it so"
     assert chat_tables._plain("Thank\x1b[2J you\u202e") == "`Thank\\x1b[2J you\\u202e`"
-    assert tables.escaped(tables.escaped("\x12|é")) == "\\x12|é"
+    assert escaped(escaped("\x12|é")) == "\\x12|é"
 
 
 @pytest.fixture

@@ -502,6 +502,6 @@ def test_of_the_data_alone_it_says_what_it_cannot_tell(release: Path, alone: Pat
 
 def test_what_a_terminal_would_obey_is_not_printed(release: Path) -> None:
     found = trace.document(release, "prose/001")
-    odd = dataclasses.replace(found, id="prose/\x1b[2J", fates=[{**found.fates[0], "origin": "a\nb"}])
-    shown = answers.shown(odd)
-    assert "\x1b" not in shown and r"'prose/\x1b[2J'" in shown and r"'a\nb'" in shown
+    fate = {**found.fates[0], "origin": "a\nb", "license": "\x9b2J"}
+    shown = answers.shown(dataclasses.replace(found, id="prose/\x1b[2J", fates=[fate]))
+    assert "\x1b" not in shown and r"prose/\x1b[2J" in shown and r"\x9b2J; a\nb" in shown

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from pipeline.text import escaped
 from release.cards import caveats
-from release.cards.tables import count, escaped, table
+from release.cards.tables import count, table
 
 Facts = dict[str, Any]
 SHOWN = 4

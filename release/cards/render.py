@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.text import escaped
 from release import costs, schema
 from release.cards import caveats, chat_tables, tables, training_tables
 from release.hub_client import load
@@ -246,8 +247,8 @@ def _tidy(text: str) -> str:
 def wrong_tables(card: str, shown: dict[str, list[str]]) -> list[str]:
     """Lines that the facts demand and the card does not hold, word for word; old cards have texts of models as they
     were drawn, which are escaped today."""
-    present = {tables.escaped(line) for line in card.splitlines()}
-    return [line for name, lines in shown.items() for line in lines if tables.escaped(line) not in present]
+    present = {escaped(line) for line in card.splitlines()}
+    return [line for name, lines in shown.items() for line in lines if escaped(line) not in present]
 
 
 def wrong_scores(card: str, scores: Facts) -> list[str]:

@@ -19,11 +19,6 @@ def table(head: Iterable[str], body: Iterable[Iterable[str]]) -> list[str]:
     return lines + ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in body]
 
 
-def escaped(text: str) -> str:
-    """Characters that move a terminal's cursor or are no character at all stand as in Python: `\\x1b`."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def with_error(row: dict[str, Any], digits: int) -> str:
     return f"{row['value']:.{digits}f} ± {row['se']:.{digits}f}"
 
