@@ -146,7 +146,8 @@ def check_file(proofs: Path, roots: Path) -> dict[str, str | None]:
     try:
         stated, trusted = untrusted.read_json(proofs, follow=True), untrusted.read_json(roots, follow=True)
         found = stated.get("proofs", stated)
-        return untrusted.cleaned({name: check(proof, trusted) for name, proof in found.items()})
+        wrong: dict[str, str | None] = untrusted.cleaned({name: check(proof, trusted) for name, proof in found.items()})
+        return wrong
     except (CheckFailed, ValueError, AttributeError, TypeError) as error:
         raise AtomError(f"{proofs} and {roots} are not proofs and the roots that they lead to: {error}") from None
 
