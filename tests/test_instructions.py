@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 from verifier_world import ARGUMENTS, form_row, one
 
-from stages.rl.contracts import VerifierFailed
+from stages.data import instructions
+from stages.rl.contracts import VerifierFailed, to_row
 from stages.rl.verifiers import verifier
 from stages.scorers.instructions_v1 import CHECKS
 
@@ -90,3 +92,16 @@ def test_a_row_without_instructions_is_no_reward() -> None:
         one(verifier("instructions"), {k: v for k, v in form_row().items() if k != "kwargs"}, "text")
     with pytest.raises(VerifierFailed, match="0 instructions with 0 sets"):
         one(verifier("instructions"), form_row(), "text")
+
+
+@pytest.mark.parametrize("level", instructions.LEVELS)
+def test_requests_of_each_level_can_be_met_and_missed(level: int) -> None:
+    found = verifier("instructions")
+    asked = instructions.requests(100, random.Random(level), level)
+    assert len({text for text, _ in asked}) == 100
+    for text, fields in asked:
+        assert len(fields["kwargs"]) == level
+        end = next((given["end_phrase"] for given in fields["kwargs"] if "end_phrase" in given), "")
+        row = to_row("i", text, "instructions", "instructions", level, **fields)
+        assert one(found, row, f"aaaeeeooosssttt_{end}")["fraction"] == 1, text
+        assert one(found, row, ", " + "x " * 20)["fraction"] == 0, text

@@ -21,7 +21,8 @@ from pipeline.bounds import Key, License, LongLine, Range, Seed, Settings, Sha25
 from pipeline.errors import AtomError, RecipeError
 from pipeline.stage import Config, Estimate, Inputs, Report, Stage, operational
 from pipeline.store import Artifact, sha256_file
-from stages.data import courtesies, problems
+from stages.data import courtesies, instructions, problems
+from stages.data.instructions import LEVELS
 from stages.data.items import Task, chat_rows, courtesy_row, texts_of
 from stages.data.seeds import seed_of
 from stages.data.table import read_jsonl, write_jsonl
@@ -82,6 +83,28 @@ class CourtesyTasks(Config):
             yield courtesy_row(f"courtesy/{i:06d}", asked, self.verifier, **OWN)
 
 
+class InstructionTasks(Config):
+    """Requests for a note of a given form (stages/data/instructions.py); a level is a number of constraints."""
+
+    source: Literal["instructions"]
+    levels: tuple[Annotated[int, Range(LEVELS[0], LEVELS[-1])], ...] = Field(
+        min_length=1, max_length=len(LEVELS), description="numbers of constraints, a bin each"
+    )
+    count: Count = Field(description="tasks of each level")
+
+    def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
+        for level in self.levels:
+            rng = random.Random(seed_of(f"tasks/instructions/{level}", seed))
+            try:
+                found = instructions.requests(self.count, rng, level)
+            except ValueError as error:
+                raise RecipeError(f"tasks: {error}; ask for fewer") from None
+            for i, (text, fields) in enumerate(found):
+                yield to_row(
+                    f"instructions/{level}/{i:06d}", text, "instructions", "instructions", level, **fields, **OWN
+                )
+
+
 class ReasoningGymTasks(Config):
     """A dataset of the package reasoning-gym, by its name; `settings` are its own."""
 
@@ -126,7 +149,9 @@ class FileTasks(Config):
             yield {"license": self.license, "origin": self.origin, **row, **own, "id": f"{self.kind}/{number:06d}"}
 
 
-TaskSource = Annotated[ProblemTasks | CourtesyTasks | ReasoningGymTasks | FileTasks, Field(discriminator="source")]
+TaskSource = Annotated[
+    ProblemTasks | CourtesyTasks | InstructionTasks | ReasoningGymTasks | FileTasks, Field(discriminator="source")
+]
 Tasks = Annotated[tuple[TaskSource, ...], Field(min_length=1, max_length=1000)]
 
 
@@ -149,6 +174,8 @@ def bins_of(source: Any) -> list[str]:
     """The bins that a source fills, as `<kind>/<level>`."""
     if isinstance(source, ProblemTasks):
         return [f"{source.task}/{level}" for level in source.levels]
+    if isinstance(source, InstructionTasks):
+        return [f"instructions/{level}" for level in source.levels]
     if isinstance(source, CourtesyTasks):
         return ["courtesy/1"]
     return [f"{source.dataset if isinstance(source, ReasoningGymTasks) else source.kind}/{source.level}"]
