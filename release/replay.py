@@ -19,14 +19,13 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline import environment, ledger, registry
 from pipeline.codehash import code_digests
 from pipeline.errors import AtomError, CheckFailed
 from pipeline.store import Artifact, canonical, sha256_bytes, write_manifest
-from release import replay_carried, schema
+from release import replay_carried, schema, scratch
 from release.layout import WITHOUT_ORDER, when
 from release.replay_report import BITWISE, CLOSE, DIFFERS, TOLERANCE, Replay
 from release.replay_source import Source
@@ -62,8 +61,8 @@ def replay(
     first, last = _steps(source, phase, first, last)
     progress("hashing checkpoints and evidence")
     code = replay_carried.find(source, phase, last)
-    with TemporaryDirectory(prefix="atom-replay-") as name:
-        folder = Path(name).resolve()
+    with scratch.folder() as temporary:
+        folder = temporary.resolve()
         if code is not None:
             return _by_carried_code(code, phase, first, last, folder, unconfined, progress)
         try:

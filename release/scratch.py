@@ -1,4 +1,4 @@
-"""Temporary folders for what is pulled from the Hub; those of processes that were killed are swept by the next.
+"""Temporary folders for what is pulled from the Hub or trained again; those of killed processes are swept by the next.
 
 A folder belongs to a process for as long as that holds a lock on it, which the kernel lets go with the process.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PREFIX = "atom-pulled-"
+PREFIX = "atom-scratch-"
 
 
 @contextmanager

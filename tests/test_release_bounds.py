@@ -315,14 +315,14 @@ def test_folders_of_killed_processes_are_swept(tmp_path: Path, monkeypatch: pyte
     code = f"import tempfile, time; tempfile.tempdir = {str(tmp_path)!r}\nfrom release import scratch\nwith scratch.folder() as f:\n (f / 'x').write_text('x'); print(f, flush=True); time.sleep(600)"
     holders = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     dead, alive = (Path(holder.stdout.readline().strip()) for holder in holders if holder.stdout)
-    (tmp_path / "atom-pulled-file").write_text("x")
-    (tmp_path / "atom-pulled-link").symlink_to(alive)
+    (tmp_path / "atom-scratch-file").write_text("x")
+    (tmp_path / "atom-scratch-link").symlink_to(alive)
     holders[0].kill()
     holders[0].wait()
     with scratch.folder() as mine:
         assert not dead.exists() and (alive / "x").exists() and mine.is_dir()
         assert scratch.sweep(tmp_path) == []  # neither the other's nor mine
-    assert not mine.exists() and (tmp_path / "atom-pulled-file").exists()
+    assert not mine.exists() and (tmp_path / "atom-scratch-file").exists()
     holders[1].kill()
     holders[1].wait()
     assert scratch.sweep(tmp_path) == [alive]
