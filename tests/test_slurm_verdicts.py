@@ -59,11 +59,15 @@ def test_a_verdict_ends_every_node_within_seconds_and_is_told(name: str, tmp_pat
     store, this, job = start(tmp_path, name, retried=3 if kind.final else 0)
     (folder,) = [this.node_folder(node["name"]) for node in this.body["nodes"]]
     launch = slurm_world.until(lambda: next(folder.glob("ranks/*"), None), "a start")
-    end = world.last_end(launch)
+
+    def over() -> bool:
+        return "RUNNING" not in slurm_world.slurm("squeue", "-h", "-j", job, "-o", "%T")
+
+    end = world.last_end(launch, over=over)
     acted = tmp_path / "act" / "acted"  # a verdict before the stage begins is known once the last rank has started
     begun = [acted] if acted.exists() else list(launch.glob("started-*"))
     took = end - max(path.stat().st_mtime for path in begun)
-    slurm_world.until(lambda: "RUNNING" not in slurm_world.slurm("squeue", "-h", "-j", job, "-o", "%T"), "its end")
+    slurm_world.until(over, "its end")
     freed = time.time() - max(path.stat().st_mtime for path in begun)
     print(f"{name}: {took:.2f} s from the verdict to the end of the last process, {freed:.2f} s to free nodes")
     assert took < world.LIMIT
