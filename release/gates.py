@@ -187,11 +187,11 @@ def learning(c: Context) -> list[Gate]:
     lost = _certain(kept, base, mid)
     gain, needed = accuracy(mid) - accuracy(base), c.evaluation["min_accuracy_gain"]
     allowed = c.evaluation["bits_per_byte_tolerance"]
-    raised, errors = gain > 0 and gain >= needed, [phase["accuracy_all"]["se"] for phase in (base, mid)]
+    raised, errors = gain > needed, [phase["accuracy_all"]["se"] for phase in (base, mid)]
     said = [
         f"bits per byte {_said(learned)}",
         f"accuracy {accuracy(base):.3f} ± {errors[0]:.3f} → {accuracy(mid):.3f} ± {errors[1]:.3f}, "
-        f"a gain of at least {needed:g} is demanded",
+        f"a gain of more than {needed:g} is demanded",
         f"bits per byte {_said(kept)}, at most {allowed:g} may be lost on each{BEYOND}",
     ]
     names = ("pretraining_lowers_bits_per_byte", "midtraining_raises_accuracy", "midtraining_keeps_bits_per_byte")

@@ -63,7 +63,9 @@ class EvaluationSection(Config):
     bits_per_byte_tolerance: Annotated[float, Range(0, 8, "a byte has 8 bits")] = Field(
         0.05, description="bits per byte that mid-training may lose on the base"
     )
-    min_accuracy_gain: Share = Field(0.0, description="accuracy that mid-training must add; always more than none")
+    min_accuracy_gain: Annotated[float, Range(-1, 1)] = Field(
+        0.0, description="mid-training must add more accuracy than this"
+    )
     chat: ChatSection | None = added(None, "ask the problems, and requests, in conversations")
     context: ContextSection | None = added(None, "measure passkeys and the loss by position on long texts")
 

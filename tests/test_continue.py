@@ -214,13 +214,13 @@ def test_one_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) ->
 def test_the_base_model_must_be_the_one_that_the_checkpoint_came_from(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with pytest.raises(RecipeError, match="run the recipe first that is to be gone on from"):
-        composed(store, tmp_path, midtrain__continue_from="midtrain@100")
-    checkpoint = seal(store, str(SMOKE), "run-1", 100, phase="midtrain")
-    changes = {"midtrain__continue_from": "midtrain@100", "midtrain__optimizer__lr": 2e-3}
+        composed(store, tmp_path, midtrain__continue_from="midtrain@50")
+    checkpoint = seal(store, str(SMOKE), "run-1", 50, phase="midtrain")
+    changes = {"midtrain__continue_from": "midtrain@50", "midtrain__optimizer__lr": 2e-3}
     found = composed(store, tmp_path, **changes)
     assert found.materials(found.nodes["midtrain"])["continue"] == checkpoint.key
     with pytest.raises(
-        RecipeError, match=r"midtrain.continue_from = midtrain-\w+@100 began from pretrain-\w+, but this"
+        RecipeError, match=r"midtrain.continue_from = midtrain-\w+@50 began from pretrain-\w+, but this"
     ):
         composed(store, tmp_path, **changes, pretrain__optimizer__lr=2e-3)
 
@@ -251,22 +251,22 @@ def test_a_run_goes_on_from_an_earlier_one_and_its_release_tells(smoke_home: Pat
     assert "fits 2 checkpoints" in atom(home, "plan", write(
         tmp_path / "r.yaml", pretrain__continue_from="pretrain@60", pretrain__steps=90), code=2).stderr  # fmt: skip
 
-    # Another rate and another mix from step 151 of mid-training on.
+    # Another rate and another mix from step 76 of mid-training on.
     mix = {"docstrings": 0.15, "code": 0.1, "worked": 0.75}
-    changes = {"midtrain__continue_from": "midtrain@150", "midtrain__optimizer__lr": 2e-3, "midtrain__mix": mix}
+    changes = {"midtrain__continue_from": "midtrain@75", "midtrain__optimizer__lr": 2e-3, "midtrain__mix": mix}
     changed = write(tmp_path / "changed.yaml", name="changed", sft=None, rlvr=None, **changes)
     atom(home, "run", changed)
     found = graph.compose(recipes.load(changed), store)
     phase = store.open(found.nodes["midtrain"].key)
     lines = [json.loads(line) for line in (phase / "training.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(151, 301))
+    assert [line["step"] for line in lines if "loss" in line] == list(range(76, 151))
     checkpoint = store.open(found.nodes["midtrain"].external["continue"])
     stated = ledger.sealed(store.ledger, phase)
     assert stated and ledger.materials_of(stated[1])["continue"] == checkpoint.digest
     config = stated[1]["predicate"]["buildDefinition"]["externalParameters"]["config"]
-    assert config["phase"]["continue_from"] == f"{first.nodes['midtrain'].key}@150"
+    assert config["phase"]["continue_from"] == f"{first.nodes['midtrain'].key}@75"
     before = rows(store.open(first.nodes["order-midtrain"].key))
-    read = chunks([r for r in before if r["step"] <= 150] + rows(store.open(found.nodes["order-midtrain"].key)), "code")
+    read = chunks([r for r in before if r["step"] <= 75] + rows(store.open(found.nodes["order-midtrain"].key)), "code")
     size = store.open(found.nodes["order-midtrain"].key).json("meta.json")["sources"]["code"]["chunks"]
     assert len(set(read[:size])) == min(size, len(read))
 
@@ -275,11 +275,11 @@ def test_a_run_goes_on_from_an_earlier_one_and_its_release_tells(smoke_home: Pat
     assert "verified" in atom(home, "verify", "--deep", str(release)).stdout
     card = (release / "model/README.md").read_text()
     assert (
-        f"- midtrain: steps 1 to 150 by `{first.nodes['midtrain'].key}`; from step 151 on with other settings: " in card
+        f"- midtrain: steps 1 to 75 by `{first.nodes['midtrain'].key}`; from step 76 on with other settings: " in card
     )
     assert "`mix.sums` 0.05 → not set" in card and "`optimizer.lr` 0.003 → 0.002" in card
     assert "went on from" not in (release / "model-base/README.md").read_text()
-    assert (release / "checkpoints/midtrain-step-150/optimizer.safetensors").exists()
+    assert (release / "checkpoints/midtrain-step-75/optimizer.safetensors").exists()
     assert (release / f"dataset/earlier/{first.nodes['order-midtrain'].key}/order.parquet").exists()
 
     (store.artifacts / first.nodes["order-midtrain"].key).rename(tmp_path / "lost")
