@@ -188,6 +188,7 @@ def submit(
     """
     from pipeline import profile
     from pipeline.launch import slurm
+    from pipeline.launch.local import damage_of
 
     composed, store, settings = graph_of(recipe), open_store(), profile.load(cluster)
     selected = composed.select(until, only)
@@ -199,7 +200,8 @@ def submit(
             for row in checked:
                 print(f"{row.script}: {row.said}")
         if bad := [row for row in checked if not row.ok]:
-            raise AtomError(f"Slurm would refuse stage {bad[0].stage}: {bad[0].said}; mend the cluster profile")
+            raise AtomError(f"Slurm would refuse stage {bad[0].stage}: {bad[0].said}; fix the cluster profile")
+        slurm.Submission(damaged=damage_of(composed, store, selected)).require_undamaged()
         return
     made = slurm.submit(composed, store, selected, settings, cluster)
     if as_json:
@@ -208,10 +210,12 @@ def submit(
             "submitted": made.submitted,
             "attached": made.attached,
             "sealed": made.sealed,
+            "damaged": made.damaged,
         }
         print(json.dumps({**body, "unknown": made.lack}, indent=1))
-        return
-    _told(made)
+    else:
+        _told(made)
+    made.require_undamaged()
 
 
 def _told(made: Submission) -> None:
@@ -219,6 +223,8 @@ def _told(made: Submission) -> None:
 
     if made.lack:
         print(f"atom: {made.lack}", file=sys.stderr)
+    for name, text in made.damaged.items():
+        print(f"atom: stage {name} cannot be run: {text}", file=sys.stderr)
     if made.run is None:
         print(f"{stages(len(made.sealed))} sealed already: nothing to submit")
         return

@@ -17,6 +17,7 @@ import pytest
 from conftest import atom
 
 from pipeline import intact, json_files, ledger, os_errors, snapshot
+from pipeline import run as runs
 from pipeline.errors import AtomError
 from pipeline.events import Tail
 from pipeline.graph import Graph
@@ -169,6 +170,23 @@ def test_a_run_goes_on_without_what_is_damaged_and_says_so(home: Path, composed:
     assert not store.sealed(sums)
     atom(home, "run", recipe, "--until", "acquire-sums")
     store.open(sums).verify()
+
+
+def test_submit_and_retry_name_what_is_damaged(home: Path, composed: Graph) -> None:
+    """Everything else is sealed, so that Slurm is not asked."""
+    store, key = Store(home), composed.nodes["acquire-sums"].key
+    manifest = store.artifacts / key / "manifest.json"
+    manifest.write_text("[]")
+    submit = ("submit", str(composed.recipe.path), "--cluster", "dev", "--until", "acquire-sums")
+    runs.start(composed, store, ["acquire-sums"], "dev").note_job("acquire-sums", "7", False)
+    for line in (submit, ("retry",)):
+        done = atom(home, *line, code=2)
+        assert "0 stages sealed already" in done.stdout and "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[0].startswith("atom: stage acquire-sums cannot be run: ")
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith(f"atom: 1 stage not submitted: {manifest} is damaged") and f"--include {key}" in last
+    body = json.loads(atom(home, *submit, "--json", code=2).stdout)
+    assert list(body["damaged"]) == ["acquire-sums"] and str(manifest) in body["damaged"]["acquire-sums"]
 
 
 def test_a_run_that_cannot_be_read_stops_only_who_asks_for_it(home: Path) -> None:

@@ -21,6 +21,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from pipeline import budget, snapshot
 from pipeline import run as runs
+from pipeline.display import stages
 from pipeline.errors import AtomError, Kind, RecipeError
 from pipeline.graph import Graph, Node
 from pipeline.launch import claims, clean_environment, job, queue
@@ -55,8 +56,8 @@ class Submission:
 
     def require_undamaged(self) -> None:
         """Raises AtomError if a stage was left out for a damaged file."""
-        for name, text in self.damaged.items():
-            raise AtomError(f"stage {name} was not submitted: {text}")
+        if self.damaged:
+            raise AtomError(f"{stages(len(self.damaged))} not submitted: {next(iter(self.damaged.values()))}")
 
 
 def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, reference: str) -> Submission:
