@@ -156,8 +156,10 @@ def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether stages of a run wrote anything there: without run.json, it was killed before that or it is damaged."""
-    return folder.is_dir() and any(folder.glob("*/events.jsonl") or folder.glob("*/submitit"))
+    """Whether something of a run is there that comes after its run.json, which is then lost: what a launcher or a stage
+    wrote. Without, the run was killed before."""
+    later = ("driver", "jobs.jsonl", "*/events.jsonl", "*/submitit", "*/shards/submitit")
+    return folder.is_dir() and any(any(folder.glob(pattern)) for pattern in later)
 
 
 def runs(store: Store) -> list[Run]:

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import gc, trash
+from pipeline import run as runs
 from pipeline.errors import AtomError
 from pipeline.graph import Graph
 from pipeline.lease import Lease
@@ -51,6 +52,7 @@ class History:
         self.trained: set[str] = set()
         self.training: set[Path] = set()
         self.damaged: set[Path] = set()
+        self.code: dict[Path, Path] = {}
 
     def run(self, which: int, selected: list[str], stop_before: str | None) -> None:
         composed = self.graphs[which]
@@ -65,6 +67,16 @@ class History:
             if self.store.sealed(key):
                 self.training.discard(self.store.work(key) / "state" / "checkpoint" / "file")
 
+    def lose(self, which: int, selected: list[str]) -> None:
+        """A submission whose jobs have not begun, and whose run.json is lost."""
+        code = self.store.home / "code" / f"{len(self.code):016x}"
+        code.mkdir(parents=True)
+        folder = runs.start(self.graphs[which], self.store, selected, "dev", code=code.name).folder
+        (folder / selected[0] / "submitit").mkdir(parents=True)
+        (folder / "run.json").unlink()
+        self.runs[folder], self.code[folder] = (which, selected), code
+        self.damaged.add(folder)
+
     def led_to(self) -> set[str]:
         keys = set()
         for which, selected in self.runs.values():
@@ -78,13 +90,16 @@ class History:
         after = set(os.listdir(self.store.artifacts)) if before else set()
         kept = before if self.damaged else before & (self.led_to() | self.trained)
         assert after == kept, (after - kept, kept - after)
+        assert all(code.exists() for run, code in self.code.items() if run in self.runs), (
+            "the code of pending jobs stays"
+        )
         assert all(path.exists() for path in self.training), "work checkpoints of unfinished training stay"
         assert not any(self.store.damage(key) for key in after)
 
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["run", "run", "only", "retry", "release", "damage", "forget", "gc"]),
+        st.sampled_from(["run", "run", "only", "retry", "release", "damage", "lose", "forget", "gc"]),
         st.integers(0, 2),
         st.integers(0, 23),
         st.integers(0, 30),
@@ -124,6 +139,8 @@ def test_after_any_history_gc_takes_nothing_that_is_needed(three: list[Graph], s
                 folder_of = known[place % len(known)]
                 (folder_of / "run.json").write_text(DAMAGES[other % len(DAMAGES)])
                 history.damaged.add(folder_of)
+            elif step == "lose":
+                history.lose(which, composed.select(name, None))
             elif step == "forget" and known:
                 shutil.rmtree(known[place % len(known)])
                 del history.runs[known[place % len(known)]]
