@@ -430,7 +430,7 @@ def gc(
     ignore_run: Annotated[
         list[str] | None, typer.Option(metavar="RUN", help="what only this run leads to is not needed any more")
     ] = None,
-    restore: Annotated[list[str] | None, typer.Option(metavar="KEY", help="move this back from the trash")] = None,
+    restore: Annotated[list[str] | None, typer.Option(metavar="KEY|PATH", help="move this back from the trash")] = None,
     empty_trash: Annotated[bool, typer.Option("--empty-trash", help="delete all that lies in the trash")] = False,
     as_json: JsonOption = False,
 ) -> None:

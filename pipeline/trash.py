@@ -1,6 +1,7 @@
 """The trash of `$ATOM_HOME`: what `atom gc` moves away lies there by date, and can be moved back.
 
     trash/2026-11-26/artifacts/<key>, trash/2026-11-26/work/<key>, trash/2026-11-26/code/<digest>
+    trash/2026-11-26/work/<key>/out.3      a product that was never finished, without the rest of the work
 
 The path below the date is the path below `$ATOM_HOME`, so that `mv` restores it, too. A second folder of the same name
 and day lies under `2026-11-26.2`.
@@ -55,12 +56,16 @@ def _files(path: Path) -> Iterator[os.stat_result]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A folder in the trash. name: a key, or the digest of code; since: the day on which it was moved there."""
+    """A folder in the trash. place: its path below `$ATOM_HOME` before; since: the day on which it was moved there."""
 
     path: Path
-    kind: str
-    name: str
+    place: Path
     since: date
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it may be called by: a key or the digest of code, and its path, there or here."""
+        return self.place.parts[1], str(self.place), str(self.path)
 
     @property
     def until(self) -> date:
@@ -77,23 +82,30 @@ def today() -> date:
 
 def entries(store: Store) -> list[Entry]:
     """What lies in the trash, the oldest first. Whatever is not laid out as above is reported and left alone."""
-    return list(_entries(store.home / "trash"))
-
-
-def _entries(trash: Path) -> Iterator[Entry]:
-    for day in _names(trash):
-        match = re.fullmatch(r"(\d{4}-\d{2}-\d{2})(\.\d+)?", day)
+    trash, days = store.home / "trash", []
+    for name in _names(trash):
+        match = re.fullmatch(r"([0-9]{4}-[0-9]{2}-[0-9]{2})(?:\.([0-9]{1,9}))?", name)
         try:
-            since = date.fromisoformat(match[1] if match else day)
+            days.append((date.fromisoformat(match[1] if match else name), int((match and match[2]) or 1), name))
         except ValueError:
-            json_files.report(Damaged(trash / day, "its name is no date"), "it is left alone")
+            json_files.report(Damaged(trash / name, "its name is no date"), "it is left alone")
+    return [
+        Entry(path, path.relative_to(trash / name), since) for since, _, name in sorted(days)
+        for path in _moved(trash / name)
+    ]  # fmt: skip
+
+
+def _moved(day: Path) -> Iterator[Path]:
+    """The folders that were moved to a folder of the trash."""
+    for kind in _names(day):
+        if kind not in KINDS:
+            json_files.report(Damaged(day / kind, "it is of no known kind"), "it is left alone")
             continue
-        for kind in _names(trash / day):
-            if kind not in KINDS:
-                json_files.report(Damaged(trash / day / kind, "it is of no known kind"), "it is left alone")
-                continue
-            for name in _names(trash / day / kind):
-                yield Entry(trash / day / kind / name, kind, name, since)
+        for path in (day / kind / name for name in _names(day / kind)):
+            # work that was moved as a whole has its leases in it
+            products = _names(path) if kind == "work" and path.is_dir() else []
+            alone = products and all(re.fullmatch(r"out\.\S+", name) for name in products)
+            yield from (path / name for name in products) if alone else (path,)
 
 
 def _names(folder: Path) -> list[str]:
@@ -117,22 +129,22 @@ def move(store: Store, path: Path) -> Path:
 
 
 def restore(store: Store, name: str) -> list[Path]:
-    """Moves what has that name back to where it was, of several the latest; returns where it lies now.
+    """Moves what has that name back to where it was, of several of one place the latest; returns where it lies now.
 
-    Raises AtomError if there is none, or something else stands in its place.
+    name: a key, the digest of code, or a path as `Entry.names` has it. Raises AtomError if there is none, or something
+    else stands in its place.
     """
-    latest = {entry.kind: entry for entry in entries(store) if entry.name == name}
+    latest = {entry.place: entry for entry in entries(store) if name in entry.names}
     if not latest:
         raise AtomError(f"there is no {name} in {store.home / 'trash'}; `atom gc --json` lists what is there")
-    targets = {kind: store.home / kind / name for kind in latest}
-    for target in targets.values():
+    for target in (store.home / place for place in latest):
         if os.path.lexists(target):
             raise AtomError(f"{target} is there already, so what lies in the trash stays there")
-    for kind, entry in latest.items():
-        targets[kind].parent.mkdir(exist_ok=True)
-        os.rename(entry.path, targets[kind])
+    for place, entry in sorted(latest.items()):
+        (store.home / place).parent.mkdir(parents=True, exist_ok=True)
+        os.rename(entry.path, store.home / place)
         _tidy(entry.path.parent)
-    return list(targets.values())
+    return [store.home / place for place in sorted(latest)]
 
 
 def put_back(store: Store, path: Path, target: Path) -> None:

@@ -265,10 +265,31 @@ def test_of_two_of_one_name_and_day_both_lie_in_the_trash(three: list[Graph], st
     for _ in range(2):
         world.start(store, composed, composed.select("items", None))
         gc.move(store, [composed.nodes["items"].key])
-    assert [entry.kind for entry in trash.entries(store)] == ["artifacts", "artifacts"]
+    assert [entry.place.parts[0] for entry in trash.entries(store)] == ["artifacts", "artifacts"]
     (store.home / "trash" / "notes").mkdir()
     said = atom(store.home, "gc", "--empty-trash").stderr
     assert "its name is no date" in said and os.listdir(store.home / "trash") == ["notes"]
+
+
+def test_products_of_unfinished_work_come_back_into_it(three: list[Graph], store: Store) -> None:
+    composed = three[0]
+    key = composed.nodes["tokenizer"].key
+    world.start(store, composed, composed.select("tokenizer", None), "tokenizer")
+    product, state = store.work(key) / "out.1", store.work(key) / "state"
+    assert taken(store) == {f"work/{key}/out.1"} and state.exists()
+    assert trash.restore(store, key) == [product] and (product / "file").exists()
+    place = f"work/{key}/out.1"
+    for number in range(11):
+        product.mkdir(exist_ok=True)
+        (product / "file").write_text(str(number))
+        assert taken(store) == {place}
+    assert [entry.names[1] for entry in trash.entries(store)] == [place] * 11
+    assert trash.restore(store, place) == [product]
+    assert (product / "file").read_text() == "10", "the last of one day, .11, comes after .2"
+    with pytest.raises(AtomError, match=f"{place} is there already"):
+        trash.restore(store, key)
+    assert taken(store, named=[key]) == {f"work/{key}"}
+    assert trash.restore(store, f"work/{key}") == [store.work(key)] and state.exists()
 
 
 @pytest.mark.parametrize("file", ["evidence/release.json", "evidence/manifests/items.json"])
