@@ -183,20 +183,35 @@ class Lease:
 
     @property
     def lost(self) -> bool:
-        return (self.folder / f"lease.{self.number + 1}").exists() or not self.path.exists()
+        """Raises OSError if the file system does not answer."""
+        return _exists(self.folder / f"lease.{self.number + 1}") or not _exists(self.path)
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
-            with suppress(FileNotFoundError):
+            lost = False
+            with suppress(OSError):  # the file system fails for a moment: the next beat tries again
                 os.utime(self.path)
-            if self.lost:
+            with suppress(OSError):
+                lost = self.lost
+            if lost:
                 return self.on_lost()
 
     def release(self) -> None:
-        """Lets a successor start at once. The file stays, so that numbers only grow."""
+        """Lets a successor start at once. The file stays, so that numbers only grow. If the file system does not let it
+        be written, the lease expires."""
         self._stop.set()
         self._thread.join()
-        if not self.lost:
-            replacement = self.folder / f".lease-{uuid.uuid4().hex}"
-            replacement.write_text(json.dumps({**me(), "released": True}))
-            os.replace(replacement, self.path)
+        with suppress(OSError):
+            if not self.lost:
+                replacement = self.folder / f".lease-{uuid.uuid4().hex}"
+                replacement.write_text(json.dumps({**me(), "released": True}))
+                os.replace(replacement, self.path)
+
+
+def _exists(path: Path) -> bool:
+    """Whether something has that name. Raises OSError if the file system does not answer, as `Path.exists` may not."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from pipeline import lease as module
 from pipeline.lease import EXPIRY, Lease, holder
 
 HOLD = "import sys,time; from pathlib import Path; from pipeline.lease import Lease; \
@@ -55,6 +61,43 @@ def test_a_silent_holder_elsewhere_is_succeeded_after_expiry_and_learns_of_it(tm
     present = holder(tmp_path)
     assert present and present.number == new.number and present.alive, "the old one cannot release the new one's lease"
     new.release()
+
+
+def test_a_file_system_that_is_away_for_a_moment_loses_no_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a sign of life nor a look at the lease ends the thread; a lease that cannot be released expires."""
+    monkeypatch.setattr(module, "HEARTBEAT", 0.01)
+    failures = iter([errno.EIO, errno.ESTALE, errno.EROFS] * 4)
+    real_time, real_look = os.utime, Path.lstat
+
+    def fails(real: Any) -> Any:
+        def call(path: Any, *args: Any) -> Any:
+            if Path(path).name.startswith("lease.") and (number := next(failures, None)):
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path, *args)
+
+        return call
+
+    lease = Lease.take(tmp_path)
+    assert lease
+    lost = threading.Event()
+    lease.on_lost = lost.set
+    monkeypatch.setattr(os, "utime", fails(real_time))
+    monkeypatch.setattr(Path, "lstat", fails(real_look))
+    until = time.monotonic() + 30
+    while next(failures, None) is not None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert lease._thread.is_alive() and not lost.is_set()
+    real_time(lease.path, (1, 1))
+    while real_look(lease.path).st_mtime == 1:
+        assert time.monotonic() < until, "it beats again"
+        time.sleep(0.01)
+    (tmp_path / "lease.2").touch()
+    assert lost.wait(30), "and sees a successor"
+    failures = iter([errno.EIO] * 9)
+    lease.release()
 
 
 def test_a_reused_process_number_is_not_the_holder(tmp_path: Path) -> None:
