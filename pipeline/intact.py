@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -57,9 +59,11 @@ def check(run: Path, artifacts: Iterable[Artifact], alive: Callable[[], None] = 
 
 
 def note(run: Path, artifact: Artifact) -> None:
-    """Writes down an artifact that was hashed in this run when it was sealed."""
-    for _, path, rows in _parts(run, artifact):
-        _write(path, {row.path: _state(artifact / row.path) for row in rows})
+    """Writes down an artifact that was hashed in this run when it was sealed. Where that fails, with a warning, it is
+    hashed again."""
+    with _only_a_cache():
+        for _, path, rows in _parts(run, artifact):
+            _write(path, {row.path: _state(artifact / row.path) for row in rows})
 
 
 def _parts(run: Path, artifact: Artifact) -> Iterator[tuple[Artifact, Path, list[FileRow]]]:
@@ -86,7 +90,8 @@ def _hash(artifact: Artifact, path: Path, rows: list[FileRow]) -> None:
     with ThreadPoolExecutor(threads) as pool:
         hashes = pool.map(lambda row: sha256_file(artifact / row.path), unknown)
         damaged = {row.path: found for row, found in zip(unknown, hashes, strict=True) if found != row.sha256}
-    _write(path, {name: state for name, state in states.items() if name not in damaged})
+    with _only_a_cache():
+        _write(path, {name: state for name, state in states.items() if name not in damaged})
     for row in unknown:
         if row.path in damaged:
             raise AtomError(
@@ -110,6 +115,15 @@ def _unknown(artifact: Artifact, path: Path, rows: list[FileRow]) -> list[FileRo
 def _state(path: Path) -> State:
     entry = path.stat()
     return entry.st_size, entry.st_mtime_ns, entry.st_ino
+
+
+@contextmanager
+def _only_a_cache() -> Iterator[None]:
+    """Nothing fails for a record that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"what was hashed is not written down ({error}), so it is hashed again", stacklevel=2)
 
 
 def _write(path: Path, record: dict[str, State]) -> None:

@@ -239,6 +239,14 @@ def test_inputs_are_hashed_once_a_run_and_again_when_they_change(
         intact.check(run, [artifact])
 
 
+def test_a_record_that_cannot_be_written_is_a_warning(home: Path, composed: Graph, tmp_path: Path) -> None:
+    """As on a disk that is full once the artifact is sealed."""
+    artifact = Store(home).open(composed.nodes["items"].key)
+    (tmp_path / "hashed").touch()
+    with pytest.warns(UserWarning, match="is not written down .*hashed again"):
+        intact.note(tmp_path, artifact)
+
+
 def test_of_many_tasks_each_file_is_hashed_by_one(home: Path, composed: Graph, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from pipeline import intact; from pipeline.store import Artifact\n"
