@@ -33,17 +33,15 @@ State = tuple[int, int, int]
 RECORD: TypeAdapter[dict[str, list[int]]] = TypeAdapter(dict[str, list[int]])
 
 
-def check(run: Path, artifacts: Iterable[Artifact], alive: Callable[[], None] = lambda: None) -> None:
+def check(run: Path, artifacts: Iterable[Artifact]) -> None:
     """Hashes what was not hashed in this run yet, or has changed since; waits for what others are at.
 
-    run: the run's folder. alive: called between parts, as whoever waits for this process may be told that it lives.
-    Raises AtomError naming the first file that is damaged.
+    run: the run's folder. Raises AtomError naming the first file that is damaged.
     """
     parts = [part for artifact in artifacts for part in _parts(run, artifact)]
     while parts:
         waiting = []
         for artifact, path, rows in parts:
-            alive()
             if not _unknown(artifact, path, rows):
                 continue
             lease = Lease.take(path.with_suffix(".lease"))

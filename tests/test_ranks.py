@@ -20,14 +20,14 @@ from conftest import atom, digests
 from test_recipe import SMOKE
 from test_run import start, wait_for
 
-from pipeline import ledger, registry
+from pipeline import intact, ledger, registry
 from pipeline.errors import AtomError, Failure, PeerLost
 from pipeline.launch import ranks
 from pipeline.launch.local import visible_gpus
-from pipeline.launch.worker import Task, _operations, work
+from pipeline.launch.worker import Task, _operations, attempt, work
 from pipeline.lease import gone, holder, me
 from pipeline.stage import Config, Inputs, Report, Stage, operational
-from pipeline.store import Store
+from pipeline.store import Store, sha256_file
 
 SLOW = 40  # steps: enough to be disturbed in
 
@@ -181,6 +181,37 @@ def test_ranks_believe_only_the_rank_0_of_their_own_launch(tmp_path: Path, monke
     (tmp_path / "ranks" / "9.0" / "rank-0.json").write_text(json.dumps(another))
     with pytest.raises(AtomError, match="rank 0 is gone"):
         rank(1, job=9).meet()
+
+
+def test_the_others_wait_while_rank_0_hashes_a_large_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For longer than they wait for a word of it; and they hear no more of its work once it has called them."""
+    monkeypatch.setattr(ranks, "MEETING_SECONDS", 1.0)
+    monkeypatch.setitem(registry.STAGES, "hanging", "test_ranks")
+    monkeypatch.setattr(sys.modules["test_ranks"], "STAGE", Stage("hanging", 1, Hanging, lambda *_: None))
+    monkeypatch.setattr(intact, "sha256_file", lambda path: time.sleep(3) or sha256_file(path))
+    store, launch = Store(tmp_path), tmp_path / "launch"
+    for folder in (launch, store.work("large-0") / "out.1"):
+        folder.mkdir(parents=True)
+    (launch / ranks.FAILURES).touch()
+    (store.work("large-0") / "out.1" / "file").write_text("large")
+    store.seal(store.work("large-0") / "out.1", "large-0", lambda made: None)
+    met: list[Any] = []
+
+    def follow() -> None:
+        follower = ranks.Ranks(2, 1, 1, True, launch)
+        try:
+            met.append(follower.meet())
+        except AtomError as error:
+            met.append(error)
+        follower.leave(ranks.FOLLOWED, ranks.Usage(0.0, 0))
+
+    other = threading.Thread(target=follow)
+    other.start()
+    task = Task(str(tmp_path), "run", "hanging", "hanging", {}, {"large": "large-0"}, "hanging-0", 8.0, 2)
+    assert attempt(task, store, ranks.Ranks(2, 0, 0, True, launch)) == "sealed"
+    other.join(30)
+    assert len(met) == 1 and isinstance(met[0], ranks.Meeting) and met[0].out == "out.1", met
+    assert ranks.read(launch / "meeting.json") == met[0].__dict__
 
 
 def test_every_way_in_which_a_phase_was_run_is_remembered(tmp_path: Path) -> None:

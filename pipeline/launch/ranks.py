@@ -4,7 +4,7 @@ A launch is one start of a job, and what its ranks tell each other lies in a fol
 ever believed: `logs/<run>/<node>/ranks/<job>.<restarts>/` with
 
     rank-<rank>.json    the process of a rank
-    meeting.json        what rank 0 decided: where to meet, that it waits for its turn, or that nobody is needed
+    meeting.json        what rank 0 decided: where to meet, that it is not ready yet, or that nobody is needed
     end-<rank>.json     how another rank ended, and what it used
     failures.jsonl      whoever fails says so here, in a line; the first one counts. Rank 0 adds `over` when it has
                         written all that it has to write
@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -118,6 +119,30 @@ class Ranks:
             if turns % 30 == 0:
                 write(self.folder / "meeting.json", {"turns": turns})
 
+    @contextmanager
+    def busy(self, turns: int) -> Iterator[None]:
+        """Rank 0: tells the others from a thread that it lives, for as long as it works before it calls them. turns:
+        those that it has waited for its turn."""
+        if self.size == 1:
+            yield
+            return
+        over = threading.Event()
+
+        def tell() -> None:
+            for turn in count(turns + 1):
+                with suppress(OSError):  # a file system that is away for a moment: the next word tells
+                    write(self.folder / "meeting.json", {"turns": turn})
+                if over.wait(MEETING_SECONDS / 20):
+                    return
+
+        thread = threading.Thread(target=tell, name="busy", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()  # its word must not come after the call
+
     def dismiss(self, why: str) -> None:
         """Rank 0, at an end without failure: if there was no meeting, there will be none."""
         if self.size > 1:
@@ -134,7 +159,7 @@ class Ranks:
                 return None
             if message is not None and "turns" not in message:
                 return Meeting(**message)
-            if message is not None and message["turns"] != turns:  # rank 0 lives, and waits for another worker
+            if message is not None and message["turns"] != turns:  # rank 0 lives, and is not ready yet
                 deadline, turns = time.monotonic() + MEETING_SECONDS, message["turns"]
             if self._gone(0):
                 raise MachineError("rank 0 is gone; its own log may tell why")

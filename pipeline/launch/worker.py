@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -202,17 +201,18 @@ def _attempt(
         if store.sealed(task.key):
             return "sealed"
         report.event("start", stage=task.stage, key=task.key, pid=os.getpid(), ranks=task.ranks)
-        attempt.materials = {role: store.open(key) for role, key in task.inputs.items()}
-        parts = count(turns)
-        intact.check(store.logs / task.run, attempt.materials.values(), lambda: ranks.wait(30 * next(parts)))
-        report.seal_product = Products(attempt, lease).seal
-        for stale in folder.glob("out.*"):
-            shutil.rmtree(stale)
-        (folder / "state").mkdir(exist_ok=True)
-        attempt.operations = _operations(folder / "operations.json", attempt.operations[0])
-        out.mkdir()
-        with ranks.environment(ranks.call(out)), ranks.watch(report.fail):
-            attempt.stage.run(attempt.config, attempt.materials, folder / "state", out, report)
+        with ranks.watch(report.fail):
+            with ranks.busy(turns):
+                attempt.materials = {role: store.open(key) for role, key in task.inputs.items()}
+                intact.check(store.logs / task.run, attempt.materials.values())
+                report.seal_product = Products(attempt, lease).seal
+                for stale in folder.glob("out.*"):
+                    shutil.rmtree(stale)
+                (folder / "state").mkdir(exist_ok=True)
+                attempt.operations = _operations(folder / "operations.json", attempt.operations[0])
+                out.mkdir()
+            with ranks.environment(ranks.call(out)):
+                attempt.stage.run(attempt.config, attempt.materials, folder / "state", out, report)
         report.ending.acquire()
         if lease.lost:
             raise MachineError(
