@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,18 @@ SECRETS = {
     "TEAM_LOGIN": f"no word of the name says it, and\nthe second line has it: {PLANTED}",
     "PYTHON_DATABASE": f"postgres://me:{PLANTED}@db/x",
     "TORCH_HUB_ACCESS": f"hf_{PLANTED.replace('-', '')}",
+    "ATOM_GHTOKEN": PLANTED,
+    "SLURM_ACCESSKEY": PLANTED,
+    "TORCH_AUTH0": PLANTED,
+    "CUDA_PASSWORD1": PLANTED,
+    "PYTHON_GITHUBPAT": PLANTED,
+    "MLFLOW_DBPWD": PLANTED,
+    "MLFLOW_REGISTRY_URI": f"https://{PLANTED}@tracking.example",
+    "GITLABTOKEN": PLANTED,
 }
 """Variables that no stage may have, whichever the pattern that they would fit."""
-NEEDED = {"NCCL_SOCKET_IFNAME": "ib0", "CUDA_VISIBLE_DEVICES": "0,1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1",
+NEEDED = {"NCCL_IB_PKEY": "0x8001", "PYTHONUSERBASE": "/z", "OLDPWD": "/", "SLURM_TOPOLOGY_ADDR_PATTERN": "node",
+          "NCCL_SOCKET_IFNAME": "ib0", "CUDA_VISIBLE_DEVICES": "0,1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1",
           "ATEN_CPU_CAPABILITY": "avx2", "SLURM_JOB_ID": "7", "PYTHONPATH": "/x", "LC_ALL": "C.UTF-8", "ATOM_HOME": "/y",
           "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000", "SLURM_STEP_TASKS_PER_NODE": "1"}  # fmt: skip
 
@@ -71,6 +81,28 @@ def test_a_profile_that_would_carry_a_secret_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="MLFLOW_TRACKING_URI, which a job would take over, looks like a secret"):
         clean_environment.taken_over(SECRETS, ["MLFLOW_TRACKING_URI"])
     assert clean_environment.taken_over({"HOME": "/h", "OTHER": "x"}, ["MINE"]) == {"HOME": "/h"}
+    path.write_text(text.replace("environment:\n", "environment:\n    MLFLOW_TRACKING_URI: https://me@host\n"))
+    assert profile.load(str(path)).cluster().environment["MLFLOW_TRACKING_URI"] == "https://me@host"
+
+
+def test_what_setup_or_an_image_sets_is_dropped_unless_the_profile_names_it(tmp_path: Path) -> None:
+    """Once, even where Python itself sets a variable at each start."""
+    (tmp_path / "sitecustomize.py").write_text("import os\nos.environ['OF_PYTHON'] = 'x'\n")
+    code = (
+        "import os; from pathlib import Path; from pipeline.launch import clean_environment as c\n"
+        "c.require(['MINE', 'MLFLOW_TRACKING_URI']); print('names', *sorted(os.environ))\n"
+        "print(Path('/proc/self/environ').read_bytes())"
+    )
+    root = Path(profile.__file__).parents[1]
+    more = {"MINE": "x", "MLFLOW_TRACKING_URI": "https://me@host", "OF_IMAGE": "x", "PYTHONPATH": f"{tmp_path}:{root}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**SECRETS, **NEEDED, **more}, capture_output=True, text=True, check=True
+    )
+    first, names, block = done.stdout.splitlines()
+    dropped = set(first.partition("without ")[2].partition(":")[0].split(", "))
+    assert dropped == SECRETS.keys() - {"MLFLOW_TRACKING_URI"} | {"OF_IMAGE"}
+    assert set(names.split()[1:]) - {"LC_CTYPE"} == NEEDED.keys() | {"MINE", "MLFLOW_TRACKING_URI"}
+    assert PLANTED not in block and PLANTED.replace("-", "") not in block and "OF_IMAGE" not in block
 
 
 def test_a_stage_here_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,20 +34,22 @@ SEALED, DONE, AGAIN, FAILED = "sealed", "done", "again", "failed"
 
 @dataclass(frozen=True)
 class Terms:
-    """nodes: all of the run, with their keys. budget: the recipe's. The rest is the profile's."""
+    """nodes: all of the run, with their keys. budget: the recipe's. The rest is the profile's; variables: the names of
+    those that it forwards or sets."""
 
     nodes: dict[str, str]
     budget: dict[str, float | None] | None
     restarts: int
     free_gb: float
     scratch: str | None
+    variables: tuple[str, ...] = ()
 
 
 def run(spec: dict[str, Any], terms_: dict[str, Any]) -> str:
     """Runs one node as a Slurm job, on each of its ranks. Returns the decision, or how another rank than 0 ended; if a
     job of several ranks has failed, each of its processes ends with exit code 1 instead."""
-    clean_environment.require()
     task, terms = Task(**spec), Terms(**terms_)
+    clean_environment.require(terms.variables)
     here, store = submitit.JobEnvironment(), Store(Path(task.home))
     folder = store.logs / task.run / task.node
     launch = launch_folder(folder, here.raw_job_id)
@@ -117,8 +119,8 @@ def run_shards(spec: dict[str, Any], number: int, tasks: int, terms_: dict[str, 
     Returns the decision: after an error the task is started again while it gets further, and else as often as the
     profile allows. Shards that were done stay done.
     """
-    clean_environment.require()
     task, terms = Task(**spec), Terms(**terms_)
+    clean_environment.require(terms.variables)
     here, store = submitit.JobEnvironment(), Store(Path(task.home))
     launch = launch_folder(store.logs / task.run / task.node / "shards", here.raw_job_id)
     launch.mkdir(parents=True, exist_ok=True)

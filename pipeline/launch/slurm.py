@@ -82,7 +82,8 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         run = runs.start(graph, store, selected, reference, **more)
         made = Submission(run, damaged=damage)
         keys = {name: graph.nodes[name].key for name in selected}
-        terms = Terms(keys, limits, slurm.restarts, slurm.free_gb, slurm.scratch)
+        variables = (*slurm.forward, *slurm.environment)
+        terms = Terms(keys, limits, slurm.restarts, slurm.free_gb, slurm.scratch, variables)
         jobs: dict[str, str] = {}
         try:
             for name in selected:
