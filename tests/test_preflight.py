@@ -7,6 +7,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ import pytest
 from pipeline.errors import Failure, Kind
 from pipeline.launch import job, preflight
 from pipeline.launch.ranks import FAILURES, Ranks, read
+from pipeline.launch.worker import Task
+from pipeline.store import Store
 
 
 def ranks(folder: Path, size: int = 1, rank: int = 0) -> Ranks:
@@ -139,6 +143,32 @@ def test_attempts_are_counted_until_one_gets_further(tmp_path: Path) -> None:
     ):
         happened(*rows)
         assert job.standstill(tmp_path).repeated == repeated, rows
+
+
+@pytest.mark.parametrize(("outcome", "quick"), [("sealed", False), (Failure("the disk failed"), True)], ids=str)
+def test_a_failed_job_of_one_rank_waits_for_mlflow_a_moment_only(
+    outcome: str | Failure, quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[bool] = []
+
+    class Companion:
+        def __init__(self, home: Path, run: str) -> None: ...
+
+        def close(self, outcome: str, quick: bool) -> None:
+            closed.append(quick)
+
+    def attempt(task: Task, store: Store, ranks: Ranks, ended: Callable[[str | Failure], None]) -> str | Failure:
+        ended(outcome)
+        return outcome
+
+    for name, value in {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "LOCAL_NTASKS": "1", "LOCAL_GLOBALID": "0"}.items():
+        monkeypatch.setenv(f"SUBMITIT_{name}", value)
+    monkeypatch.setattr(job.clean_environment, "require", lambda named: None)
+    monkeypatch.setattr(job.tracking, "Companion", Companion)
+    monkeypatch.setattr(job, "attempt", attempt)
+    task = Task(str(tmp_path), "run", "n", "n", {}, {}, "n-0", 8.0, 1)
+    decision = job.run(task.json(), asdict(job.Terms({"n": "n-0"}, None, 0, 0.0, None)))
+    assert decision == (job.FAILED if quick else job.SEALED) and closed == [quick]
 
 
 def test_signals_to_stop_are_seen_whoever_handles_them() -> None:

@@ -78,8 +78,7 @@ def run(spec: dict[str, Any], terms_: dict[str, Any]) -> str:
             if companion is not None and decision == AGAIN:
                 companion.leave()  # the time limit may be near; the next start sends on
             elif companion is not None:
-                quick = isinstance(outcome, Failure) and ranks.size > 1
-                companion.close({DONE: "FINISHED", FAILED: "FAILED"}.get(decision, ""), quick)
+                companion.close({DONE: "FINISHED", FAILED: "FAILED"}.get(decision, ""), isinstance(outcome, Failure))
 
         lack = preflight.check(store.home, ranks, terms.free_gb, terms.scratch)
         if (stall := standstill(folder)).since > terms.restarts + 1:
