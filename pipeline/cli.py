@@ -559,10 +559,11 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        text = os_errors.sentence(error, open_store().home, names_anywhere=True)
-        if text is None:
+        values = (word.partition("=")[2] if word.startswith("--") else word for word in sys.argv[1:])
+        fault = os_errors.find(error, open_store().home, filter(None, values))
+        if fault is None or not fault.text:
             raise
-        print(f"atom: {text}", file=sys.stderr)
+        print(f"atom: {fault.text}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,13 +19,13 @@ from conftest import atom
 
 from pipeline import intact, json_files, ledger, os_errors, snapshot
 from pipeline import run as runs
-from pipeline.errors import AtomError
+from pipeline.errors import AtomError, Kind
 from pipeline.events import Tail
 from pipeline.graph import Graph
 from pipeline.json_files import Damaged
 from pipeline.launch import claims
 from pipeline.launch.queue import Job
-from pipeline.launch.sentences import sentence
+from pipeline.launch.sentences import kind, sentence
 from pipeline.lease import Lease, holder
 from pipeline.store import Store
 
@@ -304,7 +305,7 @@ def test_what_a_disk_refuses_is_one_sentence_from_wherever_it_arises(tmp_path: P
     for error in (direct, wrapped, behind):
         said = sentence(error, "pretrain", Store(tmp_path / "home"))
         assert str(tmp_path / "home") in said and "a bug" not in said and "\n" not in said, said
-        assert said == os_errors.sentence(error, tmp_path / "home")
+        assert os_errors.find(error, tmp_path / "home") == os_errors.Fault(Kind.MACHINE, said)
     hidden = KeyError("x")
     hidden.__context__, hidden.__suppress_context__ = direct, True
     assert "a bug in stage pretrain" in sentence(hidden, "pretrain", Store(tmp_path / "home"))
@@ -315,8 +316,40 @@ def test_a_missing_file_of_our_own_code_stays_a_bug(tmp_path: Path) -> None:
     assert "a bug in stage pretrain" in sentence(error, "pretrain", Store(tmp_path))
     inside = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "x"))
     assert "cannot be used (Permission denied)" in sentence(inside, "pretrain", Store(tmp_path))
-    timeout = TimeoutError(errno.ETIMEDOUT, "Connection timed out")
-    assert "a bug" in sentence(timeout, "pretrain", Store(tmp_path)), "a network is no disk"
+    beside = PermissionError(errno.EACCES, "Permission denied", f"{tmp_path}-old/x")
+    assert "a bug in stage pretrain" in sentence(beside, "pretrain", Store(tmp_path)), "of another home"
+    for number in (errno.ETIMEDOUT, errno.ECONNREFUSED, errno.EHOSTDOWN):
+        network = OSError(number, os.strerror(number))
+        said = sentence(network, "pretrain", Store(tmp_path))
+        assert "file server" not in said and "by its machine or network" in said, "a network is no disk"
+        assert kind(network, Store(tmp_path)) is Kind.MACHINE
+
+
+@pytest.mark.parametrize(
+    ("line", "of_the_user"),
+    [
+        (["run", "{here}/recipe.yaml"], False),
+        (["verify", "{here}/elsewhere"], True),
+        (["sign", "r", "--key={here}/elsewhere/x"], True),
+        (["verify", "{here}/else"], False),
+    ],
+    ids=str,
+)
+def test_only_a_path_of_the_command_line_or_the_home_is_the_users_mistake(
+    line: list[str], of_the_user: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other file that is missing is a bug of ours, whose traceback is needed."""
+    from pipeline import cli
+
+    def fails() -> None:
+        (tmp_path / "elsewhere" / "x").read_text()
+
+    monkeypatch.setenv("ATOM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sys, "argv", ["atom", *(word.format(here=tmp_path) for word in line)])
+    monkeypatch.setattr(cli, "app", fails)
+    monkeypatch.setattr(cli.warnings, "showwarning", warnings.showwarning)
+    with pytest.raises(SystemExit if of_the_user else FileNotFoundError):
+        cli.main()
 
 
 def test_a_damaged_claim_is_asked_of_slurm(tmp_path: Path) -> None:

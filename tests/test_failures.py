@@ -122,6 +122,7 @@ def test_a_failed_attempt_leaves_no_place_of_the_machine_in_its_statement(tmp_pa
         said
         == "work checkpoint $ATOM_HOME/work/x/state cannot be written (see …/text.jsonl, line 2); https://a.org/b/c"
     )
+    assert without_places(f"{home}-old/x is away, {home} is not.", home) == "…/x is away, $ATOM_HOME is not."
     recipe = recipe_with_documents(tmp_path, ['{"text": "cut'])
     atom(home, "run", recipe, "--until", "acquire-docstrings", code=2)
     bodies = [path.read_text() for folder in (home / "ledger").iterdir() for path in folder.iterdir()]
