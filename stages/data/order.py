@@ -11,7 +11,7 @@ are the very ones that were to come.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,12 +60,17 @@ class OrderConfig(Config):
         return sizes
 
     def rows_from(self, first: int) -> int:
-        """Rows of all steps from `first` on, in closed form."""
-        rows, done = 0, first - 1
-        for last, each in (*self.ramp, (self.steps, self.rows)):
-            rows += max(0, last - done) * each
-            done = max(done, last)
-        return rows
+        """Rows of all steps from `first` on."""
+        return rows_from(first, (*self.ramp, (self.steps, self.rows)))
+
+
+def rows_from(first: int, sizes: Iterable[tuple[int, int]]) -> int:
+    """Rows of all steps from `first` on, in closed form. sizes: (last step, rows of each step), one after the other."""
+    total, done = 0, first - 1
+    for last, rows in sizes:
+        total += max(0, last - done) * rows
+        done = max(done, last)
+    return total
 
 
 def settings(config: OrderConfig) -> dict[str, Any]:

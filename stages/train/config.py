@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from pipeline.bounds import MOST_RAMP_STEPS, Context, Flag, Line, Mix, Range, Seed, Steps
 from pipeline.stage import Config, added, operational
 from pipeline.text import shown
+from stages.data.order import rows_from
 from stages.data.packing import LongDocuments
 from stages.model.config import MOST_PARAMETERS, ModelConfig, PositiveInt, Precision, Rope
 from stages.model.layout import Layout, problem
@@ -209,12 +210,8 @@ class PhaseConfig(Config):
         return [(part.until_step, part.global_tokens // self.sequence_length) for part in self.batch.ramp]
 
     def rows_from(self, first: int) -> int:
-        """Rows of the steps from `first` to the last, in closed form."""
-        total, done = 0, first - 1
-        for last, rows in [*self.row_ramp, (self.steps, self.rows_of(self.steps))]:
-            total += max(0, last - done) * rows
-            done = max(done, last)
-        return total
+        """Rows of the steps from `first` to the last."""
+        return rows_from(first, (*self.row_ramp, (self.steps, self.rows_of(self.steps))))
 
     def tokens(self, first: int = 1) -> int:
         """Token slots of the steps from `first` to the last."""
