@@ -18,6 +18,7 @@ from stages.data import acquire, chat, courtesies, tokenize, tokenizer
 from stages.data.recipe import Source, load
 from stages.data.seeds import seed_of
 from stages.data.table import KEPT, read_table, write_rows
+from stages.scorers import LATEST, SCORERS
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -168,6 +169,12 @@ def test_requests_are_held_out_by_their_text() -> None:
     assert len(held) == 600 and not trained & held
 
 
+def judge(asked: courtesies.Request, note: str) -> dict[str, float]:
+    """The parts of a finished note's worth."""
+    row = {"act": asked.act.name, "who": asked.who, "what": asked.what}
+    return SCORERS["courtesy", LATEST["courtesy"]](row, note, True)
+
+
 @pytest.mark.parametrize(
     ("note", "worth"),
     [
@@ -190,13 +197,13 @@ def test_requests_are_held_out_by_their_text() -> None:
 )
 def test_the_judge_of_courtesies(note: str, worth: float) -> None:
     thank = next(act for act in courtesies.ACTS if act.name == "thank")
-    assert courtesies.judge(courtesies.Request(thank, "baker", "bread"), note)["reward"] == pytest.approx(worth)
+    assert judge(courtesies.Request(thank, "baker", "bread"), note)["reward"] == pytest.approx(worth)
 
 
 def test_a_full_note_is_full_for_every_request() -> None:
     for asked in courtesies.distinct(300, random.Random(0), heldout=True):
         done = asked.act.done.format(who=asked.who, what=asked.what)
-        found = courtesies.judge(asked, f"Dear {asked.who}, {done} Have a nice day!")
+        found = judge(asked, f"Dear {asked.who}, {done} Have a nice day!")
         assert (found["reward"], found["task"]) == (1.0, 1.0), asked
 
 
@@ -213,7 +220,7 @@ def test_style_without_the_task_earns_next_to_nothing() -> None:
     ]
     asked = courtesies.distinct(400, random.Random(1), heldout=True)
     for note in same_for_all:
-        assert sum(courtesies.judge(each, note)["reward"] for each in asked) / len(asked) < 0.04, note
+        assert sum(judge(each, note)["reward"] for each in asked) / len(asked) < 0.04, note
 
 
 FRAGMENTS = [
@@ -234,7 +241,7 @@ REQUESTS = [
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=8))
 @settings(max_examples=100, deadline=None)
 def test_a_note_does_the_task_of_one_request_at_most(fragments: list[str]) -> None:
-    found = [courtesies.judge(asked, " ".join(fragments)) for asked in REQUESTS]
+    found = [judge(asked, " ".join(fragments)) for asked in REQUESTS]
     assert sum(parts["task"] for parts in found) <= 1
     assert all(parts["reward"] < 0.07 for parts in found if not parts["task"])
 
@@ -243,4 +250,4 @@ def test_a_note_does_the_task_of_one_request_at_most(fragments: list[str]) -> No
 @settings(max_examples=100, deadline=None)
 def test_any_text_has_a_worth(note: str) -> None:
     asked = courtesies.request(random.Random(1))
-    assert all(0 <= value <= 1 for value in courtesies.judge(asked, note).values())
+    assert all(0 <= value <= 1 for value in judge(asked, note).values())

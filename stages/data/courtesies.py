@@ -13,8 +13,6 @@ import hashlib
 import random
 from dataclasses import dataclass
 
-from stages.scorers import LATEST, SCORERS
-
 _PEOPLE = """
 baker gardener nurse teacher driver painter singer farmer doctor tailor waiter pilot sailor writer dancer cook plumber
 judge guard clerk porter miller potter weaver barber butcher grocer mayor editor usher hunter builder
@@ -103,9 +101,3 @@ def answer(asked: Request, rng: random.Random) -> str:
 def messages(asked: Request, rng: random.Random) -> list[dict[str, str]]:
     """A conversation of one request and one answer."""
     return [{"role": "user", "content": asked.text}, {"role": "assistant", "content": answer(asked, rng)}]
-
-
-def judge(asked: Request, note: str) -> dict[str, float]:
-    """Parts of a finished note's worth, each 0 to 1, by the latest version of the scorer `courtesy`."""
-    row = {"act": asked.act.name, "who": asked.who, "what": asked.what}
-    return SCORERS["courtesy", LATEST["courtesy"]](row, note, True)
