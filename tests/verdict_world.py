@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +22,9 @@ from pipeline.lease import gone
 from pipeline.stage import Config, Inputs, Report, Stage, operational
 
 RANKS = 4
-LIMIT = 30.0
-"""Seconds that a test allows from a failure to the end of the last process, on however busy a machine; 5 are promised."""
+PROMISED, LIMIT = 5.0, 30.0
+"""Seconds from a failure to the end of the last process: without those in which some process of the machine had to wait
+for a processor or a disk, as the kernel counts them; and with them."""
 Way = Literal["bug", "check", "user", "kill", "abandon", "collective", "sleep", "environment"]
 
 
@@ -100,15 +102,42 @@ def graph(folder: Path, way: str, who: int = 0, ranks: int = RANKS) -> Graph:
     return Graph(recipe.load("atom-smoke"), {name: Node(name, STAGE, config, {}, f"{name}-0123456789ab")})
 
 
+def waited() -> float:
+    """Seconds since the machine was started in which some process had to wait for a processor or a disk. Where the kernel
+    does not count them (/proc/pressure), all of them."""
+    try:
+        lines = [Path(f"/proc/pressure/{name}").read_text().splitlines()[0] for name in ("cpu", "io")]
+        return sum(int(line.rpartition("total=")[2]) for line in lines) / 1e6
+    except OSError:
+        return time.monotonic()
+
+
+@dataclass(frozen=True)
+class End:
+    """When the last process of a launch was seen gone, and (time, `waited`) until then."""
+
+    time: float
+    samples: list[tuple[float, float]]
+
+    def require_promise(self, name: str, since: float) -> None:
+        """Raises AssertionError if it came too late after a moment."""
+        took = self.time - since
+        before = max((waits for at, waits in self.samples if at <= since), default=self.samples[0][1])
+        own = took - (self.samples[-1][1] - before)
+        print(f"{name}: {took:.2f} s to the end of the last process, {own:.2f} s without waiting for the machine")
+        assert own < PROMISED and took < LIMIT
+
+
 def last_end(
     launch: Path, ranks: int = RANKS, patience: float = 120.0, over: Callable[[], bool] = lambda: False
-) -> float:
-    """The time at which the last process of a launch was seen gone. over: whether no process is left that has not yet
-    written who it is; a quick verdict ends ranks before they do."""
-    deadline = time.monotonic() + patience
+) -> End:
+    """Waits until the last process of a launch is gone. over: whether no process is left that has not yet written who it
+    is; a quick verdict ends ranks before they do."""
+    deadline, samples = time.monotonic() + patience, []
     while time.monotonic() < deadline:
+        samples.append((time.time(), waited()))
         processes = [json.loads(path.read_text()) for path in launch.glob("rank-*.json")]
         if all(map(gone, processes)) and (len(processes) == ranks or over()):
-            return time.time()
+            return End(samples[-1][0], samples)
         time.sleep(0.05)
     raise AssertionError(f"processes of {launch} live on after {patience:.0f} s")
