@@ -229,7 +229,7 @@ def _told(made: Submission) -> None:
         print(f"{stages(len(made.sealed))} sealed already: nothing to submit")
         return
     told = [f"{stages(len(made.submitted))} submitted"] if made.submitted else []
-    told += [f"{len(made.attached)} in Slurm's hands already"] if made.attached else []
+    told += [f"{len(made.attached)} already queued in Slurm"] if made.attached else []
     told += [f"{', '.join(made.released)} released"] if made.released else []
     told += [f"{len(made.sealed)} sealed already"] if made.sealed else []
     print(f"run {made.run.id}: {', '.join(told)}; watch it: atom status --watch")
@@ -425,10 +425,10 @@ def retry(
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="move what is listed to the trash")] = False,
     include: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="this artifact and its work, too, whatever leads to it")
+        list[str] | None, typer.Option(metavar="KEY", help="this artifact and its work, too, whatever references it")
     ] = None,
     ignore_run: Annotated[
-        list[str] | None, typer.Option(metavar="RUN", help="what only this run leads to is not needed any more")
+        list[str] | None, typer.Option(metavar="RUN", help="what only this run references is not needed any more")
     ] = None,
     restore: Annotated[list[str] | None, typer.Option(metavar="KEY|PATH", help="move this back from the trash")] = None,
     empty_trash: Annotated[bool, typer.Option("--empty-trash", help="delete all that lies in the trash")] = False,
@@ -436,8 +436,8 @@ def gc(
 ) -> None:
     """Show what under $ATOM_HOME nothing needs any more, and how much it is.
 
-    Never what any run leads to, what a release was built from, or what a running job needs; what training made, and its
-    checkpoints, only if --include names it. What goes lies in $ATOM_HOME/trash for 14 days; the next --delete after
+    Never what any run references, what a release was built from, or what a running job needs; what training made, and
+    its checkpoints, only if --include names it. What goes lies in $ATOM_HOME/trash for 14 days; the next --delete after
     that deletes it.
     """
     from pipeline import gc as collector

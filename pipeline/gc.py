@@ -1,6 +1,7 @@
-"""What of `$ATOM_HOME` can go: state of stages that are sealed, what failed attempts left, and what no run leads to.
+"""What of `$ATOM_HOME` can go: state of stages that are sealed, what failed attempts left, and what no run references.
 
-Kept is what any run leads to, whenever it was and whatever its recipe was called, and what any release was built from.
+Kept: every artifact that a run references, whenever it was and whatever its recipe was called, or that a release was
+built from.
 What training stages made and left, checkpoints of unfinished ones too, goes only if it is named. Where a file that
 would tell what is needed cannot be read, everything stays that it might have named. Nothing is deleted: it is moved to
 the trash (trash.py).
@@ -269,7 +270,7 @@ def _artifacts(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple[
         if key in named:
             yield store.artifacts / key, "it was named"
         elif key not in needed.keys and not needed.doubts and not _trained(store, key, needed):
-            yield store.artifacts / key, "no run and no release leads to it"
+            yield store.artifacts / key, "no run and no release references it"
 
 
 def _code(store: Store, needed: Needed) -> Iterator[tuple[Path, str]]:

@@ -75,10 +75,10 @@ def reload(c: Context) -> list[Gate]:
             said.append(f"{folder}: transformers counts {found['parameters']} parameters, the file holds others")
     chat = [text for text in said if "template" in text or "token" in text or "generation prompt" in text]
     rest = [text for text in said if text not in chat]
-    mend = "; mend the export or tokenizer stage and run again"
+    advice = "; fix the export or tokenizer stage and run again"
     return [
-        Gate("reload_in_transformers", not rest, (rest[0] + mend) if rest else "every model loads, finite logits"),
-        Gate("chat_template_round_trip", not chat, (chat[0] + mend) if chat else "text, tokens and markers survive"),
+        Gate("reload_in_transformers", not rest, (rest[0] + advice) if rest else "every model loads, finite logits"),
+        Gate("chat_template_round_trip", not chat, (chat[0] + advice) if chat else "text, tokens and markers survive"),
     ]
 
 
@@ -231,11 +231,11 @@ def long_context(c: Context) -> list[Gate]:
             said.append(f"bits per token by position {_said(changes)}")
             worst = max(worst, *_rises(changes))
     text, ok = f"{'; '.join(said)}; at most {allowed:g} may be lost on each{BEYOND}", worst <= allowed
-    mend = "; change the recipe's long_context section and run again"
-    gates = [Gate("longcontext_keeps_bits_per_byte", ok, text if ok else text + mend)]
+    advice = "; change the recipe's long_context section and run again"
+    gates = [Gate("longcontext_keeps_bits_per_byte", ok, text if ok else text + advice)]
     if any("passkey" in scores[model] for model in ("mid", long[-1])):
         ok, text = _passkeys(c, scores["mid"].get("passkey", {}), scores[long[-1]].get("passkey", {}))
-        gates.append(Gate("longcontext_finds_passkeys", ok, text if ok else text + mend))
+        gates.append(Gate("longcontext_finds_passkeys", ok, text if ok else text + advice))
     return gates
 
 
@@ -319,7 +319,7 @@ def cards(c: Context) -> Gate:
 def described(c: Context) -> Gate:
     """mlcroissant finds no error in the description of the data, and loads records by it."""
     wrong = croissant.problems(c.folder / "dataset" / croissant.NAME)
-    found = f"{wrong[0]}; mend release/cards/croissant.py" if wrong else "croissant.json: no error, records load"
+    found = f"{wrong[0]}; fix release/cards/croissant.py" if wrong else "croissant.json: no error, records load"
     return Gate("croissant", not wrong, found)
 
 

@@ -26,7 +26,7 @@ def post_training(c: Context) -> list[Gate]:
     chat = c.data["chat"]
     if not chat:
         return []
-    mend = "; change the recipe's {} section, choosing on the validation split alone, and run again"
+    advice = "; change the recipe's {} section, choosing on the validation split alone, and run again"
     asked, gates = c.evaluation["chat"], []
     right = {name: found["problems_all"]["samples"]["accuracy"] for name, found in chat["test"].items()}
     said = {name: f"{row['value']:.3f} ± {row['se']:.3f}" for name, row in right.items()}
@@ -34,7 +34,7 @@ def post_training(c: Context) -> list[Gate]:
         gain = right["rlvr"]["value"] - right["sft"]["value"]
         ok = gain - SURE * math.hypot(right["rlvr"]["se"], right["sft"]["se"]) > asked["min_gain"]
         text = f"pass@1 {said['sft']} → {said['rlvr']}, a gain of more than {asked['min_gain']:g} is demanded{BEYOND}"
-        gates.append(Gate("rlvr_raises_pass_at_1", ok, text if ok else text + mend.format("rlvr")))
+        gates.append(Gate("rlvr_raises_pass_at_1", ok, text if ok else text + advice.format("rlvr")))
     later = [name for name in right if when(name) > when("rlvr")]
     if "rlvr" in right and later:
         before = right["rlvr"]
@@ -47,14 +47,14 @@ def post_training(c: Context) -> list[Gate]:
         text += (
             f"{asked['skill_tolerance']:g} may be lost after rlvr, {SURE} standard errors of the difference included"
         )
-        gates.append(Gate("rlhf_keeps_skills", ok, text if ok else text + mend.format("rlhf")))
+        gates.append(Gate("rlhf_keeps_skills", ok, text if ok else text + advice.format("rlhf")))
     for name in (name for name in later if name in chat.get("preferences", {})):
         rate = chat["preferences"][name]["win_rate"]
         text = (
             f"{name} wins {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against the model before rlhf"
         )
         ok = rate["low"] > asked["least_win"]
-        gates.append(Gate(f"{name}_is_preferred", ok, text if ok else text + mend.format("rlhf")))
+        gates.append(Gate(f"{name}_is_preferred", ok, text if ok else text + advice.format("rlhf")))
     return [*gates, _fresh(c), _contamination(c)]
 
 

@@ -51,7 +51,7 @@ def test_what_is_wrong_with_a_node_names_it(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
     if not list(Path("/dev").glob("nvidia[0-9]*")):
-        assert "0 GPUs under /dev, and Slurm gave 2" in (check(tmp_path) or "")
+        assert "0 GPUs under /dev, and Slurm gave 2; check the NVIDIA driver" in (check(tmp_path) or "")
 
 
 def look(folder: Path, size: int, **free: float) -> str | None:

@@ -1,4 +1,4 @@
-"""Recipes: every mistake is one sentence that names the recipe, the field and the mend."""
+"""Recipes: every mistake is one sentence that names the recipe, the field and the fix."""
 
 from __future__ import annotations
 

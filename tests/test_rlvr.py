@@ -162,7 +162,7 @@ def test_a_verifier_out_of_order_stops_the_step_and_loses_nothing(
     assert world.digest(tmp_path / "out") == world.digest(calm)
 
 
-def test_a_verifier_that_recovers_is_asked_again(
+def test_a_verifier_that_recovers_is_retried(
     place: Path, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score, calls = Instructions.score, [0]
@@ -177,7 +177,7 @@ def test_a_verifier_that_recovers_is_asked_again(
     monkeypatch.setattr(Instructions, "score", flaky)
     report = world.Reporter()
     rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", rl_world.config(), report)
-    assert "verifier instructions: busy; asking again" in report.notes
+    assert "verifier instructions: busy; retrying" in report.notes
     assert world.digest(tmp_path / "out") == world.digest(calm)
 
 

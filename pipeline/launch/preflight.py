@@ -53,7 +53,7 @@ def own(home: Path, free_gb: float, scratch: str | None) -> str | None:
             written = probe.stat().st_mtime
             probe.unlink()
         except OSError as error:
-            return f"node {name} cannot write to {place} ({error.strerror}); mend its mounts, or exclude it"
+            return f"node {name} cannot write to {place} ({error.strerror}); fix its mounts, or exclude it"
         if free < free_gb:
             return f"node {name} has {free:.1f} GB free in {place}, less than free_gb = {free_gb:g}; free some"
         if place == home and abs(written - before) > SKEW_SECONDS:
@@ -66,9 +66,7 @@ def _gpus(name: str) -> str | None:
     given = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip().isdigit()]
     there = list(Path("/dev").glob("nvidia[0-9]*"))
     if os.environ.get("SLURM_GPUS_ON_NODE") and len(there) < len(given):
-        return (
-            f"node {name} has {len(there)} GPUs under /dev, and Slurm gave {len(given)}; have its driver looked after"
-        )
+        return f"node {name} has {len(there)} GPUs under /dev, and Slurm gave {len(given)}; check the NVIDIA driver"
     return None
 
 

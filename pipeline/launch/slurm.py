@@ -61,7 +61,7 @@ class Submission:
 
 
 def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, reference: str) -> Submission:
-    """Submits what is neither sealed nor in Slurm's hands. Raises AtomError before anything is submitted, or after what
+    """Submits what is neither sealed nor queued in Slurm. Raises AtomError before anything is submitted, or after what
     was submitted by this call has been cancelled."""
     slurm = profile.cluster()
     damage = damage_of(graph, store, selected)
@@ -133,7 +133,7 @@ def start(executor: submitit.SlurmExecutor, task: Task, terms: Terms, tasks: int
                 return str(first.job_id).split("_")[0]
             made = executor.submit(job.run, task.json(), asdict(terms))
     except (FailedJobError, FailedSubmissionError) as error:
-        raise AtomError(f"Slurm refused stage {task.node}: {refusal(str(error))}; mend the profile") from None
+        raise AtomError(f"Slurm refused stage {task.node}: {refusal(str(error))}; fix the profile") from None
     return str(made.job_id)
 
 

@@ -291,7 +291,7 @@ class DataRecipe(Config):
 def load(name_or_path: str | Path) -> DataRecipe:
     """A data recipe by packaged name or by path; relative file paths inside are relative to the YAML.
 
-    Raises RecipeError in one sentence: no such recipe, not YAML, or the first field that is wrong and its mend.
+    Raises RecipeError in one sentence: no such recipe, not YAML, or the first field that is wrong and its fix.
     """
     path = find(str(name_or_path), "data_recipes", "data recipe")
     return loads(read_file(path, _title(path)), path)
@@ -381,10 +381,10 @@ def _require_licences(title: str, raw: dict[str, Any]) -> None:
     for i, source in enumerate(sources if isinstance(sources, list) else []):
         named = source.get("name") if isinstance(source, dict) else None
         name = escaped(str(named or f"number {i + 1}"), 60)
-        mends = {"license": "an SPDX id, e.g. Apache-2.0", "license_evidence": "a text or URL that shows it"}
-        for field, mend in mends.items():
+        fixes = {"license": "an SPDX id, e.g. Apache-2.0", "license_evidence": "a text or URL that shows it"}
+        for field, fix in fixes.items():
             if isinstance(source, dict) and not source.get(field):
-                raise RecipeError(f"{title}: source {name} has no {field}; add `{field}:` with {mend}")
+                raise RecipeError(f"{title}: source {name} has no {field}; add `{field}:` with {fix}")
 
 
 def _absolute(source: SourceConfig, folder: Path) -> SourceConfig:

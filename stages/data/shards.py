@@ -20,25 +20,25 @@ def check_shard(prefix: Path) -> int:
     import numpy as np
 
     index, tokens = prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
-    mend = f"remove {prefix.parent.parent} and run again to rebuild it"
+    advice = f"remove {prefix.parent.parent} and run again to rebuild it"
     for path in (index, tokens):
         if not path.is_file():
-            raise AtomError(f"token shard {path} is missing; {mend}")
+            raise AtomError(f"token shard {path} is missing; {advice}")
     data = index.read_bytes()
     if len(data) < _HEADER.size:
-        raise AtomError(f"token index {index} has only {len(data)} bytes; {mend}")
+        raise AtomError(f"token index {index} has only {len(data)} bytes; {advice}")
     magic, version, code, sequences, documents = _HEADER.unpack_from(data)
     if magic != _MAGIC or version != 1 or code not in _BYTES_A_TOKEN:
-        raise AtomError(f"token index {index} is not a Megatron index of version 1; {mend}")
+        raise AtomError(f"token index {index} is not a Megatron index of version 1; {advice}")
     expected = _HEADER.size + 12 * sequences + 8 * documents
     if len(data) != expected:
-        raise AtomError(f"token index {index} has {len(data)} bytes where its header asks for {expected}; {mend}")
+        raise AtomError(f"token index {index} has {len(data)} bytes where its header asks for {expected}; {advice}")
     lengths = np.frombuffer(data, np.int32, sequences, _HEADER.size).astype(np.int64)
     pointers = np.frombuffer(data, np.int64, sequences, _HEADER.size + 4 * sequences)
     ends = np.cumsum(lengths) * _BYTES_A_TOKEN[code]
     if sequences and ((lengths <= 0).any() or (pointers != np.concatenate(([0], ends[:-1]))).any()):
-        raise AtomError(f"token index {index} does not list its sequences one behind the other; {mend}")
+        raise AtomError(f"token index {index} does not list its sequences one behind the other; {advice}")
     needed = int(ends[-1]) if sequences else 0
     if tokens.stat().st_size != needed:
-        raise AtomError(f"token shard {tokens} has {tokens.stat().st_size} bytes instead of {needed}; {mend}")
+        raise AtomError(f"token shard {tokens} has {tokens.stat().st_size} bytes instead of {needed}; {advice}")
     return int(sequences)

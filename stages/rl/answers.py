@@ -55,7 +55,7 @@ class Verifiers:
         self.made, self.retries, self.report = dict(made), retries, report
 
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
-        """The parts of each answer's reward. A verifier that fails is asked again; then VerifierFailed stops the step
+        """The parts of each answer's reward. A verifier that fails is retried; then VerifierFailed stops the step
         with nothing lost: no answer is ever given 0 because its verifier was out of order."""
         found: dict[int, Parts] = {}
         for name in sorted({str(row["verifier"]) for row, _ in answers}):
@@ -70,7 +70,7 @@ class Verifiers:
             except VerifierFailed as error:
                 if attempt == self.retries:
                     raise
-                self.report.note(f"{error}; asking again")
+                self.report.note(f"{error}; retrying")
                 time.sleep(RETRY_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
 

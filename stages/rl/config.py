@@ -127,7 +127,7 @@ class RlPhase(Trainable):
         1e-3, description="largest mean difference of a token's log-probability between sampler and trainer"
     )
     verifiers: Verifiers = operational({}, "settings of verifiers by name, such as a server's url")
-    retries: Retries = operational(2, "times that a verifier that failed is asked again before the phase stops")
+    retries: Retries = operational(2, "times that a verifier that failed is retried before the phase stops")
 
     def replay_rows(self) -> PhaseConfig:
         """The replayed rows as those of a training phase, which is how their order is made and read."""
@@ -169,7 +169,7 @@ class DpoPhase(Trainable):
     )
     validate_every: Steps = Field(description="rounds between measurements on the validation items")
     verifiers: Verifiers = operational({}, "settings of verifiers by name, such as a server's url")
-    retries: Retries = operational(2, "times that a verifier that failed is asked again before the phase stops")
+    retries: Retries = operational(2, "times that a verifier that failed is retried before the phase stops")
 
     @property
     def all_updates(self) -> int:

@@ -144,7 +144,7 @@ class FileTasks(Config):
                 row = json.loads(line)
                 question(row)
             except (ValueError, LookupError, TypeError) as error:
-                raise AtomError(f"{path}, line {number}: not a row of NeMo Gym ({error!r}); mend it") from None
+                raise AtomError(f"{path}, line {number}: not a row of NeMo Gym ({error!r}); fix it") from None
             own = {"verifier": self.verifier, "kind": self.kind, "level": self.level}
             yield {"license": self.license, "origin": self.origin, **row, **own, "id": f"{self.kind}/{number:06d}"}
 

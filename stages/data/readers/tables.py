@@ -97,7 +97,7 @@ def _document(
         raise AtomError(f"{where}: no {what} in field {text_field!r} (fields: {have}); set reader.{field}")
     said: str = text if kind is str else json.dumps(text, ensure_ascii=False)
     if any("\ud800" <= c <= "\udfff" for c in said):
-        raise AtomError(f"{where}: field {text_field!r} holds a lone surrogate, which is not Unicode; mend the line")
+        raise AtomError(f"{where}: field {text_field!r} holds a lone surrogate, which is not Unicode; fix the line")
     if id_field is not None:
         if row.get(id_field) in (None, ""):
             raise AtomError(f"{where}: no id in field {id_field!r}; set reader.id_field to a field that every row has")
@@ -114,5 +114,5 @@ def _license(row: dict[str, Any], license_field: str, where: str) -> str:
     except (ValueError, TypeError):
         raise AtomError(
             f"{where}: field {license_field!r} holds {found!r}, which is no SPDX licence or list of them "
-            "(spdx.org/licenses); leave the row out, or mend the field"
+            "(spdx.org/licenses); leave the row out, or fix the field"
         ) from None
