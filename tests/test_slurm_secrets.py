@@ -46,7 +46,8 @@ def test_no_token_reaches_a_stage(login_token: None, tmp_path: Path, monkeypatch
         if name != "SLURM_JWT":  # which this cluster's own commands would want to use
             monkeypatch.setenv(name, value)
     environment = {"PYTHONPATH": f"{slurm_world.ROOT}:{world.python_path(tmp_path)}", "GLOO_SOCKET_IFNAME": "lo"}
-    setup = [f"export SETUP_TOKEN={PLANTED}", f"export AWS_SESSION_TOKEN={PLANTED}"]
+    environment["NAMED_BY_THE_PROFILE"] = "x"
+    setup = [f"export {name}={PLANTED}" for name in ("SETUP_TOKEN", "AWS_SESSION_TOKEN", "GITLABTOKEN", "OF_SETUP")]
     settings = profile.load(slurm_world.write_profile(tmp_path, environment=environment, setup=setup))
     store, graph = Store(tmp_path / "home"), world.graph(tmp_path / "act", "environment", ranks=1)
     (name,) = graph.nodes
@@ -60,7 +61,7 @@ def test_no_token_reaches_a_stage(login_token: None, tmp_path: Path, monkeypatch
         seen = Path(f"/proc/{pid}/environ").read_bytes()
         assert PLANTED.encode() not in seen and PLANTED.replace("-", "").encode() not in seen, (who, seen)
         names = {entry.partition(b"=")[0].decode() for entry in seen.split(b"\0")}
-        assert {"PATH", "HOME", "ATOM_HOME", "GLOO_SOCKET_IFNAME", "SLURM_JOB_ID", "SLURM_PROCID"} <= names
+        assert {"PATH", "HOME", "ATOM_HOME", "GLOO_SOCKET_IFNAME", "NAMED_BY_THE_PROFILE", "SLURM_JOB_ID"} <= names
         assert not {"LOGIN_TOKEN", "SETUP_TOKEN"} & names
     outside_setup = [
         path.parent.name
