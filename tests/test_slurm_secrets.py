@@ -61,7 +61,15 @@ def test_no_token_reaches_a_stage(login_token: None, tmp_path: Path, monkeypatch
         seen = Path(f"/proc/{pid}/environ").read_bytes()
         assert PLANTED.encode() not in seen and PLANTED.replace("-", "").encode() not in seen, (who, seen)
         names = {entry.partition(b"=")[0].decode() for entry in seen.split(b"\0")}
-        assert {"PATH", "HOME", "ATOM_HOME", "GLOO_SOCKET_IFNAME", "NAMED_BY_THE_PROFILE", "SLURM_JOB_ID"} <= names
+        assert {
+            "PATH",
+            "HOME",
+            "ATOM_HOME",
+            "GLOO_SOCKET_IFNAME",
+            "NAMED_BY_THE_PROFILE",
+            "SLURM_JOB_ID",
+            "SLURM_PROCID",
+        } <= names
         assert not {"LOGIN_TOKEN", "SETUP_TOKEN"} & names
     outside_setup = [
         path.parent.name
