@@ -103,7 +103,7 @@ def test_biases_even_out_the_load_without_a_loss(corpus: Path) -> None:
     engine, figures, _ = step(corpus, {"aux_loss": 0.0, "bias_rate": 0.02, "init_std": 1.0}, 12)
     _, without, _ = step(corpus, {"aux_loss": 0.0, "bias_rate": 1e-9, "init_std": 1.0}, 12)
     uneven = [sum(x.experts.max_violation for x in part[4:]) for part in (figures, without)]
-    assert uneven[0] < 0.8 * uneven[1]
+    assert uneven[0] < 0.9 * uneven[1]
     assert set(engine.buffers) == {f"decoder.layers.{n}.mlp.router.expert_bias" for n in (0, 1)}
     for bias in engine.buffers.values():
         assert bias.dtype == torch.float32 and 0 < bias.abs().max() <= 12 * 0.02 + 1e-6
@@ -128,7 +128,7 @@ def test_biases_are_kept_and_taken_over(corpus: Path, tmp_path: Path) -> None:
 def test_z_loss_keeps_the_routers_logits_small(corpus: Path) -> None:
     loose = step(corpus, {"init_std": 0.3}, 12)[1]
     tight = step(corpus, {"init_std": 0.3, "z_loss": 0.1}, 12)[1]
-    assert loose[0].z_loss == 0 and 0 < tight[-1].z_loss < 0.7 * tight[0].z_loss
+    assert loose[0].z_loss == 0 and 0 < tight[-1].z_loss < 0.8 * tight[0].z_loss
 
 
 def test_balance_by_sequence_is_another_loss(corpus: Path) -> None:

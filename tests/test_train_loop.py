@@ -35,7 +35,7 @@ def test_product_and_learning(undisturbed: Path) -> None:
     ]  # fmt: skip
     assert len(losses(undisturbed)) == 12 and len(losses(undisturbed, "heldout_loss")) == 4
     heldout = losses(undisturbed, "heldout_loss")
-    assert heldout[-1] < heldout[0] - 1
+    assert heldout[-1] < heldout[0] - 0.5  # by 1.5
     state = json.loads((undisturbed / "step-000012" / "state.json").read_text())
     assert state["step"] == state["optimizer_step"] == 12 and state["phase"] == "pretrain"
     summary = json.loads((undisturbed / "summary.json").read_text())
