@@ -45,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     def closer(function: Any, names: tuple[str, str], defaults: tuple[float, float] | None) -> Any:
         def compare(*args: Any, **kwargs: Any) -> Any:
+            if len(args) > 2:  # tolerances by position: a library's own comparison
+                return function(*args, **kwargs)
             for name, default in zip(names, defaults or (None, None), strict=True):
                 value = kwargs.get(name, default)
                 kwargs |= {} if value is None else {name: value / margin}
