@@ -31,6 +31,10 @@ ODD = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueErr
 """What the client raises where JSON is of another shape than a Hub's, and so do we where we read what it returns."""
 
 
+class OddAnswer(Exception):
+    """An answer of another shape than a Hub's; its text says what came of reading it."""
+
+
 def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", PUBLIC_HUB).rstrip("/")
 
@@ -81,14 +85,16 @@ class Patient:
         call = getattr(self.client, name)
 
         def patient(*arguments: Any, **options: Any) -> Any:
+            inspect.signature(call).bind(*arguments, **options)  # raises TypeError for a call of ours that is wrong
             errors, transport = load().errors, _http().TransportError
             for attempt in range(ATTEMPTS):
                 hub_limits.begin_call(again=attempt > 0)
                 try:
-                    answer = _unwrapped(call, *arguments, **options)
-                    if not inspect.isgenerator(answer):
-                        return answer
-                    rows = list(islice(answer, LISTED + 1))  # which asks when it is read
+                    with parsing():
+                        answer = _unwrapped(call, *arguments, **options)
+                        if not inspect.isgenerator(answer):
+                            return answer
+                        rows = list(islice(answer, LISTED + 1))  # which asks when it is read
                     if len(rows) > LISTED:
                         raise HubLimit(f"lists more than {LISTED} entries")
                     return rows
@@ -106,6 +112,18 @@ class Patient:
             raise AssertionError("the last attempt returns or raises")
 
         return patient
+
+
+@contextmanager
+def parsing() -> Iterator[None]:
+    """Where answers of the Hub are read: raises OddAnswer for one of another shape."""
+    errors = load().errors
+    try:
+        yield
+    except (json.JSONDecodeError, errors.HFValidationError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError):
+        raise
+    except ODD as error:
+        raise OddAnswer(f"{type(error).__name__}: {_first_line(error)}") from error
 
 
 def _unwrapped(call: Any, *arguments: Any, **options: Any) -> Any:
@@ -132,7 +150,7 @@ def api() -> Any:
 
 @contextmanager
 def plainly(what: str) -> Iterator[None]:
-    """Turns the client's failures while doing `what` into one AtomError."""
+    """Turns the client's failures while doing `what`, and what `parsing` raises, into one AtomError."""
     errors, http = load().errors, _http()
     try:
         yield
@@ -178,11 +196,8 @@ def plainly(what: str) -> Iterator[None]:
         raise AtomError(f"{what}: {endpoint()} breaks off or garbles its answer: {_first_line(error)}") from None
     except (http.HTTPError, http.InvalidURL, ConnectionError, errors.OfflineModeIsEnabled) as error:
         raise AtomError(f"{what}: {endpoint()} cannot be reached ({type(error).__name__}); check HF_ENDPOINT") from None
-    except ODD as error:
-        raise AtomError(
-            f"{what}: {endpoint()} answers what no Hub does ({type(error).__name__}: {_first_line(error)}); "
-            "check HF_ENDPOINT"
-        ) from None
+    except OddAnswer as error:
+        raise AtomError(f"{what}: {endpoint()} answers what no Hub does ({error}); check HF_ENDPOINT") from None
     except OSError as error:
         if error.errno is not None:  # the disk's
             raise

@@ -89,9 +89,10 @@ def transfer(expected: int) -> Iterator[None]:
 
 
 def begin_call(again: bool = False) -> None:
-    """Counts from zero, but for how long nothing was heard if the call is made again."""
+    """Counts from zero, but for how long it takes and nothing was heard if the call is made again."""
     global _call
-    _call = _Call(_expected, heard=_call.heard if again else time.monotonic())
+    now = time.monotonic()
+    _call = _Call(_expected, _call.started if again else now, _call.heard if again else now)
 
 
 def install(client: Any, endpoint: str) -> Any:
@@ -118,8 +119,7 @@ def _begin_request(request: Any, endpoint: str) -> None:
         raise HubLimit(f"was asked for {urlsplit(url).path} {attempts - 1} times in vain")
     if now - _call.heard > limits.patience:
         raise HubLimit(f"does not answer: nothing came within {limits.patience:g} s")
-    if now - _call.started > limits.call_seconds + _call.expected / limits.bytes_per_second:
-        raise HubLimit(f"is too slow: this took {now - _call.started:.0f} s without an end")
+    _check_duration(now)
     silence = limits.silence if request.method in ("GET", "HEAD") else limits.work
     request.extensions["timeout"] = {
         "connect": limits.connect, "read": silence, "write": limits.work, "pool": limits.patience
@@ -129,12 +129,19 @@ def _begin_request(request: Any, endpoint: str) -> None:
     _here.exchange = _Exchange(is_file=not answers)
 
 
+def _check_duration(now: float) -> None:
+    """Raises HubLimit if a call takes longer than files of its size may."""
+    if now - _call.started > LIMITS.call_seconds + _call.expected / LIMITS.bytes_per_second:
+        raise HubLimit(f"is too slow: this took {now - _call.started:.0f} s without an end")
+
+
 def _check_host(request: Any, url: str, endpoint: str) -> None:
     """Raises HubLimit for a host that is not the Hub's; a token goes to the Hub's own address only."""
     there, home = urlsplit(url), urlsplit(endpoint)
     if _origin(there) == _origin(home):
         return
-    if there.hostname == home.hostname and (home.scheme, there.scheme) == ("http", "https"):
+    encrypted = (home.scheme, there.scheme) == ("http", "https") and (there.port or 443) == 443
+    if there.hostname == home.hostname and encrypted:
         return
     host = there.hostname or ""
     storage = (".hf.co", ".huggingface.co") + ((".amazonaws.com",) if endpoint == PUBLIC_HUB else ())
@@ -169,8 +176,9 @@ def _exchange() -> _Exchange:
 
 
 def _count_window(exchange: _Exchange, count: int) -> None:
-    """Raises HubLimit if next to nothing moved within a window of time."""
+    """Raises HubLimit if next to nothing moved within a window of time, or all takes too long."""
     now, exchange.window_bytes = time.monotonic(), exchange.window_bytes + count
+    _check_duration(now)
     if now - exchange.window_started > LIMITS.window:
         if exchange.window_bytes < LIMITS.window_bytes:
             raise HubLimit(f"moves {exchange.window_bytes} bytes in {now - exchange.window_started:.0f} s")

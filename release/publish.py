@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.errors import AtomError, CheckFailed
 from release import schema, scratch
-from release.hub_client import api, endpoint, plainly
+from release.hub_client import api, endpoint, parsing, plainly
 from release.layout import PUBLIC_KEY, RELEASE, SIGNATURE, Repository, repositories
 from release.pull import pull
 from release.trust import ANYONE, Trust
@@ -143,15 +143,20 @@ def _open(report: PublishReport, about: dict[str, Any], journal: Journal, progre
         if done.revision != "main":
             continue
         with plainly(f"making {done.repo} public"):
-            if client.repo_info(done.repo, repo_type=done.kind).private:
+            info = client.repo_info(done.repo, repo_type=done.kind)
+            with parsing():
+                private = info.private
+            if private:
                 client.update_repo_settings(done.repo, repo_type=done.kind, private=False)
                 journal.write("make_public", repo=done.repo, kind=done.kind)
         progress(f"{done.repo} is public")
     with plainly("making the collection"):
         title = f"{about['title']} {about['version']}"
         collection = client.create_collection(title, namespace=report.namespace, private=False, exists_ok=True)
+        with parsing():
+            slug = str(collection.slug)
         for done in report.repositories:
             if done.revision == "main":
-                client.add_collection_item(collection.slug, done.repo, done.kind, exists_ok=True)
-    journal.write("collection", slug=collection.slug)
-    report.collection = collection.slug
+                client.add_collection_item(slug, done.repo, done.kind, exists_ok=True)
+    journal.write("collection", slug=slug)
+    report.collection = slug

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.errors import AtomError, CheckFailed
 from release import hub_limits
-from release.hub_client import api, endpoint, plainly
+from release.hub_client import api, endpoint, parsing, plainly
 from release.untrusted import printable
 
 
@@ -20,11 +20,13 @@ def pull(repo: str, kind: str, revision: str, target: Path) -> Path:
     with plainly(f"pulling {repo}@{revision}"):
         client = api()
         info = client.repo_info(repo, repo_type=kind, revision=revision)
-        commit, names = str(info.sha), [str(row.rfilename) for row in info.siblings or ()]
+        with parsing():
+            commit, names = str(info.sha), [str(row.rfilename) for row in info.siblings or ()]
         if odd := [name for name in names if _is_odd(name)]:
             raise CheckFailed(f"{repo}@{revision} holds {printable(odd[0])}, where no file of a release is")
         entries = client.list_repo_tree(repo, recursive=True, revision=commit, repo_type=kind)
-        size = sum(int(entry.size) for entry in entries if hasattr(entry, "blob_id"))
+        with parsing():
+            size = sum(int(entry.size) for entry in entries if hasattr(entry, "blob_id"))
         target.mkdir(parents=True, exist_ok=True)
         if size > (free := shutil.disk_usage(target).free):
             raise AtomError(f"{repo}@{revision} has {size} bytes, and {target} has room for {free}; set TMPDIR")

@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.errors import AtomError, CheckFailed
 from pipeline.store import sha256_file
 from release import hub_limits
-from release.hub_client import api, endpoint, load, plainly
+from release.hub_client import api, endpoint, load, parsing, plainly
 from release.layout import PUBLIC_KEY, SIGNATURE, SUMS, Repository, files_of
 
 FILES_PER_COMMIT = 50
@@ -69,7 +69,10 @@ def refuse_other_bytes(release: Path, place: Repository, repo: str, tag: str) ->
     with plainly(f"reading {repo}"):
         if place.branch != "main" or not api().repo_exists(repo, repo_type=place.kind):
             return
-        if tag not in {t.name for t in api().list_repo_refs(repo, repo_type=place.kind).tags}:
+        refs = api().list_repo_refs(repo, repo_type=place.kind)
+        with parsing():
+            tags = {t.name for t in refs.tags}
+        if tag not in tags:
             return
         there = _tree(repo, place.kind, tag)
     if there.get(SUMS) not in _identities(release / place.folder / SUMS):
@@ -83,7 +86,9 @@ def upload(release: Path, place: Repository, repo: str, tag: str, journal: Journ
         if not client.repo_exists(repo, repo_type=place.kind):
             client.create_repo(repo, repo_type=place.kind, private=True, exist_ok=True)
             journal.write("create_repo", repo=repo, kind=place.kind, private=True)
-        public = not client.repo_info(repo, repo_type=place.kind).private
+        info = client.repo_info(repo, repo_type=place.kind)
+        with parsing():
+            public = not info.private
         heads = _heads(repo, place.kind)
     folder = release / place.folder
     last = [path for path in LAST if (folder / path).exists()]
@@ -129,7 +134,9 @@ def tag_mains(published: list[Published], tag: str, journal: Journal) -> None:
         if done.revision != "main":
             continue
         with plainly(f"tagging {done.repo}"):
-            tags = {t.name: t.target_commit for t in client.list_repo_refs(done.repo, repo_type=done.kind).tags}
+            refs = client.list_repo_refs(done.repo, repo_type=done.kind)
+            with parsing():
+                tags = {t.name: t.target_commit for t in refs.tags}
             if tag not in tags:
                 client.create_tag(done.repo, tag=tag, revision=done.commit, repo_type=done.kind, exist_ok=True)
                 journal.write("create_tag", repo=done.repo, kind=done.kind, tag=tag, commit=done.commit)
@@ -155,7 +162,9 @@ def _other_bytes(repo: str, tag: str) -> AtomError:
 def _heads(repo: str, kind: str) -> dict[str, str]:
     """{branch: commit}"""
     with plainly(f"reading {repo}"):
-        return {b.name: b.target_commit for b in api().list_repo_refs(repo, repo_type=kind).branches}
+        refs = api().list_repo_refs(repo, repo_type=kind)
+        with parsing():
+            return {b.name: b.target_commit for b in refs.branches}
 
 
 def _branch(repo: str, kind: str, branch: str, start: str | None, journal: Journal) -> None:
@@ -163,7 +172,9 @@ def _branch(repo: str, kind: str, branch: str, start: str | None, journal: Journ
     if branch in _heads(repo, kind):
         return
     with plainly(f"creating {repo}@{branch}"):
-        start = start or api().list_repo_commits(repo, repo_type=kind)[-1].commit_id
+        commits = [] if start else api().list_repo_commits(repo, repo_type=kind)
+        with parsing():
+            start = start or commits[-1].commit_id
         api().create_branch(repo, repo_type=kind, branch=branch, revision=start, exist_ok=True)
         journal.write("create_branch", repo=repo, kind=kind, branch=branch)
 
@@ -190,14 +201,17 @@ def _commit(folder: Path, repo: str, kind: str, branch: str, what: Difference, m
     size = sum((folder / path).stat().st_size for path in what.missing)
     with plainly(f"uploading to {repo}@{branch}"), hub_limits.transfer(size):
         made = api().create_commit(repo, operations, commit_message=message, repo_type=kind, revision=branch)
-    journal.write("create_commit", repo=repo, kind=kind, branch=branch, commit=made.oid, files=what.missing)
+        with parsing():
+            commit = made.oid
+    journal.write("create_commit", repo=repo, kind=kind, branch=branch, commit=commit, files=what.missing)
 
 
 def _tree(repo: str, kind: str, revision: str) -> dict[str, str]:
     """{path: git blob id, or SHA-256 of an LFS file} of a revision."""
     with plainly(f"reading {repo}@{revision}"):
         entries = api().list_repo_tree(repo, recursive=True, revision=revision, repo_type=kind)
-        return {e.path: (e.lfs.sha256 if e.lfs else e.blob_id) for e in entries if hasattr(e, "blob_id")}
+        with parsing():
+            return {e.path: (e.lfs.sha256 if e.lfs else e.blob_id) for e in entries if hasattr(e, "blob_id")}
 
 
 def _identities(path: Path) -> tuple[str, str]:

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import AtomError
+
 SHA = "a" * 40
 TOKEN = "hf_" + "s" * 34
 CLIENT = """
@@ -35,6 +37,8 @@ except AtomError as error:
 """
 VERIFY = {"module": "verify", "call": "verify", "run": "verify('a/b')", "seconds": "300"}
 PAGES = {**VERIFY, "seconds": "5"}
+SLOW_NAME = "slow.json"
+SLOW = {**VERIFY, "seconds": "10"}
 UPLOAD = {
     "module": "upload",
     "call": "Difference, Journal, _commit",
@@ -75,6 +79,14 @@ def drip(connection: Connection) -> None:
     while True:
         connection.sendall(b" ")
         time.sleep(0.2)
+
+
+def steady(connection: Connection) -> None:
+    """As many bytes as each window asks for, and no more."""
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n")
+    for _ in range(200_000 // 2000):
+        connection.sendall(bytes(2000))
+        time.sleep(0.25)
 
 
 def drip_headers(connection: Connection) -> None:
@@ -141,7 +153,10 @@ def repository(
                 body = {"id": "a/b", "sha": SHA, "private": False, "siblings": [{"rfilename": name}], "tags": []}
                 answer(connection, json.dumps(body).encode())
             elif method == "HEAD":
-                head = f'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nX-Repo-Commit: {SHA}\r\nETag: "{"b" * 40}"\r\n\r\n'
+                length = size if name == SLOW_NAME else 1000
+                head = (
+                    f'HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nX-Repo-Commit: {SHA}\r\nETag: "{"b" * 40}"\r\n\r\n'
+                )
                 connection.sendall(head.encode())
             else:
                 act(connection)
@@ -190,6 +205,7 @@ CASES: dict[str, tuple[dict[str, str], Callable[[Connection], None], str]] = {
     "a very long wait": (VERIFY, always(says(b"{}", "429 Busy", "Retry-After: 1000000\r\n")), "answers 429"),
     "a silent file": (VERIFY, repository(silent), "does not answer"),
     "a dripping file": (VERIFY, repository(drip), "moves "),
+    "a slow file": (SLOW, repository(steady, SLOW_NAME, 200_000), "is too slow"),
     "an endless file": (VERIFY, repository(endless), "sends more than the 1000 bytes"),
     "a cut file": (VERIFY, repository(wrong_length), "breaks off or garbles its answer"),
     "a short file": (VERIFY, repository(says(b"abc")), "sends other bytes than it announced"),
@@ -255,6 +271,28 @@ def test_a_sentence_and_an_end(name: str, clients: dict[str, subprocess.Popen[st
     assert line.split()[:2] in (["AtomError", "2"], ["CheckFailed", "1"]) and TOKEN not in out + err
 
 
+def test_mistakes_of_ours_are_not_the_hubs() -> None:
+    """Nor are calls that the client does not know; what the client raises of an answer is."""
+    from release.hub_client import Patient, parsing, plainly
+
+    class Client:
+        def info(self, repo: str) -> object:
+            raise KeyError("id")
+
+    for mistake in (
+        lambda: {}["ours"],
+        lambda: [].ours,
+        lambda: Patient(Client()).info(),
+        lambda: Patient(Client()).none,
+    ):
+        with pytest.raises((KeyError, AttributeError, TypeError)), plainly("asking"):
+            mistake()
+    with pytest.raises(AtomError, match=r"asking: .* answers what no Hub does \(KeyError: 'id'\)"), plainly("asking"):
+        Patient(Client()).info("a/b")
+    with pytest.raises(AtomError, match="answers what no Hub does"), plainly("asking"), parsing():
+        int("many")
+
+
 def test_the_token_goes_to_the_hub_alone() -> None:
     from release import hub_client, hub_limits
     from release.hub_limits import HubLimit
@@ -267,6 +305,7 @@ def test_the_token_goes_to_the_hub_alone() -> None:
 
     assert check("https://huggingface.co/a", "https://huggingface.co")
     assert check("http://hub.example:8080/a", "http://hub.example:8080")
+    assert check("https://hub.example/a", "http://hub.example:8080")
     assert not check("https://cas-bridge.xethub.hf.co/x", "https://huggingface.co")
     assert not check("https://s3.amazonaws.com/x", "https://huggingface.co")
     for url, endpoint in (
@@ -274,6 +313,8 @@ def test_the_token_goes_to_the_hub_alone() -> None:
         ("http://cdn-lfs.hf.co/x", "https://huggingface.co"),
         ("https://huggingface.co.evil.example/x", "https://huggingface.co"),
         ("https://s3.amazonaws.com/x", "http://hub.example"),
+        ("https://hub.example:8443/a", "http://hub.example:8080"),
+        ("https://hub.example:8080/a", "http://hub.example:8080"),
         ("http://hub.example:9090/a", "http://hub.example:8080"),
         ("http://user@evil.example/a", "http://hub.example:8080"),
     ):
