@@ -5,6 +5,7 @@ A folder belongs to a process for as long as that holds a lock on it, which the 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -13,12 +14,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipeline.errors import MachineError
+
 PREFIX = "atom-scratch-"
 
 
 @contextmanager
 def folder() -> Iterator[Path]:
-    """A new folder in TMPDIR, removed at the end. Sweeps those whose process is gone."""
+    """A new folder in TMPDIR, removed at the end. Sweeps those whose process is gone.
+
+    Raises MachineError if none can be made or locked there.
+    """
     place = Path(tempfile.gettempdir())
     sweep(place)
     path, lock = _locked(place)
@@ -48,15 +54,28 @@ def sweep(place: Path) -> list[Path]:
 
 
 def _locked(place: Path) -> tuple[Path, int]:
-    """A new folder, and the descriptor that holds its lock."""
+    """A new folder, and the descriptor that holds its lock. Raises MachineError."""
     while True:
-        path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
-        with suppress(OSError):  # another process swept it before it was locked: once more
+        try:
+            path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+        except OSError as error:
+            raise _unusable(place, error) from None
+        lock = None
+        try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.lstat()
-                return path, lock
-            except OSError:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.lstat()
+            return path, lock
+        except OSError as error:
+            if lock is not None:
                 os.close(lock)
-                raise
+            if error.errno in (errno.EWOULDBLOCK, errno.ENOENT):  # another process swept it before it was locked
+                continue
+            shutil.rmtree(path, ignore_errors=True)
+            raise _unusable(place, error) from None
+
+
+def _unusable(place: Path, error: OSError) -> MachineError:
+    return MachineError(
+        f"no temporary folder can be made and locked in {place}: {error.strerror}; set TMPDIR to another file system"
+    )
