@@ -49,17 +49,19 @@ class Findings:
     wrong: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     detail: str = "holds"
-    compared: bool = True
+    compared: bool = False
 
     def add(self, other: Findings, prefix: str = "") -> None:
         """Takes over what came of a part, whose sentences begin with the name of a file."""
         self.wrong += [f"{prefix}{text}" for text in other.wrong]
+        self.compared = self.compared or other.compared
         self.skipped |= {part: why for part, why in other.skipped.items() if part not in self.skipped}
 
     def tables(self, card: str, shown: dict[str, list[str]], stated: schema.Stated) -> None:
         """The lines of tables, as far as a card of its version has them."""
         expected, skipped = versions.comparable(shown, stated.cards)
         self.skipped |= {f"table {name}": f"table {name}: {why}" for name, why in skipped.items()}
+        self.compared = self.compared or bool(expected)
         self.wrong += [f"README.md lacks the line {line!r}" for line in render.wrong_tables(card, expected)]
 
     def part(self, name: str, stated: schema.Stated, wrong: Callable[[], list[str]]) -> None:
@@ -67,6 +69,7 @@ class Findings:
         if why := versions.skipped(name, stated.cards):
             self.skipped[name] = f"{name.replace('_', ' ')}: {why}"
         else:
+            self.compared = True
             self.wrong += wrong()
 
 
@@ -81,11 +84,11 @@ def there(folder: Path, path: str, since: int = 2) -> Path:
 
 
 def stated_versions(folder: Path, whole: bool) -> Findings:
-    """Every repository of a release states the versions that release.json states."""
+    """Everything in a release, or in a repository, states the same versions."""
     places = [""] if not whole else [place.folder for place in repositories(folder) if place.branch == "main"]
-    wrong = list(schema.disagreements(folder, places)) if (folder / RELEASE).is_file() else []
+    wrong = list(schema.disagreements(folder, places, files_below(folder)))
     stated = schema.stated(folder)
-    return Findings(wrong, detail=f"format {stated.format}, card schema {stated.cards}")
+    return Findings(wrong, detail=f"format {stated.format}, card schema {stated.cards}", compared=True)
 
 
 def chat_templates(models: Iterable[Path]) -> list[str]:
@@ -236,18 +239,20 @@ def scores(dataset: Path) -> list[str]:
 
 
 def _as_measured(path: Path, measured: facts.Facts) -> bool:
-    """Whether a scores.json is what was measured. One that an older version wrote may lack figures that came since."""
-    stated, expected = facts.scores(path), json.loads(json.dumps(measured))
-    if versions.skipped("scores", schema.stated(path).cards) is None:
+    """Whether a scores.json is what was measured. One of an older schema may lack the figures that came since."""
+    since = {figure for figure, schema_ in versions.FIGURES.items() if schema_ > schema.stated(path).cards}
+    return _equal(facts.scores(path), json.loads(json.dumps(measured)), since)
+
+
+def _equal(stated: Any, expected: Any, since: set[str], name: str = "") -> bool:
+    """Whether two JSON values are equal, but for fields of `since`, which the first may lack."""
+    if not (isinstance(stated, dict) and isinstance(expected, dict)):
         return bool(stated == expected)
-    return _within(stated, expected)
-
-
-def _within(stated: Any, expected: Any) -> bool:
-    """Whether two JSON values are equal wherever both have a field."""
-    if isinstance(stated, dict) and isinstance(expected, dict):
-        return all(_within(stated[name], expected[name]) for name in stated.keys() & expected.keys())
-    return bool(stated == expected)
+    names = {key: f"{name}.{key}".lstrip(".") for key in expected}
+    return stated.keys() <= expected.keys() and all(
+        _equal(stated[key], expected[key], since, names[key]) if key in stated else names[key] in since
+        for key in expected
+    )
 
 
 def model_card(model: Path, release: dict[str, Any] | None = None) -> Findings:
@@ -401,4 +406,5 @@ def cards(folder: Path) -> Findings:
     findings.add(data_card(data), "dataset/")
     wrong = _measured(data) + canary(data, about["nodes"]["items"]["digest"])
     findings.wrong += [f"dataset/{text}" for text in wrong]
+    findings.compared = True
     return findings

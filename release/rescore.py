@@ -55,8 +55,8 @@ class Tally:
         }
         again = ", ".join(f"{count:,} by {' '.join(scorer)}" for scorer, count in sorted(self.again.items()))
         if not again:
-            return Findings(wrong, skipped, "no answer could be scored again", compared=False)
-        return Findings(wrong, skipped, f"scored again: {again}")
+            return Findings(wrong, skipped, "no answer could be scored again")
+        return Findings(wrong, skipped, f"scored again: {again}", compared=True)
 
 
 def answers(dataset: Path) -> Findings:

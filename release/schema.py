@@ -76,11 +76,28 @@ def stated(path: Path) -> Stated:
     return whole or next(filter(None, map(of_card, places)), Stated())
 
 
+def unknown(folder: Path) -> str:
+    """A sentence, if a release or a repository states a version that this atom does not know; else ""."""
+    known = of_release(folder) or of_card(folder) or Stated()
+    return next(_unknown(known), "")
+
+
+def _unknown(stated: Stated) -> Iterator[str]:
+    for what, number, lowest, highest in (
+        ("format", stated.format, min(READERS), max(READERS)),
+        ("card schema", stated.cards, schema_v2.CARDS, CARDS),
+    ):
+        if number > highest:
+            yield f"states {what} {number}, and this atom knows {highest} at most; use a later atom"
+        elif number < lowest:
+            yield f"states {what} {number}, and the first that there was is {lowest}"
+
+
 def reader(path: Path) -> ModuleType:
-    """The module that knows the names in a published file. Raises CheckFailed for a format of a later version."""
+    """The module that knows the names in a published file. Raises CheckFailed for an unknown format."""
     number = stated(path).format
     if number not in READERS:
-        raise CheckFailed(f"it has the format {number}, and this atom knows {max(READERS)} at most; use a later one")
+        raise CheckFailed(f"it {next(_unknown(Stated(number)))}")
     return READERS[number]
 
 
@@ -91,20 +108,29 @@ def read_release(folder: Path) -> dict[str, Any]:
     return body
 
 
-def disagreements(folder: Path, repositories: list[str]) -> Iterator[str]:
-    """Repositories of a release that state other versions than release.json. repositories: their folders."""
+def disagreements(folder: Path, repositories: list[str], paths: Iterable[str]) -> Iterator[str]:
+    """What in a folder states other versions than its release.json, or if it has none, than its card.
+
+    repositories: folders of those in it, whose cards must state versions. paths: of all files.
+    """
     whole = of_release(folder)
-    if whole is None:
+    if whole is None and (folder / RELEASE).is_file():
         yield f"{RELEASE} does not state its format as a number"
         return
-    for place in repositories:
-        card = of_card(folder / place) or Stated(whole.format)
-        if card != whole and (folder / place / CARD).is_file():
-            name = f"{place}/{CARD}".lstrip("/")
-            yield (
-                f"{name} states format {card.format} and card schema {card.cards}, and {RELEASE} states "
-                f"{whole.format} and {whole.cards}"
-            )
+    known = whole or of_card(folder) or Stated()
+    for path in paths:
+        place = path.removesuffix(CARD).removesuffix(RELEASE).rstrip("/")
+        if path.split("/")[-1] == CARD:
+            card = of_card(folder / place)
+            if card is None and whole is not None and place in repositories:
+                card = Stated(whole.format)
+            if card is not None and card != known:
+                yield (
+                    f"{path} states format {card.format} and card schema {card.cards}, and "
+                    f"{RELEASE if whole else CARD} states {known.format} and {known.cards}"
+                )
+        elif path.endswith(f"/{RELEASE}"):
+            yield f"{path} states versions, which {RELEASE} alone does"
 
 
 def phase(path: Path) -> str:
