@@ -28,6 +28,7 @@ from pipeline.snapshot import PACKAGES
 from pipeline.store import canonical, sha256_bytes
 from release import schema
 from release.replay_source import Source
+from release.untrusted import printable
 
 Progress = Callable[[str], None]
 ARITHMETIC = re.compile(r"(OMP|MKL|ATEN|ONEDNN|DNNL|CUBLAS|TORCH)_[A-Z0-9_]+|CUDA_VISIBLE_DEVICES")
@@ -49,10 +50,13 @@ class Code:
         self.digest = sha256_bytes(canonical(modules))
 
     def extract(self, folder: Path) -> Path:
-        """Copies the packages, each file compared with the checksums. Raises CheckFailed for one that is another."""
+        """Copies the packages, each file compared with the checksums. Raises CheckFailed for one that is another, or
+        that would lie outside the folder."""
         for package in PACKAGES:
             for path in self.source.digests(f"code/{package}"):
                 target = folder / path
+                if not target.resolve().is_relative_to(folder.resolve()):
+                    raise CheckFailed(f"{printable(path)} leads out of the folder of the code")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.source.file(path), target)
         return folder / "code"
@@ -70,7 +74,8 @@ def find(source: Source, phase: str, last: int) -> Code | None:
         then = {name: digest for body in bodies for name, digest in ledger.code_of(body).items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckFailed(
-            f"{source.folder} does not say which code trained {phase} ({type(error).__name__}: {error}); verify it"
+            f"{source.folder} does not say which code trained {phase} "
+            f"({type(error).__name__}: {printable(str(error))}); verify it"
         ) from error
     now: dict[str, str] = {}
     for stage in stages:
@@ -102,7 +107,7 @@ def run(
         line = [*confined(code.source.folder, place, work, environment), *line]
     progress(
         f"{len(code.changed)} of {len(code.modules)} files that trained {phase} are others here, the first of "
-        f"{code.changed[0]}: running the code that the release carries, sha256:{code.digest}, "
+        f"{printable(code.changed[0])}: running the code that the release carries, sha256:{code.digest}, "
         + ("unconfined" if unconfined else "under bubblewrap, without network")
     )
     with subprocess.Popen(
@@ -143,6 +148,7 @@ def _result(work: Path) -> dict[str, Any]:
             raise ValueError("it holds what is no plain text")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
+        reason = printable(reason)
         raise CheckFailed(f"the code that the release carries left no result that can be read ({reason})") from None
     return {**result, "made": made}
 

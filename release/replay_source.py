@@ -9,6 +9,8 @@ from typing import Any
 
 from pipeline.errors import AtomError, CheckFailed
 from release.layout import ALL_SUMS, SUMS, compare, read_sums
+from release.tree import is_foreign_link
+from release.untrusted import printable
 
 
 class Source:
@@ -25,10 +27,12 @@ class Source:
     def file(self, path: str) -> Path:
         """Raises CheckFailed if it is not there as the checksums list it."""
         if path not in self.sums:
-            raise CheckFailed(f"{path} is not in the release, and a replay needs it")
+            raise CheckFailed(f"{printable(path)} is not in the release, and a replay needs it")
+        if is_foreign_link(self.folder, path):
+            raise CheckFailed(f"{path} is a link, or lies behind one; a release holds none")
         present = [path] if (self.folder / path).exists() else []
         if wrong := compare({path: self.sums[path]}, self.folder, present, SUMS if path == ALL_SUMS else ALL_SUMS):
-            raise CheckFailed(wrong[0])
+            raise CheckFailed(printable(wrong[0]))
         return self.folder / path
 
     def json(self, path: str) -> Any:
