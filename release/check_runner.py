@@ -1,25 +1,43 @@
-"""The room that the checks of one release have: processor time and memory, which grow with what the release lists."""
+"""What the checks of a release may take: processor time and memory, fixed or by the files that a check really reads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import CheckFailed
 from release import checks, confine, table_sizes
 from release.confine import Budget
-from release.layout import SIGNATURE
-from release.tree import Tree
+from release.tree import Tree, real_bytes
 from release.verdict import Check, Wrong, answer
 
 SECONDS, MEMORY = 5.0, 192 << 20
-"""What all checks of a small release may take together, beyond hashing: processor time, and bytes of memory."""
-TEXT_GROWTH = 8
-"""Bytes of memory for each byte of JSON."""
-ROW_SECONDS, BYTE_SECONDS, TENSOR_SECONDS = 1e-4, 2e-7, 2e-8
-"""What is added for each row of tables, each byte of JSON, and each byte of weights if they are read, too."""
+"""What every check may take, all of them together: processor time; and each of them: bytes of memory."""
+TEXT_SECONDS, TEXT_GROWTH, TEXT_MEMORY = 1e-7, 8, 128 << 20
+"""What a check has besides for each byte of JSON that it reads; memory for all of it at most."""
+LOG_GROWTH = 2
+"""Bytes of memory for each byte of the longest log (.jsonl), of which a check keeps a part."""
+ROW_SECONDS, TABLE_SECONDS, TABLE_GROWTH = 1e-4, 2e-6, 64
+"""For each row of tables, but no more than for each byte of them. Bytes of memory for each byte, but no more than they
+unpack to."""
+DEEP = 5
+"""How many times as much checks of tables and logs may take that compare row with row."""
+TENSOR_SECONDS, TENSOR_GROWTH = 2e-8, 3
+"""For each byte of weights, and for each of the largest file of them."""
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a check reads: JSON and tables below these places (paths begin with them), and weights if it reads any."""
+
+    places: tuple[str, ...] = ()
+    weights: bool = False
+
+
+NOTHING_LARGE = Reads()
 
 
 def ask(name: str, question: Callable[[], Wrong | checks.Findings]) -> Check:
@@ -60,41 +78,65 @@ def load_libraries(deep: bool) -> None:
 
 
 class CheckRunner:
-    """What all checks together may take, each in a process of its own. Once a check took more, no other is asked."""
+    """Runs checks, each in a process of its own, with a budget: what is left of SECONDS, and what belongs to the files
+    that this check reads, by their bytes on the disk. Once a check took more, no other is asked."""
 
     def __init__(self, folder: Path, tree: Tree, deep: bool) -> None:
         self.folder, self.tree, self.deep = folder, tree, deep
-        texts = sum(s.st_size for p, s in tree.files.items() if p.endswith((".json", ".jsonl", SIGNATURE)))
-        weights = [s.st_size for p, s in tree.files.items() if p.endswith(".safetensors") and deep]
-        self.memory = MEMORY + TEXT_GROWTH * texts + 3 * max(weights, default=0)
-        self.seconds = SECONDS + BYTE_SECONDS * texts + TENSOR_SECONDS * sum(weights)
+        self.seconds = SECONDS
+        self.tables: dict[str, tuple[int, int]] = {}
         self.spent = ""
 
-    def run(self, name: str, question: Callable[[], Check]) -> Check:
+    def run(self, name: str, question: Callable[[], Check], reads: Reads = NOTHING_LARGE) -> Check:
         if self.spent:
             return Check(name, None, f"not asked, since {self.spent}")
         try:
-            body, took = confine.run(lambda: asdict(question()), Budget(self.memory, self.seconds))
+            return Check(**self._confined(lambda: asdict(question()), self._allowance(reads)))
         except CheckFailed as error:
             self.spent = f"{name} took all the time or memory that there is"
             return answer(name, [f"cannot be checked: it {error}"])
-        self.seconds = max(1.0, self.seconds - took)
-        return Check(**body)
+
+    def _confined(self, call: Callable[[], Any], own: Budget) -> Any:
+        """What `call` returns. own: what it may take besides what all share. Raises CheckFailed if it takes more."""
+        if self.seconds <= 0:
+            raise CheckFailed(f"comes after checks that took {SECONDS:.0f} s of processor time")
+        result, took = confine.run(call, Budget(MEMORY + own.memory, self.seconds + own.seconds))
+        self.seconds -= max(0.0, took - own.seconds)
+        return result
 
     def check_tables(self) -> Iterator[Check]:
-        """Whether tables are as large as their bytes can be; makes room for them."""
+        """Whether tables are as large as their bytes can be; what they unpack to is known from then on."""
         paths = sorted(path for path in self.tree.files if path.endswith(".parquet"))
         load_libraries(self.deep)
         if not paths or self.spent:
             return
         try:
-            body, took = confine.run(lambda: table_sizes.sizes(self.folder, paths), Budget(self.memory, self.seconds))
+            body = self._confined(lambda: table_sizes.sizes(self.folder, paths), Budget(0, 0))
         except CheckFailed as error:
             self.spent = "tables took all the time or memory that there is"
             yield answer("tables", [f"cannot be checked: it {error}"])
             return
-        self.memory += 2 * body["memory"]
-        self.seconds += ROW_SECONDS * body["rows"] - took
-        yield answer("tables", body["wrong"], f"{len(paths)} tables, {body['rows']} rows")
+        self.tables = body["tables"]
+        rows = sum(count for count, _ in self.tables.values())
+        yield answer("tables", body["wrong"], f"{len(paths)} tables, {rows} rows")
         if body["wrong"]:
             self.spent = "a table cannot be read"
+
+    def _allowance(self, reads: Reads) -> Budget:
+        """What a check may take for the files that it reads."""
+        paths = [path for path in self.tree.files if path.startswith(reads.places)]
+        texts = real_bytes(self.tree.files[path] for path in paths if path.endswith(".json"))
+        logs = [real_bytes([self.tree.files[path]]) for path in paths if path.endswith(".jsonl")]
+        times = DEEP if self.deep else 1
+        memory = min(TEXT_MEMORY, TEXT_GROWTH * texts) + times * LOG_GROWTH * max(logs, default=0)
+        seconds = TEXT_SECONDS * (texts + times * sum(logs))
+        for path in paths:
+            if path in self.tables:
+                (rows, unpacked), size = self.tables[path], real_bytes([self.tree.files[path]])
+                memory += min(2 * unpacked, TABLE_GROWTH * size)
+                seconds += times * min(ROW_SECONDS * rows, TABLE_SECONDS * size)
+        if reads.weights:
+            weights = [self.tree.files[path] for path in paths if path.endswith(".safetensors")]
+            memory += TENSOR_GROWTH * max((real_bytes([status]) for status in weights), default=0)
+            seconds += TENSOR_SECONDS * real_bytes(weights)
+        return Budget(memory, seconds)

@@ -70,7 +70,7 @@ def order(dataset: Path) -> list[str]:
 
 
 def weights(folder: Path) -> list[str]:
-    """Every tensor can be read and is finite; an optimizer speaks of the tensors of its model."""
+    """Every tensor can be read and is finite; an optimizer has the tensors of its model."""
     import torch
     from safetensors import safe_open
 
@@ -87,7 +87,7 @@ def weights(folder: Path) -> list[str]:
         owned = {name.split(".", 1)[1] for name in names}
         if kind == "optimizer" and owned != tensors.get((place, "model")):
             at = place.relative_to(folder).as_posix()
-            wrong.append(f"{at}: its optimizer speaks of other tensors than the model beside it")
+            wrong.append(f"{at}: its optimizer has other tensors than the model beside it")
     return wrong
 
 

@@ -23,9 +23,14 @@ class Digests:
         """paths: relative to the folder; their digests are computed at once, the largest file first."""
         self.folder, self.tree = folder, tree
         present = sorted(paths & tree.files.keys(), key=lambda path: -tree.files[path].st_size)
+        own = {self._file(path): path for path in present}  # a file of several names is hashed once
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run meanwhile
-            digests = pool.map(self._digest, present)
-            self.known = dict(zip((folder / path for path in present), digests, strict=True))
+            digests = dict(zip(own, pool.map(self._digest, own.values()), strict=True))
+        self.known = {folder / path: digests[self._file(path)] for path in present}
+
+    def _file(self, path: str) -> tuple[int, int]:
+        status = self.tree.files[path]
+        return status.st_dev, status.st_ino
 
     def __call__(self, path: Path) -> str:
         if path not in self.known:

@@ -213,7 +213,10 @@ def model_facts(model: Path) -> Facts:
             about: _scores_by_model(folder) for about in ABOUT if (folder := model / "evaluation" / about).is_dir()
         },
         "contamination": read_json(path) if (path := model / CONTAMINATION).exists() else None,
-        "training": {phase: training.log_facts(training.read(log)) for phase, log in training.logs(model).items()},
+        "training": {
+            phase: training.log_facts(training.read(log, training.FIGURES))
+            for phase, log in training.logs(model).items()
+        },
     }
 
 

@@ -14,6 +14,7 @@ from pipeline.errors import CheckFailed
 from release import schema, untrusted
 from release.cards import versions
 from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
+from release.tree import keeps_modes
 
 PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"})
 """Names of files that hold pickles, or that loaders unpickle."""
@@ -45,8 +46,7 @@ def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
     files: {path: its status}. archive: whether `code/` is the source that a release is made by, which only a release
     and its evidence hold.
     """
-    # where every file may be run, the file system does not know which may
-    modes = not all(status.st_mode & 0o111 for status in files.values())
+    modes = keeps_modes(folder)
     wrong = []
     for path, status in sorted(files.items()):
         if path.startswith(".cache/"):

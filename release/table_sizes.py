@@ -15,10 +15,10 @@ SMALL = 32 << 20
 
 
 def sizes(folder: Path, paths: Iterable[str]) -> dict[str, Any]:
-    """{wrong: sentences, memory: bytes that reading them all takes, rows: of all}."""
+    """{wrong: sentences, tables: {path: (rows, bytes that reading it takes)}}."""
     import pyarrow.parquet as pq
 
-    wrong, memory, rows = [], 0, 0
+    wrong, tables = [], {}
     for path in paths:
         size = (folder / path).stat().st_size
         try:
@@ -36,5 +36,5 @@ def sizes(folder: Path, paths: Iterable[str]) -> dict[str, Any]:
         if not 0 <= need <= SMALL + GROWTH * size or footer.num_rows < 0 or values < 0:
             wrong.append(f"{path} says that its {size} bytes hold {footer.num_rows} rows in {unpacked} bytes")
             continue
-        memory, rows = memory + need, rows + footer.num_rows
-    return {"wrong": wrong, "memory": memory, "rows": rows}
+        tables[path] = footer.num_rows, need
+    return {"wrong": wrong, "tables": tables}

@@ -7,6 +7,7 @@ A model repository carries the log of each phase that made it as `training/<phas
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from release.layout import when
 from stages.statistics import clustered
 
 Facts = dict[str, Any]
+FIGURES = ("step", "tokens", "experts", "spike", "rewards", "excluded")
+"""The fields of a line from which a card is made."""
 
 
 def logs(model: Path) -> dict[str, Path]:
@@ -23,14 +26,18 @@ def logs(model: Path) -> dict[str, Path]:
     return {phase: found[phase] for phase in sorted(found, key=when)}
 
 
-def read(log: Path) -> list[Facts]:
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    named: list[Facts] = schema.fields(log, "training.jsonl", lines)
-    return named
+def read(log: Path, fields: Collection[str] | None = None) -> list[Facts]:
+    """The lines of a log, in today's names. fields: what is kept of each, if not all; a log can be long."""
+    known, lines = schema.reader(log), []
+    with log.open(encoding="utf-8") as file:
+        for text in file:
+            (line,) = known.fields("training.jsonl", [json.loads(text)])
+            lines.append(line if fields is None else {name: line[name] for name in fields if name in line})
+    return lines
 
 
 def log_facts(lines: list[Facts]) -> Facts:
-    """What a card says of one phase.
+    """What a card says of one phase. lines: with FIGURES at least.
 
     first, last: the steps that the log covers. experts: the last measurement of the routers with its `step`, or None if
     there is none; measurements: how many there are; dropped: assignments that no expert took, in all of them. spikes:

@@ -7,7 +7,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,12 @@ ENTRIES = 20_000
 NAMED = 100
 """Refusals that are named one by one."""
 SPARSE_BYTES = 64 << 20
-"""A file up to this size may have holes."""
+"""What files of holes may have together in any case."""
+WITHOUT_MODES = frozenset({
+    "9p", "cifs", "drvfs", "exfat", "fuseblk", "iso9660", "msdos", "ntfs", "ntfs3", "prl_fs", "smb3", "udf", "vboxsf",
+    "vfat", "vmhgfs", "fuse.vmhgfs-fuse",
+})  # fmt: skip
+"""File systems that show every file as one that may be executed, or as the mount says."""
 CACHED = re.compile(r"(models|datasets)--.+")
 CLIENTS = re.compile(
     r"\.cache/huggingface/(CACHEDIR\.TAG|\.gitignore(\.lock)?|trees/[0-9a-f]+\.json|"
@@ -29,12 +34,19 @@ CLIENTS_BYTES = 16 << 20
 
 @dataclass
 class Tree:
-    """files: {path: its status} of all that may be read; refused: a sentence for everything else but links, which no
-    checksum file can list; overflow: whether so much lies there that not all was listed."""
+    """files: {path: its status} of all that may be read; refused: a sentence for everything else, the first NAMED of
+    them; others: how many more; overflow: whether so much lies there that not all was listed."""
 
     files: dict[str, os.stat_result] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
+    others: int = 0
     overflow: bool = False
+
+    def refuse(self, text: str) -> None:
+        if len(self.refused) < NAMED:
+            self.refused.append(text)
+        else:
+            self.others += 1
 
 
 def walk(folder: Path, most: int | None = None) -> Iterator[tuple[str, os.stat_result | OSError]]:
@@ -73,14 +85,17 @@ def scan(folder: Path, listed: int) -> Tree:
     spelled: dict[str, str] = {}
     for path, status in walk(folder, ENTRIES + 4 * listed):
         if isinstance(status, OSError):
-            tree.overflow = tree.overflow or status.errno == errno.E2BIG
-            tree.refused.append(f"{path} cannot be read: {status.strerror}")
+            if status.errno == errno.E2BIG:
+                return Tree(refused=[f"{path} {status.strerror}"], overflow=True)
+            tree.refuse(f"{path} cannot be read: {status.strerror}")
         elif why := _refusal(path, status, spelled):
-            tree.refused.append(f"{path} {why}")
+            tree.refuse(f"{path} {why}")
         elif not stat.S_ISLNK(status.st_mode):
             tree.files[path] = status
-        elif not is_foreign_link(folder, path):
-            tree.files[path] = os.stat(folder / path)
+        elif (blob := _blob(folder, path)) is not None:
+            tree.files[path] = blob
+        else:
+            tree.refuse(f"{path} is a link, not a regular file")
     return tree
 
 
@@ -111,16 +126,54 @@ _KINDS = {
 
 
 def is_sparse(status: os.stat_result) -> bool:
-    """Whether next to nothing of a large file is on the disk; file systems that compress do not come that far."""
-    return status.st_size > SPARSE_BYTES and status.st_blocks * 512 * 64 < status.st_size
+    """Whether next to nothing of a file is on the disk; file systems that compress do not come that far."""
+    return status.st_blocks * 512 * 64 < status.st_size
+
+
+def real_bytes(files: Iterable[os.stat_result]) -> int:
+    """What files hold on the disk: holes count for nothing, and a file of several names counts once."""
+    own = {(status.st_dev, status.st_ino): min(status.st_size, status.st_blocks * 512) for status in files}
+    return sum(own.values())
 
 
 def is_foreign_link(folder: Path, path: str) -> bool:
-    """Whether a path is a link that is none of the Hub client's cache: from `<repository>/snapshots/<commit>` into its
-    `blobs`."""
-    if not (folder / path).is_symlink():
-        return False
-    snapshot, target = folder.resolve(), Path(os.path.realpath(folder / path))
+    """Whether a path is a link, or leads through one, but for those of the Hub client's cache. No link is followed."""
+    parts = path.split("/")
+    if any((folder / "/".join(parts[:depth])).is_symlink() for depth in range(1, len(parts))):
+        return True
+    return (folder / path).is_symlink() and _blob(folder, path) is None
+
+
+def _blob(folder: Path, path: str) -> os.stat_result | None:
+    """The status of the file that a link of the Hub client's cache leads to, from `<repository>/snapshots/<commit>`
+    into its `blobs`; None for any other link."""
+    snapshot = folder.resolve()
     repository = snapshot.parent.parent
-    inside = snapshot.parent.name == "snapshots" and target.parent == repository / "blobs"
-    return not (inside and CACHED.fullmatch(repository.name) is not None and target.is_file())
+    target = Path(os.path.normpath((snapshot / path).parent / os.readlink(folder / path)))
+    if snapshot.parent.name != "snapshots" or CACHED.fullmatch(repository.name) is None:
+        return None
+    if target.parent != repository / "blobs" or target.parent.is_symlink():
+        return None
+    try:
+        status = target.lstat()
+    except OSError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def keeps_modes(folder: Path, mounts: str | None = None) -> bool:
+    """Whether the file system of a folder tells which files may be executed, by its kind; True if that is not known.
+
+    mounts: the text of /proc/self/mountinfo.
+    """
+    try:
+        text = Path("/proc/self/mountinfo").read_text(errors="surrogateescape") if mounts is None else mounts
+    except OSError:
+        return True
+    place, longest, kind = os.path.realpath(folder), -1, ""
+    for line in text.splitlines():
+        mount, _, rest = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount.split(" ")[4])
+        if len(point) >= longest and f"{place}/".startswith(point.rstrip("/") + "/"):  # a later mount covers an earlier
+            longest, kind = len(point), rest.split(" ")[0]
+    return kind not in WITHOUT_MODES

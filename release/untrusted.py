@@ -123,7 +123,7 @@ def tensor_header(path: Path, follow: bool = False) -> dict[str, dict[str, Any]]
             raise CheckFailed(f"{path.name}: its tensors overlap, or leave a gap at byte {end}")
         end = stop
     if 8 + length + end != size:
-        raise CheckFailed(f"{path.name} has {size} bytes, and its header speaks of {8 + length + end}")
+        raise CheckFailed(f"{path.name} has {size} bytes, and its header declares {8 + length + end}")
     return body
 
 

@@ -9,29 +9,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from pipeline.errors import AtomError, CheckFailed
 from release import checks, formats, listing, schema, scratch, sign, untrusted
-from release.check_runner import CheckRunner, ask
+from release.check_runner import NOTHING_LARGE, CheckRunner, Reads, ask
 from release.digests import Digests
 from release.layout import (
     ALL_SUMS,
-    FORMAT,
+    MODEL,
     ORIGINS,
     PUBLIC_KEY,
     SIGNATURE,
     SUMS,
-    Repository,
     compare,
     files_below,
-    files_of,
     model_folders,
-    read_sums,
-    repositories,
 )
-from release.listing import kind_of, missing_parts
+from release.listing import Checksums, Contents, kind_of
 from release.sign import Asked
 from release.tree import scan
 from release.trust import ANYONE, Trust
@@ -40,7 +37,6 @@ from release.verdict import Check, Verdict, Wrong, answer
 
 __all__ = ["Check", "Trust", "Verdict", "kind_of", "verify"]
 
-README = "README.md"
 FORMATS_HOLD = "no pickle, no program, and no code beside weights or data"
 
 
@@ -77,20 +73,29 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
             "give the folder that `atom build` made, or a repository that `atom publish` made"
         )
     kind = kind_of(folder)
-    _require_known(folder)
     verdict = Verdict(subject, kind, deep)
+    if unknown := schema.unknown(folder):
+        verdict.checks.append(answer("versions", [unknown]))
+        return verdict
     progress(f"listing the files of {verdict.subject}")
-    tree = scan(folder, listing.count_lines(folder))
-    verdict.checks.append(listing.check(folder, kind, tree))
+    sums = Checksums(folder)
+    if sums.overflow:
+        verdict.checks.append(answer("files", [sums.overflow]))
+        return verdict
+    listed = sums.listed()
+    tree = scan(folder, len(listed))
+    contents = Contents(folder, kind, sums, tree)
+    verdict.checks.append(listing.check(contents))
     if tree.overflow:
         return verdict
     progress(f"hashing every file of {verdict.subject}")
-    digests = Digests(folder, tree, listing.listed_files(folder))
-    verdict.checks += _byte_checks(folder, kind, digests)
+    digests = Digests(folder, tree, listed)
+    del listed
+    verdict.checks += _byte_checks(contents, digests)
     runner = CheckRunner(folder, tree, deep)
     if any(path.endswith(SIGNATURE) for path in tree.files):
         sign.load_libraries()
-    verdict.checks.append(runner.run("signatures", lambda: _signatures(folder, kind, digests, asked)))
+    verdict.checks.append(runner.run("signatures", lambda: _signatures(contents, digests, asked)))
     archive = kind in ("release", "evidence")
     verdict.checks.append(
         runner.run("formats", lambda: answer("formats", formats.formats(folder, tree.files, archive), FORMATS_HOLD))
@@ -98,73 +103,61 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
     bytes_hold = verdict.ok
     if bytes_hold:
         verdict.checks += runner.check_tables()
-    for name, question, only_deep in _questions(folder, kind, digests, runner):
-        if only_deep and not deep:
+    for question in _questions(folder, kind, digests, runner):
+        name = question.name
+        if question.only_deep and not deep:
             continue
         if not bytes_hold:
             verdict.checks.append(Check(name, None, "not asked, since the bytes are not what was published"))
             continue
         progress(name.replace("_", " "))
         if name == "reload_in_transformers":  # has a process of its own
-            verdict.checks.append(ask(name, question))
+            verdict.checks.append(ask(name, question.put))
         else:
-            verdict.checks.append(runner.run(name, partial(ask, name, question)))
+            verdict.checks.append(runner.run(name, partial(ask, name, question.put), question.reads))
     return verdict
 
 
-def _require_known(folder: Path) -> None:
-    """Raises AtomError for a release of a later format than this program knows."""
-    stated = schema.of_release(folder) or schema.of_card(folder)
-    if stated is not None and stated.format > FORMAT:
-        raise AtomError(
-            f"{printable(str(folder))} has the format {stated.format}, and this atom knows {FORMAT} at most; "
-            "use a later one"
-        )
-
-
-def _byte_checks(folder: Path, kind: str, digests: Digests) -> Iterator[Check]:
+def _byte_checks(contents: Contents, digests: Digests) -> Iterator[Check]:
     """One check for each checksum file: what it lists is there and unaltered, and nothing else is there."""
-    if kind != "release":
-        yield _sums(folder, SUMS, folder, [p for p in files_below(folder) if p != SUMS], digests)
-        if kind == "evidence":
-            yield _agree(folder)
+    if contents.kind != "release":
+        yield _sums(contents, SUMS, "", [p for p in contents.present() if p != SUMS], digests)
+        if contents.kind == "evidence":
+            yield _agree(contents.sums)
         return
-    if missing := missing_parts(folder, kind):
-        yield answer("release_complete", missing)
+    if contents.missing:
+        yield answer("release_complete", contents.missing)
         return
-    yield _sums(folder, ALL_SUMS, folder, [p for p in files_below(folder) if p not in (SUMS, ALL_SUMS)], digests)
-    for place in repositories(folder):
+    yield _sums(contents, ALL_SUMS, "", [p for p in contents.present() if p not in (SUMS, ALL_SUMS)], digests)
+    for place in contents.places:
         name = f"{place.folder}/{SUMS}".lstrip("/")
-        yield _sums(folder, name, folder / place.folder, files_of(folder, place), digests)
-    yield _agree(folder)
+        yield _sums(contents, name, place.folder, contents.present_in(place), digests)
+    yield _agree(contents.sums)
 
 
-def _sums(folder: Path, name: str, base: Path, present: list[str], digests: Digests) -> Check:
+def _sums(contents: Contents, name: str, base: str, present: list[str], digests: Digests) -> Check:
     title = f"checksums: {name}"
     try:
-        sums = read_sums(folder / name, name)
+        sums = contents.sums.read(name)
     except CheckFailed as error:
         return Check(title, False, str(error), [str(error)])
-    prefix = base.relative_to(folder).as_posix()
-    wrong = compare(sums, base, present, name, digests)
-    if prefix != ".":
-        wrong = [f"{prefix}/{text}" for text in wrong]
+    wrong = compare(sums, contents.folder / base, present, name, digests)
+    if base:
+        wrong = [f"{base}/{text}" for text in wrong]
     return Check(title, not wrong, wrong[0] if wrong else f"{len(sums)} files, none missing, altered or extra", wrong)
 
 
-def _signatures(folder: Path, kind: str, digests: Digests, asked: Asked) -> Check:
+def _signatures(contents: Contents, digests: Digests, asked: Asked) -> Check:
     """All repositories are signed, by one key or identity, and by that which is trusted; or none is signed."""
-    name = "signatures"
-    places = [Repository("", "", "")]
-    if kind == "release":
-        if missing_parts(folder, kind):
-            return Check(name, None, "not asked, since parts of the release are missing")
-        places = repositories(folder)
+    name, folder = "signatures", contents.folder
+    if contents.kind == "release" and contents.missing:
+        return Check(name, None, "not asked, since parts of the release are missing")
+    places = contents.places
     wrong: Wrong = []
     signers: dict[str, str | None] = {}
     for place in places:
         prefix = f"{place.folder}/" if place.folder else ""
-        present = [*files_of(folder, place), SUMS] if kind == "release" else files_below(folder)
+        present = [*contents.present_in(place), SUMS] if contents.kind == "release" else contents.present()
         unread = [name for name in (SIGNATURE, PUBLIC_KEY) if os.path.lexists(folder / place.folder / name)]
         if unread := [name for name in unread if prefix + name not in digests.tree.files]:
             wrong += [f"{prefix}{name} is no file that can be read" for name in unread]
@@ -197,57 +190,69 @@ def _signatures(folder: Path, kind: str, digests: Digests, asked: Asked) -> Chec
     return Check(name, not wrong, wrong[0] if wrong else what + ("" if asked.by else vouched), wrong)
 
 
-def _agree(folder: Path) -> Check:
+def _agree(sums: Checksums) -> Check:
     """The root's checksums and those of the whole release say the same of every file that both list."""
     try:
-        whole, root = read_sums(folder / ALL_SUMS, ALL_SUMS), read_sums(folder / SUMS, SUMS)
+        whole, root = sums.read(ALL_SUMS), sums.read(SUMS)
     except CheckFailed as error:
         return Check("checksums agree", False, str(error), [str(error)])
     wrong = [f"{SUMS} and {ALL_SUMS} disagree on {p}" for p in sorted(set(root) & set(whole)) if root[p] != whole[p]]
     return Check("checksums agree", not wrong, wrong[0] if wrong else "the two lists agree", wrong)
 
 
-def _questions(
-    folder: Path, kind: str, digests: Digests, runner: CheckRunner
-) -> Iterator[tuple[str, Callable[[], Wrong | checks.Findings], bool]]:
-    """(name, question, only if deep) for this kind of folder."""
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a folder. reads: the files that the answer takes."""
+
+    name: str
+    put: Callable[[], Wrong | checks.Findings]
+    reads: Reads = NOTHING_LARGE
+    only_deep: bool = False
+
+
+def _questions(folder: Path, kind: str, digests: Digests, runner: CheckRunner) -> Iterator[Question]:
+    """What is asked of this kind of folder."""
     from release import deep_checks, rescore
 
     whole = kind == "release"
-    if (folder / README).is_file():
-        yield "versions", lambda: checks.stated_versions(folder, whole), False
+    evidence, everything = Reads(("evidence/", "code/")), Reads(("",))
+    if kind != "checkpoint":
+        yield Question("versions", lambda: checks.stated_versions(folder, whole))
     if whole or kind == "evidence":
-        yield "manifests", lambda: checks.manifests(folder), False
-        yield "origins", lambda: _all_explained(folder) + checks.origins(folder, digests), False
-        yield "statements", lambda: checks.statements(folder, digests), False
-        yield "gates", lambda: _gates(folder), False
-        yield "attestations", lambda: checks.attestations(folder), False
-        yield "code", lambda: deep_checks.code(folder), True
+        yield Question("manifests", lambda: checks.manifests(folder), evidence)
+        yield Question("origins", lambda: _all_explained(folder) + checks.origins(folder, digests), evidence)
+        yield Question("statements", lambda: checks.statements(folder, digests), Reads(("evidence/", "dataset/")))
+        yield Question("gates", lambda: _gates(folder), evidence)
+        yield Question("attestations", lambda: checks.attestations(folder), everything)
+        yield Question("code", lambda: deep_checks.code(folder), evidence, only_deep=True)
     if whole or kind == "dataset":
-        data = folder / "dataset" if whole else folder
-        yield "dispositions_balance", lambda: checks.dispositions(data), False
-        yield "licences", lambda: checks.licences(data), False
-        yield "scores", lambda: checks.scores(data) + checks.chat_scores(data), False
-        yield "data_card", lambda: checks.data_card(data), False
-        yield "merkle_roots", lambda: checks.roots(data), False
-        yield "documents", lambda: deep_checks.documents(data), True
-        yield "order", lambda: deep_checks.order(data), True
-        yield "answers", lambda: rescore.answers(data), True
+        data, prefix = (folder / "dataset", "dataset/") if whole else (folder, "")
+        fates, scored = Reads((f"{prefix}dispositions", f"{prefix}kept/")), Reads((f"{prefix}evaluation/",))
+        tables = Reads((prefix,))
+        yield Question("dispositions_balance", lambda: checks.dispositions(data), fates)
+        yield Question("licences", lambda: checks.licences(data), fates)
+        yield Question("scores", lambda: checks.scores(data) + checks.chat_scores(data), scored)
+        yield Question("data_card", lambda: checks.data_card(data), tables)
+        yield Question("merkle_roots", lambda: checks.roots(data), tables)
+        yield Question("documents", lambda: deep_checks.documents(data), tables, only_deep=True)
+        yield Question("order", lambda: deep_checks.order(data), tables, only_deep=True)
+        yield Question("answers", lambda: rescore.answers(data), tables, only_deep=True)
     if whole:
-        yield "cards", lambda: checks.cards(folder), False
-        yield "croissant", lambda: checks.described(folder, digests), False
-        yield "weights", lambda: deep_checks.weights(folder), True
+        yield Question("cards", lambda: checks.cards(folder), everything)
+        yield Question("croissant", lambda: checks.described(folder, digests), everything)
+        yield Question("weights", lambda: deep_checks.weights(folder), Reads(("",), weights=True), only_deep=True)
         if (folder / "dataset/evaluation/fresh").is_dir():
-            yield "fresh_set", lambda: checks.fresh_set(folder), True
+            fresh = Reads(("dataset/evaluation/fresh/", f"{MODEL}/"), weights=True)
+            yield Question("fresh_set", lambda: checks.fresh_set(folder), fresh, only_deep=True)
     elif kind == "model":
-        yield "cards", lambda: checks.model_card(folder), False
+        yield Question("cards", lambda: checks.model_card(folder), everything)
     if kind in ("model", "checkpoint"):
-        yield "weights", lambda: deep_checks.weights(folder), True
+        yield Question("weights", lambda: deep_checks.weights(folder), Reads(("",), weights=True), only_deep=True)
     if whole or kind == "model":
         models = [folder / name for name in model_folders(folder)] if whole else [folder]
-        yield "chat_templates", lambda: checks.chat_templates(models), False
+        yield Question("chat_templates", lambda: checks.chat_templates(models))
         if not runner.spent:  # what loads a model renders its templates
-            yield "reload_in_transformers", lambda: deep_checks.reload(models), True
+            yield Question("reload_in_transformers", lambda: deep_checks.reload(models), only_deep=True)
 
 
 def _all_explained(folder: Path) -> Wrong:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import errno
+import hashlib
 import json
 import os
-import resource
 import shutil
 import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,14 +23,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_release_verify import resum
 
-from pipeline.errors import CheckFailed
+from pipeline.errors import CheckFailed, MachineError
 from release import confine, formats, scratch, tree, untrusted
 from release.confine import Budget
-from release.layout import SUMS, files_below
+from release.layout import ALL_SUMS, SUMS, files_below, read_sums
 from release.verify import kind_of, verify
 
-SECONDS = 60
-"""Of processor time: the verifier allows itself 5 to 10, its imports and a slow processor take the rest."""
+SECONDS, MEGABYTES = 10, 500
+"""What is promised: processor time, and memory of the largest process."""
+SERVER = """
+import json, os, resource, sys
+from release import check_runner
+from release.verify import verify
+check_runner.load_libraries(False)
+for line in sys.stdin:
+    if os.fork() == 0:
+        verdict = verify(json.loads(line)).to_json()
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        took = sum(each.ru_utime + each.ru_stime for each in used)
+        print(json.dumps([verdict, took, max(each.ru_maxrss for each in used) >> 10]), flush=True)
+        os._exit(0)
+    if os.wait()[1]:
+        print("null", flush=True)
+"""
+"""Verifies each folder that it is told in a process of its own, which begins with the libraries and nothing else."""
 
 
 def replace(path: Path, make: Callable[[Path], object]) -> None:
@@ -84,6 +102,139 @@ SPECIAL = {
 PLACES = ("SHA256SUMS", "evidence/SHA256SUMS", "evidence/release.json", "evidence/origins.json", "model/SHA256SUMS",
           "model/model.safetensors", "model/model.sig", "dataset/dispositions.parquet", "checkpoints/index.json",
           "model/new.json")  # fmt: skip
+ROOT = Path(__file__).parents[1]
+
+
+def linked_folder(place: str) -> Callable[[Path], None]:
+    """A link to the whole file system where a folder of the release could be."""
+
+    def make(release: Path) -> None:
+        if (release / place).exists():
+            shutil.rmtree(release / place)
+        (release / place).symlink_to("/")
+        for sums in (SUMS, ALL_SUMS, f"{place.split('/')[0]}/{SUMS}"):  # and is listed
+            if (release / sums).is_file() and not (release / place.split("/")[0]).is_symlink():
+                rows = read_sums(release / sums, sums) | {place: "0" * 64}
+                (release / sums).write_text("".join(f"{rows[path]}  {path}\n" for path in sorted(rows)))
+
+    return make
+
+
+def many_lists(count: int, size: int, link: bool = False) -> Callable[[Path], None]:
+    """Folders of checkpoints, each with a checksum file: of holes, or all the same one."""
+
+    def make(release: Path) -> None:
+        text = "".join(f"{'0' * 64}  {number:09}\n" for number in range(size // 76)) if link else ""
+        (release / "list").write_text(text)
+        for number in range(count):
+            path = release / f"checkpoints/x{number}" / SUMS
+            path.parent.mkdir()
+            if link:
+                path.hardlink_to(release / "list")
+            else:
+                path.touch()
+                os.truncate(path, size)
+
+    return make
+
+
+def many_holes(release: Path) -> None:
+    for number in range(50):
+        path = release / f"dataset/rl/{number}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        os.truncate(path, 60 << 20)
+    sums = release / ALL_SUMS
+    rows = read_sums(sums, ALL_SUMS) | {f"dataset/rl/{number}.jsonl": "0" * 64 for number in range(50)}
+    sums.write_text("".join(f"{rows[path]}  {path}\n" for path in sorted(rows)))
+
+
+def one_file_of_many_names(release: Path) -> None:
+    """Three gigabytes to hash, if each name were hashed."""
+    (release / "dataset/rl").mkdir(exist_ok=True)
+    (release / "dataset/rl/0.jsonl").write_bytes(os.urandom(1 << 20) * 3)
+    for number in range(1, 1000):
+        (release / f"dataset/rl/{number}.jsonl").hardlink_to(release / "dataset/rl/0.jsonl")
+    digest = hashlib.sha256((release / "dataset/rl/0.jsonl").read_bytes()).hexdigest()
+    rows = read_sums(release / ALL_SUMS, ALL_SUMS) | {f"dataset/rl/{number}.jsonl": digest for number in range(1000)}
+    (release / ALL_SUMS).write_text("".join(f"{rows[path]}  {path}\n" for path in sorted(rows)))
+
+
+def nested_releases(release: Path) -> None:
+    """Each branch seems to be a release, whose release.json is long to read."""
+    text = '{"format": 2, "x": [' + "[]," * 1_200_000 + "[]]}"
+    for number in range(200):
+        place = release / f"checkpoints/x{number}"
+        (place / "checkpoints").mkdir(parents=True)
+        (place / "evidence").mkdir()
+        if number:
+            (place / "evidence/release.json").hardlink_to(release / "checkpoints/x0/evidence/release.json")
+        else:
+            (place / "evidence/release.json").write_text(text)
+
+
+def with_allowances(bomb: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Many files that a check could be given time for."""
+
+    def make(release: Path) -> None:
+        column = pa.array(["x"]).take(pa.array([0] * 70_000, pa.int32()))
+        (release / "dataset/rl/x").mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"id": column}), release / "dataset/rl/x/0.parquet", compression="zstd")
+        for number in range(1, 100):
+            (release / f"dataset/rl/x/{number}.parquet").write_bytes((release / "dataset/rl/x/0.parquet").read_bytes())
+        path = release / "dataset/rl/x/x.jsonl"
+        path.touch()
+        os.truncate(path, 30 << 20)
+        (release / "dataset/rl/x/y.jsonl").write_text("[]\n" * 10_000_000)
+        bomb(release)
+        resum(release)
+
+    return make
+
+
+def endless_template(release: Path) -> None:
+    BOMBS["endless template"][1](release / "model/chat_template.jinja")
+
+
+def long_values_of_many(release: Path) -> None:
+    long_values(release / "dataset/dispositions.parquet")
+
+
+def below_the_growth(release: Path) -> None:
+    """A table that unpacks to just less than a thousand times its bytes."""
+    rows = 800_000
+    columns = {name: pa.array([name]).take(pa.array([0] * rows, pa.int32())) for name in FATES[1:]}
+    columns["id"] = pa.array([f"{number % 4}" for number in range(rows)])
+    columns["rule"] = pa.concat_arrays([pa.array([os.urandom(900_000).hex()]), columns["rule"][1:]])
+    path = release / "dataset/dispositions.parquet"
+    pq.write_table(pa.table(columns), path, compression="zstd")
+    resum(release)
+
+
+FATES = ("id", "source", "license", "disposition", "split", "rule", "bytes", "kept_hash")
+
+
+def executable(release: Path) -> None:
+    for path in files_below(release):
+        (release / path).chmod(0o755)
+
+
+TREES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a checkpoint that is a link": (linked_folder("checkpoints/x"), "checkpoints/x is a link, not a regular file"),
+    "a model that is a link": (linked_folder("model-x"), "model-x is a link, not a regular file"),
+    "a part that is a link": (linked_folder("dataset"), "dataset is a link, not a regular file"),
+    "a folder within that is a link": (linked_folder("model/evaluation"), "model/evaluation is a link, not a regular file"),
+    "lists of holes": (many_lists(9_000, 32 << 20), "the checksum files up to checkpoints/x"),
+    "lists of small holes": (many_lists(3_000, 20_000), "the checksum files up to checkpoints/x"),
+    "one list in many folders": (many_lists(50, 14 << 20, link=True), "the checksum files up to checkpoints/x"),
+    "holes below the limit": (many_holes, "dataset/rl/0.jsonl is a file of holes"),
+    "one file of many names": (one_file_of_many_names, "dataset/rl/0.jsonl is not listed in dataset/SHA256SUMS"),
+    "releases within": (nested_releases, "checkpoints/x0/evidence/release.json is not listed"),
+    "files that give time": (with_allowances(endless_template), "cannot be checked: it does not end within"),
+    "files that give memory": (with_allowances(long_values_of_many), "cannot be checked: it "),
+    "a table below the limit": (below_the_growth, "cannot be checked: "),
+    "everything may be run": (executable, "model/config.json may be executed"),
+}  # fmt: skip
 BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "deep JSON": ("evidence/gates.json", lambda p: p.write_text("[" * 100_000), "nested too deeply"),
     "long number": ("model/parity.json", lambda p: p.write_text("9" * 1_000_000), "no JSON that can be read"),
@@ -120,17 +271,25 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-def judge(folder: Path) -> tuple[list[str], float]:
-    """All that is wrong, and the processor time that it took."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    start = time.process_time()
-    verdict = verify(folder)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    took = time.process_time() - start + after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    wrong = [text for check in verdict.checks for text in (check.detail, *check.wrong)]
-    assert not verdict.ok and all(text.isprintable() for text in wrong)
-    assert json.loads(json.dumps(verdict.to_json()))["ok"] is False
-    return wrong, took
+@cache
+def server() -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SERVER]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    atexit.register(process.kill)
+    return process
+
+
+def judge(folder: Path) -> list[str]:
+    """All that is wrong with a folder. Fails if telling it takes more than is promised."""
+    process = server()
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps(str(folder)) + "\n")
+    process.stdin.flush()
+    verdict, took, megabytes = json.loads(process.stdout.readline())
+    wrong = [text for check in verdict["checks"] for text in (check["detail"], *check["wrong"])]
+    assert not verdict["ok"] and all(text.isprintable() for text in wrong)
+    assert took < SECONDS and megabytes < MEGABYTES, (took, megabytes, wrong[:9])
+    return wrong
 
 
 @pytest.mark.parametrize("thing", SPECIAL)
@@ -140,8 +299,8 @@ def test_what_is_no_regular_file_is_named_and_not_read(thing: str, copy: Path) -
         path = copy / place
         before = path.read_bytes() if path.exists() else None
         replace(path, make)
-        wrong, took = judge(copy)
-        assert f"{place} {expected}" in "\n".join(wrong) and took < SECONDS, (place, took, wrong[:5])
+        wrong = judge(copy)
+        assert f"{place} {expected}" in "\n".join(wrong), (place, wrong[:5])
         path.unlink()
         if before is not None:
             path.write_bytes(before)
@@ -153,8 +312,16 @@ def test_a_bomb_of_any_format_is_reported(bomb: str, copy: Path) -> None:
     place, make, expected = BOMBS[bomb]
     replace(copy / place, make)
     resum(copy)
-    wrong, took = judge(copy)
-    assert expected in "\n".join(wrong) and took < SECONDS, (took, wrong)
+    wrong = judge(copy)
+    assert expected in "\n".join(wrong), wrong
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_a_hostile_tree_is_reported(tree: str, copy: Path) -> None:
+    make, expected = TREES[tree]
+    make(copy)
+    wrong = judge(copy)
+    assert expected in "\n".join(wrong), wrong[:9]
 
 
 def test_the_command_needs_little_memory_and_one_line(copy: Path) -> None:
@@ -173,7 +340,7 @@ def test_names_that_no_terminal_should_see(copy: Path) -> None:
     for name in names:
         with open(os.fsencode(copy / "model") + b"/" + name, "w"):
             pass
-    wrong, _ = judge(copy)
+    wrong = judge(copy)
     for shown in ("model/a\\udcff.json has a name that is no UTF-8", "model/b\\n.json has a name with characters",
                   "model/c\\x1b[2J.json has a name", "model/d\\u202ecod.json has a name"):  # fmt: skip
         assert any(text.startswith(shown) for text in wrong), (shown, wrong[:9])
@@ -185,11 +352,10 @@ def test_too_many_and_too_deep(copy: Path) -> None:
     (copy / "model/many").mkdir()
     for number in range(tree.ENTRIES + 10_000):
         (copy / f"model/many/{number}").mkdir()
-    wrong, took = judge(copy)
-    assert "entries, far more than its checksums name" in wrong[0] and took < SECONDS
+    assert "entries, far more than its checksums name" in judge(copy)[0]
     shutil.rmtree(copy / "model/many")
     (copy / "model" / "/".join("d" * 60)).mkdir(parents=True)
-    assert any("lies more than 32 folders deep" in text for text in judge(copy)[0])
+    assert any("lies more than 32 folders deep" in text for text in judge(copy))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +370,7 @@ def test_nothing_hides_in_a_cache(path: str, built: Path, tmp_path: Path) -> Non
     assert verify(folder).ok  # which the Hub's client leaves there
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     (folder / path).write_text("x")
-    assert any(text.startswith(f"{path} lies in .cache") for text in judge(folder)[0])
+    assert any(text.startswith(f"{path} lies in .cache") for text in judge(folder))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +396,7 @@ def test_a_release_without_its_evidence_is_a_damaged_release(
 def test_a_folder_that_tells_nothing_is_not_verified(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("x")
     subprocess.run("sha256sum README.md > SHA256SUMS", shell=True, cwd=tmp_path, check=True)
-    assert "nothing here tells what it is" in judge(tmp_path)[0][0]
+    assert "nothing here tells what it is" in judge(tmp_path)[0]
 
 
 MUTATIONS = st.sampled_from(["flip", "cut", "empty", "zeros", "brackets", "digits", "escape", "long", "pipe", "link"])
@@ -308,6 +474,37 @@ def test_templates_of_every_place_are_rendered(tmp_path: Path) -> None:
     assert "What is 2+2?" in formats.render(texts["chat_template.jinja"])
     with pytest.raises(Exception, match="unexpected"):
         formats.render(texts["tokenizer_config.json (a)"])
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES])
+def test_a_place_without_locks_is_one_sentence(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(scratch.fcntl, "flock", refuse)
+    with (
+        pytest.raises(MachineError, match=f"{os.strerror(number)}; set TMPDIR to another file system"),
+        scratch.folder(),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(MachineError, match="No such file or directory; set TMPDIR"), scratch.folder():
+        pass
+
+
+MOUNTS = """22 1 8:1 / / rw - ext4 /dev/sda rw
+30 22 8:2 / /media/a\\040stick rw - vfat /dev/sdb rw
+31 22 0:50 / /media rw - tmpfs none rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "kept"), [("/home/x", True), ("/media/a stick/release", False), ("/media/a", True), ("/mediaeval", True)]
+)
+def test_the_file_system_tells_whether_it_knows_what_may_be_run(place: str, kept: bool) -> None:
+    assert tree.keeps_modes(Path(place), MOUNTS) is kept
 
 
 def test_folders_of_killed_processes_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -15,9 +16,13 @@ import pytest
 import release_world as world
 from test_release_verify import resum
 
-from pipeline.errors import AtomError
-from release import gates
-from release.layout import CANARY, GATES_STATED, ORIGINS, ROOTS, SUMS
+from pipeline.errors import CheckFailed
+from release import checks, facts, gates, schema
+from release.cards import render, versions
+from release.check_runner import ask
+from release.layout import ALL_SUMS, CANARY, GATES_STATED, ORIGINS, ROOTS, SUMS, read_sums
+from release.replay_carried import Code
+from release.replay_source import Source
 from release.verify import verify
 
 
@@ -73,7 +78,7 @@ def test_paths_lead_nowhere_outside(path: str, copy: Path, tmp_path: Path) -> No
     assert checks["origins"].ok is False
     (copy / SUMS).write_text(f"{'0' * 64}  ../outside\n" + (copy / SUMS).read_text())
     found = next(check for check in verify(copy).checks if check.name == f"checksums: {SUMS}")
-    assert found.ok is False and f"../outside is missing (listed in {SUMS})" in found.wrong
+    assert found.wrong == [f"{SUMS} is altered: line 1 names ../outside, which leads elsewhere"]
 
 
 def test_texts_that_grow_when_they_are_read(copy: Path) -> None:
@@ -144,11 +149,115 @@ def test_goldens_are_compared_and_missed(copy: Path) -> None:
     assert found.wrong == ["goldens.json is missing"]
 
 
-def test_a_release_of_a_later_format_is_refused(copy: Path) -> None:
+LATER = "and this atom knows {} at most; use a later atom"
+VERSIONS: dict[str, tuple[dict[str, object], str]] = {
+    "a later format": ({"format": 99}, f"states format 99, {LATER.format(2)}"),
+    "format 0": ({"format": 0}, "states format 0, and the first that there was is 1"),
+    "a negative format": ({"format": -7}, "states format -7, and the first that there was is 1"),
+    "a huge format": ({"format": 10**30}, f"states format {10**30}, {LATER.format(2)}"),
+    "a format that is no number": ({"format": "2"}, "evidence/release.json does not state its format as a number"),
+    "a later card schema": ({"card_schema": 4}, f"states card schema 4, {LATER.format(3)}"),
+    "card schema 0": ({"card_schema": 0}, "states card schema 0, and the first that there was is 2"),
+}
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_an_unknown_version_is_one_bad_line(name: str, copy: Path) -> None:
+    stated, expected = VERSIONS[name]
     path = copy / "evidence/release.json"
-    world.write_json(path, {**json.loads(path.read_text()), "format": 99})
-    with pytest.raises(AtomError, match="has the format 99, and this atom knows 2 at most"):
-        verify(copy)
+    world.write_json(path, {**json.loads(path.read_text()), **stated})
+    for card in copy.rglob("README.md"):
+        text = card.read_text()
+        for field, number in stated.items():
+            text = re.sub(rf"^(atom_(release_)?{field}): .*", rf"\1: {number}", text, flags=re.MULTILINE)
+        card.write_text(text)
+    if not isinstance(stated.get("format"), int):  # whose repositories nobody knows
+        resum(copy)
+    verdict = verify(copy)
+    assert [text for check in verdict.checks for text in check.wrong] == [expected]
+    assert not verdict.ok and json.loads(json.dumps(verdict.to_json()))["ok"] is False
+    if stated.keys() == {"card_schema"}:  # on one repository alone, too
+        assert [check.detail for check in verify(copy / "model").checks] == [expected]
+
+
+@pytest.mark.parametrize("place", ["dataset/evaluation/mid/README.md", "dataset/evaluation/mid/evidence/release.json"])
+def test_versions_stand_at_the_root_alone(place: str, copy: Path) -> None:
+    """Those of a folder within would decide how the files beside it are compared."""
+    path = copy / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".md":
+        path.write_text("---\natom_release_format: 2\natom_card_schema: 2\n---\n")
+    else:
+        world.write_json(path, {"format": 2, "card_schema": 2})
+    rows = json.loads((copy / ORIGINS).read_text())
+    world.write_json(copy / ORIGINS, {**rows, place: {"generated": "x"}})
+    resum(copy)
+    found = {check.name: check for check in verify(copy).checks}
+    assert found["versions"].ok is False and found["versions"].wrong[0].startswith(f"{place} states ")
+    found = {check.name: check for check in verify(copy / "dataset").checks}
+    assert found["versions"].ok is False and found["versions"].wrong[0].startswith(place.removeprefix("dataset/"))
+
+
+def test_scores_of_an_older_card_lack_no_figure(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copy / "dataset/evaluation/mid/scores.json"
+    whole = json.loads(path.read_text())
+    name = sorted(whole)[0]
+    path.write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
+    assert checks.scores(copy / "dataset") == ["evaluation/mid/scores.json is not what its tables give"]
+    monkeypatch.setitem(versions.FIGURES, name, 99)  # unless it came later
+    assert checks.scores(copy / "dataset") == []
+    path.write_text("{}")
+    assert checks.scores(copy / "dataset") == ["evaluation/mid/scores.json is not what its tables give"]
+
+
+def test_a_card_of_which_nothing_is_compared_is_not_ok(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stated = schema.stated(built).cards + 1
+    parts = [*render.data_tables(facts.data_facts(built / "dataset")), "metadata", "plots", "eval_results"]
+    parts += render.model_tables(facts.model_facts(built / "model"))
+    monkeypatch.setattr(versions, "CHANGED", dict.fromkeys(parts, stated))
+    for findings in (checks.data_card(built / "dataset"), checks.model_card(built / "model")):
+        check = ask("data_card", lambda findings=findings: findings)
+        assert check.ok is None and check.skipped and not check.wrong
+
+
+LINES = {
+    "a path that leads out": "code/release/../../../x", "an absolute path": "/tmp/x", "a dot": "code/./x", "no name": "code//x",
+    "a folder": "code/x/", "an escape": "code/\x1b[2J", "a name that turns text": "code/\u202ex", "a long name": "x" * 256,
+    "a long path": "x/" * 600 + "x", "a carriage return": "code/x\r",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_checksum_file_names_files_of_its_folder_only(name: str, copy: Path, tmp_path: Path) -> None:
+    digest = hashlib.sha256(b"x").hexdigest()
+    for place in (SUMS, ALL_SUMS):
+        lines = [line for line in (copy / place).read_text().splitlines() if not line.endswith(ALL_SUMS)]
+        lines.append(f"{digest}  {LINES[name]}")
+        lines.sort(key=lambda line: line[66:])
+        (copy / place).write_bytes(("\n".join(lines) + "\n").encode())
+        with pytest.raises(CheckFailed, match="which leads elsewhere") as raised:
+            read_sums(copy / place, place)
+        assert str(raised.value).isprintable() and len(str(raised.value)) < 1000
+    with pytest.raises(CheckFailed):
+        Source(copy)
+
+
+LISTED = "code/release/build.py"
+
+
+def test_carried_code_stays_in_its_folder(copy: Path, tmp_path: Path) -> None:
+    """Even where a list of files had come from elsewhere."""
+    source = Source(copy)
+    source.sums["code/release/../../../outside"] = source.sums[LISTED]
+    folder = tmp_path / "a/b"
+    folder.mkdir(parents=True)
+    with pytest.raises(CheckFailed, match="leads out of the folder|is a link|is missing"):
+        Code(source, {}, []).extract(folder)
+    assert not list(tmp_path.rglob("outside"))
+    (copy / "code/release").rename(copy / "code/real")
+    (copy / "code/release").symlink_to("real")
+    with pytest.raises(CheckFailed, match="is a link, or lies behind one"):
+        Source(copy).file(LISTED)
 
 
 def test_half_a_download_is_told(built: Path, tmp_path: Path) -> None:
