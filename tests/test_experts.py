@@ -120,8 +120,13 @@ def test_biases_are_kept_and_taken_over(corpus: Path, tmp_path: Path) -> None:
     assert world.digest(tmp_path / "o3") == world.digest(tmp_path / "out")
     from safetensors.torch import load_file
 
-    last = load_file(tmp_path / "out/step-000012/model.safetensors")
-    assert last["decoder.layers.1.mlp.router.expert_bias"].abs().max() > 0
+    kept = [
+        tensor
+        for step in (6, 12)  # a bias that rose and fell as often is 0 again
+        for name, tensor in load_file(tmp_path / f"out/step-{step:06d}/model.safetensors").items()
+        if name.endswith("router.expert_bias")
+    ]
+    assert len(kept) == 2 * settings["model"]["layers"] and any(bias.abs().max() > 0 for bias in kept)
     assert not any("expert_bias" in name for name in load_file(tmp_path / "out/step-000012/optimizer.safetensors"))
 
 

@@ -19,7 +19,7 @@ from stages.rl.losses import advantages, dpo_loss, policy_loss, without_unfinish
 pytestmark = pytest.mark.numeric
 
 SHAPES = [(1, 1), (2, 3), (4, 7), (8, 33), (16, 128)]
-CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # sums of float32 in another order differ by some 5e-7
 ACCELERATOR = SimpleNamespace(
     device=torch.device("cpu"),
     num_processes=1,
