@@ -108,7 +108,7 @@ def chat_templates(models: Iterable[Path]) -> list[str]:
 
 def licences(dataset: Path) -> list[str]:
     """Every document has a licence, removed ones too."""
-    rows = facts.rows(dataset / "dispositions.parquet", ["id", "license"])
+    rows = facts.stream(dataset / "dispositions.parquet", ["id", "license"])
     return [
         f"dispositions.parquet: document {row['id']} has no licence"
         for row in rows
@@ -205,26 +205,46 @@ def _row(manifest: dict[str, Any], path: str) -> FileRow:
 def dispositions(dataset: Path) -> list[str]:
     """One fate for each document; in = kept + removed; the kept ones are exactly those of kept/*.parquet."""
     columns = ["id", "source", "disposition", "rule", "split", "license"]
-    fates = facts.rows(dataset / "dispositions.parquet", columns)
-    wrong = []
-    if twice := [key for key, n in Counter(row["id"] for row in fates).items() if n > 1]:
-        wrong.append(f"dispositions.parquet: document {twice[0]} has two fates")
-    for row in fates:
+    seen: set[str] = set()
+    kept: dict[str, dict[str, tuple[Any, Any]]] = {}
+    read: Counter[str] = Counter()
+    pairs: dict[tuple[Any, Any], tuple[Any, Any]] = {}  # each pair of split and licence once, not once a document
+    twice, wrong = "", []
+    for row in facts.stream(dataset / "dispositions.parquet", columns):
+        key, source = row["id"], row["source"]
+        twice = twice or (key if key in seen else "")
+        seen.add(key)
+        read[source] += 1
+        own = kept.setdefault(source, {})
         if row["disposition"] not in ("kept", "removed") or (row["disposition"] == "removed") != bool(row["rule"]):
-            wrong.append(f"dispositions.parquet: document {row['id']} is neither kept nor removed by a rule")
-    for source in sorted({row["source"] for row in fates}):
-        own = {row["id"]: row for row in fates if row["source"] == source and row["disposition"] == "kept"}
-        path = dataset / "kept" / f"{source}.parquet"
-        kept = {row["id"]: row for row in facts.rows(path, ["id", "split", "license"])} if path.exists() else {}
-        if different := sorted(set(own) ^ set(kept)):
-            wrong.append(f"kept/{source}.parquet: document {different[0]} is not kept in both tables")
-        for key in sorted(set(own) & set(kept)):
-            if (own[key]["split"], own[key]["license"]) != (kept[key]["split"], kept[key]["license"]):
-                wrong.append(f"kept/{source}.parquet: document {key} has another split or licence than its disposition")
+            wrong.append(f"dispositions.parquet: document {key} is neither kept nor removed by a rule")
+        if row["disposition"] == "kept":
+            pair = row["split"], row["license"]
+            own[key] = pairs.setdefault(pair, pair)
+    if twice:
+        wrong.insert(0, f"dispositions.parquet: document {twice} has two fates")
+    for source in sorted(kept):
+        wrong += _kept_as_said(dataset, source, kept[source])
         declared = dataset / "sources" / f"{source}.json"
-        read = sum(row["source"] == source for row in fates)
-        if declared.exists() and facts.read_json(declared).get("documents", read) != read:
-            wrong.append(f"dispositions.parquet: {read} documents of {source}, the source says another number")
+        if declared.exists() and facts.read_json(declared).get("documents", read[source]) != read[source]:
+            wrong.append(f"dispositions.parquet: {read[source]} documents of {source}, the source says another number")
+    return wrong
+
+
+def _kept_as_said(dataset: Path, source: str, said: dict[str, tuple[Any, Any]]) -> list[str]:
+    """Whether kept/<source>.parquet holds the documents of `said`, {id: (split, licence)}, and no others."""
+    path = dataset / "kept" / f"{source}.parquet"
+    wrong, others, left = [], set(), set(said)
+    for row in facts.stream(path, ["id", "split", "license"]) if path.exists() else ():
+        left.discard(row["id"])
+        if row["id"] not in said:
+            others.add(row["id"])
+        elif said[row["id"]] != (row["split"], row["license"]):
+            wrong.append(
+                f"kept/{source}.parquet: document {row['id']} has another split or licence than its disposition"
+            )
+    if different := min(left | others, default=""):
+        wrong.insert(0, f"kept/{source}.parquet: document {different} is not kept in both tables")
     return wrong
 
 

@@ -19,13 +19,13 @@ RELOAD_MEMORY, RELOAD_SECONDS, RELOAD_BYTES_PER_SECOND = 400 << 20, 10, 5_000_00
 
 def documents(dataset: Path) -> list[str]:
     """The content hash of every kept document is that of its text, and every table gives it the same one."""
-    fates = facts.rows(dataset / "dispositions.parquet", ["source", "id", "kept_hash"])
+    fates = facts.stream(dataset / "dispositions.parquet", ["source", "id", "kept_hash"])
     stated = {(r["source"], r["id"]): r["kept_hash"] for r in fates}
-    tokens = facts.rows(dataset / "tokens/documents.parquet", ["source", "id", "content_hash"])
+    tokens = facts.stream(dataset / "tokens/documents.parquet", ["source", "id", "content_hash"])
     tokenized = {(r["source"], r["id"]): r["content_hash"] for r in tokens}
     wrong = []
     for path in sorted((dataset / "kept").glob("*.parquet")):
-        for row in facts.rows(path, ["id", "text", "content_hash"]):
+        for row in facts.stream(path, ["id", "text", "content_hash"]):
             if hashlib.sha256(row["text"].encode()).hexdigest() != row["content_hash"]:
                 wrong.append(f"kept/{path.name}: the text of {row['id']} is not what its content hash says")
             key = (path.stem, row["id"])
@@ -51,16 +51,20 @@ def order(dataset: Path) -> list[str]:
     tables = [*(dataset / "earlier").glob("tokenize-*/documents.parquet"), current]
     wrong = []
     for path in sorted((dataset / "order").glob("*/order.parquet")) + earlier:
-        known = {(r["source"], r["ordinal"], r["id"]): r for table in (tables if path in earlier else [current])
-                 for r in facts.rows(table, columns) if r["split"] == "train"}  # fmt: skip
+        known = {
+            (row["source"], row["ordinal"], row["id"]): row["tokens"]
+            for table in (tables if path in earlier else [current])
+            for row in facts.stream(table, columns)
+            if row["split"] == "train"
+        }
         name, last = path.relative_to(dataset).as_posix(), (0, 0, -1)
-        for row in facts.rows(path, ["step", "row", "segment", "source", "ordinal", "id", "offset", "length"]):
-            document = known.get((row["source"], row["ordinal"], row["id"]))
-            if document is None:
+        for row in facts.stream(path, ["step", "row", "segment", "source", "ordinal", "id", "offset", "length"]):
+            tokens = known.get((row["source"], row["ordinal"], row["id"]))
+            if tokens is None:
                 wrong.append(
                     f"{name}: step {row['step']} row {row['row']} is {row['id']}, which is no training document"
                 )
-            elif not 0 <= row["offset"] < row["offset"] + row["length"] <= document["tokens"]:
+            elif not 0 <= row["offset"] < row["offset"] + row["length"] <= tokens:
                 wrong.append(f"{name}: step {row['step']} row {row['row']} reaches beyond the end of {row['id']}")
             here = (row["step"], row["row"], row["segment"])
             if here <= last:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import CheckFailed
 from release import schema, training
 from release.layout import when
 from release.untrusted import tensor_header
@@ -25,14 +27,33 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+BATCH, ORDER_BATCH = 4096, 65536
+"""Rows that are unpacked at once of a table, and of an order, whose rows are short."""
+
+
 def rows(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """Of a published table; columns have today's names, whatever the release's format calls them."""
+    """All rows of a published table, as `stream` gives them."""
+    return list(stream(path, columns))
+
+
+def stream(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a published table, a few of which are held at once; columns have today's names, whatever the
+    release's format calls them. Raises CheckFailed if it lacks a column."""
+    for batch in _batches(path, columns, BATCH):
+        yield from batch.to_pylist()
+
+
+def _batches(path: Path, columns: list[str] | None, size: int) -> Iterator[Any]:
+    """The rows of a table as Arrow's batches. Raises CheckFailed if it lacks a column."""
     import pyarrow.parquet as pq
 
-    stored = schema.columns(path, columns if columns is not None else schema.today(path, pq.read_schema(path).names))
-    table = pq.read_table(path, columns=list(stored.values())).select(list(stored.values()))
-    rows: list[dict[str, Any]] = table.rename_columns(list(stored)).to_pylist()
-    return rows
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        stored = schema.columns(path, columns if columns is not None else schema.today(path, names))
+        if missing := sorted(set(stored.values()) - set(names)):
+            raise CheckFailed(f"{path.name} has no column {missing[0]}")
+        for batch in file.iter_batches(batch_size=size, columns=list(stored.values())):
+            yield batch.select(list(stored.values())).rename_columns(list(stored))
 
 
 def scores(path: Path) -> Facts:
@@ -47,31 +68,54 @@ def canary(items: str) -> dict[str, str]:
     return {"canary": f"Evaluation data; it should never appear in a training corpus. canary GUID {guid}"}
 
 
+@dataclass
+class _Fates:
+    """What became of the documents of one source. splits: of those that were kept; rules: of those that were not."""
+
+    documents: int = 0
+    bytes: int = 0
+    kept_bytes: int = 0
+    splits: Counter[str] = field(default_factory=Counter)
+    rules: Counter[str] = field(default_factory=Counter)
+    licences: set[str] = field(default_factory=set)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.documents += 1
+        self.bytes += row["bytes"]
+        self.licences.add(row["license"])
+        if row["disposition"] == "kept":
+            self.kept_bytes += row["bytes"]
+            self.splits[row["split"]] += 1
+        elif row["disposition"] == "removed":
+            self.rules[row["rule"]] += 1
+
+
 def data_facts(dataset: Path) -> Facts:
     """What was read, kept and removed, under which licence, in which order: from the dataset repository alone."""
-    fates = rows(dataset / "dispositions.parquet", ["source", "license", "bytes", "disposition", "split", "rule"])
+    counts: dict[str, _Fates] = {}
+    for row in stream(dataset / "dispositions.parquet", ["source", "license", "bytes", "disposition", "split", "rule"]):
+        counts.setdefault(row["source"], _Fates()).add(row)
     sources: Facts = {}
-    for name in sorted({row["source"] for row in fates}):
-        own = [row for row in fates if row["source"] == name]
-        kept = [row for row in own if row["disposition"] == "kept"]
+    for name in sorted(counts):
+        own = counts[name]
         declared_path = dataset / "sources" / f"{name}.json"
         declared = read_json(declared_path) if declared_path.exists() else {}
         sources[name] = {
-            "documents_in": len(own),
-            "kept": len(kept),
-            "removed": dict(sorted(Counter(row["rule"] for row in own if row["disposition"] == "removed").items())),
-            "by_split": dict(sorted(Counter(row["split"] for row in kept).items())),
-            "bytes_in": sum(row["bytes"] for row in own),
-            "bytes_kept": sum(row["bytes"] for row in kept),
-            "licences": sorted({row["license"] for row in own}),
+            "documents_in": own.documents,
+            "kept": own.splits.total(),
+            "removed": dict(sorted(own.rules.items())),
+            "by_split": dict(sorted(own.splits.items())),
+            "bytes_in": own.bytes,
+            "bytes_kept": own.kept_bytes,
+            "licences": sorted(own.licences),
             "origin": declared.get("origin", ""),
             "licence_evidence": declared.get("license_evidence", ""),
         }
     tokens: dict[str, Counter[str]] = {name: Counter() for name in sources}
-    for row in rows(dataset / "tokens" / "documents.parquet", ["source", "split", "tokens"]):
+    for row in stream(dataset / "tokens" / "documents.parquet", ["source", "split", "tokens"]):
         tokens[row["source"]][row["split"]] += row["tokens"]
-    for name, counts in tokens.items():
-        sources[name]["tokens"] = dict(sorted(counts.items()))
+    for name, by_split in tokens.items():
+        sources[name]["tokens"] = dict(sorted(by_split.items()))
     return {
         "sources": sources,
         "order": {
@@ -79,7 +123,7 @@ def data_facts(dataset: Path) -> Facts:
             for phase, p in _by_name((dataset / "order").glob("*/order.parquet"), schema.phase)
         },
         "problems": dict(
-            sorted(Counter(r["task"] for r in rows(dataset / "evaluation/items.parquet", ["task"])).items())
+            sorted(Counter(r["task"] for r in stream(dataset / "evaluation/items.parquet", ["task"])).items())
         ),
         "chat": chat_facts(dataset / "evaluation"),
         "evaluation": {
@@ -146,32 +190,44 @@ def _part(folder: Path, end: int | None) -> Facts:
     packed. packed, for such an order only: all rows, their predicted tokens and how full they are. long, by source:
     what the order stage tells of up-weighted long documents. A segment of n tokens predicts n - 1 of them.
     """
+    import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     meta = read_json(folder / "meta.json")
-    table = pq.read_table(folder / "order.parquet", columns=["step", "row", "source", "id", "length"])
-    if end is not None:
-        table = table.filter(pc.field("step") <= end)
-    grouped = table.group_by("source").aggregate([("length", "sum"), ("length", "count"), ("id", "count_distinct")])
-    rows = table.group_by(["step", "row"]).aggregate([]).num_rows
-    of_source = table.group_by(["source", "step", "row"]).aggregate([])["source"].to_pylist()
-    in_rows = Counter(of_source)
+    tokens: Counter[str] = Counter()
+    rows_of: dict[str, set[int]] = {}
+    ids_of: dict[str, set[str]] = {}
+    first, last = 1 << 62, 0
+    for batch in _batches(folder / "order.parquet", ["step", "row", "source", "id", "length"], ORDER_BATCH):
+        table = pa.Table.from_batches([batch])
+        if end is not None:
+            table = table.filter(pc.field("step") <= end)
+        if not table.num_rows:
+            continue
+        steps = pc.min_max(table["step"]).as_py()
+        first, last = min(first, steps["min"]), max(last, steps["max"])
+        for total in table.group_by("source").aggregate([("length", "sum"), ("length", "count")]).to_pylist():
+            tokens[total["source"]] += total["length_sum"] - total["length_count"]
+        for source, step, row in _distinct(table, ["source", "step", "row"]):
+            rows_of.setdefault(source, set()).add(step << 32 | row)
+        for source, key in _distinct(table, ["source", "id"]):
+            ids_of.setdefault(source, set()).add(key)
     by_source = {
-        row["source"]: {
-            "tokens": row["length_sum"] - row["length_count"],
-            "rows": in_rows[row["source"]],
-            "documents": row["id_count_distinct"],
-        }
-        for row in grouped.to_pylist()
+        name: {"tokens": tokens[name], "rows": len(rows_of[name]), "documents": len(ids_of[name])}
+        for name in sorted(rows_of)
     }
-    steps = pc.min_max(table["step"]).as_py()
-    part = {"first_step": steps["min"], "last_step": steps["max"], "by_source": dict(sorted(by_source.items()))}
+    part: Facts = {"first_step": first, "last_step": last, "by_source": by_source}
     if meta.get("pack"):
-        tokens, length = sum(row["tokens"] for row in by_source.values()), meta["sequence_length"]
-        part["packed"] = {"rows": rows, "sequence_length": length, "tokens": tokens, "fill": tokens / (rows * length)}
+        rows, read, length = len(set().union(*rows_of.values())), tokens.total(), meta["sequence_length"]
+        part["packed"] = {"rows": rows, "sequence_length": length, "tokens": read, "fill": read / (rows * length)}
         part["long"] = {name: row["long"] for name, row in sorted(meta["sources"].items()) if "long" in row}
     return part
+
+
+def _distinct(table: Any, columns: list[str]) -> Iterator[tuple[Any, ...]]:
+    """Each combination of values in these columns once."""
+    found = table.group_by(columns).aggregate([])
+    return zip(*(found[column].to_pylist() for column in columns), strict=True)
 
 
 def scores_of(folder: Path) -> Facts:

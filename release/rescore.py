@@ -75,12 +75,14 @@ def answers(dataset: Path) -> Findings:
 def _problems(dataset: Path, tally: Tally) -> list[str]:
     """Outputs of models that were asked the evaluation problems as text."""
     wrong = []
-    expected = {row["id"]: row["answer"] for row in facts.rows(dataset / "evaluation/items.parquet", ["id", "answer"])}
+    expected = {
+        row["id"]: row["answer"] for row in facts.stream(dataset / "evaluation/items.parquet", ["id", "answer"])
+    }
     for path in (
         scores.with_name("items.parquet") for scores in sorted((dataset / "evaluation").glob("*/scores.json"))
     ):
         name, known = path.relative_to(dataset).as_posix(), schema.reader(path)
-        for row in facts.rows(path):
+        for row in facts.stream(path):
             if expected.get(row["id"]) != row["expected"]:
                 wrong.append(f"{name}: {row['id']} was judged by another answer than the problem's")
             scorer = (row["verifier"], row["verifier_version"]) if row.get("verifier") else known.scorer(row)
@@ -110,13 +112,13 @@ def _conversations(dataset: Path) -> Iterator[Iterator[tuple[Scorer, Scored]]]:
 
 def _answers(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[Scorer, Scored]]:
     name = path.relative_to(dataset).as_posix()
-    for row in facts.rows(path):
+    for row in facts.stream(path):
         yield _stated(row), _scored(f"{name}: {row['id']}/{row['sample']}", tasks, row["id"], row)
 
 
 def _pairs(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[Scorer, Scored]]:
     name = path.relative_to(dataset).as_posix()
-    for row in facts.rows(path):
+    for row in facts.stream(path):
         for side in SIDES:
             answer = {column: row[f"{side}_{column}"] for column in ("text", "answer", "finished", "reward", "parts")}
             yield _stated(row), _scored(f"{name}: {row['id']} of {side}", tasks, row["id"], answer)
@@ -125,7 +127,7 @@ def _pairs(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[S
 def _rollouts(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[Scorer, Scored]]:
     name, place = path.relative_to(dataset).as_posix(), ("step", "wave", "group", "sample")
     columns = [*place, "task", "text", "finished", "reward", "parts", "verifier", "verifier_version"]
-    for row in facts.rows(path, columns):
+    for row in facts.stream(path, columns):
         where = "/".join(str(row[column]) for column in place)
         yield _stated(row), _scored(f"{name}: {row['task']} at {where}", tasks, row["task"], row)
 
