@@ -20,7 +20,7 @@ TEXT_SECONDS, TEXT_GROWTH, TEXT_MEMORY = 1e-7, 8, 128 << 20
 """What a check has besides for each byte of JSON that it reads; memory for all of it at most."""
 LOG_GROWTH = 2
 """Bytes of memory for each byte of the longest log (.jsonl), of which a check keeps a part."""
-ROW_SECONDS, TABLE_SECONDS, TABLE_GROWTH = 1e-4, 2e-6, 64
+ROW_SECONDS, TABLE_SECONDS, TABLE_GROWTH = 1e-4, 1e-6, 64
 """For each row of tables, but no more than for each byte of them. Bytes of memory for each byte, but no more than they
 unpack to."""
 DEEP = 5

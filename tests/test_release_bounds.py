@@ -25,8 +25,10 @@ from test_release_verify import resum
 
 from pipeline.errors import CheckFailed, MachineError
 from release import confine, formats, scratch, tree, untrusted
+from release.check_runner import NOTHING_LARGE, CheckRunner, Reads
 from release.confine import Budget
 from release.layout import ALL_SUMS, SUMS, files_below, read_sums
+from release.verdict import Check
 from release.verify import kind_of, verify
 
 SECONDS, MEGABYTES = 10, 500
@@ -431,6 +433,31 @@ def test_any_file_in_any_way(built: Path, tmp_path_factory: pytest.TempPathFacto
     source = name.startswith("code/") or name.endswith((".md", SUMS, "LICENSE"))  # which a maker may write as he likes
     assert not verdict.ok or source or "metrics" in name or "environment" in name or "recipe" in name, (name, how)
     shutil.rmtree(folder)
+
+
+def test_a_check_may_take_what_belongs_to_the_files_that_it_reads(tmp_path: Path) -> None:
+    """And none of what its neighbours read, what holes pretend, or what a second name says once more."""
+    for path in ("a/x.parquet", "b/y.parquet", "a/x.json", "b/y.jsonl", "a/x.safetensors"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(os.urandom(1 << 20))
+    hole(tmp_path / "a/hole.json")
+    (tmp_path / "a/again.json").hardlink_to(tmp_path / "a/x.json")
+    runner = CheckRunner(tmp_path, tree.scan(tmp_path, 0), deep=False)
+    runner.tables = {"a/x.parquet": (1 << 40, 1 << 40), "b/y.parquet": (10, 1000)}
+    assert runner._allowance(NOTHING_LARGE) == Budget(0, 0)
+    small = runner._allowance(Reads(("b/",)))
+    assert small.memory == 2 * 1000 + (2 << 20) and small.seconds < 0.2
+    large = runner._allowance(Reads(("a/",)))
+    assert large.memory == (8 << 20) + (64 << 20) and 1 < large.seconds < 1.5
+    assert runner._allowance(Reads(("a/",), weights=True)).memory == large.memory + (3 << 20)
+
+
+def test_checks_that_come_after_all_time_is_spent_are_not_ok(tmp_path: Path) -> None:
+    runner = CheckRunner(tmp_path, tree.scan(tmp_path, 0), deep=False)
+    runner.seconds = 0.0
+    first, second = (runner.run(name, lambda: Check("x", True, "holds")) for name in ("one", "two"))
+    assert first.ok is False and "comes after checks that took 5 s" in first.detail
+    assert second.ok is None and "not asked, since one took all the time" in second.detail
 
 
 def test_a_confined_call_ends() -> None:
