@@ -293,6 +293,41 @@ with socket.create_server(('127.0.0.1', 0)) as server, socket.create_connection(
     assert run(attack).stdout == "[1, 2] False False False\nb'within'\n"
 
 
+def test_options_of_sockets_are_of_a_list(run: Run) -> None:
+    """With IP_MINTTL, what was sent over the loopback stayed in the kernel for minutes after the program."""
+    attack = """
+import asyncio, http.server, socket, threading, urllib.request
+s = socket.socket()
+def may(level, option, value=1):
+    try: return s.setsockopt(level, option, value)
+    except OSError as e: return e.errno
+allowed = [(1, n) for n in (2, 6, 7, 8, 9, 15, 16)] + [(6, n) for n in (1, 3, 4, 5, 6, 12, 18)]
+print([o for o in allowed if may(*o) == 92], may(1, 20, bytes(16)), may(1, 13, bytes(8)))
+allowed += [(1, 13), (1, 20), (1, 21), (41, 26)]
+print([(level, n) for level in range(256) for n in range(80) if (level, n) not in allowed and may(level, n) != 92])
+print(may(0, 21, 255), may(-1, 2), may(41, 25))
+try: s.send(b'x', socket.MSG_OOB)
+except PermissionError: print('no byte out of band')
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self): self.send_response(200); self.end_headers(); self.wfile.write(b'served')
+    def log_message(self, *args): pass
+with http.server.HTTPServer(('127.0.0.1', 0), Handler) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(urllib.request.urlopen('http://127.0.0.1:%d' % server.server_port).read())
+    server.shutdown()
+async def echo():
+    async def back(reader, writer): writer.write(await reader.readline()); writer.close()
+    async with await asyncio.start_server(back, '127.0.0.1', 0) as server:
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(b'echo\\n')
+        print(await reader.readline())
+asyncio.run(echo())
+"""
+    outcome = run(attack)
+    lines = ["[] None None", "[]", "92 92 92", "no byte out of band", "b'served'", "b'echo\\n'"]
+    assert outcome.stdout.splitlines() == lines, outcome
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="is of x86-64's machine code")
 def test_calls_by_another_machines_numbers_kill(run: Run) -> None:
     """int 0x80 names a call as 32-bit x86 does (20 is getpid), and bit 30 as x32 does."""

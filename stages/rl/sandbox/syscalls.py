@@ -16,7 +16,7 @@ import struct
 MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 """By machine: the number by which the kernel names it, and the column of CALLS."""
 
-EPERM, ENOSYS = 1, 38
+EPERM, ENOSYS, ENOPROTOOPT = 1, 38, 92
 NEW = 424
 """Calls from here on have one number on all machines. Libraries try them and fall back where they are not there."""
 
@@ -69,12 +69,23 @@ ARGUMENTS: dict[str, list[tuple[int, int, set[int]]]] = {
     "fcntl": [(1, ALL, {0, 1, 2, 3, 4, 1030, 1032})],
     # Is it a terminal, how much is there to read, non-blocking, close on exec.
     "ioctl": [(1, ALL, {0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, UP})],
+    # No byte out of band (MSG_OOB): a channel that has one is readable, and yet there is nothing to read.
+    "sendto": [(3, 1, {0})],
     "unshare": [(0, ALL, {NEW_NAMESPACES})],
     "prctl": [(0, ALL, {15, 16, 39})],  # a thread's name, whether rights can be gained
     # Not what moves other processes' pages (MADV_COLD, MADV_PAGEOUT) or compares them (MADV_MERGEABLE).
     "madvise": [(2, ALL, {0, 1, 2, 3, 4, 8, 14, 15})],
 }
 """Of these, an argument (its place, masked) must be one of a set."""
+
+OPTIONS = {
+    # REUSEADDR, BROADCAST, SNDBUF, RCVBUF, KEEPALIVE, LINGER, REUSEPORT, PASSCRED, RCVTIMEO, SNDTIMEO
+    1: {2, 6, 7, 8, 9, 13, 15, 16, 20, 21},
+    6: {1, 3, 4, 5, 6, 12, 18},  # TCP: NODELAY CORK KEEPIDLE KEEPINTVL KEEPCNT QUICKACK USER_TIMEOUT
+    41: {26},  # IPv6: V6ONLY
+}
+"""By level, the options of a socket that may be set. With others (IP_MINTTL) a connection outlives its program: what
+was sent waits in the kernel for minutes, for a peer that is gone."""
 
 
 def numbers(machine: str) -> dict[str, int]:
@@ -96,6 +107,12 @@ def filter_of(machine: str) -> bytes:
             body += [(load, 0, 0, 16 + 8 * place), (mask, 0, 0, bits)]
             body += [(equal, len(values) - n, 0, value) for n, value in enumerate(sorted(values))]
             body += [(give, 0, 0, refuse | EPERM)]
+        if name == "setsockopt":
+            for level, options in OPTIONS.items():
+                body += [(load, 0, 0, 16 + 8), (equal, 0, len(options) + 3, level), (load, 0, 0, 16 + 16)]
+                body += [(equal, len(options) - n, 0, option) for n, option in enumerate(sorted(options))]
+                body += [(give, 0, 0, refuse | ENOPROTOOPT), (give, 0, 0, allow)]
+            body += [(give, 0, 0, refuse | ENOPROTOOPT)]
         code += [(equal, 0, len(body) + 1, number), *body, (give, 0, 0, allow)]
     code += [(at_least, 0, 1, NEW), (give, 0, 0, refuse | ENOSYS), (give, 0, 0, refuse | EPERM)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
