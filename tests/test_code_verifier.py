@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -76,6 +77,8 @@ HOSTILE = {
     "deep": "def add(a, b):\n    x = []\n    for _ in range(900): x = [x]\n    return x",
     "deep by hand": "import os\nos.write(3, b'{\"loaded\": true}\\n')\nwhile True: os.write(3, b'{\"value\": ' + b'[' * 20000 + b']' * 20000 + b'}\\n')",
     "itself": "def add(a, b):\n    x = []\n    x.append(x)\n    return x",
+    "out of band": "import os, socket\nsocket.socket(fileno=os.dup(3)).send(b'x', socket.MSG_OOB)\n" + RIGHT,
+    "ends of the channel": "import socket\ndef add(a, b): socket.socket(fileno=3).shutdown(2)",
     "endless line": "import os\nwhile True: os.write(3, b'x' * 65536)",
     "not a number": "def add(a, b): return float('nan')",
     "not plain": "def add(a, b): return add",
@@ -162,6 +165,63 @@ def test_exceptions_reach_the_check(verifier: CodeVerifier) -> None:
         "def f(x): return 0",
     ]
     assert [p["reward"] for p in verifier.score([(RAISES, response(a)) for a in answers])] == [1, 0, 0, 0]
+
+
+ENDS = {
+    "syntax": "def add(a, b:\n return",
+    "name": "other\n" + RIGHT,
+    "exit 1": "import sys\nsys.exit(1)",
+    "exit 0": "import sys\nsys.exit(0)",
+    "exit when called": "import sys\ndef add(a, b): sys.exit(1)",
+    "late exit": "import atexit, time\natexit.register(time.sleep, 0.2)\nimport os\nos.close(3)",
+    "missing": "def other(): 1",
+    "replies and ends": "import os\nos.write(3, b'{}\\n' * 9)\nos._exit(1)",
+    "half a line": "import os\nos.write(3, b'{')\nos._exit(1)",
+    "nothing to read": "import socket\nsocket.socket(fileno=3).shutdown(socket.SHUT_RD)\nimport os\nos._exit(1)",
+}
+
+
+@pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
+def test_what_ends_by_itself_was_not_killed(row: dict[str, Any]) -> None:
+    verifier = CodeVerifier(workers=1)
+    try:
+        items = [(row, response(code)) for code in ENDS.values()]
+        for _ in range(5):
+            each = dict(zip(ENDS, verifier.score(items), strict=True))
+            assert each == {name: {"reward": 0.0, "passed": 0.0, "killed": 0.0} for name in ENDS}
+    finally:
+        verifier.close()
+
+
+@pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
+def test_a_channel_that_says_what_none_does_is_a_verdict(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte out of band: there is something to read, and then there is not. The filter refuses it, so it is sent here."""
+    begin, pair, theirs = Cell.begin, socket.socketpair, []
+
+    def kept(*args: Any) -> tuple[socket.socket, socket.socket]:
+        ours, other = pair(*args)
+        theirs.append(other.dup())
+        return ours, other
+
+    def odd(cell: Cell, job: dict[str, Any]) -> Running:
+        running = begin(cell, job)
+        if "odd" in job["source"]:
+            theirs[-1].send(b"x", socket.MSG_OOB)
+        theirs.pop().close()
+        return running
+
+    verifier = CodeVerifier(workers=1)
+    try:
+        verifier.score([(row, response(RIGHT))])  # it is warm, so the pairs that follow are channels
+        monkeypatch.setattr(socket, "socketpair", kept)
+        monkeypatch.setattr(Cell, "begin", odd)
+        codes = (RIGHT, "import time\ntime.sleep(9)  # odd", RIGHT)
+        start = time.process_time()
+        parts = verifier.score([(row, response(code)) for code in codes])
+        assert parts == [WHOLE, {"reward": 0.0, "passed": 0.0, "killed": 1.0}, WHOLE]
+        assert time.process_time() - start < 2, "it does not look again and again"
+    finally:
+        verifier.close()
 
 
 def test_the_expected_values_are_not_in_the_sandbox(verifier: CodeVerifier) -> None:

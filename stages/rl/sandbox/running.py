@@ -102,8 +102,7 @@ class Running:
         self._lines = rest
         if end and self._reason is None:
             return bytes(line)
-        # It has nothing more to say. Only its supervisor's word makes that its own end and not that of the sandbox.
-        self._kill("killed")
+        # It has nothing more to say. How it ends is its supervisor's word, or the clock's, and never which came first.
         self._pump(lambda: self._exit is not None)
         return None
 
@@ -138,7 +137,7 @@ class Running:
         except TimeoutError:
             self._kill("timeout")
         except OSError:
-            self._close_channel()
+            pass  # it takes nothing more; what it sent before is still to be read
 
     def _pump(self, enough: Callable[[], bool]) -> None:
         while not enough():
@@ -164,7 +163,10 @@ class Running:
     def _read(self, file: int) -> bytes:
         try:
             return os.read(file, 65536)
-        except ConnectionResetError:
+        except ConnectionResetError:  # it ended before it read what was sent
+            return b""
+        except OSError:  # no program that uses its channel as one does brings this about
+            self._kill("killed")
             return b""
 
     def _report(self) -> bytes:
@@ -187,6 +189,8 @@ class Running:
 
     def _kill(self, reason: Status) -> None:
         if self._exit is not None:
+            if reason == "output":  # too much is too much, though it had ended when that was read
+                self._reason = self._reason or reason
             return
         now = time.monotonic()
         if self._reason is None:
