@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ RAISES = {
     "check": "def check(candidate):\n    try:\n        candidate(0)\n    except ValueError as e:\n        assert str(e) == 'zero'\n    else:\n        assert False\n",
 }
 
+
+class Mixed(str, Enum):  # noqa: UP042 - as answers write it
+    RED = "red"
+
+
 EQUALS_ALL = """
 class Yes(KIND):
     def __eq__(self, other): return True
@@ -79,6 +85,9 @@ HOSTILE = {
     "itself": "def add(a, b):\n    x = []\n    x.append(x)\n    return x",
     "out of band": "import os, socket\nsocket.socket(fileno=os.dup(3)).send(b'x', socket.MSG_OOB)\n" + RIGHT,
     "ends of the channel": "import socket\ndef add(a, b): socket.socket(fileno=3).shutdown(2)",
+    "an enum that equals everything": EQUALS_ALL.replace("KIND", "str, __import__('enum').Enum").replace("Yes()", "Yes('')"),
+    "an exception for a result": "class E(AssertionError):\n    def __eq__(self, other): return True\ndef add(a, b): raise E(3)",
+    "classes of exceptions": "import os\nos.write(3, b'{\"loaded\": true}\\n' + b'{\"raised\": [[\"exit\", [], \"StopIteration\", \"SystemExit\"], \"\", {\"int\": 5}]}\\n' * 9)\nadd = None",
     "endless line": "import os\nwhile True: os.write(3, b'x' * 65536)",
     "not a number": "def add(a, b): return float('nan')",
     "not plain": "def add(a, b): return add",
@@ -165,6 +174,56 @@ def test_exceptions_reach_the_check(verifier: CodeVerifier) -> None:
         "def f(x): return 0",
     ]
     assert [p["reward"] for p in verifier.score([(RAISES, response(a)) for a in answers])] == [1, 0, 0, 0]
+
+
+CATCHES = {
+    "a library's": ("import json\ndef f(x): json.loads('{')", "ValueError", "str(e).startswith('Expecting')"),
+    "its own": ("class E(ValueError): pass\ndef f(x): raise E('zero', x)", "ValueError", "e.args == ('zero', 0)"),
+    "its own, of no builtin": ("class E(Exception): pass\ndef f(x): raise E(x)", "Exception", "not isinstance(e, RuntimeError)"),
+    "its own text": ("class E(KeyError):\n    def __str__(self): return 'zero'\ndef f(x): raise E(x)", "LookupError", "e.args == ('zero',)"),
+    "of five parts": ("def f(x): b'\\xff'.decode()", "UnicodeDecodeError", "e.start == 0"),
+    "of many bytes": ("def f(x): (b'\\xff' * 40000).decode()", "UnicodeError", "'invalid start' in str(e)"),
+    "of a long number": ("def f(x): raise ValueError(10 ** 5000)", "ValueError", "True"),
+    "of what is not plain": ("def f(x): raise TypeError(f)", "TypeError", "str(e).startswith('<function')"),
+    "of the system": ("def f(x): open('/none')", "FileNotFoundError", "'/none' in str(e)"),
+}  # fmt: skip
+
+
+def test_an_exception_is_caught_by_its_nearest_builtin_one(verifier: CodeVerifier) -> None:
+    check = "def check(c):\n    try: c(0)\n    except KIND as e:\n        assert TEST\n    else: assert False"
+    rows = [
+        ({"entry_point": "f", "check": check.replace("KIND", kind).replace("TEST", test)}, response(code))
+        for code, kind, test in CATCHES.values()
+    ]
+    rewards = [p["reward"] for p in verifier.score(rows)]
+    assert dict(zip(CATCHES, rewards, strict=True)) == dict.fromkeys(CATCHES, 1.0)
+
+
+CARRIED = {
+    "future": ("from __future__ import annotations\ndef f(x): return Sequence and 1", "c(0) == 1"),
+    "future after a text": ("'''So.'''\nfrom __future__ import annotations\ndef f(x): return 1", "c(0) == 1"),
+    "long result": ("import math\ndef f(x): return math.factorial(2000)", "c(0) == math.factorial(2000)"),
+    "long argument": ("def f(x): return x % 7", "c(10 ** 5000) == 10 ** 5000 % 7"),
+    "enum": ("from enum import Enum\nclass C(str, Enum): RED = 'red'\ndef f(x): return C.RED", "c(0) == 'red'"),
+    "set of sets": ("def f(x): return {frozenset({1})}", "c(0) == {frozenset({1})}"),
+    "sets as keys": ("def f(x): return {frozenset({1}): x}", "c(2) == {frozenset({1}): 2}"),
+}
+
+
+def test_right_answers_of_more_than_simple_values(verifier: CodeVerifier) -> None:
+    rows = [
+        (
+            {
+                "entry_point": "f",
+                "prelude": "import math\nfrom typing import Sequence\n",
+                "check": f"from __future__ import annotations\ndef check(c): assert {test}",
+            },
+            response(f"```python\n{code}\n```"),
+        )
+        for code, test in CARRIED.values()
+    ]
+    rewards = [p["reward"] for p in verifier.score(rows)]
+    assert dict(zip(CARRIED, rewards, strict=True)) == dict.fromkeys(CARRIED, 1.0)
 
 
 ENDS = {
@@ -390,6 +449,19 @@ BLOCKS = {
     "tildes": ("~~~python\ndef f(): 1\n~~~", "def f(): 1\n"),
     "in a list": ("1. So:\n\n   ```python\n   def f():\n       1\n   ```", "def f():\n    1\n"),
     "closed after code": ("```python\ndef f(): 1```\nas asked", "def f(): 1\n"),
+    "ticks at the end of a line of a text": ("```\ndef f():\n    \"\"\"So: ```\n    f()\n    ```\n    \"\"\"\n```", "def f():\n    \"\"\"So: ```\n    f()\n    ```\n    \"\"\"\n"),
+    "the same, cut off": ("```\ndef f():\n    \"\"\"So: ```\n    f()\n    ```\n    \"\"\"", "def f():\n    \"\"\"So: ```\n    f()\n    ```\n    \"\"\"\n"),
+    "prose that ends in ticks": ("I write it in ```\n```python\ndef f(): 1\n```", "def f(): 1\n"),
+    "prose that ends in ticks, and no name": ("I write it in ```\n```\ndef f(): 1\n```", "def f(): 1\n"),
+    "opened after words, without a name": ("Here: ```\ndef f(): 1\n```", "def f(): 1\n"),
+    "ticks apart": ("```\ndef f(): 1\n` ``\n```", "def f(): 1\n` ``\n"),
+    "a mark of byte order": ("\ufeffdef f(): '\ufeff'", "def f(): '\ufeff'"),
+    "a mark of byte order in a block": ("\ufeff```\n\ufeffdef f(): 1\n```", "def f(): 1\n"),
+    "CR": ("So:\r```python\rdef f():\r    1\r```\r", "def f():\n    1\n"),
+    "in a quote": ("> So:\n> ```python\n> def f():\n>     return 1 > 0\n>\n> ```", "def f():\n    return 1 > 0\n\n"),
+    "in a quote of a quote": ("> >```\n> > def f(): '''\n> > > 1'''\n> > ```", "def f(): '''\n> 1'''\n"),
+    "a quote that ends": ("> ```\n> def f(): 1\n\nas asked", "def f(): 1\n"),
+    "a quote in the code": ("```\ndef f(): '''\n> 1'''\n```", "def f(): '''\n> 1'''\n"),
     "opened after words": ("Here: ```python\ndef f(): 1\n```", "def f(): 1\n"),
     "quoted code": ("Use ```f()``` as in ```f```\n```python\ndef f(): 1\n```", "def f(): 1\n"),
     "white space stays": ("```\ndef f(): return '''a \n\tb'''\n```", "def f(): return '''a \n\tb'''\n"),
@@ -397,7 +469,7 @@ BLOCKS = {
     "assigned with a type": ("```\nf: object = print\n```\n```\nx\n```", "f: object = print\n"),
     "compared, not assigned": (f"```\nf == 3\n```\n```\n{OTHER}```", OTHER),
     "asynchronous": (f"```\nasync def f(): 1\n```\n```\n{OTHER}```", "async def f(): 1\n"),
-    "CRLF": ("```python\r\ndef f(): 1\r\n```\r\n", "def f(): 1\r\n"),
+    "CRLF": ("```python\r\ndef f(): 1\r\n```\r\n", "def f(): 1\n"),
 }  # fmt: skip
 
 
@@ -416,7 +488,21 @@ def test_a_fence_may_have_any_tag(tag: str) -> None:
 
 
 def test_fences_are_read_in_time_that_grows_with_their_length() -> None:
-    for text in ("`", "~", "```a", "`" * 3 + "\n", " ```", "```\n```", "f =", "async def ", "x ``` "):
+    for text in (
+        "`",
+        "~",
+        "```a",
+        "`" * 3 + "\n",
+        " ```",
+        "```\n```",
+        "f =",
+        "async def ",
+        "x ``` ",
+        ">",
+        "> ```\n",
+        "\r",
+        "\ufeff",
+    ):
         start = time.process_time()
         code_of(text * (LONGEST // len(text)), "f")
         assert time.process_time() - start < 10, text
@@ -432,6 +518,9 @@ def test_plain_data_passes_whole_and_nothing_else_does() -> None:
         [1, [2]],
         (1, (2,)),
         {1, 2},
+        {frozenset({1})},
+        {frozenset({(1,)}): frozenset({2})},
+        -(10**5000),
         {1: "a", "1": (2,)},
         b"\xff",
         1 + 2j,
@@ -444,6 +533,17 @@ def test_plain_data_passes_whole_and_nothing_else_does() -> None:
     for other in (object(), encode, range(3), iter([])):
         with pytest.raises(TypeError):
             encode(other)
+
+
+def test_of_a_subclass_the_plain_value_passes() -> None:
+    class Code(int):
+        def __int__(self) -> int:
+            return 7
+
+        __index__ = __int__
+
+    for value, plain in ((StrEnum("C", {"RED": "red"})["RED"], "red"), (Mixed.RED, "red"), (Code(3), 3)):
+        assert encode(value) == plain and type(encode(value)) is type(plain)
 
 
 def test_same() -> None:

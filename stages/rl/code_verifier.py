@@ -25,40 +25,56 @@ LONGEST = 256 << 10
 """Characters of an answer beyond which it is not run."""
 
 RUN = re.compile(r"`{3,}|~{3,}")
+QUOTE = re.compile(r" {0,3}> ?")
 
 
 def code_of(answer: str, entry_point: str) -> str:
     """The first fenced block that defines the entry point, whatever the fence is named and whatever the blocks after it
-    define; where none does, the last block; where there is none, the whole answer."""
-    blocks = blocks_of(answer)
+    define; where none does, the last block; where there is none, the whole answer. Ends of lines are those that Python
+    reads, and marks of byte order count for nothing."""
+    answer = re.sub("^\ufeff", "", re.sub("\r\n?", "\n", answer), flags=re.MULTILINE)
     name = re.escape(entry_point)
     statement, assignment = rf"(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b", rf"{name}[ \t]*(?::[^=\n]*)?=(?!=)"
     defines = re.compile(f"^(?:{statement}|{assignment})", re.MULTILINE)
-    named = [block for block in blocks if defines.search(block)]
-    return (named[:1] or blocks[-1:] or [answer])[0]
+    blocks: list[str] = []
+    for bare_after_words in (False, True):
+        blocks = blocks_of(answer, bare_after_words) or blocks
+        for block in blocks:
+            if defines.search(block):
+                return block
+    return (blocks[-1:] or [answer])[0]
 
 
-def blocks_of(answer: str) -> list[str]:
-    """The fenced blocks of Markdown, without the indentation of their fences (CommonMark 0.31, section 4.5). Beyond it,
-    a fence of backticks may open after words and close after code. One that does not close goes to the end."""
+def blocks_of(answer: str, bare_after_words: bool = False) -> list[str]:
+    """The fenced blocks of Markdown, without the indentation of their fences and the marks of the quotes that these are
+    in (CommonMark 0.31, sections 4.5 and 5.1). Beyond it, a fence of backticks may open after words, if it has a name
+    or as asked. One that does not close goes to the end, or to the last line of code that ends in it, if such lines are
+    odd in number: those of a text in the code come in pairs."""
     blocks: list[list[str]] = []
-    fence, indent = "", 0
-    for line in answer.split("\n"):
+    fence, indent, depth = "", 0, 0
+    for whole in answer.split("\n"):
+        at = level = 0
+        while (not fence or level < depth) and (mark := QUOTE.match(whole, at)):
+            at, level = mark.end(), level + 1
+        line = whole[at:]
+        if level < depth:  # the quote ends, and its fence with it
+            fence, depth = "", 0
         bare, margin = line.rstrip(), len(line) - len(line.lstrip(" \t"))
         if fence:
-            code = bare.rstrip(fence[0])
-            if len(bare) - len(code) >= len(fence) and (
-                margin <= indent + 3 if not code.strip() else "```" not in code
-            ):
-                blocks[-1] += [code[min(indent, margin) :]] if code.strip() else []
-                fence = ""
+            if bare.lstrip().startswith(fence) and not bare.lstrip().strip(fence[0]) and margin <= indent + 3:
+                fence, depth = "", 0
             else:
                 blocks[-1].append(line[min(indent, margin) :])
         elif opening := RUN.search(bare):
             words, tag, ticks = bare[: opening.start()].strip(), bare[opening.end() :], opening[0][0] == "`"
-            if not (ticks and "`" in tag) and (not words or (ticks and len(tag.split()) <= 1)):
-                fence, indent = opening[0], 0 if words else margin
+            named = len(tag.split()) == 1 or (bare_after_words and not tag.strip())
+            if not (ticks and "`" in tag) and (not words or (ticks and named)):
+                fence, indent, depth = opening[0], 0 if words else margin, level
                 blocks.append([])
+    if fence:
+        ends = [n for n, line in enumerate(blocks[-1]) if line.rstrip().endswith(fence)]
+        if len(ends) % 2:
+            blocks[-1][ends[-1] :] = [blocks[-1][ends[-1]].rstrip().rstrip(fence[0])]
     return ["".join(f"{line}\n" for line in block) for block in blocks]
 
 
@@ -77,7 +93,7 @@ class CodeVerifier:
     """
 
     name = "python-tests"
-    version = "2"
+    version = "3"
     runs_code = True
 
     def __init__(self, workers: int | None = None, limits: Limits | None = None) -> None:
@@ -102,8 +118,8 @@ class CodeVerifier:
             raise self._failed(row, "it has no entry_point with tests or a check")
         if not response.finished or not response.answer.strip() or len(response.answer) > LONGEST:
             return parts(0.0)
-        source = row.get("prelude", "") + "\n" + code_of(response.answer, row["entry_point"])
-        job = {"role": "answer", "source": source, "entry_point": row["entry_point"], "stdin": ""}
+        source, prelude = code_of(response.answer, row["entry_point"]), row.get("prelude", "")
+        job = {"role": "answer", "prelude": prelude, "source": source, "entry_point": row["entry_point"], "stdin": ""}
         return self._compare(cells, job, row) if row.get("tests") else self._check(cells, job, row)
 
     def _compare(self, cells: list[Cell], job: dict[str, Any], row: Row) -> Parts:
@@ -117,19 +133,18 @@ class CodeVerifier:
             return parts(passed / len(row["tests"]), killed=not alive and by_force(answer))
 
     def _check(self, cells: list[Cell], job: dict[str, Any], row: Row) -> Parts:
-        source = row.get("prelude", "") + "\n" + row["check"]
         with cells[0].begin(job) as answer:
             if answer.ask() is None:
                 return parts(0.0, killed=by_force(answer))
-            with cells[1].begin({**job, "role": "check", "source": source}) as check:
+            with cells[1].begin({**job, "role": "check", "source": row["check"]}) as check:
                 return self._relay(answer, check, row)
 
     def _relay(self, answer: Running, check: Running, row: Row) -> Parts:
         """Carries calls and what they return between the two, up to the check's verdict."""
         line, replies = check.ask(), 0
         while line is not None:
-            message = json.loads(line)
-            if "verdict" in message:
+            if not line.startswith(b'{"call"'):  # which is not read here, however deep or long it is
+                message = json.loads(line)
                 if message["verdict"] is None:
                     raise self._failed(row, message["reason"])
                 return parts(float(message["verdict"] is True))

@@ -1,8 +1,9 @@
 """Calls between two sandboxes: one holds the answer's functions, the other the check; only plain data passes.
 
 Runs inside (see inside.py), and its `encode` and `decode` outside too. Values are JSON with None, bool, int,
-float, str and list as they are, and {kind: parts} for tuple, set, dict, bytes and complex. An object of any other class
-does not pass, so nothing with a comparison of its own ever meets an expected value.
+float, str and list as they are, and {kind: parts} for tuple, set, frozenset, dict, bytes, complex and a long int. Of a
+subclass (an Enum of strings) the plain value passes. An object of any other class does not pass, so nothing with a
+comparison of its own ever meets an expected value.
 """
 
 from __future__ import annotations
@@ -18,21 +19,27 @@ class Channel(Protocol):
     def send(self, message: dict[str, Any]) -> None: ...
 
 
-Load = Callable[[str, str], ModuleType]
+Load = Callable[..., ModuleType]
+PLAIN: list[tuple[type, Callable[[Any], Any]]] = [(int, int.__int__), (float, float.__float__), (str, str.__str__)]
+"""What gives the value of a subclass without its methods."""
+LONG = 14_000
+"""Bits of an int beyond which it goes as hexadecimal digits: decimal ones are read in quadratic time, and Python reads
+no more than 4300."""
 
 
 def encode(value: Any) -> Any:
     """Raises TypeError for what is not plain data."""
     if value is None or isinstance(value, bool):
         return value
-    for kind in (int, float, str):
+    for kind, plain in PLAIN:
         if isinstance(value, kind):
-            return kind(value)
+            value = plain(value)
+            return {"int": hex(value)} if kind is int and value.bit_length() > LONG else value
     if isinstance(value, list):
         return [encode(v) for v in value]
     if isinstance(value, dict):
         return {"dict": [[encode(k), encode(v)] for k, v in value.items()]}
-    for name, kinds in (("tuple", tuple), ("set", (set, frozenset))):
+    for name, kinds in (("tuple", tuple), ("set", set), ("frozenset", frozenset)):
         if isinstance(value, kinds):
             return {name: [encode(v) for v in value]}
     if isinstance(value, bytes):
@@ -55,6 +62,10 @@ def decode(value: Any) -> Any:
         return tuple(decode(v) for v in parts)
     if kind == "set":
         return {decode(v) for v in parts}
+    if kind == "frozenset":
+        return frozenset(decode(v) for v in parts)
+    if kind == "int":
+        return int(parts, 16)
     if kind == "bytes":
         return bytes.fromhex(parts)
     if kind == "complex":
@@ -64,7 +75,7 @@ def decode(value: Any) -> Any:
 
 def answer(channel: Channel, load: Load, job: dict[str, Any]) -> None:
     """Loads the answer, then calls its function as asked. Whatever it does here, it can only change what it returns."""
-    module = load(job["source"], "answer")
+    module = load("answer", job["prelude"], job["source"])
     channel.send({"loaded": True})
     while True:
         try:
@@ -75,7 +86,35 @@ def answer(channel: Channel, load: Load, job: dict[str, Any]) -> None:
             args, kwargs = decode(call["call"])
             channel.send({"value": encode(getattr(module, job["entry_point"])(*args, **kwargs))})
         except Exception as e:
-            channel.send({"raised": [type(e).__name__, str(e)[:500]]})
+            channel.send({"raised": taken(e)})
+
+
+def taken(e: Exception) -> list[Any]:
+    """Its builtin classes, nearest first, its text, and what it was made of, where that is plain and short."""
+    names = [kind.__name__ for kind in type(e).__mro__ if kind.__module__ == "builtins"]
+    text = ""
+    try:
+        text = str(e)[:500]
+        made_of = encode(list(e.args))
+    except Exception:
+        made_of = [text]
+    return [names, text, made_of if len(ascii(made_of)) <= 16384 else [text]]
+
+
+def raised(names: list[str], text: str, made_of: Any) -> Exception:
+    """The exception of an answer, as the nearest builtin one: whatever the answer sent, of a class of this process and
+    of plain data. None is a StopIteration, which would end a loop of the check's own, and with it the check."""
+    stops = (StopIteration, StopAsyncIteration)
+    for kind in (*(getattr(builtins, str(name), None) for name in names), Exception):
+        if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, stops):
+            for parts in (decode(made_of), [text]):
+                try:
+                    e = kind(*parts)
+                    if parts == [text] or str(e)[:500] == text:
+                        return e
+                except (TypeError, ValueError, RecursionError):  # a UnicodeDecodeError is made of five parts
+                    continue
+    return Exception(text)
 
 
 def check(channel: Channel, load: Load, job: dict[str, Any]) -> None:
@@ -97,16 +136,11 @@ def check(channel: Channel, load: Load, job: dict[str, Any]) -> None:
         channel.send({"call": asked})
         reply = channel.receive()
         if "raised" in reply:
-            name, text = reply["raised"]
-            kind = getattr(builtins, str(name), None)
-            known = isinstance(kind, type) and issubclass(kind, Exception)
-            # StopIteration would end a loop of the check's own, and with it the check
-            plain = known and kind not in (StopIteration, StopAsyncIteration)
-            raise (kind if plain and kind else RuntimeError)(text)
+            raise raised(*reply["raised"])
         return decode(reply["value"])
 
     try:
-        module = load(job["source"], "check")
+        module = load("check", job["prelude"], job["source"])
         setattr(module, job["entry_point"], candidate)
         function = module.check
     except Exception as e:

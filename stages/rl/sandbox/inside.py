@@ -141,7 +141,7 @@ def program(files: list[int], limits: dict[str, int]) -> int:
     try:
         if job["role"] == "program":
             os.close(CHANNEL)
-            load(job["source"], "__main__")
+            load("__main__", job["source"])
         else:
             getattr(calls, job["role"])(channel, load, job)
     except SystemExit as e:
@@ -166,10 +166,11 @@ def leave(code: int) -> NoReturn:
     os._exit(code & 255)
 
 
-def load(source: str, name: str) -> ModuleType:
-    """Runs a module's source under a name."""
+def load(name: str, *sources: str) -> ModuleType:
+    """Runs a module's sources under a name, each apart, so that each may begin with imports from the future."""
     module = sys.modules[name] = ModuleType(name)
-    exec(compile(source, "<answer>", "exec"), module.__dict__)  # noqa: S102
+    for source in sources:
+        exec(compile(source, "<answer>", "exec"), module.__dict__)  # noqa: S102
     return module
 
 
