@@ -75,9 +75,9 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         raise AtomError(lack)
     for name in selected:
         shape(slurm, graph.nodes[name])
-    code = snapshot.freeze(store, graph.recipe.files)
     with claims.submitting(store):
         known = queue.held()
+        code = snapshot.freeze(store, graph.recipe.files)  # here, so that no gc takes it before the run names it
         more = {"cluster": profile.name, "code": code.name, "prices": profile.costs()}
         run = runs.start(graph, store, selected, reference, **more)
         made = Submission(run, damaged=damage)
