@@ -103,7 +103,7 @@ def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) 
 
 def move(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) -> list[Loose]:
     """Moves what can go to the trash; returns it. Nobody submits meanwhile, and what a run that was begun meanwhile
-    leads to is moved back."""
+    leads to is moved back, unless it was made anew."""
     with claims.submitting(store):
         before = {run.id for run in _runs(store)[0]}
         rows, _ = loose(store, named, ignored)
@@ -111,8 +111,12 @@ def move(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) -
         new = _of_runs(store, [run for run in _runs(store)[0] if run.id not in before])
         for row, target in list(moved.items()):
             if row.path.name in new.keys | new.code:
-                trash.put_back(store, target, row.path)
-                del moved[row]
+                try:
+                    trash.put_back(target, row.path)
+                    del moved[row]
+                except OSError as error:
+                    place = json_files.printable(row.path)
+                    json_files.note(f"{place} is not moved back for a new run ({error.strerror}); it stays in {target}")
     return list(moved)
 
 
@@ -179,14 +183,17 @@ def _of_releases(store: Store, needed: Needed) -> None:
         releases = [store.home / "releases" / name for name in json_files.names(store.home / "releases")]
     except Damaged as error:
         return needed.doubt(error, "what its releases were built from is not known")
-    for evidence in (each / "evidence" for each in releases if each.is_dir() and not each.name.startswith(".")):
+    for evidence in (each / "evidence" for each in releases if not each.name.startswith(".")):
         try:
+            json_files.names(evidence.parent)  # raises for what is no folder, and for a link that leads nowhere
             about = json_files.read(evidence / "release.json", _RELEASE)
             needed.keys |= {node["key"] for node in about["nodes"].values()}
-            for name in json_files.names(evidence / "manifests"):
+            for name in os.listdir(evidence / "manifests"):
                 needed.keys.add(json_files.read(evidence / "manifests" / name, _KEYED)["key"])
-        except FileNotFoundError:
-            needed.doubt(Damaged(evidence / "release.json", "it is missing"), "what it was built from is not known")
+        except FileNotFoundError as error:
+            needed.doubt(Damaged(Path(error.filename), "it is missing"), "what it was built from is not known")
+        except OSError as error:
+            needed.doubt(Damaged(Path(error.filename), str(error.strerror)), "what it was built from is not known")
         except Damaged as error:
             needed.doubt(error, "what that release was built from is not known")
 

@@ -40,10 +40,14 @@ _reported: set[str] = set()
 
 def report(error: Damaged, consequence: str) -> None:
     """Warns of a damaged file and says what follows, once a process."""
-    text = f"{printable(error.path)} is damaged ({error.why}); {consequence}"
+    note(f"{printable(error.path)} is damaged ({error.why}); {consequence}")
+
+
+def note(text: str) -> None:
+    """Warns once a process of what a command went on without."""
     if text not in _reported:
         _reported.add(text)
-        warnings.warn(text, DamagedFile, stacklevel=2)
+        warnings.warn(text, DamagedFile, stacklevel=3)
 
 
 def printable(path: Path | str) -> str:

@@ -148,8 +148,10 @@ def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
                 raise Damaged(path, f"it says that it is of run {body['id']}")
             found.append((path.stat().st_mtime, Run(name, path.parent, body)))
         except FileNotFoundError:
-            if _has_begun(path.parent):
-                damaged.append(Damaged(path, "it is missing"))
+            nowhere = path.parent.is_symlink() and not path.parent.exists()  # perhaps its disk is not mounted now
+            if path.parent.is_symlink() or _has_begun(path.parent):
+                why = "its folder is a link that leads nowhere" if nowhere else "it is missing"
+                damaged.append(Damaged(path, why))
         except Damaged as error:
             damaged.append(error)
     return [run for _, run in sorted(found, key=lambda item: (item[0], item[1].id))], damaged
@@ -157,9 +159,11 @@ def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
 
 def _has_begun(folder: Path) -> bool:
     """Whether something of a run is there that comes after its run.json, which is then lost: what a launcher or a stage
-    wrote. Without, the run was killed before."""
+    wrote, or a link, behind which it may be. Without, the run was killed before."""
     later = ("driver", "jobs.jsonl", "*/events.jsonl", "*/submitit", "*/shards/submitit")
-    return folder.is_dir() and any(any(folder.glob(pattern)) for pattern in later)
+    if not folder.is_dir():
+        return False
+    return any(any(folder.glob(pattern)) for pattern in later) or any(path.is_symlink() for path in folder.iterdir())
 
 
 def runs(store: Store) -> list[Run]:

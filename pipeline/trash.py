@@ -9,6 +9,7 @@ and day lies under `2026-11-26.2`.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
@@ -147,8 +148,10 @@ def restore(store: Store, name: str) -> list[Path]:
     return [store.home / place for place in sorted(latest)]
 
 
-def put_back(store: Store, path: Path, target: Path) -> None:
-    """Undoes a move."""
+def put_back(path: Path, target: Path) -> None:
+    """Undoes a move. Raises OSError if it cannot be undone, as where something stands in the place again."""
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, "it was made anew", str(target))
     os.rename(path, target)
     _tidy(path.parent)
 

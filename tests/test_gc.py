@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ from conftest import atom
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import gc, trash
+from pipeline import gc, json_files, profile, snapshot, trash
 from pipeline import run as runs
 from pipeline.errors import AtomError
 from pipeline.graph import Graph
+from pipeline.launch import claims, queue, slurm
 from pipeline.lease import Lease
 from pipeline.store import Store
 
@@ -313,3 +316,69 @@ def test_a_statement_that_would_say_what_went_in_keeps_everything(three: list[Gr
     (statement,) = (store.ledger / composed.nodes["filter"].key).iterdir()
     statement.write_text("")
     assert taken(store) == set()
+
+
+@pytest.mark.parametrize("what", ["a link that leads nowhere", "a link to an empty folder", "a loop", "a file"])
+@pytest.mark.parametrize("kind", ["logs", "releases"])
+def test_what_cannot_be_looked_into_keeps_everything(three: list[Graph], store: Store, kind: str, what: str) -> None:
+    """Such as a run that was archived to a disk that is not mounted now."""
+    composed = three[0]
+    world.start(store, composed, ["items"], code="1" * 16)
+    (store.home / "code" / ("1" * 16)).mkdir(parents=True)
+    world.release(store, composed, ["items"])
+    shutil.rmtree(store.home / {"logs": "releases", "releases": "logs"}[kind])
+    (path,) = (store.home / kind).iterdir()
+    os.rename(path, store.home / "archive")
+    if what == "a file":
+        path.touch()
+    else:
+        (store.home / "mount").mkdir()
+        links = {"a link that leads nowhere": "/unmounted/x", "a link to an empty folder": store.home / "mount"}
+        path.symlink_to(links.get(what, path.name))
+    said = atom(store.home, "gc", "--delete")
+    assert str(path) in said.stderr and "damaged" in said.stderr and "is kept" in said.stderr
+    assert not (store.home / "trash").exists()
+
+
+def test_the_code_of_a_submission_is_frozen_while_nobody_collects(
+    three: list[Graph], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = claims.submitting
+
+    @contextmanager
+    def after_gc(home: Store) -> Iterator[None]:
+        monkeypatch.setattr(claims, "submitting", real)
+        assert [row.path.parent.name for row in gc.move(home)] == ["code"], "of an earlier dry run"
+        with real(home):
+            yield
+
+    monkeypatch.setattr(queue, "held", dict)
+    monkeypatch.setattr(queue, "ask", lambda *words, **more: "")
+    monkeypatch.setattr(slurm, "executor_of", lambda *words, **more: None)
+    monkeypatch.setattr(slurm, "start", lambda *words: "7")
+    snapshot.freeze(store, three[0].recipe.files)
+    monkeypatch.setattr(claims, "submitting", after_gc)
+    run = slurm.submit(three[0], store, ["acquire-sums"], profile.load("dev"), "dev").run
+    assert run and (store.home / "code" / run.body["code"]).is_dir()
+
+
+def test_what_was_made_anew_meanwhile_stays_in_the_trash(
+    three: list[Graph], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed, real = three[0], gc._move
+    selected = composed.select("curate", None)
+    shutil.rmtree(world.start(store, composed, selected).folder)
+
+    def slow(home: Store, path: Path) -> Path | None:
+        """A run is begun after the first one was moved, and makes what is not there."""
+        if sorted(os.listdir(home.artifacts)) == sorted(keys[1:]):
+            world.start(home, composed, selected)
+        return real(home, path)
+
+    keys = [row.path.name for row in gc.loose(store)[0]]
+    monkeypatch.setattr(gc, "_move", slow)
+    with pytest.warns(json_files.DamagedFile, match="is not moved back for a new run .it was made anew.; it stays in"):
+        moved = gc.move(store)
+    assert [row.path.name for row in moved] == keys[:1], "the others were moved back"
+    assert not any(store.damage(key) for key in keys)
+    assert [entry.place.name for entry in trash.entries(store)] == sorted(keys[:1])
