@@ -453,7 +453,9 @@ def gc(
         return
     if empty_trash:
         freed = trash.empty(store, everything=True)
-        print(json.dumps({"freed": freed}) if as_json else f"{human(freed)}B freed; the trash is empty")
+        place = store.home / "trash"
+        rest = f"what is left in {place} is not of gc" if place.is_dir() and os.listdir(place) else "the trash is empty"
+        print(json.dumps({"freed": freed}) if as_json else f"{human(freed)}B freed; {rest}")
         return
     rows, notes = collector.loose(store, include or (), ignore_run or ())
     freed = 0

@@ -28,9 +28,7 @@ from pipeline.launch import claims, queue
 from pipeline.lease import Lease, holder
 from pipeline.run import Run
 from pipeline.store import Store
-
-KEY = re.compile(r"[A-Za-z0-9][\w@.-]*-[0-9a-f]{12}")
-CODE = re.compile(r"[0-9a-f]{16}")
+from pipeline.trash import CODE, KEY
 
 
 class _Keyed(TypedDict):
@@ -264,7 +262,7 @@ def _work(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple[Path,
             yield folder, "its stage is sealed"
         else:
             with suppress(Damaged):  # which `holder` has reported
-                outs = [out for out in json_files.names(folder) if re.fullmatch(r"out\.\S+", out)]
+                outs = [out for out in json_files.names(folder) if trash.PRODUCT.fullmatch(out)]
                 yield from ((folder / out, "a product that was never finished") for out in outs)
 
 

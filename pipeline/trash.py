@@ -4,7 +4,7 @@
     trash/2026-11-26/work/<key>/out.3      a product that was never finished, without the rest of the work
 
 The path below the date is the path below `$ATOM_HOME`, so that `mv` restores it, too. A second folder of the same name
-and day lies under `2026-11-26.2`.
+and day lies under `2026-11-26.2`. No link below the trash is followed: it may lead to what is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from pipeline.json_files import Damaged
 from pipeline.store import Store
 
 GRACE_DAYS = 14
-KINDS = ("artifacts", "work", "code")
+KEY = re.compile(r"[A-Za-z0-9][\w@.-]*-[0-9a-f]{12}")
+CODE = re.compile(r"[0-9a-f]{16}")
+KINDS = {"artifacts": KEY, "work": KEY, "code": CODE}
+PRODUCT = re.compile(r"out\.\S+")
 
 
 def freed(paths: Iterable[Path]) -> dict[Path, int]:
@@ -103,14 +106,19 @@ def _moved(day: Path) -> Iterator[Path]:
             json_files.report(Damaged(day / kind, "it is of no known kind"), "it is left alone")
             continue
         for path in (day / kind / name for name in _names(day / kind)):
+            if not KINDS[kind].fullmatch(path.name):
+                json_files.report(Damaged(path, "its name is none of that kind"), "it is left alone")
+                continue
             # work that was moved as a whole has its leases in it
-            products = _names(path) if kind == "work" and path.is_dir() else []
-            alone = products and all(re.fullmatch(r"out\.\S+", name) for name in products)
+            products = _names(path) if kind == "work" and path.is_dir() and not path.is_symlink() else []
+            alone = products and all(PRODUCT.fullmatch(name) for name in products)
             yield from (path / name for name in products) if alone else (path,)
 
 
 def _names(folder: Path) -> list[str]:
     try:
+        if folder.is_symlink() and folder.name != "trash":
+            raise Damaged(folder, "it is a link")
         return json_files.names(folder)
     except Damaged as error:
         json_files.report(error, "it is left alone")
@@ -122,11 +130,17 @@ def move(store: Store, path: Path) -> Path:
     for number in itertools.count(1):
         day = today().isoformat() + (f".{number}" if number > 1 else "")
         target = store.home / "trash" / day / path.relative_to(store.home)
-        if not os.path.lexists(target):
+        above = [each for each in target.parents if each.is_relative_to(store.home / "trash" / day)]
+        if not os.path.lexists(target) and all(map(_ours, above)):
             target.parent.mkdir(parents=True, exist_ok=True)
             os.rename(path, target)
             return target
     raise AssertionError("there is always a next number")
+
+
+def _ours(folder: Path) -> bool:
+    """Whether something can be put there: a folder, or nothing yet."""
+    return not os.path.lexists(folder) or (folder.is_dir() and not folder.is_symlink())
 
 
 def restore(store: Store, name: str) -> list[Path]:

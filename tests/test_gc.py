@@ -382,3 +382,31 @@ def test_what_was_made_anew_meanwhile_stays_in_the_trash(
     assert [row.path.name for row in moved] == keys[:1], "the others were moved back"
     assert not any(store.damage(key) for key in keys)
     assert [entry.place.name for entry in trash.entries(store)] == sorted(keys[:1])
+
+
+def test_no_link_in_the_trash_is_followed(three: list[Graph], store: Store) -> None:
+    composed, trashed = three[0], store.home / "trash"
+    world.start(store, composed, composed.select("tokenizer", None), "tokenizer")
+    before = sorted(path for path in store.home.rglob("*") if path.is_file())
+    key, work = composed.nodes["items"].key, store.work(composed.nodes["tokenizer"].key)
+    (trashed / "2026-01-02" / "code").mkdir(parents=True)
+    (trashed / "2026-01-03" / "work" / key).mkdir(parents=True)
+    links = {
+        "2026-01-01": "..",
+        "2026-01-02/work": "../../artifacts",
+        "2026-01-02/artifacts": "../../work",
+        "2026-01-02/code/x": "../../../artifacts",
+        f"2026-01-03/work/{work.name}": work,
+        f"2026-01-03/work/{key}/out.1": store.artifacts / key,
+        trash.today().isoformat(): "..",
+    }
+    for name, target in links.items():
+        (trashed / name).symlink_to(target)
+    for line in (["gc"], ["gc", "--empty-trash"]):
+        said = atom(store.home, *line)
+        assert all(f"trash/{name} is damaged" in said.stderr for name in list(links)[:4]), said.stderr
+    assert "what is left in" in said.stdout and not os.path.lexists(trashed / "2026-01-03"), "a link itself is an entry"
+    assert sorted(path for path in store.home.rglob("*") if path.is_file()) == before
+    gc.move(store, named=[key])
+    days = {entry.path.relative_to(trashed).parts[0] for entry in trash.entries(store)}
+    assert days == {f"{trash.today().isoformat()}.2"}, "nothing is moved through a link"
