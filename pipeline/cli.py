@@ -71,6 +71,7 @@ def plan(
     from pipeline.views import forecast_table, phases_table, plan_table
 
     composed, store = graph_of(recipe, without_data=True), open_store()
+    _tell_misplaced(store)
     rows = planner.plan(composed, graph.states(composed, store), composed.select(until, only))
     told, beyond, identity = None, [], composed.recipe.config
     if cluster is not None:
@@ -280,6 +281,7 @@ def status(
     from pipeline.views import status_table
 
     store = open_store()
+    _tell_misplaced(store)
     this = runs.find(store, run)
 
     def now() -> tuple[Table, list[NodeStatus], str | None, dict[str, float]]:
@@ -526,6 +528,11 @@ def rehearse(
     print(json.dumps(report, indent=1, sort_keys=True) if as_json else rehearsal_text(report, folder))
     if report["verdict"] != "holds":
         raise typer.Exit(1)
+
+
+def _tell_misplaced(store: Store) -> None:
+    if obstacle := store.misplaced():
+        print(f"atom: {obstacle}", file=sys.stderr)
 
 
 app.add_typer(cli_release.app)

@@ -17,9 +17,10 @@ from pipeline.errors import Kind
 from pipeline.json_files import printable
 
 AGAIN = "run the same command to go on"
-NAME = (
-    "{place} cannot be used ({why}); name a file that you may read, and set ATOM_HOME to a folder that you may write, "
-    "with everything in it"
+UNUSABLE = "{place} cannot be used ({why}); "
+NAME = UNUSABLE + "name a file that you may read, or a folder that you may write"
+HOME = (
+    UNUSABLE + "let yourself read and write it, or set ATOM_HOME to a folder that you may write, with everything in it"
 )
 
 
@@ -87,14 +88,39 @@ def find(error: BaseException, home: Path, named: Iterable[str] = ()) -> Fault |
         return None
     if fault.text != NAME:
         return Fault(fault.kind) if cause is error else None
-    path = _path(cause)
+    path, named = _path(cause), list(named)
     if path is None or not any(_on_one_line(path, place) for place in (str(home), *named)):
         return None
     if cause.errno == errno.ENOENT and _on_one_line(path, str(home)) and not home.exists():
         return Fault(
             fault.kind, f"{printable(home)} cannot be used (it is not there); have it mounted, or set ATOM_HOME anew"
         )
-    return Fault(fault.kind, NAME.format(place=printable(path), why=os.strerror(cause.errno or 0)))
+    return Fault(fault.kind, _advice(Path(os.path.abspath(path)), cause.errno or 0, Path(os.path.abspath(home)), named))
+
+
+def _advice(path: Path, number: int, home: Path, named: Iterable[str]) -> str:
+    """The sentence for a path of the home, or one that was named."""
+    shown = {"place": printable(path), "why": os.strerror(number)}
+    if str(path) in map(os.path.abspath, named) or not _on_one_line(str(path), str(home)):
+        return NAME.format(**shown)
+    folders = [place for place in reversed(path.parents) if home in place.parents]
+    if number in (errno.EEXIST, errno.ENOTDIR) and home in path.parents:  # a folder was wanted there
+        folders.append(path)
+    if obstacle := next(filter(None, map(no_folder, folders)), None):
+        return f"{obstacle}, and {AGAIN}"
+    if home not in path.parents or number in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+        return HOME.format(**shown)
+    what = "see what removed it" if number == errno.ENOENT else "move it away"
+    return f"{UNUSABLE.format(**shown)}{what}, and {AGAIN}"
+
+
+def no_folder(place: Path) -> str | None:
+    """What to do about something that stands where a folder should be; None if it is one, or nothing is there."""
+    if os.path.isdir(place) or not os.path.lexists(place):
+        return None
+    if place.is_symlink():
+        return f"{printable(place)} is a link that leads to no folder; have its disk mounted, or move it away"
+    return f"{printable(place)} is no folder; move it away"
 
 
 def device(error: BaseException, home: Path) -> Fault | None:

@@ -23,6 +23,7 @@ from typing_extensions import TypedDict
 from pipeline import json_files
 from pipeline.errors import AtomError, CheckFailed
 from pipeline.json_files import Damaged, printable
+from pipeline.os_errors import no_folder
 
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 2**30
@@ -221,6 +222,11 @@ class Store:
         self.artifacts = self.home / "artifacts"
         self.ledger = self.home / "ledger"
         self.logs = self.home / "logs"
+
+    def misplaced(self) -> str | None:
+        """What stands where a folder of the home should be, as one sentence; None if nothing does."""
+        places = (self.home / "work", self.artifacts, self.ledger, self.logs)
+        return next(filter(None, map(no_folder, places)), None)
 
     def work(self, key: str) -> Path:
         return self.home / "work" / key

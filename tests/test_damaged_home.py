@@ -422,3 +422,51 @@ def test_frozen_code_that_was_altered_is_not_run(tmp_path: Path) -> None:
     file.write_text("")
     with pytest.raises(Damaged, match="it is not the code that was frozen"):
         snapshot.freeze(store, {"recipes/x.yaml": b"x"})
+
+
+NO_FOLDERS: dict[str, Callable[[Path], object]] = {
+    "a file": lambda p: p.touch(),
+    "a pipe": lambda p: os.mkfifo(p),
+    "a link to itself": lambda p: p.symlink_to(p),
+    "a link that leads nowhere": lambda p: p.symlink_to("/unmounted/x"),
+}
+
+
+@pytest.mark.parametrize("what", NO_FOLDERS)
+@pytest.mark.parametrize("place", ["work", "work/key-1", "artifacts"])
+def test_what_stands_where_a_folder_should_be_is_named(tmp_path: Path, place: str, what: str) -> None:
+    store = Store(tmp_path / "home")
+    (tmp_path / "home" / place).parent.mkdir(parents=True)
+    NO_FOLDERS[what](store.home / place)
+    with pytest.raises(OSError) as raised:
+        Lease.take(store.home / place / ("key-1" if place == "work" else ""))
+    said = sentence(raised.value, "pretrain", store)
+    assert said.startswith(f"{store.home / place} is ") and "move it away" in said and os_errors.AGAIN in said, said
+    assert (store.misplaced() is None) == (place == "work/key-1")
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_sentence_of_every_command(home: Path, composed: Graph) -> None:
+    recipe, key = str(composed.recipe.path), composed.nodes["acquire-sums"].key
+    shutil.rmtree(home / "artifacts" / key)
+    (home / "work").mkdir(exist_ok=True)
+    (home / "work" / key).touch()
+    done = atom(home, "run", recipe, "--until", "acquire-sums", code=2)
+    assert f"{home / 'work' / key} is no folder; move it away" in done.stderr.splitlines()[-1], done.stderr
+    shutil.rmtree(home / "artifacts")
+    os.mkfifo(home / "artifacts")
+    for line, code in ((["status"], 0), (["plan", recipe], 0), (["run", recipe], 2)):
+        said = atom(home, *line, code=code).stderr
+        assert said.count(f"atom: {home / 'artifacts'} is no folder; move it away") == 1, said
+        assert "name a file" not in said
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"), [("EACCES", "let yourself"), ("EISDIR", "move it"), ("ENOENT", "see what")]
+)
+def test_only_who_named_a_file_is_told_to_name_another(tmp_path: Path, number: str, advice: str) -> None:
+    code, path = getattr(errno, number), tmp_path / "home" / "x"
+    path.parent.mkdir()
+    error = OSError(code, os.strerror(code), str(path))
+    for named, words in (([], advice), ([str(tmp_path / "other")], advice), ([str(path)], "name a file")):
+        fault = os_errors.find(error, path.parent, named)
+        assert fault and f"{path} cannot be used ({os.strerror(code)}); {words}" in fault.text

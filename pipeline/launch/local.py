@@ -54,7 +54,10 @@ JOB_ENVIRONMENT = {
 
 
 def require_inputs(graph: Graph, store: Store, selected: list[str]) -> None:
-    """Raises AtomError if a selected stage needs one that is neither selected nor sealed, or cannot be run at all."""
+    """Raises AtomError if a selected stage needs one that is neither selected nor sealed, or cannot be run at all, or
+    if something stands in the place of a folder of the home."""
+    if obstacle := store.misplaced():
+        raise AtomError(f"{obstacle}, and run the same command again")
     for name in selected:
         node = graph.nodes[name]
         if not store.sealed(node.key) and (obstacle := node.stage.obstacle(node.config)):

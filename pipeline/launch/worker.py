@@ -101,6 +101,10 @@ def attempt(
             outcome = _attempt(task, store, report, ranks, end)
     except Interrupted:
         outcome = Failure("interrupted", Kind.STOPPED)
+    except OSError as error:  # such as a file in the place of the work folder
+        report.ending.acquire()
+        outcome = tell(error, task.node, task.stage, store)
+        ranks.announce(outcome)
     if isinstance(outcome, str) or outcome.kind is Kind.STOPPED:
         ranks.dismiss(outcome if isinstance(outcome, str) else outcome.text)
     end(outcome)
