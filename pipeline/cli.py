@@ -258,6 +258,8 @@ def track(run: RunArgument = None) -> None:
             forwarder.finish("FINISHED")
         else:
             forwarder.sync()
+    except AtomError:
+        raise
     except Exception as error:
         raise AtomError(
             f"MLflow at {tracking.shown_uri(store)} did not answer: {tracking.redacted(str(error).splitlines()[0])}"

@@ -193,28 +193,43 @@ class Point(TypedDict):
 POINT: TypeAdapter[Any] = TypeAdapter(Point)
 LINE = 2**20
 """Bytes of the longest line that is believed."""
+ONE_READ = 64 * 2**20
+"""Bytes of a file that one call reads. So many events take days."""
 
 
 class Tail:
     """Reads the whole lines that were appended to a JSONL file since the last call; a missing file is empty. Lines that
-    are damaged are reported and left out."""
+    are damaged are reported and left out.
 
-    def __init__(self, path: Path, offset: int = 0, kind: TypeAdapter[Any] = EVENT) -> None:
-        self.path, self.offset, self.kind = path, offset, kind
+    whole: of more than `ONE_READ` bytes the first are read, and the next call goes on; else only the last are read.
+    """
+
+    def __init__(self, path: Path, offset: int = 0, kind: TypeAdapter[Any] = EVENT, whole: bool = False) -> None:
+        self.path, self.offset, self.kind, self.whole = path, offset, kind, whole
         self.cut = False
         """Whether something stands behind the last whole line: one that is being written, or was cut."""
+        self.more = False
+        """Whether another call would read more at once."""
 
     def read(self) -> list[dict[str, Any]]:
         rows = []
         try:
             with json_files.open_file(self.path) as file:
+                skipped = os.fstat(file.fileno()).st_size - ONE_READ
+                if skip := skipped > self.offset and not self.whole:
+                    place = json_files.printable(self.path)
+                    json_files.note(f"{place} has more than {ONE_READ:,} bytes; only the last ones are read")
+                    self.offset = skipped
                 file.seek(self.offset)
-                while line := file.readline(LINE):
+                bound = self.offset + ONE_READ
+                if skip:
+                    file.readline(ONE_READ)  # the rest of a line
+                while file.tell() < bound and (line := file.readline(LINE)):
                     self.cut = not line.endswith(b"\n")
                     if self.cut and len(line) < LINE:
                         break
                     long = self.cut
-                    while self.cut and (rest := file.readline(LINE)):
+                    while self.cut and file.tell() < bound and (rest := file.readline(LINE)):
                         self.cut = not rest.endswith(b"\n")
                     place = f"the line that ends at byte {file.tell():,}: "
                     self.offset = file.tell()
@@ -224,6 +239,7 @@ class Tail:
                         rows.append(json_files.parse(line, self.path, self.kind, place))
                     except Damaged as error:
                         json_files.report(error, "the other lines count")
+                self.more = file.tell() >= bound and not self.cut
         except FileNotFoundError:
             pass
         except Damaged as error:

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import uuid
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -27,6 +28,7 @@ from typing_extensions import TypedDict
 
 from pipeline import json_files, ledger
 from pipeline import run as runs
+from pipeline.errors import AtomError
 from pipeline.events import POINT, Tail
 from pipeline.json_files import Damaged
 from pipeline.lease import Lease
@@ -49,6 +51,7 @@ class _State(TypedDict):
 
 STATE: TypeAdapter[Any] = TypeAdapter(_State)
 BATCH = 1000
+SQLITE = b"SQLite format 3\0"
 SMALL = 1_000_000
 MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -102,6 +105,7 @@ class Forwarder:
         self._client().set_terminated(self.state["parent"], outcome)
 
     def _client(self) -> Any:
+        _require_sqlite(tracking_uri(self.store), self.store.home / "mlartifacts")
         os.environ.update({k: v for k, v in MLFLOW_ENVIRONMENT.items() if k not in os.environ})
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -152,18 +156,22 @@ class Forwarder:
     def _metrics(self, client: Any, name: str, seen: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
-        tail = Tail(self.run.node_folder(name) / "metrics.jsonl", seen["offset"], POINT)
-        points = [
-            Metric(metric, float(value), round(row["time"] * 1000), row["step"])
-            for row in tail.read()
-            for metric, value in row.items()
-            if metric not in ("time", "step")
-        ]
-        for i in range(0, len(points), BATCH):
-            client.log_batch(seen["id"], metrics=points[i : i + BATCH])
-        if points:
-            seen["offset"] = tail.offset
-            self._save()
+        tail = Tail(self.run.node_folder(name) / "metrics.jsonl", seen["offset"], POINT, whole=True)
+        more = True
+        while more:
+            rows = tail.read()
+            more = tail.more
+            points = [
+                Metric(metric, float(value), round(row["time"] * 1000), row["step"])
+                for row in rows
+                for metric, value in row.items()
+                if metric not in ("time", "step")
+            ]
+            for i in range(0, len(points), BATCH):
+                client.log_batch(seen["id"], metrics=points[i : i + BATCH])
+            if tail.offset != seen["offset"]:
+                seen["offset"] = tail.offset
+                self._save()
 
     def _sealed(self, client: Any, child: str, artifact: Artifact) -> None:
         """What is known of a finished stage: params, inputs with digests, figures, small result files."""
@@ -195,6 +203,28 @@ class Forwarder:
             if row.path.endswith((".json", ".jsonl")) and "/" not in row.path and row.size < SMALL:
                 client.log_artifact(child, str(artifact / row.path))
         client.log_artifact(child, str(artifact / "manifest.json"))
+
+
+@cache
+def _require_sqlite(uri: str, places: Path) -> None:
+    """Raises Damaged if a file of SQLite is to be written, and something else stands there: MLflow would try for a
+    minute, and wait for a pipe without end.
+
+    Once only, before SQLite has the file open: that it is closed here would end the locks that SQLite has on it.
+    """
+    if not uri.startswith("sqlite:///"):
+        return
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    try:
+        with json_files.open_file(path) as file:
+            if file.read(len(SQLITE)) not in (b"", SQLITE):
+                raise Damaged(path, "it is no SQLite database")
+    except FileNotFoundError:
+        pass
+    except Damaged as error:
+        raise Damaged(path, error.why, "move it away") from error
+    if os.path.lexists(places) and not os.path.isdir(places):
+        raise Damaged(places, "it is no folder", "move it away")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:
@@ -318,6 +348,8 @@ def _sent(run: Run, store: Store, outcome: str) -> str | None:
             forwarder.finish(outcome)
         else:
             forwarder.sync()
+    except AtomError as error:
+        return redacted(str(error))
     except Exception as error:  # whatever a tracking server may do, the stage goes on; the caller tells it
         return redacted(f"{type(error).__name__}: {error}".splitlines()[0][:300])
     return None

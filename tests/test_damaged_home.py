@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import home_world as world
 import pytest
 from conftest import atom
 
-from pipeline import intact, json_files, ledger, os_errors, snapshot
+from pipeline import events, intact, json_files, ledger, os_errors, snapshot
 from pipeline import run as runs
 from pipeline.errors import AtomError, Kind
 from pipeline.events import Tail
@@ -393,6 +394,24 @@ def test_lines_of_events_that_are_damaged_are_left_out(tmp_path: Path) -> None:
     with open(path, "a") as file:
         file.write('2, "event": "note", "text": "on"}\n')
     assert [row["event"] for row in tail.read()] == ["note"] and not tail.cut
+
+
+def test_of_a_huge_file_of_events_the_end_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, begun = tmp_path / "events.jsonl", time.monotonic()
+    path.touch()
+    os.truncate(path, 2**40)
+    tail = Tail(path)
+    with pytest.warns(json_files.DamagedFile, match="has more than 67,108,864 bytes; only the last ones are read"):
+        assert tail.read() == []
+    line = json.dumps({"time": 1.0, "event": "x"}) + "\n"
+    with open(path, "a") as file:
+        file.write(f"\n{line}")
+    assert len(tail.read()) == 1 and not tail.cut and len(Tail(path).read()) == 1
+    assert time.monotonic() - begun < 20
+    path.write_text(line * 10)
+    monkeypatch.setattr(events, "ONE_READ", len(line) * 4)
+    whole = Tail(path, whole=True)
+    assert [(len(whole.read()), whole.more) for _ in range(3)] == [(4, True), (4, True), (2, False)]
 
 
 def test_a_statement_is_believed_only_under_its_name(home: Path, composed: Graph) -> None:

@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import home_world as world
+import pytest
 from conftest import atom
 
-from pipeline.store import Artifact
+from pipeline import tracking
+from pipeline.store import Artifact, Store
 from release.local_hub import free_port
 
 
@@ -78,6 +81,20 @@ def test_a_dead_server_stops_nothing_and_gets_everything_later(tmp_path: Path) -
     assert "atom: MLflow at" in atom(home, "track", code=2, MLFLOW_TRACKING_URI=dead).stderr
     atom(home, "track")
     assert runs(f"sqlite:///{home / 'mlflow.db'}")["items"].info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("what", ["a folder", "a pipe", "a text", "artifacts"])
+def test_what_is_no_database_is_told_at_once(tmp_path: Path, what: str) -> None:
+    store = Store(tmp_path / "home")
+    run = world.start(store, world.graphs(tmp_path)[0], ["acquire-sums"])
+    path = store.home / ("mlartifacts" if what == "artifacts" else "mlflow.db")
+    make = {"a folder": path.mkdir, "a pipe": lambda: os.mkfifo(path)}
+    make.get(what, lambda: path.write_text("x" * 100))()
+    background = tracking.Background(run, store)
+    begun = time.monotonic()
+    problem = background.close("FINISHED")
+    assert problem and problem.startswith(f"{path} is damaged (it is ") and problem.endswith("; move it away"), problem
+    assert time.monotonic() - begun < 10
 
 
 def test_no_password_of_a_tracking_uri_is_printed(tmp_path: Path) -> None:
