@@ -459,8 +459,8 @@ def test_what_stands_where_a_folder_should_be_is_named(tmp_path: Path, place: st
     NO_FOLDERS[what](store.home / place)
     with pytest.raises(OSError) as raised:
         Lease.take(store.home / place / ("key-1" if place == "work" else ""))
-    said = sentence(raised.value, "pretrain", store)
-    assert said.startswith(f"{store.home / place} is ") and "move it away" in said and os_errors.AGAIN in said, said
+    shown = sentence(raised.value, "pretrain", store)
+    assert shown.startswith(f"{store.home / place} is ") and "move it away" in shown and os_errors.AGAIN in shown, shown
     assert (store.misplaced() is None) == (place == "work/key-1")
 
 
@@ -474,9 +474,9 @@ def test_a_file_in_the_place_of_a_folder_is_one_sentence_of_every_command(home: 
     shutil.rmtree(home / "artifacts")
     os.mkfifo(home / "artifacts")
     for line, code in ((["status"], 0), (["plan", recipe], 0), (["run", recipe], 2)):
-        said = atom(home, *line, code=code).stderr
-        assert said.count(f"atom: {home / 'artifacts'} is no folder; move it away") == 1, said
-        assert "name a file" not in said
+        shown = atom(home, *line, code=code).stderr
+        assert shown.count(f"atom: {home / 'artifacts'} is no folder; move it away") == 1, shown
+        assert "name a file" not in shown
 
 
 @pytest.mark.parametrize(

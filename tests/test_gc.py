@@ -335,8 +335,8 @@ def test_what_cannot_be_looked_into_keeps_everything(three: list[Graph], store: 
         (store.home / "mount").mkdir()
         links = {"a link that leads nowhere": "/unmounted/x", "a link to an empty folder": store.home / "mount"}
         path.symlink_to(links.get(what, path.name))
-    said = atom(store.home, "gc", "--delete")
-    assert str(path) in said.stderr and "damaged" in said.stderr and "is kept" in said.stderr
+    shown = atom(store.home, "gc", "--delete")
+    assert str(path) in shown.stderr and "damaged" in shown.stderr and "is kept" in shown.stderr
     assert not (store.home / "trash").exists()
 
 
@@ -403,9 +403,9 @@ def test_no_link_in_the_trash_is_followed(three: list[Graph], store: Store) -> N
     for name, target in links.items():
         (trashed / name).symlink_to(target)
     for line in (["gc"], ["gc", "--empty-trash"]):
-        said = atom(store.home, *line)
-        assert all(f"trash/{name} is damaged" in said.stderr for name in list(links)[:4]), said.stderr
-    assert "what is left in" in said.stdout and not os.path.lexists(trashed / "2026-01-03"), "a link itself is an entry"
+        shown = atom(store.home, *line)
+        assert all(f"trash/{name} is damaged" in shown.stderr for name in list(links)[:4]), shown.stderr
+    assert "what is left in" in shown.stdout and not os.path.lexists(trashed / "2026-01-03"), "a link itself is an entry"
     assert sorted(path for path in store.home.rglob("*") if path.is_file()) == before
     gc.move(store, named=[key])
     days = {entry.path.relative_to(trashed).parts[0] for entry in trash.entries(store)}
