@@ -405,7 +405,9 @@ def test_no_link_in_the_trash_is_followed(three: list[Graph], store: Store) -> N
     for line in (["gc"], ["gc", "--empty-trash"]):
         shown = atom(store.home, *line)
         assert all(f"trash/{name} is damaged" in shown.stderr for name in list(links)[:4]), shown.stderr
-    assert "what is left in" in shown.stdout and not os.path.lexists(trashed / "2026-01-03"), "a link itself is an entry"
+    assert "what is left in" in shown.stdout and not os.path.lexists(trashed / "2026-01-03"), (
+        "a link itself is an entry"
+    )
     assert sorted(path for path in store.home.rglob("*") if path.is_file()) == before
     gc.move(store, named=[key])
     days = {entry.path.relative_to(trashed).parts[0] for entry in trash.entries(store)}
