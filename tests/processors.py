@@ -30,6 +30,7 @@ CELLS: dict[str, dict[str, str]] = {
     "mkl-compatible": {"MKL_CBWR": "COMPATIBLE"},
     "two-threads": {"OMP_NUM_THREADS": "2"},
 }
+STEERING = {name for cell in CELLS.values() for name in cell}
 
 
 def main(arguments: list[str]) -> int:

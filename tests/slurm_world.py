@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from processors import STEERING
 
 from pipeline import profile, recipe
 
@@ -45,6 +46,8 @@ def write_profile(folder: Path, **changed: Any) -> str:
     """The profile `dev` with other settings of its section slurm."""
     packaged = Path(profile.__file__).parent / "clusters" / "dev.yaml"
     body = yaml.safe_load(packaged.read_text())
+    # Jobs compute as the runs here that they are compared with, whichever processor is pretended.
+    body["slurm"]["environment"] |= {name: os.environ[name] for name in STEERING if name in os.environ}
     for name, value in changed.items():
         body["slurm"][name] = {**body["slurm"].get(name, {}), **value} if isinstance(value, dict) else value
     path = folder / "profile.yaml"

@@ -465,12 +465,14 @@ def killing(times: int, tried: list[int]) -> Callable[[list[Cell], int], str]:
     """Work on an item that kills its cell in its first attempts, if the item is 3."""
 
     def work(cells: list[Cell], item: int) -> str:
-        job = {"role": "program", "source": f"import time; time.sleep(0.1); print({item})", "stdin": ""}
+        if item == 3:
+            tried.append(item)
+        kills = item == 3 and len(tried) <= times
+        seconds = 9 if kills else 0.1  # it must not end before it is killed
+        job = {"role": "program", "source": f"import time; time.sleep({seconds}); print({item})", "stdin": ""}
         with cells[0].begin(job) as running:
-            if item == 3:
-                tried.append(item)
-                if len(tried) <= times:
-                    os.kill(cells[0].pid or 0, 9)
+            if kills:
+                os.kill(cells[0].pid or 0, 9)
             return running.finish().stdout.strip()
 
     return work
