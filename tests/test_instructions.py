@@ -96,12 +96,12 @@ def test_a_row_without_instructions_is_no_reward() -> None:
 
 @pytest.mark.parametrize("level", instructions.LEVELS)
 def test_requests_of_each_level_can_be_met_and_missed(level: int) -> None:
-    found = verifier("instructions")
-    asked = instructions.requests(100, random.Random(level), level)
-    assert len({text for text, _ in asked}) == 100
-    for text, fields in asked:
+    judge = verifier("instructions")
+    requests = instructions.requests(100, random.Random(level), level)
+    assert len({text for text, _ in requests}) == 100
+    for text, fields in requests:
         assert len(fields["kwargs"]) == level
         end = next((given["end_phrase"] for given in fields["kwargs"] if "end_phrase" in given), "")
         row = to_row("i", text, "instructions", "instructions", level, **fields)
-        assert one(found, row, f"aaaeeeooosssttt_{end}")["fraction"] == 1, text
-        assert one(found, row, ", " + "x " * 20)["fraction"] == 0, text
+        assert one(judge, row, f"aaaeeeooosssttt_{end}")["fraction"] == 1, text
+        assert one(judge, row, ", " + "x " * 20)["fraction"] == 0, text

@@ -88,7 +88,7 @@ def test_the_policy_comes_to_answer_as_the_judge_likes(calm: Path) -> None:
     rewards = [x["reward"] for x in lines]
     # by 0.17 or more over 8 seeds
     assert len(rewards) == 8 and sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.05, rewards
-    assert all(0 <= x["pair_accuracy"] <= 1 for x in lines) and any(x["anchors"] > 0 for x in lines)
+    assert any(x["anchors"] > 0 for x in lines)
 
 
 def test_every_level_of_every_kind_is_asked(calm: Path) -> None:

@@ -49,16 +49,12 @@ LEVELS = range(1, len(KINDS) + 1)
 def requests(count: int, rng: random.Random, level: int) -> list[tuple[str, dict[str, Any]]]:
     """`count` different requests with as many constraints as the level: what the user asks, and the fields of the row.
 
-    Raises ValueError for a level that is none of LEVELS, or more requests than there are.
+    level: one of LEVELS. Raises ValueError for more requests than there are.
     """
-    if level not in LEVELS:
-        raise ValueError(
-            f"instructions have no level {level}; use {LEVELS[0]} to {LEVELS[-1]}, the number of constraints"
-        )
-    found = []
+    rows = []
     for asked in distinct(count, rng, heldout=False):
         drawn = [KINDS[index](rng) for index in sorted(rng.sample(range(len(KINDS)), level))]
         sentences, names, arguments = zip(*drawn, strict=True)
         fields = {"instruction_id_list": list(names), "kwargs": list(arguments)}
-        found.append((" ".join([asked.text, *sentences]), fields))
-    return found
+        rows.append((" ".join([asked.text, *sentences]), fields))
+    return rows

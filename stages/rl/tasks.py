@@ -96,10 +96,10 @@ class InstructionTasks(Config):
         for level in self.levels:
             rng = random.Random(seed_of(f"tasks/instructions/{level}", seed))
             try:
-                found = instructions.requests(self.count, rng, level)
+                requests = instructions.requests(self.count, rng, level)
             except ValueError as error:
                 raise RecipeError(f"tasks: {error}; ask for fewer") from None
-            for i, (text, fields) in enumerate(found):
+            for i, (text, fields) in enumerate(requests):
                 yield to_row(
                     f"instructions/{level}/{i:06d}", text, "instructions", "instructions", level, **fields, **OWN
                 )
