@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from train import FULL, OPTIMIZER, QUICK, Size, Tokens
 
-from stages.train.checkpoint import Checkpoints
+from stages.train.checkpoint.work_checkpoint import Checkpoints
 from stages.train.config import TrainConfig
 from stages.train.engine import Engine
 from stages.train.parallel import session

@@ -3,13 +3,13 @@
     .venv/bin/python bench/generate.py            # about three minutes
     .venv/bin/python bench/generate.py --quick    # a tiny model, to see that it works; its figures mean nothing
 
-Ours is `stages.rl.generate.InProcess` as a stage of reinforcement learning runs it: a random stream for each answer and
-the log-probability of each token. The peer is `generate` of the same `Qwen3MoeForCausalLM` object's class, filled with
-the same weights: the whole batch at once, padded on the left, no cuts of the distribution (top_k 0, top_p 1), no scores
-returned, and the fastest of its own expert implementations and caches here. Both draw at temperature 1 in fp32 on one
-thread. No token stops an answer, so every answer has the same number of tokens. They take turns in rounds; a round's
-ratio is our tokens/s by the peer's, and the ratio told is that of the batch size where it is smallest. Seconds are CPU
-seconds of the process. The last line is one JSON object.
+Ours is `stages.rl.samplers.generate.InProcess` as a stage of reinforcement learning runs it: a random stream for each
+answer and the log-probability of each token. The peer is `generate` of the same `Qwen3MoeForCausalLM` object's class,
+filled with the same weights: the whole batch at once, padded on the left, no cuts of the distribution (top_k 0, top_p
+1), no scores returned, and the fastest of its own expert implementations and caches here. Both draw at temperature 1 in
+fp32 on one thread. No token stops an answer, so every answer has the same number of tokens. They take turns in rounds;
+a round's ratio is our tokens/s by the peer's, and the ratio told is that of the batch size where it is smallest.
+Seconds are CPU seconds of the process. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from stages.model import hf
-from stages.model.config import ModelConfig
-from stages.model.init import full_tensor
-from stages.rl.contracts import Prompt
-from stages.rl.generate import InProcess
+from stages.mcore.weight_init import full_tensor
+from stages.models.qwen3_moe import hf
+from stages.models.qwen3_moe.config import ModelConfig
+from stages.rl.protocols import Prompt
+from stages.rl.samplers.generate import InProcess
 
 TARGET = 1.0
 EXPERTS = ("grouped_mm", "eager")

@@ -23,10 +23,10 @@ class Quiet:
 
 
 def main() -> None:
+    from stages.evaluation.confidence import wilson
+    from stages.evaluation.pass_at_k import Speaker
     from stages.rl import sandbox
-    from stages.rl.humaneval import problems
-    from stages.solve import Speaker
-    from stages.statistics import wilson
+    from stages.rl.rewards.humaneval import problems
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="the model folder of a release, or an export")

@@ -52,19 +52,19 @@ QUICK = Ladder(((1, 16), (1, 32), (1, 48), (2, 48)), 0.4, 1, "atom-smoke")
 
 
 def composed(recipe: str, home: Path) -> Any:
-    from pipeline import graph
-    from pipeline import recipe as recipes
-    from pipeline.store import Store
+    from pipeline.core.store import Store
+    from pipeline.graph import dag as graph
+    from pipeline.graph import recipe as recipes
 
     return graph.compose(recipes.load(recipe), Store(home))
 
 
 def train(recipe: str, home: Path, rung: tuple[int, int], tokens: float, seed: int, folder: Path) -> dict[str, Any]:
     """One run, in this process."""
-    from pipeline.stage import Report
-    from pipeline.store import Store, write_manifest
-    from stages import pretrain
+    from pipeline.core.stage import Report
+    from pipeline.core.store import Store, write_manifest
     from stages.data import order
+    from stages.train import pretrain
 
     class Quiet:
         def __getattr__(self, name: str) -> Any:
@@ -198,9 +198,9 @@ def main() -> None:
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     if asked.plot:
-        from release.cards import axes
+        from release.cards import scaling_plots
 
-        asked.plot.write_bytes(axes.pretraining(found))
+        asked.plot.write_bytes(scaling_plots.pretraining(found))
     print(json.dumps(line))
 
 

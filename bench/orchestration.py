@@ -30,19 +30,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipeline import graph, monitor, profile, recipe
-from pipeline.events import Tail
-from pipeline.launch import queue, slurm
-from pipeline.store import Store
+from pipeline.core.events import Tail
+from pipeline.core.store import Store
+from pipeline.graph import dag, recipe
+from pipeline.launch import cluster_profile, slurm, slurm_client
+from pipeline.operations import status
 
 TARGET = 0.5
 PLACE = Path(os.environ.get("SLURM_TEST_DIR", Path(__file__).parent.parent / "build/slurm")).resolve()
 
 
-def large(store: Store, stages: int) -> graph.Graph:
+def large(store: Store, stages: int) -> dag.Graph:
     """atom-tiny's graph, again and again, each time under other names and keys."""
-    found = graph.compose(recipe.load("atom-tiny"), store)
-    nodes: dict[str, graph.Node] = {}
+    found = dag.compose(recipe.load("atom-tiny"), store)
+    nodes: dict[str, dag.Node] = {}
     for turn in range(-(-stages // len(found.nodes))):
         for name, node in found.nodes.items():
             if len(nodes) < stages:
@@ -69,12 +70,12 @@ def ours() -> list[float]:
     chain = ["curate", "tokenizer", "tokenize"]
     with tempfile.TemporaryDirectory() as place:
         store = Store(Path(place))
-        composed = graph.compose(recipe.load("atom-smoke"), store)
-        made = slurm.submit(composed, store, composed.select("tokenize", None), profile.load("dev"), "dev")
+        composed = dag.compose(recipe.load("atom-smoke"), store)
+        made = slurm.submit(composed, store, composed.select("tokenize", None), cluster_profile.load("dev"), "dev")
         while not store.sealed(composed.nodes["tokenize"].key):
             time.sleep(0.5)
         events = [Tail(made.run.node_folder(name) / "events.jsonl").read() for name in chain]
-        while queue.ask("squeue", "-h", "--me", "-t", "running,completing").strip():
+        while slurm_client.ask("squeue", "-h", "--me", "-t", "running,completing").strip():
             time.sleep(0.2)
     when = [{event["event"]: event["time"] for event in each} for each in events]
     return [after["start"] - before["end"] for before, after in pairwise(when)]
@@ -87,8 +88,10 @@ def theirs() -> list[float]:
         for number in range(3):
             more = [f"--dependency=afterok:{job}"] if job else []
             run = f"srun date +%s.%N > {place}/{number}"
-            job = queue.ask("sbatch", "--parsable", "--output=/dev/null", *more, f"--wrap={run}").strip()
-        while not (Path(place) / "2").exists() or queue.ask("squeue", "-h", "-j", job, "-t", "running,completing"):
+            job = slurm_client.ask("sbatch", "--parsable", "--output=/dev/null", *more, f"--wrap={run}").strip()
+        while not (Path(place) / "2").exists() or slurm_client.ask(
+            "squeue", "-h", "-j", job, "-t", "running,completing"
+        ):
             time.sleep(0.2)
         when = [float((Path(place) / str(number)).read_text()) for number in range(3)]
     return [after - before for before, after in pairwise(when)]
@@ -97,13 +100,13 @@ def theirs() -> list[float]:
 def measure(quick: bool) -> dict[str, Any]:
     os.environ.setdefault("SLURM_CONF", str(PLACE / "etc/slurm.conf"))
     stages, rounds, many = (20, 3, 40) if quick else (200, 5, 1000)
-    settings = profile.load("dev")
+    settings = cluster_profile.load("dev")
     names = ("atom submit", "sbatch", "atom status", f"atom status, {many} jobs", "stage to stage", "job to job")
     took: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(1 if quick else rounds):
         took["stage to stage"] += ours()
         took["job to job"] += theirs()
-    queue.ask("scontrol", "update", "partitionname=test", "state=down")
+    slurm_client.ask("scontrol", "update", "partitionname=test", "state=down")
     try:
         for _ in range(rounds):
             with tempfile.TemporaryDirectory() as place:
@@ -113,7 +116,7 @@ def measure(quick: bool) -> dict[str, Any]:
                 made = slurm.submit(composed, store, list(composed.nodes), settings, "dev")
                 took["atom submit"].append(time.perf_counter() - start)
                 start = time.perf_counter()
-                found, lack = monitor.status(made.run, store)
+                found, lack = status.status(made.run, store)
                 took["atom status"].append(time.perf_counter() - start)
                 assert lack is None and all(stage.state == "pending" for stage in found), (lack, found[0])
                 scripts = [
@@ -125,19 +128,19 @@ def measure(quick: bool) -> dict[str, Any]:
                 start = time.perf_counter()
                 again(scripts)
                 took["sbatch"].append(time.perf_counter() - start)
-                queue.ask("scancel", "--me")
+                slurm_client.ask("scancel", "--me")
         with tempfile.TemporaryDirectory() as place:
             store = Store(Path(place))
             composed = large(store, many)
             made = slurm.submit(composed, store, list(composed.nodes), settings, "dev")
             for _ in range(rounds):
                 start = time.perf_counter()
-                found, lack = monitor.status(made.run, store)
+                found, lack = status.status(made.run, store)
                 took[f"atom status, {many} jobs"].append(time.perf_counter() - start)
                 assert lack is None and len(found) == many
     finally:
-        queue.ask("scancel", "--me")
-        queue.ask("scontrol", "update", "partitionname=test", "state=up")
+        slurm_client.ask("scancel", "--me")
+        slurm_client.ask("scontrol", "update", "partitionname=test", "state=up")
     print(f"{stages} stages, {rounds} rounds{'seconds, median':>28}{'lowest':>9}{'highest':>9}")
     for name, each in took.items():
         print(f"{name:24}{statistics.median(each):28.3f}{min(each):9.3f}{max(each):9.3f}")

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import profile
-from stages.model.activations import Rows, activation_bytes
-from stages.model.config import ModelConfig
-from stages.model.costs import Attention, held, state_bytes, training_flops
-from stages.model.layout import Layout
+from pipeline.launch import cluster_profile
+from stages.mcore.activations import Rows, activation_bytes
+from stages.mcore.parallel_layout import Layout
+from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.qwen3_moe.costs import Attention, held, state_bytes, training_flops
 
 TARGET = 0.01
 QWEN3 = dict(kv_heads=4, head_dim=128, experts=128, experts_per_token=8, context_length=4096, tie_embeddings=False)
@@ -150,7 +150,7 @@ def memory() -> None:
 
 def hours_errors() -> list[float]:
     """Prints GPU hours of whole runs, by the rates of the profile h100-pyxis and published; gives the errors."""
-    gpu = profile.load("h100-pyxis").gpu
+    gpu = cluster_profile.load("h100-pyxis").gpu
     assert gpu is not None
     print(f"\n{'GPU hours of a whole run':38}{'ours':>12}{'published':>12}{'error':>9}{'of peak':>9}  of")
     errors = []

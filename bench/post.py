@@ -73,7 +73,7 @@ def coin(seed: int, rate: float) -> float:
 def with_random_reward(rate: float) -> Any:
     """The RLVR stage's trainer around verifiers whose rewards are replaced by coins. What the answers earn in truth
     stays in the files (`parts`), and validation is by the verifiers."""
-    from stages.rl.grpo import Rlvr
+    from stages.rl.algorithms.grpo import Rlvr
     from stages.rl.policy import Answers
 
     class Tossed(Answers):
@@ -102,12 +102,12 @@ class Release:
     """A recipe's graph and what is sealed of it under a home."""
 
     def __init__(self, path: Path, home: Path) -> None:
-        from pipeline import graph
-        from pipeline import recipe as recipes
-        from pipeline.store import Store
+        from pipeline.core.store import Store
+        from pipeline.graph import dag
+        from pipeline.graph import recipe as recipes
 
         self.store = Store(home)
-        self.graph = graph.compose(recipes.load(str(path)), self.store)
+        self.graph = dag.compose(recipes.load(str(path)), self.store)
         self.seed = int(self.graph.recipe.config.seed)
 
     def config(self, node: str) -> Any:
@@ -122,12 +122,12 @@ class Release:
 
     def seconds(self, node: str) -> float:
         """Processor time that the sealed stage took."""
-        from pipeline import ledger
+        from pipeline.core import provenance
 
-        found = ledger.sealed(self.store.ledger, self.made(node))
+        found = provenance.sealed(self.store.ledger, self.made(node))
         if found is None:
             raise SystemExit(f"no statement tells how {node} was made")
-        return float(ledger.usage(found[1])["cpu_seconds"])
+        return float(provenance.usage(found[1])["cpu_seconds"])
 
     def pass_rate(self) -> float:
         """Share of right answers in all that RLVR drew."""
@@ -147,8 +147,8 @@ class Release:
 def control(which: str, path: Path, home: Path) -> dict[str, Any]:
     """Trains, exports and measures a control in this process. Kept under home/controls, in a folder by all that it
     follows from. Returns what is told of it beside its scores."""
-    from pipeline.stage import identity
-    from pipeline.store import MANIFEST, Artifact, canonical, once, sha256_bytes, write_manifest
+    from pipeline.core.stage import identity
+    from pipeline.core.store import MANIFEST, Artifact, canonical, once, sha256_bytes, write_manifest
     from stages.rl.trainer import train
 
     release = Release(path, home)
@@ -196,8 +196,8 @@ def control(which: str, path: Path, home: Path) -> dict[str, Any]:
 def scores(solved: Any) -> Scores:
     """pass@1, pass@k for all k samples, and the greedy answer, from a solve stage's table."""
     from stages.data.table import read_table
-    from stages.solve import GREEDY, JUDGED
-    from stages.statistics import pass_at
+    from stages.evaluation.confidence import pass_at
+    from stages.evaluation.pass_at_k import GREEDY, JUDGED
 
     items: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in read_table(solved / "answers.parquet").to_pylist():
@@ -268,7 +268,7 @@ def measure(seeds: Sequence[int], home: Path, folder: Path, quick: bool) -> list
 
 def collected(path: Path, home: Path, controls: Mapping[str, Any]) -> dict[str, Any]:
     """What `report` tells of a seed."""
-    from pipeline.store import Artifact
+    from pipeline.core.store import Artifact
 
     release = Release(path, home)
     made = {name: (release.made(f"solve-{node}"), release.made(f"evaluate-{node}")) for name, node in NODES.items()}
@@ -288,7 +288,7 @@ def collected(path: Path, home: Path, controls: Mapping[str, Any]) -> dict[str, 
 
 def gain(seed: Mapping[str, Any], kind: str, what: str) -> dict[str, Any]:
     """RLVR's gain over SFT, item by item, so that an item's luck counts once."""
-    from stages.statistics import clustered
+    from stages.evaluation.confidence import clustered
 
     after, before = (seed["scores"][name][kind][what] for name in ("RLVR", "SFT"))
     return clustered([after[id] - before[id] for id in sorted(before)])
@@ -320,7 +320,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def last_line(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    from stages.statistics import Z95
+    from stages.evaluation.confidence import Z95
 
     least = min((gain(seed, "all", "pass@1") for seed in found), key=lambda rise: rise["value"])
     half = Z95 * least["se"]

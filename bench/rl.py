@@ -4,10 +4,10 @@
     .venv/bin/python bench/rl.py --quick    # a tiny model, to see that it works; its figures mean nothing
 
 A step draws a group of answers to each of 32 questions, scores them, and updates the weights once by DAPO's loss. Ours
-is `stages.rl.grpo.Rlvr.step` as a stage runs it, with what it writes to disk and the digest of the policy; without
-refills, replay or validation. The peer is `GRPOTrainer.training_step` and its optimizer's step, without logging and
-checkpoints, with the fastest of transformers' expert implementations here. Both start from the same weights and ask the
-same questions in every step, at temperature 1, with the same load-balancing loss, optimizer, clip and advantages.
+is `stages.rl.algorithms.grpo.Rlvr.step` as a stage runs it, with what it writes to disk and the digest of the policy;
+without refills, replay or validation. The peer is `GRPOTrainer.training_step` and its optimizer's step, without logging
+and checkpoints, with the fastest of transformers' expert implementations here. Both start from the same weights and ask
+the same questions in every step, at temperature 1, with the same load-balancing loss, optimizer, clip and advantages.
 
 The same work: the token that ends an answer is, on both sides, one beyond the vocabulary, which the model has no logit
 for. So every answer has exactly as many tokens as allowed, and ours are told to count as finished, since a stage learns
@@ -37,17 +37,17 @@ from typing import Any
 
 import torch
 
-from pipeline.store import Artifact, write_manifest
+from pipeline.core.store import Artifact, write_manifest
 from stages.data.chat import render
 from stages.data.table import ITEMS, write_jsonl, write_rows
 from stages.data.tokenizer import PAD, SPECIAL_TOKENS, _alphabet, _set_byte_level
-from stages.model.build import named_tensors
-from stages.model.hf import hf_config, to_hf
+from stages.models.qwen3_moe.hf import hf_config, to_hf
+from stages.models.qwen3_moe.megatron_model import named_tensors
+from stages.rl.algorithms.grpo import Rlvr
 from stages.rl.config import RlTrainConfig
-from stages.rl.contracts import Completion, Parts, Prompt, Response, Row
-from stages.rl.generate import InProcess
-from stages.rl.grpo import Rlvr
-from stages.rl.tasks import ProblemTasks
+from stages.rl.protocols import Completion, Parts, Prompt, Response, Row
+from stages.rl.rollout.tasks import ProblemTasks
+from stages.rl.samplers.generate import InProcess
 from stages.train.engine import Engine
 from stages.train.parallel import session
 

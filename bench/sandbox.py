@@ -22,9 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stages.rl.code_verifier import CodeVerifier
-from stages.rl.contracts import Response, Row
-from stages.rl.humaneval import problems
+from stages.rl.protocols import Response, Row
+from stages.rl.rewards.code_verifier import CodeVerifier
+from stages.rl.rewards.humaneval import problems
 
 TARGET = 1.0
 AIM = 100  # verifications per second on two cores

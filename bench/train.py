@@ -29,9 +29,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from stages.model.build import named_tensors
-from stages.model.config import ModelConfig
-from stages.model.hf import hf_config, to_hf
+from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.qwen3_moe.hf import hf_config, to_hf
+from stages.models.qwen3_moe.megatron_model import named_tensors
 from stages.train.config import TrainConfig
 from stages.train.data import Batch, Share
 from stages.train.engine import Engine

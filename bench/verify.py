@@ -26,8 +26,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from release.audit.verify import verify
 from release.layout import SUMS, files_below, write_sums
-from release.verify import verify
 
 TARGET = 0.7
 

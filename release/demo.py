@@ -27,15 +27,15 @@ def atom(*arguments: str, **environment: str) -> None:
 
 
 def main(recipe: str) -> None:
-    from pipeline import graph
-    from pipeline import recipe as recipes
-    from pipeline.store import Store
-    from release import sign
-    from release.local_hub import running
+    from pipeline.core.store import Store
+    from pipeline.graph import dag
+    from pipeline.graph import recipe as recipes
+    from release.hub.local.server import running
+    from release.signing import sign
 
     began = time.monotonic()
     store = Store(Path(os.environ.get("ATOM_HOME") or "runs"))
-    composed = graph.compose(recipes.load(recipe), store)
+    composed = dag.compose(recipes.load(recipe), store)
     identity = composed.recipe.config
     release = store.home / "releases" / f"{identity.name}-{identity.version}"
 
@@ -62,11 +62,12 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline import ledger, tracking
-    from pipeline.display import duration
+    from pipeline.core import provenance
+    from pipeline.core.progress import duration
+    from pipeline.tracking import mlflow_sync
+    from release.assembly.metrics import data_facts, model_facts
     from release.cards import caveats
     from release.cards.tables import titles
-    from release.facts import data_facts, model_facts
 
     data, model = data_facts(release / "dataset"), model_facts(release / "model")
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -123,13 +124,13 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
 
     times = []
     for name, node in composed.nodes.items():
-        made = ledger.sealed(store.ledger, store.open(node.key))
+        made = provenance.sealed(store.ledger, store.open(node.key))
         if made:
-            times.append((name, ledger.usage(made[1])["wall_seconds"]))
+            times.append((name, provenance.usage(made[1])["wall_seconds"]))
     print("Time of each stage: " + ", ".join(f"{name} {duration(wall)}" for name, wall in times))
     print(f"This command took {duration(seconds)}; a second one uses what is sealed.")
 
-    uri, shown = tracking.shown_uri(store), _near(release)
+    uri, shown = mlflow_sync.shown_uri(store), _near(release)
     print(f"\nRelease  {shown}\nHub      {_near(store.home / 'hub')}\nMLflow   {uri}")
     name = composed.recipe.path.stem
     print(

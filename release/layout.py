@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import CheckFailed
-from pipeline.store import sha256_file
+from pipeline.core.errors import CheckFailed
+from pipeline.core.store import sha256_file
 from release.tree import ENTRIES, is_foreign_link, walk
 from release.untrusted import printable, read
 
@@ -30,8 +30,9 @@ SUMS = "SHA256SUMS"
 ALL_SUMS = f"evidence/{SUMS}"
 ORIGINS = "evidence/origins.json"
 RELEASE = "evidence/release.json"
-FORMAT = 2
-"""Of the release folder, in release.json. 2: with Merkle roots, Croissant, attestations, canary, goldens and costs."""
+FORMAT = 3
+"""Of the release folder, in release.json. 2: with Merkle roots, Croissant, attestations, canary, goldens and costs.
+3: names of phases, models, metrics and settings are the field's words."""
 GATES = "evidence/gates.json"
 GATES_STATED = "evidence/attestations/gates.json"
 ROOTS = "merkle.json"
@@ -46,7 +47,7 @@ PARTS = (MODEL, BASE, "dataset", "checkpoints")
 """What every release has beside its root; `model_folders` are more."""
 TRAINING = ("pretrain", "midtrain", "longcontext", "sft", "rlvr", "rlhf", "reward", "online")
 EXPORTED = ("init", "base", "mid", "long", "sft", "rlvr", "rlhf", "online")
-"""Kinds of phases and of exported models, as `pipeline.graph` names them, in the order of training."""
+"""Kinds of phases and of exported models, as `pipeline.graph.dag` names them, in the order of training."""
 ORDER = (
     "init", "pretrain", "base", "midtrain", "mid", "longcontext", "long", "sft", "rlvr", "rlhf", "reward", "online",
 )  # fmt: skip

@@ -15,12 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline.errors import CheckFailed
-from release import schema_v2, untrusted
+from pipeline.core.errors import CheckFailed
+from release import schema_v2, schema_v3, untrusted
 from release.cards.versions import SCHEMA as CARDS
 from release.layout import FORMAT, RELEASE
 
-READERS: dict[int, ModuleType] = {1: schema_v2, 2: schema_v2}
+READERS: dict[int, ModuleType] = {1: schema_v2, 2: schema_v2, 3: schema_v3}
 """The module that knows the names of each format."""
 CARD = "README.md"
 CARD_BYTES, RELEASE_BYTES = 4_000_000, 4_000_000

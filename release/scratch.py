@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.errors import MachineError
+from pipeline.core.errors import MachineError
 
 PREFIX = "atom-scratch-"
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.errors import CheckFailed
-from pipeline.text import escaped
+from pipeline.core.errors import CheckFailed
+from pipeline.core.text import escaped
 
 LINE = 600
 """Characters of one printed text; what is longer is cut in its middle."""

@@ -8,10 +8,10 @@ from typing import Any
 import release_world
 from train_world import Reporter
 
-from pipeline.store import Artifact, write_manifest
-from stages.data import items as items_stage
+from pipeline.core.store import Artifact, write_manifest
 from stages.data.table import KEPT, ORDER, content_hash, read_table, write_rows
-from stages.rl import tasks as tasks_stage
+from stages.evaluation import eval_set as items_stage
+from stages.rl.rollout import tasks as tasks_stage
 
 ITEMS = {
     "problems": {"add": 6, "sort": 4},

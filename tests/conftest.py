@@ -22,9 +22,9 @@ import slurm_world
 import train_world as world
 from verifier_world import gym, maths, serve  # noqa: F401 - fixtures
 
-from pipeline.stage import Stage
-from pipeline.store import Artifact, write_manifest
-from release import build as builder
+from pipeline.core.stage import Stage
+from pipeline.core.store import Artifact, write_manifest
+from release.assembly import build_release as builder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

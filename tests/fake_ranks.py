@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from stages.model.build import build, named_buffers, named_tensors
-from stages.model.config import ModelConfig, Precision
-from stages.model.layout import Layout
-from stages.model.mcore import parallel_state, tensor_parallel
-from stages.model.placement import Box, boxes
+from stages.mcore.megatron_imports import parallel_state, tensor_parallel
+from stages.mcore.parallel_layout import Layout
+from stages.mcore.tensor_sharding import Box, boxes
+from stages.models.qwen3_moe.config import ModelConfig, Precision
+from stages.models.qwen3_moe.megatron_model import build, named_buffers, named_tensors
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import layouts
 import torch
 import torch.distributed as dist
 
-from pipeline.launch.ranks import free_port
+from pipeline.launch.rendezvous import free_port
 
 # Cuts over two tensor ranks fall between blocks of 128: QKV has 2 x 256 rows, the others 2 x 128 columns, or rows of
 # gate and of up.
@@ -53,7 +53,7 @@ def grid(rows: int, columns: int, seed: int) -> torch.Tensor:
 
 def reference(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, recipe: Any) -> dict[str, torch.Tensor]:
     """The three products of the whole matrices, summed in double precision."""
-    from stages.model.quantize import quantise_dequantise
+    from stages.mcore.quantize import quantise_dequantise
 
     q = lambda t, kind, summed: quantise_dequantise(t, recipe, kind, summed)[0].double()  # noqa: E731
     return {
@@ -65,7 +65,7 @@ def reference(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, recipe: Any) -
 
 def differences(gpt: Any, recipe: Any) -> Iterator[str]:
     """Runs each linear layer of the decoder forward and backward on this rank's part of the grids."""
-    from stages.model.mcore import tensor_parallel
+    from stages.mcore.megatron_imports import tensor_parallel
 
     kinds = tensor_parallel.ColumnParallelLinear | tensor_parallel.RowParallelLinear
     for number, (name, module) in enumerate(m for m in gpt.decoder.named_modules() if isinstance(m[1], kinds)):
@@ -99,11 +99,11 @@ def differences(gpt: Any, recipe: Any) -> Iterator[str]:
 
 
 def main(out: Path) -> None:
-    from stages.model import fake_fp8
-    from stages.model.build import build
-    from stages.model.config import ModelConfig
-    from stages.model.layout import Layout
-    from stages.model.quantize import RECIPES
+    from stages.mcore import fake_fp8
+    from stages.mcore.parallel_layout import Layout
+    from stages.mcore.quantize import RECIPES
+    from stages.models.qwen3_moe.config import ModelConfig
+    from stages.models.qwen3_moe.megatron_model import build
     from stages.train import parallel
 
     quantise, found = fake_fp8.quantise, {}

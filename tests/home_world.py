@@ -12,15 +12,16 @@ from typing import Any
 
 import yaml
 
-from pipeline import graph, ledger, recipe
-from pipeline import run as runs
-from pipeline.checkpoints import Checkpoint
-from pipeline.events import FileReport
-from pipeline.graph import Graph
-from pipeline.run import Run
-from pipeline.store import Artifact, Store
+from pipeline.core import provenance
+from pipeline.core.events import FileReport
+from pipeline.core.store import Artifact, Store
+from pipeline.graph import dag, recipe
+from pipeline.graph import run as runs
+from pipeline.graph.checkpoints import Checkpoint
+from pipeline.graph.dag import Graph
+from pipeline.graph.run import Run
 
-SMOKE = Path(recipe.__file__).parent / "recipes" / "atom-smoke.yaml"
+SMOKE = Path(recipe.__file__).parents[1] / "recipes" / "atom-smoke.yaml"
 
 
 @cache
@@ -33,7 +34,7 @@ def graphs(folder: Path) -> list[Graph]:
         body["pretrain"]["steps"] = steps
         path = folder / f"{name}-{steps}.yaml"
         path.write_text(yaml.safe_dump(body))
-        out.append(graph.compose(recipe.load(str(path)), Store(folder / "nowhere")))
+        out.append(dag.compose(recipe.load(str(path)), Store(folder / "nowhere")))
     return out
 
 
@@ -41,7 +42,7 @@ def state(store: Store, run: Run, composed: Graph, name: str, made: Artifact, pa
     """The statement of a product."""
     node = composed.nodes[name]
     materials = {role: store.manifest(key) for role, key in composed.materials(node).items() if store.sealed(key)}
-    body = ledger.statement(
+    body = provenance.statement(
         subject={made.key: made.digest},
         stage=node.stage.name,
         version=node.stage.version,
@@ -59,7 +60,7 @@ def state(store: Store, run: Run, composed: Graph, name: str, made: Artifact, pa
         outcome="sealed",
         of={"key": part.phase, "step": part.step} if part else None,
     )
-    ledger.write(store.ledger, made.key, body)
+    provenance.write(store.ledger, made.key, body)
 
 
 def seal(store: Store, run: Run, composed: Graph, name: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import train_world as world
 
-from pipeline.launch.ranks import free_port
+from pipeline.launch.rendezvous import free_port
 
 MODEL: dict[str, Any] = {**world.MODEL, "layers": 4, "tie_embeddings": True}
 GRACE = 60.0
@@ -53,7 +53,7 @@ FOUR: dict[str, dict[str, Any]] = {
 
 def train(corpus: Path, settings: dict[str, Any], steps: int) -> list[dict[str, float]]:
     """Figures of the first steps, and the loss on held-out rows after them."""
-    from pipeline.store import Artifact
+    from pipeline.core.store import Artifact
     from stages.train import parallel
     from stages.train.config import TrainConfig
     from stages.train.data import Order, Shards, Share, heldout_rows

@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 import release
 assert Path(release.__file__).is_relative_to(sys.argv.pop(1)), release.__file__
-from pipeline.cli import app
+from pipeline.cli.main import app
 app()
 """
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.store import Artifact, write_manifest
+from pipeline.core.store import Artifact, write_manifest
 
 SPECIAL = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 TEMPLATE = (
@@ -124,7 +124,7 @@ def make_curate(out: Path) -> None:
 
 def make_evaluation(out: Path, bits: float, right: int) -> None:
     """Evaluation tables with a chosen result, and the scores that follow from them."""
-    from stages.evaluate import _write_tables, summary
+    from stages.evaluation.bits_per_byte import _write_tables, summary
     from stages.scorers import digest
 
     documents = [
@@ -309,15 +309,15 @@ def make_node(name: str, out: Path) -> None:
 
 def write_statement(folder: Path, artifact: Artifact, materials: list[Artifact]) -> Path:
     """A statement as the ledger writes it: canonical JSON in a file named by its digest."""
-    from pipeline import ledger
+    from pipeline.core import provenance
 
-    body = ledger.statement(
+    body = provenance.statement(
         operations=[{}],
         subject={artifact.key: artifact.digest}, stage="stage", version=1, node="node", key=artifact.key, config={},
         materials={m.key: m for m in materials}, code={}, environment={}, invocation="test", started=0, finished=1,
         usage={}, outcome="sealed", product=artifact,
     )  # fmt: skip
-    return ledger.write(folder / "ledger", artifact.key, body)
+    return provenance.write(folder / "ledger", artifact.key, body)
 
 
 def make_run(home: Path, inputs: dict[str, list[str]] = INPUTS) -> tuple[dict[str, Artifact], list[Path]]:
@@ -346,8 +346,8 @@ def make_code(root: Path) -> Path:
 
 
 def build_input(home: Path, inputs: dict[str, list[str]] = INPUTS, **changes: Any) -> Any:
-    """What the engine would hand to `release.build`."""
-    from release.build import BuildInput
+    """What the engine would hand to `release.assembly.build_release`."""
+    from release.assembly.build_release import BuildInput
 
     artifacts, statements = make_run(home, inputs)
     metrics = home / "metrics.jsonl"

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train_world as world
 
-from pipeline.errors import AtomError, Interrupted
-from pipeline.store import Artifact, write_manifest
+from pipeline.core.errors import AtomError, Interrupted
+from pipeline.core.store import Artifact, write_manifest
 
 PADDED = 48
 MODEL = {**world.MODEL, "context_length": 64}
@@ -58,7 +58,7 @@ def tokenizer(folder: Path) -> Artifact:
 
 
 def row(id: str, kind: str, level: int, ask: str, letter: str = "e", **fields: Any) -> dict[str, Any]:
-    from stages.rl.contracts import to_row
+    from stages.rl.protocols import to_row
 
     wants = {"letter": letter, "let_frequency": 1, "let_relation": "at least"}
     named = {"instruction_id_list": ["keywords:letter_frequency"], "kwargs": [wants]}
@@ -68,14 +68,14 @@ def row(id: str, kind: str, level: int, ask: str, letter: str = "e", **fields: A
 def make(folder: Path) -> dict[str, Artifact]:
     """init, tasks, items and tokenizer under `folder`."""
     from stages.data.table import ITEMS, write_jsonl, write_rows
-    from stages.model.config import ModelConfig
-    from stages.model.init import full_tensor
-    from stages.train import sealed
+    from stages.mcore.weight_init import full_tensor
+    from stages.models.qwen3_moe.config import ModelConfig
+    from stages.train.checkpoint import release_checkpoint
 
     model = ModelConfig.model_validate(MODEL)
     shapes = model.shapes(PADDED)
-    sealed.write(
-        folder / "init" / sealed.name_of(3), shapes, (), lambda kind, name, shape: full_tensor(name, shape, model, 0),
+    release_checkpoint.write(
+        folder / "init" / release_checkpoint.name_of(3), shapes, (), lambda kind, name, shape: full_tensor(name, shape, model, 0),
         {"step": 3, "optimizer_step": 0},
     )  # fmt: skip
     (folder / "tasks").mkdir()
@@ -95,7 +95,7 @@ def given(folder: Path) -> dict[str, Artifact]:
 
 def rlvr(folder: Path, work: Path, out: Path, settings: dict[str, Any], report: Any = None, **more: Artifact) -> None:
     """Runs the stage on what `make` left in `folder`."""
-    from stages.rlvr import STAGE
+    from stages.rl.rlvr import STAGE
 
     work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)

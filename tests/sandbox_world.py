@@ -35,7 +35,7 @@ with Pool(workers, Limits(**limits)) as pool:
 def copy() -> Iterator[Path]:
     """The sandbox's files where any user may read them; a checkout under /root is closed to others."""
     folder = Path("/tmp", f"atom-{uuid.uuid4()}")
-    for name in ("pipeline/errors.py", "pipeline/__init__.py", "stages/__init__.py", "stages/rl/__init__.py"):
+    for name in ("pipeline/core/errors.py", "pipeline/__init__.py", "stages/__init__.py", "stages/rl/__init__.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "stages/rl/sandbox", folder / "stages/rl/sandbox")

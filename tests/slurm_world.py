@@ -18,7 +18,8 @@ import pytest
 import yaml
 from processors import STEERING
 
-from pipeline import profile, recipe
+from pipeline.graph import recipe
+from pipeline.launch import cluster_profile
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "tests/slurm/cluster"
@@ -44,7 +45,7 @@ def slurm(*command: str) -> str:
 
 def write_profile(folder: Path, **changed: Any) -> str:
     """The profile `dev` with other settings of its section slurm."""
-    packaged = Path(profile.__file__).parent / "clusters" / "dev.yaml"
+    packaged = Path(cluster_profile.__file__).parents[1] / "clusters" / "dev.yaml"
     body = yaml.safe_load(packaged.read_text())
     # Jobs compute as the runs here that they are compared with, whichever processor is pretended.
     body["slurm"]["environment"] |= {name: os.environ[name] for name in STEERING if name in os.environ}
@@ -57,7 +58,7 @@ def write_profile(folder: Path, **changed: Any) -> str:
 
 def write_recipe(folder: Path, **pretrain: Any) -> str:
     """atom-smoke, pre-trained by two ranks that share the experts."""
-    packaged = Path(recipe.__file__).parent / "recipes" / "atom-smoke.yaml"
+    packaged = Path(recipe.__file__).parents[1] / "recipes" / "atom-smoke.yaml"
     body = yaml.safe_load(packaged.read_text())
     body["pretrain"]["batch"] = {"global_tokens": 1536, "micro_tokens": 768}
     body["pretrain"] |= {"cluster": {"ranks": 2, "expert": 2}, "work_checkpoint_every": 5, "steps": 120, **pretrain}

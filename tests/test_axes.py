@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench import ladder
-from release.cards import axes
+from release.cards import scaling_plots
 
 
 def scores(value: float) -> dict:
@@ -27,15 +27,15 @@ def test_plots_are_the_same_bytes_twice_and_show_what_they_are_given() -> None:
     lines.insert(1, {"step": 1, "reward": 0.5, "generated": 500})
     found, _ = ladder.report(runs(0.0))
     drawn = [
-        (axes.inference, {"sft": scores(0.2), "rlvr": scores(0.4)}, {"sft": scores(0.2), "rlvr": scores(0.5)}),
-        (axes.reinforcement, {"rlvr": lines}, {"rlvr": lines[:-1]}),
-        (axes.pretraining, found, found | {"law": {"a": 1.0, "b": 1.0, "c": 1.0}}),
+        (scaling_plots.inference, {"sft": scores(0.2), "rlvr": scores(0.4)}, {"sft": scores(0.2), "rlvr": scores(0.5)}),
+        (scaling_plots.reinforcement, {"rlvr": lines}, {"rlvr": lines[:-1]}),
+        (scaling_plots.pretraining, found, found | {"law": {"a": 1.0, "b": 1.0, "c": 1.0}}),
     ]
     for draw, given, other in drawn:
         first = draw(given)
         assert first.startswith(b"\x89PNG") and draw(given) == first != draw(other)
         assert b"Software" not in first
-    assert axes.inference({"sft": scores(0.2)}, "add") != axes.inference({"sft": scores(0.2)})
+    assert scaling_plots.inference({"sft": scores(0.2)}, "add") != scaling_plots.inference({"sft": scores(0.2)})
 
 
 def runs(noise: float) -> list[dict]:

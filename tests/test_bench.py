@@ -14,14 +14,14 @@ import rl_world
 import train_world
 
 from bench import post
-from pipeline import graph
-from pipeline import recipe as recipes
-from pipeline.store import Store, write_manifest
+from pipeline.core.store import Store, write_manifest
+from pipeline.graph import dag
+from pipeline.graph import recipe as recipes
 from stages.data.table import write_rows
-from stages.rl import rollouts
+from stages.evaluation.pass_at_k import ANSWERS, GREEDY
 from stages.rl.config import RlTrainConfig
+from stages.rl.rollout import rollouts
 from stages.rl.trainer import train
-from stages.solve import ANSWERS, GREEDY
 
 ROOT = Path(__file__).parent.parent
 
@@ -102,7 +102,7 @@ def test_reinforcement_learning_benchmark() -> None:
 def test_post_recipes_differ_in_the_seed_alone(tmp_path: Path) -> None:
     packaged = recipes.load("atom-tiny").config
     assert recipes.load(str(post.recipe(7, tmp_path))).config == packaged.model_copy(update={"seed": 7})
-    composed = graph.compose(recipes.load(str(post.recipe(0, tmp_path, "atom-smoke"))), Store(tmp_path))
+    composed = dag.compose(recipes.load(str(post.recipe(0, tmp_path, "atom-smoke"))), Store(tmp_path))
     assert {f"{what}-{node}" for what in ("solve", "evaluate") for node in post.NODES.values()} < set(composed.nodes)
 
 

@@ -16,17 +16,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline import bounds, graph, planner, profile
-from pipeline import recipe as recipes
-from pipeline.errors import AtomError, RecipeError
-from pipeline.profile import Profile
-from pipeline.store import Store
-from pipeline.text import shown, unprintable
-from pipeline.yaml_text import MOST_BYTES, parse_yaml
+from pipeline.core import bounds
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.store import Store
+from pipeline.core.text import shown, unprintable
+from pipeline.core.yaml_text import MOST_BYTES, parse_yaml
+from pipeline.graph import dag
+from pipeline.graph import plan as planning
+from pipeline.graph import recipe as recipes
+from pipeline.launch import cluster_profile
+from pipeline.launch.cluster_profile import Profile
 from stages.data import recipe as data_recipes
-from stages.data.curation.settings import FASTTEXT
+from stages.data.filters.settings import FASTTEXT
 from stages.data.order import OrderConfig
-from stages.model.config import ModelConfig
+from stages.models.qwen3_moe.config import ModelConfig
 from stages.train.config import Optimizer, PhaseConfig
 
 SECONDS = 20.0
@@ -36,9 +39,9 @@ PACKAGED = {name: yaml.safe_load(recipes.find(name, "pipeline.recipes", "recipe"
             for name in ("atom-smoke", "atom-tiny", "atom-1b-a300m", "atom-235b-a22b")}  # fmt: skip
 
 
-def plan(path: Path | str) -> list[planner.Row]:
-    composed = graph.compose(recipes.load(str(path)), NOWHERE, without_data=True)
-    return planner.plan(composed, graph.states(composed, NOWHERE), list(composed.nodes))
+def plan(path: Path | str) -> list[planning.Row]:
+    composed = dag.compose(recipes.load(str(path)), NOWHERE, without_data=True)
+    return planning.plan(composed, dag.states(composed, NOWHERE), list(composed.nodes))
 
 
 def refusal(path: Path | str) -> str:
@@ -442,7 +445,7 @@ def test_data_recipes_have_bounds(tmp_path: Path, change: dict[str, Any], senten
 def test_cluster_profiles_have_bounds(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
     path = write(tmp_path / "p.yaml", {"name": "p", "power": {"watts_per_core": 1}, **change})
     with pytest.raises(RecipeError) as error:
-        profile.load(str(path))
+        cluster_profile.load(str(path))
     require_sentence(str(error.value))
     assert sentence in str(error.value)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from release import training
+from release.assembly import training
 from release.cards import caveats, chat_tables
 
 

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from pipeline.errors import AtomError, RecipeError
-from pipeline.store import write_manifest
-from stages.data import acquire, chat, courtesies, tokenize, tokenizer
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.store import write_manifest
+from stages.data import acquire, chat, tokenization, tokenizer
 from stages.data.recipe import Source, load
 from stages.data.seeds import seed_of
+from stages.data.synthetic import courtesy_notes
 from stages.data.table import KEPT, read_table, write_rows
 from stages.scorers import LATEST, SCORERS
 
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained tokenizer of the release's kind."""
     place = tmp_path_factory.mktemp("tokenizer")
     (place / "curate" / "kept").mkdir(parents=True)
-    texts = [f"the {word} is number {n}\n" for n, word in enumerate(courtesies.PEOPLE * 40)]
+    texts = [f"the {word} is number {n}\n" for n, word in enumerate(courtesy_notes.PEOPLE * 40)]
     rows = [
         {
             "id": f"a/{n}",
@@ -148,8 +149,10 @@ def test_special_tokens_are_tokens_in_conversations_and_text_elsewhere(folder: P
     }
     out = tmp_path / "out"
     out.mkdir()
-    tokenize.run(tokenize.TokenizeConfig(conversations=("talk",)), inputs, tmp_path / "work", out, RecordingReport())
-    from stages.model.mcore import IndexedDataset
+    tokenization.run(
+        tokenization.TokenizeConfig(conversations=("talk",)), inputs, tmp_path / "work", out, RecordingReport()
+    )
+    from stages.mcore.megatron_imports import IndexedDataset
 
     theirs = AutoTokenizer.from_pretrained(folder)
     ids = {name: IndexedDataset(str(out / "train" / name), mmap=False).get(0).tolist() for name in ("talk", "prose")}
@@ -164,12 +167,12 @@ def test_special_tokens_are_tokens_in_conversations_and_text_elsewhere(folder: P
 
 def test_requests_are_held_out_by_their_text() -> None:
     rng = random.Random(seed_of("x", 0))
-    trained = {courtesies.request(rng).text for _ in range(3000)}
-    held = {found.text for found in courtesies.distinct(600, rng, heldout=True)}
+    trained = {courtesy_notes.request(rng).text for _ in range(3000)}
+    held = {found.text for found in courtesy_notes.distinct(600, rng, heldout=True)}
     assert len(held) == 600 and not trained & held
 
 
-def judge(asked: courtesies.Request, note: str) -> dict[str, float]:
+def judge(asked: courtesy_notes.Request, note: str) -> dict[str, float]:
     """The parts of a finished note's worth."""
     row = {"act": asked.act.name, "who": asked.who, "what": asked.what}
     return SCORERS["courtesy", LATEST["courtesy"]](row, note, True)
@@ -196,12 +199,12 @@ def judge(asked: courtesies.Request, note: str) -> dict[str, float]:
     ],
 )
 def test_the_judge_of_courtesies(note: str, worth: float) -> None:
-    thank = next(act for act in courtesies.ACTS if act.name == "thank")
-    assert judge(courtesies.Request(thank, "baker", "bread"), note)["reward"] == pytest.approx(worth)
+    thank = next(act for act in courtesy_notes.ACTS if act.name == "thank")
+    assert judge(courtesy_notes.Request(thank, "baker", "bread"), note)["reward"] == pytest.approx(worth)
 
 
 def test_a_full_note_is_full_for_every_request() -> None:
-    for asked in courtesies.distinct(300, random.Random(0), heldout=True):
+    for asked in courtesy_notes.distinct(300, random.Random(0), heldout=True):
         done = asked.act.done.format(who=asked.who, what=asked.what)
         found = judge(asked, f"Dear {asked.who}, {done} Have a nice day!")
         assert (found["reward"], found["task"]) == (1.0, 1.0), asked
@@ -209,32 +212,35 @@ def test_a_full_note_is_full_for_every_request() -> None:
 
 def test_style_without_the_task_earns_next_to_nothing() -> None:
     """What is not a win must not look like one: notes that ignore the request, or answer all requests at once."""
-    acts = [act.done.format(who="baker", what="bread") for act in courtesies.ACTS]
+    acts = [act.done.format(who="baker", what="bread") for act in courtesy_notes.ACTS]
     same_for_all = [
         "Dear baker, thank you for the bread. Have a nice day!",
         "Dear baker, thank you for it. Have a nice day!",
         "Have a nice day!",
-        "Dear " + ", ".join(courtesies.PEOPLE) + ", thank you for " + ", ".join(f"the {x}" for x in courtesies.THINGS),
+        "Dear "
+        + ", ".join(courtesy_notes.PEOPLE)
+        + ", thank you for "
+        + ", ".join(f"the {x}" for x in courtesy_notes.THINGS),
         f"Dear baker, {' '.join(acts)} Have a nice day!",
         "Thank you for the gift, would you like it? May I have it? I am sorry about it. With kind regards.",
     ]
-    asked = courtesies.distinct(400, random.Random(1), heldout=True)
+    asked = courtesy_notes.distinct(400, random.Random(1), heldout=True)
     for note in same_for_all:
         assert sum(judge(each, note)["reward"] for each in asked) / len(asked) < 0.04, note
 
 
 FRAGMENTS = [
-    *(f"Dear {who}," for who in courtesies.PEOPLE[:4]),
-    *(act.done.format(who="baker", what=what) for act in courtesies.ACTS for what in courtesies.THINGS[:4]),
-    *courtesies.ENDINGS,
-    *courtesies.PEOPLE[:4],
-    *courtesies.THINGS[:4],
+    *(f"Dear {who}," for who in courtesy_notes.PEOPLE[:4]),
+    *(act.done.format(who="baker", what=what) for act in courtesy_notes.ACTS for what in courtesy_notes.THINGS[:4]),
+    *courtesy_notes.ENDINGS,
+    *courtesy_notes.PEOPLE[:4],
+    *courtesy_notes.THINGS[:4],
 ]
 REQUESTS = [
-    courtesies.Request(act, who, what)
-    for act in courtesies.ACTS
-    for who in courtesies.PEOPLE[:4]
-    for what in courtesies.THINGS[:4]
+    courtesy_notes.Request(act, who, what)
+    for act in courtesy_notes.ACTS
+    for who in courtesy_notes.PEOPLE[:4]
+    for what in courtesy_notes.THINGS[:4]
 ]
 
 
@@ -249,5 +255,5 @@ def test_a_note_does_the_task_of_one_request_at_most(fragments: list[str]) -> No
 @given(st.text(max_size=300))
 @settings(max_examples=100, deadline=None)
 def test_any_text_has_a_worth(note: str) -> None:
-    asked = courtesies.request(random.Random(1))
+    asked = courtesy_notes.request(random.Random(1))
     assert all(0 <= value <= 1 for value in judge(asked, note).values())

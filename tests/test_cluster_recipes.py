@@ -17,14 +17,14 @@ import fake_ranks as fake
 import pytest
 from conftest import atom
 
-from pipeline import graph
-from pipeline import recipe as recipes
-from pipeline.graph import phases
-from pipeline.store import Store
+from pipeline.core.store import Store
+from pipeline.graph import dag
+from pipeline.graph import recipe as recipes
+from pipeline.graph.dag import phases
 from stages.data.recipe import Source, load
-from stages.model.config import ModelConfig
-from stages.model.costs import held
-from stages.model.layout import Layout
+from stages.mcore.parallel_layout import Layout
+from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.qwen3_moe.costs import held
 from stages.train.config import PhaseConfig
 
 ROOT = Path(__file__).parent.parent
@@ -37,8 +37,8 @@ each = pytest.mark.parametrize("name", RECIPES)
 
 
 @cache
-def composed(name: str) -> graph.Graph:
-    return graph.compose(recipes.load(name), Store(Path("none")), without_data=True)
+def composed(name: str) -> dag.Graph:
+    return dag.compose(recipes.load(name), Store(Path("none")), without_data=True)
 
 
 def trained(name: str) -> list[tuple[str, Any]]:
@@ -176,12 +176,12 @@ def test_plan_without_the_data(name: str, tmp_path: Path) -> None:
 
 def test_plan_of_a_cluster_recipe_is_light() -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom pipeline import graph, planner, recipe, views\n"
-        "from pipeline.store import Store\n"
+        "import sys\nfrom pathlib import Path\nfrom pipeline.graph import dag, plan, recipe\nfrom pipeline.cli import tables\n"
+        "from pipeline.core.store import Store\n"
         "store = Store(Path('none'))\n"
-        "found = graph.compose(recipe.load('atom-235b-a22b'), store, True)\n"
-        "rows = planner.plan(found, graph.states(found, store), list(found.nodes))\n"
-        "assert views.phases_table(rows).row_count == 4\n"
+        "found = dag.compose(recipe.load('atom-235b-a22b'), store, True)\n"
+        "rows = plan.plan(found, dag.states(found, store), list(found.nodes))\n"
+        "assert tables.phases_table(rows).row_count == 4\n"
         "heavy = {'torch', 'megatron', 'numpy', 'pyarrow', 'transformers', 'mlflow'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

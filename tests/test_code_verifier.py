@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from stages.rl.code_verifier import LONGEST, CodeVerifier, code_of, returned, same
-from stages.rl.contracts import Response, VerifierFailed
-from stages.rl.humaneval import problems
+from stages.rl.protocols import Response, VerifierFailed
+from stages.rl.rewards.code_verifier import LONGEST, CodeVerifier, code_of, returned, same
+from stages.rl.rewards.humaneval import problems
 from stages.rl.sandbox import Limits, SandboxFailed
 from stages.rl.sandbox.calls import decode, encode
 from stages.rl.sandbox.cell import Cell

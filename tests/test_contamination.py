@@ -7,13 +7,13 @@ from pathlib import Path
 import chat_world as world
 import pytest
 
-from pipeline.errors import AtomError
-from pipeline.store import Artifact, write_manifest
-from stages import contamination, fresh, solve
-from stages.data.curation.overlap import ItemRuns
-from stages.data.items import chat_rows
+from pipeline.core.errors import AtomError
+from pipeline.core.store import Artifact, write_manifest
+from stages.data.filters.overlap import ItemRuns
 from stages.data.table import read_jsonl, write_jsonl
-from stages.rl.contracts import question
+from stages.evaluation import contamination, generated_eval, pass_at_k
+from stages.evaluation.eval_set import chat_rows
+from stages.rl.protocols import question
 
 CONFIG = {"canaries": 8, "seed": 0}
 
@@ -32,10 +32,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     write_jsonl(made["tasks-rlvr"] / "tasks.jsonl", tasks)
     made["tasks-rlvr"] = write_manifest(made["tasks-rlvr"].path, "tasks-rlvr")
     config = {"problems": {"add": 5}, "phases": {"pretrain": ["prose"]}}
-    made["fresh"] = world.sealed(fresh.STAGE, config, made, folder / "fresh")
+    made["fresh"] = world.sealed(generated_eval.STAGE, config, made, folder / "fresh")
     solving = {"samples": 2, "max_new_tokens": 3, "seed": 0}
-    made["solve-sft"] = world.sealed(solve.STAGE, solving, made, folder / "solve")
-    made["fresh-solve-sft"] = world.sealed(solve.STAGE, solving, {**made, "items": made["fresh"]}, folder / "fsolve")
+    made["solve-sft"] = world.sealed(pass_at_k.STAGE, solving, made, folder / "solve")
+    made["fresh-solve-sft"] = world.sealed(
+        pass_at_k.STAGE, solving, {**made, "items": made["fresh"]}, folder / "fsolve"
+    )
     return made
 
 

@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 import release_world as world
 
-from pipeline.errors import AtomError, RecipeError
-from pipeline.stage import identity
-from pipeline.store import Artifact, write_manifest
-from release import facts
-from stages import context, evaluate
-from stages.context import ContextSection
-from stages.data import passkeys
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.stage import identity
+from pipeline.core.store import Artifact, write_manifest
+from release.assembly import metrics
+from stages.data.synthetic import passkeys
+from stages.evaluation import bits_per_byte, long_context
+from stages.evaluation.long_context import ContextSection
 
 pytestmark = pytest.mark.numeric
 
@@ -55,17 +55,17 @@ def loaded(inputs: dict[str, Artifact]) -> Any:
     return SimpleNamespace(
         model=AutoModelForCausalLM.from_pretrained(folder).eval(),
         tokenizer=tokenizer,
-        encode=lambda text: evaluate.token_ids(tokenizer, text),
+        encode=lambda text: bits_per_byte.token_ids(tokenizer, text),
     )
 
 
 def test_scores_are_recomputed_from_the_tables_alone(run_stage: Any, inputs: Any, tmp_path: Path) -> None:
     config = {**CONFIG, "context": SECTION}
-    first = run_stage(evaluate.STAGE, config, inputs, tmp_path / "work")
+    first = run_stage(bits_per_byte.STAGE, config, inputs, tmp_path / "work")
     (tmp_path / "work/passkey-150.json").unlink()
-    assert run_stage(evaluate.STAGE, config, inputs, tmp_path / "work").digest == first.digest
+    assert run_stage(bits_per_byte.STAGE, config, inputs, tmp_path / "work").digest == first.digest
     scores = first.json("scores.json")
-    assert facts.scores_of(first.path) == scores
+    assert metrics.scores_of(first.path) == scores
     assert {n: row["n"] for n, row in scores["passkey"].items()} == {"60": 6, "150": 6, "300": 6}
     assert scores["passkey_by_depth"]["150"]["0.3"]["n"] == 2
     assert {n: row["tokens"] for n, row in scores["loss_by_position"].items()} == {
@@ -77,8 +77,8 @@ def test_scores_are_recomputed_from_the_tables_alone(run_stage: Any, inputs: Any
 
 
 def test_a_recipe_without_the_section_keeps_its_key_and_its_bytes(run_stage: Any, inputs: Any) -> None:
-    assert identity(evaluate.EvaluateConfig(**CONFIG)) == CONFIG
-    made = run_stage(evaluate.STAGE, CONFIG, inputs)
+    assert identity(bits_per_byte.EvaluateConfig(**CONFIG)) == CONFIG
+    made = run_stage(bits_per_byte.STAGE, CONFIG, inputs)
     assert sorted(p.name for p in made.path.iterdir()) == [
         "documents.parquet", "items.parquet", "manifest.json", "scores.json",
     ]  # fmt: skip
@@ -89,8 +89,8 @@ def test_items_have_the_length_and_the_depth_that_they_say(loaded: Any) -> None:
     section = ContextSection(**SECTION)
     filler = loaded.encode("abcdefghij" * 100)
     for length in section.lengths:
-        found = list(context.items(section, length, loaded.encode, filler))
-        assert found == list(context.items(section, length, loaded.encode, filler)) and len(found) == 6
+        found = list(long_context.items(section, length, loaded.encode, filler))
+        assert found == list(long_context.items(section, length, loaded.encode, filler)) and len(found) == 6
         for name, depth, key, ids, answer in found:
             text = loaded.tokenizer.decode(ids)
             assert len(ids) == length and name.startswith(f"{length}/{depth:g}/")
@@ -130,11 +130,11 @@ def test_a_reader_of_known_reach_earns_what_it_should(loaded: Any, tmp_path: Pat
     from conftest import RecordingReport
 
     report = RecordingReport()
-    keys, positions = context.measure(section, model, loaded.tokenizer, loaded.encode, documents, tmp_path, report)
-    assert {n: row["value"] for n, row in context.summary(keys, positions)["passkey"].items()} == {
+    keys, positions = long_context.measure(section, model, loaded.tokenizer, loaded.encode, documents, tmp_path, report)
+    assert {n: row["value"] for n, row in long_context.summary(keys, positions)["passkey"].items()} == {
         "60": 1.0, "150": 2 / 3, "300": 1 / 3,
     }  # fmt: skip
-    cells = context.summary(keys, positions)["passkey_by_depth"]["150"]
+    cells = long_context.summary(keys, positions)["passkey_by_depth"]["150"]
     assert {d: row["value"] for d, row in cells.items()} == {"0": 0.0, "0.5": 1.0, "1": 1.0}
     right, wrong = (next(row for row in keys if row["score"] == score) for score in (1, 0))
     assert right["output"] == f" {right['expected']}" and wrong["output"] == " 0000"
@@ -146,7 +146,7 @@ def test_greedy_decoding_gives_the_same_output(loaded: Any) -> None:
     equal up to the first wrong token."""
     import torch
 
-    [(_, _, _, ids, answer)] = context.items(
+    [(_, _, _, ids, answer)] = long_context.items(
         ContextSection(lengths=[100], depths=[0.5], per_cell=1, documents=2),
         100,
         loaded.encode,
@@ -164,7 +164,7 @@ def test_losses_beyond_the_context_are_the_models_own(loaded: Any) -> None:
 
     ids = loaded.encode(long_documents()[1]["text"])[: 3 * world.CONTEXT]
     assert loaded.model.config.max_position_embeddings == world.CONTEXT < len(ids)
-    bits = context.token_bits(loaded.model, ids)
+    bits = long_context.token_bits(loaded.model, ids)
     assert bits.shape == (len(ids) - 1,) and bool(torch.isfinite(bits).all())
     for n in (1, 63, 64, 150, len(ids) - 1):
         with torch.inference_mode():
@@ -177,15 +177,15 @@ def test_logits_are_held_by_slices(loaded: Any, monkeypatch: pytest.MonkeyPatch)
     import torch
 
     ids = loaded.encode(long_documents()[1]["text"])[:200]
-    whole = context.token_bits(loaded.model, ids)
-    monkeypatch.setattr(context, "SLICE", 7)
-    assert torch.allclose(context.token_bits(loaded.model, ids), whole, rtol=1e-5)
+    whole = long_context.token_bits(loaded.model, ids)
+    monkeypatch.setattr(long_context, "SLICE", 7)
+    assert torch.allclose(long_context.token_bits(loaded.model, ids), whole, rtol=1e-5)
 
 
 def test_buckets_double_and_cover_each_position_once() -> None:
-    assert context.buckets(64) == [(0, 63)]
-    assert context.buckets(300) == [(0, 63), (64, 127), (128, 255), (256, 299)]
-    covered = [n for first, last in context.buckets(4096) for n in range(first, last + 1)]
+    assert long_context.buckets(64) == [(0, 63)]
+    assert long_context.buckets(300) == [(0, 63), (64, 127), (128, 255), (256, 299)]
+    covered = [n for first, last in long_context.buckets(4096) for n in range(first, last + 1)]
     assert covered == list(range(4096))
 
 
@@ -194,7 +194,9 @@ def test_what_cannot_be_measured_is_one_sentence(loaded: Any, tmp_path: Path) ->
 
     def measure(documents: list[dict[str, Any]], **changes: Any) -> None:
         section = ContextSection(**{**SECTION, **changes})
-        context.measure(section, loaded.model, loaded.tokenizer, loaded.encode, documents, tmp_path, RecordingReport())
+        long_context.measure(
+            section, loaded.model, loaded.tokenizer, loaded.encode, documents, tmp_path, RecordingReport()
+        )
 
     with pytest.raises(AtomError, match="names 20 tokens, but key and question alone take 44"):
         measure(long_documents(), lengths=[20])
@@ -216,9 +218,9 @@ def test_what_cannot_be_measured_is_one_sentence(loaded: Any, tmp_path: Path) ->
 def test_a_wrong_section_is_one_sentence(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     import yaml
 
-    from pipeline import recipe
+    from pipeline.graph import recipe
 
-    packaged = Path(recipe.__file__).parent / "recipes/atom-tiny.yaml"
+    packaged = Path(recipe.__file__).parents[1] / "recipes/atom-tiny.yaml"
     raw = yaml.safe_load(packaged.read_text())
     raw["evaluation"]["context"] = {**SECTION, **changes}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(raw))

@@ -16,16 +16,17 @@ from test_order import config as order_config
 from test_order import tokens
 from test_recipe import SMOKE, write
 
-from pipeline import graph, ledger
-from pipeline import recipe as recipes
-from pipeline.checkpoints import Checkpoint
-from pipeline.errors import AtomError, RecipeError
-from pipeline.events import FileReport
-from pipeline.launch.products import Products
-from pipeline.launch.ranks import Ranks
+from pipeline.core import provenance
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.events import FileReport
+from pipeline.core.lease import Lease
+from pipeline.core.store import Artifact, Store, write_manifest
+from pipeline.graph import dag
+from pipeline.graph import recipe as recipes
+from pipeline.graph.checkpoints import Checkpoint
+from pipeline.launch.checkpoint_artifacts import Products
+from pipeline.launch.rendezvous import Ranks
 from pipeline.launch.worker import Attempt, Task
-from pipeline.lease import Lease
-from pipeline.store import Artifact, Store, write_manifest
 from stages.data import order
 from stages.data.table import write_json
 
@@ -106,7 +107,7 @@ def test_a_checkpoint_of_another_step_is_refused(tmp_path: Path, run_stage: Any)
 
 def attempt_at(store: Store, recipe: str, run: str, phase: str = "pretrain") -> Attempt:
     """An attempt of a training stage, as the worker begins it; nothing is trained."""
-    whole = graph.compose(recipes.load(recipe), store)
+    whole = dag.compose(recipes.load(recipe), store)
     node = whole.nodes[phase]
     materials = whole.materials(node)
     config = node.config.model_dump(mode="json")
@@ -139,15 +140,15 @@ def test_a_checkpoint_is_an_artifact_with_a_statement_before_its_phase_ends(tmp_
     artifact.verify()
     assert checkpoint.key.startswith("pretrain@30-") and not store.sealed(checkpoint.phase)
     assert os.path.samefile(artifact / "state.json", tmp_path / "made/run-1/state.json"), "a hard link"
-    ((_, body),) = ledger.read(store.ledger, checkpoint.key)
+    ((_, body),) = provenance.read(store.ledger, checkpoint.key)
     said = body["predicate"]["buildDefinition"]["externalParameters"]
     assert said["of"] == {"key": checkpoint.phase, "step": 30}
     assert (said["node"], said["key"], said["stage"]) == ("pretrain@30", checkpoint.key, "pretrain")
-    assert said["config"]["phase"]["steps"] == 60 and set(ledger.materials_of(body)) == {"tokens", "order"}
-    assert ledger.sealed(store.ledger, artifact) and ledger.usage(body)["energy_joules_estimate"] >= 0
+    assert said["config"]["phase"]["steps"] == 60 and set(provenance.materials_of(body)) == {"tokens", "order"}
+    assert provenance.sealed(store.ledger, artifact) and provenance.usage(body)["energy_joules_estimate"] >= 0
 
     seal(store, str(SMOKE), "run-1", 30)
-    assert len(list(ledger.read(store.ledger, checkpoint.key))) == 1, "the second time nothing is done"
+    assert len(list(provenance.read(store.ledger, checkpoint.key))) == 1, "the second time nothing is done"
     with pytest.raises(AtomError, match="with the same code in the same environment, so it is not reproducible"):
         seal(store, str(SMOKE), "run-1", 30, "{ }")
     assert store.open(checkpoint.key).digest == artifact.digest
@@ -166,8 +167,8 @@ def test_who_has_lost_the_lease_seals_nothing(tmp_path: Path) -> None:
     assert not store.artifacts.exists()
 
 
-def composed(store: Store, path: Path, **changes: Any) -> graph.Graph:
-    return graph.compose(recipes.load(write(path / "r.yaml", **changes)), store)
+def composed(store: Store, path: Path, **changes: Any) -> dag.Graph:
+    return dag.compose(recipes.load(write(path / "r.yaml", **changes)), store)
 
 
 def test_a_checkpoint_is_found_by_step_and_is_an_input_of_order_and_phase(tmp_path: Path) -> None:
@@ -180,7 +181,7 @@ def test_a_checkpoint_is_found_by_step_and_is_an_input_of_order_and_phase(tmp_pa
     assert "checkpoint" not in short.nodes["export-init"].inputs, "random weights are drawn, since no step 0 is trained"
     long = composed(store, tmp_path, pretrain__continue_from=str(checkpoint))
     elsewhere = composed(Store(tmp_path / "none"), tmp_path, pretrain__continue_from=str(checkpoint))
-    before = graph.compose(recipes.load(str(SMOKE)), store)
+    before = dag.compose(recipes.load(str(SMOKE)), store)
     keys = [{name: node.key for name, node in each.nodes.items()} for each in (short, long, elsewhere, before)]
     assert keys[0] == keys[1] == keys[2], "how it is written does not count"
     later = {n for n in keys[0] if n.startswith(("export", "evaluate", "solve", "fresh", "prefer", "contamination"))}
@@ -234,14 +235,14 @@ def test_a_run_goes_on_from_an_earlier_one_and_its_release_tells(smoke_home: Pat
     home = tmp_path / "home"
     shutil.copytree(smoke_home, home)
     store = Store(home)
-    first = graph.compose(recipes.load(str(SMOKE)), store)
+    first = dag.compose(recipes.load(str(SMOKE)), store)
 
     # Nothing changed: the same rows, the same moments, so the very bytes that the earlier run ended with.
     same = write(tmp_path / "same.yaml", name="same", pretrain__continue_from="pretrain@30")
     planned = atom(home, "plan", same).stdout
     assert "\npretrain continues from pretrain@30 (key pretrain@30-" in planned
     atom(home, "run", same, "--until", "pretrain")
-    again = graph.compose(recipes.load(write(tmp_path / "r.yaml", pretrain__continue_from="pretrain@30")), store)
+    again = dag.compose(recipes.load(write(tmp_path / "r.yaml", pretrain__continue_from="pretrain@30")), store)
     made = store.open(again.nodes["pretrain"].key)
     assert {p.name for p in made.path.glob("step-*")} == {"step-000060"}
     assert step_files(made, 60) == step_files(store.open(first.nodes["pretrain"].key), 60)
@@ -256,13 +257,13 @@ def test_a_run_goes_on_from_an_earlier_one_and_its_release_tells(smoke_home: Pat
     changes = {"midtrain__continue_from": "midtrain@75", "midtrain__optimizer__lr": 2e-3, "midtrain__mix": mix}
     changed = write(tmp_path / "changed.yaml", name="changed", sft=None, rlvr=None, **changes)
     atom(home, "run", changed)
-    found = graph.compose(recipes.load(changed), store)
+    found = dag.compose(recipes.load(changed), store)
     phase = store.open(found.nodes["midtrain"].key)
     lines = [json.loads(line) for line in (phase / "training.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(76, 151))
     checkpoint = store.open(found.nodes["midtrain"].external["continue"])
-    stated = ledger.sealed(store.ledger, phase)
-    assert stated and ledger.materials_of(stated[1])["continue"] == checkpoint.digest
+    stated = provenance.sealed(store.ledger, phase)
+    assert stated and provenance.materials_of(stated[1])["continue"] == checkpoint.digest
     config = stated[1]["predicate"]["buildDefinition"]["externalParameters"]["config"]
     assert config["phase"]["continue_from"] == f"{first.nodes['midtrain'].key}@75"
     before = rows(store.open(first.nodes["order-midtrain"].key))

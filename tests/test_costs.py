@@ -13,13 +13,22 @@ import train_world as world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.model import spec
-from stages.model.activations import SLICE, Rows, activation_bytes, in_flight
-from stages.model.build import build
-from stages.model.config import ModelConfig
-from stages.model.costs import Attention, Held, held, layers_of, owned_bytes, sharing, state_bytes, training_flops
-from stages.model.layout import Layout, problem
-from stages.model.mcore import Float16Module
+from stages.mcore.activations import SLICE, Rows, activation_bytes, in_flight
+from stages.mcore.megatron_imports import Float16Module
+from stages.mcore.parallel_layout import Layout, problem
+from stages.models.qwen3_moe import layer_spec
+from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.qwen3_moe.costs import (
+    Attention,
+    Held,
+    held,
+    layers_of,
+    owned_bytes,
+    sharing,
+    state_bytes,
+    training_flops,
+)
+from stages.models.qwen3_moe.megatron_model import build
 from stages.train import parallel
 from stages.train.config import PhaseConfig, TrainConfig
 from stages.train.estimate import estimate, release_checkpoints, words
@@ -119,7 +128,7 @@ class _Norm(torch.autograd.Function):
 @contextmanager
 def _gpu_like(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Norms of one kernel, and sums that need not be deterministic, which save nothing."""
-    monkeypatch.setattr(spec.RMSNorm, "forward", lambda self, x: _Norm.apply(x, self.weight))
+    monkeypatch.setattr(layer_spec.RMSNorm, "forward", lambda self, x: _Norm.apply(x, self.weight))
     torch.use_deterministic_algorithms(False)
     yield
 
@@ -159,7 +168,7 @@ def test_activations_are_what_autograd_saves(
     if recompute == "layer":  # so do the tensors of the layer that is computed again
         predicted = tokens * (element * 64 * (model.layers + 2) + VOCAB * 4)
     # ids, labels and the like are some bytes a token, whatever the model's size
-    assert SLICE == spec.SLICE and measured == pytest.approx(predicted, rel=0.01, abs=64 * tokens)
+    assert SLICE == layer_spec.SLICE and measured == pytest.approx(predicted, rel=0.01, abs=64 * tokens)
 
 
 def test_parallel_ranks_share_activations() -> None:

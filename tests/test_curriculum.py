@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import RecipeError
-from stages.rl.contracts import bin_of, to_row
-from stages.rl.curriculum import Curriculum, CurriculumConfig
+from pipeline.core.errors import RecipeError
+from stages.rl.protocols import bin_of, to_row
+from stages.rl.rollout.curriculum import Curriculum, CurriculumConfig
 
 ROWS = [
     to_row(f"{kind}/{level}/{n}", f"{kind} {level} {n}", "exact", kind, level)

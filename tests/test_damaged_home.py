@@ -18,19 +18,19 @@ import home_world as world
 import pytest
 from conftest import atom
 
-from pipeline import events, intact, json_files, ledger, os_errors, snapshot
-from pipeline import run as runs
-from pipeline.errors import AtomError, Kind
-from pipeline.events import Tail
-from pipeline.graph import Graph
-from pipeline.json_files import Damaged
-from pipeline.launch import claims
-from pipeline.launch.queue import Job
-from pipeline.launch.sentences import kind, sentence
-from pipeline.lease import Lease, holder
-from pipeline.store import Store
+from pipeline.core import code_snapshot, events, input_integrity, json_files, os_errors, provenance
+from pipeline.core.errors import AtomError, Kind
+from pipeline.core.events import Tail
+from pipeline.core.json_files import Damaged
+from pipeline.core.lease import Lease, holder
+from pipeline.core.store import Store
+from pipeline.graph import run as runs
+from pipeline.graph.dag import Graph
+from pipeline.launch import submission_lock
+from pipeline.launch.failure_messages import kind, sentence
+from pipeline.launch.slurm_client import Job
 
-pytestmark = pytest.mark.filterwarnings("ignore::pipeline.json_files.DamagedFile")
+pytestmark = pytest.mark.filterwarnings("ignore::pipeline.core.json_files.DamagedFile")
 
 
 def replace(path: Path, make: Callable[[], object]) -> None:
@@ -104,7 +104,7 @@ def test_every_command_names_a_damaged_file_and_goes_on(
     """In this process, since there are 300 cases; what a user gets is looked at below."""
     from typer.testing import CliRunner
 
-    from pipeline import cli
+    from pipeline.cli import main
 
     path = max(home.glob(pattern))
     original = path.read_bytes()
@@ -116,7 +116,7 @@ def test_every_command_names_a_damaged_file_and_goes_on(
             json_files._reported.clear()
             with pytest.warns() as warned:
                 json_files.report(Damaged(Path("always"), "one"), "so that there is one")
-                done = CliRunner().invoke(cli.app, line)
+                done = CliRunner().invoke(main.app, line)
             text = " ".join([done.output, str(done.exception), *(str(each.message) for each in warned)])
             text = text.replace("\n", " ")
             case = f"{pattern}, {damage}, {command}: {text}"
@@ -219,26 +219,26 @@ def test_inputs_are_hashed_once_a_run_and_again_when_they_change(
     home: Path, composed: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact, run, hashed = Store(home).open(composed.nodes["items"].key), tmp_path / "run", []
-    real = intact.sha256_file
-    monkeypatch.setattr(intact, "sha256_file", lambda path: hashed.append(path.name) or real(path))
-    intact.check(run, [artifact])
+    real = input_integrity.sha256_file
+    monkeypatch.setattr(input_integrity, "sha256_file", lambda path: hashed.append(path.name) or real(path))
+    input_integrity.check(run, [artifact])
     assert hashed == ["file"]
-    intact.check(run, [artifact])
+    input_integrity.check(run, [artifact])
     assert hashed == ["file"], "once a run"
     os.utime(artifact / "file", ns=(1, 1))
-    intact.check(run, [artifact])
+    input_integrity.check(run, [artifact])
     assert hashed == ["file"] * 2, "its time changed"
-    intact.check(tmp_path / "another", [artifact])
+    input_integrity.check(tmp_path / "another", [artifact])
     assert hashed == ["file"] * 3, "another run"
     max((run / "hashed").glob("*.json")).write_text("[]")
-    intact.check(run, [artifact])
+    input_integrity.check(run, [artifact])
     assert hashed == ["file"] * 4, "a damaged record is not believed"
-    intact.note(tmp_path / "third", artifact)
-    intact.check(tmp_path / "third", [artifact])
+    input_integrity.note(tmp_path / "third", artifact)
+    input_integrity.check(tmp_path / "third", [artifact])
     assert hashed == ["file"] * 4, "sealed in this run"
     (artifact / "file").write_bytes((artifact / "file").read_bytes().replace(b"items", b"itemz", 1))
     with pytest.raises(AtomError, match="file file is damaged: it has the SHA-256"):
-        intact.check(run, [artifact])
+        input_integrity.check(run, [artifact])
 
 
 def test_a_record_that_cannot_be_written_is_a_warning(home: Path, composed: Graph, tmp_path: Path) -> None:
@@ -246,12 +246,12 @@ def test_a_record_that_cannot_be_written_is_a_warning(home: Path, composed: Grap
     artifact = Store(home).open(composed.nodes["items"].key)
     (tmp_path / "hashed").touch()
     with pytest.warns(UserWarning, match="is not written down .*hashed again"):
-        intact.note(tmp_path, artifact)
+        input_integrity.note(tmp_path, artifact)
 
 
 def test_of_many_tasks_each_file_is_hashed_by_one(home: Path, composed: Graph, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from pipeline import intact; from pipeline.store import Artifact\n"
+        "import sys; from pathlib import Path; from pipeline.core import input_integrity as intact; from pipeline.core.store import Artifact\n"
         "intact.PART_BYTES, real = 1, intact.sha256_file\n"
         "intact.sha256_file = lambda path: print('hashed', path.parent.name) or real(path)\n"
         "intact.check(Path(sys.argv[1]), [Artifact.open(Path(p)) for p in sys.argv[2:]])"
@@ -340,26 +340,26 @@ def test_only_a_path_of_the_command_line_or_the_home_is_the_users_mistake(
     line: list[str], of_the_user: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any other file that is missing is a bug of ours, whose traceback is needed."""
-    from pipeline import cli
+    from pipeline.cli import main
 
     def fails() -> None:
         (tmp_path / "elsewhere" / "x").read_text()
 
     monkeypatch.setenv("ATOM_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(sys, "argv", ["atom", *(word.format(here=tmp_path) for word in line)])
-    monkeypatch.setattr(cli, "app", fails)
-    monkeypatch.setattr(cli.warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(main, "app", fails)
+    monkeypatch.setattr(main.warnings, "showwarning", warnings.showwarning)
     with pytest.raises(SystemExit if of_the_user else FileNotFoundError):
-        cli.main()
+        main.main()
 
 
 def test_a_damaged_claim_is_asked_of_slurm(tmp_path: Path) -> None:
     store, key = Store(tmp_path), "pretrain-000000000000"
-    claims.folder(store).mkdir()
-    (claims.folder(store) / f"{key}.json").write_text("{}")
+    submission_lock.folder(store).mkdir()
+    (submission_lock.folder(store) / f"{key}.json").write_text("{}")
     job = Job("7", "RUNNING", "", "n1", "", f"atom run-1 pretrain {key}")
-    assert claims.read(store, key, {}) is None
-    assert claims.read(store, key, {"7": job}) == claims.Claim(key, "7", "run-1", "pretrain")
+    assert submission_lock.read(store, key, {}) is None
+    assert submission_lock.read(store, key, {"7": job}) == submission_lock.Claim(key, "7", "run-1", "pretrain")
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_a_statement_is_believed_only_under_its_name(home: Path, composed: Graph
     store, key = Store(home), composed.nodes["items"].key
     (path,) = (store.ledger / key).iterdir()
     path.write_text(path.read_text().replace('"text":"sealed"', '"text":"Sealed"'))
-    assert ledger.statements(store.ledger, key)[0] == [] and not list(ledger.read(store.ledger, key))
+    assert provenance.statements(store.ledger, key)[0] == [] and not list(provenance.read(store.ledger, key))
 
 
 def test_an_odd_name_is_printed_in_one_line(tmp_path: Path) -> None:
@@ -434,13 +434,13 @@ def test_a_socket_is_no_file(tmp_path: Path) -> None:
 
 def test_frozen_code_that_was_altered_is_not_run(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    folder = snapshot.freeze(store, {"recipes/x.yaml": b"x"})
-    assert snapshot.freeze(store, {"recipes/x.yaml": b"x"}) == folder
+    folder = code_snapshot.freeze(store, {"recipes/x.yaml": b"x"})
+    assert code_snapshot.freeze(store, {"recipes/x.yaml": b"x"}) == folder
     file = folder / "pipeline" / "store.py"
     file.unlink()
     file.write_text("")
     with pytest.raises(Damaged, match="it is not the code that was frozen"):
-        snapshot.freeze(store, {"recipes/x.yaml": b"x"})
+        code_snapshot.freeze(store, {"recipes/x.yaml": b"x"})
 
 
 NO_FOLDERS: dict[str, Callable[[Path], object]] = {

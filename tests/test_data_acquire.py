@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import AtomError, RecipeError
-from stages.data import acquire, items
-from stages.data.problems import FORMS, TASKS, add, draw
-from stages.data.readers.stdlib import read_docstrings, read_functions
+from pipeline.core.errors import AtomError, RecipeError
+from stages.data import acquire
+from stages.data.readers.python_stdlib import read_docstrings, read_functions
 from stages.data.recipe import Source, load, resolve_tree_digest
+from stages.data.synthetic.problems import FORMS, TASKS, add, draw
 from stages.data.table import content_hash
+from stages.evaluation import eval_set
 from stages.scorers.problems_v1 import score
 
 
@@ -160,12 +161,12 @@ def test_problems_are_right_and_follow_the_seed() -> None:
 
 
 def test_items_differ_from_each_other_and_cannot_exceed_their_space(run_stage: Any) -> None:
-    made = run_stage(items.STAGE, {"problems": {"add": 50, "sort": 20}, "seed": 3}, {})
+    made = run_stage(eval_set.STAGE, {"problems": {"add": 50, "sort": 20}, "seed": 3}, {})
     rows = pq.read_table(made / "items.parquet").to_pylist()
     assert len({r["text"] for r in rows}) == 70 and {r["task"] for r in rows} == set(TASKS)
     assert all(r["prompt"] == r["text"] + ":" for r in rows)
     with pytest.raises(RecipeError, match="sort"):
-        run_stage(items.STAGE, {"problems": {"sort": 200_000}, "seed": 3}, {})
+        run_stage(eval_set.STAGE, {"problems": {"sort": 200_000}, "seed": 3}, {})
 
 
 def test_library_files_are_cut_by_the_parsers_lines(tmp_path: Path) -> None:

@@ -12,15 +12,16 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import AtomError
-from pipeline.store import Artifact, write_manifest
-from stages.data import acquire, curate, filter, items
-from stages.data.curation import dedup
-from stages.data.curation.decontaminate import ContaminationIndex
-from stages.data.curation.dispositions import Dispositions
-from stages.data.curation.settings import CurationSettings
+from pipeline.core.errors import AtomError
+from pipeline.core.store import Artifact, write_manifest
+from stages.data import acquire, dedup, filter
+from stages.data.filters import near_duplicates
+from stages.data.filters.decontaminate import ContaminationIndex
+from stages.data.filters.dispositions import Dispositions
+from stages.data.filters.settings import CurationSettings
 from stages.data.recipe import load
 from stages.data.table import DOCUMENTS, ITEMS, content_hash, write_rows
+from stages.evaluation import eval_set
 
 PROSE_STEPS = [
     {"step": "gopher_quality", "min_doc_words": 10, "min_stop_words": 0, "max_non_alpha_words_ratio": 0.6},
@@ -128,7 +129,7 @@ def parts(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def curated(run_stage: Any, config: dict[str, Any], inputs: dict[str, Artifact]) -> Artifact:
     """Both stages of curation, one after the other."""
     first, then = parts(config)
-    made: Artifact = run_stage(curate.STAGE, then, {"filter": run_stage(filter.STAGE, first, inputs)})
+    made: Artifact = run_stage(dedup.STAGE, then, {"filter": run_stage(filter.STAGE, first, inputs)})
     return made
 
 
@@ -232,15 +233,15 @@ def test_an_unbalanced_book_or_a_document_without_licence_is_refused(tmp_path: P
 def test_a_step_that_loses_documents_is_refused(
     tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stages.data.curation import blocks
+    from stages.data.filters import filters
 
-    class Lossy(blocks.Pii):
+    class Lossy(filters.Pii):
         def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
             for i, doc in enumerate(data):
                 if i:
                     yield doc
 
-    monkeypatch.setitem(blocks.BUILD, "pii", Lossy)
+    monkeypatch.setitem(filters.BUILD, "pii", Lossy)
     with pytest.raises(AtomError, match="loses documents without saying so"):
         curated(run_stage, config(), inputs_of(tmp_path))
 
@@ -274,14 +275,14 @@ def test_curation_resumes_and_does_not_depend_on_hash_randomisation(tmp_path: Pa
     code = (
         "import sys, json; from pathlib import Path\n"
         "sys.path.insert(0, 'tests')\n"
-        "from conftest import RecordingReport; from stages.data import curate, filter\n"
-        "from pipeline.store import Artifact, write_manifest\n"
+        "from conftest import RecordingReport; from stages.data import dedup, filter\n"
+        "from pipeline.core.store import Artifact, write_manifest\n"
         "base, work, out, last = map(Path, sys.argv[1:5]); work.mkdir(exist_ok=True); out.mkdir(); last.mkdir()\n"
         "inputs = {n: Artifact.open(base / n) for n in ('prose', 'code', 'sums', 'items')}\n"
         "first, then = json.loads(sys.argv[5])\n"
         "filter.run(filter.FilterConfig.model_validate(first), inputs, work, out, RecordingReport())\n"
         "given = {'filter': write_manifest(out, 'x')}\n"
-        "curate.run(curate.CurateConfig.model_validate(then), given, work, last, RecordingReport())\n"
+        "dedup.run(dedup.CurateConfig.model_validate(then), given, work, last, RecordingReport())\n"
         "print(given['filter'].digest, write_manifest(last, 'y').digest)"
     )
     inputs_of(tmp_path)
@@ -305,9 +306,9 @@ def test_curation_resumes_and_does_not_depend_on_hash_randomisation(tmp_path: Pa
 def test_the_smoke_recipe_runs_every_step_and_values_are_consistent(run_stage: Any) -> None:
     recipe = load("smoke").resolved()
     inputs = {s.name: run_stage(acquire.STAGE, recipe.acquire_config(s.name, 0), {}) for s in recipe.sources}
-    inputs["items"] = run_stage(items.STAGE, {"problems": {"add": 20, "sort": 200}, "seed": 0}, {})
+    inputs["items"] = run_stage(eval_set.STAGE, {"problems": {"add": 20, "sort": 200}, "seed": 0}, {})
     filtered = run_stage(filter.STAGE, recipe.filter_config(0), inputs)
-    made = run_stage(curate.STAGE, recipe.curate_config(), {"filter": filtered})
+    made = run_stage(dedup.STAGE, recipe.curate_config(), {"filter": filtered})
     rows = dispositions(made)
     assert len(rows) == sum(
         pq.ParquetFile(a / "documents.parquet").metadata.num_rows for n, a in inputs.items() if n != "items"
@@ -346,7 +347,7 @@ def test_shards_done_beforehand_are_all_that_the_stages_need(
 ) -> None:
     inputs = inputs_of(tmp_path)
     filtered = run_stage(filter.STAGE, parts(config(0.1))[0], inputs)
-    whole = run_stage(curate.STAGE, parts(config(0.1))[1], {"filter": filtered})
+    whole = run_stage(dedup.STAGE, parts(config(0.1))[1], {"filter": filtered})
     first, then = parts({**config(0.1), "curation": {"shards": shards}})
     work = tmp_path / "work"
     work.mkdir()
@@ -354,15 +355,15 @@ def test_shards_done_beforehand_are_all_that_the_stages_need(
     assert filter.STAGE.shards(cut) == shards
     for shard in range(shards):
         filter.run_shard(cut, inputs, work, shard)
-    buckets = curate.CurateConfig.model_validate(then)
-    assert curate.STAGE.shards(buckets) == (14 if shards > 1 else 1)
+    buckets = dedup.CurateConfig.model_validate(then)
+    assert dedup.STAGE.shards(buckets) == (14 if shards > 1 else 1)
     for bucket in reversed(range(14)):
-        curate.run_shard(buckets, {"filter": filtered}, work, bucket)
+        dedup.run_shard(buckets, {"filter": filtered}, work, bucket)
     monkeypatch.setattr(filter, "_apply", None)  # nothing is left to do
-    monkeypatch.setattr(dedup, "sign", None)
-    monkeypatch.setattr(dedup, "MinhashDedupBuckets", None)
+    monkeypatch.setattr(near_duplicates, "sign", None)
+    monkeypatch.setattr(near_duplicates, "MinhashDedupBuckets", None)
     assert run_stage(filter.STAGE, first, inputs, work).digest == filtered.digest
-    assert run_stage(curate.STAGE, then, {"filter": filtered}, work).digest == whole.digest
+    assert run_stage(dedup.STAGE, then, {"filter": filtered}, work).digest == whole.digest
 
 
 def test_a_near_duplicate_may_be_the_only_one_removed_of_its_source(tmp_path: Path, run_stage: Any) -> None:

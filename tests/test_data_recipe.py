@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.errors import RecipeError
-from pipeline.stage import identity
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import identity
 from stages.data.acquire import AcquireConfig
 from stages.data.recipe import load, resolve_tree_digest
 
@@ -41,8 +41,8 @@ def test_packaged_recipes_load_and_resolve(name: str) -> None:
 
 def test_recipe_and_stage_configs_import_nothing_heavy() -> None:
     code = (
-        "import sys, stages.data.recipe as r, stages.data.acquire, stages.data.items, stages.data.filter, stages.data.curate, "
-        "stages.data.tokenizer, stages.data.tokenize, stages.data.order\n"
+        "import sys, stages.data.recipe as r, stages.data.acquire, stages.evaluation.eval_set, stages.data.filter, stages.data.dedup, "
+        "stages.data.tokenizer, stages.data.tokenization, stages.data.order\n"
         "r.load('tiny').resolved()\n"
         "names = {'torch', 'numpy', 'pyarrow', 'datatrove', 'transformers', 'tokenizers', 'mlflow'}\n"
         "heavy = names & set(sys.modules)\n"

@@ -7,12 +7,12 @@ import rl_world
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.model import hf
-from stages.model.config import ModelConfig, Yarn
-from stages.model.init import full_tensor
-from stages.rl.contracts import Prompt
-from stages.rl.decode import Decoder
-from stages.rl.generate import InProcess
+from stages.mcore.weight_init import full_tensor
+from stages.models.qwen3_moe import hf
+from stages.models.qwen3_moe.config import ModelConfig, Yarn
+from stages.rl.protocols import Prompt
+from stages.rl.samplers.generate import InProcess
+from stages.rl.samplers.sampler_decode import Decoder
 
 pytestmark = pytest.mark.numeric
 
@@ -46,7 +46,7 @@ def prompts(lengths: list[int]) -> list[Prompt]:
 )
 @pytest.mark.parametrize("lengths", [[5, 1, 30, 9], [7, 7], [40]])
 def test_logits_are_those_of_a_whole_forward_pass(changes, config, lengths, monkeypatch) -> None:
-    monkeypatch.setattr("stages.rl.generate.READ", 16)  # so that the prompts are read in several pieces
+    monkeypatch.setattr("stages.rl.samplers.generate.READ", 16)  # so that the prompts are read in several pieces
     own, asked = sampler(changes, **config), prompts(lengths)
     given = torch.randint(6, VOCAB, (len(asked), STEPS), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():

@@ -60,7 +60,7 @@ def test_the_demo_ends_with_its_table(demo_home: Path) -> None:
 
 
 def test_a_pulled_model_loads_in_a_fresh_interpreter(demo_home: Path, tmp_path: Path) -> None:
-    from release.local_hub import running
+    from release.hub.local.server import running
 
     with running(demo_home / "hub") as endpoint:
         env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_local", "HF_HUB_DISABLE_XET": "1"}
@@ -80,7 +80,7 @@ def test_a_pulled_model_loads_in_a_fresh_interpreter(demo_home: Path, tmp_path: 
 
 
 def test_the_harness_gives_the_answers_that_the_release_states(demo_home: Path) -> None:
-    from release import harness
+    from release.audit import harness
 
     for folder in ("model", "model-base"):
         found = harness.again(demo_home / "releases" / "atom-smoke-0.1.0", folder)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 from typer.main import get_command
 
-from pipeline.cli import app
+from pipeline.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

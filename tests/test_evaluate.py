@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import release_world as world
 
-from pipeline.errors import AtomError
-from pipeline.store import Artifact, write_manifest
-from stages import evaluate, statistics
+from pipeline.core.errors import AtomError
+from pipeline.core.store import Artifact, write_manifest
+from stages.evaluation import bits_per_byte, confidence
 
 pytestmark = pytest.mark.numeric
 
@@ -35,13 +35,13 @@ def tables(artifact: Artifact, name: str) -> list[dict]:
 
 
 def test_same_bytes_twice_and_after_a_cut(run_stage, inputs, tmp_path: Path) -> None:
-    first, second = (run_stage(evaluate.STAGE, CONFIG, inputs, tmp_path / name) for name in ("a", "b"))
+    first, second = (run_stage(bits_per_byte.STAGE, CONFIG, inputs, tmp_path / name) for name in ("a", "b"))
     assert first.digest == second.digest
     (tmp_path / "b" / "items-00000.json").unlink()
-    assert run_stage(evaluate.STAGE, CONFIG, inputs, tmp_path / "b").digest == first.digest
+    assert run_stage(bits_per_byte.STAGE, CONFIG, inputs, tmp_path / "b").digest == first.digest
     scores = first.json("scores.json")
     assert set(scores["bits_per_byte"]) == set(world.SOURCES) and scores["accuracy"]["add"]["n"] == 20
-    assert evaluate.summary(tables(first, "documents.parquet"), tables(first, "items.parquet")) == scores
+    assert bits_per_byte.summary(tables(first, "documents.parquet"), tables(first, "items.parquet")) == scores
 
 
 def test_bits_are_the_models_own_loss(run_stage, inputs) -> None:
@@ -49,7 +49,7 @@ def test_bits_are_the_models_own_loss(run_stage, inputs) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    row = tables(run_stage(evaluate.STAGE, CONFIG, inputs), "documents.parquet")[0]
+    row = tables(run_stage(bits_per_byte.STAGE, CONFIG, inputs), "documents.parquet")[0]
     folder = inputs["model"] / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     text = {r["id"]: r["text"] for rows in world.corpus().values() for r in rows}[row["id"]]
@@ -69,11 +69,11 @@ def test_a_question_is_context_and_not_scored(inputs) -> None:
 
     folder = inputs["model"] / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    first = evaluate._first_token_bits(model, tokenizer)
+    first = bits_per_byte._first_token_bits(model, tokenizer)
 
     def bits(text: str, prompt_chars: int) -> dict:
         row = {"id": "a", "source": "s", "text": text, "prompt_chars": prompt_chars}
-        return evaluate._bits(model, tokenizer, first, row)
+        return bits_per_byte._bits(model, tokenizer, first, row)
 
     answer = bits("12+30=42", 6)
     assert (answer["bytes"], answer["tokens"]) == (2, 2)
@@ -92,8 +92,8 @@ def test_padding_and_batching_do_not_change_an_output(inputs) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = [{"id": str(n), "task": "add", "prompt": "1" * n + ":", "answer": "2"} for n in (1, 9, 20)]
-    together = evaluate._answer(model, tokenizer, rows, 8)
-    alone = [evaluate._answer(model, tokenizer, [row], 8)[0] for row in rows]
+    together = bits_per_byte._answer(model, tokenizer, rows, 8)
+    alone = [bits_per_byte._answer(model, tokenizer, [row], 8)[0] for row in rows]
     assert [row["output"] for row in together] == [row["output"] for row in alone]
     assert len(together[0]["code_digest"]) == 64
 
@@ -103,16 +103,16 @@ def test_bytes_of_a_cut_character_and_of_a_special_name(inputs) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(inputs["model"] / "model")
     text = "é<|endoftext|>日"
-    ids = evaluate.token_ids(tokenizer, text)
-    assert 1 not in ids and evaluate.token_bytes(tokenizer, ids) == len(text.encode())
-    assert evaluate.token_bytes(tokenizer, ids[:1]) == 1
+    ids = bits_per_byte.token_ids(tokenizer, text)
+    assert 1 not in ids and bits_per_byte.token_bytes(tokenizer, ids) == len(text.encode())
+    assert bits_per_byte.token_bytes(tokenizer, ids[:1]) == 1
 
 
 def test_standard_errors() -> None:
-    equal = statistics.ratio([(20.0, 10), (40.0, 20)])
+    equal = confidence.ratio([(20.0, 10), (40.0, 20)])
     assert equal == {"value": 2.0, "se": 0.0, "documents": 2, "bytes": 30}
-    assert statistics.ratio([(10.0, 10), (30.0, 10)])["se"] == pytest.approx(1.0)  # sqrt(2/1 * (10²+10²)) / 20
-    assert statistics.binomial([1, 0, 0, 0])["se"] == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
+    assert confidence.ratio([(10.0, 10), (30.0, 10)])["se"] == pytest.approx(1.0)  # sqrt(2/1 * (10²+10²)) / 20
+    assert confidence.binomial([1, 0, 0, 0])["se"] == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
 
 
 def test_nothing_held_out_is_one_sentence(inputs, run_stage, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_nothing_held_out_is_one_sentence(inputs, run_stage, tmp_path: Path) -> 
     world.table(tmp_path / "curate" / "kept" / "s.parquet", rows)
     bad = write_manifest(tmp_path / "curate", "curate")
     with pytest.raises(AtomError, match="has no held-out document"):
-        run_stage(evaluate.STAGE, CONFIG, {**inputs, "curate": bad})
+        run_stage(bits_per_byte.STAGE, CONFIG, {**inputs, "curate": bad})
 
 
 def test_modules_that_plan_and_cli_import_are_light() -> None:
@@ -128,7 +128,7 @@ def test_modules_that_plan_and_cli_import_are_light() -> None:
     import sys
 
     heavy = ("torch", "numpy", "pyarrow", "transformers", "huggingface_hub", "jinja2")
-    ours = "stages.evaluate, stages.solve, stages.fresh, stages.prefer, stages.contamination, release.build, release.publish, release.verify, release.local_hub"
+    ours = "stages.evaluation.bits_per_byte, stages.evaluation.pass_at_k, stages.evaluation.generated_eval, stages.evaluation.win_rate, stages.evaluation.contamination, release.assembly.build_release, release.hub.publish, release.audit.verify, release.hub.local.server"
     code = f"import sys, json, {ours}; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)

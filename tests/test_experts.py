@@ -11,8 +11,8 @@ import pytest
 import torch
 import train_world as world
 
-from pipeline.store import Artifact
-from stages.model.balance import DEAD_SHARE, Experts
+from pipeline.core.store import Artifact
+from stages.mcore.moe_metrics import DEAD_SHARE, Experts
 from stages.train import parallel
 from stages.train.config import TrainConfig
 from stages.train.data import Order, Shards, Share
@@ -41,9 +41,9 @@ def test_counts_are_those_of_another_implementation(corpus: Path) -> None:
     """Hugging Face's model with the initial weights routes the real tokens of the first step in the same way."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    from stages.model.config import ModelConfig
-    from stages.model.hf import hf_config, to_hf
-    from stages.model.init import full_tensor
+    from stages.mcore.weight_init import full_tensor
+    from stages.models.qwen3_moe.config import ModelConfig
+    from stages.models.qwen3_moe.hf import hf_config, to_hf
 
     model = ModelConfig(**world.MODEL)
     _, (figures,), share = step(corpus, {})

@@ -12,18 +12,18 @@ import torch
 import train_world as world
 from safetensors.torch import load_file, save_file
 
-from pipeline.errors import AtomError, CheckFailed
-from pipeline.store import Artifact, write_manifest
-from release import export
-from stages.model.config import ModelConfig
-from stages.model.init import full_tensor
-from stages.train import sealed
+from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.store import Artifact, write_manifest
+from stages.export import hf
+from stages.mcore.weight_init import full_tensor
+from stages.models.qwen3_moe.config import ModelConfig
+from stages.train.checkpoint import release_checkpoint
 
 pytestmark = pytest.mark.numeric
 
 MODEL = {**world.MODEL, "tie_embeddings": False}
 PADDED = world.VOCAB + 16  # so that padded rows must be dropped
-CONFIG = export.ExportConfig(model=ModelConfig(**MODEL), padded_vocab_size=PADDED)
+CONFIG = hf.ExportConfig(model=ModelConfig(**MODEL), padded_vocab_size=PADDED)
 EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"
 
 
@@ -39,8 +39,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     for step in (0, 4):
         made = {n: t * (1 + step) for n, t in tensors().items()}
         shapes = {n: tuple(t.shape) for n, t in made.items()}
-        place = folder / "checkpoint" / sealed.name_of(step)
-        sealed.write(place, shapes, (), lambda kind, name, shape, made=made: made[name], {"step": step})
+        place = folder / "checkpoint" / release_checkpoint.name_of(step)
+        release_checkpoint.write(place, shapes, (), lambda kind, name, shape, made=made: made[name], {"step": step})
     checkpoint = write_manifest(folder / "checkpoint", "pretrain-test")
     return {"checkpoint": checkpoint, "tokenizer": world.tokenizer(folder / "tokenizer")}
 
@@ -50,7 +50,7 @@ def exported(inputs: dict[str, Artifact], tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("exported")
     (folder / "out").mkdir()
     config = CONFIG.model_copy(update={"step": 0})
-    export.run(config, inputs, folder, folder / "out", world.Reporter())  # type: ignore[arg-type]
+    hf.run(config, inputs, folder, folder / "out", world.Reporter())  # type: ignore[arg-type]
     return folder / "out"
 
 
@@ -78,14 +78,14 @@ def test_folder_loads_with_plain_transformers(exported: Path) -> None:
 
 
 def test_bytes_are_the_same_again(exported: Path, inputs: dict[str, Artifact], run_stage) -> None:
-    again = run_stage(export.STAGE, {"model": MODEL, "padded_vocab_size": PADDED, "step": 0}, inputs)
+    again = run_stage(hf.STAGE, {"model": MODEL, "padded_vocab_size": PADDED, "step": 0}, inputs)
     assert again.digest == world.digest(exported)
 
 
 def test_which_step(inputs: dict[str, Artifact], tmp_path: Path) -> None:
-    assert export._checkpoint(inputs["checkpoint"], None).name == "step-000004"
+    assert hf._checkpoint(inputs["checkpoint"], None).name == "step-000004"
     with pytest.raises(AtomError, match=r"pretrain-test has no sealed checkpoint of step 3; it has \[0, 4\]"):
-        export._checkpoint(inputs["checkpoint"], 3)
+        hf._checkpoint(inputs["checkpoint"], 3)
 
 
 def test_a_broken_expert_is_refused(exported: Path, tmp_path: Path) -> None:
@@ -94,30 +94,30 @@ def test_a_broken_expert_is_refused(exported: Path, tmp_path: Path) -> None:
     folder.mkdir()
     for path in (exported / "model").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    written = load_file(folder / export.WEIGHTS)
+    written = load_file(folder / hf.WEIGHTS)
     written[EXPERT][3] *= 1.5
-    save_file(written, folder / export.WEIGHTS, metadata={"format": "pt"})
+    save_file(written, folder / hf.WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(CheckFailed, match=r"tensor decoder.layers.1.mlp.experts.local_experts.2.linear_fc2.weight of"):
-        export.check_tensors(folder, tensors(), CONFIG.model, world.VOCAB)
+        hf.check_tensors(folder, tensors(), CONFIG.model, world.VOCAB)
 
-    rows = export.parity_rows(world.VOCAB, 64)
-    logits = [x[:, : world.VOCAB] for x in export.megatron_logits(tensors(), CONFIG, rows)]
+    rows = hf.parity_rows(world.VOCAB, 64)
+    logits = [x[:, : world.VOCAB] for x in hf.megatron_logits(tensors(), CONFIG, rows)]
     with pytest.raises(
         CheckFailed, match=r"differ from Megatron's by 0\.\d+ at position \d+ of parity row \d, tolerance 0.0001"
     ):
-        export.check_logits(folder, rows, logits, 1e-4, tmp_path)
-    assert export.check_logits(exported / "model", rows, logits, 1e-4, tmp_path) == pytest.approx(0, abs=1e-5)
+        hf.check_logits(folder, rows, logits, 1e-4, tmp_path)
+    assert hf.check_logits(exported / "model", rows, logits, 1e-4, tmp_path) == pytest.approx(0, abs=1e-5)
 
     del written[EXPERT]
-    save_file(written, folder / export.WEIGHTS, metadata={"format": "pt"})
+    save_file(written, folder / hf.WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(CheckFailed, match=r"cannot be mapped back to Megatron: .*experts.2.down_proj"):
-        export.check_tensors(folder, tensors(), CONFIG.model, world.VOCAB)
+        hf.check_tensors(folder, tensors(), CONFIG.model, world.VOCAB)
     with pytest.raises(CheckFailed, match=r"transformers (finds missing|cannot load)"):
-        export.check_logits(folder, rows, logits, 1e-4, tmp_path)
+        hf.check_logits(folder, rows, logits, 1e-4, tmp_path)
 
 
 def test_one_changed_bit_is_refused(exported: Path) -> None:
     ours = tensors()
     ours["decoder.layers.0.mlp.router.weight"][0, 0].view(torch.int32).bitwise_xor_(1)
     with pytest.raises(CheckFailed, match=r"tensor decoder\.layers\.0\.mlp\.router\.weight"):
-        export.check_tensors(exported / "model", ours, CONFIG.model, world.VOCAB)
+        hf.check_tensors(exported / "model", ours, CONFIG.model, world.VOCAB)

@@ -13,9 +13,9 @@ import yaml
 from conftest import atom
 from test_recipe import SMOKE
 
-from pipeline import ledger
-from pipeline.lease import holder
-from pipeline.recipe import find
+from pipeline.core import provenance
+from pipeline.core.lease import holder
+from pipeline.graph.recipe import find
 
 
 def recipe_with_documents(folder: Path, lines: list[str]) -> str:
@@ -37,8 +37,8 @@ def test_a_corrupt_source_fails_its_stage_and_what_is_mended_goes_on(tmp_path: P
     assert done.stderr.startswith("atom: stage acquire-docstrings failed: ") and done.stderr.count("\n") == 1
     assert "text.jsonl" in done.stderr and "line 2" in done.stderr
     assert not (home / "artifacts").exists() and "Traceback" not in done.stdout + done.stderr
-    (attempt,) = [body for f in (home / "ledger").iterdir() for _, body in ledger.read(home / "ledger", f.name)]
-    assert "line 2" in ledger.outcome(attempt) and attempt["subject"][0]["name"].endswith("events.jsonl")
+    (attempt,) = [body for f in (home / "ledger").iterdir() for _, body in provenance.read(home / "ledger", f.name)]
+    assert "line 2" in provenance.outcome(attempt) and attempt["subject"][0]["name"].endswith("events.jsonl")
     state = json.loads(atom(home, "status", "--json").stdout)["stages"][0]
     assert state["state"] == "failed" and "line 2" in state["message"]
 
@@ -86,7 +86,7 @@ def test_a_second_digest_of_a_bitwise_stage_is_an_error(smoke_home: Path, tmp_pa
     (statement,) = (home / "ledger" / sealed.name).iterdir()
     body = json.loads(statement.read_bytes())
     body["subject"][0]["digest"]["sha256"] = "0" * 64
-    ledger.write(home / "ledger", sealed.name, body)
+    provenance.write(home / "ledger", sealed.name, body)
     statement.unlink()
     shutil.rmtree(sealed)
     said = atom(home, "run", "atom-smoke", "--only", "items", code=2).stderr
@@ -105,13 +105,13 @@ def test_a_remade_input_with_other_bytes_is_no_irreproducible_stage(smoke_home: 
     for d in body["predicate"]["buildDefinition"]["resolvedDependencies"]:
         if d["uri"].startswith("atom:artifact/curate-"):
             d["digest"]["sha256"] = "1" * 64
-    ledger.write(home / "ledger", sealed.name, body)
+    provenance.write(home / "ledger", sealed.name, body)
     shutil.rmtree(sealed)
     atom(home, "run", "atom-smoke", "--only", "tokenizer")
 
 
 def test_a_failed_attempt_leaves_no_place_of_the_machine_in_its_statement(tmp_path: Path) -> None:
-    from pipeline.launch.sentences import without_places
+    from pipeline.launch.failure_messages import without_places
 
     home = tmp_path / "home"
     text = (

@@ -10,11 +10,11 @@ import pytest
 import torch
 import train_world as world
 
-from stages.model import fake_fp8
-from stages.model.build import build
-from stages.model.config import ModelConfig
-from stages.model.init import full_tensor
-from stages.model.quantize import RECIPES, Counts, Recipe, quantise_dequantise
+from stages.mcore import fake_fp8
+from stages.mcore.quantize import RECIPES, Counts, Recipe, quantise_dequantise
+from stages.mcore.weight_init import full_tensor
+from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.qwen3_moe.megatron_model import build
 from stages.train import parallel
 
 pytestmark = pytest.mark.numeric

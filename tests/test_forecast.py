@@ -12,27 +12,28 @@ import yaml
 from conftest import atom
 
 from bench import planner as bench
-from pipeline import graph, planner, profile
-from pipeline import recipe as recipes
-from pipeline.errors import RecipeError
-from pipeline.forecast import Use, forecast
-from pipeline.graph import State
-from pipeline.stage import Estimate
-from pipeline.store import Store
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import Estimate
+from pipeline.core.store import Store
+from pipeline.graph import dag, plan
+from pipeline.graph import recipe as recipes
+from pipeline.graph.cost_estimate import Use, forecast
+from pipeline.graph.dag import State
+from pipeline.launch import cluster_profile
 
 ROOT = Path(__file__).parent.parent
 
 
-def rows_by_hand() -> list[planner.Row]:
+def rows_by_hand() -> list[plan.Row]:
     """Two hours of one core, a training phase of 3.6e21 FLOPs on 8 ranks, the same with layers computed again, and stages of
     which less is known; one is sealed."""
-    node = graph.compose(recipes.load("atom-30b-a3b"), Store(Path("none")), without_data=True).nodes["pretrain"]
+    node = dag.compose(recipes.load("atom-30b-a3b"), Store(Path("none")), without_data=True).nodes["pretrain"]
     known = replace(node.stage.estimate(node.config), flops=3.6e21)
     assert known.training is not None
     phase, again = (replace(known, training=replace(known.training, recomputes=x)) for x in (False, True))
 
-    def row(name: str, estimate: Estimate, ranks: int = 1, trains: bool = False, sealed: bool = False) -> planner.Row:
-        return planner.Row(
+    def row(name: str, estimate: Estimate, ranks: int = 1, trains: bool = False, sealed: bool = False) -> plan.Row:
+        return plan.Row(
             State(name, f"{name}-0", "sealed" if sealed else "to run"), estimate, {}, ranks, {}, None, trains
         )
 
@@ -54,7 +55,7 @@ def write_profile(folder: Path, **changed: Any) -> str:
 
 def test_hours_money_and_energy_by_hand(tmp_path: Path) -> None:
     """3.6e21 FLOPs at 2.5e14 a second are 1.44e7 seconds: 4,000 GPU hours, 500 hours on 8, 10,000 USD, 2.8 MWh."""
-    told = forecast(rows_by_hand(), profile.load(write_profile(tmp_path)), small=False)
+    told = forecast(rows_by_hand(), cluster_profile.load(write_profile(tmp_path)), small=False)
     assert told.uses == (
         Use("order", 2, 0, 2, pytest.approx(0.1), 16),
         Use("evaluate", why="no estimate"),
@@ -78,7 +79,7 @@ def test_hours_money_and_energy_by_hand(tmp_path: Path) -> None:
     ],
 )
 def test_without_rates_one_sentence_says_why_there_is_no_time(tmp_path: Path, changed: Any, why: str) -> None:
-    told = forecast(rows_by_hand(), profile.load(write_profile(tmp_path, **changed)), small=False)
+    told = forecast(rows_by_hand(), cluster_profile.load(write_profile(tmp_path, **changed)), small=False)
     assert told.assumed[-2:] == (
         f"no time is given for pretrain, midtrain: {why}",
         "no time is given for curate: known of small corpora only",
@@ -88,7 +89,7 @@ def test_without_rates_one_sentence_says_why_there_is_no_time(tmp_path: Path, ch
 
 def test_plan_for_a_cluster(tmp_path: Path) -> None:
     """The plan is what it was, keys included; below it what it takes, and that it is beyond the budget."""
-    recipe = yaml.safe_load(Path(recipes.__file__).with_name("recipes").joinpath("atom-30b-a3b.yaml").read_text())
+    recipe = yaml.safe_load((Path(recipes.__file__).parents[1] / "recipes").joinpath("atom-30b-a3b.yaml").read_text())
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({**recipe, "budget": {"gpu_hours": 100_000, "core_hours": 1e6}}))
     asked = ("plan", str(tmp_path / "r.yaml"), "--until", "pretrain")
     cluster = ("--cluster", write_profile(tmp_path))
@@ -129,16 +130,16 @@ def test_gpu_hours_of_published_runs() -> None:
 )
 def test_rates_are_checked(tmp_path: Path, gpu: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RecipeError) as error:
-        profile.load(write_profile(tmp_path, gpu={"name": "G", "source": "s", **gpu}))
+        cluster_profile.load(write_profile(tmp_path, gpu={"name": "G", "source": "s", **gpu}))
     assert str(error.value).startswith(f"cluster profile p: {sentence}")
 
 
 def test_kinds_of_fp8_have_one_rate() -> None:
-    gpu = profile.load("h100-pyxis").gpu
+    gpu = cluster_profile.load("h100-pyxis").gpu
     assert gpu is not None and gpu.rate("fp8-blockwise") == gpu.rate("mxfp8") == gpu.fp8 and gpu.rate("fp32") is None
 
 
 def test_ranks_that_do_not_fill_nodes_are_told(tmp_path: Path) -> None:
     (row,) = [replace(row, ranks=12) for row in rows_by_hand() if row.state.name == "pretrain"]
     with pytest.raises(RecipeError, match="stage pretrain has 12 ranks, which do not fill nodes of 8 alike"):
-        forecast([row], profile.load(write_profile(tmp_path)), small=True)
+        forecast([row], cluster_profile.load(write_profile(tmp_path)), small=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 import chat_world as world
 import pytest
 
-from pipeline.errors import RecipeError
-from pipeline.store import Artifact, write_manifest
-from stages import fresh
-from stages.data import problems
-from stages.data.items import chat_rows
+from pipeline.core.errors import RecipeError
+from pipeline.core.store import Artifact, write_manifest
+from stages.data.synthetic import problems
 from stages.data.table import read_jsonl, write_jsonl
+from stages.evaluation import generated_eval
+from stages.evaluation.eval_set import chat_rows
 
 CONFIG = {"problems": {"add": 40, "sort": 10}, "phases": {"pretrain": ["prose"], "sft": ["prose", "chats"]}}
 
@@ -22,7 +22,7 @@ CONFIG = {"problems": {"add": 40, "sort": 10}, "phases": {"pretrain": ["prose"],
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     """A world in which the corpus, a task and an evaluation item ask what the model `model` will draw."""
     folder = tmp_path_factory.mktemp("world")
-    drawn = fresh.draw(fresh.digest_of(world.model(folder / "a", 1) / "model"), CONFIG["problems"])
+    drawn = generated_eval.draw(generated_eval.digest_of(world.model(folder / "a", 1) / "model"), CONFIG["problems"])
     asked = [row["question"] for row in drawn]
     texts = {
         "prose": [world.TEXT, f"It is known that {asked[0]} = 17, or so.", f"9{asked[1]} is another sum."],
@@ -38,40 +38,40 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
 
 
 def test_anyone_with_the_weights_draws_the_same(run_stage, inputs, tmp_path: Path) -> None:
-    first, second = run_stage(fresh.STAGE, CONFIG, inputs), run_stage(fresh.STAGE, CONFIG, inputs)
+    first, second = run_stage(generated_eval.STAGE, CONFIG, inputs), run_stage(generated_eval.STAGE, CONFIG, inputs)
     assert first.digest == second.digest
     shutil.copytree(inputs["model"] / "model", tmp_path / "published")
-    digest = fresh.digest_of(tmp_path / "published")
+    digest = generated_eval.digest_of(tmp_path / "published")
     about = first.json("meta.json")
     assert about["digest"] == digest == f"sha256:{about['seed']}"
     removed = {row["id"] for row in about["removed"]}
-    again = [row for row in fresh.draw(digest, about["problems"]) if row["id"] not in removed]
+    again = [row for row in generated_eval.draw(digest, about["problems"]) if row["id"] not in removed]
     assert again == chat_rows(first)
-    other = run_stage(fresh.STAGE, CONFIG, {**inputs, "model": inputs["before"]})
+    other = run_stage(generated_eval.STAGE, CONFIG, {**inputs, "model": inputs["before"]})
     ours, theirs = ({row["question"] for row in chat_rows(found)} for found in (first, other))
     assert len(ours & theirs) < 5
 
 
 def test_what_stood_anywhere_is_taken_out_and_counted(run_stage, inputs) -> None:
-    about = run_stage(fresh.STAGE, CONFIG, inputs).json("meta.json")
+    about = run_stage(generated_eval.STAGE, CONFIG, inputs).json("meta.json")
     found = {row["id"]: row["where"] for row in about["removed"]}
     assert found == {
         "fresh/add/00000": ["pretrain", "sft"],
         "fresh/add/00002": ["tasks-rlvr"],
-        "fresh/add/00003": [fresh.EVALUATION],
+        "fresh/add/00003": [generated_eval.EVALUATION],
         "fresh/sort/00000": ["sft"],
     }  # and not add/00001, whose digits stand in the corpus as a part of other ones
-    assert about["removed_by_place"] == {"pretrain": 1, "sft": 2, "tasks-rlvr": 1, fresh.EVALUATION: 1}
+    assert about["removed_by_place"] == {"pretrain": 1, "sft": 2, "tasks-rlvr": 1, generated_eval.EVALUATION: 1}
     assert (about["drawn"], about["kept"]) == (50, 46)
 
 
 def test_rows_are_as_the_items_artifact_has_them(run_stage, inputs) -> None:
     fields = {frozenset(row) for row in chat_rows(inputs["items"]) if row["verifier"] == "exact"}
-    assert {frozenset(row) for row in chat_rows(run_stage(fresh.STAGE, CONFIG, inputs))} == fields
+    assert {frozenset(row) for row in chat_rows(run_stage(generated_eval.STAGE, CONFIG, inputs))} == fields
 
 
 def test_a_task_with_too_few_problems_is_one_sentence(monkeypatch) -> None:
     few = lambda rng: problems.Problem("sort", f"sort {rng.randrange(3)}", "", "")  # noqa: E731
     monkeypatch.setitem(problems.TASKS, "sort", few)
     with pytest.raises(RecipeError, match="task sort gave only 3 different problems of 4; ask for fewer"):
-        fresh.draw("sha256:00", {"sort": 4})
+        generated_eval.draw("sha256:00", {"sort": 4})

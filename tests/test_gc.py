@@ -18,15 +18,16 @@ from conftest import atom
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import gc, json_files, profile, snapshot, trash
-from pipeline import run as runs
-from pipeline.errors import AtomError
-from pipeline.graph import Graph
-from pipeline.launch import claims, queue, slurm
-from pipeline.lease import Lease
-from pipeline.store import Store
+from pipeline.core import code_snapshot, json_files
+from pipeline.core.errors import AtomError
+from pipeline.core.lease import Lease
+from pipeline.core.store import Store
+from pipeline.graph import run as runs
+from pipeline.graph.dag import Graph
+from pipeline.launch import cluster_profile, slurm, slurm_client, submission_lock
+from pipeline.operations import garbage_collection, trash
 
-pytestmark = pytest.mark.filterwarnings("ignore::pipeline.json_files.DamagedFile")
+pytestmark = pytest.mark.filterwarnings("ignore::pipeline.core.json_files.DamagedFile")
 DAMAGES = ("", "{", "[]", '{"id": 1}', "[" * 100_000, "\x00\xff")
 
 
@@ -42,7 +43,7 @@ def store(tmp_path: Path) -> Store:
 
 def taken(store: Store, **options: Any) -> set[str]:
     """The paths below the home that gc moves."""
-    return {row.path.relative_to(store.home).as_posix() for row in gc.move(store, **options)}
+    return {row.path.relative_to(store.home).as_posix() for row in garbage_collection.move(store, **options)}
 
 
 class History:
@@ -89,7 +90,7 @@ class History:
 
     def collect(self) -> None:
         before = set(os.listdir(self.store.artifacts)) if self.store.artifacts.exists() else set()
-        gc.move(self.store)
+        garbage_collection.move(self.store)
         after = set(os.listdir(self.store.artifacts)) if before else set()
         kept = before if self.damaged else before & (self.led_to() | self.trained)
         assert after == kept, (after - kept, kept - after)
@@ -190,11 +191,11 @@ def test_what_was_trained_goes_only_by_its_name(three: list[Graph], store: Store
     world.start(store, composed, composed.select("midtrain", None), "midtrain")
     shutil.rmtree(run.folder)
     key, unfinished = composed.nodes["pretrain"].key, composed.nodes["midtrain"].key
-    assert taken(store) == set() and not gc.loose(store)[1], "the other run leads to it"
+    assert taken(store) == set() and not garbage_collection.loose(store)[1], "the other run leads to it"
     assert taken(store, named=[key]) == {f"artifacts/{key}"}
     assert taken(store, named=[unfinished[:-3]]) == {f"work/{unfinished}"}
     with pytest.raises(AtomError, match="is not there"):
-        gc.loose(store, named=["pretrain-nothing"])
+        garbage_collection.loose(store, named=["pretrain-nothing"])
     checkpoint = world.Checkpoint(key, 1).key
     assert store.sealed(checkpoint), "a checkpoint has a name of its own"
 
@@ -206,14 +207,14 @@ def test_what_is_at_work_is_not_taken_even_if_it_is_named(three: list[Graph], st
     lease = Lease.take(store.work(composed.nodes["midtrain"].key))
     assert lease
     with pytest.raises(AtomError, match=f"{key} is needed by run {run.id}, which is at work"):
-        gc.loose(store, named=[key])
+        garbage_collection.loose(store, named=[key])
     with pytest.raises(AtomError, match="cannot be ignored"):
-        gc.loose(store, ignored=[run.id])
+        garbage_collection.loose(store, ignored=[run.id])
     lease.release()
     driver = Lease.take(run.folder / "driver")
     assert driver
     with pytest.raises(AtomError, match="which is at work"):
-        gc.loose(store, named=[key])
+        garbage_collection.loose(store, named=[key])
     driver.release()
     assert taken(store, named=[key]) == {f"artifacts/{key}"}
 
@@ -241,12 +242,16 @@ def test_sizes_count_a_file_when_its_last_link_goes(three: list[Graph], store: S
     size, manifests = (store.artifacts / key / "file").stat().st_size, 0
     for each in (key, checkpoint):
         manifests += (store.artifacts / each / "manifest.json").stat().st_size
-        rows = {row.path.name: row.bytes for row in gc.loose(store, named=[each])[0]}
+        rows = {row.path.name: row.bytes for row in garbage_collection.loose(store, named=[each])[0]}
         assert rows[each] < size, "the other link holds the file"
-    both = [row for row in gc.loose(store, named=[key, checkpoint])[0] if row.path.name in (key, checkpoint)]
+    both = [
+        row for row in garbage_collection.loose(store, named=[key, checkpoint])[0] if row.path.name in (key, checkpoint)
+    ]
     assert sum(row.bytes for row in both) == size + manifests
     os.link(store.artifacts / key / "file", tmp_path / "elsewhere")
-    both = [row for row in gc.loose(store, named=[key, checkpoint])[0] if row.path.name in (key, checkpoint)]
+    both = [
+        row for row in garbage_collection.loose(store, named=[key, checkpoint])[0] if row.path.name in (key, checkpoint)
+    ]
     assert sum(row.bytes for row in both) == manifests
 
 
@@ -256,7 +261,7 @@ def test_the_trash_keeps_for_days_and_then_not(
     composed = three[0]
     world.start(store, composed, composed.select("items", None))
     key, day = composed.nodes["items"].key, trash.today()
-    gc.move(store, [key])
+    garbage_collection.move(store, [key])
     monkeypatch.setattr(trash, "today", lambda: day + timedelta(days=trash.GRACE_DAYS))
     assert trash.empty(store) == 0 and len(trash.entries(store)) == 1
     monkeypatch.setattr(trash, "today", lambda: day + timedelta(days=trash.GRACE_DAYS + 1))
@@ -267,7 +272,7 @@ def test_of_two_of_one_name_and_day_both_lie_in_the_trash(three: list[Graph], st
     composed = three[0]
     for _ in range(2):
         world.start(store, composed, composed.select("items", None))
-        gc.move(store, [composed.nodes["items"].key])
+        garbage_collection.move(store, [composed.nodes["items"].key])
     assert [entry.place.parts[0] for entry in trash.entries(store)] == ["artifacts", "artifacts"]
     (store.home / "trash" / "notes").mkdir()
     said = atom(store.home, "gc", "--empty-trash").stderr
@@ -343,29 +348,29 @@ def test_what_cannot_be_looked_into_keeps_everything(three: list[Graph], store: 
 def test_the_code_of_a_submission_is_frozen_while_nobody_collects(
     three: list[Graph], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = claims.submitting
+    real = submission_lock.submitting
 
     @contextmanager
     def after_gc(home: Store) -> Iterator[None]:
-        monkeypatch.setattr(claims, "submitting", real)
-        assert [row.path.parent.name for row in gc.move(home)] == ["code"], "of an earlier dry run"
+        monkeypatch.setattr(submission_lock, "submitting", real)
+        assert [row.path.parent.name for row in garbage_collection.move(home)] == ["code"], "of an earlier dry run"
         with real(home):
             yield
 
-    monkeypatch.setattr(queue, "held", dict)
-    monkeypatch.setattr(queue, "ask", lambda *words, **more: "")
+    monkeypatch.setattr(slurm_client, "held", dict)
+    monkeypatch.setattr(slurm_client, "ask", lambda *words, **more: "")
     monkeypatch.setattr(slurm, "executor_of", lambda *words, **more: None)
     monkeypatch.setattr(slurm, "start", lambda *words: "7")
-    snapshot.freeze(store, three[0].recipe.files)
-    monkeypatch.setattr(claims, "submitting", after_gc)
-    run = slurm.submit(three[0], store, ["acquire-sums"], profile.load("dev"), "dev").run
+    code_snapshot.freeze(store, three[0].recipe.files)
+    monkeypatch.setattr(submission_lock, "submitting", after_gc)
+    run = slurm.submit(three[0], store, ["acquire-sums"], cluster_profile.load("dev"), "dev").run
     assert run and (store.home / "code" / run.body["code"]).is_dir()
 
 
 def test_what_was_made_anew_meanwhile_stays_in_the_trash(
     three: list[Graph], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    composed, real = three[0], gc._move
+    composed, real = three[0], garbage_collection._move
     selected = composed.select("curate", None)
     shutil.rmtree(world.start(store, composed, selected).folder)
 
@@ -375,10 +380,10 @@ def test_what_was_made_anew_meanwhile_stays_in_the_trash(
             world.start(home, composed, selected)
         return real(home, path)
 
-    keys = [row.path.name for row in gc.loose(store)[0]]
-    monkeypatch.setattr(gc, "_move", slow)
+    keys = [row.path.name for row in garbage_collection.loose(store)[0]]
+    monkeypatch.setattr(garbage_collection, "_move", slow)
     with pytest.warns(json_files.DamagedFile, match="is not moved back for a new run .it was made anew.; it stays in"):
-        moved = gc.move(store)
+        moved = garbage_collection.move(store)
     assert [row.path.name for row in moved] == keys[:1], "the others were moved back"
     assert not any(store.damage(key) for key in keys)
     assert [entry.place.name for entry in trash.entries(store)] == sorted(keys[:1])
@@ -409,6 +414,6 @@ def test_no_link_in_the_trash_is_followed(three: list[Graph], store: Store) -> N
         "a link itself is an entry"
     )
     assert sorted(path for path in store.home.rglob("*") if path.is_file()) == before
-    gc.move(store, named=[key])
+    garbage_collection.move(store, named=[key])
     days = {entry.path.relative_to(trashed).parts[0] for entry in trash.entries(store)}
     assert days == {f"{trash.today().isoformat()}.2"}, "nothing is moved through a link"

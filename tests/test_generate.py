@@ -9,11 +9,11 @@ import rl_world
 import torch
 from transformers import GenerationConfig
 
-from stages.model import hf
-from stages.model.config import ModelConfig
-from stages.model.init import full_tensor
-from stages.rl.contracts import Prompt
-from stages.rl.generate import InProcess
+from stages.mcore.weight_init import full_tensor
+from stages.models.qwen3_moe import hf
+from stages.models.qwen3_moe.config import ModelConfig
+from stages.rl.protocols import Prompt
+from stages.rl.samplers.generate import InProcess
 
 pytestmark = pytest.mark.numeric
 

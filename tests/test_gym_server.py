@@ -16,8 +16,8 @@ from verifier_world import (
     sum_row,
 )
 
-from stages.rl.contracts import VerifierFailed
-from stages.rl.verifiers import verifier
+from stages.rl.protocols import VerifierFailed
+from stages.rl.rewards.verifiers import verifier
 
 
 def test_a_server_scores_in_the_order_of_the_answers(serve: Callable[..., Server]) -> None:

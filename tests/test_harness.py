@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import release_world as world
 
-from release import harness
+from release.audit import harness
 
 TASK = """
 task: next_words
@@ -74,6 +74,6 @@ def test_what_is_missing_is_told_in_a_sentence(
     assert harness.main([str(tmp_path), "--tasks", "arc_easy"]) == 2
     assert harness.main([str(release), "--tasks", "no_such_task"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    said = [line for line in lines if line.startswith("release.harness: ")]
+    said = [line for line in lines if line.startswith("release.audit.harness: ")]
     assert "Traceback" not in "".join(lines) and len(said) == 3
     assert "evidence/recipe.json" in said[0] and "holds no model" in said[1] and "no task no_such_task" in said[2]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from release.local_hub import running
+from release.hub.local.server import running
 
 PRELUDE = """
 import os, sys, pathlib, tempfile

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import AtomError
+from pipeline.core.errors import AtomError
 
 SHA = "a" * 40
 TOKEN = "hf_" + "s" * 34
 CLIENT = """
 import sys
-from pipeline.errors import AtomError
+from pipeline.core.errors import AtomError
 from release import hub_limits
 from release.{module} import {call}
 hub_limits.LIMITS = hub_limits.Limits(
@@ -273,7 +273,7 @@ def test_a_sentence_and_an_end(name: str, clients: dict[str, subprocess.Popen[st
 
 def test_mistakes_of_ours_are_not_the_hubs() -> None:
     """Nor are calls that the client does not know; what the client raises of an answer is."""
-    from release.hub_client import Patient, parsing, plainly
+    from release.hub.client import Patient, parsing, plainly
 
     class Client:
         def info(self, repo: str) -> object:
@@ -294,13 +294,13 @@ def test_mistakes_of_ours_are_not_the_hubs() -> None:
 
 
 def test_the_token_goes_to_the_hub_alone() -> None:
-    from release import hub_client, hub_limits
-    from release.hub_limits import HubLimit
+    from release.hub import client, limits
+    from release.hub.limits import HubLimit
 
     def check(url: str, endpoint: str) -> bool:
-        request = hub_client._http().Request("GET", url, headers={"authorization": f"Bearer {TOKEN}"})
-        hub_limits.begin_call()
-        hub_limits._begin_request(request, endpoint)
+        request = client._http().Request("GET", url, headers={"authorization": f"Bearer {TOKEN}"})
+        limits.begin_call()
+        limits._begin_request(request, endpoint)
         return "authorization" in request.headers
 
     assert check("https://huggingface.co/a", "https://huggingface.co")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from verifier_world import ARGUMENTS, form_row, one
 
-from stages.data import instructions
-from stages.rl.contracts import VerifierFailed, to_row
-from stages.rl.verifiers import verifier
+from stages.data.synthetic import instructions
+from stages.rl.protocols import VerifierFailed, to_row
+from stages.rl.rewards.verifiers import verifier
 from stages.scorers.instructions_v1 import CHECKS
 
 FOLLOWED: dict[str, tuple[list[str], list[str]]] = {

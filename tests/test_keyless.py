@@ -19,12 +19,13 @@ from test_release_verify import resum
 from test_sign import certificate, verdict, write_key
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.errors import AtomError
-from release import keyless, show, sign
+from pipeline.cli.main import app
+from pipeline.core.errors import AtomError
+from release.audit import show
+from release.hub.local.server import running
 from release.layout import SUMS, files_below, files_of, repositories
-from release.local_hub import running
-from release.trust import Trust
+from release.signing import keyless, sign
+from release.signing.trust_policy import Trust
 
 
 @pytest.fixture(scope="module")
@@ -205,12 +206,12 @@ def test_they_are_published_and_come_back(client, release: Path, config: Path, t
         client(
             f"""
 publish(release, "local", public=True)
-from release.trust import Trust
+from release.signing.trust_policy import Trust
 trust = Trust(identity={WHO!r}, issuer={ISSUER!r}, trust_config=pathlib.Path({str(config)!r}))
 for suffix in ("", "-data", "-evidence", "-checkpoints@pretrain-step-2"):
     found = next(c for c in verify("local/tiny" + suffix, trust=trust).checks if c.name == "signatures")
     assert found.ok, found
-from release.pull import pull_named
+from release.hub.pull import pull_named
 hidden = ".eval_results/tiny-data.yaml"
 came = pull_named("local/tiny", release.with_name("came")) / hidden
 assert came.read_bytes() == (release / "model" / hidden).read_bytes()

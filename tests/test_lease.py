@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import lease as module
-from pipeline.lease import EXPIRY, Lease, holder
+from pipeline.core import lease as module
+from pipeline.core.lease import EXPIRY, Lease, holder
 
-HOLD = "import sys,time; from pathlib import Path; from pipeline.lease import Lease; \
+HOLD = "import sys,time; from pathlib import Path; from pipeline.core.lease import Lease; \
 l=Lease.take(Path(sys.argv[1])); print('held' if l else 'refused', flush=True); time.sleep(60 if l else 0)"
 
 

@@ -14,8 +14,9 @@ import release_world as world
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import AtomError
-from release import facts, merkle
+from pipeline.core.errors import AtomError
+from release.assembly import metrics
+from release.audit import merkle
 
 SIZES = st.integers(1, 70)
 
@@ -124,7 +125,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def leaves_of(file: Path, columns: list[str]) -> list[bytes]:
-    rows = [{name: row[name] for name in columns} for row in facts.rows(file)]
+    rows = [{name: row[name] for name in columns} for row in metrics.rows(file)]
     return [json.dumps(r, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode() for r in rows]
 
 
@@ -133,7 +134,7 @@ def test_the_roots_of_a_dataset_are_over_its_rows(dataset: Path) -> None:
     files |= {f"kept/{source}": f"kept/{source}.parquet" for source in world.SOURCES}
     found = merkle.roots(dataset)
     assert set(found) == set(files) and json.loads(json.dumps(found)) == found
-    assert found["dispositions"]["leaf"] == list(facts.rows(dataset / files["dispositions"])[0])
+    assert found["dispositions"]["leaf"] == list(metrics.rows(dataset / files["dispositions"])[0])
     for name, file in files.items():
         leaves = leaves_of(dataset / file, found[name]["leaf"])
         assert (found[name]["root"], found[name]["size"]) == (mth(leaves).hex(), len(leaves))
@@ -184,7 +185,7 @@ def test_an_unknown_document_has_no_proof(dataset: Path) -> None:
 
 
 def test_a_measure_that_is_no_number_has_a_leaf(dataset: Path, tmp_path: Path) -> None:
-    fates = facts.rows(dataset / "dispositions.parquet")
+    fates = metrics.rows(dataset / "dispositions.parquet")
     fates[3]["value"] = float("nan")
     world.table(tmp_path / "dispositions.parquet", fates)
     (tmp_path / "tokens").symlink_to(dataset / "tokens")
@@ -201,7 +202,7 @@ def test_a_missing_table_is_reported_in_one_sentence(tmp_path: Path) -> None:
 def test_proofs_are_checked_against_the_roots_alone(dataset: Path, tmp_path: Path) -> None:
     proofs, roots = tmp_path / "report.json", tmp_path / "merkle.json"
     roots.write_text(json.dumps(merkle.roots(dataset)))
-    found = merkle.prove(dataset, facts.rows(dataset / "kept/prose.parquet", ["id"])[0]["id"])
+    found = merkle.prove(dataset, metrics.rows(dataset / "kept/prose.parquet", ["id"])[0]["id"])
     proofs.write_text(json.dumps({"proofs": found}))
     assert merkle.check_file(proofs, roots) == dict.fromkeys(found) and len(found) == 3
     found["tokens"]["leaf"]["tokens"] += 1

@@ -9,10 +9,10 @@ import pytest
 import torch
 import train_world as world
 
-from stages.model.build import build, load_tensors, named_tensors
-from stages.model.config import ModelConfig
-from stages.model.init import full_tensor
-from stages.model.names import global_name
+from stages.mcore.param_names import global_name
+from stages.mcore.weight_init import full_tensor
+from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.qwen3_moe.megatron_model import build, load_tensors, named_tensors
 from stages.train import parallel
 
 pytestmark = pytest.mark.numeric
@@ -122,7 +122,7 @@ def test_cpu_support_leaves_torch_alone() -> None:
         "  Qwen3MoeForCausalLM(c).save_pretrained(d)\n"
         "  logits = lambda: Qwen3MoeForCausalLM.from_pretrained(d)(torch.arange(20)[None]).logits\n"
         "  before = logits()\n"
-        "  import stages.model.mcore\n"
+        "  import stages.mcore.megatron_imports\n"
         "  assert torch.equal(before, logits())\n"
         "assert not torch.cuda.is_available() and torch.zeros(1).type() == 'torch.FloatTensor'\n"
         "try: torch.zeros(1, device='cuda')\n"

@@ -8,8 +8,8 @@ import train_world as world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.model import hf
-from stages.model.config import ModelConfig
+from stages.models.qwen3_moe import hf
+from stages.models.qwen3_moe.config import ModelConfig
 
 pytestmark = pytest.mark.numeric
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.model.heads import Heads
-from stages.model.spec import causal_attention
+from stages.models.qwen3_moe.layer_spec import causal_attention
+from stages.models.qwen3_moe.qkv import Heads
 
 pytestmark = pytest.mark.numeric
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 import train_world as world
 
-from pipeline.errors import AtomError
-from release import export
-from stages.model.build import transformer_config
-from stages.model.config import ModelConfig, Rope, Yarn
-from stages.model.hf import from_hf, hf_config, to_hf
-from stages.model.init import full_tensor
-from stages.model.layout import Layout
-from stages.model.rope import frequencies
+from pipeline.core.errors import AtomError
+from stages.export import hf
+from stages.mcore.parallel_layout import Layout
+from stages.mcore.rope import frequencies
+from stages.mcore.weight_init import full_tensor
+from stages.models.qwen3_moe.config import ModelConfig, Rope, Yarn
+from stages.models.qwen3_moe.hf import from_hf, hf_config, to_hf
+from stages.models.qwen3_moe.megatron_model import transformer_config
 from stages.train import parallel
 
 pytestmark = pytest.mark.numeric
@@ -83,11 +83,11 @@ LONG = {
 
 @pytest.mark.parametrize("change", LONG)
 def test_transformers_gives_the_logits_at_full_length(change: str, inputs: dict, tmp_path: Path) -> None:
-    """The exported folder in a fresh interpreter, on a row of the whole context (release/parity.py)."""
+    """The exported folder in a fresh interpreter, on a row of the whole context (stages/export/parity.py)."""
     model = PLAIN.model_copy(update=LONG[change])
-    config = export.ExportConfig(model=model, padded_vocab_size=world.VOCAB, seed=3)
+    config = hf.ExportConfig(model=model, padded_vocab_size=world.VOCAB, seed=3)
     (tmp_path / "out").mkdir()
-    export.run(config, inputs, tmp_path, tmp_path / "out", world.Reporter())  # type: ignore[arg-type]
+    hf.run(config, inputs, tmp_path, tmp_path / "out", world.Reporter())  # type: ignore[arg-type]
     parity = json.loads((tmp_path / "out/parity.json").read_text())
     assert parity["longest_row"] == model.context_length and parity["max_abs_logit_delta"] == pytest.approx(0, abs=1e-4)
     said = json.loads((tmp_path / "out/model/config.json").read_text())
@@ -117,7 +117,7 @@ def test_what_qwen3_moe_cannot_express_is_refused(inputs: dict, tmp_path: Path) 
         model = PLAIN.model_copy(update={field: value})
         with pytest.raises(AtomError, match=rf"model\.{field} = {value} cannot be exported: .*{said}.* leave it out"):
             hf_config(model, world.VOCAB, 1, 0, "float32")
-        obstacle = export.STAGE.obstacle(export.ExportConfig(model=model, padded_vocab_size=world.VOCAB))
+        obstacle = hf.STAGE.obstacle(hf.ExportConfig(model=model, padded_vocab_size=world.VOCAB))
         assert obstacle is not None and obstacle.startswith(f"model.{field}")
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import chat_world as world
 import pytest
 
-from stages.data import items
 from stages.data.table import read_jsonl, write_jsonl
-from stages.rl import tasks
-from stages.rl.contracts import Response
-from stages.rl.verifiers import verifier
+from stages.evaluation import eval_set
+from stages.rl.protocols import Response
+from stages.rl.rewards.verifiers import verifier
+from stages.rl.rollout import tasks
 
 PYTHON = os.environ.get("ATOM_NEMO_PYTHON")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="NeMo Gym needs an environment of its own; see `make test-nemo`")
@@ -90,7 +90,7 @@ def rows(tmp_path: Path) -> list[dict[str, Any]]:
         {"source": "problems", "task": task, "levels": [2, 3], "count": 3} for task in ("add", "sort")
     ]
     sources += [{"source": "reasoning-gym", "dataset": name, "count": 3} for name in ("gcd", "spell_backward")]
-    held = world.sealed(items.STAGE, world.ITEMS, {}, tmp_path / "items")
+    held = world.sealed(eval_set.STAGE, world.ITEMS, {}, tmp_path / "items")
     made = world.sealed(tasks.STAGE, {"sources": sources, "seed": 0}, {"items": held}, tmp_path / "tasks")
     return tasks.read(made)
 

@@ -12,15 +12,16 @@ import old_releases
 import pytest
 from old_releases import Tree
 
-from pipeline.errors import AtomError, CheckFailed
-from pipeline.store import sha256_file
-from pipeline.text import escaped
-from release import replay_carried, schema, schema_v2, show, trace
+from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.store import sha256_file
+from pipeline.core.text import escaped
+from release import schema, schema_v2
+from release.audit import replay_carried, show, tracing
+from release.audit.replay import replay
+from release.audit.replay_report import BITWISE, CLOSE, certificate, text
+from release.audit.replay_source import Source
+from release.audit.verify import Verdict, verify
 from release.layout import model_folders
-from release.replay import replay
-from release.replay_report import BITWISE, CLOSE, certificate, text
-from release.replay_source import Source
-from release.verify import Verdict, verify
 
 PHASE, STEP = "pretrain", 30
 MODELS = ["model", "model-base", "model-mid", "model-sft", "model-rlvr", "model-rlhf"]
@@ -88,13 +89,13 @@ def test_it_is_shown_and_traced(kept: Path, tmp_path: Path) -> None:
     assert list(page["models"]) == [*MODELS[1:], "model"] and all(page["gates"].values())
     assert page["seen"][PHASE]["steps"] == STEP and "atom-kept" in show.text(page)
 
-    step = trace.step(kept, PHASE, 1)
+    step = tracing.step(kept, PHASE, 1)
     assert step.moved is True and len(step.segments) == 24
-    found = trace.document(kept, step.segments[0]["id"])
+    found = tracing.document(kept, step.segments[0]["id"])
     assert found.fates[0]["disposition"] == "kept" and 1 in [use.step for use in found.uses if use.phase == PHASE]
     assert found.models == ["base", "mid", "sft", "rlvr", "rlhf", "online"]
     assert f"{PHASE}-step-{STEP}" in found.checkpoints and "online-step-2" in found.checkpoints
-    matches = trace.text(kept, "Thank the ", tmp_path).matches
+    matches = tracing.text(kept, "Thank the ", tmp_path).matches
     assert matches and {match.source for match in matches} == {"courtesies"}
 
 
@@ -216,7 +217,7 @@ def test_a_later_scorer_does_not_make_it_bad(kept: Path, tree: Tree) -> None:
     assert skipped.startswith("skipped: scored by exact 1: ") and skipped.endswith("this atom holds exact 2")
 
 
-IDENTITY = '''"""Format 3: today's names."""
+IDENTITY = '''"""Format 4: today's names."""
 COLUMNS = {}
 def same(name): return name
 phase = model = node = same
@@ -229,20 +230,20 @@ V2 = "release/schema_v2.py"
 
 
 def rename_everything(tree: Tree) -> None:
-    """Nodes, phases, models, fields and a column get other names in the code, and the format becomes 3."""
+    """Nodes, phases, models, fields and a column get other names in the code, and the format becomes 4."""
     tree.replace("release/layout.py", '"rlhf"', '"dpo"')
     tree.replace("release/layout.py", '"online"', '"onlinerl"')
-    tree.replace("release/layout.py", "FORMAT = 2", "FORMAT = 3")
+    tree.replace("release/layout.py", "FORMAT = 3", "FORMAT = 4")
     tree.replace(V2, '"rlhf": "rlhf"', '"rlhf": "dpo"')
     tree.replace(V2, '"online": "online"', '"online": "onlinerl"')
     tree.replace(V2, '"judge": "judge"', '"judge": "export-reward"')
     tree.replace_all(r'"accuracy(_all)?"', r'"exact_match\1"', "release", "stages", without=[V2])
     tree.replace_all(r'"kept_hash"', '"text_hash"', "release", without=[V2])
     tree.replace_all(r'(release|found)\["licence"\]', r'\1["license"]', "release", without=[V2])
-    tree.replace("release/show.py", '"licence", "commit"', '"license", "commit"')
-    tree.replace("release/schema.py", "2: schema_v2}", "2: schema_v2, 3: schema_v3}")
-    tree.replace("release/schema.py", "from release import schema_v2", "from release import schema_v2, schema_v3")
-    (tree.folder / "release/schema_v3.py").write_text(IDENTITY)
+    tree.replace("release/audit/show.py", '"licence", "commit"', '"license", "commit"')
+    tree.replace("release/schema.py", "3: schema_v3}", "3: schema_v3, 4: schema_v4}")
+    tree.replace("release/schema.py", "import schema_v2, schema_v3", "import schema_v2, schema_v3, schema_v4")
+    (tree.folder / "release/schema_v4.py").write_text(IDENTITY)
     with open(tree.folder / V2, "a") as file:
         file.write("FIELDS['scores.json'] |= {'accuracy': 'exact_match', 'accuracy_all': 'exact_match_all'}\n")
         file.write("FIELDS['release.json'] |= {'licence': 'license'}\n")

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import AtomError, RecipeError
-from pipeline.store import Artifact, write_manifest
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.store import Artifact, write_manifest
 from stages.data import order
 from stages.data.seeds import permutation
 from stages.data.table import TOKENIZED, write_rows

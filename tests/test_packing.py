@@ -14,8 +14,8 @@ import train_world as world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import AtomError
-from pipeline.store import Artifact, write_manifest
+from pipeline.core.errors import AtomError
+from pipeline.core.store import Artifact, write_manifest
 from stages.data import order, packing
 from stages.data.packing import LongDocuments
 from stages.data.table import TOKENIZED, write_rows
@@ -131,9 +131,9 @@ def test_a_packed_phase_goes_on_as_it_was_or_packs_the_rest_anew(tmp_path: Path,
 
 def test_a_document_in_company_computes_as_alone(tmp_path: Path) -> None:
     """Logits and gradients of three documents in one packed row are those of three rows; positions start anew."""
-    from stages.model.build import build, load_tensors
-    from stages.model.config import ModelConfig
-    from stages.model.init import full_tensor
+    from stages.mcore.weight_init import full_tensor
+    from stages.models.qwen3_moe.config import ModelConfig
+    from stages.models.qwen3_moe.megatron_model import build, load_tensors
     from stages.train import parallel
 
     model = ModelConfig(**world.MODEL)

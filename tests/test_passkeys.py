@@ -12,15 +12,16 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import RecipeError
-from pipeline.stage import identity
-from pipeline.store import Artifact, write_manifest
-from stages.data import acquire, curate, filter, passkeys
-from stages.data.curation.settings import CurationSettings
-from stages.data.readers.stdlib import read_modules
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import identity
+from pipeline.core.store import Artifact, write_manifest
+from stages.data import acquire, dedup, filter
+from stages.data.filters.settings import CurationSettings
+from stages.data.readers.python_stdlib import read_modules
 from stages.data.recipe import Source, StdlibSource, load, resolve_tree_digest
+from stages.data.synthetic import passkeys
 from stages.data.table import DOCUMENTS, ITEMS, content_hash, write_rows
-from stages.data.tokenize import encode
+from stages.data.tokenization import encode
 
 TEXTS = [(f"Text {n} speaks of nothing much.\n\nIt has a second line, which is longer.", f"{n}.py") for n in range(9)]
 
@@ -74,7 +75,7 @@ def test_no_filler_is_held_out_elsewhere() -> None:
     assert len(kept) == pytest.approx(1800, abs=60)
 
     for text, _ in texts:
-        if curate.split_of(content_hash(text), passkeys.HELD_OUT_SHARE) == "heldout":
+        if dedup.split_of(content_hash(text), passkeys.HELD_OUT_SHARE) == "heldout":
             assert text not in kept
 
 
@@ -116,7 +117,7 @@ def test_curation_keeps_documents_that_share_their_filler(tmp_path: Path, run_st
         source, settings = {"name": "keys", "kind": kind}, CurationSettings().model_dump()
         filtered = run_stage(filter.STAGE, {"sources": [source], "curation": settings, "seed": 0}, inputs)
         config = {"sources": [{**source, "heldout": 0.0}], "minhash": settings["minhash"]}
-        made = run_stage(curate.STAGE, config, {"filter": filtered})
+        made = run_stage(dedup.STAGE, config, {"filter": filtered})
         kept[kind] = pq.read_table(made / "kept/keys.parquet").to_pylist()
     assert len(kept["problems"]) == 40 and len(kept["prose"]) < 20
     assert [row["prompt_chars"] for row in kept["problems"]] == [row["prompt_chars"] for row in rows[:40]]

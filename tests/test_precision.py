@@ -11,10 +11,10 @@ import torch
 import train_world as world
 from safetensors.torch import load_file
 
-from pipeline.errors import RecipeError
-from pipeline.store import write_manifest
-from release import export
-from stages.model import precision
+from pipeline.core.errors import RecipeError
+from pipeline.core.store import write_manifest
+from stages.export import hf
+from stages.mcore import precision
 
 pytestmark = pytest.mark.numeric
 
@@ -116,17 +116,15 @@ def test_gradients_are_summed_in_fp32(corpus: Path) -> None:
 
 def test_a_bf16_model_is_exported_as_it_computed(trained: Path, tmp_path: Path) -> None:
     """The file holds the optimizer's weights rounded once, which are those that the phase computed with."""
-    from stages.model.hf import from_hf
+    from stages.models.qwen3_moe.hf import from_hf
 
     config = {"model": world.MODEL, "padded_vocab_size": world.VOCAB, "dtype": "bfloat16"}
     inputs = {"checkpoint": write_manifest(trained, "pretrain-test"), "tokenizer": world.tokenizer(tmp_path / "t")}
     (tmp_path / "out").mkdir()
-    export.run(export.ExportConfig.model_validate(config), inputs, tmp_path, tmp_path / "out", world.Reporter())
+    hf.run(hf.ExportConfig.model_validate(config), inputs, tmp_path, tmp_path / "out", world.Reporter())
     parity = json.loads((tmp_path / "out/parity.json").read_text())
     assert parity["dtype"] == "bfloat16" and parity["max_abs_logit_delta"] == pytest.approx(0, abs=1e-4)
     assert json.loads((tmp_path / "out/model/config.json").read_text())["dtype"] == "bfloat16"
-    back = from_hf(
-        load_file(tmp_path / "out/model/model.safetensors"), export.ExportConfig.model_validate(config).model
-    )
+    back = from_hf(load_file(tmp_path / "out/model/model.safetensors"), hf.ExportConfig.model_validate(config).model)
     last = load_file(trained / "step-000012/model.safetensors")
     assert all(torch.equal(back[n], last[n].bfloat16()) for n in last)

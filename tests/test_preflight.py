@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import Failure, Kind
+from pipeline.core.errors import Failure, Kind
+from pipeline.core.store import Store
 from pipeline.launch import job, preflight
-from pipeline.launch.ranks import FAILURES, Ranks, read
+from pipeline.launch.rendezvous import FAILURES, Ranks, read
 from pipeline.launch.worker import Task
-from pipeline.store import Store
 
 
 def ranks(folder: Path, size: int = 1, rank: int = 0) -> Ranks:

@@ -16,9 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.model import quantize
-from stages.model.fake_fp8 import multiply
-from stages.model.quantize import E4M3, E5M2, RECIPES, Counts, Format, quantise, quantise_dequantise
+from stages.mcore import quantize
+from stages.mcore.fake_fp8 import multiply
+from stages.mcore.quantize import E4M3, E5M2, RECIPES, Counts, Format, quantise, quantise_dequantise
 
 pytestmark = pytest.mark.numeric
 

@@ -20,14 +20,15 @@ from conftest import atom, digests
 from test_recipe import SMOKE
 from test_run import start, wait_for
 
-from pipeline import intact, ledger, registry
-from pipeline.errors import AtomError, Failure, PeerLost
-from pipeline.launch import ranks
+from pipeline.core import input_integrity, provenance
+from pipeline.core.errors import AtomError, Failure, PeerLost
+from pipeline.core.lease import gone, holder, me
+from pipeline.core.stage import Config, Inputs, Report, Stage, operational
+from pipeline.core.store import Store, sha256_file
+from pipeline.graph import registry
+from pipeline.launch import rendezvous
 from pipeline.launch.local import visible_gpus
 from pipeline.launch.worker import Task, _operations, attempt, work
-from pipeline.lease import gone, holder, me
-from pipeline.stage import Config, Inputs, Report, Stage, operational
-from pipeline.store import Store, sha256_file
 
 SLOW = 40  # steps: enough to be disturbed in
 
@@ -68,9 +69,9 @@ def test_two_ranks_seal_one_artifact_whose_statement_tells_how(undisturbed: Path
     status = json.loads(atom(undisturbed, "status", "--json").stdout)["stages"][-1]
     assert (status["name"], status["state"], status["ranks"]) == ("pretrain", "sealed", 2)
     store = Store(undisturbed)
-    made = ledger.sealed(store.ledger, store.open(status["key"]))
+    made = provenance.sealed(store.ledger, store.open(status["key"]))
     assert made
-    operation, usage = ledger.operation_of(made[1]), ledger.usage(made[1])
+    operation, usage = provenance.operation_of(made[1]), provenance.usage(made[1])
     assert operation["phase"]["cluster"]["ranks"] == 2 and operation["phase"]["work_checkpoint_every"] == 5
     assert "cluster" not in made[1]["predicate"]["buildDefinition"]["externalParameters"]["config"]["phase"]
     assert usage["ranks"] == usage["ranks_counted"] == 2 and usage["cpu_seconds"] > 0
@@ -103,7 +104,7 @@ def test_however_a_rank_ends_the_same_command_ends_in_the_same_bytes(
         wait_for(home, str((folder.parent.parent / file).relative_to(home)), text, seconds=60)
         for n in range(2):
             wait_for(home, str((folder / f"rank-{n}.json").relative_to(home)), '"pid"', seconds=60)
-        pids = ranks.tasks(int(folder.name.split(".")[0]))
+        pids = rendezvous.tasks(int(folder.name.split(".")[0]))
         processes = [json.loads((folder / f"rank-{n}.json").read_text()) for n in sorted(pids)]
         assert sorted(pids) == [0, 1] and not any(map(gone, processes))
         os.kill(pids[rank], number)
@@ -125,13 +126,13 @@ def test_however_a_rank_ends_the_same_command_ends_in_the_same_bytes(
 
     code, said = disturb(1, signal.SIGKILL, 2)
     assert code == 2 and "stage pretrain failed: " in said, said
-    failed = [body for p in (home / "ledger").glob("pretrain-*") for _, body in ledger.read(p.parent, p.name)
-              if ledger.outcome(body) != "sealed"]  # fmt: skip
+    failed = [body for p in (home / "ledger").glob("pretrain-*") for _, body in provenance.read(p.parent, p.name)
+              if provenance.outcome(body) != "sealed"]  # fmt: skip
     assert len(failed) == 2, "each attempt has its statement"
     for body in failed:
-        usage = ledger.usage(body)
+        usage = provenance.usage(body)
         assert (usage["ranks"], usage["ranks_counted"]) == (2, 1), "a rank that was killed cannot say what it used"
-        assert ledger.kind(body) == "machine"
+        assert provenance.kind(body) == "machine"
 
     code, said = disturb(0, signal.SIGKILL, 7)
     assert code == 2 and "its process was killed from outside (perhaps for memory)" in said, said
@@ -148,11 +149,11 @@ def test_ranks_believe_only_the_rank_0_of_their_own_launch(tmp_path: Path, monke
     for name, value in job.items():
         monkeypatch.setenv(f"SUBMITIT_{name}", value)
 
-    def rank(number: int, job: int = 7) -> ranks.Ranks:
+    def rank(number: int, job: int = 7) -> rendezvous.Ranks:
         monkeypatch.setenv("SUBMITIT_LOCAL_GLOBALID", str(number))
         monkeypatch.setenv("SUBMITIT_LOCAL_LOCALID", str(number))
         monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", str(job))
-        return ranks.Ranks.here(2, tmp_path)
+        return rendezvous.Ranks.here(2, tmp_path)
 
     meeting = rank(0).call(tmp_path / "out.1")
     assert meeting and rank(1).meet() == meeting and meeting.out == "out.1"
@@ -160,7 +161,7 @@ def test_ranks_believe_only_the_rank_0_of_their_own_launch(tmp_path: Path, monke
         assert os.environ["RANK"] == os.environ["LOCAL_RANK"] == "1" and os.environ["MASTER_ADDR"] == "127.0.0.1"
         assert os.environ["MASTER_PORT"] == str(meeting.port) and os.environ["WORLD_SIZE"] == "2"
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} & set(os.environ)
-    monkeypatch.setattr(ranks, "MEETING_SECONDS", 0.2)
+    monkeypatch.setattr(rendezvous, "MEETING_SECONDS", 0.2)
     with pytest.raises(AtomError, match="rank 0 said nothing"):
         rank(1, job=8).meet()
     rank(0, job=8).dismiss("busy")
@@ -185,33 +186,33 @@ def test_ranks_believe_only_the_rank_0_of_their_own_launch(tmp_path: Path, monke
 
 def test_the_others_wait_while_rank_0_hashes_a_large_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For longer than they wait for a word of it; and they hear no more of its work once it has called them."""
-    monkeypatch.setattr(ranks, "MEETING_SECONDS", 1.0)
+    monkeypatch.setattr(rendezvous, "MEETING_SECONDS", 1.0)
     monkeypatch.setitem(registry.STAGES, "hanging", "test_ranks")
     monkeypatch.setattr(sys.modules["test_ranks"], "STAGE", Stage("hanging", 1, Hanging, lambda *_: None))
-    monkeypatch.setattr(intact, "sha256_file", lambda path: time.sleep(3) or sha256_file(path))
+    monkeypatch.setattr(input_integrity, "sha256_file", lambda path: time.sleep(3) or sha256_file(path))
     store, launch = Store(tmp_path), tmp_path / "launch"
     for folder in (launch, store.work("large-0") / "out.1"):
         folder.mkdir(parents=True)
-    (launch / ranks.FAILURES).touch()
+    (launch / rendezvous.FAILURES).touch()
     (store.work("large-0") / "out.1" / "file").write_text("large")
     store.seal(store.work("large-0") / "out.1", "large-0", lambda made: None)
     met: list[Any] = []
 
     def follow() -> None:
-        follower = ranks.Ranks(2, 1, 1, True, launch)
+        follower = rendezvous.Ranks(2, 1, 1, True, launch)
         try:
             met.append(follower.meet())
         except AtomError as error:
             met.append(error)
-        follower.leave(ranks.FOLLOWED, ranks.Usage(0.0, 0))
+        follower.leave(rendezvous.FOLLOWED, rendezvous.Usage(0.0, 0))
 
     other = threading.Thread(target=follow)
     other.start()
     task = Task(str(tmp_path), "run", "hanging", "hanging", {}, {"large": "large-0"}, "hanging-0", 8.0, 2)
-    assert attempt(task, store, ranks.Ranks(2, 0, 0, True, launch)) == "sealed"
+    assert attempt(task, store, rendezvous.Ranks(2, 0, 0, True, launch)) == "sealed"
     other.join(30)
-    assert len(met) == 1 and isinstance(met[0], ranks.Meeting) and met[0].out == "out.1", met
-    assert ranks.read(launch / "meeting.json") == met[0].__dict__
+    assert len(met) == 1 and isinstance(met[0], rendezvous.Meeting) and met[0].out == "out.1", met
+    assert rendezvous.read(launch / "meeting.json") == met[0].__dict__
 
 
 def test_every_way_in_which_a_phase_was_run_is_remembered(tmp_path: Path) -> None:
@@ -223,8 +224,8 @@ def test_every_way_in_which_a_phase_was_run_is_remembered(tmp_path: Path) -> Non
     common = dict(subject={}, stage="s", version=1, node="n", key="k", config={}, materials={}, code={}, environment={},
                   invocation="r/n", started=0.0, finished=1.0, usage={}, outcome="sealed")  # fmt: skip
     for operations in ([one], [one, two]):
-        body = ledger.statement(operations=operations, **common)
-        assert ledger.operations_of(body) == operations and ledger.operation_of(body) == operations[-1]
+        body = provenance.statement(operations=operations, **common)
+        assert provenance.operations_of(body) == operations and provenance.operation_of(body) == operations[-1]
 
 
 @pytest.mark.parametrize(("named", "expected"), [("2,3", [2, 3]), ("", []), (None, None)])
@@ -269,9 +270,9 @@ def test_a_stage_that_hangs_in_c_is_abandoned_by_another_thread(tmp_path: Path, 
     assert done.returncode == 1, done.stderr
     text = "rank 0 finished no step for 0.5 seconds; run again to go on"
     assert f"hanging: {text}" in done.stderr
-    ((_, body),) = ledger.read(tmp_path / "ledger", "hanging-0")
-    assert ledger.outcome(body) == text
-    assert ledger.operation_of(body) == {"path": "…/file"}, "no folder of the machine is published"
+    ((_, body),) = provenance.read(tmp_path / "ledger", "hanging-0")
+    assert provenance.outcome(body) == text
+    assert provenance.operation_of(body) == {"path": "…/file"}, "no folder of the machine is published"
     events = [json.loads(line) for line in (tmp_path / "logs" / "run" / "hanging" / "events.jsonl").open()]
     assert [e["event"] for e in events] == ["start", "usage", "end"] and events[-1]["outcome"] == text
     present = holder(tmp_path / "work" / "hanging-0")

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import graph, profile
-from pipeline import recipe as recipes
-from pipeline.errors import RecipeError
-from pipeline.store import Store
+from pipeline.core.errors import RecipeError
+from pipeline.core.store import Store
+from pipeline.graph import dag
+from pipeline.graph import recipe as recipes
+from pipeline.launch import cluster_profile
 
 SMOKE = recipes.find("atom-smoke", "pipeline.recipes", "recipe")
 
@@ -58,7 +59,7 @@ def write(path: Path, **changes: Any) -> str:
 )  # fmt: skip
 def test_one_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RecipeError) as error:
-        graph.compose(recipes.load(write(tmp_path / "r.yaml", **changes)), Store(tmp_path))
+        dag.compose(recipes.load(write(tmp_path / "r.yaml", **changes)), Store(tmp_path))
     assert str(error.value).startswith(sentence), str(error.value)
     assert "\n" not in str(error.value)
 
@@ -81,7 +82,7 @@ def test_not_yaml_and_not_there(tmp_path: Path) -> None:
 
 
 def keys(reference: str) -> dict[str, str]:
-    return {name: node.key for name, node in graph.compose(recipes.load(reference), Store(Path("none"))).nodes.items()}
+    return {name: node.key for name, node in dag.compose(recipes.load(reference), Store(Path("none"))).nodes.items()}
 
 
 def changed(tmp_path: Path, **changes: Any) -> set[str]:
@@ -113,7 +114,7 @@ def test_what_is_not_identity_changes_no_key(tmp_path: Path) -> None:
 
 
 def test_a_cluster_profile_is_data_and_is_checked(tmp_path: Path) -> None:
-    assert profile.load("local").local.jobs >= 1
+    assert cluster_profile.load("local").local.jobs >= 1
     (tmp_path / "p.yaml").write_text("name: p\nlocal: {jobs: 0, stop_grace_seconds: 1}\npower: {watts_per_core: 1}\n")
     with pytest.raises(RecipeError, match="cluster profile p: local.jobs = 0 is out of range; use 1 to 4096"):
-        profile.load(str(tmp_path / "p.yaml"))
+        cluster_profile.load(str(tmp_path / "p.yaml"))

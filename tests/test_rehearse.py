@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from conftest import atom
 
-from pipeline import recipe as recipes
-from pipeline.display import Display
-from pipeline.errors import AtomError
-from stages.model import quantize
-from stages.model.config import ModelConfig
-from stages.model.quantize import RECIPES, Format, Recipe
-from stages.train import rehearsal, rehearsal_plot, rehearsal_report, rehearsal_run
-from stages.train.rehearsal_report import compose, judge, markdown
-from stages.train.twin import dimensions, ratios, step_tokens, twin
+from pipeline.core.errors import AtomError
+from pipeline.core.progress import Display
+from pipeline.graph import recipe as recipes
+from stages.mcore import quantize
+from stages.mcore.quantize import RECIPES, Format, Recipe
+from stages.models.qwen3_moe.config import ModelConfig
+from stages.train.precision_simulation import plot, report, runner, simulation
+from stages.train.precision_simulation.proxy_model import dimensions, ratios, step_tokens, twin
+from stages.train.precision_simulation.report import compose, judge, markdown
 
 # tensorwise alone needs no blocks, and so the smallest twin: 96 wide, sixteen rows of 64
 SMALL = ("rehearse", "atom-tiny", "--precision", "fp8-tensorwise", "--steps", "8", "--seeds", "2")
@@ -104,11 +104,11 @@ def test_a_twin_that_is_too_small_decides_nothing(tmp_path: Path, monkeypatch: p
     """MXFP8's two blocks are 64 wide, and experts of 32 are one. The runs share this process, to be quick."""
 
     def train_here(crew: Any, precision: str, seed: int) -> None:
-        place = rehearsal._file(crew.folder, precision, seed)
-        rehearsal_run.main(crew.folder / "settings.json", precision, seed, place)
+        place = simulation._file(crew.folder, precision, seed)
+        runner.main(crew.folder / "settings.json", precision, seed, place)
 
-    monkeypatch.setattr(rehearsal._Crew, "run", train_here)
-    monkeypatch.setattr(rehearsal.os, "sched_getaffinity", lambda pid: {0})
+    monkeypatch.setattr(simulation._Crew, "run", train_here)
+    monkeypatch.setattr(simulation.os, "sched_getaffinity", lambda pid: {0})
     small = {"precisions": ["mxfp8"], "steps": 8, "seeds": 2, "hidden": 32, "layers": 1, "bound": 0.9}
     report, folder = rehearse(tmp_path, **small)
     (entry,) = report["precisions"]
@@ -119,19 +119,19 @@ def test_a_twin_that_is_too_small_decides_nothing(tmp_path: Path, monkeypatch: p
 
 
 @pytest.fixture(scope="module")
-def settings(done: tuple[Path, dict[str, Any]]) -> rehearsal_run.Settings:
-    return rehearsal_run.Settings.model_validate_json((done[0] / "settings.json").read_text())
+def settings(done: tuple[Path, dict[str, Any]]) -> runner.Settings:
+    return runner.Settings.model_validate_json((done[0] / "settings.json").read_text())
 
 
 def test_a_bad_format_fails(
-    done: tuple[Path, dict[str, Any]], settings: rehearsal_run.Settings, monkeypatch: pytest.MonkeyPatch
+    done: tuple[Path, dict[str, Any]], settings: runner.Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Powers of two between 1 and 4, and nothing below: what is rounded so does not train like bf16."""
     coarse = Format("coarse", 0, 0, 4.0)
     bad = {**RECIPES, "bad": Recipe(coarse, coarse, None)}
     monkeypatch.setattr(quantize, "RECIPES", bad)
-    monkeypatch.setattr(rehearsal_report, "RECIPES", bad)
-    runs = {("bad", seed): rehearsal_run.train(settings, "bad", seed) for seed in (0, 1)}
+    monkeypatch.setattr(report, "RECIPES", bad)
+    runs = {("bad", seed): runner.train(settings, "bad", seed) for seed in (0, 1)}
     runs |= {("bf16", s): json.loads((done[0] / "runs" / f"bf16-seed{s}.json").read_text()) for s in (0, 1)}
     (entry,) = compose(settings, [], dimensions(settings.model), ["bad"], 2, 0.0025, runs)["precisions"]
     assert entry["verdict"] == "fails" and entry["deviation"]["min"] > 0.01
@@ -153,21 +153,21 @@ def run(precision: str, seed: int, loss: float, **changes: Any) -> dict[str, Any
 
 
 def verdict(
-    folder: Path, settings: rehearsal_run.Settings, ends: list[float], **changes: Any
+    folder: Path, settings: runner.Settings, ends: list[float], **changes: Any
 ) -> dict[str, Any]:  # fmt: skip
     """Of fp8-tensorwise runs that end with these losses beside a baseline of 2; changes: to the first of them."""
     runs = {("bf16", seed): run("bf16", seed, 2.0) for seed in range(len(ends))}
     runs |= {("fp8-tensorwise", s): run("fp8-tensorwise", s, loss) for s, loss in enumerate(ends)}
     runs["fp8-tensorwise", 0] |= changes
     report = compose(settings, [], [96], ["fp8-tensorwise"], len(ends), 0.0025, runs)
-    rehearsal_plot.losses(report, runs, folder / "loss.png")
+    plot.losses(report, runs, folder / "loss.png")
     json.dumps(report, allow_nan=False)
     assert report["verdict"] == report["precisions"][0]["verdict"]
     markdown(report)
     return report["precisions"][0]
 
 
-def test_verdicts(tmp_path: Path, settings: rehearsal_run.Settings) -> None:
+def test_verdicts(tmp_path: Path, settings: runner.Settings) -> None:
     assert verdict(tmp_path, settings, [2.001, 2.002, 2.0015])["verdict"] == "holds"
     assert verdict(tmp_path, settings, [2.01, 2.011, 2.0105])["verdict"] == "fails"
     assert verdict(tmp_path, settings, [1.99, 1.989, 1.9895])["verdict"] == "fails", "a lower loss is a deviation too"
@@ -238,7 +238,7 @@ def rehearse(home: Path, **options: Any) -> Any:
     from rich.console import Console
 
     with Display(Console()) as display:
-        return rehearsal.rehearse(recipes.load("atom-tiny"), home, display, **options)
+        return simulation.rehearse(recipes.load("atom-tiny"), home, display, **options)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, done: tuple[Path, dict[str, Any]]) -> None:
@@ -250,9 +250,9 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, done: tuple[Pa
 
 
 def test_without_matplotlib_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = rehearsal.importlib.util.find_spec
+    find = simulation.importlib.util.find_spec
     monkeypatch.setattr(
-        rehearsal.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+        simulation.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
     )
     with pytest.raises(AtomError, match=r"the plots need matplotlib, .* pip install 'atom-release\[report\]'"):
         rehearse(tmp_path)

@@ -23,20 +23,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_release_verify import resum
 
-from pipeline.errors import CheckFailed, MachineError
-from release import confine, formats, scratch, tree, untrusted
-from release.check_runner import NOTHING_LARGE, CheckRunner, Reads
-from release.confine import Budget
+from pipeline.core.errors import CheckFailed, MachineError
+from release import scratch, tree, untrusted
+from release.audit.verify import kind_of, verify
+from release.checks import confine, formats
+from release.checks.check_runner import NOTHING_LARGE, CheckRunner, Reads
+from release.checks.confine import Budget
+from release.checks.verdict import Check
 from release.layout import ALL_SUMS, SUMS, files_below, read_sums
-from release.verdict import Check
-from release.verify import kind_of, verify
 
 SECONDS, MEGABYTES = 10, 500
 """What is promised: processor time, and memory of the largest process."""
 SERVER = """
 import json, os, resource, sys
 from release import check_runner
-from release.verify import verify
+from release.audit.verify import verify
 check_runner.load_libraries(False)
 for line in sys.stdin:
     if os.fork() == 0:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import release_world as world
 
-from pipeline.errors import AtomError, CheckFailed
-from pipeline.store import write_manifest
-from release import build as builder
+from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.store import write_manifest
+from release.assembly import build_release as builder
 from release.layout import ALL_SUMS, SUMS, files_below
 
 
@@ -59,7 +59,7 @@ def test_the_folder_is_what_the_design_says(built: Path) -> None:
         "model-base/config.json", "checkpoints/pretrain-step-0/state.json",
         "checkpoints/midtrain-step-2/optimizer.safetensors",
         "dataset/kept/prose.parquet", "dataset/dispositions.parquet", "dataset/order/pretrain/order.parquet",
-        "dataset/evaluation/mid/items.parquet", "dataset/README.md", "code/release/build.py",
+        "dataset/evaluation/mid/items.parquet", "dataset/README.md", "code/release/assembly/build_release.py",
         "code/as-run/recipes/tiny.yaml",
         "dataset/croissant.json", "dataset/merkle.json", "dataset/evaluation/canary.json", "model/goldens.json",
         "evidence/attestations/gates.json", "evidence/attestations/evaluation-mid.json",
@@ -74,19 +74,19 @@ def test_the_folder_is_what_the_design_says(built: Path) -> None:
 
 
 def test_the_index_of_texts_is_there_before_the_first_question(built: Path) -> None:
-    from release import trace
+    from release.audit import tracing
 
     told: list[str] = []
     cache = built.parent.parent / "trace"
     [index] = cache.iterdir()
     made = index.stat().st_mtime_ns
-    found = trace.text(built, "quick brown fox", cache, told.append)
+    found = tracing.text(built, "quick brown fox", cache, told.append)
     assert found.by == "index" and found.matches and told == [] and index.stat().st_mtime_ns == made
     assert not [path for path in files_below(built) if path.endswith(".sqlite")]  # no part of the release
 
 
 def test_a_release_is_whole_without_the_index(built: Path, source, tmp_path: Path, monkeypatch) -> None:
-    from release import fulltext
+    from release.audit import text_index
 
     told: list[str] = []
     (tmp_path / "trace").write_text("")  # where no folder can be made
@@ -95,7 +95,7 @@ def test_a_release_is_whole_without_the_index(built: Path, source, tmp_path: Pat
     assert told[-1].startswith("no index of texts: the index of texts cannot be written in ")
     builder._index(made, tmp_path / "cache", told.append)
     assert told[-2:] == ["indexing kept/prose.parquet", "indexing kept/sums.parquet"]
-    monkeypatch.setattr(fulltext, "TEXTS", fulltext.TEXTS.replace("fts5", "fts_that_is_not_there"))
+    monkeypatch.setattr(text_index, "TEXTS", text_index.TEXTS.replace("fts5", "fts_that_is_not_there"))
     builder._index(made, tmp_path / "cache", told.append)
     assert told[-1].startswith("no index of texts: SQLite here has no FTS5 with trigrams; `atom trace --text`")
 
@@ -113,7 +113,7 @@ def test_sha256sum_agrees(built: Path) -> None:
 
 
 def test_templates_hold_no_numbers() -> None:
-    templates = sorted((Path(builder.__file__).parent / "cards").glob("*.jinja"))
+    templates = sorted((Path(builder.__file__).parents[1] / "cards").glob("*.jinja"))
     assert len(templates) == 4
     for path in templates:
         text = re.sub(r"SHA256SUMS|\[0\]", "", path.read_text())
@@ -141,23 +141,23 @@ def test_cards_are_valid_for_the_hub(built: Path) -> None:
 
 
 def test_a_wrong_number_on_a_card_is_found(built: Path, tmp_path: Path) -> None:
-    from release import checks
+    from release.checks import registry
 
     copy = tmp_path / "model"
     shutil.copytree(built / "model", copy)
-    assert checks.model_card(copy).wrong == []
+    assert registry.model_card(copy).wrong == []
     text = (copy / "README.md").read_text()
     for old, new in (("0.750 ± ", "0.850 ± "), ("value: 0.75", "value: 0.85")):
         assert old in text
         (copy / "README.md").write_text(text.replace(old, new, 1))
-        assert checks.model_card(copy).wrong
+        assert registry.model_card(copy).wrong
 
 
 def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) -> None:
     import yaml
     from huggingface_hub import parse_eval_result_entries
 
-    from release import checks
+    from release.checks import registry
     from release.layout import read_sums
 
     for folder, model in (("model", "mid"), ("model-base", "base")):
@@ -187,15 +187,17 @@ def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) 
         assert old in text
         path.write_text(text.replace(old, new, 1))
         said = [".eval_results/tiny-data.yaml is not what was measured"]
-        assert checks.model_card(copy, about).wrong == said and checks.model_card(copy).wrong == (said if alone else [])
+        assert registry.model_card(copy, about).wrong == said and registry.model_card(copy).wrong == (
+            said if alone else []
+        )
     for odd in ("only words", f"{text}- 1\n", "x: &a [1]\ny: *a\n"):
         path.write_text(odd)
-        assert checks.model_card(copy).wrong == [".eval_results/tiny-data.yaml is not what was measured"]
+        assert registry.model_card(copy).wrong == [".eval_results/tiny-data.yaml is not what was measured"]
     path.write_text(text)
     (copy / ".eval_results/hle.yaml").write_text(text)
-    assert checks.model_card(copy, about).wrong[0].startswith(".eval_results holds .eval_results/hle.yaml, ")
+    assert registry.model_card(copy, about).wrong[0].startswith(".eval_results holds .eval_results/hle.yaml, ")
     shutil.rmtree(copy / ".eval_results")
-    assert checks.model_card(copy, about).wrong == []  # as in a release of before
+    assert registry.model_card(copy, about).wrong == []  # as in a release of before
 
 
 def test_parity_over_tolerance_is_refused(source, tmp_path: Path) -> None:
@@ -290,7 +292,7 @@ def test_an_installed_wheel_brings_its_licence_text(tmp_path: Path, monkeypatch)
 
 
 def test_secrets_and_machine_paths_are_found(tmp_path: Path, monkeypatch) -> None:
-    from release import secrets
+    from release.assembly import secret_scan
 
     monkeypatch.setenv("HF_TOKEN", "correct-horse-battery")
     key = "-----BEGIN RSA PRIVATE KEY-----\n" + ("QUJD" * 16 + "\n") * 3
@@ -313,7 +315,7 @@ def test_secrets_and_machine_paths_are_found(tmp_path: Path, monkeypatch) -> Non
     world.table(tmp_path / "u.parquet", [{"text": "", "origin": f"{tmp_path}/x"}])
     expected = [f"{name} holds {what}" for name, (_, what) in found.items()]
     expected += ["t.parquet holds a Hugging Face token", f"u.parquet holds the machine's path {tmp_path}"]
-    assert secrets.scan(tmp_path, files_below(tmp_path), [tmp_path]) == sorted(expected)
+    assert secret_scan.scan(tmp_path, files_below(tmp_path), [tmp_path]) == sorted(expected)
 
 
 def test_a_secret_is_refused(source, tmp_path: Path) -> None:
@@ -345,8 +347,8 @@ def test_section_says_what_is_wrong() -> None:
 def test_what_git_does_not_track_is_not_published_and_makes_the_checkout_dirty(tmp_path: Path) -> None:
     import subprocess
 
-    from pipeline.environment import git_commit
-    from pipeline.snapshot import sources
+    from pipeline.core.code_snapshot import sources
+    from pipeline.core.environment import git_commit
 
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "a.py").write_text("")

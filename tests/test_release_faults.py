@@ -15,8 +15,8 @@ import uvicorn
 from starlette.responses import JSONResponse
 from test_release_publish import client, release  # noqa: F401 - fixtures
 
-from release.hub.app import make_app
-from release.local_hub import LOCAL_TOKEN, free_port
+from release.hub.local.app import make_app
+from release.hub.local.server import LOCAL_TOKEN, free_port
 
 SOAK = bool(os.environ.get("ATOM_SOAK"))
 WAYS = ("busy", "gone", "lost answer", "slow down")

@@ -11,8 +11,8 @@ import pytest
 from test_release_verify import resum
 from test_sign import signed, signer  # noqa: F401 - fixtures
 
-from release import sign
-from release.verify import Trust, verify
+from release.audit.verify import Trust, verify
+from release.signing import sign
 
 SOAK = bool(os.environ.get("ATOM_SOAK"))
 FLIPS, SWAPS = (1000, 200) if SOAK else (60, 10)

@@ -17,22 +17,24 @@ import release_world as world
     ],
 )
 def test_training_that_does_not_teach_is_refused(built: Path, tmp_path: Path, phase: str, scores, gate: str) -> None:
-    from release import facts, gates
+    from release.assembly import metrics
+    from release.checks import gates
 
-    data = facts.data_facts(built / "dataset")
+    data = metrics.data_facts(built / "dataset")
     limits = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
     context = gates.Context(built, {}, limits, data, {}, [])
     assert all(g.ok for g in gates.learning(context))
     world.make_evaluation(tmp_path, *scores)
-    data["evaluation"][phase] = facts.scores_of(tmp_path)
+    data["evaluation"][phase] = metrics.scores_of(tmp_path)
     assert [g.name for g in gates.learning(context) if not g.ok] == [gate]
 
 
 def test_one_source_that_gets_worse_is_refused(built: Path) -> None:
-    from release import facts, gates
+    from release.assembly import metrics
+    from release.checks import gates
 
     def judged(phase: str, source: str, value: float) -> list[str]:
-        data = facts.data_facts(built / "dataset")
+        data = metrics.data_facts(built / "dataset")
         data["evaluation"][phase]["bits_per_byte"][source]["value"] = value
         limits = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
         failed = [g for g in gates.learning(gates.Context(built, {}, limits, data, {}, [])) if not g.ok]
@@ -44,7 +46,7 @@ def test_one_source_that_gets_worse_is_refused(built: Path) -> None:
     assert judged("mid", "sums", 3.09) == []
     assert judged("init", "sums", 3.0) == ["pretraining_lowers_bits_per_byte"]
 
-    data = facts.data_facts(built / "dataset")
+    data = metrics.data_facts(built / "dataset")
     del data["order"]["pretrain"]["parts"][0]["by_source"][
         "sums"
     ]  # pre-training need not improve on what it never read
@@ -57,7 +59,8 @@ def test_one_source_that_gets_worse_is_refused(built: Path) -> None:
 
 def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **changed: tuple[float, float]):
     """A release with these (value, standard error) of pass@1 by model and of the win rate, and a contamination report."""
-    from release import facts, gates
+    from release.assembly import metrics
+    from release.checks import gates
 
     right = {"sft": (0.4, 0.02), "rlvr": (0.6, 0.01), "rlhf": (0.59, 0.01), **changed}
     win, se = right.pop("win", (0.6, 0.02))
@@ -66,7 +69,7 @@ def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **chang
     counts = {"clean": 100 - contaminated, "overlap": 0, "contaminated": contaminated}
     found = {"recall": {"planted": planted, "found": round(0.95 * planted)}}
     world.write_json(
-        folder / "dataset" / facts.CONTAMINATION, {"detector": found, "items": {"test": counts, "fresh": counts}}
+        folder / "dataset" / metrics.CONTAMINATION, {"detector": found, "items": {"test": counts, "fresh": counts}}
     )
     data = {"chat": {"test": test, "preferences": {"rlhf": {"win_rate": rate}}}}
     limits = {"chat": {"min_gain": 0.1, "least_win": 0.5, "skill_tolerance": 0.05}}
@@ -90,7 +93,7 @@ def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **chang
 def test_post_training_that_does_not_teach_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed, gate: str | None
 ) -> None:
-    from release import post_gates
+    from release.checks import post_gates
 
     monkeypatch.setattr(post_gates.checks, "fresh_set", lambda folder: [])
     failed = [g for g in post_gates.post_training(chat_context(tmp_path, **changed)) if not g.ok]
@@ -101,10 +104,11 @@ def test_post_training_that_does_not_teach_is_refused(
 def test_a_detector_that_misses_and_a_fresh_set_that_does_not_follow_are_refused(tmp_path: Path) -> None:
     import json
 
-    from release import facts, post_gates
+    from release.assembly import metrics
+    from release.checks import post_gates
 
     context = chat_context(tmp_path)
-    path = tmp_path / "dataset" / facts.CONTAMINATION
+    path = tmp_path / "dataset" / metrics.CONTAMINATION
     report = json.loads(path.read_text())
     report["detector"]["recall"]["found"] = 35
     path.write_text(json.dumps(report))
@@ -113,8 +117,9 @@ def test_a_detector_that_misses_and_a_fresh_set_that_does_not_follow_are_refused
 
 
 def test_no_contamination_report_is_refused(tmp_path: Path) -> None:
-    from release import facts, post_gates
+    from release.assembly import metrics
+    from release.checks import post_gates
 
     context = chat_context(tmp_path)
-    (tmp_path / "dataset" / facts.CONTAMINATION).unlink()
+    (tmp_path / "dataset" / metrics.CONTAMINATION).unlink()
     assert any("no contamination report" in g.detail for g in post_gates.post_training(context) if not g.ok)

@@ -16,14 +16,17 @@ import pytest
 import release_world as world
 from test_release_verify import resum
 
-from pipeline.errors import CheckFailed
-from release import checks, facts, gates, schema
+from pipeline.core.errors import CheckFailed
+from release import schema
+from release.assembly import metrics
+from release.audit.replay_carried import Code
+from release.audit.replay_source import Source
+from release.audit.verify import verify
 from release.cards import render, versions
-from release.check_runner import ask
+from release.checks import gates
+from release.checks import registry as checks
+from release.checks.check_runner import ask
 from release.layout import ALL_SUMS, CANARY, GATES_STATED, ORIGINS, ROOTS, SUMS, read_sums
-from release.replay_carried import Code
-from release.replay_source import Source
-from release.verify import verify
 
 
 class Tell:
@@ -151,12 +154,12 @@ def test_goldens_are_compared_and_missed(copy: Path) -> None:
 
 LATER = "and this atom knows {} at most; use a later atom"
 VERSIONS: dict[str, tuple[dict[str, object], str]] = {
-    "a later format": ({"format": 99}, f"states format 99, {LATER.format(2)}"),
+    "a later format": ({"format": 99}, f"states format 99, {LATER.format(3)}"),
     "format 0": ({"format": 0}, "states format 0, and the first that there was is 1"),
     "a negative format": ({"format": -7}, "states format -7, and the first that there was is 1"),
-    "a huge format": ({"format": 10**30}, f"states format {10**30}, {LATER.format(2)}"),
+    "a huge format": ({"format": 10**30}, f"states format {10**30}, {LATER.format(3)}"),
     "a format that is no number": ({"format": "2"}, "evidence/release.json does not state its format as a number"),
-    "a later card schema": ({"card_schema": 4}, f"states card schema 4, {LATER.format(3)}"),
+    "a later card schema": ({"card_schema": 9}, f"states card schema 9, {LATER.format(3)}"),
     "card schema 0": ({"card_schema": 0}, "states card schema 0, and the first that there was is 2"),
 }
 
@@ -212,8 +215,8 @@ def test_scores_of_an_older_card_lack_no_figure(copy: Path, monkeypatch: pytest.
 
 def test_a_card_of_which_nothing_is_compared_is_not_ok(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stated = schema.stated(built).cards + 1
-    parts = [*render.data_tables(facts.data_facts(built / "dataset")), "metadata", "plots", "eval_results"]
-    parts += render.model_tables(facts.model_facts(built / "model"))
+    parts = [*render.data_tables(metrics.data_facts(built / "dataset")), "metadata", "plots", "eval_results"]
+    parts += render.model_tables(metrics.model_facts(built / "model"))
     monkeypatch.setattr(versions, "CHANGED", dict.fromkeys(parts, stated))
     for findings in (checks.data_card(built / "dataset"), checks.model_card(built / "model")):
         check = ask("data_card", lambda findings=findings: findings)
@@ -242,7 +245,7 @@ def test_a_checksum_file_names_files_of_its_folder_only(name: str, copy: Path, t
         Source(copy)
 
 
-LISTED = "code/release/build.py"
+LISTED = "code/release/assembly/build_release.py"
 
 
 def test_carried_code_stays_in_its_folder(copy: Path, tmp_path: Path) -> None:
@@ -277,7 +280,7 @@ def test_code_in_a_repository_alone_is_refused_where_a_release_keeps_its_source(
     """In `code/`, and beside an `evidence/`, as in the repository that holds both."""
     folder = copy / place
     before = verify(folder).kind
-    for path in ("code/m.py", "code/release/build.py"):
+    for path in ("code/m.py", "code/release/assembly/build_release.py"):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text("x = 1\n")
     world.write_json(folder / ORIGINS, {})
@@ -286,5 +289,5 @@ def test_code_in_a_repository_alone_is_refused_where_a_release_keeps_its_source(
     found = {check.name: check for check in verdict.checks}
     assert verdict.kind == before and [text.split(" is ")[0] for text in found["formats"].wrong] == [
         "code/m.py",
-        "code/release/build.py",
+        "code/release/assembly/build_release.py",
     ]

@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 import release_world as world
 
-from pipeline import graph
-from pipeline.errors import AtomError
-from release import build as builder
-from release import checks, costs, facts, gates, layout
+from pipeline.core.errors import AtomError
+from pipeline.graph import dag
+from release import layout
+from release.assembly import build_release as builder
+from release.assembly import costs, metrics
+from release.audit.verify import verify
 from release.cards import plot, render, tables
+from release.checks import gates, registry
 from release.layout import files_below
-from release.verify import verify
 
 LIMITS = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
 
@@ -41,7 +43,7 @@ def model(release: Path, tmp_path: Path) -> Path:
 
 
 def about(release: Path) -> dict[str, Any]:
-    return dict(facts.read_json(release / layout.RELEASE))
+    return dict(metrics.read_json(release / layout.RELEASE))
 
 
 def context(release: Path, data: dict[str, Any]) -> gates.Context:
@@ -63,7 +65,7 @@ def write_log(model: Path, phase: str, lines: list[dict[str, Any]]) -> None:
 def test_names_follow_each_other_as_in_the_graph() -> None:
     later = dict.fromkeys(("sft", "rlvr", "rlhf"))
     recipe = SimpleNamespace(pretrain=None, midtrain=None, long_context=(None,) * 11, **later)
-    phases, models = [phase.node for phase in graph.phases(recipe)], list(graph.models(recipe))
+    phases, models = [phase.node for phase in dag.phases(recipe)], list(dag.models(recipe))
     nodes = [*phases, *(f"order-{phase}" for phase in phases), "pretrain@30", "longcontext-1@2"]
     nodes += [f"{kind}-{model}" for kind in ("export", "evaluate") for model in models]
     assert layout.phases_of(sorted(nodes)) == phases
@@ -80,15 +82,15 @@ def test_the_last_long_model_is_the_final_one(release: Path) -> None:
             f"evidence/training/longcontext-{number}/training.jsonl", f"evidence/manifests/longcontext-{number}.json",
         ):  # fmt: skip
             assert path in paths, path
-    found = facts.model_facts(release / "model")
+    found = metrics.model_facts(release / "model")
     assert list(found["scores"]) == ["init", "base", "mid", "long-1", "long-2"]
     assert list(found["training"]) == ["pretrain", "midtrain", "longcontext-1", "longcontext-2"]
     assert found["config"]["max_position_embeddings"] == 4 * world.CONTEXT
-    base = facts.model_facts(release / "model-base")
+    base = metrics.model_facts(release / "model-base")
     assert (list(base["scores"]), list(base["training"])) == (["init", "base"], ["pretrain"])
     assert base["config"]["max_position_embeddings"] == world.CONTEXT
     assert json.loads((release / layout.GATES).read_text())["longcontext_keeps_bits_per_byte"]["ok"]
-    rows = facts.checkpoint_facts(release / "checkpoints")
+    rows = metrics.checkpoint_facts(release / "checkpoints")
     phases = ["pretrain", "midtrain", "longcontext-1", "longcontext-2"]
     assert [(row["phase"], row["step"]) for row in rows] == [(phase, step) for phase in phases for step in (0, 2)]
 
@@ -114,7 +116,7 @@ def test_it_is_verified_whole_and_each_model_alone(release: Path, model: Path) -
     (model / "README.md").write_text(
         card.replace("| context length, tokens | 256 |", "| context length, tokens | 512 |")
     )
-    assert checks.model_card(model).wrong == ["README.md lacks the line '| context length, tokens | 256 |'"]
+    assert registry.model_card(model).wrong == ["README.md lacks the line '| context length, tokens | 256 |'"]
 
 
 def test_experts_of_every_layer_with_an_alarm(release: Path) -> None:
@@ -133,25 +135,25 @@ def test_experts_of_every_layer_with_an_alarm(release: Path) -> None:
 
 
 def test_a_number_in_the_artifact_moves_the_card(release: Path, model: Path) -> None:
-    assert checks.model_card(model).wrong == []
+    assert registry.model_card(model).wrong == []
     lines = log_of(model, "longcontext-2")
     lines[-1]["experts"]["share"][1] = [0.3, 0.2, 0.3, 0.2]
     lines[-1]["experts"]["dead"] = []
     write_log(model, "longcontext-2", lines)
-    wrong = checks.model_card(model).wrong
+    wrong = registry.model_card(model).wrong
     assert "experts.png was not drawn from the logs in training/" in wrong
     assert "README.md lacks the line '| 1 | 0.800 | 1.200 | 0.900 | 0.649 | none |'" in wrong
-    data = facts.data_facts(release / "dataset")
-    card = render.model_card("model", about(release), facts.model_facts(model), data, [], {})
+    data = metrics.data_facts(release / "dataset")
+    card = render.model_card("model", about(release), metrics.model_facts(model), data, [], {})
     assert "| 1 | 0.800 | 1.200 | 0.900 | 0.649 | none |" in card
     assert "Alarm" not in card and "None of the 8 experts was dead" in card
 
 
 def test_a_changed_card_or_plot_does_not_pass_the_gate(release: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(release, tmp_path / "copy"))
-    data = facts.data_facts(copy / "dataset")
-    models = {name: facts.model_facts(copy / name) for name in layout.model_folders(copy)}
-    canary = facts.canary(about(copy)["nodes"]["items"]["digest"])
+    data = metrics.data_facts(copy / "dataset")
+    models = {name: metrics.model_facts(copy / name) for name in layout.model_folders(copy)}
+    canary = metrics.canary(about(copy)["nodes"]["items"]["digest"])
     found = gates.Context(copy, about(copy), LIMITS, data, models, [], [], costs.of(copy), canary)
     assert gates.cards(found).ok
     png = (copy / "model/experts.png").read_bytes()
@@ -176,7 +178,7 @@ def test_every_spike_has_its_line(release: Path, model: Path) -> None:
     spike = next(line["spike"] for line in lines if "spike" in line)
     spike |= {"action": "rewind", "excluded": [1, 2, 4], "documents": ["prose/001"]}
     write_log(model, "longcontext-2", lines)
-    said = render.model_tables(facts.model_facts(model))["spikes"]
+    said = render.model_tables(metrics.model_facts(model))["spikes"]
     assert any(
         "action rewind: steps 1 to 2, 4 moved no weight; the batch that spiked held 1 document." in x for x in said
     )
@@ -185,7 +187,7 @@ def test_every_spike_has_its_line(release: Path, model: Path) -> None:
 def test_a_phase_without_a_measurement_is_told_as_such(model: Path) -> None:
     for phase in ("pretrain", "midtrain", "longcontext-1", "longcontext-2"):
         write_log(model, phase, [line for line in log_of(model, phase) if "experts" not in line])
-    shown = render.model_tables(facts.model_facts(model))
+    shown = render.model_tables(metrics.model_facts(model))
     assert shown["experts"] == [] and shown["experts_verdict"] == [
         "Where the routers sent the tokens was not measured."
     ]
@@ -215,20 +217,20 @@ def test_without_matplotlib_nothing_is_built(source: Any, tmp_path: Path, monkey
 
 def test_long_context_must_not_cost_short_texts(release: Path) -> None:
     def kept(model: str, name: str, value: float) -> bool:
-        data = facts.data_facts(release / "dataset")
+        data = metrics.data_facts(release / "dataset")
         data["evaluation"][model]["bits_per_byte"][name]["value"] = value
         found = judged(release, data)
         assert list(found) == ["longcontext_keeps_bits_per_byte"], "no passkeys were measured"
         return found["longcontext_keeps_bits_per_byte"].ok
 
-    scores = facts.data_facts(release / "dataset")["evaluation"]
+    scores = metrics.data_facts(release / "dataset")["evaluation"]
     sums = [scores[name]["bits_per_byte"]["sums"] for name in ("mid", "long-2")]
     before, chance = sums[0]["value"], gates.SURE * math.hypot(*(row["se"] for row in sums))
     assert kept("long-2", "sums", before + 0.049 + chance)
     assert not kept("long-2", "sums", before + 0.051 + chance)
     assert not kept("long-1", "prose", before + 1)
     assert not kept("long-1", "prose", float("nan"))
-    data = facts.data_facts(release / "dataset")
+    data = metrics.data_facts(release / "dataset")
     del data["evaluation"]["long-1"], data["evaluation"]["long-2"]
     assert judged(release, data) == {}
 
@@ -239,7 +241,7 @@ def keys(**found: float) -> dict[str, Any]:
 
 def test_longer_texts_must_give_more_keys(release: Path) -> None:
     def found(mid: dict[str, Any] | None, last: dict[str, Any] | None) -> tuple[bool, str]:
-        data = facts.data_facts(release / "dataset")
+        data = metrics.data_facts(release / "dataset")
         for model, passkey in (("mid", mid), ("long-2", last)):
             data["evaluation"][model] |= {"passkey": passkey} if passkey is not None else {}
         gate = judged(release, data)["longcontext_finds_passkeys"]
@@ -255,7 +257,7 @@ def test_longer_texts_must_give_more_keys(release: Path) -> None:
 
 
 def test_passkeys_and_positions_are_shown_when_measured(release: Path) -> None:
-    data, found = facts.data_facts(release / "dataset"), facts.model_facts(release / "model")
+    data, found = metrics.data_facts(release / "dataset"), metrics.model_facts(release / "model")
     for scores in (found["scores"], data["evaluation"]):
         for model, value in (("mid", 0.25), ("long-2", 0.75)):
             scores[model] |= {"passkey": keys(_64=1.0, _1024=value)}
@@ -275,31 +277,31 @@ def test_passkeys_and_positions_are_shown_when_measured(release: Path) -> None:
 
 
 def test_every_phase_needs_its_checkpoints_order_and_models(release: Path, source: Any, tmp_path: Path) -> None:
-    data = facts.data_facts(release / "dataset")
+    data = metrics.data_facts(release / "dataset")
     assert gates.checkpoints_and_order(context(release, data)).ok
     del data["order"]["longcontext-1"]
     assert "no order index of longcontext-1" in gates.checkpoints_and_order(context(release, data)).detail
     copy = tmp_path / "copy"
     shutil.copytree(release / "checkpoints", copy / "checkpoints")
     shutil.rmtree(copy / "checkpoints/longcontext-2-step-2")
-    said = gates.Context(copy, about(release), LIMITS, facts.data_facts(release / "dataset"), {}, [])
+    said = gates.Context(copy, about(release), LIMITS, metrics.data_facts(release / "dataset"), {}, [])
     assert "last checkpoint of longcontext-2 is step 0" in gates.checkpoints_and_order(said).detail
     shutil.copytree(release / "evidence/parity", copy / "evidence/parity")
     (copy / "evidence/parity/long-1.json").unlink()
     assert "parity is not known for long-1" in gates.export_parity(said).detail
     for node in ("evaluate-long-2", "order-longcontext-1", "export-long-1"):
-        from release.assemble import required
+        from release.assembly.assemble import required
 
         with pytest.raises(AtomError, match=f"needs the artifact of {node}"):
             required({name: made for name, made in source.artifacts.items() if name != node})
 
 
 def test_packed_rows_are_counted_once_and_their_fill_is_told(release: Path) -> None:
-    data = facts.data_facts(release / "dataset")
+    data = metrics.data_facts(release / "dataset")
     (part,) = data["order"]["longcontext-1"]["parts"]
     assert part["by_source"]["prose"] == {"rows": 4, "tokens": 40, "documents": 2}
     assert part["by_source"]["sums"] == {"rows": 4, "tokens": 44, "documents": 2}
-    meta = facts.read_json(release / "dataset/order/longcontext-1/meta.json")
+    meta = metrics.read_json(release / "dataset/order/longcontext-1/meta.json")
     assert part["packed"] == {"rows": 4, "sequence_length": 32, "tokens": meta["tokens"], "fill": meta["fill"]}
     assert "packed" not in data["order"]["midtrain"]["parts"][0]
     card = (release / "dataset/README.md").read_text()
@@ -309,27 +311,27 @@ def test_packed_rows_are_counted_once_and_their_fill_is_told(release: Path) -> N
 
 
 def test_unpacked_orders_have_no_such_tables(release: Path) -> None:
-    data = facts.data_facts(release / "dataset")
+    data = metrics.data_facts(release / "dataset")
     data["order"] = {phase: data["order"][phase] for phase in ("pretrain", "midtrain")}
     assert tables.packing(data) == tables.long_documents(data) == []
     assert "share a row" not in render.data_card(about(release), data)
 
 
 def test_a_statement_that_tells_another_summary_is_found(release: Path, tmp_path: Path) -> None:
-    from pipeline import ledger
+    from pipeline.core import provenance
 
     copy = Path(shutil.copytree(release, tmp_path / "copy"))
     key = about(copy)["nodes"]["longcontext-2"]["key"]
-    found = {path: facts.read_json(path) for path in (copy / "evidence/statements").glob("*.json")}
+    found = {path: metrics.read_json(path) for path in (copy / "evidence/statements").glob("*.json")}
     path, body = next((p, b) for p, b in found.items() if b["subject"][0]["name"] == key)
-    summary = facts.read_json(copy / "evidence/training/longcontext-2/summary.json")
-    told = ledger.summary(body)
+    summary = metrics.read_json(copy / "evidence/training/longcontext-2/summary.json")
+    told = provenance.summary(body)
     assert told and told["annotations"] == summary and summary["spikes"][0]["documents"] == ["prose/001", "sums/001"]
-    assert checks.statements(copy) == []
+    assert registry.statements(copy) == []
     told["annotations"]["spikes"] = []
     path.unlink()
-    path = ledger.write(tmp_path, "evidence", body)
+    path = provenance.write(tmp_path, "evidence", body)
     shutil.copyfile(path, copy / "evidence/statements" / path.name)
-    assert checks.statements(copy) == [
+    assert registry.statements(copy) == [
         f"evidence/statements/{path.name}: what it says is in summary.json of {key} is not what is there"
     ]

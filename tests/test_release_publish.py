@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import release_world as world
 
-from release import build as builder
-from release.local_hub import LOCAL_TOKEN, free_port, running
+from release.assembly import build_release as builder
+from release.hub.local.server import LOCAL_TOKEN, free_port, running
 
 ROOT = Path(__file__).parents[1]
 PRELUDE = """
 import json, sys, pathlib
-from release.publish import publish
-from release.verify import verify
-from release.hub_client import api
-from pipeline.errors import AtomError, CheckFailed
+from release.hub.publish import publish
+from release.audit.verify import verify
+from release.hub.client import api
+from pipeline.core.errors import AtomError, CheckFailed
 release = pathlib.Path(sys.argv[1])
 def said(error, call, *a, **k):
     try: call(*a, **k)
@@ -116,7 +116,7 @@ def test_plain_transformers_loads_the_pulled_model(client, release: Path, tmp_pa
 def test_an_interrupted_publication_is_finished_by_the_next(client, release: Path, tmp_path: Path) -> None:
     with running(tmp_path / "hub") as endpoint:
         cut = """
-import os, release.publish as p
+import os, release.hub.publish as p
 count = 0
 write = p.Journal.write
 def dying(self, call, **what):
@@ -180,8 +180,8 @@ def test_an_endpoint_that_does_not_answer(client) -> None:
 
 
 def test_stale_and_dirty_must_be_acknowledged_by_name(tmp_path: Path) -> None:
-    from pipeline.errors import AtomError
-    from release.publish import _publishable
+    from pipeline.core.errors import AtomError
+    from release.hub.publish import _publishable
 
     about = {"namespace": "local", "stale": ["curate"], "dirty": True}
     _publishable(about, "local", False, [])
@@ -233,7 +233,7 @@ def test_a_later_version_is_verified_before_a_public_branch_moves(client, releas
         client(
             where
             + """
-import release.publish as p
+import release.hub.publish as p
 before, pull = heads(), p.pull
 def damaged(repo, kind, revision, target):
     pull(repo, kind, revision, target)
@@ -279,7 +279,7 @@ def test_a_snapshot_in_the_clients_cache_is_verified_as_it_lies(client, release:
             """
 import os
 publish(release, "local")
-for suffix, kind, file in (("", "model", "model.safetensors"), ("-evidence", "dataset", "code/release/build.py")):
+for suffix, kind, file in (("", "model", "model.safetensors"), ("-evidence", "dataset", "code/release/assembly/build_release.py")):
     folder = pathlib.Path(api().snapshot_download("local/tiny" + suffix, repo_type=kind))
     assert (folder / file).is_symlink() and "/hf/" in str(folder), folder
     v = verify(folder, deep=True); assert v.ok, v.to_json()

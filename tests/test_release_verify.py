@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import release_world as world
 
-from pipeline.errors import AtomError, CheckFailed
-from pipeline.store import sha256_file
+from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.store import sha256_file
+from release.audit.verify import kind_of, verify
 from release.layout import ALL_SUMS, SUMS, files_below, files_of, repositories, write_sums
-from release.verify import kind_of, verify
 
 
 def pulled(release: Path, target: Path) -> dict[str, Path]:
@@ -104,12 +104,12 @@ def test_deep_on_each_repository_alone(built: Path, tmp_path: Path) -> None:
 def test_missing_extra_and_linked_files_are_named(copy: Path) -> None:
     (copy / "model/LICENSE").unlink()
     (copy / "dataset/new.txt").write_text("x")
-    (copy / "code/release/build.py").rename(copy / "code/release/moved.py")
-    (copy / "code/release/build.py").symlink_to("moved.py")
+    (copy / "code/release/assembly/build_release.py").rename(copy / "code/release/moved.py")
+    (copy / "code/release/assembly/build_release.py").symlink_to("moved.py")
     found = [text for check in verify(copy).checks for text in check.wrong]
     assert "model/LICENSE is missing (listed in evidence/SHA256SUMS)" in found
     assert "dataset/new.txt is not listed in evidence/SHA256SUMS" in found
-    assert any(text.startswith("code/release/build.py is a link") for text in found)
+    assert any(text.startswith("code/release/assembly/build_release.py is a link") for text in found)
 
 
 @pytest.mark.parametrize("part", ["model", "dataset", "checkpoints", "evidence"])
@@ -138,7 +138,7 @@ def test_a_forged_manifest_is_caught_by_the_statements(copy: Path) -> None:
     path.write_text(json.dumps(manifest))
     resum(copy)
     assert "manifests" in {c.name for c in verify(copy).checks if c.ok is False}
-    from pipeline.store import FileRow, digest_of
+    from pipeline.core.store import FileRow, digest_of
 
     manifest["digest"] = digest_of([FileRow(r["path"], r["size"], r["sha256"]) for r in manifest["files"]])
     path.write_text(json.dumps(manifest))
@@ -151,7 +151,7 @@ def test_deep_finds_training_on_held_out_text_and_forged_answers(built: Path, tm
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from release import deep_checks
+    from release.checks import deep_checks
 
     data = Path(shutil.copytree(built / "dataset", tmp_path / "dataset"))
     path = data / "order/pretrain/order.parquet"
@@ -199,7 +199,7 @@ def test_a_checksum_file_that_was_deleted_is_missing(built: Path, copy: Path, tm
 def test_the_tables_of_the_data_set_must_agree_on_every_kept_document(built: Path, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    from release import deep_checks
+    from release.checks import deep_checks
 
     def damaged(file: str, column: str, where, value: str) -> list[str]:
         path = data / file
@@ -230,7 +230,7 @@ def test_the_tables_of_the_data_set_must_agree_on_every_kept_document(built: Pat
 
 @pytest.mark.parametrize("field", ["_type", "predicateType", "buildType"])
 def test_a_statement_of_another_kind_is_named(copy: Path, field: str) -> None:
-    from pipeline.store import canonical, sha256_bytes
+    from pipeline.core.store import canonical, sha256_bytes
 
     path = sorted((copy / "evidence/statements").glob("*.json"))[0]
     body = json.loads(path.read_text())
@@ -239,7 +239,7 @@ def test_a_statement_of_another_kind_is_named(copy: Path, field: str) -> None:
     path.unlink()
     data = canonical(body)
     path.with_name(f"{sha256_bytes(data)}.json").write_bytes(data)
-    from release import checks
+    from release.checks import registry as checks
 
     assert f"evidence/statements/{sha256_bytes(data)}.json: its {field} is https://example.org/other" in "".join(
         checks.statements(copy)

@@ -16,15 +16,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipeline import graph, registry
-from pipeline import recipe as recipes
-from pipeline.errors import AtomError, CheckFailed
-from pipeline.store import Artifact, Store, sha256_file
+from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.store import Artifact, Store, sha256_file
+from pipeline.graph import dag, registry
+from pipeline.graph import recipe as recipes
 from release import layout
-from release import replay as replays
-from release.replay import Plan, replay
-from release.replay_report import certificate, text
-from release.replay_source import Source
+from release.audit import replay as replays
+from release.audit.replay import Plan, replay
+from release.audit.replay_report import certificate, text
+from release.audit.replay_source import Source
 
 END = "checkpoints/pretrain-step-60"
 ORDER = "dataset/order/pretrain/order.parquet"
@@ -32,11 +32,11 @@ ORDER = "dataset/order/pretrain/order.parquet"
 
 @pytest.fixture(scope="module")
 def release(smoke_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from release.build import build
-    from release.inputs import build_input
+    from release.assembly.build_release import build
+    from release.assembly.collect import build_input
 
     store = Store(smoke_home)
-    source = build_input(graph.compose(recipes.load("atom-smoke"), store), store)
+    source = build_input(dag.compose(recipes.load("atom-smoke"), store), store)
     return build(source, tmp_path_factory.mktemp("home"))
 
 
@@ -318,7 +318,7 @@ def test_a_phase_of_two_ranks_comes_out_within_tolerance(release: Path, copy: Pa
 
 def _rank(release: Path, phase: str, folder: Path) -> None:
     """Trains the last steps of a phase as one of two tensor-parallel ranks; the first leaves where the checkpoint is."""
-    from stages.model.layout import Layout
+    from stages.mcore.parallel_layout import Layout
 
     own = folder / f"rank-{os.environ['RANK']}"
     own.mkdir()

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.rl.losses import advantages, dpo_loss, policy_loss, without_unfinished, zero_variance
+from stages.rl.algorithms.losses import advantages, dpo_loss, policy_loss, without_unfinished, zero_variance
 
 pytestmark = pytest.mark.numeric
 

@@ -13,14 +13,14 @@ import rl_world
 import train_world as world
 from conftest import RecordingReport
 
-from pipeline.errors import AtomError, Interrupted
-from pipeline.store import Artifact, write_manifest
-from stages import reward, rlhf
+from pipeline.core.errors import AtomError, Interrupted
+from pipeline.core.store import Artifact, write_manifest
 from stages.data.table import read_table, write_jsonl
-from stages.rl import rollouts
-from stages.rl.contracts import Response, VerifierFailed
-from stages.rl.judges import RewardModel, judged
-from stages.rl.preferences import best_and_worst
+from stages.rl import dpo, reward_model
+from stages.rl.algorithms.preferences import best_and_worst
+from stages.rl.protocols import Response, VerifierFailed
+from stages.rl.rewards.reward_functions import RewardModel, judged
+from stages.rl.rollout import rollouts
 
 
 def rows_source(kind: str) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def run(
 @pytest.fixture(scope="module")
 def calm(inputs: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calm")
-    run(rlhf, settings(PHASE), inputs, folder / "work", folder / "out")
+    run(dpo, settings(PHASE), inputs, folder / "work", folder / "out")
     return folder / "out"
 
 
@@ -101,12 +101,12 @@ def test_the_reference_is_the_policy_that_drew(calm: Path, inputs: dict[str, Art
     gaps = [x["max_sampler_gap"] for x in rl_world.lines(calm) if "max_sampler_gap" in x]
     assert len(gaps) == 8 and max(gaps) == pytest.approx(0, abs=1e-4)
     with pytest.raises(AtomError, match=r"sampler and trainer differ by .*, more than rlhf.logprob_gap = 1e-12"):
-        run(rlhf, settings(PHASE, logprob_gap=1e-12), inputs, tmp_path / "work", tmp_path / "out")
+        run(dpo, settings(PHASE, logprob_gap=1e-12), inputs, tmp_path / "work", tmp_path / "out")
 
 
 def test_a_round_of_too_few_pairs_teaches_nothing_and_says_so(inputs: dict[str, Artifact], tmp_path: Path) -> None:
     run(
-        rlhf,
+        dpo,
         settings(PHASE, steps=1, updates=50, optimizer={**PHASE["optimizer"], "warmup_steps": 1}),
         inputs,
         tmp_path / "w",
@@ -144,8 +144,8 @@ def test_stopped_and_resumed_gives_the_same_bytes(
     inputs: dict[str, Artifact], calm: Path, tmp_path: Path, at: int
 ) -> None:
     with pytest.raises(Interrupted):
-        run(rlhf, settings(PHASE), inputs, tmp_path / "work", tmp_path / "a", world.Reporter(at, signal.SIGTERM))
-    run(rlhf, settings(PHASE), inputs, tmp_path / "work", tmp_path / "b")
+        run(dpo, settings(PHASE), inputs, tmp_path / "work", tmp_path / "a", world.Reporter(at, signal.SIGTERM))
+    run(dpo, settings(PHASE), inputs, tmp_path / "work", tmp_path / "b")
     assert world.digest(tmp_path / "b") == world.digest(calm)
 
 
@@ -153,7 +153,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(
 def trained(inputs: dict[str, Artifact], calm: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("reward")
     given = {"pairs": write_manifest(calm, "rlhf-test"), "init": inputs["init"], "tokenizer": inputs["tokenizer"]}
-    run(reward, settings(REWARD), given, folder / "work", folder / "out")
+    run(reward_model, settings(REWARD), given, folder / "work", folder / "out")
     return write_manifest(folder / "out", "reward-test")
 
 
@@ -167,12 +167,12 @@ def test_the_reward_model_judges_as_it_was_trained(
     trained: Artifact, inputs: dict[str, Artifact], calm: Path, tmp_path: Path
 ) -> None:
     """Exported, it gives pairs the order that the trainer measured; an answer that did not end earns nothing."""
-    from release import export
-    from stages.rl.answers import Chat
+    from stages.export import hf
+    from stages.rl.rollout.generation import Chat
 
     given = {"checkpoint": trained, "tokenizer": inputs["tokenizer"]}
     run(
-        export,
+        hf,
         {"model": rl_world.MODEL, "padded_vocab_size": rl_world.PADDED},
         given,
         tmp_path / "work",
@@ -205,7 +205,7 @@ def test_too_few_pairs_are_told(inputs: dict[str, Artifact], calm: Path, tmp_pat
     with pytest.raises(
         AtomError, match=r"reward: \d+ pairs to learn from and 0 held out are too few; draw more in rlhf.dpo"
     ):
-        run(reward, settings(REWARD, heldout=1e-9), given, tmp_path / "work", tmp_path / "out")
+        run(reward_model, settings(REWARD, heldout=1e-9), given, tmp_path / "work", tmp_path / "out")
 
 
 def test_a_judge_out_of_order_makes_no_pair(
@@ -214,10 +214,10 @@ def test_a_judge_out_of_order_makes_no_pair(
     def broken(self, answers):
         raise VerifierFailed("verifier instructions: gone")
 
-    monkeypatch.setattr("stages.rl.verifiers.Instructions.score", broken)
+    monkeypatch.setattr("stages.rl.rewards.verifiers.Instructions.score", broken)
     with pytest.raises(VerifierFailed, match="gone"):
         run(
-            rlhf,
+            dpo,
             settings(PHASE, retries=0, validate_every=6),
             inputs,
             tmp_path / "work",

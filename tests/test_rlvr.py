@@ -13,12 +13,12 @@ import pytest
 import rl_world
 import train_world as world
 
-from pipeline.errors import AtomError, Interrupted
-from stages.rl import rollouts
+from pipeline.core.errors import AtomError, Interrupted
 from stages.rl.config import RlTrainConfig
-from stages.rl.contracts import Response, VerifierFailed
-from stages.rl.generate import InProcess
-from stages.rl.verifiers import Instructions
+from stages.rl.protocols import Response, VerifierFailed
+from stages.rl.rewards.verifiers import Instructions
+from stages.rl.rollout import rollouts
+from stages.rl.samplers.generate import InProcess
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_what_is_promised_and_what_stands_in_the_way_are_known_before_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from stages.rl import sandbox
-    from stages.rlvr import STAGE
+    from stages.rl.rlvr import STAGE
 
     def made(**phase: object) -> RlTrainConfig:
         return RlTrainConfig.model_validate(rl_world.config(**phase))
@@ -151,7 +151,7 @@ def test_a_verifier_out_of_order_stops_the_step_and_loses_nothing(
             raise VerifierFailed("verifier instructions: out of order")
         return score(self, answers)
 
-    monkeypatch.setattr("stages.rl.answers.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("stages.rl.rollout.generation.RETRY_SECONDS", 0.0)
     monkeypatch.setattr(Instructions, "score", broken)
     with pytest.raises(VerifierFailed, match="out of order"):
         rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", rl_world.config(retries=1))
@@ -173,7 +173,7 @@ def test_a_verifier_that_recovers_is_retried(
             raise VerifierFailed("verifier instructions: busy")
         return score(self, answers)
 
-    monkeypatch.setattr("stages.rl.answers.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("stages.rl.rollout.generation.RETRY_SECONDS", 0.0)
     monkeypatch.setattr(Instructions, "score", flaky)
     report = world.Reporter()
     rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", rl_world.config(), report)

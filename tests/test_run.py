@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import atom, digests
 
-from pipeline import ledger
-from pipeline.lease import holder
-from pipeline.store import Store
+from pipeline.core import provenance
+from pipeline.core.lease import holder
+from pipeline.core.store import Store
 
 
 def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -45,7 +45,7 @@ def statements(home: Path, outcome: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for folder in (home / "ledger").iterdir():
         found[folder.name] = sum(
-            ledger.outcome(body) == outcome for _, body in ledger.read(home / "ledger", folder.name)
+            provenance.outcome(body) == outcome for _, body in provenance.read(home / "ledger", folder.name)
         )
     return found
 
@@ -61,7 +61,7 @@ def test_every_artifact_has_one_statement_and_its_materials_are_sealed(smoke_hom
     found = digests(smoke_home)
     store = Store(smoke_home)
     for key, digest in found.items():
-        made = ledger.sealed(store.ledger, store.open(key))
+        made = provenance.sealed(store.ledger, store.open(key))
         assert made, key
         body = made[1]
         assert body["_type"] == "https://in-toto.io/Statement/v1"
@@ -71,7 +71,7 @@ def test_every_artifact_has_one_statement_and_its_materials_are_sealed(smoke_hom
         for d in definition["resolvedDependencies"]:
             if d["uri"].startswith("atom:artifact/"):
                 assert found[d["uri"].removeprefix("atom:artifact/")] == d["digest"]["sha256"]
-        usage = ledger.usage(body)
+        usage = provenance.usage(body)
         assert usage["energy_joules_estimate"] >= 0 and "not measured" in usage["energy_method"]
     assert statements(smoke_home, "sealed") == dict.fromkeys(found, 1)
     assert not any((smoke_home / "work").iterdir()), "finished stages leave no work folder"
@@ -89,9 +89,9 @@ def test_a_statement_repeats_the_summary_of_its_product(smoke_home: Path) -> Non
     store, told = Store(smoke_home), {}
     for folder in sorted(store.artifacts.iterdir()):
         artifact = store.open(folder.name)
-        stated = ledger.sealed(store.ledger, artifact)
+        stated = provenance.sealed(store.ledger, artifact)
         assert stated
-        summary = ledger.summary(stated[1])
+        summary = provenance.summary(stated[1])
         rows = [row for row in artifact.rows if row.path == "summary.json"]
         assert bool(summary) == bool(rows)
         if summary:
@@ -104,10 +104,10 @@ def test_a_statement_repeats_the_summary_of_its_product(smoke_home: Path) -> Non
 
 
 def test_a_product_without_a_number_is_stated_all_the_same(tmp_path: Path) -> None:
-    from pipeline.store import canonical, write_manifest
+    from pipeline.core.store import canonical, write_manifest
 
     (tmp_path / "summary.json").write_text('{"heldout_loss": NaN}')
-    (found,) = ledger.summaries(write_manifest(tmp_path, "pretrain-0"))
+    (found,) = provenance.summaries(write_manifest(tmp_path, "pretrain-0"))
     assert found["annotations"] == {"heldout_loss": "NaN"} and canonical(found)
 
 
@@ -123,7 +123,7 @@ def test_stopped_and_killed_runs_end_in_the_same_bytes(smoke_home: Path, tmp_pat
     key = next(p.name for p in (home / "work").iterdir() if p.name.startswith("pretrain-"))
     present = holder(home / "work" / key)
     assert present and not present.alive, "the lease is given back"
-    assert any("stopped on request" in ledger.outcome(body) for _, body in ledger.read(home / "ledger", key))
+    assert any("stopped on request" in provenance.outcome(body) for _, body in provenance.read(home / "ledger", key))
     assert any((home / "work" / key / "state").iterdir()), "training saved a work checkpoint before it stopped"
 
     rng = random.Random(20261125)
@@ -158,8 +158,10 @@ def test_a_worker_outlives_its_driver_and_the_next_run_waits_for_it(tmp_path: Pa
     (first,) = (p.parent.name for p in home.glob("logs/*/run.json"))
     atom(home, "run", "atom-smoke", "--until", "curate")
     (key,) = (p.name for p in (home / "artifacts").glob("curate-*"))
-    ((_, body),) = ledger.read(home / "ledger", key)
-    assert ledger.outcome(body) == "sealed" and ledger.invocation(body) == f"{first}/curate", "the orphan sealed it"
+    ((_, body),) = provenance.read(home / "ledger", key)
+    assert provenance.outcome(body) == "sealed" and provenance.invocation(body) == f"{first}/curate", (
+        "the orphan sealed it"
+    )
 
 
 def test_status_and_logs_read_the_files(smoke_home: Path) -> None:
@@ -206,7 +208,7 @@ def test_mistakes_are_one_sentence_and_exit_2(tmp_path: Path, arguments: tuple[s
 def test_plan_and_help_import_nothing_heavy() -> None:
     heavy = "torch, mlflow, datatrove, transformers, pyarrow, submitit, numpy"
     code = (
-        "import sys; from pipeline import cli\n"
+        "import sys; from pipeline.cli import main as cli\n"
         f"heavy = {heavy.split(', ')}\n"
         "for argv in (['--help'], ['plan', 'atom-tiny']):\n"
         "    try: cli.app(argv, standalone_mode=False)\n"

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from stages import scorers
-from stages.rl.contracts import Response
-from stages.rl.judges import Courtesy
-from stages.rl.verifiers import verifier
+from stages.rl.protocols import Response
+from stages.rl.rewards.reward_functions import Courtesy
+from stages.rl.rewards.verifiers import verifier
 
 FOLDER = Path(scorers.__file__).parent
 FROZEN = {

@@ -11,13 +11,12 @@ import pytest
 import verdict_world as world
 from rich.console import Console
 
-from pipeline import profile
-from pipeline import run as runs
-from pipeline.display import Display
-from pipeline.errors import RecipeError
-from pipeline.launch import clean_environment
+from pipeline.core.errors import RecipeError
+from pipeline.core.progress import Display
+from pipeline.core.store import Store
+from pipeline.graph import run as runs
+from pipeline.launch import clean_environment, cluster_profile
 from pipeline.launch.local import LocalLauncher
-from pipeline.store import Store
 
 PLANTED = "planted-0123456789"
 SECRETS = {
@@ -67,7 +66,7 @@ def test_the_shell_has_the_same_rule() -> None:
 
 
 def test_a_profile_that_would_carry_a_secret_is_refused(tmp_path: Path) -> None:
-    text = Path(profile.__file__).parent.joinpath("clusters/dev.yaml").read_text()
+    text = Path(cluster_profile.__file__).parents[1].joinpath("clusters/dev.yaml").read_text()
     path = tmp_path / "mine.yaml"
     for more, words in (
         ("  forward: [HF_TOKEN]\n", "HF_TOKEN looks like a secret"),
@@ -76,13 +75,13 @@ def test_a_profile_that_would_carry_a_secret_is_refused(tmp_path: Path) -> None:
     ):
         path.write_text(text + more)
         with pytest.raises(RecipeError, match=words) as error:
-            profile.load(str(path))
+            cluster_profile.load(str(path))
         assert "\n" not in str(error.value)
     with pytest.raises(RecipeError, match="MLFLOW_TRACKING_URI, which a job would take over, looks like a secret"):
         clean_environment.taken_over(SECRETS, ["MLFLOW_TRACKING_URI"])
     assert clean_environment.taken_over({"HOME": "/h", "OTHER": "x"}, ["MINE"]) == {"HOME": "/h"}
     path.write_text(text.replace("environment:\n", "environment:\n    MLFLOW_TRACKING_URI: https://me@host\n"))
-    assert profile.load(str(path)).cluster().environment["MLFLOW_TRACKING_URI"] == "https://me@host"
+    assert cluster_profile.load(str(path)).cluster().environment["MLFLOW_TRACKING_URI"] == "https://me@host"
 
 
 def test_what_setup_or_an_image_sets_is_dropped_unless_the_profile_names_it(tmp_path: Path) -> None:
@@ -93,7 +92,7 @@ def test_what_setup_or_an_image_sets_is_dropped_unless_the_profile_names_it(tmp_
         "c.require(['MINE', 'MLFLOW_TRACKING_URI']); print('names', *sorted(os.environ))\n"
         "print(Path('/proc/self/environ').read_bytes())"
     )
-    root = Path(profile.__file__).parents[1]
+    root = Path(cluster_profile.__file__).parents[2]
     more = {"MINE": "x", "MLFLOW_TRACKING_URI": "https://me@host", "OF_IMAGE": "x", "PYTHONPATH": f"{tmp_path}:{root}"}
     done = subprocess.run(
         [sys.executable, "-c", code], env={**SECRETS, **NEEDED, **more}, capture_output=True, text=True, check=True
@@ -114,7 +113,7 @@ def test_a_stage_here_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (name,) = graph.nodes
     this = runs.start(graph, store, [name], "local")
     with Display(Console(quiet=True)) as display:
-        LocalLauncher(graph, store, this, [name], profile.load("local"), display).go()
+        LocalLauncher(graph, store, this, [name], cluster_profile.load("local"), display).go()
     assert os.environ["HF_TOKEN"] == PLANTED, "what runs the stages keeps its own"
     for who in ("stage", "child"):
         seen = (tmp_path / "act" / f"{who}.environ").read_bytes()

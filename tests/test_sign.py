@@ -19,12 +19,12 @@ from cryptography.x509.oid import NameOID
 from test_release_publish import client  # noqa: F401 - a fixture
 from test_release_verify import resum
 
-from pipeline.errors import AtomError
-from release import sign
+from pipeline.core.errors import AtomError
+from release.audit.verify import verify
+from release.hub.local.server import running
 from release.layout import SUMS, files_of, repositories
-from release.local_hub import running
-from release.trust import Trust
-from release.verify import verify
+from release.signing import sign
+from release.signing.trust_policy import Trust
 
 
 def write_key(path: Path, key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | None = None) -> Path:
@@ -228,7 +228,7 @@ def test_signatures_are_published_and_come_back(client, release: Path, tmp_path:
         client(
             """
 publish(release, "local", public=True)
-from release.verify import Trust
+from release.audit.verify import Trust
 trust = Trust(str(release / "model.pub"))
 for suffix in ("", "-base", "-data", "-evidence", "-checkpoints", "-checkpoints@pretrain-step-2"):
     found = next(c for c in verify("local/tiny" + suffix, trust=trust).checks if c.name == "signatures")

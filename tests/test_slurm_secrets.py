@@ -13,9 +13,8 @@ import slurm_world
 import verdict_world as world
 from test_secrets_of_jobs import PLANTED, SECRETS
 
-from pipeline import profile
-from pipeline.launch import slurm
-from pipeline.store import Store
+from pipeline.core.store import Store
+from pipeline.launch import cluster_profile, slurm
 
 pytestmark = slurm_world.ON_SLURM
 
@@ -48,7 +47,7 @@ def test_no_token_reaches_a_stage(login_token: None, tmp_path: Path, monkeypatch
     environment = {"PYTHONPATH": f"{slurm_world.ROOT}:{world.python_path(tmp_path)}", "GLOO_SOCKET_IFNAME": "lo"}
     environment["NAMED_BY_THE_PROFILE"] = "x"
     setup = [f"export {name}={PLANTED}" for name in ("SETUP_TOKEN", "AWS_SESSION_TOKEN", "GITLABTOKEN", "OF_SETUP")]
-    settings = profile.load(slurm_world.write_profile(tmp_path, environment=environment, setup=setup))
+    settings = cluster_profile.load(slurm_world.write_profile(tmp_path, environment=environment, setup=setup))
     store, graph = Store(tmp_path / "home"), world.graph(tmp_path / "act", "environment", ranks=1)
     (name,) = graph.nodes
     made = slurm.submit(graph, store, [name], settings, "dev")

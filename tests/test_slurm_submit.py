@@ -49,8 +49,8 @@ def test_submitting_twice_attaches_and_two_at_once_share(home: Path, calm: str) 
 def test_jobs_run_from_the_code_as_it_was(home: Path, tmp_path: Path) -> None:
     submit(home)
     (code,) = (home / "code").iterdir()
-    assert (code / "stages/pretrain.py").read_bytes() == (world.ROOT / "stages/pretrain.py").read_bytes()
-    assert not os.access(code / "stages/pretrain.py", os.W_OK) or os.geteuid() == 0
+    assert (code / "stages/train/pretrain.py").read_bytes() == (world.ROOT / "stages/train/pretrain.py").read_bytes()
+    assert not os.access(code / "stages/train/pretrain.py", os.W_OK) or os.geteuid() == 0
     script = next(home.glob("logs/*/pretrain/submitit/*_submission.sh")).read_text()
     assert f"export PYTHONPATH={code}\n" in script and "HF_TOKEN" not in script
     world.until(lambda: world.reached(home, "pretrain", 1), "a step")
@@ -118,12 +118,12 @@ def test_without_slurm_one_sentence(home: Path, tmp_path: Path) -> None:
 
 
 def test_other_profiles_give_the_same_keys_and_scripts_of_their_own(home: Path) -> None:
-    from pipeline import graph, profile, recipe
-    from pipeline.launch import slurm
-    from pipeline.store import Store
+    from pipeline.core.store import Store
+    from pipeline.graph import dag, recipe
+    from pipeline.launch import cluster_profile, slurm
 
     store = Store(home)
-    composed = graph.compose(recipe.load(world.write_recipe(home.parent)), store)
+    composed = dag.compose(recipe.load(world.write_recipe(home.parent)), store)
     for name, words in {
         "h100-pyxis": [
             "--container-image=/shared/images/atom.sqsh",
@@ -134,7 +134,9 @@ def test_other_profiles_give_the_same_keys_and_scripts_of_their_own(home: Path) 
         "h100-modules": ["/shared/envs/atom/bin/python -u -m submitit", "#SBATCH --constraint=h100", "ulimit -n 65536"],
     }.items():
         run = slurm.Run("test", home.parent / name, {})
-        made = slurm.executor_of(store, run, composed.nodes["pretrain"], profile.load(name), Path("/code"), ["7", "8"])
+        made = slurm.executor_of(
+            store, run, composed.nodes["pretrain"], cluster_profile.load(name), Path("/code"), ["7", "8"]
+        )
         text = made._make_submission_file_text(made._submitit_command_str, "")
         for word in [
             *words,

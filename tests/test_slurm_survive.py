@@ -26,7 +26,7 @@ from slurm_acts import (
 from test_tracking import runs as tracked
 from test_tracking import tracking_server
 
-from release.local_hub import free_port
+from release.hub.local.server import free_port
 
 pytestmark = world.ON_SLURM
 

@@ -12,13 +12,13 @@ import slurm_world
 import verdict_world as world
 from conftest import atom
 
-from pipeline import profile, snapshot
-from pipeline import run as runs
-from pipeline.errors import Kind
-from pipeline.launch import slurm
+from pipeline.core import code_snapshot
+from pipeline.core.errors import Kind
+from pipeline.core.store import Store
+from pipeline.graph import run as runs
+from pipeline.graph.run import Run
+from pipeline.launch import cluster_profile, slurm
 from pipeline.launch.job import Terms
-from pipeline.run import Run
-from pipeline.store import Store
 
 pytestmark = slurm_world.ON_SLURM
 
@@ -37,7 +37,7 @@ def start(folder: Path, name: str, retried: int) -> tuple[Store, Run, str]:
     """Submits the stage that fails so, on four nodes; returns its home folder, run and job."""
     way, who, *_ = VERDICTS[name]
     environment = {"PYTHONPATH": f"{slurm_world.ROOT}:{world.python_path(folder)}"}
-    settings = profile.load(slurm_world.write_profile(folder, restarts=retried, environment=environment))
+    settings = cluster_profile.load(slurm_world.write_profile(folder, restarts=retried, environment=environment))
     store, graph = Store(folder / "home"), world.graph(folder / "act", way, who)
     (node,) = graph.nodes.values()
     this = runs.start(graph, store, [node.name], "dev")
@@ -47,7 +47,7 @@ def start(folder: Path, name: str, retried: int) -> tuple[Store, Run, str]:
     limits: dict[str, float | None] | None = {"core_hours": 0.0} if name == "budget" else None
     free = 1e9 if name == "preflight" else 0.0
     terms = Terms({node.name: node.key}, limits, retried, free, None)
-    executor = slurm.executor_of(store, this, node, settings, snapshot.freeze(store, {}), [])
+    executor = slurm.executor_of(store, this, node, settings, code_snapshot.freeze(store, {}), [])
     job = slurm.start(executor, slurm.task_of(graph, store, this, node, settings), terms)
     this.note_job(node.name, job, False)
     return store, this, job

@@ -10,10 +10,10 @@ from pathlib import Path
 import chat_world as world
 import pytest
 
-from pipeline.errors import AtomError
-from pipeline.store import Artifact
-from stages import solve
-from stages.statistics import clustered, majority_at, pass_at, powers, wilson
+from pipeline.core.errors import AtomError
+from pipeline.core.store import Artifact
+from stages.evaluation import pass_at_k
+from stages.evaluation.confidence import clustered, majority_at, pass_at, powers, wilson
 
 CONFIG = {"samples": 3, "max_new_tokens": 6, "seed": 0}
 
@@ -69,7 +69,7 @@ def test_scores_by_hand() -> None:
         answer("b", -1, "1", 0), answer("b", 0, "1", 0), answer("b", 1, "2", 1), answer("b", 2, "", 0, False),
         answer("c", 0, "Dear", 0.4, kind="courtesy"), answer("d", 0, "Dear", 0.8, kind="courtesy"),
     ]  # fmt: skip
-    found = solve.summary(rows)
+    found = pass_at_k.summary(rows)
     add = found["problems"]["add"]
     assert found["problems_all"] == add
     assert add["greedy"]["accuracy"] == {"value": 0.5, "se": 0.5, "n": 2} and add["greedy"]["reasoning"] == 0.5
@@ -83,13 +83,13 @@ def test_scores_by_hand() -> None:
 
 
 def test_same_bytes_twice_and_after_a_cut(run_stage, inputs, tmp_path: Path) -> None:
-    first, second = (run_stage(solve.STAGE, CONFIG, inputs, tmp_path / name) for name in ("a", "b"))
+    first, second = (run_stage(pass_at_k.STAGE, CONFIG, inputs, tmp_path / name) for name in ("a", "b"))
     assert first.digest == second.digest
     (tmp_path / "b" / "answers-00000.json").unlink()
-    assert run_stage(solve.STAGE, CONFIG, inputs, tmp_path / "b").digest == first.digest
+    assert run_stage(pass_at_k.STAGE, CONFIG, inputs, tmp_path / "b").digest == first.digest
     rows = world.table(first, "answers.parquet")
     assert len(rows) == 10 * 4 + 12
-    assert solve.summary(rows) == first.json("scores.json")
+    assert pass_at_k.summary(rows) == first.json("scores.json")
     assert all(json.loads(row["parts"])["reward"] == row["reward"] for row in rows)
     drawn = [row for row in rows if row["sample"] >= 0]
     assert len({row["seed"] for row in drawn}) == len(drawn)
@@ -103,7 +103,7 @@ def test_same_bytes_twice_and_after_a_cut(run_stage, inputs, tmp_path: Path) -> 
 
 
 def test_another_split_and_a_kind_with_one_item(run_stage, inputs, tmp_path: Path) -> None:
-    rows = world.table(run_stage(solve.STAGE, {**CONFIG, "split": "validation"}, inputs), "answers.parquet")
+    rows = world.table(run_stage(pass_at_k.STAGE, {**CONFIG, "split": "validation"}, inputs), "answers.parquet")
     assert {row["id"].split("/")[0] for row in rows} == {"validation"}
     few = world.sealed(
         world.items_stage.STAGE,
@@ -112,6 +112,6 @@ def test_another_split_and_a_kind_with_one_item(run_stage, inputs, tmp_path: Pat
         tmp_path / "few",
     )
     with pytest.raises(AtomError, match="have one item of kind add, and two are needed for an error bar in split test"):
-        run_stage(solve.STAGE, CONFIG, {**inputs, "items": few})
+        run_stage(pass_at_k.STAGE, CONFIG, {**inputs, "items": few})
     with pytest.raises(AtomError, match="have no item in split validation; ask for more in evaluation.chat"):
-        run_stage(solve.STAGE, {**CONFIG, "split": "validation"}, {**inputs, "items": few})
+        run_stage(pass_at_k.STAGE, {**CONFIG, "split": "validation"}, {**inputs, "items": few})

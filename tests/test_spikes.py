@@ -19,8 +19,8 @@ import torch
 import train_world as world
 from safetensors.torch import load_file
 
-from pipeline.errors import AtomError
-from pipeline.store import Artifact, write_manifest
+from pipeline.core.errors import AtomError
+from pipeline.core.store import Artifact, write_manifest
 from stages.train.config import Spikes
 from stages.train.spikes import Judge
 
@@ -41,7 +41,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plant(folder: Path, *steps: int) -> Path:
     """A corpus in whose order some steps read noise alone."""
-    from stages.model.mcore import IndexedDatasetBuilder
+    from stages.mcore.megatron_imports import IndexedDatasetBuilder
 
     world.make(folder, PHASE)
     rng, prefix = random.Random(1), str(folder / "tokens/train/noise")
@@ -186,7 +186,7 @@ def test_what_is_no_number_is_skipped_from_the_first_step(poisoned: Path, tmp_pa
 
 def test_broken_activations_are_rewound(poisoned: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """A step whose routers see no numbers at all: its record goes through work checkpoints, and no file holds a NaN."""
-    from stages.model.mcore import TopKRouter
+    from stages.mcore.megatron_imports import TopKRouter
 
     gate, passes = TopKRouter.gating, [0]
 
@@ -207,7 +207,7 @@ def test_broken_activations_are_rewound(poisoned: Path, tmp_path: Path, monkeypa
 
 def test_a_continued_phase_resumes_as_it_would_have_gone_on(poisoned: Path, tmp_path: Path) -> None:
     """It keeps a work checkpoint of its beginning, to go back to, which is no release checkpoint of its own."""
-    from stages.pretrain import STAGE
+    from stages.train.pretrain import STAGE
 
     first = run(poisoned, tmp_path / "first", spikes={"action": "rewind", **POLICY})
     (tmp_path / "order").mkdir()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import AtomError, CheckFailed
-from pipeline.store import Artifact, Store, digest_of, once, rows_of, write_manifest
+from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.store import Artifact, Store, digest_of, once, rows_of, write_manifest
 
 
 def folder(path: Path, **files: str) -> Path:
@@ -129,7 +129,7 @@ def test_sealed_files_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None
 def test_tensors_are_written_by_the_umask(tmp_path: Path) -> None:
     import torch
 
-    from stages.train.sealed import save_tensors
+    from stages.train.checkpoint.release_checkpoint import save_tensors
 
     before = os.umask(0o027)
     try:

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from pipeline.errors import AtomError, RecipeError
-from pipeline.store import Artifact, write_manifest
-from stages.data import tokenize
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.store import Artifact, write_manifest
+from stages.data import tokenization
 from stages.data import tokenizer as training
 from stages.data.shards import check_shard
 from stages.data.table import KEPT, content_hash, write_rows
@@ -153,7 +153,7 @@ def test_a_corpus_that_is_too_small_is_refused(tmp_path: Path, run_stage: Any) -
 def tokenized(folder: Path, run_stage: Any) -> tuple[Artifact, Artifact]:
     inputs = {"curate": curated(folder / "curated", extra=(TRICKY,))}
     inputs["tokenizer"] = run_stage(training.STAGE, SECTION, inputs)
-    tokens: Artifact = run_stage(tokenize.STAGE, {}, inputs)
+    tokens: Artifact = run_stage(tokenization.STAGE, {}, inputs)
     return tokens, inputs["tokenizer"]
 
 
@@ -218,11 +218,11 @@ def test_shards_done_beforehand_are_all_that_the_stage_needs(
     whole, cut, work = tmp_path / "whole", tmp_path / "cut", tmp_path / "work"
     for folder in (whole, cut, work):
         folder.mkdir()
-    tokenize.run(tokenize.TokenizeConfig(), inputs, tmp_path / "other", whole, RecordingReport())
-    config = tokenize.TokenizeConfig(shards=shards)
+    tokenization.run(tokenization.TokenizeConfig(), inputs, tmp_path / "other", whole, RecordingReport())
+    config = tokenization.TokenizeConfig(shards=shards)
     for shard in range(shards):
-        tokenize.run_shard(config, inputs, work, shard)
+        tokenization.run_shard(config, inputs, work, shard)
     assert len(list(work.glob("tokens-*"))) == 2 * shards
-    monkeypatch.setattr(tokenize, "encode", None)  # nothing is left to encode
-    tokenize.run(config, inputs, work, cut, RecordingReport())
+    monkeypatch.setattr(tokenization, "encode", None)  # nothing is left to encode
+    tokenization.run(config, inputs, work, cut, RecordingReport())
     assert write_manifest(cut, "t").digest == write_manifest(whole, "t").digest

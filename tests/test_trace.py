@@ -16,10 +16,11 @@ import release_world as world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import AtomError, CheckFailed
-from release import build as builder
-from release import facts, merkle, trace
-from release import trace_answers as answers
+from pipeline.core.errors import AtomError, CheckFailed
+from release.assembly import build_release as builder
+from release.assembly import metrics
+from release.audit import merkle, tracing
+from release.audit import trace_report as answers
 from release.layout import SUMS, files_below, write_sums
 
 ORDERS = [
@@ -75,7 +76,7 @@ def enrich(folder: Path) -> None:
     tokens = {id: {"content_hash": h} for id, h in hashed.items()}
     change(data / "tokens/documents.parquet", {**tokens, "sums/011": fates["sums/011"]})
     order = data / "order/longcontext-2/order.parquet"
-    world.table(order, [*facts.rows(order), segment(2, 2, "sums/é")])  # which no other phase read
+    world.table(order, [*metrics.rows(order), segment(2, 2, "sums/é")])  # which no other phase read
 
     earlier = data / "earlier"
     shutil.copytree(data / "kept", earlier / "curate-bbbb/kept")
@@ -141,7 +142,7 @@ def moved(phase: str, order: str, step: int) -> bool | None:
 
 @functools.lru_cache
 def order_rows(path: Path) -> list[dict[str, Any]]:
-    return facts.rows(path) if path.exists() else []
+    return metrics.rows(path) if path.exists() else []
 
 
 def uses_of(release: Path, id: str) -> list[dict[str, Any]]:
@@ -150,7 +151,7 @@ def uses_of(release: Path, id: str) -> list[dict[str, Any]]:
     for phase, order, first, last in ORDERS:
         rows = [row for row in order_rows(release / "dataset" / order / "order.parquet") if row["id"] == id]
         for step in range(first, last + 1):
-            own = [{name: row[name] for name in trace.PLACE} for row in rows if row["step"] == step]
+            own = [{name: row[name] for name in tracing.PLACE} for row in rows if row["step"] == step]
             if own:
                 found.append({"phase": phase, "step": step, "order": order, "moved": moved(phase, order, step),
                               "rows": own})  # fmt: skip
@@ -162,12 +163,12 @@ def kept(release: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         *sorted(release.glob("dataset/kept/*.parquet")),
         *sorted(release.glob("dataset/earlier/*/kept/*.parquet")),
     ]:
-        for row in facts.rows(path):
+        for row in metrics.rows(path):
             yield path.relative_to(release / "dataset").as_posix(), row
 
 
 def ids(release: Path) -> list[str]:
-    return [row["id"] for row in facts.rows(release / "dataset/dispositions.parquet")]
+    return [row["id"] for row in metrics.rows(release / "dataset/dispositions.parquet")]
 
 
 def plain(answer: Any) -> Any:
@@ -178,10 +179,10 @@ def test_every_step_has_its_rows(release: Path) -> None:
     about = {row["id"]: {"license": row["license"], "origin": row["origin"]} for _, row in kept(release)}
     for phase, order, first, last in ORDERS:
         for step in range(first, last + 1):
-            rows = [row for row in facts.rows(release / "dataset" / order / "order.parquet") if row["step"] == step]
-            names = (*trace.PLACE, "source", "id")
+            rows = [row for row in metrics.rows(release / "dataset" / order / "order.parquet") if row["step"] == step]
+            names = (*tracing.PLACE, "source", "id")
             expected = [{**{name: row[name] for name in names}, **about[row["id"]]} for row in rows]
-            found = trace.step(release, phase, step)
+            found = tracing.step(release, phase, step)
             assert rows and found.segments == expected
             assert (found.phase, found.step, found.order, found.moved) == (
                 phase,
@@ -193,7 +194,7 @@ def test_every_step_has_its_rows(release: Path) -> None:
             assert all(f"{row['id']}  {row['license']}  {row['origin']}" in shown for row in expected)
             assert ("which moved no weight" in shown) == ((phase, step) in IDLE)
             assert plain(found)["kind"] == "step"
-    only = trace.step(release, None, 4)  # one phase alone has so many
+    only = tracing.step(release, None, 4)  # one phase alone has so many
     assert only.phase == "midtrain" and only.segments[0]["id"] == "prose/005"
 
 
@@ -211,22 +212,22 @@ def test_a_step_that_there_is_not_is_told(release: Path, alone: Path) -> None:
     ):
         for folder in (release, alone):
             with pytest.raises(AtomError, match=text):
-                trace.step(folder, phase, n)
+                tracing.step(folder, phase, n)
     with pytest.raises(AtomError, match="model is neither a release nor its data repository"):
-        trace.step(release / "model", None, 1)
+        tracing.step(release / "model", None, 1)
 
 
 def test_every_document_has_its_fate_and_its_steps(release: Path) -> None:
-    own = {row["id"]: row for row in facts.rows(release / "dataset/dispositions.parquet")}
+    own = {row["id"]: row for row in metrics.rows(release / "dataset/dispositions.parquet")}
     origins = {row["id"]: row["origin"] for _, row in kept(release)}
     checkpoints = [(path.name.rpartition("-step-")[0], int(path.name.rpartition("-")[2]), path.name)
                    for path in (release / "checkpoints").glob("*-step-*")]  # fmt: skip
     assert len(checkpoints) == 10
     reached = set()
     for id in [*own, "old/1"]:
-        found = trace.document(release, id)
+        found = tracing.document(release, id)
         if id in own:
-            fate = {name: own[id][name] for name in trace.FATE} | {"table": "dispositions.parquet"}
+            fate = {name: own[id][name] for name in tracing.FATE} | {"table": "dispositions.parquet"}
             assert found.fates[0] == {**fate, "origin": origins.get(id)}
             assert (found.fates[0]["origin"] is None) == (own[id]["disposition"] == "removed")
         uses = uses_of(release, id)
@@ -236,44 +237,44 @@ def test_every_document_has_its_fate_and_its_steps(release: Path) -> None:
                    if any(at < PHASES.index(phase) or (at == PHASES.index(phase) and n <= step) for at, n in learnt)}  # fmt: skip
         assert set(found.checkpoints or []) == include and len(found.checkpoints or []) == len(include), id
         models = [m for m, phase in TRAINED.items() if any(at <= PHASES.index(phase) for at, _ in learnt)]
-        assert found.models == models and found.unknown == trace.document(release, "prose/000").unknown
+        assert found.models == models and found.unknown == tracing.document(release, "prose/000").unknown
         reached.add((len(include), len(models)))
         shown = answers.shown(found)
         assert shown.startswith(id) and all(name in shown for name in include)
         assert plain(found)["uses"] == uses
     assert len(reached) > 3
-    assert trace.document(release, "prose/009").uses[0].moved is False
-    assert trace.document(release, "prose/009").checkpoints == []  # it was read by an idle step only
-    old = trace.document(release, "old/1")
+    assert tracing.document(release, "prose/009").uses[0].moved is False
+    assert tracing.document(release, "prose/009").checkpoints == []  # it was read by an idle step only
+    old = tracing.document(release, "old/1")
     assert [use.step for use in old.uses] == [1, 2] and old.fates[0][
         "table"
     ] == "earlier/curate-bbbb/dispositions.parquet"
     assert old.checkpoints[0] == "midtrain-step-2" and old.fates[0]["origin"] == OLD["origin"]  # type: ignore[index]
-    assert len(trace.document(release, "prose/001").fates) == 2
+    assert len(tracing.document(release, "prose/001").fates) == 2
     assert "removed by near_duplicate: 1, threshold 2, duplicate of sums/003" in answers.shown(
-        trace.document(release, "prose/007")
+        tracing.document(release, "prose/007")
     )
 
 
 def test_tasks_that_ask_what_a_document_asks(release: Path) -> None:
     table = "rl/rlvr/tasks.jsonl"
-    found = trace.document(release, "prose/005").asked
+    found = tracing.document(release, "prose/005").asked
     assert found == [{"phase": "rlvr", "table": table, "tasks": ["sort/1/0", "sort/1/2"], "steps": [1, 2], "answers": 3,
                       "learnt": 2}]  # fmt: skip
-    assert "asked in rlvr, steps 1-2: 3 answers, 2 learnt" in answers.shown(trace.document(release, "prose/005"))
-    assert all(trace.document(release, id).asked == [] for id in ids(release) if id != "prose/005")
+    assert "asked in rlvr, steps 1-2: 3 answers, 2 learnt" in answers.shown(tracing.document(release, "prose/005"))
+    assert all(tracing.document(release, id).asked == [] for id in ids(release) if id != "prose/005")
 
 
 def test_an_unknown_document_is_told_with_the_nearest(release: Path) -> None:
     with pytest.raises(AtomError, match=r"knows no document prose/0001; did you mean prose/001\?"):
-        trace.document(release, "prose/0001")
+        tracing.document(release, "prose/0001")
     with pytest.raises(AtomError, match=r"knows no document zzz; look for its id in"):
-        trace.removal_report(release, "zzz")
+        tracing.removal_report(release, "zzz")
 
 
-def agrees(release: Path, span: str, cache: Path) -> trace.Text:
+def agrees(release: Path, span: str, cache: Path) -> tracing.Text:
     """Asks for a span, and compares the answer with Python's own `in` over all kept texts."""
-    found = trace.text(release, span, cache)
+    found = tracing.text(release, span, cache)
     expected: dict[tuple[str, str], tuple[int, list[str]]] = {}
     for table, row in kept(release):
         if span in row["text"]:
@@ -354,49 +355,49 @@ def test_rows_are_found_in_every_row_group(tmp_path: Path) -> None:
 def test_an_index_is_made_once_for_the_same_texts(release: Path, alone: Path, tmp_path: Path) -> None:
     told: list[str] = []
     cache = tmp_path / "cache"
-    first = trace.text(release, "said", cache, told.append)
+    first = tracing.text(release, "said", cache, told.append)
     [index] = cache.iterdir()
     made = index.stat()
     old = [f"earlier/curate-bbbb/kept/{name}.parquet" for name in ("old", "prose", "sums")]
     assert told == [f"indexing {table}" for table in ("kept/prose.parquet", "kept/sums.parquet", *old)]
-    again = trace.text(alone, "said", cache, told.append)  # the same kept files elsewhere: the same index
+    again = tracing.text(alone, "said", cache, told.append)  # the same kept files elsewhere: the same index
     assert [m.id for m in again.matches] == [m.id for m in first.matches] == ["prose/001", "prose/006"]
     assert len(told) == 5 and index.stat().st_mtime_ns == made.st_mtime_ns and index.stat().st_ino == made.st_ino
 
     change(alone / "kept/prose.parquet", {"prose/001": {"text": "an inserted word"}})
     write_sums(alone / SUMS, alone, [path for path in files_below(alone) if path != SUMS])
-    assert [m.id for m in trace.text(alone, "inserted", cache, told.append).matches] == ["prose/001"]
+    assert [m.id for m in tracing.text(alone, "inserted", cache, told.append).matches] == ["prose/001"]
     assert len(told) == 10 and len(list(cache.iterdir())) == 2
 
 
 def test_an_index_that_cannot_be_trusted_is_refused(release: Path, alone: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with pytest.raises(AtomError, match="the span is empty"):
-        trace.text(release, "", cache)
+        tracing.text(release, "", cache)
     with pytest.raises(AtomError, match="no Unicode text"):
-        trace.text(release, "a\udc80b", cache)
+        tracing.text(release, "a\udc80b", cache)
     whole = (alone / "kept/sums.parquet").read_bytes()
     (alone / "kept/sums.parquet").write_bytes(whole[:200])
     with pytest.raises(
         AtomError, match="sums.parquet is not the file that the checksums beside it list; verify this copy"
     ):
-        trace.text(alone, "said", cache)
+        tracing.text(alone, "said", cache)
     assert list(cache.iterdir()) == []  # half an index is none
     (alone / "kept/sums.parquet").unlink()
     with pytest.raises(AtomError, match=r"kept/sums.parquet is missing or not listed in SHA256SUMS"):
-        trace.text(alone, "a", cache)
+        tracing.text(alone, "a", cache)
     (alone / SUMS).unlink()
     with pytest.raises(CheckFailed, match="SHA256SUMS is missing"):
-        trace.text(alone, "said", cache)
-    trace.text(release, "said", cache)
+        tracing.text(alone, "said", cache)
+    tracing.text(release, "said", cache)
     [index] = cache.iterdir()
     for damaged in (b"", index.read_bytes()[:4096], b"no database" * 99):
         index.write_bytes(damaged)
         with pytest.raises(AtomError, match=r"the index .* is damaged .*; remove it and ask again"):
-            trace.text(release, "said", cache)
+            tracing.text(release, "said", cache)
     (tmp_path / "file").write_text("")
     with pytest.raises(AtomError, match="cannot be written"):
-        trace.text(release, "said", tmp_path / "file")
+        tracing.text(release, "said", tmp_path / "file")
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -417,7 +418,7 @@ def test_a_request_for_removal_names_every_file(release: Path) -> None:
     for path in files_below(release):
         if path.endswith(".parquet"):
             content[path] = [list(strings(row)) for row in
-                             ([v for v in r.values() if isinstance(v, str)] for r in facts.rows(release / path))]  # fmt: skip
+                             ([v for v in r.values() if isinstance(v, str)] for r in metrics.rows(release / path))]  # fmt: skip
         elif path.endswith((".json", ".jsonl")) and not path.startswith("code/"):
             text = (release / path).read_text()
             lines = text.splitlines() if path.endswith(".jsonl") else [text]
@@ -429,7 +430,7 @@ def test_a_request_for_removal_names_every_file(release: Path) -> None:
     texts["prose/003"] = texts["sums/007"] = texts["prose/001"]  # the same text, of those that were removed
     found_in = set()
     for id in [*ids(release), "old/1"]:
-        report = trace.removal_report(release, id)
+        report = tracing.removal_report(release, id)
         expected = []
         for path, rows in content.items():
             by_id = sum(id in row for row in rows)
@@ -438,7 +439,7 @@ def test_a_request_for_removal_names_every_file(release: Path) -> None:
                 expected.append({"path": path, "by_id": by_id, "by_text": by_text})
         assert [{k: v for k, v in row.items() if k != "repository"} for row in report.files] == expected, id
         found_in |= {row["path"] for row in report.files}
-        assert report.document == trace.document(release, id)
+        assert report.document == tracing.document(release, id)
         assert set(report.proofs) == ({t for t in roots if any(id in row for row in content[table_file(t)])})
         assert [merkle.check(proof, roots) for proof in report.proofs.values()] == [None] * len(report.proofs)
         shown = answers.shown(report)
@@ -447,7 +448,7 @@ def test_a_request_for_removal_names_every_file(release: Path) -> None:
         assert plain(report)["document"]["id"] == id
     assert {f"evidence/training/rlvr/{name}.json" for name in "ab"} <= found_in  # an id that JSON writes in two ways
     assert {"dataset/rl/rlvr/rollouts.parquet", "evidence/training/longcontext-2/training.jsonl"} <= found_in
-    repositories = {row["path"]: row["repository"] for row in trace.removal_report(release, "prose/001").files}
+    repositories = {row["path"]: row["repository"] for row in tracing.removal_report(release, "prose/001").files}
     assert repositories["dataset/kept/prose.parquet"] == "local/tiny-data"
     assert repositories["evidence/training/longcontext-2/training.jsonl"] == "local/tiny-evidence"
     assert repositories["model/training/longcontext-2.jsonl"] == "local/tiny"
@@ -468,15 +469,15 @@ def test_duplicates_are_followed_both_ways(release: Path) -> None:
         "sums/007": {"prose/001": same, "prose/003": same},
         "prose/002": {},
     }.items():
-        related = trace.removal_report(release, id).related
+        related = tracing.removal_report(release, id).related
         assert {row.document.id: row.relation for row in related} == expected
-        assert all(row.document == trace.document(release, row.document.id) for row in related)
-    assert trace.removal_report(release, "prose/007").related[0].document.checkpoints  # sums/002 was trained on
+        assert all(row.document == tracing.document(release, row.document.id) for row in related)
+    assert tracing.removal_report(release, "prose/007").related[0].document.checkpoints  # sums/002 was trained on
 
 
 def test_of_the_data_alone_it_says_what_it_cannot_tell(release: Path, alone: Path, tmp_path: Path) -> None:
     for id in ("prose/001", "prose/003", "old/1"):
-        whole, found = trace.document(release, id), trace.document(alone, id)
+        whole, found = tracing.document(release, id), tracing.document(alone, id)
         assert found.checkpoints is None and found.fates == whole.fates
         unmoved = [dataclasses.replace(use, moved=None) for use in whole.uses]
         assert found.uses == unmoved and found.models == whole.models
@@ -484,24 +485,24 @@ def test_of_the_data_alone_it_says_what_it_cannot_tell(release: Path, alone: Pat
             "which checkpoints include a step", "which steps moved no weight"
         ]  # fmt: skip
         assert "not known here: which checkpoints" in answers.shown(found)
-        report = trace.removal_report(alone, id)
+        report = tracing.removal_report(alone, id)
         assert all(row["repository"] is None for row in report.files) and "only the data is here" in str(report.unknown)
-        assert report.proofs == trace.removal_report(release, id).proofs
-        named = {row["path"].removeprefix("dataset/") for row in trace.removal_report(release, id).files
+        assert report.proofs == tracing.removal_report(release, id).proofs
+        named = {row["path"].removeprefix("dataset/") for row in tracing.removal_report(release, id).files
                  if row["path"].startswith("dataset/")}  # fmt: skip
         assert {row["path"] for row in report.files} == named
-    step = trace.step(alone, "longcontext-2", 1)
-    assert step.moved is None and step.segments == trace.step(release, "longcontext-2", 1).segments
-    assert len(step.unknown) == 1 and trace.step(release, "longcontext-2", 1).unknown != step.unknown
-    found = trace.text(alone, "said", tmp_path / "cache")
+    step = tracing.step(alone, "longcontext-2", 1)
+    assert step.moved is None and step.segments == tracing.step(release, "longcontext-2", 1).segments
+    assert len(step.unknown) == 1 and tracing.step(release, "longcontext-2", 1).unknown != step.unknown
+    found = tracing.text(alone, "said", tmp_path / "cache")
     assert [m.id for m in found.matches] == ["prose/001", "prose/006"] and len(found.unknown) == 1
-    assert trace.document(release, "prose/001").unknown == [
+    assert tracing.document(release, "prose/001").unknown == [
         "which steps of earlier runs moved no weight: their logs are not published"
     ]
 
 
 def test_what_a_terminal_would_obey_is_not_printed(release: Path) -> None:
-    found = trace.document(release, "prose/001")
+    found = tracing.document(release, "prose/001")
     fate = {**found.fates[0], "origin": "a\nb", "license": "\x9b2J"}
     shown = answers.shown(dataclasses.replace(found, id="prose/\x1b[2J", fates=[fate]))
     assert "\x1b" not in shown and r"prose/\x1b[2J" in shown and r"\x9b2J; a\nb" in shown

@@ -15,9 +15,9 @@ import home_world as world
 import pytest
 from conftest import atom
 
-from pipeline import tracking
-from pipeline.store import Artifact, Store
-from release.local_hub import free_port
+from pipeline.core.store import Artifact, Store
+from pipeline.tracking import mlflow_sync
+from release.hub.local.server import free_port
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def test_what_is_no_database_is_told_at_once(tmp_path: Path, what: str) -> None:
     path = store.home / ("mlartifacts" if what == "artifacts" else "mlflow.db")
     make = {"a folder": path.mkdir, "a pipe": lambda: os.mkfifo(path)}
     make.get(what, lambda: path.write_text("x" * 100))()
-    background = tracking.Background(run, store)
+    background = mlflow_sync.Background(run, store)
     begun = time.monotonic()
     problem = background.close("FINISHED")
     assert problem and problem.startswith(f"{path} is damaged (it is ") and problem.endswith("; move it away"), problem

@@ -12,7 +12,7 @@ import pytest
 import train_world as world
 from train_world import checkpoints, damage, fresh
 
-from pipeline.errors import AtomError
+from pipeline.core.errors import AtomError
 
 
 def test_damaged_work_checkpoints(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_every_kind_of_damage_is_seen(corpus: Path, undisturbed: Path, tmp_path:
 
 
 def test_no_flipped_bit_of_a_marker_is_believed(corpus: Path, tmp_path: Path) -> None:
-    from stages.train.checkpoint import read_marker
+    from stages.train.checkpoint.work_checkpoint import read_marker
 
     with pytest.raises(KeyboardInterrupt):
         world.pretrain(corpus, tmp_path / "work", tmp_path / "out", world.config(), world.Reporter(5, signal.SIGTERM))
@@ -116,7 +116,7 @@ def test_an_orphan_that_wakes_while_it_loads_does_no_harm(
     corpus: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attempt 2 sleeps between finding a checkpoint and going on from it; meanwhile attempt 3 writes later ones."""
-    from stages.train.checkpoint import Checkpoints
+    from stages.train.checkpoint.work_checkpoint import Checkpoints
 
     work, out, take_over = tmp_path / "work", tmp_path / "out", Checkpoints._take_over
 
@@ -150,12 +150,12 @@ def test_an_attempt_that_was_succeeded_before_it_began_stops(corpus: Path, tmp_p
 def test_a_bug_while_writing_is_not_told_as_a_full_disk(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stages.train import pieces
+    from stages.train.checkpoint import sharded_state
 
     def write(*_: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(pieces, "write", write)
+    monkeypatch.setattr(sharded_state, "write", write)
     with pytest.raises(KeyError, match="a bug"):
         world.pretrain(corpus, tmp_path / "work", tmp_path / "out", world.config())
 

@@ -14,9 +14,9 @@ import train_world as world
 from conftest import atom
 from pydantic import ValidationError
 
-from pipeline.errors import AtomError
-from stages.model.config import ModelConfig
-from stages.model.layout import Layout
+from pipeline.core.errors import AtomError
+from stages.mcore.parallel_layout import Layout
+from stages.models.qwen3_moe.config import ModelConfig
 from stages.train.config import Optimizer, PhaseConfig, TrainConfig
 from stages.train.schedule import learning_rate
 
@@ -128,7 +128,7 @@ def test_a_wrong_number_of_processes_is_refused() -> None:
 
 
 def test_work_checkpoints_are_not_identity() -> None:
-    from pipeline.stage import identity
+    from pipeline.core.stage import identity
 
     one, other = (TrainConfig.model_validate(world.config(work_checkpoint_every=n)) for n in (1, 2))
     assert identity(one) == identity(other) and "work_checkpoint_every" not in identity(one)["phase"]
@@ -187,7 +187,7 @@ def test_models_that_contradict_themselves(model: dict, sentence: str) -> None:
 
 def test_what_came_later_changes_no_key_while_it_is_not_used() -> None:
     """Sealed artifacts of earlier recipes stay valid: a field that was added counts only where it is set."""
-    from pipeline.stage import identity
+    from pipeline.core.stage import identity
 
     config = TrainConfig.model_validate(world.config())
     known = {"mix", "sequence_length", "batch", "steps", "optimizer", "heldout", "release_checkpoint_every"}
@@ -242,7 +242,7 @@ def test_schedule() -> None:
 def test_estimates_need_no_torch() -> None:
     """`atom plan` imports every stage's config and estimate, and must stay light."""
     code = (
-        "import sys; from stages import pretrain, midtrain; from release import export\n"
+        "import sys; from stages.train import pretrain, midtrain; from stages.export import hf as export\n"
         "import train_world as w; c = pretrain.TrainConfig.model_validate(w.config()); e = pretrain.estimate(c)\n"
         "assert e.tokens == 12 * 256 and e.flops > 6 * e.tokens * 1e4\n"
         "assert e.training.state_bytes == 16 * e.parameters['total'] < e.memory_bytes\n"

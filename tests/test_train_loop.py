@@ -17,9 +17,9 @@ import pytest
 import train_world as world
 from train_world import fresh, losses
 
-from pipeline.environment import cpu_model
-from pipeline.errors import AtomError, RecipeError
-from pipeline.store import Artifact, write_manifest
+from pipeline.core.environment import cpu_model
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.store import Artifact, write_manifest
 
 # The first five losses of world.config() on this corpus. A change of ours that should not move numbers leaves them as
 # they are, to the last bit, where they were pinned: on that processor with these versions. Elsewhere libraries may add
@@ -43,14 +43,14 @@ def test_product_and_learning(undisturbed: Path) -> None:
 
 
 def test_sealed_tensors_are_whole_and_globally_named(undisturbed: Path) -> None:
-    from stages.model.config import ModelConfig
-    from stages.train import sealed
+    from stages.models.qwen3_moe.config import ModelConfig
+    from stages.train.checkpoint import release_checkpoint
 
     shapes = ModelConfig(**world.MODEL).shapes(world.VOCAB)
     for step in (0, 6, 12):
-        tensors = sealed.Tensors(undisturbed / sealed.name_of(step))
+        tensors = release_checkpoint.Tensors(undisturbed / release_checkpoint.name_of(step))
         assert {name: tuple(t.shape) for name, t in tensors.items()} == shapes
-    moments = sealed.Tensors(undisturbed / "step-000012", sealed.OPTIMIZER)
+    moments = release_checkpoint.Tensors(undisturbed / "step-000012", release_checkpoint.OPTIMIZER)
     assert {n: tuple(t.shape) for n, t in moments.items()} == {
         f"{key}.{name}": shape for key in ("exp_avg", "exp_avg_sq") for name, shape in shapes.items()
     }
@@ -87,7 +87,7 @@ def test_killed_runs_end_in_the_same_bytes(
 
 
 def test_a_request_to_stop_saves_first(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
-    from pipeline.errors import Interrupted
+    from pipeline.core.errors import Interrupted
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="stopped after step 7"):
@@ -152,7 +152,7 @@ def later_half(corpus: Path, undisturbed: Path, tmp_path: Path) -> dict[str, Art
 def test_a_phase_continues_from_a_release_checkpoint(
     undisturbed: Path, later_half: dict[str, Artifact], run_stage
 ) -> None:
-    from stages.pretrain import STAGE
+    from stages.train.pretrain import STAGE
 
     same = run_stage(STAGE, world.config(), later_half)
     assert losses(same.path) == losses(undisturbed)[6:]
@@ -179,7 +179,7 @@ def test_a_phase_continues_from_a_release_checkpoint(
 def test_a_checkpoint_of_another_model_is_refused(
     later_half: dict[str, Artifact], tmp_path: Path, run_stage, field: str, value: object, sentence: str
 ) -> None:
-    from stages.pretrain import STAGE
+    from stages.train.pretrain import STAGE
 
     settings = world.config()
     if field == "tokenizer":
@@ -255,7 +255,7 @@ def test_norms_are_not_decayed(corpus: Path) -> None:
 def test_midtrain_continues_the_weights_with_a_fresh_optimizer(
     corpus: Path, undisturbed: Path, tmp_path: Path, run_stage
 ) -> None:
-    from stages.midtrain import STAGE
+    from stages.train.midtrain import STAGE
 
     shutil.copytree(corpus / "order", tmp_path / "order")
     meta = json.loads((tmp_path / "order/meta.json").read_text())

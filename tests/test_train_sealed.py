@@ -11,11 +11,11 @@ import torch
 import train_world as world
 from safetensors.torch import load_file
 
-from pipeline.errors import AtomError
-from pipeline.stage import identity
-from pipeline.store import Artifact, write_manifest
-from stages.model.config import ModelConfig
-from stages.train import sealed
+from pipeline.core.errors import AtomError
+from pipeline.core.stage import identity
+from pipeline.core.store import Artifact, write_manifest
+from stages.models.qwen3_moe.config import ModelConfig
+from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig
 
 SHAPES = ModelConfig(**world.MODEL).shapes(world.VOCAB)
@@ -28,17 +28,17 @@ def read(kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def write(folder: Path) -> Path:
     state = {"step": 3, "tokens": 0, "config": identity(TrainConfig.model_validate(world.config())), "tokenizer": ""}
-    sealed.write(folder, SHAPES, ("exp_avg", "exp_avg_sq"), read, state)
+    release_checkpoint.write(folder, SHAPES, ("exp_avg", "exp_avg_sq"), read, state)
     return folder
 
 
 def test_many_files_hold_what_one_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = write(tmp_path / "one")
     assert sorted(p.name for p in one.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
-    monkeypatch.setattr(sealed, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(release_checkpoint, "SHARD_BYTES", 20_000)
     many, again = write(tmp_path / "many"), write(tmp_path / "again")
     assert world.digest(many) == world.digest(again)
-    for stem in (sealed.MODEL, sealed.OPTIMIZER):
+    for stem in (release_checkpoint.MODEL, release_checkpoint.OPTIMIZER):
         index = json.loads((many / f"{stem}.safetensors.index.json").read_text())
         files = sorted(many.glob(f"{stem}-*.safetensors"))
         assert len(files) > 2 and all(p.stat().st_size < 25_000 for p in files)
@@ -50,19 +50,19 @@ def test_many_files_hold_what_one_would(tmp_path: Path, monkeypatch: pytest.Monk
         for name, file in index["weight_map"].items():
             assert name in load_file(many / file)
         for folder in (one, many):
-            found = sealed.Tensors(folder, stem)
+            found = release_checkpoint.Tensors(folder, stem)
             assert set(found) == set(expected) and found.shapes() == {n: tuple(t.shape) for n, t in expected.items()}
             assert all(torch.equal(found[name], t) for name, t in expected.items())
 
 
 def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sealed, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(release_checkpoint, "SHARD_BYTES", 20_000)
     folder = write(tmp_path / "many")
     sorted(folder.glob("model-*"))[1].unlink()
     with pytest.raises(
         AtomError, match=r"checkpoint .*many cannot be read \(.*model-00002-of-.*\); remove its artifact"
     ):
-        sealed.Tensors(folder)
+        release_checkpoint.Tensors(folder)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ import pytest
 import verdict_world as world
 from rich.console import Console
 
-from pipeline import ledger, profile
-from pipeline import run as runs
-from pipeline.display import Display
-from pipeline.errors import AtomError, CheckFailed, Kind
+from pipeline.core import provenance
+from pipeline.core.errors import AtomError, CheckFailed, Kind
+from pipeline.core.lease import holder
+from pipeline.core.progress import Display
+from pipeline.core.store import Store
+from pipeline.graph import run as runs
+from pipeline.launch import cluster_profile
 from pipeline.launch.local import LocalLauncher
-from pipeline.lease import holder
-from pipeline.store import Store
 
 WAYS = [
     ("collective", 1, Kind.BUG, "rank 1: a bug in stage failing: KeyError"),
@@ -46,7 +47,7 @@ def test_a_failure_of_one_rank_ends_all_within_seconds(
     watcher = threading.Thread(target=watch)
     watcher.start()
     with pytest.raises(AtomError) as error, Display(Console(quiet=True)) as display:
-        LocalLauncher(graph, store, this, [name], profile.load("local"), display).go()
+        LocalLauncher(graph, store, this, [name], cluster_profile.load("local"), display).go()
     watcher.join(60)
     ends[0].require_promise(name, (tmp_path / "act" / "acted").stat().st_mtime)
     assert error.value.kind is kind and isinstance(error.value, CheckFailed) == (kind is Kind.CHECK)
@@ -54,7 +55,7 @@ def test_a_failure_of_one_rank_ends_all_within_seconds(
     assert sentence in str(error.value)
     (stage,) = runs.status(this, store)
     assert stage.state == "failed" and stage.kind == kind and sentence in stage.message, stage
-    ((_, statement),) = ledger.read(store.ledger, graph.nodes[name].key)
-    assert sentence in ledger.outcome(statement) and ledger.kind(statement) == kind
+    ((_, statement),) = provenance.read(store.ledger, graph.nodes[name].key)
+    assert sentence in provenance.outcome(statement) and provenance.kind(statement) == kind
     present = holder(store.work(graph.nodes[name].key))
     assert present and not present.alive and not list(store.work(graph.nodes[name].key).glob("out.*"))

@@ -26,11 +26,11 @@ from verifier_world import (
     sum_row,
 )
 
-from pipeline.errors import AtomError
-from stages.data import problems
-from stages.rl import judge, judge_worker
-from stages.rl.contracts import Parts, Row, Verifier, VerifierFailed, question
-from stages.rl.verifiers import VERIFIERS, reasoning_gym_rows, to_row, verifier
+from pipeline.core.errors import AtomError
+from stages.data.synthetic import problems
+from stages.rl.protocols import Parts, Row, Verifier, VerifierFailed, question
+from stages.rl.rewards import scoring_pool, scoring_worker
+from stages.rl.rewards.verifiers import VERIFIERS, reasoning_gym_rows, to_row, verifier
 from stages.scorers.instructions_v1 import CHECKS
 
 HOSTILE = {
@@ -256,13 +256,13 @@ def test_killed_workers_are_replaced_and_their_answers_judged_again() -> None:
 
 def test_a_worker_that_is_always_killed_is_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
     found = verifier("math-verify", seconds=1)
-    start = judge.Worker._start
+    start = scoring_pool.Worker._start
 
-    def doomed(worker: judge.Worker) -> None:
+    def doomed(worker: scoring_pool.Worker) -> None:
         start(worker)
         os.killpg(worker.process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(judge.Worker, "_start", doomed)
+    monkeypatch.setattr(scoring_pool.Worker, "_start", doomed)
     try:
         with pytest.raises(VerifierFailed, match="verifier math-verify, row m1: the judge failed 3 times"):
             one(found, sum_row(), "4")
@@ -275,7 +275,7 @@ def test_an_answer_is_not_blamed_for_what_befell_its_judge(monkeypatch: pytest.M
 
     def outcome(*replies: dict[str, Any]) -> Parts:
         told = iter(replies)
-        monkeypatch.setattr(judge.Worker, "ask", lambda *_: next(told))
+        monkeypatch.setattr(scoring_pool.Worker, "ask", lambda *_: next(told))
         return one(verifier("math-verify"), sum_row(), "4")
 
     # Probe, garbage, answer; and after a crash again probe, garbage.
@@ -339,7 +339,7 @@ FORKS: dict[str, tuple[Callable[[str], float], dict[str, Any]]] = {
 @pytest.mark.parametrize("what", FORKS)
 def test_a_fork_is_limited(what: str) -> None:
     score, reply = FORKS[what]
-    assert judge_worker.limited(score, "", 1) == reply
+    assert scoring_worker.limited(score, "", 1) == reply
 
 
 # --- reasoning-gym ----------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import pytest
 import torch
 import train_world as world
 
-from release import export
-from stages.model.config import ModelConfig, Yarn
+from stages.export import hf
+from stages.models.qwen3_moe.config import ModelConfig, Yarn
 
 PYTHON = os.environ.get("ATOM_VLLM_PYTHON")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="vLLM needs an environment of its own; see `make test-vllm`")
@@ -40,8 +40,8 @@ if __name__ == "__main__":
 def test_log_probabilities_at_full_length(tmp_path: Path) -> None:
     inputs = {"tokenizer": world.tokenizer(tmp_path / "t")}
     (tmp_path / "out").mkdir()
-    config = export.ExportConfig(model=MODEL, padded_vocab_size=world.VOCAB, seed=3)
-    export.run(config, inputs, tmp_path, tmp_path / "out", world.Reporter())  # type: ignore[arg-type]
+    config = hf.ExportConfig(model=MODEL, padded_vocab_size=world.VOCAB, seed=3)
+    hf.run(config, inputs, tmp_path, tmp_path / "out", world.Reporter())  # type: ignore[arg-type]
     ids = torch.randint(6, 64, (1023,), generator=torch.Generator().manual_seed(0)).tolist()
     (tmp_path / "ids.json").write_text(json.dumps(ids))
     (tmp_path / "vllm_run.py").write_text(VLLM)

@@ -18,14 +18,14 @@ import pytest
 import rl_world
 import torch
 
-from pipeline.errors import AtomError
-from stages.model import hf
-from stages.model.config import ModelConfig
-from stages.model.init import full_tensor
-from stages.rl import vllm_server
-from stages.rl.contracts import Completion, Prompt
-from stages.rl.generate import InProcess
-from stages.rl.vllm_sampler import VllmServer, logprobs
+from pipeline.core.errors import AtomError
+from stages.mcore.weight_init import full_tensor
+from stages.models.qwen3_moe import hf
+from stages.models.qwen3_moe.config import ModelConfig
+from stages.rl.protocols import Completion, Prompt
+from stages.rl.samplers import vllm_server
+from stages.rl.samplers.generate import InProcess
+from stages.rl.samplers.vllm_sampler import VllmServer, logprobs
 
 pytestmark = pytest.mark.skipif(
     "ATOM_VLLM_PYTHON" not in os.environ, reason="vLLM needs an environment of its own; see `make test-vllm`"

@@ -18,10 +18,10 @@ import rl_world
 import torch
 from safetensors.torch import load_file
 
-from pipeline.errors import AtomError
-from stages.rl import vllm_server
-from stages.rl.contracts import Completion, Prompt
-from stages.rl.vllm_sampler import VllmServer
+from pipeline.core.errors import AtomError
+from stages.rl.protocols import Completion, Prompt
+from stages.rl.samplers import vllm_server
+from stages.rl.samplers.vllm_sampler import VllmServer
 
 TENSORS = {"model.embed_tokens.weight": torch.arange(6.0).view(3, 2), "model.norm.weight": torch.ones(2)}
 PROMPT = Prompt((4, 5), 2**63 + 7)
@@ -200,7 +200,7 @@ def test_an_answer_that_is_not_whole_is_an_error(fakes: Any, sampler: VllmServer
 
 
 def test_without_vllm_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from stages.rlvr import STAGE
+    from stages.rl.rlvr import STAGE
 
     monkeypatch.delenv("ATOM_VLLM_PYTHON", raising=False)
 
@@ -271,7 +271,7 @@ def test_a_server_ends_with_all_its_processes(tmp_path: Path, monkeypatch: pytes
 def test_a_server_ends_when_the_stage_is_killed(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from stages.rl import vllm_server as v\n"
+        "from stages.rl.samplers import vllm_server as v\n"
         f"v.command = lambda *given: [sys.executable, '-c', {CHILD!r}]\n"
         "folder = Path(sys.argv[1]); s = v.Server.start('python', folder, folder / 'server.log')\n"
         "while not (folder / 'server.log').read_text().endswith('\\n'): time.sleep(0.05)\n"

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipeline.errors import AtomError, Interrupted
-from pipeline.store import Artifact, digest_of, rows_of, write_manifest
+from pipeline.core.errors import AtomError, Interrupted
+from pipeline.core.store import Artifact, digest_of, rows_of, write_manifest
 
 VOCAB, EOD = 64, 1
 MODEL: dict[str, Any] = dict(
@@ -57,7 +57,7 @@ def make(folder: Path, phase: dict[str, Any] | None = None) -> dict[str, Artifac
     import pyarrow.parquet as pq
     import torch
 
-    from stages.model.mcore import IndexedDatasetBuilder
+    from stages.mcore.megatron_imports import IndexedDatasetBuilder
 
     phase = {**PHASE, **(phase or {})}
     tokens, order = folder / "tokens", folder / "order"
@@ -158,7 +158,7 @@ class Reporter:
 
 def pretrain(folder: Path, work: Path, out: Path, settings: dict[str, Any], report: Reporter | None = None) -> None:
     """Runs the pretrain stage on the artifacts that `make` left in `folder`."""
-    from stages.pretrain import STAGE
+    from stages.train.pretrain import STAGE
 
     work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline import recipe
-from pipeline.errors import CheckFailed, RecipeError
-from pipeline.graph import Graph, Node
-from pipeline.lease import gone
-from pipeline.stage import Config, Inputs, Report, Stage, operational
+from pipeline.core.errors import CheckFailed, RecipeError
+from pipeline.core.lease import gone
+from pipeline.core.stage import Config, Inputs, Report, Stage, operational
+from pipeline.graph import recipe
+from pipeline.graph.dag import Graph, Node
 
 RANKS = 4
 PROMISED, LIMIT = 5.0, 30.0
@@ -89,7 +89,7 @@ STAGE = Stage("failing", 1, Failing, run, ranks=lambda config: config.ranks, tra
 def python_path(folder: Path) -> str:
     """A PYTHONPATH with which any process of ours knows the stage."""
     (folder / "sitecustomize.py").write_text(
-        "from pipeline import registry\nregistry.STAGES['failing'] = 'verdict_world'\n"
+        "from pipeline.graph import registry\nregistry.STAGES['failing'] = 'verdict_world'\n"
     )
     return f"{folder}:{Path(__file__).parent}"
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from stages.rl import gym_server
-from stages.rl.contracts import Parts, Response, Row, Verifier
-from stages.rl.verifiers import to_row, verifier
+from stages.rl.protocols import Parts, Response, Row, Verifier
+from stages.rl.rewards import gym_server
+from stages.rl.rewards.verifiers import to_row, verifier
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "keywords:existence": {"keywords": ["tea", "milk"]},

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from pipeline.errors import RecipeError
+from pipeline.core.errors import RecipeError
 
 TAKEN_OVER = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "SLURM_CONF", "MODULEPATH", "LD_LIBRARY_PATH")
 """What a Slurm job takes over from whoever submits, beside `forward` of the profile. The value stands in its script."""

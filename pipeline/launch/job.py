@@ -19,14 +19,16 @@ from typing import Any
 
 import submitit
 
-from pipeline import budget, intact, registry, tracking
-from pipeline.errors import Failure, Kind
-from pipeline.events import FileReport, Tail
+from pipeline.core import input_integrity
+from pipeline.core.errors import Failure, Kind
+from pipeline.core.events import FileReport, Tail
+from pipeline.core.store import Store
+from pipeline.graph import registry
 from pipeline.launch import clean_environment, preflight
-from pipeline.launch.ranks import Ranks, Usage, end_process, launch_folder, node_name, read, write
-from pipeline.launch.sentences import tell
+from pipeline.launch.failure_messages import tell
+from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, node_name, read, write
 from pipeline.launch.worker import STOP, Task, attempt
-from pipeline.store import Store
+from pipeline.tracking import budget, mlflow_sync
 
 SEALED, DONE, AGAIN, FAILED = "sealed", "done", "again", "failed"
 """Decisions. done: sealed, and so is all that the run asked for."""
@@ -60,7 +62,7 @@ def run(spec: dict[str, Any], terms_: dict[str, Any]) -> str:
         return _follow(task, terms, store, ranks)
     report = FileReport(folder)
     report.event("attempt", job=here.raw_job_id, launch=launch.name, host=node_name(), pid=os.getpid())
-    companion: tracking.Companion | None = None
+    companion: mlflow_sync.Companion | None = None
     with told_to_stop() as told:
 
         def ended(outcome: str | Failure) -> None:
@@ -92,7 +94,7 @@ def run(spec: dict[str, Any], terms_: dict[str, Any]) -> str:
             ended(lack)
             outcome: str | Failure = lack
         else:
-            companion = tracking.Companion(store.home, task.run)
+            companion = mlflow_sync.Companion(store.home, task.run)
             outcome = attempt(task, store, ranks, ended)
         report.close()
     if isinstance(outcome, Failure) and ranks.size > 1:
@@ -139,7 +141,7 @@ def run_shards(spec: dict[str, Any], number: int, tasks: int, terms_: dict[str, 
         where = "its inputs"
         try:
             materials = {role: store.open(key) for role, key in task.inputs.items()}
-            intact.check(store.logs / task.run, materials.values())
+            input_integrity.check(store.logs / task.run, materials.values())
             for done, shard in enumerate(mine, start=1):
                 where = f"shard {shard}"
                 stage.run_shard(config, materials, work, shard)

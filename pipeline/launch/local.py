@@ -15,18 +15,18 @@ from typing import Any
 
 import submitit
 
-from pipeline.display import Display
-from pipeline.errors import AtomError, Failure, of_kind
-from pipeline.events import Tail
-from pipeline.graph import Graph, Node
+from pipeline.core.errors import AtomError, Failure, of_kind
+from pipeline.core.events import Tail
+from pipeline.core.lease import holder
+from pipeline.core.progress import Display
+from pipeline.core.store import Store
+from pipeline.graph.dag import Graph, Node
+from pipeline.graph.run import Run
 from pipeline.launch import clean_environment
-from pipeline.launch.ranks import announce, kill, launch_folder, lost, silent, tasks
-from pipeline.launch.sentences import full
+from pipeline.launch.cluster_profile import Profile
+from pipeline.launch.failure_messages import full
+from pipeline.launch.rendezvous import announce, kill, launch_folder, lost, silent, tasks
 from pipeline.launch.worker import Task, work
-from pipeline.lease import holder
-from pipeline.profile import Profile
-from pipeline.run import Run
-from pipeline.store import Store
 
 POLL = 0.2
 FOREVER_MINUTES = 60 * 24 * 365

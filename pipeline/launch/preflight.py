@@ -16,9 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline import environment
-from pipeline.errors import Failure
-from pipeline.launch.ranks import Ranks, node_name, polls, read, write
+from pipeline.core import environment
+from pipeline.core.errors import Failure
+from pipeline.launch.rendezvous import Ranks, node_name, polls, read, write
 
 SECONDS = 120.0
 """What the ranks of a launch may differ in starting, and a call may take."""

@@ -19,19 +19,20 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from pipeline import budget, snapshot
-from pipeline import run as runs
-from pipeline.display import stages
-from pipeline.errors import AtomError, Kind, RecipeError
-from pipeline.graph import Graph, Node
-from pipeline.launch import claims, clean_environment, job, queue
-from pipeline.launch.claims import Claim
+from pipeline.core import code_snapshot
+from pipeline.core.errors import AtomError, Kind, RecipeError
+from pipeline.core.progress import stages
+from pipeline.core.store import Store
+from pipeline.graph import run as runs
+from pipeline.graph.dag import Graph, Node
+from pipeline.graph.run import Run
+from pipeline.launch import clean_environment, job, slurm_client, submission_lock
+from pipeline.launch.cluster_profile import Jobs, Profile, Slurm
 from pipeline.launch.job import Terms
 from pipeline.launch.local import JOB_ENVIRONMENT, damage_of, require_inputs
+from pipeline.launch.submission_lock import Claim
 from pipeline.launch.worker import Task
-from pipeline.profile import Jobs, Profile, Slurm
-from pipeline.run import Run
-from pipeline.store import Store
+from pipeline.tracking import budget
 
 UNLIMITED = 10**6
 
@@ -75,9 +76,9 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         raise AtomError(lack)
     for name in selected:
         shape(slurm, graph.nodes[name])
-    with claims.submitting(store):
-        known = queue.held()
-        code = snapshot.freeze(store, graph.recipe.files)  # here, so that no gc takes it before the run names it
+    with submission_lock.submitting(store):
+        known = slurm_client.held()
+        code = code_snapshot.freeze(store, graph.recipe.files)  # here, so that no gc takes it before the run names it
         more = {"cluster": profile.name, "code": code.name, "prices": profile.costs()}
         run = runs.start(graph, store, selected, reference, **more)
         made = Submission(run, damaged=damage)
@@ -88,13 +89,13 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         try:
             for name in selected:
                 node = graph.nodes[name]
-                claim = claims.read(store, node.key, known)
+                claim = submission_lock.read(store, node.key, known)
                 if store.sealed(node.key):
                     made.sealed.append(name)
                 elif claim is not None and claim.holds(known):
                     made.attached[name] = jobs[name] = claim.job
                     if known[claim.job].stuck:
-                        queue.ask("scontrol", "release", claim.job)
+                        slurm_client.ask("scontrol", "release", claim.job)
                         made.released.append(name)
                 else:
                     after = sorted({jobs[i] for i in node.inputs.values() if i in jobs}, key=int)
@@ -105,19 +106,19 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
                         made.arrays[name] = after[0]
                     executor = executor_of(store, run, node, profile, code, after)
                     jobs[name] = made.submitted[name] = start(executor, task, terms)
-                    claims.write(store, Claim(node.key, jobs[name], run.id, name))
+                    submission_lock.write(store, Claim(node.key, jobs[name], run.id, name))
                 if name in jobs:
                     array, shards = made.arrays.get(name), node.stage.shards(node.config)
                     run.note_job(name, jobs[name], name in made.attached, array, shards)
         except BaseException:
             if made.submitted or made.arrays:
-                queue.ask("scancel", *made.submitted.values(), *made.arrays.values())
+                slurm_client.ask("scancel", *made.submitted.values(), *made.arrays.values())
                 for name in made.submitted:
-                    claims.remove(store, graph.nodes[name].key)
+                    submission_lock.remove(store, graph.nodes[name].key)
             raise
     try:
-        queue.ask("sacct", "-n", "-X", "-j", "1", seconds=5)
-    except queue.NoAnswer as error:
+        slurm_client.ask("sacct", "-n", "-X", "-j", "1", seconds=5)
+    except slurm_client.NoAnswer as error:
         made.lack = f"{error}; the jobs are submitted, but how one ended that Slurm has forgotten will not be known"
     return made
 
@@ -182,7 +183,7 @@ def executor_of(
     try:
         made = submitit.SlurmExecutor(folder / "submitit", max_num_timeout=UNLIMITED, python=interpreter(slurm, store))
     except RuntimeError:
-        raise queue.NoAnswer(
+        raise slurm_client.NoAnswer(
             "there is no srun here; submit from a host of a Slurm cluster, or use `atom run`"
         ) from None
     more: dict[str, Any] = {"kill-on-invalid-dep": "yes", "requeue": True, "chdir": str(store.home)}
@@ -204,7 +205,7 @@ def executor_of(
         constraint=jobs.constraint,
         exclude=jobs.exclude,
         dependency=f"afterok:{':'.join(after)}" if after else None,
-        comment=queue.comment(run.id, node.name, node.key),
+        comment=slurm_client.comment(run.id, node.name, node.key),
         signal_delay_s=slurm.signal_lead_seconds,
         stderr_to_stdout=True,
         wckey=None,
@@ -334,7 +335,7 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
     each. Dependencies stand in a comment, since no job is there to be waited for."""
     require_inputs(graph, store, selected)
     require_image(profile)
-    code = snapshot.freeze(store, graph.recipe.files)
+    code = code_snapshot.freeze(store, graph.recipe.files)
     run = Run("dry-run", store.home / "dry-run" / graph.recipe.config.name, {})
     found = []
     for name in selected:
@@ -358,7 +359,7 @@ def _checked(executor: submitit.SlurmExecutor, stage: str, path: Path, waits: li
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{head}\n# waits for: {', '.join(waits) or 'nothing'}\n{rest}\n")
     try:
-        queue.ask("sbatch", "--test-only", str(path))
-    except queue.Refused as error:
+        slurm_client.ask("sbatch", "--test-only", str(path))
+    except slurm_client.Refused as error:
         return Checked(stage, str(path), False, refusal(str(error)))
     return Checked(stage, str(path), True, "Slurm takes it")

@@ -17,18 +17,19 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from pipeline import environment, intact, json_files, ledger, registry
-from pipeline.checkpoints import Checkpoint
-from pipeline.codehash import code_digests
-from pipeline.errors import AtomError, Failure, Interrupted, Kind, MachineError, PeerLost
-from pipeline.events import FileReport, FollowerReport
-from pipeline.json_files import Damaged
-from pipeline.launch.products import Products
-from pipeline.launch.ranks import FAILED_USAGE_SECONDS, FOLLOWED, USAGE_SECONDS, Ranks, Usage, end_process
-from pipeline.launch.sentences import tell, without_places
-from pipeline.lease import Lease
-from pipeline.stage import identity, operation
-from pipeline.store import Artifact, Store, sha256_file
+from pipeline.core import environment, input_integrity, json_files, provenance
+from pipeline.core.code_digests import code_digests
+from pipeline.core.errors import AtomError, Failure, Interrupted, Kind, MachineError, PeerLost
+from pipeline.core.events import FileReport, FollowerReport
+from pipeline.core.json_files import Damaged
+from pipeline.core.lease import Lease
+from pipeline.core.stage import identity, operation
+from pipeline.core.store import Artifact, Store, sha256_file
+from pipeline.graph import registry
+from pipeline.graph.checkpoints import Checkpoint
+from pipeline.launch.checkpoint_artifacts import Products
+from pipeline.launch.failure_messages import tell, without_places
+from pipeline.launch.rendezvous import FAILED_USAGE_SECONDS, FOLLOWED, USAGE_SECONDS, Ranks, Usage, end_process
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """By whom a stage is told to stop: a launcher, a terminal, or Slurm before a time limit or a preemption."""
@@ -208,7 +209,7 @@ def _attempt(
         with ranks.watch(report.fail):
             with ranks.busy(turns):
                 attempt.materials = {role: store.open(key) for role, key in task.inputs.items()}
-                intact.check(store.logs / task.run, attempt.materials.values())
+                input_integrity.check(store.logs / task.run, attempt.materials.values())
                 report.seal_product = Products(attempt, lease).seal
                 for stale in folder.glob("out.*"):
                     shutil.rmtree(stale)
@@ -222,7 +223,7 @@ def _attempt(
             raise MachineError(
                 f"another worker took over {task.key} while this one was out of reach; its product stands"
             )
-        intact.note(store.logs / task.run, store.seal(out, task.key, attempt.record))
+        input_integrity.note(store.logs / task.run, store.seal(out, task.key, attempt.record))
         return "sealed"
     except (Exception, Interrupted) as error:
         report.ending.acquire()
@@ -296,12 +297,12 @@ class Attempt:
         if self.stage.promise(self.config) != "bitwise" or environment.device()["type"] != "cpu":
             return  # GPU kernels add in an order of their own
         here = environment.fingerprint()
-        for _, body in ledger.read(self.store.ledger, made.key):
+        for _, body in provenance.read(self.store.ledger, made.key):
             before = {s["name"]: s["digest"]["sha256"] for s in body["subject"]}.get(made.key)
             materials = {role: a.digest for role, a in self.materials.items()}
-            same = ledger.environment_of(body)["fingerprint"] == here and ledger.code_of(body) == self.code
-            same = same and ledger.materials_of(body) == materials
-            same = same and ledger.operations_of(body) == self.operations
+            same = provenance.environment_of(body)["fingerprint"] == here and provenance.code_of(body) == self.code
+            same = same and provenance.materials_of(body) == materials
+            same = same and provenance.operations_of(body) == self.operations
             if before not in (None, made.digest) and same:
                 raise AtomError(
                     f"{made.key} came out as {made.digest[:12]} but as {before[:12]} before, with the same code in the "
@@ -337,7 +338,7 @@ class Attempt:
             "profile; not measured; cooling and idle power are left out",
             "figures": dict(self.report.figures),
         }
-        body = ledger.statement(
+        body = provenance.statement(
             subject=subject,
             stage=self.stage.name,
             version=self.stage.version,
@@ -357,6 +358,6 @@ class Attempt:
             kind=outcome.kind if isinstance(outcome, Failure) else None,
             product=product,
         )
-        ledger.write(self.store.ledger, part.key if part else self.task.key, body)
+        provenance.write(self.store.ledger, part.key if part else self.task.key, body)
         if part is None:
             self.report.event("usage", **usage)

@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from release.cards.tables import count, titles, with_error
-from stages.statistics import SURE
+from stages.evaluation.confidence import SURE
 
 Facts = dict[str, Any]
 RULE = (

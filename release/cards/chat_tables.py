@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from pipeline.text import escaped
+from pipeline.core.text import escaped
 from release.cards import caveats
 from release.cards.tables import count, table
 

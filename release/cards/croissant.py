@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.store import sha256_file
-from release.facts import read_json
+from pipeline.core.store import sha256_file
+from release.assembly.metrics import read_json
 
 NAME = "croissant.json"
 TYPES = {

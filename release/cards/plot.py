@@ -15,9 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import AtomError
-from pipeline.store import sha256_file
-from release import training
+from pipeline.core.errors import AtomError
+from pipeline.core.store import sha256_file
+from release.assembly import training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.text import escaped
-from release import costs, schema
+from pipeline.core.text import escaped
+from release import schema
+from release.assembly import costs
 from release.cards import caveats, chat_tables, tables, training_tables
-from release.hub_client import load
+from release.hub.client import load
 
 Facts = dict[str, Any]
 TEMPLATES = Path(__file__).parent

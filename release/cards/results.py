@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from release.cards.render import METRICS, Facts, own_scores
-from release.hub_client import load
-from release.hub_limits import PUBLIC_HUB
+from release.hub.client import load
+from release.hub.limits import PUBLIC_HUB
 
 FOLDER = ".eval_results"
 

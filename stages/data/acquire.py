@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.bounds import Seed
-from pipeline.errors import AtomError
-from pipeline.stage import Config, Estimate, Inputs, Report, Stage
-from stages.data import chat, courtesies, passkeys
-from stages.data.problems import FORMS, draw, messages
+from pipeline.core.bounds import Seed
+from pipeline.core.errors import AtomError
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
+from stages.data import chat
 from stages.data.recipe import (
     ChatProblems,
     Courtesies,
@@ -30,6 +29,8 @@ from stages.data.recipe import (
     source_files,
 )
 from stages.data.seeds import seed_of
+from stages.data.synthetic import courtesy_notes, passkeys
+from stages.data.synthetic.problems import FORMS, draw, messages
 from stages.data.table import DOCUMENTS, content_hash, write_json, write_rows
 
 VERSION = 1
@@ -97,7 +98,7 @@ def _documents(
 ) -> Iterator[tuple[str, str, str, int, str | None] | str]:
     """(name, text, place in the origin, prompt_chars, its own licence if it has one), or the name of a file or
     conversation that could not be read."""
-    from stages.data.readers import stdlib, tables
+    from stages.data.readers import python_stdlib, tables
 
     reader = source.reader
     found: Iterator[tuple[str, str, str] | str]
@@ -116,8 +117,8 @@ def _documents(
     if isinstance(reader, Courtesies):
         rng = random.Random(seed_of(f"courtesies/{source.name}", seed))
         for i in range(reader.count):
-            asked = courtesies.request(rng)
-            ((text, prompt_chars),) = chat.turns(courtesies.messages(asked, rng))
+            asked = courtesy_notes.request(rng)
+            ((text, prompt_chars),) = chat.turns(courtesy_notes.messages(asked, rng))
             yield f"{asked.act.name}/{i:07d}", text, asked.act.name, prompt_chars, None
         return
     if isinstance(reader, (Jsonl, Parquet)):
@@ -135,7 +136,7 @@ def _documents(
         return
     if isinstance(reader, Passkeys):
         texts = []
-        for docstring in stdlib.read_docstrings(files):
+        for docstring in python_stdlib.read_docstrings(files):
             if isinstance(docstring, str):
                 yield docstring
             else:
@@ -146,10 +147,10 @@ def _documents(
             yield f"{i:07d}", text, place, prompt_chars, None
         return
     if isinstance(reader, StdlibDocstrings):
-        found = stdlib.read_docstrings(files)
+        found = python_stdlib.read_docstrings(files)
     else:
         assert isinstance(reader, StdlibSource)
-        found = stdlib.read_modules(files) if reader.unit == "file" else stdlib.read_functions(files)
+        found = python_stdlib.read_modules(files) if reader.unit == "file" else python_stdlib.read_functions(files)
     for row in found:
         yield row if isinstance(row, str) else (*row, 0, None)
 

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from pipeline.bounds import MOST_SOURCES, Seed, SourceName
-from pipeline.errors import AtomError
-from pipeline.stage import Config, Estimate, Inputs, Report, Stage
-from pipeline.store import once
+from pipeline.core.bounds import MOST_SOURCES, Seed, SourceName
+from pipeline.core.errors import AtomError
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
+from pipeline.core.store import once
 from stages.data.chat import prompt_chars
-from stages.data.curation.settings import MOST_STEPS, AnyStep, CurationSettings, Kind, MinHash
-from stages.data.items import texts_of
+from stages.data.filters.settings import MOST_STEPS, AnyStep, CurationSettings, Kind, MinHash
 from stages.data.seeds import seed_of
 from stages.data.table import (
     DISPOSITIONS,
@@ -34,12 +33,13 @@ from stages.data.table import (
     write_rows,
     writing,
 )
+from stages.evaluation.eval_set import texts_of
 
 if TYPE_CHECKING:
     from datatrove.data import Document
 
-    from stages.data.curation.decontaminate import ContaminationIndex
-    from stages.data.curation.dispositions import Dispositions
+    from stages.data.filters.decontaminate import ContaminationIndex
+    from stages.data.filters.dispositions import Dispositions
 
 VERSION = 1
 
@@ -65,8 +65,8 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     inputs[<source>]: acquired documents of each source of the config; inputs["items"]: evaluation items.
     Resumes after the last shard that was finished. Raises AtomError if counts do not balance.
     """
-    from stages.data.curation import dedup
-    from stages.data.curation.dispositions import Dispositions
+    from stages.data.filters import near_duplicates
+    from stages.data.filters.dispositions import Dispositions
 
     shards, signed = _Shards(config, inputs, work), 0
     dispositions, first = Dispositions(), dict[str, str]()
@@ -91,7 +91,7 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
             for _ in passing(source):
                 pass
         else:
-            dedup.write_signatures(out / "signatures", settings, signed, passing(source))
+            near_duplicates.write_signatures(out / "signatures", settings, signed, passing(source))
             signed += 1
         report.progress(n + 1, len(config.sources), "sources")
         report.note(f"{source.name}: {passed[source.name]} documents left after its steps and exact duplicates")
@@ -113,7 +113,7 @@ class _Shards:
     def __init__(self, config: FilterConfig, inputs: Inputs, work: Path) -> None:
         from loguru import logger
 
-        from stages.data.curation.decontaminate import ContaminationIndex
+        from stages.data.filters.decontaminate import ContaminationIndex
 
         logger.disable("datatrove")  # it logs each of many small steps
         self.config, self.inputs, self.work = config, inputs, work
@@ -139,14 +139,14 @@ class _Shards:
 
     def signed(self, source: FilteredSource, kept: list[tuple[str, str]], shard: int) -> list[list[int]]:
         """The MinHash signatures of the (id, text) that the steps left; empty ones where none are needed."""
-        from stages.data.curation import dedup
+        from stages.data.filters import near_duplicates
 
         settings = self.minhash(source)
         if settings is None:
             return [[]] * len(kept)
         seed, texts = seed_of("minhash", self.config.seed), [text for _, text in kept]
         found: list[list[int]] = once(
-            self._path("signatures", source, shard), lambda: dedup.sign(texts, settings, seed)
+            self._path("signatures", source, shard), lambda: near_duplicates.sign(texts, settings, seed)
         )
         return found
 
@@ -185,9 +185,9 @@ def _decided(
 def _apply(source: FilteredSource, rows: list[dict[str, Any]], index: ContaminationIndex) -> dict[str, Any]:
     from datatrove.data import Document
 
-    from stages.data.curation.blocks import build
-    from stages.data.curation.decontaminate import Decontaminate
-    from stages.data.curation.measures import measured
+    from stages.data.filters.decontaminate import Decontaminate
+    from stages.data.filters.filter_scores import measured
+    from stages.data.filters.filters import build
 
     removed: list[dict[str, Any]] = []
     edits: Counter[str] = Counter()

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pipeline.bounds import MOST_RAMP_STEPS, Flag, Key, Mix, Range, Seed, Steps
-from pipeline.errors import AtomError, RecipeError
-from pipeline.stage import Config, Estimate, Inputs, Report, Stage, added, identity
-from pipeline.store import Artifact
+from pipeline.core.bounds import MOST_RAMP_STEPS, Flag, Key, Mix, Range, Seed, Steps
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, identity
+from pipeline.core.store import Artifact
 from stages.data import packing
 from stages.data.packing import LongDocuments
 from stages.data.seeds import permutation

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from pipeline.bounds import Context, Range
-from pipeline.stage import Config
+from pipeline.core.bounds import Context, Range
+from pipeline.core.stage import Config
 from stages.data.seeds import permutation
 
 if TYPE_CHECKING:

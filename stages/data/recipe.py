@@ -14,27 +14,16 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pipeline.bounds import (
-    MOST_SOURCES,
-    Key,
-    License,
-    Line,
-    LongLine,
-    Range,
-    Share,
-    SourceName,
-    Text,
-    Words,
-)
-from pipeline.errors import RecipeError
-from pipeline.recipe import explain, find
-from pipeline.stage import Config, added, operational
-from pipeline.store import canonical, sha256_bytes, sha256_file
-from pipeline.text import escaped
-from pipeline.yaml_text import parse_yaml, read_file
-from stages.data.curation.settings import MOST_STEPS, AnyStep, CurationSettings, Kind
-from stages.data.passkeys import least_chars
-from stages.data.problems import FORMS, TASKS
+from pipeline.core.bounds import MOST_SOURCES, Key, License, Line, LongLine, Range, Share, SourceName, Text, Words
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import Config, added, operational
+from pipeline.core.store import canonical, sha256_bytes, sha256_file
+from pipeline.core.text import escaped
+from pipeline.core.yaml_text import parse_yaml, read_file
+from pipeline.graph.recipe import explain, find
+from stages.data.filters.settings import MOST_STEPS, AnyStep, CurationSettings, Kind
+from stages.data.synthetic.passkeys import least_chars
+from stages.data.synthetic.problems import FORMS, TASKS
 
 MOST_ENTRIES = 100_000
 """Files and folders under a source's path; FineWeb-Edu, of 1.3 trillion tokens, has some two thousand."""
@@ -169,7 +158,7 @@ def _known_tasks(reader: P) -> P:
 
 
 class Courtesies(Config):
-    """Requests for a courteous note, with answers of mixed quality (stages/data/courtesies.py)."""
+    """Requests for a courteous note, with answers of mixed quality (stages/data/synthetic/courtesy_notes.py)."""
 
     reader: Literal["courtesies"]
     count: Drawn
@@ -331,7 +320,7 @@ def resolve_tree_digest(source: Source) -> str:
 
 def source_files(source: Source) -> list[tuple[str, Path]]:
     """(relative path, path) of every file that the reader reads, sorted by relative path."""
-    from stages.data.readers.stdlib import stdlib_files
+    from stages.data.readers.python_stdlib import stdlib_files
 
     reader = source.reader
     if isinstance(reader, (StdlibDocstrings, StdlibSource)):

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import AtomError
+from pipeline.core.errors import AtomError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
-from pipeline.bounds import MOST_SOURCES, Range, SourceName
-from pipeline.errors import RecipeError
-from pipeline.stage import Config, Estimate, Inputs, Report, Stage, added
+from pipeline.core.bounds import MOST_SOURCES, Range, SourceName
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
 from stages.data.table import read_table, write_json
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.bounds import Context, Key, LongLine, Mix, Range, Seed, Settings, Steps, Words
-from pipeline.stage import Config, Promise, operational
-from stages.model.config import ModelConfig, PositiveInt, Precision
-from stages.model.layout import Layout, problem
-from stages.rl.curriculum import CurriculumConfig
-from stages.rl.tasks import CODE, Tasks
+from pipeline.core.bounds import Context, Key, LongLine, Mix, Range, Seed, Settings, Steps, Words
+from pipeline.core.stage import Config, Promise, operational
+from stages.mcore.parallel_layout import Layout, problem
+from stages.models.qwen3_moe.config import ModelConfig, PositiveInt, Precision
+from stages.rl.rollout.curriculum import CurriculumConfig
+from stages.rl.rollout.tasks import CODE, Tasks
 from stages.train.config import Batch, Heldout, Kept, Optimizer, Patience, PhaseConfig
 
 Prompts = Annotated[int, Range(1, 1e6)]
@@ -226,7 +226,8 @@ class PostConfig(Config):
 
 def obstacle(phase: RlPhase | DpoPhase) -> str | None:
     """Why answers cannot be drawn here as the recipe says, or what would run code of the model's has no sandbox."""
-    from stages.rl import sandbox, vllm_server
+    from stages.rl import sandbox
+    from stages.rl.samplers import vllm_server
 
     sources = phase.tasks if isinstance(phase, RlPhase) else phase.preferences.tasks
     if isinstance(phase, DpoPhase) and phase.skills is not None:

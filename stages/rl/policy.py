@@ -11,15 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import AtomError, CheckFailed, RecipeError
-from pipeline.stage import Inputs, Report
-from stages.data.items import chat_rows
-from stages.model import hf
-from stages.rl import answers, rollouts, tasks
-from stages.rl.contracts import Completion, Parts, Row, Sampler
-from stages.rl.generate import InProcess
-from stages.rl.judges import verifiers_of
-from stages.rl.rollouts import Rollout
+from pipeline.core.errors import AtomError, CheckFailed, RecipeError
+from pipeline.core.stage import Inputs, Report
+from stages.evaluation.eval_set import chat_rows
+from stages.models.qwen3_moe import hf
+from stages.rl.protocols import Completion, Parts, Row, Sampler
+from stages.rl.rewards.reward_functions import verifiers_of
+from stages.rl.rollout import generation, rollouts, tasks
+from stages.rl.rollout.rollouts import Rollout
+from stages.rl.samplers.generate import InProcess
 from stages.rl.trainer import Trainer
 from stages.train.engine import Engine
 
@@ -31,15 +31,15 @@ class Policy:
     def __init__(self, config: Any, inputs: Inputs, engine: Engine, report: Report, work: Path) -> None:
         """work: the stage's, for what a sampler keeps on disk."""
         self.config, self.engine, self.report = config, engine, report
-        self.chat = answers.Chat(inputs["tokenizer"])
+        self.chat = generation.Chat(inputs["tokenizer"])
         self.sampler: Sampler | None = None
-        self.verifiers: answers.Verifiers | None = None
+        self.verifiers: generation.Verifiers | None = None
         if engine.ranks.first:
             self.sampler = sampler_of(config, self.chat, work)
             rows = [*tasks.read(inputs["tasks"]), *chat_rows(inputs["items"])]
             self._require_room(rows)
             made_verifiers = verifiers_of(rows, inputs, self.chat, config.phase.verifiers)
-            self.verifiers = answers.Verifiers(made_verifiers, config.phase.retries, report)
+            self.verifiers = generation.Verifiers(made_verifiers, config.phase.retries, report)
 
     def _require_room(self, rows: Sequence[Row]) -> None:
         """Raises RecipeError for a question that leaves no room for an answer in the model's context."""
@@ -67,7 +67,7 @@ class Policy:
         return self.sampler
 
     def draw(self, asked: Sequence[tuple[Row, int]], greedy: bool = False) -> list[Completion]:
-        return answers.draw(self._sampler, self.chat, asked, greedy)
+        return generation.draw(self._sampler, self.chat, asked, greedy)
 
     def score(self, asked: Sequence[Row], found: Sequence[Completion]) -> list[Parts]:
         assert self.verifiers is not None, "rank 0 scores"
@@ -77,7 +77,7 @@ class Policy:
     def validate(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Mean reward of greedy answers by kind of task."""
         found = self.draw([(row, 0) for row in rows], greedy=True)
-        return answers.accuracy(list(zip(rows, self.score(rows, found), strict=True)))
+        return generation.accuracy(list(zip(rows, self.score(rows, found), strict=True)))
 
     def close(self) -> None:
         for each in (self.sampler, self.verifiers):
@@ -85,7 +85,7 @@ class Policy:
                 each.close()
 
 
-def sampler_of(config: Any, chat: answers.Chat, work: Path) -> Sampler:
+def sampler_of(config: Any, chat: generation.Chat, work: Path) -> Sampler:
     """The sampler that the recipe asks for. vLLM computes as the trainer does: in fp32, or else in bf16."""
     sampling, in_process = config.phase.sampling, config.phase.sampling.kind == "in-process"
     dtype = "float32" if in_process or config.phase.precision == "fp32" else "bfloat16"
@@ -93,7 +93,7 @@ def sampler_of(config: Any, chat: answers.Chat, work: Path) -> Sampler:
     common = (made, chat.stops, sampling.max_new_tokens, 1.0)
     if in_process:
         return InProcess(*common)
-    from stages.rl.vllm_sampler import VllmServer
+    from stages.rl.samplers.vllm_sampler import VllmServer
 
     return VllmServer(*common, work / "served", sampling.python, sampling.url, sampling.options)
 

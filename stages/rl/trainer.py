@@ -15,15 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import AtomError, Interrupted
-from pipeline.stage import Inputs, Report, identity
-from stages.rl.answers import Chat
-from stages.train import parallel, sealed
-from stages.train.checkpoint import Checkpoints
+from pipeline.core.errors import AtomError, Interrupted
+from pipeline.core.stage import Inputs, Report, identity
+from stages.rl.rollout.generation import Chat
+from stages.train import parallel
+from stages.train.checkpoint import release_checkpoint
+from stages.train.checkpoint.load_checkpoint import Origin
+from stages.train.checkpoint.work_checkpoint import Checkpoints
 from stages.train.engine import Engine, StepFigures
 from stages.train.log import Log
 from stages.train.loop import FAILED, STOP, requests_to_stop
-from stages.train.origin import Origin
 from stages.train.schedule import learning_rate
 from stages.train.spikes import finite
 from stages.train.watchdog import START_SECONDS, Watchdog
@@ -136,7 +137,7 @@ class Trainer:
             return int(state["step"])
         self.log.begin()
         init = self.inputs["init"]
-        Origin(init, sealed.name_of(sealed.steps_of(init.path)[-1])).load_weights(self.engine)
+        Origin(init, release_checkpoint.name_of(release_checkpoint.steps_of(init.path)[-1])).load_weights(self.engine)
         self._measure(0)
         self._save(0)
         return 0
@@ -178,8 +179,10 @@ class Trainer:
         (out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
         shutil.copyfile(self.log.path, out / "training.jsonl")
         folder = self.checkpoints.folder / "sealed"
-        for step in sealed.steps_of(folder):
-            shutil.copytree(folder / sealed.name_of(step), out / sealed.name_of(step), copy_function=os.link)
+        for step in release_checkpoint.steps_of(folder):
+            shutil.copytree(
+                folder / release_checkpoint.name_of(step), out / release_checkpoint.name_of(step), copy_function=os.link
+            )
 
 
 def train(kind: type[Trainer], name: str, config: Any, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.bounds import MOST_RAMP_STEPS, Context, Flag, Line, Mix, Range, Seed, Steps
-from pipeline.stage import Config, added, operational
-from pipeline.text import shown
+from pipeline.core.bounds import MOST_RAMP_STEPS, Context, Flag, Line, Mix, Range, Seed, Steps
+from pipeline.core.stage import Config, added, operational
+from pipeline.core.text import shown
 from stages.data.order import rows_from
 from stages.data.packing import LongDocuments
-from stages.model.config import MOST_PARAMETERS, ModelConfig, PositiveInt, Precision, Rope
-from stages.model.layout import Layout, problem
+from stages.mcore.parallel_layout import Layout, problem
+from stages.models.qwen3_moe.config import MOST_PARAMETERS, ModelConfig, PositiveInt, Precision, Rope
 
 BatchTokens = Annotated[int, Range(1, 2**30, "Llama 3: 1.6e7, DeepSeek-V3: 6.3e7, MiniMax-01: 1.3e8")]
 LearningRate = Annotated[float, Range(0, 1, "published runs of AdamW: 1e-5 to 0.01")]

@@ -25,11 +25,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.errors import AtomError, RecipeError
-from pipeline.store import Artifact
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.store import Artifact
 from stages.data.shards import check_shard
 from stages.data.table import read_table
-from stages.model.mcore import IndexedDataset
+from stages.mcore.megatron_imports import IndexedDataset
 from stages.train.config import PhaseConfig
 from stages.train.parallel import Ranks
 

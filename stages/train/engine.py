@@ -12,14 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
-from pipeline.errors import RecipeError
-from stages.model import balance, precision
-from stages.model.balance import Experts, RouterWatch
-from stages.model.build import build, named_buffers, named_tensors
-from stages.model.config import ModelConfig, Precision
-from stages.model.heads import context_positions
-from stages.model.init import full_tensor
-from stages.model.mcore import (
+from pipeline.core.errors import RecipeError
+from stages.mcore import moe_metrics, precision
+from stages.mcore.megatron_imports import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     Float16Module,
@@ -29,7 +24,12 @@ from stages.model.mcore import (
     get_megatron_optimizer,
     parallel_state,
 )
-from stages.model.placement import Box, boxes, cut, is_cut, paste
+from stages.mcore.moe_metrics import Experts, RouterWatch
+from stages.mcore.tensor_sharding import Box, boxes, cut, is_cut, paste
+from stages.mcore.weight_init import full_tensor
+from stages.models.qwen3_moe.config import ModelConfig, Precision
+from stages.models.qwen3_moe.megatron_model import build, named_buffers, named_tensors
+from stages.models.qwen3_moe.qkv import context_positions
 from stages.train.config import Optimizer
 from stages.train.data import Batch, Share
 from stages.train.parallel import Ranks
@@ -176,7 +176,7 @@ class Engine:
         self.optimizer.zero_grad()
         before = {name: buffer.clone() for name, buffer in self.buffers.items()}
         loss, more = self._run(share, forward_only=False, objective=objective or cross_entropy)
-        aux, z = (self.ranks.sum(x).item() / (self.ranks.data_ranks * len(share.micro)) for x in balance.take())
+        aux, z = (self.ranks.sum(x).item() / (self.ranks.data_ranks * len(share.micro)) for x in moe_metrics.take())
         experts = self.routers.take(self.config.model.experts_per_token, self.ranks.sum)
         z /= self.layout.tensor * self.layout.context  # each of these ranks has its own tokens' mean
         refused, norm = judge(loss, None), math.nan
@@ -219,7 +219,7 @@ class Engine:
             chunk.eval()
         with torch.no_grad():
             found = self._run(share, forward_only=True, objective=objective)
-        balance.take()
+        moe_metrics.take()
         return found
 
     def weights(self) -> dict[str, torch.Tensor]:

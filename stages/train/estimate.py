@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.stage import Estimate, TrainingEstimate
-from stages.model.activations import Rows, activation_bytes
-from stages.model.costs import MASTER, MOMENTS, held, owned_bytes, state_bytes
-from stages.model.layout import Layout
+from pipeline.core.stage import Estimate, TrainingEstimate
+from stages.mcore.activations import Rows, activation_bytes
+from stages.mcore.parallel_layout import Layout
+from stages.models.qwen3_moe.costs import MASTER, MOMENTS, held, owned_bytes, state_bytes
 from stages.train.config import PhaseConfig, TrainConfig
 
 # Sustained training FLOP/s of one CPU thread in fp32 on matrices this small: 493,536 parameters, 24 x 48 tokens in
@@ -14,7 +14,7 @@ CPU_FLOPS = 4.3e10
 # A row of order.parquet on disk, measured on 400,000 random rows: 27 bytes where ids are UUIDs, 12 where they are row
 # numbers. A packed row of several documents has one for each.
 ORDER_ROW = 27
-# Ids up to here take two bytes in a token shard (stages/data/tokenize.py), larger ones four.
+# Ids up to here take two bytes in a token shard (stages/data/tokenization.py), larger ones four.
 TWO_BYTE_IDS = 65_536
 
 

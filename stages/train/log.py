@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.errors import AtomError, MachineError
-from stages.train.checkpoint import SUCCEEDED
+from pipeline.core.errors import AtomError, MachineError
+from stages.train.checkpoint.work_checkpoint import SUCCEEDED
 
 
 class Log:

@@ -1,7 +1,7 @@
 """The training loop that every training stage runs: one phase, from its first step or from where it was killed.
 
-What the loop keeps in `work` is told in stages.train.checkpoint. `out` is filled at the end, so that it never holds
-half a phase.
+What the loop keeps in `work` is told in stages.train.checkpoint.work_checkpoint. `out` is filled at the end, so that it
+never holds half a phase.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import AtomError, Interrupted
-from pipeline.stage import Inputs, Report, identity
+from pipeline.core.errors import AtomError, Interrupted
+from pipeline.core.stage import Inputs, Report, identity
 from stages.data.order import position
-from stages.model.balance import DEAD_SHARE, Experts
-from stages.train import parallel, sealed
-from stages.train.checkpoint import PENDING, Checkpoints
+from stages.mcore.moe_metrics import DEAD_SHARE, Experts
+from stages.train import parallel
+from stages.train.checkpoint import release_checkpoint
+from stages.train.checkpoint.load_checkpoint import Origin
+from stages.train.checkpoint.work_checkpoint import PENDING, Checkpoints
 from stages.train.config import TrainConfig
 from stages.train.data import Feed, Order, Row, Shards, Share, heldout_rows
 from stages.train.engine import Engine, StepFigures
 from stages.train.log import Log
-from stages.train.origin import Origin
 from stages.train.schedule import learning_rate
 from stages.train.spikes import Judge, Record, finite, record
 from stages.train.watchdog import START_SECONDS, Watchdog
@@ -299,8 +300,10 @@ class Phase:
         (out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
         shutil.copyfile(self.log.path, out / "training.jsonl")
         folder = self.checkpoints.folder / "sealed"
-        for step in sealed.steps_of(folder):
-            shutil.copytree(folder / sealed.name_of(step), out / sealed.name_of(step), copy_function=os.link)
+        for step in release_checkpoint.steps_of(folder):
+            shutil.copytree(
+                folder / release_checkpoint.name_of(step), out / release_checkpoint.name_of(step), copy_function=os.link
+            )
 
 
 @contextmanager

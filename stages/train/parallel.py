@@ -19,16 +19,16 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import AtomError, PeerLost
-from stages.model import balance
-from stages.model.layout import Layout
-from stages.model.mcore import (
+from pipeline.core.errors import AtomError, PeerLost
+from stages.mcore import moe_metrics
+from stages.mcore.megatron_imports import (
     DistributedDataParallel,
     RotaryEmbedding,
     YarnRotaryEmbedding,
     parallel_state,
     tensor_parallel,
 )
+from stages.mcore.parallel_layout import Layout
 
 T = TypeVar("T")
 
@@ -158,7 +158,7 @@ def _take_down(ranks: Ranks | None) -> None:
         # The hooks of its parameters hold it, and a graph that was not walked back, which the model keeps, holds them:
         # a circle through C++ that Python cannot collect, with the groups and their threads in it.
         vars(wrapped).clear()
-    balance.forget()
+    moe_metrics.forget()
     for cached in (RotaryEmbedding, YarnRotaryEmbedding):  # a table kept for a group keeps its threads
         cached.forward.cache_clear()
     parallel_state.destroy_model_parallel()

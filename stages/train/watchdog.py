@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from pipeline.stage import Report
+from pipeline.core.stage import Report
 from stages.train import parallel
 
 COLLECT_SECONDS = 10.0

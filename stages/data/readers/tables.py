@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.bounds import spdx
-from pipeline.errors import AtomError
+from pipeline.core.bounds import spdx
+from pipeline.core.errors import AtomError
 
 Document = tuple[str, Any, str, str | None]
 """(name, text or messages, file, its own licence if a field says it)."""

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from pipeline.errors import AtomError
+from pipeline.core.errors import AtomError
 from stages.rl.sandbox.cell import Cell, Program
 from stages.rl.sandbox.running import DEATHS, Limits, Outcome, SandboxFailed
 

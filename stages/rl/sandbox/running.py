@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.errors import MachineError
+from pipeline.core.errors import MachineError
 
 if TYPE_CHECKING:
     from stages.rl.sandbox.cell import Cell

@@ -1,0 +1,42 @@
+"""What the commands share: options, the home folder, the terminal. Heavy imports stand inside the functions."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.core.store import Store
+    from pipeline.graph.dag import Graph
+
+RecipeArgument = Annotated[str, typer.Argument(help="packaged recipe name, or path to a recipe YAML")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document instead of text")]
+RunArgument = Annotated[str | None, typer.Argument(help="run id or its beginning; default: the latest run")]
+UntilOption = Annotated[str | None, typer.Option(help="stop after this stage and what it needs")]
+OnlyOption = Annotated[str | None, typer.Option(help="just this stage; what it needs must be sealed already")]
+ProfileOption = Annotated[str, typer.Option("--cluster", help="packaged cluster profile, or path to a profile YAML")]
+
+
+def open_store() -> Store:
+    from pipeline.core.store import Store
+
+    return Store(Path(os.environ.get("ATOM_HOME") or "runs"))
+
+
+def console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def graph_of(recipe: str, without_data: bool = False) -> Graph:
+    from pipeline.graph import dag
+    from pipeline.graph import recipe as recipes
+
+    return dag.compose(recipes.load(recipe), open_store(), without_data)

@@ -1,0 +1,160 @@
+"""Tables that the command line prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pipeline.core.progress import duration, figures_text, human
+from pipeline.graph.cost_estimate import Forecast
+from pipeline.graph.plan import Row, timed
+from pipeline.graph.run import NodeStatus
+
+
+def _cell(value: float | None, unit: str = "") -> str:
+    return "" if value is None else human(value) + unit
+
+
+def plan_table(rows: list[Row]) -> Table:
+    """A line a stage. CPU time is shown where that of every training phase is estimated."""
+    shown = timed(row.estimate for row in rows)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    for column in ("stage", "key", "state"):
+        table.add_column(column, no_wrap=True)
+    for column in ("params/active", "tokens", "FLOP", "memory", "disk", *(["CPU"] if shown else []), "ranks"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        e = row.estimate
+        cpu = "" if e.cpu_seconds is None else duration(e.cpu_seconds)
+        table.add_row(
+            row.state.name,
+            row.state.key.rsplit("-", 1)[1],
+            row.state.text,
+            f"{human(e.parameters['total'])}/{human(e.parameters['active'])}" if e.parameters else "",
+            _cell(e.tokens),
+            _cell(e.flops),
+            _cell(e.memory_bytes, "B"),
+            _cell(e.disk_bytes, "B"),
+            *([cpu] if shown else []),
+            str(row.ranks),
+        )
+    to_run = [r for r in rows if r.state.text == "to run"]
+    seconds = sum(r.estimate.cpu_seconds or 0 for r in to_run)
+    time = f", about {duration(seconds)} of CPU time (estimate)" if shown else ""
+    table.caption = f"{len(to_run)} of {len(rows)} stages to run{time}"
+    table.caption_justify = "left"
+    return table
+
+
+def phases_table(rows: list[Row]) -> Table | None:
+    """What each training phase asks of its ranks; None if there is none."""
+    found = [(row, row.estimate.training) for row in rows if row.estimate.training is not None]
+    if not found:
+        return None
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    table.add_column("phase", no_wrap=True)
+    for column in ("steps", "batch", "row"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("precision", no_wrap=True)
+    for column in ("GFLOP/token", "state", "activ.", "both", "host", "checkpoints", "data"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("layout")
+    for row, t in found:
+        ramp = f"{human(t.batch_tokens[0])}→" if len(t.batch_tokens) > 1 else ""
+        table.add_row(
+            row.state.name,
+            f"{t.steps:,}",
+            ramp + human(t.batch_tokens[-1]),
+            str(t.sequence_length),
+            t.precision,
+            f"{t.gflop_per_token:.4g}",
+            _binary(t.state_bytes),
+            _binary(t.activation_bytes),
+            _binary(row.estimate.memory_bytes or 0),
+            _binary(t.host_bytes),
+            f"{t.release_checkpoints} x {human(t.checkpoint_bytes)}B",
+            human(t.data_bytes) + "B",
+            t.layout,
+        )
+    table.caption = (
+        "batch, row: tokens; state, activations, both: bytes of the fullest rank, host: of its copy in host memory; "
+        "checkpoints: sealed ones;\ndata: token shards, and the order with one document a row"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def forecast_table(told: Forecast) -> Table:
+    """What each stage to run will use on a cluster, those that are not estimated left out."""
+    prices = told.profile.prices
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    table.add_column(f"on {told.profile.name}", no_wrap=True)
+    for column in ("hours", "GPU hours", "core hours", *([prices.currency] if prices else []), "energy"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for use in (*(use for use in told.uses if use.why is None), told.total):
+        table.add_row(
+            use.name,
+            _hours(use.hours),
+            _hours(use.gpu_hours) if use.gpu_hours else "",
+            _hours(use.core_hours) if use.core_hours else "",
+            *([f"{use.cost:,.2f}"] if prices else []),
+            (human(use.energy_wh) if use.energy_wh >= 100 else f"{use.energy_wh:.2g}") + "Wh",
+        )
+    table.caption = "hours: on the clock; of all: one stage after the other; money and energy: by the profile"
+    table.caption_justify = "left"
+    return table
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def _binary(value: float) -> str:
+    """Bytes as memory is counted: 40.1Gi, 7.53Mi."""
+    return f"{value / 2**30:.3g}Gi" if value >= 2**30 else f"{value / 2**20:.3g}Mi"
+
+
+def status_table(run: str, stages: list[NodeStatus], used: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, title=f"run {run}", title_justify="left")
+    slurm = any(s.job for s in stages)
+    for column in ("stage", "state", *(("job", "nodes", "again") if slurm else ()), "progress", "time", "left", ""):
+        table.add_column(column, no_wrap=column != "")
+    for s in stages:
+        progress = f"{s.done}/{s.total} {s.unit}" if s.total else ""
+        detail = s.message or s.reason or figures_text(s.figures or {})
+        state = s.state if (s.ranks or 1) == 1 else f"{s.state}, {s.ranks} ranks"
+        where = (s.job or "", s.nodes or "", str(s.restarts or "")) if slurm else ()
+        took = duration(s.seconds) if s.seconds is not None else (s.elapsed or "")
+        left = duration(s.eta) if s.eta is not None and s.state == "running" else ""
+        table.add_row(s.name, state, *where, progress, took, left, detail)
+    sealed = sum(s.state == "sealed" for s in stages)
+    table.caption = f"{sealed} of {len(stages)} stages sealed; used so far: {used}"
+    table.caption_justify = "left"
+    return table
+
+
+def verdict_text(verdict: Any) -> str:
+    """One line a check, everything that is wrong below its check, and the verdict last."""
+    marks = {True: "ok    ", False: "BAD   ", None: "absent"}
+    lines = []
+    for check in verdict.checks:
+        lines.append(f"{marks[check.ok]}  {check.name}: {check.detail}")
+        lines += [f"          {text}" for text in check.wrong]
+        lines += [f"{marks[None]}  {check.name}: {text}" for text in check.skipped]
+    said = "verified" if verdict.ok else "NOT what it claims to be"
+    return "\n".join([*lines, f"{verdict.kind} {verdict.subject}: {said}"])
+
+
+def published_text(report: Any) -> str:
+    """One line a repository."""
+    lines = [f"{r.kind} {r.repo}@{r.revision} {r.commit[:12]}" for r in report.repositories]
+    visible = "public" if report.public else "private"
+    return "\n".join([*lines, f"published to {report.endpoint}, {visible}, pulled back and verified"])
+
+
+def rehearsal_text(report: dict[str, Any], folder: Path) -> str:
+    """The verdicts of a rehearsal, a line each."""
+    lines = [f"{x['precision']}: {x['verdict']}, {x['reason']}" for x in report["precisions"]]
+    return "\n".join([*lines, f"{report['recipe']}: {report['verdict']}; table and plots are in {folder}"])

@@ -1,0 +1,251 @@
+"""The bounds of settings: every number of a recipe has a range, every text a length, every list a size.
+
+A bound is wide enough for any published training run and narrow enough that a slip of the keyboard, or a hostile file,
+is refused in one sentence before anything is computed from it. docs/limits.md lists them with their reasons.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from pipeline.core.text import shown, unprintable
+
+OUT_OF_BOUNDS = "out_of_bounds"
+"""The type of the errors below: their message goes on from `field = value`."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number from `low` to `high`. Integers must be integers: no boolean, no text, no 3.0.
+
+    above, below: that end does not belong to it. hint: what is usual, for the sentence.
+    """
+
+    low: float
+    high: float
+    hint: str = ""
+    above: bool = False
+    below: bool = False
+
+    def __str__(self) -> str:
+        low, high = _number(self.low), _number(self.high)
+        if not (self.above or self.below):
+            return f"{low} to {high}"
+        least, most = "more than" if self.above else "at least", "less than" if self.below else "at most"
+        return f"{least} {low} and {most} {high}"
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        real = core_schema.float_schema(strict=True, allow_inf_nan=False)
+        kind = core_schema.int_schema(strict=True) if source is int else real
+        return core_schema.no_info_after_validator_function(self._check, kind)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        ends = {"exclusiveMinimum" if self.above else "minimum": self.low}
+        ends |= {"exclusiveMaximum" if self.below else "maximum": self.high}
+        return handler(schema) | ends
+
+    def _check(self, value: float) -> float:
+        low = self.low < value if self.above else self.low <= value
+        high = value < self.high if self.below else value <= self.high
+        if not (low and high):
+            hint = f" ({self.hint})" if self.hint else ""
+            raise _refused(f"is out of range; use {self}{hint}")
+        return value
+
+
+@dataclass(frozen=True)
+class Words:
+    """A text of at most `longest` characters.
+
+    what: what it must be, for the sentence, as in "is no name of lower-case letters". pattern: it matches as a whole.
+    lines: it may have several. empty: it may be empty. test: returns what is wrong in words, or None.
+    """
+
+    longest: int
+    what: str = ""
+    pattern: str = ""
+    lines: bool = False
+    empty: bool = False
+    test: Callable[[str], str | None] | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, core_schema.str_schema(strict=True))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        pattern = {"pattern": f"^(?:{self.pattern})$"} if self.pattern else {}
+        return handler(schema) | {"minLength": int(not self.empty), "maxLength": self.longest} | pattern
+
+    def _check(self, value: str) -> str:
+        if not value.strip() and not self.empty:
+            raise _refused("is empty; write something, or leave the field out")
+        if len(value) > self.longest:
+            raise _refused(f"has {len(value)} characters; use at most {self.longest}")
+        if character := unprintable(value, self.lines):
+            kind = "several lines" if character == "\n" else f"the character U+{ord(character):04X}"
+            raise _refused(f"has {kind}; use one line of printable text")
+        if self.pattern and not re.fullmatch(self.pattern, value):
+            raise _refused(f"is no {self.what}")
+        wrong = self.test(value) if self.test else None
+        if wrong:
+            raise _refused(wrong)
+        return value
+
+
+def _refused(message: str) -> PydanticCustomError:
+    return PydanticCustomError(OUT_OF_BOUNDS, "{message}", {"message": message})
+
+
+def _number(value: float) -> str:
+    return f"{value:.0e}".replace("e+0", "e").replace("e+", "e") if 1e7 <= value == _round(value) else f"{value:.16g}"
+
+
+def _round(value: float) -> float:
+    """The value with one digit and zeros after it."""
+    return float(f"{value:.0e}")
+
+
+MOST_SOURCES = 1000
+MOST_RAMP_STEPS = 100
+Flag = Annotated[bool, Field(strict=True)]
+"""true or false: a number or the word `yes` is neither."""
+Seed = Annotated[int, Range(0, 2**53 - 1, "larger ones lose digits in some readers of JSON")]
+Sha256 = Annotated[str, Words(71, "digest of the form sha256:<64 hex digits>", r"sha256:[0-9a-f]{64}")]
+Share = Annotated[float, Range(0, 1)]
+PositiveShare = Annotated[float, Range(0, 1, above=True)]
+"""A share of something that is there."""
+Context = Annotated[int, Range(1, 2**24, "tokens; Llama 4 Scout: 1e7")]
+"""Tokens of a row, an answer or a text."""
+Steps = Annotated[int, Range(1, 1e8, "SmolLM3, with small batches, took 4.7e6")]
+"""Steps of a phase, or of anything that happens every so many steps."""
+Line = Annotated[str, Words(200)]
+LongLine = Annotated[str, Words(4096)]
+"""An address, a command, or a path."""
+Text = Annotated[str, Words(2000, lines=True)]
+
+
+def _stored(name: str) -> str | None:
+    """Why no folder or file on every system can have this name; None if it can."""
+    if name.split(".")[0] in _DEVICES:
+        return f"is a device on Windows, where {name} can be no folder; choose another name"
+    return None
+
+
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+
+
+def _repository(name: str) -> str | None:
+    """Why the Hub refuses a repository of this name, with a suffix or without; None if it takes it. Its rules are those
+    of `huggingface_hub.utils.validate_repo_id`, which the tests compare."""
+    if "--" in name or ".." in name:
+        return "has -- or .., which the Hub refuses in names of repositories; use one"
+    if name[-1] in ".-" or name.endswith(".git"):
+        return "ends as no repository of the Hub may: by a dot, a hyphen or .git; leave the end out"
+    return _stored(name)
+
+
+ReleaseName = Annotated[
+    str, Words(64, "name of lower-case letters, digits, '.', '_' and '-'", r"[a-z0-9][a-z0-9._-]*", test=_repository)
+]
+"""With the suffixes of a release's repositories it stays within the Hub's 96 characters."""
+Version = Annotated[str, Words(30, "semantic version, such as 0.1.0", r"(0|[1-9][0-9]{0,8})(\.(0|[1-9][0-9]{0,8})){2}")]
+Namespace = Annotated[
+    str, Words(42, "user or organization of the Hub", r"[A-Za-z0-9][A-Za-z0-9._-]*", test=_repository)
+]
+SourceName = Annotated[
+    str, Words(64, "name of lower-case letters, digits and '_', first a letter", r"[a-z][a-z0-9_]*", test=_stored)
+]
+Key = Annotated[str, Words(100, "name of letters, digits, '.', '_' and '-'", r"[A-Za-z0-9_][A-Za-z0-9._-]*")]
+"""The name of a thing that another package knows: a dataset, a verifier, an argument."""
+Variable = Annotated[str, Words(200, "name of an environment variable", r"[A-Za-z_][A-Za-z0-9_]*")]
+
+
+Mix = Annotated[dict[SourceName, PositiveShare], Field(min_length=1, max_length=MOST_SOURCES)]
+"""Shares of sources; they sum to 1."""
+
+
+def _spdx(value: str) -> str:
+    try:
+        return spdx(value)
+    except ValueError:
+        raise _refused(
+            "is not an SPDX expression (spdx.org/licenses); use such as Apache-2.0, CC-BY-4.0 or LicenseRef-NAME"
+        ) from None
+
+
+def spdx(expression: str) -> str:
+    """The expression with SPDX's own spelling. Raises ValueError if it is none."""
+    from packaging.licenses import canonicalize_license_expression
+
+    return str(canonicalize_license_expression(expression))
+
+
+@dataclass(frozen=True)
+class _Spdx(Words):
+    """The text in SPDX's own spelling."""
+
+    def _check(self, value: str) -> str:
+        return _spdx(super()._check(value))
+
+
+License = Annotated[str, _Spdx(500)]
+"""An SPDX license expression."""
+
+_ISO_639_1 = """
+aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en eo
+es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is it iu ja jv ka kg
+ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn
+no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg sh si sk sl sm sn so sq sr ss st su sv sw
+ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu
+"""
+ISO_639_1 = frozenset(_ISO_639_1.split())
+_TAG = r"(?P<language>[a-z]{2,3})(-[A-Z][a-z]{3})?(-([A-Z]{2}|[0-9]{3}))?"
+
+
+def _language(tag: str) -> str | None:
+    if tag in ("code", "multilingual"):  # what the Hub takes beside languages
+        return None
+    match = re.fullmatch(_TAG, tag)
+    language = match["language"] if match else ""
+    if language in ISO_639_1 or (len(language) == 3 and not "qaa" <= language <= "qtz"):
+        return None
+    return "is no language; use ISO 639 codes, such as en, de or swh, with a script or region if need be (zh-Hant)"
+
+
+Language = Annotated[str, Words(20, test=_language)]
+"""What the Hub takes as `language`, and Croissant as `inLanguage`: ISO 639, as BCP 47 writes it. Two letters must be a
+code of ISO 639-1; of three letters, that they are none kept for private use."""
+
+
+def setting(value: object, depth: int = 0) -> object:
+    """A value that goes to another package as it is: text, number, flag, null, or short lists and mappings of these."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and abs(value) < 2**53:
+        return value
+    if isinstance(value, float) and abs(value) <= 1e300:
+        return value
+    if isinstance(value, str) and len(value) <= 4096:
+        return value
+    if isinstance(value, (list, tuple)) and depth < 3 and len(value) <= 1000:
+        return [setting(item, depth + 1) for item in value]
+    if isinstance(value, dict) and depth < 3 and len(value) <= 100:
+        return {_argument(key): setting(item, depth + 1) for key, item in value.items()}
+    raise ValueError(
+        f"{shown(value)} cannot be handed on; use text, numbers, true, false or null, in lists and mappings of these"
+    )
+
+
+Settings = Annotated[dict[str, Any], AfterValidator(lambda values: setting(values))]
+"""Arguments of another package's object, by their names."""
+
+
+def _argument(key: object) -> str:
+    if isinstance(key, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", key):
+        return key
+    raise ValueError(f"{shown(key)} is no name of an argument; use letters, digits, '.', '_' and '-'")

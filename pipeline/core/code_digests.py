@@ -1,0 +1,68 @@
+"""Digest of a stage's code: its own module and every module of ours that it imports, directly or not.
+
+It is recorded in statements, not in keys: a key says what was asked for, the code digest says what answered. `plan`
+compares the two so that a cache never hides a change of code.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+from pipeline.core.store import sha256_file
+
+OURS = ("pipeline", "stages", "release")
+
+
+@cache
+def _root(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+@cache
+def _locate(module: str) -> Path | None:
+    """The file of a module of ours, found by path: asking Python would import its parents, and with them torch."""
+    package, *inner = module.split(".")
+    root = _root(package)
+    if root is None:
+        return None
+    path = root.joinpath(*inner)
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
+
+
+@cache
+def _imports(module: str) -> tuple[str, ...]:
+    path = _locate(module)
+    if path is None:
+        return ()
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return tuple(sorted(name for name in found if name.split(".")[0] in OURS and _locate(name)))
+
+
+def closure(module: str) -> dict[str, str]:
+    """{module name: sha256 of its file} for `module` and all that it imports of ours."""
+    todo, seen = [module], {}
+    while todo:
+        name = todo.pop()
+        path = _locate(name)
+        if name in seen or path is None:
+            continue
+        seen[name] = sha256_file(path)
+        todo.extend(_imports(name))
+    return dict(sorted(seen.items()))
+
+
+@cache
+def code_digests(module: str) -> dict[str, str]:
+    """The closure without the engine: what hands a stage its inputs cannot change its bytes, the contracts apart."""
+    kept = ("pipeline.core.stage", "pipeline.core.store")
+    return {name: d for name, d in closure(module).items() if name.split(".")[0] != "pipeline" or name in kept}

@@ -1,0 +1,94 @@
+"""The code as it is now, frozen: jobs run from a copy named by its digest, whatever happens to the checkout later."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pipeline.core import json_files
+from pipeline.core.json_files import Damaged
+from pipeline.core.store import Store, canonical, sha256_bytes
+
+PACKAGES = ("pipeline", "stages", "release", "data_recipes")
+SUFFIXES = frozenset({".py", ".yaml", ".yml", ".jinja", ".md", ".toml", ".json", ".txt", ".sh", ".typed"})
+
+
+def roots() -> list[Path]:
+    """The folder that each of our packages is imported from, without repetition: a checkout, or site-packages."""
+    found = []
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin:
+            found.append(Path(spec.origin).parent.parent)
+    return list(dict.fromkeys(found))
+
+
+def sources(root: Path, package: str, new: bool = False) -> list[Path]:
+    """A package's files: in a checkout those that git tracks, so that what lies about there is left out (new: and those
+    that are not ignored); elsewhere all but hidden ones and byte code."""
+    if (root / ".git").exists() and shutil.which("git"):
+        kinds = ["--cached", "--others", "--exclude-standard"] if new else ["--cached"]
+        command = ["git", "-C", str(root), "ls-files", "-z", *kinds, package]
+        listed = subprocess.run(command, capture_output=True, check=False)
+        if listed.returncode == 0:
+            return _plain(root, [root / name for name in listed.stdout.decode().split("\0") if name])
+    return _plain(root, list((root / package).rglob("*")))
+
+
+def _plain(root: Path, paths: list[Path]) -> list[Path]:
+    hidden = [any(p.startswith(".") or p == "__pycache__" for p in path.relative_to(root).parts) for path in paths]
+    return sorted(p for p, bad in zip(paths, hidden, strict=True) if not bad and p.suffix in SUFFIXES and p.is_file())
+
+
+def freeze(store: Store, more: Mapping[str, bytes]) -> Path:
+    """`$ATOM_HOME/code/<digest>`: our packages, the pins if they are beside them, and `more` under as-run/, read-only.
+
+    The same code gives the same folder, which is complete or absent. Raises Damaged if it was altered since.
+    """
+    files = dict(_files(more))
+    digest = sha256_bytes(canonical({name: sha256_bytes(data) for name, data in files.items()}))[:16]
+    target = store.home / "code" / digest
+    if target.is_dir():
+        _require_intact(target, files)
+        return target
+    draft = target.with_name(f".{digest}.{uuid.uuid4().hex}")
+    for name, data in files.items():
+        path = draft / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        path.chmod(0o444)
+    try:
+        os.rename(draft, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        shutil.rmtree(draft)  # another submitter was faster
+    return target
+
+
+def _require_intact(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Raises Damaged if a file of frozen code is not what it was."""
+    for name, data in files.items():
+        try:
+            intact = json_files.read_bytes(folder / name) == data
+        except FileNotFoundError:
+            intact = False
+        if not intact:
+            raise Damaged(folder / name, "it is not the code that was frozen", f"move {folder} away, and submit again")
+
+
+def _files(more: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    for root in roots():
+        for package in PACKAGES:
+            for path in sources(root, package, new=True) if (root / package).is_dir() else ():
+                yield path.relative_to(root).as_posix(), path.read_bytes()
+        for path in [root / "pyproject.toml", *sorted(root.glob("constraints*.txt"))]:
+            if path.is_file():
+                yield path.name, path.read_bytes()
+    for name, data in more.items():
+        yield f"as-run/{name}", data

@@ -1,0 +1,68 @@
+"""What a stage ran in: the part of provenance that is not identity."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.store import canonical, sha256_bytes
+
+
+@cache
+def packages() -> dict[str, str]:
+    """{distribution: version} of everything importable here, sorted by name: the environment lock. Without what a
+    package carries inside itself, which is importable only once that package was imported."""
+    found = (d for d in metadata.distributions() if "_vendor" not in Path(str(d.locate_file(""))).parts)
+    return dict(sorted((d.metadata["Name"].lower(), d.version) for d in found if d.metadata["Name"]))
+
+
+@cache
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def device() -> dict[str, Any]:
+    """The device type that bitwise promises are bound to. Rank 0 speaks for all: a run is homogeneous.
+
+    A stage that used a GPU has torch loaded by the time its statement is written; one that did not ran on the CPU.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return {"type": "cuda", "model": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return {"type": "cpu", "model": cpu_model(), "threads_per_rank": int(os.environ.get("OMP_NUM_THREADS", "1"))}
+
+
+def fingerprint() -> str:
+    """Two runs with equal fingerprints must give equal bytes for bitwise stages."""
+    return sha256_bytes(canonical({"python": platform.python_version(), "packages": packages(), "device": device()}))
+
+
+def describe() -> dict[str, Any]:
+    """The environment as statements record it."""
+    python = platform.python_version()
+    return {"fingerprint": fingerprint(), "python": python, "packages": packages(), "device": device()}
+
+
+def git_commit(root: Path) -> tuple[str | None, bool]:
+    """(commit, dirty) of the checkout that `root` stands in; (None, False) outside one, for example from a wheel."""
+    if not (root / ".git").exists():
+        return None, False
+
+    def git(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=False)
+
+    try:
+        head, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    except FileNotFoundError:
+        return None, False
+    return (head.stdout.strip() or None) if head.returncode == 0 else None, bool(status.stdout.strip())

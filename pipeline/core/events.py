@@ -1,0 +1,249 @@
+"""A stage's report as files: `events.jsonl` (state and progress, for people) and `metrics.jsonl` (curves, for ever).
+
+The files are the truth; MLflow is filled from them, so a dead tracking server never stops a stage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, NotRequired
+
+from pydantic import Discriminator, Field, FiniteFloat, Tag, TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline.core import json_files
+from pipeline.core.errors import Failure
+from pipeline.core.json_files import Damaged
+
+PROGRESS_EVERY = 0.5
+LOG_EVERY = 10.0
+LOCK_SECONDS = 2.0
+ABANDON_SECONDS = 30.0
+ROOM_SECONDS = 10.0
+
+
+class FileReport:
+    """The Report of a running stage, appending to the node's folder under `logs/<run>/`."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = open(folder / "events.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in close())
+        self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        self._lock = threading.Lock()
+        self._last_progress = self._last_line = 0.0
+        self.figures: dict[str, float] = {}
+        self.ending = threading.RLock()
+        """Held, for good, by the thread that ends the attempt: the main one, or the one that abandons it."""
+        self.record_abandoned: Callable[[Failure], None] = lambda failure: None
+        """What ends the attempt in the main thread's stead; the worker sets it."""
+        self.seal_product: Callable[[str, Path], None] = lambda name, folder: None
+        """What seals an artifact of its own; the worker sets it."""
+
+    def event(self, kind: str, /, **values: Any) -> None:
+        line = json.dumps({"time": time.time(), "event": kind, **values}) + "\n"
+        held = self._lock.acquire(timeout=LOCK_SECONDS)  # a thread that hangs while it writes must not silence the rest
+        try:
+            self._events.write(line)
+        finally:
+            if held:
+                self._lock.release()
+
+    def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
+        self.figures.update(figures)
+        now = time.monotonic()
+        if done >= total or now - self._last_progress >= PROGRESS_EVERY:
+            self._last_progress = now
+            self.event("progress", done=done, total=total, unit=unit, **figures)
+        if done >= total or now - self._last_line >= LOG_EVERY:
+            self._last_line = now
+            print(f"{done}/{total} {unit}", *(f"{k} {v:.6g}" for k, v in figures.items()), sep="  ", flush=True)
+
+    def metric(self, step: int, **values: float) -> None:
+        with self._lock:
+            self._metrics.write(json.dumps({"time": time.time(), "step": step, **values}) + "\n")
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+        self.event("note", text=text)
+
+    def product(self, name: str, folder: Path) -> None:
+        self.seal_product(name, folder)
+
+    def abandon(self, text: str) -> NoReturn:
+        self.fail(Failure(text))
+
+    def fail(self, failure: Failure) -> NoReturn:
+        """What `abandon` does, with the kind of the failure."""
+        if not self.ending.acquire(blocking=False):
+            sys.exit()  # in any thread but the main one this ends that thread only
+        # In a thread with a deadline, so that whatever else hangs, the process goes.
+        last = threading.Thread(target=self.record_abandoned, args=(failure,), name="abandon", daemon=True)
+        last.start()
+        last.join(ABANDON_SECONDS)
+        os._exit(1)
+
+    def end(self, outcome: str | Failure) -> None:
+        """The last event. On a full disk it waits a while: room comes when stages that fail remove what they made."""
+        values = (
+            {"outcome": outcome.text, "kind": outcome.kind} if isinstance(outcome, Failure) else {"outcome": outcome}
+        )
+        deadline, write = time.monotonic() + ROOM_SECONDS, partial(self.event, "end", **values)
+        while True:
+            try:
+                return write()
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                write = partial(self._events.flush)  # the line stays in the buffer
+                time.sleep(0.1)
+
+    def close(self) -> None:
+        self._events.close()
+        self._metrics.close()
+
+
+class FollowerReport:
+    """The Report of a rank other than 0: notes go to its own log, and nothing is kept, since rank 0 speaks for all."""
+
+    def __init__(self, fail: Callable[[Failure], object] = lambda failure: None) -> None:
+        self.fail = fail
+        """What ends this rank, and dismisses the others; the worker sets it."""
+
+    def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None: ...
+
+    def metric(self, step: int, **values: float) -> None: ...
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    def product(self, name: str, folder: Path) -> None: ...
+
+    def abandon(self, text: str) -> NoReturn:
+        os.write(2, f"{text}\n".encode())  # not `print`, whose lock the thread that hangs may hold
+        self.fail(Failure(text))
+        os._exit(1)
+
+
+Number = Annotated[FiniteFloat, Field(ge=-1e15, le=1e15)]
+
+
+class Event(TypedDict):
+    """A line of events.jsonl. Kinds that have no type of their own are read by nobody."""
+
+    time: Number
+    event: str
+
+
+class Start(Event):
+    pid: int
+    ranks: int
+
+
+class Progress(Event):
+    done: Number
+    total: Number
+    unit: str
+
+
+class Note(Event):
+    text: str
+
+
+class UsageEvent(Event):
+    wall_seconds: Number
+    energy_joules_estimate: NotRequired[Number]
+
+
+class End(Event):
+    outcome: str
+
+
+def _kind(row: Any) -> str:
+    kind = row.get("event") if isinstance(row, dict) else None
+    return kind if kind in ("start", "progress", "note", "usage", "end") else "other"
+
+
+EVENT: TypeAdapter[Any] = TypeAdapter(
+    Annotated[
+        Annotated[Start, Tag("start")]
+        | Annotated[Progress, Tag("progress")]
+        | Annotated[Note, Tag("note")]
+        | Annotated[UsageEvent, Tag("usage")]
+        | Annotated[End, Tag("end")]
+        | Annotated[Event, Tag("other")],
+        Discriminator(_kind),
+    ]
+)
+
+
+class Point(TypedDict):
+    """A line of metrics.jsonl: a point of each named curve."""
+
+    time: Number
+    step: int
+
+
+POINT: TypeAdapter[Any] = TypeAdapter(Point)
+LINE = 2**20
+"""Bytes of the longest line that is believed."""
+ONE_READ = 64 * 2**20
+"""Bytes of a file that one call reads. So many events take days."""
+
+
+class Tail:
+    """Reads the whole lines that were appended to a JSONL file since the last call; a missing file is empty. Lines that
+    are damaged are reported and left out.
+
+    whole: of more than `ONE_READ` bytes the first are read, and the next call goes on; else only the last are read.
+    """
+
+    def __init__(self, path: Path, offset: int = 0, kind: TypeAdapter[Any] = EVENT, whole: bool = False) -> None:
+        self.path, self.offset, self.kind, self.whole = path, offset, kind, whole
+        self.cut = False
+        """Whether something stands behind the last whole line: one that is being written, or was cut."""
+        self.more = False
+        """Whether another call would read more at once."""
+
+    def read(self) -> list[dict[str, Any]]:
+        rows = []
+        try:
+            with json_files.open_file(self.path) as file:
+                skipped = os.fstat(file.fileno()).st_size - ONE_READ
+                if skip := skipped > self.offset and not self.whole:
+                    place = json_files.printable(self.path)
+                    json_files.note(f"{place} has more than {ONE_READ:,} bytes; only the last ones are read")
+                    self.offset = skipped
+                file.seek(self.offset)
+                bound = self.offset + ONE_READ
+                if skip:
+                    file.readline(ONE_READ)  # the rest of a line
+                while file.tell() < bound and (line := file.readline(LINE)):
+                    self.cut = not line.endswith(b"\n")
+                    if self.cut and len(line) < LINE:
+                        break
+                    long = self.cut
+                    while self.cut and file.tell() < bound and (rest := file.readline(LINE)):
+                        self.cut = not rest.endswith(b"\n")
+                    place = f"the line that ends at byte {file.tell():,}: "
+                    self.offset = file.tell()
+                    try:
+                        if long:
+                            raise Damaged(self.path, f"{place}it is too long")
+                        rows.append(json_files.parse(line, self.path, self.kind, place))
+                    except Damaged as error:
+                        json_files.report(error, "the other lines count")
+                self.more = file.tell() >= bound and not self.cut
+        except FileNotFoundError:
+            pass
+        except Damaged as error:
+            json_files.report(error, "what it says is not known")
+        except OSError as error:
+            json_files.report(Damaged(self.path, str(error.strerror)), "what it says is not known")
+        return rows

@@ -1,0 +1,137 @@
+"""Reads the files of `$ATOM_HOME`, whatever has become of them: bounded, typed, and in one sentence where damaged.
+
+Whoever needs a file lets `Damaged` pass: it is an AtomError. Whoever can do without it catches it and calls `report`,
+so that every command names the file and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.core.errors import AtomError
+from pipeline.core.text import escaped
+
+LIMIT = 64 * 2**20
+"""Bytes of the largest file that is believed. A statement has some 50 kB, a manifest 150 bytes for each file."""
+
+
+class Damaged(AtomError):
+    """A file of the home that is not what it should be. path: which; why: what is wrong with it."""
+
+    def __init__(self, path: Path, why: str, advice: str = "") -> None:
+        super().__init__(f"{printable(path)} is damaged ({why})" + (f"; {advice}" if advice else ""))
+        self.path, self.why = path, why
+
+
+class DamagedFile(UserWarning):
+    """A damaged file that a command went on without."""
+
+
+warnings.simplefilter("always", DamagedFile)
+_reported: set[str] = set()
+
+
+def report(error: Damaged, consequence: str) -> None:
+    """Warns of a damaged file and says what follows, once a process."""
+    note(f"{printable(error.path)} is damaged ({error.why}); {consequence}")
+
+
+def note(text: str) -> None:
+    """Warns once a process of what a command went on without."""
+    if text not in _reported:
+        _reported.add(text)
+        warnings.warn(text, DamagedFile, stacklevel=3)
+
+
+def printable(path: Path | str) -> str:
+    """A path as one line of plain text, whatever bytes its name has."""
+    return escaped(os.fsencode(path).decode("utf-8", "backslashreplace"))
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Opens a regular file for reading. Raises FileNotFoundError if nothing has that name, else Damaged."""
+    try:
+        # a pipe of that name must not be waited for
+        file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 (the caller's)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise Damaged(path, "it is a link that leads nowhere") from None
+        raise
+    except IsADirectoryError:
+        raise Damaged(path, "it is a directory") from None
+    except NotADirectoryError:
+        raise Damaged(path, "what should be its folder is a file") from None
+    except OSError as error:
+        raise Damaged(path, str(error.strerror)) from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise Damaged(path, "it is no regular file")
+    return file
+
+
+def read_bytes(path: Path, limit: int = LIMIT) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises FileNotFoundError or Damaged."""
+    with open_file(path) as file:
+        try:
+            data = file.read(limit + 1)
+        except OSError as error:
+            raise Damaged(path, str(error.strerror)) from error
+    if len(data) > limit:
+        raise Damaged(path, f"it has more than {limit:,} bytes")
+    return data
+
+
+def read_text(path: Path, limit: int = LIMIT) -> str:
+    """The same, decoded as UTF-8."""
+    try:
+        return read_bytes(path, limit).decode()
+    except UnicodeDecodeError:
+        raise Damaged(path, "it is not text") from None
+
+
+def read(path: Path, kind: TypeAdapter[Any], limit: int = LIMIT) -> Any:
+    """A JSON file as it stands, if it is of that kind. Raises FileNotFoundError or Damaged."""
+    return parse(read_bytes(path, limit), path, kind)
+
+
+def parse(data: bytes, path: Path, kind: TypeAdapter[Any], where: str = "") -> Any:
+    """JSON as it stands, if it is of that kind. where: the place in the file, for the sentence. Raises Damaged."""
+    try:
+        value = json.loads(data)
+        if b"\\ud" in data.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # raises for half a character, which nobody could print
+        kind.validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        why = f"{place}: {first['msg']}" if place else first["msg"]
+    except RecursionError:
+        why = "its brackets are nested too deeply"
+    except UnicodeError:
+        why = "it is not text"
+    except ValueError as error:
+        why = "it is empty" if not data.strip() else f"it is no JSON: {error}"
+    else:
+        return value
+    raise Damaged(path, f"{where}{printable(why)}")
+
+
+def names(folder: Path) -> list[str]:
+    """The names in a folder, sorted; none if nothing has its name. Raises Damaged if it cannot be listed."""
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        if folder.is_symlink():
+            raise Damaged(folder, "it is a link that leads nowhere") from None
+        return []
+    except NotADirectoryError:
+        raise Damaged(folder, "it is no folder") from None
+    except OSError as error:
+        raise Damaged(folder, str(error.strerror)) from error

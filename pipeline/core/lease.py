@@ -1,0 +1,217 @@
+"""One worker at a time for a key, on any shared file system.
+
+A lease is the highest `lease.<n>` in the work folder. Taking it means creating `lease.<n+1>` by hard link, which is
+atomic on local disks and on NFS alike; nobody ever removes another's lease, so two takers cannot both win. The
+holder refreshes its file's time; a lease whose time is older than EXPIRY, or whose process is known to be gone, may
+be succeeded. Whoever takes one compares no clocks of hosts: "now" is the time that the file system gives to a file
+written now. Whoever only looks writes nothing and goes by the own clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline.core import json_files
+from pipeline.core.json_files import Damaged
+
+EXPIRY = 60.0
+HEARTBEAT = 10.0
+UNREADABLE = "an unreadable lease"
+"""The host of a holder of which nothing is known."""
+
+
+class Process(TypedDict):
+    """The body of a lease: the process that holds it."""
+
+    host: str
+    boot: str
+    pid: Annotated[int, Field(ge=1, lt=2**31)]
+    start: str | None
+    job: NotRequired[str]
+    restart: NotRequired[Annotated[int, Field(ge=0, lt=2**31)]]
+    released: NotRequired[bool]
+
+
+BODY = TypeAdapter(Process)
+
+
+def _process_start(pid: int) -> str | None:
+    """The start time of a local process in clock ticks since boot, which tells a reused pid apart.
+
+    None if it is gone; a dead one that nobody has waited for yet (a container's init may never do so) is gone.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def me() -> dict[str, str | int | None]:
+    """This process, so that others can tell whether it still lives; in a Slurm job also the job and its start."""
+    pid = os.getpid()
+    who: dict[str, str | int | None] = {"host": socket.gethostname(), "boot": _boot(), "pid": pid}
+    who["start"] = _process_start(pid)
+    if job := os.environ.get("SLURM_JOB_ID"):
+        who |= {"job": job, "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
+    return who
+
+
+def succeeded(who: Mapping[str, Any]) -> bool:
+    """Whether that process belongs to an earlier start of the Slurm job that this one belongs to: Slurm gave it up,
+    even if it lives on where its node's daemon died."""
+    own = me()
+    return (
+        who.get("job") is not None
+        and who["job"] == own.get("job")
+        and int(who.get("restart", 0)) < int(own["restart"] or 0)
+    )
+
+
+def gone(who: Mapping[str, Any]) -> bool:
+    """Whether the process that `me` described is known to be gone; of another host's, nothing is known."""
+    if who.get("host") != socket.gethostname() or who.get("boot") != _boot():
+        return False
+    start = _process_start(int(who["pid"]))
+    return start is None or start != who.get("start")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease, and whether it still counts."""
+
+    number: int
+    host: str
+    pid: int
+    alive: bool
+
+
+def holder(folder: Path, now: Callable[[Path], float] | None = None) -> Holder | None:
+    """The present lease of a work folder, or None if there is none. Nothing is written.
+
+    now: the time by the file system's clock, of whoever may write there; by default this host's clock is used. A lease
+    that cannot be read is reported, and counts until it is old.
+    """
+    try:
+        leases = {
+            int(m[1]): m[0] for name in json_files.names(folder) if (m := re.fullmatch(r"lease\.([0-9]{1,18})", name))
+        }
+    except Damaged as error:
+        json_files.report(error, "whether a process works there is not known")
+        return None
+    if not leases:
+        return None
+    number = max(leases)
+    path = folder / leases[number]
+    try:
+        age = (time.time() if now is None else now(folder)) - path.lstat().st_mtime
+        who = json_files.read(path, BODY)
+    except FileNotFoundError:
+        return None
+    except Damaged as error:  # perhaps cut by a crash of the machine
+        json_files.report(error, f"it counts until it is {EXPIRY:.0f} s old")
+        return Holder(number, UNREADABLE, 0, age < EXPIRY)
+    alive = age < EXPIRY and not who.get("released") and not gone(who) and not succeeded(who)
+    return Holder(number, who["host"], who["pid"], alive)
+
+
+def file_system_time(folder: Path) -> float:
+    """Now by the clock of the file system that holds a folder."""
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    probe.touch()
+    try:
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink()
+
+
+class Lease:
+    """Held from `take` to `release`. `lost` becomes true when a successor took over (we were thought dead)."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.folder, self.number = folder, number
+        self.path = folder / f"lease.{number}"
+        self.on_lost: Callable[[], None] = lambda: None
+        """Called by the thread that refreshes the lease, once it sees a successor."""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def take(cls, folder: Path) -> Lease | None:
+        """Takes the lease, or returns None if another live worker holds it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            present = holder(folder, file_system_time)
+            if present is not None and present.alive:
+                return None
+            number = present.number + 1 if present else 1
+            mine = folder / f".lease-{uuid.uuid4().hex}"
+            with open(mine, "w") as file:
+                file.write(json.dumps(me()))
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(mine, folder / f"lease.{number}")
+            except FileExistsError:
+                time.sleep(0.1)  # somebody was faster: look again
+                continue
+            finally:
+                mine.unlink()
+            return cls(folder, number)
+
+    @property
+    def lost(self) -> bool:
+        """Raises OSError if the file system does not answer."""
+        return _exists(self.folder / f"lease.{self.number + 1}") or not _exists(self.path)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT):
+            lost = False
+            with suppress(OSError):  # the file system fails for a moment: the next beat tries again
+                os.utime(self.path)
+            with suppress(OSError):
+                lost = self.lost
+            if lost:
+                return self.on_lost()
+
+    def release(self) -> None:
+        """Lets a successor start at once. The file stays, so that numbers only grow. If the file system does not let it
+        be written, the lease expires."""
+        self._stop.set()
+        self._thread.join()
+        with suppress(OSError):
+            if not self.lost:
+                replacement = self.folder / f".lease-{uuid.uuid4().hex}"
+                replacement.write_text(json.dumps({**me(), "released": True}))
+                os.replace(replacement, self.path)
+
+
+def _exists(path: Path) -> bool:
+    """Whether something has that name. Raises OSError if the file system does not answer, as `Path.exists` may not."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

@@ -1,0 +1,152 @@
+"""What the operating system refuses, as one sentence: which place, what is wrong with it, what to do.
+
+An error may come wrapped by whatever library met it; Rust's libraries say its number in the text alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from pipeline.core.errors import Kind
+from pipeline.core.json_files import printable
+
+AGAIN = "run the same command to go on"
+UNUSABLE = "{place} cannot be used ({why}); "
+NAME = UNUSABLE + "name a file that you may read, or a folder that you may write"
+HOME = (
+    UNUSABLE + "let yourself read and write it, or set ATOM_HOME to a folder that you may write, with everything in it"
+)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What an error of the operating system means. text: the sentence, or NAME, or empty: there is none of its own."""
+
+    kind: Kind
+    text: str = ""
+
+
+_machine, _user = partial(Fault, Kind.MACHINE), partial(Fault, Kind.USER)
+_NAMES = (
+    errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTEMPTY,
+    errno.EEXIST, errno.ETXTBSY,
+)  # fmt: skip
+_CALLS = (
+    errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.EPIPE, errno.EREMOTEIO, errno.ECONNREFUSED, errno.ECONNRESET,
+    errno.EHOSTUNREACH, errno.ENETUNREACH,
+)  # fmt: skip
+_GONE = "the device that holds {place} is gone; have it mounted again, and " + AGAIN
+FAULTS = {
+    # A disk, a file server, or a limit of the machine: whatever the error is wrapped in.
+    errno.ENOSPC: _machine("the disk that holds {place} is full; free some space and " + AGAIN),
+    errno.EDQUOT: _machine("the quota for {place} is used up; free some space, or have it raised, and " + AGAIN),
+    errno.EROFS: _machine(
+        "{place} is on a file system that cannot be written now; have it mounted for writing, and " + AGAIN
+    ),
+    errno.EIO: _machine(
+        "the disk that holds {place} failed (input/output error); see the system's log, have it repaired, and " + AGAIN
+    ),
+    errno.ESTALE: _machine(
+        "{place} was taken away by its file server (stale file handle); have it mounted again, and " + AGAIN
+    ),
+    errno.ENODEV: _machine(_GONE),
+    errno.ENXIO: _machine(_GONE),
+    errno.ENOTCONN: _machine("the file server of {place} is not connected; have it mounted again, and " + AGAIN),
+    errno.ETIMEDOUT: _machine("the file server of {place} gave no answer; see whether it is up, and " + AGAIN),
+    errno.EHOSTDOWN: _machine("the file server of {place} is down; wait until it is up, and " + AGAIN),
+    errno.EMFILE: _machine("this process may open no more files; raise the limit (ulimit -n), and " + AGAIN),
+    errno.ENFILE: _machine("this machine may open no more files; close other programs, and " + AGAIN),
+    errno.ENOLCK: _machine("the file system of {place} has no locks left; see its server, and " + AGAIN),
+    errno.EMLINK: _user("the file system of {place} takes no more hard links to a file; use another one"),
+    errno.EXDEV: _user("{place} lies on another file system than the rest of $ATOM_HOME, which must be one"),
+    # What is wrong with a name: a bug, unless it is of $ATOM_HOME, or the command line has it.
+    errno.ENOENT: _machine(NAME),
+    **dict.fromkeys(_NAMES, _user(NAME)),
+    # The machine or its network: another attempt may meet another state, or another node.
+    **dict.fromkeys(_CALLS, _machine()),
+}
+"""By number. A number that is not here is a bug of ours."""
+ON_A_PATH = frozenset({errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN})
+"""Those that a network causes, too: without a file that they name, they have no sentence."""
+
+
+def find(error: BaseException, home: Path, named: Iterable[str] = ()) -> Fault | None:
+    """What the operating system means by an error, with the whole sentence if there is one; None if it caused none.
+
+    named: paths that the caller named, beside `home`: one that cannot be used is then the caller's mistake.
+    """
+    if behind := device(error, home):
+        return behind
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if not isinstance(cause, OSError) or (fault := FAULTS.get(cause.errno or 0)) is None:
+        return None
+    if fault.text != NAME:
+        return Fault(fault.kind) if cause is error else None
+    path, named = _path(cause), list(named)
+    if path is None or not any(_on_one_line(path, place) for place in (str(home), *named)):
+        return None
+    if cause.errno == errno.ENOENT and _on_one_line(path, str(home)) and not home.exists():
+        return Fault(
+            fault.kind, f"{printable(home)} cannot be used (it is not there); have it mounted, or set ATOM_HOME anew"
+        )
+    return Fault(fault.kind, _advice(Path(os.path.abspath(path)), cause.errno or 0, Path(os.path.abspath(home)), named))
+
+
+def _advice(path: Path, number: int, home: Path, named: Iterable[str]) -> str:
+    """The sentence for a path of the home, or one that was named."""
+    shown = {"place": printable(path), "why": os.strerror(number)}
+    if str(path) in map(os.path.abspath, named) or not _on_one_line(str(path), str(home)):
+        return NAME.format(**shown)
+    folders = [place for place in reversed(path.parents) if home in place.parents]
+    if number in (errno.EEXIST, errno.ENOTDIR) and home in path.parents:  # a folder was wanted there
+        folders.append(path)
+    if obstacle := next(filter(None, map(no_folder, folders)), None):
+        return f"{obstacle}, and {AGAIN}"
+    if home not in path.parents or number in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+        return HOME.format(**shown)
+    what = "see what removed it" if number == errno.ENOENT else "move it away"
+    return f"{UNUSABLE.format(**shown)}{what}, and {AGAIN}"
+
+
+def no_folder(place: Path) -> str | None:
+    """What to do about something that stands where a folder should be; None if it is one, or nothing is there."""
+    if os.path.isdir(place) or not os.path.lexists(place):
+        return None
+    if place.is_symlink():
+        return f"{printable(place)} is a link that leads to no folder; have its disk mounted, or move it away"
+    return f"{printable(place)} is no folder; move it away"
+
+
+def device(error: BaseException, home: Path) -> Fault | None:
+    """The same where a disk, a file server or a limit is behind an error, in whatever it was wrapped."""
+    cause: BaseException | None = error
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        number, path = None, None
+        if isinstance(cause, OSError):
+            number, path = cause.errno, _path(cause)
+        elif match := re.search(r"\(os error ([0-9]{1,3})\)", str(cause)):
+            number = int(match[1])
+        fault = FAULTS.get(number or 0, Fault(Kind.BUG))
+        if fault.text not in ("", NAME) and (path is not None or number not in ON_A_PATH):
+            return Fault(fault.kind, fault.text.format(place=printable(path or home)))
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
+
+
+def _on_one_line(path: str, place: str) -> bool:
+    """Whether a path is a place, lies below it, or is a folder above it."""
+    one, other = Path(os.path.abspath(path)), Path(os.path.abspath(place))
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
+def _path(error: OSError) -> str | None:
+    name = error.filename
+    return os.fsdecode(name) if isinstance(name, (str, bytes, os.PathLike)) else None

@@ -1,0 +1,332 @@
+"""The ledger: one in-toto Statement v1 a file, with an SLSA provenance v1 predicate, named by its own digest.
+
+Statements link by digest: the product of one is a material of the next. A failed attempt has a statement too; its
+subject is the attempt's log. https://in-toto.io/Statement/v1, https://slsa.dev/provenance/v1
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from pydantic import AfterValidator, FiniteFloat, TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline.core import json_files
+from pipeline.core.json_files import Damaged
+from pipeline.core.store import Artifact, canonical, sha256_bytes
+
+STATEMENT = "https://in-toto.io/Statement/v1"
+PREDICATE = "https://slsa.dev/provenance/v1"
+BUILD_TYPE = "urn:atom-release:stage:v1"
+BUILDER = "urn:atom-release:builder:v1"
+SUMMARY = "summary.json"
+"""The file of a product that its statement repeats, whatever the stage is."""
+
+
+class _Sha256(TypedDict):
+    sha256: str
+
+
+class _Subject(TypedDict):
+    name: str
+    digest: _Sha256
+
+
+class _Dependency(_Subject):
+    uri: str
+
+
+class _Of(TypedDict):
+    key: str
+    step: int
+
+
+class _External(TypedDict):
+    stage: str
+    node: str
+    key: str
+    config: dict[str, Any]
+    of: NotRequired[_Of]
+
+
+class _Environment(TypedDict):
+    fingerprint: str
+
+
+class _Internal(TypedDict):
+    environment: _Environment
+    operation: NotRequired[dict[str, Any]]
+    earlier_operations: NotRequired[list[dict[str, Any]]]
+
+
+class _Definition(TypedDict):
+    externalParameters: _External
+    internalParameters: _Internal
+    resolvedDependencies: list[_Dependency]
+
+
+class _Metadata(TypedDict):
+    invocationId: str
+    startedOn: str
+    finishedOn: str
+
+
+class _Byproduct(TypedDict):
+    name: str
+    annotations: Any
+
+
+class _Usage(TypedDict):
+    wall_seconds: NotRequired[FiniteFloat]
+    cpu_seconds: NotRequired[FiniteFloat]
+    gpu_seconds: NotRequired[FiniteFloat]
+
+
+class _Outcome(TypedDict):
+    text: str
+
+
+def _has_usage_and_outcome(byproducts: list[_Byproduct]) -> list[_Byproduct]:
+    for name, kind in (("usage", TypeAdapter(_Usage)), ("outcome", TypeAdapter(_Outcome))):
+        annotations = [each["annotations"] for each in byproducts if each["name"] == name]
+        if not annotations:
+            raise ValueError(f"there is no {name}")
+        kind.validate_python(annotations[0], strict=True)
+    return byproducts
+
+
+class _Details(TypedDict):
+    metadata: _Metadata
+    byproducts: Annotated[list[_Byproduct], AfterValidator(_has_usage_and_outcome)]
+
+
+class _Predicate(TypedDict):
+    buildDefinition: _Definition
+    runDetails: _Details
+
+
+class _Statement(TypedDict):
+    subject: list[_Subject]
+    predicate: _Predicate
+
+
+BODY: TypeAdapter[Any] = TypeAdapter(_Statement)
+"""What is read of a statement; whatever else stands in it stays as it is."""
+
+
+def clock(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def statement(
+    *,
+    subject: dict[str, str],
+    stage: str,
+    version: int,
+    node: str,
+    key: str,
+    config: dict[str, Any],
+    operations: list[dict[str, Any]],
+    materials: dict[str, Artifact],
+    code: dict[str, str],
+    environment: dict[str, Any],
+    invocation: str,
+    started: float,
+    finished: float,
+    usage: dict[str, Any],
+    outcome: str,
+    kind: str | None = None,
+    of: dict[str, Any] | None = None,
+    product: Artifact | None = None,
+) -> dict[str, Any]:
+    """A statement about one attempt of a stage.
+
+    subject: {name: sha256}; the artifact by its key, or the log of a failed attempt. config: the part that is in the
+    key; operations: the rest, which says how it was run, and those whose work it went on from, the latest last. usage:
+    time, energy and cost with the method of each. outcome: "sealed", or one sentence on what went wrong; kind: then
+    the kind of the failure. of: {key, step} of the phase that a checkpoint is of. product: what was made; its
+    summary.json, if it has one, becomes a byproduct, so that whoever reads the ledger alone knows what the stage says
+    of its product.
+    """
+    parameters = {"stage": stage, "version": version, "node": node, "key": key, "config": config}
+    return {
+        "_type": STATEMENT,
+        "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(subject.items())],
+        "predicateType": PREDICATE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": parameters | ({"of": of} if of else {}),
+                "internalParameters": {
+                    "environment": environment,
+                    "operation": operations[-1],
+                    **({"earlier_operations": operations[:-1]} if operations[1:] else {}),
+                },
+                "resolvedDependencies": [
+                    *(
+                        {"name": role, "uri": f"atom:artifact/{a.key}", "digest": {"sha256": a.digest}}
+                        for role, a in sorted(materials.items())
+                    ),
+                    *({"name": name, "uri": f"atom:code/{name}", "digest": {"sha256": d}} for name, d in code.items()),
+                ],
+            },
+            "runDetails": {
+                "builder": {"id": BUILDER},
+                "metadata": {
+                    "invocationId": invocation,
+                    "startedOn": clock(started),
+                    "finishedOn": clock(finished),
+                },
+                "byproducts": [
+                    {"name": "usage", "annotations": usage},
+                    {"name": "outcome", "annotations": {"text": outcome} | ({"kind": kind} if kind else {})},
+                    *(summaries(product) if product else ()),
+                ],
+            },
+        },
+    }
+
+
+def summaries(product: Artifact) -> Iterator[dict[str, Any]]:
+    """The byproduct of a product's summary.json, if it has one: an in-toto ResourceDescriptor with its content.
+
+    A number that JSON has no word for is told as a string: it must not keep a finished stage from being stated.
+    """
+    for row in product.rows:
+        if row.path == SUMMARY:
+            content = json.loads((product / SUMMARY).read_text(), parse_constant=str)
+            yield {"name": SUMMARY, "digest": {"sha256": row.sha256}, "annotations": content}
+
+
+def write(ledger: Path, key: str, body: dict[str, Any]) -> Path:
+    """Writes a statement to `<ledger>/<key>/<sha256 of its bytes>.json`, completely or not at all."""
+    data = canonical(body)
+    folder = ledger / key
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{sha256_bytes(data)}.json"
+    draft = folder / f".{target.name}.{os.getpid()}"
+    try:
+        with open(draft, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+    return target
+
+
+def statements(ledger: Path, key: str) -> tuple[list[tuple[Path, dict[str, Any]]], list[Damaged]]:
+    """All statements about a key, in the order of their end times, and those that cannot be read."""
+    found, damaged = [], []
+    try:
+        names = [name for name in json_files.names(ledger / key) if re.fullmatch(r"[0-9a-f]+\.json", name)]
+    except Damaged as error:
+        return [], [error]
+    for name in names:
+        path = ledger / key / name
+        try:
+            data = json_files.read_bytes(path)
+            body = json_files.parse(data, path, BODY)
+            if sha256_bytes(data) != path.stem:
+                raise Damaged(path, "its bytes are not those that it is named by")
+            found.append((path, body))
+        except FileNotFoundError:
+            continue
+        except Damaged as error:
+            damaged.append(error)
+    return sorted(found, key=lambda item: item[1]["predicate"]["runDetails"]["metadata"]["finishedOn"]), damaged
+
+
+def read(ledger: Path, key: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """All statements about a key that can be read, in the order of their end times; the others are reported."""
+    found, damaged = statements(ledger, key)
+    for error in damaged:
+        json_files.report(error, "this statement is left out")
+    yield from found
+
+
+def outcome(body: dict[str, Any]) -> str:
+    return str(_byproduct(body, "outcome")["text"])
+
+
+def kind(body: dict[str, Any]) -> str | None:
+    """The kind of a failure; None of a product, and of a statement that was written before kinds were."""
+    found = _byproduct(body, "outcome").get("kind")
+    return None if found is None else str(found)
+
+
+def usage(body: dict[str, Any]) -> dict[str, Any]:
+    return _byproduct(body, "usage")
+
+
+def summary(body: dict[str, Any]) -> dict[str, Any] | None:
+    """The byproduct of a product's summary.json, {name, digest: {sha256}, annotations: its content}; None if the
+    product has none, or the statement was written before statements held it."""
+    found = (p for p in body["predicate"]["runDetails"]["byproducts"] if p["name"] == SUMMARY)
+    return next(found, None)
+
+
+def _byproduct(body: dict[str, Any], name: str) -> dict[str, Any]:
+    products = body["predicate"]["runDetails"]["byproducts"]
+    return next(dict(p["annotations"]) for p in products if p["name"] == name)
+
+
+def sealed(ledger: Path, artifact: Artifact) -> tuple[Path, dict[str, Any]] | None:
+    """The statement that made this very artifact, or None."""
+    for path, body in read(ledger, artifact.key):
+        if {"name": artifact.key, "digest": {"sha256": artifact.digest}} in body["subject"]:
+            return path, body
+    return None
+
+
+def code_of(body: dict[str, Any]) -> dict[str, str]:
+    """{module: sha256} of the code that a statement says it ran."""
+    dependencies = body["predicate"]["buildDefinition"]["resolvedDependencies"]
+    return {d["name"]: d["digest"]["sha256"] for d in dependencies if d["uri"].startswith("atom:code/")}
+
+
+def materials_of(body: dict[str, Any]) -> dict[str, str]:
+    """{role: sha256} of the artifacts that a statement says went in."""
+    dependencies = body["predicate"]["buildDefinition"]["resolvedDependencies"]
+    return {d["name"]: d["digest"]["sha256"] for d in dependencies if d["uri"].startswith("atom:artifact/")}
+
+
+def material_keys(body: dict[str, Any]) -> dict[str, str]:
+    """{role: key} of the artifacts that a statement says went in."""
+    dependencies = body["predicate"]["buildDefinition"]["resolvedDependencies"]
+    prefix = "atom:artifact/"
+    return {d["name"]: d["uri"].removeprefix(prefix) for d in dependencies if d["uri"].startswith(prefix)}
+
+
+def phase_of(body: dict[str, Any]) -> str | None:
+    """The key of the phase that a checkpoint is of; None if the statement is about something else."""
+    of = body["predicate"]["buildDefinition"]["externalParameters"].get("of")
+    return str(of["key"]) if of else None
+
+
+def environment_of(body: dict[str, Any]) -> dict[str, Any]:
+    """What the attempt ran in."""
+    return dict(body["predicate"]["buildDefinition"]["internalParameters"]["environment"])
+
+
+def operation_of(body: dict[str, Any]) -> dict[str, Any]:
+    """How the attempt was run: the operational part of its config."""
+    return dict(body["predicate"]["buildDefinition"]["internalParameters"].get("operation", {}))
+
+
+def invocation(body: dict[str, Any]) -> str:
+    """`<run>/<node>`: the place of the attempt's logs."""
+    return str(body["predicate"]["runDetails"]["metadata"]["invocationId"])
+
+
+def operations_of(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """How the attempt and those whose work it went on from were run, the latest last."""
+    earlier = body["predicate"]["buildDefinition"]["internalParameters"].get("earlier_operations", [])
+    return [*earlier, operation_of(body)]

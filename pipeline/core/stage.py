@@ -1,0 +1,167 @@
+"""What a stage is, and what it is given.
+
+A stage is one function from (config, input artifacts) to one sealed folder. It knows nothing of Slurm, MLflow or
+the command line, and writes nothing but `work` (its resumable state), `out` (its product) and `report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any, Literal, NoReturn, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.core.store import Artifact
+
+Inputs = Mapping[str, Artifact]
+
+
+class Config(BaseModel):
+    """Base of every recipe section and stage config: unknown fields are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+def operational(default: Any, description: str, **rules: Any) -> Any:
+    """A config field that says how to run, not what to make: left out of the key, it must not change the bytes."""
+    return Field(default, description=description, json_schema_extra={"identity": False}, **rules)
+
+
+def added(default: Any, description: str, **rules: Any) -> Any:
+    """A config field that came after keys were given: while it has its default it is left out of the key."""
+    return Field(default, description=description, json_schema_extra={"identity": "unless default"}, **rules)
+
+
+def identity(config: BaseModel) -> dict[str, Any]:
+    """The config as plain JSON without its operational fields: the part that goes into the key."""
+    out: dict[str, Any] = {}
+    for name, info in type(config).model_fields.items():
+        value, extra = getattr(config, name), info.json_schema_extra
+        counts = extra.get("identity", True) if isinstance(extra, dict) else True
+        if counts is False or (counts == "unless default" and value == info.default):
+            continue
+        out[name] = _plain(value)
+    return out
+
+
+def operation(config: BaseModel) -> dict[str, Any]:
+    """The rest of the config: its operational fields alone, nested as they stand in it.
+
+    Of an absolute path only the last part is kept: statements hold this and are published.
+    """
+    dumped = config.model_dump(mode="json")
+    out: dict[str, Any] = {}
+    for name, info in type(config).model_fields.items():
+        extra, value = info.json_schema_extra, getattr(config, name)
+        if isinstance(extra, dict) and extra.get("identity") is False:
+            out[name] = _portable(dumped[name])
+        elif isinstance(value, BaseModel) and (inner := operation(value)):
+            out[name] = inner
+    return out
+
+
+def _portable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _portable(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_portable(v) for v in value]
+    return f"…/{PurePath(value).name}" if isinstance(value, str) and value.startswith("/") else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return identity(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+class Report(Protocol):
+    """Where a stage tells how it is doing. Timed and machine-dependent figures go here, never into the artifact."""
+
+    def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
+        """How far the stage is; `figures` (loss, tokens_per_s, ...) are shown beside it. Cheap: call it freely."""
+
+    def metric(self, step: int, **values: float) -> None:
+        """One point of each named curve: always to metrics.jsonl, and to MLflow in batches."""
+
+    def note(self, text: str) -> None:
+        """One line for the log that a person reads."""
+
+    def product(self, name: str, folder: Path) -> None:
+        """Seals a copy of `folder` as an artifact of its own before the stage is finished, such as the checkpoint
+        `@1200`. What is sealed already is compared and left. Any thread of rank 0 may call it. Raises AtomError if the
+        bytes are not those that were sealed before, or if another worker has taken over."""
+
+    def abandon(self, text: str) -> NoReturn:
+        """Ends the attempt with that sentence from any thread, when the main one is out of reach (it hangs in a
+        collective): the attempt is recorded as failed and the process exits. If the attempt is ending by itself
+        already, only the calling thread ends."""
+
+
+@dataclass(frozen=True)
+class TrainingEstimate:
+    """What a training phase asks of its ranks and disks, in tokens and bytes. Of ranks that differ, the fullest."""
+
+    steps: int  # still to be trained
+    batch_tokens: tuple[int, ...]  # of a step, as the batch grows
+    sequence_length: int
+    precision: str
+    layout: str  # in words: TP4 PP2 EP32 DP64
+    recomputes: bool  # layers, in the backward pass
+    gflop_per_token: float  # training FLOPs of the model, without what is computed again
+    state_bytes: int  # weights, gradients and optimizer of a rank
+    activation_bytes: int  # what a rank keeps for the backward pass, at most
+    host_bytes: int  # the copy of a rank's state that is written while training goes on
+    checkpoint_bytes: int  # of one checkpoint, all ranks together
+    release_checkpoints: int  # that are sealed
+    work_checkpoints: int  # that are kept
+    order_rows: int
+    data_bytes: int  # order, and token shards if nothing were read twice
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage will ask of a machine. None means: not estimated."""
+
+    cpu_seconds: float | None = None
+    fixed: bool = False  # cpu_seconds is that of a small corpus, whatever the size of this one
+    tokens: int | None = None
+    flops: float | None = None
+    memory_bytes: int | None = None  # of a process; of several, the fullest
+    disk_bytes: int | None = None
+    parameters: dict[str, int] = field(default_factory=dict)
+    training: TrainingEstimate | None = None
+
+
+Promise = Literal["bitwise", "numeric"]
+"""What two attempts of one key have in common: every byte, in one environment on CPU; or values, within a tolerance."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A registered stage: its name and version are part of every key, so bump `version` when the bytes change.
+
+    ranks: the processes that run it together. Each calls `run` with the same arguments, with RANK, WORLD_SIZE,
+    LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment (absent for one); rank 0 alone writes `out`.
+    obstacle: why a config can be planned but not run, in one sentence; asked before anything starts.
+    trains: whether it moves weights, and wants a GPU for each rank.
+    shards: pieces of work that may be done beforehand and side by side, by `run_shard(config, inputs, work, shard)`,
+    each leaving whole files in `work`; `run` does what is missing, and gives the same bytes however many there are.
+    """
+
+    name: str
+    version: int
+    config: type[Config]
+    run: Callable[[Any, Inputs, Path, Path, Report], None]
+    promise: Callable[[Any], Promise] = lambda config: "bitwise"
+    estimate: Callable[[Any], Estimate] = lambda config: Estimate()
+    obstacle: Callable[[Any], str | None] = lambda config: None
+    ranks: Callable[[Any], int] = lambda config: 1
+    trains: bool = False
+    shards: Callable[[Any], int] = lambda config: 1
+    run_shard: Callable[[Any, Inputs, Path, int], None] | None = None

@@ -1,0 +1,279 @@
+"""Sealed artifacts: a folder of files and `manifest.json`, named by its key, proven by its digest.
+
+The digest is the SHA-256 of the manifest's rows (path, size, sha256 of every file) and of nothing else, so no
+clock, host or path can get into it. A folder under `artifacts/` is complete or absent: it is written elsewhere on the
+same file system, flushed, and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline.core import json_files
+from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.json_files import Damaged, printable
+from pipeline.core.os_errors import no_folder
+
+MANIFEST = "manifest.json"
+MANIFEST_LIMIT = 2**30
+"""Bytes of the largest manifest that is believed: five million files."""
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Row(TypedDict):
+    path: Annotated[str, Field(min_length=1)]
+    size: Annotated[int, Field(ge=0, lt=2**63)]
+    sha256: Sha256
+
+
+class _Manifest(TypedDict):
+    key: str
+    digest: Sha256
+    files: list[_Row]
+
+
+_MANIFEST: TypeAdapter[Any] = TypeAdapter(_Manifest)
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys, no spaces, UTF-8: the one byte form that is hashed."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def sha256_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class FileRow:
+    path: str
+    size: int
+    sha256: str
+
+
+def rows_of(folder: Path, ignore: frozenset[str] = frozenset({MANIFEST})) -> list[FileRow]:
+    """Every regular file below `folder`, sorted by path. Raises AtomError on a link or a special file."""
+    rows = []
+    for root, dirs, names in os.walk(folder):
+        dirs.sort()
+        for name in sorted(dirs) + sorted(names):
+            path = Path(root, name)
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise AtomError(f"{path} is a link or a special file; an artifact holds regular files only")
+            relative = path.relative_to(folder).as_posix()
+            if path.is_file() and relative not in ignore:
+                rows.append(FileRow(relative, path.stat().st_size, sha256_file(path)))
+    return sorted(rows, key=lambda row: row.path)
+
+
+def digest_of(rows: list[FileRow]) -> str:
+    return sha256_bytes(canonical([[r.path, r.size, r.sha256] for r in rows]))
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A sealed folder. `path / name` are its files; they are read-only by contract."""
+
+    key: str
+    digest: str
+    path: Path
+    rows: tuple[FileRow, ...]
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def json(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text())
+
+    @classmethod
+    def open(cls, path: Path) -> Artifact:
+        """Opens a sealed folder, checking that every file is there with its size. Hashes are `verify`'s work.
+
+        Raises AtomError if the folder is not sealed or a file is missing or cut short.
+        """
+        made = cls.read(path)
+        for row in made.rows:
+            try:
+                entry = (path / row.path).stat()
+            except FileNotFoundError:
+                state = "is missing"
+            except OSError as error:
+                state = f"cannot be read ({error.strerror})"
+            else:
+                if stat.S_ISREG(entry.st_mode) and entry.st_size == row.size:
+                    continue
+                regular = stat.S_ISREG(entry.st_mode)
+                state = f"has {entry.st_size} bytes instead of {row.size}" if regular else "is no regular file"
+            raise AtomError(f"artifact {path.name}: {printable(row.path)} {state}; {cls.advice(path.name)}")
+        return made
+
+    @classmethod
+    def read(cls, path: Path) -> Artifact:
+        """What a folder's manifest says, without a look at the files. Raises Damaged."""
+        manifest_path = path / MANIFEST
+        try:
+            manifest = json_files.read(manifest_path, _MANIFEST, MANIFEST_LIMIT)
+        except FileNotFoundError:
+            raise Damaged(manifest_path, "it is missing", f"{path} is not a sealed artifact") from None
+        except Damaged as error:
+            raise Damaged(manifest_path, error.why, cls.advice(path.name)) from error
+        rows = tuple(FileRow(**row) for row in manifest["files"])
+        if digest_of(list(rows)) != manifest["digest"] or any("\0" in row.path for row in rows):
+            raise Damaged(manifest_path, "it was edited", cls.advice(path.name))
+        return cls(manifest["key"], manifest["digest"], path, rows)
+
+    @staticmethod
+    def advice(key: str) -> str:
+        """What to do about a damaged artifact."""
+        return f"restore it from a copy, or `atom gc --delete --include {key}` and run again to make it anew"
+
+    def verify(self, below: str = "") -> None:
+        """Hashes every file, or every one in the folder `below`. Raises CheckFailed naming the first file that differs,
+        or an extra one."""
+        start = f"{below}/" if below else ""
+        found = {start + row.path: (row.size, row.sha256) for row in rows_of(self.path / below)}
+        rows = [row for row in self.rows if row.path.startswith(start)]
+        for row in rows:
+            if found.get(row.path) != (row.size, row.sha256):
+                raise CheckFailed(f"artifact {self.key}: {row.path} is not what its manifest says")
+        extra = sorted(set(found) - {row.path for row in rows})
+        if extra:
+            raise CheckFailed(f"artifact {self.key}: {extra[0]} is not in its manifest")
+
+
+def once(path: Path, make: Callable[[], Any]) -> Any:
+    """A JSON value kept in a work folder, or made now and kept there whole.
+
+    The file begins with the digest of the rest: a damaged one is made again, never believed.
+    """
+    try:
+        with json_files.open_file(path) as file:
+            digest, _, data = file.read().partition(b"\n")
+        if digest == sha256_bytes(data).encode():
+            return json.loads(data)
+    except FileNotFoundError:
+        pass
+    data = json.dumps(make()).encode()
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_bytes(sha256_bytes(data).encode() + b"\n" + data)
+    os.replace(draft, path)
+    return json.loads(data)
+
+
+def write_manifest(folder: Path, key: str) -> Artifact:
+    """Hashes and flushes every file of a finished folder and writes its manifest."""
+    rows = rows_of(folder)
+    digest = digest_of(rows)
+    manifest = {"key": key, "digest": digest, "files": [row.__dict__ for row in rows]}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    _share(folder, (folder / MANIFEST).stat().st_mode & 0o666)
+    for row in [*rows, FileRow(MANIFEST, 0, "")]:
+        _flush(folder / row.path)
+    for root, _, _ in os.walk(folder):
+        _flush(Path(root))
+    return Artifact(key, digest, folder, tuple(rows))
+
+
+def _share(folder: Path, mode: int) -> None:
+    """Gives every file the permissions that a new one has here, by umask and the folder's defaults: some libraries
+    write files that only their owner may read."""
+    search = (mode & 0o444) >> 2
+    for root, _, names in os.walk(folder):
+        for path, lacking in [(Path(root), mode | search), *((Path(root, name), mode) for name in names)]:
+            if (now := stat.S_IMODE(path.stat().st_mode)) | lacking != now:
+                path.chmod(now | lacking)
+
+
+def _flush(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _require_key(artifact: Artifact, key: str) -> Artifact:
+    if artifact.key != key:
+        raise Damaged(artifact.path / MANIFEST, f"it is that of {artifact.key}", Artifact.advice(key))
+    return artifact
+
+
+class Store:
+    """The folder `$ATOM_HOME` (default `./runs`): `artifacts/`, `work/`, `ledger/`, `logs/`, `releases/`."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home.absolute()
+        self.artifacts = self.home / "artifacts"
+        self.ledger = self.home / "ledger"
+        self.logs = self.home / "logs"
+
+    def misplaced(self) -> str | None:
+        """What stands where a folder of the home should be, as one sentence; None if nothing does."""
+        places = (self.home / "work", self.artifacts, self.ledger, self.logs)
+        return next(filter(None, map(no_folder, places)), None)
+
+    def work(self, key: str) -> Path:
+        return self.home / "work" / key
+
+    def sealed(self, key: str) -> bool:
+        """Whether a folder of that key stands there, which is complete unless it was damaged since."""
+        return os.path.lexists(self.artifacts / key)
+
+    def open(self, key: str) -> Artifact:
+        """Raises AtomError if it is not sealed or damaged."""
+        return _require_key(Artifact.open(self.artifacts / key), key)
+
+    def manifest(self, key: str) -> Artifact:
+        """What the manifest says, without a look at the files. Raises Damaged."""
+        return _require_key(Artifact.read(self.artifacts / key), key)
+
+    def damage(self, key: str) -> str | None:
+        """What can be seen of an artifact's damage without hashing it, as one sentence."""
+        try:
+            self.open(key)
+        except AtomError as error:
+            return str(error)
+        return None
+
+    def seal(self, out: Path, key: str, record: Callable[[Artifact], None]) -> Artifact:
+        """Moves a finished folder to `artifacts/<key>` and returns what stands there.
+
+        `record` gets the hashed artifact just before the rename, to write its statement: a kill between the two
+        leaves a statement without an artifact, never an artifact without a statement. If another attempt sealed the
+        key first, its artifact wins and `out` is discarded. Raises AtomError if the two digests differ.
+        """
+        made = write_manifest(out, key)
+        record(made)
+        self.artifacts.mkdir(parents=True, exist_ok=True)
+        target = self.artifacts / key
+        try:
+            os.rename(out, target)
+        except OSError:
+            if not self.sealed(key):
+                raise
+            shutil.rmtree(out)
+            first = self.open(key)
+            if first.digest != made.digest:
+                raise AtomError(
+                    f"{key} was sealed twice at once with different digests ({first.digest[:12]} stands, "
+                    f"{made.digest[:12]} was discarded); compare their statements in {self.ledger / key}"
+                ) from None
+            return first
+        _flush(self.artifacts)
+        return self.open(key)

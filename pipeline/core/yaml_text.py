@@ -1,0 +1,204 @@
+"""Reads the YAML of recipes and profiles: bounded in size, depth and expansion, and with the types of YAML 1.2.
+
+Recipes come from strangers, so nothing here depends on how large or deep a file is: aliases count as what they stand
+for. PyYAML's own constructors are not used: they follow YAML 1.1, to which `no` is false, `1:30` is 90, `010` is 8 and
+a date is no text, and some tags end in a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.core.errors import RecipeError
+from pipeline.core.text import escaped, shown, unprintable
+
+MOST_BYTES = 2**18
+"""Of a file; the largest packaged one has 6 kB."""
+MOST_VALUES = 10_000
+"""Of a file, those that aliases repeat counted as often as they stand."""
+DEEPEST = 24
+LONGEST_NUMBER = 100
+"""Characters."""
+
+_PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times as fast and checks escapes
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)")
+_NO_NUMBER = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True, "TRUE": True,
+          "false": False, "False": False, "FALSE": False}  # fmt: skip
+
+
+def read_file(path: Path, title: str) -> bytes:
+    """The bytes of a regular file. Raises RecipeError for anything else, and for one that is too large to be meant."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise RecipeError(
+            f"{title}: {escaped(str(path), 200)} cannot be read ({error.strerror}); name another"
+        ) from None
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise RecipeError(f"{title}: {escaped(str(path), 200)} is no regular file; name a YAML file")
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise RecipeError(f"{title}: is larger than {MOST_BYTES // 1024} KiB; this is no file of settings")
+    return data
+
+
+def parse_yaml(data: bytes, title: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises RecipeError naming the line if it is not YAML, or not a mapping."""
+    try:
+        found = _Reader(_decoded(data)).document()
+    except _Refused as error:
+        raise RecipeError(f"{title}: line {error.line} {error.text}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        hint = "; indent by spaces, not by tabs" if re.match(rb" *\t", _line(data, line)) else ""
+        raise RecipeError(f"{title}: line {line} is not valid YAML: {escaped(str(error.problem), 200)}{hint}") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: escapes that PyYAML does not check
+        raise RecipeError(f"{title}: is not valid YAML: {escaped(str(error), 200)}") from None
+    if not isinstance(found, dict):
+        raise RecipeError(f"{title}: must be a mapping of sections, see the packaged recipes for examples")
+    return found
+
+
+def _line(data: bytes, number: int) -> bytes:
+    lines = data.split(b"\n")
+    return lines[number - 1] if number <= len(lines) else b""
+
+
+class _Refused(Exception):
+    """What this reader does not take, though it may be YAML."""
+
+    def __init__(self, line: int, text: str) -> None:
+        self.line, self.text = line, text
+
+
+def _decoded(data: bytes) -> str:
+    """The text, without a byte order mark."""
+    try:
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise _Refused(data.count(b"\n", 0, error.start) + 1, "is not UTF-8; save the file in UTF-8") from None
+    if unprintable(text, lines=True):
+        for number, line in enumerate(text.split("\n"), 1):
+            _require_printable(line, number)
+    return text
+
+
+def _require_printable(text: str, line: int) -> None:
+    if character := unprintable(text, lines=True):
+        raise _Refused(line, f"holds the character U+{ord(character):04X}, which cannot be seen; remove it")
+
+
+class _Reader:
+    """Builds plain values from the events of a parser."""
+
+    def __init__(self, text: str) -> None:
+        self.events: Iterator[Any] = iter(yaml.parse(text, _PARSER))
+        self.count = 0
+        self.anchors: dict[str, tuple[Any, int]] = {}
+        """By name: the value, and how many values it holds."""
+
+    def document(self) -> Any:
+        """The one document; None if there is none."""
+        value = None
+        for event in self.events:
+            if event.start_mark and isinstance(event, yaml.DocumentStartEvent):
+                if self.count:
+                    raise _Refused(event.start_mark.line + 1, "begins a second document; put each in its own file")
+                value = self._value(next(self.events), 0)
+                self.count += 1
+        return value
+
+    def _value(self, event: Any, depth: int) -> Any:
+        line, before = event.start_mark.line + 1, self.count
+        self.count += 1
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in self.anchors:
+                name = escaped(str(event.anchor), 40)
+                raise _Refused(line, f"is not valid YAML: no anchor &{name} ends before its alias")
+            value, size = self.anchors[event.anchor]
+            self.count += size
+        elif isinstance(event, yaml.ScalarEvent):
+            value = self._scalar(event, line)
+        elif depth == DEEPEST:
+            raise _Refused(line, f"lies more than {DEEPEST} levels deep; no field does")
+        elif isinstance(event, yaml.SequenceStartEvent):
+            value = self._sequence(event, depth)
+        else:
+            value = self._mapping(event, depth)
+        if self.count > MOST_VALUES:
+            raise _Refused(line, f"is beyond {MOST_VALUES} values, aliases counted as what they stand for; shorten it")
+        if event.anchor and not isinstance(event, yaml.AliasEvent):
+            self.anchors[event.anchor] = value, self.count - before
+        return value
+
+    def _sequence(self, start: Any, depth: int) -> list[Any]:
+        _require_no_tag(start)
+        values = []
+        for event in self.events:
+            if isinstance(event, yaml.SequenceEndEvent):
+                break
+            values.append(self._value(event, depth + 1))
+        return values
+
+    def _mapping(self, start: Any, depth: int) -> dict[str, Any]:
+        _require_no_tag(start)
+        values: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        for event in self.events:
+            if isinstance(event, yaml.MappingEndEvent):
+                break
+            line = event.start_mark.line + 1
+            if not isinstance(event, yaml.ScalarEvent):
+                raise _Refused(line, "is not valid YAML for a recipe: a field is called by a word")
+            self._scalar(event, line)
+            self.count += 1
+            key, value = event.value, self._value(next(self.events), depth + 1)
+            if key == "<<" and event.implicit[0]:
+                merged = _merge(value, line) | merged
+            elif key in values:
+                raise _Refused(line, f"is not valid YAML: {shown(key)} stands twice")
+            else:
+                values[key] = value
+        return merged | values
+
+    def _scalar(self, event: Any, line: int) -> Any:
+        _require_no_tag(event)
+        text: str = event.value
+        _require_printable(text, line)
+        if not event.implicit[0]:  # in quotes, or a block of text
+            return text
+        if text in _WORDS:
+            return _WORDS[text]
+        if _NO_NUMBER.fullmatch(text):
+            return float(text.replace(".", "", 1))
+        whole = _INTEGER.fullmatch(text)
+        if not whole and not _FLOAT.fullmatch(text):
+            return text
+        if len(text) > LONGEST_NUMBER:
+            raise _Refused(line, f"holds a number of {len(text)} characters; no field takes one")
+        return int(text.lstrip("+"), 0) if whole else float(text) + 0.0  # -0.0 + 0.0 is 0.0
+
+
+def _merge(value: Any, line: int) -> dict[str, Any]:
+    """What `<<: *anchor` or `<<: [*one, *other]` adds, the first before the others."""
+    found: dict[str, Any] = {}
+    for part in value if isinstance(value, list) else [value]:
+        if not isinstance(part, dict):
+            raise _Refused(line, "is not valid YAML: << takes over mappings, and this is none")
+        found = part | found
+    return found
+
+
+def _require_no_tag(event: Any) -> None:
+    if event.tag not in (None, "!"):
+        raise _Refused(event.start_mark.line + 1, f"has the tag {escaped(event.tag, 60)}; write plain values")

@@ -1,0 +1,88 @@
+"""Release checkpoints of training phases: artifacts of their own, from which a later run may go on.
+
+A checkpoint is written `pretrain-<12 hex>@1200`: the key of the phase that trained it, and the step after which it
+stands. `pretrain@1200` is short for the only one of that step that is sealed here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.core import json_files, provenance
+from pipeline.core.errors import RecipeError
+from pipeline.core.json_files import Damaged
+from pipeline.core.store import Store, canonical, sha256_bytes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a phase after a step, sealed or not."""
+
+    phase: str
+    """Key of the phase that trained it."""
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.phase}@{self.step}"
+
+    @property
+    def node(self) -> str:
+        """`pretrain@1200`."""
+        return f"{self.phase.rsplit('-', 1)[0]}@{self.step}"
+
+    @property
+    def key(self) -> str:
+        """The key of its artifact."""
+        return f"{self.node}-{sha256_bytes(canonical([self.phase, self.step]))[:12]}"
+
+
+def find(reference: str, phase: str, where: str, store: Store) -> Checkpoint:
+    """The checkpoint that a recipe means. `where` is the field that says so, for errors.
+
+    The long form needs no look-up. Raises RecipeError if it is of another phase, or if the short form fits no sealed
+    checkpoint, or several.
+    """
+    match = re.fullmatch(rf"({phase}(?:-[0-9a-f]{{12}})?)@([0-9]+)", reference)
+    if match is None:
+        raise RecipeError(
+            f"{where} = {reference} is no checkpoint of {phase}; write {phase}@STEP, or {phase}-KEY@STEP to say whose"
+        )
+    if match[1] != phase:
+        return Checkpoint(match[1], int(match[2]))
+    known = sealed(phase, store)
+    found = {each: run for each, run in known.items() if each.node == reference}
+    if len(found) > 1:
+        runs = ", ".join(f"{each} of run {run}" for each, run in found.items())
+        raise RecipeError(f"{where} = {reference} fits {len(found)} checkpoints: {runs}; write the one that is meant")
+    if not found:
+        others = ", ".join(sorted({each.node for each in known}, key=lambda node: int(node.split("@")[1])))
+        hint = f"there are {others}" if others else "run the recipe first that is to be gone on from"
+        raise RecipeError(f"{where} = {reference} is not sealed under {store.artifacts}; {hint}")
+    return next(iter(found))
+
+
+def sealed(phase: str, store: Store) -> dict[Checkpoint, str]:
+    """Every sealed checkpoint of a phase with the run that made it. One without its statement is not known."""
+    found = {}
+    for path in sorted(store.artifacts.glob(f"{phase}@*-*")):
+        body = statement(path.name, store)
+        if body is not None:
+            of = body["predicate"]["buildDefinition"]["externalParameters"].get("of")
+            if of is None:
+                continue
+            found[Checkpoint(of["key"], of["step"])] = provenance.invocation(body).split("/")[0]
+    return found
+
+
+def statement(key: str, store: Store) -> dict[str, Any] | None:
+    """The statement that made a checkpoint; None if either is not here, or damaged, which is reported."""
+    if not store.sealed(key):
+        return None
+    try:
+        made = provenance.sealed(store.ledger, store.manifest(key))
+    except Damaged as error:
+        json_files.report(error, "this checkpoint is left out")
+        return None
+    return made[1] if made else None

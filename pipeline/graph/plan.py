@@ -1,0 +1,70 @@
+"""What a run will ask of a machine, from each stage's own estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.core.stage import Estimate, operation
+from pipeline.graph.dag import Graph, State
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage of the plan: its state, its estimate, the artifacts of earlier runs that it needs, by role, and how it
+    would run: its ranks, and the operational fields of its config."""
+
+    state: State
+    estimate: Estimate
+    external: Mapping[str, str]
+    ranks: int
+    operation: Mapping[str, Any]
+    obstacle: str | None = None
+    trains: bool = False
+
+    def json(self) -> dict[str, Any]:
+        e = self.estimate
+        return {
+            "name": self.state.name,
+            "key": self.state.key,
+            "state": self.state.text,
+            "changed_code": list(self.state.changed),
+            "cpu_seconds": e.cpu_seconds,
+            "tokens": e.tokens,
+            "flops": e.flops,
+            "memory_bytes": e.memory_bytes,
+            "disk_bytes": e.disk_bytes,
+            "parameters": e.parameters,
+            "training": asdict(e.training) if e.training else None,
+            "external": dict(self.external),
+            "ranks": self.ranks,
+            "operation": dict(self.operation),
+            "obstacle": self.obstacle,
+            "damage": self.state.damage,
+        }
+
+
+def timed(estimates: Iterable[Estimate]) -> bool:
+    """Whether CPU time is estimated of every training phase: that of fp32 on CPU, where all is small."""
+    return all(estimate.cpu_seconds is not None for estimate in estimates if estimate.training)
+
+
+def is_small(graph: Graph) -> bool:
+    """Whether a whole recipe is for corpora as small as those that stages with a fixed estimate were timed with."""
+    return timed(node.stage.estimate(node.config) for node in graph.nodes.values())
+
+
+def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[Row]:
+    return [
+        Row(
+            states[node.name],
+            node.stage.estimate(node.config),
+            node.external,
+            node.stage.ranks(node.config),
+            operation(node.config),
+            node.stage.obstacle(node.config),
+            node.stage.trains,
+        )
+        for node in (graph.nodes[name] for name in selected)
+    ]

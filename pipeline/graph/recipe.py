@@ -1,0 +1,204 @@
+"""Loads a recipe: one YAML file that tells a whole release, top to bottom.
+
+The schema is composed of the config classes that the stages own; this file adds only what is about the release as a
+whole. Every mistake becomes one sentence: which recipe, which field, what is wrong, what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import stat
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, Field, ValidationError, create_model
+
+from pipeline.core.bounds import OUT_OF_BOUNDS, LongLine, Range, ReleaseName, Seed, Text, Version
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import Config, operational
+from pipeline.core.text import escaped, shown, unprintable
+from pipeline.core.yaml_text import parse_yaml, read_file
+from pipeline.graph import registry
+
+LONGEST_SENTENCE = 1000
+"""Characters that a mistake is told in; some list all that is known."""
+Hours = Annotated[float, Range(0, 1e11, "a million GPUs use 1e10 hours in a year", above=True)]
+
+
+class Budget(Config):
+    """What a release may use in all, failed attempts included; nothing further is begun beyond it."""
+
+    gpu_hours: Hours | None = None
+    core_hours: Hours | None = None
+
+
+class Identity(Config):
+    """What names a release."""
+
+    name: ReleaseName = Field(description="lower-case name; with the version it names the folder")
+    version: Version = Field(description="semantic version of the release")
+    description: Text = Field(description="one or two sentences for the cards")
+    seed: Seed = Field(description="every seed of every stage derives from this one")
+    data: LongLine = Field(description="a data recipe: the name of a packaged one, or a path relative to this file")
+    budget: Budget | None = operational(None, "hours that may be used; `atom submit` and its jobs keep to it")
+
+
+@cache
+def schema() -> type[Config]:
+    """The recipe's class: `Identity` and one field per registered section."""
+    sections: dict[str, Any] = {name: (_optional(name), registry.OPTIONAL.get(name, ...)) for name in registry.SECTIONS}
+    return create_model("Recipe", __base__=Identity, **sections)
+
+
+def _optional(name: str) -> Any:
+    """The type of a section: one that may be absent may be null."""
+    section = registry.section(name)
+    return section | None if registry.OPTIONAL.get(name, ...) is None else section
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A validated recipe, its data recipe, and the bytes of both files as they were read."""
+
+    path: Path
+    config: Any
+    data: Any
+    files: dict[str, bytes]
+
+    @property
+    def title(self) -> str:
+        """How errors name it."""
+        return _title(self.path)
+
+
+def find(reference: str, package: str, kind: str, base: Path | None = None) -> Path:
+    """A packaged YAML by name, or a file by path. Raises RecipeError listing what there is."""
+    packaged = Path(str(resources.files(package)))
+    names = sorted(p.stem for p in packaged.glob("*.yaml"))
+    if reference in names:
+        return packaged / f"{reference}.yaml"
+    path, name = (base / reference) if base else Path(reference), escaped(reference, 80)
+    try:
+        mode = os.stat(path).st_mode
+    except PermissionError as error:
+        raise RecipeError(f"{kind} {name} cannot be read ({error.strerror}); name a file that you may read") from None
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        close = difflib.get_close_matches(reference[:100], names, 1)
+        hint = f"did you mean {close[0]}?" if close else f"packaged ones: {', '.join(names)}"
+        raise RecipeError(f"there is no {kind} {name}, neither packaged nor a file; {hint}") from None
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise RecipeError(f"{kind} {name} is {what}; name a YAML file")
+    if unprintable(path.name):
+        raise RecipeError(f"{kind} {name} has a name that cannot be printed, and releases carry it; rename the file")
+    return path
+
+
+def explain(error: ValidationError, model: type[BaseModel], title: str, raw: Any = None) -> RecipeError:
+    """The first mistake of a validation as one sentence. With the raw mapping, list items are called by their names."""
+    mistakes = error.errors()
+    first = mistakes[0]
+    where = ".".join(_called(first["loc"], raw))
+    field = f"{where} " if where else ""
+    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(model, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1])[:100], known, 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}" if known else ""
+        text = f"{field}is not a field{hint}"
+    elif first["type"] == "missing":
+        text = f"{field}is missing"
+    elif first["type"] == OUT_OF_BOUNDS:
+        text = f"{field}= {shown(first['input'])} {first['msg']}"
+    elif first["type"] == "value_error":
+        said = str(first["ctx"]["error"])
+        about_a_field = re.match(r"[a-z_0-9.]+ = ", said)  # such a sentence goes on from the section's name
+        text = f"{where}{'.' if about_a_field else ': '}{said}" if where else said
+    else:
+        text = f"{field}= {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}{_mend(first)}"
+    return RecipeError(f"{title}: {escaped(text, LONGEST_SENTENCE)}{more}")
+
+
+def _mend(mistake: Any) -> str:
+    """How a value of the wrong type is to be written."""
+    kind, value = mistake["type"], mistake["input"]
+    if kind == "bool_type":
+        return "; write true or false"
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    if kind == "string_type" and isinstance(value, (bool, int, float)):
+        return "; put it in quotes"
+    if kind in ("int_type", "float_type") and isinstance(value, str):
+        return "; write a plain number"
+    return ""
+
+
+def _called(location: tuple[Any, ...], raw: Any) -> list[str]:
+    """The parts of a location as a recipe's author knows them: an item of a list is called by its `name`, if it has
+    one, instead of its place; which class was chosen for it is left out."""
+    out = []
+    for number, part in enumerate(location):
+        if part == "[key]" or (isinstance(raw, dict) and part not in raw and number < len(location) - 1):
+            continue
+        try:
+            raw = raw[part]
+        except (KeyError, IndexError, TypeError):
+            raw = None
+        named = isinstance(part, int) and isinstance(raw, dict) and isinstance(raw.get("name"), str)
+        out.append(escaped(raw["name"] if named else str(part), 60))
+    return out
+
+
+def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
+    """The field names of the classes that may stand at a location of the schema."""
+    classes = [model]
+    for part in location:
+        fields = [each.model_fields[part] for each in classes if part in each.model_fields]
+        if fields:
+            classes = [each for info in fields for each in _classes(info.annotation)]
+        else:  # a place in a list, or the tag by which one of several classes was chosen
+            classes = [each for each in classes if part in _tags(each)] or classes
+    return sorted({name for each in classes for name in each.model_fields})
+
+
+def _classes(annotation: Any) -> list[type[BaseModel]]:
+    """The config classes within a type, such as those of `tuple[A | B, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [each for part in get_args(annotation) for each in _classes(part)]
+
+
+def _tags(model: type[BaseModel]) -> set[Any]:
+    """The words by which a class is chosen among others."""
+    types = [info.annotation for info in model.model_fields.values()]
+    return {word for kind in types if get_origin(kind) is Literal for word in get_args(kind)}
+
+
+def load(reference: str) -> Recipe:
+    """Reads and validates a recipe by its packaged name or its path, with its data recipe.
+
+    Raises RecipeError with one sentence for any mistake in either.
+    """
+    path = find(reference, "pipeline.recipes", "recipe")
+    title = _title(path)
+    content = read_file(path, title)
+    raw = parse_yaml(content, title)
+    try:
+        config = schema().model_validate(raw)
+    except ValidationError as error:
+        raise explain(error, schema(), title, raw) from None
+    identity: Any = config
+    data_path = find(identity.data, "data_recipes", "data recipe", path.parent)
+    data_content = read_file(data_path, f"data recipe {escaped(data_path.stem, 80)}")
+    data = registry.data().loads(data_content, data_path)
+    files = {f"recipes/{path.name}": content, f"data_recipes/{data_path.name}": data_content}
+    return Recipe(path, config, data, files)
+
+
+def _title(path: Path) -> str:
+    return f"recipe {escaped(path.stem, 80)}"

@@ -1,0 +1,280 @@
+"""A run: one execution of a recipe's graph, as files under `logs/<run>/`. Its state is read, never kept in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline.core import json_files
+from pipeline.core.errors import AtomError
+from pipeline.core.events import Tail
+from pipeline.core.json_files import Damaged
+from pipeline.core.lease import holder
+from pipeline.core.store import Store
+from pipeline.graph.dag import Graph
+from pipeline.graph.recipe import Recipe
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w@.-]*$")]
+"""Of a run, a node or an artifact: one part of a path."""
+
+
+class NodeRow(TypedDict):
+    """A stage that a run was asked for. inputs: the keys of what feeds it, by role; older runs do not say."""
+
+    name: Name
+    stage: str
+    key: Name
+    inputs: NotRequired[dict[str, Name]]
+
+
+class Prices(TypedDict):
+    gpu_hour: float
+    core_hour: float
+    currency: str
+
+
+class Body(TypedDict):
+    """run.json."""
+
+    id: Name
+    recipe: str
+    version: str
+    recipe_path: str
+    profile: str
+    nodes: Annotated[list[NodeRow], Field(min_length=1)]
+    prices: NotRequired[Prices | None]
+    cluster: NotRequired[str]
+    code: NotRequired[Name]
+
+
+class JobRow(TypedDict):
+    """A line of jobs.jsonl."""
+
+    node: Name
+    job: str
+    attached: bool
+    array: NotRequired[str | None]
+    shards: NotRequired[int]
+
+
+BODY = TypeAdapter(Body)
+JOB: TypeAdapter[Any] = TypeAdapter(JobRow)
+
+
+@dataclass(frozen=True)
+class Run:
+    """`logs/<id>/run.json` and the folders of its nodes beside it."""
+
+    id: str
+    folder: Path
+    body: dict[str, Any]
+
+    def node_folder(self, name: str) -> Path:
+        return self.folder / name
+
+    def note_job(self, node: str, job: str, attached: bool, array: str | None = None, shards: int = 1) -> None:
+        """Writes down which Slurm job is to make a node. attached: another run submitted it; array: the job array that
+        does its shards beforehand, so many."""
+        row = {"node": node, "job": job, "attached": attached, "array": array, "shards": shards}
+        with open(self.folder / "jobs.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        """{node: {job, attached}} of the latest submissions; empty for a run of this machine."""
+        tail = Tail(self.folder / "jobs.jsonl", kind=JOB)
+        rows = {row["node"]: row for row in tail.read()}
+        if tail.cut:
+            json_files.report(Damaged(tail.path, "its last line is cut"), "that job is not known")
+        elif not rows and tail.path.is_file() and not tail.offset:
+            json_files.report(Damaged(tail.path, "it is empty"), "the run's jobs are not known")
+        return rows
+
+
+def start(graph: Graph, store: Store, selected: list[str], profile: str, **more: Any) -> Run:
+    """Writes a new run: the recipe as it is now, and the nodes asked for with keys. more: what a launcher adds."""
+    identity = graph.recipe.config
+    run_id = f"{identity.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    folder = store.logs / run_id
+    folder.mkdir(parents=True)
+    for name, data in graph.recipe.files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    nodes = [
+        {"name": n, "stage": node.stage.name, "key": node.key, "inputs": graph.materials(node)}
+        for n, node in ((name, graph.nodes[name]) for name in selected)
+    ]
+    body = {
+        "id": run_id,
+        "recipe": identity.name,
+        "version": identity.version,
+        "recipe_path": str(graph.recipe.path.absolute()),
+        "profile": str(Path(profile).absolute()) if Path(profile).is_file() else profile,
+        "nodes": nodes,
+        **more,
+    }
+    draft = folder / ".run.json"
+    draft.write_text(json.dumps(body, indent=1) + "\n")
+    os.replace(draft, folder / "run.json")
+    return Run(run_id, folder, body)
+
+
+def require_same_recipe(run: Run, recipe: Recipe) -> None:
+    """Raises AtomError if a recipe file is not what it was when the run began."""
+    for name, data in recipe.files.items():
+        before = run.folder / name
+        if not before.exists() or before.read_bytes() != data:
+            raise AtomError(
+                f"{name} has changed since run {run.id}; `atom run {recipe.path}` runs what depends on the change"
+            )
+
+
+def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
+    """All runs, oldest first, and those of which it cannot be read what they were asked for."""
+    found, damaged = [], []
+    for name in json_files.names(store.logs):
+        path = store.logs / name / "run.json"
+        try:
+            body = json_files.read(path, BODY)
+            if body["id"] != name:
+                raise Damaged(path, f"it says that it is of run {body['id']}")
+            found.append((path.stat().st_mtime, Run(name, path.parent, body)))
+        except FileNotFoundError:
+            nowhere = path.parent.is_symlink() and not path.parent.exists()  # perhaps its disk is not mounted now
+            if path.parent.is_symlink() or _has_begun(path.parent):
+                why = "its folder is a link that leads nowhere" if nowhere else "it is missing"
+                damaged.append(Damaged(path, why))
+        except Damaged as error:
+            damaged.append(error)
+    return [run for _, run in sorted(found, key=lambda item: (item[0], item[1].id))], damaged
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether something of a run is there that comes after its run.json, which is then lost: what a launcher or a stage
+    wrote, or a link, behind which it may be. Without, the run was killed before."""
+    later = ("driver", "jobs.jsonl", "*/events.jsonl", "*/submitit", "*/shards/submitit")
+    if not folder.is_dir():
+        return False
+    return any(any(folder.glob(pattern)) for pattern in later) or any(path.is_symlink() for path in folder.iterdir())
+
+
+def runs(store: Store) -> list[Run]:
+    """All runs that can be read, oldest first; the others are reported."""
+    try:
+        known, damaged = read_all(store)
+    except Damaged as error:
+        json_files.report(error, "no run is known")
+        return []
+    for each in damaged:
+        json_files.report(each, "that run is left out")
+    return known
+
+
+def find(store: Store, reference: str | None) -> Run:
+    """The run whose id starts with `reference`, or the latest. Raises AtomError if there is none, or several, or if it
+    cannot be read."""
+    known, damaged = read_all(store)
+    if reference is not None:
+        for each in damaged:
+            if each.path.parent.name.startswith(reference):
+                raise each
+    for each in damaged:
+        json_files.report(each, "that run is left out")
+    if not known:
+        raise AtomError(f"there is no run under {store.logs}; start one with `atom run RECIPE`, or set ATOM_HOME")
+    if reference is None:
+        return known[-1]
+    matching = [run for run in known if run.id.startswith(reference)]
+    if len(matching) != 1:
+        which = f"{len(matching)} runs under {store.logs} begin" if matching else f"no run under {store.logs} begins"
+        raise AtomError(f"{which} with {reference}; the latest is {known[-1].id}")
+    return matching[0]
+
+
+@dataclass(frozen=True)
+class NodeStatus:
+    """What the files say of one node of a run."""
+
+    name: str
+    key: str
+    state: str  # sealed | running | failed | waiting; of a Slurm job also as Slurm says it, or lost
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    figures: dict[str, float] | None = None
+    seconds: float | None = None
+    ranks: int | None = None
+    eta: float | None = None  # seconds
+    job: str | None = None  # of Slurm, and so is what follows
+    nodes: str | None = None
+    elapsed: str | None = None
+    restarts: int | None = None
+    reason: str | None = None
+    message: str = ""
+    kind: str | None = None  # of the failure that `message` tells
+
+    def json(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if v not in (None, "")}
+
+
+def node_status(run: Run, store: Store, node: dict[str, str]) -> NodeStatus:
+    """Reads artifact, lease and events; the artifact outranks the rest."""
+    name, key = node["name"], node["key"]
+    tail = Tail(run.node_folder(name) / "events.jsonl")
+    events = tail.read()
+    progress: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "progress"), {})
+    begun: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "start"), {})
+    usage: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "usage"), {})
+    end = events[-1] if events and events[-1]["event"] == "end" else None
+    known = {"time", "event", "done", "total", "unit"}
+    common: dict[str, Any] = {
+        "done": progress.get("done", 0),
+        "total": progress.get("total", 0),
+        "unit": progress.get("unit", ""),
+        "figures": {k: v for k, v in progress.items() if k not in known and isinstance(v, (int, float))} or None,
+        "seconds": usage.get("wall_seconds"),
+        "ranks": begun.get("ranks"),
+        "eta": _eta(events),
+    }
+    present = holder(store.work(key))
+    running = present is not None and present.alive
+    if not running and tail.cut:
+        json_files.report(Damaged(tail.path, "its last line is cut"), "the other lines count")
+    if store.sealed(key):
+        if tail.path.is_file() and not (events or tail.cut or tail.offset):
+            json_files.report(Damaged(tail.path, "it is empty"), "what the stage did is not known")
+        try:
+            store.manifest(key)
+        except Damaged as error:
+            json_files.report(error, "what needs this artifact cannot be run")
+            return NodeStatus(name, key, "damaged", **common, message=str(error))
+        return NodeStatus(name, key, "sealed", **common)
+    if running:
+        return NodeStatus(name, key, "running", **common)
+    if end is not None and end["outcome"] not in ("busy", "sealed"):
+        return NodeStatus(name, key, "failed", **common, message=end["outcome"], kind=end.get("kind"))
+    if events and events[-1]["event"] != "end":
+        return NodeStatus(name, key, "failed", **common, message="its process is gone; run the same command to go on")
+    return NodeStatus(name, key, "waiting", **common)
+
+
+def _eta(events: list[dict[str, Any]]) -> float | None:
+    """Seconds to the end by the pace of the present attempt; None if it has not gone far enough to tell."""
+    start = next((i for i, e in reversed(list(enumerate(events))) if e["event"] == "start"), 0)
+    points = [e for e in events[start:] if e["event"] == "progress"]
+    if len(points) < 2 or points[-1]["done"] <= points[0]["done"]:
+        return None
+    pace = (points[-1]["time"] - points[0]["time"]) / (points[-1]["done"] - points[0]["done"])
+    return round(float(max(0, points[-1]["total"] - points[-1]["done"]) * pace), 1)
+
+
+def status(run: Run, store: Store) -> list[NodeStatus]:
+    return [node_status(run, store, node) for node in run.body["nodes"]]

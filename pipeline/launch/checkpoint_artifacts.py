@@ -1,0 +1,69 @@
+"""Artifacts that a stage seals before it ends: the release checkpoints of a training phase.
+
+A phase's own artifact holds the same files (the same inodes, by hard links), but only once the phase has ended; a
+checkpoint can be used while its phase still runs, or if it never ends.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.core.errors import MachineError
+from pipeline.core.lease import Lease
+from pipeline.core.store import Artifact, digest_of, rows_of
+from pipeline.graph.checkpoints import Checkpoint
+
+if TYPE_CHECKING:
+    from pipeline.launch.worker import Attempt
+
+
+class Products:
+    """The products of one attempt, which holds the lease of its key. Any of its threads may seal one."""
+
+    def __init__(self, attempt: Attempt, lease: Lease) -> None:
+        self.attempt, self.lease, self.lock = attempt, lease, threading.Lock()
+
+    def seal(self, name: str, folder: Path) -> None:
+        """Seals `folder` as the checkpoint `name`, which is `@` and its step, unless that was done before.
+
+        Raises AtomError if it was done with other bytes by the same code in the same environment, MachineError if
+        another worker has taken over.
+        """
+        with self.lock:
+            task, store = self.attempt.task, self.attempt.store
+            checkpoint = Checkpoint(task.key, int(name.removeprefix("@")))
+            self._require_lease(checkpoint)
+            if store.sealed(checkpoint.key):
+                self._compare(store.open(checkpoint.key), folder)
+                return
+            draft = store.work(task.key) / f"out.{self.lease.number}{name}"
+            try:
+                shutil.copytree(folder, draft, copy_function=os.link)
+                store.seal(draft, checkpoint.key, lambda made: self._record(made, checkpoint))
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+
+    def _record(self, made: Artifact, checkpoint: Checkpoint) -> None:
+        self._require_lease(checkpoint)
+        self.attempt.record(made, checkpoint)
+
+    def _compare(self, stands: Artifact, folder: Path) -> None:
+        pairs = [(stands / row.path, folder / row.path) for row in stands.rows]
+        if all(ours.exists() and os.path.samefile(theirs, ours) for theirs, ours in pairs):
+            return  # by hard links: there is nothing to compare
+        rows = rows_of(folder)
+        made = Artifact(stands.key, digest_of(rows), folder, tuple(rows))
+        self.attempt.refuse_second_digest(made)
+        if made.digest != stands.digest:
+            self.attempt.report.note(
+                f"{made.key} came out as {made.digest[:12]}; {stands.digest[:12]} stands, made by other code, "
+                "in another environment or by other ranks"
+            )
+
+    def _require_lease(self, checkpoint: Checkpoint) -> None:
+        if self.lease.lost:
+            raise MachineError(f"another worker took over {checkpoint.phase} before {checkpoint.node} was sealed here")

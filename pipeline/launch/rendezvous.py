@@ -1,0 +1,394 @@
+"""How the ranks of one stage find each other: rank 0 does the worker's work, the others follow it.
+
+A launch is one start of a job, and what its ranks tell each other lies in a folder of its own, so that nothing stale is
+ever believed: `logs/<run>/<node>/ranks/<job>.<restarts>/` with
+
+    rank-<rank>.json    the process of a rank
+    meeting.json        what rank 0 decided: where to meet, that it is not ready yet, or that nobody is needed
+    end-<rank>.json     how another rank ended, and what it used
+    failures.jsonl      whoever fails says so here, in a line; the first one counts. Rank 0 adds `over` when it has
+                        written all that it has to write
+
+A launch fails as a whole: each rank looks at failures.jsonl once a second, from a thread of its own, so that it leaves
+also out of a collective. That is one file, there from the start (a shared file system may believe for long that a file
+is absent), and one reading a rank and second.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, NoReturn
+
+import submitit
+from submitit.core.utils import environment_variables
+
+from pipeline.core import lease
+from pipeline.core.errors import Failure, Kind, MachineError, PeerLost
+
+MEETING_SECONDS = 600.0
+USAGE_SECONDS = 5.0
+FAILED_USAGE_SECONDS = 1.5
+"""What rank 0 waits for the others' word of what they used; less after a failure, whose 5 seconds are counted."""
+WATCH_SECONDS = 1.0
+DEPART_SECONDS = 3.0
+"""What a rank of a failed launch waits for rank 0 to write how it failed: srun ends all when one ends badly."""
+BLAME_SECONDS = 2.5
+"""What a rank that lost touch with another waits for that one's word, or the launcher's about it."""
+FOLLOWED = "followed"
+FAILURES = "failures.jsonl"
+FIRST_PORT = 20000
+POLL = 0.05
+SLOWEST_POLL = 1.0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one process used."""
+
+    cpu_seconds: float
+    peak_memory_bytes: int
+
+    @classmethod
+    def now(cls) -> Usage:
+        """Of this process and its children so far; the peak is the process's own."""
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return cls(sum(u.ru_utime + u.ru_stime for u in used), used[0].ru_maxrss * 1024)
+
+    def since(self, before: Usage) -> Usage:
+        return Usage(self.cpu_seconds - before.cpu_seconds, self.peak_memory_bytes)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What rank 0 tells the others once it holds the lease: the product's folder and where to meet."""
+
+    out: str
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks of its stage."""
+
+    size: int = 1
+    rank: int = 0
+    local_rank: int = 0
+    one_host: bool = True
+    folder: Path = Path()
+
+    @classmethod
+    def here(cls, size: int, node_folder: Path) -> Ranks:
+        """As submitit says it, on this machine and on a cluster alike. Each rank leaves word of itself."""
+        if size == 1:
+            return cls()
+        job = submitit.JobEnvironment()
+        folder = launch_folder(node_folder, job.job_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FAILURES).touch()
+        write(folder / f"rank-{job.global_rank}.json", lease.me())
+        return cls(size, job.global_rank, job.local_rank, job.num_nodes == 1, folder)
+
+    def call(self, out: Path) -> Meeting | None:
+        """Rank 0: calls the others to a meeting. None if there are no others."""
+        if self.size == 1:
+            return None
+        meeting = Meeting(out.name, "127.0.0.1" if self.one_host else node_name(), free_port())
+        write(self.folder / "meeting.json", meeting.__dict__)
+        return meeting
+
+    def wait(self, turns: int) -> None:
+        """Rank 0: tells the others now and then that it waits for its turn. Raises PeerLost if one has failed."""
+        if self.size > 1:
+            if (failure := self.failure()) is not None:
+                raise PeerLost(failure.text)
+            if turns % 30 == 0:
+                write(self.folder / "meeting.json", {"turns": turns})
+
+    @contextmanager
+    def busy(self, turns: int) -> Iterator[None]:
+        """Rank 0: tells the others from a thread that it lives, for as long as it works before it calls them. turns:
+        those that it has waited for its turn."""
+        if self.size == 1:
+            yield
+            return
+        over = threading.Event()
+
+        def tell() -> None:
+            for turn in count(turns + 1):
+                with suppress(OSError):  # a file system that is away for a moment: the next word tells
+                    write(self.folder / "meeting.json", {"turns": turn})
+                if over.wait(MEETING_SECONDS / 20):
+                    return
+
+        thread = threading.Thread(target=tell, name="busy", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()  # its word must not come after the call
+
+    def dismiss(self, why: str) -> None:
+        """Rank 0, at an end without failure: if there was no meeting, there will be none."""
+        if self.size > 1:
+            present = read(self.folder / "meeting.json")
+            if present is None or "turns" in present:
+                write(self.folder / "meeting.json", {"dismissed": why})
+
+    def meet(self) -> Meeting | None:
+        """Another rank: waits for rank 0's call; None if rank 0 needs nobody. Raises MachineError if no call comes."""
+        deadline, turns = time.monotonic() + MEETING_SECONDS, None
+        for _ in polls():
+            message = read(self.folder / "meeting.json")
+            if message is not None and "dismissed" in message:
+                return None
+            if message is not None and "turns" not in message:
+                return Meeting(**message)
+            if message is not None and message["turns"] != turns:  # rank 0 lives, and is not ready yet
+                deadline, turns = time.monotonic() + MEETING_SECONDS, message["turns"]
+            if self._gone(0):
+                raise MachineError("rank 0 is gone; its own log may tell why")
+            if time.monotonic() > deadline:
+                break
+        raise MachineError(f"rank 0 said nothing for {MEETING_SECONDS:.0f} seconds; its own log may tell why")
+
+    def announce(self, failure: Failure) -> None:
+        """Dismisses every rank of the launch, with how it failed."""
+        if self.size > 1:
+            announce(self.folder, self.rank, failure)
+
+    def failure(self) -> Failure | None:
+        """How the launch failed by another rank's word, if it did: the first that failed is named in the sentence."""
+        for row in _rows(self.folder):
+            if "text" in row:
+                if row.get("rank") == self.rank:
+                    return None
+                return Failure.read(f"rank {row['rank']}: {row['text']}", row.get("kind"))
+        return None
+
+    def blame(self, failure: Failure) -> Failure:
+        """After touch was lost with another rank: what that one says of it, if it comes to say it."""
+        deadline = time.monotonic() + BLAME_SECONDS
+        while self.size > 1 and time.monotonic() < deadline:
+            if (cause := self.failure()) is not None:
+                return cause
+            time.sleep(0.2)
+        return failure
+
+    @contextmanager
+    def watch(self, react: Callable[[Failure], object]) -> Iterator[None]:
+        """Calls `react` from a thread of its own once another rank has failed, or the launcher says so of one."""
+        if self.size == 1:
+            yield
+            return
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(WATCH_SECONDS):
+                with suppress(OSError):  # a file system that is away for a moment: the next look tells
+                    if (failure := self.failure()) is not None:
+                        react(failure)
+                        return
+
+        thread = threading.Thread(target=look, name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+
+    def close(self) -> None:
+        """Rank 0 of a failed launch, once all is written: whoever waits for that may go."""
+        if self.size > 1:
+            _append(self.folder, {"over": True})
+
+    def depart(self) -> NoReturn:
+        """Another rank of a failed launch: ends this process once rank 0 has written what it has to, or is too slow."""
+        deadline = time.monotonic() + DEPART_SECONDS
+        with suppress(OSError):
+            while time.monotonic() < deadline and not any("over" in row for row in _rows(self.folder)):
+                time.sleep(0.2)
+        end_process(1)
+
+    def fail(self, failure: Failure, usage: Usage) -> NoReturn:
+        """Another rank: dismisses all, and ends this process."""
+        self.announce(failure)
+        self.leave(failure.text, usage)
+        self.depart()
+
+    def dismissed(self, failure: Failure, usage: Usage) -> NoReturn:
+        """Another rank, from a thread, when the launch has failed: leaves its stacks in its log, and ends."""
+        text = f"this launch has failed ({failure.text}), so rank {self.rank} ends; it stands here:\n"
+        os.write(2, text.encode())  # not `print`, whose lock the thread that hangs may hold
+        faulthandler.dump_traceback(2, all_threads=True)
+        self.leave(failure.text, usage)
+        self.depart()
+
+    @contextmanager
+    def environment(self, meeting: Meeting | None) -> Iterator[None]:
+        """The variables by which torch.distributed finds the others, for a while; none of them for one rank alone."""
+        if meeting is None:
+            yield
+            return
+        where = {"MASTER_ADDR": meeting.host, "MASTER_PORT": meeting.port}
+        with environment_variables(RANK=self.rank, WORLD_SIZE=self.size, LOCAL_RANK=self.local_rank, **where):
+            yield
+
+    def leave(self, outcome: str, usage: Usage) -> None:
+        """Another rank, at its end. outcome: FOLLOWED, or one sentence on what went wrong."""
+        with suppress(OSError):  # on a full disk what it used is not known
+            write(_end(self.folder, self.rank), {"outcome": outcome, "usage": usage.__dict__})
+
+    def others(self, seconds: float = USAGE_SECONDS) -> list[Usage]:
+        """Rank 0: what the others used, of those that come to their end within a few seconds."""
+        if self.size == 1:
+            return []
+        deadline = time.monotonic() + seconds
+        processes = {rank: read(self.folder / f"rank-{rank}.json") for rank in range(1, self.size)}
+        waiting = set(processes)
+        for _ in polls(deadline):
+            waiting -= {rank for rank in waiting if (who := processes[rank]) is not None and lease.gone(who)}
+            waiting -= {int(name[4:-5]) for name in os.listdir(self.folder) if name.startswith("end-")}
+            if not waiting:
+                break
+        ends = [read(_end(self.folder, rank)) for rank in range(1, self.size)]
+        return [Usage(**end["usage"]) for end in ends if end is not None]
+
+    def _gone(self, rank: int) -> bool:
+        """Whether a rank's process is known to be gone."""
+        who = read(self.folder / f"rank-{rank}.json")
+        return who is not None and lease.gone(who)
+
+
+def announce(folder: Path, rank: int, failure: Failure) -> None:
+    """Dismisses every rank of the launch in `folder`; rank: the one that failed."""
+    _append(folder, {"rank": rank, "node": node_name(), **failure.json()})
+
+
+def _append(folder: Path, row: dict[str, Any]) -> None:
+    try:
+        with open(folder / FAILURES, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:  # on a full disk the launcher, or srun, ends the others when this rank has ended
+        print(f"the other ranks cannot be told ({error})", file=sys.stderr, flush=True)
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """The lines of failures.jsonl. One that two hosts wrote at once may be damaged: it is a failure all the same."""
+    rows = []
+    with suppress(FileNotFoundError):
+        for line in (folder / FAILURES).read_bytes().splitlines():
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                rows.append({"rank": "?", "text": "a rank failed, and its sentence is damaged", "kind": Kind.MACHINE})
+    return rows
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends this process whatever its other threads, or the library of a collective, are at."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def polls(deadline: float = float("inf")) -> Iterator[None]:
+    """Moments to look again, ever rarer: hundreds of ranks wait for one file. At least one; none after `deadline`."""
+    pause = POLL
+    while True:
+        yield
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return
+        time.sleep(min(pause, left))
+        pause = min(SLOWEST_POLL, pause * 1.3)
+
+
+def node_name() -> str:
+    """This node as Slurm, or else the system, calls it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _end(folder: Path, rank: int) -> Path:
+    return folder / f"end-{rank}.json"
+
+
+def launch_folder(node_folder: Path, job: str) -> Path:
+    """What the ranks of one launch tell each other. A job that Slurm starts again is another launch."""
+    return node_folder / "ranks" / f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+
+
+def lost(folder: Path, gone: Iterable[int]) -> list[int]:
+    """The ranks, of those that are gone, without which the others cannot end well."""
+    ends = {rank: read(_end(folder, rank)) for rank in gone}
+    return sorted(rank for rank, end in ends.items() if end is None or end["outcome"] != FOLLOWED)
+
+
+def silent(folder: Path, rank: int) -> bool:
+    """Whether a rank left no word of its end, as one that was killed."""
+    return read(_end(folder, rank)) is None
+
+
+def write(path: Path, value: dict[str, Any]) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(value) + "\n")
+    os.replace(draft, path)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def free_port() -> int:
+    """A free port below those that the system gives to outgoing connections: one of them, this job's own included,
+    might take it between here and the meeting."""
+    with suppress(OSError):  # no such file but on Linux
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        for port in random.sample(range(FIRST_PORT, first), max(0, first - FIRST_PORT)):
+            with socket.socket() as s, suppress(OSError):
+                s.bind(("", port))
+                return port
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+def tasks(controller: int) -> dict[int, int]:
+    """{rank: pid} of the living processes of a job of the local executor, by the pid of its controller."""
+    return dict(_tasks(controller))
+
+
+def _tasks(controller: int) -> Iterator[tuple[int, int]]:
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended meanwhile
+            state, parent = path.read_bytes().rpartition(b")")[2].split()[:2]
+            if int(parent) != controller or state in b"ZX":
+                continue
+            for variable in (path.parent / "environ").read_bytes().split(b"\0"):
+                name, _, value = variable.partition(b"=")
+                if name == b"SUBMITIT_LOCAL_GLOBALID":
+                    yield int(value), int(path.parent.name)
+
+
+def kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,94 @@
+"""What Slurm says of jobs: `squeue` for those that it holds, `sacct` for those that ended, if there is accounting."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pipeline.core.errors import AtomError
+
+SECONDS = 30.0
+LIVING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
+          "SIGNALING", "STAGE_OUT", "STOPPED", "REQUEUE_FED", "SPECIAL_EXIT")  # fmt: skip
+
+
+class NoAnswer(AtomError):
+    """Slurm, or its accounting, does not answer."""
+
+
+class Refused(AtomError):
+    """Slurm does not take a script."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job as Slurm tells it. comment: whose it is, which an id alone does not say: a controller that lost its state
+    gives ids again."""
+
+    id: str
+    state: str
+    reason: str = ""
+    nodes: str = ""
+    elapsed: str = ""
+    comment: str = ""
+
+    @property
+    def alive(self) -> bool:
+        return self.state in LIVING
+
+    @property
+    def stuck(self) -> bool:
+        """Whether Slurm holds it because it could not launch it: it waits until somebody releases it."""
+        return self.state == "PENDING" and "launch" in self.reason and "held" in self.reason
+
+
+def ask(*command: str, seconds: float = SECONDS) -> str:
+    """The output of a command of Slurm's. Raises NoAnswer with what it said on standard error."""
+    if shutil.which(command[0]) is None:
+        raise NoAnswer(f"there is no {command[0]} here; submit from a host of a Slurm cluster, or use `atom run`")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        raise NoAnswer(f"{command[0]} gave no answer within {seconds:.0f} s; see whether slurmctld is up") from None
+    if done.returncode:
+        said = done.stderr.strip() or f"exit code {done.returncode}"
+        raise (
+            Refused(f"{command[0]}: {said}")
+            if command[0] == "sbatch"
+            else NoAnswer(f"{command[0]} failed: {' '.join(said.split())}")
+        )
+    return done.stdout
+
+
+def held() -> dict[str, Job]:
+    """Every job of ours that the controller knows, by id: those that wait and run, and those that ended of late."""
+    rows = ask("squeue", "-h", "-t", "all", "-o", "%i|%T|%N|%M|%r|%k").splitlines()
+    found = {}
+    for row in rows:
+        id, state, nodes, elapsed, reason, comment = (row.split("|", 5) + [""] * 6)[:6]
+        if comment.startswith("atom "):
+            found[id] = Job(id, state, "" if reason == "None" else reason, nodes, elapsed, comment)
+    return found
+
+
+def ended(ids: Iterable[str]) -> dict[str, Job]:
+    """Jobs as accounting remembers them, by id. Raises NoAnswer without accounting."""
+    wanted = sorted(set(ids), key=len)
+    if not wanted:
+        return {}
+    fields = "JobID,State,ExitCode,NodeList,Elapsed,Comment"
+    rows = ask("sacct", "-X", "-n", "-P", "-o", fields, "-j", ",".join(wanted)).splitlines()
+    found = {}
+    for row in rows:
+        id, state, code, nodes, elapsed, comment = (row.split("|", 5) + [""] * 6)[:6]
+        state, _, by = state.partition(" ")  # "CANCELLED by 0"
+        reason = f"exit code {code.split(':')[0]}" if state == "FAILED" else by
+        found[id] = Job(id, state, reason, nodes, elapsed, comment)
+    return found
+
+
+def comment(run: str, node: str, key: str) -> str:
+    """Whose a job is, as it stands in the job's own record."""
+    return f"atom {run} {node} {key}"

@@ -1,0 +1,101 @@
+"""Which Slurm job is to make a key: `$ATOM_HOME/jobs/<key>.json`, so that no stage is ever submitted twice.
+
+Whoever submits holds the lease of that folder, one at a time. A claim counts while Slurm holds a job of that id which
+says, in its comment, that it is that very one: a controller that lost its state gives ids again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline.core import json_files
+from pipeline.core.errors import AtomError
+from pipeline.core.json_files import Damaged
+from pipeline.core.lease import Lease, holder
+from pipeline.core.store import Store
+from pipeline.launch.slurm_client import Job, comment
+
+PATIENCE = 300.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A job that makes a key, and the run and node that submitted it."""
+
+    key: str
+    job: str
+    run: str
+    node: str
+
+    def holds(self, known: Mapping[str, Job]) -> bool:
+        """Whether Slurm has that job, and it has not ended."""
+        found = known.get(self.job)
+        return found is not None and found.alive and found.comment == comment(self.run, self.node, self.key)
+
+
+def folder(store: Store) -> Path:
+    return store.home / "jobs"
+
+
+class _Claim(TypedDict):
+    key: str
+    job: str
+    run: str
+    node: str
+
+
+_CLAIM: TypeAdapter[Any] = TypeAdapter(_Claim)
+
+
+def read(store: Store, key: str, known: Mapping[str, Job]) -> Claim | None:
+    """The claim on a key. If it cannot be read, the living job is taken whose comment says that it makes the key."""
+    path = folder(store) / f"{key}.json"
+    try:
+        body = json_files.read(path, _CLAIM)
+        return Claim(*(body[name] for name in ("key", "job", "run", "node")))
+    except FileNotFoundError:
+        return None
+    except Damaged as error:
+        json_files.report(error, "whether a job makes this key is asked of Slurm")
+    for id, job in known.items():
+        words = job.comment.split(" ")
+        if job.alive and len(words) == 4 and words[3] == key:
+            return Claim(key, id, words[1], words[2])
+    return None
+
+
+def write(store: Store, claim: Claim) -> None:
+    path = folder(store) / f"{claim.key}.json"
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(asdict(claim)) + "\n")
+    os.replace(draft, path)
+
+
+def remove(store: Store, key: str) -> None:
+    (folder(store) / f"{key}.json").unlink(missing_ok=True)
+
+
+@contextmanager
+def submitting(store: Store) -> Iterator[None]:
+    """Waits until no one else submits. Raises AtomError if that takes too long."""
+    deadline = time.monotonic() + PATIENCE
+    while (lease := Lease.take(folder(store))) is None:
+        if time.monotonic() > deadline:
+            who = holder(folder(store))
+            where = f"process {who.pid} on {who.host}" if who else "somebody"
+            raise AtomError(f"{where} has been submitting from {store.home} for {PATIENCE:.0f} s; see what it does")
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        lease.release()

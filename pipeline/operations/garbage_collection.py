@@ -1,0 +1,286 @@
+"""What of `$ATOM_HOME` can go: state of stages that are sealed, what failed attempts left, and what no run references.
+
+Kept: every artifact that a run references, whenever it was and whatever its recipe was called, or that a release was
+built from.
+What training stages made and left, checkpoints of unfinished ones too, goes only if it is named. Where a file that
+would tell what is needed cannot be read, everything stays that it might have named. Nothing is deleted: it is moved to
+the trash (trash.py).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline.core import json_files, provenance
+from pipeline.core.errors import AtomError
+from pipeline.core.json_files import Damaged
+from pipeline.core.lease import Lease, holder
+from pipeline.core.store import Store
+from pipeline.graph import registry
+from pipeline.graph import run as runs
+from pipeline.graph.run import Run
+from pipeline.launch import slurm_client, submission_lock
+from pipeline.operations import trash
+from pipeline.operations.trash import CODE, KEY
+
+
+class _Keyed(TypedDict):
+    key: str
+
+
+class _Release(TypedDict):
+    nodes: Annotated[dict[str, _Keyed], Field(min_length=1)]
+
+
+_KEYED: TypeAdapter[Any] = TypeAdapter(_Keyed)
+_RELEASE: TypeAdapter[Any] = TypeAdapter(_Release)
+
+
+@dataclass(frozen=True)
+class Loose:
+    """A folder that nothing needs, and why. bytes: what becomes free if all that is listed goes."""
+
+    path: Path
+    bytes: int
+    why: str
+
+    def json(self) -> dict[str, Any]:
+        return {"path": str(self.path), "bytes": self.bytes, "why": self.why}
+
+
+@dataclass
+class Needed:
+    """What runs and releases lead to. doubts: why it is not known what else they need, if it is not."""
+
+    keys: set[str] = field(default_factory=set)
+    code: set[str] = field(default_factory=set)
+    stages: dict[str, str] = field(default_factory=dict)
+    """The stage of each key that a run names."""
+    doubts: list[str] = field(default_factory=list)
+
+    def doubt(self, error: Damaged, what: str) -> None:
+        json_files.report(error, "every artifact and all code is kept, since it may have needed them")
+        self.doubts.append(f"{json_files.printable(error.path)}: {what}")
+
+
+def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) -> tuple[list[Loose], list[str]]:
+    """What can go now, the largest first; and what is kept though nothing leads to it, each with the reason.
+
+    named: keys that go whatever leads to them; ignored: ids of runs that count no more. Raises AtomError if a job that
+    is not over needs one of them.
+    """
+    known, damaged = _runs(store)
+    ids = {name: _one(name, [run.id for run in known] + [e.path.parent.name for e in damaged]) for name in ignored}
+    counting = [run for run in known if run.id not in ids.values()]
+    needed = _of_runs(store, counting)
+    for error in damaged:
+        if error.path.parent.name not in ids.values():
+            needed.doubt(error, "what that run needs is not known")
+    _of_releases(store, needed)
+    for run in known:
+        needed.stages |= {row["key"]: row["stage"] for row in run.body["nodes"]}
+    keys = {_one(name, [*_names(store.artifacts, KEY), *_names(store.home / "work", KEY)]) for name in named}
+    _require_idle(store, known, keys, set(ids.values()))
+    rows = [*_work(store, needed, keys), *_artifacts(store, needed, keys), *_code(store, needed)]
+    sizes = trash.freed(path for path, _ in rows)
+    found = [Loose(path, sizes[path], why) for path, why in rows]
+    kept = [
+        f"{key} is kept, since it was trained or it is not known what made it; --include {key} names it"
+        for key in _names(store.artifacts, KEY)
+        if not needed.doubts and key not in keys and not _led_to(store, key, needed) and _trained(store, key, needed)
+    ]
+    return sorted(found, key=lambda row: (-row.bytes, str(row.path))), [*needed.doubts, *kept]
+
+
+def move(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) -> list[Loose]:
+    """Moves what can go to the trash; returns it. Nobody submits meanwhile, and what a run that was begun meanwhile
+    leads to is moved back, unless it was made anew."""
+    with submission_lock.submitting(store):
+        before = {run.id for run in _runs(store)[0]}
+        rows, _ = loose(store, named, ignored)
+        moved = {row: target for row in rows if (target := _move(store, row.path)) is not None}
+        new = _of_runs(store, [run for run in _runs(store)[0] if run.id not in before])
+        for row, target in list(moved.items()):
+            if row.path.name in new.keys | new.code:
+                try:
+                    trash.put_back(target, row.path)
+                    del moved[row]
+                except OSError as error:
+                    place = json_files.printable(row.path)
+                    json_files.note(f"{place} is not moved back for a new run ({error.strerror}); it stays in {target}")
+    return list(moved)
+
+
+def _move(store: Store, path: Path) -> Path | None:
+    """Where a folder lies now; None if it is gone, or is of work whose lease somebody holds."""
+    kind, name = path.relative_to(store.home).parts[:2]
+    lease = None
+    if kind == "work" and (lease := Lease.take(store.work(name))) is None:
+        return None
+    try:
+        return trash.move(store, path) if os.path.lexists(path) else None
+    finally:
+        if lease is not None:
+            lease.release()
+
+
+def _runs(store: Store) -> tuple[list[Run], list[Damaged]]:
+    try:
+        return runs.read_all(store)
+    except Damaged as error:
+        return [], [error]
+
+
+def _one(name: str, known: Iterable[str]) -> str:
+    """The one of these names that is meant by its beginning. Raises AtomError."""
+    matching = sorted({each for each in known if each.startswith(name)})
+    if name in matching:
+        return name
+    if len(matching) != 1:
+        fits = f"fits {', '.join(matching)}; write the one that is meant" if matching else "is not there"
+        raise AtomError(f"{name} {fits}")
+    return matching[0]
+
+
+def _of_runs(store: Store, known: list[Run]) -> Needed:
+    """What these runs lead to: their stages, the code of their jobs, and all that goes into the stages."""
+    needed = Needed()
+    inputs: dict[str, set[str]] = {}
+    for run in known:
+        needed.keys |= {row["key"] for row in run.body["nodes"]}
+        needed.code |= {run.body["code"]} if "code" in run.body else set()
+        inputs |= {row["key"]: set(row["inputs"].values()) for row in run.body["nodes"] if "inputs" in row}
+    todo = list(needed.keys)
+    while todo:
+        key = todo.pop()
+        statements, damaged = provenance.statements(store.ledger, key)
+        if key in inputs or statements:
+            for error in damaged:
+                json_files.report(error, "this statement is left out")
+        else:
+            lack = Damaged(store.ledger / key, "it holds no statement")
+            needed.doubt(next(iter(damaged), lack), f"what goes into {key} is not known")
+        if key not in inputs:
+            inputs[key] = {each for _, body in statements for each in provenance.material_keys(body).values()}
+            inputs[key] |= {phase for _, body in statements if (phase := provenance.phase_of(body))}
+        todo += inputs[key] - needed.keys
+        needed.keys |= inputs[key]
+    return needed
+
+
+def _of_releases(store: Store, needed: Needed) -> None:
+    """Adds the artifacts that releases were built from."""
+    try:
+        releases = [store.home / "releases" / name for name in json_files.names(store.home / "releases")]
+    except Damaged as error:
+        return needed.doubt(error, "what its releases were built from is not known")
+    for evidence in (each / "evidence" for each in releases if not each.name.startswith(".")):
+        try:
+            json_files.names(evidence.parent)  # raises for what is no folder, and for a link that leads nowhere
+            about = json_files.read(evidence / "release.json", _RELEASE)
+            needed.keys |= {node["key"] for node in about["nodes"].values()}
+            for name in os.listdir(evidence / "manifests"):
+                needed.keys.add(json_files.read(evidence / "manifests" / name, _KEYED)["key"])
+        except FileNotFoundError as error:
+            needed.doubt(Damaged(Path(error.filename), "it is missing"), "what it was built from is not known")
+        except OSError as error:
+            needed.doubt(Damaged(Path(error.filename), str(error.strerror)), "what it was built from is not known")
+        except Damaged as error:
+            needed.doubt(error, "what that release was built from is not known")
+
+
+def _require_idle(store: Store, known: list[Run], keys: set[str], ignored: set[str]) -> None:
+    """Raises AtomError if a run that is not over needs one of these keys, or is to be ignored."""
+    for run in known:
+        led = _of_runs(store, [run]).keys if keys else set()
+        if not (keys & led or run.id in ignored):
+            continue
+        if why := _at_work(store, run):
+            what = f"{sorted(keys & led)[0]} is needed by run" if keys & led else "it cannot be ignored: run"
+            raise AtomError(f"{what} {run.id}, {why}; stop it first: atom cancel {run.id}")
+
+
+def _at_work(store: Store, run: Run) -> str | None:
+    """Why a run may not be over; None if it is."""
+    if all(store.sealed(row["key"]) for row in run.body["nodes"]):
+        return None
+    places = [run.folder / "driver", *(store.work(row["key"]) for row in run.body["nodes"])]
+    if any(present is not None and present.alive for present in map(holder, places)):
+        return "which is at work"
+    if "cluster" in run.body:
+        try:
+            held = slurm_client.held()
+        except slurm_client.NoAnswer as error:
+            return f"whose jobs are not known ({error})"
+        mine = {str(row["job"]) for row in run.jobs().values()}
+        if any(job.alive and (id in mine or run.id in job.comment.split(" ")) for id, job in held.items()):
+            return "which Slurm has jobs of"
+    return None
+
+
+def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
+    try:
+        return [name for name in json_files.names(folder) if pattern.fullmatch(name)]
+    except Damaged as error:
+        json_files.report(error, "nothing there is named")
+        return []
+
+
+def _led_to(store: Store, key: str, needed: Needed) -> bool:
+    """Whether a run or release leads to a key, or to the phase that it is a checkpoint of."""
+    of = (provenance.phase_of(body) for _, body in provenance.statements(store.ledger, key)[0]) if "@" in key else ()
+    return key in needed.keys or any(phase in needed.keys for phase in of)
+
+
+def _trained(store: Store, key: str, needed: Needed) -> bool:
+    """Whether a key is of a training stage or a checkpoint, or of a stage that is not known."""
+    names = {needed.stages[key]} if key in needed.stages else set()
+    if not names and "@" not in key:
+        statements = provenance.statements(store.ledger, key)[0]
+        names = {body["predicate"]["buildDefinition"]["externalParameters"]["stage"] for _, body in statements}
+    return not names or any(name not in registry.STAGES or registry.stage(name).trains for name in names)
+
+
+def _work(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple[Path, str]]:
+    for name in _names(store.home / "work", KEY):
+        folder = store.work(name)
+        present = holder(folder)
+        if present is not None and present.alive:
+            continue
+        if name in named:
+            yield folder, "it was named"
+        elif _trained(store, name, needed):
+            continue
+        elif store.sealed(name) and store.damage(name) is None:
+            yield folder, "its stage is sealed"
+        else:
+            with suppress(Damaged):  # which `holder` has reported
+                outs = [out for out in json_files.names(folder) if trash.PRODUCT.fullmatch(out)]
+                yield from ((folder / out, "a product that was never finished") for out in outs)
+
+
+def _artifacts(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple[Path, str]]:
+    for key in _names(store.artifacts, KEY):
+        try:
+            store.manifest(key)
+        except Damaged as error:
+            json_files.report(error, "what needs this artifact cannot be run")
+        if key in named:
+            yield store.artifacts / key, "it was named"
+        elif key not in needed.keys and not needed.doubts and not _trained(store, key, needed):
+            yield store.artifacts / key, "no run and no release references it"
+
+
+def _code(store: Store, needed: Needed) -> Iterator[tuple[Path, str]]:
+    for name in _names(store.home / "code", CODE):
+        if name not in needed.code and not needed.doubts:
+            yield store.home / "code" / name, "no run has jobs that run from it"

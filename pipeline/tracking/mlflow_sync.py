@@ -1,0 +1,367 @@
+"""MLflow: a parent run per run, a child per stage, filled from the files that stages write.
+
+The files are the truth. This module only forwards what they hold, remembers how far it got in `mlflow.json`, and may
+be called again at any time: after an outage of the tracking server the next call sends what is missing.
+
+Beside a Slurm job it runs as a process of its own (`Companion`); of the jobs of a run one at a time sends for all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline.core import json_files, provenance
+from pipeline.core.errors import AtomError
+from pipeline.core.events import POINT, Tail
+from pipeline.core.json_files import Damaged
+from pipeline.core.lease import Lease
+from pipeline.core.store import Artifact, Store
+from pipeline.graph import run as runs
+from pipeline.graph.run import Run, status
+
+
+class _Seen(TypedDict):
+    offset: Annotated[int, Field(ge=0, lt=2**63)]
+    id: NotRequired[str]
+    ended: NotRequired[bool]
+
+
+class _State(TypedDict):
+    nodes: dict[str, _Seen]
+    uri: NotRequired[str]
+    parent: NotRequired[str]
+    experiment: NotRequired[str]
+
+
+STATE: TypeAdapter[Any] = TypeAdapter(_State)
+BATCH = 1000
+SQLITE = b"SQLite format 3\0"
+SMALL = 1_000_000
+MLFLOW_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+def tracking_uri(store: Store) -> str:
+    """MLFLOW_TRACKING_URI if set, else an SQLite file in the home folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.home / 'mlflow.db'}"
+
+
+def shown_uri(store: Store) -> str:
+    """The tracking URI without the user, password and query that it may carry."""
+    return redacted(tracking_uri(store))
+
+
+def redacted(text: str) -> str:
+    """A text in which no URI carries user, password or query."""
+    return re.sub(r"(\w+://)\S*@", r"\1", re.sub(r"(\w+://[^\s?]+)\?[^\s)]*", r"\1", text))
+
+
+class Forwarder:
+    """Sends a run's files to MLflow. `sync` raises what the client raises; callers decide what that means."""
+
+    def __init__(self, run: Run, store: Store) -> None:
+        self.run, self.store = run, store
+        self.path = run.folder / "mlflow.json"
+        try:
+            self.state: dict[str, Any] = json_files.read(self.path, STATE)
+        except FileNotFoundError:
+            self.state = {"nodes": {}}
+        except Damaged as error:
+            raise Damaged(self.path, error.why, "remove it, and `atom track` sends everything again") from error
+
+    def sync(self) -> None:
+        """Brings MLflow up to date with the files as they are now."""
+        client = self._client()
+        parent = self._parent(client)
+        for node in status(self.run, self.store):
+            if (self.run.node_folder(node.name) / "events.jsonl").exists():
+                self._child(client, parent, node.name, node.key, node.state)
+
+    def finish(self, outcome: str) -> None:
+        """The last sync, and the parent's end: FINISHED, FAILED or KILLED."""
+        self.sync()
+        self._client().set_terminated(self.state["parent"], outcome)
+
+    def _client(self) -> Any:
+        _require_sqlite(tracking_uri(self.store), self.store.home / "mlartifacts")
+        os.environ.update({k: v for k, v in MLFLOW_ENVIRONMENT.items() if k not in os.environ})
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        from mlflow import MlflowClient
+
+        uri = tracking_uri(self.store)
+        shown = shown_uri(self.store)
+        if self.state.setdefault("uri", shown) != shown:  # another store than last time: it gets everything
+            self.state = {"nodes": {}, "uri": shown}
+        return MlflowClient(tracking_uri=uri)
+
+    def _save(self) -> None:
+        draft = self.path.with_suffix(".tmp")
+        draft.write_text(json.dumps(self.state))
+        os.replace(draft, self.path)
+
+    def _parent(self, client: Any) -> str:
+        if "parent" not in self.state:
+            name = self.run.body["recipe"]
+            found = client.get_experiment_by_name(name)
+            here = self.state["uri"].startswith("sqlite:")
+            place = (self.store.home / "mlartifacts" / name).as_uri() if here else None
+            experiment = found.experiment_id if found else client.create_experiment(name, artifact_location=place)
+            tags = {"atom.run": self.run.id, "atom.version": self.run.body["version"]}
+            self.state["parent"] = client.create_run(experiment, run_name=self.run.id, tags=tags).info.run_id
+            self.state["experiment"] = experiment
+            for file in sorted((self.run.folder / "recipes").glob("*")):
+                client.log_artifact(self.state["parent"], str(file), "recipe")
+            self._save()
+        return str(self.state["parent"])
+
+    def _child(self, client: Any, parent: str, name: str, key: str, node_state: str) -> None:
+        seen = self.state["nodes"].setdefault(name, {"offset": 0})
+        if seen.get("ended"):
+            return
+        if "id" not in seen:
+            tags = {"mlflow.parentRunId": parent, "atom.key": key, "atom.run": self.run.id}
+            seen["id"] = client.create_run(self.state["experiment"], run_name=name, tags=tags).info.run_id
+            self._save()
+        self._metrics(client, name, seen)
+        if node_state == "sealed":
+            self._sealed(client, seen["id"], self.store.open(key))
+        if node_state in ("sealed", "failed"):
+            client.set_terminated(seen["id"], "FINISHED" if node_state == "sealed" else "FAILED")
+            seen["ended"] = node_state == "sealed"
+            self._save()
+
+    def _metrics(self, client: Any, name: str, seen: dict[str, Any]) -> None:
+        from mlflow.entities import Metric
+
+        tail = Tail(self.run.node_folder(name) / "metrics.jsonl", seen["offset"], POINT, whole=True)
+        more = True
+        while more:
+            rows = tail.read()
+            more = tail.more
+            points = [
+                Metric(metric, float(value), round(row["time"] * 1000), row["step"])
+                for row in rows
+                for metric, value in row.items()
+                if metric not in ("time", "step")
+            ]
+            for i in range(0, len(points), BATCH):
+                client.log_batch(seen["id"], metrics=points[i : i + BATCH])
+            if tail.offset != seen["offset"]:
+                seen["offset"] = tail.offset
+                self._save()
+
+    def _sealed(self, client: Any, child: str, artifact: Artifact) -> None:
+        """What is known of a finished stage: params, inputs with digests, figures, small result files."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+
+        made = provenance.sealed(self.store.ledger, artifact)
+        if made is None:
+            return
+        definition = made[1]["predicate"]["buildDefinition"]
+        params = [Param(k, v) for k, v in _flat(definition["externalParameters"]["config"]).items()]
+        usage = {k: v for k, v in provenance.usage(made[1]).items() if isinstance(v, (int, float))}
+        metrics = [Metric(k, float(v), 0, 0) for k, v in sorted(usage.items())]
+        tags = [RunTag("atom.digest", artifact.digest), RunTag("atom.statement", made[0].stem)]
+        for i in range(0, len(params), 100):
+            client.log_batch(child, params=params[i : i + 100])
+        client.log_batch(child, metrics=metrics, tags=tags)
+        inputs = [
+            DatasetInput(
+                Dataset(d["uri"].removeprefix("atom:artifact/"), d["digest"]["sha256"][:36], "atom", json.dumps(d)),
+                [InputTag("mlflow.data.context", d["name"])],
+            )
+            for d in definition["resolvedDependencies"]
+            if d["uri"].startswith("atom:artifact/")
+        ]
+        if inputs:
+            client.log_inputs(child, datasets=inputs)
+        client.log_artifact(child, str(made[0]), "statement")
+        for row in artifact.rows:
+            if row.path.endswith((".json", ".jsonl")) and "/" not in row.path and row.size < SMALL:
+                client.log_artifact(child, str(artifact / row.path))
+        client.log_artifact(child, str(artifact / "manifest.json"))
+
+
+@cache
+def _require_sqlite(uri: str, places: Path) -> None:
+    """Raises Damaged if a file of SQLite is to be written, and something else stands there: MLflow would try for a
+    minute, and wait for a pipe without end.
+
+    Once only, before SQLite has the file open: that it is closed here would end the locks that SQLite has on it.
+    """
+    if not uri.startswith("sqlite:///"):
+        return
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    try:
+        with json_files.open_file(path) as file:
+            if file.read(len(SQLITE)) not in (b"", SQLITE):
+                raise Damaged(path, "it is no SQLite database")
+    except FileNotFoundError:
+        pass
+    except Damaged as error:
+        raise Damaged(path, error.why, "move it away") from error
+    if os.path.lexists(places) and not os.path.isdir(places):
+        raise Damaged(places, "it is no folder", "move it away")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, dict):
+        return {k: v for name, inner in value.items() for k, v in _flat(inner, f"{prefix}{name}.").items()}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return {k: v for i, inner in enumerate(value) for k, v in _flat(inner, f"{prefix}{i}.").items()}
+    return {prefix.rstrip("."): str(value)[:500]}
+
+
+class Background:
+    """Forwards every few seconds from a thread of its own. Trouble is told once and never reaches the run."""
+
+    EVERY = 5.0
+    LAST_CHANCE = 60.0
+
+    def __init__(self, run: Run, store: Store) -> None:
+        self.run, self.store = run, store
+        self.problem: str | None = None
+        self._outcome: str | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def _loop(self) -> None:
+        while True:
+            last = self._stop.wait(self.EVERY)
+            self.problem = _sent(self.run, self.store, (self._outcome or "FAILED") if last else "")
+            if last:
+                return
+
+    def close(self, outcome: str) -> str | None:
+        """Sends the rest and ends the parent run. Returns a sentence if MLflow does not have everything."""
+        self._outcome = outcome
+        self._stop.set()
+        self._thread.join(self.LAST_CHANCE)
+        if self._thread.is_alive():
+            self.problem = f"no answer within {self.LAST_CHANCE:.0f} seconds"
+        return self.problem
+
+
+class Companion:
+    """A process beside a Slurm job that sends its run to the tracking server that MLFLOW_TRACKING_URI names, if it
+    names one: a file of SQLite on a shared file system is not for many hosts to write. What it meets never reaches the
+    job."""
+
+    LAST_CHANCE = 60.0
+    QUICK = 2.0
+
+    def __init__(self, home: Path, run: str) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http:", "https:")):
+            return
+        # Slurm's signals go to every process of a job; this one ends when the job closes its input, or dies
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT})
+        try:
+            command = [sys.executable, "-m", "pipeline.tracking.mlflow_sync", str(home), run]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def close(self, outcome: str, quick: bool = False) -> None:
+        """Lets it send the rest. outcome: of the whole run, FINISHED or FAILED; empty: it goes on. quick: it gets
+        a moment only, since nodes are held for nothing meanwhile."""
+        if self.process is None:
+            return
+        seconds = self.QUICK if quick else self.LAST_CHANCE
+        try:
+            self.process.communicate(outcome, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.leave()
+            said = f"no answer within {seconds:.0f} seconds"
+            print(f"MLflow did not take everything ({said}); `atom track` sends it later", file=sys.stderr)
+
+    def leave(self) -> None:
+        """Ends it at once."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+def accompany(home: Path, run: str) -> None:
+    """What that process does: whoever has the turn sends every few seconds what all jobs of the run have written. When
+    its own job is over it sends once more; or it leaves that to whoever has the turn, and sees that it was done."""
+    store = Store(home)
+    this = runs.find(store, run)
+    folder = this.folder / "mlflow"
+    me = uuid.uuid4().hex
+    end, begun, sent = folder / f"end-{me}", folder / f"begun-{me}", folder / "sent"
+    over, outcome, turn, problem = False, "", None, None
+    while True:
+        if not over and select.select([sys.stdin], [], [], Background.EVERY)[0]:
+            over, outcome = True, sys.stdin.read()
+        elif over:
+            time.sleep(0.5)
+        if turn is not None and turn.lost:
+            turn = None
+        turn = turn or Lease.take(folder)
+        if over and not end.exists():
+            end.touch()
+            if outcome:
+                (folder / "outcome").write_text(outcome)
+        if turn is not None:
+            begun.touch()
+            problem = _sent(this, store, _read(folder / "outcome"))
+            os.replace(begun, sent)  # its time: when the last sending began
+        if over and (turn is not None or _later(sent, end)):
+            break
+    end.unlink()
+    if turn is not None:
+        turn.release()
+    if problem:
+        print(f"MLflow did not take everything ({problem}); `atom track {run}` sends it later", file=sys.stderr)
+
+
+def _sent(run: Run, store: Store, outcome: str) -> str | None:
+    """Sends what there is; what went wrong, in one line, without passwords."""
+    try:
+        forwarder = Forwarder(run, store)
+        if outcome:
+            forwarder.finish(outcome)
+        else:
+            forwarder.sync()
+    except AtomError as error:
+        return redacted(str(error))
+    except Exception as error:  # whatever a tracking server may do, the stage goes on; the caller tells it
+        return redacted(f"{type(error).__name__}: {error}".splitlines()[0][:300])
+    return None
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _later(path: Path, than: Path) -> bool:
+    return path.exists() and path.stat().st_mtime_ns > than.stat().st_mtime_ns
+
+
+if __name__ == "__main__":
+    accompany(Path(sys.argv[1]), sys.argv[2])

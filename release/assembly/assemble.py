@@ -1,0 +1,227 @@
+"""Copies the parts of a release out of the run's artifacts, and remembers where every file comes from.
+
+`origins` maps each path of the release to {"artifact": node, "file": path in it} for a verbatim copy, or to
+{"generated": what made it}. With the manifests and statements beside it, every byte leads back to a statement.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.core import code_snapshot
+from pipeline.core.code_snapshot import PACKAGES
+from pipeline.core.errors import AtomError
+from pipeline.core.store import Artifact
+from release.layout import (
+    ALL_SUMS,
+    GATES,
+    GATES_STATED,
+    MODEL,
+    SUMS,
+    WITHOUT_ORDER,
+    folders_of,
+    models_of,
+    phases_of,
+    when,
+)
+
+DISTRIBUTION = "atom-release"
+CODE_FILES = ("pyproject.toml", "Makefile", "README.md", "LICENSE")
+
+
+class Assembly:
+    """A release folder in the making."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.origins: dict[str, dict[str, str]] = {}
+
+    def copy(self, node: str, artifact: Artifact, file: str, target: str) -> None:
+        self._put(target, (artifact / file), None)
+        self.origins[target] = {"artifact": node, "file": file}
+
+    def include(self, source: Path, target: str, why: str) -> None:
+        """Copies a file that is not an artifact's: code, statements, metrics."""
+        self._put(target, source, None)
+        self.origins[target] = {"generated": why}
+
+    def write(self, target: str, data: bytes, why: str) -> None:
+        self._put(target, None, data)
+        self.origins[target] = {"generated": why}
+
+    def json(self, target: str, value: Any, why: str) -> None:
+        self.write(target, to_json(value), why)
+
+    def _put(self, target: str, source: Path | None, data: bytes | None) -> None:
+        if target in self.origins:
+            raise AtomError(f"two files of the release want to be {target}; rename one of them")
+        path = self.folder / target
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if source is not None:
+            shutil.copyfile(source, path)
+        else:
+            path.write_bytes(data or b"")
+
+
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def required(artifacts: Mapping[str, Artifact]) -> None:
+    """Raises AtomError naming what a release cannot do without."""
+    phases = phases_of({*artifacts, "pretrain", "midtrain"})
+    models = models_of({*artifacts, "export-init", "export-base", "export-mid"})
+    ordered = [phase for phase in phases if phase not in WITHOUT_ORDER]
+    needed = ["items", "curate", "tokenizer", "tokenize", *(f"order-{phase}" for phase in ordered), *phases]
+    needed += [f"{kind}-{model}" for kind in ("export", "evaluate") for model in models]
+    if missing := [node for node in needed if node not in artifacts]:
+        raise AtomError(f"the release needs the artifact of {missing[0]}, which is not sealed; finish the run first")
+
+
+def placement(
+    node: str, artifact: Artifact, phases: Sequence[str] = (), models: Sequence[str] = ()
+) -> Iterator[tuple[str, str]]:
+    """(file of the artifact, path in the release) for all that is published of a node.
+
+    phases, models: those of the release, in the order of training.
+    """
+    folders = folders_of(models)
+    kind, _, which = node.partition("-")
+    for row in artifact.rows:
+        path, name = row.path, Path(row.path).name
+        if kind == "acquire" and path == "source.json":
+            yield path, f"dataset/sources/{which}.json"
+        elif kind == "items":
+            yield path, f"dataset/evaluation/{path}"
+        elif kind == "tasks":
+            yield path, f"dataset/rl/{which}/{path}"
+        elif node in WITHOUT_ORDER and path.endswith(".parquet"):
+            yield path, f"dataset/rl/{node}/{path}"
+        elif kind == "curate" and (path.startswith("kept/") or "/" not in path):
+            yield path, f"dataset/{path}"
+        elif kind == "tokenizer" and path == "stats.json":
+            yield path, "dataset/tokens/tokenizer_stats.json"
+        elif kind == "tokenize" and path in ("documents.parquet", "meta.json"):
+            yield path, f"dataset/tokens/{path}"
+        elif kind == "order":
+            yield path, f"dataset/order/{which}/{path}"
+        elif "@" in node:
+            phase, step = node.split("@")
+            yield path, f"checkpoints/{phase}-step-{step}/{name}"
+        elif node in phases and path.startswith("step-"):
+            yield path, f"checkpoints/{node}-step-{int(path.split('/')[0].removeprefix('step-'))}/{name}"
+        elif node in phases:
+            yield path, f"evidence/training/{node}/{path}"
+            if (
+                path == "training.jsonl" and node != "reward"
+            ):  # what a model's card says of its training is proved by the repository alone
+                made = [folder for model, folder in folders.items() if when(model) >= when(node)]
+                yield from ((path, f"{folder}/training/{node}.jsonl") for folder in made)
+        elif node == "judge" and path == "parity.json":
+            yield path, "evidence/parity/reward.json"
+        elif kind == "export" and path == "parity.json":
+            yield path, f"evidence/parity/{which}.json"
+            if which in folders:
+                yield path, f"{folders[which]}/parity.json"
+        elif kind == "export" and path.startswith("model/") and which in folders:
+            yield path, f"{folders[which]}/{path.removeprefix('model/')}"
+        elif kind == "evaluate":
+            yield path, f"dataset/evaluation/{which}/{path}"
+            if path == "scores.json":
+                # A model's card compares it with what came before it, never with what came after.
+                later = models[models.index(which) :]
+                yield from ((path, f"{folders[m]}/evaluation/{which}.json") for m in later if m in folders)
+
+
+def measured(node: str, path: str, models: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(path of the artifact, path in the release) of what was measured of models that converse."""
+    kind, _, which = node.partition("-")
+    if kind == "contamination" or node == "fresh":
+        yield path, f"dataset/evaluation/{node}/{path}"
+        if path == "report.json":
+            yield path, f"{MODEL}/evaluation/contamination/{path}"
+        return
+    about = {"solve": "test", "fresh": "fresh", "prefer": "preferences"}.get(kind)
+    if about is not None:
+        which = which.removeprefix("solve-")
+        yield path, f"dataset/evaluation/{about}/{which}/{path}"
+        if path == "scores.json" and which in models:
+            later, folders = models[models.index(which) :], folders_of(models)
+            yield from ((path, f"{folders[m]}/evaluation/{about}/{which}.json") for m in later if m in folders)
+
+
+def place_artifacts(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> None:
+    phases, models = phases_of(artifacts), models_of(artifacts)
+    for node, artifact in sorted(artifacts.items()):
+        manifest = artifact.path / "manifest.json"
+        assembly.include(manifest, f"evidence/manifests/{node}.json", f"manifest of {artifact.key}")
+        for file, target in placement(node, artifact, phases, models):
+            assembly.copy(node, artifact, file, target)
+        for row in artifact.rows:
+            for file, target in measured(node, row.path, models):
+                assembly.copy(node, artifact, file, target)
+
+
+def place_earlier(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> None:
+    """What the training went on from: checkpoints stand among the others, data by their keys in dataset/earlier/."""
+    for key, artifact in sorted(artifacts.items()):
+        assembly.include(artifact.path / "manifest.json", f"evidence/manifests/{key}.json", f"manifest of {key}")
+        for file, target in placement(key.rsplit("-", 1)[0], artifact):
+            if target.startswith("dataset/"):
+                assembly.copy(key, artifact, file, f"dataset/earlier/{key}/{file}")
+            elif target.startswith("checkpoints/") and "@" in key:
+                assembly.copy(key, artifact, file, target)
+
+
+def place_code(assembly: Assembly, roots: list[Path]) -> None:
+    """The source files of our packages and the files that build them, from the first root that has each.
+
+    A root may also be one of the packages itself: then its parent is meant.
+    """
+    roots = list(dict.fromkeys(root.parent if root.name in PACKAGES else root for root in roots))
+    for name in PACKAGES:
+        root = next((root for root in roots if (root / name).is_dir()), None)
+        if root is None:
+            raise AtomError(
+                f"the package {name} is in none of the code roots; the release must hold the code that made it"
+            )
+        for path in code_snapshot.sources(root, name):
+            assembly.include(path, f"code/{path.relative_to(root).as_posix()}", "source code")
+    for root in reversed(roots):
+        names = [root / name for name in CODE_FILES] + sorted(root.glob("constraints*.txt"))
+        for path in names:
+            if path.is_file() and f"code/{path.name}" not in assembly.origins:
+                assembly.include(path, f"code/{path.name}", "source code")
+    text = own_licence(roots)
+    if text is not None and "code/LICENSE" not in assembly.origins:
+        assembly.write("code/LICENSE", text, "licence text of the installed distribution")
+
+
+def own_licence(roots: list[Path]) -> bytes | None:
+    """The licence text of our code: of the first root that has one, else what the installed wheel carries."""
+    found = next((root / "LICENSE" for root in roots if (root / "LICENSE").is_file()), None)
+    if found is not None:
+        return found.read_bytes()
+    texts = (d.read_text("licenses/LICENSE") for d in importlib.metadata.distributions(name=DISTRIBUTION))
+    return next((text.encode() for text in texts if text), None)
+
+
+def licence_text(spdx: str, code_licence: str, roots: list[Path]) -> bytes:
+    """The full text if it is the code's own licence and we have it; else its SPDX id and where the text is."""
+    text = own_licence(roots)
+    if spdx == code_licence and text is not None:
+        return text
+    return (
+        f"SPDX-License-Identifier: {spdx}\n\nThe text of this licence: https://spdx.org/licenses/{spdx}.html\n".encode()
+    )
+
+
+def unexplained(folder: Path, origins: Mapping[str, Any], paths: list[str]) -> list[str]:
+    """Files of a release that no origin explains; checksum files and the gates' own result explain themselves."""
+    own = {ALL_SUMS, GATES, GATES_STATED}
+    return [p for p in paths if p not in origins and p not in own and Path(p).name != SUMS]

@@ -1,0 +1,64 @@
+"""What was measured and what was gated, as in-toto statements of the predicate test-result.
+
+Each stands in evidence/attestations/: `evaluation-<model>.json` about an exported model by the digest of its artifact,
+`gates.json` about all artifacts of the release. Specification: github.com/in-toto/attestation, spec/predicates/
+test-result.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.provenance import STATEMENT
+from release.assembly import metrics
+
+PREDICATE = "https://in-toto.io/attestation/test-result/v0.1"
+FOLDER = "evidence/attestations"
+
+
+def test_result(
+    subjects: dict[str, str], configuration: dict[str, str], passed: Iterable[str], failed: Iterable[str]
+) -> dict[str, Any]:
+    """subjects, configuration: {name: SHA-256}; passed, failed: names of tests. One that failed fails the result."""
+    passed, failed = sorted(passed), sorted(failed)
+    return {
+        "_type": STATEMENT,
+        "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(subjects.items())],
+        "predicateType": PREDICATE,
+        "predicate": {
+            "result": "FAILED" if failed else "PASSED",
+            "configuration": [{"name": n, "digest": {"sha256": d}} for n, d in sorted(configuration.items())],
+            "passedTests": passed,
+            "failedTests": failed,
+        },
+    }
+
+
+def evaluations(release: Path, nodes: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
+    """{path in the release: statement} for each model that was asked problems: which it solved.
+
+    nodes: {node: {key, digest}} as in evidence/release.json.
+    """
+    found = {}
+    for node, made in nodes.items():
+        kind, _, model = node.partition("-")
+        table = release / "dataset/evaluation" / model / "items.parquet"
+        if kind != "export" or not re.fullmatch(r"[a-z0-9-]+", model) or not table.is_file():
+            continue
+        rows = metrics.rows(table, ["id", "score"])
+        inputs = {nodes[name]["key"]: nodes[name]["digest"] for name in ("items", f"evaluate-{model}")}
+        solved = {row["id"] for row in rows if row["score"] == 1}
+        path = f"{FOLDER}/evaluation-{model}.json"
+        missed = {row["id"] for row in rows} - solved
+        found[path] = test_result({made["key"]: made["digest"]}, inputs, solved, missed)
+    return found
+
+
+def gates(nodes: dict[str, dict[str, str]], results: dict[str, bool]) -> dict[str, Any]:
+    """The statement of the gates. results: {gate: whether it was passed}."""
+    subjects = {made["key"]: made["digest"] for made in nodes.values()}
+    passed = {name for name, ok in results.items() if ok}
+    return test_result(subjects, {}, passed, set(results) - passed)

@@ -1,0 +1,245 @@
+"""`atom build`: from a run's artifacts to a release folder that has passed its gates.
+
+Nothing of a clock, a host or a path enters it but what the statements and metrics themselves say, so building again
+from the same run gives the same bytes. It is written beside its place and renamed when every gate is passed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.core.bounds import Language, License, Line, Namespace
+from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.stage import Config
+from pipeline.core.store import Artifact
+
+
+class Licences(Config):
+    """SPDX expressions. Documents keep their own licences; `data_compilation` is about selection and arrangement."""
+
+    weights: License
+    data_compilation: License
+    code: License
+
+
+class ReleaseSection(Config):
+    """The recipe's `release`: what stands on the cards and cannot be measured."""
+
+    licence: Licences
+    namespace: Namespace = Field("local", description="user or organisation on the Hub that the cards name")
+    title: Line | None = Field(None, description="heading of the cards; the recipe's name if absent")
+    contact: Line | None = Field(None, description="where questions and removal requests go: URL or address")
+    languages: tuple[Language, ...] = Field(
+        min_length=1, max_length=200, description="ISO 639 codes for the cards' metadata"
+    )
+
+
+@dataclass(frozen=True)
+class BuildInput:
+    """All that a release is made of. The engine fills it; nothing here knows graphs or recipes' schemas.
+
+    recipe: the resolved recipe as JSON, with its sections `evaluation` and `release`. artifacts: by node name.
+    earlier: by key, artifacts of earlier runs that the training went on from, and what those came from.
+    statements: in-toto statement files, those of failed attempts too. metrics: metrics.jsonl by node.
+    environment: versions. code_roots: folders that hold the packages. stale: nodes made by other code than today's.
+    machine_paths: folders of this machine that must not be named in a published file.
+    """
+
+    name: str
+    version: str
+    recipe: dict[str, Any]
+    recipe_files: dict[str, bytes]
+    artifacts: dict[str, Artifact]
+    statements: list[Path]
+    metrics: dict[str, Path]
+    environment: dict[str, Any]
+    code_roots: list[Path]
+    commit: str | None = None
+    dirty: bool = False
+    stale: list[str] = field(default_factory=list)
+    earlier: dict[str, Artifact] = field(default_factory=dict)
+    machine_paths: list[Path] = field(default_factory=list)
+
+
+def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lambda text: None) -> Path:
+    """Writes `<home>/releases/<name>-<version>/` and returns it; an earlier one of that name is replaced. The index of
+    its texts goes to `<home>/trace`.
+
+    Raises AtomError if a part is missing, CheckFailed with the first failed gate; then the refused folder stays beside
+    as `<name>-<version>.refused` for a look, and the earlier release is untouched.
+    """
+    from release.assembly import assemble
+    from release.cards import plot
+    from release.checks import gates
+
+    plot.require()
+    assemble.required(source.artifacts)
+    target = home / "releases" / f"{source.name}-{source.version}"
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    refused = target.with_name(f"{target.name}.refused")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        progress("copying artifacts, code and statements")
+        context = _assemble(draft, source)
+        progress("checking the gates")
+        results = gates.run_all(context)
+        gates.write(draft, context.release["nodes"], results)
+        _checksums(draft)
+        failed = [gate for gate in results if not gate.ok]
+        for gate in results:
+            progress(f"gate {gate.name}: {'passed' if gate.ok else 'FAILED'}, {gate.detail}")
+        shutil.rmtree(refused, ignore_errors=True)
+        if failed:
+            os.rename(draft, refused)
+            more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+            raise CheckFailed(
+                f"release {target.name} is refused by the gate {failed[0].name}: {failed[0].detail}{more}"
+            )
+        _replace(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    _index(target, home / "trace", progress)
+    return target
+
+
+def _index(release: Path, cache: Path, progress: Callable[[str], None]) -> None:
+    """What `atom trace --text` answers from, beside the release. The release is whole without it, so that there is none
+    is told and no error."""
+    from release.audit import tracing
+
+    try:
+        if tracing.index(release, cache, progress) is None:
+            progress("no index of texts: SQLite here has no FTS5 with trigrams; `atom trace --text` reads every text")
+    except AtomError as error:
+        progress(f"no index of texts: {error}")
+
+
+def describe(source: BuildInput) -> dict[str, Any]:
+    """evidence/release.json: what the release is, and what was not clean when it was built."""
+    from release.cards.versions import SCHEMA as CARDS
+    from release.layout import FORMAT
+
+    section = ReleaseSection.model_validate(source.recipe["release"])
+    return {
+        "format": FORMAT,
+        "card_schema": CARDS,
+        "name": source.name,
+        "version": source.version,
+        "title": section.title or source.name,
+        "description": source.recipe.get("description", ""),
+        "namespace": section.namespace,
+        "contact": section.contact,
+        "languages": list(section.languages),
+        "licence": section.licence.model_dump(),
+        "commit": source.commit,
+        "dirty": source.dirty,
+        "stale": sorted(source.stale),
+        "nodes": {node: {"key": a.key, "digest": a.digest} for node, a in sorted(source.artifacts.items())},
+    }
+
+
+def _assemble(folder: Path, source: BuildInput) -> Any:
+    """Everything but the gates' result and the checksums; returns the gates' context."""
+    from release.assembly import assemble, attest, costs, metrics
+    from release.audit import merkle
+    from release.cards import croissant, plot, render, results, scaling_plots, tables
+    from release.checks import gates
+    from release.layout import CANARY, GOLDENS, ORIGINS, RELEASE, ROOTS, model_folders, repositories
+
+    made = assemble.Assembly(folder)
+    assemble.place_artifacts(made, source.artifacts)
+    assemble.place_earlier(made, source.earlier)
+    assemble.place_code(made, source.code_roots)
+    for name, content in sorted(source.recipe_files.items()):
+        made.write(f"code/as-run/{name}", content, "recipe file as run")
+    for path in sorted(source.statements):
+        made.include(path, f"evidence/statements/{path.name}", "statement of the ledger")
+    for node, path in sorted(source.metrics.items()):
+        made.include(path, f"evidence/metrics/{node}.jsonl", "timed metrics of the run")
+    made.json("evidence/environment.json", source.environment, "environment of the build")
+    made.json("evidence/recipe.json", source.recipe, "resolved recipe")
+    release = describe(source)
+    made.json(RELEASE, release, "release.assembly.build_release")
+
+    data = metrics.data_facts(folder / "dataset")
+    models = {name: metrics.model_facts(folder / name) for name in model_folders(folder)}
+    steps = metrics.checkpoint_facts(folder / "checkpoints")
+    changes = metrics.interventions(steps)
+    licence, why = release["licence"], "card from the published files"
+    data_id = render.data_id(release)
+    loaded = gates.run_reload([folder / name for name in models])
+    for name, told in zip(models, loaded, strict=True):
+        made.json(f"{name}/{GOLDENS}", told["goldens"], "what plain transformers makes of fixed inputs")
+    spent = costs.of(folder)
+    for name, model in models.items():
+        card = render.model_card(name, release, model, data, changes, spent)
+        made.write(f"{name}/README.md", card.encode(), why)
+        measured = results.text(model, data_id, release["version"])
+        made.write(f"{name}/{results.place(data_id)}", measured.encode(), "scores in evaluation/ for the Hub")
+        made.write(f"{name}/{plot.NAME}", plot.draw(folder / name), "plot of the logs in training/")
+        for drawn, image in scaling_plots.of_model(folder / name, model).items():
+            made.write(f"{name}/{drawn}", image, "plot of the scores in evaluation/ and the logs in training/")
+    canary = metrics.canary(source.artifacts["items"].digest)
+    made.json(f"dataset/{CANARY}", canary, "made from the digest of the evaluation items")
+    made.json(f"dataset/{ROOTS}", merkle.roots(folder / "dataset"), "Merkle roots of the tables")
+    described = croissant.of(release, folder / "dataset", data)
+    made.json(f"dataset/{croissant.NAME}", described, "description of the tables")
+    made.write("dataset/README.md", render.data_card(release, data, canary).encode(), why)
+    for target, statement in attest.evaluations(folder, release["nodes"]).items():
+        made.json(target, statement, "in-toto statement of what was measured")
+    card = render.plain_card("checkpoints", release, licence["weights"], checkpoints=tables.checkpoints(steps))
+    made.write("checkpoints/README.md", card.encode(), why)
+    made.json("checkpoints/index.json", steps, "states of the checkpoints")
+    found = repositories(folder)
+    rows = [[r.id(release["namespace"], release["name"]), r.kind, r.branch, f"`{r.folder or '.'}`"] for r in found]
+    shown = tables.table(["repository", "kind", "branch", "place in the release"], rows)
+    made.write("README.md", render.plain_card("evidence", release, licence["code"], repositories=shown).encode(), why)
+    for place in found:
+        kind = {"dataset": "data_compilation", "": "code"}.get(place.folder, "weights")
+        text = assemble.licence_text(licence[kind], licence["code"], source.code_roots)
+        made.write(f"{place.folder}/LICENSE".lstrip("/"), text, "licence")
+    made.origins[ORIGINS] = {"generated": "release.assembly.build_release"}
+    (folder / ORIGINS).write_bytes(assemble.to_json(made.origins))
+    wanted = _evaluation(source.recipe)
+    return gates.Context(folder, release, wanted, data, models, source.machine_paths, changes, spent, canary, loaded)
+
+
+def _evaluation(recipe: dict[str, Any]) -> dict[str, Any]:
+    from stages.evaluation.bits_per_byte import EvaluationSection
+
+    return EvaluationSection.model_validate(recipe["evaluation"]).model_dump()
+
+
+def _checksums(folder: Path) -> None:
+    """Each repository's own file first, then the one over the whole, then the root's, which covers that one too."""
+    from release.layout import ALL_SUMS, SUMS, files_below, files_of, repositories, write_sums
+
+    places = repositories(folder)
+    for place in places:
+        if place.folder:
+            write_sums(folder / place.folder / SUMS, folder / place.folder, files_of(folder, place))
+    write_sums(folder / ALL_SUMS, folder, [p for p in files_below(folder) if p not in (SUMS, ALL_SUMS)])
+    root = next(place for place in places if place.folder == "")
+    write_sums(folder / SUMS, folder, files_of(folder, root))
+
+
+def _replace(draft: Path, target: Path) -> None:
+    """Puts the draft in the target's place; an earlier release leaves only when the new one is whole."""
+    old = target.with_name(f".{target.name}.old.{os.getpid()}")
+    try:
+        if target.exists():
+            os.rename(target, old)
+        os.rename(draft, target)
+    except OSError as error:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise AtomError(f"release {target} cannot be put in place: {error}") from None
+    shutil.rmtree(old, ignore_errors=True)

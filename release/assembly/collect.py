@@ -1,0 +1,78 @@
+"""From a recipe's graph and its sealed artifacts to what `build` asks for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pipeline
+from pipeline.core import environment, provenance
+from pipeline.core.errors import AtomError
+from pipeline.core.stage import identity
+from pipeline.core.store import Artifact, Store
+from pipeline.graph.dag import Graph, states
+from release.assembly.build_release import BuildInput
+
+
+def build_input(graph: Graph, store: Store) -> BuildInput:
+    """Opens every artifact of the graph. Raises AtomError naming what is not sealed, or has no statement."""
+    missing = [name for name, node in graph.nodes.items() if not store.sealed(node.key)]
+    if missing:
+        more = f" and {len(missing) - 1} more stages are" if len(missing) > 1 else " is"
+        raise AtomError(f"{missing[0]}{more} not sealed yet; run `atom run {graph.recipe.path.stem}` first")
+    artifacts = {name: store.open(node.key) for name, node in graph.nodes.items()}
+    earlier = _earlier(graph, store)
+    statements, metrics = [], {}
+    for name, artifact in {**artifacts, **earlier}.items():
+        statements += [path for path, _ in provenance.read(store.ledger, artifact.key)]
+        curves = store.logs / provenance.invocation(_statement(store, artifact)) / "metrics.jsonl"
+        if curves.exists():
+            metrics[name] = curves
+    root = Path(pipeline.__path__[0]).parent  # a checkout, or the site-packages folder of a wheel
+    commit, dirty = environment.git_commit(root)
+    return BuildInput(
+        name=graph.recipe.config.name,
+        version=graph.recipe.config.version,
+        recipe={**identity(graph.recipe.config), "data_recipe": identity(graph.recipe.data)},
+        recipe_files=graph.recipe.files,
+        artifacts=artifacts,
+        earlier=earlier,
+        statements=statements,
+        metrics=metrics,
+        environment=environment.describe(),
+        code_roots=[root],
+        commit=commit,
+        dirty=dirty,
+        stale=[s.name for s in states(graph, store).values() if s.text == "stale"],
+        machine_paths=[store.home, root, Path.home(), Path(sys.prefix)],
+    )
+
+
+def _earlier(graph: Graph, store: Store) -> dict[str, Artifact]:
+    """{key: artifact} of what earlier runs made and this one goes on from: checkpoints, and all that they came from."""
+    own = {node.key for node in graph.nodes.values()}
+    wanted = [key for node in graph.nodes.values() for key in node.external.values()]
+    found: dict[str, Artifact] = {}
+    while wanted:
+        key = wanted.pop()
+        if key in own or key in found:
+            continue
+        if not store.sealed(key):
+            raise AtomError(
+                f"{key} of an earlier run, which this one goes on from, is not sealed under {store.artifacts}; "
+                "run the recipe that made it, or copy the artifact and its folder of the ledger"
+            )
+        found[key] = store.open(key)
+        wanted += provenance.material_keys(_statement(store, found[key])).values()
+    return dict(sorted(found.items()))
+
+
+def _statement(store: Store, artifact: Artifact) -> dict[str, Any]:
+    made = provenance.sealed(store.ledger, artifact)
+    if made is None:
+        raise AtomError(
+            f"artifact {artifact.key} has no statement in {store.ledger}; "
+            f"remove {artifact.path} and run the recipe again"
+        )
+    return made[1]

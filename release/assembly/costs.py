@@ -1,0 +1,44 @@
+"""What a release took to make, by stage, failed attempts counted: from the statements that it publishes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.core import provenance
+
+Costs = dict[str, dict[str, float]]
+JOULES_PER_WH = 3600.0
+COLUMNS = ("attempts", "failed", "core_hours", "gpu_hours", "energy_wh")
+
+
+def of(release: Path) -> Costs:
+    """{stage: {attempts, failed, core_hours (busy), gpu_hours (allotted), energy_wh (an estimate)}} in alphabetical
+    order. A release checkpoint is part of the attempt that wrote it, and counts no second time."""
+    found: Costs = {}
+    for path in sorted((release / "evidence/statements").rglob("*.json")):
+        body = json.loads(path.read_bytes())
+        if provenance.phase_of(body) is not None:
+            continue
+        used, stage = provenance.usage(body), str(body["predicate"]["buildDefinition"]["externalParameters"]["stage"])
+        row = found.setdefault(stage, dict.fromkeys(COLUMNS, 0.0))
+        row["attempts"] += 1
+        row["failed"] += provenance.outcome(body) != "sealed"
+        row["core_hours"] += used.get("cpu_seconds", 0.0) / 3600
+        row["gpu_hours"] += used.get("gpu_seconds", 0.0) / 3600
+        row["energy_wh"] += used.get("energy_joules_estimate", 0.0) / JOULES_PER_WH
+    return dict(sorted(found.items()))
+
+
+def total(costs: Costs) -> dict[str, float]:
+    return {column: sum(row[column] for row in costs.values()) for column in COLUMNS}
+
+
+def rows(costs: Costs) -> list[list[Any]]:
+    """Cells of a table: a row a stage, and one over all."""
+    all_rows = {**costs, "all": total(costs)}
+    return [
+        [name, f"{row['attempts']:.0f}", f"{row['failed']:.0f}", *(f"{row[c]:.3g}" for c in COLUMNS[2:])]
+        for name, row in all_rows.items()
+    ]

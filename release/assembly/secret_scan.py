@@ -1,0 +1,80 @@
+"""Looks for what must never be published: access tokens, private keys, and where this machine keeps its files."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from release.hub.local.server import LOCAL_TOKEN
+
+PATTERNS = {
+    "a Hugging Face token": re.compile(rb"\bhf_[A-Za-z0-9]{30,}"),
+    "an AWS access key": re.compile(rb"\b(?:AKIA|ASIA)(?!IOSFODNN7)[A-Z0-9]{16}\b"),
+    "a GitHub token": re.compile(rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{60,})"),
+    "a Slack token": re.compile(rb"\bxox[abprs]-[A-Za-z0-9-]{20,}"),
+    # The header alone stands in much documentation; a secret has a body of base64 after it.
+    "a private key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----\s*(?:[A-Za-z0-9+/=]{40,}\s*){2}"),
+}
+SECRET_VARIABLES = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY")
+# Folders that every machine has: a Python under /usr makes no secret of `#!/usr/bin/env`.
+COMMON_PATHS = frozenset({"/", "/usr", "/usr/local", "/opt", "/tmp", "/var", "/home", "/mnt", "/srv", "/data"})
+TEXT_COLUMNS = frozenset({"text", "prompt", "output", "match"})
+
+
+def machine_patterns(paths: list[Path]) -> dict[str, re.Pattern[bytes]]:
+    """What names this machine: its host name, its user's home, and the folders where the run was kept.
+
+    A host name that is an everyday word or very short would be found everywhere, and is left out.
+    """
+    found = {}
+    host = socket.gethostname()
+    if len(host) >= 6 and host not in ("localhost", "debian", "ubuntu"):
+        found["the host name"] = re.compile(rb"(?<![A-Za-z0-9])" + re.escape(host.encode()) + rb"(?![A-Za-z0-9])")
+    for path in [Path.home(), *paths]:
+        if str(path) not in COMMON_PATHS:
+            # As the start of a path that goes on: a URL that contains it, or a common home's bare name, tells nothing.
+            found[f"the machine's path {path}"] = re.compile(
+                rb"(?<![A-Za-z0-9.\-/])" + re.escape(str(path).encode()) + rb"/\w"
+            )
+    return found
+
+
+def secret_values() -> dict[str, re.Pattern[bytes]]:
+    """The secrets that this process holds in its environment. The local Hub's token stands in our code: it is none."""
+    values = {name: os.environ.get(name, "") for name in SECRET_VARIABLES}
+    secret = {name: value for name, value in values.items() if len(value) >= 8 and value != LOCAL_TOKEN}
+    return {f"the value of {name}": re.compile(re.escape(value.encode())) for name, value in secret.items()}
+
+
+def scan(folder: Path, paths: list[str], machine: list[Path]) -> list[str]:
+    """`file: what was found` for every hit. Weights are skipped; Parquet is read column by column.
+
+    Document text is searched for secrets but not for the machine's names: a manual may well name a common home.
+    """
+    secret = {**PATTERNS, **secret_values()}
+    everything = {**secret, **machine_patterns(machine)}
+    hits = []
+    for name in paths:
+        for kind, data in _contents(folder / name):
+            patterns = secret if kind == "document" else everything
+            hits += [f"{name} holds {what}" for what, pattern in patterns.items() if pattern.search(data)]
+    return sorted(set(hits))
+
+
+def _contents(path: Path) -> Iterator[tuple[str, bytes]]:
+    if path.suffix == ".safetensors":
+        return
+    if path.suffix != ".parquet":
+        yield "file", path.read_bytes()
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=4096):
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+                joined = "\n".join(value for value in column.to_pylist() if value)
+                yield ("document" if name in TEXT_COLUMNS else "file"), joined.encode()

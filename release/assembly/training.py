@@ -1,0 +1,78 @@
+"""What the logs of training tell: where the routers sent the tokens, and which steps moved no weight.
+
+A model repository carries the log of each phase that made it as `training/<phase>.jsonl`, byte for byte the
+`training.jsonl` of the phase's artifact. Card, plot and checks read these logs and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from release import schema
+from release.layout import when
+from stages.evaluation.confidence import clustered
+
+Facts = dict[str, Any]
+FIGURES = ("step", "tokens", "experts", "spike", "rewards", "excluded")
+"""The fields of a line from which a card is made."""
+
+
+def logs(model: Path) -> dict[str, Path]:
+    """{phase: its log} of a model repository, in the order of training."""
+    found = {schema.phase(path): path for path in (model / "training").glob("*.jsonl")}
+    return {phase: found[phase] for phase in sorted(found, key=when)}
+
+
+def read(log: Path, fields: Collection[str] | None = None) -> list[Facts]:
+    """The lines of a log, in today's names. fields: what is kept of each, if not all; a log can be long."""
+    known, lines = schema.reader(log), []
+    with log.open(encoding="utf-8") as file:
+        for text in file:
+            (line,) = known.fields("training.jsonl", [json.loads(text)])
+            lines.append(line if fields is None else {name: line[name] for name in fields if name in line})
+    return lines
+
+
+def log_facts(lines: list[Facts]) -> Facts:
+    """What a card says of one phase. lines: with FIGURES at least.
+
+    first, last: the steps that the log covers. experts: the last measurement of the routers with its `step`, or None if
+    there is none; measurements: how many there are; dropped: assignments that no expert took, in all of them. spikes:
+    each with its `step`. rewards: by kind of task, the mean reward of the `first` and the `last` quarter of the steps,
+    with standard errors over steps; none of fewer than four steps. excluded: steps that were left out because the
+    recipe says so, not because of a spike.
+    """
+    steps = [line["step"] for line in lines if "tokens" in line]
+    measured = [{"step": line["step"], **line["experts"]} for line in lines if "experts" in line]
+    spikes = [{"step": line["step"], **line["spike"]} for line in lines if "spike" in line]
+    known = {step for spike in spikes for step in spike["excluded"]}
+    rewards = [line["rewards"] for line in lines if "rewards" in line]
+    kinds = {kind: [row[kind] for row in rewards if kind in row] for row in rewards for kind in row}
+    return {
+        "first": min(steps),
+        "last": max(steps),
+        "experts": measured[-1] if measured else None,
+        "measurements": len(measured),
+        "dropped": sum(each["dropped"] for each in measured),
+        "spikes": spikes,
+        "rewards": {kind: _ends(means) for kind, means in sorted(kinds.items()) if len(means) >= 4},
+        "excluded": [line["step"] for line in lines if "excluded" in line and line["step"] not in known],
+    }
+
+
+def _ends(means: list[float]) -> Facts:
+    size = max(2, len(means) // 4)
+    return {"first": clustered(means[:size]), "last": clustered(means[-size:])}
+
+
+def curves(lines: list[Facts]) -> tuple[list[int], list[float], list[float]]:
+    """Steps that moved weights, and for each the largest violation of balance and the mean entropy of the routers."""
+    rows = [line for line in lines if "expert_max_violation" in line and "skipped" not in line]
+    return (
+        [row["step"] for row in rows],
+        [row["expert_max_violation"] for row in rows],
+        [row["router_entropy"] for row in rows],
+    )

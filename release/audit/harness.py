@@ -1,0 +1,148 @@
+"""lm-evaluation-harness (arXiv 2405.14782) on a release: a second implementation of its figures, and other tasks.
+
+    python -m release.audit.harness RELEASE                        # the release's own problems, beside what it states
+    python -m release.audit.harness RELEASE --tasks NAME,… [--include-path FOLDER] [--limit N]
+
+`RELEASE` is a built or pulled release folder. The model is a folder of it, in plain transformers and float32. Without
+`--tasks` the harness asks the evaluation problems that the release publishes and compares each answer with the one that
+the release states, so that the figure in the card was made twice. With it, the tasks are the harness's own, by name, or
+YAML files of `--include-path`. The last line is one JSON object. Needs the extra `harness`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import AtomError, CheckFailed
+from release.layout import MODEL, model_name, models_of
+
+PROBLEMS = "release_problems"
+BATCH = 32
+
+
+def language_model(folder: Path) -> Any:
+    """The harness's model of one model folder. Raises AtomError if the harness, or the model, is not there."""
+    if not (folder / "config.json").is_file():
+        raise AtomError(f"{folder} holds no model; give the folder of a release, as `atom build` makes it")
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise AtomError(f"the harness is not installed ({error}); pip install 'atom-release[harness]'") from None
+    import torch
+
+    from stages.evaluation.bits_per_byte import END
+
+    class Published(HFLM):  # type: ignore[misc, unused-ignore]
+        """Ends an answer where the release's evaluation does: at the end of a document, with all tokens in the text."""
+
+        def tok_decode(self, tokens: Any, skip_special_tokens: bool = False) -> str:
+            text: str = self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            return text
+
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
+            end = self.tokenizer.convert_tokens_to_ids(END)
+            return super()._model_generate(context, max_length, stop, eos_token_id=end, **settings)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Published(str(folder.resolve()), dtype="float32", device=device, batch_size=BATCH)
+
+
+def problems(rows: list[dict[str, Any]], max_new_tokens: int) -> Any:
+    """The task that asks the evaluation problems; each row has `id`, `task`, `prompt` and `answer`."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
+    from stages.evaluation.bits_per_byte import END
+    from stages.scorers import score_problem
+
+    return ConfigurableTask(
+        config={
+            "task": PROBLEMS,
+            "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
+            "test_split": "test",
+            "output_type": "generate_until",
+            "doc_to_text": lambda row: row["prompt"],
+            "doc_to_target": lambda row: row["answer"],
+            "target_delimiter": "",
+            "generation_kwargs": {"until": [END], "max_gen_toks": max_new_tokens, "do_sample": False},
+            "process_results": lambda row, made: {"exact_match": score_problem(row["answer"], made[0])},
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        }
+    )
+
+
+def published(release: Path, folder: str) -> tuple[list[dict[str, Any]], int]:
+    """The problems with what the release states of a model's answers (`output`, `score`), and the longest answer
+    allowed, in tokens. Raises CheckFailed if the release does not hold them."""
+    from release.assembly.metrics import read_json, rows
+    from stages.evaluation.bits_per_byte import EvaluationSection
+
+    models = models_of(path.stem for path in (release / "evidence/manifests").glob("*.json"))
+    which = model_name(folder, models[-1] if models else "")
+    stated = release / "dataset/evaluation" / which / "items.parquet"
+    recipe = release / "evidence/recipe.json"
+    if not (stated.is_file() and recipe.is_file()):
+        raise CheckFailed(f"{release} does not hold {stated.relative_to(release)} and evidence/recipe.json")
+    return rows(stated), EvaluationSection.model_validate(read_json(recipe)["evaluation"]).max_new_tokens
+
+
+def evaluate(model: Any, tasks: list[Any], include: Path | None = None, limit: int | None = None) -> dict[str, Any]:
+    """The harness's own result: `results` by task, and `samples`. Raises AtomError for a task that it does not know."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if include is None else str(include))
+    if unknown := [name for name in tasks if isinstance(name, str) and not manager.match_tasks([name])]:
+        raise AtomError(f"the harness knows no task {unknown[0]}; `lm_eval ls tasks` lists them")
+    found: dict[str, Any] = lm_eval.simple_evaluate(
+        model, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True, verbosity="ERROR"
+    )
+    return found
+
+
+def again(release: Path, folder: str, limit: int | None = None) -> dict[str, Any]:
+    """The release's problems, asked by the harness: its figure, the stated one, and the ids of unequal answers."""
+    stated, max_new_tokens = published(release, folder)
+    stated = sorted(stated, key=lambda row: row["id"])[:limit]
+    rows = [{"id": r["id"], "task": r["task"], "prompt": r["prompt"], "answer": r["expected"]} for r in stated]
+    found = evaluate(language_model(release / folder), [problems(rows, max_new_tokens)])
+    made = {sample["doc"]["id"]: sample["filtered_resps"][0] for sample in found["samples"][PROBLEMS]}
+    return {
+        "model": folder,
+        "problems": len(stated),
+        "exact_match": found["results"][PROBLEMS]["exact_match,none"],
+        "stated": sum(row["score"] for row in stated) / len(stated),
+        "other_answers": [row["id"] for row in stated if made[row["id"]] != row["output"]],
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("release", type=Path, help="a release folder")
+    parser.add_argument("--model", default=MODEL, metavar="FOLDER", help="which of its models; default: model")
+    parser.add_argument("--tasks", default=None, help="the harness's tasks, with commas; the release's own if absent")
+    parser.add_argument("--include-path", type=Path, default=None, help="a folder of more tasks as YAML")
+    parser.add_argument("--limit", type=int, default=None, help="only the first items")
+    asked = parser.parse_args(arguments)
+    try:
+        if asked.tasks is None:
+            found = again(asked.release, asked.model, asked.limit)
+            told = f"{len(found['other_answers'])} of {found['problems']} answers are others"
+            print(f"exact match {found['exact_match']:.3f}, stated {found['stated']:.3f}; {told}")
+        else:
+            model = language_model(asked.release / asked.model)
+            result = evaluate(model, asked.tasks.split(","), asked.include_path, asked.limit)
+            found = {"model": asked.model, "results": result["results"], "n-samples": result["n-samples"]}
+        print(json.dumps(found, default=str))
+        return int(bool(found.get("other_answers")))
+    except AtomError as error:
+        print(f"release.audit.harness: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

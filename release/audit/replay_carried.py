@@ -1,0 +1,197 @@
+"""Replay by the code that a release carries, where today's code is not the code that trained it.
+
+The files of `code/` are compared with the checksums, and those that trained the phase with the statement about it. They
+are copied to a temporary folder and run by the Python and the packages of this installation, in a process of its own
+under bubblewrap: no network, nothing of the machine but Python, its libraries, the release (to read) and the temporary
+folder (to write), an empty environment but for settings of arithmetic. What it trained is compared here, by our code.
+
+That is execution of the maker's code. It can lie about what it did: whoever does not trust the maker reads it first.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.core import provenance
+from pipeline.core.code_digests import code_digests
+from pipeline.core.code_snapshot import PACKAGES
+from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.store import canonical, sha256_bytes
+from pipeline.graph import registry
+from release import schema
+from release.audit.replay_source import Source
+from release.untrusted import printable
+
+Progress = Callable[[str], None]
+ARITHMETIC = re.compile(r"(OMP|MKL|ATEN|ONEDNN|DNNL|CUBLAS|TORCH)_[A-Z0-9_]+|CUDA_VISIBLE_DEVICES")
+"""Settings that decide how numbers are added, which a replay needs as they are."""
+RESULT_BYTES = 10_000_000
+RESULT = "result.json"
+FIELDS: dict[str, Any] = {
+    "made": str, "state": list, "diverges": (int, type(None)), "ranks": int, "environment": list, "fingerprint": str,
+    "materials": dict, "subject": dict,
+}  # fmt: skip
+"""What the carried code hands back, and its types."""
+
+
+class Code:
+    """The code that trained a phase, as the release carries it. digest: SHA-256 over its modules' digests."""
+
+    def __init__(self, source: Source, modules: dict[str, str], changed: list[str]) -> None:
+        self.source, self.changed, self.modules = source, changed, modules
+        self.digest = sha256_bytes(canonical(modules))
+
+    def extract(self, folder: Path) -> Path:
+        """Copies the packages, each file compared with the checksums. Raises CheckFailed for one that is another, or
+        that would lie outside the folder."""
+        for package in PACKAGES:
+            for path in self.source.digests(f"code/{package}"):
+                target = folder / path
+                if not target.resolve().is_relative_to(folder.resolve()):
+                    raise CheckFailed(f"{printable(path)} leads out of the folder of the code")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self.source.file(path), target)
+        return folder / "code"
+
+
+def find(source: Source, phase: str, last: int) -> Code | None:
+    """The carried code, if today's is another than that which trained the phase or made its tokens, and the release
+    carries that. Raises CheckFailed if the release does not say."""
+    try:
+        origin = source.origins[f"checkpoints/{phase}-step-{last}/state.json"]["artifact"]
+        bodies = [source.statement(origin)[1]]
+        tokens = provenance.material_keys(bodies[0])["tokens"]
+        bodies.append(source.statement(source.manifests[tokens][0])[1])
+        stages = [body["predicate"]["buildDefinition"]["externalParameters"]["stage"] for body in bodies]
+        then = {name: digest for body in bodies for name, digest in provenance.code_of(body).items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckFailed(
+            f"{source.folder} does not say which code trained {phase} "
+            f"({type(error).__name__}: {printable(str(error))}); verify it"
+        ) from error
+    now: dict[str, str] = {}
+    for stage in stages:
+        now |= code_digests(registry.STAGES[stage]) if stage in registry.STAGES else {}
+    changed = sorted(name for name in then if now.get(name) != then[name])
+    if not changed or not then or any(_carried(source, name) != digest for name, digest in then.items()):
+        return None
+    return Code(source, then, changed)
+
+
+def _carried(source: Source, module: str) -> str | None:
+    """The digest of the file of a module that the release lists."""
+    stem = f"code/{module.replace('.', '/')}"
+    return next((source.sums[path] for path in (f"{stem}.py", f"{stem}/__init__.py") if path in source.sums), None)
+
+
+def run(
+    code: Code, phase: str, first: int, last: int, folder: Path, unconfined: bool, progress: Progress
+) -> dict[str, Any]:
+    """Trains the steps in `folder` by the carried code. Returns what FIELDS names; `made` is the folder of the
+    checkpoint. Raises AtomError where bubblewrap cannot run, CheckFailed where the code fails."""
+    place, work = code.extract(folder), folder / "work"
+    work.mkdir()
+    driver = schema.reader(code.source.folder).REPLAY
+    line = [sys.executable, "-s", "-P", "-c", driver]
+    line += [str(code.source.folder), phase, str(first), str(last), str(work)]
+    environment = _environment(place, work)
+    if not unconfined:
+        line = [*confined(code.source.folder, place, work, environment), *line]
+    progress(
+        f"{len(code.changed)} of {len(code.modules)} files that trained {phase} are others here, the first of "
+        f"{printable(code.changed[0])}: running the code that the release carries, sha256:{code.digest}, "
+        + ("unconfined" if unconfined else "under bubblewrap, without network")
+    )
+    with subprocess.Popen(
+        line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=work,
+        text=True, errors="replace",
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        final = ""
+        for text in _lines(process.stdout):
+            if text.startswith("ATOM "):
+                progress(text.removeprefix("ATOM "))
+            elif text.strip():
+                final = text
+    if process.returncode:
+        raise CheckFailed(f"the code that the release carries ended with {process.returncode}: {final or 'no message'}")
+    return _result(work)
+
+
+def _lines(stream: Any) -> Iterator[str]:
+    """Lines of bounded length without what a terminal would obey."""
+    while text := stream.readline(4096):
+        yield "".join(c if c.isprintable() else " " for c in text.rstrip("\n"))
+
+
+def _result(work: Path) -> dict[str, Any]:
+    path = work / RESULT
+    try:
+        if path.is_symlink() or path.stat().st_size > RESULT_BYTES:
+            raise ValueError("it is a link, or too long")
+        result = json.loads(path.read_bytes())
+        wrong = [name for name, kind in FIELDS.items() if not isinstance(result[name], kind)]
+        made = (work / result["made"]).resolve()
+        if wrong or not made.is_relative_to(work.resolve()) or not made.is_dir():
+            raise ValueError(f"{(wrong or ['made'])[0]} is of another kind")
+        texts = [*result["state"], *result["environment"]]
+        texts += [part for name in ("materials", "subject") for pair in result[name].items() for part in pair]
+        if not all(isinstance(text, str) and text.isprintable() for text in texts):
+            raise ValueError("it holds what is no plain text")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        reason = printable(reason)
+        raise CheckFailed(f"the code that the release carries left no result that can be read ({reason})") from None
+    return {**result, "made": made}
+
+
+def _environment(code: Path, work: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if ARITHMETIC.fullmatch(name)}
+    fixed = {"PYTHONPATH": str(code), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(work), "TMPDIR": str(work)}
+    return kept | fixed | {"PATH": os.defpath, "LANG": "C.UTF-8", "USER": "atom", "LOGNAME": "atom"}
+
+
+def confined(release: Path, code: Path, work: Path, environment: dict[str, str]) -> list[str]:
+    """The bwrap command. Raises AtomError, in a sentence, where it cannot run."""
+    if shutil.which("bwrap") is None:
+        raise AtomError(
+            "the code that this release carries runs under bubblewrap, and there is no bwrap on PATH; apt-get install "
+            "bubblewrap, or give --unconfined if you trust whoever made the release"
+        )
+    line = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
+    for name, value in sorted(environment.items()):
+        line += ["--setenv", name, value]
+    line += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
+    for device in sorted(glob.glob("/dev/nvidia*")):
+        line += ["--dev-bind", device, device]
+    for place in _python():
+        line += ["--ro-bind-try", place, place]
+    line += ["--ro-bind", str(release), str(release), "--ro-bind", str(code), str(code)]
+    line += ["--bind", str(work), str(work), "--chdir", str(work)]
+    probe = subprocess.run([*line, "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    if probe.returncode:
+        reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
+        raise AtomError(
+            f"the code that this release carries runs under bubblewrap, which cannot start here: {reason}; replay on "
+            "another machine, or give --unconfined if you trust whoever made the release"
+        )
+    return line
+
+
+def _python() -> list[str]:
+    """Folders and files that Python and its packages need. Of the path no other folders: the working folder can stand
+    there, and with it a home."""
+    system = ["/usr", "/lib", "/lib64", "/lib32", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/ld.so.conf", "/sys"]
+    system += ["/etc/ld.so.conf.d", "/etc/localtime", "/etc/passwd", "/etc/nsswitch.conf"]
+    found = [sys.prefix, sys.base_prefix, str(Path(os.path.realpath(sys.executable)).parent.parent)]
+    found += [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    return list(dict.fromkeys([*system, *(path for path in found if path not in ("/", ""))]))

@@ -1,0 +1,139 @@
+"""What the checks of a release may take: processor time and memory, fixed or by the files that a check really reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import CheckFailed
+from release.checks import confine, registry, table_sizes
+from release.checks.confine import Budget
+from release.checks.verdict import Check, Wrong, answer
+from release.tree import Tree, real_bytes
+
+SECONDS, MEMORY = 5.0, 192 << 20
+"""What every check may take, all of them together: processor time; and each of them: bytes of memory."""
+TEXT_SECONDS, TEXT_GROWTH, TEXT_MEMORY = 1e-7, 8, 128 << 20
+"""What a check has besides for each byte of JSON that it reads; memory for all of it at most."""
+LOG_GROWTH = 2
+"""Bytes of memory for each byte of the longest log (.jsonl), of which a check keeps a part."""
+ROW_SECONDS, TABLE_SECONDS, TABLE_GROWTH = 1e-4, 1e-6, 64
+"""For each row of tables, but no more than for each byte of them. Bytes of memory for each byte, but no more than they
+unpack to."""
+DEEP = 5
+"""How many times as much checks of tables and logs may take that compare row with row."""
+TENSOR_SECONDS, TENSOR_GROWTH = 2e-8, 3
+"""For each byte of weights, and for each of the largest file of them."""
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a check reads: JSON and tables below these places (paths begin with them), and weights if it reads any."""
+
+    places: tuple[str, ...] = ()
+    weights: bool = False
+
+
+NOTHING_LARGE = Reads()
+
+
+def ask(name: str, question: Callable[[], Wrong | registry.Findings]) -> Check:
+    """The answer to a question about files that may hold anything."""
+    try:
+        findings = question()
+        if not isinstance(findings, registry.Findings):
+            return answer(name, findings)
+        wrong, skipped = findings.wrong, [f"skipped: {why}" for _, why in sorted(findings.skipped.items())]
+        ok = not wrong if wrong or findings.compared else None
+        return Check(name, ok, wrong[0] if wrong else findings.detail, wrong, skipped)
+    except ImportError as error:
+        return Check(name, None, f"not asked, since it needs {error.name or error}; install atom-release[train]")
+    except CheckFailed as error:
+        return answer(name, [str(error)])
+    except registry.Absent as error:
+        return Check(name, None, str(error))
+    except MemoryError:
+        raise
+    except Exception as error:  # anyone can write checksums: a file that is not what it should be is a finding
+        return answer(name, [f"cannot be checked: {type(error).__name__}: {' '.join(str(error).split())}"])
+
+
+def load_libraries(deep: bool) -> None:
+    """Imports once what checks need, so that not every process of theirs does, within its limits."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    import release.checks.rescore  # noqa: F401
+
+    pa.table({"column": [1]}).to_pylist()  # looks for pandas
+    if deep:
+        with suppress(ImportError):  # the check that needs it says so
+            import torch  # noqa: F401
+
+
+class CheckRunner:
+    """Runs checks, each in a process of its own, with a budget: what is left of SECONDS, and what belongs to the files
+    that this check reads, by their bytes on the disk. Once a check took more, no other is asked."""
+
+    def __init__(self, folder: Path, tree: Tree, deep: bool) -> None:
+        self.folder, self.tree, self.deep = folder, tree, deep
+        self.seconds = SECONDS
+        self.tables: dict[str, tuple[int, int]] = {}
+        self.spent = ""
+
+    def run(self, name: str, question: Callable[[], Check], reads: Reads = NOTHING_LARGE) -> Check:
+        if self.spent:
+            return Check(name, None, f"not asked, since {self.spent}")
+        try:
+            return Check(**self._confined(lambda: asdict(question()), self._allowance(reads)))
+        except CheckFailed as error:
+            self.spent = f"{name} took all the time or memory that there is"
+            return answer(name, [f"cannot be checked: it {error}"])
+
+    def _confined(self, call: Callable[[], Any], own: Budget) -> Any:
+        """What `call` returns. own: what it may take besides what all share. Raises CheckFailed if it takes more."""
+        if self.seconds <= 0:
+            raise CheckFailed(f"comes after checks that took {SECONDS:.0f} s of processor time")
+        result, took = confine.run(call, Budget(MEMORY + own.memory, self.seconds + own.seconds))
+        self.seconds -= max(0.0, took - own.seconds)
+        return result
+
+    def check_tables(self) -> Iterator[Check]:
+        """Whether tables are as large as their bytes can be; what they unpack to is known from then on."""
+        paths = sorted(path for path in self.tree.files if path.endswith(".parquet"))
+        load_libraries(self.deep)
+        if not paths or self.spent:
+            return
+        try:
+            body = self._confined(lambda: table_sizes.sizes(self.folder, paths), Budget(0, 0))
+        except CheckFailed as error:
+            self.spent = "tables took all the time or memory that there is"
+            yield answer("tables", [f"cannot be checked: it {error}"])
+            return
+        self.tables = body["tables"]
+        rows = sum(count for count, _ in self.tables.values())
+        yield answer("tables", body["wrong"], f"{len(paths)} tables, {rows} rows")
+        if body["wrong"]:
+            self.spent = "a table cannot be read"
+
+    def _allowance(self, reads: Reads) -> Budget:
+        """What a check may take for the files that it reads."""
+        paths = [path for path in self.tree.files if path.startswith(reads.places)]
+        texts = real_bytes(self.tree.files[path] for path in paths if path.endswith(".json"))
+        logs = [real_bytes([self.tree.files[path]]) for path in paths if path.endswith(".jsonl")]
+        times = DEEP if self.deep else 1
+        memory = min(TEXT_MEMORY, TEXT_GROWTH * texts) + times * LOG_GROWTH * max(logs, default=0)
+        seconds = TEXT_SECONDS * (texts + times * sum(logs))
+        for path in paths:
+            if path in self.tables:
+                (rows, unpacked), size = self.tables[path], real_bytes([self.tree.files[path]])
+                memory += min(2 * unpacked, TABLE_GROWTH * size)
+                seconds += times * min(ROW_SECONDS * rows, TABLE_SECONDS * size)
+        if reads.weights:
+            weights = [self.tree.files[path] for path in paths if path.endswith(".safetensors")]
+            memory += TENSOR_GROWTH * max((real_bytes([status]) for status in weights), default=0)
+            seconds += TENSOR_SECONDS * real_bytes(weights)
+        return Budget(memory, seconds)

@@ -1,0 +1,170 @@
+"""Which kinds of files a release holds, and that each is what its name says: nothing that is run, nothing unpickled.
+
+A list of what is allowed, since no list of what runs somewhere is ever complete.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import CheckFailed
+from release import schema, untrusted
+from release.cards import versions
+from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
+from release.tree import keeps_modes
+
+PICKLES = frozenset({".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"})
+"""Names of files that hold pickles, or that loaders unpickle."""
+TEXTS = frozenset({".bib", ".cff", ".csv", ".jinja", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml"})
+TABLES = frozenset({".parquet", ".png", ".safetensors"})
+NAMES = frozenset({"LICENSE", "NOTICE", "Makefile", SUMS, SIGNATURE, PUBLIC_KEY, ".gitattributes"})
+SOURCES = frozenset({".py", ".pyi", ".toml", ".cfg", ".ini", ".lock", ".sh", ".sbatch", ".in", ".typed"})
+"""What `code/` may hold besides, which nothing but a release's evidence has."""
+TEXT_BYTES = 64 << 20
+"""The most that a text may have; logs (.jsonl) are as long as the training was."""
+MAGIC = {
+    b"\x7fELF": "a program", b"MZ": "a program", b"\xfe\xed\xfa": "a program", b"\xce\xfa\xed\xfe": "a program",
+    b"\xcf\xfa\xed\xfe": "a program", b"\xca\xfe\xba\xbe": "a program", b"\0asm": "a program", b"dex\n": "a program",
+    b"!<arch>\n": "a library", b"#!": "a script", b"PK\3\4": "an archive", b"PK\5\6": "an archive",
+    b"\x1f\x8b": "an archive", b"BZh": "an archive", b"\xfd7zXZ": "an archive", b"7z\xbc\xaf": "an archive",
+    b"\x28\xb5\x2f\xfd": "an archive", b"Rar!": "an archive", b"GGUF": "weights of another format",
+    b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "an array that may hold pickles", b"SQLite format 3": "a database",
+}  # fmt: skip
+STARTS = {".parquet": b"PAR1", ".png": b"\x89PNG\r\n\x1a\n"}
+CODE_KEYS = ("auto_map", "custom_pipelines")
+"""Of JSON: what loaders of models read as the name of code to run."""
+RUNS = "which a loader might run; a release holds none"
+CONTROLS = re.compile(rb"[\0-\x08\x0e-\x1f\x7f]")
+
+
+def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
+    """What is wrong with the kinds of files in a folder.
+
+    files: {path: its status}. archive: whether `code/` is the source that a release is made by, which only a release
+    and its evidence hold.
+    """
+    modes = keeps_modes(folder)
+    wrong = []
+    for path, status in sorted(files.items()):
+        if path.startswith(".cache/"):
+            continue
+        source = archive and path.startswith("code/")
+        try:
+            wrong += [f"{path} {text}" for text in _wrong(folder / path, path, status, source)]
+        except CheckFailed as error:
+            wrong.append(f"{path}: {error}")
+        if modes and status.st_mode & 0o111 and not source:
+            wrong.append(f"{path} may be executed; a release holds no programs")
+    return wrong
+
+
+def _wrong(file: Path, path: str, status: Any, source: bool) -> Iterator[str]:
+    """What is wrong with one file. Raises CheckFailed if it cannot be read."""
+    suffix, name = file.suffix.lower(), file.name
+    with untrusted.open_regular(file, follow=True) as opened:
+        start = opened.read(16)
+    pickled = start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5")
+    if suffix in PICKLES or pickled or start.startswith(b"PK\3\4"):
+        yield "is, or may be, a pickle, which runs code when it is loaded; a release holds none"
+        return
+    if suffix in (".py", ".pyc", ".pyo", ".pyd", ".so", ".sh") and not (source and suffix in SOURCES):
+        yield f"is code beside data or weights, {RUNS}" if not source else f"is compiled code, {RUNS}"
+        return
+    what = next((what for magic, what in MAGIC.items() if start.startswith(magic)), None)
+    if what and not (source and what == "a script"):
+        yield f"is {what} by its first bytes, {RUNS}"
+        return
+    allowed = suffix in TEXTS or suffix in TABLES or name in NAMES
+    if not (allowed or (source and (suffix in SOURCES or not suffix))):
+        yield "is of a kind that a release does not hold"
+    elif suffix in STARTS and not start.startswith(STARTS[suffix]):
+        yield f"is no {suffix[1:]} file by its first bytes"
+    elif suffix == ".safetensors":
+        untrusted.tensor_header(file, follow=True)
+    elif suffix not in TABLES and suffix != ".jsonl":
+        data = untrusted.read(file, TEXT_BYTES, follow=True)
+        if suffix == ".json" and not source:
+            yield from _names_code(data, name)
+        elif CONTROLS.search(data) and not _shows_samples_as_drawn(file):
+            yield "is a text with characters that no text has"
+
+
+def _shows_samples_as_drawn(card: Path) -> bool:
+    """Whether a file is a card of a version that showed what a model wrote as it was, whatever bytes that were."""
+    return card.name == schema.CARD and schema.stated(card.parent).cards < versions.ESCAPED
+
+
+def _names_code(data: bytes, name: str) -> Iterator[str]:
+    """Whether JSON names code to load a model with, at any depth and however it is spelled."""
+    waiting = [untrusted.parse_json(data, name)]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            for key in CODE_KEYS:
+                if key in value:
+                    yield f"names code to load a model with ({key}); a release needs none"
+                    return
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+
+
+def templates(folder: Path) -> dict[str, str]:
+    """{where: template} of the chat templates of a model. Raises CheckFailed if a file cannot be read."""
+    texts = {}
+    for path in [*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")]:
+        texts[path.relative_to(folder).as_posix()] = untrusted.read(path, TEXT_BYTES, follow=True).decode()
+    for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
+        if not (folder / name).is_file():
+            continue
+        body = untrusted.read_json(folder / name, follow=True)
+        inside = body.get("chat_template") if isinstance(body, dict) else None
+        if isinstance(inside, str):
+            texts[name] = inside
+        elif isinstance(inside, dict):
+            texts |= {f"{name} ({key})": str(text) for key, text in inside.items()}
+        elif isinstance(inside, list):
+            rows = [row for row in inside if isinstance(row, dict)]
+            texts |= {f"{name} ({row.get('name')})": str(row.get("template")) for row in rows}
+    return texts
+
+
+MESSAGES = (
+    [{"role": "user", "content": "What is 2+2?"}],
+    [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4"}],
+)
+
+
+def render(template: str) -> str:
+    """A conversation by a chat template, in the sandbox of Jinja in which transformers renders, too. Raises what Jinja
+    raises; a template can loop for ever, and fill the memory."""
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """The block that marks what the assistant wrote."""
+
+        tags = {"generation"}  # noqa: RUF012 - so the base class has it
+
+        def parse(self, parser: Any) -> Any:
+            number = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=number)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: form}
+    compiled = environment.from_string(template)
+    texts = []
+    for messages in MESSAGES:
+        for ask in (True, False):
+            texts.append(compiled.render(messages=messages, add_generation_prompt=ask, bos_token="", eos_token=""))
+    return "".join(texts)

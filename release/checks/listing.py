@@ -1,0 +1,229 @@
+"""What lies in a folder that is to be verified, and what it is, before any of it is hashed."""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import CheckFailed
+from release import untrusted
+from release.checks import confine
+from release.checks.confine import Budget
+from release.checks.verdict import Check, Wrong, answer
+from release.layout import (
+    ALL_SUMS,
+    MODEL,
+    MOST_ENTRIES,
+    ORIGINS,
+    PARTS,
+    SUMS,
+    SUMS_BYTES,
+    SUMS_LINES,
+    Repository,
+    files_within,
+    published,
+    read_sums,
+    repositories,
+)
+from release.tree import SPARSE_BYTES, Tree, is_foreign_link, is_sparse, real_bytes
+
+SMALL_JSON = 4 << 20
+"""What is read of a file to see what a folder is."""
+BRANCHES, MODELS = 10_000, 100
+"""Folders of checkpoints and of models, at most."""
+HOLES = 4
+"""How often the bytes of files of holes may be those that are on the disk."""
+SECONDS, MEMORY = 1.0, 128 << 20
+"""For reading the sizes that manifests name."""
+SIGNS = (
+    "evidence", "code/as-run", "dispositions.parquet", "parity.json", "checkpoints/index.json",
+    *(f"{part}/{SUMS}" for part in PARTS),
+)  # fmt: skip
+
+
+def kind_of(folder: Path) -> str:
+    """What a folder is, by the files that only it has. Parts of a release beside each other are a release, even if its
+    evidence is gone: no repository holds a folder of such a name."""
+    if parts_of(folder):
+        return "release"
+    marks = {
+        "dispositions.parquet": "dataset",
+        "config.json": "model",
+        "state.json": "checkpoint",
+        "index.json": "repository",  # the main branch of checkpoints
+    }
+    if kind := next((kind for mark, kind in marks.items() if os.path.lexists(folder / mark)), None):
+        return kind
+    if any(os.path.lexists(folder / name) for name in ("evidence", "code")):
+        return "evidence"
+    return "repository"
+
+
+def parts_of(folder: Path) -> list[str]:
+    """What lies in a folder that only a release has beside its root: models, dataset, checkpoints."""
+    with os.scandir(folder) as entries:
+        own = islice(entries, MOST_ENTRIES)  # whose overflow `scan` reports
+        names = sorted(e.name for e in own if e.is_dir(follow_symlinks=False) or e.is_symlink())
+    return [name for name in names if name in PARTS or name.startswith(f"{MODEL}-")]
+
+
+def shows_release(folder: Path) -> bool:
+    """Whether a folder is, or once was, of a release: then a missing checksum file is a finding, not a wrong name."""
+    if os.path.lexists(folder / SUMS) or any(os.path.lexists(folder / mark) for mark in SIGNS):
+        return True
+    if any(os.path.lexists(folder / part / mark) for part in parts_of(folder) for mark in (SUMS, "config.json")):
+        return True
+    if os.path.lexists(folder / "state.json") and any(folder.glob("*.safetensors")):
+        return True
+    try:
+        rows = untrusted.read_json(folder / "index.json", SMALL_JSON, follow=True)
+    except CheckFailed:
+        return False
+    return isinstance(rows, list) and any(isinstance(row, dict) and {"branch", "state"} <= row.keys() for row in rows)
+
+
+class Checksums:
+    """The checksum files of a folder, each read once, within limits on all of them.
+
+    rows: {name: {path: sha256}}, of those that can be read; wrong: {name: a sentence}, of those that cannot; overflow:
+    a sentence, where they are more than any release has.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.rows: dict[str, dict[str, str]] = {}
+        self.wrong: dict[str, str] = {}
+        self.overflow = ""
+        size = lines = 0
+        for name in _sums_files(folder):
+            own = _size(folder, name)
+            size += own if own <= SUMS_BYTES else 0  # a larger one is not read
+            if size <= SUMS_BYTES:
+                try:
+                    self.rows[name] = read_sums(folder / name, name)
+                except CheckFailed as error:
+                    self.wrong[name] = str(error)
+            lines += len(self.rows.get(name, ()))
+            if size > SUMS_BYTES or lines > SUMS_LINES:
+                most = f"{SUMS_BYTES >> 20} MB and {SUMS_LINES} lines"
+                self.overflow = f"the checksum files up to {name} have more than {most}, which is the most that is read"
+                return
+
+    def read(self, name: str) -> dict[str, str]:
+        """{path: sha256} of one of them. Raises CheckFailed if it is missing or damaged."""
+        if name not in self.rows:
+            raise CheckFailed(self.wrong.get(name, f"{name} is missing"))
+        return self.rows[name]
+
+    def listed(self) -> set[str]:
+        """Every file that one of them names, by its path in the folder."""
+        bases = {name: "" if name == ALL_SUMS else name.removesuffix(SUMS) for name in self.rows}
+        return {bases[name] + path for name, rows in self.rows.items() for path in rows}
+
+
+def _sums_files(folder: Path) -> list[str]:
+    """The names of the checksum files that lie in a folder, those of its root first."""
+    bases = ["", *(f"{part}/" for part in parts_of(folder))]
+    checkpoints = folder / "checkpoints"
+    if checkpoints.is_dir() and not checkpoints.is_symlink():
+        with os.scandir(checkpoints) as entries:
+            own = (entry.name for entry in islice(entries, MOST_ENTRIES) if entry.is_dir(follow_symlinks=False))
+            bases += [f"checkpoints/{name}/" for name in sorted(own)]
+    names = [SUMS, ALL_SUMS, *(f"{base}{SUMS}" for base in bases[1:])]
+    return [name for name in names if os.path.lexists(folder / name) and not is_foreign_link(folder, name)]
+
+
+def _size(folder: Path, name: str) -> int:
+    try:
+        return os.stat(folder / name).st_size
+    except OSError:
+        return 0  # which reading it reports
+
+
+class Contents:
+    """What lies in a folder, listed once: what checks of bytes and signatures compare with.
+
+    missing: what a folder of its kind needs and does not have. places: its repositories, if it is a release of which
+    nothing is missing.
+    """
+
+    def __init__(self, folder: Path, kind: str, sums: Checksums, tree: Tree) -> None:
+        self.folder, self.kind, self.sums, self.tree = folder, kind, sums, tree
+        self.missing = missing_parts(folder, kind)
+        whole = kind == "release" and not self.missing
+        self.places = repositories(folder) if whole else [Repository("", "", "")]
+        self.models = [place.folder for place in self.places if place.folder.split("-")[0] == MODEL]
+        self.paths = sorted(tree.files)
+
+    def present(self) -> list[str]:
+        """The files that the checksum file over all lists, and itself."""
+        return published(self.paths, self.places)
+
+    def present_in(self, place: Repository) -> list[str]:
+        """The files of one repository of a release, relative to its folder, without its checksum file."""
+        return files_within(self.paths, place, self.models)
+
+
+def check(contents: Contents) -> Check:
+    """All that lies there may be read, and tells of itself how large it is."""
+    folder, tree = contents.folder, contents.tree
+    wrong = list(tree.refused)
+    if tree.others:
+        wrong.append(f"and {tree.others} others that may not be read")
+    if tree.overflow:
+        return answer("files", wrong)
+    wrong += contents.missing
+    try:
+        sizes, _ = confine.run(lambda: _sizes(folder, tree), Budget(MEMORY, SECONDS))
+    except CheckFailed:
+        sizes = {}  # the manifests have a check of their own
+    holes = {path for path, status in tree.files.items() if is_sparse(status)}
+    # file systems that compress keep no zeros, and the moments of an optimizer begin as such
+    most = SPARSE_BYTES + HOLES * real_bytes(tree.files.values())
+    if sum(tree.files[path].st_size for path in holes) > most:
+        for path in sorted(holes):
+            status = tree.files.pop(path)
+            wrong.append(f"{path} is a file of holes: of its {status.st_size} bytes next to none are on the disk")
+    for path in sorted(tree.files.keys() & sizes.keys()):
+        size = tree.files[path].st_size
+        if size > sizes[path] + SPARSE_BYTES:  # a smaller one is hashed, and judged by that
+            tree.files.pop(path)
+            wrong.append(f"{path} has {size} bytes, and its manifest says {sizes[path]}")
+    contents.paths = sorted(tree.files)
+    return answer("files", wrong, f"{len(tree.files)} regular files")
+
+
+def missing_parts(folder: Path, kind: str) -> Wrong:
+    """What makes a folder what it is, and is not there; or is there too often."""
+    if kind == "repository" and not (folder / "index.json").is_file():
+        return [
+            "nothing here tells what it is: no release, model, dataset, checkpoint or evidence is without its files"
+        ]
+    if kind != "release":
+        return []
+    places = {name: folder / name for name in (*PARTS, "evidence", "code")}
+    wrong = [f"{name} is missing" for name, place in places.items() if place.is_symlink() or not place.is_dir()]
+    if sum(name.split("-")[0] == MODEL for name in parts_of(folder)) > MODELS:
+        wrong.append(f"there are more than {MODELS} folders of models")
+    if not wrong and len(os.listdir(folder / "checkpoints")) > BRANCHES:
+        wrong.append(f"checkpoints holds more than {BRANCHES} branches")
+    return wrong
+
+
+def _sizes(folder: Path, tree: Tree) -> dict[str, int]:
+    """{path: bytes} of the files that are copies from artifacts, by the manifests of those, as far as they can be read:
+    a file of another size is not worth hashing."""
+    sizes: dict[str, int] = {}
+    try:
+        rows: dict[tuple[str, str], Any] = {}
+        for path in tree.files:
+            if path.startswith("evidence/manifests/") and path.endswith(".json"):
+                body = untrusted.read_json(folder / path, follow=True)
+                rows |= {(Path(path).stem, row["path"]): row["size"] for row in body["files"]}
+        for path, origin in untrusted.read_json(folder / ORIGINS, follow=True).items():
+            if (size := rows.get((origin.get("artifact"), origin.get("file")))) is not None and type(size) is int:
+                sizes[path] = size
+    except (CheckFailed, KeyError, TypeError, AttributeError):
+        return {}
+    return sizes

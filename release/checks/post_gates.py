@@ -1,0 +1,89 @@
+"""The gates of a release whose model converses: what reinforcement learning and preferences must have given, and the
+evidence that goes with the scores."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from release.assembly import metrics
+from release.checks import registry
+from release.layout import when
+from stages.evaluation.confidence import SURE
+
+if TYPE_CHECKING:
+    from release.checks.gates import Context, Gate
+
+LEAST_RECALL, LEAST_PLANTED = 0.9, 4
+"""Of items planted into a copy of the corpus, what a detector must find to be believed, and how many there must be."""
+MOST_CONTAMINATED = 0.05
+"""Share of the items of a split that may stand in what was trained on."""
+
+
+def post_training(c: Context) -> list[Gate]:
+    """Asked of a release with models that converse only."""
+    from release.checks.gates import BEYOND, Gate
+
+    chat = c.data["chat"]
+    if not chat:
+        return []
+    advice = "; change the recipe's {} section, choosing on the validation split alone, and run again"
+    asked, gates = c.evaluation["chat"], []
+    right = {name: found["problems_all"]["samples"]["accuracy"] for name, found in chat["test"].items()}
+    said = {name: f"{row['value']:.3f} ± {row['se']:.3f}" for name, row in right.items()}
+    if "rlvr" in right:
+        gain = right["rlvr"]["value"] - right["sft"]["value"]
+        ok = gain - SURE * math.hypot(right["rlvr"]["se"], right["sft"]["se"]) > asked["min_gain"]
+        text = f"pass@1 {said['sft']} → {said['rlvr']}, a gain of more than {asked['min_gain']:g} is demanded{BEYOND}"
+        gates.append(Gate("rlvr_raises_pass_at_1", ok, text if ok else text + advice.format("rlvr")))
+    later = [name for name in right if when(name) > when("rlvr")]
+    if "rlvr" in right and later:
+        before = right["rlvr"]
+        losses = [
+            before["value"] - right[name]["value"] + SURE * math.hypot(before["se"], right[name]["se"])
+            for name in later
+        ]
+        ok = max(losses) <= asked["skill_tolerance"]
+        text = f"pass@1 {', '.join(f'{name} {said[name]}' for name in ('rlvr', *later))}; no more than "
+        text += (
+            f"{asked['skill_tolerance']:g} may be lost after rlvr, {SURE} standard errors of the difference included"
+        )
+        gates.append(Gate("rlhf_keeps_skills", ok, text if ok else text + advice.format("rlhf")))
+    for name in (name for name in later if name in chat.get("preferences", {})):
+        rate = chat["preferences"][name]["win_rate"]
+        text = (
+            f"{name} wins {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against the model before rlhf"
+        )
+        ok = rate["low"] > asked["least_win"]
+        gates.append(Gate(f"{name}_is_preferred", ok, text if ok else text + advice.format("rlhf")))
+    return [*gates, _fresh(c), _contamination(c)]
+
+
+def _fresh(c: Context) -> Gate:
+    from release.checks.gates import Gate
+
+    wrong = registry.fresh_set(c.folder)
+    meta = c.folder / "dataset/evaluation/fresh/meta.json"
+    text = f"{metrics.read_json(meta)['kept']} items drawn from the digest of the weights" if meta.exists() else ""
+    return Gate("fresh_set", not wrong, f"{wrong[0]}; run the stage fresh again" if wrong else text)
+
+
+def _contamination(c: Context) -> Gate:
+    from release.checks.gates import Gate
+
+    path = c.folder / "dataset" / metrics.CONTAMINATION
+    if not path.exists():
+        return Gate("contamination_report", False, "there is no contamination report; run the stage contamination")
+    report = metrics.read_json(path)
+    planted = report["detector"]["recall"]
+    verdicts = {split: dict(counts) for split, counts in report["items"].items()}
+    text = f"{planted['found']} of {planted['planted']} planted items found; verdicts {verdicts}"
+    wrong = ""
+    if planted["planted"] < LEAST_PLANTED:
+        wrong = "too few items could be planted to know how good the detector is; ask for more items, or cleaner ones"
+    elif planted["found"] < LEAST_RECALL * planted["planted"]:
+        wrong = "the detector misses too much, look at its settings"
+    for split, counts in verdicts.items():
+        if counts["contaminated"] > MOST_CONTAMINATED * sum(counts.values()):
+            wrong = wrong or f"the {split} items stand in what was trained on; draw others, or decontaminate the data"
+    return Gate("contamination_report", not wrong, f"{text}; {wrong}" if wrong else text)

@@ -1,0 +1,182 @@
+"""Scores every published answer again: with the version of the scorer that is stated beside it, or not at all.
+
+The scorers of stages/scorers are frozen files, so an old answer is scored as it was then. Others need a sandbox, other
+packages, a model or a server: they are not run, and what they scored is reported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from release import schema
+from release.assembly import metrics
+from release.checks.registry import Findings
+from stages import scorers
+from stages.data.table import read_jsonl
+
+Row = dict[str, Any]
+Scorer = tuple[str, str]
+SIDES = ("model", "before")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer with what it earned. task: the row that was asked; answer: None where the table has no such column."""
+
+    where: str
+    task: Row
+    text: str
+    answer: str | None
+    finished: bool
+    reward: float
+    parts: Row
+
+
+@dataclass
+class Tally:
+    """How many answers were scored again, and how many could not be and why."""
+
+    again: Counter[Scorer] = field(default_factory=Counter)
+    skipped: Counter[Scorer] = field(default_factory=Counter)
+    reasons: dict[Scorer, str] = field(default_factory=dict)
+
+    def skip(self, scorer: Scorer, reason: str, count: int = 1) -> None:
+        self.skipped[scorer] += count
+        self.reasons.setdefault(scorer, reason)
+
+    def findings(self, wrong: list[str]) -> Findings:
+        skipped = {
+            " ".join(scorer): f"scored by {' '.join(scorer)}: {count:,} answers; {self.reasons[scorer]}"
+            for scorer, count in self.skipped.items()
+        }
+        again = ", ".join(f"{count:,} by {' '.join(scorer)}" for scorer, count in sorted(self.again.items()))
+        if not again:
+            return Findings(wrong, skipped, "no answer could be scored again")
+        return Findings(wrong, skipped, f"scored again: {again}", compared=True)
+
+
+def answers(dataset: Path) -> Findings:
+    """Every score is what the scorer gives that is stated beside it."""
+    tally = Tally()
+    wrong = _problems(dataset, tally)
+    for table in _conversations(dataset):
+        by_scorer: dict[Scorer, list[Scored]] = {}
+        for scorer, answer in table:
+            by_scorer.setdefault(scorer, []).append(answer)
+        for scorer, scored in sorted(by_scorer.items()):
+            wrong += _again(scorer, scored, tally)
+    return tally.findings(wrong)
+
+
+def _problems(dataset: Path, tally: Tally) -> list[str]:
+    """Outputs of models that were asked the evaluation problems as text."""
+    wrong = []
+    expected = {
+        row["id"]: row["answer"] for row in metrics.stream(dataset / "evaluation/items.parquet", ["id", "answer"])
+    }
+    for path in (
+        scores.with_name("items.parquet") for scores in sorted((dataset / "evaluation").glob("*/scores.json"))
+    ):
+        name, known = path.relative_to(dataset).as_posix(), schema.reader(path)
+        for row in metrics.stream(path):
+            if expected.get(row["id"]) != row["expected"]:
+                wrong.append(f"{name}: {row['id']} was judged by another answer than the problem's")
+            scorer = (row["verifier"], row["verifier_version"]) if row.get("verifier") else known.scorer(row)
+            if scorer is None:
+                digest = str(row["code_digest"])[:12]
+                tally.skip(("a file", f"{digest}…"), "no scorer of this atom has that SHA-256")
+            elif scorer != scorers.PROBLEMS:
+                tally.skip(scorer, _unknown(scorer))
+            else:
+                tally.again[scorer] += 1
+                if scorers.score_problem(row["expected"], row["output"]) != row["score"]:
+                    wrong.append(f"{name}: the score of {row['id']} is not what its output earns")
+    return wrong
+
+
+def _conversations(dataset: Path) -> Iterator[Iterator[tuple[Scorer, Scored]]]:
+    """By table, every answer of a model in conversation with its scorer: those that were drawn to learn from too."""
+    items = _tasks(dataset / "evaluation/chat.jsonl")
+    for about, tasks in (("test", items), ("fresh", _tasks(dataset / "evaluation/fresh/chat.jsonl"))):
+        for path in metrics.chat_tables(dataset / "evaluation", about):
+            yield _answers(dataset, path, tasks)
+    for path in metrics.chat_tables(dataset / "evaluation", "preferences"):
+        yield _pairs(dataset, path, items)
+    for path in sorted((dataset / "rl").glob("*/rollouts.parquet")):
+        yield _rollouts(dataset, path, _tasks(path.with_name("tasks.jsonl")))
+
+
+def _answers(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[Scorer, Scored]]:
+    name = path.relative_to(dataset).as_posix()
+    for row in metrics.stream(path):
+        yield _stated(row), _scored(f"{name}: {row['id']}/{row['sample']}", tasks, row["id"], row)
+
+
+def _pairs(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[Scorer, Scored]]:
+    name = path.relative_to(dataset).as_posix()
+    for row in metrics.stream(path):
+        for side in SIDES:
+            answer = {column: row[f"{side}_{column}"] for column in ("text", "answer", "finished", "reward", "parts")}
+            yield _stated(row), _scored(f"{name}: {row['id']} of {side}", tasks, row["id"], answer)
+
+
+def _rollouts(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[Scorer, Scored]]:
+    name, place = path.relative_to(dataset).as_posix(), ("step", "wave", "group", "sample")
+    columns = [*place, "task", "text", "finished", "reward", "parts", "verifier", "verifier_version"]
+    for row in metrics.stream(path, columns):
+        where = "/".join(str(row[column]) for column in place)
+        yield _stated(row), _scored(f"{name}: {row['task']} at {where}", tasks, row["task"], row)
+
+
+def _tasks(path: Path) -> dict[str, Row]:
+    return {row["id"]: row for row in read_jsonl(path)} if path.exists() else {}
+
+
+def _stated(row: Row) -> Scorer:
+    return str(row["verifier"]), str(row["verifier_version"])
+
+
+def _scored(where: str, tasks: dict[str, Row], task: str, row: Row) -> Scored:
+    parts, asked = json.loads(row["parts"]), tasks.get(task, {})
+    return Scored(where, asked, row["text"], row.get("answer"), row["finished"], row["reward"], parts)
+
+
+def _again(scorer: Scorer, scored: Sequence[Scored], tally: Tally) -> list[str]:
+    """What is wrong with answers of one scorer; counts them in the tally."""
+    if scorer not in scorers.SCORERS:
+        tally.skip(scorer, _unknown(scorer), len(scored))
+        return []
+    tally.again[scorer] += len(scored)
+    return [text for each in scored for text in _frozen(scorer, each)]
+
+
+def _frozen(scorer: Scorer, each: Scored) -> Iterator[str]:
+    answer = scorers.RESPONSES[scorer](each.text)
+    if each.answer is not None and each.answer != answer:
+        yield f"{each.where}: its answer is not the one that its text holds"
+    try:
+        earned = scorers.SCORERS[scorer](each.task, answer, each.finished)
+    except (KeyError, ValueError) as error:
+        yield f"{each.where}: its task cannot be scored by {' '.join(scorer)}: {error}"
+    else:
+        yield from _compare(each, earned)
+
+
+def _compare(each: Scored, earned: Row) -> Iterator[str]:
+    if each.reward != earned["reward"] or each.parts != earned:
+        yield f"{each.where}: its reward is not what its answer earns"
+
+
+def _unknown(scorer: Scorer) -> str:
+    name = scorer[0]
+    if name == "reward-model":
+        return "a trained model, which is published as a checkpoint and is not loaded to verify"
+    versions = sorted(version for known, version in (*scorers.SCORERS, scorers.PROBLEMS) if known == name)
+    if versions:
+        return f"this atom holds {name} {', '.join(versions)}"
+    return "it needs a sandbox, other packages or a server, and verification runs none"

@@ -1,0 +1,77 @@
+"""What `atom verify` answers: checks, each with what is wrong, and the verdict on all of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.core.errors import CheckFailed
+from release.untrusted import printable
+
+SCHEMA = 1
+NAMED = 1000
+"""Faults of one check that are named."""
+Wrong = list[str]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question and its answer; `wrong` names every file or number at fault, `skipped` every part that was not
+    compared, with the reason. `ok` is None if it was not asked.
+
+    Names of files and what stands in them come from strangers: every text is one line that is safe to print.
+    """
+
+    name: str
+    ok: bool | None
+    detail: str
+    wrong: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", printable(self.name))
+        object.__setattr__(self, "detail", printable(self.detail))
+        object.__setattr__(self, "wrong", _named(self.wrong))
+        object.__setattr__(self, "skipped", _named(self.skipped))
+
+
+def _named(texts: list[str]) -> list[str]:
+    """Again of what it returned, the same."""
+    rest = len(texts) - NAMED
+    return [printable(text) for text in texts[: NAMED + (rest == 1)]] + ([f"and {rest} others"] if rest > 1 else [])
+
+
+@dataclass
+class Verdict:
+    """All checks of one subject. kind: release, evidence, dataset, model, checkpoint or repository."""
+
+    subject: str
+    kind: str
+    deep: bool
+    checks: list[Check] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.subject = printable(self.subject)
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok is not False for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """{schema, subject, kind, deep, ok, checks: [{name, ok, detail, wrong, skipped}]}; fields are only added."""
+        body = {"schema": SCHEMA, "subject": self.subject, "kind": self.kind, "deep": self.deep, "ok": self.ok}
+        return {**body, "checks": [asdict(check) for check in self.checks]}
+
+    def require(self) -> None:
+        """Raises CheckFailed with the first thing that is wrong."""
+        found = [
+            (check.name, text) for check in self.checks if check.ok is False for text in check.wrong or [check.detail]
+        ]
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise CheckFailed(f"{self.subject}: {found[0][1]} [{found[0][0]}]{more}")
+
+
+def answer(name: str, wrong: Wrong, holds: str = "holds") -> Check:
+    """A check that holds if nothing is wrong; the first of what is wrong is its detail."""
+    return Check(name, not wrong, wrong[0] if wrong else holds, wrong)

@@ -1,0 +1,55 @@
+"""SHA-256 of the files of a folder, by all cores, each file read once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Set
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pipeline.core.errors import CheckFailed
+from release.tree import Tree
+from release.untrusted import open_regular
+
+
+class Digests:
+    """Called with a path, the digest of that file: known already, or computed now and then known.
+
+    Nothing but the files of the tree is read, and of those no more than they had when they were listed.
+    """
+
+    def __init__(self, folder: Path, tree: Tree, paths: Set[str] = frozenset()) -> None:
+        """paths: relative to the folder; their digests are computed at once, the largest file first."""
+        self.folder, self.tree = folder, tree
+        present = sorted(paths & tree.files.keys(), key=lambda path: -tree.files[path].st_size)
+        own = {self._file(path): path for path in present}  # a file of several names is hashed once
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run meanwhile
+            digests = dict(zip(own, pool.map(self._digest, own.values()), strict=True))
+        self.known = {folder / path: digests[self._file(path)] for path in present}
+
+    def _file(self, path: str) -> tuple[int, int]:
+        status = self.tree.files[path]
+        return status.st_dev, status.st_ino
+
+    def __call__(self, path: Path) -> str:
+        if path not in self.known:
+            self.known[path] = self._digest(path.relative_to(self.folder).as_posix())
+        return self.known[path]
+
+    def _digest(self, path: str) -> str:
+        """No digest, "", of what is not to be read, or changes meanwhile."""
+        status = self.tree.files.get(path)
+        if status is None:
+            return ""
+        digest, left = hashlib.sha256(), status.st_size
+        try:
+            with open_regular(self.folder / path, follow=True) as file:
+                while chunk := file.read(min(1 << 20, left + 1)):
+                    digest.update(chunk)
+                    left -= len(chunk)
+                    if left < 0:
+                        return ""
+        except (OSError, CheckFailed):
+            return ""
+        return digest.hexdigest()

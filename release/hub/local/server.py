@@ -1,0 +1,87 @@
+"""Runs the local Hub.
+
+    python -m release.hub.local.server --root runs/hub --port 8765 --token local=hf_local
+
+Then `HF_ENDPOINT=http://127.0.0.1:8765 HF_TOKEN=hf_local` makes the real client talk to it (its Xet transfer must be
+off, `HF_HUB_DISABLE_XET=1`; `atom publish` and `atom verify` see to that). It listens on the loopback device only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.core.errors import AtomError
+
+LOCAL_TOKEN = "hf_local"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m release.hub.local.server", description="a local Hugging Face Hub")
+    parser.add_argument("--root", type=Path, required=True, help="folder that keeps the repositories")
+    parser.add_argument("--port", type=int, default=8765)
+    parser.add_argument("--token", action="append", default=[], metavar="USER=TOKEN", help="may be repeated")
+    parser.add_argument("--lfs-bytes", type=int, default=10 << 20, help="files of this size and more go through LFS")
+    parser.add_argument("--part-bytes", type=int, default=64 << 20, help="size of one part of a multipart upload")
+    options = parser.parse_args(argv)
+
+    import uvicorn
+
+    from release.hub.local.app import make_app
+
+    pairs = [pair.partition("=") for pair in options.token or [f"local={LOCAL_TOKEN}"]]
+    tokens = {token if mark else user: user if mark else "local" for user, mark, token in pairs}
+    app = make_app(options.root, tokens, options.lfs_bytes, options.part_bytes)
+    uvicorn.run(app, host="127.0.0.1", port=options.port, log_level="warning", access_log=False)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+@contextmanager
+def running(
+    root: Path, user: str = "local", token: str = LOCAL_TOKEN, *extra: str, seconds: float = 60
+) -> Iterator[str]:
+    """A local Hub in a process of its own, stopped at the end; yields its endpoint.
+
+    Raises AtomError if it does not answer within `seconds`.
+    """
+    port = free_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "release.hub.local.server", "--root", str(root), "--port", str(port)]
+    path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
+    server = subprocess.Popen([*command, "--token", f"{user}={token}", *extra], env={**os.environ, "PYTHONPATH": path})
+    try:
+        deadline = time.monotonic() + seconds
+        while not _answers(endpoint):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise AtomError(f"the local Hub did not start on port {port}; is starlette and uvicorn installed?")
+            time.sleep(0.1)
+        yield endpoint
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def _answers(endpoint: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{endpoint}/health", timeout=1) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Routes that change a repository: which way to upload a file, LFS objects, commits, branches, tags, card checks."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import uuid
+from typing import Any
+from urllib.parse import unquote
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from release.hub.local import access
+from release.hub.local.cardmeta import metadata
+from release.hub.local.repos import url
+from release.hub.local.store import LFS_SUFFIXES, Commit, HubError, now
+
+
+async def preupload(request: Request) -> Response:
+    """Says which files go to LFS, and what the repository has already, so that equal files are not sent again."""
+    repo, _ = access.writable(request)
+    files = repo.commits[repo.resolve(access.revision(request))].files
+    rows = []
+    for asked in (await request.json())["files"]:
+        path, old = asked["path"], files.get(asked["path"])
+        lfs = path.endswith(LFS_SUFFIXES) or asked["size"] >= request.app.state.lfs_bytes
+        mode = "lfs" if lfs else "regular"
+        rows.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": old.etag if old else None})
+    return JSONResponse({"files": rows})
+
+
+async def lfs_batch(request: Request) -> Response:
+    """Where to send each object: one PUT, or one PUT a part above the part size. Nothing if it is here already."""
+    access.writable(request)
+    body, part = await request.json(), request.app.state.part_bytes
+    rows, multipart = [], False
+    for asked in body["objects"]:
+        oid, size = asked["oid"], asked["size"]
+        row: dict[str, Any] = {"oid": oid, "size": size}
+        if not access.store(request).blob(oid).exists():
+            target = f"{access.base_url(request)}/_lfs/{oid}"
+            upload: dict[str, Any] = {"href": target}
+            if size > part and "multipart" in body.get("transfers", []):
+                multipart, count = True, -(-size // part)
+                upload["href"] = f"{target}/complete?parts={count}"
+                upload["header"] = {"chunk_size": str(part)}
+                upload["header"] |= {f"{n:05d}": f"{target}/part/{n}" for n in range(1, count + 1)}
+            row["actions"] = {"upload": upload, "verify": {"href": f"{target}/verify"}}
+        rows.append(row)
+    transfer = "multipart" if multipart else "basic"
+    return JSONResponse({"transfer": transfer, "objects": rows}, media_type="application/vnd.git-lfs+json")
+
+
+async def lfs_put(request: Request) -> Response:
+    """A whole object, or one part of it. The client keeps the ETag of a part."""
+    oid, part = _oid(request), request.path_params.get("part")
+    # Two files of one commit may be equal, and are then sent at once: each upload writes a file of its own.
+    upload = access.store(request).blobs / f"{oid}.{uuid.uuid4().hex}.upload"
+    md5 = hashlib.md5(usedforsecurity=False)
+    with open(upload, "wb") as f:
+        async for chunk in request.stream():
+            f.write(chunk)
+            md5.update(chunk)
+    if part is None:
+        await run_in_threadpool(access.store(request).accept, upload, oid)
+    else:
+        os.replace(upload, access.store(request).blobs / f"{oid}.part{int(part)}")
+    return Response(headers={"ETag": f'"{md5.hexdigest()}"'})
+
+
+async def lfs_complete(request: Request) -> Response:
+    oid, count = _oid(request), int(request.query_params["parts"])
+    parts = [access.store(request).blobs / f"{oid}.part{n}" for n in range(1, count + 1)]
+    if access.store(request).blob(oid).exists():  # an equal file was faster
+        return JSONResponse({"success": True})
+    if missing := [part.name for part in parts if not part.exists()]:
+        raise HubError(400, f"{missing[0]} was never uploaded")
+    await run_in_threadpool(access.store(request).join, parts, oid)
+    return JSONResponse({"success": True})
+
+
+async def lfs_verify(request: Request) -> Response:
+    body = await request.json()
+    blob = access.store(request).blob(_oid(request))
+    if not blob.exists() or blob.stat().st_size != body["size"]:
+        raise HubError(404, "the object is missing or has another size")
+    return JSONResponse({})
+
+
+def _oid(request: Request) -> str:
+    oid = str(request.path_params["oid"])
+    if len(oid) != 64 or set(oid) - set("0123456789abcdef"):
+        raise HubError(400, "an object is named by its SHA-256")
+    return oid
+
+
+async def commit(request: Request) -> Response:
+    """Newline-delimited JSON: a header, then one operation a line. Refuses a stale parent with 412."""
+    repo, user = access.writable(request)
+    branch = access.revision(request)
+    parent = repo.resolve(branch)
+    if branch not in repo.branches:
+        raise HubError(400, f"{branch} is not a branch", "RevisionNotFound")
+    files, header, store = dict(repo.commits[parent].files), {}, access.store(request)
+    for line in (await request.body()).splitlines():
+        if not line.strip():
+            continue
+        operation = json.loads(line)
+        key, value = operation["key"], operation["value"]
+        if key == "header":
+            header = value
+        elif key == "file":
+            files[value["path"]] = store.text_file(base64.b64decode(value["content"]))
+        elif key == "lfsFile":
+            files[value["path"]] = store.lfs_file(value["oid"])
+        elif key == "deletedFile":
+            files.pop(value["path"], None)
+        elif key == "deletedFolder":
+            start = value["path"].rstrip("/") + "/"
+            files = {path: file for path, file in files.items() if not path.startswith(start)}
+        else:
+            raise HubError(400, f"operation {key} is not supported here")
+    if header.get("parentCommit") not in (None, parent):
+        raise HubError(412, "A commit has happened since. Please refresh and try again.")
+    title, body = header.get("summary", ""), header.get("description", "")
+    sha = repo.add(branch, Commit(parent, title, body, user, now(), files))
+    store.save(repo)
+    commit_url = f"{url(request, repo)}/commit/{sha}"
+    return JSONResponse({"success": True, "commitOid": sha, "commitUrl": commit_url, "hookOutput": ""})
+
+
+async def create_branch(request: Request) -> Response:
+    repo, _ = access.writable(request)
+    body = json.loads(await request.body() or b"{}")
+    start, name = repo.resolve(body.get("startingPoint") or "main"), access.revision(request)
+    return _new_ref(request, repo.branches, name, start, repo)
+
+
+async def create_tag(request: Request) -> Response:
+    repo, _ = access.writable(request)
+    name = (await request.json())["tag"]
+    return _new_ref(request, repo.tags, name, repo.resolve(access.revision(request)), repo)
+
+
+def _new_ref(request: Request, refs: dict[str, str], name: str, sha: str, repo: Any) -> Response:
+    if name in refs:
+        raise HubError(409, f"{name} already exists")
+    refs[name] = sha
+    access.store(request).save(repo)
+    return JSONResponse({})
+
+
+async def delete_ref(request: Request) -> Response:
+    repo, _ = access.writable(request)
+    refs = repo.branches if "/branch/" in request.url.path else repo.tags
+    if refs.pop(unquote(request.path_params["rev"]), None) is None:
+        raise HubError(404, "no such branch or tag", "RevisionNotFound")
+    access.store(request).save(repo)
+    return JSONResponse({})
+
+
+async def validate_yaml(request: Request) -> Response:
+    """The check of a README's metadata that the client asks for before it uploads one."""
+    data, wrong = metadata((await request.json())["content"])
+    if data is None:
+        return JSONResponse({"errors": [{"message": wrong}], "warnings": []}, 400)
+    return JSONResponse({"errors": [], "warnings": []})

@@ -1,0 +1,129 @@
+"""Signatures without a key: Sigstore certifies for some minutes whom an OpenID provider vouches for, and logs the use.
+
+A bundle is what `model_signing sign sigstore` writes. Signing and verifying need a network, for the trust root of the
+public instance at least; a trust configuration (a file of `sigstore`) names another instance, or spares verify that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import AtomError
+
+ISSUER = "1.3.6.1.4.1.57264.1.1"
+"""Of a certificate's extension: the OpenID provider."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """An address or a workflow's URL, and the OpenID provider that vouches for it."""
+
+    name: str
+    issuer: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.issuer})"
+
+
+@contextmanager
+def plainly(what: str, hint: str = "") -> Iterator[None]:
+    """Turns whatever the libraries raise, which have no error in common, into one AtomError."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise AtomError(f"{what}: {said}{hint}") from None
+
+
+ONLINE = "; Sigstore needs a network, or give --trust-config of another instance"
+
+
+def signer(trust_config: Path | None) -> Any:
+    """What signs payloads of model_signing, by the credentials of a CI job or those that are asked for in a browser.
+
+    Raises AtomError if Sigstore cannot be reached, or the configuration not be used.
+    """
+    from model_signing._signing import sign_sigstore
+
+    class Signer(sign_sigstore.Signer):  # type: ignore[misc]
+        """Asks for a token once, and again when it ends, not for every repository."""
+
+        token: Any = None
+
+        def _get_identity_token(self) -> Any:
+            if self.token is None or not self.token.in_validity_period():
+                self.token = super()._get_identity_token()
+            return self.token
+
+    _require(trust_config)
+    with plainly("no signature without a key can be made", ONLINE):
+        return Signer(trust_config=trust_config)
+
+
+def verifier(identity: Identity, trust_config: Path | None) -> Any:
+    """What verifies bundles. Raises AtomError if the trust root cannot be had."""
+    from model_signing._signing import sign_sigstore
+
+    _require(trust_config)
+    with plainly(f"whether {identity} signed cannot be told", ONLINE):
+        return sign_sigstore.Verifier(identity=identity.name, oidc_issuer=identity.issuer, trust_config=trust_config)
+
+
+def _require(trust_config: Path | None) -> None:
+    if trust_config is not None and not trust_config.is_file():
+        raise AtomError(f"there is no trust configuration {trust_config}; name the file of an instance of Sigstore")
+
+
+def is_keyless(signature: Path) -> bool:
+    """Whether a bundle has an entry of a transparency log, which none has that was made with a key."""
+    try:
+        return bool(json.loads(signature.read_bytes())["verificationMaterial"]["tlogEntries"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+def verified(signature: Path, by: Any = None) -> tuple[Identity, Any]:
+    """Whom a bundle names, and the manifest that it signs, if it is valid. Raises what the libraries raise, if not.
+
+    by: of `verifier`; without one nothing vouches for the certificate in the bundle: its name may be invented.
+    """
+    from model_signing._signing import sign_sigstore, signing
+    from sigstore import dsse
+
+    class Itself(signing.Verifier):  # type: ignore[misc]
+        def _verify_signed_content(self, signature: Any) -> tuple[str, bytes]:
+            envelope = signature.bundle._dsse_envelope
+            payload = dsse._verify(signature.bundle.signing_certificate.public_key(), envelope)
+            return envelope._inner.payload_type, payload
+
+    found = sign_sigstore.Signature.read(signature)
+    if signature.read_text() != found.bundle.to_json():  # base64 has bits that decide nothing
+        raise ValueError("it is not written as signers write it")
+    return named(found.bundle.signing_certificate), (by or Itself()).verify(found)
+
+
+def identity(signature: Path) -> str | None:
+    """Whom a bundle names that was made without a key; whether that holds is the question of `atom verify`."""
+    from model_signing._signing import sign_sigstore
+
+    if not is_keyless(signature):
+        return None
+    try:
+        return str(named(sign_sigstore.Signature.read(signature).bundle.signing_certificate))
+    except Exception:  # whatever a forger may have put there
+        return "which cannot be read"
+
+
+def named(certificate: Any) -> Identity:
+    """Whom a certificate of Sigstore's names."""
+    from cryptography import x509
+
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    [name] = names.get_values_for_type(x509.RFC822Name) + names.get_values_for_type(x509.UniformResourceIdentifier)
+    issuer = certificate.extensions.get_extension_for_oid(x509.ObjectIdentifier(ISSUER)).value
+    return Identity(name, issuer.value.decode())

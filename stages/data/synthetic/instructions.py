@@ -1,0 +1,60 @@
+"""Requests for a courteous note of a given form, which a program can check: what following instructions is learnt on.
+
+`Thank the baker for the bread. Use fewer than 4 words. Do not use commas.` The constraints are those of IFEval (arXiv
+2311.07911), and the verifier `instructions` scores them; whether the note does what was asked is not scored. All of a
+request can be met at once. An untrained model meets some by chance, so there is something to learn from at any size.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from stages.data.synthetic.courtesy_notes import distinct
+
+Constraint = tuple[str, str, dict[str, Any]]
+"""The sentence that asks for it, IFEval's name of it, and its arguments."""
+
+
+def _words(rng: random.Random) -> Constraint:
+    count = rng.randint(3, 12)
+    arguments = {"num_words": count, "relation": "less than"}
+    return f"Use fewer than {count} words.", "length_constraints:number_words", arguments
+
+
+def _letters(rng: random.Random) -> Constraint:
+    letter, count = rng.choice("aeost"), rng.randint(1, 3)
+    arguments = {"letter": letter, "let_frequency": count, "let_relation": "at least"}
+    return (
+        f"Use the letter {letter} at least {('once', 'twice', 'three times')[count - 1]}.",
+        "keywords:letter_frequency",
+        arguments,
+    )
+
+
+def _commas(rng: random.Random) -> Constraint:
+    return "Do not use commas.", "punctuation:no_comma", {}
+
+
+def _end(rng: random.Random) -> Constraint:
+    phrase = rng.choice(("Goodbye!", "Cheers!", "Take care!"))
+    return f'End with "{phrase}"', "startend:end_checker", {"end_phrase": phrase}
+
+
+KINDS: tuple[Callable[[random.Random], Constraint], ...] = (_words, _letters, _commas, _end)
+LEVELS = range(1, len(KINDS) + 1)
+
+
+def requests(count: int, rng: random.Random, level: int) -> list[tuple[str, dict[str, Any]]]:
+    """`count` different requests with as many constraints as the level: what the user asks, and the fields of the row.
+
+    level: one of LEVELS. Raises ValueError for more requests than there are.
+    """
+    rows = []
+    for asked in distinct(count, rng, heldout=False):
+        drawn = [KINDS[index](rng) for index in sorted(rng.sample(range(len(KINDS)), level))]
+        sentences, names, arguments = zip(*drawn, strict=True)
+        fields = {"instruction_id_list": list(names), "kwargs": list(arguments)}
+        rows.append((" ".join([asked.text, *sentences]), fields))
+    return rows

@@ -1,0 +1,190 @@
+"""Encode kept documents into Megatron's .bin/.idx shards, one a split and source, and say what stands where."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from array import array
+from base64 import b64decode, b64encode
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.bounds import MOST_SOURCES, SourceName
+from pipeline.core.errors import AtomError
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
+from pipeline.core.store import once, sha256_file
+from stages.data.filters.settings import Shards
+from stages.data.table import TOKENIZED, read_shard, stream_shards, write_json, write_rows
+from stages.data.tokenizer import END, PAD, load_for_corpus
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+VERSION = 2
+BATCH = 512
+
+
+class TokenizeConfig(Config):
+    """Tokenizer and documents come as inputs."""
+
+    conversations: tuple[SourceName, ...] = added(
+        (), "sources in which special tokens are tokens, and end every document", max_length=MOST_SOURCES
+    )
+    shards: Shards = operational(1, "pieces that each source is cut into")
+
+
+def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """Seal `<split>/<source>.bin` and `.idx`, `documents.parquet` and `meta.json`. Every document ends with
+    `<|endoftext|>`, a conversation with its own `<|im_end|>`. A split of a source without documents has no shard.
+
+    inputs["curate"]: kept documents; inputs["tokenizer"]: tokenizer.json.
+    """
+    tokenizer, end, files = _given(inputs)
+    vocab_size = tokenizer.get_vocab_size()
+    work.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    meta: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "pad_id": tokenizer.token_to_id(PAD),
+        "eod_id": end,
+        "tokenizer": sha256_file(inputs["tokenizer"] / "tokenizer.json"),
+        "tokens": {"train": {}, "heldout": {}},
+        "documents": {"train": {}, "heldout": {}},
+    }
+    for n, file in enumerate(files):
+        splits = {split: _Shard(vocab_size, split, file.stem, work) for split in ("train", "heldout")}
+        for shard, documents in enumerate(stream_shards(file, config.shards)):
+            encoded = _encoded(_kept(config, tokenizer, end, file, work, shard, documents))
+            for document, (ids, loss_from) in zip(documents, encoded, strict=True):
+                splits[document["split"]].add(document, ids, loss_from)
+        for split, made in splits.items():
+            if made.close(out):
+                rows.extend(made.rows)
+                meta["documents"][split][file.stem] = len(made.rows)
+                meta["tokens"][split][file.stem] = sum(row["tokens"] for row in made.rows)
+        report.progress(n + 1, len(files), "sources")
+    write_rows(out / "documents.parquet", TOKENIZED, rows)
+    write_json(out / "meta.json", meta)
+    report.note(
+        f"{sum(meta['tokens']['train'].values())} training tokens, {sum(meta['tokens']['heldout'].values())} held out"
+    )
+
+
+def _given(inputs: Inputs) -> tuple[Tokenizer, int, list[Path]]:
+    """The tokenizer, its end of a document, and the files of kept documents, one a source."""
+    tokenizer = load_for_corpus(inputs["tokenizer"] / "tokenizer.json")
+    end = tokenizer.token_to_id(END)
+    if end is None:
+        raise AtomError(f"{inputs['tokenizer'] / 'tokenizer.json'} has no {END} token; run tokenizer again")
+    files = sorted((inputs["curate"] / "kept").glob("*.parquet"))
+    if not files:
+        raise AtomError(f"{inputs['curate'].path} holds no kept documents; run curate again")
+    return tokenizer, end, files
+
+
+def run_shard(config: TokenizeConfig, inputs: Inputs, work: Path, shard: int) -> None:
+    """The tokens of one shard of every source, left in `work`."""
+    tokenizer, end, files = _given(inputs)
+    for file in files:
+        documents = read_shard(file, shard, config.shards, ["text", "prompt_chars"])
+        _kept(config, tokenizer, end, file, work, shard, documents)
+
+
+def _kept(
+    config: TokenizeConfig,
+    tokenizer: Tokenizer,
+    end: int,
+    file: Path,
+    work: Path,
+    shard: int,
+    documents: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """What `encode` gives for the documents of a shard, as it lies in `work`: ids as bytes of int32, and by document
+    their number and `loss_from`."""
+
+    def make() -> dict[str, Any]:
+        chat = file.stem in config.conversations
+        tokenizer.encode_special_tokens = not chat
+        found: list[tuple[list[int], int]] = []
+        for start in range(0, len(documents), BATCH):
+            texts = [(d["text"], d["prompt_chars"]) for d in documents[start : start + BATCH]]
+            found += encode(tokenizer, None if chat else end, texts)
+        ids = array("i", [i for ids, _ in found for i in ids])
+        lengths, prompts = [len(ids) for ids, _ in found], [prompt for _, prompt in found]
+        return {"ids": b64encode(ids.tobytes()).decode(), "lengths": lengths, "loss_from": prompts}
+
+    found: dict[str, Any] = once(work / f"tokens-{file.stem}-{shard:05d}-of-{config.shards:05d}.json", make)
+    return found
+
+
+def _encoded(saved: dict[str, Any]) -> Iterator[tuple[list[int], int]]:
+    """(ids, loss_from) of each document of a shard."""
+    ids, start = array("i", b64decode(saved["ids"])).tolist(), 0
+    for length, loss_from in zip(saved["lengths"], saved["loss_from"], strict=True):
+        yield ids[start : start + length], loss_from
+        start += length
+
+
+def encode(tokenizer: Tokenizer, end: int | None, texts: list[tuple[str, int]]) -> Iterator[tuple[list[int], int]]:
+    """(ids with the final `end`, number of ids of the part without loss) of each (text, prompt_chars).
+
+    The part without loss is encoded by itself, as it will be when a model is prompted with it.
+    """
+    parts = [text[:n] for text, n in texts] + [text[n:] for text, n in texts]
+    encoded = [e.ids for e in tokenizer.encode_batch(parts, add_special_tokens=False)]
+    for prompt, rest in zip(encoded[: len(texts)], encoded[len(texts) :], strict=True):
+        yield [*prompt, *rest, *([] if end is None else [end])], len(prompt)
+
+
+class _Shard:
+    """Megatron's shard of a split of a source; `rows` describe its documents."""
+
+    def __init__(self, vocab_size: int, split: str, source: str, work: Path) -> None:
+        from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
+
+        # datatrove's files hold two bytes a token up to 65,536 ids; the width stands in the .idx: Megatron reads both
+        size = 2 if vocab_size <= 65_536 else 4
+        self.split, self.source, self.folder = split, source, work / split
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rows: list[dict[str, Any]] = []
+        self._file = MegatronTokenizedFile(str(self.folder), source, token_size=size)
+
+    def add(self, document: dict[str, Any], ids: list[int], loss_from: int) -> None:
+        self._file.write(ids)
+        self.rows.append(
+            {
+                "source": self.source,
+                "split": self.split,
+                "ordinal": len(self.rows),
+                "id": document["id"],
+                "content_hash": document["content_hash"],
+                "license": document["license"],
+                "bytes": len(document["text"].encode()),
+                "tokens": len(ids),
+                "loss_from": loss_from,
+            }
+        )
+
+    def close(self, out: Path) -> bool:
+        """Moves the finished files to `out`; False, and no files, if there are no documents."""
+        self._file.close()
+        if not self.rows:
+            return False
+        (out / self.split).mkdir(exist_ok=True)
+        for suffix in (".bin", ".idx"):
+            made, target = (place / f"{self.source}{suffix}" for place in (self.folder, out / self.split))
+            try:
+                os.replace(made, target)
+            except OSError:  # work and out may lie on different file systems
+                shutil.move(made, target)
+        return True
+
+
+def estimate(config: TokenizeConfig) -> Estimate:
+    return Estimate(cpu_seconds=10.0, fixed=True)
+
+
+STAGE = Stage(
+    "tokenize", VERSION, TokenizeConfig, run, estimate=estimate, shards=lambda c: c.shards, run_shard=run_shard
+)

@@ -1,0 +1,123 @@
+"""Evaluation problems of the recipe: drawn before any training data, and what decontamination searches for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from pipeline.core.bounds import Range, Seed, Words
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import Config, Inputs, Report, Stage, added
+from pipeline.core.store import Artifact
+from stages.data.seeds import seed_of
+from stages.data.synthetic import courtesy_notes as courtesies
+from stages.data.synthetic.problems import TASKS, distinct
+from stages.data.table import ITEMS, read_jsonl, read_table, write_jsonl, write_rows
+from stages.rl.protocols import Row, question, to_row
+
+VERSION = 1
+CHAT = "chat.jsonl"
+
+
+def _known(task: str) -> str | None:
+    return None if task in TASKS else f"is an unknown task; known are {', '.join(sorted(TASKS))}"
+
+
+Task = Annotated[str, Words(40, test=_known)]
+"""A procedural task by its name."""
+Items = Annotated[int, Range(1, 1e6, "each answer costs a generation")]
+Problems = Annotated[dict[Task, Items], Field(min_length=1, max_length=len(TASKS))]
+"""How many problems of each task."""
+Requests = Annotated[int, Range(0, 10_000)]
+
+
+class ChatItems(Config):
+    """What is asked in conversations: the same problems, more of them on which settings may be chosen, and requests for
+    courteous notes."""
+
+    validation: dict[Task, Items] = Field(
+        {}, max_length=len(TASKS), description="further problems by task; test problems are never looked at"
+    )
+    courtesies: Requests = Field(0, description="held-out requests on which preferences are measured")
+    courtesies_validation: Requests = Field(0, description="further ones on which settings may be chosen")
+
+
+class ItemsConfig(Config):
+    """How many problems of each task, and the recipe's seed."""
+
+    problems: Problems
+    seed: Seed
+    chat: ChatItems | None = added(None, "what is asked in conversations")
+
+
+def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """Seal `items.parquet`: id, task, prompt, answer, and the text that must not occur in training data.
+
+    The seed's label differs from that of the training problems, so the two streams are independent; a training
+    problem may equal an item by chance, and is then removed and counted by curation.
+    """
+    rows = []
+    for task in sorted(config.problems):
+        rng = random.Random(seed_of(f"items/{task}", config.seed))
+        try:
+            found = distinct(task, config.problems[task], rng)
+        except ValueError as error:
+            raise RecipeError(f"evaluation.problems: {error}; ask for fewer") from None
+        for i, p in enumerate(found):
+            row = {"task": task, "prompt": p.prompt, "answer": p.answer, "text": p.question}
+            rows.append({"id": f"{task}/{i:05d}", **row})
+    write_rows(out / "items.parquet", ITEMS, rows)
+    report.note(f"{len(rows)} evaluation items")
+    if config.chat is not None:
+        asked = list(_chat(config.chat, rows, config.seed))
+        write_jsonl(out / CHAT, asked)
+        report.note(f"{len(asked)} items for conversations")
+
+
+def courtesy_row(id: str, asked: courtesies.Request, verifier: str = "courtesy", **more: Any) -> Row:
+    """The task of answering a request for a courteous note."""
+    fields = {"act": asked.act.name, "who": asked.who, "what": asked.what, **more}
+    return to_row(id, asked.text, verifier, "courtesy", 1, **fields)
+
+
+def _chat(config: ChatItems, items: list[dict[str, str]], seed: int) -> Iterator[Row]:
+    taken = {row["text"] for row in items}
+    for row in items:
+        fields = {"question": row["text"], "expected_answer": row["answer"], "split": "test"}
+        yield to_row(row["id"], row["text"], "exact", row["task"], 0, **fields)
+    for task, count in sorted(config.validation.items()):
+        rng = random.Random(seed_of(f"items/validation/{task}", seed))
+        try:
+            found = distinct(task, count, rng, without=taken)
+        except ValueError as error:
+            raise RecipeError(f"evaluation.chat.validation: {error}; ask for fewer") from None
+        for i, p in enumerate(found):
+            fields = {"question": p.question, "expected_answer": p.answer, "split": "validation"}
+            yield to_row(f"validation/{task}/{i:05d}", p.question, "exact", task, 0, **fields)
+    wanted = config.courtesies + config.courtesies_validation
+    try:
+        requests = courtesies.distinct(wanted, random.Random(seed_of("items/courtesies", seed)), heldout=True)
+    except ValueError as error:
+        raise RecipeError(f"evaluation.chat.courtesies: {error}; ask for fewer") from None
+    for i, asked in enumerate(requests):
+        split = "test" if i < config.courtesies else "validation"
+        yield courtesy_row(f"{split}/courtesy/{i:05d}", asked, split=split)
+
+
+def chat_rows(items: Artifact) -> list[dict[str, Any]]:
+    """The items for conversations, if the recipe has them."""
+    return read_jsonl(items / CHAT) if (items / CHAT).exists() else []
+
+
+def texts_of(items: Artifact) -> list[tuple[str, str]]:
+    """(id, text that must not occur in training data) of every item."""
+    rows = read_table(items / "items.parquet", ["id", "text"]).to_pylist()
+    found = {row["id"]: row["text"] for row in rows}
+    return list({**{row["id"]: question(row) for row in chat_rows(items)}, **found}.items())
+
+
+STAGE = Stage("items", VERSION, ItemsConfig, run)

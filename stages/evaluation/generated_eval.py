@@ -1,0 +1,151 @@
+"""Stage `fresh`: evaluation items that did not exist before the weights.
+
+    atom run atom-tiny --only fresh
+
+The problems are drawn from a seed that is the digest of the final model's weight tensors, so they could not be trained
+on. By chance a problem may still have been: every one whose question stands in a document, an RL task, a preference
+prompt or another evaluation item is taken out, and counted by where it stood. Anyone who has the published weights can
+draw the same problems (`digest_of` and `draw`), and with the published data take out the same ones (`places`).
+
+This protects against leakage, not against a lab that trains until it likes the seed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.core.bounds import MOST_SOURCES, Key, SourceName
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import Config, Inputs, Report, Stage
+from stages.data.seeds import seed_of
+from stages.data.synthetic.problems import distinct
+from stages.data.table import stream_rows, write_json, write_jsonl
+from stages.evaluation.eval_set import CHAT, Problems, chat_rows, texts_of
+from stages.rl.protocols import Row, question, to_row
+
+VERSION = 1
+FIRST_GENERATOR = GENERATOR = "1"
+"""Version of what draws the problems (`draw`, and the tasks of stages/data/synthetic/problems.py). Who changes what is
+drawn from a seed raises GENERATOR and writes it into meta.json as `generator`; a release that states none has the
+first."""
+EVALUATION = "evaluation items"
+
+
+Sources = Annotated[tuple[SourceName, ...], Field(max_length=MOST_SOURCES)]
+
+
+class FreshConfig(Config):
+    """How many problems are drawn by task, and the sources of documents of each training phase."""
+
+    problems: Problems
+    phases: Annotated[dict[Key, Sources], Field(max_length=100)]
+
+
+def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """inputs["model"]: the export of the final model; inputs["curate"], inputs["items"]; inputs["tasks-<phase>"]: what
+    each phase of reinforcement or preference learning asked.
+
+    Seals `chat.jsonl`, rows as in the items artifact, and `meta.json`: digest, seed, how many were drawn and which were
+    taken out, and where each stood. Raises RecipeError if a task has too few problems.
+    """
+    digest = digest_of(inputs["model"] / "model")
+    drawn = draw(digest, config.problems)
+    found = places(drawn, config, inputs)
+    kept = [row for row in drawn if row["id"] not in found]
+    write_jsonl(out / CHAT, kept)
+    where = sorted({name for names in found.values() for name in names})
+    counts = {name: sum(name in names for names in found.values()) for name in [*searched(config, inputs), EVALUATION]}
+    by_id = {row["id"]: row for row in drawn}
+    removed = [{"id": id, "question": question(by_id[id]), "where": names} for id, names in sorted(found.items())]
+    about = {"digest": digest, "seed": seed_from(digest), "problems": config.problems, "drawn": len(drawn)}
+    write_json(out / "meta.json", about | {"kept": len(kept), "removed": removed, "removed_by_place": counts})
+    report.note(f"{len(drawn)} problems drawn from {digest}, {len(kept)} kept")
+    for name in where:
+        report.note(f"{counts[name]} stand in {name}")
+
+
+def digest_of(folder: Path) -> str:
+    """`sha256:…` over names, types, shapes and bytes of an exported model's tensors, as rollouts name a policy.
+
+    Raises AtomError if a file is missing or damaged.
+    """
+    from stages.rl.rollout import rollouts
+    from stages.train.checkpoint import release_checkpoint
+
+    return rollouts.digest(release_checkpoint.Tensors(folder))
+
+
+def seed_from(digest: str) -> str:
+    """The seed in hexadecimal: the digest's 256 bits."""
+    return digest.removeprefix("sha256:")
+
+
+def draw(digest: str, problems: Mapping[str, int]) -> list[Row]:
+    """The problems of a model with that digest, before any is taken out."""
+    rows: list[Row] = []
+    for task in sorted(problems):
+        rng = random.Random(seed_of(f"fresh/{task}", int(seed_from(digest), 16)))
+        try:
+            found = distinct(task, problems[task], rng)
+        except ValueError as error:
+            raise RecipeError(f"evaluation.problems: {error}; ask for fewer") from None
+        for i, p in enumerate(found):
+            fields = {"question": p.question, "expected_answer": p.answer, "split": "test"}
+            rows.append(to_row(f"fresh/{task}/{i:05d}", p.question, "exact", task, 0, **fields))
+    return rows
+
+
+def places(drawn: list[Row], config: FreshConfig, inputs: Inputs) -> dict[str, list[str]]:
+    """Where the questions stand that stand anywhere: item id → training phases, task artifacts, EVALUATION.
+
+    A question stands in a text if its words follow each other there, as decontamination compares them. All kept
+    documents of a phase's sources count, held-out ones too.
+    """
+    from stages.data.filters.overlap import ItemRuns
+
+    runs = ItemRuns({row["id"]: question(row) for row in drawn})
+    found: dict[str, list[str]] = {}
+
+    def look(name: str, nodes: set[int]) -> None:
+        closed = runs.closed(nodes)
+        for row in drawn:
+            if runs.overlap(row["id"], closed, ngram=10**9)[0] == 1:
+                found.setdefault(row["id"], []).append(name)
+
+    by_source: dict[str, set[int]] = {}
+    for source in sorted({source for sources in config.phases.values() for source in sources}):
+        documents = stream_rows(inputs["curate"] / "kept" / f"{source}.parquet", ["text"])
+        by_source[source] = set().union(*(runs.search(row["text"]) for row in documents))
+    for phase, sources in config.phases.items():
+        look(phase, set().union(*(by_source[source] for source in sources)))
+    for role in task_roles(inputs):
+        look(role, set().union(*(runs.search(text) for text in prompts(inputs, role))))
+    items = [text for _, text in texts_of(inputs["items"])] + [question(row) for row in chat_rows(inputs["items"])]
+    look(EVALUATION, set().union(*(runs.search(text) for text in items)))
+    return found
+
+
+def task_roles(inputs: Inputs) -> list[str]:
+    """The inputs that hold what reinforcement or preference learning asked."""
+    return sorted(role for role in inputs if role.startswith("tasks-"))
+
+
+def searched(config: FreshConfig, inputs: Inputs) -> list[str]:
+    """The places that are searched beside the evaluation items."""
+    return [*config.phases, *task_roles(inputs)]
+
+
+def prompts(inputs: Inputs, role: str) -> Iterator[str]:
+    """The text of every message of the tasks of one artifact."""
+    from stages.rl.rollout.tasks import read
+
+    for row in read(inputs[role]):
+        yield "\n".join(str(message["content"]) for message in row["responses_create_params"]["input"])
+
+
+STAGE = Stage("fresh", VERSION, FreshConfig, run)

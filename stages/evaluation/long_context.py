@@ -1,0 +1,231 @@
+"""How far back a model can use its context: two measurements of stage `evaluate`, for recipes that ask for them.
+
+- **Passkeys**: a key stands at some depth of a text of some length (in tokens, exact), the question at its end. Text
+  comes from held-out documents, the key from those that training never uses (stages/data/synthetic/passkeys.py). The
+  answer counts if every token of it is the most probable one given the right ones before it, which is what greedy
+  decoding asks for: one forward pass an item.
+- **Loss by position**: bits per token in held-out documents that all have the longest length, by the number of tokens
+  before: 0–63, 64–127, 128–255, … The documents are the same at every position, so if a later token costs less than
+  an earlier one, the model uses what it has read.
+
+Both ask beyond the model's own `max_position_embeddings` too, where rotary embedding goes on turning: that is what
+a model is worth there before its context is extended.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, model_validator
+
+from pipeline.core.bounds import Context, Range, Share
+from pipeline.core.errors import AtomError
+from pipeline.core.stage import Config, Report
+from pipeline.core.store import once
+from pipeline.core.text import shown
+from stages.data.seeds import seed_of
+from stages.data.synthetic import passkeys
+from stages.evaluation.confidence import binomial, ratio
+
+if TYPE_CHECKING:
+    import torch
+
+FIRST_BUCKET = 64
+SLICE = 512
+"""Positions whose logits are held at once: those of a long document over a large vocabulary would not fit."""
+
+Encode = Callable[[str], list[int]]
+PASSKEY = {
+    "id": "string",
+    "length": "int32",
+    "depth": "double",
+    "expected": "string",
+    "output": "string",
+    "score": "int8",
+}
+POSITIONS = {
+    "source": "string",
+    "id": "string",
+    "first": "int32",
+    "last": "int32",
+    "tokens": "int32",
+    "nll_bits": "double",
+}
+
+
+class ContextSection(Config):
+    """`evaluation.context` of a recipe: at which lengths and depths, and how often."""
+
+    lengths: tuple[Context, ...] = Field(
+        min_length=1, max_length=100, description="tokens of a passkey item, increasing"
+    )
+    depths: tuple[Share, ...] = Field(
+        min_length=1,
+        max_length=101,
+        description="where in the text the key stands, from 0 (start) to 1 (end), increasing",
+    )
+    per_cell: Annotated[int, Range(1, 1e5)] = Field(description="passkey items of each length and depth")
+    documents: Annotated[int, Range(2, 1e6)] = Field(
+        description="long held-out documents for the loss by position, at most"
+    )
+    digits: Annotated[int, Range(2, 9)] = Field(
+        6, description="digits of a key, as in the passkeys that were trained on"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> ContextSection:
+        for name, values in (("lengths", self.lengths), ("depths", self.depths)):
+            if list(values) != sorted(set(values)):
+                raise ValueError(f"{name} = {shown(values)} are not increasing; put each once, the least first")
+        return self
+
+
+def measure(
+    section: ContextSection,
+    model: Any,
+    tokenizer: Any,
+    encode: Encode,
+    documents: Sequence[dict[str, Any]],
+    work: Path,
+    report: Report,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of `passkey.parquet` and of `positions.parquet`. Resumes from `work`, length by length.
+
+    documents: held-out ones with `id`, `source`, `text` and `content_hash`; encode: text to token ids, as in training.
+    Raises AtomError if a length leaves no room for a key, or if the documents are too few or too short.
+    """
+    documents = sorted(documents, key=lambda row: (row["content_hash"], row["id"]))  # a fixed lottery
+    filler = [token for row in documents for token in encode(f"{row['text']}\n\n")]
+    keys: list[dict[str, Any]] = []
+    for length in section.lengths:
+        cells = partial(_cells, section, length, model, tokenizer, encode, filler)
+        keys += once(work / f"passkey-{length}.json", cells)
+        right = [row["score"] for row in keys if row["length"] == length]
+        report.note(f"passkey in {length} tokens: {sum(right)} of {len(right)} found")
+    by_position = once(
+        work / "positions.json", partial(_positions, model, encode, documents, section.lengths[-1], section.documents)
+    )
+    return keys, by_position
+
+
+def items(section: ContextSection, length: int, encode: Encode, filler: list[int]) -> Iterator[tuple[Any, ...]]:
+    """(id, depth, key, token ids [length], ids of the answer at their end) of every item of one length.
+
+    filler: the text around the keys, as tokens; an item begins at a drawn place of it. Which items there are depends on
+    the section and the filler alone.
+    """
+    question = encode(passkeys.QUESTION)
+    for depth in section.depths:
+        rng = random.Random(seed_of(f"context/passkey/{length}/{depth:g}", section.digits))
+        for n in range(section.per_cell):
+            key = passkeys.draw_key(rng, section.digits, evaluation=True)
+            statement, answer = encode(passkeys.STATEMENT.format(key)), encode(passkeys.ANSWER.format(key))
+            room = length - len(statement) - len(question) - len(answer)
+            if room < 0:
+                raise AtomError(
+                    f"evaluate: evaluation.context.lengths names {length} tokens, but key and question alone take "
+                    f"{length - room}; leave it out"
+                )
+            if room > len(filler):
+                raise AtomError(
+                    f"evaluate: evaluation.context.lengths names {length} tokens, but all held-out text has "
+                    f"{len(filler)}; hold out more or ask for less"
+                )
+            start, cut = rng.randrange(len(filler) - room + 1), round(depth * room)
+            text = filler[start : start + room]
+            ids = [*text[:cut], *statement, *text[cut:], *question, *answer]
+            yield f"{length}/{depth:g}/{n:03d}", depth, key, ids, answer
+
+
+def _cells(
+    section: ContextSection, length: int, model: Any, tokenizer: Any, encode: Encode, filler: list[int]
+) -> list[dict[str, Any]]:
+    import torch
+
+    rows = []
+    for name, depth, key, ids, answer in items(section, length, encode, filler):
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids]), logits_to_keep=len(answer) + 1).logits[0, :-1]
+        chosen = logits.argmax(-1).tolist()
+        output = tokenizer.decode(chosen, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        row = {"id": name, "length": length, "depth": depth, "expected": key, "output": output}
+        rows.append({**row, "score": int(chosen == answer)})
+    return rows
+
+
+def _positions(
+    model: Any, encode: Encode, documents: Sequence[dict[str, Any]], length: int, limit: int
+) -> list[dict[str, Any]]:
+    """One row for each bucket of each document, of the first `limit` documents of at least `length` tokens."""
+    rows: list[dict[str, Any]] = []
+    longest = found = 0
+    for document in documents:
+        ids = encode(document["text"])[:length]
+        longest = max(longest, len(ids))
+        if len(ids) < length:
+            continue
+        found += 1
+        bits = token_bits(model, ids)
+        for first, last in buckets(length):
+            part = bits[max(first, 1) - 1 : last]
+            row = {"source": document["source"], "id": document["id"], "first": first, "last": last}
+            rows.append({**row, "tokens": len(part), "nll_bits": float(part.sum())})
+        if found == limit:
+            break
+    if found < 2:
+        raise AtomError(
+            f"evaluate: {found} held-out documents have {length} tokens (the longest has {longest}), and "
+            "evaluation.context needs two; hold out longer documents or ask for shorter lengths"
+        )
+    return rows
+
+
+def buckets(length: int) -> list[tuple[int, int]]:
+    """(first, last) position of each bucket: 0–63, then each as long as all before it, up to `length` - 1."""
+    edges = [0, FIRST_BUCKET]
+    while edges[-1] < length:
+        edges.append(2 * edges[-1])
+    return [(a, min(b, length) - 1) for a, b in pairwise(edges) if a < length]
+
+
+def token_bits(model: Any, ids: list[int]) -> torch.Tensor:
+    """(len(ids) - 1) bits of every token but the first, in the context of those before it."""
+    import torch
+
+    tokens = torch.tensor([ids])
+    parts = []
+    with torch.inference_mode():
+        hidden = model.get_decoder()(tokens).last_hidden_state[0, :-1]
+        for states, targets in zip(hidden.split(SLICE), tokens[0, 1:].split(SLICE), strict=True):
+            logits = model.get_output_embeddings()(states).double()
+            parts.append(-torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0] / math.log(2))
+    return torch.cat(parts)
+
+
+def summary(keys: Sequence[dict[str, Any]], by_position: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`passkey` and `loss_by_position` of scores.json, from the two tables alone.
+
+    Errors of the loss are over documents; as these are the same in every bucket, differences are surer than they look.
+    """
+    lengths = sorted({row["length"] for row in keys})
+
+    def of(**chosen: Any) -> list[int]:
+        return [row["score"] for row in keys if all(row[name] == value for name, value in chosen.items())]
+
+    depths = sorted({row["depth"] for row in keys})
+    return {
+        "passkey": {str(n): binomial(of(length=n)) for n in lengths},
+        "passkey_by_depth": {str(n): {f"{d:g}": binomial(of(length=n, depth=d)) for d in depths} for n in lengths},
+        "loss_by_position": {
+            f"{first}-{last}": ratio(
+                [(row["nll_bits"], row["tokens"]) for row in by_position if row["first"] == first], "tokens"
+            )
+            for first, last in sorted({(row["first"], row["last"]) for row in by_position})
+        },
+    }

@@ -1,0 +1,130 @@
+"""Stage `prefer`: how often a model's answers are preferred to those of the model that it was trained from.
+
+    atom run atom-tiny --only prefer-rlvr
+
+Each of the two answers every held-out request of the test split once, at temperature 1 and with the same seed. A judge
+scores both answers. The higher score wins if that answer does what was asked; all else is a tie, which is half a win.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.bounds import Context, Key, Seed
+from pipeline.core.errors import AtomError
+from pipeline.core.stage import Config, Inputs, Report, Stage
+from pipeline.core.store import once
+from stages.data.seeds import seed_of
+from stages.data.table import write_json, write_rows
+from stages.evaluation.confidence import clustered, wilson
+from stages.evaluation.eval_set import chat_rows
+from stages.evaluation.pass_at_k import JUDGED, Answer, Speaker, chosen
+
+VERSION = 3
+ITEMS_PER_BATCH = 256
+EXAMPLES = 8
+SIDES = ("model", "before")
+OF_A_SIDE = {"text": "string", "answer": "string", "finished": "bool", "tokens": "int32", "reward": "double"}
+PAIRS = {"id": "string", "question": "string", "seed": "uint64", "verifier": "string", "verifier_version": "string"}
+PAIRS |= {f"{side}_{name}": kind for side in SIDES for name, kind in {**OF_A_SIDE, "parts": "string"}.items()}
+
+
+class PreferConfig(Config):
+    """The two models by name, as the recipe calls them, and how long an answer may be."""
+
+    model: Key
+    before: Key
+    max_new_tokens: Context
+    seed: Seed
+
+
+def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """inputs["model"], inputs["before"]: exports; inputs["items"]: the items artifact with chat.jsonl.
+
+    Seals `pairs.parquet`, a row a request, and `scores.json`, which follows from it alone (`summary`).
+    Resumes from `work`, which keeps every finished batch. Raises AtomError if fewer than two requests are held out.
+    """
+    from stages.rl.protocols import question
+
+    rows = [row for row in chat_rows(inputs["items"]) if row["kind"] in JUDGED]
+    if not rows:
+        raise AtomError("prefer: the items have no request for a courteous note; set evaluation.chat.items.courtesies")
+    rows = chosen(rows, "test")
+    asked = [(row, 0, seed_of(f"prefer/{row['id']}", config.seed)) for row in rows]
+    sides: dict[str, list[Answer]] = {}
+    for number, side in enumerate(SIDES):
+        speaker = Speaker(inputs[side] / "model", config.max_new_tokens, rows, inputs, report)
+        sides[side] = []
+        for start in range(0, len(asked), ITEMS_PER_BATCH):
+            batch = asked[start : start + ITEMS_PER_BATCH]
+            name = f"{side}-{start // ITEMS_PER_BATCH:05d}.json"
+            sides[side] += once(work / name, partial(speaker.ask, batch))
+            report.progress(number * len(asked) + start + len(batch), len(SIDES) * len(asked), "answers")
+        speaker.close()
+    pairs = []
+    for row, ours, theirs in zip(rows, sides["model"], sides["before"], strict=True):
+        pair = {name: ours[name] for name in PAIRS if name in ours} | {"question": question(row)}
+        for side, answer in zip(SIDES, (ours, theirs), strict=True):
+            pair |= {f"{side}_{name}": answer[name] for name in (*OF_A_SIDE, "parts")}
+        pairs.append(pair)
+    write_rows(out / "pairs.parquet", PAIRS, pairs)
+    scores = {"model": config.model, "before": config.before, **summary(pairs)}
+    write_json(out / "scores.json", scores)
+    rate = scores["win_rate"]
+    report.note(
+        f"{config.model} is preferred to {config.before} on {rate['value']:.1%} ± {rate['se']:.1%} of {rate['n']} "
+        f"requests; {scores['wins']} wins, {scores['ties']} ties, {scores['losses']} losses"
+    )
+
+
+def summary(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`scores.json`, but for the models' names, from the table alone.
+
+    win_rate counts ties as half, with the standard error over requests and Wilson's 95 % interval. without_ties is the
+    share of wins among decided pairs with Wilson's interval; null if nothing is decided. An answer whose part `task` is
+    not 1 wins nothing; a judge without that part is taken at its word.
+    """
+    gaps = [_gap(pair) for pair in pairs]
+    wins, losses = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
+    rate = clustered([0.5 if gap == 0 else float(gap > 0) for gap in gaps])
+    decided = wins + losses
+    low, high = wilson(wins, decided) if decided else (0.0, 1.0)
+    least, most = wilson(wins + (len(pairs) - decided) / 2, len(pairs))
+    lottery = sorted(pairs, key=lambda pair: hashlib.sha256(pair["id"].encode()).hexdigest())
+    return {
+        "win_rate": rate | {"low": least, "high": most},
+        "without_ties": {"value": wins / decided, "n": decided, "low": low, "high": high} if decided else None,
+        "wins": wins,
+        "ties": len(pairs) - decided,
+        "losses": losses,
+        "sides": {side: _side(pairs, side) for side in SIDES},
+        "examples": [
+            {"id": pair["id"], "question": pair["question"]}
+            | {side: {name: pair[f"{side}_{name}"] for name in ("answer", "finished", "reward")} for side in SIDES}
+            for pair in lottery[:EXAMPLES]
+        ],
+    }
+
+
+def _gap(pair: dict[str, Any]) -> float:
+    """How far the model's answer is ahead; 0 if the better answer does not do what was asked."""
+    gap = float(pair["model_reward"] - pair["before_reward"])
+    better = json.loads(pair["model_parts" if gap > 0 else "before_parts"])
+    return gap if better.get("task", 1) == 1 else 0.0
+
+
+def _side(pairs: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
+    parts = [json.loads(pair[f"{side}_parts"]) for pair in pairs]
+    return {
+        "parts": {name: clustered([part[name] for part in parts]) for name in sorted(parts[0])},
+        "tokens": sum(pair[f"{side}_tokens"] for pair in pairs) / len(pairs),
+        "truncated": sum(not pair[f"{side}_finished"] for pair in pairs) / len(pairs),
+    }
+
+
+STAGE = Stage("prefer", VERSION, PreferConfig, run)

@@ -1,0 +1,141 @@
+"""FP8 rehearsed without FP8 hardware: a built model's linear layers multiply rounded numbers.
+
+`attach` changes every linear layer of the decoder (attention, dense feed-forward, experts, shared experts) and nothing
+else: embeddings, norms, router, attention's own products and output head stay as they are. A layer's three products
+are those of FP8 training (Micikevicius et al., 2022, arXiv:2209.05433),
+
+    y = Q(x) Q(w)^T        dx = Q(dy) Q(w)        dw = Q(dy)^T Q(x)
+
+each operand rounded along the dimension that its product sums over, from the unrounded tensor. Sums run in fp32 and
+are rounded once to the model's type, where tensor cores of the Hopper generation keep fewer bits of a sum.
+
+Under tensor parallelism one scale for a tensor is that of the whole tensor, so that every layout rounds the same
+numbers; Transformer Engine takes the rank's own part of a weight. Blocks agree where cuts fall between them. Two things
+still depend on the layout, here as there: an expert's tokens are those of all ranks that send it some, and context
+ranks have a share of a row each, so amounts and neighbours of what is rounded together differ.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from stages.mcore.megatron_imports import GPTModel, tensor_parallel
+from stages.mcore.quantize import KINDS, Counts, Kind, Quantised, Recipe, quantise
+
+
+@dataclass
+class LinearRecord:
+    """What one linear layer did on this rank; the experts of a layer share a record."""
+
+    columns: int
+    """Width of the input: K of its forward product."""
+    rows: int
+    """Width of the output: N."""
+    counts: dict[Kind, Counts] = field(default_factory=lambda: dict.fromkeys(KINDS, Counts()))
+    """Both roundings of an operand, where its two products take it in different blocks."""
+    tokens: Counter[int] = field(default_factory=Counter)
+    """How many products were over how many tokens (M)."""
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "k": self.columns,
+            "n": self.rows,
+            "tokens": {str(tokens): self.tokens[tokens] for tokens in sorted(self.tokens)},
+            "counts": {kind: asdict(counts) for kind, counts in self.counts.items()},
+        }
+
+
+Record = dict[tuple[int, str], LinearRecord]
+"""By layer, from 0, and by the linear's name in it: self_attention.linear_qkv, mlp.experts.linear_fc1, ..."""
+
+
+def attach(chunks: Sequence[GPTModel], recipe: Recipe) -> Record:
+    """Has the linear layers of this rank's part of a model round as the recipe says.
+
+    Returns the record, which fills as the model runs.
+    """
+    record: Record = {}
+    for gpt in chunks:
+        first = gpt.decoder.layers[0].layer_number - 1 if len(gpt.decoder.layers) else 0
+        for path, module in gpt.decoder.named_modules():
+            if not isinstance(module, tensor_parallel.ColumnParallelLinear | tensor_parallel.RowParallelLinear):
+                continue
+            found = re.fullmatch(r"layers\.(\d+)\.(.+)", path)
+            assert found, path
+            place = first + int(found[1]), re.sub(r"\.local_experts\.\d+", "", found[2])
+            rows, columns = module.weight.shape
+            here = record.setdefault(place, LinearRecord(columns, rows))
+            module._forward_impl = _product(recipe, module.tp_group, here)
+    return record
+
+
+def _product(recipe: Recipe, group: Any, record: LinearRecord) -> Any:
+    """Megatron's `_forward_impl` of a linear layer, with the same collectives around a product of rounded numbers."""
+
+    def forward(
+        input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, allreduce_dgrad: bool = False,
+        sequence_parallel: bool = False, **_: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        if sequence_parallel:
+            input = tensor_parallel.gather_from_sequence_parallel_region(input, group=group)
+        elif allreduce_dgrad:
+            input = tensor_parallel.copy_to_tensor_model_parallel_region(input, group=group)
+        tokens = input.numel() // input.shape[-1]
+        if tokens:
+            record.tokens[tokens] += 1
+        out = Linear.apply(input, weight, recipe, group, record)
+        return out if bias is None else out + bias
+
+    return forward
+
+
+class Linear(torch.autograd.Function):  # type: ignore[misc]
+    """x: [..., K], w: [N, K] -> [..., N], both of the same type; all three products rounded by the recipe."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, w: torch.Tensor, recipe: Recipe, group: Any, record: LinearRecord
+    ) -> torch.Tensor:
+        ctx.shape, ctx.recipe, ctx.group, ctx.record = x.shape, recipe, group, record
+        flat = x.reshape(-1, x.shape[-1])
+        x_by_k, x_by_m = _both(flat, "input", 1, ctx)
+        w_by_k, w_by_n = _both(w, "weight", 1, ctx)
+        ctx.save_for_backward(x_by_m.values, w_by_n.values)
+        ctx.factors = x_by_m.factor, w_by_n.factor
+        return multiply(x_by_k.values, w_by_k.values.t(), x_by_k.factor * w_by_k.factor).view(*x.shape[:-1], w.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        x, w = ctx.saved_tensors
+        x_factor, w_factor = ctx.factors
+        dy_by_n, dy_by_m = _both(dy.reshape(-1, dy.shape[-1]), "gradient", 1, ctx)
+        dx = multiply(dy_by_n.values, w, dy_by_n.factor * w_factor).view(ctx.shape)
+        dw = multiply(dy_by_m.values.t(), x, dy_by_m.factor * x_factor)
+        return dx, dw, None, None, None
+
+
+def _both(x: torch.Tensor, kind: Kind, summed: int, ctx: Any) -> tuple[Quantised, Quantised]:
+    """A matrix rounded for the product that sums over `summed`, and for the one that sums over its other dimension; if
+    the blocks are the same, the same."""
+    recipe: Recipe = ctx.recipe
+    first = quantise(x, recipe, kind, summed, ctx.group)
+    ctx.record.counts[kind] += first.counts
+    if recipe.shape(kind, summed) == recipe.shape(kind, 1 - summed):
+        return first, first
+    second = quantise(x, recipe, kind, 1 - summed, ctx.group)
+    ctx.record.counts[kind] += second.counts
+    return first, second
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
+    """a b times a factor, [m, k] x [k, n] -> [m, n], in their type; the factor is applied to the sums before they are
+    rounded to it."""
+    if factor == 1.0:
+        return torch.mm(a, b)
+    return torch.addmm(torch.zeros((), dtype=a.dtype, device=a.device), a, b, beta=0, alpha=factor)

@@ -1,0 +1,231 @@
+"""Megatron-core on a machine without CUDA: everything that it takes, in one place.
+
+Megatron-core's schedules, DDP, optimizers and MoE layers are device-neutral in all but their vocabulary: they write
+`device="cuda"`, ask `torch.cuda` for a stream, or compare a tensor's type with its CUDA name. `enable()` gives
+Megatron's own modules a `torch` in which these words mean the CPU. PyTorch itself stays as it is: transformers, or any
+other library in the same process, sees an untouched `torch`. (Replacing the factories in `torch` itself breaks
+`from_pretrained` without an error: the tensors it makes on the meta device come out uninitialised.)
+
+Take Megatron's names from `stages.mcore.megatron_imports`, which calls `enable()` first. What differs between
+Megatron's versions stands in `stages.mcore.megatron_compat`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stages.mcore import fused_adam, megatron_compat
+
+# The parts of Megatron that the pipeline uses; `enable` imports them, so that all of them get the CPU's `torch`.
+MODULES = (
+    "megatron.core",
+    "megatron.core.datasets.indexed_dataset",
+    "megatron.core.distributed",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+    "megatron.core.tensor_parallel",
+    "megatron.core.transformer.moe.moe_utils",
+    "megatron.core.transformer.moe.token_dispatcher",
+)
+FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint", "as_tensor",
+             "zeros_like", "ones_like", "empty_like", "full_like")  # fmt: skip
+
+_enabled = False
+
+
+def enable() -> None:
+    """Makes Megatron run on this machine; call it as often as you like. With CUDA it imports Megatron and fills in what
+    is missing without Transformer Engine."""
+    global _enabled
+    if _enabled:
+        return
+    with_cuda = torch.cuda.is_available()
+    with warnings.catch_warnings(), contextlib.nullcontext() if with_cuda else _no_compile():
+        warnings.simplefilter("ignore")  # "Apex is not installed", five times over
+        for name in MODULES:
+            importlib.import_module(name)
+    megatron_compat.after_import()
+    fused_adam.install()
+    if not with_cuda:
+        _speak_cpu()
+        _fill_gaps()
+    _enabled = True
+
+
+@contextlib.contextmanager
+def _no_compile() -> Iterator[None]:
+    """Megatron decorates its fusions with torch.compile at import. None of them is used on CPU, and loading the
+    compiler takes two seconds of every process, so during the import `torch.compile` hands functions back."""
+    compile_ = torch.compile
+
+    def identity(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
+        return function if function is not None else lambda f: f
+
+    torch.compile = identity
+    megatron_compat.before_import()
+    try:
+        yield
+    finally:
+        torch.compile = compile_
+
+
+def _speak_cpu() -> None:
+    """In every Megatron module the global name `torch` becomes the CPU's reading of it."""
+    ours = _cpu_torch()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.") and module.__dict__.get("torch") is torch:
+            module.__dict__["torch"] = ours
+
+    # Two methods of tensors matter as well, and they belong to all tensors, so they change for Megatron's calls only:
+    # `grad.type() == "torch.cuda.FloatTensor"` guards clipping and the distributed optimizer, and the last stage of a
+    # pipeline calls `.cuda()` on the embedding that it shares with the first.
+    type_, cuda = torch.Tensor.type, torch.Tensor.cuda
+
+    def cpu_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = type_(self, *args, **kwargs)
+        asked = not args and not kwargs and _called_by_megatron()
+        return name.replace("torch.", "torch.cuda.", 1) if asked else name
+
+    def cpu_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self if _called_by_megatron() else cuda(self, *args, **kwargs)
+
+    torch.Tensor.type = cpu_type
+    torch.Tensor.cuda = cpu_cuda
+
+
+def _called_by_megatron() -> bool:
+    """Whether the function that asks was called from one of Megatron's."""
+    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.")
+
+
+def _fill_gaps() -> None:
+    """What the change of vocabulary does not cover."""
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
+
+    # The all-to-all dispatcher brings split sizes from the GPU as numpy arrays; tensors that are on the CPU already
+    # pass through unchanged, and `all_to_all_single` refuses tensors as sizes. Needed with expert parallelism.
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+    # Megatron's named generators are states of "the GPU's" one, which it reaches below `torch.cuda`.
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _cpu_torch() -> types.ModuleType:
+    """A module with torch's names, in which factories take "cuda" for "cpu" and `cuda` is the stand-in below."""
+    ours = types.ModuleType("torch")
+    ours.__dict__.update(torch.__dict__)
+    ours.__dict__["__getattr__"] = lambda name: getattr(torch, name)  # what torch itself loads lazily
+    for name in FACTORIES:
+        ours.__dict__[name] = _on_cpu(getattr(torch, name))
+    ours.__dict__["cuda"] = _cpu_cuda()
+    ours.__dict__["distributed"] = _gloo()
+    return ours
+
+
+def _gloo() -> types.ModuleType:
+    """`torch.distributed` with two collectives on parts of unequal size, which gloo lacks and NCCL has: tokens of
+    split experts are gathered and summed so. Both are made of collectives on equal sizes."""
+    ours = types.ModuleType("torch.distributed")
+    ours.__dict__.update(dist.__dict__)
+
+    def all_gather(parts: list[torch.Tensor], own: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
+        sizes = [part.shape[0] for part in parts]
+        if len(set(sizes)) == 1:
+            return dist.all_gather(parts, own, group=group, **kwargs)
+        padded = own.new_zeros(max(sizes), *own.shape[1:])
+        padded[: own.shape[0]] = own
+        whole = [torch.empty_like(padded) for _ in parts]
+        dist.all_gather(whole, padded, group=group)
+        for part, received in zip(parts, whole, strict=True):
+            part.copy_(received[: part.shape[0]])
+        return None
+
+    def reduce_scatter(
+        own: torch.Tensor, parts: list[torch.Tensor], *args: Any, group: Any = None, **kwargs: Any
+    ) -> Any:
+        if len({part.shape[0] for part in parts}) == 1:
+            return dist.reduce_scatter(own, parts, *args, group=group, **kwargs)
+        whole = torch.cat(parts)
+        dist.all_reduce(whole, group=group)
+        own.copy_(whole.split([part.shape[0] for part in parts])[dist.get_rank(group)])
+        return None
+
+    ours.__dict__.update(all_gather=all_gather, reduce_scatter=reduce_scatter)
+    return ours
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _cpu_cuda() -> types.ModuleType:
+    """`torch.cuda` for one in-order CPU: there is one stream, it is always synchronised, and nothing is allocated."""
+    ours = types.ModuleType("torch.cuda")
+    ours.__dict__.update(torch.cuda.__dict__)
+    stream = _Stream()
+
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    replaced: dict[str, Any] = {
+        "current_device": lambda: torch.device("cpu"),
+        "device_count": lambda: 1,
+        "Stream": _Stream,
+        "Event": _Stream,
+        "current_stream": lambda *args: stream,
+        "default_stream": lambda *args: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "synchronize": nothing,
+        "set_device": nothing,
+        "empty_cache": nothing,
+        # as above: dropout draws from these
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+    }
+    ours.__dict__.update(replaced)
+    return ours
+
+
+class _Stream:
+    """A stream, or an event on one: everything before it has happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Stream()
+
+    def query(self) -> bool:
+        return True
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    wait_event = wait = record = synchronize = wait_stream
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return 0

@@ -1,0 +1,55 @@
+"""The one door to megatron-core: the CPU support is in place before any name of Megatron's is taken.
+
+Every module of ours takes Megatron's names from here, so that no import order can put Megatron first.
+"""
+
+from stages.mcore import megatron_cpu_patches
+
+megatron_cpu_patches.enable()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding  # noqa: E402
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.transformer.module import Float16Module, MegatronModule  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
+
+__all__ = [
+    "DistributedDataParallel",
+    "DistributedDataParallelConfig",
+    "Float16Module",
+    "GPTModel",
+    "IndexedDataset",
+    "IndexedDatasetBuilder",
+    "MegatronModule",
+    "OptimizerConfig",
+    "RotaryEmbedding",
+    "TopKRouter",
+    "TransformerBlockSubmodules",
+    "TransformerConfig",
+    "YarnRotaryEmbedding",
+    "finalize_model_grads",
+    "get_forward_backward_func",
+    "get_gpt_layer_local_spec",
+    "get_gpt_layer_with_transformer_engine_spec",
+    "get_megatron_optimizer",
+    "get_num_layers_to_build",
+    "get_transformer_layer_offset",
+    "parallel_state",
+    "tensor_parallel",
+]

@@ -1,0 +1,112 @@
+"""What the routers tell on the side: their losses, and which experts the tokens went to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stages.mcore import megatron_compat
+from stages.mcore.megatron_imports import GPTModel, TopKRouter
+
+DEAD_SHARE = 0.05
+"""An expert that gets less than this part of its fair share of a step's tokens counts as dead."""
+
+
+def take() -> tuple[torch.Tensor, torch.Tensor]:
+    """(load-balancing loss, z-loss): this rank's part of the sum over layers, tokens and micro-batches since the last
+    call, scalars without their weights."""
+    out = {"balance": torch.zeros(()), "z": torch.zeros(())}
+    for name, values in megatron_compat.side_losses().items():
+        kind = "z" if name == "z_loss" else "balance"
+        out[kind] = out[kind].to(values.device) + values.sum()
+        values.zero_()
+    return out["balance"], out["z"]
+
+
+def forget() -> None:
+    """Drops the record: Megatron sizes it by the first model of the process, and the next one may be deeper."""
+    megatron_compat.forget_balance()
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where the tokens of a step went, over all ranks and micro-batches; padding does not count.
+
+    share: [layers with experts, experts], of the layer's assignments, rows sum to 1; entropy: [layers], mean entropy of
+    the router's distribution over all experts, in nats; dropped: assignments that no expert took.
+    """
+
+    layers: list[int]
+    share: torch.Tensor
+    entropy: torch.Tensor
+    dropped: int
+
+    @property
+    def max_violation(self) -> float:
+        """The busiest expert's load over the mean load, less 1; the largest of all layers (Wang et al., 2024)."""
+        return float(self.share.max() * self.share.shape[1]) - 1
+
+    def dead(self) -> list[tuple[int, int]]:
+        """(layer, expert) of those that are starved of tokens."""
+        starved = (self.share * self.share.shape[1] < DEAD_SHARE).nonzero().tolist()
+        return [(self.layers[row], expert) for row, expert in starved]
+
+    def json(self) -> dict[str, Any]:
+        """What is not a number, as after a step of broken activations, is null."""
+        return {
+            "layers": self.layers,
+            "share": [[round(x, 6) if math.isfinite(x) else None for x in row] for row in self.share.tolist()],
+            "entropy": [round(x, 6) if math.isfinite(x) else None for x in self.entropy.tolist()],
+            "dropped": self.dropped,
+            "dead": [list(pair) for pair in self.dead()],
+        }
+
+
+class RouterWatch:
+    """Counts what the routers of this rank's chunks do while gradients are computed.
+
+    Counts are exact whole numbers in float64, so that every layout finds the same ones.
+    """
+
+    def __init__(self, chunks: Sequence[GPTModel], layers: int, experts: int, dense_layers: int) -> None:
+        self.dense = dense_layers
+        device = next(chunks[0].parameters()).device
+        self.counts = torch.zeros(layers - dense_layers, experts + 2, dtype=torch.float64, device=device)
+        """By layer: tokens of each expert, sum of entropies, tokens."""
+        for chunk in chunks:
+            for module in chunk.modules():
+                if isinstance(module, TopKRouter):
+                    self._watch(module)
+
+    def _watch(self, router: Any) -> None:
+        route, row, sigmoid = router.routing, self.counts[router.layer_number - 1 - self.dense], router.score_function
+
+        def routing(logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Any:
+            found = route(logits, padding_mask=padding_mask)
+            if router.training and torch.is_grad_enabled():
+                with torch.no_grad():
+                    flat = logits.detach().reshape(-1, logits.shape[-1]).float()
+                    score = flat.sigmoid() if sigmoid == "sigmoid" else flat.softmax(-1)
+                    score = score / score.sum(-1, keepdim=True)
+                    entropy = -torch.xlogy(score, score).sum(-1)
+                    real = torch.ones_like(entropy) if padding_mask is None else (~padding_mask.reshape(-1)).float()
+                    row[:-2] += real @ found[1].float()
+                    row[-2] += entropy @ real
+                    row[-1] += real.sum()
+            return found
+
+        router.routing = routing
+
+    def take(self, top_k: int, total: Any) -> Experts:
+        """What was counted since the last call. total: sums a tensor over all ranks, in place."""
+        counts = total(self.counts.clone()).cpu()
+        self.counts.zero_()
+        assigned, tokens = counts[:, :-2], counts[:, -1]
+        share = assigned / assigned.sum(-1, keepdim=True)
+        dropped = int((tokens * top_k - assigned.sum(-1)).sum())
+        layers = [self.dense + n for n in range(len(share))]
+        return Experts(layers, share.float(), (counts[:, -2] / tokens).float(), dropped)

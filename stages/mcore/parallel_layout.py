@@ -1,0 +1,117 @@
+"""How a phase is spread over processes: the `cluster` part of its section. It never enters a key. No torch here.
+
+The words are Megatron-core's. A rank is one process with one device. Dense tensors live on a grid of
+tensor x context x data x pipeline ranks, experts on one of expert_tensor x expert x expert data x pipeline ranks;
+both grids cover the same ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.core.bounds import Flag, Range
+from pipeline.core.stage import Config
+from stages.models.qwen3_moe.config import ModelConfig
+
+Split = Annotated[int, Range(1, 4096)]
+
+
+class Layout(Config):
+    """The ranks of a phase and how they share the work. Any layout gives the same loss within rounding."""
+
+    ranks: Annotated[int, Range(1, 1e6, "Llama 3: 16384")] = Field(
+        default=1, description="processes in all, one for each device"
+    )
+    tensor: Split = Field(default=1, description="ranks that split each matrix; activations are then split by sequence")
+    pipeline: Split = Field(default=1, description="ranks that split the layers")
+    virtual_pipeline: Split = Field(default=1, description="model chunks on a pipeline rank; above 1: interleaved 1F1B")
+    context: Split = Field(default=1, description="ranks that split each sequence in attention")
+    expert: Split = Field(default=1, description="ranks that split the experts of a layer")
+    expert_tensor: Split | None = Field(
+        default=None, description="ranks that split each expert; as `tensor` by default"
+    )
+    dispatcher: Literal["alltoall", "allgather"] = Field(
+        default="alltoall", description="how tokens reach their experts"
+    )
+    recompute: Literal["none", "layer"] = Field(
+        default="none", description="`layer` keeps each layer's input only and computes the rest again going backward"
+    )
+    overlap_gradients: Flag = Field(default=False, description="reduce gradients while the backward pass still runs")
+
+    @property
+    def data(self) -> int:
+        """Ranks that read different rows."""
+        return self.ranks // (self.tensor * self.pipeline * self.context)
+
+    @property
+    def split_experts(self) -> int:
+        """Ranks that split each expert."""
+        return self.expert_tensor or self.tensor
+
+    @property
+    def width_unit(self) -> int:
+        """Rows are padded to a multiple of this many tokens: two slices for each context rank (the zigzag that evens
+        out causal attention), each cut again by sequence parallelism."""
+        return self.tensor * (2 * self.context if self.context > 1 else 1)
+
+
+def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_batches: Iterable[int]) -> str | None:
+    """Why this model cannot be trained so, in one sentence that begins with a field of the section; None if it can.
+
+    micro_batches: of one optimizer step, over all ranks; several if the batch grows.
+    """
+    for field, size, of, whole in (
+        ("tensor", layout.tensor, "heads", model.heads),
+        ("tensor", layout.tensor, "kv_heads", model.kv_heads),
+        ("tensor", layout.tensor, "padded_vocab_size", padded_vocab_size),
+        ("expert_tensor", layout.split_experts, "expert_ffn_size", model.expert_ffn_size),
+        ("tensor", layout.tensor, "dense_ffn_size", model.dense_ffn_size or 0),
+        ("tensor", layout.tensor, "shared_expert_ffn_size", model.shared_expert_ffn_size or 0),
+        ("expert", layout.expert, "experts", model.experts),
+    ):
+        if whole % size:
+            return f"cluster.{field} = {size} does not divide {of} = {whole}; nearest: {_divisors(whole, size)}"
+    chunks = layout.pipeline * layout.virtual_pipeline
+    if model.layers % chunks:
+        return (f"cluster.pipeline = {layout.pipeline} with virtual_pipeline = {layout.virtual_pipeline} cannot deal "
+                f"layers = {model.layers} evenly; nearest product: {_divisors(model.layers, chunks)}")  # fmt: skip
+    for fields, size in (
+        ("tensor x pipeline x context", layout.tensor * layout.pipeline * layout.context),
+        ("expert_tensor x expert x pipeline", layout.split_experts * layout.expert * layout.pipeline),
+    ):
+        if layout.ranks % size:
+            return (f"cluster.ranks = {layout.ranks} is not a multiple of {fields} = {size}; "
+                    f"nearest: {_multiples(layout.ranks, size)}")  # fmt: skip
+    if layout.expert == 1 and layout.split_experts != layout.tensor:
+        return (f"cluster.expert_tensor = {layout.split_experts} with tensor = {layout.tensor} and expert = 1 would "
+                f"train wrongly without an error: Megatron-core then sums no expert's gradient over the tensor ranks; "
+                f"leave expert_tensor out, or set expert to {layout.tensor}")  # fmt: skip
+    if layout.virtual_pipeline > 1 and layout.pipeline == 1:
+        return (f"cluster.virtual_pipeline = {layout.virtual_pipeline} interleaves pipeline ranks, "
+                f"and pipeline = 1 has none; leave it out")  # fmt: skip
+    for count in micro_batches:
+        if count % layout.data:
+            return (f"cluster.ranks = {layout.ranks} makes {layout.data} data-parallel ranks, which cannot share the "
+                    f"{count} micro-batches of a step evenly; use a number that divides them, "
+                    f"or other batch.micro_tokens")  # fmt: skip
+        each = count // layout.data
+        if layout.virtual_pipeline > 1 and each % layout.pipeline:
+            return (f"cluster.virtual_pipeline = {layout.virtual_pipeline} needs a multiple of pipeline = "
+                    f"{layout.pipeline} micro-batches on each data-parallel rank, not {each}; "
+                    f"change batch.micro_tokens or ranks")  # fmt: skip
+    return None
+
+
+def _divisors(whole: int, size: int) -> str:
+    """The divisors of `whole` around `size`, as words."""
+    all_ = sorted({d for n in range(1, math.isqrt(whole) + 1) if whole % n == 0 for d in (n, whole // n)})
+    return " or ".join(str(d) for d in [d for d in all_ if d < size][-1:] + [d for d in all_ if d > size][:1])
+
+
+def _multiples(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)

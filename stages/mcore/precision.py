@@ -1,0 +1,58 @@
+"""What a phase multiplies its matrices in: Megatron's words for it, and what it asks of the machine.
+
+In every precision the optimizer's weights and moments, gradient sums over micro-batches and ranks, the router, the
+norms' arithmetic and the loss are fp32. The FP8 ones are Transformer Engine's recipes around bf16 weights; embeddings,
+output head, router and attention's products stay in bf16 or fp32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from stages.models.qwen3_moe.config import Precision
+
+# The first GPU generation whose tensor cores know the format, as compute capability and by name.
+NEEDS: dict[Precision, tuple[tuple[int, int], str]] = {
+    "bf16": ((8, 0), "Ampere"),
+    "fp8-tensorwise": ((8, 9), "Ada or Hopper"),
+    "fp8-blockwise": ((9, 0), "Hopper"),
+    "mxfp8": ((10, 0), "Blackwell"),
+}
+_BF16: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+_FP8: dict[Precision, dict[str, Any]] = {
+    # e4m3 forward, e5m2 for gradients, one scale a tensor from its present maximum
+    "fp8-tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    # e4m3 everywhere; scales by 1 x 128 of activations and gradients, 128 x 128 of weights (DeepSeek-V3)
+    "fp8-blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+    # e4m3 everywhere; scales that are powers of two, by 1 x 32 (OCP Microscaling)
+    "mxfp8": {"fp8": "e4m3", "fp8_recipe": "mxfp8"},
+}
+
+
+def keywords(precision: Precision) -> dict[str, Any]:
+    """The keyword arguments of Megatron's TransformerConfig; constructing it with the FP8 ones needs Transformer
+    Engine. Weights stay bf16 under FP8 and are quantised as they are used."""
+    if precision == "fp32":
+        return {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
+    return {**_BF16, **_FP8.get(precision, {})}
+
+
+def missing(precision: Precision) -> str | None:
+    """What this machine lacks for a precision, in one sentence that begins with the recipe's field; None: nothing."""
+    said = f"precision = {precision} needs"
+    if precision not in NEEDS or (precision == "bf16" and not torch.cuda.is_available()):
+        return None
+    (capability, generation), eight = NEEDS[precision], precision in _FP8
+    if not torch.cuda.is_available():
+        return (f"{said} a GPU of the {generation} generation or newer and Transformer Engine, and this machine has no "
+                f"GPU; `atom rehearse` shows here what the format does to the loss")  # fmt: skip
+    if eight and importlib.util.find_spec("transformer_engine") is None:
+        return f"{said} Transformer Engine, which is not installed here; install transformer-engine[pytorch]"
+    found = torch.cuda.get_device_capability()
+    if found < capability:
+        return (f"{said} a GPU of the {generation} generation or newer (compute capability {capability[0]}."
+                f"{capability[1]}), and this one has {found[0]}.{found[1]}; choose bf16")  # fmt: skip
+    return None

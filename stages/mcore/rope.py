@@ -1,0 +1,61 @@
+"""Rotary frequencies of a model, with YaRN's scaling (Peng et al., 2023) where the recipe asks for it.
+
+Position p turns the pair (i, i + dim/2) of a head by p * frequency[i] (Su et al., 2021; the halves of a head turn).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from stages.models.qwen3_moe.config import ModelConfig
+
+
+def frequencies(model: ModelConfig) -> tuple[torch.Tensor, float]:
+    """(radians by position, [head_dim / 2], fp32; what cosines and sines are multiplied by)."""
+    dim = model.head_dim
+    plain = 1.0 / (model.rope_base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    if model.yarn is None:
+        return plain, 1.0
+    yarn = model.yarn
+
+    def pair(turns: float) -> float:
+        """The (fractional) pair whose frequency turns so often within the original length."""
+        return dim * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(model.rope_base))
+
+    low, high = max(math.floor(pair(yarn.beta_fast)), 0), min(math.ceil(pair(yarn.beta_slow)), dim - 1)
+    width = high - low or 0.001  # equal ends make a step of the ramp
+    divided = torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / width, 0, 1)
+    return plain / yarn.factor * divided + plain * (1 - divided), 0.1 * math.log(yarn.factor) + 1.0
+
+
+def megatron_yarn(model: ModelConfig) -> dict[str, Any]:
+    """Attributes of Megatron's configuration with which its own attention layers scale in the same way."""
+    if model.yarn is None:
+        return {}
+    return {
+        "yarn_rotary_scaling_factor": model.yarn.factor,
+        "yarn_original_max_position_embeddings": model.yarn.original_length,
+        "yarn_beta_fast": model.yarn.beta_fast,
+        "yarn_beta_slow": model.yarn.beta_slow,
+        "yarn_mscale": 1.0,
+        "yarn_mscale_all_dim": 0.0,
+        "yarn_correction_range_round_to_int": True,
+    }
+
+
+def hf_rope(model: ModelConfig) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5, which vLLM reads as well."""
+    if model.yarn is None:
+        return {"rope_theta": model.rope_base, "rope_type": "default"}
+    return {
+        "rope_theta": model.rope_base,
+        "rope_type": "yarn",
+        "factor": model.yarn.factor,
+        "original_max_position_embeddings": model.yarn.original_length,
+        "beta_fast": model.yarn.beta_fast,
+        "beta_slow": model.yarn.beta_slow,
+        "attention_factor": frequencies(model)[1],
+    }

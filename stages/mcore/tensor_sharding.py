@@ -1,0 +1,65 @@
+"""Which part of a full tensor a rank holds: the one place that knows how tensor parallelism cuts matrices.
+
+A part is a list of boxes (one slice for each dimension) of the full tensor; the rank's local tensor is those boxes,
+concatenated along the first dimension. Megatron-core's cuts: rows of embedding, output head, QKV and an expert's gate
+and up; columns of the projections back into the residual stream; everything else is whole on every rank.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from stages.mcore.megatron_imports import parallel_state
+
+Box = tuple[tuple[int, int], ...]
+"""(start, stop) in each dimension of the full tensor."""
+
+
+def boxes(name: str, shape: tuple[int, ...]) -> tuple[Box, ...]:
+    """The boxes of this rank for the tensor of that global name and full shape."""
+    expert = ".experts." in name
+    if expert:
+        rank, size = parallel_state.get_expert_tensor_parallel_rank(), _expert_tensor_size()
+    else:
+        rank, size = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
+    whole = tuple((0, n) for n in shape)
+    if size == 1 or not is_cut(name):
+        return (whole,)
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        n = shape[1] // size
+        return ((whole[0], (rank * n, (rank + 1) * n)),)
+    blocks = 2 if name.endswith("linear_fc1.weight") else 1  # gate above up, each cut by itself
+    block, n = shape[0] // blocks, shape[0] // blocks // size
+    return tuple(((b * block + rank * n, b * block + (rank + 1) * n), *whole[1:]) for b in range(blocks))
+
+
+def is_cut(name: str) -> bool:
+    """Whether tensor parallelism cuts the tensor of that global name."""
+    return "layernorm" not in name and "router" not in name
+
+
+def cut(full: torch.Tensor, parts: tuple[Box, ...]) -> torch.Tensor:
+    """The local tensor that holds these boxes of the full one."""
+    pieces = [full[_index(box)] for box in parts]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def paste(full: torch.Tensor, parts: tuple[Box, ...], local: torch.Tensor) -> None:
+    """Writes a local tensor into its boxes of the full one."""
+    row = 0
+    for box in parts:
+        n = box[0][1] - box[0][0]
+        full[_index(box)] = local[row : row + n]
+        row += n
+
+
+def _index(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in box)
+
+
+def _expert_tensor_size() -> int:
+    size: int = parallel_state.get_expert_tensor_parallel_world_size()
+    return size

@@ -1,0 +1,32 @@
+"""Initial weights that do not depend on the layout: each tensor has a generator of its own.
+
+The generator is seeded from (seed, global name), an expert's name holding its index in the whole model, so any split
+over any number of ranks starts from the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+
+from stages.models.qwen3_moe.config import ModelConfig
+
+
+def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> torch.Tensor:
+    """The whole initial fp32 tensor of that global name.
+
+    Ones for norms, zeros for biases of experts, otherwise normal with standard deviation `init_std`, divided by
+    sqrt(2 * layers) where a layer writes into the residual stream (GPT-2's scaling).
+    """
+    if name.endswith("layernorm.weight"):
+        return torch.ones(shape)
+    if name.endswith("expert_bias"):
+        return torch.zeros(shape)
+    std = model.init_std
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        std /= math.sqrt(2 * model.layers)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

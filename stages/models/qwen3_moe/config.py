@@ -1,0 +1,227 @@
+"""The `model` section of a recipe: a decoder of the Qwen3-MoE shape, told in numbers.
+
+Every layer is grouped-query attention with normalised queries and keys, followed by a mixture of SwiGLU experts of
+which a token visits `experts_per_token`; the first `dense_layers` have one SwiGLU instead. No torch here: `atom plan`
+reads this file.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.core.bounds import Context, Flag, Range
+from pipeline.core.stage import Config, added, operational
+from stages.models.qwen3_moe.costs import Attention, training_flops
+
+PositiveInt = Annotated[int, Range(1, 2**31 - 1)]
+"""A size: above zero, and small enough for every index that Megatron keeps."""
+Layers = Annotated[int, Range(1, 1024, "Llama 3 405B: 126")]
+Width = Annotated[int, Range(1, 2**17, "Llama 3 405B: 16384, inside its feed-forward layers 53248")]
+Heads = Annotated[int, Range(1, 1024, "DeepSeek-V3: 128")]
+Experts = Annotated[int, Range(1, 4096, "Kimi K2: 384, Switch-C: 2048")]
+RopeBase = Annotated[float, Range(1, 1e12, "Llama 3: 5e5, Qwen2.5-1M: 1e7", above=True)]
+LossWeight = Annotated[float, Range(0, 100, "DeepSeek-V3: 1e-4, OLMoE: 0.01")]
+Precision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8"]
+"""What matrices are multiplied in. Weights of the optimizer, reductions, router, norms and losses are fp32 in all."""
+PositiveCount = Annotated[int, Range(1, 1e15)]
+MOST_PARAMETERS = 10**14
+"""Of a model; the largest that were published have 2e12."""
+
+
+Turns = Annotated[float, Range(0, 1e4, above=True)]
+
+
+class Yarn(Config):
+    """YaRN (Peng et al., 2023, arXiv:2309.00071): slow rotary frequencies are divided by `factor`, fast ones are kept,
+    and attention is sharpened by 0.1 ln(factor) + 1 in queries and in keys."""
+
+    factor: Annotated[float, Range(1, 4096, "DeepSeek-V3: 40", above=True)] = Field(
+        description="new context by original_length"
+    )
+    original_length: Context = Field(description="context that the frequencies were trained for")
+    beta_fast: Turns = Field(32.0, description="turns within original_length above which a frequency is kept")
+    beta_slow: Turns = Field(1.0, description="turns within original_length below which it is divided")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Yarn:
+        if self.beta_slow >= self.beta_fast:
+            raise ValueError(f"beta_slow = {self.beta_slow} is not below beta_fast = {self.beta_fast}; use 1 and 32")
+        return self
+
+
+class Rope(Config):
+    """How a phase turns queries and keys, if not as the model section says."""
+
+    base: RopeBase | None = Field(None, description="base of the rotary frequencies; null: as the phase before")
+    yarn: Yarn | None = Field(None, description="YaRN's scaling; null: none")
+
+
+class StatedParameters(Config):
+    """What the recipe's author says that the model has; a recipe that is wrong about itself is refused."""
+
+    total: PositiveCount
+    active: PositiveCount
+
+
+class ModelConfig(Config):
+    """Sizes and constants of the model; the vocabulary's padded size stands in the tokenizer section."""
+
+    layers: Layers = Field(description="number of transformer layers")
+    hidden_size: Width = Field(description="width of the residual stream")
+    heads: Heads = Field(description="query heads")
+    kv_heads: Heads = Field(description="key and value heads; a divisor of heads")
+    head_dim: Annotated[int, Range(1, 1024, "usual: 64 to 256")] = Field(
+        description="width of one head; even, since rotary embedding turns pairs"
+    )
+    experts: Experts = Field(description="experts in each layer")
+    experts_per_token: Experts = Field(description="experts that one token visits (top-k)")
+    expert_ffn_size: Width = Field(description="inner width of one expert")
+    context_length: Context = Field(description="longest sequence the model is made for")
+    rope_base: RopeBase = Field(10000.0, description="base of the rotary frequencies")
+    norm_eps: Annotated[float, Range(1e-12, 1e-2, "usual: 1e-6 or 1e-5")] = Field(
+        1e-6, description="epsilon of every RMSNorm"
+    )
+    tie_embeddings: Flag = Field(True, description="output head = input embedding")
+    aux_loss: LossWeight = Field(
+        1e-3, description="weight of the load-balancing loss, summed over layers as Megatron-core defines it"
+    )
+    init_std: Annotated[float, Range(0, 1, "usual: 0.006 to 0.1", above=True)] = Field(
+        0.02, description="standard deviation of the initial weights"
+    )
+    balance: Literal["batch", "sequence"] = added(
+        "batch", "over what aux_loss evens out the experts: the tokens of a micro-batch, or of each row"
+    )
+    bias_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")] = added(
+        0.0, "auxiliary-loss-free balancing: what a step adds to or takes from an expert's bias; 0: none"
+    )
+    z_loss: LossWeight = added(0.0, "weight of the squared log-sum-exp of the router's logits (ST-MoE); 0: none")
+    dense_layers: Annotated[int, Range(0, 1023)] = added(0, "first layers that have one SwiGLU instead of experts")
+    dense_ffn_size: Width | None = added(None, "inner width of a dense layer's SwiGLU")
+    shared_expert_ffn_size: Width | None = added(None, "inner width of an expert that every token visits as well")
+    yarn: Yarn | None = added(None, "YaRN's scaling of the rotary frequencies")
+    stated_parameters: StatedParameters | None = operational(None, "total and active parameters, checked when loaded")
+
+    @model_validator(mode="after")
+    def _possible(self) -> ModelConfig:
+        if self.heads % self.kv_heads:
+            nearest = _nearest([n for n in range(1, self.heads + 1) if self.heads % n == 0], self.kv_heads)
+            raise ValueError(f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}; nearest: {nearest}")
+        if self.head_dim % 2:
+            near = f"{self.head_dim - 1} or {self.head_dim + 1}" if self.head_dim > 1 else "2"
+            raise ValueError(f"head_dim = {self.head_dim} is odd, but rotary embedding turns pairs; nearest: {near}")
+        if self.experts_per_token == 1:
+            raise ValueError(
+                "experts_per_token = 1 gives the router no gradient from the loss, since the one weight is always 1; "
+                "nearest: 2"
+            )
+        if self.experts_per_token > self.experts:
+            raise ValueError(
+                f"experts_per_token = {self.experts_per_token} is more than experts = {self.experts}; "
+                f"nearest: experts_per_token {self.experts} or experts {self.experts_per_token}"
+            )
+        if self.dense_layers >= self.layers:
+            raise ValueError(
+                f"dense_layers = {self.dense_layers} leaves no layer of {self.layers} with experts; "
+                f"use at most {self.layers - 1}"
+            )
+        if bool(self.dense_layers) != bool(self.dense_ffn_size):
+            raise ValueError(
+                f"dense_layers = {self.dense_layers} and dense_ffn_size = {self.dense_ffn_size} go together; set both "
+                "or neither"
+            )
+        return self
+
+    def beyond_qwen3(self) -> str | None:
+        """What of the model transformers' Qwen3MoeForCausalLM cannot express, in one sentence; None: nothing."""
+        for field, value, what in (
+            ("bias_rate", self.bias_rate, "no bias of experts and no sigmoid scores"),
+            ("shared_expert_ffn_size", self.shared_expert_ffn_size, "no shared expert"),
+        ):
+            if value:
+                return (f"model.{field} = {value} cannot be exported: Qwen3MoeForCausalLM, which transformers, vLLM "
+                        f"and others load unchanged, has {what}; leave it out, or stop before the export")  # fmt: skip
+        return None
+
+    def with_rope(self, rope: Rope | None, context_length: int) -> ModelConfig:
+        """The same tensors with the rotary embedding of a phase, for rows of up to `context_length` tokens."""
+        changes: dict[str, object] = {"context_length": max(self.context_length, context_length)}
+        if rope is not None:
+            changes |= {"rope_base": rope.base or self.rope_base, "yarn": rope.yarn}
+        return self.model_copy(update=changes)
+
+    def shapes(self, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
+        """Every tensor's global name and full shape, in Megatron's own words and layout.
+
+        `linear_qkv` holds, for each key/value head, its query heads, its key and its value; an expert's `linear_fc1`
+        holds gate above up.
+        """
+        hidden, head = self.hidden_size, self.head_dim
+        out: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (padded_vocab_size, hidden)}
+
+        def swiglu(at: str, ffn: int) -> None:
+            out[at + "linear_fc1.weight"] = (2 * ffn, hidden)
+            out[at + "linear_fc2.weight"] = (hidden, ffn)
+
+        for layer in range(self.layers):
+            at = f"decoder.layers.{layer}."
+            out[at + "input_layernorm.weight"] = (hidden,)
+            out[at + "self_attention.linear_qkv.weight"] = ((self.heads + 2 * self.kv_heads) * head, hidden)
+            out[at + "self_attention.q_layernorm.weight"] = (head,)
+            out[at + "self_attention.k_layernorm.weight"] = (head,)
+            out[at + "self_attention.linear_proj.weight"] = (hidden, self.heads * head)
+            out[at + "pre_mlp_layernorm.weight"] = (hidden,)
+            if layer < self.dense_layers:
+                swiglu(at + "mlp.", self.dense_ffn_size or 0)
+                continue
+            out[at + "mlp.router.weight"] = (self.experts, hidden)
+            if self.bias_rate:
+                out[at + "mlp.router.expert_bias"] = (self.experts,)
+            if self.shared_expert_ffn_size:
+                swiglu(at + "mlp.shared_experts.", self.shared_expert_ffn_size)
+            for expert in range(self.experts):
+                swiglu(at + f"mlp.experts.local_experts.{expert}.", self.expert_ffn_size)
+        out["decoder.final_layernorm.weight"] = (hidden,)
+        if not self.tie_embeddings:
+            out["output_layer.weight"] = (padded_vocab_size, hidden)
+        return out
+
+    def parameters(self, padded_vocab_size: int) -> dict[str, int]:
+        """Parameter counts in closed form: total, active (what one token uses), embedding (the input table)."""
+        hidden, sparse = self.hidden_size, self.layers - self.dense_layers
+        embedding = padded_vocab_size * hidden
+        attention = 2 * hidden * self.head_dim * (self.heads + self.kv_heads)
+        layer = attention + 2 * hidden + 2 * self.head_dim
+        router = self.experts * (hidden + bool(self.bias_rate))
+        expert, always = 3 * hidden * self.expert_ffn_size, 3 * hidden * (self.shared_expert_ffn_size or 0)
+        dense = self.dense_layers * 3 * hidden * (self.dense_ffn_size or 0)
+        rest = embedding * (1 if self.tie_embeddings else 2) + hidden + self.layers * layer + dense
+        rest += sparse * (router + always)
+        return {
+            "total": rest + sparse * self.experts * expert,
+            "active": rest + sparse * self.experts_per_token * expert,
+            "embedding": embedding,
+        }
+
+    def matrices(self, padded_vocab_size: int) -> int:
+        """Matrix parameters that one token meets: active ones with the output head, without input table and norms."""
+        hidden, sparse = self.hidden_size, self.layers - self.dense_layers
+        attention = 2 * hidden * self.head_dim * (self.heads + self.kv_heads)
+        expert = 3 * hidden * (self.experts_per_token * self.expert_ffn_size + (self.shared_expert_ffn_size or 0))
+        dense = 3 * hidden * (self.dense_ffn_size or 0)
+        layers = self.layers * attention + sparse * (self.experts * hidden + expert) + self.dense_layers * dense
+        return layers + padded_vocab_size * hidden
+
+    def flops_per_token(self, padded_vocab_size: int, sequence_length: int) -> float:
+        """Training FLOPs of one token in rows of that length, as `stages.models.qwen3_moe.costs.training_flops` counts
+        them."""
+        attention = Attention(self.layers, self.heads, self.head_dim, self.head_dim)
+        return training_flops(self.matrices(padded_vocab_size), [attention], sequence_length)
+
+
+def _nearest(choices: list[int], value: int) -> str:
+    """The choices just below and just above `value`, as words."""
+    below = [n for n in choices if n < value][-1:]
+    above = [n for n in choices if n > value][:1]
+    return " or ".join(str(n) for n in below + above)

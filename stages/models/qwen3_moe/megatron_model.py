@@ -1,0 +1,183 @@
+"""From the recipe's sizes to Megatron's GPTModel, and its tensors by their global names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pipeline.core.errors import AtomError
+from stages.mcore.megatron_imports import GPTModel, TransformerConfig, parallel_state
+from stages.mcore.parallel_layout import Layout
+from stages.mcore.param_names import BUFFERS, global_name
+from stages.mcore.precision import keywords
+from stages.mcore.rope import frequencies, megatron_yarn
+from stages.mcore.tensor_sharding import boxes, cut, is_cut
+from stages.models.qwen3_moe.config import ModelConfig, Precision
+from stages.models.qwen3_moe.layer_spec import has_transformer_engine, layer_spec
+
+
+def transformer_config(model: ModelConfig, layout: Layout, precision: Precision = "fp32") -> TransformerConfig:
+    """Megatron's configuration of the model: Qwen3-MoE's architecture, without dropout or biases."""
+    on_gpu = torch.cuda.is_available()
+    config = TransformerConfig(
+        **keywords(precision),
+        num_layers=model.layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.dense_ffn_size or model.expert_ffn_size,
+        qk_layernorm=True,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        num_moe_experts=model.experts,
+        moe_ffn_hidden_size=model.expert_ffn_size,
+        moe_router_topk=model.experts_per_token,
+        moe_layer_freq=[0] * model.dense_layers + [1] * (model.layers - model.dense_layers),
+        moe_shared_expert_intermediate_size=model.shared_expert_ffn_size,
+        moe_router_pre_softmax=False,  # softmax over the chosen experts = Hugging Face's norm_topk_prob
+        moe_router_score_function="sigmoid" if model.bias_rate else "softmax",  # Megatron's biases are for sigmoids
+        moe_router_enable_expert_bias=model.bias_rate > 0,
+        moe_router_bias_update_rate=model.bias_rate,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type={"batch": "aux_loss", "sequence": "seq_aux_loss"}[model.balance],
+        moe_aux_loss_coeff=model.aux_loss,
+        moe_z_loss_coeff=model.z_loss or None,
+        moe_token_dispatcher_type=layout.dispatcher,
+        moe_grouped_gemm=has_transformer_engine(),
+        perform_initialization=False,  # Engine.initialise does it
+        use_cpu_initialization=not on_gpu,
+        tensor_model_parallel_size=layout.tensor,
+        sequence_parallel=layout.tensor > 1,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        # Two pipeline ranks are each other's next and previous one; only the ordered sends and receives of the
+        # overlapping mode then tell an activation from a gradient. Batched ones mix them up without an error.
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
+        batch_p2p_comm=layout.virtual_pipeline == 1,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.split_experts,
+        recompute_granularity="full" if layout.recompute == "layer" else None,
+        recompute_method="uniform" if layout.recompute == "layer" else None,
+        recompute_num_layers=1 if layout.recompute == "layer" else None,
+        # kernels of Apex and Transformer Engine
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+    config.rope = frequencies(model)  # what our attention layers turn by; Megatron's own read the following
+    for name, value in megatron_yarn(model).items():
+        setattr(config, name, value)
+    return config
+
+
+def build(
+    model: ModelConfig, padded_vocab_size: int, layout: Layout | None = None, precision: Precision = "fp32",
+    packed: bool = False, vocab_size: int | None = None,
+) -> list[GPTModel]:  # fmt: skip
+    """This rank's part of the model, one GPTModel for each virtual pipeline stage, without its initial weights.
+
+    packed: rows hold several documents, and the attention mask tells which (see spec.Attention).
+    vocab_size: ids from here to `padded_vocab_size` only pad the table and get probability zero; None: there are none.
+
+    Needs a `stages.train.parallel.session` of the same layout.
+    """
+    layout = layout or Layout()
+    config = transformer_config(model, layout, precision)
+    chunks = []
+    for number in range(layout.virtual_pipeline):
+        stage = number if layout.virtual_pipeline > 1 else None
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=layer_spec(config, stage, packed),
+            vocab_size=padded_vocab_size,
+            max_sequence_length=model.context_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="yarn" if model.yarn else "rope",
+            rotary_base=model.rope_base,
+            vp_stage=stage,
+        )
+        for name, parameter in named_tensors([chunk]):
+            # Megatron marks cut tensors while it initialises them, which it does not do here. Without the mark the
+            # gradient norm counts the parts of tensor rank 0 only.
+            parameter.tensor_model_parallel = is_cut(name)
+        if vocab_size is not None and chunk.post_process:
+            chunk.output_layer.register_forward_hook(_mask_padding(vocab_size))
+        chunks.append(chunk)
+    return chunks
+
+
+def _mask_padding(vocab_size: int) -> Callable[..., None]:
+    """A hook that gives ids from `vocab_size` on a logit of minus infinity, as they do not exist in any runtime.
+
+    It writes in place and outside of autograd, which costs no copy of the logits: the gradient of a logit whose
+    probability is zero is zero.
+    """
+
+    def mask(layer: Any, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
+        logits = output[0]  # [sequence, batch, this tensor rank's part of the padded vocabulary]
+        first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        with torch.no_grad():
+            logits[..., max(0, vocab_size - first) :] = -math.inf
+
+    return mask
+
+
+def named_buffers(chunks: Sequence[GPTModel]) -> dict[str, torch.Tensor]:
+    """By global name, this rank's tensors that are no parameters: fp32 in every precision."""
+    return {name: tensor for name, tensor in _named(chunks, "named_buffers") if name.endswith(BUFFERS)}
+
+
+def named_tensors(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(global name, parameter) of this rank's parameters, in the model's order.
+
+    With tied embeddings the last pipeline stage has a copy of the first one's table, and its name.
+    """
+    yield from _named(chunks, "named_parameters")
+
+
+def _named(chunks: Sequence[GPTModel], kind: str) -> Iterator[tuple[str, Any]]:
+    for gpt in chunks:
+        layers = gpt.decoder.layers
+        first_layer = layers[0].layer_number - 1 if len(layers) else 0
+        experts = gpt.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+        first_expert = parallel_state.get_expert_model_parallel_rank() * experts
+        for local, tensor in getattr(gpt, kind)():
+            name = global_name(local, first_layer, first_expert)
+            if gpt.share_embeddings_and_output_weights and name == "output_layer.weight":
+                name = "embedding.word_embeddings.weight"
+            yield name, tensor
+
+
+def check_tensors(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Sequence[int]], origin: str) -> None:
+    """Raises AtomError, naming `origin`, if a tensor is missing, left over, or of another shape."""
+    for name in sorted(set(shapes) | set(found)):
+        have, want = (tuple(x[name]) if name in x else None for x in (found, shapes))
+        if have != want:
+            raise AtomError(f"{origin} does not fit the model section of the recipe: {name} is {have}, not {want}")
+
+
+def load_tensors(
+    chunks: Sequence[GPTModel], model: ModelConfig, padded_vocab_size: int, tensors: Mapping[str, torch.Tensor],
+    origin: str,
+) -> None:  # fmt: skip
+    """Fills this rank's tensors from full tensors by global name. Raises AtomError if they are not this model's."""
+    shapes = model.shapes(padded_vocab_size)
+    check_tensors(shapes, {name: t.shape for name, t in tensors.items()}, origin)
+    for name, tensor in [*named_tensors(chunks), *named_buffers(chunks).items()]:
+        tensor.data.copy_(cut(tensors[name], boxes(name, shapes[name])))

@@ -1,0 +1,45 @@
+"""Reinforcement learning from preferences: rounds of DPO on pairs of the policy's own answers.
+
+    atom run atom-tiny --until rlhf
+
+A judge scores the answers; the best and the worst to one question are a pair, kept with where it comes from. Right
+answers to verified tasks are an anchor, so that skills stay. docs/post-training.md tells what each setting does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.core.stage import Estimate, Inputs, Report, Stage
+from stages.rl.config import DpoTrainConfig, obstacle
+
+VERSION = 4
+
+
+def run(config: DpoTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """inputs["init"]: the phase before, of which the last checkpoint's weights are taken; inputs["tasks"],
+    inputs["items"], inputs["tokenizer"].
+
+    Fills `out` with step-<n>/, training.jsonl, summary.json, rollouts.parquet and pairs.parquet.
+    Raises what stages.rl.trainer.train raises.
+    """
+    from stages.rl.algorithms.preferences import Dpo
+    from stages.rl.trainer import train
+
+    train(Dpo, "rlhf", config, inputs, work, out, report)
+
+
+def estimate(config: DpoTrainConfig) -> Estimate:
+    phase = config.phase
+    answers = sum(a.count * a.samples for a in (phase.preferences, phase.skills) if a) * phase.steps
+    tokens = answers * phase.sampling.max_new_tokens
+    parameters = config.model.parameters(config.padded_vocab_size)
+    flops = 3 * 2.0 * parameters["active"] * tokens  # all are drawn, a third is learnt from
+    return Estimate(tokens=tokens, flops=flops, cpu_seconds=10 + flops / 2e10, parameters=parameters)
+
+
+STAGE = Stage(
+    "rlhf", VERSION, DpoTrainConfig, run, estimate=estimate,
+    promise=lambda c: c.phase.sampling.promise,
+    obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.cluster.ranks, trains=True,
+)  # fmt: skip

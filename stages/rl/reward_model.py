@@ -1,0 +1,38 @@
+"""A reward model, trained on the pairs that a judge made of the policy's answers.
+
+atom run atom-tiny --until reward
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.core.stage import Estimate, Inputs, Report, Stage
+from stages.rl.config import RewardTrainConfig
+
+VERSION = 3
+
+
+def run(config: RewardTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """inputs["init"]: the policy that the model begins as; inputs["pairs"]: an rlhf artifact; inputs["tokenizer"].
+
+    Fills `out` with step-<n>/, training.jsonl and summary.json, which tells the accuracy on held-out pairs.
+    Raises what stages.rl.trainer.train raises, and AtomError if there are too few pairs.
+    """
+    from stages.rl.algorithms.preferences import Reward
+    from stages.rl.trainer import train
+
+    train(Reward, "reward", config, inputs, work, out, report)
+
+
+def estimate(config: RewardTrainConfig) -> Estimate:
+    tokens = config.phase.steps * config.phase.pairs * 2 * 64  # answers of some sixty tokens with their questions
+    parameters = config.model.parameters(config.padded_vocab_size)
+    flops = 3 * 2.0 * parameters["active"] * tokens
+    return Estimate(tokens=tokens, flops=flops, cpu_seconds=10 + flops / 4e10, parameters=parameters)
+
+
+STAGE = Stage(
+    "reward", VERSION, RewardTrainConfig, run, estimate=estimate,
+    ranks=lambda c: c.phase.cluster.ranks, trains=True,
+)  # fmt: skip

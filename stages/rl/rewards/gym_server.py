@@ -1,0 +1,117 @@
+"""A verifier that asks a NeMo Gym resources server, whatever that runs, by POST /verify. NeMo Gym itself is not needed.
+
+Request: the row's own fields, `responses_create_params`, and the answer in the form of an OpenAI response, all of whose
+keys below NeMo Gym 0.4 requires. Reply: `reward`, and fields of the server's own.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from stages.rl.protocols import Parts, Response, Row, VerifierFailed
+
+ATTEMPTS = 5
+BACK_OFF = 1.0  # seconds before the second attempt; doubled for each further one
+PARALLEL = 16
+OPEN = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy stands between nodes
+
+
+class GymServer:
+    """Scores answers by a server at `url` ("http://host:port").
+
+    serves: what runs there, as the recipe pins it, such as "nemo-gym 0.4.0 math_with_judge"; /verify does not tell.
+    timeout: seconds for one answer. Refused connections, time-outs, 429 and 5xx are tried ATTEMPTS times.
+    Parts: `reward`, `finished`, and the finite numbers that the server adds.
+    """
+
+    name = "nemo-gym"
+    runs_code = False
+
+    def __init__(self, url: str, serves: str, timeout: float = 60.0) -> None:
+        self.url, self.timeout = url.rstrip("/") + "/verify", timeout
+        self.version = f"1 {serves}"
+
+    def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
+        """Raises VerifierFailed if the server cannot be reached, refuses, or answers without a finite reward."""
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            return list(pool.map(lambda answer: self._parts(*answer), answers))
+
+    def close(self) -> None:
+        """Nothing is held: each request has a connection of its own."""
+
+    def _parts(self, row: Row, response: Response) -> Parts:
+        if not response.finished:
+            return {"reward": 0.0, "finished": 0.0}
+        body = request(row, response)
+        reply = self._post(row, json.dumps(body).encode())
+        numbers = {
+            name: float(value)
+            for name, value in reply.items()
+            if name not in body and isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        if not math.isfinite(numbers.get("reward", math.nan)):
+            raise self._failed(row, f"answered without a finite reward ({reply.get('reward')!r})")
+        return {**{k: v for k, v in numbers.items() if math.isfinite(v)}, "finished": 1.0}
+
+    def _post(self, row: Row, body: bytes) -> dict[str, Any]:
+        why = ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(BACK_OFF * 2 ** (attempt - 1))
+            ask = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+            try:
+                with OPEN.open(ask, timeout=self.timeout) as answer:
+                    said = answer.read()
+                break
+            except urllib.error.HTTPError as error:
+                with error:
+                    why = f"answered {error.code}: {error.read(500).decode(errors='replace')}"
+                if error.code != 429 and error.code < 500:
+                    raise self._failed(row, why) from None
+            except (OSError, http.client.HTTPException) as error:
+                why = f"did not answer ({getattr(error, 'reason', error) or type(error).__name__})"
+        else:
+            raise self._failed(row, f"{why}, {ATTEMPTS} times")
+        try:
+            reply = json.loads(said)
+        except ValueError:
+            reply = None
+        if not isinstance(reply, dict):
+            raise self._failed(row, f"answered what is no JSON object: {said[:200].decode(errors='replace')!r}")
+        return reply
+
+    def _failed(self, row: Row, what: str) -> VerifierFailed:
+        return VerifierFailed(
+            f"verifier {self.name}, row {row.get('id')}: {self.url} {what}; see to that server, then start again"
+        )
+
+
+def request(row: Row, response: Response) -> dict[str, Any]:
+    """The body of POST /verify. Lone surrogates of the answer, which UTF-8 cannot carry, become question marks."""
+    text = response.answer.encode(errors="replace").decode()
+    message = {
+        "id": "message",
+        "type": "message",
+        "role": "assistant",
+        "status": "completed",
+        "content": [{"type": "output_text", "text": text, "annotations": []}],
+    }
+    reply = {
+        "id": "response",
+        "created_at": 0,
+        "model": "atom",
+        "object": "response",
+        "output": [message],
+        "parallel_tool_calls": False,
+        "tool_choice": "auto",
+        "tools": [],
+    }
+    return {**row, "response": reply}

@@ -1,0 +1,104 @@
+"""Verifiers by name, and the judges of answers to which no rule has one right answer: rules, or a reward model.
+
+A judge is a verifier: it gives each answer a reward, and of two answers prefers the one with the higher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import Inputs
+from pipeline.core.store import Artifact
+from stages.data import chat
+from stages.rl.protocols import Parts, Response, Row, Verifier, VerifierFailed, question
+from stages.rl.rewards.verifiers import Frozen, verifier
+from stages.rl.rollout.tasks import CODE
+
+if TYPE_CHECKING:
+    from stages.rl.rollout.generation import Chat
+
+ROWS = 64
+
+
+class Courtesy(Frozen):
+    """The rules for a courteous note (stages/scorers)."""
+
+    name = "courtesy"
+
+
+class RewardModel:
+    """A trained judge: an exported model in whose eyes `<|endoftext|>` follows an answer with a certain
+    log-probability, its score. The reward is the chance, by Bradley and Terry, that the answer is preferred to one of
+    middling score."""
+
+    name, runs_code = "reward-model", False
+
+    def __init__(self, artifact: Artifact, centre: float, chat: Chat) -> None:
+        """artifact: the export; centre: the middling score, which its training measured on held-out pairs."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        folder = artifact / "model"
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        self.chat, self.centre, self.version = chat, centre, artifact.key
+
+    def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
+        import torch
+
+        rows = [judged(self.chat, question(row), r.text, r.finished)[:-1] for row, r in answers]
+        limit = self.model.config.max_position_embeddings
+        found: list[float] = [0.0] * len(rows)
+        for (row, response), ids in zip(answers, rows, strict=True):
+            if response.finished and len(ids) > limit:
+                raise VerifierFailed(
+                    f"verifier {self.name} cannot judge row {row['id']}: {len(ids)} tokens are more than its context "
+                    f"of {limit}; allow shorter answers"
+                )
+        order = sorted((i for i in range(len(rows)) if len(rows[i]) <= limit), key=lambda i: (len(rows[i]), i))
+        for start in range(0, len(order), ROWS):
+            some = order[start : start + ROWS]
+            last = torch.tensor([len(rows[i]) - 1 for i in some])
+            width = int(last.max()) + 1
+            ids = torch.tensor([[*rows[i], *[self.chat.pad] * (width - len(rows[i]))] for i in some])
+            with torch.inference_mode():
+                logits = self.model(ids).logits[torch.arange(len(some)), last]
+            scores = torch.log_softmax(logits.double(), -1)[:, self.chat.end]
+            chances = torch.sigmoid(scores - self.centre).tolist()
+            for i, chance in zip(some, chances, strict=True):
+                found[i] = chance if answers[i][1].finished else 0.0
+        return [{"reward": chance} for chance in found]
+
+    def close(self) -> None:
+        del self.model
+
+
+def judged(chat_: Chat, asked: str, text: str, finished: bool) -> list[int]:
+    """The ids of a question and an answer in the template, and the token whose probability is the answer's reward."""
+    ids = chat_.tokenizer.encode(
+        chat.render([{"role": "user", "content": asked}], ask=True), add_special_tokens=False
+    ).ids
+    ids += chat_.tokenizer.encode(text, add_special_tokens=False).ids
+    return [*ids, *([chat_.turn_end] if finished else []), chat_.end]
+
+
+def verifiers_of(
+    rows: Sequence[Row], inputs: Inputs, chat: Chat, settings: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Verifier]:
+    """The verifiers that these tasks name. Raises RecipeError for a name that is none."""
+    from stages.rl import sandbox
+
+    made: dict[str, Verifier] = {}
+    for name in sorted({str(row["verifier"]) for row in rows}):
+        if name == Courtesy.name:
+            made[name] = Courtesy()
+        elif name == RewardModel.name:
+            if "reward" not in inputs:
+                raise RecipeError("tasks name the verifier reward-model, which only rlhf.online has; use another judge")
+            made[name] = RewardModel(inputs["judge"], inputs["reward"].json("summary.json")["centre"], chat)
+        else:
+            if name == CODE and (lack := sandbox.missing()):
+                raise RecipeError(f"tasks of the verifier {CODE} run what the model writes: {lack}")
+            made[name] = verifier(name, **settings.get(name, {}))
+    return made

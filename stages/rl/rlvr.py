@@ -1,0 +1,47 @@
+"""Reinforcement learning against verifiers (GRPO) on top of supervised fine-tuning; as the node `online`, against a
+trained reward model.
+
+    atom run atom-tiny --until rlvr
+
+Each step asks tasks that a curriculum chooses, draws several answers to each from the policy, has verifiers score them,
+and moves the policy once. stages/rl holds the parts; docs/post-training.md tells what each setting does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.core.stage import Estimate, Inputs, Report, Stage
+from stages.rl.config import RlTrainConfig, obstacle
+
+VERSION = 3
+
+
+def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """inputs["init"]: the phase before, of which the last checkpoint's weights are taken; inputs["tasks"],
+    inputs["items"], inputs["tokenizer"]; with replay also inputs["tokens"] and inputs["order"];
+    where tasks name the verifier reward-model, inputs["reward"], its training, and inputs["judge"], its export.
+
+    Fills `out` with step-<n>/, training.jsonl, summary.json and rollouts.parquet.
+    Raises what stages.rl.trainer.train raises.
+    """
+    from stages.rl.algorithms.grpo import Rlvr
+    from stages.rl.trainer import train
+
+    train(Rlvr, config.name, config, inputs, work, out, report)
+
+
+def estimate(config: RlTrainConfig) -> Estimate:
+    phase = config.phase
+    tokens = phase.steps * phase.groups * phase.samples * phase.sampling.max_new_tokens
+    parameters = config.model.parameters(config.padded_vocab_size)
+    # an answer is drawn once (a forward pass) and learnt from once (three)
+    flops = 4 * 2.0 * parameters["active"] * tokens
+    return Estimate(tokens=tokens, flops=flops, cpu_seconds=10 + flops / 2e10, parameters=parameters)
+
+
+STAGE = Stage(
+    "rlvr", VERSION, RlTrainConfig, run, estimate=estimate,
+    promise=lambda c: c.phase.sampling.promise,
+    obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.cluster.ranks, trains=True,
+)  # fmt: skip

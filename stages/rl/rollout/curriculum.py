@@ -1,0 +1,94 @@
+"""Which tasks come next: bins of one kind and level, drawn where the pass rate says that there is signal.
+
+A group of answers teaches most where half of them pass (the variance of a coin, p(1 - p)) and nothing where all or none
+do. Levels of a kind open one after another: the next one as soon as the pass rate of the one below reaches `rise`. The
+state is plain JSON and part of every checkpoint.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import Field
+
+from pipeline.core.bounds import PositiveShare
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import Config
+from stages.data.seeds import seed_of
+from stages.rl.protocols import Row, bin_of
+
+
+class CurriculumConfig(Config):
+    """How tasks are drawn."""
+
+    rise: PositiveShare = Field(default=0.7, description="pass rate at which the next level of a kind opens")
+    floor: PositiveShare = Field(default=0.05, description="least weight of an open bin; the most is 1")
+    memory: PositiveShare = Field(default=0.1, description="what one group moves the pass rate of its bin")
+
+
+class Curriculum:
+    """Draws tasks and remembers how they went."""
+
+    def __init__(self, config: CurriculumConfig | None, tasks: Sequence[Row], label: str, seed: int) -> None:
+        """config: None draws from every bin alike, whatever the pass rates. Raises RecipeError if there is no task."""
+        if not tasks:
+            raise RecipeError("there is no task to draw from; give the phase a source of tasks")
+        self.config, self.label, self.seed = config, label, seed
+        self.bins: dict[str, list[Row]] = {}
+        for row in tasks:
+            self.bins.setdefault(bin_of(row), []).append(row)
+        self.state: dict[str, Any] = {name: {"drawn": 0, "rate": None} for name in sorted(self.bins)}
+        """By bin: tasks drawn so far and the moving pass rate, None before the first group."""
+
+    def copy(self) -> dict[str, Any]:
+        """The state as it is now: a checkpoint is written while the next step already changes it."""
+        return {name: dict(part) for name, part in self.state.items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.state = {name: dict(part) for name, part in state.items()}
+
+    def open(self) -> list[str]:
+        """The open bins, by name: of each kind the levels up to the first whose pass rate is below `rise`."""
+        if self.config is None:
+            return sorted(self.bins)
+        kinds: dict[str, list[tuple[int, str]]] = {}
+        for name, rows in self.bins.items():
+            kinds.setdefault(str(rows[0]["kind"]), []).append((int(rows[0]["level"]), name))
+        found = []
+        for levels in kinds.values():
+            for _, name in sorted(levels):
+                found.append(name)
+                if (self.state[name]["rate"] or 0.0) < self.config.rise:
+                    break
+        return sorted(found)
+
+    def weights(self) -> dict[str, float]:
+        """By open bin: 4 p (1 - p), which is 1 where nothing is known yet, and never below the floor."""
+        if self.config is None:
+            return dict.fromkeys(self.open(), 1.0)
+        rates = {name: self.state[name]["rate"] for name in self.open()}
+        return {n: 1.0 if p is None else max(self.config.floor, 4 * p * (1 - p)) for n, p in rates.items()}
+
+    def draw(self, count: int, step: int, wave: int) -> list[Row]:
+        """`count` tasks for a wave of a step. Each bin is walked through in a seeded order, anew when it ends."""
+        weights = self.weights()
+        rng = random.Random(seed_of(f"{self.label}/draw/{step}/{wave}", self.seed))
+        chosen = rng.choices(list(weights), list(weights.values()), k=count)
+        out = []
+        for name in chosen:
+            rows, number = self.bins[name], self.state[name]["drawn"]
+            epoch, place = divmod(number, len(rows))
+            order = list(range(len(rows)))
+            random.Random(seed_of(f"{self.label}/{name}/epoch {epoch}", self.seed)).shuffle(order)
+            out.append(rows[order[place]])
+            self.state[name]["drawn"] = number + 1
+        return out
+
+    def learn(self, row: Row, passed: float) -> None:
+        """Takes in the share of a group's answers that passed."""
+        assert self.config is not None, "what is drawn alike learns nothing"
+        part = self.state[bin_of(row)]
+        before = part["rate"]
+        part["rate"] = passed if before is None else before + self.config.memory * (passed - before)

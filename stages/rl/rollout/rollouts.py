@@ -1,0 +1,122 @@
+"""Answers that were drawn to learn from: every one of them is kept, with all that is needed to check what it did.
+
+`rollouts.parquet` has one row an answer; the columns are told in docs/formats.md. The answers of a step are written
+before anything is learnt from them, so a kill loses none that are finished, and a resumed step reads them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.core.errors import AtomError
+from stages.data.table import ROWS_PER_GROUP, read_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import torch
+
+DROPPED = {
+    "": "kept",
+    "variance": "all answers to the task have one reward, so none is better than another",
+    "between": "neither the best answer to the task nor the worst",
+    "idle": "the round had too few pairs to learn from",
+    "wrong": "it is no right answer, and only those are an anchor",
+    "truncated": "it did not end within max_new_tokens",
+}
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One answer. `dropped`: why it was not learnt from, a key of DROPPED."""
+
+    step: int
+    wave: int
+    group: int
+    sample: int
+    task: str
+    kind: str
+    level: int
+    policy: str
+    seed: int
+    prompt_ids: Sequence[int]
+    ids: Sequence[int]
+    logprobs: Sequence[float]
+    text: str
+    finished: bool
+    reward: float
+    parts: Mapping[str, float]
+    verifier: str
+    verifier_version: str
+    dropped: str
+
+
+def schema() -> pa.Schema:
+    import pyarrow as pa
+
+    ids, text = pa.list_(pa.int32()), pa.string()
+    kinds = {name: pa.int32() for name in ("step", "wave", "group", "sample", "level")}
+    kinds |= {"seed": pa.uint64(), "prompt_ids": ids, "ids": ids, "logprobs": pa.list_(pa.float32())}
+    kinds |= {"finished": pa.bool_(), "reward": pa.float64()}
+    return pa.schema([(name, kinds.get(name, text)) for name in Rollout.__dataclass_fields__])
+
+
+def write(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """Complete or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{**asdict(r), "parts": json.dumps(r.parts, sort_keys=True)} for r in rollouts]
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows, schema())
+    pq.write_table(table, partial, compression="zstd", row_group_size=ROWS_PER_GROUP)
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.rename(partial, path)
+
+
+def read(path: Path) -> list[Rollout]:
+    """Raises AtomError if the file is damaged."""
+    rows = read_table(path).to_pylist()
+    return [Rollout(**{**row, "parts": json.loads(row["parts"])}) for row in rows]
+
+
+def join(parts: Sequence[Path], target: Path) -> int:
+    """All answers of a phase in one file, a row group a step. Returns how many."""
+    import pyarrow.parquet as pq
+
+    count = 0
+    with pq.ParquetWriter(target, schema(), compression="zstd") as out:
+        for part in parts:
+            table = read_table(part)
+            if table.schema != schema():
+                raise AtomError(f"{part} is not a file of this version's answers; remove it and run again")
+            out.write_table(table)
+            count += table.num_rows
+    return count
+
+
+def rewards(found: Sequence[Rollout]) -> dict[str, float]:
+    """Mean reward by kind of task, in the order of their names."""
+    kinds: dict[str, list[float]] = {}
+    for r in found:
+        kinds.setdefault(r.kind, []).append(r.reward)
+    return {kind: sum(values) / len(values) for kind, values in sorted(kinds.items())}
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the names, types, shapes and bytes of a policy's tensors, by name."""
+    import torch
+
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy())
+    return f"sha256:{found.hexdigest()}"

@@ -1,0 +1,206 @@
+"""Stage `tasks`: the questions of a reinforcement-learning phase, drawn before it begins and sealed as NeMo Gym rows.
+
+    atom run atom-tiny --until tasks-rlvr
+
+Tasks come in bins of one kind and level, from which the phase's curriculum draws. None asks what an evaluation item
+asks.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.core.bounds import Key, License, LongLine, Range, Seed, Settings, Sha256, Text, Words
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, operational
+from pipeline.core.store import Artifact, sha256_file
+from stages.data.seeds import seed_of
+from stages.data.synthetic import courtesy_notes, instructions, problems
+from stages.data.synthetic.instructions import LEVELS
+from stages.data.table import read_jsonl, write_jsonl
+from stages.evaluation.eval_set import Task, chat_rows, courtesy_row, texts_of
+from stages.rl.protocols import bin_of, question, to_row
+
+if TYPE_CHECKING:
+    from stages.rl.protocols import Row
+
+VERSION = 2
+CODE = "python-tests"
+"""The verifier that runs what the model writes."""
+OWN = {"license": "Apache-2.0", "origin": "procedural"}
+
+
+Level = Annotated[int, Range(0, 1000)]
+"""Of difficulty."""
+Count = Annotated[int, Range(1, 1e7)]
+
+
+class ProblemTasks(Config):
+    """The project's own procedural problems (stages/data/synthetic/problems.py)."""
+
+    source: Literal["problems"]
+    task: Task
+    levels: tuple[Level, ...] = Field(min_length=1, max_length=100, description="difficulties, a bin each")
+    count: Count = Field(description="tasks of each level at most; easy levels may have fewer")
+
+    @model_validator(mode="after")
+    def _known(self) -> ProblemTasks:
+        for level in self.levels:
+            problems.TASKS[self.task](random.Random(0), level)  # raises ValueError in words if there is none
+        return self
+
+    def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
+        for level in self.levels:
+            rng = random.Random(seed_of(f"tasks/{self.task}/{level}", seed))
+            found = problems.up_to(self.task, self.count, rng, level, taken)
+            if not found:
+                raise RecipeError(f"task {self.task} has no problem of level {level} that is not an evaluation item")
+            for i, p in enumerate(found):
+                fields = {"question": p.question, "expected_answer": p.answer, **OWN}
+                yield to_row(f"{self.task}/{level}/{i:06d}", p.question, "exact", self.task, level, **fields)
+
+
+class CourtesyTasks(Config):
+    """Requests for a courteous note; what scores them is a judge of answers, by its verifier's name."""
+
+    source: Literal["courtesies"]
+    verifier: Key = Field("courtesy", description="the judge: courtesy for the rules, reward-model for a trained one")
+    count: Count
+
+    def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
+        try:
+            found = courtesy_notes.distinct(self.count, random.Random(seed_of("tasks/courtesies", seed)), heldout=False)
+        except ValueError as error:
+            raise RecipeError(f"tasks: {error}; ask for fewer") from None
+        for i, asked in enumerate(found):
+            yield courtesy_row(f"courtesy/{i:06d}", asked, self.verifier, **OWN)
+
+
+class InstructionTasks(Config):
+    """Requests for a note of a given form (stages/data/synthetic/instructions.py); a level is a number of
+    constraints."""
+
+    source: Literal["instructions"]
+    levels: tuple[Annotated[int, Range(LEVELS[0], LEVELS[-1])], ...] = Field(
+        min_length=1, max_length=len(LEVELS), description="numbers of constraints, a bin each"
+    )
+    count: Count = Field(description="tasks of each level")
+
+    def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
+        for level in self.levels:
+            rng = random.Random(seed_of(f"tasks/instructions/{level}", seed))
+            try:
+                requests = instructions.requests(self.count, rng, level)
+            except ValueError as error:
+                raise RecipeError(f"tasks: {error}; ask for fewer") from None
+            for i, (text, fields) in enumerate(requests):
+                yield to_row(
+                    f"instructions/{level}/{i:06d}", text, "instructions", "instructions", level, **fields, **OWN
+                )
+
+
+class ReasoningGymTasks(Config):
+    """A dataset of the package reasoning-gym, by its name; `settings` are its own."""
+
+    source: Literal["reasoning-gym"]
+    dataset: Key
+    level: Level = 1
+    settings: Settings = Field(default_factory=dict)
+    count: Count
+
+    def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
+        from stages.rl.rewards.verifiers import reasoning_gym_rows
+
+        label = seed_of(f"tasks/{self.dataset}/{self.level}", seed) % 2**31
+        yield from reasoning_gym_rows(self.dataset, label, self.count, self.level, **self.settings)
+
+
+class FileTasks(Config):
+    """Rows of a file in NeMo Gym's format, one JSON object a line."""
+
+    source: Literal["rows"]
+    path: LongLine = operational(..., "where the file lies here; its digest, not the path, is identity")
+    digest: Sha256 = Field(description="SHA-256 of the file")
+    verifier: Key
+    kind: Annotated[str, Words(64, "name of lower-case letters, digits, '_' and '-'", r"[a-z][a-z0-9_-]*")]
+    level: Level = 1
+    license: License
+    origin: Text
+
+    def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
+        path = Path(self.path)
+        if not path.is_file():
+            raise RecipeError(f"tasks: there is no file {path}; put it there, or correct tasks.path")
+        if (found := f"sha256:{sha256_file(path)}") != self.digest:
+            raise RecipeError(f"tasks: {path} has the digest {found}, not {self.digest}; restore it, or change digest")
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                row = json.loads(line)
+                question(row)
+            except (ValueError, LookupError, TypeError) as error:
+                raise AtomError(f"{path}, line {number}: not a row of NeMo Gym ({error!r}); fix it") from None
+            own = {"verifier": self.verifier, "kind": self.kind, "level": self.level}
+            yield {"license": self.license, "origin": self.origin, **row, **own, "id": f"{self.kind}/{number:06d}"}
+
+
+TaskSource = Annotated[
+    ProblemTasks | CourtesyTasks | InstructionTasks | ReasoningGymTasks | FileTasks, Field(discriminator="source")
+]
+Tasks = Annotated[tuple[TaskSource, ...], Field(min_length=1, max_length=1000)]
+
+
+class TasksConfig(Config):
+    """Where the tasks of a phase come from, and the recipe's seed."""
+
+    sources: Annotated[tuple[TaskSource, ...], Field(min_length=1, max_length=2000)]
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _distinct(self) -> TasksConfig:
+        bins = Counter(name for source in self.sources for name in bins_of(source))
+        twice = [name for name, count in bins.items() if count > 1]
+        if twice:
+            raise ValueError(f"tasks: two sources give {twice[0]}; give each kind and level once")
+        return self
+
+
+def bins_of(source: Any) -> list[str]:
+    """The bins that a source fills, as `<kind>/<level>`."""
+    if isinstance(source, ProblemTasks):
+        return [f"{source.task}/{level}" for level in source.levels]
+    if isinstance(source, InstructionTasks):
+        return [f"instructions/{level}" for level in source.levels]
+    if isinstance(source, CourtesyTasks):
+        return ["courtesy/1"]
+    return [f"{source.dataset if isinstance(source, ReasoningGymTasks) else source.kind}/{source.level}"]
+
+
+def kinds_of(sources: Iterable[Any]) -> set[str]:
+    """The kinds of tasks that sources give."""
+    return {name.rsplit("/", 1)[0] for source in sources for name in bins_of(source)}
+
+
+def run(config: TasksConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """Seals `tasks.jsonl`. inputs["items"]: what no task may ask. Raises RecipeError for a source that gives none."""
+    taken = {text for _, text in texts_of(inputs["items"])} | {question(row) for row in chat_rows(inputs["items"])}
+    rows = [row for source in config.sources for row in source.rows(config.seed, taken)]
+    kept = [row for row in rows if question(row) not in taken]
+    if len(rows) > len(kept):
+        report.note(f"{len(rows) - len(kept)} tasks ask what an evaluation item asks and were left out")
+    write_jsonl(out / "tasks.jsonl", kept)
+    for name, count in sorted(Counter(bin_of(row) for row in kept).items()):
+        report.note(f"{name}: {count} tasks")
+
+
+def read(artifact: Artifact) -> list[dict[str, Any]]:
+    return read_jsonl(artifact / "tasks.jsonl")
+
+
+STAGE = Stage("tasks", VERSION, TasksConfig, run, estimate=lambda config: Estimate(cpu_seconds=3))

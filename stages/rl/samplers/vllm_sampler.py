@@ -1,0 +1,185 @@
+"""The sampler that leaves decoding to vLLM servers, which take the policy's weights over before every step.
+
+Token ids go in and come out, with the log-probability of each under the distribution that it was drawn from. A reload
+that leaves old weights behind would bias all that is learnt, and vLLM would not tell, so none is believed: see `load`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.core.errors import AtomError, CheckFailed, MachineError
+from stages.rl.protocols import Completion, Prompt
+from stages.rl.rollout import rollouts
+from stages.rl.samplers.generate import fill
+from stages.rl.samplers.vllm_server import IN_FLIGHT, Server, interpreter
+from stages.train.checkpoint.release_checkpoint import save_tensors
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+"""Largest mean difference of a token's log-probability from transformers' in fp32, by the type that is served."""
+
+T = TypeVar("T")
+
+
+class VllmServer:
+    """Draws with one server of its own on this machine, or with those at `urls`.
+
+    Of equal seeds it draws equal tokens only up to the rounding of a batched matrix product: how requests fall into
+    batches depends on time. Answers that were drawn are kept, so this matters to a repetition from scratch alone.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], stops: Sequence[int], max_new_tokens: int, temperature: float, folder: Path,
+        python: str | None = None, urls: Sequence[str] = (), options: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """config: what config.json holds; its `dtype` is served. folder: emptied, and seen by all servers. Raises
+        AtomError if there is no vLLM to start."""
+        self.config, self.stops, self.folder = dict(config), frozenset(stops), folder.absolute()
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.dtype: torch.dtype = getattr(torch, config["dtype"])
+        self.loaded: str | None = None
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        (self.folder / "config.json").write_text(json.dumps(self.config))
+        if urls:
+            self.servers = [Server(url) for url in urls]
+        else:
+            log = self.folder / "server.log"
+            self.servers = [Server.start(interpreter(python), self.folder, log, options)]
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Has every server take the weights over, and makes sure that it did.
+
+        Norms are held by every worker as they are, so their digests must be those of the new weights; the digests of
+        all must have changed; and every answer later says which weights drew it. The first time, when what the
+        servers started from is random, their log-probabilities are compared with transformers', which shows a kind of
+        layer that this vLLM does not renew. Raises AtomError.
+        """
+        digest = rollouts.digest(tensors)
+        if digest == self.loaded:
+            return
+        served = {name: t.detach().to(self.dtype) for name, t in tensors.items()}
+        served.setdefault("lm_head.weight", served["model.embed_tokens.weight"])
+        folder = self.folder / digest[7:23]
+        folder.mkdir(exist_ok=True)
+        # tied weights are two tensors in the file
+        whole = {name: t.clone() if name == "lm_head.weight" else t for name, t in served.items()}
+        save_tensors(folder / "partial", whole)
+        os.rename(folder / "partial", folder / "model.safetensors")
+        norms = {name: _sha256(t) for name, t in served.items() if name.endswith("norm.weight")}
+        self._each([(s, s) for s in self.servers], lambda server, _: self._renew(server, folder, digest, norms))
+        first, self.loaded = self.loaded is None, digest
+        if first:
+            try:
+                self._prove(served)
+            except AtomError:
+                self.loaded = None
+                raise
+        for old in self.folder.iterdir():
+            if old.is_dir() and old != folder:
+                shutil.rmtree(old)
+
+    def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
+        if self.loaded is None:
+            raise ValueError("weights are loaded before anything is drawn")
+        # neighbours are often answers to one question, whose cache one server then keeps
+        dealt = [(self.servers[i * len(self.servers) // len(prompts)], p) for i, p in enumerate(prompts)]
+        return self._each(dealt, lambda server, prompt: self._draw(server, prompt, greedy))
+
+    def close(self) -> None:
+        for server in self.servers:
+            server.close()
+
+    def _each(self, items: Sequence[tuple[Server, Any]], ask: Callable[[Server, Any], T]) -> list[T]:
+        """The answers in order; the first error ends all."""
+        with ThreadPoolExecutor(IN_FLIGHT * len(self.servers)) as pool:
+            try:
+                return list(pool.map(lambda item: ask(*item), items))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _draw(self, server: Server, prompt: Prompt, greedy: bool) -> Completion:
+        sampling = {
+            "temperature": 0.0 if greedy else self.temperature, "seed": prompt.seed % 2**63,
+            "max_tokens": self.max_new_tokens, "stop_token_ids": sorted(self.stops), "logprobs": 0, "detokenize": False,
+        }  # fmt: skip
+        body = {"token_ids": list(prompt.ids), "sampling_params": sampling}
+        answer = server.post("/inference/v1/generate", body)
+        try:
+            (choice,) = answer["choices"]
+            ids = tuple(choice["token_ids"])
+            told = choice["logprobs"]["content"]
+            versions = {span["version"] for span in choice["weight_versions"]}
+            whole = choice["finish_reason"] in ("stop", "length") and [x["token_id"] for x in told] == list(ids)
+        except (KeyError, TypeError, ValueError):
+            ids, whole, versions = (), False, set()
+        if not ids or not whole:
+            raise MachineError(f"the vLLM server at {server.url} gave no whole answer ({str(answer)[:300]}); "
+                            "see its log and run again to go on")  # fmt: skip
+        if versions != {self.loaded}:
+            other = ", ".join(sorted(map(str, versions)))
+            raise MachineError(
+                f"the vLLM server at {server.url} answered with the weights {other} instead of {self.loaded}; it "
+                "started anew, or somebody else uses it: run again"
+            )
+        return Completion(ids, tuple(float(x["logprob"]) for x in told), ids[-1] in self.stops)
+
+    def _renew(self, server: Server, folder: Path, digest: str, norms: Mapping[str, str]) -> None:
+        server.wait()
+        before = self._digests(server)
+        server.post("/collective_rpc", {"method": "renew", "args": [str(folder)]})
+        if not server.post("/reset_prefix_cache")["success"]:
+            raise MachineError(f"the vLLM server at {server.url} keeps its cache of prompts while somebody else uses "
+                               "it; give it to this run alone")  # fmt: skip
+        server.post("/update_weight_version", {"new_version": digest})
+        after = self._digests(server)
+        seen = {(name, sha) for key, sha in after.items() if (name := key.rsplit(":", 1)[-1]) in norms}
+        if seen != set(norms.items()) or (after == before and self.loaded is not None):
+            raise MachineError(f"the vLLM server at {server.url} did not take over the weights in {folder}; "
+                            "have it see this folder and run again")  # fmt: skip
+
+    @staticmethod
+    def _digests(server: Server) -> dict[str, str]:
+        """SHA-256 of each parameter's bytes as a worker holds it, by `<worker>:<name>`."""
+        found: dict[str, str] = server.post("/weight_checker", {"action": "checksum"})["checksums"]
+        return found
+
+    def _prove(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Compares what a few answers' tokens had as log-probabilities with transformers, in fp32 on CPU."""
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.config), dtype=torch.float32).eval()
+        fill(model, tensors)
+        vocab = model.config.vocab_size
+        prompts = [Prompt(tuple((5 * n + i) % vocab for i in range(4)), n) for n in range(4 * len(self.servers))]
+        gaps = []
+        for prompt, found in zip(prompts, self.generate(prompts), strict=True):
+            told = logprobs(model, prompt, found, self.temperature)
+            gaps.append((told - torch.tensor(found.logprobs)).abs())
+        gap = torch.cat(gaps).mean().item()
+        if not gap <= TOLERANCE[self.config["dtype"]]:
+            raise CheckFailed(
+                f"vLLM's log-probabilities differ by {gap:.3g} from those of the weights that it was given, so it does "
+                "not renew all of them, or computes otherwise; use another version of it, or sampling.kind = in-process"
+            )
+
+
+def logprobs(model: torch.nn.Module, prompt: Prompt, found: Completion, temperature: float) -> torch.Tensor:
+    """A transformers model's log-probabilities, [tokens], of an answer's tokens at a temperature."""
+    ids = torch.tensor([[*prompt.ids, *found.ids]])
+    with torch.inference_mode():
+        logits = model(ids).logits[0, len(prompt.ids) - 1 : -1].float() / temperature
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(found.ids)[:, None])[:, 0]
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()

@@ -1,0 +1,198 @@
+"""A vLLM server: its process, and requests to it that either are answered or say why not. No torch.
+
+The stage starts one by itself. On nodes of their own, servers are started beforehand, each by
+
+    python -m stages.rl.samplers.vllm_server FOLDER PORT [OPTION ...]
+
+with ATOM_VLLM_PYTHON set, where FOLDER has the config.json of a model of the same shape (any earlier export) and
+options are vLLM's; the recipe then lists them in `sampling.url`. The weights reach them through the stage's work
+folder, which they must see under the same path. Their development endpoints let anyone who reaches the port command
+them: keep it inside the cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import AtomError, MachineError
+
+START_SECONDS = 900.0  # to import, and to warm up on a machine that is busy
+REQUEST_SECONDS = 900.0
+ATTEMPTS = 4
+RETRY_SECONDS = 1.0
+IN_FLIGHT = 128
+"""Sequences that a server decodes side by side, and requests that are sent to it at once."""
+
+_WORKER = Path(__file__).parent / "vllm_worker"
+# The server runs as the leader of its group beside a watch, which kills the group when our end of the pipe closes:
+# also when the stage is killed.
+_WATCHED = 'exec 3<&0; (cat <&3 >/dev/null; kill -9 0) & exec "$@" 3<&- </dev/null'
+_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+_OPEN = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy stands between nodes
+
+
+def interpreter(python: str | None) -> str:
+    """The interpreter of vLLM's environment: `python`, else what ATOM_VLLM_PYTHON says. Raises AtomError if it has no
+    vLLM."""
+    found = python or os.environ.get("ATOM_VLLM_PYTHON")
+    how = "make one by `make .venv-vllm/.ready` and name it in sampling.python or ATOM_VLLM_PYTHON"
+    if not found:
+        raise AtomError(f"sampling.kind = vllm needs the interpreter of an environment with vLLM; {how}")
+    code = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
+    try:
+        missing = subprocess.run([found, "-P", "-c", code], capture_output=True, timeout=60).returncode
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise AtomError(f"sampling.kind = vllm: {found} is no interpreter that runs ({error}); {how}") from None
+    if missing:
+        raise AtomError(f"sampling.kind = vllm: {found} has no vLLM; {how}")
+    return found
+
+
+def obstacle(sampling: Any) -> str | None:
+    """Why answers cannot be drawn as the recipe's `sampling` says, if so."""
+    if sampling.kind != "vllm" or sampling.url:
+        return None
+    try:
+        interpreter(sampling.python)
+    except AtomError as error:
+        return str(error)
+    return None
+
+
+def command(python: str, folder: Path, host: str, port: int, options: Sequence[str] = ()) -> list[str]:
+    """vLLM's server of the architecture in folder/config.json. It starts from random weights, so that a weight that is
+    never loaded shows."""
+    dtype = json.loads((folder / "config.json").read_text())["dtype"]
+    settings = {
+        "model": str(folder), "host": host, "port": port, "dtype": dtype, "load-format": "dummy",
+        "max-num-seqs": IN_FLIGHT, "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
+        # on CPU the output layer is a packed copy, which a reload of tied weights would leave as it is
+        "hf-overrides": json.dumps({"tie_word_embeddings": False}), "worker-extension-cls": "atom_reload.Reload",
+    }  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    # on CPU, 0.32 dies when a seeded request's prompt is read in parts
+    flags += ["--no-enable-chunked-prefill", "--enforce-eager", "--tokens-only", "--disable-uvicorn-access-log"]
+    flags += options
+    return [python, "-P", "-m", "vllm.entrypoints.openai.api_server", *flags]
+
+
+def environment() -> dict[str, str]:
+    """Ours without what says that this process is a rank of a training; nothing is downloaded or reported."""
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        **{name: value for name, value in os.environ.items() if name not in _RANK},
+        "PYTHONPATH": str(_WORKER),
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
+
+
+class Server:
+    """One server, at a url. Thread-safe but for `close`."""
+
+    def __init__(self, url: str, process: subprocess.Popen[bytes] | None = None, log: Path | None = None) -> None:
+        self.url, self.process, self.log = url.rstrip("/"), process, log
+
+    @classmethod
+    def start(cls, python: str, folder: Path, log: Path, options: Sequence[str] = ()) -> Server:
+        """Starts one on a free port of this machine; `wait` tells when it answers."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        run = ["sh", "-c", _WATCHED, "sh", *command(python, folder, "127.0.0.1", port, options)]
+        with open(log, "wb") as out:
+            process = subprocess.Popen(
+                run, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, cwd=folder, env=environment(),
+                start_new_session=True,
+            )  # fmt: skip
+        return cls(f"http://127.0.0.1:{port}", process, log)
+
+    def wait(self, seconds: float = START_SECONDS) -> None:
+        """Until it answers. Raises AtomError if it dies before or takes longer."""
+        end = time.monotonic() + seconds
+        while True:
+            self._alive()
+            try:
+                with _OPEN.open(f"{self.url}/health", timeout=10):
+                    return
+            except (OSError, http.client.HTTPException) as error:
+                if time.monotonic() > end:
+                    raise self._gone(f"no answer within {seconds:.0f} s: {error}") from None
+            time.sleep(0.25)
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None, seconds: float | None = None) -> Any:
+        """The JSON that it answers. What it does must do no harm when done twice: a lost connection is tried again.
+        Raises AtomError if it is gone or refuses."""
+        data = json.dumps(body or {}).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        why = ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
+            self._alive()
+            try:
+                with _OPEN.open(request, timeout=seconds or REQUEST_SECONDS) as answer:
+                    return json.loads(answer.read() or b"null")
+            except urllib.error.HTTPError as error:
+                why = f"{path}: {error.code} {_message(error)}"
+                if error.code < 500:
+                    raise AtomError(f"the vLLM server at {self.url} refuses {why}; see to the recipe") from None
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                why = f"{path}: {error}"
+        raise self._gone(why)
+
+    def close(self) -> None:
+        """Ends the server, if it is ours, with all that it started."""
+        if self.process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process = None
+
+    def _alive(self) -> None:
+        if self.process is not None and (code := self.process.poll()) is not None:
+            raise self._gone(f"exit code {code}")
+
+    def _gone(self, why: str) -> MachineError:
+        said = ""
+        if self.log is not None and self.log.exists():
+            lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+            said = f"; its log {self.log} ends: {' | '.join(lines[-5:])[-1000:]}"
+        return MachineError(f"the vLLM server at {self.url} is gone ({why}){said}; see to it and run again to go on")
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    text = error.read().decode(errors="replace")
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        text = json.loads(text)["error"]["message"]
+    return " ".join(text.split())[:500]
+
+
+def main() -> None:
+    folder, port, *options = sys.argv[1:]
+    run = command(interpreter(None), Path(folder).absolute(), "0.0.0.0", int(port), options)  # noqa: S104
+    os.execvpe(run[0], run, environment())
+
+
+if __name__ == "__main__":
+    main()

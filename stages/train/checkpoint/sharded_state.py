@@ -1,0 +1,120 @@
+"""The files of a work checkpoint: each rank's own pieces of the state, and their way back into any layout.
+
+A rank writes `rank-<n>.safetensors` with `<kind>.<tensor name>` for each piece that its optimizer owns, flat and
+fp32, and `rank-<n>.json`, which says where in the full tensors these lie. Nothing is gathered from other ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from pipeline.core.errors import AtomError
+from pipeline.core.store import sha256_file
+from stages.mcore.tensor_sharding import Box, cut, paste
+from stages.train.checkpoint import release_checkpoint
+from stages.train.engine import Piece
+
+Where = tuple[str, int, int]
+"""File, and the stretch of the flat local tensor that it holds."""
+
+
+def write(folder: Path, rank: int, pieces: list[Piece], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes and flushes a rank's two files; the JSON comes last and says that the other is whole."""
+    path = folder / f"rank-{rank:05d}.safetensors"
+    release_checkpoint.save_tensors(path, tensors)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    receipt = {
+        "size": path.stat().st_size,
+        "sha256": sha256_file(path),
+        "pieces": {p.name: [p.boxes, p.start, p.stop] for p in pieces},
+    }
+    partial = path.with_suffix(".json.partial")
+    with open(partial, "w") as file:
+        json.dump(receipt, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(partial, path.with_suffix(".json"))
+
+
+def receipts(folder: Path, world: int) -> dict[str, dict[str, Any]] | None:
+    """What the ranks wrote, by file; None as long as one of them is not done."""
+    found = {}
+    for rank in range(world):
+        path = folder / f"rank-{rank:05d}.json"
+        if not path.exists():
+            return None
+        found[path.with_suffix(".safetensors").name] = json.loads(path.read_text())
+    return found
+
+
+class Pieces:
+    """Reads full tensors, or any piece of them, from the files of all ranks."""
+
+    def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+        self.folder = folder
+        self.where: dict[str, dict[tuple[Box, ...], list[Where]]] = {}
+        for file, receipt in files.items():
+            for name, (parts, start, stop) in receipt["pieces"].items():
+                key = tuple(tuple((a, b) for a, b in box) for box in parts)
+                self.where.setdefault(name, {}).setdefault(key, []).append((file, start, stop))
+        self.open: dict[str, Any] = {}
+
+    def names(self) -> list[str]:
+        return sorted(self.where)
+
+    def has(self, kind: str) -> bool:
+        """Whether the checkpoint holds this kind of tensor: there are no moments before the first step."""
+        name = self.names()[0]
+        file = next(iter(self.where[name].values()))[0][0]
+        return f"{kind}.{name}" in self._file(file).keys()  # noqa: SIM118 (not a dict)
+
+    def read(self, kind: str, piece: Piece) -> torch.Tensor:
+        """The flat values of a piece of any layout."""
+        if piece.boxes in self.where[piece.name]:
+            return self._local(kind, piece.name, piece.boxes, piece.start, piece.stop)
+        shape = tuple(max(box[d][1] for parts in self.where[piece.name] for box in parts)
+                      for d in range(len(piece.boxes[0])))  # fmt: skip
+        return cut(self.full(kind, piece.name, shape), piece.boxes).flatten()[piece.start : piece.stop]
+
+    def full(self, kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The whole tensor. Raises AtomError if the ranks' pieces do not cover it."""
+        whole = torch.full(shape, torch.nan)
+        covered = 0
+        for parts in self.where[name]:
+            size = sum(torch.Size([b - a for a, b in box]).numel() for box in parts)
+            rows = sum(box[0][1] - box[0][0] for box in parts)
+            local = self._local(kind, name, parts, 0, size)
+            paste(whole, parts, local.view(rows, -1) if len(shape) > 1 else local)
+            covered += size
+        if covered != whole.numel():
+            raise AtomError(f"work checkpoint {self.folder} holds {covered} of {whole.numel()} values of {name}; "
+                            f"remove it to go on from the one before")  # fmt: skip
+        return whole
+
+    def _local(self, kind: str, name: str, parts: tuple[Box, ...], start: int, stop: int) -> torch.Tensor:
+        """A stretch of the flat local tensor with these boxes, put together from the ranks that own parts of it."""
+        out, at = [], start
+        for file, first, last in sorted(self.where[name][parts], key=lambda w: (w[1], w[0])):
+            if first <= at < last:
+                end = min(last, stop)
+                out.append(self._file(file).get_slice(f"{kind}.{name}")[at - first : end - first])
+                at = end
+            if at >= stop:
+                break
+        if at < stop:
+            raise AtomError(f"work checkpoint {self.folder} lacks values {at} to {stop} of {name}; "
+                            f"remove it to go on from the one before")  # fmt: skip
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _file(self, name: str) -> Any:
+        if name not in self.open:
+            self.open[name] = safe_open(self.folder / name, framework="pt")
+        return self.open[name]

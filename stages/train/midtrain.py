@@ -1,0 +1,41 @@
+"""Mid-training: the model of the phase before goes on with longer rows, other shares of text and a decaying rate.
+
+    atom run atom-tiny --until midtrain
+
+The phases of a recipe's `long_context` are mid-training too, each on the one before. It takes over the weights of the
+last step and nothing else: the optimizer starts fresh, with its own warm-up, since Adam's moments belong to the old mix
+and batch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.core.stage import Inputs, Report, Stage
+from stages.train.config import TrainConfig
+from stages.train.estimate import estimate
+
+VERSION = 7
+
+
+def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """inputs["tokens"], inputs["order"], `work` and `out` as in pre-training; inputs["init"]: the phase before.
+
+    Raises what stages.train.loop.train raises, and AtomError if the init's tensors do not fit the model.
+    """
+    from stages.train.checkpoint import release_checkpoint
+    from stages.train.checkpoint.load_checkpoint import Origin
+    from stages.train.engine import Engine
+    from stages.train.loop import train
+
+    def start(engine: Engine) -> None:
+        init = inputs["init"]
+        Origin(init, release_checkpoint.name_of(release_checkpoint.steps_of(init.path)[-1])).load_weights(engine)
+
+    name = inputs["order"].json("meta.json")["phase"]  # midtrain, longcontext-1, ...
+    train(name, config, inputs, work, out, report, start)
+
+
+STAGE = Stage(
+    "midtrain", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.cluster.ranks, trains=True
+)

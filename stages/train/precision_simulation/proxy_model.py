@@ -1,0 +1,143 @@
+"""The small twin of a recipe's model, on which FP8 is rehearsed: the recipe's ratios at the smallest size whose matrix
+products are made of several quantisation blocks, as a large model's are. No torch here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pipeline.core.errors import RecipeError
+from stages.models.qwen3_moe.config import ModelConfig
+
+VOCABULARY = 256
+"""Bytes."""
+UNIT = 32
+"""Widths are multiples of this: what Transformer Engine demands of MXFP8, and more than the other recipes need."""
+LAYERS, EXPERTS = 2, 32
+"""At most."""
+TOLERANCE = 0.05
+"""How far a ratio may be off, relatively."""
+CONTEXT = 128
+"""The longest row, since attention's own products stay as they are."""
+WIDEST = 4096
+"""A wider twin is not small."""
+SPARE = 3
+"""How many times the tokens that an expert must see come to it on average: routers are uneven, at first most of all."""
+LEAST_TOKENS = 1024
+"""Of a step, so that its loss is not mostly chance."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One of the twin's proportions beside the recipe's."""
+
+    name: str
+    recipe: float
+    twin: float
+
+
+def twin(model: ModelConfig, smallest: int, hidden: int | None = None) -> ModelConfig:
+    """A model like this one, but small.
+
+    smallest: what both dimensions of every linear layer must have at least. hidden: take this width instead, whatever
+    becomes of that. Raises RecipeError if it cannot be.
+
+    Kept are the ratios of all widths to the hidden size, of query to key heads, of experts to experts a token visits
+    (as far as EXPERTS allows), and what the router is trained by. Weights begin with `init_std` x
+    sqrt(hidden / hidden of the twin), so that what a layer gives out is as large as in the recipe's model.
+    """
+    if hidden is not None:
+        found = _at(model, hidden) if hidden % UNIT == 0 and hidden > 0 else None
+        if found is None:
+            unit = UNIT * model.heads // model.kv_heads
+            raise RecipeError(f"--hidden {hidden} cannot be divided into heads of a size that FP8 takes; use {unit}")
+        return found
+    for width in range(math.ceil(smallest / UNIT) * UNIT, WIDEST + 1, UNIT):
+        found = _at(model, width)
+        if found and min(dimensions(found)) >= smallest and all(_near(r) for r in widths(model, found)):
+            return found
+    raise RecipeError(
+        f"no twin of up to {WIDEST} wide has the proportions of the model; name a width by --hidden, such as {WIDEST}"
+    )
+
+
+def _near(ratio: Ratio) -> bool:
+    return abs(ratio.twin / ratio.recipe - 1) <= TOLERANCE
+
+
+def _at(model: ModelConfig, hidden: int) -> ModelConfig | None:
+    """The twin of that hidden size; None if its attention cannot be divided into heads."""
+
+    def scaled(size: int) -> int:
+        return max(1, round(size * hidden / model.hidden_size / UNIT)) * UNIT
+
+    attention, group = scaled(model.heads * model.head_dim), model.heads // model.kv_heads
+    choices = [n for n in range(1, model.kv_heads + 1) if attention % (2 * n * group) == 0]
+    if not choices:
+        return None
+    kv_heads = min(choices, key=lambda n: abs(attention / (n * group) - model.head_dim))
+    experts, chosen = _experts(model.experts, model.experts_per_token)
+    changes: dict[str, object] = {
+        "layers": min(model.layers, LAYERS),
+        "hidden_size": hidden,
+        "heads": kv_heads * group,
+        "kv_heads": kv_heads,
+        "head_dim": attention // (kv_heads * group),
+        "experts": experts,
+        "experts_per_token": chosen,
+        "expert_ffn_size": scaled(model.expert_ffn_size),
+        "context_length": CONTEXT,
+        "init_std": min(1.0, model.init_std * (model.hidden_size / hidden) ** 0.5),  # the most that a model may have
+        "dense_layers": min(model.dense_layers, 1),
+        "dense_ffn_size": model.dense_ffn_size and scaled(model.dense_ffn_size),
+        "shared_expert_ffn_size": model.shared_expert_ffn_size and scaled(model.shared_expert_ffn_size),
+        "yarn": None,
+        "stated_parameters": None,
+    }
+    return ModelConfig.model_validate({**model.model_dump(), **changes})
+
+
+def _experts(experts: int, chosen: int) -> tuple[int, int]:
+    """At most EXPERTS experts, of which a token visits a share as near to the recipe's as can be, and the fewest."""
+    if experts <= EXPERTS:
+        return experts, chosen
+    pairs = [(max(k, min(EXPERTS, round(k * experts / chosen))), k) for k in range(2, min(chosen, EXPERTS) + 1)]
+    return min(pairs, key=lambda pair: (abs(pair[0] / pair[1] - experts / chosen), pair[1]))
+
+
+def dimensions(model: ModelConfig) -> list[int]:
+    """The width in and the width out of every kind of linear layer."""
+    sizes = [size for name, shape in model.shapes(VOCABULARY).items() if "linear_" in name for size in shape]
+    return sorted(set(sizes))
+
+
+def widths(model: ModelConfig, small: ModelConfig) -> list[Ratio]:
+    """Every inner width by the hidden size, in both."""
+
+    def inner(m: ModelConfig) -> dict[str, int]:
+        sizes = {"attention": m.heads * m.head_dim, "expert": m.expert_ffn_size}
+        sizes |= {"dense": m.dense_ffn_size or 0, "shared expert": m.shared_expert_ffn_size or 0}
+        return {name: size for name, size in sizes.items() if size}
+
+    mine = inner(small)
+    return [
+        Ratio(f"{name} width / hidden", size / model.hidden_size, mine[name] / small.hidden_size)
+        for name, size in inner(model).items()
+    ]
+
+
+def ratios(model: ModelConfig, small: ModelConfig) -> list[Ratio]:
+    """All that the twin should have in common with the model."""
+    pairs = [(m.heads / m.kv_heads, m.experts / m.experts_per_token) for m in (model, small)]
+    return [
+        *widths(model, small),
+        Ratio("query heads / key heads", pairs[0][0], pairs[1][0]),
+        Ratio("experts / experts a token visits", pairs[0][1], pairs[1][1]),
+    ]
+
+
+def step_tokens(small: ModelConfig, smallest: int, sequence_length: int) -> int:
+    """Tokens of a step, in whole rows: SPARE times what it takes for an average expert to see `smallest`, at least."""
+    tokens = max(LEAST_TOKENS, SPARE * smallest * small.experts / small.experts_per_token)
+    return math.ceil(tokens / sequence_length) * sequence_length

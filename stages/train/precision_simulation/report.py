@@ -1,0 +1,273 @@
+"""What a rehearsal found: deviations, rates, a verdict, and the same as a table. Plain arithmetic, no torch.
+
+The deviation of a precision from one seed is its loss, meaned over the last quarter of steps, by the baseline's from
+the same seed (same initial weights, same rows), minus 1. Over seeds that is a mean with a standard error, and the
+verdict compares the magnitude of the mean with the bound:
+
+    holds         magnitude + 2 standard errors < bound
+    fails         magnitude - 2 standard errors > bound, or a loss that is no number where the baseline's is one
+    inconclusive  anything between, or a twin too small for its blocks to act as they would in the recipe's model
+
+With three seeds, two standard errors are a one-sided confidence of 91 % (Student's t), with five 94 %. DeepSeek-V3
+reports a relative loss error of FP8 below 0.25 % (arXiv:2412.19437, section 3.3), which is the default bound.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stages.mcore.quantize import KINDS, RECIPES, Counts, Kind
+from stages.train.precision_simulation.runner import Settings
+
+LEAST_STEPS = 8
+ERRORS = 2
+"""Standard errors on each side of a mean."""
+SHORT = 0.01
+"""Share of multiply-adds that may have run over fewer tokens than two blocks."""
+
+Runs = Mapping[tuple[str, int], dict[str, Any]]
+"""What each run left, by precision and seed."""
+
+
+def compose(
+    settings: Settings, proportions: Sequence[tuple[str, float, float]], dimensions: Sequence[int],
+    chosen: Sequence[str], seeds: int, bound: float, runs: Runs,
+) -> dict[str, Any]:  # fmt: skip
+    """The report as JSON: no clock, no place, so equal runs give equal bytes.
+
+    proportions: (name, in the recipe, in the twin). dimensions: the widths in and out of the twin's linear layers.
+    """
+    window = settings.steps // 4
+    base = [_tail(runs[settings.baseline, seed], window) for seed in range(seeds)]
+    found = [_precision(name, settings, dimensions, window, base, seeds, bound, runs) for name in chosen]
+    verdicts = {entry["verdict"] for entry in found}
+    whole = "fails" if "fails" in verdicts else "inconclusive" if "inconclusive" in verdicts else "holds"
+    known = [loss for loss in base if loss is not None]
+    return {
+        "recipe": settings.recipe,
+        "verdict": whole,
+        "bound": bound,
+        "seeds": seeds,
+        "window_steps": window,
+        "twin": settings.model.model_dump(mode="json", exclude={"yarn", "stated_parameters"}),
+        "ratios": [{"name": name, "recipe": recipe, "twin": twin} for name, recipe, twin in proportions],
+        "training": {
+            "steps": settings.steps,
+            "rows": settings.rows,
+            "sequence_length": settings.sequence_length,
+            "optimizer": settings.optimizer.model_dump(mode="json"),
+        },
+        "data": settings.data.model_dump(mode="json"),
+        "packages": settings.packages,
+        "code": settings.code,
+        "baseline": {"precision": settings.baseline, "loss": base, **({} if len(known) < seeds else spread(known))},
+        "precisions": found,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, extremes, and the standard error of the mean; of at least two values."""
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return {"mean": statistics.fmean(values), "min": min(values), "max": max(values), "standard_error": error}
+
+
+def judge(deviations: Sequence[float], bound: float) -> str:
+    """holds, fails or inconclusive, as told above."""
+    figures = spread(deviations)
+    size, error = abs(figures["mean"]), ERRORS * figures["standard_error"]
+    return "holds" if size + error < bound else "fails" if size - error > bound else "inconclusive"
+
+
+def _tail(run: Mapping[str, Any], window: int) -> float | None:
+    """The mean loss of the last steps; None if the run did not get there."""
+    return None if run["diverged_at"] else statistics.fmean(run["losses"][-window:])
+
+
+def _precision(
+    name: str, settings: Settings, dimensions: Sequence[int], window: int, base: Sequence[float | None], seeds: int,
+    bound: float, runs: Runs,
+) -> dict[str, Any]:  # fmt: skip
+    recipe = RECIPES[name]
+    own = [runs[name, seed] for seed in range(seeds)]
+    linears = _linears(own)
+    least = recipe.smallest_dimension
+    short = _share_below(linears, least)
+    pairs = zip((_tail(run, window) for run in own), base, strict=True)
+    deviations = [None if mine is None or theirs is None else mine / theirs - 1 for mine, theirs in pairs]
+    known = [d for d in deviations if d is not None]
+    lost = [run for run, theirs in zip(own, base, strict=True) if run["diverged_at"] and theirs is not None]
+    if min(dimensions) < least:
+        verdict = "inconclusive"
+        reason = f"the twin has a linear layer of width {min(dimensions)}, less than two blocks ({least})"
+    elif short > SHORT:
+        verdict = "inconclusive"
+        reason = f"{_percent(short)} of the multiply-adds were over fewer than {least} tokens, two blocks"
+    elif lost:
+        verdict = "fails"
+        reason = f"from seed {lost[0]['seed']} the loss was not a number at step {lost[0]['diverged_at']}"
+    elif len(known) < seeds:
+        verdict = "inconclusive"
+        reason = f"{settings.baseline} itself diverged"
+    else:
+        verdict, figures = judge(known, bound), spread(known)
+        where = {"holds": "is below", "fails": "is above", "inconclusive": "is not clear of"}[verdict]
+        reason = f"|{_signed(figures['mean'])}| ± {_percent(ERRORS * figures['standard_error'])} {where} "
+        reason += _percent(bound)
+    return {
+        "precision": name,
+        "formats": {kind: recipe.format(kind).name for kind in KINDS},
+        "blocks": {kind: _shape(recipe.shape(kind, 1)) for kind in KINDS},
+        "scale": recipe.scale,
+        "verdict": verdict,
+        "reason": reason,
+        "deviation": {"by_seed": deviations, **(spread(known) if known and len(known) == seeds else {})},
+        "multiply_adds_over_few_tokens": short,
+        "rates": {kind: _rates([x["counts"][kind] for x in linears]) for kind in KINDS},
+        "linears": [
+            {
+                "layer": x["layer"],
+                "linear": x["linear"],
+                "k": x["k"],
+                "n": x["n"],
+                "tokens": {"min": min(x["tokens"]), "median": _median(x["tokens"])},
+                "rates": {kind: _rates([x["counts"][kind]]) for kind in KINDS},
+            }
+            for x in linears
+        ],
+    }
+
+
+def _linears(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The linear layers, with the tokens and counts of all runs."""
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for run in runs:
+        for x in run["linears"]:
+            none: dict[Kind, Counts] = dict.fromkeys(KINDS, Counts())
+            new = {**x, "tokens": Counter[int](), "counts": none}
+            entry = found.setdefault((x["layer"], x["linear"]), new)
+            entry["tokens"].update({int(tokens): times for tokens, times in x["tokens"].items()})
+            entry["counts"] = {kind: entry["counts"][kind] + Counts(**x["counts"][kind]) for kind in KINDS}
+    return list(found.values())
+
+
+def _share_below(linears: Sequence[Mapping[str, Any]], least: int) -> float:
+    """The share of multiply-adds in products over fewer tokens than that."""
+    few, all_ = 0, 0
+    for x in linears:
+        size = x["k"] * x["n"]
+        all_ += size * sum(tokens * times for tokens, times in x["tokens"].items())
+        few += size * sum(tokens * times for tokens, times in x["tokens"].items() if tokens < least)
+    return few / all_ if all_ else 0.0
+
+
+def _median(tokens: Counter[int]) -> int:
+    """The lower median."""
+    half = (tokens.total() + 1) // 2
+    for value in sorted(tokens):
+        half -= tokens[value]
+        if half <= 0:
+            return value
+    raise ValueError("no product ran")
+
+
+def _rates(counts: Sequence[Counts]) -> dict[str, float]:
+    total = sum(counts, Counts())
+    return {
+        "underflow": total.underflow / total.nonzero if total.nonzero else 0.0,
+        "overflow": total.overflow / total.values if total.values else 0.0,
+    }
+
+
+def _shape(shape: tuple[int, int] | None) -> str:
+    return f"{shape[0]} x {shape[1]}" if shape else "tensor"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.3g} %" if value else "0"
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+.3g} %"
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report for a person: verdicts, the twin, what happened in each linear layer."""
+    twin, training, data = report["twin"], report["training"], report["data"]
+    base, optimizer = report["baseline"], training["optimizer"]
+    by_seed = [_signed(loss / base["mean"] - 1) for loss in base["loss"]] if "mean" in base else []
+    lines = [
+        f"# FP8 rehearsal of {report['recipe']}: {report['verdict']}",
+        "",
+        f"Deviation of the loss from {base['precision']}, mean over the last {report['window_steps']} of "
+        f"{training['steps']} steps, {report['seeds']} seeds, each with the same initial weights and rows in every "
+        f"precision. The bound is {_percent(report['bound'])}.",
+        "",
+        "| precision | deviation | least | most | standard error | verdict | because |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for x in report["precisions"]:
+        d = x["deviation"]
+        cells = ["none"] * 4
+        if "mean" in d:
+            cells = [_signed(d["mean"]), _signed(d["min"]), _signed(d["max"]), _percent(d["standard_error"])]
+        lines.append(f"| {' | '.join([x['precision'], *cells, x['verdict'], x['reason'].replace('|', '∣')])} |")
+    lines += [
+        "",
+        f"For scale: the {base['precision']} loss is {base['mean']:.4f}, and by seed {', '.join(by_seed)} of that."
+        if by_seed
+        else f"{base['precision']} itself diverged.",
+        "",
+        "## Twin",
+        "",
+        f"{twin['layers']} layers, hidden size {twin['hidden_size']}, {twin['heads']} query and {twin['kv_heads']} key "
+        f"heads of {twin['head_dim']}, {twin['experts']} experts of {twin['expert_ffn_size']}, of which a token visits "
+        f"{twin['experts_per_token']}. A step is {training['rows']} rows of {training['sequence_length']} tokens. "
+        f"AdamW, peak rate {optimizer['lr']:.3g} after {optimizer['warmup_steps']} steps, cosine to a tenth.",
+        "",
+        "| ratio | recipe | twin |",
+        "|---|---|---|",
+        *(f"| {r['name']} | {r['recipe']:.4g} | {r['twin']:.4g} |" for r in report["ratios"]),
+        "",
+        f"Data: the {data['files']} source files of Python {data['python']}'s standard library as bytes, "
+        f"{data['bytes']} of them, SHA-256 {data['sha256']}; rows begin anywhere, drawn from the seed.",
+    ]
+    for x in report["precisions"]:
+        lines += ["", f"## {x['precision']}", "", _told(x), "", *_table(x)]
+    return "\n".join(lines) + "\n"
+
+
+def _told(entry: Mapping[str, Any]) -> str:
+    formats, blocks = entry["formats"], entry["blocks"]
+    words = [f"{kind} {formats[kind]} by {blocks[kind]}" for kind in KINDS]
+    return (
+        f"{', '.join(words)}; scales: {entry['scale']}. Underflow: of the values that were not zero, those that "
+        f"became zero. Overflow: of all values, those that were clipped or no finite number. "
+        f"{_percent(entry['multiply_adds_over_few_tokens'])} of the multiply-adds were over fewer tokens than two "
+        f"blocks."
+    )
+
+
+def _table(entry: Mapping[str, Any]) -> list[str]:
+    head = [
+        "layer",
+        "linear",
+        "K",
+        "N",
+        "tokens, least",
+        "median",
+        *(f"{kind} underflow" for kind in KINDS),
+        "overflow",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for x in entry["linears"]:
+        under = [_percent(x["rates"][kind]["underflow"]) for kind in KINDS]
+        over = _percent(max(x["rates"][kind]["overflow"] for kind in KINDS))
+        cells = [x["layer"], x["linear"], x["k"], x["n"], x["tokens"]["min"], x["tokens"]["median"], *under, over]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    under = [_percent(entry["rates"][kind]["underflow"]) for kind in KINDS]
+    over = _percent(max(entry["rates"][kind]["overflow"] for kind in KINDS))
+    lines.append(f"| all | | | | | | {' | '.join([*under, over])} |")
+    return lines

@@ -1,0 +1,143 @@
+"""One run of a rehearsal: the twin trained in one precision from one seed, in a process of its own.
+
+    python -m stages.train.precision_simulation.runner SETTINGS.json PRECISION SEED OUT.json
+
+Prints a line "STEP LOSS" after each step. Writes OUT.json when it is finished, and nothing before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt
+
+from pipeline.core.stage import Config
+from stages.data.readers.python_stdlib import stdlib_files
+from stages.models.qwen3_moe.config import ModelConfig, PositiveInt
+from stages.train.config import Batch, Heldout, Optimizer, PhaseConfig, TrainConfig
+from stages.train.precision_simulation.proxy_model import VOCABULARY
+
+Baseline = Literal["fp32", "bf16"]
+
+
+class Data(Config):
+    """What the runs read: the sources of the running interpreter's standard library, byte by byte."""
+
+    python: str
+    files: PositiveInt
+    bytes: PositiveInt
+    sha256: str
+
+
+class Settings(Config):
+    """What the runs of a rehearsal have in common. With precision and seed it decides every byte of a run."""
+
+    recipe: str
+    model: ModelConfig
+    sequence_length: PositiveInt
+    rows: PositiveInt
+    steps: PositiveInt
+    optimizer: Optimizer
+    baseline: Baseline
+    data: Data
+    packages: dict[str, str]
+    code: str
+
+    def config(self, seed: NonNegativeInt) -> TrainConfig:
+        """What the engine is given: one micro-batch a step, computed in the baseline's type."""
+        tokens = self.rows * self.sequence_length
+        return TrainConfig(
+            model=self.model,
+            phase=PhaseConfig(
+                mix={"stdlib": 1.0},
+                sequence_length=self.sequence_length,
+                batch=Batch(global_tokens=tokens, micro_tokens=tokens),
+                steps=self.steps,
+                optimizer=self.optimizer,
+                heldout=Heldout(every=self.steps, rows=1),
+                release_checkpoint_every=self.steps,
+                precision=self.baseline,
+            ),
+            padded_vocab_size=VOCABULARY,
+            seed=seed,
+        )
+
+
+def read_library() -> tuple[bytes, int]:
+    """The text that is trained on, and of how many files it is."""
+    files = stdlib_files()
+    return b"".join(path.read_bytes() for _, path in files), len(files)
+
+
+def describe(text: bytes, files: int) -> Data:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Data(python=version, files=files, bytes=len(text), sha256=hashlib.sha256(text).hexdigest())
+
+
+def train(settings: Settings, precision: str, seed: int) -> dict[str, Any]:
+    """Losses by step and what the linear layers did. Ends early at a loss that is not a number."""
+    from stages.mcore.fake_fp8 import attach
+    from stages.mcore.quantize import RECIPES
+    from stages.train import parallel
+    from stages.train.engine import Engine
+    from stages.train.schedule import learning_rate
+
+    text, files = read_library()
+    if describe(text, files) != settings.data:
+        raise SystemExit("the standard library is not the one that this rehearsal began with")
+    losses: list[float] = []
+    with parallel.session(seed) as ranks:
+        engine = Engine(settings.config(seed), ranks, VOCABULARY)
+        engine.initialise()
+        record = attach(engine.chunks, RECIPES[precision]) if precision in RECIPES else {}
+        for step in range(1, settings.steps + 1):
+            lr = learning_rate(step, settings.steps, settings.optimizer)
+            figures = engine.step(_share(text, settings, seed, step), lr, lambda loss, norm: _not_finite(loss))
+            if figures.refused:
+                break
+            losses.append(figures.loss)
+            print(step, figures.loss, flush=True)
+    return {
+        "precision": precision,
+        "seed": seed,
+        "losses": losses,
+        "diverged_at": len(losses) + 1 if len(losses) < settings.steps else None,
+        "linears": [{"layer": layer, "linear": name, **linear.json()} for (layer, name), linear in record.items()],
+    }
+
+
+def _not_finite(loss: float) -> str | None:
+    return None if math.isfinite(loss) else "the loss is not a number"
+
+
+def _share(text: bytes, settings: Settings, seed: int, step: int) -> Any:
+    """The rows of a step: as many stretches of the text, beginning anywhere."""
+    import numpy as np
+    import torch
+
+    from stages.train import data
+
+    chance, length = random.Random(f"rehearsal {seed} {step}"), settings.sequence_length
+    starts = [chance.randrange(len(text) - length) for _ in range(settings.rows)]
+    whole = np.stack([np.frombuffer(text, np.uint8, length + 1, at) for at in starts]).astype(np.int64)
+    ids, labels = torch.from_numpy(whole[:, :-1].copy()), torch.from_numpy(whole[:, 1:].copy())
+    batch = data.Batch(ids, labels, torch.ones(ids.shape), torch.zeros(ids.shape, dtype=torch.bool))
+    return data.Share([batch], length, ids.numel())
+
+
+def main(settings: Path, precision: str, seed: int, out: Path) -> None:
+    found = train(Settings.model_validate_json(settings.read_text()), precision, seed)
+    draft = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    draft.write_text(json.dumps(found, sort_keys=True, indent=1) + "\n")
+    os.replace(draft, out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))

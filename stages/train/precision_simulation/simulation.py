@@ -1,0 +1,229 @@
+"""FP8 rehearsed on any machine: a recipe's small twin trained with and without it, run by run.
+
+atom rehearse atom-tiny
+
+Each run, one precision from one seed, is a process of its own and leaves a file; the same command goes on from those
+that are there. What comes out is judged in `stages.train.precision_simulation.report`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline.core.code_digests import code_digests
+from pipeline.core.errors import AtomError
+from pipeline.core.progress import Display, duration
+from pipeline.core.store import canonical, sha256_bytes
+from pipeline.core.text import shown
+from pipeline.graph.recipe import Recipe
+from stages.mcore.quantize import RECIPES
+from stages.train.config import Optimizer, PhaseConfig
+from stages.train.precision_simulation.proxy_model import CONTEXT, dimensions, ratios, step_tokens, twin
+from stages.train.precision_simulation.report import LEAST_STEPS, Runs, compose
+from stages.train.precision_simulation.runner import Baseline, Settings, describe, read_library
+
+BASELINES: tuple[Baseline, ...] = ("bf16", "fp32")
+
+MOST_LAYERS, MOST_STEPS, MOST_SEEDS = 1000, 1_000_000, 1000
+
+
+def rehearse(
+    recipe: Recipe, home: Path, display: Display, precisions: Sequence[str] = (), steps: int = 64, seeds: int = 3,
+    baseline: str = "bf16", bound: float = 0.0025, hidden: int | None = None, layers: int | None = None,
+    out: Path | None = None,
+) -> tuple[dict[str, Any], Path]:  # fmt: skip
+    """Trains what is not there yet and writes report.json, report.md and plots. Returns the report and its folder.
+
+    home: $ATOM_HOME, where the folder stands unless `out` names one. Raises AtomError, in one sentence, for a setting
+    that makes no sense, for a folder that holds something else, and for a run that failed.
+    """
+    kind = _check(precisions, steps, seeds, baseline, bound)
+    chosen = [name for name in RECIPES if name in precisions or not precisions]
+    smallest = max(RECIPES[name].smallest_dimension for name in chosen)
+    model, phase = recipe.config.model, recipe.config.pretrain
+    small = twin(model, smallest, hidden)
+    if layers is not None:
+        least = small.dense_layers + 1
+        if not least <= layers <= MOST_LAYERS:
+            raise AtomError(f"--layers {layers} is no depth of a small twin; use {least} to {MOST_LAYERS}")
+        small = type(small).model_validate({**small.model_dump(), "layers": layers})
+    length = min(phase.sequence_length, CONTEXT)
+    settings = Settings(
+        recipe=recipe.config.name,
+        model=small,
+        sequence_length=length,
+        rows=step_tokens(small, smallest, length) // length,
+        steps=steps,
+        optimizer=_optimizer(phase, steps, model.hidden_size / small.hidden_size),
+        baseline=kind,
+        data=describe(*read_library()),
+        packages={name: metadata.version(name) for name in ("megatron-core", "torch")},
+        code=sha256_bytes(canonical(code_digests("stages.train.precision_simulation.runner"))),
+    )
+    folder = _folder(settings, home, out)
+    wanted = [(precision, seed) for seed in range(seeds) for precision in (baseline, *chosen)]
+    _run_all(folder, wanted, steps, display)
+    runs: Runs = {(p, s): json.loads(_file(folder, p, s).read_text()) for p, s in wanted}
+    proportions = [(r.name, r.recipe, r.twin) for r in ratios(model, small)]
+    report = compose(settings, proportions, dimensions(small), chosen, seeds, bound, runs)
+    _write(folder, report, runs)
+    return report, folder
+
+
+def _check(precisions: Sequence[str], steps: int, seeds: int, baseline: str, bound: float) -> Baseline:
+    for name in precisions:
+        if name not in RECIPES:
+            raise AtomError(f"--precision {name} is not known; choose of {', '.join(RECIPES)}")
+    found = next((kind for kind in BASELINES if kind == baseline), None)
+    if found is None:
+        raise AtomError(f"--baseline {baseline} is not known; choose {' or '.join(BASELINES)}")
+    if steps < LEAST_STEPS:
+        raise AtomError(f"--steps {steps} leaves fewer than two steps in the last quarter; use at least {LEAST_STEPS}")
+    if steps > MOST_STEPS:
+        raise AtomError(f"--steps {shown(steps)} is no short run; use at most {MOST_STEPS}")
+    if seeds < 2:
+        raise AtomError(f"--seeds {seeds} shows no spread, so nothing could be concluded; use at least 2")
+    if seeds > MOST_SEEDS:
+        raise AtomError(f"--seeds {shown(seeds)} would take days; use at most {MOST_SEEDS}")
+    if not 0 < bound < 1:
+        raise AtomError(f"--bound {bound} is no relative deviation of a loss; use something like 0.0025")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise AtomError("the plots need matplotlib, which is not installed; pip install 'atom-release[report]'")
+    return found
+
+
+def _optimizer(phase: PhaseConfig, steps: int, narrowing: float) -> Optimizer:
+    """The recipe's AdamW, with a rate that fits the twin: a matrix's best rate is inverse to its width (Yang et al.,
+    2022, arXiv:2203.03466), hence the recipe's x hidden size / hidden size of the twin. Of that the half, after a third
+    of the steps, then a cosine to a tenth: the first steps at the full rate are chaotic, and then even bf16 and fp32
+    end further apart than what is to be measured (docs/lab-log.md)."""
+    o, peak = phase.optimizer, min(1.0, phase.optimizer.lr * narrowing / 2)  # 1: the most that an optimizer may have
+    return Optimizer(
+        lr=peak,
+        final_lr=peak / 10,
+        warmup_steps=steps // 3,
+        weight_decay=o.weight_decay,
+        beta1=o.beta1,
+        beta2=o.beta2,
+        clip=o.clip,
+    )
+
+
+def _folder(settings: Settings, home: Path, out: Path | None) -> Path:
+    """The folder of these settings, made if it is not there. Raises AtomError if `out` holds anything else."""
+    body = settings.model_dump(mode="json")
+    folder = out or home / "rehearsals" / f"{settings.recipe}-{sha256_bytes(canonical(body))[:12]}"
+    file = folder / "settings.json"
+    if file.exists():
+        held = json.loads(file.read_text())
+        changed = sorted(name for name in body if held.get(name) != body[name])
+        if changed:
+            raise AtomError(f"{folder} holds a rehearsal of another {', '.join(changed)}; name another folder")
+    elif folder.exists() and any(folder.iterdir()):
+        raise AtomError(f"{folder} is not empty and no rehearsal's; name another folder")
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    _replace(file, json.dumps(body, indent=1, sort_keys=True) + "\n")
+    return folder
+
+
+def _file(folder: Path, precision: str, seed: int) -> Path:
+    return folder / "runs" / f"{precision}-seed{seed}.json"
+
+
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+def _write(folder: Path, report: dict[str, Any], runs: Runs) -> None:
+    from stages.train.precision_simulation import plot
+    from stages.train.precision_simulation.report import markdown
+
+    _replace(folder / "report.json", json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    _replace(folder / "report.md", markdown(report))
+    plot.losses(report, runs, folder / "loss.png")
+    plot.rates(report, folder / "rates.png")
+
+
+def _run_all(folder: Path, wanted: Sequence[tuple[str, int]], steps: int, display: Display) -> None:
+    """Makes the files of all runs that are not there, on each core one run at a time."""
+    missing = [(p, s) for p, s in wanted if not _file(folder, p, s).exists()]
+    display.started("rehearsal", f"{folder / 'runs'}/*.log")
+    if not missing:
+        display.note("rehearsal", f"all of {len(wanted)} runs are there already")
+        return
+    crew = _Crew(folder, steps, len(wanted), len(missing), display)
+    with ThreadPoolExecutor(min(len(missing), len(os.sched_getaffinity(0)))) as pool:
+        try:
+            for done in as_completed([pool.submit(crew.run, p, s) for p, s in missing]):
+                done.result()
+        finally:  # also at Ctrl-C: what is finished is kept
+            pool.shutdown(wait=False, cancel_futures=True)
+            crew.stop()
+
+
+class _Crew:
+    """The processes that train, and how far they are together. Threads share it."""
+
+    def __init__(self, folder: Path, steps: int, wanted: int, missing: int, display: Display) -> None:
+        self.folder, self.steps, self.display = folder, steps, display
+        self.total, self.done = steps * wanted, steps * (wanted - missing)
+        self.processes: list[subprocess.Popen[str]] = []
+        self.stopped, self.lock = False, threading.Lock()
+        self._show()
+
+    def run(self, precision: str, seed: int) -> None:
+        """Trains one run to its end. Raises AtomError if it fails."""
+        out, began, taken = _file(self.folder, precision, seed), time.monotonic(), 0
+        log = out.with_suffix(".log")
+        with open(log, "w") as errors:
+            process = self._start(precision, seed, out, errors)
+            assert process.stdout is not None
+            for line in process.stdout:
+                if found := re.fullmatch(r"(\d+) (\S+)\n", line):
+                    taken = int(found[1])
+                    self._show(1, loss=float(found[2]))
+        if process.wait():
+            last = (log.read_text().strip().splitlines() or ["it was killed"])[-1]
+            raise AtomError(f"the run of {precision} from seed {seed} failed ({last}); its log is {log}")
+        end = json.loads(out.read_text())
+        how = f"diverged at step {end['diverged_at']}" if end["diverged_at"] else f"loss {end['losses'][-1]:.4f}"
+        self._show(self.steps - taken)
+        self.display.note("rehearsal", f"{precision}, seed {seed}: {how}, in {duration(time.monotonic() - began)}")
+
+    def _start(self, precision: str, seed: int, out: Path, errors: TextIO) -> subprocess.Popen[str]:
+        one_thread = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | one_thread
+        module = [sys.executable, "-m", "stages.train.precision_simulation.runner"]
+        command = [*module, str(self.folder / "settings.json"), precision, str(seed), str(out)]
+        with self.lock:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+            self.processes.append(process)
+            if self.stopped:
+                process.kill()
+        return process
+
+    def stop(self) -> None:
+        with self.lock:
+            self.stopped = True
+            for process in self.processes:
+                process.kill()
+
+    def _show(self, more: int = 0, **figures: float) -> None:
+        with self.lock:
+            self.done += more
+            event = {"time": time.time(), "done": self.done, "total": self.total, "unit": "steps", **figures}
+            self.display.progress("rehearsal", event)

@@ -1,0 +1,32 @@
+"""Pre-training: a mixture-of-experts decoder from its initial weights, on the rows of the order artifact.
+
+atom run atom-tiny --until pretrain
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.core.stage import Inputs, Report, Stage
+from stages.train.config import TrainConfig
+from stages.train.estimate import estimate
+
+VERSION = 7
+
+
+def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+    """inputs["tokens"]: Megatron shards; inputs["order"]: which of their tokens each step reads.
+
+    Goes on from the checkpoint in `work` if an earlier attempt left one. Fills `out` with step-<n>/ (safetensors
+    weights and optimizer, state.json), training.jsonl and summary.json.
+    Raises what stages.train.loop.train raises.
+    """
+    from stages.train.engine import Engine
+    from stages.train.loop import train
+
+    train("pretrain", config, inputs, work, out, report, start=Engine.initialise)
+
+
+STAGE = Stage(
+    "pretrain", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.cluster.ranks, trains=True
+)

@@ -1,0 +1,17 @@
+"""Supervised fine-tuning: mid-training on conversations, with loss on the assistant's turns alone.
+
+    atom run atom-tiny --until sft
+
+What makes it so is the data: a source of `kind: chat` is rendered in the release's own chat template, and everything up
+to an assistant's turn carries no loss. The mix should keep some of the earlier sources, so that they are not forgotten.
+"""
+
+from __future__ import annotations
+
+from pipeline.core.stage import Stage
+from stages.train.config import TrainConfig
+from stages.train.estimate import estimate
+from stages.train.midtrain import run
+
+VERSION = 2
+STAGE = Stage("sft", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.cluster.ranks, trains=True)
