@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from pipeline.core.errors import RecipeError
+from pipeline.core.stage import Config, Renamed, identity
 from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
@@ -39,16 +41,23 @@ def write(path: Path, **changes: Any) -> str:
         ({"pretrain__stepz": 3}, "recipe r: pretrain.stepz is not a field; did you mean steps?"),
         ({"colour": 3}, "recipe r: colour is not a field; known: "),
         ({"pretrain__steps": None}, "recipe r: pretrain.steps is missing"),
+        (
+            {"pretrain__release_checkpoint_interval": None, "pretrain__release_checkpoint_every": 5},
+            "recipe r: pretrain.release_checkpoint_every has another name now: release_checkpoint_interval",
+        ),
+        ({"model__expert_ffn_size": 8}, "recipe r: model.expert_ffn_size has another name now: moe_intermediate_size"),
+        ({"pretrain__cluster": {"ranks": 2}}, "recipe r: pretrain.cluster has another name now: parallelism"),
+        ({"pretrain__parallelism": {"tensor": 2}}, "recipe r: pretrain.parallelism.tensor has another name now: tp"),
         ({"pretrain__steps": "many"}, "recipe r: pretrain.steps = 'many': input should be a valid integer"),
         (
             {"pretrain__batch": {"global_tokens": 3000, "micro_tokens": 512}, "pretrain__sequence_length": 512},
             "recipe r: pretrain.batch.global_tokens = 3000 is not a multiple of sequence_length 512; nearest: 2560 or 3072",
         ),
         ({"model__kv_heads": 3}, "recipe r: model.kv_heads = 3 does not divide heads = 4; nearest: 2 or 4"),
-        ({"model__experts_per_token": 1}, "recipe r: model.experts_per_token = 1 gives the router no gradient"),
+        ({"model__num_experts_per_tok": 1}, "recipe r: model.num_experts_per_tok = 1 gives the router no gradient"),
         ({"model__heads": 10**10, "model__kv_heads": 3}, "recipe r: model.heads = 10000000000 is out of range; use 1 to 1024"),
         ({"pretrain__steps": 10**40}, "recipe r: pretrain.steps = a number of about 39 digits is out of range; use 1 to 1e8"),
-        ({"model__experts_per_token": 9}, "recipe r: model.experts_per_token = 9 is more than experts = 4"),
+        ({"model__num_experts_per_tok": 9}, "recipe r: model.num_experts_per_tok = 9 is more than experts = 4"),
         ({"midtrain__sequence_length": 512, "midtrain__batch": {"global_tokens": 512, "micro_tokens": 512}},
          "recipe r: midtrain.sequence_length = 512 is longer than model.context_length = 256"),
         ({"pretrain__mix": {"docstrings": 0.5, "cod": 0.5}}, "recipe r: pretrain.mix names cod, which data recipe smoke"),
@@ -109,7 +118,7 @@ def test_a_changed_field_changes_the_keys_of_what_depends_on_it_and_no_others(tm
 
 
 def test_what_is_not_identity_changes_no_key(tmp_path: Path) -> None:
-    assert changed(tmp_path, pretrain__work_checkpoint_every=7) == set()
+    assert changed(tmp_path, pretrain__checkpoint_interval=7) == set()
     assert changed(tmp_path, name="other", description="other", release__languages=["fr"]) == set()
 
 
@@ -118,3 +127,16 @@ def test_a_cluster_profile_is_data_and_is_checked(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("name: p\nlocal: {jobs: 0, stop_grace_seconds: 1}\npower: {watts_per_core: 1}\n")
     with pytest.raises(RecipeError, match="cluster profile p: local.jobs = 0 is out of range; use 1 to 4096"):
         cluster_profile.load(str(tmp_path / "p.yaml"))
+
+
+def test_a_rename_that_keeps_its_name_in_the_key_moves_no_key() -> None:
+    class Before(Config):
+        width: int
+
+    class After(Config):
+        hidden_size: Annotated[int, Renamed("width", key_name="width")]
+
+    assert identity(After(hidden_size=8)) == identity(Before(width=8)) == {"width": 8}
+    with pytest.raises(ValidationError) as caught:
+        After.model_validate({"width": 8})
+    assert str(recipes.explain(caught.value, After, "r")) == "r: width has another name now: hidden_size (and 1 more)"

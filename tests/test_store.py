@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.core import environment
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact, Store, digest_of, once, rows_of, write_manifest
 
@@ -137,3 +138,26 @@ def test_tensors_are_written_by_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_home_that_an_earlier_atom_filled_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path / "home")
+    assert store.earlier() is None, "an empty home"
+    (store.artifacts / "pretrain-0123456789ab").mkdir(parents=True)
+    sentence = store.earlier()
+    assert sentence is not None and "its 1 artifacts are not used, and every stage runs anew" in sentence
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a").write_text("x")
+    store.seal(out, "pretrain-ba9876543210", lambda artifact: None)
+    assert store.earlier() is None, "what is sealed now has today's keys"
+
+
+def test_variables_that_change_rounding_are_another_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in environment.ARITHMETIC:
+        monkeypatch.delenv(name, raising=False)
+    plain = environment.fingerprint()
+    assert "variables" not in environment.device()
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    assert environment.device()["variables"] == {"MKL_CBWR": "COMPATIBLE"}
+    assert environment.fingerprint() != plain

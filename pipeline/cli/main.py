@@ -125,6 +125,8 @@ def run(
     from pipeline.launch import cluster_profile
 
     composed, store, settings = graph_of(recipe), open_store(), cluster_profile.load(cluster)
+    if text := store.earlier():
+        print(f"atom: {text}", file=sys.stderr)
     _run(composed, store, composed.select(until, only), cluster, settings, recipe)
 
 
@@ -194,6 +196,8 @@ def submit(
     from pipeline.launch.local import damage_of
 
     composed, store, settings = graph_of(recipe), open_store(), cluster_profile.load(cluster)
+    if text := store.earlier():
+        print(f"atom: {text}", file=sys.stderr)
     selected = composed.select(until, only)
     if dry_run:
         checked = slurm.dry_run(composed, store, selected, settings)
@@ -535,8 +539,8 @@ def rehearse(
 
 
 def _tell_misplaced(store: Store) -> None:
-    if obstacle := store.misplaced():
-        print(f"atom: {obstacle}", file=sys.stderr)
+    for text in filter(None, (store.misplaced(), store.earlier())):
+        print(f"atom: {text}", file=sys.stderr)
 
 
 app.add_typer(release_commands.app)

@@ -31,6 +31,18 @@ def cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+ARITHMETIC = (
+    "ATEN_CPU_CAPABILITY", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA",
+)  # fmt: skip
+"""Environment variables by which a processor computes as another one would, with other rounding."""
+
+
+def arithmetic() -> dict[str, str]:
+    """The variables of ARITHMETIC that are set."""
+    return {name: os.environ[name] for name in ARITHMETIC if name in os.environ}
+
+
 def device() -> dict[str, Any]:
     """The device type that bitwise promises are bound to. Rank 0 speaks for all: a run is homogeneous.
 
@@ -39,7 +51,9 @@ def device() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return {"type": "cuda", "model": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return {"type": "cpu", "model": cpu_model(), "threads_per_rank": int(os.environ.get("OMP_NUM_THREADS", "1"))}
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    variables = {"variables": set_here} if (set_here := arithmetic()) else {}
+    return {"type": "cpu", "model": cpu_model(), "threads_per_rank": threads, **variables}
 
 
 def fingerprint() -> str:

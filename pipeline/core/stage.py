@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, NoReturn, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from pipeline.core.store import Artifact
 
@@ -34,6 +35,23 @@ def added(default: Any, description: str, **rules: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"identity": "unless default"}, **rules)
 
 
+@dataclass(frozen=True)
+class Renamed:
+    """An annotation of a config field that had another name: a recipe with the old one is refused with a sentence that
+    gives the new one.
+
+    key_name: what the field is called inside the key. A rename that sets it to the old name re-keys nothing.
+    """
+
+    before: str
+    key_name: str | None = None
+
+
+def renamed(info: FieldInfo) -> Renamed | None:
+    """What a field's annotation says of its earlier name."""
+    return next((mark for mark in info.metadata if isinstance(mark, Renamed)), None)
+
+
 def identity(config: BaseModel) -> dict[str, Any]:
     """The config as plain JSON without its operational fields: the part that goes into the key."""
     out: dict[str, Any] = {}
@@ -42,7 +60,8 @@ def identity(config: BaseModel) -> dict[str, Any]:
         counts = extra.get("identity", True) if isinstance(extra, dict) else True
         if counts is False or (counts == "unless default" and value == info.default):
             continue
-        out[name] = _plain(value)
+        mark = renamed(info)
+        out[mark.key_name if mark and mark.key_name else name] = _plain(value)
     return out
 
 

@@ -214,6 +214,12 @@ def _require_key(artifact: Artifact, key: str) -> Artifact:
     return artifact
 
 
+KEYS = 2
+"""How keys are computed: 2 since the settings and nodes have the names that they have now."""
+KEYS_FILE = "keys"
+"""Of the home; it says which keys the last artifact was sealed under."""
+
+
 class Store:
     """The folder `$ATOM_HOME` (default `./runs`): `artifacts/`, `work/`, `ledger/`, `logs/`, `releases/`."""
 
@@ -227,6 +233,18 @@ class Store:
         """What stands where a folder of the home should be, as one sentence; None if nothing does."""
         places = (self.home / "work", self.artifacts, self.ledger, self.logs)
         return next(filter(None, map(no_folder, places)), None)
+
+    def earlier(self) -> str | None:
+        """A sentence, if all that is here was made when keys were computed otherwise; None if it was not."""
+        try:
+            if (self.home / KEYS_FILE).exists() or not (count := sum(1 for _ in self.artifacts.iterdir())):
+                return None
+        except OSError:  # no home yet, or one that cannot be read, which whatever reads it reports
+            return None
+        return (
+            f"{self.home} was filled by an earlier atom, under other keys: its {count} artifacts are not used, and "
+            "every stage runs anew; what was built and published of them stays valid. Set ATOM_HOME to keep them apart"
+        )
 
     def work(self, key: str) -> Path:
         return self.home / "work" / key
@@ -261,6 +279,7 @@ class Store:
         made = write_manifest(out, key)
         record(made)
         self.artifacts.mkdir(parents=True, exist_ok=True)
+        (self.home / KEYS_FILE).write_text(f"{KEYS}\n")
         target = self.artifacts / key
         try:
             os.rename(out, target)

@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -20,7 +21,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model
 
 from pipeline.core.bounds import OUT_OF_BOUNDS, LongLine, Range, ReleaseName, Seed, Text, Version
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Config, operational
+from pipeline.core.stage import Config, operational, renamed
 from pipeline.core.text import escaped, shown, unprintable
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph import registry
@@ -102,11 +103,15 @@ def find(reference: str, package: str, kind: str, base: Path | None = None) -> P
 def explain(error: ValidationError, model: type[BaseModel], title: str, raw: Any = None) -> RecipeError:
     """The first mistake of a validation as one sentence. With the raw mapping, list items are called by their names."""
     mistakes = error.errors()
-    first = mistakes[0]
+    names = {number: _names_today(model, mistake) for number, mistake in enumerate(mistakes)}
+    number = next((number for number, today in names.items() if today), 0)  # the field's new name is missing as well
+    first = mistakes[number]
     where = ".".join(_called(first["loc"], raw))
     field = f"{where} " if where else ""
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
-    if first["type"] == "extra_forbidden":
+    if names[number]:
+        text = f"{field}has another name now: {', '.join(names[number])}"
+    elif first["type"] == "extra_forbidden":
         known = _fields_at(model, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1])[:100], known, 1)
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}" if known else ""
@@ -122,6 +127,15 @@ def explain(error: ValidationError, model: type[BaseModel], title: str, raw: Any
     else:
         text = f"{field}= {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}{_mend(first)}"
     return RecipeError(f"{title}: {escaped(text, LONGEST_SENTENCE)}{more}")
+
+
+def _names_today(model: type[BaseModel], mistake: Any) -> list[str]:
+    """What a field is called now that a recipe names as it was called before; none for any other mistake."""
+    if mistake["type"] != "extra_forbidden":
+        return []
+    *place, last = mistake["loc"]
+    fields = [field for each in _classes_at(model, place) for field in each.model_fields.items()]
+    return [name for name, info in fields if (mark := renamed(info)) and mark.before == last]
 
 
 def _mend(mistake: Any) -> str:
@@ -154,8 +168,13 @@ def _called(location: tuple[Any, ...], raw: Any) -> list[str]:
     return out
 
 
-def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
+def _fields_at(model: Any, location: Sequence[Any]) -> list[str]:
     """The field names of the classes that may stand at a location of the schema."""
+    return sorted({name for each in _classes_at(model, location) for name in each.model_fields})
+
+
+def _classes_at(model: type[BaseModel], location: Sequence[Any]) -> list[type[BaseModel]]:
+    """The config classes that may stand at a location of the schema."""
     classes = [model]
     for part in location:
         fields = [each.model_fields[part] for each in classes if part in each.model_fields]
@@ -163,7 +182,7 @@ def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
             classes = [each for info in fields for each in _classes(info.annotation)]
         else:  # a place in a list, or the tag by which one of several classes was chosen
             classes = [each for each in classes if part in _tags(each)] or classes
-    return sorted({name for each in classes for name in each.model_fields})
+    return classes
 
 
 def _classes(annotation: Any) -> list[type[BaseModel]]:

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.core.bounds import Flag, Key, Line, LongLine, Range, Text, Variable, Words
 from pipeline.core.errors import RecipeError
-from pipeline.core.stage import Config
+from pipeline.core.stage import Config, Renamed
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find
@@ -148,9 +148,9 @@ class Slurm(Config):
     free_gb: Annotated[float, Range(0, 1e9)] = Field(
         1.0, description="space that must be free under $ATOM_HOME and in scratch"
     )
-    signal_lead_seconds: Annotated[int, Range(10, 65_535, "Slurm takes no more than 65535")] = Field(
-        120, description="how long before the time limit a stage is told to save"
-    )
+    signal_before_limit_seconds: Annotated[
+        int, Range(10, 65_535, "Slurm takes no more than 65535"), Renamed("signal_lead_seconds")
+    ] = Field(120, description="how long before the time limit a stage is told to save")
     array_size: Annotated[int, Range(2, 4_000_001, "Slurm's MaxArraySize is at most 4000001")] = Field(
         1000, description="tasks of a job array; each does several shards if there are more"
     )
@@ -179,8 +179,8 @@ class Slurm(Config):
         each = min(ranks, jobs.tasks_per_node)
         if ranks % each:
             raise RecipeError(
-                f"stage {stage} has {ranks} ranks, which do not fill nodes of {each} alike; change its cluster.ranks, "
-                "or tasks_per_node of the cluster profile"
+                f"stage {stage} has {ranks} ranks, which do not fill nodes of {each} alike; change its "
+                "parallelism.ranks, or tasks_per_node of the cluster profile"
             )
         return jobs, ranks // each, each
 

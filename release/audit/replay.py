@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from stages.train.config import TrainConfig
 
+VARIABLES = "device variables"
+"""How a replay calls the variables that steer arithmetic, among the differences of the environment."""
 STAGES = ("pretrain", "midtrain", "sft")
 NEEDS = ("torch", "megatron", "datatrove", "tokenizers")
 PATIENCE = 7 * 86_400.0  # one process may need long for a step of many; nobody waits for a rank here
@@ -112,8 +114,11 @@ def _by_carried_code(
     tensors, different = _compare(code.source.folder / end, result["made"])
     state = tuple(result["state"])
     found = (phase, first, last, _verdict(different, state), tensors, different, state, result["diverges"])
-    environment = (result["ranks"], tuple(result["environment"]), result["fingerprint"])
-    return Replay(*found, *environment, result["materials"], result["subject"], code=f"sha256:{code.digest}")
+    differences = result["environment"]
+    if (variables := environment.arithmetic()) and not any(text.startswith(VARIABLES) for text in differences):
+        differences = [*differences, f"{VARIABLES}: absent, {variables}"]  # carried code may know nothing of them
+    where = (result["ranks"], tuple(differences), result["fingerprint"])
+    return Replay(*found, *where, result["materials"], result["subject"], code=f"sha256:{code.digest}")
 
 
 def _steps(source: Source, phase: str, first: int | None, last: int | None) -> tuple[int, int]:
@@ -172,11 +177,11 @@ class Plan:
             raise CheckFailed(f"{self.end}/state.json is not of the config that the statement about {key} names")
         self.stage = registry.stage(said["stage"])
         self.then = _flat(said["version"], provenance.code_of(self.body), provenance.environment_of(self.body))
-        clusters = [operation["phase"]["cluster"] for operation in provenance.operations_of(self.body)]
+        clusters = [operation["phase"]["parallelism"] for operation in provenance.operations_of(self.body)]
         self.ranks = max(cluster["ranks"] for cluster in clusters)
         config = TrainConfig.model_validate(said["config"])
-        how: dict[str, Any] = {"hang_seconds": PATIENCE, "work_checkpoint_every": config.phase.steps}
-        how |= {"cluster": Layout.model_validate(clusters[-1]) if self.ranks == 1 else Layout()}
+        how: dict[str, Any] = {"watchdog_timeout_seconds": PATIENCE, "checkpoint_interval": config.phase.steps}
+        how |= {"parallelism": Layout.model_validate(clusters[-1]) if self.ranks == 1 else Layout()}
         self.config: TrainConfig = config.model_copy(update={"phase": config.phase.model_copy(update=how)})
         order, log = self.materials["order"], source.place(key, "training.jsonl")
         table, meta = (source.copy(order, name) for name in ("order.parquet", "meta.json"))

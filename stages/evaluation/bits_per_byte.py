@@ -22,7 +22,7 @@ from pydantic import Field
 
 from pipeline.core.bounds import MOST_SOURCES, Context, Range, Share, SourceName
 from pipeline.core.errors import AtomError
-from pipeline.core.stage import Config, Inputs, Report, Stage, added
+from pipeline.core.stage import Config, Inputs, Renamed, Report, Stage, added
 from pipeline.core.store import once
 from stages.data.table import write_rows
 from stages.evaluation import long_context as context
@@ -48,9 +48,13 @@ class ChatSection(Config):
 
     items: ChatItems
     max_new_tokens: Context = Field(64, description="tokens of an answer at most")
-    samples: Samples = Field(8, description="answers to each problem, for pass@k and maj@k")
+    num_samples: Annotated[Samples, Renamed("samples")] = Field(
+        8, description="answers to each problem, for pass@k and maj@k"
+    )
     min_gain: Annotated[float, Range(-1, 1)] = Field(0.0, description="RLVR must add more pass@1 to SFT's than this")
-    least_win: Share = Field(0.5, description="the lower bound of a win rate must lie above this")
+    min_win_rate: Annotated[Share, Renamed("least_win")] = Field(
+        0.5, description="the lower bound of a win rate must lie above this"
+    )
     skill_tolerance: Share = Field(0.05, description="pass@1 that phases after RLVR may lose of its")
 
 

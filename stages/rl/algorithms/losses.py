@@ -61,9 +61,9 @@ def policy_loss(
 
     logprobs (with gradient), sampler_logprobs, old_logprobs, reference_logprobs, mask: [rows, width]. advantages:
     [rows], or [rows, width] where they differ by token.
-    Figures: `tokens`; `clipped`, tokens whose gradient the clip stopped; `ratio`; `weight` and `truncated`, tokens at
-    the cap; `sampler_gap` and `max_sampler_gap`, |old - sampler|; `sampler_kl`, k3 of KL(sampler || old); `kl` if asked
-    for.
+    Figures: `tokens`; `clip_fraction`, tokens whose gradient the clip stopped; `ratio`; `importance_ratio` and
+    `truncated`, tokens at the cap; `sampler_gap` and `max_sampler_gap`, |old - sampler|; `sampler_kl`, k3 of KL(sampler
+    || old); `kl` if asked for.
     Raises ValueError if `kl` is asked for without a reference.
     """
     if kl and reference_logprobs is None:
@@ -79,9 +79,9 @@ def policy_loss(
     loss = -torch.minimum(plain, clipped) * weight
     figures = {
         "tokens": mask,
-        "clipped": clipped < plain,
+        "clip_fraction": clipped < plain,
         "ratio": ratio,
-        "weight": weight,
+        "importance_ratio": weight,
         "truncated": gap > math.log(tis_cap),
         "sampler_gap": gap.abs(),
         "sampler_kl": gap.expm1() - gap,
