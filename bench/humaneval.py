@@ -38,7 +38,7 @@ def main() -> None:
     rows = list(problems())[: asked.limit]
     speaker = Speaker(asked.model, asked.max_new_tokens, rows, {}, Quiet())
     room = speaker.sampler.model.config.max_position_embeddings - asked.max_new_tokens
-    fitting = [row for row in rows if len(speaker.chat.ask(row)) <= room]
+    fitting = [row for row in rows if len(speaker.chat.encode_prompt(row)) <= room]
     answers = speaker.ask([(row, 0, 0) for row in fitting], greedy=True) if fitting else []
     speaker.close()
     right = sum(answer["reward"] == 1 for answer in answers)

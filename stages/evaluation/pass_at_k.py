@@ -112,7 +112,7 @@ class Speaker:
     def __init__(self, folder: Path, max_new_tokens: int, rows: Sequence[Row], inputs: Inputs, report: Report) -> None:
         import torch
 
-        from stages.rl.rewards.reward_functions import verifiers_of
+        from stages.rl.rewards.reward_functions import make_verifiers
         from stages.rl.rollout import generation
         from stages.rl.samplers.generate import InProcess
 
@@ -120,7 +120,7 @@ class Speaker:
         torch.use_deterministic_algorithms(True)
         self.chat = generation.Chat(folder)
         self.sampler = InProcess(folder, self.chat.stops, max_new_tokens)
-        self.verifiers = generation.Verifiers(verifiers_of(rows, inputs, self.chat, {}), 2, report)
+        self.verifiers = generation.Verifiers(make_verifiers(rows, inputs, self.chat, {}), 2, report)
 
     def ask(self, asked: Sequence[tuple[Row, int, int]], greedy: bool = False) -> list[Answer]:
         """The answers to some (row, sample, seed), scored."""
@@ -134,7 +134,7 @@ class Speaker:
                 "id": row["id"], "kind": row["kind"], "sample": sample, "seed": seed, "text": response.text,
                 "answer": response.answer, "finished": response.finished, "tokens": len(found.ids),
                 "reward": parts["reward"], "parts": json.dumps(parts, sort_keys=True), "verifier": row["verifier"],
-                "verifier_version": self.verifiers.made[row["verifier"]].version,
+                "verifier_version": self.verifiers.by_name[row["verifier"]].version,
             }
             for (row, sample, seed), found, response, parts in zip(asked, drawn, responses, scored, strict=True)
         ]  # fmt: skip

@@ -74,7 +74,7 @@ class Row:
 class Batch:
     """Rows of one micro-batch, each [rows, width]; `loss_mask` is 1 where a target carries loss, `padding` is True
     where an input is padding (Megatron's router leaves those out of its balance). `starts`, where rows are packed: the
-    position at which the segment of each position begins; padding is a segment of its own. `more`: what an objective
+    position at which the segment of each position begins; padding is a segment of its own. `extras`: what an objective
     other than the plain loss needs, each [rows] or [rows, width]."""
 
     ids: torch.Tensor
@@ -82,7 +82,7 @@ class Batch:
     loss_mask: torch.Tensor
     padding: torch.Tensor
     starts: torch.Tensor | None = None
-    more: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Shards:

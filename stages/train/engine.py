@@ -79,7 +79,7 @@ class StepFigures:
     experts: Experts
     refused: str | None = None  # why no weight was moved
     gradients: dict[str, float] | None = None  # norms by part of the model, if so
-    more: dict[str, float] = field(default_factory=dict)  # what the objective tells
+    extras: dict[str, float] = field(default_factory=dict)  # what the objective tells
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Engine:
             chunk.train()
         self.optimizer.zero_grad()
         before = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        loss, more = self._run(share, forward_only=False, objective=objective or cross_entropy)
+        loss, extras = self._run(share, forward_only=False, objective=objective or cross_entropy)
         aux, z = (self.ranks.sum(x).item() / (self.ranks.data_ranks * len(share.micro)) for x in moe_metrics.take())
         experts = self.routers.take(self.config.model.experts_per_token, self.ranks.sum)
         z /= self.layout.tensor * self.layout.context  # each of these ranks has its own tokens' mean
@@ -187,12 +187,12 @@ class Engine:
         if refused:
             for name, buffer in self.buffers.items():  # Megatron moves the biases of experts with the backward pass
                 buffer.copy_(before[name])
-            return StepFigures(loss, aux, z, norm, experts, refused, self._gradients(), more)
+            return StepFigures(loss, aux, z, norm, experts, refused, self._gradients(), extras)
         _, norm, _ = self.optimizer.step()
         self.step_done += 1
         if not norm_first:
             judge(loss, float(norm))
-        return StepFigures(loss, aux, z, float(norm), experts, more=more)
+        return StepFigures(loss, aux, z, float(norm), experts, extras=extras)
 
     def _gradients(self) -> dict[str, float]:
         """Norms of the present gradients by part of the model: embedding, each layer's attention, experts, …"""
@@ -248,11 +248,11 @@ class Engine:
 
         def forward(batches: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             batch: Batch = next(batches)
-            assert not batch.more or self.layout.context == 1, "context ranks hold parts of rows"
+            assert not batch.extras or self.layout.context == 1, "context ranks hold parts of rows"
             ids, where, labels, mask, padding = (x.to(device) for x in self._inputs(batch, model))
             starts = None if batch.starts is None else batch.starts.to(device)
             losses = model(ids, where, starts, labels=labels, padding_mask=padding)
-            held = replace(batch, loss_mask=mask, more={n: x.to(device) for n, x in batch.more.items()})
+            held = replace(batch, loss_mask=mask, extras={n: x.to(device) for n, x in batch.extras.items()})
 
             def reduce(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
                 total, more = objective(losses.float(), held)

@@ -43,11 +43,11 @@ class Curriculum:
         """By bin: tasks drawn so far and the moving pass rate, None before the first group."""
 
     def copy(self) -> dict[str, Any]:
-        """The state as it is now: a checkpoint is written while the next step already changes it."""
-        return {name: dict(part) for name, part in self.state.items()}
+        """A copy of the state: a checkpoint is written while the next step already changes the state."""
+        return {name: dict(bin_state) for name, bin_state in self.state.items()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.state = {name: dict(part) for name, part in state.items()}
+        self.state = {name: dict(bin_state) for name, bin_state in state.items()}
 
     def open(self) -> list[str]:
         """The open bins, by name: of each kind the levels up to the first whose pass rate is below `rise`."""
@@ -56,13 +56,13 @@ class Curriculum:
         kinds: dict[str, list[tuple[int, str]]] = {}
         for name, rows in self.bins.items():
             kinds.setdefault(str(rows[0]["kind"]), []).append((int(rows[0]["level"]), name))
-        found = []
+        names = []
         for levels in kinds.values():
             for _, name in sorted(levels):
-                found.append(name)
+                names.append(name)
                 if (self.state[name]["rate"] or 0.0) < self.config.rise:
                     break
-        return sorted(found)
+        return sorted(names)
 
     def weights(self) -> dict[str, float]:
         """By open bin: 4 p (1 - p), which is 1 where nothing is known yet, and never below the floor."""
@@ -75,20 +75,20 @@ class Curriculum:
         """`count` tasks for a wave of a step. Each bin is walked through in a seeded order, anew when it ends."""
         weights = self.weights()
         rng = random.Random(seed_of(f"{self.label}/draw/{step}/{wave}", self.seed))
-        chosen = rng.choices(list(weights), list(weights.values()), k=count)
-        out = []
-        for name in chosen:
-            rows, number = self.bins[name], self.state[name]["drawn"]
-            epoch, place = divmod(number, len(rows))
+        names = rng.choices(list(weights), list(weights.values()), k=count)
+        drawn = []
+        for name in names:
+            rows, draws = self.bins[name], self.state[name]["drawn"]
+            epoch, position = divmod(draws, len(rows))
             order = list(range(len(rows)))
             random.Random(seed_of(f"{self.label}/{name}/epoch {epoch}", self.seed)).shuffle(order)
-            out.append(rows[order[place]])
-            self.state[name]["drawn"] = number + 1
-        return out
+            drawn.append(rows[order[position]])
+            self.state[name]["drawn"] = draws + 1
+        return drawn
 
-    def learn(self, row: Row, passed: float) -> None:
-        """Takes in the share of a group's answers that passed."""
-        assert self.config is not None, "what is drawn alike learns nothing"
-        part = self.state[bin_of(row)]
-        before = part["rate"]
-        part["rate"] = passed if before is None else before + self.config.memory * (passed - before)
+    def update(self, row: Row, pass_rate: float) -> None:
+        """Updates the pass rate of a task's bin with that of one group."""
+        assert self.config is not None, "a curriculum without config is uniform"
+        bin_state = self.state[bin_of(row)]
+        previous = bin_state["rate"]
+        bin_state["rate"] = pass_rate if previous is None else previous + self.config.memory * (pass_rate - previous)

@@ -47,22 +47,22 @@ _OPEN = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy
 def interpreter(python: str | None) -> str:
     """The interpreter of vLLM's environment: `python`, else what ATOM_VLLM_PYTHON says. Raises AtomError if it has no
     vLLM."""
-    found = python or os.environ.get("ATOM_VLLM_PYTHON")
-    how = "make one by `make .venv-vllm/.ready` and name it in sampling.python or ATOM_VLLM_PYTHON"
-    if not found:
-        raise AtomError(f"sampling.kind = vllm needs the interpreter of an environment with vLLM; {how}")
+    executable = python or os.environ.get("ATOM_VLLM_PYTHON")
+    hint = "make one by `make .venv-vllm/.ready` and name it in sampling.python or ATOM_VLLM_PYTHON"
+    if not executable:
+        raise AtomError(f"sampling.kind = vllm needs the interpreter of an environment with vLLM; {hint}")
     code = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
     try:
-        missing = subprocess.run([found, "-P", "-c", code], capture_output=True, timeout=60).returncode
+        missing = subprocess.run([executable, "-P", "-c", code], capture_output=True, timeout=60).returncode
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise AtomError(f"sampling.kind = vllm: {found} is no interpreter that runs ({error}); {how}") from None
+        raise AtomError(f"sampling.kind = vllm: {executable} is no interpreter that runs ({error}); {hint}") from None
     if missing:
-        raise AtomError(f"sampling.kind = vllm: {found} has no vLLM; {how}")
-    return found
+        raise AtomError(f"sampling.kind = vllm: {executable} has no vLLM; {hint}")
+    return executable
 
 
 def obstacle(sampling: Any) -> str | None:
-    """Why answers cannot be drawn as the recipe's `sampling` says, if so."""
+    """The reason why the recipe's `sampling` cannot work here, if any."""
     if sampling.kind != "vllm" or sampling.url:
         return None
     try:
@@ -90,7 +90,7 @@ def command(python: str, folder: Path, host: str, port: int, options: Sequence[s
 
 
 def environment() -> dict[str, str]:
-    """Ours without what says that this process is a rank of a training; nothing is downloaded or reported."""
+    """This process's environment without the variables of a training rank; downloads and telemetry are off."""
     return {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -142,7 +142,7 @@ class Server:
         Raises AtomError if it is gone or refuses."""
         data = json.dumps(body or {}).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        why = ""
+        reason = ""
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
@@ -151,12 +151,12 @@ class Server:
                 with _OPEN.open(request, timeout=seconds or REQUEST_SECONDS) as answer:
                     return json.loads(answer.read() or b"null")
             except urllib.error.HTTPError as error:
-                why = f"{path}: {error.code} {_message(error)}"
+                reason = f"{path}: {error.code} {_message(error)}"
                 if error.code < 500:
-                    raise AtomError(f"the vLLM server at {self.url} refuses {why}; see to the recipe") from None
+                    raise AtomError(f"the vLLM server at {self.url} refuses {reason}; see to the recipe") from None
             except (OSError, http.client.HTTPException, ValueError) as error:
-                why = f"{path}: {error}"
-        raise self._gone(why)
+                reason = f"{path}: {error}"
+        raise self._gone(reason)
 
     def close(self) -> None:
         """Ends the server, if it is ours, with all that it started."""
@@ -173,12 +173,14 @@ class Server:
         if self.process is not None and (code := self.process.poll()) is not None:
             raise self._gone(f"exit code {code}")
 
-    def _gone(self, why: str) -> MachineError:
-        said = ""
+    def _gone(self, reason: str) -> MachineError:
+        log_tail = ""
         if self.log is not None and self.log.exists():
             lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-            said = f"; its log {self.log} ends: {' | '.join(lines[-5:])[-1000:]}"
-        return MachineError(f"the vLLM server at {self.url} is gone ({why}){said}; see to it and run again to go on")
+            log_tail = f"; its log {self.log} ends: {' | '.join(lines[-5:])[-1000:]}"
+        return MachineError(
+            f"the vLLM server at {self.url} is gone ({reason}){log_tail}; see to it and run again to go on"
+        )
 
 
 def _message(error: urllib.error.HTTPError) -> str:
