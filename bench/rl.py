@@ -138,12 +138,12 @@ def world(folder: Path, size: Size) -> tuple[dict[str, Artifact], list[dict[str,
 
 def ours(size: Size, inputs: Mapping[str, Artifact], work: Path, engine: Engine, config: Any) -> GrpoTrainer:
     trainer = GrpoTrainer("rlvr", config, inputs, work, Quiet(), engine, None)
-    engine.initialise()
+    engine.initialize()
     policy = trainer.policy
     policy.sampler.close()
     made = hf_config(config.model, size.vocab, size.vocab, policy.chat.pad, "float32")
     policy.sampler = Whole(made, (size.vocab,), size.new)
-    policy.verifiers.made = {name: Letters() for name in policy.verifiers.made}
+    policy.verifiers.by_name = {name: Letters() for name in policy.verifiers.by_name}
     return trainer
 
 

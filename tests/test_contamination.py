@@ -83,7 +83,7 @@ def test_runs_against_a_slow_way() -> None:
     item = "sort the words of the line and sort the line"
     text = "Sort the words; the line and sort it: of the line and then."
     runs = ItemRuns({"a": item, "b": "nothing here", "c": ""})
-    closed = runs.closed(runs.search(text))
+    closed = runs.with_prefixes(runs.search(text))
     words, corpus = item.split(), " sort the words the line and sort it of the line and then "
     slow = [
         max((n for n in range(len(words) - s + 1) if f" {' '.join(words[s : s + n])} " in corpus or n == 0), default=0)

@@ -226,7 +226,7 @@ def test_an_unbalanced_book_or_a_document_without_licence_is_refused(tmp_path: P
         book.enter(row)
     inputs = inputs_of(tmp_path)
     inputs["sums"] = acquired(tmp_path / "again", "sums", SUMS, license="")
-    with pytest.raises(AtomError, match="sums/1 has no licence"):
+    with pytest.raises(AtomError, match="sums/1 has no license"):
         curated(run_stage, config(), inputs)
 
 

@@ -233,7 +233,7 @@ def test_a_row_that_cannot_be_judged_is_no_reward(maths: Verifier, row: Row, wor
 
 def kill_workers(found: Verifier) -> int:
     """Kills every worker that runs, from outside. Returns how many."""
-    processes = [w.process for w in found._judges.workers if w.process]
+    processes = [w.process for w in found._pool.workers if w.process]
     for process in processes:
         os.killpg(process.pid, signal.SIGKILL)
     return len(processes)

@@ -91,7 +91,7 @@ def run(config: ContaminationConfig, inputs: Inputs, work: Path, out: Path, repo
     items = items_of(inputs)
     runs = ItemRuns({id: text for id, (_, _, text) in items.items()})
     corpus = Corpus(inputs, runs, config, items)
-    found = {phase: runs.closed(nodes) for phase, nodes in corpus.found.items()}
+    found = {phase: runs.with_prefixes(nodes) for phase, nodes in corpus.found.items()}
     rows = []
     for id, (split, kind, _) in sorted(items.items()):
         words = len(runs.words[id])
@@ -190,7 +190,7 @@ class Corpus:
                 self.items[id][2], self.hosts[host], FORMS[n % len(FORMS)], _lot("place", id, self.config.seed)
             )
             found = found | self.runs.search(text)
-        closed = self.runs.closed(found)
+        closed = self.runs.with_prefixes(found)
 
         def caught(some: Sequence[str]) -> int:
             return sum(

@@ -112,7 +112,7 @@ def places(drawn: list[Row], config: FreshConfig, inputs: Inputs) -> dict[str, l
     found: dict[str, list[str]] = {}
 
     def look(name: str, nodes: set[int]) -> None:
-        closed = runs.closed(nodes)
+        closed = runs.with_prefixes(nodes)
         for row in drawn:
             if runs.overlap(row["id"], closed, ngram=10**9)[0] == 1:
                 found.setdefault(row["id"], []).append(name)

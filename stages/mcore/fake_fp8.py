@@ -12,7 +12,7 @@ are rounded once to the model's type, where tensor cores of the Hopper generatio
 Under tensor parallelism one scale for a tensor is that of the whole tensor, so that every layout rounds the same
 numbers; Transformer Engine takes the rank's own part of a weight. Blocks agree where cuts fall between them. Two things
 still depend on the layout, here as there: an expert's tokens are those of all ranks that send it some, and context
-ranks have a share of a row each, so amounts and neighbours of what is rounded together differ.
+ranks have a share of a row each, so amounts and neighbors of what is rounded together differ.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from stages.mcore.megatron_imports import GPTModel, tensor_parallel
-from stages.mcore.quantize import KINDS, Counts, Kind, Quantised, Recipe, quantise
+from stages.mcore.quantize import KINDS, Counts, Kind, Quantized, Recipe, quantize
 
 
 @dataclass
@@ -120,15 +120,15 @@ class Linear(torch.autograd.Function):  # type: ignore[misc]
         return dx, dw, None, None, None
 
 
-def _both(x: torch.Tensor, kind: Kind, summed: int, ctx: Any) -> tuple[Quantised, Quantised]:
+def _both(x: torch.Tensor, kind: Kind, summed: int, ctx: Any) -> tuple[Quantized, Quantized]:
     """A matrix rounded for the product that sums over `summed`, and for the one that sums over its other dimension; if
     the blocks are the same, the same."""
     recipe: Recipe = ctx.recipe
-    first = quantise(x, recipe, kind, summed, ctx.group)
+    first = quantize(x, recipe, kind, summed, ctx.group)
     ctx.record.counts[kind] += first.counts
     if recipe.shape(kind, summed) == recipe.shape(kind, 1 - summed):
         return first, first
-    second = quantise(x, recipe, kind, 1 - summed, ctx.group)
+    second = quantize(x, recipe, kind, 1 - summed, ctx.group)
     ctx.record.counts[kind] += second.counts
     return first, second
 

@@ -4,7 +4,7 @@ Megatron-core's schedules, DDP, optimizers and MoE layers are device-neutral in 
 `device="cuda"`, ask `torch.cuda` for a stream, or compare a tensor's type with its CUDA name. `enable()` gives
 Megatron's own modules a `torch` in which these words mean the CPU. PyTorch itself stays as it is: transformers, or any
 other library in the same process, sees an untouched `torch`. (Replacing the factories in `torch` itself breaks
-`from_pretrained` without an error: the tensors it makes on the meta device come out uninitialised.)
+`from_pretrained` without an error: the tensors it makes on the meta device come out uninitialized.)
 
 Take Megatron's names from `stages.mcore.megatron_imports`, which calls `enable()` first. What differs between
 Megatron's versions stands in `stages.mcore.megatron_compat`.

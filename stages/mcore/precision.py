@@ -34,7 +34,7 @@ _FP8: dict[Precision, dict[str, Any]] = {
 
 def keywords(precision: Precision) -> dict[str, Any]:
     """The keyword arguments of Megatron's TransformerConfig; constructing it with the FP8 ones needs Transformer
-    Engine. Weights stay bf16 under FP8 and are quantised as they are used."""
+    Engine. Weights stay bf16 under FP8 and are quantized as they are used."""
     if precision == "fp32":
         return {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
     return {**_BF16, **_FP8.get(precision, {})}

@@ -115,7 +115,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """A matrix of rounded values: `values` times `factor`, a power of two of each block being in the values already.
 
     Apart, because values are then exact in bf16 as in fp32, and a product of such matrices is rounded once, as on a
@@ -127,15 +127,15 @@ class Quantised:
     counts: Counts
 
 
-def quantise_dequantise(
+def quantize_dequantize(
     x: torch.Tensor, recipe: Recipe, kind: Kind, summed: int = 1, group: Any = None
 ) -> tuple[torch.Tensor, Counts]:
-    """A matrix as a product of the recipe sees it, in fp32, and what the rounding did. Arguments: see `quantise`."""
-    rounded = quantise(x, recipe, kind, summed, group)
+    """A matrix as a product of the recipe sees it, in fp32, and what the rounding did. Arguments: see `quantize`."""
+    rounded = quantize(x, recipe, kind, summed, group)
     return rounded.values.float() * rounded.factor, rounded.counts
 
 
-def quantise(x: torch.Tensor, recipe: Recipe, kind: Kind, summed: int = 1, group: Any = None) -> Quantised:
+def quantize(x: torch.Tensor, recipe: Recipe, kind: Kind, summed: int = 1, group: Any = None) -> Quantized:
     """Rounds a matrix to the format's nearest numbers (ties to even), scaled so that each block's largest magnitude
     comes as near to the format's largest number as the scale allows, and saturating there.
 
@@ -153,15 +153,15 @@ def quantise(x: torch.Tensor, recipe: Recipe, kind: Kind, summed: int = 1, group
     format_, shape = recipe.format(kind), recipe.shape(kind, summed)
     values, counts, factor = torch.empty_like(x), Counts(), 1.0
     if x.numel() == 0:
-        return Quantised(values, factor, counts)
+        return Quantized(values, factor, counts)
     shared = None
     if shape is None:
         shared = _multiplier(_largest(x, group), format_, recipe.scale)
         factor = float(1 / shared)
     height, width = shape or (1, x.shape[1])
     for rounded, part in zip(_slabs(values, height), _slabs(x, height), strict=True):
-        counts += _quantise(part, rounded, format_, height, width, shared, recipe.scale)
-    return Quantised(values, factor, counts)
+        counts += _quantize(part, rounded, format_, height, width, shared, recipe.scale)
+    return Quantized(values, factor, counts)
 
 
 SLAB = 2**17
@@ -183,7 +183,7 @@ def _largest(x: torch.Tensor, group: Any) -> torch.Tensor:
     return largest
 
 
-def _quantise(
+def _quantize(
     x: torch.Tensor, out: torch.Tensor, format_: Format, height: int, width: int, shared: torch.Tensor | None,
     scale: str,
 ) -> Counts:  # fmt: skip

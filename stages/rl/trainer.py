@@ -24,7 +24,7 @@ from stages.train.checkpoint.load_checkpoint import Origin
 from stages.train.checkpoint.work_checkpoint import Checkpoints
 from stages.train.engine import Engine, StepFigures
 from stages.train.log import Log
-from stages.train.loop import FAILED, STOP, requests_to_stop
+from stages.train.loop import FAILED, STOP, stop_signals
 from stages.train.schedule import learning_rate
 from stages.train.spikes import finite
 from stages.train.watchdog import START_SECONDS, Watchdog
@@ -137,7 +137,7 @@ class Trainer:
             if state["step"]:
                 self.report.note(f"{self.name}: going on after step {state['step']}")
             return int(state["step"])
-        self.log.begin()
+        self.log.create()
         init = self.inputs["init"]
         Origin(init, release_checkpoint.name_of(release_checkpoint.steps_of(init.path)[-1])).load_weights(self.engine)
         self._measure(0)
@@ -199,7 +199,7 @@ def train(
     with (
         Watchdog(name, timeout, work, report) as watchdog,
         parallel.session(config.seed, config.phase.cluster, 2 * max(timeout, START_SECONDS) + 60) as ranks,
-        requests_to_stop() as stop,
+        stop_signals() as stop,
     ):
         match = re.fullmatch(r"out\.(\d+)", out.name)
         lease = int(match[1]) if match else None

@@ -20,11 +20,11 @@ from stages.train.engine import StepFigures
 Record = dict[str, Any]
 SIGMA = 1.4826
 """Standard deviation of a normal distribution by its median absolute deviation."""
-LEAST_SIGMA = 0.01
+MIN_SIGMA = 0.01
 """Of the median: a loss that hardly moves is not to be called a spike for moving a little."""
 
 
-class Judge:
+class SpikeDetector:
     """Looks back on the losses and gradient norms of the last accepted steps."""
 
     def __init__(self, policy: Spikes | None, lines: Iterable[Record]) -> None:
@@ -51,16 +51,18 @@ class Judge:
             return None
         median = statistics.median(self.losses)
         spread = SIGMA * statistics.median(abs(x - median) for x in self.losses)
-        limit = median + self.policy.loss_sigmas * max(spread, LEAST_SIGMA * median)
+        limit = median + self.policy.loss_sigmas * max(spread, MIN_SIGMA * median)
         if loss > limit:
             return f"the loss is {loss:.4g}, above {limit:.4g} (median {median:.4g} of {len(self.losses)} steps)"
-        usual = statistics.median(self.norms)
-        if norm is not None and norm > self.policy.norm_factor * usual:
-            return f"the gradient norm is {norm:.4g}, above {self.policy.norm_factor:g} times its median {usual:.4g}"
+        median_norm = statistics.median(self.norms)
+        if norm is not None and norm > self.policy.norm_factor * median_norm:
+            return (
+                f"the gradient norm is {norm:.4g}, above {self.policy.norm_factor:g} times its median {median_norm:.4g}"
+            )
         return None
 
 
-def record(step: int, action: str, excluded: Sequence[int], rows: Sequence[Row], figures: StepFigures) -> Record:
+def spike_record(step: int, action: str, excluded: Sequence[int], rows: Sequence[Row], figures: StepFigures) -> Record:
     """What training.jsonl keeps of a spike; excluded: the steps whose batches move no weight because of it."""
     return {
         "reason": figures.refused,

@@ -27,11 +27,11 @@ class Watchdog:
     """Watches from its creation to the end of the `with` block, the meeting of the ranks included. `alive()` says that
     a step was finished."""
 
-    def __init__(self, phase: str, patience: float, work: Path, report: Report) -> None:
-        self.phase, self.patience, self.work, self.report = phase, patience, work, report
-        self.rank, self.world = parallel.place()
-        self.last, self.limit = time.monotonic(), max(patience, START_SECONDS)
-        self.step_over = threading.Event()
+    def __init__(self, phase: str, timeout: float, work: Path, report: Report) -> None:
+        self.phase, self.timeout, self.work, self.report = phase, timeout, work, report
+        self.rank, self.world = parallel.rank_and_world()
+        self.last_step, self.limit = time.monotonic(), max(timeout, START_SECONDS)
+        self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
@@ -41,18 +41,18 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.step_over.set()
+        self.stop.set()
         self.thread.join()
 
     def alive(self) -> None:
-        self.last, self.limit = time.monotonic(), self.patience
+        self.last_step, self.limit = time.monotonic(), self.timeout
 
     def _watch(self) -> None:
-        while not self.step_over.wait(min(1.0, self.patience / 10)):
-            if time.monotonic() - self.last > self.limit:
-                self._bark()
+        while not self.stop.wait(min(1.0, self.timeout / 10)):
+            if time.monotonic() - self.last_step > self.limit:
+                self._abandon()
 
-    def _bark(self) -> None:
+    def _abandon(self) -> None:
         text = f"{self.phase}: no step was finished for {self.limit:g} s"
         try:
             text += self._stacks()
@@ -64,30 +64,30 @@ class Watchdog:
         """Writes this rank's stacks; on rank 0, puts the others' into the log and says what is there."""
         folder = self.work / "stacks"
         folder.mkdir(exist_ok=True)
-        own = folder / f"rank-{self.rank:05d}.txt"
-        with open(own, "w") as file:
+        path = folder / f"rank-{self.rank:05d}.txt"
+        with open(path, "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        print(f"rank {self.rank}: no step for {self.limit:g} s, it stands here:\n{own.read_text()}",
+        print(f"rank {self.rank}: no step for {self.limit:g} s, it stands here:\n{path.read_text()}",
               file=sys.stderr, flush=True)  # fmt: skip
         if self.rank == 0:
-            began, expected = time.time(), set(range(self.world))
+            hang_time, expected = time.time(), set(range(self.world))
             deadline = time.monotonic() + COLLECT_SECONDS
-            while (missing := expected - self._told(began)) and time.monotonic() < deadline:
+            while (missing := expected - self._ranks_with_stacks(hang_time)) and time.monotonic() < deadline:
                 time.sleep(0.1)
             for rank in sorted(expected - missing - {0}):
                 stacks = (folder / f"rank-{rank:05d}.txt").read_text()
                 print(f"rank {rank} stands here:\n{stacks}", file=sys.stderr, flush=True)
             if missing:
-                silent = ", ".join(map(str, sorted(missing)))
-                return f"; no sign of rank {silent}; the stacks of the others are in the log"
+                silent_ranks = ", ".join(map(str, sorted(missing)))
+                return f"; no sign of rank {silent_ranks}; the stacks of the others are in the log"
         else:
             time.sleep(2 * COLLECT_SECONDS)  # rank 0 speaks first
         return "; the stacks of all ranks are in the log"
 
-    def _told(self, since: float) -> set[int]:
+    def _ranks_with_stacks(self, since: float) -> set[int]:
         """The ranks whose stacks were written in this hang."""
-        found = set()
+        ranks = set()
         for path in (self.work / "stacks").glob("rank-*.txt"):
             if path.stat().st_mtime > since - self.limit and path.stat().st_size:
-                found.add(int(path.stem[5:]))
-        return found
+                ranks.add(int(path.stem[5:]))
+        return ranks

@@ -52,9 +52,9 @@ def requests(count: int, rng: random.Random, level: int) -> list[tuple[str, dict
     level: one of LEVELS. Raises ValueError for more requests than there are.
     """
     rows = []
-    for asked in distinct(count, rng, heldout=False):
-        drawn = [KINDS[index](rng) for index in sorted(rng.sample(range(len(KINDS)), level))]
-        sentences, names, arguments = zip(*drawn, strict=True)
+    for request in distinct(count, rng, heldout=False):
+        constraints = [KINDS[index](rng) for index in sorted(rng.sample(range(len(KINDS)), level))]
+        sentences, names, arguments = zip(*constraints, strict=True)
         fields = {"instruction_id_list": list(names), "kwargs": list(arguments)}
-        rows.append((" ".join([asked.text, *sentences]), fields))
+        rows.append((" ".join([request.text, *sentences]), fields))
     return rows

@@ -54,7 +54,7 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
         moe_z_loss_coeff=model.z_loss or None,
         moe_token_dispatcher_type=layout.dispatcher,
         moe_grouped_gemm=has_transformer_engine(),
-        perform_initialization=False,  # Engine.initialise does it
+        perform_initialization=False,  # Engine.initialize does it
         use_cpu_initialization=not on_gpu,
         tensor_model_parallel_size=layout.tensor,
         sequence_parallel=layout.tensor > 1,
@@ -113,7 +113,7 @@ def build(
             vp_stage=stage,
         )
         for name, parameter in named_tensors([chunk]):
-            # Megatron marks cut tensors while it initialises them, which it does not do here. Without the mark the
+            # Megatron marks cut tensors while it initializes them, which it does not do here. Without the mark the
             # gradient norm counts the parts of tensor rank 0 only.
             parameter.tensor_model_parallel = is_cut(name)
         if vocab_size is not None and chunk.post_process:

@@ -13,7 +13,7 @@ from megatron.core.transformer import attention
 
 
 class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
-    """Megatron's, in which normalising, turning (rotary embedding) and sorting heads is one step.
+    """Megatron's, in which normalizing, turning (rotary embedding) and sorting heads is one step.
 
     Its own steps copy each head several times, and leave heads that lie far apart to the attention kernel.
     """
@@ -60,7 +60,7 @@ def context_positions(length: int) -> torch.Tensor:
 
 class Heads(torch.autograd.Function):  # type: ignore[misc]
     """mixed: [sequence, batch, groups, queries + 2, dim], a group being its queries, its key, its value; cos, sin:
-    [..., sequence, dim] -> queries, keys (RMS-normalised, turned) and values, each [batch, heads, sequence, dim].
+    [..., sequence, dim] -> queries, keys (RMS-normalized, turned) and values, each [batch, heads, sequence, dim].
 
     The arithmetic is fp32, whatever `mixed` is; the product has its type.
     """

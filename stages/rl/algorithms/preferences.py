@@ -26,7 +26,7 @@ from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import Rollout
 from stages.rl.trainer import Trainer
-from stages.train.data import Batch, Share
+from stages.train.data import Batch, RankBatch
 from stages.train.engine import Objective
 
 PAIRS = {
@@ -190,8 +190,8 @@ def best_and_worst(group_answers: Sequence[Rollout], min_margin: float) -> tuple
 
 
 def all_pairs(group_answers: Sequence[Rollout], min_margin: float) -> list[tuple[Rollout, Rollout]]:
-    """All pairs of answers to a task whose rewards differ by more than `min_margin`, the better first. DPO uses only the
-    best and the worst; a reward model also needs the pairs between the extremes."""
+    """All pairs of answers to a task whose rewards differ by more than `min_margin`, the better first. DPO uses only
+    the best and the worst; a reward model also needs the pairs between the extremes."""
     return [(a, b) for a in group_answers for b in group_answers if a.finished and a.reward - b.reward > min_margin]
 
 
@@ -306,7 +306,7 @@ class Reward(Trainer):
             units.append([Example(ids, len(ids) - 1) for ids in input_ids])
         return sorted(units, key=lambda unit: max(len(example.ids) for example in unit))
 
-    def _rank_batch(self, units: list[list[Example]]) -> Share:
+    def _rank_batch(self, units: list[list[Example]]) -> RankBatch:
         return build_rank_batch(units, self.phase.micro_batches, self.engine.ranks, self.chat.pad, len(units))
 
 

@@ -48,8 +48,8 @@ def code_of(answer: str, entry_point: str) -> str:
 def blocks_of(answer: str, bare_after_words: bool = False) -> list[str]:
     """The fenced blocks of Markdown, without the indentation of their fences and the marks of the quotes that these are
     in (CommonMark 0.31, sections 4.5 and 5.1). Beyond it, a fence of backticks may open after words, if it has a name
-    or `bare_after_words` is set. One that does not close goes to the end, or to the last line of code that ends in it, if such lines are
-    odd in number: those of a text in the code come in pairs."""
+    or `bare_after_words` is set. One that does not close goes to the end, or to the last line of code that ends in it,
+    if such lines are odd in number: those of a text in the code come in pairs."""
     blocks: list[list[str]] = []
     fence, indent, depth = "", 0, 0
     for raw_line in answer.split("\n"):

@@ -48,8 +48,7 @@ class RewardModel:
         import torch
 
         rows = [
-            reward_input(self.chat, question(row), response_.text, response_.finished)[:-1]
-            for row, response_ in answers
+            reward_input(self.chat, question(row), response.text, response.finished)[:-1] for row, response in answers
         ]
         limit = self.model.config.max_position_embeddings
         rewards: list[float] = [0.0] * len(rows)

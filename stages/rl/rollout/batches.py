@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from stages.train.data import ALIGN, Batch, Share
+from stages.train.data import ALIGN, Batch, RankBatch
 from stages.train.parallel import Ranks
 
 
@@ -29,7 +29,7 @@ class Example:
 
 def build_rank_batch(
     units: Sequence[Sequence[Example]], micro_batches: int, ranks: Ranks, pad_id: int, targets: int
-) -> Share:
+) -> RankBatch:
     """This rank's part of an update. units: rows that must stay together, such as the two of a pair, in the order in
     which they are dealt; sorted by length they need the least padding. targets: the divisor of the objective's sum."""
     assert micro_batches % ranks.data_ranks == 0, "the recipe's check"
@@ -44,7 +44,7 @@ def build_rank_batch(
         rows = part or [_masked_example(units[0][0])]  # Megatron's balance of no token at all is no number
         width = max_width if uniform else max(len(row.ids) for row in rows) - 1
         batches.append(_batch(rows, max_rows if uniform else len(rows), _round_up(width, ranks), pad_id))
-    return Share(batches, _round_up(max_width, ranks), targets)
+    return RankBatch(batches, _round_up(max_width, ranks), targets)
 
 
 def _masked_example(row: Example) -> Example:

@@ -1,7 +1,7 @@
 """Rollouts: every answer that a phase draws, with all fields needed to check its part in training.
 
-`rollouts.parquet` has one row an answer; docs/formats.md describes the columns. The answers of a step are written before
-the update, so a kill loses no finished answer, and a resumed step reads them again.
+`rollouts.parquet` has one row an answer; docs/formats.md describes the columns. The answers of a step are written
+before the update, so a kill loses no finished answer, and a resumed step reads them again.
 """
 
 from __future__ import annotations

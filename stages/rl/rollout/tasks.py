@@ -62,9 +62,9 @@ class ProblemTasks(Config):
             generated = problems.up_to(self.task, self.count, rng, level, excluded)
             if not generated:
                 raise RecipeError(f"task {self.task} has no problem of level {level} that is not an evaluation item")
-            for i, problem_ in enumerate(generated):
-                fields = {"question": problem_.question, "expected_answer": problem_.answer, **PROVENANCE}
-                yield to_row(f"{self.task}/{level}/{i:06d}", problem_.question, "exact", self.task, level, **fields)
+            for i, problem in enumerate(generated):
+                fields = {"question": problem.question, "expected_answer": problem.answer, **PROVENANCE}
+                yield to_row(f"{self.task}/{level}/{i:06d}", problem.question, "exact", self.task, level, **fields)
 
 
 class CourtesyTasks(Config):

@@ -36,8 +36,8 @@ class Decoder:
         return [torch.zeros(shape, device=self.expert_ids.device) for _ in self.qkv]
 
     def start(self, cache: list[torch.Tensor], pads: torch.Tensor, longest: int) -> None:
-        """Continues from the cache that transformers has filled. cache: as `allocate_cache` returns it; pads: padding on
-        the left of each row, [rows]; longest: the maximum length of a row."""
+        """Continues from the cache that transformers has filled. cache: as `allocate_cache` returns it; pads: padding
+        on the left of each row, [rows]; longest: the maximum length of a row."""
         self.cache, self.pads, self.length = cache, pads, cache[0].shape[3]
         positions = torch.arange(longest, device=pads.device)[None]
         cos, sin = self.model.rotary_emb(self.cache[0][0], positions)

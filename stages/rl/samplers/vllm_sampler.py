@@ -92,7 +92,7 @@ class VllmServer:
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
         if self.loaded is None:
             raise ValueError("weights are loaded before anything is drawn")
-        # neighbours are often answers to one question, whose cache one server then keeps
+        # neighbors are often answers to one question, whose cache one server then keeps
         dealt = [(self.servers[i * len(self.servers) // len(prompts)], p) for i, p in enumerate(prompts)]
         return self._each(dealt, lambda server, prompt: self._draw(server, prompt, greedy))
 

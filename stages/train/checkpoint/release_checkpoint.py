@@ -61,10 +61,10 @@ def write(
         shards = _shards({key: 4 * math.prod(shapes[name]) for key, (_, name) in entries.items()})
         files: dict[str, str] = {}
         for number, keys in enumerate(shards, start=1):
-            part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-            found = {key: read(*entries[key], shapes[entries[key][1]]) for key in keys}
-            save_tensors(partial / f"{stem}{part}.safetensors", found)
-            files |= dict.fromkeys(keys, f"{stem}{part}.safetensors")
+            suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+            tensors = {key: read(*entries[key], shapes[entries[key][1]]) for key in keys}
+            save_tensors(partial / f"{stem}{suffix}.safetensors", tensors)
+            files |= dict.fromkeys(keys, f"{stem}{suffix}.safetensors")
         if len(shards) > 1:
             size = sum(4 * math.prod(shapes[name]) for _, name in entries.values())
             index = {"metadata": {"total_size": size}, "weight_map": files}
@@ -77,13 +77,13 @@ def write(
 def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
     """Tensors by file: in their order, each file as full as it may be."""
     shards: list[list[str]] = []
-    room = 0
+    remaining = 0
     for key, size in sizes.items():
-        if not shards or size > room:
+        if not shards or size > remaining:
             shards.append([])
-            room = SHARD_BYTES
+            remaining = SHARD_BYTES
         shards[-1].append(key)
-        room -= size
+        remaining -= size
     return shards
 
 
@@ -129,11 +129,11 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
     Raises AtomError if the file system does not take it.
     """
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
         path.touch()
         mode = path.stat().st_mode  # by umask; the library's own files are for their owner alone
-        save_file(plain, path, metadata={"format": "pt"})
+        save_file(contiguous, path, metadata={"format": "pt"})
         path.chmod(stat.S_IMODE(mode))
     except (OSError, SafetensorError) as error:
         raise MachineError(f"{path} cannot be written ({error}); make room and run again to go on") from error

@@ -95,11 +95,11 @@ def train(settings: Settings, precision: str, seed: int) -> dict[str, Any]:
     losses: list[float] = []
     with parallel.session(seed) as ranks:
         engine = Engine(settings.config(seed), ranks, VOCABULARY)
-        engine.initialise()
+        engine.initialize()
         record = attach(engine.chunks, RECIPES[precision]) if precision in RECIPES else {}
         for step in range(1, settings.steps + 1):
             lr = learning_rate(step, settings.steps, settings.optimizer)
-            figures = engine.step(_share(text, settings, seed, step), lr, lambda loss, norm: _not_finite(loss))
+            figures = engine.step(_rank_batch(text, settings, seed, step), lr, lambda loss, norm: _not_finite(loss))
             if figures.refused:
                 break
             losses.append(figures.loss)
@@ -117,25 +117,25 @@ def _not_finite(loss: float) -> str | None:
     return None if math.isfinite(loss) else "the loss is not a number"
 
 
-def _share(text: bytes, settings: Settings, seed: int, step: int) -> Any:
+def _rank_batch(text: bytes, settings: Settings, seed: int, step: int) -> Any:
     """The rows of a step: as many stretches of the text, beginning anywhere."""
     import numpy as np
     import torch
 
     from stages.train import data
 
-    chance, length = random.Random(f"rehearsal {seed} {step}"), settings.sequence_length
-    starts = [chance.randrange(len(text) - length) for _ in range(settings.rows)]
-    whole = np.stack([np.frombuffer(text, np.uint8, length + 1, at) for at in starts]).astype(np.int64)
-    ids, labels = torch.from_numpy(whole[:, :-1].copy()), torch.from_numpy(whole[:, 1:].copy())
+    rng, length = random.Random(f"rehearsal {seed} {step}"), settings.sequence_length
+    starts = [rng.randrange(len(text) - length) for _ in range(settings.rows)]
+    windows = np.stack([np.frombuffer(text, np.uint8, length + 1, start) for start in starts]).astype(np.int64)
+    ids, labels = torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy())
     batch = data.Batch(ids, labels, torch.ones(ids.shape), torch.zeros(ids.shape, dtype=torch.bool))
-    return data.Share([batch], length, ids.numel())
+    return data.RankBatch([batch], length, ids.numel())
 
 
 def main(settings: Path, precision: str, seed: int, out: Path) -> None:
-    found = train(Settings.model_validate_json(settings.read_text()), precision, seed)
+    result = train(Settings.model_validate_json(settings.read_text()), precision, seed)
     draft = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps(found, sort_keys=True, indent=1) + "\n")
+    draft.write_text(json.dumps(result, sort_keys=True, indent=1) + "\n")
     os.replace(draft, out)
 
 
