@@ -60,11 +60,11 @@ class Layout(Config):
 
 
 def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_batches: Iterable[int]) -> str | None:
-    """Why this model cannot be trained so, in one sentence that begins with a field of the section; None if it can.
+    """The reason why this layout cannot train the model, as a sentence that begins with a field; None if it can.
 
     micro_batches: of one optimizer step, over all ranks; several if the batch grows.
     """
-    for field, size, of, whole in (
+    for field, size, dimension, value in (
         ("tensor", layout.tensor, "heads", model.heads),
         ("tensor", layout.tensor, "kv_heads", model.kv_heads),
         ("tensor", layout.tensor, "padded_vocab_size", padded_vocab_size),
@@ -73,8 +73,8 @@ def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_ba
         ("tensor", layout.tensor, "shared_expert_ffn_size", model.shared_expert_ffn_size or 0),
         ("expert", layout.expert, "experts", model.experts),
     ):
-        if whole % size:
-            return f"cluster.{field} = {size} does not divide {of} = {whole}; nearest: {_divisors(whole, size)}"
+        if value % size:
+            return f"cluster.{field} = {size} does not divide {dimension} = {value}; nearest: {_divisors(value, size)}"
     chunks = layout.pipeline * layout.virtual_pipeline
     if model.layers % chunks:
         return (f"cluster.pipeline = {layout.pipeline} with virtual_pipeline = {layout.virtual_pipeline} cannot deal "
@@ -98,18 +98,18 @@ def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_ba
             return (f"cluster.ranks = {layout.ranks} makes {layout.data} data-parallel ranks, which cannot share the "
                     f"{count} micro-batches of a step evenly; use a number that divides them, "
                     f"or other batch.micro_tokens")  # fmt: skip
-        each = count // layout.data
-        if layout.virtual_pipeline > 1 and each % layout.pipeline:
+        per_rank = count // layout.data
+        if layout.virtual_pipeline > 1 and per_rank % layout.pipeline:
             return (f"cluster.virtual_pipeline = {layout.virtual_pipeline} needs a multiple of pipeline = "
-                    f"{layout.pipeline} micro-batches on each data-parallel rank, not {each}; "
+                    f"{layout.pipeline} micro-batches on each data-parallel rank, not {per_rank}; "
                     f"change batch.micro_tokens or ranks")  # fmt: skip
     return None
 
 
-def _divisors(whole: int, size: int) -> str:
-    """The divisors of `whole` around `size`, as words."""
-    all_ = sorted({d for n in range(1, math.isqrt(whole) + 1) if whole % n == 0 for d in (n, whole // n)})
-    return " or ".join(str(d) for d in [d for d in all_ if d < size][-1:] + [d for d in all_ if d > size][:1])
+def _divisors(value: int, size: int) -> str:
+    """The divisors of `value` nearest to `size`, as text."""
+    divisors = sorted({d for n in range(1, math.isqrt(value) + 1) if value % n == 0 for d in (n, value // n)})
+    return " or ".join(str(d) for d in [d for d in divisors if d < size][-1:] + [d for d in divisors if d > size][:1])
 
 
 def _multiples(value: int, unit: int) -> str:

@@ -96,7 +96,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Counts:
-    """What rounding did to the values of a tensor, or of several."""
+    """Counts of the effects of rounding on the values of one or more tensors."""
 
     values: int = 0
     nonzero: int = 0
@@ -190,8 +190,8 @@ def _quantize(
     """Fills `out` with the rounded values of x, [rows, columns], in blocks of height x width that are scaled each by
     itself; with a `shared` multiplier, the values stay multiplied."""
     rows, columns = x.shape
-    ragged = (0, -columns % width, 0, -rows % height)
-    padded = F.pad(x, ragged) if any(ragged) else x
+    padding = (0, -columns % width, 0, -rows % height)
+    padded = F.pad(x, padding) if any(padding) else x
     y = padded.reshape(-1, height, padded.shape[1] // width, width).to(torch.float32, copy=True)
     largest = y.abs().amax((1, 3), keepdim=True)
     multiplier = _multiplier(largest, format_, scale) if shared is None else shared

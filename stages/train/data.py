@@ -1,5 +1,5 @@
-"""Training rows by step: the order artifact says which tokens, the shards hold them. Nothing is shuffled here, so the
-position in the data is the step and nothing else, whatever the number of ranks.
+"""Training rows by step, from the order artifact and the token shards. Nothing is shuffled here, so the position in
+the data is the step alone, for any number of ranks.
 
 A segment is one document, or one chunk of one, of at most sequence_length + 1 tokens: its tokens but the last are the
 inputs, its tokens but the first the targets. A row is one segment, or several side by side where a phase packs them;
@@ -39,7 +39,7 @@ FP8_ALIGN = 128  # and of this many on each rank where matrices are made of quan
 
 @dataclass(frozen=True)
 class Segment:
-    """Where the tokens of a document or chunk stand. `loss_from` targets at its start carry no loss."""
+    """The tokens of a document or chunk. The first `loss_from` targets carry no loss."""
 
     source: str
     id: str
@@ -86,7 +86,7 @@ class Batch:
 
 
 class Shards:
-    """The token shards of one split, opened as they are asked for."""
+    """The token shards of one split, opened on demand."""
 
     def __init__(self, tokens: Artifact, split: str) -> None:
         self.pad_id: int = tokens.json("meta.json")["pad_id"]
@@ -110,7 +110,7 @@ class Shards:
         return np.asarray(dataset.get(segment.ordinal, offset=segment.offset, length=segment.length))
 
     def batch(self, rows: Sequence[Row | None], width: int, packed: bool = False) -> Batch:
-        """Reads rows and pads them to `width` tokens; None is a row of nothing but padding."""
+        """Reads rows and pads them to `width` tokens; None is a row of padding."""
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         labels = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=np.float32)
@@ -132,7 +132,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class RankBatch:
-    """What one rank computes of a set of rows: micro-batches of equal shape, and what the whole set counts."""
+    """One rank's part of a global batch: micro-batches of equal shape, and the targets of all ranks."""
 
     micro: list[Batch]
     width: int
@@ -143,8 +143,8 @@ class RankBatch:
         cls, rows: Sequence[Row], shards: Shards, micro_rows: int, ranks: Ranks, packed: bool = False, fp8: bool = False
     ) -> RankBatch:
         """Cuts rows into micro-batches of `micro_rows` and deals them to the data-parallel ranks in runs, so that the
-        micro-batches are the same in every layout. What does not fill up evenly (only evaluation) is filled with
-        padding. Tensor, pipeline and context ranks read the rows of their data-parallel rank."""
+        micro-batches are the same in every layout. An uneven last part (only in evaluation) is filled with padding.
+        Tensor, pipeline and context ranks read the rows of their data-parallel rank."""
         layout = ranks.layout
         per_rank = -(-len(rows) // (micro_rows * ranks.data_ranks))
         if layout.virtual_pipeline > 1:  # the interleaved schedule takes micro-batches by groups
@@ -161,9 +161,9 @@ class RankBatch:
 
 
 class Prefetcher:
-    """The shares of successive steps, each read by a thread while the step before it is computed.
+    """Prefetches the rank batch of the next step in a thread while the current step is computed.
 
-    The position is the step alone: nothing is kept that a checkpoint would have to hold.
+    The position is the step alone, so the prefetcher has no state for a checkpoint.
     """
 
     def __init__(self, order: Order, shards: Shards, phase: PhaseConfig, ranks: Ranks) -> None:
@@ -174,7 +174,7 @@ class Prefetcher:
         """Seconds that the last `take` waited for its data."""
 
     def take(self, step: int) -> tuple[list[Row], RankBatch]:
-        """The rows of a step (all of them) and this rank's share; begins to read the step after it."""
+        """All rows of a step and this rank's batch of them; starts to read the next step."""
         for upcoming in (step, step + 1):
             if upcoming not in self.futures and upcoming <= self.order.last:
                 self.futures[upcoming] = self.reader.submit(self._read, upcoming)
@@ -226,7 +226,7 @@ class Order:
         self.counted: tuple[int, Counter[str]] = (0, Counter())  # segments of the groups before this one, by source
 
     def rows(self, step: int) -> list[Row]:
-        """step: first .. last. Raises AtomError if the table does not hold the rows of a step that it should."""
+        """The rows of a step, first .. last. Raises AtomError if the table lacks rows of it."""
         records = self._read_steps(step, step).to_pylist()
         rows: dict[int, list[Segment]] = {}
         for record in records:

@@ -36,7 +36,7 @@ from stages.train.parallel import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 UpdateCheck = Callable[[float, float | None], str | None]
-"""(loss, gradient norm or None before it is known) -> why the update is not to be made, or None. May raise."""
+"""(loss, gradient norm or None before it is known) -> the reason to skip the update, or None. May raise."""
 
 
 Objective = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -58,7 +58,7 @@ class EngineConfig(Protocol):
 
 
 class PhaseProtocol(Protocol):
-    """Of a phase."""
+    """The part of a phase's config that the engine reads."""
 
     @property
     def precision(self) -> Precision: ...
@@ -70,7 +70,7 @@ class PhaseProtocol(Protocol):
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What one step gave, the same on every rank."""
+    """The metrics of one step, the same on every rank."""
 
     loss: float  # mean over the step's loss-carrying targets
     aux_loss: float  # load-balancing loss, summed over layers, mean over micro-batches, without its weight
@@ -84,7 +84,7 @@ class StepFigures:
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank's distributed optimizer owns of one tensor: a stretch of the flat local tensor."""
+    """The part of one tensor that this rank's distributed optimizer owns: a range of the flat local tensor."""
 
     name: str
     boxes: tuple[Box, ...]
@@ -167,12 +167,12 @@ class Engine:
         norm_first: bool = False,
         objective: Objective | None = None,
     ) -> StepFigures:
-        """Forward, backward and update on this rank's share of a step.
+        """Forward, backward and update on this rank's batch of a step.
 
-        objective: what is minimized, if not the mean loss over targets.
+        objective: the function to minimize, by default the mean loss over targets.
 
-        judge: sees the loss and then, if norm_first, the gradient norm, before any weight moves; if it gives a reason,
-        none does. Without norm_first it sees the norm after the update and can only raise.
+        check_update: gets the loss and then, if norm_first, the gradient norm, before the update, which is skipped if
+        it returns a reason. Without norm_first it gets the norm after the update and can only raise.
         """
         self._set_rates(lr)
         for chunk in self.ddp:
@@ -182,9 +182,10 @@ class Engine:
         saved_buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         loss, extras = self._run(rank_batch, forward_only=False, objective=objective or cross_entropy)
         aux, z = (
-            self.ranks.sum(x).item() / (self.ranks.data_ranks * len(rank_batch.micro)) for x in moe_metrics.take()
+            self.ranks.sum(x).item() / (self.ranks.data_ranks * len(rank_batch.micro))
+            for x in moe_metrics.collect_losses()
         )
-        experts = self.routers.take(self.config.model.experts_per_token, self.ranks.sum)
+        experts = self.routers.collect(self.config.model.experts_per_token, self.ranks.sum)
         z /= self.layout.tensor * self.layout.context  # each of these ranks has its own tokens' mean
         reason, norm = check_update(loss, None), math.nan
         if reason or norm_first:
@@ -219,16 +220,16 @@ class Engine:
         return dict(zip(parts, self.ranks.sum(squares).sqrt().tolist(), strict=True))
 
     def evaluate(self, rank_batch: RankBatch) -> float:
-        """Mean loss over the targets of any rows; nothing is changed."""
+        """Mean loss over the targets of any rows, without an update."""
         return self.figures(rank_batch, cross_entropy)[0]
 
     def figures(self, rank_batch: RankBatch, objective: Objective) -> tuple[float, dict[str, float]]:
-        """An objective's mean and figures over any rows; nothing is changed."""
+        """An objective's mean and figures over any rows, without an update."""
         for chunk in self.ddp:
             chunk.eval()
         with torch.no_grad():
             result = self._run(rank_batch, forward_only=True, objective=objective)
-        moe_metrics.take()
+        moe_metrics.collect_losses()
         return result
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -246,7 +247,7 @@ class Engine:
         return full
 
     def _run(self, rank_batch: RankBatch, forward_only: bool, objective: Objective) -> tuple[float, dict[str, float]]:
-        """Runs this rank's share through Megatron's schedule; gives the mean of the objective over all ranks, and its
+        """Runs this rank's batch through Megatron's schedule; returns the mean of the objective over all ranks, and its
         figures.
 
         The loss of a step is the mean over its loss-carrying targets, wherever they lie. Megatron averages over
@@ -296,8 +297,8 @@ class Engine:
         return loss, extras
 
     def _inputs(self, batch: Batch, model: Any) -> Iterator[torch.Tensor]:
-        """ids, positions, labels, loss mask and padding as this rank's part of the model takes them. Positions are for
-        Megatron's signature only: attention takes its own."""
+        """ids, positions, labels, loss mask and padding for this rank's part of the model. Positions are only for
+        Megatron's signature: attention computes its own."""
         gpt = self.chunks[self.ddp.index(model)]
         positions = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
         parts = [batch.ids, positions, batch.labels, batch.loss_mask, batch.padding]
@@ -319,7 +320,7 @@ class Engine:
     # -- state ------------------------------------------------------------------------------------------------------
 
     def state(self) -> Iterator[tuple[Piece, dict[str, torch.Tensor]]]:
-        """What this rank owns: of each piece `weight` and, after the first step, Adam's moments, all flat and fp32.
+        """This rank's optimizer state: of each piece `weight` and, after the first step, Adam's moments, flat and fp32.
 
         The pieces of all ranks together cover every tensor; what several ranks hold (norms under tensor parallelism,
         tied embeddings under pipeline parallelism) comes from each of them, and so does what has no gradient.
@@ -334,7 +335,7 @@ class Engine:
             yield Piece(name, boxes(name, self.shapes[name]), 0, buffer.numel()), buffer
 
     def load_state(self, read: Callable[[str, Piece], torch.Tensor], step: int, moments: bool = True) -> None:
-        """Takes over weights and, if `moments`, Adam's moments and step count.
+        """Loads weights and, if `moments`, Adam's moments and step count.
 
         read: ("weight" | "exp_avg" | "exp_avg_sq", piece) -> the flat fp32 values of that piece.
         step: updates that the optimizer has made.
@@ -364,7 +365,7 @@ class Engine:
         return [part for part in parts if not part.is_stub_optimizer]
 
     def _owned_state(self) -> Iterator[tuple[Piece, Any, torch.Tensor, dict[str, torch.Tensor]]]:
-        """(piece, its optimizer, the optimizer's flat fp32 weights, its state) of all that this rank owns."""
+        """(piece, its optimizer, the optimizer's flat fp32 weights, its state) of all pieces of this rank."""
         for piece, part, main in self._pieces:
             yield piece, part, main, part.optimizer.state[main]
 
@@ -381,12 +382,12 @@ class Engine:
 
 
 def cross_entropy(losses: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of the targets that carry one."""
+    """The sum of the loss over targets with loss_mask 1."""
     return (losses * batch.loss_mask).sum(), {}
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a tensor belongs to, as gradient norms are told: `layer 3 experts`."""
+    """The part of the model that a tensor belongs to, the key of gradient norms: `layer 003 experts`."""
     match = re.match(r"decoder\.layers\.(\d+)\.(\w+)", name)
     if match is None:
         return name.split(".")[0]

@@ -1,4 +1,4 @@
-"""What a training phase will ask of its machines. No torch."""
+"""Resource estimate of a training phase. No torch."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def release_checkpoints(phase: PhaseConfig) -> int:
 
 
 def layout_label(layout: Layout) -> str:
-    """A layout in the field's shorthand, without what is 1: `TP4 PP2 CP8 EP32 DP8`."""
+    """A layout in shorthand, without sizes of 1: `TP4 PP2 CP8 EP32 DP8`."""
     sizes = {
         "TP": layout.tensor,
         "PP": layout.pipeline,

@@ -1,4 +1,4 @@
-"""training.jsonl: what a phase tells of each step, in order, without any time in it."""
+"""training.jsonl, the log of a phase by step, without times."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from stages.train.checkpoint.work_checkpoint import SUPERSEDED
 
 
 class Log:
-    """training.jsonl: one line for each step and each held-out measurement, in order, without any time in it."""
+    """training.jsonl: one line for each step and each held-out evaluation, in order, without times."""
 
     def __init__(self, path: Path, is_writer: bool) -> None:
         self.path, self.is_writer = path, is_writer
 
     def create(self) -> None:
-        """An empty log."""
+        """Creates an empty log."""
         if self.is_writer:
             self.path.write_bytes(b"")
 
@@ -39,7 +39,7 @@ class Log:
                 file.write(json.dumps(values, sort_keys=True) + "\n")
 
     def flush(self) -> None:
-        """To the disk: a checkpoint counts on the lines before it."""
+        """Flushes the log to disk, since a checkpoint requires the lines before it."""
         if self.is_writer:
             with self._open() as file:
                 os.fsync(file.fileno())

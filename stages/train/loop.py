@@ -1,7 +1,7 @@
-"""The training loop that every training stage runs: one phase, from its first step or from where it was killed.
+"""The training loop of every training stage: one phase, from its first step or from its last work checkpoint.
 
-What the loop keeps in `work` is told in stages.train.checkpoint.work_checkpoint. `out` is filled at the end, so that it
-never holds half a phase.
+stages.train.checkpoint.work_checkpoint describes the files in `work`. `out` is written at the end, so that it never
+holds half a phase.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Phase:
         engine.ranks.barrier()
 
     def _step(self, step: int, rows: list[Row], rank_batch: RankBatch) -> int | None:
-        """Trains on a step's rows, unless they are excluded. Returns the step to go on after, if that is another."""
+        """Trains on a step's rows, unless they are excluded. Returns the step after which to continue, if a rewind."""
         phase, lr = self.config.phase, learning_rate(step, self.config.phase.steps, self.config.phase.optimizer)
         if step in phase.excluded_steps or any(step in spike["excluded"] for spike in self.pending):
             self.log.write({"step": step, "tokens": self.tokens, "lr": lr, "excluded": True})
@@ -167,7 +167,8 @@ class Phase:
         return None
 
     def _check_spike(self, step: int, rows: list[Row], loss: float, norm: float | None) -> str | None:
-        """Whether a step is a spike. Raises AtomError if the recipe says to stop at one, or has no policy."""
+        """The reason why a step is a spike, or None. Raises AtomError if the recipe stops at spikes, or has no
+        policy."""
         reason = self.spike_detector.reason(loss, norm)
         if reason and (self.spike_detector.policy is None or self.spike_detector.policy.action == "stop"):
             documents = sorted({segment.id for row in rows for segment in row.segments})
@@ -180,7 +181,7 @@ class Phase:
     def _handle_spike(
         self, step: int, rows: list[Row], figures: StepFigures, metrics: dict[str, float | None]
     ) -> int | None:
-        """Keeps what is known about a spike, whose update was not made; for a rewind, goes back."""
+        """Records a spike, whose update is skipped, or rewinds to an earlier checkpoint."""
         policy = self.config.phase.spikes
         assert policy is not None
         self.spikes += 1
@@ -213,7 +214,7 @@ class Phase:
         return int(state["step"])
 
     def _log_experts(self, step: int, experts: Experts) -> None:
-        """Puts a step's distribution over experts into the log, and raises the alarm about dead ones."""
+        """Logs a step's distribution over experts, and reports dead experts."""
         self.log.write({"step": step, "experts": experts.json()})
         dead = experts.dead()
         if self.first:
@@ -225,7 +226,7 @@ class Phase:
                                  f"{DEAD_SHARE:.0%} of a fair share")  # fmt: skip
 
     def _start(self, start: Callable[[Engine], None]) -> int:
-        """Brings engine, log and counts to where this attempt goes on. Returns the last finished step."""
+        """Restores engine, log and counts, or initializes them. Returns the last finished step."""
         state = self.checkpoints.load(self._is_release_step)
         if state is not None:
             self.log.check(state["step"], self.order.first)
@@ -252,7 +253,7 @@ class Phase:
         return self.engine.ranks.from_first(self.log.lines() if self.first else [])
 
     def _is_release_step(self, step: int) -> bool:
-        """Whether a release checkpoint belongs to a step."""
+        """Whether a step has a release checkpoint."""
         phase = self.config.phase
         if step < self.order.first:  # the beginning belongs to a phase that has no other origin
             return step == 0 and self.origin is None
@@ -288,7 +289,7 @@ class Phase:
             self.report.metric(step, checkpoint_stall_seconds=stall)
 
     def _write_outputs(self, out: Path) -> None:
-        """Puts the phase's product into `out`."""
+        """Writes the phase's artifact into `out`."""
         log_lines = self.log.lines()
         measurements = [(x["step"], x["heldout_loss"]) for x in log_lines if "heldout_loss" in x]
         losses = [x["loss"] for x in log_lines if "loss" in x and "skipped" not in x]
@@ -318,7 +319,7 @@ class Phase:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """The signals received, instead of their usual effect. Handlers belong to the main thread; elsewhere: none."""
+    """Collects stop signals instead of their default effect. In other threads than the main one: no handlers."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -1,7 +1,7 @@
-"""The ranks of a training run: torch.distributed and Megatron's groups, set up and taken down together.
+"""The ranks of a training run: sets up and destroys torch.distributed and Megatron's process groups.
 
 One process without `WORLD_SIZE` in its environment is a world of one and opens no port. Otherwise RANK, WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT say who is who, as torchrun, the local launcher and the Slurm launcher set them.
+MASTER_ADDR and MASTER_PORT identify the ranks, as torchrun, the local launcher and the Slurm launcher set them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands."""
+    """This process's rank in the layout."""
 
     rank: int
     world: int
@@ -45,7 +45,7 @@ class Ranks:
     counts_loss: bool
     """Whether this rank's loss enters the sum: of all that compute it, one for each share of the tokens does."""
     wrapped: list[DistributedDataParallel] = field(default_factory=list, compare=False)
-    """What was made of this place; it is of no use after the session."""
+    """The DDP modules of the session, which are cleared at its end."""
 
     @property
     def first(self) -> bool:
@@ -96,16 +96,16 @@ class Ranks:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """(rank, number of ranks), as the launcher says."""
+    """(rank, number of ranks), from the launcher's environment variables."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
 def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> Iterator[Ranks]:
-    """Makes this process a rank of a layout and leaves it as it was found.
+    """Makes this process a rank of a layout, and restores its state at the end.
 
     On CPU a rank computes on one thread with deterministic kernels: its sums have the same bits every time.
-    patience: seconds after which a collective that some rank did not join fails.
+    timeout: seconds after which a collective that some rank did not join fails.
     Raises AtomError if the number of processes is not the layout's, PeerLost when another rank is lost.
     """
     layout = layout or Layout()
@@ -153,12 +153,12 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
 
 
 def _destroy_groups(ranks: Ranks | None) -> None:
-    """Megatron's groups and torch's, and whatever keeps them alive."""
+    """Destroys Megatron's and torch's process groups, and the references that keep them alive."""
     for wrapped in ranks.wrapped if ranks else ():
         # The hooks of its parameters hold it, and a graph that was not walked back, which the model keeps, holds them:
         # a circle through C++ that Python cannot collect, with the groups and their threads in it.
         vars(wrapped).clear()
-    moe_metrics.forget()
+    moe_metrics.clear_losses()
     for embedding in (RotaryEmbedding, YarnRotaryEmbedding):  # a table kept for a group keeps its threads
         embedding.forward.cache_clear()
     parallel_state.destroy_model_parallel()
@@ -167,7 +167,7 @@ def _destroy_groups(ranks: Ranks | None) -> None:
 
 @contextmanager
 def _peer_errors(rank: int) -> Iterator[None]:
-    """A collective that fails because another rank is gone is no bug of ours: one sentence instead of a traceback."""
+    """Raises PeerLost instead of the RuntimeError of a collective whose peer is gone."""
     try:
         yield
     except RuntimeError as error:

@@ -1,8 +1,8 @@
-"""Loss spikes: which steps move no weight, and what is kept about them.
+"""Loss spikes: detection of spiking steps, which are skipped, and their records.
 
-A step is judged before any weight moves, from the log of the accepted steps before it alone, so that a resumed or
-repeated phase judges in the same way. What is kept is a line of training.jsonl: the reason, the documents of the batch,
-where the routers sent its tokens and the gradient's norm by part of the model.
+The detector decides before the update, only from the log of the accepted steps before it, so that a resumed or repeated
+phase decides in the same way. A record is a line of training.jsonl: the reason, the documents of the batch, the experts
+of its tokens and the gradient norm by part of the model.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Record = dict[str, Any]
 SIGMA = 1.4826
 """Standard deviation of a normal distribution by its median absolute deviation."""
 MIN_SIGMA = 0.01
-"""Of the median: a loss that hardly moves is not to be called a spike for moving a little."""
+"""Lower bound of the standard deviation, as a share of the median: small changes of a flat loss are no spikes."""
 
 
 class SpikeDetector:
-    """Looks back on the losses and gradient norms of the last accepted steps."""
+    """Detects spikes by the losses and gradient norms of the last accepted steps."""
 
     def __init__(self, policy: Spikes | None, lines: Iterable[Record]) -> None:
         """lines: of training.jsonl so far."""
@@ -63,7 +63,7 @@ class SpikeDetector:
 
 
 def spike_record(step: int, action: str, excluded: Sequence[int], rows: Sequence[Row], figures: StepFigures) -> Record:
-    """What training.jsonl keeps of a spike; excluded: the steps whose batches move no weight because of it."""
+    """The record of a spike in training.jsonl; excluded: the steps that are skipped because of it."""
     return {
         "reason": figures.refused,
         "action": action,
@@ -77,5 +77,5 @@ def spike_record(step: int, action: str, excluded: Sequence[int], rows: Sequence
 
 
 def finite(value: float) -> float | None:
-    """JSON has no word for what is not a number."""
+    """The value, or None (JSON's null) if it is not finite."""
     return value if math.isfinite(value) else None

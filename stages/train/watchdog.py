@@ -1,8 +1,8 @@
-"""A watch over ranks that hang: where each of them stands goes into the log, and the attempt ends.
+"""A watchdog for hanging ranks: logs the stacks of all ranks and ends the attempt.
 
-A rank that finishes no step for `patience` seconds writes the stacks of its threads into the work folder; since all
-ranks wait for the one that hangs, all of them do so. Rank 0 puts them into its log, names the ranks that left none
-(stopped, or on a dead node), and ends the attempt; the next one goes on from the last work checkpoint.
+A rank that finishes no step for `timeout` seconds writes the stacks of its threads into the work folder; since all
+ranks wait for the one that hangs, all of them do so. Rank 0 prints them to its log, names the ranks without stacks
+(stopped, or on a dead node), and ends the attempt; the next one continues from the last work checkpoint.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pipeline.core.stage import Report
 from stages.train import parallel
 
 COLLECT_SECONDS = 10.0
-"""What the ranks, which wait for each other at every step, may differ in noticing."""
+"""Seconds within which all ranks, which wait for each other at every step, detect a hang."""
 START_SECONDS = 600.0
-"""What the ranks get at least for meeting, building the model, and reading a checkpoint."""
+"""Minimum time for rendezvous, building the model, and reading a checkpoint."""
 
 
 class Watchdog:
-    """Watches from its creation to the end of the `with` block, the meeting of the ranks included. `alive()` says that
-    a step was finished."""
+    """Watches from its creation to the end of the `with` block, including the rendezvous. `alive()` reports a finished
+    step."""
 
     def __init__(self, phase: str, timeout: float, work: Path, report: Report) -> None:
         self.phase, self.timeout, self.work, self.report = phase, timeout, work, report
@@ -61,7 +61,7 @@ class Watchdog:
         self.report.abandon(f"{text}; run again to go on from the last work checkpoint")
 
     def _stacks(self) -> str:
-        """Writes this rank's stacks; on rank 0, puts the others' into the log and says what is there."""
+        """Writes this rank's stacks; rank 0 prints those of the others to the log. Returns the end of the message."""
         folder = self.work / "stacks"
         folder.mkdir(exist_ok=True)
         path = folder / f"rank-{self.rank:05d}.txt"

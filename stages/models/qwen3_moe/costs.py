@@ -1,6 +1,6 @@
-"""What a model costs in arithmetic and in memory, in closed form: FLOPs of a token, and what a rank of a layout holds.
+"""Cost model in closed form: FLOPs of a token, and the memory of a rank of a layout.
 
-No torch: `atom plan` reads this file. `tests/test_costs.py` compares the parameters with those that Megatron builds,
+No torch: `atom plan` imports this file. `tests/test_costs.py` compares the parameters with those that Megatron builds,
 `bench/planner.py` the FLOPs and the state with published figures.
 """
 
@@ -53,7 +53,8 @@ def training_flops(matrices: int, attention: Iterable[Attention], sequence_lengt
 
 @dataclass(frozen=True)
 class MemoryShare:
-    """Parameters that one rank holds, by whose optimizer state is shared among how many: experts lie on fewer ranks."""
+    """The parameters on one rank, by the group of ranks that shares their optimizer state: experts lie on fewer
+    ranks."""
 
     dense: int
     experts: int

@@ -1,4 +1,4 @@
-"""The sealed checkpoint that a phase starts from: an earlier phase's last one, or one of its own of an earlier run."""
+"""The release checkpoint that a phase starts from: the last one of an earlier phase, or one of an earlier run."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from stages.train.engine import Engine, Piece
 
 
 class Origin:
-    """A sealed checkpoint: the folder `below` of an artifact, or the whole of one."""
+    """A release checkpoint: the folder `subfolder` of an artifact, or the complete artifact."""
 
     def __init__(self, artifact: Artifact, subfolder: str = "") -> None:
         self.artifact, self.subfolder = artifact, subfolder
         self.step = 0
-        """The step after which it stands, once it is loaded."""
+        """The checkpoint's step, once it is loaded."""
 
     def load_weights(self, engine: Engine) -> None:
-        """Takes over the weights, under a fresh optimizer.
+        """Loads the weights, with a fresh optimizer.
 
         Raises AtomError if the files are not those that were sealed, or not of the engine's model.
         """
@@ -31,7 +31,7 @@ class Origin:
         self._load(engine, moments=False)
 
     def load(self, engine: Engine, config: TrainConfig, tokenizer: str) -> int:
-        """Takes over weights, Adam's moments and step count. Returns the targets seen so far.
+        """Loads weights, Adam's moments and step count. Returns the targets seen so far.
 
         Raises AtomError as above, and if the checkpoint is of another model or tokenizer.
         """
@@ -51,7 +51,7 @@ class Origin:
         return int(state["tokens"])
 
     def _require_intact(self, engine: Engine) -> None:
-        """Hours of training would follow from a flipped byte; opening an artifact looks at sizes only."""
+        """Raises AtomError if the files are damaged: opening an artifact compares only sizes."""
         damage = self._damage() if engine.ranks.first else None
         if damage := engine.ranks.from_first(damage):
             raise AtomError(

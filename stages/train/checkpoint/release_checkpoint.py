@@ -1,4 +1,4 @@
-"""Sealed checkpoints: safetensors and JSON with nothing of the machine in them, so that equal training is equal bytes.
+"""Release checkpoints: safetensors and JSON without machine-specific content, so equal training gives equal bytes.
 
 A folder `step-<n>` holds `model.safetensors` (fp32, full tensors by global name), `optimizer.safetensors`
 (`exp_avg.<name>`, `exp_avg_sq.<name>`; absent at step 0, where Adam's moments are zero) and `state.json`. What is
@@ -25,7 +25,7 @@ from stages.mcore.param_names import BUFFERS
 
 MODEL, OPTIMIZER, STATE = "model", "optimizer", "state.json"
 SHARD_BYTES = 5 * 10**9
-"""What a reader or writer must hold of a file at once, and what the Hub takes in one piece."""
+"""Largest size of a file, which bounds the memory of readers and writers, and which the Hub accepts."""
 
 Shape = tuple[int, ...]
 Read = Callable[[str, str, Shape], torch.Tensor]
@@ -44,7 +44,7 @@ def steps_of(folder: Path) -> list[int]:
 def write(
     folder: Path, shapes: Mapping[str, Shape], moments: Iterable[str], read: Read, state: Mapping[str, Any]
 ) -> None:
-    """Writes `folder`, complete or not at all, replacing an earlier one. Holds the tensors of one file at a time.
+    """Writes `folder` atomically, replacing an earlier one. Holds the tensors of one file at a time.
 
     moments: the kinds of tensors that the optimizer has.
     """
@@ -92,7 +92,7 @@ def _index(stem: str) -> str:
 
 
 class Tensors(Mapping[str, torch.Tensor]):
-    """The tensors of a checkpoint's model or optimizer, each read when it is asked for.
+    """The tensors of a checkpoint's model or optimizer, each read on access.
 
     Raises AtomError if a file is missing or damaged.
     """
@@ -125,9 +125,9 @@ class Tensors(Mapping[str, torch.Tensor]):
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """One safetensors file whose bytes follow from the tensors alone (a second metadata entry would not be ordered).
+    """Writes one safetensors file whose bytes depend only on the tensors (a second metadata entry has no fixed order).
 
-    Raises AtomError if the file system does not take it.
+    Raises AtomError if the write fails.
     """
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:

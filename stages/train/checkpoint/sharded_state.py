@@ -1,7 +1,7 @@
-"""The files of a work checkpoint: each rank's own pieces of the state, and their way back into any layout.
+"""The sharded state of a work checkpoint: each rank's pieces, readable by any layout.
 
 A rank writes `rank-<n>.safetensors` with `<kind>.<tensor name>` for each piece that its optimizer owns, flat and
-fp32, and `rank-<n>.json`, which says where in the full tensors these lie. Nothing is gathered from other ranks.
+fp32, and `rank-<n>.json` with the positions of the pieces in the full tensors. Nothing is gathered from other ranks.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from stages.train.checkpoint import release_checkpoint
 from stages.train.engine import Piece
 
 Location = tuple[str, int, int]
-"""File, and the stretch of the flat local tensor that it holds."""
+"""File, and the range of the flat local tensor in it."""
 
 
 def write(folder: Path, rank: int, pieces: list[Piece], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes and flushes a rank's two files; the JSON comes last and says that the other is whole."""
+    """Writes and flushes a rank's two files; the JSON comes last and marks the other as complete."""
     path = folder / f"rank-{rank:05d}.safetensors"
     release_checkpoint.save_tensors(path, tensors)
     with open(path, "rb") as file:
@@ -45,7 +45,7 @@ def write(folder: Path, rank: int, pieces: list[Piece], tensors: Mapping[str, to
 
 
 def receipts(folder: Path, world: int) -> dict[str, dict[str, Any]] | None:
-    """What the ranks wrote, by file; None as long as one of them is not done."""
+    """The receipts of all ranks by file; None until all ranks have written."""
     by_file = {}
     for rank in range(world):
         path = folder / f"rank-{rank:05d}.json"
@@ -56,7 +56,7 @@ def receipts(folder: Path, world: int) -> dict[str, dict[str, Any]] | None:
 
 
 class ShardReader:
-    """Reads full tensors, or any piece of them, from the files of all ranks."""
+    """Reads full tensors or pieces of them from the files of all ranks."""
 
     def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         self.folder = folder
@@ -85,7 +85,7 @@ class ShardReader:
         return cut(self.full(kind, piece.name, shape), piece.boxes).flatten()[piece.start : piece.stop]
 
     def full(self, kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The whole tensor. Raises AtomError if the ranks' pieces do not cover it."""
+        """The full tensor. Raises AtomError if the ranks' pieces do not cover it."""
         tensor = torch.full(shape, torch.nan)
         covered = 0
         for parts in self.locations[name]:
@@ -100,7 +100,7 @@ class ShardReader:
         return tensor
 
     def _local(self, kind: str, name: str, parts: tuple[Box, ...], start: int, stop: int) -> torch.Tensor:
-        """A stretch of the flat local tensor with these boxes, put together from the ranks that own parts of it."""
+        """A range of the flat local tensor with these boxes, concatenated from the ranks that own parts of it."""
         slices, position = [], start
         for file, first, last in sorted(self.locations[name][parts], key=lambda w: (w[1], w[0])):
             if first <= position < last:

@@ -1,4 +1,4 @@
-"""Work checkpoints: where a killed run goes on from, written while training goes on.
+"""Work checkpoints, from which a killed run resumes; they are written while training continues.
 
     state/attempt-0002/training.jsonl             the log of finished steps
     state/attempt-0002/sealed/step-000600/        release checkpoints so far
@@ -42,8 +42,8 @@ class Checkpoints:
     def __init__(
         self, work: Path, keep: int, engine: Engine, report: Report, lease: int | None = None, rewind_steps: int = 0
     ) -> None:
-        """lease: the number of this attempt among those that were allowed to write, if somebody keeps count; else it is
-        taken for the latest. back: steps that `rewind` may be asked to go back from the next one."""
+        """lease: the number of this attempt, if the caller counts them; None: the latest. rewind_steps: the largest
+        number of steps that `rewind` goes back from the next step."""
         self.rewind_steps = rewind_steps
         self.work, self.keep, self.engine, self.report = work, keep, engine, report
         self.ranks = ranks = engine.ranks
@@ -63,11 +63,10 @@ class Checkpoints:
     # -- saving -----------------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: Mapping[str, Any], seal: bool) -> float:
-        """Copies the state of a finished step and has it written. Returns the seconds that training stood still.
+        """Copies the state of a finished step and writes it in a thread. Returns the seconds that training waited.
 
-        state: what else is to be known when going on, and what a sealed checkpoint's state.json says. seal: makes a
-        release checkpoint of it as well. Waits for the checkpoint before, if that is still being written.
-        Raises AtomError if that one could not be written.
+        state: the content of state.json, with the state to resume from. seal: also writes a release checkpoint. Waits
+        for the previous checkpoint if that is still being written. Raises AtomError if that write failed.
         """
         started = time.monotonic()
         self.wait()
@@ -88,7 +87,7 @@ class Checkpoints:
         return time.monotonic() - started
 
     def wait(self) -> None:
-        """Until nothing is being written on any rank. Raises what went wrong on any of them, on all of them."""
+        """Waits until all ranks have finished writing. Raises the error of any rank, on all of them."""
         while status := self.ranks.max(2 if self.error else int(self.thread is not None and self.thread.is_alive())):
             if status == 2:
                 self.given_up.set()  # rank 0 may be waiting for a file that will never come
@@ -98,7 +97,7 @@ class Checkpoints:
         self.thread = None
 
     def failed(self) -> bool:
-        """Whether a write went wrong on this rank; `wait` tells."""
+        """Whether a write failed on this rank; `wait` raises the error."""
         return self.error is not None
 
     def _write(
@@ -141,7 +140,7 @@ class Checkpoints:
         os.rename(partial, folder / MARKER)
 
     def _seal(self, folder: Path, step: int) -> None:
-        """Makes a release checkpoint of a complete work checkpoint, from its files."""
+        """Writes a release checkpoint from the files of a complete work checkpoint."""
         target = self.folder / "sealed" / release_checkpoint.name_of(step)
         marker = read_marker(folder)
         source, state = ShardReader(folder, marker["files"]), {k: v for k, v in marker["state"].items() if k != PENDING}
@@ -154,13 +153,13 @@ class Checkpoints:
         return _attempts(self.work)[-1:] == [self.folder]
 
     def _require_present(self) -> None:
-        """Raises AtomError if a later attempt has begun: this one was thought dead."""
+        """Raises AtomError if a later attempt has begun, because this one was presumed dead."""
         if not self._is_current():
             raise MachineError(SUPERSEDED)
 
     def _prune(self) -> None:
-        """Keeps the newest complete checkpoints, those of later attempts before those of earlier ones. What a later
-        attempt than this one writes is left alone: this one may be the orphan."""
+        """Removes all but the newest complete checkpoints, ordered by attempt and step. Keeps the files of later
+        attempts: this one may be the orphan."""
         self._require_present()
         folders = [f for f in _checkpoints(self.work) if f.parent.parent <= self.folder]
         complete = [f for f in folders if (f / MARKER).exists()]
@@ -181,11 +180,11 @@ class Checkpoints:
     # -- going on ---------------------------------------------------------------------------------------------------
 
     def load(self, is_release_step: Callable[[int], bool]) -> dict[str, Any] | None:
-        """Loads the newest usable checkpoint into the engine and takes over the product up to its step.
+        """Loads the newest usable checkpoint into the engine and links the log and release checkpoints up to its step.
 
-        due: whether a release checkpoint belongs to a step. Returns the state that was saved with it; None if there
-        never was a checkpoint. One that was cut short or damaged is passed over with a note. Raises AtomError if
-        complete ones were written and none of them is intact any more.
+        is_release_step: whether a step has a release checkpoint. Returns the state that was saved with it; None if
+        there never was a checkpoint. Truncated or damaged ones are skipped with a note. Raises AtomError if complete
+        ones were written and none of them is intact.
         """
         problems: list[str] = []
         names = [f.relative_to(self.work).as_posix() for f in reversed(_checkpoints(self.work))]
@@ -238,7 +237,7 @@ class Checkpoints:
                         f"work_checkpoints_kept")  # fmt: skip
 
     def _find_damage(self, folder: Path) -> str | None:
-        """What is wrong with a checkpoint or with the product it goes on from; each rank looks at its share of it."""
+        """A description of damage to a checkpoint or its log and release checkpoints; each rank checks its share."""
         try:
             marker = read_marker(folder)
         except FileNotFoundError:
@@ -259,7 +258,8 @@ class Checkpoints:
         return None
 
     def _take_over(self, folder: Path, marker: dict[str, Any], is_release_step: Callable[[int], bool]) -> None:
-        """Brings the product up to a checkpoint's step into this attempt's folder, and drops what was passed over."""
+        """Links the log and release checkpoints up to a checkpoint's step into this attempt's folder, and removes the
+        skipped checkpoints."""
         previous, current = folder.parent.parent, self.folder
         try:
             for name, mark in marker["product"].items():
@@ -286,7 +286,7 @@ class Checkpoints:
 
 
 def with_digest(marker: dict[str, Any]) -> dict[str, Any]:
-    """With the digest of the rest, so that no flipped byte of it is believed."""
+    """The marker with a digest of its content, which detects a flipped byte."""
     return {**marker, "sha256": sha256_bytes(canonical(marker))}
 
 
@@ -306,7 +306,7 @@ def _step(folder: Path) -> int:
 
 
 PENDING = "spikes_pending"
-"""Of the state of a work checkpoint alone: spikes whose steps are still to be passed again."""
+"""Only in the state of a work checkpoint: spikes whose steps are still to be repeated."""
 INCOMPLETE = "never completed"
 SUPERSEDED = "a later attempt has taken over from this one, which stops without harm to it"
 
@@ -316,7 +316,7 @@ def _attempts(work: Path) -> list[Path]:
 
 
 def _checkpoints(work: Path) -> list[Path]:
-    """All work checkpoints, the one to go on from last: a later attempt's before an earlier one's."""
+    """All work checkpoints, sorted by attempt and step; the last one is the newest."""
     return [f for attempt in _attempts(work) for f in sorted((attempt / "checkpoints").glob("step-*"))]
 
 

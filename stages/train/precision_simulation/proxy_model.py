@@ -1,5 +1,5 @@
-"""The small twin of a recipe's model, on which FP8 is rehearsed: the recipe's ratios at the smallest size whose matrix
-products are made of several quantization blocks, as a large model's are. No torch here.
+"""The small proxy (twin) of a recipe's model for the FP8 simulation: the recipe's ratios at the smallest size whose
+matrix products consist of several quantization blocks, as a large model's do. No torch here.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Ratio:
 
 
 def build_proxy(model: ModelConfig, smallest: int, hidden: int | None = None) -> ModelConfig:
-    """A model like this one, but small.
+    """A small model with the ratios of this one.
 
-    smallest: what both dimensions of every linear layer must have at least. hidden: take this width instead, whatever
-    becomes of that. Raises RecipeError if it cannot be.
+    smallest: the minimum of both dimensions of every linear layer. hidden: use this width instead, without that
+    minimum. Raises RecipeError if there is no such model.
 
     Kept are the ratios of all widths to the hidden size, of query to key heads, of experts to experts a token visits
     (as far as EXPERTS allows), and what the router is trained by. Weights begin with `init_std` x

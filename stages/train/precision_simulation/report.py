@@ -1,4 +1,4 @@
-"""What a rehearsal found: deviations, rates, a verdict, and the same as a table. Plain arithmetic, no torch.
+"""The report of a precision simulation: deviations, rates, a verdict, and Markdown. Plain arithmetic, no torch.
 
 The deviation of a precision from one seed is its loss, meaned over the last quarter of steps, by the baseline's from
 the same seed (same initial weights, same rows), minus 1. Over seeds that is a mean with a standard error, and the
@@ -29,7 +29,7 @@ SHORT = 0.01
 """Share of multiply-adds that may have run over fewer tokens than two blocks."""
 
 Runs = Mapping[tuple[str, int], dict[str, Any]]
-"""What each run left, by precision and seed."""
+"""The result of each run, by precision and seed."""
 
 
 def compose(
@@ -79,7 +79,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def verdict_of(deviations: Sequence[float], bound: float) -> str:
-    """holds, fails or inconclusive, as told above."""
+    """holds, fails or inconclusive, as defined above."""
     figures = spread(deviations)
     size, error = abs(figures["mean"]), ERRORS * figures["standard_error"]
     return "holds" if size + error < bound else "fails" if size - error > bound else "inconclusive"
@@ -167,7 +167,7 @@ def _linears(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _share_below(linears: Sequence[Mapping[str, Any]], limit: int) -> float:
-    """The share of multiply-adds in products over fewer tokens than that."""
+    """The share of multiply-adds in products over fewer than `limit` tokens."""
     below, total = 0, 0
     for x in linears:
         size = x["k"] * x["n"]

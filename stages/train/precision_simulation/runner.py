@@ -28,7 +28,7 @@ Baseline = Literal["fp32", "bf16"]
 
 
 class Data(Config):
-    """What the runs read: the sources of the running interpreter's standard library, byte by byte."""
+    """The training text of the runs: the sources of the running interpreter's standard library, as bytes."""
 
     python: str
     files: PositiveInt
@@ -37,7 +37,7 @@ class Data(Config):
 
 
 class Settings(Config):
-    """What the runs of a rehearsal have in common. With precision and seed it decides every byte of a run."""
+    """The common settings of all runs. With precision and seed they determine every byte of a run."""
 
     recipe: str
     model: ModelConfig
@@ -71,7 +71,7 @@ class Settings(Config):
 
 
 def read_library() -> tuple[bytes, int]:
-    """The text that is trained on, and of how many files it is."""
+    """The training text and its number of files."""
     files = stdlib_files()
     return b"".join(path.read_bytes() for _, path in files), len(files)
 
@@ -82,7 +82,7 @@ def describe(text: bytes, files: int) -> Data:
 
 
 def train(settings: Settings, precision: str, seed: int) -> dict[str, Any]:
-    """Losses by step and what the linear layers did. Ends early at a loss that is not a number."""
+    """Losses by step and the records of the linear layers. Ends early at a loss that is not finite."""
     from stages.mcore.fake_fp8 import attach
     from stages.mcore.quantize import RECIPES
     from stages.train import parallel
@@ -118,7 +118,7 @@ def _not_finite(loss: float) -> str | None:
 
 
 def _rank_batch(text: bytes, settings: Settings, seed: int, step: int) -> Any:
-    """The rows of a step: as many stretches of the text, beginning anywhere."""
+    """The batch of a step: windows of the text that start at random positions."""
     import numpy as np
     import torch
 

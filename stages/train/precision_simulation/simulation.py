@@ -1,9 +1,9 @@
-"""FP8 rehearsed on any machine: a recipe's small twin trained with and without it, run by run.
+"""FP8 simulation on any machine: trains a small proxy of a recipe's model with and without it, run by run.
 
 atom rehearse atom-tiny
 
-Each run, one precision from one seed, is a process of its own and leaves a file; the same command goes on from those
-that are there. What comes out is judged in `stages.train.precision_simulation.report`.
+Each run, one precision from one seed, is a process of its own and writes a file; the same command continues from the
+existing files. `stages.train.precision_simulation.report` computes the verdict.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def rehearse(
     baseline: str = "bf16", bound: float = 0.0025, hidden: int | None = None, layers: int | None = None,
     out: Path | None = None,
 ) -> tuple[dict[str, Any], Path]:  # fmt: skip
-    """Trains what is not there yet and writes report.json, report.md and plots. Returns the report and its folder.
+    """Trains the missing runs and writes report.json, report.md and plots. Returns the report and its folder.
 
-    home: $ATOM_HOME, where the folder stands unless `out` names one. Raises AtomError, in one sentence, for a setting
-    that makes no sense, for a folder that holds something else, and for a run that failed.
+    home: $ATOM_HOME, the parent of the folder unless `out` names one. Raises AtomError, in one sentence, for an invalid
+    setting, for a folder with other content, and for a failed run.
     """
     baseline_kind = _check(precisions, steps, seeds, baseline, bound)
     chosen_recipes = [name for name in RECIPES if name in precisions or not precisions]
@@ -162,7 +162,7 @@ def _write(folder: Path, report: dict[str, Any], runs: Runs) -> None:
 
 
 def _run_all(folder: Path, requested: Sequence[tuple[str, int]], steps: int, display: Display) -> None:
-    """Makes the files of all runs that are not there, on each core one run at a time."""
+    """Trains the runs without a file, one run at a time on each core."""
     missing = [(p, s) for p, s in requested if not _file(folder, p, s).exists()]
     display.started("rehearsal", f"{folder / 'runs'}/*.log")
     if not missing:
@@ -179,7 +179,7 @@ def _run_all(folder: Path, requested: Sequence[tuple[str, int]], steps: int, dis
 
 
 class _Crew:
-    """The processes that train, and how far they are together. Threads share it."""
+    """The training processes and their total progress. Threads share it."""
 
     def __init__(self, folder: Path, steps: int, requested: int, missing: int, display: Display) -> None:
         self.folder, self.steps, self.display = folder, steps, display
