@@ -32,16 +32,16 @@ def made(**settings: Any) -> Curriculum:
 
 def test_levels_open_one_after_another_and_close_again() -> None:
     found = made(rise=0.7, memory=1.0)
-    assert found.open() == ["add/0", "sort/3"]
+    assert found.open_bins() == ["add/0", "sort/3"]
     easy = next(row for row in ROWS if bin_of(row) == "add/0")
     found.update(easy, 0.69)
-    assert found.open() == ["add/0", "sort/3"]
+    assert found.open_bins() == ["add/0", "sort/3"]
     found.update(easy, 0.7)
-    assert found.open() == ["add/0", "add/1", "sort/3"]
+    assert found.open_bins() == ["add/0", "add/1", "sort/3"]
     found.update(next(row for row in ROWS if bin_of(row) == "add/1"), 1.0)
-    assert found.open() == ["add/0", "add/1", "add/2", "sort/3"]
+    assert found.open_bins() == ["add/0", "add/1", "add/2", "sort/3"]
     found.update(easy, 0.2)
-    assert found.open() == ["add/0", "sort/3"]
+    assert found.open_bins() == ["add/0", "sort/3"]
 
 
 def test_weights_are_the_variance_of_a_coin_and_never_nothing() -> None:

@@ -55,7 +55,7 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
     files = source_files(source)
     rows: dict[str, dict[str, Any]] = {}
     skipped: list[str] = []
-    for document in _documents(source, config.seed, files):
+    for document in _read_documents(source, config.seed, files):
         if isinstance(document, str):
             skipped.append(document)
             continue
@@ -76,24 +76,26 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
         }
     for path in skipped:
         report.note(f"source {source.name}: {path} cannot be read and was skipped")
-    kept = _subsample(rows, getattr(source.reader, "limit", None), source.name, config.seed)
-    if not kept:
+    selected = _subsample(rows, getattr(source.reader, "limit", None), source.name, config.seed)
+    if not selected:
         raise AtomError(f"source {source.name} gave no documents; check its reader")
-    write_rows(out / "documents.parquet", DOCUMENTS, kept)
+    write_rows(out / "documents.parquet", DOCUMENTS, selected)
     declaration = source.model_dump(include={"name", "kind", "license", "license_evidence", "origin", "tree_digest"})
-    size = sum(len(row["text"].encode()) for row in kept)
+    size = sum(len(row["text"].encode()) for row in selected)
     counts = {
-        "documents": len(kept),
+        "documents": len(selected),
         "documents_found": len(rows),
         "bytes": size,
         "files": len(files),
         "files_skipped": skipped,
     }
     write_json(out / "source.json", {**declaration, "reader": source.reader.reader, **counts})
-    report.note(f"source {source.name}: {len(kept)} of {len(rows)} documents, {size / 1e6:.2f} MB, {source.license}")
+    report.note(
+        f"source {source.name}: {len(selected)} of {len(rows)} documents, {size / 1e6:.2f} MB, {source.license}"
+    )
 
 
-def _documents(
+def _read_documents(
     source: Source, seed: int, files: list[tuple[str, Path]]
 ) -> Iterator[tuple[str, str, str, int, str | None] | str]:
     """(name, text, location in the origin, prompt_chars, the document's own license or None), or the name of an
@@ -117,7 +119,7 @@ def _documents(
     if isinstance(reader, Courtesies):
         rng = random.Random(seed_of(f"courtesies/{source.name}", seed))
         for i in range(reader.count):
-            request = courtesy_notes.request(rng)
+            request = courtesy_notes.draw_request(rng)
             ((text, prompt_chars),) = chat.turns(courtesy_notes.messages(request, rng))
             yield f"{request.act.name}/{i:07d}", text, request.act.name, prompt_chars, None
         return
@@ -163,8 +165,8 @@ def _subsample(rows: dict[str, dict[str, Any]], limit: int | None, name: str, se
         return list(rows.values())
     salt = f"{seed_of(f'limit/{name}', seed)}/"
     by_hash = sorted(rows, key=lambda key: hashlib.sha256((salt + key).encode()).digest())
-    chosen = set(by_hash[:limit])
-    return [row for key, row in rows.items() if key in chosen]
+    selected = set(by_hash[:limit])
+    return [row for key, row in rows.items() if key in selected]
 
 
 def estimate(config: AcquireConfig) -> Estimate:

@@ -168,7 +168,7 @@ def _drop_exact_duplicates(
     """
     rows = {row["id"]: row for row in acquired}
     for row in acquired:
-        dispositions.enter(row)
+        dispositions.add(row)
     for removal in results["removed"]:
         dispositions.remove(**removal)
     for id, text in results["kept"]:

@@ -47,8 +47,8 @@ def quotas(slots: NDArray[np.int64], tokens: float, rule: LongDocuments | None) 
     if rule is None:
         return {"short": tokens}
     long = slots > rule.over
-    available, wanted = int(slots[long].sum()), rule.share * tokens
-    allowed = min(wanted, rule.max_epochs * available)
+    available, target = int(slots[long].sum()), rule.share * tokens
+    allowed = min(target, rule.max_epochs * available)
     granted = tokens if long.all() else allowed  # nothing shorter can stand in: the long ones come more often
     return {
         "short": tokens - granted,
@@ -57,8 +57,8 @@ def quotas(slots: NDArray[np.int64], tokens: float, rule: LongDocuments | None) 
             "over": rule.over,
             "chunks": int(long.sum()),
             "available_tokens": available,
-            "wanted_tokens": round(wanted),
-            "missing_tokens": round(wanted - allowed),
+            "wanted_tokens": round(target),
+            "missing_tokens": round(target - allowed),
         },
     }
 
@@ -114,13 +114,17 @@ def pack(
     segments = {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
     shuffled = permutation(len(segments["length"]), f"{label}/segments", seed)
     segments = {column: values[shuffled] for column, values in segments.items()}
-    items, place = fill(segments["length"] - 1, capacity, rows)
-    place = permutation(rows, f"{label}/rows", seed)[place]
-    by_row = np.argsort(place, kind="stable")
-    items, place = items[by_row], place[by_row]
+    items, row_index = fill(segments["length"] - 1, capacity, rows)
+    row_index = permutation(rows, f"{label}/rows", seed)[row_index]
+    by_row = np.argsort(row_index, kind="stable")
+    items, row_index = items[by_row], row_index[by_row]
     step = np.repeat(np.arange(1, len(counts) + 1), counts)
     row = np.concatenate([np.arange(count) for count in counts])
-    table = {"step": step[place], "row": row[place], "segment": np.arange(len(place)) - np.searchsorted(place, place)}
+    table = {
+        "step": step[row_index],
+        "row": row[row_index],
+        "segment": np.arange(len(row_index)) - np.searchsorted(row_index, row_index),
+    }
     return table | {column: values[items] for column, values in segments.items()}, reports
 
 
@@ -156,7 +160,7 @@ def fill(slots: NDArray[np.int64], capacity: int, rows: int) -> tuple[NDArray[np
     row_number = np.full(opened + 1, -1, np.int64)
     for row, closing_rank in rank.items():
         row_number[row] = closing_rank if closing_rank < rows else -1
-    place = row_number[row_of]
-    items = np.flatnonzero(place >= 0)
-    items = items[np.argsort(place[items], kind="stable")]
-    return items, place[items]
+    row_index = row_number[row_of]
+    items = np.flatnonzero(row_index >= 0)
+    items = items[np.argsort(row_index[items], kind="stable")]
+    return items, row_index[items]

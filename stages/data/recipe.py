@@ -22,7 +22,7 @@ from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find
 from stages.data.filters.settings import MOST_STEPS, AnyStep, CurationSettings, Kind
-from stages.data.synthetic.passkeys import least_chars
+from stages.data.synthetic.passkeys import min_characters
 from stages.data.synthetic.problems import FORMS, TASKS
 
 MOST_ENTRIES = 100_000
@@ -102,8 +102,8 @@ class Problems(Config):
     count: Drawn
 
     @model_validator(mode="after")
-    def _known(self) -> Problems:
-        return _known_tasks(self)
+    def _check_tasks(self) -> Problems:
+        return _require_known_tasks(self)
 
 
 assert set(FORMS) == {"plain", "worked"}
@@ -125,8 +125,8 @@ class Passkeys(Config):
     )
 
     @model_validator(mode="after")
-    def _possible(self) -> Passkeys:
-        minimum = least_chars(self.digits)
+    def _check_lengths(self) -> Passkeys:
+        minimum = min_characters(self.digits)
         if self.min_chars < minimum:
             raise ValueError(
                 f"min_chars = {self.min_chars} leaves no room for key and question; use at least {minimum}"
@@ -145,14 +145,14 @@ class ChatProblems(Config):
     count: Drawn
 
     @model_validator(mode="after")
-    def _known(self) -> ChatProblems:
-        return _known_tasks(self)
+    def _check_tasks(self) -> ChatProblems:
+        return _require_known_tasks(self)
 
 
 P = TypeVar("P", Problems, ChatProblems)
 
 
-def _known_tasks(reader: P) -> P:
+def _require_known_tasks(reader: P) -> P:
     unknown = sorted(set(reader.tasks) - set(TASKS))
     if unknown:
         raise ValueError(f"tasks: unknown task {unknown[0]}; known are {', '.join(sorted(TASKS))}")
@@ -191,13 +191,13 @@ class Source(Config):
 
     @field_validator("name")
     @classmethod
-    def _free(cls, name: str) -> str:
+    def _check_name(cls, name: str) -> str:
         if name == "items":
             raise ValueError("`items` is the role of the evaluation items; choose another name")
         return name
 
     @model_validator(mode="after")
-    def _conversations(self) -> Source:
+    def _check_kind(self) -> Source:
         chat = isinstance(self.reader, CHATS) or bool(getattr(self.reader, "messages_field", None))
         if chat != (self.kind == "chat"):
             raise ValueError(
@@ -224,7 +224,7 @@ class DataRecipe(Config):
     heldout: Heldout = Field(0.05, description="share of kept documents, by content hash, never trained on")
 
     @model_validator(mode="after")
-    def _distinct(self) -> DataRecipe:
+    def _check_distinct(self) -> DataRecipe:
         counts = Counter(source.name for source in self.sources)
         duplicates = sorted(name for name, count in counts.items() if count > 1)
         if duplicates:

@@ -71,7 +71,7 @@ class TokenizerSection(Config):
     )
 
     @model_validator(mode="after")
-    def _fits(self) -> TokenizerSection:
+    def _check_vocab_sizes(self) -> TokenizerSection:
         if self.padded_vocab_size < self.vocab_size:
             raise ValueError(
                 f"padded_vocab_size {self.padded_vocab_size} is below vocab_size {self.vocab_size}; raise it"

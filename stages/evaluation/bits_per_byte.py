@@ -117,7 +117,7 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
         rows = [row for row in documents if row["source"] == source]
         chat = source in config.conversations
         scored += once(
-            work / f"documents-{source}.json", partial(_bits_of_all, model, tokenizer, first_token_bits, rows, chat)
+            work / f"documents-{source}.json", partial(_score_documents, model, tokenizer, first_token_bits, rows, chat)
         )
         completed += len(rows)
         report.progress(completed, total, "documents and problems")
@@ -126,7 +126,7 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
     for number, batch in enumerate(batches):
         answered += once(
             work / f"items-{number:05d}.json",
-            partial(_answer, model, tokenizer, batch, config.max_new_tokens),
+            partial(_answer_batch, model, tokenizer, batch, config.max_new_tokens),
         )
         completed += len(batch)
         report.progress(completed, total, "documents and problems")
@@ -134,7 +134,7 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
     answered.sort(key=lambda row: row["id"])
     tables: tuple[list[dict[str, Any]], ...] = (scored, answered)
     if config.context is not None:
-        long_documents = [row for row in _heldout(inputs["curate"] / "kept") if not row["prompt_chars"]]
+        long_documents = [row for row in _read_heldout(inputs["curate"] / "kept") if not row["prompt_chars"]]
         encode = partial(token_ids, tokenizer)
         tables += context.measure(config.context, model, tokenizer, encode, long_documents, work, report)
         write_rows(out / "passkey.parquet", context.PASSKEY, tables[2])
@@ -148,10 +148,10 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
         report.note(f"{source}: {row['value']:.4f} ± {row['se']:.4f} bits per byte on {row['documents']} documents")
 
 
-def heldout_documents(kept: Path, limit: int) -> list[dict[str, Any]]:
+def heldout_documents(folder: Path, limit: int) -> list[dict[str, Any]]:
     """Up to `limit` held-out documents of every source, drawn by smallest content hash (a fixed lottery), by id."""
     documents: list[dict[str, Any]] = []
-    heldout = _heldout(kept)
+    heldout = _read_heldout(folder)
     for source in sorted({row["source"] for row in heldout}):  # some sources hold nothing out, such as problems
         rows = [row for row in heldout if row["source"] == source]
         if len(rows) < 2:
@@ -165,10 +165,12 @@ def heldout_documents(kept: Path, limit: int) -> list[dict[str, Any]]:
     return documents
 
 
-def _heldout(kept: Path) -> list[dict[str, Any]]:
+def _read_heldout(folder: Path) -> list[dict[str, Any]]:
     """Every held-out document, by source."""
     columns = ["id", "text", "source", "content_hash", "split", "prompt_chars"]
-    return [row for path in sorted(kept.glob("*.parquet")) for row in _read(path, columns) if row["split"] == "heldout"]
+    return [
+        row for path in sorted(folder.glob("*.parquet")) for row in _read(path, columns) if row["split"] == "heldout"
+    ]
 
 
 def _first_token_bits(model: Any, tokenizer: Any) -> torch.Tensor:
@@ -180,16 +182,18 @@ def _first_token_bits(model: Any, tokenizer: Any) -> torch.Tensor:
     return -torch.log_softmax(logits.double(), -1) / math.log(2)
 
 
-def _bits_of_all(
+def _score_documents(
     model: Any, tokenizer: Any, first_token_bits: torch.Tensor, rows: list[dict[str, Any]], chat: bool
 ) -> list[dict[str, Any]]:
-    scored = [row for row in (_bits(model, tokenizer, first_token_bits, row, chat) for row in rows) if row["bytes"]]
+    scored = [
+        row for row in (_document_bits(model, tokenizer, first_token_bits, row, chat) for row in rows) if row["bytes"]
+    ]
     if len(scored) < 2:  # all others are questions as long as the model's context
         raise AtomError(f"evaluate: source {rows[0]['source']} has fewer than two documents to score; hold out more")
     return scored
 
 
-def _bits(
+def _document_bits(
     model: Any, tokenizer: Any, first_token_bits: torch.Tensor, row: dict[str, Any], chat: bool = False
 ) -> dict[str, Any]:
     """Bits and bytes of one document, cut to the model's context.
@@ -241,7 +245,7 @@ def token_bytes(tokenizer: Any, ids: list[int]) -> int:
     return sum(len(token) for token in tokenizer.convert_ids_to_tokens(ids))
 
 
-def _answer(model: Any, tokenizer: Any, batch: list[dict[str, Any]], max_new_tokens: int) -> list[dict[str, Any]]:
+def _answer_batch(model: Any, tokenizer: Any, batch: list[dict[str, Any]], max_new_tokens: int) -> list[dict[str, Any]]:
     """Greedy outputs of one left-padded batch, each with its score, the scorer and the SHA-256 of its file."""
     import torch
     from transformers import GenerationConfig

@@ -46,7 +46,7 @@ def wilson(wins: float, n: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
-def powers(n: int) -> list[int]:
+def powers_of_two(n: int) -> list[int]:
     """1, 2, 4, … below n, and n."""
     return [*(2**i for i in range(n.bit_length()) if 2**i < n), n]
 

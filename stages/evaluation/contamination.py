@@ -107,7 +107,7 @@ def run(config: ContaminationConfig, inputs: Inputs, work: Path, out: Path, repo
         **summary(rows),
         "read": corpus.read,
         "detector": detector,
-        "scores": {role: scores_by_verdict(values(inputs, role), verdicts) for role in _tables(inputs)},
+        "scores": {role: scores_by_verdict(read_scores(inputs, role), verdicts) for role in _score_roles(inputs)},
     }
     write_json(out / "report.json", body)
     for split, counts in body["items"].items():
@@ -245,11 +245,11 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _tables(inputs: Inputs) -> list[str]:
+def _score_roles(inputs: Inputs) -> list[str]:
     return sorted(role for role in inputs if role.startswith(("evaluate-", "solve-", "fresh-solve-")))
 
 
-def values(inputs: Inputs, role: str) -> dict[str, tuple[str, float]]:
+def read_scores(inputs: Inputs, role: str) -> dict[str, tuple[str, float]]:
     """(kind, score) of each item in one table. The score of an answer in conversation is the greedy answer's reward, or
     without a greedy answer the mean reward of the samples."""
     if role.startswith("evaluate-"):

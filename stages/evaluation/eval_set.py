@@ -15,7 +15,7 @@ from pipeline.core.stage import Config, Inputs, Report, Stage, added
 from pipeline.core.store import Artifact
 from stages.data.seeds import seed_of
 from stages.data.synthetic import courtesy_notes as courtesies
-from stages.data.synthetic.problems import TASKS, distinct
+from stages.data.synthetic.problems import TASKS, draw_distinct
 from stages.data.table import ITEMS, read_jsonl, read_table, write_jsonl, write_rows
 from stages.rl.protocols import Row, question, to_row
 
@@ -64,7 +64,7 @@ def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     for task in sorted(config.problems):
         rng = random.Random(seed_of(f"items/{task}", config.seed))
         try:
-            problems = distinct(task, config.problems[task], rng)
+            problems = draw_distinct(task, config.problems[task], rng)
         except ValueError as error:
             raise RecipeError(f"evaluation.problems: {error}; ask for fewer") from None
         for i, problem in enumerate(problems):
@@ -73,7 +73,7 @@ def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     write_rows(out / "items.parquet", ITEMS, rows)
     report.note(f"{len(rows)} evaluation items")
     if config.chat is not None:
-        chat_items = list(_chat(config.chat, rows, config.seed))
+        chat_items = list(_chat_rows(config.chat, rows, config.seed))
         write_jsonl(out / CHAT, chat_items)
         report.note(f"{len(chat_items)} items for conversations")
 
@@ -84,7 +84,7 @@ def courtesy_row(id: str, request: courtesies.Request, verifier: str = "courtesy
     return to_row(id, request.text, verifier, "courtesy", 1, **fields)
 
 
-def _chat(config: ChatItems, items: list[dict[str, str]], seed: int) -> Iterator[Row]:
+def _chat_rows(config: ChatItems, items: list[dict[str, str]], seed: int) -> Iterator[Row]:
     excluded = {row["text"] for row in items}
     for row in items:
         fields = {"question": row["text"], "expected_answer": row["answer"], "split": "test"}
@@ -92,7 +92,7 @@ def _chat(config: ChatItems, items: list[dict[str, str]], seed: int) -> Iterator
     for task, count in sorted(config.validation.items()):
         rng = random.Random(seed_of(f"items/validation/{task}", seed))
         try:
-            problems = distinct(task, count, rng, without=excluded)
+            problems = draw_distinct(task, count, rng, without=excluded)
         except ValueError as error:
             raise RecipeError(f"evaluation.chat.validation: {error}; ask for fewer") from None
         for i, problem in enumerate(problems):
@@ -100,7 +100,7 @@ def _chat(config: ChatItems, items: list[dict[str, str]], seed: int) -> Iterator
             yield to_row(f"validation/{task}/{i:05d}", problem.question, "exact", task, 0, **fields)
     count_of_requests = config.courtesies + config.courtesies_validation
     try:
-        requests = courtesies.distinct(
+        requests = courtesies.draw_distinct(
             count_of_requests, random.Random(seed_of("items/courtesies", seed)), heldout=True
         )
     except ValueError as error:

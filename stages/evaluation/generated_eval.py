@@ -23,7 +23,7 @@ from pipeline.core.bounds import MOST_SOURCES, Key, SourceName
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, Inputs, Report, Stage
 from stages.data.seeds import seed_of
-from stages.data.synthetic.problems import distinct
+from stages.data.synthetic.problems import draw_distinct
 from stages.data.table import stream_rows, write_json, write_jsonl
 from stages.evaluation.eval_set import CHAT, Problems, chat_rows, texts_of
 from stages.rl.protocols import Row, question, to_row
@@ -54,19 +54,20 @@ def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     taken out, and where each stood. Raises RecipeError if a task has too few problems.
     """
     digest = digest_of(inputs["model"] / "model")
-    drawn = draw(digest, config.problems)
-    matches = find_places(drawn, config, inputs)
-    kept = [row for row in drawn if row["id"] not in matches]
-    write_jsonl(out / CHAT, kept)
+    rows = draw(digest, config.problems)
+    matches = find_places(rows, config, inputs)
+    kept_rows = [row for row in rows if row["id"] not in matches]
+    write_jsonl(out / CHAT, kept_rows)
     place_names = sorted({name for names in matches.values() for name in names})
     counts = {
-        name: sum(name in names for names in matches.values()) for name in [*searched(config, inputs), EVALUATION]
+        name: sum(name in names for names in matches.values())
+        for name in [*searched_places(config, inputs), EVALUATION]
     }
-    by_id = {row["id"]: row for row in drawn}
+    by_id = {row["id"]: row for row in rows}
     removed = [{"id": id, "question": question(by_id[id]), "where": names} for id, names in sorted(matches.items())]
-    meta = {"digest": digest, "seed": seed_from(digest), "problems": config.problems, "drawn": len(drawn)}
-    write_json(out / "meta.json", meta | {"kept": len(kept), "removed": removed, "removed_by_place": counts})
-    report.note(f"{len(drawn)} problems drawn from {digest}, {len(kept)} kept")
+    meta = {"digest": digest, "seed": seed_from(digest), "problems": config.problems, "drawn": len(rows)}
+    write_json(out / "meta.json", meta | {"kept": len(kept_rows), "removed": removed, "removed_by_place": counts})
+    report.note(f"{len(rows)} problems drawn from {digest}, {len(kept_rows)} kept")
     for name in place_names:
         report.note(f"{counts[name]} stand in {name}")
 
@@ -93,7 +94,7 @@ def draw(digest: str, problems: Mapping[str, int]) -> list[Row]:
     for task in sorted(problems):
         rng = random.Random(seed_of(f"fresh/{task}", int(seed_from(digest), 16)))
         try:
-            generated = distinct(task, problems[task], rng)
+            generated = draw_distinct(task, problems[task], rng)
         except ValueError as error:
             raise RecipeError(f"evaluation.problems: {error}; ask for fewer") from None
         for i, problem in enumerate(generated):
@@ -102,7 +103,7 @@ def draw(digest: str, problems: Mapping[str, int]) -> list[Row]:
     return rows
 
 
-def find_places(drawn: list[Row], config: FreshConfig, inputs: Inputs) -> dict[str, list[str]]:
+def find_places(rows: list[Row], config: FreshConfig, inputs: Inputs) -> dict[str, list[str]]:
     """The places of questions that occur in the data: item id → training phases, task artifacts, EVALUATION.
 
     A question occurs in a text that contains its words in sequence, as decontamination compares them. All kept
@@ -110,12 +111,12 @@ def find_places(drawn: list[Row], config: FreshConfig, inputs: Inputs) -> dict[s
     """
     from stages.data.filters.overlap import ItemRuns
 
-    runs = ItemRuns({row["id"]: question(row) for row in drawn})
+    runs = ItemRuns({row["id"]: question(row) for row in rows})
     matches: dict[str, list[str]] = {}
 
     def record_matches(name: str, nodes: set[int]) -> None:
         closed_runs = runs.with_prefixes(nodes)
-        for row in drawn:
+        for row in rows:
             if runs.overlap(row["id"], closed_runs, ngram=10**9)[0] == 1:
                 matches.setdefault(row["id"], []).append(name)
 
@@ -137,7 +138,7 @@ def task_roles(inputs: Inputs) -> list[str]:
     return sorted(role for role in inputs if role.startswith("tasks-"))
 
 
-def searched(config: FreshConfig, inputs: Inputs) -> list[str]:
+def searched_places(config: FreshConfig, inputs: Inputs) -> list[str]:
     """The places that are searched beside the evaluation items."""
     return [*config.phases, *task_roles(inputs)]
 

@@ -79,7 +79,7 @@ class ContextSection(Config):
     )
 
     @model_validator(mode="after")
-    def _possible(self) -> ContextSection:
+    def _check_increasing(self) -> ContextSection:
         for name, values in (("lengths", self.lengths), ("depths", self.depths)):
             if list(values) != sorted(set(values)):
                 raise ValueError(f"{name} = {shown(values)} are not increasing; put each once, the least first")
@@ -104,12 +104,13 @@ def measure(
     filler = [token for row in documents for token in encode(f"{row['text']}\n\n")]
     keys: list[dict[str, Any]] = []
     for length in section.lengths:
-        cells = partial(_cells, section, length, model, tokenizer, encode, filler)
+        cells = partial(_score_cells, section, length, model, tokenizer, encode, filler)
         keys += once(work / f"passkey-{length}.json", cells)
         scores = [row["score"] for row in keys if row["length"] == length]
         report.note(f"passkey in {length} tokens: {sum(scores)} of {len(scores)} found")
     by_position = once(
-        work / "positions.json", partial(_positions, model, encode, documents, section.lengths[-1], section.documents)
+        work / "positions.json",
+        partial(_loss_by_position, model, encode, documents, section.lengths[-1], section.documents),
     )
     return keys, by_position
 
@@ -143,7 +144,7 @@ def items(section: ContextSection, length: int, encode: Encode, filler: list[int
             yield f"{length}/{depth:g}/{n:03d}", depth, key, ids, answer
 
 
-def _cells(
+def _score_cells(
     section: ContextSection, length: int, model: Any, tokenizer: Any, encode: Encode, filler: list[int]
 ) -> list[dict[str, Any]]:
     import torch
@@ -159,7 +160,7 @@ def _cells(
     return rows
 
 
-def _positions(
+def _loss_by_position(
     model: Any, encode: Encode, documents: Sequence[dict[str, Any]], length: int, limit: int
 ) -> list[dict[str, Any]]:
     """One row for each bucket of each document, of the first `limit` documents of at least `length` tokens."""

@@ -29,7 +29,7 @@ from pipeline.core.stage import Config, Inputs, Report, Stage
 from pipeline.core.store import once
 from stages.data.seeds import seed_of
 from stages.data.table import write_json, write_rows
-from stages.evaluation.confidence import clustered, majority_at, pass_at, powers
+from stages.evaluation.confidence import clustered, majority_at, pass_at, powers_of_two
 from stages.evaluation.eval_set import chat_rows
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     for start in range(0, len(rows), ITEMS_PER_BATCH):
         batch = rows[start : start + ITEMS_PER_BATCH]
         name = f"answers-{start // ITEMS_PER_BATCH:05d}.json"
-        answered += once(work / name, partial(_answers, chat_model, batch, config))
+        answered += once(work / name, partial(_answer_batch, chat_model, batch, config))
         report.progress(start + len(batch), len(rows), "items")
     chat_model.close()
     answered.sort(key=lambda row: (row["id"], row["sample"]))
@@ -149,7 +149,7 @@ class ChatModel:
         self.verifiers.close()
 
 
-def _answers(chat_model: ChatModel, batch: Sequence[Row], config: SolveConfig) -> list[Answer]:
+def _answer_batch(chat_model: ChatModel, batch: Sequence[Row], config: SolveConfig) -> list[Answer]:
     greedy_requests = [(row, GREEDY, 0) for row in batch if row["kind"] not in JUDGED]
     sample_counts = {id(row): 1 if row["kind"] in JUDGED else config.samples for row in batch}
     sample_requests = [
@@ -169,13 +169,13 @@ def summary(answered: Sequence[Answer]) -> dict[str, Any]:
     judged = {kind: items for kind, items in sorted(by_kind.items()) if kind in JUDGED}
     all_items = {id: rows for items in problems.values() for id, rows in items.items()}
     return {
-        "problems": {kind: _problems(items) for kind, items in problems.items()},
-        "problems_all": _problems(all_items) if all_items else None,
+        "problems": {kind: _summarize_problems(items) for kind, items in problems.items()},
+        "problems_all": _summarize_problems(all_items) if all_items else None,
         "judged": {kind: _answer_statistics(items, "reward") for kind, items in judged.items()},
     }
 
 
-def _problems(items: Mapping[str, list[Answer]]) -> dict[str, Any]:
+def _summarize_problems(items: Mapping[str, list[Answer]]) -> dict[str, Any]:
     samples = {id: [row for row in rows if row["sample"] != GREEDY] for id, rows in sorted(items.items())}
     greedy = {id: [row for row in rows if row["sample"] == GREEDY] for id, rows in sorted(items.items())}
     sample_statistics = _answer_statistics(samples, "accuracy")
@@ -186,14 +186,14 @@ def _problems(items: Mapping[str, list[Answer]]) -> dict[str, Any]:
             "pass": clustered(
                 [pass_at(len(rows), sum(r["reward"] >= 1 for r in rows), k) for rows in samples.values()]
             ),
-            "maj": clustered([_majority(rows, k) for rows in samples.values()]),
+            "maj": clustered([_majority_of(rows, k) for rows in samples.values()]),
         }
-        for k in powers(n)
+        for k in powers_of_two(n)
     }
     return {"greedy": _answer_statistics(greedy, "accuracy"), "samples": sample_statistics, "at": at}
 
 
-def _majority(rows: Sequence[Answer], k: int) -> float:
+def _majority_of(rows: Sequence[Answer], k: int) -> float:
     votes = [row["answer"] if row["finished"] else None for row in rows]
     return majority_at(votes, {row["answer"] for row in rows if row["reward"] >= 1}, k)
 

@@ -102,7 +102,7 @@ def summary(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "wins": wins,
         "ties": len(pairs) - decided,
         "losses": losses,
-        "sides": {side: _side(pairs, side) for side in SIDES},
+        "sides": {side: _summarize_side(pairs, side) for side in SIDES},
         "examples": [
             {"id": pair["id"], "question": pair["question"]}
             | {side: {name: pair[f"{side}_{name}"] for name in ("answer", "finished", "reward")} for side in SIDES}
@@ -118,7 +118,7 @@ def _margin(pair: dict[str, Any]) -> float:
     return margin if better.get("task", 1) == 1 else 0.0
 
 
-def _side(pairs: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
+def _summarize_side(pairs: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
     parts = [json.loads(pair[f"{side}_parts"]) for pair in pairs]
     return {
         "parts": {name: clustered([part[name] for part in parts]) for name in sorted(parts[0])},

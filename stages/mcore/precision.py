@@ -40,7 +40,7 @@ def keywords(precision: Precision) -> dict[str, Any]:
     return {**_BF16, **_FP8.get(precision, {})}
 
 
-def missing(precision: Precision) -> str | None:
+def missing_requirement(precision: Precision) -> str | None:
     """What this machine lacks for a precision, in one sentence that begins with the recipe's field; None: nothing."""
     requirement = f"precision = {precision} needs"
     if precision not in NEEDS or (precision == "bf16" and not torch.cuda.is_available()):

@@ -156,7 +156,7 @@ def quantize(x: torch.Tensor, recipe: Recipe, kind: Kind, summed: int = 1, group
         return Quantized(values, factor, counts)
     shared = None
     if shape is None:
-        shared = _multiplier(_largest(x, group), format_, recipe.scale)
+        shared = _multiplier(_max_magnitude(x, group), format_, recipe.scale)
         factor = float(1 / shared)
     height, width = shape or (1, x.shape[1])
     for rounded, part in zip(_slabs(values, height), _slabs(x, height), strict=True):
@@ -174,7 +174,7 @@ def _slabs(x: torch.Tensor, height: int) -> tuple[torch.Tensor, ...]:
     return slabs
 
 
-def _largest(x: torch.Tensor, group: Any) -> torch.Tensor:
+def _max_magnitude(x: torch.Tensor, group: Any) -> torch.Tensor:
     """The largest magnitude of a tensor and of its parts on the group's other ranks: an fp32 scalar."""
     low, high = torch.aminmax(x)
     largest = torch.maximum(-low, high).float()

@@ -77,7 +77,7 @@ class Policy:
     def validate(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Mean reward of greedy answers by kind of task."""
         completions = self.draw([(row, 0) for row in rows], greedy=True)
-        return generation.accuracy(list(zip(rows, self.score(rows, completions), strict=True)))
+        return generation.mean_reward_by_kind(list(zip(rows, self.score(rows, completions), strict=True)))
 
     def close(self) -> None:
         for resource in (self.sampler, self.verifiers):
@@ -125,11 +125,11 @@ class RolloutFiles:
     ) -> list[Rollout]:
         """The wave's answers with their rewards: read from disk if an earlier attempt drew them with this policy, else
         drawn. They are written when drawn and again when scored. requests: (task, seed)."""
-        scored, drawn = self.path(step, wave), self.path(step, wave).with_suffix(".drawn")
-        answers = self._read(scored, digest, requests)
+        scored_path, drawn_path = self.path(step, wave), self.path(step, wave).with_suffix(".drawn")
+        answers = self._read(scored_path, digest, requests)
         if answers is not None:
             return answers
-        answers = self._read(drawn, digest, requests)
+        answers = self._read(drawn_path, digest, requests)
         if answers is None:
             completions = policy.draw(requests)
             answers = [
@@ -141,7 +141,7 @@ class RolloutFiles:
                 )
                 for (row, seed), c in zip(requests, completions, strict=True)
             ]  # fmt: skip
-            rollouts.write(drawn, answers)
+            rollouts.write(drawn_path, answers)
         completions = [Completion(tuple(r.ids), tuple(r.logprobs), r.finished) for r in answers]
         parts = policy.score([row for row, _ in requests], completions)
         versions = {} if policy.verifiers is None else {n: v.version for n, v in policy.verifiers.by_name.items()}

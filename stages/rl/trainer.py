@@ -26,7 +26,7 @@ from stages.train.engine import Engine, StepFigures
 from stages.train.log import Log
 from stages.train.loop import FAILED, STOP, stop_signals
 from stages.train.schedule import learning_rate
-from stages.train.spikes import finite
+from stages.train.spikes import finite_or_none
 from stages.train.watchdog import START_SECONDS, Watchdog
 
 
@@ -75,7 +75,7 @@ class Trainer:
                 {
                     "step": step,
                     "tokens": self.tokens,
-                    **{k: finite(v) if isinstance(v, float) else v for k, v in line.items()},
+                    **{k: finite_or_none(v) if isinstance(v, float) else v for k, v in line.items()},
                 }
             )
             if self.first:
@@ -105,7 +105,7 @@ class Trainer:
         """A check for `Engine.step` that stops the phase when a loss or gradient norm is not finite."""
 
         def check(loss: float, grad_norm: float | None) -> str | None:
-            if finite(loss) is None or (grad_norm is not None and finite(grad_norm) is None):
+            if finite_or_none(loss) is None or (grad_norm is not None and finite_or_none(grad_norm) is None):
                 raise AtomError(f"{self.name}: loss {loss} and gradient norm {grad_norm} at step {step} are no "
                                 f"numbers; lower {self.name}.optimizer.lr")  # fmt: skip
             return None

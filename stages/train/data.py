@@ -253,11 +253,11 @@ class Order:
         if group and self.spans[group - 1][1] > step:
             group, counts = 0, Counter()
         while group < len(self.spans) and self.spans[group][1] <= step:
-            counts = counts + _sources(self._read(group))
+            counts = counts + _count_sources(self._read(group))
             group += 1
         self.counted = group, counts
         partial_group = self._slice_group(group, self.first, step) if group < len(self.spans) else self.empty
-        totals = counts + _sources(partial_group)
+        totals = counts + _count_sources(partial_group)
         return {name: totals[name] for name in sorted(totals)}
 
     def _read_steps(self, first: int, last: int) -> pa.Table:
@@ -282,7 +282,7 @@ class Order:
         return AtomError(f"order artifact {self.key} does not hold the rows that each of its steps should have")
 
 
-def _sources(table: pa.Table) -> Counter[str]:
+def _count_sources(table: pa.Table) -> Counter[str]:
     return Counter({c["values"]: c["counts"] for c in table["source"].value_counts().to_pylist()})
 
 

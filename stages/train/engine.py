@@ -100,7 +100,7 @@ class Engine:
         self.config, self.ranks, self.layout = config, ranks, ranks.layout
         self.step_done = 0
         kind, model = config.phase.precision, config.model
-        if reason := precision.missing(kind):
+        if reason := precision.missing_requirement(kind):
             raise RecipeError(reason)
         self.shapes = model.shapes(config.padded_vocab_size)
         if vocab_size > config.padded_vocab_size:
@@ -353,13 +353,13 @@ class Engine:
                 group["step"] = step
         for piece, buffer in self._buffer_pieces():
             buffer.copy_(read("weight", piece).view_as(buffer))
-        for part in self._parts():
+        for part in self._distributed_optimizers():
             part._copy_main_params_to_model_params()
         for chunk in self.ddp:
             chunk.start_param_sync(force_sync=True)
         self.step_done = step if moments else 0
 
-    def _parts(self) -> list[Any]:
+    def _distributed_optimizers(self) -> list[Any]:
         """Megatron's distributed optimizers: one for dense tensors, another for experts if they are spread."""
         parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         return [part for part in parts if not part.is_stub_optimizer]
@@ -373,7 +373,7 @@ class Engine:
     def _pieces(self) -> list[tuple[Piece, Any, torch.Tensor]]:
         pieces = []
         names = {id(p): name for name, p in named_tensors(self.chunks)}
-        for part in self._parts():
+        for part in self._distributed_optimizers():
             for parameter, (group, number) in part.model_param_group_index_map.items():
                 name, span = names[id(parameter)], part._get_model_param_range_map(parameter)["param"]
                 main = part.optimizer.param_groups[group]["params"][number]

@@ -32,7 +32,7 @@ from stages.train.data import Order, Prefetcher, RankBatch, Row, Shards, heldout
 from stages.train.engine import Engine, StepFigures
 from stages.train.log import Log
 from stages.train.schedule import learning_rate
-from stages.train.spikes import Record, SpikeDetector, finite, spike_record
+from stages.train.spikes import Record, SpikeDetector, finite_or_none, spike_record
 from stages.train.watchdog import START_SECONDS, Watchdog
 
 STOP, FAILED = 1, 2
@@ -153,7 +153,7 @@ class Phase:
             metrics["z_loss"] = figures.z_loss
         metrics |= {"expert_max_violation": figures.experts.max_violation}
         metrics |= {"router_entropy": float(figures.experts.entropy.mean())}
-        finite_metrics = {name: finite(value) for name, value in metrics.items()}
+        finite_metrics = {name: finite_or_none(value) for name, value in metrics.items()}
         if figures.refused:
             return self._handle_spike(step, rows, figures, finite_metrics)
         self.tokens += sum(row.slots for row in rows)

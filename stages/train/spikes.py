@@ -68,14 +68,14 @@ def spike_record(step: int, action: str, excluded: Sequence[int], rows: Sequence
         "reason": figures.refused,
         "action": action,
         "excluded": list(excluded),
-        "loss": finite(figures.loss),
-        "grad_norm": finite(figures.grad_norm),
+        "loss": finite_or_none(figures.loss),
+        "grad_norm": finite_or_none(figures.grad_norm),
         "documents": sorted({segment.id for row in rows for segment in row.segments}),
         "experts": figures.experts.json(),
-        "gradient_norms": {part: finite(norm) for part, norm in (figures.gradients or {}).items()},
+        "gradient_norms": {part: finite_or_none(norm) for part, norm in (figures.gradients or {}).items()},
     }
 
 
-def finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """The value, or None (JSON's null) if it is not finite."""
     return value if math.isfinite(value) else None

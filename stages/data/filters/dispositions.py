@@ -44,7 +44,7 @@ class Dispositions:
             dispositions.rows[row["id"]] = Disposition(**{**row, **reset})
         return dispositions
 
-    def enter(self, row: dict[str, Any]) -> None:
+    def add(self, row: dict[str, Any]) -> None:
         """A document as acquired. Raises AtomError for an id seen before, or a document without license."""
         if row["id"] in self.rows:
             raise AtomError(f"two input documents have the id {row['id']}; ids must differ over all sources")

@@ -134,8 +134,8 @@ def _config(settings: MinHash, seed: int = 0) -> MinhashConfig:
 
 
 def _jaccard(a: Iterator[int], b: Iterator[int]) -> float:
-    left, right = set(a), set(b)
-    return len(left & right) / len(left | right)
+    first, second = set(a), set(b)
+    return len(first & second) / len(first | second)
 
 
 def _exhaust(result: object) -> None:

@@ -97,7 +97,7 @@ class GopherQuality(Step):
     min_stop_words: Amount = 2
 
     @model_validator(mode="after")
-    def _possible(self) -> GopherQuality:
+    def _check_ranges(self) -> GopherQuality:
         _require_order(self, "doc_words", "avg_word_length")
         return self
 
@@ -134,7 +134,7 @@ class CodeShape(Step):
     max_digit_fraction: Share = 0.2
 
     @model_validator(mode="after")
-    def _possible(self) -> CodeShape:
+    def _check_ranges(self) -> CodeShape:
         _require_order(self, "lines")
         return self
 

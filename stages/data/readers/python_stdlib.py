@@ -149,10 +149,10 @@ def _file_without_docstrings(tree: ast.Module, lines: list[str]) -> str:
             continue
         first, last = body.lineno - 1, (body.end_lineno or body.lineno) - 1
         # columns count bytes of UTF-8
-        before = lines[first].encode()[: body.col_offset].decode()
-        after = lines[last].encode()[body.end_col_offset :].decode()
-        alone = not before.strip() and not after.strip() and (len(node.body) > 1 or isinstance(node, ast.Module))
-        edited[first : last + 1] = [None if alone else f"{before}pass{after}", *[None] * (last - first)]
+        prefix = lines[first].encode()[: body.col_offset].decode()
+        suffix = lines[last].encode()[body.end_col_offset :].decode()
+        alone = not prefix.strip() and not suffix.strip() and (len(node.body) > 1 or isinstance(node, ast.Module))
+        edited[first : last + 1] = [None if alone else f"{prefix}pass{suffix}", *[None] * (last - first)]
     return "\n".join(line for line in edited if line is not None).strip("\n")
 
 

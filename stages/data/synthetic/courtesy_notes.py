@@ -62,7 +62,7 @@ class Request:
         return hashlib.sha256(self.text.encode()).digest()[0] % 10 == 0
 
 
-def request(rng: random.Random, heldout: bool = False) -> Request:
+def draw_request(rng: random.Random, heldout: bool = False) -> Request:
     """One of the training requests, or of the held-out ones, each equally likely."""
     while True:
         candidate = Request(rng.choice(ACTS), rng.choice(PEOPLE), rng.choice(THINGS))
@@ -70,7 +70,7 @@ def request(rng: random.Random, heldout: bool = False) -> Request:
             return candidate
 
 
-def distinct(count: int, rng: random.Random, heldout: bool) -> list[Request]:
+def draw_distinct(count: int, rng: random.Random, heldout: bool) -> list[Request]:
     """`count` different requests. Raises ValueError if the grammar has too few."""
     all_requests = [Request(act, who, what) for act in ACTS for who in PEOPLE for what in THINGS]
     candidates = [candidate for candidate in all_requests if candidate.heldout == heldout]
@@ -81,12 +81,12 @@ def distinct(count: int, rng: random.Random, heldout: bool) -> list[Request]:
     return rng.sample(candidates, count)
 
 
-def answer(request: Request, rng: random.Random) -> str:
+def answer(draw_request: Request, rng: random.Random) -> str:
     """An answer with flaws, each with its own chance."""
-    sentence = request.act.done.format(who=request.who, what=request.what)
+    sentence = draw_request.act.done.format(who=draw_request.who, what=draw_request.what)
     if rng.random() < 0.3:
-        sentence = sentence.replace(f"the {request.what}", "it")
-    note = f"Dear {request.who}, {sentence}" if rng.random() < 0.6 else sentence[0].upper() + sentence[1:]
+        sentence = sentence.replace(f"the {draw_request.what}", "it")
+    note = f"Dear {draw_request.who}, {sentence}" if rng.random() < 0.6 else sentence[0].upper() + sentence[1:]
     if rng.random() < 0.2:
         note += f" {rng.choice(FILLER)} {rng.choice(FILLER)}"
     if rng.random() < 0.5:
@@ -100,6 +100,6 @@ def answer(request: Request, rng: random.Random) -> str:
     return note
 
 
-def messages(request: Request, rng: random.Random) -> list[dict[str, str]]:
+def messages(draw_request: Request, rng: random.Random) -> list[dict[str, str]]:
     """A conversation of one request and one answer."""
-    return [{"role": "user", "content": request.text}, {"role": "assistant", "content": answer(request, rng)}]
+    return [{"role": "user", "content": draw_request.text}, {"role": "assistant", "content": answer(draw_request, rng)}]

@@ -26,7 +26,7 @@ HELD_OUT_SHARE = 0.1
 """Share of texts, by content hash, that are never filler in training: those that a data recipe may hold out."""
 
 
-def for_evaluation(key: str) -> bool:
+def is_for_evaluation(key: str) -> bool:
     """Whether a key is set apart: a lottery by its SHA-256, the same for every seed."""
     return _fraction(key) < EVALUATION_SHARE
 
@@ -35,11 +35,11 @@ def draw_key(rng: random.Random, digits: int, evaluation: bool = False) -> str:
     """A key of `digits` different digits (2 to 9), of those for evaluation or of the others."""
     while True:
         key = "".join(rng.sample("0123456789", digits))
-        if for_evaluation(key) == evaluation:
+        if is_for_evaluation(key) == evaluation:
             return key
 
 
-def least_chars(digits: int) -> int:
+def min_characters(digits: int) -> int:
     """Characters of a document without any filler."""
     return len(STATEMENT.format("0" * digits)) + len(QUESTION) + len(ANSWER.format("0" * digits))
 
@@ -62,7 +62,7 @@ def draw(
     for _ in range(count):
         size = min(high, int(low * math.exp(rng.random() * math.log((high + 1) / low))))
         start, depth, key = rng.randrange(len(texts)), rng.random(), draw_key(rng, digits)
-        filler = _filler(texts, start, size - least_chars(digits))
+        filler = _filler(texts, start, size - min_characters(digits))
         offset = round(depth * len(filler))
         cut = max(filler.rfind("\n", 0, offset), filler.rfind(" ", 0, offset)) + 1 if offset < len(filler) else offset
         prompt = filler[:cut] + STATEMENT.format(key) + filler[cut:] + QUESTION

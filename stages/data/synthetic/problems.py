@@ -97,20 +97,20 @@ def draw(tasks: Mapping[str, float], count: int, rng: random.Random) -> list[Pro
     return [TASKS[name](rng) for name in rng.choices(names, weights, k=count)]
 
 
-def distinct(
+def draw_distinct(
     task: str, count: int, rng: random.Random, level: int | None = None, without: Collection[str] = ()
 ) -> list[Problem]:
     """`count` problems of one task with different questions, none of them in `without`.
 
     Raises ValueError if the task has too few.
     """
-    problems = up_to(task, count, rng, level, without)
+    problems = draw_up_to(task, count, rng, level, without)
     if len(problems) < count:
         raise ValueError(f"task {task} gave only {len(problems)} different problems of {count}")
     return problems
 
 
-def up_to(
+def draw_up_to(
     task: str, count: int, rng: random.Random, level: int | None = None, without: Collection[str] = ()
 ) -> list[Problem]:
     """As `distinct`, but as many as there are where there are fewer: drawing ends when little that is new comes."""

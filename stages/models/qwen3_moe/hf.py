@@ -28,7 +28,7 @@ _SAME = {
 _ROUTER = ("mlp.router.weight", "mlp.gate.weight")
 
 
-def _swiglus(model: ModelConfig, layer: int) -> list[tuple[str, str]]:
+def _swiglu_prefixes(model: ModelConfig, layer: int) -> list[tuple[str, str]]:
     """(Megatron's, Hugging Face's) prefixes of a layer's SwiGLUs: one in a dense layer, else one for each expert."""
     a, b = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp."
     if layer < model.dense_layers:
@@ -59,7 +59,7 @@ def to_hf(tensors: Tensors, model: ModelConfig, vocab_size: int) -> dict[str, to
         out[b + "self_attn.v_proj.weight"] = qkv[:, queries + 1].reshape(-1, hidden)
         if layer >= model.dense_layers:
             out[b + _ROUTER[1]] = tensors[a + _ROUTER[0]]
-        for e, f in _swiglus(model, layer):
+        for e, f in _swiglu_prefixes(model, layer):
             gate, up = tensors[e + "linear_fc1.weight"].chunk(2, 0)
             out[f + "gate_proj.weight"], out[f + "up_proj.weight"] = gate, up
             out[f + "down_proj.weight"] = tensors[e + "linear_fc2.weight"]
@@ -89,7 +89,7 @@ def from_hf(tensors: Tensors, model: ModelConfig) -> dict[str, torch.Tensor]:
         out[a + "self_attention.linear_qkv.weight"] = torch.cat([q, k, v], 1).reshape(-1, hidden)
         if layer >= model.dense_layers:
             out[a + _ROUTER[0]] = remaining.pop(b + _ROUTER[1])
-        for e, f in _swiglus(model, layer):
+        for e, f in _swiglu_prefixes(model, layer):
             halves = [remaining.pop(f + "gate_proj.weight"), remaining.pop(f + "up_proj.weight")]
             out[e + "linear_fc1.weight"] = torch.cat(halves, 0)
             out[e + "linear_fc2.weight"] = remaining.pop(f + "down_proj.weight")

@@ -70,10 +70,10 @@ class Heads(torch.autograd.Function):  # type: ignore[misc]
         ctx: Any, mixed: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
         sin: torch.Tensor, eps: float,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        query, key, value = _parts(mixed)
+        query, key, value = _split_qkv(mixed)
         weights = _to_fp32(q_weight), _to_fp32(k_weight)
-        q, q_normed, q_scale = _norm_and_turn(_to_fp32(query), weights[0], cos, sin, eps)
-        k, k_normed, k_scale = _norm_and_turn(_to_fp32(key), weights[1], cos, sin, eps)
+        q, q_normed, q_scale = _norm_and_rotate(_to_fp32(query), weights[0], cos, sin, eps)
+        k, k_normed, k_scale = _norm_and_rotate(_to_fp32(key), weights[1], cos, sin, eps)
         v = value.contiguous()
         ctx.save_for_backward(q_normed, q_scale, weights[0], k_normed, k_scale, weights[1], cos, sin)
         ctx.shape, ctx.type, ctx.weight_type = mixed.shape, mixed.dtype, q_weight.dtype
@@ -83,9 +83,9 @@ class Heads(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, d_q: torch.Tensor, d_k: torch.Tensor, d_v: torch.Tensor) -> tuple[Any, ...]:
         q_normed, q_scale, q_weight, k_normed, k_scale, k_weight, cos, sin = ctx.saved_tensors
         d_mixed = q_normed.new_empty(ctx.shape, dtype=ctx.type)
-        query, key, value = _parts(d_mixed)
-        d_q_weight = _turn_and_norm_back(_to_fp32(d_q), q_normed, q_scale, q_weight, cos, sin, query)
-        d_k_weight = _turn_and_norm_back(_to_fp32(d_k), k_normed, k_scale, k_weight, cos, sin, key)
+        query, key, value = _split_qkv(d_mixed)
+        d_q_weight = _norm_and_rotate_backward(_to_fp32(d_q), q_normed, q_scale, q_weight, cos, sin, query)
+        d_k_weight = _norm_and_rotate_backward(_to_fp32(d_k), k_normed, k_scale, k_weight, cos, sin, key)
         value.copy_(d_v.unflatten(1, value.shape[1:3]))
         weight_dtype = ctx.weight_type
         return d_mixed, d_q_weight.to(weight_dtype), d_k_weight.to(weight_dtype), None, None, None
@@ -95,13 +95,13 @@ def _to_fp32(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
-def _parts(mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _split_qkv(mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views of queries, keys and values, each [batch, groups, heads of a group, sequence, dim]."""
     query, key, value = mixed.permute(1, 2, 3, 0, 4).split((mixed.shape[3] - 2, 1, 1), 2)
     return query, key, value
 
 
-def _norm_and_turn(
+def _norm_and_rotate(
     x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, ...]:
     """x: [..., sequence, dim] -> RMSNorm and rotary embedding of x, x / RMS, 1 / RMS. The halves of a head turn."""
@@ -114,7 +114,7 @@ def _norm_and_turn(
     return out, normed, scale
 
 
-def _turn_and_norm_back(
+def _norm_and_rotate_backward(
     d_out: torch.Tensor, normed: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor,
     sin: torch.Tensor, d_x: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip

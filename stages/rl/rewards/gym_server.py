@@ -42,12 +42,12 @@ class GymServer:
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
         """Raises VerifierFailed if the server cannot be reached, refuses, or answers without a finite reward."""
         with ThreadPoolExecutor(PARALLEL) as pool:
-            return list(pool.map(lambda answer: self._parts(*answer), answers))
+            return list(pool.map(lambda answer: self._score_answer(*answer), answers))
 
     def close(self) -> None:
         """Nothing is held: each request has a connection of its own."""
 
-    def _parts(self, row: Row, response: Response) -> Parts:
+    def _score_answer(self, row: Row, response: Response) -> Parts:
         if not response.finished:
             return {"reward": 0.0, "finished": 0.0}
         body = request(row, response)

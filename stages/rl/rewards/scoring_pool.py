@@ -59,8 +59,8 @@ class ScoringPool:
         requests = [(row, json.dumps(self._fields_of(row)), response) for row, response in answers]
         rows = {fields: row for row, fields, response in requests if response.finished}
         with ThreadPoolExecutor(len(self.workers)) as pool:
-            list(pool.map(lambda item: self._check(item[1], item[0]), rows.items()))
-            return list(pool.map(lambda item: self._parts(*item), requests))
+            list(pool.map(lambda item: self._probe(item[1], item[0]), rows.items()))
+            return list(pool.map(lambda item: self._score_answer(*item), requests))
 
     def close(self) -> None:
         for worker in self.workers:
@@ -75,18 +75,18 @@ class ScoringPool:
     def _label(self, row: Row) -> str:
         return f"verifier {self.kind}, row {row.get('id')}"
 
-    def _parts(self, row: Row, fields: str, response: Response) -> Parts:
+    def _score_answer(self, row: Row, fields: str, response: Response) -> Parts:
         if not response.finished:
             return {"reward": 0.0, "finished": 0.0, "unreadable": 0.0}
-        reply = self._ask(row, fields, response.answer)
+        reply = self._request(row, fields, response.answer)
         if "score" in reply:
             return {"reward": float(reply["score"]), "finished": 1.0, "unreadable": 0.0}
-        self._check(row, fields)
+        self._probe(row, fields)
         return {"reward": 0.0, "finished": 1.0, "unreadable": 1.0}
 
-    def _check(self, row: Row, fields: str) -> None:
+    def _probe(self, row: Row, fields: str) -> None:
         for answer, correct in ((self.probe(row), True), (GARBAGE, False)):
-            reply = self._ask(row, fields, answer)
+            reply = self._request(row, fields, answer)
             if "died" in reply:
                 raise VerifierFailed(
                     f"{self._label(row)}: the judge failed {ATTEMPTS} times ({reply['died']}); "
@@ -100,7 +100,7 @@ class ScoringPool:
                     f"drop the row, or reinstall the package if every row says so"
                 )
 
-    def _ask(self, row: Row, fields: str, answer: str) -> dict[str, Any]:
+    def _request(self, row: Row, fields: str, answer: str) -> dict[str, Any]:
         """A worker's reply, or {"died": why}: all ATTEMPTS ended in a death."""
         worker = self.idle.get()
         try:

@@ -30,12 +30,12 @@ class FrozenScorer:
         self._scorer = SCORERS[self.name, self.version]
 
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
-        return [self._parts(row, response) for row, response in answers]
+        return [self._score_row(row, response) for row, response in answers]
 
     def close(self) -> None:
         """Holds nothing."""
 
-    def _parts(self, row: Row, response: Response) -> Parts:
+    def _score_row(self, row: Row, response: Response) -> Parts:
         try:
             return self._scorer(row, response.answer, response.finished)
         except (KeyError, ValueError) as error:

@@ -49,7 +49,7 @@ class Curriculum:
     def load(self, state: Mapping[str, Any]) -> None:
         self.state = {name: dict(bin_state) for name, bin_state in state.items()}
 
-    def open(self) -> list[str]:
+    def open_bins(self) -> list[str]:
         """The open bins, by name: of each kind the levels up to the first whose pass rate is below `rise`."""
         if self.config is None:
             return sorted(self.bins)
@@ -67,8 +67,8 @@ class Curriculum:
     def weights(self) -> dict[str, float]:
         """By open bin: 4 p (1 - p), which is 1 where nothing is known yet, and never below the floor."""
         if self.config is None:
-            return dict.fromkeys(self.open(), 1.0)
-        rates = {name: self.state[name]["rate"] for name in self.open()}
+            return dict.fromkeys(self.open_bins(), 1.0)
+        rates = {name: self.state[name]["rate"] for name in self.open_bins()}
         return {n: 1.0 if p is None else max(self.config.floor, 4 * p * (1 - p)) for n, p in rates.items()}
 
     def draw(self, count: int, step: int, wave: int) -> list[Row]:

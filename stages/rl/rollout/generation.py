@@ -97,7 +97,7 @@ def draw(sampler: Sampler, chat: Chat, requests: Sequence[tuple[Row, int]], gree
     return sampler.generate([Prompt(ids[str(row["id"])], seed) for row, seed in requests], greedy)
 
 
-def accuracy(scored: Sequence[tuple[Row, Parts]]) -> dict[str, Any]:
+def mean_reward_by_kind(scored: Sequence[tuple[Row, Parts]]) -> dict[str, Any]:
     """Mean reward by kind of task, in the order of their names."""
     by_kind: dict[str, list[float]] = {}
     for row, parts in scored:

@@ -51,7 +51,7 @@ class ProblemTasks(Config):
     count: Count = Field(description="tasks of each level at most; easy levels may have fewer")
 
     @model_validator(mode="after")
-    def _known(self) -> ProblemTasks:
+    def _check_levels(self) -> ProblemTasks:
         for level in self.levels:
             problems.TASKS[self.task](random.Random(0), level)  # raises ValueError in words if there is none
         return self
@@ -59,7 +59,7 @@ class ProblemTasks(Config):
     def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         for level in self.levels:
             rng = random.Random(seed_of(f"tasks/{self.task}/{level}", seed))
-            generated = problems.up_to(self.task, self.count, rng, level, excluded)
+            generated = problems.draw_up_to(self.task, self.count, rng, level, excluded)
             if not generated:
                 raise RecipeError(f"task {self.task} has no problem of level {level} that is not an evaluation item")
             for i, problem in enumerate(generated):
@@ -76,7 +76,7 @@ class CourtesyTasks(Config):
 
     def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         try:
-            requests = courtesy_notes.distinct(
+            requests = courtesy_notes.draw_distinct(
                 self.count, random.Random(seed_of("tasks/courtesies", seed)), heldout=False
             )
         except ValueError as error:
@@ -165,7 +165,7 @@ class TasksConfig(Config):
     seed: Seed
 
     @model_validator(mode="after")
-    def _distinct(self) -> TasksConfig:
+    def _check_distinct(self) -> TasksConfig:
         bins = Counter(name for source in self.sources for name in bins_of(source))
         duplicates = [name for name, count in bins.items() if count > 1]
         if duplicates:
@@ -193,11 +193,11 @@ def run(config: TasksConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     """Seals `tasks.jsonl`. inputs["items"]: what no task may ask. Raises RecipeError for a source that gives none."""
     excluded = {text for _, text in texts_of(inputs["items"])} | {question(row) for row in chat_rows(inputs["items"])}
     rows = [row for source in config.sources for row in source.rows(config.seed, excluded)]
-    kept = [row for row in rows if question(row) not in excluded]
-    if len(rows) > len(kept):
-        report.note(f"{len(rows) - len(kept)} tasks ask what an evaluation item asks and were left out")
-    write_jsonl(out / "tasks.jsonl", kept)
-    for name, count in sorted(Counter(bin_of(row) for row in kept).items()):
+    tasks = [row for row in rows if question(row) not in excluded]
+    if len(rows) > len(tasks):
+        report.note(f"{len(rows) - len(tasks)} tasks ask what an evaluation item asks and were left out")
+    write_jsonl(out / "tasks.jsonl", tasks)
+    for name, count in sorted(Counter(bin_of(row) for row in tasks).items()):
         report.note(f"{name}: {count} tasks")
 
 

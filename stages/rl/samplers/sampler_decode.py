@@ -92,12 +92,12 @@ class Decoder:
 
     def _experts(self, moe: Any, h: torch.Tensor) -> torch.Tensor:
         """Tokens sorted by expert, so that each expert's are one product. h: [rows, hidden]."""
-        probabilities, chosen = F.linear(h, moe.gate.weight).softmax(-1).topk(self.config.num_experts_per_tok, -1)
+        probabilities, selected = F.linear(h, moe.gate.weight).softmax(-1).topk(self.config.num_experts_per_tok, -1)
         if self.config.norm_topk_prob:
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-        experts, order = chosen.flatten().sort(stable=True)
+        experts, order = selected.flatten().sort(stable=True)
         ends = torch.searchsorted(experts, self.expert_ids, right=True, out_int32=True)
-        rows = order // chosen.shape[1]
+        rows = order // selected.shape[1]
         gate, up = F.grouped_mm(h[rows], moe.experts.gate_up_proj.mT, offs=ends).chunk(2, -1)
         output = (
             F.grouped_mm(F.silu(gate) * up, moe.experts.down_proj.mT, offs=ends) * probabilities.flatten()[order, None]

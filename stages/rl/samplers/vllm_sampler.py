@@ -77,7 +77,7 @@ class VllmServer:
         save_tensors(folder / "partial", contiguous)
         os.rename(folder / "partial", folder / "model.safetensors")
         norms = {name: _sha256(t) for name, t in served.items() if name.endswith("norm.weight")}
-        self._each([(s, s) for s in self.servers], lambda server, _: self._renew(server, folder, digest, norms))
+        self._map([(s, s) for s in self.servers], lambda server, _: self._renew(server, folder, digest, norms))
         is_first, self.loaded = self.loaded is None, digest
         if is_first:
             try:
@@ -94,13 +94,13 @@ class VllmServer:
             raise ValueError("weights are loaded before anything is drawn")
         # neighbors are often answers to one question, whose cache one server then keeps
         dealt = [(self.servers[i * len(self.servers) // len(prompts)], p) for i, p in enumerate(prompts)]
-        return self._each(dealt, lambda server, prompt: self._draw(server, prompt, greedy))
+        return self._map(dealt, lambda server, prompt: self._draw(server, prompt, greedy))
 
     def close(self) -> None:
         for server in self.servers:
             server.close()
 
-    def _each(self, items: Sequence[tuple[Server, Any]], request: Callable[[Server, Any], T]) -> list[T]:
+    def _map(self, items: Sequence[tuple[Server, Any]], request: Callable[[Server, Any], T]) -> list[T]:
         """The answers in order; the first error ends all."""
         with ThreadPoolExecutor(IN_FLIGHT * len(self.servers)) as pool:
             try:
@@ -139,15 +139,15 @@ class VllmServer:
 
     def _renew(self, server: Server, folder: Path, digest: str, norms: Mapping[str, str]) -> None:
         server.wait()
-        before = self._digests(server)
+        digests_before = self._digests(server)
         server.post("/collective_rpc", {"method": "renew", "args": [str(folder)]})
         if not server.post("/reset_prefix_cache")["success"]:
             raise MachineError(f"the vLLM server at {server.url} keeps its cache of prompts while somebody else uses "
                                "it; give it to this run alone")  # fmt: skip
         server.post("/update_weight_version", {"new_version": digest})
-        after = self._digests(server)
-        renewed = {(name, sha) for key, sha in after.items() if (name := key.rsplit(":", 1)[-1]) in norms}
-        if renewed != set(norms.items()) or (after == before and self.loaded is not None):
+        digests_after = self._digests(server)
+        renewed = {(name, sha) for key, sha in digests_after.items() if (name := key.rsplit(":", 1)[-1]) in norms}
+        if renewed != set(norms.items()) or (digests_after == digests_before and self.loaded is not None):
             raise MachineError(f"the vLLM server at {server.url} did not take over the weights in {folder}; "
                             "have it see this folder and run again")  # fmt: skip
 

@@ -128,13 +128,13 @@ class Server:
         """Until it answers. Raises AtomError if it dies before or takes longer."""
         end = time.monotonic() + seconds
         while True:
-            self._alive()
+            self._require_alive()
             try:
                 with _OPEN.open(f"{self.url}/health", timeout=10):
                     return
             except (OSError, http.client.HTTPException) as error:
                 if time.monotonic() > end:
-                    raise self._gone(f"no answer within {seconds:.0f} s: {error}") from None
+                    raise self._failure(f"no answer within {seconds:.0f} s: {error}") from None
             time.sleep(0.25)
 
     def post(self, path: str, body: Mapping[str, Any] | None = None, seconds: float | None = None) -> Any:
@@ -146,7 +146,7 @@ class Server:
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
-            self._alive()
+            self._require_alive()
             try:
                 with _OPEN.open(request, timeout=seconds or REQUEST_SECONDS) as answer:
                     return json.loads(answer.read() or b"null")
@@ -156,7 +156,7 @@ class Server:
                     raise AtomError(f"the vLLM server at {self.url} refuses {reason}; see to the recipe") from None
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = f"{path}: {error}"
-        raise self._gone(reason)
+        raise self._failure(reason)
 
     def close(self) -> None:
         """Ends the server, if it is ours, with all that it started."""
@@ -169,11 +169,11 @@ class Server:
         self.process.stdin.close()
         self.process = None
 
-    def _alive(self) -> None:
+    def _require_alive(self) -> None:
         if self.process is not None and (code := self.process.poll()) is not None:
-            raise self._gone(f"exit code {code}")
+            raise self._failure(f"exit code {code}")
 
-    def _gone(self, reason: str) -> MachineError:
+    def _failure(self, reason: str) -> MachineError:
         log_tail = ""
         if self.log is not None and self.log.exists():
             lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]

@@ -106,7 +106,7 @@ def supervise(control: socket.socket, files: list[int], limits: dict[str, int]) 
     _check(LIBC.mount(b"tmpfs", b"/tmp", b"tmpfs", 2 | 4, size.encode()), "mount")  # nosuid, nodev
     pid = os.fork()
     if pid == 0:
-        leave(program(files, limits))
+        terminate(program(files, limits))
     for file in files:
         os.close(file)
     ready = select.select([os.pidfd_open(pid), control.fileno()], [], [])[0]
@@ -155,7 +155,7 @@ def program(files: list[int], limits: dict[str, int]) -> int:
     return 0
 
 
-def leave(code: int) -> NoReturn:
+def terminate(code: int) -> NoReturn:
     """Ends as an interpreter would, but for freeing each object one by one, which takes longer than most programs."""
     for exit_hook in (threading._shutdown, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):  # type: ignore[attr-defined]
         try:

@@ -148,7 +148,7 @@ class Running:
                 self._kill("timeout")
             for key, _ in self._selector.select(max(remaining, 0)):
                 if key.fileobj is self.cell.control:
-                    self._ended(self._report())
+                    self._handle_end(self._read_report())
                     continue
                 data = self._read(key.fd)
                 if not data:
@@ -171,13 +171,13 @@ class Running:
             self._kill("killed")
             return b""
 
-    def _report(self) -> bytes:
+    def _read_report(self) -> bytes:
         try:
             return self.cell.control.recv(256)
         except ConnectionResetError:  # it died before it read a request
             return b""
 
-    def _ended(self, message: bytes) -> None:
+    def _handle_end(self, message: bytes) -> None:
         if message:
             code, cpu_seconds = json.loads(message)
             self._exit = code, cpu_seconds

@@ -128,7 +128,7 @@ class Checkpoints:
         self._require_present()
         for path in _files(self.folder / "sealed"):
             name = path.relative_to(self.folder).as_posix()
-            self.release_digests[name] = self.release_digests.get(name) or _mark(path)
+            self.release_digests[name] = self.release_digests.get(name) or _size_and_digest(path)
         product: dict[str, Any] = dict(self.release_digests)
         with open(self.folder / "training.jsonl", "rb") as file:
             product["training.jsonl"] = [log, sha256_bytes(file.read(log))]
@@ -324,5 +324,5 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
-def _mark(path: Path) -> list[Any]:
+def _size_and_digest(path: Path) -> list[Any]:
     return [path.stat().st_size, sha256_file(path)]

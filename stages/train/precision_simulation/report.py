@@ -34,15 +34,15 @@ Runs = Mapping[tuple[str, int], dict[str, Any]]
 
 def compose(
     settings: Settings, proportions: Sequence[tuple[str, float, float]], dimensions: Sequence[int],
-    chosen: Sequence[str], seeds: int, bound: float, runs: Runs,
+    precisions: Sequence[str], seeds: int, bound: float, runs: Runs,
 ) -> dict[str, Any]:  # fmt: skip
     """The report as JSON: no clock, no place, so equal runs give equal bytes.
 
     proportions: (name, in the recipe, in the twin). dimensions: the widths in and out of the twin's linear layers.
     """
     window = settings.steps // 4
-    base = [_tail(runs[settings.baseline, seed], window) for seed in range(seeds)]
-    entries = [_precision(name, settings, dimensions, window, base, seeds, bound, runs) for name in chosen]
+    base = [_tail_loss(runs[settings.baseline, seed], window) for seed in range(seeds)]
+    entries = [_compare_precision(name, settings, dimensions, window, base, seeds, bound, runs) for name in precisions]
     verdicts = {entry["verdict"] for entry in entries}
     verdict = "fails" if "fails" in verdicts else "inconclusive" if "inconclusive" in verdicts else "holds"
     finite_losses = [loss for loss in base if loss is not None]
@@ -85,21 +85,21 @@ def verdict_of(deviations: Sequence[float], bound: float) -> str:
     return "holds" if size + error < bound else "fails" if size - error > bound else "inconclusive"
 
 
-def _tail(run: Mapping[str, Any], window: int) -> float | None:
+def _tail_loss(run: Mapping[str, Any], window: int) -> float | None:
     """The mean loss of the last steps; None if the run did not get there."""
     return None if run["diverged_at"] else statistics.fmean(run["losses"][-window:])
 
 
-def _precision(
+def _compare_precision(
     name: str, settings: Settings, dimensions: Sequence[int], window: int, base: Sequence[float | None], seeds: int,
     bound: float, runs: Runs,
 ) -> dict[str, Any]:  # fmt: skip
     recipe = RECIPES[name]
     precision_runs = [runs[name, seed] for seed in range(seeds)]
-    linears = _linears(precision_runs)
+    linears = _merge_linears(precision_runs)
     smallest = recipe.smallest_dimension
     short = _share_below(linears, smallest)
-    pairs = zip((_tail(run, window) for run in precision_runs), base, strict=True)
+    pairs = zip((_tail_loss(run, window) for run in precision_runs), base, strict=True)
     deviations = [
         None if loss is None or baseline_loss is None else loss / baseline_loss - 1 for loss, baseline_loss in pairs
     ]
@@ -153,7 +153,7 @@ def _precision(
     }
 
 
-def _linears(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _merge_linears(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The linear layers, with the tokens and counts of all runs."""
     linears: dict[tuple[int, str], dict[str, Any]] = {}
     for run in runs:
