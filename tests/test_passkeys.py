@@ -118,7 +118,7 @@ def test_curation_keeps_documents_that_share_their_filler(tmp_path: Path, run_st
     for kind in ("problems", "prose"):
         source, settings = {"name": "keys", "kind": kind}, CurationSettings().model_dump()
         filtered = run_stage(filter.STAGE, {"sources": [source], "curation": settings, "seed": 0}, inputs)
-        config = {"sources": [{**source, "heldout": 0.0}], "minhash": settings["minhash"]}
+        config = {"sources": [{**source, "heldout_fraction": 0.0}], "minhash": settings["minhash"]}
         made = run_stage(dedup.STAGE, config, {"filter": filtered})
         kept[kind] = pq.read_table(made / "kept/keys.parquet").to_pylist()
     assert len(kept["problems"]) == 40 and len(kept["prose"]) < 20

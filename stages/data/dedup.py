@@ -25,7 +25,7 @@ class CuratedSource(Config):
 
     name: SourceName
     kind: Kind
-    heldout: Annotated[float, Range(0, 1, below=True)]
+    heldout_fraction: Annotated[float, Range(0, 1, below=True)]
 
 
 class CurateConfig(Config):
@@ -70,7 +70,7 @@ def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Rep
                 if duplicate := removed.get(row["id"]):
                     dispositions.remove(row["id"], "near_duplicate", *duplicate.measured, duplicate_of=duplicate.id)
                     continue
-                split = split_of(row["content_hash"], source.heldout)
+                split = split_of(row["content_hash"], source.heldout_fraction)
                 dispositions.keep(row["id"], split, row["content_hash"])
                 write({**row, "split": split})
                 written[source.name] += 1
@@ -82,9 +82,9 @@ def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         report.note(f"{name}: {counts['documents_in']} in, {counts['kept'].total()} kept; removed: {rules or 'none'}")
 
 
-def split_of(content_hash: str, heldout: float) -> str:
+def split_of(content_hash: str, heldout_fraction: float) -> str:
     """The split of a document, by the hash of its text only."""
-    return "heldout" if int(content_hash[:16], 16) < heldout * 2**64 else "train"
+    return "heldout" if int(content_hash[:16], 16) < heldout_fraction * 2**64 else "train"
 
 
 def run_shard(config: CurateConfig, inputs: Inputs, work: Path, shard: int) -> None:

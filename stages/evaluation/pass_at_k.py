@@ -61,7 +61,7 @@ Answer = dict[str, Any]
 class SolveConfig(Config):
     """Which items are asked, how often, and how long an answer may be."""
 
-    samples: Annotated[int, Range(1, 4096)]
+    num_samples: Annotated[int, Range(1, 4096)]
     max_new_tokens: Context
     split: Literal["test", "validation"] = "test"
     seed: Seed
@@ -151,7 +151,7 @@ class ChatModel:
 
 def _answer_batch(chat_model: ChatModel, batch: Sequence[Row], config: SolveConfig) -> list[Answer]:
     greedy_requests = [(row, GREEDY, 0) for row in batch if row["kind"] not in JUDGED]
-    sample_counts = {id(row): 1 if row["kind"] in JUDGED else config.samples for row in batch}
+    sample_counts = {id(row): 1 if row["kind"] in JUDGED else config.num_samples for row in batch}
     sample_requests = [
         (row, n, seed_of(f"solve/{row['id']}/{n}", config.seed)) for row in batch for n in range(sample_counts[id(row)])
     ]

@@ -147,8 +147,8 @@ class RankBatch:
         Tensor, pipeline and context ranks read the rows of their data-parallel rank."""
         layout = ranks.layout
         per_rank = -(-len(rows) // (micro_rows * ranks.data_ranks))
-        if layout.virtual_pipeline > 1:  # the interleaved schedule takes micro-batches by groups
-            per_rank = -(-per_rank // layout.pipeline) * layout.pipeline
+        if layout.vpp > 1:  # the interleaved schedule takes micro-batches by groups
+            per_rank = -(-per_rank // layout.pp) * layout.pp
         multiple = FP8_ALIGN * layout.width_unit if fp8 else math.lcm(ALIGN, layout.width_unit)
         width = -(-max(row.slots for row in rows) // multiple) * multiple
         first = ranks.data_rank * per_rank * micro_rows
@@ -297,7 +297,7 @@ def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:
     rows: list[Row] = []
     for source, share in sorted(phase.mix.items()):
         source_documents = sorted((d for d in documents if d["source"] == source), key=lambda d: d["ordinal"])
-        for d in source_documents[: max(1, round(phase.heldout.rows * share / total))]:
+        for d in source_documents[: max(1, round(phase.validation.rows * share / total))]:
             length = min(d["tokens"], phase.sequence_length + 1)
             # in documents.parquet loss_from is the first token that carries loss; its target stands one place earlier
             segment = Segment(source, d["id"], d["ordinal"], 0, length, max(0, d["loss_from"] - 1))

@@ -185,8 +185,8 @@ class Engine:
             self.ranks.sum(x).item() / (self.ranks.data_ranks * len(rank_batch.micro))
             for x in moe_metrics.collect_losses()
         )
-        experts = self.routers.collect(self.config.model.experts_per_token, self.ranks.sum)
-        z /= self.layout.tensor * self.layout.context  # each of these ranks has its own tokens' mean
+        experts = self.routers.collect(self.config.model.num_experts_per_tok, self.ranks.sum)
+        z /= self.layout.tp * self.layout.cp  # each of these ranks has its own tokens' mean
         reason, norm = check_update(loss, None), math.nan
         if reason or norm_first:
             self.optimizer.prepare_grads()
@@ -258,7 +258,7 @@ class Engine:
 
         def forward(batches: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             batch: Batch = next(batches)
-            assert not batch.extras or self.layout.context == 1, "context ranks hold parts of rows"
+            assert not batch.extras or self.layout.cp == 1, "context ranks hold parts of rows"
             ids, positions, labels, mask, padding = (x.to(device) for x in self._inputs(batch, model))
             starts = None if batch.starts is None else batch.starts.to(device)
             losses = model(ids, positions, starts, labels=labels, padding_mask=padding)
@@ -302,12 +302,12 @@ class Engine:
         gpt = self.chunks[self.ddp.index(model)]
         positions = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
         parts = [batch.ids, positions, batch.labels, batch.loss_mask, batch.padding]
-        if self.layout.context > 1:
+        if self.layout.cp > 1:
             local_positions = context_positions(batch.ids.shape[1])
             parts = [x[:, local_positions].contiguous() for x in parts]
-        if self.layout.tensor > 1 and not gpt.pre_process:
+        if self.layout.tp > 1 and not gpt.pre_process:
             # Megatron cuts the router's padding for sequence parallelism where the embedding is, and nowhere else
-            parts[-1] = parts[-1].chunk(self.layout.tensor, 1)[parallel_state.get_tensor_model_parallel_rank()]
+            parts[-1] = parts[-1].chunk(self.layout.tp, 1)[parallel_state.get_tensor_model_parallel_rank()]
         yield from parts
 
     def _set_rates(self, lr: float) -> None:

@@ -53,11 +53,11 @@ def train(
     Raises AtomError when the loss is no longer a number, when data and recipe do not fit, when no work checkpoint
     is intact, or when another rank is lost; Interrupted when the machine asked to stop.
     """
-    timeout = config.phase.hang_seconds
+    timeout = config.phase.watchdog_timeout_seconds
     # the watchdog speaks before a collective gives up, so that its dumps are in the log
     with (
         Watchdog(phase, timeout, work, report) as watchdog,
-        parallel.session(config.seed, config.phase.cluster, 2 * max(timeout, START_SECONDS) + 60) as ranks,
+        parallel.session(config.seed, config.phase.parallelism, 2 * max(timeout, START_SECONDS) + 60) as ranks,
         stop_signals() as stop,
     ):
         match = re.fullmatch(r"out\.(\d+)", out.name)  # the worker names it by its lease, whose numbers only grow
@@ -116,12 +116,12 @@ class Phase:
                     report.metric(step, tokens_per_s=speed, data_wait_seconds=prefetcher.waited)
                     report.progress(step, phase.steps, "steps", **self.progress_figures, tokens_per_s=speed)
                 is_last, is_release = step == phase.steps, self._is_release_step(step)
-                if is_last or step % phase.heldout.every == 0:
+                if is_last or step % phase.validation.every == 0:
                     self._measure(step)
                 status = engine.ranks.max(FAILED if self.checkpoints.failed() else STOP if stop else 0)
                 if status == FAILED:
                     self.checkpoints.wait()
-                if is_last or is_release or status == STOP or step % phase.work_checkpoint_every == 0:
+                if is_last or is_release or status == STOP or step % phase.checkpoint_interval == 0:
                     self._save(step)
                 watchdog.alive()
                 if status == STOP and not is_last:
@@ -162,7 +162,7 @@ class Phase:
         self.progress_figures = {"loss": figures.loss}
         if self.first:
             self.report.metric(step, **metrics, tokens=float(self.tokens))
-        if step == phase.steps or step % phase.heldout.every == 0:
+        if step == phase.steps or step % phase.validation.every == 0:
             self._log_experts(step, figures.experts)
         return None
 
@@ -187,9 +187,9 @@ class Phase:
         self.spikes += 1
         if self.first:
             self.report.note(f"{self.name}: step {step} moved no weight: {figures.refused}")
-        if self.spikes > policy.at_most:
-            raise AtomError(f"{self.name}: {self.spikes} spikes, more than {self.name}.spikes.at_most = "
-                            f"{policy.at_most}; the last at step {step}: {figures.refused}; lower the learning rate or "
+        if self.spikes > policy.max_spikes:
+            raise AtomError(f"{self.name}: {self.spikes} spikes, more than {self.name}.spikes.max_spikes = "
+                            f"{policy.max_spikes}; the last at step {step}: {figures.refused}; lower the learning rate or "
                             f"look at the documents that {self.log.path} names")  # fmt: skip
         if policy.action == "skip":
             spike = spike_record(step, "skip", [step], rows, figures)
@@ -257,7 +257,7 @@ class Phase:
         phase = self.config.phase
         if step < self.order.first:  # the beginning belongs to a phase that has no other origin
             return step == 0 and self.origin is None
-        return step == phase.steps or step % phase.release_checkpoint_every == 0
+        return step == phase.steps or step % phase.release_checkpoint_interval == 0
 
     def _measure(self, step: int) -> None:
         loss = self.engine.evaluate(self.heldout)

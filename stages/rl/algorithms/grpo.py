@@ -73,27 +73,27 @@ class GrpoTrainer(PolicyTrainer):
         }
         if "replay" in extras:
             metrics["replay_loss"] = extras["replay"] / targets / self.phase.replay.weight
-        require_small_gap(self.name, step, gap, self.phase.logprob_gap)
+        require_small_gap(self.name, step, gap, self.phase.max_logprob_diff)
         return metrics
 
     def _draw(self, step: int, policy_digest: str) -> tuple[list[Rollout], dict[str, Any], dict[str, Any]]:
         """The answers of a step, their metrics for the log, and the trainer's state after them. Rank 0 only."""
         phase, groups, answers = self.phase, 0, []
-        for wave in range(phase.refills + 1):
-            if groups == phase.groups:
+        for wave in range(phase.max_resample_rounds + 1):
+            if groups == phase.prompts_per_step:
                 break
-            tasks = self.curriculum.draw(phase.groups - groups, step, wave)
+            tasks = self.curriculum.draw(phase.prompts_per_step - groups, step, wave)
             label = f"{self.name}/answer/{step}/{wave}"
             requests = [
                 (row, seed_of(f"{label}/{group}/{sample}", self.config.seed))
                 for group, row in enumerate(tasks)
-                for sample in range(phase.samples)
+                for sample in range(phase.num_generations)
             ]
             wave_answers = self.files.load_or_draw(step, wave, policy_digest, requests, self.policy)
-            wave_answers, groups_kept = mark_dropped(wave_answers, phase.samples)
+            wave_answers, groups_kept = mark_dropped(wave_answers, phase.num_generations)
             self.files.write(step, wave, wave_answers)
             for group, row in enumerate(tasks):
-                group_answers = wave_answers[group * phase.samples : (group + 1) * phase.samples]
+                group_answers = wave_answers[group * phase.num_generations : (group + 1) * phase.num_generations]
                 self.curriculum.update(
                     row, sum(min(max(r.reward, 0.0), 1.0) for r in group_answers) / len(group_answers)
                 )
@@ -107,7 +107,7 @@ class GrpoTrainer(PolicyTrainer):
             "rewards": rollouts.mean_rewards(answers),
             "answers": len(answers),
             "groups": groups,
-            "answer_tokens": sum(lengths) / len(answers),
+            "completion_length": sum(lengths) / len(answers),
             "truncated": sum(not r.finished for r in answers) / len(answers),
             "thinking": sum("</think>" in r.text for r in answers) / len(answers),
             "generated": self.generated,

@@ -79,9 +79,9 @@ def policy_loss(
     loss = -torch.minimum(unclipped, clipped) * weight
     figures = {
         "tokens": mask,
-        "clipped": clipped < unclipped,
+        "clip_fraction": clipped < unclipped,
         "ratio": ratio,
-        "weight": weight,
+        "importance_ratio": weight,
         "truncated": gap > math.log(tis_cap),
         "sampler_gap": gap.abs(),
         "sampler_kl": gap.expm1() - gap,

@@ -61,7 +61,7 @@ class Dpo(PolicyTrainer):
             None, [r for r in self.rows if r["kind"] in preference_kinds], f"{self.name}/ask", seed
         )
         self.skills = None
-        if phase.skills is not None:
+        if phase.sft_tasks is not None:
             skill_tasks = [row for row in self.rows if row["kind"] not in preference_kinds]
             self.skills = Curriculum(None, skill_tasks, f"{self.name}/skills", seed)
 
@@ -78,7 +78,7 @@ class Dpo(PolicyTrainer):
         answers, state = self.engine.ranks.from_first(self._draw(step, digest) if self.first else ([], None))
         self.restore(state or self.state())
         groups = group_by_task([r for r in answers if r.wave == 0])
-        pairs = [pair for group_answers in groups if (pair := best_and_worst(group_answers, self.phase.least_margin))]
+        pairs = [pair for group_answers in groups if (pair := best_and_worst(group_answers, self.phase.min_margin))]
         correct = [r for r in answers if r.wave == 1 and not r.dropped]
         scored = [r for r in answers if r.wave == 0]
         metrics: dict[str, Any] = {
@@ -99,7 +99,7 @@ class Dpo(PolicyTrainer):
             figures, gap = self._update(step, number, update_pairs, correct[number :: self.phase.updates])
             metrics |= figures
             if number == 0:  # no weight has moved since the answers were drawn
-                require_small_gap(self.name, step, gap["sampler_gap"], self.phase.logprob_gap)
+                require_small_gap(self.name, step, gap["sampler_gap"], self.phase.max_logprob_diff)
                 metrics |= gap
         return metrics
 
@@ -109,7 +109,7 @@ class Dpo(PolicyTrainer):
         """One update. The reference log-probabilities are those with which the answers were drawn. Returns the metrics
         for the log, and the gap between policy and reference before the update."""
         tokens = sum(len(r.ids) for r in correct)
-        weight = self.phase.anchor * len(pairs) / tokens if tokens else 0.0
+        weight = self.phase.nll_coef * len(pairs) / tokens if tokens else 0.0
         units = [[_example(r, pair=1.0, anchor=0.0) for r in pair] for pair in pairs]
         units += [[_example(r, pair=0.0, anchor=weight)] for r in correct]
         units.sort(key=lambda unit: max(len(example.ids) for example in unit))
@@ -132,13 +132,13 @@ class Dpo(PolicyTrainer):
     def _draw(self, step: int, digest: str) -> tuple[list[Rollout], dict[str, Any]]:
         """The answers of a round and the trainer's state after them. Rank 0 only."""
         answers = self._draw_wave(step, 0, digest, self.prompts, self.phase.preferences)
-        pairs = [best_and_worst(group_answers, self.phase.least_margin) for group_answers in group_by_task(answers)]
+        pairs = [best_and_worst(group_answers, self.phase.min_margin) for group_answers in group_by_task(answers)]
         drop_reason = "" if sum(pair is not None for pair in pairs) >= self.phase.updates else "idle"
         chosen = {(r.group, r.sample) for pair in pairs for r in pair or ()}
         answers = [replace(r, dropped=drop_reason if (r.group, r.sample) in chosen else "between") for r in answers]
         self.files.write(step, 0, answers)
         if self.skills is not None:
-            correct = self._draw_wave(step, 1, digest, self.skills, self.phase.skills)
+            correct = self._draw_wave(step, 1, digest, self.skills, self.phase.sft_tasks)
             correct = [replace(r, dropped="" if r.reward == 1 and r.finished else "wrong") for r in correct]
             self.files.write(step, 1, correct)
             answers += correct
@@ -161,7 +161,7 @@ class Dpo(PolicyTrainer):
         for path in self.files.all():
             answers = [r for r in rollouts.read(path) if r.wave == 0]
             for group_answers in group_by_task(answers):
-                for pair in all_pairs(group_answers, self.phase.least_margin):
+                for pair in all_pairs(group_answers, self.phase.min_margin):
                     rows.append(pair_row(self.by_id[group_answers[0].task], *pair))
         write_rows(out / "pairs.parquet", PAIRS, rows)
         log_lines = self.log.lines()
@@ -243,11 +243,11 @@ class Reward(Trainer):
         phase: RewardPhase = self.phase
         self.chat = generation.Chat(self.inputs["tokenizer"])
         rows = read_pairs(self.inputs["pairs"])
-        heldout = [row for row in rows if _hash_fraction(row["question"]) < phase.heldout]
+        heldout = [row for row in rows if _hash_fraction(row["question"]) < phase.heldout_fraction]
         self.heldout = sorted(heldout, key=lambda row: _hash_fraction(row["chosen"] + row["rejected"]))[
             : phase.heldout_pairs
         ]
-        self.pairs = [row for row in rows if _hash_fraction(row["question"]) >= phase.heldout]
+        self.pairs = [row for row in rows if _hash_fraction(row["question"]) >= phase.heldout_fraction]
         if not self.pairs or not self.heldout:
             raise AtomError(
                 f"{self.name}: {len(self.pairs)} pairs to learn from and {len(self.heldout)} held out are too few; "

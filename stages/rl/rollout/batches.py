@@ -37,7 +37,7 @@ def build_rank_batch(
     micro_batch_rows = [[row for unit in units[a:b] for row in unit] for a, b in pairwise(cuts)]
     max_width = max(len(row.ids) for part in micro_batch_rows for row in part) - 1
     max_rows = max(map(len, micro_batch_rows))
-    uniform = ranks.layout.pipeline > 1  # its schedule sends tensors of one shape
+    uniform = ranks.layout.pp > 1  # its schedule sends tensors of one shape
     per_rank = micro_batches // ranks.data_ranks
     batches = []
     for part in micro_batch_rows[ranks.data_rank * per_rank : (ranks.data_rank + 1) * per_rank]:

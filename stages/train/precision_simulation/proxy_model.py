@@ -78,7 +78,7 @@ def _scaled_model(model: ModelConfig, hidden: int) -> ModelConfig | None:
     if not choices:
         return None
     kv_heads = min(choices, key=lambda n: abs(attention / (n * group) - model.head_dim))
-    experts, active_experts = _experts(model.experts, model.experts_per_token)
+    experts, active_experts = _experts(model.experts, model.num_experts_per_tok)
     changes: dict[str, object] = {
         "layers": min(model.layers, LAYERS),
         "hidden_size": hidden,
@@ -86,13 +86,14 @@ def _scaled_model(model: ModelConfig, hidden: int) -> ModelConfig | None:
         "kv_heads": kv_heads,
         "head_dim": attention // (kv_heads * group),
         "experts": experts,
-        "experts_per_token": active_experts,
-        "expert_ffn_size": scaled(model.expert_ffn_size),
+        "num_experts_per_tok": active_experts,
+        "moe_intermediate_size": scaled(model.moe_intermediate_size),
         "context_length": CONTEXT,
         "init_std": min(1.0, model.init_std * (model.hidden_size / hidden) ** 0.5),  # the most that a model may have
         "dense_layers": min(model.dense_layers, 1),
-        "dense_ffn_size": model.dense_ffn_size and scaled(model.dense_ffn_size),
-        "shared_expert_ffn_size": model.shared_expert_ffn_size and scaled(model.shared_expert_ffn_size),
+        "intermediate_size": model.intermediate_size and scaled(model.intermediate_size),
+        "shared_expert_intermediate_size": model.shared_expert_intermediate_size
+        and scaled(model.shared_expert_intermediate_size),
         "yarn": None,
         "stated_parameters": None,
     }
@@ -120,8 +121,8 @@ def widths(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
     """Every inner width by the hidden size, in both."""
 
     def inner(m: ModelConfig) -> dict[str, int]:
-        sizes = {"attention": m.heads * m.head_dim, "expert": m.expert_ffn_size}
-        sizes |= {"dense": m.dense_ffn_size or 0, "shared expert": m.shared_expert_ffn_size or 0}
+        sizes = {"attention": m.heads * m.head_dim, "expert": m.moe_intermediate_size}
+        sizes |= {"dense": m.intermediate_size or 0, "shared expert": m.shared_expert_intermediate_size or 0}
         return {name: size for name, size in sizes.items() if size}
 
     proxy_widths = inner(proxy)
@@ -133,7 +134,7 @@ def widths(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
 
 def ratios(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
     """All that the twin should have in common with the model."""
-    pairs = [(m.heads / m.kv_heads, m.experts / m.experts_per_token) for m in (model, proxy)]
+    pairs = [(m.heads / m.kv_heads, m.experts / m.num_experts_per_tok) for m in (model, proxy)]
     return [
         *widths(model, proxy),
         Ratio("query heads / key heads", pairs[0][0], pairs[1][0]),
@@ -143,5 +144,5 @@ def ratios(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
 
 def step_tokens(proxy: ModelConfig, smallest: int, sequence_length: int) -> int:
     """Tokens of a step, in whole rows: SPARE times what it takes for an average expert to see `smallest`, at least."""
-    tokens = max(MIN_TOKENS, SPARE * smallest * proxy.experts / proxy.experts_per_token)
+    tokens = max(MIN_TOKENS, SPARE * smallest * proxy.experts / proxy.num_experts_per_tok)
     return math.ceil(tokens / sequence_length) * sequence_length
