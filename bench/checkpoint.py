@@ -60,7 +60,7 @@ def measure(size: Size, folder: Path, rounds: int) -> dict[str, Any]:
 
     with session(0) as ranks:
         engine = Engine(config, ranks, size.vocab)
-        engine.initialise()
+        engine.initialize()
         share = tokens.share(0)
         step = lambda: engine.step(share, OPTIMIZER["lr"], lambda loss, norm: None)  # noqa: E731
         step()

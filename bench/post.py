@@ -73,14 +73,14 @@ def coin(seed: int, rate: float) -> float:
 def with_random_reward(rate: float) -> Any:
     """The RLVR stage's trainer around verifiers whose rewards are replaced by coins. What the answers earn in truth
     stays in the files (`parts`), and validation is by the verifiers."""
-    from stages.rl.algorithms.grpo import Rlvr
-    from stages.rl.policy import Answers
+    from stages.rl.algorithms.grpo import GrpoTrainer
+    from stages.rl.policy import RolloutFiles
 
-    class Tossed(Answers):
-        def once(self, *asked: Any) -> Any:
-            return [replace(found, reward=coin(found.seed, rate)) for found in super().once(*asked)]
+    class Tossed(RolloutFiles):
+        def load_or_draw(self, *requests: Any) -> Any:
+            return [replace(found, reward=coin(found.seed, rate)) for found in super().load_or_draw(*requests)]
 
-    class RandomReward(Rlvr):
+    class RandomReward(GrpoTrainer):
         def __init__(self, *given: Any) -> None:
             super().__init__(*given)
             self.files = Tossed(self.files.folder, self.report)

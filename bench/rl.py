@@ -4,7 +4,7 @@
     .venv/bin/python bench/rl.py --quick    # a tiny model, to see that it works; its figures mean nothing
 
 A step draws a group of answers to each of 32 questions, scores them, and updates the weights once by DAPO's loss. Ours
-is `stages.rl.algorithms.grpo.Rlvr.step` as a stage runs it, with what it writes to disk and the digest of the policy;
+is `stages.rl.algorithms.grpo.GrpoTrainer.step` as a stage runs it, with its files and the digest of the policy;
 without max_resample_rounds, replay or validation. The peer is `GRPOTrainer.training_step` and its optimizer's step,
 without logging and checkpoints, with the fastest of transformers' expert implementations here. Both start from the same
 weights and ask the same questions in every step, at temperature 1, with the same load-balancing loss, optimizer, clip
@@ -44,7 +44,7 @@ from stages.data.table import ITEMS, write_jsonl, write_rows
 from stages.data.tokenizer import PAD, SPECIAL_TOKENS, _alphabet, _set_byte_level
 from stages.models.qwen3_moe.hf import hf_config, to_hf
 from stages.models.qwen3_moe.megatron_model import named_tensors
-from stages.rl.algorithms.grpo import Rlvr
+from stages.rl.algorithms.grpo import GrpoTrainer
 from stages.rl.config import RlTrainConfig
 from stages.rl.protocols import Completion, Parts, Prompt, Response, Row
 from stages.rl.rollout.tasks import ProblemTasks
@@ -137,14 +137,14 @@ def world(folder: Path, size: Size) -> tuple[dict[str, Artifact], list[dict[str,
     return {name: write_manifest(folder / name, f"{name}-bench") for name in ("tokenizer", "tasks", "items")}, rows
 
 
-def ours(size: Size, inputs: Mapping[str, Artifact], work: Path, engine: Engine, config: Any) -> Rlvr:
-    trainer = Rlvr("rlvr", config, inputs, work, Quiet(), engine, None)
-    engine.initialise()
+def ours(size: Size, inputs: Mapping[str, Artifact], work: Path, engine: Engine, config: Any) -> GrpoTrainer:
+    trainer = GrpoTrainer("rlvr", config, inputs, work, Quiet(), engine, None)
+    engine.initialize()
     policy = trainer.policy
     policy.sampler.close()
     made = hf_config(config.model, size.vocab, size.vocab, policy.chat.pad, "float32")
     policy.sampler = Whole(made, (size.vocab,), size.new)
-    policy.verifiers.made = {name: Letters() for name in policy.verifiers.made}
+    policy.verifiers.by_name = {name: Letters() for name in policy.verifiers.by_name}
     return trainer
 
 
@@ -275,10 +275,10 @@ def measure(size: Size) -> dict[str, Any]:
         model.set_experts_implementation(experts)
         theirs = make(model, pieces, size.rounds + 1)
         for row, prompt in zip(rows, prompts, strict=True):
-            if list(chat.ask(row)) != theirs.processing_class(prompt)["input_ids"]:
+            if list(chat.encode_prompt(row)) != theirs.processing_class(prompt)["input_ids"]:
                 raise SystemExit("not the same questions: the tokenizers differ")
         trainer.policy.load()
-        ids = torch.tensor([chat.ask(rows[0])])
+        ids = torch.tensor([chat.encode_prompt(rows[0])])
         with torch.inference_mode():
             apart = (trainer.policy.sampler.model(ids).logits - model(ids).logits).abs().max().item()
         if not apart < 1e-4:

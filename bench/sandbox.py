@@ -35,10 +35,10 @@ Answers = list[tuple[Row, Response]]
 def answers(quick: bool) -> dict[str, Answers]:
     """By kind, one round's rows and right answers."""
     rows = problems()[:: 20 if quick else 1]
-    canonical = [(r, Response.of(f"```python\n{r['prompt']}{r['canonical_solution']}\n```", True)) for r in rows]
+    canonical = [(r, Response.parse(f"```python\n{r['prompt']}{r['canonical_solution']}\n```", True)) for r in rows]
     inputs = [([1, 2], 3), (["a", "b"], "ab"), ([[1], [2]], [1, 2])]
     row = {"id": "add", "entry_point": "add", "tests": [{"input": i, "expected": e} for i, e in inputs]}
-    short = [(row, Response.of("def add(a, b):\n    return a + b\n", True))] * len(rows)
+    short = [(row, Response.parse("def add(a, b):\n    return a + b\n", True))] * len(rows)
     return {"tests": short, "check": canonical}
 
 

@@ -33,7 +33,7 @@ from stages.models.qwen3_moe.config import ModelConfig
 from stages.models.qwen3_moe.hf import hf_config, to_hf
 from stages.models.qwen3_moe.megatron_model import named_tensors
 from stages.train.config import TrainConfig
-from stages.train.data import Batch, Share
+from stages.train.data import Batch, RankBatch
 from stages.train.engine import Engine
 from stages.train.parallel import session
 
@@ -83,11 +83,11 @@ class Tokens:
         generator = torch.Generator().manual_seed(number)
         return torch.randint(self.size.vocab, (self.size.rows, self.size.length + 1), generator=generator)
 
-    def share(self, number: int) -> Share:
+    def share(self, number: int) -> RankBatch:
         data, length = self.step(number), self.size.length
         padding = torch.zeros(len(data), length, dtype=torch.bool)
         batch = Batch(data[:, :-1], data[:, 1:], torch.ones(len(data), length), padding)
-        return Share([batch], length, self.size.tokens)
+        return RankBatch([batch], length, self.size.tokens)
 
 
 Step = Callable[[int], float]
@@ -205,7 +205,7 @@ def measure(size: Size) -> dict[str, Any]:
     )  # fmt: skip
     with session(0) as ranks:
         engine = Engine(config, ranks, size.vocab)
-        engine.initialise()
+        engine.initialize()
         model, tokens = peer_model(engine, size), Tokens(size)
         experts, tried = fastest_experts(model, tokens, 2)
         sides = {"ours": ours(engine, tokens), "transformers": peer(model, tokens)}

@@ -53,9 +53,9 @@ def grid(rows: int, columns: int, seed: int) -> torch.Tensor:
 
 def reference(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, recipe: Any) -> dict[str, torch.Tensor]:
     """The three products of the whole matrices, summed in double precision."""
-    from stages.mcore.quantize import quantise_dequantise
+    from stages.mcore.quantize import quantize_dequantize
 
-    q = lambda t, kind, summed: quantise_dequantise(t, recipe, kind, summed)[0].double()  # noqa: E731
+    q = lambda t, kind, summed: quantize_dequantize(t, recipe, kind, summed)[0].double()  # noqa: E731
     return {
         "y": q(x, "input", 1) @ q(w, "weight", 1).t(),
         "dx": q(dy, "gradient", 1) @ q(w, "weight", 0),
@@ -106,15 +106,15 @@ def main(out: Path) -> None:
     from stages.models.qwen3_moe.megatron_model import build
     from stages.train import parallel
 
-    quantise, found = fake_fp8.quantise, {}
+    quantize, found = fake_fp8.quantize, {}
 
     def deaf(kind_alone: str, x: Any, recipe: Any, kind: Any, summed: int, group: Any) -> Any:
-        return quantise(x, recipe, kind, summed, None if kind == kind_alone else group)
+        return quantize(x, recipe, kind, summed, None if kind == kind_alone else group)
 
     config = ModelConfig.model_validate({**layouts.MODEL, **SIZES})
     for port, (name, alone) in zip(json.loads(os.environ["PORTS"]), CASES, strict=True):
         os.environ["MASTER_PORT"] = str(port)
-        fake_fp8.quantise = partial(deaf, alone)  # type: ignore[assignment]
+        fake_fp8.quantize = partial(deaf, alone)  # type: ignore[assignment]
         layout = Layout(ranks=2, **layouts.TWO[name])
         with parallel.session(0, layout):
             for recipe in RECIPES if not alone else ["fp8-tensorwise"]:

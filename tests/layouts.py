@@ -56,7 +56,7 @@ def train(corpus: Path, settings: dict[str, Any], steps: int) -> list[dict[str, 
     from pipeline.core.store import Artifact
     from stages.train import parallel
     from stages.train.config import TrainConfig
-    from stages.train.data import Order, Shards, Share, heldout_rows
+    from stages.train.data import Order, RankBatch, Shards, heldout_rows
     from stages.train.engine import Engine
     from stages.train.schedule import learning_rate
 
@@ -65,18 +65,18 @@ def train(corpus: Path, settings: dict[str, Any], steps: int) -> list[dict[str, 
     phase, out = config.phase, []
     with parallel.session(config.seed, phase.parallelism) as ranks:
         engine = Engine(config, ranks, tokens.json("meta.json")["vocab_size"])
-        engine.initialise()
+        engine.initialize()
         order = Order(Artifact.open(corpus / "order"), phase)
         shards = Shards(tokens, "train")
         for step in range(1, steps + 1):
-            share = Share.read(order.rows(step), shards, phase.micro_rows, ranks, phase.pack)
+            share = RankBatch.read(order.rows(step), shards, phase.micro_rows, ranks, phase.pack)
             figures = engine.step(share, learning_rate(step, phase.steps, phase.optimizer), lambda loss, norm: None)
             out.append({"loss": figures.loss, "aux_loss": figures.aux_loss, "grad_norm": figures.grad_norm})
             out[-1] |= {"z_loss": figures.z_loss, "busiest": figures.experts.max_violation}
             out[-1] |= {"share": figures.experts.share.flatten().tolist()}
             out[-1] |= {"entropy": float(figures.experts.entropy.mean()), "dropped": float(figures.experts.dropped)}
         held = Shards(tokens, "heldout")
-        share = Share.read(heldout_rows(tokens, phase)[:7], held, phase.micro_rows, ranks)
+        share = RankBatch.read(heldout_rows(tokens, phase)[:7], held, phase.micro_rows, ranks)
         out.append({"heldout_loss": engine.evaluate(share)})
     return out
 

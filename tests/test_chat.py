@@ -167,8 +167,8 @@ def test_special_tokens_are_tokens_in_conversations_and_text_elsewhere(folder: P
 
 def test_requests_are_held_out_by_their_text() -> None:
     rng = random.Random(seed_of("x", 0))
-    trained = {courtesy_notes.request(rng).text for _ in range(3000)}
-    held = {found.text for found in courtesy_notes.distinct(600, rng, heldout=True)}
+    trained = {courtesy_notes.draw_request(rng).text for _ in range(3000)}
+    held = {found.text for found in courtesy_notes.draw_distinct(600, rng, heldout=True)}
     assert len(held) == 600 and not trained & held
 
 
@@ -204,7 +204,7 @@ def test_the_judge_of_courtesies(note: str, worth: float) -> None:
 
 
 def test_a_full_note_is_full_for_every_request() -> None:
-    for asked in courtesy_notes.distinct(300, random.Random(0), heldout=True):
+    for asked in courtesy_notes.draw_distinct(300, random.Random(0), heldout=True):
         done = asked.act.done.format(who=asked.who, what=asked.what)
         found = judge(asked, f"Dear {asked.who}, {done} Have a nice day!")
         assert (found["reward"], found["task"]) == (1.0, 1.0), asked
@@ -224,7 +224,7 @@ def test_style_without_the_task_earns_next_to_nothing() -> None:
         f"Dear baker, {' '.join(acts)} Have a nice day!",
         "Thank you for the gift, would you like it? May I have it? I am sorry about it. With kind regards.",
     ]
-    asked = courtesy_notes.distinct(400, random.Random(1), heldout=True)
+    asked = courtesy_notes.draw_distinct(400, random.Random(1), heldout=True)
     for note in same_for_all:
         assert sum(judge(each, note)["reward"] for each in asked) / len(asked) < 0.04, note
 
@@ -255,5 +255,5 @@ def test_a_note_does_the_task_of_one_request_at_most(fragments: list[str]) -> No
 @given(st.text(max_size=300))
 @settings(max_examples=100, deadline=None)
 def test_any_text_has_a_worth(note: str) -> None:
-    asked = courtesy_notes.request(random.Random(1))
+    asked = courtesy_notes.draw_request(random.Random(1))
     assert all(0 <= value <= 1 for value in judge(asked, note).values())

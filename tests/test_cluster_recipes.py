@@ -24,7 +24,7 @@ from pipeline.graph.dag import phases
 from stages.data.recipe import Source, load
 from stages.mcore.parallel_layout import Layout
 from stages.models.qwen3_moe.config import ModelConfig
-from stages.models.qwen3_moe.costs import held
+from stages.models.qwen3_moe.costs import memory_share
 from stages.train.config import PhaseConfig
 
 ROOT = Path(__file__).parent.parent
@@ -89,7 +89,7 @@ def test_every_rank_of_every_layout_is_what_megatron_builds(name: str) -> None:
                     each_size = [tuple(stop - start for start, stop in box) for box in boxes]
                     joined = (sum(size[0] for size in each_size), *each_size[0][1:])
                     assert part.shapes[tensor] == joined, f"{phase} {place} {tensor}"
-                assert part.trained == held(model, vocabulary, layout, place.pipeline).all, f"{phase} {place}"
+                assert part.trained == memory_share(model, vocabulary, layout, place.pipeline).all, f"{phase} {place}"
                 built[sizes, place] = part
             for tensor, boxes in built[sizes, place].boxes.items():
                 for box in boxes:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from stages.rl.protocols import Response, VerifierFailed
-from stages.rl.rewards.code_verifier import LONGEST, CodeVerifier, code_of, returned, same
+from stages.rl.rewards.code_verifier import MAX_ANSWER_CHARACTERS, CodeVerifier, code_of, equal, returns_expected
 from stages.rl.rewards.humaneval import problems
 from stages.rl.sandbox import Limits, SandboxFailed
 from stages.rl.sandbox.calls import decode, encode
@@ -123,7 +123,7 @@ def verifier() -> Iterator[CodeVerifier]:
 
 
 def response(code: str, finished: bool = True) -> Response:
-    return Response.of(code, finished)
+    return Response.parse(code, finished)
 
 
 @pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
@@ -504,7 +504,7 @@ def test_fences_are_read_in_time_that_grows_with_their_length() -> None:
         "\ufeff",
     ):
         start = time.process_time()
-        code_of(text * (LONGEST // len(text)), "f")
+        code_of(text * (MAX_ANSWER_CHARACTERS // len(text)), "f")
         assert time.process_time() - start < 10, text
 
 
@@ -548,14 +548,26 @@ def test_of_a_subclass_the_plain_value_passes() -> None:
 
 def test_same() -> None:
     assert (
-        same((1, 2), [1, 2]) and same({1: "a"}, {"1": "a"}) and same(0.1 + 0.2, 0.3) and same(2, 2.0) and same(2.0, 2)
+        equal((1, 2), [1, 2])
+        and equal({1: "a"}, {"1": "a"})
+        and equal(0.1 + 0.2, 0.3)
+        and equal(2, 2.0)
+        and equal(2.0, 2)
     )
-    assert not same(1, True) and not same(True, 1) and not same([1], [1, 2]) and not same("1", 1) and not same(None, [])
-    assert not same(0, 1e-19) and not same(0.0, 1e-19) and not same(2e-19, 1e-19) and same(1e-19 * (1 + 1e-12), 1e-19)
-    assert same(1e300, 1e300 * (1 + 1e-12)) and same(5e-17, 0.0) and same(0, 0.0) and not same(1e-6, 0.0)
-    assert not same(-1e-19, 1e-19) and not same(float("inf"), 1e308) and same(float("inf"), float("inf"))
-    assert not same({1: "a", "1": "a"}, {"1": "a"})
-    assert not same(float("nan"), 1.0) and not same({"a": 1, "b": 2}, {"a": 1})
+    assert (
+        not equal(1, True)
+        and not equal(True, 1)
+        and not equal([1], [1, 2])
+        and not equal("1", 1)
+        and not equal(None, [])
+    )
+    assert (
+        not equal(0, 1e-19) and not equal(0.0, 1e-19) and not equal(2e-19, 1e-19) and equal(1e-19 * (1 + 1e-12), 1e-19)
+    )
+    assert equal(1e300, 1e300 * (1 + 1e-12)) and equal(5e-17, 0.0) and equal(0, 0.0) and not equal(1e-6, 0.0)
+    assert not equal(-1e-19, 1e-19) and not equal(float("inf"), 1e308) and equal(float("inf"), float("inf"))
+    assert not equal({1: "a", "1": "a"}, {"1": "a"})
+    assert not equal(float("nan"), 1.0) and not equal({"a": 1, "b": 2}, {"a": 1})
     for line in (
         b"",
         b"\xff",
@@ -568,4 +580,4 @@ def test_same() -> None:
         b"[" * 9999,
         b'{"value": ' + b"9" * 5000 + b"}",
     ):
-        assert not returned(line, 1.0)
+        assert not returns_expected(line, 1.0)

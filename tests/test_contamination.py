@@ -73,9 +73,11 @@ def test_scores_stand_beside_each_other(run_stage, inputs) -> None:
 
 def test_subsets_by_hand() -> None:
     scores = {"a": ("add", 1.0), "b": ("add", 0.0), "c": ("add", 1.0), "d": ("add", 0.0)}
-    found = contamination.beside(scores, {"a": "contaminated", "b": "overlap", "c": "clean", "d": "clean"})["add"]
+    found = contamination.scores_by_verdict(scores, {"a": "contaminated", "b": "overlap", "c": "clean", "d": "clean"})[
+        "add"
+    ]
     assert [found[name]["value"] for name in ("full", "not_contaminated", "clean")] == [0.5, pytest.approx(1 / 3), 0.5]
-    assert contamination.beside(scores, dict.fromkeys("abcd", "overlap"))["add"]["clean"] is None
+    assert contamination.scores_by_verdict(scores, dict.fromkeys("abcd", "overlap"))["add"]["clean"] is None
 
 
 def test_runs_against_a_slow_way() -> None:
@@ -83,7 +85,7 @@ def test_runs_against_a_slow_way() -> None:
     item = "sort the words of the line and sort the line"
     text = "Sort the words; the line and sort it: of the line and then."
     runs = ItemRuns({"a": item, "b": "nothing here", "c": ""})
-    closed = runs.closed(runs.search(text))
+    closed = runs.with_prefixes(runs.search(text))
     words, corpus = item.split(), " sort the words the line and sort it of the line and then "
     slow = [
         max((n for n in range(len(words) - s + 1) if f" {' '.join(words[s : s + n])} " in corpus or n == 0), default=0)

@@ -20,9 +20,9 @@ from stages.models.qwen3_moe import layer_spec
 from stages.models.qwen3_moe.config import ModelConfig
 from stages.models.qwen3_moe.costs import (
     Attention,
-    Held,
-    held,
+    MemoryShare,
     layers_of,
+    memory_share,
     owned_bytes,
     sharing,
     state_bytes,
@@ -31,7 +31,7 @@ from stages.models.qwen3_moe.costs import (
 from stages.models.qwen3_moe.megatron_model import build
 from stages.train import parallel
 from stages.train.config import PhaseConfig, TrainConfig
-from stages.train.estimate import estimate, release_checkpoints, words
+from stages.train.estimate import estimate, layout_label, release_checkpoints
 
 VOCAB = 128
 MODEL = dict(
@@ -62,7 +62,7 @@ def test_parameters_of_a_rank_are_those_that_megatron_builds(extra: dict[str, An
     if layout.data == 0 or problem(layout, model, VOCAB, [32 * layout.data]):
         return
     place, part = fake.part(model, VOCAB, layout, data.draw(st.integers(0, layout.ranks - 1)), "bf16")
-    expected = held(model, VOCAB, layout, place.pipeline)
+    expected = memory_share(model, VOCAB, layout, place.pipeline)
     experts = sum(torch.Size(shape).numel() for name, shape in part.shapes.items() if ".experts." in name)
     assert (part.trained, experts) == (expected.all, expected.experts)
     layers = {int(name.split(".")[2]) for name in part.shapes if name.startswith("decoder.layers.")}
@@ -71,7 +71,7 @@ def test_parameters_of_a_rank_are_those_that_megatron_builds(extra: dict[str, An
 
 def test_one_rank_holds_the_model() -> None:
     model = ModelConfig(**MODEL)
-    assert held(model, VOCAB, Layout(), 0).all == model.parameters(VOCAB)["total"]
+    assert memory_share(model, VOCAB, Layout(), 0).all == model.parameters(VOCAB)["total"]
 
 
 def test_state_of_the_published_layout() -> None:
@@ -81,14 +81,14 @@ def test_state_of_the_published_layout() -> None:
         moe_intermediate_size=768, context_length=4096, tie_embeddings=False,
     )  # fmt: skip
     layout = Layout(ranks=16, ep=16)
-    part = held(model, 151936, layout, 0)
+    part = memory_share(model, 151936, layout, 0)
     assert part.experts == 48 * 8 * 3 * 2048 * 768 and sharing(layout) == (16, 1)
     assert state_bytes(part, layout, "bf16") == pytest.approx(6 * part.dense + 12 * part.dense / 16 + 18 * part.experts)
     assert state_bytes(part, layout, "bf16") / 2**30 == pytest.approx(40.0, abs=0.1)
 
 
 def test_state_by_precision() -> None:
-    part, layout = Held(1000, 0, 400), Layout(ranks=4)
+    part, layout = MemoryShare(1000, 0, 400), Layout(ranks=4)
     assert state_bytes(part, layout, "fp32") == 8000 + 8000 / 4  # weights are the optimizer's own
     assert state_bytes(part, layout, "bf16") == 6000 + 12000 / 4
     assert state_bytes(part, layout, "fp8-blockwise") == 6000 + 12000 / 4 + 2 * 600
@@ -197,7 +197,7 @@ def test_estimate_of_a_phase() -> None:
     found = estimate(config)
     t, counts = found.training, found.parameters
     assert t is not None and found.memory_bytes is not None
-    assert t.layout == words(config.phase.parallelism) == "TP2 PP2"
+    assert t.layout == layout_label(config.phase.parallelism) == "TP2 PP2"
     assert max(t.state_bytes, t.activation_bytes) < found.memory_bytes <= t.state_bytes + t.activation_bytes
     assert t.checkpoint_bytes == 12 * counts["total"] and t.gflop_per_token * 1e9 * config.phase.tokens() == found.flops
     assert found.cpu_seconds is None  # calibrated in fp32 only
@@ -214,4 +214,4 @@ def test_release_checkpoints(every: int, start: str | None, count: int) -> None:
 
 def test_words_of_layouts() -> None:
     layout = Layout(ranks=512, tp=4, pp=2, cp=8, ep=32, etp=1, recompute="layer")
-    assert words(layout) == "TP4 PP2 CP8 EP32 ETP1 DP8 recompute" and words(Layout()) == "one rank"
+    assert layout_label(layout) == "TP4 PP2 CP8 EP32 ETP1 DP8 recompute" and layout_label(Layout()) == "one rank"

@@ -32,26 +32,26 @@ def made(**settings: Any) -> Curriculum:
 
 def test_levels_open_one_after_another_and_close_again() -> None:
     found = made(unlock_pass_rate=0.7, ema_alpha=1.0)
-    assert found.open() == ["add/0", "sort/3"]
+    assert found.open_bins() == ["add/0", "sort/3"]
     easy = next(row for row in ROWS if bin_of(row) == "add/0")
-    found.learn(easy, 0.69)
-    assert found.open() == ["add/0", "sort/3"]
-    found.learn(easy, 0.7)
-    assert found.open() == ["add/0", "add/1", "sort/3"]
-    found.learn(next(row for row in ROWS if bin_of(row) == "add/1"), 1.0)
-    assert found.open() == ["add/0", "add/1", "add/2", "sort/3"]
-    found.learn(easy, 0.2)
-    assert found.open() == ["add/0", "sort/3"]
+    found.update(easy, 0.69)
+    assert found.open_bins() == ["add/0", "sort/3"]
+    found.update(easy, 0.7)
+    assert found.open_bins() == ["add/0", "add/1", "sort/3"]
+    found.update(next(row for row in ROWS if bin_of(row) == "add/1"), 1.0)
+    assert found.open_bins() == ["add/0", "add/1", "add/2", "sort/3"]
+    found.update(easy, 0.2)
+    assert found.open_bins() == ["add/0", "sort/3"]
 
 
 def test_weights_are_the_variance_of_a_coin_and_never_nothing() -> None:
     found = made(ema_alpha=1.0, min_weight=0.05)
     add, sort = ROWS[0], ROWS[-1]
     assert found.weights() == {"add/0": 1.0, "sort/3": 1.0}
-    found.learn(add, 0.5)
-    found.learn(sort, 1.0)
+    found.update(add, 0.5)
+    found.update(sort, 1.0)
     assert found.weights() == {"add/0": 1.0, "sort/3": 0.05}
-    found.learn(add, 0.0)
+    found.update(add, 0.0)
     assert found.weights()["add/0"] == 0.05
     drawn = Counter(bin_of(row) for step in range(200) for row in found.draw(8, step, 0))
     assert set(drawn) == {"add/0", "sort/3"}
@@ -59,8 +59,8 @@ def test_weights_are_the_variance_of_a_coin_and_never_nothing() -> None:
 
 def test_signal_is_asked_more_often() -> None:
     found = made(ema_alpha=1.0)
-    found.learn(ROWS[0], 0.5)
-    found.learn(ROWS[-1], 0.95)
+    found.update(ROWS[0], 0.5)
+    found.update(ROWS[-1], 0.95)
     drawn = Counter(bin_of(row) for step in range(200) for row in found.draw(8, step, 0))
     assert drawn["add/0"] / drawn.total() == pytest.approx(1 / 1.19, abs=0.04)
 
@@ -77,14 +77,14 @@ def test_it_goes_on_from_its_state() -> None:
     one, other = made(), made()
     for step in range(5):
         for row in one.draw(4, step, 0):
-            one.learn(row, step / 5)
+            one.update(row, step / 5)
     other.load(json.loads(json.dumps(one.copy())))
     for step in range(5, 10):
         rows = one.draw(4, step, 0)
         assert rows == other.draw(4, step, 0)
         for row in rows:
-            one.learn(row, 0.5)
-            other.learn(row, 0.5)
+            one.update(row, 0.5)
+            other.update(row, 0.5)
     assert one.state == other.state
     kept = one.copy()
     one.draw(4, 11, 0)

@@ -66,10 +66,10 @@ def test_a_document_may_bring_its_own_licence(tmp_path: Path, run_stage: Any) ->
     assert table["license"].to_pylist() == ["MIT", "Apache-2.0 AND MIT"]
     lines = tmp_path / "code.jsonl"
     lines.write_text('{"text": "x = 1", "terms": "bsd-3-clause"}\n{"text": "x = 2", "terms": null}\n')
-    with pytest.raises(AtomError, match=r"line 2: field 'terms' holds None, which is no SPDX licence"):
+    with pytest.raises(AtomError, match=r"line 2: field 'terms' holds None, which is no SPDX license"):
         run_stage(acquire.STAGE, config(lines, license_field="terms"), {})
     lines.write_text('{"text": "x = 1", "terms": ["my own"]}\n')
-    with pytest.raises(AtomError, match=r"line 1: field 'terms' holds \['my own'\], which is no SPDX licence"):
+    with pytest.raises(AtomError, match=r"line 1: field 'terms' holds \['my own'\], which is no SPDX license"):
         run_stage(acquire.STAGE, config(lines, license_field="terms"), {})
 
 

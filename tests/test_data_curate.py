@@ -212,7 +212,7 @@ def test_values_lie_on_the_removing_side_and_counts_balance(planted: Artifact) -
 def test_an_unbalanced_book_or_a_document_without_licence_is_refused(tmp_path: Path, run_stage: Any) -> None:
     book = Dispositions()
     row = {"id": "a/1", "text": "x", "source": "a", "license": "CC0-1.0", "content_hash": content_hash("x")}
-    book.enter(row)
+    book.add(row)
     with pytest.raises(AtomError, match="does not balance"):
         book.close({})
     book.keep("a/1", "train", content_hash("x"))
@@ -223,10 +223,10 @@ def test_an_unbalanced_book_or_a_document_without_licence_is_refused(tmp_path: P
     with pytest.raises(AtomError, match="no source holds"):
         book.keep("a/2", "train", "")
     with pytest.raises(AtomError, match="ids must differ"):
-        book.enter(row)
+        book.add(row)
     inputs = inputs_of(tmp_path)
     inputs["sums"] = acquired(tmp_path / "again", "sums", SUMS, license="")
-    with pytest.raises(AtomError, match="sums/1 has no licence"):
+    with pytest.raises(AtomError, match="sums/1 has no license"):
         curated(run_stage, config(), inputs)
 
 

@@ -15,24 +15,24 @@ from pipeline.core.store import Artifact
 from stages.mcore.moe_metrics import DEAD_SHARE, Experts
 from stages.train import parallel
 from stages.train.config import TrainConfig
-from stages.train.data import Order, Shards, Share
+from stages.train.data import Order, RankBatch, Shards
 from stages.train.engine import Engine
 
 pytestmark = pytest.mark.numeric
 
 
-def step(corpus: Path, model: dict[str, Any], count: int = 1) -> tuple[Engine, list[Any], Share]:
+def step(corpus: Path, model: dict[str, Any], count: int = 1) -> tuple[Engine, list[Any], RankBatch]:
     settings = world.config()
     settings["model"] = {**settings["model"], **model}
     config = TrainConfig.model_validate(settings)
     with parallel.session(0) as ranks:
         engine = Engine(config, ranks, world.VOCAB)
-        engine.initialise()
+        engine.initialize()
         order = Order(Artifact.open(corpus / "order"), config.phase)
         shards = Shards(Artifact.open(corpus / "tokens"), "train")
         figures = []
         for number in range(1, count + 1):
-            share = Share.read(order.rows(number), shards, config.phase.micro_rows, ranks)
+            share = RankBatch.read(order.rows(number), shards, config.phase.micro_rows, ranks)
             figures.append(engine.step(share, 3e-3, lambda loss, norm: None))
         return engine, figures, share
 

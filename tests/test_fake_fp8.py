@@ -11,7 +11,7 @@ import torch
 import train_world as world
 
 from stages.mcore import fake_fp8
-from stages.mcore.quantize import RECIPES, Counts, Recipe, quantise_dequantise
+from stages.mcore.quantize import RECIPES, Counts, Recipe, quantize_dequantize
 from stages.mcore.weight_init import full_tensor
 from stages.models.qwen3_moe.config import ModelConfig
 from stages.models.qwen3_moe.megatron_model import build
@@ -105,7 +105,7 @@ def reference(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, recipe: Recipe
     """y, dx and dw in double precision, each product's operands rounded along what it sums over."""
 
     def q(t: torch.Tensor, kind: Any, summed: int) -> torch.Tensor:
-        return quantise_dequantise(t, recipe, kind, summed)[0].double()
+        return quantize_dequantize(t, recipe, kind, summed)[0].double()
 
     y = q(x, "input", 1) @ q(w, "weight", 1).t()
     dx = q(dy, "gradient", 1) @ q(w, "weight", 0)

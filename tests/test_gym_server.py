@@ -17,7 +17,7 @@ from verifier_world import (
 )
 
 from stages.rl.protocols import VerifierFailed
-from stages.rl.rewards.verifiers import verifier
+from stages.rl.rewards.verifiers import make_verifier
 
 
 def test_a_server_scores_in_the_order_of_the_answers(serve: Callable[..., Server]) -> None:
@@ -85,4 +85,4 @@ def test_a_server_that_is_too_slow_is_no_reward(serve: Callable[..., Server]) ->
 
 def test_a_server_that_was_never_there_is_no_reward(serve: Callable[..., Server]) -> None:
     with pytest.raises(VerifierFailed, match="Connection refused"):
-        one(verifier("nemo-gym", url="http://127.0.0.1:9", serves="nothing"), sum_row(), "4")
+        one(make_verifier("nemo-gym", url="http://127.0.0.1:9", serves="nothing"), sum_row(), "4")

@@ -10,7 +10,7 @@ from verifier_world import ARGUMENTS, form_row, one
 
 from stages.data.synthetic import instructions
 from stages.rl.protocols import VerifierFailed, to_row
-from stages.rl.rewards.verifiers import verifier
+from stages.rl.rewards.verifiers import make_verifier
 from stages.scorers.instructions_v1 import CHECKS
 
 FOLLOWED: dict[str, tuple[list[str], list[str]]] = {
@@ -50,7 +50,7 @@ FOLLOWED: dict[str, tuple[list[str], list[str]]] = {
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_each_instruction(name: str) -> None:
-    found, row = verifier("instructions"), form_row((name, ARGUMENTS[name]))
+    found, row = make_verifier("instructions"), form_row((name, ARGUMENTS[name]))
     followed, not_followed = FOLLOWED[name]
     for text in followed:
         assert one(found, row, text) == {"reward": 1, "fraction": 1, "finished": 1}, text
@@ -59,7 +59,7 @@ def test_each_instruction(name: str) -> None:
 
 
 def test_all_instructions_must_be_followed_and_none_are_left_unread() -> None:
-    found = verifier("instructions")
+    found = make_verifier("instructions")
     words = "length_constraints:number_words"
     row = form_row(
         (words, {"num_words": 3, "relation": "at least", "keywords": None}),
@@ -84,19 +84,19 @@ def test_an_instruction_that_cannot_be_checked_is_no_reward(
     instruction: tuple[str, dict[str, Any]], words: str
 ) -> None:
     with pytest.raises(VerifierFailed, match=f"verifier instructions, row i1: .*{words}"):
-        one(verifier("instructions"), form_row(instruction), "text")
+        one(make_verifier("instructions"), form_row(instruction), "text")
 
 
 def test_a_row_without_instructions_is_no_reward() -> None:
     with pytest.raises(VerifierFailed, match="row i1: no field 'kwargs'"):
-        one(verifier("instructions"), {k: v for k, v in form_row().items() if k != "kwargs"}, "text")
+        one(make_verifier("instructions"), {k: v for k, v in form_row().items() if k != "kwargs"}, "text")
     with pytest.raises(VerifierFailed, match="0 instructions with 0 sets"):
-        one(verifier("instructions"), form_row(), "text")
+        one(make_verifier("instructions"), form_row(), "text")
 
 
 @pytest.mark.parametrize("level", instructions.LEVELS)
 def test_requests_of_each_level_can_be_met_and_missed(level: int) -> None:
-    judge = verifier("instructions")
+    judge = make_verifier("instructions")
     requests = instructions.requests(100, random.Random(level), level)
     assert len({text for text, _ in requests}) == 100
     for text, fields in requests:

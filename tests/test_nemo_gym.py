@@ -19,7 +19,7 @@ import pytest
 from stages.data.table import read_jsonl, write_jsonl
 from stages.evaluation import eval_set
 from stages.rl.protocols import Response
-from stages.rl.rewards.verifiers import verifier
+from stages.rl.rewards.verifiers import make_verifier
 from stages.rl.rollout import tasks
 
 PYTHON = os.environ.get("ATOM_NEMO_PYTHON")
@@ -107,15 +107,15 @@ def test_its_servers_give_the_rewards_that_our_verifiers_give(rows: list[dict[st
     }
     compared = 0
     for name, known in servers.items():
-        own = verifier(name)
+        own = make_verifier(name)
         answers = [
-            (row, Response.of(text, True)) for row in rows if row["verifier"] == name for text in answers_to(row)
+            (row, Response.parse(text, True)) for row in rows if row["verifier"] == name for text in answers_to(row)
         ]
         expected = [parts["reward"] for parts in own.score(answers)]
         own.close()
         assert {0.0, 1.0} <= set(expected)
         for server, url in known:
-            found = verifier("nemo-gym", url=url, serves=f"nemo-gym 0.4.0 {server}").score(answers)
+            found = make_verifier("nemo-gym", url=url, serves=f"nemo-gym 0.4.0 {server}").score(answers)
             assert [parts["reward"] for parts in found] == expected, server
             compared += len(found)
     assert compared == len(rows) * 6
@@ -123,9 +123,9 @@ def test_its_servers_give_the_rewards_that_our_verifiers_give(rows: list[dict[st
 
 def test_its_mathematics_accepts_the_right_sums(rows: list[dict[str, Any]], serve) -> None:
     sums = [row for row in rows if row["kind"] == "add"]
-    found = verifier("nemo-gym", url=serve("math_with_judge", **JUDGE), serves="nemo-gym 0.4.0 math_with_judge")
-    right = found.score([(row, Response.of(row["expected_answer"], True)) for row in sums])
-    wrong = found.score([(row, Response.of(row["expected_answer"] + "1", True)) for row in sums])
+    found = make_verifier("nemo-gym", url=serve("math_with_judge", **JUDGE), serves="nemo-gym 0.4.0 math_with_judge")
+    right = found.score([(row, Response.parse(row["expected_answer"], True)) for row in sums])
+    wrong = found.score([(row, Response.parse(row["expected_answer"] + "1", True)) for row in sums])
     assert [p["reward"] for p in right] == [1.0] * 6 and [p["reward"] for p in wrong] == [0.0] * 6
 
 

@@ -105,9 +105,9 @@ def test_quotas() -> None:
     assert packing.quotas(slots, 1000, None) == {"short": 1000}
     rule = LongDocuments(over=100, share=0.5, max_epochs=2)
     found = packing.quotas(slots, 1000, rule)
-    assert (found["short"], found["long"]) == (600, 400) and found["told"]["missing_tokens"] == 100
+    assert (found["short"], found["long"]) == (600, 400) and found["report"]["missing_tokens"] == 100
     alone = packing.quotas(np.array([20, 200, 300])[1:], 5000, rule)
-    assert alone["long"] == 5000 and alone["told"]["missing_tokens"] == 2500 - 2 * 500, "nothing shorter can stand in"
+    assert alone["long"] == 5000 and alone["report"]["missing_tokens"] == 2500 - 2 * 500, "nothing shorter can stand in"
 
 
 def test_a_packed_phase_goes_on_as_it_was_or_packs_the_rest_anew(tmp_path: Path, run_stage: Any) -> None:
@@ -198,13 +198,13 @@ def test_an_order_and_a_phase_that_differ_in_packing(packed: Path, corpus: Path,
 def test_packed_batches(packed: Path) -> None:
     from stages.train import parallel
     from stages.train.config import TrainConfig
-    from stages.train.data import Order, Shards, Share
+    from stages.train.data import Order, RankBatch, Shards
 
     phase = TrainConfig.model_validate(world.config(pack=True)).phase
     rows = Order(Artifact.open(packed / "order"), phase).rows(3)
     shards = Shards(Artifact.open(packed / "tokens"), "train")
     with parallel.session(0) as ranks:
-        share = Share.read(rows, shards, phase.micro_rows, ranks, packed=True)
+        share = RankBatch.read(rows, shards, phase.micro_rows, ranks, packed=True)
     assert len(rows) == 8 and any(len(row.segments) > 1 for row in rows)
     assert share.targets == sum(int(b.loss_mask.sum()) for b in share.micro)
     for batch, part in zip(share.micro, (rows[:4], rows[4:]), strict=True):

@@ -42,7 +42,7 @@ def test_a_document_states_its_key_once_and_ends_with_the_answer() -> None:
         assert key.isdigit() and len(set(key)) == 4
         assert prompt.endswith(passkeys.QUESTION) and prompt.count(passkeys.STATEMENT.format(key)) == 1
         filler = prompt.removesuffix(passkeys.QUESTION).replace(passkeys.STATEMENT.format(key), "")
-        assert "pass key" not in filler and len(text) == len(filler) + passkeys.min_chars(4)
+        assert "pass key" not in filler and len(text) == len(filler) + passkeys.min_characters(4)
         start = int(place.removesuffix(".py"))
         assert filler.startswith(TEXTS[start][0][: len(filler)])  # neighbours in order, from a drawn one on
         depths.append(prompt.index(passkeys.STATEMENT.format(key)) / len(filler))
@@ -54,14 +54,14 @@ def test_a_document_states_its_key_once_and_ends_with_the_answer() -> None:
 
 def test_the_seed_alone_decides() -> None:
     assert drawn(20) == drawn(20) and drawn(20) != drawn(20, seed=1)
-    assert len(passkeys.STATEMENT.format("1234") + passkeys.QUESTION + " 1234") == passkeys.min_chars(4)
-    bare = drawn(1, (passkeys.min_chars(4),) * 2)[0][0]
+    assert len(passkeys.STATEMENT.format("1234") + passkeys.QUESTION + " 1234") == passkeys.min_characters(4)
+    bare = drawn(1, (passkeys.min_characters(4),) * 2)[0][0]
     assert bare.startswith("\nThe pass key is")
 
 
 def test_a_tenth_of_the_keys_is_never_trained_on() -> None:
     every = {"".join(digits) for digits in itertools.permutations("0123456789", 4)}
-    apart = {key for key in every if passkeys.for_evaluation(key)}
+    apart = {key for key in every if passkeys.is_for_evaluation(key)}
     assert len(apart) / len(every) == pytest.approx(passkeys.EVALUATION_SHARE, abs=0.02)
     assert not apart & {key_of(text, n) for text, n, _ in drawn(2000)}
     rng = random.Random(0)
@@ -99,7 +99,9 @@ def test_acquired_from_the_library_and_the_same_twice(run_stage: Any) -> None:
     assert [row["id"] for row in rows] == [f"keys/{n:07d}" for n in range(30)]
     for row in rows:
         assert row["license"] == "PSF-2.0 AND Apache-2.0" and row["origin"].startswith("procedural#")
-        assert row["origin"].endswith(".py") and not passkeys.for_evaluation(key_of(row["text"], row["prompt_chars"]))
+        assert row["origin"].endswith(".py") and not passkeys.is_for_evaluation(
+            key_of(row["text"], row["prompt_chars"])
+        )
 
 
 def test_curation_keeps_documents_that_share_their_filler(tmp_path: Path, run_stage: Any) -> None:

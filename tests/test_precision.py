@@ -63,7 +63,7 @@ def test_what_a_machine_lacks(monkeypatch: Any, kind: Any, gpu: Any, engine: boo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
     monkeypatch.setattr(precision.importlib.util, "find_spec", lambda name: object() if engine else None)
-    found = precision.missing(kind)
+    found = precision.missing_requirement(kind)
     assert found is None if said is None else said in str(found) and str(found).startswith(f"precision = {kind} needs")
 
 

@@ -16,9 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.mcore import quantize
+from stages.mcore import quantize as quantization
 from stages.mcore.fake_fp8 import multiply
-from stages.mcore.quantize import E4M3, E5M2, RECIPES, Counts, Format, quantise, quantise_dequantise
+from stages.mcore.quantize import E4M3, E5M2, RECIPES, Counts, Format, quantize, quantize_dequantize
 
 pytestmark = pytest.mark.numeric
 
@@ -114,14 +114,14 @@ def test_agrees_with_the_scalar_implementation(recipe: str, kind: str, summed: i
     for wild, (rows, columns) in ((False, (130, 36)), (True, (9, 131)), (True, (1, 1))):
         x = spread_out(rows, columns, rows, dtype, wild)
         expected, counts = scalar(x, recipe, kind, summed)
-        found = quantise(x, RECIPES[recipe], kind, summed)
+        found = quantize(x, RECIPES[recipe], kind, summed)
         assert found.values.dtype == dtype and found.counts == counts
         factor = Fraction(found.factor)
         exact = [[Fraction(v) * factor for v in row] for row in found.values.tolist()]
         assert exact == expected, "every value, exactly"
         lost += counts.underflow
         # as one tensor it is rounded to fp32 once more
-        values, again = quantise_dequantise(x, RECIPES[recipe], kind, summed)
+        values, again = quantize_dequantize(x, RECIPES[recipe], kind, summed)
         assert again == counts and values.tolist() == [[float(fp32(v)) for v in row] for row in expected]
     assert lost > 0, "there must have been something to lose"
 
@@ -138,7 +138,7 @@ def test_agrees_with_the_scalar_implementation_on_any_numbers(rows: list, case: 
     x = torch.tensor(rows, dtype=torch.float32)
     recipe, kind, summed = case
     expected, counts = scalar(x, recipe, kind, summed)
-    found = quantise(x, RECIPES[recipe], kind, summed)
+    found = quantize(x, RECIPES[recipe], kind, summed)
     values = found.values.tolist()
     if not any(math.isinf(v) for row in values for v in row):  # rounding upwards may leave fp32 at its very end
         assert [[Fraction(v) * Fraction(found.factor) for v in row] for row in values] == expected
@@ -148,7 +148,7 @@ def test_agrees_with_the_scalar_implementation_on_any_numbers(rows: list, case: 
 @pytest.mark.parametrize("format_", [E4M3, E5M2], ids=lambda f: f.name)
 def test_rounds_every_bf16_number_as_torch_and_the_scalar_do(format_: Format) -> None:
     x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
-    found = quantize._round(x.clone(), format_)
+    found = quantization._round(x.clone(), format_)
     theirs = x.clamp(-format_.largest, format_.largest).to(TORCH[format_.name]).float()
     assert torch.equal(found.nan_to_num(nan=-1.5e38), theirs.nan_to_num(nan=-1.5e38))
     assert torch.equal(found.isnan(), x.isnan())
@@ -168,7 +168,7 @@ def test_ties_go_to_even_and_ends_saturate(format_: Format) -> None:
         (largest * 1.01, largest), (math.inf, largest), (-math.inf, -largest),
     ]  # fmt: skip
     given_, expected = (torch.tensor(list(x)) for x in zip(*pairs, strict=True))
-    assert quantize._round(given_, format_).tolist() == expected.tolist()
+    assert quantization._round(given_, format_).tolist() == expected.tolist()
 
 
 def test_whatever_is_not_finite_is_counted_and_never_hides() -> None:
@@ -176,20 +176,20 @@ def test_whatever_is_not_finite_is_counted_and_never_hides() -> None:
         x = torch.ones(2, 256)
         x[0, 3] = math.inf
         x[1, 200] = math.nan
-        values, counts = quantise_dequantise(x, recipe, "input")
+        values, counts = quantize_dequantize(x, recipe, "input")
         assert counts.overflow >= 2, name
         assert not values[1, 200].isfinite() and values[0, 3] >= 448, name
     # one block of the two holds the infinity; e8m0's largest scale leaves nothing of its neighbours
     x = torch.ones(1, 64)
     x[0, 0] = math.inf
-    values, counts = quantise_dequantise(x, RECIPES["mxfp8"], "input")
+    values, counts = quantize_dequantize(x, RECIPES["mxfp8"], "input")
     assert counts == Counts(64, 64, 31, 1) and values[0, 1:].tolist() == [0.0] * 31 + [1.0] * 32
 
 
 def test_values_that_a_scale_cannot_reach_are_counted_as_clipped() -> None:
     """No recipe clips by itself; a scale that is kept from following, as after an infinity, does."""
     x = torch.tensor([[math.inf, 500.0, 463.0, 1.0]])
-    _, counts = quantise_dequantise(x, RECIPES["fp8-tensorwise"], "input")
+    _, counts = quantize_dequantize(x, RECIPES["fp8-tensorwise"], "input")
     assert counts.overflow == 2, "the infinity and 500; 463 is nearer to 448 than to the 480 that e4m3 lacks"
 
 
@@ -198,19 +198,19 @@ def test_a_cut_between_blocks_changes_nothing(recipe: str) -> None:
     x = spread_out(256, 256, 5, torch.float32)
     for kind in ("input", "weight", "gradient"):
         for summed in (0, 1):
-            whole, counts = quantise_dequantise(x, RECIPES[recipe], kind, summed)
+            whole, counts = quantize_dequantize(x, RECIPES[recipe], kind, summed)
             for dimension in (0, 1):
-                parts = [quantise_dequantise(p, RECIPES[recipe], kind, summed) for p in x.chunk(2, dimension)]
+                parts = [quantize_dequantize(p, RECIPES[recipe], kind, summed) for p in x.chunk(2, dimension)]
                 assert torch.equal(torch.cat([p for p, _ in parts], dimension), whole)
                 assert parts[0][1] + parts[1][1] == counts
 
 
 def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = spread_out(300, 70, 6, torch.float32)
-    whole = {case: quantise(x, RECIPES[case[0]], *case[1:]) for case in CASES}
-    monkeypatch.setattr(quantize, "SLAB", 1000)
+    whole = {case: quantize(x, RECIPES[case[0]], *case[1:]) for case in CASES}
+    monkeypatch.setattr(quantization, "SLAB", 1000)
     for case, expected in whole.items():
-        found = quantise(x, RECIPES[case[0]], *case[1:])
+        found = quantize(x, RECIPES[case[0]], *case[1:])
         assert torch.equal(found.values, expected.values) and found.counts == expected.counts, case
 
 
@@ -231,7 +231,7 @@ def test_a_product_is_that_of_scaled_mm(left: str, right: str, out: torch.dtype)
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(96, 192, generator=generator) * torch.logspace(-6, 2, 192)
     b = torch.randn(64, 192, generator=generator) * 0.02
-    x, w = (quantise(t.to(out), recipe, kind) for t, kind in ((a, left), (b, right)))
+    x, w = (quantize(t.to(out), recipe, kind) for t, kind in ((a, left), (b, right)))
     eight = [q.values.to(TORCH[recipe.format(kind).name]) for q, kind in ((x, left), (w, right))]
     assert all(torch.equal(e.float(), q.values.float()) for e, q in zip(eight, (x, w), strict=True)), "FP8 numbers"
     scales = [torch.tensor(q.factor) for q in (x, w)]

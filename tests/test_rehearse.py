@@ -21,7 +21,7 @@ from stages.mcore import quantize
 from stages.mcore.quantize import RECIPES, Format, Recipe
 from stages.models.qwen3_moe.config import ModelConfig
 from stages.train.precision_simulation import plot, report, runner, simulation
-from stages.train.precision_simulation.proxy_model import dimensions, ratios, step_tokens, twin
+from stages.train.precision_simulation.proxy_model import build_proxy, dimensions, ratios, step_tokens
 from stages.train.precision_simulation.report import compose, judge, markdown
 
 # tensorwise alone needs no blocks, and so the smallest twin: 96 wide, sixteen rows of 64
@@ -206,7 +206,7 @@ ODD: dict[str, Any] = dict(
 def test_a_twin_has_the_recipes_ratios_and_two_blocks(sizes: dict[str, Any] | None) -> None:
     model = ModelConfig.model_validate(sizes) if sizes else recipes.load("atom-tiny").config.model
     for smallest in (32, 64, 256):
-        small = twin(model, smallest)
+        small = build_proxy(model, smallest)
         assert min(dimensions(small)) >= smallest
         assert all(r.twin == pytest.approx(r.recipe, rel=0.05) for r in ratios(model, small)), ratios(model, small)
         assert small.experts <= 32 and small.layers == 2

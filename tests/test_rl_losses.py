@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.rl.algorithms.losses import advantages, dpo_loss, policy_loss, without_unfinished, zero_variance
+from stages.rl.algorithms.losses import advantages, dpo_loss, mask_unfinished, policy_loss, zero_variance
 
 pytestmark = pytest.mark.numeric
 
@@ -343,7 +343,7 @@ def test_a_pair_by_hand() -> None:
 
 def test_unfinished_rows_leave_the_mask() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert without_unfinished(mask, torch.tensor([True, False])).tolist() == [[True, True, False], [False] * 3]
+    assert mask_unfinished(mask, torch.tensor([True, False])).tolist() == [[True, True, False], [False] * 3]
 
 
 def test_what_cannot_be_computed_is_refused() -> None:

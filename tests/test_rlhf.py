@@ -19,7 +19,7 @@ from stages.data.table import read_table, write_jsonl
 from stages.rl import dpo, reward_model
 from stages.rl.algorithms.preferences import best_and_worst
 from stages.rl.protocols import Response, VerifierFailed
-from stages.rl.rewards.reward_functions import RewardModel, judged
+from stages.rl.rewards.reward_functions import RewardModel, reward_input
 from stages.rl.rollout import rollouts
 
 
@@ -187,7 +187,7 @@ def test_the_reward_model_judges_as_it_was_trained(
     asked = [rl_world.row("p", "letter", 0, pair["question"]) for pair in pairs]
     scores = {
         which: judge.score(
-            [(r, Response.of(p[which], p[f"{which}_finished"])) for r, p in zip(asked, pairs, strict=True)]
+            [(r, Response.parse(p[which], p[f"{which}_finished"])) for r, p in zip(asked, pairs, strict=True)]
         )
         for which in ("chosen", "rejected")
     }
@@ -195,9 +195,9 @@ def test_the_reward_model_judges_as_it_was_trained(
     assert sum(better) / len(better) > 0.75
     middling = sum(s["reward"] for some in scores.values() for s in some) / (2 * len(pairs))
     assert 0.25 < middling < 0.75, "rewards lie on both sides of the middle"
-    (cut,) = judge.score([(asked[0], Response.of("eee", False))])
+    (cut,) = judge.score([(asked[0], Response.parse("eee", False))])
     assert cut["reward"] == 0.0 and judge.version == "export-test" and judge.runs_code is False
-    assert judged(judge.chat, "say", "e", True)[-2:] == [3, 1]
+    assert reward_input(judge.chat, "say", "e", True)[-2:] == [3, 1]
 
 
 def test_too_few_pairs_are_told(inputs: dict[str, Artifact], calm: Path, tmp_path: Path) -> None:

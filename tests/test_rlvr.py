@@ -83,7 +83,7 @@ def test_every_answer_is_kept_and_says_what_became_of_it(calm: Path) -> None:
         groups.setdefault((r.step, r.wave, r.group), []).append(r)
         assert len(r.ids) == len(r.logprobs) and max(r.logprobs) <= 0 and r.verifier == "instructions"
         assert r.finished == (r.ids[-1] in (1, 3)) and (r.finished or len(r.ids) == 12)
-        answer = Response.of(r.text, r.finished).answer
+        answer = Response.parse(r.text, r.finished).answer
         assert r.reward == float(r.finished and "ex"[r.level] in answer)
     for own in groups.values():
         dull = len({r.reward for r in own}) == 1

@@ -481,10 +481,10 @@ def killing(times: int, tried: list[int]) -> Callable[[list[Cell], int], str]:
 def test_what_kills_its_sandbox_each_time_is_to_blame_and_nothing_else_is() -> None:
     tried: list[int] = []
     with Pool(2, LIMITS) as pool:
-        outcome = pool.each(killing(99, tried), range(6), lambda item: f"blamed: {item}")
+        outcome = pool.map(killing(99, tried), range(6), lambda item: f"blamed: {item}")
         assert outcome == ["0", "1", "2", "blamed: 3", "4", "5"] and len(tried) == ATTEMPTS
         tried.clear()
-        outcome = pool.each(killing(ATTEMPTS - 1, tried), range(6), lambda item: f"blamed: {item}")
+        outcome = pool.map(killing(ATTEMPTS - 1, tried), range(6), lambda item: f"blamed: {item}")
         assert outcome == ["0", "1", "2", "3", "4", "5"], "killed from outside, and not each time"
 
 
@@ -515,7 +515,7 @@ def test_a_probe_that_does_not_get_its_memory_blames_the_machine(monkeypatch: py
     if os.geteuid():
         pytest.skip("only a control group, which takes root, bounds it")
     with Pool(1, LIMITS) as pool, pytest.raises(SandboxFailed, match=f"the sandbox fails {ATTEMPTS} times, and then"):
-        pool.each(killing(99, []), [3], str)
+        pool.map(killing(99, []), [3], str)
 
 
 def test_nothing_outlives_its_parent() -> None:
@@ -612,7 +612,7 @@ def test_closing_kills_what_is_in_a_group(version: int, monkeypatch: pytest.Monk
     folders = list(group.folders)
     if version == 2:
         assert [(folders[0] / f).read_text() for _, f in names.values()] == ["9\n", f"{1 << 24}\n"]
-    process = subprocess.Popen(group.entered(["sh", "-c", "trap '' TERM HUP; (trap '' TERM; sleep 99) & sleep 99"]))
+    process = subprocess.Popen(group.wrapped(["sh", "-c", "trap '' TERM HUP; (trap '' TERM; sleep 99) & sleep 99"]))
     assert _until(lambda: len(group.processes()) >= 3)
     group.close()
     assert process.wait(10) == -9 and not any(folder.exists() for folder in folders)

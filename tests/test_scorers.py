@@ -12,7 +12,7 @@ import pytest
 from stages import scorers
 from stages.rl.protocols import Response
 from stages.rl.rewards.reward_functions import Courtesy
-from stages.rl.rewards.verifiers import verifier
+from stages.rl.rewards.verifiers import make_verifier
 
 FOLDER = Path(scorers.__file__).parent
 FROZEN = {
@@ -43,7 +43,7 @@ def test_new_outputs_are_scored_by_the_latest_version() -> None:
     for name, version in scorers.LATEST.items():
         known = [int(number) for other, number in scorers.SCORERS if other == name]
         assert int(version) == max(known), name
-        made = Courtesy() if name == "courtesy" else verifier(name)
+        made = Courtesy() if name == "courtesy" else make_verifier(name)
         assert (made.name, made.version) == (name, version)
 
 
@@ -65,10 +65,10 @@ TEXTS = [
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_a_verifier_scores_as_its_frozen_file(name: str) -> None:
     """What a release states is what verification computes again."""
-    made = Courtesy() if name == "courtesy" else verifier(name)
+    made = Courtesy() if name == "courtesy" else make_verifier(name)
     scorer = name, made.version
     for finished in (True, False):
-        responses = [Response.of(text, finished) for text in TEXTS]
+        responses = [Response.parse(text, finished) for text in TEXTS]
         earned = made.score([(ROWS[name], response) for response in responses])
         again = [scorers.SCORERS[scorer](ROWS[name], scorers.RESPONSES[scorer](text), finished) for text in TEXTS]
         assert earned == again

@@ -13,7 +13,7 @@ import pytest
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
 from stages.evaluation import pass_at_k
-from stages.evaluation.confidence import clustered, majority_at, pass_at, powers, wilson
+from stages.evaluation.confidence import clustered, majority_at, pass_at, powers_of_two, wilson
 
 CONFIG = {"num_samples": 3, "max_new_tokens": 6, "seed": 0}
 
@@ -52,7 +52,7 @@ def test_a_majority_by_hand() -> None:
 
 
 def test_small_estimators() -> None:
-    assert powers(8) == [1, 2, 4, 8] and powers(6) == [1, 2, 4, 6] and powers(1) == [1]
+    assert powers_of_two(8) == [1, 2, 4, 8] and powers_of_two(6) == [1, 2, 4, 6] and powers_of_two(1) == [1]
     assert clustered([0.0, 1.0]) == {"value": 0.5, "se": 0.5, "n": 2}
     low, high = wilson(8, 10)
     assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))

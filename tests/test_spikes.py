@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, write_manifest
 from stages.train.config import Spikes
-from stages.train.spikes import Judge
+from stages.train.spikes import SpikeDetector
 
 AT = 17
 PHASE: dict[str, Any] = {
@@ -242,7 +242,7 @@ def test_a_continued_phase_resumes_as_it_would_have_gone_on(poisoned: Path, tmp_
 
 def test_the_judge() -> None:
     policy = Spikes(action="skip", window=4, loss_sigmas=6, norm_factor=10)
-    judge = Judge(policy, [{"loss": 2.0 + 0.01 * n, "grad_norm": 1.0, "tokens": 1} for n in range(3)])
+    judge = SpikeDetector(policy, [{"loss": 2.0 + 0.01 * n, "grad_norm": 1.0, "tokens": 1} for n in range(3)])
     assert judge.reason(50.0, 50.0) is None, "too few steps to judge by"
     judge.accept(2.03, 1.0)
     assert judge.reason(2.05, 1.2) is None
@@ -251,8 +251,12 @@ def test_the_judge() -> None:
     assert judge.reason(1.0, None) is None, "a fall is no spike"
     judge.accept(9.0, 1.0)  # one accepted outlier does not move a median
     assert judge.reason(2.5, None) is not None
-    assert Judge(None, []).reason(1e9, 1e9) is None and Judge(None, []).reason(math.nan, None) is not None
-    again = Judge(policy, [{"loss": 2.0, "grad_norm": 1.0}] * 4 + [{"loss": 9.0, "grad_norm": 9.0, "skipped": True}])
+    assert (
+        SpikeDetector(None, []).reason(1e9, 1e9) is None and SpikeDetector(None, []).reason(math.nan, None) is not None
+    )
+    again = SpikeDetector(
+        policy, [{"loss": 2.0, "grad_norm": 1.0}] * 4 + [{"loss": 9.0, "grad_norm": 9.0, "skipped": True}]
+    )
     assert list(again.losses) == [2.0] * 4
 
 

@@ -138,7 +138,7 @@ def test_training_is_deterministic_and_learns_from_the_training_split_alone(tmp_
     stats = first.json("stats.json")
     assert stats["bytes_per_token"]["prose"]["split"] == "heldout"
     assert stats["sample"]["documents"] == 54 + 40
-    sample = list(training.interleaved({"a": ["aaaa"] * 3, "b": ["b"] * 5}, 1000))
+    sample = list(training.interleave({"a": ["aaaa"] * 3, "b": ["b"] * 5}, 1000))
     assert sample == ["aaaa", "b", "b", "b", "b", "aaaa", "b", "aaaa"]
 
 

@@ -221,12 +221,12 @@ def test_missing_and_truncated_shards(corpus: Path, tmp_path: Path) -> None:
 
 def test_rows_become_shifted_padded_batches(corpus: Path) -> None:
     from stages.train import parallel
-    from stages.train.data import Row, Segment, Shards, Share
+    from stages.train.data import RankBatch, Row, Segment, Shards
 
     shards = Shards(Artifact.open(corpus / "tokens"), "train")
     rows = [Row((Segment("sums", "sums/train-0", 0, 0, 7, 3),)), Row((Segment("text", "text/train-0", 0, 4, 9, 0),))]
     with parallel.session(0) as ranks:
-        share = Share.read(rows, shards, 2, ranks)
+        share = RankBatch.read(rows, shards, 2, ranks)
     (batch,) = share.micro
     assert share.width == 8 and share.targets == 3 + 8
     assert batch.ids.shape == (2, 8) and rows[0].targets == 3

@@ -30,7 +30,7 @@ from pipeline.core.errors import AtomError
 from stages.data.synthetic import problems
 from stages.rl.protocols import Parts, Row, Verifier, VerifierFailed, question
 from stages.rl.rewards import scoring_pool, scoring_worker
-from stages.rl.rewards.verifiers import VERIFIERS, reasoning_gym_rows, to_row, verifier
+from stages.rl.rewards.verifiers import VERIFIERS, make_verifier, reasoning_gym_rows, to_row
 from stages.scorers.instructions_v1 import CHECKS
 
 HOSTILE = {
@@ -74,10 +74,10 @@ def test_a_hostile_answer_has_a_reward_and_does_nothing(
     )
     forms = form_row(*((name, ARGUMENTS[name]) for name in CHECKS))
     cases = [
-        (verifier("exact"), sum_row()),
+        (make_verifier("exact"), sum_row()),
         (maths, sum_row()),
         (gym, gym_row()),
-        (verifier("instructions"), forms),
+        (make_verifier("instructions"), forms),
         (client(serve(judged)), sum_row()),
     ]
     for found, row in cases:
@@ -99,7 +99,9 @@ def test_every_verifier_stands_for_what_it_is() -> None:
         assert found.name == name and found.version and found.runs_code is False
         assert found.score([]) == []
         found.close()
-    assert "math-verify 0.9" in verifier("math-verify").version and "0.1.25" in verifier("reasoning-gym").version
+    assert (
+        "math-verify 0.9" in make_verifier("math-verify").version and "0.1.25" in make_verifier("reasoning-gym").version
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_every_verifier_stands_for_what_it_is() -> None:
 )
 def test_what_is_asked_wrongly_is_refused(name: str, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(AtomError, match=words.replace("{", r"\{")):
-        verifier(name, **settings)
+        make_verifier(name, **settings)
 
 
 def test_a_row_is_nemo_gyms() -> None:
@@ -132,7 +134,7 @@ def test_a_row_is_nemo_gyms() -> None:
 
 @pytest.mark.parametrize("task", problems.TASKS)
 def test_the_projects_own_tasks(task: str) -> None:
-    rng, exact = random.Random(1), verifier("exact")
+    rng, exact = random.Random(1), make_verifier("exact")
     for _ in range(50):
         p = problems.TASKS[task](rng)
         row = to_row("p", p.question, "exact", task, 0, question=p.question, expected_answer=p.answer)
@@ -158,7 +160,7 @@ def test_the_projects_own_tasks(task: str) -> None:
 
 def test_an_expected_answer_may_hold_a_colon() -> None:
     row = to_row("t", "When?", "exact", "time", 0, expected_answer="10:30")
-    exact = verifier("exact")
+    exact = make_verifier("exact")
     assert [one(exact, row, text)["reward"] for text in ("10:30", "at: 10:30", "11:30", "30")] == [1, 1, 0, 0]
     with pytest.raises(VerifierFailed, match="row t: no expected_answer"):
         one(exact, {**row, "expected_answer": " "}, "")
@@ -196,10 +198,10 @@ def test_an_unfinished_answer_earns_nothing_from_any(
     form = form_row(("punctuation:no_comma", {}))
     server = serve(judged)
     for found, row, text in (
-        (verifier("exact"), sum_row(), "4"),
+        (make_verifier("exact"), sum_row(), "4"),
         (maths, sum_row(), "4"),
         (gym, gym_row(), "6"),
-        (verifier("instructions"), form, "ok"),
+        (make_verifier("instructions"), form, "ok"),
         (client(server), sum_row(), "4"),
     ):
         assert one(found, row, text)["reward"] == 1
@@ -231,14 +233,14 @@ def test_a_row_that_cannot_be_judged_is_no_reward(maths: Verifier, row: Row, wor
 
 def kill_workers(found: Verifier) -> int:
     """Kills every worker that runs, from outside. Returns how many."""
-    processes = [w.process for w in found._judges.workers if w.process]
+    processes = [w.process for w in found._pool.workers if w.process]
     for process in processes:
         os.killpg(process.pid, signal.SIGKILL)
     return len(processes)
 
 
 def test_killed_workers_are_replaced_and_their_answers_judged_again() -> None:
-    found = verifier("math-verify", seconds=1)
+    found = make_verifier("math-verify", seconds=1)
     answers = [(sum_row(), said("4")), (sum_row(), said("5"))] * 4
     right = [1, 0] * 4
     try:
@@ -255,7 +257,7 @@ def test_killed_workers_are_replaced_and_their_answers_judged_again() -> None:
 
 
 def test_a_worker_that_is_always_killed_is_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = verifier("math-verify", seconds=1)
+    found = make_verifier("math-verify", seconds=1)
     start = scoring_pool.Worker._start
 
     def doomed(worker: scoring_pool.Worker) -> None:
@@ -276,7 +278,7 @@ def test_an_answer_is_not_blamed_for_what_befell_its_judge(monkeypatch: pytest.M
     def outcome(*replies: dict[str, Any]) -> Parts:
         told = iter(replies)
         monkeypatch.setattr(scoring_pool.Worker, "ask", lambda *_: next(told))
-        return one(verifier("math-verify"), sum_row(), "4")
+        return one(make_verifier("math-verify"), sum_row(), "4")
 
     # Probe, garbage, answer; and after a crash again probe, garbage.
     assert outcome(right, wrong, crash, right, wrong) == {"reward": 0, "finished": 1, "unreadable": 1}
@@ -294,7 +296,7 @@ def test_an_answer_is_not_blamed_for_what_befell_its_judge(monkeypatch: pytest.M
 def test_a_worker_that_cannot_start_is_no_reward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "math_verify.py").write_text("raise ImportError('a broken installation')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = verifier("math-verify")
+    found = make_verifier("math-verify")
     try:
         with pytest.raises(
             VerifierFailed, match=r"row m1: the judge failed 3 times \(ImportError: a broken installation\)"
@@ -308,7 +310,7 @@ def test_a_package_that_answers_nought_to_all_is_no_reward(monkeypatch: pytest.M
     """As the packages do where their own code raises."""
     (tmp_path / "math_verify.py").write_text("def parse(*a, **k): return []\ndef verify(*a, **k): return False\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = verifier("math-verify")
+    found = make_verifier("math-verify")
     try:
         with pytest.raises(VerifierFailed, match="its own expected answer got a score of 0.0"):
             one(found, sum_row(), "5")
@@ -339,7 +341,7 @@ FORKS: dict[str, tuple[Callable[[str], float], dict[str, Any]]] = {
 @pytest.mark.parametrize("what", FORKS)
 def test_a_fork_is_limited(what: str) -> None:
     score, reply = FORKS[what]
-    assert scoring_worker.limited(score, "", 1) == reply
+    assert scoring_worker.score_in_fork(score, "", 1) == reply
 
 
 # --- reasoning-gym ----------------------------------------------------------------------------------------------------

@@ -218,13 +218,13 @@ def disturb(rank: int, step: int, action: str) -> None:
 
 def record_reads(folder: Path) -> None:
     """Keeps what this rank reads of the training shards in `<folder>/<rank>.jsonl`: [step, [source, ordinal, ...]]."""
-    from stages.train.data import Feed, Segment, Shards
+    from stages.train.data import Prefetcher, Segment, Shards
 
-    read_step, read_row, now = Feed._read, Shards.read, [0]
+    read_step, read_row, now = Prefetcher._read, Shards.read, [0]
     folder.mkdir(exist_ok=True)
     file = open(folder / f"{os.environ.get('RANK', '0')}.jsonl", "a", buffering=1)  # noqa: SIM115 (to the end)
 
-    def step(self: Feed, due: int) -> Any:
+    def step(self: Prefetcher, due: int) -> Any:
         now[0] = due
         return read_step(self, due)
 
@@ -233,7 +233,7 @@ def record_reads(folder: Path) -> None:
             file.write(json.dumps([now[0], [row.source, row.ordinal, row.offset, row.length]]) + "\n")
         return read_row(self, row)
 
-    Feed._read, Shards.read = step, row  # type: ignore[method-assign]
+    Prefetcher._read, Shards.read = step, row  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":  # python tests/train_world.py FOLDER WORK OUT CONFIG.json [AT_STEP SIGNAL]

@@ -13,7 +13,7 @@ import pytest
 
 from stages.rl.protocols import Parts, Response, Row, Verifier
 from stages.rl.rewards import gym_server
-from stages.rl.rewards.verifiers import to_row, verifier
+from stages.rl.rewards.verifiers import make_verifier, to_row
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "keywords:existence": {"keywords": ["tea", "milk"]},
@@ -45,7 +45,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 def said(text: str, finished: bool = True) -> Response:
-    return Response.of(text, finished)
+    return Response.parse(text, finished)
 
 
 def one(found: Verifier, row: Row, text: str, finished: bool = True) -> Parts:
@@ -54,14 +54,14 @@ def one(found: Verifier, row: Row, text: str, finished: bool = True) -> Parts:
 
 @pytest.fixture(scope="module")
 def maths() -> Iterator[Verifier]:
-    found = verifier("math-verify", seconds=1)
+    found = make_verifier("math-verify", seconds=1)
     yield found
     found.close()
 
 
 @pytest.fixture(scope="module")
 def gym() -> Iterator[Verifier]:
-    found = verifier("reasoning-gym", seconds=1)
+    found = make_verifier("reasoning-gym", seconds=1)
     yield found
     found.close()
 
@@ -148,4 +148,4 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
 
 
 def client(server: Server, timeout: float = 20.0) -> Verifier:
-    return verifier("nemo-gym", url=server.url, serves="a test", timeout=timeout)
+    return make_verifier("nemo-gym", url=server.url, serves="a test", timeout=timeout)

@@ -265,7 +265,7 @@ class Plan:
         (work / "attempt-0001" / "training.jsonl").write_bytes(log)
         marker = {"step": self.first, "state": self.before, "files": sharded_state.receipts(folder, 1)}
         marker |= {"product": {"training.jsonl": [len(log), sha256_bytes(log)]}}
-        (folder / checkpoint.MARKER).write_text(json.dumps(checkpoint.signed(marker)))
+        (folder / checkpoint.MARKER).write_text(json.dumps(checkpoint.with_digest(marker)))
 
     def otherwise(self, made: Path) -> tuple[tuple[str, ...], int | None]:
         """Fields of state.json, and the first step in the log, that came out otherwise than published."""

@@ -1,6 +1,6 @@
-"""Acquire one source: from files, or from a seed, to documents that carry their id, licence and origin.
+"""Acquire one source: read files, or generate from a seed, documents with their id, license and origin.
 
-Seals `documents.parquet` and `source.json`. Document ids and order depend on the source and the seed alone.
+Seals `documents.parquet` and `source.json`. Document ids and order depend only on the source and the seed.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class AcquireConfig(Config):
 
 
 def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Read one source into `documents.parquet`; `source.json` declares licence, evidence, tree digest and counts.
+    """Read one source into `documents.parquet`; `source.json` declares license, evidence, tree digest and counts.
 
-    Raises AtomError if a file is corrupt, if the tree is not the one whose digest stands in the config, or if two
-    documents have the same id.
+    Raises AtomError if a file is corrupt, if the tree digest differs from the config's, or if two documents have the
+    same id.
     """
     source = config.source
     if resolve_tree_digest(source) != source.tree_digest:
@@ -55,11 +55,11 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
     files = source_files(source)
     rows: dict[str, dict[str, Any]] = {}
     skipped: list[str] = []
-    for found in _documents(source, config.seed, files):
-        if isinstance(found, str):
-            skipped.append(found)
+    for document in _read_documents(source, config.seed, files):
+        if isinstance(document, str):
+            skipped.append(document)
             continue
-        name, text, place, prompt_chars, licence = found
+        name, text, location, prompt_chars, license = document
         key = f"{source.name}/{name}"
         if key in rows:
             raise AtomError(
@@ -69,39 +69,41 @@ def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Re
             "id": key,
             "text": text,
             "source": source.name,
-            "license": licence or source.license,
-            "origin": f"{source.origin}#{place}" if place else source.origin,
+            "license": license or source.license,
+            "origin": f"{source.origin}#{location}" if location else source.origin,
             "content_hash": content_hash(text),
             "prompt_chars": prompt_chars,
         }
     for path in skipped:
         report.note(f"source {source.name}: {path} cannot be read and was skipped")
-    kept = _limited(rows, getattr(source.reader, "limit", None), source.name, config.seed)
-    if not kept:
+    selected = _subsample(rows, getattr(source.reader, "limit", None), source.name, config.seed)
+    if not selected:
         raise AtomError(f"source {source.name} gave no documents; check its reader")
-    write_rows(out / "documents.parquet", DOCUMENTS, kept)
-    declared = source.model_dump(include={"name", "kind", "license", "license_evidence", "origin", "tree_digest"})
-    size = sum(len(row["text"].encode()) for row in kept)
+    write_rows(out / "documents.parquet", DOCUMENTS, selected)
+    declaration = source.model_dump(include={"name", "kind", "license", "license_evidence", "origin", "tree_digest"})
+    size = sum(len(row["text"].encode()) for row in selected)
     counts = {
-        "documents": len(kept),
+        "documents": len(selected),
         "documents_found": len(rows),
         "bytes": size,
         "files": len(files),
         "files_skipped": skipped,
     }
-    write_json(out / "source.json", {**declared, "reader": source.reader.reader, **counts})
-    report.note(f"source {source.name}: {len(kept)} of {len(rows)} documents, {size / 1e6:.2f} MB, {source.license}")
+    write_json(out / "source.json", {**declaration, "reader": source.reader.reader, **counts})
+    report.note(
+        f"source {source.name}: {len(selected)} of {len(rows)} documents, {size / 1e6:.2f} MB, {source.license}"
+    )
 
 
-def _documents(
+def _read_documents(
     source: Source, seed: int, files: list[tuple[str, Path]]
 ) -> Iterator[tuple[str, str, str, int, str | None] | str]:
-    """(name, text, place in the origin, prompt_chars, its own licence if it has one), or the name of a file or
-    conversation that could not be read."""
+    """(name, text, location in the origin, prompt_chars, the document's own license or None), or the name of an
+    unreadable file or conversation."""
     from stages.data.readers import python_stdlib, tables
 
     reader = source.reader
-    found: Iterator[tuple[str, str, str] | str]
+    documents: Iterator[tuple[str, str, str] | str]
     if isinstance(reader, Problems):
         rng = random.Random(seed_of(f"problems/{source.name}", seed))
         for i, problem in enumerate(draw(reader.tasks, reader.count, rng)):
@@ -117,20 +119,20 @@ def _documents(
     if isinstance(reader, Courtesies):
         rng = random.Random(seed_of(f"courtesies/{source.name}", seed))
         for i in range(reader.count):
-            asked = courtesy_notes.request(rng)
-            ((text, prompt_chars),) = chat.turns(courtesy_notes.messages(asked, rng))
-            yield f"{asked.act.name}/{i:07d}", text, asked.act.name, prompt_chars, None
+            request = courtesy_notes.draw_request(rng)
+            ((text, prompt_chars),) = chat.turns(courtesy_notes.messages(request, rng))
+            yield f"{request.act.name}/{i:07d}", text, request.act.name, prompt_chars, None
         return
     if isinstance(reader, (Jsonl, Parquet)):
-        read = tables.read_jsonl if isinstance(reader, Jsonl) else tables.read_parquet
+        read_table = tables.read_jsonl if isinstance(reader, Jsonl) else tables.read_parquet
         field, kind = (reader.messages_field, list) if reader.messages_field else (reader.text_field, str)
-        for name, text, place, licence in read(files, field, reader.id_field, reader.license_field, kind):
+        for name, text, location, license in read_table(files, field, reader.id_field, reader.license_field, kind):
             if kind is str:
-                yield name, text, place, 0, licence
+                yield name, text, location, 0, license
                 continue
             try:
                 for number, (turn, prompt_chars) in enumerate(chat.turns(text)):
-                    yield f"{name}#{number}", turn, place, prompt_chars, licence
+                    yield f"{name}#{number}", turn, location, prompt_chars, license
             except ValueError as error:
                 yield f"{name} ({error})"
         return
@@ -143,26 +145,28 @@ def _documents(
                 texts.append(docstring[1:])
         rng = random.Random(seed_of(f"passkeys/{source.name}", seed))
         chars, texts = (reader.min_chars, reader.max_chars), passkeys.fillers(texts)
-        for i, (text, prompt_chars, place) in enumerate(passkeys.draw(texts, reader.count, chars, reader.digits, rng)):
-            yield f"{i:07d}", text, place, prompt_chars, None
+        for i, (text, prompt_chars, location) in enumerate(
+            passkeys.draw(texts, reader.count, chars, reader.digits, rng)
+        ):
+            yield f"{i:07d}", text, location, prompt_chars, None
         return
     if isinstance(reader, StdlibDocstrings):
-        found = python_stdlib.read_docstrings(files)
+        documents = python_stdlib.read_docstrings(files)
     else:
         assert isinstance(reader, StdlibSource)
-        found = python_stdlib.read_modules(files) if reader.unit == "file" else python_stdlib.read_functions(files)
-    for row in found:
+        documents = python_stdlib.read_modules(files) if reader.unit == "file" else python_stdlib.read_functions(files)
+    for row in documents:
         yield row if isinstance(row, str) else (*row, 0, None)
 
 
-def _limited(rows: dict[str, dict[str, Any]], limit: int | None, name: str, seed: int) -> list[dict[str, Any]]:
+def _subsample(rows: dict[str, dict[str, Any]], limit: int | None, name: str, seed: int) -> list[dict[str, Any]]:
     """The first `limit` documents by a seeded hash of their id, in their original order."""
     if limit is None or len(rows) <= limit:
         return list(rows.values())
-    label = f"{seed_of(f'limit/{name}', seed)}/"
-    by_hash = sorted(rows, key=lambda key: hashlib.sha256((label + key).encode()).digest())
-    chosen = set(by_hash[:limit])
-    return [row for key, row in rows.items() if key in chosen]
+    salt = f"{seed_of(f'limit/{name}', seed)}/"
+    by_hash = sorted(rows, key=lambda key: hashlib.sha256((salt + key).encode()).digest())
+    selected = set(by_hash[:limit])
+    return [row for key, row in rows.items() if key in selected]
 
 
 def estimate(config: AcquireConfig) -> Estimate:

@@ -1,7 +1,7 @@
 """Conversations as text: rendered with the release's chat template, one document for each turn of the assistant.
 
 The part before the assistant's turn carries no loss, and the turn ends with its `<|im_end|>`, so a document is exactly
-what a model is asked and what it should then write.
+the prompt of a model and its completion.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jinja2.parser import Parser
 from stages.data.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, TURN_END, TURN_START
 
 BEGIN = f"{TURN_START}assistant\n"
-"""What the template puts before an answer."""
+"""The template's text before an answer."""
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
 """`role`, `content` and, of the assistant, perhaps `reasoning_content`, all text."""
@@ -35,8 +35,8 @@ class _Generation(Extension):
 
 @cache
 def _template() -> jinja2.Template:
-    found = jinja2.Environment(extensions=[_Generation], autoescape=False)
-    return found.from_string(CHAT_TEMPLATE)
+    environment = jinja2.Environment(extensions=[_Generation], autoescape=False)
+    return environment.from_string(CHAT_TEMPLATE)
 
 
 def render(messages: Sequence[Message], ask: bool = False) -> str:
@@ -55,8 +55,8 @@ def turns(messages: Sequence[Message]) -> Iterator[tuple[str, int]]:
     if not answers:
         raise ValueError("no message is the assistant's")
     for i in answers:
-        whole = render(messages[: i + 1])
-        text = whole[: whole.rindex(TURN_END) + len(TURN_END)]
+        rendered = render(messages[: i + 1])
+        text = rendered[: rendered.rindex(TURN_END) + len(TURN_END)]
         yield text, prompt_chars(text)
 
 
@@ -76,6 +76,6 @@ def check(messages: Sequence[Message]) -> None:
         for part in parts:
             if not isinstance(part, str):
                 raise ValueError(f"a message of the {message['role']} has no text")
-            found = next((token for token in SPECIAL_TOKENS if token in part), None)
-            if found:
-                raise ValueError(f"a message of the {message['role']} holds {found}")
+            special_token = next((token for token in SPECIAL_TOKENS if token in part), None)
+            if special_token:
+                raise ValueError(f"a message of the {message['role']} holds {special_token}")

@@ -1,10 +1,10 @@
-"""Filter: the steps of each source, then decontamination and exact duplicates over all; what is left goes to `curate`.
+"""Filter: run the steps of each source, then decontamination and exact deduplication over all; `curate` follows.
 
-Order matters: personal data is replaced before duplicates are sought, so copies that differ in an address are found;
+The order matters: personal data is replaced before deduplication, so copies that differ in an address are found;
 contaminated documents go before duplicates, so that a document that stays in place of others is itself kept.
 Blocks are datatrove's, composed directly in one process a shard: the corpus of a demo is too small for an executor's
-start-up of some seconds a step. Of all documents together only digests and dispositions are held in memory, of texts
-those of one shard and of one row group of what is written.
+start-up of some seconds a step. Memory holds the digests and dispositions of all documents, and the texts of one shard
+and of one row group of output.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from stages.data.table import (
     DOCUMENTS,
     content_hash,
     read_shard,
+    row_writer,
     stream_shards,
     write_json,
     write_rows,
-    writing,
 )
 from stages.evaluation.eval_set import texts_of
 
@@ -45,7 +45,7 @@ VERSION = 1
 
 
 class FilteredSource(Config):
-    """What filtering needs to know of one source; its documents come with the input of the same name."""
+    """The settings of one source that filtering uses; its documents are the input of the same name."""
 
     name: SourceName
     kind: Kind
@@ -60,26 +60,26 @@ class FilterConfig(Config):
 
 def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Seal the documents that pass, by source, their MinHash signatures, a disposition for every input document, and
-    how many documents each step edited.
+    the number of documents that each step edited.
 
     inputs[<source>]: acquired documents of each source of the config; inputs["items"]: evaluation items.
-    Resumes after the last shard that was finished. Raises AtomError if counts do not balance.
+    Resumes after the last finished shard. Raises AtomError if counts do not balance.
     """
     from stages.data.filters import near_duplicates
     from stages.data.filters.dispositions import Dispositions
 
-    shards, signed = _Shards(config, inputs, work), 0
-    dispositions, first = Dispositions(), dict[str, str]()
+    shards, signature_number = _Shards(config, inputs, work), 0
+    dispositions, first_ids = Dispositions(), dict[str, str]()
     edits, passed = {source.name: Counter[str]() for source in config.sources}, Counter[str]()
 
-    def passing(source: FilteredSource) -> Iterator[list[int]]:
-        """Writes each document that passes, and gives its signature."""
-        with writing(out / "kept" / f"{source.name}.parquet", DOCUMENTS) as write:
-            for shard, acquired in enumerate(shards.all(source)):
-                saved = shards.stepped(source, shard, acquired)
-                edits[source.name].update(saved["edits"])
-                rows = _decided(source, acquired, saved, dispositions, first)
-                for row, signature in zip(rows, shards.signed(source, saved["kept"], shard), strict=True):
+    def write_passing(source: FilteredSource) -> Iterator[list[int]]:
+        """Writes each document that passes, and yields its signature."""
+        with row_writer(out / "kept" / f"{source.name}.parquet", DOCUMENTS) as write:
+            for shard, acquired in enumerate(shards.acquired(source)):
+                results = shards.apply_steps(source, shard, acquired)
+                edits[source.name].update(results["edits"])
+                rows = _drop_exact_duplicates(source, acquired, results, dispositions, first_ids)
+                for row, signature in zip(rows, shards.signatures(source, results["kept"], shard), strict=True):
                     if row is not None:
                         write(row)
                         passed[source.name] += 1
@@ -88,11 +88,11 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     for n, source in enumerate(config.sources):
         settings = shards.minhash(source)
         if settings is None:
-            for _ in passing(source):
+            for _ in write_passing(source):
                 pass
         else:
-            near_duplicates.write_signatures(out / "signatures", settings, signed, passing(source))
-            signed += 1
+            near_duplicates.write_signatures(out / "signatures", settings, signature_number, write_passing(source))
+            signature_number += 1
         report.progress(n + 1, len(config.sources), "sources")
         report.note(f"{source.name}: {passed[source.name]} documents left after its steps and exact duplicates")
     write_rows(out / "dispositions.parquet", DISPOSITIONS, dispositions.close(passed))
@@ -100,15 +100,15 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 
 
 def run_shard(config: FilterConfig, inputs: Inputs, work: Path, shard: int) -> None:
-    """The steps of one shard of every source, and the MinHash signatures of what they leave, kept in `work`."""
+    """Runs the steps on one shard of every source, computes MinHash signatures, and caches both in `work`."""
     shards = _Shards(config, inputs, work)
     for source in config.sources:
         acquired = read_shard(shards.file(source), shard, config.curation.shards)
-        shards.signed(source, shards.stepped(source, shard, acquired)["kept"], shard)
+        shards.signatures(source, shards.apply_steps(source, shard, acquired)["kept"], shard)
 
 
 class _Shards:
-    """What can be done with a shard of a source by itself, each result being kept in `work`."""
+    """The operations on a single shard of a source; `work` caches each result."""
 
     def __init__(self, config: FilterConfig, inputs: Inputs, work: Path) -> None:
         from loguru import logger
@@ -122,59 +122,59 @@ class _Shards:
     def file(self, source: FilteredSource) -> Path:
         return self.inputs[source.name] / "documents.parquet"
 
-    def all(self, source: FilteredSource) -> Iterator[list[dict[str, Any]]]:
-        """The documents of each shard as acquired."""
+    def acquired(self, source: FilteredSource) -> Iterator[list[dict[str, Any]]]:
+        """The acquired documents of each shard."""
         return stream_shards(self.file(source), self.config.curation.shards)
 
     def minhash(self, source: FilteredSource) -> MinHash | None:
-        """How near duplicates are sought among the source's documents, if they are."""
+        """The MinHash settings for the source, or None if its kind is not deduplicated."""
         settings = self.config.curation.minhash
         return settings if settings is not None and source.kind in settings.kinds else None
 
-    def stepped(self, source: FilteredSource, shard: int, acquired: list[dict[str, Any]]) -> dict[str, Any]:
-        """What the source's own steps and decontamination make of a shard."""
+    def apply_steps(self, source: FilteredSource, shard: int, acquired: list[dict[str, Any]]) -> dict[str, Any]:
+        """The results of the source's steps and of decontamination on a shard."""
         path = self._path("steps", source, shard)
-        found: dict[str, Any] = once(path, lambda: _apply(source, acquired, self.index))
-        return found
+        results: dict[str, Any] = once(path, lambda: _apply(source, acquired, self.index))
+        return results
 
-    def signed(self, source: FilteredSource, kept: list[tuple[str, str]], shard: int) -> list[list[int]]:
-        """The MinHash signatures of the (id, text) that the steps left; empty ones where none are needed."""
+    def signatures(self, source: FilteredSource, kept: list[tuple[str, str]], shard: int) -> list[list[int]]:
+        """The MinHash signatures of the kept (id, text); empty ones for a source without near-duplicate removal."""
         from stages.data.filters import near_duplicates
 
         settings = self.minhash(source)
         if settings is None:
             return [[]] * len(kept)
         seed, texts = seed_of("minhash", self.config.seed), [text for _, text in kept]
-        found: list[list[int]] = once(
+        computed: list[list[int]] = once(
             self._path("signatures", source, shard), lambda: near_duplicates.sign(texts, settings, seed)
         )
-        return found
+        return computed
 
-    def _path(self, what: str, source: FilteredSource, shard: int) -> Path:
-        return self.work / f"{what}-{source.name}-{shard:05d}-of-{self.config.curation.shards:05d}.json"
+    def _path(self, kind: str, source: FilteredSource, shard: int) -> Path:
+        return self.work / f"{kind}-{source.name}-{shard:05d}-of-{self.config.curation.shards:05d}.json"
 
 
-def _decided(
+def _drop_exact_duplicates(
     source: FilteredSource,
     acquired: list[dict[str, Any]],
-    saved: dict[str, Any],
+    results: dict[str, Any],
     dispositions: Dispositions,
-    first: dict[str, str],
+    first_ids: dict[str, str],
 ) -> Iterator[dict[str, Any] | None]:
-    """For each document that the steps left of a shard: its row, or None if an earlier document has the same text.
+    """For each document of a shard that passes the steps: its row, or None if an earlier document has the same text.
 
-    first: the id of the first document of each SHA-256. datatrove's exact block hashes to 64 bits and does not name the
-    kept document.
+    first_ids: the id of the first document of each SHA-256. datatrove's exact block hashes to 64 bits and does not name
+    the kept document.
     """
     rows = {row["id"]: row for row in acquired}
     for row in acquired:
-        dispositions.enter(row)
-    for removal in saved["removed"]:
+        dispositions.add(row)
+    for removal in results["removed"]:
         dispositions.remove(**removal)
-    for id, text in saved["kept"]:
+    for id, text in results["kept"]:
         digest = content_hash(text)
-        if (kept := first.setdefault(digest, id)) != id:
-            dispositions.remove(id, "exact_duplicate", 1.0, 1.0, duplicate_of=kept)
+        if (kept_id := first_ids.setdefault(digest, id)) != id:
+            dispositions.remove(id, "exact_duplicate", 1.0, 1.0, duplicate_of=kept_id)
             yield None
             continue
         dispositions.keep(id, None, digest)
@@ -186,14 +186,14 @@ def _apply(source: FilteredSource, rows: list[dict[str, Any]], index: Contaminat
     from datatrove.data import Document
 
     from stages.data.filters.decontaminate import Decontaminate
-    from stages.data.filters.filter_scores import measured
+    from stages.data.filters.filter_scores import measure_rule
     from stages.data.filters.filters import build
 
     removed: list[dict[str, Any]] = []
     edits: Counter[str] = Counter()
 
     class Removals:
-        """Where datatrove would write excluded documents: turns the block's reason into a disposition."""
+        """In place of datatrove's exclusion writer: turns the block's reason into a disposition."""
 
         def __init__(self, step: str, block: Any) -> None:
             self.step, self.block = step, block
@@ -206,21 +206,21 @@ def _apply(source: FilteredSource, rows: list[dict[str, Any]], index: Contaminat
 
         def write(self, doc: Document, rank: int = 0) -> None:
             reason = doc.metadata.get("filter_reason", "score")
-            value, threshold = measured(self.step, self.block, reason, doc)
+            value, threshold = measure_rule(self.step, self.block, reason, doc)
             rule = f"{self.step}/{reason}"
             removed.append({"id": doc.id, "rule": rule, "value": value, "threshold": threshold})
 
     class Matches(Removals):
         def write(self, doc: Document, rank: int = 0) -> None:
-            found = {"value": doc.metadata["match_words"], "threshold": index.ngram, "match": doc.metadata["match"]}
-            removed.append({"id": doc.id, "rule": "decontamination", **found})
+            match = {"value": doc.metadata["match_words"], "threshold": index.ngram, "match": doc.metadata["match"]}
+            removed.append({"id": doc.id, "rule": "decontamination", **match})
 
-    def before(data: Iterator[Document]) -> Iterator[Document]:
+    def record_text(data: Iterator[Document]) -> Iterator[Document]:
         for doc in data:
             doc.metadata["before"] = doc.text
             yield doc
 
-    def after(data: Iterator[Document], step: str) -> Iterator[Document]:
+    def count_edits(data: Iterator[Document], step: str) -> Iterator[Document]:
         for doc in data:
             edits[step] += doc.text != doc.metadata["before"]
             yield doc
@@ -230,10 +230,10 @@ def _apply(source: FilteredSource, rows: list[dict[str, Any]], index: Contaminat
         block: Any = build(step)
         if hasattr(block, "exclusion_writer"):
             block.exclusion_writer = Removals(step.step, block)
-        stream = after(block.run(before(stream)), step.step)
-    last = Decontaminate(index)
-    last.exclusion_writer = Matches("decontamination", last)
-    kept = [(doc.id, doc.text) for doc in last.run(stream)]
+        stream = count_edits(block.run(record_text(stream)), step.step)
+    decontamination = Decontaminate(index)
+    decontamination.exclusion_writer = Matches("decontamination", decontamination)
+    kept = [(doc.id, doc.text) for doc in decontamination.run(stream)]
     if len(kept) + len(removed) != len(rows):
         raise AtomError(
             f"source {source.name}: {len(rows)} documents went in, {len(kept)} came out, {len(removed)} were removed; "

@@ -1,11 +1,11 @@
 """The exact order of training data: which tokens of which documents make up every row of every step.
 
-The order follows from seed, mix and the table of documents alone. It is an artifact, so that training only follows it,
-any step's documents can be looked up without the corpus, and a release can publish it.
+The order depends only on the seed, the mix and the table of documents. It is an artifact: training follows it, the
+documents of a step can be looked up without the corpus, and a release can publish it.
 
-A phase that goes on from a checkpoint gets the order of its remaining steps. Each source's walk goes on where the
-checkpoint stood, so that nothing is read again before its epoch ends; if nothing about the order has changed, the rows
-are the very ones that were to come.
+A phase that continues from a checkpoint gets the order of its remaining steps. Each source's cursor continues at the
+checkpoint's position, so that no document is read again before its epoch ends; if the order's settings are unchanged,
+the rows are those of the original order.
 """
 
 from __future__ import annotations
@@ -66,23 +66,23 @@ class OrderConfig(Config):
 
 def rows_from(first: int, sizes: Iterable[tuple[int, int]]) -> int:
     """Rows of all steps from `first` on, in closed form. sizes: (last step, rows of each step), one after the other."""
-    total, done = 0, first - 1
+    total, last_counted = 0, first - 1
     for last, rows in sizes:
-        total += max(0, last - done) * rows
-        done = max(done, last)
+        total += max(0, last - last_counted) * rows
+        last_counted = max(last_counted, last)
     return total
 
 
 def settings(config: OrderConfig) -> dict[str, Any]:
-    """What a checkpoint keeps of a config, to tell whether a later one asks for the same rows."""
+    """The part of a config that a checkpoint keeps, to detect whether a later config gives the same rows."""
     return {name: value for name, value in identity(config).items() if name != "first_step"}
 
 
 @dataclass(frozen=True)
-class Walk:
-    """How rows are drawn: from which step on, and how many rows of each source were read before that step.
+class DataCursor:
+    """A position in the data: the first step, and the rows of each source that were read before that step.
 
-    The sources are walked through by `seed`, which a checkpoint hands on, so that another seed repeats nothing.
+    `seed` orders the sources; a checkpoint hands it on, so that another recipe seed repeats no document.
     """
 
     first_step: int
@@ -93,10 +93,10 @@ class Walk:
 def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Seal `order.parquet` (one row for every segment of every step from `first_step` on) and `meta.json`.
 
-    inputs["tokens"]: its documents.parquet is read, its shards are not. A document longer than a row is cut into chunks
+    inputs["tokens"]: only its documents.parquet is read. A document longer than a row is cut into chunks
     of sequence_length + 1 tokens that overlap by one, so that each token but a document's first is a target once.
-    Every source is walked through in a seeded permutation of its chunks, a new one each epoch.
-    inputs["continue"], if there: a checkpoint, from whose data position the walks go on.
+    Every source is read in a seeded permutation of its chunks, a new one each epoch.
+    inputs["continue"], if given: a checkpoint, at whose data position the cursors continue.
     Raises RecipeError for an unknown or empty source, or shares that do not sum to 1; AtomError for a checkpoint of
     another step.
     """
@@ -105,40 +105,40 @@ def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
     chunks = _chunks_by_source(inputs["tokens"] / "documents.parquet", config)
     sizes = {name: len(chunks[name]["ordinal"]) for name in sorted(config.mix)}
-    walk, start = Walk(1, config.seed), None
+    cursor, start = DataCursor(1, config.seed), None
     if "continue" in inputs:
-        walk, start = _go_on(config, inputs["continue"], sizes)
-    table, sources = (_packed if config.pack else _drawn)(config, chunks, sizes, walk)
-    for name, part in sources.items():
-        own = table["source"] == name
-        length, loss_from = table["length"][own], table["loss_from"][own]
+        cursor, start = _resume_cursor(config, inputs["continue"], sizes)
+    table, sources = (_pack_rows if config.pack else _draw_rows)(config, chunks, sizes, cursor)
+    for name, stats in sources.items():
+        mask = table["source"] == name
+        length, loss_from = table["length"][mask], table["loss_from"][mask]
         sources[name] = {
-            "rows": int(own.sum()),
+            "rows": int(mask.sum()),
             "tokens": int((length - 1).sum()),
             "loss_tokens": int((length - 1 - loss_from).sum()),
-            "documents_seen": len(np.unique(table["ordinal"][own])),
+            "documents_seen": len(np.unique(table["ordinal"][mask])),
             "chunks": sizes[name],
             "epochs": round(int((length - 1).sum()) / int((chunks[name]["length"] - 1).sum()), 6)
             if config.pack
-            else round(int(own.sum()) / sizes[name], 6),
-            **part,
+            else round(int(mask.sum()) / sizes[name], 6),
+            **stats,
         }
     schema = arrow_schema(ORDER)
     columns = [pa.array(table[column.name], column.type) for column in schema]
     write_table(out / "order.parquet", pa.table(columns, schema=schema))
     meta = settings(config) | {"sources": sources}
     if start is not None:
-        meta |= {"first_step": config.first_step, "start": start, "walk": walk.__dict__}
-    meta["tokens"] = sum(part["tokens"] for part in sources.values())
+        meta |= {"first_step": config.first_step, "start": start, "walk": cursor.__dict__}
+    meta["tokens"] = sum(stats["tokens"] for stats in sources.values())
     if config.pack:
         slots = config.rows_from(config.first_step) * config.sequence_length
         meta["fill"] = round(meta["tokens"] / slots, 6)
         report.note(f"rows are filled to {meta['fill']:.1%}")
     write_json(out / "meta.json", meta)
-    for name, part in sources.items():
-        report.note(f"{name}: {part['rows']} rows, {part['documents_seen']} documents, {part['epochs']:.2f} epochs")
-        if part.get("long", {}).get("missing_tokens"):
-            long = part["long"]
+    for name, stats in sources.items():
+        report.note(f"{name}: {stats['rows']} rows, {stats['documents_seen']} documents, {stats['epochs']:.2f} epochs")
+        if stats.get("long", {}).get("missing_tokens"):
+            long = stats["long"]
             report.note(
                 f"{name}: {long['chunks']} chunks of more than {long['over']} tokens hold {long['available_tokens']} "
                 f"tokens; {long['missing_tokens']} of the {long['wanted_tokens']} asked for are missing, made up by "
@@ -149,76 +149,81 @@ def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 Table = dict[str, "NDArray[Any]"]
 
 
-def _drawn(
-    config: OrderConfig, chunks: Mapping[str, Table], sizes: Mapping[str, int], walk: Walk
+def _draw_rows(
+    config: OrderConfig, chunks: Mapping[str, Table], sizes: Mapping[str, int], cursor: DataCursor
 ) -> tuple[Table, dict[str, Any]]:
-    """One chunk a row: the table from `first_step` on, and nothing to tell about the sources."""
+    """One chunk a row: the table from `first_step` on, and an empty report for each source."""
     import numpy as np
 
-    names, counts = sorted(config.mix), config.rows_of(walk.first_step)
+    names, counts = sorted(config.mix), config.rows_of(cursor.first_step)
     quota = apportion(config.mix, sum(counts))
     labels = np.repeat(np.arange(len(names)), [quota[name] for name in names])
-    where = f"order/{config.phase}/sources" + (f" from step {walk.first_step}" if walk.first_step > 1 else "")
-    labels = labels[permutation(len(labels), where, config.seed)]
-    counts, before = counts[config.first_step - walk.first_step :], counts[: config.first_step - walk.first_step]
-    past = sum(before)  # rows of the walk that the checkpoint has read
+    label = f"order/{config.phase}/sources" + (f" from step {cursor.first_step}" if cursor.first_step > 1 else "")
+    labels = labels[permutation(len(labels), label, config.seed)]
+    counts, read_counts = (
+        counts[config.first_step - cursor.first_step :],
+        counts[: config.first_step - cursor.first_step],
+    )
+    rows_read = sum(read_counts)  # rows of the walk that the checkpoint has read
 
-    total = len(labels) - past
+    total = len(labels) - rows_read
     columns = {name: np.zeros(total, np.int64) for name in ("ordinal", "offset", "length", "loss_from")}
     ids = np.empty(total, dtype=object)
     for i, name in enumerate(names):
-        read, places = np.count_nonzero(labels[:past] == i), np.flatnonzero(labels[past:] == i)
-        first = walk.rows.get(name, 0) + int(read)
-        chosen = _walk(sizes[name], first, len(places), f"order/{config.phase}/{name}", walk.seed)
+        count_read, positions = np.count_nonzero(labels[:rows_read] == i), np.flatnonzero(labels[rows_read:] == i)
+        first = cursor.rows.get(name, 0) + int(count_read)
+        indices = _permuted_indices(sizes[name], first, len(positions), f"order/{config.phase}/{name}", cursor.seed)
         for column, values in columns.items():
-            values[places] = chunks[name][column][chosen]
-        ids[places] = chunks[name]["id"][chosen]
+            values[positions] = chunks[name][column][indices]
+        ids[positions] = chunks[name]["id"][indices]
     step = np.repeat(np.arange(config.first_step, config.steps + 1), counts)
     row = np.concatenate([np.arange(count) for count in counts])
-    source = np.array(names, dtype=object)[labels[past:]]
+    source = np.array(names, dtype=object)[labels[rows_read:]]
     table = {"step": step, "row": row, "segment": np.zeros(total, np.int64), "source": source, "id": ids, **columns}
     return table, {name: {} for name in names}
 
 
-def _packed(
-    config: OrderConfig, chunks: Mapping[str, Table], sizes: Mapping[str, int], walk: Walk
+def _pack_rows(
+    config: OrderConfig, chunks: Mapping[str, Table], sizes: Mapping[str, int], cursor: DataCursor
 ) -> tuple[Table, dict[str, Any]]:
-    """Chunks side by side in each row: the table from `first_step` on, and what is to be told about long ones.
+    """Several chunks a row: the table from `first_step` on, and a report on the long chunks of each source.
 
-    A phase that goes on with other settings than it had has its remaining steps packed anew, since rows are packed as a
-    whole: chunks that it has read may come again before all others were.
+    A phase that continues with other settings has its remaining steps packed again, since packing is global: chunks
+    that it has read may come again before all others were read.
     """
-    counts, label = config.rows_of(walk.first_step), f"order/{config.phase}"
-    if walk.first_step > 1:
-        label += f" from step {walk.first_step}"
-    table, told = packing.pack(
+    counts, label = config.rows_of(cursor.first_step), f"order/{config.phase}"
+    if cursor.first_step > 1:
+        label += f" from step {cursor.first_step}"
+    table, reports = packing.pack(
         chunks, config.mix, counts, config.sequence_length, config.long_documents, label, config.seed
     )
-    table["step"] += walk.first_step - 1
-    own = table["step"] >= config.first_step
-    return {column: values[own] for column, values in table.items()}, told
+    table["step"] += cursor.first_step - 1
+    mask = table["step"] >= config.first_step
+    return {column: values[mask] for column, values in table.items()}, reports
 
 
-def position(meta: Mapping[str, Any], read: Mapping[str, int], step: int) -> dict[str, Any]:
-    """`data_position` of a checkpoint: all that another order needs to go on after `step`.
+def position(meta: Mapping[str, Any], rows_read: Mapping[str, int], step: int) -> dict[str, Any]:
+    """`data_position` of a checkpoint: the state from which another order continues after `step`.
 
-    meta: the meta.json of the order that was followed; read: how many of its rows, by source, belong to its steps up to
-    `step`. `rows` counts all that the phase has read of each source since its first step, `chunks` is an epoch's rows.
+    meta: the meta.json of the current order; rows_read: the number of its rows, by source, in its steps up to `step`.
+    `rows` counts all rows of each source since the phase's first step, `chunks` is an epoch's rows.
     """
     start = meta.get("start", {"rows": {}, "chunks": {}})
-    rows = {name: start["rows"].get(name, 0) + read.get(name, 0) for name in sorted({*start["rows"], *read})}
-    chunks = start["chunks"] | {name: part["chunks"] for name, part in meta["sources"].items()}
-    walk = meta.get("walk", Walk(1, meta["seed"]).__dict__)
-    known = [name for name in OrderConfig.model_fields if name in meta and name != "first_step"]
-    order = {name: meta[name] for name in known} | {"walk": walk}
+    rows = {name: start["rows"].get(name, 0) + rows_read.get(name, 0) for name in sorted({*start["rows"], *rows_read})}
+    chunks = start["chunks"] | {name: source_meta["chunks"] for name, source_meta in meta["sources"].items()}
+    cursor = meta.get("walk", DataCursor(1, meta["seed"]).__dict__)
+    names = [name for name in OrderConfig.model_fields if name in meta and name != "first_step"]
+    order = {name: meta[name] for name in names} | {"walk": cursor}
     return {"next_step": step + 1, "steps": meta["steps"], "rows": rows, "chunks": chunks, "order": order}
 
 
-def _go_on(config: OrderConfig, checkpoint: Artifact, sizes: Mapping[str, int]) -> tuple[Walk, dict[str, Any]]:
-    """The walk after a checkpoint, and where every source then stands: `rows` read and `chunks` of an epoch.
+def _resume_cursor(
+    config: OrderConfig, checkpoint: Artifact, sizes: Mapping[str, int]
+) -> tuple[DataCursor, dict[str, Any]]:
+    """The cursor after a checkpoint, and the position of every source: `rows` read and `chunks` of an epoch.
 
-    A source whose number of chunks is another now (the length of rows or its documents changed) goes on at the same
-    fraction of its epoch.
+    A source whose number of chunks changes (by another row length or other documents) continues at the same fraction of
+    its epoch.
     """
     state = checkpoint.json("state.json")
     if (state["phase"], state["step"] + 1) != (config.phase, config.first_step):
@@ -226,23 +231,30 @@ def _go_on(config: OrderConfig, checkpoint: Artifact, sizes: Mapping[str, int]) 
             f"checkpoint {checkpoint.key} stands after step {state['step']} of {state['phase']}, "
             f"and the order was to begin with step {config.first_step} of {config.phase}"
         )
-    before = state["data_position"]
-    was, rows, chunks = before["order"], dict(before["rows"]), before["chunks"] | sizes
+    data_position = state["data_position"]
+    previous_order, rows, chunks = data_position["order"], dict(data_position["rows"]), data_position["chunks"] | sizes
     for name in sizes:
-        rows[name] = -(-rows.get(name, 0) * sizes[name] // before["chunks"].get(name, 1))
-    asked = json.loads(json.dumps(settings(config)))
-    unchanged = asked == {name: was[name] for name in was if name != "walk"} and chunks == before["chunks"]
-    walk = Walk(**was["walk"]) if unchanged else Walk(config.first_step, was["walk"]["seed"], rows)
-    return walk, {"rows": rows, "chunks": chunks}
+        rows[name] = -(-rows.get(name, 0) * sizes[name] // data_position["chunks"].get(name, 1))
+    requested = json.loads(json.dumps(settings(config)))
+    unchanged = (
+        requested == {name: previous_order[name] for name in previous_order if name != "walk"}
+        and chunks == data_position["chunks"]
+    )
+    cursor = (
+        DataCursor(**previous_order["walk"])
+        if unchanged
+        else DataCursor(config.first_step, previous_order["walk"]["seed"], rows)
+    )
+    return cursor, {"rows": rows, "chunks": chunks}
 
 
 def apportion(shares: dict[str, float], total: int) -> dict[str, int]:
     """Whole numbers in proportion to the shares that sum to `total` (largest remainder; ties by name)."""
-    whole = {name: int(share * total) for name, share in shares.items()}
-    by_remainder = sorted(shares, key=lambda name: (whole[name] - shares[name] * total, name))
-    for name in by_remainder[: total - sum(whole.values())]:
-        whole[name] += 1
-    return whole
+    counts = {name: int(share * total) for name, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda name: (counts[name] - shares[name] * total, name))
+    for name in by_remainder[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
 
 
 def chunk(tokens: int, loss_from: int, sequence_length: int) -> list[tuple[int, int, int]]:
@@ -250,13 +262,13 @@ def chunk(tokens: int, loss_from: int, sequence_length: int) -> list[tuple[int, 
 
     `loss_from` is the first token of the document that carries loss. A chunk of length n has n - 1 targets.
     """
-    found = []
+    chunks = []
     for offset in range(0, tokens - 1, sequence_length):
         length = min(sequence_length + 1, tokens - offset)
-        silent = min(max(loss_from - offset - 1, 0), length - 1)
-        if silent < length - 1:
-            found.append((offset, length, silent))
-    return found
+        without_loss = min(max(loss_from - offset - 1, 0), length - 1)
+        if without_loss < length - 1:
+            chunks.append((offset, length, without_loss))
+    return chunks
 
 
 def _chunks_by_source(path: Path, config: OrderConfig) -> dict[str, dict[str, NDArray[Any]]]:
@@ -269,31 +281,33 @@ def _chunks_by_source(path: Path, config: OrderConfig) -> dict[str, dict[str, ND
     rows: dict[str, list[tuple[int, str, int, int, int]]] = {document["source"]: [] for document in table}
     for document in table:
         if document["split"] == "train" and document["source"] in config.mix:
-            for offset, length, silent in chunk(document["tokens"], document["loss_from"], config.sequence_length):
-                rows[document["source"]].append((document["ordinal"], document["id"], offset, length, silent))
+            for offset, length, without_loss in chunk(
+                document["tokens"], document["loss_from"], config.sequence_length
+            ):
+                rows[document["source"]].append((document["ordinal"], document["id"], offset, length, without_loss))
     chunks = {}
     for name in config.mix:
         if name not in rows:
-            left = ", ".join(rows)
+            kept = ", ".join(rows)
             raise RecipeError(
-                f"{config.phase}.mix names the source {name}, of which curation left no document (it left {left}); see "
+                f"{config.phase}.mix names the source {name}, of which curation left no document (it left {kept}); see "
                 "the dispositions, then loosen its steps or take it out of the mix"
             )
         if not rows[name]:
             raise RecipeError(f"{config.phase}.mix: source {name} has no training tokens; remove it from the mix")
-        ordinals, ids, offsets, lengths, silents = zip(*rows[name], strict=True)
+        ordinals, ids, offsets, lengths, counts_without_loss = zip(*rows[name], strict=True)
         chunks[name] = {
             "ordinal": np.array(ordinals),
             "id": np.array(ids, dtype=object),
             "offset": np.array(offsets),
             "length": np.array(lengths),
-            "loss_from": np.array(silents),
+            "loss_from": np.array(counts_without_loss),
         }
     return chunks
 
 
-def _walk(size: int, first: int, count: int, label: str, seed: int) -> NDArray[np.int64]:
-    """Indices `first` to `first + count - 1` of an endless walk through 0..size-1, permuted anew in each epoch."""
+def _permuted_indices(size: int, first: int, count: int, label: str, seed: int) -> NDArray[np.int64]:
+    """Indices `first` to `first + count - 1` of an endless sequence over 0..size-1, permuted again in each epoch."""
     import numpy as np
 
     epoch = first // size

@@ -1,8 +1,8 @@
-"""Which chunks a packed phase reads, and which of them share a row.
+"""Packing: the chunks that a packed phase reads, and the row of each.
 
-A source's share of a packed phase is one of tokens. Long chunks can be up-weighted: they are walked through by
-themselves, up to a number of epochs, and what is then missing is made up by shorter ones and reported. Rows are filled
-by best fit among a bounded number of open ones, in an order that follows from the seed alone.
+A source's share of a packed phase is a share of tokens. Long chunks can be up-weighted: they are drawn separately, up
+to a number of epochs; shorter chunks make up the difference, which is reported. Rows are filled by best fit among a
+bounded number of open rows, in an order that depends only on the seed.
 """
 
 from __future__ import annotations
@@ -40,88 +40,92 @@ class LongDocuments(Config):
 
 
 def quotas(slots: NDArray[np.int64], tokens: float, rule: LongDocuments | None) -> dict[str, Any]:
-    """How many of a source's tokens come from its long and its short chunks.
+    """The numbers of a source's tokens from its long and its short chunks.
 
-    slots: targets of each chunk; tokens: what the phase reads of the source.
+    slots: targets of each chunk; tokens: those that the phase reads of the source.
     """
     if rule is None:
         return {"short": tokens}
     long = slots > rule.over
-    available, wanted = int(slots[long].sum()), rule.share * tokens
-    allowed = min(wanted, rule.max_epochs * available)
-    got = tokens if long.all() else allowed  # nothing shorter can stand in: the long ones come more often
+    available, target = int(slots[long].sum()), rule.share * tokens
+    allowed = min(target, rule.max_epochs * available)
+    granted = tokens if long.all() else allowed  # nothing shorter can stand in: the long ones come more often
     return {
-        "short": tokens - got,
-        "long": got,
-        "told": {
+        "short": tokens - granted,
+        "long": granted,
+        "report": {
             "over": rule.over,
             "chunks": int(long.sum()),
             "available_tokens": available,
-            "wanted_tokens": round(wanted),
-            "missing_tokens": round(wanted - allowed),
+            "wanted_tokens": round(target),
+            "missing_tokens": round(target - allowed),
         },
     }
 
 
 def draw(slots: NDArray[np.int64], tokens: float, label: str, seed: int) -> NDArray[np.int64]:
-    """Indices of chunks of an endless walk, permuted anew in each epoch, until they hold `tokens` targets."""
+    """Indices of chunks, permuted again in each epoch, until they hold `tokens` targets."""
     import numpy as np
 
-    parts, have, epoch = [np.zeros(0, np.int64)], 0.0, 0
-    while have < tokens and slots.sum() > 0:
+    draws, drawn, epoch = [np.zeros(0, np.int64)], 0.0, 0
+    while drawn < tokens and slots.sum() > 0:
         order = permutation(len(slots), f"{label}/epoch {epoch}", seed)
-        sums = have + np.cumsum(slots[order])
+        sums = drawn + np.cumsum(slots[order])
         order = order[: int(np.searchsorted(sums, tokens)) + 1]
-        parts.append(order)
-        have, epoch = have + float(slots[order].sum()), epoch + 1
-    return np.concatenate(parts)
+        draws.append(order)
+        drawn, epoch = drawn + float(slots[order].sum()), epoch + 1
+    return np.concatenate(draws)
 
 
 def choose(chunks: Chunks, tokens: float, rule: LongDocuments | None, label: str, seed: int) -> tuple[Any, Any]:
-    """(indices of the chunks that a phase reads of one source, what is to be told about long ones or None)."""
+    """(indices of the chunks that a phase reads of one source, the report on its long chunks or None)."""
     import numpy as np
 
     slots = np.asarray(chunks["length"]) - 1
     quota = quotas(slots, tokens, rule)
     if rule is None:
         return draw(slots, tokens, label, seed), None
-    found = []
+    parts = []
     for name, mask in (("long", slots > rule.over), ("short", slots <= rule.over)):
-        where = np.flatnonzero(mask)
-        if len(where) and quota[name] > 0:
-            found.append(where[draw(slots[where], quota[name], f"{label}/{name}", seed)])
-    indices = np.concatenate([*found, np.zeros(0, np.int64)])
-    return indices, quota["told"]
+        candidates = np.flatnonzero(mask)
+        if len(candidates) and quota[name] > 0:
+            parts.append(candidates[draw(slots[candidates], quota[name], f"{label}/{name}", seed)])
+    indices = np.concatenate([*parts, np.zeros(0, np.int64)])
+    return indices, quota["report"]
 
 
 def pack(
     chunks: Mapping[str, Chunks], mix: Mapping[str, float], counts: Sequence[int], capacity: int,
     rule: LongDocuments | None, label: str, seed: int,
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:  # fmt: skip
-    """The order of a whole packed phase, and by source what is to be told about it.
+    """The order of a packed phase, and a report by source.
 
     chunks: by source, with columns ordinal, id, offset, length, loss_from; counts: rows of each step; capacity: targets
-    of a row. The order has these columns, step, row, segment and source, by step, row and place in it.
+    of a row. The order has these columns, step, row, segment and source, sorted by step, row and segment.
     """
     import numpy as np
 
-    rows, told, parts = sum(counts), {}, []
+    rows, reports, parts = sum(counts), {}, []
     for name in sorted(mix):
-        chosen, long = choose(chunks[name], mix[name] * rows * capacity, rule, f"{label}/{name}", seed)
-        told[name] = {"long": long} if long else {}
-        columns = {column: values[chosen] for column, values in chunks[name].items()}
-        parts.append({"source": np.full(len(chosen), name, dtype=object), **columns})
-    every = {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
-    shuffled = permutation(len(every["length"]), f"{label}/segments", seed)
-    every = {column: values[shuffled] for column, values in every.items()}
-    items, place = fill(every["length"] - 1, capacity, rows)
-    place = permutation(rows, f"{label}/rows", seed)[place]
-    by_row = np.argsort(place, kind="stable")
-    items, place = items[by_row], place[by_row]
+        indices, long = choose(chunks[name], mix[name] * rows * capacity, rule, f"{label}/{name}", seed)
+        reports[name] = {"long": long} if long else {}
+        columns = {column: values[indices] for column, values in chunks[name].items()}
+        parts.append({"source": np.full(len(indices), name, dtype=object), **columns})
+    segments = {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
+    shuffled = permutation(len(segments["length"]), f"{label}/segments", seed)
+    segments = {column: values[shuffled] for column, values in segments.items()}
+    items, row_index = fill(segments["length"] - 1, capacity, rows)
+    row_index = permutation(rows, f"{label}/rows", seed)[row_index]
+    by_row = np.argsort(row_index, kind="stable")
+    items, row_index = items[by_row], row_index[by_row]
     step = np.repeat(np.arange(1, len(counts) + 1), counts)
     row = np.concatenate([np.arange(count) for count in counts])
-    table = {"step": step[place], "row": row[place], "segment": np.arange(len(place)) - np.searchsorted(place, place)}
-    return table | {column: values[items] for column, values in every.items()}, told
+    table = {
+        "step": step[row_index],
+        "row": row[row_index],
+        "segment": np.arange(len(row_index)) - np.searchsorted(row_index, row_index),
+    }
+    return table | {column: values[items] for column, values in segments.items()}, reports
 
 
 def fill(slots: NDArray[np.int64], capacity: int, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -135,17 +139,17 @@ def fill(slots: NDArray[np.int64], capacity: int, rows: int) -> tuple[NDArray[np
     open_: list[tuple[int, int]] = []  # (room, row), ascending
     row_of = np.full(len(slots), -1, np.int64)
     rank: dict[int, int] = {}  # row -> in which order it was closed
-    made = 0
+    opened = 0
     for item, size in enumerate(slots.tolist()):
-        at = bisect.bisect_left(open_, (size, -1))
-        if at < len(open_):
-            room, row = open_.pop(at)
+        index = bisect.bisect_left(open_, (size, -1))
+        if index < len(open_):
+            room, row = open_.pop(index)
         else:
             if len(open_) == OPEN_ROWS:
                 rank[open_.pop(0)[1]] = len(rank)  # the fullest
             if len(rank) >= rows:
                 break
-            room, row, made = capacity, made, made + 1
+            room, row, opened = capacity, opened, opened + 1
         row_of[item] = row
         if room > size:
             bisect.insort(open_, (room - size, row))
@@ -153,10 +157,10 @@ def fill(slots: NDArray[np.int64], capacity: int, rows: int) -> tuple[NDArray[np
             rank[row] = len(rank)
     for _, row in open_:
         rank[row] = len(rank)
-    number = np.full(made + 1, -1, np.int64)
-    for row, closed in rank.items():
-        number[row] = closed if closed < rows else -1
-    place = number[row_of]
-    items = np.flatnonzero(place >= 0)
-    items = items[np.argsort(place[items], kind="stable")]
-    return items, place[items]
+    row_number = np.full(opened + 1, -1, np.int64)
+    for row, closing_rank in rank.items():
+        row_number[row] = closing_rank if closing_rank < rows else -1
+    row_index = row_number[row_of]
+    items = np.flatnonzero(row_index >= 0)
+    items = items[np.argsort(row_index[items], kind="stable")]
+    return items, row_index[items]

@@ -1,4 +1,4 @@
-"""The data recipe: which sources, under which licence, read how, and what happens to them, step by step.
+"""The data recipe: its sources, their licenses and readers, and the curation steps of each.
 
 `load("tiny")` reads the packaged recipe `data_recipes/tiny.yaml`; a path reads that file. Nothing heavy is imported
 here, since `atom plan` needs the recipe and the digests of the source trees before any stage runs.
@@ -22,7 +22,7 @@ from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find
 from stages.data.filters.settings import MOST_STEPS, AnyStep, CurationSettings, Kind
-from stages.data.synthetic.passkeys import min_chars
+from stages.data.synthetic.passkeys import min_characters
 from stages.data.synthetic.problems import FORMS, TASKS
 
 MOST_ENTRIES = 100_000
@@ -72,7 +72,7 @@ class Jsonl(Config):
     )
     id_field: Column | None = None
     license_field: Column | None = added(
-        None, "field with a document's own SPDX licence, or list of them; null: the source's"
+        None, "field with a document's own SPDX license, or list of them; null: the source's"
     )
     limit: Documents | None = None
 
@@ -88,7 +88,7 @@ class Parquet(Config):
     )
     id_field: Column | None = None
     license_field: Column | None = added(
-        None, "field with a document's own SPDX licence, or list of them; null: the source's"
+        None, "field with a document's own SPDX license, or list of them; null: the source's"
     )
     limit: Documents | None = None
 
@@ -102,8 +102,8 @@ class Problems(Config):
     count: Drawn
 
     @model_validator(mode="after")
-    def _known(self) -> Problems:
-        return _known_tasks(self)
+    def _check_tasks(self) -> Problems:
+        return _require_known_tasks(self)
 
 
 assert set(FORMS) == {"plain", "worked"}
@@ -113,7 +113,7 @@ class Passkeys(Config):
     """Documents with a passkey to be found again, in filler of the standard library's docstrings.
 
     Lengths are drawn log-uniformly from `min_chars` to `max_chars`. Filler comes from PSF-2.0 text, the rest is this
-    project's, so the licence is `PSF-2.0 AND Apache-2.0`.
+    project's, so the license is `PSF-2.0 AND Apache-2.0`.
     """
 
     reader: Literal["passkeys"]
@@ -121,14 +121,16 @@ class Passkeys(Config):
     min_chars: Characters
     max_chars: Characters
     digits: Annotated[int, Range(2, 9)] = Field(
-        6, description="digits of a key, all different; few have too few keys to generalise from"
+        6, description="digits of a key, all different; few have too few keys to generalize from"
     )
 
     @model_validator(mode="after")
-    def _possible(self) -> Passkeys:
-        least = min_chars(self.digits)
-        if self.min_chars < least:
-            raise ValueError(f"min_chars = {self.min_chars} leaves no room for key and question; use at least {least}")
+    def _check_lengths(self) -> Passkeys:
+        minimum = min_characters(self.digits)
+        if self.min_chars < minimum:
+            raise ValueError(
+                f"min_chars = {self.min_chars} leaves no room for key and question; use at least {minimum}"
+            )
         if self.max_chars < self.min_chars:
             raise ValueError(f"max_chars = {self.max_chars} is below min_chars = {self.min_chars}; raise it")
         return self
@@ -143,14 +145,14 @@ class ChatProblems(Config):
     count: Drawn
 
     @model_validator(mode="after")
-    def _known(self) -> ChatProblems:
-        return _known_tasks(self)
+    def _check_tasks(self) -> ChatProblems:
+        return _require_known_tasks(self)
 
 
 P = TypeVar("P", Problems, ChatProblems)
 
 
-def _known_tasks(reader: P) -> P:
+def _require_known_tasks(reader: P) -> P:
     unknown = sorted(set(reader.tasks) - set(TASKS))
     if unknown:
         raise ValueError(f"tasks: unknown task {unknown[0]}; known are {', '.join(sorted(TASKS))}")
@@ -177,25 +179,25 @@ TreeDigest = Annotated[str, Words(71, "digest: write auto, or sha256:<64 hex dig
 
 
 class Source(Config):
-    """What is needed to acquire one source."""
+    """The settings with which one source is acquired."""
 
     name: SourceName
     kind: Kind
     license: License = Field(description="SPDX expression; with reader.license_field, of the collection as a whole")
-    license_evidence: Text = Field(description="text or URL that shows the licence")
+    license_evidence: Text = Field(description="text or URL that shows the license")
     origin: Text = Field(description="where it comes from: URL or text")
     tree_digest: TreeDigest = "auto"
     reader: Reader
 
     @field_validator("name")
     @classmethod
-    def _free(cls, name: str) -> str:
+    def _check_name(cls, name: str) -> str:
         if name == "items":
             raise ValueError("`items` is the role of the evaluation items; choose another name")
         return name
 
     @model_validator(mode="after")
-    def _conversations(self) -> Source:
+    def _check_kind(self) -> Source:
         chat = isinstance(self.reader, CHATS) or bool(getattr(self.reader, "messages_field", None))
         if chat != (self.kind == "chat"):
             raise ValueError(
@@ -226,11 +228,11 @@ class DataRecipe(Config):
     )
 
     @model_validator(mode="after")
-    def _distinct(self) -> DataRecipe:
+    def _check_distinct(self) -> DataRecipe:
         counts = Counter(source.name for source in self.sources)
-        twice = sorted(name for name, count in counts.items() if count > 1)
-        if twice:
-            raise ValueError(f"two sources are named {twice[0]}; names must differ")
+        duplicates = sorted(name for name, count in counts.items() if count > 1)
+        if duplicates:
+            raise ValueError(f"two sources are named {duplicates[0]}; names must differ")
         return self
 
     def resolved(self) -> DataRecipe:
@@ -243,19 +245,19 @@ class DataRecipe(Config):
         With a sentence for each of those."""
         sources, sentences = [], []
         for source in self.sources:
-            lack, digest = absent(source), source.tree_digest
-            if lack is None:
+            missing, digest = missing_files(source), source.tree_digest
+            if missing is None:
                 digest = resolve_tree_digest(source)
             else:
                 keys = "; keys below are provisional" if digest == "auto" else ""
-                sentences.append(f"{lack}; put it there before running{keys}")
+                sentences.append(f"{missing}; put it there before running{keys}")
             sources.append(source.model_copy(update={"tree_digest": digest}))
         return self.model_copy(update={"sources": tuple(sources)}), tuple(sentences)
 
     def acquire_config(self, source: str, seed: int) -> dict[str, Any]:
         """The config of stage acquire for one source: without its curation steps, which must not re-acquire it."""
-        found = next(s for s in self.sources if s.name == source)
-        return {"source": found.model_dump(include=set(Source.model_fields)), "seed": seed}
+        source_config = next(s for s in self.sources if s.name == source)
+        return {"source": source_config.model_dump(include=set(Source.model_fields)), "seed": seed}
 
     def filter_config(self, seed: int) -> dict[str, Any]:
         """The config of stage filter for all sources."""
@@ -298,7 +300,7 @@ def loads(content: bytes, path: Path) -> DataRecipe:
     """As `load`, from the bytes that were read from `path`."""
     title = _title(path)
     raw = parse_yaml(content, title)
-    _require_licences(title, raw)
+    _require_licenses(title, raw)
     try:
         recipe = DataRecipe.model_validate(raw)
     except ValidationError as error:
@@ -336,13 +338,13 @@ def source_files(source: Source) -> list[tuple[str, Path]]:
     root = Path(reader.path)
     if root.is_file():
         return [(root.name, root)]
-    if lack := absent(source):
-        raise RecipeError(f"{lack}; check reader.path")
+    if missing := missing_files(source):
+        raise RecipeError(f"{missing}; check reader.path")
     return sorted((path.relative_to(root).as_posix(), path) for path in _files(source, root, _suffixes(reader)))
 
 
-def absent(source: Source) -> str | None:
-    """That the files of a source are not here, as a sentence without its end; None if they are, or if it needs none."""
+def missing_files(source: Source) -> str | None:
+    """The beginning of an error message if the files of a source are missing; None if they exist or none are needed."""
     reader = source.reader
     if not isinstance(reader, (Jsonl, Parquet)):
         return None
@@ -353,8 +355,8 @@ def absent(source: Source) -> str | None:
 
 
 def _files(source: Source, root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """The regular files of these endings under a folder. Raises RecipeError where it holds so many that it must be
-    another than is meant, such as a whole file system."""
+    """The regular files with these suffixes under a folder. Raises RecipeError if it holds more than MOST_ENTRIES
+    entries, as a wrong path such as a root folder does."""
     count = 0
     for folder, folders, names in os.walk(root):
         count += len(folders) + len(names)
@@ -369,11 +371,11 @@ def _suffixes(reader: Jsonl | Parquet) -> tuple[str, ...]:
     return (".jsonl", ".jsonl.gz") if isinstance(reader, Jsonl) else (".parquet",)
 
 
-def _require_licences(title: str, raw: dict[str, Any]) -> None:
+def _require_licenses(title: str, raw: dict[str, Any]) -> None:
     sources = raw.get("sources")
     for i, source in enumerate(sources if isinstance(sources, list) else []):
-        named = source.get("name") if isinstance(source, dict) else None
-        name = escaped(str(named or f"number {i + 1}"), 60)
+        given_name = source.get("name") if isinstance(source, dict) else None
+        name = escaped(str(given_name or f"number {i + 1}"), 60)
         fixes = {"license": "an SPDX id, e.g. Apache-2.0", "license_evidence": "a text or URL that shows it"}
         for field, fix in fixes.items():
             if isinstance(source, dict) and not source.get(field):

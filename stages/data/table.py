@@ -83,19 +83,19 @@ def arrow_schema(columns: Mapping[str, str]) -> pa.Schema:
 
 def write_rows(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes rows (dicts with exactly these columns)."""
-    with writing(path, columns) as write:
+    with row_writer(path, columns) as write:
         for row in rows:
             write(row)
 
 
 @contextmanager
-def writing(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that writes one row; a row group of them is held at once. The bytes are those of `write_table`."""
+def row_writer(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that writes one row and buffers a row group. The bytes are those of `write_table`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = arrow_schema(columns)
-    held: list[Mapping[str, Any]] = []
+    buffer: list[Mapping[str, Any]] = []
     groups = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -103,16 +103,16 @@ def writing(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Mappin
         def flush() -> None:
             nonlocal groups
             groups += 1
-            writer.write_table(pa.Table.from_pylist(held, schema=schema), row_group_size=ROWS_PER_GROUP)
-            held.clear()
+            writer.write_table(pa.Table.from_pylist(buffer, schema=schema), row_group_size=ROWS_PER_GROUP)
+            buffer.clear()
 
         def write(row: Mapping[str, Any]) -> None:
-            held.append(row)
-            if len(held) == ROWS_PER_GROUP:
+            buffer.append(row)
+            if len(buffer) == ROWS_PER_GROUP:
                 flush()
 
         yield write
-        if held or not groups:
+        if buffer or not groups:
             flush()
 
 
@@ -127,43 +127,43 @@ def read_table(path: Path, columns: list[str] | None = None, filters: Any = None
     """Raises AtomError naming the file if it is missing, cut short or without one of the columns."""
     import pyarrow.parquet as pq
 
-    with _told(path):
+    with _read_errors(path):
         if filters is None:
             return pq.ParquetFile(path).read(columns=columns)
         return pq.read_table(path, columns=columns, filters=filters, partitioning=None)
 
 
 def slice_of(count: int, shard: int, shards: int) -> tuple[int, int]:
-    """Where a shard of so many rows begins and ends; all shards together are all rows, once."""
+    """The first and last row (exclusive) of a shard of `count` rows; the shards partition the rows."""
     return count * shard // shards, count * (shard + 1) // shards
 
 
 def read_shard(path: Path, shard: int, shards: int, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of one shard, of which only the row groups are read that it lies in. Raises what `read_table` raises."""
+    """The rows of one shard; reads only its row groups. Raises the errors of `read_table`."""
     import pyarrow.parquet as pq
 
-    with _told(path), pq.ParquetFile(path) as file:
+    with _read_errors(path), pq.ParquetFile(path) as file:
         start, stop = slice_of(file.metadata.num_rows, shard, shards)
         groups: list[int] = []
-        first, seen = start, 0
+        first, rows_before = start, 0
         for number in range(file.num_row_groups):
             rows = file.metadata.row_group(number).num_rows
-            if seen < stop and seen + rows > start:
-                first = seen if not groups else first
+            if rows_before < stop and rows_before + rows > start:
+                first = rows_before if not groups else first
                 groups.append(number)
-            seen += rows
+            rows_before += rows
         if not groups:
             return []
-        found = file.read_row_groups(groups, columns=columns).slice(start - first, stop - start)
-        rows_: list[dict[str, Any]] = found.to_pylist()
-        return rows_
+        table = file.read_row_groups(groups, columns=columns).slice(start - first, stop - start)
+        result: list[dict[str, Any]] = table.to_pylist()
+        return result
 
 
 def stream_shards(path: Path, shards: int) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each shard in turn, which `read_shard` gives one by one; the file is read once."""
+    """The rows of each shard in turn, as `read_shard` returns them; the file is read once."""
     import pyarrow.parquet as pq
 
-    with _told(path), pq.ParquetFile(path) as file:
+    with _read_errors(path), pq.ParquetFile(path) as file:
         count, columns = file.metadata.num_rows, file.schema_arrow.names
     rows = stream_rows(path, columns)
     for shard in range(shards):
@@ -172,16 +172,16 @@ def stream_shards(path: Path, shards: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def stream_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a file of any size, of which a few thousand are held at once. Raises what `read_table` raises."""
+    """The rows of a file of any size, a few thousand in memory at a time. Raises the errors of `read_table`."""
     import pyarrow.parquet as pq
 
-    with _told(path), pq.ParquetFile(path) as file:
+    with _read_errors(path), pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=4096, columns=columns):
             yield from batch.to_pylist()
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _read_errors(path: Path) -> Iterator[None]:
     import pyarrow as pa
 
     try:

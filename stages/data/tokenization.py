@@ -1,4 +1,4 @@
-"""Encode kept documents into Megatron's .bin/.idx shards, one a split and source, and say what stands where."""
+"""Encode kept documents into Megatron's .bin/.idx shards, one a split and source, with a table of documents."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
 
     inputs["curate"]: kept documents; inputs["tokenizer"]: tokenizer.json.
     """
-    tokenizer, end, files = _given(inputs)
+    tokenizer, end, files = _load_inputs(inputs)
     vocab_size = tokenizer.get_vocab_size()
     work.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -55,14 +55,14 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
     for n, file in enumerate(files):
         splits = {split: _Shard(vocab_size, split, file.stem, work) for split in ("train", "heldout")}
         for shard, documents in enumerate(stream_shards(file, config.shards)):
-            encoded = _encoded(_kept(config, tokenizer, end, file, work, shard, documents))
-            for document, (ids, loss_from) in zip(documents, encoded, strict=True):
+            tokens = _unpack_tokens(_cached_tokens(config, tokenizer, end, file, work, shard, documents))
+            for document, (ids, loss_from) in zip(documents, tokens, strict=True):
                 splits[document["split"]].add(document, ids, loss_from)
-        for split, made in splits.items():
-            if made.close(out):
-                rows.extend(made.rows)
-                meta["documents"][split][file.stem] = len(made.rows)
-                meta["tokens"][split][file.stem] = sum(row["tokens"] for row in made.rows)
+        for split, shard_file in splits.items():
+            if shard_file.close(out):
+                rows.extend(shard_file.rows)
+                meta["documents"][split][file.stem] = len(shard_file.rows)
+                meta["tokens"][split][file.stem] = sum(row["tokens"] for row in shard_file.rows)
         report.progress(n + 1, len(files), "sources")
     write_rows(out / "documents.parquet", TOKENIZED, rows)
     write_json(out / "meta.json", meta)
@@ -71,8 +71,8 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
     )
 
 
-def _given(inputs: Inputs) -> tuple[Tokenizer, int, list[Path]]:
-    """The tokenizer, its end of a document, and the files of kept documents, one a source."""
+def _load_inputs(inputs: Inputs) -> tuple[Tokenizer, int, list[Path]]:
+    """The tokenizer, its end-of-document id, and the files of kept documents, one a source."""
     tokenizer = load_for_corpus(inputs["tokenizer"] / "tokenizer.json")
     end = tokenizer.token_to_id(END)
     if end is None:
@@ -84,14 +84,14 @@ def _given(inputs: Inputs) -> tuple[Tokenizer, int, list[Path]]:
 
 
 def run_shard(config: TokenizeConfig, inputs: Inputs, work: Path, shard: int) -> None:
-    """The tokens of one shard of every source, left in `work`."""
-    tokenizer, end, files = _given(inputs)
+    """Encodes one shard of every source and caches the tokens in `work`."""
+    tokenizer, end, files = _load_inputs(inputs)
     for file in files:
         documents = read_shard(file, shard, config.shards, ["text", "prompt_chars"])
-        _kept(config, tokenizer, end, file, work, shard, documents)
+        _cached_tokens(config, tokenizer, end, file, work, shard, documents)
 
 
-def _kept(
+def _cached_tokens(
     config: TokenizeConfig,
     tokenizer: Tokenizer,
     end: int,
@@ -100,28 +100,28 @@ def _kept(
     shard: int,
     documents: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """What `encode` gives for the documents of a shard, as it lies in `work`: ids as bytes of int32, and by document
-    their number and `loss_from`."""
+    """The tokens of a shard's documents, cached in `work`: ids as bytes of int32, and by document the number of ids and
+    `loss_from`."""
 
     def make() -> dict[str, Any]:
         chat = file.stem in config.conversations
         tokenizer.encode_special_tokens = not chat
-        found: list[tuple[list[int], int]] = []
+        tokens: list[tuple[list[int], int]] = []
         for start in range(0, len(documents), BATCH):
             texts = [(d["text"], d["prompt_chars"]) for d in documents[start : start + BATCH]]
-            found += encode(tokenizer, None if chat else end, texts)
-        ids = array("i", [i for ids, _ in found for i in ids])
-        lengths, prompts = [len(ids) for ids, _ in found], [prompt for _, prompt in found]
+            tokens += encode(tokenizer, None if chat else end, texts)
+        ids = array("i", [i for ids, _ in tokens for i in ids])
+        lengths, prompts = [len(ids) for ids, _ in tokens], [prompt for _, prompt in tokens]
         return {"ids": b64encode(ids.tobytes()).decode(), "lengths": lengths, "loss_from": prompts}
 
-    found: dict[str, Any] = once(work / f"tokens-{file.stem}-{shard:05d}-of-{config.shards:05d}.json", make)
-    return found
+    tokens: dict[str, Any] = once(work / f"tokens-{file.stem}-{shard:05d}-of-{config.shards:05d}.json", make)
+    return tokens
 
 
-def _encoded(saved: dict[str, Any]) -> Iterator[tuple[list[int], int]]:
+def _unpack_tokens(tokens: dict[str, Any]) -> Iterator[tuple[list[int], int]]:
     """(ids, loss_from) of each document of a shard."""
-    ids, start = array("i", b64decode(saved["ids"])).tolist(), 0
-    for length, loss_from in zip(saved["lengths"], saved["loss_from"], strict=True):
+    ids, start = array("i", b64decode(tokens["ids"])).tolist(), 0
+    for length, loss_from in zip(tokens["lengths"], tokens["loss_from"], strict=True):
         yield ids[start : start + length], loss_from
         start += length
 
@@ -129,12 +129,12 @@ def _encoded(saved: dict[str, Any]) -> Iterator[tuple[list[int], int]]:
 def encode(tokenizer: Tokenizer, end: int | None, texts: list[tuple[str, int]]) -> Iterator[tuple[list[int], int]]:
     """(ids with the final `end`, number of ids of the part without loss) of each (text, prompt_chars).
 
-    The part without loss is encoded by itself, as it will be when a model is prompted with it.
+    The part without loss is encoded separately, as in a prompt.
     """
     parts = [text[:n] for text, n in texts] + [text[n:] for text, n in texts]
     encoded = [e.ids for e in tokenizer.encode_batch(parts, add_special_tokens=False)]
-    for prompt, rest in zip(encoded[: len(texts)], encoded[len(texts) :], strict=True):
-        yield [*prompt, *rest, *([] if end is None else [end])], len(prompt)
+    for prompt, continuation in zip(encoded[: len(texts)], encoded[len(texts) :], strict=True):
+        yield [*prompt, *continuation, *([] if end is None else [end])], len(prompt)
 
 
 class _Shard:
@@ -173,11 +173,11 @@ class _Shard:
             return False
         (out / self.split).mkdir(exist_ok=True)
         for suffix in (".bin", ".idx"):
-            made, target = (place / f"{self.source}{suffix}" for place in (self.folder, out / self.split))
+            finished, target = (parent / f"{self.source}{suffix}" for parent in (self.folder, out / self.split))
             try:
-                os.replace(made, target)
+                os.replace(finished, target)
             except OSError:  # work and out may lie on different file systems
-                shutil.move(made, target)
+                shutil.move(finished, target)
         return True
 
 

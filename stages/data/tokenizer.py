@@ -1,6 +1,6 @@
 """Train a byte-level BPE tokenizer that transformers, vLLM and llama.cpp load unchanged.
 
-The pre-tokenizer is Qwen2's pattern (llama.cpp: `pre=qwen2`), which splits digits singly. There is no normaliser, so
+The pre-tokenizer is Qwen2's pattern (llama.cpp: `pre=qwen2`), which splits digits singly. There is no normalizer, so
 that decode(encode(x)) == x for any text.
 """
 
@@ -71,7 +71,7 @@ class TokenizerSection(Config):
     )
 
     @model_validator(mode="after")
-    def _fits(self) -> TokenizerSection:
+    def _check_vocab_sizes(self) -> TokenizerSection:
         if self.padded_vocab_size < self.vocab_size:
             raise ValueError(
                 f"padded_vocab_size {self.padded_vocab_size} is below vocab_size {self.vocab_size}; raise it"
@@ -89,7 +89,7 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
     files = sorted((inputs["curate"] / "kept").glob("*.parquet"))
     files = [file for file in files if file.stem not in config.leave_out]
     texts = {file.stem: _texts(file) for file in files}
-    sample = list(interleaved({name: by_split["train"] for name, by_split in texts.items()}, config.sample_bytes))
+    sample = list(interleave({name: by_split["train"] for name, by_split in texts.items()}, config.sample_bytes))
     tokenizer = Tokenizer(models.BPE())
     _set_byte_level(tokenizer)
     trainer = trainers.BpeTrainer(
@@ -101,10 +101,10 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
     tokenizer.train_from_iterator(sample, trainer)
     size = tokenizer.get_vocab_size()
     if size < config.vocab_size:
-        have = sum(len(t.encode()) for t in sample)
+        available = sum(len(t.encode()) for t in sample)
         raise RecipeError(
-            f"tokenizer.vocab_size = {config.vocab_size}, but {have} bytes of training text yield only {size} tokens; "
-            f"lower it, or give more text or sample_bytes"
+            f"tokenizer.vocab_size = {config.vocab_size}, but {available} bytes of training text yield only {size} "
+            f"tokens; lower it, or give more text or sample_bytes"
         )
     save(tokenizer, out)
     ratios = bytes_per_token(load_for_corpus(out / "tokenizer.json"), texts)
@@ -119,17 +119,17 @@ def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report:
         report.note(f"{name}: {part['value']:.2f} bytes a token ({part['split']})")
 
 
-def interleaved(texts: dict[str, list[str]], limit: int) -> Iterator[str]:
-    """Texts of all sources in equal bytes, as long as each lasts, up to `limit` bytes together."""
-    waiting = {name: iter(some) for name, some in sorted(texts.items())}
-    taken = dict.fromkeys(waiting, 0)
-    while waiting and sum(taken.values()) < limit:
-        name = min(waiting, key=lambda n: (taken[n], n))
-        text = next(waiting[name], None)
+def interleave(texts: dict[str, list[str]], limit: int) -> Iterator[str]:
+    """Texts of all sources in equal bytes, until a source is exhausted, up to `limit` bytes in total."""
+    iterators = {name: iter(source_texts) for name, source_texts in sorted(texts.items())}
+    bytes_taken = dict.fromkeys(iterators, 0)
+    while iterators and sum(bytes_taken.values()) < limit:
+        name = min(iterators, key=lambda n: (bytes_taken[n], n))
+        text = next(iterators[name], None)
         if text is None:
-            del waiting[name]
+            del iterators[name]
         else:
-            taken[name] += len(text.encode())
+            bytes_taken[name] += len(text.encode())
             yield text
 
 
@@ -166,11 +166,11 @@ def bytes_per_token(tokenizer: Tokenizer, texts: dict[str, dict[str, list[str]]]
     stats = {}
     for name, by_split in sorted(texts.items()):
         split = "heldout" if by_split["heldout"] else "train"
-        some = by_split[split][:2000]
-        tokens = sum(len(e.ids) for e in tokenizer.encode_batch(some, add_special_tokens=False))
-        total = sum(len(t.encode()) for t in some)
+        sample = by_split[split][:2000]
+        tokens = sum(len(e.ids) for e in tokenizer.encode_batch(sample, add_special_tokens=False))
+        total = sum(len(t.encode()) for t in sample)
         if tokens:
-            stats[name] = {"value": round(total / tokens, 6), "split": split, "documents": len(some), "bytes": total}
+            stats[name] = {"value": round(total / tokens, 6), "split": split, "documents": len(sample), "bytes": total}
     return stats
 
 

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: what one exported model is worth, measured with plain transformers.
+"""Stage `evaluate`: bits per byte and accuracy of one exported model, measured with plain transformers.
 
 Two measurements, bitwise reproducible on one thread:
 
@@ -113,32 +113,34 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
         raise AtomError("evaluate: the items artifact holds no problem; give `evaluation.problems` at least one task")
     problems.sort(key=lambda row: (len(row["prompt"]), row["id"]))
     batches = [problems[i : i + ROWS_PER_BATCH] for i in range(0, len(problems), ROWS_PER_BATCH)]
-    total, done = len(documents) + len(problems), 0
+    total, completed = len(documents) + len(problems), 0
 
     scored: list[dict[str, Any]] = []
-    first = _first_token_bits(model, tokenizer)
+    first_token_bits = _first_token_bits(model, tokenizer)
     for source in sorted({row["source"] for row in documents}):
         rows = [row for row in documents if row["source"] == source]
         chat = source in config.conversations
-        scored += once(work / f"documents-{source}.json", partial(_bits_of_all, model, tokenizer, first, rows, chat))
-        done += len(rows)
-        report.progress(done, total, "documents and problems")
+        scored += once(
+            work / f"documents-{source}.json", partial(_score_documents, model, tokenizer, first_token_bits, rows, chat)
+        )
+        completed += len(rows)
+        report.progress(completed, total, "documents and problems")
 
     answered: list[dict[str, Any]] = []
     for number, batch in enumerate(batches):
         answered += once(
             work / f"items-{number:05d}.json",
-            partial(_answer, model, tokenizer, batch, config.max_new_tokens),
+            partial(_answer_batch, model, tokenizer, batch, config.max_new_tokens),
         )
-        done += len(batch)
-        report.progress(done, total, "documents and problems")
+        completed += len(batch)
+        report.progress(completed, total, "documents and problems")
 
     answered.sort(key=lambda row: row["id"])
     tables: tuple[list[dict[str, Any]], ...] = (scored, answered)
     if config.context is not None:
-        long = [row for row in _heldout(inputs["curate"] / "kept") if not row["prompt_chars"]]
+        long_documents = [row for row in _read_heldout(inputs["curate"] / "kept") if not row["prompt_chars"]]
         encode = partial(token_ids, tokenizer)
-        tables += context.measure(config.context, model, tokenizer, encode, long, work, report)
+        tables += context.measure(config.context, model, tokenizer, encode, long_documents, work, report)
         write_rows(out / "passkey.parquet", context.PASSKEY, tables[2])
         write_rows(out / "positions.parquet", context.POSITIONS, tables[3])
     scores = summary(*tables)
@@ -150,10 +152,10 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
         report.note(f"{source}: {row['value']:.4f} ± {row['se']:.4f} bits per byte on {row['documents']} documents")
 
 
-def heldout_documents(kept: Path, limit: int) -> list[dict[str, Any]]:
+def heldout_documents(folder: Path, limit: int) -> list[dict[str, Any]]:
     """Up to `limit` held-out documents of every source, drawn by smallest content hash (a fixed lottery), by id."""
-    chosen: list[dict[str, Any]] = []
-    heldout = _heldout(kept)
+    documents: list[dict[str, Any]] = []
+    heldout = _read_heldout(folder)
     for source in sorted({row["source"] for row in heldout}):  # some sources hold nothing out, such as problems
         rows = [row for row in heldout if row["source"] == source]
         if len(rows) < 2:
@@ -161,16 +163,18 @@ def heldout_documents(kept: Path, limit: int) -> list[dict[str, Any]]:
                 f"evaluate: source {source} has {len(rows)} held-out documents, two are needed for an error bar"
             )
         rows = sorted(rows, key=lambda row: (row["content_hash"], row["id"]))[:limit]
-        chosen += sorted(rows, key=lambda row: row["id"])
-    if not chosen:
+        documents += sorted(rows, key=lambda row: row["id"])
+    if not documents:
         raise AtomError("evaluate: the curated corpus has no held-out document")
-    return chosen
+    return documents
 
 
-def _heldout(kept: Path) -> list[dict[str, Any]]:
+def _read_heldout(folder: Path) -> list[dict[str, Any]]:
     """Every held-out document, by source."""
     columns = ["id", "text", "source", "content_hash", "split", "prompt_chars"]
-    return [row for path in sorted(kept.glob("*.parquet")) for row in _read(path, columns) if row["split"] == "heldout"]
+    return [
+        row for path in sorted(folder.glob("*.parquet")) for row in _read(path, columns) if row["split"] == "heldout"
+    ]
 
 
 def _first_token_bits(model: Any, tokenizer: Any) -> torch.Tensor:
@@ -182,16 +186,20 @@ def _first_token_bits(model: Any, tokenizer: Any) -> torch.Tensor:
     return -torch.log_softmax(logits.double(), -1) / math.log(2)
 
 
-def _bits_of_all(
-    model: Any, tokenizer: Any, first: torch.Tensor, rows: list[dict[str, Any]], chat: bool
+def _score_documents(
+    model: Any, tokenizer: Any, first_token_bits: torch.Tensor, rows: list[dict[str, Any]], chat: bool
 ) -> list[dict[str, Any]]:
-    scored = [row for row in (_bits(model, tokenizer, first, row, chat) for row in rows) if row["bytes"]]
+    scored = [
+        row for row in (_document_bits(model, tokenizer, first_token_bits, row, chat) for row in rows) if row["bytes"]
+    ]
     if len(scored) < 2:  # all others are questions as long as the model's context
         raise AtomError(f"evaluate: source {rows[0]['source']} has fewer than two documents to score; hold out more")
     return scored
 
 
-def _bits(model: Any, tokenizer: Any, first: torch.Tensor, row: dict[str, Any], chat: bool = False) -> dict[str, Any]:
+def _document_bits(
+    model: Any, tokenizer: Any, first_token_bits: torch.Tensor, row: dict[str, Any], chat: bool = False
+) -> dict[str, Any]:
     """Bits and bytes of one document, cut to the model's context.
 
     A question, the first `prompt_chars` characters, is context and is not scored, as it carries no loss in training; it
@@ -206,14 +214,14 @@ def _bits(model: Any, tokenizer: Any, first: torch.Tensor, row: dict[str, Any], 
         : model.config.max_position_embeddings
     ]
     scored = ids[len(prompt) :]
-    bits = float(first[ids[0]]) if scored and not prompt else 0.0
+    bits = float(first_token_bits[ids[0]]) if scored and not prompt else 0.0
     start = max(len(prompt), 1)
     if len(ids) > start:
         tokens = torch.tensor([ids])
         with torch.inference_mode():
             logits = model(tokens).logits[0, start - 1 : -1]
-        chosen = torch.log_softmax(logits.double(), -1).gather(1, tokens[0, start:, None])
-        bits -= float(chosen.sum()) / math.log(2)
+        log_probs = torch.log_softmax(logits.double(), -1).gather(1, tokens[0, start:, None])
+        bits -= float(log_probs.sum()) / math.log(2)
     return {
         "source": row["source"],
         "id": row["id"],
@@ -241,7 +249,7 @@ def token_bytes(tokenizer: Any, ids: list[int]) -> int:
     return sum(len(token) for token in tokenizer.convert_ids_to_tokens(ids))
 
 
-def _answer(model: Any, tokenizer: Any, batch: list[dict[str, Any]], max_new_tokens: int) -> list[dict[str, Any]]:
+def _answer_batch(model: Any, tokenizer: Any, batch: list[dict[str, Any]], max_new_tokens: int) -> list[dict[str, Any]]:
     """Greedy outputs of one left-padded batch, each with its score, the scorer and the SHA-256 of its file."""
     import torch
     from transformers import GenerationConfig
@@ -259,11 +267,11 @@ def _answer(model: Any, tokenizer: Any, batch: list[dict[str, Any]], max_new_tok
         do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad
     )
     with torch.inference_mode():
-        made = model.generate(tokens, attention_mask=mask, generation_config=greedy)[:, width:]
+        generated = model.generate(tokens, attention_mask=mask, generation_config=greedy)[:, width:]
     rows = []
-    for row, tail in zip(batch, made.tolist(), strict=True):
-        kept = tail[: tail.index(end)] if end in tail else tail
-        output = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    for row, token_row in zip(batch, generated.tolist(), strict=True):
+        completion = token_row[: token_row.index(end)] if end in token_row else token_row
+        output = tokenizer.decode(completion, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         rows.append(
             {
                 "id": row["id"],

@@ -46,35 +46,35 @@ def wilson(wins: float, n: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
-def powers(n: int) -> list[int]:
+def powers_of_two(n: int) -> list[int]:
     """1, 2, 4, … below n, and n."""
     return [*(2**i for i in range(n.bit_length()) if 2**i < n), n]
 
 
-def pass_at(n: int, right: int, k: int) -> float:
-    """Chance that one of k answers is right, drawn without replacement from n of which `right` are: the unbiased
-    estimator of pass@k (Chen et al. 2021, arXiv 2107.03374)."""
-    return float(1 - Fraction(math.comb(n - right, k), math.comb(n, k)))
+def pass_at(n: int, correct: int, k: int) -> float:
+    """Probability that one of k answers is correct, drawn without replacement from n of which `correct` are: the
+    unbiased estimator of pass@k (Chen et al. 2021, arXiv 2107.03374)."""
+    return float(1 - Fraction(math.comb(n - correct, k), math.comb(n, k)))
 
 
-def majority_at(votes: Sequence[str | None], right: Collection[str], k: int) -> float:
-    """Chance that the most frequent of k answers is right, drawn without replacement from all: the expectation of maj@k
-    over every subset, in closed form. None is an answer without a vote; of equally frequent answers each is as likely.
+def majority_at(votes: Sequence[str | None], correct: Collection[str], k: int) -> float:
+    """Probability that the most frequent of k answers is correct, drawn without replacement from all: the expectation
+    of maj@k over every subset, in closed form. None is an answer without a vote; ties are broken at random.
 
-    A right answer wins with j votes where no other has more; the ways to draw the others are counted by convolution.
+    A correct answer wins with j votes where no other has more; the ways to draw the others are counted by convolution.
     """
     counts = Counter(vote for vote in votes if vote is not None)
-    silent, ways = len(votes) - counts.total(), Fraction(0)
-    for winner in sorted(set(right) & counts.keys()):
+    abstentions, ways = len(votes) - counts.total(), Fraction(0)
+    for winner in sorted(set(correct) & counts.keys()):
         for j in range(1, min(counts[winner], k) + 1):
             others = {(0, 0): 1}  # (answers drawn, of how many others j) -> ways
             for other in counts.keys() - {winner}:
-                more: dict[tuple[int, int], int] = defaultdict(int)
+                updated: dict[tuple[int, int], int] = defaultdict(int)
                 for (drawn, ties), count in others.items():
                     for i in range(min(counts[other], j, k - j - drawn) + 1):
-                        more[drawn + i, ties + (i == j)] += count * math.comb(counts[other], i)
-                others = more
+                        updated[drawn + i, ties + (i == j)] += count * math.comb(counts[other], i)
+                others = updated
             for (drawn, ties), count in others.items():
-                rest = math.comb(silent, k - j - drawn)
-                ways += Fraction(math.comb(counts[winner], j) * count * rest, ties + 1)
+                remaining = math.comb(abstentions, k - j - drawn)
+                ways += Fraction(math.comb(counts[winner], j) * count * remaining, ties + 1)
     return float(ways / math.comb(len(votes), k))

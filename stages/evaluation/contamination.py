@@ -1,4 +1,4 @@
-"""Stage `contamination`: how much of each evaluation item stands in what was trained on, beside the scores.
+"""Stage `contamination`: the overlap of each evaluation item with the training data, beside the scores.
 
     atom run atom-tiny --only contamination
 
@@ -91,26 +91,26 @@ def run(config: ContaminationConfig, inputs: Inputs, work: Path, out: Path, repo
     items = items_of(inputs)
     runs = ItemRuns({id: text for id, (_, _, text) in items.items()})
     corpus = Corpus(inputs, runs, config, items)
-    found = {phase: runs.closed(nodes) for phase, nodes in corpus.found.items()}
+    matched_runs = {phase: runs.with_prefixes(nodes) for phase, nodes in corpus.matched.items()}
     rows = []
     for id, (split, kind, _) in sorted(items.items()):
         words = len(runs.words[id])
-        for phase, nodes in found.items():
+        for phase, nodes in matched_runs.items():
             overlap, longest = runs.overlap(id, nodes, config.ngram)
             row = {"id": id, "split": split, "kind": kind, "phase": phase, "words": words, "longest": longest}
             rows.append({**row, "overlap": overlap, "verdict": config.verdict(words, overlap, longest)})
     write_rows(out / "items.parquet", ITEMS, rows)
-    verdicts = worst(rows)
-    detector = corpus.tried(set().union(*corpus.found.values()))
-    said = {
+    verdicts = worst_verdicts(rows)
+    detector = corpus.measure_detector(set().union(*corpus.matched.values()))
+    body = {
         "thresholds": config.model_dump(include={"ngram", "contaminated_from", "overlap_from"}),
         **summary(rows),
         "read": corpus.read,
         "detector": detector,
-        "scores": {role: beside(values(inputs, role), verdicts) for role in _tables(inputs)},
+        "scores": {role: scores_by_verdict(read_scores(inputs, role), verdicts) for role in _score_roles(inputs)},
     }
-    write_json(out / "report.json", said)
-    for split, counts in said["items"].items():
+    write_json(out / "report.json", body)
+    for split, counts in body["items"].items():
         report.note(f"{split}: " + ", ".join(f"{counts[v]} {v}" for v in VERDICTS))
     report.note(
         f"detector: {detector['recall']['found']} of {detector['recall']['planted']} planted items found, "
@@ -120,27 +120,27 @@ def run(config: ContaminationConfig, inputs: Inputs, work: Path, out: Path, repo
 
 def items_of(inputs: Inputs) -> dict[str, Item]:
     """Every evaluation item by id."""
-    found: dict[str, Item] = {}
+    items: dict[str, Item] = {}
     for row in read_table(inputs["items"] / "items.parquet", ["id", "task"]).to_pylist():
-        found[row["id"]] = ("test", row["task"], "")
+        items[row["id"]] = ("test", row["task"], "")
     for row in chat_rows(inputs["items"]):
-        found[row["id"]] = (row["split"], row["kind"], "")
+        items[row["id"]] = (row["split"], row["kind"], "")
     texts = dict(texts_of(inputs["items"]))
-    found = {id: (split, kind, texts[id]) for id, (split, kind, _) in found.items()}
+    items = {id: (split, kind, texts[id]) for id, (split, kind, _) in items.items()}
     for row in chat_rows(inputs["fresh"]) if "fresh" in inputs else []:
-        found[row["id"]] = ("fresh", row["kind"], question(row))
-    return found
+        items[row["id"]] = ("fresh", row["kind"], question(row))
+    return items
 
 
 class Corpus:
-    """What was trained on, streamed once: `found` and `read` say by phase what occurs and how many texts there were."""
+    """The training data, streamed once. By phase: `matched`, the runs that occur, and `read`, the number of texts."""
 
     def __init__(self, inputs: Inputs, runs: ItemRuns, config: ContaminationConfig, items: Mapping[str, Item]) -> None:
         self.runs, self.config, self.items = runs, config, items
         orders = sorted(role for role in inputs if role.startswith("order-"))
-        self.found: dict[str, set[int]] = {role.removeprefix("order-"): set() for role in orders}
-        self.found |= {role.replace("tasks-", "prompts of "): set() for role in task_roles(inputs)}
-        self.read = dict.fromkeys(self.found, 0)
+        self.matched: dict[str, set[int]] = {role.removeprefix("order-"): set() for role in orders}
+        self.matched |= {role.replace("tasks-", "prompts of "): set() for role in task_roles(inputs)}
+        self.read = dict.fromkeys(self.matched, 0)
         phases: dict[str, list[str]] = {}  # of each document
         sources: set[str] = set()
         for role in orders:
@@ -148,16 +148,16 @@ class Corpus:
             sources |= set(table["source"].unique().to_pylist())
             for id in table["id"].unique().to_pylist():
                 phases.setdefault(id, []).append(role.removeprefix("order-"))
-        lottery = sorted(items, key=lambda id: _lot("item", id, config.seed))
-        self.absent = {id: _squeezed(items[id][2]) for id in lottery[: 3 * config.canaries] if runs.words[id]}
-        hosts = set(sorted(phases, key=lambda id: _lot("host", id, config.seed))[: config.canaries])
+        lottery = sorted(items, key=lambda id: _draw_hash("item", id, config.seed))
+        self.unmatched = {id: _without_spaces(items[id][2]) for id in lottery[: 3 * config.canaries] if runs.words[id]}
+        hosts = set(sorted(phases, key=lambda id: _draw_hash("host", id, config.seed))[: config.canaries])
         self.hosts: dict[str, str] = {}
         missing = set(phases)
         for source in sorted(sources):
             for row in stream_rows(inputs["curate"] / "kept" / f"{source}.parquet", ["id", "text"]):
                 if row["id"] in phases:
                     missing.discard(row["id"])
-                    self._look(row["text"], phases[row["id"]])
+                    self._search(row["text"], phases[row["id"]])
                     if row["id"] in hosts:
                         self.hosts[row["id"]] = row["text"]
         if missing:
@@ -167,70 +167,74 @@ class Corpus:
             )
         for role in task_roles(inputs):
             for text in prompts(inputs, role):
-                self._look(text, [role.replace("tasks-", "prompts of ")])
+                self._search(text, [role.replace("tasks-", "prompts of ")])
 
-    def _look(self, text: str, phases: Sequence[str]) -> None:
-        nodes, plain = self.runs.search(text), _squeezed(text)
+    def _search(self, text: str, phases: Sequence[str]) -> None:
+        nodes, squeezed = self.runs.search(text), _without_spaces(text)
         for phase in phases:
-            self.found[phase] |= nodes
+            self.matched[phase] |= nodes
             self.read[phase] += 1
-        self.absent = {id: own for id, own in self.absent.items() if own not in plain}
+        self.unmatched = {id: item_text for id, item_text in self.unmatched.items() if item_text not in squeezed}
 
-    def tried(self, found: set[int]) -> dict[str, Any]:
-        """Recall on planted items by form, and the share of items that stand nowhere and are found nevertheless.
+    def measure_detector(self, matched: set[int]) -> dict[str, Any]:
+        """Recall on planted items by form, and the false-positive rate on items that occur nowhere.
 
-        found: what occurs in the corpus, to which the planted copies are added. That an item stands nowhere is known
-        independently: its characters without spaces are in no text.
+        matched: the runs that occur in the corpus, to which the planted copies are added. That an item occurs nowhere
+        is known independently: its characters without spaces are in no text.
         """
-        count = min(self.config.canaries, len(self.absent) // 2, len(self.hosts))
-        ids = list(self.absent)
+        count = min(self.config.canaries, len(self.unmatched) // 2, len(self.hosts))
+        ids = list(self.unmatched)
         planted, others = ids[:count], ids[count : 2 * count]
         for n, (id, host) in enumerate(zip(planted, sorted(self.hosts), strict=False)):
             text = plant(
-                self.items[id][2], self.hosts[host], FORMS[n % len(FORMS)], _lot("place", id, self.config.seed)
+                self.items[id][2], self.hosts[host], FORMS[n % len(FORMS)], _draw_hash("place", id, self.config.seed)
             )
-            found = found | self.runs.search(text)
-        closed = self.runs.closed(found)
+            matched = matched | self.runs.search(text)
+        matched_runs = self.runs.with_prefixes(matched)
 
-        def caught(some: Sequence[str]) -> int:
+        def count_detected(item_ids: Sequence[str]) -> int:
             return sum(
-                self.runs.overlap(id, closed, self.config.ngram)[0] >= self.config.contaminated_from for id in some
+                self.runs.overlap(id, matched_runs, self.config.ngram)[0] >= self.config.contaminated_from
+                for id in item_ids
             )
 
         by_form = {form: planted[n :: len(FORMS)] for n, form in enumerate(FORMS)}
-        low, high = wilson(caught(planted), count) if count else (0.0, 1.0)
+        low, high = wilson(count_detected(planted), count) if count else (0.0, 1.0)
         return {
-            "recall": {"planted": count, "found": caught(planted), "low": low, "high": high},
-            "recall_by_form": {form: {"planted": len(own), "found": caught(own)} for form, own in by_form.items()},
-            "false_positives": {"absent": len(others), "found": caught(others)},
+            "recall": {"planted": count, "found": count_detected(planted), "low": low, "high": high},
+            "recall_by_form": {
+                form: {"planted": len(form_ids), "found": count_detected(form_ids)}
+                for form, form_ids in by_form.items()
+            },
+            "false_positives": {"absent": len(others), "found": count_detected(others)},
         }
 
 
-def plant(item: str, host: str, form: str, lot: str) -> str:
+def plant(item: str, host: str, form: str, seed: str) -> str:
     """A copy of a text with an item in it, at a drawn place between two words."""
-    cut = host.find(" ", random.Random(lot).randrange(len(host) + 1))
-    before, after = (host, "") if cut < 0 else (host[:cut], host[cut:])
-    written = {
+    cut = host.find(" ", random.Random(seed).randrange(len(host) + 1))
+    head, tail = (host, "") if cut < 0 else (host[:cut], host[cut:])
+    forms = {
         "verbatim": f"\n{item}\n",
         "spacing": "\n" + "  ".join(re.findall(r"\w+|[^\w\s]", item)) + "\n",
         "case": f"\n{item.swapcase()}\n",
         "embedded": f" (somebody asked: {item}, and so on) ",
     }
-    return before + written[form] + after
+    return head + forms[form] + tail
 
 
-def worst(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def worst_verdicts(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The worst verdict on each item over all phases."""
-    found: dict[str, str] = {}
+    verdicts: dict[str, str] = {}
     for row in rows:
-        found[row["id"]] = max(found.get(row["id"], VERDICTS[0]), row["verdict"], key=VERDICTS.index)
-    return found
+        verdicts[row["id"]] = max(verdicts.get(row["id"], VERDICTS[0]), row["verdict"], key=VERDICTS.index)
+    return verdicts
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts of verdicts from items.parquet alone: of items by split, each by its worst, and by phase and split."""
     splits = {row["id"]: row["split"] for row in rows}
-    items = Counter((splits[id], verdict) for id, verdict in worst(rows).items())
+    items = Counter((splits[id], verdict) for id, verdict in worst_verdicts(rows).items())
     pairs = Counter((row["phase"], row["split"], row["verdict"]) for row in rows)
     names, phases = sorted(set(splits.values())), sorted({row["phase"] for row in rows})
     return {
@@ -241,44 +245,46 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _tables(inputs: Inputs) -> list[str]:
+def _score_roles(inputs: Inputs) -> list[str]:
     return sorted(role for role in inputs if role.startswith(("evaluate-", "solve-", "fresh-solve-")))
 
 
-def values(inputs: Inputs, role: str) -> dict[str, tuple[str, float]]:
-    """What one table says of each item: (kind, score). Of an answer in conversation that is the greedy one's reward, or
-    where there is none the mean of the samples'."""
+def read_scores(inputs: Inputs, role: str) -> dict[str, tuple[str, float]]:
+    """(kind, score) of each item in one table. The score of an answer in conversation is the greedy answer's reward, or
+    without a greedy answer the mean reward of the samples."""
     if role.startswith("evaluate-"):
         rows = read_table(inputs[role] / "items.parquet", ["id", "task", "score"]).to_pylist()
         return {row["id"]: (row["task"], float(row["score"])) for row in rows}
-    found: dict[str, tuple[str, list[float]]] = {}
+    rewards_by_item: dict[str, tuple[str, list[float]]] = {}
     table = read_table(inputs[role] / "answers.parquet", ["id", "kind", "sample", "reward"]).to_pylist()
-    asked_once = {row["id"] for row in table if row["sample"] == GREEDY}
+    greedy_ids = {row["id"] for row in table if row["sample"] == GREEDY}
     for row in table:
-        if (row["sample"] == GREEDY) == (row["id"] in asked_once):
-            found.setdefault(row["id"], (row["kind"], []))[1].append(row["reward"])
-    return {id: (kind, sum(rewards) / len(rewards)) for id, (kind, rewards) in found.items()}
+        if (row["sample"] == GREEDY) == (row["id"] in greedy_ids):
+            rewards_by_item.setdefault(row["id"], (row["kind"], []))[1].append(row["reward"])
+    return {id: (kind, sum(rewards) / len(rewards)) for id, (kind, rewards) in rewards_by_item.items()}
 
 
-def beside(scores: Mapping[str, tuple[str, float]], verdicts: Mapping[str, str]) -> dict[str, Any]:
+def scores_by_verdict(scores: Mapping[str, tuple[str, float]], verdicts: Mapping[str, str]) -> dict[str, Any]:
     """By kind: the score on all items, on those that are not contaminated, and on clean ones; null for fewer than two
     items. The worst verdict over all phases counts, also for a model that came before some of them."""
     subsets = {"full": VERDICTS, "not_contaminated": VERDICTS[:2], "clean": VERDICTS[:1]}
-    out: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for kind in sorted({kind for kind, _ in scores.values()}):
-        out[kind] = {}
+        result[kind] = {}
         for name, allowed in subsets.items():
-            some = [x for id, (own, x) in sorted(scores.items()) if own == kind and verdicts[id] in allowed]
-            out[kind][name] = clustered(some) if len(some) > 1 else None
-    return out
+            subset = [
+                x for id, (item_kind, x) in sorted(scores.items()) if item_kind == kind and verdicts[id] in allowed
+            ]
+            result[kind][name] = clustered(subset) if len(subset) > 1 else None
+    return result
 
 
-def _squeezed(text: str) -> str:
+def _without_spaces(text: str) -> str:
     return "".join(text.lower().split())
 
 
-def _lot(what: str, id: str, seed: int) -> str:
-    return hashlib.sha256(f"{seed_of(f'contamination/{what}', seed)}/{id}".encode()).hexdigest()
+def _draw_hash(label: str, id: str, seed: int) -> str:
+    return hashlib.sha256(f"{seed_of(f'contamination/{label}', seed)}/{id}".encode()).hexdigest()
 
 
 STAGE = Stage("contamination", VERSION, ContaminationConfig, run)

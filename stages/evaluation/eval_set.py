@@ -1,4 +1,4 @@
-"""Evaluation problems of the recipe: drawn before any training data, and what decontamination searches for."""
+"""The evaluation set of the recipe: drawn before any training data; decontamination searches for its items."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.core.stage import Config, Inputs, Report, Stage, added
 from pipeline.core.store import Artifact
 from stages.data.seeds import seed_of
 from stages.data.synthetic import courtesy_notes as courtesies
-from stages.data.synthetic.problems import TASKS, distinct
+from stages.data.synthetic.problems import TASKS, draw_distinct
 from stages.data.table import ITEMS, read_jsonl, read_table, write_jsonl, write_rows
 from stages.rl.protocols import Row, question, to_row
 
@@ -23,11 +23,11 @@ VERSION = 1
 CHAT = "chat.jsonl"
 
 
-def _known(task: str) -> str | None:
+def _task_error(task: str) -> str | None:
     return None if task in TASKS else f"is an unknown task; known are {', '.join(sorted(TASKS))}"
 
 
-Task = Annotated[str, Words(40, test=_known)]
+Task = Annotated[str, Words(40, test=_task_error)]
 """A procedural task by its name."""
 Items = Annotated[int, Range(1, 1e6, "each answer costs a generation")]
 Problems = Annotated[dict[Task, Items], Field(min_length=1, max_length=len(TASKS))]
@@ -64,48 +64,50 @@ def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     for task in sorted(config.problems):
         rng = random.Random(seed_of(f"items/{task}", config.seed))
         try:
-            found = distinct(task, config.problems[task], rng)
+            problems = draw_distinct(task, config.problems[task], rng)
         except ValueError as error:
             raise RecipeError(f"evaluation.problems: {error}; ask for fewer") from None
-        for i, p in enumerate(found):
-            row = {"task": task, "prompt": p.prompt, "answer": p.answer, "text": p.question}
+        for i, problem in enumerate(problems):
+            row = {"task": task, "prompt": problem.prompt, "answer": problem.answer, "text": problem.question}
             rows.append({"id": f"{task}/{i:05d}", **row})
     write_rows(out / "items.parquet", ITEMS, rows)
     report.note(f"{len(rows)} evaluation items")
     if config.chat is not None:
-        asked = list(_chat(config.chat, rows, config.seed))
-        write_jsonl(out / CHAT, asked)
-        report.note(f"{len(asked)} items for conversations")
+        chat_items = list(_chat_rows(config.chat, rows, config.seed))
+        write_jsonl(out / CHAT, chat_items)
+        report.note(f"{len(chat_items)} items for conversations")
 
 
-def courtesy_row(id: str, asked: courtesies.Request, verifier: str = "courtesy", **more: Any) -> Row:
+def courtesy_row(id: str, request: courtesies.Request, verifier: str = "courtesy", **extra_fields: Any) -> Row:
     """The task of answering a request for a courteous note."""
-    fields = {"act": asked.act.name, "who": asked.who, "what": asked.what, **more}
-    return to_row(id, asked.text, verifier, "courtesy", 1, **fields)
+    fields = {"act": request.act.name, "who": request.who, "what": request.what, **extra_fields}
+    return to_row(id, request.text, verifier, "courtesy", 1, **fields)
 
 
-def _chat(config: ChatItems, items: list[dict[str, str]], seed: int) -> Iterator[Row]:
-    taken = {row["text"] for row in items}
+def _chat_rows(config: ChatItems, items: list[dict[str, str]], seed: int) -> Iterator[Row]:
+    excluded = {row["text"] for row in items}
     for row in items:
         fields = {"question": row["text"], "expected_answer": row["answer"], "split": "test"}
         yield to_row(row["id"], row["text"], "exact", row["task"], 0, **fields)
     for task, count in sorted(config.validation.items()):
         rng = random.Random(seed_of(f"items/validation/{task}", seed))
         try:
-            found = distinct(task, count, rng, without=taken)
+            problems = draw_distinct(task, count, rng, without=excluded)
         except ValueError as error:
             raise RecipeError(f"evaluation.chat.validation: {error}; ask for fewer") from None
-        for i, p in enumerate(found):
-            fields = {"question": p.question, "expected_answer": p.answer, "split": "validation"}
-            yield to_row(f"validation/{task}/{i:05d}", p.question, "exact", task, 0, **fields)
-    wanted = config.courtesies + config.courtesies_validation
+        for i, problem in enumerate(problems):
+            fields = {"question": problem.question, "expected_answer": problem.answer, "split": "validation"}
+            yield to_row(f"validation/{task}/{i:05d}", problem.question, "exact", task, 0, **fields)
+    count_of_requests = config.courtesies + config.courtesies_validation
     try:
-        requests = courtesies.distinct(wanted, random.Random(seed_of("items/courtesies", seed)), heldout=True)
+        requests = courtesies.draw_distinct(
+            count_of_requests, random.Random(seed_of("items/courtesies", seed)), heldout=True
+        )
     except ValueError as error:
         raise RecipeError(f"evaluation.chat.courtesies: {error}; ask for fewer") from None
-    for i, asked in enumerate(requests):
+    for i, request in enumerate(requests):
         split = "test" if i < config.courtesies else "validation"
-        yield courtesy_row(f"{split}/courtesy/{i:05d}", asked, split=split)
+        yield courtesy_row(f"{split}/courtesy/{i:05d}", request, split=split)
 
 
 def chat_rows(items: Artifact) -> list[dict[str, Any]]:
@@ -116,8 +118,8 @@ def chat_rows(items: Artifact) -> list[dict[str, Any]]:
 def texts_of(items: Artifact) -> list[tuple[str, str]]:
     """(id, text that must not occur in training data) of every item."""
     rows = read_table(items / "items.parquet", ["id", "text"]).to_pylist()
-    found = {row["id"]: row["text"] for row in rows}
-    return list({**{row["id"]: question(row) for row in chat_rows(items)}, **found}.items())
+    texts = {row["id"]: row["text"] for row in rows}
+    return list({**{row["id"]: question(row) for row in chat_rows(items)}, **texts}.items())
 
 
 STAGE = Stage("items", VERSION, ItemsConfig, run)

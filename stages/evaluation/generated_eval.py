@@ -5,7 +5,7 @@
 The problems are drawn from a seed that is the digest of the final model's weight tensors, so they could not be trained
 on. By chance a problem may still have been: every one whose question stands in a document, an RL task, a preference
 prompt or another evaluation item is taken out, and counted by where it stood. Anyone who has the published weights can
-draw the same problems (`digest_of` and `draw`), and with the published data take out the same ones (`places`).
+draw the same problems (`digest_of` and `draw`), and with the published data take out the same ones (`find_places`).
 
 This protects against leakage, not against a lab that trains until it likes the seed.
 """
@@ -23,7 +23,7 @@ from pipeline.core.bounds import MOST_SOURCES, Key, SourceName
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, Inputs, Report, Stage
 from stages.data.seeds import seed_of
-from stages.data.synthetic.problems import distinct
+from stages.data.synthetic.problems import draw_distinct
 from stages.data.table import stream_rows, write_json, write_jsonl
 from stages.evaluation.eval_set import CHAT, Problems, chat_rows, texts_of
 from stages.rl.protocols import Row, question, to_row
@@ -54,18 +54,21 @@ def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     taken out, and where each stood. Raises RecipeError if a task has too few problems.
     """
     digest = digest_of(inputs["model"] / "model")
-    drawn = draw(digest, config.problems)
-    found = places(drawn, config, inputs)
-    kept = [row for row in drawn if row["id"] not in found]
-    write_jsonl(out / CHAT, kept)
-    where = sorted({name for names in found.values() for name in names})
-    counts = {name: sum(name in names for names in found.values()) for name in [*searched(config, inputs), EVALUATION]}
-    by_id = {row["id"]: row for row in drawn}
-    removed = [{"id": id, "question": question(by_id[id]), "where": names} for id, names in sorted(found.items())]
-    about = {"digest": digest, "seed": seed_from(digest), "problems": config.problems, "drawn": len(drawn)}
-    write_json(out / "meta.json", about | {"kept": len(kept), "removed": removed, "removed_by_place": counts})
-    report.note(f"{len(drawn)} problems drawn from {digest}, {len(kept)} kept")
-    for name in where:
+    rows = draw(digest, config.problems)
+    matches = find_places(rows, config, inputs)
+    kept_rows = [row for row in rows if row["id"] not in matches]
+    write_jsonl(out / CHAT, kept_rows)
+    place_names = sorted({name for names in matches.values() for name in names})
+    counts = {
+        name: sum(name in names for names in matches.values())
+        for name in [*searched_places(config, inputs), EVALUATION]
+    }
+    by_id = {row["id"]: row for row in rows}
+    removed = [{"id": id, "question": question(by_id[id]), "where": names} for id, names in sorted(matches.items())]
+    meta = {"digest": digest, "seed": seed_from(digest), "problems": config.problems, "drawn": len(rows)}
+    write_json(out / "meta.json", meta | {"kept": len(kept_rows), "removed": removed, "removed_by_place": counts})
+    report.note(f"{len(rows)} problems drawn from {digest}, {len(kept_rows)} kept")
+    for name in place_names:
         report.note(f"{counts[name]} stand in {name}")
 
 
@@ -91,43 +94,43 @@ def draw(digest: str, problems: Mapping[str, int]) -> list[Row]:
     for task in sorted(problems):
         rng = random.Random(seed_of(f"fresh/{task}", int(seed_from(digest), 16)))
         try:
-            found = distinct(task, problems[task], rng)
+            generated = draw_distinct(task, problems[task], rng)
         except ValueError as error:
             raise RecipeError(f"evaluation.problems: {error}; ask for fewer") from None
-        for i, p in enumerate(found):
-            fields = {"question": p.question, "expected_answer": p.answer, "split": "test"}
-            rows.append(to_row(f"fresh/{task}/{i:05d}", p.question, "exact", task, 0, **fields))
+        for i, problem in enumerate(generated):
+            fields = {"question": problem.question, "expected_answer": problem.answer, "split": "test"}
+            rows.append(to_row(f"fresh/{task}/{i:05d}", problem.question, "exact", task, 0, **fields))
     return rows
 
 
-def places(drawn: list[Row], config: FreshConfig, inputs: Inputs) -> dict[str, list[str]]:
-    """Where the questions stand that stand anywhere: item id → training phases, task artifacts, EVALUATION.
+def find_places(rows: list[Row], config: FreshConfig, inputs: Inputs) -> dict[str, list[str]]:
+    """The places of questions that occur in the data: item id → training phases, task artifacts, EVALUATION.
 
-    A question stands in a text if its words follow each other there, as decontamination compares them. All kept
+    A question occurs in a text that contains its words in sequence, as decontamination compares them. All kept
     documents of a phase's sources count, held-out ones too.
     """
     from stages.data.filters.overlap import ItemRuns
 
-    runs = ItemRuns({row["id"]: question(row) for row in drawn})
-    found: dict[str, list[str]] = {}
+    runs = ItemRuns({row["id"]: question(row) for row in rows})
+    matches: dict[str, list[str]] = {}
 
-    def look(name: str, nodes: set[int]) -> None:
-        closed = runs.closed(nodes)
-        for row in drawn:
-            if runs.overlap(row["id"], closed, ngram=10**9)[0] == 1:
-                found.setdefault(row["id"], []).append(name)
+    def record_matches(name: str, nodes: set[int]) -> None:
+        closed_runs = runs.with_prefixes(nodes)
+        for row in rows:
+            if runs.overlap(row["id"], closed_runs, ngram=10**9)[0] == 1:
+                matches.setdefault(row["id"], []).append(name)
 
     by_source: dict[str, set[int]] = {}
     for source in sorted({source for sources in config.phases.values() for source in sources}):
         documents = stream_rows(inputs["curate"] / "kept" / f"{source}.parquet", ["text"])
         by_source[source] = set().union(*(runs.search(row["text"]) for row in documents))
     for phase, sources in config.phases.items():
-        look(phase, set().union(*(by_source[source] for source in sources)))
+        record_matches(phase, set().union(*(by_source[source] for source in sources)))
     for role in task_roles(inputs):
-        look(role, set().union(*(runs.search(text) for text in prompts(inputs, role))))
+        record_matches(role, set().union(*(runs.search(text) for text in prompts(inputs, role))))
     items = [text for _, text in texts_of(inputs["items"])] + [question(row) for row in chat_rows(inputs["items"])]
-    look(EVALUATION, set().union(*(runs.search(text) for text in items)))
-    return found
+    record_matches(EVALUATION, set().union(*(runs.search(text) for text in items)))
+    return matches
 
 
 def task_roles(inputs: Inputs) -> list[str]:
@@ -135,7 +138,7 @@ def task_roles(inputs: Inputs) -> list[str]:
     return sorted(role for role in inputs if role.startswith("tasks-"))
 
 
-def searched(config: FreshConfig, inputs: Inputs) -> list[str]:
+def searched_places(config: FreshConfig, inputs: Inputs) -> list[str]:
     """The places that are searched beside the evaluation items."""
     return [*config.phases, *task_roles(inputs)]
 

@@ -1,4 +1,4 @@
-"""How far back a model can use its context: two measurements of stage `evaluate`, for recipes that ask for them.
+"""Long-context evaluation: two measurements of stage `evaluate`, for recipes that have `evaluation.context`.
 
 - **Passkeys**: a key stands at some depth of a text of some length (in tokens, exact), the question at its end. Text
   comes from held-out documents, the key from those that training never uses (stages/data/synthetic/passkeys.py). The
@@ -79,7 +79,7 @@ class ContextSection(Config):
     )
 
     @model_validator(mode="after")
-    def _possible(self) -> ContextSection:
+    def _check_increasing(self) -> ContextSection:
         for name, values in (("lengths", self.lengths), ("depths", self.depths)):
             if list(values) != sorted(set(values)):
                 raise ValueError(f"{name} = {shown(values)} are not increasing; put each once, the least first")
@@ -104,12 +104,13 @@ def measure(
     filler = [token for row in documents for token in encode(f"{row['text']}\n\n")]
     keys: list[dict[str, Any]] = []
     for length in section.lengths:
-        cells = partial(_cells, section, length, model, tokenizer, encode, filler)
+        cells = partial(_score_cells, section, length, model, tokenizer, encode, filler)
         keys += once(work / f"passkey-{length}.json", cells)
-        right = [row["score"] for row in keys if row["length"] == length]
-        report.note(f"passkey in {length} tokens: {sum(right)} of {len(right)} found")
+        scores = [row["score"] for row in keys if row["length"] == length]
+        report.note(f"passkey in {length} tokens: {sum(scores)} of {len(scores)} found")
     by_position = once(
-        work / "positions.json", partial(_positions, model, encode, documents, section.lengths[-1], section.documents)
+        work / "positions.json",
+        partial(_loss_by_position, model, encode, documents, section.lengths[-1], section.documents),
     )
     return keys, by_position
 
@@ -126,24 +127,24 @@ def items(section: ContextSection, length: int, encode: Encode, filler: list[int
         for n in range(section.per_cell):
             key = passkeys.draw_key(rng, section.digits, evaluation=True)
             statement, answer = encode(passkeys.STATEMENT.format(key)), encode(passkeys.ANSWER.format(key))
-            room = length - len(statement) - len(question) - len(answer)
-            if room < 0:
+            available = length - len(statement) - len(question) - len(answer)
+            if available < 0:
                 raise AtomError(
                     f"evaluate: evaluation.context.lengths names {length} tokens, but key and question alone take "
-                    f"{length - room}; leave it out"
+                    f"{length - available}; leave it out"
                 )
-            if room > len(filler):
+            if available > len(filler):
                 raise AtomError(
                     f"evaluate: evaluation.context.lengths names {length} tokens, but all held-out text has "
                     f"{len(filler)}; hold out more or ask for less"
                 )
-            start, cut = rng.randrange(len(filler) - room + 1), round(depth * room)
-            text = filler[start : start + room]
+            start, cut = rng.randrange(len(filler) - available + 1), round(depth * available)
+            text = filler[start : start + available]
             ids = [*text[:cut], *statement, *text[cut:], *question, *answer]
             yield f"{length}/{depth:g}/{n:03d}", depth, key, ids, answer
 
 
-def _cells(
+def _score_cells(
     section: ContextSection, length: int, model: Any, tokenizer: Any, encode: Encode, filler: list[int]
 ) -> list[dict[str, Any]]:
     import torch
@@ -152,35 +153,35 @@ def _cells(
     for name, depth, key, ids, answer in items(section, length, encode, filler):
         with torch.inference_mode():
             logits = model(torch.tensor([ids]), logits_to_keep=len(answer) + 1).logits[0, :-1]
-        chosen = logits.argmax(-1).tolist()
-        output = tokenizer.decode(chosen, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        predicted = logits.argmax(-1).tolist()
+        output = tokenizer.decode(predicted, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         row = {"id": name, "length": length, "depth": depth, "expected": key, "output": output}
-        rows.append({**row, "score": int(chosen == answer)})
+        rows.append({**row, "score": int(predicted == answer)})
     return rows
 
 
-def _positions(
+def _loss_by_position(
     model: Any, encode: Encode, documents: Sequence[dict[str, Any]], length: int, limit: int
 ) -> list[dict[str, Any]]:
     """One row for each bucket of each document, of the first `limit` documents of at least `length` tokens."""
     rows: list[dict[str, Any]] = []
-    longest = found = 0
+    longest = count = 0
     for document in documents:
         ids = encode(document["text"])[:length]
         longest = max(longest, len(ids))
         if len(ids) < length:
             continue
-        found += 1
+        count += 1
         bits = token_bits(model, ids)
         for first, last in buckets(length):
-            part = bits[max(first, 1) - 1 : last]
+            bucket_bits = bits[max(first, 1) - 1 : last]
             row = {"source": document["source"], "id": document["id"], "first": first, "last": last}
-            rows.append({**row, "tokens": len(part), "nll_bits": float(part.sum())})
-        if found == limit:
+            rows.append({**row, "tokens": len(bucket_bits), "nll_bits": float(bucket_bits.sum())})
+        if count == limit:
             break
-    if found < 2:
+    if count < 2:
         raise AtomError(
-            f"evaluate: {found} held-out documents have {length} tokens (the longest has {longest}), and "
+            f"evaluate: {count} held-out documents have {length} tokens (the longest has {longest}), and "
             "evaluation.context needs two; hold out longer documents or ask for shorter lengths"
         )
     return rows
@@ -215,13 +216,15 @@ def summary(keys: Sequence[dict[str, Any]], by_position: Sequence[dict[str, Any]
     """
     lengths = sorted({row["length"] for row in keys})
 
-    def of(**chosen: Any) -> list[int]:
-        return [row["score"] for row in keys if all(row[name] == value for name, value in chosen.items())]
+    def scores_of(**conditions: Any) -> list[int]:
+        return [row["score"] for row in keys if all(row[name] == value for name, value in conditions.items())]
 
     depths = sorted({row["depth"] for row in keys})
     return {
-        "passkey": {str(n): binomial(of(length=n)) for n in lengths},
-        "passkey_by_depth": {str(n): {f"{d:g}": binomial(of(length=n, depth=d)) for d in depths} for n in lengths},
+        "passkey": {str(n): binomial(scores_of(length=n)) for n in lengths},
+        "passkey_by_depth": {
+            str(n): {f"{d:g}": binomial(scores_of(length=n, depth=d)) for d in depths} for n in lengths
+        },
         "loss_by_position": {
             f"{first}-{last}": ratio(
                 [(row["nll_bits"], row["tokens"]) for row in by_position if row["first"] == first], "tokens"

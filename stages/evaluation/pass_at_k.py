@@ -1,4 +1,4 @@
-"""Stage `solve`: what one exported model answers in conversation, and what more answers to a question are worth.
+"""Stage `solve`: pass@k and maj@k of one exported model in conversation.
 
     atom run atom-tiny --only solve-rlvr
 
@@ -29,7 +29,7 @@ from pipeline.core.stage import Config, Inputs, Report, Stage
 from pipeline.core.store import once
 from stages.data.seeds import seed_of
 from stages.data.table import write_json, write_rows
-from stages.evaluation.confidence import clustered, majority_at, pass_at, powers
+from stages.evaluation.confidence import clustered, majority_at, pass_at, powers_of_two
 from stages.evaluation.eval_set import chat_rows
 
 if TYPE_CHECKING:
@@ -74,45 +74,48 @@ def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     Resumes from `work`, which keeps every finished batch. Raises AtomError if a kind has fewer than two items, and what
     the verifiers raise.
     """
-    rows = chosen(chat_rows(inputs["items"]), config.split)
-    speaker = Speaker(inputs["model"] / "model", config.max_new_tokens, rows, inputs, report)
+    rows = select_split(chat_rows(inputs["items"]), config.split)
+    chat_model = ChatModel(inputs["model"] / "model", config.max_new_tokens, rows, inputs, report)
     answered: list[Answer] = []
     for start in range(0, len(rows), ITEMS_PER_BATCH):
         batch = rows[start : start + ITEMS_PER_BATCH]
         name = f"answers-{start // ITEMS_PER_BATCH:05d}.json"
-        answered += once(work / name, partial(_answers, speaker, batch, config))
+        answered += once(work / name, partial(_answer_batch, chat_model, batch, config))
         report.progress(start + len(batch), len(rows), "items")
-    speaker.close()
+    chat_model.close()
     answered.sort(key=lambda row: (row["id"], row["sample"]))
     write_rows(out / "answers.parquet", ANSWERS, answered)
     scores = summary(answered)
     write_json(out / "scores.json", scores)
     for kind, part in scores["problems"].items():
-        most = max(part["at"], key=int)
-        told = {"greedy": part["greedy"]["accuracy"], **{f"{x}@{most}": part["at"][most][x] for x in ("pass", "maj")}}
-        report.note(f"{kind}: " + ", ".join(f"{x} {y['value']:.3f} ± {y['se']:.3f}" for x, y in told.items()))
+        largest_k = max(part["at"], key=int)
+        headline = {
+            "greedy": part["greedy"]["accuracy"],
+            **{f"{x}@{largest_k}": part["at"][largest_k][x] for x in ("pass", "maj")},
+        }
+        report.note(f"{kind}: " + ", ".join(f"{x} {y['value']:.3f} ± {y['se']:.3f}" for x, y in headline.items()))
     for kind, part in scores["judged"].items():
         report.note(f"{kind}: mean reward {part['reward']['value']:.3f} ± {part['reward']['se']:.3f}")
 
 
-def chosen(rows: Sequence[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    """The rows of a split by id. Raises AtomError if there is none, or one kind has a single item."""
-    found = sorted((row for row in rows if row["split"] == split), key=lambda row: row["id"])
-    kinds = [row["kind"] for row in found]
+def select_split(rows: Sequence[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+    """The rows of a split, sorted by id. Raises AtomError if there is none, or a kind has a single item."""
+    selected = sorted((row for row in rows if row["split"] == split), key=lambda row: row["id"])
+    kinds = [row["kind"] for row in selected]
     single = next((kind for kind in kinds if kinds.count(kind) < 2), None)
-    if not found or single:
-        what = f"one item of kind {single}, and two are needed for an error bar" if single else "no item"
-        raise AtomError(f"the items for conversations have {what} in split {split}; ask for more in evaluation.chat")
-    return found
+    if not selected or single:
+        problem = f"one item of kind {single}, and two are needed for an error bar" if single else "no item"
+        raise AtomError(f"the items for conversations have {problem} in split {split}; ask for more in evaluation.chat")
+    return selected
 
 
-class Speaker:
-    """An exported model in conversation, with the verifiers of some rows."""
+class ChatModel:
+    """An exported model with its chat template, and the verifiers of some rows."""
 
     def __init__(self, folder: Path, max_new_tokens: int, rows: Sequence[Row], inputs: Inputs, report: Report) -> None:
         import torch
 
-        from stages.rl.rewards.reward_functions import verifiers_of
+        from stages.rl.rewards.reward_functions import make_verifiers
         from stages.rl.rollout import generation
         from stages.rl.samplers.generate import InProcess
 
@@ -120,23 +123,25 @@ class Speaker:
         torch.use_deterministic_algorithms(True)
         self.chat = generation.Chat(folder)
         self.sampler = InProcess(folder, self.chat.stops, max_new_tokens)
-        self.verifiers = generation.Verifiers(verifiers_of(rows, inputs, self.chat, {}), 2, report)
+        self.verifiers = generation.Verifiers(make_verifiers(rows, inputs, self.chat, {}), 2, report)
 
-    def ask(self, asked: Sequence[tuple[Row, int, int]], greedy: bool = False) -> list[Answer]:
-        """The answers to some (row, sample, seed), scored."""
+    def answer(self, requests: Sequence[tuple[Row, int, int]], greedy: bool = False) -> list[Answer]:
+        """The scored answers to requests, each (row, sample, seed)."""
         from stages.rl.rollout.generation import draw
 
-        drawn = draw(self.sampler, self.chat, [(row, seed) for row, _, seed in asked], greedy)
-        responses = [self.chat.response(each) for each in drawn]
-        scored = self.verifiers.score([(row, r) for (row, _, _), r in zip(asked, responses, strict=True)])
+        completions = draw(self.sampler, self.chat, [(row, seed) for row, _, seed in requests], greedy)
+        responses = [self.chat.response(completion) for completion in completions]
+        scored = self.verifiers.score([(row, r) for (row, _, _), r in zip(requests, responses, strict=True)])
         return [
             {
                 "id": row["id"], "kind": row["kind"], "sample": sample, "seed": seed, "text": response.text,
-                "answer": response.answer, "finished": response.finished, "tokens": len(found.ids),
+                "answer": response.answer, "finished": response.finished, "tokens": len(completion.ids),
                 "reward": parts["reward"], "parts": json.dumps(parts, sort_keys=True), "verifier": row["verifier"],
-                "verifier_version": self.verifiers.made[row["verifier"]].version,
+                "verifier_version": self.verifiers.by_name[row["verifier"]].version,
             }
-            for (row, sample, seed), found, response, parts in zip(asked, drawn, responses, scored, strict=True)
+            for (row, sample, seed), completion, response, parts in zip(
+                requests, completions, responses, scored, strict=True
+            )
         ]  # fmt: skip
 
     def close(self) -> None:
@@ -144,11 +149,15 @@ class Speaker:
         self.verifiers.close()
 
 
-def _answers(speaker: Speaker, batch: Sequence[Row], config: SolveConfig) -> list[Answer]:
-    once_each = [(row, GREEDY, 0) for row in batch if row["kind"] not in JUDGED]
-    often = {id(row): 1 if row["kind"] in JUDGED else config.num_samples for row in batch}
-    sampled = [(row, n, seed_of(f"solve/{row['id']}/{n}", config.seed)) for row in batch for n in range(often[id(row)])]
-    return (speaker.ask(once_each, greedy=True) if once_each else []) + speaker.ask(sampled)
+def _answer_batch(chat_model: ChatModel, batch: Sequence[Row], config: SolveConfig) -> list[Answer]:
+    greedy_requests = [(row, GREEDY, 0) for row in batch if row["kind"] not in JUDGED]
+    sample_counts = {id(row): 1 if row["kind"] in JUDGED else config.num_samples for row in batch}
+    sample_requests = [
+        (row, n, seed_of(f"solve/{row['id']}/{n}", config.seed)) for row in batch for n in range(sample_counts[id(row)])
+    ]
+    return (chat_model.answer(greedy_requests, greedy=True) if greedy_requests else []) + chat_model.answer(
+        sample_requests
+    )
 
 
 def summary(answered: Sequence[Answer]) -> dict[str, Any]:
@@ -158,43 +167,43 @@ def summary(answered: Sequence[Answer]) -> dict[str, Any]:
         by_kind.setdefault(row["kind"], {}).setdefault(row["id"], []).append(row)
     problems = {kind: items for kind, items in sorted(by_kind.items()) if kind not in JUDGED}
     judged = {kind: items for kind, items in sorted(by_kind.items()) if kind in JUDGED}
-    every = {id: rows for items in problems.values() for id, rows in items.items()}
+    all_items = {id: rows for items in problems.values() for id, rows in items.items()}
     return {
-        "problems": {kind: _problems(items) for kind, items in problems.items()},
-        "problems_all": _problems(every) if every else None,
-        "judged": {kind: _told(items, "reward") for kind, items in judged.items()},
+        "problems": {kind: _summarize_problems(items) for kind, items in problems.items()},
+        "problems_all": _summarize_problems(all_items) if all_items else None,
+        "judged": {kind: _answer_statistics(items, "reward") for kind, items in judged.items()},
     }
 
 
-def _problems(items: Mapping[str, list[Answer]]) -> dict[str, Any]:
+def _summarize_problems(items: Mapping[str, list[Answer]]) -> dict[str, Any]:
     samples = {id: [row for row in rows if row["sample"] != GREEDY] for id, rows in sorted(items.items())}
     greedy = {id: [row for row in rows if row["sample"] == GREEDY] for id, rows in sorted(items.items())}
-    told = _told(samples, "accuracy")
+    sample_statistics = _answer_statistics(samples, "accuracy")
     n = min(len(rows) for rows in samples.values())
     at = {
         str(k): {
-            "tokens": k * told["tokens"],
+            "tokens": k * sample_statistics["tokens"],
             "pass": clustered(
                 [pass_at(len(rows), sum(r["reward"] >= 1 for r in rows), k) for rows in samples.values()]
             ),
-            "maj": clustered([_majority(rows, k) for rows in samples.values()]),
+            "maj": clustered([_majority_of(rows, k) for rows in samples.values()]),
         }
-        for k in powers(n)
+        for k in powers_of_two(n)
     }
-    return {"greedy": _told(greedy, "accuracy"), "samples": told, "at": at}
+    return {"greedy": _answer_statistics(greedy, "accuracy"), "samples": sample_statistics, "at": at}
 
 
-def _majority(rows: Sequence[Answer], k: int) -> float:
+def _majority_of(rows: Sequence[Answer], k: int) -> float:
     votes = [row["answer"] if row["finished"] else None for row in rows]
     return majority_at(votes, {row["answer"] for row in rows if row["reward"] >= 1}, k)
 
 
-def _told(items: Mapping[str, list[Answer]], what: str) -> dict[str, Any]:
-    """Of some answers: the mean reward under that name, mean generated tokens, and shares of all answers that were cut
-    off at max_new_tokens or have a reasoning."""
-    rows = [row for own in items.values() for row in own]
+def _answer_statistics(items: Mapping[str, list[Answer]], name: str) -> dict[str, Any]:
+    """Statistics of some answers: the mean reward under `name`, mean generated tokens, and the shares of answers that
+    are truncated at max_new_tokens or have a reasoning."""
+    rows = [row for answers in items.values() for row in answers]
     return {
-        what: clustered([sum(row["reward"] for row in own) / len(own) for own in items.values()]),
+        name: clustered([sum(row["reward"] for row in answers) / len(answers) for answers in items.values()]),
         "tokens": sum(row["tokens"] for row in rows) / len(rows),
         "truncated": sum(not row["finished"] for row in rows) / len(rows),
         "reasoning": sum("</think>" in row["text"] for row in rows) / len(rows),

@@ -1,4 +1,4 @@
-"""Stage `prefer`: how often a model's answers are preferred to those of the model that it was trained from.
+"""Stage `prefer`: the win rate of a model's answers over those of the model that it was trained from.
 
     atom run atom-tiny --only prefer-rlvr
 
@@ -23,15 +23,15 @@ from stages.data.seeds import seed_of
 from stages.data.table import write_json, write_rows
 from stages.evaluation.confidence import clustered, wilson
 from stages.evaluation.eval_set import chat_rows
-from stages.evaluation.pass_at_k import JUDGED, Answer, Speaker, chosen
+from stages.evaluation.pass_at_k import JUDGED, Answer, ChatModel, select_split
 
 VERSION = 3
 ITEMS_PER_BATCH = 256
 EXAMPLES = 8
 SIDES = ("model", "before")
-OF_A_SIDE = {"text": "string", "answer": "string", "finished": "bool", "tokens": "int32", "reward": "double"}
+SIDE_COLUMNS = {"text": "string", "answer": "string", "finished": "bool", "tokens": "int32", "reward": "double"}
 PAIRS = {"id": "string", "question": "string", "seed": "uint64", "verifier": "string", "verifier_version": "string"}
-PAIRS |= {f"{side}_{name}": kind for side in SIDES for name, kind in {**OF_A_SIDE, "parts": "string"}.items()}
+PAIRS |= {f"{side}_{name}": kind for side in SIDES for name, kind in {**SIDE_COLUMNS, "parts": "string"}.items()}
 
 
 class PreferConfig(Config):
@@ -54,23 +54,23 @@ def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     rows = [row for row in chat_rows(inputs["items"]) if row["kind"] in JUDGED]
     if not rows:
         raise AtomError("prefer: the items have no request for a courteous note; set evaluation.chat.items.courtesies")
-    rows = chosen(rows, "test")
-    asked = [(row, 0, seed_of(f"prefer/{row['id']}", config.seed)) for row in rows]
+    rows = select_split(rows, "test")
+    requests = [(row, 0, seed_of(f"prefer/{row['id']}", config.seed)) for row in rows]
     sides: dict[str, list[Answer]] = {}
     for number, side in enumerate(SIDES):
-        speaker = Speaker(inputs[side] / "model", config.max_new_tokens, rows, inputs, report)
+        chat_model = ChatModel(inputs[side] / "model", config.max_new_tokens, rows, inputs, report)
         sides[side] = []
-        for start in range(0, len(asked), ITEMS_PER_BATCH):
-            batch = asked[start : start + ITEMS_PER_BATCH]
+        for start in range(0, len(requests), ITEMS_PER_BATCH):
+            batch = requests[start : start + ITEMS_PER_BATCH]
             name = f"{side}-{start // ITEMS_PER_BATCH:05d}.json"
-            sides[side] += once(work / name, partial(speaker.ask, batch))
-            report.progress(number * len(asked) + start + len(batch), len(SIDES) * len(asked), "answers")
-        speaker.close()
+            sides[side] += once(work / name, partial(chat_model.answer, batch))
+            report.progress(number * len(requests) + start + len(batch), len(SIDES) * len(requests), "answers")
+        chat_model.close()
     pairs = []
-    for row, ours, theirs in zip(rows, sides["model"], sides["before"], strict=True):
-        pair = {name: ours[name] for name in PAIRS if name in ours} | {"question": question(row)}
-        for side, answer in zip(SIDES, (ours, theirs), strict=True):
-            pair |= {f"{side}_{name}": answer[name] for name in (*OF_A_SIDE, "parts")}
+    for row, model_answer, before_answer in zip(rows, sides["model"], sides["before"], strict=True):
+        pair = {name: model_answer[name] for name in PAIRS if name in model_answer} | {"question": question(row)}
+        for side, answer in zip(SIDES, (model_answer, before_answer), strict=True):
+            pair |= {f"{side}_{name}": answer[name] for name in (*SIDE_COLUMNS, "parts")}
         pairs.append(pair)
     write_rows(out / "pairs.parquet", PAIRS, pairs)
     scores = {"model": config.model, "before": config.before, **summary(pairs)}
@@ -89,36 +89,36 @@ def summary(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     share of wins among decided pairs with Wilson's interval; null if nothing is decided. An answer whose part `task` is
     not 1 wins nothing; a judge without that part is taken at its word.
     """
-    gaps = [_gap(pair) for pair in pairs]
-    wins, losses = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
-    rate = clustered([0.5 if gap == 0 else float(gap > 0) for gap in gaps])
+    margins = [_margin(pair) for pair in pairs]
+    wins, losses = sum(margin > 0 for margin in margins), sum(margin < 0 for margin in margins)
+    rate = clustered([0.5 if margin == 0 else float(margin > 0) for margin in margins])
     decided = wins + losses
     low, high = wilson(wins, decided) if decided else (0.0, 1.0)
-    least, most = wilson(wins + (len(pairs) - decided) / 2, len(pairs))
-    lottery = sorted(pairs, key=lambda pair: hashlib.sha256(pair["id"].encode()).hexdigest())
+    rate_low, rate_high = wilson(wins + (len(pairs) - decided) / 2, len(pairs))
+    shuffled = sorted(pairs, key=lambda pair: hashlib.sha256(pair["id"].encode()).hexdigest())
     return {
-        "win_rate": rate | {"low": least, "high": most},
+        "win_rate": rate | {"low": rate_low, "high": rate_high},
         "without_ties": {"value": wins / decided, "n": decided, "low": low, "high": high} if decided else None,
         "wins": wins,
         "ties": len(pairs) - decided,
         "losses": losses,
-        "sides": {side: _side(pairs, side) for side in SIDES},
+        "sides": {side: _summarize_side(pairs, side) for side in SIDES},
         "examples": [
             {"id": pair["id"], "question": pair["question"]}
             | {side: {name: pair[f"{side}_{name}"] for name in ("answer", "finished", "reward")} for side in SIDES}
-            for pair in lottery[:EXAMPLES]
+            for pair in shuffled[:EXAMPLES]
         ],
     }
 
 
-def _gap(pair: dict[str, Any]) -> float:
-    """How far the model's answer is ahead; 0 if the better answer does not do what was asked."""
-    gap = float(pair["model_reward"] - pair["before_reward"])
-    better = json.loads(pair["model_parts" if gap > 0 else "before_parts"])
-    return gap if better.get("task", 1) == 1 else 0.0
+def _margin(pair: dict[str, Any]) -> float:
+    """The difference of rewards, model less before; 0 if the better answer does not fulfill the request."""
+    margin = float(pair["model_reward"] - pair["before_reward"])
+    better = json.loads(pair["model_parts" if margin > 0 else "before_parts"])
+    return margin if better.get("task", 1) == 1 else 0.0
 
 
-def _side(pairs: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
+def _summarize_side(pairs: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
     parts = [json.loads(pair[f"{side}_parts"]) for pair in pairs]
     return {
         "parts": {name: clustered([part[name] for part in parts]) for name in sorted(parts[0])},

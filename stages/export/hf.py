@@ -1,4 +1,4 @@
-"""Export: a sealed checkpoint becomes a Hugging Face repository body, which must prove that it is the same model.
+"""Export: convert a sealed checkpoint to a Hugging Face folder, and verify that it is the same model.
 
     atom run atom-tiny --until export-base
 
@@ -69,18 +69,18 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         raise AtomError(f"the tokenizer has {vocab_size} tokens, more than padded_vocab_size = "
                         f"{config.padded_vocab_size}; raise it in the recipe")  # fmt: skip
     if config.seed is None:
-        found = dict(release_checkpoint.Tensors(_checkpoint(inputs["checkpoint"], config.step)))
+        full_tensors = dict(release_checkpoint.Tensors(_checkpoint(inputs["checkpoint"], config.step)))
     else:
         shapes, seed = config.model.shapes(config.padded_vocab_size), config.seed
-        found = {name: full_tensor(name, shape, config.model, seed) for name, shape in shapes.items()}
-    tensors = {name: t.to(getattr(torch, config.dtype)) for name, t in found.items()}
+        full_tensors = {name: full_tensor(name, shape, config.model, seed) for name, shape in shapes.items()}
+    tensors = {name: t.to(getattr(torch, config.dtype)) for name, t in full_tensors.items()}
     release_checkpoint.save_tensors(folder / WEIGHTS, hf.to_hf(tensors, config.model, vocab_size))
     stops = [ids[token] for token in STOPS]
     _write(folder / "config.json", hf.hf_config(config.model, vocab_size, stops[0], ids[PAD], config.dtype))
     _write(folder / "generation_config.json", {"do_sample": False, "eos_token_id": stops, "pad_token_id": ids[PAD]})
 
     report.note("export written; comparing it with Megatron")
-    compared = check_tensors(folder, tensors, config.model, vocab_size)
+    tensors_compared = check_tensors(folder, tensors, config.model, vocab_size)
     rows = parity_rows(vocab_size, config.model.context_length)
     logits = megatron_logits(tensors, config, rows)
     delta = check_logits(folder, rows, [x[:, :vocab_size] for x in logits], config.parity_tolerance, work)
@@ -89,7 +89,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         "tolerance": config.parity_tolerance,
         "tokens_compared": sum(len(row) for row in rows),
         "longest_row": max(len(row) for row in rows),
-        "tensors_compared": compared,
+        "tensors_compared": tensors_compared,
         "dtype": config.dtype,
     })  # fmt: skip
     report.metric(0, max_abs_logit_delta=delta)
@@ -119,14 +119,14 @@ def check_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], model: Mode
     from stages.train.checkpoint import release_checkpoint
 
     try:
-        back = hf.from_hf(release_checkpoint.load_tensors(folder / WEIGHTS), model)
+        mapped = hf.from_hf(release_checkpoint.load_tensors(folder / WEIGHTS), model)
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckFailed(f"export parity: {folder / WEIGHTS} cannot be mapped back to Megatron: {error}") from None
-    for name in sorted(tensors.keys() | back.keys()):
-        ours, theirs = tensors.get(name), back.get(name)
-        if ours is not None and name.endswith(("word_embeddings.weight", "output_layer.weight")):
-            ours = ours[:vocab_size]
-        if ours is None or theirs is None or ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
+    for name in sorted(tensors.keys() | mapped.keys()):
+        expected, actual = tensors.get(name), mapped.get(name)
+        if expected is not None and name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            expected = expected[:vocab_size]
+        if expected is None or actual is None or expected.dtype != actual.dtype or not torch.equal(expected, actual):
             raise CheckFailed(
                 f"export parity: tensor {name} of {folder / WEIGHTS} is not the checkpoint's; the export is refused"
             )
@@ -156,19 +156,19 @@ def megatron_logits(
         load_tensors([gpt], config.model, config.padded_vocab_size, tensors, "the checkpoint")
         gpt.eval()
         device = next(gpt.parameters()).device
-        out = []
+        logits = []
         for row in rows:
             ids = torch.tensor([row], device=device)
-            out.append(gpt(ids, torch.arange(len(row), device=device).unsqueeze(0), None)[0].float().cpu())
-        return out
+            logits.append(gpt(ids, torch.arange(len(row), device=device).unsqueeze(0), None)[0].float().cpu())
+        return logits
 
 
 def check_logits(
     folder: Path, rows: list[list[int]], logits: list[torch.Tensor], tolerance: float, work: Path
 ) -> float:
-    """Has transformers judge the folder in a fresh interpreter. Returns the largest logit difference.
+    """Loads the folder with transformers in a fresh interpreter. Returns the largest logit difference.
 
-    Raises CheckFailed if it does not load whole, or if a logit differs by the tolerance or more.
+    Raises CheckFailed if it does not load completely, or if a logit differs by the tolerance or more.
     """
     import torch
 
@@ -185,15 +185,15 @@ def check_logits(
     }
     # -P keeps this package's folder off the module path, where its file names could hide the libraries'
     command = [sys.executable, "-P", str(Path(__file__).with_name("parity.py")), str(folder), str(expected)]
-    done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, check=False)
     expected.unlink()
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise CheckFailed(f"export parity: transformers cannot load {folder}: {last}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    if found["keys"]:
-        raise CheckFailed(f"export parity: transformers finds {found['keys'][0]} in {folder}; the export is refused")
-    delta, row, position = found["delta"], found["row"], found["position"]
+    if process.returncode:
+        message = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        raise CheckFailed(f"export parity: transformers cannot load {folder}: {message}")
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    if result["keys"]:
+        raise CheckFailed(f"export parity: transformers finds {result['keys'][0]} in {folder}; the export is refused")
+    delta, row, position = result["delta"], result["row"], result["position"]
     if not delta < tolerance:  # NaN fails too
         raise CheckFailed(
             f"export parity: the logits of {folder} differ from Megatron's by {delta:.3g} at position {position} of "

@@ -1,6 +1,6 @@
-"""Loads an exported model as a stranger would: plain transformers in an interpreter of its own.
+"""Loads an exported model without this project's code: plain transformers in an interpreter of its own.
 
-    python -P reload.py [--memory=BYTES --seconds=N] MODEL_FOLDER...
+    python -P load_check.py [--memory=BYTES --seconds=N] MODEL_FOLDER...
 
 Prints, for each folder, one line `RELOAD` with JSON: `problems`, a list of sentences (empty if all is well), the
 number of `parameters`, and `goldens`, what tokenizer, template and model make of fixed inputs: token ids, text, last
@@ -22,14 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 MESSAGES = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4, «vier»\n"}]
 
 TEXTS = ["def main(): 2+2", "Ünïcode, «quotes»\n\n\tand 3 lines.", "347+586="]
-NEW = 8
+NEW_TOKENS = 8
 MOST_BYTES, MOST_TEXTS, MOST_CHARACTERS = 100_000_000, 16, 2_000
 """Of a stranger's goldens.json."""
 LOADING = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
 """Nothing of a stranger's folder is run or unpickled, and nobody is asked whether it may be."""
 
 
-def judge(folder: str) -> dict[str, object]:
+def check_model(folder: str) -> dict[str, object]:
     loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **LOADING)
     model, loading = loaded[0], loaded[1]
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -39,21 +39,21 @@ def judge(folder: str) -> dict[str, object]:
         for name in sorted(loading[kind])
     ]
     problems += check_tokenizer(tokenizer, model) + check_generation(tokenizer, model)
-    found = {} if problems else goldens(tokenizer, model.float(), *recorded(folder))
-    return {"problems": problems, "parameters": sum(p.numel() for p in model.parameters()), "goldens": found}
+    outputs = {} if problems else goldens(tokenizer, model.float(), *recorded_inputs(folder))
+    return {"problems": problems, "parameters": sum(p.numel() for p in model.parameters()), "goldens": outputs}
 
 
-def recorded(folder: str) -> tuple[list[str], list[dict[str, str]]]:
+def recorded_inputs(folder: str) -> tuple[list[str], list[dict[str, str]]]:
     """The inputs of the goldens.json in a folder, which an older version may have chosen otherwise; else today's."""
     path = Path(folder, "goldens.json")
     if not path.is_file():
         return TEXTS, MESSAGES[:1]
     with open(path, "rb") as file:
-        stated = json.loads(file.read(MOST_BYTES))
-    texts = [str(row["text"]) for row in stated["rows"][:-1]]
+        content = json.loads(file.read(MOST_BYTES))
+    texts = [str(row["text"]) for row in content["rows"][:-1]]
     if len(texts) > MOST_TEXTS or sum(map(len, texts)) > MOST_CHARACTERS:
         raise ValueError("goldens.json has more inputs than a release states")
-    return texts, stated["messages"]
+    return texts, content["messages"]
 
 
 def goldens(tokenizer, model, texts, messages) -> dict[str, object]:  # type: ignore[no-untyped-def]
@@ -64,8 +64,10 @@ def goldens(tokenizer, model, texts, messages) -> dict[str, object]:  # type: ig
         inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
         with torch.inference_mode():
             logits = model(**inputs).logits[0, -1].float()
-        made = model.generate(**inputs, do_sample=False, max_new_tokens=NEW)[0, inputs["input_ids"].shape[1] :]
-        ids, greedy = inputs["input_ids"][0].tolist(), made.tolist()
+        generated = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[
+            0, inputs["input_ids"].shape[1] :
+        ]
+        ids, greedy = inputs["input_ids"][0].tolist(), generated.tolist()
         rows.append({"text": text, "ids": ids, "logits": [round(x, 6) for x in logits.tolist()], "greedy": greedy})
     return {"messages": messages, "rows": rows}
 
@@ -88,8 +90,8 @@ def check_tokenizer(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-d
     for marker in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
         if len(tokenizer(marker, add_special_tokens=False)["input_ids"]) != 1:
             problems.append(f"{marker} is not one token")
-    asked = tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
-    if not asked.startswith(tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False)):
+    prompt = tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False, add_generation_prompt=True)
+    if not prompt.startswith(tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False)):
         problems.append("the generation prompt rewrites what came before it")
     if max(tokenizer.get_vocab().values()) >= model.config.vocab_size:
         problems.append("the tokenizer knows tokens that the model does not")
@@ -107,8 +109,8 @@ def check_generation(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-
     stops = stops if isinstance(stops, list) else [stops]
     if tokenizer.convert_tokens_to_ids("<|endoftext|>") not in stops:
         return ["the generation config does not stop at <|endoftext|>"]
-    made = model.generate(**inputs, do_sample=False, max_new_tokens=4)
-    return [] if made.shape[1] > inputs["input_ids"].shape[1] else ["the model generates nothing"]
+    generated = model.generate(**inputs, do_sample=False, max_new_tokens=4)
+    return [] if generated.shape[1] > inputs["input_ids"].shape[1] else ["the model generates nothing"]
 
 
 def limit(memory: int, seconds: int) -> None:
@@ -129,7 +131,7 @@ if __name__ == "__main__":
         limit(int(options["memory"]), int(options["seconds"]))
     for name in folders:
         try:
-            found = judge(name)
+            result = check_model(name)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, MemoryError) as error:
-            found = {"problems": [f"transformers cannot load it: {type(error).__name__}: {error}"], "parameters": None}
-        print("RELOAD " + json.dumps(found))
+            result = {"problems": [f"transformers cannot load it: {type(error).__name__}: {error}"], "parameters": None}
+        print("RELOAD " + json.dumps(result))

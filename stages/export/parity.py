@@ -1,4 +1,4 @@
-"""The judge of an export: plain transformers in an interpreter of its own.
+"""The parity check of an export: plain transformers in an interpreter of its own.
 
     python -P parity.py MODEL_FOLDER EXPECTED.safetensors
 
@@ -29,9 +29,9 @@ def main(folder: str, expected: str) -> None:
             logits = model(pairs[f"ids.{n}"].unsqueeze(0)).logits[0].float()
         deltas = (logits - pairs[f"logits.{n}"]).abs().amax(-1)
         deltas = torch.nan_to_num(deltas, nan=float("inf"))
-        at = int(deltas.argmax())
-        if float(deltas[at]) > worst["delta"]:
-            worst = {"delta": float(deltas[at]), "row": n, "position": at}
+        position = int(deltas.argmax())
+        if float(deltas[position]) > worst["delta"]:
+            worst = {"delta": float(deltas[position]), "row": n, "position": position}
     print(json.dumps({"keys": keys, **worst}))
 
 

@@ -12,7 +12,7 @@ are rounded once to the model's type, where tensor cores of the Hopper generatio
 Under tensor parallelism one scale for a tensor is that of the whole tensor, so that every layout rounds the same
 numbers; Transformer Engine takes the rank's own part of a weight. Blocks agree where cuts fall between them. Two things
 still depend on the layout, here as there: an expert's tokens are those of all ranks that send it some, and context
-ranks have a share of a row each, so amounts and neighbours of what is rounded together differ.
+ranks have a share of a row each, so amounts and neighbors of what is rounded together differ.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import Any
 import torch
 
 from stages.mcore.megatron_imports import GPTModel, tensor_parallel
-from stages.mcore.quantize import KINDS, Counts, Kind, Quantised, Recipe, quantise
+from stages.mcore.quantize import KINDS, Counts, Kind, Quantized, Recipe, quantize
 
 
 @dataclass
 class LinearRecord:
-    """What one linear layer did on this rank; the experts of a layer share a record."""
+    """The roundings of one linear layer on this rank; the experts of a layer share a record."""
 
     columns: int
     """Width of the input: K of its forward product."""
@@ -56,7 +56,7 @@ Record = dict[tuple[int, str], LinearRecord]
 
 
 def attach(chunks: Sequence[GPTModel], recipe: Recipe) -> Record:
-    """Has the linear layers of this rank's part of a model round as the recipe says.
+    """Patches the linear layers of this rank's part of a model to round by the recipe.
 
     Returns the record, which fills as the model runs.
     """
@@ -66,12 +66,12 @@ def attach(chunks: Sequence[GPTModel], recipe: Recipe) -> Record:
         for path, module in gpt.decoder.named_modules():
             if not isinstance(module, tensor_parallel.ColumnParallelLinear | tensor_parallel.RowParallelLinear):
                 continue
-            found = re.fullmatch(r"layers\.(\d+)\.(.+)", path)
-            assert found, path
-            place = first + int(found[1]), re.sub(r"\.local_experts\.\d+", "", found[2])
+            match = re.fullmatch(r"layers\.(\d+)\.(.+)", path)
+            assert match, path
+            key = first + int(match[1]), re.sub(r"\.local_experts\.\d+", "", match[2])
             rows, columns = module.weight.shape
-            here = record.setdefault(place, LinearRecord(columns, rows))
-            module._forward_impl = _product(recipe, module.tp_group, here)
+            linear = record.setdefault(key, LinearRecord(columns, rows))
+            module._forward_impl = _product(recipe, module.tp_group, linear)
     return record
 
 
@@ -104,8 +104,8 @@ class Linear(torch.autograd.Function):  # type: ignore[misc]
     ) -> torch.Tensor:
         ctx.shape, ctx.recipe, ctx.group, ctx.record = x.shape, recipe, group, record
         flat = x.reshape(-1, x.shape[-1])
-        x_by_k, x_by_m = _both(flat, "input", 1, ctx)
-        w_by_k, w_by_n = _both(w, "weight", 1, ctx)
+        x_by_k, x_by_m = _quantize_both_ways(flat, "input", 1, ctx)
+        w_by_k, w_by_n = _quantize_both_ways(w, "weight", 1, ctx)
         ctx.save_for_backward(x_by_m.values, w_by_n.values)
         ctx.factors = x_by_m.factor, w_by_n.factor
         return multiply(x_by_k.values, w_by_k.values.t(), x_by_k.factor * w_by_k.factor).view(*x.shape[:-1], w.shape[0])
@@ -114,21 +114,21 @@ class Linear(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         x, w = ctx.saved_tensors
         x_factor, w_factor = ctx.factors
-        dy_by_n, dy_by_m = _both(dy.reshape(-1, dy.shape[-1]), "gradient", 1, ctx)
+        dy_by_n, dy_by_m = _quantize_both_ways(dy.reshape(-1, dy.shape[-1]), "gradient", 1, ctx)
         dx = multiply(dy_by_n.values, w, dy_by_n.factor * w_factor).view(ctx.shape)
         dw = multiply(dy_by_m.values.t(), x, dy_by_m.factor * x_factor)
         return dx, dw, None, None, None
 
 
-def _both(x: torch.Tensor, kind: Kind, summed: int, ctx: Any) -> tuple[Quantised, Quantised]:
+def _quantize_both_ways(x: torch.Tensor, kind: Kind, summed: int, ctx: Any) -> tuple[Quantized, Quantized]:
     """A matrix rounded for the product that sums over `summed`, and for the one that sums over its other dimension; if
     the blocks are the same, the same."""
     recipe: Recipe = ctx.recipe
-    first = quantise(x, recipe, kind, summed, ctx.group)
+    first = quantize(x, recipe, kind, summed, ctx.group)
     ctx.record.counts[kind] += first.counts
     if recipe.shape(kind, summed) == recipe.shape(kind, 1 - summed):
         return first, first
-    second = quantise(x, recipe, kind, 1 - summed, ctx.group)
+    second = quantize(x, recipe, kind, 1 - summed, ctx.group)
     ctx.record.counts[kind] += second.counts
     return first, second
 

@@ -1,7 +1,6 @@
-"""PyTorch's fused AdamW in the shape of Transformer Engine's FusedAdam, which Megatron's optimizers are written for.
+"""PyTorch's fused AdamW with the interface of Transformer Engine's FusedAdam, which Megatron's optimizers expect.
 
-The difference that matters: the step count lives in the parameter group, not in each parameter's state, and that is
-where a checkpoint puts it back.
+The step count is in the parameter group, not in each parameter's state, and a checkpoint restores it there.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class FusedAdam(torch.optim.Optimizer):  # type: ignore[misc]
 
 
 def install() -> None:
-    """Puts it where Megatron found neither Transformer Engine's FusedAdam nor Apex's."""
+    """Installs FusedAdam if Megatron finds neither Transformer Engine's nor Apex's."""
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 

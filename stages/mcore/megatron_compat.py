@@ -1,6 +1,6 @@
-"""What differs between the versions of megatron-core that we support, 0.16.1 to 0.19: the one file that knows.
+"""The differences between the supported versions of megatron-core, 0.16.1 to 0.19. Only this file knows them.
 
-Everything else is written for names that all of them have. Tests run with the oldest (Python 3.11) and the newest
+Everything else uses names that all versions have. Tests run with the oldest (Python 3.11) and the newest
 (`make test-latest`).
 """
 
@@ -19,7 +19,7 @@ def before_import() -> None:
     without. It gets a stand-in, which can be imported and not called."""
     kernel = "megatron.core.transformer.moe.ops.paged_stash"
     if importlib.util.find_spec("triton") is None:
-        sys.modules.setdefault(kernel, _Absent(kernel))
+        sys.modules.setdefault(kernel, _MissingKernels(kernel))
 
 
 def after_import() -> None:
@@ -46,7 +46,7 @@ def _count_without_padding() -> None:
     TopKRouter._apply_expert_bias = apply_expert_bias
 
 
-def side_losses() -> dict[str, torch.Tensor]:
+def router_losses() -> dict[str, torch.Tensor]:
     """This rank's losses of the routers by name ("load_balancing_loss", "z_loss", ...) and layer, summed since they
     were last set to zero; 0.17 moved them into an object."""
     from megatron.core.transformer.moe import moe_utils
@@ -56,8 +56,8 @@ def side_losses() -> dict[str, torch.Tensor]:
     return {name: entry["values"] for name, entry in moe_utils.get_moe_layer_wise_logging_tracker().items()}
 
 
-def forget_balance() -> None:
-    """Drops that record, whose length is that of the process's first model."""
+def clear_router_losses() -> None:
+    """Clears that record, whose length is that of the process's first model."""
     from megatron.core.transformer.moe import moe_utils
 
     if hasattr(moe_utils, "get_moe_metrics_tracker"):
@@ -66,7 +66,7 @@ def forget_balance() -> None:
         moe_utils.get_moe_layer_wise_logging_tracker().clear()
 
 
-class _Absent(types.ModuleType):
+class _MissingKernels(types.ModuleType):
     """A module of kernels that cannot be called here: importing a name from it works, using it does not."""
 
     def __getattr__(self, name: str) -> Any:

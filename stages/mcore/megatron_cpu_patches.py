@@ -1,10 +1,10 @@
-"""Megatron-core on a machine without CUDA: everything that it takes, in one place.
+"""Megatron-core on a machine without CUDA: all patches that it needs.
 
 Megatron-core's schedules, DDP, optimizers and MoE layers are device-neutral in all but their vocabulary: they write
 `device="cuda"`, ask `torch.cuda` for a stream, or compare a tensor's type with its CUDA name. `enable()` gives
 Megatron's own modules a `torch` in which these words mean the CPU. PyTorch itself stays as it is: transformers, or any
 other library in the same process, sees an untouched `torch`. (Replacing the factories in `torch` itself breaks
-`from_pretrained` without an error: the tensors it makes on the meta device come out uninitialised.)
+`from_pretrained` without an error: the tensors it makes on the meta device come out uninitialized.)
 
 Take Megatron's names from `stages.mcore.megatron_imports`, which calls `enable()` first. What differs between
 Megatron's versions stands in `stages.mcore.megatron_compat`.
@@ -58,8 +58,8 @@ def enable() -> None:
     megatron_compat.after_import()
     fused_adam.install()
     if not with_cuda:
-        _speak_cpu()
-        _fill_gaps()
+        _patch_torch_names()
+        _patch_functions()
     _enabled = True
 
 
@@ -80,12 +80,12 @@ def _no_compile() -> Iterator[None]:
         torch.compile = compile_
 
 
-def _speak_cpu() -> None:
-    """In every Megatron module the global name `torch` becomes the CPU's reading of it."""
-    ours = _cpu_torch()
+def _patch_torch_names() -> None:
+    """Replaces the global name `torch` in every Megatron module by the CPU's version."""
+    cpu_torch = _cpu_torch()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.") and module.__dict__.get("torch") is torch:
-            module.__dict__["torch"] = ours
+            module.__dict__["torch"] = cpu_torch
 
     # Two methods of tensors matter as well, and they belong to all tensors, so they change for Megatron's calls only:
     # `grad.type() == "torch.cuda.FloatTensor"` guards clipping and the distributed optimizer, and the last stage of a
@@ -94,8 +94,8 @@ def _speak_cpu() -> None:
 
     def cpu_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         name = type_(self, *args, **kwargs)
-        asked = not args and not kwargs and _called_by_megatron()
-        return name.replace("torch.", "torch.cuda.", 1) if asked else name
+        is_query = not args and not kwargs and _called_by_megatron()
+        return name.replace("torch.", "torch.cuda.", 1) if is_query else name
 
     def cpu_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self if _called_by_megatron() else cuda(self, *args, **kwargs)
@@ -109,8 +109,8 @@ def _called_by_megatron() -> bool:
     return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.")
 
 
-def _fill_gaps() -> None:
-    """What the change of vocabulary does not cover."""
+def _patch_functions() -> None:
+    """Replaces functions that the names of `torch` do not cover."""
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -128,49 +128,49 @@ def _fill_gaps() -> None:
 
 def _cpu_torch() -> types.ModuleType:
     """A module with torch's names, in which factories take "cuda" for "cpu" and `cuda` is the stand-in below."""
-    ours = types.ModuleType("torch")
-    ours.__dict__.update(torch.__dict__)
-    ours.__dict__["__getattr__"] = lambda name: getattr(torch, name)  # what torch itself loads lazily
+    cpu_torch = types.ModuleType("torch")
+    cpu_torch.__dict__.update(torch.__dict__)
+    cpu_torch.__dict__["__getattr__"] = lambda name: getattr(torch, name)  # what torch itself loads lazily
     for name in FACTORIES:
-        ours.__dict__[name] = _on_cpu(getattr(torch, name))
-    ours.__dict__["cuda"] = _cpu_cuda()
-    ours.__dict__["distributed"] = _gloo()
-    return ours
+        cpu_torch.__dict__[name] = _redirect_to_cpu(getattr(torch, name))
+    cpu_torch.__dict__["cuda"] = _cpu_cuda()
+    cpu_torch.__dict__["distributed"] = _gloo()
+    return cpu_torch
 
 
 def _gloo() -> types.ModuleType:
     """`torch.distributed` with two collectives on parts of unequal size, which gloo lacks and NCCL has: tokens of
     split experts are gathered and summed so. Both are made of collectives on equal sizes."""
-    ours = types.ModuleType("torch.distributed")
-    ours.__dict__.update(dist.__dict__)
+    distributed = types.ModuleType("torch.distributed")
+    distributed.__dict__.update(dist.__dict__)
 
-    def all_gather(parts: list[torch.Tensor], own: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
+    def all_gather(parts: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
         sizes = [part.shape[0] for part in parts]
         if len(set(sizes)) == 1:
-            return dist.all_gather(parts, own, group=group, **kwargs)
-        padded = own.new_zeros(max(sizes), *own.shape[1:])
-        padded[: own.shape[0]] = own
-        whole = [torch.empty_like(padded) for _ in parts]
-        dist.all_gather(whole, padded, group=group)
-        for part, received in zip(parts, whole, strict=True):
+            return dist.all_gather(parts, tensor, group=group, **kwargs)
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+        padded[: tensor.shape[0]] = tensor
+        gathered = [torch.empty_like(padded) for _ in parts]
+        dist.all_gather(gathered, padded, group=group)
+        for part, received in zip(parts, gathered, strict=True):
             part.copy_(received[: part.shape[0]])
         return None
 
     def reduce_scatter(
-        own: torch.Tensor, parts: list[torch.Tensor], *args: Any, group: Any = None, **kwargs: Any
+        output: torch.Tensor, parts: list[torch.Tensor], *args: Any, group: Any = None, **kwargs: Any
     ) -> Any:
         if len({part.shape[0] for part in parts}) == 1:
-            return dist.reduce_scatter(own, parts, *args, group=group, **kwargs)
-        whole = torch.cat(parts)
-        dist.all_reduce(whole, group=group)
-        own.copy_(whole.split([part.shape[0] for part in parts])[dist.get_rank(group)])
+            return dist.reduce_scatter(output, parts, *args, group=group, **kwargs)
+        summed = torch.cat(parts)
+        dist.all_reduce(summed, group=group)
+        output.copy_(summed.split([part.shape[0] for part in parts])[dist.get_rank(group)])
         return None
 
-    ours.__dict__.update(all_gather=all_gather, reduce_scatter=reduce_scatter)
-    return ours
+    distributed.__dict__.update(all_gather=all_gather, reduce_scatter=reduce_scatter)
+    return distributed
 
 
-def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+def _redirect_to_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     def make(*args: Any, **kwargs: Any) -> Any:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = "cpu"
@@ -183,13 +183,13 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def _cpu_cuda() -> types.ModuleType:
     """`torch.cuda` for one in-order CPU: there is one stream, it is always synchronised, and nothing is allocated."""
-    ours = types.ModuleType("torch.cuda")
-    ours.__dict__.update(torch.cuda.__dict__)
+    cuda = types.ModuleType("torch.cuda")
+    cuda.__dict__.update(torch.cuda.__dict__)
     stream = _Stream()
 
-    def nothing(*args: Any, **kwargs: Any) -> None: ...
+    def no_op(*args: Any, **kwargs: Any) -> None: ...
 
-    replaced: dict[str, Any] = {
+    replacements: dict[str, Any] = {
         "current_device": lambda: torch.device("cpu"),
         "device_count": lambda: 1,
         "Stream": _Stream,
@@ -197,16 +197,16 @@ def _cpu_cuda() -> types.ModuleType:
         "current_stream": lambda *args: stream,
         "default_stream": lambda *args: stream,
         "stream": lambda stream: contextlib.nullcontext(),
-        "synchronize": nothing,
-        "set_device": nothing,
-        "empty_cache": nothing,
+        "synchronize": no_op,
+        "set_device": no_op,
+        "empty_cache": no_op,
         # as above: dropout draws from these
         "manual_seed": torch.manual_seed,
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
     }
-    ours.__dict__.update(replaced)
-    return ours
+    cuda.__dict__.update(replacements)
+    return cuda
 
 
 class _Stream:

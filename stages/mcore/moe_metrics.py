@@ -1,4 +1,4 @@
-"""What the routers tell on the side: their losses, and which experts the tokens went to."""
+"""MoE metrics: the routers' auxiliary losses, and the distribution of tokens over experts."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ DEAD_SHARE = 0.05
 """An expert that gets less than this part of its fair share of a step's tokens counts as dead."""
 
 
-def take() -> tuple[torch.Tensor, torch.Tensor]:
+def collect_losses() -> tuple[torch.Tensor, torch.Tensor]:
     """(load-balancing loss, z-loss): this rank's part of the sum over layers, tokens and micro-batches since the last
     call, scalars without their weights."""
-    out = {"balance": torch.zeros(()), "z": torch.zeros(())}
-    for name, values in megatron_compat.side_losses().items():
+    losses = {"balance": torch.zeros(()), "z": torch.zeros(())}
+    for name, values in megatron_compat.router_losses().items():
         kind = "z" if name == "z_loss" else "balance"
-        out[kind] = out[kind].to(values.device) + values.sum()
+        losses[kind] = losses[kind].to(values.device) + values.sum()
         values.zero_()
-    return out["balance"], out["z"]
+    return losses["balance"], losses["z"]
 
 
-def forget() -> None:
-    """Drops the record: Megatron sizes it by the first model of the process, and the next one may be deeper."""
-    megatron_compat.forget_balance()
+def clear_losses() -> None:
+    """Clears Megatron's record of losses: its size is that of the first model of the process."""
+    megatron_compat.clear_router_losses()
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Experts:
         return float(self.share.max() * self.share.shape[1]) - 1
 
     def dead(self) -> list[tuple[int, int]]:
-        """(layer, expert) of those that are starved of tokens."""
+        """(layer, expert) of the dead experts."""
         starved = (self.share * self.share.shape[1] < DEAD_SHARE).nonzero().tolist()
         return [(self.layers[row], expert) for row, expert in starved]
 
     def json(self) -> dict[str, Any]:
-        """What is not a number, as after a step of broken activations, is null."""
+        """The metrics as JSON; null stands for a value that is not finite."""
         return {
             "layers": self.layers,
             "share": [[round(x, 6) if math.isfinite(x) else None for x in row] for row in self.share.tolist()],
@@ -67,9 +67,9 @@ class Experts:
 
 
 class RouterWatch:
-    """Counts what the routers of this rank's chunks do while gradients are computed.
+    """Counts the assignments of the routers in this rank's chunks while gradients are computed.
 
-    Counts are exact whole numbers in float64, so that every layout finds the same ones.
+    Counts are exact whole numbers in float64, so every layout computes the same ones.
     """
 
     def __init__(self, chunks: Sequence[GPTModel], layers: int, experts: int, dense_layers: int) -> None:
@@ -80,30 +80,32 @@ class RouterWatch:
         for chunk in chunks:
             for module in chunk.modules():
                 if isinstance(module, TopKRouter):
-                    self._watch(module)
+                    self._hook(module)
 
-    def _watch(self, router: Any) -> None:
+    def _hook(self, router: Any) -> None:
         route, row, sigmoid = router.routing, self.counts[router.layer_number - 1 - self.dense], router.score_function
 
         def routing(logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Any:
-            found = route(logits, padding_mask=padding_mask)
+            routed = route(logits, padding_mask=padding_mask)
             if router.training and torch.is_grad_enabled():
                 with torch.no_grad():
                     flat = logits.detach().reshape(-1, logits.shape[-1]).float()
                     score = flat.sigmoid() if sigmoid == "sigmoid" else flat.softmax(-1)
                     score = score / score.sum(-1, keepdim=True)
                     entropy = -torch.xlogy(score, score).sum(-1)
-                    real = torch.ones_like(entropy) if padding_mask is None else (~padding_mask.reshape(-1)).float()
-                    row[:-2] += real @ found[1].float()
-                    row[-2] += entropy @ real
-                    row[-1] += real.sum()
-            return found
+                    not_padding = (
+                        torch.ones_like(entropy) if padding_mask is None else (~padding_mask.reshape(-1)).float()
+                    )
+                    row[:-2] += not_padding @ routed[1].float()
+                    row[-2] += entropy @ not_padding
+                    row[-1] += not_padding.sum()
+            return routed
 
         router.routing = routing
 
-    def take(self, top_k: int, total: Any) -> Experts:
-        """What was counted since the last call. total: sums a tensor over all ranks, in place."""
-        counts = total(self.counts.clone()).cpu()
+    def collect(self, top_k: int, all_reduce: Any) -> Experts:
+        """The counts since the last call. all_reduce: sums a tensor over all ranks, in place."""
+        counts = all_reduce(self.counts.clone()).cpu()
         self.counts.zero_()
         assigned, tokens = counts[:, :-2], counts[:, -1]
         share = assigned / assigned.sum(-1, keepdim=True)

@@ -66,11 +66,11 @@ class Layout(Config):
 
 
 def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_batches: Iterable[int]) -> str | None:
-    """Why this model cannot be trained so, in one sentence that begins with a field of the section; None if it can.
+    """The reason why this layout cannot train the model, as a sentence that begins with a field; None if it can.
 
     micro_batches: of one optimizer step, over all ranks; several if the batch grows.
     """
-    for field, size, of, whole in (
+    for field, size, dimension, value in (
         ("tp", layout.tp, "heads", model.heads),
         ("tp", layout.tp, "kv_heads", model.kv_heads),
         ("tp", layout.tp, "padded_vocab_size", padded_vocab_size),
@@ -79,8 +79,10 @@ def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_ba
         ("tp", layout.tp, "shared_expert_intermediate_size", model.shared_expert_intermediate_size or 0),
         ("ep", layout.ep, "experts", model.experts),
     ):
-        if whole % size:
-            return f"parallelism.{field} = {size} does not divide {of} = {whole}; nearest: {_divisors(whole, size)}"
+        if value % size:
+            return (
+                f"parallelism.{field} = {size} does not divide {dimension} = {value}; nearest: {_divisors(value, size)}"
+            )
     chunks = layout.pp * layout.vpp
     if model.layers % chunks:
         return (f"parallelism.pp = {layout.pp} with vpp = {layout.vpp} cannot deal "
@@ -104,18 +106,18 @@ def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_ba
             return (f"parallelism.ranks = {layout.ranks} makes {layout.data} data-parallel ranks, which cannot share "
                     f"the {count} micro-batches of a step evenly; use a number that divides them, "
                     f"or other batch.micro_tokens")  # fmt: skip
-        each = count // layout.data
-        if layout.vpp > 1 and each % layout.pp:
+        per_rank = count // layout.data
+        if layout.vpp > 1 and per_rank % layout.pp:
             return (f"parallelism.vpp = {layout.vpp} needs a multiple of pp = "
-                    f"{layout.pp} micro-batches on each data-parallel rank, not {each}; "
+                    f"{layout.pp} micro-batches on each data-parallel rank, not {per_rank}; "
                     f"change batch.micro_tokens or ranks")  # fmt: skip
     return None
 
 
-def _divisors(whole: int, size: int) -> str:
-    """The divisors of `whole` around `size`, as words."""
-    all_ = sorted({d for n in range(1, math.isqrt(whole) + 1) if whole % n == 0 for d in (n, whole // n)})
-    return " or ".join(str(d) for d in [d for d in all_ if d < size][-1:] + [d for d in all_ if d > size][:1])
+def _divisors(value: int, size: int) -> str:
+    """The divisors of `value` nearest to `size`, as text."""
+    divisors = sorted({d for n in range(1, math.isqrt(value) + 1) if value % n == 0 for d in (n, value // n)})
+    return " or ".join(str(d) for d in [d for d in divisors if d < size][-1:] + [d for d in divisors if d > size][:1])
 
 
 def _multiples(value: int, unit: int) -> str:

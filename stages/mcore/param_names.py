@@ -1,4 +1,4 @@
-"""Global tensor names: what a tensor is called in a sealed checkpoint, whatever layout or kernels held it.
+"""Global tensor names: the names in a sealed checkpoint, independent of layout and kernels.
 
 A global name is Megatron's name of the tensor in the unfused layer, with the layer and expert counted over the whole
 model: `decoder.layers.7.mlp.experts.local_experts.3.linear_fc1.weight`.
@@ -30,7 +30,7 @@ def global_name(local: str, first_layer: int = 0, first_expert: int = 0) -> str:
     """
     name = local.removeprefix("module.")
     name = _LAYER.sub(lambda m: f"decoder.layers.{int(m[1]) + first_layer}.", name)
-    for fused, plain in _FUSED.items():
-        name = name.replace(fused, plain)
+    for fused, unfused in _FUSED.items():
+        name = name.replace(fused, unfused)
     name = _GROUPED.sub(lambda m: f"mlp.experts.local_experts.{m[2]}.{m[1]}.weight", name)
     return _EXPERT.sub(lambda m: f"mlp.experts.local_experts.{int(m[1]) + first_expert}.", name)

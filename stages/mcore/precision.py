@@ -1,4 +1,4 @@
-"""What a phase multiplies its matrices in: Megatron's words for it, and what it asks of the machine.
+"""The precision of a phase: Megatron's configuration for it, and the hardware and packages that it needs.
 
 In every precision the optimizer's weights and moments, gradient sums over micro-batches and ranks, the router, the
 norms' arithmetic and the loss are fp32. The FP8 ones are Transformer Engine's recipes around bf16 weights; embeddings,
@@ -34,25 +34,26 @@ _FP8: dict[Precision, dict[str, Any]] = {
 
 def keywords(precision: Precision) -> dict[str, Any]:
     """The keyword arguments of Megatron's TransformerConfig; constructing it with the FP8 ones needs Transformer
-    Engine. Weights stay bf16 under FP8 and are quantised as they are used."""
+    Engine. Weights stay bf16 under FP8 and are quantized as they are used."""
     if precision == "fp32":
         return {"params_dtype": torch.float32, "pipeline_dtype": torch.float32}
     return {**_BF16, **_FP8.get(precision, {})}
 
 
-def missing(precision: Precision) -> str | None:
+def missing_requirement(precision: Precision) -> str | None:
     """What this machine lacks for a precision, in one sentence that begins with the recipe's field; None: nothing."""
-    said = f"precision = {precision} needs"
+    requirement = f"precision = {precision} needs"
     if precision not in NEEDS or (precision == "bf16" and not torch.cuda.is_available()):
         return None
-    (capability, generation), eight = NEEDS[precision], precision in _FP8
+    (capability, generation), is_fp8 = NEEDS[precision], precision in _FP8
     if not torch.cuda.is_available():
-        return (f"{said} a GPU of the {generation} generation or newer and Transformer Engine, and this machine has no "
-                f"GPU; `atom rehearse` shows here what the format does to the loss")  # fmt: skip
-    if eight and importlib.util.find_spec("transformer_engine") is None:
-        return f"{said} Transformer Engine, which is not installed here; install transformer-engine[pytorch]"
-    found = torch.cuda.get_device_capability()
-    if found < capability:
-        return (f"{said} a GPU of the {generation} generation or newer (compute capability {capability[0]}."
-                f"{capability[1]}), and this one has {found[0]}.{found[1]}; choose bf16")  # fmt: skip
+        return (f"{requirement} a GPU of the {generation} generation or newer and Transformer Engine, and this machine "
+                f"has no GPU; `atom rehearse` shows here what the format does to the loss")  # fmt: skip
+    if is_fp8 and importlib.util.find_spec("transformer_engine") is None:
+        return f"{requirement} Transformer Engine, which is not installed here; install transformer-engine[pytorch]"
+    device_capability = torch.cuda.get_device_capability()
+    if device_capability < capability:
+        return (f"{requirement} a GPU of the {generation} generation or newer (compute capability {capability[0]}."
+                f"{capability[1]}), and this one has {device_capability[0]}.{device_capability[1]}; "
+                "choose bf16")  # fmt: skip
     return None

@@ -96,7 +96,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Counts:
-    """What rounding did to the values of a tensor, or of several."""
+    """Counts of the effects of rounding on the values of one or more tensors."""
 
     values: int = 0
     nonzero: int = 0
@@ -115,7 +115,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """A matrix of rounded values: `values` times `factor`, a power of two of each block being in the values already.
 
     Apart, because values are then exact in bf16 as in fp32, and a product of such matrices is rounded once, as on a
@@ -127,15 +127,15 @@ class Quantised:
     counts: Counts
 
 
-def quantise_dequantise(
+def quantize_dequantize(
     x: torch.Tensor, recipe: Recipe, kind: Kind, summed: int = 1, group: Any = None
 ) -> tuple[torch.Tensor, Counts]:
-    """A matrix as a product of the recipe sees it, in fp32, and what the rounding did. Arguments: see `quantise`."""
-    rounded = quantise(x, recipe, kind, summed, group)
+    """A matrix as a product of the recipe sees it, in fp32, and what the rounding did. Arguments: see `quantize`."""
+    rounded = quantize(x, recipe, kind, summed, group)
     return rounded.values.float() * rounded.factor, rounded.counts
 
 
-def quantise(x: torch.Tensor, recipe: Recipe, kind: Kind, summed: int = 1, group: Any = None) -> Quantised:
+def quantize(x: torch.Tensor, recipe: Recipe, kind: Kind, summed: int = 1, group: Any = None) -> Quantized:
     """Rounds a matrix to the format's nearest numbers (ties to even), scaled so that each block's largest magnitude
     comes as near to the format's largest number as the scale allows, and saturating there.
 
@@ -153,15 +153,15 @@ def quantise(x: torch.Tensor, recipe: Recipe, kind: Kind, summed: int = 1, group
     format_, shape = recipe.format(kind), recipe.shape(kind, summed)
     values, counts, factor = torch.empty_like(x), Counts(), 1.0
     if x.numel() == 0:
-        return Quantised(values, factor, counts)
+        return Quantized(values, factor, counts)
     shared = None
     if shape is None:
-        shared = _multiplier(_largest(x, group), format_, recipe.scale)
+        shared = _multiplier(_max_magnitude(x, group), format_, recipe.scale)
         factor = float(1 / shared)
     height, width = shape or (1, x.shape[1])
     for rounded, part in zip(_slabs(values, height), _slabs(x, height), strict=True):
-        counts += _quantise(part, rounded, format_, height, width, shared, recipe.scale)
-    return Quantised(values, factor, counts)
+        counts += _quantize(part, rounded, format_, height, width, shared, recipe.scale)
+    return Quantized(values, factor, counts)
 
 
 SLAB = 2**17
@@ -174,7 +174,7 @@ def _slabs(x: torch.Tensor, height: int) -> tuple[torch.Tensor, ...]:
     return slabs
 
 
-def _largest(x: torch.Tensor, group: Any) -> torch.Tensor:
+def _max_magnitude(x: torch.Tensor, group: Any) -> torch.Tensor:
     """The largest magnitude of a tensor and of its parts on the group's other ranks: an fp32 scalar."""
     low, high = torch.aminmax(x)
     largest = torch.maximum(-low, high).float()
@@ -183,15 +183,15 @@ def _largest(x: torch.Tensor, group: Any) -> torch.Tensor:
     return largest
 
 
-def _quantise(
+def _quantize(
     x: torch.Tensor, out: torch.Tensor, format_: Format, height: int, width: int, shared: torch.Tensor | None,
     scale: str,
 ) -> Counts:  # fmt: skip
     """Fills `out` with the rounded values of x, [rows, columns], in blocks of height x width that are scaled each by
     itself; with a `shared` multiplier, the values stay multiplied."""
     rows, columns = x.shape
-    ragged = (0, -columns % width, 0, -rows % height)
-    padded = F.pad(x, ragged) if any(ragged) else x
+    padding = (0, -columns % width, 0, -rows % height)
+    padded = F.pad(x, padding) if any(padding) else x
     y = padded.reshape(-1, height, padded.shape[1] // width, width).to(torch.float32, copy=True)
     largest = y.abs().amax((1, 3), keepdim=True)
     multiplier = _multiplier(largest, format_, scale) if shared is None else shared

@@ -16,19 +16,19 @@ from stages.models.qwen3_moe.config import ModelConfig
 def frequencies(model: ModelConfig) -> tuple[torch.Tensor, float]:
     """(radians by position, [head_dim / 2], fp32; what cosines and sines are multiplied by)."""
     dim = model.head_dim
-    plain = 1.0 / (model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    base = 1.0 / (model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     if model.yarn is None:
-        return plain, 1.0
+        return base, 1.0
     yarn = model.yarn
 
-    def pair(turns: float) -> float:
+    def pair_index(rotations: float) -> float:
         """The (fractional) pair whose frequency turns so often within the original length."""
-        return dim * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(model.rope_theta))
+        return dim * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(model.rope_theta))
 
-    low, high = max(math.floor(pair(yarn.beta_fast)), 0), min(math.ceil(pair(yarn.beta_slow)), dim - 1)
+    low, high = max(math.floor(pair_index(yarn.beta_fast)), 0), min(math.ceil(pair_index(yarn.beta_slow)), dim - 1)
     width = high - low or 0.001  # equal ends make a step of the ramp
-    divided = torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / width, 0, 1)
-    return plain / yarn.factor * divided + plain * (1 - divided), 0.1 * math.log(yarn.factor) + 1.0
+    ramp = torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / width, 0, 1)
+    return base / yarn.factor * ramp + base * (1 - ramp), 0.1 * math.log(yarn.factor) + 1.0
 
 
 def megatron_yarn(model: ModelConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which part of a full tensor a rank holds: the one place that knows how tensor parallelism cuts matrices.
+"""The part of a full tensor that a rank holds. Only this file knows how tensor parallelism cuts matrices.
 
 A part is a list of boxes (one slice for each dimension) of the full tensor; the rank's local tensor is those boxes,
 concatenated along the first dimension. Megatron-core's cuts: rows of embedding, output head, QKV and an expert's gate
@@ -25,15 +25,15 @@ def boxes(name: str, shape: tuple[int, ...]) -> tuple[Box, ...]:
             parallel_state.get_tensor_model_parallel_rank(),
             parallel_state.get_tensor_model_parallel_world_size(),
         )
-    whole = tuple((0, n) for n in shape)
+    full_box = tuple((0, n) for n in shape)
     if size == 1 or not is_cut(name):
-        return (whole,)
+        return (full_box,)
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         n = shape[1] // size
-        return ((whole[0], (rank * n, (rank + 1) * n)),)
+        return ((full_box[0], (rank * n, (rank + 1) * n)),)
     blocks = 2 if name.endswith("linear_fc1.weight") else 1  # gate above up, each cut by itself
     block, n = shape[0] // blocks, shape[0] // blocks // size
-    return tuple(((b * block + rank * n, b * block + (rank + 1) * n), *whole[1:]) for b in range(blocks))
+    return tuple(((b * block + rank * n, b * block + (rank + 1) * n), *full_box[1:]) for b in range(blocks))
 
 
 def is_cut(name: str) -> bool:

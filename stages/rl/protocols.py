@@ -85,7 +85,7 @@ class Response:
     finished: bool
 
     @classmethod
-    def of(cls, text: str, finished: bool) -> Response:
+    def parse(cls, text: str, finished: bool) -> Response:
         """Splits the reasoning off. One that was opened and never closed leaves no answer."""
         return cls(text, answer_of(text), finished)
 

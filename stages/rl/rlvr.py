@@ -25,10 +25,10 @@ def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Re
     Fills `out` with step-<n>/, training.jsonl, summary.json and rollouts.parquet.
     Raises what stages.rl.trainer.train raises.
     """
-    from stages.rl.algorithms.grpo import Rlvr
+    from stages.rl.algorithms.grpo import GrpoTrainer
     from stages.rl.trainer import train
 
-    train(Rlvr, config.name, config, inputs, work, out, report)
+    train(GrpoTrainer, config.name, config, inputs, work, out, report)
 
 
 def estimate(config: RlTrainConfig) -> Estimate:

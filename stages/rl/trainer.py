@@ -1,7 +1,7 @@
 """The loop of every post-training stage: from the first step or from where it was killed, one step after another.
 
-What a step is, a subclass says. What is common is what makes a run come back: work checkpoints of all ranks, the log,
-sealed checkpoints, requests to stop, and a watch over ranks that hang (stages/train).
+A subclass defines a step. This loop holds the parts that make a run resumable: work checkpoints of all ranks, the log,
+release checkpoints, requests to stop, and a watchdog for hanging ranks (stages/train).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from stages.train.checkpoint.load_checkpoint import Origin
 from stages.train.checkpoint.work_checkpoint import Checkpoints
 from stages.train.engine import Engine, StepFigures
 from stages.train.log import Log
-from stages.train.loop import FAILED, STOP, requests_to_stop
+from stages.train.loop import FAILED, STOP, stop_signals
 from stages.train.schedule import learning_rate
-from stages.train.spikes import finite
+from stages.train.spikes import finite_or_none
 from stages.train.watchdog import START_SECONDS, Watchdog
 
 
 class Trainer:
-    """One run of the loop. Every method is collective but where it says so."""
+    """One run of the loop. Every method is collective unless its docstring says otherwise."""
 
     def __init__(
         self, name: str, config: Any, inputs: Inputs, work: Path, report: Report, engine: Engine, lease: int | None
@@ -43,80 +43,82 @@ class Trainer:
         self.tokens = 0  # of answers that were learnt from
 
     def step(self, step: int) -> dict[str, Any]:
-        """Takes a step; returns what the log says of it."""
+        """Takes a step; returns its metrics for the log."""
         raise NotImplementedError
 
     def measure(self, step: int) -> dict[str, Any] | None:
-        """What the log says of the policy after a step, if this is a step to measure it."""
+        """The validation metrics after a step, for the log; None if the step is not measured."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds beyond the engine's state, as JSON."""
+        """The trainer's part of a checkpoint, beyond the engine's state, as JSON."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes `state` over."""
+        """Restores the trainer from `state`."""
 
-    def fill(self, out: Path) -> dict[str, Any]:
-        """Puts the stage's own files into `out`; returns what the summary says. Of rank 0 alone."""
+    def write_outputs(self, out: Path) -> dict[str, Any]:
+        """Writes the stage's own files into `out`; returns their part of the summary. Rank 0 only."""
         return {}
 
     def close(self) -> None:
-        """Frees what the stage holds beside the engine."""
+        """Frees the resources that the stage holds beside the engine."""
 
     def run(self, stop: list[int], watchdog: Watchdog, out: Path) -> None:
         phase, ranks, report = self.phase, self.engine.ranks, self.report
-        done = self._begin()
+        steps_done = self._start()
         watchdog.alive()
-        began = time.monotonic()
-        for step in range(done + 1, phase.steps + 1):
+        started = time.monotonic()
+        for step in range(steps_done + 1, phase.steps + 1):
             line = self.step(step)
             self.log.write(
                 {
                     "step": step,
                     "tokens": self.tokens,
-                    **{k: finite(v) if isinstance(v, float) else v for k, v in line.items()},
+                    **{k: finite_or_none(v) if isinstance(v, float) else v for k, v in line.items()},
                 }
             )
             if self.first:
-                plain = {k: float(v) for k, v in line.items() if isinstance(v, (int, float))}
-                report.metric(step, **plain, tokens=float(self.tokens))
-                report.progress(step, phase.steps, "steps", **{k: plain[k] for k in ("reward", "loss") if k in plain})
+                scalars = {k: float(v) for k, v in line.items() if isinstance(v, (int, float))}
+                report.metric(step, **scalars, tokens=float(self.tokens))
+                report.progress(
+                    step, phase.steps, "steps", **{k: scalars[k] for k in ("reward", "loss") if k in scalars}
+                )
             self._measure(step)
-            last = step == phase.steps
+            is_last = step == phase.steps
             state = ranks.max(FAILED if self.checkpoints.failed() else STOP if stop else 0)
             if state == FAILED:
                 self.checkpoints.wait()
-            if last or self._due(step) or state == STOP or step % phase.checkpoint_interval == 0:
+            if is_last or self._is_release_step(step) or state == STOP or step % phase.checkpoint_interval == 0:
                 self._save(step)
             watchdog.alive()
-            if state == STOP and not last:
+            if state == STOP and not is_last:
                 self.checkpoints.wait()
                 raise Interrupted(f"{self.name}: stopped after step {step} as asked; run again to go on")
         self.checkpoints.wait()
         if self.first:
-            report.note(f"{self.name}: {phase.steps - done} steps in {time.monotonic() - began:.1f} s")
-            self._fill(out)
+            report.note(f"{self.name}: {phase.steps - steps_done} steps in {time.monotonic() - started:.1f} s")
+            self._write_outputs(out)
         ranks.barrier()
 
-    def judge(self, step: int) -> Callable[[float, float | None], str | None]:
-        """Stops the phase where a number is none."""
+    def update_check(self, step: int) -> Callable[[float, float | None], str | None]:
+        """A check for `Engine.step` that stops the phase when a loss or gradient norm is not finite."""
 
-        def look(loss: float, norm: float | None) -> str | None:
-            if finite(loss) is None or (norm is not None and finite(norm) is None):
-                raise AtomError(f"{self.name}: loss {loss} and gradient norm {norm} at step {step} are no numbers; "
-                                f"lower {self.name}.optimizer.lr")  # fmt: skip
+        def check(loss: float, grad_norm: float | None) -> str | None:
+            if finite_or_none(loss) is None or (grad_norm is not None and finite_or_none(grad_norm) is None):
+                raise AtomError(f"{self.name}: loss {loss} and gradient norm {grad_norm} at step {step} are no "
+                                f"numbers; lower {self.name}.optimizer.lr")  # fmt: skip
             return None
 
-        return look
+        return check
 
-    def rate(self, step: int) -> float:
+    def learning_rate(self, step: int) -> float:
         """The learning rate of an update."""
         return learning_rate(step, self.phase.all_updates, self.phase.optimizer)
 
     @staticmethod
-    def told(figures: StepFigures, lr: float) -> dict[str, Any]:
-        """What the log says of an update."""
+    def update_metrics(figures: StepFigures, lr: float) -> dict[str, Any]:
+        """The metrics of an update for the log."""
         return {
             "loss": figures.loss,
             "grad_norm": figures.grad_norm,
@@ -126,8 +128,8 @@ class Trainer:
             "router_entropy": float(figures.experts.entropy.mean()),
         }
 
-    def _begin(self) -> int:
-        state = self.checkpoints.load(self._due)
+    def _start(self) -> int:
+        state = self.checkpoints.load(self._is_release_step)
         if state is not None:
             self.log.check(state["step"], 1)
             self.tokens = state["tokens"]
@@ -135,7 +137,7 @@ class Trainer:
             if state["step"]:
                 self.report.note(f"{self.name}: going on after step {state['step']}")
             return int(state["step"])
-        self.log.begin()
+        self.log.create()
         init = self.inputs["init"]
         Origin(init, release_checkpoint.name_of(release_checkpoint.steps_of(init.path)[-1])).load_weights(self.engine)
         self._measure(0)
@@ -146,8 +148,8 @@ class Trainer:
         if line := self.measure(step):
             self.log.write({"step": step, **line})
 
-    def _due(self, step: int) -> bool:
-        """Whether a release checkpoint belongs to a step. Step 0 is another phase's last."""
+    def _is_release_step(self, step: int) -> bool:
+        """Whether a step has a release checkpoint. Step 0 is the last step of another phase."""
         return step > 0 and (step == self.phase.steps or step % self.phase.release_checkpoint_interval == 0)
 
     def _save(self, step: int) -> None:
@@ -157,24 +159,24 @@ class Trainer:
             "tokens": self.tokens,
             "seed": self.config.seed,
             "optimizer_step": self.engine.step_done,
-            "lr": self.rate(self.engine.step_done) if self.engine.step_done else 0.0,
+            "lr": self.learning_rate(self.engine.step_done) if self.engine.step_done else 0.0,
             "rng": "not used: every answer has a seed of its own, which follows from the recipe's",
             "config": identity(self.config),
             "rl": self.state(),
         }
         self.log.flush()
-        stall = self.checkpoints.save(step, state, seal=self._due(step))
+        stall = self.checkpoints.save(step, state, seal=self._is_release_step(step))
         if self.first:
             self.report.metric(step, checkpoint_stall_seconds=stall)
 
-    def _fill(self, out: Path) -> None:
+    def _write_outputs(self, out: Path) -> None:
         summary = {
             "phase": self.name,
             "parameters": self.config.model.parameters(self.config.padded_vocab_size),
             "steps": self.phase.steps,
             "tokens": self.tokens,
             "precision": self.phase.precision,
-            **self.fill(out),
+            **self.write_outputs(out),
         }
         (out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
         shutil.copyfile(self.log.path, out / "training.jsonl")
@@ -185,22 +187,24 @@ class Trainer:
             )
 
 
-def train(kind: type[Trainer], name: str, config: Any, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+def train(
+    trainer_class: type[Trainer], name: str, config: Any, inputs: Inputs, work: Path, out: Path, report: Report
+) -> None:
     """Runs a phase of post-training to its end and fills `out`.
 
-    Raises AtomError as stages.train.loop.train does, and what the stage's verifiers raise; Interrupted when the machine
-    asked to stop.
+    Raises AtomError as stages.train.loop.train does, the errors of the stage's verifiers, and Interrupted when the
+    machine asks to stop.
     """
-    patience = config.phase.watchdog_timeout_seconds
+    timeout = config.phase.watchdog_timeout_seconds
     with (
-        Watchdog(name, patience, work, report) as watchdog,
-        parallel.session(config.seed, config.phase.parallelism, 2 * max(patience, START_SECONDS) + 60) as ranks,
-        requests_to_stop() as stop,
+        Watchdog(name, timeout, work, report) as watchdog,
+        parallel.session(config.seed, config.phase.parallelism, 2 * max(timeout, START_SECONDS) + 60) as ranks,
+        stop_signals() as stop,
     ):
-        held = re.fullmatch(r"out\.(\d+)", out.name)
-        lease = int(held[1]) if held else None
+        match = re.fullmatch(r"out\.(\d+)", out.name)
+        lease = int(match[1]) if match else None
         engine = Engine(config, ranks, Chat(inputs["tokenizer"]).vocab_size)
-        trainer = kind(name, config, inputs, work, report, engine, lease)
+        trainer = trainer_class(name, config, inputs, work, report, engine, lease)
         try:
             trainer.run(stop, watchdog, out)
         finally:

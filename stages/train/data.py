@@ -1,5 +1,5 @@
-"""Training rows by step: the order artifact says which tokens, the shards hold them. Nothing is shuffled here, so the
-position in the data is the step and nothing else, whatever the number of ranks.
+"""Training rows by step, from the order artifact and the token shards. Nothing is shuffled here, so the position in
+the data is the step alone, for any number of ranks.
 
 A segment is one document, or one chunk of one, of at most sequence_length + 1 tokens: its tokens but the last are the
 inputs, its tokens but the first the targets. A row is one segment, or several side by side where a phase packs them;
@@ -34,12 +34,12 @@ from stages.train.config import PhaseConfig
 from stages.train.parallel import Ranks
 
 ALIGN = 8  # rows are padded to a multiple of this many tokens
-FP8_ALIGN = 128  # and of this many on each rank where matrices are made of quantisation blocks
+FP8_ALIGN = 128  # and of this many on each rank where matrices are made of quantization blocks
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Where the tokens of a document or chunk stand. `loss_from` targets at its start carry no loss."""
+    """The tokens of a document or chunk. The first `loss_from` targets carry no loss."""
 
     source: str
     id: str
@@ -74,7 +74,7 @@ class Row:
 class Batch:
     """Rows of one micro-batch, each [rows, width]; `loss_mask` is 1 where a target carries loss, `padding` is True
     where an input is padding (Megatron's router leaves those out of its balance). `starts`, where rows are packed: the
-    position at which the segment of each position begins; padding is a segment of its own. `more`: what an objective
+    position at which the segment of each position begins; padding is a segment of its own. `extras`: what an objective
     other than the plain loss needs, each [rows] or [rows, width]."""
 
     ids: torch.Tensor
@@ -82,11 +82,11 @@ class Batch:
     loss_mask: torch.Tensor
     padding: torch.Tensor
     starts: torch.Tensor | None = None
-    more: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Shards:
-    """The token shards of one split, opened as they are asked for."""
+    """The token shards of one split, opened on demand."""
 
     def __init__(self, tokens: Artifact, split: str) -> None:
         self.pad_id: int = tokens.json("meta.json")["pad_id"]
@@ -110,29 +110,29 @@ class Shards:
         return np.asarray(dataset.get(segment.ordinal, offset=segment.offset, length=segment.length))
 
     def batch(self, rows: Sequence[Row | None], width: int, packed: bool = False) -> Batch:
-        """Reads rows and pads them to `width` tokens; None is a row of nothing but padding."""
+        """Reads rows and pads them to `width` tokens; None is a row of padding."""
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         labels = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=np.float32)
         padding = np.ones((len(rows), width), dtype=bool)
         starts = np.zeros((len(rows), width), dtype=np.int64)
         for i, row in enumerate(rows):
-            at = 0
+            start = 0
             for segment in row.segments if row is not None else ():
-                tokens, end = self.read(segment), at + segment.length - 1
-                ids[i, at:end], labels[i, at:end] = tokens[:-1], tokens[1:]
-                mask[i, at + segment.loss_from : end] = 1
-                padding[i, at:end] = False
-                starts[i, at:end] = at
-                at = end
-            starts[i, at:] = at
-        whole = (ids, labels, mask, padding, starts) if packed else (ids, labels, mask, padding)
-        return Batch(*(torch.from_numpy(x) for x in whole))
+                tokens, end = self.read(segment), start + segment.length - 1
+                ids[i, start:end], labels[i, start:end] = tokens[:-1], tokens[1:]
+                mask[i, start + segment.loss_from : end] = 1
+                padding[i, start:end] = False
+                starts[i, start:end] = start
+                start = end
+            starts[i, start:] = start
+        arrays = (ids, labels, mask, padding, starts) if packed else (ids, labels, mask, padding)
+        return Batch(*(torch.from_numpy(x) for x in arrays))
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one rank computes of a set of rows: micro-batches of equal shape, and what the whole set counts."""
+class RankBatch:
+    """One rank's part of a global batch: micro-batches of equal shape, and the targets of all ranks."""
 
     micro: list[Batch]
     width: int
@@ -141,53 +141,55 @@ class Share:
     @classmethod
     def read(
         cls, rows: Sequence[Row], shards: Shards, micro_rows: int, ranks: Ranks, packed: bool = False, fp8: bool = False
-    ) -> Share:
+    ) -> RankBatch:
         """Cuts rows into micro-batches of `micro_rows` and deals them to the data-parallel ranks in runs, so that the
-        micro-batches are the same in every layout. What does not fill up evenly (only evaluation) is filled with
-        padding. Tensor, pipeline and context ranks read the rows of their data-parallel rank."""
+        micro-batches are the same in every layout. An uneven last part (only in evaluation) is filled with padding.
+        Tensor, pipeline and context ranks read the rows of their data-parallel rank."""
         layout = ranks.layout
-        each = -(-len(rows) // (micro_rows * ranks.data_ranks))
+        per_rank = -(-len(rows) // (micro_rows * ranks.data_ranks))
         if layout.vpp > 1:  # the interleaved schedule takes micro-batches by groups
-            each = -(-each // layout.pp) * layout.pp
-        unit = FP8_ALIGN * layout.width_unit if fp8 else math.lcm(ALIGN, layout.width_unit)
-        width = -(-max(row.slots for row in rows) // unit) * unit
-        first = ranks.data_rank * each * micro_rows
-        own: list[Row | None] = list(rows[first : first + each * micro_rows])
-        own += [None] * (each * micro_rows - len(own))
-        micro = [shards.batch(own[i : i + micro_rows], width, packed) for i in range(0, len(own), micro_rows)]
+            per_rank = -(-per_rank // layout.pp) * layout.pp
+        multiple = FP8_ALIGN * layout.width_unit if fp8 else math.lcm(ALIGN, layout.width_unit)
+        width = -(-max(row.slots for row in rows) // multiple) * multiple
+        first = ranks.data_rank * per_rank * micro_rows
+        rank_rows: list[Row | None] = list(rows[first : first + per_rank * micro_rows])
+        rank_rows += [None] * (per_rank * micro_rows - len(rank_rows))
+        micro = [
+            shards.batch(rank_rows[i : i + micro_rows], width, packed) for i in range(0, len(rank_rows), micro_rows)
+        ]
         return cls(micro, width, sum(row.targets for row in rows))
 
 
-class Feed:
-    """The shares of successive steps, each read by a thread while the step before it is computed.
+class Prefetcher:
+    """Prefetches the rank batch of the next step in a thread while the current step is computed.
 
-    The position is the step alone: nothing is kept that a checkpoint would have to hold.
+    The position is the step alone, so the prefetcher has no state for a checkpoint.
     """
 
     def __init__(self, order: Order, shards: Shards, phase: PhaseConfig, ranks: Ranks) -> None:
         self.order, self.shards, self.phase, self.ranks = order, shards, phase, ranks
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="feed")
-        self.ahead: dict[int, Future[tuple[list[Row], Share]]] = {}
+        self.futures: dict[int, Future[tuple[list[Row], RankBatch]]] = {}
         self.waited = 0.0
         """Seconds that the last `take` waited for its data."""
 
-    def take(self, step: int) -> tuple[list[Row], Share]:
-        """The rows of a step (all of them) and this rank's share; begins to read the step after it."""
-        for due in (step, step + 1):
-            if due not in self.ahead and due <= self.order.last:
-                self.ahead[due] = self.reader.submit(self._read, due)
-        began = time.monotonic()
-        found = self.ahead.pop(step).result()
-        self.waited = time.monotonic() - began
-        return found
+    def take(self, step: int) -> tuple[list[Row], RankBatch]:
+        """All rows of a step and this rank's batch of them; starts to read the next step."""
+        for upcoming in (step, step + 1):
+            if upcoming not in self.futures and upcoming <= self.order.last:
+                self.futures[upcoming] = self.reader.submit(self._read, upcoming)
+        started = time.monotonic()
+        result = self.futures.pop(step).result()
+        self.waited = time.monotonic() - started
+        return result
 
     def close(self) -> None:
         self.reader.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, step: int) -> tuple[list[Row], Share]:
+    def _read(self, step: int) -> tuple[list[Row], RankBatch]:
         rows = self.order.rows(step)
         phase = self.phase
-        return rows, Share.read(rows, self.shards, phase.micro_rows, self.ranks, phase.pack, phase.fp8)
+        return rows, RankBatch.read(rows, self.shards, phase.micro_rows, self.ranks, phase.pack, phase.fp8)
 
 
 class Order:
@@ -200,13 +202,13 @@ class Order:
 
     def __init__(self, order: Artifact, phase: PhaseConfig) -> None:
         meta = json.loads((order / "meta.json").read_text())
-        wanted: dict[str, Any] = {
+        expected: dict[str, Any] = {
             "steps": phase.steps,
             "rows": phase.rows_of(phase.steps),
             "sequence_length": phase.sequence_length,
         }
-        wanted |= {"ramp": [list(part) for part in phase.row_ramp], "pack": phase.pack}
-        for name, value in wanted.items():
+        expected |= {"ramp": [list(ramp_step) for ramp_step in phase.row_ramp], "pack": phase.pack}
+        for name, value in expected.items():
             if meta.get(name, {"ramp": [], "pack": False}.get(name)) != value:
                 raise AtomError(f"order artifact {order.key} was made for {name} = {meta.get(name)}, not {value}")
         self.meta, self.key, self.phase = meta, order.key, phase
@@ -217,25 +219,32 @@ class Order:
         self.spans = [(group.min, group.max) for group in groups]
         """First and last step of each row group."""
         if not phase.pack and self.file.metadata.num_rows != phase.tokens(self.first) // phase.sequence_length:
-            raise self._uneven()
+            raise self._row_mismatch()
         self.lock = threading.Lock()
         self.empty = self.file.schema_arrow.empty_table().select(self.COLUMNS)
         self.group: tuple[int, pa.Table] = (-1, self.empty)
         self.counted: tuple[int, Counter[str]] = (0, Counter())  # segments of the groups before this one, by source
 
     def rows(self, step: int) -> list[Row]:
-        """step: first .. last. Raises AtomError if the table does not hold the rows of a step that it should."""
-        part = self._between(step, step).to_pylist()
+        """The rows of a step, first .. last. Raises AtomError if the table lacks rows of it."""
+        records = self._read_steps(step, step).to_pylist()
         rows: dict[int, list[Segment]] = {}
-        for r in part:
-            segment = Segment(r["source"], r["id"], r["ordinal"], r["offset"], r["length"], r["loss_from"])
-            rows.setdefault(r["row"], []).append(segment)
+        for record in records:
+            segment = Segment(
+                record["source"],
+                record["id"],
+                record["ordinal"],
+                record["offset"],
+                record["length"],
+                record["loss_from"],
+            )
+            rows.setdefault(record["row"], []).append(segment)
         if list(rows) != list(range(self.phase.rows_of(step))):
-            raise self._uneven()
-        found = [Row(tuple(segments)) for segments in rows.values()]
-        if max(row.slots for row in found) > self.phase.sequence_length:
+            raise self._row_mismatch()
+        step_rows = [Row(tuple(segments)) for segments in rows.values()]
+        if max(row.slots for row in step_rows) > self.phase.sequence_length:
             raise AtomError(f"order artifact {self.key} has a row of step {step} longer than sequence_length")
-        return found
+        return step_rows
 
     def consumed(self, step: int) -> dict[str, int]:
         """Segments of each source that the steps of this order up to `step` have read. Cheap for one step after
@@ -244,20 +253,20 @@ class Order:
         if group and self.spans[group - 1][1] > step:
             group, counts = 0, Counter()
         while group < len(self.spans) and self.spans[group][1] <= step:
-            counts = counts + _sources(self._read(group))
+            counts = counts + _count_sources(self._read(group))
             group += 1
         self.counted = group, counts
-        rest = self._part(group, self.first, step) if group < len(self.spans) else self.empty
-        found = counts + _sources(rest)
-        return {name: found[name] for name in sorted(found)}
+        partial_group = self._slice_group(group, self.first, step) if group < len(self.spans) else self.empty
+        totals = counts + _count_sources(partial_group)
+        return {name: totals[name] for name in sorted(totals)}
 
-    def _between(self, first: int, last: int) -> pa.Table:
+    def _read_steps(self, first: int, last: int) -> pa.Table:
         """The table's part of these steps."""
         begin = bisect_left(self.spans, first, key=lambda span: span[1])
         end = bisect_right(self.spans, last, key=lambda span: span[0])
-        return pa.concat_tables([self.empty, *(self._part(group, first, last) for group in range(begin, end))])
+        return pa.concat_tables([self.empty, *(self._slice_group(group, first, last) for group in range(begin, end))])
 
-    def _part(self, group: int, first: int, last: int) -> pa.Table:
+    def _slice_group(self, group: int, first: int, last: int) -> pa.Table:
         table = self._read(group)
         steps = table["step"].to_numpy()
         begin, end = np.searchsorted(steps, first, "left"), np.searchsorted(steps, last, "right")
@@ -269,11 +278,11 @@ class Order:
                 self.group = group, self.file.read_row_group(group, columns=self.COLUMNS)
             return self.group[1]
 
-    def _uneven(self) -> AtomError:
+    def _row_mismatch(self) -> AtomError:
         return AtomError(f"order artifact {self.key} does not hold the rows that each of its steps should have")
 
 
-def _sources(table: pa.Table) -> Counter[str]:
+def _count_sources(table: pa.Table) -> Counter[str]:
     return Counter({c["values"]: c["counts"] for c in table["source"].value_counts().to_pylist()})
 
 
@@ -287,8 +296,8 @@ def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:
     total = sum(phase.mix.values())
     rows: list[Row] = []
     for source, share in sorted(phase.mix.items()):
-        own = sorted((d for d in documents if d["source"] == source), key=lambda d: d["ordinal"])
-        for d in own[: max(1, round(phase.validation.rows * share / total))]:
+        source_documents = sorted((d for d in documents if d["source"] == source), key=lambda d: d["ordinal"])
+        for d in source_documents[: max(1, round(phase.validation.rows * share / total))]:
             length = min(d["tokens"], phase.sequence_length + 1)
             # in documents.parquet loss_from is the first token that carries loss; its target stands one place earlier
             segment = Segment(source, d["id"], d["ordinal"], 0, length, max(0, d["loss_from"] - 1))

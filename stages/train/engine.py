@@ -31,34 +31,34 @@ from stages.models.qwen3_moe.config import ModelConfig, Precision
 from stages.models.qwen3_moe.megatron_model import build, named_buffers, named_tensors
 from stages.models.qwen3_moe.qkv import context_positions
 from stages.train.config import Optimizer
-from stages.train.data import Batch, Share
+from stages.train.data import Batch, RankBatch
 from stages.train.parallel import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Judge = Callable[[float, float | None], str | None]
-"""(loss, gradient norm or None before it is known) -> why the update is not to be made, or None. May raise."""
+UpdateCheck = Callable[[float, float | None], str | None]
+"""(loss, gradient norm or None before it is known) -> the reason to skip the update, or None. May raise."""
 
 
 Objective = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""(minus the log-probability of each target [rows, width], the batch) -> the sum that is minimised, which the engine
+"""(minus the log-probability of each target [rows, width], the batch) -> the sum that is minimized, which the engine
 divides by the share's targets, and figures to be summed over the step; of those called `max_…` the largest is kept."""
 
 
-class Trained(Protocol):
+class EngineConfig(Protocol):
     """The part of a stage's config that the engine reads."""
 
     @property
     def model(self) -> ModelConfig: ...
     @property
-    def phase(self) -> Trainee: ...
+    def phase(self) -> PhaseProtocol: ...
     @property
     def padded_vocab_size(self) -> int: ...
     @property
     def seed(self) -> int: ...
 
 
-class Trainee(Protocol):
-    """Of a phase."""
+class PhaseProtocol(Protocol):
+    """The part of a phase's config that the engine reads."""
 
     @property
     def precision(self) -> Precision: ...
@@ -70,7 +70,7 @@ class Trainee(Protocol):
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What one step gave, the same on every rank."""
+    """The metrics of one step, the same on every rank."""
 
     loss: float  # mean over the step's loss-carrying targets
     aux_loss: float  # load-balancing loss, summed over layers, mean over micro-batches, without its weight
@@ -79,12 +79,12 @@ class StepFigures:
     experts: Experts
     refused: str | None = None  # why no weight was moved
     gradients: dict[str, float] | None = None  # norms by part of the model, if so
-    more: dict[str, float] = field(default_factory=dict)  # what the objective tells
+    extras: dict[str, float] = field(default_factory=dict)  # what the objective tells
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What this rank's distributed optimizer owns of one tensor: a stretch of the flat local tensor."""
+    """The part of one tensor that this rank's distributed optimizer owns: a range of the flat local tensor."""
 
     name: str
     boxes: tuple[Box, ...]
@@ -95,13 +95,13 @@ class Piece:
 class Engine:
     """Holds model and optimizer. Every method is collective: all ranks call it with the same arguments."""
 
-    def __init__(self, config: Trained, ranks: Ranks, vocab_size: int) -> None:
+    def __init__(self, config: EngineConfig, ranks: Ranks, vocab_size: int) -> None:
         """vocab_size: of the tokenizer; ids beyond it only pad the model's table."""
         self.config, self.ranks, self.layout = config, ranks, ranks.layout
         self.step_done = 0
         kind, model = config.phase.precision, config.model
-        if lack := precision.missing(kind):
-            raise RecipeError(lack)
+        if reason := precision.missing_requirement(kind):
+            raise RecipeError(reason)
         self.shapes = model.shapes(config.padded_vocab_size)
         if vocab_size > config.padded_vocab_size:
             raise RecipeError(
@@ -111,7 +111,7 @@ class Engine:
         self.chunks = build(model, config.padded_vocab_size, self.layout, kind, config.phase.pack, vocab_size)
         self.routers = RouterWatch(self.chunks, model.layers, model.experts, model.dense_layers)
         megatron = self.chunks[0].config
-        held = self.chunks if kind == "fp32" else [Float16Module(megatron, chunk) for chunk in self.chunks]
+        modules = self.chunks if kind == "fp32" else [Float16Module(megatron, chunk) for chunk in self.chunks]
         self.buffers = named_buffers(self.chunks)
         for name, buffer in self.buffers.items():
             buffer.data = torch.zeros(self.shapes[name], dtype=torch.float32, device=buffer.device)
@@ -126,18 +126,18 @@ class Engine:
                 module=chunk,
                 disable_bucketing=number > 0,
             )
-            for number, chunk in enumerate(held)
+            for number, chunk in enumerate(modules)
         ]
         ranks.wrapped.extend(self.ddp)
-        o = config.phase.optimizer
+        settings = config.phase.optimizer
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
-                lr=o.lr,
-                weight_decay=o.weight_decay,
-                adam_beta1=o.beta1,
-                adam_beta2=o.beta2,
-                clip_grad=o.clip,
+                lr=settings.lr,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.beta1,
+                adam_beta2=settings.beta2,
+                clip_grad=settings.clip,
                 use_distributed_optimizer=True,
                 bf16=kind != "fp32",
                 params_dtype=megatron.params_dtype,
@@ -145,12 +145,12 @@ class Engine:
             self.ddp,
         )
         megatron.finalize_model_grads_func = finalize_model_grads
-        megatron.grad_scale_func = _weak(self.optimizer.scale_loss)
+        megatron.grad_scale_func = _weak_method(self.optimizer.scale_loss)
         if self.layout.overlap_gradients:  # reduce with the last micro-batch only
-            quiet = [_weak(chunk.no_sync) for chunk in self.ddp]
-            megatron.no_sync_func = quiet if len(quiet) > 1 else quiet[0]
+            no_sync = [_weak_method(chunk.no_sync) for chunk in self.ddp]
+            megatron.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
-    def initialise(self) -> None:
+    def initialize(self) -> None:
         """The initial weights, which are the same in every layout and fp32 where the optimizer keeps them."""
 
         def read(kind: str, piece: Piece) -> torch.Tensor:
@@ -160,39 +160,47 @@ class Engine:
         self.load_state(read, 0)
 
     def step(
-        self, share: Share, lr: float, judge: Judge, norm_first: bool = False, objective: Objective | None = None
+        self,
+        rank_batch: RankBatch,
+        lr: float,
+        check_update: UpdateCheck,
+        norm_first: bool = False,
+        objective: Objective | None = None,
     ) -> StepFigures:
-        """Forward, backward and update on this rank's share of a step.
+        """Forward, backward and update on this rank's batch of a step.
 
-        objective: what is minimised, if not the mean loss over targets.
+        objective: the function to minimize, by default the mean loss over targets.
 
-        judge: sees the loss and then, if norm_first, the gradient norm, before any weight moves; if it gives a reason,
-        none does. Without norm_first it sees the norm after the update and can only raise.
+        check_update: gets the loss and then, if norm_first, the gradient norm, before the update, which is skipped if
+        it returns a reason. Without norm_first it gets the norm after the update and can only raise.
         """
         self._set_rates(lr)
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
             chunk.train()
         self.optimizer.zero_grad()
-        before = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        loss, more = self._run(share, forward_only=False, objective=objective or cross_entropy)
-        aux, z = (self.ranks.sum(x).item() / (self.ranks.data_ranks * len(share.micro)) for x in moe_metrics.take())
-        experts = self.routers.take(self.config.model.num_experts_per_tok, self.ranks.sum)
+        saved_buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        loss, extras = self._run(rank_batch, forward_only=False, objective=objective or cross_entropy)
+        aux, z = (
+            self.ranks.sum(x).item() / (self.ranks.data_ranks * len(rank_batch.micro))
+            for x in moe_metrics.collect_losses()
+        )
+        experts = self.routers.collect(self.config.model.num_experts_per_tok, self.ranks.sum)
         z /= self.layout.tp * self.layout.cp  # each of these ranks has its own tokens' mean
-        refused, norm = judge(loss, None), math.nan
-        if refused or norm_first:
+        reason, norm = check_update(loss, None), math.nan
+        if reason or norm_first:
             self.optimizer.prepare_grads()
             norm = float(self.optimizer.get_grad_norm())
-            refused = refused or judge(loss, norm)
-        if refused:
+            reason = reason or check_update(loss, norm)
+        if reason:
             for name, buffer in self.buffers.items():  # Megatron moves the biases of experts with the backward pass
-                buffer.copy_(before[name])
-            return StepFigures(loss, aux, z, norm, experts, refused, self._gradients(), more)
+                buffer.copy_(saved_buffers[name])
+            return StepFigures(loss, aux, z, norm, experts, reason, self._gradients(), extras)
         _, norm, _ = self.optimizer.step()
         self.step_done += 1
         if not norm_first:
-            judge(loss, float(norm))
-        return StepFigures(loss, aux, z, float(norm), experts, more=more)
+            check_update(loss, float(norm))
+        return StepFigures(loss, aux, z, float(norm), experts, extras=extras)
 
     def _gradients(self) -> dict[str, float]:
         """Norms of the present gradients by part of the model: embedding, each layer's attention, experts, …"""
@@ -201,95 +209,102 @@ class Engine:
         parts = sorted({part_of(name) for name in self.shapes})
         squares = torch.zeros(len(parts), dtype=torch.float64)
         for piece, _, main in self._pieces:
-            copy = tensor and not is_cut(piece.name)  # every tensor rank has these
-            copy = copy or (self.config.model.tie_embeddings and piece.name.startswith("embedding") and not first)
-            if not copy and main.grad is not None:
+            is_duplicate = tensor and not is_cut(piece.name)  # every tensor rank has these
+            is_duplicate = is_duplicate or (
+                self.config.model.tie_embeddings and piece.name.startswith("embedding") and not first
+            )
+            if not is_duplicate and main.grad is not None:
                 squares[parts.index(part_of(piece.name))] += main.grad.double().square().sum().cpu()
         if torch.cuda.is_available():
             squares = squares.cuda()
         return dict(zip(parts, self.ranks.sum(squares).sqrt().tolist(), strict=True))
 
-    def evaluate(self, share: Share) -> float:
-        """Mean loss over the targets of any rows; nothing is changed."""
-        return self.figures(share, cross_entropy)[0]
+    def evaluate(self, rank_batch: RankBatch) -> float:
+        """Mean loss over the targets of any rows, without an update."""
+        return self.figures(rank_batch, cross_entropy)[0]
 
-    def figures(self, share: Share, objective: Objective) -> tuple[float, dict[str, float]]:
-        """An objective's mean and figures over any rows; nothing is changed."""
+    def figures(self, rank_batch: RankBatch, objective: Objective) -> tuple[float, dict[str, float]]:
+        """An objective's mean and figures over any rows, without an update."""
         for chunk in self.ddp:
             chunk.eval()
         with torch.no_grad():
-            found = self._run(share, forward_only=True, objective=objective)
-        moe_metrics.take()
-        return found
+            result = self._run(rank_batch, forward_only=True, objective=objective)
+        moe_metrics.collect_losses()
+        return result
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The full tensors that the model computes with, by global name, on rank 0; others give none. On CPU; of
         one process the live ones."""
-        held = [(n, boxes(n, self.shapes[n]), t.data) for n, t in named_tensors(self.chunks)]
-        held += [(n, boxes(n, self.shapes[n]), t) for n, t in self.buffers.items()]
+        local_tensors = [(n, boxes(n, self.shapes[n]), t.data) for n, t in named_tensors(self.chunks)]
+        local_tensors += [(n, boxes(n, self.shapes[n]), t) for n, t in self.buffers.items()]
         if self.ranks.world == 1:
-            return {name: tensor.cpu() for name, _, tensor in held}
+            return {name: tensor.cpu() for name, _, tensor in local_tensors}
         full: dict[str, torch.Tensor] = {}
-        for part in self.ranks.to_first([(name, parts, tensor.cpu()) for name, parts, tensor in held]):
-            for name, parts, tensor in part:
-                whole = full.setdefault(name, torch.empty(self.shapes[name], dtype=tensor.dtype))
-                paste(whole, parts, tensor)
+        for rank_tensors in self.ranks.to_first([(name, parts, tensor.cpu()) for name, parts, tensor in local_tensors]):
+            for name, parts, tensor in rank_tensors:
+                target = full.setdefault(name, torch.empty(self.shapes[name], dtype=tensor.dtype))
+                paste(target, parts, tensor)
         return full
 
-    def _run(self, share: Share, forward_only: bool, objective: Objective) -> tuple[float, dict[str, float]]:
-        """Runs this rank's share through Megatron's schedule; gives the mean of the objective over all ranks, and its
+    def _run(self, rank_batch: RankBatch, forward_only: bool, objective: Objective) -> tuple[float, dict[str, float]]:
+        """Runs this rank's batch through Megatron's schedule; returns the mean of the objective over all ranks, and its
         figures.
 
         The loss of a step is the mean over its loss-carrying targets, wherever they lie. Megatron averages over
         micro-batches and DDP over ranks, so each micro-batch's sum is scaled back by both counts.
         """
-        scale = len(share.micro) * self.ranks.data_ranks / share.targets
+        scale = len(rank_batch.micro) * self.ranks.data_ranks / rank_batch.targets
         device = next(self.chunks[0].parameters()).device
 
         def forward(batches: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             batch: Batch = next(batches)
-            assert not batch.more or self.layout.cp == 1, "context ranks hold parts of rows"
-            ids, where, labels, mask, padding = (x.to(device) for x in self._inputs(batch, model))
+            assert not batch.extras or self.layout.cp == 1, "context ranks hold parts of rows"
+            ids, positions, labels, mask, padding = (x.to(device) for x in self._inputs(batch, model))
             starts = None if batch.starts is None else batch.starts.to(device)
-            losses = model(ids, where, starts, labels=labels, padding_mask=padding)
-            held = replace(batch, loss_mask=mask, more={n: x.to(device) for n, x in batch.more.items()})
+            losses = model(ids, positions, starts, labels=labels, padding_mask=padding)
+            device_batch = replace(batch, loss_mask=mask, extras={n: x.to(device) for n, x in batch.extras.items()})
 
             def reduce(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-                total, more = objective(losses.float(), held)
+                loss_sum, extras = objective(losses.float(), device_batch)
                 # a clone: the schedule divides in place
-                return total * scale, {"sum": total.detach().clone(), **{n: x.detach() for n, x in more.items()}}
+                return loss_sum * scale, {
+                    "sum": loss_sum.detach().clone(),
+                    **{n: x.detach() for n, x in extras.items()},
+                }
 
             return losses, reduce
 
-        feeds: list[Any] = [iter(share.micro) for _ in self.ddp]
-        out = get_forward_backward_func()(
+        iterators: list[Any] = [iter(rank_batch.micro) for _ in self.ddp]
+        outputs = get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=feeds if len(feeds) > 1 else feeds[0],
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.ddp,
-            num_microbatches=len(share.micro),
-            seq_length=share.width,
-            micro_batch_size=share.micro[0].ids.shape[0],
+            num_microbatches=len(rank_batch.micro),
+            seq_length=rank_batch.width,
+            micro_batch_size=rank_batch.micro[0].ids.shape[0],
             forward_only=forward_only,
         )
-        counted = self.ranks.counts_loss and out
-        total = torch.stack([x["sum"] for x in out]).sum() if counted else torch.zeros((), device=device)
-        told = [{n: float(v) for n, v in x.items() if n != "sum"} for x in out] if counted else []
-        loss = float(self.ranks.sum(total) / share.targets)
-        more: dict[str, float] = {}
-        for one in [x for part in self.ranks.gather(told) for x in part] if objective is not cross_entropy else []:
-            for n, v in one.items():
-                more[n] = max(more.get(n, v), v) if n.startswith("max_") else more.get(n, 0.0) + v
-        return loss, more
+        has_loss = self.ranks.counts_loss and outputs
+        loss_sum = torch.stack([x["sum"] for x in outputs]).sum() if has_loss else torch.zeros((), device=device)
+        local_extras = [{n: float(v) for n, v in x.items() if n != "sum"} for x in outputs] if has_loss else []
+        loss = float(self.ranks.sum(loss_sum) / rank_batch.targets)
+        extras: dict[str, float] = {}
+        for micro_extras in (
+            [x for part in self.ranks.gather(local_extras) for x in part] if objective is not cross_entropy else []
+        ):
+            for n, v in micro_extras.items():
+                extras[n] = max(extras.get(n, v), v) if n.startswith("max_") else extras.get(n, 0.0) + v
+        return loss, extras
 
     def _inputs(self, batch: Batch, model: Any) -> Iterator[torch.Tensor]:
-        """ids, positions, labels, loss mask and padding as this rank's part of the model takes them. Positions are for
-        Megatron's signature only: attention takes its own."""
+        """ids, positions, labels, loss mask and padding for this rank's part of the model. Positions are only for
+        Megatron's signature: attention computes its own."""
         gpt = self.chunks[self.ddp.index(model)]
-        where = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
-        parts = [batch.ids, where, batch.labels, batch.loss_mask, batch.padding]
+        positions = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
+        parts = [batch.ids, positions, batch.labels, batch.loss_mask, batch.padding]
         if self.layout.cp > 1:
-            held = context_positions(batch.ids.shape[1])
-            parts = [x[:, held].contiguous() for x in parts]
+            local_positions = context_positions(batch.ids.shape[1])
+            parts = [x[:, local_positions].contiguous() for x in parts]
         if self.layout.tp > 1 and not gpt.pre_process:
             # Megatron cuts the router's padding for sequence parallelism where the embedding is, and nowhere else
             parts[-1] = parts[-1].chunk(self.layout.tp, 1)[parallel_state.get_tensor_model_parallel_rank()]
@@ -305,12 +320,12 @@ class Engine:
     # -- state ------------------------------------------------------------------------------------------------------
 
     def state(self) -> Iterator[tuple[Piece, dict[str, torch.Tensor]]]:
-        """What this rank owns: of each piece `weight` and, after the first step, Adam's moments, all flat and fp32.
+        """This rank's optimizer state: of each piece `weight` and, after the first step, Adam's moments, flat and fp32.
 
         The pieces of all ranks together cover every tensor; what several ranks hold (norms under tensor parallelism,
         tied embeddings under pipeline parallelism) comes from each of them, and so does what has no gradient.
         """
-        for piece, _, main, moments in self._owned():
+        for piece, _, main, moments in self._owned_state():
             yield piece, {"weight": main, **{k: moments[k] for k in MOMENTS if k in moments}}
         for piece, buffer in self._buffer_pieces():
             yield piece, {"weight": buffer.flatten()}
@@ -320,14 +335,14 @@ class Engine:
             yield Piece(name, boxes(name, self.shapes[name]), 0, buffer.numel()), buffer
 
     def load_state(self, read: Callable[[str, Piece], torch.Tensor], step: int, moments: bool = True) -> None:
-        """Takes over weights and, if `moments`, Adam's moments and step count.
+        """Loads weights and, if `moments`, Adam's moments and step count.
 
         read: ("weight" | "exp_avg" | "exp_avg_sq", piece) -> the flat fp32 values of that piece.
         step: updates that the optimizer has made.
         The step count stands in Megatron's parameter groups, which differ in number between layouts (experts have
         their own under expert parallelism), so it is set in each instead of being merged.
         """
-        for piece, part, main, states in self._owned():
+        for piece, part, main, states in self._owned_state():
             main.data.copy_(read("weight", piece))
             for kind in MOMENTS if moments else ():
                 if step:
@@ -338,57 +353,57 @@ class Engine:
                 group["step"] = step
         for piece, buffer in self._buffer_pieces():
             buffer.copy_(read("weight", piece).view_as(buffer))
-        for part in self._parts():
+        for part in self._distributed_optimizers():
             part._copy_main_params_to_model_params()
         for chunk in self.ddp:
             chunk.start_param_sync(force_sync=True)
         self.step_done = step if moments else 0
 
-    def _parts(self) -> list[Any]:
+    def _distributed_optimizers(self) -> list[Any]:
         """Megatron's distributed optimizers: one for dense tensors, another for experts if they are spread."""
         parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
         return [part for part in parts if not part.is_stub_optimizer]
 
-    def _owned(self) -> Iterator[tuple[Piece, Any, torch.Tensor, dict[str, torch.Tensor]]]:
-        """(piece, its optimizer, the optimizer's flat fp32 weights, its state) of all that this rank owns."""
+    def _owned_state(self) -> Iterator[tuple[Piece, Any, torch.Tensor, dict[str, torch.Tensor]]]:
+        """(piece, its optimizer, the optimizer's flat fp32 weights, its state) of all pieces of this rank."""
         for piece, part, main in self._pieces:
             yield piece, part, main, part.optimizer.state[main]
 
     @cached_property
     def _pieces(self) -> list[tuple[Piece, Any, torch.Tensor]]:
-        found = []
+        pieces = []
         names = {id(p): name for name, p in named_tensors(self.chunks)}
-        for part in self._parts():
+        for part in self._distributed_optimizers():
             for parameter, (group, number) in part.model_param_group_index_map.items():
                 name, span = names[id(parameter)], part._get_model_param_range_map(parameter)["param"]
                 main = part.optimizer.param_groups[group]["params"][number]
-                found.append((Piece(name, boxes(name, self.shapes[name]), span.start, span.end), part, main))
-        return found
+                pieces.append((Piece(name, boxes(name, self.shapes[name]), span.start, span.end), part, main))
+        return pieces
 
 
 def cross_entropy(losses: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of the targets that carry one."""
+    """The sum of the loss over targets with loss_mask 1."""
     return (losses * batch.loss_mask).sum(), {}
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a tensor belongs to, as gradient norms are told: `layer 3 experts`."""
-    found = re.match(r"decoder\.layers\.(\d+)\.(\w+)", name)
-    if found is None:
+    """The part of the model that a tensor belongs to, the key of gradient norms: `layer 003 experts`."""
+    match = re.match(r"decoder\.layers\.(\d+)\.(\w+)", name)
+    if match is None:
         return name.split(".")[0]
-    kind = "experts" if ".mlp.experts." in name else "router" if ".router." in name else found[2]
+    kind = "experts" if ".mlp.experts." in name else "router" if ".router." in name else match[2]
     names = {"self_attention": "attention", "input_layernorm": "attention", "pre_mlp_layernorm": "mlp"}
-    return f"layer {int(found[1]):03d} {names.get(kind, kind)}"
+    return f"layer {int(match[1]):03d} {names.get(kind, kind)}"
 
 
-def _weak(method: Callable[..., Any]) -> Callable[..., Any]:
+def _weak_method(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method for Megatron's config, which outlives the engine: held there, model, optimizer and the threads of their
     process groups would outlive it too."""
-    held = weakref.WeakMethod(method)
+    reference = weakref.WeakMethod(method)
 
     def call(*args: Any) -> Any:
-        found = held()
-        assert found is not None
-        return found(*args)
+        bound = reference()
+        assert bound is not None
+        return bound(*args)
 
     return call

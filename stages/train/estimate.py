@@ -1,11 +1,11 @@
-"""What a training phase will ask of its machines. No torch."""
+"""Resource estimate of a training phase. No torch."""
 
 from __future__ import annotations
 
 from pipeline.core.stage import Estimate, TrainingEstimate
 from stages.mcore.activations import Rows, activation_bytes
 from stages.mcore.parallel_layout import Layout
-from stages.models.qwen3_moe.costs import MASTER, MOMENTS, held, owned_bytes, state_bytes
+from stages.models.qwen3_moe.costs import MASTER, MOMENTS, memory_share, owned_bytes, state_bytes
 from stages.train.config import PhaseConfig, TrainConfig
 
 # Sustained training FLOP/s of one CPU thread in fp32 on matrices this small: 493,536 parameters, 24 x 48 tokens in
@@ -25,21 +25,25 @@ def estimate(config: TrainConfig) -> Estimate:
     steps, tokens = phase.steps - phase.first_step + 1, phase.tokens(phase.first_step)
     per_token = model.flops_per_token(config.padded_vocab_size, phase.sequence_length)
     rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
-    each = max(phase.micro_batches) // layout.data
-    states, kept, owned = [], [], []
-    for place in range(layout.pp):
-        part = held(model, config.padded_vocab_size, layout, place)
-        states.append(state_bytes(part, layout, phase.precision))
-        owned.append(owned_bytes(part, layout))
-        kept.append(activation_bytes(model, config.padded_vocab_size, layout, phase.precision, rows, each, place))
-    memory = round(max(state + activation for state, activation in zip(states, kept, strict=True)))
+    micro_batches = max(phase.micro_batches) // layout.data
+    states, activations, owned = [], [], []
+    for pipeline_rank in range(layout.pp):
+        share = memory_share(model, config.padded_vocab_size, layout, pipeline_rank)
+        states.append(state_bytes(share, layout, phase.precision))
+        owned.append(owned_bytes(share, layout))
+        activations.append(
+            activation_bytes(
+                model, config.padded_vocab_size, layout, phase.precision, rows, micro_batches, pipeline_rank
+            )
+        )
+    memory = round(max(state + activation for state, activation in zip(states, activations, strict=True)))
     checkpoint = (MASTER + MOMENTS) * parameters["total"]
-    sealed, first = release_checkpoints(phase), phase.first_step == 1
+    releases, first = release_checkpoints(phase), phase.first_step == 1
     # step 0 has no moments yet; one more work checkpoint than is kept lies there while it is being written
     work = phase.work_checkpoints_kept + 1
     if phase.spikes and phase.spikes.action == "rewind":
         work += 2  # where a spike at the next step would go back to, and one after that
-    disk = checkpoint * (sealed - first + work) + first * MASTER * parameters["total"]
+    disk = checkpoint * (releases - first + work) + first * MASTER * parameters["total"]
     order_rows = phase.rows_from(phase.first_step)
     return Estimate(
         cpu_seconds=tokens * per_token / CPU_FLOPS if phase.precision == "fp32" else None,
@@ -50,17 +54,17 @@ def estimate(config: TrainConfig) -> Estimate:
         parameters=parameters,
         training=TrainingEstimate(
             steps=steps,
-            batch_tokens=(*(part.global_tokens for part in phase.batch.ramp), phase.batch.global_tokens),
+            batch_tokens=(*(share.global_tokens for share in phase.batch.ramp), phase.batch.global_tokens),
             sequence_length=phase.sequence_length,
             precision=phase.precision,
-            layout=words(layout),
+            layout=layout_label(layout),
             gflop_per_token=per_token / 1e9,
             state_bytes=round(max(states)),
-            activation_bytes=round(max(kept)),
+            activation_bytes=round(max(activations)),
             recomputes=layout.recompute == "layer",
             host_bytes=round(max(owned)),
             checkpoint_bytes=checkpoint,
-            release_checkpoints=sealed,
+            release_checkpoints=releases,
             work_checkpoints=work - 1,
             order_rows=order_rows,
             data_bytes=tokens * (2 if config.padded_vocab_size <= TWO_BYTE_IDS else 4) + order_rows * ORDER_ROW,
@@ -70,12 +74,12 @@ def estimate(config: TrainConfig) -> Estimate:
 
 def release_checkpoints(phase: PhaseConfig) -> int:
     """Checkpoints that a phase seals: step 0 unless it continues, every n-th and the last."""
-    every, last, first = phase.release_checkpoint_interval, phase.steps, phase.first_step
-    return (first == 1) + last // every - (first - 1) // every + (last % every > 0)
+    interval, last, first = phase.release_checkpoint_interval, phase.steps, phase.first_step
+    return (first == 1) + last // interval - (first - 1) // interval + (last % interval > 0)
 
 
-def words(layout: Layout) -> str:
-    """A layout in the field's shorthand, without what is 1: `TP4 PP2 CP8 EP32 DP8`."""
+def layout_label(layout: Layout) -> str:
+    """A layout in shorthand, without sizes of 1: `TP4 PP2 CP8 EP32 DP8`."""
     sizes = {
         "TP": layout.tp,
         "PP": layout.pp,

@@ -1,4 +1,4 @@
-"""training.jsonl: what a phase tells of each step, in order, without any time in it."""
+"""training.jsonl, the log of a phase by step, without times."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.core.errors import AtomError, MachineError
-from stages.train.checkpoint.work_checkpoint import SUCCEEDED
+from stages.train.checkpoint.work_checkpoint import SUPERSEDED
 
 
 class Log:
-    """training.jsonl: one line for each step and each held-out measurement, in order, without any time in it."""
+    """training.jsonl: one line for each step and each held-out evaluation, in order, without times."""
 
-    def __init__(self, path: Path, writes: bool) -> None:
-        self.path, self.writes = path, writes
+    def __init__(self, path: Path, is_writer: bool) -> None:
+        self.path, self.is_writer = path, is_writer
 
-    def begin(self) -> None:
-        """An empty log."""
-        if self.writes:
+    def create(self) -> None:
+        """Creates an empty log."""
+        if self.is_writer:
             self.path.write_bytes(b"")
 
     def check(self, step: int, first: int) -> None:
         """Raises AtomError if the log that came with a checkpoint does not hold every step from `first` to `step`."""
-        if self.writes:
+        if self.is_writer:
             steps = [x["step"] for x in self.lines() if "tokens" in x]
             if steps != list(range(first, step + 1)):
                 raise AtomError(f"{self.path} does not hold the steps {first} to {step} one by one; "
@@ -34,13 +34,13 @@ class Log:
         return [json.loads(x) for x in self.path.read_text().splitlines()]
 
     def write(self, values: dict[str, Any]) -> None:
-        if self.writes:
+        if self.is_writer:
             with self._open() as file:
                 file.write(json.dumps(values, sort_keys=True) + "\n")
 
     def flush(self) -> None:
-        """To the disk: a checkpoint counts on the lines before it."""
-        if self.writes:
+        """Flushes the log to disk, since a checkpoint requires the lines before it."""
+        if self.is_writer:
             with self._open() as file:
                 os.fsync(file.fileno())
 
@@ -49,4 +49,4 @@ class Log:
         try:
             return open(self.path, "a")
         except FileNotFoundError:
-            raise MachineError(SUCCEEDED) from None
+            raise MachineError(SUPERSEDED) from None

@@ -1,7 +1,7 @@
-"""The training loop that every training stage runs: one phase, from its first step or from where it was killed.
+"""The training loop of every training stage: one phase, from its first step or from its last work checkpoint.
 
-What the loop keeps in `work` is told in stages.train.checkpoint.work_checkpoint. `out` is filled at the end, so that it
-never holds half a phase.
+stages.train.checkpoint.work_checkpoint describes the files in `work`. `out` is written at the end, so that it never
+holds half a phase.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from stages.train.checkpoint import release_checkpoint
 from stages.train.checkpoint.load_checkpoint import Origin
 from stages.train.checkpoint.work_checkpoint import PENDING, Checkpoints
 from stages.train.config import TrainConfig
-from stages.train.data import Feed, Order, Row, Shards, Share, heldout_rows
+from stages.train.data import Order, Prefetcher, RankBatch, Row, Shards, heldout_rows
 from stages.train.engine import Engine, StepFigures
 from stages.train.log import Log
 from stages.train.schedule import learning_rate
-from stages.train.spikes import Judge, Record, finite, record
+from stages.train.spikes import Record, SpikeDetector, finite_or_none, spike_record
 from stages.train.watchdog import START_SECONDS, Watchdog
 
 STOP, FAILED = 1, 2
@@ -53,15 +53,15 @@ def train(
     Raises AtomError when the loss is no longer a number, when data and recipe do not fit, when no work checkpoint
     is intact, or when another rank is lost; Interrupted when the machine asked to stop.
     """
-    patience = config.phase.watchdog_timeout_seconds
+    timeout = config.phase.watchdog_timeout_seconds
     # the watchdog speaks before a collective gives up, so that its dumps are in the log
     with (
-        Watchdog(phase, patience, work, report) as watchdog,
-        parallel.session(config.seed, config.phase.parallelism, 2 * max(patience, START_SECONDS) + 60) as ranks,
-        requests_to_stop() as stop,
+        Watchdog(phase, timeout, work, report) as watchdog,
+        parallel.session(config.seed, config.phase.parallelism, 2 * max(timeout, START_SECONDS) + 60) as ranks,
+        stop_signals() as stop,
     ):
-        held = re.fullmatch(r"out\.(\d+)", out.name)  # the worker names it by its lease, whose numbers only grow
-        lease = int(held[1]) if held else None
+        match = re.fullmatch(r"out\.(\d+)", out.name)  # the worker names it by its lease, whose numbers only grow
+        lease = int(match[1]) if match else None
         engine = Engine(config, ranks, inputs["tokens"].json("meta.json")["vocab_size"])
         Phase(phase, config, inputs, work, report, engine, lease).run(start, stop, watchdog, out)
 
@@ -79,102 +79,109 @@ class Phase:
         self.order = Order(inputs["order"], phase)
         self.shards = Shards(inputs["tokens"], "train")
         self.tokenizer = str(inputs["tokens"].json("meta.json").get("tokenizer", ""))
-        heldout = heldout_rows(inputs["tokens"], phase)
+        heldout_data = heldout_rows(inputs["tokens"], phase)
         shards = Shards(inputs["tokens"], "heldout")
-        read = partial(Share.read, shards=shards, micro_rows=phase.micro_rows, ranks=engine.ranks, fp8=phase.fp8)
-        self.heldout, self.heldout_rows = read(heldout), len(heldout)
-        back = phase.spikes.rewind_steps if phase.spikes and phase.spikes.action == "rewind" else 0
-        self.checkpoints = Checkpoints(work, phase.work_checkpoints_kept, engine, report, lease, back)
+        read_rows = partial(
+            RankBatch.read, shards=shards, micro_rows=phase.micro_rows, ranks=engine.ranks, fp8=phase.fp8
+        )
+        self.heldout, self.heldout_rows = read_rows(heldout_data), len(heldout_data)
+        rewind_steps = phase.spikes.rewind_steps if phase.spikes and phase.spikes.action == "rewind" else 0
+        self.checkpoints = Checkpoints(work, phase.work_checkpoints_kept, engine, report, lease, rewind_steps)
         self.log = Log(self.checkpoints.folder / "training.jsonl", self.first)
         self.tokens = 0  # targets seen
         self.pending: list[Record] = []  # spikes behind which training went back, until their steps are passed again
         self.spikes = 0
-        self.shown: dict[str, float] = {}
-        self.stalled = 0.0  # seconds that work checkpoints took of training
+        self.progress_figures: dict[str, float] = {}
+        self.checkpoint_stall = 0.0  # seconds that work checkpoints took of training
 
     def run(self, start: Callable[[Engine], None], stop: list[int], watchdog: Watchdog, out: Path) -> None:
         phase, engine, report = self.config.phase, self.engine, self.report
-        done = self._begin(start)
-        self.judge = Judge(phase.spikes, self._lines())
+        steps_done = self._start(start)
+        self.spike_detector = SpikeDetector(phase.spikes, self._log_lines())
         watchdog.alive()
-        with closing(Feed(self.order, self.shards, phase, engine.ranks)) as feed:
-            began, seen, waited, step = time.monotonic(), self.tokens, 0.0, done
+        with closing(Prefetcher(self.order, self.shards, phase, engine.ranks)) as prefetcher:
+            started, tokens_before, data_wait, step = time.monotonic(), self.tokens, 0.0, steps_done
             while step < phase.steps:
                 step += 1
-                rows, share = feed.take(step)
-                if step > done + 1:  # the first one has nothing to hide its reading behind
-                    waited += feed.waited
-                resumed = self._step(step, rows, share)
+                rows, rank_batch = prefetcher.take(step)
+                if step > steps_done + 1:  # the first one has nothing to hide its reading behind
+                    data_wait += prefetcher.waited
+                resumed = self._step(step, rows, rank_batch)
                 if resumed is not None:
                     step = resumed
                     watchdog.alive()
                     continue
                 if self.first:
-                    speed = (self.tokens - seen) / (time.monotonic() - began)
-                    report.metric(step, tokens_per_s=speed, data_wait_seconds=feed.waited)
-                    report.progress(step, phase.steps, "steps", **self.shown, tokens_per_s=speed)
-                last, due = step == phase.steps, self._due(step)
-                if last or step % phase.validation.every == 0:
+                    speed = (self.tokens - tokens_before) / (time.monotonic() - started)
+                    report.metric(step, tokens_per_s=speed, data_wait_seconds=prefetcher.waited)
+                    report.progress(step, phase.steps, "steps", **self.progress_figures, tokens_per_s=speed)
+                is_last, is_release = step == phase.steps, self._is_release_step(step)
+                if is_last or step % phase.validation.every == 0:
                     self._measure(step)
-                state = engine.ranks.max(FAILED if self.checkpoints.failed() else STOP if stop else 0)
-                if state == FAILED:
+                status = engine.ranks.max(FAILED if self.checkpoints.failed() else STOP if stop else 0)
+                if status == FAILED:
                     self.checkpoints.wait()
-                if last or due or state == STOP or step % phase.checkpoint_interval == 0:
+                if is_last or is_release or status == STOP or step % phase.checkpoint_interval == 0:
                     self._save(step)
                 watchdog.alive()
-                if state == STOP and not last:
+                if status == STOP and not is_last:
                     self.checkpoints.wait()
                     raise Interrupted(f"{self.name}: stopped after step {step} as asked; run again to go on")
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - started
         self.checkpoints.wait()
         if self.first:
-            waits = f"{waited:.2f} s for data and {self.stalled:.2f} s for work checkpoints"
-            report.note(f"{self.name}: {phase.steps - done} steps in {seconds:.1f} s, of which it waited {waits}")
-            self._fill(out)
+            waits = f"{data_wait:.2f} s for data and {self.checkpoint_stall:.2f} s for work checkpoints"
+            report.note(f"{self.name}: {phase.steps - steps_done} steps in {seconds:.1f} s, of which it waited {waits}")
+            self._write_outputs(out)
         engine.ranks.barrier()
 
-    def _step(self, step: int, rows: list[Row], share: Share) -> int | None:
-        """Trains on a step's rows, unless they are excluded. Returns the step to go on after, if that is another."""
+    def _step(self, step: int, rows: list[Row], rank_batch: RankBatch) -> int | None:
+        """Trains on a step's rows, unless they are excluded. Returns the step after which to continue, if a rewind."""
         phase, lr = self.config.phase, learning_rate(step, self.config.phase.steps, self.config.phase.optimizer)
-        if step in phase.excluded_steps or any(step in found["excluded"] for found in self.pending):
+        if step in phase.excluded_steps or any(step in spike["excluded"] for spike in self.pending):
             self.log.write({"step": step, "tokens": self.tokens, "lr": lr, "excluded": True})
-            for found in [x for x in self.pending if x["excluded"][-1] == step]:
-                self.log.write({"step": step, "spike": found})
-                self.pending.remove(found)
-            self.shown = {}
+            for spike in [x for x in self.pending if x["excluded"][-1] == step]:
+                self.log.write({"step": step, "spike": spike})
+                self.pending.remove(spike)
+            self.progress_figures = {}
             return None
-        figures = self.engine.step(share, lr, partial(self._look, step, rows), norm_first=phase.spikes is not None)
-        line = {"loss": figures.loss, "aux_loss": figures.aux_loss, "grad_norm": figures.grad_norm, "lr": lr}
+        figures = self.engine.step(
+            rank_batch, lr, partial(self._check_spike, step, rows), norm_first=phase.spikes is not None
+        )
+        metrics = {"loss": figures.loss, "aux_loss": figures.aux_loss, "grad_norm": figures.grad_norm, "lr": lr}
         if self.config.model.z_loss:
-            line["z_loss"] = figures.z_loss
-        line |= {"expert_max_violation": figures.experts.max_violation}
-        line |= {"router_entropy": float(figures.experts.entropy.mean())}
-        plain = {name: finite(value) for name, value in line.items()}
+            metrics["z_loss"] = figures.z_loss
+        metrics |= {"expert_max_violation": figures.experts.max_violation}
+        metrics |= {"router_entropy": float(figures.experts.entropy.mean())}
+        finite_metrics = {name: finite_or_none(value) for name, value in metrics.items()}
         if figures.refused:
-            return self._spike(step, rows, figures, plain)
+            return self._handle_spike(step, rows, figures, finite_metrics)
         self.tokens += sum(row.slots for row in rows)
-        self.judge.accept(figures.loss, figures.grad_norm)
-        self.log.write({"step": step, "tokens": self.tokens, **line})
-        self.shown = {"loss": figures.loss}
+        self.spike_detector.accept(figures.loss, figures.grad_norm)
+        self.log.write({"step": step, "tokens": self.tokens, **metrics})
+        self.progress_figures = {"loss": figures.loss}
         if self.first:
-            self.report.metric(step, **line, tokens=float(self.tokens))
+            self.report.metric(step, **metrics, tokens=float(self.tokens))
         if step == phase.steps or step % phase.validation.every == 0:
-            self._tell_experts(step, figures.experts)
+            self._log_experts(step, figures.experts)
         return None
 
-    def _look(self, step: int, rows: list[Row], loss: float, norm: float | None) -> str | None:
-        """Whether a step is a spike. Raises AtomError if the recipe says to stop at one, or has no policy."""
-        reason = self.judge.reason(loss, norm)
-        if reason and (self.judge.policy is None or self.judge.policy.action == "stop"):
+    def _check_spike(self, step: int, rows: list[Row], loss: float, norm: float | None) -> str | None:
+        """The reason why a step is a spike, or None. Raises AtomError if the recipe stops at spikes, or has no
+        policy."""
+        reason = self.spike_detector.reason(loss, norm)
+        if reason and (self.spike_detector.policy is None or self.spike_detector.policy.action == "stop"):
             documents = sorted({segment.id for row in rows for segment in row.segments})
-            named = ", ".join(documents[:5]) + (f" and {len(documents) - 5} more" if len(documents) > 5 else "")
-            raise AtomError(f"{self.name}: {reason} at step {step}, on documents {named}; lower "
+            names = ", ".join(documents[:5]) + (f" and {len(documents) - 5} more" if len(documents) > 5 else "")
+            raise AtomError(f"{self.name}: {reason} at step {step}, on documents {names}; lower "
                             f"{self.name}.optimizer.lr, look at these documents, or say in {self.name}.spikes to skip "
                             f"such steps")  # fmt: skip
         return reason
 
-    def _spike(self, step: int, rows: list[Row], figures: StepFigures, line: dict[str, float | None]) -> int | None:
-        """Keeps what is known about a spike, whose update was not made; for a rewind, goes back."""
+    def _handle_spike(
+        self, step: int, rows: list[Row], figures: StepFigures, metrics: dict[str, float | None]
+    ) -> int | None:
+        """Records a spike, whose update is skipped, or rewinds to an earlier checkpoint."""
         policy = self.config.phase.spikes
         assert policy is not None
         self.spikes += 1
@@ -185,46 +192,50 @@ class Phase:
                             f"{policy.max_spikes}; the last at step {step}: {figures.refused}; lower the learning "
                             f"rate or look at the documents that {self.log.path} names")  # fmt: skip
         if policy.action == "skip":
-            found = record(step, "skip", [step], rows, figures)
-            self.log.write({"step": step, "tokens": self.tokens, **line, "skipped": True})
-            self.log.write({"step": step, "spike": found})
-            self.shown = {}
+            spike = spike_record(step, "skip", [step], rows, figures)
+            self.log.write({"step": step, "tokens": self.tokens, **metrics, "skipped": True})
+            self.log.write({"step": step, "spike": spike})
+            self.progress_figures = {}
             return None
-        sealed_ = max(n for n in range(step) if self._due(n) or n < self.order.first)  # what is published stays
-        base = max(step - policy.rewind_steps, sealed_)
-        lost = [x["spike"] for x in self._lines() if "spike" in x]
-        state = self.checkpoints.rewind(base)
+        last_release = max(
+            n for n in range(step) if self._is_release_step(n) or n < self.order.first
+        )  # what is published stays
+        rewind_step = max(step - policy.rewind_steps, last_release)
+        dropped_spikes = [x["spike"] for x in self._log_lines() if "spike" in x]
+        state = self.checkpoints.rewind(rewind_step)
         self.tokens = state["tokens"]
-        self.pending = [x for x in lost if x["excluded"][-1] > state["step"]] + self.pending
-        self.pending.append(record(step, "rewind", range(base + 1, step + 1), rows, figures))
-        self.judge = Judge(policy, self._lines())
+        self.pending = [x for x in dropped_spikes if x["excluded"][-1] > state["step"]] + self.pending
+        self.pending.append(spike_record(step, "rewind", range(rewind_step + 1, step + 1), rows, figures))
+        self.spike_detector = SpikeDetector(policy, self._log_lines())
         if self.first:
-            self.report.note(f"{self.name}: back to step {state['step']}; steps {base + 1} to {step} are left out")
+            self.report.note(
+                f"{self.name}: back to step {state['step']}; steps {rewind_step + 1} to {step} are left out"
+            )
         return int(state["step"])
 
-    def _tell_experts(self, step: int, experts: Experts) -> None:
-        """Puts a step's distribution over experts into the log, and raises the alarm about dead ones."""
+    def _log_experts(self, step: int, experts: Experts) -> None:
+        """Logs a step's distribution over experts, and reports dead experts."""
         self.log.write({"step": step, "experts": experts.json()})
         dead = experts.dead()
         if self.first:
             self.report.metric(step, dead_experts=float(len(dead)), dropped_tokens=float(experts.dropped))
             if dead:
-                named = ", ".join(f"{expert} of layer {layer}" for layer, expert in dead[:5])
-                more = f" and {len(dead) - 5} more" if len(dead) > 5 else ""
-                self.report.note(f"{self.name}: experts starve at step {step}: {named}{more} get less than "
+                names = ", ".join(f"{expert} of layer {layer}" for layer, expert in dead[:5])
+                suffix = f" and {len(dead) - 5} more" if len(dead) > 5 else ""
+                self.report.note(f"{self.name}: experts starve at step {step}: {names}{suffix} get less than "
                                  f"{DEAD_SHARE:.0%} of a fair share")  # fmt: skip
 
-    def _begin(self, start: Callable[[Engine], None]) -> int:
-        """Brings engine, log and counts to where this attempt goes on. Returns the last finished step."""
-        state = self.checkpoints.load(self._due)
+    def _start(self, start: Callable[[Engine], None]) -> int:
+        """Restores engine, log and counts, or initializes them. Returns the last finished step."""
+        state = self.checkpoints.load(self._is_release_step)
         if state is not None:
             self.log.check(state["step"], self.order.first)
             self.tokens, self.pending = state["tokens"], state.get(PENDING, [])
-            self.spikes = len(self.pending) + sum("spike" in line for line in self._lines())
+            self.spikes = len(self.pending) + sum("spike" in line for line in self._log_lines())
             if state["step"]:
                 self.report.note(f"{self.name}: going on after step {state['step']}")
             return int(state["step"])
-        self.log.begin()
+        self.log.create()
         if self.origin is not None:
             self.tokens = self.origin.load(self.engine, self.config, self.tokenizer)
             self.report.note(f"{self.name}: continues from {self.origin.artifact.key}")
@@ -237,12 +248,12 @@ class Phase:
         self._save(0)
         return 0
 
-    def _lines(self) -> list[dict[str, Any]]:
+    def _log_lines(self) -> list[dict[str, Any]]:
         """The log so far, on every rank."""
         return self.engine.ranks.from_first(self.log.lines() if self.first else [])
 
-    def _due(self, step: int) -> bool:
-        """Whether a release checkpoint belongs to a step."""
+    def _is_release_step(self, step: int) -> bool:
+        """Whether a step has a release checkpoint."""
         phase = self.config.phase
         if step < self.order.first:  # the beginning belongs to a phase that has no other origin
             return step == 0 and self.origin is None
@@ -256,13 +267,13 @@ class Phase:
 
     def _save(self, step: int, seal: bool = True) -> None:
         phase = self.config.phase
-        read = self.order.consumed(step) if step else {}
+        rows_read = self.order.consumed(step) if step else {}
         state = {
             "phase": self.name,
             "step": step,
             "tokens": self.tokens,
             "seed": self.config.seed,
-            "data_position": position(self.order.meta, read, step),
+            "data_position": position(self.order.meta, rows_read, step),
             "optimizer_step": self.engine.step_done,
             "lr": learning_rate(step, phase.steps, phase.optimizer) if step else 0.0,
             "rng": "not used: no dropout, and the data order is an artifact",
@@ -272,28 +283,28 @@ class Phase:
         if self.pending:
             state[PENDING] = self.pending
         self.log.flush()
-        stall = self.checkpoints.save(step, state, seal=seal and self._due(step))
-        self.stalled += stall
+        stall = self.checkpoints.save(step, state, seal=seal and self._is_release_step(step))
+        self.checkpoint_stall += stall
         if self.first:
             self.report.metric(step, checkpoint_stall_seconds=stall)
 
-    def _fill(self, out: Path) -> None:
-        """Puts the phase's product into `out`."""
-        lines = self.log.lines()
-        measured = [(x["step"], x["heldout_loss"]) for x in lines if "heldout_loss" in x]
-        losses = [x["loss"] for x in lines if "loss" in x and "skipped" not in x]
-        spikes = [{"step": x["step"], **x["spike"]} for x in lines if "spike" in x]
-        experts = [x["experts"] for x in lines if "experts" in x]
+    def _write_outputs(self, out: Path) -> None:
+        """Writes the phase's artifact into `out`."""
+        log_lines = self.log.lines()
+        measurements = [(x["step"], x["heldout_loss"]) for x in log_lines if "heldout_loss" in x]
+        losses = [x["loss"] for x in log_lines if "loss" in x and "skipped" not in x]
+        spikes = [{"step": x["step"], **x["spike"]} for x in log_lines if "spike" in x]
+        experts = [x["experts"] for x in log_lines if "experts" in x]
         summary = {
             "phase": self.name,
             "parameters": self.config.model.parameters(self.config.padded_vocab_size),
             "steps": self.config.phase.steps,
             "tokens": self.tokens,
             "loss": {"first": losses[0], "last": losses[-1]} if losses else None,
-            "heldout_loss": {"first": measured[0][1], "last": measured[-1][1], "rows": self.heldout_rows},
+            "heldout_loss": {"first": measurements[0][1], "last": measurements[-1][1], "rows": self.heldout_rows},
             "precision": self.config.phase.precision,
             "spikes": [{k: x[k] for k in ("step", "reason", "action", "excluded", "documents")} for x in spikes],
-            "excluded_steps": [x["step"] for x in lines if "excluded" in x],
+            "excluded_steps": [x["step"] for x in log_lines if "excluded" in x],
             "dead_experts": experts[-1]["dead"] if experts else [],
             "dropped_tokens": sum(x["dropped"] for x in experts),
         }
@@ -307,16 +318,16 @@ class Phase:
 
 
 @contextmanager
-def requests_to_stop() -> Iterator[list[int]]:
-    """The signals received, instead of their usual effect. Handlers belong to the main thread; elsewhere: none."""
+def stop_signals() -> Iterator[list[int]]:
+    """Collects stop signals instead of their default effect. In other threads than the main one: no handlers."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in watched}
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    previous_handlers = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in signals}
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

@@ -1,7 +1,7 @@
-"""The ranks of a training run: torch.distributed and Megatron's groups, set up and taken down together.
+"""The ranks of a training run: sets up and destroys torch.distributed and Megatron's process groups.
 
 One process without `WORLD_SIZE` in its environment is a world of one and opens no port. Otherwise RANK, WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT say who is who, as torchrun, the local launcher and the Slurm launcher set them.
+MASTER_ADDR and MASTER_PORT identify the ranks, as torchrun, the local launcher and the Slurm launcher set them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands."""
+    """This process's rank in the layout."""
 
     rank: int
     world: int
@@ -45,7 +45,7 @@ class Ranks:
     counts_loss: bool
     """Whether this rank's loss enters the sum: of all that compute it, one for each share of the tokens does."""
     wrapped: list[DistributedDataParallel] = field(default_factory=list, compare=False)
-    """What was made of this place; it is of no use after the session."""
+    """The DDP modules of the session, which are cleared at its end."""
 
     @property
     def first(self) -> bool:
@@ -62,17 +62,17 @@ class Ranks:
         """The largest of the ranks' numbers."""
         if self.world == 1:
             return value
-        found = torch.tensor([value], device="cuda" if torch.cuda.is_available() else "cpu")
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return int(found.item())
+        tensor = torch.tensor([value], device="cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor.item())
 
     def from_first(self, value: T) -> T:
         """Rank 0's value, on every rank."""
         if self.world == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
@@ -95,21 +95,21 @@ class Ranks:
             dist.barrier()
 
 
-def place() -> tuple[int, int]:
-    """(rank, number of ranks), as the launcher says."""
+def rank_and_world() -> tuple[int, int]:
+    """(rank, number of ranks), from the launcher's environment variables."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
-def session(seed: int, layout: Layout | None = None, patience: float = 600.0) -> Iterator[Ranks]:
-    """Makes this process a rank of a layout and leaves it as it was found.
+def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> Iterator[Ranks]:
+    """Makes this process a rank of a layout, and restores its state at the end.
 
     On CPU a rank computes on one thread with deterministic kernels: its sums have the same bits every time.
-    patience: seconds after which a collective that some rank did not join fails.
+    timeout: seconds after which a collective that some rank did not join fails.
     Raises AtomError if the number of processes is not the layout's, PeerLost when another rank is lost.
     """
     layout = layout or Layout()
-    rank, world = place()
+    rank, world = rank_and_world()
     if world != layout.ranks:
         raise AtomError(
             f"{world} processes were started for parallelism.ranks = {layout.ranks}; start that many, "
@@ -118,13 +118,13 @@ def session(seed: int, layout: Layout | None = None, patience: float = 600.0) ->
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    meeting: dict[str, Any] = {"store": dist.HashStore()} if world == 1 else {"timeout": timedelta(seconds=patience)}
-    with warnings.catch_warnings(), contextlib.nullcontext() if on_gpu else _one_thread(), _peers(rank):
+    rendezvous: dict[str, Any] = {"store": dist.HashStore()} if world == 1 else {"timeout": timedelta(seconds=timeout)}
+    with warnings.catch_warnings(), contextlib.nullcontext() if on_gpu else _deterministic_cpu(), _peer_errors(rank):
         # deprecation notes of Megatron's and PyTorch's for each other, which nobody who reads this log can act on
         warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
         ranks: Ranks | None = None
         failed = False
-        dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world, **meeting)
+        dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world, **rendezvous)
         try:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tp,
@@ -133,7 +133,7 @@ def session(seed: int, layout: Layout | None = None, patience: float = 600.0) ->
                 context_parallel_size=layout.cp,
                 expert_model_parallel_size=layout.ep,
                 expert_tensor_parallel_size=layout.split_experts,
-                distributed_timeout_minutes=math.ceil(patience / 60),
+                distributed_timeout_minutes=math.ceil(timeout / 60),
             )
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
             ranks = Ranks(
@@ -150,25 +150,25 @@ def session(seed: int, layout: Layout | None = None, patience: float = 600.0) ->
             raise
         finally:
             if not failed:  # else it is left to the end of the process: NCCL would wait for a rank that comes no more
-                _take_down(ranks)
+                _destroy_groups(ranks)
 
 
-def _take_down(ranks: Ranks | None) -> None:
-    """Megatron's groups and torch's, and whatever keeps them alive."""
+def _destroy_groups(ranks: Ranks | None) -> None:
+    """Destroys Megatron's and torch's process groups, and the references that keep them alive."""
     for wrapped in ranks.wrapped if ranks else ():
         # The hooks of its parameters hold it, and a graph that was not walked back, which the model keeps, holds them:
         # a circle through C++ that Python cannot collect, with the groups and their threads in it.
         vars(wrapped).clear()
-    moe_metrics.forget()
-    for cached in (RotaryEmbedding, YarnRotaryEmbedding):  # a table kept for a group keeps its threads
-        cached.forward.cache_clear()
+    moe_metrics.clear_losses()
+    for embedding in (RotaryEmbedding, YarnRotaryEmbedding):  # a table kept for a group keeps its threads
+        embedding.forward.cache_clear()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 
 @contextmanager
-def _peers(rank: int) -> Iterator[None]:
-    """A collective that fails because another rank is gone is no bug of ours: one sentence instead of a traceback."""
+def _peer_errors(rank: int) -> Iterator[None]:
+    """Raises PeerLost instead of the RuntimeError of a collective whose peer is gone."""
     try:
         yield
     except RuntimeError as error:
@@ -183,16 +183,20 @@ def _peers(rank: int) -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _deterministic_cpu() -> Iterator[None]:
     """One CPU thread and deterministic kernels."""
-    filler: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), filler.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic  # a module with a property, which type checkers do not see
+    saved = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        deterministic.fill_uninitialized_memory,
+    )
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    filler.fill_uninitialized_memory = False  # it only slows `torch.empty` down
+    deterministic.fill_uninitialized_memory = False  # it only slows `torch.empty` down
     try:
         yield
     finally:
-        torch.set_num_threads(before[0])
-        torch.use_deterministic_algorithms(before[1])
-        filler.fill_uninitialized_memory = before[2]
+        torch.set_num_threads(saved[0])
+        torch.use_deterministic_algorithms(saved[1])
+        deterministic.fill_uninitialized_memory = saved[2]

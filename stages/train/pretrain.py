@@ -24,7 +24,7 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     from stages.train.engine import Engine
     from stages.train.loop import train
 
-    train("pretrain", config, inputs, work, out, report, start=Engine.initialise)
+    train("pretrain", config, inputs, work, out, report, start=Engine.initialize)
 
 
 STAGE = Stage(

@@ -16,7 +16,7 @@ def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:
     if step <= warmup:
         return optimizer.lr * step / warmup
     if optimizer.decay_steps is not None:
-        done = max(0, step - (steps - optimizer.decay_steps)) / optimizer.decay_steps
-        return optimizer.final_lr + (optimizer.lr - optimizer.final_lr) * (1 - math.sqrt(done))
-    done = (step - warmup) / (steps - warmup)
-    return optimizer.final_lr + 0.5 * (optimizer.lr - optimizer.final_lr) * (1 + math.cos(math.pi * done))
+        progress = max(0, step - (steps - optimizer.decay_steps)) / optimizer.decay_steps
+        return optimizer.final_lr + (optimizer.lr - optimizer.final_lr) * (1 - math.sqrt(progress))
+    progress = (step - warmup) / (steps - warmup)
+    return optimizer.final_lr + 0.5 * (optimizer.lr - optimizer.final_lr) * (1 + math.cos(math.pi * progress))

@@ -1,8 +1,8 @@
-"""Loss spikes: which steps move no weight, and what is kept about them.
+"""Loss spikes: detection of spiking steps, which are skipped, and their records.
 
-A step is judged before any weight moves, from the log of the accepted steps before it alone, so that a resumed or
-repeated phase judges in the same way. What is kept is a line of training.jsonl: the reason, the documents of the batch,
-where the routers sent its tokens and the gradient's norm by part of the model.
+The detector decides before the update, only from the log of the accepted steps before it, so that a resumed or repeated
+phase decides in the same way. A record is a line of training.jsonl: the reason, the documents of the batch, the experts
+of its tokens and the gradient norm by part of the model.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from stages.train.engine import StepFigures
 Record = dict[str, Any]
 SIGMA = 1.4826
 """Standard deviation of a normal distribution by its median absolute deviation."""
-LEAST_SIGMA = 0.01
-"""Of the median: a loss that hardly moves is not to be called a spike for moving a little."""
+MIN_SIGMA = 0.01
+"""Lower bound of the standard deviation, as a share of the median: small changes of a flat loss are no spikes."""
 
 
-class Judge:
-    """Looks back on the losses and gradient norms of the last accepted steps."""
+class SpikeDetector:
+    """Detects spikes by the losses and gradient norms of the last accepted steps."""
 
     def __init__(self, policy: Spikes | None, lines: Iterable[Record]) -> None:
         """lines: of training.jsonl so far."""
@@ -51,29 +51,31 @@ class Judge:
             return None
         median = statistics.median(self.losses)
         spread = SIGMA * statistics.median(abs(x - median) for x in self.losses)
-        limit = median + self.policy.loss_sigmas * max(spread, LEAST_SIGMA * median)
+        limit = median + self.policy.loss_sigmas * max(spread, MIN_SIGMA * median)
         if loss > limit:
             return f"the loss is {loss:.4g}, above {limit:.4g} (median {median:.4g} of {len(self.losses)} steps)"
-        usual = statistics.median(self.norms)
-        if norm is not None and norm > self.policy.norm_factor * usual:
-            return f"the gradient norm is {norm:.4g}, above {self.policy.norm_factor:g} times its median {usual:.4g}"
+        median_norm = statistics.median(self.norms)
+        if norm is not None and norm > self.policy.norm_factor * median_norm:
+            return (
+                f"the gradient norm is {norm:.4g}, above {self.policy.norm_factor:g} times its median {median_norm:.4g}"
+            )
         return None
 
 
-def record(step: int, action: str, excluded: Sequence[int], rows: Sequence[Row], figures: StepFigures) -> Record:
-    """What training.jsonl keeps of a spike; excluded: the steps whose batches move no weight because of it."""
+def spike_record(step: int, action: str, excluded: Sequence[int], rows: Sequence[Row], figures: StepFigures) -> Record:
+    """The record of a spike in training.jsonl; excluded: the steps that are skipped because of it."""
     return {
         "reason": figures.refused,
         "action": action,
         "excluded": list(excluded),
-        "loss": finite(figures.loss),
-        "grad_norm": finite(figures.grad_norm),
+        "loss": finite_or_none(figures.loss),
+        "grad_norm": finite_or_none(figures.grad_norm),
         "documents": sorted({segment.id for row in rows for segment in row.segments}),
         "experts": figures.experts.json(),
-        "gradient_norms": {part: finite(norm) for part, norm in (figures.gradients or {}).items()},
+        "gradient_norms": {part: finite_or_none(norm) for part, norm in (figures.gradients or {}).items()},
     }
 
 
-def finite(value: float) -> float | None:
-    """JSON has no word for what is not a number."""
+def finite_or_none(value: float) -> float | None:
+    """The value, or None (JSON's null) if it is not finite."""
     return value if math.isfinite(value) else None

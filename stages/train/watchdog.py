@@ -1,8 +1,8 @@
-"""A watch over ranks that hang: where each of them stands goes into the log, and the attempt ends.
+"""A watchdog for hanging ranks: logs the stacks of all ranks and ends the attempt.
 
-A rank that finishes no step for `patience` seconds writes the stacks of its threads into the work folder; since all
-ranks wait for the one that hangs, all of them do so. Rank 0 puts them into its log, names the ranks that left none
-(stopped, or on a dead node), and ends the attempt; the next one goes on from the last work checkpoint.
+A rank that finishes no step for `timeout` seconds writes the stacks of its threads into the work folder; since all
+ranks wait for the one that hangs, all of them do so. Rank 0 prints them to its log, names the ranks without stacks
+(stopped, or on a dead node), and ends the attempt; the next one continues from the last work checkpoint.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from pipeline.core.stage import Report
 from stages.train import parallel
 
 COLLECT_SECONDS = 10.0
-"""What the ranks, which wait for each other at every step, may differ in noticing."""
+"""Seconds within which all ranks, which wait for each other at every step, detect a hang."""
 START_SECONDS = 600.0
-"""What the ranks get at least for meeting, building the model, and reading a checkpoint."""
+"""Minimum time for rendezvous, building the model, and reading a checkpoint."""
 
 
 class Watchdog:
-    """Watches from its creation to the end of the `with` block, the meeting of the ranks included. `alive()` says that
-    a step was finished."""
+    """Watches from its creation to the end of the `with` block, including the rendezvous. `alive()` reports a finished
+    step."""
 
-    def __init__(self, phase: str, patience: float, work: Path, report: Report) -> None:
-        self.phase, self.patience, self.work, self.report = phase, patience, work, report
-        self.rank, self.world = parallel.place()
-        self.last, self.limit = time.monotonic(), max(patience, START_SECONDS)
-        self.step_over = threading.Event()
+    def __init__(self, phase: str, timeout: float, work: Path, report: Report) -> None:
+        self.phase, self.timeout, self.work, self.report = phase, timeout, work, report
+        self.rank, self.world = parallel.rank_and_world()
+        self.last_step, self.limit = time.monotonic(), max(timeout, START_SECONDS)
+        self.stop = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
@@ -41,18 +41,18 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.step_over.set()
+        self.stop.set()
         self.thread.join()
 
     def alive(self) -> None:
-        self.last, self.limit = time.monotonic(), self.patience
+        self.last_step, self.limit = time.monotonic(), self.timeout
 
     def _watch(self) -> None:
-        while not self.step_over.wait(min(1.0, self.patience / 10)):
-            if time.monotonic() - self.last > self.limit:
-                self._bark()
+        while not self.stop.wait(min(1.0, self.timeout / 10)):
+            if time.monotonic() - self.last_step > self.limit:
+                self._abandon()
 
-    def _bark(self) -> None:
+    def _abandon(self) -> None:
         text = f"{self.phase}: no step was finished for {self.limit:g} s"
         try:
             text += self._stacks()
@@ -61,33 +61,33 @@ class Watchdog:
         self.report.abandon(f"{text}; run again to go on from the last work checkpoint")
 
     def _stacks(self) -> str:
-        """Writes this rank's stacks; on rank 0, puts the others' into the log and says what is there."""
+        """Writes this rank's stacks; rank 0 prints those of the others to the log. Returns the end of the message."""
         folder = self.work / "stacks"
         folder.mkdir(exist_ok=True)
-        own = folder / f"rank-{self.rank:05d}.txt"
-        with open(own, "w") as file:
+        path = folder / f"rank-{self.rank:05d}.txt"
+        with open(path, "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        print(f"rank {self.rank}: no step for {self.limit:g} s, it stands here:\n{own.read_text()}",
+        print(f"rank {self.rank}: no step for {self.limit:g} s, it stands here:\n{path.read_text()}",
               file=sys.stderr, flush=True)  # fmt: skip
         if self.rank == 0:
-            began, expected = time.time(), set(range(self.world))
+            hang_time, expected = time.time(), set(range(self.world))
             deadline = time.monotonic() + COLLECT_SECONDS
-            while (missing := expected - self._told(began)) and time.monotonic() < deadline:
+            while (missing := expected - self._ranks_with_stacks(hang_time)) and time.monotonic() < deadline:
                 time.sleep(0.1)
             for rank in sorted(expected - missing - {0}):
                 stacks = (folder / f"rank-{rank:05d}.txt").read_text()
                 print(f"rank {rank} stands here:\n{stacks}", file=sys.stderr, flush=True)
             if missing:
-                silent = ", ".join(map(str, sorted(missing)))
-                return f"; no sign of rank {silent}; the stacks of the others are in the log"
+                silent_ranks = ", ".join(map(str, sorted(missing)))
+                return f"; no sign of rank {silent_ranks}; the stacks of the others are in the log"
         else:
             time.sleep(2 * COLLECT_SECONDS)  # rank 0 speaks first
         return "; the stacks of all ranks are in the log"
 
-    def _told(self, since: float) -> set[int]:
+    def _ranks_with_stacks(self, since: float) -> set[int]:
         """The ranks whose stacks were written in this hang."""
-        found = set()
+        ranks = set()
         for path in (self.work / "stacks").glob("rank-*.txt"):
             if path.stat().st_mtime > since - self.limit and path.stat().st_size:
-                found.add(int(path.stem[5:]))
-        return found
+                ranks.add(int(path.stem[5:]))
+        return ranks

@@ -46,8 +46,8 @@ class Decontaminate(BaseFilter):  # type: ignore[misc]
         self.index = index
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        found = self.index.find(doc.text)
-        if found is None:
+        match = self.index.find(doc.text)
+        if match is None:
             return True
-        doc.metadata["match"], doc.metadata["match_words"] = found
+        doc.metadata["match"], doc.metadata["match_words"] = match
         return False, "evaluation_item"

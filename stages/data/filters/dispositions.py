@@ -1,4 +1,4 @@
-"""The fate of every document that was read: kept, or removed by one rule. See docs/formats.md."""
+"""The disposition of every input document: kept, or removed by one rule. See docs/formats.md."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ class Dispositions:
         self.rows: dict[str, Disposition] = {}
 
     @classmethod
-    def of(cls, rows: Iterable[dict[str, Any]]) -> Dispositions:
-        """Those of an earlier stage: what it kept is undecided again."""
-        made = cls()
+    def from_rows(cls, rows: Iterable[dict[str, Any]]) -> Dispositions:
+        """The dispositions of an earlier stage, with its kept documents undecided again."""
+        dispositions = cls()
         for row in rows:
-            left = {"disposition": "", "kept_hash": None} if row["disposition"] == "kept" else {}
-            made.rows[row["id"]] = Disposition(**{**row, **left})
-        return made
+            reset = {"disposition": "", "kept_hash": None} if row["disposition"] == "kept" else {}
+            dispositions.rows[row["id"]] = Disposition(**{**row, **reset})
+        return dispositions
 
-    def enter(self, row: dict[str, Any]) -> None:
-        """A document as acquired. Raises AtomError for an id seen before, or a document without licence."""
+    def add(self, row: dict[str, Any]) -> None:
+        """A document as acquired. Raises AtomError for an id seen before, or a document without license."""
         if row["id"] in self.rows:
             raise AtomError(f"two input documents have the id {row['id']}; ids must differ over all sources")
         if not row["license"]:
-            raise AtomError(f"document {row['id']} has no licence; acquire its source with a licence")
+            raise AtomError(f"document {row['id']} has no license; acquire its source with a license")
         size = len(row["text"].encode())
         self.rows[row["id"]] = Disposition(row["id"], row["source"], row["license"], row["content_hash"], size)
 
@@ -62,15 +62,15 @@ class Dispositions:
         duplicate_of: str | None = None,
         match: str | None = None,
     ) -> None:
-        row = self._undecided(id)
+        row = self._require_undecided(id)
         row.disposition, row.rule, row.value, row.threshold = "removed", rule, float(value), float(threshold)
         row.duplicate_of, row.match = duplicate_of, match
 
     def keep(self, id: str, split: str | None, kept_hash: str) -> None:
-        row = self._undecided(id)
+        row = self._require_undecided(id)
         row.disposition, row.split, row.kept_hash = "kept", split, kept_hash
 
-    def _undecided(self, id: str) -> Disposition:
+    def _require_undecided(self, id: str) -> Disposition:
         if id not in self.rows:
             raise AtomError(f"curation produced the document {id}, which no source holds")
         if self.rows[id].disposition:
@@ -97,7 +97,7 @@ class Dispositions:
     def summary(self, edits: dict[str, dict[str, int]]) -> dict[str, Any]:
         """Documents and bytes, in, kept by split, and removed by rule; by source and in total."""
 
-        def part(rows: list[Disposition]) -> dict[str, Any]:
+        def counts(rows: list[Disposition]) -> dict[str, Any]:
             removed = [row for row in rows if row.disposition == "removed"]
             return {
                 "documents_in": len(rows),
@@ -110,5 +110,5 @@ class Dispositions:
         sources: dict[str, list[Disposition]] = {}
         for row in self.rows.values():
             sources.setdefault(row.source, []).append(row)
-        each = {name: {**part(rows), "edited": edits.get(name, {})} for name, rows in sorted(sources.items())}
-        return {"sources": each, "total": part(list(self.rows.values()))}
+        by_source = {name: {**counts(rows), "edited": edits.get(name, {})} for name, rows in sorted(sources.items())}
+        return {"sources": by_source, "total": counts(list(self.rows.values()))}

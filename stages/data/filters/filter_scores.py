@@ -1,7 +1,7 @@
-"""What a rule measured: for each reason that a block gives, the value it compared and the threshold.
+"""Rule scores: for each reason that a block gives, the value that the rule compared and its threshold.
 
-datatrove's blocks say why they removed a document but not by how much. Here the comparison is made again, by the same
-definition, for removed documents only; a test checks that value and threshold lie on the removing side.
+datatrove's blocks report why they removed a document but not by how much. This module repeats the comparison, by the
+same definition, for removed documents only; a test checks that value and threshold lie on the removing side.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stages.data.filters.words import WORDS
 Measure = Callable[[Document], float]
 
 
-def measured(step: str, block: Any, reason: str, doc: Document) -> tuple[float, float]:
+def measure_rule(step: str, block: Any, reason: str, doc: Document) -> tuple[float, float]:
     """(value, threshold) of the rule that removed `doc`. Raises AtomError for a reason that has no measure."""
     if reason == "empty":
         return 0.0, 1.0
@@ -41,11 +41,11 @@ def measured(step: str, block: Any, reason: str, doc: Document) -> tuple[float, 
 
 def _repetition(block: Any, reason: str, text: str) -> tuple[float, float]:
     words = WORDS.word_tokenize(text)
-    if found := re.fullmatch(r"top_(\d+)_gram", reason):
-        n = int(found[1])
+    if match := re.fullmatch(r"top_(\d+)_gram", reason):
+        n = int(match[1])
         return float(block.top_share(text, n)), dict(block.top_n_grams)[n]
-    if found := re.fullmatch(r"duplicated_(\d+)_n_grams", reason):
-        n = int(found[1])
+    if match := re.fullmatch(r"duplicated_(\d+)_n_grams", reason):
+        n = int(match[1])
         return find_all_duplicate(words, n) / len(text), dict(block.dup_n_grams)[n]
     parts = re.split(r"\n{2,}", text.strip()) if "para" in reason else re.split(r"\n+", text)
     elements, chars = find_duplicates(parts)

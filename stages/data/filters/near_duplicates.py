@@ -1,4 +1,4 @@
-"""Near duplicates by MinHash (datatrove's stages), with the document that stays in place of each one removed."""
+"""Near duplicates by MinHash (datatrove's stages), with the kept document for each removed one."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Signature = list[int]  # all hashes of a document, bucket after bucket; empty of
 
 
 @dataclass(frozen=True)
-class Near:
-    """Why a document is a near duplicate: the document that stays, and (similarity, threshold)."""
+class NearDuplicate:
+    """The kept document of a near duplicate, and (similarity, threshold)."""
 
     id: str
     measured: tuple[float, float]
@@ -40,12 +40,12 @@ def sign(texts: list[str], settings: MinHash, seed: int) -> list[Signature]:
     """The MinHash signature of each text, which takes most of the time of finding near duplicates and needs no other
     text."""
     signer = MinhashDedupSignature("memory://", config=_config(settings, seed), language=WORDS)
-    found = (signer.get_shingles(text) for text in texts)
-    return [list(chain(*signer.get_signature(shingles))) if shingles.size else [] for shingles in found]
+    shingle_sets = (signer.get_shingles(text) for text in texts)
+    return [list(chain(*signer.get_signature(shingles))) if shingles.size else [] for shingles in shingle_sets]
 
 
-class _Signed(MinhashDedupSignature):  # type: ignore[misc]
-    """datatrove's first stage with signatures that were made beforehand: a document's text is its signature."""
+class _PrecomputedSignatures(MinhashDedupSignature):  # type: ignore[misc]
+    """datatrove's first stage with precomputed signatures: a document's text is its signature."""
 
     def get_shingles(self, text: str) -> Any:
         return np.frombuffer(bytes.fromhex(text), np.uint64)
@@ -56,61 +56,63 @@ class _Signed(MinhashDedupSignature):  # type: ignore[misc]
 
 def write_signatures(folder: Path, settings: MinHash, number: int, signatures: Iterable[Signature]) -> None:
     """Writes datatrove's files of signatures of one source, a file a bucket. number: of the source, from 0."""
-    signer = _Signed(str(folder), config=_config(settings), language=WORDS)
+    signer = _PrecomputedSignatures(str(folder), config=_config(settings), language=WORDS)
     _exhaust(signer.run((Document(np.array(s, np.uint64).tobytes().hex(), "") for s in signatures), rank=number))
 
 
 def find_pairs(signatures: Path, work: Path, settings: MinHash, bucket: int) -> bytes:
-    """The pairs of documents that share a bucket, in datatrove's form, kept in `work`."""
+    """The pairs of documents that share a bucket, in datatrove's format, cached in `work`."""
 
     def make() -> str:
         with TemporaryDirectory(dir=work) as folder:
             finder = MinhashDedupBuckets(str(signatures), folder, config=_config(settings))
             _exhaust(finder.run(None, rank=bucket, world_size=settings.num_buckets))
-            return b64encode((Path(folder) / _pairs(bucket)).read_bytes()).decode()
+            return b64encode((Path(folder) / _pairs_file(bucket)).read_bytes()).decode()
 
     return b64decode(once(work / f"pairs-{bucket:05d}-of-{settings.num_buckets:05d}.json", make))
 
 
-def near(files: list[Path], pairs: Iterable[bytes], work: Path, settings: MinHash) -> dict[str, Near]:
+def find_near_duplicates(
+    files: list[Path], pairs: Iterable[bytes], work: Path, settings: MinHash
+) -> dict[str, NearDuplicate]:
     """The near duplicates to remove, by id: one document of each cluster stays.
 
     files: the documents of each source, in the order of the signatures' numbers; pairs: of each bucket in turn.
     Documents that share a bucket are joined transitively, so the similarity (Jaccard index of word n-grams) of a
     removed document with the kept one may lie below the threshold.
     """
-    given, folder = work / "pairs", work / "clusters"
-    for path in (given, folder):
+    pair_folder, folder = work / "pairs", work / "clusters"
+    for path in (pair_folder, folder):
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
-    for bucket, found in enumerate(pairs):
-        (given / _pairs(bucket)).write_bytes(found)
-    cluster = MinhashDedupCluster(str(given), str(folder), config=_config(settings), save_cluster_id=True)
+    for bucket, bucket_pairs in enumerate(pairs):
+        (pair_folder / _pairs_file(bucket)).write_bytes(bucket_pairs)
+    cluster = MinhashDedupCluster(str(pair_folder), str(folder), config=_config(settings), save_cluster_id=True)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no option turns off
         _exhaust(cluster.run(None, 0, 1))
 
-    stays: dict[int, tuple[str, str]] = {}
+    kept: dict[int, tuple[str, str]] = {}
     removed: list[tuple[int, str, str]] = []
     for number, file in enumerate(files):
-        goes = {row for (row,) in _read(folder / f"{number:06d}.remove", "<I")}
+        removed_rows = {row for (row,) in _read(folder / f"{number:06d}.remove", "<I")}
         clusters = {row: cluster for row, cluster in _read(folder / f"{number:06d}.clusters", "<2I")}
         for n, row in enumerate(stream_rows(file, ["id", "text"]) if clusters else ()):
-            if n in goes:
+            if n in removed_rows:
                 removed.append((clusters[n], row["id"], row["text"]))
             elif n in clusters:
-                stays[clusters[n]] = row["id"], row["text"]
-    plain = MinhashDedupSignature("memory://", config=_config(settings), language=WORDS)
-    twins = {}
+                kept[clusters[n]] = row["id"], row["text"]
+    shingler = MinhashDedupSignature("memory://", config=_config(settings), language=WORDS)
+    duplicates = {}
     for number, id, text in removed:
-        if number not in stays:
+        if number not in kept:
             raise AtomError(f"MinHash removed {id} but kept nothing of its cluster; this is a fault of curation")
-        twin, other = stays[number]
-        similarity = _jaccard(plain.get_shingles(text).ravel(), plain.get_shingles(other).ravel())
-        twins[id] = Near(twin, (similarity, settings.threshold))
-    return twins
+        kept_id, kept_text = kept[number]
+        similarity = _jaccard(shingler.get_shingles(text).ravel(), shingler.get_shingles(kept_text).ravel())
+        duplicates[id] = NearDuplicate(kept_id, (similarity, settings.threshold))
+    return duplicates
 
 
-def _pairs(bucket: int) -> str:
+def _pairs_file(bucket: int) -> str:
     """The name that datatrove gives the file."""
     return f"{bucket:05d}_00.dups"
 
@@ -132,8 +134,8 @@ def _config(settings: MinHash, seed: int = 0) -> MinhashConfig:
 
 
 def _jaccard(a: Iterator[int], b: Iterator[int]) -> float:
-    left, right = set(a), set(b)
-    return len(left & right) / len(left | right)
+    first, second = set(a), set(b)
+    return len(first & second) / len(first | second)
 
 
 def _exhaust(result: object) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from stages.data.filters.words import searched_words
 
-LONGEST = 64
+MAX_RUN_WORDS = 64
 """Words of a run at most; a longer match counts as one of these."""
 
 
@@ -23,62 +23,62 @@ class ItemRuns:
     def __init__(self, items: Mapping[str, str]) -> None:
         """items: text by id."""
         self.words = {id: searched_words(text) for id, text in items.items()}
-        self.after: list[dict[str, int]] = [{}]
+        self.children: list[dict[str, int]] = [{}]
         self.parent = [0]
         for words in self.words.values():
             for start in range(len(words)):
                 node = 0
-                for word in words[start : start + LONGEST]:
-                    found = self.after[node].get(word)
-                    if found is None:
-                        found = self.after[node][word] = len(self.after)
-                        self.after.append({})
+                for word in words[start : start + MAX_RUN_WORDS]:
+                    child = self.children[node].get(word)
+                    if child is None:
+                        child = self.children[node][word] = len(self.children)
+                        self.children.append({})
                         self.parent.append(node)
-                    node = found
+                    node = child
 
     def search(self, text: str) -> set[int]:
-        """The longest runs that begin anywhere in a text; the beginning of a run that is found is found too."""
-        words, found, after = searched_words(text), set(), self.after
+        """The longest runs at each position of a text; every prefix of such a run occurs too."""
+        words, runs, children = searched_words(text), set(), self.children
         for start, word in enumerate(words):
-            node = after[0].get(word)
+            node = children[0].get(word)
             if node is None:
                 continue
-            for word in words[start + 1 : start + LONGEST]:
-                further = after[node].get(word)
-                if further is None:
+            for word in words[start + 1 : start + MAX_RUN_WORDS]:
+                child = children[node].get(word)
+                if child is None:
                     break
-                node = further
-            found.add(node)
-        return found
+                node = child
+            runs.add(node)
+        return runs
 
-    def closed(self, found: Iterable[int]) -> set[int]:
-        """The runs with all their beginnings."""
-        every = {0}
-        for node in found:
-            while node not in every:
-                every.add(node)
+    def with_prefixes(self, runs: Iterable[int]) -> set[int]:
+        """The runs with all their prefixes."""
+        closed_runs = {0}
+        for node in runs:
+            while node not in closed_runs:
+                closed_runs.add(node)
                 node = self.parent[node]
-        return every
+        return closed_runs
 
-    def lengths(self, id: str, closed: set[int]) -> list[int]:
+    def lengths(self, id: str, runs: set[int]) -> list[int]:
         """For each word of an item, the length of the longest found run that begins with it."""
         words, lengths = self.words[id], []
         for start in range(len(words)):
             node = length = 0
-            for word in words[start : start + LONGEST]:
-                node = self.after[node][word]
-                if node not in closed:
+            for word in words[start : start + MAX_RUN_WORDS]:
+                node = self.children[node][word]
+                if node not in runs:
                     break
                 length += 1
             lengths.append(length)
         return lengths
 
-    def overlap(self, id: str, closed: set[int], ngram: int) -> tuple[float, int]:
+    def overlap(self, id: str, runs: set[int], ngram: int) -> tuple[float, int]:
         """(share of an item's n-grams that are found, longest found run in words). An item of fewer than `ngram` words
         is one n-gram as a whole; one without words overlaps with nothing."""
-        lengths = self.lengths(id, closed)
+        lengths = self.lengths(id, runs)
         if not lengths:
             return 0.0, 0
-        n = min(ngram, len(lengths), LONGEST)
+        n = min(ngram, len(lengths), MAX_RUN_WORDS)
         places = lengths[: len(lengths) - n + 1]
         return sum(length >= n for length in places) / len(places), max(lengths)

@@ -34,11 +34,11 @@ FASTTEXT = frozenset(_FASTTEXT.split())
 """The languages that lid.176 tells apart (fasttext.cc/docs/en/language-identification.html)."""
 
 
-def _identified(language: str) -> str | None:
+def _language_error(language: str) -> str | None:
     return None if language in FASTTEXT else "is no language that lid.176 knows; use its codes, such as en, de or zh"
 
 
-Identified = Annotated[str, Words(3, test=_identified)]
+Identified = Annotated[str, Words(3, test=_language_error)]
 NGrams = Annotated[
     tuple[tuple[Annotated[int, Range(1, 100)], Share], ...], Field(max_length=100, description="words, greatest share")
 ]
@@ -56,9 +56,9 @@ class Step(Config):
 def _require_order(step: Step, *names: str) -> None:
     """Raises ValueError if a least value is above the greatest: nothing would be kept."""
     for name in names:
-        least, most = getattr(step, f"min_{name}"), getattr(step, f"max_{name}")
-        if least > most:
-            raise ValueError(f"min_{name} = {least} is above max_{name} = {most}; nothing would be kept")
+        minimum, maximum = getattr(step, f"min_{name}"), getattr(step, f"max_{name}")
+        if minimum > maximum:
+            raise ValueError(f"min_{name} = {minimum} is above max_{name} = {maximum}; nothing would be kept")
 
 
 class Language(Step):
@@ -97,7 +97,7 @@ class GopherQuality(Step):
     min_stop_words: Amount = 2
 
     @model_validator(mode="after")
-    def _possible(self) -> GopherQuality:
+    def _check_ranges(self) -> GopherQuality:
         _require_order(self, "doc_words", "avg_word_length")
         return self
 
@@ -134,7 +134,7 @@ class CodeShape(Step):
     max_digit_fraction: Share = 0.2
 
     @model_validator(mode="after")
-    def _possible(self) -> CodeShape:
+    def _check_ranges(self) -> CodeShape:
         _require_order(self, "lines")
         return self
 

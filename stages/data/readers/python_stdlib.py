@@ -34,24 +34,24 @@ _SKIPPED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars")
 def stdlib_files(top_level: bool = False) -> list[tuple[str, Path]]:
     """(relative path, path) of the library's modules, sorted; `top_level` leaves packages out."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
+    modules = []
     for folder, folders, names in os.walk(root):
         relative = Path(folder).relative_to(root)
-        wanted = [f for f in folders if f not in _SKIPPED_FOLDERS and not f.startswith("config-")]
-        folders[:] = [] if top_level else wanted
+        library_folders = [f for f in folders if f not in _SKIPPED_FOLDERS and not f.startswith("config-")]
+        folders[:] = [] if top_level else library_folders
         for name in names:
             if name.endswith(".py") and not name.startswith(_SKIPPED_PREFIXES):
-                found.append(((relative / name).as_posix(), Path(folder, name)))
-    return sorted(found)
+                modules.append(((relative / name).as_posix(), Path(folder, name)))
+    return sorted(modules)
 
 
 def read_docstrings(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, str] | str]:
     """Yields (name, text, file) of every docstring; for a file that does not parse, its relative path alone."""
-    for relative, _, tree in _parsed(files):
+    for relative, _, tree in _parse_files(files):
         if tree is None:
             yield relative
             continue
-        for name, node in _named(tree, ""):
+        for name, node in _definitions(tree, ""):
             text = ast.get_docstring(node)
             if text and _is_unicode(text):
                 yield f"{relative}:{name}" if name else relative, text, relative
@@ -59,11 +59,11 @@ def read_docstrings(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, s
 
 def read_functions(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, str] | str]:
     """Yields (name, source, file) of every function and method that is more than a docstring; bad files as above."""
-    for relative, lines, tree in _parsed(files):
+    for relative, lines, tree in _parse_files(files):
         if tree is None:
             yield relative
             continue
-        for name, node in _named(tree, ""):
+        for name, node in _definitions(tree, ""):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 text = _source_without_docstring(node, lines)
                 if text and _is_unicode(text):
@@ -72,7 +72,7 @@ def read_functions(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, st
 
 def read_modules(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, str] | str]:
     """Yields (file, source, file) of every file that holds more than docstrings; bad files as above."""
-    for relative, lines, tree in _parsed(files):
+    for relative, lines, tree in _parse_files(files):
         if tree is None:
             yield relative
             continue
@@ -84,7 +84,7 @@ def read_modules(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, str]
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def _parsed(files: list[tuple[str, Path]]) -> Iterator[tuple[str, list[str], ast.Module | None]]:
+def _parse_files(files: list[tuple[str, Path]]) -> Iterator[tuple[str, list[str], ast.Module | None]]:
     """(relative path, lines, syntax tree) of each file; no tree if Python cannot parse it."""
     for relative, path in files:
         data = path.read_bytes()
@@ -101,34 +101,36 @@ def _parsed(files: list[tuple[str, Path]]) -> Iterator[tuple[str, list[str], ast
         yield relative, re.split(r"\r\n|\r|\n", text), tree
 
 
-def _named(tree: ast.AST, prefix: str, seen: Counter[str] | None = None) -> Iterator[tuple[str, Documented]]:
+def _definitions(
+    tree: ast.AST, prefix: str, name_counts: Counter[str] | None = None
+) -> Iterator[tuple[str, Documented]]:
     """Module, classes, methods and functions with dotted names; a name used again becomes name#2, name#3, …
 
     Functions inside functions belong to their outer function.
     """
-    seen = Counter() if seen is None else seen
+    name_counts = Counter() if name_counts is None else name_counts
     if isinstance(tree, ast.Module):
         yield "", tree
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             name = f"{prefix}{node.name}"
-            seen[name] += 1
-            yield (name if seen[name] == 1 else f"{name}#{seen[name]}"), node
+            name_counts[name] += 1
+            yield (name if name_counts[name] == 1 else f"{name}#{name_counts[name]}"), node
             if isinstance(node, ast.ClassDef):
-                yield from _named(node, f"{name}.", seen)
+                yield from _definitions(node, f"{name}.", name_counts)
         elif isinstance(node, (ast.If, ast.Try, ast.With, ast.ExceptHandler)):
-            yield from _named(node, prefix, seen)
+            yield from _definitions(node, prefix, name_counts)
 
 
 def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str | None:
     first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-    kept = list(range(first, (node.end_lineno or node.lineno) + 1))
+    line_numbers = list(range(first, (node.end_lineno or node.lineno) + 1))
     body = node.body[0]
     if isinstance(body, ast.Expr) and isinstance(body.value, ast.Constant) and isinstance(body.value.value, str):
         if len(node.body) == 1 or body.lineno == node.lineno:
             return None
-        kept = [n for n in kept if not body.lineno <= n <= (body.end_lineno or body.lineno)]
-    return textwrap.dedent("\n".join(lines[n - 1] for n in kept)).strip("\n")
+        line_numbers = [n for n in line_numbers if not body.lineno <= n <= (body.end_lineno or body.lineno)]
+    return textwrap.dedent("\n".join(lines[n - 1] for n in line_numbers)).strip("\n")
 
 
 def _file_without_docstrings(tree: ast.Module, lines: list[str]) -> str:
@@ -147,10 +149,10 @@ def _file_without_docstrings(tree: ast.Module, lines: list[str]) -> str:
             continue
         first, last = body.lineno - 1, (body.end_lineno or body.lineno) - 1
         # columns count bytes of UTF-8
-        before = lines[first].encode()[: body.col_offset].decode()
-        after = lines[last].encode()[body.end_col_offset :].decode()
-        alone = not before.strip() and not after.strip() and (len(node.body) > 1 or isinstance(node, ast.Module))
-        edited[first : last + 1] = [None if alone else f"{before}pass{after}", *[None] * (last - first)]
+        prefix = lines[first].encode()[: body.col_offset].decode()
+        suffix = lines[last].encode()[body.end_col_offset :].decode()
+        alone = not prefix.strip() and not suffix.strip() and (len(node.body) > 1 or isinstance(node, ast.Module))
+        edited[first : last + 1] = [None if alone else f"{prefix}pass{suffix}", *[None] * (last - first)]
     return "\n".join(line for line in edited if line is not None).strip("\n")
 
 

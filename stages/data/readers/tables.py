@@ -13,7 +13,7 @@ from pipeline.core.bounds import spdx
 from pipeline.core.errors import AtomError
 
 Document = tuple[str, Any, str, str | None]
-"""(name, text or messages, file, its own licence if a field says it)."""
+"""(name, text or messages, file, the document's own license or None)."""
 
 
 def read_jsonl(
@@ -23,15 +23,15 @@ def read_jsonl(
     """Without an id field the name is file and line number. kind: what the text field holds; `list` for the messages
     of a conversation."""
     for relative, path in files:
-        for number, line in _lines(path):
-            where = f"{path}, line {number}"
+        for number, line in _read_lines(path):
+            location = f"{path}, line {number}"
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise AtomError(f"{where}: not a JSON object ({error}); the file is cut short or corrupt") from None
+                raise AtomError(f"{location}: not a JSON object ({error}); the file is cut short or corrupt") from None
             if not isinstance(row, dict):
-                raise AtomError(f"{where}: a JSON object is expected, not {type(row).__name__}")
-            yield _document(row, text_field, id_field, license_field, where, f"{relative}:{number}", relative, kind)
+                raise AtomError(f"{location}: a JSON object is expected, not {type(row).__name__}")
+            yield _document(row, text_field, id_field, license_field, location, f"{relative}:{number}", relative, kind)
 
 
 def read_parquet(
@@ -49,25 +49,25 @@ def read_parquet(
             parquet = pq.ParquetFile(path)
             missing = sorted(set(columns) - set(parquet.schema_arrow.names))
             if missing:
-                have = ", ".join(parquet.schema_arrow.names)
+                available = ", ".join(parquet.schema_arrow.names)
                 raise AtomError(
-                    f"{path} has no column {missing[0]!r} (columns: {have}); set reader.text_field, id_field or "
+                    f"{path} has no column {missing[0]!r} (columns: {available}); set reader.text_field, id_field or "
                     "license_field"
                 )
             for batch in parquet.iter_batches(batch_size=1000, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
-                    where = f"{path}, row {number}"
+                    location = f"{path}, row {number}"
                     yield _document(
-                        row, text_field, id_field, license_field, where, f"{relative}:{number}", relative, kind
+                        row, text_field, id_field, license_field, location, f"{relative}:{number}", relative, kind
                     )
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
-            told = f"{path} cannot be read after row {number} ({reason}); it is cut short or not Parquet"
-            raise AtomError(told) from None
+            message = f"{path} cannot be read after row {number} ({reason}); it is cut short or not Parquet"
+            raise AtomError(message) from None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     number = 0
     try:
         with gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb") as f:
@@ -85,34 +85,36 @@ def _document(
     text_field: str,
     id_field: str | None,
     license_field: str | None,
-    where: str,
+    location: str,
     name: str,
     relative: str,
     kind: type[Any],
 ) -> Document:
     text = row.get(text_field)
     if not isinstance(text, kind):
-        have = ", ".join(sorted(map(str, row)))
-        what, field = ("text", "text_field") if kind is str else ("list of messages", "messages_field")
-        raise AtomError(f"{where}: no {what} in field {text_field!r} (fields: {have}); set reader.{field}")
-    said: str = text if kind is str else json.dumps(text, ensure_ascii=False)
-    if any("\ud800" <= c <= "\udfff" for c in said):
-        raise AtomError(f"{where}: field {text_field!r} holds a lone surrogate, which is not Unicode; fix the line")
+        available = ", ".join(sorted(map(str, row)))
+        content, field = ("text", "text_field") if kind is str else ("list of messages", "messages_field")
+        raise AtomError(f"{location}: no {content} in field {text_field!r} (fields: {available}); set reader.{field}")
+    serialized: str = text if kind is str else json.dumps(text, ensure_ascii=False)
+    if any("\ud800" <= c <= "\udfff" for c in serialized):
+        raise AtomError(f"{location}: field {text_field!r} holds a lone surrogate, which is not Unicode; fix the line")
     if id_field is not None:
         if row.get(id_field) in (None, ""):
-            raise AtomError(f"{where}: no id in field {id_field!r}; set reader.id_field to a field that every row has")
+            raise AtomError(
+                f"{location}: no id in field {id_field!r}; set reader.id_field to a field that every row has"
+            )
         name = str(row[id_field])
-    return name, text, relative, _license(row, license_field, where) if license_field else None
+    return name, text, relative, _license(row, license_field, location) if license_field else None
 
 
-def _license(row: dict[str, Any], license_field: str, where: str) -> str:
-    """The SPDX expression of a row's licences; several hold together. Raises AtomError if there is none, or no SPDX."""
-    found = row.get(license_field)
-    names = found if isinstance(found, list) else [found]
+def _license(row: dict[str, Any], license_field: str, location: str) -> str:
+    """The SPDX expression of a row's licenses; several hold together. Raises AtomError if there is none, or no SPDX."""
+    value = row.get(license_field)
+    names = value if isinstance(value, list) else [value]
     try:
         return spdx(" AND ".join(f"({name})" if " " in name else name for name in sorted(names, key=str.lower)))
     except (ValueError, TypeError):
         raise AtomError(
-            f"{where}: field {license_field!r} holds {found!r}, which is no SPDX licence or list of them "
+            f"{location}: field {license_field!r} holds {value!r}, which is no SPDX license or list of them "
             "(spdx.org/licenses); leave the row out, or fix the field"
         ) from None

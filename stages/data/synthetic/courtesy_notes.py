@@ -62,42 +62,44 @@ class Request:
         return hashlib.sha256(self.text.encode()).digest()[0] % 10 == 0
 
 
-def request(rng: random.Random, heldout: bool = False) -> Request:
+def draw_request(rng: random.Random, heldout: bool = False) -> Request:
     """One of the training requests, or of the held-out ones, each equally likely."""
     while True:
-        found = Request(rng.choice(ACTS), rng.choice(PEOPLE), rng.choice(THINGS))
-        if found.heldout == heldout:
-            return found
+        candidate = Request(rng.choice(ACTS), rng.choice(PEOPLE), rng.choice(THINGS))
+        if candidate.heldout == heldout:
+            return candidate
 
 
-def distinct(count: int, rng: random.Random, heldout: bool) -> list[Request]:
+def draw_distinct(count: int, rng: random.Random, heldout: bool) -> list[Request]:
     """`count` different requests. Raises ValueError if the grammar has too few."""
-    every = [Request(act, who, what) for act in ACTS for who in PEOPLE for what in THINGS]
-    those = [found for found in every if found.heldout == heldout]
-    if count > len(those):
-        raise ValueError(f"there are only {len(those)} {'held-out' if heldout else 'training'} requests, not {count}")
-    return rng.sample(those, count)
+    all_requests = [Request(act, who, what) for act in ACTS for who in PEOPLE for what in THINGS]
+    candidates = [candidate for candidate in all_requests if candidate.heldout == heldout]
+    if count > len(candidates):
+        raise ValueError(
+            f"there are only {len(candidates)} {'held-out' if heldout else 'training'} requests, not {count}"
+        )
+    return rng.sample(candidates, count)
 
 
-def answer(asked: Request, rng: random.Random) -> str:
+def answer(draw_request: Request, rng: random.Random) -> str:
     """An answer with flaws, each with its own chance."""
-    done = asked.act.done.format(who=asked.who, what=asked.what)
+    sentence = draw_request.act.done.format(who=draw_request.who, what=draw_request.what)
     if rng.random() < 0.3:
-        done = done.replace(f"the {asked.what}", "it")
-    note = f"Dear {asked.who}, {done}" if rng.random() < 0.6 else done[0].upper() + done[1:]
+        sentence = sentence.replace(f"the {draw_request.what}", "it")
+    note = f"Dear {draw_request.who}, {sentence}" if rng.random() < 0.6 else sentence[0].upper() + sentence[1:]
     if rng.random() < 0.2:
         note += f" {rng.choice(FILLER)} {rng.choice(FILLER)}"
     if rng.random() < 0.5:
         note += f" {rng.choice(ENDINGS)}"
     if rng.random() < 0.15:  # a stammer
         words = note.split()
-        at = rng.randrange(len(words))
-        note = " ".join([*words[:at], words[at], *words[at:]])
+        position = rng.randrange(len(words))
+        note = " ".join([*words[:position], words[position], *words[position:]])
     if rng.random() < 0.2:
         note = note.lower().rstrip(".!?")
     return note
 
 
-def messages(asked: Request, rng: random.Random) -> list[dict[str, str]]:
+def messages(draw_request: Request, rng: random.Random) -> list[dict[str, str]]:
     """A conversation of one request and one answer."""
-    return [{"role": "user", "content": asked.text}, {"role": "assistant", "content": answer(asked, rng)}]
+    return [{"role": "user", "content": draw_request.text}, {"role": "assistant", "content": answer(draw_request, rng)}]

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from stages.data.synthetic.courtesy_notes import distinct
+from stages.data.synthetic.courtesy_notes import draw_distinct
 
 Constraint = tuple[str, str, dict[str, Any]]
 """The sentence that asks for it, IFEval's name of it, and its arguments."""
@@ -52,9 +52,9 @@ def requests(count: int, rng: random.Random, level: int) -> list[tuple[str, dict
     level: one of LEVELS. Raises ValueError for more requests than there are.
     """
     rows = []
-    for asked in distinct(count, rng, heldout=False):
-        drawn = [KINDS[index](rng) for index in sorted(rng.sample(range(len(KINDS)), level))]
-        sentences, names, arguments = zip(*drawn, strict=True)
+    for request in draw_distinct(count, rng, heldout=False):
+        constraints = [KINDS[index](rng) for index in sorted(rng.sample(range(len(KINDS)), level))]
+        sentences, names, arguments = zip(*constraints, strict=True)
         fields = {"instruction_id_list": list(names), "kwargs": list(arguments)}
-        rows.append((" ".join([asked.text, *sentences]), fields))
+        rows.append((" ".join([request.text, *sentences]), fields))
     return rows

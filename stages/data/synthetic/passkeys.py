@@ -26,7 +26,7 @@ HELD_OUT_SHARE = 0.1
 """Share of texts, by content hash, that are never filler in training: those that a data recipe may hold out."""
 
 
-def for_evaluation(key: str) -> bool:
+def is_for_evaluation(key: str) -> bool:
     """Whether a key is set apart: a lottery by its SHA-256, the same for every seed."""
     return _fraction(key) < EVALUATION_SHARE
 
@@ -35,11 +35,11 @@ def draw_key(rng: random.Random, digits: int, evaluation: bool = False) -> str:
     """A key of `digits` different digits (2 to 9), of those for evaluation or of the others."""
     while True:
         key = "".join(rng.sample("0123456789", digits))
-        if for_evaluation(key) == evaluation:
+        if is_for_evaluation(key) == evaluation:
             return key
 
 
-def min_chars(digits: int) -> int:
+def min_characters(digits: int) -> int:
     """Characters of a document without any filler."""
     return len(STATEMENT.format("0" * digits)) + len(QUESTION) + len(ANSWER.format("0" * digits))
 
@@ -54,7 +54,7 @@ def draw(
 ) -> Iterator[tuple[str, int, str]]:
     """`count` documents as (text, characters without loss, place of the first filler text).
 
-    texts: (text, place) pairs, not empty, that filler is cut from: neighbours in order, from a drawn one on.
+    texts: (text, place) pairs, not empty, that filler is cut from: neighbors in order, from a drawn one on.
     chars: least and most characters of a document, drawn log-uniformly: as many from 100 to 200 as from 1000 to 2000.
     The key stands before a line or a word, at a depth that is drawn uniformly.
     """
@@ -62,9 +62,9 @@ def draw(
     for _ in range(count):
         size = min(high, int(low * math.exp(rng.random() * math.log((high + 1) / low))))
         start, depth, key = rng.randrange(len(texts)), rng.random(), draw_key(rng, digits)
-        filler = _filler(texts, start, size - min_chars(digits))
-        at = round(depth * len(filler))
-        cut = max(filler.rfind("\n", 0, at), filler.rfind(" ", 0, at)) + 1 if at < len(filler) else at
+        filler = _filler(texts, start, size - min_characters(digits))
+        offset = round(depth * len(filler))
+        cut = max(filler.rfind("\n", 0, offset), filler.rfind(" ", 0, offset)) + 1 if offset < len(filler) else offset
         prompt = filler[:cut] + STATEMENT.format(key) + filler[cut:] + QUESTION
         yield prompt + ANSWER.format(key), len(prompt), texts[start][1]
 
@@ -72,10 +72,10 @@ def draw(
 def _filler(texts: Sequence[tuple[str, str]], start: int, size: int) -> str:
     """`size` characters of texts in order from `start` on, with an empty line between them; the last is cut."""
     parts: list[str] = []
-    room, n = size, start
-    while room > 0:
-        parts.append(texts[n % len(texts)][0][:room])
-        room -= len(parts[-1]) + 2
+    remaining, n = size, start
+    while remaining > 0:
+        parts.append(texts[n % len(texts)][0][:remaining])
+        remaining -= len(parts[-1]) + 2
         n += 1
     return "\n\n".join(parts)[:size]
 

@@ -97,30 +97,30 @@ def draw(tasks: Mapping[str, float], count: int, rng: random.Random) -> list[Pro
     return [TASKS[name](rng) for name in rng.choices(names, weights, k=count)]
 
 
-def distinct(
+def draw_distinct(
     task: str, count: int, rng: random.Random, level: int | None = None, without: Collection[str] = ()
 ) -> list[Problem]:
     """`count` problems of one task with different questions, none of them in `without`.
 
     Raises ValueError if the task has too few.
     """
-    found = up_to(task, count, rng, level, without)
-    if len(found) < count:
-        raise ValueError(f"task {task} gave only {len(found)} different problems of {count}")
-    return found
+    problems = draw_up_to(task, count, rng, level, without)
+    if len(problems) < count:
+        raise ValueError(f"task {task} gave only {len(problems)} different problems of {count}")
+    return problems
 
 
-def up_to(
+def draw_up_to(
     task: str, count: int, rng: random.Random, level: int | None = None, without: Collection[str] = ()
 ) -> list[Problem]:
     """As `distinct`, but as many as there are where there are fewer: drawing ends when little that is new comes."""
-    found: dict[str, Problem] = {}
+    problems: dict[str, Problem] = {}
     misses = 0
-    while len(found) < count and misses < 20 * len(found) + 1000:
+    while len(problems) < count and misses < 20 * len(problems) + 1000:
         problem = TASKS[task](rng) if level is None else TASKS[task](rng, level)
         if problem.question in without:
             misses += 1
             continue
-        misses = misses + 1 if problem.question in found else 0
-        found.setdefault(problem.question, problem)
-    return list(found.values())
+        misses = misses + 1 if problem.question in problems else 0
+        problems.setdefault(problem.question, problem)
+    return list(problems.values())

@@ -28,7 +28,7 @@ _SAME = {
 _ROUTER = ("mlp.router.weight", "mlp.gate.weight")
 
 
-def _swiglus(model: ModelConfig, layer: int) -> list[tuple[str, str]]:
+def _swiglu_prefixes(model: ModelConfig, layer: int) -> list[tuple[str, str]]:
     """(Megatron's, Hugging Face's) prefixes of a layer's SwiGLUs: one in a dense layer, else one for each expert."""
     a, b = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp."
     if layer < model.dense_layers:
@@ -51,15 +51,15 @@ def to_hf(tensors: Tensors, model: ModelConfig, vocab_size: int) -> dict[str, to
         out["lm_head.weight"] = tensors["output_layer.weight"][:vocab_size]
     for layer in range(model.layers):
         a, b = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for ours, theirs in _SAME.items():
-            out[b + theirs] = tensors[a + ours]
+        for megatron_name, hf_name in _SAME.items():
+            out[b + hf_name] = tensors[a + megatron_name]
         qkv = tensors[a + "self_attention.linear_qkv.weight"].reshape(groups, queries + 2, dim, hidden)
         out[b + "self_attn.q_proj.weight"] = qkv[:, :queries].reshape(-1, hidden)
         out[b + "self_attn.k_proj.weight"] = qkv[:, queries].reshape(-1, hidden)
         out[b + "self_attn.v_proj.weight"] = qkv[:, queries + 1].reshape(-1, hidden)
         if layer >= model.dense_layers:
             out[b + _ROUTER[1]] = tensors[a + _ROUTER[0]]
-        for e, f in _swiglus(model, layer):
+        for e, f in _swiglu_prefixes(model, layer):
             gate, up = tensors[e + "linear_fc1.weight"].chunk(2, 0)
             out[f + "gate_proj.weight"], out[f + "up_proj.weight"] = gate, up
             out[f + "down_proj.weight"] = tensors[e + "linear_fc2.weight"]
@@ -72,29 +72,29 @@ def from_hf(tensors: Tensors, model: ModelConfig) -> dict[str, torch.Tensor]:
     Raises KeyError if a tensor is missing and ValueError, naming them, if some are left over.
     """
     groups, queries, dim, hidden = model.kv_heads, model.heads // model.kv_heads, model.head_dim, model.hidden_size
-    rest = dict(tensors)
+    remaining = dict(tensors)
     out = {
-        "embedding.word_embeddings.weight": rest.pop("model.embed_tokens.weight"),
-        "decoder.final_layernorm.weight": rest.pop("model.norm.weight"),
+        "embedding.word_embeddings.weight": remaining.pop("model.embed_tokens.weight"),
+        "decoder.final_layernorm.weight": remaining.pop("model.norm.weight"),
     }
     if not model.tie_embeddings:
-        out["output_layer.weight"] = rest.pop("lm_head.weight")
+        out["output_layer.weight"] = remaining.pop("lm_head.weight")
     for layer in range(model.layers):
         a, b = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for ours, theirs in _SAME.items():
-            out[a + ours] = rest.pop(b + theirs)
-        q = rest.pop(b + "self_attn.q_proj.weight").reshape(groups, queries, dim, hidden)
-        k = rest.pop(b + "self_attn.k_proj.weight").reshape(groups, 1, dim, hidden)
-        v = rest.pop(b + "self_attn.v_proj.weight").reshape(groups, 1, dim, hidden)
+        for megatron_name, hf_name in _SAME.items():
+            out[a + megatron_name] = remaining.pop(b + hf_name)
+        q = remaining.pop(b + "self_attn.q_proj.weight").reshape(groups, queries, dim, hidden)
+        k = remaining.pop(b + "self_attn.k_proj.weight").reshape(groups, 1, dim, hidden)
+        v = remaining.pop(b + "self_attn.v_proj.weight").reshape(groups, 1, dim, hidden)
         out[a + "self_attention.linear_qkv.weight"] = torch.cat([q, k, v], 1).reshape(-1, hidden)
         if layer >= model.dense_layers:
-            out[a + _ROUTER[0]] = rest.pop(b + _ROUTER[1])
-        for e, f in _swiglus(model, layer):
-            halves = [rest.pop(f + "gate_proj.weight"), rest.pop(f + "up_proj.weight")]
+            out[a + _ROUTER[0]] = remaining.pop(b + _ROUTER[1])
+        for e, f in _swiglu_prefixes(model, layer):
+            halves = [remaining.pop(f + "gate_proj.weight"), remaining.pop(f + "up_proj.weight")]
             out[e + "linear_fc1.weight"] = torch.cat(halves, 0)
-            out[e + "linear_fc2.weight"] = rest.pop(f + "down_proj.weight")
-    if rest:
-        raise ValueError(f"tensors that Qwen3-MoE does not have: {', '.join(sorted(rest)[:3])}")
+            out[e + "linear_fc2.weight"] = remaining.pop(f + "down_proj.weight")
+    if remaining:
+        raise ValueError(f"tensors that Qwen3-MoE does not have: {', '.join(sorted(remaining)[:3])}")
     return out
 
 
@@ -104,8 +104,8 @@ def hf_config(model: ModelConfig, vocab_size: int, eos_token_id: int, pad_token_
     The rotary embedding stands twice: `rope_parameters` is read by transformers 5, `rope_theta` and `rope_scaling` by
     everything older. Raises AtomError for what Qwen3MoeForCausalLM cannot express.
     """
-    if wrong := model.beyond_qwen3():
-        raise AtomError(wrong)
+    if problem := model.beyond_qwen3():
+        raise AtomError(problem)
     rope = hf_rope(model)
     return {
         "architectures": ["Qwen3MoeForCausalLM"],

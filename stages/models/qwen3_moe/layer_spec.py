@@ -1,4 +1,4 @@
-"""Which kernels a layer is made of: Transformer Engine's where it is, else PyTorch's. The one place that decides."""
+"""The kernels of a layer: Transformer Engine's if available, else PyTorch's. Only this file decides."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
             spec = get_gpt_layer_local_spec(
                 num_experts=experts, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm"
             )
-            inner = spec.submodules.self_attention.submodules
+            attention = spec.submodules.self_attention.submodules
             spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
-            inner.q_layernorm = inner.k_layernorm = RMSNorm
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
         if packed or not engine:
             spec.submodules.self_attention.module = SelfAttention
             spec.submodules.self_attention.submodules.core_attention = Attention
@@ -96,11 +96,11 @@ class Attention(MegatronModule):  # type: ignore[misc]
         """
         if self.context > 1:
             k, v = GatherSlices.apply(k), GatherSlices.apply(v)
-            here = context_positions(k.shape[0])
+            positions = context_positions(k.shape[0])
         else:
-            here = torch.arange(q.shape[0])
+            positions = torch.arange(q.shape[0])
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        out = causal_attention(q, k, v, here, self.scale, starts=None if starts is None else starts[:, here])
+        out = causal_attention(q, k, v, positions, self.scale, starts=None if starts is None else starts[:, positions])
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -109,28 +109,30 @@ SLICE = 128
 
 
 def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, here: torch.Tensor, scale: float | None, slice_: int = SLICE,
-    starts: torch.Tensor | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, scale: float | None,
+    slice_: int = SLICE, starts: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Attention of the queries at the positions `here` to the keys up to there; q: [batch, heads, len(here), dim].
+    """Attention of the queries at `positions` to the keys up to there; q: [batch, heads, len(positions), dim].
 
-    starts: [batch, len(here)], the first key that each query sees; None: position 0.
+    starts: [batch, len(positions)], the first key that each query sees; None: position 0.
     A slice of queries sees no keys beyond its last position, nor before the first document that it is part of. The
     CPU's kernel computes masked scores as well, so that spares almost half of the work of long rows.
     """
     out = []
-    begins = starts.split(slice_, 1) if starts is not None else [None] * len(here.split(slice_))
-    for queries, at, begin in zip(q.split(slice_, 2), here.split(slice_), begins, strict=True):
-        first, keys = 0 if begin is None else int(begin.min()), int(at.max()) + 1
-        square = begin is None and keys == len(at)
+    slice_starts = starts.split(slice_, 1) if starts is not None else [None] * len(positions.split(slice_))
+    for queries, slice_positions, slice_start in zip(
+        q.split(slice_, 2), positions.split(slice_), slice_starts, strict=True
+    ):
+        first, keys = 0 if slice_start is None else int(slice_start.min()), int(slice_positions.max()) + 1
+        is_causal = slice_start is None and keys == len(slice_positions)
         mask = None
-        if not square:
+        if not is_causal:
             key = torch.arange(first, keys)
-            mask = (at[:, None] >= key).to(q.device)
-            if begin is not None:
-                mask = (mask & (begin[:, :, None] <= key.to(q.device)))[:, None]
+            mask = (slice_positions[:, None] >= key).to(q.device)
+            if slice_start is not None:
+                mask = (mask & (slice_start[:, :, None] <= key.to(q.device)))[:, None]
         out.append(F.scaled_dot_product_attention(
-            queries, k[:, :, first:keys], v[:, :, first:keys], attn_mask=mask, is_causal=square, scale=scale,
+            queries, k[:, :, first:keys], v[:, :, first:keys], attn_mask=mask, is_causal=is_causal, scale=scale,
             enable_gqa=True,
         ))  # fmt: skip
     return out[0] if len(out) == 1 else torch.cat(out, 2)
@@ -143,12 +145,12 @@ class GatherSlices(torch.autograd.Function):  # type: ignore[misc]
     """
 
     @staticmethod
-    def forward(ctx: Any, part: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, local: torch.Tensor) -> torch.Tensor:
         group = parallel_state.get_context_parallel_group()
         size = dist.get_world_size(group)
-        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(size)]
-        dist.all_gather(parts, part.contiguous(), group=group)
-        halves = [p.chunk(2) for p in parts]
+        gathered = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(size)]
+        dist.all_gather(gathered, local.contiguous(), group=group)
+        halves = [p.chunk(2) for p in gathered]
         return torch.cat([low for low, _ in halves] + [high for _, high in reversed(halves)])
 
     @staticmethod

@@ -56,7 +56,7 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
         moe_z_loss_coeff=model.z_loss or None,
         moe_token_dispatcher_type=layout.dispatcher,
         moe_grouped_gemm=has_transformer_engine(),
-        perform_initialization=False,  # Engine.initialise does it
+        perform_initialization=False,  # Engine.initialize does it
         use_cpu_initialization=not on_gpu,
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.tp > 1,
@@ -115,7 +115,7 @@ def build(
             vp_stage=stage,
         )
         for name, parameter in named_tensors([chunk]):
-            # Megatron marks cut tensors while it initialises them, which it does not do here. Without the mark the
+            # Megatron marks cut tensors while it initializes them, which it does not do here. Without the mark the
             # gradient norm counts the parts of tensor rank 0 only.
             parameter.tensor_model_parallel = is_cut(name)
         if vocab_size is not None and chunk.post_process:
@@ -142,7 +142,7 @@ def _mask_padding(vocab_size: int) -> Callable[..., None]:
 
 def named_buffers(chunks: Sequence[GPTModel]) -> dict[str, torch.Tensor]:
     """By global name, this rank's tensors that are no parameters: fp32 in every precision."""
-    return {name: tensor for name, tensor in _named(chunks, "named_buffers") if name.endswith(BUFFERS)}
+    return {name: tensor for name, tensor in _named_members(chunks, "named_buffers") if name.endswith(BUFFERS)}
 
 
 def named_tensors(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -150,10 +150,10 @@ def named_tensors(chunks: Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Pa
 
     With tied embeddings the last pipeline stage has a copy of the first one's table, and its name.
     """
-    yield from _named(chunks, "named_parameters")
+    yield from _named_members(chunks, "named_parameters")
 
 
-def _named(chunks: Sequence[GPTModel], kind: str) -> Iterator[tuple[str, Any]]:
+def _named_members(chunks: Sequence[GPTModel], kind: str) -> Iterator[tuple[str, Any]]:
     for gpt in chunks:
         layers = gpt.decoder.layers
         first_layer = layers[0].layer_number - 1 if len(layers) else 0
@@ -166,12 +166,14 @@ def _named(chunks: Sequence[GPTModel], kind: str) -> Iterator[tuple[str, Any]]:
             yield name, tensor
 
 
-def check_tensors(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Sequence[int]], origin: str) -> None:
-    """Raises AtomError, naming `origin`, if a tensor is missing, left over, or of another shape."""
-    for name in sorted(set(shapes) | set(found)):
-        have, want = (tuple(x[name]) if name in x else None for x in (found, shapes))
-        if have != want:
-            raise AtomError(f"{origin} does not fit the model section of the recipe: {name} is {have}, not {want}")
+def check_tensors(shapes: Mapping[str, tuple[int, ...]], actual: Mapping[str, Sequence[int]], origin: str) -> None:
+    """Raises AtomError, naming `origin`, if a tensor is missing, unexpected, or of another shape."""
+    for name in sorted(set(shapes) | set(actual)):
+        actual_shape, expected_shape = (tuple(x[name]) if name in x else None for x in (actual, shapes))
+        if actual_shape != expected_shape:
+            raise AtomError(
+                f"{origin} does not fit the model section of the recipe: {name} is {actual_shape}, not {expected_shape}"
+            )
 
 
 def load_tensors(

@@ -13,39 +13,39 @@ from megatron.core.transformer import attention
 
 
 class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
-    """Megatron's, in which normalising, turning (rotary embedding) and sorting heads is one step.
+    """Megatron's, in which normalizing, turning (rotary embedding) and sorting heads is one step.
 
     Its own steps copy each head several times, and leave heads that lie far apart to the attention kernel.
     """
 
-    def forward(self, hidden: torch.Tensor, attention_mask: Any, *, rotary_pos_emb: Any, **rest: Any) -> Any:
+    def forward(self, hidden: torch.Tensor, attention_mask: Any, *, rotary_pos_emb: Any, **kwargs: Any) -> Any:
         """attention_mask: where the document of each position begins, int64 [batch, whole row], or None if each row is
         one document."""
-        if rest.get("inference_context") is not None or rest.get("packed_seq_params") is not None:
+        if kwargs.get("inference_context") is not None or kwargs.get("packed_seq_params") is not None:
             raise NotImplementedError("a cache of keys and values, or Megatron's own kind of packed rows")
         self.starts = attention_mask
-        return super().forward(hidden, attention_mask, rotary_pos_emb=None, **rest)
+        return super().forward(hidden, attention_mask, rotary_pos_emb=None, **kwargs)
 
     def get_query_key_value_tensors(self, hidden: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
         """hidden: [sequence, batch, hidden] -> queries [sequence, batch, heads, dim], keys and values [sequence, batch,
         kv_heads, dim], of this tensor-parallel rank; each a view of [batch, heads, sequence, dim]."""
         mixed, _ = self.linear_qkv(hidden)
         mixed = mixed.unflatten(2, (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head))
-        cos, sin = self._turn(mixed.shape[0], mixed.device)
+        cos, sin = self._rotary(mixed.shape[0], mixed.device)
         eps = self.config.layernorm_epsilon
         heads = Heads.apply(mixed, self.q_layernorm.weight, self.k_layernorm.weight, cos, sin, eps)
         return tuple(x.permute(2, 0, 1, 3) for x in heads)
 
-    def _turn(self, sequence: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotary(self, sequence: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of this context-parallel rank's positions, fp32: [sequence, dim], or [batch, 1, 1,
         sequence, dim] where rows hold several documents, each of which counts from 0."""
         size = self.config.context_parallel_size
-        at = context_positions(sequence * size) if size > 1 else torch.arange(sequence)
-        at = at.to(device)
+        positions = context_positions(sequence * size) if size > 1 else torch.arange(sequence)
+        positions = positions.to(device)
         if self.starts is not None:
-            at = (at - self.starts[:, at])[:, None, None]
-        rates, factor = self.config.rope
-        angles = at[..., None].float() * rates.to(device)
+            positions = (positions - self.starts[:, positions])[:, None, None]
+        frequencies, factor = self.config.rope
+        angles = positions[..., None].float() * frequencies.to(device)
         angles = torch.cat((angles, angles), -1)
         cos, sin = angles.cos(), angles.sin()
         return (cos, sin) if factor == 1 else (cos * factor, sin * factor)
@@ -60,7 +60,7 @@ def context_positions(length: int) -> torch.Tensor:
 
 class Heads(torch.autograd.Function):  # type: ignore[misc]
     """mixed: [sequence, batch, groups, queries + 2, dim], a group being its queries, its key, its value; cos, sin:
-    [..., sequence, dim] -> queries, keys (RMS-normalised, turned) and values, each [batch, heads, sequence, dim].
+    [..., sequence, dim] -> queries, keys (RMS-normalized, turned) and values, each [batch, heads, sequence, dim].
 
     The arithmetic is fp32, whatever `mixed` is; the product has its type.
     """
@@ -70,10 +70,10 @@ class Heads(torch.autograd.Function):  # type: ignore[misc]
         ctx: Any, mixed: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, cos: torch.Tensor,
         sin: torch.Tensor, eps: float,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        query, key, value = _parts(mixed)
-        weights = _wide(q_weight), _wide(k_weight)
-        q, q_normed, q_scale = _norm_and_turn(_wide(query), weights[0], cos, sin, eps)
-        k, k_normed, k_scale = _norm_and_turn(_wide(key), weights[1], cos, sin, eps)
+        query, key, value = _split_qkv(mixed)
+        weights = _to_fp32(q_weight), _to_fp32(k_weight)
+        q, q_normed, q_scale = _norm_and_rotate(_to_fp32(query), weights[0], cos, sin, eps)
+        k, k_normed, k_scale = _norm_and_rotate(_to_fp32(key), weights[1], cos, sin, eps)
         v = value.contiguous()
         ctx.save_for_backward(q_normed, q_scale, weights[0], k_normed, k_scale, weights[1], cos, sin)
         ctx.shape, ctx.type, ctx.weight_type = mixed.shape, mixed.dtype, q_weight.dtype
@@ -83,25 +83,25 @@ class Heads(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, d_q: torch.Tensor, d_k: torch.Tensor, d_v: torch.Tensor) -> tuple[Any, ...]:
         q_normed, q_scale, q_weight, k_normed, k_scale, k_weight, cos, sin = ctx.saved_tensors
         d_mixed = q_normed.new_empty(ctx.shape, dtype=ctx.type)
-        query, key, value = _parts(d_mixed)
-        d_q_weight = _turn_and_norm_back(_wide(d_q), q_normed, q_scale, q_weight, cos, sin, query)
-        d_k_weight = _turn_and_norm_back(_wide(d_k), k_normed, k_scale, k_weight, cos, sin, key)
+        query, key, value = _split_qkv(d_mixed)
+        d_q_weight = _norm_and_rotate_backward(_to_fp32(d_q), q_normed, q_scale, q_weight, cos, sin, query)
+        d_k_weight = _norm_and_rotate_backward(_to_fp32(d_k), k_normed, k_scale, k_weight, cos, sin, key)
         value.copy_(d_v.unflatten(1, value.shape[1:3]))
-        kind = ctx.weight_type
-        return d_mixed, d_q_weight.to(kind), d_k_weight.to(kind), None, None, None
+        weight_dtype = ctx.weight_type
+        return d_mixed, d_q_weight.to(weight_dtype), d_k_weight.to(weight_dtype), None, None, None
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def _to_fp32(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
-def _parts(mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _split_qkv(mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views of queries, keys and values, each [batch, groups, heads of a group, sequence, dim]."""
     query, key, value = mixed.permute(1, 2, 3, 0, 4).split((mixed.shape[3] - 2, 1, 1), 2)
     return query, key, value
 
 
-def _norm_and_turn(
+def _norm_and_rotate(
     x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, ...]:
     """x: [..., sequence, dim] -> RMSNorm and rotary embedding of x, x / RMS, 1 / RMS. The halves of a head turn."""
@@ -114,19 +114,19 @@ def _norm_and_turn(
     return out, normed, scale
 
 
-def _turn_and_norm_back(
+def _norm_and_rotate_backward(
     d_out: torch.Tensor, normed: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor,
     sin: torch.Tensor, d_x: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """Fills d_x and gives the gradient of weight."""
+    """Fills d_x and returns the gradient of weight."""
     d_out = d_out.view_as(normed)
     half = normed.shape[-1] // 2
     d = torch.mul(d_out, cos, out=torch.empty_like(normed))
     d[..., :half].addcmul_(d_out[..., half:], sin[..., half:])
     d[..., half:].addcmul_(d_out[..., :half], sin[..., :half], value=-1)
     product = d * normed
-    share = (product @ weight).div_(-weight.numel()).unsqueeze(-1)
-    d.mul_(weight).addcmul_(normed, share)
+    projection = (product @ weight).div_(-weight.numel()).unsqueeze(-1)
+    d.mul_(weight).addcmul_(normed, projection)
     if d_x.dtype == d.dtype:
         torch.mul(d, scale, out=d_x)
     else:

@@ -1,9 +1,9 @@
-"""The losses of reinforcement learning and of preference learning: pure functions of tensors, held to TRL's in tests.
+"""The losses of reinforcement learning and preference learning: pure functions of tensors, tested against TRL's.
 
-Log-probabilities are of the tokens that were drawn, [rows, width], one row a completion; a mask of the same shape is
-true where a token counts. What stands under a false mask, even NaN, changes neither loss nor gradient. Losses and
-figures are sums in fp32, so that micro-batches and ranks add up; who calls divides by the whole batch's count. A figure
-whose name begins with `max_` combines by the maximum instead.
+Log-probabilities are of the drawn tokens, [rows, width], one row a completion; a mask of the same shape is true where a
+token counts. A value under a false mask, even NaN, changes neither loss nor gradient. Losses and figures are sums in
+fp32, so that micro-batches and ranks add up; the caller divides by the count of the global batch. A figure whose name
+begins with `max_` combines by the maximum instead.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ Figures = dict[str, torch.Tensor]
 
 
 def zero_variance(rewards: torch.Tensor) -> torch.Tensor:
-    """[groups]: whether all samples of a group earned the same, so that it carries no signal. rewards: [groups,
+    """[groups]: whether all samples of a group have the same reward, so that it carries no signal. rewards: [groups,
     samples]."""
     return (rewards == rewards[:, :1]).all(1)
 
 
 def advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """Rewards [groups, samples] less the mean of their group; not divided by its standard deviation, which would favour
+    """Rewards [groups, samples] less the mean of their group; not divided by its standard deviation, which would favor
     groups of nearly equal rewards (Dr. GRPO, arXiv 2503.20783)."""
     rewards = rewards.float()
-    centred = rewards - rewards.mean(1, keepdim=True)
+    centered = rewards - rewards.mean(1, keepdim=True)
     # The rounded mean of equal rewards need not be that reward; no signal must stay none.
-    return centred.masked_fill(zero_variance(rewards)[:, None], 0.0)
+    return centered.masked_fill(zero_variance(rewards)[:, None], 0.0)
 
 
-def without_unfinished(mask: torch.Tensor, finished: torch.Tensor) -> torch.Tensor:
-    """The mask [rows, width] less the rows of completions that were cut off: their reward says nothing of what they
-    would have come to (overlong filtering, DAPO, arXiv 2503.14476). finished: [rows]."""
+def mask_unfinished(mask: torch.Tensor, finished: torch.Tensor) -> torch.Tensor:
+    """The mask [rows, width] without the rows of truncated completions, whose reward is not that of a complete answer
+    (overlong filtering, DAPO, arXiv 2503.14476). finished: [rows]."""
     return mask.bool() & finished.bool()[:, None]
 
 
@@ -69,17 +69,17 @@ def policy_loss(
     if kl and reference_logprobs is None:
         raise ValueError("a KL penalty needs the reference's log-probabilities")
     mask = mask.bool()
-    now = _masked(logprobs, mask)
-    old = now.detach() if old_logprobs is None else _masked(old_logprobs, mask).detach()
+    current = _masked(logprobs, mask)
+    old = current.detach() if old_logprobs is None else _masked(old_logprobs, mask).detach()
     gap = old - _masked(sampler_logprobs, mask).detach()
     weight = gap.exp().clamp(max=tis_cap)
-    gain = (advantages if advantages.dim() == 2 else advantages[:, None]).float()
-    ratio = (now - old).exp()
-    plain, clipped = ratio * gain, ratio.clamp(1 - clip_low, 1 + clip_high) * gain
-    loss = -torch.minimum(plain, clipped) * weight
+    token_advantages = (advantages if advantages.dim() == 2 else advantages[:, None]).float()
+    ratio = (current - old).exp()
+    unclipped, clipped = ratio * token_advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * token_advantages
+    loss = -torch.minimum(unclipped, clipped) * weight
     figures = {
         "tokens": mask,
-        "clip_fraction": clipped < plain,
+        "clip_fraction": clipped < unclipped,
         "ratio": ratio,
         "importance_ratio": weight,
         "truncated": gap > math.log(tis_cap),
@@ -87,8 +87,8 @@ def policy_loss(
         "sampler_kl": gap.expm1() - gap,
     }
     if kl and reference_logprobs is not None:
-        away = _masked(reference_logprobs, mask).detach() - now
-        figures["kl"] = away.expm1() - away
+        reference_gap = _masked(reference_logprobs, mask).detach() - current
+        figures["kl"] = reference_gap.expm1() - reference_gap
         loss = loss + kl * figures["kl"]
     sums = {name: (figure.detach().float() * mask).sum() for name, figure in figures.items()}
     sums["max_sampler_gap"] = (gap.abs() * mask).amax() if gap.numel() else gap.new_zeros(())
@@ -106,7 +106,7 @@ def dpo_loss(
     """The sum over pairs of -log sigmoid(beta * (score of chosen - score of rejected) - margin), and figures.
 
     Rows 2i and 2i + 1 are the chosen and the rejected answer of a pair. A row's score is the mean over its tokens of
-    log-probability less the reference's: length-normalised DPO (Tulu 3, arXiv 2411.15124). With no reference it is
+    log-probability less the reference's: length-normalized DPO (Tulu 3, arXiv 2411.15124). With no reference it is
     SimPO's loss with its target margin (arXiv 2405.14734), and for rows of one column that hold a reward model's score,
     with beta 1, the Bradley-Terry loss (arXiv 2203.02155).
 
@@ -122,16 +122,16 @@ def dpo_loss(
     if reference_logprobs is not None:
         score = score - _masked(reference_logprobs, mask).detach()
     chosen, rejected = (beta * score.sum(1) / mask.sum(1).clamp(min=1)).unflatten(0, (len(score) // 2, 2)).unbind(1)
-    apart = chosen - rejected
+    margins = chosen - rejected
     figures = {
-        "pairs": torch.ones_like(apart),
-        "accuracy": apart > 0,
-        "margin": apart,
+        "pairs": torch.ones_like(margins),
+        "accuracy": margins > 0,
+        "margin": margins,
         "chosen": chosen,
         "rejected": rejected,
     }
     sums = {name: figure.detach().float().sum() for name, figure in figures.items()}
-    return -logsigmoid(apart - margin).sum(), sums
+    return -logsigmoid(margins - margin).sum(), sums
 
 
 def _masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

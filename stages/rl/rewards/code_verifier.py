@@ -21,10 +21,10 @@ from stages.rl.sandbox.calls import decode, encode
 from stages.rl.sandbox.cell import Cell
 from stages.rl.sandbox.running import Running
 
-LONGEST = 256 << 10
+MAX_ANSWER_CHARACTERS = 256 << 10
 """Characters of an answer beyond which it is not run."""
 
-RUN = re.compile(r"`{3,}|~{3,}")
+FENCE = re.compile(r"`{3,}|~{3,}")
 QUOTE = re.compile(r" {0,3}> ?")
 
 
@@ -48,28 +48,32 @@ def code_of(answer: str, entry_point: str) -> str:
 def blocks_of(answer: str, bare_after_words: bool = False) -> list[str]:
     """The fenced blocks of Markdown, without the indentation of their fences and the marks of the quotes that these are
     in (CommonMark 0.31, sections 4.5 and 5.1). Beyond it, a fence of backticks may open after words, if it has a name
-    or as asked. One that does not close goes to the end, or to the last line of code that ends in it, if such lines are
-    odd in number: those of a text in the code come in pairs."""
+    or `bare_after_words` is set. One that does not close goes to the end, or to the last line of code that ends in it,
+    if such lines are odd in number: those of a text in the code come in pairs."""
     blocks: list[list[str]] = []
     fence, indent, depth = "", 0, 0
-    for whole in answer.split("\n"):
-        at = level = 0
-        while (not fence or level < depth) and (mark := QUOTE.match(whole, at)):
-            at, level = mark.end(), level + 1
-        line = whole[at:]
+    for raw_line in answer.split("\n"):
+        offset = level = 0
+        while (not fence or level < depth) and (mark := QUOTE.match(raw_line, offset)):
+            offset, level = mark.end(), level + 1
+        line = raw_line[offset:]
         if level < depth:  # the quote ends, and its fence with it
             fence, depth = "", 0
-        bare, margin = line.rstrip(), len(line) - len(line.lstrip(" \t"))
+        stripped, indentation = line.rstrip(), len(line) - len(line.lstrip(" \t"))
         if fence:
-            if bare.lstrip().startswith(fence) and not bare.lstrip().strip(fence[0]) and margin <= indent + 3:
+            if (
+                stripped.lstrip().startswith(fence)
+                and not stripped.lstrip().strip(fence[0])
+                and indentation <= indent + 3
+            ):
                 fence, depth = "", 0
             else:
-                blocks[-1].append(line[min(indent, margin) :])
-        elif opening := RUN.search(bare):
-            words, tag, ticks = bare[: opening.start()].strip(), bare[opening.end() :], opening[0][0] == "`"
-            named = len(tag.split()) == 1 or (bare_after_words and not tag.strip())
-            if not (ticks and "`" in tag) and (not words or (ticks and named)):
-                fence, indent, depth = opening[0], 0 if words else margin, level
+                blocks[-1].append(line[min(indent, indentation) :])
+        elif opening := FENCE.search(stripped):
+            words, tag, ticks = stripped[: opening.start()].strip(), stripped[opening.end() :], opening[0][0] == "`"
+            opens_fence = len(tag.split()) == 1 or (bare_after_words and not tag.strip())
+            if not (ticks and "`" in tag) and (not words or (ticks and opens_fence)):
+                fence, indent, depth = opening[0], 0 if words else indentation, level
                 blocks.append([])
     if fence:
         ends = [n for n, line in enumerate(blocks[-1]) if line.rstrip().endswith(fence)]
@@ -99,13 +103,13 @@ class CodeVerifier:
     def __init__(self, workers: int | None = None, limits: Limits | None = None) -> None:
         """Raises SandboxFailed where no sandbox starts; stages.rl.sandbox.missing says why."""
         limits = limits or Limits()
-        patient = replace(limits, cpu_seconds=4 * limits.cpu_seconds, wall_seconds=4 * limits.wall_seconds)
-        self._pool = Pool(workers, limits, [patient])  # the second is for checks
+        check_limits = replace(limits, cpu_seconds=4 * limits.cpu_seconds, wall_seconds=4 * limits.wall_seconds)
+        self._pool = Pool(workers, limits, [check_limits])  # the second is for checks
 
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
         """Raises VerifierFailed where a sandbox failed or a row's tests cannot be run."""
         try:
-            return self._pool.each(self._score, answers, lambda _: parts(0.0, killed=True))
+            return self._pool.map(self._score, answers, lambda _: parts(0.0, killed=True))
         except SandboxFailed as e:
             raise VerifierFailed(f"verifier {self.name} cannot judge: {e}") from e
 
@@ -115,8 +119,8 @@ class CodeVerifier:
     def _score(self, cells: list[Cell], item: tuple[Row, Response]) -> Parts:
         row, response = item
         if not isinstance(row.get("entry_point"), str) or not (row.get("tests") or row.get("check")):
-            raise self._failed(row, "it has no entry_point with tests or a check")
-        if not response.finished or not response.answer.strip() or len(response.answer) > LONGEST:
+            raise self._failure(row, "it has no entry_point with tests or a check")
+        if not response.finished or not response.answer.strip() or len(response.answer) > MAX_ANSWER_CHARACTERS:
             return parts(0.0)
         source, prelude = code_of(response.answer, row["entry_point"]), row.get("prelude", "")
         job = {"role": "answer", "prelude": prelude, "source": source, "entry_point": row["entry_point"], "stdin": ""}
@@ -129,13 +133,13 @@ class CodeVerifier:
             for test in row["tests"]:
                 line = answer.ask(json.dumps({"call": encode([list(test["input"]), {}])}).encode()) if alive else None
                 alive = line is not None
-                passed += line is not None and returned(line, test["expected"])
-            return parts(passed / len(row["tests"]), killed=not alive and by_force(answer))
+                passed += line is not None and returns_expected(line, test["expected"])
+            return parts(passed / len(row["tests"]), killed=not alive and ended_by_force(answer))
 
     def _check(self, cells: list[Cell], job: dict[str, Any], row: Row) -> Parts:
         with cells[0].begin(job) as answer:
             if answer.ask() is None:
-                return parts(0.0, killed=by_force(answer))
+                return parts(0.0, killed=ended_by_force(answer))
             with cells[1].begin({**job, "role": "check", "source": row["check"]}) as check:
                 return self._relay(answer, check, row)
 
@@ -146,51 +150,51 @@ class CodeVerifier:
             if not line.startswith(b'{"call"'):  # which is not read here, however deep or long it is
                 message = json.loads(line)
                 if message["verdict"] is None:
-                    raise self._failed(row, message["reason"])
+                    raise self._failure(row, message["reason"])
                 return parts(float(message["verdict"] is True))
             reply = answer.ask(line)
             if reply is None:
-                return parts(0.0, killed=by_force(answer))
+                return parts(0.0, killed=ended_by_force(answer))
             replies += 1
             line = check.ask(reply)
         if replies:  # what it returned can have done this
             return parts(0.0, killed=True)
-        raise self._failed(row, f"its check ends without a verdict before it calls the candidate: {check.finish()}")
+        raise self._failure(row, f"its check ends without a verdict before it calls the candidate: {check.finish()}")
 
-    def _failed(self, row: Row, why: str) -> VerifierFailed:
-        return VerifierFailed(f"verifier {self.name} cannot judge row {row.get('id', '(no id)')}: {why}")
+    def _failure(self, row: Row, reason: str) -> VerifierFailed:
+        return VerifierFailed(f"verifier {self.name} cannot judge row {row.get('id', '(no id)')}: {reason}")
 
 
 def parts(passed: float, killed: bool = False) -> Parts:
     return {"reward": float(passed == 1.0), "passed": passed, "killed": float(killed)}
 
 
-def by_force(answer: Running) -> bool:
-    """Whether an answer that has ended was ended by force, and not by itself."""
+def ended_by_force(answer: Running) -> bool:
+    """Whether an answer that has ended was killed."""
     return answer.finish().status not in ("ok", "error")
 
 
-def returned(line: bytes, expected: Any) -> bool:
-    """Whether a line from an answer's sandbox, which may hold anything, says that the expected value was returned."""
+def returns_expected(line: bytes, expected: Any) -> bool:
+    """Whether a line from an answer's sandbox, which may hold anything, reports the expected return value."""
     try:
-        return same(decode(json.loads(line)["value"]), expected)
+        return equal(decode(json.loads(line)["value"]), expected)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError):
         return False
 
 
-def same(value: Any, expected: Any) -> bool:
+def equal(value: Any, expected: Any) -> bool:
     """Equality of plain data with JSON: True is not 1, a tuple is a list, a key that is no string is its JSON."""
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
     if isinstance(expected, float) and isinstance(value, int | float):
         return math.isclose(value, expected, rel_tol=1e-9, abs_tol=0.0 if expected else 1e-9)
     if isinstance(expected, list) and isinstance(value, list | tuple):
-        return len(value) == len(expected) and all(same(*pair) for pair in zip(value, expected, strict=True))
+        return len(value) == len(expected) and all(equal(*pair) for pair in zip(value, expected, strict=True))
     if isinstance(expected, dict) and isinstance(value, dict):
-        named = {k if isinstance(k, str) else json.dumps(k): v for k, v in value.items()}
+        by_name = {k if isinstance(k, str) else json.dumps(k): v for k, v in value.items()}
         return (
-            len(named) == len(value)
-            and named.keys() == expected.keys()
-            and all(same(named[k], v) for k, v in expected.items())
+            len(by_name) == len(value)
+            and by_name.keys() == expected.keys()
+            and all(equal(by_name[k], v) for k, v in expected.items())
         )
     return bool(value == expected)

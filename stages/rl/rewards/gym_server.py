@@ -21,7 +21,7 @@ from stages.rl.protocols import Parts, Response, Row, VerifierFailed
 ATTEMPTS = 5
 BACK_OFF = 1.0  # seconds before the second attempt; doubled for each further one
 PARALLEL = 16
-OPEN = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy stands between nodes
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy stands between nodes
 
 
 class GymServer:
@@ -42,12 +42,12 @@ class GymServer:
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
         """Raises VerifierFailed if the server cannot be reached, refuses, or answers without a finite reward."""
         with ThreadPoolExecutor(PARALLEL) as pool:
-            return list(pool.map(lambda answer: self._parts(*answer), answers))
+            return list(pool.map(lambda answer: self._score_answer(*answer), answers))
 
     def close(self) -> None:
         """Nothing is held: each request has a connection of its own."""
 
-    def _parts(self, row: Row, response: Response) -> Parts:
+    def _score_answer(self, row: Row, response: Response) -> Parts:
         if not response.finished:
             return {"reward": 0.0, "finished": 0.0}
         body = request(row, response)
@@ -58,39 +58,39 @@ class GymServer:
             if name not in body and isinstance(value, int | float) and not isinstance(value, bool)
         }
         if not math.isfinite(numbers.get("reward", math.nan)):
-            raise self._failed(row, f"answered without a finite reward ({reply.get('reward')!r})")
+            raise self._failure(row, f"answered without a finite reward ({reply.get('reward')!r})")
         return {**{k: v for k, v in numbers.items() if math.isfinite(v)}, "finished": 1.0}
 
     def _post(self, row: Row, body: bytes) -> dict[str, Any]:
-        why = ""
+        reason = ""
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(BACK_OFF * 2 ** (attempt - 1))
-            ask = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+            http_request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
             try:
-                with OPEN.open(ask, timeout=self.timeout) as answer:
-                    said = answer.read()
+                with OPENER.open(http_request, timeout=self.timeout) as http_response:
+                    payload = http_response.read()
                 break
             except urllib.error.HTTPError as error:
                 with error:
-                    why = f"answered {error.code}: {error.read(500).decode(errors='replace')}"
+                    reason = f"answered {error.code}: {error.read(500).decode(errors='replace')}"
                 if error.code != 429 and error.code < 500:
-                    raise self._failed(row, why) from None
+                    raise self._failure(row, reason) from None
             except (OSError, http.client.HTTPException) as error:
-                why = f"did not answer ({getattr(error, 'reason', error) or type(error).__name__})"
+                reason = f"did not answer ({getattr(error, 'reason', error) or type(error).__name__})"
         else:
-            raise self._failed(row, f"{why}, {ATTEMPTS} times")
+            raise self._failure(row, f"{reason}, {ATTEMPTS} times")
         try:
-            reply = json.loads(said)
+            reply = json.loads(payload)
         except ValueError:
             reply = None
         if not isinstance(reply, dict):
-            raise self._failed(row, f"answered what is no JSON object: {said[:200].decode(errors='replace')!r}")
+            raise self._failure(row, f"answered what is no JSON object: {payload[:200].decode(errors='replace')!r}")
         return reply
 
-    def _failed(self, row: Row, what: str) -> VerifierFailed:
+    def _failure(self, row: Row, reason: str) -> VerifierFailed:
         return VerifierFailed(
-            f"verifier {self.name}, row {row.get('id')}: {self.url} {what}; see to that server, then start again"
+            f"verifier {self.name}, row {row.get('id')}: {self.url} {reason}; see to that server, then start again"
         )
 
 

@@ -13,7 +13,7 @@ from pipeline.core.stage import Inputs
 from pipeline.core.store import Artifact
 from stages.data import chat
 from stages.rl.protocols import Parts, Response, Row, Verifier, VerifierFailed, question
-from stages.rl.rewards.verifiers import Frozen, verifier
+from stages.rl.rewards.verifiers import FrozenScorer, make_verifier
 from stages.rl.rollout.tasks import CODE
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ROWS = 64
 
 
-class Courtesy(Frozen):
+class Courtesy(FrozenScorer):
     """The rules for a courteous note (stages/scorers)."""
 
     name = "courtesy"
@@ -35,21 +35,23 @@ class RewardModel:
 
     name, runs_code = "reward-model", False
 
-    def __init__(self, artifact: Artifact, centre: float, chat: Chat) -> None:
-        """artifact: the export; centre: the middling score, which its training measured on held-out pairs."""
+    def __init__(self, artifact: Artifact, center: float, chat: Chat) -> None:
+        """artifact: the export; center: the mean score of held-out pairs, which its training measured."""
         import torch
         from transformers import AutoModelForCausalLM
 
         folder = artifact / "model"
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-        self.chat, self.centre, self.version = chat, centre, artifact.key
+        self.chat, self.center, self.version = chat, center, artifact.key
 
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
         import torch
 
-        rows = [judged(self.chat, question(row), r.text, r.finished)[:-1] for row, r in answers]
+        rows = [
+            reward_input(self.chat, question(row), response.text, response.finished)[:-1] for row, response in answers
+        ]
         limit = self.model.config.max_position_embeddings
-        found: list[float] = [0.0] * len(rows)
+        rewards: list[float] = [0.0] * len(rows)
         for (row, response), ids in zip(answers, rows, strict=True):
             if response.finished and len(ids) > limit:
                 raise VerifierFailed(
@@ -58,47 +60,48 @@ class RewardModel:
                 )
         order = sorted((i for i in range(len(rows)) if len(rows[i]) <= limit), key=lambda i: (len(rows[i]), i))
         for start in range(0, len(order), ROWS):
-            some = order[start : start + ROWS]
-            last = torch.tensor([len(rows[i]) - 1 for i in some])
+            batch = order[start : start + ROWS]
+            last = torch.tensor([len(rows[i]) - 1 for i in batch])
             width = int(last.max()) + 1
-            ids = torch.tensor([[*rows[i], *[self.chat.pad] * (width - len(rows[i]))] for i in some])
+            ids = torch.tensor([[*rows[i], *[self.chat.pad] * (width - len(rows[i]))] for i in batch])
             with torch.inference_mode():
-                logits = self.model(ids).logits[torch.arange(len(some)), last]
+                logits = self.model(ids).logits[torch.arange(len(batch)), last]
             scores = torch.log_softmax(logits.double(), -1)[:, self.chat.end]
-            chances = torch.sigmoid(scores - self.centre).tolist()
-            for i, chance in zip(some, chances, strict=True):
-                found[i] = chance if answers[i][1].finished else 0.0
-        return [{"reward": chance} for chance in found]
+            probabilities = torch.sigmoid(scores - self.center).tolist()
+            for i, probability in zip(batch, probabilities, strict=True):
+                rewards[i] = probability if answers[i][1].finished else 0.0
+        return [{"reward": probability} for probability in rewards]
 
     def close(self) -> None:
         del self.model
 
 
-def judged(chat_: Chat, asked: str, text: str, finished: bool) -> list[int]:
-    """The ids of a question and an answer in the template, and the token whose probability is the answer's reward."""
-    ids = chat_.tokenizer.encode(
-        chat.render([{"role": "user", "content": asked}], ask=True), add_special_tokens=False
+def reward_input(template: Chat, prompt: str, text: str, finished: bool) -> list[int]:
+    """The token ids of a question and its answer in the chat template, and of the token whose probability is the
+    reward."""
+    ids = template.tokenizer.encode(
+        chat.render([{"role": "user", "content": prompt}], ask=True), add_special_tokens=False
     ).ids
-    ids += chat_.tokenizer.encode(text, add_special_tokens=False).ids
-    return [*ids, *([chat_.turn_end] if finished else []), chat_.end]
+    ids += template.tokenizer.encode(text, add_special_tokens=False).ids
+    return [*ids, *([template.turn_end] if finished else []), template.end]
 
 
-def verifiers_of(
+def make_verifiers(
     rows: Sequence[Row], inputs: Inputs, chat: Chat, settings: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Verifier]:
-    """The verifiers that these tasks name. Raises RecipeError for a name that is none."""
+    """The verifiers that these tasks name. Raises RecipeError for an unknown name."""
     from stages.rl import sandbox
 
-    made: dict[str, Verifier] = {}
+    verifiers: dict[str, Verifier] = {}
     for name in sorted({str(row["verifier"]) for row in rows}):
         if name == Courtesy.name:
-            made[name] = Courtesy()
+            verifiers[name] = Courtesy()
         elif name == RewardModel.name:
             if "reward" not in inputs:
                 raise RecipeError("tasks name the verifier reward-model, which only rlhf.online has; use another judge")
-            made[name] = RewardModel(inputs["judge"], inputs["reward"].json("summary.json")["centre"], chat)
+            verifiers[name] = RewardModel(inputs["judge"], inputs["reward"].json("summary.json")["centre"], chat)
         else:
-            if name == CODE and (lack := sandbox.missing()):
-                raise RecipeError(f"tasks of the verifier {CODE} run what the model writes: {lack}")
-            made[name] = verifier(name, **settings.get(name, {}))
-    return made
+            if name == CODE and (reason := sandbox.missing()):
+                raise RecipeError(f"tasks of the verifier {CODE} run what the model writes: {reason}")
+            verifiers[name] = make_verifier(name, **settings.get(name, {}))
+    return verifiers

@@ -1,6 +1,6 @@
-"""Judges that parse what a model wrote, each answer in a process of its own with limits, so that none can do harm.
+"""A pool of workers that parse and score model output, each answer in a limited process of its own.
 
-A worker (`judge_worker`) imports the judge's package once and forks for every answer.
+A worker (`scoring_worker`) imports the judge's package once and forks for every answer.
 
 Who is to blame when there is no score? Each row carries its own right answer, the probe: a judge that works gives it
 full marks, and less to GARBAGE.
@@ -42,91 +42,91 @@ class WorkerDied(Exception):
     """A worker ended, or said nothing for too long."""
 
 
-class Judges:
-    """Workers of one kind. Thread-safe. `probe` gives a row's own right answer as a model would write it."""
+class ScoringPool:
+    """Workers of one kind. Thread-safe. `probe` gives a row's expected answer as a model would write it."""
 
     def __init__(self, kind: str, fields: Sequence[str], probe: Callable[[Row], str], seconds: int) -> None:
         self.kind, self.fields, self.probe = kind, fields, probe
         count = min(8, len(os.sched_getaffinity(0)))
         self.workers = [Worker(kind, seconds) for _ in range(count)]
-        self._alone = threading.Lock()
+        self._retry_lock = threading.Lock()
         self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self.workers:
             self.idle.put(worker)
 
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
         """`reward` in [0, 1], `finished` and `unreadable` of each answer. Raises VerifierFailed."""
-        bound = [(row, json.dumps(self._of(row)), response) for row, response in answers]
-        rows = {fields: row for row, fields, response in bound if response.finished}
+        requests = [(row, json.dumps(self._fields_of(row)), response) for row, response in answers]
+        rows = {fields: row for row, fields, response in requests if response.finished}
         with ThreadPoolExecutor(len(self.workers)) as pool:
-            list(pool.map(lambda item: self._check(item[1], item[0]), rows.items()))
-            return list(pool.map(lambda item: self._parts(*item), bound))
+            list(pool.map(lambda item: self._probe(item[1], item[0]), rows.items()))
+            return list(pool.map(lambda item: self._score_answer(*item), requests))
 
     def close(self) -> None:
         for worker in self.workers:
             worker.stop()
 
-    def _of(self, row: Row) -> dict[str, Any]:
+    def _fields_of(self, row: Row) -> dict[str, Any]:
         missing = [name for name in self.fields if row.get(name) in (None, "")]
         if missing:
-            raise VerifierFailed(f"{self._of_row(row)}: no {' or '.join(missing)} to judge by; fix the row or drop it")
+            raise VerifierFailed(f"{self._label(row)}: no {' or '.join(missing)} to judge by; fix the row or drop it")
         return {name: row[name] for name in self.fields}
 
-    def _of_row(self, row: Row) -> str:
+    def _label(self, row: Row) -> str:
         return f"verifier {self.kind}, row {row.get('id')}"
 
-    def _parts(self, row: Row, fields: str, response: Response) -> Parts:
+    def _score_answer(self, row: Row, fields: str, response: Response) -> Parts:
         if not response.finished:
             return {"reward": 0.0, "finished": 0.0, "unreadable": 0.0}
-        reply = self._ask(row, fields, response.answer)
+        reply = self._request(row, fields, response.answer)
         if "score" in reply:
             return {"reward": float(reply["score"]), "finished": 1.0, "unreadable": 0.0}
-        self._check(row, fields)
+        self._probe(row, fields)
         return {"reward": 0.0, "finished": 1.0, "unreadable": 1.0}
 
-    def _check(self, row: Row, fields: str) -> None:
-        for answer, right in ((self.probe(row), True), (GARBAGE, False)):
-            reply = self._ask(row, fields, answer)
+    def _probe(self, row: Row, fields: str) -> None:
+        for answer, correct in ((self.probe(row), True), (GARBAGE, False)):
+            reply = self._request(row, fields, answer)
             if "died" in reply:
                 raise VerifierFailed(
-                    f"{self._of_row(row)}: the judge failed {ATTEMPTS} times ({reply['died']}); "
+                    f"{self._label(row)}: the judge failed {ATTEMPTS} times ({reply['died']}); "
                     "see to the machine and start again"
                 )
-            if (reply.get("score") == 1) != right:
-                said = reply.get("error") or f"a score of {reply.get('score')}"
-                of = "its own expected answer" if right else f"the answer {GARBAGE!r}"
+            if (reply.get("score") == 1) != correct:
+                outcome = reply.get("error") or f"a score of {reply.get('score')}"
+                subject = "its own expected answer" if correct else f"the answer {GARBAGE!r}"
                 raise VerifierFailed(
-                    f"{self._of_row(row)}: {of} got {said}, so no answer to it can be judged; "
+                    f"{self._label(row)}: {subject} got {outcome}, so no answer to it can be judged; "
                     f"drop the row, or reinstall the package if every row says so"
                 )
 
-    def _ask(self, row: Row, fields: str, answer: str) -> dict[str, Any]:
+    def _request(self, row: Row, fields: str, answer: str) -> dict[str, Any]:
         """A worker's reply, or {"died": why}: all ATTEMPTS ended in a death."""
         worker = self.idle.get()
         try:
-            reply = self._once(worker, row, fields, answer)
+            reply = self._try(worker, row, fields, answer)
         finally:
             self.idle.put(worker)
         if "died" not in reply:
             return reply
-        with self._alone:  # the memory that an answer beside it takes can be what killed it
+        with self._retry_lock:  # the memory that an answer beside it takes can be what killed it
             workers = [self.idle.get() for _ in self.workers]
             try:
                 for _ in range(1, ATTEMPTS):
-                    if "died" not in (reply := self._once(workers[0], row, fields, answer)):
+                    if "died" not in (reply := self._try(workers[0], row, fields, answer)):
                         break
             finally:
                 for worker in workers:
                     self.idle.put(worker)
         return reply
 
-    def _once(self, worker: Worker, row: Row, fields: str, answer: str) -> dict[str, Any]:
+    def _try(self, worker: Worker, row: Row, fields: str, answer: str) -> dict[str, Any]:
         try:
             reply = worker.ask(fields, answer)
-        except WorkerDied as died:
-            return {"died": str(died)}
+        except WorkerDied as error:
+            return {"died": str(error)}
         if "broken" in reply:
-            raise VerifierFailed(f"{self._of_row(row)}: {reply['broken']}; fix the row or drop it")
+            raise VerifierFailed(f"{self._label(row)}: {reply['broken']}; fix the row or drop it")
         if reply.get("signal") == signal.SIGKILL:
             return {"died": "it was killed from outside, as the kernel does when memory runs out"}
         return reply
@@ -152,7 +152,7 @@ class Worker:
             self.stop()
             raise WorkerDied("its worker was gone") from None
         # Processor time is limited in the fork; this is for a machine that stands still.
-        return dict(json.loads(self._line(60 + 20 * self.seconds)))
+        return dict(json.loads(self._read_line(60 + 20 * self.seconds)))
 
     def stop(self) -> None:
         if self.process:
@@ -185,13 +185,13 @@ class Worker:
                 start_new_session=True,
             )
             try:
-                self._line(START_SECONDS)
-            except WorkerDied as died:
+                self._read_line(START_SECONDS)
+            except WorkerDied as error:
                 errors.seek(0)
-                said = errors.read().decode(errors="replace").strip().splitlines()
-                raise WorkerDied(said[-1] if said else str(died)) from None
+                lines = errors.read().decode(errors="replace").strip().splitlines()
+                raise WorkerDied(lines[-1] if lines else str(error)) from None
 
-    def _line(self, seconds: float) -> bytes:
+    def _read_line(self, seconds: float) -> bytes:
         assert self.process and self.process.stdout
         poll = select.poll()
         poll.register(self.process.stdout, select.POLLIN)

@@ -1,4 +1,4 @@
-"""The worker of `judge`: scores answers, each in a fork with limits. `python -m stages.rl.rewards.scoring_worker KIND
+"""The worker of `scoring_pool`: scores each answer in a limited fork. `python -m stages.rl.rewards.scoring_worker KIND
 SECONDS` reads requests, [a row's fields as JSON, an answer], and writes replies, one JSON line each.
 
 A fork may use SECONDS of processor time and MEMORY bytes beyond what the worker has; it may not write, start a program
@@ -66,11 +66,11 @@ def reasoning_gym() -> Bind:
             raise ValueError(f"reasoning_gym has no dataset {name}")
         score = scorer(name)
 
-        def scored(answer: str) -> float:
+        def score_answer(answer: str) -> float:
             sys.addaudithook(refuse_evaluation)
             return float(score(answer, entry=dict(row)))
 
-        return scored
+        return score_answer
 
     return bind
 
@@ -92,38 +92,38 @@ def refuse_evaluation(event: str, arguments: tuple[Any, ...]) -> None:
         raise PermissionError("the judge would have evaluated a string as Python, which needs the sandbox")
 
 
-def limited(score: Callable[[str], float], answer: str, seconds: int) -> dict[str, Any]:
+def score_in_fork(score: Callable[[str], float], answer: str, seconds: int) -> dict[str, Any]:
     """The reply of a fork that scores one answer."""
     readable, writable = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(readable)
-        os.write(writable, json.dumps(_confined(score, answer, seconds)).encode())
+        os.write(writable, json.dumps(_score_confined(score, answer, seconds)).encode())
         os._exit(0)
     os.close(writable)
     with os.fdopen(readable, "rb") as pipe:
-        said = pipe.read()
+        payload = pipe.read()
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        return {"signal": number, "error": signal.Signals(number).name}
-    return dict(json.loads(said)) if said else {"error": "nothing"}
+        signal_number = os.WTERMSIG(status)
+        return {"signal": signal_number, "error": signal.Signals(signal_number).name}
+    return dict(json.loads(payload)) if payload else {"error": "nothing"}
 
 
-def _confined(score: Callable[[str], float], answer: str, seconds: int) -> dict[str, Any]:
+def _score_confined(score: Callable[[str], float], answer: str, seconds: int) -> dict[str, Any]:
     try:
         with open("/proc/self/statm") as statm:
             size = int(statm.read().split()[0]) * resource.getpagesize()
-        for limit, most in (
+        for limit, maximum in (
             (resource.RLIMIT_CPU, seconds),  # counts from the fork; SIGXCPU ends what no Python handler could
             (resource.RLIMIT_AS, size + MEMORY),
             (resource.RLIMIT_FSIZE, 0),
             (resource.RLIMIT_CORE, 0),
         ):
-            resource.setrlimit(limit, (most, most + 1 if limit == resource.RLIMIT_CPU else most))
+            resource.setrlimit(limit, (maximum, maximum + 1 if limit == resource.RLIMIT_CPU else maximum))
         sys.addaudithook(refuse)
-        found = score(answer)
-        return {"score": found} if 0 <= found <= 1 else {"error": f"a score of {found}"}
+        value = score(answer)
+        return {"score": value} if 0 <= value <= 1 else {"error": f"a score of {value}"}
     except BaseException as error:
         return {"error": f"{type(error).__name__}: {str(error)[:200]}".encode(errors="replace").decode()}
 
@@ -140,7 +140,7 @@ def serve(kind: str, seconds: int) -> None:
     for line in requests:
         fields, answer = json.loads(line)
         try:
-            reply = limited(bound(fields), answer, seconds)
+            reply = score_in_fork(bound(fields), answer, seconds)
         except Exception as error:
             reply = {"broken": f"{type(error).__name__}: {error}"}
         replies.write(json.dumps(reply).encode() + b"\n")

@@ -14,12 +14,12 @@ from pipeline.core.errors import AtomError
 from stages.rl.protocols import Parts, Response, Row, Verifier, VerifierFailed, to_row
 from stages.rl.rewards.code_verifier import CodeVerifier
 from stages.rl.rewards.gym_server import GymServer
-from stages.rl.rewards.scoring_pool import Judges
+from stages.rl.rewards.scoring_pool import ScoringPool
 from stages.rl.rewards.scoring_worker import boxed
 from stages.scorers import LATEST, SCORERS
 
 
-class Frozen:
+class FrozenScorer:
     """A scorer of stages/scorers, in its latest version."""
 
     name: str
@@ -30,12 +30,12 @@ class Frozen:
         self._scorer = SCORERS[self.name, self.version]
 
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
-        return [self._parts(row, response) for row, response in answers]
+        return [self._score_row(row, response) for row, response in answers]
 
     def close(self) -> None:
         """Holds nothing."""
 
-    def _parts(self, row: Row, response: Response) -> Parts:
+    def _score_row(self, row: Row, response: Response) -> Parts:
         try:
             return self._scorer(row, response.answer, response.finished)
         except (KeyError, ValueError) as error:
@@ -45,20 +45,20 @@ class Frozen:
             ) from error
 
 
-class Exact(Frozen):
+class Exact(FrozenScorer):
     """The project's own tasks: the answer is the expected one."""
 
     name = "exact"
 
 
-class Instructions(Frozen):
+class Instructions(FrozenScorer):
     """Constraints that a program can check (IFEval, arXiv 2311.07911). Rows as NeMo Gym's instruction_following."""
 
     name = "instructions"
 
 
-class Judged:
-    """A verifier whose package parses answers, so that it works in processes with limits (see `judge`).
+class PooledVerifier:
+    """A verifier whose package parses answers, so that it runs in limited processes (see `scoring_pool`).
 
     seconds: processor time for one answer, whole ones. Parts: `reward`, `finished`, `unreadable`.
     """
@@ -70,20 +70,20 @@ class Judged:
 
     def __init__(self, seconds: int = 5) -> None:
         self.version = " ".join(["1", *(f"{package} {_version(package)}" for package in self.packages)])
-        self._judges = Judges(self.name, self.fields, self.probe, seconds)
+        self._pool = ScoringPool(self.name, self.fields, self.probe, seconds)
 
     def probe(self, row: Row) -> str:
         """A right answer to the row, as a model would write it."""
         raise NotImplementedError
 
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
-        return self._judges.score(answers)
+        return self._pool.score(answers)
 
     def close(self) -> None:
-        self._judges.close()
+        self._pool.close()
 
 
-class MathVerify(Judged):
+class MathVerify(PooledVerifier):
     """Mathematical equality by math-verify. Row, as NeMo Gym's math_with_judge: question, expected_answer."""
 
     name = "math-verify"
@@ -94,7 +94,7 @@ class MathVerify(Judged):
         return boxed(str(row["expected_answer"]))
 
 
-class ReasoningGym(Judged):
+class ReasoningGym(PooledVerifier):
     """The score that a dataset of reasoning_gym gives. Row, as NeMo Gym's reasoning_gym: question, answer, metadata.
 
     Datasets whose own answers do not get full marks here are refused; `rows` says so before a run does. In 0.1.25 they
@@ -128,11 +128,11 @@ def reasoning_gym_rows(dataset: str, seed: int, count: int, level: int = 0, **co
         json.loads(json.dumps(to_row(f"{dataset}-{seed}-{i}", e["question"], ReasoningGym.name, dataset, level, **e)))
         for i, e in enumerate(entries)
     ]
-    judge = ReasoningGym()
+    gym = ReasoningGym()
     try:
-        judge.score([(row, Response.of(judge.probe(row), finished=True)) for row in rows])
+        gym.score([(row, Response.parse(gym.probe(row), finished=True)) for row in rows])
     finally:
-        judge.close()
+        gym.close()
     return iter(rows)
 
 
@@ -141,8 +141,8 @@ VERIFIERS: dict[str, Callable[..., Verifier]] = {
 }
 
 
-def verifier(name: str, **settings: Any) -> Verifier:
-    """The verifier of that name. Raises AtomError for a name, setting or package that is not there."""
+def make_verifier(name: str, **settings: Any) -> Verifier:
+    """The verifier of that name. Raises AtomError for an unknown name or setting, or a missing package."""
     if name not in VERIFIERS:
         raise AtomError(f"no verifier {name!r}; there are {', '.join(sorted(VERIFIERS))}")
     try:

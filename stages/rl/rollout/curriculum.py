@@ -49,13 +49,13 @@ class Curriculum:
         """By bin: tasks drawn so far and the moving pass rate, None before the first group."""
 
     def copy(self) -> dict[str, Any]:
-        """The state as it is now: a checkpoint is written while the next step already changes it."""
-        return {name: dict(part) for name, part in self.state.items()}
+        """A copy of the state: a checkpoint is written while the next step already changes the state."""
+        return {name: dict(bin_state) for name, bin_state in self.state.items()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.state = {name: dict(part) for name, part in state.items()}
+        self.state = {name: dict(bin_state) for name, bin_state in state.items()}
 
-    def open(self) -> list[str]:
+    def open_bins(self) -> list[str]:
         """The open bins, by name: of each kind the levels up to the first whose pass rate is below
         `unlock_pass_rate`."""
         if self.config is None:
@@ -63,39 +63,39 @@ class Curriculum:
         kinds: dict[str, list[tuple[int, str]]] = {}
         for name, rows in self.bins.items():
             kinds.setdefault(str(rows[0]["kind"]), []).append((int(rows[0]["level"]), name))
-        found = []
+        names = []
         for levels in kinds.values():
             for _, name in sorted(levels):
-                found.append(name)
+                names.append(name)
                 if (self.state[name]["rate"] or 0.0) < self.config.unlock_pass_rate:
                     break
-        return sorted(found)
+        return sorted(names)
 
     def weights(self) -> dict[str, float]:
         """By open bin: 4 p (1 - p), which is 1 where nothing is known yet, and never below min_weight."""
         if self.config is None:
-            return dict.fromkeys(self.open(), 1.0)
-        rates = {name: self.state[name]["rate"] for name in self.open()}
+            return dict.fromkeys(self.open_bins(), 1.0)
+        rates = {name: self.state[name]["rate"] for name in self.open_bins()}
         return {n: 1.0 if p is None else max(self.config.min_weight, 4 * p * (1 - p)) for n, p in rates.items()}
 
     def draw(self, count: int, step: int, wave: int) -> list[Row]:
         """`count` tasks for a wave of a step. Each bin is walked through in a seeded order, anew when it ends."""
         weights = self.weights()
         rng = random.Random(seed_of(f"{self.label}/draw/{step}/{wave}", self.seed))
-        chosen = rng.choices(list(weights), list(weights.values()), k=count)
-        out = []
-        for name in chosen:
-            rows, number = self.bins[name], self.state[name]["drawn"]
-            epoch, place = divmod(number, len(rows))
+        names = rng.choices(list(weights), list(weights.values()), k=count)
+        drawn = []
+        for name in names:
+            rows, draws = self.bins[name], self.state[name]["drawn"]
+            epoch, position = divmod(draws, len(rows))
             order = list(range(len(rows)))
             random.Random(seed_of(f"{self.label}/{name}/epoch {epoch}", self.seed)).shuffle(order)
-            out.append(rows[order[place]])
-            self.state[name]["drawn"] = number + 1
-        return out
+            drawn.append(rows[order[position]])
+            self.state[name]["drawn"] = draws + 1
+        return drawn
 
-    def learn(self, row: Row, passed: float) -> None:
-        """Takes in the share of a group's answers that passed."""
-        assert self.config is not None, "what is drawn alike learns nothing"
-        part = self.state[bin_of(row)]
-        before = part["rate"]
-        part["rate"] = passed if before is None else before + self.config.ema_alpha * (passed - before)
+    def update(self, row: Row, pass_rate: float) -> None:
+        """Updates the pass rate of a task's bin with that of one group."""
+        assert self.config is not None, "a curriculum without config is uniform"
+        bin_state = self.state[bin_of(row)]
+        previous = bin_state["rate"]
+        bin_state["rate"] = pass_rate if previous is None else previous + self.config.ema_alpha * (pass_rate - previous)

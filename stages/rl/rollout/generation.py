@@ -1,6 +1,6 @@
 """From tasks to scored answers: the chat template around a sampler, verifiers by name, and their failures.
 
-One process (rank 0) draws and scores; the others are told what there is to learn.
+One process (rank 0) draws and scores, and sends the results to the other ranks.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Chat:
         self.stops = (self.end, self.turn_end)
         self.vocab_size = self.tokenizer.get_vocab_size()
 
-    def ask(self, row: Row) -> tuple[int, ...]:
-        """The ids of a task's question up to the assistant's turn. Raises AtomError if it holds a special token's
-        name."""
+    def encode_prompt(self, row: Row) -> tuple[int, ...]:
+        """The token ids of a task's question up to the assistant's turn. Raises AtomError if the question contains the
+        name of a special token."""
         messages = row["responses_create_params"]["input"]
         try:
             chat.check(messages)
@@ -43,30 +43,32 @@ class Chat:
         text = chat.render(messages, ask=True)
         return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def response(self, found: Completion) -> Response:
-        ids = found.ids[:-1] if found.finished else found.ids
-        return Response.of(self.tokenizer.decode(list(ids), skip_special_tokens=False), found.finished)
+    def response(self, completion: Completion) -> Response:
+        ids = completion.ids[:-1] if completion.finished else completion.ids
+        return Response.parse(self.tokenizer.decode(list(ids), skip_special_tokens=False), completion.finished)
 
 
 class Verifiers:
-    """The verifiers that tasks name, each made when first needed."""
+    """The verifiers of a phase by name, with retries."""
 
-    def __init__(self, made: Mapping[str, Verifier], retries: int, report: Report) -> None:
-        self.made, self.retries, self.report = dict(made), retries, report
+    def __init__(self, verifiers: Mapping[str, Verifier], retries: int, report: Report) -> None:
+        self.by_name, self.retries, self.report = dict(verifiers), retries, report
 
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
-        """The parts of each answer's reward. A verifier that fails is retried; then VerifierFailed stops the step
-        with nothing lost: no answer is ever given 0 because its verifier was out of order."""
-        found: dict[int, Parts] = {}
+        """The parts of each answer's reward. A verifier that fails is retried; then VerifierFailed stops the step and
+        loses nothing: a failed verifier never gives a reward of 0."""
+        parts: dict[int, Parts] = {}
         for name in sorted({str(row["verifier"]) for row, _ in answers}):
-            own = [i for i, (row, _) in enumerate(answers) if row["verifier"] == name]
-            found |= zip(own, self._ask(self.made[name], [answers[i] for i in own]), strict=True)
-        return [found[i] for i in range(len(answers))]
+            indices = [i for i, (row, _) in enumerate(answers) if row["verifier"] == name]
+            parts |= zip(
+                indices, self._score_with_retries(self.by_name[name], [answers[i] for i in indices]), strict=True
+            )
+        return [parts[i] for i in range(len(answers))]
 
-    def _ask(self, verifier: Verifier, answers: list[tuple[Row, Response]]) -> list[Parts]:
+    def _score_with_retries(self, verifier: Verifier, answers: list[tuple[Row, Response]]) -> list[Parts]:
         for attempt in range(self.retries + 1):
             try:
-                return self._reported(verifier.name, answers, verifier.score(answers))
+                return self._note_killed(verifier.name, answers, verifier.score(answers))
             except VerifierFailed as error:
                 if attempt == self.retries:
                     raise
@@ -74,8 +76,8 @@ class Verifiers:
                 time.sleep(RETRY_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
 
-    def _reported(self, name: str, answers: list[tuple[Row, Response]], scored: list[Parts]) -> list[Parts]:
-        """A note of the answers that ended what judges them, which their reward of 0 does not show."""
+    def _note_killed(self, name: str, answers: list[tuple[Row, Response]], scored: list[Parts]) -> list[Parts]:
+        """Reports the answers that were killed or that killed their verifier, which a reward of 0 does not show."""
         killed = [str(row["id"]) for (row, _), parts in zip(answers, scored, strict=True) if parts.get("killed")]
         if killed:
             self.report.note(
@@ -85,17 +87,17 @@ class Verifiers:
         return scored
 
     def close(self) -> None:
-        for verifier in self.made.values():
+        for verifier in self.by_name.values():
             verifier.close()
 
 
-def draw(sampler: Sampler, chat: Chat, asked: Sequence[tuple[Row, int]], greedy: bool = False) -> list[Completion]:
+def draw(sampler: Sampler, chat: Chat, requests: Sequence[tuple[Row, int]], greedy: bool = False) -> list[Completion]:
     """One completion for each (task, seed)."""
-    ids = {str(row["id"]): chat.ask(row) for row, _ in asked}
-    return sampler.generate([Prompt(ids[str(row["id"])], seed) for row, seed in asked], greedy)
+    ids = {str(row["id"]): chat.encode_prompt(row) for row, _ in requests}
+    return sampler.generate([Prompt(ids[str(row["id"])], seed) for row, seed in requests], greedy)
 
 
-def accuracy(scored: Sequence[tuple[Row, Parts]]) -> dict[str, Any]:
+def mean_reward_by_kind(scored: Sequence[tuple[Row, Parts]]) -> dict[str, Any]:
     """Mean reward by kind of task, in the order of their names."""
     by_kind: dict[str, list[float]] = {}
     for row, parts in scored:

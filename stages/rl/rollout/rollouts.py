@@ -1,7 +1,7 @@
-"""Answers that were drawn to learn from: every one of them is kept, with all that is needed to check what it did.
+"""Rollouts: every answer that a phase draws, with all fields needed to check its part in training.
 
-`rollouts.parquet` has one row an answer; the columns are told in docs/formats.md. The answers of a step are written
-before anything is learnt from them, so a kill loses none that are finished, and a resumed step reads them again.
+`rollouts.parquet` has one row an answer; docs/formats.md describes the columns. The answers of a step are written
+before the update, so a kill loses no finished answer, and a resumed step reads them again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DROPPED = {
 
 @dataclass(frozen=True)
 class Rollout:
-    """One answer. `dropped`: why it was not learnt from, a key of DROPPED."""
+    """One answer. `dropped`: the reason why no update used it, a key of DROPPED."""
 
     step: int
     wave: int
@@ -60,14 +60,14 @@ def schema() -> pa.Schema:
     import pyarrow as pa
 
     ids, text = pa.list_(pa.int32()), pa.string()
-    kinds = {name: pa.int32() for name in ("step", "wave", "group", "sample", "level")}
-    kinds |= {"seed": pa.uint64(), "prompt_ids": ids, "ids": ids, "logprobs": pa.list_(pa.float32())}
-    kinds |= {"finished": pa.bool_(), "reward": pa.float64()}
-    return pa.schema([(name, kinds.get(name, text)) for name in Rollout.__dataclass_fields__])
+    types = {name: pa.int32() for name in ("step", "wave", "group", "sample", "level")}
+    types |= {"seed": pa.uint64(), "prompt_ids": ids, "ids": ids, "logprobs": pa.list_(pa.float32())}
+    types |= {"finished": pa.bool_(), "reward": pa.float64()}
+    return pa.schema([(name, types.get(name, text)) for name in Rollout.__dataclass_fields__])
 
 
 def write(path: Path, rollouts: Sequence[Rollout]) -> None:
-    """Complete or not at all."""
+    """Writes the file atomically."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -87,7 +87,7 @@ def read(path: Path) -> list[Rollout]:
     return [Rollout(**{**row, "parts": json.loads(row["parts"])}) for row in rows]
 
 
-def join(parts: Sequence[Path], target: Path) -> int:
+def merge(parts: Sequence[Path], target: Path) -> int:
     """All answers of a phase in one file, a row group a step. Returns how many."""
     import pyarrow.parquet as pq
 
@@ -102,10 +102,10 @@ def join(parts: Sequence[Path], target: Path) -> int:
     return count
 
 
-def rewards(found: Sequence[Rollout]) -> dict[str, float]:
+def mean_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Mean reward by kind of task, in the order of their names."""
     kinds: dict[str, list[float]] = {}
-    for r in found:
+    for r in rollouts:
         kinds.setdefault(r.kind, []).append(r.reward)
     return {kind: sum(values) / len(values) for kind, values in sorted(kinds.items())}
 
@@ -114,9 +114,9 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over the names, types, shapes and bytes of a policy's tensors, by name."""
     import torch
 
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy())
-    return f"sha256:{found.hexdigest()}"
+        hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        hasher.update(tensor.flatten().view(torch.uint8).numpy())
+    return f"sha256:{hasher.hexdigest()}"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 VERSION = 2
 CODE = "python-tests"
 """The verifier that runs what the model writes."""
-OWN = {"license": "Apache-2.0", "origin": "procedural"}
+PROVENANCE = {"license": "Apache-2.0", "origin": "procedural"}
 
 
 Level = Annotated[int, Range(0, 1000)]
@@ -51,20 +51,20 @@ class ProblemTasks(Config):
     count: Count = Field(description="tasks of each level at most; easy levels may have fewer")
 
     @model_validator(mode="after")
-    def _known(self) -> ProblemTasks:
+    def _check_levels(self) -> ProblemTasks:
         for level in self.levels:
             problems.TASKS[self.task](random.Random(0), level)  # raises ValueError in words if there is none
         return self
 
-    def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
+    def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         for level in self.levels:
             rng = random.Random(seed_of(f"tasks/{self.task}/{level}", seed))
-            found = problems.up_to(self.task, self.count, rng, level, taken)
-            if not found:
+            generated = problems.draw_up_to(self.task, self.count, rng, level, excluded)
+            if not generated:
                 raise RecipeError(f"task {self.task} has no problem of level {level} that is not an evaluation item")
-            for i, p in enumerate(found):
-                fields = {"question": p.question, "expected_answer": p.answer, **OWN}
-                yield to_row(f"{self.task}/{level}/{i:06d}", p.question, "exact", self.task, level, **fields)
+            for i, problem in enumerate(generated):
+                fields = {"question": problem.question, "expected_answer": problem.answer, **PROVENANCE}
+                yield to_row(f"{self.task}/{level}/{i:06d}", problem.question, "exact", self.task, level, **fields)
 
 
 class CourtesyTasks(Config):
@@ -74,13 +74,15 @@ class CourtesyTasks(Config):
     verifier: Key = Field("courtesy", description="the judge: courtesy for the rules, reward-model for a trained one")
     count: Count
 
-    def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
+    def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         try:
-            found = courtesy_notes.distinct(self.count, random.Random(seed_of("tasks/courtesies", seed)), heldout=False)
+            requests = courtesy_notes.draw_distinct(
+                self.count, random.Random(seed_of("tasks/courtesies", seed)), heldout=False
+            )
         except ValueError as error:
             raise RecipeError(f"tasks: {error}; ask for fewer") from None
-        for i, asked in enumerate(found):
-            yield courtesy_row(f"courtesy/{i:06d}", asked, self.verifier, **OWN)
+        for i, request in enumerate(requests):
+            yield courtesy_row(f"courtesy/{i:06d}", request, self.verifier, **PROVENANCE)
 
 
 class InstructionTasks(Config):
@@ -93,7 +95,7 @@ class InstructionTasks(Config):
     )
     count: Count = Field(description="tasks of each level")
 
-    def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
+    def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         for level in self.levels:
             rng = random.Random(seed_of(f"tasks/instructions/{level}", seed))
             try:
@@ -102,7 +104,7 @@ class InstructionTasks(Config):
                 raise RecipeError(f"tasks: {error}; ask for fewer") from None
             for i, (text, fields) in enumerate(requests):
                 yield to_row(
-                    f"instructions/{level}/{i:06d}", text, "instructions", "instructions", level, **fields, **OWN
+                    f"instructions/{level}/{i:06d}", text, "instructions", "instructions", level, **fields, **PROVENANCE
                 )
 
 
@@ -115,11 +117,11 @@ class ReasoningGymTasks(Config):
     settings: Settings = Field(default_factory=dict)
     count: Count
 
-    def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
+    def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         from stages.rl.rewards.verifiers import reasoning_gym_rows
 
-        label = seed_of(f"tasks/{self.dataset}/{self.level}", seed) % 2**31
-        yield from reasoning_gym_rows(self.dataset, label, self.count, self.level, **self.settings)
+        dataset_seed = seed_of(f"tasks/{self.dataset}/{self.level}", seed) % 2**31
+        yield from reasoning_gym_rows(self.dataset, dataset_seed, self.count, self.level, **self.settings)
 
 
 class FileTasks(Config):
@@ -134,20 +136,20 @@ class FileTasks(Config):
     license: License
     origin: Text
 
-    def rows(self, seed: int, taken: set[str]) -> Iterator[Row]:
+    def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         path = Path(self.path)
         if not path.is_file():
             raise RecipeError(f"tasks: there is no file {path}; put it there, or correct tasks.path")
-        if (found := f"sha256:{sha256_file(path)}") != self.digest:
-            raise RecipeError(f"tasks: {path} has the digest {found}, not {self.digest}; restore it, or change digest")
+        if (digest := f"sha256:{sha256_file(path)}") != self.digest:
+            raise RecipeError(f"tasks: {path} has the digest {digest}, not {self.digest}; restore it, or change digest")
         for number, line in enumerate(path.read_text().splitlines(), 1):
             try:
                 row = json.loads(line)
                 question(row)
             except (ValueError, LookupError, TypeError) as error:
                 raise AtomError(f"{path}, line {number}: not a row of NeMo Gym ({error!r}); fix it") from None
-            own = {"verifier": self.verifier, "kind": self.kind, "level": self.level}
-            yield {"license": self.license, "origin": self.origin, **row, **own, "id": f"{self.kind}/{number:06d}"}
+            fields = {"verifier": self.verifier, "kind": self.kind, "level": self.level}
+            yield {"license": self.license, "origin": self.origin, **row, **fields, "id": f"{self.kind}/{number:06d}"}
 
 
 TaskSource = Annotated[
@@ -163,11 +165,11 @@ class TasksConfig(Config):
     seed: Seed
 
     @model_validator(mode="after")
-    def _distinct(self) -> TasksConfig:
+    def _check_distinct(self) -> TasksConfig:
         bins = Counter(name for source in self.sources for name in bins_of(source))
-        twice = [name for name, count in bins.items() if count > 1]
-        if twice:
-            raise ValueError(f"tasks: two sources give {twice[0]}; give each kind and level once")
+        duplicates = [name for name, count in bins.items() if count > 1]
+        if duplicates:
+            raise ValueError(f"tasks: two sources give {duplicates[0]}; give each kind and level once")
         return self
 
 
@@ -189,13 +191,13 @@ def kinds_of(sources: Iterable[Any]) -> set[str]:
 
 def run(config: TasksConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Seals `tasks.jsonl`. inputs["items"]: what no task may ask. Raises RecipeError for a source that gives none."""
-    taken = {text for _, text in texts_of(inputs["items"])} | {question(row) for row in chat_rows(inputs["items"])}
-    rows = [row for source in config.sources for row in source.rows(config.seed, taken)]
-    kept = [row for row in rows if question(row) not in taken]
-    if len(rows) > len(kept):
-        report.note(f"{len(rows) - len(kept)} tasks ask what an evaluation item asks and were left out")
-    write_jsonl(out / "tasks.jsonl", kept)
-    for name, count in sorted(Counter(bin_of(row) for row in kept).items()):
+    excluded = {text for _, text in texts_of(inputs["items"])} | {question(row) for row in chat_rows(inputs["items"])}
+    rows = [row for source in config.sources for row in source.rows(config.seed, excluded)]
+    tasks = [row for row in rows if question(row) not in excluded]
+    if len(rows) > len(tasks):
+        report.note(f"{len(rows) - len(tasks)} tasks ask what an evaluation item asks and were left out")
+    write_jsonl(out / "tasks.jsonl", tasks)
+    for name, count in sorted(Counter(bin_of(row) for row in tasks).items()):
         report.note(f"{name}: {count} tasks")
 
 

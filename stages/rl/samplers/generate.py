@@ -24,7 +24,7 @@ READ = 1024
 """Tokens of prompts that are read at once, padding included: what is made of more leaves the processor's caches."""
 ROWS = 256
 """Answers that are drawn side by side, which bounds the cache."""
-GOING = 0.75
+COMPACT_BELOW = 0.75
 """Share of rows not yet stopped at which the others leave the cache, which is copied then."""
 
 
@@ -39,8 +39,8 @@ class InProcess:
         if isinstance(config, Path):
             self.model = AutoModelForCausalLM.from_pretrained(config, dtype=torch.float32, local_files_only=True).eval()
         else:
-            made = AutoConfig.for_model(**config)
-            self.model = AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
+            hf_config = AutoConfig.for_model(**config)
+            self.model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
         if torch.cuda.is_available():
             self.model.cuda()
         self.model.requires_grad_(False)
@@ -49,79 +49,90 @@ class InProcess:
         self.temperature, self.rows = temperature, rows
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        fill(self.model, tensors)
+        load_weights(self.model, tensors)
 
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
-        found: dict[int, Completion] = {}
+        completions: dict[int, Completion] = {}
         by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].ids), i))
         for start in range(0, len(by_length), self.rows):
-            some = by_length[start : start + self.rows]
-            found |= zip(some, self._draw([prompts[i] for i in some], greedy), strict=True)
-        return [found[i] for i in range(len(prompts))]
+            batch = by_length[start : start + self.rows]
+            completions |= zip(batch, self._draw([prompts[i] for i in batch], greedy), strict=True)
+        return [completions[i] for i in range(len(prompts))]
 
     def close(self) -> None:
         del self.model, self.decoder
 
     def _draw(self, prompts: list[Prompt], greedy: bool) -> list[Completion]:
         with torch.inference_mode():
-            return self._drawn(prompts, None if greedy else self._noise(prompts))
+            return self._sample(prompts, None if greedy else self._noise(prompts))
 
-    def _drawn(self, prompts: list[Prompt], noise: torch.Tensor | None) -> list[Completion]:
-        device, count, most = self.model.device, len(prompts), self.max_new_tokens
+    def _sample(self, prompts: list[Prompt], noise: torch.Tensor | None) -> list[Completion]:
+        device, count, max_tokens = self.model.device, len(prompts), self.max_new_tokens
         stops = torch.tensor(sorted(self.stops))
         logits = self._read(prompts)
-        drawn, told = torch.zeros(most, count, dtype=torch.long), torch.zeros(most, count)
-        live, going = torch.arange(count), torch.ones(count, dtype=torch.bool)
-        for step in range(most):
-            chosen, told[step, live] = self._choose(logits, noise[live, step] if noise is not None else None)
-            drawn[step, live] = chosen
+        tokens, log_probs = torch.zeros(max_tokens, count, dtype=torch.long), torch.zeros(max_tokens, count)
+        active, unfinished = torch.arange(count), torch.ones(count, dtype=torch.bool)
+        for step in range(max_tokens):
+            next_tokens, log_probs[step, active] = self._choose(
+                logits, noise[active, step] if noise is not None else None
+            )
+            tokens[step, active] = next_tokens
             if len(stops):
-                going &= ~torch.isin(chosen, stops)
-                left = int(going.sum())
-                if not left:
+                unfinished &= ~torch.isin(next_tokens, stops)
+                remaining = int(unfinished.sum())
+                if not remaining:
                     break
-                if left <= GOING * len(live):
-                    rows = going.nonzero()[:, 0]
-                    self.decoder.select(rows.to(device))
-                    live, chosen, going = live[rows], chosen[rows], going[rows]
-            if step + 1 < most:
-                logits = self.decoder.step(chosen.to(device)).float().cpu()
-        found = []
-        for ids, logprobs in zip(drawn.T.tolist(), told.T.tolist(), strict=True):
-            end = next((n for n, token in enumerate(ids) if token in self.stops), most - 1) + 1
-            found.append(Completion(tuple(ids[:end]), tuple(logprobs[:end]), ids[end - 1] in self.stops))
-        return found
+                if remaining <= COMPACT_BELOW * len(active):
+                    kept = unfinished.nonzero()[:, 0]
+                    self.decoder.select(kept.to(device))
+                    active, next_tokens, unfinished = active[kept], next_tokens[kept], unfinished[kept]
+            if step + 1 < max_tokens:
+                logits = self.decoder.step(next_tokens.to(device)).float().cpu()
+        completions = []
+        for ids, logprobs in zip(tokens.T.tolist(), log_probs.T.tolist(), strict=True):
+            end = next((n for n, token in enumerate(ids) if token in self.stops), max_tokens - 1) + 1
+            completions.append(Completion(tuple(ids[:end]), tuple(logprobs[:end]), ids[end - 1] in self.stops))
+        return completions
 
     def _read(self, prompts: list[Prompt]) -> torch.Tensor:
-        """Fills the decoder's cache; gives the logits after each prompt. A prompt that is asked several times, as those
-        of a group are, is read once."""
+        """Fills the decoder's cache; returns the logits after each prompt. Equal prompts, such as those of a group, are
+        read once."""
         device, width = self.model.device, max(len(prompt.ids) for prompt in prompts)
-        asked = list(dict.fromkeys(prompt.ids for prompt in prompts))  # shortest first, as the prompts are
-        kept = self.decoder.room(len(asked), width)
+        unique_prompts = list(dict.fromkeys(prompt.ids for prompt in prompts))  # shortest first, as the prompts are
+        kept_cache = self.decoder.allocate_cache(len(unique_prompts), width)
         logits, start = [], 0
-        while start < len(asked):
-            some = [asked[start]]
-            while start + len(some) < len(asked) and (len(some) + 1) * len(asked[start + len(some)]) <= READ:
-                some.append(asked[start + len(some)])
-            longest = len(some[-1])
-            pads = torch.tensor([longest - len(ids) for ids in some])
-            where = torch.arange(longest) - pads[:, None]
+        while start < len(unique_prompts):
+            batch = [unique_prompts[start]]
+            while (
+                start + len(batch) < len(unique_prompts)
+                and (len(batch) + 1) * len(unique_prompts[start + len(batch)]) <= READ
+            ):
+                batch.append(unique_prompts[start + len(batch)])
+            longest = len(batch[-1])
+            pads = torch.tensor([longest - len(ids) for ids in batch])
+            positions = torch.arange(longest) - pads[:, None]
             cache = DynamicCache(config=self.model.config)
-            told = self.model(
-                torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in some], device=device),
-                attention_mask=(where >= 0).long().to(device) if pads.any() else None,
-                position_ids=where.clamp_min(0).to(device),
+            output = self.model(
+                torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in batch], device=device),
+                attention_mask=(positions >= 0).long().to(device) if pads.any() else None,
+                position_ids=positions.clamp_min(0).to(device),
                 **{CACHE: cache},
                 logits_to_keep=1,
             )
-            logits.append(told.logits[:, -1].float().cpu())
-            for whole, layer in zip(kept, cache.layers, strict=True):
-                whole[:, start : start + len(some), :, width - longest :] = torch.stack((layer.keys, layer.values))
-            start += len(some)
-        number = {ids: n for n, ids in enumerate(asked)}
-        rows = torch.tensor([number[prompt.ids] for prompt in prompts])
+            logits.append(output.logits[:, -1].float().cpu())
+            for layer_cache, layer in zip(kept_cache, cache.layers, strict=True):
+                layer_cache[:, start : start + len(batch), :, width - longest :] = torch.stack(
+                    (layer.keys, layer.values)
+                )
+            start += len(batch)
+        index_of = {ids: n for n, ids in enumerate(unique_prompts)}
+        rows = torch.tensor([index_of[prompt.ids] for prompt in prompts])
         pads = torch.tensor([width - len(prompt.ids) for prompt in prompts])
-        self.decoder.start([whole[:, rows.to(device)] for whole in kept], pads.to(device), width + self.max_new_tokens)
+        self.decoder.start(
+            [layer_cache[:, rows.to(device)] for layer_cache in kept_cache],
+            pads.to(device),
+            width + self.max_new_tokens,
+        )
         return torch.cat(logits)[rows]
 
     def _noise(self, prompts: list[Prompt]) -> torch.Tensor:
@@ -133,34 +144,34 @@ class InProcess:
 
     def _choose(self, logits: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [rows] and their log-probabilities, by inverting the distribution function at the random number."""
-        chances = (logits if noise is None else logits / self.temperature).softmax(-1)
+        probabilities = (logits if noise is None else logits / self.temperature).softmax(-1)
         if noise is None:
-            chosen = chances.argmax(-1)
+            chosen = probabilities.argmax(-1)
         else:
-            below = chances.cumsum(-1, dtype=torch.float64)
-            at = noise[:, None] * below[:, -1:]
-            chosen = torch.searchsorted(below, at, right=True).squeeze(1).clamp_max(logits.shape[1] - 1)
-        return chosen, chances.gather(1, chosen[:, None]).squeeze(1).log()
+            cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+            thresholds = noise[:, None] * cumulative[:, -1:]
+            chosen = torch.searchsorted(cumulative, thresholds, right=True).squeeze(1).clamp_max(logits.shape[1] - 1)
+        return chosen, probabilities.gather(1, chosen[:, None]).squeeze(1).log()
 
 
-def fill(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Fills a transformers model with weights by the names in which they are exported. Raises ValueError if a tensor is
-    missing, left over, or of another shape."""
-    own = dict(model.named_parameters())
+def load_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Loads weights by their exported names into a transformers model. Raises ValueError if a tensor is unexpected, and
+    KeyError or RuntimeError if one is missing or has another shape."""
+    parameters = dict(model.named_parameters())
     if model.config.tie_word_embeddings:
-        own.pop("lm_head.weight", None)
-    experts = {name for name in own if ".mlp.experts." in name}
-    for name in own.keys() - experts:
-        own[name].data.copy_(tensors[name])
-    used = own.keys() - experts
+        parameters.pop("lm_head.weight", None)
+    experts = {name for name in parameters if ".mlp.experts." in name}
+    for name in parameters.keys() - experts:
+        parameters[name].data.copy_(tensors[name])
+    loaded = parameters.keys() - experts
     for name in sorted(experts):  # transformers holds them stacked
         stem, part = name.rsplit(".", 1)
         kinds = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
-        for number in range(own[name].shape[0]):
+        for number in range(parameters[name].shape[0]):
             names = [f"{stem}.{number}.{kind}.weight" for kind in kinds]
-            for piece, n in zip(own[name].data[number].chunk(len(kinds), 0), names, strict=True):
+            for piece, n in zip(parameters[name].data[number].chunk(len(kinds), 0), names, strict=True):
                 piece.copy_(tensors[n])
-            used |= set(names)
-    left = sorted(set(tensors) - used - {"lm_head.weight"})
-    if left:
-        raise ValueError(f"the sampler's model has no tensor {left[0]}")
+            loaded |= set(names)
+    unexpected = sorted(set(tensors) - loaded - {"lm_head.weight"})
+    if unexpected:
+        raise ValueError(f"the sampler's model has no tensor {unexpected[0]}")

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.core.errors import AtomError, CheckFailed, MachineError
 from stages.rl.protocols import Completion, Prompt
 from stages.rl.rollout import rollouts
-from stages.rl.samplers.generate import fill
+from stages.rl.samplers.generate import load_weights
 from stages.rl.samplers.vllm_server import IN_FLIGHT, Server, interpreter
 from stages.train.checkpoint.release_checkpoint import save_tensors
 
@@ -58,7 +58,7 @@ class VllmServer:
             self.servers = [Server.start(interpreter(python), self.folder, log, options)]
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Has every server take the weights over, and makes sure that it did.
+        """Loads the weights into every server and verifies that they took effect.
 
         Norms are held by every worker as they are, so their digests must be those of the new weights; the digests of
         all must have changed; and every answer later says which weights drew it. The first time, when what the
@@ -73,13 +73,13 @@ class VllmServer:
         folder = self.folder / digest[7:23]
         folder.mkdir(exist_ok=True)
         # tied weights are two tensors in the file
-        whole = {name: t.clone() if name == "lm_head.weight" else t for name, t in served.items()}
-        save_tensors(folder / "partial", whole)
+        contiguous = {name: t.clone() if name == "lm_head.weight" else t for name, t in served.items()}
+        save_tensors(folder / "partial", contiguous)
         os.rename(folder / "partial", folder / "model.safetensors")
         norms = {name: _sha256(t) for name, t in served.items() if name.endswith("norm.weight")}
-        self._each([(s, s) for s in self.servers], lambda server, _: self._renew(server, folder, digest, norms))
-        first, self.loaded = self.loaded is None, digest
-        if first:
+        self._map([(s, s) for s in self.servers], lambda server, _: self._renew(server, folder, digest, norms))
+        is_first, self.loaded = self.loaded is None, digest
+        if is_first:
             try:
                 self._prove(served)
             except AtomError:
@@ -92,19 +92,19 @@ class VllmServer:
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
         if self.loaded is None:
             raise ValueError("weights are loaded before anything is drawn")
-        # neighbours are often answers to one question, whose cache one server then keeps
+        # neighbors are often answers to one question, whose cache one server then keeps
         dealt = [(self.servers[i * len(self.servers) // len(prompts)], p) for i, p in enumerate(prompts)]
-        return self._each(dealt, lambda server, prompt: self._draw(server, prompt, greedy))
+        return self._map(dealt, lambda server, prompt: self._draw(server, prompt, greedy))
 
     def close(self) -> None:
         for server in self.servers:
             server.close()
 
-    def _each(self, items: Sequence[tuple[Server, Any]], ask: Callable[[Server, Any], T]) -> list[T]:
+    def _map(self, items: Sequence[tuple[Server, Any]], request: Callable[[Server, Any], T]) -> list[T]:
         """The answers in order; the first error ends all."""
         with ThreadPoolExecutor(IN_FLIGHT * len(self.servers)) as pool:
             try:
-                return list(pool.map(lambda item: ask(*item), items))
+                return list(pool.map(lambda item: request(*item), items))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -119,52 +119,54 @@ class VllmServer:
         try:
             (choice,) = answer["choices"]
             ids = tuple(choice["token_ids"])
-            told = choice["logprobs"]["content"]
+            content = choice["logprobs"]["content"]
             versions = {span["version"] for span in choice["weight_versions"]}
-            whole = choice["finish_reason"] in ("stop", "length") and [x["token_id"] for x in told] == list(ids)
+            is_complete = choice["finish_reason"] in ("stop", "length") and [x["token_id"] for x in content] == list(
+                ids
+            )
         except (KeyError, TypeError, ValueError):
-            ids, whole, versions = (), False, set()
-        if not ids or not whole:
+            ids, is_complete, versions = (), False, set()
+        if not ids or not is_complete:
             raise MachineError(f"the vLLM server at {server.url} gave no whole answer ({str(answer)[:300]}); "
                             "see its log and run again to go on")  # fmt: skip
         if versions != {self.loaded}:
-            other = ", ".join(sorted(map(str, versions)))
+            served = ", ".join(sorted(map(str, versions)))
             raise MachineError(
-                f"the vLLM server at {server.url} answered with the weights {other} instead of {self.loaded}; it "
+                f"the vLLM server at {server.url} answered with the weights {served} instead of {self.loaded}; it "
                 "started anew, or somebody else uses it: run again"
             )
-        return Completion(ids, tuple(float(x["logprob"]) for x in told), ids[-1] in self.stops)
+        return Completion(ids, tuple(float(x["logprob"]) for x in content), ids[-1] in self.stops)
 
     def _renew(self, server: Server, folder: Path, digest: str, norms: Mapping[str, str]) -> None:
         server.wait()
-        before = self._digests(server)
+        digests_before = self._digests(server)
         server.post("/collective_rpc", {"method": "renew", "args": [str(folder)]})
         if not server.post("/reset_prefix_cache")["success"]:
             raise MachineError(f"the vLLM server at {server.url} keeps its cache of prompts while somebody else uses "
                                "it; give it to this run alone")  # fmt: skip
         server.post("/update_weight_version", {"new_version": digest})
-        after = self._digests(server)
-        seen = {(name, sha) for key, sha in after.items() if (name := key.rsplit(":", 1)[-1]) in norms}
-        if seen != set(norms.items()) or (after == before and self.loaded is not None):
+        digests_after = self._digests(server)
+        renewed = {(name, sha) for key, sha in digests_after.items() if (name := key.rsplit(":", 1)[-1]) in norms}
+        if renewed != set(norms.items()) or (digests_after == digests_before and self.loaded is not None):
             raise MachineError(f"the vLLM server at {server.url} did not take over the weights in {folder}; "
                             "have it see this folder and run again")  # fmt: skip
 
     @staticmethod
     def _digests(server: Server) -> dict[str, str]:
         """SHA-256 of each parameter's bytes as a worker holds it, by `<worker>:<name>`."""
-        found: dict[str, str] = server.post("/weight_checker", {"action": "checksum"})["checksums"]
-        return found
+        checksums: dict[str, str] = server.post("/weight_checker", {"action": "checksum"})["checksums"]
+        return checksums
 
     def _prove(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Compares what a few answers' tokens had as log-probabilities with transformers, in fp32 on CPU."""
+        """Compares the log-probabilities of a few answers with those of transformers, in fp32 on CPU."""
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.config), dtype=torch.float32).eval()
-        fill(model, tensors)
+        load_weights(model, tensors)
         vocab = model.config.vocab_size
         prompts = [Prompt(tuple((5 * n + i) % vocab for i in range(4)), n) for n in range(4 * len(self.servers))]
         gaps = []
-        for prompt, found in zip(prompts, self.generate(prompts), strict=True):
-            told = logprobs(model, prompt, found, self.temperature)
-            gaps.append((told - torch.tensor(found.logprobs)).abs())
+        for prompt, completion in zip(prompts, self.generate(prompts), strict=True):
+            log_probs = logprobs(model, prompt, completion, self.temperature)
+            gaps.append((log_probs - torch.tensor(completion.logprobs)).abs())
         gap = torch.cat(gaps).mean().item()
         if not gap <= TOLERANCE[self.config["dtype"]]:
             raise CheckFailed(
@@ -173,12 +175,12 @@ class VllmServer:
             )
 
 
-def logprobs(model: torch.nn.Module, prompt: Prompt, found: Completion, temperature: float) -> torch.Tensor:
+def logprobs(model: torch.nn.Module, prompt: Prompt, completion: Completion, temperature: float) -> torch.Tensor:
     """A transformers model's log-probabilities, [tokens], of an answer's tokens at a temperature."""
-    ids = torch.tensor([[*prompt.ids, *found.ids]])
+    ids = torch.tensor([[*prompt.ids, *completion.ids]])
     with torch.inference_mode():
         logits = model(ids).logits[0, len(prompt.ids) - 1 : -1].float() / temperature
-    return torch.log_softmax(logits, -1).gather(1, torch.tensor(found.ids)[:, None])[:, 0]
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
 
 
 def _sha256(tensor: torch.Tensor) -> str:

@@ -47,22 +47,22 @@ _OPEN = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy
 def interpreter(python: str | None) -> str:
     """The interpreter of vLLM's environment: `python`, else what ATOM_VLLM_PYTHON says. Raises AtomError if it has no
     vLLM."""
-    found = python or os.environ.get("ATOM_VLLM_PYTHON")
-    how = "make one by `make .venv-vllm/.ready` and name it in sampling.python or ATOM_VLLM_PYTHON"
-    if not found:
-        raise AtomError(f"sampling.kind = vllm needs the interpreter of an environment with vLLM; {how}")
+    executable = python or os.environ.get("ATOM_VLLM_PYTHON")
+    hint = "make one by `make .venv-vllm/.ready` and name it in sampling.python or ATOM_VLLM_PYTHON"
+    if not executable:
+        raise AtomError(f"sampling.kind = vllm needs the interpreter of an environment with vLLM; {hint}")
     code = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
     try:
-        missing = subprocess.run([found, "-P", "-c", code], capture_output=True, timeout=60).returncode
+        missing = subprocess.run([executable, "-P", "-c", code], capture_output=True, timeout=60).returncode
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise AtomError(f"sampling.kind = vllm: {found} is no interpreter that runs ({error}); {how}") from None
+        raise AtomError(f"sampling.kind = vllm: {executable} is no interpreter that runs ({error}); {hint}") from None
     if missing:
-        raise AtomError(f"sampling.kind = vllm: {found} has no vLLM; {how}")
-    return found
+        raise AtomError(f"sampling.kind = vllm: {executable} has no vLLM; {hint}")
+    return executable
 
 
 def obstacle(sampling: Any) -> str | None:
-    """Why answers cannot be drawn as the recipe's `sampling` says, if so."""
+    """The reason why the recipe's `sampling` cannot work here, if any."""
     if sampling.kind != "vllm" or sampling.url:
         return None
     try:
@@ -90,7 +90,7 @@ def command(python: str, folder: Path, host: str, port: int, options: Sequence[s
 
 
 def environment() -> dict[str, str]:
-    """Ours without what says that this process is a rank of a training; nothing is downloaded or reported."""
+    """This process's environment without the variables of a training rank; downloads and telemetry are off."""
     return {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -128,13 +128,13 @@ class Server:
         """Until it answers. Raises AtomError if it dies before or takes longer."""
         end = time.monotonic() + seconds
         while True:
-            self._alive()
+            self._require_alive()
             try:
                 with _OPEN.open(f"{self.url}/health", timeout=10):
                     return
             except (OSError, http.client.HTTPException) as error:
                 if time.monotonic() > end:
-                    raise self._gone(f"no answer within {seconds:.0f} s: {error}") from None
+                    raise self._failure(f"no answer within {seconds:.0f} s: {error}") from None
             time.sleep(0.25)
 
     def post(self, path: str, body: Mapping[str, Any] | None = None, seconds: float | None = None) -> Any:
@@ -142,21 +142,21 @@ class Server:
         Raises AtomError if it is gone or refuses."""
         data = json.dumps(body or {}).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        why = ""
+        reason = ""
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
-            self._alive()
+            self._require_alive()
             try:
                 with _OPEN.open(request, timeout=seconds or REQUEST_SECONDS) as answer:
                     return json.loads(answer.read() or b"null")
             except urllib.error.HTTPError as error:
-                why = f"{path}: {error.code} {_message(error)}"
+                reason = f"{path}: {error.code} {_message(error)}"
                 if error.code < 500:
-                    raise AtomError(f"the vLLM server at {self.url} refuses {why}; see to the recipe") from None
+                    raise AtomError(f"the vLLM server at {self.url} refuses {reason}; see to the recipe") from None
             except (OSError, http.client.HTTPException, ValueError) as error:
-                why = f"{path}: {error}"
-        raise self._gone(why)
+                reason = f"{path}: {error}"
+        raise self._failure(reason)
 
     def close(self) -> None:
         """Ends the server, if it is ours, with all that it started."""
@@ -169,16 +169,18 @@ class Server:
         self.process.stdin.close()
         self.process = None
 
-    def _alive(self) -> None:
+    def _require_alive(self) -> None:
         if self.process is not None and (code := self.process.poll()) is not None:
-            raise self._gone(f"exit code {code}")
+            raise self._failure(f"exit code {code}")
 
-    def _gone(self, why: str) -> MachineError:
-        said = ""
+    def _failure(self, reason: str) -> MachineError:
+        log_tail = ""
         if self.log is not None and self.log.exists():
             lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-            said = f"; its log {self.log} ends: {' | '.join(lines[-5:])[-1000:]}"
-        return MachineError(f"the vLLM server at {self.url} is gone ({why}){said}; see to it and run again to go on")
+            log_tail = f"; its log {self.log} ends: {' | '.join(lines[-5:])[-1000:]}"
+        return MachineError(
+            f"the vLLM server at {self.url} is gone ({reason}){log_tail}; see to it and run again to go on"
+        )
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -38,68 +38,72 @@ R = TypeVar("R")
 class Pool:
     """Cells that stand warm, one or more for each worker. Close it, or use it as a context."""
 
-    def __init__(self, workers: int | None = None, limits: Limits | None = None, more: Sequence[Limits] = ()) -> None:
-        """workers: two for each core, if not given, since a worker often waits for its sandbox. more: the limits of
-        further cells of each worker.
+    def __init__(
+        self, workers: int | None = None, limits: Limits | None = None, extra_limits: Sequence[Limits] = ()
+    ) -> None:
+        """workers: two for each core, if not given, since a worker often waits for its sandbox. extra_limits: the
+        limits of further cells of each worker.
 
         Raises SandboxFailed where no sandbox starts.
         """
         self.workers = workers or 2 * len(os.sched_getaffinity(0))
-        self._cells = [[Cell(each) for each in (limits or Limits(), *more)] for _ in range(self.workers)]
+        self._cells = [
+            [Cell(cell_limits) for cell_limits in (limits or Limits(), *extra_limits)] for _ in range(self.workers)
+        ]
         self._free: queue.SimpleQueue[list[Cell]] = queue.SimpleQueue()
-        self._whole = threading.Lock()
+        self._exclusive = threading.Lock()
         self._threads = ThreadPoolExecutor(self.workers, "sandbox")
         try:
-            for row in self._cells:
-                for cell in row:
+            for cells in self._cells:
+                for cell in cells:
                     cell.start()
-                self._free.put(row)
+                self._free.put(cells)
         except AtomError:
             self.close()
             raise
 
-    def each(self, work: Callable[[list[Cell], T], R], items: Iterable[T], killed: Callable[[T], R]) -> list[R]:
+    def map(self, work: Callable[[list[Cell], T], R], items: Iterable[T], killed: Callable[[T], R]) -> list[R]:
         """work(cells, item) for each item, as many at a time as there are workers; results in their order.
 
         killed(item): the result of one that kills its sandbox. Raises SandboxFailed where the sandbox fails by itself.
         """
 
-        def one(item: T) -> R:
-            row = self._free.get()
+        def run_item(item: T) -> R:
+            cells = self._free.get()
             try:
-                return work(row, item)
+                return work(cells, item)
             except (*DEATHS, SandboxFailed):
-                _close(row)
+                _close(cells)
             finally:
-                self._free.put(row)
-            return self._alone(work, item, killed)
+                self._free.put(cells)
+            return self._retry_alone(work, item, killed)
 
-        return list(self._threads.map(one, items))
+        return list(self._threads.map(run_item, items))
 
-    def _alone(self, work: Callable[[list[Cell], T], R], item: T, killed: Callable[[T], R]) -> R:
-        with self._whole:
-            rows = [self._free.get() for _ in range(self.workers)]
+    def _retry_alone(self, work: Callable[[list[Cell], T], R], item: T, killed: Callable[[T], R]) -> R:
+        with self._exclusive:
+            all_cells = [self._free.get() for _ in range(self.workers)]
             try:
                 for _ in range(1, ATTEMPTS):
                     try:
-                        return work(rows[0], item)
+                        return work(all_cells[0], item)
                     except DEATHS:
-                        _close(rows[0])
-                for cell in rows[0]:
+                        _close(all_cells[0])
+                for cell in all_cells[0]:
                     probe(cell)
                 return killed(item)
             finally:
-                for row in rows:
-                    self._free.put(row)
+                for cells in all_cells:
+                    self._free.put(cells)
 
     def run(self, programs: Sequence[Program]) -> list[Outcome]:
         """Their outcomes, in order. Raises SandboxFailed where the sandbox failed."""
-        return self.each(lambda cells, program: cells[0].run(program), programs, lambda _: KILLED)
+        return self.map(lambda cells, program: cells[0].run(program), programs, lambda _: KILLED)
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
-        for row in self._cells:
-            _close(row)
+        for cells in self._cells:
+            _close(cells)
 
     def __enter__(self) -> Pool:
         return self
@@ -108,8 +112,8 @@ class Pool:
         self.close()
 
 
-def _close(row: list[Cell]) -> None:
-    for cell in row:
+def _close(cells: list[Cell]) -> None:
+    for cell in cells:
         cell.close()
 
 

@@ -86,28 +86,28 @@ def answer(channel: Channel, load: Load, job: dict[str, Any]) -> None:
             args, kwargs = decode(call["call"])
             channel.send({"value": encode(getattr(module, job["entry_point"])(*args, **kwargs))})
         except Exception as e:
-            channel.send({"raised": taken(e)})
+            channel.send({"raised": describe_exception(e)})
 
 
-def taken(e: Exception) -> list[Any]:
-    """Its builtin classes, nearest first, its text, and what it was made of, where that is plain and short."""
+def describe_exception(e: Exception) -> list[Any]:
+    """The exception's builtin classes, nearest first, its text, and its arguments, if those are plain and short."""
     names = [kind.__name__ for kind in type(e).__mro__ if kind.__module__ == "builtins"]
     text = ""
     try:
         text = str(e)[:500]
-        made_of = encode(list(e.args))
+        arguments = encode(list(e.args))
     except Exception:  # its own methods are the answer's, and may raise anything
-        made_of = [text]
-    return [names, text, made_of if len(ascii(made_of)) <= 16384 else [text]]
+        arguments = [text]
+    return [names, text, arguments if len(ascii(arguments)) <= 16384 else [text]]
 
 
-def raised(names: list[str], text: str, made_of: Any) -> Exception:
+def rebuild_exception(names: list[str], text: str, arguments: Any) -> Exception:
     """The exception of an answer, as the nearest builtin one: whatever the answer sent, of a class of this process and
     of plain data. None is a StopIteration, which would end a loop of the check's own, and with it the check."""
     stops = (StopIteration, StopAsyncIteration)
     for kind in (*(getattr(builtins, str(name), None) for name in names), Exception):
         if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, stops):
-            for parts in (decode(made_of), [text]):
+            for parts in (decode(arguments), [text]):
                 try:
                     e = kind(*parts)
                     if parts == [text] or str(e)[:500] == text:
@@ -129,14 +129,14 @@ def check(channel: Channel, load: Load, job: dict[str, Any]) -> None:
         nonlocal calls
         calls += 1
         try:
-            asked = encode([list(args), kwargs])
+            call = encode([list(args), kwargs])
         except TypeError as e:
             unsuited.append(f"its check passes what cannot leave a process: {e}")
             raise
-        channel.send({"call": asked})
+        channel.send({"call": call})
         reply = channel.receive()
         if "raised" in reply:
-            raise raised(*reply["raised"])
+            raise rebuild_exception(*reply["raised"])
         return decode(reply["value"])
 
     try:

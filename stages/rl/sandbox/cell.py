@@ -75,12 +75,12 @@ class Cell:
             total = limits.memory_bytes + limits.disk_bytes + OWN_MEMORY
             name = f"{PREFIX}{os.getpid()}-{next(Cell._numbers)}"
             self._cgroup = Cgroup(name, limits.processes + OWN_PROCESSES, total)
-            line = self._cgroup.entered(line)
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            line = self._cgroup.wrapped(line)
+        self.control, peer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._process = subprocess.Popen(
                 line,
-                stdin=theirs.fileno(),
+                stdin=peer.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
@@ -89,7 +89,7 @@ class Cell:
             self.close()
             raise SandboxFailed(f"the sandbox cannot start: {e}; apt-get install bubblewrap") from e
         finally:
-            theirs.close()
+            peer.close()
         self._ready = False
 
     def run(self, program: Program) -> Outcome:
@@ -108,7 +108,7 @@ class Cell:
             with contextlib.suppress(OSError):
                 message = self.control.recv(16)
             if message != b"ready":
-                raise SandboxFailed(f"the sandbox cannot start: {self._complaint()}")
+                raise SandboxFailed(f"the sandbox cannot start: {self._last_error()}")
             self._ready = True
         return Running(self, job, self._cgroup)
 
@@ -117,7 +117,7 @@ class Cell:
         """bwrap's, if it runs."""
         return self._process.pid if self._process else None
 
-    def _complaint(self) -> str:
+    def _last_error(self) -> str:
         if self._process is None or self._process.stderr is None:
             return "it was closed"
         self._kill(self._process)

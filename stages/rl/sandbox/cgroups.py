@@ -39,31 +39,33 @@ def homes(mounts: str, membership: str) -> dict[str, Home]:
     for line in membership.splitlines():
         _, controllers, path = line.split(":", 2)
         groups.update({name: path for name in controllers.split(",")})
-    found: dict[str, Home] = {}
+    by_controller: dict[str, Home] = {}
     for line in mounts.splitlines():
-        before, _, after = line.partition(" - ")
-        root, top = before.split()[3:5]
-        kind, _, options = after.split(None, 2)
+        mount_part, _, filesystem_part = line.partition(" - ")
+        root, top = mount_part.split()[3:5]
+        kind, _, options = filesystem_part.split(None, 2)
         names = [n for n in FILES if kind == "cgroup2" or (kind == "cgroup" and n in options.split(","))]
         for name in names:
             version = 2 if kind == "cgroup2" else 1
             path = groups.get(name if version == 1 else "", "/")
-            inside = os.path.relpath(path, root) if path.startswith(root) else "."
-            if name not in found or version == 1:
-                found[name] = Home(version, Path(top), Path(top, inside))
-    return found
+            relative = os.path.relpath(path, root) if path.startswith(root) else "."
+            if name not in by_controller or version == 1:
+                by_controller[name] = Home(version, Path(top), Path(top, relative))
+    return by_controller
 
 
 class Cgroup:
     """A group of its own for each controller that this machine has. Close it when its processes are to be dead."""
 
-    def __init__(self, name: str, processes: int, memory_bytes: int, at: dict[str, Home] | None = None) -> None:
+    def __init__(
+        self, name: str, processes: int, memory_bytes: int, controller_homes: dict[str, Home] | None = None
+    ) -> None:
         """Raises SandboxFailed if no group that bounds processes can be made. Memory is bounded where it can be."""
-        if at is None:
-            at = homes(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
+        if controller_homes is None:
+            controller_homes = homes(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
         self.folders: list[Path] = []
         for controller, value in (("pids", processes), ("memory", memory_bytes)):
-            home = at.get(controller)
+            home = controller_homes.get(controller)
             folder = self._folder(home, name, FILES[controller][home.version - 1]) if home else None
             if home and folder:
                 (folder / FILES[controller][home.version - 1]).write_text(str(value))
@@ -76,13 +78,13 @@ class Cgroup:
                     "/sys/fs/cgroup; mount the pids controller writable there, or run as another user than root"
                 )
 
-    def _folder(self, home: Home, name: str, needed: str) -> Path | None:
-        """The group with that file: in the group that this process is in, or in the nearest above that allows it.
+    def _folder(self, home: Home, name: str, file_name: str) -> Path | None:
+        """The group with the file `file_name`: in this process's group, or in the nearest parent that allows it.
 
         Version 2 gives no controller to the children of a group that has processes of its own.
         """
         for folder in self.folders:
-            if (folder / needed).exists():
+            if (folder / file_name).exists():
                 return folder
         for parent in (home.folder, *home.folder.parents):
             with contextlib.suppress(OSError):
@@ -91,7 +93,7 @@ class Cgroup:
                     with contextlib.suppress(OSError):
                         (parent / "cgroup.subtree_control").write_text(f"+{controller}")
                 folder.mkdir()
-                if (folder / needed).exists():
+                if (folder / file_name).exists():
                     self.folders.append(folder)
                     _sweep(parent)
                     return folder
@@ -100,18 +102,18 @@ class Cgroup:
                 break
         return None
 
-    def entered(self, command: list[str]) -> list[str]:
-        """The command that enters the group before it does what `command` does."""
+    def wrapped(self, command: list[str]) -> list[str]:
+        """A command that enters the group and then executes `command`."""
         files = [str(folder / "cgroup.procs") for folder in self.folders]
         script = 'n=$1; shift; while [ $n -gt 0 ]; do echo $$ > "$1" || exit 1; shift; n=$((n-1)); done; exec "$@"'
         return ["/bin/sh", "-c", script, "sh", str(len(files)), *files, *command]
 
     def processes(self) -> set[int]:
-        """Their numbers, of all folders."""
+        """The process ids in all folders of the group."""
         return {int(n) for folder in self.folders for n in _read(folder / "cgroup.procs").split()}
 
     def out_of_memory(self) -> int:
-        """How many processes the kernel has killed here for memory."""
+        """The number of processes in the group that the kernel killed for memory."""
         lines = [line.split() for f in self.folders for name in ("memory.oom_control", "memory.events")
                  for line in _read(f / name).splitlines()]  # fmt: skip
         return sum(int(count) for name, count in lines if name == "oom_kill")

@@ -106,7 +106,7 @@ def supervise(control: socket.socket, files: list[int], limits: dict[str, int]) 
     _check(LIBC.mount(b"tmpfs", b"/tmp", b"tmpfs", 2 | 4, size.encode()), "mount")  # nosuid, nodev
     pid = os.fork()
     if pid == 0:
-        leave(program(files, limits))
+        terminate(program(files, limits))
     for file in files:
         os.close(file)
     ready = select.select([os.pidfd_open(pid), control.fileno()], [], [])[0]
@@ -122,8 +122,8 @@ def program(files: list[int], limits: dict[str, int]) -> int:
     """In the child: takes the job from the channel, gives up every right, and runs it."""
     os.setsid()  # or signals and priorities for its process group would reach the processes outside
     os.chdir("/tmp")
-    kept = [os.dup2(file, 100 + n) for n, file in enumerate(files)]
-    for target, file in zip((CHANNEL, 1, 2), kept, strict=True):
+    duplicates = [os.dup2(file, 100 + n) for n, file in enumerate(files)]
+    for target, file in zip((CHANNEL, 1, 2), duplicates, strict=True):
         os.dup2(file, target)
     os.dup2(os.open("/dev/null", os.O_RDWR), 0)
     os.closerange(CHANNEL + 1, 1024)
@@ -155,11 +155,11 @@ def program(files: list[int], limits: dict[str, int]) -> int:
     return 0
 
 
-def leave(code: int) -> NoReturn:
+def terminate(code: int) -> NoReturn:
     """Ends as an interpreter would, but for freeing each object one by one, which takes longer than most programs."""
-    for last in (threading._shutdown, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):  # type: ignore[attr-defined]
+    for exit_hook in (threading._shutdown, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):  # type: ignore[attr-defined]
         try:
-            last()
+            exit_hook()
         except BaseException:
             sys.excepthook(*sys.exc_info())
             code = code or 120
@@ -190,9 +190,9 @@ def confine(limits: dict[str, int]) -> None:
     _check(LIBC.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
 
 
-def _check(result: int, what: str) -> None:
+def _check(result: int, call: str) -> None:
     if result:
-        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+        raise OSError(ctypes.get_errno(), f"{call}: {os.strerror(ctypes.get_errno())}")
 
 
 if __name__ == "__main__":

@@ -70,22 +70,22 @@ class Running:
         self._exit: tuple[int, float] | None = None
         self._deadline = time.monotonic() + cell.limits.wall_seconds
         self._selector = selectors.DefaultSelector()
-        self._channel, theirs = socket.socketpair()
-        (out, their_out), (err, their_err) = os.pipe(), os.pipe()
+        self._channel, peer = socket.socketpair()
+        (out, out_writer), (err, err_writer) = os.pipe(), os.pipe()
         self._texts = {out: bytearray(), err: bytearray()}
         self._lines = bytearray()
         for file in (self._channel, out, err, cell.control):
             self._selector.register(file, selectors.EVENT_READ)
         try:
-            socket.send_fds(cell.control, [b"run"], [theirs.fileno(), their_out, their_err])
+            socket.send_fds(cell.control, [b"run"], [peer.fileno(), out_writer, err_writer])
         except OSError:
             cell.close()
             self.close()
             raise
         finally:
-            theirs.close()
-            os.close(their_out)
-            os.close(their_err)
+            peer.close()
+            os.close(out_writer)
+            os.close(err_writer)
         try:
             if self.ask(json.dumps(job).encode()) is None:  # it was to say that it is confined; nothing has run so far
                 raise SandboxFailed(f"the sandbox cannot confine a program: {self.finish()}")
@@ -94,32 +94,34 @@ class Running:
             raise
 
     def ask(self, message: bytes | None = None) -> bytes | None:
-        """Sends a line, if one is given, and gives the next that comes back; none if the program ends before."""
+        """Sends a line, if given, and returns the next line that comes back; None if the program ends before."""
         if message is not None:
             self._send(message)
         self._pump(lambda: b"\n" in self._lines or self._channel.fileno() < 0)
-        line, end, rest = self._lines.partition(b"\n")
+        line, newline, rest = self._lines.partition(b"\n")
         self._lines = rest
-        if end and self._reason is None:
+        if newline and self._reason is None:
             return bytes(line)
         # It has nothing more to say. How it ends is its supervisor's word, or the clock's, and never which came first.
         self._pump(lambda: self._exit is not None)
         return None
 
     def finish(self) -> Outcome:
-        """Closes the channel, waits for the end, and tells of it."""
+        """Closes the channel, waits for the end, and returns the outcome."""
         self._close_channel()
         self._pump(lambda: self._exit is not None)
         self._pump(lambda: len(self._selector.get_map()) <= 1)  # what is left in the pipes of the dead
         assert self._exit is not None
-        code, used = self._exit
+        code, cpu_seconds = self._exit
         out, err = (bytes(t[: self.limits.output_bytes]).decode(errors="replace") for t in self._texts.values())
-        return Outcome(self._status(code, used, err), out, err, code, used)
+        return Outcome(self._status(code, cpu_seconds, err), out, err, code, cpu_seconds)
 
-    def _status(self, code: int, used: float, err: str) -> Status:
+    def _status(self, code: int, cpu_seconds: float, err: str) -> Status:
         if self._reason or code == 0:
             return self._reason or "ok"
-        if code == -9 and used >= self.limits.cpu_seconds / 2:  # the kernel counts ticks for the one, not for the other
+        if (
+            code == -9 and cpu_seconds >= self.limits.cpu_seconds / 2
+        ):  # the kernel counts ticks for the one, not for the other
             return "timeout"
         if self._out_of_memory() or err.rstrip().rpartition("\n")[2].startswith("MemoryError"):
             return "memory"
@@ -139,14 +141,14 @@ class Running:
         except OSError:
             pass  # it takes nothing more; what it sent before is still to be read
 
-    def _pump(self, enough: Callable[[], bool]) -> None:
-        while not enough():
-            left = self._deadline - time.monotonic()
-            if left <= 0:
+    def _pump(self, is_done: Callable[[], bool]) -> None:
+        while not is_done():
+            remaining = self._deadline - time.monotonic()
+            if remaining <= 0:
                 self._kill("timeout")
-            for key, _ in self._selector.select(max(left, 0)):
+            for key, _ in self._selector.select(max(remaining, 0)):
                 if key.fileobj is self.cell.control:
-                    self._ended(self._report())
+                    self._handle_end(self._read_report())
                     continue
                 data = self._read(key.fd)
                 if not data:
@@ -154,10 +156,10 @@ class Running:
                     if key.fd not in self._texts:
                         self._channel.close()
                     continue
-                kept = self._texts.get(key.fd, self._lines)
+                buffer = self._texts.get(key.fd, self._lines)
                 if self._reason is None:
-                    kept += data
-                if len(kept) > self.limits.output_bytes:
+                    buffer += data
+                if len(buffer) > self.limits.output_bytes:
                     self._kill("output")
 
     def _read(self, file: int) -> bytes:
@@ -169,20 +171,20 @@ class Running:
             self._kill("killed")
             return b""
 
-    def _report(self) -> bytes:
+    def _read_report(self) -> bytes:
         try:
             return self.cell.control.recv(256)
         except ConnectionResetError:  # it died before it read a request
             return b""
 
-    def _ended(self, message: bytes) -> None:
+    def _handle_end(self, message: bytes) -> None:
         if message:
-            code, used = json.loads(message)
-            self._exit = code, used
+            code, cpu_seconds = json.loads(message)
+            self._exit = code, cpu_seconds
             return
-        memory = self._out_of_memory()
+        out_of_memory = self._out_of_memory()
         self.cell.close()
-        if not memory:
+        if not out_of_memory:
             raise BrokenPipeError("the sandbox was killed")
         self._reason, self._exit = "memory", (-9, 0.0)  # the kernel took the warm process along
         self._selector.unregister(self.cell.control)

@@ -1,4 +1,4 @@
-"""The sealed checkpoint that a phase starts from: an earlier phase's last one, or one of its own of an earlier run."""
+"""The release checkpoint that a phase starts from: the last one of an earlier phase, or one of an earlier run."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from stages.train.engine import Engine, Piece
 
 
 class Origin:
-    """A sealed checkpoint: the folder `below` of an artifact, or the whole of one."""
+    """A release checkpoint: the folder `subfolder` of an artifact, or the complete artifact."""
 
-    def __init__(self, artifact: Artifact, below: str = "") -> None:
-        self.artifact, self.below = artifact, below
+    def __init__(self, artifact: Artifact, subfolder: str = "") -> None:
+        self.artifact, self.subfolder = artifact, subfolder
         self.step = 0
-        """The step after which it stands, once it is loaded."""
+        """The checkpoint's step, once it is loaded."""
 
     def load_weights(self, engine: Engine) -> None:
-        """Takes over the weights, under a fresh optimizer.
+        """Loads the weights, with a fresh optimizer.
 
         Raises AtomError if the files are not those that were sealed, or not of the engine's model.
         """
@@ -31,18 +31,18 @@ class Origin:
         self._load(engine, moments=False)
 
     def load(self, engine: Engine, config: TrainConfig, tokenizer: str) -> int:
-        """Takes over weights, Adam's moments and step count. Returns the targets seen so far.
+        """Loads weights, Adam's moments and step count. Returns the targets seen so far.
 
         Raises AtomError as above, and if the checkpoint is of another model or tokenizer.
         """
         self._require_intact(engine)
-        key, state = self.artifact.key, release_checkpoint.load_state(self.artifact / self.below)
-        before, now = state["config"], identity(config)
-        for field, value in now["model"].items():
-            there = before["model"].get(field)
-            if there != value:
-                raise AtomError(f"checkpoint {key} is of another model: its model.{field} is {there}, not {value}; "
-                                f"continue from one of this model")  # fmt: skip
+        key, state = self.artifact.key, release_checkpoint.load_state(self.artifact / self.subfolder)
+        saved_config, config_identity = state["config"], identity(config)
+        for field, value in config_identity["model"].items():
+            saved_value = saved_config["model"].get(field)
+            if saved_value != value:
+                raise AtomError(f"checkpoint {key} is of another model: its model.{field} is {saved_value}, not "
+                                f"{value}; continue from one of this model")  # fmt: skip
         if state["tokenizer"] != tokenizer:
             raise AtomError(f"checkpoint {key} was trained on another tokenizer's tokens; continue from one of this "
                             f"recipe's tokenizer")  # fmt: skip
@@ -51,27 +51,29 @@ class Origin:
         return int(state["tokens"])
 
     def _require_intact(self, engine: Engine) -> None:
-        """Hours of training would follow from a flipped byte; opening an artifact looks at sizes only."""
-        wrong = self._damage() if engine.ranks.first else None
-        if wrong := engine.ranks.from_first(wrong):
-            raise AtomError(f"{wrong}; take it from a copy, or remove {self.artifact.path} and run again to rebuild it")
+        """Raises AtomError if the files are damaged: opening an artifact compares only sizes."""
+        damage = self._damage() if engine.ranks.first else None
+        if damage := engine.ranks.from_first(damage):
+            raise AtomError(
+                f"{damage}; take it from a copy, or remove {self.artifact.path} and run again to rebuild it"
+            )
 
     def _load(self, engine: Engine, moments: bool) -> None:
-        folder = self.artifact / self.below
+        folder = self.artifact / self.subfolder
         weights = release_checkpoint.Tensors(folder)
         check_tensors(engine.shapes, weights.shapes(), self.artifact.key)
-        done = int(release_checkpoint.load_state(folder)["optimizer_step"]) if moments else 0
-        states = release_checkpoint.Tensors(folder, release_checkpoint.OPTIMIZER) if done else {}
+        optimizer_steps = int(release_checkpoint.load_state(folder)["optimizer_step"]) if moments else 0
+        states = release_checkpoint.Tensors(folder, release_checkpoint.OPTIMIZER) if optimizer_steps else {}
 
         def read(kind: str, piece: Piece) -> torch.Tensor:
             full = weights[piece.name] if kind == "weight" else states[f"{kind}.{piece.name}"]
             return cut(full, piece.boxes).flatten()[piece.start : piece.stop]
 
-        engine.load_state(read, done, moments)
+        engine.load_state(read, optimizer_steps, moments)
 
     def _damage(self) -> str | None:
         try:
-            self.artifact.verify(self.below)
+            self.artifact.verify(self.subfolder)
             return None
         except CheckFailed as error:
             return str(error)

@@ -1,4 +1,4 @@
-"""Sealed checkpoints: safetensors and JSON with nothing of the machine in them, so that equal training is equal bytes.
+"""Release checkpoints: safetensors and JSON without machine-specific content, so equal training gives equal bytes.
 
 A folder `step-<n>` holds `model.safetensors` (fp32, full tensors by global name), `optimizer.safetensors`
 (`exp_avg.<name>`, `exp_avg_sq.<name>`; absent at step 0, where Adam's moments are zero) and `state.json`. What is
@@ -25,7 +25,7 @@ from stages.mcore.param_names import BUFFERS
 
 MODEL, OPTIMIZER, STATE = "model", "optimizer", "state.json"
 SHARD_BYTES = 5 * 10**9
-"""What a reader or writer must hold of a file at once, and what the Hub takes in one piece."""
+"""Largest size of a file, which bounds the memory of readers and writers, and which the Hub accepts."""
 
 Shape = tuple[int, ...]
 Read = Callable[[str, str, Shape], torch.Tensor]
@@ -44,7 +44,7 @@ def steps_of(folder: Path) -> list[int]:
 def write(
     folder: Path, shapes: Mapping[str, Shape], moments: Iterable[str], read: Read, state: Mapping[str, Any]
 ) -> None:
-    """Writes `folder`, complete or not at all, replacing an earlier one. Holds the tensors of one file at a time.
+    """Writes `folder` atomically, replacing an earlier one. Holds the tensors of one file at a time.
 
     moments: the kinds of tensors that the optimizer has.
     """
@@ -61,10 +61,10 @@ def write(
         shards = _shards({key: 4 * math.prod(shapes[name]) for key, (_, name) in entries.items()})
         files: dict[str, str] = {}
         for number, keys in enumerate(shards, start=1):
-            part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-            found = {key: read(*entries[key], shapes[entries[key][1]]) for key in keys}
-            save_tensors(partial / f"{stem}{part}.safetensors", found)
-            files |= dict.fromkeys(keys, f"{stem}{part}.safetensors")
+            suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+            tensors = {key: read(*entries[key], shapes[entries[key][1]]) for key in keys}
+            save_tensors(partial / f"{stem}{suffix}.safetensors", tensors)
+            files |= dict.fromkeys(keys, f"{stem}{suffix}.safetensors")
         if len(shards) > 1:
             size = sum(4 * math.prod(shapes[name]) for _, name in entries.values())
             index = {"metadata": {"total_size": size}, "weight_map": files}
@@ -77,13 +77,13 @@ def write(
 def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
     """Tensors by file: in their order, each file as full as it may be."""
     shards: list[list[str]] = []
-    room = 0
+    remaining = 0
     for key, size in sizes.items():
-        if not shards or size > room:
+        if not shards or size > remaining:
             shards.append([])
-            room = SHARD_BYTES
+            remaining = SHARD_BYTES
         shards[-1].append(key)
-        room -= size
+        remaining -= size
     return shards
 
 
@@ -92,7 +92,7 @@ def _index(stem: str) -> str:
 
 
 class Tensors(Mapping[str, torch.Tensor]):
-    """The tensors of a checkpoint's model or optimizer, each read when it is asked for.
+    """The tensors of a checkpoint's model or optimizer, each read on access.
 
     Raises AtomError if a file is missing or damaged.
     """
@@ -125,15 +125,15 @@ class Tensors(Mapping[str, torch.Tensor]):
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """One safetensors file whose bytes follow from the tensors alone (a second metadata entry would not be ordered).
+    """Writes one safetensors file whose bytes depend only on the tensors (a second metadata entry has no fixed order).
 
-    Raises AtomError if the file system does not take it.
+    Raises AtomError if the write fails.
     """
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
         path.touch()
         mode = path.stat().st_mode  # by umask; the library's own files are for their owner alone
-        save_file(plain, path, metadata={"format": "pt"})
+        save_file(contiguous, path, metadata={"format": "pt"})
         path.chmod(stat.S_IMODE(mode))
     except (OSError, SafetensorError) as error:
         raise MachineError(f"{path} cannot be written ({error}); make room and run again to go on") from error

@@ -1,7 +1,7 @@
-"""The files of a work checkpoint: each rank's own pieces of the state, and their way back into any layout.
+"""The sharded state of a work checkpoint: each rank's pieces, readable by any layout.
 
 A rank writes `rank-<n>.safetensors` with `<kind>.<tensor name>` for each piece that its optimizer owns, flat and
-fp32, and `rank-<n>.json`, which says where in the full tensors these lie. Nothing is gathered from other ranks.
+fp32, and `rank-<n>.json` with the positions of the pieces in the full tensors. Nothing is gathered from other ranks.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from stages.mcore.tensor_sharding import Box, cut, paste
 from stages.train.checkpoint import release_checkpoint
 from stages.train.engine import Piece
 
-Where = tuple[str, int, int]
-"""File, and the stretch of the flat local tensor that it holds."""
+Location = tuple[str, int, int]
+"""File, and the range of the flat local tensor in it."""
 
 
 def write(folder: Path, rank: int, pieces: list[Piece], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes and flushes a rank's two files; the JSON comes last and says that the other is whole."""
+    """Writes and flushes a rank's two files; the JSON comes last and marks the other as complete."""
     path = folder / f"rank-{rank:05d}.safetensors"
     release_checkpoint.save_tensors(path, tensors)
     with open(path, "rb") as file:
@@ -45,74 +45,74 @@ def write(folder: Path, rank: int, pieces: list[Piece], tensors: Mapping[str, to
 
 
 def receipts(folder: Path, world: int) -> dict[str, dict[str, Any]] | None:
-    """What the ranks wrote, by file; None as long as one of them is not done."""
-    found = {}
+    """The receipts of all ranks by file; None until all ranks have written."""
+    by_file = {}
     for rank in range(world):
         path = folder / f"rank-{rank:05d}.json"
         if not path.exists():
             return None
-        found[path.with_suffix(".safetensors").name] = json.loads(path.read_text())
-    return found
+        by_file[path.with_suffix(".safetensors").name] = json.loads(path.read_text())
+    return by_file
 
 
-class Pieces:
-    """Reads full tensors, or any piece of them, from the files of all ranks."""
+class ShardReader:
+    """Reads full tensors or pieces of them from the files of all ranks."""
 
     def __init__(self, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         self.folder = folder
-        self.where: dict[str, dict[tuple[Box, ...], list[Where]]] = {}
+        self.locations: dict[str, dict[tuple[Box, ...], list[Location]]] = {}
         for file, receipt in files.items():
             for name, (parts, start, stop) in receipt["pieces"].items():
                 key = tuple(tuple((a, b) for a, b in box) for box in parts)
-                self.where.setdefault(name, {}).setdefault(key, []).append((file, start, stop))
+                self.locations.setdefault(name, {}).setdefault(key, []).append((file, start, stop))
         self.open: dict[str, Any] = {}
 
     def names(self) -> list[str]:
-        return sorted(self.where)
+        return sorted(self.locations)
 
     def has(self, kind: str) -> bool:
         """Whether the checkpoint holds this kind of tensor: there are no moments before the first step."""
         name = self.names()[0]
-        file = next(iter(self.where[name].values()))[0][0]
+        file = next(iter(self.locations[name].values()))[0][0]
         return f"{kind}.{name}" in self._file(file).keys()  # noqa: SIM118 (not a dict)
 
     def read(self, kind: str, piece: Piece) -> torch.Tensor:
         """The flat values of a piece of any layout."""
-        if piece.boxes in self.where[piece.name]:
+        if piece.boxes in self.locations[piece.name]:
             return self._local(kind, piece.name, piece.boxes, piece.start, piece.stop)
-        shape = tuple(max(box[d][1] for parts in self.where[piece.name] for box in parts)
+        shape = tuple(max(box[d][1] for parts in self.locations[piece.name] for box in parts)
                       for d in range(len(piece.boxes[0])))  # fmt: skip
         return cut(self.full(kind, piece.name, shape), piece.boxes).flatten()[piece.start : piece.stop]
 
     def full(self, kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The whole tensor. Raises AtomError if the ranks' pieces do not cover it."""
-        whole = torch.full(shape, torch.nan)
+        """The full tensor. Raises AtomError if the ranks' pieces do not cover it."""
+        tensor = torch.full(shape, torch.nan)
         covered = 0
-        for parts in self.where[name]:
+        for parts in self.locations[name]:
             size = sum(torch.Size([b - a for a, b in box]).numel() for box in parts)
             rows = sum(box[0][1] - box[0][0] for box in parts)
             local = self._local(kind, name, parts, 0, size)
-            paste(whole, parts, local.view(rows, -1) if len(shape) > 1 else local)
+            paste(tensor, parts, local.view(rows, -1) if len(shape) > 1 else local)
             covered += size
-        if covered != whole.numel():
-            raise AtomError(f"work checkpoint {self.folder} holds {covered} of {whole.numel()} values of {name}; "
+        if covered != tensor.numel():
+            raise AtomError(f"work checkpoint {self.folder} holds {covered} of {tensor.numel()} values of {name}; "
                             f"remove it to go on from the one before")  # fmt: skip
-        return whole
+        return tensor
 
     def _local(self, kind: str, name: str, parts: tuple[Box, ...], start: int, stop: int) -> torch.Tensor:
-        """A stretch of the flat local tensor with these boxes, put together from the ranks that own parts of it."""
-        out, at = [], start
-        for file, first, last in sorted(self.where[name][parts], key=lambda w: (w[1], w[0])):
-            if first <= at < last:
+        """A range of the flat local tensor with these boxes, concatenated from the ranks that own parts of it."""
+        slices, position = [], start
+        for file, first, last in sorted(self.locations[name][parts], key=lambda w: (w[1], w[0])):
+            if first <= position < last:
                 end = min(last, stop)
-                out.append(self._file(file).get_slice(f"{kind}.{name}")[at - first : end - first])
-                at = end
-            if at >= stop:
+                slices.append(self._file(file).get_slice(f"{kind}.{name}")[position - first : end - first])
+                position = end
+            if position >= stop:
                 break
-        if at < stop:
-            raise AtomError(f"work checkpoint {self.folder} lacks values {at} to {stop} of {name}; "
+        if position < stop:
+            raise AtomError(f"work checkpoint {self.folder} lacks values {position} to {stop} of {name}; "
                             f"remove it to go on from the one before")  # fmt: skip
-        return out[0] if len(out) == 1 else torch.cat(out)
+        return slices[0] if len(slices) == 1 else torch.cat(slices)
 
     def _file(self, name: str) -> Any:
         if name not in self.open:

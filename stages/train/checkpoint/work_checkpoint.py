@@ -1,4 +1,4 @@
-"""Work checkpoints: where a killed run goes on from, written while training goes on.
+"""Work checkpoints, from which a killed run resumes; they are written while training continues.
 
     state/attempt-0002/training.jsonl             the log of finished steps
     state/attempt-0002/sealed/step-000600/        release checkpoints so far
@@ -29,7 +29,7 @@ from pipeline.core.errors import AtomError, MachineError
 from pipeline.core.stage import Report
 from pipeline.core.store import canonical, sha256_bytes, sha256_file
 from stages.train.checkpoint import release_checkpoint, sharded_state
-from stages.train.checkpoint.sharded_state import Pieces
+from stages.train.checkpoint.sharded_state import ShardReader
 from stages.train.engine import MOMENTS, Engine
 
 MARKER = "complete.json"
@@ -40,11 +40,11 @@ class Checkpoints:
     """The work checkpoints of one attempt. Methods are collective but for `failed`."""
 
     def __init__(
-        self, work: Path, keep: int, engine: Engine, report: Report, lease: int | None = None, back: int = 0
+        self, work: Path, keep: int, engine: Engine, report: Report, lease: int | None = None, rewind_steps: int = 0
     ) -> None:
-        """lease: the number of this attempt among those that were allowed to write, if somebody keeps count; else it is
-        taken for the latest. back: steps that `rewind` may be asked to go back from the next one."""
-        self.back = back
+        """lease: the number of this attempt, if the caller counts them; None: the latest. rewind_steps: the largest
+        number of steps that `rewind` goes back from the next step."""
+        self.rewind_steps = rewind_steps
         self.work, self.keep, self.engine, self.report = work, keep, engine, report
         self.ranks = ranks = engine.ranks
         latest = max((int(p.name[8:]) for p in _attempts(work)), default=0)
@@ -55,7 +55,7 @@ class Checkpoints:
             self._require_present()
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
-        self.marks: dict[str, list[Any]] = {}
+        self.release_digests: dict[str, list[Any]] = {}
         """[size, digest] of the release checkpoints' files, which never change."""
         self.given_up = threading.Event()
         self.copies: dict[str, torch.Tensor] = {}
@@ -63,48 +63,47 @@ class Checkpoints:
     # -- saving -----------------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: Mapping[str, Any], seal: bool) -> float:
-        """Copies the state of a finished step and has it written. Returns the seconds that training stood still.
+        """Copies the state of a finished step and writes it in a thread. Returns the seconds that training waited.
 
-        state: what else is to be known when going on, and what a sealed checkpoint's state.json says. seal: makes a
-        release checkpoint of it as well. Waits for the checkpoint before, if that is still being written.
-        Raises AtomError if that one could not be written.
+        state: the content of state.json, with the state to resume from. seal: also writes a release checkpoint. Waits
+        for the previous checkpoint if that is still being written. Raises AtomError if that write failed.
         """
-        began = time.monotonic()
+        started = time.monotonic()
         self.wait()
         owned = list(self.engine.state())
-        found = {f"{kind}.{piece.name}": t for piece, tensors in owned for kind, t in tensors.items()}
+        tensors_by_name = {f"{kind}.{piece.name}": t for piece, tensors in owned for kind, t in tensors.items()}
         with torch.no_grad():
-            for name, tensor in found.items():
+            for name, tensor in tensors_by_name.items():
                 if name not in self.copies:
                     self.copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
                 self.copies[name].copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        copies = {name: self.copies[name] for name in found}
+        copies = {name: self.copies[name] for name in tensors_by_name}
         log = (self.folder / "training.jsonl").stat().st_size if self.ranks.first else 0
         job = (step, [piece for piece, _ in owned], copies, dict(state), seal, log)
         self.thread = threading.Thread(target=self._write, args=job, name="checkpoint", daemon=True)
         self.thread.start()
-        return time.monotonic() - began
+        return time.monotonic() - started
 
     def wait(self) -> None:
-        """Until nothing is being written on any rank. Raises what went wrong on any of them, on all of them."""
-        while found := self.ranks.max(2 if self.error else int(self.thread is not None and self.thread.is_alive())):
-            if found == 2:
+        """Waits until all ranks have finished writing. Raises the error of any rank, on all of them."""
+        while status := self.ranks.max(2 if self.error else int(self.thread is not None and self.thread.is_alive())):
+            if status == 2:
                 self.given_up.set()  # rank 0 may be waiting for a file that will never come
-                told = self.ranks.gather(str(self.error) if self.error else None)
-                raise self.error or MachineError(next(filter(None, told)))
+                errors = self.ranks.gather(str(self.error) if self.error else None)
+                raise self.error or MachineError(next(filter(None, errors)))
             time.sleep(POLL)
         self.thread = None
 
     def failed(self) -> bool:
-        """Whether a write went wrong on this rank; `wait` tells."""
+        """Whether a write failed on this rank; `wait` raises the error."""
         return self.error is not None
 
     def _write(
         self, step: int, owned: list[Any], copies: dict[str, torch.Tensor], state: dict[str, Any], seal: bool, log: int
     ) -> None:
-        began = time.monotonic()
+        started = time.monotonic()
         folder = self.folder / "checkpoints" / f"step-{step:09d}"
         try:
             folder.mkdir(exist_ok=True)
@@ -113,11 +112,11 @@ class Checkpoints:
                 self._complete(folder, step, state, log)
                 if seal:
                     self._seal(folder, step)
-                self._forget()
-                self.report.metric(step, checkpoint_write_seconds=time.monotonic() - began)
+                self._prune()
+                self.report.metric(step, checkpoint_write_seconds=time.monotonic() - started)
         except OSError as error:
-            problem = f"work checkpoint {folder} cannot be written ({error}); make room and run again to go on"
-            self.error = MachineError(problem if self._present() else SUCCEEDED)
+            message = f"work checkpoint {folder} cannot be written ({error}); make room and run again to go on"
+            self.error = MachineError(message if self._is_current() else SUPERSEDED)
         except Exception as error:  # a sentence, or a bug of ours: `wait` raises it
             self.error = error
 
@@ -129,49 +128,49 @@ class Checkpoints:
         self._require_present()
         for path in _files(self.folder / "sealed"):
             name = path.relative_to(self.folder).as_posix()
-            self.marks[name] = self.marks.get(name) or _mark(path)
-        product: dict[str, Any] = dict(self.marks)
+            self.release_digests[name] = self.release_digests.get(name) or _size_and_digest(path)
+        product: dict[str, Any] = dict(self.release_digests)
         with open(self.folder / "training.jsonl", "rb") as file:
             product["training.jsonl"] = [log, sha256_bytes(file.read(log))]
         partial = folder / (MARKER + ".partial")
         with open(partial, "w") as out:
-            json.dump(signed({"step": step, "state": state, "files": files, "product": product}), out)
+            json.dump(with_digest({"step": step, "state": state, "files": files, "product": product}), out)
             out.flush()
             os.fsync(out.fileno())
         os.rename(partial, folder / MARKER)
 
     def _seal(self, folder: Path, step: int) -> None:
-        """Makes a release checkpoint of a complete work checkpoint, from its files."""
-        made = self.folder / "sealed" / release_checkpoint.name_of(step)
+        """Writes a release checkpoint from the files of a complete work checkpoint."""
+        target = self.folder / "sealed" / release_checkpoint.name_of(step)
         marker = read_marker(folder)
-        source, state = Pieces(folder, marker["files"]), {k: v for k, v in marker["state"].items() if k != PENDING}
+        source, state = ShardReader(folder, marker["files"]), {k: v for k, v in marker["state"].items() if k != PENDING}
         moments = MOMENTS if source.has(MOMENTS[0]) else ()
         self._require_present()
-        release_checkpoint.write(made, self.engine.shapes, moments, source.full, state)
-        self.report.product(f"@{step}", made)
+        release_checkpoint.write(target, self.engine.shapes, moments, source.full, state)
+        self.report.product(f"@{step}", target)
 
-    def _present(self) -> bool:
+    def _is_current(self) -> bool:
         return _attempts(self.work)[-1:] == [self.folder]
 
     def _require_present(self) -> None:
-        """Raises AtomError if a later attempt has begun: this one was thought dead."""
-        if not self._present():
-            raise MachineError(SUCCEEDED)
+        """Raises AtomError if a later attempt has begun, because this one was presumed dead."""
+        if not self._is_current():
+            raise MachineError(SUPERSEDED)
 
-    def _forget(self) -> None:
-        """Keeps the newest complete checkpoints, those of later attempts before those of earlier ones. What a later
-        attempt than this one writes is left alone: this one may be the orphan."""
+    def _prune(self) -> None:
+        """Removes all but the newest complete checkpoints, ordered by attempt and step. Keeps the files of later
+        attempts: this one may be the orphan."""
         self._require_present()
-        known = [f for f in _checkpoints(self.work) if f.parent.parent <= self.folder]
-        complete = [f for f in known if (f / MARKER).exists()]
+        folders = [f for f in _checkpoints(self.work) if f.parent.parent <= self.folder]
+        complete = [f for f in folders if (f / MARKER).exists()]
         kept = complete[-self.keep :]
-        if self.back:  # and the one that a spike at the next step would go back to, and the one after that
-            bound = _step(complete[-1]) + 1 - self.back
+        if self.rewind_steps:  # and the one that a spike at the next step would go back to, and the one after that
+            bound = _step(complete[-1]) + 1 - self.rewind_steps
             kept += [f for f in complete if _step(f) <= bound][-1:] + [f for f in complete if _step(f) > bound][:1]
         for old in complete:
             if old not in kept:
                 shutil.rmtree(old, ignore_errors=True)
-        for folder in known:
+        for folder in folders:
             if folder.parent.parent < self.folder and folder not in complete:
                 shutil.rmtree(folder, ignore_errors=True)
         for attempt in _attempts(self.work):
@@ -180,30 +179,30 @@ class Checkpoints:
 
     # -- going on ---------------------------------------------------------------------------------------------------
 
-    def load(self, due: Callable[[int], bool]) -> dict[str, Any] | None:
-        """Loads the newest usable checkpoint into the engine and takes over the product up to its step.
+    def load(self, is_release_step: Callable[[int], bool]) -> dict[str, Any] | None:
+        """Loads the newest usable checkpoint into the engine and links the log and release checkpoints up to its step.
 
-        due: whether a release checkpoint belongs to a step. Returns the state that was saved with it; None if there
-        never was a checkpoint. One that was cut short or damaged is passed over with a note. Raises AtomError if
-        complete ones were written and none of them is intact any more.
+        is_release_step: whether a step has a release checkpoint. Returns the state that was saved with it; None if
+        there never was a checkpoint. Truncated or damaged ones are skipped with a note. Raises AtomError if complete
+        ones were written and none of them is intact.
         """
         problems: list[str] = []
         names = [f.relative_to(self.work).as_posix() for f in reversed(_checkpoints(self.work))]
         for name in self.ranks.from_first(names):
             folder = self.work / name
-            found = next(filter(None, self.ranks.gather(self._problem(folder))), None)
-            if found is None:
+            damage = next(filter(None, self.ranks.gather(self._find_damage(folder))), None)
+            if damage is None:
                 marker = read_marker(folder)
-                done = int(marker["state"]["optimizer_step"])
-                self.engine.load_state(Pieces(folder, marker["files"]).read, done)
+                optimizer_steps = int(marker["state"]["optimizer_step"])
+                self.engine.load_state(ShardReader(folder, marker["files"]).read, optimizer_steps)
                 if self.ranks.first:
-                    self._take_over(folder, marker, due)
+                    self._take_over(folder, marker, is_release_step)
                 self.ranks.barrier()
                 state: dict[str, Any] = marker["state"]
                 return state
-            if found != INCOMPLETE:
-                problems.append(found)
-                self.report.note(f"work checkpoint {name} is damaged ({found}); going back to the one before it")
+            if damage != INCOMPLETE:
+                problems.append(damage)
+                self.report.note(f"work checkpoint {name} is damaged ({damage}); going back to the one before it")
         if problems:
             raise AtomError(
                 f"every work checkpoint in {self.work} is damaged (newest: {problems[0]}); "
@@ -221,11 +220,11 @@ class Checkpoints:
         names = [f.relative_to(self.work).as_posix() for f in reversed(_checkpoints(self.work)) if _step(f) <= step]
         for name in self.ranks.from_first(names):
             folder = self.work / name
-            if any(self.ranks.gather(self._problem(folder))):
+            if any(self.ranks.gather(self._find_damage(folder))):
                 continue
             marker = read_marker(folder)
             state: dict[str, Any] = marker["state"]
-            self.engine.load_state(Pieces(folder, marker["files"]).read, int(state["optimizer_step"]))
+            self.engine.load_state(ShardReader(folder, marker["files"]).read, int(state["optimizer_step"]))
             if self.ranks.first:
                 self._require_present()
                 os.truncate(self.folder / "training.jsonl", marker["product"]["training.jsonl"][0])
@@ -237,8 +236,8 @@ class Checkpoints:
         raise AtomError(f"no work checkpoint of step {step} or before is left in {self.work} to go back to; raise "
                         f"work_checkpoints_kept")  # fmt: skip
 
-    def _problem(self, folder: Path) -> str | None:
-        """What is wrong with a checkpoint or with the product it goes on from; each rank looks at its share of it."""
+    def _find_damage(self, folder: Path) -> str | None:
+        """A description of damage to a checkpoint or its log and release checkpoints; each rank checks its share."""
         try:
             marker = read_marker(folder)
         except FileNotFoundError:
@@ -258,32 +257,36 @@ class Checkpoints:
                 return f"{path.relative_to(folder.parent.parent)} is not what was written"
         return None
 
-    def _take_over(self, folder: Path, marker: dict[str, Any], due: Callable[[int], bool]) -> None:
-        """Brings the product up to a checkpoint's step into this attempt's folder, and drops what was passed over."""
-        before, own = folder.parent.parent, self.folder
+    def _take_over(self, folder: Path, marker: dict[str, Any], is_release_step: Callable[[int], bool]) -> None:
+        """Links the log and release checkpoints up to a checkpoint's step into this attempt's folder, and removes the
+        skipped checkpoints."""
+        previous, current = folder.parent.parent, self.folder
         try:
             for name, mark in marker["product"].items():
                 if name != "training.jsonl":
-                    (own / name).parent.mkdir(parents=True, exist_ok=True)
-                    os.link(before / name, own / name)
-                    self.marks[name] = mark
+                    (current / name).parent.mkdir(parents=True, exist_ok=True)
+                    os.link(previous / name, current / name)
+                    self.release_digests[name] = mark
             size = marker["product"]["training.jsonl"][0]
-            (own / "training.jsonl").write_bytes((before / "training.jsonl").read_bytes()[:size])
+            (current / "training.jsonl").write_bytes((previous / "training.jsonl").read_bytes()[:size])
         except FileNotFoundError:
             self._require_present()
             raise
         self._require_present()
-        known = [f for f in _checkpoints(self.work) if f.parent.parent < own]
-        for newer in known[known.index(folder) + 1 :]:
+        folders = [f for f in _checkpoints(self.work) if f.parent.parent < current]
+        for newer in folders[folders.index(folder) + 1 :]:
             shutil.rmtree(newer, ignore_errors=True)
-        for made in sorted((self.folder / "sealed").glob("step-*")):  # a kill may have come before these were told
-            self.report.product(f"@{int(made.name[5:])}", made)
-        if due(marker["step"]) and not (self.folder / "sealed" / release_checkpoint.name_of(marker["step"])).exists():
+        for release in sorted((self.folder / "sealed").glob("step-*")):  # a kill may have come before these were told
+            self.report.product(f"@{int(release.name[5:])}", release)
+        if (
+            is_release_step(marker["step"])
+            and not (self.folder / "sealed" / release_checkpoint.name_of(marker["step"])).exists()
+        ):
             self._seal(folder, marker["step"])
 
 
-def signed(marker: dict[str, Any]) -> dict[str, Any]:
-    """With the digest of the rest, so that no flipped byte of it is believed."""
+def with_digest(marker: dict[str, Any]) -> dict[str, Any]:
+    """The marker with a digest of its content, which detects a flipped byte."""
     return {**marker, "sha256": sha256_bytes(canonical(marker))}
 
 
@@ -292,10 +295,10 @@ def read_marker(folder: Path) -> dict[str, Any]:
     marker = json.loads((folder / MARKER).read_text())
     if not isinstance(marker, dict):
         raise ValueError("it is not what was written")
-    rest = {name: value for name, value in marker.items() if name != "sha256"}
-    if signed(rest) != marker:
+    body = {name: value for name, value in marker.items() if name != "sha256"}
+    if with_digest(body) != marker:
         raise ValueError("it is not what was written")
-    return rest
+    return body
 
 
 def _step(folder: Path) -> int:
@@ -303,9 +306,9 @@ def _step(folder: Path) -> int:
 
 
 PENDING = "spikes_pending"
-"""Of the state of a work checkpoint alone: spikes whose steps are still to be passed again."""
+"""Only in the state of a work checkpoint: spikes whose steps are still to be repeated."""
 INCOMPLETE = "never completed"
-SUCCEEDED = "a later attempt has taken over from this one, which stops without harm to it"
+SUPERSEDED = "a later attempt has taken over from this one, which stops without harm to it"
 
 
 def _attempts(work: Path) -> list[Path]:
@@ -313,7 +316,7 @@ def _attempts(work: Path) -> list[Path]:
 
 
 def _checkpoints(work: Path) -> list[Path]:
-    """All work checkpoints, the one to go on from last: a later attempt's before an earlier one's."""
+    """All work checkpoints, sorted by attempt and step; the last one is the newest."""
     return [f for attempt in _attempts(work) for f in sorted((attempt / "checkpoints").glob("step-*"))]
 
 
@@ -321,5 +324,5 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
-def _mark(path: Path) -> list[Any]:
+def _size_and_digest(path: Path) -> list[Any]:
     return [path.stat().st_size, sha256_file(path)]

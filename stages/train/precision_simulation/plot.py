@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from stages.mcore.quantize import KINDS
 from stages.train.precision_simulation.report import Runs
 
-COLOURS = {"fp8-tensorwise": "#d1603d", "fp8-blockwise": "#2a7f9e", "mxfp8": "#5b8c3a"}
+COLORS = {"fp8-tensorwise": "#d1603d", "fp8-blockwise": "#2a7f9e", "mxfp8": "#5b8c3a"}
 SMOOTH = 5
 """Steps that a point of the deviation is meaned over."""
 FLOOR = 1e-6
-"""Rates below it have the palest colour."""
+"""Rates below it have the palest color."""
 
 
 def losses(report: Mapping[str, Any], runs: Runs, path: Path) -> None:
@@ -32,12 +32,12 @@ def losses(report: Mapping[str, Any], runs: Runs, path: Path) -> None:
     for name, curve in curves.items():
         if name == baseline:
             continue
-        _band(above, curve, COLOURS[name], name)
+        _band(above, curve, COLORS[name], name)
         steps = min(curve.shape[1], base.shape[1])
-        _band(below, _smooth(100 * (curve[:, :steps] / base[:, :steps] - 1)), COLOURS[name], name, SMOOTH - 1)
-    last = report["training"]["steps"]
+        _band(below, _smooth(100 * (curve[:, :steps] / base[:, :steps] - 1)), COLORS[name], name, SMOOTH - 1)
+    last_step = report["training"]["steps"]
     for axes in (above, below):
-        axes.axvspan(last - report["window_steps"] + 0.5, last + 0.5, color="0.93", zorder=0)
+        axes.axvspan(last_step - report["window_steps"] + 0.5, last_step + 0.5, color="0.93", zorder=0)
         axes.grid(alpha=0.3)
     above.set_ylabel("loss (nats per byte)")
     above.set_title(f"FP8 rehearsal of {report['recipe']}, {report['seeds']} seeds; grey: the steps that count")
@@ -48,8 +48,8 @@ def losses(report: Mapping[str, Any], runs: Runs, path: Path) -> None:
     below.axhline(0, color="black", linewidth=0.8)
     below.set_ylabel(f"deviation from {baseline} (%)")
     below.set_xlabel(f"step; deviations are means over the last {SMOOTH} steps, the dotted lines are the bound")
-    half = max(3 * bound, 1.2 * max((abs(d) * 100 for d in _deviations(report)), default=0.0))
-    below.set_ylim(-half, half)
+    half_range = max(3 * bound, 1.2 * max((abs(d) * 100 for d in _deviations(report)), default=0.0))
+    below.set_ylim(-half_range, half_range)
     _save(figure, path)
 
 
@@ -64,9 +64,9 @@ def rates(report: Mapping[str, Any], path: Path) -> None:
         axes.set_xticks(range(len(KINDS)), KINDS)
         axes.set_yticks(range(len(rows)), rows if number == 0 else [""] * len(rows), fontsize=8)
         for (row, column), value in np.ndenumerate(values):
-            colour = "white" if value > 0.05 else "black"
+            color = "white" if value > 0.05 else "black"
             axes.text(column, row, f"{100 * value:.2g}" if value else "0", ha="center", va="center", fontsize=7,
-                      color=colour)  # fmt: skip
+                      color=color)  # fmt: skip
         axes.set_title(entry["precision"], fontsize=10)
     figure.suptitle(f"FP8 rehearsal of {report['recipe']}: underflow, % of the values that were not zero", fontsize=10)
     _save(figure, path)
@@ -93,10 +93,10 @@ def _smooth(curves: np.ndarray) -> np.ndarray:
     return np.array([np.convolve(curve, np.full(SMOOTH, 1 / SMOOTH), mode="valid") for curve in curves])
 
 
-def _band(axes: Any, curves: np.ndarray, colour: str, label: str, shift: int = 0) -> None:
+def _band(axes: Any, curves: np.ndarray, color: str, label: str, shift: int = 0) -> None:
     steps = np.arange(1, curves.shape[1] + 1) + shift
-    axes.plot(steps, curves.mean(0), color=colour, label=label, linewidth=1.2)
-    axes.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
+    axes.plot(steps, curves.mean(0), color=color, label=label, linewidth=1.2)
+    axes.fill_between(steps, curves.min(0), curves.max(0), color=color, alpha=0.15, linewidth=0)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -1,5 +1,5 @@
-"""The small twin of a recipe's model, on which FP8 is rehearsed: the recipe's ratios at the smallest size whose matrix
-products are made of several quantisation blocks, as a large model's are. No torch here.
+"""The small proxy (twin) of a recipe's model for the FP8 simulation: the recipe's ratios at the smallest size whose
+matrix products consist of several quantization blocks, as a large model's do. No torch here.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ TOLERANCE = 0.05
 """How far a ratio may be off, relatively."""
 CONTEXT = 128
 """The longest row, since attention's own products stay as they are."""
-WIDEST = 4096
+MAX_WIDTH = 4096
 """A wider twin is not small."""
 SPARE = 3
 """How many times the tokens that an expert must see come to it on average: routers are uneven, at first most of all."""
-LEAST_TOKENS = 1024
+MIN_TOKENS = 1024
 """Of a step, so that its loss is not mostly chance."""
 
 
@@ -37,36 +37,37 @@ class Ratio:
     twin: float
 
 
-def twin(model: ModelConfig, smallest: int, hidden: int | None = None) -> ModelConfig:
-    """A model like this one, but small.
+def build_proxy(model: ModelConfig, smallest: int, hidden: int | None = None) -> ModelConfig:
+    """A small model with the ratios of this one.
 
-    smallest: what both dimensions of every linear layer must have at least. hidden: take this width instead, whatever
-    becomes of that. Raises RecipeError if it cannot be.
+    smallest: the minimum of both dimensions of every linear layer. hidden: use this width instead, without that
+    minimum. Raises RecipeError if there is no such model.
 
     Kept are the ratios of all widths to the hidden size, of query to key heads, of experts to experts a token visits
     (as far as EXPERTS allows), and what the router is trained by. Weights begin with `init_std` x
     sqrt(hidden / hidden of the twin), so that what a layer gives out is as large as in the recipe's model.
     """
     if hidden is not None:
-        found = _at(model, hidden) if hidden % UNIT == 0 and hidden > 0 else None
-        if found is None:
+        proxy = _scaled_model(model, hidden) if hidden % UNIT == 0 and hidden > 0 else None
+        if proxy is None:
             unit = UNIT * model.heads // model.kv_heads
             raise RecipeError(f"--hidden {hidden} cannot be divided into heads of a size that FP8 takes; use {unit}")
-        return found
-    for width in range(math.ceil(smallest / UNIT) * UNIT, WIDEST + 1, UNIT):
-        found = _at(model, width)
-        if found and min(dimensions(found)) >= smallest and all(_near(r) for r in widths(model, found)):
-            return found
+        return proxy
+    for width in range(math.ceil(smallest / UNIT) * UNIT, MAX_WIDTH + 1, UNIT):
+        proxy = _scaled_model(model, width)
+        if proxy and min(dimensions(proxy)) >= smallest and all(_is_close(r) for r in widths(model, proxy)):
+            return proxy
     raise RecipeError(
-        f"no twin of up to {WIDEST} wide has the proportions of the model; name a width by --hidden, such as {WIDEST}"
+        f"no twin of up to {MAX_WIDTH} wide has the proportions of the model; name a width by --hidden, such as "
+        f"{MAX_WIDTH}"
     )
 
 
-def _near(ratio: Ratio) -> bool:
+def _is_close(ratio: Ratio) -> bool:
     return abs(ratio.twin / ratio.recipe - 1) <= TOLERANCE
 
 
-def _at(model: ModelConfig, hidden: int) -> ModelConfig | None:
+def _scaled_model(model: ModelConfig, hidden: int) -> ModelConfig | None:
     """The twin of that hidden size; None if its attention cannot be divided into heads."""
 
     def scaled(size: int) -> int:
@@ -77,7 +78,7 @@ def _at(model: ModelConfig, hidden: int) -> ModelConfig | None:
     if not choices:
         return None
     kv_heads = min(choices, key=lambda n: abs(attention / (n * group) - model.head_dim))
-    experts, chosen = _experts(model.experts, model.num_experts_per_tok)
+    experts, active_experts = _experts(model.experts, model.num_experts_per_tok)
     changes: dict[str, object] = {
         "layers": min(model.layers, LAYERS),
         "hidden_size": hidden,
@@ -85,7 +86,7 @@ def _at(model: ModelConfig, hidden: int) -> ModelConfig | None:
         "kv_heads": kv_heads,
         "head_dim": attention // (kv_heads * group),
         "experts": experts,
-        "num_experts_per_tok": chosen,
+        "num_experts_per_tok": active_experts,
         "moe_intermediate_size": scaled(model.moe_intermediate_size),
         "context_length": CONTEXT,
         "init_std": min(1.0, model.init_std * (model.hidden_size / hidden) ** 0.5),  # the most that a model may have
@@ -99,12 +100,15 @@ def _at(model: ModelConfig, hidden: int) -> ModelConfig | None:
     return ModelConfig.model_validate({**model.model_dump(), **changes})
 
 
-def _experts(experts: int, chosen: int) -> tuple[int, int]:
+def _experts(experts: int, active_experts: int) -> tuple[int, int]:
     """At most EXPERTS experts, of which a token visits a share as near to the recipe's as can be, and the fewest."""
     if experts <= EXPERTS:
-        return experts, chosen
-    pairs = [(max(k, min(EXPERTS, round(k * experts / chosen))), k) for k in range(2, min(chosen, EXPERTS) + 1)]
-    return min(pairs, key=lambda pair: (abs(pair[0] / pair[1] - experts / chosen), pair[1]))
+        return experts, active_experts
+    pairs = [
+        (max(k, min(EXPERTS, round(k * experts / active_experts))), k)
+        for k in range(2, min(active_experts, EXPERTS) + 1)
+    ]
+    return min(pairs, key=lambda pair: (abs(pair[0] / pair[1] - experts / active_experts), pair[1]))
 
 
 def dimensions(model: ModelConfig) -> list[int]:
@@ -113,7 +117,7 @@ def dimensions(model: ModelConfig) -> list[int]:
     return sorted(set(sizes))
 
 
-def widths(model: ModelConfig, small: ModelConfig) -> list[Ratio]:
+def widths(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
     """Every inner width by the hidden size, in both."""
 
     def inner(m: ModelConfig) -> dict[str, int]:
@@ -121,24 +125,24 @@ def widths(model: ModelConfig, small: ModelConfig) -> list[Ratio]:
         sizes |= {"dense": m.intermediate_size or 0, "shared expert": m.shared_expert_intermediate_size or 0}
         return {name: size for name, size in sizes.items() if size}
 
-    mine = inner(small)
+    proxy_widths = inner(proxy)
     return [
-        Ratio(f"{name} width / hidden", size / model.hidden_size, mine[name] / small.hidden_size)
+        Ratio(f"{name} width / hidden", size / model.hidden_size, proxy_widths[name] / proxy.hidden_size)
         for name, size in inner(model).items()
     ]
 
 
-def ratios(model: ModelConfig, small: ModelConfig) -> list[Ratio]:
+def ratios(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
     """All that the twin should have in common with the model."""
-    pairs = [(m.heads / m.kv_heads, m.experts / m.num_experts_per_tok) for m in (model, small)]
+    pairs = [(m.heads / m.kv_heads, m.experts / m.num_experts_per_tok) for m in (model, proxy)]
     return [
-        *widths(model, small),
+        *widths(model, proxy),
         Ratio("query heads / key heads", pairs[0][0], pairs[1][0]),
         Ratio("experts / experts a token visits", pairs[0][1], pairs[1][1]),
     ]
 
 
-def step_tokens(small: ModelConfig, smallest: int, sequence_length: int) -> int:
+def step_tokens(proxy: ModelConfig, smallest: int, sequence_length: int) -> int:
     """Tokens of a step, in whole rows: SPARE times what it takes for an average expert to see `smallest`, at least."""
-    tokens = max(LEAST_TOKENS, SPARE * smallest * small.experts / small.num_experts_per_tok)
+    tokens = max(MIN_TOKENS, SPARE * smallest * proxy.experts / proxy.num_experts_per_tok)
     return math.ceil(tokens / sequence_length) * sequence_length

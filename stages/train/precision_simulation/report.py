@@ -1,4 +1,4 @@
-"""What a rehearsal found: deviations, rates, a verdict, and the same as a table. Plain arithmetic, no torch.
+"""The report of a precision simulation: deviations, rates, a verdict, and Markdown. Plain arithmetic, no torch.
 
 The deviation of a precision from one seed is its loss, meaned over the last quarter of steps, by the baseline's from
 the same seed (same initial weights, same rows), minus 1. Over seeds that is a mean with a standard error, and the
@@ -22,33 +22,33 @@ from typing import Any
 from stages.mcore.quantize import KINDS, RECIPES, Counts, Kind
 from stages.train.precision_simulation.runner import Settings
 
-LEAST_STEPS = 8
+MIN_STEPS = 8
 ERRORS = 2
 """Standard errors on each side of a mean."""
 SHORT = 0.01
 """Share of multiply-adds that may have run over fewer tokens than two blocks."""
 
 Runs = Mapping[tuple[str, int], dict[str, Any]]
-"""What each run left, by precision and seed."""
+"""The result of each run, by precision and seed."""
 
 
 def compose(
     settings: Settings, proportions: Sequence[tuple[str, float, float]], dimensions: Sequence[int],
-    chosen: Sequence[str], seeds: int, bound: float, runs: Runs,
+    precisions: Sequence[str], seeds: int, bound: float, runs: Runs,
 ) -> dict[str, Any]:  # fmt: skip
     """The report as JSON: no clock, no place, so equal runs give equal bytes.
 
     proportions: (name, in the recipe, in the twin). dimensions: the widths in and out of the twin's linear layers.
     """
     window = settings.steps // 4
-    base = [_tail(runs[settings.baseline, seed], window) for seed in range(seeds)]
-    found = [_precision(name, settings, dimensions, window, base, seeds, bound, runs) for name in chosen]
-    verdicts = {entry["verdict"] for entry in found}
-    whole = "fails" if "fails" in verdicts else "inconclusive" if "inconclusive" in verdicts else "holds"
-    known = [loss for loss in base if loss is not None]
+    base = [_tail_loss(runs[settings.baseline, seed], window) for seed in range(seeds)]
+    entries = [_compare_precision(name, settings, dimensions, window, base, seeds, bound, runs) for name in precisions]
+    verdicts = {entry["verdict"] for entry in entries}
+    verdict = "fails" if "fails" in verdicts else "inconclusive" if "inconclusive" in verdicts else "holds"
+    finite_losses = [loss for loss in base if loss is not None]
     return {
         "recipe": settings.recipe,
-        "verdict": whole,
+        "verdict": verdict,
         "bound": bound,
         "seeds": seeds,
         "window_steps": window,
@@ -63,8 +63,12 @@ def compose(
         "data": settings.data.model_dump(mode="json"),
         "packages": settings.packages,
         "code": settings.code,
-        "baseline": {"precision": settings.baseline, "loss": base, **({} if len(known) < seeds else spread(known))},
-        "precisions": found,
+        "baseline": {
+            "precision": settings.baseline,
+            "loss": base,
+            **({} if len(finite_losses) < seeds else spread(finite_losses)),
+        },
+        "precisions": entries,
     }
 
 
@@ -74,47 +78,53 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "min": min(values), "max": max(values), "standard_error": error}
 
 
-def judge(deviations: Sequence[float], bound: float) -> str:
-    """holds, fails or inconclusive, as told above."""
+def verdict_of(deviations: Sequence[float], bound: float) -> str:
+    """holds, fails or inconclusive, as defined above."""
     figures = spread(deviations)
     size, error = abs(figures["mean"]), ERRORS * figures["standard_error"]
     return "holds" if size + error < bound else "fails" if size - error > bound else "inconclusive"
 
 
-def _tail(run: Mapping[str, Any], window: int) -> float | None:
+def _tail_loss(run: Mapping[str, Any], window: int) -> float | None:
     """The mean loss of the last steps; None if the run did not get there."""
     return None if run["diverged_at"] else statistics.fmean(run["losses"][-window:])
 
 
-def _precision(
+def _compare_precision(
     name: str, settings: Settings, dimensions: Sequence[int], window: int, base: Sequence[float | None], seeds: int,
     bound: float, runs: Runs,
 ) -> dict[str, Any]:  # fmt: skip
     recipe = RECIPES[name]
-    own = [runs[name, seed] for seed in range(seeds)]
-    linears = _linears(own)
-    least = recipe.smallest_dimension
-    short = _share_below(linears, least)
-    pairs = zip((_tail(run, window) for run in own), base, strict=True)
-    deviations = [None if mine is None or theirs is None else mine / theirs - 1 for mine, theirs in pairs]
-    known = [d for d in deviations if d is not None]
-    lost = [run for run, theirs in zip(own, base, strict=True) if run["diverged_at"] and theirs is not None]
-    if min(dimensions) < least:
+    precision_runs = [runs[name, seed] for seed in range(seeds)]
+    linears = _merge_linears(precision_runs)
+    smallest = recipe.smallest_dimension
+    short = _share_below(linears, smallest)
+    pairs = zip((_tail_loss(run, window) for run in precision_runs), base, strict=True)
+    deviations = [
+        None if loss is None or baseline_loss is None else loss / baseline_loss - 1 for loss, baseline_loss in pairs
+    ]
+    finite_deviations = [d for d in deviations if d is not None]
+    diverged = [
+        run
+        for run, baseline_loss in zip(precision_runs, base, strict=True)
+        if run["diverged_at"] and baseline_loss is not None
+    ]
+    if min(dimensions) < smallest:
         verdict = "inconclusive"
-        reason = f"the twin has a linear layer of width {min(dimensions)}, less than two blocks ({least})"
+        reason = f"the twin has a linear layer of width {min(dimensions)}, less than two blocks ({smallest})"
     elif short > SHORT:
         verdict = "inconclusive"
-        reason = f"{_percent(short)} of the multiply-adds were over fewer than {least} tokens, two blocks"
-    elif lost:
+        reason = f"{_percent(short)} of the multiply-adds were over fewer than {smallest} tokens, two blocks"
+    elif diverged:
         verdict = "fails"
-        reason = f"from seed {lost[0]['seed']} the loss was not a number at step {lost[0]['diverged_at']}"
-    elif len(known) < seeds:
+        reason = f"from seed {diverged[0]['seed']} the loss was not a number at step {diverged[0]['diverged_at']}"
+    elif len(finite_deviations) < seeds:
         verdict = "inconclusive"
         reason = f"{settings.baseline} itself diverged"
     else:
-        verdict, figures = judge(known, bound), spread(known)
-        where = {"holds": "is below", "fails": "is above", "inconclusive": "is not clear of"}[verdict]
-        reason = f"|{_signed(figures['mean'])}| ± {_percent(ERRORS * figures['standard_error'])} {where} "
+        verdict, figures = verdict_of(finite_deviations, bound), spread(finite_deviations)
+        relation = {"holds": "is below", "fails": "is above", "inconclusive": "is not clear of"}[verdict]
+        reason = f"|{_signed_percent(figures['mean'])}| ± {_percent(ERRORS * figures['standard_error'])} {relation} "
         reason += _percent(bound)
     return {
         "precision": name,
@@ -123,7 +133,10 @@ def _precision(
         "scale": recipe.scale,
         "verdict": verdict,
         "reason": reason,
-        "deviation": {"by_seed": deviations, **(spread(known) if known and len(known) == seeds else {})},
+        "deviation": {
+            "by_seed": deviations,
+            **(spread(finite_deviations) if finite_deviations and len(finite_deviations) == seeds else {}),
+        },
         "multiply_adds_over_few_tokens": short,
         "rates": {kind: _rates([x["counts"][kind] for x in linears]) for kind in KINDS},
         "linears": [
@@ -140,27 +153,27 @@ def _precision(
     }
 
 
-def _linears(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _merge_linears(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The linear layers, with the tokens and counts of all runs."""
-    found: dict[tuple[int, str], dict[str, Any]] = {}
+    linears: dict[tuple[int, str], dict[str, Any]] = {}
     for run in runs:
         for x in run["linears"]:
-            none: dict[Kind, Counts] = dict.fromkeys(KINDS, Counts())
-            new = {**x, "tokens": Counter[int](), "counts": none}
-            entry = found.setdefault((x["layer"], x["linear"]), new)
+            zero_counts: dict[Kind, Counts] = dict.fromkeys(KINDS, Counts())
+            initial = {**x, "tokens": Counter[int](), "counts": zero_counts}
+            entry = linears.setdefault((x["layer"], x["linear"]), initial)
             entry["tokens"].update({int(tokens): times for tokens, times in x["tokens"].items()})
             entry["counts"] = {kind: entry["counts"][kind] + Counts(**x["counts"][kind]) for kind in KINDS}
-    return list(found.values())
+    return list(linears.values())
 
 
-def _share_below(linears: Sequence[Mapping[str, Any]], least: int) -> float:
-    """The share of multiply-adds in products over fewer tokens than that."""
-    few, all_ = 0, 0
+def _share_below(linears: Sequence[Mapping[str, Any]], limit: int) -> float:
+    """The share of multiply-adds in products over fewer than `limit` tokens."""
+    below, total = 0, 0
     for x in linears:
         size = x["k"] * x["n"]
-        all_ += size * sum(tokens * times for tokens, times in x["tokens"].items())
-        few += size * sum(tokens * times for tokens, times in x["tokens"].items() if tokens < least)
-    return few / all_ if all_ else 0.0
+        total += size * sum(tokens * times for tokens, times in x["tokens"].items())
+        below += size * sum(tokens * times for tokens, times in x["tokens"].items() if tokens < limit)
+    return below / total if total else 0.0
 
 
 def _median(tokens: Counter[int]) -> int:
@@ -189,7 +202,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.3g} %" if value else "0"
 
 
-def _signed(value: float) -> str:
+def _signed_percent(value: float) -> str:
     return f"{100 * value:+.3g} %"
 
 
@@ -197,7 +210,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     """The report for a person: verdicts, the twin, what happened in each linear layer."""
     twin, training, data = report["twin"], report["training"], report["data"]
     base, optimizer = report["baseline"], training["optimizer"]
-    by_seed = [_signed(loss / base["mean"] - 1) for loss in base["loss"]] if "mean" in base else []
+    by_seed = [_signed_percent(loss / base["mean"] - 1) for loss in base["loss"]] if "mean" in base else []
     lines = [
         f"# FP8 rehearsal of {report['recipe']}: {report['verdict']}",
         "",
@@ -212,7 +225,12 @@ def markdown(report: Mapping[str, Any]) -> str:
         d = x["deviation"]
         cells = ["none"] * 4
         if "mean" in d:
-            cells = [_signed(d["mean"]), _signed(d["min"]), _signed(d["max"]), _percent(d["standard_error"])]
+            cells = [
+                _signed_percent(d["mean"]),
+                _signed_percent(d["min"]),
+                _signed_percent(d["max"]),
+                _percent(d["standard_error"]),
+            ]
         lines.append(f"| {' | '.join([x['precision'], *cells, x['verdict'], x['reason'].replace('|', '∣')])} |")
     lines += [
         "",
@@ -235,11 +253,11 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{data['bytes']} of them, SHA-256 {data['sha256']}; rows begin anywhere, drawn from the seed.",
     ]
     for x in report["precisions"]:
-        lines += ["", f"## {x['precision']}", "", _told(x), "", *_table(x)]
+        lines += ["", f"## {x['precision']}", "", _format_summary(x), "", *_table(x)]
     return "\n".join(lines) + "\n"
 
 
-def _told(entry: Mapping[str, Any]) -> str:
+def _format_summary(entry: Mapping[str, Any]) -> str:
     formats, blocks = entry["formats"], entry["blocks"]
     words = [f"{kind} {formats[kind]} by {blocks[kind]}" for kind in KINDS]
     return (
@@ -251,7 +269,7 @@ def _told(entry: Mapping[str, Any]) -> str:
 
 
 def _table(entry: Mapping[str, Any]) -> list[str]:
-    head = [
+    header = [
         "layer",
         "linear",
         "K",
@@ -261,13 +279,22 @@ def _table(entry: Mapping[str, Any]) -> list[str]:
         *(f"{kind} underflow" for kind in KINDS),
         "overflow",
     ]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for x in entry["linears"]:
-        under = [_percent(x["rates"][kind]["underflow"]) for kind in KINDS]
-        over = _percent(max(x["rates"][kind]["overflow"] for kind in KINDS))
-        cells = [x["layer"], x["linear"], x["k"], x["n"], x["tokens"]["min"], x["tokens"]["median"], *under, over]
+        underflows = [_percent(x["rates"][kind]["underflow"]) for kind in KINDS]
+        overflow = _percent(max(x["rates"][kind]["overflow"] for kind in KINDS))
+        cells = [
+            x["layer"],
+            x["linear"],
+            x["k"],
+            x["n"],
+            x["tokens"]["min"],
+            x["tokens"]["median"],
+            *underflows,
+            overflow,
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    under = [_percent(entry["rates"][kind]["underflow"]) for kind in KINDS]
-    over = _percent(max(entry["rates"][kind]["overflow"] for kind in KINDS))
-    lines.append(f"| all | | | | | | {' | '.join([*under, over])} |")
+    underflows = [_percent(entry["rates"][kind]["underflow"]) for kind in KINDS]
+    overflow = _percent(max(entry["rates"][kind]["overflow"] for kind in KINDS))
+    lines.append(f"| all | | | | | | {' | '.join([*underflows, overflow])} |")
     return lines

@@ -28,7 +28,7 @@ Baseline = Literal["fp32", "bf16"]
 
 
 class Data(Config):
-    """What the runs read: the sources of the running interpreter's standard library, byte by byte."""
+    """The training text of the runs: the sources of the running interpreter's standard library, as bytes."""
 
     python: str
     files: PositiveInt
@@ -37,7 +37,7 @@ class Data(Config):
 
 
 class Settings(Config):
-    """What the runs of a rehearsal have in common. With precision and seed it decides every byte of a run."""
+    """The common settings of all runs. With precision and seed they determine every byte of a run."""
 
     recipe: str
     model: ModelConfig
@@ -71,7 +71,7 @@ class Settings(Config):
 
 
 def read_library() -> tuple[bytes, int]:
-    """The text that is trained on, and of how many files it is."""
+    """The training text and its number of files."""
     files = stdlib_files()
     return b"".join(path.read_bytes() for _, path in files), len(files)
 
@@ -82,7 +82,7 @@ def describe(text: bytes, files: int) -> Data:
 
 
 def train(settings: Settings, precision: str, seed: int) -> dict[str, Any]:
-    """Losses by step and what the linear layers did. Ends early at a loss that is not a number."""
+    """Losses by step and the records of the linear layers. Ends early at a loss that is not finite."""
     from stages.mcore.fake_fp8 import attach
     from stages.mcore.quantize import RECIPES
     from stages.train import parallel
@@ -95,11 +95,11 @@ def train(settings: Settings, precision: str, seed: int) -> dict[str, Any]:
     losses: list[float] = []
     with parallel.session(seed) as ranks:
         engine = Engine(settings.config(seed), ranks, VOCABULARY)
-        engine.initialise()
+        engine.initialize()
         record = attach(engine.chunks, RECIPES[precision]) if precision in RECIPES else {}
         for step in range(1, settings.steps + 1):
             lr = learning_rate(step, settings.steps, settings.optimizer)
-            figures = engine.step(_share(text, settings, seed, step), lr, lambda loss, norm: _not_finite(loss))
+            figures = engine.step(_rank_batch(text, settings, seed, step), lr, lambda loss, norm: _not_finite(loss))
             if figures.refused:
                 break
             losses.append(figures.loss)
@@ -117,25 +117,25 @@ def _not_finite(loss: float) -> str | None:
     return None if math.isfinite(loss) else "the loss is not a number"
 
 
-def _share(text: bytes, settings: Settings, seed: int, step: int) -> Any:
-    """The rows of a step: as many stretches of the text, beginning anywhere."""
+def _rank_batch(text: bytes, settings: Settings, seed: int, step: int) -> Any:
+    """The batch of a step: windows of the text that start at random positions."""
     import numpy as np
     import torch
 
     from stages.train import data
 
-    chance, length = random.Random(f"rehearsal {seed} {step}"), settings.sequence_length
-    starts = [chance.randrange(len(text) - length) for _ in range(settings.rows)]
-    whole = np.stack([np.frombuffer(text, np.uint8, length + 1, at) for at in starts]).astype(np.int64)
-    ids, labels = torch.from_numpy(whole[:, :-1].copy()), torch.from_numpy(whole[:, 1:].copy())
+    rng, length = random.Random(f"rehearsal {seed} {step}"), settings.sequence_length
+    starts = [rng.randrange(len(text) - length) for _ in range(settings.rows)]
+    windows = np.stack([np.frombuffer(text, np.uint8, length + 1, start) for start in starts]).astype(np.int64)
+    ids, labels = torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy())
     batch = data.Batch(ids, labels, torch.ones(ids.shape), torch.zeros(ids.shape, dtype=torch.bool))
-    return data.Share([batch], length, ids.numel())
+    return data.RankBatch([batch], length, ids.numel())
 
 
 def main(settings: Path, precision: str, seed: int, out: Path) -> None:
-    found = train(Settings.model_validate_json(settings.read_text()), precision, seed)
+    result = train(Settings.model_validate_json(settings.read_text()), precision, seed)
     draft = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps(found, sort_keys=True, indent=1) + "\n")
+    draft.write_text(json.dumps(result, sort_keys=True, indent=1) + "\n")
     os.replace(draft, out)
 
 

@@ -1,9 +1,9 @@
-"""FP8 rehearsed on any machine: a recipe's small twin trained with and without it, run by run.
+"""FP8 simulation on any machine: trains a small proxy of a recipe's model with and without it, run by run.
 
 atom rehearse atom-tiny
 
-Each run, one precision from one seed, is a process of its own and leaves a file; the same command goes on from those
-that are there. What comes out is judged in `stages.train.precision_simulation.report`.
+Each run, one precision from one seed, is a process of its own and writes a file; the same command continues from the
+existing files. `stages.train.precision_simulation.report` computes the verdict.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from pipeline.core.text import shown
 from pipeline.graph.recipe import Recipe
 from stages.mcore.quantize import RECIPES
 from stages.train.config import Optimizer, PhaseConfig
-from stages.train.precision_simulation.proxy_model import CONTEXT, dimensions, ratios, step_tokens, twin
-from stages.train.precision_simulation.report import LEAST_STEPS, Runs, compose
+from stages.train.precision_simulation.proxy_model import CONTEXT, build_proxy, dimensions, ratios, step_tokens
+from stages.train.precision_simulation.report import MIN_STEPS, Runs, compose
 from stages.train.precision_simulation.runner import Baseline, Settings, describe, read_library
 
 BASELINES: tuple[Baseline, ...] = ("bf16", "fp32")
 
-MOST_LAYERS, MOST_STEPS, MOST_SEEDS = 1000, 1_000_000, 1000
+MAX_LAYERS, MAX_STEPS, MAX_SEEDS = 1000, 1_000_000, 1000
 
 
 def rehearse(
@@ -44,40 +44,40 @@ def rehearse(
     baseline: str = "bf16", bound: float = 0.0025, hidden: int | None = None, layers: int | None = None,
     out: Path | None = None,
 ) -> tuple[dict[str, Any], Path]:  # fmt: skip
-    """Trains what is not there yet and writes report.json, report.md and plots. Returns the report and its folder.
+    """Trains the missing runs and writes report.json, report.md and plots. Returns the report and its folder.
 
-    home: $ATOM_HOME, where the folder stands unless `out` names one. Raises AtomError, in one sentence, for a setting
-    that makes no sense, for a folder that holds something else, and for a run that failed.
+    home: $ATOM_HOME, the parent of the folder unless `out` names one. Raises AtomError, in one sentence, for an invalid
+    setting, for a folder with other content, and for a failed run.
     """
-    kind = _check(precisions, steps, seeds, baseline, bound)
-    chosen = [name for name in RECIPES if name in precisions or not precisions]
-    smallest = max(RECIPES[name].smallest_dimension for name in chosen)
+    baseline_kind = _check(precisions, steps, seeds, baseline, bound)
+    chosen_recipes = [name for name in RECIPES if name in precisions or not precisions]
+    smallest = max(RECIPES[name].smallest_dimension for name in chosen_recipes)
     model, phase = recipe.config.model, recipe.config.pretrain
-    small = twin(model, smallest, hidden)
+    proxy = build_proxy(model, smallest, hidden)
     if layers is not None:
-        least = small.dense_layers + 1
-        if not least <= layers <= MOST_LAYERS:
-            raise AtomError(f"--layers {layers} is no depth of a small twin; use {least} to {MOST_LAYERS}")
-        small = type(small).model_validate({**small.model_dump(), "layers": layers})
+        min_layers = proxy.dense_layers + 1
+        if not min_layers <= layers <= MAX_LAYERS:
+            raise AtomError(f"--layers {layers} is no depth of a small twin; use {min_layers} to {MAX_LAYERS}")
+        proxy = type(proxy).model_validate({**proxy.model_dump(), "layers": layers})
     length = min(phase.sequence_length, CONTEXT)
     settings = Settings(
         recipe=recipe.config.name,
-        model=small,
+        model=proxy,
         sequence_length=length,
-        rows=step_tokens(small, smallest, length) // length,
+        rows=step_tokens(proxy, smallest, length) // length,
         steps=steps,
-        optimizer=_optimizer(phase, steps, model.hidden_size / small.hidden_size),
-        baseline=kind,
+        optimizer=_optimizer(phase, steps, model.hidden_size / proxy.hidden_size),
+        baseline=baseline_kind,
         data=describe(*read_library()),
         packages={name: metadata.version(name) for name in ("megatron-core", "torch")},
         code=sha256_bytes(canonical(code_digests("stages.train.precision_simulation.runner"))),
     )
     folder = _folder(settings, home, out)
-    wanted = [(precision, seed) for seed in range(seeds) for precision in (baseline, *chosen)]
-    _run_all(folder, wanted, steps, display)
-    runs: Runs = {(p, s): json.loads(_file(folder, p, s).read_text()) for p, s in wanted}
-    proportions = [(r.name, r.recipe, r.twin) for r in ratios(model, small)]
-    report = compose(settings, proportions, dimensions(small), chosen, seeds, bound, runs)
+    requested = [(precision, seed) for seed in range(seeds) for precision in (baseline, *chosen_recipes)]
+    _run_all(folder, requested, steps, display)
+    runs: Runs = {(p, s): json.loads(_file(folder, p, s).read_text()) for p, s in requested}
+    proportions = [(r.name, r.recipe, r.twin) for r in ratios(model, proxy)]
+    report = compose(settings, proportions, dimensions(proxy), chosen_recipes, seeds, bound, runs)
     _write(folder, report, runs)
     return report, folder
 
@@ -86,22 +86,22 @@ def _check(precisions: Sequence[str], steps: int, seeds: int, baseline: str, bou
     for name in precisions:
         if name not in RECIPES:
             raise AtomError(f"--precision {name} is not known; choose of {', '.join(RECIPES)}")
-    found = next((kind for kind in BASELINES if kind == baseline), None)
-    if found is None:
+    match = next((kind for kind in BASELINES if kind == baseline), None)
+    if match is None:
         raise AtomError(f"--baseline {baseline} is not known; choose {' or '.join(BASELINES)}")
-    if steps < LEAST_STEPS:
-        raise AtomError(f"--steps {steps} leaves fewer than two steps in the last quarter; use at least {LEAST_STEPS}")
-    if steps > MOST_STEPS:
-        raise AtomError(f"--steps {shown(steps)} is no short run; use at most {MOST_STEPS}")
+    if steps < MIN_STEPS:
+        raise AtomError(f"--steps {steps} leaves fewer than two steps in the last quarter; use at least {MIN_STEPS}")
+    if steps > MAX_STEPS:
+        raise AtomError(f"--steps {shown(steps)} is no short run; use at most {MAX_STEPS}")
     if seeds < 2:
         raise AtomError(f"--seeds {seeds} shows no spread, so nothing could be concluded; use at least 2")
-    if seeds > MOST_SEEDS:
-        raise AtomError(f"--seeds {shown(seeds)} would take days; use at most {MOST_SEEDS}")
+    if seeds > MAX_SEEDS:
+        raise AtomError(f"--seeds {shown(seeds)} would take days; use at most {MAX_SEEDS}")
     if not 0 < bound < 1:
         raise AtomError(f"--bound {bound} is no relative deviation of a loss; use something like 0.0025")
     if importlib.util.find_spec("matplotlib") is None:
         raise AtomError("the plots need matplotlib, which is not installed; pip install 'atom-release[report]'")
-    return found
+    return match
 
 
 def _optimizer(phase: PhaseConfig, steps: int, narrowing: float) -> Optimizer:
@@ -109,15 +109,18 @@ def _optimizer(phase: PhaseConfig, steps: int, narrowing: float) -> Optimizer:
     2022, arXiv:2203.03466), hence the recipe's x hidden size / hidden size of the twin. Of that the half, after a third
     of the steps, then a cosine to a tenth: the first steps at the full rate are chaotic, and then even bf16 and fp32
     end further apart than what is to be measured (docs/lab-log.md)."""
-    o, peak = phase.optimizer, min(1.0, phase.optimizer.lr * narrowing / 2)  # 1: the most that an optimizer may have
+    recipe_optimizer, peak = (
+        phase.optimizer,
+        min(1.0, phase.optimizer.lr * narrowing / 2),
+    )  # 1: the most that an optimizer may have
     return Optimizer(
         lr=peak,
         final_lr=peak / 10,
         warmup_steps=steps // 3,
-        weight_decay=o.weight_decay,
-        beta1=o.beta1,
-        beta2=o.beta2,
-        clip=o.clip,
+        weight_decay=recipe_optimizer.weight_decay,
+        beta1=recipe_optimizer.beta1,
+        beta2=recipe_optimizer.beta2,
+        clip=recipe_optimizer.clip,
     )
 
 
@@ -127,8 +130,8 @@ def _folder(settings: Settings, home: Path, out: Path | None) -> Path:
     folder = out or home / "rehearsals" / f"{settings.recipe}-{sha256_bytes(canonical(body))[:12]}"
     file = folder / "settings.json"
     if file.exists():
-        held = json.loads(file.read_text())
-        changed = sorted(name for name in body if held.get(name) != body[name])
+        saved = json.loads(file.read_text())
+        changed = sorted(name for name in body if saved.get(name) != body[name])
         if changed:
             raise AtomError(f"{folder} holds a rehearsal of another {', '.join(changed)}; name another folder")
     elif folder.exists() and any(folder.iterdir()):
@@ -158,51 +161,53 @@ def _write(folder: Path, report: dict[str, Any], runs: Runs) -> None:
     plot.rates(report, folder / "rates.png")
 
 
-def _run_all(folder: Path, wanted: Sequence[tuple[str, int]], steps: int, display: Display) -> None:
-    """Makes the files of all runs that are not there, on each core one run at a time."""
-    missing = [(p, s) for p, s in wanted if not _file(folder, p, s).exists()]
+def _run_all(folder: Path, requested: Sequence[tuple[str, int]], steps: int, display: Display) -> None:
+    """Trains the runs without a file, one run at a time on each core."""
+    missing = [(p, s) for p, s in requested if not _file(folder, p, s).exists()]
     display.started("rehearsal", f"{folder / 'runs'}/*.log")
     if not missing:
-        display.note("rehearsal", f"all of {len(wanted)} runs are there already")
+        display.note("rehearsal", f"all of {len(requested)} runs are there already")
         return
-    crew = _Crew(folder, steps, len(wanted), len(missing), display)
+    crew = _Crew(folder, steps, len(requested), len(missing), display)
     with ThreadPoolExecutor(min(len(missing), len(os.sched_getaffinity(0)))) as pool:
         try:
-            for done in as_completed([pool.submit(crew.run, p, s) for p, s in missing]):
-                done.result()
+            for future in as_completed([pool.submit(crew.run, p, s) for p, s in missing]):
+                future.result()
         finally:  # also at Ctrl-C: what is finished is kept
             pool.shutdown(wait=False, cancel_futures=True)
             crew.stop()
 
 
 class _Crew:
-    """The processes that train, and how far they are together. Threads share it."""
+    """The training processes and their total progress. Threads share it."""
 
-    def __init__(self, folder: Path, steps: int, wanted: int, missing: int, display: Display) -> None:
+    def __init__(self, folder: Path, steps: int, requested: int, missing: int, display: Display) -> None:
         self.folder, self.steps, self.display = folder, steps, display
-        self.total, self.done = steps * wanted, steps * (wanted - missing)
+        self.total, self.done = steps * requested, steps * (requested - missing)
         self.processes: list[subprocess.Popen[str]] = []
         self.stopped, self.lock = False, threading.Lock()
         self._show()
 
     def run(self, precision: str, seed: int) -> None:
         """Trains one run to its end. Raises AtomError if it fails."""
-        out, began, taken = _file(self.folder, precision, seed), time.monotonic(), 0
+        out, started, steps_taken = _file(self.folder, precision, seed), time.monotonic(), 0
         log = out.with_suffix(".log")
         with open(log, "w") as errors:
             process = self._start(precision, seed, out, errors)
             assert process.stdout is not None
             for line in process.stdout:
-                if found := re.fullmatch(r"(\d+) (\S+)\n", line):
-                    taken = int(found[1])
-                    self._show(1, loss=float(found[2]))
+                if match := re.fullmatch(r"(\d+) (\S+)\n", line):
+                    steps_taken = int(match[1])
+                    self._show(1, loss=float(match[2]))
         if process.wait():
-            last = (log.read_text().strip().splitlines() or ["it was killed"])[-1]
-            raise AtomError(f"the run of {precision} from seed {seed} failed ({last}); its log is {log}")
+            message = (log.read_text().strip().splitlines() or ["it was killed"])[-1]
+            raise AtomError(f"the run of {precision} from seed {seed} failed ({message}); its log is {log}")
         end = json.loads(out.read_text())
-        how = f"diverged at step {end['diverged_at']}" if end["diverged_at"] else f"loss {end['losses'][-1]:.4f}"
-        self._show(self.steps - taken)
-        self.display.note("rehearsal", f"{precision}, seed {seed}: {how}, in {duration(time.monotonic() - began)}")
+        outcome = f"diverged at step {end['diverged_at']}" if end["diverged_at"] else f"loss {end['losses'][-1]:.4f}"
+        self._show(self.steps - steps_taken)
+        self.display.note(
+            "rehearsal", f"{precision}, seed {seed}: {outcome}, in {duration(time.monotonic() - started)}"
+        )
 
     def _start(self, precision: str, seed: int, out: Path, errors: TextIO) -> subprocess.Popen[str]:
         one_thread = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -222,8 +227,8 @@ class _Crew:
             for process in self.processes:
                 process.kill()
 
-    def _show(self, more: int = 0, **figures: float) -> None:
+    def _show(self, steps: int = 0, **figures: float) -> None:
         with self.lock:
-            self.done += more
+            self.done += steps
             event = {"time": time.time(), "done": self.done, "total": self.total, "unit": "steps", **figures}
             self.display.progress("rehearsal", event)
