@@ -69,7 +69,7 @@ def problems(rows: list[dict[str, Any]], max_new_tokens: int) -> Any:
             "doc_to_target": lambda row: row["answer"],
             "target_delimiter": "",
             "generation_kwargs": {"until": [END], "max_gen_toks": max_new_tokens, "do_sample": False},
-            "process_results": lambda row, made: {"exact_match": score_problem(row["answer"], made[0])},
+            "process_results": lambda row, responses: {"exact_match": score_problem(row["answer"], responses[0])},
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         }
     )
@@ -82,8 +82,8 @@ def published(release: Path, folder: str) -> tuple[list[dict[str, Any]], int]:
     from stages.evaluation.bits_per_byte import EvaluationSection
 
     models = models_of(path.stem for path in (release / "evidence/manifests").glob("*.json"))
-    which = model_name(folder, models[-1] if models else "")
-    stated = release / "dataset/evaluation" / which / "items.parquet"
+    model = model_name(folder, models[-1] if models else "")
+    stated = release / "dataset/evaluation" / model / "items.parquet"
     recipe = release / "evidence/recipe.json"
     if not (stated.is_file() and recipe.is_file()):
         raise CheckFailed(f"{release} does not hold {stated.relative_to(release)} and evidence/recipe.json")
@@ -98,25 +98,25 @@ def evaluate(model: Any, tasks: list[Any], include: Path | None = None, limit: i
     manager = TaskManager(include_path=None if include is None else str(include))
     if unknown := [name for name in tasks if isinstance(name, str) and not manager.match_tasks([name])]:
         raise AtomError(f"the harness knows no task {unknown[0]}; `lm_eval ls tasks` lists them")
-    found: dict[str, Any] = lm_eval.simple_evaluate(
+    results: dict[str, Any] = lm_eval.simple_evaluate(
         model, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True, verbosity="ERROR"
     )
-    return found
+    return results
 
 
-def again(release: Path, folder: str, limit: int | None = None) -> dict[str, Any]:
+def compare_answers(release: Path, folder: str, limit: int | None = None) -> dict[str, Any]:
     """The release's problems, asked by the harness: its figure, the stated one, and the ids of unequal answers."""
     stated, max_new_tokens = published(release, folder)
     stated = sorted(stated, key=lambda row: row["id"])[:limit]
     rows = [{"id": r["id"], "task": r["task"], "prompt": r["prompt"], "answer": r["expected"]} for r in stated]
-    found = evaluate(language_model(release / folder), [problems(rows, max_new_tokens)])
-    made = {sample["doc"]["id"]: sample["filtered_resps"][0] for sample in found["samples"][PROBLEMS]}
+    results = evaluate(language_model(release / folder), [problems(rows, max_new_tokens)])
+    answers = {sample["doc"]["id"]: sample["filtered_resps"][0] for sample in results["samples"][PROBLEMS]}
     return {
         "model": folder,
         "problems": len(stated),
-        "exact_match": found["results"][PROBLEMS]["exact_match,none"],
+        "exact_match": results["results"][PROBLEMS]["exact_match,none"],
         "stated": sum(row["score"] for row in stated) / len(stated),
-        "other_answers": [row["id"] for row in stated if made[row["id"]] != row["output"]],
+        "other_answers": [row["id"] for row in stated if answers[row["id"]] != row["output"]],
     }
 
 
@@ -127,18 +127,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tasks", default=None, help="the harness's tasks, with commas; the release's own if absent")
     parser.add_argument("--include-path", type=Path, default=None, help="a folder of more tasks as YAML")
     parser.add_argument("--limit", type=int, default=None, help="only the first items")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        if asked.tasks is None:
-            found = again(asked.release, asked.model, asked.limit)
-            told = f"{len(found['other_answers'])} of {found['problems']} answers are others"
-            print(f"exact match {found['exact_match']:.3f}, stated {found['stated']:.3f}; {told}")
+        if options.tasks is None:
+            report = compare_answers(options.release, options.model, options.limit)
+            comparison = f"{len(report['other_answers'])} of {report['problems']} answers are others"
+            print(f"exact match {report['exact_match']:.3f}, stated {report['stated']:.3f}; {comparison}")
         else:
-            model = language_model(asked.release / asked.model)
-            result = evaluate(model, asked.tasks.split(","), asked.include_path, asked.limit)
-            found = {"model": asked.model, "results": result["results"], "n-samples": result["n-samples"]}
-        print(json.dumps(found, default=str))
-        return int(bool(found.get("other_answers")))
+            model = language_model(options.release / options.model)
+            result = evaluate(model, options.tasks.split(","), options.include_path, options.limit)
+            report = {"model": options.model, "results": result["results"], "n-samples": result["n-samples"]}
+        print(json.dumps(report, default=str))
+        return int(bool(report.get("other_answers")))
     except AtomError as error:
         print(f"release.audit.harness: {error}", file=sys.stderr)
         return error.exit_code
