@@ -116,7 +116,7 @@ def test_it_is_verified_whole_and_each_model_alone(release: Path, model: Path) -
     (model / "README.md").write_text(
         card.replace("| context length, tokens | 256 |", "| context length, tokens | 512 |")
     )
-    assert registry.model_card(model).wrong == ["README.md lacks the line '| context length, tokens | 256 |'"]
+    assert registry.model_card(model).problems == ["README.md lacks the line '| context length, tokens | 256 |'"]
 
 
 def test_experts_of_every_layer_with_an_alarm(release: Path) -> None:
@@ -135,12 +135,12 @@ def test_experts_of_every_layer_with_an_alarm(release: Path) -> None:
 
 
 def test_a_number_in_the_artifact_moves_the_card(release: Path, model: Path) -> None:
-    assert registry.model_card(model).wrong == []
+    assert registry.model_card(model).problems == []
     lines = log_of(model, "longcontext-2")
     lines[-1]["experts"]["share"][1] = [0.3, 0.2, 0.3, 0.2]
     lines[-1]["experts"]["dead"] = []
     write_log(model, "longcontext-2", lines)
-    wrong = registry.model_card(model).wrong
+    wrong = registry.model_card(model).problems
     assert "experts.png was not drawn from the logs in training/" in wrong
     assert "README.md lacks the line '| 1 | 0.800 | 1.200 | 0.900 | 0.649 | none |'" in wrong
     data = metrics.data_facts(release / "dataset")

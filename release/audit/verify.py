@@ -18,7 +18,7 @@ from release import schema, scratch, untrusted
 from release.checks import formats, listing, registry
 from release.checks.check_runner import NOTHING_LARGE, CheckRunner, Reads, ask
 from release.checks.listing import Checksums, Contents, kind_of
-from release.checks.verdict import Check, Verdict, Wrong, answer
+from release.checks.verdict import Check, Problems, Verdict, answer
 from release.hash_cache import Digests
 from release.layout import ALL_SUMS, MODEL, ORIGINS, PUBLIC_KEY, SIGNATURE, SUMS, compare, files_below, model_folders
 from release.signing import sign
@@ -149,7 +149,7 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
     if contents.kind == "release" and contents.missing:
         return Check(name, None, "not asked, since parts of the release are missing")
     repositories = contents.places
-    problems: Wrong = []
+    problems: Problems = []
     signers: dict[str, str | None] = {}
     for repository in repositories:
         prefix = f"{repository.folder}/" if repository.folder else ""
@@ -206,7 +206,7 @@ class Question:
     """What is asked of a folder. reads: the files that the answer takes."""
 
     name: str
-    put: Callable[[], Wrong | registry.Findings]
+    put: Callable[[], Problems | registry.Findings]
     reads: Reads = NOTHING_LARGE
     only_deep: bool = False
 
@@ -256,14 +256,14 @@ def _questions(folder: Path, kind: str, digests: Digests, runner: CheckRunner) -
             yield Question("reload_in_transformers", lambda: deep_checks.reload(models), only_deep=True)
 
 
-def _unexplained_files(folder: Path) -> Wrong:
+def _unexplained_files(folder: Path) -> Problems:
     from release.assembly.assemble import unexplained
 
     origins = untrusted.read_json(folder / ORIGINS, follow=True)
     return [f"{path} has no origin" for path in unexplained(folder, origins, files_below(folder))]
 
 
-def _failed_gates(folder: Path) -> Wrong:
+def _failed_gates(folder: Path) -> Problems:
     gates = untrusted.read_json(folder / "evidence/gates.json", follow=True)
     return [
         f"evidence/gates.json: gate {name} failed: {gate['detail']}"
