@@ -290,10 +290,10 @@ def test_every_phase_needs_its_checkpoints_order_and_models(release: Path, sourc
     (copy / "evidence/parity/long-1.json").unlink()
     assert "parity is not known for long-1" in gates.export_parity(said).detail
     for node in ("evaluate-long-2", "order-longcontext-1", "export-long-1"):
-        from release.assembly.assemble import required
+        from release.assembly.assemble import require_nodes
 
         with pytest.raises(AtomError, match=f"needs the artifact of {node}"):
-            required({name: made for name, made in source.artifacts.items() if name != node})
+            require_nodes({name: made for name, made in source.artifacts.items() if name != node})
 
 
 def test_packed_rows_are_counted_once_and_their_fill_is_told(release: Path) -> None:

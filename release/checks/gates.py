@@ -141,11 +141,11 @@ def ledger_closed(c: Context) -> Gate:
     )
 
 
-def licences_known(c: Context) -> Gate:
+def licenses_known(c: Context) -> Gate:
     unlicensed = sorted(
         n
         for n, row in c.data["sources"].items()
-        if any((x or "").lower() in registry.UNKNOWN_LICENCES for x in row["licences"])
+        if any((x or "").lower() in registry.UNKNOWN_LICENSES for x in row["licences"])
     )
     if unlicensed:
         return Gate(
@@ -153,7 +153,7 @@ def licences_known(c: Context) -> Gate:
             False,
             f"source {unlicensed[0]} has documents of unknown licence; name it in the data recipe",
         )
-    licenses = sorted({licence for row in c.data["sources"].values() for licence in row["licences"]})
+    licenses = sorted({license for row in c.data["sources"].values() for license in row["licences"]})
     return Gate("licences_known", True, f"every document has a licence: {', '.join(licenses)}")
 
 
@@ -355,7 +355,7 @@ def no_secrets(c: Context) -> Gate:
 
 def run_all(c: Context) -> list[Gate]:
     return [
-        export_parity(c), *reload(c), ledger_closed(c), licences_known(c), counts_balance(c), checkpoints_and_order(c),
+        export_parity(c), *reload(c), ledger_closed(c), licenses_known(c), counts_balance(c), checkpoints_and_order(c),
         *learning(c), *long_context(c), *post_training(c), cards(c), described(c), no_secrets(c),
     ]  # fmt: skip
 

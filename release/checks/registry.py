@@ -33,7 +33,7 @@ from release.layout import (
     repositories,
 )
 
-UNKNOWN_LICENCES = frozenset({"", "unknown", "noassertion", "none", "other"})
+UNKNOWN_LICENSES = frozenset({"", "unknown", "noassertion", "none", "other"})
 ARTIFACT_URI = "atom:artifact/"
 
 
@@ -65,7 +65,7 @@ class Findings:
         expected, skipped = versions.comparable(table_lines, stated.cards)
         self.skipped |= {f"table {name}": f"table {name}: {why}" for name, why in skipped.items()}
         self.compared = self.compared or bool(expected)
-        self.problems += [f"README.md lacks the line {line!r}" for line in render.wrong_tables(card, expected)]
+        self.problems += [f"README.md lacks the line {line!r}" for line in render.missing_lines(card, expected)]
 
     def part(self, name: str, stated: schema.Stated, problems: Callable[[], list[str]]) -> None:
         """A part that depends on the version of the cards."""
@@ -114,13 +114,13 @@ def chat_templates(models: Iterable[Path]) -> list[str]:
     return problems
 
 
-def licences(dataset: Path) -> list[str]:
+def licenses(dataset: Path) -> list[str]:
     """Every document has a licence, removed ones too."""
     rows = metrics.stream(dataset / "dispositions.parquet", ["id", "license"])
     return [
         f"dispositions.parquet: document {row['id']} has no licence"
         for row in rows
-        if (row["license"] or "").lower() in UNKNOWN_LICENCES
+        if (row["license"] or "").lower() in UNKNOWN_LICENSES
     ]
 
 
@@ -303,7 +303,7 @@ def model_card(model: Path, release: dict[str, Any] | None = None) -> Findings:
     data_id, version = (
         (render.data_of(card), None) if release is None else (render.data_id(release), release["version"])
     )
-    findings.part("eval_results", stated, lambda: results.wrong(model, facts, data_id, version))
+    findings.part("eval_results", stated, lambda: results.problems(model, facts, data_id, version))
     findings.tables(card, render.model_tables(facts), stated)
     return findings
 
@@ -311,7 +311,7 @@ def model_card(model: Path, release: dict[str, Any] | None = None) -> Findings:
 def _index(card: str, facts: metrics.Facts) -> list[str]:
     return [
         f"README.md: model-index {name} is not the measured one"
-        for name in render.wrong_scores(card, render.own_scores(facts))
+        for name in render.mismatched_scores(card, render.own_scores(facts))
     ]
 
 
