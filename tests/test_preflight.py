@@ -167,7 +167,7 @@ def test_a_failed_job_of_one_rank_waits_for_mlflow_a_moment_only(
     monkeypatch.setattr(job.tracking, "Companion", Companion)
     monkeypatch.setattr(job, "attempt", attempt)
     task = Task(str(tmp_path), "run", "n", "n", {}, {}, "n-0", 8.0, 1)
-    decision = job.run(task.json(), asdict(job.Terms({"n": "n-0"}, None, 0, 0.0, None)))
+    decision = job.run(task.json(), asdict(job.JobLimits({"n": "n-0"}, None, 0, 0.0, None)))
     assert decision == (job.FAILED if quick else job.SEALED) and closed == [quick]
 
 

@@ -218,7 +218,7 @@ def _at_work(store: Store, run: Run) -> str | None:
         return "which is at work"
     if "cluster" in run.body:
         try:
-            held = slurm_client.held()
+            held = slurm_client.queued_jobs()
         except slurm_client.NoAnswer as error:
             return f"whose jobs are not known ({error})"
         mine = {str(row["job"]) for row in run.jobs().values()}

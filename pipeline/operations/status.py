@@ -37,7 +37,7 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
     if not jobs:
         return found, None
     try:
-        held = slurm_client.held()
+        held = slurm_client.queued_jobs()
     except NoAnswer as error:
         return found, f"{error}; what stands here is what the stages wrote themselves"
     rest = [row["job"] for name, row in jobs.items() if not _ours(held.get(row["job"]), run, row, name, store)]
@@ -45,7 +45,7 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
     lack = None
     try:
         # accounting never hears of the end of a job that the controller lost, and goes on to call it pending or running
-        ended = {id: found for id, found in slurm_client.ended(rest).items() if not found.alive}
+        ended = {id: found for id, found in slurm_client.finished_jobs(rest).items() if not found.alive}
     except NoAnswer as error:
         lack = f"{error}; how jobs ended that Slurm has forgotten is not known"
     out = []
@@ -152,7 +152,7 @@ def over(stages: list[NodeStatus]) -> bool:
 def cancel(run: Run, store: Store) -> list[str]:
     """Cancels the run's jobs that Slurm holds, but not those that other runs submitted. Returns the stages' names."""
     with submission_lock.submitting(store):
-        held = slurm_client.held()
+        held = slurm_client.queued_jobs()
         own = {
             name: row["job"]
             for name, row in run.jobs().items()
@@ -160,5 +160,5 @@ def cancel(run: Run, store: Store) -> list[str]:
         }
         arrays = [row["array"] for name, row in run.jobs().items() if name in own and row.get("array")]
         if own:
-            slurm_client.ask("scancel", *own.values(), *arrays)
+            slurm_client.run_command("scancel", *own.values(), *arrays)
     return list(own)
