@@ -22,7 +22,7 @@ from test_run import start, wait_for
 
 from pipeline.core import input_integrity, provenance
 from pipeline.core.errors import AtomError, Failure, PeerLost
-from pipeline.core.lease import gone, holder, me
+from pipeline.core.lease import has_exited, holder, this_process
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from pipeline.core.store import Store, sha256_file
 from pipeline.graph import registry
@@ -106,14 +106,14 @@ def test_however_a_rank_ends_the_same_command_ends_in_the_same_bytes(
             wait_for(home, str((folder / f"rank-{n}.json").relative_to(home)), '"pid"', seconds=60)
         pids = rendezvous.living_ranks(int(folder.name.split(".")[0]))
         processes = [json.loads((folder / f"rank-{n}.json").read_text()) for n in sorted(pids)]
-        assert sorted(pids) == [0, 1] and not any(map(gone, processes))
+        assert sorted(pids) == [0, 1] and not any(map(has_exited, processes))
         os.kill(pids[rank], number)
         if interrupt:
             time.sleep(0.5)
             os.killpg(run.pid, signal.SIGINT)
         said = run.communicate(timeout=60)[0]
         deadline = time.monotonic() + 10
-        while not all(map(gone, processes)):
+        while not all(map(has_exited, processes)):
             assert time.monotonic() < deadline, "no rank is left"
             time.sleep(0.1)
         (left,) = (home / "work").glob("pretrain-*")
@@ -179,7 +179,7 @@ def test_ranks_believe_only_the_rank_0_of_their_own_launch(tmp_path: Path, monke
         and rank(0, job=11).find_cause(Failure("lost")).text == "rank 1: its GPU is gone"
     )
     rank(0, job=9)
-    another = {**me(), "start": "1"}
+    another = {**this_process(), "start": "1"}
     (tmp_path / "ranks" / "9.0" / "rank-0.json").write_text(json.dumps(another))
     with pytest.raises(AtomError, match="rank 0 is gone"):
         rank(1, job=9).join_rendezvous()

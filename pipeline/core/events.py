@@ -48,21 +48,23 @@ class FileReport:
 
     def event(self, kind: str, /, **values: Any) -> None:
         line = json.dumps({"time": time.time(), "event": kind, **values}) + "\n"
-        held = self._lock.acquire(timeout=LOCK_SECONDS)  # a thread that hangs while it writes must not silence the rest
+        locked = self._lock.acquire(
+            timeout=LOCK_SECONDS
+        )  # a thread that hangs while it writes must not silence the rest
         try:
             self._events.write(line)
         finally:
-            if held:
+            if locked:
                 self._lock.release()
 
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
         self.figures.update(figures)
-        now = time.monotonic()
-        if done >= total or now - self._last_progress >= PROGRESS_EVERY:
-            self._last_progress = now
+        current_time = time.monotonic()
+        if done >= total or current_time - self._last_progress >= PROGRESS_EVERY:
+            self._last_progress = current_time
             self.event("progress", done=done, total=total, unit=unit, **figures)
-        if done >= total or now - self._last_line >= LOG_EVERY:
-            self._last_line = now
+        if done >= total or current_time - self._last_line >= LOG_EVERY:
+            self._last_line = current_time
             print(f"{done}/{total} {unit}", *(f"{k} {v:.6g}" for k, v in figures.items()), sep="  ", flush=True)
 
     def metric(self, step: int, **values: float) -> None:
@@ -84,9 +86,9 @@ class FileReport:
         if not self.ending.acquire(blocking=False):
             sys.exit()  # in any thread but the main one this ends that thread only
         # In a thread with a deadline, so that whatever else hangs, the process goes.
-        last = threading.Thread(target=self.record_abandoned, args=(failure,), name="abandon", daemon=True)
-        last.start()
-        last.join(ABANDON_SECONDS)
+        ending_thread = threading.Thread(target=self.record_abandoned, args=(failure,), name="abandon", daemon=True)
+        ending_thread.start()
+        ending_thread.join(ABANDON_SECONDS)
         os._exit(1)
 
     def end(self, outcome: str | Failure) -> None:

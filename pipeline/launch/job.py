@@ -80,7 +80,7 @@ def run(spec: dict[str, Any], limits_json: dict[str, Any]) -> str:
             if isinstance(outcome, Failure):
                 ranks.finish()  # the others need not wait for the tracking server
             if companion is not None and decision == RESTART:
-                companion.leave()  # the time limit may be near; the next start sends on
+                companion.kill()  # the time limit may be near; the next start sends on
             elif companion is not None:
                 companion.close({DONE: "FINISHED", FAILED: "FAILED"}.get(decision, ""), isinstance(outcome, Failure))
 

@@ -100,7 +100,7 @@ class Ranks:
         folder = launch_folder(node_folder, job.job_id)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FAILURES).touch()
-        write(folder / f"rank-{job.global_rank}.json", lease.me())
+        write(folder / f"rank-{job.global_rank}.json", lease.this_process())
         return cls(size, job.global_rank, job.local_rank, job.num_nodes == 1, folder)
 
     def open_rendezvous(self, out: Path) -> Rendezvous | None:
@@ -251,7 +251,9 @@ class Ranks:
         processes = {rank: read(self.folder / f"rank-{rank}.json") for rank in range(1, self.size)}
         waiting = set(processes)
         for _ in polls(deadline):
-            waiting -= {rank for rank in waiting if (process := processes[rank]) is not None and lease.gone(process)}
+            waiting -= {
+                rank for rank in waiting if (process := processes[rank]) is not None and lease.has_exited(process)
+            }
             waiting -= {int(name[4:-5]) for name in os.listdir(self.folder) if name.startswith("end-")}
             if not waiting:
                 break
@@ -261,7 +263,7 @@ class Ranks:
     def _has_exited(self, rank: int) -> bool:
         """Whether a rank's process is known to be gone."""
         process = read(self.folder / f"rank-{rank}.json")
-        return process is not None and lease.gone(process)
+        return process is not None and lease.has_exited(process)
 
 
 @contextmanager

@@ -351,7 +351,7 @@ class Attempt:
             version=self.stage.version,
             node=part.node if part else self.task.node,
             key=part.key if part else self.task.key,
-            of={"key": part.phase, "step": part.step} if part else None,
+            checkpoint_of={"key": part.phase, "step": part.step} if part else None,
             config=identity(self.config),
             operations=self.operations,
             materials=self.materials,
