@@ -66,10 +66,8 @@ def walk(folder: Path, max_entries: int | None = None) -> Iterator[tuple[str, os
             for entry in entries:
                 entry_count += 1
                 if max_entries is not None and entry_count > max_entries:
-                    yield (
-                        ".",
-                        OSError(errno.E2BIG, f"has more than {max_entries} entries, far more than its checksums name"),
-                    )
+                    text = f"has more than {max_entries} entries, far more than its checksums name"
+                    yield ".", OSError(errno.E2BIG, text)
                     return
                 path = f"{directory}/{entry.name}".lstrip("/")
                 try:
@@ -178,8 +176,7 @@ def keeps_modes(folder: Path, mounts: str | None = None) -> bool:
     for line in text.splitlines():
         mount, _, filesystem = line.partition(" - ")
         mount_point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount.split(" ")[4])
-        if len(mount_point) >= longest and f"{real_path}/".startswith(
-            mount_point.rstrip("/") + "/"
-        ):  # a later mount covers an earlier
+        # a later mount covers an earlier
+        if len(mount_point) >= longest and f"{real_path}/".startswith(mount_point.rstrip("/") + "/"):
             longest, kind = len(mount_point), filesystem.split(" ")[0]
     return kind not in WITHOUT_MODES

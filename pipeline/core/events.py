@@ -48,9 +48,8 @@ class FileReport:
 
     def event(self, kind: str, /, **values: Any) -> None:
         line = json.dumps({"time": time.time(), "event": kind, **values}) + "\n"
-        locked = self._lock.acquire(
-            timeout=LOCK_SECONDS
-        )  # a thread that hangs while it writes must not silence the rest
+        # a thread that hangs while it writes must not silence the rest
+        locked = self._lock.acquire(timeout=LOCK_SECONDS)
         try:
             self._events.write(line)
         finally:

@@ -259,10 +259,8 @@ class LocalLauncher:
         folder = launch_folder(self.run.node_folder(running_job.node.name), running_job.job.job_id)
         if not running_job.lost_ranks:
             running_job.lost_ranks = ranks_without_end(folder, running_job.seen_alive - living.keys())
-        elif (
-            running_job.outcome is None and not running_job.announced
-        ):  # a look later: rank 0 may have ended well meanwhile
-            running_job.announced = True
+        elif running_job.outcome is None and not running_job.announced:
+            running_job.announced = True  # a look later: rank 0 may have ended well meanwhile
             if has_no_end(folder, running_job.lost_ranks[0]):
                 announce(folder, running_job.lost_ranks[0], Failure(PROCESS_GONE))
         if running_job.outcome is None and not running_job.lost_ranks:

@@ -148,7 +148,7 @@ def _read_runs(store: Store) -> tuple[list[Run], list[Damaged]]:
 
 def _match_prefix(name: str, names: Iterable[str]) -> str:
     """The one of these names that is meant by its beginning. Raises AtomError."""
-    matching = sorted({name_in_list for name_in_list in names if name_in_list.startswith(name)})
+    matching = sorted({candidate for candidate in names if candidate.startswith(name)})
     if name in matching:
         return name
     if len(matching) != 1:

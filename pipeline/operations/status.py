@@ -49,7 +49,7 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
     problem = None
     try:
         # accounting never hears of the end of a job that the controller lost, and goes on to call it pending or running
-        finished_jobs = {id: stages for id, stages in slurm_client.finished_jobs(unmatched).items() if not stages.alive}
+        finished_jobs = {id: ended for id, ended in slurm_client.finished_jobs(unmatched).items() if not ended.alive}
     except NoAnswer as error:
         problem = f"{error}; how jobs ended that Slurm has forgotten is not known"
     rows = []
@@ -105,9 +105,8 @@ def _with_array(node: NodeStatus, row: Mapping[str, Any], run: Run, slurm_jobs: 
         return node
     folder = run.node_folder(node.name) / "shards"
     decisions = [_decision(path).split("\n") for path in folder.glob("ranks/*/decision")]
-    failed = [
-        lines[2 if lines[2:] and lines[2] else 1] for lines in decisions if lines[0] == job.FAILED
-    ]  # older: no kind
+    # older decisions have no kind
+    failed = [lines[2 if lines[2:] and lines[2] else 1] for lines in decisions if lines[0] == job.FAILED]
     tasks = (each for id, each in slurm_jobs.items() if id.startswith(f"{row['array']}_"))
     failed_tasks = [each.id for each in tasks if each.state in FAILED_STATES]
     if node.state == "cancelled" and (failed or failed_tasks):
