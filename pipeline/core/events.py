@@ -218,29 +218,29 @@ class Tail:
             with json_files.open_file(self.path) as file:
                 skipped = os.fstat(file.fileno()).st_size - ONE_READ
                 if skip := skipped > self.offset and not self.whole:
-                    place = json_files.printable(self.path)
-                    json_files.note(f"{place} has more than {ONE_READ:,} bytes; only the last ones are read")
+                    location = json_files.printable(self.path)
+                    json_files.note(f"{location} has more than {ONE_READ:,} bytes; only the last ones are read")
                     self.offset = skipped
                 file.seek(self.offset)
-                bound = self.offset + ONE_READ
+                end_offset = self.offset + ONE_READ
                 if skip:
                     file.readline(ONE_READ)  # the rest of a line
-                while file.tell() < bound and (line := file.readline(LINE)):
+                while file.tell() < end_offset and (line := file.readline(LINE)):
                     self.cut = not line.endswith(b"\n")
                     if self.cut and len(line) < LINE:
                         break
                     long = self.cut
-                    while self.cut and file.tell() < bound and (rest := file.readline(LINE)):
-                        self.cut = not rest.endswith(b"\n")
-                    place = f"the line that ends at byte {file.tell():,}: "
+                    while self.cut and file.tell() < end_offset and (remainder := file.readline(LINE)):
+                        self.cut = not remainder.endswith(b"\n")
+                    location = f"the line that ends at byte {file.tell():,}: "
                     self.offset = file.tell()
                     try:
                         if long:
-                            raise Damaged(self.path, f"{place}it is too long")
-                        rows.append(json_files.parse(line, self.path, self.kind, place))
+                            raise Damaged(self.path, f"{location}it is too long")
+                        rows.append(json_files.parse(line, self.path, self.kind, location))
                     except Damaged as error:
                         json_files.report(error, "the other lines count")
-                self.more = file.tell() >= bound and not self.cut
+                self.more = file.tell() >= end_offset and not self.cut
         except FileNotFoundError:
             pass
         except Damaged as error:

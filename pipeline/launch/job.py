@@ -214,17 +214,17 @@ class Standstill:
 
 def standstill(folder: Path) -> Standstill:
     """Read from the events of all attempts at a node."""
-    best, since, where = -1, 0, "the start"
+    best, since, position = -1, 0, "the start"
     ends: list[tuple[str, str | None]] = []
     for event in Tail(folder / "events.jsonl").read():
         if event["event"] == "attempt":
             since += 1
         elif event["event"] == "progress" and event["done"] > best:
             best, since, ends = event["done"], 0, []
-            where = f"{event['done']}/{event['total']} {event['unit']}"
+            position = f"{event['done']}/{event['total']} {event['unit']}"
         elif event["event"] == "end":
             ends.append((event["outcome"], event.get("kind")))
-    last = ends[-1][0] if ends else "it was killed"
-    text = f"{since - 1} attempts ended at {where} without getting further; of the last one: {last}"
+    last_outcome = ends[-1][0] if ends else "it was killed"
+    text = f"{since - 1} attempts ended at {position} without getting further; of the last one: {last_outcome}"
     repeated = len(ends) > 1 and ends[-1] == ends[-2] and ends[-1][1] == Kind.BUG
     return Standstill(since, text, repeated)

@@ -63,7 +63,7 @@ class Submission:
 
 def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, reference: str) -> Submission:
     """Submits what is neither sealed nor queued in Slurm. Raises AtomError before anything is submitted, or after what
-    was submitted by this call has been cancelled."""
+    was submitted by this call has been canceled."""
     slurm = profile.cluster()
     damage = damage_of(graph, store, selected)
     selected = [name for name in selected if name not in damage]

@@ -83,17 +83,17 @@ def work(spec: dict[str, Any]) -> str:
 
 
 def attempt(
-    task: Task, store: Store, ranks: Ranks, ended: Callable[[str | Failure], None] = lambda outcome: None
+    task: Task, store: Store, ranks: Ranks, on_outcome: Callable[[str | Failure], None] = lambda outcome: None
 ) -> str | Failure:
-    """What each rank does. ended: called on rank 0 once the outcome is on record, by whatever thread ends the attempt;
-    the process may go right after."""
+    """What each rank does. on_outcome: called on rank 0 once the outcome is on record, by whatever thread ends the
+    attempt; the process may go right after."""
     if ranks.rank:
         return _follow(task, store, ranks)
     report = FileReport(store.logs / task.run / task.node)
 
     def end(outcome: str | Failure) -> None:
         report.end(outcome)
-        ended(outcome)
+        on_outcome(outcome)
         if isinstance(outcome, Failure):
             ranks.finish()
 

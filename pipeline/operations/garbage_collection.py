@@ -121,8 +121,10 @@ def move(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) -
                     trash.put_back(target, row.path)
                     del targets[row]
                 except OSError as error:
-                    place = json_files.printable(row.path)
-                    json_files.note(f"{place} is not moved back for a new run ({error.strerror}); it stays in {target}")
+                    shown_path = json_files.printable(row.path)
+                    json_files.note(
+                        f"{shown_path} is not moved back for a new run ({error.strerror}); it stays in {target}"
+                    )
     return list(targets)
 
 

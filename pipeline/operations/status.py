@@ -20,7 +20,7 @@ from pipeline.launch import job, slurm_client, submission_lock
 from pipeline.launch.slurm_client import Job, NoAnswer
 
 FAILED_STATES = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
-"""How a task of an array may end, so that what waits for the array is cancelled."""
+"""How a task of an array may end, so that what waits for the array is canceled."""
 ENDING = "ending"
 """The state of a stage whose attempt has failed while Slurm still has its job: it says why, not that it runs."""
 END_MESSAGES = {
@@ -49,7 +49,9 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
     problem = None
     try:
         # accounting never hears of the end of a job that the controller lost, and goes on to call it pending or running
-        finished_jobs = {id: ended for id, ended in slurm_client.finished_jobs(unmatched).items() if not ended.alive}
+        finished_jobs = {
+            id: ended_job for id, ended_job in slurm_client.finished_jobs(unmatched).items() if not ended_job.alive
+        }
     except NoAnswer as error:
         problem = f"{error}; how jobs ended that Slurm has forgotten is not known"
     rows = []
@@ -107,8 +109,8 @@ def _with_array(node: NodeStatus, row: Mapping[str, Any], run: Run, slurm_jobs: 
     decisions = [_decision(path).split("\n") for path in folder.glob("ranks/*/decision")]
     # older decisions have no kind
     failed = [lines[2 if lines[2:] and lines[2] else 1] for lines in decisions if lines[0] == job.FAILED]
-    tasks = (each for id, each in slurm_jobs.items() if id.startswith(f"{row['array']}_"))
-    failed_tasks = [each.id for each in tasks if each.state in FAILED_STATES]
+    tasks = (task_job for id, task_job in slurm_jobs.items() if id.startswith(f"{row['array']}_"))
+    failed_tasks = [task_job.id for task_job in tasks if task_job.state in FAILED_STATES]
     if node.state == "cancelled" and (failed or failed_tasks):
         message = (
             failed[0] if failed else f"task {failed_tasks[0]} of its array failed; its log is in {folder / 'submitit'}"

@@ -161,10 +161,10 @@ class Forwarder:
         from mlflow.entities import Metric
 
         tail = Tail(self.run.node_folder(name) / "metrics.jsonl", progress["offset"], POINT, whole=True)
-        more = True
-        while more:
+        has_more = True
+        while has_more:
             rows = tail.read()
-            more = tail.more
+            has_more = tail.more
             points = [
                 Metric(metric, float(value), round(row["time"] * 1000), row["step"])
                 for row in rows

@@ -203,7 +203,7 @@ def place_code(assembly: Assembly, roots: list[Path]) -> None:
 
 
 def code_license_text(roots: list[Path]) -> bytes | None:
-    """The licence text of our code: of the first root that has one, else what the installed wheel carries."""
+    """The license text of our code: of the first root that has one, else what the installed wheel carries."""
     license_root = next((root / "LICENSE" for root in roots if (root / "LICENSE").is_file()), None)
     if license_root is not None:
         return license_root.read_bytes()
@@ -212,7 +212,7 @@ def code_license_text(roots: list[Path]) -> bytes | None:
 
 
 def license_text(spdx: str, code_license: str, roots: list[Path]) -> bytes:
-    """The full text if it is the code's own licence and we have it; else its SPDX id and where the text is."""
+    """The full text if it is the code's own license and we have it; else its SPDX id and where the text is."""
     text = code_license_text(roots)
     if spdx == code_license and text is not None:
         return text

@@ -22,7 +22,7 @@ from pipeline.core.store import Artifact
 
 
 class Licenses(Config):
-    """SPDX expressions. Documents keep their own licences; `data_compilation` is about selection and arrangement."""
+    """SPDX expressions. Documents keep their own licenses; `data_compilation` is about selection and arrangement."""
 
     weights: License
     data_compilation: License

@@ -92,7 +92,7 @@ class _Fates:
 
 
 def data_facts(dataset: Path) -> Facts:
-    """What was read, kept and removed, under which licence, in which order: from the dataset repository alone."""
+    """What was read, kept and removed, under which license, in which order: from the dataset repository alone."""
     counts: dict[str, _Fates] = {}
     for row in stream(dataset / "dispositions.parquet", ["source", "license", "bytes", "disposition", "split", "rule"]):
         counts.setdefault(row["source"], _Fates()).add(row)
@@ -180,8 +180,8 @@ def order_facts(folders: list[Path]) -> Facts:
 
     folders: the order indices that were followed one after the other, each up to where the next begins.
     """
-    first = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
-    ends: list[int | None] = [step - 1 for step in first[1:]] + [None]
+    first_steps = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
+    ends: list[int | None] = [step - 1 for step in first_steps[1:]] + [None]
     parts = [_part(folder, end) for folder, end in zip(folders, ends, strict=True)]
     return {"steps": parts[-1]["last_step"], "parts": parts}
 
@@ -274,7 +274,9 @@ def model_facts(model: Path) -> Facts:
         "rope": config["rope_parameters"],
         "scores": _scores_by_model(model / "evaluation"),
         "chat": {
-            about: _scores_by_model(folder) for about in ABOUT if (folder := model / "evaluation" / about).is_dir()
+            benchmark: _scores_by_model(folder)
+            for benchmark in ABOUT
+            if (folder := model / "evaluation" / benchmark).is_dir()
         },
         "contamination": read_json(path) if (path := model / CONTAMINATION).exists() else None,
         "training": {

@@ -60,7 +60,7 @@ def scan(folder: Path, paths: list[str], machine: list[Path]) -> list[str]:
     for name in paths:
         for kind, data in _contents(folder / name):
             patterns = secret if kind == "document" else secrets_and_machine
-            hits += [f"{name} holds {what}" for what, pattern in patterns.items() if pattern.search(data)]
+            hits += [f"{name} holds {finding}" for finding, pattern in patterns.items() if pattern.search(data)]
     return sorted(set(hits))
 
 

@@ -44,8 +44,8 @@ def language_model(folder: Path) -> Any:
             return text
 
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
-            end = self.tokenizer.convert_tokens_to_ids(END)
-            return super()._model_generate(context, max_length, stop, eos_token_id=end, **settings)
+            end_token = self.tokenizer.convert_tokens_to_ids(END)
+            return super()._model_generate(context, max_length, stop, eos_token_id=end_token, **settings)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Published(str(folder.resolve()), dtype="float32", device=device, batch_size=BATCH)

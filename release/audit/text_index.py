@@ -98,8 +98,8 @@ def candidates(index: Path, span: str) -> dict[str, Sequence[int] | None]:
         raise AtomError(f"the index {index} is damaged ({error}); remove it and ask again") from None
     rows_by_table: dict[str, list[int]] = {}
     for row in rows:
-        first, name = starts[bisect(starts, row, key=lambda start: start[0]) - 1]
-        rows_by_table.setdefault(name, []).append(row - first)
+        first_row, name = starts[bisect(starts, row, key=lambda start: start[0]) - 1]
+        rows_by_table.setdefault(name, []).append(row - first_row)
     return dict(rows_by_table)
 
 

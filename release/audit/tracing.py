@@ -68,8 +68,10 @@ class _Location:
         final_orders = {schema.phase(p.parent): p.parent for p in self.data.glob("order/*/order.parquet")}
         for phase in sorted(final_orders, key=when):
             folders = [*metrics.earlier_orders(self.data, phase), final_orders[phase]]
-            first = [int(metrics.read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
-            orders_by_phase[phase] = list(zip(folders, first, [*(n - 1 for n in first[1:]), float("inf")], strict=True))
+            first_steps = [int(metrics.read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
+            orders_by_phase[phase] = list(
+                zip(folders, first_steps, [*(n - 1 for n in first_steps[1:]), float("inf")], strict=True)
+            )
         return orders_by_phase
 
     def moved(self, phase: str, folder: Path) -> Callable[[int], bool | None]:
@@ -217,7 +219,7 @@ def _last_step(order: Path) -> int:
 def _licenses_and_origins(
     location: _Location, sources_and_ids: set[tuple[str, str]], order: Path
 ) -> dict[str, dict[str, Any]]:
-    """{id: its licence and origin} of (source, id); of an order of an earlier run, that run's tables count first."""
+    """{id: its license and origin} of (source, id); of an order of an earlier run, that run's tables count first."""
     origins: dict[str, dict[str, Any]] = {}
     for source in sorted({source for source, _ in sources_and_ids}):
         ids = [id for document_source, id in sorted(sources_and_ids) if document_source == source]

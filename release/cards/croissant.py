@@ -91,7 +91,7 @@ def of(
 
 
 def _license_url(spdx: str) -> str:
-    """The address of a licence's text; an expression of several stands as it is."""
+    """The address of a license's text; an expression of several stands as it is."""
     return spdx if " " in spdx else f"https://spdx.org/licenses/{spdx}.html"
 
 

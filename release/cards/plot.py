@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 NAME = "experts.png"
 DPI = 144
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by the colour-blind too (Okabe and Ito)
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by the color-blind too (Okabe and Ito)
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -82,7 +82,7 @@ def _draw(logs: _Logs) -> bytes:
 
     lines = {phase: training.read(log) for phase, log in training.logs(logs.model).items()}
     measurements = [(phase, x["step"], x["experts"]) for phase, log in lines.items() for x in log if "experts" in x]
-    # not the settings of whoever builds; a line of very many steps is rasterised in pieces, or Agg refuses it
+    # not the settings of whoever builds; a line of very many steps is rasterized in pieces, or Agg refuses it
     with matplotlib.style.context(["default", {"agg.path.chunksize": 10000}]):
         rows = len(measurements[-1][2]["layers"]) if measurements else 0
         heights = [1.2 + min(4.0, 0.25 * rows)] * bool(measurements) + [1.7, 1.7]
@@ -122,7 +122,7 @@ def _heat_map(figure: Figure, axis: Axes, phase: str, step: int, measurement: tr
 def _curves(
     above: Axes, below: Axes, curves_by_phase: dict[str, tuple[list[int], list[float], list[float]]]
 ) -> list[Line2D]:
-    """The steps of all phases in one line, each phase after the one before in its own colour. Returns what a legend
+    """The steps of all phases in one line, each phase after the one before in its own color. Returns what a legend
     names."""
     begin, legend_lines = 0, []
     for number, (phase, (steps, violation, entropy)) in enumerate(curves_by_phase.items()):

@@ -37,7 +37,7 @@ PHASES = {
 
 
 def license_fields(spdx: str) -> dict[str, Any]:
-    """The Hub's licence metadata for an SPDX expression: its own identifier, or `other` with name and link."""
+    """The Hub's license metadata for an SPDX expression: its own identifier, or `other` with name and link."""
     if spdx.lower() in HUB_LICENSES:
         return {"license": spdx.lower()}
     return {"license": "other", "license_name": spdx.lower(), "license_link": "LICENSE"}

@@ -46,7 +46,7 @@ def ask(name: str, question: Callable[[], Problems | registry.Findings]) -> Chec
         findings = question()
         if not isinstance(findings, registry.Findings):
             return answer(name, findings)
-        problems, skipped = findings.problems, [f"skipped: {why}" for _, why in sorted(findings.skipped.items())]
+        problems, skipped = findings.problems, [f"skipped: {reason}" for _, reason in sorted(findings.skipped.items())]
         ok = not problems if problems or findings.compared else None
         return Check(name, ok, problems[0] if problems else findings.detail, problems, skipped)
     except ImportError as error:

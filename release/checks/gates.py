@@ -97,7 +97,7 @@ def reload(c: Context) -> list[Gate]:
 
 
 def run_reload(folders: list[Path], limits: tuple[int, int] | None = None) -> list[dict[str, Any]]:
-    """The judgement of `load_check.py` on each model folder, from one fresh interpreter.
+    """The judgment of `load_check.py` on each model folder, from one fresh interpreter.
 
     limits: bytes of memory and seconds of processor time that a stranger's models may take once the libraries are
     loaded.

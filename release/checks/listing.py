@@ -71,9 +71,9 @@ def parts_of(folder: Path) -> list[str]:
 
 def shows_release(folder: Path) -> bool:
     """Whether a folder is, or once was, of a release: then a missing checksum file is a finding, not a wrong name."""
-    if os.path.lexists(folder / SUMS) or any(os.path.lexists(folder / mark) for mark in SIGNS):
+    if os.path.lexists(folder / SUMS) or any(os.path.lexists(folder / marker) for marker in SIGNS):
         return True
-    if any(os.path.lexists(folder / part / mark) for part in parts_of(folder) for mark in (SUMS, "config.json")):
+    if any(os.path.lexists(folder / part / marker) for part in parts_of(folder) for marker in (SUMS, "config.json")):
         return True
     if os.path.lexists(folder / "state.json") and any(folder.glob("*.safetensors")):
         return True

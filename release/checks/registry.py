@@ -58,19 +58,19 @@ class Findings:
         """Takes over what came of a part, whose sentences begin with the name of a file."""
         self.problems += [f"{prefix}{text}" for text in other.problems]
         self.compared = self.compared or other.compared
-        self.skipped |= {part: why for part, why in other.skipped.items() if part not in self.skipped}
+        self.skipped |= {part: reason for part, reason in other.skipped.items() if part not in self.skipped}
 
     def tables(self, card: str, table_lines: dict[str, list[str]], stated: schema.Stated) -> None:
         """The lines of tables, as far as a card of its version has them."""
         expected, skipped = versions.comparable(table_lines, stated.cards)
-        self.skipped |= {f"table {name}": f"table {name}: {why}" for name, why in skipped.items()}
+        self.skipped |= {f"table {name}": f"table {name}: {reason}" for name, reason in skipped.items()}
         self.compared = self.compared or bool(expected)
         self.problems += [f"README.md lacks the line {line!r}" for line in render.missing_lines(card, expected)]
 
     def part(self, name: str, stated: schema.Stated, problems: Callable[[], list[str]]) -> None:
         """A part that depends on the version of the cards."""
-        if why := versions.skipped(name, stated.cards):
-            self.skipped[name] = f"{name.replace('_', ' ')}: {why}"
+        if reason := versions.skipped(name, stated.cards):
+            self.skipped[name] = f"{name.replace('_', ' ')}: {reason}"
         else:
             self.compared = True
             self.problems += problems()
@@ -115,7 +115,7 @@ def chat_templates(models: Iterable[Path]) -> list[str]:
 
 
 def licenses(dataset: Path) -> list[str]:
-    """Every document has a licence, removed ones too."""
+    """Every document has a license, removed ones too."""
     rows = metrics.stream(dataset / "dispositions.parquet", ["id", "license"])
     return [
         f"dispositions.parquet: document {row['id']} has no licence"
@@ -221,7 +221,7 @@ def dispositions(dataset: Path) -> list[str]:
     ids: set[str] = set()
     kept: dict[str, dict[str, tuple[Any, Any]]] = {}
     counts: Counter[str] = Counter()
-    pairs: dict[tuple[Any, Any], tuple[Any, Any]] = {}  # each pair of split and licence once, not once a document
+    pairs: dict[tuple[Any, Any], tuple[Any, Any]] = {}  # each pair of split and license once, not once a document
     duplicate, problems = "", []
     for row in metrics.stream(dataset / "dispositions.parquet", columns):
         key, source = row["id"], row["source"]
@@ -247,7 +247,7 @@ def dispositions(dataset: Path) -> list[str]:
 
 
 def _check_kept_documents(dataset: Path, source: str, expected: dict[str, tuple[Any, Any]]) -> list[str]:
-    """Whether kept/<source>.parquet holds the documents of `expected`, {id: (split, licence)}, and no others."""
+    """Whether kept/<source>.parquet holds the documents of `expected`, {id: (split, license)}, and no others."""
     path = dataset / "kept" / f"{source}.parquet"
     problems, extra, missing = [], set(), set(expected)
     for row in metrics.stream(path, ["id", "split", "license"]) if path.exists() else ():
@@ -341,8 +341,8 @@ def described(folder: Path, digest: Callable[[Path], str] = sha256_file) -> list
 
 def _require_comparable(folder: Path, part: str) -> None:
     """Raises Absent if today's code renders it otherwise than the version that the release states."""
-    if why := versions.skipped(part, schema.stated(folder).cards):
-        raise Absent(f"skipped: {why}")
+    if reason := versions.skipped(part, schema.stated(folder).cards):
+        raise Absent(f"skipped: {reason}")
 
 
 def roots(dataset: Path) -> list[str]:
@@ -390,11 +390,11 @@ def chat_scores(dataset: Path) -> list[str]:
     """What models that converse scored is what their tables give."""
     facts = metrics.chat_facts(dataset / "evaluation")
     problems = []
-    for about, models in facts.items():
-        for table in metrics.chat_tables(dataset / "evaluation", about):
+    for benchmark, models in facts.items():
+        for table in metrics.chat_tables(dataset / "evaluation", benchmark):
             path, measured = table.with_name("scores.json"), models[schema.model(table.parent)]
             if not path.exists() or not _equals_measured(path, measured):
-                problems.append(f"evaluation/{about}/{table.parent.name}/scores.json is not what its table gives")
+                problems.append(f"evaluation/{benchmark}/{table.parent.name}/scores.json is not what its table gives")
     return problems
 
 

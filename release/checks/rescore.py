@@ -102,8 +102,8 @@ def _rescore_problems(dataset: Path, tally: Tally) -> list[str]:
 def _conversations(dataset: Path) -> Iterator[Iterator[tuple[Scorer, Scored]]]:
     """By table, every answer of a model in conversation with its scorer: those that were drawn to learn from too."""
     items = _tasks(dataset / "evaluation/chat.jsonl")
-    for about, tasks in (("test", items), ("fresh", _tasks(dataset / "evaluation/fresh/chat.jsonl"))):
-        for path in metrics.chat_tables(dataset / "evaluation", about):
+    for benchmark, tasks in (("test", items), ("fresh", _tasks(dataset / "evaluation/fresh/chat.jsonl"))):
+        for path in metrics.chat_tables(dataset / "evaluation", benchmark):
             yield _answers(dataset, path, tasks)
     for path in metrics.chat_tables(dataset / "evaluation", "preferences"):
         yield _pairs(dataset, path, items)

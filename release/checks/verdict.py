@@ -74,6 +74,6 @@ class Verdict:
             raise CheckFailed(f"{self.subject}: {problems[0][1]} [{problems[0][0]}]{remainder}")
 
 
-def answer(name: str, problems: Problems, holds: str = "holds") -> Check:
+def answer(name: str, problems: Problems, detail: str = "holds") -> Check:
     """A check that holds if nothing is wrong; the first of what is wrong is its detail."""
-    return Check(name, not problems, problems[0] if problems else holds, problems)
+    return Check(name, not problems, problems[0] if problems else detail, problems)

@@ -79,8 +79,8 @@ def settings(config: OrderConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Walk:
-    """How rows are drawn: from which step on, and how many rows of each source were read before that step.
+class DataCursor:
+    """Where rows are drawn: from which step on, and how many rows of each source were read before that step.
 
     The sources are walked through by `seed`, which a checkpoint hands on, so that another seed repeats nothing.
     """
@@ -105,7 +105,7 @@ def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
     chunks = _chunks_by_source(inputs["tokens"] / "documents.parquet", config)
     sizes = {name: len(chunks[name]["ordinal"]) for name in sorted(config.mix)}
-    walk, start = Walk(1, config.seed), None
+    walk, start = DataCursor(1, config.seed), None
     if "continue" in inputs:
         walk, start = _go_on(config, inputs["continue"], sizes)
     table, sources = (_packed if config.pack else _drawn)(config, chunks, sizes, walk)
@@ -150,7 +150,7 @@ Table = dict[str, "NDArray[Any]"]
 
 
 def _drawn(
-    config: OrderConfig, chunks: Mapping[str, Table], sizes: Mapping[str, int], walk: Walk
+    config: OrderConfig, chunks: Mapping[str, Table], sizes: Mapping[str, int], walk: DataCursor
 ) -> tuple[Table, dict[str, Any]]:
     """One chunk a row: the table from `first_step` on, and nothing to tell about the sources."""
     import numpy as np
@@ -181,7 +181,7 @@ def _drawn(
 
 
 def _packed(
-    config: OrderConfig, chunks: Mapping[str, Table], sizes: Mapping[str, int], walk: Walk
+    config: OrderConfig, chunks: Mapping[str, Table], sizes: Mapping[str, int], walk: DataCursor
 ) -> tuple[Table, dict[str, Any]]:
     """Chunks side by side in each row: the table from `first_step` on, and what is to be told about long ones.
 
@@ -208,13 +208,13 @@ def position(meta: Mapping[str, Any], read: Mapping[str, int], step: int) -> dic
     start = meta.get("start", {"rows": {}, "chunks": {}})
     rows = {name: start["rows"].get(name, 0) + read.get(name, 0) for name in sorted({*start["rows"], *read})}
     chunks = start["chunks"] | {name: part["chunks"] for name, part in meta["sources"].items()}
-    walk = meta.get("walk", Walk(1, meta["seed"]).__dict__)
+    walk = meta.get("walk", DataCursor(1, meta["seed"]).__dict__)
     known = [name for name in OrderConfig.model_fields if name in meta and name != "first_step"]
     order = {name: meta[name] for name in known} | {"walk": walk}
     return {"next_step": step + 1, "steps": meta["steps"], "rows": rows, "chunks": chunks, "order": order}
 
 
-def _go_on(config: OrderConfig, checkpoint: Artifact, sizes: Mapping[str, int]) -> tuple[Walk, dict[str, Any]]:
+def _go_on(config: OrderConfig, checkpoint: Artifact, sizes: Mapping[str, int]) -> tuple[DataCursor, dict[str, Any]]:
     """The walk after a checkpoint, and where every source then stands: `rows` read and `chunks` of an epoch.
 
     A source whose number of chunks is another now (the length of rows or its documents changed) goes on at the same
@@ -232,7 +232,7 @@ def _go_on(config: OrderConfig, checkpoint: Artifact, sizes: Mapping[str, int]) 
         rows[name] = -(-rows.get(name, 0) * sizes[name] // before["chunks"].get(name, 1))
     asked = json.loads(json.dumps(settings(config)))
     unchanged = asked == {name: was[name] for name in was if name != "walk"} and chunks == before["chunks"]
-    walk = Walk(**was["walk"]) if unchanged else Walk(config.first_step, was["walk"]["seed"], rows)
+    walk = DataCursor(**was["walk"]) if unchanged else DataCursor(config.first_step, was["walk"]["seed"], rows)
     return walk, {"rows": rows, "chunks": chunks}
 
 
