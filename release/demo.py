@@ -95,7 +95,7 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
     row("tokens", [sum(data["sources"][n]["tokens"].values()) for n in names])
     console.print(corpus)
 
-    sentences = [*caveats.of(model), *caveats.unread(model["scores"], data["order"])]
+    sentences = [*caveats.caveat_sentences(model), *caveats.unread(model["scores"], data["order"])]
     print("\nWhat to know before any figure")
     for sentence in sentences:
         console.print(sentence.replace("**", ""), markup=False, highlight=False)

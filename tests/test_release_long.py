@@ -154,7 +154,7 @@ def test_a_changed_card_or_plot_does_not_pass_the_gate(release: Path, tmp_path: 
     data = metrics.data_facts(copy / "dataset")
     models = {name: metrics.model_facts(copy / name) for name in layout.model_folders(copy)}
     canary = metrics.canary(about(copy)["nodes"]["items"]["digest"])
-    found = gates.Context(copy, about(copy), LIMITS, data, models, [], [], costs.of(copy), canary)
+    found = gates.Context(copy, about(copy), LIMITS, data, models, [], [], costs.usage_by_stage(copy), canary)
     assert gates.cards(found).ok
     png = (copy / "model/experts.png").read_bytes()
     (copy / "model/experts.png").write_bytes((copy / "model-base/experts.png").read_bytes())

@@ -59,7 +59,7 @@ def run(spec: dict[str, Any], limits_json: dict[str, Any]) -> str:
     (launch / f"started-{slurm_job.global_rank}").touch()
     ranks = Ranks.from_environment(task.ranks, folder)
     if ranks.rank:
-        return _follow(task, limits, store, ranks)
+        return _run_follower(task, limits, store, ranks)
     report = FileReport(folder)
     report.event("attempt", job=slurm_job.raw_job_id, launch=launch.name, host=node_name(), pid=os.getpid())
     companion: mlflow_sync.Companion | None = None
@@ -76,7 +76,7 @@ def run(spec: dict[str, Any], limits_json: dict[str, Any]) -> str:
                     stop_requested() or stall.since <= limits.restarts
                 )
                 decision = RESTART if restart else FAILED
-            _decide(launch, decision, outcome)
+            _write_decision(launch, decision, outcome)
             if isinstance(outcome, Failure):
                 ranks.finish()  # the others need not wait for the tracking server
             if companion is not None and decision == RESTART:
@@ -104,7 +104,7 @@ def run(spec: dict[str, Any], limits_json: dict[str, Any]) -> str:
     return (launch / "decision").read_text().split("\n")[0]
 
 
-def _follow(task: Task, limits: JobLimits, store: Store, ranks: Ranks) -> str:
+def _run_follower(task: Task, limits: JobLimits, store: Store, ranks: Ranks) -> str:
     """A rank other than 0. Its process ends with exit code 1 if the launch fails, but not if it is stopped: rank 0 then
     goes on to save, and srun would end it."""
     problem = preflight.check(store.home, ranks, limits.free_gb, limits.scratch)
@@ -132,7 +132,7 @@ def run_shards(spec: dict[str, Any], number: int, tasks: int, limits_json: dict[
     assert stage.run_shard is not None, "only such stages are submitted so"
     problem = preflight.check_node(Path(task.home), limits.free_gb, limits.scratch)
     if problem:
-        return _decide(launch, RESTART if restart_count() < limits.restarts else FAILED, Failure(problem))
+        return _write_decision(launch, RESTART if restart_count() < limits.restarts else FAILED, Failure(problem))
     own_shards: list[int] = []
     if not store.sealed(task.key):
         work = store.work(task.key) / "state"
@@ -154,9 +154,9 @@ def run_shards(spec: dict[str, Any], number: int, tasks: int, limits_json: dict[
             failure = report_failure(error, task.node, task.stage, store)
             restart = not failure.kind.final and ((launch / "further").exists() or restart_count() < limits.restarts)
             shard_failure = Failure(f"{location}: {failure.text}", failure.kind)
-            return _decide(launch, RESTART if restart else FAILED, shard_failure)
+            return _write_decision(launch, RESTART if restart else FAILED, shard_failure)
     write(launch / "usage.json", Usage.now().since(usage_at_start).__dict__)
-    return _decide(launch, SEALED, f"{len(own_shards)} shards are done")
+    return _write_decision(launch, SEALED, f"{len(own_shards)} shards are done")
 
 
 def _earlier_starts(launch: Path, job: str) -> list[dict[str, Any]]:
@@ -170,7 +170,7 @@ def restart_count() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
-def _decide(launch: Path, decision: str, outcome: str | Failure) -> str:
+def _write_decision(launch: Path, decision: str, outcome: str | Failure) -> str:
     """Leaves the decision for the job's script, with the kind of a failure and how the attempt ended; returns it."""
     failure = outcome if isinstance(outcome, Failure) else None
     text = failure.text if failure else str(outcome)

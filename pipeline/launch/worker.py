@@ -88,7 +88,7 @@ def attempt(
     """What each rank does. on_outcome: called on rank 0 once the outcome is on record, by whatever thread ends the
     attempt; the process may go right after."""
     if ranks.rank:
-        return _follow(task, store, ranks)
+        return _run_follower(task, store, ranks)
     report = FileReport(store.logs / task.run / task.node)
 
     def end(outcome: str | Failure) -> None:
@@ -99,7 +99,7 @@ def attempt(
 
     try:
         with _stop_signals():
-            outcome = _attempt(task, store, report, ranks, end)
+            outcome = _run_attempt(task, store, report, ranks, end)
     except Interrupted:
         outcome = Failure("interrupted", Kind.STOPPED)
     except OSError as error:  # such as a file in the place of the work folder
@@ -131,7 +131,7 @@ def _stop_signals() -> Iterator[None]:
             signal.signal(stop_signal, handler)
 
 
-def _follow(task: Task, store: Store, ranks: Ranks) -> str | Failure:
+def _run_follower(task: Task, store: Store, ranks: Ranks) -> str | Failure:
     """A rank other than 0: runs the stage once rank 0 has called, and writes nothing but its log and its usage. If it
     fails, it says so to all; if another one does, the process ends."""
     usage_at_start, folder = Usage.now(), store.work(task.key)
@@ -162,7 +162,7 @@ def _follow(task: Task, store: Store, ranks: Ranks) -> str | Failure:
     return failure
 
 
-def _attempt(
+def _run_attempt(
     task: Task, store: Store, report: FileReport, ranks: Ranks, end: Callable[[str | Failure], None]
 ) -> str | Failure:
     folder, turns = store.work(task.key), 0

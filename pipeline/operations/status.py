@@ -63,8 +63,8 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
         slurm_job = slurm_jobs.get(row["job"])
         if not _is_submitted_job(slurm_job, run, row, node.name, store):
             slurm_job = finished_jobs.get(row["job"])
-        with_job = _with_job(node, row["job"], slurm_job, restarts(run, node.name))
-        rows.append(_with_array(with_job, row, run, slurm_jobs) if row.get("array") else with_job)
+        with_job = _add_job_state(node, row["job"], slurm_job, restarts(run, node.name))
+        rows.append(_add_array_state(with_job, row, run, slurm_jobs) if row.get("array") else with_job)
     return rows, problem
 
 
@@ -80,7 +80,7 @@ def _is_submitted_job(job: Job | None, run: Run, row: dict[str, object], node: s
     )
 
 
-def _with_job(node: NodeStatus, id: str, job: Job | None, restart_count: int) -> NodeStatus:
+def _add_job_state(node: NodeStatus, id: str, job: Job | None, restart_count: int) -> NodeStatus:
     """A node as its files tell it, with what Slurm says of its job; an artifact outranks both."""
     node = replace(node, job=id, restarts=restart_count or None)
     if job is None:
@@ -101,7 +101,7 @@ def _with_job(node: NodeStatus, id: str, job: Job | None, restart_count: int) ->
     return replace(node, state="failed", message=message)
 
 
-def _with_array(node: NodeStatus, row: Mapping[str, Any], run: Run, slurm_jobs: dict[str, Job]) -> NodeStatus:
+def _add_array_state(node: NodeStatus, row: Mapping[str, Any], run: Run, slurm_jobs: dict[str, Job]) -> NodeStatus:
     """A node whose shards are done beforehand by a job array: how far that is, or which task failed."""
     if node.state in ("sealed", "running"):
         return node

@@ -310,7 +310,7 @@ class Companion:
             self.process.wait()
 
 
-def accompany(home: Path, run: str) -> None:
+def run_companion(home: Path, run: str) -> None:
     """What that process does: whoever has the turn sends every few seconds what all jobs of the run have written. When
     its own job is over it sends once more; or it leaves that to whoever has the turn, and sees that it was done."""
     store = Store(home)
@@ -368,4 +368,4 @@ def _is_newer(path: Path, other: Path) -> bool:
 
 
 if __name__ == "__main__":
-    accompany(Path(sys.argv[1]), sys.argv[2])
+    run_companion(Path(sys.argv[1]), sys.argv[2])

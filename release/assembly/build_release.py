@@ -178,7 +178,7 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     loaded = gates.run_reload([folder / name for name in models])
     for name, report in zip(models, loaded, strict=True):
         assembly.json(f"{name}/{GOLDENS}", report["goldens"], "what plain transformers makes of fixed inputs")
-    run_costs = costs.of(folder)
+    run_costs = costs.usage_by_stage(folder)
     for name, model in models.items():
         card = render.model_card(name, release, model, data, changes, run_costs)
         assembly.write(f"{name}/README.md", card.encode(), card_origin)
@@ -187,12 +187,12 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
             f"{name}/{results.results_path(data_id)}", measured.encode(), "scores in evaluation/ for the Hub"
         )
         assembly.write(f"{name}/{plot.NAME}", plot.draw(folder / name), "plot of the logs in training/")
-        for plot_name, image in scaling_plots.of_model(folder / name, model).items():
+        for plot_name, image in scaling_plots.model_plots(folder / name, model).items():
             assembly.write(f"{name}/{plot_name}", image, "plot of the scores in evaluation/ and the logs in training/")
     canary = metrics.canary(source.artifacts["items"].digest)
     assembly.json(f"dataset/{CANARY}", canary, "made from the digest of the evaluation items")
     assembly.json(f"dataset/{ROOTS}", merkle.roots(folder / "dataset"), "Merkle roots of the tables")
-    description = croissant.of(release, folder / "dataset", data)
+    description = croissant.describe_dataset(release, folder / "dataset", data)
     assembly.json(f"dataset/{croissant.NAME}", description, "description of the tables")
     assembly.write("dataset/README.md", render.data_card(release, data, canary).encode(), card_origin)
     for target, statement in attest.evaluations(folder, release["nodes"]).items():

@@ -13,7 +13,7 @@ JOULES_PER_WH = 3600.0
 COLUMNS = ("attempts", "failed", "core_hours", "gpu_hours", "energy_wh")
 
 
-def of(release: Path) -> Costs:
+def usage_by_stage(release: Path) -> Costs:
     """{stage: {attempts, failed, core_hours (busy), gpu_hours (allotted), energy_wh (an estimate)}} in alphabetical
     order. A release checkpoint is part of the attempt that wrote it, and counts no second time."""
     costs_by_stage: Costs = {}

@@ -58,12 +58,12 @@ def log_facts(lines: list[Facts]) -> Facts:
         "measurements": len(measured),
         "dropped": sum(measurement["dropped"] for measurement in measured),
         "spikes": spikes,
-        "rewards": {kind: _ends(means) for kind, means in sorted(kinds.items()) if len(means) >= 4},
+        "rewards": {kind: _first_and_last_means(means) for kind, means in sorted(kinds.items()) if len(means) >= 4},
         "excluded": [line["step"] for line in lines if "excluded" in line and line["step"] not in spike_steps],
     }
 
 
-def _ends(means: list[float]) -> Facts:
+def _first_and_last_means(means: list[float]) -> Facts:
     size = max(2, len(means) // 4)
     return {"first": clustered(means[:size]), "last": clustered(means[-size:])}
 

@@ -75,7 +75,7 @@ def problems(rows: list[dict[str, Any]], max_new_tokens: int) -> Any:
     )
 
 
-def published(release: Path, folder: str) -> tuple[list[dict[str, Any]], int]:
+def read_problems(release: Path, folder: str) -> tuple[list[dict[str, Any]], int]:
     """The problems with what the release states of a model's answers (`output`, `score`), and the longest answer
     allowed, in tokens. Raises CheckFailed if the release does not hold them."""
     from release.assembly.metrics import read_json, rows
@@ -106,7 +106,7 @@ def evaluate(model: Any, tasks: list[Any], include: Path | None = None, limit: i
 
 def compare_answers(release: Path, folder: str, limit: int | None = None) -> dict[str, Any]:
     """The release's problems, asked by the harness: its figure, the stated one, and the ids of unequal answers."""
-    stated, max_new_tokens = published(release, folder)
+    stated, max_new_tokens = read_problems(release, folder)
     stated = sorted(stated, key=lambda row: row["id"])[:limit]
     rows = [{"id": r["id"], "task": r["task"], "prompt": r["prompt"], "answer": r["expected"]} for r in stated]
     results = evaluate(language_model(release / folder), [problems(rows, max_new_tokens)])

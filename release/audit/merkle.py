@@ -63,7 +63,7 @@ def node_hash(left: bytes, right: bytes) -> bytes:
     return sha256(b"\x01" + left + right).digest()
 
 
-def holds(leaf: bytes, index: int, size: int, proof: Sequence[bytes], root: bytes) -> bool:
+def verify_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes], root: bytes) -> bool:
     """Whether the proof leads from this leaf, at this place among `size` leaves, to the root (RFC 9162, 2.1.3.2)."""
     if not 0 <= index < size:
         return False
@@ -133,7 +133,7 @@ def check(proof: Mapping[str, Any], roots: Mapping[str, Any]) -> str | None:
         leaf = canonical(proof["leaf"])
     except (TypeError, ValueError) as error:
         return f"the proof is malformed: {error}"
-    if not holds(leaf, index, size, siblings, bytes.fromhex(published["root"])):
+    if not verify_inclusion(leaf, index, size, siblings, bytes.fromhex(published["root"])):
         return f"the proof does not hold: it leads from this row at place {index} of {table} to another root"
     return None
 

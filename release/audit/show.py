@@ -50,11 +50,11 @@ def facts_of(release: Path) -> dict[str, Any]:
         "removed": dict(sorted(removed.items(), key=lambda item: (-item[1], item[0]))),
         "seen": {phase: _steps_and_tokens(figures) for phase, figures in data["order"].items()},
         "models": {folder: _scores(model) for folder, model in model_metrics.items()},
-        "caveats": [*caveats.of(final_metrics), *caveats.unread(final_metrics["scores"], data["order"])],
+        "caveats": [*caveats.caveat_sentences(final_metrics), *caveats.unread(final_metrics["scores"], data["order"])],
         "pass_at_1": {name: figures["problems_all"]["samples"]["accuracy"] for name, figures in chat.items()},
         "checkpoints": [row["branch"] for row in metrics.checkpoint_facts(release / "checkpoints")],
         "gates": {name: gate["ok"] for name, gate in sorted(metrics.read_json(release / GATES).items())},
-        "cost": costs.total(costs.of(release)),
+        "cost": costs.total(costs.usage_by_stage(release)),
         "key": _key(release),
         "identity": keyless.identity(release / SIGNATURE),
     }  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline.core.errors import AtomError, CheckFailed
 from release import schema, scratch, untrusted
 from release.checks import formats, listing, registry
-from release.checks.check_runner import NOTHING_LARGE, CheckRunner, Reads, ask
+from release.checks.check_runner import NOTHING_LARGE, CheckRunner, Reads, run_check
 from release.checks.listing import Checksums, Contents, kind_of
 from release.checks.verdict import Check, Problems, Verdict, answer
 from release.hash_cache import Digests
@@ -61,7 +61,7 @@ def verify(
 def _verify_folder(
     folder: Path, subject: str, deep: bool, progress: Callable[[str], None], policy: TrustPolicy
 ) -> Verdict:
-    if not listing.shows_release(folder):
+    if not listing.looks_like_release(folder):
         raise AtomError(
             f"{printable(subject)} is neither a release nor a repository of one: it has no {SUMS}; "
             "give the folder that `atom build` made, or a repository that `atom publish` made"
@@ -106,9 +106,9 @@ def _verify_folder(
             continue
         progress(name.replace("_", " "))
         if name == "reload_in_transformers":  # has a process of its own
-            verdict.checks.append(ask(name, question.put))
+            verdict.checks.append(run_check(name, question.function))
         else:
-            verdict.checks.append(runner.run(name, partial(ask, name, question.put), question.reads))
+            verdict.checks.append(runner.run(name, partial(run_check, name, question.function), question.reads))
     return verdict
 
 
@@ -206,7 +206,7 @@ class Question:
     """What is asked of a folder. reads: the files that the answer takes."""
 
     name: str
-    put: Callable[[], Problems | registry.Findings]
+    function: Callable[[], Problems | registry.Findings]
     reads: Reads = NOTHING_LARGE
     only_deep: bool = False
 

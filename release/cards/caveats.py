@@ -26,7 +26,7 @@ RULE = (
 NONE = "No reward rose without its task, and nothing that was measured got worse from one phase to the next."
 
 
-def of(model: Facts) -> list[str]:
+def caveat_sentences(model: Facts) -> list[str]:
     """Of the facts of one model: what its repository alone can prove."""
     sentences = [
         *_task_sentence(model),

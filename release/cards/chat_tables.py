@@ -15,7 +15,7 @@ SHOWN = 4
 """Sample pairs that a card shows."""
 
 
-def of(chat: Facts, contamination: Facts | None) -> dict[str, list[str]]:
+def all_tables(chat: Facts, contamination: Facts | None) -> dict[str, list[str]]:
     """All tables; empty ones of a release without such models."""
     preferences = chat.get("preferences", {})
     last_comparison = preferences[list(preferences)[-1]] if preferences else None

@@ -35,7 +35,7 @@ CONTEXT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def of(
+def describe_dataset(
     release: dict[str, Any], dataset: Path, data: dict[str, Any], digest: Callable[[Path], str] = sha256_file
 ) -> dict[str, Any]:
     """The JSON-LD of a dataset folder. release: evidence/release.json; data: `facts.data_facts` of the folder."""

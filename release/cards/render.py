@@ -68,7 +68,7 @@ def model_tables(model: Facts) -> dict[str, list[str]]:
     """The tables that a model repository alone can prove."""
     return {
         "caveats_rule": [caveats.RULE],
-        "caveats": caveats.of(model),
+        "caveats": caveats.caveat_sentences(model),
         "evaluation": tables.evaluation(model["scores"]),
         "samples": tables.samples(model["scores"]),
         "architecture": tables.architecture(model),
@@ -81,7 +81,7 @@ def model_tables(model: Facts) -> dict[str, list[str]]:
         "experts": training_tables.experts(model),
         "experts_verdict": training_tables.verdict(model),
         "spikes": training_tables.spikes(model),
-        **chat_tables.of(model["chat"], model["contamination"]),
+        **chat_tables.all_tables(model["chat"], model["contamination"]),
     }
 
 
@@ -97,7 +97,7 @@ def data_tables(data: Facts) -> dict[str, list[str]]:
         "scores": tables.evaluation(data["evaluation"]),
         "passkeys": tables.passkeys(data["evaluation"]),
         "positions": tables.positions(data["evaluation"]),
-        **{name: t for name, t in chat_tables.of(data["chat"], None).items() if name != "preference_samples"},
+        **{name: t for name, t in chat_tables.all_tables(data["chat"], None).items() if name != "preference_samples"},
     }
 
 
@@ -121,7 +121,8 @@ def cost_tables(run_costs: costs.Costs) -> dict[str, list[str]]:
 def model_card(
     folder: str, release: Facts, model: Facts, data: Facts, interventions: list[Facts], run_costs: costs.Costs
 ) -> str:
-    """The card of a folder that holds a model. `release` is evidence/release.json; spent: `costs.of` the release."""
+    """The card of a folder that holds a model. `release` is evidence/release.json; run_costs: of
+    `costs.usage_by_stage`."""
     hub = load()
 
     namespace, name = release["namespace"], release["name"]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def of_model(folder: Path, model: Mapping[str, Any]) -> dict[str, bytes]:
+def model_plots(folder: Path, model: Mapping[str, Any]) -> dict[str, bytes]:
     """The plots that a model repository carries, by name; none of a model that does not converse.
 
     model: its facts, whose scores are drawn.

@@ -40,7 +40,7 @@ class Reads:
 NOTHING_LARGE = Reads()
 
 
-def ask(name: str, question: Callable[[], Problems | registry.Findings]) -> Check:
+def run_check(name: str, question: Callable[[], Problems | registry.Findings]) -> Check:
     """The answer to a question about files that may hold anything."""
     try:
         findings = question()

@@ -109,12 +109,12 @@ def reload(models: list[Path]) -> list[str]:
     limits = RELOAD_MEMORY + 8 * size, RELOAD_SECONDS * len(models) + size // RELOAD_BYTES_PER_SECOND
     problems = []
     for model, report in zip(models, run_reload(models, limits), strict=True):
-        messages = report["problems"] or _against_goldens(model, report["goldens"])
+        messages = report["problems"] or _compare_with_goldens(model, report["goldens"])
         problems += [f"{model.name}: {text}" for text in messages]
     return problems
 
 
-def _against_goldens(model: Path, outputs: dict[str, Any]) -> list[str]:
+def _compare_with_goldens(model: Path, outputs: dict[str, Any]) -> list[str]:
     """What tokenizer, template and weights give here is what they gave in the build; logits within GOLDEN_BOUND."""
     try:
         golden = metrics.read_json(registry.require_file(model, GOLDENS))

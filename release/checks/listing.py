@@ -69,7 +69,7 @@ def parts_of(folder: Path) -> list[str]:
     return [name for name in names if name in PARTS or name.startswith(f"{MODEL}-")]
 
 
-def shows_release(folder: Path) -> bool:
+def looks_like_release(folder: Path) -> bool:
     """Whether a folder is, or once was, of a release: then a missing checksum file is a finding, not a wrong name."""
     if os.path.lexists(folder / SUMS) or any(os.path.lexists(folder / marker) for marker in SIGNS):
         return True

@@ -59,10 +59,10 @@ def post_training(c: Context) -> list[Gate]:
         )
         ok = rate["low"] > limits["least_win"]
         gates.append(Gate(f"{name}_is_preferred", ok, text if ok else text + advice.format("rlhf")))
-    return [*gates, _fresh(c), _contamination(c)]
+    return [*gates, _fresh_set_gate(c), _contamination_gate(c)]
 
 
-def _fresh(c: Context) -> Gate:
+def _fresh_set_gate(c: Context) -> Gate:
     from release.checks.gates import Gate
 
     problems = registry.fresh_set(c.folder)
@@ -71,7 +71,7 @@ def _fresh(c: Context) -> Gate:
     return Gate("fresh_set", not problems, f"{problems[0]}; run the stage fresh again" if problems else text)
 
 
-def _contamination(c: Context) -> Gate:
+def _contamination_gate(c: Context) -> Gate:
     from release.checks.gates import Gate
 
     path = c.folder / "dataset" / metrics.CONTAMINATION

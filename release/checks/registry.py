@@ -334,7 +334,7 @@ def described(folder: Path, digest: Callable[[Path], str] = sha256_file) -> list
     """What stands in croissant.json is what the data of a whole release gives."""
     _require_comparable(folder, "croissant")
     release_info, dataset = schema.read_release(folder), folder / "dataset"
-    expected = croissant.of(release_info, dataset, metrics.data_facts(dataset), digest)
+    expected = croissant.describe_dataset(release_info, dataset, metrics.data_facts(dataset), digest)
     is_equal = metrics.read_json(require_file(dataset, croissant.NAME)) == json.loads(json.dumps(expected))
     return [] if is_equal else [f"dataset/{croissant.NAME} is not what the data gives"]
 
@@ -431,7 +431,7 @@ def cards(folder: Path) -> Findings:
     data_facts = metrics.data_facts(folder / "dataset")
     table_lines = render.data_tables(data_facts)
     changes = metrics.interventions(metrics.checkpoint_facts(folder / "checkpoints"))
-    run_costs = costs.of(folder)
+    run_costs = costs.usage_by_stage(folder)
     for name in models:
         card = (folder / name / "README.md").read_text()
         phases = training.logs(folder / name)

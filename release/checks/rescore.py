@@ -114,7 +114,7 @@ def _conversations(dataset: Path) -> Iterator[Iterator[tuple[Scorer, Scored]]]:
 def _answers(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[Scorer, Scored]]:
     name = path.relative_to(dataset).as_posix()
     for row in metrics.stream(path):
-        yield _stated(row), _scored(f"{name}: {row['id']}/{row['sample']}", tasks, row["id"], row)
+        yield _scorer_of(row), _scored_answer(f"{name}: {row['id']}/{row['sample']}", tasks, row["id"], row)
 
 
 def _pairs(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[Scorer, Scored]]:
@@ -122,7 +122,7 @@ def _pairs(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[S
     for row in metrics.stream(path):
         for side in SIDES:
             answer = {column: row[f"{side}_{column}"] for column in ("text", "answer", "finished", "reward", "parts")}
-            yield _stated(row), _scored(f"{name}: {row['id']} of {side}", tasks, row["id"], answer)
+            yield _scorer_of(row), _scored_answer(f"{name}: {row['id']} of {side}", tasks, row["id"], answer)
 
 
 def _rollouts(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[Scorer, Scored]]:
@@ -130,18 +130,18 @@ def _rollouts(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tupl
     columns = [*place_columns, "task", "text", "finished", "reward", "parts", "verifier", "verifier_version"]
     for row in metrics.stream(path, columns):
         location = "/".join(str(row[column]) for column in place_columns)
-        yield _stated(row), _scored(f"{name}: {row['task']} at {location}", tasks, row["task"], row)
+        yield _scorer_of(row), _scored_answer(f"{name}: {row['task']} at {location}", tasks, row["task"], row)
 
 
 def _tasks(path: Path) -> dict[str, Row]:
     return {row["id"]: row for row in read_jsonl(path)} if path.exists() else {}
 
 
-def _stated(row: Row) -> Scorer:
+def _scorer_of(row: Row) -> Scorer:
     return str(row["verifier"]), str(row["verifier_version"])
 
 
-def _scored(location: str, tasks: dict[str, Row], task: str, row: Row) -> Scored:
+def _scored_answer(location: str, tasks: dict[str, Row], task: str, row: Row) -> Scored:
     parts, task_row = json.loads(row["parts"]), tasks.get(task, {})
     return Scored(location, task_row, row["text"], row.get("answer"), row["finished"], row["reward"], parts)
 

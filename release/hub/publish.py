@@ -81,7 +81,7 @@ def publish(
         refuse_changed_version(release, repository, repo, report.tag)
     for repository, repo in zip(release_repositories, repos, strict=True):
         report.repositories.append(upload(release, repository, repo, report.tag, journal, progress))
-    _pull_back(release, release_repositories, report, progress)
+    _verify_published(release, release_repositories, report, progress)
     journal.write("verified", repositories=[asdict(row) for row in report.repositories])
     pairs = zip(release_repositories, report.repositories, strict=True)
     report.repositories = [promote(release, repository, revision, journal) for repository, revision in pairs]
@@ -111,7 +111,7 @@ def _require_publishable(
         )
 
 
-def _pull_back(
+def _verify_published(
     release: Path, release_repositories: list[Repository], report: PublishReport, progress: Progress
 ) -> None:
     """Downloads every repository at the commit just made, into the shape of the release, and verifies that."""
