@@ -38,7 +38,7 @@ CONTEXT: dict[str, Any] = {
 def describe_dataset(
     release: dict[str, Any], dataset: Path, data: dict[str, Any], digest: Callable[[Path], str] = sha256_file
 ) -> dict[str, Any]:
-    """The JSON-LD of a dataset folder. release: evidence/release.json; data: `facts.data_facts` of the folder."""
+    """The JSON-LD of a dataset folder. release: evidence/release.json; data: `metrics.data_facts` of the folder."""
     repo = f"https://huggingface.co/datasets/{release['namespace']}/{release['name']}-data"
     tables = {"dispositions": "dispositions.parquet"}
     tables |= {
