@@ -33,7 +33,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     made["tasks-rlvr"] = write_manifest(made["tasks-rlvr"].path, "tasks-rlvr")
     config = {"problems": {"add": 5}, "phases": {"pretrain": ["prose"]}}
     made["fresh"] = world.sealed(generated_eval.STAGE, config, made, folder / "fresh")
-    solving = {"samples": 2, "max_new_tokens": 3, "seed": 0}
+    solving = {"num_samples": 2, "max_new_tokens": 3, "seed": 0}
     made["solve-sft"] = world.sealed(pass_at_k.STAGE, solving, made, folder / "solve")
     made["fresh-solve-sft"] = world.sealed(
         pass_at_k.STAGE, solving, {**made, "items": made["fresh"]}, folder / "fsolve"

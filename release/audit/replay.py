@@ -183,11 +183,11 @@ class Plan:
         self.recorded = _environment_values(
             parameters["version"], provenance.code_of(self.body), provenance.environment_of(self.body)
         )
-        clusters = [operation["phase"]["cluster"] for operation in provenance.operations_of(self.body)]
+        clusters = [operation["phase"]["parallelism"] for operation in provenance.operations_of(self.body)]
         self.ranks = max(cluster["ranks"] for cluster in clusters)
         config = TrainConfig.model_validate(parameters["config"])
-        overrides: dict[str, Any] = {"hang_seconds": PATIENCE, "work_checkpoint_every": config.phase.steps}
-        overrides |= {"cluster": Layout.model_validate(clusters[-1]) if self.ranks == 1 else Layout()}
+        overrides: dict[str, Any] = {"watchdog_timeout_seconds": PATIENCE, "checkpoint_interval": config.phase.steps}
+        overrides |= {"parallelism": Layout.model_validate(clusters[-1]) if self.ranks == 1 else Layout()}
         self.config: TrainConfig = config.model_copy(update={"phase": config.phase.model_copy(update=overrides)})
         order, log = self.materials["order"], source.place(key, "training.jsonl")
         table, meta = (source.copy(order, name) for name in ("order.parquet", "meta.json"))

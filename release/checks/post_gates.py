@@ -57,7 +57,7 @@ def post_training(c: Context) -> list[Gate]:
         text = (
             f"{name} wins {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against the model before rlhf"
         )
-        ok = rate["low"] > limits["least_win"]
+        ok = rate["low"] > limits["min_win_rate"]
         gates.append(Gate(f"{name}_is_preferred", ok, text if ok else text + advice.format("rlhf")))
     return [*gates, _fresh_set_gate(c), _contamination_gate(c)]
 
