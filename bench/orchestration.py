@@ -75,7 +75,7 @@ def ours() -> list[float]:
         while not store.sealed(composed.nodes["tokenize"].key):
             time.sleep(0.5)
         events = [Tail(made.run.node_folder(name) / "events.jsonl").read() for name in chain]
-        while slurm_client.ask("squeue", "-h", "--me", "-t", "running,completing").strip():
+        while slurm_client.run_command("squeue", "-h", "--me", "-t", "running,completing").strip():
             time.sleep(0.2)
     when = [{event["event"]: event["time"] for event in each} for each in events]
     return [after["start"] - before["end"] for before, after in pairwise(when)]
@@ -88,8 +88,8 @@ def theirs() -> list[float]:
         for number in range(3):
             more = [f"--dependency=afterok:{job}"] if job else []
             run = f"srun date +%s.%N > {place}/{number}"
-            job = slurm_client.ask("sbatch", "--parsable", "--output=/dev/null", *more, f"--wrap={run}").strip()
-        while not (Path(place) / "2").exists() or slurm_client.ask(
+            job = slurm_client.run_command("sbatch", "--parsable", "--output=/dev/null", *more, f"--wrap={run}").strip()
+        while not (Path(place) / "2").exists() or slurm_client.run_command(
             "squeue", "-h", "-j", job, "-t", "running,completing"
         ):
             time.sleep(0.2)
@@ -106,7 +106,7 @@ def measure(quick: bool) -> dict[str, Any]:
     for _ in range(1 if quick else rounds):
         took["stage to stage"] += ours()
         took["job to job"] += theirs()
-    slurm_client.ask("scontrol", "update", "partitionname=test", "state=down")
+    slurm_client.run_command("scontrol", "update", "partitionname=test", "state=down")
     try:
         for _ in range(rounds):
             with tempfile.TemporaryDirectory() as place:
@@ -128,7 +128,7 @@ def measure(quick: bool) -> dict[str, Any]:
                 start = time.perf_counter()
                 again(scripts)
                 took["sbatch"].append(time.perf_counter() - start)
-                slurm_client.ask("scancel", "--me")
+                slurm_client.run_command("scancel", "--me")
         with tempfile.TemporaryDirectory() as place:
             store = Store(Path(place))
             composed = large(store, many)
@@ -139,8 +139,8 @@ def measure(quick: bool) -> dict[str, Any]:
                 took[f"atom status, {many} jobs"].append(time.perf_counter() - start)
                 assert lack is None and len(found) == many
     finally:
-        slurm_client.ask("scancel", "--me")
-        slurm_client.ask("scontrol", "update", "partitionname=test", "state=up")
+        slurm_client.run_command("scancel", "--me")
+        slurm_client.run_command("scontrol", "update", "partitionname=test", "state=up")
     print(f"{stages} stages, {rounds} rounds{'seconds, median':>28}{'lowest':>9}{'highest':>9}")
     for name, each in took.items():
         print(f"{name:24}{statistics.median(each):28.3f}{min(each):9.3f}{max(each):9.3f}")

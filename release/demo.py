@@ -21,9 +21,9 @@ NAMESPACE, TOKEN = "local", "hf_local"
 def atom(*arguments: str, **environment: str) -> None:
     """Runs one `atom` command as a user would. Exits with its code if it fails."""
     print(f"\n$ atom {' '.join(arguments)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "pipeline.cli", *arguments], env={**os.environ, **environment})
-    if done.returncode:
-        sys.exit(done.returncode)
+    process = subprocess.run([sys.executable, "-m", "pipeline.cli", *arguments], env={**os.environ, **environment})
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def main(recipe: str) -> None:
@@ -33,7 +33,7 @@ def main(recipe: str) -> None:
     from release.hub.local.server import running
     from release.signing import sign
 
-    began = time.monotonic()
+    started = time.monotonic()
     store = Store(Path(os.environ.get("ATOM_HOME") or "runs"))
     composed = dag.compose(recipes.load(recipe), store)
     identity = composed.recipe.config
@@ -43,7 +43,7 @@ def main(recipe: str) -> None:
     atom("build", recipe)
     key = store.home / "keys" / "demo.pem"
     if not key.exists():
-        print(f"\nmaking a key for this demo, {_near(key)}")
+        print(f"\nmaking a key for this demo, {_short_path(key)}")
         sign.make_key(key)
     atom("sign", str(release), "--key", str(key))
     name = sign.fingerprint(sign.Signer(key).public_key())
@@ -54,7 +54,7 @@ def main(recipe: str) -> None:
         atom("publish", str(release), "--to", NAMESPACE, **hub)
         atom("verify", f"{NAMESPACE}/{identity.name}@v{identity.version}", "--key", name, **hub)
     atom("verify", "--deep", str(release), "--key", name)
-    summary(composed, store, release, time.monotonic() - began)
+    summary(composed, store, release, time.monotonic() - started)
 
 
 def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
@@ -73,12 +73,12 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
 
     def table(title: str, *columns: str) -> Table:
-        made = Table(
+        grid = Table(
             title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim"
         )
         for i, column in enumerate(columns):
-            made.add_column(column, justify="left" if i == 0 else "right")
-        return made
+            grid.add_column(column, justify="left" if i == 0 else "right")
+        return grid
 
     print()
     names = list(data["sources"])
@@ -95,9 +95,9 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
     row("tokens", [sum(data["sources"][n]["tokens"].values()) for n in names])
     console.print(corpus)
 
-    first = [*caveats.of(model), *caveats.unread(model["scores"], data["order"])]
+    sentences = [*caveats.caveat_sentences(model), *caveats.unread(model["scores"], data["order"])]
     print("\nWhat to know before any figure")
-    for sentence in first:
+    for sentence in sentences:
         console.print(sentence.replace("**", ""), markup=False, highlight=False)
 
     scores = data["evaluation"]
@@ -124,23 +124,23 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
 
     times = []
     for name, node in composed.nodes.items():
-        made = provenance.sealed(store.ledger, store.open(node.key))
-        if made:
-            times.append((name, provenance.usage(made[1])["wall_seconds"]))
+        statement = provenance.sealed(store.ledger, store.open(node.key))
+        if statement:
+            times.append((name, provenance.usage(statement[1])["wall_seconds"]))
     print("Time of each stage: " + ", ".join(f"{name} {duration(wall)}" for name, wall in times))
     print(f"This command took {duration(seconds)}; a second one uses what is sealed.")
 
-    uri, shown = mlflow_sync.shown_uri(store), _near(release)
-    print(f"\nRelease  {shown}\nHub      {_near(store.home / 'hub')}\nMLflow   {uri}")
+    uri, release_path = mlflow_sync.shown_uri(store), _short_path(release)
+    print(f"\nRelease  {release_path}\nHub      {_short_path(store.home / 'hub')}\nMLflow   {uri}")
     name = composed.recipe.path.stem
     print(
         "\nWhat to try next (with .venv/bin in front of PATH)\n"
         "  atom status                     how the run went, stage by stage\n"
-        f"  less {shown}/model/README.md    the model card: every number of it was measured\n"
-        f"  atom show {shown}      the release on one page\n"
-        f"  atom trace {shown} --phase pretrain --step 7    what that batch held, and where it is from\n"
-        f"  atom replay {shown} pretrain    train its last steps again, and compare every tensor\n"
-        f"  atom verify {shown}    then flip any byte of it, and verify again\n"
+        f"  less {release_path}/model/README.md    the model card: every number of it was measured\n"
+        f"  atom show {release_path}      the release on one page\n"
+        f"  atom trace {release_path} --phase pretrain --step 7    what that batch held, and where it is from\n"
+        f"  atom replay {release_path} pretrain    train its last steps again, and compare every tensor\n"
+        f"  atom verify {release_path}    then flip any byte of it, and verify again\n"
         f"  mlflow ui --backend-store-uri {uri}\n"
         f"  atom plan {name}             change a field of a copy of the recipe, and plan the copy:\n"
         "                                  only what depends on the field is to run"
@@ -151,26 +151,31 @@ def conversation(console: Any, table: Any, chat: dict[str, Any]) -> None:
     """What each phase of post-training gave: test problems, the fresh set, the judge's reward in parts, preferences."""
     from release.cards import caveats, chat_tables
 
-    test, fresh, liked = (chat.get(about, {}) for about in ("test", "fresh", "preferences"))
-    made = table("\nIn conversation: value ± standard error; pass@1: right answers drawn at temperature 1", "", *test)
+    test, fresh, preferences = (chat.get(benchmark, {}) for benchmark in ("test", "fresh", "preferences"))
+    grid = table("\nIn conversation: value ± standard error; pass@1: right answers drawn at temperature 1", "", *test)
 
     def row(label: str, cells: list[dict[str, Any] | None]) -> None:
-        made.add_row(label, *(f"{c['value']:.3f} ± {c['se']:.3f}" if c else "" for c in cells))
+        grid.add_row(label, *(f"{c['value']:.3f} ± {c['se']:.3f}" if c else "" for c in cells))
 
     for kind in next(iter(test.values()))["problems"]:
-        row(f"pass@1, {kind}", [found["problems"][kind]["samples"]["accuracy"] for found in test.values()])
-    row("pass@1, all", [found["problems_all"]["samples"]["accuracy"] for found in test.values()])
-    row("greedy, all", [found["problems_all"]["greedy"]["accuracy"] for found in test.values()])
-    row("pass@1, fresh set", [found["problems_all"]["samples"]["accuracy"] for found in fresh.values()])
+        row(
+            f"pass@1, {kind}", [model_scores["problems"][kind]["samples"]["accuracy"] for model_scores in test.values()]
+        )
+    row("pass@1, all", [model_scores["problems_all"]["samples"]["accuracy"] for model_scores in test.values()])
+    row("greedy, all", [model_scores["problems_all"]["greedy"]["accuracy"] for model_scores in test.values()])
+    row("pass@1, fresh set", [model_scores["problems_all"]["samples"]["accuracy"] for model_scores in fresh.values()])
     measured = caveats.parts(chat)
-    for part in chat_tables.ordered([part for found in measured.values() for part in found]):
+    for part in chat_tables.ordered([part for model_scores in measured.values() for part in model_scores]):
         label = f"  its part {part}" if part != "reward" else "judge's mean on requests"
         row(label, [measured.get(name, {}).get(part) for name in test])
-    row("wins against an earlier model", [liked[name]["win_rate"] if name in liked else None for name in test])
-    console.print(made)
+    row(
+        "wins against an earlier model",
+        [preferences[name]["win_rate"] if name in preferences else None for name in test],
+    )
+    console.print(grid)
 
 
-def _near(path: Path) -> str:
+def _short_path(path: Path) -> str:
     """A path below the present folder by its short name, any other in full."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 

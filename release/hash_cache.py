@@ -23,32 +23,32 @@ class Digests:
         """paths: relative to the folder; their digests are computed at once, the largest file first."""
         self.folder, self.tree = folder, tree
         present = sorted(paths & tree.files.keys(), key=lambda path: -tree.files[path].st_size)
-        own = {self._file(path): path for path in present}  # a file of several names is hashed once
+        path_of_inode = {self._file(path): path for path in present}  # a file of several names is hashed once
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run meanwhile
-            digests = dict(zip(own, pool.map(self._digest, own.values()), strict=True))
-        self.known = {folder / path: digests[self._file(path)] for path in present}
+            digests = dict(zip(path_of_inode, pool.map(self._digest, path_of_inode.values()), strict=True))
+        self.digests = {folder / path: digests[self._file(path)] for path in present}
 
     def _file(self, path: str) -> tuple[int, int]:
         status = self.tree.files[path]
         return status.st_dev, status.st_ino
 
     def __call__(self, path: Path) -> str:
-        if path not in self.known:
-            self.known[path] = self._digest(path.relative_to(self.folder).as_posix())
-        return self.known[path]
+        if path not in self.digests:
+            self.digests[path] = self._digest(path.relative_to(self.folder).as_posix())
+        return self.digests[path]
 
     def _digest(self, path: str) -> str:
         """No digest, "", of what is not to be read, or changes meanwhile."""
         status = self.tree.files.get(path)
         if status is None:
             return ""
-        digest, left = hashlib.sha256(), status.st_size
+        digest, remaining = hashlib.sha256(), status.st_size
         try:
             with open_regular(self.folder / path, follow=True) as file:
-                while chunk := file.read(min(1 << 20, left + 1)):
+                while chunk := file.read(min(1 << 20, remaining + 1)):
                     digest.update(chunk)
-                    left -= len(chunk)
-                    if left < 0:
+                    remaining -= len(chunk)
+                    if remaining < 0:
                         return ""
         except (OSError, CheckFailed):
             return ""

@@ -48,7 +48,7 @@ def scorer(row: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 REPLAY = """
-import json, os, sys
+import os, sys
 from pathlib import Path
 
 release, phase, first, last, folder = sys.argv[1:]
@@ -58,27 +58,7 @@ if not os.path.realpath(carried.__file__).startswith(code + os.sep):
     sys.exit("the code that ran is not the one that the release carries")
 
 from release.audit import replay
-from release.audit.replay_source import Source
 
-def show(text):
-    print("ATOM " + " ".join(text.split()), flush=True)
-
-folder = Path(folder)
-plan = replay.Plan(Source(Path(release)), phase, int(first), int(last))
-show("tokenizing the kept documents")
-tokens = plan.tokens(folder)
-plan.lay_down(folder / "work")
-show(f"training steps {int(first) + 1} to {last}")
-made = replay._train(plan, {"tokens": tokens, "order": plan.order()}, folder, show)
-state, diverges = plan.otherwise(made)
-environment, fingerprint = plan.changes()
-materials = plan.files(plan.start) | plan.source.digests(*plan.order_files)
-materials |= {f"{tokens.key}/{row.path}": row.sha256 for row in tokens.rows}
-result = {
-    "made": str(Path(made).relative_to(folder)), "state": list(state), "diverges": diverges, "ranks": plan.ranks,
-    "environment": list(environment), "fingerprint": fingerprint, "materials": materials,
-    "subject": plan.files(plan.end),
-}
-(folder / "result.json").write_text(json.dumps(result))
+replay.replay_into(Path(release), phase, int(first), int(last), Path(folder))
 """
-"""Replays steps by the code that a release of format 3 carries: `release/audit/replay.py` has these functions."""
+"""Replays steps by the code that a release of format 3 carries: `release/audit/replay.py` has this function."""

@@ -25,9 +25,9 @@ def folder() -> Iterator[Path]:
 
     Raises MachineError if none can be made or locked there.
     """
-    place = Path(tempfile.gettempdir())
-    sweep(place)
-    path, lock = _locked(place)
+    parent = Path(tempfile.gettempdir())
+    sweep(parent)
+    path, lock = _make_locked_folder(parent)
     try:
         yield path
     finally:
@@ -35,10 +35,10 @@ def folder() -> Iterator[Path]:
         os.close(lock)
 
 
-def sweep(place: Path) -> list[Path]:
+def sweep(parent: Path) -> list[Path]:
     """Removes the folders of this user's processes that are no more, and returns them."""
-    gone = []
-    for path in sorted(place.glob(f"{PREFIX}*")):
+    removed = []
+    for path in sorted(parent.glob(f"{PREFIX}*")):
         with suppress(OSError):  # another process sweeps it at the same time, or it is not ours
             status = path.lstat()
             if status.st_uid != os.geteuid() or path.is_symlink() or not path.is_dir():
@@ -47,19 +47,19 @@ def sweep(place: Path) -> list[Path]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
-                gone.append(path)
+                removed.append(path)
             finally:
                 os.close(lock)
-    return gone
+    return removed
 
 
-def _locked(place: Path) -> tuple[Path, int]:
+def _make_locked_folder(parent: Path) -> tuple[Path, int]:
     """A new folder, and the descriptor that holds its lock. Raises MachineError."""
     while True:
         try:
-            path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+            path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         except OSError as error:
-            raise _unusable(place, error) from None
+            raise _unusable(parent, error) from None
         lock = None
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -72,10 +72,10 @@ def _locked(place: Path) -> tuple[Path, int]:
             if error.errno in (errno.EWOULDBLOCK, errno.ENOENT):  # another process swept it before it was locked
                 continue
             shutil.rmtree(path, ignore_errors=True)
-            raise _unusable(place, error) from None
+            raise _unusable(parent, error) from None
 
 
-def _unusable(place: Path, error: OSError) -> MachineError:
+def _unusable(parent: Path, error: OSError) -> MachineError:
     return MachineError(
-        f"no temporary folder can be made and locked in {place}: {error.strerror}; set TMPDIR to another file system"
+        f"no temporary folder can be made and locked in {parent}: {error.strerror}; set TMPDIR to another file system"
     )

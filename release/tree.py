@@ -49,47 +49,49 @@ class Tree:
             self.others += 1
 
 
-def walk(folder: Path, most: int | None = None) -> Iterator[tuple[str, os.stat_result | OSError]]:
+def walk(folder: Path, max_entries: int | None = None) -> Iterator[tuple[str, os.stat_result | OSError]]:
     """(path, status) of everything below a folder but readable folders, at most DEPTH levels deep, the path relative
-    and as POSIX writes it. A folder that is deeper or cannot be read comes as itself, and "." after `most` entries."""
-    seen = 0
-    waiting = [""]
-    while waiting:
-        place = waiting.pop()
+    and as POSIX writes it. A folder that is deeper or cannot be read comes as itself, and "." after
+    `max_entries` entries."""
+    entry_count = 0
+    pending = [""]
+    while pending:
+        directory = pending.pop()
         try:
-            entries = os.scandir(folder / place)
+            entries = os.scandir(folder / directory)
         except OSError as error:
-            yield place or ".", error
+            yield directory or ".", error
             continue
         with entries:
             for entry in entries:
-                seen += 1
-                if most is not None and seen > most:
-                    yield ".", OSError(errno.E2BIG, f"has more than {most} entries, far more than its checksums name")
+                entry_count += 1
+                if max_entries is not None and entry_count > max_entries:
+                    text = f"has more than {max_entries} entries, far more than its checksums name"
+                    yield ".", OSError(errno.E2BIG, text)
                     return
-                path = f"{place}/{entry.name}".lstrip("/")
+                path = f"{directory}/{entry.name}".lstrip("/")
                 try:
                     status = entry.stat(follow_symlinks=False)
                 except OSError as error:
                     yield path, error
                     continue
                 if stat.S_ISDIR(status.st_mode) and path.count("/") < DEPTH:
-                    waiting.append(path)
+                    pending.append(path)
                 else:
                     yield path, status
 
 
-def scan(folder: Path, listed: int) -> Tree:
-    """What of a folder may be read. listed: how many files its checksum files can name, by their sizes."""
+def scan(folder: Path, listed_count: int) -> Tree:
+    """What of a folder may be read. listed_count: how many files its checksum files can name, by their sizes."""
     tree = Tree()
-    spelled: dict[str, str] = {}
-    for path, status in walk(folder, ENTRIES + 4 * listed):
+    path_of_name: dict[str, str] = {}
+    for path, status in walk(folder, ENTRIES + 4 * listed_count):
         if isinstance(status, OSError):
             if status.errno == errno.E2BIG:
                 return Tree(refused=[f"{path} {status.strerror}"], overflow=True)
             tree.refuse(f"{path} cannot be read: {status.strerror}")
-        elif why := _refusal(path, status, spelled):
-            tree.refuse(f"{path} {why}")
+        elif reason := _refusal(path, status, path_of_name):
+            tree.refuse(f"{path} {reason}")
         elif not stat.S_ISLNK(status.st_mode):
             tree.files[path] = status
         elif (blob := _blob(folder, path)) is not None:
@@ -99,7 +101,7 @@ def scan(folder: Path, listed: int) -> Tree:
     return tree
 
 
-def _refusal(path: str, status: os.stat_result, spelled: dict[str, str]) -> str:
+def _refusal(path: str, status: os.stat_result, path_of_name: dict[str, str]) -> str:
     """Why a path may not be read; "" if it may."""
     try:
         path.encode()
@@ -107,8 +109,8 @@ def _refusal(path: str, status: os.stat_result, spelled: dict[str, str]) -> str:
         return "has a name that is no UTF-8"
     if not path.isprintable():
         return "has a name with characters that cannot be printed"
-    if (other := spelled.setdefault(unicodedata.normalize("NFC", path), path)) != path:
-        return f"has a name that looks like that of {other}"
+    if (similar_path := path_of_name.setdefault(unicodedata.normalize("NFC", path), path)) != path:
+        return f"has a name that looks like that of {similar_path}"
     if ".cache" in path.split("/") and (
         not CLIENTS.fullmatch(path) or not stat.S_ISREG(status.st_mode) or status.st_size > CLIENTS_BYTES
     ):
@@ -132,8 +134,8 @@ def is_sparse(status: os.stat_result) -> bool:
 
 def real_bytes(files: Iterable[os.stat_result]) -> int:
     """What files hold on the disk: holes count for nothing, and a file of several names counts once."""
-    own = {(status.st_dev, status.st_ino): min(status.st_size, status.st_blocks * 512) for status in files}
-    return sum(own.values())
+    size_of_inode = {(status.st_dev, status.st_ino): min(status.st_size, status.st_blocks * 512) for status in files}
+    return sum(size_of_inode.values())
 
 
 def is_foreign_link(folder: Path, path: str) -> bool:
@@ -170,10 +172,11 @@ def keeps_modes(folder: Path, mounts: str | None = None) -> bool:
         text = Path("/proc/self/mountinfo").read_text(errors="surrogateescape") if mounts is None else mounts
     except OSError:
         return True
-    place, longest, kind = os.path.realpath(folder), -1, ""
+    real_path, longest, kind = os.path.realpath(folder), -1, ""
     for line in text.splitlines():
-        mount, _, rest = line.partition(" - ")
-        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount.split(" ")[4])
-        if len(point) >= longest and f"{place}/".startswith(point.rstrip("/") + "/"):  # a later mount covers an earlier
-            longest, kind = len(point), rest.split(" ")[0]
+        mount, _, filesystem = line.partition(" - ")
+        mount_point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount.split(" ")[4])
+        # a later mount covers an earlier
+        if len(mount_point) >= longest and f"{real_path}/".startswith(mount_point.rstrip("/") + "/"):
+            longest, kind = len(mount_point), filesystem.split(" ")[0]
     return kind not in WITHOUT_MODES

@@ -58,7 +58,7 @@ def state(store: Store, run: Run, composed: Graph, name: str, made: Artifact, pa
         finished=2.0,
         usage={"wall_seconds": 1.0, "cpu_seconds": 3600.0},
         outcome="sealed",
-        of={"key": part.phase, "step": part.step} if part else None,
+        checkpoint_of={"key": part.phase, "step": part.step} if part else None,
     )
     provenance.write(store.ledger, made.key, body)
 

@@ -49,15 +49,15 @@ def facts(**changes: Any) -> dict[str, Any]:
 
 
 def said(model: dict[str, Any], part: str) -> list[str]:
-    return [line for line in caveats.of(model) if part in line]
+    return [line for line in caveats.caveat_sentences(model) if part in line]
 
 
 def test_where_all_is_well_only_the_share_that_does_what_was_asked_is_stated() -> None:
-    assert caveats.of(facts()) == [
+    assert caveats.caveat_sentences(facts()) == [
         "- This model does all of what was asked in 0.600 ± 0.010 of 400 held-out requests. That its answers are preferred "
         "to another model's says no more than that."
     ]
-    assert caveats.of(facts(chat={}, training={})) == [caveats.NONE]
+    assert caveats.caveat_sentences(facts(chat={}, training={})) == [caveats.NONE]
 
 
 @pytest.mark.parametrize(("task", "expected"), [(0.002, True), (0.02, True), (0.05, False)])
@@ -109,9 +109,11 @@ def test_what_got_worse_is_listed_with_the_phase_that_did_not_read_it() -> None:
 def test_a_reward_without_a_task_is_named_where_it_was_trained_on() -> None:
     model = facts()
     model["chat"]["preferences"]["rlhf"]["sides"] = {"before": side(0.2, None, 0.3), "model": side(0.5, None, 0.9)}
-    (line,) = caveats.of(model)
+    (line,) = caveats.caveat_sentences(model)
     assert "no task was measured**: while rlhf was trained, its reward for courtesy rose" in line
-    assert caveats.of(model | {"training": {}}) == [caveats.NONE], "of an older release, whose logs have no rewards"
+    assert caveats.caveat_sentences(model | {"training": {}}) == [caveats.NONE], (
+        "of an older release, whose logs have no rewards"
+    )
 
 
 def test_parts_of_the_reward_by_model() -> None:

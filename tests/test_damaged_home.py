@@ -27,7 +27,7 @@ from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph
 from pipeline.launch import submission_lock
-from pipeline.launch.failure_messages import kind, sentence
+from pipeline.launch.failure_messages import failure_kind, failure_message
 from pipeline.launch.slurm_client import Job
 
 pytestmark = pytest.mark.filterwarnings("ignore::pipeline.core.json_files.DamagedFile")
@@ -304,26 +304,26 @@ def test_what_a_disk_refuses_is_one_sentence_from_wherever_it_arises(tmp_path: P
     behind = AtomError("a checkpoint cannot be written")
     behind.__cause__ = direct
     for error in (direct, wrapped, behind):
-        said = sentence(error, "pretrain", Store(tmp_path / "home"))
+        said = failure_message(error, "pretrain", Store(tmp_path / "home"))
         assert str(tmp_path / "home") in said and "a bug" not in said and "\n" not in said, said
         assert os_errors.find(error, tmp_path / "home") == os_errors.Fault(Kind.MACHINE, said)
     hidden = KeyError("x")
     hidden.__context__, hidden.__suppress_context__ = direct, True
-    assert "a bug in stage pretrain" in sentence(hidden, "pretrain", Store(tmp_path / "home"))
+    assert "a bug in stage pretrain" in failure_message(hidden, "pretrain", Store(tmp_path / "home"))
 
 
 def test_a_missing_file_of_our_own_code_stays_a_bug(tmp_path: Path) -> None:
     error = FileNotFoundError(errno.ENOENT, "No such file or directory", "/elsewhere/x")
-    assert "a bug in stage pretrain" in sentence(error, "pretrain", Store(tmp_path))
+    assert "a bug in stage pretrain" in failure_message(error, "pretrain", Store(tmp_path))
     inside = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "x"))
-    assert "cannot be used (Permission denied)" in sentence(inside, "pretrain", Store(tmp_path))
+    assert "cannot be used (Permission denied)" in failure_message(inside, "pretrain", Store(tmp_path))
     beside = PermissionError(errno.EACCES, "Permission denied", f"{tmp_path}-old/x")
-    assert "a bug in stage pretrain" in sentence(beside, "pretrain", Store(tmp_path)), "of another home"
+    assert "a bug in stage pretrain" in failure_message(beside, "pretrain", Store(tmp_path)), "of another home"
     for number in (errno.ETIMEDOUT, errno.ECONNREFUSED, errno.EHOSTDOWN):
         network = OSError(number, os.strerror(number))
-        said = sentence(network, "pretrain", Store(tmp_path))
+        said = failure_message(network, "pretrain", Store(tmp_path))
         assert "file server" not in said and "by its machine or network" in said, "a network is no disk"
-        assert kind(network, Store(tmp_path)) is Kind.MACHINE
+        assert failure_kind(network, Store(tmp_path)) is Kind.MACHINE
 
 
 @pytest.mark.parametrize(
@@ -459,7 +459,7 @@ def test_what_stands_where_a_folder_should_be_is_named(tmp_path: Path, place: st
     NO_FOLDERS[what](store.home / place)
     with pytest.raises(OSError) as raised:
         Lease.take(store.home / place / ("key-1" if place == "work" else ""))
-    shown = sentence(raised.value, "pretrain", store)
+    shown = failure_message(raised.value, "pretrain", store)
     assert shown.startswith(f"{store.home / place} is ") and "move it away" in shown and os_errors.AGAIN in shown, shown
     assert (store.misplaced() is None) == (place == "work/key-1")
 

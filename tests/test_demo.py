@@ -83,9 +83,9 @@ def test_the_harness_gives_the_answers_that_the_release_states(demo_home: Path) 
     from release.audit import harness
 
     for folder in ("model", "model-base"):
-        found = harness.again(demo_home / "releases" / "atom-smoke-0.1.0", folder)
+        found = harness.compare_answers(demo_home / "releases" / "atom-smoke-0.1.0", folder)
         assert found["problems"] and not found["other_answers"] and found["exact_match"] == found["stated"]
-    shorter = harness.again(demo_home / "releases" / "atom-smoke-0.1.0", "model", limit=3)
+    shorter = harness.compare_answers(demo_home / "releases" / "atom-smoke-0.1.0", "model", limit=3)
     assert shorter["problems"] == 3
 
 

@@ -111,18 +111,18 @@ def test_a_remade_input_with_other_bytes_is_no_irreproducible_stage(smoke_home: 
 
 
 def test_a_failed_attempt_leaves_no_place_of_the_machine_in_its_statement(tmp_path: Path) -> None:
-    from pipeline.launch.failure_messages import without_places
+    from pipeline.launch.failure_messages import strip_paths
 
     home = tmp_path / "home"
     text = (
         f"work checkpoint {home}/work/x/state cannot be written (see /opt/data/text.jsonl, line 2); https://a.org/b/c"
     )
-    said = without_places(text, home)
+    said = strip_paths(text, home)
     assert (
         said
         == "work checkpoint $ATOM_HOME/work/x/state cannot be written (see …/text.jsonl, line 2); https://a.org/b/c"
     )
-    assert without_places(f"{home}-old/x is away, {home} is not.", home) == "…/x is away, $ATOM_HOME is not."
+    assert strip_paths(f"{home}-old/x is away, {home} is not.", home) == "…/x is away, $ATOM_HOME is not."
     recipe = recipe_with_documents(tmp_path, ['{"text": "cut'])
     atom(home, "run", recipe, "--until", "acquire-docstrings", code=2)
     bodies = [path.read_text() for folder in (home / "ledger").iterdir() for path in folder.iterdir()]

@@ -357,8 +357,8 @@ def test_the_code_of_a_submission_is_frozen_while_nobody_collects(
         with real(home):
             yield
 
-    monkeypatch.setattr(slurm_client, "held", dict)
-    monkeypatch.setattr(slurm_client, "ask", lambda *words, **more: "")
+    monkeypatch.setattr(slurm_client, "queued_jobs", dict)
+    monkeypatch.setattr(slurm_client, "run_command", lambda *words, **more: "")
     monkeypatch.setattr(slurm, "executor_of", lambda *words, **more: None)
     monkeypatch.setattr(slurm, "start", lambda *words: "7")
     code_snapshot.freeze(store, three[0].recipe.files)

@@ -273,7 +273,7 @@ def test_a_sentence_and_an_end(name: str, clients: dict[str, subprocess.Popen[st
 
 def test_mistakes_of_ours_are_not_the_hubs() -> None:
     """Nor are calls that the client does not know; what the client raises of an answer is."""
-    from release.hub.client import Patient, parsing, plainly
+    from release.hub.client import RetryingClient, parsing, translate_errors
 
     class Client:
         def info(self, repo: str) -> object:
@@ -282,14 +282,17 @@ def test_mistakes_of_ours_are_not_the_hubs() -> None:
     for mistake in (
         lambda: {}["ours"],
         lambda: [].ours,
-        lambda: Patient(Client()).info(),
-        lambda: Patient(Client()).none,
+        lambda: RetryingClient(Client()).info(),
+        lambda: RetryingClient(Client()).none,
     ):
-        with pytest.raises((KeyError, AttributeError, TypeError)), plainly("asking"):
+        with pytest.raises((KeyError, AttributeError, TypeError)), translate_errors("asking"):
             mistake()
-    with pytest.raises(AtomError, match=r"asking: .* answers what no Hub does \(KeyError: 'id'\)"), plainly("asking"):
-        Patient(Client()).info("a/b")
-    with pytest.raises(AtomError, match="answers what no Hub does"), plainly("asking"), parsing():
+    with (
+        pytest.raises(AtomError, match=r"asking: .* answers what no Hub does \(KeyError: 'id'\)"),
+        translate_errors("asking"),
+    ):
+        RetryingClient(Client()).info("a/b")
+    with pytest.raises(AtomError, match="answers what no Hub does"), translate_errors("asking"), parsing():
         int("many")
 
 

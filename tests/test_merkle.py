@@ -77,7 +77,7 @@ def test_root_and_proofs_are_those_of_the_rfc(leaves: list[bytes]) -> None:
     for index, leaf in enumerate(leaves):
         proof = tree.proof(index)
         assert proof == path(index, leaves)
-        assert merkle.holds(leaf, index, len(leaves), proof, tree.root)
+        assert merkle.verify_inclusion(leaf, index, len(leaves), proof, tree.root)
     assert not leaves or merkle.Tree(leaves).proof(len(leaves) - 1) == path(len(leaves) - 1, leaves)
 
 
@@ -88,7 +88,7 @@ def test_what_was_changed_is_refused(size: int, data: st.DataObject) -> None:
     proof = tree.proof(index)
 
     def holds(**changed: Any) -> bool:
-        return merkle.holds(
+        return merkle.verify_inclusion(
             **{"leaf": leaves[index], "index": index, "size": size, "proof": proof, "root": tree.root, **changed}
         )
 
@@ -106,7 +106,7 @@ def test_what_was_changed_is_refused(size: int, data: st.DataObject) -> None:
     # A node is no leaf: the proof of a parent cannot be passed off as that of a leaf.
     if size > 1:
         pair = tree.levels[0][index & ~1 : (index & ~1) + 2]
-        assert not merkle.holds(b"".join(pair), index >> 1, len(tree.levels[1]), proof[1:], tree.root)
+        assert not merkle.verify_inclusion(b"".join(pair), index >> 1, len(tree.levels[1]), proof[1:], tree.root)
 
 
 @pytest.mark.parametrize("index", [-1, 3])

@@ -164,10 +164,10 @@ def test_a_failed_job_of_one_rank_waits_for_mlflow_a_moment_only(
     for name, value in {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "LOCAL_NTASKS": "1", "LOCAL_GLOBALID": "0"}.items():
         monkeypatch.setenv(f"SUBMITIT_{name}", value)
     monkeypatch.setattr(job.clean_environment, "require", lambda named: None)
-    monkeypatch.setattr(job.tracking, "Companion", Companion)
+    monkeypatch.setattr(job.mlflow_sync, "Companion", Companion)
     monkeypatch.setattr(job, "attempt", attempt)
     task = Task(str(tmp_path), "run", "n", "n", {}, {}, "n-0", 8.0, 1)
-    decision = job.run(task.json(), asdict(job.Terms({"n": "n-0"}, None, 0, 0.0, None)))
+    decision = job.run(task.json(), asdict(job.JobLimits({"n": "n-0"}, None, 0, 0.0, None)))
     assert decision == (job.FAILED if quick else job.SEALED) and closed == [quick]
 
 
@@ -176,11 +176,11 @@ def test_signals_to_stop_are_seen_whoever_handles_them() -> None:
 
     before = signal.signal(signal.SIGUSR2, lambda *_: None)
     try:
-        with job.told_to_stop() as told:
+        with job.watch_stop_signals() as told:
             assert not told()
             os.kill(os.getpid(), signal.SIGUSR2)
             assert told() and told()
-        with job.told_to_stop() as told:
+        with job.watch_stop_signals() as told:
             assert not told()
     finally:
         signal.signal(signal.SIGUSR2, before)

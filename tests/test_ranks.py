@@ -22,13 +22,13 @@ from test_run import start, wait_for
 
 from pipeline.core import input_integrity, provenance
 from pipeline.core.errors import AtomError, Failure, PeerLost
-from pipeline.core.lease import gone, holder, me
+from pipeline.core.lease import has_exited, holder, this_process
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from pipeline.core.store import Store, sha256_file
 from pipeline.graph import registry
 from pipeline.launch import rendezvous
 from pipeline.launch.local import visible_gpus
-from pipeline.launch.worker import Task, _operations, attempt, work
+from pipeline.launch.worker import Task, _record_operation, attempt, work
 
 SLOW = 40  # steps: enough to be disturbed in
 
@@ -104,16 +104,16 @@ def test_however_a_rank_ends_the_same_command_ends_in_the_same_bytes(
         wait_for(home, str((folder.parent.parent / file).relative_to(home)), text, seconds=60)
         for n in range(2):
             wait_for(home, str((folder / f"rank-{n}.json").relative_to(home)), '"pid"', seconds=60)
-        pids = rendezvous.tasks(int(folder.name.split(".")[0]))
+        pids = rendezvous.living_ranks(int(folder.name.split(".")[0]))
         processes = [json.loads((folder / f"rank-{n}.json").read_text()) for n in sorted(pids)]
-        assert sorted(pids) == [0, 1] and not any(map(gone, processes))
+        assert sorted(pids) == [0, 1] and not any(map(has_exited, processes))
         os.kill(pids[rank], number)
         if interrupt:
             time.sleep(0.5)
             os.killpg(run.pid, signal.SIGINT)
         said = run.communicate(timeout=60)[0]
         deadline = time.monotonic() + 10
-        while not all(map(gone, processes)):
+        while not all(map(has_exited, processes)):
             assert time.monotonic() < deadline, "no rank is left"
             time.sleep(0.1)
         (left,) = (home / "work").glob("pretrain-*")
@@ -153,40 +153,41 @@ def test_ranks_believe_only_the_rank_0_of_their_own_launch(tmp_path: Path, monke
         monkeypatch.setenv("SUBMITIT_LOCAL_GLOBALID", str(number))
         monkeypatch.setenv("SUBMITIT_LOCAL_LOCALID", str(number))
         monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", str(job))
-        return rendezvous.Ranks.here(2, tmp_path)
+        return rendezvous.Ranks.from_environment(2, tmp_path)
 
-    meeting = rank(0).call(tmp_path / "out.1")
-    assert meeting and rank(1).meet() == meeting and meeting.out == "out.1"
+    meeting = rank(0).open_rendezvous(tmp_path / "out.1")
+    assert meeting and rank(1).join_rendezvous() == meeting and meeting.out == "out.1"
     with rank(1).environment(meeting):
         assert os.environ["RANK"] == os.environ["LOCAL_RANK"] == "1" and os.environ["MASTER_ADDR"] == "127.0.0.1"
         assert os.environ["MASTER_PORT"] == str(meeting.port) and os.environ["WORLD_SIZE"] == "2"
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} & set(os.environ)
-    monkeypatch.setattr(rendezvous, "MEETING_SECONDS", 0.2)
+    monkeypatch.setattr(rendezvous, "RENDEZVOUS_SECONDS", 0.2)
     with pytest.raises(AtomError, match="rank 0 said nothing"):
-        rank(1, job=8).meet()
-    rank(0, job=8).dismiss("busy")
-    assert rank(1, job=8).meet() is None, "rank 0 needs no other ranks"
-    rank(0, job=10).wait(0)
+        rank(1, job=8).join_rendezvous()
+    rank(0, job=8).cancel_rendezvous("busy")
+    assert rank(1, job=8).join_rendezvous() is None, "rank 0 needs no other ranks"
+    rank(0, job=10).report_waiting(0)
     with pytest.raises(AtomError, match="rank 0 said nothing"):
-        rank(1, job=10).meet()
-    rank(0, job=10).dismiss("sealed")
-    assert rank(1, job=10).meet() is None, "rank 0 waited for its turn, and found the product"
+        rank(1, job=10).join_rendezvous()
+    rank(0, job=10).cancel_rendezvous("sealed")
+    assert rank(1, job=10).join_rendezvous() is None, "rank 0 waited for its turn, and found the product"
     rank(1, job=11).announce(Failure("its GPU is gone"))
     with pytest.raises(PeerLost, match="rank 1: its GPU is gone"):
-        rank(0, job=11).wait(1)
+        rank(0, job=11).report_waiting(1)
     assert (
-        rank(1, job=11).failure() is None and rank(0, job=11).blame(Failure("lost")).text == "rank 1: its GPU is gone"
+        rank(1, job=11).failure() is None
+        and rank(0, job=11).find_cause(Failure("lost")).text == "rank 1: its GPU is gone"
     )
     rank(0, job=9)
-    another = {**me(), "start": "1"}
+    another = {**this_process(), "start": "1"}
     (tmp_path / "ranks" / "9.0" / "rank-0.json").write_text(json.dumps(another))
     with pytest.raises(AtomError, match="rank 0 is gone"):
-        rank(1, job=9).meet()
+        rank(1, job=9).join_rendezvous()
 
 
 def test_the_others_wait_while_rank_0_hashes_a_large_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For longer than they wait for a word of it; and they hear no more of its work once it has called them."""
-    monkeypatch.setattr(rendezvous, "MEETING_SECONDS", 1.0)
+    monkeypatch.setattr(rendezvous, "RENDEZVOUS_SECONDS", 1.0)
     monkeypatch.setitem(registry.STAGES, "hanging", "test_ranks")
     monkeypatch.setattr(sys.modules["test_ranks"], "STAGE", Stage("hanging", 1, Hanging, lambda *_: None))
     monkeypatch.setattr(input_integrity, "sha256_file", lambda path: time.sleep(3) or sha256_file(path))
@@ -201,26 +202,26 @@ def test_the_others_wait_while_rank_0_hashes_a_large_input(tmp_path: Path, monke
     def follow() -> None:
         follower = rendezvous.Ranks(2, 1, 1, True, launch)
         try:
-            met.append(follower.meet())
+            met.append(follower.join_rendezvous())
         except AtomError as error:
             met.append(error)
-        follower.leave(rendezvous.FOLLOWED, rendezvous.Usage(0.0, 0))
+        follower.record_end(rendezvous.FOLLOWED, rendezvous.Usage(0.0, 0))
 
     other = threading.Thread(target=follow)
     other.start()
     task = Task(str(tmp_path), "run", "hanging", "hanging", {}, {"large": "large-0"}, "hanging-0", 8.0, 2)
     assert attempt(task, store, rendezvous.Ranks(2, 0, 0, True, launch)) == "sealed"
     other.join(30)
-    assert len(met) == 1 and isinstance(met[0], rendezvous.Meeting) and met[0].out == "out.1", met
+    assert len(met) == 1 and isinstance(met[0], rendezvous.Rendezvous) and met[0].out == "out.1", met
     assert rendezvous.read(launch / "meeting.json") == met[0].__dict__
 
 
 def test_every_way_in_which_a_phase_was_run_is_remembered(tmp_path: Path) -> None:
     path = tmp_path / "operations.json"
     one, two = {"ranks": 1}, {"ranks": 2}
-    assert [_operations(path, now) for now in (one, one, two, one)] == [[one], [one], [one, two], [two, one]]
+    assert [_record_operation(path, now) for now in (one, one, two, one)] == [[one], [one], [one, two], [two, one]]
     path.write_text("[{")
-    assert _operations(path, two) == [two]
+    assert _record_operation(path, two) == [two]
     common = dict(subject={}, stage="s", version=1, node="n", key="k", config={}, materials={}, code={}, environment={},
                   invocation="r/n", started=0.0, finished=1.0, usage={}, outcome="sealed")  # fmt: skip
     for operations in ([one], [one, two]):

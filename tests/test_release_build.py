@@ -145,12 +145,12 @@ def test_a_wrong_number_on_a_card_is_found(built: Path, tmp_path: Path) -> None:
 
     copy = tmp_path / "model"
     shutil.copytree(built / "model", copy)
-    assert registry.model_card(copy).wrong == []
+    assert registry.model_card(copy).problems == []
     text = (copy / "README.md").read_text()
     for old, new in (("0.750 ± ", "0.850 ± "), ("value: 0.75", "value: 0.85")):
         assert old in text
         (copy / "README.md").write_text(text.replace(old, new, 1))
-        assert registry.model_card(copy).wrong
+        assert registry.model_card(copy).problems
 
 
 def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) -> None:
@@ -187,17 +187,17 @@ def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) 
         assert old in text
         path.write_text(text.replace(old, new, 1))
         said = [".eval_results/tiny-data.yaml is not what was measured"]
-        assert registry.model_card(copy, about).wrong == said and registry.model_card(copy).wrong == (
+        assert registry.model_card(copy, about).problems == said and registry.model_card(copy).problems == (
             said if alone else []
         )
     for odd in ("only words", f"{text}- 1\n", "x: &a [1]\ny: *a\n"):
         path.write_text(odd)
-        assert registry.model_card(copy).wrong == [".eval_results/tiny-data.yaml is not what was measured"]
+        assert registry.model_card(copy).problems == [".eval_results/tiny-data.yaml is not what was measured"]
     path.write_text(text)
     (copy / ".eval_results/hle.yaml").write_text(text)
-    assert registry.model_card(copy, about).wrong[0].startswith(".eval_results holds .eval_results/hle.yaml, ")
+    assert registry.model_card(copy, about).problems[0].startswith(".eval_results holds .eval_results/hle.yaml, ")
     shutil.rmtree(copy / ".eval_results")
-    assert registry.model_card(copy, about).wrong == []  # as in a release of before
+    assert registry.model_card(copy, about).problems == []  # as in a release of before
 
 
 def test_parity_over_tolerance_is_refused(source, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_post_training_that_does_not_teach_is_refused(
 ) -> None:
     from release.checks import post_gates
 
-    monkeypatch.setattr(post_gates.checks, "fresh_set", lambda folder: [])
+    monkeypatch.setattr(post_gates.registry, "fresh_set", lambda folder: [])
     failed = [g for g in post_gates.post_training(chat_context(tmp_path, **changed)) if not g.ok]
     assert [g.name for g in failed] == ([gate] if gate else []), failed
     assert all("run again" in g.detail or "items" in g.detail for g in failed)

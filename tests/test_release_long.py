@@ -116,7 +116,7 @@ def test_it_is_verified_whole_and_each_model_alone(release: Path, model: Path) -
     (model / "README.md").write_text(
         card.replace("| context length, tokens | 256 |", "| context length, tokens | 512 |")
     )
-    assert registry.model_card(model).wrong == ["README.md lacks the line '| context length, tokens | 256 |'"]
+    assert registry.model_card(model).problems == ["README.md lacks the line '| context length, tokens | 256 |'"]
 
 
 def test_experts_of_every_layer_with_an_alarm(release: Path) -> None:
@@ -135,12 +135,12 @@ def test_experts_of_every_layer_with_an_alarm(release: Path) -> None:
 
 
 def test_a_number_in_the_artifact_moves_the_card(release: Path, model: Path) -> None:
-    assert registry.model_card(model).wrong == []
+    assert registry.model_card(model).problems == []
     lines = log_of(model, "longcontext-2")
     lines[-1]["experts"]["share"][1] = [0.3, 0.2, 0.3, 0.2]
     lines[-1]["experts"]["dead"] = []
     write_log(model, "longcontext-2", lines)
-    wrong = registry.model_card(model).wrong
+    wrong = registry.model_card(model).problems
     assert "experts.png was not drawn from the logs in training/" in wrong
     assert "README.md lacks the line '| 1 | 0.800 | 1.200 | 0.900 | 0.649 | none |'" in wrong
     data = metrics.data_facts(release / "dataset")
@@ -154,7 +154,7 @@ def test_a_changed_card_or_plot_does_not_pass_the_gate(release: Path, tmp_path: 
     data = metrics.data_facts(copy / "dataset")
     models = {name: metrics.model_facts(copy / name) for name in layout.model_folders(copy)}
     canary = metrics.canary(about(copy)["nodes"]["items"]["digest"])
-    found = gates.Context(copy, about(copy), LIMITS, data, models, [], [], costs.of(copy), canary)
+    found = gates.Context(copy, about(copy), LIMITS, data, models, [], [], costs.usage_by_stage(copy), canary)
     assert gates.cards(found).ok
     png = (copy / "model/experts.png").read_bytes()
     (copy / "model/experts.png").write_bytes((copy / "model-base/experts.png").read_bytes())
@@ -290,10 +290,10 @@ def test_every_phase_needs_its_checkpoints_order_and_models(release: Path, sourc
     (copy / "evidence/parity/long-1.json").unlink()
     assert "parity is not known for long-1" in gates.export_parity(said).detail
     for node in ("evaluate-long-2", "order-longcontext-1", "export-long-1"):
-        from release.assembly.assemble import required
+        from release.assembly.assemble import require_nodes
 
         with pytest.raises(AtomError, match=f"needs the artifact of {node}"):
-            required({name: made for name, made in source.artifacts.items() if name != node})
+            require_nodes({name: made for name, made in source.artifacts.items() if name != node})
 
 
 def test_packed_rows_are_counted_once_and_their_fill_is_told(release: Path) -> None:

@@ -181,15 +181,15 @@ def test_an_endpoint_that_does_not_answer(client) -> None:
 
 def test_stale_and_dirty_must_be_acknowledged_by_name(tmp_path: Path) -> None:
     from pipeline.core.errors import AtomError
-    from release.hub.publish import _publishable
+    from release.hub.publish import _require_publishable
 
     about = {"namespace": "local", "stale": ["curate"], "dirty": True}
-    _publishable(about, "local", False, [])
-    _publishable(about, "local", True, ["curate", "dirty"])
+    _require_publishable(about, "local", False, [])
+    _require_publishable(about, "local", True, ["curate", "dirty"])
     with pytest.raises(AtomError, match="curate was made by other code than today's"):
-        _publishable(about, "local", True, ["dirty"])
+        _require_publishable(about, "local", True, ["dirty"])
     with pytest.raises(AtomError, match="uncommitted changes"):
-        _publishable(about, "local", True, ["curate"])
+        _require_publishable(about, "local", True, ["curate"])
 
 
 HEADS = """

@@ -249,7 +249,7 @@ def pack(plan: Plan, tokens: Artifact, folder: Path) -> None:
     config = body["predicate"]["buildDefinition"]["externalParameters"]["config"] | {"pack": True}
     stage, out = registry.stage("order"), folder / "packed"
     out.mkdir()
-    stage.run(stage.config.model_validate(config), {"tokens": tokens}, out, out, replays._Until(-1, print))
+    stage.run(stage.config.model_validate(config), {"tokens": tokens}, out, out, replays._StopAtStep(-1, print))
     for path in plan.order_files:
         shutil.copyfile(out / Path(path).name, plan.source.folder / path)
 
@@ -331,8 +331,8 @@ def _rank(release: Path, phase: str, folder: Path) -> None:
         plan.lay_down(work)
     (folder / "out").mkdir(exist_ok=True)
     try:
-        plan.stage.run(plan.config, inputs, work, folder / "out", replays._Until(plan.last, print))
-    except replays._Reached as reached:
+        plan.stage.run(plan.config, inputs, work, folder / "out", replays._StopAtStep(plan.last, print))
+    except replays._StepSealed as reached:
         (folder / "made").write_text(str(reached.folder))
     except AtomError:
         if os.environ["RANK"] == "0":

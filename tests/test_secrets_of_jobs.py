@@ -49,14 +49,16 @@ NEEDED = {"NCCL_IB_PKEY": "0x8001", "PYTHONUSERBASE": "/z", "OLDPWD": "/", "SLUR
 
 
 def test_names_and_values_decide() -> None:
-    assert clean_environment.denied(SECRETS) == sorted(SECRETS)
-    assert clean_environment.denied(NEEDED) == []
-    assert clean_environment.denied({"BASH_FUNC_module%%": "() { :; }", "my-variable": "x", "EDITOR": "vi"}) != []
+    assert clean_environment.denied_names(SECRETS) == sorted(SECRETS)
+    assert clean_environment.denied_names(NEEDED) == []
+    assert clean_environment.denied_names({"BASH_FUNC_module%%": "() { :; }", "my-variable": "x", "EDITOR": "vi"}) != []
 
 
 def test_the_shell_has_the_same_rule() -> None:
     lines = [*clean_environment.shell(), "env -0"]
-    named = {name: value for name, value in SECRETS.items() if clean_environment.secret(name) or name == "TEAM_LOGIN"}
+    named = {
+        name: value for name, value in SECRETS.items() if clean_environment.is_secret(name) or name == "TEAM_LOGIN"
+    }
     function = {"BASH_FUNC_planted%%": f"() {{ echo {PLANTED}; }}"}
     done = subprocess.run(["bash", "-c", "\n".join(lines)], env={**named, **function, **NEEDED}, capture_output=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
@@ -78,8 +80,8 @@ def test_a_profile_that_would_carry_a_secret_is_refused(tmp_path: Path) -> None:
             cluster_profile.load(str(path))
         assert "\n" not in str(error.value)
     with pytest.raises(RecipeError, match="MLFLOW_TRACKING_URI, which a job would take over, looks like a secret"):
-        clean_environment.taken_over(SECRETS, ["MLFLOW_TRACKING_URI"])
-    assert clean_environment.taken_over({"HOME": "/h", "OTHER": "x"}, ["MINE"]) == {"HOME": "/h"}
+        clean_environment.forwarded_variables(SECRETS, ["MLFLOW_TRACKING_URI"])
+    assert clean_environment.forwarded_variables({"HOME": "/h", "OTHER": "x"}, ["MINE"]) == {"HOME": "/h"}
     path.write_text(text.replace("environment:\n", "environment:\n    MLFLOW_TRACKING_URI: https://me@host\n"))
     assert cluster_profile.load(str(path)).cluster().environment["MLFLOW_TRACKING_URI"] == "https://me@host"
 

@@ -18,7 +18,7 @@ from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.run import Run
 from pipeline.launch import cluster_profile, slurm
-from pipeline.launch.job import Terms
+from pipeline.launch.job import JobLimits
 
 pytestmark = slurm_world.ON_SLURM
 
@@ -46,7 +46,7 @@ def start(folder: Path, name: str, retried: int) -> tuple[Store, Run, str]:
         (this.node_folder(node.name) / "events.jsonl").write_text('{"time": 1.0, "event": "attempt"}\n' * 3)
     limits: dict[str, float | None] | None = {"core_hours": 0.0} if name == "budget" else None
     free = 1e9 if name == "preflight" else 0.0
-    terms = Terms({node.name: node.key}, limits, retried, free, None)
+    terms = JobLimits({node.name: node.key}, limits, retried, free, None)
     executor = slurm.executor_of(store, this, node, settings, code_snapshot.freeze(store, {}), [])
     job = slurm.start(executor, slurm.task_of(graph, store, this, node, settings), terms)
     this.note_job(node.name, job, False)

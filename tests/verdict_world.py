@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.core.errors import CheckFailed, RecipeError
-from pipeline.core.lease import gone
+from pipeline.core.lease import has_exited
 from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from pipeline.graph import recipe
 from pipeline.graph.dag import Graph, Node
@@ -137,7 +137,7 @@ def last_end(
     while time.monotonic() < deadline:
         samples.append((time.time(), waited()))
         processes = [json.loads(path.read_text()) for path in launch.glob("rank-*.json")]
-        if all(map(gone, processes)) and (len(processes) == ranks or over()):
+        if all(map(has_exited, processes)) and (len(processes) == ranks or over()):
             return End(samples[-1][0], samples)
         time.sleep(0.05)
     raise AssertionError(f"processes of {launch} live on after {patience:.0f} s")

@@ -37,8 +37,8 @@ class Range:
         low, high = _number(self.low), _number(self.high)
         if not (self.above or self.below):
             return f"{low} to {high}"
-        least, most = "more than" if self.above else "at least", "less than" if self.below else "at most"
-        return f"{least} {low} and {most} {high}"
+        lower_bound, upper_bound = "more than" if self.above else "at least", "less than" if self.below else "at most"
+        return f"{lower_bound} {low} and {upper_bound} {high}"
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         real = core_schema.float_schema(strict=True, allow_inf_nan=False)
@@ -55,7 +55,7 @@ class Range:
         high = value < self.high if self.below else value <= self.high
         if not (low and high):
             hint = f" ({self.hint})" if self.hint else ""
-            raise _refused(f"is out of range; use {self}{hint}")
+            raise _validation_error(f"is out of range; use {self}{hint}")
         return value
 
 
@@ -83,21 +83,21 @@ class Words:
 
     def _check(self, value: str) -> str:
         if not value.strip() and not self.empty:
-            raise _refused("is empty; write something, or leave the field out")
+            raise _validation_error("is empty; write something, or leave the field out")
         if len(value) > self.longest:
-            raise _refused(f"has {len(value)} characters; use at most {self.longest}")
+            raise _validation_error(f"has {len(value)} characters; use at most {self.longest}")
         if character := unprintable(value, self.lines):
             kind = "several lines" if character == "\n" else f"the character U+{ord(character):04X}"
-            raise _refused(f"has {kind}; use one line of printable text")
+            raise _validation_error(f"has {kind}; use one line of printable text")
         if self.pattern and not re.fullmatch(self.pattern, value):
-            raise _refused(f"is no {self.what}")
-        wrong = self.test(value) if self.test else None
-        if wrong:
-            raise _refused(wrong)
+            raise _validation_error(f"is no {self.what}")
+        problem = self.test(value) if self.test else None
+        if problem:
+            raise _validation_error(problem)
         return value
 
 
-def _refused(message: str) -> PydanticCustomError:
+def _validation_error(message: str) -> PydanticCustomError:
     return PydanticCustomError(OUT_OF_BOUNDS, "{message}", {"message": message})
 
 
@@ -173,7 +173,7 @@ def _spdx(value: str) -> str:
     try:
         return spdx(value)
     except ValueError:
-        raise _refused(
+        raise _validation_error(
             "is not an SPDX expression (spdx.org/licenses); use such as Apache-2.0, CC-BY-4.0 or LicenseRef-NAME"
         ) from None
 

@@ -38,31 +38,33 @@ def _imports(module: str) -> tuple[str, ...]:
     path = _locate(module)
     if path is None:
         return ()
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            modules.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return tuple(sorted(name for name in found if name.split(".")[0] in OURS and _locate(name)))
+            modules.add(node.module)
+            modules.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return tuple(sorted(name for name in modules if name.split(".")[0] in OURS and _locate(name)))
 
 
 def closure(module: str) -> dict[str, str]:
     """{module name: sha256 of its file} for `module` and all that it imports of ours."""
-    todo, seen = [module], {}
-    while todo:
-        name = todo.pop()
+    pending, digests = [module], {}
+    while pending:
+        name = pending.pop()
         path = _locate(name)
-        if name in seen or path is None:
+        if name in digests or path is None:
             continue
-        seen[name] = sha256_file(path)
-        todo.extend(_imports(name))
-    return dict(sorted(seen.items()))
+        digests[name] = sha256_file(path)
+        pending.extend(_imports(name))
+    return dict(sorted(digests.items()))
 
 
 @cache
 def code_digests(module: str) -> dict[str, str]:
     """The closure without the engine: what hands a stage its inputs cannot change its bytes, the contracts apart."""
-    kept = ("pipeline.core.stage", "pipeline.core.store")
-    return {name: d for name, d in closure(module).items() if name.split(".")[0] != "pipeline" or name in kept}
+    engine_modules = ("pipeline.core.stage", "pipeline.core.store")
+    return {
+        name: d for name, d in closure(module).items() if name.split(".")[0] != "pipeline" or name in engine_modules
+    }

@@ -20,12 +20,12 @@ SUFFIXES = frozenset({".py", ".yaml", ".yml", ".jinja", ".md", ".toml", ".json",
 
 def roots() -> list[Path]:
     """The folder that each of our packages is imported from, without repetition: a checkout, or site-packages."""
-    found = []
+    folders = []
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.origin:
-            found.append(Path(spec.origin).parent.parent)
-    return list(dict.fromkeys(found))
+            folders.append(Path(spec.origin).parent.parent)
+    return list(dict.fromkeys(folders))
 
 
 def sources(root: Path, package: str, new: bool = False) -> list[Path]:
@@ -34,23 +34,26 @@ def sources(root: Path, package: str, new: bool = False) -> list[Path]:
     if (root / ".git").exists() and shutil.which("git"):
         kinds = ["--cached", "--others", "--exclude-standard"] if new else ["--cached"]
         command = ["git", "-C", str(root), "ls-files", "-z", *kinds, package]
-        listed = subprocess.run(command, capture_output=True, check=False)
-        if listed.returncode == 0:
-            return _plain(root, [root / name for name in listed.stdout.decode().split("\0") if name])
-    return _plain(root, list((root / package).rglob("*")))
+        process = subprocess.run(command, capture_output=True, check=False)
+        if process.returncode == 0:
+            return _source_files(root, [root / name for name in process.stdout.decode().split("\0") if name])
+    return _source_files(root, list((root / package).rglob("*")))
 
 
-def _plain(root: Path, paths: list[Path]) -> list[Path]:
+def _source_files(root: Path, paths: list[Path]) -> list[Path]:
     hidden = [any(p.startswith(".") or p == "__pycache__" for p in path.relative_to(root).parts) for path in paths]
-    return sorted(p for p, bad in zip(paths, hidden, strict=True) if not bad and p.suffix in SUFFIXES and p.is_file())
+    return sorted(
+        p for p, is_hidden in zip(paths, hidden, strict=True) if not is_hidden and p.suffix in SUFFIXES and p.is_file()
+    )
 
 
-def freeze(store: Store, more: Mapping[str, bytes]) -> Path:
-    """`$ATOM_HOME/code/<digest>`: our packages, the pins if they are beside them, and `more` under as-run/, read-only.
+def freeze(store: Store, extra_files: Mapping[str, bytes]) -> Path:
+    """`$ATOM_HOME/code/<digest>`: our packages, the pins if they are beside them, and `extra_files` under as-run/,
+    read-only.
 
     The same code gives the same folder, which is complete or absent. Raises Damaged if it was altered since.
     """
-    files = dict(_files(more))
+    files = dict(_snapshot_files(extra_files))
     digest = sha256_bytes(canonical({name: sha256_bytes(data) for name, data in files.items()}))[:16]
     target = store.home / "code" / digest
     if target.is_dir():
@@ -82,7 +85,7 @@ def _require_intact(folder: Path, files: Mapping[str, bytes]) -> None:
             raise Damaged(folder / name, "it is not the code that was frozen", f"move {folder} away, and submit again")
 
 
-def _files(more: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+def _snapshot_files(extra_files: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
     for root in roots():
         for package in PACKAGES:
             for path in sources(root, package, new=True) if (root / package).is_dir() else ():
@@ -90,5 +93,5 @@ def _files(more: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
         for path in [root / "pyproject.toml", *sorted(root.glob("constraints*.txt"))]:
             if path.is_file():
                 yield path.name, path.read_bytes()
-    for name, data in more.items():
+    for name, data in extra_files.items():
         yield f"as-run/{name}", data

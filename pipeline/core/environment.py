@@ -18,8 +18,8 @@ from pipeline.core.store import canonical, sha256_bytes
 def packages() -> dict[str, str]:
     """{distribution: version} of everything importable here, sorted by name: the environment lock. Without what a
     package carries inside itself, which is importable only once that package was imported."""
-    found = (d for d in metadata.distributions() if "_vendor" not in Path(str(d.locate_file(""))).parts)
-    return dict(sorted((d.metadata["Name"].lower(), d.version) for d in found if d.metadata["Name"]))
+    distributions = (d for d in metadata.distributions() if "_vendor" not in Path(str(d.locate_file(""))).parts)
+    return dict(sorted((d.metadata["Name"].lower(), d.version) for d in distributions if d.metadata["Name"]))
 
 
 @cache

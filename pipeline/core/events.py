@@ -48,21 +48,22 @@ class FileReport:
 
     def event(self, kind: str, /, **values: Any) -> None:
         line = json.dumps({"time": time.time(), "event": kind, **values}) + "\n"
-        held = self._lock.acquire(timeout=LOCK_SECONDS)  # a thread that hangs while it writes must not silence the rest
+        # a thread that hangs while it writes must not silence the rest
+        locked = self._lock.acquire(timeout=LOCK_SECONDS)
         try:
             self._events.write(line)
         finally:
-            if held:
+            if locked:
                 self._lock.release()
 
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
         self.figures.update(figures)
-        now = time.monotonic()
-        if done >= total or now - self._last_progress >= PROGRESS_EVERY:
-            self._last_progress = now
+        current_time = time.monotonic()
+        if done >= total or current_time - self._last_progress >= PROGRESS_EVERY:
+            self._last_progress = current_time
             self.event("progress", done=done, total=total, unit=unit, **figures)
-        if done >= total or now - self._last_line >= LOG_EVERY:
-            self._last_line = now
+        if done >= total or current_time - self._last_line >= LOG_EVERY:
+            self._last_line = current_time
             print(f"{done}/{total} {unit}", *(f"{k} {v:.6g}" for k, v in figures.items()), sep="  ", flush=True)
 
     def metric(self, step: int, **values: float) -> None:
@@ -84,9 +85,9 @@ class FileReport:
         if not self.ending.acquire(blocking=False):
             sys.exit()  # in any thread but the main one this ends that thread only
         # In a thread with a deadline, so that whatever else hangs, the process goes.
-        last = threading.Thread(target=self.record_abandoned, args=(failure,), name="abandon", daemon=True)
-        last.start()
-        last.join(ABANDON_SECONDS)
+        ending_thread = threading.Thread(target=self.record_abandoned, args=(failure,), name="abandon", daemon=True)
+        ending_thread.start()
+        ending_thread.join(ABANDON_SECONDS)
         os._exit(1)
 
     def end(self, outcome: str | Failure) -> None:
@@ -217,29 +218,29 @@ class Tail:
             with json_files.open_file(self.path) as file:
                 skipped = os.fstat(file.fileno()).st_size - ONE_READ
                 if skip := skipped > self.offset and not self.whole:
-                    place = json_files.printable(self.path)
-                    json_files.note(f"{place} has more than {ONE_READ:,} bytes; only the last ones are read")
+                    location = json_files.printable(self.path)
+                    json_files.note(f"{location} has more than {ONE_READ:,} bytes; only the last ones are read")
                     self.offset = skipped
                 file.seek(self.offset)
-                bound = self.offset + ONE_READ
+                end_offset = self.offset + ONE_READ
                 if skip:
                     file.readline(ONE_READ)  # the rest of a line
-                while file.tell() < bound and (line := file.readline(LINE)):
+                while file.tell() < end_offset and (line := file.readline(LINE)):
                     self.cut = not line.endswith(b"\n")
                     if self.cut and len(line) < LINE:
                         break
                     long = self.cut
-                    while self.cut and file.tell() < bound and (rest := file.readline(LINE)):
-                        self.cut = not rest.endswith(b"\n")
-                    place = f"the line that ends at byte {file.tell():,}: "
+                    while self.cut and file.tell() < end_offset and (remainder := file.readline(LINE)):
+                        self.cut = not remainder.endswith(b"\n")
+                    location = f"the line that ends at byte {file.tell():,}: "
                     self.offset = file.tell()
                     try:
                         if long:
-                            raise Damaged(self.path, f"{place}it is too long")
-                        rows.append(json_files.parse(line, self.path, self.kind, place))
+                            raise Damaged(self.path, f"{location}it is too long")
+                        rows.append(json_files.parse(line, self.path, self.kind, location))
                     except Damaged as error:
                         json_files.report(error, "the other lines count")
-                self.more = file.tell() >= bound and not self.cut
+                self.more = file.tell() >= end_offset and not self.cut
         except FileNotFoundError:
             pass
         except Damaged as error:

@@ -42,7 +42,7 @@ def check(run: Path, artifacts: Iterable[Artifact]) -> None:
     while parts:
         waiting = []
         for artifact, path, rows in parts:
-            if not _unknown(artifact, path, rows):
+            if not _unhashed(artifact, path, rows):
                 continue
             lease = Lease.take(path.with_suffix(".lease"))
             if lease is None:
@@ -59,7 +59,7 @@ def check(run: Path, artifacts: Iterable[Artifact]) -> None:
 def note(run: Path, artifact: Artifact) -> None:
     """Writes down an artifact that was hashed in this run when it was sealed. Where that fails, with a warning, it is
     hashed again."""
-    with _only_a_cache():
+    with _ignore_write_errors():
         for _, path, rows in _parts(run, artifact):
             _write(path, {row.path: _state(artifact / row.path) for row in rows})
 
@@ -80,15 +80,15 @@ def _parts(run: Path, artifact: Artifact) -> Iterator[tuple[Artifact, Path, list
 
 def _hash(artifact: Artifact, path: Path, rows: list[FileRow]) -> None:
     """Hashes what is not known of a part, and writes down what is intact. Raises AtomError if a file is not."""
-    unknown = _unknown(artifact, path, rows)
+    unknown = _unhashed(artifact, path, rows)
     if (size := sum(row.size for row in unknown)) > PART_BYTES / 4:
         print(f"hashing {len(unknown)} files of {artifact.key}, {size / 2**30:.1f} GiB", flush=True)
     states = {row.path: _state(artifact / row.path) for row in rows}
     threads = max(1, min(THREADS, len(os.sched_getaffinity(0)), len(unknown)))
     with ThreadPoolExecutor(threads) as pool:
         hashes = pool.map(lambda row: sha256_file(artifact / row.path), unknown)
-        damaged = {row.path: found for row, found in zip(unknown, hashes, strict=True) if found != row.sha256}
-    with _only_a_cache():
+        damaged = {row.path: digest for row, digest in zip(unknown, hashes, strict=True) if digest != row.sha256}
+    with _ignore_write_errors():
         _write(path, {name: state for name, state in states.items() if name not in damaged})
     for row in unknown:
         if row.path in damaged:
@@ -98,7 +98,7 @@ def _hash(artifact: Artifact, path: Path, rows: list[FileRow]) -> None:
             )
 
 
-def _unknown(artifact: Artifact, path: Path, rows: list[FileRow]) -> list[FileRow]:
+def _unhashed(artifact: Artifact, path: Path, rows: list[FileRow]) -> list[FileRow]:
     """The files of a part that have changed since they were hashed in this run, or never were."""
     try:
         record = json_files.read(path, RECORD)
@@ -116,7 +116,7 @@ def _state(path: Path) -> State:
 
 
 @contextmanager
-def _only_a_cache() -> Iterator[None]:
+def _ignore_write_errors() -> Iterator[None]:
     """Nothing fails for a record that cannot be written."""
     try:
         yield

@@ -101,26 +101,26 @@ def read(path: Path, kind: TypeAdapter[Any], limit: int = LIMIT) -> Any:
     return parse(read_bytes(path, limit), path, kind)
 
 
-def parse(data: bytes, path: Path, kind: TypeAdapter[Any], where: str = "") -> Any:
-    """JSON as it stands, if it is of that kind. where: the place in the file, for the sentence. Raises Damaged."""
+def parse(data: bytes, path: Path, kind: TypeAdapter[Any], location: str = "") -> Any:
+    """JSON as it stands, if it is of that kind. location: the place in the file, for the sentence. Raises Damaged."""
     try:
         value = json.loads(data)
         if b"\\ud" in data.lower():
             json.dumps(value, ensure_ascii=False).encode()  # raises for half a character, which nobody could print
         kind.validate_python(value, strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        why = f"{place}: {first['msg']}" if place else first["msg"]
+        first_error = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first_error["loc"])
+        problem = f"{field}: {first_error['msg']}" if field else first_error["msg"]
     except RecursionError:
-        why = "its brackets are nested too deeply"
+        problem = "its brackets are nested too deeply"
     except UnicodeError:
-        why = "it is not text"
+        problem = "it is not text"
     except ValueError as error:
-        why = "it is empty" if not data.strip() else f"it is no JSON: {error}"
+        problem = "it is empty" if not data.strip() else f"it is no JSON: {error}"
     else:
         return value
-    raise Damaged(path, f"{where}{printable(why)}")
+    raise Damaged(path, f"{location}{printable(problem)}")
 
 
 def names(folder: Path) -> list[str]:

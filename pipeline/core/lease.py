@@ -68,33 +68,33 @@ def _boot() -> str:
         return ""
 
 
-def me() -> dict[str, str | int | None]:
+def this_process() -> dict[str, str | int | None]:
     """This process, so that others can tell whether it still lives; in a Slurm job also the job and its start."""
     pid = os.getpid()
-    who: dict[str, str | int | None] = {"host": socket.gethostname(), "boot": _boot(), "pid": pid}
-    who["start"] = _process_start(pid)
+    process: dict[str, str | int | None] = {"host": socket.gethostname(), "boot": _boot(), "pid": pid}
+    process["start"] = _process_start(pid)
     if job := os.environ.get("SLURM_JOB_ID"):
-        who |= {"job": job, "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
-    return who
+        process |= {"job": job, "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
+    return process
 
 
-def succeeded(who: Mapping[str, Any]) -> bool:
+def is_superseded(process: Mapping[str, Any]) -> bool:
     """Whether that process belongs to an earlier start of the Slurm job that this one belongs to: Slurm gave it up,
     even if it lives on where its node's daemon died."""
-    own = me()
+    current = this_process()
     return (
-        who.get("job") is not None
-        and who["job"] == own.get("job")
-        and int(who.get("restart", 0)) < int(own["restart"] or 0)
+        process.get("job") is not None
+        and process["job"] == current.get("job")
+        and int(process.get("restart", 0)) < int(current["restart"] or 0)
     )
 
 
-def gone(who: Mapping[str, Any]) -> bool:
+def has_exited(process: Mapping[str, Any]) -> bool:
     """Whether the process that `me` described is known to be gone; of another host's, nothing is known."""
-    if who.get("host") != socket.gethostname() or who.get("boot") != _boot():
+    if process.get("host") != socket.gethostname() or process.get("boot") != _boot():
         return False
-    start = _process_start(int(who["pid"]))
-    return start is None or start != who.get("start")
+    start = _process_start(int(process["pid"]))
+    return start is None or start != process.get("start")
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ class Holder:
     alive: bool
 
 
-def holder(folder: Path, now: Callable[[Path], float] | None = None) -> Holder | None:
+def holder(folder: Path, clock: Callable[[Path], float] | None = None) -> Holder | None:
     """The present lease of a work folder, or None if there is none. Nothing is written.
 
-    now: the time by the file system's clock, of whoever may write there; by default this host's clock is used. A lease
-    that cannot be read is reported, and counts until it is old.
+    clock: the time by the file system's clock, of whoever may write there; by default this host's clock is used. A
+    lease that cannot be read is reported, and counts until it is old.
     """
     try:
         leases = {
@@ -125,15 +125,15 @@ def holder(folder: Path, now: Callable[[Path], float] | None = None) -> Holder |
     number = max(leases)
     path = folder / leases[number]
     try:
-        age = (time.time() if now is None else now(folder)) - path.lstat().st_mtime
-        who = json_files.read(path, BODY)
+        age = (time.time() if clock is None else clock(folder)) - path.lstat().st_mtime
+        process = json_files.read(path, BODY)
     except FileNotFoundError:
         return None
     except Damaged as error:  # perhaps cut by a crash of the machine
         json_files.report(error, f"it counts until it is {EXPIRY:.0f} s old")
         return Holder(number, UNREADABLE, 0, age < EXPIRY)
-    alive = age < EXPIRY and not who.get("released") and not gone(who) and not succeeded(who)
-    return Holder(number, who["host"], who["pid"], alive)
+    alive = age < EXPIRY and not process.get("released") and not has_exited(process) and not is_superseded(process)
+    return Holder(number, process["host"], process["pid"], alive)
 
 
 def file_system_time(folder: Path) -> float:
@@ -163,22 +163,22 @@ class Lease:
         """Takes the lease, or returns None if another live worker holds it."""
         folder.mkdir(parents=True, exist_ok=True)
         while True:
-            present = holder(folder, file_system_time)
-            if present is not None and present.alive:
+            current = holder(folder, file_system_time)
+            if current is not None and current.alive:
                 return None
-            number = present.number + 1 if present else 1
-            mine = folder / f".lease-{uuid.uuid4().hex}"
-            with open(mine, "w") as file:
-                file.write(json.dumps(me()))
+            number = current.number + 1 if current else 1
+            draft = folder / f".lease-{uuid.uuid4().hex}"
+            with open(draft, "w") as file:
+                file.write(json.dumps(this_process()))
                 file.flush()
                 os.fsync(file.fileno())
             try:
-                os.link(mine, folder / f"lease.{number}")
+                os.link(draft, folder / f"lease.{number}")
             except FileExistsError:
                 time.sleep(0.1)  # somebody was faster: look again
                 continue
             finally:
-                mine.unlink()
+                draft.unlink()
             return cls(folder, number)
 
     @property
@@ -204,7 +204,7 @@ class Lease:
         with suppress(OSError):
             if not self.lost:
                 replacement = self.folder / f".lease-{uuid.uuid4().hex}"
-                replacement.write_text(json.dumps({**me(), "released": True}))
+                replacement.write_text(json.dumps({**this_process(), "released": True}))
                 os.replace(replacement, self.path)
 
 

@@ -41,7 +41,7 @@ _CALLS = (
     errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.EPIPE, errno.EREMOTEIO, errno.ECONNREFUSED, errno.ECONNRESET,
     errno.EHOSTUNREACH, errno.ENETUNREACH,
 )  # fmt: skip
-_GONE = "the device that holds {place} is gone; have it mounted again, and " + AGAIN
+_DEVICE_GONE = "the device that holds {place} is gone; have it mounted again, and " + AGAIN
 FAULTS = {
     # A disk, a file server, or a limit of the machine: whatever the error is wrapped in.
     errno.ENOSPC: _machine("the disk that holds {place} is full; free some space and " + AGAIN),
@@ -55,8 +55,8 @@ FAULTS = {
     errno.ESTALE: _machine(
         "{place} was taken away by its file server (stale file handle); have it mounted again, and " + AGAIN
     ),
-    errno.ENODEV: _machine(_GONE),
-    errno.ENXIO: _machine(_GONE),
+    errno.ENODEV: _machine(_DEVICE_GONE),
+    errno.ENXIO: _machine(_DEVICE_GONE),
     errno.ENOTCONN: _machine("the file server of {place} is not connected; have it mounted again, and " + AGAIN),
     errno.ETIMEDOUT: _machine("the file server of {place} gave no answer; see whether it is up, and " + AGAIN),
     errno.EHOSTDOWN: _machine("the file server of {place} is down; wait until it is up, and " + AGAIN),
@@ -76,59 +76,61 @@ ON_A_PATH = frozenset({errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ETIMEDOU
 """Those that a network causes, too: without a file that they name, they have no sentence."""
 
 
-def find(error: BaseException, home: Path, named: Iterable[str] = ()) -> Fault | None:
+def find(error: BaseException, home: Path, named_paths: Iterable[str] = ()) -> Fault | None:
     """What the operating system means by an error, with the whole sentence if there is one; None if it caused none.
 
-    named: paths that the caller named, beside `home`: one that cannot be used is then the caller's mistake.
+    named_paths: paths that the caller named, beside `home`: one that cannot be used is then the caller's mistake.
     """
-    if behind := device(error, home):
-        return behind
+    if device_fault := device(error, home):
+        return device_fault
     cause = error if isinstance(error, OSError) else error.__cause__
     if not isinstance(cause, OSError) or (fault := FAULTS.get(cause.errno or 0)) is None:
         return None
     if fault.text != NAME:
         return Fault(fault.kind) if cause is error else None
-    path, named = _path(cause), list(named)
-    if path is None or not any(_on_one_line(path, place) for place in (str(home), *named)):
+    path, named_paths = _path(cause), list(named_paths)
+    if path is None or not any(_on_one_line(path, place) for place in (str(home), *named_paths)):
         return None
     if cause.errno == errno.ENOENT and _on_one_line(path, str(home)) and not home.exists():
         return Fault(
             fault.kind, f"{printable(home)} cannot be used (it is not there); have it mounted, or set ATOM_HOME anew"
         )
-    return Fault(fault.kind, _advice(Path(os.path.abspath(path)), cause.errno or 0, Path(os.path.abspath(home)), named))
+    return Fault(
+        fault.kind, _advice(Path(os.path.abspath(path)), cause.errno or 0, Path(os.path.abspath(home)), named_paths)
+    )
 
 
-def _advice(path: Path, number: int, home: Path, named: Iterable[str]) -> str:
+def _advice(path: Path, number: int, home: Path, named_paths: Iterable[str]) -> str:
     """The sentence for a path of the home, or one that was named."""
-    shown = {"place": printable(path), "why": os.strerror(number)}
-    if str(path) in map(os.path.abspath, named) or not _on_one_line(str(path), str(home)):
-        return NAME.format(**shown)
+    fields = {"place": printable(path), "why": os.strerror(number)}
+    if str(path) in map(os.path.abspath, named_paths) or not _on_one_line(str(path), str(home)):
+        return NAME.format(**fields)
     folders = [place for place in reversed(path.parents) if home in place.parents]
     if number in (errno.EEXIST, errno.ENOTDIR) and home in path.parents:  # a folder was wanted there
         folders.append(path)
-    if obstacle := next(filter(None, map(no_folder, folders)), None):
+    if obstacle := next(filter(None, map(misplaced_file, folders)), None):
         return f"{obstacle}, and {AGAIN}"
     if home not in path.parents or number in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
-        return HOME.format(**shown)
-    what = "see what removed it" if number == errno.ENOENT else "move it away"
-    return f"{UNUSABLE.format(**shown)}{what}, and {AGAIN}"
+        return HOME.format(**fields)
+    remedy = "see what removed it" if number == errno.ENOENT else "move it away"
+    return f"{UNUSABLE.format(**fields)}{remedy}, and {AGAIN}"
 
 
-def no_folder(place: Path) -> str | None:
+def misplaced_file(path: Path) -> str | None:
     """What to do about something that stands where a folder should be; None if it is one, or nothing is there."""
-    if os.path.isdir(place) or not os.path.lexists(place):
+    if os.path.isdir(path) or not os.path.lexists(path):
         return None
-    if place.is_symlink():
-        return f"{printable(place)} is a link that leads to no folder; have its disk mounted, or move it away"
-    return f"{printable(place)} is no folder; move it away"
+    if path.is_symlink():
+        return f"{printable(path)} is a link that leads to no folder; have its disk mounted, or move it away"
+    return f"{printable(path)} is no folder; move it away"
 
 
 def device(error: BaseException, home: Path) -> Fault | None:
     """The same where a disk, a file server or a limit is behind an error, in whatever it was wrapped."""
     cause: BaseException | None = error
-    seen: set[int] = set()
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
+    visited: set[int] = set()
+    while cause is not None and id(cause) not in visited:
+        visited.add(id(cause))
         number, path = None, None
         if isinstance(cause, OSError):
             number, path = cause.errno, _path(cause)
@@ -143,8 +145,8 @@ def device(error: BaseException, home: Path) -> Fault | None:
 
 def _on_one_line(path: str, place: str) -> bool:
     """Whether a path is a place, lies below it, or is a folder above it."""
-    one, other = Path(os.path.abspath(path)), Path(os.path.abspath(place))
-    return one.is_relative_to(other) or other.is_relative_to(one)
+    first, second = Path(os.path.abspath(path)), Path(os.path.abspath(place))
+    return first.is_relative_to(second) or second.is_relative_to(first)
 
 
 def _path(error: OSError) -> str | None:

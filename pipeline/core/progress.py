@@ -30,8 +30,8 @@ def human(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """60 → 1:00, 3700 → 1:01:40."""
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+    hours, remainder = divmod(round(seconds), 3600)
+    return f"{hours}:{remainder // 60:02d}:{remainder % 60:02d}" if hours else f"{remainder // 60}:{remainder % 60:02d}"
 
 
 def stages(number: int) -> str:
@@ -40,9 +40,11 @@ def stages(number: int) -> str:
 
 def figures_text(figures: dict[str, Any]) -> str:
     names = {"tokens_per_s": "tokens/s"}
-    known = {"time", "event", "done", "total", "unit"}
+    non_figures = {"time", "event", "done", "total", "unit"}
     return "  ".join(
-        f"{names.get(k, k)} {human(v)}" for k, v in figures.items() if k not in known and isinstance(v, (int, float))
+        f"{names.get(k, k)} {human(v)}"
+        for k, v in figures.items()
+        if k not in non_figures and isinstance(v, (int, float))
     )
 
 
@@ -54,7 +56,7 @@ class Display:
         self.live = console.is_terminal
         self.finished = self.total = 0
         self._usage: dict[str, dict[str, Any]] = {}
-        self._said: dict[str, float] = {}
+        self._last_printed: dict[str, float] = {}
         self._first: dict[str, tuple[float, int]] = {}
         self._tasks: dict[str, TaskID] = {}
         self._bars = Progress(
@@ -86,8 +88,8 @@ class Display:
     def started(self, name: str, log: str, ranks: int = 1) -> None:
         self._first.pop(name, None)
         if self.live:
-            shown = name if ranks == 1 else f"{name} x {ranks}"
-            self._tasks[name] = self._bars.add_task(shown, total=None, count="", figures="")
+            title = name if ranks == 1 else f"{name} x {ranks}"
+            self._tasks[name] = self._bars.add_task(title, total=None, count="", figures="")
         else:
             self._line(f"{name}: started{'' if ranks == 1 else f' on {ranks} ranks'}, log {log}")
 
@@ -97,11 +99,11 @@ class Display:
             figures = figures_text(event)
             self._bars.update(self._tasks[name], completed=done, total=total, count=count, figures=figures)
             return
-        now = time.monotonic()
+        current_time = time.monotonic()
         first_time, first_done = self._first.setdefault(name, (event["time"], done))
-        if now - self._said.get(name, -PLAIN_EVERY) < PLAIN_EVERY:
+        if current_time - self._last_printed.get(name, -PLAIN_EVERY) < PLAIN_EVERY:
             return
-        self._said[name] = now
+        self._last_printed[name] = current_time
         rate = (done - first_done) / (event["time"] - first_time) if event["time"] > first_time else 0
         eta = f"  eta {duration((total - done) / rate)}" if rate > 0 else ""
         self._line(f"{name}: {count}  {figures_text(event)}{eta}")
@@ -112,18 +114,18 @@ class Display:
     def usage(self, name: str, event: dict[str, Any]) -> None:
         self._usage[name] = event
 
-    def elsewhere(self, name: str, who: str) -> None:
-        if self._said.get(name + "@") is None:
-            self._said[name + "@"] = time.monotonic()
-            self._line(f"{name}: {who} is at it; waiting for its result")
+    def elsewhere(self, name: str, worker: str) -> None:
+        if self._last_printed.get(name + "@") is None:
+            self._last_printed[name + "@"] = time.monotonic()
+            self._line(f"{name}: {worker} is at it; waiting for its result")
 
     def sealed(self, name: str, elsewhere: bool = False) -> None:
         self.finished += 1
         self._drop(name)
-        used = self._usage.get(name)
-        took = f" in {duration(used['wall_seconds'])}" if used else ""
-        by = " by another run" if elsewhere else ""
-        self._line(f"{name}: sealed{by}{took}  [{self.finished}/{self.total}]")
+        usage = self._usage.get(name)
+        duration_text = f" in {duration(usage['wall_seconds'])}" if usage else ""
+        origin = " by another run" if elsewhere else ""
+        self._line(f"{name}: sealed{origin}{duration_text}  [{self.finished}/{self.total}]")
 
     def failed(self, name: str, text: str) -> None:
         self._drop(name)

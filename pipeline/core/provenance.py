@@ -94,7 +94,7 @@ class _Outcome(TypedDict):
 
 def _has_usage_and_outcome(byproducts: list[_Byproduct]) -> list[_Byproduct]:
     for name, kind in (("usage", TypeAdapter(_Usage)), ("outcome", TypeAdapter(_Outcome))):
-        annotations = [each["annotations"] for each in byproducts if each["name"] == name]
+        annotations = [byproduct["annotations"] for byproduct in byproducts if byproduct["name"] == name]
         if not annotations:
             raise ValueError(f"there is no {name}")
         kind.validate_python(annotations[0], strict=True)
@@ -142,7 +142,7 @@ def statement(
     usage: dict[str, Any],
     outcome: str,
     kind: str | None = None,
-    of: dict[str, Any] | None = None,
+    checkpoint_of: dict[str, Any] | None = None,
     product: Artifact | None = None,
 ) -> dict[str, Any]:
     """A statement about one attempt of a stage.
@@ -162,7 +162,7 @@ def statement(
         "predicate": {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
-                "externalParameters": parameters | ({"of": of} if of else {}),
+                "externalParameters": parameters | ({"of": checkpoint_of} if checkpoint_of else {}),
                 "internalParameters": {
                     "environment": environment,
                     "operation": operations[-1],
@@ -224,7 +224,7 @@ def write(ledger: Path, key: str, body: dict[str, Any]) -> Path:
 
 def statements(ledger: Path, key: str) -> tuple[list[tuple[Path, dict[str, Any]]], list[Damaged]]:
     """All statements about a key, in the order of their end times, and those that cannot be read."""
-    found, damaged = [], []
+    readable, damaged = [], []
     try:
         names = [name for name in json_files.names(ledger / key) if re.fullmatch(r"[0-9a-f]+\.json", name)]
     except Damaged as error:
@@ -236,20 +236,20 @@ def statements(ledger: Path, key: str) -> tuple[list[tuple[Path, dict[str, Any]]
             body = json_files.parse(data, path, BODY)
             if sha256_bytes(data) != path.stem:
                 raise Damaged(path, "its bytes are not those that it is named by")
-            found.append((path, body))
+            readable.append((path, body))
         except FileNotFoundError:
             continue
         except Damaged as error:
             damaged.append(error)
-    return sorted(found, key=lambda item: item[1]["predicate"]["runDetails"]["metadata"]["finishedOn"]), damaged
+    return sorted(readable, key=lambda item: item[1]["predicate"]["runDetails"]["metadata"]["finishedOn"]), damaged
 
 
 def read(ledger: Path, key: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """All statements about a key that can be read, in the order of their end times; the others are reported."""
-    found, damaged = statements(ledger, key)
+    readable, damaged = statements(ledger, key)
     for error in damaged:
         json_files.report(error, "this statement is left out")
-    yield from found
+    yield from readable
 
 
 def outcome(body: dict[str, Any]) -> str:
@@ -258,8 +258,8 @@ def outcome(body: dict[str, Any]) -> str:
 
 def kind(body: dict[str, Any]) -> str | None:
     """The kind of a failure; None of a product, and of a statement that was written before kinds were."""
-    found = _byproduct(body, "outcome").get("kind")
-    return None if found is None else str(found)
+    failure_kind = _byproduct(body, "outcome").get("kind")
+    return None if failure_kind is None else str(failure_kind)
 
 
 def usage(body: dict[str, Any]) -> dict[str, Any]:
@@ -269,8 +269,8 @@ def usage(body: dict[str, Any]) -> dict[str, Any]:
 def summary(body: dict[str, Any]) -> dict[str, Any] | None:
     """The byproduct of a product's summary.json, {name, digest: {sha256}, annotations: its content}; None if the
     product has none, or the statement was written before statements held it."""
-    found = (p for p in body["predicate"]["runDetails"]["byproducts"] if p["name"] == SUMMARY)
-    return next(found, None)
+    summaries = (p for p in body["predicate"]["runDetails"]["byproducts"] if p["name"] == SUMMARY)
+    return next(summaries, None)
 
 
 def _byproduct(body: dict[str, Any], name: str) -> dict[str, Any]:
@@ -307,8 +307,8 @@ def material_keys(body: dict[str, Any]) -> dict[str, str]:
 
 def phase_of(body: dict[str, Any]) -> str | None:
     """The key of the phase that a checkpoint is of; None if the statement is about something else."""
-    of = body["predicate"]["buildDefinition"]["externalParameters"].get("of")
-    return str(of["key"]) if of else None
+    checkpoint_of = body["predicate"]["buildDefinition"]["externalParameters"].get("of")
+    return str(checkpoint_of["key"]) if checkpoint_of else None
 
 
 def environment_of(body: dict[str, Any]) -> dict[str, Any]:

@@ -54,15 +54,15 @@ def renamed(info: FieldInfo) -> Renamed | None:
 
 def identity(config: BaseModel) -> dict[str, Any]:
     """The config as plain JSON without its operational fields: the part that goes into the key."""
-    out: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, info in type(config).model_fields.items():
-        value, extra = getattr(config, name), info.json_schema_extra
-        counts = extra.get("identity", True) if isinstance(extra, dict) else True
-        if counts is False or (counts == "unless default" and value == info.default):
+        value, field_metadata = getattr(config, name), info.json_schema_extra
+        is_identity = field_metadata.get("identity", True) if isinstance(field_metadata, dict) else True
+        if is_identity is False or (is_identity == "unless default" and value == info.default):
             continue
         mark = renamed(info)
-        out[mark.key_name if mark and mark.key_name else name] = _plain(value)
-    return out
+        fields[mark.key_name if mark and mark.key_name else name] = _to_plain(value)
+    return fields
 
 
 def operation(config: BaseModel) -> dict[str, Any]:
@@ -70,15 +70,15 @@ def operation(config: BaseModel) -> dict[str, Any]:
 
     Of an absolute path only the last part is kept: statements hold this and are published.
     """
-    dumped = config.model_dump(mode="json")
-    out: dict[str, Any] = {}
+    values = config.model_dump(mode="json")
+    fields: dict[str, Any] = {}
     for name, info in type(config).model_fields.items():
-        extra, value = info.json_schema_extra, getattr(config, name)
-        if isinstance(extra, dict) and extra.get("identity") is False:
-            out[name] = _portable(dumped[name])
+        field_metadata, value = info.json_schema_extra, getattr(config, name)
+        if isinstance(field_metadata, dict) and field_metadata.get("identity") is False:
+            fields[name] = _portable(values[name])
         elif isinstance(value, BaseModel) and (inner := operation(value)):
-            out[name] = inner
-    return out
+            fields[name] = inner
+    return fields
 
 
 def _portable(value: Any) -> Any:
@@ -89,13 +89,13 @@ def _portable(value: Any) -> Any:
     return f"…/{PurePath(value).name}" if isinstance(value, str) and value.startswith("/") else value
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return identity(value)
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _to_plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [_to_plain(v) for v in value]
     return value
 
 

@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 from pipeline.core import json_files
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.json_files import Damaged, printable
-from pipeline.core.os_errors import no_folder
+from pipeline.core.os_errors import misplaced_file
 
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 2**30
@@ -107,8 +107,8 @@ class Artifact:
 
         Raises AtomError if the folder is not sealed or a file is missing or cut short.
         """
-        made = cls.read(path)
-        for row in made.rows:
+        artifact = cls.read(path)
+        for row in artifact.rows:
             try:
                 entry = (path / row.path).stat()
             except FileNotFoundError:
@@ -121,7 +121,7 @@ class Artifact:
                 regular = stat.S_ISREG(entry.st_mode)
                 state = f"has {entry.st_size} bytes instead of {row.size}" if regular else "is no regular file"
             raise AtomError(f"artifact {path.name}: {printable(row.path)} {state}; {cls.advice(path.name)}")
-        return made
+        return artifact
 
     @classmethod
     def read(cls, path: Path) -> Artifact:
@@ -147,14 +147,14 @@ class Artifact:
         """Hashes every file, or every one in the folder `below`. Raises CheckFailed naming the first file that differs,
         or an extra one."""
         start = f"{below}/" if below else ""
-        found = {start + row.path: (row.size, row.sha256) for row in rows_of(self.path / below)}
+        files = {start + row.path: (row.size, row.sha256) for row in rows_of(self.path / below)}
         rows = [row for row in self.rows if row.path.startswith(start)]
         for row in rows:
-            if found.get(row.path) != (row.size, row.sha256):
+            if files.get(row.path) != (row.size, row.sha256):
                 raise CheckFailed(f"artifact {self.key}: {row.path} is not what its manifest says")
-        extra = sorted(set(found) - {row.path for row in rows})
-        if extra:
-            raise CheckFailed(f"artifact {self.key}: {extra[0]} is not in its manifest")
+        unlisted = sorted(set(files) - {row.path for row in rows})
+        if unlisted:
+            raise CheckFailed(f"artifact {self.key}: {unlisted[0]} is not in its manifest")
 
 
 def once(path: Path, make: Callable[[], Any]) -> Any:
@@ -182,7 +182,7 @@ def write_manifest(folder: Path, key: str) -> Artifact:
     digest = digest_of(rows)
     manifest = {"key": key, "digest": digest, "files": [row.__dict__ for row in rows]}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    _share(folder, (folder / MANIFEST).stat().st_mode & 0o666)
+    _share_permissions(folder, (folder / MANIFEST).stat().st_mode & 0o666)
     for row in [*rows, FileRow(MANIFEST, 0, "")]:
         _flush(folder / row.path)
     for root, _, _ in os.walk(folder):
@@ -190,14 +190,14 @@ def write_manifest(folder: Path, key: str) -> Artifact:
     return Artifact(key, digest, folder, tuple(rows))
 
 
-def _share(folder: Path, mode: int) -> None:
+def _share_permissions(folder: Path, mode: int) -> None:
     """Gives every file the permissions that a new one has here, by umask and the folder's defaults: some libraries
     write files that only their owner may read."""
     search = (mode & 0o444) >> 2
     for root, _, names in os.walk(folder):
-        for path, lacking in [(Path(root), mode | search), *((Path(root, name), mode) for name in names)]:
-            if (now := stat.S_IMODE(path.stat().st_mode)) | lacking != now:
-                path.chmod(now | lacking)
+        for path, wanted_mode in [(Path(root), mode | search), *((Path(root, name), mode) for name in names)]:
+            if (current_mode := stat.S_IMODE(path.stat().st_mode)) | wanted_mode != current_mode:
+                path.chmod(current_mode | wanted_mode)
 
 
 def _flush(path: Path) -> None:
@@ -231,8 +231,8 @@ class Store:
 
     def misplaced(self) -> str | None:
         """What stands where a folder of the home should be, as one sentence; None if nothing does."""
-        places = (self.home / "work", self.artifacts, self.ledger, self.logs)
-        return next(filter(None, map(no_folder, places)), None)
+        folders = (self.home / "work", self.artifacts, self.ledger, self.logs)
+        return next(filter(None, map(misplaced_file, folders)), None)
 
     def earlier(self) -> str | None:
         """A sentence, if all that is here was made when keys were computed otherwise; None if it was not."""
@@ -276,8 +276,8 @@ class Store:
         leaves a statement without an artifact, never an artifact without a statement. If another attempt sealed the
         key first, its artifact wins and `out` is discarded. Raises AtomError if the two digests differ.
         """
-        made = write_manifest(out, key)
-        record(made)
+        artifact = write_manifest(out, key)
+        record(artifact)
         self.artifacts.mkdir(parents=True, exist_ok=True)
         (self.home / KEYS_FILE).write_text(f"{KEYS}\n")
         target = self.artifacts / key
@@ -287,12 +287,12 @@ class Store:
             if not self.sealed(key):
                 raise
             shutil.rmtree(out)
-            first = self.open(key)
-            if first.digest != made.digest:
+            sealed = self.open(key)
+            if sealed.digest != artifact.digest:
                 raise AtomError(
-                    f"{key} was sealed twice at once with different digests ({first.digest[:12]} stands, "
-                    f"{made.digest[:12]} was discarded); compare their statements in {self.ledger / key}"
+                    f"{key} was sealed twice at once with different digests ({sealed.digest[:12]} stands, "
+                    f"{artifact.digest[:12]} was discarded); compare their statements in {self.ledger / key}"
                 ) from None
-            return first
+            return sealed
         _flush(self.artifacts)
         return self.open(key)

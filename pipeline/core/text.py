@@ -11,8 +11,8 @@ turn the direction of text (CVE-2021-42574). Joiners within words are letters to
 
 def unprintable(text: str, lines: bool = False) -> str | None:
     """The first character that cannot be printed; lines: other than a line break or a tab."""
-    found = (match[0] for match in _UNPRINTABLE.finditer(text) if not (lines and match[0] in "\n\t"))
-    return next(found, None)
+    characters = (match[0] for match in _UNPRINTABLE.finditer(text) if not (lines and match[0] in "\n\t"))
+    return next(characters, None)
 
 
 def escaped(text: str, longest: int | None = None) -> str:

@@ -55,7 +55,7 @@ def read_file(path: Path, title: str) -> bytes:
 def parse_yaml(data: bytes, title: str) -> dict[str, Any]:
     """The mapping in a YAML file. Raises RecipeError naming the line if it is not YAML, or not a mapping."""
     try:
-        found = _Reader(_decoded(data)).document()
+        document = _Reader(_decode(data)).document()
     except _Refused as error:
         raise RecipeError(f"{title}: line {error.line} {error.text}") from None
     except yaml.MarkedYAMLError as error:
@@ -64,9 +64,9 @@ def parse_yaml(data: bytes, title: str) -> dict[str, Any]:
         raise RecipeError(f"{title}: line {line} is not valid YAML: {escaped(str(error.problem), 200)}{hint}") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: escapes that PyYAML does not check
         raise RecipeError(f"{title}: is not valid YAML: {escaped(str(error), 200)}") from None
-    if not isinstance(found, dict):
+    if not isinstance(document, dict):
         raise RecipeError(f"{title}: must be a mapping of sections, see the packaged recipes for examples")
-    return found
+    return document
 
 
 def _line(data: bytes, number: int) -> bytes:
@@ -81,7 +81,7 @@ class _Refused(Exception):
         self.line, self.text = line, text
 
 
-def _decoded(data: bytes) -> str:
+def _decode(data: bytes) -> str:
     """The text, without a byte order mark."""
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
@@ -119,7 +119,7 @@ class _Reader:
         return value
 
     def _value(self, event: Any, depth: int) -> Any:
-        line, before = event.start_mark.line + 1, self.count
+        line, count_before = event.start_mark.line + 1, self.count
         self.count += 1
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in self.anchors:
@@ -138,7 +138,7 @@ class _Reader:
         if self.count > MOST_VALUES:
             raise _Refused(line, f"is beyond {MOST_VALUES} values, aliases counted as what they stand for; shorten it")
         if event.anchor and not isinstance(event, yaml.AliasEvent):
-            self.anchors[event.anchor] = value, self.count - before
+            self.anchors[event.anchor] = value, self.count - count_before
         return value
 
     def _sequence(self, start: Any, depth: int) -> list[Any]:
@@ -181,22 +181,22 @@ class _Reader:
             return _WORDS[text]
         if _NO_NUMBER.fullmatch(text):
             return float(text.replace(".", "", 1))
-        whole = _INTEGER.fullmatch(text)
-        if not whole and not _FLOAT.fullmatch(text):
+        integer = _INTEGER.fullmatch(text)
+        if not integer and not _FLOAT.fullmatch(text):
             return text
         if len(text) > LONGEST_NUMBER:
             raise _Refused(line, f"holds a number of {len(text)} characters; no field takes one")
-        return int(text.lstrip("+"), 0) if whole else float(text) + 0.0  # -0.0 + 0.0 is 0.0
+        return int(text.lstrip("+"), 0) if integer else float(text) + 0.0  # -0.0 + 0.0 is 0.0
 
 
 def _merge(value: Any, line: int) -> dict[str, Any]:
     """What `<<: *anchor` or `<<: [*one, *other]` adds, the first before the others."""
-    found: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for part in value if isinstance(value, list) else [value]:
         if not isinstance(part, dict):
             raise _Refused(line, "is not valid YAML: << takes over mappings, and this is none")
-        found = part | found
-    return found
+        merged = part | merged
+    return merged
 
 
 def _require_no_tag(event: Any) -> None:

@@ -38,29 +38,29 @@ class Products:
             checkpoint = Checkpoint(task.key, int(name.removeprefix("@")))
             self._require_lease(checkpoint)
             if store.sealed(checkpoint.key):
-                self._compare(store.open(checkpoint.key), folder)
+                self._check_same_digest(store.open(checkpoint.key), folder)
                 return
             draft = store.work(task.key) / f"out.{self.lease.number}{name}"
             try:
                 shutil.copytree(folder, draft, copy_function=os.link)
-                store.seal(draft, checkpoint.key, lambda made: self._record(made, checkpoint))
+                store.seal(draft, checkpoint.key, lambda artifact: self._record(artifact, checkpoint))
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
 
-    def _record(self, made: Artifact, checkpoint: Checkpoint) -> None:
+    def _record(self, artifact: Artifact, checkpoint: Checkpoint) -> None:
         self._require_lease(checkpoint)
-        self.attempt.record(made, checkpoint)
+        self.attempt.record(artifact, checkpoint)
 
-    def _compare(self, stands: Artifact, folder: Path) -> None:
-        pairs = [(stands / row.path, folder / row.path) for row in stands.rows]
-        if all(ours.exists() and os.path.samefile(theirs, ours) for theirs, ours in pairs):
+    def _check_same_digest(self, sealed: Artifact, folder: Path) -> None:
+        pairs = [(sealed / row.path, folder / row.path) for row in sealed.rows]
+        if all(new.exists() and os.path.samefile(old, new) for old, new in pairs):
             return  # by hard links: there is nothing to compare
         rows = rows_of(folder)
-        made = Artifact(stands.key, digest_of(rows), folder, tuple(rows))
-        self.attempt.refuse_second_digest(made)
-        if made.digest != stands.digest:
+        artifact = Artifact(sealed.key, digest_of(rows), folder, tuple(rows))
+        self.attempt.refuse_second_digest(artifact)
+        if artifact.digest != sealed.digest:
             self.attempt.report.note(
-                f"{made.key} came out as {made.digest[:12]}; {stands.digest[:12]} stands, made by other code, "
+                f"{artifact.key} came out as {artifact.digest[:12]}; {sealed.digest[:12]} stands, made by other code, "
                 "in another environment or by other ranks"
             )
 

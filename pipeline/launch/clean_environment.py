@@ -37,7 +37,7 @@ SECRET_NAMES = (
     "*PAT[_0-9]*", "*CRED*", "*JWT*", "*AUTH*", "*COOKIE*", "*BEARER*",
 )  # fmt: skip
 """By which a name, in capitals, is that of a secret, as patterns of a shell: most words wherever they stand in it."""
-INNOCENT = (
+NON_SECRET_PARTS = (
     "TOKENIZER", "NCCL_IB_PKEY", "UCX_IB_PKEY", "OLDPWD", "APPTAINER_PWD", "SINGULARITY_PWD", "COMPAT", "BYPASS",
 )  # fmt: skip
 """Parts of names that are passed over when a name is compared with these patterns."""
@@ -46,49 +46,49 @@ _SECRET_VALUE = re.compile(
     r"://[^/\s@]*:[^/\s@]*@|\b(?:hf|ghp|gho|ghs|github_pat|glpat|xox[abp]|sk)[_-][A-Za-z0-9_-]{16,}|\bAKIA[A-Z0-9]{16}"
 )
 _USER_OF_URL = re.compile(r"://[^/\s@]+@")
-_ONCE = "ATOM_BEGUN_ANEW"
+_RESTARTED_BY = "ATOM_BEGUN_ANEW"
 """Holds the id of a process that `require` has begun anew."""
 
 
-def secret(name: str, value: str = "") -> bool:
+def is_secret(name: str, value: str = "") -> bool:
     """Whether a variable looks like a secret: by a word of its name, or a password or a token in its value."""
-    plain = name.upper()
-    for part in INNOCENT:
-        plain = plain.replace(part, "_")
-    return any(fnmatchcase(plain, pattern) for pattern in SECRET_NAMES) or _SECRET_VALUE.search(value) is not None
+    upper_name = name.upper()
+    for part in NON_SECRET_PARTS:
+        upper_name = upper_name.replace(part, "_")
+    return any(fnmatchcase(upper_name, pattern) for pattern in SECRET_NAMES) or _SECRET_VALUE.search(value) is not None
 
 
-def allowed(name: str, value: str = "", named: Collection[str] = ()) -> bool:
+def is_allowed(name: str, value: str = "", profile_names: Collection[str] = ()) -> bool:
     """Whether a stage may have a variable.
 
     named: what the cluster profile names. What stands before the @ of a URL may be a user's name there; elsewhere it is
     taken for a token.
     """
-    if name not in named:
-        of_computing = _NAME.fullmatch(name) is not None and any(fnmatchcase(name, pattern) for pattern in ALLOWED)
-        if not of_computing or _USER_OF_URL.search(value) is not None:
+    if name not in profile_names:
+        is_computing_name = _NAME.fullmatch(name) is not None and any(fnmatchcase(name, pattern) for pattern in ALLOWED)
+        if not is_computing_name or _USER_OF_URL.search(value) is not None:
             return False
-    return not secret(name, value)
+    return not is_secret(name, value)
 
 
-def denied(environment: Mapping[str, str], named: Collection[str] = ()) -> list[str]:
+def denied_names(environment: Mapping[str, str], profile_names: Collection[str] = ()) -> list[str]:
     """The names of those variables that a stage may not have."""
-    return sorted(name for name, value in environment.items() if not allowed(name, value, named))
+    return sorted(name for name, value in environment.items() if not is_allowed(name, value, profile_names))
 
 
-def taken_over(environment: Mapping[str, str], forward: Iterable[str]) -> dict[str, str]:
+def forwarded_variables(environment: Mapping[str, str], forward: Iterable[str]) -> dict[str, str]:
     """What a Slurm job takes over of `environment`. Raises RecipeError for what looks like a secret."""
-    chosen = {}
+    forwarded = {}
     for name in (*TAKEN_OVER, *forward):
         if name not in environment:
             continue
-        if secret(name, environment[name]):
+        if is_secret(name, environment[name]):
             raise RecipeError(
                 f"variable {name}, which a job would take over, looks like a secret, and no secret travels; leave it "
                 "out of slurm.forward, and give MLflow its user and password in ~/.mlflow/credentials"
             )
-        chosen[name] = environment[name]
-    return chosen
+        forwarded[name] = environment[name]
+    return forwarded
 
 
 def shell() -> list[str]:
@@ -98,7 +98,7 @@ def shell() -> list[str]:
         'for name in $(compgen -A function); do export -nf "$name"; done',
         "for name in $(compgen -e); do",
         "    plain=${name^^}",
-        *(f"    plain=${{plain//{part}/_}}" for part in INNOCENT),
+        *(f"    plain=${{plain//{part}/_}}" for part in NON_SECRET_PARTS),
         "    case $plain in",
         f'        {"|".join(SECRET_NAMES)}) unset -v "$name" ;;',
         "        *) case $name in",
@@ -110,19 +110,19 @@ def shell() -> list[str]:
     ]
 
 
-def require(named: Collection[str]) -> None:
+def require(profile_names: Collection[str]) -> None:
     """Removes the variables that a stage may not have and that it got all the same, by a module, a prolog, an image or
     `setup` of the profile. If this process began with one, it begins anew: what is only removed from `os.environ` is
     still in /proc.
 
     named: what the cluster profile names.
     """
-    for name in denied(os.environ, named):
+    for name in denied_names(os.environ, profile_names):
         del os.environ[name]
-    if os.environ.pop(_ONCE, None) == str(os.getpid()):
+    if os.environ.pop(_RESTARTED_BY, None) == str(os.getpid()):
         return  # what is in /proc now is not what it began with: never twice
     pairs = (entry.partition("=") for entry in os.fsdecode(Path("/proc/self/environ").read_bytes()).split("\0"))
-    if bad := denied({name: value for name, _, value in pairs if name}, named):
-        print(f"begins anew without {', '.join(bad)}: no secret reaches a stage", flush=True)
-        clean = {**os.environ, _ONCE: str(os.getpid())}
+    if denied_at_start := denied_names({name: value for name, _, value in pairs if name}, profile_names):
+        print(f"begins anew without {', '.join(denied_at_start)}: no secret reaches a stage", flush=True)
+        clean = {**os.environ, _RESTARTED_BY: str(os.getpid())}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], clean)

@@ -12,7 +12,7 @@ from pipeline.core.stage import Config, Renamed
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find
-from pipeline.launch.clean_environment import secret
+from pipeline.launch.clean_environment import is_secret
 
 
 class Local(Config):
@@ -71,8 +71,8 @@ class Gpu(Config):
     source: Text = Field(description="where the figures come from, for whoever reads a plan")
 
     def rate(self, precision: str) -> Rate | None:
-        found: Rate | None = getattr(self, _family(precision), None)
-        return found
+        rate: Rate | None = getattr(self, _family(precision), None)
+        return rate
 
     def told(self, precision: str) -> str:
         """The rate in words. It must be there."""
@@ -166,7 +166,7 @@ class Slurm(Config):
     @model_validator(mode="after")
     def _no_secret(self) -> Slurm:
         for name, value in (*((name, "") for name in self.forward), *self.environment.items()):
-            if secret(name, value):
+            if is_secret(name, value):
                 raise ValueError(
                     f"{name} looks like a secret, and no secret reaches a job; leave it out, and give MLflow its user "
                     "and password in ~/.mlflow/credentials"
@@ -176,13 +176,13 @@ class Slurm(Config):
     def shape(self, stage: str, ranks: int, trains: bool) -> tuple[Jobs, int, int]:
         """(what its job asks for, nodes, ranks on each). Raises RecipeError if the ranks do not fill nodes alike."""
         jobs = self.train if trains else self.cpu
-        each = min(ranks, jobs.tasks_per_node)
-        if ranks % each:
+        ranks_per_node = min(ranks, jobs.tasks_per_node)
+        if ranks % ranks_per_node:
             raise RecipeError(
-                f"stage {stage} has {ranks} ranks, which do not fill nodes of {each} alike; change its "
+                f"stage {stage} has {ranks} ranks, which do not fill nodes of {ranks_per_node} alike; change its "
                 "parallelism.ranks, or tasks_per_node of the cluster profile"
             )
-        return jobs, ranks // each, each
+        return jobs, ranks // ranks_per_node, ranks_per_node
 
 
 class Profile(Config):

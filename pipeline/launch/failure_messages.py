@@ -13,16 +13,16 @@ from pipeline.core.errors import AtomError, Failure, Interrupted, Kind
 from pipeline.core.store import Store
 
 
-def tell(error: BaseException, node: str, stage: str, store: Store) -> Failure:
+def report_failure(error: BaseException, node: str, stage: str, store: Store) -> Failure:
     """Prints the sentence to the log, below the traceback if it is a bug; returns it with its kind."""
-    failure = Failure(sentence(error, stage, store), kind(error, store))
+    failure = Failure(failure_message(error, stage, store), failure_kind(error, store))
     if failure.kind is Kind.BUG:
         traceback.print_exc()
     print(f"{node}: {failure.text}", file=sys.stderr, flush=True)
     return failure
 
 
-def kind(error: BaseException, store: Store) -> Kind:
+def failure_kind(error: BaseException, store: Store) -> Kind:
     """What an exception of a stage is, for the exit code and for whether another attempt is made."""
     if isinstance(error, Interrupted):
         return Kind.STOPPED
@@ -30,21 +30,23 @@ def kind(error: BaseException, store: Store) -> Kind:
         return fault.kind
     if isinstance(error, AtomError):
         return error.kind
-    if isinstance(error, ImportError) and _foreign(error):
+    if isinstance(error, ImportError) and _is_third_party(error):
         return Kind.USER
     return Kind.BUG
 
 
-def sentence(error: BaseException, stage: str, store: Store) -> str:
+def failure_message(error: BaseException, stage: str, store: Store) -> str:
     """What went wrong and what to do, as one sentence."""
     if isinstance(error, Interrupted):
         return f"stopped on request ({error}); run the same command to go on"
     if fault := _fault(error, store):
-        why = f"stage {stage} failed by its machine or network ({error}); {os_errors.AGAIN}".replace("\n", " ")
-        return fault.text or why
+        machine_message = f"stage {stage} failed by its machine or network ({error}); {os_errors.AGAIN}".replace(
+            "\n", " "
+        )
+        return fault.text or machine_message
     if isinstance(error, AtomError):
         return str(error)
-    if isinstance(error, ImportError) and _foreign(error):
+    if isinstance(error, ImportError) and _is_third_party(error):
         return f"stage {stage} needs {error.name}; install atom-release[data,train] and run the same command again"
     return f"a bug in stage {stage}: {type(error).__name__}: {error}; the traceback is in its log".replace("\n", " ")
 
@@ -56,16 +58,16 @@ def _fault(error: BaseException, store: Store) -> os_errors.Fault | None:
     return os_errors.find(error, store.home)
 
 
-def _foreign(error: ImportError) -> bool:
+def _is_third_party(error: ImportError) -> bool:
     """Whether a package is missing that is not ours."""
     return (error.name or "").split(".")[0] not in ("pipeline", "stages", "release")
 
 
-def full(store: Store) -> str:
+def disk_full_message(store: Store) -> str:
     return os_errors.FAULTS[errno.ENOSPC].text.format(place=store.home)
 
 
-def without_places(text: str, home: Path) -> str:
+def strip_paths(text: str, home: Path) -> str:
     """A sentence as a statement may keep it: statements are published, and no folder of a machine belongs there."""
     text = re.sub(rf"{re.escape(str(home))}(?![\w-]|\.\w)", "$ATOM_HOME", text)
     return re.sub(r"(?<![\w$./:])/[^\s:;,()'\"]+/([^\s:;,()'\"/]+)", r"…/\1", text)

@@ -24,16 +24,23 @@ from pipeline.graph.dag import Graph, Node
 from pipeline.graph.run import Run
 from pipeline.launch import clean_environment
 from pipeline.launch.cluster_profile import Profile
-from pipeline.launch.failure_messages import full
-from pipeline.launch.rendezvous import announce, kill, launch_folder, lost, silent, tasks
+from pipeline.launch.failure_messages import disk_full_message
+from pipeline.launch.rendezvous import (
+    announce,
+    has_no_end,
+    kill_processes,
+    launch_folder,
+    living_ranks,
+    ranks_without_end,
+)
 from pipeline.launch.worker import Task, work
 
 POLL = 0.2
 FOREVER_MINUTES = 60 * 24 * 365
 LAST_SECONDS = 4.0
 """What the ranks of a launch that is over get to end by themselves."""
-GONE = "its process is gone, perhaps killed for memory; its log may tell why; run the same command to go on"
-NO_ROOM = 1_000_000
+PROCESS_GONE = "its process is gone, perhaps killed for memory; its log may tell why; run the same command to go on"
+FULL_DISK_BYTES = 1_000_000
 """Free bytes below which a process that died without a word is thought to have had no room for it."""
 
 # One thread a rank: sums are then taken in one order, whatever else the machine does. Seeds of str hashes are fixed so
@@ -78,24 +85,24 @@ def require_inputs(graph: Graph, store: Store, selected: list[str]) -> None:
 def damage_of(graph: Graph, store: Store, selected: list[str]) -> dict[str, str]:
     """Of the selected stages those that cannot be had, because what they sealed is damaged or what they need is, each
     with a sentence that says which file."""
-    found: dict[str, str] = {}
+    sentences: dict[str, str] = {}
     for name in selected:
         node = graph.nodes[name]
         if store.sealed(node.key):
             if text := store.damage(node.key):
-                found[name] = text
+                sentences[name] = text
             continue
         inputs = {source: graph.nodes[source].key for source in node.inputs.values()}
         for source, key in {**inputs, **{key: key for key in node.external.values()}}.items():
-            text = found.get(source) or (store.damage(key) if store.sealed(key) else None)
+            text = sentences.get(source) or (store.damage(key) if store.sealed(key) else None)
             if text is not None:
-                found[name] = text
+                sentences[name] = text
                 break
-    return found
+    return sentences
 
 
 @dataclass
-class Flight:
+class RunningJob:
     """A submitted job and the tail of its events."""
 
     node: Node
@@ -104,13 +111,13 @@ class Flight:
     ranks: int = 1
     outcome: str | Failure | None = None
     pid: int | None = None
-    seen: set[int] = field(default_factory=set)
+    seen_alive: set[int] = field(default_factory=set)
     """Ranks that were seen alive."""
-    lost: list[int] = field(default_factory=list)
+    lost_ranks: list[int] = field(default_factory=list)
     """Ranks that are gone though the others need them."""
     announced: bool = False
     """Whether the others were told of the lost ones."""
-    over: float | None = None
+    finished_since: float | None = None
     """Since when what is left of the ranks has no more to do."""
 
 
@@ -127,7 +134,7 @@ class LocalLauncher:
     selected: list[str]
     profile: Profile
     display: Display
-    flights: dict[str, Flight] = field(default_factory=dict)
+    running: dict[str, RunningJob] = field(default_factory=dict)
 
     def go(self) -> None:
         """Runs to the end. Raises AtomError with the first failure; KeyboardInterrupt after a clean stop."""
@@ -135,26 +142,26 @@ class LocalLauncher:
         waiting = [n for n in self.selected if not self.store.sealed(self.graph.nodes[n].key)]
         self.display.begin(len(self.selected), len(self.selected) - len(waiting))
         try:
-            while waiting or self.flights:
+            while waiting or self.running:
                 for name in list(waiting):
                     node = self.graph.nodes[name]
                     if self.store.sealed(node.key):
                         waiting.remove(name)
                         self.display.sealed(name, elsewhere=True)
-                    elif not failures and self._ready(node) and self._places(node) <= self._free():
+                    elif not failures and self._ready(node) and self._places(node) <= self._free_places():
                         waiting.remove(name)
-                        self.flights[name] = self._submit(node)
-                for name, flight in list(self.flights.items()):
-                    outcome = self._poll(flight)
+                        self.running[name] = self._submit(node)
+                for name, running_job in list(self.running.items()):
+                    outcome = self._poll(running_job)
                     if outcome is None:
                         continue
-                    del self.flights[name]
+                    del self.running[name]
                     if outcome == "busy":
                         waiting.append(name)
                     elif isinstance(outcome, Failure):
                         failures[name] = outcome
                         self.display.failed(name, outcome.text)
-                if failures and not self.flights:
+                if failures and not self.running:
                     break
                 time.sleep(POLL)
         except KeyboardInterrupt:
@@ -167,20 +174,20 @@ class LocalLauncher:
     def _places(self, node: Node) -> int:
         return min(node.stage.ranks(node.config), self.profile.local.jobs)
 
-    def _free(self) -> int:
-        return self.profile.local.jobs - sum(self._places(flight.node) for flight in self.flights.values())
+    def _free_places(self) -> int:
+        return self.profile.local.jobs - sum(self._places(running_job.node) for running_job in self.running.values())
 
     def _ready(self, node: Node) -> bool:
         if not all(self.store.sealed(key) for key in self.graph.materials(node).values()):
             return False
         folder = self.store.work(node.key)
-        present = holder(folder) if folder.exists() else None
-        if present is not None and present.alive:
-            self.display.elsewhere(node.name, f"process {present.pid} on {present.host}")
+        lease_holder = holder(folder) if folder.exists() else None
+        if lease_holder is not None and lease_holder.alive:
+            self.display.elsewhere(node.name, f"process {lease_holder.pid} on {lease_holder.host}")
             return False
         return True
 
-    def _submit(self, node: Node) -> Flight:
+    def _submit(self, node: Node) -> RunningJob:
         folder, number = self.run.node_folder(node.name), node.stage.ranks(node.config)
         task = Task(
             home=str(self.store.home),
@@ -194,97 +201,101 @@ class LocalLauncher:
             ranks=number,
         )
         # `env` becomes the stage's process, without what a stage may not have
-        without = [word for name in clean_environment.denied(os.environ) for word in ("-u", name)]
-        executor = submitit.LocalExecutor(folder / "submitit", python=shlex.join(["env", *without, sys.executable]))
+        unset_options = [word for name in clean_environment.denied_names(os.environ) for word in ("-u", name)]
+        executor = submitit.LocalExecutor(
+            folder / "submitit", python=shlex.join(["env", *unset_options, sys.executable])
+        )
         executor.update_parameters(timeout_min=FOREVER_MINUTES, stderr_to_stdout=True, tasks_per_node=number)
         gpus = visible_gpus()
         executor.update_parameters(gpus_per_node=min(number, len(gpus)), visible_gpus=gpus)  # else it hides them all
         # A Ctrl-C of the terminal goes to the whole process group. The job's controller never sees it (so that it waits
         # for the stage to stop); the stage itself unblocks it, see worker._stop_signals. Here it waits until after.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             tail = Tail(folder / "events.jsonl")
             tail.read()
             job = executor.submit(work, task.json())
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
         self.display.started(node.name, str(job.paths.stdout), number)
-        return Flight(node, job, tail, number)
+        return RunningJob(node, job, tail, number)
 
-    def _poll(self, flight: Flight) -> str | Failure | None:
+    def _poll(self, running_job: RunningJob) -> str | Failure | None:
         """The job's outcome, or None while it runs."""
-        ended = flight.job.done()
-        for event in flight.tail.read():
+        is_done = running_job.job.done()
+        for event in running_job.tail.read():
             kind = event["event"]
             if kind == "start":
-                flight.pid = event["pid"]
+                running_job.pid = event["pid"]
             elif kind == "end":
-                good = event["outcome"] in ("sealed", "busy")
-                flight.outcome = event["outcome"] if good else Failure.read(event["outcome"], event.get("kind"))
+                ok = event["outcome"] in ("sealed", "busy")
+                running_job.outcome = event["outcome"] if ok else Failure.read(event["outcome"], event.get("kind"))
             elif kind == "usage":
-                self.display.usage(flight.node.name, event)
+                self.display.usage(running_job.node.name, event)
             elif kind == "progress":
-                self.display.progress(flight.node.name, event)
+                self.display.progress(running_job.node.name, event)
             elif kind == "note":
-                self.display.note(flight.node.name, event["text"])
-        if not ended:
-            self._see_off(flight)
+                self.display.note(running_job.node.name, event["text"])
+        if not is_done:
+            self._end_leftover_ranks(running_job)
             return None
-        if flight.outcome == "sealed":
-            self.display.sealed(flight.node.name)
-        if flight.outcome is None and flight.lost and flight.lost[0] > 0:
-            return Failure(f"rank {flight.lost[0]}: {GONE}")
-        if flight.outcome is None and shutil.disk_usage(self.store.home).free < NO_ROOM:
-            return Failure(full(self.store))  # not even the word that it ends had room
-        if flight.outcome is None:
+        if running_job.outcome == "sealed":
+            self.display.sealed(running_job.node.name)
+        if running_job.outcome is None and running_job.lost_ranks and running_job.lost_ranks[0] > 0:
+            return Failure(f"rank {running_job.lost_ranks[0]}: {PROCESS_GONE}")
+        if running_job.outcome is None and shutil.disk_usage(self.store.home).free < FULL_DISK_BYTES:
+            return Failure(disk_full_message(self.store))  # not even the word that it ends had room
+        if running_job.outcome is None:
             return Failure("its process was killed from outside (perhaps for memory); run the same command to go on")
-        return flight.outcome
+        return running_job.outcome
 
-    def _see_off(self, flight: Flight) -> None:
+    def _end_leftover_ranks(self, running_job: RunningJob) -> None:
         """Once rank 0 has ended the attempt, or a rank is gone that the others need, what is left of them (it may hang
         in a collective, or be stopped) gets a moment, and is killed. Of a rank that was killed the others are told."""
-        if flight.ranks == 1:
+        if running_job.ranks == 1:
             return
-        living = tasks(flight.job._process.pid)
-        flight.seen |= living.keys()
-        folder = launch_folder(self.run.node_folder(flight.node.name), flight.job.job_id)
-        if not flight.lost:
-            flight.lost = lost(folder, flight.seen - living.keys())
-        elif flight.outcome is None and not flight.announced:  # a look later: rank 0 may have ended well meanwhile
-            flight.announced = True
-            if silent(folder, flight.lost[0]):
-                announce(folder, flight.lost[0], Failure(GONE))
-        if flight.outcome is None and not flight.lost:
+        living = living_ranks(running_job.job._process.pid)
+        running_job.seen_alive |= living.keys()
+        folder = launch_folder(self.run.node_folder(running_job.node.name), running_job.job.job_id)
+        if not running_job.lost_ranks:
+            running_job.lost_ranks = ranks_without_end(folder, running_job.seen_alive - living.keys())
+        elif running_job.outcome is None and not running_job.announced:
+            running_job.announced = True  # a look later: rank 0 may have ended well meanwhile
+            if has_no_end(folder, running_job.lost_ranks[0]):
+                announce(folder, running_job.lost_ranks[0], Failure(PROCESS_GONE))
+        if running_job.outcome is None and not running_job.lost_ranks:
             return
-        flight.over = flight.over or time.monotonic()
-        late = time.monotonic() - flight.over
-        if late > LAST_SECONDS:  # rank 0 may still write, and what it has told is on record
-            kill(pid for rank, pid in living.items() if rank or flight.outcome is not None)
-        if late > self.profile.local.stop_grace_seconds:
-            kill(living.values())
+        running_job.finished_since = running_job.finished_since or time.monotonic()
+        overdue = time.monotonic() - running_job.finished_since
+        if overdue > LAST_SECONDS:  # rank 0 may still write, and what it has told is on record
+            kill_processes(pid for rank, pid in living.items() if rank or running_job.outcome is not None)
+        if overdue > self.profile.local.stop_grace_seconds:
+            kill_processes(living.values())
 
     def _stop(self) -> None:
         """Asks every running stage to stop, waits for the grace time, then kills what is left."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.display.stopping()
-        for flight in self.flights.values():
+        for running_job in self.running.values():
             with suppress(ProcessLookupError):
-                flight.job._process.send_signal(signal.SIGTERM)
+                running_job.job._process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + self.profile.local.stop_grace_seconds
-        while self.flights and time.monotonic() < deadline:
-            self.flights = {n: f for n, f in self.flights.items() if self._poll(f) is None}
+        while self.running and time.monotonic() < deadline:
+            self.running = {
+                n: running_job for n, running_job in self.running.items() if self._poll(running_job) is None
+            }
             time.sleep(POLL)
-        for flight in self.flights.values():
-            controller = flight.job._process.pid
-            kill({*tasks(controller).values(), *filter(None, [flight.pid]), controller})
+        for running_job in self.running.values():
+            controller = running_job.job._process.pid
+            kill_processes({*living_ranks(controller).values(), *filter(None, [running_job.pid]), controller})
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def visible_gpus() -> list[int]:
     """The GPUs that this process may use: those that CUDA_VISIBLE_DEVICES names, or all. No torch here."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [int(name) for name in named.split(",") if name.strip().isdigit()]
+    visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible_devices is not None:
+        return [int(name) for name in visible_devices.split(",") if name.strip().isdigit()]
     return list(range(len(list(Path("/dev").glob("nvidia[0-9]*")))))
 
 

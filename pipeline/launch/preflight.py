@@ -32,45 +32,47 @@ LONGEST_LINE = 65536
 def check(home: Path, ranks: Ranks, free_gb: float, scratch: str | None) -> Failure | None:
     """What is wrong with a node of this launch, in one sentence that names it; of a rank other than 0, why it could not
     even tell rank 0. None if all is well."""
-    wrong = own(home, free_gb, scratch)
-    text = wrong
+    problem = check_node(home, free_gb, scratch)
+    text = problem
     if ranks.rank:
-        text = _call(ranks, wrong)
-    elif wrong is None and ranks.size > 1:
-        text = _gather(ranks)
+        text = _send_report(ranks, problem)
+    elif problem is None and ranks.size > 1:
+        text = _gather_reports(ranks)
     return None if text is None else Failure(text)
 
 
-def own(home: Path, free_gb: float, scratch: str | None) -> str | None:
+def check_node(home: Path, free_gb: float, scratch: str | None) -> str | None:
     """What is wrong with this node, if anything."""
     name = node_name()
-    for place in [home, *([Path(scratch)] if scratch else [])]:
+    for folder in [home, *([Path(scratch)] if scratch else [])]:
         try:
-            free = shutil.disk_usage(place).free / 1e9
-            probe = place / f".probe-{uuid.uuid4().hex}"
-            before = time.time()
+            free = shutil.disk_usage(folder).free / 1e9
+            probe = folder / f".probe-{uuid.uuid4().hex}"
+            local_time = time.time()
             probe.touch()
             written = probe.stat().st_mtime
             probe.unlink()
         except OSError as error:
-            return f"node {name} cannot write to {place} ({error.strerror}); fix its mounts, or exclude it"
+            return f"node {name} cannot write to {folder} ({error.strerror}); fix its mounts, or exclude it"
         if free < free_gb:
-            return f"node {name} has {free:.1f} GB free in {place}, less than free_gb = {free_gb:g}; free some"
-        if place == home and abs(written - before) > SKEW_SECONDS:
-            return f"the clock of node {name} differs by {written - before:.0f} s from the file system's; set it by NTP"
+            return f"node {name} has {free:.1f} GB free in {folder}, less than free_gb = {free_gb:g}; free some"
+        if folder == home and abs(written - local_time) > SKEW_SECONDS:
+            seconds = written - local_time
+            return f"the clock of node {name} differs by {seconds:.0f} s from the file system's; set it by NTP"
     return _gpus(name)
 
 
 def _gpus(name: str) -> str | None:
     """Whether the GPUs that Slurm gave are there. No torch here: the device files say it."""
-    given = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip().isdigit()]
-    there = list(Path("/dev").glob("nvidia[0-9]*"))
-    if os.environ.get("SLURM_GPUS_ON_NODE") and len(there) < len(given):
-        return f"node {name} has {len(there)} GPUs under /dev, and Slurm gave {len(given)}; check the NVIDIA driver"
+    assigned = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip().isdigit()]
+    device_files = list(Path("/dev").glob("nvidia[0-9]*"))
+    if os.environ.get("SLURM_GPUS_ON_NODE") and len(device_files) < len(assigned):
+        count = len(device_files)
+        return f"node {name} has {count} GPUs under /dev, and Slurm gave {len(assigned)}; check the NVIDIA driver"
     return None
 
 
-def _call(ranks: Ranks, wrong: str | None) -> str | None:
+def _send_report(ranks: Ranks, problem: str | None) -> str | None:
     """Another rank: tells rank 0 how its node is."""
     listener, deadline = None, time.monotonic() + SECONDS
     for _ in polls(deadline):
@@ -81,7 +83,7 @@ def _call(ranks: Ranks, wrong: str | None) -> str | None:
         if (failure := ranks.failure()) is not None:
             return failure.text
         return f"node {node_name()} saw no word of rank 0 for {SECONDS:.0f} s; does it see the same $ATOM_HOME?"
-    report = {"rank": ranks.rank, "node": node_name(), "wrong": wrong, "lock": environment.fingerprint()}
+    report = {"rank": ranks.rank, "node": node_name(), "wrong": problem, "lock": environment.fingerprint()}
     try:
         with socket.create_connection((listener["host"], listener["port"]), timeout=SECONDS) as line:
             line.sendall(json.dumps(report).encode() + b"\n")
@@ -90,13 +92,13 @@ def _call(ranks: Ranks, wrong: str | None) -> str | None:
                 return None
         return f"node {node_name()}: rank 0 at {listener['host']} hung up"
     except OSError as error:
-        where = f"{listener['host']}:{listener['port']}"
-        return f"node {node_name()} cannot reach rank 0 at {where} ({error}); look at names, routes and firewall"
+        address = f"{listener['host']}:{listener['port']}"
+        return f"node {node_name()} cannot reach rank 0 at {address} ({error}); look at names, routes and firewall"
 
 
-def _gather(ranks: Ranks) -> str | None:
+def _gather_reports(ranks: Ranks) -> str | None:
     """Rank 0: hears every other rank, and says what is wrong."""
-    deadline, look = time.monotonic() + SECONDS, 0.0
+    deadline, next_look = time.monotonic() + SECONDS, 0.0
     reports: dict[int, dict[str, Any]] = {}
     with socket.create_server(("", 0), backlog=ranks.size) as server:
         server.settimeout(POLL)
@@ -105,30 +107,30 @@ def _gather(ranks: Ranks) -> str | None:
             with suppress(OSError):  # TimeoutError among them: nobody calls at the moment
                 line, _ = server.accept()
                 with line:
-                    report = _hear(line)
+                    report = _receive_report(line)
                     if report is not None:
                         reports[report["rank"]] = report
-            if time.monotonic() > look:
+            if time.monotonic() > next_look:
                 if (failure := ranks.failure()) is not None:
                     return failure.text
-                look = time.monotonic() + 1.0
+                next_look = time.monotonic() + 1.0
     silent = sorted(set(range(1, ranks.size)) - set(reports))
     if silent:
         started = set(os.listdir(ranks.folder))
-        which = f"rank {silent[0]}" + (f" and {len(silent) - 1} more" if silent[1:] else "")
-        some = any(f"started-{rank}" in started for rank in silent)
-        how = "started and said nothing more" if some else "did not start"
-        return f"{which} of {ranks.size} {how} within {SECONDS:.0f} s; its own log may tell why"
+        silent_ranks = f"rank {silent[0]}" + (f" and {len(silent) - 1} more" if silent[1:] else "")
+        any_started = any(f"started-{rank}" in started for rank in silent)
+        state = "started and said nothing more" if any_started else "did not start"
+        return f"{silent_ranks} of {ranks.size} {state} within {SECONDS:.0f} s; its own log may tell why"
     ordered = [reports[rank] for rank in sorted(reports)]
-    if bad := [report["wrong"] for report in ordered if report["wrong"]]:
-        return str(bad[0])
+    if problems := [report["wrong"] for report in ordered if report["wrong"]]:
+        return str(problems[0])
     lock = environment.fingerprint()
     if (other := next((report["node"] for report in ordered if report["lock"] != lock), None)) is not None:
         return f"nodes {other} and {node_name()} differ in Python, packages or processor; ask for nodes that are alike"
     return None
 
 
-def _hear(line: socket.socket) -> dict[str, Any] | None:
+def _receive_report(line: socket.socket) -> dict[str, Any] | None:
     """What one rank says; None if it is no rank of ours."""
     line.settimeout(CALLER_SECONDS)
     try:

@@ -39,14 +39,14 @@ from submitit.core.utils import environment_variables
 from pipeline.core import lease
 from pipeline.core.errors import Failure, Kind, MachineError, PeerLost
 
-MEETING_SECONDS = 600.0
+RENDEZVOUS_SECONDS = 600.0
 USAGE_SECONDS = 5.0
 FAILED_USAGE_SECONDS = 1.5
 """What rank 0 waits for the others' word of what they used; less after a failure, whose 5 seconds are counted."""
 WATCH_SECONDS = 1.0
-DEPART_SECONDS = 3.0
+EXIT_SECONDS = 3.0
 """What a rank of a failed launch waits for rank 0 to write how it failed: srun ends all when one ends badly."""
-BLAME_SECONDS = 2.5
+CAUSE_SECONDS = 2.5
 """What a rank that lost touch with another waits for that one's word, or the launcher's about it."""
 FOLLOWED = "followed"
 FAILURES = "failures.jsonl"
@@ -65,15 +65,15 @@ class Usage:
     @classmethod
     def now(cls) -> Usage:
         """Of this process and its children so far; the peak is the process's own."""
-        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return cls(sum(u.ru_utime + u.ru_stime for u in used), used[0].ru_maxrss * 1024)
+        usages = [resource.getrusage(scope) for scope in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return cls(sum(u.ru_utime + u.ru_stime for u in usages), usages[0].ru_maxrss * 1024)
 
-    def since(self, before: Usage) -> Usage:
-        return Usage(self.cpu_seconds - before.cpu_seconds, self.peak_memory_bytes)
+    def since(self, earlier: Usage) -> Usage:
+        return Usage(self.cpu_seconds - earlier.cpu_seconds, self.peak_memory_bytes)
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """What rank 0 tells the others once it holds the lease: the product's folder and where to meet."""
 
     out: str
@@ -92,7 +92,7 @@ class Ranks:
     folder: Path = Path()
 
     @classmethod
-    def here(cls, size: int, node_folder: Path) -> Ranks:
+    def from_environment(cls, size: int, node_folder: Path) -> Ranks:
         """As submitit says it, on this machine and on a cluster alike. Each rank leaves word of itself."""
         if size == 1:
             return cls()
@@ -100,18 +100,18 @@ class Ranks:
         folder = launch_folder(node_folder, job.job_id)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FAILURES).touch()
-        write(folder / f"rank-{job.global_rank}.json", lease.me())
+        write(folder / f"rank-{job.global_rank}.json", lease.this_process())
         return cls(size, job.global_rank, job.local_rank, job.num_nodes == 1, folder)
 
-    def call(self, out: Path) -> Meeting | None:
-        """Rank 0: calls the others to a meeting. None if there are no others."""
+    def open_rendezvous(self, out: Path) -> Rendezvous | None:
+        """Rank 0: writes where the ranks meet, for the others. None if there are no others."""
         if self.size == 1:
             return None
-        meeting = Meeting(out.name, "127.0.0.1" if self.one_host else node_name(), free_port())
-        write(self.folder / "meeting.json", meeting.__dict__)
-        return meeting
+        rendezvous = Rendezvous(out.name, "127.0.0.1" if self.one_host else node_name(), free_port())
+        write(self.folder / "meeting.json", rendezvous.__dict__)
+        return rendezvous
 
-    def wait(self, turns: int) -> None:
+    def report_waiting(self, turns: int) -> None:
         """Rank 0: tells the others now and then that it waits for its turn. Raises PeerLost if one has failed."""
         if self.size > 1:
             if (failure := self.failure()) is not None:
@@ -120,52 +120,46 @@ class Ranks:
                 write(self.folder / "meeting.json", {"turns": turns})
 
     @contextmanager
-    def busy(self, turns: int) -> Iterator[None]:
+    def report_busy(self, turns: int) -> Iterator[None]:
         """Rank 0: tells the others from a thread that it lives, for as long as it works before it calls them. turns:
         those that it has waited for its turn."""
         if self.size == 1:
             yield
             return
-        over = threading.Event()
 
-        def tell() -> None:
+        def write_turns(stop: threading.Event) -> None:
             for turn in count(turns + 1):
                 with suppress(OSError):  # a file system that is away for a moment: the next word tells
                     write(self.folder / "meeting.json", {"turns": turn})
-                if over.wait(MEETING_SECONDS / 20):
+                if stop.wait(RENDEZVOUS_SECONDS / 20):
                     return
 
-        thread = threading.Thread(target=tell, name="busy", daemon=True)
-        thread.start()
-        try:
+        with _thread("busy", write_turns, join=True):  # its word must not come after the call
             yield
-        finally:
-            over.set()
-            thread.join()  # its word must not come after the call
 
-    def dismiss(self, why: str) -> None:
-        """Rank 0, at an end without failure: if there was no meeting, there will be none."""
+    def cancel_rendezvous(self, reason: str) -> None:
+        """Rank 0, at an end without failure: if there was no rendezvous, there will be none."""
         if self.size > 1:
             present = read(self.folder / "meeting.json")
             if present is None or "turns" in present:
-                write(self.folder / "meeting.json", {"dismissed": why})
+                write(self.folder / "meeting.json", {"dismissed": reason})
 
-    def meet(self) -> Meeting | None:
+    def join_rendezvous(self) -> Rendezvous | None:
         """Another rank: waits for rank 0's call; None if rank 0 needs nobody. Raises MachineError if no call comes."""
-        deadline, turns = time.monotonic() + MEETING_SECONDS, None
+        deadline, turns = time.monotonic() + RENDEZVOUS_SECONDS, None
         for _ in polls():
             message = read(self.folder / "meeting.json")
             if message is not None and "dismissed" in message:
                 return None
             if message is not None and "turns" not in message:
-                return Meeting(**message)
+                return Rendezvous(**message)
             if message is not None and message["turns"] != turns:  # rank 0 lives, and is not ready yet
-                deadline, turns = time.monotonic() + MEETING_SECONDS, message["turns"]
-            if self._gone(0):
+                deadline, turns = time.monotonic() + RENDEZVOUS_SECONDS, message["turns"]
+            if self._has_exited(0):
                 raise MachineError("rank 0 is gone; its own log may tell why")
             if time.monotonic() > deadline:
                 break
-        raise MachineError(f"rank 0 said nothing for {MEETING_SECONDS:.0f} seconds; its own log may tell why")
+        raise MachineError(f"rank 0 said nothing for {RENDEZVOUS_SECONDS:.0f} seconds; its own log may tell why")
 
     def announce(self, failure: Failure) -> None:
         """Dismisses every rank of the launch, with how it failed."""
@@ -181,9 +175,9 @@ class Ranks:
                 return Failure.read(f"rank {row['rank']}: {row['text']}", row.get("kind"))
         return None
 
-    def blame(self, failure: Failure) -> Failure:
+    def find_cause(self, failure: Failure) -> Failure:
         """After touch was lost with another rank: what that one says of it, if it comes to say it."""
-        deadline = time.monotonic() + BLAME_SECONDS
+        deadline = time.monotonic() + CAUSE_SECONDS
         while self.size > 1 and time.monotonic() < deadline:
             if (cause := self.failure()) is not None:
                 return cause
@@ -191,35 +185,30 @@ class Ranks:
         return failure
 
     @contextmanager
-    def watch(self, react: Callable[[Failure], object]) -> Iterator[None]:
+    def watch_failures(self, react: Callable[[Failure], object]) -> Iterator[None]:
         """Calls `react` from a thread of its own once another rank has failed, or the launcher says so of one."""
         if self.size == 1:
             yield
             return
-        over = threading.Event()
 
-        def look() -> None:
-            while not over.wait(WATCH_SECONDS):
+        def poll_failures(stop: threading.Event) -> None:
+            while not stop.wait(WATCH_SECONDS):
                 with suppress(OSError):  # a file system that is away for a moment: the next look tells
                     if (failure := self.failure()) is not None:
                         react(failure)
                         return
 
-        thread = threading.Thread(target=look, name="watch", daemon=True)
-        thread.start()
-        try:
+        with _thread("watch", poll_failures):
             yield
-        finally:
-            over.set()
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Rank 0 of a failed launch, once all is written: whoever waits for that may go."""
         if self.size > 1:
             _append(self.folder, {"over": True})
 
-    def depart(self) -> NoReturn:
+    def exit_after_failure(self) -> NoReturn:
         """Another rank of a failed launch: ends this process once rank 0 has written what it has to, or is too slow."""
-        deadline = time.monotonic() + DEPART_SECONDS
+        deadline = time.monotonic() + EXIT_SECONDS
         with suppress(OSError):
             while time.monotonic() < deadline and not any("over" in row for row in _rows(self.folder)):
                 time.sleep(0.2)
@@ -228,33 +217,33 @@ class Ranks:
     def fail(self, failure: Failure, usage: Usage) -> NoReturn:
         """Another rank: dismisses all, and ends this process."""
         self.announce(failure)
-        self.leave(failure.text, usage)
-        self.depart()
+        self.record_end(failure.text, usage)
+        self.exit_after_failure()
 
-    def dismissed(self, failure: Failure, usage: Usage) -> NoReturn:
+    def exit_on_peer_failure(self, failure: Failure, usage: Usage) -> NoReturn:
         """Another rank, from a thread, when the launch has failed: leaves its stacks in its log, and ends."""
         text = f"this launch has failed ({failure.text}), so rank {self.rank} ends; it stands here:\n"
         os.write(2, text.encode())  # not `print`, whose lock the thread that hangs may hold
         faulthandler.dump_traceback(2, all_threads=True)
-        self.leave(failure.text, usage)
-        self.depart()
+        self.record_end(failure.text, usage)
+        self.exit_after_failure()
 
     @contextmanager
-    def environment(self, meeting: Meeting | None) -> Iterator[None]:
+    def environment(self, rendezvous: Rendezvous | None) -> Iterator[None]:
         """The variables by which torch.distributed finds the others, for a while; none of them for one rank alone."""
-        if meeting is None:
+        if rendezvous is None:
             yield
             return
-        where = {"MASTER_ADDR": meeting.host, "MASTER_PORT": meeting.port}
-        with environment_variables(RANK=self.rank, WORLD_SIZE=self.size, LOCAL_RANK=self.local_rank, **where):
+        address = {"MASTER_ADDR": rendezvous.host, "MASTER_PORT": rendezvous.port}
+        with environment_variables(RANK=self.rank, WORLD_SIZE=self.size, LOCAL_RANK=self.local_rank, **address):
             yield
 
-    def leave(self, outcome: str, usage: Usage) -> None:
+    def record_end(self, outcome: str, usage: Usage) -> None:
         """Another rank, at its end. outcome: FOLLOWED, or one sentence on what went wrong."""
         with suppress(OSError):  # on a full disk what it used is not known
             write(_end(self.folder, self.rank), {"outcome": outcome, "usage": usage.__dict__})
 
-    def others(self, seconds: float = USAGE_SECONDS) -> list[Usage]:
+    def peer_usages(self, seconds: float = USAGE_SECONDS) -> list[Usage]:
         """Rank 0: what the others used, of those that come to their end within a few seconds."""
         if self.size == 1:
             return []
@@ -262,17 +251,33 @@ class Ranks:
         processes = {rank: read(self.folder / f"rank-{rank}.json") for rank in range(1, self.size)}
         waiting = set(processes)
         for _ in polls(deadline):
-            waiting -= {rank for rank in waiting if (who := processes[rank]) is not None and lease.gone(who)}
+            waiting -= {
+                rank for rank in waiting if (process := processes[rank]) is not None and lease.has_exited(process)
+            }
             waiting -= {int(name[4:-5]) for name in os.listdir(self.folder) if name.startswith("end-")}
             if not waiting:
                 break
         ends = [read(_end(self.folder, rank)) for rank in range(1, self.size)]
         return [Usage(**end["usage"]) for end in ends if end is not None]
 
-    def _gone(self, rank: int) -> bool:
+    def _has_exited(self, rank: int) -> bool:
         """Whether a rank's process is known to be gone."""
-        who = read(self.folder / f"rank-{rank}.json")
-        return who is not None and lease.gone(who)
+        process = read(self.folder / f"rank-{rank}.json")
+        return process is not None and lease.has_exited(process)
+
+
+@contextmanager
+def _thread(name: str, target: Callable[[threading.Event], None], join: bool = False) -> Iterator[None]:
+    """Runs `target` in a daemon thread until the end, where its event is set; join: whether to wait for it then."""
+    stop = threading.Event()
+    thread = threading.Thread(target=target, args=(stop,), name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        if join:
+            thread.join()
 
 
 def announce(folder: Path, rank: int, failure: Failure) -> None:
@@ -312,10 +317,10 @@ def polls(deadline: float = float("inf")) -> Iterator[None]:
     pause = POLL
     while True:
         yield
-        left = deadline - time.monotonic()
-        if left <= 0:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
             return
-        time.sleep(min(pause, left))
+        time.sleep(min(pause, remaining))
         pause = min(SLOWEST_POLL, pause * 1.3)
 
 
@@ -333,13 +338,13 @@ def launch_folder(node_folder: Path, job: str) -> Path:
     return node_folder / "ranks" / f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
-def lost(folder: Path, gone: Iterable[int]) -> list[int]:
+def ranks_without_end(folder: Path, exited: Iterable[int]) -> list[int]:
     """The ranks, of those that are gone, without which the others cannot end well."""
-    ends = {rank: read(_end(folder, rank)) for rank in gone}
+    ends = {rank: read(_end(folder, rank)) for rank in exited}
     return sorted(rank for rank, end in ends.items() if end is None or end["outcome"] != FOLLOWED)
 
 
-def silent(folder: Path, rank: int) -> bool:
+def has_no_end(folder: Path, rank: int) -> bool:
     """Whether a rank left no word of its end, as one that was killed."""
     return read(_end(folder, rank)) is None
 
@@ -359,7 +364,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 def free_port() -> int:
     """A free port below those that the system gives to outgoing connections: one of them, this job's own included,
-    might take it between here and the meeting."""
+    might take it between here and the rendezvous."""
     with suppress(OSError):  # no such file but on Linux
         first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
         for port in random.sample(range(FIRST_PORT, first), max(0, first - FIRST_PORT)):
@@ -371,12 +376,12 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def tasks(controller: int) -> dict[int, int]:
+def living_ranks(controller: int) -> dict[int, int]:
     """{rank: pid} of the living processes of a job of the local executor, by the pid of its controller."""
-    return dict(_tasks(controller))
+    return dict(_living_ranks(controller))
 
 
-def _tasks(controller: int) -> Iterator[tuple[int, int]]:
+def _living_ranks(controller: int) -> Iterator[tuple[int, int]]:
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it ended meanwhile
             state, parent = path.read_bytes().rpartition(b")")[2].split()[:2]
@@ -388,7 +393,7 @@ def _tasks(controller: int) -> Iterator[tuple[int, int]]:
                     yield int(value), int(path.parent.name)
 
 
-def kill(pids: Iterable[int]) -> None:
+def kill_processes(pids: Iterable[int]) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

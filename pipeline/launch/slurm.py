@@ -28,7 +28,7 @@ from pipeline.graph.dag import Graph, Node
 from pipeline.graph.run import Run
 from pipeline.launch import clean_environment, job, slurm_client, submission_lock
 from pipeline.launch.cluster_profile import Jobs, Profile, Slurm
-from pipeline.launch.job import Terms
+from pipeline.launch.job import JobLimits
 from pipeline.launch.local import JOB_ENVIRONMENT, damage_of, require_inputs
 from pipeline.launch.submission_lock import Claim
 from pipeline.launch.worker import Task
@@ -63,7 +63,7 @@ class Submission:
 
 def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, reference: str) -> Submission:
     """Submits what is neither sealed nor queued in Slurm. Raises AtomError before anything is submitted, or after what
-    was submitted by this call has been cancelled."""
+    was submitted by this call has been canceled."""
     slurm = profile.cluster()
     damage = damage_of(graph, store, selected)
     selected = [name for name in selected if name not in damage]
@@ -71,81 +71,83 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         return Submission(sealed=selected, damaged=damage)
     require_inputs(graph, store, selected)
     require_image(profile)
-    limits = None if graph.recipe.config.budget is None else graph.recipe.config.budget.model_dump()
-    if lack := budget.exceeded(limits, store, (node.key for node in graph.nodes.values())):
-        raise AtomError(lack)
+    budget_limits = None if graph.recipe.config.budget is None else graph.recipe.config.budget.model_dump()
+    if over_budget := budget.exceeded(budget_limits, store, (node.key for node in graph.nodes.values())):
+        raise AtomError(over_budget)
     for name in selected:
         shape(slurm, graph.nodes[name])
     with submission_lock.submitting(store):
-        known = slurm_client.held()
+        slurm_jobs = slurm_client.queued_jobs()
         code = code_snapshot.freeze(store, graph.recipe.files)  # here, so that no gc takes it before the run names it
-        more = {"cluster": profile.name, "code": code.name, "prices": profile.costs()}
-        run = runs.start(graph, store, selected, reference, **more)
-        made = Submission(run, damaged=damage)
+        run_fields = {"cluster": profile.name, "code": code.name, "prices": profile.costs()}
+        run = runs.start(graph, store, selected, reference, **run_fields)
+        submission = Submission(run, damaged=damage)
         keys = {name: graph.nodes[name].key for name in selected}
         variables = (*slurm.forward, *slurm.environment)
-        terms = Terms(keys, limits, slurm.restarts, slurm.free_gb, slurm.scratch, variables)
+        limits = JobLimits(keys, budget_limits, slurm.restarts, slurm.free_gb, slurm.scratch, variables)
         jobs: dict[str, str] = {}
         try:
             for name in selected:
                 node = graph.nodes[name]
-                claim = submission_lock.read(store, node.key, known)
+                claim = submission_lock.read(store, node.key, slurm_jobs)
                 if store.sealed(node.key):
-                    made.sealed.append(name)
-                elif claim is not None and claim.holds(known):
-                    made.attached[name] = jobs[name] = claim.job
-                    if known[claim.job].stuck:
-                        slurm_client.ask("scontrol", "release", claim.job)
-                        made.released.append(name)
+                    submission.sealed.append(name)
+                elif claim is not None and claim.holds(slurm_jobs):
+                    submission.attached[name] = jobs[name] = claim.job
+                    if slurm_jobs[claim.job].stuck:
+                        slurm_client.run_command("scontrol", "release", claim.job)
+                        submission.released.append(name)
                 else:
-                    after = sorted({jobs[i] for i in node.inputs.values() if i in jobs}, key=int)
+                    dependencies = sorted({jobs[i] for i in node.inputs.values() if i in jobs}, key=int)
                     task = task_of(graph, store, run, node, profile)
                     if tasks := array_of(slurm, node):
-                        executor = executor_of(store, run, node, profile, code, after, shards=True)
-                        after = [start(executor, task, terms, tasks)]
-                        made.arrays[name] = after[0]
-                    executor = executor_of(store, run, node, profile, code, after)
-                    jobs[name] = made.submitted[name] = start(executor, task, terms)
+                        executor = executor_of(store, run, node, profile, code, dependencies, shards=True)
+                        dependencies = [start(executor, task, limits, tasks)]
+                        submission.arrays[name] = dependencies[0]
+                    executor = executor_of(store, run, node, profile, code, dependencies)
+                    jobs[name] = submission.submitted[name] = start(executor, task, limits)
                     submission_lock.write(store, Claim(node.key, jobs[name], run.id, name))
                 if name in jobs:
-                    array, shards = made.arrays.get(name), node.stage.shards(node.config)
-                    run.note_job(name, jobs[name], name in made.attached, array, shards)
+                    array, shards = submission.arrays.get(name), node.stage.shards(node.config)
+                    run.note_job(name, jobs[name], name in submission.attached, array, shards)
         except BaseException:
-            if made.submitted or made.arrays:
-                slurm_client.ask("scancel", *made.submitted.values(), *made.arrays.values())
-                for name in made.submitted:
+            if submission.submitted or submission.arrays:
+                slurm_client.run_command("scancel", *submission.submitted.values(), *submission.arrays.values())
+                for name in submission.submitted:
                     submission_lock.remove(store, graph.nodes[name].key)
             raise
     try:
-        slurm_client.ask("sacct", "-n", "-X", "-j", "1", seconds=5)
+        slurm_client.run_command("sacct", "-n", "-X", "-j", "1", seconds=5)
     except slurm_client.NoAnswer as error:
-        made.lack = f"{error}; the jobs are submitted, but how one ended that Slurm has forgotten will not be known"
-    return made
+        submission.lack = (
+            f"{error}; the jobs are submitted, but how one ended that Slurm has forgotten will not be known"
+        )
+    return submission
 
 
-def start(executor: submitit.SlurmExecutor, task: Task, terms: Terms, tasks: int = 0) -> str:
+def start(executor: submitit.SlurmExecutor, task: Task, limits: JobLimits, tasks: int = 0) -> str:
     """Submits one job, or an array of so many tasks for the shards; returns its id. Raises AtomError with sbatch's
     words."""
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, which is told below
             if tasks:
-                each = ([x] * tasks for x in (tasks, asdict(terms)))
-                first, *_ = executor.map_array(job.run_shards, [task.json()] * tasks, range(tasks), *each)
+                arguments = ([x] * tasks for x in (tasks, asdict(limits)))
+                first, *_ = executor.map_array(job.run_shards, [task.json()] * tasks, range(tasks), *arguments)
                 return str(first.job_id).split("_")[0]
-            made = executor.submit(job.run, task.json(), asdict(terms))
+            submitted = executor.submit(job.run, task.json(), asdict(limits))
     except (FailedJobError, FailedSubmissionError) as error:
         raise AtomError(f"Slurm refused stage {task.node}: {refusal(str(error))}; fix the profile") from None
-    return str(made.job_id)
+    return str(submitted.job_id)
 
 
-def refusal(said: str) -> str:
+def refusal(output: str) -> str:
     """What sbatch said, in one line: its errors without their prefixes."""
-    lines = [line.partition("error: ")[2] for line in said.splitlines() if "error: " in line]
-    return "; ".join(dict.fromkeys(line.strip() for line in lines)) or " ".join(said.split())
+    lines = [line.partition("error: ")[2] for line in output.splitlines() if "error: " in line]
+    return "; ".join(dict.fromkeys(line.strip() for line in lines)) or " ".join(output.split())
 
 
 def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) -> Task:
-    jobs, nodes, each = shape(profile.cluster(), node)
+    jobs, nodes, ranks_per_node = shape(profile.cluster(), node)
     return Task(
         home=str(store.home),
         run=run.id,
@@ -155,8 +157,8 @@ def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) 
         inputs=graph.materials(node),
         key=node.key,
         watts_per_core=profile.power.watts_per_core,
-        ranks=nodes * each,
-        gpus=nodes * min(each, jobs.gpus_per_node),
+        ranks=nodes * ranks_per_node,
+        gpus=nodes * min(ranks_per_node, jobs.gpus_per_node),
         watts_per_gpu=profile.power.watts_per_gpu,
     )
 
@@ -173,38 +175,40 @@ def shape(slurm: Slurm, node: Node) -> tuple[Jobs, int, int]:
 
 
 def executor_of(
-    store: Store, run: Run, node: Node, profile: Profile, code: Path, after: list[str], shards: bool = False
+    store: Store, run: Run, node: Node, profile: Profile, code: Path, dependencies: list[str], shards: bool = False
 ) -> submitit.SlurmExecutor:
     """submitit's executor with all that the node's job asks for; shards: the array that comes before it. Raises
     AtomError where there is no Slurm."""
     slurm = profile.cluster()
-    jobs, nodes, each = shape(slurm, node)
+    jobs, nodes, ranks_per_node = shape(slurm, node)
     folder = run.node_folder(node.name) / ("shards" if shards else "")
     try:
-        made = submitit.SlurmExecutor(folder / "submitit", max_num_timeout=UNLIMITED, python=interpreter(slurm, store))
+        executor = submitit.SlurmExecutor(
+            folder / "submitit", max_num_timeout=UNLIMITED, python=interpreter(slurm, store)
+        )
     except RuntimeError:
         raise slurm_client.NoAnswer(
             "there is no srun here; submit from a host of a Slurm cluster, or use `atom run`"
         ) from None
-    more: dict[str, Any] = {"kill-on-invalid-dep": "yes", "requeue": True, "chdir": str(store.home)}
-    more |= {"export": "NIL"}  # a list of names would make Slurm load the login environment, tokens and all
+    sbatch_options: dict[str, Any] = {"kill-on-invalid-dep": "yes", "requeue": True, "chdir": str(store.home)}
+    sbatch_options |= {"export": "NIL"}  # a list of names would make Slurm load the login environment, tokens and all
     if jobs.memory_gb is not None:
-        more["mem"] = f"{round(jobs.memory_gb * 1024)}M"
+        sbatch_options["mem"] = f"{round(jobs.memory_gb * 1024)}M"
     if jobs.exclusive:
-        more["exclusive"] = True
-    made.update_parameters(
+        sbatch_options["exclusive"] = True
+    executor.update_parameters(
         job_name=f"atom-{node.name}",
         partition=jobs.partition,
         time=jobs.minutes,
         nodes=nodes,
-        ntasks_per_node=each,
+        ntasks_per_node=ranks_per_node,
         cpus_per_task=jobs.cpus_per_task,
-        gpus_per_node=min(each, jobs.gpus_per_node) or None,
+        gpus_per_node=min(ranks_per_node, jobs.gpus_per_node) or None,
         account=jobs.account,
         qos=jobs.qos,
         constraint=jobs.constraint,
         exclude=jobs.exclude,
-        dependency=f"afterok:{':'.join(after)}" if after else None,
+        dependency=f"afterok:{':'.join(dependencies)}" if dependencies else None,
         comment=slurm_client.comment(run.id, node.name, node.key),
         signal_delay_s=slurm.signal_before_limit_seconds,
         stderr_to_stdout=True,
@@ -212,10 +216,10 @@ def executor_of(
         setup=setup(slurm, store, code),
         teardown=teardown(slurm, run, node, folder, shards),
         srun_args=["--export=ALL", "--kill-on-bad-exit=1", *container(slurm, store)],
-        additional_parameters=more,
+        additional_parameters=sbatch_options,
         array_parallelism=slurm.array_tasks,
     )
-    return made
+    return executor
 
 
 def require_image(profile: Profile) -> None:
@@ -249,14 +253,14 @@ def container(slurm: Slurm, store: Store) -> list[str]:
 
 def setup(slurm: Slurm, store: Store, code: Path) -> list[str]:
     """Lines of shell before the stage."""
-    own = {**JOB_ENVIRONMENT, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "ATOM_HOME": str(store.home)}
+    variables = {**JOB_ENVIRONMENT, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "ATOM_HOME": str(store.home)}
     if slurm.scratch:
-        own["TMPDIR"] = slurm.scratch
-    lines = [*clean_environment.shell(), *_exports(clean_environment.taken_over(os.environ, slurm.forward))]
+        variables["TMPDIR"] = slurm.scratch
+    lines = [*clean_environment.shell(), *_exports(clean_environment.forwarded_variables(os.environ, slurm.forward))]
     if slurm.modules:  # no login shell has defined `module`
         lines += ["type module > /dev/null 2>&1 || . /etc/profile", *clean_environment.shell()]
         lines += [f"module load {shlex.quote(name)}" for name in slurm.modules]
-    return [*lines, *_exports({**own, **slurm.environment}), *slurm.setup]
+    return [*lines, *_exports({**variables, **slurm.environment}), *slurm.setup]
 
 
 def _exports(variables: Mapping[str, str]) -> list[str]:
@@ -300,12 +304,12 @@ def teardown(slurm: Slurm, run: Run, node: Node, folder: Path, shards: bool) -> 
         "fi",
     ]
     if slurm.notify:
-        told_once = f" && mkdir {shlex.quote(str(folder / 'told'))} 2> /dev/null" if shards else ""
-        told = f"ATOM_RUN={shlex.quote(run.id)} ATOM_STAGE={shlex.quote(node.name)}"
+        notify_once = f" && mkdir {shlex.quote(str(folder / 'told'))} 2> /dev/null" if shards else ""
+        notify_variables = f"ATOM_RUN={shlex.quote(run.id)} ATOM_STAGE={shlex.quote(node.name)}"
         lines += [
             # of an array, one task speaks for all
-            f'if [ "$decision" != sealed ]{told_once}; then',
-            f'    {told} ATOM_OUTCOME="${{outcome:-it did not start, exit code $code}}" \\',
+            f'if [ "$decision" != sealed ]{notify_once}; then',
+            f'    {notify_variables} ATOM_OUTCOME="${{outcome:-it did not start, exit code $code}}" \\',
             f"        sh -c {shlex.quote(slurm.notify)}",
             "fi",
         ]
@@ -337,29 +341,29 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
     require_image(profile)
     code = code_snapshot.freeze(store, graph.recipe.files)
     run = Run("dry-run", store.home / "dry-run" / graph.recipe.config.name, {})
-    found = []
+    checks = []
     for name in selected:
         node = graph.nodes[name]
         if store.sealed(node.key):
             continue
-        waits = [n for n in dict.fromkeys(node.inputs.values()) if not store.sealed(graph.nodes[n].key)]
+        dependencies = [n for n in dict.fromkeys(node.inputs.values()) if not store.sealed(graph.nodes[n].key)]
         if tasks := array_of(profile.cluster(), node):
             executor = executor_of(store, run, node, profile, code, [], shards=True)
             executor.parameters["map_count"] = tasks
-            found.append(_checked(executor, name, run.folder / f"{name}.shards.sh", waits))
-            waits = ["its shards"]
+            checks.append(_check_script(executor, name, run.folder / f"{name}.shards.sh", dependencies))
+            dependencies = ["its shards"]
         executor = executor_of(store, run, node, profile, code, [])
-        found.append(_checked(executor, name, run.folder / f"{name}.sh", waits))
-    return found
+        checks.append(_check_script(executor, name, run.folder / f"{name}.sh", dependencies))
+    return checks
 
 
-def _checked(executor: submitit.SlurmExecutor, stage: str, path: Path, waits: list[str]) -> Checked:
+def _check_script(executor: submitit.SlurmExecutor, stage: str, path: Path, dependencies: list[str]) -> Checked:
     text = executor._make_submission_file_text(executor._submitit_command_str, "")
-    head, _, rest = text.partition("\n")
+    head, _, body = text.partition("\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{head}\n# waits for: {', '.join(waits) or 'nothing'}\n{rest}\n")
+    path.write_text(f"{head}\n# waits for: {', '.join(dependencies) or 'nothing'}\n{body}\n")
     try:
-        slurm_client.ask("sbatch", "--test-only", str(path))
+        slurm_client.run_command("sbatch", "--test-only", str(path))
     except slurm_client.Refused as error:
         return Checked(stage, str(path), False, refusal(str(error)))
     return Checked(stage, str(path), True, "Slurm takes it")

@@ -44,49 +44,49 @@ class Job:
         return self.state == "PENDING" and "launch" in self.reason and "held" in self.reason
 
 
-def ask(*command: str, seconds: float = SECONDS) -> str:
+def run_command(*command: str, seconds: float = SECONDS) -> str:
     """The output of a command of Slurm's. Raises NoAnswer with what it said on standard error."""
     if shutil.which(command[0]) is None:
         raise NoAnswer(f"there is no {command[0]} here; submit from a host of a Slurm cluster, or use `atom run`")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
         raise NoAnswer(f"{command[0]} gave no answer within {seconds:.0f} s; see whether slurmctld is up") from None
-    if done.returncode:
-        said = done.stderr.strip() or f"exit code {done.returncode}"
+    if process.returncode:
+        message = process.stderr.strip() or f"exit code {process.returncode}"
         raise (
-            Refused(f"{command[0]}: {said}")
+            Refused(f"{command[0]}: {message}")
             if command[0] == "sbatch"
-            else NoAnswer(f"{command[0]} failed: {' '.join(said.split())}")
+            else NoAnswer(f"{command[0]} failed: {' '.join(message.split())}")
         )
-    return done.stdout
+    return process.stdout
 
 
-def held() -> dict[str, Job]:
+def queued_jobs() -> dict[str, Job]:
     """Every job of ours that the controller knows, by id: those that wait and run, and those that ended of late."""
-    rows = ask("squeue", "-h", "-t", "all", "-o", "%i|%T|%N|%M|%r|%k").splitlines()
-    found = {}
+    rows = run_command("squeue", "-h", "-t", "all", "-o", "%i|%T|%N|%M|%r|%k").splitlines()
+    jobs = {}
     for row in rows:
         id, state, nodes, elapsed, reason, comment = (row.split("|", 5) + [""] * 6)[:6]
         if comment.startswith("atom "):
-            found[id] = Job(id, state, "" if reason == "None" else reason, nodes, elapsed, comment)
-    return found
+            jobs[id] = Job(id, state, "" if reason == "None" else reason, nodes, elapsed, comment)
+    return jobs
 
 
-def ended(ids: Iterable[str]) -> dict[str, Job]:
+def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
     """Jobs as accounting remembers them, by id. Raises NoAnswer without accounting."""
-    wanted = sorted(set(ids), key=len)
-    if not wanted:
+    job_ids = sorted(set(ids), key=len)
+    if not job_ids:
         return {}
     fields = "JobID,State,ExitCode,NodeList,Elapsed,Comment"
-    rows = ask("sacct", "-X", "-n", "-P", "-o", fields, "-j", ",".join(wanted)).splitlines()
-    found = {}
+    rows = run_command("sacct", "-X", "-n", "-P", "-o", fields, "-j", ",".join(job_ids)).splitlines()
+    jobs = {}
     for row in rows:
         id, state, code, nodes, elapsed, comment = (row.split("|", 5) + [""] * 6)[:6]
-        state, _, by = state.partition(" ")  # "CANCELLED by 0"
-        reason = f"exit code {code.split(':')[0]}" if state == "FAILED" else by
-        found[id] = Job(id, state, reason, nodes, elapsed, comment)
-    return found
+        state, _, canceled_by = state.partition(" ")  # "CANCELLED by 0"
+        reason = f"exit code {code.split(':')[0]}" if state == "FAILED" else canceled_by
+        jobs[id] = Job(id, state, reason, nodes, elapsed, comment)
+    return jobs
 
 
 def comment(run: str, node: str, key: str) -> str:

@@ -37,10 +37,10 @@ class Claim:
     run: str
     node: str
 
-    def holds(self, known: Mapping[str, Job]) -> bool:
+    def holds(self, slurm_jobs: Mapping[str, Job]) -> bool:
         """Whether Slurm has that job, and it has not ended."""
-        found = known.get(self.job)
-        return found is not None and found.alive and found.comment == comment(self.run, self.node, self.key)
+        slurm_job = slurm_jobs.get(self.job)
+        return slurm_job is not None and slurm_job.alive and slurm_job.comment == comment(self.run, self.node, self.key)
 
 
 def folder(store: Store) -> Path:
@@ -57,7 +57,7 @@ class _Claim(TypedDict):
 _CLAIM: TypeAdapter[Any] = TypeAdapter(_Claim)
 
 
-def read(store: Store, key: str, known: Mapping[str, Job]) -> Claim | None:
+def read(store: Store, key: str, slurm_jobs: Mapping[str, Job]) -> Claim | None:
     """The claim on a key. If it cannot be read, the living job is taken whose comment says that it makes the key."""
     path = folder(store) / f"{key}.json"
     try:
@@ -67,7 +67,7 @@ def read(store: Store, key: str, known: Mapping[str, Job]) -> Claim | None:
         return None
     except Damaged as error:
         json_files.report(error, "whether a job makes this key is asked of Slurm")
-    for id, job in known.items():
+    for id, job in slurm_jobs.items():
         words = job.comment.split(" ")
         if job.alive and len(words) == 4 and words[3] == key:
             return Claim(key, id, words[1], words[2])
@@ -91,9 +91,9 @@ def submitting(store: Store) -> Iterator[None]:
     deadline = time.monotonic() + PATIENCE
     while (lease := Lease.take(folder(store))) is None:
         if time.monotonic() > deadline:
-            who = holder(folder(store))
-            where = f"process {who.pid} on {who.host}" if who else "somebody"
-            raise AtomError(f"{where} has been submitting from {store.home} for {PATIENCE:.0f} s; see what it does")
+            lock_holder = holder(folder(store))
+            process = f"process {lock_holder.pid} on {lock_holder.host}" if lock_holder else "somebody"
+            raise AtomError(f"{process} has been submitting from {store.home} for {PATIENCE:.0f} s; see what it does")
         time.sleep(0.2)
     try:
         yield

@@ -67,9 +67,9 @@ class Needed:
     """The stage of each key that a run names."""
     doubts: list[str] = field(default_factory=list)
 
-    def doubt(self, error: Damaged, what: str) -> None:
+    def doubt(self, error: Damaged, consequence: str) -> None:
         json_files.report(error, "every artifact and all code is kept, since it may have needed them")
-        self.doubts.append(f"{json_files.printable(error.path)}: {what}")
+        self.doubts.append(f"{json_files.printable(error.path)}: {consequence}")
 
 
 def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) -> tuple[list[Loose], list[str]]:
@@ -78,46 +78,54 @@ def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) 
     named: keys that go whatever leads to them; ignored: ids of runs that count no more. Raises AtomError if a job that
     is not over needs one of them.
     """
-    known, damaged = _runs(store)
-    ids = {name: _one(name, [run.id for run in known] + [e.path.parent.name for e in damaged]) for name in ignored}
-    counting = [run for run in known if run.id not in ids.values()]
-    needed = _of_runs(store, counting)
+    all_runs, damaged = _read_runs(store)
+    ids = {
+        name: _match_prefix(name, [run.id for run in all_runs] + [e.path.parent.name for e in damaged])
+        for name in ignored
+    }
+    counted_runs = [run for run in all_runs if run.id not in ids.values()]
+    needed = _needed_by_runs(store, counted_runs)
     for error in damaged:
         if error.path.parent.name not in ids.values():
             needed.doubt(error, "what that run needs is not known")
-    _of_releases(store, needed)
-    for run in known:
+    _add_needed_by_releases(store, needed)
+    for run in all_runs:
         needed.stages |= {row["key"]: row["stage"] for row in run.body["nodes"]}
-    keys = {_one(name, [*_names(store.artifacts, KEY), *_names(store.home / "work", KEY)]) for name in named}
-    _require_idle(store, known, keys, set(ids.values()))
-    rows = [*_work(store, needed, keys), *_artifacts(store, needed, keys), *_code(store, needed)]
+    keys = {_match_prefix(name, [*_names(store.artifacts, KEY), *_names(store.home / "work", KEY)]) for name in named}
+    _require_idle(store, all_runs, keys, set(ids.values()))
+    rows = [*_loose_work(store, needed, keys), *_loose_artifacts(store, needed, keys), *_loose_code(store, needed)]
     sizes = trash.freed(path for path, _ in rows)
-    found = [Loose(path, sizes[path], why) for path, why in rows]
-    kept = [
+    loose_folders = [Loose(path, sizes[path], reason) for path, reason in rows]
+    kept_reasons = [
         f"{key} is kept, since it was trained or it is not known what made it; --include {key} names it"
         for key in _names(store.artifacts, KEY)
-        if not needed.doubts and key not in keys and not _led_to(store, key, needed) and _trained(store, key, needed)
+        if not needed.doubts
+        and key not in keys
+        and not _is_needed(store, key, needed)
+        and _is_trained(store, key, needed)
     ]
-    return sorted(found, key=lambda row: (-row.bytes, str(row.path))), [*needed.doubts, *kept]
+    return sorted(loose_folders, key=lambda row: (-row.bytes, str(row.path))), [*needed.doubts, *kept_reasons]
 
 
 def move(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) -> list[Loose]:
     """Moves what can go to the trash; returns it. Nobody submits meanwhile, and what a run that was begun meanwhile
     leads to is moved back, unless it was made anew."""
     with submission_lock.submitting(store):
-        before = {run.id for run in _runs(store)[0]}
+        run_ids = {run.id for run in _read_runs(store)[0]}
         rows, _ = loose(store, named, ignored)
-        moved = {row: target for row in rows if (target := _move(store, row.path)) is not None}
-        new = _of_runs(store, [run for run in _runs(store)[0] if run.id not in before])
-        for row, target in list(moved.items()):
-            if row.path.name in new.keys | new.code:
+        targets = {row: target for row in rows if (target := _move(store, row.path)) is not None}
+        newly_needed = _needed_by_runs(store, [run for run in _read_runs(store)[0] if run.id not in run_ids])
+        for row, target in list(targets.items()):
+            if row.path.name in newly_needed.keys | newly_needed.code:
                 try:
                     trash.put_back(target, row.path)
-                    del moved[row]
+                    del targets[row]
                 except OSError as error:
-                    place = json_files.printable(row.path)
-                    json_files.note(f"{place} is not moved back for a new run ({error.strerror}); it stays in {target}")
-    return list(moved)
+                    shown_path = json_files.printable(row.path)
+                    json_files.note(
+                        f"{shown_path} is not moved back for a new run ({error.strerror}); it stays in {target}"
+                    )
+    return list(targets)
 
 
 def _move(store: Store, path: Path) -> Path | None:
@@ -133,16 +141,16 @@ def _move(store: Store, path: Path) -> Path | None:
             lease.release()
 
 
-def _runs(store: Store) -> tuple[list[Run], list[Damaged]]:
+def _read_runs(store: Store) -> tuple[list[Run], list[Damaged]]:
     try:
         return runs.read_all(store)
     except Damaged as error:
         return [], [error]
 
 
-def _one(name: str, known: Iterable[str]) -> str:
+def _match_prefix(name: str, names: Iterable[str]) -> str:
     """The one of these names that is meant by its beginning. Raises AtomError."""
-    matching = sorted({each for each in known if each.startswith(name)})
+    matching = sorted({candidate for candidate in names if candidate.startswith(name)})
     if name in matching:
         return name
     if len(matching) != 1:
@@ -151,43 +159,45 @@ def _one(name: str, known: Iterable[str]) -> str:
     return matching[0]
 
 
-def _of_runs(store: Store, known: list[Run]) -> Needed:
+def _needed_by_runs(store: Store, run_list: list[Run]) -> Needed:
     """What these runs lead to: their stages, the code of their jobs, and all that goes into the stages."""
     needed = Needed()
     inputs: dict[str, set[str]] = {}
-    for run in known:
+    for run in run_list:
         needed.keys |= {row["key"] for row in run.body["nodes"]}
         needed.code |= {run.body["code"]} if "code" in run.body else set()
         inputs |= {row["key"]: set(row["inputs"].values()) for row in run.body["nodes"] if "inputs" in row}
-    todo = list(needed.keys)
-    while todo:
-        key = todo.pop()
+    pending = list(needed.keys)
+    while pending:
+        key = pending.pop()
         statements, damaged = provenance.statements(store.ledger, key)
         if key in inputs or statements:
             for error in damaged:
                 json_files.report(error, "this statement is left out")
         else:
-            lack = Damaged(store.ledger / key, "it holds no statement")
-            needed.doubt(next(iter(damaged), lack), f"what goes into {key} is not known")
+            damage = Damaged(store.ledger / key, "it holds no statement")
+            needed.doubt(next(iter(damaged), damage), f"what goes into {key} is not known")
         if key not in inputs:
-            inputs[key] = {each for _, body in statements for each in provenance.material_keys(body).values()}
+            inputs[key] = {input_key for _, body in statements for input_key in provenance.material_keys(body).values()}
             inputs[key] |= {phase for _, body in statements if (phase := provenance.phase_of(body))}
-        todo += inputs[key] - needed.keys
+        pending += inputs[key] - needed.keys
         needed.keys |= inputs[key]
     return needed
 
 
-def _of_releases(store: Store, needed: Needed) -> None:
+def _add_needed_by_releases(store: Store, needed: Needed) -> None:
     """Adds the artifacts that releases were built from."""
     try:
         releases = [store.home / "releases" / name for name in json_files.names(store.home / "releases")]
     except Damaged as error:
         return needed.doubt(error, "what its releases were built from is not known")
-    for evidence in (each / "evidence" for each in releases if not each.name.startswith(".")):
+    for evidence in (
+        release_folder / "evidence" for release_folder in releases if not release_folder.name.startswith(".")
+    ):
         try:
             json_files.names(evidence.parent)  # raises for what is no folder, and for a link that leads nowhere
-            about = json_files.read(evidence / "release.json", _RELEASE)
-            needed.keys |= {node["key"] for node in about["nodes"].values()}
+            release_info = json_files.read(evidence / "release.json", _RELEASE)
+            needed.keys |= {node["key"] for node in release_info["nodes"].values()}
             for name in os.listdir(evidence / "manifests"):
                 needed.keys.add(json_files.read(evidence / "manifests" / name, _KEYED)["key"])
         except FileNotFoundError as error:
@@ -198,31 +208,33 @@ def _of_releases(store: Store, needed: Needed) -> None:
             needed.doubt(error, "what that release was built from is not known")
 
 
-def _require_idle(store: Store, known: list[Run], keys: set[str], ignored: set[str]) -> None:
+def _require_idle(store: Store, run_list: list[Run], keys: set[str], ignored: set[str]) -> None:
     """Raises AtomError if a run that is not over needs one of these keys, or is to be ignored."""
-    for run in known:
-        led = _of_runs(store, [run]).keys if keys else set()
-        if not (keys & led or run.id in ignored):
+    for run in run_list:
+        reachable = _needed_by_runs(store, [run]).keys if keys else set()
+        if not (keys & reachable or run.id in ignored):
             continue
-        if why := _at_work(store, run):
-            what = f"{sorted(keys & led)[0]} is needed by run" if keys & led else "it cannot be ignored: run"
-            raise AtomError(f"{what} {run.id}, {why}; stop it first: atom cancel {run.id}")
+        if reason := _why_active(store, run):
+            subject = (
+                f"{sorted(keys & reachable)[0]} is needed by run" if keys & reachable else "it cannot be ignored: run"
+            )
+            raise AtomError(f"{subject} {run.id}, {reason}; stop it first: atom cancel {run.id}")
 
 
-def _at_work(store: Store, run: Run) -> str | None:
+def _why_active(store: Store, run: Run) -> str | None:
     """Why a run may not be over; None if it is."""
     if all(store.sealed(row["key"]) for row in run.body["nodes"]):
         return None
-    places = [run.folder / "driver", *(store.work(row["key"]) for row in run.body["nodes"])]
-    if any(present is not None and present.alive for present in map(holder, places)):
+    folders = [run.folder / "driver", *(store.work(row["key"]) for row in run.body["nodes"])]
+    if any(lease_holder is not None and lease_holder.alive for lease_holder in map(holder, folders)):
         return "which is at work"
     if "cluster" in run.body:
         try:
-            held = slurm_client.held()
+            slurm_jobs = slurm_client.queued_jobs()
         except slurm_client.NoAnswer as error:
             return f"whose jobs are not known ({error})"
-        mine = {str(row["job"]) for row in run.jobs().values()}
-        if any(job.alive and (id in mine or run.id in job.comment.split(" ")) for id, job in held.items()):
+        job_ids = {str(row["job"]) for row in run.jobs().values()}
+        if any(job.alive and (id in job_ids or run.id in job.comment.split(" ")) for id, job in slurm_jobs.items()):
             return "which Slurm has jobs of"
     return None
 
@@ -235,13 +247,15 @@ def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
         return []
 
 
-def _led_to(store: Store, key: str, needed: Needed) -> bool:
+def _is_needed(store: Store, key: str, needed: Needed) -> bool:
     """Whether a run or release leads to a key, or to the phase that it is a checkpoint of."""
-    of = (provenance.phase_of(body) for _, body in provenance.statements(store.ledger, key)[0]) if "@" in key else ()
-    return key in needed.keys or any(phase in needed.keys for phase in of)
+    phases = (
+        (provenance.phase_of(body) for _, body in provenance.statements(store.ledger, key)[0]) if "@" in key else ()
+    )
+    return key in needed.keys or any(phase in needed.keys for phase in phases)
 
 
-def _trained(store: Store, key: str, needed: Needed) -> bool:
+def _is_trained(store: Store, key: str, needed: Needed) -> bool:
     """Whether a key is of a training stage or a checkpoint, or of a stage that is not known."""
     names = {needed.stages[key]} if key in needed.stages else set()
     if not names and "@" not in key:
@@ -250,25 +264,25 @@ def _trained(store: Store, key: str, needed: Needed) -> bool:
     return not names or any(name not in registry.STAGES or registry.stage(name).trains for name in names)
 
 
-def _work(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple[Path, str]]:
+def _loose_work(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple[Path, str]]:
     for name in _names(store.home / "work", KEY):
         folder = store.work(name)
-        present = holder(folder)
-        if present is not None and present.alive:
+        lease_holder = holder(folder)
+        if lease_holder is not None and lease_holder.alive:
             continue
         if name in named:
             yield folder, "it was named"
-        elif _trained(store, name, needed):
+        elif _is_trained(store, name, needed):
             continue
         elif store.sealed(name) and store.damage(name) is None:
             yield folder, "its stage is sealed"
         else:
             with suppress(Damaged):  # which `holder` has reported
-                outs = [out for out in json_files.names(folder) if trash.PRODUCT.fullmatch(out)]
-                yield from ((folder / out, "a product that was never finished") for out in outs)
+                unfinished = [product for product in json_files.names(folder) if trash.PRODUCT.fullmatch(product)]
+                yield from ((folder / product, "a product that was never finished") for product in unfinished)
 
 
-def _artifacts(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple[Path, str]]:
+def _loose_artifacts(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple[Path, str]]:
     for key in _names(store.artifacts, KEY):
         try:
             store.manifest(key)
@@ -276,11 +290,11 @@ def _artifacts(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple[
             json_files.report(error, "what needs this artifact cannot be run")
         if key in named:
             yield store.artifacts / key, "it was named"
-        elif key not in needed.keys and not needed.doubts and not _trained(store, key, needed):
+        elif key not in needed.keys and not needed.doubts and not _is_trained(store, key, needed):
             yield store.artifacts / key, "no run and no release references it"
 
 
-def _code(store: Store, needed: Needed) -> Iterator[tuple[Path, str]]:
+def _loose_code(store: Store, needed: Needed) -> Iterator[tuple[Path, str]]:
     for name in _names(store.home / "code", CODE):
         if name not in needed.code and not needed.doubts:
             yield store.home / "code" / name, "no run has jobs that run from it"

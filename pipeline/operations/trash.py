@@ -36,18 +36,18 @@ def freed(paths: Iterable[Path]) -> dict[Path, int]:
     """The bytes that become free if all of these go: of files whose every link lies in them, counted once, by the path
     that holds the first of the links."""
     links: dict[tuple[int, int], int] = {}
-    out: dict[Path, int] = {}
-    first: dict[tuple[int, int], tuple[Path, os.stat_result]] = {}
+    bytes_by_path: dict[Path, int] = {}
+    first_link: dict[tuple[int, int], tuple[Path, os.stat_result]] = {}
     for path in paths:
-        out[path] = 0
+        bytes_by_path[path] = 0
         for entry in _files(path):
             inode = (entry.st_dev, entry.st_ino)
             links[inode] = links.get(inode, 0) + 1
-            first.setdefault(inode, (path, entry))
-    for inode, (path, entry) in first.items():
+            first_link.setdefault(inode, (path, entry))
+    for inode, (path, entry) in first_link.items():
         if links[inode] == entry.st_nlink:
-            out[path] += entry.st_size
-    return out
+            bytes_by_path[path] += entry.st_size
+    return bytes_by_path
 
 
 def _files(path: Path) -> Iterator[os.stat_result]:
@@ -95,11 +95,11 @@ def entries(store: Store) -> list[Entry]:
             json_files.report(Damaged(trash / name, "its name is no date"), "it is left alone")
     return [
         Entry(path, path.relative_to(trash / name), since) for since, _, name in sorted(days)
-        for path in _moved(trash / name)
+        for path in _moved_folders(trash / name)
     ]  # fmt: skip
 
 
-def _moved(day: Path) -> Iterator[Path]:
+def _moved_folders(day: Path) -> Iterator[Path]:
     """The folders that were moved to a folder of the trash."""
     for kind in _names(day):
         if kind not in KINDS:
@@ -111,8 +111,8 @@ def _moved(day: Path) -> Iterator[Path]:
                 continue
             # work that was moved as a whole has its leases in it
             products = _names(path) if kind == "work" and path.is_dir() and not path.is_symlink() else []
-            alone = products and all(PRODUCT.fullmatch(name) for name in products)
-            yield from (path / name for name in products) if alone else (path,)
+            only_products = products and all(PRODUCT.fullmatch(name) for name in products)
+            yield from (path / name for name in products) if only_products else (path,)
 
 
 def _names(folder: Path) -> list[str]:
@@ -130,15 +130,15 @@ def move(store: Store, path: Path) -> Path:
     for number in itertools.count(1):
         day = today().isoformat() + (f".{number}" if number > 1 else "")
         target = store.home / "trash" / day / path.relative_to(store.home)
-        above = [each for each in target.parents if each.is_relative_to(store.home / "trash" / day)]
-        if not os.path.lexists(target) and all(map(_ours, above)):
+        parents = [parent for parent in target.parents if parent.is_relative_to(store.home / "trash" / day)]
+        if not os.path.lexists(target) and all(map(_can_hold_entries, parents)):
             target.parent.mkdir(parents=True, exist_ok=True)
             os.rename(path, target)
             return target
     raise AssertionError("there is always a next number")
 
 
-def _ours(folder: Path) -> bool:
+def _can_hold_entries(folder: Path) -> bool:
     """Whether something can be put there: a folder, or nothing yet."""
     return not os.path.lexists(folder) or (folder.is_dir() and not folder.is_symlink())
 
@@ -152,14 +152,14 @@ def restore(store: Store, name: str) -> list[Path]:
     latest = {entry.place: entry for entry in entries(store) if name in entry.names}
     if not latest:
         raise AtomError(f"there is no {name} in {store.home / 'trash'}; `atom gc --json` lists what is there")
-    for target in (store.home / place for place in latest):
+    for target in (store.home / original for original in latest):
         if os.path.lexists(target):
             raise AtomError(f"{target} is there already, so what lies in the trash stays there")
-    for place, entry in sorted(latest.items()):
-        (store.home / place).parent.mkdir(parents=True, exist_ok=True)
-        os.rename(entry.path, store.home / place)
-        _tidy(entry.path.parent)
-    return [store.home / place for place in sorted(latest)]
+    for original, entry in sorted(latest.items()):
+        (store.home / original).parent.mkdir(parents=True, exist_ok=True)
+        os.rename(entry.path, store.home / original)
+        _remove_empty_folders(entry.path.parent)
+    return [store.home / original for original in sorted(latest)]
 
 
 def put_back(path: Path, target: Path) -> None:
@@ -167,23 +167,23 @@ def put_back(path: Path, target: Path) -> None:
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, "it was made anew", str(target))
     os.rename(path, target)
-    _tidy(path.parent)
+    _remove_empty_folders(path.parent)
 
 
 def empty(store: Store, everything: bool = False) -> int:
     """Deletes what has lain there longer than the days of grace, or everything; returns the bytes that became free."""
-    going = [entry for entry in entries(store) if everything or entry.until < today()]
-    sizes = freed(entry.path for entry in going)
-    for entry in going:
+    expired = [entry for entry in entries(store) if everything or entry.until < today()]
+    sizes = freed(entry.path for entry in expired)
+    for entry in expired:
         if entry.path.is_symlink() or not entry.path.is_dir():
             entry.path.unlink()
         else:
             shutil.rmtree(entry.path)
-        _tidy(entry.path.parent)
+        _remove_empty_folders(entry.path.parent)
     return sum(sizes.values())
 
 
-def _tidy(folder: Path) -> None:
+def _remove_empty_folders(folder: Path) -> None:
     """Removes a folder of the trash that is empty, and its parents."""
     while folder.name != "trash" and not any(folder.iterdir()):
         folder.rmdir()

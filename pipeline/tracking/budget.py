@@ -14,19 +14,19 @@ def used(store: Store, keys: Iterable[str]) -> dict[str, float]:
     hours = {"gpu_hours": 0.0, "core_hours": 0.0}
     for key in keys:
         for _, body in provenance.read(store.ledger, key):
-            spent = provenance.usage(body)
-            hours["gpu_hours"] += spent.get("gpu_seconds", 0.0) / 3600
-            hours["core_hours"] += spent.get("cpu_seconds", 0.0) / 3600
+            usage = provenance.usage(body)
+            hours["gpu_hours"] += usage.get("gpu_seconds", 0.0) / 3600
+            hours["core_hours"] += usage.get("cpu_seconds", 0.0) / 3600
     return hours
 
 
 def told(hours: Mapping[str, float], prices: Mapping[str, Any] | None) -> str:
     """Hours that were used in words, with what they cost by a profile's prices."""
-    said = f"{hours['gpu_hours']:.3g} GPU hours, {hours['core_hours']:.3g} core hours"
+    text = f"{hours['gpu_hours']:.3g} GPU hours, {hours['core_hours']:.3g} core hours"
     if not prices:
-        return said
+        return text
     cost = hours["gpu_hours"] * prices["gpu_hour"] + hours["core_hours"] * prices["core_hour"]
-    return f"{said}, {cost:,.2f} {prices['currency']}"
+    return f"{text}, {cost:,.2f} {prices['currency']}"
 
 
 def foreseen(
@@ -34,10 +34,10 @@ def foreseen(
 ) -> list[str]:
     """For each limit that a plan exceeds, with what was used already, a sentence that says so."""
     return [
-        f"the plan exceeds budget.{name} = {most:,.10g} of the recipe: {coming[name]:,.2f} hours to come, "
+        f"the plan exceeds budget.{name} = {limit:,.10g} of the recipe: {coming[name]:,.2f} hours to come, "
         f"{spent[name]:,.2f} used already"
-        for name, most in (limits or {}).items()
-        if most is not None and spent[name] + coming[name] > most
+        for name, limit in (limits or {}).items()
+        if limit is not None and spent[name] + coming[name] > limit
     ]
 
 
@@ -46,8 +46,10 @@ def exceeded(limits: Mapping[str, float | None] | None, store: Store, keys: Iter
     if not limits:
         return None
     hours = used(store, keys)
-    for name, most in limits.items():
-        if most is not None and hours[name] >= most:
-            what = name.replace("_", " ")
-            return f"the budget of {most:g} {what} is used up ({hours[name]:.2f}); raise budget.{name} of the recipe"
+    for name, limit in limits.items():
+        if limit is not None and hours[name] >= limit:
+            resource = name.replace("_", " ")
+            return (
+                f"the budget of {limit:g} {resource} is used up ({hours[name]:.2f}); raise budget.{name} of the recipe"
+            )
     return None

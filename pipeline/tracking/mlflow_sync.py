@@ -36,14 +36,14 @@ from pipeline.graph import run as runs
 from pipeline.graph.run import Run, status
 
 
-class _Seen(TypedDict):
+class _Progress(TypedDict):
     offset: Annotated[int, Field(ge=0, lt=2**63)]
     id: NotRequired[str]
     ended: NotRequired[bool]
 
 
 class _State(TypedDict):
-    nodes: dict[str, _Seen]
+    nodes: dict[str, _Progress]
     uri: NotRequired[str]
     parent: NotRequired[str]
     experiment: NotRequired[str]
@@ -112,9 +112,9 @@ class Forwarder:
         from mlflow import MlflowClient
 
         uri = tracking_uri(self.store)
-        shown = shown_uri(self.store)
-        if self.state.setdefault("uri", shown) != shown:  # another store than last time: it gets everything
-            self.state = {"nodes": {}, "uri": shown}
+        public_uri = shown_uri(self.store)
+        if self.state.setdefault("uri", public_uri) != public_uri:  # another store than last time: it gets everything
+            self.state = {"nodes": {}, "uri": public_uri}
         return MlflowClient(tracking_uri=uri)
 
     def _save(self) -> None:
@@ -125,10 +125,14 @@ class Forwarder:
     def _parent(self, client: Any) -> str:
         if "parent" not in self.state:
             name = self.run.body["recipe"]
-            found = client.get_experiment_by_name(name)
-            here = self.state["uri"].startswith("sqlite:")
-            place = (self.store.home / "mlartifacts" / name).as_uri() if here else None
-            experiment = found.experiment_id if found else client.create_experiment(name, artifact_location=place)
+            existing = client.get_experiment_by_name(name)
+            is_local = self.state["uri"].startswith("sqlite:")
+            artifact_location = (self.store.home / "mlartifacts" / name).as_uri() if is_local else None
+            experiment = (
+                existing.experiment_id
+                if existing
+                else client.create_experiment(name, artifact_location=artifact_location)
+            )
             tags = {"atom.run": self.run.id, "atom.version": self.run.body["version"]}
             self.state["parent"] = client.create_run(experiment, run_name=self.run.id, tags=tags).info.run_id
             self.state["experiment"] = experiment
@@ -138,29 +142,29 @@ class Forwarder:
         return str(self.state["parent"])
 
     def _child(self, client: Any, parent: str, name: str, key: str, node_state: str) -> None:
-        seen = self.state["nodes"].setdefault(name, {"offset": 0})
-        if seen.get("ended"):
+        progress = self.state["nodes"].setdefault(name, {"offset": 0})
+        if progress.get("ended"):
             return
-        if "id" not in seen:
+        if "id" not in progress:
             tags = {"mlflow.parentRunId": parent, "atom.key": key, "atom.run": self.run.id}
-            seen["id"] = client.create_run(self.state["experiment"], run_name=name, tags=tags).info.run_id
+            progress["id"] = client.create_run(self.state["experiment"], run_name=name, tags=tags).info.run_id
             self._save()
-        self._metrics(client, name, seen)
+        self._metrics(client, name, progress)
         if node_state == "sealed":
-            self._sealed(client, seen["id"], self.store.open(key))
+            self._sealed(client, progress["id"], self.store.open(key))
         if node_state in ("sealed", "failed"):
-            client.set_terminated(seen["id"], "FINISHED" if node_state == "sealed" else "FAILED")
-            seen["ended"] = node_state == "sealed"
+            client.set_terminated(progress["id"], "FINISHED" if node_state == "sealed" else "FAILED")
+            progress["ended"] = node_state == "sealed"
             self._save()
 
-    def _metrics(self, client: Any, name: str, seen: dict[str, Any]) -> None:
+    def _metrics(self, client: Any, name: str, progress: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
-        tail = Tail(self.run.node_folder(name) / "metrics.jsonl", seen["offset"], POINT, whole=True)
-        more = True
-        while more:
+        tail = Tail(self.run.node_folder(name) / "metrics.jsonl", progress["offset"], POINT, whole=True)
+        has_more = True
+        while has_more:
             rows = tail.read()
-            more = tail.more
+            has_more = tail.more
             points = [
                 Metric(metric, float(value), round(row["time"] * 1000), row["step"])
                 for row in rows
@@ -168,23 +172,23 @@ class Forwarder:
                 if metric not in ("time", "step")
             ]
             for i in range(0, len(points), BATCH):
-                client.log_batch(seen["id"], metrics=points[i : i + BATCH])
-            if tail.offset != seen["offset"]:
-                seen["offset"] = tail.offset
+                client.log_batch(progress["id"], metrics=points[i : i + BATCH])
+            if tail.offset != progress["offset"]:
+                progress["offset"] = tail.offset
                 self._save()
 
     def _sealed(self, client: Any, child: str, artifact: Artifact) -> None:
         """What is known of a finished stage: params, inputs with digests, figures, small result files."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
-        made = provenance.sealed(self.store.ledger, artifact)
-        if made is None:
+        sealed_statement = provenance.sealed(self.store.ledger, artifact)
+        if sealed_statement is None:
             return
-        definition = made[1]["predicate"]["buildDefinition"]
+        definition = sealed_statement[1]["predicate"]["buildDefinition"]
         params = [Param(k, v) for k, v in _flat(definition["externalParameters"]["config"]).items()]
-        usage = {k: v for k, v in provenance.usage(made[1]).items() if isinstance(v, (int, float))}
+        usage = {k: v for k, v in provenance.usage(sealed_statement[1]).items() if isinstance(v, (int, float))}
         metrics = [Metric(k, float(v), 0, 0) for k, v in sorted(usage.items())]
-        tags = [RunTag("atom.digest", artifact.digest), RunTag("atom.statement", made[0].stem)]
+        tags = [RunTag("atom.digest", artifact.digest), RunTag("atom.statement", sealed_statement[0].stem)]
         for i in range(0, len(params), 100):
             client.log_batch(child, params=params[i : i + 100])
         client.log_batch(child, metrics=metrics, tags=tags)
@@ -198,7 +202,7 @@ class Forwarder:
         ]
         if inputs:
             client.log_inputs(child, datasets=inputs)
-        client.log_artifact(child, str(made[0]), "statement")
+        client.log_artifact(child, str(sealed_statement[0]), "statement")
         for row in artifact.rows:
             if row.path.endswith((".json", ".jsonl")) and "/" not in row.path and row.size < SMALL:
                 client.log_artifact(child, str(artifact / row.path))
@@ -206,7 +210,7 @@ class Forwarder:
 
 
 @cache
-def _require_sqlite(uri: str, places: Path) -> None:
+def _require_sqlite(uri: str, artifact_folder: Path) -> None:
     """Raises Damaged if a file of SQLite is to be written, and something else stands there: MLflow would try for a
     minute, and wait for a pipe without end.
 
@@ -223,8 +227,8 @@ def _require_sqlite(uri: str, places: Path) -> None:
         pass
     except Damaged as error:
         raise Damaged(path, error.why, "move it away") from error
-    if os.path.lexists(places) and not os.path.isdir(places):
-        raise Damaged(places, "it is no folder", "move it away")
+    if os.path.lexists(artifact_folder) and not os.path.isdir(artifact_folder):
+        raise Damaged(artifact_folder, "it is no folder", "move it away")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:
@@ -251,9 +255,9 @@ class Background:
 
     def _loop(self) -> None:
         while True:
-            last = self._stop.wait(self.EVERY)
-            self.problem = _sent(self.run, self.store, (self._outcome or "FAILED") if last else "")
-            if last:
+            is_last = self._stop.wait(self.EVERY)
+            self.problem = _send(self.run, self.store, (self._outcome or "FAILED") if is_last else "")
+            if is_last:
                 return
 
     def close(self, outcome: str) -> str | None:
@@ -279,12 +283,12 @@ class Companion:
         if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http:", "https:")):
             return
         # Slurm's signals go to every process of a job; this one ends when the job closes its input, or dies
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT})
+        previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT})
         try:
             command = [sys.executable, "-m", "pipeline.tracking.mlflow_sync", str(home), run]
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
     def close(self, outcome: str, quick: bool = False) -> None:
         """Lets it send the rest. outcome: of the whole run, FINISHED or FAILED; empty: it goes on. quick: it gets
@@ -295,52 +299,52 @@ class Companion:
         try:
             self.process.communicate(outcome, timeout=seconds)
         except subprocess.TimeoutExpired:
-            self.leave()
-            said = f"no answer within {seconds:.0f} seconds"
-            print(f"MLflow did not take everything ({said}); `atom track` sends it later", file=sys.stderr)
+            self.kill()
+            message = f"no answer within {seconds:.0f} seconds"
+            print(f"MLflow did not take everything ({message}); `atom track` sends it later", file=sys.stderr)
 
-    def leave(self) -> None:
+    def kill(self) -> None:
         """Ends it at once."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
 
 
-def accompany(home: Path, run: str) -> None:
+def run_companion(home: Path, run: str) -> None:
     """What that process does: whoever has the turn sends every few seconds what all jobs of the run have written. When
     its own job is over it sends once more; or it leaves that to whoever has the turn, and sees that it was done."""
     store = Store(home)
-    this = runs.find(store, run)
-    folder = this.folder / "mlflow"
-    me = uuid.uuid4().hex
-    end, begun, sent = folder / f"end-{me}", folder / f"begun-{me}", folder / "sent"
-    over, outcome, turn, problem = False, "", None, None
+    run_record = runs.find(store, run)
+    folder = run_record.folder / "mlflow"
+    own_id = uuid.uuid4().hex
+    end_file, begun_file, sent_file = folder / f"end-{own_id}", folder / f"begun-{own_id}", folder / "sent"
+    job_is_over, outcome, lease, problem = False, "", None, None
     while True:
-        if not over and select.select([sys.stdin], [], [], Background.EVERY)[0]:
-            over, outcome = True, sys.stdin.read()
-        elif over:
+        if not job_is_over and select.select([sys.stdin], [], [], Background.EVERY)[0]:
+            job_is_over, outcome = True, sys.stdin.read()
+        elif job_is_over:
             time.sleep(0.5)
-        if turn is not None and turn.lost:
-            turn = None
-        turn = turn or Lease.take(folder)
-        if over and not end.exists():
-            end.touch()
+        if lease is not None and lease.lost:
+            lease = None
+        lease = lease or Lease.take(folder)
+        if job_is_over and not end_file.exists():
+            end_file.touch()
             if outcome:
                 (folder / "outcome").write_text(outcome)
-        if turn is not None:
-            begun.touch()
-            problem = _sent(this, store, _read(folder / "outcome"))
-            os.replace(begun, sent)  # its time: when the last sending began
-        if over and (turn is not None or _later(sent, end)):
+        if lease is not None:
+            begun_file.touch()
+            problem = _send(run_record, store, _read_if_exists(folder / "outcome"))
+            os.replace(begun_file, sent_file)  # its time: when the last sending began
+        if job_is_over and (lease is not None or _is_newer(sent_file, end_file)):
             break
-    end.unlink()
-    if turn is not None:
-        turn.release()
+    end_file.unlink()
+    if lease is not None:
+        lease.release()
     if problem:
         print(f"MLflow did not take everything ({problem}); `atom track {run}` sends it later", file=sys.stderr)
 
 
-def _sent(run: Run, store: Store, outcome: str) -> str | None:
+def _send(run: Run, store: Store, outcome: str) -> str | None:
     """Sends what there is; what went wrong, in one line, without passwords."""
     try:
         forwarder = Forwarder(run, store)
@@ -355,13 +359,13 @@ def _sent(run: Run, store: Store, outcome: str) -> str | None:
     return None
 
 
-def _read(path: Path) -> str:
+def _read_if_exists(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def _later(path: Path, than: Path) -> bool:
-    return path.exists() and path.stat().st_mtime_ns > than.stat().st_mtime_ns
+def _is_newer(path: Path, other: Path) -> bool:
+    return path.exists() and path.stat().st_mtime_ns > other.stat().st_mtime_ns
 
 
 if __name__ == "__main__":
-    accompany(Path(sys.argv[1]), sys.argv[2])
+    run_companion(Path(sys.argv[1]), sys.argv[2])

@@ -45,17 +45,17 @@ class Assembly:
         self._put(target, (artifact / file), None)
         self.origins[target] = {"artifact": node, "file": file}
 
-    def include(self, source: Path, target: str, why: str) -> None:
+    def include(self, source: Path, target: str, reason: str) -> None:
         """Copies a file that is not an artifact's: code, statements, metrics."""
         self._put(target, source, None)
-        self.origins[target] = {"generated": why}
+        self.origins[target] = {"generated": reason}
 
-    def write(self, target: str, data: bytes, why: str) -> None:
+    def write(self, target: str, data: bytes, reason: str) -> None:
         self._put(target, None, data)
-        self.origins[target] = {"generated": why}
+        self.origins[target] = {"generated": reason}
 
-    def json(self, target: str, value: Any, why: str) -> None:
-        self.write(target, to_json(value), why)
+    def json(self, target: str, value: Any, reason: str) -> None:
+        self.write(target, to_json(value), reason)
 
     def _put(self, target: str, source: Path | None, data: bytes | None) -> None:
         if target in self.origins:
@@ -72,14 +72,14 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def required(artifacts: Mapping[str, Artifact]) -> None:
+def require_nodes(artifacts: Mapping[str, Artifact]) -> None:
     """Raises AtomError naming what a release cannot do without."""
     phases = phases_of({*artifacts, "pretrain", "midtrain"})
     models = models_of({*artifacts, "export-init", "export-base", "export-mid"})
     ordered = [phase for phase in phases if phase not in WITHOUT_ORDER]
-    needed = ["items", "curate", "tokenizer", "tokenize", *(f"order-{phase}" for phase in ordered), *phases]
-    needed += [f"{kind}-{model}" for kind in ("export", "evaluate") for model in models]
-    if missing := [node for node in needed if node not in artifacts]:
+    required_nodes = ["items", "curate", "tokenizer", "tokenize", *(f"order-{phase}" for phase in ordered), *phases]
+    required_nodes += [f"{kind}-{model}" for kind in ("export", "evaluate") for model in models]
+    if missing := [node for node in required_nodes if node not in artifacts]:
         raise AtomError(f"the release needs the artifact of {missing[0]}, which is not sealed; finish the run first")
 
 
@@ -91,15 +91,15 @@ def placement(
     phases, models: those of the release, in the order of training.
     """
     folders = folders_of(models)
-    kind, _, which = node.partition("-")
+    kind, _, suffix = node.partition("-")
     for row in artifact.rows:
         path, name = row.path, Path(row.path).name
         if kind == "acquire" and path == "source.json":
-            yield path, f"dataset/sources/{which}.json"
+            yield path, f"dataset/sources/{suffix}.json"
         elif kind == "items":
             yield path, f"dataset/evaluation/{path}"
         elif kind == "tasks":
-            yield path, f"dataset/rl/{which}/{path}"
+            yield path, f"dataset/rl/{suffix}/{path}"
         elif node in WITHOUT_ORDER and path.endswith(".parquet"):
             yield path, f"dataset/rl/{node}/{path}"
         elif kind == "curate" and (path.startswith("kept/") or "/" not in path):
@@ -109,7 +109,7 @@ def placement(
         elif kind == "tokenize" and path in ("documents.parquet", "meta.json"):
             yield path, f"dataset/tokens/{path}"
         elif kind == "order":
-            yield path, f"dataset/order/{which}/{path}"
+            yield path, f"dataset/order/{suffix}/{path}"
         elif "@" in node:
             phase, step = node.split("@")
             yield path, f"checkpoints/{phase}-step-{step}/{name}"
@@ -120,39 +120,39 @@ def placement(
             if (
                 path == "training.jsonl" and node != "reward"
             ):  # what a model's card says of its training is proved by the repository alone
-                made = [folder for model, folder in folders.items() if when(model) >= when(node)]
-                yield from ((path, f"{folder}/training/{node}.jsonl") for folder in made)
+                model_dirs = [folder for model, folder in folders.items() if when(model) >= when(node)]
+                yield from ((path, f"{folder}/training/{node}.jsonl") for folder in model_dirs)
         elif node == "judge" and path == "parity.json":
             yield path, "evidence/parity/reward.json"
         elif kind == "export" and path == "parity.json":
-            yield path, f"evidence/parity/{which}.json"
-            if which in folders:
-                yield path, f"{folders[which]}/parity.json"
-        elif kind == "export" and path.startswith("model/") and which in folders:
-            yield path, f"{folders[which]}/{path.removeprefix('model/')}"
+            yield path, f"evidence/parity/{suffix}.json"
+            if suffix in folders:
+                yield path, f"{folders[suffix]}/parity.json"
+        elif kind == "export" and path.startswith("model/") and suffix in folders:
+            yield path, f"{folders[suffix]}/{path.removeprefix('model/')}"
         elif kind == "evaluate":
-            yield path, f"dataset/evaluation/{which}/{path}"
+            yield path, f"dataset/evaluation/{suffix}/{path}"
             if path == "scores.json":
                 # A model's card compares it with what came before it, never with what came after.
-                later = models[models.index(which) :]
-                yield from ((path, f"{folders[m]}/evaluation/{which}.json") for m in later if m in folders)
+                later = models[models.index(suffix) :]
+                yield from ((path, f"{folders[m]}/evaluation/{suffix}.json") for m in later if m in folders)
 
 
 def measured(node: str, path: str, models: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(path of the artifact, path in the release) of what was measured of models that converse."""
-    kind, _, which = node.partition("-")
+    kind, _, suffix = node.partition("-")
     if kind == "contamination" or node == "fresh":
         yield path, f"dataset/evaluation/{node}/{path}"
         if path == "report.json":
             yield path, f"{MODEL}/evaluation/contamination/{path}"
         return
-    about = {"solve": "test", "fresh": "fresh", "prefer": "preferences"}.get(kind)
-    if about is not None:
-        which = which.removeprefix("solve-")
-        yield path, f"dataset/evaluation/{about}/{which}/{path}"
-        if path == "scores.json" and which in models:
-            later, folders = models[models.index(which) :], folders_of(models)
-            yield from ((path, f"{folders[m]}/evaluation/{about}/{which}.json") for m in later if m in folders)
+    benchmark = {"solve": "test", "fresh": "fresh", "prefer": "preferences"}.get(kind)
+    if benchmark is not None:
+        suffix = suffix.removeprefix("solve-")
+        yield path, f"dataset/evaluation/{benchmark}/{suffix}/{path}"
+        if path == "scores.json" and suffix in models:
+            later, folders = models[models.index(suffix) :], folders_of(models)
+            yield from ((path, f"{folders[m]}/evaluation/{benchmark}/{suffix}.json") for m in later if m in folders)
 
 
 def place_artifacts(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> None:
@@ -197,24 +197,24 @@ def place_code(assembly: Assembly, roots: list[Path]) -> None:
         for path in names:
             if path.is_file() and f"code/{path.name}" not in assembly.origins:
                 assembly.include(path, f"code/{path.name}", "source code")
-    text = own_licence(roots)
+    text = code_license_text(roots)
     if text is not None and "code/LICENSE" not in assembly.origins:
         assembly.write("code/LICENSE", text, "licence text of the installed distribution")
 
 
-def own_licence(roots: list[Path]) -> bytes | None:
-    """The licence text of our code: of the first root that has one, else what the installed wheel carries."""
-    found = next((root / "LICENSE" for root in roots if (root / "LICENSE").is_file()), None)
-    if found is not None:
-        return found.read_bytes()
+def code_license_text(roots: list[Path]) -> bytes | None:
+    """The license text of our code: of the first root that has one, else what the installed wheel carries."""
+    license_root = next((root / "LICENSE" for root in roots if (root / "LICENSE").is_file()), None)
+    if license_root is not None:
+        return license_root.read_bytes()
     texts = (d.read_text("licenses/LICENSE") for d in importlib.metadata.distributions(name=DISTRIBUTION))
     return next((text.encode() for text in texts if text), None)
 
 
-def licence_text(spdx: str, code_licence: str, roots: list[Path]) -> bytes:
-    """The full text if it is the code's own licence and we have it; else its SPDX id and where the text is."""
-    text = own_licence(roots)
-    if spdx == code_licence and text is not None:
+def license_text(spdx: str, code_license: str, roots: list[Path]) -> bytes:
+    """The full text if it is the code's own license and we have it; else its SPDX id and where the text is."""
+    text = code_license_text(roots)
+    if spdx == code_license and text is not None:
         return text
     return (
         f"SPDX-License-Identifier: {spdx}\n\nThe text of this licence: https://spdx.org/licenses/{spdx}.html\n".encode()
@@ -223,5 +223,5 @@ def licence_text(spdx: str, code_licence: str, roots: list[Path]) -> bytes:
 
 def unexplained(folder: Path, origins: Mapping[str, Any], paths: list[str]) -> list[str]:
     """Files of a release that no origin explains; checksum files and the gates' own result explain themselves."""
-    own = {ALL_SUMS, GATES, GATES_STATED}
-    return [p for p in paths if p not in origins and p not in own and Path(p).name != SUMS]
+    unlisted = {ALL_SUMS, GATES, GATES_STATED}
+    return [p for p in paths if p not in origins and p not in unlisted and Path(p).name != SUMS]

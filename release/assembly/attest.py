@@ -42,8 +42,8 @@ def evaluations(release: Path, nodes: dict[str, dict[str, str]]) -> dict[str, di
 
     nodes: {node: {key, digest}} as in evidence/release.json.
     """
-    found = {}
-    for node, made in nodes.items():
+    statements = {}
+    for node, artifact in nodes.items():
         kind, _, model = node.partition("-")
         table = release / "dataset/evaluation" / model / "items.parquet"
         if kind != "export" or not re.fullmatch(r"[a-z0-9-]+", model) or not table.is_file():
@@ -53,12 +53,12 @@ def evaluations(release: Path, nodes: dict[str, dict[str, str]]) -> dict[str, di
         solved = {row["id"] for row in rows if row["score"] == 1}
         path = f"{FOLDER}/evaluation-{model}.json"
         missed = {row["id"] for row in rows} - solved
-        found[path] = test_result({made["key"]: made["digest"]}, inputs, solved, missed)
-    return found
+        statements[path] = test_result({artifact["key"]: artifact["digest"]}, inputs, solved, missed)
+    return statements
 
 
 def gates(nodes: dict[str, dict[str, str]], results: dict[str, bool]) -> dict[str, Any]:
     """The statement of the gates. results: {gate: whether it was passed}."""
-    subjects = {made["key"]: made["digest"] for made in nodes.values()}
+    subjects = {artifact["key"]: artifact["digest"] for artifact in nodes.values()}
     passed = {name for name, ok in results.items() if ok}
     return test_result(subjects, {}, passed, set(results) - passed)

@@ -21,8 +21,8 @@ from pipeline.core.stage import Config
 from pipeline.core.store import Artifact
 
 
-class Licences(Config):
-    """SPDX expressions. Documents keep their own licences; `data_compilation` is about selection and arrangement."""
+class Licenses(Config):
+    """SPDX expressions. Documents keep their own licenses; `data_compilation` is about selection and arrangement."""
 
     weights: License
     data_compilation: License
@@ -32,7 +32,7 @@ class Licences(Config):
 class ReleaseSection(Config):
     """The recipe's `release`: what stands on the cards and cannot be measured."""
 
-    licence: Licences
+    licence: Licenses
     namespace: Namespace = Field("local", description="user or organisation on the Hub that the cards name")
     title: Line | None = Field(None, description="heading of the cards; the recipe's name if absent")
     contact: Line | None = Field(None, description="where questions and removal requests go: URL or address")
@@ -80,7 +80,7 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
     from release.checks import gates
 
     plot.require()
-    assemble.required(source.artifacts)
+    assemble.require_nodes(source.artifacts)
     target = home / "releases" / f"{source.name}-{source.version}"
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     refused = target.with_name(f"{target.name}.refused")
@@ -99,9 +99,9 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
         shutil.rmtree(refused, ignore_errors=True)
         if failed:
             os.rename(draft, refused)
-            more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+            remainder = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
             raise CheckFailed(
-                f"release {target.name} is refused by the gate {failed[0].name}: {failed[0].detail}{more}"
+                f"release {target.name} is refused by the gate {failed[0].name}: {failed[0].detail}{remainder}"
             )
         _replace(draft, target)
     finally:
@@ -154,62 +154,70 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     from release.checks import gates
     from release.layout import CANARY, GOLDENS, ORIGINS, RELEASE, ROOTS, model_folders, repositories
 
-    made = assemble.Assembly(folder)
-    assemble.place_artifacts(made, source.artifacts)
-    assemble.place_earlier(made, source.earlier)
-    assemble.place_code(made, source.code_roots)
+    assembly = assemble.Assembly(folder)
+    assemble.place_artifacts(assembly, source.artifacts)
+    assemble.place_earlier(assembly, source.earlier)
+    assemble.place_code(assembly, source.code_roots)
     for name, content in sorted(source.recipe_files.items()):
-        made.write(f"code/as-run/{name}", content, "recipe file as run")
+        assembly.write(f"code/as-run/{name}", content, "recipe file as run")
     for path in sorted(source.statements):
-        made.include(path, f"evidence/statements/{path.name}", "statement of the ledger")
+        assembly.include(path, f"evidence/statements/{path.name}", "statement of the ledger")
     for node, path in sorted(source.metrics.items()):
-        made.include(path, f"evidence/metrics/{node}.jsonl", "timed metrics of the run")
-    made.json("evidence/environment.json", source.environment, "environment of the build")
-    made.json("evidence/recipe.json", source.recipe, "resolved recipe")
+        assembly.include(path, f"evidence/metrics/{node}.jsonl", "timed metrics of the run")
+    assembly.json("evidence/environment.json", source.environment, "environment of the build")
+    assembly.json("evidence/recipe.json", source.recipe, "resolved recipe")
     release = describe(source)
-    made.json(RELEASE, release, "release.assembly.build_release")
+    assembly.json(RELEASE, release, "release.assembly.build_release")
 
     data = metrics.data_facts(folder / "dataset")
     models = {name: metrics.model_facts(folder / name) for name in model_folders(folder)}
     steps = metrics.checkpoint_facts(folder / "checkpoints")
     changes = metrics.interventions(steps)
-    licence, why = release["licence"], "card from the published files"
+    licenses, card_origin = release["licence"], "card from the published files"
     data_id = render.data_id(release)
     loaded = gates.run_reload([folder / name for name in models])
-    for name, told in zip(models, loaded, strict=True):
-        made.json(f"{name}/{GOLDENS}", told["goldens"], "what plain transformers makes of fixed inputs")
-    spent = costs.of(folder)
+    for name, report in zip(models, loaded, strict=True):
+        assembly.json(f"{name}/{GOLDENS}", report["goldens"], "what plain transformers makes of fixed inputs")
+    run_costs = costs.usage_by_stage(folder)
     for name, model in models.items():
-        card = render.model_card(name, release, model, data, changes, spent)
-        made.write(f"{name}/README.md", card.encode(), why)
+        card = render.model_card(name, release, model, data, changes, run_costs)
+        assembly.write(f"{name}/README.md", card.encode(), card_origin)
         measured = results.text(model, data_id, release["version"])
-        made.write(f"{name}/{results.place(data_id)}", measured.encode(), "scores in evaluation/ for the Hub")
-        made.write(f"{name}/{plot.NAME}", plot.draw(folder / name), "plot of the logs in training/")
-        for drawn, image in scaling_plots.of_model(folder / name, model).items():
-            made.write(f"{name}/{drawn}", image, "plot of the scores in evaluation/ and the logs in training/")
+        assembly.write(
+            f"{name}/{results.results_path(data_id)}", measured.encode(), "scores in evaluation/ for the Hub"
+        )
+        assembly.write(f"{name}/{plot.NAME}", plot.draw(folder / name), "plot of the logs in training/")
+        for plot_name, image in scaling_plots.model_plots(folder / name, model).items():
+            assembly.write(f"{name}/{plot_name}", image, "plot of the scores in evaluation/ and the logs in training/")
     canary = metrics.canary(source.artifacts["items"].digest)
-    made.json(f"dataset/{CANARY}", canary, "made from the digest of the evaluation items")
-    made.json(f"dataset/{ROOTS}", merkle.roots(folder / "dataset"), "Merkle roots of the tables")
-    described = croissant.of(release, folder / "dataset", data)
-    made.json(f"dataset/{croissant.NAME}", described, "description of the tables")
-    made.write("dataset/README.md", render.data_card(release, data, canary).encode(), why)
+    assembly.json(f"dataset/{CANARY}", canary, "made from the digest of the evaluation items")
+    assembly.json(f"dataset/{ROOTS}", merkle.roots(folder / "dataset"), "Merkle roots of the tables")
+    description = croissant.describe_dataset(release, folder / "dataset", data)
+    assembly.json(f"dataset/{croissant.NAME}", description, "description of the tables")
+    assembly.write("dataset/README.md", render.data_card(release, data, canary).encode(), card_origin)
     for target, statement in attest.evaluations(folder, release["nodes"]).items():
-        made.json(target, statement, "in-toto statement of what was measured")
-    card = render.plain_card("checkpoints", release, licence["weights"], checkpoints=tables.checkpoints(steps))
-    made.write("checkpoints/README.md", card.encode(), why)
-    made.json("checkpoints/index.json", steps, "states of the checkpoints")
-    found = repositories(folder)
-    rows = [[r.id(release["namespace"], release["name"]), r.kind, r.branch, f"`{r.folder or '.'}`"] for r in found]
-    shown = tables.table(["repository", "kind", "branch", "place in the release"], rows)
-    made.write("README.md", render.plain_card("evidence", release, licence["code"], repositories=shown).encode(), why)
-    for place in found:
-        kind = {"dataset": "data_compilation", "": "code"}.get(place.folder, "weights")
-        text = assemble.licence_text(licence[kind], licence["code"], source.code_roots)
-        made.write(f"{place.folder}/LICENSE".lstrip("/"), text, "licence")
-    made.origins[ORIGINS] = {"generated": "release.assembly.build_release"}
-    (folder / ORIGINS).write_bytes(assemble.to_json(made.origins))
-    wanted = _evaluation(source.recipe)
-    return gates.Context(folder, release, wanted, data, models, source.machine_paths, changes, spent, canary, loaded)
+        assembly.json(target, statement, "in-toto statement of what was measured")
+    card = render.plain_card("checkpoints", release, licenses["weights"], checkpoints=tables.checkpoints(steps))
+    assembly.write("checkpoints/README.md", card.encode(), card_origin)
+    assembly.json("checkpoints/index.json", steps, "states of the checkpoints")
+    repos = repositories(folder)
+    rows = [[r.id(release["namespace"], release["name"]), r.kind, r.branch, f"`{r.folder or '.'}`"] for r in repos]
+    repository_table = tables.table(["repository", "kind", "branch", "place in the release"], rows)
+    assembly.write(
+        "README.md",
+        render.plain_card("evidence", release, licenses["code"], repositories=repository_table).encode(),
+        card_origin,
+    )
+    for repository in repos:
+        kind = {"dataset": "data_compilation", "": "code"}.get(repository.folder, "weights")
+        text = assemble.license_text(licenses[kind], licenses["code"], source.code_roots)
+        assembly.write(f"{repository.folder}/LICENSE".lstrip("/"), text, "licence")
+    assembly.origins[ORIGINS] = {"generated": "release.assembly.build_release"}
+    (folder / ORIGINS).write_bytes(assemble.to_json(assembly.origins))
+    evaluation = _evaluation(source.recipe)
+    return gates.Context(
+        folder, release, evaluation, data, models, source.machine_paths, changes, run_costs, canary, loaded
+    )
 
 
 def _evaluation(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -222,24 +230,24 @@ def _checksums(folder: Path) -> None:
     """Each repository's own file first, then the one over the whole, then the root's, which covers that one too."""
     from release.layout import ALL_SUMS, SUMS, files_below, files_of, repositories, write_sums
 
-    places = repositories(folder)
-    for place in places:
-        if place.folder:
-            write_sums(folder / place.folder / SUMS, folder / place.folder, files_of(folder, place))
+    repos = repositories(folder)
+    for repository in repos:
+        if repository.folder:
+            write_sums(folder / repository.folder / SUMS, folder / repository.folder, files_of(folder, repository))
     write_sums(folder / ALL_SUMS, folder, [p for p in files_below(folder) if p not in (SUMS, ALL_SUMS)])
-    root = next(place for place in places if place.folder == "")
-    write_sums(folder / SUMS, folder, files_of(folder, root))
+    root_repository = next(repository for repository in repos if repository.folder == "")
+    write_sums(folder / SUMS, folder, files_of(folder, root_repository))
 
 
 def _replace(draft: Path, target: Path) -> None:
     """Puts the draft in the target's place; an earlier release leaves only when the new one is whole."""
-    old = target.with_name(f".{target.name}.old.{os.getpid()}")
+    previous = target.with_name(f".{target.name}.old.{os.getpid()}")
     try:
         if target.exists():
-            os.rename(target, old)
+            os.rename(target, previous)
         os.rename(draft, target)
     except OSError as error:
-        if old.exists() and not target.exists():
-            os.rename(old, target)
+        if previous.exists() and not target.exists():
+            os.rename(previous, target)
         raise AtomError(f"release {target} cannot be put in place: {error}") from None
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)

@@ -19,8 +19,8 @@ def build_input(graph: Graph, store: Store) -> BuildInput:
     """Opens every artifact of the graph. Raises AtomError naming what is not sealed, or has no statement."""
     missing = [name for name, node in graph.nodes.items() if not store.sealed(node.key)]
     if missing:
-        more = f" and {len(missing) - 1} more stages are" if len(missing) > 1 else " is"
-        raise AtomError(f"{missing[0]}{more} not sealed yet; run `atom run {graph.recipe.path.stem}` first")
+        remainder = f" and {len(missing) - 1} more stages are" if len(missing) > 1 else " is"
+        raise AtomError(f"{missing[0]}{remainder} not sealed yet; run `atom run {graph.recipe.path.stem}` first")
     artifacts = {name: store.open(node.key) for name, node in graph.nodes.items()}
     earlier = _earlier(graph, store)
     statements, metrics = [], {}
@@ -51,28 +51,28 @@ def build_input(graph: Graph, store: Store) -> BuildInput:
 
 def _earlier(graph: Graph, store: Store) -> dict[str, Artifact]:
     """{key: artifact} of what earlier runs made and this one goes on from: checkpoints, and all that they came from."""
-    own = {node.key for node in graph.nodes.values()}
-    wanted = [key for node in graph.nodes.values() for key in node.external.values()]
-    found: dict[str, Artifact] = {}
-    while wanted:
-        key = wanted.pop()
-        if key in own or key in found:
+    run_keys = {node.key for node in graph.nodes.values()}
+    pending = [key for node in graph.nodes.values() for key in node.external.values()]
+    artifacts: dict[str, Artifact] = {}
+    while pending:
+        key = pending.pop()
+        if key in run_keys or key in artifacts:
             continue
         if not store.sealed(key):
             raise AtomError(
                 f"{key} of an earlier run, which this one goes on from, is not sealed under {store.artifacts}; "
                 "run the recipe that made it, or copy the artifact and its folder of the ledger"
             )
-        found[key] = store.open(key)
-        wanted += provenance.material_keys(_statement(store, found[key])).values()
-    return dict(sorted(found.items()))
+        artifacts[key] = store.open(key)
+        pending += provenance.material_keys(_statement(store, artifacts[key])).values()
+    return dict(sorted(artifacts.items()))
 
 
 def _statement(store: Store, artifact: Artifact) -> dict[str, Any]:
-    made = provenance.sealed(store.ledger, artifact)
-    if made is None:
+    sealed_statement = provenance.sealed(store.ledger, artifact)
+    if sealed_statement is None:
         raise AtomError(
             f"artifact {artifact.key} has no statement in {store.ledger}; "
             f"remove {artifact.path} and run the recipe again"
         )
-    return made[1]
+    return sealed_statement[1]

@@ -13,22 +13,22 @@ JOULES_PER_WH = 3600.0
 COLUMNS = ("attempts", "failed", "core_hours", "gpu_hours", "energy_wh")
 
 
-def of(release: Path) -> Costs:
+def usage_by_stage(release: Path) -> Costs:
     """{stage: {attempts, failed, core_hours (busy), gpu_hours (allotted), energy_wh (an estimate)}} in alphabetical
     order. A release checkpoint is part of the attempt that wrote it, and counts no second time."""
-    found: Costs = {}
+    costs_by_stage: Costs = {}
     for path in sorted((release / "evidence/statements").rglob("*.json")):
         body = json.loads(path.read_bytes())
         if provenance.phase_of(body) is not None:
             continue
-        used, stage = provenance.usage(body), str(body["predicate"]["buildDefinition"]["externalParameters"]["stage"])
-        row = found.setdefault(stage, dict.fromkeys(COLUMNS, 0.0))
+        usage, stage = provenance.usage(body), str(body["predicate"]["buildDefinition"]["externalParameters"]["stage"])
+        row = costs_by_stage.setdefault(stage, dict.fromkeys(COLUMNS, 0.0))
         row["attempts"] += 1
         row["failed"] += provenance.outcome(body) != "sealed"
-        row["core_hours"] += used.get("cpu_seconds", 0.0) / 3600
-        row["gpu_hours"] += used.get("gpu_seconds", 0.0) / 3600
-        row["energy_wh"] += used.get("energy_joules_estimate", 0.0) / JOULES_PER_WH
-    return dict(sorted(found.items()))
+        row["core_hours"] += usage.get("cpu_seconds", 0.0) / 3600
+        row["gpu_hours"] += usage.get("gpu_seconds", 0.0) / 3600
+        row["energy_wh"] += usage.get("energy_joules_estimate", 0.0) / JOULES_PER_WH
+    return dict(sorted(costs_by_stage.items()))
 
 
 def total(costs: Costs) -> dict[str, float]:

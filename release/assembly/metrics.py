@@ -59,8 +59,8 @@ def _batches(path: Path, columns: list[str] | None, size: int) -> Iterator[Any]:
 
 def scores(path: Path) -> Facts:
     """A published scores.json, or its copy in a model repository, in today's names."""
-    found: Facts = schema.fields(path, "scores.json", read_json(path))
-    return found
+    current: Facts = schema.fields(path, "scores.json", read_json(path))
+    return current
 
 
 def canary(items: str) -> dict[str, str]:
@@ -78,12 +78,12 @@ class _Fates:
     kept_bytes: int = 0
     splits: Counter[str] = field(default_factory=Counter)
     rules: Counter[str] = field(default_factory=Counter)
-    licences: set[str] = field(default_factory=set)
+    licenses: set[str] = field(default_factory=set)
 
     def add(self, row: dict[str, Any]) -> None:
         self.documents += 1
         self.bytes += row["bytes"]
-        self.licences.add(row["license"])
+        self.licenses.add(row["license"])
         if row["disposition"] == "kept":
             self.kept_bytes += row["bytes"]
             self.splits[row["split"]] += 1
@@ -92,23 +92,23 @@ class _Fates:
 
 
 def data_facts(dataset: Path) -> Facts:
-    """What was read, kept and removed, under which licence, in which order: from the dataset repository alone."""
+    """What was read, kept and removed, under which license, in which order: from the dataset repository alone."""
     counts: dict[str, _Fates] = {}
     for row in stream(dataset / "dispositions.parquet", ["source", "license", "bytes", "disposition", "split", "rule"]):
         counts.setdefault(row["source"], _Fates()).add(row)
     sources: Facts = {}
     for name in sorted(counts):
-        own = counts[name]
+        fates = counts[name]
         declared_path = dataset / "sources" / f"{name}.json"
         declared = read_json(declared_path) if declared_path.exists() else {}
         sources[name] = {
-            "documents_in": own.documents,
-            "kept": own.splits.total(),
-            "removed": dict(sorted(own.rules.items())),
-            "by_split": dict(sorted(own.splits.items())),
-            "bytes_in": own.bytes,
-            "bytes_kept": own.kept_bytes,
-            "licences": sorted(own.licences),
+            "documents_in": fates.documents,
+            "kept": fates.splits.total(),
+            "removed": dict(sorted(fates.rules.items())),
+            "by_split": dict(sorted(fates.splits.items())),
+            "bytes_in": fates.bytes,
+            "bytes_kept": fates.kept_bytes,
+            "licences": sorted(fates.licenses),
             "origin": declared.get("origin", ""),
             "licence_evidence": declared.get("license_evidence", ""),
         }
@@ -141,36 +141,38 @@ def chat_facts(evaluation: Path) -> Facts:
     """By what was asked and model: the scores recomputed from the tables. Empty if no model converses."""
     from stages.evaluation import pass_at_k, win_rate
 
-    found: Facts = {}
-    for about in ABOUT:
-        of = win_rate.summary if about == "preferences" else pass_at_k.summary
-        scored = {schema.model(p.parent): of(rows(p)) | _named(p) for p in chat_tables(evaluation, about)}
+    facts: Facts = {}
+    for benchmark in ABOUT:
+        summarize = win_rate.summary if benchmark == "preferences" else pass_at_k.summary
+        scored = {
+            schema.model(p.parent): summarize(rows(p)) | _compared_models(p) for p in chat_tables(evaluation, benchmark)
+        }
         if scored:
-            found[about] = {name: scored[name] for name in sorted(scored, key=when)}
-    return found
+            facts[benchmark] = {name: scored[name] for name in sorted(scored, key=when)}
+    return facts
 
 
-def chat_tables(evaluation: Path, about: str) -> list[Path]:
+def chat_tables(evaluation: Path, benchmark: str) -> list[Path]:
     """The tables of what was asked, one a model."""
-    return sorted((evaluation / about).glob(f"*/{'pairs' if about == 'preferences' else 'answers'}.parquet"))
+    return sorted((evaluation / benchmark).glob(f"*/{'pairs' if benchmark == 'preferences' else 'answers'}.parquet"))
 
 
-def _named(table: Path) -> Facts:
+def _compared_models(table: Path) -> Facts:
     """The two models of a comparison, whose names no table holds."""
     stated = scores(table.with_name("scores.json"))
     return {name: stated[name] for name in ("model", "before") if name in stated}
 
 
-def _by_name(files: Iterable[Path], called: Callable[[Path], str]) -> list[tuple[str, Path]]:
+def _by_name(files: Iterable[Path], name_of: Callable[[Path], str]) -> list[tuple[str, Path]]:
     """(name, folder) of the folders of files, which are named after phases or models, in the order of training."""
-    return sorted(((called(file.parent), file.parent) for file in files), key=lambda pair: when(pair[0]))
+    return sorted(((name_of(file.parent), file.parent) for file in files), key=lambda pair: when(pair[0]))
 
 
 def earlier_orders(dataset: Path, phase: str) -> list[Path]:
     """The orders of earlier runs that a phase followed before its own, the first one first."""
     metas = {p.parent: read_json(p) for p in (dataset / "earlier").glob("order-*/meta.json")}
-    own = [folder for folder, meta in metas.items() if schema.reader(folder).phase(meta["phase"]) == phase]
-    return sorted(own, key=lambda folder: int(metas[folder].get("first_step", 1)))
+    phase_orders = [folder for folder, meta in metas.items() if schema.reader(folder).phase(meta["phase"]) == phase]
+    return sorted(phase_orders, key=lambda folder: int(metas[folder].get("first_step", 1)))
 
 
 def order_facts(folders: list[Path]) -> Facts:
@@ -178,8 +180,8 @@ def order_facts(folders: list[Path]) -> Facts:
 
     folders: the order indices that were followed one after the other, each up to where the next begins.
     """
-    first = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
-    ends: list[int | None] = [step - 1 for step in first[1:]] + [None]
+    first_steps = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
+    ends: list[int | None] = [step - 1 for step in first_steps[1:]] + [None]
     parts = [_part(folder, end) for folder, end in zip(folders, ends, strict=True)]
     return {"steps": parts[-1]["last_step"], "parts": parts}
 
@@ -219,16 +221,21 @@ def _part(folder: Path, end: int | None) -> Facts:
     }
     part: Facts = {"first_step": first, "last_step": last, "by_source": by_source}
     if meta.get("pack"):
-        rows, read, length = len(set().union(*rows_of.values())), tokens.total(), meta["sequence_length"]
-        part["packed"] = {"rows": rows, "sequence_length": length, "tokens": read, "fill": read / (rows * length)}
+        rows, predicted, length = len(set().union(*rows_of.values())), tokens.total(), meta["sequence_length"]
+        part["packed"] = {
+            "rows": rows,
+            "sequence_length": length,
+            "tokens": predicted,
+            "fill": predicted / (rows * length),
+        }
         part["long"] = {name: row["long"] for name, row in sorted(meta["sources"].items()) if "long" in row}
     return part
 
 
 def _distinct(table: Any, columns: list[str]) -> Iterator[tuple[Any, ...]]:
     """Each combination of values in these columns once."""
-    found = table.group_by(columns).aggregate([])
-    return zip(*(found[column].to_pylist() for column in columns), strict=True)
+    groups = table.group_by(columns).aggregate([])
+    return zip(*(groups[column].to_pylist() for column in columns), strict=True)
 
 
 def scores_of(folder: Path) -> Facts:
@@ -267,7 +274,9 @@ def model_facts(model: Path) -> Facts:
         "rope": config["rope_parameters"],
         "scores": _scores_by_model(model / "evaluation"),
         "chat": {
-            about: _scores_by_model(folder) for about in ABOUT if (folder := model / "evaluation" / about).is_dir()
+            benchmark: _scores_by_model(folder)
+            for benchmark in ABOUT
+            if (folder := model / "evaluation" / benchmark).is_dir()
         },
         "contamination": read_json(path) if (path := model / CONTAMINATION).exists() else None,
         "training": {
@@ -284,13 +293,13 @@ def _scores_by_model(folder: Path) -> dict[str, Facts]:
 
 def checkpoint_facts(checkpoints: Path) -> list[Facts]:
     """Every published checkpoint with its state, by phase and step."""
-    found = []
+    checkpoint_rows = []
     for path in checkpoints.glob("*/state.json"):
         phase, _, step = path.parent.name.rpartition("-step-")
         state = schema.fields(path, "state.json", read_json(path))
         phase = schema.reader(path).phase(phase)
-        found.append({"branch": path.parent.name, "phase": phase, "step": int(step), "state": state})
-    return sorted(found, key=lambda row: (when(row["phase"]), row["step"]))
+        checkpoint_rows.append({"branch": path.parent.name, "phase": phase, "step": int(step), "state": state})
+    return sorted(checkpoint_rows, key=lambda row: (when(row["phase"]), row["step"]))
 
 
 def context_of(checkpoints: list[Facts], phase: str) -> int:
@@ -309,21 +318,28 @@ def interventions(checkpoints: list[Facts]) -> list[Facts]:
     [setting, before, after].
     """
     states = {(row["phase"], row["step"]): row["state"] for row in checkpoints}
-    found: dict[tuple[str, int], Facts] = {}
+    changes_by_step: dict[tuple[str, int], Facts] = {}
     for (phase, _), state in sorted(states.items()):
-        now = _settings(state)
-        by, _, step = now.pop("continue_from", "").partition("@")
-        if by:
-            before = _settings(states[phase, int(step)])
-            before.pop("continue_from", None)
-            names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-            changes = [[name, before.get(name), now.get(name)] for name in names]
-            found[phase, int(step)] = {"phase": phase, "step": int(step), "by": by, "changes": changes}
-    rows = sorted(found.values(), key=lambda row: (when(row["phase"]), row["step"]))
-    last: dict[str, int] = {}
+        settings = _settings(state)
+        source_key, _, step = settings.pop("continue_from", "").partition("@")
+        if source_key:
+            previous = _settings(states[phase, int(step)])
+            previous.pop("continue_from", None)
+            names = sorted(
+                name for name in previous.keys() | settings.keys() if previous.get(name) != settings.get(name)
+            )
+            changes = [[name, previous.get(name), settings.get(name)] for name in names]
+            changes_by_step[phase, int(step)] = {
+                "phase": phase,
+                "step": int(step),
+                "by": source_key,
+                "changes": changes,
+            }
+    rows = sorted(changes_by_step.values(), key=lambda row: (when(row["phase"]), row["step"]))
+    last_steps: dict[str, int] = {}
     for row in rows:
-        row["first"] = last.get(row["phase"], 0) + 1
-        last[row["phase"]] = row["step"]
+        row["first"] = last_steps.get(row["phase"], 0) + 1
+        last_steps[row["phase"]] = row["step"]
     return rows
 
 

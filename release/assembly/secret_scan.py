@@ -29,17 +29,17 @@ def machine_patterns(paths: list[Path]) -> dict[str, re.Pattern[bytes]]:
 
     A host name that is an everyday word or very short would be found everywhere, and is left out.
     """
-    found = {}
+    patterns = {}
     host = socket.gethostname()
     if len(host) >= 6 and host not in ("localhost", "debian", "ubuntu"):
-        found["the host name"] = re.compile(rb"(?<![A-Za-z0-9])" + re.escape(host.encode()) + rb"(?![A-Za-z0-9])")
+        patterns["the host name"] = re.compile(rb"(?<![A-Za-z0-9])" + re.escape(host.encode()) + rb"(?![A-Za-z0-9])")
     for path in [Path.home(), *paths]:
         if str(path) not in COMMON_PATHS:
             # As the start of a path that goes on: a URL that contains it, or a common home's bare name, tells nothing.
-            found[f"the machine's path {path}"] = re.compile(
+            patterns[f"the machine's path {path}"] = re.compile(
                 rb"(?<![A-Za-z0-9.\-/])" + re.escape(str(path).encode()) + rb"/\w"
             )
-    return found
+    return patterns
 
 
 def secret_values() -> dict[str, re.Pattern[bytes]]:
@@ -55,12 +55,12 @@ def scan(folder: Path, paths: list[str], machine: list[Path]) -> list[str]:
     Document text is searched for secrets but not for the machine's names: a manual may well name a common home.
     """
     secret = {**PATTERNS, **secret_values()}
-    everything = {**secret, **machine_patterns(machine)}
+    secrets_and_machine = {**secret, **machine_patterns(machine)}
     hits = []
     for name in paths:
         for kind, data in _contents(folder / name):
-            patterns = secret if kind == "document" else everything
-            hits += [f"{name} holds {what}" for what, pattern in patterns.items() if pattern.search(data)]
+            patterns = secret if kind == "document" else secrets_and_machine
+            hits += [f"{name} holds {finding}" for finding, pattern in patterns.items() if pattern.search(data)]
     return sorted(set(hits))
 
 

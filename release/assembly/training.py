@@ -22,16 +22,16 @@ FIGURES = ("step", "tokens", "experts", "spike", "rewards", "excluded")
 
 def logs(model: Path) -> dict[str, Path]:
     """{phase: its log} of a model repository, in the order of training."""
-    found = {schema.phase(path): path for path in (model / "training").glob("*.jsonl")}
-    return {phase: found[phase] for phase in sorted(found, key=when)}
+    log_of_phase = {schema.phase(path): path for path in (model / "training").glob("*.jsonl")}
+    return {phase: log_of_phase[phase] for phase in sorted(log_of_phase, key=when)}
 
 
 def read(log: Path, fields: Collection[str] | None = None) -> list[Facts]:
     """The lines of a log, in today's names. fields: what is kept of each, if not all; a log can be long."""
-    known, lines = schema.reader(log), []
+    reader, lines = schema.reader(log), []
     with log.open(encoding="utf-8") as file:
         for text in file:
-            (line,) = known.fields("training.jsonl", [json.loads(text)])
+            (line,) = reader.fields("training.jsonl", [json.loads(text)])
             lines.append(line if fields is None else {name: line[name] for name in fields if name in line})
     return lines
 
@@ -48,7 +48,7 @@ def log_facts(lines: list[Facts]) -> Facts:
     steps = [line["step"] for line in lines if "tokens" in line]
     measured = [{"step": line["step"], **line["experts"]} for line in lines if "experts" in line]
     spikes = [{"step": line["step"], **line["spike"]} for line in lines if "spike" in line]
-    known = {step for spike in spikes for step in spike["excluded"]}
+    spike_steps = {step for spike in spikes for step in spike["excluded"]}
     rewards = [line["rewards"] for line in lines if "rewards" in line]
     kinds = {kind: [row[kind] for row in rewards if kind in row] for row in rewards for kind in row}
     return {
@@ -56,14 +56,14 @@ def log_facts(lines: list[Facts]) -> Facts:
         "last": max(steps),
         "experts": measured[-1] if measured else None,
         "measurements": len(measured),
-        "dropped": sum(each["dropped"] for each in measured),
+        "dropped": sum(measurement["dropped"] for measurement in measured),
         "spikes": spikes,
-        "rewards": {kind: _ends(means) for kind, means in sorted(kinds.items()) if len(means) >= 4},
-        "excluded": [line["step"] for line in lines if "excluded" in line and line["step"] not in known],
+        "rewards": {kind: _first_and_last_means(means) for kind, means in sorted(kinds.items()) if len(means) >= 4},
+        "excluded": [line["step"] for line in lines if "excluded" in line and line["step"] not in spike_steps],
     }
 
 
-def _ends(means: list[float]) -> Facts:
+def _first_and_last_means(means: list[float]) -> Facts:
     size = max(2, len(means) // 4)
     return {"first": clustered(means[:size]), "last": clustered(means[-size:])}
 

@@ -44,8 +44,8 @@ def language_model(folder: Path) -> Any:
             return text
 
         def _model_generate(self, context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
-            end = self.tokenizer.convert_tokens_to_ids(END)
-            return super()._model_generate(context, max_length, stop, eos_token_id=end, **settings)
+            end_token = self.tokenizer.convert_tokens_to_ids(END)
+            return super()._model_generate(context, max_length, stop, eos_token_id=end_token, **settings)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Published(str(folder.resolve()), dtype="float32", device=device, batch_size=BATCH)
@@ -69,21 +69,21 @@ def problems(rows: list[dict[str, Any]], max_new_tokens: int) -> Any:
             "doc_to_target": lambda row: row["answer"],
             "target_delimiter": "",
             "generation_kwargs": {"until": [END], "max_gen_toks": max_new_tokens, "do_sample": False},
-            "process_results": lambda row, made: {"exact_match": score_problem(row["answer"], made[0])},
+            "process_results": lambda row, responses: {"exact_match": score_problem(row["answer"], responses[0])},
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         }
     )
 
 
-def published(release: Path, folder: str) -> tuple[list[dict[str, Any]], int]:
+def read_problems(release: Path, folder: str) -> tuple[list[dict[str, Any]], int]:
     """The problems with what the release states of a model's answers (`output`, `score`), and the longest answer
     allowed, in tokens. Raises CheckFailed if the release does not hold them."""
     from release.assembly.metrics import read_json, rows
     from stages.evaluation.bits_per_byte import EvaluationSection
 
     models = models_of(path.stem for path in (release / "evidence/manifests").glob("*.json"))
-    which = model_name(folder, models[-1] if models else "")
-    stated = release / "dataset/evaluation" / which / "items.parquet"
+    model = model_name(folder, models[-1] if models else "")
+    stated = release / "dataset/evaluation" / model / "items.parquet"
     recipe = release / "evidence/recipe.json"
     if not (stated.is_file() and recipe.is_file()):
         raise CheckFailed(f"{release} does not hold {stated.relative_to(release)} and evidence/recipe.json")
@@ -98,25 +98,25 @@ def evaluate(model: Any, tasks: list[Any], include: Path | None = None, limit: i
     manager = TaskManager(include_path=None if include is None else str(include))
     if unknown := [name for name in tasks if isinstance(name, str) and not manager.match_tasks([name])]:
         raise AtomError(f"the harness knows no task {unknown[0]}; `lm_eval ls tasks` lists them")
-    found: dict[str, Any] = lm_eval.simple_evaluate(
+    results: dict[str, Any] = lm_eval.simple_evaluate(
         model, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True, verbosity="ERROR"
     )
-    return found
+    return results
 
 
-def again(release: Path, folder: str, limit: int | None = None) -> dict[str, Any]:
+def compare_answers(release: Path, folder: str, limit: int | None = None) -> dict[str, Any]:
     """The release's problems, asked by the harness: its figure, the stated one, and the ids of unequal answers."""
-    stated, max_new_tokens = published(release, folder)
+    stated, max_new_tokens = read_problems(release, folder)
     stated = sorted(stated, key=lambda row: row["id"])[:limit]
     rows = [{"id": r["id"], "task": r["task"], "prompt": r["prompt"], "answer": r["expected"]} for r in stated]
-    found = evaluate(language_model(release / folder), [problems(rows, max_new_tokens)])
-    made = {sample["doc"]["id"]: sample["filtered_resps"][0] for sample in found["samples"][PROBLEMS]}
+    results = evaluate(language_model(release / folder), [problems(rows, max_new_tokens)])
+    answers = {sample["doc"]["id"]: sample["filtered_resps"][0] for sample in results["samples"][PROBLEMS]}
     return {
         "model": folder,
         "problems": len(stated),
-        "exact_match": found["results"][PROBLEMS]["exact_match,none"],
+        "exact_match": results["results"][PROBLEMS]["exact_match,none"],
         "stated": sum(row["score"] for row in stated) / len(stated),
-        "other_answers": [row["id"] for row in stated if made[row["id"]] != row["output"]],
+        "other_answers": [row["id"] for row in stated if answers[row["id"]] != row["output"]],
     }
 
 
@@ -127,18 +127,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tasks", default=None, help="the harness's tasks, with commas; the release's own if absent")
     parser.add_argument("--include-path", type=Path, default=None, help="a folder of more tasks as YAML")
     parser.add_argument("--limit", type=int, default=None, help="only the first items")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        if asked.tasks is None:
-            found = again(asked.release, asked.model, asked.limit)
-            told = f"{len(found['other_answers'])} of {found['problems']} answers are others"
-            print(f"exact match {found['exact_match']:.3f}, stated {found['stated']:.3f}; {told}")
+        if options.tasks is None:
+            report = compare_answers(options.release, options.model, options.limit)
+            comparison = f"{len(report['other_answers'])} of {report['problems']} answers are others"
+            print(f"exact match {report['exact_match']:.3f}, stated {report['stated']:.3f}; {comparison}")
         else:
-            model = language_model(asked.release / asked.model)
-            result = evaluate(model, asked.tasks.split(","), asked.include_path, asked.limit)
-            found = {"model": asked.model, "results": result["results"], "n-samples": result["n-samples"]}
-        print(json.dumps(found, default=str))
-        return int(bool(found.get("other_answers")))
+            model = language_model(options.release / options.model)
+            result = evaluate(model, options.tasks.split(","), options.include_path, options.limit)
+            report = {"model": options.model, "results": result["results"], "n-samples": result["n-samples"]}
+        print(json.dumps(report, default=str))
+        return int(bool(report.get("other_answers")))
     except AtomError as error:
         print(f"release.audit.harness: {error}", file=sys.stderr)
         return error.exit_code

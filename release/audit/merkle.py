@@ -47,12 +47,12 @@ class Tree:
         """The siblings on the way from a leaf to the root. Raises IndexError if there is no such leaf."""
         if not 0 <= index < self.size:
             raise IndexError(f"leaf {index} of a tree of {self.size} leaves")
-        found = []
+        siblings = []
         for level in self.levels:
             if index ^ 1 < len(level):
-                found.append(level[index ^ 1])
+                siblings.append(level[index ^ 1])
             index >>= 1
-        return found
+        return siblings
 
 
 def leaf_hash(leaf: bytes) -> bytes:
@@ -63,22 +63,22 @@ def node_hash(left: bytes, right: bytes) -> bytes:
     return sha256(b"\x01" + left + right).digest()
 
 
-def holds(leaf: bytes, index: int, size: int, proof: Sequence[bytes], root: bytes) -> bool:
+def verify_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes], root: bytes) -> bool:
     """Whether the proof leads from this leaf, at this place among `size` leaves, to the root (RFC 9162, 2.1.3.2)."""
     if not 0 <= index < size:
         return False
-    found, last = leaf_hash(leaf), size - 1
+    node, last_index = leaf_hash(leaf), size - 1
     for sibling in proof:
-        if last == 0:
+        if last_index == 0:
             return False
-        if index & 1 or index == last:
-            found = node_hash(sibling, found)
+        if index & 1 or index == last_index:
+            node = node_hash(sibling, node)
             while index and not index & 1:
-                index, last = index >> 1, last >> 1
+                index, last_index = index >> 1, last_index >> 1
         else:
-            found = node_hash(found, sibling)
-        index, last = index >> 1, last >> 1
-    return last == 0 and found == root
+            node = node_hash(node, sibling)
+        index, last_index = index >> 1, last_index >> 1
+    return last_index == 0 and node == root
 
 
 def roots(dataset: Path) -> dict[str, dict[str, Any]]:
@@ -87,11 +87,11 @@ def roots(dataset: Path) -> dict[str, dict[str, Any]]:
     Tables: `dispositions`, `kept/<source>`, `tokens`. Leaf i is the canonical JSON of row i, in the order of the file.
     Raises AtomError if a table is missing or damaged.
     """
-    found = {}
+    table_roots = {}
     for name, (path, columns) in _tables(dataset).items():
         tree = Tree(_leaves(path, columns))
-        found[name] = {"root": tree.root.hex(), "size": tree.size, "leaf": columns}
-    return found
+        table_roots[name] = {"root": tree.root.hex(), "size": tree.size, "leaf": columns}
+    return table_roots
 
 
 def prove(dataset: Path, doc_id: str) -> dict[str, dict[str, Any]]:
@@ -100,17 +100,17 @@ def prove(dataset: Path, doc_id: str) -> dict[str, dict[str, Any]]:
 
     Raises AtomError for a document that no table has.
     """
-    found = {}
+    proofs = {}
     for name, (path, columns) in _tables(dataset).items():
         index = read_table(path, ["id"])["id"].index(doc_id).as_py()
         if index >= 0:
-            row = _plain(read_table(path, columns, [("id", "=", doc_id)]).to_pylist()[0])
+            row = _json_row(read_table(path, columns, [("id", "=", doc_id)]).to_pylist()[0])
             tree = Tree(_leaves(path, columns))
-            way = {"proof": [sibling.hex() for sibling in tree.proof(index)], "root": tree.root.hex()}
-            found[name] = {"table": name, "leaf": row, "index": index, "size": tree.size, **way}
-    if not found:
+            inclusion = {"proof": [sibling.hex() for sibling in tree.proof(index)], "root": tree.root.hex()}
+            proofs[name] = {"table": name, "leaf": row, "index": index, "size": tree.size, **inclusion}
+    if not proofs:
         raise AtomError(f"no table of {dataset} has the document {doc_id}; look it up in dispositions.parquet")
-    return found
+    return proofs
 
 
 def check(proof: Mapping[str, Any], roots: Mapping[str, Any]) -> str | None:
@@ -133,7 +133,7 @@ def check(proof: Mapping[str, Any], roots: Mapping[str, Any]) -> str | None:
         leaf = canonical(proof["leaf"])
     except (TypeError, ValueError) as error:
         return f"the proof is malformed: {error}"
-    if not holds(leaf, index, size, siblings, bytes.fromhex(published["root"])):
+    if not verify_inclusion(leaf, index, size, siblings, bytes.fromhex(published["root"])):
         return f"the proof does not hold: it leads from this row at place {index} of {table} to another root"
     return None
 
@@ -145,27 +145,31 @@ def check_file(proofs: Path, roots: Path) -> dict[str, str | None]:
     """
     try:
         stated, trusted = untrusted.read_json(proofs, follow=True), untrusted.read_json(roots, follow=True)
-        found = stated.get("proofs", stated)
-        wrong: dict[str, str | None] = untrusted.cleaned({name: check(proof, trusted) for name, proof in found.items()})
-        return wrong
+        table_proofs = stated.get("proofs", stated)
+        problems: dict[str, str | None] = untrusted.cleaned(
+            {name: check(proof, trusted) for name, proof in table_proofs.items()}
+        )
+        return problems
     except (CheckFailed, ValueError, AttributeError, TypeError) as error:
         raise AtomError(f"{proofs} and {roots} are not proofs and the roots that they lead to: {error}") from None
 
 
 def _tables(dataset: Path) -> dict[str, tuple[Path, list[str]]]:
     """{table: (its file, the columns of its leaves)}"""
-    fates, tokens = dataset / "dispositions.parquet", dataset / "tokens" / "documents.parquet"
-    every = read_table(fates, filters=[("id", "=", "")]).column_names  # of no row, since no id is empty
-    found = {"dispositions": (fates, list(every))}
-    found |= {f"kept/{path.stem}": (path, list(KEPT)) for path in sorted((dataset / "kept").glob("*.parquet"))}
-    return found | {"tokens": (tokens, list(TOKENS))}
+    dispositions, tokens = dataset / "dispositions.parquet", dataset / "tokens" / "documents.parquet"
+    all_columns = read_table(dispositions, filters=[("id", "=", "")]).column_names  # of no row, since no id is empty
+    tables = {"dispositions": (dispositions, list(all_columns))}
+    tables |= {f"kept/{path.stem}": (path, list(KEPT)) for path in sorted((dataset / "kept").glob("*.parquet"))}
+    return tables | {"tokens": (tokens, list(TOKENS))}
 
 
 def _leaves(path: Path, columns: list[str]) -> Iterator[bytes]:
-    return (canonical(_plain(row)) for row in stream_rows(path, columns))
+    return (canonical(_json_row(row)) for row in stream_rows(path, columns))
 
 
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+def _json_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """A number that JSON has no word for stands as a string, as in the ledger."""
-    odd = {name: str(value) for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
-    return {**row, **odd}
+    non_finite = {
+        name: str(value) for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)
+    }
+    return {**row, **non_finite}

@@ -72,22 +72,22 @@ def find(source: Source, phase: str, last: int) -> Code | None:
         tokens = provenance.material_keys(bodies[0])["tokens"]
         bodies.append(source.statement(source.manifests[tokens][0])[1])
         stages = [body["predicate"]["buildDefinition"]["externalParameters"]["stage"] for body in bodies]
-        then = {name: digest for body in bodies for name, digest in provenance.code_of(body).items()}
+        recorded = {name: digest for body in bodies for name, digest in provenance.code_of(body).items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckFailed(
             f"{source.folder} does not say which code trained {phase} "
             f"({type(error).__name__}: {printable(str(error))}); verify it"
         ) from error
-    now: dict[str, str] = {}
+    current: dict[str, str] = {}
     for stage in stages:
-        now |= code_digests(registry.STAGES[stage]) if stage in registry.STAGES else {}
-    changed = sorted(name for name in then if now.get(name) != then[name])
-    if not changed or not then or any(_carried(source, name) != digest for name, digest in then.items()):
+        current |= code_digests(registry.STAGES[stage]) if stage in registry.STAGES else {}
+    changed = sorted(name for name in recorded if current.get(name) != recorded[name])
+    if not changed or not recorded or any(_carried_digest(source, name) != digest for name, digest in recorded.items()):
         return None
-    return Code(source, then, changed)
+    return Code(source, recorded, changed)
 
 
-def _carried(source: Source, module: str) -> str | None:
+def _carried_digest(source: Source, module: str) -> str | None:
     """The digest of the file of a module that the release lists."""
     stem = f"code/{module.replace('.', '/')}"
     return next((source.sums[path] for path in (f"{stem}.py", f"{stem}/__init__.py") if path in source.sums), None)
@@ -98,21 +98,21 @@ def run(
 ) -> dict[str, Any]:
     """Trains the steps in `folder` by the carried code. Returns what FIELDS names; `made` is the folder of the
     checkpoint. Raises AtomError where bubblewrap cannot run, CheckFailed where the code fails."""
-    place, work = code.extract(folder), folder / "work"
+    code_folder, work = code.extract(folder), folder / "work"
     work.mkdir()
     driver = schema.reader(code.source.folder).REPLAY
-    line = [sys.executable, "-s", "-P", "-c", driver]
-    line += [str(code.source.folder), phase, str(first), str(last), str(work)]
-    environment = _environment(place, work)
+    command = [sys.executable, "-s", "-P", "-c", driver]
+    command += [str(code.source.folder), phase, str(first), str(last), str(work)]
+    environment = _environment(code_folder, work)
     if not unconfined:
-        line = [*confined(code.source.folder, place, work, environment), *line]
+        command = [*confined(code.source.folder, code_folder, work, environment), *command]
     progress(
         f"{len(code.changed)} of {len(code.modules)} files that trained {phase} are others here, the first of "
         f"{printable(code.changed[0])}: running the code that the release carries, sha256:{code.digest}, "
         + ("unconfined" if unconfined else "under bubblewrap, without network")
     )
     with subprocess.Popen(
-        line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=work,
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=work,
         text=True, errors="replace",
     ) as process:  # fmt: skip
         assert process.stdout is not None
@@ -139,10 +139,10 @@ def _result(work: Path) -> dict[str, Any]:
         if path.is_symlink() or path.stat().st_size > RESULT_BYTES:
             raise ValueError("it is a link, or too long")
         result = json.loads(path.read_bytes())
-        wrong = [name for name, kind in FIELDS.items() if not isinstance(result[name], kind)]
-        made = (work / result["made"]).resolve()
-        if wrong or not made.is_relative_to(work.resolve()) or not made.is_dir():
-            raise ValueError(f"{(wrong or ['made'])[0]} is of another kind")
+        mistyped = [name for name, kind in FIELDS.items() if not isinstance(result[name], kind)]
+        checkpoint = (work / result["made"]).resolve()
+        if mistyped or not checkpoint.is_relative_to(work.resolve()) or not checkpoint.is_dir():
+            raise ValueError(f"{(mistyped or ['made'])[0]} is of another kind")
         texts = [*result["state"], *result["environment"]]
         texts += [part for name in ("materials", "subject") for pair in result[name].items() for part in pair]
         if not all(isinstance(text, str) and text.isprintable() for text in texts):
@@ -151,13 +151,13 @@ def _result(work: Path) -> dict[str, Any]:
         reason = f"{type(error).__name__}: {error}"
         reason = printable(reason)
         raise CheckFailed(f"the code that the release carries left no result that can be read ({reason})") from None
-    return {**result, "made": made}
+    return {**result, "made": checkpoint}
 
 
 def _environment(code: Path, work: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if ARITHMETIC.fullmatch(name)}
+    inherited = {name: value for name, value in os.environ.items() if ARITHMETIC.fullmatch(name)}
     fixed = {"PYTHONPATH": str(code), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(work), "TMPDIR": str(work)}
-    return kept | fixed | {"PATH": os.defpath, "LANG": "C.UTF-8", "USER": "atom", "LOGNAME": "atom"}
+    return inherited | fixed | {"PATH": os.defpath, "LANG": "C.UTF-8", "USER": "atom", "LOGNAME": "atom"}
 
 
 def confined(release: Path, code: Path, work: Path, environment: dict[str, str]) -> list[str]:
@@ -167,31 +167,31 @@ def confined(release: Path, code: Path, work: Path, environment: dict[str, str])
             "the code that this release carries runs under bubblewrap, and there is no bwrap on PATH; apt-get install "
             "bubblewrap, or give --unconfined if you trust whoever made the release"
         )
-    line = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
+    command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
     for name, value in sorted(environment.items()):
-        line += ["--setenv", name, value]
-    line += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
+        command += ["--setenv", name, value]
+    command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
     for device in sorted(glob.glob("/dev/nvidia*")):
-        line += ["--dev-bind", device, device]
-    for place in _python():
-        line += ["--ro-bind-try", place, place]
-    line += ["--ro-bind", str(release), str(release), "--ro-bind", str(code), str(code)]
-    line += ["--bind", str(work), str(work), "--chdir", str(work)]
-    probe = subprocess.run([*line, "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        command += ["--dev-bind", device, device]
+    for path in _python_paths():
+        command += ["--ro-bind-try", path, path]
+    command += ["--ro-bind", str(release), str(release), "--ro-bind", str(code), str(code)]
+    command += ["--bind", str(work), str(work), "--chdir", str(work)]
+    probe = subprocess.run([*command, "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if probe.returncode:
         reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
         raise AtomError(
             f"the code that this release carries runs under bubblewrap, which cannot start here: {reason}; replay on "
             "another machine, or give --unconfined if you trust whoever made the release"
         )
-    return line
+    return command
 
 
-def _python() -> list[str]:
+def _python_paths() -> list[str]:
     """Folders and files that Python and its packages need. Of the path no other folders: the working folder can stand
     there, and with it a home."""
-    system = ["/usr", "/lib", "/lib64", "/lib32", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/ld.so.conf", "/sys"]
-    system += ["/etc/ld.so.conf.d", "/etc/localtime", "/etc/passwd", "/etc/nsswitch.conf"]
-    found = [sys.prefix, sys.base_prefix, str(Path(os.path.realpath(sys.executable)).parent.parent)]
-    found += [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    return list(dict.fromkeys([*system, *(path for path in found if path not in ("/", ""))]))
+    system_paths = ["/usr", "/lib", "/lib64", "/lib32", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/ld.so.conf", "/sys"]
+    system_paths += ["/etc/ld.so.conf.d", "/etc/localtime", "/etc/passwd", "/etc/nsswitch.conf"]
+    python_paths = [sys.prefix, sys.base_prefix, str(Path(os.path.realpath(sys.executable)).parent.parent)]
+    python_paths += [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    return list(dict.fromkeys([*system_paths, *(path for path in python_paths if path not in ("/", ""))]))

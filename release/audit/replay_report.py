@@ -61,11 +61,16 @@ class Replay:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; a difference that no number tells (another shape, not a number) is the string `inf`."""
-        told = {name: _number(value) for name, value in self.different.items()}
-        return {**self.__dict__, "state": list(self.state), "environment": list(self.environment), "different": told}
+        differences = {name: _number(value) for name, value in self.different.items()}
+        return {
+            **self.__dict__,
+            "state": list(self.state),
+            "environment": list(self.environment),
+            "different": differences,
+        }
 
 
-def certificate(found: Replay, release: Path) -> dict[str, Any]:
+def certificate(replay: Replay, release: Path) -> dict[str, Any]:
     """An in-toto Statement v1 about the published checkpoint, with the predicate test-result v0.1: PASSED if every bit
     is the same, WARNED if within tolerance or if the log parts, FAILED else. It names no clock, host or path of the
     machine.
@@ -74,42 +79,42 @@ def certificate(found: Replay, release: Path) -> dict[str, Any]:
     Raises CheckFailed if the release is no longer the one that was replayed.
     """
     source = Source(release)
-    about = schema.reader(release).release(source.json(RELEASE))
-    if any(source.sums.get(path) != digest for path, digest in found.subject.items()):
+    release_info = schema.reader(release).release(source.json(RELEASE))
+    if any(source.sums.get(path) != digest for path, digest in replay.subject.items()):
         raise CheckFailed(
-            f"step {found.last} of {found.phase} in {release} is not the one that was replayed; replay it"
+            f"step {replay.last} of {replay.phase} in {release} is not the one that was replayed; replay it"
         )
-    tests = {"token_shards": True, "state": not found.state}
-    tests |= {"tensors_within_tolerance": found.largest <= found.tolerance, "tensors_bitwise": not found.different}
-    if found.ranks == 1:
-        tests["log"] = found.diverges is None
+    tests = {"token_shards": True, "state": not replay.state}
+    tests |= {"tensors_within_tolerance": replay.largest <= replay.tolerance, "tensors_bitwise": not replay.different}
+    if replay.ranks == 1:
+        tests["log"] = replay.diverges is None
     missed = [name for name, passed in tests.items() if not passed]
     notes = {
-        "release": f"{about['name']}-{about['version']}",
-        "phase": found.phase,
-        "steps": [found.first + 1, found.last],
-        "verdict": found.verdict,
-        "tensors": found.tensors,
-        "tensors_that_differ": len(found.different),
-        "largest_relative_difference": _number(found.largest),
-        "tolerance": found.tolerance,
-        "ranks": {"then": found.ranks, "now": 1},
-        "log_diverges_at_step": found.diverges,
-        "environment_differences": list(found.environment),
-        "environment_fingerprint": found.fingerprint,
-        "code": found.code,
+        "release": f"{release_info['name']}-{release_info['version']}",
+        "phase": replay.phase,
+        "steps": [replay.first + 1, replay.last],
+        "verdict": replay.verdict,
+        "tensors": replay.tensors,
+        "tensors_that_differ": len(replay.different),
+        "largest_relative_difference": _number(replay.largest),
+        "tolerance": replay.tolerance,
+        "ranks": {"then": replay.ranks, "now": 1},
+        "log_diverges_at_step": replay.diverges,
+        "environment_differences": list(replay.environment),
+        "environment_fingerprint": replay.fingerprint,
+        "code": replay.code,
     }
-    materials = {ALL_SUMS: source.sums[ALL_SUMS], **found.materials}
+    materials = {ALL_SUMS: source.sums[ALL_SUMS], **replay.materials}
     return {
         "_type": provenance.STATEMENT,
-        "subject": _descriptors(found.subject),
+        "subject": _descriptors(replay.subject),
         "predicateType": PREDICATE,
         "predicate": {
-            "result": "FAILED" if not found.ok else "WARNED" if missed else "PASSED",
+            "result": "FAILED" if not replay.ok else "WARNED" if missed else "PASSED",
             "configuration": [{"name": "replay", "uri": METHOD, "annotations": notes}, *_descriptors(materials)],
             "passedTests": [name for name in tests if name not in missed],
-            "warnedTests": missed if found.ok else [],
-            "failedTests": [] if found.ok else missed,
+            "warnedTests": missed if replay.ok else [],
+            "failedTests": [] if replay.ok else missed,
         },
     }
 
@@ -118,34 +123,34 @@ def _descriptors(digests: Mapping[str, str]) -> list[dict[str, Any]]:
     return [{"name": path, "digest": {"sha256": digest}} for path, digest in sorted(digests.items())]
 
 
-def text(found: Replay) -> str:
+def text(replay: Replay) -> str:
     """For a terminal."""
-    steps = f"steps {found.first + 1} to {found.last}"
-    lines = [f"{found.phase}, {steps}, trained again from the checkpoint after step {found.first}: {found.verdict}"]
-    if found.different:
+    steps = f"steps {replay.first + 1} to {replay.last}"
+    lines = [f"{replay.phase}, {steps}, trained again from the checkpoint after step {replay.first}: {replay.verdict}"]
+    if replay.different:
         lines += [
-            f"{len(found.different)} of {found.tensors} tensors (weights and optimizer) have other bits, the first "
-            f"{next(iter(found.different))}",
-            f"largest relative difference {found.largest:.3g}, tolerance {found.tolerance:g}",
+            f"{len(replay.different)} of {replay.tensors} tensors (weights and optimizer) have other bits, the first "
+            f"{next(iter(replay.different))}",
+            f"largest relative difference {replay.largest:.3g}, tolerance {replay.tolerance:g}",
         ]
     else:
-        lines.append(f"all {found.tensors} tensors (weights and optimizer) came out bit for bit")
-    if found.code != "here":
-        lines.append(f"by the code that the release carries ({found.code}), since the code here is another")
-    if found.state:
-        lines.append(f"state.json came out with another {', '.join(found.state)}")
-    if found.diverges is not None:
-        lines.append(f"the log parts from the published one at step {found.diverges}")
-    if found.ranks > 1:
+        lines.append(f"all {replay.tensors} tensors (weights and optimizer) came out bit for bit")
+    if replay.code != "here":
+        lines.append(f"by the code that the release carries ({replay.code}), since the code here is another")
+    if replay.state:
+        lines.append(f"state.json came out with another {', '.join(replay.state)}")
+    if replay.diverges is not None:
+        lines.append(f"the log parts from the published one at step {replay.diverges}")
+    if replay.ranks > 1:
         lines.append(
-            f"{found.ranks} ranks trained the phase and one replayed it, which adds in another order: no more than "
+            f"{replay.ranks} ranks trained the phase and one replayed it, which adds in another order: no more than "
             f"`{CLOSE}` is to be expected"
         )
-    elif found.different and not found.environment:
+    elif replay.different and not replay.environment:
         lines.append("it was trained in this very environment by one rank, where a CPU gives the same bits")
-    lines += [f"not as it was then: {each}" for each in found.environment[:SHOWN]]
-    if len(found.environment) > SHOWN:
-        lines.append(f"and {len(found.environment) - SHOWN} more differences of the environment")
+    lines += [f"not as it was then: {difference}" for difference in replay.environment[:SHOWN]]
+    if len(replay.environment) > SHOWN:
+        lines.append(f"and {len(replay.environment) - SHOWN} more differences of the environment")
     return "\n  ".join(lines)
 
 

@@ -31,8 +31,8 @@ class Source:
         if is_foreign_link(self.folder, path):
             raise CheckFailed(f"{path} is a link, or lies behind one; a release holds none")
         present = [path] if (self.folder / path).exists() else []
-        if wrong := compare({path: self.sums[path]}, self.folder, present, SUMS if path == ALL_SUMS else ALL_SUMS):
-            raise CheckFailed(printable(wrong[0]))
+        if problems := compare({path: self.sums[path]}, self.folder, present, SUMS if path == ALL_SUMS else ALL_SUMS):
+            raise CheckFailed(printable(problems[0]))
         return self.folder / path
 
     def json(self, path: str) -> Any:
@@ -49,7 +49,7 @@ class Source:
     def place(self, key: str, file: str) -> str | None:
         """Where a file of an artifact stands in the release."""
         origin = {"artifact": self.manifests[key][0], "file": file}
-        return min((path for path, said in self.origins.items() if said == origin), default=None)
+        return min((path for path, recorded in self.origins.items() if recorded == origin), default=None)
 
     def copy(self, key: str, file: str) -> Path:
         """The published copy of a file of an artifact. Raises CheckFailed if there is none, or another one."""
@@ -71,8 +71,8 @@ class Source:
     @cached_property
     def manifests(self) -> dict[str, tuple[str, dict[str, Any]]]:
         """{key: (what evidence/ calls the artifact, its manifest)}."""
-        read = {Path(path).stem: self.json(path) for path in self.digests("evidence/manifests")}
-        return {manifest["key"]: (node, manifest) for node, manifest in read.items()}
+        by_node = {Path(path).stem: self.json(path) for path in self.digests("evidence/manifests")}
+        return {manifest["key"]: (node, manifest) for node, manifest in by_node.items()}
 
     @cached_property
     def statements(self) -> list[dict[str, Any]]:

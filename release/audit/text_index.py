@@ -64,43 +64,43 @@ def index_of(files: Mapping[str, Path], sums: Mapping[str, str], cache: Path, pr
 
 
 def _write_index(target: Path, files: Mapping[str, Path], progress: Progress) -> None:
-    first = 0
+    row_number = 0
     with closing(sqlite3.connect(target)) as db:
         db.execute("PRAGMA journal_mode = OFF")
         db.execute("CREATE TABLE files (first INTEGER, name TEXT)")
         db.execute(TEXTS)
         for name, path in files.items():
             progress(f"indexing {name}")
-            db.execute("INSERT INTO files VALUES (?, ?)", (first, name))
+            db.execute("INSERT INTO files VALUES (?, ?)", (row_number, name))
             for row in stream_rows(path, ["text"]):
-                db.execute("INSERT INTO texts (rowid, text) VALUES (?, ?)", (first, _indexed(row["text"])))
-                first += 1
+                db.execute("INSERT INTO texts (rowid, text) VALUES (?, ?)", (row_number, _without_nul(row["text"])))
+                row_number += 1
         db.commit()
 
 
-def _indexed(text: str) -> str:
+def _without_nul(text: str) -> str:
     """FTS5 ends a text at NUL, so another character stands for it, in the span too."""
     return text.replace("\0", "\ufffd")
 
 
 def candidates(index: Path, span: str) -> dict[str, Sequence[int] | None]:
     """{table: rows that have the trigrams of a span}"""
-    plain = _indexed(span)
-    terms = sorted({plain[i : i + 3] for i in range(len(plain) - 2)})
-    asked = " AND ".join('"' + term.replace('"', '""') + '"' for term in terms[:: len(terms) // TERMS + 1])
+    indexed_span = _without_nul(span)
+    terms = sorted({indexed_span[i : i + 3] for i in range(len(indexed_span) - 2)})
+    query = " AND ".join('"' + term.replace('"', '""') + '"' for term in terms[:: len(terms) // TERMS + 1])
     try:
         with closing(sqlite3.connect(f"{index.resolve().as_uri()}?mode=ro", uri=True)) as db:
             starts = db.execute("SELECT first, name FROM files ORDER BY first, rowid").fetchall()
             rows = [
-                row for (row,) in db.execute("SELECT rowid FROM texts WHERE texts MATCH ? ORDER BY rowid", (asked,))
+                row for (row,) in db.execute("SELECT rowid FROM texts WHERE texts MATCH ? ORDER BY rowid", (query,))
             ]
     except sqlite3.Error as error:
         raise AtomError(f"the index {index} is damaged ({error}); remove it and ask again") from None
-    found: dict[str, list[int]] = {}
+    rows_by_table: dict[str, list[int]] = {}
     for row in rows:
-        first, name = starts[bisect(starts, row, key=lambda start: start[0]) - 1]
-        found.setdefault(name, []).append(row - first)
-    return dict(found)
+        first_row, name = starts[bisect(starts, row, key=lambda start: start[0]) - 1]
+        rows_by_table.setdefault(name, []).append(row - first_row)
+    return dict(rows_by_table)
 
 
 def hits(path: Path, span: str, rows: Sequence[int] | None) -> Iterator[dict[str, Any]]:
@@ -110,18 +110,18 @@ def hits(path: Path, span: str, rows: Sequence[int] | None) -> Iterator[dict[str
 
     try:
         with pq.ParquetFile(path) as file:
-            first = 0
+            first_row = 0
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
-                if rows is None or bisect_left(rows, first) < bisect_left(rows, first + size):
+                if rows is None or bisect_left(rows, first_row) < bisect_left(rows, first_row + size):
                     for batch in file.iter_batches(4096, row_groups=[group], columns=[*ABOUT, "text"]):
                         if rows is not None:
-                            own = rows[bisect_left(rows, first) : bisect_left(rows, first + len(batch))]
-                            places, first = [n - first for n in own], first + len(batch)
-                            batch = batch.take(pa.array(places, pa.int64()))
-                        having = [n for n, text in enumerate(batch["text"].to_pylist()) if span in text]
-                        yield from batch.take(pa.array(having, pa.int64())).to_pylist()
+                            batch_rows = rows[bisect_left(rows, first_row) : bisect_left(rows, first_row + len(batch))]
+                            positions, first_row = [n - first_row for n in batch_rows], first_row + len(batch)
+                            batch = batch.take(pa.array(positions, pa.int64()))
+                        matching = [n for n, text in enumerate(batch["text"].to_pylist()) if span in text]
+                        yield from batch.take(pa.array(matching, pa.int64())).to_pylist()
                 else:
-                    first += size
+                    first_row += size
     except (pa.ArrowException, OSError) as error:
         raise AtomError(f"{path} cannot be read as Parquet ({error}); pull it again") from None

@@ -127,76 +127,74 @@ def shown(answer: Answer) -> str:
     return _removal_text(answer)
 
 
-def _step_text(found: Step) -> str:
-    head = f"step {found.step} of {found.phase} ({found.order}): {len(found.segments)} segments{_moved(found.moved)}"
+def _step_text(step: Step) -> str:
+    head = f"step {step.step} of {step.phase} ({step.order}): {len(step.segments)} segments{_moved_text(step.moved)}"
     lines = [head]
-    for row in found.segments:
+    for row in step.segments:
         end = row["offset"] + row["length"] - 1
         lines.append(f"  row {row['row']}.{row['segment']}  tokens {row['offset']}-{end}  {row['id']}  "
                      f"{row['license'] or 'licence unknown'}  {row['origin'] or ''}".rstrip())  # fmt: skip
-    return "\n".join(lines + _untold(found.unknown))
+    return "\n".join(lines + _unknown_lines(step.unknown))
 
 
-def _document_text(found: Document) -> str:
-    lines = [found.id]
-    for fate in found.fates:
-        what = f"kept ({fate['split']})" if fate["disposition"] == "kept" else f"removed by {fate['rule']}"
+def _document_text(document: Document) -> str:
+    lines = [document.id]
+    for fate in document.fates:
+        fate_text = f"kept ({fate['split']})" if fate["disposition"] == "kept" else f"removed by {fate['rule']}"
         if fate["value"] is not None:
-            what += f": {fate['value']:g}, threshold {fate['threshold']:g}"
+            fate_text += f": {fate['value']:g}, threshold {fate['threshold']:g}"
         for name in ("duplicate_of", "match"):
-            what += f", {name.replace('_', ' ')} {fate[name]}" if fate[name] else ""
-        lines.append(f"  {what}; {fate['license']}; {fate['origin'] or fate['source']} [{fate['table']}]")
-    lines += _uses_text(found.uses) or ["  no step read it"]
-    for asked in found.asked:
-        steps = _ranges(asked["steps"]) or "none"
-        lines.append(
-            f"  asked in {asked['phase']}, steps {steps}: {asked['answers']} answers, {asked['learnt']} learnt"
-        )
-    if found.checkpoints is not None:
-        lines.append(f"  checkpoints that include it: {', '.join(found.checkpoints) or 'none'}")
-    lines.append(f"  models that include it: {', '.join(found.models) or 'none'}")
-    return "\n".join(lines + _untold(found.unknown))
+            fate_text += f", {name.replace('_', ' ')} {fate[name]}" if fate[name] else ""
+        lines.append(f"  {fate_text}; {fate['license']}; {fate['origin'] or fate['source']} [{fate['table']}]")
+    lines += _uses_text(document.uses) or ["  no step read it"]
+    for task in document.asked:
+        steps = _ranges(task["steps"]) or "none"
+        lines.append(f"  asked in {task['phase']}, steps {steps}: {task['answers']} answers, {task['learnt']} learnt")
+    if document.checkpoints is not None:
+        lines.append(f"  checkpoints that include it: {', '.join(document.checkpoints) or 'none'}")
+    lines.append(f"  models that include it: {', '.join(document.models) or 'none'}")
+    return "\n".join(lines + _unknown_lines(document.unknown))
 
 
-def _matches_text(found: Text) -> str:
-    lines = [f"kept documents that hold {found.span!r}, exactly: {len(found.matches)} (by {found.by})"]
-    for match in found.matches:
+def _matches_text(answer: Text) -> str:
+    lines = [f"kept documents that hold {answer.span!r}, exactly: {len(answer.matches)} (by {answer.by})"]
+    for match in answer.matches:
         times = "once" if match.count == 1 else f"{match.count} times"
         lines.append(f"{match.id}: {times}; {match.split}; {match.license}; {match.origin}")
         lines += _uses_text(match.uses) or ["  no step read it"]
-    return "\n".join(lines + _untold(found.unknown))
+    return "\n".join(lines + _unknown_lines(answer.unknown))
 
 
-def _removal_text(found: Removal) -> str:
-    lines = ["Request to remove " + _document_text(found.document)]
-    lines += [f"{related.relation}: {_document_text(related.document)}" for related in found.related]
-    lines.append(f"files with its id or its text: {len(found.files)}")
+def _removal_text(removal: Removal) -> str:
+    lines = ["Request to remove " + _document_text(removal.document)]
+    lines += [f"{related.relation}: {_document_text(related.document)}" for related in removal.related]
+    lines.append(f"files with its id or its text: {len(removal.files)}")
     lines += [
         f"  {row['repository'] or ''} {row['path']}: {row['by_id']} by id, {row['by_text']} by text"
-        for row in found.files
+        for row in removal.files
     ]
-    for proof in found.proofs.values():
+    for proof in removal.proofs.values():
         lines.append(
             f"proof: row {proof['index']} of {proof['size']} in {proof['table']}, under the root {proof['root']}"
         )
-    return "\n".join(lines + _untold(found.unknown))
+    return "\n".join(lines + _unknown_lines(removal.unknown))
 
 
 def _uses_text(uses: Sequence[Use]) -> list[str]:
-    by: dict[tuple[str, str, bool | None], list[int]] = {}
+    steps_of_use: dict[tuple[str, str, bool | None], list[int]] = {}
     for use in uses:
-        by.setdefault((use.phase, use.order, use.moved), []).append(use.step)
+        steps_of_use.setdefault((use.phase, use.order, use.moved), []).append(use.step)
     return [
-        f"  read in {phase}, steps {_ranges(steps)} ({order}){_moved(moved)}"
-        for (phase, order, moved), steps in by.items()
+        f"  read in {phase}, steps {_ranges(steps)} ({order}){_moved_text(moved)}"
+        for (phase, order, moved), steps in steps_of_use.items()
     ]
 
 
-def _moved(moved: bool | None) -> str:
+def _moved_text(moved: bool | None) -> str:
     return ", which moved no weight" if moved is False else ""
 
 
-def _untold(unknown: Sequence[str]) -> list[str]:
+def _unknown_lines(unknown: Sequence[str]) -> list[str]:
     return [f"  not known here: {text}" for text in unknown]
 
 

@@ -35,21 +35,21 @@ FATE = (
     "source", "license", "disposition", "split", "rule", "value", "threshold", "duplicate_of", "match", "bytes",
     "content_hash", "kept_hash",
 )  # fmt: skip
-ASKED = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
+USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Location:
     """A release folder (None for a pulled data repository) and its data."""
 
-    whole: Path | None
+    release: Path | None
     data: Path
 
     @classmethod
-    def of(cls, release: Path) -> _Place:
-        for whole, data in ((release, release / "dataset"), (None, release)):
+    def locate(cls, release: Path) -> _Location:
+        for release_folder, data in ((release, release / "dataset"), (None, release)):
             if (data / "dispositions.parquet").exists():
-                return cls(whole, data)
+                return cls(release_folder, data)
         raise AtomError(
             f"{release} is neither a release nor its data repository: it has no dispositions.parquet; give the folder "
             "that `atom build` made, or a pulled data repository"
@@ -64,17 +64,19 @@ class _Place:
 
     def orders(self) -> dict[str, list[tuple[Path, int, float]]]:
         """By phase, in the order of training: (folder, first step, last step) of each order that it followed."""
-        found = {}
-        own = {schema.phase(p.parent): p.parent for p in self.data.glob("order/*/order.parquet")}
-        for phase in sorted(own, key=when):
-            folders = [*metrics.earlier_orders(self.data, phase), own[phase]]
-            first = [int(metrics.read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
-            found[phase] = list(zip(folders, first, [*(n - 1 for n in first[1:]), float("inf")], strict=True))
-        return found
+        orders_by_phase = {}
+        final_orders = {schema.phase(p.parent): p.parent for p in self.data.glob("order/*/order.parquet")}
+        for phase in sorted(final_orders, key=when):
+            folders = [*metrics.earlier_orders(self.data, phase), final_orders[phase]]
+            first_steps = [int(metrics.read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
+            orders_by_phase[phase] = list(
+                zip(folders, first_steps, [*(n - 1 for n in first_steps[1:]), float("inf")], strict=True)
+            )
+        return orders_by_phase
 
     def moved(self, phase: str, folder: Path) -> Callable[[int], bool | None]:
         """Whether a step moved the weights, of an order that the phase followed."""
-        log = self.whole and self.whole / f"evidence/training/{folder.name}/training.jsonl"
+        log = self.release and self.release / f"evidence/training/{folder.name}/training.jsonl"
         if not log or not log.exists() or folder.parent.name != "order":
             return lambda step: None
         steps = {line["step"] for line in training.read(log) if "loss" in line and not line.get("skipped")}
@@ -82,12 +84,12 @@ class _Place:
 
     def checkpoints(self) -> list[tuple[str, int, str]] | None:
         """(phase, step, folder) of each, by order of training."""
-        if self.whole is None or not (self.whole / "checkpoints").is_dir():
+        if self.release is None or not (self.release / "checkpoints").is_dir():
             return None
-        names = [path.parent.name for path in self.whole.glob("checkpoints/*/state.json")]
+        names = [path.parent.name for path in self.release.glob("checkpoints/*/state.json")]
         parts = [(*name.rpartition("-step-")[::2], name) for name in names]
-        called = schema.reader(self.whole).phase
-        return sorted(((called(p), int(n), name) for p, n, name in parts), key=lambda row: (when(row[0]), row[1]))
+        phase_name = schema.reader(self.release).phase
+        return sorted(((phase_name(p), int(n), name) for p, n, name in parts), key=lambda row: (when(row[0]), row[1]))
 
     def models(self) -> list[str]:
         names = (schema.model(path.parent) for path in self.data.glob("evaluation/*/scores.json"))
@@ -95,49 +97,49 @@ class _Place:
 
     def unknown(self, checkpoints: bool = False) -> list[str]:
         """What cannot be told here of steps and, if asked, of checkpoints."""
-        found = []
+        sentences = []
         if checkpoints and self.checkpoints() is None:
-            found.append("which checkpoints include a step: they stand in the whole release only")
-        if self.whole is None or not (self.whole / "evidence/training").is_dir():
-            found.append("which steps moved no weight: the logs of training stand in the whole release only")
+            sentences.append("which checkpoints include a step: they stand in the whole release only")
+        if self.release is None or not (self.release / "evidence/training").is_dir():
+            sentences.append("which steps moved no weight: the logs of training stand in the whole release only")
         elif any(self.data.glob("earlier/order-*")):
-            found.append("which steps of earlier runs moved no weight: their logs are not published")
-        return found
+            sentences.append("which steps of earlier runs moved no weight: their logs are not published")
+        return sentences
 
 
 def step(release: Path, phase: str | None, n: int) -> Step:
     """The documents of optimizer step `n` (from 1). Raises AtomError for a step or a phase that there is not, and if
     several phases have the step and none is named."""
-    place = _Place.of(release)
-    orders = place.orders()
+    location = _Location.locate(release)
+    orders = location.orders()
     if phase is not None and phase not in orders:
         raise AtomError(f"{release} has no order of a phase {phase}; it has those of {', '.join(orders)}")
-    found: dict[str, tuple[Path, Rows]] = {}
+    matches: dict[str, tuple[Path, Rows]] = {}
     for name in orders if phase is None else [phase]:
         for folder, first, last in orders[name]:
             columns = [*PLACE, "source", "id"]
             if first <= n <= last and (rows := _select(folder / "order.parquet", columns, ("step", "=", n))):
-                found[name] = folder, rows
-    if not found:
-        ends = [f"{name} ends with step {_last(parts[-1][0])}" for name, parts in orders.items()]
+                matches[name] = folder, rows
+    if not matches:
+        ends = [f"{name} ends with step {_last_step(parts[-1][0])}" for name, parts in orders.items()]
         raise AtomError(f"{release} has no order of a step {n}{' of ' + phase if phase else ''}; {', '.join(ends)}")
-    if len(found) > 1:
-        raise AtomError(f"{', '.join(found)} each have a step {n}; name the phase")
-    [(name, (folder, rows))] = found.items()
-    about = _kept(place, {(row["source"], row["id"]) for row in rows}, folder)
-    segments = [{**row, **about.get(row["id"], {"license": None, "origin": None})} for row in rows]
-    return Step(name, n, place.name(folder), place.moved(name, folder)(n), segments, place.unknown())
+    if len(matches) > 1:
+        raise AtomError(f"{', '.join(matches)} each have a step {n}; name the phase")
+    [(name, (folder, rows))] = matches.items()
+    origins = _licenses_and_origins(location, {(row["source"], row["id"]) for row in rows}, folder)
+    segments = [{**row, **origins.get(row["id"], {"license": None, "origin": None})} for row in rows]
+    return Step(name, n, location.name(folder), location.moved(name, folder)(n), segments, location.unknown())
 
 
 def document(release: Path, doc_id: str) -> Document:
     """Everything about one document. Raises AtomError for an unknown one, with the nearest id that there is."""
-    place = _Place.of(release)
-    found = _documents(place, [doc_id])
-    if doc_id not in found:
-        near = _nearest(place, doc_id)
-        raise AtomError(f"{release} knows no document {doc_id}" + (f"; did you mean {near}?" if near else
+    location = _Location.locate(release)
+    documents = _documents(location, [doc_id])
+    if doc_id not in documents:
+        nearest = _nearest(location, doc_id)
+        raise AtomError(f"{release} knows no document {doc_id}" + (f"; did you mean {nearest}?" if nearest else
                         "; look for its id in dataset/dispositions.parquet"))  # fmt: skip
-    return found[doc_id]
+    return documents[doc_id]
 
 
 def text(release: Path, span: str, cache: Path, progress: Progress = lambda text: None) -> Text:
@@ -148,117 +150,130 @@ def text(release: Path, span: str, cache: Path, progress: Progress = lambda text
     kept files in `SHA256SUMS`; whether these are the files that stand here is the question of `atom verify`. A span of
     less than three characters is sought in every text. Raises AtomError for an empty span, or a damaged index.
     """
-    place = _Place.of(release)
+    location = _Location.locate(release)
     try:
         span.encode()
     except UnicodeEncodeError:
         raise AtomError("the span is no Unicode text, which all documents are; give it in UTF-8") from None
     if not span:
         raise AtomError("the span is empty; give at least one character of the text")
-    files, _ = _kept_texts(place)
-    wanted: Mapping[str, Sequence[int] | None] = dict.fromkeys(files)
-    made = index(release, cache, progress) if len(span) >= 3 else None
-    if made is not None:
-        wanted = candidates(made, span)
+    files, _ = _kept_texts(location)
+    rows_to_search: Mapping[str, Sequence[int] | None] = dict.fromkeys(files)
+    index_file = index(release, cache, progress) if len(span) >= 3 else None
+    if index_file is not None:
+        rows_to_search = candidates(index_file, span)
     matches: dict[tuple[str, str], Match] = {}
-    for name, rows in wanted.items():
+    for name, rows in rows_to_search.items():
         for row in hits(files[name], span, rows):
             match = Match(**{key: row[key] for key in ABOUT}, count=row["text"].count(span))
             matches.setdefault((match.id, match.content_hash), match).tables.append(name)
-    uses = _uses(place, {match.id for match in matches.values()})
+    uses = _uses(location, {match.id for match in matches.values()})
     for match in matches.values():
         match.uses.extend(uses.get(match.id, []))
-    return Text(span, "index" if made else "scan", list(matches.values()), place.unknown())
+    return Text(span, "index" if index_file else "scan", list(matches.values()), location.unknown())
 
 
 def index(release: Path, cache: Path, progress: Progress = lambda text: None) -> Path | None:
     """The index of the kept texts, made if it is not in the cache; None if this Python's SQLite can make none."""
-    return index_of(*_kept_texts(_Place.of(release)), cache, progress) if has_trigrams() else None
+    return index_of(*_kept_texts(_Location.locate(release)), cache, progress) if has_trigrams() else None
 
 
 def removal_report(release: Path, doc_id: str, progress: Progress = lambda text: None) -> Removal:
     """What removing a document would have to reach. Reads every table of the release. Raises what `document` raises."""
-    place, found = _Place.of(release), document(release, doc_id)
-    relations = _relations(place, found)
-    others = _documents(place, sorted(relations))
-    order = sorted(others, key=lambda other: (relations[other], other))
-    related = [Related(relations[other], others[other]) for other in order]
-    unknown = list(found.unknown)
-    if place.whole is None:
+    location, subject = _Location.locate(release), document(release, doc_id)
+    relations = _relations(location, subject)
+    related_documents = _documents(location, sorted(relations))
+    order = sorted(related_documents, key=lambda other: (relations[other], other))
+    related = [Related(relations[other], related_documents[other]) for other in order]
+    unknown = list(subject.unknown)
+    if location.release is None:
         unknown.append("which other repositories of the release name it: only the data is here")
-    own = found.fates[0]["table"] == "dispositions.parquet"
-    if not own:
+    in_release = subject.fates[0]["table"] == "dispositions.parquet"
+    if not in_release:
         unknown.append("a proof: the document is of an earlier run, and roots are over this release's own tables")
-    kept, hashes = _texts(place, [found, *others.values()]), _hashes(found)
-    files = _files(place, doc_id, {row["text"] for row in kept if row["content_hash"] in hashes}, progress)
-    return Removal(found, related, files, merkle.prove(place.data, doc_id) if own else {}, unknown)
+    kept_texts, hashes = _texts(location, [subject, *related_documents.values()]), _hashes(subject)
+    files = _files_that_mention(
+        location, doc_id, {row["text"] for row in kept_texts if row["content_hash"] in hashes}, progress
+    )
+    return Removal(subject, related, files, merkle.prove(location.data, doc_id) if in_release else {}, unknown)
 
 
 def _select(path: Path, columns: Sequence[str], *filters: tuple[str, str, Any]) -> Rows:
-    if any(how == "in" and not values for _, how, values in filters):  # a set of nothing has no type for Arrow
+    # a set of nothing has no type for Arrow
+    if any(comparison == "in" and not values for _, comparison, values in filters):
         return []
     stored = schema.columns(path, [*columns, *(name for name, _, _ in filters)])
-    table = read_table(path, [stored[name] for name in columns], [(stored[n], how, value) for n, how, value in filters])
+    table = read_table(
+        path, [stored[name] for name in columns], [(stored[n], comparison, value) for n, comparison, value in filters]
+    )
     rows: Rows = table.rename_columns([*columns]).to_pylist()
     return rows
 
 
-def _last(order: Path) -> int:
+def _last_step(order: Path) -> int:
     import pyarrow.compute as pc
 
     return int(pc.max(read_table(order / "order.parquet", ["step"])["step"]).as_py())
 
 
-def _kept(place: _Place, wanted: set[tuple[str, str]], order: Path) -> dict[str, dict[str, Any]]:
-    """{id: its licence and origin} of (source, id); of an order of an earlier run, that run's tables count first."""
-    found: dict[str, dict[str, Any]] = {}
-    for source in sorted({source for source, _ in wanted}):
-        ids = [id for own, id in sorted(wanted) if own == source]
-        paths = place.tables(f"kept/{source}.parquet")
+def _licenses_and_origins(
+    location: _Location, sources_and_ids: set[tuple[str, str]], order: Path
+) -> dict[str, dict[str, Any]]:
+    """{id: its license and origin} of (source, id); of an order of an earlier run, that run's tables count first."""
+    origins: dict[str, dict[str, Any]] = {}
+    for source in sorted({source for source, _ in sources_and_ids}):
+        ids = [id for document_source, id in sorted(sources_and_ids) if document_source == source]
+        paths = location.tables(f"kept/{source}.parquet")
         for path in paths if order.parent.name == "earlier" else reversed(paths):
             for row in _select(path, ["id", "license", "origin"], ("id", "in", ids)):
-                found[row["id"]] = {"license": row["license"], "origin": row["origin"]}
-    return found
+                origins[row["id"]] = {"license": row["license"], "origin": row["origin"]}
+    return origins
 
 
-def _uses(place: _Place, ids: Iterable[str]) -> dict[str, list[Use]]:
+def _uses(location: _Location, ids: Iterable[str]) -> dict[str, list[Use]]:
     """{id: the steps that read it, by order of training}"""
-    wanted, found = sorted(ids), dict[str, dict[tuple[str, int], Use]]()
-    for phase, parts in place.orders().items() if wanted else ():
+    sorted_ids, uses_by_id = sorted(ids), dict[str, dict[tuple[str, int], Use]]()
+    for phase, parts in location.orders().items() if sorted_ids else ():
         for folder, first, last in parts:
-            moved = place.moved(phase, folder)
-            within = [("step", ">=", first), *([("step", "<=", int(last))] if last != float("inf") else [])]
-            for row in _select(folder / "order.parquet", ["step", "id", *PLACE], ("id", "in", wanted), *within):
+            moves_weights = location.moved(phase, folder)
+            step_range = [("step", ">=", first), *([("step", "<=", int(last))] if last != float("inf") else [])]
+            for row in _select(folder / "order.parquet", ["step", "id", *PLACE], ("id", "in", sorted_ids), *step_range):
                 n = row["step"]
-                use = found.setdefault(row["id"], {}).setdefault(
-                    (phase, n), Use(phase, n, place.name(folder), moved(n), [])
+                use = uses_by_id.setdefault(row["id"], {}).setdefault(
+                    (phase, n), Use(phase, n, location.name(folder), moves_weights(n), [])
                 )
                 use.rows.append({name: row[name] for name in PLACE})
-    return {id: list(uses.values()) for id, uses in found.items()}
+    return {id: list(uses.values()) for id, uses in uses_by_id.items()}
 
 
-def _documents(place: _Place, ids: list[str]) -> dict[str, Document]:
+def _documents(location: _Location, ids: list[str]) -> dict[str, Document]:
     """{id: what is known of it}, of those that any table of dispositions has."""
     fates: dict[str, Rows] = {}
-    for path in place.tables("dispositions.parquet"):
+    for path in location.tables("dispositions.parquet"):
         for row in _select(path, ["id", *FATE], ("id", "in", ids)):
-            fate = {"table": place.name(path), **{name: row[name] for name in FATE}, "origin": None}
+            fate = {"table": location.name(path), **{name: row[name] for name in FATE}, "origin": None}
             if fate["disposition"] == "kept":
-                kept = path.parent / "kept" / f"{fate['source']}.parquet"
-                fate["origin"] = next((r["origin"] for r in _select(kept, ["origin"], ("id", "=", row["id"]))), None)
+                kept_table = path.parent / "kept" / f"{fate['source']}.parquet"
+                fate["origin"] = next(
+                    (r["origin"] for r in _select(kept_table, ["origin"], ("id", "=", row["id"]))), None
+                )
             fates.setdefault(row["id"], []).append(fate)
-    uses, checkpoints, unknown = _uses(place, fates), place.checkpoints(), place.unknown(checkpoints=True)
-    found = {}
-    for id, own in fates.items():
-        first = min(((when(use.phase), use.step) for use in uses.get(id, []) if use.moved is not False), default=None)
-        reached = None
+    uses, checkpoints, unknown = _uses(location, fates), location.checkpoints(), location.unknown(checkpoints=True)
+    documents = {}
+    for id, document_fates in fates.items():
+        first_use = min(
+            ((when(use.phase), use.step) for use in uses.get(id, []) if use.moved is not False), default=None
+        )
+        reached_checkpoints = None
         if checkpoints is not None:
-            reached = [folder for phase, n, folder in checkpoints if first and (when(phase), n) >= first]
-        models = [name for name in place.models() if first and when(_trained_by(name)) >= first[0]]
-        found[id] = Document(id, own, uses.get(id, []), [], reached, models, unknown)
-    for id, asked in _asked(place, list(found.values())):
-        found[id].asked.append(asked)
-    return found
+            reached_checkpoints = [
+                folder for phase, n, folder in checkpoints if first_use and (when(phase), n) >= first_use
+            ]
+        models = [name for name in location.models() if first_use and when(_trained_by(name)) >= first_use[0]]
+        documents[id] = Document(id, document_fates, uses.get(id, []), [], reached_checkpoints, models, unknown)
+    for id, task_entry in _task_entries(location, list(documents.values())):
+        documents[id].asked.append(task_entry)
+    return documents
 
 
 def _trained_by(model: str) -> str:
@@ -268,69 +283,77 @@ def _trained_by(model: str) -> str:
     return f"{phase}-{number}" if number else phase
 
 
-def _texts(place: _Place, documents: Sequence[Document]) -> Rows:
+def _texts(location: _Location, documents: Sequence[Document]) -> Rows:
     """[{id, text, content_hash}] of those that were kept, in all tables."""
-    found: Rows = []
+    rows: Rows = []
     for document in documents:
         for fate in document.fates:
             if fate["disposition"] == "kept":
-                path = (place.data / fate["table"]).parent / "kept" / f"{fate['source']}.parquet"
-                found += _select(path, ["id", "text", "content_hash"], ("id", "=", document.id))
-    return found
+                path = (location.data / fate["table"]).parent / "kept" / f"{fate['source']}.parquet"
+                rows += _select(path, ["id", "text", "content_hash"], ("id", "=", document.id))
+    return rows
 
 
-def _asked(place: _Place, documents: Sequence[Document]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _task_entries(location: _Location, documents: Sequence[Document]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(id, its entry of `asked`) of documents whose id or question a task of reinforcement learning has."""
-    tables = sorted(place.data.glob("rl/*/tasks.jsonl"), key=lambda path: when(schema.phase(path.parent)))
+    tables = sorted(location.data.glob("rl/*/tasks.jsonl"), key=lambda path: when(schema.phase(path.parent)))
     if not tables:
         return
-    asks = {(row["id"], asked) for row in _texts(place, documents) for asked in ASKED.findall(row["text"])}
+    asks = {
+        (row["id"], question_text)
+        for row in _texts(location, documents)
+        for question_text in USER_TURN.findall(row["text"])
+    }
     asks_of: dict[str, set[str]] = {document.id: {document.id} for document in documents}
-    for id, asked in sorted(asks):
-        asks_of.setdefault(asked, set()).add(id)
+    for id, question_text in sorted(asks):
+        asks_of.setdefault(question_text, set()).add(id)
     for table in tables:
         tasks: dict[str, list[str]] = {}
         for row in read_jsonl(table):
             for id in sorted(asks_of.get(row["id"], set()) | asks_of.get(question(row), set())):
                 tasks.setdefault(id, []).append(row["id"])
-        for id, own in tasks.items():
+        for id, task_ids in tasks.items():
             answers: Rows = []
             if (drawn := table.with_name("rollouts.parquet")).exists():
-                answers = _select(drawn, ["step", "dropped"], ("task", "in", own))
-            yield id, {"phase": schema.phase(table.parent), "table": place.name(table), "tasks": own,
+                answers = _select(drawn, ["step", "dropped"], ("task", "in", task_ids))
+            yield id, {"phase": schema.phase(table.parent), "table": location.name(table), "tasks": task_ids,
                        "steps": sorted({row["step"] for row in answers}), "answers": len(answers),
                        "learnt": sum(row["dropped"] == "" for row in answers)}  # fmt: skip
 
 
-def _nearest(place: _Place, doc_id: str) -> str | None:
+def _nearest(location: _Location, doc_id: str) -> str | None:
     ids = sorted(
-        {id for path in place.tables("dispositions.parquet") for id in read_table(path, ["id"])["id"].to_pylist()}
+        {id for path in location.tables("dispositions.parquet") for id in read_table(path, ["id"])["id"].to_pylist()}
     )
-    at = bisect(ids, doc_id)
-    close = difflib.get_close_matches(doc_id, ids[max(at - NEAR // 2, 0) : at + NEAR // 2], 1, 0.8)
+    position = bisect(ids, doc_id)
+    close = difflib.get_close_matches(doc_id, ids[max(position - NEAR // 2, 0) : position + NEAR // 2], 1, 0.8)
     return close[0] if close else None
 
 
-def _relations(place: _Place, document: Document) -> dict[str, str]:
+def _relations(location: _Location, document: Document) -> dict[str, str]:
     """{other document: how it is related}, along duplicates as far as they lead."""
-    found: dict[str, str] = {document.id: ""}
-    paths = place.tables("dispositions.parquet")
-    for relation, column, sought in (
+    relations: dict[str, str] = {document.id: ""}
+    paths = location.tables("dispositions.parquet")
+    for relation, column, match_column in (
         ("it stands for this one", "duplicate_of", "id"),
         ("this one stands for it", "id", "duplicate_of"),
     ):
-        new = {document.id}
-        while new:
-            rows = [row for path in paths for row in _select(path, ["id", "duplicate_of"], (sought, "in", sorted(new)))]
-            new = {row[column] for row in rows if row[column]} - found.keys()
-            found |= dict.fromkeys(sorted(new), relation)
+        frontier = {document.id}
+        while frontier:
+            rows = [
+                row
+                for path in paths
+                for row in _select(path, ["id", "duplicate_of"], (match_column, "in", sorted(frontier)))
+            ]
+            frontier = {row[column] for row in rows if row[column]} - relations.keys()
+            relations |= dict.fromkeys(sorted(frontier), relation)
     hashes = sorted(_hashes(document))
     for path in paths:
         for name in ("content_hash", "kept_hash"):
-            same = _select(path, ["id"], (name, "in", hashes))
-            found = dict.fromkeys((row["id"] for row in same), "it has the same text") | found
-    del found[document.id]
-    return found
+            duplicates = _select(path, ["id"], (name, "in", hashes))
+            relations = dict.fromkeys((row["id"] for row in duplicates), "it has the same text") | relations
+    del relations[document.id]
+    return relations
 
 
 def _hashes(document: Document) -> set[str]:
@@ -338,32 +361,34 @@ def _hashes(document: Document) -> set[str]:
     return {fate[name] for fate in document.fates for name in ("content_hash", "kept_hash") if fate[name]}
 
 
-def _files(place: _Place, doc_id: str, texts: set[str], progress: Progress) -> Rows:
+def _files_that_mention(location: _Location, doc_id: str, texts: set[str], progress: Progress) -> Rows:
     """The files of a release, or of its data, that have the id or hold a text, in a column or a JSON string."""
-    folder, found = place.whole or place.data, []
+    folder, files = location.release or location.data, []
     names: dict[str, str] = {}
-    if place.whole and (place.whole / "checkpoints").is_dir():
-        about = schema.read_release(place.whole)
-        names = {r.folder: r.id(about["namespace"], about["name"]) for r in repositories(place.whole)}
+    if location.release and (location.release / "checkpoints").is_dir():
+        release_info = schema.read_release(location.release)
+        names = {
+            r.folder: r.id(release_info["namespace"], release_info["name"]) for r in repositories(location.release)
+        }
     for path in files_below(folder):
         if path.endswith(".parquet"):
             progress(f"searching {path}")
             counts = _count(folder / path, doc_id, texts)
         elif path.endswith((".json", ".jsonl")) and not path.startswith("code/"):
             data = (folder / path).read_bytes()
-            ids = {_dumped(doc_id, ascii) for ascii in (True, False)}
-            inner = {_dumped(text, ascii)[1:-1] for text in texts for ascii in (True, False)}
+            ids = {_json_bytes(doc_id, ascii) for ascii in (True, False)}
+            inner = {_json_bytes(text, ascii)[1:-1] for text in texts for ascii in (True, False)}
             counts = [int(any(part in data for part in parts)) for parts in (ids, inner)]
         else:
             continue
         if any(counts):
             part = path.split("/")[0]
             row = {"repository": names.get(part, names.get("")), "path": path}
-            found.append(row | {"by_id": counts[0], "by_text": counts[1]})
-    return found
+            files.append(row | {"by_id": counts[0], "by_text": counts[1]})
+    return files
 
 
-def _dumped(text: str, ascii: bool) -> bytes:
+def _json_bytes(text: str, ascii: bool) -> bytes:
     return json.dumps(text, ensure_ascii=ascii).encode()
 
 
@@ -383,11 +408,13 @@ def _count(path: Path, doc_id: str, texts: set[str]) -> list[int]:
         raise AtomError(f"{path} cannot be read as Parquet ({error}); pull it again") from None
 
 
-def _kept_texts(place: _Place) -> tuple[dict[str, Path], dict[str, str]]:
+def _kept_texts(location: _Location) -> tuple[dict[str, Path], dict[str, str]]:
     """{table: its file} with kept text, and {table: SHA-256} as the checksum file lists them."""
-    listed = read_sums(place.data / SUMS, str(place.data / SUMS))
-    sums = {name: sum for name, sum in listed.items() if re.fullmatch(r"(earlier/[^/]+/)?kept/[^/]+\.parquet", name)}
-    files = {place.name(path): path for path in place.tables("kept/*.parquet")}
-    if odd := sorted(files.keys() ^ sums.keys()):
-        raise AtomError(f"{place.data / odd[0]} is missing or not listed in {SUMS} beside it; pull the data again")
+    checksums = read_sums(location.data / SUMS, str(location.data / SUMS))
+    sums = {name: sum for name, sum in checksums.items() if re.fullmatch(r"(earlier/[^/]+/)?kept/[^/]+\.parquet", name)}
+    files = {location.name(path): path for path in location.tables("kept/*.parquet")}
+    if mismatched := sorted(files.keys() ^ sums.keys()):
+        raise AtomError(
+            f"{location.data / mismatched[0]} is missing or not listed in {SUMS} beside it; pull the data again"
+        )
     return files, sums

@@ -16,13 +16,13 @@ from pathlib import Path
 from pipeline.core.errors import AtomError, CheckFailed
 from release import schema, scratch, untrusted
 from release.checks import formats, listing, registry
-from release.checks.check_runner import NOTHING_LARGE, CheckRunner, Reads, ask
+from release.checks.check_runner import NOTHING_LARGE, CheckRunner, Reads, run_check
 from release.checks.listing import Checksums, Contents, kind_of
-from release.checks.verdict import Check, Verdict, Wrong, answer
+from release.checks.verdict import Check, Problems, Verdict, answer
 from release.hash_cache import Digests
 from release.layout import ALL_SUMS, MODEL, ORIGINS, PUBLIC_KEY, SIGNATURE, SUMS, compare, files_below, model_folders
 from release.signing import sign
-from release.signing.sign import Asked
+from release.signing.sign import TrustPolicy
 from release.signing.trust_policy import ANYONE, Trust
 from release.tree import scan
 from release.untrusted import printable
@@ -42,24 +42,26 @@ def verify(
 
     Raises AtomError if there is nothing to check under that name; what is wrong with the thing is in the verdict.
     """
-    asked = trust.asked()  # a mistake of the caller's is told before anything is read
+    policy = trust.policy()  # a mistake of the caller's is told before anything is read
     path = Path(subject)
     if path.exists():
         if not path.is_dir():
             raise AtomError(f"{printable(str(path))} is a file; give the folder of a release or of a pulled repository")
-        return _verify_folder(path, str(subject), deep, progress, asked)
+        return _verify_folder(path, str(subject), deep, progress, policy)
     if str(subject).split("@")[0].count("/") != 1 or str(subject).startswith((".", "/")):
-        named = printable(str(subject))
-        raise AtomError(f"there is no folder {named}; a repository on the Hub is written namespace/name[@revision]")
+        name = printable(str(subject))
+        raise AtomError(f"there is no folder {name}; a repository on the Hub is written namespace/name[@revision]")
     from release.hub.pull import pull_named
 
     with scratch.folder() as folder:
         progress(f"downloading {subject}")
-        return _verify_folder(pull_named(str(subject), folder), str(subject), deep, progress, asked)
+        return _verify_folder(pull_named(str(subject), folder), str(subject), deep, progress, policy)
 
 
-def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[str], None], asked: Asked) -> Verdict:
-    if not listing.shows_release(folder):
+def _verify_folder(
+    folder: Path, subject: str, deep: bool, progress: Callable[[str], None], policy: TrustPolicy
+) -> Verdict:
+    if not listing.looks_like_release(folder):
         raise AtomError(
             f"{printable(subject)} is neither a release nor a repository of one: it has no {SUMS}; "
             "give the folder that `atom build` made, or a repository that `atom publish` made"
@@ -74,20 +76,20 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
     if sums.overflow:
         verdict.checks.append(answer("files", [sums.overflow]))
         return verdict
-    listed = sums.listed()
-    tree = scan(folder, len(listed))
+    listed_paths = sums.listed()
+    tree = scan(folder, len(listed_paths))
     contents = Contents(folder, kind, sums, tree)
     verdict.checks.append(listing.check(contents))
     if tree.overflow:
         return verdict
     progress(f"hashing every file of {verdict.subject}")
-    digests = Digests(folder, tree, listed)
-    del listed
+    digests = Digests(folder, tree, listed_paths)
+    del listed_paths
     verdict.checks += _byte_checks(contents, digests)
     runner = CheckRunner(folder, tree, deep)
     if any(path.endswith(SIGNATURE) for path in tree.files):
         sign.load_libraries()
-    verdict.checks.append(runner.run("signatures", lambda: _signatures(contents, digests, asked)))
+    verdict.checks.append(runner.run("signatures", lambda: _check_signatures(contents, digests, policy)))
     archive = kind in ("release", "evidence")
     verdict.checks.append(
         runner.run("formats", lambda: answer("formats", formats.formats(folder, tree.files, archive), FORMATS_HOLD))
@@ -104,92 +106,99 @@ def _verify_folder(folder: Path, subject: str, deep: bool, progress: Callable[[s
             continue
         progress(name.replace("_", " "))
         if name == "reload_in_transformers":  # has a process of its own
-            verdict.checks.append(ask(name, question.put))
+            verdict.checks.append(run_check(name, question.function))
         else:
-            verdict.checks.append(runner.run(name, partial(ask, name, question.put), question.reads))
+            verdict.checks.append(runner.run(name, partial(run_check, name, question.function), question.reads))
     return verdict
 
 
 def _byte_checks(contents: Contents, digests: Digests) -> Iterator[Check]:
     """One check for each checksum file: what it lists is there and unaltered, and nothing else is there."""
     if contents.kind != "release":
-        yield _sums(contents, SUMS, "", [p for p in contents.present() if p != SUMS], digests)
+        yield _check_sums(contents, SUMS, "", [p for p in contents.present() if p != SUMS], digests)
         if contents.kind == "evidence":
-            yield _agree(contents.sums)
+            yield _check_agreement(contents.sums)
         return
     if contents.missing:
         yield answer("release_complete", contents.missing)
         return
-    yield _sums(contents, ALL_SUMS, "", [p for p in contents.present() if p not in (SUMS, ALL_SUMS)], digests)
-    for place in contents.places:
-        name = f"{place.folder}/{SUMS}".lstrip("/")
-        yield _sums(contents, name, place.folder, contents.present_in(place), digests)
-    yield _agree(contents.sums)
+    yield _check_sums(contents, ALL_SUMS, "", [p for p in contents.present() if p not in (SUMS, ALL_SUMS)], digests)
+    for repository in contents.places:
+        name = f"{repository.folder}/{SUMS}".lstrip("/")
+        yield _check_sums(contents, name, repository.folder, contents.present_in(repository), digests)
+    yield _check_agreement(contents.sums)
 
 
-def _sums(contents: Contents, name: str, base: str, present: list[str], digests: Digests) -> Check:
+def _check_sums(contents: Contents, name: str, base: str, present: list[str], digests: Digests) -> Check:
     title = f"checksums: {name}"
     try:
         sums = contents.sums.read(name)
     except CheckFailed as error:
         return Check(title, False, str(error), [str(error)])
-    wrong = compare(sums, contents.folder / base, present, name, digests)
+    problems = compare(sums, contents.folder / base, present, name, digests)
     if base:
-        wrong = [f"{base}/{text}" for text in wrong]
-    return Check(title, not wrong, wrong[0] if wrong else f"{len(sums)} files, none missing, altered or extra", wrong)
+        problems = [f"{base}/{text}" for text in problems]
+    return Check(
+        title, not problems, problems[0] if problems else f"{len(sums)} files, none missing, altered or extra", problems
+    )
 
 
-def _signatures(contents: Contents, digests: Digests, asked: Asked) -> Check:
+def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy) -> Check:
     """All repositories are signed, by one key or identity, and by that which is trusted; or none is signed."""
     name, folder = "signatures", contents.folder
     if contents.kind == "release" and contents.missing:
         return Check(name, None, "not asked, since parts of the release are missing")
-    places = contents.places
-    wrong: Wrong = []
+    repositories = contents.places
+    problems: Problems = []
     signers: dict[str, str | None] = {}
-    for place in places:
-        prefix = f"{place.folder}/" if place.folder else ""
-        present = [*contents.present_in(place), SUMS] if contents.kind == "release" else contents.present()
-        unread = [name for name in (SIGNATURE, PUBLIC_KEY) if os.path.lexists(folder / place.folder / name)]
-        if unread := [name for name in unread if prefix + name not in digests.tree.files]:
-            wrong += [f"{prefix}{name} is no file that can be read" for name in unread]
+    for repository in repositories:
+        prefix = f"{repository.folder}/" if repository.folder else ""
+        present = [*contents.present_in(repository), SUMS] if contents.kind == "release" else contents.present()
+        unreadable = [name for name in (SIGNATURE, PUBLIC_KEY) if os.path.lexists(folder / repository.folder / name)]
+        if unreadable := [name for name in unreadable if prefix + name not in digests.tree.files]:
+            problems += [f"{prefix}{name} is no file that can be read" for name in unreadable]
             signers[prefix] = None
             continue
-        found = sign.verify(folder / place.folder, present, digests, asked)
-        if found is None:
+        verdict = sign.verify(folder / repository.folder, present, digests, policy)
+        if verdict is None:
             continue
-        wrong += [prefix + text for text in found.wrong]
-        signers[prefix] = found.by
+        problems += [prefix + text for text in verdict.problems]
+        signers[prefix] = verdict.signer
     if not signers:
-        if asked == Asked():
+        if policy == TrustPolicy():
             return Check(name, None, "not signed")
-        said = f"not signed, so not by {asked.by or 'whom the certificates vouch for'}"
-        return Check(name, False, said, [said])
-    unsigned = [f"{p.folder}/" if p.folder else "" for p in places]
-    wrong += [f"{prefix or folder.name} is not signed, and others are" for prefix in unsigned if prefix not in signers]
-    expected = asked.by or next(filter(None, signers.values()), None)
-    for prefix, by in signers.items():
-        if by not in (None, expected):
-            wrong.append(
-                f"{prefix}{PUBLIC_KEY if sign.FINGERPRINT.fullmatch(str(by)) else SIGNATURE} is {by}, not {expected}"
-            )
+        message = f"not signed, so not by {policy.signer or 'whom the certificates vouch for'}"
+        return Check(name, False, message, [message])
+    unsigned = [f"{p.folder}/" if p.folder else "" for p in repositories]
+    problems += [
+        f"{prefix or folder.name} is not signed, and others are" for prefix in unsigned if prefix not in signers
+    ]
+    expected = policy.signer or next(filter(None, signers.values()), None)
+    for prefix, signer in signers.items():
+        if signer not in (None, expected):
+            file = PUBLIC_KEY if sign.FINGERPRINT.fullmatch(str(signer)) else SIGNATURE
+            problems.append(f"{prefix}{file} is {signer}, not {expected}")
     by_key = sign.FINGERPRINT.fullmatch(str(expected))
-    signed = "signed by" if by_key or asked.by else "saying that they are signed by"
-    what = f"{len(signers)} {'repository' if len(signers) == 1 else 'repositories'} {signed} {expected}"
-    vouched = "; nothing but the release itself says whose key that is: compare it, or give it by --key"
+    signed = "signed by" if by_key or policy.signer else "saying that they are signed by"
+    summary = f"{len(signers)} {'repository' if len(signers) == 1 else 'repositories'} {signed} {expected}"
+    hint = "; nothing but the release itself says whose key that is: compare it, or give it by --key"
     if not by_key:
-        vouched = "; nothing but the release itself says so: give --identity and --issuer"
-    return Check(name, not wrong, wrong[0] if wrong else what + ("" if asked.by else vouched), wrong)
+        hint = "; nothing but the release itself says so: give --identity and --issuer"
+    return Check(name, not problems, problems[0] if problems else summary + ("" if policy.signer else hint), problems)
 
 
-def _agree(sums: Checksums) -> Check:
+def _check_agreement(sums: Checksums) -> Check:
     """The root's checksums and those of the whole release say the same of every file that both list."""
     try:
-        whole, root = sums.read(ALL_SUMS), sums.read(SUMS)
+        release_sums, root_sums = sums.read(ALL_SUMS), sums.read(SUMS)
     except CheckFailed as error:
         return Check("checksums agree", False, str(error), [str(error)])
-    wrong = [f"{SUMS} and {ALL_SUMS} disagree on {p}" for p in sorted(set(root) & set(whole)) if root[p] != whole[p]]
-    return Check("checksums agree", not wrong, wrong[0] if wrong else "the two lists agree", wrong)
+    problems = [
+        f"{SUMS} and {ALL_SUMS} disagree on {p}"
+        for p in sorted(set(root_sums) & set(release_sums))
+        if root_sums[p] != release_sums[p]
+    ]
+    return Check("checksums agree", not problems, problems[0] if problems else "the two lists agree", problems)
 
 
 @dataclass(frozen=True)
@@ -197,7 +206,7 @@ class Question:
     """What is asked of a folder. reads: the files that the answer takes."""
 
     name: str
-    put: Callable[[], Wrong | registry.Findings]
+    function: Callable[[], Problems | registry.Findings]
     reads: Reads = NOTHING_LARGE
     only_deep: bool = False
 
@@ -206,55 +215,55 @@ def _questions(folder: Path, kind: str, digests: Digests, runner: CheckRunner) -
     """What is asked of this kind of folder."""
     from release.checks import deep_checks, rescore
 
-    whole = kind == "release"
+    is_release = kind == "release"
     evidence, everything = Reads(("evidence/", "code/")), Reads(("",))
     if kind != "checkpoint":
-        yield Question("versions", lambda: registry.stated_versions(folder, whole))
-    if whole or kind == "evidence":
+        yield Question("versions", lambda: registry.stated_versions(folder, is_release))
+    if is_release or kind == "evidence":
         yield Question("manifests", lambda: registry.manifests(folder), evidence)
-        yield Question("origins", lambda: _all_explained(folder) + registry.origins(folder, digests), evidence)
+        yield Question("origins", lambda: _unexplained_files(folder) + registry.origins(folder, digests), evidence)
         yield Question("statements", lambda: registry.statements(folder, digests), Reads(("evidence/", "dataset/")))
-        yield Question("gates", lambda: _gates(folder), evidence)
+        yield Question("gates", lambda: _failed_gates(folder), evidence)
         yield Question("attestations", lambda: registry.attestations(folder), everything)
         yield Question("code", lambda: deep_checks.code(folder), evidence, only_deep=True)
-    if whole or kind == "dataset":
-        data, prefix = (folder / "dataset", "dataset/") if whole else (folder, "")
+    if is_release or kind == "dataset":
+        data, prefix = (folder / "dataset", "dataset/") if is_release else (folder, "")
         fates, scored = Reads((f"{prefix}dispositions", f"{prefix}kept/")), Reads((f"{prefix}evaluation/",))
         tables = Reads((prefix,))
         yield Question("dispositions_balance", lambda: registry.dispositions(data), fates)
-        yield Question("licences", lambda: registry.licences(data), fates)
+        yield Question("licences", lambda: registry.licenses(data), fates)
         yield Question("scores", lambda: registry.scores(data) + registry.chat_scores(data), scored)
         yield Question("data_card", lambda: registry.data_card(data), tables)
         yield Question("merkle_roots", lambda: registry.roots(data), tables)
         yield Question("documents", lambda: deep_checks.documents(data), tables, only_deep=True)
         yield Question("order", lambda: deep_checks.order(data), tables, only_deep=True)
         yield Question("answers", lambda: rescore.answers(data), tables, only_deep=True)
-    if whole:
+    if is_release:
         yield Question("cards", lambda: registry.cards(folder), everything)
         yield Question("croissant", lambda: registry.described(folder, digests), everything)
         yield Question("weights", lambda: deep_checks.weights(folder), Reads(("",), weights=True), only_deep=True)
         if (folder / "dataset/evaluation/fresh").is_dir():
-            fresh = Reads(("dataset/evaluation/fresh/", f"{MODEL}/"), weights=True)
-            yield Question("fresh_set", lambda: registry.fresh_set(folder), fresh, only_deep=True)
+            fresh_files = Reads(("dataset/evaluation/fresh/", f"{MODEL}/"), weights=True)
+            yield Question("fresh_set", lambda: registry.fresh_set(folder), fresh_files, only_deep=True)
     elif kind == "model":
         yield Question("cards", lambda: registry.model_card(folder), everything)
     if kind in ("model", "checkpoint"):
         yield Question("weights", lambda: deep_checks.weights(folder), Reads(("",), weights=True), only_deep=True)
-    if whole or kind == "model":
-        models = [folder / name for name in model_folders(folder)] if whole else [folder]
+    if is_release or kind == "model":
+        models = [folder / name for name in model_folders(folder)] if is_release else [folder]
         yield Question("chat_templates", lambda: registry.chat_templates(models))
         if not runner.spent:  # what loads a model renders its templates
             yield Question("reload_in_transformers", lambda: deep_checks.reload(models), only_deep=True)
 
 
-def _all_explained(folder: Path) -> Wrong:
+def _unexplained_files(folder: Path) -> Problems:
     from release.assembly.assemble import unexplained
 
     origins = untrusted.read_json(folder / ORIGINS, follow=True)
     return [f"{path} has no origin" for path in unexplained(folder, origins, files_below(folder))]
 
 
-def _gates(folder: Path) -> Wrong:
+def _failed_gates(folder: Path) -> Problems:
     gates = untrusted.read_json(folder / "evidence/gates.json", follow=True)
     return [
         f"evidence/gates.json: gate {name} failed: {gate['detail']}"

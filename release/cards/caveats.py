@@ -26,10 +26,15 @@ RULE = (
 NONE = "No reward rose without its task, and nothing that was measured got worse from one phase to the next."
 
 
-def of(model: Facts) -> list[str]:
+def caveat_sentences(model: Facts) -> list[str]:
     """Of the facts of one model: what its repository alone can prove."""
-    found = [*_task(model), *_untaught(model), *_trained(model), *_worse(model)]
-    return [f"- {sentence}" for sentence in found] or [NONE]
+    sentences = [
+        *_task_sentence(model),
+        *_reward_without_task(model),
+        *_trained_reward_without_task(model),
+        *_regressions(model),
+    ]
+    return [f"- {sentence}" for sentence in sentences] or [NONE]
 
 
 def unread(scores: Facts, order: Facts) -> list[str]:
@@ -40,10 +45,10 @@ def unread(scores: Facts, order: Facts) -> list[str]:
     lines = []
     for before, after in pairwise(scores):
         phase = PHASE.get(after, after.replace("long-", "longcontext-"))
-        read = {source for part in order.get(phase, {}).get("parts", ()) for source in part["by_source"]}
-        lost = [source for source in _risen(scores[before], scores[after]) if source not in read]
-        if lost:
-            lines.append(f"- Not trained on in {phase}: {', '.join(lost)}.")
+        sources_read = {source for part in order.get(phase, {}).get("parts", ()) for source in part["by_source"]}
+        unread_sources = [source for source in _risen(scores[before], scores[after]) if source not in sources_read]
+        if unread_sources:
+            lines.append(f"- Not trained on in {phase}: {', '.join(unread_sources)}.")
     return lines
 
 
@@ -53,11 +58,11 @@ PHASE = {"base": "pretrain", "mid": "midtrain"}
 
 def parts(chat: Facts) -> dict[str, Facts]:
     """Of each model that answered the held-out requests, in the order of training, the parts of its reward."""
-    found: dict[str, Facts] = {}
+    parts_by_model: dict[str, Facts] = {}
     for name, row in chat.get("preferences", {}).items():
-        found.setdefault(row["before"], row["sides"]["before"]["parts"])
-        found[name] = row["sides"]["model"]["parts"]
-    return found
+        parts_by_model.setdefault(row["before"], row["sides"]["before"]["parts"])
+        parts_by_model[name] = row["sides"]["model"]["parts"]
+    return parts_by_model
 
 
 def rises(before: Facts, after: Facts, errors: float = SURE) -> bool:
@@ -65,7 +70,7 @@ def rises(before: Facts, after: Facts, errors: float = SURE) -> bool:
     return bool(after["value"] - before["value"] > errors * math.hypot(before["se"], after["se"]))
 
 
-def _task(model: Facts) -> Iterator[str]:
+def _task_sentence(model: Facts) -> Iterator[str]:
     measured = parts(model["chat"])
     if measured and "task" in (last := measured[list(measured)[-1]]):
         yield (
@@ -74,22 +79,24 @@ def _task(model: Facts) -> Iterator[str]:
         )
 
 
-def _untaught(model: Facts) -> Iterator[str]:
+def _reward_without_task(model: Facts) -> Iterator[str]:
     """Where the judge's mean rose on held-out requests and the share that does what was asked did not."""
     measured = parts(model["chat"])
     for before, after in pairwise(measured):
         old, new = measured[before], measured[after]
         if "task" in new and rises(old["reward"], new["reward"]) and not rises(old["task"], new["task"]):
             risen = [name for name in new if name not in ("reward", "task") and rises(old[name], new[name])]
-            what = ", ".join(f"{name} ({_change(old[name], new[name])})" for name in risen) or "no part by itself"
+            risen_parts = (
+                ", ".join(f"{name} ({_change(old[name], new[name])})" for name in risen) or "no part by itself"
+            )
             yield (
                 f"**A reward rose and its task did not**: from {before} to {after} the judge's mean rose "
                 f"({_change(old['reward'], new['reward'])}), and the share of answers that do what was asked did not "
-                f"({_change(old['task'], new['task'])}). What rose: {what}."
+                f"({_change(old['task'], new['task'])}). What rose: {risen_parts}."
             )
 
 
-def _trained(model: Facts) -> Iterator[str]:
+def _trained_reward_without_task(model: Facts) -> Iterator[str]:
     """Where the reward that a phase was trained on rose, and the held-out figure that it stands for did not."""
     chat, measured = model["chat"].get("test", {}), parts(model["chat"])
     for before, after in pairwise(chat):
@@ -99,24 +106,24 @@ def _trained(model: Facts) -> Iterator[str]:
             change = f"({_change(reward['first'], reward['last'])}, means of the first and the last steps)"
             start = f"while {after} was trained, its reward for {kind} rose {change}, and"
             if kind in chat[after]["problems"]:
-                what = f"the share of right answers to test problems ({kind})"
+                target = f"the share of right answers to test problems ({kind})"
                 old, new = (chat[name]["problems"][kind]["samples"]["accuracy"] for name in (before, after))
             elif kind in chat[after]["judged"] and all("task" in measured.get(name, {}) for name in (before, after)):
-                what = "the share of answers to held-out requests that do what was asked"
+                target = "the share of answers to held-out requests that do what was asked"
                 old, new = measured[before]["task"], measured[after]["task"]
             else:
                 yield f"**A reward rose, and no task was measured**: {start} no held-out figure tells what it gave."
                 continue
             if not rises(old, new):
-                yield f"**A reward rose and its task did not**: {start} {what} did not ({_change(old, new)})."
+                yield f"**A reward rose and its task did not**: {start} {target} did not ({_change(old, new)})."
 
 
-def _worse(model: Facts) -> Iterator[str]:
+def _regressions(model: Facts) -> Iterator[str]:
     """What got worse from one model to the next by more than a standard error of the difference, one line a phase."""
     names, test = titles(model["scores"]), model["chat"].get("test", {})
     for before, after in pairwise(model["scores"]):
         old, new = model["scores"][before], model["scores"][after]
-        lost = [
+        regressions = [
             f"bits per byte of {source} ({_change(old['bits_per_byte'][source], new['bits_per_byte'][source])})"
             for source in _risen(old, new)
         ]
@@ -125,15 +132,15 @@ def _worse(model: Facts) -> Iterator[str]:
         ]
         if before in test and after in test:
             for kind, row in test[after]["problems"].items():
-                accuracy = [found["samples"]["accuracy"] for found in (test[before]["problems"][kind], row)]
+                accuracy = [figures["samples"]["accuracy"] for figures in (test[before]["problems"][kind], row)]
                 pairs.append((f"pass@1 of {kind}", *accuracy))
             pairs += [
                 (f"judge's mean of {kind}", test[before]["judged"][kind]["reward"], row["reward"])
                 for kind, row in test[after]["judged"].items()
             ]
-        lost += [f"{what} ({_change(low, high)})" for what, low, high in pairs if rises(high, low, 1)]
-        if lost:
-            yield f"From {names[before]} to {names[after]} these got worse: {', '.join(lost)}."
+        regressions += [f"{measure} ({_change(low, high)})" for measure, low, high in pairs if rises(high, low, 1)]
+        if regressions:
+            yield f"From {names[before]} to {names[after]} these got worse: {', '.join(regressions)}."
 
 
 def _risen(before: Facts, after: Facts) -> list[str]:

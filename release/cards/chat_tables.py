@@ -15,16 +15,16 @@ SHOWN = 4
 """Sample pairs that a card shows."""
 
 
-def of(chat: Facts, contamination: Facts | None) -> dict[str, list[str]]:
+def all_tables(chat: Facts, contamination: Facts | None) -> dict[str, list[str]]:
     """All tables; empty ones of a release without such models."""
     preferences = chat.get("preferences", {})
-    last = preferences[list(preferences)[-1]] if preferences else None
+    last_comparison = preferences[list(preferences)[-1]] if preferences else None
     return {
         "chat_test": answers(chat.get("test", {})),
         "chat_fresh": answers(chat.get("fresh", {})),
         "preferences": wins(preferences),
         "reward_parts": reward_parts(chat),
-        "preference_samples": samples(last) if last else [],
+        "preference_samples": samples(last_comparison) if last_comparison else [],
         "contamination": overlaps(contamination) if contamination else [],
         "clean_scores": clean(contamination) if contamination else [],
         "detector": detector(contamination) if contamination else [],
@@ -34,17 +34,17 @@ def of(chat: Facts, contamination: Facts | None) -> dict[str, list[str]]:
 def answers(scores: Facts) -> list[str]:
     """One row a model and kind of problem."""
     body = []
-    for name, found in scores.items():
-        parts = {**found["problems"], "all problems": found["problems_all"]}
+    for name, model_scores in scores.items():
+        parts = {**model_scores["problems"], "all problems": model_scores["problems_all"]}
         for kind, part in parts.items():
-            most = max(part["at"], key=int)
+            max_k = max(part["at"], key=int)
             body.append([
                 name, kind, str(part["samples"]["accuracy"]["n"]), _value(part["greedy"]["accuracy"]),
-                _value(part["samples"]["accuracy"]), *(_value(part["at"][most][what]) for what in ("pass", "maj")),
+                _value(part["samples"]["accuracy"]), *(_value(part["at"][max_k][m]) for m in ("pass", "maj")),
                 f"{part['samples']['tokens']:.1f}", f"{part['samples']['truncated']:.1%}",
                 f"{part['samples']['reasoning']:.1%}",
             ])  # fmt: skip
-        for kind, part in found["judged"].items():
+        for kind, part in model_scores["judged"].items():
             cells = ["", _value(part["reward"]), "", "", f"{part['tokens']:.1f}", f"{part['truncated']:.1%}", ""]
             body.append([name, f"{kind} (mean of the judge)", str(part["reward"]["n"]), *cells])
     k = max((max(part["problems_all"]["at"], key=int) for part in scores.values()), default="k")
@@ -65,12 +65,13 @@ def answers(scores: Facts) -> list[str]:
 
 def wins(preferences: Facts) -> list[str]:
     body = []
-    for name, found in preferences.items():
-        rate = found["win_rate"]
-        sides = {side: found["sides"][side]["parts"]["reward"] for side in ("before", "model")}
+    for name, comparison in preferences.items():
+        rate = comparison["win_rate"]
+        sides = {side: comparison["sides"][side]["parts"]["reward"] for side in ("before", "model")}
         body.append([
-            name, found["before"], count(rate["n"]), f"{rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})",
-            count(found["wins"]), count(found["ties"]), count(found["losses"]),
+            name, comparison["before"], count(rate["n"]),
+            f"{rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})",
+            count(comparison["wins"]), count(comparison["ties"]), count(comparison["losses"]),
             *(_value(sides[side]) for side in ("before", "model")),
         ])  # fmt: skip
     head = ["model", "against", "requests", "wins", "won", "tied", "lost"]
@@ -80,9 +81,15 @@ def wins(preferences: Facts) -> list[str]:
 def reward_parts(chat: Facts) -> list[str]:
     """The judge's mean on the held-out requests of all models, and what it is made of: one row a part."""
     measured = caveats.parts(chat)
-    names = ordered([name for found in measured.values() for name in found])
+    names = ordered([name for model_parts in measured.values() for name in model_parts])
     body = [
-        [name, *(_value(found[name]) if name in found else "not measured" for found in measured.values())]
+        [
+            name,
+            *(
+                _value(model_parts[name]) if name in model_parts else "not measured"
+                for model_parts in measured.values()
+            ),
+        ]
         for name in names
     ]
     return table(["part of the reward", *measured], body) if body else []
@@ -93,13 +100,13 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (name != "reward", name != "task", name))
 
 
-def samples(found: Facts) -> list[str]:
+def samples(comparison: Facts) -> list[str]:
     """A few pairs, whose texts are fenced so that no sign of theirs is markup."""
     body = []
-    for row in found["examples"][:SHOWN]:
-        cells = [f"{_plain(row[side]['answer'])} ({row[side]['reward']:.2f})" for side in ("before", "model")]
-        body.append([_plain(row["question"]), *cells])
-    return table(["request", f"{found['before']} (judge)", f"{found['model']} (judge)"], body)
+    for row in comparison["examples"][:SHOWN]:
+        cells = [f"{_code_cell(row[side]['answer'])} ({row[side]['reward']:.2f})" for side in ("before", "model")]
+        body.append([_code_cell(row["question"]), *cells])
+    return table(["request", f"{comparison['before']} (judge)", f"{comparison['model']} (judge)"], body)
 
 
 def overlaps(report: Facts) -> list[str]:
@@ -122,10 +129,11 @@ def clean(report: Facts) -> list[str]:
 
 
 def detector(report: Facts) -> list[str]:
-    found, absent = report["detector"]["recall"], report["detector"]["false_positives"]
+    recall, false_positives = report["detector"]["recall"], report["detector"]["false_positives"]
     return [
-        f"Of {count(found['planted'])} items planted into a copy of the corpus the detector found "
-        f"{count(found['found'])}; of {count(absent['absent'])} that are not there, {count(absent['found'])}."
+        f"Of {count(recall['planted'])} items planted into a copy of the corpus the detector found "
+        f"{count(recall['found'])}; of {count(false_positives['absent'])} that are not there, "
+        f"{count(false_positives['found'])}."
     ]
 
 
@@ -133,8 +141,8 @@ def _value(row: Facts) -> str:
     return f"{row['value']:.3f} ± {row['se']:.3f}"
 
 
-def _plain(text: str) -> str:
+def _code_cell(text: str) -> str:
     """A text in one table cell as it is: no line break, no bar, no back-tick, nothing that is markup or
     steers a terminal."""
-    shown = " ".join(text.split()).replace("`", "'").replace("|", "/")
-    return f"`{escaped(shown[:160])}`" if shown else "(nothing)"
+    line = " ".join(text.split()).replace("`", "'").replace("|", "/")
+    return f"`{escaped(line[:160])}`" if line else "(nothing)"

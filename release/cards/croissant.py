@@ -35,10 +35,10 @@ CONTEXT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def of(
+def describe_dataset(
     release: dict[str, Any], dataset: Path, data: dict[str, Any], digest: Callable[[Path], str] = sha256_file
 ) -> dict[str, Any]:
-    """The JSON-LD of a dataset folder. release: evidence/release.json; data: `facts.data_facts` of the folder."""
+    """The JSON-LD of a dataset folder. release: evidence/release.json; data: `metrics.data_facts` of the folder."""
     repo = f"https://huggingface.co/datasets/{release['namespace']}/{release['name']}-data"
     tables = {"dispositions": "dispositions.parquet"}
     tables |= {
@@ -47,10 +47,10 @@ def of(
         if (dataset / f"kept/{name}.parquet").exists()
     }
     tables |= {"tokens": "tokens/documents.parquet", "problems": "evaluation/items.parquet"}
-    read = sum(row["documents_in"] for row in data["sources"].values())
-    kept = sum(row["kept"] for row in data["sources"].values())
+    documents_read = sum(row["documents_in"] for row in data["sources"].values())
+    documents_kept = sum(row["kept"] for row in data["sources"].values())
     rules = sorted({rule.split("/")[0] for row in data["sources"].values() for rule in row["removed"]})
-    replaced = _replaced(dataset)
+    redacted_documents = _redacted_documents(dataset)
     return {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
@@ -60,7 +60,7 @@ def of(
         "every document that was read, and where each was seen in training.",
         "url": repo,
         "version": release["version"],
-        "license": _licence(release["licence"]["data_compilation"]),
+        "license": _license_url(release["licence"]["data_compilation"]),
         "citeAs": f"{release['title']} {release['version']}, {repo}",
         "creator": {"@type": "sc:Organization", "name": release["namespace"]},
         "isLiveDataset": False,
@@ -68,16 +68,17 @@ def of(
         "distribution": [_file(dataset, path, name, digest) for name, path in tables.items()],
         "recordSet": [_records(dataset / path, name) for name, path in tables.items()],
         "prov:wasDerivedFrom": [_source(dataset, name, row) for name, row in data["sources"].items()],
-        "rai:dataCollection": f"{read} documents of {len(data['sources'])} sources were read; each source's own file "
-        "in sources/ says from where, under which licence, and the evidence for it.",
+        "rai:dataCollection": f"{documents_read} documents of {len(data['sources'])} sources were read; each source's "
+        "own file in sources/ says from where, under which licence, and the evidence for it.",
         "rai:dataPreprocessingProtocol": [
-            f"{kept} of {read} documents were kept; the others were removed by {', '.join(rules) or 'no rule'}.",
+            f"{documents_kept} of {documents_read} documents were kept; the others were removed by "
+            f"{', '.join(rules) or 'no rule'}.",
             "dispositions.parquet names for each document the rule, the measured value and the threshold; removed "
             "documents are listed without their text.",
         ],
         "rai:personalSensitiveInformation": [
-            f"Replaced by a placeholder where a pattern found them: in {replaced} documents. What no pattern finds "
-            "stays; a document can be removed on request."
+            f"Replaced by a placeholder where a pattern found them: in {redacted_documents} documents. What no pattern "
+            "finds stays; a document can be removed on request."
         ],
         "rai:dataLimitations": [
             "Decontamination and deduplication compare words: paraphrases and translations are not found.",
@@ -89,12 +90,12 @@ def of(
     }  # fmt: skip
 
 
-def _licence(spdx: str) -> str:
-    """The address of a licence's text; an expression of several stands as it is."""
+def _license_url(spdx: str) -> str:
+    """The address of a license's text; an expression of several stands as it is."""
     return spdx if " " in spdx else f"https://spdx.org/licenses/{spdx}.html"
 
 
-def _replaced(dataset: Path) -> int:
+def _redacted_documents(dataset: Path) -> int:
     """Documents in which personal data was replaced, as curation counted them."""
     sources = read_json(dataset / "summary.json")["sources"]
     return sum(count for row in sources.values() for step, count in row.get("edited", {}).items() if step == "pii")
@@ -135,12 +136,12 @@ def _source(dataset: Path, name: str, row: dict[str, Any]) -> dict[str, Any]:
     """A source as a PROV entity: where it is from, and the digest of what was read there, if it has one."""
     path = dataset / f"sources/{name}.json"
     declared = read_json(path) if path.exists() else {}
-    found: dict[str, Any] = {"@type": "prov:Entity", "@id": f"source/{name}", "prov:label": name}
+    entity: dict[str, Any] = {"@type": "prov:Entity", "@id": f"source/{name}", "prov:label": name}
     if row["origin"]:
-        found["prov:atLocation"] = row["origin"]
+        entity["prov:atLocation"] = row["origin"]
     if tree := declared.get("tree_digest"):
-        found["identifier"] = tree
-    return found | {"license": row["licences"]}
+        entity["identifier"] = tree
+    return entity | {"license": row["licences"]}
 
 
 def problems(path: Path, records: int = 3) -> list[str]:
@@ -156,13 +157,13 @@ def problems(path: Path, records: int = 3) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its libraries about each other
         try:
-            found = mlcroissant.Dataset(jsonld=path)
+            description = mlcroissant.Dataset(jsonld=path)
         except mlcroissant.ValidationError as error:
             return [" ".join(str(error).split())]
-        wrong = list(found.metadata.ctx.issues.errors)
-        for record_set in found.metadata.record_sets:
-            rows = list(itertools.islice(found.records(record_set.uuid), records))
+        errors = list(description.metadata.ctx.issues.errors)
+        for record_set in description.metadata.record_sets:
+            rows = list(itertools.islice(description.records(record_set.uuid), records))
             names = {field.uuid for field in record_set.fields}
             if any(set(row) != names for row in rows):
-                wrong.append(f"record set {record_set.uuid} does not load with its fields")
-    return sorted(wrong)
+                errors.append(f"record set {record_set.uuid} does not load with its fields")
+    return sorted(errors)

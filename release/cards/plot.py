@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 NAME = "experts.png"
 DPI = 144
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by the colour-blind too (Okabe and Ito)
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by the color-blind too (Okabe and Ito)
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -46,13 +46,13 @@ def source(model: Path) -> str:
 
 def source_of(png: bytes) -> str | None:
     """What a plot says it was drawn from; None if it does not say, or is no PNG."""
-    at = len(SIGNATURE)
-    while png.startswith(SIGNATURE) and at + 8 <= len(png):
-        length, kind = struct.unpack(">I4s", png[at : at + 8])
-        name, _, text = png[at + 8 : at + 8 + length].partition(b"\0")
+    offset = len(SIGNATURE)
+    while png.startswith(SIGNATURE) and offset + 8 <= len(png):
+        length, kind = struct.unpack(">I4s", png[offset : offset + 8])
+        name, _, text = png[offset + 8 : offset + 8 + length].partition(b"\0")
         if (kind, name) == (b"tEXt", b"Source"):
             return text.decode("latin-1")
-        at += 12 + length
+        offset += 12 + length
     return None
 
 
@@ -81,55 +81,57 @@ def _draw(logs: _Logs) -> bytes:
     from matplotlib.figure import Figure
 
     lines = {phase: training.read(log) for phase, log in training.logs(logs.model).items()}
-    measured = [(phase, x["step"], x["experts"]) for phase, log in lines.items() for x in log if "experts" in x]
-    # not the settings of whoever builds; a line of very many steps is rasterised in pieces, or Agg refuses it
+    measurements = [(phase, x["step"], x["experts"]) for phase, log in lines.items() for x in log if "experts" in x]
+    # not the settings of whoever builds; a line of very many steps is rasterized in pieces, or Agg refuses it
     with matplotlib.style.context(["default", {"agg.path.chunksize": 10000}]):
-        rows = len(measured[-1][2]["layers"]) if measured else 0
-        heights = [1.2 + min(4.0, 0.25 * rows)] * bool(measured) + [1.7, 1.7]
+        rows = len(measurements[-1][2]["layers"]) if measurements else 0
+        heights = [1.2 + min(4.0, 0.25 * rows)] * bool(measurements) + [1.7, 1.7]
         figure = Figure(figsize=(8.0, sum(heights) + 1.1), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
         axes = [figure.add_subplot(grid[n]) for n in range(len(heights))]
-        if measured:
-            _heat_map(figure, axes[0], *measured[-1])
-        named = _curves(axes[-2], axes[-1], {phase: training.curves(log) for phase, log in lines.items()})
-        if measured:
-            _limit(axes[-1], len(measured[-1][2]["share"][0]))
-        if named:
-            figure.legend(handles=named, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-        out = io.BytesIO()
-        figure.savefig(out, format="png", metadata={"Software": None, "Source": logs.source})
-    return out.getvalue()
+        if measurements:
+            _heat_map(figure, axes[0], *measurements[-1])
+        legend_lines = _curves(axes[-2], axes[-1], {phase: training.curves(log) for phase, log in lines.items()})
+        if measurements:
+            _draw_uniform_entropy(axes[-1], len(measurements[-1][2]["share"][0]))
+        if legend_lines:
+            figure.legend(handles=legend_lines, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None, "Source": logs.source})
+    return buffer.getvalue()
 
 
-def _heat_map(figure: Figure, axis: Axes, phase: str, step: int, found: training.Facts) -> None:
+def _heat_map(figure: Figure, axis: Axes, phase: str, step: int, measurement: training.Facts) -> None:
     """Layers down, experts across; white is a fair share, blue less and red more."""
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.ticker import MaxNLocator
 
-    loads = [[share * len(row) for share in row] for row in found["share"]]
+    loads = [[share * len(row) for share in row] for row in measurement["share"]]
     norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=max(2.0, *(max(row) for row in loads)))
     image = axis.imshow(loads, cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
     axis.set_title(f"Tokens of each expert at step {step:,} of {phase} (1 = a fair share)", loc="left", fontsize=10)
     axis.set_xlabel("expert")
     axis.set_ylabel("layer")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-    shown = range(0, len(loads), max(1, -(-len(loads) // 12)))
-    axis.set_yticks(list(shown), [str(found["layers"][row]) for row in shown])
+    labeled_rows = range(0, len(loads), max(1, -(-len(loads) // 12)))
+    axis.set_yticks(list(labeled_rows), [str(measurement["layers"][row]) for row in labeled_rows])
     figure.colorbar(image, ax=axis, pad=0.01)
 
 
-def _curves(above: Axes, below: Axes, found: dict[str, tuple[list[int], list[float], list[float]]]) -> list[Line2D]:
-    """The steps of all phases in one line, each phase after the one before in its own colour. Returns what a legend
+def _curves(
+    above: Axes, below: Axes, curves_by_phase: dict[str, tuple[list[int], list[float], list[float]]]
+) -> list[Line2D]:
+    """The steps of all phases in one line, each phase after the one before in its own color. Returns what a legend
     names."""
-    begin, named = 0, []
-    for number, (phase, (steps, violation, entropy)) in enumerate(found.items()):
+    begin, legend_lines = 0, []
+    for number, (phase, (steps, violation, entropy)) in enumerate(curves_by_phase.items()):
         if not steps:
             continue
-        places, color = range(begin, begin + len(steps)), COLORS[number % len(COLORS)]
+        positions, color = range(begin, begin + len(steps)), COLORS[number % len(COLORS)]
         label = f"{phase}, steps {steps[0]:,} to {steps[-1]:,}"
-        named += above.plot(places, violation, color=color, linewidth=0.8, label=label)
-        below.plot(places, entropy, color=color, linewidth=0.8)
+        legend_lines += above.plot(positions, violation, color=color, linewidth=0.8, label=label)
+        below.plot(positions, entropy, color=color, linewidth=0.8)
         begin += len(steps)
     above.set_title("Balance: the busiest expert's tokens over a fair share, less 1", loc="left", fontsize=10)
     above.set_ylabel("max violation")
@@ -140,10 +142,10 @@ def _curves(above: Axes, below: Axes, found: dict[str, tuple[list[int], list[flo
         axis.set_ylim(bottom=0)
         axis.margins(x=0)
         axis.spines[["top", "right"]].set_visible(False)
-    return named
+    return legend_lines
 
 
-def _limit(axis: Axes, experts: int) -> None:
+def _draw_uniform_entropy(axis: Axes, experts: int) -> None:
     """The entropy of a router that has no preference at all."""
     axis.set_ylim(0, 1.1 * math.log(experts))
     axis.axhline(math.log(experts), color="#888888", linewidth=0.8, linestyle=":")

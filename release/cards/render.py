@@ -19,7 +19,7 @@ from release.hub.client import load
 Facts = dict[str, Any]
 TEMPLATES = Path(__file__).parent
 # The Hub's own identifiers that are the SPDX identifier in lower case; it has others, for which `other` is right too.
-HUB_LICENCES = frozenset({
+HUB_LICENSES = frozenset({
     "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0",
     "gpl-2.0", "gpl-3.0", "lgpl-3.0", "mpl-2.0", "odc-by", "unlicense", "isc", "zlib", "postgresql", "artistic-2.0",
     "ecl-2.0",
@@ -36,9 +36,9 @@ PHASES = {
 }  # fmt: skip
 
 
-def licence_fields(spdx: str) -> dict[str, Any]:
-    """The Hub's licence metadata for an SPDX expression: its own identifier, or `other` with name and link."""
-    if spdx.lower() in HUB_LICENCES:
+def license_fields(spdx: str) -> dict[str, Any]:
+    """The Hub's license metadata for an SPDX expression: its own identifier, or `other` with name and link."""
+    if spdx.lower() in HUB_LICENSES:
         return {"license": spdx.lower()}
     return {"license": "other", "license_name": spdx.lower(), "license_link": "LICENSE"}
 
@@ -68,7 +68,7 @@ def model_tables(model: Facts) -> dict[str, list[str]]:
     """The tables that a model repository alone can prove."""
     return {
         "caveats_rule": [caveats.RULE],
-        "caveats": caveats.of(model),
+        "caveats": caveats.caveat_sentences(model),
         "evaluation": tables.evaluation(model["scores"]),
         "samples": tables.samples(model["scores"]),
         "architecture": tables.architecture(model),
@@ -81,7 +81,7 @@ def model_tables(model: Facts) -> dict[str, list[str]]:
         "experts": training_tables.experts(model),
         "experts_verdict": training_tables.verdict(model),
         "spikes": training_tables.spikes(model),
-        **chat_tables.of(model["chat"], model["contamination"]),
+        **chat_tables.all_tables(model["chat"], model["contamination"]),
     }
 
 
@@ -93,18 +93,18 @@ def data_tables(data: Facts) -> dict[str, list[str]]:
         "order": tables.order(data),
         "packing": tables.packing(data),
         "long_documents": tables.long_documents(data),
-        "licences": tables.evidence_of_licence(data),
+        "licences": tables.license_evidence(data),
         "scores": tables.evaluation(data["evaluation"]),
         "passkeys": tables.passkeys(data["evaluation"]),
         "positions": tables.positions(data["evaluation"]),
-        **{name: t for name, t in chat_tables.of(data["chat"], None).items() if name != "preference_samples"},
+        **{name: t for name, t in chat_tables.all_tables(data["chat"], None).items() if name != "preference_samples"},
     }
 
 
 def intervention_tables(phases: Iterable[str], interventions: list[Facts]) -> dict[str, list[str]]:
     """Where training went on from an earlier run, in the phases that made a model."""
-    own = [row for row in interventions if row["phase"] in set(phases)]
-    return {"interventions": tables.interventions(own)}
+    phase_rows = [row for row in interventions if row["phase"] in set(phases)]
+    return {"interventions": tables.interventions(phase_rows)}
 
 
 def unread_tables(model: Facts, order: Facts) -> dict[str, list[str]]:
@@ -112,16 +112,17 @@ def unread_tables(model: Facts, order: Facts) -> dict[str, list[str]]:
     return {"unread": caveats.unread(model["scores"], order)}
 
 
-def cost_tables(spent: costs.Costs) -> dict[str, list[str]]:
+def cost_tables(run_costs: costs.Costs) -> dict[str, list[str]]:
     """What all of the release took to make."""
     head = ["stage", "attempts", "failed", "core hours", "GPU hours", "energy, Wh"]
-    return {"cost": tables.table(head, costs.rows(spent))}
+    return {"cost": tables.table(head, costs.rows(run_costs))}
 
 
 def model_card(
-    folder: str, release: Facts, model: Facts, data: Facts, interventions: list[Facts], spent: costs.Costs
+    folder: str, release: Facts, model: Facts, data: Facts, interventions: list[Facts], run_costs: costs.Costs
 ) -> str:
-    """The card of a folder that holds a model. `release` is evidence/release.json; spent: `costs.of` the release."""
+    """The card of a folder that holds a model. `release` is evidence/release.json; run_costs: of
+    `costs.usage_by_stage`."""
     hub = load()
 
     namespace, name = release["namespace"], release["name"]
@@ -129,7 +130,7 @@ def model_card(
     title = {"model": "", "model-base": "base"}.get(folder, folder.removeprefix("model-"))
     card_data = hub.ModelCardData(
         model_name=f"{name}-{title}".rstrip("-"),
-        **licence_fields(release["licence"]["weights"]),
+        **license_fields(release["licence"]["weights"]),
         library_name="transformers",
         pipeline_tag="text-generation",
         language=release["languages"] or None,
@@ -141,22 +142,22 @@ def model_card(
         **schema.head(),
     )
     # of what both repositories tell, the scores too, the model's own word counts on its card
-    more = intervention_tables(model["training"], interventions) | cost_tables(spent)
-    more |= unread_tables(model, data["order"])
-    shown = _lines({**data_tables(data), **model_tables(model), **more})
+    release_tables = intervention_tables(model["training"], interventions) | cost_tables(run_costs)
+    release_tables |= unread_tables(model, data["order"])
+    table_texts = _lines({**data_tables(data), **model_tables(model), **release_tables})
     text = hub.ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "model.md.jinja"),
         release=release,
         model=model,
         title=title,
-        came_by=_listed([_title(phase) for phase in model["training"]]),
+        trained_by=_join_words([_title(phase) for phase in model["training"]]),
         repo=f"{namespace}/{card_data.model_name}",
         dataset=dataset,
         prefix=f"{namespace}/{name}",
-        t=shown,
+        t=table_texts,
     )
-    return _tidy(str(text))
+    return _normalize_text(str(text))
 
 
 def data_id(release: Facts) -> str:
@@ -181,25 +182,25 @@ def _title(phase: str) -> str:
     return f"{PHASES.get(kind, kind)} {number}".strip()
 
 
-def _listed(words: list[str]) -> str:
+def _join_words(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), *words[-1:]]) if len(words) > 1 else "".join(words)
 
 
 def data_card(release: Facts, data: Facts, canary: Mapping[str, str] | None = None) -> str:
     hub = load()
 
-    kept = sum(row["kept"] for row in data["sources"].values())
+    kept_documents = sum(row["kept"] for row in data["sources"].values())
     card_data = hub.DatasetCardData(
         pretty_name=f"{release['title']}: data",
         language=list(release["languages"]) or None,
-        size_categories=size_category(kept),
+        size_categories=size_category(kept_documents),
         task_categories=["text-generation"],
         configs=[
             {"config_name": name, "data_files": [{"split": "kept", "path": f"kept/{name}.parquet"}]}
             for name in data["sources"]
         ]
         + [{"config_name": "dispositions", "data_files": [{"split": "all_documents", "path": "dispositions.parquet"}]}],
-        **licence_fields(release["licence"]["data_compilation"]),
+        **license_fields(release["licence"]["data_compilation"]),
         **schema.head(),
     )
     text = hub.DatasetCard.from_template(
@@ -212,23 +213,23 @@ def data_card(release: Facts, data: Facts, canary: Mapping[str, str] | None = No
         canary=canary and canary["canary"],
         t=_lines(data_tables(data)),
     )
-    return _tidy(str(text))
+    return _normalize_text(str(text))
 
 
-def plain_card(kind: str, release: Facts, licence: str, **shown: list[str]) -> str:
+def plain_card(kind: str, release: Facts, license: str, **table_lines: list[str]) -> str:
     """The cards of the checkpoint and evidence repositories."""
     hub = load()
 
     template = str(TEMPLATES / f"{kind}.md.jinja")
     prefix = f"{release['namespace']}/{release['name']}"
     text = hub.RepoCard.from_template(
-        hub.CardData(**licence_fields(licence), **schema.head()),
+        hub.CardData(**license_fields(license), **schema.head()),
         template_path=template,
         release=release,
         prefix=prefix,
-        t=_lines(shown),
+        t=_lines(table_lines),
     )
-    return _tidy(str(text))
+    return _normalize_text(str(text))
 
 
 def size_category(documents: int) -> str:
@@ -237,34 +238,34 @@ def size_category(documents: int) -> str:
     return names[min(max(len(str(documents)) - 3, 0), len(names) - 1)]
 
 
-def _lines(shown: dict[str, list[str]]) -> dict[str, str]:
-    return {name: "\n".join(lines) for name, lines in shown.items()}
+def _lines(table_lines: dict[str, list[str]]) -> dict[str, str]:
+    return {name: "\n".join(lines) for name, lines in table_lines.items()}
 
 
-def _tidy(text: str) -> str:
+def _normalize_text(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text.replace("\r\n", "\n")).strip() + "\n"
 
 
-def wrong_tables(card: str, shown: dict[str, list[str]]) -> list[str]:
+def missing_lines(card: str, table_lines: dict[str, list[str]]) -> list[str]:
     """Lines that the facts demand and the card does not hold, word for word; old cards have texts of models as they
     were drawn, which are escaped today."""
     present = {escaped(line) for line in card.splitlines()}
-    return [line for name, lines in shown.items() for line in lines if escaped(line) not in present]
+    return [line for name, lines in table_lines.items() for line in lines if escaped(line) not in present]
 
 
-def wrong_scores(card: str, scores: Facts) -> list[str]:
+def mismatched_scores(card: str, scores: Facts) -> list[str]:
     """Values of the card's model-index that are not the measured ones."""
     hub = load()
 
     data: Any = hub.ModelCard(card).data
     results = data.eval_results or []
-    said = {
+    stated = {
         (r.metric_type, r.dataset_config): (r.metric_value, (r.metric_args or {}).get("standard_error"))
         for r in results
     }
     measured = {(METRICS[k][0], n): (r["value"], r["se"]) for k in METRICS for n, r in scores[k].items()}
     return sorted(
         f"{kind} {name}"
-        for kind, name in set(said) | set(measured)
-        if said.get((kind, name)) != measured.get((kind, name))
+        for kind, name in set(stated) | set(measured)
+        if stated.get((kind, name)) != measured.get((kind, name))
     )

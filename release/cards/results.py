@@ -18,7 +18,7 @@ from release.hub.limits import PUBLIC_HUB
 FOLDER = ".eval_results"
 
 
-def place(dataset: str) -> str:
+def results_path(dataset: str) -> str:
     return f"{FOLDER}/{dataset.rpartition('/')[2]}.yaml"
 
 
@@ -27,21 +27,21 @@ def text(model: Facts, dataset: str, version: str) -> str:
     return yaml.safe_dump(_rows(model, dataset, version), sort_keys=False, width=1000)
 
 
-def wrong(folder: Path, model: Facts, dataset: str, version: str | None) -> list[str]:
+def problems(folder: Path, model: Facts, dataset: str, version: str | None) -> list[str]:
     """What of a model repository's file is not measured. version: None if only the repository is known; then the source
     is not compared. A release that is older than such files has none."""
     if not (folder / FOLDER).exists():
         return []
     if not (folder / FOLDER).is_dir():
         return [f"{FOLDER} is a file"]
-    path = place(dataset)
+    path = results_path(dataset)
     present = [file.relative_to(folder).as_posix() for file in (folder / FOLDER).rglob("*")]
     if present != [path]:
         return [f"{FOLDER} holds {', '.join(sorted(present))}, and not {path} alone"]
-    said, measured = yaml.safe_load((folder / path).read_text()), _rows(model, dataset, version or "")
+    stated, measured = yaml.safe_load((folder / path).read_text()), _rows(model, dataset, version or "")
     if version is None:
-        said, measured = _without_source(said), _without_source(measured)
-    return [] if said == measured else [f"{path} is not what was measured"]
+        stated, measured = _without_source(stated), _without_source(measured)
+    return [] if stated == measured else [f"{path} is not what was measured"]
 
 
 def _without_source(rows: Any) -> Any:

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def of_model(folder: Path, model: Mapping[str, Any]) -> dict[str, bytes]:
+def model_plots(folder: Path, model: Mapping[str, Any]) -> dict[str, bytes]:
     """The plots that a model repository carries, by name; none of a model that does not converse.
 
     model: its facts, whose scores are drawn.
     """
-    found = {}
+    plots = {}
     if scores := model["chat"].get("test"):
-        found["inference.png"] = inference(scores)
+        plots["inference.png"] = inference(scores)
     logs = {phase: training.read(path) for phase, path in training.logs(folder).items() if phase == "rlvr"}
     if logs:
-        found["reinforcement.png"] = reinforcement(logs)
-    return found
+        plots["reinforcement.png"] = reinforcement(logs)
+    return plots
 
 
 def inference(scores: Mapping[str, Any], kind: str | None = None) -> bytes:
@@ -41,23 +41,25 @@ def inference(scores: Mapping[str, Any], kind: str | None = None) -> bytes:
     """
 
     def paint(axis: Axes) -> None:
-        for color, (name, found) in zip(_colors(scores), scores.items(), strict=True):
-            part = found["problems_all"] if kind is None else found["problems"][kind]
+        for color, (name, model_scores) in zip(_colors(scores), scores.items(), strict=True):
+            part = model_scores["problems_all"] if kind is None else model_scores["problems"][kind]
             ks = sorted(part["at"], key=int)
-            for what, style in (("pass", "-"), ("maj", "--")):
-                points = [part["at"][k][what] for k in ks]
+            for metric, style in (("pass", "-"), ("maj", "--")):
+                points = [part["at"][k][metric] for k in ks]
                 tokens = [part["at"][k]["tokens"] for k in ks]
                 values, errors = [p["value"] for p in points], [Z95 * p["se"] for p in points]
                 axis.errorbar(
                     tokens, values, errors, color=color, linestyle=style, marker="o", markersize=3, linewidth=1,
-                    elinewidth=0.6, label=f"{name}, {what}@k",
+                    elinewidth=0.6, label=f"{name}, {metric}@k",
                 )  # fmt: skip
             greedy = part["greedy"]
             axis.plot(greedy["tokens"], greedy["accuracy"]["value"], color=color, marker="D", linestyle="none")
         axis.set_xscale("log")
         axis.set_ylim(-0.02, 1.02)
-        of = "all problems" if kind is None else kind
-        _name(axis, f"What more answers are worth: {of} (diamond: greedy)", "generated tokens of a problem", "right")
+        subject = "all problems" if kind is None else kind
+        _label_axes(
+            axis, f"What more answers are worth: {subject} (diamond: greedy)", "generated tokens of a problem", "right"
+        )
 
     return _png(paint)
 
@@ -79,7 +81,7 @@ def reinforcement(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
             values = [x["validation"][kind] for x in measured]
             axis.plot(tokens, values, color=color, marker="o", markersize=3, linewidth=1, label=f"{name}, {kind}")
         axis.set_ylim(-0.02, 1.02)
-        _name(axis, "Validation accuracy of greedy answers", "tokens generated in training", "mean reward")
+        _label_axes(axis, "Validation accuracy of greedy answers", "tokens generated in training", "mean reward")
 
     return _png(paint)
 
@@ -97,22 +99,29 @@ def pretraining(ladder: Mapping[str, Any]) -> bytes:
         axis.plot(curve["flops"], curve["loss"], color="#444444", linewidth=1, label=label)
         sizes = list(dict.fromkeys(run["size"] for run in runs))
         for color, size in zip(_colors(sizes), sizes, strict=True):
-            own = [run for run in runs if run["size"] == size]
-            label = f"{size}, {own[0]['tokens']:,} tokens"
+            size_runs = [run for run in runs if run["size"] == size]
+            label = f"{size}, {size_runs[0]['tokens']:,} tokens"
             axis.plot(
-                [run["flops"] for run in own], [run["loss"] for run in own], "o", color=color, markersize=4, label=label
+                [run["flops"] for run in size_runs],
+                [run["loss"] for run in size_runs],
+                "o",
+                color=color,
+                markersize=4,
+                label=label,
             )
         axis.set_xscale("log")
-        _name(axis, "Held-out loss against compute (band: 90 % of bootstraps)", "training FLOPs", "nats per token")
+        _label_axes(
+            axis, "Held-out loss against compute (band: 90 % of bootstraps)", "training FLOPs", "nats per token"
+        )
 
     return _png(paint)
 
 
-def _colors(of: Mapping[str, Any] | Sequence[Any]) -> list[str]:
-    return [COLORS[n % len(COLORS)] for n in range(len(of))]
+def _colors(series: Mapping[str, Any] | Sequence[Any]) -> list[str]:
+    return [COLORS[n % len(COLORS)] for n in range(len(series))]
 
 
-def _name(axis: Axes, title: str, x: str, y: str) -> None:
+def _label_axes(axis: Axes, title: str, x: str, y: str) -> None:
     axis.set_title(title, loc="left", fontsize=10)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
@@ -131,6 +140,6 @@ def _png(paint: Callable[[Axes], None]) -> bytes:
         figure = Figure(figsize=(7.0, 4.2), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         paint(figure.add_subplot())
-        out = io.BytesIO()
-        figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

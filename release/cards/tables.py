@@ -31,9 +31,9 @@ def titles(models: Iterable[str]) -> dict[str, str]:
 
 def evaluation(scores: Facts) -> list[str]:
     """One row a measure, one column a model: value ± standard error."""
-    phases, last = list(scores), scores[list(scores)[-1]]
-    measures = [("bits_per_byte", source, f"bits per byte, {source}", 4) for source in last["bits_per_byte"]]
-    measures += [("accuracy", task, f"exact match, {task}", 3) for task in last["accuracy"]]
+    phases, last_scores = list(scores), scores[list(scores)[-1]]
+    measures = [("bits_per_byte", source, f"bits per byte, {source}", 4) for source in last_scores["bits_per_byte"]]
+    measures += [("accuracy", task, f"exact match, {task}", 3) for task in last_scores["accuracy"]]
     body = [
         [label, *(with_error(scores[p][kind][key], digits) for p in phases)] for kind, key, label, digits in measures
     ]
@@ -57,11 +57,11 @@ def positions(scores: Facts) -> list[str]:
 
 def passkeys_by_depth(scores: Facts) -> list[str]:
     """Keys that the last model found, by length of the text and how deep in it the key stands (0: at its start)."""
-    found = scores[list(scores)[-1]].get("passkey_by_depth", {})
-    depths = sorted({depth for row in found.values() for depth in row}, key=float)
+    scores_by_length = scores[list(scores)[-1]].get("passkey_by_depth", {})
+    depths = sorted({depth for row in scores_by_length.values() for depth in row}, key=float)
     body = [
         [count(int(length)), *(with_error(row[depth], 3) if depth in row else "" for depth in depths)]
-        for length, row in sorted(found.items(), key=lambda pair: int(pair[0]))
+        for length, row in sorted(scores_by_length.items(), key=lambda pair: int(pair[0]))
     ]
     return table(["tokens of the text", *(f"depth {depth}" for depth in depths)], body) if body else []
 
@@ -80,9 +80,9 @@ def _by_model(scores: Facts, kind: str, head: str, digits: int) -> list[str]:
 
 def samples(scores: Facts) -> list[str]:
     """How much was measured: documents, bytes and problems."""
-    last = scores[list(scores)[-1]]
-    body = [[name, count(r["documents"]), count(r["bytes"]), ""] for name, r in last["bits_per_byte"].items()]
-    body += [[name, "", "", count(r["n"])] for name, r in last["accuracy"].items()]
+    last_scores = scores[list(scores)[-1]]
+    body = [[name, count(r["documents"]), count(r["bytes"]), ""] for name, r in last_scores["bits_per_byte"].items()]
+    body += [[name, "", "", count(r["n"])] for name, r in last_scores["accuracy"].items()]
     return table(["source or task", "held-out documents", "bytes scored", "problems"], body)
 
 
@@ -136,7 +136,7 @@ def sources(data: Facts) -> list[str]:
     return table(["source", "licence", "documents in", "kept", "train", "held out", "bytes kept", "tokens"], body)
 
 
-def evidence_of_licence(data: Facts) -> list[str]:
+def license_evidence(data: Facts) -> list[str]:
     body = [
         [name, ", ".join(row["licences"]), row["origin"], row["licence_evidence"]]
         for name, row in data["sources"].items()
@@ -165,9 +165,9 @@ def order(data: Facts) -> list[str]:
         for part in row["parts"]:
             first, last = part["first_step"], part["last_step"]
             label = phase if len(row["parts"]) == 1 else f"{phase}, steps {count(first)} to {count(last)}"
-            for name, seen in part["by_source"].items():
-                seen_in = [count(seen[key]) for key in ("rows", "tokens", "documents")]
-                body.append([label, count(last - first + 1), name, *seen_in])
+            for name, figures in part["by_source"].items():
+                cells = [count(figures[key]) for key in ("rows", "tokens", "documents")]
+                body.append([label, count(last - first + 1), name, *cells])
     return table(["phase", "steps", "source", "rows that hold it", "tokens predicted", "different documents"], body)
 
 
@@ -205,16 +205,18 @@ def interventions(rows: list[Facts]) -> list[str]:
     """One line for each time that a phase went on from a checkpoint of an earlier run."""
     lines = []
     for row in rows:
-        changes = ", ".join(f"`{name}` {_shown(before)} → {_shown(after)}" for name, before, after in row["changes"])
-        what = f"with other settings: {changes}" if changes else "with the same settings"
+        changes = ", ".join(
+            f"`{name}` {_setting_text(before)} → {_setting_text(after)}" for name, before, after in row["changes"]
+        )
+        settings = f"with other settings: {changes}" if changes else "with the same settings"
         lines.append(
             f"- {row['phase']}: steps {count(row['first'])} to {count(row['step'])} by `{row['by']}`; "
-            f"from step {count(row['step'] + 1)} on {what}."
+            f"from step {count(row['step'] + 1)} on {settings}."
         )
     return lines
 
 
-def _shown(value: Any) -> str:
+def _setting_text(value: Any) -> str:
     """A setting as a recipe has it; one that is not set is the default, or a source that is not read."""
     return "not set" if value is None else str(value)
 

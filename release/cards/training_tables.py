@@ -14,14 +14,15 @@ def experts_by_phase(model: Facts) -> list[str]:
     """One row a phase: how evenly its tokens went to the experts when it ended."""
     body = []
     for phase, log in model["training"].items():
-        found = log["experts"]
-        if found is None:
+        measurement = log["experts"]
+        if measurement is None:
             body.append([phase, "never", *[""] * 5])
             continue
-        busiest = max(max(row) for row in _loads(found))
+        busiest = max(max(row) for row in _loads(measurement))
         body.append([
-            phase, count(found["step"]), f"{busiest - 1:.3f}", f"{sum(found['entropy']) / len(found['entropy']):.3f}",
-            count(len(found["dead"])), count(log["measurements"]), count(log["dropped"]),
+            phase, count(measurement["step"]), f"{busiest - 1:.3f}",
+            f"{sum(measurement['entropy']) / len(measurement['entropy']):.3f}",
+            count(len(measurement["dead"])), count(log["measurements"]), count(log["dropped"]),
         ])  # fmt: skip
     head = ["phase", "last measured at step", "max violation", "mean entropy, nats", "dead experts"]
     return table([*head, "measurements", "assignments dropped in all of them"], body) if body else []
@@ -29,13 +30,13 @@ def experts_by_phase(model: Facts) -> list[str]:
 
 def experts(model: Facts) -> list[str]:
     """One row a layer, of the last measurement of all."""
-    found = last_measurement(model)
-    if found is None:
+    measurement = last_measurement(model)
+    if measurement is None:
         return []
     body = []
-    for row, layer in enumerate(found["layers"]):
-        loads, entropy = _loads(found)[row], found["entropy"][row]
-        dead = [str(expert) for at, expert in found["dead"] if at == layer]
+    for row, layer in enumerate(measurement["layers"]):
+        loads, entropy = _loads(measurement)[row], measurement["entropy"][row]
+        dead = [str(expert) for dead_layer, expert in measurement["dead"] if dead_layer == layer]
         body.append([
             str(layer), f"{min(loads):.3f}", f"{max(loads):.3f}", f"{entropy:.3f}",
             f"{entropy / math.log(len(loads)):.3f}", ", ".join(dead) or "none",
@@ -46,24 +47,24 @@ def experts(model: Facts) -> list[str]:
 
 def verdict(model: Facts) -> list[str]:
     """One sentence: an alarm if the last measurement finds any expert dead."""
-    found = last_measurement(model)
-    if found is None:
+    measurement = last_measurement(model)
+    if measurement is None:
         return ["Where the routers sent the tokens was not measured."] if model["training"] else []
-    total, dead = sum(len(row) for row in found["share"]), len(found["dead"])
+    total, dead = sum(len(row) for row in measurement["share"]), len(measurement["dead"])
     if not dead:
         return [f"None of the {count(total)} experts was dead at the last measurement."]
-    be, they = ("is", "it") if dead == 1 else ("are", "them")
+    verb, pronoun = ("is", "it") if dead == 1 else ("are", "them")
     return [
-        f"**Alarm: {count(dead)} of {count(total)} experts {be} dead.** At step {count(found['step'])} of "
-        f"{found['phase']}, the last one measured, hardly any token was sent to {they}; the table by layer names "
-        f"{they}. These weights take memory and do next to nothing."
+        f"**Alarm: {count(dead)} of {count(total)} experts {verb} dead.** At step {count(measurement['step'])} of "
+        f"{measurement['phase']}, the last one measured, hardly any token was sent to {pronoun}; the table by layer "
+        f"names {pronoun}. These weights take memory and do next to nothing."
     ]
 
 
 def last_measurement(model: Facts) -> Facts | None:
     """The last measurement of the last phase that has one, with its `phase`."""
-    found = [{"phase": phase, **log["experts"]} for phase, log in model["training"].items() if log["experts"]]
-    return found[-1] if found else None
+    measurements = [{"phase": phase, **log["experts"]} for phase, log in model["training"].items() if log["experts"]]
+    return measurements[-1] if measurements else None
 
 
 def spikes(model: Facts) -> list[str]:
@@ -72,19 +73,19 @@ def spikes(model: Facts) -> list[str]:
     for phase, log in model["training"].items():
         for spike in log["spikes"]:
             documents = len(spike["documents"])
-            held = f"{count(documents)} document{'s' if documents != 1 else ''}"
+            batch_size = f"{count(documents)} document{'s' if documents != 1 else ''}"
             lines.append(
                 f"- {phase}, step {count(spike['step'])}: {spike['reason']}; action {spike['action']}: "
-                f"{_left_out(spike['excluded'])}; the batch that spiked held {held}."
+                f"{_skipped_steps(spike['excluded'])}; the batch that spiked held {batch_size}."
             )
         if log["excluded"]:
-            lines.append(f"- {phase}: {_left_out(log['excluded'])}, because the recipe says so.")
+            lines.append(f"- {phase}: {_skipped_steps(log['excluded'])}, because the recipe says so.")
         if not log["spikes"] and not log["excluded"]:
             lines.append(f"- {phase}, steps {count(log['first'])} to {count(log['last'])}: no step was skipped.")
     return lines
 
 
-def _left_out(numbers: list[int]) -> str:
+def _skipped_steps(numbers: list[int]) -> str:
     """Which steps moved no weight: `steps 3 to 5, 9 moved no weight`."""
     spans: list[list[int]] = []
     for number in sorted(numbers):
@@ -92,10 +93,10 @@ def _left_out(numbers: list[int]) -> str:
             spans[-1] = [spans[-1][0], number]
         else:
             spans.append([number])
-    named = ", ".join(" to ".join(map(count, span)) for span in spans)
-    return f"step{'s' if len(numbers) > 1 else ''} {named} moved no weight"
+    steps = ", ".join(" to ".join(map(count, span)) for span in spans)
+    return f"step{'s' if len(numbers) > 1 else ''} {steps} moved no weight"
 
 
-def _loads(found: Facts) -> list[list[float]]:
+def _loads(measurement: Facts) -> list[list[float]]:
     """Each expert's tokens by layer, 1 being a fair share."""
-    return [[share * len(row) for share in row] for row in found["share"]]
+    return [[share * len(row) for share in row] for row in measurement["share"]]

@@ -32,8 +32,8 @@ def skipped(part: str, schema: int) -> str | None:
     return None
 
 
-def comparable(shown: Mapping[str, T], schema: int) -> tuple[dict[str, T], dict[str, str]]:
+def comparable(tables: Mapping[str, T], schema: int) -> tuple[dict[str, T], dict[str, str]]:
     """Of rendered tables, those that a card of that schema must hold; and those that are not compared, with reasons."""
-    expected = {name: lines for name, lines in shown.items() if ADDED.get(name, 0) <= schema}
-    reasons = {name: why for name in expected if (why := skipped(name, schema))}
+    expected = {name: lines for name, lines in tables.items() if ADDED.get(name, 0) <= schema}
+    reasons = {name: reason for name in expected if (reason := skipped(name, schema))}
     return {name: lines for name, lines in expected.items() if name not in reasons}, reasons

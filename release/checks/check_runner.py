@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.core.errors import CheckFailed
 from release.checks import confine, registry, table_sizes
 from release.checks.confine import Budget
-from release.checks.verdict import Check, Wrong, answer
+from release.checks.verdict import Check, Problems, answer
 from release.tree import Tree, real_bytes
 
 SECONDS, MEMORY = 5.0, 192 << 20
@@ -40,15 +40,15 @@ class Reads:
 NOTHING_LARGE = Reads()
 
 
-def ask(name: str, question: Callable[[], Wrong | registry.Findings]) -> Check:
+def run_check(name: str, question: Callable[[], Problems | registry.Findings]) -> Check:
     """The answer to a question about files that may hold anything."""
     try:
         findings = question()
         if not isinstance(findings, registry.Findings):
             return answer(name, findings)
-        wrong, skipped = findings.wrong, [f"skipped: {why}" for _, why in sorted(findings.skipped.items())]
-        ok = not wrong if wrong or findings.compared else None
-        return Check(name, ok, wrong[0] if wrong else findings.detail, wrong, skipped)
+        problems, skipped = findings.problems, [f"skipped: {reason}" for _, reason in sorted(findings.skipped.items())]
+        ok = not problems if problems or findings.compared else None
+        return Check(name, ok, problems[0] if problems else findings.detail, problems, skipped)
     except ImportError as error:
         return Check(name, None, f"not asked, since it needs {error.name or error}; install atom-release[train]")
     except CheckFailed as error:
@@ -88,17 +88,17 @@ class CheckRunner:
         if self.spent:
             return Check(name, None, f"not asked, since {self.spent}")
         try:
-            return Check(**self._confined(lambda: asdict(question()), self._allowance(reads)))
+            return Check(**self._run_confined(lambda: asdict(question()), self._allowance(reads)))
         except CheckFailed as error:
             self.spent = f"{name} took all the time or memory that there is"
             return answer(name, [f"cannot be checked: it {error}"])
 
-    def _confined(self, call: Callable[[], Any], own: Budget) -> Any:
-        """What `call` returns. own: what it may take besides what all share. Raises CheckFailed if it takes more."""
+    def _run_confined(self, call: Callable[[], Any], budget: Budget) -> Any:
+        """What `call` returns. budget: what it may take besides what all share. Raises CheckFailed if it takes more."""
         if self.seconds <= 0:
             raise CheckFailed(f"comes after checks that took {SECONDS:.0f} s of processor time")
-        result, took = confine.run(call, Budget(MEMORY + own.memory, self.seconds + own.seconds))
-        self.seconds -= max(0.0, took - own.seconds)
+        result, seconds = confine.run(call, Budget(MEMORY + budget.memory, self.seconds + budget.seconds))
+        self.seconds -= max(0.0, seconds - budget.seconds)
         return result
 
     def check_tables(self) -> Iterator[Check]:
@@ -108,7 +108,7 @@ class CheckRunner:
         if not paths or self.spent:
             return
         try:
-            body = self._confined(lambda: table_sizes.sizes(self.folder, paths), Budget(0, 0))
+            body = self._run_confined(lambda: table_sizes.sizes(self.folder, paths), Budget(0, 0))
         except CheckFailed as error:
             self.spent = "tables took all the time or memory that there is"
             yield answer("tables", [f"cannot be checked: it {error}"])

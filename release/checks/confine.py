@@ -68,7 +68,7 @@ def run(call: Callable[[], Any], budget: Budget) -> tuple[Any, float]:
 def _receive(descriptor: int, deadline: float) -> bytes | None:
     """All that the child sends; None if it does not end in time."""
     parts: list[bytes] = []
-    while (left := deadline - time.monotonic()) > 0 and select.select([descriptor], [], [], left)[0]:
+    while (remaining := deadline - time.monotonic()) > 0 and select.select([descriptor], [], [], remaining)[0]:
         part = os.read(descriptor, 1 << 16)
         if not part:
             return b"".join(parts)
@@ -113,10 +113,10 @@ def set_limits(budget: Budget) -> None:
     seconds = max(1, round(budget.seconds + time.process_time()))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-    most = _data_bytes() + budget.memory
+    data_limit = _data_bytes() + budget.memory
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    data_limit = data_limit if hard == resource.RLIM_INFINITY else min(data_limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
 
 
 def _data_bytes() -> int:

@@ -47,25 +47,25 @@ def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
     and its evidence hold.
     """
     modes = keeps_modes(folder)
-    wrong = []
+    problems = []
     for path, status in sorted(files.items()):
         if path.startswith(".cache/"):
             continue
         source = archive and path.startswith("code/")
         try:
-            wrong += [f"{path} {text}" for text in _wrong(folder / path, path, status, source)]
+            problems += [f"{path} {text}" for text in _file_problems(folder / path, path, status, source)]
         except CheckFailed as error:
-            wrong.append(f"{path}: {error}")
+            problems.append(f"{path}: {error}")
         if modes and status.st_mode & 0o111 and not source:
-            wrong.append(f"{path} may be executed; a release holds no programs")
-    return wrong
+            problems.append(f"{path} may be executed; a release holds no programs")
+    return problems
 
 
-def _wrong(file: Path, path: str, status: Any, source: bool) -> Iterator[str]:
+def _file_problems(file: Path, path: str, status: Any, source: bool) -> Iterator[str]:
     """What is wrong with one file. Raises CheckFailed if it cannot be read."""
     suffix, name = file.suffix.lower(), file.name
-    with untrusted.open_regular(file, follow=True) as opened:
-        start = opened.read(16)
+    with untrusted.open_regular(file, follow=True) as stream:
+        start = stream.read(16)
     pickled = start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5")
     if suffix in PICKLES or pickled or start.startswith(b"PK\3\4"):
         yield "is, or may be, a pickle, which runs code when it is loaded; a release holds none"
@@ -73,9 +73,9 @@ def _wrong(file: Path, path: str, status: Any, source: bool) -> Iterator[str]:
     if suffix in (".py", ".pyc", ".pyo", ".pyd", ".so", ".sh") and not (source and suffix in SOURCES):
         yield f"is code beside data or weights, {RUNS}" if not source else f"is compiled code, {RUNS}"
         return
-    what = next((what for magic, what in MAGIC.items() if start.startswith(magic)), None)
-    if what and not (source and what == "a script"):
-        yield f"is {what} by its first bytes, {RUNS}"
+    kind = next((kind for magic, kind in MAGIC.items() if start.startswith(magic)), None)
+    if kind and not (source and kind == "a script"):
+        yield f"is {kind} by its first bytes, {RUNS}"
         return
     allowed = suffix in TEXTS or suffix in TABLES or name in NAMES
     if not (allowed or (source and (suffix in SOURCES or not suffix))):
@@ -88,28 +88,28 @@ def _wrong(file: Path, path: str, status: Any, source: bool) -> Iterator[str]:
         data = untrusted.read(file, TEXT_BYTES, follow=True)
         if suffix == ".json" and not source:
             yield from _names_code(data, name)
-        elif CONTROLS.search(data) and not _shows_samples_as_drawn(file):
+        elif CONTROLS.search(data) and not _has_unescaped_samples(file):
             yield "is a text with characters that no text has"
 
 
-def _shows_samples_as_drawn(card: Path) -> bool:
+def _has_unescaped_samples(card: Path) -> bool:
     """Whether a file is a card of a version that showed what a model wrote as it was, whatever bytes that were."""
     return card.name == schema.CARD and schema.stated(card.parent).cards < versions.ESCAPED
 
 
 def _names_code(data: bytes, name: str) -> Iterator[str]:
     """Whether JSON names code to load a model with, at any depth and however it is spelled."""
-    waiting = [untrusted.parse_json(data, name)]
-    while waiting:
-        value = waiting.pop()
+    pending = [untrusted.parse_json(data, name)]
+    while pending:
+        value = pending.pop()
         if isinstance(value, dict):
             for key in CODE_KEYS:
                 if key in value:
                     yield f"names code to load a model with ({key}); a release needs none"
                     return
-            waiting.extend(value.values())
+            pending.extend(value.values())
         elif isinstance(value, list):
-            waiting.extend(value)
+            pending.extend(value)
 
 
 def templates(folder: Path) -> dict[str, str]:

@@ -54,38 +54,50 @@ class Context:
 
 
 def export_parity(c: Context) -> Gate:
-    worst = {}
+    deltas = {}
     for path in sorted((c.folder / "evidence/parity").glob("*.json")):
-        found = metrics.read_json(path)
-        worst[path.stem] = found["max_abs_logit_delta"]
-        if not found["max_abs_logit_delta"] < found["tolerance"]:
-            text = f"export-{path.stem} differs by {found['max_abs_logit_delta']:.3g}, tolerance {found['tolerance']:g}"
+        parity = metrics.read_json(path)
+        deltas[path.stem] = parity["max_abs_logit_delta"]
+        if not parity["max_abs_logit_delta"] < parity["tolerance"]:
+            text = (
+                f"export-{path.stem} differs by {parity['max_abs_logit_delta']:.3g}, tolerance {parity['tolerance']:g}"
+            )
             return Gate("export_parity", False, f"{text}; the export is not the trained model, do not publish it")
-    if missing := [name for name in models_of(c.release["nodes"]) if name not in worst]:
+    if missing := [name for name in models_of(c.release["nodes"]) if name not in deltas]:
         return Gate("export_parity", False, f"parity is not known for {missing[0]}; run its export again")
-    return Gate("export_parity", True, ", ".join(f"{k} max |Δ| {worst[k]:.3g}" for k in sorted(worst, key=when)))
+    return Gate("export_parity", True, ", ".join(f"{k} max |Δ| {deltas[k]:.3g}" for k in sorted(deltas, key=when)))
 
 
 def reload(c: Context) -> list[Gate]:
     """Every model loads in a fresh interpreter with plain transformers, and its chat template round-trips."""
-    said: list[str] = []
+    problems: list[str] = []
     folders = list(c.models)
     loaded = c.loaded or run_reload([c.folder / name for name in folders])
-    for folder, found in zip(folders, loaded, strict=True):
-        said += [f"{folder}: {problem}" for problem in found["problems"]]
-        if found["parameters"] not in (None, c.models[folder]["parameters"]["total"]):
-            said.append(f"{folder}: transformers counts {found['parameters']} parameters, the file holds others")
-    chat = [text for text in said if "template" in text or "token" in text or "generation prompt" in text]
-    rest = [text for text in said if text not in chat]
+    for folder, report in zip(folders, loaded, strict=True):
+        problems += [f"{folder}: {problem}" for problem in report["problems"]]
+        if report["parameters"] not in (None, c.models[folder]["parameters"]["total"]):
+            problems.append(f"{folder}: transformers counts {report['parameters']} parameters, the file holds others")
+    template_problems = [
+        text for text in problems if "template" in text or "token" in text or "generation prompt" in text
+    ]
+    loading_problems = [text for text in problems if text not in template_problems]
     advice = "; fix the export or tokenizer stage and run again"
     return [
-        Gate("reload_in_transformers", not rest, (rest[0] + advice) if rest else "every model loads, finite logits"),
-        Gate("chat_template_round_trip", not chat, (chat[0] + advice) if chat else "text, tokens and markers survive"),
+        Gate(
+            "reload_in_transformers",
+            not loading_problems,
+            (loading_problems[0] + advice) if loading_problems else "every model loads, finite logits",
+        ),
+        Gate(
+            "chat_template_round_trip",
+            not template_problems,
+            (template_problems[0] + advice) if template_problems else "text, tokens and markers survive",
+        ),
     ]
 
 
 def run_reload(folders: list[Path], limits: tuple[int, int] | None = None) -> list[dict[str, Any]]:
-    """The judgement of `load_check.py` on each model folder, from one fresh interpreter.
+    """The judgment of `load_check.py` on each model folder, from one fresh interpreter.
 
     limits: bytes of memory and seconds of processor time that a stranger's models may take once the libraries are
     loaded.
@@ -94,31 +106,33 @@ def run_reload(folders: list[Path], limits: tuple[int, int] | None = None) -> li
     command += [] if limits is None else [f"--memory={limits[0]}", f"--seconds={limits[1]}"]
     command += [str(folder.resolve()) for folder in folders]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=RELOAD_SECONDS)
+        process = subprocess.run(
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=RELOAD_SECONDS
+        )
     except subprocess.TimeoutExpired:
-        said = f"loading did not end within {RELOAD_SECONDS:.0f} s"
-        return [{"problems": [said], "parameters": None, "goldens": {}}] * len(folders)
-    found = [
-        json.loads(line.removeprefix("RELOAD ")) for line in done.stdout.splitlines() if line.startswith("RELOAD ")
+        timeout_message = f"loading did not end within {RELOAD_SECONDS:.0f} s"
+        return [{"problems": [timeout_message], "parameters": None, "goldens": {}}] * len(folders)
+    reports = [
+        json.loads(line.removeprefix("RELOAD ")) for line in process.stdout.splitlines() if line.startswith("RELOAD ")
     ]
-    if len(found) != len(folders):
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        if limits is not None and done.returncode < 0:
-            last = f"it takes more than {limits[0] >> 20} MB of memory or {limits[1]} s of processor time"
-        return [{"problems": [f"transformers cannot load it: {last}"], "parameters": None, "goldens": {}}] * len(
+    if len(reports) != len(folders):
+        last_line = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        if limits is not None and process.returncode < 0:
+            last_line = f"it takes more than {limits[0] >> 20} MB of memory or {limits[1]} s of processor time"
+        return [{"problems": [f"transformers cannot load it: {last_line}"], "parameters": None, "goldens": {}}] * len(
             folders
         )
-    return found
+    return reports
 
 
 def ledger_closed(c: Context) -> Gate:
     """Every file comes from an artifact with a statement, or is the build's own and listed as such."""
     origins = metrics.read_json(c.folder / ORIGINS)
     paths = files_below(c.folder)
-    wrong = [f"{path} has no origin" for path in unexplained(c.folder, origins, paths)]
-    wrong += registry.manifests(c.folder) + registry.origins(c.folder) + registry.statements(c.folder)
-    if wrong:
-        return Gate("ledger_closed", False, f"{wrong[0]}; run the stage again so that it is stated, then build")
+    problems = [f"{path} has no origin" for path in unexplained(c.folder, origins, paths)]
+    problems += registry.manifests(c.folder) + registry.origins(c.folder) + registry.statements(c.folder)
+    if problems:
+        return Gate("ledger_closed", False, f"{problems[0]}; run the stage again so that it is stated, then build")
     copies = sum("artifact" in origin for origin in origins.values())
     return Gate(
         "ledger_closed",
@@ -127,33 +141,35 @@ def ledger_closed(c: Context) -> Gate:
     )
 
 
-def licences_known(c: Context) -> Gate:
-    bad = sorted(
+def licenses_known(c: Context) -> Gate:
+    unlicensed = sorted(
         n
         for n, row in c.data["sources"].items()
-        if any((x or "").lower() in registry.UNKNOWN_LICENCES for x in row["licences"])
+        if any((x or "").lower() in registry.UNKNOWN_LICENSES for x in row["licences"])
     )
-    if bad:
+    if unlicensed:
         return Gate(
-            "licences_known", False, f"source {bad[0]} has documents of unknown licence; name it in the data recipe"
+            "licences_known",
+            False,
+            f"source {unlicensed[0]} has documents of unknown licence; name it in the data recipe",
         )
-    said = sorted({licence for row in c.data["sources"].values() for licence in row["licences"]})
-    return Gate("licences_known", True, f"every document has a licence: {', '.join(said)}")
+    licenses = sorted({license for row in c.data["sources"].values() for license in row["licences"]})
+    return Gate("licences_known", True, f"every document has a licence: {', '.join(licenses)}")
 
 
 def counts_balance(c: Context) -> Gate:
-    wrong = registry.dispositions(c.folder / "dataset")
+    problems = registry.dispositions(c.folder / "dataset")
     total = sum(row["documents_in"] for row in c.data["sources"].values())
     kept = sum(row["kept"] for row in c.data["sources"].values())
     detail = f"{total} documents in = {kept} kept + {total - kept} removed"
-    return Gate("counts_balance", not wrong, f"{wrong[0]}; curation is at fault" if wrong else detail)
+    return Gate("counts_balance", not problems, f"{problems[0]}; curation is at fault" if problems else detail)
 
 
 def checkpoints_and_order(c: Context) -> Gate:
     rows = metrics.checkpoint_facts(c.folder / "checkpoints")
     for phase in phases_of(c.release["nodes"]):
-        own = [row for row in rows if row["phase"] == phase]
-        if not own:
+        phase_rows = [row for row in rows if row["phase"] == phase]
+        if not phase_rows:
             return Gate(
                 "checkpoints_and_order", False, f"no checkpoint of {phase}; set {phase}.release_checkpoint_interval"
             )
@@ -165,8 +181,8 @@ def checkpoints_and_order(c: Context) -> Gate:
         if parts[0]["first_step"] != 1:
             text = f"the order of {phase} begins with step {parts[0]['first_step']}"
             return Gate("checkpoints_and_order", False, f"{text}; the order that the checkpoint followed is missing")
-        if own[-1]["step"] != steps:
-            text = f"the last checkpoint of {phase} is step {own[-1]['step']}, the order has {steps} steps"
+        if phase_rows[-1]["step"] != steps:
+            text = f"the last checkpoint of {phase} is step {phase_rows[-1]['step']}, the order has {steps} steps"
             return Gate("checkpoints_and_order", False, f"{text}; finish the training stage")
     return Gate("checkpoints_and_order", True, f"{len(rows)} checkpoints; order of {', '.join(c.data['order'])}")
 
@@ -182,30 +198,30 @@ def learning(c: Context) -> list[Gate]:
     def accuracy(phase: metrics.Facts) -> float:
         return float(phase["accuracy_all"]["value"])
 
-    read = {ALL, *_read(c, "pretrain")}
-    learned = _changes(_bits(init), _bits(base), read)
-    read_by_now = read | _read(c, "midtrain")
-    kept = _changes(_bits(base), _bits(mid), read_by_now)
-    lost = _certain(kept, base, mid)
+    pretrain_sources = {ALL, *_sources_read(c, "pretrain")}
+    pretrain_changes = _changes(_bits(init), _bits(base), pretrain_sources)
+    sources_so_far = pretrain_sources | _sources_read(c, "midtrain")
+    midtrain_changes = _changes(_bits(base), _bits(mid), sources_so_far)
+    significant_rises = _significant_rises(midtrain_changes, base, mid)
     gain, needed = accuracy(mid) - accuracy(base), c.evaluation["min_accuracy_gain"]
     allowed = c.evaluation["bits_per_byte_tolerance"]
     raised, errors = gain > needed, [phase["accuracy_all"]["se"] for phase in (base, mid)]
-    said = [
-        f"bits per byte {_said(learned)}",
+    details = [
+        f"bits per byte {_changes_text(pretrain_changes)}",
         f"accuracy {accuracy(base):.3f} ± {errors[0]:.3f} → {accuracy(mid):.3f} ± {errors[1]:.3f}, "
         f"a gain of more than {needed:g} is demanded",
-        f"bits per byte {_said(kept)}, at most {allowed:g} may be lost on each{BEYOND}",
+        f"bits per byte {_changes_text(midtrain_changes)}, at most {allowed:g} may be lost on each{BEYOND}",
     ]
     names = ("pretraining_lowers_bits_per_byte", "midtraining_raises_accuracy", "midtraining_keeps_bits_per_byte")
-    lowered, no_loss = max(_rises(learned)) < 0, max(lost) <= allowed
-    holds, where = (lowered, raised, no_loss), ("pretrain", "midtrain", "midtrain")
+    lowered, no_loss = max(_rises(pretrain_changes)) < 0, max(significant_rises) <= allowed
+    passed, sections = (lowered, raised, no_loss), ("pretrain", "midtrain", "midtrain")
     return [
         Gate(name, ok, text if ok else f"{text}; change the recipe's {section} section and run again")
-        for name, ok, text, section in zip(names, holds, said, where, strict=True)
+        for name, ok, text, section in zip(names, passed, details, sections, strict=True)
     ]
 
 
-def _read(c: Context, phase: str) -> set[str]:
+def _sources_read(c: Context, phase: str) -> set[str]:
     """The sources that a phase read."""
     parts = c.data["order"].get(phase, {}).get("parts", ())
     return {source for part in parts for source in part["by_source"]}
@@ -220,19 +236,19 @@ def long_context(c: Context) -> list[Gate]:
     long = [model for model in scores if model.startswith("long")]
     if not long:
         return []
-    allowed, said, worst = c.evaluation["bits_per_byte_tolerance"], [], -math.inf
+    allowed, details, worst = c.evaluation["bits_per_byte_tolerance"], [], -math.inf
     for model in long:
-        named = {ALL}.union(*(_read(c, phase) for phase in c.data["order"] if when(phase) < when("sft")))
-        kept = _changes(_bits(scores["mid"]), _bits(scores[model]), named)
-        said.append(f"{model}: bits per byte {_said(kept)}")
-        worst = max(worst, *_certain(kept, scores["mid"], scores[model]))
+        sources = {ALL}.union(*(_sources_read(c, phase) for phase in c.data["order"] if when(phase) < when("sft")))
+        bits_changes = _changes(_bits(scores["mid"]), _bits(scores[model]), sources)
+        details.append(f"{model}: bits per byte {_changes_text(bits_changes)}")
+        worst = max(worst, *_significant_rises(bits_changes, scores["mid"], scores[model]))
         # of one text both models see as much up to mid-training's context, where bits per byte let the longer see more
-        near = [_short(scores[name].get("loss_by_position", {}), c) for name in ("mid", model)]
-        if any(near):
-            changes = _changes(near[0], near[1], {*near[0], *near[1]})
-            said.append(f"bits per token by position {_said(changes)}")
+        short_losses = [_short_position_losses(scores[name].get("loss_by_position", {}), c) for name in ("mid", model)]
+        if any(short_losses):
+            changes = _changes(short_losses[0], short_losses[1], {*short_losses[0], *short_losses[1]})
+            details.append(f"bits per token by position {_changes_text(changes)}")
             worst = max(worst, *_rises(changes))
-    text, ok = f"{'; '.join(said)}; at most {allowed:g} may be lost on each{BEYOND}", worst <= allowed
+    text, ok = f"{'; '.join(details)}; at most {allowed:g} may be lost on each{BEYOND}", worst <= allowed
     advice = "; change the recipe's long_context section and run again"
     gates = [Gate("longcontext_keeps_bits_per_byte", ok, text if ok else text + advice)]
     if any("passkey" in scores[model] for model in ("mid", long[-1])):
@@ -241,7 +257,7 @@ def long_context(c: Context) -> list[Gate]:
     return gates
 
 
-def _short(by_position: metrics.Facts, c: Context) -> dict[str, float]:
+def _short_position_losses(by_position: metrics.Facts, c: Context) -> dict[str, float]:
     """The loss at positions within mid-training's context."""
     context = metrics.context_of(metrics.checkpoint_facts(c.folder / "checkpoints"), "midtrain")
     return {name: float(row["value"]) for name, row in by_position.items() if int(name.split("-")[1]) < context}
@@ -255,16 +271,16 @@ def _passkeys(c: Context, before: metrics.Facts, after: metrics.Facts) -> tuple[
         return False, f"no passkey was asked for beyond the {context} tokens of mid-training"
     if missing := [length for length in lengths if length not in before or length not in after]:
         return False, f"passkeys of {missing[0]} tokens were asked of one model only"
-    found = [sum(rows[k]["value"] * rows[k]["n"] for k in lengths) / sum(rows[k]["n"] for k in lengths)
+    recall = [sum(rows[k]["value"] * rows[k]["n"] for k in lengths) / sum(rows[k]["n"] for k in lengths)
              for rows in (before, after)]  # fmt: skip
-    text = f"keys found in more than {context} tokens: {found[0]:.3f} → {found[1]:.3f} ({', '.join(lengths)} tokens)"
-    return found[1] > found[0], text
+    text = f"keys found in more than {context} tokens: {recall[0]:.3f} → {recall[1]:.3f} ({', '.join(lengths)} tokens)"
+    return recall[1] > recall[0], text
 
 
 def _bits(scores: metrics.Facts) -> dict[str, float]:
     """Bits per byte over all held-out text, and of each source."""
-    every = {name: float(row["value"]) for name, row in sorted(scores["bits_per_byte"].items())}
-    return {ALL: float(scores["bits_per_byte_all"]["value"]), **every}
+    by_source = {name: float(row["value"]) for name, row in sorted(scores["bits_per_byte"].items())}
+    return {ALL: float(scores["bits_per_byte_all"]["value"]), **by_source}
 
 
 def _changes(before: dict[str, float], after: dict[str, float], names: set[str]) -> dict[str, tuple[float, float]]:
@@ -280,49 +296,51 @@ def _rise(pair: tuple[float, float]) -> float:
     return rise if math.isfinite(rise) else math.inf
 
 
-def _certain(changes: dict[str, tuple[float, float]], before: metrics.Facts, after: metrics.Facts) -> list[float]:
+def _significant_rises(
+    changes: dict[str, tuple[float, float]], before: metrics.Facts, after: metrics.Facts
+) -> list[float]:
     """The part of each rise in bits per byte that is no chance of the held-out documents: a small source has few of
     them, and one bound for all would ask of it what its figures cannot tell."""
-    out = []
+    rises = []
     for name, pair in changes.items():
         rows = [s["bits_per_byte_all"] if name == ALL else s["bits_per_byte"].get(name) for s in (before, after)]
         chance = SURE * math.hypot(*(row["se"] for row in rows)) if all(rows) else 0.0
-        out.append(_rise(pair) - chance)
-    return out
+        rises.append(_rise(pair) - chance)
+    return rises
 
 
 def _rises(changes: dict[str, tuple[float, float]]) -> list[float]:
     return [_rise(pair) for pair in changes.values()]
 
 
-def _said(changes: dict[str, tuple[float, float]]) -> str:
+def _changes_text(changes: dict[str, tuple[float, float]]) -> str:
     return ", ".join(f"{name} {before:.4f} → {after:.4f}" for name, (before, after) in changes.items())
 
 
 def cards(c: Context) -> Gate:
     """Rendering the cards again from the published files gives the same bytes, and their scores are as measured."""
-    wrong = registry.cards(c.folder).wrong
+    problems = registry.cards(c.folder).problems
     for folder, model in c.models.items():
         if (c.folder / folder / "README.md").read_text() != render.model_card(
             folder, c.release, model, c.data, c.interventions, c.costs
         ):
-            wrong.append(f"{folder}/README.md is not what the artifacts give")
+            problems.append(f"{folder}/README.md is not what the artifacts give")
         if (c.folder / folder / plot.NAME).read_bytes() != plot.draw(c.folder / folder):
-            wrong.append(f"{folder}/{plot.NAME} is not what the logs of training give")
+            problems.append(f"{folder}/{plot.NAME} is not what the logs of training give")
     if (c.folder / "dataset/README.md").read_text() != render.data_card(c.release, c.data, c.canary):
-        wrong.append("dataset/README.md is not what the artifacts give")
+        problems.append("dataset/README.md is not what the artifacts give")
     return Gate(
         "card_numbers",
-        not wrong,
-        f"{wrong[0]}; build again" if wrong else "every table and score equals the artifacts'",
+        not problems,
+        f"{problems[0]}; build again" if problems else "every table and score equals the artifacts'",
     )
 
 
 def described(c: Context) -> Gate:
     """mlcroissant finds no error in the description of the data, and loads records by it."""
-    wrong = croissant.problems(c.folder / "dataset" / croissant.NAME)
-    found = f"{wrong[0]}; fix release/cards/croissant.py" if wrong else "croissant.json: no error, records load"
-    return Gate("croissant", not wrong, found)
+    problems = croissant.problems(c.folder / "dataset" / croissant.NAME)
+    detail = f"{problems[0]}; fix release/cards/croissant.py" if problems else "croissant.json: no error, records load"
+    return Gate("croissant", not problems, detail)
 
 
 def no_secrets(c: Context) -> Gate:
@@ -337,7 +355,7 @@ def no_secrets(c: Context) -> Gate:
 
 def run_all(c: Context) -> list[Gate]:
     return [
-        export_parity(c), *reload(c), ledger_closed(c), licences_known(c), counts_balance(c), checkpoints_and_order(c),
+        export_parity(c), *reload(c), ledger_closed(c), licenses_known(c), counts_balance(c), checkpoints_and_order(c),
         *learning(c), *long_context(c), *post_training(c), cards(c), described(c), no_secrets(c),
     ]  # fmt: skip
 

@@ -11,7 +11,7 @@ from pipeline.core.errors import CheckFailed
 from release import untrusted
 from release.checks import confine
 from release.checks.confine import Budget
-from release.checks.verdict import Check, Wrong, answer
+from release.checks.verdict import Check, Problems, answer
 from release.layout import (
     ALL_SUMS,
     MODEL,
@@ -64,16 +64,16 @@ def kind_of(folder: Path) -> str:
 def parts_of(folder: Path) -> list[str]:
     """What lies in a folder that only a release has beside its root: models, dataset, checkpoints."""
     with os.scandir(folder) as entries:
-        own = islice(entries, MOST_ENTRIES)  # whose overflow `scan` reports
-        names = sorted(e.name for e in own if e.is_dir(follow_symlinks=False) or e.is_symlink())
+        first_entries = islice(entries, MOST_ENTRIES)  # whose overflow `scan` reports
+        names = sorted(e.name for e in first_entries if e.is_dir(follow_symlinks=False) or e.is_symlink())
     return [name for name in names if name in PARTS or name.startswith(f"{MODEL}-")]
 
 
-def shows_release(folder: Path) -> bool:
+def looks_like_release(folder: Path) -> bool:
     """Whether a folder is, or once was, of a release: then a missing checksum file is a finding, not a wrong name."""
-    if os.path.lexists(folder / SUMS) or any(os.path.lexists(folder / mark) for mark in SIGNS):
+    if os.path.lexists(folder / SUMS) or any(os.path.lexists(folder / marker) for marker in SIGNS):
         return True
-    if any(os.path.lexists(folder / part / mark) for part in parts_of(folder) for mark in (SUMS, "config.json")):
+    if any(os.path.lexists(folder / part / marker) for part in parts_of(folder) for marker in (SUMS, "config.json")):
         return True
     if os.path.lexists(folder / "state.json") and any(folder.glob("*.safetensors")):
         return True
@@ -87,33 +87,35 @@ def shows_release(folder: Path) -> bool:
 class Checksums:
     """The checksum files of a folder, each read once, within limits on all of them.
 
-    rows: {name: {path: sha256}}, of those that can be read; wrong: {name: a sentence}, of those that cannot; overflow:
-    a sentence, where they are more than any release has.
+    rows: {name: {path: sha256}}, of those that can be read; problems: {name: a sentence}, of those that cannot;
+    overflow: a sentence, where they are more than any release has.
     """
 
     def __init__(self, folder: Path) -> None:
         self.rows: dict[str, dict[str, str]] = {}
-        self.wrong: dict[str, str] = {}
+        self.problems: dict[str, str] = {}
         self.overflow = ""
         size = lines = 0
         for name in _sums_files(folder):
-            own = _size(folder, name)
-            size += own if own <= SUMS_BYTES else 0  # a larger one is not read
+            file_size = _size(folder, name)
+            size += file_size if file_size <= SUMS_BYTES else 0  # a larger one is not read
             if size <= SUMS_BYTES:
                 try:
                     self.rows[name] = read_sums(folder / name, name)
                 except CheckFailed as error:
-                    self.wrong[name] = str(error)
+                    self.problems[name] = str(error)
             lines += len(self.rows.get(name, ()))
             if size > SUMS_BYTES or lines > SUMS_LINES:
-                most = f"{SUMS_BYTES >> 20} MB and {SUMS_LINES} lines"
-                self.overflow = f"the checksum files up to {name} have more than {most}, which is the most that is read"
+                limits = f"{SUMS_BYTES >> 20} MB and {SUMS_LINES} lines"
+                self.overflow = (
+                    f"the checksum files up to {name} have more than {limits}, which is the most that is read"
+                )
                 return
 
     def read(self, name: str) -> dict[str, str]:
         """{path: sha256} of one of them. Raises CheckFailed if it is missing or damaged."""
         if name not in self.rows:
-            raise CheckFailed(self.wrong.get(name, f"{name} is missing"))
+            raise CheckFailed(self.problems.get(name, f"{name} is missing"))
         return self.rows[name]
 
     def listed(self) -> set[str]:
@@ -128,8 +130,8 @@ def _sums_files(folder: Path) -> list[str]:
     checkpoints = folder / "checkpoints"
     if checkpoints.is_dir() and not checkpoints.is_symlink():
         with os.scandir(checkpoints) as entries:
-            own = (entry.name for entry in islice(entries, MOST_ENTRIES) if entry.is_dir(follow_symlinks=False))
-            bases += [f"checkpoints/{name}/" for name in sorted(own)]
+            branches = (entry.name for entry in islice(entries, MOST_ENTRIES) if entry.is_dir(follow_symlinks=False))
+            bases += [f"checkpoints/{name}/" for name in sorted(branches)]
     names = [SUMS, ALL_SUMS, *(f"{base}{SUMS}" for base in bases[1:])]
     return [name for name in names if os.path.lexists(folder / name) and not is_foreign_link(folder, name)]
 
@@ -151,50 +153,50 @@ class Contents:
     def __init__(self, folder: Path, kind: str, sums: Checksums, tree: Tree) -> None:
         self.folder, self.kind, self.sums, self.tree = folder, kind, sums, tree
         self.missing = missing_parts(folder, kind)
-        whole = kind == "release" and not self.missing
-        self.places = repositories(folder) if whole else [Repository("", "", "")]
-        self.models = [place.folder for place in self.places if place.folder.split("-")[0] == MODEL]
+        is_complete_release = kind == "release" and not self.missing
+        self.places = repositories(folder) if is_complete_release else [Repository("", "", "")]
+        self.models = [repository.folder for repository in self.places if repository.folder.split("-")[0] == MODEL]
         self.paths = sorted(tree.files)
 
     def present(self) -> list[str]:
         """The files that the checksum file over all lists, and itself."""
         return published(self.paths, self.places)
 
-    def present_in(self, place: Repository) -> list[str]:
+    def present_in(self, repository: Repository) -> list[str]:
         """The files of one repository of a release, relative to its folder, without its checksum file."""
-        return files_within(self.paths, place, self.models)
+        return files_within(self.paths, repository, self.models)
 
 
 def check(contents: Contents) -> Check:
     """All that lies there may be read, and tells of itself how large it is."""
     folder, tree = contents.folder, contents.tree
-    wrong = list(tree.refused)
+    problems = list(tree.refused)
     if tree.others:
-        wrong.append(f"and {tree.others} others that may not be read")
+        problems.append(f"and {tree.others} others that may not be read")
     if tree.overflow:
-        return answer("files", wrong)
-    wrong += contents.missing
+        return answer("files", problems)
+    problems += contents.missing
     try:
         sizes, _ = confine.run(lambda: _sizes(folder, tree), Budget(MEMORY, SECONDS))
     except CheckFailed:
         sizes = {}  # the manifests have a check of their own
     holes = {path for path, status in tree.files.items() if is_sparse(status)}
     # file systems that compress keep no zeros, and the moments of an optimizer begin as such
-    most = SPARSE_BYTES + HOLES * real_bytes(tree.files.values())
-    if sum(tree.files[path].st_size for path in holes) > most:
+    allowed_bytes = SPARSE_BYTES + HOLES * real_bytes(tree.files.values())
+    if sum(tree.files[path].st_size for path in holes) > allowed_bytes:
         for path in sorted(holes):
             status = tree.files.pop(path)
-            wrong.append(f"{path} is a file of holes: of its {status.st_size} bytes next to none are on the disk")
+            problems.append(f"{path} is a file of holes: of its {status.st_size} bytes next to none are on the disk")
     for path in sorted(tree.files.keys() & sizes.keys()):
         size = tree.files[path].st_size
         if size > sizes[path] + SPARSE_BYTES:  # a smaller one is hashed, and judged by that
             tree.files.pop(path)
-            wrong.append(f"{path} has {size} bytes, and its manifest says {sizes[path]}")
+            problems.append(f"{path} has {size} bytes, and its manifest says {sizes[path]}")
     contents.paths = sorted(tree.files)
-    return answer("files", wrong, f"{len(tree.files)} regular files")
+    return answer("files", problems, f"{len(tree.files)} regular files")
 
 
-def missing_parts(folder: Path, kind: str) -> Wrong:
+def missing_parts(folder: Path, kind: str) -> Problems:
     """What makes a folder what it is, and is not there; or is there too often."""
     if kind == "repository" and not (folder / "index.json").is_file():
         return [
@@ -202,13 +204,13 @@ def missing_parts(folder: Path, kind: str) -> Wrong:
         ]
     if kind != "release":
         return []
-    places = {name: folder / name for name in (*PARTS, "evidence", "code")}
-    wrong = [f"{name} is missing" for name, place in places.items() if place.is_symlink() or not place.is_dir()]
+    folders = {name: folder / name for name in (*PARTS, "evidence", "code")}
+    problems = [f"{name} is missing" for name, part in folders.items() if part.is_symlink() or not part.is_dir()]
     if sum(name.split("-")[0] == MODEL for name in parts_of(folder)) > MODELS:
-        wrong.append(f"there are more than {MODELS} folders of models")
-    if not wrong and len(os.listdir(folder / "checkpoints")) > BRANCHES:
-        wrong.append(f"checkpoints holds more than {BRANCHES} branches")
-    return wrong
+        problems.append(f"there are more than {MODELS} folders of models")
+    if not problems and len(os.listdir(folder / "checkpoints")) > BRANCHES:
+        problems.append(f"checkpoints holds more than {BRANCHES} branches")
+    return problems
 
 
 def _sizes(folder: Path, tree: Tree) -> dict[str, int]:

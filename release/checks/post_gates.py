@@ -28,25 +28,28 @@ def post_training(c: Context) -> list[Gate]:
     if not chat:
         return []
     advice = "; change the recipe's {} section, choosing on the validation split alone, and run again"
-    asked, gates = c.evaluation["chat"], []
-    right = {name: found["problems_all"]["samples"]["accuracy"] for name, found in chat["test"].items()}
-    said = {name: f"{row['value']:.3f} ± {row['se']:.3f}" for name, row in right.items()}
-    if "rlvr" in right:
-        gain = right["rlvr"]["value"] - right["sft"]["value"]
-        ok = gain - SURE * math.hypot(right["rlvr"]["se"], right["sft"]["se"]) > asked["min_gain"]
-        text = f"pass@1 {said['sft']} → {said['rlvr']}, a gain of more than {asked['min_gain']:g} is demanded{BEYOND}"
+    limits, gates = c.evaluation["chat"], []
+    accuracies = {name: scores["problems_all"]["samples"]["accuracy"] for name, scores in chat["test"].items()}
+    figures = {name: f"{row['value']:.3f} ± {row['se']:.3f}" for name, row in accuracies.items()}
+    if "rlvr" in accuracies:
+        gain = accuracies["rlvr"]["value"] - accuracies["sft"]["value"]
+        ok = gain - SURE * math.hypot(accuracies["rlvr"]["se"], accuracies["sft"]["se"]) > limits["min_gain"]
+        text = f"pass@1 {figures['sft']} → {figures['rlvr']}, a gain of more than {limits['min_gain']:g} is demanded"
+        text += BEYOND
         gates.append(Gate("rlvr_raises_pass_at_1", ok, text if ok else text + advice.format("rlvr")))
-    later = [name for name in right if when(name) > when("rlvr")]
-    if "rlvr" in right and later:
-        before = right["rlvr"]
+    later = [name for name in accuracies if when(name) > when("rlvr")]
+    if "rlvr" in accuracies and later:
+        rlvr_accuracy = accuracies["rlvr"]
         losses = [
-            before["value"] - right[name]["value"] + SURE * math.hypot(before["se"], right[name]["se"])
+            rlvr_accuracy["value"]
+            - accuracies[name]["value"]
+            + SURE * math.hypot(rlvr_accuracy["se"], accuracies[name]["se"])
             for name in later
         ]
-        ok = max(losses) <= asked["skill_tolerance"]
-        text = f"pass@1 {', '.join(f'{name} {said[name]}' for name in ('rlvr', *later))}; no more than "
+        ok = max(losses) <= limits["skill_tolerance"]
+        text = f"pass@1 {', '.join(f'{name} {figures[name]}' for name in ('rlvr', *later))}; no more than "
         text += (
-            f"{asked['skill_tolerance']:g} may be lost after rlvr, {SURE} standard errors of the difference included"
+            f"{limits['skill_tolerance']:g} may be lost after rlvr, {SURE} standard errors of the difference included"
         )
         gates.append(Gate("rlhf_keeps_skills", ok, text if ok else text + advice.format("rlhf")))
     for name in (name for name in later if name in chat.get("preferences", {})):
@@ -54,21 +57,21 @@ def post_training(c: Context) -> list[Gate]:
         text = (
             f"{name} wins {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against the model before rlhf"
         )
-        ok = rate["low"] > asked["min_win_rate"]
+        ok = rate["low"] > limits["min_win_rate"]
         gates.append(Gate(f"{name}_is_preferred", ok, text if ok else text + advice.format("rlhf")))
-    return [*gates, _fresh(c), _contamination(c)]
+    return [*gates, _fresh_set_gate(c), _contamination_gate(c)]
 
 
-def _fresh(c: Context) -> Gate:
+def _fresh_set_gate(c: Context) -> Gate:
     from release.checks.gates import Gate
 
-    wrong = registry.fresh_set(c.folder)
+    problems = registry.fresh_set(c.folder)
     meta = c.folder / "dataset/evaluation/fresh/meta.json"
     text = f"{metrics.read_json(meta)['kept']} items drawn from the digest of the weights" if meta.exists() else ""
-    return Gate("fresh_set", not wrong, f"{wrong[0]}; run the stage fresh again" if wrong else text)
+    return Gate("fresh_set", not problems, f"{problems[0]}; run the stage fresh again" if problems else text)
 
 
-def _contamination(c: Context) -> Gate:
+def _contamination_gate(c: Context) -> Gate:
     from release.checks.gates import Gate
 
     path = c.folder / "dataset" / metrics.CONTAMINATION
@@ -78,12 +81,16 @@ def _contamination(c: Context) -> Gate:
     planted = report["detector"]["recall"]
     verdicts = {split: dict(counts) for split, counts in report["items"].items()}
     text = f"{planted['found']} of {planted['planted']} planted items found; verdicts {verdicts}"
-    wrong = ""
+    problems = ""
     if planted["planted"] < LEAST_PLANTED:
-        wrong = "too few items could be planted to know how good the detector is; ask for more items, or cleaner ones"
+        problems = (
+            "too few items could be planted to know how good the detector is; ask for more items, or cleaner ones"
+        )
     elif planted["found"] < LEAST_RECALL * planted["planted"]:
-        wrong = "the detector misses too much, look at its settings"
+        problems = "the detector misses too much, look at its settings"
     for split, counts in verdicts.items():
         if counts["contaminated"] > MOST_CONTAMINATED * sum(counts.values()):
-            wrong = wrong or f"the {split} items stand in what was trained on; draw others, or decontaminate the data"
-    return Gate("contamination_report", not wrong, f"{text}; {wrong}" if wrong else text)
+            problems = (
+                problems or f"the {split} items stand in what was trained on; draw others, or decontaminate the data"
+            )
+    return Gate("contamination_report", not problems, f"{text}; {problems}" if problems else text)

@@ -28,7 +28,7 @@ SIDES = ("model", "before")
 class Scored:
     """An answer with what it earned. task: the row that was asked; answer: None where the table has no such column."""
 
-    where: str
+    location: str
     task: Row
     text: str
     answer: str | None
@@ -41,7 +41,7 @@ class Scored:
 class Tally:
     """How many answers were scored again, and how many could not be and why."""
 
-    again: Counter[Scorer] = field(default_factory=Counter)
+    rescored: Counter[Scorer] = field(default_factory=Counter)
     skipped: Counter[Scorer] = field(default_factory=Counter)
     reasons: dict[Scorer, str] = field(default_factory=dict)
 
@@ -49,61 +49,61 @@ class Tally:
         self.skipped[scorer] += count
         self.reasons.setdefault(scorer, reason)
 
-    def findings(self, wrong: list[str]) -> Findings:
+    def findings(self, problems: list[str]) -> Findings:
         skipped = {
             " ".join(scorer): f"scored by {' '.join(scorer)}: {count:,} answers; {self.reasons[scorer]}"
             for scorer, count in self.skipped.items()
         }
-        again = ", ".join(f"{count:,} by {' '.join(scorer)}" for scorer, count in sorted(self.again.items()))
-        if not again:
-            return Findings(wrong, skipped, "no answer could be scored again")
-        return Findings(wrong, skipped, f"scored again: {again}", compared=True)
+        rescored = ", ".join(f"{count:,} by {' '.join(scorer)}" for scorer, count in sorted(self.rescored.items()))
+        if not rescored:
+            return Findings(problems, skipped, "no answer could be scored again")
+        return Findings(problems, skipped, f"scored again: {rescored}", compared=True)
 
 
 def answers(dataset: Path) -> Findings:
     """Every score is what the scorer gives that is stated beside it."""
     tally = Tally()
-    wrong = _problems(dataset, tally)
+    problems = _rescore_problems(dataset, tally)
     for table in _conversations(dataset):
         by_scorer: dict[Scorer, list[Scored]] = {}
         for scorer, answer in table:
             by_scorer.setdefault(scorer, []).append(answer)
         for scorer, scored in sorted(by_scorer.items()):
-            wrong += _again(scorer, scored, tally)
-    return tally.findings(wrong)
+            problems += _rescore_answers(scorer, scored, tally)
+    return tally.findings(problems)
 
 
-def _problems(dataset: Path, tally: Tally) -> list[str]:
+def _rescore_problems(dataset: Path, tally: Tally) -> list[str]:
     """Outputs of models that were asked the evaluation problems as text."""
-    wrong = []
+    problems = []
     expected = {
         row["id"]: row["answer"] for row in metrics.stream(dataset / "evaluation/items.parquet", ["id", "answer"])
     }
     for path in (
         scores.with_name("items.parquet") for scores in sorted((dataset / "evaluation").glob("*/scores.json"))
     ):
-        name, known = path.relative_to(dataset).as_posix(), schema.reader(path)
+        name, reader = path.relative_to(dataset).as_posix(), schema.reader(path)
         for row in metrics.stream(path):
             if expected.get(row["id"]) != row["expected"]:
-                wrong.append(f"{name}: {row['id']} was judged by another answer than the problem's")
-            scorer = (row["verifier"], row["verifier_version"]) if row.get("verifier") else known.scorer(row)
+                problems.append(f"{name}: {row['id']} was judged by another answer than the problem's")
+            scorer = (row["verifier"], row["verifier_version"]) if row.get("verifier") else reader.scorer(row)
             if scorer is None:
                 digest = str(row["code_digest"])[:12]
                 tally.skip(("a file", f"{digest}…"), "no scorer of this atom has that SHA-256")
             elif scorer != scorers.PROBLEMS:
-                tally.skip(scorer, _unknown(scorer))
+                tally.skip(scorer, _skip_reason(scorer))
             else:
-                tally.again[scorer] += 1
+                tally.rescored[scorer] += 1
                 if scorers.score_problem(row["expected"], row["output"]) != row["score"]:
-                    wrong.append(f"{name}: the score of {row['id']} is not what its output earns")
-    return wrong
+                    problems.append(f"{name}: the score of {row['id']} is not what its output earns")
+    return problems
 
 
 def _conversations(dataset: Path) -> Iterator[Iterator[tuple[Scorer, Scored]]]:
     """By table, every answer of a model in conversation with its scorer: those that were drawn to learn from too."""
     items = _tasks(dataset / "evaluation/chat.jsonl")
-    for about, tasks in (("test", items), ("fresh", _tasks(dataset / "evaluation/fresh/chat.jsonl"))):
-        for path in metrics.chat_tables(dataset / "evaluation", about):
+    for benchmark, tasks in (("test", items), ("fresh", _tasks(dataset / "evaluation/fresh/chat.jsonl"))):
+        for path in metrics.chat_tables(dataset / "evaluation", benchmark):
             yield _answers(dataset, path, tasks)
     for path in metrics.chat_tables(dataset / "evaluation", "preferences"):
         yield _pairs(dataset, path, items)
@@ -114,7 +114,7 @@ def _conversations(dataset: Path) -> Iterator[Iterator[tuple[Scorer, Scored]]]:
 def _answers(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[Scorer, Scored]]:
     name = path.relative_to(dataset).as_posix()
     for row in metrics.stream(path):
-        yield _stated(row), _scored(f"{name}: {row['id']}/{row['sample']}", tasks, row["id"], row)
+        yield _scorer_of(row), _scored_answer(f"{name}: {row['id']}/{row['sample']}", tasks, row["id"], row)
 
 
 def _pairs(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[Scorer, Scored]]:
@@ -122,61 +122,61 @@ def _pairs(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[S
     for row in metrics.stream(path):
         for side in SIDES:
             answer = {column: row[f"{side}_{column}"] for column in ("text", "answer", "finished", "reward", "parts")}
-            yield _stated(row), _scored(f"{name}: {row['id']} of {side}", tasks, row["id"], answer)
+            yield _scorer_of(row), _scored_answer(f"{name}: {row['id']} of {side}", tasks, row["id"], answer)
 
 
 def _rollouts(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[Scorer, Scored]]:
-    name, place = path.relative_to(dataset).as_posix(), ("step", "wave", "group", "sample")
-    columns = [*place, "task", "text", "finished", "reward", "parts", "verifier", "verifier_version"]
+    name, place_columns = path.relative_to(dataset).as_posix(), ("step", "wave", "group", "sample")
+    columns = [*place_columns, "task", "text", "finished", "reward", "parts", "verifier", "verifier_version"]
     for row in metrics.stream(path, columns):
-        where = "/".join(str(row[column]) for column in place)
-        yield _stated(row), _scored(f"{name}: {row['task']} at {where}", tasks, row["task"], row)
+        location = "/".join(str(row[column]) for column in place_columns)
+        yield _scorer_of(row), _scored_answer(f"{name}: {row['task']} at {location}", tasks, row["task"], row)
 
 
 def _tasks(path: Path) -> dict[str, Row]:
     return {row["id"]: row for row in read_jsonl(path)} if path.exists() else {}
 
 
-def _stated(row: Row) -> Scorer:
+def _scorer_of(row: Row) -> Scorer:
     return str(row["verifier"]), str(row["verifier_version"])
 
 
-def _scored(where: str, tasks: dict[str, Row], task: str, row: Row) -> Scored:
-    parts, asked = json.loads(row["parts"]), tasks.get(task, {})
-    return Scored(where, asked, row["text"], row.get("answer"), row["finished"], row["reward"], parts)
+def _scored_answer(location: str, tasks: dict[str, Row], task: str, row: Row) -> Scored:
+    parts, task_row = json.loads(row["parts"]), tasks.get(task, {})
+    return Scored(location, task_row, row["text"], row.get("answer"), row["finished"], row["reward"], parts)
 
 
-def _again(scorer: Scorer, scored: Sequence[Scored], tally: Tally) -> list[str]:
+def _rescore_answers(scorer: Scorer, scored: Sequence[Scored], tally: Tally) -> list[str]:
     """What is wrong with answers of one scorer; counts them in the tally."""
     if scorer not in scorers.SCORERS:
-        tally.skip(scorer, _unknown(scorer), len(scored))
+        tally.skip(scorer, _skip_reason(scorer), len(scored))
         return []
-    tally.again[scorer] += len(scored)
-    return [text for each in scored for text in _frozen(scorer, each)]
+    tally.rescored[scorer] += len(scored)
+    return [text for scored_answer in scored for text in _rescore_answer(scorer, scored_answer)]
 
 
-def _frozen(scorer: Scorer, each: Scored) -> Iterator[str]:
-    answer = scorers.RESPONSES[scorer](each.text)
-    if each.answer is not None and each.answer != answer:
-        yield f"{each.where}: its answer is not the one that its text holds"
+def _rescore_answer(scorer: Scorer, scored_answer: Scored) -> Iterator[str]:
+    answer = scorers.RESPONSES[scorer](scored_answer.text)
+    if scored_answer.answer is not None and scored_answer.answer != answer:
+        yield f"{scored_answer.location}: its answer is not the one that its text holds"
     try:
-        earned = scorers.SCORERS[scorer](each.task, answer, each.finished)
+        rescored = scorers.SCORERS[scorer](scored_answer.task, answer, scored_answer.finished)
     except (KeyError, ValueError) as error:
-        yield f"{each.where}: its task cannot be scored by {' '.join(scorer)}: {error}"
+        yield f"{scored_answer.location}: its task cannot be scored by {' '.join(scorer)}: {error}"
     else:
-        yield from _compare(each, earned)
+        yield from _reward_problems(scored_answer, rescored)
 
 
-def _compare(each: Scored, earned: Row) -> Iterator[str]:
-    if each.reward != earned["reward"] or each.parts != earned:
-        yield f"{each.where}: its reward is not what its answer earns"
+def _reward_problems(scored_answer: Scored, rescored: Row) -> Iterator[str]:
+    if scored_answer.reward != rescored["reward"] or scored_answer.parts != rescored:
+        yield f"{scored_answer.location}: its reward is not what its answer earns"
 
 
-def _unknown(scorer: Scorer) -> str:
+def _skip_reason(scorer: Scorer) -> str:
     name = scorer[0]
     if name == "reward-model":
         return "a trained model, which is published as a checkpoint and is not loaded to verify"
-    versions = sorted(version for known, version in (*scorers.SCORERS, scorers.PROBLEMS) if known == name)
+    versions = sorted(version for scorer_name, version in (*scorers.SCORERS, scorers.PROBLEMS) if scorer_name == name)
     if versions:
         return f"this atom holds {name} {', '.join(versions)}"
     return "it needs a sandbox, other packages or a server, and verification runs none"

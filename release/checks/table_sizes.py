@@ -18,7 +18,7 @@ def sizes(folder: Path, paths: Iterable[str]) -> dict[str, Any]:
     """{wrong: sentences, tables: {path: (rows, bytes that reading it takes)}}."""
     import pyarrow.parquet as pq
 
-    wrong, tables = [], {}
+    problems, tables = [], {}
     for path in paths:
         size = (folder / path).stat().st_size
         try:
@@ -26,15 +26,15 @@ def sizes(folder: Path, paths: Iterable[str]) -> dict[str, Any]:
         except MemoryError:
             raise
         except Exception as error:  # whatever the library raises of bytes that are no table
-            wrong.append(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}")
+            problems.append(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}")
             continue
         groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
         columns = [group.column(number) for group in groups for number in range(group.num_columns)]
         values = sum(column.num_values for column in columns)
         unpacked = sum(max(0, column.total_uncompressed_size) for column in columns)
-        need = ROW_BYTES * footer.num_rows + VALUE_BYTES * values + 3 * unpacked
-        if not 0 <= need <= SMALL + GROWTH * size or footer.num_rows < 0 or values < 0:
-            wrong.append(f"{path} says that its {size} bytes hold {footer.num_rows} rows in {unpacked} bytes")
+        memory = ROW_BYTES * footer.num_rows + VALUE_BYTES * values + 3 * unpacked
+        if not 0 <= memory <= SMALL + GROWTH * size or footer.num_rows < 0 or values < 0:
+            problems.append(f"{path} says that its {size} bytes hold {footer.num_rows} rows in {unpacked} bytes")
             continue
-        tables[path] = footer.num_rows, need
-    return {"wrong": wrong, "tables": tables}
+        tables[path] = footer.num_rows, memory
+    return {"wrong": problems, "tables": tables}

@@ -11,7 +11,7 @@ from release.untrusted import printable
 SCHEMA = 1
 NAMED = 1000
 """Faults of one check that are named."""
-Wrong = list[str]
+Problems = list[str]
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,16 @@ class Check:
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", printable(self.name))
         object.__setattr__(self, "detail", printable(self.detail))
-        object.__setattr__(self, "wrong", _named(self.wrong))
-        object.__setattr__(self, "skipped", _named(self.skipped))
+        object.__setattr__(self, "wrong", _printable_texts(self.wrong))
+        object.__setattr__(self, "skipped", _printable_texts(self.skipped))
 
 
-def _named(texts: list[str]) -> list[str]:
+def _printable_texts(texts: list[str]) -> list[str]:
     """Again of what it returned, the same."""
-    rest = len(texts) - NAMED
-    return [printable(text) for text in texts[: NAMED + (rest == 1)]] + ([f"and {rest} others"] if rest > 1 else [])
+    remaining = len(texts) - NAMED
+    return [printable(text) for text in texts[: NAMED + (remaining == 1)]] + (
+        [f"and {remaining} others"] if remaining > 1 else []
+    )
 
 
 @dataclass
@@ -64,14 +66,14 @@ class Verdict:
 
     def require(self) -> None:
         """Raises CheckFailed with the first thing that is wrong."""
-        found = [
+        problems = [
             (check.name, text) for check in self.checks if check.ok is False for text in check.wrong or [check.detail]
         ]
-        if found:
-            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            raise CheckFailed(f"{self.subject}: {found[0][1]} [{found[0][0]}]{more}")
+        if problems:
+            remainder = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise CheckFailed(f"{self.subject}: {problems[0][1]} [{problems[0][0]}]{remainder}")
 
 
-def answer(name: str, wrong: Wrong, holds: str = "holds") -> Check:
+def answer(name: str, problems: Problems, detail: str = "holds") -> Check:
     """A check that holds if nothing is wrong; the first of what is wrong is its detail."""
-    return Check(name, not wrong, wrong[0] if wrong else holds, wrong)
+    return Check(name, not problems, problems[0] if problems else detail, problems)

@@ -55,7 +55,7 @@ class _Call:
 
     expected: int = 0
     started: float = field(default_factory=time.monotonic)
-    heard: float = field(default_factory=time.monotonic)
+    last_heard: float = field(default_factory=time.monotonic)
     received: int = 0
     requests: Counter[str] = field(default_factory=Counter)
 
@@ -73,7 +73,7 @@ class _Exchange:
 
 _call = _Call()
 _expected = 0
-_here = threading.local()
+_thread_state = threading.local()
 _lock = threading.Lock()
 
 
@@ -88,11 +88,11 @@ def transfer(expected: int) -> Iterator[None]:
         _expected = 0
 
 
-def begin_call(again: bool = False) -> None:
+def begin_call(retried: bool = False) -> None:
     """Counts from zero, but for how long it takes and nothing was heard if the call is made again."""
     global _call
     now = time.monotonic()
-    _call = _Call(_expected, _call.started if again else now, _call.heard if again else now)
+    _call = _Call(_expected, _call.started if retried else now, _call.last_heard if retried else now)
 
 
 def install(client: Any, endpoint: str) -> Any:
@@ -102,7 +102,7 @@ def install(client: Any, endpoint: str) -> Any:
         _begin_request(request, endpoint)
 
     hooks = client.event_hooks
-    client.event_hooks = {"request": [*hooks["request"], begin], "response": [*hooks["response"], _begin_answer]}
+    client.event_hooks = {"request": [*hooks["request"], begin], "response": [*hooks["response"], _begin_response]}
     for transport in (client._transport, *client._mounts.values()):
         if transport is not None:
             transport._pool._network_backend = _Backend(transport._pool._network_backend)
@@ -117,7 +117,7 @@ def _begin_request(request: Any, endpoint: str) -> None:
         attempts = _call.requests[f"{request.method} {url}"]
     if attempts > limits.attempts_per_address:
         raise HubLimit(f"was asked for {urlsplit(url).path} {attempts - 1} times in vain")
-    if now - _call.heard > limits.patience:
+    if now - _call.last_heard > limits.patience:
         raise HubLimit(f"does not answer: nothing came within {limits.patience:g} s")
     _check_duration(now)
     silence = limits.silence if request.method in ("GET", "HEAD") else limits.work
@@ -125,8 +125,8 @@ def _begin_request(request: Any, endpoint: str) -> None:
         "connect": limits.connect, "read": silence, "write": limits.work, "pool": limits.patience
     }  # fmt: skip
     request.headers["accept-encoding"] = "identity"  # what is packed may unpack to anything
-    answers = request.method != "GET" or urlsplit(url).path.startswith(f"{urlsplit(endpoint).path}/api/")
-    _here.exchange = _Exchange(is_file=not answers)
+    is_api_answer = request.method != "GET" or urlsplit(url).path.startswith(f"{urlsplit(endpoint).path}/api/")
+    _thread_state.exchange = _Exchange(is_file=not is_api_answer)
 
 
 def _check_duration(now: float) -> None:
@@ -137,15 +137,15 @@ def _check_duration(now: float) -> None:
 
 def _check_host(request: Any, url: str, endpoint: str) -> None:
     """Raises HubLimit for a host that is not the Hub's; a token goes to the Hub's own address only."""
-    there, home = urlsplit(url), urlsplit(endpoint)
-    if _origin(there) == _origin(home):
+    target, hub = urlsplit(url), urlsplit(endpoint)
+    if _origin(target) == _origin(hub):
         return
-    encrypted = (home.scheme, there.scheme) == ("http", "https") and (there.port or 443) == 443
-    if there.hostname == home.hostname and encrypted:
+    encrypted = (hub.scheme, target.scheme) == ("http", "https") and (target.port or 443) == 443
+    if target.hostname == hub.hostname and encrypted:
         return
-    host = there.hostname or ""
+    host = target.hostname or ""
     storage = (".hf.co", ".huggingface.co") + ((".amazonaws.com",) if endpoint == PUBLIC_HUB else ())
-    if there.scheme != "https" or not f".{host}".endswith(storage):
+    if target.scheme != "https" or not f".{host}".endswith(storage):
         raise HubLimit(f"sends us to another host, {host}, where nothing is asked for and no token goes")
     request.headers.pop("authorization", None)
 
@@ -154,24 +154,24 @@ def _origin(parts: Any) -> tuple[str, str | None, int | None]:
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-def _begin_answer(response: Any) -> None:
+def _begin_response(response: Any) -> None:
     if response.status_code >= 400:
         _exchange().is_file = False
     if not _exchange().is_file:  # of a file its bytes count
-        _call.heard = time.monotonic()
+        _call.last_heard = time.monotonic()
     if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
         raise HubLimit("sends a packed answer, which was not asked for")
-    waiting = response.headers.get("retry-after", "")
-    if waiting.isdigit() and int(waiting) > LIMITS.retry_after:
+    retry_after = response.headers.get("retry-after", "")
+    if retry_after.isdigit() and int(retry_after) > LIMITS.retry_after:
         response.headers["retry-after"] = str(LIMITS.retry_after)
     response.headers.pop("ratelimit", None)
 
 
 def _exchange() -> _Exchange:
     """Of this thread."""
-    if not hasattr(_here, "exchange"):
-        _here.exchange = _Exchange()
-    exchange: _Exchange = _here.exchange
+    if not hasattr(_thread_state, "exchange"):
+        _thread_state.exchange = _Exchange()
+    exchange: _Exchange = _thread_state.exchange
     return exchange
 
 
@@ -193,7 +193,7 @@ def _count_received(exchange: _Exchange, count: int) -> None:
             raise HubLimit(f"answers with more than {LIMITS.answer_bytes} bytes where a short answer was asked for")
         return
     if exchange.reading is not None and count and exchange.received > count:  # what came first was its head
-        _call.heard = time.monotonic()
+        _call.last_heard = time.monotonic()
     with _lock:
         _call.received += count
     if _call.received > 2 * _call.expected + LIMITS.answer_bytes:  # broken transfers are begun again
@@ -224,13 +224,13 @@ class _Stream:
         if exchange.reading is None:
             exchange.reading = exchange.window_started = now
             exchange.window_bytes = 0
-        left = LIMITS.work if timeout is None else timeout
+        read_timeout = LIMITS.work if timeout is None else timeout
         if not exchange.is_file:
-            rest = exchange.reading + LIMITS.answer_seconds - now
-            if rest <= 0:
+            answer_seconds_left = exchange.reading + LIMITS.answer_seconds - now
+            if answer_seconds_left <= 0:
                 raise HubLimit(f"does not end its answer within {LIMITS.answer_seconds:g} s")
-            left = min(left, rest)
-        data: bytes = self.inner.read(max_bytes, left)
+            read_timeout = min(read_timeout, answer_seconds_left)
+        data: bytes = self.inner.read(max_bytes, read_timeout)
         _count_received(exchange, len(data))
         if exchange.is_file:
             _count_window(exchange, len(data))
@@ -242,12 +242,12 @@ class _Stream:
             piece = view[start : start + PIECE]
             self.inner.write(piece, LIMITS.work if timeout is None else timeout)
             if len(piece) == PIECE:
-                _call.heard = time.monotonic()
+                _call.last_heard = time.monotonic()
             _count_window(exchange, len(piece))
 
     def start_tls(self, *arguments: Any, **options: Any) -> Any:
         # a handshake waits for each of its bytes anew
-        timer = threading.Timer(LIMITS.connect, self._shut)
+        timer = threading.Timer(LIMITS.connect, self._shut_down)
         timer.daemon = True
         timer.start()
         try:
@@ -255,7 +255,7 @@ class _Stream:
         finally:
             timer.cancel()
 
-    def _shut(self) -> None:
+    def _shut_down(self) -> None:
         with suppress(OSError):  # it may have ended just now
             self.inner.get_extra_info("socket").shutdown(2)
 

@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.core.errors import AtomError, CheckFailed
 from release import schema, scratch
 from release.audit.verify import verify
-from release.hub.client import api, endpoint, parsing, plainly
+from release.hub.client import api, endpoint, parsing, translate_errors
 from release.hub.pull import pull
 from release.hub.upload import (
     Journal,
@@ -27,7 +27,7 @@ from release.hub.upload import (
     Published,
     clear_staging,
     promote,
-    refuse_other_bytes,
+    refuse_changed_version,
     tag_mains,
     upload,
 )
@@ -68,50 +68,60 @@ def publish(
         raise AtomError(f"{release} is not a release folder; make one with `atom build`")
     progress("verifying the release before anything is sent")
     verify(release).require()
-    about = schema.read_release(release)
-    _publishable(about, namespace, public, acknowledge)
-    with plainly("asking who the token belongs to"):
+    release_info = schema.read_release(release)
+    _require_publishable(release_info, namespace, public, acknowledge)
+    with translate_errors("asking who the token belongs to"):
         api().whoami()
 
     journal = Journal(release.with_name(f"{release.name}.publish.jsonl"))
-    report = PublishReport(endpoint(), namespace, f"v{about['version']}", public)
-    places = repositories(release)
-    names = [place.id(namespace, about["name"]) for place in places]
-    for place, repo in zip(places, names, strict=True):
-        refuse_other_bytes(release, place, repo, report.tag)
-    for place, repo in zip(places, names, strict=True):
-        report.repositories.append(upload(release, place, repo, report.tag, journal, progress))
-    _pull_back(release, places, report, progress)
+    report = PublishReport(endpoint(), namespace, f"v{release_info['version']}", public)
+    release_repositories = repositories(release)
+    repos = [repository.id(namespace, release_info["name"]) for repository in release_repositories]
+    for repository, repo in zip(release_repositories, repos, strict=True):
+        refuse_changed_version(release, repository, repo, report.tag)
+    for repository, repo in zip(release_repositories, repos, strict=True):
+        report.repositories.append(upload(release, repository, repo, report.tag, journal, progress))
+    _verify_published(release, release_repositories, report, progress)
     journal.write("verified", repositories=[asdict(row) for row in report.repositories])
-    pairs = zip(places, report.repositories, strict=True)
-    report.repositories = [promote(release, place, done, journal) for place, done in pairs]
+    pairs = zip(release_repositories, report.repositories, strict=True)
+    report.repositories = [promote(release, repository, revision, journal) for repository, revision in pairs]
     tag_mains(report.repositories, report.tag, journal)
-    clear_staging(places, report.repositories, report.tag, journal)
+    clear_staging(release_repositories, report.repositories, report.tag, journal)
     if public:
-        _open(report, about, journal, progress)
+        _make_public(report, release_info, journal, progress)
     return report
 
 
-def _publishable(about: dict[str, Any], namespace: str, public: bool, acknowledge: Sequence[str]) -> None:
-    if about["namespace"] != namespace:
+def _require_publishable(
+    release_info: dict[str, Any], namespace: str, public: bool, acknowledge: Sequence[str]
+) -> None:
+    if (card_namespace := release_info["namespace"]) != namespace:
         raise AtomError(
-            f"the cards of this release name repositories of {about['namespace']}; publish to {about['namespace']}, "
+            f"the cards of this release name repositories of {card_namespace}; publish to {card_namespace}, "
             f"or set release.namespace: {namespace} in the recipe and build again"
         )
-    doubts = [*about["stale"], *(["dirty"] if about["dirty"] else [])]
+    doubts = [*release_info["stale"], *(["dirty"] if release_info["dirty"] else [])]
     open_doubts = [name for name in doubts if name not in acknowledge]
     if public and open_doubts:
-        why = "was made by other code than today's" if open_doubts[0] != "dirty" else "checkout had uncommitted changes"
-        raise AtomError(f"{open_doubts[0]} {why}; make it again, or acknowledge it by name: {', '.join(open_doubts)}")
+        reason = (
+            "was made by other code than today's" if open_doubts[0] != "dirty" else "checkout had uncommitted changes"
+        )
+        raise AtomError(
+            f"{open_doubts[0]} {reason}; make it again, or acknowledge it by name: {', '.join(open_doubts)}"
+        )
 
 
-def _pull_back(release: Path, places: list[Repository], report: PublishReport, progress: Progress) -> None:
+def _verify_published(
+    release: Path, release_repositories: list[Repository], report: PublishReport, progress: Progress
+) -> None:
     """Downloads every repository at the commit just made, into the shape of the release, and verifies that."""
     with scratch.folder() as temporary:
         copy = temporary / release.name
-        for place, done in sorted(zip(places, report.repositories, strict=True), key=lambda pair: pair[0].folder):
-            progress(f"pulling back {done.repo}@{done.revision}")
-            pull(done.repo, done.kind, done.commit, copy / place.folder)
+        for repository, revision in sorted(
+            zip(release_repositories, report.repositories, strict=True), key=lambda pair: pair[0].folder
+        ):
+            progress(f"pulling back {revision.repo}@{revision.revision}")
+            pull(revision.repo, revision.kind, revision.commit, copy / repository.folder)
         for leftover in [*copy.rglob(".cache"), *copy.rglob(".gitattributes")]:
             _remove(leftover)
         progress("verifying what came back")
@@ -119,14 +129,16 @@ def _pull_back(release: Path, places: list[Repository], report: PublishReport, p
         verdict = verify(copy, trust=Trust(str(key)) if key.exists() else ANYONE)
         verdict.subject = f"{endpoint()}/{report.namespace}"
         verdict.require()
-        for name in (f"{place.folder}/{file}" for place in places for file in (SIGNATURE, PUBLIC_KEY)):
-            if _bytes(copy / name) != _bytes(release / name):  # no checksum covers them
+        for name in (
+            f"{repository.folder}/{file}" for repository in release_repositories for file in (SIGNATURE, PUBLIC_KEY)
+        ):
+            if _read_if_file(copy / name) != _read_if_file(release / name):  # no checksum covers them
                 raise CheckFailed(f"{verdict.subject}: {name} did not come back as it was sent; publish again")
         if (copy / RELEASE).read_bytes() != (release / RELEASE).read_bytes():
             raise CheckFailed(f"{verdict.subject}: what came back is another release; publish again")
 
 
-def _bytes(path: Path) -> bytes | None:
+def _read_if_file(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
@@ -136,27 +148,27 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _open(report: PublishReport, about: dict[str, Any], journal: Journal, progress: Progress) -> None:
+def _make_public(report: PublishReport, release_info: dict[str, Any], journal: Journal, progress: Progress) -> None:
     """Public, in the order of `repositories`: data first, so that no model is ever public without its data."""
     client = api()
-    for done in report.repositories:
-        if done.revision != "main":
+    for revision in report.repositories:
+        if revision.revision != "main":
             continue
-        with plainly(f"making {done.repo} public"):
-            info = client.repo_info(done.repo, repo_type=done.kind)
+        with translate_errors(f"making {revision.repo} public"):
+            info = client.repo_info(revision.repo, repo_type=revision.kind)
             with parsing():
                 private = info.private
             if private:
-                client.update_repo_settings(done.repo, repo_type=done.kind, private=False)
-                journal.write("make_public", repo=done.repo, kind=done.kind)
-        progress(f"{done.repo} is public")
-    with plainly("making the collection"):
-        title = f"{about['title']} {about['version']}"
+                client.update_repo_settings(revision.repo, repo_type=revision.kind, private=False)
+                journal.write("make_public", repo=revision.repo, kind=revision.kind)
+        progress(f"{revision.repo} is public")
+    with translate_errors("making the collection"):
+        title = f"{release_info['title']} {release_info['version']}"
         collection = client.create_collection(title, namespace=report.namespace, private=False, exists_ok=True)
         with parsing():
             slug = str(collection.slug)
-        for done in report.repositories:
-            if done.revision == "main":
-                client.add_collection_item(slug, done.repo, done.kind, exists_ok=True)
+        for revision in report.repositories:
+            if revision.revision == "main":
+                client.add_collection_item(slug, revision.repo, revision.kind, exists_ok=True)
     journal.write("collection", slug=slug)
     report.collection = slug

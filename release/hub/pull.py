@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.core.errors import AtomError, CheckFailed
 from release.hub import limits
-from release.hub.client import api, endpoint, parsing, plainly
+from release.hub.client import api, endpoint, parsing, translate_errors
 from release.untrusted import printable
 
 
@@ -17,13 +17,13 @@ def pull(repo: str, kind: str, revision: str, target: Path) -> Path:
     Raises AtomError if the Hub does not give it or the disk has no room for it, CheckFailed if it holds files that no
     release holds, which could lie anywhere on this disk.
     """
-    with plainly(f"pulling {repo}@{revision}"):
+    with translate_errors(f"pulling {repo}@{revision}"):
         client = api()
         info = client.repo_info(repo, repo_type=kind, revision=revision)
         with parsing():
             commit, names = str(info.sha), [str(row.rfilename) for row in info.siblings or ()]
-        if odd := [name for name in names if _is_odd(name)]:
-            raise CheckFailed(f"{repo}@{revision} holds {printable(odd[0])}, where no file of a release is")
+        if unsafe := [name for name in names if _is_unsafe(name)]:
+            raise CheckFailed(f"{repo}@{revision} holds {printable(unsafe[0])}, where no file of a release is")
         entries = client.list_repo_tree(repo, recursive=True, revision=commit, repo_type=kind)
         with parsing():
             size = sum(int(entry.size) for entry in entries if hasattr(entry, "blob_id"))
@@ -35,7 +35,7 @@ def pull(repo: str, kind: str, revision: str, target: Path) -> Path:
     return target
 
 
-def _is_odd(name: str) -> bool:
+def _is_unsafe(name: str) -> bool:
     """Whether a name leads elsewhere, or into what the client keeps for itself."""
     parts = name.split("/")
     return not name.isprintable() or "\\" in name or any(part in ("", ".", "..", ".cache", ".git") for part in parts)
@@ -49,7 +49,7 @@ def pull_named(name: str, target: Path) -> Path:
     repo, _, revision = name.partition("@")
     revision = revision or "main"
     for kind in ("model", "dataset"):
-        with plainly(f"looking for {repo} at {endpoint()}"):
+        with translate_errors(f"looking for {repo} at {endpoint()}"):
             exists = api().repo_exists(repo, repo_type=kind)
         if exists:
             return pull(repo, kind, revision, target)

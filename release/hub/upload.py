@@ -18,11 +18,11 @@ from typing import Any
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
 from release.hub import limits
-from release.hub.client import api, endpoint, load, parsing, plainly
+from release.hub.client import api, endpoint, load, parsing, translate_errors
 from release.layout import PUBLIC_KEY, SIGNATURE, SUMS, Repository, files_of
 
 FILES_PER_COMMIT = 50
-LAST = (SUMS, PUBLIC_KEY, SIGNATURE)
+SENT_LAST = (SUMS, PUBLIC_KEY, SIGNATURE)
 Progress = Callable[[str], None]
 
 
@@ -43,8 +43,13 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def write(self, call: str, **what: Any) -> None:
-        row = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "endpoint": endpoint(), "call": call, **what}
+    def write(self, call: str, **fields: Any) -> None:
+        row = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "endpoint": endpoint(),
+            "call": call,
+            **fields,
+        }
         with open(self.path, "a") as f:
             f.write(json.dumps(row, sort_keys=True) + "\n")
 
@@ -60,118 +65,134 @@ class Difference:
         return bool(self.missing or self.surplus)
 
 
-def staging(tag: str, branch: str) -> str:
+def staging_branch(tag: str, branch: str) -> str:
     return f"upload-{tag}" + ("" if branch == "main" else f"-{branch}")
 
 
-def refuse_other_bytes(release: Path, place: Repository, repo: str, tag: str) -> None:
+def refuse_changed_version(release: Path, repository: Repository, repo: str, tag: str) -> None:
     """Raises AtomError if the version is on the Hub with another checksum file. Changes nothing."""
-    with plainly(f"reading {repo}"):
-        if place.branch != "main" or not api().repo_exists(repo, repo_type=place.kind):
+    with translate_errors(f"reading {repo}"):
+        if repository.branch != "main" or not api().repo_exists(repo, repo_type=repository.kind):
             return
-        refs = api().list_repo_refs(repo, repo_type=place.kind)
+        refs = api().list_repo_refs(repo, repo_type=repository.kind)
         with parsing():
             tags = {t.name for t in refs.tags}
         if tag not in tags:
             return
-        there = _tree(repo, place.kind, tag)
-    if there.get(SUMS) not in _identities(release / place.folder / SUMS):
-        raise _other_bytes(repo, tag)
+        published_files = _tree(repo, repository.kind, tag)
+    if published_files.get(SUMS) not in _file_ids(release / repository.folder / SUMS):
+        raise _version_conflict(repo, tag)
 
 
-def upload(release: Path, place: Repository, repo: str, tag: str, journal: Journal, progress: Progress) -> Published:
+def upload(
+    release: Path, repository: Repository, repo: str, tag: str, journal: Journal, progress: Progress
+) -> Published:
     """Sends what a revision of a repository lacks: to its own branch, or to a staging branch if it is public."""
     client = api()
-    with plainly(f"creating {repo}"):
-        if not client.repo_exists(repo, repo_type=place.kind):
-            client.create_repo(repo, repo_type=place.kind, private=True, exist_ok=True)
-            journal.write("create_repo", repo=repo, kind=place.kind, private=True)
-        info = client.repo_info(repo, repo_type=place.kind)
+    with translate_errors(f"creating {repo}"):
+        if not client.repo_exists(repo, repo_type=repository.kind):
+            client.create_repo(repo, repo_type=repository.kind, private=True, exist_ok=True)
+            journal.write("create_repo", repo=repo, kind=repository.kind, private=True)
+        info = client.repo_info(repo, repo_type=repository.kind)
         with parsing():
             public = not info.private
-        heads = _heads(repo, place.kind)
-    folder = release / place.folder
-    last = [path for path in LAST if (folder / path).exists()]
-    wanted = {path: _identities(folder / path) for path in [*files_of(release, place), *last]}
-    branch = place.branch
-    difference = _difference(wanted, repo, place.kind, branch if branch in heads else None)
+        heads = _heads(repo, repository.kind)
+    folder = release / repository.folder
+    last_files = [path for path in SENT_LAST if (folder / path).exists()]
+    file_ids = {path: _file_ids(folder / path) for path in [*files_of(release, repository), *last_files]}
+    branch = repository.branch
+    difference = _difference(file_ids, repo, repository.kind, branch if branch in heads else None)
     if public and difference:
-        branch = staging(tag, place.branch)
-    _branch(repo, place.kind, branch, heads.get(place.branch), journal)
-    if branch != place.branch:
-        difference = _difference(wanted, repo, place.kind, branch)
+        branch = staging_branch(tag, repository.branch)
+    _ensure_branch(repo, repository.kind, branch, heads.get(repository.branch), journal)
+    if branch != repository.branch:
+        difference = _difference(file_ids, repo, repository.kind, branch)
     sent = 0
     chunks = _chunks(difference)
     for number, chunk in enumerate(chunks, 1):
         part = Difference(chunk, difference.surplus if number == 1 else [])
-        _commit(folder, repo, place.kind, branch, part, f"Release part {number} of {len(chunks)}", journal)
+        _commit(folder, repo, repository.kind, branch, part, f"Release part {number} of {len(chunks)}", journal)
         sent += len(chunk)
         progress(f"{repo}@{branch}: {sent} of {len(difference.missing)} files sent")
-    return Published(repo, place.kind, branch, _heads(repo, place.kind)[branch], sent)
+    return Published(repo, repository.kind, branch, _heads(repo, repository.kind)[branch], sent)
 
 
-def promote(release: Path, place: Repository, done: Published, journal: Journal) -> Published:
+def promote(release: Path, repository: Repository, staged: Published, journal: Journal) -> Published:
     """Makes the place's own branch equal to the verified staging branch; does nothing where there is none."""
-    if done.revision == place.branch:
-        return done
-    heads = _heads(done.repo, done.kind)
-    _branch(done.repo, done.kind, place.branch, heads.get(place.branch), journal)
-    verified = _tree(done.repo, done.kind, done.commit)
-    wanted = {path: (name, name) for path, name in verified.items() if path != ".gitattributes"}
+    if staged.revision == repository.branch:
+        return staged
+    heads = _heads(staged.repo, staged.kind)
+    _ensure_branch(staged.repo, staged.kind, repository.branch, heads.get(repository.branch), journal)
+    verified = _tree(staged.repo, staged.kind, staged.commit)
+    file_ids = {path: (name, name) for path, name in verified.items() if path != ".gitattributes"}
     # One commit, whatever its size: a reader sees the old release or the new one, never a mixture.
-    if difference := _difference(wanted, done.repo, done.kind, place.branch):
-        _commit(release / place.folder, done.repo, done.kind, place.branch, difference, "Verified release", journal)
-    head = _heads(done.repo, done.kind)[place.branch]
-    if _tree(done.repo, done.kind, head) != verified:
-        raise CheckFailed(f"{done.repo}@{place.branch} is not what was verified in {done.revision}; publish again")
-    return replace(done, revision=place.branch, commit=head)
+    if difference := _difference(file_ids, staged.repo, staged.kind, repository.branch):
+        _commit(
+            release / repository.folder,
+            staged.repo,
+            staged.kind,
+            repository.branch,
+            difference,
+            "Verified release",
+            journal,
+        )
+    head = _heads(staged.repo, staged.kind)[repository.branch]
+    if _tree(staged.repo, staged.kind, head) != verified:
+        raise CheckFailed(
+            f"{staged.repo}@{repository.branch} is not what was verified in {staged.revision}; publish again"
+        )
+    return replace(staged, revision=repository.branch, commit=head)
 
 
 def tag_mains(published: list[Published], tag: str, journal: Journal) -> None:
     """Tags each main branch with the version. A version is published once: other bytes need another version."""
     client = api()
-    for done in published:
-        if done.revision != "main":
+    for revision in published:
+        if revision.revision != "main":
             continue
-        with plainly(f"tagging {done.repo}"):
-            refs = client.list_repo_refs(done.repo, repo_type=done.kind)
+        with translate_errors(f"tagging {revision.repo}"):
+            refs = client.list_repo_refs(revision.repo, repo_type=revision.kind)
             with parsing():
                 tags = {t.name: t.target_commit for t in refs.tags}
             if tag not in tags:
-                client.create_tag(done.repo, tag=tag, revision=done.commit, repo_type=done.kind, exist_ok=True)
-                journal.write("create_tag", repo=done.repo, kind=done.kind, tag=tag, commit=done.commit)
+                client.create_tag(
+                    revision.repo, tag=tag, revision=revision.commit, repo_type=revision.kind, exist_ok=True
+                )
+                journal.write("create_tag", repo=revision.repo, kind=revision.kind, tag=tag, commit=revision.commit)
                 continue
-        if tags[tag] != done.commit and _tree(done.repo, done.kind, tag) != _tree(done.repo, done.kind, done.commit):
-            raise _other_bytes(done.repo, tag)
+        if tags[tag] != revision.commit and _tree(revision.repo, revision.kind, tag) != _tree(
+            revision.repo, revision.kind, revision.commit
+        ):
+            raise _version_conflict(revision.repo, tag)
 
 
-def clear_staging(places: list[Repository], published: list[Published], tag: str, journal: Journal) -> None:
+def clear_staging(repositories: list[Repository], published: list[Published], tag: str, journal: Journal) -> None:
     """Deletes the staging branches of this version, those of an interrupted publication too."""
-    for place, done in zip(places, published, strict=True):
-        branch = staging(tag, place.branch)
-        with plainly(f"deleting {done.repo}@{branch}"):
-            if branch in _heads(done.repo, done.kind):
-                api().delete_branch(done.repo, repo_type=done.kind, branch=branch)
-                journal.write("delete_branch", repo=done.repo, kind=done.kind, branch=branch)
+    for repository, revision in zip(repositories, published, strict=True):
+        branch = staging_branch(tag, repository.branch)
+        with translate_errors(f"deleting {revision.repo}@{branch}"):
+            if branch in _heads(revision.repo, revision.kind):
+                api().delete_branch(revision.repo, repo_type=revision.kind, branch=branch)
+                journal.write("delete_branch", repo=revision.repo, kind=revision.kind, branch=branch)
 
 
-def _other_bytes(repo: str, tag: str) -> AtomError:
+def _version_conflict(repo: str, tag: str) -> AtomError:
     return AtomError(f"{repo} has a tag {tag} with other bytes; raise the recipe's version and build again")
 
 
 def _heads(repo: str, kind: str) -> dict[str, str]:
     """{branch: commit}"""
-    with plainly(f"reading {repo}"):
+    with translate_errors(f"reading {repo}"):
         refs = api().list_repo_refs(repo, repo_type=kind)
         with parsing():
             return {b.name: b.target_commit for b in refs.branches}
 
 
-def _branch(repo: str, kind: str, branch: str, start: str | None, journal: Journal) -> None:
+def _ensure_branch(repo: str, kind: str, branch: str, start: str | None, journal: Journal) -> None:
     """Makes a branch if there is none, from `start` or from the repository's first commit."""
     if branch in _heads(repo, kind):
         return
-    with plainly(f"creating {repo}@{branch}"):
+    with translate_errors(f"creating {repo}@{branch}"):
         commits = [] if start else api().list_repo_commits(repo, repo_type=kind)
         with parsing():
             start = start or commits[-1].commit_id
@@ -179,42 +200,44 @@ def _branch(repo: str, kind: str, branch: str, start: str | None, journal: Journ
         journal.write("create_branch", repo=repo, kind=kind, branch=branch)
 
 
-def _difference(wanted: dict[str, tuple[str, str]], repo: str, kind: str, revision: str | None) -> Difference:
-    there = _tree(repo, kind, revision) if revision else {}
-    missing = [path for path, names in wanted.items() if there.get(path) not in names]
-    return Difference(missing, sorted(set(there) - set(wanted) - {".gitattributes"}))
+def _difference(file_ids: dict[str, tuple[str, str]], repo: str, kind: str, revision: str | None) -> Difference:
+    published_files = _tree(repo, kind, revision) if revision else {}
+    missing = [path for path, names in file_ids.items() if published_files.get(path) not in names]
+    return Difference(missing, sorted(set(published_files) - set(file_ids) - {".gitattributes"}))
 
 
 def _chunks(difference: Difference) -> list[list[str]]:
     """Paths by commit; checksum file and signature go last and alone, so that a cut upload is seen to be one."""
-    paths = [path for path in difference.missing if path not in LAST]
+    paths = [path for path in difference.missing if path not in SENT_LAST]
     chunks = [paths[i : i + FILES_PER_COMMIT] for i in range(0, len(paths), FILES_PER_COMMIT)]
-    last = [path for path in difference.missing if path in LAST]
-    chunks += [last] if last else []
+    last_files = [path for path in difference.missing if path in SENT_LAST]
+    chunks += [last_files] if last_files else []
     return chunks or ([[]] if difference else [])
 
 
-def _commit(folder: Path, repo: str, kind: str, branch: str, what: Difference, message: str, journal: Journal) -> None:
+def _commit(
+    folder: Path, repo: str, kind: str, branch: str, difference: Difference, message: str, journal: Journal
+) -> None:
     hub = load()
-    operations = [hub.CommitOperationAdd(path, folder / path) for path in what.missing]
-    operations += [hub.CommitOperationDelete(path) for path in what.surplus]
-    size = sum((folder / path).stat().st_size for path in what.missing)
-    with plainly(f"uploading to {repo}@{branch}"), limits.transfer(size):
-        made = api().create_commit(repo, operations, commit_message=message, repo_type=kind, revision=branch)
+    operations = [hub.CommitOperationAdd(path, folder / path) for path in difference.missing]
+    operations += [hub.CommitOperationDelete(path) for path in difference.surplus]
+    size = sum((folder / path).stat().st_size for path in difference.missing)
+    with translate_errors(f"uploading to {repo}@{branch}"), limits.transfer(size):
+        commit_info = api().create_commit(repo, operations, commit_message=message, repo_type=kind, revision=branch)
         with parsing():
-            commit = made.oid
-    journal.write("create_commit", repo=repo, kind=kind, branch=branch, commit=commit, files=what.missing)
+            commit = commit_info.oid
+    journal.write("create_commit", repo=repo, kind=kind, branch=branch, commit=commit, files=difference.missing)
 
 
 def _tree(repo: str, kind: str, revision: str) -> dict[str, str]:
     """{path: git blob id, or SHA-256 of an LFS file} of a revision."""
-    with plainly(f"reading {repo}@{revision}"):
+    with translate_errors(f"reading {repo}@{revision}"):
         entries = api().list_repo_tree(repo, recursive=True, revision=revision, repo_type=kind)
         with parsing():
             return {e.path: (e.lfs.sha256 if e.lfs else e.blob_id) for e in entries if hasattr(e, "blob_id")}
 
 
-def _identities(path: Path) -> tuple[str, str]:
+def _file_ids(path: Path) -> tuple[str, str]:
     """The two names under which a Hub may know a file: its SHA-256 and its git blob id."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with open(path, "rb") as f:

@@ -31,13 +31,13 @@ class Identity:
 
 
 @contextmanager
-def plainly(what: str, hint: str = "") -> Iterator[None]:
+def as_atom_error(action: str, hint: str = "") -> Iterator[None]:
     """Turns whatever the libraries raise, which have no error in common, into one AtomError."""
     try:
         yield
     except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise AtomError(f"{what}: {said}{hint}") from None
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise AtomError(f"{action}: {message}{hint}") from None
 
 
 ONLINE = "; Sigstore needs a network, or give --trust-config of another instance"
@@ -61,7 +61,7 @@ def signer(trust_config: Path | None) -> Any:
             return self.token
 
     _require(trust_config)
-    with plainly("no signature without a key can be made", ONLINE):
+    with as_atom_error("no signature without a key can be made", ONLINE):
         return Signer(trust_config=trust_config)
 
 
@@ -70,7 +70,7 @@ def verifier(identity: Identity, trust_config: Path | None) -> Any:
     from model_signing._signing import sign_sigstore
 
     _require(trust_config)
-    with plainly(f"whether {identity} signed cannot be told", ONLINE):
+    with as_atom_error(f"whether {identity} signed cannot be told", ONLINE):
         return sign_sigstore.Verifier(identity=identity.name, oidc_issuer=identity.issuer, trust_config=trust_config)
 
 
@@ -87,24 +87,27 @@ def is_keyless(signature: Path) -> bool:
         return False
 
 
-def verified(signature: Path, by: Any = None) -> tuple[Identity, Any]:
+def verify_bundle(signature: Path, bundle_verifier: Any = None) -> tuple[Identity, Any]:
     """Whom a bundle names, and the manifest that it signs, if it is valid. Raises what the libraries raise, if not.
 
-    by: of `verifier`; without one nothing vouches for the certificate in the bundle: its name may be invented.
+    bundle_verifier: of `verifier`; without one nothing vouches for the certificate in the bundle: its name may be
+    invented.
     """
     from model_signing._signing import sign_sigstore, signing
     from sigstore import dsse
 
-    class Itself(signing.Verifier):  # type: ignore[misc]
+    class SelfVerifier(signing.Verifier):  # type: ignore[misc]
         def _verify_signed_content(self, signature: Any) -> tuple[str, bytes]:
             envelope = signature.bundle._dsse_envelope
             payload = dsse._verify(signature.bundle.signing_certificate.public_key(), envelope)
             return envelope._inner.payload_type, payload
 
-    found = sign_sigstore.Signature.read(signature)
-    if signature.read_text() != found.bundle.to_json():  # base64 has bits that decide nothing
+    bundle_signature = sign_sigstore.Signature.read(signature)
+    if signature.read_text() != bundle_signature.bundle.to_json():  # base64 has bits that decide nothing
         raise ValueError("it is not written as signers write it")
-    return named(found.bundle.signing_certificate), (by or Itself()).verify(found)
+    return certificate_identity(bundle_signature.bundle.signing_certificate), (
+        bundle_verifier or SelfVerifier()
+    ).verify(bundle_signature)
 
 
 def identity(signature: Path) -> str | None:
@@ -114,12 +117,12 @@ def identity(signature: Path) -> str | None:
     if not is_keyless(signature):
         return None
     try:
-        return str(named(sign_sigstore.Signature.read(signature).bundle.signing_certificate))
+        return str(certificate_identity(sign_sigstore.Signature.read(signature).bundle.signing_certificate))
     except Exception:  # whatever a forger may have put there
         return "which cannot be read"
 
 
-def named(certificate: Any) -> Identity:
+def certificate_identity(certificate: Any) -> Identity:
     """Whom a certificate of Sigstore's names."""
     from cryptography import x509
 

@@ -41,8 +41,8 @@ def make_key(path: Path) -> None:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    form, none = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    pem = ec.generate_private_key(ec.SECP256R1()).private_bytes(serialization.Encoding.PEM, form, none)
+    form, no_encryption = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    pem = ec.generate_private_key(ec.SECP256R1()).private_bytes(serialization.Encoding.PEM, form, no_encryption)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(pem)
@@ -103,11 +103,11 @@ def sign(release: Path, signer: Signer, progress: Callable[[str], None] = lambda
     if signer.certificate is not None and signer.password is not None:
         raise AtomError("a key with a password cannot be used with a certificate; give the key without one")
     pem = signer.public_key()
-    for place in repositories(release):
-        folder = release / place.folder
-        progress(f"signing {place.folder or 'the release itself'}")
+    for repository in repositories(release):
+        folder = release / repository.folder
+        progress(f"signing {repository.folder or 'the release itself'}")
         config = signing.Config()
-        config.set_hashing_config(_hashing(release, place))
+        config.set_hashing_config(_hashing(release, repository))
         try:
             if signer.certificate is None:
                 config.use_elliptic_key_signer(private_key=signer.key, password=signer.password)
@@ -133,62 +133,62 @@ def sign_keyless(
     from model_signing._signing.signing import Payload
 
     signer = keyless.signer(trust_config)  # what cannot be reached is told before anything is hashed
-    places = repositories(release)
-    payloads, made = [], []
-    for place in places:
-        progress(f"hashing {place.folder or 'the release itself'}")
-        with keyless.plainly(f"{release} cannot be signed"):
-            payloads.append(Payload(_hashing(release, place).hash(release / place.folder)))
-    for place, payload in zip(places, payloads, strict=True):
-        progress(f"signing {place.folder or 'the release itself'}")
-        with keyless.plainly(f"{release} cannot be signed without a key", "; nothing was written"):
-            made.append(signer.sign(payload))
-            who = keyless.named(made[0].bundle.signing_certificate)
-    with keyless.plainly(f"not every signature could be written into {release}", "; sign it again"):
-        for place, signature in zip(places, made, strict=True):
-            signature.write(release / place.folder / SIGNATURE)
-            (release / place.folder / PUBLIC_KEY).unlink(missing_ok=True)
-    return who
+    release_repositories = repositories(release)
+    payloads, signatures = [], []
+    for repository in release_repositories:
+        progress(f"hashing {repository.folder or 'the release itself'}")
+        with keyless.as_atom_error(f"{release} cannot be signed"):
+            payloads.append(Payload(_hashing(release, repository).hash(release / repository.folder)))
+    for repository, payload in zip(release_repositories, payloads, strict=True):
+        progress(f"signing {repository.folder or 'the release itself'}")
+        with keyless.as_atom_error(f"{release} cannot be signed without a key", "; nothing was written"):
+            signatures.append(signer.sign(payload))
+            identity = keyless.certificate_identity(signatures[0].bundle.signing_certificate)
+    with keyless.as_atom_error(f"not every signature could be written into {release}", "; sign it again"):
+        for repository, signature in zip(release_repositories, signatures, strict=True):
+            signature.write(release / repository.folder / SIGNATURE)
+            (release / repository.folder / PUBLIC_KEY).unlink(missing_ok=True)
+    return identity
 
 
-def _hashing(release: Path, place: Repository) -> Any:
+def _hashing(release: Path, repository: Repository) -> Any:
     """How the library hashes a repository."""
     from model_signing import hashing
 
     config = hashing.Config()
-    config.set_ignored_paths(paths=[*IGNORED, *_nested(release, place)])
+    config.set_ignored_paths(paths=[*IGNORED, *_nested(release, repository)])
     return config
 
 
-def _nested(release: Path, place: Repository) -> list[str]:
+def _nested(release: Path, repository: Repository) -> list[str]:
     """What lies in a repository's folder, in a release, and is a repository or branch of its own."""
-    if place.folder == "":
+    if repository.folder == "":
         return [*dict.fromkeys((*PARTS, *model_folders(release)))]
-    folder = release / place.folder
-    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if place.folder == "checkpoints" else []
+    folder = release / repository.folder
+    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if repository.folder == "checkpoints" else []
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What signatures are held to. by: who must have signed, as it is told: a key's fingerprint, or an identity, of
-    which `verifier` is. chain: certificates to trust, for a release that was signed with one; without them the key
+class TrustPolicy:
+    """What signatures must satisfy. signer: who must have signed, as a key's fingerprint, or as an identity, which
+    `verifier` then checks. chain: certificates to trust, for a release that was signed with one; without them the key
     beside the signature counts."""
 
-    by: str | None = None
+    signer: str | None = None
     chain: tuple[Path, ...] = ()
     verifier: Any = None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the signature of one repository says. by: a key's fingerprint, or an identity; wrong: empty if it holds,
-    else a sentence for everything."""
+    """What the signature of one repository says. signer: a key's fingerprint, or an identity; problems: one sentence
+    each, none if the signature is valid."""
 
-    by: str | None
-    wrong: list[str]
+    signer: str | None
+    problems: list[str]
 
 
-def verify(folder: Path, present: Iterable[str], digest: Callable[[Path], str], asked: Asked) -> Verdict | None:
+def verify(folder: Path, present: Iterable[str], digest: Callable[[Path], str], policy: TrustPolicy) -> Verdict | None:
     """The verdict on the repository in `folder`; None if it is not signed.
 
     present: its files, without those that belong to git or to the Hub's client. digest: SHA-256 of a file.
@@ -196,54 +196,60 @@ def verify(folder: Path, present: Iterable[str], digest: Callable[[Path], str], 
     signature, public = folder / SIGNATURE, folder / PUBLIC_KEY
     if not os.path.lexists(signature) and not os.path.lexists(public):
         return None
-    by, signed, wrong = (_by_identity if keyless.is_keyless(signature) else _by_key)(signature, public, asked)
-    if wrong:
-        return Verdict(by, [wrong])
-    there = set(present) - set(IGNORED)
-    found = [f"{path} is missing, and was signed" for path in sorted(signed.keys() - there)]
-    found += [f"{path} was added after signing" for path in sorted(there - signed.keys())]
-    both = sorted(there & signed.keys())
-    return Verdict(by, found + [f"{p} was altered after signing" for p in both if digest(folder / p) != signed[p]])
+    signer, signed, problem = (_by_identity if keyless.is_keyless(signature) else _by_key)(signature, public, policy)
+    if problem:
+        return Verdict(signer, [problem])
+    files = set(present) - set(IGNORED)
+    problems = [f"{path} is missing, and was signed" for path in sorted(signed.keys() - files)]
+    problems += [f"{path} was added after signing" for path in sorted(files - signed.keys())]
+    common = sorted(files & signed.keys())
+    return Verdict(
+        signer, problems + [f"{p} was altered after signing" for p in common if digest(folder / p) != signed[p]]
+    )
 
 
 Signed = tuple[str | None, dict[str, str], str]
 """Who signed, {path: SHA-256} of what, and what is wrong with the signature."""
 
 
-def _by_identity(signature: Path, public: Path, asked: Asked) -> Signed:
+def _by_identity(signature: Path, public: Path, policy: TrustPolicy) -> Signed:
     if os.path.lexists(public):
         return None, {}, f"{PUBLIC_KEY} is there, and {SIGNATURE} was made without a key"
-    if asked.chain:
+    if policy.chain:
         return None, {}, f"{SIGNATURE} was made without a key, not by whom the certificates vouch for"
     try:
         with redirect_stdout(sys.stderr):
-            identity, manifest = keyless.verified(signature, asked.verifier)
+            identity, manifest = keyless.verify_bundle(signature, policy.verifier)
         return str(identity), _digests(manifest), ""
     except Exception as error:  # whatever a forger may have put there is a finding
-        whom = asked.by if asked.verifier else "whom its certificate names"
-        return None, {}, f"{SIGNATURE} is not by {whom}, or is altered: {_said(error)}"
+        expected_signer = policy.signer if policy.verifier else "whom its certificate names"
+        return None, {}, f"{SIGNATURE} is not by {expected_signer}, or is altered: {_error_text(error)}"
 
 
-def _by_key(signature: Path, public: Path, asked: Asked) -> Signed:
+def _by_key(signature: Path, public: Path, policy: TrustPolicy) -> Signed:
     if missing := [path.name for path in (signature, public) if not path.is_file()]:
         return None, {}, f"{missing[0]} is missing"
     try:
         name = fingerprint(public.read_bytes(), exact=True)
     except ValueError:
         return None, {}, f"{PUBLIC_KEY} is not a public key, or is altered"
-    if asked.verifier:
-        return None, {}, f"{SIGNATURE} was made with the key {name[:23]}…, not by {asked.by}"
+    if policy.verifier:
+        return None, {}, f"{SIGNATURE} was made with the key {name[:23]}…, not by {policy.signer}"
     try:
-        return name, _signed(signature, public, asked.chain), ""
+        return name, _verified_digests(signature, public, policy.chain), ""
     except Exception as error:
-        return name, {}, f"{SIGNATURE} is not by the key {name[:23]}… in {PUBLIC_KEY}, or is altered: {_said(error)}"
+        return (
+            name,
+            {},
+            f"{SIGNATURE} is not by the key {name[:23]}… in {PUBLIC_KEY}, or is altered: {_error_text(error)}",
+        )
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _signed(signature: Path, public: Path, chain: Sequence[Path]) -> dict[str, str]:
+def _verified_digests(signature: Path, public: Path, chain: Sequence[Path]) -> dict[str, str]:
     """{path: SHA-256} of what a signature covers, if it is by that key. Raises what the library raises, if not."""
     # its public interface hashes every file again
     from model_signing._signing import sign_certificate, sign_ec_key, sign_sigstore_pb
@@ -251,11 +257,11 @@ def _signed(signature: Path, public: Path, chain: Sequence[Path]) -> dict[str, s
     bundle = sign_sigstore_pb.Signature.read(signature)
     if signature.read_text() != bundle.bundle.to_json():  # base64 has bits that decide nothing
         raise ValueError("it is not written as signers write it")
-    given = bundle.bundle.verification_material.x509_certificate_chain
+    certificate_chain = bundle.bundle.verification_material.x509_certificate_chain
     with redirect_stdout(sys.stderr), NamedTemporaryFile(suffix=".pem") as anchor:
         verifier: Any = sign_ec_key.Verifier(public)
-        if given is not None:
-            pems = [_pem(certificate.raw_bytes) for certificate in given.certificates]
+        if certificate_chain is not None:
+            pems = [_pem(certificate.raw_bytes) for certificate in certificate_chain.certificates]
             if fingerprint(pems[0][1]) != fingerprint(public.read_bytes()):
                 raise ValueError("its certificate is of another key")
             # where no certificate is trusted, the signature vouches for itself, as a key does
@@ -269,8 +275,8 @@ def _signed(signature: Path, public: Path, chain: Sequence[Path]) -> dict[str, s
 
 def _digests(manifest: Any) -> dict[str, str]:
     rows = list(manifest.resource_descriptors())
-    if other := [row for row in rows if row.digest.algorithm != "sha256"]:
-        raise ValueError(f"{other[0].identifier} was signed by {other[0].digest.algorithm}, not sha256")
+    if foreign := [row for row in rows if row.digest.algorithm != "sha256"]:
+        raise ValueError(f"{foreign[0].identifier} was signed by {foreign[0].digest.algorithm}, not sha256")
     return {row.identifier: row.digest.digest_hex for row in rows}
 
 
@@ -279,6 +285,6 @@ def _pem(der: bytes) -> tuple[bytes, bytes]:
     from cryptography import x509
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-    found = x509.load_der_x509_certificate(der)
-    key = found.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    return found.public_bytes(Encoding.PEM), key
+    certificate = x509.load_der_x509_certificate(der)
+    key = certificate.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return certificate.public_bytes(Encoding.PEM), key

@@ -11,8 +11,8 @@ from release.hub.local.store import HubError, Repo, Store
 
 
 def store(request: Request) -> Store:
-    found: Store = request.app.state.store
-    return found
+    hub_store: Store = request.app.state.store
+    return hub_store
 
 
 def base_url(request: Request) -> str:

@@ -12,11 +12,11 @@ def metadata(text: str) -> tuple[dict[str, Any] | None, str]:
     """(metadata, "") or (None, what is wrong). A README without a block has empty metadata."""
     import yaml
 
-    found = BLOCK.match(text)
-    if found is None:
+    block = BLOCK.match(text)
+    if block is None:
         return {}, ""
     try:
-        data = yaml.safe_load(found[1]) or {}
+        data = yaml.safe_load(block[1]) or {}
     except yaml.YAMLError as error:
         return None, f"the metadata is not YAML: {error}"
     if not isinstance(data, dict):

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from release.hub.local import access
-from release.hub.local.store import HubError, now, write_json
+from release.hub.local.store import HubError, current_time, write_json
 
 
 def _file(request: Request, slug: str) -> Path:
@@ -33,7 +33,7 @@ def _load(request: Request, write: bool = False) -> dict[str, Any]:
 
 
 def _save(request: Request, collection: dict[str, Any]) -> None:
-    collection["lastUpdated"] = now()
+    collection["lastUpdated"] = current_time()
     write_json(_file(request, collection["slug"]), collection)
 
 
@@ -74,7 +74,7 @@ async def add_item(request: Request) -> Response:
     collection = _load(request, write=True)
     body = await request.json()
     item = body["item"]
-    if any(old["id"] == item["id"] and old["type"] == item["type"] for old in collection["items"]):
+    if any(existing["id"] == item["id"] and existing["type"] == item["type"] for existing in collection["items"]):
         raise HubError(409, "the item is already in the collection")
     row_id = hashlib.sha1(json.dumps(item, sort_keys=True).encode()).hexdigest()[:24]
     note = {"html": body["note"], "text": body["note"]} if body.get("note") else None

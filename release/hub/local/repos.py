@@ -129,13 +129,13 @@ async def paths_info(request: Request) -> Response:
     repo = access.readable(request)
     files = repo.commits[repo.resolve(access.revision(request))].files
     if "json" in request.headers.get("content-type", ""):
-        asked = (await request.json()).get("paths", [])
+        requested = (await request.json()).get("paths", [])
     else:
-        asked = (await request.form()).getlist("paths")
-    paths = [asked] if isinstance(asked, str) else [str(path) for path in asked]
-    found = [_entry(path, files[path]) for path in paths if path in files]
+        requested = (await request.form()).getlist("paths")
+    paths = [requested] if isinstance(requested, str) else [str(path) for path in requested]
+    entries = [_entry(path, files[path]) for path in paths if path in files]
     folders = [p for p in paths if p not in files and any(f.startswith(p.rstrip("/") + "/") for f in files)]
-    return JSONResponse(found + [_directory(path) for path in folders])
+    return JSONResponse(entries + [_directory(path) for path in folders])
 
 
 async def refs(request: Request) -> Response:

@@ -85,7 +85,7 @@ class Repo:
         return sha
 
 
-def now() -> str:
+def current_time() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
 
 
@@ -122,9 +122,9 @@ class Store:
 
     def create(self, kind: str, repo_id: str, private: bool, author: str) -> Repo:
         """A repository with its first commit, which holds `.gitattributes` as on the Hub."""
-        repo = Repo(kind, repo_id, private, now())
+        repo = Repo(kind, repo_id, private, current_time())
         attributes = File(self.put(ATTRIBUTES), git_blob_oid(ATTRIBUTES), len(ATTRIBUTES), False)
-        repo.add("main", Commit(None, "initial commit", "", author, now(), {".gitattributes": attributes}))
+        repo.add("main", Commit(None, "initial commit", "", author, current_time(), {".gitattributes": attributes}))
         self.save(repo)
         return repo
 
@@ -147,20 +147,20 @@ class Store:
     def accept(self, upload: Path, sha256: str) -> None:
         """Takes an uploaded file as the blob it claims to be. Raises HubError 422 if its bytes say otherwise."""
         with open(upload, "rb") as f:
-            found = hashlib.file_digest(f, "sha256").hexdigest()
-        if found != sha256:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        if digest != sha256:
             upload.unlink()
-            raise HubError(422, f"the uploaded object is {found}, not {sha256}")
+            raise HubError(422, f"the uploaded object is {digest}, not {sha256}")
         os.replace(upload, self.blob(sha256))
 
     def join(self, parts: list[Path], sha256: str) -> None:
         """Joins the parts of a multipart upload, in order, into the blob."""
-        whole = self.blobs / f"{sha256}.{uuid.uuid4().hex}.joined"
-        with open(whole, "wb") as out:
+        joined = self.blobs / f"{sha256}.{uuid.uuid4().hex}.joined"
+        with open(joined, "wb") as target:
             for part in parts:
                 with open(part, "rb") as f:
-                    shutil.copyfileobj(f, out, 1 << 20)
-        self.accept(whole, sha256)
+                    shutil.copyfileobj(f, target, 1 << 20)
+        self.accept(joined, sha256)
         for part in parts:
             part.unlink(missing_ok=True)
 

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from release.hub.local import access
 from release.hub.local.cardmeta import metadata
 from release.hub.local.repos import url
-from release.hub.local.store import LFS_SUFFIXES, Commit, HubError, now
+from release.hub.local.store import LFS_SUFFIXES, Commit, HubError, current_time
 
 
 async def preupload(request: Request) -> Response:
@@ -25,11 +25,13 @@ async def preupload(request: Request) -> Response:
     repo, _ = access.writable(request)
     files = repo.commits[repo.resolve(access.revision(request))].files
     rows = []
-    for asked in (await request.json())["files"]:
-        path, old = asked["path"], files.get(asked["path"])
-        lfs = path.endswith(LFS_SUFFIXES) or asked["size"] >= request.app.state.lfs_bytes
+    for requested in (await request.json())["files"]:
+        path, existing = requested["path"], files.get(requested["path"])
+        lfs = path.endswith(LFS_SUFFIXES) or requested["size"] >= request.app.state.lfs_bytes
         mode = "lfs" if lfs else "regular"
-        rows.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": old.etag if old else None})
+        rows.append(
+            {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": existing.etag if existing else None}
+        )
     return JSONResponse({"files": rows})
 
 
@@ -38,8 +40,8 @@ async def lfs_batch(request: Request) -> Response:
     access.writable(request)
     body, part = await request.json(), request.app.state.part_bytes
     rows, multipart = [], False
-    for asked in body["objects"]:
-        oid, size = asked["oid"], asked["size"]
+    for requested in body["objects"]:
+        oid, size = requested["oid"], requested["size"]
         row: dict[str, Any] = {"oid": oid, "size": size}
         if not access.store(request).blob(oid).exists():
             target = f"{access.base_url(request)}/_lfs/{oid}"
@@ -127,7 +129,7 @@ async def commit(request: Request) -> Response:
     if header.get("parentCommit") not in (None, parent):
         raise HubError(412, "A commit has happened since. Please refresh and try again.")
     title, body = header.get("summary", ""), header.get("description", "")
-    sha = repo.add(branch, Commit(parent, title, body, user, now(), files))
+    sha = repo.add(branch, Commit(parent, title, body, user, current_time(), files))
     store.save(repo)
     commit_url = f"{url(request, repo)}/commit/{sha}"
     return JSONResponse({"success": True, "commitOid": sha, "commitUrl": commit_url, "hookOutput": ""})
@@ -165,7 +167,7 @@ async def delete_ref(request: Request) -> Response:
 
 async def validate_yaml(request: Request) -> Response:
     """The check of a README's metadata that the client asks for before it uploads one."""
-    data, wrong = metadata((await request.json())["content"])
+    data, message = metadata((await request.json())["content"])
     if data is None:
-        return JSONResponse({"errors": [{"message": wrong}], "warnings": []}, 400)
+        return JSONResponse({"errors": [{"message": message}], "warnings": []}, 400)
     return JSONResponse({"errors": [], "warnings": []})
