@@ -113,7 +113,7 @@ def measure(ladder: Ladder, home: Path) -> list[dict[str, Any]]:
     alone |= {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
     def started(*arguments: str) -> str:
-        done = subprocess.run([sys.executable, *arguments], env=alone, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-P", *arguments], env=alone, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
         return done.stdout

@@ -28,7 +28,8 @@ from pipeline.launch import cluster_profile
 from stages.mcore.activations import Rows, activation_bytes
 from stages.mcore.parallel_layout import Layout
 from stages.models.qwen3_moe.config import ModelConfig
-from stages.models.qwen3_moe.costs import Attention, held, state_bytes, training_flops
+from stages.models.qwen3_moe.costs import Attention, training_flops
+from stages.models.qwen3_moe.memory import held, state_bytes
 
 TARGET = 0.01
 QWEN3 = dict(kv_heads=4, head_dim=128, experts=128, experts_per_token=8, context_length=4096, tie_embeddings=False)

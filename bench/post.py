@@ -236,7 +236,7 @@ def measure(seeds: Sequence[int], home: Path, folder: Path, quick: bool) -> list
         log = logs / f"{name}.txt"
         with open(log, "a") as file:
             begin = file.tell()
-            done = subprocess.run([sys.executable, *arguments], env=alone, stdout=file, stderr=subprocess.STDOUT)
+            done = subprocess.run([sys.executable, "-P", *arguments], env=alone, stdout=file, stderr=subprocess.STDOUT)
         text = log.read_bytes()[begin:].decode()
         if done.returncode:
             raise SystemExit(f"{' '.join(arguments)} failed; see {log}:\n{text[-2000:]}")

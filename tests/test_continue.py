@@ -24,9 +24,9 @@ from pipeline.core.store import Artifact, Store, write_manifest
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from pipeline.graph.checkpoints import Checkpoint
+from pipeline.launch.attempt import Attempt, Task
 from pipeline.launch.checkpoint_artifacts import Products
 from pipeline.launch.rendezvous import Ranks
-from pipeline.launch.worker import Attempt, Task
 from stages.data import order
 from stages.data.table import write_json
 

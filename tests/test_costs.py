@@ -18,17 +18,9 @@ from stages.mcore.megatron_imports import Float16Module
 from stages.mcore.parallel_layout import Layout, problem
 from stages.models.qwen3_moe import layer_spec
 from stages.models.qwen3_moe.config import ModelConfig
-from stages.models.qwen3_moe.costs import (
-    Attention,
-    Held,
-    held,
-    layers_of,
-    owned_bytes,
-    sharing,
-    state_bytes,
-    training_flops,
-)
+from stages.models.qwen3_moe.costs import Attention, training_flops
 from stages.models.qwen3_moe.megatron_model import build
+from stages.models.qwen3_moe.memory import Held, held, layers_of, owned_bytes, sharing, state_bytes
 from stages.train import parallel
 from stages.train.config import PhaseConfig, TrainConfig
 from stages.train.estimate import estimate, release_checkpoints, words

@@ -16,8 +16,8 @@ import pytest
 from pipeline.core.errors import Failure, Kind
 from pipeline.core.store import Store
 from pipeline.launch import job, preflight
+from pipeline.launch.attempt import Task
 from pipeline.launch.rendezvous import FAILURES, Ranks, read
-from pipeline.launch.worker import Task
 
 
 def ranks(folder: Path, size: int = 1, rank: int = 0) -> Ranks:

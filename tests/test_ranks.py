@@ -27,8 +27,9 @@ from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from pipeline.core.store import Store, sha256_file
 from pipeline.graph import registry
 from pipeline.launch import rendezvous
+from pipeline.launch.attempt import Task
 from pipeline.launch.local import visible_gpus
-from pipeline.launch.worker import Task, _operations, attempt, work
+from pipeline.launch.worker import _operations, attempt, work
 
 SLOW = 40  # steps: enough to be disturbed in
 

@@ -22,6 +22,8 @@ def test_the_wheel_plans_and_runs_without_the_checkout(tmp_path: Path) -> None:
     assert tops == {"pipeline", "stages", "release", "data_recipes"}
     tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files", *sorted(tops)], capture_output=True, text=True).stdout
     assert set(tracked.split()) <= set(names), "every file of the packages is in the wheel"
+    folders = {file.parent.relative_to(ROOT) for top in tops for file in (ROOT / top).rglob("*.py")}
+    assert {f"{folder}/__init__.py" for folder in folders} <= set(names), "every folder of modules is in the wheel"
 
     install = [
         sys.executable,

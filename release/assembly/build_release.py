@@ -152,6 +152,7 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     from release.audit import merkle
     from release.cards import croissant, plot, render, results, scaling_plots, tables
     from release.checks import gates
+    from release.checks.gate_context import Context
     from release.layout import CANARY, GOLDENS, ORIGINS, RELEASE, ROOTS, model_folders, repositories
 
     made = assemble.Assembly(folder)
@@ -209,7 +210,7 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     made.origins[ORIGINS] = {"generated": "release.assembly.build_release"}
     (folder / ORIGINS).write_bytes(assemble.to_json(made.origins))
     wanted = _evaluation(source.recipe)
-    return gates.Context(folder, release, wanted, data, models, source.machine_paths, changes, spent, canary, loaded)
+    return Context(folder, release, wanted, data, models, source.machine_paths, changes, spent, canary, loaded)
 
 
 def _evaluation(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from stages.mcore.parallel_layout import Layout
 from stages.models.qwen3_moe.config import ModelConfig, Precision
-from stages.models.qwen3_moe.costs import layers_of
+from stages.models.qwen3_moe.memory import layers_of
 
 SLICE = 128
 """Queries that attend in one call where rows are packed: `stages.models.qwen3_moe.layer_spec.SLICE`."""

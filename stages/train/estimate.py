@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.core.stage import Estimate, TrainingEstimate
 from stages.mcore.activations import Rows, activation_bytes
 from stages.mcore.parallel_layout import Layout
-from stages.models.qwen3_moe.costs import MASTER, MOMENTS, held, owned_bytes, state_bytes
+from stages.models.qwen3_moe.memory import MASTER, MOMENTS, held, owned_bytes, state_bytes
 from stages.train.config import PhaseConfig, TrainConfig
 
 # Sustained training FLOP/s of one CPU thread in fp32 on matrices this small: 493,536 parameters, 24 x 48 tokens in
