@@ -32,12 +32,12 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="the model folder of a release, or an export")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--limit", type=int, default=None, help="ask only the first ones")
-    asked = parser.parse_args()
-    if lack := sandbox.missing():
-        sys.exit(lack)
-    rows = list(problems())[: asked.limit]
-    speaker = Speaker(asked.model, asked.max_new_tokens, rows, {}, Quiet())
-    room = speaker.sampler.model.config.max_position_embeddings - asked.max_new_tokens
+    arguments = parser.parse_args()
+    if problem := sandbox.missing():
+        sys.exit(problem)
+    rows = list(problems())[: arguments.limit]
+    speaker = Speaker(arguments.model, arguments.max_new_tokens, rows, {}, Quiet())
+    room = speaker.sampler.model.config.max_position_embeddings - arguments.max_new_tokens
     fitting = [row for row in rows if len(speaker.chat.ask(row)) <= room]
     answers = speaker.ask([(row, 0, 0) for row in fitting], greedy=True) if fitting else []
     speaker.close()

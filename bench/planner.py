@@ -168,14 +168,14 @@ def hours_errors() -> list[float]:
 def fp8_on_h100() -> None:
     """Prints whether FP8 has been seen to pay on H100, which is what the recipes go by."""
     print(f"\n{'TFLOP/s of an H100':38}{'bf16':>8}{'fp8':>8}{'fp8 / bf16':>12}")
-    found: dict[str, dict[str, float]] = {}
+    by_model: dict[str, dict[str, float]] = {}
     for row in anchors():
         if row["system"] == "H100" and "before" not in row["model"]:
-            found.setdefault(row["model"], {})[row["precision"]] = float(row["tflops"])
-    for model, figures in found.items():
+            by_model.setdefault(row["model"], {})[row["precision"]] = float(row["tflops"])
+    for model, figures in by_model.items():
         both = f"{figures['fp8'] / figures['bf16']:12.2f}" if len(figures) == 2 else f"{'unknown':>12}"
-        shown = "".join(f"{figures[p]:8.0f}" if p in figures else f"{'-':>8}" for p in ("bf16", "fp8"))
-        print(f"{model:38}{shown}{both}")
+        cells = "".join(f"{figures[p]:8.0f}" if p in figures else f"{'-':>8}" for p in ("bf16", "fp8"))
+        print(f"{model:38}{cells}{both}")
 
 
 def measure() -> dict[str, Any]:

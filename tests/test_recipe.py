@@ -85,32 +85,32 @@ def keys(reference: str) -> dict[str, str]:
     return {name: node.key for name, node in dag.compose(recipes.load(reference), Store(Path("none"))).nodes.items()}
 
 
-def changed(tmp_path: Path, **changes: Any) -> set[str]:
+def changed_keys(tmp_path: Path, **changes: Any) -> set[str]:
     before, after = keys(str(SMOKE)), keys(write(tmp_path / "r.yaml", **changes))
     return {name for name in before if before[name] != after[name]}
 
 
 def test_a_changed_field_changes_the_keys_of_what_depends_on_it_and_no_others(tmp_path: Path) -> None:
     models, chatty = ("mid", "sft", "rlvr"), ("sft", "rlvr")
-    after_midtrain = {f"{what}-{model}" for what in ("export", "evaluate") for model in models} | {"sft", "rlvr"}
+    after_midtrain = {f"{stage}-{model}" for stage in ("export", "evaluate") for model in models} | {"sft", "rlvr"}
     after_midtrain |= {"fresh", "contamination", "prefer-rlvr"}
-    after_midtrain |= {f"{what}-{model}" for what in ("solve", "fresh-solve") for model in chatty}
-    assert changed(tmp_path, midtrain__optimizer__lr=1e-3) == {"midtrain"} | after_midtrain
-    assert changed(tmp_path, midtrain__steps=200) == {"order-midtrain", "midtrain"} | after_midtrain
+    after_midtrain |= {f"{stage}-{model}" for stage in ("solve", "fresh-solve") for model in chatty}
+    assert changed_keys(tmp_path, midtrain__optimizer__lr=1e-3) == {"midtrain"} | after_midtrain
+    assert changed_keys(tmp_path, midtrain__steps=200) == {"order-midtrain", "midtrain"} | after_midtrain
     evaluated = {f"evaluate-{model}" for model in ("init", "base", *models)}
-    assert changed(tmp_path, evaluation__max_new_tokens=9) == evaluated | {"contamination"}
-    assert changed(tmp_path, rlvr__clip_high=0.3) == {name for name in after_midtrain if "rlvr" in name} | {
+    assert changed_keys(tmp_path, evaluation__max_new_tokens=9) == evaluated | {"contamination"}
+    assert changed_keys(tmp_path, rlvr__clip_high=0.3) == {name for name in after_midtrain if "rlvr" in name} | {
         "fresh", "contamination", "fresh-solve-sft",
     }  # fmt: skip
-    assert changed(tmp_path, tokenizer__vocab_size=400) == {
+    assert changed_keys(tmp_path, tokenizer__vocab_size=400) == {
         name for name in keys(str(SMOKE)) if not name.startswith(("acquire", "items", "filter", "curate", "tasks"))
     }
-    assert changed(tmp_path, seed=1) >= {"acquire-sums", "items", "filter", "curate", "order-pretrain", "pretrain"}
+    assert changed_keys(tmp_path, seed=1) >= {"acquire-sums", "items", "filter", "curate", "order-pretrain", "pretrain"}
 
 
 def test_what_is_not_identity_changes_no_key(tmp_path: Path) -> None:
-    assert changed(tmp_path, pretrain__work_checkpoint_every=7) == set()
-    assert changed(tmp_path, name="other", description="other", release__languages=["fr"]) == set()
+    assert changed_keys(tmp_path, pretrain__work_checkpoint_every=7) == set()
+    assert changed_keys(tmp_path, name="other", description="other", release__languages=["fr"]) == set()
 
 
 def test_a_cluster_profile_is_data_and_is_checked(tmp_path: Path) -> None:
