@@ -46,8 +46,8 @@ class Quiet:
 def measure(size: Size, folder: Path, rounds: int) -> dict[str, Any]:
     phase = dict(
         mix={"random": 1.0}, sequence_length=size.length, steps=10**6, optimizer=OPTIMIZER,
-        batch={"global_tokens": size.tokens, "micro_tokens": size.tokens}, heldout={"every": 1, "rows": 1},
-        release_checkpoint_every=10**6,
+        batch={"global_tokens": size.tokens, "micro_tokens": size.tokens}, validation={"every": 1, "rows": 1},
+        release_checkpoint_interval=10**6,
     )  # fmt: skip
     config = TrainConfig.model_validate(dict(model=size.model, phase=phase, padded_vocab_size=size.vocab, seed=0))
     tokens, times = Tokens(size), {"stall": [], "copy": [], "whole": [], "step": [], "step while writing": []}

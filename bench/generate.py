@@ -52,13 +52,13 @@ class Size:
 
 
 FULL = Size(
-    ModelConfig(layers=3, hidden_size=96, heads=4, kv_heads=2, head_dim=32, experts=4, experts_per_token=2,
-                expert_ffn_size=96, context_length=512, tie_embeddings=True, init_std=0.08),
+    ModelConfig(layers=3, hidden_size=96, heads=4, kv_heads=2, head_dim=32, experts=4, num_experts_per_tok=2,
+                moe_intermediate_size=96, context_length=512, tie_embeddings=True, init_std=0.08),
     vocab=512, new=56, shortest=12, longest=48, rounds=9, batches=(1, 16, 128), busy=32,
 )  # fmt: skip
 QUICK = Size(
-    ModelConfig(layers=1, hidden_size=32, heads=4, kv_heads=2, head_dim=8, experts=4, experts_per_token=2,
-                expert_ffn_size=16, context_length=64, tie_embeddings=True),
+    ModelConfig(layers=1, hidden_size=32, heads=4, kv_heads=2, head_dim=8, experts=4, num_experts_per_tok=2,
+                moe_intermediate_size=16, context_length=64, tie_embeddings=True),
     vocab=64, new=6, shortest=3, longest=9, rounds=3, batches=(1, 4), busy=4,
 )  # fmt: skip
 

@@ -74,14 +74,14 @@ def train(recipe: str, home: Path, rung: tuple[int, int], tokens: float, seed: i
     base, vocab = graph.recipe.config, graph.recipe.config.tokenizer.padded_vocab_size
     layers, hidden = rung
     shape = {"layers": layers, "hidden_size": hidden, "heads": hidden // 16, "kv_heads": 1, "head_dim": 16}
-    model = base.model.model_copy(update={**shape, "expert_ffn_size": hidden})
+    model = base.model.model_copy(update={**shape, "moe_intermediate_size": hidden})
     active = model.parameters(vocab)["active"]
     steps = max(8, round(tokens * active / BATCH))
     optimizer = base.pretrain.optimizer.model_copy(update={"warmup_steps": max(2, steps // 10), "final_lr": 3e-4})
     phase = {
         "mix": base.pretrain.mix, "sequence_length": LENGTH, "steps": steps, "pack": True,
         "batch": {"global_tokens": BATCH, "micro_tokens": BATCH}, "optimizer": optimizer,
-        "heldout": {"every": steps, "rows": 192}, "release_checkpoint_every": steps,
+        "validation": {"every": steps, "rows": 192}, "release_checkpoint_interval": steps,
     }  # fmt: skip
     settings = {"model": model, "phase": phase, "padded_vocab_size": vocab, "seed": seed}
     config = pretrain.STAGE.config.model_validate(settings)

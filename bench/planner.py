@@ -32,9 +32,9 @@ from stages.models.qwen3_moe.costs import Attention, training_flops
 from stages.models.qwen3_moe.memory import held, state_bytes
 
 TARGET = 0.01
-QWEN3 = dict(kv_heads=4, head_dim=128, experts=128, experts_per_token=8, context_length=4096, tie_embeddings=False)
-QWEN3_30B = ModelConfig(layers=48, hidden_size=2048, heads=32, expert_ffn_size=768, **QWEN3)
-QWEN3_235B = ModelConfig(layers=94, hidden_size=4096, heads=64, expert_ffn_size=1536, **QWEN3)
+QWEN3 = dict(kv_heads=4, head_dim=128, experts=128, num_experts_per_tok=8, context_length=4096, tie_embeddings=False)
+QWEN3_30B = ModelConfig(layers=48, hidden_size=2048, heads=32, moe_intermediate_size=768, **QWEN3)
+QWEN3_235B = ModelConfig(layers=94, hidden_size=4096, heads=64, moe_intermediate_size=1536, **QWEN3)
 QWEN3_VOCABULARY = 151_936
 
 RUNS = (
@@ -128,7 +128,7 @@ def _half_digit(text: str) -> float:
 
 def memory() -> None:
     """Prints state and peak memory of Qwen3-30B-A3B on 16 H100, ours and published."""
-    layout, gib = Layout(ranks=16, expert=16), 2**30
+    layout, gib = Layout(ranks=16, ep=16), 2**30
     part = held(QWEN3_30B, QWEN3_VOCABULARY, layout, 0)
     state = state_bytes(part, layout, "bf16") / gib
     rows = Rows(1, 4096)

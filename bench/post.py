@@ -140,7 +140,7 @@ class Release:
         was = self.config("sft")
         steps = round(MARGIN * was.phase.steps * self.seconds("rlvr") / self.seconds("sft"))
         optimizer = was.phase.optimizer.model_copy(update={"lr": RATE})
-        changed = {"steps": steps, "optimizer": optimizer, "release_checkpoint_every": steps}
+        changed = {"steps": steps, "optimizer": optimizer, "release_checkpoint_interval": steps}
         return was.model_copy(update={"phase": was.phase.model_copy(update=changed)})
 
 

@@ -5,9 +5,10 @@
 
 A step draws a group of answers to each of 32 questions, scores them, and updates the weights once by DAPO's loss. Ours
 is `stages.rl.algorithms.grpo.Rlvr.step` as a stage runs it, with what it writes to disk and the digest of the policy;
-without refills, replay or validation. The peer is `GRPOTrainer.training_step` and its optimizer's step, without logging
-and checkpoints, with the fastest of transformers' expert implementations here. Both start from the same weights and ask
-the same questions in every step, at temperature 1, with the same load-balancing loss, optimizer, clip and advantages.
+without max_resample_rounds, replay or validation. The peer is `GRPOTrainer.training_step` and its optimizer's step,
+without logging and checkpoints, with the fastest of transformers' expert implementations here. Both start from the same
+weights and ask the same questions in every step, at temperature 1, with the same load-balancing loss, optimizer, clip
+and advantages.
 
 The same work: the token that ends an answer is, on both sides, one beyond the vocabulary, which the model has no logit
 for. So every answer has exactly as many tokens as allowed, and ours are told to count as finished, since a stage learns
@@ -71,13 +72,13 @@ class Size:
 
 
 FULL = Size(
-    dict(layers=3, hidden_size=96, heads=4, kv_heads=2, head_dim=32, experts=4, experts_per_token=2,
-         expert_ffn_size=96, context_length=512, tie_embeddings=True, aux_loss=6.67e-3, init_std=0.08),
+    dict(layers=3, hidden_size=96, heads=4, kv_heads=2, head_dim=32, experts=4, num_experts_per_tok=2,
+         moe_intermediate_size=96, context_length=512, tie_embeddings=True, aux_loss=6.67e-3, init_std=0.08),
     vocab=512, groups=32, samples=8, new=48, micro_batches=4, pieces=(1, 4), rounds=12,
 )  # fmt: skip
 QUICK = Size(
-    dict(layers=1, hidden_size=32, heads=4, kv_heads=2, head_dim=8, experts=4, experts_per_token=2,
-         expert_ffn_size=16, context_length=128, tie_embeddings=True, aux_loss=6.67e-3, init_std=0.08),
+    dict(layers=1, hidden_size=32, heads=4, kv_heads=2, head_dim=8, experts=4, num_experts_per_tok=2,
+         moe_intermediate_size=16, context_length=128, tie_embeddings=True, aux_loss=6.67e-3, init_std=0.08),
     vocab=300, groups=2, samples=4, new=8, micro_batches=1, pieces=(1,), rounds=3,
 )  # fmt: skip
 
@@ -252,9 +253,9 @@ def measure(size: Size) -> dict[str, Any]:
         lr=RATE, final_lr=RATE, warmup_steps=0, weight_decay=0.0, beta1=BETAS[0], beta2=BETAS[1], clip=CLIP
     )
     phase = dict(
-        tasks=[{"source": "problems", "task": "add", "levels": [2], "count": size.groups}], groups=size.groups,
-        samples=size.samples, steps=10**6, sampling={"max_new_tokens": size.new}, micro_batches=size.micro_batches,
-        optimizer=optimizer, validate_every=10**6, release_checkpoint_every=10**6, refills=0,
+        tasks=[{"source": "problems", "task": "add", "levels": [2], "count": size.groups}], prompts_per_step=size.groups,
+        num_generations=size.samples, steps=10**6, sampling={"max_new_tokens": size.new}, micro_batches=size.micro_batches,
+        optimizer=optimizer, validate_every=10**6, release_checkpoint_interval=10**6, max_resample_rounds=0,
     )  # fmt: skip
     config = RlTrainConfig(model=size.model, phase=phase, padded_vocab_size=size.vocab, seed=0)
     with tempfile.TemporaryDirectory() as place, session(0) as ranks:
@@ -297,7 +298,7 @@ def measure(size: Size) -> dict[str, Any]:
             timings["ours"].append(elapsed_since(start))
             timings["trl"].append(seconds)
             torch.use_deterministic_algorithms(False)
-            lines["ours"].append({"tokens": line["answer_tokens"], "reward": line["reward"]})
+            lines["ours"].append({"tokens": line["completion_length"], "reward": line["reward"]})
             if line["groups"] != size.groups or any(each[-1]["tokens"] != size.new for each in lines.values()):
                 raise SystemExit(f"not the same work: {line['groups']} groups, {lines}")
 

@@ -60,13 +60,13 @@ class Size:
 
 
 FULL = Size(
-    ModelConfig(layers=6, hidden_size=256, heads=8, kv_heads=4, head_dim=64, experts=16, experts_per_token=4,
-                expert_ffn_size=192, context_length=512, aux_loss=0.0),
+    ModelConfig(layers=6, hidden_size=256, heads=8, kv_heads=4, head_dim=64, experts=16, num_experts_per_tok=4,
+                moe_intermediate_size=192, context_length=512, aux_loss=0.0),
     vocab=4096, rows=8, length=512, steps=2, rounds=20, matrix=2048,
 )  # fmt: skip
 QUICK = Size(
-    ModelConfig(layers=2, hidden_size=32, heads=4, kv_heads=2, head_dim=8, experts=4, experts_per_token=2,
-                expert_ffn_size=16, context_length=64, aux_loss=0.0),
+    ModelConfig(layers=2, hidden_size=32, heads=4, kv_heads=2, head_dim=8, experts=4, num_experts_per_tok=2,
+                moe_intermediate_size=16, context_length=64, aux_loss=0.0),
     vocab=64, rows=4, length=32, steps=1, rounds=3, matrix=64,
 )  # fmt: skip
 
@@ -199,8 +199,8 @@ def measure(size: Size) -> dict[str, Any]:
         model=size.model, padded_vocab_size=size.vocab, seed=0,
         phase=dict(
             mix={"random": 1.0}, sequence_length=size.length, steps=10**6, optimizer=OPTIMIZER,
-            batch={"global_tokens": size.tokens, "micro_tokens": size.tokens}, heldout={"every": 1, "rows": 1},
-            release_checkpoint_every=1,
+            batch={"global_tokens": size.tokens, "micro_tokens": size.tokens}, validation={"every": 1, "rows": 1},
+            release_checkpoint_interval=1,
         ),
     )  # fmt: skip
     with session(0) as ranks:

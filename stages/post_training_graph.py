@@ -38,7 +38,9 @@ def phases(c: Any, model: Any, previous: dict[str, str], add: Add) -> dict[str, 
         previous = {"init": "rlvr"}
     if c.rlhf:
         dpo, online = c.rlhf.dpo, c.rlhf.online
-        train("rlhf", "rlhf", dpo, (*dpo.preferences.tasks, *(dpo.skills.tasks if dpo.skills else ())), **previous)
+        train(
+            "rlhf", "rlhf", dpo, (*dpo.preferences.tasks, *(dpo.sft_tasks.tasks if dpo.sft_tasks else ())), **previous
+        )
         if online:
             train("reward", "reward", c.rlhf.reward, pairs="rlhf", **previous)
             made, dtype = trained_as["reward"]
@@ -63,7 +65,7 @@ def evaluation(c: Any, models: list[str], nodes: Mapping[str, Any], add: Add) ->
     add("fresh", "fresh", {"problems": c.evaluation.problems, "phases": mixes}, **given, **asked)
     part = {"max_new_tokens": c.evaluation.chat.max_new_tokens, "seed": c.seed}
     for n, which in enumerate(chatty):
-        solving = part | {"samples": c.evaluation.chat.samples}
+        solving = part | {"num_samples": c.evaluation.chat.num_samples}
         for name, source in ((f"solve-{which}", "items"), (f"fresh-solve-{which}", "fresh")):
             add(name, "solve", solving, model=f"export-{which}", items=source)
         if n and c.evaluation.chat.items.courtesies > 1:

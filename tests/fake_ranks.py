@@ -43,9 +43,9 @@ def places(layout: Layout) -> list[Place]:
     """Each rank's place, by Megatron's own numbering of ranks."""
     order = "tp-cp-ep-dp-pp"
     grid = parallel_state.RankGenerator
-    dense = grid(layout.tensor, 1, layout.data, layout.pipeline, layout.context, order)
-    each = layout.ranks // (layout.split_experts * layout.expert * layout.pipeline)
-    sparse = grid(layout.split_experts, layout.expert, each, layout.pipeline, 1, order)
+    dense = grid(layout.tp, 1, layout.data, layout.pp, layout.cp, order)
+    each = layout.ranks // (layout.split_experts * layout.ep * layout.pp)
+    sparse = grid(layout.split_experts, layout.ep, each, layout.pp, 1, order)
     at = [
         {rank: place for group in generator.get_ranks(kind) for place, rank in enumerate(group)}
         for generator, kind in ((dense, "pp"), (dense, "tp"), (sparse, "ep"), (sparse, "tp"))
@@ -61,11 +61,11 @@ def as_rank(layout: Layout, rank: int) -> Iterator[Place]:
         dist.init_process_group("fake", rank=rank, world_size=layout.ranks, store=FakeStore())
         try:
             parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=layout.tensor,
-                pipeline_model_parallel_size=layout.pipeline,
-                virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-                context_parallel_size=layout.context,
-                expert_model_parallel_size=layout.expert,
+                tensor_model_parallel_size=layout.tp,
+                pipeline_model_parallel_size=layout.pp,
+                virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+                context_parallel_size=layout.cp,
+                expert_model_parallel_size=layout.ep,
                 expert_tensor_parallel_size=layout.split_experts,
                 create_gloo_process_groups=False,
             )

@@ -21,7 +21,7 @@ from pipeline.launch.rendezvous import free_port
 
 # Cuts over two tensor ranks fall between blocks of 128: QKV has 2 x 256 rows, the others 2 x 128 columns, or rows of
 # gate and of up.
-SIZES = {"layers": 2, "hidden_size": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "expert_ffn_size": 256}
+SIZES = {"layers": 2, "hidden_size": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "moe_intermediate_size": 256}
 CASES = [(name, alone) for name in ("TP2+SP", "TP2 EP2 ETP1") for alone in ("", "input", "weight", "gradient")]
 """A layout of two ranks, and the kind of tensor of which no rank hears of the other's largest value."""
 TOKENS = 256

@@ -29,25 +29,25 @@ BATCH = {"global_tokens": 256, "micro_tokens": 64}  # eight rows in four micro-b
 TWO: dict[str, dict[str, Any]] = {
     "DP2": {},
     "DP2 overlap": {"overlap_gradients": True},
-    "TP2+SP": {"tensor": 2},
-    "PP2": {"pipeline": 2},
-    "EP2 alltoall": {"expert": 2},
-    "EP2 allgather": {"expert": 2, "dispatcher": "allgather"},
-    "CP2": {"context": 2},
-    "PP2 interleaved": {"pipeline": 2, "virtual_pipeline": 2},
-    "TP2 EP2 ETP1": {"tensor": 2, "expert": 2, "expert_tensor": 1},
+    "TP2+SP": {"tp": 2},
+    "PP2": {"pp": 2},
+    "EP2 alltoall": {"ep": 2},
+    "EP2 allgather": {"ep": 2, "dispatcher": "allgather"},
+    "CP2": {"cp": 2},
+    "PP2 interleaved": {"pp": 2, "vpp": 2},
+    "TP2 EP2 ETP1": {"tp": 2, "ep": 2, "etp": 1},
 }
 FOUR: dict[str, dict[str, Any]] = {
-    "EP2xDP2": {"expert": 2},
-    "TP2xPP2": {"tensor": 2, "pipeline": 2},
-    "PP2xEP2": {"pipeline": 2, "expert": 2},
-    "PP2 interleaved xDP2": {"pipeline": 2, "virtual_pipeline": 2},
-    "PP4": {"pipeline": 4},
-    "EP4": {"expert": 4},
-    "TP2xEP2": {"tensor": 2, "expert": 2},
-    "TP2xCP2": {"tensor": 2, "context": 2},
-    "CP2xEP2": {"context": 2, "expert": 2, "overlap_gradients": True},
-    "TP2xEP4 ETP1": {"tensor": 2, "expert": 4, "expert_tensor": 1},
+    "EP2xDP2": {"ep": 2},
+    "TP2xPP2": {"tp": 2, "pp": 2},
+    "PP2xEP2": {"pp": 2, "ep": 2},
+    "PP2 interleaved xDP2": {"pp": 2, "vpp": 2},
+    "PP4": {"pp": 4},
+    "EP4": {"ep": 4},
+    "TP2xEP2": {"tp": 2, "ep": 2},
+    "TP2xCP2": {"tp": 2, "cp": 2},
+    "CP2xEP2": {"cp": 2, "ep": 2, "overlap_gradients": True},
+    "TP2xEP4 ETP1": {"tp": 2, "ep": 4, "etp": 1},
 }
 
 
@@ -63,7 +63,7 @@ def train(corpus: Path, settings: dict[str, Any], steps: int) -> list[dict[str, 
     config = TrainConfig.model_validate(settings)
     tokens = Artifact.open(corpus / "tokens")
     phase, out = config.phase, []
-    with parallel.session(config.seed, phase.cluster) as ranks:
+    with parallel.session(config.seed, phase.parallelism) as ranks:
         engine = Engine(config, ranks, tokens.json("meta.json")["vocab_size"])
         engine.initialise()
         order = Order(Artifact.open(corpus / "order"), phase)
@@ -122,7 +122,7 @@ def agree(curve: list[dict[str, Any]], reference: list[dict[str, Any]], toleranc
 
 def settings_of(layout: dict[str, Any], ranks: int, seed: int = 0, **phase: Any) -> dict[str, Any]:
     """world.config() of the deeper model, in small micro-batches, in that layout."""
-    config = world.config(seed, **{"batch": BATCH, "cluster": {"ranks": ranks, **layout}, **phase})
+    config = world.config(seed, **{"batch": BATCH, "parallelism": {"ranks": ranks, **layout}, **phase})
     return {**config, "model": MODEL}
 
 
@@ -133,7 +133,7 @@ def start(corpus: Path, folder: Path, settings: dict[str, Any], at: int = 0, num
     (folder / "config.json").write_text(json.dumps(settings))
     places = [str(p) for p in (corpus, folder / "work", folder / "out", folder / "config.json")]
     script = str(Path(__file__).with_name("train_world.py"))
-    return spawn([script, *places, str(at), str(number)], settings["phase"]["cluster"]["ranks"], env)
+    return spawn([script, *places, str(at), str(number)], settings["phase"]["parallelism"]["ranks"], env)
 
 
 def end(processes: list[Any], timeout: float = 300) -> tuple[list[int], list[str]]:
@@ -216,7 +216,7 @@ def main(corpus: Path, task: dict[str, Any], out: Path) -> None:
     for port, (name, layout) in zip(task["ports"], task["layouts"].items(), strict=True):
         os.environ["MASTER_PORT"] = str(port)
         settings = task["config"]
-        settings["phase"]["cluster"] = {"ranks": ranks, **layout}
+        settings["phase"]["parallelism"] = {"ranks": ranks, **layout}
         try:
             report[name] = train(corpus, settings, task["steps"])
         except Exception as error:

@@ -24,16 +24,16 @@ MODEL = {**world.MODEL, "context_length": 64}
 OPTIMIZER = dict(lr=5e-3, final_lr=5e-3, warmup_steps=1, weight_decay=0.0, beta2=0.99)
 PHASE: dict[str, Any] = dict(
     tasks=[{"source": "problems", "task": "add", "levels": [0], "count": 1}],  # the artifact below is what counts
-    groups=4,
-    samples=8,
+    prompts_per_step=4,
+    num_generations=8,
     steps=8,
     sampling={"max_new_tokens": 12},
     micro_batches=4,
     optimizer=OPTIMIZER,
     validate_every=4,
-    release_checkpoint_every=4,
-    work_checkpoint_every=2,
-    refills=1,
+    release_checkpoint_interval=4,
+    checkpoint_interval=2,
+    max_resample_rounds=1,
 )
 
 

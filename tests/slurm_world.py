@@ -61,7 +61,7 @@ def write_recipe(folder: Path, **pretrain: Any) -> str:
     packaged = Path(recipe.__file__).parents[1] / "recipes" / "atom-smoke.yaml"
     body = yaml.safe_load(packaged.read_text())
     body["pretrain"]["batch"] = {"global_tokens": 1536, "micro_tokens": 768}
-    body["pretrain"] |= {"cluster": {"ranks": 2, "expert": 2}, "work_checkpoint_every": 5, "steps": 120, **pretrain}
+    body["pretrain"] |= {"parallelism": {"ranks": 2, "ep": 2}, "checkpoint_interval": 5, "steps": 120, **pretrain}
     path = folder / "two.yaml"
     path.write_text(yaml.safe_dump(body))
     return str(path)

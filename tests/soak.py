@@ -33,9 +33,9 @@ TOLERANCE = 1e-5
 MODELS: dict[str, dict[str, Any]] = {
     "4 experts, tied": {},
     "8 experts, top-3, untied, 4 kv heads": {
-        "experts": 8, "experts_per_token": 3, "tie_embeddings": False, "kv_heads": 4,
+        "experts": 8, "num_experts_per_tok": 3, "tie_embeddings": False, "kv_heads": 4,
     },
-    "width 48, 8 layers": {"hidden_size": 48, "head_dim": 12, "layers": 8, "expert_ffn_size": 24},
+    "width 48, 8 layers": {"hidden_size": 48, "head_dim": 12, "layers": 8, "moe_intermediate_size": 24},
 }  # fmt: skip
 PLACES = ("one", "DP2", "TP2+SP", "PP2", "EP2 alltoall", "CP2", "PP2 interleaved", "EP2xDP2", "TP2xPP2", "PP2xEP2",
           "TP2xEP4 ETP1")  # fmt: skip
@@ -72,8 +72,8 @@ def compare_random_layouts(folder: Path) -> list[str]:
         model = {
             **layouts.MODEL, "layers": chance.choice([2, 4, 6, 8]), "hidden_size": chance.choice([16, 32, 48]),
             "kv_heads": kv_heads, "heads": kv_heads * chance.choice([1, 2, 4]), "head_dim": chance.choice([4, 8, 12]),
-            "experts": experts, "experts_per_token": chance.randint(2, min(4, experts)),
-            "expert_ffn_size": chance.choice([8, 16, 24]), "tie_embeddings": chance.random() < 0.5,
+            "experts": experts, "num_experts_per_tok": chance.randint(2, min(4, experts)),
+            "moe_intermediate_size": chance.choice([8, 16, 24]), "tie_embeddings": chance.random() < 0.5,
         }  # fmt: skip
         batch = {"global_tokens": 512, "micro_tokens": 32}
         settings = {**layouts.settings_of({}, 1, seed), "model": model}
@@ -96,13 +96,13 @@ def possible_layouts(ranks: int, settings: dict[str, Any]) -> list[dict[str, Any
     """Every layout of that many ranks that `plan` lets pass, each once."""
     sizes, candidates = [n for n in range(1, ranks + 1) if ranks % n == 0], []
     options: dict[str, list[Any]] = {
-        "tensor": sizes, "pipeline": sizes, "virtual_pipeline": [1, 2], "context": sizes, "expert": sizes,
-        "expert_tensor": sizes, "dispatcher": ["alltoall", "allgather"], "overlap_gradients": [False, True],
+        "tp": sizes, "pp": sizes, "vpp": [1, 2], "cp": sizes, "ep": sizes,
+        "etp": sizes, "dispatcher": ["alltoall", "allgather"], "overlap_gradients": [False, True],
     }  # fmt: skip
     for values in itertools.product(*options.values()):
         layout = dict(zip(options, values, strict=True))
         try:
-            phase = {**settings["phase"], "cluster": {"ranks": ranks, **layout}}
+            phase = {**settings["phase"], "parallelism": {"ranks": ranks, **layout}}
             TrainConfig.model_validate({**settings, "phase": phase})
         except ValidationError:
             continue
@@ -146,7 +146,7 @@ def pairs(corpus: Path, folder: Path) -> list[str]:
 
 def kills(corpus: Path, folder: Path) -> list[str]:
     """Kills of one rank or all over a run of four processes."""
-    settings = layouts.settings_of(layouts.FOUR["PP2xEP2"], 4, work_checkpoint_every=2)
+    settings = layouts.settings_of(layouts.FOUR["PP2xEP2"], 4, checkpoint_interval=2)
     folder.mkdir()
     layouts.run(corpus, folder / "calm", settings)
     digests = layouts.kill_at_random(corpus, folder / "kills", settings, KILLS, random.Random(0), 15)

@@ -146,9 +146,9 @@ def test_nonsense_is_refused_with_the_range_that_makes_sense(
     ("changes", "sentence"),
     [
         ({"pretrain.steps": 10**8, "pretrain.batch.global_tokens": 2**30}, "FLOPs; use at most 1e+27"),
-        ({"pretrain.release_checkpoint_every": 1}, "sealed checkpoints are"),
-        ({"pretrain.cluster": {"ranks": 1}, "pretrain.batch.micro_tokens": 2**22, "pretrain.batch.ramp": []}, "a rank would hold"),
-        ({"model.layers": 1024, "model.hidden_size": 2**16, "model.expert_ffn_size": 2**17, "model.experts": 4096,
+        ({"pretrain.release_checkpoint_interval": 1}, "sealed checkpoints are"),
+        ({"pretrain.parallelism": {"ranks": 1}, "pretrain.batch.micro_tokens": 2**22, "pretrain.batch.ramp": []}, "a rank would hold"),
+        ({"model.layers": 1024, "model.hidden_size": 2**16, "model.moe_intermediate_size": 2**17, "model.experts": 4096,
           "model.stated_parameters": None}, "parameters; use at most 1e+14"),
     ],
 )  # fmt: skip
@@ -167,7 +167,7 @@ def test_products_that_no_machine_holds_are_refused(tmp_path: Path, changes: dic
 def test_the_largest_number_of_steps_is_planned_at_once(tmp_path: Path) -> None:
     body = copy.deepcopy(PACKAGED["atom-smoke"])
     for phase in ("pretrain", "midtrain", "sft"):
-        body[phase] |= {"steps": 10**8, "release_checkpoint_every": 10**6, "excluded_steps": list(range(2, 2002))}
+        body[phase] |= {"steps": 10**8, "release_checkpoint_interval": 10**6, "excluded_steps": list(range(2, 2002))}
         body[phase]["batch"]["ramp"] = [
             {"until_step": 10**7, "global_tokens": body[phase]["batch"]["global_tokens"] // 2}
         ]
@@ -190,30 +190,30 @@ def test_rows_in_closed_form_are_those_that_the_steps_sum_to(ends: list[int], st
     phase = PhaseConfig(
         mix={"text": 1.0}, sequence_length=8, steps=steps, optimizer=Optimizer(lr=1e-3, final_lr=0.0, warmup_steps=0),
         batch={"global_tokens": 72, "micro_tokens": 8, "ramp": [{"until_step": e, "global_tokens": 8 * r} for e, r in ramp]},
-        heldout={"every": 1, "rows": 1}, release_checkpoint_every=1,
+        validation={"every": 1, "rows": 1}, release_checkpoint_interval=1,
     )  # fmt: skip
     assert phase.rows_from(first) == sum(phase.rows_of(step) for step in range(first, steps + 1))
 
 
 PUBLISHED = {
     # model; learning rate, tokens of a step, steps, length of a row; what its report says
-    "GPT-2 small": (dict(layers=12, hidden_size=768, heads=12, kv_heads=12, head_dim=64, expert_ffn_size=1536), 50304,
+    "GPT-2 small": (dict(layers=12, hidden_size=768, heads=12, kv_heads=12, head_dim=64, moe_intermediate_size=1536), 50304,
                     6e-4, 2**19, 600_000, 1024, {}),
     "DeepSeek-V3": (dict(layers=61, hidden_size=7168, heads=128, kv_heads=128, head_dim=128, experts=256,
-                         experts_per_token=8, expert_ffn_size=2048, shared_expert_ffn_size=2048, dense_layers=3,
-                         dense_ffn_size=18432, bias_rate=1e-3, aux_loss=1e-4, init_std=0.006, tie_embeddings=False), 129280,
+                         num_experts_per_tok=8, moe_intermediate_size=2048, shared_expert_intermediate_size=2048, dense_layers=3,
+                         intermediate_size=18432, router_bias_update_rate=1e-3, aux_loss=1e-4, init_std=0.006, tie_embeddings=False), 129280,
                     2.2e-4, 15360 * 4096, 235_000, 4096, {"precision": "fp8-blockwise"}),
-    "Kimi K2": (dict(layers=61, hidden_size=7168, heads=64, kv_heads=64, head_dim=128, experts=384, experts_per_token=8,
-                     expert_ffn_size=2048, shared_expert_ffn_size=2048, dense_layers=1, dense_ffn_size=18432), 163840,
+    "Kimi K2": (dict(layers=61, hidden_size=7168, heads=64, kv_heads=64, head_dim=128, experts=384, num_experts_per_tok=8,
+                     moe_intermediate_size=2048, shared_expert_intermediate_size=2048, dense_layers=1, intermediate_size=18432), 163840,
                 2e-4, 2**26, 231_000, 4096, {}),
-    "Llama 3 405B": (dict(layers=126, hidden_size=16384, heads=128, kv_heads=8, head_dim=128, expert_ffn_size=26624,
-                          rope_base=5e5, tie_embeddings=False), 128256, 8e-5, 2**24, 1_000_000, 8192, {}),
+    "Llama 3 405B": (dict(layers=126, hidden_size=16384, heads=128, kv_heads=8, head_dim=128, moe_intermediate_size=26624,
+                          rope_theta=5e5, tie_embeddings=False), 128256, 8e-5, 2**24, 1_000_000, 8192, {}),
     "Qwen3-235B-A22B": (dict(layers=94, hidden_size=4096, heads=64, kv_heads=4, head_dim=128, experts=128,
-                             experts_per_token=8, expert_ffn_size=1536, rope_base=1e6), 151936,
+                             num_experts_per_tok=8, moe_intermediate_size=1536, rope_theta=1e6), 151936,
                         2e-4, 2**23, 4_300_000, 4096, {}),
-    "OLMo 3 32B": (dict(layers=64, hidden_size=5120, heads=40, kv_heads=8, head_dim=128, expert_ffn_size=13824,
-                        rope_base=5e5), 100352, 6e-4, 2**23, 700_000, 8192, {}),
-    "SmolLM3": (dict(layers=36, hidden_size=2048, heads=16, kv_heads=4, head_dim=128, expert_ffn_size=5504, rope_base=5e4),
+    "OLMo 3 32B": (dict(layers=64, hidden_size=5120, heads=40, kv_heads=8, head_dim=128, moe_intermediate_size=13824,
+                        rope_theta=5e5), 100352, 6e-4, 2**23, 700_000, 8192, {}),
+    "SmolLM3": (dict(layers=36, hidden_size=2048, heads=16, kv_heads=4, head_dim=128, moe_intermediate_size=5504, rope_theta=5e4),
                 128256, 2e-4, 2**21, 5_400_000, 4096, {}),
 }  # fmt: skip
 """Dense models stand as two experts of half their width, both visited: as many parameters and FLOPs."""
@@ -224,17 +224,17 @@ def test_published_runs_are_within_all_bounds(tmp_path: Path, name: str) -> None
     """Also as products: FLOPs, memory of a rank, and bytes of checkpoints."""
     model, vocabulary, rate, tokens, steps, length, changes = PUBLISHED[name]
     body = copy.deepcopy(PACKAGED["atom-1b-a300m"])
-    body["model"] = {"experts": 2, "experts_per_token": 2, "context_length": length, **model}
+    body["model"] = {"experts": 2, "num_experts_per_tok": 2, "context_length": length, **model}
     body["tokenizer"] |= {"vocab_size": vocabulary, "padded_vocab_size": vocabulary}
     phase = body["pretrain"] | changes
     phase |= {"sequence_length": length, "steps": steps, "batch": {"global_tokens": tokens, "micro_tokens": length}}
     phase |= {
         "optimizer": {"lr": rate, "final_lr": rate / 10, "warmup_steps": 2000},
-        "release_checkpoint_every": 10_000,
+        "release_checkpoint_interval": 10_000,
     }
-    spread = {"Llama 3 405B": {"ranks": 8, "tensor": 4, "expert_tensor": 4}, "DeepSeek-V3": {"ranks": 512, "expert": 64},
-              "Kimi K2": {"ranks": 512, "expert": 64}}  # fmt: skip
-    phase["cluster"] = spread.get(name, {"ranks": 1})
+    spread = {"Llama 3 405B": {"ranks": 8, "tp": 4, "etp": 4}, "DeepSeek-V3": {"ranks": 512, "ep": 64},
+              "Kimi K2": {"ranks": 512, "ep": 64}}  # fmt: skip
+    phase["parallelism"] = spread.get(name, {"ranks": 1})
     body |= {"pretrain": phase, "midtrain": phase | {"steps": 3000}, "long_context": []}
     rows = {row.state.name: row for row in plan(write(tmp_path / "r.yaml", body))}
     assert rows["pretrain"].estimate.tokens == steps * tokens
@@ -247,8 +247,8 @@ def published_values() -> list[tuple[Any, dict[str, Any]]]:
         (Optimizer, optimizer | {"lr": 0.03}),
         (Optimizer, optimizer | {"beta2": 0.9999, "weight_decay": 3.2}),  # Kim et al., 2025: 30 times the usual decay
         (Optimizer, optimizer | {"clip": 0.1, "beta1": 0.0}),
-        (ModelConfig, dict(layers=2, hidden_size=8, heads=2, kv_heads=2, head_dim=4, experts=2048, experts_per_token=2,
-                           expert_ffn_size=8, context_length=10**7, rope_base=1e7)),  # Switch-C, Llama 4 Scout, MiniMax-01
+        (ModelConfig, dict(layers=2, hidden_size=8, heads=2, kv_heads=2, head_dim=4, experts=2048, num_experts_per_tok=2,
+                           moe_intermediate_size=8, context_length=10**7, rope_theta=1e7)),  # Switch-C, Llama 4 Scout, MiniMax-01
     ]  # fmt: skip
 
 
@@ -409,7 +409,7 @@ def test_the_command_line_says_it_and_exits_with_2(tmp_path: Path) -> None:
         ({"license": "nonsense"}, "license = 'nonsense' is not an SPDX expression"),
         ({"name": "a/b"}, "is no name of lower-case letters"),
         ({"name": "con"}, "is a device on Windows"),
-        ({"heldout": 1.0}, "use at least 0 and less than 1"),
+        ({"heldout_fraction": 1.0}, "use at least 0 and less than 1"),
         ({"reader": {"reader": "jsonl", "path": "/"}}, "holds more than"),
         ({"reader": {"reader": "problems", "tasks": {"add": 1}, "form": "plain", "count": 10**12}}, "use 1 to 1e8"),
         ({"reader": {"reader": "jsonl", "path": "x", "limt": 3}}, "limt is not a field; did you mean limit?"),

@@ -55,7 +55,7 @@ def test_figures_that_a_recipe_states_are_those_of_its_model(name: str) -> None:
     counts = model.parameters(vocabulary)
     sizes = {tensor: math.prod(shape) for tensor, shape in model.shapes(vocabulary).items()}
     idle = sum(size for tensor, size in sizes.items() if ".experts." in tensor)
-    active = sum(sizes.values()) - idle + idle * model.experts_per_token // model.experts
+    active = sum(sizes.values()) - idle + idle * model.num_experts_per_tok // model.experts
     assert (model.stated_parameters.total, model.stated_parameters.active) == (counts["total"], counts["active"])
     assert (counts["total"], counts["active"]) == (sum(sizes.values()), active)
 
@@ -75,11 +75,11 @@ def test_every_rank_of_every_layout_is_what_megatron_builds(name: str) -> None:
     of the model exactly, each held by as many ranks as share it."""
     built: dict[Any, fake.Part] = {}  # layouts that differ in context and data ranks only give a place the same tensors
     for phase, config in trained(name):
-        model, layout, vocabulary = config.model, config.phase.cluster, config.padded_vocab_size
+        model, layout, vocabulary = config.model, config.phase.parallelism, config.padded_vocab_size
         full, numbers = model.shapes(vocabulary), fake.places(layout)
         assert len(numbers) == layout.ranks
         holders: dict[str, Counter[Any]] = {tensor: Counter() for tensor in full}
-        sizes = (layout.tensor, layout.pipeline, layout.virtual_pipeline, layout.expert, layout.split_experts)
+        sizes = (layout.tp, layout.pp, layout.vpp, layout.ep, layout.split_experts)
         for place, ranks in Counter(numbers).items():
             if (sizes, place) not in built:
                 rank, phase_ = numbers.index(place), config.phase
@@ -111,11 +111,11 @@ def _require_exact_cover(tensor: str, shape: tuple[int, ...], boxes: list[Any], 
 def _expected_holders(tensor: str, layout: Layout, model: ModelConfig) -> int:
     """Ranks that hold the same part of a tensor."""
     if ".experts." in tensor:
-        return layout.ranks // (layout.split_experts * layout.expert * layout.pipeline)
-    copies = layout.data * layout.context
+        return layout.ranks // (layout.split_experts * layout.ep * layout.pp)
+    copies = layout.data * layout.cp
     if "layernorm" in tensor or "router" in tensor:
-        copies *= layout.tensor
-    tied = model.tie_embeddings and tensor.startswith("embedding") and layout.pipeline > 1
+        copies *= layout.tp
+    tied = model.tie_embeddings and tensor.startswith("embedding") and layout.pp > 1
     return copies * (2 if tied else 1)
 
 
@@ -126,7 +126,7 @@ def test_every_phase_fits(name: str) -> None:
         estimate = composed(name).nodes[phase].stage.estimate(config)
         assert estimate.memory_bytes < FITS, f"{phase}: {estimate.memory_bytes / 2**30:.1f} GiB"
         assert 8 * estimate.training.host_bytes < 200 * 2**30
-        assert config.phase.cluster.tensor <= 8 and config.phase.cluster.ranks % 8 == 0
+        assert config.phase.parallelism.tp <= 8 and config.phase.parallelism.ranks % 8 == 0
 
 
 @each
@@ -134,7 +134,7 @@ def test_the_story_of_a_recipe(name: str) -> None:
     """A decay begins where a release checkpoint is; rows grow to 128 thousand tokens; FP8 only where figures show it pays."""
     story = trained(name)
     pretrain: PhaseConfig = story[0][1].phase
-    assert (pretrain.steps - (pretrain.optimizer.decay_steps or 0)) % pretrain.release_checkpoint_every == 0
+    assert (pretrain.steps - (pretrain.optimizer.decay_steps or 0)) % pretrain.release_checkpoint_interval == 0
     rows = [config.phase.sequence_length for _, config in story]
     assert rows == sorted(rows) and rows[-1] == 131072 == story[-1][1].model.context_length
     for _, config in story:

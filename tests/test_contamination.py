@@ -36,7 +36,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     artifacts["tasks-rlvr"] = write_manifest(artifacts["tasks-rlvr"].path, "tasks-rlvr")
     config = {"problems": {"add": 5}, "phases": {"pretrain": ["prose"]}}
     artifacts["fresh"] = world.sealed(generated_eval.STAGE, config, artifacts, folder / "fresh")
-    solving = {"samples": 2, "max_new_tokens": 3, "seed": 0}
+    solving = {"num_samples": 2, "max_new_tokens": 3, "seed": 0}
     artifacts["solve-sft"] = world.sealed(pass_at_k.STAGE, solving, artifacts, folder / "solve")
     artifacts["fresh-solve-sft"] = world.sealed(
         pass_at_k.STAGE, solving, {**artifacts, "items": artifacts["fresh"]}, folder / "fsolve"

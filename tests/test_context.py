@@ -98,7 +98,7 @@ def test_items_have_the_length_and_the_depth_that_they_say(loaded: Any) -> None:
                 f" {key}"
             )
             assert passkeys.for_evaluation(key)
-            room = length - passkeys.least_chars(4)
+            room = length - passkeys.min_chars(4)
             assert text.index(passkeys.STATEMENT.format(key)) == round(depth * room)
 
 

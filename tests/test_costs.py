@@ -27,23 +27,23 @@ from stages.train.estimate import estimate, release_checkpoints, words
 
 VOCAB = 128
 MODEL = dict(
-    layers=4, hidden_size=64, heads=8, kv_heads=4, head_dim=16, experts=8, experts_per_token=2, expert_ffn_size=48,
+    layers=4, hidden_size=64, heads=8, kv_heads=4, head_dim=16, experts=8, num_experts_per_tok=2, moe_intermediate_size=48,
     context_length=512, tie_embeddings=False,
 )  # fmt: skip
 EXTRAS = st.fixed_dictionaries({
     "tie_embeddings": st.booleans(),
-    "bias_rate": st.sampled_from([0.0, 1e-3]),
-    "shared_expert_ffn_size": st.sampled_from([None, 32]),
-}) | st.just({"dense_layers": 1, "dense_ffn_size": 96})  # fmt: skip
+    "router_bias_update_rate": st.sampled_from([0.0, 1e-3]),
+    "shared_expert_intermediate_size": st.sampled_from([None, 32]),
+}) | st.just({"dense_layers": 1, "intermediate_size": 96})  # fmt: skip
 LAYOUTS = st.builds(
     Layout,
     ranks=st.sampled_from([8, 16, 32]),
-    tensor=st.sampled_from([1, 2, 4]),
-    pipeline=st.sampled_from([1, 2, 4]),
-    virtual_pipeline=st.sampled_from([1, 1, 2]),
-    context=st.sampled_from([1, 2]),
-    expert=st.sampled_from([1, 2, 8]),
-    expert_tensor=st.sampled_from([None, 1, 2]),
+    tp=st.sampled_from([1, 2, 4]),
+    pp=st.sampled_from([1, 2, 4]),
+    vpp=st.sampled_from([1, 1, 2]),
+    cp=st.sampled_from([1, 2]),
+    ep=st.sampled_from([1, 2, 8]),
+    etp=st.sampled_from([None, 1, 2]),
 )
 
 
@@ -69,10 +69,10 @@ def test_one_rank_holds_the_model() -> None:
 def test_state_of_the_published_layout() -> None:
     """Qwen3-30B-A3B on 16 H100: 8 experts of 128 a layer on each, dense optimizer state shared by 16, experts' by none."""
     model = ModelConfig(
-        layers=48, hidden_size=2048, heads=32, kv_heads=4, head_dim=128, experts=128, experts_per_token=8,
-        expert_ffn_size=768, context_length=4096, tie_embeddings=False,
+        layers=48, hidden_size=2048, heads=32, kv_heads=4, head_dim=128, experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=768, context_length=4096, tie_embeddings=False,
     )  # fmt: skip
-    layout = Layout(ranks=16, expert=16)
+    layout = Layout(ranks=16, ep=16)
     part = held(model, 151936, layout, 0)
     assert part.experts == 48 * 8 * 3 * 2048 * 768 and sharing(layout) == (16, 1)
     assert state_bytes(part, layout, "bf16") == pytest.approx(6 * part.dense + 12 * part.dense / 16 + 18 * part.experts)
@@ -92,7 +92,7 @@ def test_flops() -> None:
     assert training_flops(10, [Attention(1, 2, 3, 5)], 8) == 6 * (10 + 2 * 8 * 4)
     assert Attention(1, 1, 1, 1, window=4).keys(8) == pytest.approx((0 + 8 * 4 - 4 * 4 / 2) / 8)
     assert Attention(1, 1, 1, 1, window=99).keys(8) == 4
-    model = ModelConfig(**{**MODEL, "dense_layers": 1, "dense_ffn_size": 96, "shared_expert_ffn_size": 32})
+    model = ModelConfig(**{**MODEL, "dense_layers": 1, "intermediate_size": 96, "shared_expert_intermediate_size": 32})
     by_hand = 4 * (64 * 16 * (8 + 2 * 4) + 8 * 16 * 64) + 3 * 64 * 96 + 3 * (64 * 8 + 3 * 64 * (2 * 48 + 32))
     assert model.matrices(VOCAB) == by_hand + VOCAB * 64
     tied = model.model_copy(update={"tie_embeddings": True})
@@ -101,10 +101,10 @@ def test_flops() -> None:
 
 def test_micro_batches_in_flight() -> None:
     """1F1B keeps as many as ranks lie behind, and its own; interleaving more, by chunks; never more than there are."""
-    one = Layout(ranks=4, pipeline=4)
+    one = Layout(ranks=4, pp=4)
     assert [in_flight(one, rank, 16) for rank in range(4)] == [4, 3, 2, 1]
     assert [in_flight(one, rank, 2) for rank in range(4)] == [2, 2, 2, 1]
-    two = Layout(ranks=4, pipeline=4, virtual_pipeline=2)
+    two = Layout(ranks=4, pp=4, vpp=2)
     assert [in_flight(two, rank, 16) for rank in range(4)] == [11 / 2, 9 / 2, 7 / 2, 5 / 2]
 
 
@@ -127,7 +127,9 @@ def _gpu_like(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", ["none", "layer"])
-@pytest.mark.parametrize("extra", [{}, {"dense_layers": 1, "dense_ffn_size": 96}, {"shared_expert_ffn_size": 64}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}]
+)
 def test_activations_are_what_autograd_saves(
     precision: Any, recompute: Any, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,23 +173,23 @@ def test_parallel_ranks_share_activations() -> None:
         return activation_bytes(model, VOCAB, Layout(**layout), "bf16", rows, micro, rank)
 
     unsplit = bytes_of()
-    assert bytes_of(ranks=2, context=2) == pytest.approx(unsplit / 2)
+    assert bytes_of(ranks=2, cp=2) == pytest.approx(unsplit / 2)
     # each expert's tensor ranks all get the tokens of both, and half of its width
-    assert unsplit / 2 < bytes_of(ranks=2, tensor=2, expert=2) < 0.6 * unsplit
-    assert bytes_of(ranks=2, tensor=2, expert=2, expert_tensor=1) == pytest.approx(unsplit / 2)
-    first, last = (bytes_of(rank, ranks=2, pipeline=2) for rank in (0, 1))
+    assert unsplit / 2 < bytes_of(ranks=2, tp=2, ep=2) < 0.6 * unsplit
+    assert bytes_of(ranks=2, tp=2, ep=2, etp=1) == pytest.approx(unsplit / 2)
+    first, last = (bytes_of(rank, ranks=2, pp=2) for rank in (0, 1))
     ends = 512 * (VOCAB * 6 + 2 * 2 * 64)
     assert first == pytest.approx(unsplit - ends) and last == pytest.approx((unsplit - ends) / 2 + ends)
-    assert bytes_of(0, micro=1, ranks=2, pipeline=2) == pytest.approx((unsplit - ends) / 2)
+    assert bytes_of(0, micro=1, ranks=2, pp=2) == pytest.approx((unsplit - ends) / 2)
 
 
 def test_estimate_of_a_phase() -> None:
-    phase = {**world.PHASE, "precision": "bf16", "cluster": {"ranks": 4, "tensor": 2, "pipeline": 2}}
+    phase = {**world.PHASE, "precision": "bf16", "parallelism": {"ranks": 4, "tp": 2, "pp": 2}}
     config = TrainConfig.model_validate({**world.config(), "phase": phase})
     phase_estimate = estimate(config)
     t, counts = phase_estimate.training, phase_estimate.parameters
     assert t is not None and phase_estimate.memory_bytes is not None
-    assert t.layout == words(config.phase.cluster) == "TP2 PP2"
+    assert t.layout == words(config.phase.parallelism) == "TP2 PP2"
     assert max(t.state_bytes, t.activation_bytes) < phase_estimate.memory_bytes <= t.state_bytes + t.activation_bytes
     assert (
         t.checkpoint_bytes == 12 * counts["total"]
@@ -201,10 +203,10 @@ def test_estimate_of_a_phase() -> None:
 @pytest.mark.parametrize(("every", "start", "count"), [(4, None, 4), (5, None, 4), (4, "pretrain@4", 2), (20, None, 2)])
 def test_release_checkpoints(every: int, start: str | None, count: int) -> None:
     """Of steps 1 to 12: every n-th and the last, and step 0 of a phase that does not go on from another run's."""
-    phase = {**world.PHASE, "steps": 12, "release_checkpoint_every": every, "continue_from": start}
+    phase = {**world.PHASE, "steps": 12, "release_checkpoint_interval": every, "continue_from": start}
     assert release_checkpoints(PhaseConfig.model_validate(phase)) == count
 
 
 def test_words_of_layouts() -> None:
-    layout = Layout(ranks=512, tensor=4, pipeline=2, context=8, expert=32, expert_tensor=1, recompute="layer")
+    layout = Layout(ranks=512, tp=4, pp=2, cp=8, ep=32, etp=1, recompute="layer")
     assert words(layout) == "TP4 PP2 CP8 EP32 ETP1 DP8 recompute" and words(Layout()) == "one rank"

@@ -31,7 +31,7 @@ def make_curriculum(**settings: Any) -> Curriculum:
 
 
 def test_levels_open_one_after_another_and_close_again() -> None:
-    curriculum = make_curriculum(rise=0.7, memory=1.0)
+    curriculum = make_curriculum(unlock_pass_rate=0.7, ema_alpha=1.0)
     assert curriculum.open() == ["add/0", "sort/3"]
     easy = next(row for row in ROWS if bin_of(row) == "add/0")
     curriculum.learn(easy, 0.69)
@@ -45,7 +45,7 @@ def test_levels_open_one_after_another_and_close_again() -> None:
 
 
 def test_weights_are_the_variance_of_a_coin_and_never_nothing() -> None:
-    curriculum = make_curriculum(memory=1.0, floor=0.05)
+    curriculum = make_curriculum(ema_alpha=1.0, min_weight=0.05)
     add, sort = ROWS[0], ROWS[-1]
     assert curriculum.weights() == {"add/0": 1.0, "sort/3": 1.0}
     curriculum.learn(add, 0.5)
@@ -58,7 +58,7 @@ def test_weights_are_the_variance_of_a_coin_and_never_nothing() -> None:
 
 
 def test_signal_is_asked_more_often() -> None:
-    curriculum = make_curriculum(memory=1.0)
+    curriculum = make_curriculum(ema_alpha=1.0)
     curriculum.learn(ROWS[0], 0.5)
     curriculum.learn(ROWS[-1], 0.95)
     drawn = Counter(bin_of(row) for step in range(200) for row in curriculum.draw(8, step, 0))
@@ -66,7 +66,7 @@ def test_signal_is_asked_more_often() -> None:
 
 
 def test_a_bin_is_walked_through_before_anything_comes_again() -> None:
-    curriculum = make_curriculum(floor=1.0)
+    curriculum = make_curriculum(min_weight=1.0)
     names = [row["id"] for step in range(10) for row in curriculum.draw(4, step, 0) if bin_of(row) == "sort/3"]
     epochs = [names[i : i + 10] for i in range(0, len(names) - 9, 10)]
     assert epochs and all(len(set(epoch)) == 10 for epoch in epochs)

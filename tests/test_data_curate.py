@@ -96,9 +96,9 @@ def evaluation_items(folder: Path) -> Artifact:
 def config(heldout: float = 0.0) -> dict[str, Any]:
     return {
         "sources": [
-            {"name": "prose", "kind": "prose", "heldout": heldout, "steps": PROSE_STEPS},
-            {"name": "code", "kind": "code", "heldout": heldout, "steps": CODE_STEPS},
-            {"name": "sums", "kind": "problems", "heldout": 0.0, "steps": []},
+            {"name": "prose", "kind": "prose", "heldout_fraction": heldout, "steps": PROSE_STEPS},
+            {"name": "code", "kind": "code", "heldout_fraction": heldout, "steps": CODE_STEPS},
+            {"name": "sums", "kind": "problems", "heldout_fraction": 0.0, "steps": []},
         ],
         "curation": {},
         "seed": 0,
@@ -116,7 +116,7 @@ def inputs_of(folder: Path) -> dict[str, Artifact]:
 
 def parts(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The configs of filter and of curate."""
-    steps = [{k: v for k, v in source.items() if k != "heldout"} for source in config["sources"]]
+    steps = [{k: v for k, v in source.items() if k != "heldout_fraction"} for source in config["sources"]]
     splits = [{k: v for k, v in source.items() if k != "steps"} for source in config["sources"]]
     curation = CurationSettings.model_validate(config["curation"]).model_dump()
     return {**config, "sources": steps}, {
@@ -333,8 +333,8 @@ def test_a_text_of_two_kinds_of_source_is_still_found_nearly_twice(tmp_path: Pat
         "sums": acquired(tmp_path, "sums", {"copy": long}),
         "items": evaluation_items(tmp_path),
     }
-    sources = [{"name": "prose", "kind": "prose", "heldout": 0.0, "steps": []}]
-    sources += [{"name": "sums", "kind": "problems", "heldout": 0.0, "steps": []}]
+    sources = [{"name": "prose", "kind": "prose", "heldout_fraction": 0.0, "steps": []}]
+    sources += [{"name": "sums", "kind": "problems", "heldout_fraction": 0.0, "steps": []}]
     rows = dispositions(curated(run_stage, {"sources": sources, "curation": {}, "seed": 0}, inputs))
     rules = {key: row["rule"] for key, row in rows.items()}
     assert rules["sums/copy"] == "exact_duplicate"
@@ -372,14 +372,14 @@ def test_a_near_duplicate_may_be_the_only_one_removed_of_its_source(tmp_path: Pa
         "code": acquired(tmp_path, "code", {"near": LONG.replace("finished", "completed")}),
         "items": evaluation_items(tmp_path),
     }
-    sources = [{"name": name, "kind": name, "heldout": 0.0, "steps": []} for name in ("prose", "code")]
+    sources = [{"name": name, "kind": name, "heldout_fraction": 0.0, "steps": []} for name in ("prose", "code")]
     rows = dispositions(curated(run_stage, {"sources": sources, "curation": {}, "seed": 0}, inputs))
     assert sorted(str(row["rule"]) for row in rows.values()) == ["None", "near_duplicate"]
 
 
 def test_no_source_is_searched_for_near_duplicates(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"sums": acquired(tmp_path, "sums", SUMS), "items": evaluation_items(tmp_path)}
-    sources = [{"name": "sums", "kind": "problems", "heldout": 0.0, "steps": []}]
+    sources = [{"name": "sums", "kind": "problems", "heldout_fraction": 0.0, "steps": []}]
     artifact = curated(run_stage, {"sources": sources, "curation": {"shards": 2}, "seed": 0}, inputs)
     assert {row["rule"] for row in dispositions(artifact).values()} == {None, "decontamination", "exact_duplicate"}
 

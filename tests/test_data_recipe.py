@@ -108,5 +108,5 @@ def test_where_the_files_lie_is_not_identity(tmp_path: Path) -> None:
 
 def test_curation_steps_do_not_change_what_is_acquired(tmp_path: Path) -> None:
     plain = load(write_recipe(tmp_path)).acquire_config("notes", 0)
-    stepped = load(write_recipe(tmp_path, steps=[{"step": "pii"}], heldout=0.5)).acquire_config("notes", 0)
+    stepped = load(write_recipe(tmp_path, steps=[{"step": "pii"}], heldout_fraction=0.5)).acquire_config("notes", 0)
     assert plain == stepped

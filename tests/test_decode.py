@@ -39,8 +39,8 @@ def prompts(lengths: list[int]) -> list[Prompt]:
     [
         ({}, {}),
         ({"kv_heads": 4, "tie_embeddings": False}, {}),
-        ({"kv_heads": 1, "experts": 8, "experts_per_token": 3}, {"norm_topk_prob": False}),
-        ({"dense_layers": 1, "dense_ffn_size": 24}, {}),
+        ({"kv_heads": 1, "experts": 8, "num_experts_per_tok": 3}, {"norm_topk_prob": False}),
+        ({"dense_layers": 1, "intermediate_size": 24}, {}),
         ({"yarn": Yarn(factor=4.0, original_length=32), "context_length": 128}, {}),
     ],
 )

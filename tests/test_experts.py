@@ -100,8 +100,8 @@ def test_dead_and_busy() -> None:
 
 
 def test_biases_even_out_the_load_without_a_loss(corpus: Path) -> None:
-    engine, figures, _ = step(corpus, {"aux_loss": 0.0, "bias_rate": 0.02, "init_std": 1.0}, 12)
-    _, without, _ = step(corpus, {"aux_loss": 0.0, "bias_rate": 1e-9, "init_std": 1.0}, 12)
+    engine, figures, _ = step(corpus, {"aux_loss": 0.0, "router_bias_update_rate": 0.02, "init_std": 1.0}, 12)
+    _, without, _ = step(corpus, {"aux_loss": 0.0, "router_bias_update_rate": 1e-9, "init_std": 1.0}, 12)
     uneven = [sum(x.experts.max_violation for x in part[4:]) for part in (figures, without)]
     assert uneven[0] < 0.9 * uneven[1]
     assert set(engine.buffers) == {f"decoder.layers.{n}.mlp.router.expert_bias" for n in (0, 1)}
@@ -112,7 +112,7 @@ def test_biases_even_out_the_load_without_a_loss(corpus: Path) -> None:
 
 def test_biases_are_kept_and_taken_over(corpus: Path, tmp_path: Path) -> None:
     settings = world.config(precision="bf16")
-    settings["model"] = {**settings["model"], "bias_rate": 0.02}
+    settings["model"] = {**settings["model"], "router_bias_update_rate": 0.02}
     world.pretrain(corpus, tmp_path / "work", tmp_path / "out", settings)
     with pytest.raises(KeyboardInterrupt):
         world.pretrain(corpus, tmp_path / "w2", tmp_path / "o2", settings, world.Reporter(7, 15))

@@ -23,8 +23,8 @@ SIZES: dict[str, Any] = {
     **world.MODEL,
     "layers": 3,
     "dense_layers": 1,
-    "dense_ffn_size": 64,
-    "shared_expert_ffn_size": 48,
+    "intermediate_size": 64,
+    "shared_expert_intermediate_size": 48,
 }
 QKV, PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
 EXPECTED = {(layer, name) for layer in range(3) for name in (QKV, PROJ)}
@@ -88,7 +88,7 @@ def test_the_record_holds_every_token_and_every_value() -> None:
         gpt = model()
         record = fake_fp8.attach([gpt], RECIPES["mxfp8"])
         loss_of(gpt).backward()
-    tokens, hidden, ffn = 4 * 32, SIZES["hidden_size"], SIZES["expert_ffn_size"]
+    tokens, hidden, ffn = 4 * 32, SIZES["hidden_size"], SIZES["moe_intermediate_size"]
     for (_, name), linear in record.items():
         visits = 2 if ".experts." in name else 1
         assert sum(m * times for m, times in linear.tokens.items()) == visits * tokens, name

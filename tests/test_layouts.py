@@ -47,11 +47,11 @@ def test_every_layout_trains_like_one_process(
 
 FEATURES: dict[str, tuple[dict, dict, float]] = {
     "dense and shared": (
-        {"dense_layers": 1, "dense_ffn_size": 32, "shared_expert_ffn_size": 16, "balance": "sequence"},
+        {"dense_layers": 1, "intermediate_size": 32, "shared_expert_intermediate_size": 16, "balance": "sequence"},
         {"precision": "fp32"},
         TOLERANCE,
     ),
-    "biases, padded vocabulary": ({"bias_rate": 0.05}, {"spikes": {"action": "skip"}}, TOLERANCE),
+    "biases, padded vocabulary": ({"router_bias_update_rate": 0.05}, {"spikes": {"action": "skip"}}, TOLERANCE),
     "packed": ({"yarn": {"factor": 4.0, "original_length": 16}}, {"pack": True}, TOLERANCE),
     # a rank's own sums are rounded to eight bits where another adds whole; and each tensor or context rank's z-loss is the
     # mean over its own tokens, of which padding takes unevenly
@@ -130,7 +130,7 @@ def test_ranks_read_what_the_order_says(corpus: Path, tmp_path: Path) -> None:
     """The rows that ranks really read, by step, are those of the order index, each by one data-parallel rank."""
     from stages.data.order import documents_of_step
 
-    settings = layouts.settings_of({"expert": 2}, 2, steps=12)
+    settings = layouts.settings_of({"ep": 2}, 2, steps=12)
     layouts.run(corpus, tmp_path, settings, TEST_READS=str(tmp_path / "reads"))
     read = layouts.reads(tmp_path / "reads")
     assert set(read) == set(range(1, 13))
@@ -142,7 +142,7 @@ def test_ranks_read_what_the_order_says(corpus: Path, tmp_path: Path) -> None:
 
 def test_a_rank_that_hangs_is_found(corpus: Path, tmp_path: Path) -> None:
     """One rank sleeps in C: both tell where they stand, the attempt ends, and the next one goes on."""
-    settings = layouts.settings_of({"expert": 2}, 2, hang_seconds=8.0)
+    settings = layouts.settings_of({"ep": 2}, 2, watchdog_timeout_seconds=8.0)
     codes, logs = layouts.end(layouts.start(corpus, tmp_path, settings, TEST_DISTURB="1 7 sleep"))
     assert codes == [1, 1], logs
     assert "abandoned: pretrain: no step was finished for 8 s; the stacks of all ranks are in the log" in logs[0]
@@ -153,7 +153,7 @@ def test_a_rank_that_hangs_is_found(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_gives_no_sign_is_named(corpus: Path, tmp_path: Path) -> None:
-    settings = layouts.settings_of({}, 2, hang_seconds=8.0)
+    settings = layouts.settings_of({}, 2, watchdog_timeout_seconds=8.0)
     processes = layouts.start(corpus, tmp_path, settings, TEST_DISTURB="1 7 SIGSTOP")
     log = processes[0].communicate(timeout=120)[0]
     processes[1].kill()
@@ -163,7 +163,7 @@ def test_a_rank_that_gives_no_sign_is_named(corpus: Path, tmp_path: Path) -> Non
 
 def test_random_kills(corpus: Path, tmp_path: Path) -> None:
     """The short version of what `make soak` does 25 times."""
-    settings = layouts.settings_of(layouts.FOUR["PP2xEP2"], 4, work_checkpoint_every=2)
+    settings = layouts.settings_of(layouts.FOUR["PP2xEP2"], 4, checkpoint_interval=2)
     layouts.run(corpus, tmp_path / "calm", settings)
     digests = layouts.kill_at_random(corpus, tmp_path / "kills", settings, 3, random.Random(0), 15)
     assert set(digests) == {world.digest(tmp_path / "calm" / "out")}

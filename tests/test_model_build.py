@@ -33,7 +33,9 @@ def test_counts_and_shapes_are_those_built(change: dict) -> None:
     assert built == model.shapes(world.VOCAB)
     counts = model.parameters(world.VOCAB)
     assert counts["total"] == sum(torch.Size(s).numel() for s in built.values())
-    idle = (model.experts - model.experts_per_token) * model.layers * 3 * model.hidden_size * model.expert_ffn_size
+    idle = (
+        (model.experts - model.num_experts_per_tok) * model.layers * 3 * model.hidden_size * model.moe_intermediate_size
+    )
     assert counts["active"] == counts["total"] - idle
     assert counts["embedding"] == world.VOCAB * model.hidden_size
 
@@ -41,8 +43,8 @@ def test_counts_and_shapes_are_those_built(change: dict) -> None:
 def test_published_sizes() -> None:
     """Qwen3-30B-A3B by its published configuration: 30.5B parameters in total, 3.3B active."""
     model = ModelConfig(
-        layers=48, hidden_size=2048, heads=32, kv_heads=4, head_dim=128, experts=128, experts_per_token=8,
-        expert_ffn_size=768, context_length=32768, tie_embeddings=False,
+        layers=48, hidden_size=2048, heads=32, kv_heads=4, head_dim=128, experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=768, context_length=32768, tie_embeddings=False,
     )  # fmt: skip
     counts = model.parameters(151936)
     assert counts["total"] == 30_532_122_624 and 3.3e9 < counts["active"] < 3.4e9

@@ -21,7 +21,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
     return ModelConfig(
         layers=draw(st.integers(1, 3)), hidden_size=draw(st.integers(1, 9)), heads=kv_heads * queries,
         kv_heads=kv_heads, head_dim=2 * draw(st.integers(1, 3)), experts=experts,
-        experts_per_token=draw(st.integers(2, experts)), expert_ffn_size=draw(st.integers(1, 5)), context_length=16,
+        num_experts_per_tok=draw(st.integers(2, experts)), moe_intermediate_size=draw(st.integers(1, 5)), context_length=16,
         tie_embeddings=draw(st.booleans()),
     )  # fmt: skip
 
@@ -57,7 +57,7 @@ def test_foreign_tensors_are_refused() -> None:
 def test_config_is_read_as_written() -> None:
     from transformers import Qwen3MoeConfig
 
-    model = ModelConfig(**{**world.MODEL, "rope_base": 50000.0})
+    model = ModelConfig(**{**world.MODEL, "rope_theta": 50000.0})
     read = Qwen3MoeConfig.from_dict(hf.hf_config(model, 60, 1, 0, "float32"))
     assert read.rope_parameters["rope_theta"] == 50000.0 and read.num_experts == 4 and read.head_dim == 8
     assert read.tie_word_embeddings and read.eos_token_id == 1 and read.pad_token_id == 0 and read.norm_topk_prob

@@ -43,7 +43,7 @@ def test_frequencies_are_those_of_transformers_and_megatron(dim: int, base: floa
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
-    model = PLAIN.model_copy(update={"head_dim": dim, "rope_base": base, "yarn": yarn, "context_length": 2048})
+    model = PLAIN.model_copy(update={"head_dim": dim, "rope_theta": base, "yarn": yarn, "context_length": 2048})
     computed, factor = frequencies(model)
     theirs = Qwen3MoeRotaryEmbedding(Qwen3MoeConfig(**hf_config(model, 64, 1, 0, "float32")))
     torch.testing.assert_close(computed, theirs.inv_freq, rtol=1e-6, atol=0)
@@ -62,9 +62,9 @@ def test_frequencies_are_those_of_transformers_and_megatron(dim: int, base: floa
 
 def test_the_next_phase_takes_over_the_base() -> None:
     longer = PLAIN.with_rope(Rope(base=1e6), 256)
-    assert (longer.rope_base, longer.yarn, longer.context_length) == (1e6, None, 256)
+    assert (longer.rope_theta, longer.yarn, longer.context_length) == (1e6, None, 256)
     scaled = longer.with_rope(Rope(yarn=YARN), 1024)
-    assert (scaled.rope_base, scaled.yarn, scaled.context_length) == (1e6, YARN, 1024)
+    assert (scaled.rope_theta, scaled.yarn, scaled.context_length) == (1e6, YARN, 1024)
     assert scaled.with_rope(None, 512) == scaled, "a phase that says nothing changes nothing, and never shortens"
     assert scaled.shapes(64) == PLAIN.shapes(64)
 
@@ -75,9 +75,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 LONG = {
-    "yarn": {"context_length": 1024, "rope_base": 5e4, "yarn": Yarn(factor=16.0, original_length=64)},
-    "base": {"context_length": 1024, "rope_base": 1e6},
-    "dense first layer": {"dense_layers": 1, "dense_ffn_size": 48},
+    "yarn": {"context_length": 1024, "rope_theta": 5e4, "yarn": Yarn(factor=16.0, original_length=64)},
+    "base": {"context_length": 1024, "rope_theta": 1e6},
+    "dense first layer": {"dense_layers": 1, "intermediate_size": 48},
 }
 
 
@@ -117,8 +117,8 @@ def test_transformers_gives_the_logits_at_full_length(change: str, inputs: dict,
 
 def test_what_qwen3_moe_cannot_express_is_refused(inputs: dict, tmp_path: Path) -> None:
     for field, value, message in (
-        ("bias_rate", 1e-3, "no bias of experts"),
-        ("shared_expert_ffn_size", 16, "no shared"),
+        ("router_bias_update_rate", 1e-3, "no bias of experts"),
+        ("shared_expert_intermediate_size", 16, "no shared"),
     ):
         model = PLAIN.model_copy(update={field: value})
         with pytest.raises(
@@ -130,7 +130,7 @@ def test_what_qwen3_moe_cannot_express_is_refused(inputs: dict, tmp_path: Path) 
 
 
 def test_dense_layers_map_back() -> None:
-    model = PLAIN.model_copy(update={"dense_layers": 1, "dense_ffn_size": 48})
+    model = PLAIN.model_copy(update={"dense_layers": 1, "intermediate_size": 48})
     tensors = {n: full_tensor(n, s, model, 0) for n, s in model.shapes(world.VOCAB).items()}
     restored = from_hf(to_hf(tensors, model, world.VOCAB), model)
     assert restored.keys() == tensors.keys() and all(torch.equal(restored[n], tensors[n]) for n in restored)

@@ -42,7 +42,7 @@ def test_a_document_states_its_key_once_and_ends_with_the_answer() -> None:
         assert key.isdigit() and len(set(key)) == 4
         assert prompt.endswith(passkeys.QUESTION) and prompt.count(passkeys.STATEMENT.format(key)) == 1
         filler = prompt.removesuffix(passkeys.QUESTION).replace(passkeys.STATEMENT.format(key), "")
-        assert "pass key" not in filler and len(text) == len(filler) + passkeys.least_chars(4)
+        assert "pass key" not in filler and len(text) == len(filler) + passkeys.min_chars(4)
         start = int(place.removesuffix(".py"))
         assert filler.startswith(TEXTS[start][0][: len(filler)])  # neighbours in order, from a drawn one on
         depths.append(prompt.index(passkeys.STATEMENT.format(key)) / len(filler))
@@ -54,8 +54,8 @@ def test_a_document_states_its_key_once_and_ends_with_the_answer() -> None:
 
 def test_the_seed_alone_decides() -> None:
     assert draw_documents(20) == draw_documents(20) and draw_documents(20) != draw_documents(20, seed=1)
-    assert len(passkeys.STATEMENT.format("1234") + passkeys.QUESTION + " 1234") == passkeys.least_chars(4)
-    bare = draw_documents(1, (passkeys.least_chars(4),) * 2)[0][0]
+    assert len(passkeys.STATEMENT.format("1234") + passkeys.QUESTION + " 1234") == passkeys.min_chars(4)
+    bare = draw_documents(1, (passkeys.min_chars(4),) * 2)[0][0]
     assert bare.startswith("\nThe pass key is")
 
 
@@ -116,7 +116,7 @@ def test_curation_keeps_documents_that_share_their_filler(tmp_path: Path, run_st
     for kind in ("problems", "prose"):
         source, settings = {"name": "keys", "kind": kind}, CurationSettings().model_dump()
         filtered = run_stage(filter.STAGE, {"sources": [source], "curation": settings, "seed": 0}, inputs)
-        config = {"sources": [{**source, "heldout": 0.0}], "minhash": settings["minhash"]}
+        config = {"sources": [{**source, "heldout_fraction": 0.0}], "minhash": settings["minhash"]}
         artifact = run_stage(dedup.STAGE, config, {"filter": filtered})
         rows_by_kind[kind] = pq.read_table(artifact / "kept/keys.parquet").to_pylist()
     assert len(rows_by_kind["problems"]) == 40 and len(rows_by_kind["prose"]) < 20

@@ -41,11 +41,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
     body["pretrain"] |= {
         "steps": SLOW,
         "batch": {"global_tokens": 1536, "micro_tokens": 768},
-        "heldout": {"every": 10, "rows": 24},
+        "validation": {"every": 10, "rows": 24},
         "optimizer": {**body["pretrain"]["optimizer"], "warmup_steps": 5},
-        "release_checkpoint_every": 10,
-        "work_checkpoint_every": 5,
-        "cluster": {"ranks": 2},
+        "release_checkpoint_interval": 10,
+        "checkpoint_interval": 5,
+        "parallelism": {"ranks": 2},
     }
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     path.write_text(yaml.safe_dump(body))
@@ -73,7 +73,7 @@ def test_two_ranks_seal_one_artifact_whose_statement_tells_how(undisturbed: Path
     body = provenance.sealed(store.ledger, store.open(status["key"]))
     assert body
     operation, usage = provenance.operation_of(body[1]), provenance.usage(body[1])
-    assert operation["phase"]["cluster"]["ranks"] == 2 and operation["phase"]["work_checkpoint_every"] == 5
+    assert operation["phase"]["parallelism"]["ranks"] == 2 and operation["phase"]["checkpoint_interval"] == 5
     assert "cluster" not in body[1]["predicate"]["buildDefinition"]["externalParameters"]["config"]["phase"]
     assert usage["ranks"] == usage["ranks_counted"] == 2 and usage["cpu_seconds"] > 0
     assert not any((undisturbed / "work").iterdir()), "no work folder is left"

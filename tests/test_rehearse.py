@@ -195,12 +195,12 @@ def test_judge_counts_two_standard_errors() -> None:
 
 
 BIG: dict[str, Any] = dict(
-    layers=48, hidden_size=2048, heads=32, kv_heads=4, head_dim=128, experts=128, experts_per_token=8,
-    expert_ffn_size=768, context_length=4096,
+    layers=48, hidden_size=2048, heads=32, kv_heads=4, head_dim=128, experts=128, num_experts_per_tok=8,
+    moe_intermediate_size=768, context_length=4096,
 )  # fmt: skip
 ODD: dict[str, Any] = dict(
-    layers=8, hidden_size=1024, heads=12, kv_heads=3, head_dim=96, experts=60, experts_per_token=5, expert_ffn_size=704,
-    context_length=4096, dense_layers=2, dense_ffn_size=4096, shared_expert_ffn_size=1408,
+    layers=8, hidden_size=1024, heads=12, kv_heads=3, head_dim=96, experts=60, num_experts_per_tok=5, moe_intermediate_size=704,
+    context_length=4096, dense_layers=2, intermediate_size=4096, shared_expert_intermediate_size=1408,
 )  # fmt: skip
 
 
@@ -213,7 +213,7 @@ def test_a_twin_has_the_recipes_ratios_and_two_blocks(sizes: dict[str, Any] | No
         assert all(r.twin == pytest.approx(r.recipe, rel=0.05) for r in ratios(model, small)), ratios(model, small)
         assert small.experts <= 32 and small.layers == 2
         tokens = step_tokens(small, smallest, 128)
-        assert tokens % 128 == 0 and tokens * small.experts_per_token / small.experts >= 3 * smallest
+        assert tokens % 128 == 0 and tokens * small.num_experts_per_tok / small.experts >= 3 * smallest
     assert small.parameters(256)["total"] < 40e6
 
 

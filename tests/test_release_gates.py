@@ -72,7 +72,7 @@ def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **chang
         folder / "dataset" / metrics.CONTAMINATION, {"detector": detector, "items": {"test": counts, "fresh": counts}}
     )
     data = {"chat": {"test": test, "preferences": {"rlhf": {"win_rate": rate}}}}
-    limits = {"chat": {"min_gain": 0.1, "least_win": 0.5, "skill_tolerance": 0.05}}
+    limits = {"chat": {"min_gain": 0.1, "min_win_rate": 0.5, "skill_tolerance": 0.05}}
     return gates.Context(folder, {}, limits, data, {}, [])
 
 

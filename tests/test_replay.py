@@ -236,7 +236,7 @@ def published_anew(copy: Path, steps: dict[int, Path], settings: dict[str, Any],
     def restated(body: dict[str, Any]) -> None:
         parameters = body["predicate"]["buildDefinition"]
         parameters["externalParameters"]["config"]["phase"].update(settings)
-        parameters["internalParameters"]["operation"]["phase"]["cluster"]["ranks"] = ranks
+        parameters["internalParameters"]["operation"]["phase"]["parallelism"]["ranks"] = ranks
 
     edit(statement_of(copy, "pretrain"), restated)
     edit(copy / "checkpoints/pretrain-step-0/state.json", lambda state: state["config"]["phase"].update(settings))
@@ -284,7 +284,7 @@ def test_spikes_are_judged_by_the_log_before_the_checkpoint(copy: Path, tmp_path
     """A policy that calls every little rise a spike: right after step 30, by the steps before it."""
     from stages.train.config import Spikes
 
-    spikes = {"action": "skip", "loss_sigmas": 0.2, "norm_factor": 1.05, "window": 8, "at_most": 60}
+    spikes = {"action": "skip", "loss_sigmas": 0.2, "norm_factor": 1.05, "window": 8, "max_spikes": 60}
     trained_anew(copy, tmp_path, {"spikes": Spikes.model_validate(spikes).model_dump()})
     log = (copy / "evidence/training/pretrain/training.jsonl").read_text().splitlines()
     skipped = [line["step"] for line in map(json.loads, log) if line.get("skipped")]
@@ -323,7 +323,7 @@ def _rank(release: Path, phase: str, folder: Path) -> None:
     rank_folder = folder / f"rank-{os.environ['RANK']}"
     rank_folder.mkdir()
     plan = Plan(Source(release), phase, *replays._steps(Source(release), phase, None, None))
-    layout_ = {"cluster": Layout(ranks=2, tensor=2), "hang_seconds": 60.0}
+    layout_ = {"parallelism": Layout(ranks=2, tp=2), "watchdog_timeout_seconds": 60.0}
     plan.config = plan.config.model_copy(update={"phase": plan.config.phase.model_copy(update=layout_)})
     inputs = {"tokens": plan.tokens(rank_folder), "order": plan.order()}
     work = folder / "work"

@@ -160,7 +160,7 @@ def test_policy_loss_is_trls(
     torch.testing.assert_close(gradient, expected_gradient, **CLOSE)
     tokens = figures["tokens"].item()
     assert tokens == b["mask"].sum()
-    assert figures["clipped"].item() / tokens == pytest.approx(metrics["clip_ratio/region_mean"][-1], abs=1e-6)
+    assert figures["clip_fraction"].item() / tokens == pytest.approx(metrics["clip_ratio/region_mean"][-1], abs=1e-6)
     if beta:
         assert figures["kl"].item() / tokens == pytest.approx(metrics["kl"][-1], rel=1e-5)
 
@@ -323,7 +323,7 @@ def test_one_token_by_hand(ratio: float, gain: float, loss: float, clipped: int)
     old = torch.tensor([[-3.0]])
     logprob = old + math.log(ratio)
     value, figures = policy_loss(logprob, old, torch.tensor([gain]), torch.ones(1, 1), old_logprobs=old)
-    assert value.item() == pytest.approx(loss, rel=1e-6) and figures["clipped"].item() == clipped
+    assert value.item() == pytest.approx(loss, rel=1e-6) and figures["clip_fraction"].item() == clipped
     assert figures["ratio"].item() == pytest.approx(ratio, rel=1e-6)
 
 
@@ -332,7 +332,7 @@ def test_the_samplers_weight_by_hand() -> None:
     logprobs, weights = torch.full((1, 3), -2.0), torch.tensor([[0.5, 1.0, 3.0]])
     value, figures = policy_loss(logprobs, logprobs - weights.log(), torch.ones(1), torch.ones(1, 3))
     assert value.item() == pytest.approx(-3.5, rel=1e-6)
-    assert figures["weight"].item() == pytest.approx(3.5, rel=1e-6) and figures["truncated"].item() == 1
+    assert figures["importance_ratio"].item() == pytest.approx(3.5, rel=1e-6) and figures["truncated"].item() == 1
     assert figures["max_sampler_gap"].item() == pytest.approx(math.log(3), rel=1e-6)
     assert figures["sampler_gap"].item() == pytest.approx(math.log(3) + math.log(2), rel=1e-6)
     kl = sum(w - 1 - math.log(w) for w in (0.5, 1, 3))
@@ -435,7 +435,7 @@ def test_no_cap_and_an_honest_sampler_is_the_plain_surrogate(b: dict[str, torch.
     assert torch.equal(capped[0], free[0]) and torch.equal(capped[1], free[1])
     plain = policy_loss(b["logprobs"], b["logprobs"], b["advantages"], b["mask"])
     assert plain[0].item() == pytest.approx(-(b["advantages"][:, None] * b["mask"]).sum().item(), rel=1e-5, abs=1e-5)
-    assert plain[1]["clipped"] == 0 and plain[1]["max_sampler_gap"] == 0
+    assert plain[1]["clip_fraction"] == 0 and plain[1]["max_sampler_gap"] == 0
 
 
 @quick

@@ -29,18 +29,18 @@ def rows_source(kind: str) -> dict[str, Any]:
 
 
 PHASE = dict(
-    preferences={"tasks": [rows_source("letter")], "count": 8, "samples": 6},
-    skills={"tasks": [rows_source("skill")], "count": 6, "samples": 2},
+    preferences={"tasks": [rows_source("letter")], "count": 8, "num_generations": 6},
+    sft_tasks={"tasks": [rows_source("skill")], "count": 6, "num_generations": 2},
     sampling={"max_new_tokens": 36},
     steps=8,
     updates=2,
     beta=2.0,
-    anchor=0.2,
+    nll_coef=0.2,
     micro_batches=2,
     optimizer=rl_world.OPTIMIZER | {"lr": 3e-3, "final_lr": 3e-3},
     validate_every=3,
-    release_checkpoint_every=8,
-    work_checkpoint_every=1,
+    release_checkpoint_interval=8,
+    checkpoint_interval=1,
 )
 REWARD = dict(
     pairs=12,
@@ -48,7 +48,7 @@ REWARD = dict(
     micro_batches=2,
     optimizer=rl_world.OPTIMIZER | {"lr": 1e-2, "final_lr": 1e-3},
     validate_every=12,
-    release_checkpoint_every=24,
+    release_checkpoint_interval=24,
 )
 
 
@@ -100,8 +100,8 @@ def test_every_level_of_every_kind_is_asked(calm: Path) -> None:
 def test_the_reference_is_the_policy_that_drew(calm: Path, inputs: dict[str, Artifact], tmp_path: Path) -> None:
     gaps = [x["max_sampler_gap"] for x in rl_world.lines(calm) if "max_sampler_gap" in x]
     assert len(gaps) == 8 and max(gaps) == pytest.approx(0, abs=1e-4)
-    with pytest.raises(AtomError, match=r"sampler and trainer differ by .*, more than rlhf.logprob_gap = 1e-12"):
-        run(dpo, settings(PHASE, logprob_gap=1e-12), inputs, tmp_path / "work", tmp_path / "out")
+    with pytest.raises(AtomError, match=r"sampler and trainer differ by .*, more than rlhf.max_logprob_diff = 1e-12"):
+        run(dpo, settings(PHASE, max_logprob_diff=1e-12), inputs, tmp_path / "work", tmp_path / "out")
 
 
 def test_a_round_of_too_few_pairs_teaches_nothing_and_says_so(inputs: dict[str, Artifact], tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_too_few_pairs_are_told(inputs: dict[str, Artifact], calm: Path, tmp_pat
     with pytest.raises(
         AtomError, match=r"reward: \d+ pairs to learn from and 0 held out are too few; draw more in rlhf.dpo"
     ):
-        run(reward_model, settings(REWARD, heldout=1e-9), artifacts, tmp_path / "work", tmp_path / "out")
+        run(reward_model, settings(REWARD, heldout_fraction=1e-9), artifacts, tmp_path / "work", tmp_path / "out")
 
 
 def test_a_judge_out_of_order_makes_no_pair(

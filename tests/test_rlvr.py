@@ -61,7 +61,7 @@ def calm(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.numeric
 def test_the_policy_learns(place: Path, tmp_path: Path) -> None:
-    settings = rl_world.config(steps=36, release_checkpoint_every=36, curriculum={"rise": 0.5})
+    settings = rl_world.config(steps=36, release_checkpoint_interval=36, curriculum={"rise": 0.5})
     rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", settings)
     lines = rl_world.lines(tmp_path / "out")
     passed = [x["rates"]["letter/0"] for x in lines if "rates" in x]
@@ -104,7 +104,7 @@ def test_sampler_and_trainer_agree_and_a_gap_stops_the_phase(place: Path, calm: 
     with pytest.raises(
         AtomError, match=r"rlvr: sampler and trainer differ by \S+ in a token's log-probability at step 1"
     ):
-        rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", rl_world.config(logprob_gap=1e-12))
+        rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", rl_world.config(max_logprob_diff=1e-12))
 
 
 @pytest.mark.parametrize("at", [1, 3, 6])
@@ -218,18 +218,18 @@ def test_a_question_that_leaves_no_room_is_refused_before_the_first_answer(place
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("layout", [{"data": 2}, {"expert": 2}, {"tensor": 2}, {"pipeline": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{"data": 2}, {"ep": 2}, {"tp": 2}, {"pp": 2}], ids=str)
 def test_two_processes_learn_like_one(place: Path, tmp_path: Path, layout: dict[str, int]) -> None:
     """From the same weights and answers: the files that one process drew are given to two."""
-    cluster = {"ranks": 2, **{k: v for k, v in layout.items() if k != "data"}}
-    one, two = rl_world.config(steps=2), rl_world.config(steps=2, cluster=cluster)
+    parallelism = {"ranks": 2, **{k: v for k, v in layout.items() if k != "data"}}
+    one, two = rl_world.config(steps=2), rl_world.config(steps=2, parallelism=parallelism)
     rl_world.rlvr(place, tmp_path / "one-work", tmp_path / "one", one)
     (tmp_path / "config.json").write_text(json.dumps(two))
     places = [str(p) for p in (place, tmp_path / "work", tmp_path / "two", tmp_path / "config.json")]
     codes, logs = layouts.end(layouts.spawn([str(Path(rl_world.__file__)), *places], 2))
     assert not any(codes), logs
     runs = [[x for x in rl_world.lines(tmp_path / name) if "reward" in x] for name in ("one", "two")]
-    names = ("loss", "grad_norm", "aux_loss", "reward", "tokens", "weight", "answers", "policy")
+    names = ("loss", "grad_norm", "aux_loss", "reward", "tokens", "importance_ratio", "answers", "policy")
     first, second = ([{k: x[k] for k in names} for x in run] for run in runs)
     assert first[0]["policy"] == second[0]["policy"]
     for a, b in zip(first, second, strict=True):

@@ -35,7 +35,7 @@ def until(condition: Callable[[], bool], why: str, home: Path) -> None:
 def test_the_same_bytes_after_everything_in_random_order(seed: int, upstream: Path, home: Path) -> None:
     """`make soak`: each kind of disturbance in one run, wherever it happens to be."""
     rng, folder = random.Random(seed), home.parent
-    phase = {"steps": 600, "hang_seconds": 8.0, "release_checkpoint_every": 600}
+    phase = {"steps": 600, "watchdog_timeout_seconds": 8.0, "release_checkpoint_interval": 600}
     recipe = world.write_recipe(folder, **phase)
     (folder / "calm").mkdir()
     shutil.copytree(upstream, folder / "calm/home")
@@ -121,7 +121,7 @@ def test_a_time_limit_reached_again_and_again(upstream: Path, home: Path) -> Non
     recipe = world.write_recipe(folder, steps=240)
     shutil.copytree(upstream, folder / "calm/home")
     atom(folder / "calm/home", "run", recipe, "--until", "pretrain")
-    cluster = world.write_profile(folder, train={"minutes": 1}, signal_lead_seconds=40, restarts=9)
+    cluster = world.write_profile(folder, train={"minutes": 1}, signal_before_limit_seconds=40, restarts=9)
     atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain")
     assert finish(home) == world.digest(folder / "calm/home", "pretrain")
     assert world.attempts(home, "pretrain") > 1

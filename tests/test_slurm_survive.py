@@ -34,7 +34,7 @@ pytestmark = world.ON_SLURM
 @pytest.mark.parametrize("disturb", RESTARTED | (AT_LENGTH if SOAK else {}), ids=lambda x: x.__name__)
 def test_the_same_bytes_after(disturb: Callable[[Path], None], home: Path, calm: str) -> None:
     partition = "low" if disturb is preempt else "test"
-    hang = {"hang_seconds": 8.0} if disturb in (rank_hangs, first_rank_killed) else {}
+    hang = {"watchdog_timeout_seconds": 8.0} if disturb in (rank_hangs, first_rank_killed) else {}
     recipe = world.write_recipe(home.parent, **hang)
     cluster = world.write_profile(home.parent, train={"partition": partition})
     atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain")

@@ -15,7 +15,7 @@ from pipeline.core.store import Artifact
 from stages.evaluation import pass_at_k
 from stages.evaluation.confidence import clustered, majority_at, pass_at, powers, wilson
 
-CONFIG = {"samples": 3, "max_new_tokens": 6, "seed": 0}
+CONFIG = {"num_samples": 3, "max_new_tokens": 6, "seed": 0}
 
 
 @pytest.fixture(scope="module")

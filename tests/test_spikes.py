@@ -27,8 +27,8 @@ from stages.train.spikes import Judge
 AT = 17
 PHASE: dict[str, Any] = {
     "steps": 24,
-    "release_checkpoint_every": 12,
-    "work_checkpoint_every": 5,
+    "release_checkpoint_interval": 12,
+    "checkpoint_interval": 5,
     "optimizer": {"lr": 1e-2, "final_lr": 5e-3, "warmup_steps": 3, "weight_decay": 0.05},
 }
 POLICY = {"window": 8, "loss_sigmas": 4.0, "norm_factor": 50.0}
@@ -125,7 +125,7 @@ def test_what_was_found_is_excluded_on_replay(poisoned: Path, skipped: Path, tmp
 @pytest.mark.parametrize("every", [5, 7])
 def test_a_rewind_leaves_out_the_batches_before_as_well(poisoned: Path, tmp_path: Path, every: int) -> None:
     rewind = {"action": "rewind", "rewind_steps": 4, **POLICY}
-    out = run(poisoned, tmp_path / "rewind", spikes=rewind, work_checkpoint_every=every)
+    out = run(poisoned, tmp_path / "rewind", spikes=rewind, checkpoint_interval=every)
     (record,) = lines(out, "spike")
     assert record["spike"]["excluded"] == [14, 15, 16, 17] and record["step"] == AT
     assert [x["step"] for x in lines(out, "excluded")] == [14, 15, 16, 17]
@@ -139,19 +139,19 @@ def test_a_rewind_leaves_out_the_batches_before_as_well(poisoned: Path, tmp_path
 def test_a_rewind_is_the_same_whatever_is_saved_and_killed_on_the_way(poisoned: Path, tmp_path: Path) -> None:
     rewind = {"action": "rewind", "rewind_steps": 4, **POLICY}
     undisturbed = run(poisoned, tmp_path / "whole", spikes=rewind)
-    often = run(poisoned, tmp_path / "often", spikes=rewind, work_checkpoint_every=1)
+    often = run(poisoned, tmp_path / "often", spikes=rewind, checkpoint_interval=1)
     assert world.digest(undisturbed) == world.digest(often)
     for at in (14, 16, 18):  # the second time that 14 and 16 are passed: on the way back to the spike
         folder, report = tmp_path / f"killed-{at}", SecondTime(at)
         with pytest.raises(KeyboardInterrupt):
-            run(poisoned, folder, report, spikes=rewind, work_checkpoint_every=1)
-        assert world.digest(run(poisoned, folder, spikes=rewind, work_checkpoint_every=1)) == world.digest(undisturbed)
+            run(poisoned, folder, report, spikes=rewind, checkpoint_interval=1)
+        assert world.digest(run(poisoned, folder, spikes=rewind, checkpoint_interval=1)) == world.digest(undisturbed)
 
 
 def test_a_rewind_stops_at_a_release_checkpoint(poisoned: Path, tmp_path: Path) -> None:
     """What was published stays true: steps up to it are not trained in another way."""
     rewind = {"action": "rewind", "rewind_steps": 10, **POLICY}
-    out = run(poisoned, tmp_path / "rewind", spikes=rewind, release_checkpoint_every=8)
+    out = run(poisoned, tmp_path / "rewind", spikes=rewind, release_checkpoint_interval=8)
     (record,) = lines(out, "spike")
     assert record["spike"]["excluded"] == [AT] and AT - 1 == 16
 
@@ -160,8 +160,8 @@ def test_without_a_policy_or_with_stop_the_phase_ends(poisoned: Path, tmp_path: 
     with pytest.raises(AtomError, match="the loss is .* at step 17, on documents noise/0, noise/1") as raised:
         run(poisoned, tmp_path / "stop", spikes={"action": "stop", **POLICY})
     assert "pretrain.spikes" in str(raised.value)
-    with pytest.raises(AtomError, match="2 spikes, more than pretrain.spikes.at_most = 1"):
-        run(plant(tmp_path / "two", AT, 20), tmp_path / "many", spikes={"action": "skip", **POLICY, "at_most": 1})
+    with pytest.raises(AtomError, match="2 spikes, more than pretrain.spikes.max_spikes = 1"):
+        run(plant(tmp_path / "two", AT, 20), tmp_path / "many", spikes={"action": "skip", **POLICY, "max_spikes": 1})
 
 
 def test_what_is_no_number_is_skipped_from_the_first_step(poisoned: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -197,7 +197,7 @@ def test_broken_activations_are_rewound(poisoned: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(TopKRouter, "gating", broken)
     rewind = {"action": "rewind", "rewind_steps": 2, **POLICY}
-    out = run(poisoned, tmp_path, excluded_steps=[AT], spikes=rewind, work_checkpoint_every=1)
+    out = run(poisoned, tmp_path, excluded_steps=[AT], spikes=rewind, checkpoint_interval=1)
     (record,) = lines(out, "spike")
     assert record["step"] == 10 and record["spike"]["excluded"] == [9, 10] and record["spike"]["loss"] is None
     assert None in record["spike"]["experts"]["entropy"]
@@ -274,7 +274,7 @@ def test_ranks_judge_together(poisoned: Path, tmp_path: Path) -> None:
     rewind = {"action": "rewind", "rewind_steps": 4, **POLICY}
     alone = layouts.settings_of({}, 1, **PHASE, spikes=rewind)
     records = {}
-    for name, settings in {"one": alone, "two": layouts.settings_of({"tensor": 2}, 2, **PHASE, spikes=rewind)}.items():
+    for name, settings in {"one": alone, "two": layouts.settings_of({"tp": 2}, 2, **PHASE, spikes=rewind)}.items():
         layouts.run(poisoned, tmp_path / name, settings)
         (line,) = lines(tmp_path / name / "out", "spike")
         records[name] = line["spike"]

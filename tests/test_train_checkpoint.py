@@ -165,7 +165,7 @@ def stopped(pid: int) -> bool:
 
 
 def test_the_newest_checkpoints_are_kept(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
-    work, settings = tmp_path / "work", world.config(work_checkpoints_kept=3, work_checkpoint_every=1)
+    work, settings = tmp_path / "work", world.config(work_checkpoints_kept=3, checkpoint_interval=1)
     for step in (4, 9):
         with pytest.raises(KeyboardInterrupt):
             world.pretrain(corpus, work, tmp_path / "out", settings, world.Reporter(step, signal.SIGTERM))

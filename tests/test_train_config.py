@@ -51,7 +51,7 @@ def test_phase(change: dict, sentence: str) -> None:
     [
         ({"heads": 6, "kv_heads": 4}, "kv_heads = 4 does not divide heads = 6; nearest: 3 or 6"),
         ({"head_dim": 7}, "head_dim = 7 is odd, but rotary embedding turns pairs; nearest: 6 or 8"),
-        ({"experts_per_token": 5}, "experts_per_token = 5 is more than experts = 4"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok = 5 is more than experts = 4"),
         ({"layers": 0}, "is out of range; use 1 to 1024"),
     ],
 )
@@ -62,32 +62,32 @@ def test_model(change: dict, sentence: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cluster", "sentence"),
+    ("layout", "sentence"),
     [
-        ({"ranks": 3, "tensor": 3}, "cluster.tensor = 3 does not divide heads = 4; nearest: 2 or 4"),
-        ({"ranks": 4, "tensor": 4}, "cluster.tensor = 4 does not divide kv_heads = 2; nearest: 2"),
-        ({"ranks": 3, "expert": 3}, "cluster.expert = 3 does not divide experts = 4; nearest: 2 or 4"),
-        ({"ranks": 4, "pipeline": 4}, "cluster.pipeline = 4 with virtual_pipeline = 1 cannot deal layers = 2 evenly"),
-        ({"ranks": 3, "pipeline": 2}, "cluster.ranks = 3 is not a multiple of tensor x pipeline x context = 2; nearest: 2 or 4"),
-        ({"ranks": 3, "expert": 2}, "cluster.ranks = 3 is not a multiple of expert_tensor x expert x pipeline = 2"),
-        ({"ranks": 4}, "cluster.ranks = 4 makes 4 data-parallel ranks, which cannot share the 2 micro-batches of a step"),
-        ({"ranks": 2, "tensor": 2, "expert_tensor": 1}, "cluster.expert_tensor = 1 with tensor = 2 and expert = 1 would train wrongly"),
-        ({"ranks": 2, "expert_tensor": 2}, "cluster.expert_tensor = 2 with tensor = 1 and expert = 1 would train wrongly"),
-        ({"virtual_pipeline": 2}, "cluster.virtual_pipeline = 2 interleaves pipeline ranks, and pipeline = 1 has none"),
+        ({"ranks": 3, "tp": 3}, "parallelism.tp = 3 does not divide heads = 4; nearest: 2 or 4"),
+        ({"ranks": 4, "tp": 4}, "parallelism.tp = 4 does not divide kv_heads = 2; nearest: 2"),
+        ({"ranks": 3, "ep": 3}, "parallelism.ep = 3 does not divide experts = 4; nearest: 2 or 4"),
+        ({"ranks": 4, "pp": 4}, "parallelism.pp = 4 with vpp = 1 cannot deal layers = 2 evenly"),
+        ({"ranks": 3, "pp": 2}, "parallelism.ranks = 3 is not a multiple of tp x pp x cp = 2; nearest: 2 or 4"),
+        ({"ranks": 3, "ep": 2}, "parallelism.ranks = 3 is not a multiple of etp x ep x pp = 2"),
+        ({"ranks": 4}, "parallelism.ranks = 4 makes 4 data-parallel ranks, which cannot share the 2 micro-batches of a step"),
+        ({"ranks": 2, "tp": 2, "etp": 1}, "parallelism.etp = 1 with tp = 2 and ep = 1 would train wrongly"),
+        ({"ranks": 2, "etp": 2}, "parallelism.etp = 2 with tp = 1 and ep = 1 would train wrongly"),
+        ({"vpp": 2}, "parallelism.vpp = 2 interleaves pipeline ranks, and pp = 1 has none"),
         ({"ranks": 0}, "is out of range; use 1 to 1000000"),
     ],
 )  # fmt: skip
-def test_layouts_that_cannot_work(cluster: dict, sentence: str) -> None:
+def test_layouts_that_cannot_work(layout: dict, sentence: str) -> None:
     with pytest.raises(ValidationError) as caught:
-        TrainConfig.model_validate(world.config(cluster=cluster))
+        TrainConfig.model_validate(world.config(parallelism=layout))
     assert sentence in str(caught.value)
 
 
 def test_an_interleaved_pipeline_takes_micro_batches_by_groups() -> None:
-    settings = world.config(cluster={"ranks": 2, "pipeline": 2, "virtual_pipeline": 2},
+    settings = world.config(parallelism={"ranks": 2, "pp": 2, "vpp": 2},
                             batch={"global_tokens": 96, "micro_tokens": 32})  # fmt: skip
     settings["model"] = {**settings["model"], "layers": 4}
-    with pytest.raises(ValidationError, match="needs a multiple of pipeline = 2 micro-batches on each .* not 3"):
+    with pytest.raises(ValidationError, match="needs a multiple of pp = 2 micro-batches on each .* not 3"):
         TrainConfig.model_validate(settings)
 
 
@@ -95,34 +95,34 @@ def test_plan_refuses_a_layout_and_keys_do_not_hold_one(tmp_path) -> None:
     recipes = Path(world.__file__).parent.parent / "pipeline" / "recipes"
     text = (recipes / "atom-smoke.yaml").read_text()
     keys = []
-    for cluster in ("", "  cluster: {ranks: 2, tensor: 2}\n", "  cluster: {ranks: 2, tensor: 2, expert_tensor: 1}\n"):
+    for layout in ("", "  parallelism: {ranks: 2, tp: 2}\n", "  parallelism: {ranks: 2, tp: 2, etp: 1}\n"):
         path = tmp_path / "smoke.yaml"
-        path.write_text(re.sub(r"\n(pretrain:.*\n)", r"\n\1" + cluster, text))
-        refused = "expert_tensor" in cluster
+        path.write_text(re.sub(r"\n(pretrain:.*\n)", r"\n\1" + layout, text))
+        refused = "etp" in layout
         process = atom(tmp_path / "home", "plan", str(path), "--json", code=2 if refused else 0)
         if refused:
             assert process.stderr.startswith(
-                "atom: recipe smoke, stage pretrain: cluster.expert_tensor = 1 with tensor = 2 and expert = 1 would train wrongly"
+                "atom: recipe smoke, stage pretrain: parallelism.etp = 1 with tp = 2 and ep = 1 would train wrongly"
             )
             assert process.stderr.count("\n") == 1
         else:
             stages = json.loads(process.stdout)["stages"]
             keys.append([stage["key"] for stage in stages])
             (ranks,) = {s["ranks"] for s in stages if s["name"] == "pretrain"}
-            assert ranks == (2 if cluster else 1)
+            assert ranks == (2 if layout else 1)
     assert keys[0] == keys[1]
 
 
 @pytest.mark.parametrize("seconds", [0, -5])
 def test_a_hang_takes_time(seconds: int) -> None:
-    with pytest.raises(ValidationError, match="hang_seconds\n.*use more than 0"):
-        PhaseConfig.model_validate(world.config(hang_seconds=seconds)["phase"])
+    with pytest.raises(ValidationError, match="watchdog_timeout_seconds\n.*use more than 0"):
+        PhaseConfig.model_validate(world.config(watchdog_timeout_seconds=seconds)["phase"])
 
 
 def test_a_wrong_number_of_processes_is_refused() -> None:
     from stages.train import parallel
 
-    with pytest.raises(AtomError, match="1 processes were started for cluster.ranks = 2; start that many"), \
+    with pytest.raises(AtomError, match="1 processes were started for parallelism.ranks = 2; start that many"), \
          parallel.session(0, Layout(ranks=2)):  # fmt: skip
         pass
 
@@ -130,8 +130,8 @@ def test_a_wrong_number_of_processes_is_refused() -> None:
 def test_work_checkpoints_are_not_identity() -> None:
     from pipeline.core.stage import identity
 
-    one, other = (TrainConfig.model_validate(world.config(work_checkpoint_every=n)) for n in (1, 2))
-    assert identity(one) == identity(other) and "work_checkpoint_every" not in identity(one)["phase"]
+    one, other = (TrainConfig.model_validate(world.config(checkpoint_interval=n)) for n in (1, 2))
+    assert identity(one) == identity(other) and "checkpoint_interval" not in identity(one)["phase"]
     assert identity(one) != identity(TrainConfig.model_validate(world.config(steps=13)))
 
 
@@ -173,8 +173,8 @@ def test_phases_that_cannot_work(phase: dict, sentence: str) -> None:
         ({"yarn": {"factor": 8, "original_length": 16}},
          "rope.yarn.factor = 8 x original_length = 16 is not the context of 64 tokens, from which some readers of an exported config compute the factor; use the factor 4"),
         ({"stated_parameters": {"total": 5, "active": 3}}, "model.stated_parameters = 5 in all, 3 active, but the model has"),
-        ({"dense_layers": 2, "dense_ffn_size": 8}, "dense_layers = 2 leaves no layer of 2 with experts; use at most 1"),
-        ({"dense_layers": 1}, "dense_layers = 1 and dense_ffn_size = None go together"),
+        ({"dense_layers": 2, "intermediate_size": 8}, "dense_layers = 2 leaves no layer of 2 with experts; use at most 1"),
+        ({"dense_layers": 1}, "dense_layers = 1 and intermediate_size = None go together"),
     ],
 )  # fmt: skip
 def test_models_that_contradict_themselves(model: dict, sentence: str) -> None:
@@ -190,7 +190,7 @@ def test_what_came_later_changes_no_key_while_it_is_not_used() -> None:
     from pipeline.core.stage import identity
 
     config = TrainConfig.model_validate(world.config())
-    known = {"mix", "sequence_length", "batch", "steps", "optimizer", "heldout", "release_checkpoint_every"}
+    known = {"mix", "sequence_length", "batch", "steps", "optimizer", "validation", "release_checkpoint_interval"}
     assert set(identity(config)["phase"]) == known and set(identity(config)["phase"]["batch"]) == {
         "global_tokens",
         "micro_tokens",
@@ -203,10 +203,10 @@ def test_what_came_later_changes_no_key_while_it_is_not_used() -> None:
         "kv_heads",
         "head_dim",
         "experts",
-        "experts_per_token",
-        "expert_ffn_size",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
     }
-    rest = {"context_length", "rope_base", "norm_eps", "tie_embeddings", "aux_loss", "init_std"}
+    rest = {"context_length", "rope_theta", "norm_eps", "tie_embeddings", "aux_loss", "init_std"}
     assert set(identity(config)["model"]) == sizes | rest
     assert "pack" in identity(TrainConfig.model_validate(world.config(pack=True)))["phase"]
 
@@ -220,7 +220,7 @@ def test_a_batch_that_grows() -> None:
     assert phase.micro_batches == [1, 2, 4] and phase.row_ramp == [(3, 2), (5, 4)]
     assert phase.tokens() == 3 * 64 + 2 * 128 + 7 * 256 and phase.tokens(5) == 128 + 7 * 256
     with pytest.raises(ValidationError, match="2 data-parallel ranks, which cannot share the 1 micro-batches"):
-        TrainConfig.model_validate({**world.config(), "phase": {**phase.model_dump(), "cluster": {"ranks": 2}}})
+        TrainConfig.model_validate({**world.config(), "phase": {**phase.model_dump(), "parallelism": {"ranks": 2}}})
 
 
 def test_warm_up_stable_decay() -> None:

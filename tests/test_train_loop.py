@@ -172,7 +172,7 @@ def test_a_phase_continues_from_a_release_checkpoint(
     ("field", "value", "sentence"),
     [
         ("layers", 3, "pretrain@6-test is of another model: its model.layers is 2, not 3"),
-        ("rope_base", 5e5, "pretrain@6-test is of another model: its model.rope_base is 10000.0, not 500000.0"),
+        ("rope_theta", 5e5, "pretrain@6-test is of another model: its model.rope_theta is 10000.0, not 500000.0"),
         ("tokenizer", "other", "pretrain@6-test was trained on another tokenizer's tokens"),
     ],
 )

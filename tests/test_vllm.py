@@ -22,7 +22,7 @@ PYTHON = os.environ.get("ATOM_VLLM_PYTHON")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="vLLM needs an environment of its own; see `make test-vllm`")
 # vLLM's kernels for the CPU know heads of 32 and more
 MODEL = ModelConfig(
-    **{**world.MODEL, "hidden_size": 64, "head_dim": 32, "expert_ffn_size": 32, "context_length": 1024, "rope_base": 5e4,
+    **{**world.MODEL, "hidden_size": 64, "head_dim": 32, "moe_intermediate_size": 32, "context_length": 1024, "rope_theta": 5e4,
        "yarn": Yarn(factor=8.0, original_length=128)}
 )  # fmt: skip
 VLLM = """

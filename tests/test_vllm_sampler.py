@@ -31,7 +31,13 @@ pytestmark = pytest.mark.skipif(
     "ATOM_VLLM_PYTHON" not in os.environ, reason="vLLM needs an environment of its own; see `make test-vllm`"
 )
 # vLLM's kernels for the CPU know heads of 32 and more
-MODEL: dict[str, Any] = {**rl_world.MODEL, "hidden_size": 64, "head_dim": 32, "expert_ffn_size": 32, "init_std": 0.3}
+MODEL: dict[str, Any] = {
+    **rl_world.MODEL,
+    "hidden_size": 64,
+    "head_dim": 32,
+    "moe_intermediate_size": 32,
+    "init_std": 0.3,
+}
 STOPS, TOKENS, TEMPERATURE = (1, 3), 24, 0.7
 ARGUMENTS = (STOPS, TOKENS, TEMPERATURE)
 
@@ -177,7 +183,7 @@ def test_a_step_of_reinforcement_learning(served: VllmServer, tmp_path: Path, mo
     monkeypatch.setattr(rl_world, "MODEL", {**MODEL, "init_std": rl_world.MODEL["init_std"]})
     rl_world.make(tmp_path / "given")
     settings = rl_world.config(
-        steps=2, validate_every=2, release_checkpoint_every=2, sampling={"kind": "vllm", "max_new_tokens": 12}
+        steps=2, validate_every=2, release_checkpoint_interval=2, sampling={"kind": "vllm", "max_new_tokens": 12}
     )
     rl_world.rlvr(tmp_path / "given", tmp_path / "work", tmp_path / "out", settings)
     lines = [x for x in rl_world.lines(tmp_path / "out") if "sampler_gap" in x]
@@ -189,7 +195,7 @@ def test_a_step_of_reinforcement_learning(served: VllmServer, tmp_path: Path, mo
     # the same policies in the in-process sampler's hands: greedy answers to the validation items earn the same
     rl_world.rlvr(
         tmp_path / "given", tmp_path / "work2", tmp_path / "out2",
-        rl_world.config(steps=2, validate_every=2, release_checkpoint_every=2),
+        rl_world.config(steps=2, validate_every=2, release_checkpoint_interval=2),
     )  # fmt: skip
     theirs, mine = (rl_world.lines(tmp_path / out)[0]["validation"] for out in ("out", "out2"))
     assert theirs == mine

@@ -19,7 +19,7 @@ from pipeline.core.store import Artifact, digest_of, rows_of, write_manifest
 
 VOCAB, EOD = 64, 1
 MODEL: dict[str, Any] = dict(
-    layers=2, hidden_size=32, heads=4, kv_heads=2, head_dim=8, experts=4, experts_per_token=2, expert_ffn_size=16,
+    layers=2, hidden_size=32, heads=4, kv_heads=2, head_dim=8, experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
     context_length=64, aux_loss=6.67e-3, init_std=0.08,
 )  # fmt: skip
 PHASE: dict[str, Any] = dict(
@@ -28,9 +28,9 @@ PHASE: dict[str, Any] = dict(
     batch=dict(global_tokens=256, micro_tokens=128),
     steps=12,
     optimizer=dict(lr=3e-3, final_lr=1e-3, warmup_steps=3, weight_decay=0.05),
-    heldout=dict(every=4, rows=8),
-    release_checkpoint_every=6,
-    work_checkpoint_every=4,
+    validation=dict(every=4, rows=8),
+    release_checkpoint_interval=6,
+    checkpoint_interval=4,
 )
 
 

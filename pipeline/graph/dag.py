@@ -252,12 +252,12 @@ def _check_sizes(recipe: Recipe, nodes: Mapping[str, Node]) -> None:
         if memory > MOST_MEMORY:
             raise RecipeError(
                 f"{where}: a rank would hold {memory / 2**40:.3g} TiB; use at most {MOST_MEMORY >> 40}, by more ranks "
-                "and cluster.tensor, pipeline, expert or context, or by smaller micro_tokens"
+                "and parallelism.tp, pp, ep or cp, or by smaller micro_tokens"
             )
         if disk > MOST_DISK:
             raise RecipeError(
                 f"{where}: {estimate.training.release_checkpoints} sealed checkpoints are {disk:.1e} bytes; use at "
-                f"most {MOST_DISK:.0e}, by a larger release_checkpoint_every"
+                f"most {MOST_DISK:.0e}, by a larger release_checkpoint_interval"
             )
 
 

@@ -148,7 +148,7 @@ class Slurm(Config):
     free_gb: Annotated[float, Range(0, 1e9)] = Field(
         1.0, description="space that must be free under $ATOM_HOME and in scratch"
     )
-    signal_lead_seconds: Annotated[int, Range(10, 65_535, "Slurm takes no more than 65535")] = Field(
+    signal_before_limit_seconds: Annotated[int, Range(10, 65_535, "Slurm takes no more than 65535")] = Field(
         120, description="how long before the time limit a stage is told to save"
     )
     array_size: Annotated[int, Range(2, 4_000_001, "Slurm's MaxArraySize is at most 4000001")] = Field(
@@ -179,7 +179,7 @@ class Slurm(Config):
         each = min(ranks, jobs.tasks_per_node)
         if ranks % each:
             raise RecipeError(
-                f"stage {stage} has {ranks} ranks, which do not fill nodes of {each} alike; change its cluster.ranks, "
+                f"stage {stage} has {ranks} ranks, which do not fill nodes of {each} alike; change its parallelism.ranks, "
                 "or tasks_per_node of the cluster profile"
             )
         return jobs, ranks // each, each

@@ -206,7 +206,7 @@ def executor_of(
         exclude=jobs.exclude,
         dependency=f"afterok:{':'.join(after)}" if after else None,
         comment=slurm_client.comment(run.id, node.name, node.key),
-        signal_delay_s=slurm.signal_lead_seconds,
+        signal_delay_s=slurm.signal_before_limit_seconds,
         stderr_to_stdout=True,
         wckey=None,
         setup=setup(slurm, store, code),

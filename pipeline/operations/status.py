@@ -25,7 +25,7 @@ ENDING = "ending"
 """The state of a stage whose attempt has failed while Slurm still has its job: it says why, not that it runs."""
 ENDED = {
     "CANCELLED": "cancelled",
-    "TIMEOUT": "its time limit came before it could save; raise minutes or signal_lead_seconds of the profile",
+    "TIMEOUT": "its time limit came before it could save; raise minutes or signal_before_limit_seconds of the profile",
     "NODE_FAIL": "its node failed",
     "OUT_OF_MEMORY": "it ran out of memory",
 }

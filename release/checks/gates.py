@@ -129,7 +129,7 @@ def checkpoints_and_order(c: Context) -> Gate:
         own = [row for row in rows if row["phase"] == phase]
         if not own:
             return Gate(
-                "checkpoints_and_order", False, f"no checkpoint of {phase}; set {phase}.release_checkpoint_every"
+                "checkpoints_and_order", False, f"no checkpoint of {phase}; set {phase}.release_checkpoint_interval"
             )
         if phase in WITHOUT_ORDER:
             continue

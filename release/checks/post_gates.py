@@ -49,7 +49,7 @@ def post_training(c: Context) -> list[Gate]:
         text = (
             f"{name} wins {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against the model before rlhf"
         )
-        ok = rate["low"] > asked["least_win"]
+        ok = rate["low"] > asked["min_win_rate"]
         gates.append(Gate(f"{name}_is_preferred", ok, text if ok else text + advice.format("rlhf")))
     return [*gates, _fresh(c), _contamination(c)]
 

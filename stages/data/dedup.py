@@ -26,7 +26,7 @@ class CuratedSource(Config):
 
     name: SourceName
     kind: Kind
-    heldout: Annotated[float, Range(0, 1, below=True)]
+    heldout_fraction: Annotated[float, Range(0, 1, below=True)]
 
 
 class CurateConfig(Config):
@@ -71,7 +71,7 @@ def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Rep
                 if twin := removed.get(row["id"]):
                     dispositions.remove(row["id"], "near_duplicate", *twin.measured, duplicate_of=twin.id)
                     continue
-                split = split_of(row["content_hash"], source.heldout)
+                split = split_of(row["content_hash"], source.heldout_fraction)
                 dispositions.keep(row["id"], split, row["content_hash"])
                 write({**row, "split": split})
                 written[source.name] += 1
@@ -83,9 +83,9 @@ def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         report.note(f"{name}: {part['documents_in']} in, {part['kept'].total()} kept; removed: {fallen or 'none'}")
 
 
-def split_of(content_hash: str, heldout: float) -> str:
+def split_of(content_hash: str, heldout_fraction: float) -> str:
     """The text alone decides: where its hash lies among all."""
-    return "heldout" if int(content_hash[:16], 16) < heldout * 2**64 else "train"
+    return "heldout" if int(content_hash[:16], 16) < heldout_fraction * 2**64 else "train"
 
 
 def run_shard(config: CurateConfig, inputs: Inputs, work: Path, shard: int) -> None:

@@ -22,7 +22,7 @@ from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find
 from stages.data.filters.settings import MOST_STEPS, AnyStep, CurationSettings, Kind
-from stages.data.synthetic.passkeys import least_chars
+from stages.data.synthetic.passkeys import min_chars
 from stages.data.synthetic.problems import FORMS, TASKS
 
 MOST_ENTRIES = 100_000
@@ -36,7 +36,7 @@ Shares = Annotated[dict[Key, Annotated[float, Range(0, 1000, above=True)]], Fiel
 """Of tasks, by their name; they need not sum to 1."""
 Column = Line
 """The name of a field or column in files of others."""
-Heldout = Annotated[float, Range(0, 1, below=True)]
+HeldoutFraction = Annotated[float, Range(0, 1, below=True)]
 
 
 class StdlibDocstrings(Config):
@@ -126,7 +126,7 @@ class Passkeys(Config):
 
     @model_validator(mode="after")
     def _possible(self) -> Passkeys:
-        least = least_chars(self.digits)
+        least = min_chars(self.digits)
         if self.min_chars < least:
             raise ValueError(f"min_chars = {self.min_chars} leaves no room for key and question; use at least {least}")
         if self.max_chars < self.min_chars:
@@ -208,7 +208,7 @@ class Source(Config):
 class SourceConfig(Source):
     """A source of a data recipe: how it is acquired, and what happens to its documents in order."""
 
-    heldout: Heldout | None = Field(None, description="overrides the recipe's held-out fraction")
+    heldout_fraction: HeldoutFraction | None = Field(None, description="overrides the recipe's held-out fraction")
     steps: tuple[AnyStep, ...] = Field((), max_length=MOST_STEPS)
 
 
@@ -219,7 +219,9 @@ class DataRecipe(Config):
     description: Text
     sources: tuple[SourceConfig, ...] = Field(min_length=1, max_length=MOST_SOURCES)
     curation: CurationSettings = CurationSettings()
-    heldout: Heldout = Field(0.05, description="share of kept documents, by content hash, never trained on")
+    heldout_fraction: HeldoutFraction = Field(
+        0.05, description="share of kept documents, by content hash, never trained on"
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> DataRecipe:
@@ -262,7 +264,7 @@ class DataRecipe(Config):
 
     def curate_config(self) -> dict[str, Any]:
         """The config of stage curate for all sources."""
-        sources = [{"name": s.name, "kind": s.kind, "heldout": self._heldout(s)} for s in self.sources]
+        sources = [{"name": s.name, "kind": s.kind, "heldout_fraction": self._heldout(s)} for s in self.sources]
         curation = self.curation.model_dump()
         return {"sources": sources, "minhash": curation["minhash"], "shards": curation["shards"]}
 
@@ -272,9 +274,9 @@ class DataRecipe(Config):
         return tuple(source.name for source in self.sources if source.kind == "chat")
 
     def _heldout(self, source: SourceConfig) -> float:
-        if source.heldout is not None:
-            return source.heldout
-        return 0.0 if source.kind == "problems" else self.heldout
+        if source.heldout_fraction is not None:
+            return source.heldout_fraction
+        return 0.0 if source.kind == "problems" else self.heldout_fraction
 
 
 def load(name_or_path: str | Path) -> DataRecipe:

@@ -61,7 +61,7 @@ Answer = dict[str, Any]
 class SolveConfig(Config):
     """Which items are asked, how often, and how long an answer may be."""
 
-    samples: Annotated[int, Range(1, 4096)]
+    num_samples: Annotated[int, Range(1, 4096)]
     max_new_tokens: Context
     split: Literal["test", "validation"] = "test"
     seed: Seed
@@ -146,7 +146,7 @@ class Speaker:
 
 def _answers(speaker: Speaker, batch: Sequence[Row], config: SolveConfig) -> list[Answer]:
     once_each = [(row, GREEDY, 0) for row in batch if row["kind"] not in JUDGED]
-    often = {id(row): 1 if row["kind"] in JUDGED else config.samples for row in batch}
+    often = {id(row): 1 if row["kind"] in JUDGED else config.num_samples for row in batch}
     sampled = [(row, n, seed_of(f"solve/{row['id']}/{n}", config.seed)) for row in batch for n in range(often[id(row)])]
     return (speaker.ask(once_each, greedy=True) if once_each else []) + speaker.ask(sampled)
 

@@ -44,11 +44,11 @@ def layer_tensors(
     if rows.packed:
         tensors |= {
             "queries and keys, normed, and 1/RMS, fp32": 4 * (q + kv + model.heads + model.kv_heads),
-            "queries, keys (turned) and values": size * (q + 2 * kv * layout.context),  # gathered over context ranks
-            "cosines and sines": 8 * model.head_dim * layout.tensor,
+            "queries, keys (turned) and values": size * (q + 2 * kv * layout.cp),  # gathered over context ranks
+            "cosines and sines": 8 * model.head_dim * layout.tp,
             "attention's output by slices of queries": size * q,
             # of each slice of queries, up to its last one: if one document fills the row, half of it on average
-            "attention mask": size * (rows.length + SLICE) / 2 * layout.tensor,
+            "attention mask": size * (rows.length + SLICE) / 2 * layout.tp,
         }
     else:
         tensors |= {
@@ -63,10 +63,10 @@ def layer_tensors(
     }
     kept = 1 if fused else 3  # silu(gate), up, their product
     if dense:
-        ffn = model.dense_ffn_size or 0
+        ffn = model.intermediate_size or 0
         return tensors | {"gate and up": 2 * size * ffn, "SwiGLU": kept * size * ffn}
-    copies, ffn = model.experts_per_token, model.expert_ffn_size
-    shared = model.shared_expert_ffn_size or 0
+    copies, ffn = model.num_experts_per_tok, model.moe_intermediate_size
+    shared = model.shared_expert_intermediate_size or 0
     return tensors | {
         # fp32 logits, their softmax for the balance loss, sparse probabilities, and the map of bytes
         "router": 13 * model.experts,
@@ -83,11 +83,11 @@ def in_flight(layout: Layout, pipeline_rank: int, micro_batches: int) -> float:
 
     1F1B (Narayanan et al., 2021): the ranks behind it, and its own one. Interleaved: twice as far ahead, by chunks.
     """
-    behind = layout.pipeline - pipeline_rank - 1
-    if layout.virtual_pipeline == 1:
+    behind = layout.pp - pipeline_rank - 1
+    if layout.vpp == 1:
         return min(behind + 1, micro_batches)
-    chunks = 2 * behind + (layout.virtual_pipeline - 1) * layout.pipeline + 1
-    return min(chunks, micro_batches * layout.virtual_pipeline) / layout.virtual_pipeline
+    chunks = 2 * behind + (layout.vpp - 1) * layout.pp + 1
+    return min(chunks, micro_batches * layout.vpp) / layout.vpp
 
 
 def activation_bytes(
@@ -106,7 +106,7 @@ def activation_bytes(
     The last stage adds the final norm and the loss: logits, their fp32 softmax, and with bf16 a gradient of that size.
     """
     size = 4 if precision == "fp32" else 2
-    tokens = rows.rows * rows.length / (layout.context * layout.tensor)
+    tokens = rows.rows * rows.length / (layout.cp * layout.tp)
     of_a_layer = {
         dense: sum(layer_tensors(model, layout, precision, rows, dense, fused).values()) for dense in (False, True)
     }
@@ -117,7 +117,7 @@ def activation_bytes(
     if layout.recompute == "layer":
         working, each = max(each) - entry, [entry] * len(layers)
     total = tokens * (in_flight(layout, pipeline_rank, micro_batches) * sum(each) + working)
-    if pipeline_rank == layout.pipeline - 1:
+    if pipeline_rank == layout.pp - 1:
         total += tokens * 2 * entry
         total += tokens * padded_vocab_size * (4 if precision == "fp32" else 6)  # tensor ranks cut the vocabulary
     return total

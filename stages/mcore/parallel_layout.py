@@ -26,14 +26,12 @@ class Layout(Config):
     ranks: Annotated[int, Range(1, 1e6, "Llama 3: 16384")] = Field(
         default=1, description="processes in all, one for each device"
     )
-    tensor: Split = Field(default=1, description="ranks that split each matrix; activations are then split by sequence")
-    pipeline: Split = Field(default=1, description="ranks that split the layers")
-    virtual_pipeline: Split = Field(default=1, description="model chunks on a pipeline rank; above 1: interleaved 1F1B")
-    context: Split = Field(default=1, description="ranks that split each sequence in attention")
-    expert: Split = Field(default=1, description="ranks that split the experts of a layer")
-    expert_tensor: Split | None = Field(
-        default=None, description="ranks that split each expert; as `tensor` by default"
-    )
+    tp: Split = Field(default=1, description="ranks that split each matrix; activations are then split by sequence")
+    pp: Split = Field(default=1, description="ranks that split the layers")
+    vpp: Split = Field(default=1, description="model chunks on a pipeline rank; above 1: interleaved 1F1B")
+    cp: Split = Field(default=1, description="ranks that split each sequence in attention")
+    ep: Split = Field(default=1, description="ranks that split the experts of a layer")
+    etp: Split | None = Field(default=None, description="ranks that split each expert; as `tp` by default")
     dispatcher: Literal["alltoall", "allgather"] = Field(
         default="alltoall", description="how tokens reach their experts"
     )
@@ -45,18 +43,18 @@ class Layout(Config):
     @property
     def data(self) -> int:
         """Ranks that read different rows."""
-        return self.ranks // (self.tensor * self.pipeline * self.context)
+        return self.ranks // (self.tp * self.pp * self.cp)
 
     @property
     def split_experts(self) -> int:
         """Ranks that split each expert."""
-        return self.expert_tensor or self.tensor
+        return self.etp or self.tp
 
     @property
     def width_unit(self) -> int:
         """Rows are padded to a multiple of this many tokens: two slices for each context rank (the zigzag that evens
         out causal attention), each cut again by sequence parallelism."""
-        return self.tensor * (2 * self.context if self.context > 1 else 1)
+        return self.tp * (2 * self.cp if self.cp > 1 else 1)
 
 
 def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_batches: Iterable[int]) -> str | None:
@@ -65,43 +63,43 @@ def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_ba
     micro_batches: of one optimizer step, over all ranks; several if the batch grows.
     """
     for field, size, of, whole in (
-        ("tensor", layout.tensor, "heads", model.heads),
-        ("tensor", layout.tensor, "kv_heads", model.kv_heads),
-        ("tensor", layout.tensor, "padded_vocab_size", padded_vocab_size),
-        ("expert_tensor", layout.split_experts, "expert_ffn_size", model.expert_ffn_size),
-        ("tensor", layout.tensor, "dense_ffn_size", model.dense_ffn_size or 0),
-        ("tensor", layout.tensor, "shared_expert_ffn_size", model.shared_expert_ffn_size or 0),
-        ("expert", layout.expert, "experts", model.experts),
+        ("tp", layout.tp, "heads", model.heads),
+        ("tp", layout.tp, "kv_heads", model.kv_heads),
+        ("tp", layout.tp, "padded_vocab_size", padded_vocab_size),
+        ("etp", layout.split_experts, "moe_intermediate_size", model.moe_intermediate_size),
+        ("tp", layout.tp, "intermediate_size", model.intermediate_size or 0),
+        ("tp", layout.tp, "shared_expert_intermediate_size", model.shared_expert_intermediate_size or 0),
+        ("ep", layout.ep, "experts", model.experts),
     ):
         if whole % size:
-            return f"cluster.{field} = {size} does not divide {of} = {whole}; nearest: {_divisors(whole, size)}"
-    chunks = layout.pipeline * layout.virtual_pipeline
+            return f"parallelism.{field} = {size} does not divide {of} = {whole}; nearest: {_divisors(whole, size)}"
+    chunks = layout.pp * layout.vpp
     if model.layers % chunks:
-        return (f"cluster.pipeline = {layout.pipeline} with virtual_pipeline = {layout.virtual_pipeline} cannot deal "
+        return (f"parallelism.pp = {layout.pp} with vpp = {layout.vpp} cannot deal "
                 f"layers = {model.layers} evenly; nearest product: {_divisors(model.layers, chunks)}")  # fmt: skip
     for fields, size in (
-        ("tensor x pipeline x context", layout.tensor * layout.pipeline * layout.context),
-        ("expert_tensor x expert x pipeline", layout.split_experts * layout.expert * layout.pipeline),
+        ("tp x pp x cp", layout.tp * layout.pp * layout.cp),
+        ("etp x ep x pp", layout.split_experts * layout.ep * layout.pp),
     ):
         if layout.ranks % size:
-            return (f"cluster.ranks = {layout.ranks} is not a multiple of {fields} = {size}; "
+            return (f"parallelism.ranks = {layout.ranks} is not a multiple of {fields} = {size}; "
                     f"nearest: {_multiples(layout.ranks, size)}")  # fmt: skip
-    if layout.expert == 1 and layout.split_experts != layout.tensor:
-        return (f"cluster.expert_tensor = {layout.split_experts} with tensor = {layout.tensor} and expert = 1 would "
+    if layout.ep == 1 and layout.split_experts != layout.tp:
+        return (f"parallelism.etp = {layout.split_experts} with tp = {layout.tp} and ep = 1 would "
                 f"train wrongly without an error: Megatron-core then sums no expert's gradient over the tensor ranks; "
-                f"leave expert_tensor out, or set expert to {layout.tensor}")  # fmt: skip
-    if layout.virtual_pipeline > 1 and layout.pipeline == 1:
-        return (f"cluster.virtual_pipeline = {layout.virtual_pipeline} interleaves pipeline ranks, "
-                f"and pipeline = 1 has none; leave it out")  # fmt: skip
+                f"leave etp out, or set ep to {layout.tp}")  # fmt: skip
+    if layout.vpp > 1 and layout.pp == 1:
+        return (f"parallelism.vpp = {layout.vpp} interleaves pipeline ranks, "
+                f"and pp = 1 has none; leave it out")  # fmt: skip
     for count in micro_batches:
         if count % layout.data:
-            return (f"cluster.ranks = {layout.ranks} makes {layout.data} data-parallel ranks, which cannot share the "
+            return (f"parallelism.ranks = {layout.ranks} makes {layout.data} data-parallel ranks, which cannot share the "
                     f"{count} micro-batches of a step evenly; use a number that divides them, "
                     f"or other batch.micro_tokens")  # fmt: skip
         each = count // layout.data
-        if layout.virtual_pipeline > 1 and each % layout.pipeline:
-            return (f"cluster.virtual_pipeline = {layout.virtual_pipeline} needs a multiple of pipeline = "
-                    f"{layout.pipeline} micro-batches on each data-parallel rank, not {each}; "
+        if layout.vpp > 1 and each % layout.pp:
+            return (f"parallelism.vpp = {layout.vpp} needs a multiple of pp = "
+                    f"{layout.pp} micro-batches on each data-parallel rank, not {each}; "
                     f"change batch.micro_tokens or ranks")  # fmt: skip
     return None
 

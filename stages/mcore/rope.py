@@ -16,14 +16,14 @@ from stages.models.qwen3_moe.config import ModelConfig
 def frequencies(model: ModelConfig) -> tuple[torch.Tensor, float]:
     """(radians by position, [head_dim / 2], fp32; what cosines and sines are multiplied by)."""
     dim = model.head_dim
-    plain = 1.0 / (model.rope_base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    plain = 1.0 / (model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     if model.yarn is None:
         return plain, 1.0
     yarn = model.yarn
 
     def pair(turns: float) -> float:
         """The (fractional) pair whose frequency turns so often within the original length."""
-        return dim * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(model.rope_base))
+        return dim * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(model.rope_theta))
 
     low, high = max(math.floor(pair(yarn.beta_fast)), 0), min(math.ceil(pair(yarn.beta_slow)), dim - 1)
     width = high - low or 0.001  # equal ends make a step of the ramp
@@ -49,9 +49,9 @@ def megatron_yarn(model: ModelConfig) -> dict[str, Any]:
 def hf_rope(model: ModelConfig) -> dict[str, Any]:
     """`rope_parameters` of transformers 5, which vLLM reads as well."""
     if model.yarn is None:
-        return {"rope_theta": model.rope_base, "rope_type": "default"}
+        return {"rope_theta": model.rope_theta, "rope_type": "default"}
     return {
-        "rope_theta": model.rope_base,
+        "rope_theta": model.rope_theta,
         "rope_type": "yarn",
         "factor": model.yarn.factor,
         "original_max_position_embeddings": model.yarn.original_length,

@@ -12,7 +12,7 @@ from stages.mcore.parallel_layout import Layout, problem
 from stages.models.qwen3_moe.config import ModelConfig, PositiveInt, Precision
 from stages.rl.rollout.curriculum import CurriculumConfig
 from stages.rl.rollout.tasks import CODE, Tasks
-from stages.train.config import Batch, Heldout, Kept, Optimizer, Patience, PhaseConfig
+from stages.train.config import Batch, Kept, Optimizer, Patience, PhaseConfig, Validation
 
 Prompts = Annotated[int, Range(1, 1e6)]
 """Of one step."""
@@ -64,11 +64,13 @@ class Trainable(Config):
         description="pieces of an update, dealt to data-parallel ranks"
     )
     precision: Precision = "fp32"
-    release_checkpoint_every: Steps = Field(description="steps between checkpoints that are sealed")
-    work_checkpoint_every: Steps = operational(20, "steps between checkpoints that a killed run resumes from")
+    release_checkpoint_interval: Steps = Field(description="steps between checkpoints that are sealed")
+    checkpoint_interval: Steps = operational(20, "steps between checkpoints that a killed run resumes from")
     work_checkpoints_kept: Kept = operational(2, "work checkpoints that are kept, the newest ones")
-    hang_seconds: Patience = operational(1800.0, "a rank that finishes no step for this long is taken to hang")
-    cluster: Layout = operational(Layout(), "how the phase is spread over processes; never part of the key")
+    watchdog_timeout_seconds: Patience = operational(
+        1800.0, "a rank that finishes no step for this long is taken to hang"
+    )
+    parallelism: Layout = operational(Layout(), "how the phase is spread over processes; never part of the key")
 
     @property
     def pack(self) -> bool:
@@ -90,9 +92,9 @@ class Trainable(Config):
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of {self.all_updates} updates; "
                 f"use at most {self.all_updates - 1}"
             )
-        if self.cluster.context > 1:
+        if self.parallelism.cp > 1:
             raise ValueError(
-                f"cluster.context = {self.cluster.context} would cut answers apart, whose parts are weighed together; "
+                f"parallelism.cp = {self.parallelism.cp} would cut answers apart, whose parts are weighed together; "
                 "use 1"
             )
         return self
@@ -103,8 +105,8 @@ class RlPhase(Trainable):
     GRPO's advantages without division, no KL."""
 
     tasks: Tasks = Field(description="what is asked, and who judges the answers")
-    groups: Prompts = Field(description="prompts of one step, whose answers differ in reward")
-    samples: Annotated[int, Range(2, 4096, "DeepSeek-R1: 16")] = Field(
+    prompts_per_step: Prompts = Field(description="prompts of one step, whose answers differ in reward")
+    num_generations: Annotated[int, Range(2, 4096, "DeepSeek-R1: 16")] = Field(
         description="answers to one prompt, GRPO's group size"
     )
     sampling: Sampling
@@ -117,13 +119,13 @@ class RlPhase(Trainable):
     tis_cap: Annotated[float, Range(0, 1000, "usual: 2", above=True)] = Field(
         2.0, description="largest weight of a token by trainer and sampler"
     )
-    refills: Retries = Field(
+    max_resample_rounds: Retries = Field(
         2, description="waves of further tasks in place of groups without signal (DAPO's dynamic sampling)"
     )
     curriculum: CurriculumConfig = CurriculumConfig()
     replay: Replay | None = None
     validate_every: Steps = Field(description="steps between measurements on the validation items")
-    logprob_gap: Gap = Field(
+    max_logprob_diff: Gap = Field(
         1e-3, description="largest mean difference of a token's log-probability between sampler and trainer"
     )
     verifiers: Verifiers = operational({}, "settings of verifiers by name, such as a server's url")
@@ -136,7 +138,7 @@ class RlPhase(Trainable):
         batch = Batch(global_tokens=r.rows * r.sequence_length, micro_tokens=r.sequence_length)
         return PhaseConfig(
             mix=r.mix, sequence_length=r.sequence_length, batch=batch, steps=self.steps, optimizer=self.optimizer,
-            heldout=Heldout(every=self.steps, rows=1), release_checkpoint_every=self.steps,
+            validation=Validation(every=self.steps, rows=1), release_checkpoint_interval=self.steps,
         )  # fmt: skip
 
 
@@ -145,7 +147,7 @@ class Asking(Config):
 
     tasks: Tasks
     count: Prompts = Field(description="tasks of one round")
-    samples: Answers = Field(description="answers to each")
+    num_generations: Answers = Field(description="answers to each")
 
 
 class DpoPhase(Trainable):
@@ -154,17 +156,17 @@ class DpoPhase(Trainable):
     them. `steps` are the rounds; the optimizer's steps are updates, `updates` to a round."""
 
     preferences: Asking = Field(description="what is asked, and who judges the answers")
-    skills: Asking | None = Field(None, description="verified tasks, whose right answers are an anchor")
+    sft_tasks: Asking | None = Field(None, description="verified tasks, whose right answers are an anchor")
     sampling: Sampling
     updates: Annotated[int, Range(1, 1e6)] = Field(description="updates of one round; its pairs are spread over them")
     beta: Annotated[float, Range(0, 1000, "DPO: 0.1, normalized by length as in Tulu 3: 5", above=True)] = Field(
         description="how strongly a pair's margin is pulled apart"
     )
-    logprob_gap: Gap = Field(
+    max_logprob_diff: Gap = Field(
         1e-3, description="largest mean difference of a token's log-probability between sampler and trainer"
     )
-    least_margin: Coefficient = Field(0.05, description="difference of the judge's scores below which there is no pair")
-    anchor: Coefficient = Field(
+    min_margin: Coefficient = Field(0.05, description="difference of the judge's scores below which there is no pair")
+    nll_coef: Coefficient = Field(
         1.0, description="NLL coefficient: weight of the mean loss of right answers, beside a pair's loss of 1"
     )
     validate_every: Steps = Field(description="rounds between measurements on the validation items")
@@ -181,7 +183,7 @@ class RewardPhase(Trainable):
     the Bradley-Terry loss. It keeps the policy's architecture, so every runtime that loads the model loads it too."""
 
     pairs: Prompts = Field(description="pairs of one update")
-    heldout: Annotated[float, Range(0, 1, above=True, below=True)] = Field(
+    heldout_fraction: Annotated[float, Range(0, 1, above=True, below=True)] = Field(
         0.2, description="share of questions, by hash, whose pairs are not learnt from"
     )
     heldout_pairs: Prompts = Field(400, description="of these at most so many are measured on")
@@ -212,7 +214,7 @@ class PostConfig(Config):
 
     @model_validator(mode="after")
     def _possible(self) -> PostConfig:
-        wrong = problem(self.phase.cluster, self.model, self.padded_vocab_size, [self.phase.micro_batches])
+        wrong = problem(self.phase.parallelism, self.model, self.padded_vocab_size, [self.phase.micro_batches])
         if wrong:
             raise ValueError(wrong)
         sampling = getattr(self.phase, "sampling", None)
@@ -230,8 +232,8 @@ def obstacle(phase: RlPhase | DpoPhase) -> str | None:
     from stages.rl.samplers import vllm_server
 
     sources = phase.tasks if isinstance(phase, RlPhase) else phase.preferences.tasks
-    if isinstance(phase, DpoPhase) and phase.skills is not None:
-        sources += phase.skills.tasks
+    if isinstance(phase, DpoPhase) and phase.sft_tasks is not None:
+        sources += phase.sft_tasks.tasks
     if any(getattr(source, "verifier", "") == CODE for source in sources) and (lack := sandbox.missing()):
         return f"tasks of the verifier {CODE} run what the model writes: {lack}"
     return vllm_server.obstacle(phase.sampling)

@@ -31,7 +31,7 @@ def run(config: DpoTrainConfig, inputs: Inputs, work: Path, out: Path, report: R
 
 def estimate(config: DpoTrainConfig) -> Estimate:
     phase = config.phase
-    answers = sum(a.count * a.samples for a in (phase.preferences, phase.skills) if a) * phase.steps
+    answers = sum(a.count * a.num_generations for a in (phase.preferences, phase.sft_tasks) if a) * phase.steps
     tokens = answers * phase.sampling.max_new_tokens
     parameters = config.model.parameters(config.padded_vocab_size)
     flops = 3 * 2.0 * parameters["active"] * tokens  # all are drawn, a third is learnt from
@@ -41,5 +41,5 @@ def estimate(config: DpoTrainConfig) -> Estimate:
 STAGE = Stage(
     "rlhf", VERSION, DpoTrainConfig, run, estimate=estimate,
     promise=lambda c: c.phase.sampling.promise,
-    obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.cluster.ranks, trains=True,
+    obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
 )  # fmt: skip

@@ -34,5 +34,5 @@ def estimate(config: RewardTrainConfig) -> Estimate:
 
 STAGE = Stage(
     "reward", VERSION, RewardTrainConfig, run, estimate=estimate,
-    ranks=lambda c: c.phase.cluster.ranks, trains=True,
+    ranks=lambda c: c.phase.parallelism.ranks, trains=True,
 )  # fmt: skip

@@ -33,7 +33,7 @@ def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Re
 
 def estimate(config: RlTrainConfig) -> Estimate:
     phase = config.phase
-    tokens = phase.steps * phase.groups * phase.samples * phase.sampling.max_new_tokens
+    tokens = phase.steps * phase.prompts_per_step * phase.num_generations * phase.sampling.max_new_tokens
     parameters = config.model.parameters(config.padded_vocab_size)
     # an answer is drawn once (a forward pass) and learnt from once (three)
     flops = 4 * 2.0 * parameters["active"] * tokens
@@ -43,5 +43,5 @@ def estimate(config: RlTrainConfig) -> Estimate:
 STAGE = Stage(
     "rlvr", VERSION, RlTrainConfig, run, estimate=estimate,
     promise=lambda c: c.phase.sampling.promise,
-    obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.cluster.ranks, trains=True,
+    obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
 )  # fmt: skip

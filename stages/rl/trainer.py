@@ -87,7 +87,7 @@ class Trainer:
             state = ranks.max(FAILED if self.checkpoints.failed() else STOP if stop else 0)
             if state == FAILED:
                 self.checkpoints.wait()
-            if last or self._due(step) or state == STOP or step % phase.work_checkpoint_every == 0:
+            if last or self._due(step) or state == STOP or step % phase.checkpoint_interval == 0:
                 self._save(step)
             watchdog.alive()
             if state == STOP and not last:
@@ -148,7 +148,7 @@ class Trainer:
 
     def _due(self, step: int) -> bool:
         """Whether a release checkpoint belongs to a step. Step 0 is another phase's last."""
-        return step > 0 and (step == self.phase.steps or step % self.phase.release_checkpoint_every == 0)
+        return step > 0 and (step == self.phase.steps or step % self.phase.release_checkpoint_interval == 0)
 
     def _save(self, step: int) -> None:
         state = {
@@ -191,10 +191,10 @@ def train(kind: type[Trainer], name: str, config: Any, inputs: Inputs, work: Pat
     Raises AtomError as stages.train.loop.train does, and what the stage's verifiers raise; Interrupted when the machine
     asked to stop.
     """
-    patience = config.phase.hang_seconds
+    patience = config.phase.watchdog_timeout_seconds
     with (
         Watchdog(name, patience, work, report) as watchdog,
-        parallel.session(config.seed, config.phase.cluster, 2 * max(patience, START_SECONDS) + 60) as ranks,
+        parallel.session(config.seed, config.phase.parallelism, 2 * max(patience, START_SECONDS) + 60) as ranks,
         requests_to_stop() as stop,
     ):
         held = re.fullmatch(r"out\.(\d+)", out.name)

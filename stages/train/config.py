@@ -89,7 +89,7 @@ class Optimizer(Config):
         return self
 
 
-class Heldout(Config):
+class Validation(Config):
     """How often the loss on held-out documents is measured, and on how many rows."""
 
     every: Steps
@@ -114,7 +114,7 @@ class Spikes(Config):
     rewind_steps: Annotated[int, Range(1, 1e5, "PaLM: 200 to 500")] = Field(
         1, description="batches up to the spike's own that a rewind leaves out"
     )
-    at_most: Annotated[int, Range(1, 1e5)] = Field(16, description="spikes after which the phase stops")
+    max_spikes: Annotated[int, Range(1, 1e5)] = Field(16, description="spikes after which the phase stops")
 
 
 class PhaseConfig(Config):
@@ -125,7 +125,7 @@ class PhaseConfig(Config):
     batch: Batch
     steps: Steps
     optimizer: Optimizer
-    heldout: Heldout
+    validation: Validation
     precision: Precision = added("fp32", "what matrices are multiplied in")
     rope: Rope | None = added(None, "rotary embedding from this phase on, if another than before")
     pack: Flag = added(False, "several documents in a row, each seeing itself alone and counting from position 0")
@@ -137,11 +137,13 @@ class PhaseConfig(Config):
     continue_from: Line | None = added(
         None, "a release checkpoint of an earlier run, such as pretrain@1200: only the steps after it are trained"
     )
-    release_checkpoint_every: Steps = Field(description="steps between checkpoints that are sealed")
-    work_checkpoint_every: Steps = operational(1000, "steps between checkpoints that a killed run resumes from")
+    release_checkpoint_interval: Steps = Field(description="steps between checkpoints that are sealed")
+    checkpoint_interval: Steps = operational(1000, "steps between checkpoints that a killed run resumes from")
     work_checkpoints_kept: Kept = operational(2, "work checkpoints that are kept, the newest ones")
-    hang_seconds: Patience = operational(1800.0, "a rank that finishes no step for this long is taken to hang")
-    cluster: Layout = operational(Layout(), "how the phase is spread over processes; never part of the key")
+    watchdog_timeout_seconds: Patience = operational(
+        1800.0, "a rank that finishes no step for this long is taken to hang"
+    )
+    parallelism: Layout = operational(Layout(), "how the phase is spread over processes; never part of the key")
 
     @model_validator(mode="after")
     def _possible(self) -> PhaseConfig:
@@ -264,14 +266,14 @@ class TrainConfig(Config):
                 f"{self.model.context_length} tokens, from which some readers of an exported config compute the factor"
                 f"; use the factor {self.model.context_length / yarn.original_length:g}"
             )
-        wrong = problem(self.phase.cluster, self.model, self.padded_vocab_size, self.phase.micro_batches)
+        wrong = problem(self.phase.parallelism, self.model, self.padded_vocab_size, self.phase.micro_batches)
         if wrong:
             raise ValueError(wrong)
         stated, counts = self.model.stated_parameters, self.model.parameters(self.padded_vocab_size)
         if counts["total"] > MOST_PARAMETERS:
             raise ValueError(
-                f"model.layers = {self.model.layers} with experts = {self.model.experts} of expert_ffn_size = "
-                f"{self.model.expert_ffn_size} x hidden_size = {self.model.hidden_size} makes {counts['total']:.1e} "
+                f"model.layers = {self.model.layers} with experts = {self.model.experts} of moe_intermediate_size = "
+                f"{self.model.moe_intermediate_size} x hidden_size = {self.model.hidden_size} makes {counts['total']:.1e} "
                 f"parameters; use at most {MOST_PARAMETERS:.0e} (Kimi K2: 1e12)"
             )
         if stated and (stated.total, stated.active) != (counts["total"], counts["active"]):

@@ -147,8 +147,8 @@ class Share:
         padding. Tensor, pipeline and context ranks read the rows of their data-parallel rank."""
         layout = ranks.layout
         each = -(-len(rows) // (micro_rows * ranks.data_ranks))
-        if layout.virtual_pipeline > 1:  # the interleaved schedule takes micro-batches by groups
-            each = -(-each // layout.pipeline) * layout.pipeline
+        if layout.vpp > 1:  # the interleaved schedule takes micro-batches by groups
+            each = -(-each // layout.pp) * layout.pp
         unit = FP8_ALIGN * layout.width_unit if fp8 else math.lcm(ALIGN, layout.width_unit)
         width = -(-max(row.slots for row in rows) // unit) * unit
         first = ranks.data_rank * each * micro_rows
@@ -288,7 +288,7 @@ def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:
     rows: list[Row] = []
     for source, share in sorted(phase.mix.items()):
         own = sorted((d for d in documents if d["source"] == source), key=lambda d: d["ordinal"])
-        for d in own[: max(1, round(phase.heldout.rows * share / total))]:
+        for d in own[: max(1, round(phase.validation.rows * share / total))]:
             length = min(d["tokens"], phase.sequence_length + 1)
             # in documents.parquet loss_from is the first token that carries loss; its target stands one place earlier
             segment = Segment(source, d["id"], d["ordinal"], 0, length, max(0, d["loss_from"] - 1))

@@ -177,8 +177,8 @@ class Engine:
         before = {name: buffer.clone() for name, buffer in self.buffers.items()}
         loss, more = self._run(share, forward_only=False, objective=objective or cross_entropy)
         aux, z = (self.ranks.sum(x).item() / (self.ranks.data_ranks * len(share.micro)) for x in moe_metrics.take())
-        experts = self.routers.take(self.config.model.experts_per_token, self.ranks.sum)
-        z /= self.layout.tensor * self.layout.context  # each of these ranks has its own tokens' mean
+        experts = self.routers.take(self.config.model.num_experts_per_tok, self.ranks.sum)
+        z /= self.layout.tp * self.layout.cp  # each of these ranks has its own tokens' mean
         refused, norm = judge(loss, None), math.nan
         if refused or norm_first:
             self.optimizer.prepare_grads()
@@ -248,7 +248,7 @@ class Engine:
 
         def forward(batches: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             batch: Batch = next(batches)
-            assert not batch.more or self.layout.context == 1, "context ranks hold parts of rows"
+            assert not batch.more or self.layout.cp == 1, "context ranks hold parts of rows"
             ids, where, labels, mask, padding = (x.to(device) for x in self._inputs(batch, model))
             starts = None if batch.starts is None else batch.starts.to(device)
             losses = model(ids, where, starts, labels=labels, padding_mask=padding)
@@ -287,12 +287,12 @@ class Engine:
         gpt = self.chunks[self.ddp.index(model)]
         where = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
         parts = [batch.ids, where, batch.labels, batch.loss_mask, batch.padding]
-        if self.layout.context > 1:
+        if self.layout.cp > 1:
             held = context_positions(batch.ids.shape[1])
             parts = [x[:, held].contiguous() for x in parts]
-        if self.layout.tensor > 1 and not gpt.pre_process:
+        if self.layout.tp > 1 and not gpt.pre_process:
             # Megatron cuts the router's padding for sequence parallelism where the embedding is, and nowhere else
-            parts[-1] = parts[-1].chunk(self.layout.tensor, 1)[parallel_state.get_tensor_model_parallel_rank()]
+            parts[-1] = parts[-1].chunk(self.layout.tp, 1)[parallel_state.get_tensor_model_parallel_rank()]
         yield from parts
 
     def _set_rates(self, lr: float) -> None:

@@ -20,14 +20,14 @@ TWO_BYTE_IDS = 65_536
 
 def estimate(config: TrainConfig) -> Estimate:
     """FLOPs, memory of the fullest rank, and disk of a phase. Of time only that of fp32 on CPU threads is estimated."""
-    phase, model, layout = config.phase, config.model, config.phase.cluster
+    phase, model, layout = config.phase, config.model, config.phase.parallelism
     parameters = model.parameters(config.padded_vocab_size)
     steps, tokens = phase.steps - phase.first_step + 1, phase.tokens(phase.first_step)
     per_token = model.flops_per_token(config.padded_vocab_size, phase.sequence_length)
     rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
     each = max(phase.micro_batches) // layout.data
     states, kept, owned = [], [], []
-    for place in range(layout.pipeline):
+    for place in range(layout.pp):
         part = held(model, config.padded_vocab_size, layout, place)
         states.append(state_bytes(part, layout, phase.precision))
         owned.append(owned_bytes(part, layout))
@@ -70,22 +70,22 @@ def estimate(config: TrainConfig) -> Estimate:
 
 def release_checkpoints(phase: PhaseConfig) -> int:
     """Checkpoints that a phase seals: step 0 unless it continues, every n-th and the last."""
-    every, last, first = phase.release_checkpoint_every, phase.steps, phase.first_step
+    every, last, first = phase.release_checkpoint_interval, phase.steps, phase.first_step
     return (first == 1) + last // every - (first - 1) // every + (last % every > 0)
 
 
 def words(layout: Layout) -> str:
     """A layout in the field's shorthand, without what is 1: `TP4 PP2 CP8 EP32 DP8`."""
     sizes = {
-        "TP": layout.tensor,
-        "PP": layout.pipeline,
-        "VP": layout.virtual_pipeline,
-        "CP": layout.context,
-        "EP": layout.expert,
+        "TP": layout.tp,
+        "PP": layout.pp,
+        "VP": layout.vpp,
+        "CP": layout.cp,
+        "EP": layout.ep,
         "DP": layout.data,
     }
     parts = [name + str(size) for name, size in sizes.items() if size > 1]
-    if layout.split_experts != layout.tensor:
+    if layout.split_experts != layout.tp:
         parts.insert(-1, f"ETP{layout.split_experts}")
     if layout.recompute == "layer":
         parts.append("recompute")

@@ -53,11 +53,11 @@ def train(
     Raises AtomError when the loss is no longer a number, when data and recipe do not fit, when no work checkpoint
     is intact, or when another rank is lost; Interrupted when the machine asked to stop.
     """
-    patience = config.phase.hang_seconds
+    patience = config.phase.watchdog_timeout_seconds
     # the watchdog speaks before a collective gives up, so that its dumps are in the log
     with (
         Watchdog(phase, patience, work, report) as watchdog,
-        parallel.session(config.seed, config.phase.cluster, 2 * max(patience, START_SECONDS) + 60) as ranks,
+        parallel.session(config.seed, config.phase.parallelism, 2 * max(patience, START_SECONDS) + 60) as ranks,
         requests_to_stop() as stop,
     ):
         held = re.fullmatch(r"out\.(\d+)", out.name)  # the worker names it by its lease, whose numbers only grow
@@ -114,12 +114,12 @@ class Phase:
                     report.metric(step, tokens_per_s=speed, data_wait_seconds=feed.waited)
                     report.progress(step, phase.steps, "steps", **self.shown, tokens_per_s=speed)
                 last, due = step == phase.steps, self._due(step)
-                if last or step % phase.heldout.every == 0:
+                if last or step % phase.validation.every == 0:
                     self._measure(step)
                 state = engine.ranks.max(FAILED if self.checkpoints.failed() else STOP if stop else 0)
                 if state == FAILED:
                     self.checkpoints.wait()
-                if last or due or state == STOP or step % phase.work_checkpoint_every == 0:
+                if last or due or state == STOP or step % phase.checkpoint_interval == 0:
                     self._save(step)
                 watchdog.alive()
                 if state == STOP and not last:
@@ -158,7 +158,7 @@ class Phase:
         self.shown = {"loss": figures.loss}
         if self.first:
             self.report.metric(step, **line, tokens=float(self.tokens))
-        if step == phase.steps or step % phase.heldout.every == 0:
+        if step == phase.steps or step % phase.validation.every == 0:
             self._tell_experts(step, figures.experts)
         return None
 
@@ -180,9 +180,9 @@ class Phase:
         self.spikes += 1
         if self.first:
             self.report.note(f"{self.name}: step {step} moved no weight: {figures.refused}")
-        if self.spikes > policy.at_most:
-            raise AtomError(f"{self.name}: {self.spikes} spikes, more than {self.name}.spikes.at_most = "
-                            f"{policy.at_most}; the last at step {step}: {figures.refused}; lower the learning rate or "
+        if self.spikes > policy.max_spikes:
+            raise AtomError(f"{self.name}: {self.spikes} spikes, more than {self.name}.spikes.max_spikes = "
+                            f"{policy.max_spikes}; the last at step {step}: {figures.refused}; lower the learning rate or "
                             f"look at the documents that {self.log.path} names")  # fmt: skip
         if policy.action == "skip":
             found = record(step, "skip", [step], rows, figures)
@@ -246,7 +246,7 @@ class Phase:
         phase = self.config.phase
         if step < self.order.first:  # the beginning belongs to a phase that has no other origin
             return step == 0 and self.origin is None
-        return step == phase.steps or step % phase.release_checkpoint_every == 0
+        return step == phase.steps or step % phase.release_checkpoint_interval == 0
 
     def _measure(self, step: int) -> None:
         loss = self.engine.evaluate(self.heldout)

@@ -37,5 +37,5 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
 
 STAGE = Stage(
-    "midtrain", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.cluster.ranks, trains=True
+    "midtrain", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.parallelism.ranks, trains=True
 )

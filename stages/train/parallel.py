@@ -112,7 +112,7 @@ def session(seed: int, layout: Layout | None = None, patience: float = 600.0) ->
     rank, world = place()
     if world != layout.ranks:
         raise AtomError(
-            f"{world} processes were started for cluster.ranks = {layout.ranks}; start that many, or change the recipe"
+            f"{world} processes were started for parallelism.ranks = {layout.ranks}; start that many, or change the recipe"
         )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -126,11 +126,11 @@ def session(seed: int, layout: Layout | None = None, patience: float = 600.0) ->
         dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world, **meeting)
         try:
             parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=layout.tensor,
-                pipeline_model_parallel_size=layout.pipeline,
-                virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-                context_parallel_size=layout.context,
-                expert_model_parallel_size=layout.expert,
+                tensor_model_parallel_size=layout.tp,
+                pipeline_model_parallel_size=layout.pp,
+                virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+                context_parallel_size=layout.cp,
+                expert_model_parallel_size=layout.ep,
                 expert_tensor_parallel_size=layout.split_experts,
                 distributed_timeout_minutes=math.ceil(patience / 60),
             )

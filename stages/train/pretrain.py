@@ -28,5 +28,5 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
 
 STAGE = Stage(
-    "pretrain", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.cluster.ranks, trains=True
+    "pretrain", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.parallelism.ranks, trains=True
 )

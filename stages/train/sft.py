@@ -14,4 +14,6 @@ from stages.train.estimate import estimate
 from stages.train.midtrain import run
 
 VERSION = 2
-STAGE = Stage("sft", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.cluster.ranks, trains=True)
+STAGE = Stage(
+    "sft", VERSION, TrainConfig, run, estimate=estimate, ranks=lambda c: c.phase.parallelism.ranks, trains=True
+)

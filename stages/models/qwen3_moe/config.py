@@ -1,7 +1,7 @@
 """The `model` section of a recipe: a decoder of the Qwen3-MoE shape, told in numbers.
 
 Every layer is grouped-query attention with normalised queries and keys, followed by a mixture of SwiGLU experts of
-which a token visits `experts_per_token`; the first `dense_layers` have one SwiGLU instead. No torch here: `atom plan`
+which a token visits `num_experts_per_tok`; the first `dense_layers` have one SwiGLU instead. No torch here: `atom plan`
 reads this file.
 """
 
@@ -76,10 +76,10 @@ class ModelConfig(Config):
         description="width of one head; even, since rotary embedding turns pairs"
     )
     experts: Experts = Field(description="experts in each layer")
-    experts_per_token: Experts = Field(description="experts that one token visits (top-k)")
-    expert_ffn_size: Width = Field(description="inner width of one expert")
+    num_experts_per_tok: Experts = Field(description="experts that one token visits (top-k)")
+    moe_intermediate_size: Width = Field(description="inner width of one expert")
     context_length: Context = Field(description="longest sequence the model is made for")
-    rope_base: RopeBase = Field(10000.0, description="base of the rotary frequencies")
+    rope_theta: RopeBase = Field(10000.0, description="base of the rotary frequencies")
     norm_eps: Annotated[float, Range(1e-12, 1e-2, "usual: 1e-6 or 1e-5")] = Field(
         1e-6, description="epsilon of every RMSNorm"
     )
@@ -93,13 +93,15 @@ class ModelConfig(Config):
     balance: Literal["batch", "sequence"] = added(
         "batch", "over what aux_loss evens out the experts: the tokens of a micro-batch, or of each row"
     )
-    bias_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")] = added(
+    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")] = added(
         0.0, "auxiliary-loss-free balancing: what a step adds to or takes from an expert's bias; 0: none"
     )
     z_loss: LossWeight = added(0.0, "weight of the squared log-sum-exp of the router's logits (ST-MoE); 0: none")
     dense_layers: Annotated[int, Range(0, 1023)] = added(0, "first layers that have one SwiGLU instead of experts")
-    dense_ffn_size: Width | None = added(None, "inner width of a dense layer's SwiGLU")
-    shared_expert_ffn_size: Width | None = added(None, "inner width of an expert that every token visits as well")
+    intermediate_size: Width | None = added(None, "inner width of a dense layer's SwiGLU")
+    shared_expert_intermediate_size: Width | None = added(
+        None, "inner width of an expert that every token visits as well"
+    )
     yarn: Yarn | None = added(None, "YaRN's scaling of the rotary frequencies")
     stated_parameters: StatedParameters | None = operational(None, "total and active parameters, checked when loaded")
 
@@ -111,24 +113,24 @@ class ModelConfig(Config):
         if self.head_dim % 2:
             near = f"{self.head_dim - 1} or {self.head_dim + 1}" if self.head_dim > 1 else "2"
             raise ValueError(f"head_dim = {self.head_dim} is odd, but rotary embedding turns pairs; nearest: {near}")
-        if self.experts_per_token == 1:
+        if self.num_experts_per_tok == 1:
             raise ValueError(
-                "experts_per_token = 1 gives the router no gradient from the loss, since the one weight is always 1; "
+                "num_experts_per_tok = 1 gives the router no gradient from the loss, since the one weight is always 1; "
                 "nearest: 2"
             )
-        if self.experts_per_token > self.experts:
+        if self.num_experts_per_tok > self.experts:
             raise ValueError(
-                f"experts_per_token = {self.experts_per_token} is more than experts = {self.experts}; "
-                f"nearest: experts_per_token {self.experts} or experts {self.experts_per_token}"
+                f"num_experts_per_tok = {self.num_experts_per_tok} is more than experts = {self.experts}; "
+                f"nearest: num_experts_per_tok {self.experts} or experts {self.num_experts_per_tok}"
             )
         if self.dense_layers >= self.layers:
             raise ValueError(
                 f"dense_layers = {self.dense_layers} leaves no layer of {self.layers} with experts; "
                 f"use at most {self.layers - 1}"
             )
-        if bool(self.dense_layers) != bool(self.dense_ffn_size):
+        if bool(self.dense_layers) != bool(self.intermediate_size):
             raise ValueError(
-                f"dense_layers = {self.dense_layers} and dense_ffn_size = {self.dense_ffn_size} go together; set both "
+                f"dense_layers = {self.dense_layers} and intermediate_size = {self.intermediate_size} go together; set both "
                 "or neither"
             )
         return self
@@ -136,8 +138,8 @@ class ModelConfig(Config):
     def beyond_qwen3(self) -> str | None:
         """What of the model transformers' Qwen3MoeForCausalLM cannot express, in one sentence; None: nothing."""
         for field, value, what in (
-            ("bias_rate", self.bias_rate, "no bias of experts and no sigmoid scores"),
-            ("shared_expert_ffn_size", self.shared_expert_ffn_size, "no shared expert"),
+            ("router_bias_update_rate", self.router_bias_update_rate, "no bias of experts and no sigmoid scores"),
+            ("shared_expert_intermediate_size", self.shared_expert_intermediate_size, "no shared expert"),
         ):
             if value:
                 return (f"model.{field} = {value} cannot be exported: Qwen3MoeForCausalLM, which transformers, vLLM "
@@ -148,7 +150,7 @@ class ModelConfig(Config):
         """The same tensors with the rotary embedding of a phase, for rows of up to `context_length` tokens."""
         changes: dict[str, object] = {"context_length": max(self.context_length, context_length)}
         if rope is not None:
-            changes |= {"rope_base": rope.base or self.rope_base, "yarn": rope.yarn}
+            changes |= {"rope_theta": rope.base or self.rope_theta, "yarn": rope.yarn}
         return self.model_copy(update=changes)
 
     def shapes(self, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
@@ -173,15 +175,15 @@ class ModelConfig(Config):
             out[at + "self_attention.linear_proj.weight"] = (hidden, self.heads * head)
             out[at + "pre_mlp_layernorm.weight"] = (hidden,)
             if layer < self.dense_layers:
-                swiglu(at + "mlp.", self.dense_ffn_size or 0)
+                swiglu(at + "mlp.", self.intermediate_size or 0)
                 continue
             out[at + "mlp.router.weight"] = (self.experts, hidden)
-            if self.bias_rate:
+            if self.router_bias_update_rate:
                 out[at + "mlp.router.expert_bias"] = (self.experts,)
-            if self.shared_expert_ffn_size:
-                swiglu(at + "mlp.shared_experts.", self.shared_expert_ffn_size)
+            if self.shared_expert_intermediate_size:
+                swiglu(at + "mlp.shared_experts.", self.shared_expert_intermediate_size)
             for expert in range(self.experts):
-                swiglu(at + f"mlp.experts.local_experts.{expert}.", self.expert_ffn_size)
+                swiglu(at + f"mlp.experts.local_experts.{expert}.", self.moe_intermediate_size)
         out["decoder.final_layernorm.weight"] = (hidden,)
         if not self.tie_embeddings:
             out["output_layer.weight"] = (padded_vocab_size, hidden)
@@ -193,14 +195,17 @@ class ModelConfig(Config):
         embedding = padded_vocab_size * hidden
         attention = 2 * hidden * self.head_dim * (self.heads + self.kv_heads)
         layer = attention + 2 * hidden + 2 * self.head_dim
-        router = self.experts * (hidden + bool(self.bias_rate))
-        expert, always = 3 * hidden * self.expert_ffn_size, 3 * hidden * (self.shared_expert_ffn_size or 0)
-        dense = self.dense_layers * 3 * hidden * (self.dense_ffn_size or 0)
+        router = self.experts * (hidden + bool(self.router_bias_update_rate))
+        expert, always = (
+            3 * hidden * self.moe_intermediate_size,
+            3 * hidden * (self.shared_expert_intermediate_size or 0),
+        )
+        dense = self.dense_layers * 3 * hidden * (self.intermediate_size or 0)
         rest = embedding * (1 if self.tie_embeddings else 2) + hidden + self.layers * layer + dense
         rest += sparse * (router + always)
         return {
             "total": rest + sparse * self.experts * expert,
-            "active": rest + sparse * self.experts_per_token * expert,
+            "active": rest + sparse * self.num_experts_per_tok * expert,
             "embedding": embedding,
         }
 
@@ -208,8 +213,12 @@ class ModelConfig(Config):
         """Matrix parameters that one token meets: active ones with the output head, without input table and norms."""
         hidden, sparse = self.hidden_size, self.layers - self.dense_layers
         attention = 2 * hidden * self.head_dim * (self.heads + self.kv_heads)
-        expert = 3 * hidden * (self.experts_per_token * self.expert_ffn_size + (self.shared_expert_ffn_size or 0))
-        dense = 3 * hidden * (self.dense_ffn_size or 0)
+        expert = (
+            3
+            * hidden
+            * (self.num_experts_per_tok * self.moe_intermediate_size + (self.shared_expert_intermediate_size or 0))
+        )
+        dense = 3 * hidden * (self.intermediate_size or 0)
         layers = self.layers * attention + sparse * (self.experts * hidden + expert) + self.dense_layers * dense
         return layers + padded_vocab_size * hidden
 

@@ -30,7 +30,7 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
         num_attention_heads=model.heads,
         num_query_groups=model.kv_heads,
         kv_channels=model.head_dim,
-        ffn_hidden_size=model.dense_ffn_size or model.expert_ffn_size,
+        ffn_hidden_size=model.intermediate_size or model.moe_intermediate_size,
         qk_layernorm=True,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
@@ -40,14 +40,16 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
         hidden_dropout=0.0,
         attention_dropout=0.0,
         num_moe_experts=model.experts,
-        moe_ffn_hidden_size=model.expert_ffn_size,
-        moe_router_topk=model.experts_per_token,
+        moe_ffn_hidden_size=model.moe_intermediate_size,
+        moe_router_topk=model.num_experts_per_tok,
         moe_layer_freq=[0] * model.dense_layers + [1] * (model.layers - model.dense_layers),
-        moe_shared_expert_intermediate_size=model.shared_expert_ffn_size,
+        moe_shared_expert_intermediate_size=model.shared_expert_intermediate_size,
         moe_router_pre_softmax=False,  # softmax over the chosen experts = Hugging Face's norm_topk_prob
-        moe_router_score_function="sigmoid" if model.bias_rate else "softmax",  # Megatron's biases are for sigmoids
-        moe_router_enable_expert_bias=model.bias_rate > 0,
-        moe_router_bias_update_rate=model.bias_rate,
+        moe_router_score_function="sigmoid"
+        if model.router_bias_update_rate
+        else "softmax",  # Megatron's biases are for sigmoids
+        moe_router_enable_expert_bias=model.router_bias_update_rate > 0,
+        moe_router_bias_update_rate=model.router_bias_update_rate,
         moe_router_dtype="fp32",
         moe_router_load_balancing_type={"batch": "aux_loss", "sequence": "seq_aux_loss"}[model.balance],
         moe_aux_loss_coeff=model.aux_loss,
@@ -56,16 +58,16 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
         moe_grouped_gemm=has_transformer_engine(),
         perform_initialization=False,  # Engine.initialise does it
         use_cpu_initialization=not on_gpu,
-        tensor_model_parallel_size=layout.tensor,
-        sequence_parallel=layout.tensor > 1,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.tp > 1,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         # Two pipeline ranks are each other's next and previous one; only the ordered sends and receives of the
         # overlapping mode then tell an activation from a gradient. Batched ones mix them up without an error.
-        overlap_p2p_comm=layout.virtual_pipeline > 1,
-        batch_p2p_comm=layout.virtual_pipeline == 1,
-        context_parallel_size=layout.context,
-        expert_model_parallel_size=layout.expert,
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.split_experts,
         recompute_granularity="full" if layout.recompute == "layer" else None,
         recompute_method="uniform" if layout.recompute == "layer" else None,
@@ -98,8 +100,8 @@ def build(
     layout = layout or Layout()
     config = transformer_config(model, layout, precision)
     chunks = []
-    for number in range(layout.virtual_pipeline):
-        stage = number if layout.virtual_pipeline > 1 else None
+    for number in range(layout.vpp):
+        stage = number if layout.vpp > 1 else None
         chunk = GPTModel(
             config=config,
             transformer_layer_spec=layer_spec(config, stage, packed),
@@ -109,7 +111,7 @@ def build(
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             share_embeddings_and_output_weights=model.tie_embeddings,
             position_embedding_type="yarn" if model.yarn else "rope",
-            rotary_base=model.rope_base,
+            rotary_base=model.rope_theta,
             vp_stage=stage,
         )
         for name, parameter in named_tensors([chunk]):

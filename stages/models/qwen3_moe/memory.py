@@ -37,21 +37,21 @@ class Held:
 
 def layers_of(model: ModelConfig, layout: Layout, pipeline_rank: int) -> list[list[int]]:
     """The layers of each model chunk of a pipeline rank. Megatron deals chunks out in turns."""
-    each = model.layers // (layout.pipeline * layout.virtual_pipeline)
-    starts = [(chunk * layout.pipeline + pipeline_rank) * each for chunk in range(layout.virtual_pipeline)]
+    each = model.layers // (layout.pp * layout.vpp)
+    starts = [(chunk * layout.pp + pipeline_rank) * each for chunk in range(layout.vpp)]
     return [list(range(start, start + each)) for start in starts]
 
 
 def layer_held(model: ModelConfig, layout: Layout, layer: int) -> Held:
     """One layer's parameters on a rank. Norms and router are whole on each tensor rank, matrices are cut."""
-    hidden, head, tensor = model.hidden_size, model.head_dim, layout.tensor
+    hidden, head, tensor = model.hidden_size, model.head_dim, layout.tp
     whole = 2 * hidden + 2 * head
     matrices = 2 * hidden * head * (model.heads + model.kv_heads)
     if layer < model.dense_layers:
-        return Held(whole + (matrices + 3 * hidden * (model.dense_ffn_size or 0)) // tensor, 0)
+        return Held(whole + (matrices + 3 * hidden * (model.intermediate_size or 0)) // tensor, 0)
     whole += model.experts * hidden
-    matrices += 3 * hidden * (model.shared_expert_ffn_size or 0)
-    experts = model.experts // layout.expert * 3 * hidden * model.expert_ffn_size // layout.split_experts
+    matrices += 3 * hidden * (model.shared_expert_intermediate_size or 0)
+    experts = model.experts // layout.ep * 3 * hidden * model.moe_intermediate_size // layout.split_experts
     return Held(whole + matrices // tensor, experts)
 
 
@@ -63,15 +63,15 @@ def held(model: ModelConfig, padded_vocab_size: int, layout: Layout, pipeline_ra
     """
     chunks = layers_of(model, layout, pipeline_rank)
     total = sum((layer_held(model, layout, layer) for chunk in chunks for layer in chunk), Held(0, 0))
-    first, last = pipeline_rank == 0, pipeline_rank == layout.pipeline - 1
+    first, last = pipeline_rank == 0, pipeline_rank == layout.pp - 1
     tables = first + (last and not (first and model.tie_embeddings))
-    table = tables * padded_vocab_size * model.hidden_size // layout.tensor
+    table = tables * padded_vocab_size * model.hidden_size // layout.tp
     return total + Held(table + last * model.hidden_size, 0, table)
 
 
 def sharing(layout: Layout) -> tuple[int, int]:
     """Ranks that share the optimizer state of one dense tensor (data x context), and of one expert."""
-    return layout.data * layout.context, layout.ranks // (layout.split_experts * layout.expert * layout.pipeline)
+    return layout.data * layout.cp, layout.ranks // (layout.split_experts * layout.ep * layout.pp)
 
 
 def state_bytes(part: Held, layout: Layout, precision: Precision) -> float:

@@ -66,34 +66,34 @@ class Rlvr(PolicyTrainer):
         gap = more["sampler_gap"] / targets
         told |= self.told(figures, lr) | {
             "loss": (figures.loss * targets - more.get("replay", 0.0)) / targets,
-            "clipped": more["clipped"] / targets,
-            "weight": more["weight"] / targets,
+            "clip_fraction": more["clip_fraction"] / targets,
+            "importance_ratio": more["importance_ratio"] / targets,
             "sampler_gap": gap,
             "max_sampler_gap": more["max_sampler_gap"],
         }
         if "replay" in more:
             told["replay_loss"] = more["replay"] / targets / self.phase.replay.weight
-        require_small_gap(self.name, step, gap, self.phase.logprob_gap)
+        require_small_gap(self.name, step, gap, self.phase.max_logprob_diff)
         return told
 
     def _draw(self, step: int, policy: str) -> tuple[list[Rollout], dict[str, Any], dict[str, Any]]:
         """The answers of a step, what the log says of them, and the state after them. Of rank 0."""
         phase, groups, every = self.phase, 0, []
-        for wave in range(phase.refills + 1):
-            if groups == phase.groups:
+        for wave in range(phase.max_resample_rounds + 1):
+            if groups == phase.prompts_per_step:
                 break
-            chosen = self.curriculum.draw(phase.groups - groups, step, wave)
+            chosen = self.curriculum.draw(phase.prompts_per_step - groups, step, wave)
             label = f"{self.name}/answer/{step}/{wave}"
             asked = [
                 (row, seed_of(f"{label}/{group}/{sample}", self.config.seed))
                 for group, row in enumerate(chosen)
-                for sample in range(phase.samples)
+                for sample in range(phase.num_generations)
             ]
             found = self.files.once(step, wave, policy, asked, self.policy)
-            found, kept = sorted_out(found, phase.samples)
+            found, kept = sorted_out(found, phase.num_generations)
             self.files.keep(step, wave, found)
             for group, row in enumerate(chosen):
-                own = found[group * phase.samples : (group + 1) * phase.samples]
+                own = found[group * phase.num_generations : (group + 1) * phase.num_generations]
                 self.curriculum.learn(row, sum(min(max(r.reward, 0.0), 1.0) for r in own) / len(own))
             groups += kept
             every += found
@@ -105,7 +105,7 @@ class Rlvr(PolicyTrainer):
             "rewards": rollouts.rewards(every),
             "answers": len(every),
             "groups": groups,
-            "answer_tokens": sum(lengths) / len(every),
+            "completion_length": sum(lengths) / len(every),
             "truncated": sum(not r.finished for r in every) / len(every),
             "thinking": sum("</think>" in r.text for r in every) / len(every),
             "generated": self.generated,

@@ -79,9 +79,9 @@ def policy_loss(
     loss = -torch.minimum(plain, clipped) * weight
     figures = {
         "tokens": mask,
-        "clipped": clipped < plain,
+        "clip_fraction": clipped < plain,
         "ratio": ratio,
-        "weight": weight,
+        "importance_ratio": weight,
         "truncated": gap > math.log(tis_cap),
         "sampler_gap": gap.abs(),
         "sampler_kl": gap.expm1() - gap,

@@ -59,7 +59,7 @@ class Dpo(PolicyTrainer):
         liked = set(tasks.kinds_of(phase.preferences.tasks))
         self.asked = Curriculum(None, [r for r in self.rows if r["kind"] in liked], f"{self.name}/ask", seed)
         self.skills = None
-        if phase.skills is not None:
+        if phase.sft_tasks is not None:
             own = [row for row in self.rows if row["kind"] not in liked]
             self.skills = Curriculum(None, own, f"{self.name}/skills", seed)
 
@@ -76,7 +76,7 @@ class Dpo(PolicyTrainer):
         found, state = self.engine.ranks.from_first(self._draw(step, digest) if self.first else ([], None))
         self.restore(state or self.state())
         groups = grouped([r for r in found if r.wave == 0])
-        pairs = [pair for own in groups if (pair := best_and_worst(own, self.phase.least_margin))]
+        pairs = [pair for own in groups if (pair := best_and_worst(own, self.phase.min_margin))]
         right = [r for r in found if r.wave == 1 and not r.dropped]
         judged_ = [r for r in found if r.wave == 0]
         told: dict[str, Any] = {
@@ -97,7 +97,7 @@ class Dpo(PolicyTrainer):
             figures, gap = self._update(step, number, some, right[number :: self.phase.updates])
             told |= figures
             if number == 0:  # no weight has moved since the answers were drawn
-                require_small_gap(self.name, step, gap["sampler_gap"], self.phase.logprob_gap)
+                require_small_gap(self.name, step, gap["sampler_gap"], self.phase.max_logprob_diff)
                 told |= gap
         return told
 
@@ -107,7 +107,7 @@ class Dpo(PolicyTrainer):
         """One update; answers' log-probabilities when they were drawn are those of the reference. Returns what the log
         says of it, and how far the policy was from the reference before it."""
         tokens = sum(len(r.ids) for r in right)
-        weight = self.phase.anchor * len(pairs) / tokens if tokens else 0.0
+        weight = self.phase.nll_coef * len(pairs) / tokens if tokens else 0.0
         units = [[_example(r, pair=1.0, anchor=0.0) for r in pair] for pair in pairs]
         units += [[_example(r, pair=0.0, anchor=weight)] for r in right]
         units.sort(key=lambda unit: max(len(example.ids) for example in unit))
@@ -128,13 +128,13 @@ class Dpo(PolicyTrainer):
     def _draw(self, step: int, digest: str) -> tuple[list[Rollout], dict[str, Any]]:
         """The answers of a round and the state after them. Of rank 0."""
         found = self._ask(step, 0, digest, self.asked, self.phase.preferences)
-        pairs = [best_and_worst(own, self.phase.least_margin) for own in grouped(found)]
+        pairs = [best_and_worst(own, self.phase.min_margin) for own in grouped(found)]
         learnt = "" if sum(pair is not None for pair in pairs) >= self.phase.updates else "idle"
         chosen = {(r.group, r.sample) for pair in pairs for r in pair or ()}
         found = [replace(r, dropped=learnt if (r.group, r.sample) in chosen else "between") for r in found]
         self.files.keep(step, 0, found)
         if self.skills is not None:
-            right = self._ask(step, 1, digest, self.skills, self.phase.skills)
+            right = self._ask(step, 1, digest, self.skills, self.phase.sft_tasks)
             right = [replace(r, dropped="" if r.reward == 1 and r.finished else "wrong") for r in right]
             self.files.keep(step, 1, right)
             found += right
@@ -146,10 +146,13 @@ class Dpo(PolicyTrainer):
         asked = [
             (row, seed_of(f"{label}/{group}/{sample}", self.config.seed))
             for group, row in enumerate(rows)
-            for sample in range(asking.samples)
+            for sample in range(asking.num_generations)
         ]
         found = self.files.once(step, wave, digest, asked, self.policy)
-        return [replace(r, group=i // asking.samples, sample=i % asking.samples) for i, r in enumerate(found)]
+        return [
+            replace(r, group=i // asking.num_generations, sample=i % asking.num_generations)
+            for i, r in enumerate(found)
+        ]
 
     def fill(self, out: Path) -> dict[str, Any]:
         count = rollouts.join(self.files.all(), out / "rollouts.parquet")
@@ -157,7 +160,7 @@ class Dpo(PolicyTrainer):
         for path in self.files.all():
             found = [r for r in rollouts.read(path) if r.wave == 0]
             for own in grouped(found):
-                for pair in all_pairs(own, self.phase.least_margin):
+                for pair in all_pairs(own, self.phase.min_margin):
                     rows.append(pair_row(self.by_id[own[0].task], *pair))
         write_rows(out / "pairs.parquet", PAIRS, rows)
         lines = self.log.lines()
@@ -236,9 +239,9 @@ class Reward(Trainer):
         phase: RewardPhase = self.phase
         self.chat = generation.Chat(self.inputs["tokenizer"])
         rows = read_pairs(self.inputs["pairs"])
-        held = [row for row in rows if _lot(row["question"]) < phase.heldout]
+        held = [row for row in rows if _lot(row["question"]) < phase.heldout_fraction]
         self.heldout = sorted(held, key=lambda row: _lot(row["chosen"] + row["rejected"]))[: phase.heldout_pairs]
-        self.pairs = [row for row in rows if _lot(row["question"]) >= phase.heldout]
+        self.pairs = [row for row in rows if _lot(row["question"]) >= phase.heldout_fraction]
         if not self.pairs or not self.heldout:
             raise AtomError(
                 f"{self.name}: {len(self.pairs)} pairs to learn from and {len(self.heldout)} held out are too few; "

@@ -36,7 +36,7 @@ def share(units: Sequence[Sequence[Example]], micro_batches: int, ranks: Ranks, 
     parts = [[row for unit in units[a:b] for row in unit] for a, b in pairwise(cuts)]
     widest = max(len(row.ids) for part in parts for row in part) - 1
     most = max(map(len, parts))
-    same = ranks.layout.pipeline > 1  # its schedule sends tensors of one shape
+    same = ranks.layout.pp > 1  # its schedule sends tensors of one shape
     each = micro_batches // ranks.data_ranks
     micro = []
     for part in parts[ranks.data_rank * each : (ranks.data_rank + 1) * each]:

@@ -1,8 +1,8 @@
 """Which tasks come next: bins of one kind and level, drawn where the pass rate says that there is signal.
 
 A group of answers teaches most where half of them pass (the variance of a coin, p(1 - p)) and nothing where all or none
-do. Levels of a kind open one after another: the next one as soon as the pass rate of the one below reaches `rise`. The
-state is plain JSON and part of every checkpoint.
+do. Levels of a kind open one after another: the next one as soon as the pass rate of the one below reaches
+`unlock_pass_rate`. The state is plain JSON and part of every checkpoint.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from stages.rl.protocols import Row, bin_of
 class CurriculumConfig(Config):
     """How tasks are drawn."""
 
-    rise: PositiveShare = Field(default=0.7, description="pass rate at which the next level of a kind opens")
-    floor: PositiveShare = Field(default=0.05, description="least weight of an open bin; the most is 1")
-    memory: PositiveShare = Field(default=0.1, description="what one group moves the pass rate of its bin")
+    unlock_pass_rate: PositiveShare = Field(
+        default=0.7, description="pass rate at which the next level of a kind opens"
+    )
+    min_weight: PositiveShare = Field(default=0.05, description="least weight of an open bin; the most is 1")
+    ema_alpha: PositiveShare = Field(default=0.1, description="what one group moves the pass rate of its bin")
 
 
 class Curriculum:
@@ -50,7 +52,8 @@ class Curriculum:
         self.state = {name: dict(part) for name, part in state.items()}
 
     def open(self) -> list[str]:
-        """The open bins, by name: of each kind the levels up to the first whose pass rate is below `rise`."""
+        """The open bins, by name: of each kind the levels up to the first whose pass rate is below
+        `unlock_pass_rate`."""
         if self.config is None:
             return sorted(self.bins)
         kinds: dict[str, list[tuple[int, str]]] = {}
@@ -60,16 +63,16 @@ class Curriculum:
         for levels in kinds.values():
             for _, name in sorted(levels):
                 found.append(name)
-                if (self.state[name]["rate"] or 0.0) < self.config.rise:
+                if (self.state[name]["rate"] or 0.0) < self.config.unlock_pass_rate:
                     break
         return sorted(found)
 
     def weights(self) -> dict[str, float]:
-        """By open bin: 4 p (1 - p), which is 1 where nothing is known yet, and never below the floor."""
+        """By open bin: 4 p (1 - p), which is 1 where nothing is known yet, and never below min_weight."""
         if self.config is None:
             return dict.fromkeys(self.open(), 1.0)
         rates = {name: self.state[name]["rate"] for name in self.open()}
-        return {n: 1.0 if p is None else max(self.config.floor, 4 * p * (1 - p)) for n, p in rates.items()}
+        return {n: 1.0 if p is None else max(self.config.min_weight, 4 * p * (1 - p)) for n, p in rates.items()}
 
     def draw(self, count: int, step: int, wave: int) -> list[Row]:
         """`count` tasks for a wave of a step. Each bin is walked through in a seeded order, anew when it ends."""
@@ -91,4 +94,4 @@ class Curriculum:
         assert self.config is not None, "what is drawn alike learns nothing"
         part = self.state[bin_of(row)]
         before = part["rate"]
-        part["rate"] = passed if before is None else before + self.config.memory * (passed - before)
+        part["rate"] = passed if before is None else before + self.config.ema_alpha * (passed - before)

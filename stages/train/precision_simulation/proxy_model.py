@@ -77,7 +77,7 @@ def _at(model: ModelConfig, hidden: int) -> ModelConfig | None:
     if not choices:
         return None
     kv_heads = min(choices, key=lambda n: abs(attention / (n * group) - model.head_dim))
-    experts, chosen = _experts(model.experts, model.experts_per_token)
+    experts, chosen = _experts(model.experts, model.num_experts_per_tok)
     changes: dict[str, object] = {
         "layers": min(model.layers, LAYERS),
         "hidden_size": hidden,
@@ -85,13 +85,14 @@ def _at(model: ModelConfig, hidden: int) -> ModelConfig | None:
         "kv_heads": kv_heads,
         "head_dim": attention // (kv_heads * group),
         "experts": experts,
-        "experts_per_token": chosen,
-        "expert_ffn_size": scaled(model.expert_ffn_size),
+        "num_experts_per_tok": chosen,
+        "moe_intermediate_size": scaled(model.moe_intermediate_size),
         "context_length": CONTEXT,
         "init_std": min(1.0, model.init_std * (model.hidden_size / hidden) ** 0.5),  # the most that a model may have
         "dense_layers": min(model.dense_layers, 1),
-        "dense_ffn_size": model.dense_ffn_size and scaled(model.dense_ffn_size),
-        "shared_expert_ffn_size": model.shared_expert_ffn_size and scaled(model.shared_expert_ffn_size),
+        "intermediate_size": model.intermediate_size and scaled(model.intermediate_size),
+        "shared_expert_intermediate_size": model.shared_expert_intermediate_size
+        and scaled(model.shared_expert_intermediate_size),
         "yarn": None,
         "stated_parameters": None,
     }
@@ -116,8 +117,8 @@ def widths(model: ModelConfig, small: ModelConfig) -> list[Ratio]:
     """Every inner width by the hidden size, in both."""
 
     def inner(m: ModelConfig) -> dict[str, int]:
-        sizes = {"attention": m.heads * m.head_dim, "expert": m.expert_ffn_size}
-        sizes |= {"dense": m.dense_ffn_size or 0, "shared expert": m.shared_expert_ffn_size or 0}
+        sizes = {"attention": m.heads * m.head_dim, "expert": m.moe_intermediate_size}
+        sizes |= {"dense": m.intermediate_size or 0, "shared expert": m.shared_expert_intermediate_size or 0}
         return {name: size for name, size in sizes.items() if size}
 
     mine = inner(small)
@@ -129,7 +130,7 @@ def widths(model: ModelConfig, small: ModelConfig) -> list[Ratio]:
 
 def ratios(model: ModelConfig, small: ModelConfig) -> list[Ratio]:
     """All that the twin should have in common with the model."""
-    pairs = [(m.heads / m.kv_heads, m.experts / m.experts_per_token) for m in (model, small)]
+    pairs = [(m.heads / m.kv_heads, m.experts / m.num_experts_per_tok) for m in (model, small)]
     return [
         *widths(model, small),
         Ratio("query heads / key heads", pairs[0][0], pairs[1][0]),
@@ -139,5 +140,5 @@ def ratios(model: ModelConfig, small: ModelConfig) -> list[Ratio]:
 
 def step_tokens(small: ModelConfig, smallest: int, sequence_length: int) -> int:
     """Tokens of a step, in whole rows: SPARE times what it takes for an average expert to see `smallest`, at least."""
-    tokens = max(LEAST_TOKENS, SPARE * smallest * small.experts / small.experts_per_token)
+    tokens = max(LEAST_TOKENS, SPARE * smallest * small.experts / small.num_experts_per_tok)
     return math.ceil(tokens / sequence_length) * sequence_length

@@ -21,7 +21,7 @@ from pydantic import NonNegativeInt
 from pipeline.core.stage import Config
 from stages.data.readers.python_stdlib import stdlib_files
 from stages.models.qwen3_moe.config import ModelConfig, PositiveInt
-from stages.train.config import Batch, Heldout, Optimizer, PhaseConfig, TrainConfig
+from stages.train.config import Batch, Optimizer, PhaseConfig, TrainConfig, Validation
 from stages.train.precision_simulation.proxy_model import VOCABULARY
 
 Baseline = Literal["fp32", "bf16"]
@@ -61,8 +61,8 @@ class Settings(Config):
                 batch=Batch(global_tokens=tokens, micro_tokens=tokens),
                 steps=self.steps,
                 optimizer=self.optimizer,
-                heldout=Heldout(every=self.steps, rows=1),
-                release_checkpoint_every=self.steps,
+                validation=Validation(every=self.steps, rows=1),
+                release_checkpoint_interval=self.steps,
                 precision=self.baseline,
             ),
             padded_vocab_size=VOCABULARY,
