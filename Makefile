@@ -14,7 +14,7 @@ VENV_NEMO     ?= .venv-nemo
 LATEST_TESTS  := tests/test_fake_fp8.py tests/test_spikes.py tests/test_packing.py tests/test_precision.py tests/test_experts.py \
 	tests/test_model_*.py tests/test_train_*.py tests/test_layouts.py tests/test_export.py
 
-.PHONY: help demo test test-latest test-processors test-vllm test-nemo slurm-up slurm-down soak lint lock clean
+.PHONY: help demo test test-latest test-processors test-vllm test-nemo slurm-up slurm-down soak lint lock docs clean
 
 help:
 	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 15 minutes with installation)"
@@ -26,6 +26,7 @@ help:
 	@echo "make slurm-up      a real Slurm cluster of four virtual nodes on this machine, as root; make slurm-down stops it"
 	@echo "make soak    layouts, checkpoint pairs, random kills and Slurm's disturbances at length (an hour and more); writes docs/soak.md"
 	@echo "make lint    linters and types only"
+	@echo "make docs    generate docs/cli.md and docs/configuration.md from the commands and the schemas"
 	@echo "make lock    resolve the newest versions that pyproject.toml allows, into constraints.txt"
 	@echo "make clean   remove the environment and everything produced"
 
@@ -81,6 +82,9 @@ slurm-down:
 soak: $(READY)
 	$(BIN)/python tests/soak.py
 	ATOM_SOAK=1 $(BIN)/python -m pytest tests/test_slurm_*.py tests/test_release_faults.py tests/test_release_flips.py
+
+docs: $(READY)
+	$(BIN)/python docs/generate.py
 
 lock:
 	rm -rf build/lock

@@ -54,9 +54,9 @@ def measure(size: Size, folder: Path, rounds: int) -> dict[str, Any]:
 
     def timed(name: str, work: Any) -> Any:
         began = time.perf_counter()
-        found = work()
+        result = work()
         times[name].append(time.perf_counter() - began)
-        return found
+        return result
 
     with session(0) as ranks:
         engine = Engine(config, ranks, size.vocab)

@@ -86,7 +86,7 @@ class Sides:
         return [Prompt(tuple(row.tolist()), seed) for seed, row in enumerate(rows)]
 
     def ours(self, prompts: list[Prompt], greedy: bool = False) -> list[list[int]]:
-        return [list(found.ids) for found in self.own.generate(prompts, greedy)]
+        return [list(completion.ids) for completion in self.own.generate(prompts, greedy)]
 
     def transformers(self, prompts: list[Prompt], greedy: bool = False) -> list[list[int]]:
         width = max(len(p.ids) for p in prompts)
@@ -103,13 +103,13 @@ class Sides:
 
     def choose(self, prompts: list[Prompt]) -> str:
         """Sets the peer to the quickest of what transformers offers for these prompts; says what that is."""
-        found = {}
+        timings = {}
         for experts in EXPERTS:
             for cache in CACHES:
                 self._set(experts, cache)
                 self.transformers(prompts)
-                found[experts, cache] = min(seconds(self.transformers, prompts)[0] for _ in range(2))
-        best = min(found, key=lambda name: found[name])
+                timings[experts, cache] = min(seconds(self.transformers, prompts)[0] for _ in range(2))
+        best = min(timings, key=lambda name: timings[name])
         self._set(*best)
         return f"{best[0]} experts, {best[1]} cache"
 
@@ -132,34 +132,34 @@ def measure(size: Size) -> dict[str, Any]:
     kinds = {"ours": sides.ours, "transformers": sides.transformers}
     print(f"{size.model.parameters(size.vocab)['total']:,} parameters; prompts of {size.shortest} to {size.longest} "
           f"tokens, {size.new} new ones for each; temperature 1, fp32, one thread")  # fmt: skip
-    some = sides.prompts(min(4, max(size.batches)), 0)
-    greedy = [draw(some, greedy=True) for draw in kinds.values()]
+    prompts = sides.prompts(min(4, max(size.batches)), 0)
+    greedy = [draw(prompts, greedy=True) for draw in kinds.values()]
     if greedy[0] != greedy[1]:
         raise SystemExit("not the same model: the likeliest tokens differ")
     print(f"{'batch':>5}{'':2}{'':14}{'tokens/s, median':>18}{'lowest':>10}{'highest':>10}{'ratio':>8}{'quartiles':>16}"
           f"{'by clock':>10}")  # fmt: skip
-    told = []
+    lines = []
     for batch in size.batches:
         chosen = sides.choose(sides.prompts(batch, 0))
         for draw in kinds.values():  # warm-up
             drawn = draw(sides.prompts(batch, 1))
             assert [len(row) for row in drawn] == [size.new] * batch, "not the same work"
-        took: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
+        timings: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
         repeats = max(1, size.busy // batch)  # as a step of a small batch is too short to time
         for turn in range(size.rounds):
             for name in sorted(kinds, reverse=turn % 2 == 1):
                 each = [seconds(kinds[name], sides.prompts(batch, 2 + turn * repeats + n)) for n in range(repeats)]
-                took[name].append((sum(used for used, _ in each), sum(passed for _, passed in each)))
-        ratios = [theirs[0] / own[0] for own, theirs in zip(*took.values(), strict=True)]
-        clock = statistics.median(theirs[1] / own[1] for own, theirs in zip(*took.values(), strict=True))
+                timings[name].append((sum(used for used, _ in each), sum(passed for _, passed in each)))
+        ratios = [theirs[0] / ours[0] for ours, theirs in zip(*timings.values(), strict=True)]
+        clock = statistics.median(theirs[1] / ours[1] for ours, theirs in zip(*timings.values(), strict=True))
         low, ratio, high = statistics.quantiles(ratios, n=4)
-        told.append((ratio, low, high))
-        for name, each in took.items():
+        lines.append((ratio, low, high))
+        for name, each in timings.items():
             speeds = [repeats * batch * size.new / used for used, _ in each]
             line = f"{batch:5}  {name:14}{statistics.median(speeds):18,.0f}{min(speeds):10,.0f}{max(speeds):10,.0f}"
-            own = name == "ours"
-            print(line + (f"{ratio:8.3f}{low:8.3f}{high:8.3f}{clock:10.3f}" if own else f"  {chosen}"))
-    ratio, low, high = min(told)
+            ours = name == "ours"
+            print(line + (f"{ratio:8.3f}{low:8.3f}{high:8.3f}{clock:10.3f}" if ours else f"  {chosen}"))
+    ratio, low, high = min(lines)
     return {
         "name": "generate", "ratio": round(ratio, 4), "low": round(low, 4), "high": round(high, 4), "target": TARGET,
         "unit": "our tokens per CPU second by transformers' generate, one thread each, at the batch size of "

@@ -32,15 +32,15 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="the model folder of a release, or an export")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--limit", type=int, default=None, help="ask only the first ones")
-    asked = parser.parse_args()
-    if lack := sandbox.missing():
-        sys.exit(lack)
-    rows = list(problems())[: asked.limit]
-    chat_model = ChatModel(asked.model, asked.max_new_tokens, rows, {}, Quiet())
-    room = chat_model.sampler.model.config.max_position_embeddings - asked.max_new_tokens
-    fitting = [row for row in rows if len(chat_model.chat.encode_prompt(row)) <= room]
-    answers = chat_model.answer([(row, 0, 0) for row in fitting], greedy=True) if fitting else []
-    chat_model.close()
+    arguments = parser.parse_args()
+    if problem := sandbox.missing():
+        sys.exit(problem)
+    rows = list(problems())[: arguments.limit]
+    speaker = Speaker(arguments.model, arguments.max_new_tokens, rows, {}, Quiet())
+    room = speaker.sampler.model.config.max_position_embeddings - arguments.max_new_tokens
+    fitting = [row for row in rows if len(speaker.chat.ask(row)) <= room]
+    answers = speaker.ask([(row, 0, 0) for row in fitting], greedy=True) if fitting else []
+    speaker.close()
     right = sum(answer["reward"] == 1 for answer in answers)
     ended = sum(answer["finished"] for answer in answers)
     low, high = wilson(right, len(rows))

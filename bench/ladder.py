@@ -68,7 +68,7 @@ def train(recipe: str, home: Path, rung: tuple[int, int], tokens: float, seed: i
 
     class Quiet:
         def __getattr__(self, name: str) -> Any:
-            return lambda *given, **named: None
+            return lambda *args, **kwargs: None
 
     graph = composed(recipe, home)
     base, vocab = graph.recipe.config, graph.recipe.config.tokenizer.padded_vocab_size
@@ -85,25 +85,29 @@ def train(recipe: str, home: Path, rung: tuple[int, int], tokens: float, seed: i
     }  # fmt: skip
     settings = {"model": model, "phase": phase, "padded_vocab_size": vocab, "seed": seed}
     config = pretrain.STAGE.config.model_validate(settings)
-    given = {"tokens": Store(home).open(graph.nodes["tokenize"].key)}
-    asked = {"phase": "pretrain", "mix": base.pretrain.mix, "sequence_length": LENGTH, "rows": BATCH // LENGTH}
+    inputs = {"tokens": Store(home).open(graph.nodes["tokenize"].key)}
+    order_config = {"phase": "pretrain", "mix": base.pretrain.mix, "sequence_length": LENGTH, "rows": BATCH // LENGTH}
     report: Report = Quiet()  # type: ignore[assignment]
     for name, stage, chosen in (
-        ("order", order.STAGE, order.STAGE.config.model_validate(asked | {"steps": steps, "seed": seed, "pack": True})),
+        (
+            "order",
+            order.STAGE,
+            order.STAGE.config.model_validate(order_config | {"steps": steps, "seed": seed, "pack": True}),
+        ),
         ("pretrain", pretrain.STAGE, config),
     ):
         work, out = folder / f"{name}-work", folder / name
         work.mkdir(parents=True)
         out.mkdir()
-        stage.run(chosen, given, work, out, report)
+        stage.run(chosen, inputs, work, out, report)
         if name == "order":
-            given["order"] = write_manifest(out, "order-ladder")
-    told = json.loads((folder / "pretrain" / "summary.json").read_text())
+            inputs["order"] = write_manifest(out, "order-ladder")
+    summary = json.loads((folder / "pretrain" / "summary.json").read_text())
     slots = steps * BATCH
     return {
         "size": f"{active / 1000:.0f}k active", "parameters": model.parameters(vocab)["total"], "active": active,
         "seed": seed, "steps": steps, "tokens": slots, "flops": slots * model.flops_per_token(vocab, LENGTH),
-        "loss": told["heldout_loss"]["last"],
+        "loss": summary["heldout_loss"]["last"],
     }  # fmt: skip
 
 
@@ -113,18 +117,18 @@ def measure(ladder: Ladder, home: Path) -> list[dict[str, Any]]:
     alone |= {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
     def started(*arguments: str) -> str:
-        done = subprocess.run([sys.executable, *arguments], env=alone, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
-        return done.stdout
+        process = subprocess.run([sys.executable, "-P", *arguments], env=alone, capture_output=True, text=True)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(arguments)} failed:\n{process.stderr[-2000:]}")
+        return process.stdout
 
     started("-m", "pipeline.cli", "run", ladder.recipe, "--until", "tokenize")
     runs = [(rung, seed) for rung in reversed(range(len(ladder.rungs))) for seed in range(ladder.seeds)]
     with ThreadPoolExecutor(2) as pool:
         name = ["--quick"] if ladder is QUICK else []
         one = lambda run: started(__file__, *name, "--home", str(home), "--one", str(run[0]), str(run[1]))  # noqa: E731
-        found = [json.loads(text.splitlines()[-1]) for text in pool.map(one, runs)]
-    return sorted(found, key=lambda run: (run["flops"], run["seed"]))
+        results = [json.loads(text.splitlines()[-1]) for text in pool.map(one, runs)]
+    return sorted(results, key=lambda run: (run["flops"], run["seed"]))
 
 
 def fit(flops: Sequence[float], losses: Sequence[float]) -> dict[str, float]:
@@ -140,7 +144,7 @@ def fit(flops: Sequence[float], losses: Sequence[float]) -> dict[str, float]:
     return {"a": float(np.exp(height[best])), "b": float(-slope[best]), "c": float(c[best, 0])}
 
 
-def at(law: dict[str, float], flops: Any) -> Any:
+def predicted_loss(law: dict[str, float], flops: Any) -> Any:
     return law["a"] * np.asarray(flops) ** -law["b"] + law["c"]
 
 
@@ -148,9 +152,9 @@ def bootstrap(runs: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     """Laws of runs drawn with replacement, of which at least three are of different sizes."""
     rng, laws = np.random.default_rng(0), []
     while len(laws) < BOOTSTRAPS:
-        some = [runs[i] for i in rng.integers(len(runs), size=len(runs))]
-        if len({run["size"] for run in some}) >= 3:
-            laws.append(fit([run["flops"] for run in some], [run["loss"] for run in some]))
+        sample = [runs[i] for i in rng.integers(len(runs), size=len(runs))]
+        if len({run["size"] for run in sample}) >= 3:
+            laws.append(fit([run["flops"] for run in sample], [run["loss"] for run in sample]))
     return laws
 
 
@@ -159,13 +163,18 @@ def report(runs: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
     law = fit([run["flops"] for run in runs], [run["loss"] for run in runs])
     laws = bootstrap(runs)
     grid = np.geomspace(runs[0]["flops"] / 1.5, runs[-1]["flops"] * 3, 60)
-    low, high = np.quantile([at(each, grid) for each in laws], (0.05, 0.95), axis=0)
-    curve = {"flops": grid.tolist(), "loss": at(law, grid).tolist(), "low": low.tolist(), "high": high.tolist()}
+    low, high = np.quantile([predicted_loss(each, grid) for each in laws], (0.05, 0.95), axis=0)
+    curve = {
+        "flops": grid.tolist(),
+        "loss": predicted_loss(law, grid).tolist(),
+        "low": low.tolist(),
+        "high": high.tolist(),
+    }
     last = [run for run in runs if run["size"] == runs[-1]["size"]]
     smaller = [run for run in runs if run["size"] != runs[-1]["size"]]
     measured, flops = float(np.mean([run["loss"] for run in last])), last[0]["flops"]
-    ratio = float(at(fit([r["flops"] for r in smaller], [r["loss"] for r in smaller]), flops)) / measured
-    drawn = [float(at(each, flops)) / measured for each in bootstrap(smaller)]
+    ratio = float(predicted_loss(fit([r["flops"] for r in smaller], [r["loss"] for r in smaller]), flops)) / measured
+    drawn = [float(predicted_loss(each, flops)) / measured for each in bootstrap(smaller)]
     bounds = [*np.quantile(drawn, (0.05, 0.95)).tolist(), ratio]
     return {"runs": runs, "law": law, "curve": curve}, {
         "name": "ladder", "ratio": round(ratio, 4), "low": round(min(bounds), 4), "high": round(max(bounds), 4),
@@ -181,26 +190,26 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write runs, law and band")
     parser.add_argument("--home", type=Path, help="an ATOM_HOME whose data stages are taken, or made")
     parser.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    ladder = QUICK if asked.quick else FULL
+    arguments = parser.parse_args()
+    ladder = QUICK if arguments.quick else FULL
     with tempfile.TemporaryDirectory() as folder:
-        if asked.one:
-            rung, seed = asked.one
-            home = asked.home
+        if arguments.one:
+            rung, seed = arguments.one
+            home = arguments.home
             print(json.dumps(train(ladder.recipe, home, ladder.rungs[rung], ladder.tokens, seed, Path(folder))))
             return
-        found, line = report(measure(ladder, asked.home or Path(folder)))
+        result, line = report(measure(ladder, arguments.home or Path(folder)))
     print(f"{'size':>14}{'parameters':>12}{'seed':>6}{'tokens':>11}{'FLOPs':>11}{'held-out loss':>15}{'law':>9}")
-    for run in found["runs"]:
+    for run in result["runs"]:
         print(f"{run['size']:>14}{run['parameters']:12,}{run['seed']:6}{run['tokens']:11,}{run['flops']:11.3g}"
-              f"{run['loss']:15.4f}{float(at(found['law'], run['flops'])):9.4f}")  # fmt: skip
-    print("L = {a:.4g} C^-{b:.4g} + {c:.4g}".format(**found["law"]))
-    if asked.json:
-        asked.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    if asked.plot:
+              f"{run['loss']:15.4f}{float(predicted_loss(result['law'], run['flops'])):9.4f}")  # fmt: skip
+    print("L = {a:.4g} C^-{b:.4g} + {c:.4g}".format(**result["law"]))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+    if arguments.plot:
         from release.cards import scaling_plots
 
-        asked.plot.write_bytes(scaling_plots.pretraining(found))
+        arguments.plot.write_bytes(scaling_plots.pretraining(result))
     print(json.dumps(line))
 
 

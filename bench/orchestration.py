@@ -40,29 +40,29 @@ TARGET = 0.5
 PLACE = Path(os.environ.get("SLURM_TEST_DIR", Path(__file__).parent.parent / "build/slurm")).resolve()
 
 
-def large(store: Store, stages: int) -> dag.Graph:
+def large_graph(store: Store, stages: int) -> dag.Graph:
     """atom-tiny's graph, again and again, each time under other names and keys."""
-    found = dag.compose(recipe.load("atom-tiny"), store)
+    composed = dag.compose(recipe.load("atom-tiny"), store)
     nodes: dict[str, dag.Node] = {}
-    for turn in range(-(-stages // len(found.nodes))):
-        for name, node in found.nodes.items():
+    for turn in range(-(-stages // len(composed.nodes))):
+        for name, node in composed.nodes.items():
             if len(nodes) < stages:
                 inputs = {role: f"{other}.{turn}" for role, other in node.inputs.items()}
                 key = f"{name}.{turn}-{node.key[-12:]}"
                 nodes[f"{name}.{turn}"] = replace(node, name=f"{name}.{turn}", inputs=inputs, key=key)
-    return replace(found, nodes=nodes)
+    return replace(composed, nodes=nodes)
 
 
-def again(scripts: list[str]) -> None:
+def resubmit(scripts: list[str]) -> None:
     """The same scripts by sbatch alone; an id that a script waits for is that of the job submitted in its stead."""
     new: dict[str, str] = {}
     for path in scripts:
         text = Path(path).read_text()
         old = Path(path).name.split("_")[0]
-        found = re.search(r"--dependency=afterok:(\S+)", text)
-        more = [f"--dependency=afterok:{':'.join(new[i] for i in found[1].split(':'))}"] if found else []
-        said = subprocess.run(["sbatch", "--parsable", *more, path], capture_output=True, text=True, check=True)
-        new[old] = said.stdout.strip()
+        dependency = re.search(r"--dependency=afterok:(\S+)", text)
+        options = [f"--dependency=afterok:{':'.join(new[i] for i in dependency[1].split(':'))}"] if dependency else []
+        process = subprocess.run(["sbatch", "--parsable", *options, path], capture_output=True, text=True, check=True)
+        new[old] = process.stdout.strip()
 
 
 def ours() -> list[float]:
@@ -71,11 +71,13 @@ def ours() -> list[float]:
     with tempfile.TemporaryDirectory() as place:
         store = Store(Path(place))
         composed = dag.compose(recipe.load("atom-smoke"), store)
-        made = slurm.submit(composed, store, composed.select("tokenize", None), cluster_profile.load("dev"), "dev")
+        submission = slurm.submit(
+            composed, store, composed.select("tokenize", None), cluster_profile.load("dev"), "dev"
+        )
         while not store.sealed(composed.nodes["tokenize"].key):
             time.sleep(0.5)
-        events = [Tail(made.run.node_folder(name) / "events.jsonl").read() for name in chain]
-        while slurm_client.run_command("squeue", "-h", "--me", "-t", "running,completing").strip():
+        events = [Tail(submission.run.node_folder(name) / "events.jsonl").read() for name in chain]
+        while slurm_client.ask("squeue", "-h", "--me", "-t", "running,completing").strip():
             time.sleep(0.2)
     when = [{event["event"]: event["time"] for event in each} for each in events]
     return [after["start"] - before["end"] for before, after in pairwise(when)]
@@ -86,10 +88,10 @@ def theirs() -> list[float]:
     with tempfile.TemporaryDirectory() as place:
         job = ""
         for number in range(3):
-            more = [f"--dependency=afterok:{job}"] if job else []
+            options = [f"--dependency=afterok:{job}"] if job else []
             run = f"srun date +%s.%N > {place}/{number}"
-            job = slurm_client.run_command("sbatch", "--parsable", "--output=/dev/null", *more, f"--wrap={run}").strip()
-        while not (Path(place) / "2").exists() or slurm_client.run_command(
+            job = slurm_client.ask("sbatch", "--parsable", "--output=/dev/null", *options, f"--wrap={run}").strip()
+        while not (Path(place) / "2").exists() or slurm_client.ask(
             "squeue", "-h", "-j", job, "-t", "running,completing"
         ):
             time.sleep(0.2)
@@ -102,49 +104,49 @@ def measure(quick: bool) -> dict[str, Any]:
     stages, rounds, many = (20, 3, 40) if quick else (200, 5, 1000)
     settings = cluster_profile.load("dev")
     names = ("atom submit", "sbatch", "atom status", f"atom status, {many} jobs", "stage to stage", "job to job")
-    took: dict[str, list[float]] = {name: [] for name in names}
+    timings: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(1 if quick else rounds):
-        took["stage to stage"] += ours()
-        took["job to job"] += theirs()
-    slurm_client.run_command("scontrol", "update", "partitionname=test", "state=down")
+        timings["stage to stage"] += ours()
+        timings["job to job"] += theirs()
+    slurm_client.ask("scontrol", "update", "partitionname=test", "state=down")
     try:
         for _ in range(rounds):
             with tempfile.TemporaryDirectory() as place:
                 store = Store(Path(place))
-                composed = large(store, stages)
+                composed = large_graph(store, stages)
                 start = time.perf_counter()
-                made = slurm.submit(composed, store, list(composed.nodes), settings, "dev")
-                took["atom submit"].append(time.perf_counter() - start)
+                submission = slurm.submit(composed, store, list(composed.nodes), settings, "dev")
+                timings["atom submit"].append(time.perf_counter() - start)
                 start = time.perf_counter()
-                found, lack = status.status(made.run, store)
-                took["atom status"].append(time.perf_counter() - start)
-                assert lack is None and all(stage.state == "pending" for stage in found), (lack, found[0])
+                statuses, problem = status.status(submission.run, store)
+                timings["atom status"].append(time.perf_counter() - start)
+                assert problem is None and all(stage.state == "pending" for stage in statuses), (problem, statuses[0])
                 scripts = [
                     str(path)
-                    for name, job in made.submitted.items()
-                    for path in (made.run.node_folder(name) / "submitit").glob(f"{job}_submission.sh")
+                    for name, job in submission.submitted.items()
+                    for path in (submission.run.node_folder(name) / "submitit").glob(f"{job}_submission.sh")
                 ]
                 assert len(scripts) == stages
                 start = time.perf_counter()
-                again(scripts)
-                took["sbatch"].append(time.perf_counter() - start)
-                slurm_client.run_command("scancel", "--me")
+                resubmit(scripts)
+                timings["sbatch"].append(time.perf_counter() - start)
+                slurm_client.ask("scancel", "--me")
         with tempfile.TemporaryDirectory() as place:
             store = Store(Path(place))
-            composed = large(store, many)
-            made = slurm.submit(composed, store, list(composed.nodes), settings, "dev")
+            composed = large_graph(store, many)
+            submission = slurm.submit(composed, store, list(composed.nodes), settings, "dev")
             for _ in range(rounds):
                 start = time.perf_counter()
-                found, lack = status.status(made.run, store)
-                took[f"atom status, {many} jobs"].append(time.perf_counter() - start)
-                assert lack is None and len(found) == many
+                statuses, problem = status.status(submission.run, store)
+                timings[f"atom status, {many} jobs"].append(time.perf_counter() - start)
+                assert problem is None and len(statuses) == many
     finally:
         slurm_client.run_command("scancel", "--me")
         slurm_client.run_command("scontrol", "update", "partitionname=test", "state=up")
     print(f"{stages} stages, {rounds} rounds{'seconds, median':>28}{'lowest':>9}{'highest':>9}")
-    for name, each in took.items():
+    for name, each in timings.items():
         print(f"{name:24}{statistics.median(each):28.3f}{min(each):9.3f}{max(each):9.3f}")
-    ratios = [raw / own for own, raw in zip(took["atom submit"], took["sbatch"], strict=True)]
+    ratios = [raw / submit for submit, raw in zip(timings["atom submit"], timings["sbatch"], strict=True)]
     low, ratio, high = statistics.quantiles(ratios, n=4)
     return {
         "name": "orchestration", "ratio": round(ratio, 4), "low": round(low, 4), "high": round(high, 4),

@@ -28,7 +28,8 @@ from pipeline.launch import cluster_profile
 from stages.mcore.activations import Rows, activation_bytes
 from stages.mcore.parallel_layout import Layout
 from stages.models.qwen3_moe.config import ModelConfig
-from stages.models.qwen3_moe.costs import Attention, memory_share, state_bytes, training_flops
+from stages.models.qwen3_moe.costs import Attention, training_flops
+from stages.models.qwen3_moe.memory import held, state_bytes
 
 TARGET = 0.01
 QWEN3 = dict(kv_heads=4, head_dim=128, experts=128, num_experts_per_tok=8, context_length=4096, tie_embeddings=False)
@@ -128,7 +129,7 @@ def _half_digit(text: str) -> float:
 def memory() -> None:
     """Prints state and peak memory of Qwen3-30B-A3B on 16 H100, ours and published."""
     layout, gib = Layout(ranks=16, ep=16), 2**30
-    part = memory_share(QWEN3_30B, QWEN3_VOCABULARY, layout, 0)
+    part = held(QWEN3_30B, QWEN3_VOCABULARY, layout, 0)
     state = state_bytes(part, layout, "bf16") / gib
     rows = Rows(1, 4096)
     ours, fused = (
@@ -167,14 +168,14 @@ def hours_errors() -> list[float]:
 def fp8_on_h100() -> None:
     """Prints whether FP8 has been seen to pay on H100, which is what the recipes go by."""
     print(f"\n{'TFLOP/s of an H100':38}{'bf16':>8}{'fp8':>8}{'fp8 / bf16':>12}")
-    found: dict[str, dict[str, float]] = {}
+    by_model: dict[str, dict[str, float]] = {}
     for row in anchors():
         if row["system"] == "H100" and "before" not in row["model"]:
-            found.setdefault(row["model"], {})[row["precision"]] = float(row["tflops"])
-    for model, figures in found.items():
+            by_model.setdefault(row["model"], {})[row["precision"]] = float(row["tflops"])
+    for model, figures in by_model.items():
         both = f"{figures['fp8'] / figures['bf16']:12.2f}" if len(figures) == 2 else f"{'unknown':>12}"
-        shown = "".join(f"{figures[p]:8.0f}" if p in figures else f"{'-':>8}" for p in ("bf16", "fp8"))
-        print(f"{model:38}{shown}{both}")
+        cells = "".join(f"{figures[p]:8.0f}" if p in figures else f"{'-':>8}" for p in ("bf16", "fp8"))
+        print(f"{model:38}{cells}{both}")
 
 
 def measure() -> dict[str, Any]:

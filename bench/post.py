@@ -76,26 +76,26 @@ def with_random_reward(rate: float) -> Any:
     from stages.rl.algorithms.grpo import GrpoTrainer
     from stages.rl.policy import RolloutFiles
 
-    class Tossed(RolloutFiles):
-        def load_or_draw(self, *requests: Any) -> Any:
-            return [replace(found, reward=coin(found.seed, rate)) for found in super().load_or_draw(*requests)]
+    class Tossed(Answers):
+        def once(self, *args: Any) -> Any:
+            return [replace(rollout, reward=coin(rollout.seed, rate)) for rollout in super().once(*args)]
 
-    class RandomReward(GrpoTrainer):
-        def __init__(self, *given: Any) -> None:
-            super().__init__(*given)
+    class RandomReward(Rlvr):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
             self.files = Tossed(self.files.folder, self.report)
 
     return RandomReward
 
 
-class Told:
+class PrintedReport:
     """A stage's report: notes to this process's output."""
 
     def note(self, text: str) -> None:
         print(text, flush=True)
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *given, **named: None
+        return lambda *args, **kwargs: None
 
 
 class Release:
@@ -113,25 +113,25 @@ class Release:
     def config(self, node: str) -> Any:
         return self.graph.nodes[node].config
 
-    def given(self, node: str) -> dict[str, Any]:
+    def inputs_of(self, node: str) -> dict[str, Any]:
         materials = self.graph.materials(self.graph.nodes[node])
         return {role: self.store.open(key) for role, key in materials.items()}
 
-    def made(self, node: str) -> Any:
+    def artifact(self, node: str) -> Any:
         return self.store.open(self.graph.nodes[node].key)
 
     def seconds(self, node: str) -> float:
         """Processor time that the sealed stage took."""
         from pipeline.core import provenance
 
-        found = provenance.sealed(self.store.ledger, self.made(node))
-        if found is None:
+        body = provenance.sealed(self.store.ledger, self.artifact(node))
+        if body is None:
             raise SystemExit(f"no statement tells how {node} was made")
-        return float(provenance.usage(found[1])["cpu_seconds"])
+        return float(provenance.usage(body[1])["cpu_seconds"])
 
     def pass_rate(self) -> float:
         """Share of right answers in all that RLVR drew."""
-        lines = [json.loads(line) for line in (self.made("rlvr") / "training.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (self.artifact("rlvr") / "training.jsonl").read_text().splitlines()]
         drawn = [(line["reward"], line["answers"]) for line in lines if "answers" in line]
         return float(sum(reward * n for reward, n in drawn) / sum(n for _, n in drawn))
 
@@ -144,7 +144,7 @@ class Release:
         return was.model_copy(update={"phase": was.phase.model_copy(update=changed)})
 
 
-def control(which: str, path: Path, home: Path) -> dict[str, Any]:
+def control(variant: str, path: Path, home: Path) -> dict[str, Any]:
     """Trains, exports and measures a control in this process. Kept under home/controls, in a folder by all that it
     follows from. Returns what is told of it beside its scores."""
     from pipeline.core.stage import identity
@@ -152,33 +152,33 @@ def control(which: str, path: Path, home: Path) -> dict[str, Any]:
     from stages.rl.trainer import train
 
     release = Release(path, home)
-    config = release.continued() if which == CONTINUED else release.config("rlvr")
+    config = release.continued() if variant == CONTINUED else release.config("rlvr")
     rate = release.pass_rate()
-    about = canonical([identity(config), rate, release.made("rlvr").digest, release.made("sft").digest])
-    folder = home / "controls" / f"{which.replace(' ', '-').lower()}-{release.seed}-{sha256_bytes(about)[:12]}"
+    about = canonical([identity(config), rate, release.artifact("rlvr").digest, release.artifact("sft").digest])
+    folder = home / "controls" / f"{variant.replace(' ', '-').lower()}-{release.seed}-{sha256_bytes(about)[:12]}"
 
-    def make(node: str, run: Any, **given: Any) -> Any:
+    def make(node: str, run: Any, **inputs: Any) -> Any:
         """What a stage makes of a node's inputs, of which some are replaced; from the folder if it is there."""
         out, work = folder / node, folder / f"{node}-work"
         if not (out / MANIFEST).exists():
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
             work.mkdir(exist_ok=True)
-            run({**release.given(node), **given}, work, out, Told())
+            run({**release.inputs_of(node), **inputs}, work, out, PrintedReport())
             write_manifest(out, f"{folder.name}-{node}")
         return Artifact.open(out)
 
-    def stage(node: str, config: Any = None, **given: Any) -> Any:
-        found = release.graph.nodes[node]
-        return make(node, lambda *rest: found.stage.run(config or found.config, *rest), **given)
+    def stage(node: str, config: Any = None, **inputs: Any) -> Any:
+        graph_node = release.graph.nodes[node]
+        return make(node, lambda *rest: graph_node.stage.run(config or graph_node.config, *rest), **inputs)
 
     def trained() -> Any:
-        if which == RANDOM:
+        if variant == RANDOM:
             trainer = with_random_reward(rate)
             return make("rlvr", lambda *rest: train(trainer, "rlvr", config, *rest))
         was, changed = release.config("order-sft"), {"phase": "sft-continued", "steps": config.phase.steps}
         order = stage("order-sft", was.model_copy(update=changed))
-        return stage("sft", config, order=order, init=release.made("sft"))
+        return stage("sft", config, order=order, init=release.artifact("sft"))
 
     def timed() -> float:
         began = time.process_time()
@@ -203,26 +203,26 @@ def scores(solved: Any) -> Scores:
     for row in read_table(solved / "answers.parquet").to_pylist():
         if row["kind"] not in JUDGED:
             items.setdefault((row["kind"], row["id"]), []).append(row)
-    found: Scores = {}
+    by_kind: Scores = {}
     for (kind, id), rows in sorted(items.items()):
         right = [row["reward"] >= 1 for row in rows if row["sample"] != GREEDY]
-        told = {f"pass@{k}": pass_at(len(right), sum(right), k) for k in (1, len(right))}
-        told["greedy"] = float(next(row["reward"] >= 1 for row in rows if row["sample"] == GREEDY))
-        for name, value in told.items():
+        metrics = {f"pass@{k}": pass_at(len(right), sum(right), k) for k in (1, len(right))}
+        metrics["greedy"] = float(next(row["reward"] >= 1 for row in rows if row["sample"] == GREEDY))
+        for name, value in metrics.items():
             for each in (kind, "all"):
-                found.setdefault(each, {}).setdefault(name, {})[id] = value
-    return found
+                by_kind.setdefault(each, {}).setdefault(name, {})[id] = value
+    return by_kind
 
 
-def beside(solved: Any, evaluated: Any) -> dict[str, float]:
+def side_metrics(solved: Any, evaluated: Any) -> dict[str, float]:
     """What else may rise or fall: bits per byte of held-out text, problems in document form, courteous notes, the share
     of sampled answers that reason first, and their length."""
-    told, solves = evaluated.json("scores.json"), solved.json("scores.json")
-    found = {f"bits per byte, {name}": row["value"] for name, row in told["bits_per_byte"].items()}
-    found |= {f"as a document, {name}": row["value"] for name, row in told["accuracy"].items()}
-    found |= {f"reward, {name}": row["reward"]["value"] for name, row in solves["judged"].items()}
-    found |= {f"with reasoning, {name}": row["samples"]["reasoning"] for name, row in solves["problems"].items()}
-    return found | {"tokens of an answer": solves["problems_all"]["samples"]["tokens"]}
+    evaluation, solves = evaluated.json("scores.json"), solved.json("scores.json")
+    figures = {f"bits per byte, {name}": row["value"] for name, row in evaluation["bits_per_byte"].items()}
+    figures |= {f"as a document, {name}": row["value"] for name, row in evaluation["accuracy"].items()}
+    figures |= {f"reward, {name}": row["reward"]["value"] for name, row in solves["judged"].items()}
+    figures |= {f"with reasoning, {name}": row["samples"]["reasoning"] for name, row in solves["problems"].items()}
+    return figures | {"tokens of an answer": solves["problems_all"]["samples"]["tokens"]}
 
 
 def measure(seeds: Sequence[int], home: Path, folder: Path, quick: bool) -> list[dict[str, Any]]:
@@ -236,30 +236,32 @@ def measure(seeds: Sequence[int], home: Path, folder: Path, quick: bool) -> list
         log = logs / f"{name}.txt"
         with open(log, "a") as file:
             begin = file.tell()
-            done = subprocess.run([sys.executable, *arguments], env=alone, stdout=file, stderr=subprocess.STDOUT)
+            process = subprocess.run(
+                [sys.executable, "-P", *arguments], env=alone, stdout=file, stderr=subprocess.STDOUT
+            )
         text = log.read_bytes()[begin:].decode()
-        if done.returncode:
+        if process.returncode:
             raise SystemExit(f"{' '.join(arguments)} failed; see {log}:\n{text[-2000:]}")
         return text
 
-    def real(seed: int) -> Path:
+    def run_recipe(seed: int) -> Path:
         path = recipe(seed, folder, "atom-smoke" if quick else "atom-tiny")
         for node in NODES.values():
             for until in (f"solve-{node}", f"evaluate-{node}"):
                 started(f"seed-{seed}", "-m", "pipeline.cli", "run", str(path), "--until", until)
         return path
 
-    def one(which: str, made: Future[Path]) -> dict[str, Any]:
-        path = made.result()  # no deadlock: every seed's own training was begun before any control
+    def run_control(variant: str, path_future: Future[Path]) -> dict[str, Any]:
+        path = path_future.result()  # no deadlock: every seed's own training was begun before any control
         text = started(
-            f"{path.stem}-{which.replace(' ', '-')}", __file__, "--home", str(home), "--one", which, str(path)
+            f"{path.stem}-{variant.replace(' ', '-')}", __file__, "--home", str(home), "--one", variant, str(path)
         )
-        told: dict[str, Any] = json.loads(text.splitlines()[-1])
-        return told
+        result: dict[str, Any] = json.loads(text.splitlines()[-1])
+        return result
 
     with ThreadPoolExecutor(2) as pool:
-        paths = {seed: pool.submit(real, seed) for seed in seeds}
-        controls = {(s, w): pool.submit(one, w, path) for s, path in paths.items() for w in (CONTINUED, RANDOM)}
+        paths = {seed: pool.submit(run_recipe, seed) for seed in seeds}
+        controls = {(s, w): pool.submit(run_control, w, path) for s, path in paths.items() for w in (CONTINUED, RANDOM)}
     return [
         collected(paths[seed].result(), home, {w: controls[seed, w].result() for w in (RANDOM, CONTINUED)})
         for seed in seeds
@@ -271,63 +273,65 @@ def collected(path: Path, home: Path, controls: Mapping[str, Any]) -> dict[str, 
     from pipeline.core.store import Artifact
 
     release = Release(path, home)
-    made = {name: (release.made(f"solve-{node}"), release.made(f"evaluate-{node}")) for name, node in NODES.items()}
-    for name, told in controls.items():
-        folder = Path(told["folder"])
-        made[name] = Artifact.open(folder / "solve-sft"), Artifact.open(folder / "evaluate-sft")
+    artifacts = {
+        name: (release.artifact(f"solve-{node}"), release.artifact(f"evaluate-{node}")) for name, node in NODES.items()
+    }
+    for name, result in controls.items():
+        folder = Path(result["folder"])
+        artifacts[name] = Artifact.open(folder / "solve-sft"), Artifact.open(folder / "evaluate-sft")
     costs = {name: (release.config(node).phase.steps, release.seconds(node)) for name, node in NODES.items()}
-    costs |= {name: (told["steps"], told["seconds"]) for name, told in controls.items()}
+    costs |= {name: (result["steps"], result["seconds"]) for name, result in controls.items()}
     return {
         "seed": release.seed,
         "rate": controls[RANDOM]["rate"],
         "costs": costs,
-        "scores": {name: scores(solved) for name, (solved, _) in made.items()},
-        "beside": {name: beside(*both) for name, both in made.items()},
+        "scores": {name: scores(solved) for name, (solved, _) in artifacts.items()},
+        "beside": {name: side_metrics(*both) for name, both in artifacts.items()},
     }
 
 
-def gain(seed: Mapping[str, Any], kind: str, what: str) -> dict[str, Any]:
+def gain(seed: Mapping[str, Any], kind: str, metric: str) -> dict[str, Any]:
     """RLVR's gain over SFT, item by item, so that an item's luck counts once."""
     from stages.evaluation.confidence import clustered
 
-    after, before = (seed["scores"][name][kind][what] for name in ("RLVR", "SFT"))
+    after, before = (seed["scores"][name][kind][metric] for name in ("RLVR", "SFT"))
     return clustered([after[id] - before[id] for id in sorted(before)])
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> list[str]:
+def table(seeds: Sequence[Mapping[str, Any]]) -> list[str]:
     """The lines for people."""
     lines = [f"{'seed':>4}  {'kind':5}{'measure':9}{'items':>6}{'SFT':>7}{'RLVR':>7}{'gain ± s.e.':>17}"
              f"{RANDOM:>15}{CONTINUED:>15}"]  # fmt: skip
-    for seed in found:
-        for kind, measures in sorted(seed["scores"]["SFT"].items(), key=lambda own: (own[0] == "all", own[0])):
-            for what in measures:
-                values = {name: seed["scores"][name][kind][what] for name in MODELS}
-                means = {name: sum(own.values()) / len(own) for name, own in values.items()}
-                rise = gain(seed, kind, what)
-                told = f"{rise['value']:+.3f} ± {rise['se']:.3f}"
-                lines.append(f"{seed['seed']:4}  {kind:5}{what:9}{rise['n']:6}{means['SFT']:7.3f}{means['RLVR']:7.3f}"
-                             f"{told:>17}{means[RANDOM]:15.3f}{means[CONTINUED]:15.3f}")  # fmt: skip
+    for seed in seeds:
+        for kind, measures in sorted(seed["scores"]["SFT"].items(), key=lambda entry: (entry[0] == "all", entry[0])):
+            for metric in measures:
+                values = {name: seed["scores"][name][kind][metric] for name in MODELS}
+                means = {name: sum(entry.values()) / len(entry) for name, entry in values.items()}
+                rise = gain(seed, kind, metric)
+                difference = f"{rise['value']:+.3f} ± {rise['se']:.3f}"
+                lines.append(f"{seed['seed']:4}  {kind:5}{metric:9}{rise['n']:6}{means['SFT']:7.3f}{means['RLVR']:7.3f}"
+                             f"{difference:>17}{means[RANDOM]:15.3f}{means[CONTINUED]:15.3f}")  # fmt: skip
     lines += ["", f"{'seed':>4}  {'beside':32}" + "".join(f"{name:>15}" for name in MODELS)]
-    for seed in found:
+    for seed in seeds:
         costs = {"steps": 0, "processor seconds of training": 1}
         rows = {name: [float(seed["costs"][model][n]) for model in MODELS] for name, n in costs.items()}
         rows |= {name: [seed["beside"][model][name] for model in MODELS] for name in seed["beside"]["SFT"]}
         for name, row in rows.items():
             digits = 0 if name in costs else 1 if name.startswith("tokens") else 3
             lines.append(f"{seed['seed']:4}  {name:32}" + "".join(f"{value:15.{digits}f}" for value in row))
-    rates = ", ".join(f"{seed['rate']:.3f}" for seed in found)
+    rates = ", ".join(f"{seed['rate']:.3f}" for seed in seeds)
     return [*lines, f"chance of a random reward, by seed: {rates}"]
 
 
-def last_line(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def last_line(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     from stages.evaluation.confidence import Z95
 
-    least = min((gain(seed, "all", "pass@1") for seed in found), key=lambda rise: rise["value"])
+    least = min((gain(seed, "all", "pass@1") for seed in seeds), key=lambda rise: rise["value"])
     half = Z95 * least["se"]
     return {
         "name": "rlvr-gain", "ratio": round(least["value"] / CLAIM, 4),
         "low": round((least["value"] - half) / CLAIM, 4), "high": round((least["value"] + half) / CLAIM, 4),
-        "target": 1.0, "unit": f"smallest gain in pass@1 of RLVR over SFT by {CLAIM:.2f}, {len(found)} seeds",
+        "target": 1.0, "unit": f"smallest gain in pass@1 of RLVR over SFT by {CLAIM:.2f}, {len(seeds)} seeds",
         "machine": f"{platform.machine()}, 2 processes of 1 thread",
     }  # fmt: skip
 
@@ -341,18 +345,18 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="where to write all figures")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        print(json.dumps(control(asked.one[0], Path(asked.one[1]), asked.home)))
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(control(arguments.one[0], Path(arguments.one[1]), arguments.home)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        home = (asked.home or Path(folder) / "home").absolute()
-        seeds = range(1 if asked.quick else asked.seeds)
-        found = measure(seeds, home, Path(folder), asked.quick)
-    print("\n".join(table(found)))
-    if asked.json:
-        asked.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    print(json.dumps(last_line(found)))
+        home = (arguments.home or Path(folder) / "home").absolute()
+        seeds = range(1 if arguments.quick else arguments.seeds)
+        results = measure(seeds, home, Path(folder), arguments.quick)
+    print("\n".join(table(results)))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    print(json.dumps(last_line(results)))
 
 
 if __name__ == "__main__":

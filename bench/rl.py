@@ -4,7 +4,7 @@
     .venv/bin/python bench/rl.py --quick    # a tiny model, to see that it works; its figures mean nothing
 
 A step draws a group of answers to each of 32 questions, scores them, and updates the weights once by DAPO's loss. Ours
-is `stages.rl.algorithms.grpo.GrpoTrainer.step` as a stage runs it, with its files and the digest of the policy;
+is `stages.rl.algorithms.grpo.Rlvr.step` as a stage runs it, with what it writes to disk and the digest of the policy;
 without max_resample_rounds, replay or validation. The peer is `GRPOTrainer.training_step` and its optimizer's step,
 without logging and checkpoints, with the fastest of transformers' expert implementations here. Both start from the same
 weights and ask the same questions in every step, at temperature 1, with the same load-balancing loss, optimizer, clip
@@ -100,34 +100,34 @@ class Letters:
         """Holds nothing."""
 
 
-class Whole(InProcess):
+class FullLength(InProcess):
     """Our sampler, whose answers count as finished when they are as long as allowed."""
 
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
-        return [replace(found, finished=True) for found in super().generate(prompts, greedy)]
+        return [replace(completion, finished=True) for completion in super().generate(prompts, greedy)]
 
 
 class Quiet:
     """A report that nobody reads."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *given, **named: None
+        return lambda *args, **kwargs: None
 
 
 def world(folder: Path, size: Size) -> tuple[dict[str, Artifact], list[dict[str, Any]]]:
     """Tasks, items and tokenizer under `folder`, and the rows of the tasks: as many as a step asks."""
     from tokenizers import Tokenizer, models, trainers
 
-    made = Tokenizer(models.BPE())
-    _set_byte_level(made)
+    bpe = Tokenizer(models.BPE())
+    _set_byte_level(bpe)
     trainer = trainers.BpeTrainer(
         vocab_size=size.vocab, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=_alphabet(), show_progress=False
     )
-    made.train_from_iterator((path.read_text("utf-8") for path in sorted((ROOT / "stages").rglob("*.py"))), trainer)
-    assert made.get_vocab_size() == size.vocab
+    bpe.train_from_iterator((path.read_text("utf-8") for path in sorted((ROOT / "stages").rglob("*.py"))), trainer)
+    assert bpe.get_vocab_size() == size.vocab
     for name in ("tokenizer", "tasks", "items"):
         (folder / name).mkdir()
-    made.save(str(folder / "tokenizer" / "tokenizer.json"))
+    bpe.save(str(folder / "tokenizer" / "tokenizer.json"))
     source = ProblemTasks(source="problems", task="add", levels=(2,), count=size.groups)
     rows = list(source.rows(0, set()))[: size.groups]
     assert len(rows) == size.groups
@@ -142,9 +142,9 @@ def ours(size: Size, inputs: Mapping[str, Artifact], work: Path, engine: Engine,
     engine.initialize()
     policy = trainer.policy
     policy.sampler.close()
-    made = hf_config(config.model, size.vocab, size.vocab, policy.chat.pad, "float32")
-    policy.sampler = Whole(made, (size.vocab,), size.new)
-    policy.verifiers.by_name = {name: Letters() for name in policy.verifiers.by_name}
+    model_config = hf_config(config.model, size.vocab, size.vocab, policy.chat.pad, "float32")
+    policy.sampler = FullLength(model_config, (size.vocab,), size.new)
+    policy.verifiers.made = {name: Letters() for name in policy.verifiers.made}
     return trainer
 
 
@@ -172,11 +172,11 @@ def peer(size: Size, model: Any, tokenizer: Path, prompts: list[str], work: Path
     from trl import GRPOConfig, GRPOTrainer
 
     disable_progress_bars()
-    made = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer), pad_token=PAD, padding_side="left")
-    made.add_special_tokens({"eos_token": "<|never|>"})
-    assert made.eos_token_id == size.vocab
+    fast_tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer), pad_token=PAD, padding_side="left")
+    fast_tokenizer.add_special_tokens({"eos_token": "<|never|>"})
+    assert fast_tokenizer.eos_token_id == size.vocab
 
-    def rewards(completions: list[str], **more: Any) -> list[float]:
+    def rewards(completions: list[str], **kwargs: Any) -> list[float]:
         return [reward(text) for text in completions]
 
     settings = GRPOConfig(
@@ -188,7 +188,7 @@ def peer(size: Size, model: Any, tokenizer: Path, prompts: list[str], work: Path
         save_strategy="no", logging_strategy="no", disable_tqdm=True, shuffle_dataset=False,
     )  # fmt: skip
     trainer = GRPOTrainer(
-        model, rewards, settings, train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=made
+        model, rewards, settings, train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=fast_tokenizer
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
@@ -209,11 +209,11 @@ Seconds = tuple[float, float]
 """CPU seconds of this process, and seconds by the clock."""
 
 
-def now() -> Seconds:
+def read_clock() -> Seconds:
     return time.process_time(), time.perf_counter()
 
 
-def since(start: Seconds) -> Seconds:
+def elapsed_since(start: Seconds) -> Seconds:
     return time.process_time() - start[0], time.perf_counter() - start[1]
 
 
@@ -222,11 +222,11 @@ def drive(trainer: Any, after: Callable[[Seconds], None]) -> None:
     from transformers import TrainerCallback
 
     class Turns(TrainerCallback):
-        def on_step_begin(self, *given: Any, **named: Any) -> None:
-            self.start = now()
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.start = read_clock()
 
-        def on_step_end(self, *given: Any, **named: Any) -> None:
-            after(since(self.start))
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            after(elapsed_since(self.start))
 
     trainer.add_callback(Turns())
     with plain_kernels():
@@ -235,16 +235,16 @@ def drive(trainer: Any, after: Callable[[Seconds], None]) -> None:
 
 def quickest(size: Size, model: Any, make: Callable[[Any, int, int], Any]) -> tuple[str, int, str]:
     """TRL's experts and number of pieces here, by the second of two steps of a copy; and what was tried."""
-    found = {}
+    timings = {}
     for experts in ("grouped_mm", "eager"):
         for pieces in size.pieces:
             other = copy.deepcopy(model)
             other.set_experts_implementation(experts)
-            took: list[Seconds] = []
-            drive(make(other, pieces, 2), took.append)
-            found[experts, pieces] = took[-1][0]
-    best = min(found, key=lambda name: found[name])
-    return *best, ", ".join(f"{experts} in {pieces} {took:.2f} s" for (experts, pieces), took in found.items())
+            elapsed: list[Seconds] = []
+            drive(make(other, pieces, 2), elapsed.append)
+            timings[experts, pieces] = elapsed[-1][0]
+    best = min(timings, key=lambda name: timings[name])
+    return *best, ", ".join(f"{experts} in {pieces} {elapsed:.2f} s" for (experts, pieces), elapsed in timings.items())
 
 
 def measure(size: Size) -> dict[str, Any]:
@@ -253,9 +253,8 @@ def measure(size: Size) -> dict[str, Any]:
         lr=RATE, final_lr=RATE, warmup_steps=0, weight_decay=0.0, beta1=BETAS[0], beta2=BETAS[1], clip=CLIP
     )
     phase = dict(
-        tasks=[{"source": "problems", "task": "add", "levels": [2], "count": size.groups}], steps=10**6,
-        prompts_per_step=size.groups, num_generations=size.samples,
-        sampling={"max_new_tokens": size.new}, micro_batches=size.micro_batches,
+        tasks=[{"source": "problems", "task": "add", "levels": [2], "count": size.groups}], prompts_per_step=size.groups,
+        num_generations=size.samples, steps=10**6, sampling={"max_new_tokens": size.new}, micro_batches=size.micro_batches,
         optimizer=optimizer, validate_every=10**6, release_checkpoint_interval=10**6, max_resample_rounds=0,
     )  # fmt: skip
     config = RlTrainConfig(model=size.model, phase=phase, padded_vocab_size=size.vocab, seed=0)
@@ -271,7 +270,7 @@ def measure(size: Size) -> dict[str, Any]:
             tokenizer = folder / "tokenizer" / "tokenizer.json"
             return peer(size, model, tokenizer, prompts, folder / "trl", pieces, steps)
 
-        experts, pieces, tried = quickest(size, model, make)
+        experts, pieces, comparison = quickest(size, model, make)
         model.set_experts_implementation(experts)
         theirs = make(model, pieces, size.rounds + 1)
         for row, prompt in zip(rows, prompts, strict=True):
@@ -285,19 +284,19 @@ def measure(size: Size) -> dict[str, Any]:
             raise SystemExit(f"not the same model: logits differ by {apart}")
         print(f"{config.model.parameters(size.vocab)['total']:,} parameters; {size.groups} questions, {size.samples} "
               f"answers of {size.new} tokens to each; fp32, one thread; TRL: {experts} experts, update in {pieces} "
-              f"(tried: {tried})")  # fmt: skip
+              f"(tried: {comparison})")  # fmt: skip
 
-        took: dict[str, list[Seconds]] = {"ours": [], "trl": []}
+        timings: dict[str, list[Seconds]] = {"ours": [], "trl": []}
         lines: dict[str, list[dict[str, float]]] = {"ours": [], "trl": []}
 
         def turn(seconds: Seconds) -> None:
-            told = theirs._metrics["train"]
-            lines["trl"].append({"tokens": told["completions/mean_length"][-1], "reward": told["reward"][-1]})
+            metrics = theirs._metrics["train"]
+            lines["trl"].append({"tokens": metrics["completions/mean_length"][-1], "reward": metrics["reward"][-1]})
             torch.use_deterministic_algorithms(True)
-            start = now()
-            line = trainer.step(len(took["ours"]) + 1)
-            took["ours"].append(since(start))
-            took["trl"].append(seconds)
+            start = read_clock()
+            line = trainer.step(len(timings["ours"]) + 1)
+            timings["ours"].append(elapsed_since(start))
+            timings["trl"].append(seconds)
             torch.use_deterministic_algorithms(False)
             lines["ours"].append({"tokens": line["completion_length"], "reward": line["reward"]})
             if line["groups"] != size.groups or any(each[-1]["tokens"] != size.new for each in lines.values()):
@@ -306,11 +305,15 @@ def measure(size: Size) -> dict[str, Any]:
         drive(theirs, turn)
         trainer.close()
 
-    ratios = [trl[0] / own[0] for own, trl in zip(*(each[1:] for each in took.values()), strict=True)]  # 1: warm-up
-    clock = statistics.median(trl[1] / own[1] for own, trl in zip(*(each[1:] for each in took.values()), strict=True))
+    ratios = [
+        trl[0] / atom[0] for atom, trl in zip(*(each[1:] for each in timings.values()), strict=True)
+    ]  # 1: warm-up
+    clock = statistics.median(
+        trl[1] / atom[1] for atom, trl in zip(*(each[1:] for each in timings.values()), strict=True)
+    )
     print(f"{'':6}{'CPU s a step, median':>22}{'lowest':>8}{'highest':>9}{'by clock':>10}{'first reward':>14}"
           f"{'last reward':>13}")  # fmt: skip
-    for name, each in took.items():
+    for name, each in timings.items():
         used, passed = ([step[n] for step in each[1:]] for n in (0, 1))
         print(f"{name:6}{statistics.median(used):22.3f}{min(used):8.3f}{max(used):9.3f}{statistics.median(passed):10.3f}"
               f"{lines[name][0]['reward']:14.4f}{lines[name][-1]['reward']:13.4f}")  # fmt: skip

@@ -162,7 +162,7 @@ def seconds(step: Step, numbers: Iterable[int]) -> tuple[float, float]:
 
 def fastest_experts(model: Any, tokens: Tokens, tries: int) -> tuple[str, dict[str, float]]:
     """transformers' quickest expert implementation here, and the seconds of a forward and backward with each."""
-    found = {}
+    timings = {}
     for name in EXPERTS:
         model.set_experts_implementation(name)
 
@@ -175,10 +175,10 @@ def fastest_experts(model: Any, tokens: Tokens, tries: int) -> tuple[str, dict[s
                 return loss.item()
 
         step(0)
-        found[name] = min(seconds(step, [0])[0] for _ in range(tries))
-    best = min(found, key=lambda name: found[name])
+        timings[name] = min(seconds(step, [0])[0] for _ in range(tries))
+    best = min(timings, key=lambda name: timings[name])
     model.set_experts_implementation(best)
-    return best, found
+    return best, timings
 
 
 def matmul_peak(width: int) -> float:
@@ -207,9 +207,9 @@ def measure(size: Size) -> dict[str, Any]:
         engine = Engine(config, ranks, size.vocab)
         engine.initialize()
         model, tokens = peer_model(engine, size), Tokens(size)
-        experts, tried = fastest_experts(model, tokens, 2)
+        experts, comparison = fastest_experts(model, tokens, 2)
         sides = {"ours": ours(engine, tokens), "transformers": peer(model, tokens)}
-        counts, tries = size.model.parameters(size.vocab), ", ".join(f"{k} {v:.2f} s" for k, v in tried.items())
+        counts, tries = size.model.parameters(size.vocab), ", ".join(f"{k} {v:.2f} s" for k, v in comparison.items())
         print(f"{counts['total']:,} parameters, {counts['active']:,} active; {size.rows} rows of {size.length} tokens "
               f"a step; fp32, one thread; transformers: {experts} experts (forward and backward: {tries})")  # fmt: skip
 
@@ -220,21 +220,21 @@ def measure(size: Size) -> dict[str, Any]:
             step(2)
         speeds: dict[str, list[float]] = {name: [] for name in sides}
         clocks: dict[str, list[float]] = {name: [] for name in sides}
-        peaks, done = [], 2
+        peaks, steps_done = [], 2
         for turn in range(size.rounds):
-            numbers = range(done + 1, done + 1 + size.steps)
+            numbers = range(steps_done + 1, steps_done + 1 + size.steps)
             for name in sorted(sides, reverse=turn % 2 == 1):
                 used, passed = seconds(sides[name], numbers)
                 speeds[name].append(size.steps * size.tokens / used)
                 clocks[name].append(passed)
             peaks.append(matmul_peak(size.matrix))
-            done += size.steps
-        last = {name: step(done + 1) for name, step in sides.items()}
+            steps_done += size.steps
+        last = {name: step(steps_done + 1) for name, step in sides.items()}
 
     flops, peak = size.model.flops_per_token(size.vocab, size.length), max(peaks)
     print(f"peak: {peak / 1e9:.0f} GFLOP/s (fp32 product of {size.matrix}-wide matrices, best of all rounds)")
     print(f"{'':14}{'tokens/s, median':>18}{'lowest':>10}{'highest':>10}{'of peak':>10}"
-          f"{'first loss':>14}{f'loss {done + 1}':>14}")  # fmt: skip
+          f"{'first loss':>14}{f'loss {steps_done + 1}':>14}")  # fmt: skip
     for name, speed in speeds.items():
         middle = statistics.median(speed)
         print(f"{name:14}{middle:18,.0f}{min(speed):10,.0f}{max(speed):10,.0f}{flops * middle / peak:10.1%}"

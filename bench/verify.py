@@ -52,7 +52,7 @@ def make(folder: Path, large: int, size: int, small: int) -> int:
 
 def measure(quick: bool) -> dict[str, Any]:
     rounds, shape = (3, (4, 4_000_000, 50)) if quick else (9, (15, 64_000_000, 500))
-    took: dict[str, list[float]] = {"atom verify": [], "sha256sum": []}
+    timings: dict[str, list[float]] = {"atom verify": [], "sha256sum": []}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         total = make(folder, *shape)
@@ -61,16 +61,16 @@ def measure(quick: bool) -> dict[str, Any]:
         for _ in range(rounds):
             start = time.perf_counter()
             verdict = verify(folder)
-            took["atom verify"].append(time.perf_counter() - start)
+            timings["atom verify"].append(time.perf_counter() - start)
             assert verdict.ok and verdict.kind == "repository", verdict.to_json()
             start = time.perf_counter()
             subprocess.run(peer, input=paths, cwd=folder, stdout=subprocess.DEVNULL, check=True)
-            took["sha256sum"].append(time.perf_counter() - start)
+            timings["sha256sum"].append(time.perf_counter() - start)
     print(f"{total / 1e6:.0f} MB, {rounds} rounds{'MB/s, median':>28}{'lowest':>9}{'highest':>9}")
-    for name, each in took.items():
+    for name, each in timings.items():
         speeds = [total / 1e6 / seconds for seconds in each]
         print(f"{name:24}{statistics.median(speeds):28.0f}{min(speeds):9.0f}{max(speeds):9.0f}")
-    ratios = [theirs / ours for ours, theirs in zip(took["atom verify"], took["sha256sum"], strict=True)]
+    ratios = [theirs / ours for ours, theirs in zip(timings["atom verify"], timings["sha256sum"], strict=True)]
     low, ratio, high = statistics.quantiles(ratios, n=4)
     return {
         "name": "verify", "ratio": round(ratio, 4), "low": round(low, 4), "high": round(high, 4), "target": TARGET,

@@ -35,29 +35,29 @@ def model(out: Path, seed: int) -> Artifact:
 
 def corpus(folder: Path, texts: dict[str, list[str]]) -> dict[str, Artifact]:
     """{"curate", "order-pretrain"}: kept documents of each source, of which the order reads all but the last one."""
-    kept, order = [], []
-    for source, own in texts.items():
+    kept_rows, order = [], []
+    for source, source_texts in texts.items():
         rows = [
             {"id": f"{source}/{n}", "text": text, "source": source, "license": "CC0-1.0", "origin": "by hand",
              "content_hash": content_hash(text), "prompt_chars": 0, "split": "train"}
-            for n, text in enumerate(own)
+            for n, text in enumerate(source_texts)
         ]  # fmt: skip
         write_rows(folder / "curate" / "kept" / f"{source}.parquet", KEPT, rows)
-        kept += rows[:-1]
-    for n, row in enumerate(kept):
+        kept_rows += rows[:-1]
+    for n, row in enumerate(kept_rows):
         place = {"step": n + 1, "row": 0, "segment": 0, "source": row["source"], "ordinal": n, "id": row["id"]}
         order.append({**place, "offset": 0, "length": 5, "loss_from": 0})
     write_rows(folder / "order" / "order.parquet", ORDER, order)
-    made = {"curate": folder / "curate", "order-pretrain": folder / "order"}
-    return {role: write_manifest(path, role) for role, path in made.items()}
+    artifacts = {"curate": folder / "curate", "order-pretrain": folder / "order"}
+    return {role: write_manifest(path, role) for role, path in artifacts.items()}
 
 
 def make(folder: Path, texts: dict[str, list[str]] | None = None) -> dict[str, Artifact]:
     """items, tasks-rlvr, curate, order-pretrain and two exported models, `model` and `before`."""
-    found = {"items": sealed(items_stage.STAGE, ITEMS, {}, folder / "items")}
-    found["tasks-rlvr"] = sealed(tasks_stage.STAGE, TASKS, {"items": found["items"]}, folder / "tasks-rlvr")
-    found |= corpus(folder, texts or {"prose": [f"{n}. {TEXT}" for n in range(12)]})
-    return found | {"model": model(folder / "export-a", 1), "before": model(folder / "export-b", 2)}
+    artifacts = {"items": sealed(items_stage.STAGE, ITEMS, {}, folder / "items")}
+    artifacts["tasks-rlvr"] = sealed(tasks_stage.STAGE, TASKS, {"items": artifacts["items"]}, folder / "tasks-rlvr")
+    artifacts |= corpus(folder, texts or {"prose": [f"{n}. {TEXT}" for n in range(12)]})
+    return artifacts | {"model": model(folder / "export-a", 1), "before": model(folder / "export-b", 2)}
 
 
 def table(artifact: Artifact, name: str) -> list[dict[str, Any]]:

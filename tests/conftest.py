@@ -125,11 +125,11 @@ def atom(
 ) -> subprocess.CompletedProcess[str]:
     """Runs the `atom` command in a process of its own, as a user would. Fails unless it exits with `code`."""
     env = {**os.environ, "ATOM_HOME": str(home), **environment}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "pipeline.cli", *arguments], env=env, capture_output=True, text=True, timeout=timeout
     )
-    assert code is None or done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+    assert code is None or process.returncode == code, f"exit {process.returncode}\n{process.stdout}\n{process.stderr}"
+    return process
 
 
 @pytest.fixture(scope="session")
@@ -159,12 +159,12 @@ def copy(built: Path, tmp_path: Path) -> Path:
 
 def digests(home: Path) -> dict[str, str]:
     """{key: digest} of every artifact of a home folder, each byte of which is hashed on the way."""
-    found = {}
+    by_key = {}
     for folder in sorted((home / "artifacts").iterdir()):
         artifact = Artifact.open(folder)
         artifact.verify()
-        found[artifact.key] = artifact.digest
-    return found
+        by_key[artifact.key] = artifact.digest
+    return by_key
 
 
 @pytest.fixture(scope="module")

@@ -90,5 +90,5 @@ def part(
         chunks = build(model, padded_vocab_size, layout, precision, packed)
         parameters, buffers = dict(named_tensors(chunks)), named_buffers(chunks)
         shapes = {name: tuple(tensor.shape) for name, tensor in (parameters | buffers).items()}
-        found = {name: boxes(name, full[name]) for name in shapes}
-    return place, Part(shapes, found, sum(p.numel() for _, p in parameters.items()))
+        blocks = {name: boxes(name, full[name]) for name in shapes}
+    return place, Part(shapes, blocks, sum(p.numel() for _, p in parameters.items()))

@@ -31,15 +31,15 @@ def compare(out: Path) -> dict[str, list[str]]:
     """By "LAYOUT/ALONE/RECIPE": the layers and tensors that are not those of one process, on rank 0."""
     codes, logs = layouts.end(layouts.spawn([__file__, str(out)], 2, {"PORTS": json.dumps(ports())}), timeout=300)
     assert not any(codes), [log[-2000:] for code, log in zip(codes, logs, strict=True) if code]
-    found: dict[str, list[str]] = json.loads(out.read_text())
-    return found
+    report: dict[str, list[str]] = json.loads(out.read_text())
+    return report
 
 
 def ports() -> list[int]:
-    found: set[int] = set()
-    while len(found) < len(CASES):
-        found.add(free_port())
-    return sorted(found)
+    numbers: set[int] = set()
+    while len(numbers) < len(CASES):
+        numbers.add(free_port())
+    return sorted(numbers)
 
 
 def grid(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -78,24 +78,24 @@ def differences(gpt: Any, recipe: Any) -> Iterator[str]:
         )
         x, w, dy = (grid(*shape, 3 * number + n) for n, shape in enumerate(
             [(TOKENS, columns), (rows, columns), (TOKENS, rows)]))  # fmt: skip
-        whole = reference(x, w, dy, recipe)
+        unsplit = reference(x, w, dy, recipe)
         module.weight.data.copy_(part(w, 0 if by_rows else 1, True))
         # tokens in front, a batch of one; under sequence parallelism a rank is given, and gives, its part of them
-        given = part(part(x, 1, not by_rows), 0, by_rows and sequence)[:, None].clone().requires_grad_()
-        out, _ = module(given)
+        x_part = part(part(x, 1, not by_rows), 0, by_rows and sequence)[:, None].clone().requires_grad_()
+        out, _ = module(x_part)
         scattered = out.shape[0] < TOKENS
         out.backward(part(part(dy, 1, by_rows), 0, scattered)[:, None])
-        y, dx, dw = out.detach()[:, 0], given.grad[:, 0], module.weight.grad
+        y, dx, dw = out.detach()[:, 0], x_part.grad[:, 0], module.weight.grad
         if module.explicit_expert_comm:  # Megatron's dispatcher adds up what the ranks of an expert give
             dist.all_reduce(dx if by_rows else y, group=module.tp_group)
         expected = {
-            "y": part(part(whole["y"], 1, by_rows), 0, scattered),
-            "dx": part(part(whole["dx"], 1, not by_rows), 0, by_rows and sequence),
-            "dw": part(whole["dw"], 0 if by_rows else 1, True),
+            "y": part(part(unsplit["y"], 1, by_rows), 0, scattered),
+            "dx": part(part(unsplit["dx"], 1, not by_rows), 0, by_rows and sequence),
+            "dw": part(unsplit["dw"], 0 if by_rows else 1, True),
         }
-        for what, tensor in (("y", y), ("dx", dx), ("dw", dw)):
-            if not torch.equal(tensor.double(), expected[what]):
-                yield f"{name} {what}"
+        for product, tensor in (("y", y), ("dx", dx), ("dw", dw)):
+            if not torch.equal(tensor.double(), expected[product]):
+                yield f"{name} {product}"
 
 
 def main(out: Path) -> None:
@@ -106,7 +106,7 @@ def main(out: Path) -> None:
     from stages.models.qwen3_moe.megatron_model import build
     from stages.train import parallel
 
-    quantize, found = fake_fp8.quantize, {}
+    quantise, report = fake_fp8.quantise, {}
 
     def deaf(kind_alone: str, x: Any, recipe: Any, kind: Any, summed: int, group: Any) -> Any:
         return quantize(x, recipe, kind, summed, None if kind == kind_alone else group)
@@ -120,9 +120,9 @@ def main(out: Path) -> None:
             for recipe in RECIPES if not alone else ["fp8-tensorwise"]:
                 (gpt,) = build(config, 64, layout)
                 fake_fp8.attach([gpt], RECIPES[recipe])
-                found[f"{name}/{alone}/{recipe}"] = sorted(differences(gpt, RECIPES[recipe]))
+                report[f"{name}/{alone}/{recipe}"] = sorted(differences(gpt, RECIPES[recipe]))
     if os.environ["RANK"] == "0":
-        out.write_text(json.dumps(found))
+        out.write_text(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -38,16 +38,18 @@ def graphs(folder: Path) -> list[Graph]:
     return out
 
 
-def state(store: Store, run: Run, composed: Graph, name: str, made: Artifact, part: Checkpoint | None = None) -> None:
+def state(
+    store: Store, run: Run, composed: Graph, name: str, product: Artifact, part: Checkpoint | None = None
+) -> None:
     """The statement of a product."""
     node = composed.nodes[name]
     materials = {role: store.manifest(key) for role, key in composed.materials(node).items() if store.sealed(key)}
     body = provenance.statement(
-        subject={made.key: made.digest},
+        subject={product.key: product.digest},
         stage=node.stage.name,
         version=node.stage.version,
         node=part.node if part else name,
-        key=made.key,
+        key=product.key,
         config={},
         operations=[{}],
         materials=materials,
@@ -60,7 +62,7 @@ def state(store: Store, run: Run, composed: Graph, name: str, made: Artifact, pa
         outcome="sealed",
         checkpoint_of={"key": part.phase, "step": part.step} if part else None,
     )
-    provenance.write(store.ledger, made.key, body)
+    provenance.write(store.ledger, product.key, body)
 
 
 def seal(store: Store, run: Run, composed: Graph, name: str) -> None:
@@ -79,17 +81,17 @@ def seal(store: Store, run: Run, composed: Graph, name: str) -> None:
             draft = store.work(key) / "out.1@1"
             draft.mkdir()
             os.link(out / "file", draft / "file")
-            store.seal(draft, part.key, lambda made: state(store, run, composed, name, made, part))
-    store.seal(out, key, lambda made: state(store, run, composed, name, made))
+            store.seal(draft, part.key, lambda product: state(store, run, composed, name, product, part))
+    store.seal(out, key, lambda product: state(store, run, composed, name, product))
     shutil.rmtree(store.work(key))
     report.event("usage", wall_seconds=1.0)
     report.end("sealed")
     report.close()
 
 
-def start(store: Store, composed: Graph, selected: list[str], stop_before: str | None = None, **more: Any) -> Run:
+def start(store: Store, composed: Graph, selected: list[str], stop_before: str | None = None, **options: Any) -> Run:
     """A run of these nodes that was killed in the middle of `stop_before`, if that is one of them."""
-    run = runs.start(composed, store, selected, "local", **more)
+    run = runs.start(composed, store, selected, "local", **options)
     for name in selected:
         key = composed.nodes[name].key
         if name == stop_before:
@@ -112,7 +114,7 @@ def release(store: Store, composed: Graph, selected: list[str]) -> None:
     (evidence / "manifests").mkdir(parents=True)
     nodes = {}
     for name in selected:
-        made = store.manifest(composed.nodes[name].key)
-        shutil.copy(made / "manifest.json", evidence / "manifests" / f"{name}.json")
-        nodes[name] = {"key": made.key, "digest": made.digest}
+        artifact = store.manifest(composed.nodes[name].key)
+        shutil.copy(artifact / "manifest.json", evidence / "manifests" / f"{name}.json")
+        nodes[name] = {"key": artifact.key, "digest": artifact.digest}
     (evidence / "release.json").write_text(json.dumps({"format": 2, "nodes": nodes}))

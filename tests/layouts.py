@@ -75,8 +75,8 @@ def train(corpus: Path, settings: dict[str, Any], steps: int) -> list[dict[str, 
             out[-1] |= {"z_loss": figures.z_loss, "busiest": figures.experts.max_violation}
             out[-1] |= {"share": figures.experts.share.flatten().tolist()}
             out[-1] |= {"entropy": float(figures.experts.entropy.mean()), "dropped": float(figures.experts.dropped)}
-        held = Shards(tokens, "heldout")
-        share = RankBatch.read(heldout_rows(tokens, phase)[:7], held, phase.micro_rows, ranks)
+        heldout_shards = Shards(tokens, "heldout")
+        share = Share.read(heldout_rows(tokens, phase)[:7], heldout_shards, phase.micro_rows, ranks)
         out.append({"heldout_loss": engine.evaluate(share)})
     return out
 
@@ -101,29 +101,29 @@ def compare(corpus: Path, layouts: dict[str, dict[str, Any]], ranks: int, settin
     task = {"layouts": layouts, "ports": sorted(ports), "config": settings, "steps": steps}
     codes, logs = end(spawn([__file__, str(corpus), json.dumps(task), str(out)], ranks), timeout=500)
     assert not any(codes), [log[-2000:] for code, log in zip(codes, logs, strict=True) if code]
-    found: dict[str, list[dict[str, float]]] = json.loads(out.read_text())
-    return found
+    curves: dict[str, list[dict[str, float]]] = json.loads(out.read_text())
+    return curves
 
 
-def agree(here: list[dict[str, Any]], there: list[dict[str, Any]], tolerance: float, name: str) -> None:
+def agree(curve: list[dict[str, Any]], reference: list[dict[str, Any]], tolerance: float, name: str) -> None:
     """Asserts that two layouts trained alike, step by step, until a token whose two experts are as good as equal to it
     goes to another one, which rounding decides and which is seen in the experts' exact shares: few tokens may, and what
     follows then agrees to a thousandth."""
-    assert len(here) == len(there)
+    assert len(curve) == len(reference)
     flipped = False
-    for step, (a, b) in enumerate(zip(here, there, strict=True), start=1):
+    for step, (a, b) in enumerate(zip(curve, reference, strict=True), start=1):
         a, b = dict(a), dict(b)
         shares = a.pop("share", []), b.pop("share", [])
-        away = max((abs(x - y) for x, y in zip(*shares, strict=True)), default=0.0)
-        assert away < 0.02, f"{name}, step {step}: the experts' shares differ by {away}"
-        flipped = flipped or away > 1e-6
+        distance = max((abs(x - y) for x, y in zip(*shares, strict=True)), default=0.0)
+        assert distance < 0.02, f"{name}, step {step}: the experts' shares differ by {distance}"
+        flipped = flipped or distance > 1e-6
         assert a == pytest.approx(b, rel=max(tolerance, 2e-3) if flipped else tolerance), f"{name}, step {step}"
 
 
 def settings_of(layout: dict[str, Any], ranks: int, seed: int = 0, **phase: Any) -> dict[str, Any]:
     """world.config() of the deeper model, in small micro-batches, in that layout."""
-    found = world.config(seed, **{"batch": BATCH, "parallelism": {"ranks": ranks, **layout}, **phase})
-    return {**found, "model": MODEL}
+    config = world.config(seed, **{"batch": BATCH, "parallelism": {"ranks": ranks, **layout}, **phase})
+    return {**config, "model": MODEL}
 
 
 def start(corpus: Path, folder: Path, settings: dict[str, Any], at: int = 0, number: int = 0, **env: str) -> list[Any]:
@@ -157,7 +157,7 @@ def run(corpus: Path, folder: Path, settings: dict[str, Any], **options: Any) ->
     return logs
 
 
-def named(name: str) -> dict[str, Any]:
+def settings_named(name: str) -> dict[str, Any]:
     """The settings of a layout by its name here; "one" is one process."""
     ranks = 1 if name == "one" else 2 if name in TWO else 4
     return settings_of({"one": {}, **TWO, **FOUR}[name], ranks)
@@ -165,12 +165,12 @@ def named(name: str) -> dict[str, Any]:
 
 def reads(folder: Path) -> dict[int, dict[int, list[tuple[Any, ...]]]]:
     """step -> rank -> rows that this rank read, as TEST_READS left them."""
-    found: dict[int, dict[int, list[tuple[Any, ...]]]] = {}
+    reads_by_rank: dict[int, dict[int, list[tuple[Any, ...]]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text().splitlines():
             step, row = json.loads(line)
-            found.setdefault(step, {}).setdefault(int(path.stem), []).append(tuple(row))
-    return found
+            reads_by_rank.setdefault(step, {}).setdefault(int(path.stem), []).append(tuple(row))
+    return reads_by_rank
 
 
 def figures(out: Path, keys: tuple[str, ...] = ("loss", "aux_loss", "grad_norm", "heldout_loss")) -> list[float]:
@@ -185,17 +185,17 @@ def kill_at_random(
     """Runs the pretrain stage to its end through `kills` `kill -9` of one rank or of all, each at a random moment up to
     `longest` seconds after the start. A run that ends before gives its digest and another begins. Returns the digests.
     """
-    digests, left, number = [], kills, 0
+    digests, kills_left, number = [], kills, 0
     folder.mkdir()
     while True:
         processes = start(corpus, folder / f"run-{number}", settings)
         try:
-            processes[0].wait(chance.uniform(0, longest) if left else 300)
+            processes[0].wait(chance.uniform(0, longest) if kills_left else 300)
         except subprocess.TimeoutExpired:
             victims = processes if chance.random() < 0.3 else [chance.choice(processes)]
             for process in victims:
                 process.kill()
-            left -= 1
+            kills_left -= 1
             deadline = time.monotonic() + 5
             while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
                 time.sleep(0.1)
@@ -206,23 +206,23 @@ def kill_at_random(
         codes, logs = end(processes)
         assert not any(codes), logs
         digests.append(world.digest(folder / f"run-{number}" / "out"))
-        if not left:
+        if not kills_left:
             return digests
         number += 1
 
 
 def main(corpus: Path, task: dict[str, Any], out: Path) -> None:
-    ranks, found = int(os.environ.get("WORLD_SIZE", "1")), {}
+    ranks, report = int(os.environ.get("WORLD_SIZE", "1")), {}
     for port, (name, layout) in zip(task["ports"], task["layouts"].items(), strict=True):
         os.environ["MASTER_PORT"] = str(port)
         settings = task["config"]
         settings["phase"]["parallelism"] = {"ranks": ranks, **layout}
         try:
-            found[name] = train(corpus, settings, task["steps"])
+            report[name] = train(corpus, settings, task["steps"])
         except Exception as error:
             raise RuntimeError(f"layout {name}") from error
     if os.environ.get("RANK", "0") == "0":
-        out.write_text(json.dumps(found))
+        out.write_text(json.dumps(report))
 
 
 if __name__ == "__main__":

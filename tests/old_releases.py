@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-KEPT = ROOT / "tests/data/atom-kept-0.1.0.tar.xz"
+ARCHIVE = ROOT / "tests/data/atom-kept-0.1.0.tar.xz"
 PACKAGES = ("pipeline", "stages", "release", "data_recipes")
 RUN = """
 import sys
@@ -31,7 +31,7 @@ app()
 
 def unpack(folder: Path) -> Path:
     """The kept release."""
-    with tarfile.open(KEPT) as archive:
+    with tarfile.open(ARCHIVE) as archive:
         archive.extractall(folder, filter="data")
     return folder / "atom-kept-0.1.0"
 
@@ -71,6 +71,6 @@ class Tree:
 
     def verify(self, release: Path, *options: str) -> tuple[int, dict[str, dict[str, Any]]]:
         """(exit code, {check: what came of it})."""
-        done = self.atom("verify", str(release), "--json", *options)
-        assert done.stdout.startswith("{"), done.stderr[-2000:]
-        return done.returncode, {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+        process = self.atom("verify", str(release), "--json", *options)
+        assert process.stdout.startswith("{"), process.stderr[-2000:]
+        return process.returncode, {check["name"]: check for check in json.loads(process.stdout)["checks"]}

@@ -35,17 +35,17 @@ STEERING = {name for cell in CELLS.values() for name in cell}
 
 def main(arguments: list[str]) -> int:
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    names, given = arguments[:split] or list(CELLS), arguments[split + 1 :]
+    names, pytest_arguments = arguments[:split] or list(CELLS), arguments[split + 1 :]
     if unknown := [name for name in names if name not in CELLS]:
         print(f"no cell {unknown[0]}; there are {', '.join(CELLS)}", file=sys.stderr)
         return 2
     failed = False
     for name in names:
         began = time.monotonic()
-        command = [sys.executable, "-m", "pytest", *(given or ["-m", "numeric", "--margin", "3", "-n", "2"])]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **CELLS[name]}, capture_output=True, text=True)
-        lines = done.stdout.strip().splitlines() or [done.stderr.strip()]
-        failed = failed or done.returncode != 0
+        command = [sys.executable, "-m", "pytest", *(pytest_arguments or ["-m", "numeric", "--margin", "3", "-n", "2"])]
+        process = subprocess.run(command, cwd=ROOT, env={**os.environ, **CELLS[name]}, capture_output=True, text=True)
+        lines = process.stdout.strip().splitlines() or [process.stderr.strip()]
+        failed = failed or process.returncode != 0
         print(f"{name:<15} {time.monotonic() - began:6.0f} s  {lines[-1]}", flush=True)
         print("".join(f"    {line}\n" for line in lines if line.startswith(("FAILED", "ERROR"))), end="", flush=True)
     return int(failed)

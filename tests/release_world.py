@@ -105,8 +105,8 @@ def make_curate(out: Path) -> None:
     fates, dispositions = corpus(), []
     summary: dict[str, Any] = {"sources": {}}
     for source, rows in fates.items():
-        kept = [{k: v for k, v in row.items() if k != "rule"} for row in rows if row["rule"] is None]
-        table(out / "kept" / f"{source}.parquet", kept)
+        kept_rows = [{k: v for k, v in row.items() if k != "rule"} for row in rows if row["rule"] is None]
+        table(out / "kept" / f"{source}.parquet", kept_rows)
         for row in rows:
             dispositions.append(
                 {
@@ -117,7 +117,7 @@ def make_curate(out: Path) -> None:
                     "threshold": 2.0 if row["rule"] else None, "duplicate_of": None, "match": None,
                 }
             )  # fmt: skip
-        summary["sources"][source] = {"documents_in": len(rows), "kept": len(kept)}
+        summary["sources"][source] = {"documents_in": len(rows), "kept": len(kept_rows)}
     table(out / "dispositions.parquet", dispositions)
     write_json(out / "summary.json", summary)
 
@@ -250,28 +250,28 @@ SCORES = {"init": (8.0, 0), "base": (3.0, 4), "mid": (3.02, 15), "long-1": (3.03
 
 def inputs_with_long_context() -> dict[str, list[str]]:
     """The graph of a run with two long-context phases."""
-    found = dict(INPUTS)
+    inputs = dict(INPUTS)
     for number, before in ((1, "midtrain"), (2, "longcontext-1")):
-        found |= {
+        inputs |= {
             f"order-longcontext-{number}": ["tokenize"],
             f"longcontext-{number}": ["tokenize", f"order-longcontext-{number}", before],
             f"export-long-{number}": [f"longcontext-{number}", "tokenizer"],
             f"evaluate-long-{number}": [f"export-long-{number}", "curate", "items"],
         }
-    return found
+    return inputs
 
 
 def make_node(name: str, out: Path) -> None:
     """The files of one node's artifact."""
-    kind, _, which = name.partition("-")
+    kind, _, suffix = name.partition("-")
     out.mkdir(parents=True)
     if kind == "acquire":
-        rows = [{k: v for k, v in row.items() if k not in ("split", "rule")} for row in corpus()[which]]
+        rows = [{k: v for k, v in row.items() if k not in ("split", "rule")} for row in corpus()[suffix]]
         table(out / "documents.parquet", rows)
-        license = SOURCES[which]
-        evidence = f"https://example.org/{which}/LICENSE"
-        about = {"name": which, "license": license, "license_evidence": evidence, "documents": len(rows)}
-        write_json(out / "source.json", {**about, "origin": f"https://example.org/{which}"})
+        license = SOURCES[suffix]
+        evidence = f"https://example.org/{suffix}/LICENSE"
+        about = {"name": suffix, "license": license, "license_evidence": evidence, "documents": len(rows)}
+        write_json(out / "source.json", {**about, "origin": f"https://example.org/{suffix}"})
     elif kind == "items":
         rows = [
             {"id": f"add/{n}", "task": "add", "prompt": f"{n}+1:", "answer": str(n + 1), "text": f"{n}+1"}
@@ -297,14 +297,14 @@ def make_node(name: str, out: Path) -> None:
         }
         write_json(out / "meta.json", {"vocab_size": VOCAB, "pad_id": 0, "eod_id": 1, "tokens": tokens})
     elif kind == "order":
-        make_order(out, which)
+        make_order(out, suffix)
     elif kind in ("pretrain", "midtrain", "longcontext"):
         make_training(out, name, [0, 2])
     elif kind == "export":
-        save_model(out / "model", list(SCORES).index(which), context_of(which))
+        save_model(out / "model", list(SCORES).index(suffix), context_of(suffix))
         write_json(out / "parity.json", {"max_abs_logit_delta": 2.5e-6, "tolerance": 1e-4, "tokens": 64, "tensors": 27})
     elif kind == "evaluate":
-        make_evaluation(out, *SCORES[which])
+        make_evaluation(out, *SCORES[suffix])
 
 
 def write_statement(folder: Path, artifact: Artifact, materials: list[Artifact]) -> Path:

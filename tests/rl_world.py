@@ -48,21 +48,21 @@ def tokenizer(folder: Path) -> Artifact:
     from stages.data.tokenizer import SPECIAL_TOKENS
 
     names = [*SPECIAL_TOKENS, *"abcdefghijklmnopqrstuvwxyz0123456789 \n.+:,"]
-    made = Tokenizer(models.WordLevel({name: n for n, name in enumerate(names)}, unk_token="."))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    made.decoder = decoders.Fuse()
-    made.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL_TOKENS])
+    word_level = Tokenizer(models.WordLevel({name: n for n, name in enumerate(names)}, unk_token="."))
+    word_level.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    word_level.decoder = decoders.Fuse()
+    word_level.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL_TOKENS])
     folder.mkdir(parents=True)
-    made.save(str(folder / "tokenizer.json"))
+    word_level.save(str(folder / "tokenizer.json"))
     return write_manifest(folder, "tokenizer-test")
 
 
 def row(id: str, kind: str, level: int, ask: str, letter: str = "e", **fields: Any) -> dict[str, Any]:
     from stages.rl.protocols import to_row
 
-    wants = {"letter": letter, "let_frequency": 1, "let_relation": "at least"}
-    named = {"instruction_id_list": ["keywords:letter_frequency"], "kwargs": [wants]}
-    return dict(to_row(id, ask, "instructions", kind, level, **named, **fields))
+    arguments = {"letter": letter, "let_frequency": 1, "let_relation": "at least"}
+    instruction = {"instruction_id_list": ["keywords:letter_frequency"], "kwargs": [arguments]}
+    return dict(to_row(id, ask, "instructions", kind, level, **instruction, **fields))
 
 
 def make(folder: Path) -> dict[str, Artifact]:
@@ -83,23 +83,25 @@ def make(folder: Path) -> dict[str, Artifact]:
     write_jsonl(folder / "tasks" / "tasks.jsonl", rows)
     (folder / "items").mkdir()
     write_rows(folder / "items" / "items.parquet", ITEMS, [])
-    held = [row(f"validation/{n}", "letter", 0, f"tell {n}", split="validation") for n in range(6)]
-    write_jsonl(folder / "items" / "chat.jsonl", held)
-    made = {name: write_manifest(folder / name, f"{name}-test") for name in ("init", "tasks", "items")}
-    return made | {"tokenizer": tokenizer(folder / "tokenizer")}
+    validation_rows = [row(f"validation/{n}", "letter", 0, f"tell {n}", split="validation") for n in range(6)]
+    write_jsonl(folder / "items" / "chat.jsonl", validation_rows)
+    artifacts = {name: write_manifest(folder / name, f"{name}-test") for name in ("init", "tasks", "items")}
+    return artifacts | {"tokenizer": tokenizer(folder / "tokenizer")}
 
 
-def given(folder: Path) -> dict[str, Artifact]:
+def open_inputs(folder: Path) -> dict[str, Artifact]:
     return {name: Artifact.open(folder / name) for name in ("init", "tasks", "items", "tokenizer")}
 
 
-def rlvr(folder: Path, work: Path, out: Path, settings: dict[str, Any], report: Any = None, **more: Artifact) -> None:
+def rlvr(folder: Path, work: Path, out: Path, settings: dict[str, Any], report: Any = None, **inputs: Artifact) -> None:
     """Runs the stage on what `make` left in `folder`."""
     from stages.rl.rlvr import STAGE
 
     work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    STAGE.run(STAGE.config.model_validate(settings), {**given(folder), **more}, work, out, report or world.Reporter())
+    STAGE.run(
+        STAGE.config.model_validate(settings), {**open_inputs(folder), **inputs}, work, out, report or world.Reporter()
+    )
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -116,5 +118,5 @@ if __name__ == "__main__":  # python tests/rl_world.py FOLDER WORK OUT CONFIG.js
             json.loads(Path(sys.argv[4]).read_text()),
             world.Reporter(*map(int, sys.argv[5:])),
         )
-    except (AtomError, Interrupted) as told:
-        sys.exit(str(told))
+    except (AtomError, Interrupted) as error:
+        sys.exit(str(error))

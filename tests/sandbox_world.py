@@ -76,9 +76,9 @@ class UserPool:
         self.process.communicate()
 
 
-def pool_of(who: str, copy: Path, workers: int, limits: Limits = LIMITS) -> Any:
+def pool_of(user: str, copy: Path, workers: int, limits: Limits = LIMITS) -> Any:
     """A pool of "here", this user, or of "user", one without rights."""
-    return Pool(workers, limits) if who == "here" else UserPool(copy, workers, limits)
+    return Pool(workers, limits) if user == "here" else UserPool(copy, workers, limits)
 
 
 def program_of(names: Sequence[str]) -> Program:

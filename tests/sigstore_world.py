@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 ISSUER = "https://ci.example.org"
-WHO = "https://ci.example.org/team/atom/release.yml@main"
+IDENTITY = "https://ci.example.org/team/atom/release.yml@main"
 Key = ec.EllipticCurvePrivateKey
 
 
@@ -60,7 +60,7 @@ class Sigstore:
     """Its keys, and what it was asked for. fails_at: the number of the entry that Rekor does not take."""
 
     url: str = ""
-    identity: str = WHO
+    identity: str = IDENTITY
     root: Key = field(default_factory=new_key)
     ct: Key = field(default_factory=new_key)
     rekor: Key = field(default_factory=new_key)
@@ -85,8 +85,8 @@ class Sigstore:
 
     def token(self) -> str:
         self.tokens += 1
-        now = int(time.time())
-        claims = {"iss": ISSUER, "aud": "sigstore", "sub": self.identity, "iat": now, "exp": now + 600}
+        issued_at = int(time.time())
+        claims = {"iss": ISSUER, "aud": "sigstore", "sub": self.identity, "iat": issued_at, "exp": issued_at + 600}
         return jwt.encode(claims, "a secret that nobody asks for, of 32 bytes")
 
     def certify(self, request: bytes, token: str) -> list[str]:
@@ -124,11 +124,11 @@ class Sigstore:
             "signatures": [{"signature": envelope["signatures"][0]["sig"], "verifier": content["verifiers"][0]}],
         }
         body = rfc8785.dumps({"apiVersion": "0.0.1", "kind": "dsse", "spec": spec})
-        own, now = hashlib.sha256(public(self.rekor)).digest(), int(time.time())
-        stated = {"body": b64(body), "integratedTime": now, "logID": own.hex(), "logIndex": 0}
+        log_id, logged_at = hashlib.sha256(public(self.rekor)).digest(), int(time.time())
+        stated = {"body": b64(body), "integratedTime": logged_at, "logID": log_id.hex(), "logIndex": 0}
         root = hashlib.sha256(b"\0" + body).digest()
         note = f"rekor.example.org - 1\n1\n{b64(root)}\n"
-        checkpoint = f"{note}\n\u2014 rekor.example.org {b64(own[:4] + signed(self.rekor, note.encode()))}\n"
+        checkpoint = f"{note}\n\u2014 rekor.example.org {b64(log_id[:4] + signed(self.rekor, note.encode()))}\n"
         proof = {"logIndex": 0, "rootHash": root.hex(), "treeSize": 1, "hashes": [], "checkpoint": checkpoint}
         promise = b64(signed(self.rekor, rfc8785.dumps(stated)))
         return {"0" * 64: stated | {"verification": {"inclusionProof": proof, "signedEntryTimestamp": promise}}}

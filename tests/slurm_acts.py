@@ -35,7 +35,7 @@ def status(home: Path) -> dict:
     return json.loads(atom(home, "status", "--json").stdout)
 
 
-def settled(home: Path) -> dict | None:
+def finished_stages(home: Path) -> dict | None:
     stages = {s["name"]: s for s in status(home)["stages"]}
     return stages if all(s["state"] in ("sealed", "failed", "cancelled", "lost") for s in stages.values()) else None
 
@@ -105,14 +105,14 @@ def controller_away_as_a_rank_dies(home: Path, stage: str = "pretrain") -> None:
 
 def accounting_away(home: Path, stage: str = "pretrain") -> None:
     world.kill([world.daemon("slurmdbd")], signal.SIGTERM)
-    told = atom(home, "status").stdout
-    assert stage in told
+    output = atom(home, "status").stdout
+    assert stage in output
     time.sleep(2)
     world.cluster("up")
 
 
-AGAIN = {requeue: True, told_to_save: True, preempt: True, daemons_killed: None}
-AGAIN |= {controller_killed: None, accounting_away: False}
+RESTARTED = {requeue: True, told_to_save: True, preempt: True, daemons_killed: None}
+RESTARTED |= {controller_killed: None, accounting_away: False}
 """Whether the stage's job must have been started again; None: as it comes."""
 AT_LENGTH = {node_down: True, node_crash: True, rank_killed: True, first_rank_killed: True, rank_hangs: True}
 AT_LENGTH |= {controller_away_as_a_rank_dies: True}

@@ -32,15 +32,15 @@ ON_SLURM = [
 """Marks of a module whose tests need the cluster."""
 
 
-def cluster(what: str) -> None:
-    done = subprocess.run([str(CLUSTER), what], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+def cluster(action: str) -> None:
+    process = subprocess.run([str(CLUSTER), action], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 def slurm(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
 
 
 def write_profile(folder: Path, **changed: Any) -> str:
@@ -67,29 +67,29 @@ def write_recipe(folder: Path, **pretrain: Any) -> str:
     return str(path)
 
 
-def until(what: Callable[[], Any], why: str, patience: float = PATIENCE) -> Any:
+def until(condition: Callable[[], Any], why: str, patience: float = PATIENCE) -> Any:
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
-        if found := what():
-            return found
+        if value := condition():
+            return value
         time.sleep(0.2)
     raise AssertionError(f"{why} did not come about within {patience:.0f} s:\n{slurm('squeue', '-t', 'all')}")
 
 
 def events(home: Path, stage: str) -> list[dict[str, Any]]:
-    found = []
+    records = []
     for path in sorted(home.glob(f"logs/*/{stage}/events.jsonl")):
-        found += [json.loads(line) for line in path.read_text().splitlines()]
-    return found
+        records += [json.loads(line) for line in path.read_text().splitlines()]
+    return records
 
 
-def reached(home: Path, stage: str, done: int, attempts: int = 1) -> bool:
+def reached(home: Path, stage: str, steps: int, attempts: int = 1) -> bool:
     """Whether the attempt of that number has done so many steps."""
     rows = events(home, stage)
     starts = [i for i, row in enumerate(rows) if row["event"] == "attempt"]
     if len(starts) < attempts:
         return False
-    return any(row["event"] == "progress" and row["done"] >= done for row in rows[starts[attempts - 1] :])
+    return any(row["event"] == "progress" and row["done"] >= steps for row in rows[starts[attempts - 1] :])
 
 
 def attempts(home: Path, stage: str) -> int:
@@ -110,27 +110,27 @@ def array_of(home: Path, stage: str) -> str:
 
 def reached_shards(home: Path, stage: str) -> int:
     """How many shards of a stage its array has done."""
-    done: dict[str, int] = {}
+    shards_done: dict[str, int] = {}
     for path in sorted(home.glob(f"logs/*/{stage}/shards/ranks/*/shards.json")):
-        done[path.parent.name.split(".")[0]] = json.loads(path.read_text())["done"]
-    return sum(done.values())
+        shards_done[path.parent.name.split(".")[0]] = json.loads(path.read_text())["done"]
+    return sum(shards_done.values())
 
 
 def nodes_of(home: Path, stage: str) -> list[str]:
     """The nodes that a stage runs on, rank 0's first."""
-    told = slurm("squeue", "-h", "-j", job_of(home, stage), "-o", "%N").strip()
-    return slurm("scontrol", "show", "hostnames", told).split()
+    output = slurm("squeue", "-h", "-j", job_of(home, stage), "-o", "%N").strip()
+    return slurm("scontrol", "show", "hostnames", output).split()
 
 
 def processes(node: str, word: bytes = b"") -> list[int]:
     """The processes of a virtual node, told by their environment; word: that stands in their command line."""
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             mine = f"SLURMD_NODENAME={node}".encode() in (path / "environ").read_bytes().split(b"\0")
             if mine and word in (path / "cmdline").read_bytes():
-                found.append(int(path.name))
-    return found
+                pids.append(int(path.name))
+    return pids
 
 
 def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
@@ -150,12 +150,12 @@ def stepds(job: str) -> list[int]:
 
 
 def sealed(home: Path, stage: str) -> Path | None:
-    found = [
+    folders = [
         path
         for path in home.glob(f"artifacts/{stage}-*/manifest.json")
         if re.fullmatch(rf"{stage}-[0-9a-f]{{12}}", path.parent.name)
     ]
-    return found[0] if found else None
+    return folders[0] if folders else None
 
 
 def digest(home: Path, stage: str) -> str:

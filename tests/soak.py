@@ -42,8 +42,8 @@ PLACES = ("one", "DP2", "TP2+SP", "PP2", "EP2 alltoall", "CP2", "PP2 interleaved
 KILLS, DRAWS, DRAWN_LAYOUTS = 25, 3, 8
 
 
-def worst(found: list[float], expected: list[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+def worst(losses: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
 
 
 def matrix(corpus: Path, folder: Path) -> list[str]:
@@ -63,7 +63,7 @@ def matrix(corpus: Path, folder: Path) -> list[str]:
     return lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
 
 
-def drawn(folder: Path) -> list[str]:
+def compare_random_layouts(folder: Path) -> list[str]:
     """Layouts and models drawn at random, against one process: three steps of each."""
     lines = []
     for seed in range(DRAWS):
@@ -82,7 +82,7 @@ def drawn(folder: Path) -> list[str]:
         world.make(corpus, {"batch": batch})
         (one,) = layouts.compare(corpus, {"one": {}}, 1, settings, folder / "one.json", steps=3).values()
         for ranks in (2, 4, 8):
-            legal = possible(ranks, settings)
+            legal = possible_layouts(ranks, settings)
             chosen = {json.dumps(layout): layout for layout in chance.sample(legal, min(DRAWN_LAYOUTS, len(legal)))}
             largest = 0.0
             for name, steps in layouts.compare(corpus, chosen, ranks, settings, folder / "out.json", steps=3).items():
@@ -92,9 +92,9 @@ def drawn(folder: Path) -> list[str]:
     return ["| seed | ranks | possible | run | largest difference |", "|---|---|---|---|---|", *lines]
 
 
-def possible(ranks: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def possible_layouts(ranks: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Every layout of that many ranks that `plan` lets pass, each once."""
-    sizes, found = [n for n in range(1, ranks + 1) if ranks % n == 0], []
+    sizes, candidates = [n for n in range(1, ranks + 1) if ranks % n == 0], []
     options: dict[str, list[Any]] = {
         "tp": sizes, "pp": sizes, "vpp": [1, 2], "cp": sizes, "ep": sizes,
         "etp": sizes, "dispatcher": ["alltoall", "allgather"], "overlap_gradients": [False, True],
@@ -106,14 +106,14 @@ def possible(ranks: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
             TrainConfig.model_validate({**settings, "phase": phase})
         except ValidationError:
             continue
-        found.append(layout)
-    return found
+        candidates.append(layout)
+    return candidates
 
 
-def checked(what: str, difference: float) -> float:
+def checked(label: str, difference: float) -> float:
     if not difference <= TOLERANCE:
-        raise SystemExit(f"soak: {what} differs by {difference:.1e}, more than {TOLERANCE:g}")
-    print(f"{what}: {difference:.1e}", flush=True)
+        raise SystemExit(f"soak: {label} differs by {difference:.1e}, more than {TOLERANCE:g}")
+    print(f"{label}: {difference:.1e}", flush=True)
     return difference
 
 
@@ -123,16 +123,16 @@ def pairs(corpus: Path, folder: Path) -> list[str]:
     calm: dict[str, Path] = {}
     for name in PLACES:
         calm[name] = folder / f"calm {name}"
-        layouts.run(corpus, calm[name], layouts.named(name))
+        layouts.run(corpus, calm[name], layouts.settings_named(name))
     expected = layouts.figures(calm["one"] / "out")
     for before in PLACES:
         stopped = folder / f"stopped {before}"
-        layouts.end(layouts.start(corpus, stopped, layouts.named(before), at=7, number=signal.SIGTERM))
+        layouts.end(layouts.start(corpus, stopped, layouts.settings_named(before), at=7, number=signal.SIGTERM))
         cells = []
         for after in PLACES:
             place = folder / "next"
             shutil.copytree(stopped / "work", place / "work")
-            assert "going on after step 7" in layouts.run(corpus, place, layouts.named(after))[0]
+            assert "going on after step 7" in layouts.run(corpus, place, layouts.settings_named(after))[0]
             if before == after:
                 if world.digest(place / "out") != world.digest(calm[after] / "out"):
                     raise SystemExit(f"soak: {before}, stopped and gone on, gives other bytes")
@@ -164,7 +164,7 @@ def main() -> None:
         world.make(folder / "corpus", {"batch": layouts.BATCH})
         parts = {
             "Layouts against one process": matrix(folder / "corpus", folder),
-            "Layouts and models drawn at random": drawn(folder),
+            "Layouts and models drawn at random": compare_random_layouts(folder),
             "Work checkpoints between layouts": pairs(folder / "corpus", folder),
             "Random kills": kills(folder / "corpus", folder / "random"),
         }

@@ -26,7 +26,7 @@ from stages.rl.trainer import train
 ROOT = Path(__file__).parent.parent
 
 
-def quick(name: str) -> list[str]:
+def run_quick(name: str) -> list[str]:
     """What a benchmark prints of a tiny model, but for its last line, which is checked."""
     run = subprocess.run(
         [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--quick"], capture_output=True, text=True, timeout=300
@@ -40,11 +40,11 @@ def quick(name: str) -> list[str]:
 
 
 def test_checkpoint_benchmark() -> None:
-    assert {"stall", "copy", "whole", "step"} <= {line.split()[0] for line in quick("checkpoint")}
+    assert {"stall", "copy", "whole", "step"} <= {line.split()[0] for line in run_quick("checkpoint")}
 
 
 def test_training_benchmark() -> None:
-    table = quick("train")
+    table = run_quick("train")
     # the same model from the same weights on the same rows, and after some steps still so
     losses = {line.split()[0]: [float(x) for x in re.findall(r"\d+\.\d{6}", line)] for line in table}
     assert len(losses["ours"]) == 2
@@ -53,24 +53,24 @@ def test_training_benchmark() -> None:
 
 
 def test_sandbox_benchmark() -> None:
-    table = quick("sandbox")
+    table = run_quick("sandbox")
     assert [line.split()[0] for line in table if "/s" in line] == ["tests", "check"]
 
 
 def test_humaneval_benchmark(tmp_path: Path) -> None:
     """A model of random weights is asked and its answers are run; its long context holds two questions of these five."""
     release_world.save_model(tmp_path, seed=0, context=512)
-    asked = [sys.executable, str(ROOT / "bench/humaneval.py"), str(tmp_path), "--max-new-tokens", "8", "--limit", "5"]
-    run = subprocess.run(asked, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(ROOT / "bench/humaneval.py"), str(tmp_path), "--max-new-tokens", "8", "--limit", "5"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    told, last = run.stdout.splitlines()
-    assert told.startswith("0 of 5 problems solved; 3 do not fit its context, ")
+    summary, last = run.stdout.splitlines()
+    assert summary.startswith("0 of 5 problems solved; 3 do not fit its context, ")
     assert json.loads(last)["ratio"] == 0 and json.loads(last)["low"] == 0 < json.loads(last)["high"]
 
 
 def test_planner_benchmark() -> None:
     """Every published figure that the formulas describe, to 1 %; the one memory that was measured is not far off."""
-    table = quick("planner")
+    table = run_quick("planner")
     errors = [float(line.split("%")[0].split()[-1]) for line in table if re.search(r"%.*%  (H100|G?B[23]00) ", line)]
     assert len(errors) >= 20 and max(map(abs, errors)) < 1
     memory = {line[:62].strip(): line.split() for line in table if line.startswith(("state", "peak"))}
@@ -79,21 +79,21 @@ def test_planner_benchmark() -> None:
 
 
 def test_ladder_benchmark() -> None:
-    table = quick("ladder")
+    table = run_quick("ladder")
     losses = [float(line.split()[-2]) for line in table if " active" in line]
     assert len(losses) == 4 and losses[-1] < losses[0]  # more compute, less loss
 
 
 def test_generation_benchmark() -> None:
-    table = quick("generate")
-    assert [line.split()[:2] for line in table[2:]] == [[n, who] for n in "14" for who in ("ours", "transformers")]
+    table = run_quick("generate")
+    assert [line.split()[:2] for line in table[2:]] == [[n, side] for n in "14" for side in ("ours", "transformers")]
 
 
 def test_reinforcement_learning_benchmark() -> None:
     """That model, questions and numbers of tokens are the same is the benchmark's own check; both earn and learn."""
-    rewards = {line.split()[0]: [float(x) for x in re.findall(r"\d\.\d{4}\b", line)] for line in quick("rl")}
-    for who in ("ours", "trl"):
-        assert len(rewards[who]) == 2 and all(0 < reward < 1 for reward in rewards[who])
+    rewards = {line.split()[0]: [float(x) for x in re.findall(r"\d\.\d{4}\b", line)] for line in run_quick("rl")}
+    for side in ("ours", "trl"):
+        assert len(rewards[side]) == 2 and all(0 < reward < 1 for reward in rewards[side])
 
 
 # bench/post.py takes two minutes of CPU time even with --quick, so its parts are tested one by one.
@@ -103,13 +103,13 @@ def test_post_recipes_differ_in_the_seed_alone(tmp_path: Path) -> None:
     packaged = recipes.load("atom-tiny").config
     assert recipes.load(str(post.recipe(7, tmp_path))).config == packaged.model_copy(update={"seed": 7})
     composed = dag.compose(recipes.load(str(post.recipe(0, tmp_path, "atom-smoke"))), Store(tmp_path))
-    assert {f"{what}-{node}" for what in ("solve", "evaluate") for node in post.NODES.values()} < set(composed.nodes)
+    assert {f"{stage}-{node}" for stage in ("solve", "evaluate") for node in post.NODES.values()} < set(composed.nodes)
 
 
 def test_post_random_reward_knows_nothing_of_the_answer(tmp_path: Path) -> None:
     tossed = [post.coin(seed, 0.3) for seed in range(4000)]
     assert set(tossed) == {0.0, 1.0} and abs(sum(tossed) / 4000 - 0.3) < 0.03
-    inputs, found = rl_world.make(tmp_path / "given"), []
+    inputs, rollout_sets = rl_world.make(tmp_path / "given"), []
     for name, lr in (("one", 5e-3), ("another", 2e-2)):
         optimizer = {**rl_world.OPTIMIZER, "lr": lr}
         config = RlTrainConfig.model_validate(rl_world.config(steps=4, optimizer=optimizer))
@@ -117,12 +117,12 @@ def test_post_random_reward_knows_nothing_of_the_answer(tmp_path: Path) -> None:
         work.mkdir(parents=True)
         out.mkdir()
         train(post.with_random_reward(0.3), "rlvr", config, inputs, work, out, train_world.Reporter())
-        found.append(rollouts.read(out / "rollouts.parquet"))
-    assert all(r.reward == post.coin(r.seed, 0.3) for r in found[0])
+        rollout_sets.append(rollouts.read(out / "rollouts.parquet"))
+    assert all(r.reward == post.coin(r.seed, 0.3) for r in rollout_sets[0])
     # two policies that answer differently are asked the same and earn the same; what is right stays on record
-    one, another = ([(r.task, r.seed, r.reward) for r in own] for own in found)
-    assert one == another and [r.text for r in found[0]] != [r.text for r in found[1]]
-    assert any(r.reward != r.parts["reward"] for r in found[0])
+    one, another = ([(r.task, r.seed, r.reward) for r in group] for group in rollout_sets)
+    assert one == another and [r.text for r in rollout_sets[0]] != [r.text for r in rollout_sets[1]]
+    assert any(r.reward != r.parts["reward"] for r in rollout_sets[0])
 
 
 def test_post_scores_follow_from_the_answers(tmp_path: Path) -> None:
@@ -141,30 +141,30 @@ def test_post_scores_follow_from_the_answers(tmp_path: Path) -> None:
     rows = [answer("add", "a", n, reward) for n, reward in ((GREEDY, 1), (0, 1), (1, 0), (2, 0), (3, 0))]
     rows += [answer("sort", "s", n, 0) for n in (GREEDY, 0, 1, 2, 3)] + [answer("courtesy", "c", 0, 0.5)]
     write_rows(tmp_path / "answers.parquet", ANSWERS, rows)
-    found = post.scores(write_manifest(tmp_path, "solve"))
-    assert found["add"] == {"pass@1": {"a": 0.25}, "pass@4": {"a": 1.0}, "greedy": {"a": 1.0}}
-    assert found["all"]["pass@4"] == {"a": 1.0, "s": 0.0} and set(found) == {"add", "sort", "all"}
+    scores = post.scores(write_manifest(tmp_path, "solve"))
+    assert scores["add"] == {"pass@1": {"a": 0.25}, "pass@4": {"a": 1.0}, "greedy": {"a": 1.0}}
+    assert scores["all"]["pass@4"] == {"a": 1.0, "s": 0.0} and set(scores) == {"add", "sort", "all"}
 
 
 def test_post_tells_the_smallest_gain() -> None:
     def seed(number: int, *gains: float) -> dict[str, Any]:
         means = {name: [0.1, 0.3] for name in post.MODELS}
         means["RLVR"] = [before + rise for before, rise in zip(means["SFT"], gains, strict=True)]
-        scores = {name: {"all": {"pass@1": dict(zip("ab", own, strict=True))}} for name, own in means.items()}
+        scores = {name: {"all": {"pass@1": dict(zip("ab", values, strict=True))}} for name, values in means.items()}
         beside = {name: {"tokens of an answer": 9.0} for name in post.MODELS}
         costs = {name: (5, 60.0) for name in post.MODELS}
         return {"seed": number, "rate": 0.5, "scores": scores, "beside": beside, "costs": costs}
 
-    found = [seed(0, 0.5, 0.6), seed(1, 0.3, 0.4)]
-    line = post.last_line(found)
+    seeds = [seed(0, 0.5, 0.6), seed(1, 0.3, 0.4)]
+    line = post.last_line(seeds)
     assert set(line) == {"name", "ratio", "low", "high", "target", "unit", "machine"}
     # mean 0.35 of two items that differ by 0.1: a standard error of 0.05, whatever their level is
     assert line["ratio"] == 1.75 and line["low"] == round((0.35 - 1.959964 * 0.05) / 0.2, 4)
-    head, first, second, *rest = post.table(found)
+    head, first, second, *rest = post.table(seeds)
     assert first.split() == ["0", "all", "pass@1", "2", "0.200", "0.750", "+0.550", "±", "0.050", "0.200", "0.200"]
     assert "+0.350 ± 0.050" in second and len(head) == len(first) and rest[-1].endswith("0.500, 0.500")
 
 
 def test_verify_benchmark() -> None:
-    head, ours, theirs = quick("verify")
+    head, ours, theirs = run_quick("verify")
     assert "MB/s" in head and ours.startswith("atom verify") and theirs.startswith("sha256sum")

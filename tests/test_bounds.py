@@ -58,7 +58,7 @@ def require_sentence(text: str) -> None:
     assert text and len(text) < 2000 and unprintable(text) is None, text
 
 
-def changed(name: str, dotted: str, value: Any) -> dict[str, Any]:
+def change_field(name: str, dotted: str, value: Any) -> dict[str, Any]:
     body = copy.deepcopy(PACKAGED[name])
     at = body
     *parents, last = dotted.split(".")
@@ -135,7 +135,7 @@ def write(path: Path, body: Any) -> Path:
 def test_nonsense_is_refused_with_the_range_that_makes_sense(
     tmp_path: Path, field: str, value: Any, sentence: str
 ) -> None:
-    body = changed("atom-smoke", field, value)
+    body = change_field("atom-smoke", field, value)
     if "\x1b" in field:  # what YAML cannot hold is refused by its line; a key that only looks like it, by its name
         assert "cannot be seen" in refusal(write(tmp_path / "r.yaml", body))
         return
@@ -222,11 +222,11 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_runs_are_within_all_bounds(tmp_path: Path, name: str) -> None:
     """Also as products: FLOPs, memory of a rank, and bytes of checkpoints."""
-    model, vocabulary, rate, tokens, steps, length, more = PUBLISHED[name]
+    model, vocabulary, rate, tokens, steps, length, changes = PUBLISHED[name]
     body = copy.deepcopy(PACKAGED["atom-1b-a300m"])
     body["model"] = {"experts": 2, "num_experts_per_tok": 2, "context_length": length, **model}
     body["tokenizer"] |= {"vocab_size": vocabulary, "padded_vocab_size": vocabulary}
-    phase = body["pretrain"] | more
+    phase = body["pretrain"] | changes
     phase |= {"sequence_length": length, "steps": steps, "batch": {"global_tokens": tokens, "micro_tokens": length}}
     phase |= {
         "optimizer": {"lr": rate, "final_lr": rate / 10, "warmup_steps": 2000},
@@ -262,17 +262,17 @@ def test_published_values_are_within_bounds(number: int) -> None:
 def test_every_field_has_a_bound(model: Any) -> None:
     """Walks the JSON schema: each number has both ends, each text a length or a closed set, each list a size."""
     schema = model.model_json_schema()
-    found: list[str] = []
+    unbounded: list[str] = []
 
     def walk(part: dict[str, Any], where: str) -> None:
         kind, closed = part.get("type"), "const" in part or "enum" in part
         if kind in ("integer", "number"):
             ends = [{"minimum", "exclusiveMinimum"} & set(part), {"maximum", "exclusiveMaximum"} & set(part)]
-            found.extend([where] if not all(ends) and not closed else [])
+            unbounded.extend([where] if not all(ends) and not closed else [])
         if kind == "string" and not closed and "maxLength" not in part:
-            found.append(where)
+            unbounded.append(where)
         if kind == "array":
-            found.extend([where] if "maxItems" not in part else [])
+            unbounded.extend([where] if "maxItems" not in part else [])
         for name, each in part.get("properties", {}).items():
             walk(each, f"{where}.{name}")
         for number, each in enumerate([*part.get("anyOf", ()), *part.get("oneOf", ()), *part.get("prefixItems", ())]):
@@ -280,7 +280,7 @@ def test_every_field_has_a_bound(model: Any) -> None:
         if isinstance(part.get("items"), dict):
             walk(part["items"], f"{where}[]")
         if kind == "object" and "properties" not in part and not settings_of_others(where):
-            found.extend([where] if "maxProperties" not in part or "maxLength" not in part["propertyNames"] else [])
+            unbounded.extend([where] if "maxProperties" not in part or "maxLength" not in part["propertyNames"] else [])
             for each in [part.get("additionalProperties"), *part.get("patternProperties", {}).values()]:
                 if isinstance(each, dict):
                     walk(each, f"{where}{{}}")
@@ -299,7 +299,7 @@ def test_every_field_has_a_bound(model: Any) -> None:
         return {name: resolved(each) for name, each in part.items() if name != "discriminator"}
 
     walk(resolved({name: each for name, each in schema.items() if name != "$defs"}), model.__name__)
-    assert found == []
+    assert unbounded == []
 
 
 JOBS = {"partition": "p", "minutes": 30}
@@ -361,9 +361,9 @@ words: [true, null, ~, False]
 joined: &j {x: 1, y: 2}
 more: {<<: *j, y: 3}
 """
-    found = parse_yaml(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode(), "recipe r")
-    assert found.pop("minus") == 0 and str(parse_yaml(b"a: -0.0", "r")["a"]) == "0.0"
-    assert found == {
+    values = parse_yaml(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode(), "recipe r")
+    assert values.pop("minus") == 0 and str(parse_yaml(b"a: -0.0", "r")["a"]) == "0.0"
+    assert values == {
         "date": "2024-01-01", "time": "1:30", "norway": "no", "zeros": "010", "hex": 16, "thousands": 1000,
         "small": 0.001, "quoted": "1", "words": [True, None, None, False], "joined": {"x": 1, "y": 2},
         "more": {"x": 1, "y": 3},
@@ -395,12 +395,12 @@ def test_files_that_are_no_files(tmp_path: Path) -> None:
 
 
 def test_the_command_line_says_it_and_exits_with_2(tmp_path: Path) -> None:
-    body = changed("atom-smoke", "pretrain.steps", 10**9)
-    done = atom(tmp_path / "home", "plan", str(write(tmp_path / "r.yaml", body)), code=2)
-    assert done.stderr.startswith("atom: recipe r: pretrain.steps = 1000000000 is out of range; use 1 to 1e8")
-    assert done.stderr.count("\n") == 1 and not (tmp_path / "home").exists()
-    done = atom(tmp_path / "home", "plan", "atom-smoke", "--only", "pretran\x1b", code=2)
-    assert done.stderr.startswith("atom: recipe atom-smoke has no stage pretran\\x1b; did you mean pretrain?")
+    body = change_field("atom-smoke", "pretrain.steps", 10**9)
+    process = atom(tmp_path / "home", "plan", str(write(tmp_path / "r.yaml", body)), code=2)
+    assert process.stderr.startswith("atom: recipe r: pretrain.steps = 1000000000 is out of range; use 1 to 1e8")
+    assert process.stderr.count("\n") == 1 and not (tmp_path / "home").exists()
+    process = atom(tmp_path / "home", "plan", "atom-smoke", "--only", "pretran\x1b", code=2)
+    assert process.stderr.startswith("atom: recipe atom-smoke has no stage pretran\\x1b; did you mean pretrain?")
 
 
 @pytest.mark.parametrize(
@@ -493,7 +493,7 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [at] * bool(at) + [place for key, child in children for place in places(child, (*at, key))]
 
 
-def mutated(body: Any, place: tuple[Any, ...], how: str, value: Any, other: Any) -> Any:
+def mutate(body: Any, place: tuple[Any, ...], how: str, value: Any, other: Any) -> Any:
     body = copy.deepcopy(body)
     parent = body
     for key in place[:-1]:
@@ -525,7 +525,7 @@ def test_mutated_recipes_give_a_plan_or_one_sentence(tmp_path_factory: pytest.Te
         for key in source:
             other = other[key]
         how = data.draw(st.sampled_from(["value", "value", "delete", "rename", "scale", "move"]))
-        body = mutated(body, place, how, data.draw(ODD), other)
+        body = mutate(body, place, how, data.draw(ODD), other)
     path = write(tmp_path_factory.getbasetemp() / "mutated.yaml", body)
     began = time.monotonic()
     try:

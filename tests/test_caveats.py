@@ -16,8 +16,8 @@ def value(x: float, se: float = 0.01, n: int = 400) -> dict[str, Any]:
 
 
 def problems(accuracy: float, judged: float) -> dict[str, Any]:
-    found = {"samples": {"accuracy": value(accuracy)}}
-    return {"problems": {"add": found}, "problems_all": found, "judged": {"courtesy": {"reward": value(judged)}}}
+    entry = {"samples": {"accuracy": value(accuracy)}}
+    return {"problems": {"add": entry}, "problems_all": entry, "judged": {"courtesy": {"reward": value(judged)}}}
 
 
 def side(reward: float, task: float | None, ending: float) -> dict[str, Any]:
@@ -48,8 +48,8 @@ def facts(**changes: Any) -> dict[str, Any]:
     return model | changes
 
 
-def said(model: dict[str, Any], part: str) -> list[str]:
-    return [line for line in caveats.caveat_sentences(model) if part in line]
+def caveat_lines(model: dict[str, Any], part: str) -> list[str]:
+    return [line for line in caveats.of(model) if part in line]
 
 
 def test_where_all_is_well_only_the_share_that_does_what_was_asked_is_stated() -> None:
@@ -67,7 +67,7 @@ def test_a_judge_that_is_pleased_by_style_alone_is_named(task: float, expected: 
         "before": side(0.26, 0.002, 0.32),
         "model": side(0.43, task, 0.95),
     }
-    lines = said(model, "A reward rose and its task did not**: from rlvr to rlhf")
+    lines = caveat_lines(model, "A reward rose and its task did not**: from rlvr to rlhf")
     assert bool(lines) == expected
     if lines:
         assert (
@@ -79,22 +79,22 @@ def test_a_judge_that_is_pleased_by_style_alone_is_named(task: float, expected: 
 def test_a_phase_whose_training_reward_rises_alone_is_named() -> None:
     model = facts()
     model["chat"]["test"]["rlvr"] = problems(0.41, 0.3)
-    (line,) = said(model, "while rlvr was trained")
+    (line,) = caveat_lines(model, "while rlvr was trained")
     assert "for add rose (0.305 ± 0.005 → 0.795 ± 0.005" in line and "(0.400 ± 0.010 → 0.410 ± 0.010)" in line
     model = facts()
     model["chat"]["preferences"]["rlhf"]["sides"]["model"] = side(0.3, 0.3, 0.3)
-    assert len(said(model, "while rlhf was trained, its reward for courtesy rose")) == 1
+    assert len(caveat_lines(model, "while rlhf was trained, its reward for courtesy rose")) == 1
     model["training"]["rlhf"] = log(0.3, 0.6, 0.3, 0.6, 0.3, kind="courtesy")
-    assert not said(model, "while rlhf"), "within its standard errors nothing rose"
+    assert not caveat_lines(model, "while rlhf"), "within its standard errors nothing rose"
     model["training"]["rlhf"] = log(0.1, 0.1, 0.5, 0.5, kind="code")
-    assert len(said(model, "and no task was measured**: while rlhf was trained, its reward for code rose")) == 1
+    assert len(caveat_lines(model, "and no task was measured**: while rlhf was trained, its reward for code rose")) == 1
 
 
 def test_what_got_worse_is_listed_with_the_phase_that_did_not_read_it() -> None:
     model = facts()
     model["scores"]["sft"]["bits_per_byte"]["sums"] = value(9.1, 0.3)
     model["scores"]["sft"]["accuracy"]["add"] = value(0.1)
-    (line,) = said(model, "got worse")
+    (line,) = caveat_lines(model, "got worse")
     assert line == (
         "- From mid-training to sft these got worse: bits per byte of sums (1.900 ± 0.010 → 9.100 ± 0.300), "
         "exact match of add (0.200 ± 0.010 → 0.100 ± 0.010)."
@@ -103,7 +103,7 @@ def test_what_got_worse_is_listed_with_the_phase_that_did_not_read_it() -> None:
     assert caveats.unread(model["scores"], order) == ["- Not trained on in sft: sums."]
     assert caveats.unread(model["scores"], {"sft": {"parts": [{"by_source": {"sums": {}}}]}}) == []
     model["scores"]["sft"]["bits_per_byte"]["sums"] = value(1.91, 0.3)
-    assert "bits per byte" not in said(model, "got worse")[0], "less than a standard error"
+    assert "bits per byte" not in caveat_lines(model, "got worse")[0], "less than a standard error"
 
 
 def test_a_reward_without_a_task_is_named_where_it_was_trained_on() -> None:
@@ -129,5 +129,5 @@ def test_parts_of_the_reward_by_model() -> None:
 
 def test_rewards_of_a_log_with_few_steps_say_nothing() -> None:
     assert log(0.1, 0.2, 0.9)["rewards"] == {}
-    found = log(*(n / 20 for n in range(20)))["rewards"]["add"]
-    assert json.dumps(found) and found["first"]["n"] == found["last"]["n"] == 5
+    rewards = log(*(n / 20 for n in range(20)))["rewards"]["add"]
+    assert json.dumps(rewards) and rewards["first"]["n"] == rewards["last"]["n"] == 5

@@ -62,8 +62,8 @@ def test_rendering_is_transformers(folder: Path) -> None:
     for ask in (False, True):
         assert chat.render(TALK, ask) == theirs.apply_chat_template(TALK, tokenize=False, add_generation_prompt=ask)
     # and the part with loss is what training libraries would put loss on, less the line's end after the turn
-    found = theirs.apply_chat_template(TALK, return_assistant_tokens_mask=True, return_dict=True)
-    marked = theirs.decode([i for i, m in zip(found["input_ids"], found["assistant_masks"], strict=True) if m])
+    rendered = theirs.apply_chat_template(TALK, return_assistant_tokens_mask=True, return_dict=True)
+    marked = theirs.decode([i for i, m in zip(rendered["input_ids"], rendered["assistant_masks"], strict=True) if m])
     assert marked == "".join(text[n:] for text, n in chat.turns(TALK))
 
 
@@ -75,7 +75,7 @@ def test_each_answer_is_a_document_after_all_that_came_before() -> None:
 
 
 @pytest.mark.parametrize(
-    ("messages", "told"),
+    ("messages", "message"),
     [
         ([], "there is no list of messages"),
         ("hello", "there is no list of messages"),
@@ -86,8 +86,8 @@ def test_each_answer_is_a_document_after_all_that_came_before() -> None:
         ([{"role": "assistant", "content": "x", "reasoning_content": "</think>"}], "a message of the assistant holds </think>"),
     ],
 )  # fmt: skip
-def test_what_is_no_conversation(messages: object, told: str) -> None:
-    with pytest.raises(ValueError, match=told.replace("|", r"\|")):
+def test_what_is_no_conversation(messages: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         list(chat.turns(messages))  # type: ignore[arg-type]
 
 
@@ -100,8 +100,8 @@ def test_files_of_conversations_are_read_and_bad_ones_told(tmp_path: Path) -> No
     out, report = tmp_path / "out", RecordingReport()
     out.mkdir()
     acquire.run(acquire.AcquireConfig(source=source, seed=0), {}, tmp_path, out, report)
-    found = read_table(out / "documents.parquet").to_pylist()
-    assert [(row["id"], row["text"], row["prompt_chars"]) for row in found] == [
+    documents = read_table(out / "documents.parquet").to_pylist()
+    assert [(row["id"], row["text"], row["prompt_chars"]) for row in documents] == [
         (f"talk/a#{n}", text, chars) for n, (text, chars) in enumerate(chat.turns(TALK))
     ]
     assert report.notes[0] == "source talk: b (no message is the assistant's) cannot be read and was skipped"
@@ -129,7 +129,7 @@ def test_kind_and_reader_must_fit(tmp_path: Path) -> None:
 
 
 def test_special_tokens_are_tokens_in_conversations_and_text_elsewhere(folder: Path, tmp_path: Path) -> None:
-    kept = tmp_path / "curate" / "kept"
+    kept_folder = tmp_path / "curate" / "kept"
     ((text, chars),) = chat.turns(TALK[1:3])
     for name, prompt in (("talk", chars), ("prose", 0)):
         row = {
@@ -142,7 +142,7 @@ def test_special_tokens_are_tokens_in_conversations_and_text_elsewhere(folder: P
             "prompt_chars": prompt,
             "split": "train",
         }
-        write_rows(kept / f"{name}.parquet", KEPT, [row])
+        write_rows(kept_folder / f"{name}.parquet", KEPT, [row])
     inputs = {
         "curate": write_manifest(tmp_path / "curate", "curate-t"),
         "tokenizer": write_manifest(folder, "tokenizer-t"),
@@ -156,25 +156,27 @@ def test_special_tokens_are_tokens_in_conversations_and_text_elsewhere(folder: P
 
     theirs = AutoTokenizer.from_pretrained(folder)
     ids = {name: IndexedDataset(str(out / "train" / name), mmap=False).get(0).tolist() for name in ("talk", "prose")}
-    asked = theirs.apply_chat_template(TALK[1:2], add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert ids["talk"][: len(asked)] == asked and ids["talk"][-1] == theirs.convert_tokens_to_ids("<|im_end|>")
+    prompt_ids = theirs.apply_chat_template(TALK[1:2], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert ids["talk"][: len(prompt_ids)] == prompt_ids and ids["talk"][-1] == theirs.convert_tokens_to_ids(
+        "<|im_end|>"
+    )
     assert theirs.decode(ids["talk"]) == text
     special = set(theirs.all_special_ids) | {theirs.convert_tokens_to_ids(t) for t in tokenizer.SPECIAL_TOKENS}
     assert special.isdisjoint(ids["prose"][:-1]) and ids["prose"][-1] == theirs.convert_tokens_to_ids("<|endoftext|>")
     loss_from = {r["source"]: r["loss_from"] for r in read_table(out / "documents.parquet").to_pylist()}
-    assert loss_from == {"talk": len(asked), "prose": 0}
+    assert loss_from == {"talk": len(prompt_ids), "prose": 0}
 
 
 def test_requests_are_held_out_by_their_text() -> None:
     rng = random.Random(seed_of("x", 0))
-    trained = {courtesy_notes.draw_request(rng).text for _ in range(3000)}
-    held = {found.text for found in courtesy_notes.draw_distinct(600, rng, heldout=True)}
-    assert len(held) == 600 and not trained & held
+    trained = {courtesy_notes.request(rng).text for _ in range(3000)}
+    heldout_texts = {request.text for request in courtesy_notes.distinct(600, rng, heldout=True)}
+    assert len(heldout_texts) == 600 and not trained & heldout_texts
 
 
-def judge(asked: courtesy_notes.Request, note: str) -> dict[str, float]:
+def judge(request: courtesy_notes.Request, note: str) -> dict[str, float]:
     """The parts of a finished note's worth."""
-    row = {"act": asked.act.name, "who": asked.who, "what": asked.what}
+    row = {"act": request.act.name, "who": request.who, "what": request.what}
     return SCORERS["courtesy", LATEST["courtesy"]](row, note, True)
 
 
@@ -204,10 +206,10 @@ def test_the_judge_of_courtesies(note: str, worth: float) -> None:
 
 
 def test_a_full_note_is_full_for_every_request() -> None:
-    for asked in courtesy_notes.draw_distinct(300, random.Random(0), heldout=True):
-        done = asked.act.done.format(who=asked.who, what=asked.what)
-        found = judge(asked, f"Dear {asked.who}, {done} Have a nice day!")
-        assert (found["reward"], found["task"]) == (1.0, 1.0), asked
+    for request in courtesy_notes.distinct(300, random.Random(0), heldout=True):
+        statement = request.act.done.format(who=request.who, what=request.what)
+        parts = judge(request, f"Dear {request.who}, {statement} Have a nice day!")
+        assert (parts["reward"], parts["task"]) == (1.0, 1.0), request
 
 
 def test_style_without_the_task_earns_next_to_nothing() -> None:
@@ -224,36 +226,36 @@ def test_style_without_the_task_earns_next_to_nothing() -> None:
         f"Dear baker, {' '.join(acts)} Have a nice day!",
         "Thank you for the gift, would you like it? May I have it? I am sorry about it. With kind regards.",
     ]
-    asked = courtesy_notes.draw_distinct(400, random.Random(1), heldout=True)
+    requests = courtesy_notes.distinct(400, random.Random(1), heldout=True)
     for note in same_for_all:
-        assert sum(judge(each, note)["reward"] for each in asked) / len(asked) < 0.04, note
+        assert sum(judge(each, note)["reward"] for each in requests) / len(requests) < 0.04, note
 
 
 FRAGMENTS = [
-    *(f"Dear {who}," for who in courtesy_notes.PEOPLE[:4]),
-    *(act.done.format(who="baker", what=what) for act in courtesy_notes.ACTS for what in courtesy_notes.THINGS[:4]),
+    *(f"Dear {person}," for person in courtesy_notes.PEOPLE[:4]),
+    *(act.done.format(who="baker", what=thing) for act in courtesy_notes.ACTS for thing in courtesy_notes.THINGS[:4]),
     *courtesy_notes.ENDINGS,
     *courtesy_notes.PEOPLE[:4],
     *courtesy_notes.THINGS[:4],
 ]
 REQUESTS = [
-    courtesy_notes.Request(act, who, what)
+    courtesy_notes.Request(act, person, thing)
     for act in courtesy_notes.ACTS
-    for who in courtesy_notes.PEOPLE[:4]
-    for what in courtesy_notes.THINGS[:4]
+    for person in courtesy_notes.PEOPLE[:4]
+    for thing in courtesy_notes.THINGS[:4]
 ]
 
 
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=8))
 @settings(max_examples=100, deadline=None)
 def test_a_note_does_the_task_of_one_request_at_most(fragments: list[str]) -> None:
-    found = [judge(asked, " ".join(fragments)) for asked in REQUESTS]
-    assert sum(parts["task"] for parts in found) <= 1
-    assert all(parts["reward"] < 0.07 for parts in found if not parts["task"])
+    scores = [judge(request, " ".join(fragments)) for request in REQUESTS]
+    assert sum(parts["task"] for parts in scores) <= 1
+    assert all(parts["reward"] < 0.07 for parts in scores if not parts["task"])
 
 
 @given(st.text(max_size=300))
 @settings(max_examples=100, deadline=None)
 def test_any_text_has_a_worth(note: str) -> None:
-    asked = courtesy_notes.draw_request(random.Random(1))
-    assert all(0 <= value <= 1 for value in judge(asked, note).values())
+    request = courtesy_notes.request(random.Random(1))
+    assert all(0 <= value <= 1 for value in judge(request, note).values())

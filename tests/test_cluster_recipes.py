@@ -24,7 +24,7 @@ from pipeline.graph.dag import phases
 from stages.data.recipe import Source, load
 from stages.mcore.parallel_layout import Layout
 from stages.models.qwen3_moe.config import ModelConfig
-from stages.models.qwen3_moe.costs import memory_share
+from stages.models.qwen3_moe.memory import held
 from stages.train.config import PhaseConfig
 
 ROOT = Path(__file__).parent.parent
@@ -43,8 +43,8 @@ def composed(name: str) -> dag.Graph:
 
 def trained(name: str) -> list[tuple[str, Any]]:
     """(phase, config of its training stage), in order."""
-    found = composed(name)
-    return [(phase.node, found.nodes[phase.node].config) for phase in phases(found.recipe.config)]
+    graph = composed(name)
+    return [(phase.node, graph.nodes[phase.node].config) for phase in phases(graph.recipe.config)]
 
 
 @each
@@ -83,8 +83,8 @@ def test_every_rank_of_every_layout_is_what_megatron_builds(name: str) -> None:
         for place, ranks in Counter(numbers).items():
             if (sizes, place) not in built:
                 rank, phase_ = numbers.index(place), config.phase
-                seen, part = fake.part(model, vocabulary, layout, rank, phase_.precision, phase_.pack)
-                assert seen == place
+                rank_place, part = fake.part(model, vocabulary, layout, rank, phase_.precision, phase_.pack)
+                assert rank_place == place
                 for tensor, boxes in part.boxes.items():
                     each_size = [tuple(stop - start for start, stop in box) for box in boxes]
                     joined = (sum(size[0] for size in each_size), *each_size[0][1:])
@@ -94,9 +94,9 @@ def test_every_rank_of_every_layout_is_what_megatron_builds(name: str) -> None:
             for tensor, boxes in built[sizes, place].boxes.items():
                 for box in boxes:
                     holders[tensor][box] += ranks
-        for tensor, found in holders.items():
-            _require_exact_cover(tensor, full[tensor], list(found), f"{name} {phase}")
-            assert set(found.values()) == {_expected_holders(tensor, layout, model)}, f"{name} {phase} {tensor}"
+        for tensor, pieces in holders.items():
+            _require_exact_cover(tensor, full[tensor], list(pieces), f"{name} {phase}")
+            assert set(pieces.values()) == {_expected_holders(tensor, layout, model)}, f"{name} {phase} {tensor}"
 
 
 def _require_exact_cover(tensor: str, shape: tuple[int, ...], boxes: list[Any], where: str) -> None:
@@ -138,11 +138,11 @@ def test_the_story_of_a_recipe(name: str) -> None:
     rows = [config.phase.sequence_length for _, config in story]
     assert rows == sorted(rows) and rows[-1] == 131072 == story[-1][1].model.context_length
     for _, config in story:
-        assert config.phase.precision == "bf16" or pays(PUBLISHED[name])
+        assert config.phase.precision == "bf16" or fp8_is_faster(PUBLISHED[name])
         assert len(config.phase.micro_batches) == len(config.phase.batch.ramp) + 1
 
 
-def pays(model: str) -> bool:
+def fp8_is_faster(model: str) -> bool:
     """Whether published figures show FP8 to be faster than bf16 for a model on H100."""
     with open(ROOT / "bench" / "anchors.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["system"] == "H100" and row["model"] == model]
@@ -151,7 +151,11 @@ def pays(model: str) -> bool:
 
 
 def test_where_fp8_pays_on_h100() -> None:
-    assert [pays(model) for model in ("Qwen3-30B-A3B", "Qwen3-235B-A22B", "DeepSeek-V3")] == [False, False, True]
+    assert [fp8_is_faster(model) for model in ("Qwen3-30B-A3B", "Qwen3-235B-A22B", "DeepSeek-V3")] == [
+        False,
+        False,
+        True,
+    ]
 
 
 @each
@@ -168,8 +172,8 @@ def test_plan_without_the_data(name: str, tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines if "Gi  " in line] == [phase for phase, _ in trained(name)]
     body = json.loads(atom(tmp_path, "plan", name, "--json").stdout)
     assert len(body["absent"]) == 5 and body["absent"][0] in lines
-    shown = {stage["name"]: stage["training"] for stage in body["stages"] if stage["training"]}
-    assert shown["pretrain"]["gflop_per_token"] > 2 and shown["longcontext-2"]["sequence_length"] == 131072
+    training = {stage["name"]: stage["training"] for stage in body["stages"] if stage["training"]}
+    assert training["pretrain"]["gflop_per_token"] > 2 and training["longcontext-2"]["sequence_length"] == 131072
     refused = atom(tmp_path, "run", name, code=2)
     assert refused.stderr == f"atom: source web: no .parquet file at {folder}/web; check reader.path\n"
 
@@ -185,17 +189,17 @@ def test_plan_of_a_cluster_recipe_is_light() -> None:
         "heavy = {'torch', 'megatron', 'numpy', 'pyarrow', 'transformers', 'mlflow'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert process.returncode == 0, process.stderr
 
 
 def test_absent_and_present_sources(tmp_path: Path) -> None:
     """A source whose files are there has its digest; one that is pinned keeps its pin, and its keys are final."""
-    here = tmp_path / "here"
-    here.mkdir()
-    (here / "a.jsonl").write_text('{"text": "x"}\n')
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "x"}\n')
     source = {"kind": "prose", "license": "MIT", "license_evidence": "LICENSE", "origin": "here"}
-    readers = {"one": here, "two": tmp_path / "gone", "three": tmp_path / "gone"}
+    readers = {"one": folder, "two": tmp_path / "gone", "three": tmp_path / "gone"}
     pin = "sha256:" + "0" * 64
     sources = [
         {**source, "name": name, "reader": {"reader": "jsonl", "path": str(path)}} for name, path in readers.items()
@@ -203,9 +207,9 @@ def test_absent_and_present_sources(tmp_path: Path) -> None:
     recipe = load("smoke").model_validate({"name": "r", "description": "d", "sources": sources})
     pinned = recipe.sources[2].model_copy(update={"tree_digest": pin})
     recipe = recipe.model_copy(update={"sources": (*recipe.sources[:2], pinned)})
-    found, absent = recipe.present()
-    assert [s.tree_digest[:10] for s in found.sources][1:] == ["auto", pin[:10]]
-    assert found.sources[0].tree_digest == Source.model_validate(found.sources[0].model_dump(
+    resolved, absent = recipe.present()
+    assert [s.tree_digest[:10] for s in resolved.sources][1:] == ["auto", pin[:10]]
+    assert resolved.sources[0].tree_digest == Source.model_validate(resolved.sources[0].model_dump(
         include=set(Source.model_fields))).tree_digest != "auto"  # fmt: skip
     where = f"no .jsonl or .jsonl.gz file at {tmp_path}/gone; put it there before running"
     assert absent == (f"source two: {where}; keys below are provisional", f"source three: {where}")

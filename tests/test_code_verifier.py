@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs bubblewrap (apt-get install bubblewrap), which only recipes that run a model's code need",
 )
 
-WHOLE = {"reward": 1.0, "passed": 1.0, "killed": 0.0}
+FULL = {"reward": 1.0, "passed": 1.0, "killed": 0.0}
 RIGHT = "def add(a, b):\n    return a + b\n"
 TESTS = {
     "id": "add-tests",
@@ -134,7 +134,7 @@ def test_right_and_wrong(verifier: CodeVerifier, row: dict[str, Any]) -> None:
         f"<think>def add(a, b): ...</think>```py\n{RIGHT}",
         f"```\n{RIGHT}```\n```\nadd(1, 2)\n```",
     ]
-    assert verifier.score([(row, response(r)) for r in right]) == [WHOLE] * len(right)
+    assert verifier.score([(row, response(r)) for r in right]) == [FULL] * len(right)
     assert verifier.score([(row, response(RIGHT, finished=False))])[0]["reward"] == 0
     numbers_only = verifier.score([(row, response("def add(a, b):\n    return 3\n"))])[0]
     assert numbers_only == {"reward": 0.0, "passed": 1 / 3 if row is TESTS else 0.0, "killed": 0.0}
@@ -148,7 +148,7 @@ def test_attacks_get_nothing(row: dict[str, Any]) -> None:
         assert {name: p["reward"] for name, p in zip(HOSTILE, parts, strict=True)} == dict.fromkeys(HOSTILE, 0.0)
         forced = {name for name, p in zip(HOSTILE, parts, strict=True) if p["killed"]}
         assert {"bomb", "computes", "shouts", "endless line"} <= forced and not forced & {"say so", "equals everything"}
-        assert verifier.score([(row, response(RIGHT))] * 4) == [WHOLE] * 4, "nor harm others"
+        assert verifier.score([(row, response(RIGHT))] * 4) == [FULL] * 4, "nor harm others"
     finally:
         verifier.close()
 
@@ -257,7 +257,7 @@ def test_a_channel_that_says_what_none_does_is_a_verdict(row: dict[str, Any], mo
     """A byte out of band: there is something to read, and then there is not. The filter refuses it, so it is sent here."""
     begin, pair, theirs = Cell.begin, socket.socketpair, []
 
-    def kept(*args: Any) -> tuple[socket.socket, socket.socket]:
+    def recording_pair(*args: Any) -> tuple[socket.socket, socket.socket]:
         ours, other = pair(*args)
         theirs.append(other.dup())
         return ours, other
@@ -272,12 +272,12 @@ def test_a_channel_that_says_what_none_does_is_a_verdict(row: dict[str, Any], mo
     verifier = CodeVerifier(workers=1)
     try:
         verifier.score([(row, response(RIGHT))])  # it is warm, so the pairs that follow are channels
-        monkeypatch.setattr(socket, "socketpair", kept)
+        monkeypatch.setattr(socket, "socketpair", recording_pair)
         monkeypatch.setattr(Cell, "begin", odd)
         codes = (RIGHT, "import time\ntime.sleep(9)  # odd", RIGHT)
         start = time.process_time()
         parts = verifier.score([(row, response(code)) for code in codes])
-        assert parts == [WHOLE, {"reward": 0.0, "passed": 0.0, "killed": 1.0}, WHOLE]
+        assert parts == [FULL, {"reward": 0.0, "passed": 0.0, "killed": 1.0}, FULL]
         assert time.process_time() - start < 2, "it does not look again and again"
     finally:
         verifier.close()
@@ -301,7 +301,7 @@ def f(x, prefix):
     row = {"entry_point": "f", "tests": [{"input": i, "expected": e} for i, e in tests]}
     check = "SECRET = 'secret-b2c9'\ndef check(candidate):\n    assert candidate('argument-7f3a', 'argument') == 'argument-7f3a'\n    assert candidate('', 'secret') is None"
     parts = verifier.score([(row, response(search)), ({"entry_point": "f", "check": check}, response(search))])
-    assert parts == [{"reward": 0.0, "passed": 0.5, "killed": 0.0}, WHOLE]
+    assert parts == [{"reward": 0.0, "passed": 0.5, "killed": 0.0}, FULL]
 
 
 def test_rows_that_cannot_be_judged(verifier: CodeVerifier) -> None:
@@ -323,7 +323,7 @@ def test_an_answer_that_ends_its_check_has_a_reward_and_a_reason(verifier: CodeV
     """What it returns can make a check compute for ever, eat memory or end. It is a 0, and stops nothing."""
     row = {"entry_point": "f", "check": "import os\ndef check(c):\n    if c(1) != 5: os._exit(0)"}
     parts = verifier.score([(row, response(f"def f(x): return {value}")) for value in (5, 6)])
-    assert parts == [WHOLE, {"reward": 0.0, "passed": 0.0, "killed": 1.0}]
+    assert parts == [FULL, {"reward": 0.0, "passed": 0.0, "killed": 1.0}]
 
 
 def test_an_answer_that_kills_its_sandbox_each_time_has_a_reward_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +343,7 @@ def test_an_answer_that_kills_its_sandbox_each_time_has_a_reward_and_a_reason(mo
             parts = verifier.score(
                 [(row, response(text)) for text in (RIGHT, "import time\ntime.sleep(9)  # deadly", RIGHT)]
             )
-            assert parts == [WHOLE, {"reward": 0.0, "passed": 0.0, "killed": 1.0}, WHOLE]
+            assert parts == [FULL, {"reward": 0.0, "passed": 0.0, "killed": 1.0}, FULL]
     finally:
         verifier.close()
 
@@ -399,17 +399,17 @@ def test_a_failed_sandbox_is_not_a_reward(
             broken.close()
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_sandbox_killed_at_work_is_tried_again(which: int) -> None:
+@pytest.mark.parametrize("cell", [0, 1])
+def test_a_sandbox_killed_at_work_is_tried_again(cell: int) -> None:
     slow = "import time\ndef add(a, b):\n    time.sleep(0.4)\n    return a + b"
     verifier = CodeVerifier(workers=1)
     try:
         verifier.score([(CHECK, response(RIGHT))])
-        pid = verifier._pool._cells[0][which].pid
+        pid = verifier._pool._cells[0][cell].pid
         assert pid
         threading.Timer(0.5, os.kill, (pid, 9)).start()
-        assert verifier.score([(CHECK, response(slow))]) == [WHOLE]
-        assert verifier._pool._cells[0][which].pid != pid, "it was killed"
+        assert verifier.score([(CHECK, response(slow))]) == [FULL]
+        assert verifier._pool._cells[0][cell].pid != pid, "it was killed"
     finally:
         verifier.close()
 
@@ -528,8 +528,8 @@ def test_plain_data_passes_whole_and_nothing_else_does() -> None:
         float("inf"),
     ]
     for value in values:
-        back = decode(encode(value))
-        assert back == value and type(back) is type(value)
+        decoded = decode(encode(value))
+        assert decoded == value and type(decoded) is type(value)
     for other in (object(), encode, range(3), iter([])):
         with pytest.raises(TypeError):
             encode(other)

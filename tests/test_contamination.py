@@ -23,22 +23,25 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     """add/00000 stands in a document that was read, add/00001 in one that was not, add/00002 in a prompt."""
     folder = tmp_path_factory.mktemp("world")
     rows = chat_rows(world.sealed(world.items_stage.STAGE, world.ITEMS, {}, folder / "look"))
-    asked = {row["id"]: question(row) for row in rows}
-    spaced = asked["add/00000"].replace("+", " +\n")
-    prose = [f"{n}. {world.TEXT}" for n in range(12)] + [f"So {spaced} it was.", f"Never read: {asked['add/00001']}"]
-    made = world.make(folder / "world", {"prose": prose})
-    tasks = read_jsonl(made["tasks-rlvr"] / "tasks.jsonl")
-    tasks[0]["responses_create_params"]["input"][0]["content"] = f"What is {asked['add/00002']}?"
-    write_jsonl(made["tasks-rlvr"] / "tasks.jsonl", tasks)
-    made["tasks-rlvr"] = write_manifest(made["tasks-rlvr"].path, "tasks-rlvr")
+    questions = {row["id"]: question(row) for row in rows}
+    spaced = questions["add/00000"].replace("+", " +\n")
+    prose = [f"{n}. {world.TEXT}" for n in range(12)] + [
+        f"So {spaced} it was.",
+        f"Never read: {questions['add/00001']}",
+    ]
+    artifacts = world.make(folder / "world", {"prose": prose})
+    tasks = read_jsonl(artifacts["tasks-rlvr"] / "tasks.jsonl")
+    tasks[0]["responses_create_params"]["input"][0]["content"] = f"What is {questions['add/00002']}?"
+    write_jsonl(artifacts["tasks-rlvr"] / "tasks.jsonl", tasks)
+    artifacts["tasks-rlvr"] = write_manifest(artifacts["tasks-rlvr"].path, "tasks-rlvr")
     config = {"problems": {"add": 5}, "phases": {"pretrain": ["prose"]}}
-    made["fresh"] = world.sealed(generated_eval.STAGE, config, made, folder / "fresh")
+    artifacts["fresh"] = world.sealed(generated_eval.STAGE, config, artifacts, folder / "fresh")
     solving = {"num_samples": 2, "max_new_tokens": 3, "seed": 0}
-    made["solve-sft"] = world.sealed(pass_at_k.STAGE, solving, made, folder / "solve")
-    made["fresh-solve-sft"] = world.sealed(
-        pass_at_k.STAGE, solving, {**made, "items": made["fresh"]}, folder / "fsolve"
+    artifacts["solve-sft"] = world.sealed(pass_at_k.STAGE, solving, artifacts, folder / "solve")
+    artifacts["fresh-solve-sft"] = world.sealed(
+        pass_at_k.STAGE, solving, {**artifacts, "items": artifacts["fresh"]}, folder / "fsolve"
     )
-    return made
+    return artifacts
 
 
 def test_planted_items_are_found_and_no_others(run_stage, inputs) -> None:
@@ -49,18 +52,18 @@ def test_planted_items_are_found_and_no_others(run_stage, inputs) -> None:
     assert bad == {("add/00000", "pretrain"), ("add/00002", "prompts of rlvr")}
     assert {row["phase"] for row in rows} == {"pretrain", "prompts of rlvr"}
     assert {row["split"] for row in rows} == {"test", "validation", "fresh"}
-    (whole,) = (row for row in rows if (row["id"], row["phase"]) == ("add/00000", "pretrain"))
-    assert (whole["words"], whole["longest"], whole["overlap"]) == (3, 3, 1.0)
+    (match,) = (row for row in rows if (row["id"], row["phase"]) == ("add/00000", "pretrain"))
+    assert (match["words"], match["longest"], match["overlap"]) == (3, 3, 1.0)
     assert report["items"]["test"]["contaminated"] == 2 and report["items"]["fresh"]["contaminated"] == 0
     assert report["phases"]["pretrain"]["test"]["contaminated"] == 1 and report["read"]["pretrain"] == 13
     assert {name: report[name] for name in ("items", "phases")} == contamination.summary(rows)
 
 
 def test_the_detector_is_tried(run_stage, inputs) -> None:
-    tried = run_stage(contamination.STAGE, CONFIG, inputs).json("report.json")["detector"]
-    assert (tried["recall"]["planted"], tried["recall"]["found"]) == (8, 8)
-    assert tried["recall_by_form"] == {form: {"planted": 2, "found": 2} for form in contamination.FORMS}
-    assert tried["false_positives"] == {"absent": 8, "found": 0}
+    detector = run_stage(contamination.STAGE, CONFIG, inputs).json("report.json")["detector"]
+    assert (detector["recall"]["planted"], detector["recall"]["found"]) == (8, 8)
+    assert detector["recall_by_form"] == {form: {"planted": 2, "found": 2} for form in contamination.FORMS}
+    assert detector["false_positives"] == {"absent": 8, "found": 0}
 
 
 def test_scores_stand_beside_each_other(run_stage, inputs) -> None:
@@ -73,11 +76,13 @@ def test_scores_stand_beside_each_other(run_stage, inputs) -> None:
 
 def test_subsets_by_hand() -> None:
     scores = {"a": ("add", 1.0), "b": ("add", 0.0), "c": ("add", 1.0), "d": ("add", 0.0)}
-    found = contamination.scores_by_verdict(scores, {"a": "contaminated", "b": "overlap", "c": "clean", "d": "clean"})[
-        "add"
+    subsets = contamination.beside(scores, {"a": "contaminated", "b": "overlap", "c": "clean", "d": "clean"})["add"]
+    assert [subsets[name]["value"] for name in ("full", "not_contaminated", "clean")] == [
+        0.5,
+        pytest.approx(1 / 3),
+        0.5,
     ]
-    assert [found[name]["value"] for name in ("full", "not_contaminated", "clean")] == [0.5, pytest.approx(1 / 3), 0.5]
-    assert contamination.scores_by_verdict(scores, dict.fromkeys("abcd", "overlap"))["add"]["clean"] is None
+    assert contamination.beside(scores, dict.fromkeys("abcd", "overlap"))["add"]["clean"] is None
 
 
 def test_runs_against_a_slow_way() -> None:

@@ -78,27 +78,27 @@ def test_scores_are_recomputed_from_the_tables_alone(run_stage: Any, inputs: Any
 
 def test_a_recipe_without_the_section_keeps_its_key_and_its_bytes(run_stage: Any, inputs: Any) -> None:
     assert identity(bits_per_byte.EvaluateConfig(**CONFIG)) == CONFIG
-    made = run_stage(bits_per_byte.STAGE, CONFIG, inputs)
-    assert sorted(p.name for p in made.path.iterdir()) == [
+    artifact = run_stage(bits_per_byte.STAGE, CONFIG, inputs)
+    assert sorted(p.name for p in artifact.path.iterdir()) == [
         "documents.parquet", "items.parquet", "manifest.json", "scores.json",
     ]  # fmt: skip
-    assert set(made.json("scores.json")) == {"bits_per_byte", "bits_per_byte_all", "accuracy", "accuracy_all"}
+    assert set(artifact.json("scores.json")) == {"bits_per_byte", "bits_per_byte_all", "accuracy", "accuracy_all"}
 
 
 def test_items_have_the_length_and_the_depth_that_they_say(loaded: Any) -> None:
     section = ContextSection(**SECTION)
     filler = loaded.encode("abcdefghij" * 100)
     for length in section.lengths:
-        found = list(long_context.items(section, length, loaded.encode, filler))
-        assert found == list(long_context.items(section, length, loaded.encode, filler)) and len(found) == 6
-        for name, depth, key, ids, answer in found:
+        items = list(long_context.items(section, length, loaded.encode, filler))
+        assert items == list(long_context.items(section, length, loaded.encode, filler)) and len(items) == 6
+        for name, depth, key, ids, answer in items:
             text = loaded.tokenizer.decode(ids)
             assert len(ids) == length and name.startswith(f"{length}/{depth:g}/")
             assert text.endswith(f"{passkeys.QUESTION} {key}") and ids[-len(answer) :] == answer == loaded.encode(
                 f" {key}"
             )
-            assert passkeys.is_for_evaluation(key)
-            room = length - passkeys.min_characters(4)
+            assert passkeys.for_evaluation(key)
+            room = length - passkeys.min_chars(4)
             assert text.index(passkeys.STATEMENT.format(key)) == round(depth * room)
 
 
@@ -111,13 +111,13 @@ class Reader:
     def __call__(self, ids: Any, logits_to_keep: int) -> Any:
         import torch
 
-        text, kept = self.tokenizer.decode(ids[0]), []
+        text, tokens = self.tokenizer.decode(ids[0]), []
         for place in range(len(text) - logits_to_keep, len(text)):
             stated = text[max(0, place + 1 - self.reach) : place + 1].split("key is ")
             digits = next((part[:4] for part in reversed(stated[1:-1]) if part[:4].isdigit()), "0000")
             written = place + 1 - text.rindex("The pass key is ") - len("The pass key is ") if place > 0 else 0
-            kept.append(f" {digits}."[max(0, written + 1)])
-        vocabulary = [self.tokenizer.convert_tokens_to_ids("Ġ" if token == " " else token) for token in kept]
+            tokens.append(f" {digits}."[max(0, written + 1)])
+        vocabulary = [self.tokenizer.convert_tokens_to_ids("Ġ" if token == " " else token) for token in tokens]
         return SimpleNamespace(logits=torch.nn.functional.one_hot(torch.tensor([vocabulary]), world.VOCAB).float())
 
 
@@ -154,8 +154,8 @@ def test_greedy_decoding_gives_the_same_output(loaded: Any) -> None:
     )
     with torch.inference_mode():
         logits = loaded.model(torch.tensor([ids]), logits_to_keep=len(answer) + 1).logits[0, :-1]
-        made = loaded.model.generate(torch.tensor([ids[: -len(answer)]]), max_new_tokens=1, do_sample=False)
-    assert logits.shape[0] == len(answer) and int(logits[0].argmax()) == int(made[0, -1])
+        generated = loaded.model.generate(torch.tensor([ids[: -len(answer)]]), max_new_tokens=1, do_sample=False)
+    assert logits.shape[0] == len(answer) and int(logits[0].argmax()) == int(generated[0, -1])
 
 
 def test_losses_beyond_the_context_are_the_models_own(loaded: Any) -> None:
@@ -177,9 +177,9 @@ def test_logits_are_held_by_slices(loaded: Any, monkeypatch: pytest.MonkeyPatch)
     import torch
 
     ids = loaded.encode(long_documents()[1]["text"])[:200]
-    whole = long_context.token_bits(loaded.model, ids)
+    unsliced = long_context.token_bits(loaded.model, ids)
     monkeypatch.setattr(long_context, "SLICE", 7)
-    assert torch.allclose(long_context.token_bits(loaded.model, ids), whole, rtol=1e-5)
+    assert torch.allclose(long_context.token_bits(loaded.model, ids), unsliced, rtol=1e-5)
 
 
 def test_buckets_double_and_cover_each_position_once() -> None:

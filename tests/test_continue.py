@@ -24,30 +24,30 @@ from pipeline.core.store import Artifact, Store, write_manifest
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from pipeline.graph.checkpoints import Checkpoint
+from pipeline.launch.attempt import Attempt, Task
 from pipeline.launch.checkpoint_artifacts import Products
 from pipeline.launch.rendezvous import Ranks
-from pipeline.launch.worker import Attempt, Task
 from stages.data import order
 from stages.data.table import write_json
 
 
-def rows(made: Artifact) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = pq.read_table(made / "order.parquet").to_pylist()
-    return found
+def rows(artifact: Artifact) -> list[dict[str, Any]]:
+    table: list[dict[str, Any]] = pq.read_table(artifact / "order.parquet").to_pylist()
+    return table
 
 
-def checkpoint(folder: Path, made: Artifact, step: int) -> Artifact:
+def checkpoint(folder: Path, artifact: Artifact, step: int) -> Artifact:
     """A release checkpoint after `step` of the phase that follows an order: its place in the data is all that counts."""
-    meta = made.json("meta.json")
-    read = Counter(row["source"] for row in rows(made) if row["step"] <= step)
+    meta = artifact.json("meta.json")
+    read = Counter(row["source"] for row in rows(artifact) if row["step"] <= step)
     folder.mkdir()
     place = order.position(meta, read, step)
     write_json(folder / "state.json", {"phase": meta["phase"], "step": step, "data_position": place})
     return write_manifest(folder, f"{meta['phase']}@{step}-000000000000")
 
 
-def chunks(found: list[dict[str, Any]], source: str) -> list[tuple[str, int]]:
-    return [(row["id"], row["offset"]) for row in found if row["source"] == source]
+def chunks(table: list[dict[str, Any]], source: str) -> list[tuple[str, int]]:
+    return [(row["id"], row["offset"]) for row in table if row["source"] == source]
 
 
 @pytest.mark.parametrize("steps", [(7,), (3, 4, 11)])
@@ -55,12 +55,12 @@ def test_an_unchanged_phase_reads_the_rows_that_were_to_come(
     tmp_path: Path, run_stage: Any, steps: tuple[int, ...]
 ) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
-    whole = made = run_stage(order.STAGE, order_config(), inputs)
+    full_order = latest = run_stage(order.STAGE, order_config(), inputs)
     for step in steps:
-        at = checkpoint(tmp_path / f"c{step}", made, step)
-        made = run_stage(order.STAGE, order_config(first_step=step + 1), {**inputs, "continue": at})
-    assert rows(made) == [row for row in rows(whole) if row["step"] > steps[-1]]
-    assert made.json("meta.json")["first_step"] == steps[-1] + 1
+        at = checkpoint(tmp_path / f"c{step}", latest, step)
+        latest = run_stage(order.STAGE, order_config(first_step=step + 1), {**inputs, "continue": at})
+    assert rows(latest) == [row for row in rows(full_order) if row["step"] > steps[-1]]
+    assert latest.json("meta.json")["first_step"] == steps[-1] + 1
 
 
 def test_after_a_changed_mix_each_source_goes_on_without_a_repeat(tmp_path: Path, run_stage: Any) -> None:
@@ -70,18 +70,18 @@ def test_after_a_changed_mix_each_source_goes_on_without_a_repeat(tmp_path: Path
     at = checkpoint(tmp_path / "c6", first, 6)
     changes = {"first_step": 7, "steps": 30, "rows": 4, "mix": {"a": 0.25, "b": 0.75}, "seed": 5}
     second = run_stage(order.STAGE, order_config(**changes), {**inputs, "continue": at})
-    found = rows(second)
-    assert [row["step"] for row in found] == [step for step in range(7, 31) for _ in range(4)]
-    assert Counter(row["source"] for row in found) == {"a": 24, "b": 72}
+    table = rows(second)
+    assert [row["step"] for row in table] == [step for step in range(7, 31) for _ in range(4)]
+    assert Counter(row["source"] for row in table) == {"a": 24, "b": 72}
     sizes = {"a": 16, "b": 50}
     for source, size in sizes.items():
-        read = chunks(before + found, source)
+        read = chunks(before + table, source)
         assert {len(set(read[i : i + size])) for i in range(0, len(read) - size, size)} == {size}, "an epoch is whole"
     # A source that is left out keeps its place: the third part goes on with it where the first stood.
     alone = order_config(**{**changes, "mix": {"b": 1.0}})
     only_b = run_stage(order.STAGE, alone, {**inputs, "continue": at})
-    again = order_config(first_step=21, steps=40, mix={"a": 0.5, "b": 0.5})
-    third = run_stage(order.STAGE, again, {**inputs, "continue": checkpoint(tmp_path / "c20", only_b, 20)})
+    next_config = order_config(first_step=21, steps=40, mix={"a": 0.5, "b": 0.5})
+    third = run_stage(order.STAGE, next_config, {**inputs, "continue": checkpoint(tmp_path / "c20", only_b, 20)})
     read = chunks(before + rows(third), "a")
     assert len(set(read[16:32])) == 16 and read[16 : len(chunks(before, "a")) + 5] != read[: len(chunks(before, "a"))]
     read_b = chunks(before + [row for row in rows(only_b) if row["step"] <= 20] + rows(third), "b")
@@ -107,9 +107,9 @@ def test_a_checkpoint_of_another_step_is_refused(tmp_path: Path, run_stage: Any)
 
 def attempt_at(store: Store, recipe: str, run: str, phase: str = "pretrain") -> Attempt:
     """An attempt of a training stage, as the worker begins it; nothing is trained."""
-    whole = dag.compose(recipes.load(recipe), store)
-    node = whole.nodes[phase]
-    materials = whole.materials(node)
+    graph = dag.compose(recipes.load(recipe), store)
+    node = graph.nodes[phase]
+    materials = graph.materials(node)
     config = node.config.model_dump(mode="json")
     task = Task(str(store.home), run, phase, phase, config, materials, node.key, watts_per_core=1.0, ranks=1)
     attempt = Attempt(task, store, FileReport(store.logs / run / phase), Ranks())
@@ -120,14 +120,14 @@ def attempt_at(store: Store, recipe: str, run: str, phase: str = "pretrain") -> 
 def seal(store: Store, recipe: str, run: str, step: int, text: str = "{}", phase: str = "pretrain") -> Checkpoint:
     """A checkpoint of a recipe's phase, sealed as the worker seals it."""
     attempt = attempt_at(store, recipe, run, phase)
-    made = store.home / "made" / run
-    made.mkdir(parents=True, exist_ok=True)
-    (made / "state.json").unlink(missing_ok=True)
-    (made / "state.json").write_text(text)
+    product = store.home / "made" / run
+    product.mkdir(parents=True, exist_ok=True)
+    (product / "state.json").unlink(missing_ok=True)
+    (product / "state.json").write_text(text)
     lease = Lease.take(store.work(attempt.task.key))
     assert lease is not None
     try:
-        Products(attempt, lease).seal(f"@{step}", made)
+        Products(attempt, lease).seal(f"@{step}", product)
     finally:
         lease.release()
     return Checkpoint(attempt.task.key, step)
@@ -141,10 +141,10 @@ def test_a_checkpoint_is_an_artifact_with_a_statement_before_its_phase_ends(tmp_
     assert checkpoint.key.startswith("pretrain@30-") and not store.sealed(checkpoint.phase)
     assert os.path.samefile(artifact / "state.json", tmp_path / "made/run-1/state.json"), "a hard link"
     ((_, body),) = provenance.read(store.ledger, checkpoint.key)
-    said = body["predicate"]["buildDefinition"]["externalParameters"]
-    assert said["of"] == {"key": checkpoint.phase, "step": 30}
-    assert (said["node"], said["key"], said["stage"]) == ("pretrain@30", checkpoint.key, "pretrain")
-    assert said["config"]["phase"]["steps"] == 60 and set(provenance.materials_of(body)) == {"tokens", "order"}
+    parameters = body["predicate"]["buildDefinition"]["externalParameters"]
+    assert parameters["of"] == {"key": checkpoint.phase, "step": 30}
+    assert (parameters["node"], parameters["key"], parameters["stage"]) == ("pretrain@30", checkpoint.key, "pretrain")
+    assert parameters["config"]["phase"]["steps"] == 60 and set(provenance.materials_of(body)) == {"tokens", "order"}
     assert provenance.sealed(store.ledger, artifact) and provenance.usage(body)["energy_joules_estimate"] >= 0
 
     seal(store, str(SMOKE), "run-1", 30)
@@ -202,12 +202,16 @@ def test_a_checkpoint_is_found_by_step_and_is_an_input_of_order_and_phase(tmp_pa
 )  # fmt: skip
 def test_one_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     store, other = Store(tmp_path), write(tmp_path / "other.yaml", pretrain__optimizer__lr=2e-3)
-    made = [seal(store, str(SMOKE), "run-1", 40), seal(store, other, "run-2", 40), seal(store, other, "run-2", 50)]
+    checkpoints = [
+        seal(store, str(SMOKE), "run-1", 40),
+        seal(store, other, "run-2", 40),
+        seal(store, other, "run-2", 50),
+    ]
     with pytest.raises(RecipeError) as error:
         composed(store, tmp_path, **{f"pretrain__{name}": value for name, value in changes.items()})
     assert sentence in str(error.value) and "\n" not in str(error.value), str(error.value)
     if "fits" in sentence:
-        for checkpoint, run in zip(made[:2], ("run-1", "run-2"), strict=True):
+        for checkpoint, run in zip(checkpoints[:2], ("run-1", "run-2"), strict=True):
             assert f"{checkpoint} of run {run}" in str(error.value)
             assert composed(store, tmp_path, pretrain__continue_from=str(checkpoint))
 
@@ -218,8 +222,8 @@ def test_the_base_model_must_be_the_one_that_the_checkpoint_came_from(tmp_path: 
         composed(store, tmp_path, midtrain__continue_from="midtrain@50")
     checkpoint = seal(store, str(SMOKE), "run-1", 50, phase="midtrain")
     changes = {"midtrain__continue_from": "midtrain@50", "midtrain__optimizer__lr": 2e-3}
-    found = composed(store, tmp_path, **changes)
-    assert found.materials(found.nodes["midtrain"])["continue"] == checkpoint.key
+    graph = composed(store, tmp_path, **changes)
+    assert graph.materials(graph.nodes["midtrain"])["continue"] == checkpoint.key
     with pytest.raises(
         RecipeError, match=r"midtrain.continue_from = midtrain-\w+@50 began from pretrain-\w+, but this"
     ):
@@ -242,12 +246,12 @@ def test_a_run_goes_on_from_an_earlier_one_and_its_release_tells(smoke_home: Pat
     planned = atom(home, "plan", same).stdout
     assert "\npretrain continues from pretrain@30 (key pretrain@30-" in planned
     atom(home, "run", same, "--until", "pretrain")
-    again = dag.compose(recipes.load(write(tmp_path / "r.yaml", pretrain__continue_from="pretrain@30")), store)
-    made = store.open(again.nodes["pretrain"].key)
-    assert {p.name for p in made.path.glob("step-*")} == {"step-000060"}
-    assert step_files(made, 60) == step_files(store.open(first.nodes["pretrain"].key), 60)
+    continued = dag.compose(recipes.load(write(tmp_path / "r.yaml", pretrain__continue_from="pretrain@30")), store)
+    artifact = store.open(continued.nodes["pretrain"].key)
+    assert {p.name for p in artifact.path.glob("step-*")} == {"step-000060"}
+    assert step_files(artifact, 60) == step_files(store.open(first.nodes["pretrain"].key), 60)
     atom(home, "run", same, "--until", "export-init")
-    drawn, trained = (store.open(each.nodes["export-init"].key) for each in (again, first))
+    drawn, trained = (store.open(each.nodes["export-init"].key) for each in (continued, first))
     assert drawn.rows == trained.rows, "random weights by their seed are those of step 0"
     assert "fits 2 checkpoints" in atom(home, "plan", write(
         tmp_path / "r.yaml", pretrain__continue_from="pretrain@60", pretrain__steps=90), code=2).stderr  # fmt: skip
@@ -257,18 +261,20 @@ def test_a_run_goes_on_from_an_earlier_one_and_its_release_tells(smoke_home: Pat
     changes = {"midtrain__continue_from": "midtrain@75", "midtrain__optimizer__lr": 2e-3, "midtrain__mix": mix}
     changed = write(tmp_path / "changed.yaml", name="changed", sft=None, rlvr=None, **changes)
     atom(home, "run", changed)
-    found = dag.compose(recipes.load(changed), store)
-    phase = store.open(found.nodes["midtrain"].key)
+    changed_graph = dag.compose(recipes.load(changed), store)
+    phase = store.open(changed_graph.nodes["midtrain"].key)
     lines = [json.loads(line) for line in (phase / "training.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(76, 151))
-    checkpoint = store.open(found.nodes["midtrain"].external["continue"])
+    checkpoint = store.open(changed_graph.nodes["midtrain"].external["continue"])
     stated = provenance.sealed(store.ledger, phase)
     assert stated and provenance.materials_of(stated[1])["continue"] == checkpoint.digest
     config = stated[1]["predicate"]["buildDefinition"]["externalParameters"]["config"]
     assert config["phase"]["continue_from"] == f"{first.nodes['midtrain'].key}@75"
     before = rows(store.open(first.nodes["order-midtrain"].key))
-    read = chunks([r for r in before if r["step"] <= 75] + rows(store.open(found.nodes["order-midtrain"].key)), "code")
-    size = store.open(found.nodes["order-midtrain"].key).json("meta.json")["sources"]["code"]["chunks"]
+    read = chunks(
+        [r for r in before if r["step"] <= 75] + rows(store.open(changed_graph.nodes["order-midtrain"].key)), "code"
+    )
+    size = store.open(changed_graph.nodes["order-midtrain"].key).json("meta.json")["sources"]["code"]["chunks"]
     assert len(set(read[:size])) == min(size, len(read))
 
     atom(home, "build", changed)
@@ -284,5 +290,7 @@ def test_a_run_goes_on_from_an_earlier_one_and_its_release_tells(smoke_home: Pat
     assert (release / f"dataset/earlier/{first.nodes['order-midtrain'].key}/order.parquet").exists()
 
     (store.artifacts / first.nodes["order-midtrain"].key).rename(tmp_path / "lost")
-    said = atom(home, "build", changed, code=2).stderr
-    assert f"{first.nodes['order-midtrain'].key} of an earlier run, which this one goes on from, is not sealed" in said
+    stderr = atom(home, "build", changed, code=2).stderr
+    assert (
+        f"{first.nodes['order-midtrain'].key} of an earlier run, which this one goes on from, is not sealed" in stderr
+    )

@@ -18,17 +18,9 @@ from stages.mcore.megatron_imports import Float16Module
 from stages.mcore.parallel_layout import Layout, problem
 from stages.models.qwen3_moe import layer_spec
 from stages.models.qwen3_moe.config import ModelConfig
-from stages.models.qwen3_moe.costs import (
-    Attention,
-    MemoryShare,
-    layers_of,
-    memory_share,
-    owned_bytes,
-    sharing,
-    state_bytes,
-    training_flops,
-)
+from stages.models.qwen3_moe.costs import Attention, training_flops
 from stages.models.qwen3_moe.megatron_model import build
+from stages.models.qwen3_moe.memory import Held, held, layers_of, owned_bytes, sharing, state_bytes
 from stages.train import parallel
 from stages.train.config import PhaseConfig, TrainConfig
 from stages.train.estimate import estimate, layout_label, release_checkpoints
@@ -81,7 +73,7 @@ def test_state_of_the_published_layout() -> None:
         moe_intermediate_size=768, context_length=4096, tie_embeddings=False,
     )  # fmt: skip
     layout = Layout(ranks=16, ep=16)
-    part = memory_share(model, 151936, layout, 0)
+    part = held(model, 151936, layout, 0)
     assert part.experts == 48 * 8 * 3 * 2048 * 768 and sharing(layout) == (16, 1)
     assert state_bytes(part, layout, "bf16") == pytest.approx(6 * part.dense + 12 * part.dense / 16 + 18 * part.experts)
     assert state_bytes(part, layout, "bf16") / 2**30 == pytest.approx(40.0, abs=0.1)
@@ -143,7 +135,7 @@ def test_activations_are_what_autograd_saves(
 ) -> None:
     """Bytes of all distinct tensors that one forward pass keeps, with the kernels that packed rows have everywhere."""
     model, rows = ModelConfig(**{**MODEL, **extra}), Rows(2, 512, packed=True)
-    layout, seen = Layout(recompute=recompute), {}
+    layout, saved = Layout(recompute=recompute), {}
     with parallel.session(0), _gpu_like(monkeypatch):
         (gpt,) = build(model, VOCAB, layout, precision, packed=True)
         for parameter in gpt.parameters():
@@ -154,15 +146,15 @@ def test_activations_are_what_autograd_saves(
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
-                seen[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, so that no address is used again
+                saved[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, so that no address is used again
             return tensor
 
         ids = torch.randint(VOCAB, (rows.rows, rows.length), generator=torch.Generator().manual_seed(0))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             net(ids, torch.arange(rows.length).expand_as(ids), torch.zeros_like(ids), labels=ids,
                 padding_mask=torch.zeros_like(ids, dtype=torch.bool))  # fmt: skip
-    measured = sum(size for size, _ in seen.values())
-    seen.clear()  # the graph holds what packs its tensors, and that held the graph
+    measured = sum(size for size, _ in saved.values())
+    saved.clear()  # the graph holds what packs its tensors, and that held the graph
     size, tokens = (4, 0) if precision == "fp32" else (2, 2), rows.rows * rows.length
     element, logits = size
     predicted = activation_bytes(model, VOCAB, layout, precision, rows, 1, 0)
@@ -180,27 +172,30 @@ def test_parallel_ranks_share_activations() -> None:
     def bytes_of(rank: int = 0, micro: int = 8, **layout: Any) -> float:
         return activation_bytes(model, VOCAB, Layout(**layout), "bf16", rows, micro, rank)
 
-    whole = bytes_of()
-    assert bytes_of(ranks=2, cp=2) == pytest.approx(whole / 2)
+    unsplit = bytes_of()
+    assert bytes_of(ranks=2, cp=2) == pytest.approx(unsplit / 2)
     # each expert's tensor ranks all get the tokens of both, and half of its width
-    assert whole / 2 < bytes_of(ranks=2, tp=2, ep=2) < 0.6 * whole
-    assert bytes_of(ranks=2, tp=2, ep=2, etp=1) == pytest.approx(whole / 2)
+    assert unsplit / 2 < bytes_of(ranks=2, tp=2, ep=2) < 0.6 * unsplit
+    assert bytes_of(ranks=2, tp=2, ep=2, etp=1) == pytest.approx(unsplit / 2)
     first, last = (bytes_of(rank, ranks=2, pp=2) for rank in (0, 1))
     ends = 512 * (VOCAB * 6 + 2 * 2 * 64)
-    assert first == pytest.approx(whole - ends) and last == pytest.approx((whole - ends) / 2 + ends)
-    assert bytes_of(0, micro=1, ranks=2, pp=2) == pytest.approx((whole - ends) / 2)
+    assert first == pytest.approx(unsplit - ends) and last == pytest.approx((unsplit - ends) / 2 + ends)
+    assert bytes_of(0, micro=1, ranks=2, pp=2) == pytest.approx((unsplit - ends) / 2)
 
 
 def test_estimate_of_a_phase() -> None:
     phase = {**world.PHASE, "precision": "bf16", "parallelism": {"ranks": 4, "tp": 2, "pp": 2}}
     config = TrainConfig.model_validate({**world.config(), "phase": phase})
-    found = estimate(config)
-    t, counts = found.training, found.parameters
-    assert t is not None and found.memory_bytes is not None
-    assert t.layout == layout_label(config.phase.parallelism) == "TP2 PP2"
-    assert max(t.state_bytes, t.activation_bytes) < found.memory_bytes <= t.state_bytes + t.activation_bytes
-    assert t.checkpoint_bytes == 12 * counts["total"] and t.gflop_per_token * 1e9 * config.phase.tokens() == found.flops
-    assert found.cpu_seconds is None  # calibrated in fp32 only
+    phase_estimate = estimate(config)
+    t, counts = phase_estimate.training, phase_estimate.parameters
+    assert t is not None and phase_estimate.memory_bytes is not None
+    assert t.layout == words(config.phase.parallelism) == "TP2 PP2"
+    assert max(t.state_bytes, t.activation_bytes) < phase_estimate.memory_bytes <= t.state_bytes + t.activation_bytes
+    assert (
+        t.checkpoint_bytes == 12 * counts["total"]
+        and t.gflop_per_token * 1e9 * config.phase.tokens() == phase_estimate.flops
+    )
+    assert phase_estimate.cpu_seconds is None  # calibrated in fp32 only
     rows = sum(config.phase.rows_of(step) for step in range(1, config.phase.steps + 1))
     assert (t.order_rows, t.data_bytes) == (rows, 2 * config.phase.tokens() + 27 * rows)
 
@@ -214,4 +209,4 @@ def test_release_checkpoints(every: int, start: str | None, count: int) -> None:
 
 def test_words_of_layouts() -> None:
     layout = Layout(ranks=512, tp=4, pp=2, cp=8, ep=32, etp=1, recompute="layer")
-    assert layout_label(layout) == "TP4 PP2 CP8 EP32 ETP1 DP8 recompute" and layout_label(Layout()) == "one rank"
+    assert words(layout) == "TP4 PP2 CP8 EP32 ETP1 DP8 recompute" and words(Layout()) == "one rank"

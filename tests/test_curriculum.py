@@ -21,60 +21,60 @@ ROWS = [
 
 
 def test_without_a_config_every_bin_is_drawn_alike() -> None:
-    found = Curriculum(None, ROWS, "test", 0)
-    drawn = Counter(bin_of(row) for step in range(200) for row in found.draw(8, step, 0))
+    curriculum = Curriculum(None, ROWS, "test", 0)
+    drawn = Counter(bin_of(row) for step in range(200) for row in curriculum.draw(8, step, 0))
     assert set(drawn) == {bin_of(row) for row in ROWS} and min(drawn.values()) > 0.8 * max(drawn.values())
 
 
-def made(**settings: Any) -> Curriculum:
+def make_curriculum(**settings: Any) -> Curriculum:
     return Curriculum(CurriculumConfig(**settings), ROWS, "test", 0)
 
 
 def test_levels_open_one_after_another_and_close_again() -> None:
-    found = made(unlock_pass_rate=0.7, ema_alpha=1.0)
-    assert found.open_bins() == ["add/0", "sort/3"]
+    curriculum = make_curriculum(unlock_pass_rate=0.7, ema_alpha=1.0)
+    assert curriculum.open() == ["add/0", "sort/3"]
     easy = next(row for row in ROWS if bin_of(row) == "add/0")
-    found.update(easy, 0.69)
-    assert found.open_bins() == ["add/0", "sort/3"]
-    found.update(easy, 0.7)
-    assert found.open_bins() == ["add/0", "add/1", "sort/3"]
-    found.update(next(row for row in ROWS if bin_of(row) == "add/1"), 1.0)
-    assert found.open_bins() == ["add/0", "add/1", "add/2", "sort/3"]
-    found.update(easy, 0.2)
-    assert found.open_bins() == ["add/0", "sort/3"]
+    curriculum.learn(easy, 0.69)
+    assert curriculum.open() == ["add/0", "sort/3"]
+    curriculum.learn(easy, 0.7)
+    assert curriculum.open() == ["add/0", "add/1", "sort/3"]
+    curriculum.learn(next(row for row in ROWS if bin_of(row) == "add/1"), 1.0)
+    assert curriculum.open() == ["add/0", "add/1", "add/2", "sort/3"]
+    curriculum.learn(easy, 0.2)
+    assert curriculum.open() == ["add/0", "sort/3"]
 
 
 def test_weights_are_the_variance_of_a_coin_and_never_nothing() -> None:
-    found = made(ema_alpha=1.0, min_weight=0.05)
+    curriculum = make_curriculum(ema_alpha=1.0, min_weight=0.05)
     add, sort = ROWS[0], ROWS[-1]
-    assert found.weights() == {"add/0": 1.0, "sort/3": 1.0}
-    found.update(add, 0.5)
-    found.update(sort, 1.0)
-    assert found.weights() == {"add/0": 1.0, "sort/3": 0.05}
-    found.update(add, 0.0)
-    assert found.weights()["add/0"] == 0.05
-    drawn = Counter(bin_of(row) for step in range(200) for row in found.draw(8, step, 0))
+    assert curriculum.weights() == {"add/0": 1.0, "sort/3": 1.0}
+    curriculum.learn(add, 0.5)
+    curriculum.learn(sort, 1.0)
+    assert curriculum.weights() == {"add/0": 1.0, "sort/3": 0.05}
+    curriculum.learn(add, 0.0)
+    assert curriculum.weights()["add/0"] == 0.05
+    drawn = Counter(bin_of(row) for step in range(200) for row in curriculum.draw(8, step, 0))
     assert set(drawn) == {"add/0", "sort/3"}
 
 
 def test_signal_is_asked_more_often() -> None:
-    found = made(ema_alpha=1.0)
-    found.update(ROWS[0], 0.5)
-    found.update(ROWS[-1], 0.95)
-    drawn = Counter(bin_of(row) for step in range(200) for row in found.draw(8, step, 0))
+    curriculum = make_curriculum(ema_alpha=1.0)
+    curriculum.learn(ROWS[0], 0.5)
+    curriculum.learn(ROWS[-1], 0.95)
+    drawn = Counter(bin_of(row) for step in range(200) for row in curriculum.draw(8, step, 0))
     assert drawn["add/0"] / drawn.total() == pytest.approx(1 / 1.19, abs=0.04)
 
 
 def test_a_bin_is_walked_through_before_anything_comes_again() -> None:
-    found = made(min_weight=1.0)
-    names = [row["id"] for step in range(10) for row in found.draw(4, step, 0) if bin_of(row) == "sort/3"]
+    curriculum = make_curriculum(min_weight=1.0)
+    names = [row["id"] for step in range(10) for row in curriculum.draw(4, step, 0) if bin_of(row) == "sort/3"]
     epochs = [names[i : i + 10] for i in range(0, len(names) - 9, 10)]
     assert epochs and all(len(set(epoch)) == 10 for epoch in epochs)
     assert len(epochs) == 1 or epochs[0] != epochs[1]
 
 
 def test_it_goes_on_from_its_state() -> None:
-    one, other = made(), made()
+    one, other = make_curriculum(), make_curriculum()
     for step in range(5):
         for row in one.draw(4, step, 0):
             one.update(row, step / 5)
@@ -86,9 +86,9 @@ def test_it_goes_on_from_its_state() -> None:
             one.update(row, 0.5)
             other.update(row, 0.5)
     assert one.state == other.state
-    kept = one.copy()
+    snapshot = one.copy()
     one.draw(4, 11, 0)
-    assert kept != one.state, "a copy does not change with the curriculum"
+    assert snapshot != one.state, "a copy does not change with the curriculum"
 
 
 def test_no_task_is_a_mistake() -> None:

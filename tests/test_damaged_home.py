@@ -65,7 +65,7 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Graph:
 
 
 @pytest.fixture(scope="module")
-def whole(composed: Graph, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undamaged_home(composed: Graph, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with two runs, of which the latest stopped in the middle of filtering, a release and something in the
     trash."""
     store = Store(tmp_path_factory.mktemp("whole") / "home")
@@ -81,8 +81,8 @@ def whole(composed: Graph, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def home(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "home"))
+def home(undamaged_home: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(undamaged_home, tmp_path / "home"))
 
 
 FILES = {
@@ -116,11 +116,11 @@ def test_every_command_names_a_damaged_file_and_goes_on(
             json_files._reported.clear()
             with pytest.warns() as warned:
                 json_files.report(Damaged(Path("always"), "one"), "so that there is one")
-                done = CliRunner().invoke(main.app, line)
-            text = " ".join([done.output, str(done.exception), *(str(each.message) for each in warned)])
+                result = CliRunner().invoke(main.app, line)
+            text = " ".join([result.output, str(result.exception), *(str(each.message) for each in warned)])
             text = text.replace("\n", " ")
             case = f"{pattern}, {damage}, {command}: {text}"
-            assert done.exit_code == 0 and done.exception is None, case
+            assert result.exit_code == 0 and result.exception is None, case
             if command in FILES[pattern] and not (pattern.endswith("events.jsonl") and damage == "emptied"):
                 assert str(path) in text and "is damaged" in text, case
         if path.is_dir() and not path.is_symlink():
@@ -145,10 +145,10 @@ def test_what_may_not_be_read_is_named(home: Path, composed: Graph, pattern: str
     path.chmod(0)
     for line in (["status"], ["plan", str(composed.recipe.path)], ["gc"]):
         command = without_privilege(sys.executable, "-m", "pipeline.cli", *line)
-        done = subprocess.run(command, env={**os.environ, "ATOM_HOME": str(home)}, capture_output=True, text=True)
-        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        process = subprocess.run(command, env={**os.environ, "ATOM_HOME": str(home)}, capture_output=True, text=True)
+        assert process.returncode == 0 and "Traceback" not in process.stderr, process.stderr
         if line == ["gc"]:
-            assert f"{path} is damaged (Permission denied)" in done.stderr, done.stderr
+            assert f"{path} is damaged (Permission denied)" in process.stderr, process.stderr
 
 
 def test_a_run_goes_on_without_what_is_damaged_and_says_so(home: Path, composed: Graph) -> None:
@@ -158,13 +158,15 @@ def test_a_run_goes_on_without_what_is_damaged_and_says_so(home: Path, composed:
     manifest = store.artifacts / sums / "manifest.json"
     manifest.write_text("[]")
     shutil.rmtree(store.artifacts / courtesies)
-    done = atom(home, "run", recipe, "--until", "filter", code=2)
-    assert str(manifest) in done.stderr and "Traceback" not in done.stdout + done.stderr
-    assert "stage filter cannot be run" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("atom: ") and f"--include {sums}" in done.stderr.splitlines()[-1]
+    process = atom(home, "run", recipe, "--until", "filter", code=2)
+    assert str(manifest) in process.stderr and "Traceback" not in process.stdout + process.stderr
+    assert "stage filter cannot be run" in process.stderr
+    assert (
+        process.stderr.splitlines()[-1].startswith("atom: ") and f"--include {sums}" in process.stderr.splitlines()[-1]
+    )
     assert store.damage(courtesies) is None, "what does not need the file was made"
-    said = atom(home, "status", "--json").stdout
-    states = {stage["name"]: stage["state"] for stage in json.loads(said)["stages"]}
+    output = atom(home, "status", "--json").stdout
+    states = {stage["name"]: stage["state"] for stage in json.loads(output)["stages"]}
     assert states["acquire-courtesies"] == "sealed"
     plan = json.loads(atom(home, "plan", recipe, "--json").stdout)["stages"]
     assert {row["name"]: row["state"] for row in plan}["acquire-sums"] == "damaged"
@@ -182,10 +184,10 @@ def test_submit_and_retry_name_what_is_damaged(home: Path, composed: Graph) -> N
     submit = ("submit", str(composed.recipe.path), "--cluster", "dev", "--until", "acquire-sums")
     runs.start(composed, store, ["acquire-sums"], "dev").note_job("acquire-sums", "7", False)
     for line in (submit, ("retry",)):
-        done = atom(home, *line, code=2)
-        assert "0 stages sealed already" in done.stdout and "Traceback" not in done.stderr
-        assert done.stderr.splitlines()[0].startswith("atom: stage acquire-sums cannot be run: ")
-        last = done.stderr.splitlines()[-1]
+        process = atom(home, *line, code=2)
+        assert "0 stages sealed already" in process.stdout and "Traceback" not in process.stderr
+        assert process.stderr.splitlines()[0].startswith("atom: stage acquire-sums cannot be run: ")
+        last = process.stderr.splitlines()[-1]
         assert last.startswith(f"atom: 1 stage not submitted: {manifest} is damaged") and f"--include {key}" in last
     body = json.loads(atom(home, *submit, "--json", code=2).stdout)
     assert list(body["damaged"]) == ["acquire-sums"] and str(manifest) in body["damaged"]["acquire-sums"]
@@ -194,8 +196,8 @@ def test_submit_and_retry_name_what_is_damaged(home: Path, composed: Graph) -> N
 def test_a_run_that_cannot_be_read_stops_only_who_asks_for_it(home: Path) -> None:
     path = max(home.glob("logs/*/run.json"))
     path.write_text("{}")
-    done = atom(home, "status", path.parent.name, code=2)
-    assert done.stderr.count("\n") == 1 and str(path) in done.stderr
+    process = atom(home, "status", path.parent.name, code=2)
+    assert process.stderr.count("\n") == 1 and str(path) in process.stderr
 
 
 def test_a_flipped_bit_of_an_input_is_named_once_a_run(home: Path, composed: Graph) -> None:
@@ -210,9 +212,11 @@ def test_a_flipped_bit_of_an_input_is_named_once_a_run(home: Path, composed: Gra
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    done = atom(home, "run", recipe, "--until", "filter", code=2)
-    assert f"artifact {key}: file {file.relative_to(store.artifacts / key)} is damaged" in done.stderr, done.stderr
-    assert "Traceback" not in done.stdout + done.stderr and not store.sealed(composed.nodes["filter"].key)
+    process = atom(home, "run", recipe, "--until", "filter", code=2)
+    assert f"artifact {key}: file {file.relative_to(store.artifacts / key)} is damaged" in process.stderr, (
+        process.stderr
+    )
+    assert "Traceback" not in process.stdout + process.stderr and not store.sealed(composed.nodes["filter"].key)
 
 
 def test_inputs_are_hashed_once_a_run_and_again_when_they_change(
@@ -271,29 +275,29 @@ def mounted(script: str) -> str:
     space = ["unshare", "--user", "--map-root-user", "--mount"]
     if subprocess.run([*space, "true"], capture_output=True).returncode:
         pytest.skip("this kernel lets nobody make a mount namespace")
-    done = subprocess.run([*space, "sh", "-ec", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    process = subprocess.run([*space, "sh", "-ec", script], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout + process.stderr
 
 
 def test_looking_writes_nothing(home: Path, composed: Graph) -> None:
     """On a file system that is read-only, and on one that is full."""
     python, recipe = f"{sys.executable} -m pipeline.cli", composed.recipe.path
     look = f"{python} status; {python} plan {recipe} > /dev/null; {python} gc; "
-    said = mounted(
+    output = mounted(
         f"export ATOM_HOME={home}; mount --bind {home} {home}; mount -o remount,bind,ro {home}; {look}"
         f"{python} run {recipe} --until filter && exit 1; test $? = 2"
     )
-    assert said.count("run one-") == 1 and "Traceback" not in said
-    assert "cannot be written now" in said.splitlines()[-1], said
+    assert output.count("run one-") == 1 and "Traceback" not in output
+    assert "cannot be written now" in output.splitlines()[-1], output
     full = home.parent / "full"
     full.mkdir()
-    said = mounted(
+    output = mounted(
         f"mount -t tmpfs -o size=4m none {full}; cp -a {home}/. {full}; export ATOM_HOME={full}; "
         f"cat /dev/zero > {full}/rest 2> /dev/null || true; {look}"
         f"{python} run {recipe} --until filter && exit 1; test $? = 2"
     )
-    assert said.count("run one-") == 1 and "Traceback" not in said and "is full" in said.splitlines()[-1], said
+    assert output.count("run one-") == 1 and "Traceback" not in output and "is full" in output.splitlines()[-1], output
 
 
 @pytest.mark.parametrize("number", ["EROFS", "EDQUOT", "ENOSPC", "EIO", "ESTALE"])
@@ -304,9 +308,9 @@ def test_what_a_disk_refuses_is_one_sentence_from_wherever_it_arises(tmp_path: P
     behind = AtomError("a checkpoint cannot be written")
     behind.__cause__ = direct
     for error in (direct, wrapped, behind):
-        said = failure_message(error, "pretrain", Store(tmp_path / "home"))
-        assert str(tmp_path / "home") in said and "a bug" not in said and "\n" not in said, said
-        assert os_errors.find(error, tmp_path / "home") == os_errors.Fault(Kind.MACHINE, said)
+        message = sentence(error, "pretrain", Store(tmp_path / "home"))
+        assert str(tmp_path / "home") in message and "a bug" not in message and "\n" not in message, message
+        assert os_errors.find(error, tmp_path / "home") == os_errors.Fault(Kind.MACHINE, message)
     hidden = KeyError("x")
     hidden.__context__, hidden.__suppress_context__ = direct, True
     assert "a bug in stage pretrain" in failure_message(hidden, "pretrain", Store(tmp_path / "home"))
@@ -321,9 +325,9 @@ def test_a_missing_file_of_our_own_code_stays_a_bug(tmp_path: Path) -> None:
     assert "a bug in stage pretrain" in failure_message(beside, "pretrain", Store(tmp_path)), "of another home"
     for number in (errno.ETIMEDOUT, errno.ECONNREFUSED, errno.EHOSTDOWN):
         network = OSError(number, os.strerror(number))
-        said = failure_message(network, "pretrain", Store(tmp_path))
-        assert "file server" not in said and "by its machine or network" in said, "a network is no disk"
-        assert failure_kind(network, Store(tmp_path)) is Kind.MACHINE
+        message = sentence(network, "pretrain", Store(tmp_path))
+        assert "file server" not in message and "by its machine or network" in message, "a network is no disk"
+        assert kind(network, Store(tmp_path)) is Kind.MACHINE
 
 
 @pytest.mark.parametrize(
@@ -410,8 +414,8 @@ def test_of_a_huge_file_of_events_the_end_is_read(tmp_path: Path, monkeypatch: p
     assert time.monotonic() - begun < 20
     path.write_text(line * 10)
     monkeypatch.setattr(events, "ONE_READ", len(line) * 4)
-    whole = Tail(path, whole=True)
-    assert [(len(whole.read()), whole.more) for _ in range(3)] == [(4, True), (4, True), (2, False)]
+    from_start = Tail(path, whole=True)
+    assert [(len(from_start.read()), from_start.more) for _ in range(3)] == [(4, True), (4, True), (2, False)]
 
 
 def test_a_statement_is_believed_only_under_its_name(home: Path, composed: Graph) -> None:
@@ -451,16 +455,18 @@ NO_FOLDERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("what", NO_FOLDERS)
+@pytest.mark.parametrize("kind", NO_FOLDERS)
 @pytest.mark.parametrize("place", ["work", "work/key-1", "artifacts"])
-def test_what_stands_where_a_folder_should_be_is_named(tmp_path: Path, place: str, what: str) -> None:
+def test_what_stands_where_a_folder_should_be_is_named(tmp_path: Path, place: str, kind: str) -> None:
     store = Store(tmp_path / "home")
     (tmp_path / "home" / place).parent.mkdir(parents=True)
-    NO_FOLDERS[what](store.home / place)
+    NO_FOLDERS[kind](store.home / place)
     with pytest.raises(OSError) as raised:
         Lease.take(store.home / place / ("key-1" if place == "work" else ""))
-    shown = failure_message(raised.value, "pretrain", store)
-    assert shown.startswith(f"{store.home / place} is ") and "move it away" in shown and os_errors.AGAIN in shown, shown
+    message = sentence(raised.value, "pretrain", store)
+    assert (
+        message.startswith(f"{store.home / place} is ") and "move it away" in message and os_errors.AGAIN in message
+    ), message
     assert (store.misplaced() is None) == (place == "work/key-1")
 
 
@@ -469,14 +475,14 @@ def test_a_file_in_the_place_of_a_folder_is_one_sentence_of_every_command(home: 
     shutil.rmtree(home / "artifacts" / key)
     (home / "work").mkdir(exist_ok=True)
     (home / "work" / key).touch()
-    done = atom(home, "run", recipe, "--until", "acquire-sums", code=2)
-    assert f"{home / 'work' / key} is no folder; move it away" in done.stderr.splitlines()[-1], done.stderr
+    process = atom(home, "run", recipe, "--until", "acquire-sums", code=2)
+    assert f"{home / 'work' / key} is no folder; move it away" in process.stderr.splitlines()[-1], process.stderr
     shutil.rmtree(home / "artifacts")
     os.mkfifo(home / "artifacts")
     for line, code in ((["status"], 0), (["plan", recipe], 0), (["run", recipe], 2)):
-        shown = atom(home, *line, code=code).stderr
-        assert shown.count(f"atom: {home / 'artifacts'} is no folder; move it away") == 1, shown
-        assert "name a file" not in shown
+        stderr = atom(home, *line, code=code).stderr
+        assert stderr.count(f"atom: {home / 'artifacts'} is no folder; move it away") == 1, stderr
+        assert "name a file" not in stderr
 
 
 @pytest.mark.parametrize(
@@ -486,6 +492,6 @@ def test_only_who_named_a_file_is_told_to_name_another(tmp_path: Path, number: s
     code, path = getattr(errno, number), tmp_path / "home" / "x"
     path.parent.mkdir()
     error = OSError(code, os.strerror(code), str(path))
-    for named, words in (([], advice), ([str(tmp_path / "other")], advice), ([str(path)], "name a file")):
-        fault = os_errors.find(error, path.parent, named)
+    for arguments, words in (([], advice), ([str(tmp_path / "other")], advice), ([str(path)], "name a file")):
+        fault = os_errors.find(error, path.parent, arguments)
         assert fault and f"{path} cannot be used ({os.strerror(code)}); {words}" in fault.text

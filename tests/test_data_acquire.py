@@ -49,8 +49,8 @@ def test_documents_of_jsonl_and_parquet(tmp_path: Path, run_stage: Any) -> None:
     ]
     assert all(d["license"] == "CC-BY-4.0" and d["content_hash"] == content_hash(d["text"]) for d in table)
     assert str(tmp_path) not in (numbered / "source.json").read_text()
-    named = run_stage(acquire.STAGE, config(tmp_path / "a", "parquet", text_field="body", id_field="key"), {})
-    same = pq.read_table(named / "documents.parquet").to_pylist()
+    artifact = run_stage(acquire.STAGE, config(tmp_path / "a", "parquet", text_field="body", id_field="key"), {})
+    same = pq.read_table(artifact / "documents.parquet").to_pylist()
     assert [d["id"] for d in same] == [f"notes/k{i}" for i in range(5)]
     assert [d["text"] for d in same] == [d["text"] for d in table] == [r["body"] for r in rows]
 
@@ -135,9 +135,9 @@ def test_standard_library_documents(run_stage: Any) -> None:
 
 
 def test_problems_are_right_and_follow_the_seed() -> None:
-    some = draw({"add": 0.5, "sort": 0.5}, 500, random.Random(1))
-    assert some == draw({"sort": 0.5, "add": 0.5}, 500, random.Random(1))
-    for problem in some:
+    drawn = draw({"add": 0.5, "sort": 0.5}, 500, random.Random(1))
+    assert drawn == draw({"sort": 0.5, "add": 0.5}, 500, random.Random(1))
+    for problem in drawn:
         if problem.task == "add":
             assert eval(problem.question) == int(problem.answer)  # our own digits
         else:
@@ -161,8 +161,8 @@ def test_problems_are_right_and_follow_the_seed() -> None:
 
 
 def test_items_differ_from_each_other_and_cannot_exceed_their_space(run_stage: Any) -> None:
-    made = run_stage(eval_set.STAGE, {"problems": {"add": 50, "sort": 20}, "seed": 3}, {})
-    rows = pq.read_table(made / "items.parquet").to_pylist()
+    artifact = run_stage(eval_set.STAGE, {"problems": {"add": 50, "sort": 20}, "seed": 3}, {})
+    rows = pq.read_table(artifact / "items.parquet").to_pylist()
     assert len({r["text"] for r in rows}) == 70 and {r["task"] for r in rows} == set(TASKS)
     assert all(r["prompt"] == r["text"] + ":" for r in rows)
     with pytest.raises(RecipeError, match="sort"):

@@ -128,9 +128,9 @@ def parts(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def curated(run_stage: Any, config: dict[str, Any], inputs: dict[str, Artifact]) -> Artifact:
     """Both stages of curation, one after the other."""
-    first, then = parts(config)
-    made: Artifact = run_stage(dedup.STAGE, then, {"filter": run_stage(filter.STAGE, first, inputs)})
-    return made
+    first, curate_config = parts(config)
+    artifact: Artifact = run_stage(dedup.STAGE, curate_config, {"filter": run_stage(filter.STAGE, first, inputs)})
+    return artifact
 
 
 @pytest.fixture
@@ -143,8 +143,8 @@ def dispositions(artifact: Artifact) -> dict[str, dict[str, Any]]:
 
 
 def test_planted_faults_fall_to_the_right_rules(planted: Artifact) -> None:
-    found = dispositions(planted)
-    rules = {key: row["rule"] for key, row in found.items()}
+    rows = dispositions(planted)
+    rules = {key: row["rule"] for key, row in rows.items()}
     assert rules["prose/short"] == "gopher_quality/gopher_short_doc"
     assert rules["prose/french"] == "language/score"
     assert rules["prose/repeated"].startswith("gopher_repetition/")
@@ -157,40 +157,40 @@ def test_planted_faults_fall_to_the_right_rules(planted: Artifact) -> None:
 
 
 def test_duplicates_name_the_document_that_stays(planted: Artifact) -> None:
-    found = dispositions(planted)
-    assert (found["prose/copy"]["rule"], found["prose/copy"]["duplicate_of"]) == ("exact_duplicate", "prose/good")
-    assert (found["sums/3"]["rule"], found["sums/3"]["duplicate_of"]) == ("exact_duplicate", "sums/2")
-    near = found["prose/near"]
+    rows = dispositions(planted)
+    assert (rows["prose/copy"]["rule"], rows["prose/copy"]["duplicate_of"]) == ("exact_duplicate", "prose/good")
+    assert (rows["sums/3"]["rule"], rows["sums/3"]["duplicate_of"]) == ("exact_duplicate", "sums/2")
+    near = rows["prose/near"]
     assert (near["rule"], near["duplicate_of"]) == ("near_duplicate", "prose/long")
     assert near["threshold"] < near["value"] < 1
     # two letters that differ in an address only are the same document once the addresses are gone
-    assert (found["prose/mail2"]["rule"], found["prose/mail2"]["duplicate_of"]) == ("exact_duplicate", "prose/mail")
+    assert (rows["prose/mail2"]["rule"], rows["prose/mail2"]["duplicate_of"]) == ("exact_duplicate", "prose/mail")
 
 
 def test_contamination_is_found_in_prose_code_and_problems(planted: Artifact) -> None:
-    found = dispositions(planted)
-    matches = {key: row["match"] for key, row in found.items() if row["rule"] == "decontamination"}
+    rows = dispositions(planted)
+    matches = {key: row["match"] for key, row in rows.items() if row["rule"] == "decontamination"}
     assert matches == {
         "prose/leak": "riddle/00000",
         "prose/sum": "add/00000",
         "code/leak": "add/00000",
         "sums/1": "add/00000",
     }
-    assert found["prose/leak"]["value"] == 13 and found["sums/1"]["value"] == 3
+    assert rows["prose/leak"]["value"] == 13 and rows["sums/1"]["value"] == 3
     published = b"".join(path.read_bytes() for path in planted.path.rglob("*.json"))
     assert b"riddle" not in published
-    kept = pq.read_table(planted / "kept/prose.parquet").to_pylist()
-    assert not any("sheep" in row["text"].lower() for row in kept)
+    kept_rows = pq.read_table(planted / "kept/prose.parquet").to_pylist()
+    assert not any("sheep" in row["text"].lower() for row in kept_rows)
 
 
 def test_personal_data_is_replaced_and_counted(planted: Artifact) -> None:
-    kept = {row["id"]: row for row in pq.read_table(planted / "kept/prose.parquet").to_pylist()}
-    text = kept["prose/mail"]["text"]
+    kept_rows = {row["id"]: row for row in pq.read_table(planted / "kept/prose.parquet").to_pylist()}
+    text = kept_rows["prose/mail"]["text"]
     assert "jane.roe" not in text and "8.8.4.4" not in text
     assert "email@example.com" in text and "192.0.2.1" in text
     row = dispositions(planted)["prose/mail"]
     assert row["content_hash"] == content_hash(PROSE["mail"]) != row["kept_hash"] == content_hash(text)
-    assert row["kept_hash"] == kept["prose/mail"]["content_hash"]
+    assert row["kept_hash"] == kept_rows["prose/mail"]["content_hash"]
     assert planted.json("summary.json")["sources"]["prose"]["edited"] == {"pii": 2}
 
 
@@ -290,14 +290,14 @@ def test_curation_resumes_and_does_not_depend_on_hash_randomisation(tmp_path: Pa
     for seed, work in (("1", "w1"), ("2", "w2"), ("3", "w2")):
         folders = [tmp_path, tmp_path / work, tmp_path / f"out{seed}", tmp_path / f"last{seed}"]
         arguments = [*map(str, folders), json.dumps(parts(config(0.1)))]
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", code, *arguments],
             env={"PYTHONHASHSEED": seed, "PATH": "", "HOME": str(tmp_path)},
             capture_output=True,
             text=True,
             check=True,
         )
-        digests.add(done.stdout.strip().splitlines()[-1])
+        digests.add(process.stdout.strip().splitlines()[-1])
         (tmp_path / work / "steps-code-00000-of-00001.json").unlink()
         (tmp_path / work / "pairs-00003-of-00014.json").unlink()
     assert len(digests) == 1
@@ -308,8 +308,8 @@ def test_the_smoke_recipe_runs_every_step_and_values_are_consistent(run_stage: A
     inputs = {s.name: run_stage(acquire.STAGE, recipe.acquire_config(s.name, 0), {}) for s in recipe.sources}
     inputs["items"] = run_stage(eval_set.STAGE, {"problems": {"add": 20, "sort": 200}, "seed": 0}, {})
     filtered = run_stage(filter.STAGE, recipe.filter_config(0), inputs)
-    made = run_stage(dedup.STAGE, recipe.curate_config(), {"filter": filtered})
-    rows = dispositions(made)
+    artifact = run_stage(dedup.STAGE, recipe.curate_config(), {"filter": filtered})
+    rows = dispositions(artifact)
     assert len(rows) == sum(
         pq.ParquetFile(a / "documents.parquet").metadata.num_rows for n, a in inputs.items() if n != "items"
     )
@@ -335,8 +335,8 @@ def test_a_text_of_two_kinds_of_source_is_still_found_nearly_twice(tmp_path: Pat
     }
     sources = [{"name": "prose", "kind": "prose", "heldout_fraction": 0.0, "steps": []}]
     sources += [{"name": "sums", "kind": "problems", "heldout_fraction": 0.0, "steps": []}]
-    found = dispositions(curated(run_stage, {"sources": sources, "curation": {}, "seed": 0}, inputs))
-    rules = {key: row["rule"] for key, row in found.items()}
+    rows = dispositions(curated(run_stage, {"sources": sources, "curation": {}, "seed": 0}, inputs))
+    rules = {key: row["rule"] for key, row in rows.items()}
     assert rules["sums/copy"] == "exact_duplicate"
     assert sorted(str(rules[f"prose/{name}"]) for name in ("first", "near")) == ["None", "near_duplicate"]
 
@@ -347,15 +347,15 @@ def test_shards_done_beforehand_are_all_that_the_stages_need(
 ) -> None:
     inputs = inputs_of(tmp_path)
     filtered = run_stage(filter.STAGE, parts(config(0.1))[0], inputs)
-    whole = run_stage(dedup.STAGE, parts(config(0.1))[1], {"filter": filtered})
-    first, then = parts({**config(0.1), "curation": {"shards": shards}})
+    expected = run_stage(dedup.STAGE, parts(config(0.1))[1], {"filter": filtered})
+    first, curate_config = parts({**config(0.1), "curation": {"shards": shards}})
     work = tmp_path / "work"
     work.mkdir()
     cut = filter.FilterConfig.model_validate(first)
     assert filter.STAGE.shards(cut) == shards
     for shard in range(shards):
         filter.run_shard(cut, inputs, work, shard)
-    buckets = dedup.CurateConfig.model_validate(then)
+    buckets = dedup.CurateConfig.model_validate(curate_config)
     assert dedup.STAGE.shards(buckets) == (14 if shards > 1 else 1)
     for bucket in reversed(range(14)):
         dedup.run_shard(buckets, {"filter": filtered}, work, bucket)
@@ -363,7 +363,7 @@ def test_shards_done_beforehand_are_all_that_the_stages_need(
     monkeypatch.setattr(near_duplicates, "sign", None)
     monkeypatch.setattr(near_duplicates, "MinhashDedupBuckets", None)
     assert run_stage(filter.STAGE, first, inputs, work).digest == filtered.digest
-    assert run_stage(dedup.STAGE, then, {"filter": filtered}, work).digest == whole.digest
+    assert run_stage(dedup.STAGE, curate_config, {"filter": filtered}, work).digest == expected.digest
 
 
 def test_a_near_duplicate_may_be_the_only_one_removed_of_its_source(tmp_path: Path, run_stage: Any) -> None:
@@ -373,15 +373,15 @@ def test_a_near_duplicate_may_be_the_only_one_removed_of_its_source(tmp_path: Pa
         "items": evaluation_items(tmp_path),
     }
     sources = [{"name": name, "kind": name, "heldout_fraction": 0.0, "steps": []} for name in ("prose", "code")]
-    found = dispositions(curated(run_stage, {"sources": sources, "curation": {}, "seed": 0}, inputs))
-    assert sorted(str(row["rule"]) for row in found.values()) == ["None", "near_duplicate"]
+    rows = dispositions(curated(run_stage, {"sources": sources, "curation": {}, "seed": 0}, inputs))
+    assert sorted(str(row["rule"]) for row in rows.values()) == ["None", "near_duplicate"]
 
 
 def test_no_source_is_searched_for_near_duplicates(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"sums": acquired(tmp_path, "sums", SUMS), "items": evaluation_items(tmp_path)}
     sources = [{"name": "sums", "kind": "problems", "heldout_fraction": 0.0, "steps": []}]
-    made = curated(run_stage, {"sources": sources, "curation": {"shards": 2}, "seed": 0}, inputs)
-    assert {row["rule"] for row in dispositions(made).values()} == {None, "decontamination", "exact_duplicate"}
+    artifact = curated(run_stage, {"sources": sources, "curation": {"shards": 2}, "seed": 0}, inputs)
+    assert {row["rule"] for row in dispositions(artifact).values()} == {None, "decontamination", "exact_duplicate"}
 
 
 def test_a_shard_is_read_from_the_row_groups_that_it_lies_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

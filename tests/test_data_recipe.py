@@ -97,13 +97,13 @@ def test_a_pinned_tree_that_changed_is_refused_with_both_digests(tmp_path: Path)
 
 
 def test_where_the_files_lie_is_not_identity(tmp_path: Path) -> None:
-    found = []
+    identities = []
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
         recipe = load(write_recipe(tmp_path / name)).resolved()
         assert Path(recipe.sources[0].reader.path).is_absolute()
-        found.append(identity(AcquireConfig.model_validate(recipe.acquire_config("notes", 0))))
-    assert found[0] == found[1]
+        identities.append(identity(AcquireConfig.model_validate(recipe.acquire_config("notes", 0))))
+    assert identities[0] == identities[1]
 
 
 def test_curation_steps_do_not_change_what_is_acquired(tmp_path: Path) -> None:

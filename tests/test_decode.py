@@ -22,10 +22,10 @@ VOCAB, STEPS = rl_world.PADDED, 90  # more than the cache grows by at once
 
 def sampler(changes: dict[str, object], new: int = STEPS, seed: int = 0, **config: object) -> InProcess:
     model = MODEL.model_copy(update=changes)
-    found = InProcess({**hf.hf_config(model, VOCAB, 1, 0, "float32"), **config}, (), new)
-    made = {n: full_tensor(n, s, model, seed) for n, s in model.shapes(VOCAB).items()}
-    found.load(hf.to_hf(made, model, VOCAB))
-    return found
+    engine = InProcess({**hf.hf_config(model, VOCAB, 1, 0, "float32"), **config}, (), new)
+    tensors = {n: full_tensor(n, s, model, seed) for n, s in model.shapes(VOCAB).items()}
+    engine.load(hf.to_hf(tensors, model, VOCAB))
+    return engine
 
 
 def prompts(lengths: list[int]) -> list[Prompt]:
@@ -47,37 +47,37 @@ def prompts(lengths: list[int]) -> list[Prompt]:
 @pytest.mark.parametrize("lengths", [[5, 1, 30, 9], [7, 7], [40]])
 def test_logits_are_those_of_a_whole_forward_pass(changes, config, lengths, monkeypatch) -> None:
     monkeypatch.setattr("stages.rl.samplers.generate.READ", 16)  # so that the prompts are read in several pieces
-    own, asked = sampler(changes, **config), prompts(lengths)
-    given = torch.randint(6, VOCAB, (len(asked), STEPS), generator=torch.Generator().manual_seed(1))
+    engine, requests = sampler(changes, **config), prompts(lengths)
+    forced_ids = torch.randint(6, VOCAB, (len(requests), STEPS), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        found, rows = [own._read(asked)], torch.arange(len(asked))
+        logits, rows = [engine._read(requests)], torch.arange(len(requests))
         for n in range(STEPS):
             if n == STEPS // 2 and len(rows) > 2:  # some rows have ended
                 rows = rows[[0, 2]]
-                own.decoder.select(rows)
-            found.append(own.decoder.step(given[rows, n]))
+                engine.decoder.select(rows)
+            logits.append(engine.decoder.step(forced_ids[rows, n]))
         for at, row in enumerate(rows.tolist()):
-            whole = torch.tensor([[*asked[row].ids, *given[row].tolist()]])
-            expected = own.model(whole).logits[0, len(asked[row].ids) - 1 :]
-            told = torch.stack([x[row] if len(x) == len(asked) else x[at] for x in found])
-            assert torch.allclose(told, expected, atol=2e-5, rtol=1e-5), (told - expected).abs().max()
+            sequence = torch.tensor([[*requests[row].ids, *forced_ids[row].tolist()]])
+            expected = engine.model(sequence).logits[0, len(requests[row].ids) - 1 :]
+            stepwise = torch.stack([x[row] if len(x) == len(requests) else x[at] for x in logits])
+            assert torch.allclose(stepwise, expected, atol=2e-5, rtol=1e-5), (stepwise - expected).abs().max()
 
 
 def test_a_prompt_asked_several_times_is_read_once() -> None:
-    own, (asked,) = sampler({}, new=12), prompts([9])
+    engine, (request,) = sampler({}, new=12), prompts([9])
     reads = []
-    own.model.register_forward_pre_hook(lambda model, given: reads.append(len(given[0])))
-    several = own.generate([Prompt(asked.ids, seed) for seed in range(5)])
+    engine.model.register_forward_pre_hook(lambda model, inputs: reads.append(len(inputs[0])))
+    several = engine.generate([Prompt(request.ids, seed) for seed in range(5)])
     assert reads == [1]
-    assert [c.ids for c in several] == [own.generate([Prompt(asked.ids, seed)])[0].ids for seed in range(5)]
+    assert [c.ids for c in several] == [engine.generate([Prompt(request.ids, seed)])[0].ids for seed in range(5)]
     assert len({c.ids for c in several}) == 5
 
 
 def test_weights_that_are_loaded_later_are_used() -> None:
-    own, asked = sampler({}, new=12), prompts([9, 4])
-    before, shapes = own.generate(asked), MODEL.shapes(VOCAB).items()
-    own.load(hf.to_hf({n: full_tensor(n, s, MODEL, 5) for n, s in shapes}, MODEL, VOCAB))
-    assert before != own.generate(asked) == sampler({}, new=12, seed=5).generate(asked)
+    engine, requests = sampler({}, new=12), prompts([9, 4])
+    before, shapes = engine.generate(requests), MODEL.shapes(VOCAB).items()
+    engine.load(hf.to_hf({n: full_tensor(n, s, MODEL, 5) for n, s in shapes}, MODEL, VOCAB))
+    assert before != engine.generate(requests) == sampler({}, new=12, seed=5).generate(requests)
 
 
 def test_another_kind_of_model_is_refused() -> None:

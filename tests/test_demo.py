@@ -35,13 +35,13 @@ def demo_home(smoke_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_the_demo_ends_with_its_table(demo_home: Path) -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "release.demo", "atom-smoke"],
         env={**os.environ, "ATOM_HOME": str(demo_home)},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     for words in (
         "What to know before any figure",
         "its part task",
@@ -51,8 +51,8 @@ def test_the_demo_ends_with_its_table(demo_home: Path) -> None:
         "Time of each stage",
         "What to try next",
     ):
-        assert words in done.stdout
-    assert done.stdout.count(": verified\n") == 2 and done.stdout.count("ok      signatures: ") == 2
+        assert words in process.stdout
+    assert process.stdout.count(": verified\n") == 2 and process.stdout.count("ok      signatures: ") == 2
     release = demo_home / "releases" / "atom-smoke-0.1.0"
     page = atom(demo_home, "show", str(release)).stdout
     gates = json.loads((release / "evidence/gates.json").read_text())
@@ -65,13 +65,15 @@ def test_a_pulled_model_loads_in_a_fresh_interpreter(demo_home: Path, tmp_path: 
     with running(demo_home / "hub") as endpoint:
         env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_local", "HF_HUB_DISABLE_XET": "1"}
         for name in ("atom-smoke", "atom-smoke-base"):
-            done = subprocess.run(
+            process = subprocess.run(
                 [sys.executable, "-c", LOAD, f"local/{name}", "v0.1.0"],
                 env={**env, "HF_HOME": str(tmp_path / name)},
                 capture_output=True,
                 text=True,
             )
-            assert "LOADED Qwen3MoeForCausalLM" in done.stdout and "False" in done.stdout, done.stdout + done.stderr
+            assert "LOADED Qwen3MoeForCausalLM" in process.stdout and "False" in process.stdout, (
+                process.stdout + process.stderr
+            )
         refused = atom(
             demo_home, "publish", str(demo_home / "releases" / "atom-smoke-0.1.0"), "--to", "local", code=2,
             HF_ENDPOINT=endpoint, HF_TOKEN="hf_wrong",
@@ -83,9 +85,9 @@ def test_the_harness_gives_the_answers_that_the_release_states(demo_home: Path) 
     from release.audit import harness
 
     for folder in ("model", "model-base"):
-        found = harness.compare_answers(demo_home / "releases" / "atom-smoke-0.1.0", folder)
-        assert found["problems"] and not found["other_answers"] and found["exact_match"] == found["stated"]
-    shorter = harness.compare_answers(demo_home / "releases" / "atom-smoke-0.1.0", "model", limit=3)
+        answers = harness.again(demo_home / "releases" / "atom-smoke-0.1.0", folder)
+        assert answers["problems"] and not answers["other_answers"] and answers["exact_match"] == answers["stated"]
+    shorter = harness.again(demo_home / "releases" / "atom-smoke-0.1.0", "model", limit=3)
     assert shorter["problems"] == 3
 
 
@@ -95,8 +97,8 @@ def test_a_flipped_byte_is_named_and_exits_1(demo_home: Path) -> None:
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    said = atom(demo_home, "verify", str(release), code=1).stdout
-    assert "model/model.safetensors" in said and "NOT what it claims to be" in said
+    stdout = atom(demo_home, "verify", str(release), code=1).stdout
+    assert "model/model.safetensors" in stdout and "NOT what it claims to be" in stdout
 
 
 def test_building_twice_gives_the_same_bytes(demo_home: Path) -> None:

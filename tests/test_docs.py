@@ -26,21 +26,21 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 
 def anchors(page: Path) -> set[str]:
     """The fragments of a page's headings, as GitHub makes them."""
-    found: set[str] = set()
+    slugs: set[str] = set()
     for heading in re.findall(r"^#+ +(.+)$", FENCE.sub("", page.read_text()), re.MULTILINE):
         slug = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
         number = 0
-        while (name := f"{slug}-{number}" if number else slug) in found:
+        while (name := f"{slug}-{number}" if number else slug) in slugs:
             number += 1
-        found.add(name)
-    return found
+        slugs.add(name)
+    return slugs
 
 
 def commands(text: str) -> set[str]:
     """Every `atom …` that a page shows: code spans, and lines of code blocks with or without a prompt."""
     blocks = "\n".join(FENCE.findall(text))
     lines = re.findall(r"^(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\S*bin/)?(atom [a-z-][^#\n]*)", blocks, re.MULTILINE)
-    return {found.strip() for found in [*lines, *SPAN.findall(FENCE.sub("", text))] if found.startswith("atom ")}
+    return {command.strip() for command in [*lines, *SPAN.findall(FENCE.sub("", text))] if command.startswith("atom ")}
 
 
 @pages
@@ -71,14 +71,14 @@ def test_files_in_backticks_exist(page: Path) -> None:
 @pages
 def test_commands_exist_with_their_options(page: Path) -> None:
     known = get_command(app).commands  # type: ignore[attr-defined]
-    for shown in commands(page.read_text()):
-        words = shlex.split(re.sub(r"[\[\]<>…|()]", " ", shown))[1:]
+    for command in commands(page.read_text()):
+        words = shlex.split(re.sub(r"[\[\]<>…|()]", " ", command))[1:]
         if words[0] == "--help":
             continue
-        assert words[0] in known, f"{page.name}: {shown}"
+        assert words[0] in known, f"{page.name}: {command}"
         options = {name for parameter in known[words[0]].params for name in parameter.opts}
-        given = {word.split("=")[0] for word in words[1:] if word.startswith("-")}
-        assert given <= options | {"--help"}, f"{page.name}: {shown}"
+        flags = {word.split("=")[0] for word in words[1:] if word.startswith("-")}
+        assert flags <= options | {"--help"}, f"{page.name}: {command}"
 
 
 def test_something_was_looked_at() -> None:

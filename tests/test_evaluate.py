@@ -21,11 +21,11 @@ CONFIG = {"heldout_documents": 2, "max_new_tokens": 8}
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     root = tmp_path_factory.mktemp("inputs")
-    made = {}
+    artifacts = {}
     for role, node in {"model": "export-mid", "curate": "curate", "items": "items"}.items():
         world.make_node(node, root / role)
-        made[role] = write_manifest(root / role, node)
-    return made
+        artifacts[role] = write_manifest(root / role, node)
+    return artifacts
 
 
 def tables(artifact: Artifact, name: str) -> list[dict]:
@@ -131,5 +131,5 @@ def test_modules_that_plan_and_cli_import_are_light() -> None:
     ours = "stages.evaluation.bits_per_byte, stages.evaluation.pass_at_k, stages.evaluation.generated_eval, stages.evaluation.win_rate, stages.evaluation.contamination, release.assembly.build_release, release.hub.publish, release.audit.verify, release.hub.local.server"
     code = f"import sys, json, {ours}; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert json.loads(done.stdout) == []
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert json.loads(process.stdout) == []

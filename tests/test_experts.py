@@ -79,9 +79,9 @@ def test_an_expert_that_starves_is_told(corpus: Path, tmp_path: Path) -> None:
     report = world.Reporter()
     world.pretrain(corpus, tmp_path / "work", tmp_path / "out", settings, report)
     lines = [json.loads(x) for x in (tmp_path / "out/training.jsonl").read_text().splitlines()]
-    told = [x for x in lines if "experts" in x]
-    assert [x["step"] for x in told] == [4, 8, 12]
-    last = told[-1]["experts"]
+    reports = [x for x in lines if "experts" in x]
+    assert [x["step"] for x in reports] == [4, 8, 12]
+    last = reports[-1]["experts"]
     assert last["layers"] == [0, 1] and all(math.isclose(sum(row), 1, abs_tol=1e-5) for row in last["share"])
     dead = [[n, e] for n, row in enumerate(last["share"]) for e, x in enumerate(row) if x * 32 < DEAD_SHARE]
     assert dead and last["dead"] == dead
@@ -120,13 +120,13 @@ def test_biases_are_kept_and_taken_over(corpus: Path, tmp_path: Path) -> None:
     assert world.digest(tmp_path / "o3") == world.digest(tmp_path / "out")
     from safetensors.torch import load_file
 
-    kept = [
+    biases = [
         tensor
         for step in (6, 12)  # a bias that rose and fell as often is 0 again
         for name, tensor in load_file(tmp_path / f"out/step-{step:06d}/model.safetensors").items()
         if name.endswith("router.expert_bias")
     ]
-    assert len(kept) == 2 * settings["model"]["layers"] and any(bias.abs().max() > 0 for bias in kept)
+    assert len(biases) == 2 * settings["model"]["layers"] and any(bias.abs().max() > 0 for bias in biases)
     assert not any("expert_bias" in name for name in load_file(tmp_path / "out/step-000012/optimizer.safetensors"))
 
 

@@ -29,18 +29,20 @@ EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"
 
 def tensors() -> dict[str, torch.Tensor]:
     model = CONFIG.model
-    made = {n: full_tensor(n, s, model, seed=0) for n, s in model.shapes(PADDED).items()}
-    return {n: t + 0.1 * torch.arange(len(t)) / len(t) if t.ndim == 1 else t for n, t in made.items()}  # norms not 1
+    weights = {n: full_tensor(n, s, model, seed=0) for n, s in model.shapes(PADDED).items()}
+    return {n: t + 0.1 * torch.arange(len(t)) / len(t) if t.ndim == 1 else t for n, t in weights.items()}  # norms not 1
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     folder = tmp_path_factory.mktemp("export")
     for step in (0, 4):
-        made = {n: t * (1 + step) for n, t in tensors().items()}
-        shapes = {n: tuple(t.shape) for n, t in made.items()}
+        weights = {n: t * (1 + step) for n, t in tensors().items()}
+        shapes = {n: tuple(t.shape) for n, t in weights.items()}
         place = folder / "checkpoint" / release_checkpoint.name_of(step)
-        release_checkpoint.write(place, shapes, (), lambda kind, name, shape, made=made: made[name], {"step": step})
+        release_checkpoint.write(
+            place, shapes, (), lambda kind, name, shape, weights=weights: weights[name], {"step": step}
+        )
     checkpoint = write_manifest(folder / "checkpoint", "pretrain-test")
     return {"checkpoint": checkpoint, "tokenizer": world.tokenizer(folder / "tokenizer")}
 
@@ -70,16 +72,16 @@ def test_folder_loads_with_plain_transformers(exported: Path) -> None:
         "out = m.generate(torch.tensor([[7, 8, 9]]), max_new_tokens=4); assert out.shape[1] <= 7\n"
         "assert t.apply_chat_template([{'role': 'user', 'content': '<think>'}], tokenize=False) == '<think>'\n"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, str(exported / "model")], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    assert "warn" not in done.stderr.lower() and "unrecognized" not in done.stderr.lower(), done.stderr
+    assert process.returncode == 0, process.stderr
+    assert "warn" not in process.stderr.lower() and "unrecognized" not in process.stderr.lower(), process.stderr
 
 
 def test_bytes_are_the_same_again(exported: Path, inputs: dict[str, Artifact], run_stage) -> None:
-    again = run_stage(hf.STAGE, {"model": MODEL, "padded_vocab_size": PADDED, "step": 0}, inputs)
-    assert again.digest == world.digest(exported)
+    second = run_stage(hf.STAGE, {"model": MODEL, "padded_vocab_size": PADDED, "step": 0}, inputs)
+    assert second.digest == world.digest(exported)
 
 
 def test_which_step(inputs: dict[str, Artifact], tmp_path: Path) -> None:

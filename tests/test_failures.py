@@ -33,10 +33,10 @@ def recipe_with_documents(folder: Path, lines: list[str]) -> str:
 def test_a_corrupt_source_fails_its_stage_and_what_is_mended_goes_on(tmp_path: Path) -> None:
     recipe = recipe_with_documents(tmp_path, [json.dumps({"text": "Some words."}), '{"text": "cut'])
     home = tmp_path / "home"
-    done = atom(home, "run", recipe, "--until", "acquire-docstrings", code=2)
-    assert done.stderr.startswith("atom: stage acquire-docstrings failed: ") and done.stderr.count("\n") == 1
-    assert "text.jsonl" in done.stderr and "line 2" in done.stderr
-    assert not (home / "artifacts").exists() and "Traceback" not in done.stdout + done.stderr
+    process = atom(home, "run", recipe, "--until", "acquire-docstrings", code=2)
+    assert process.stderr.startswith("atom: stage acquire-docstrings failed: ") and process.stderr.count("\n") == 1
+    assert "text.jsonl" in process.stderr and "line 2" in process.stderr
+    assert not (home / "artifacts").exists() and "Traceback" not in process.stdout + process.stderr
     (attempt,) = [body for f in (home / "ledger").iterdir() for _, body in provenance.read(home / "ledger", f.name)]
     assert "line 2" in provenance.outcome(attempt) and attempt["subject"][0]["name"].endswith("events.jsonl")
     state = json.loads(atom(home, "status", "--json").stdout)["stages"][0]
@@ -54,8 +54,8 @@ def test_a_source_without_licence_is_refused_before_anything_runs(tmp_path: Path
     data = yaml.safe_load((tmp_path / "data.yaml").read_text())
     del data["sources"][0]["license"]
     (tmp_path / "data.yaml").write_text(yaml.safe_dump(data))
-    said = atom(tmp_path / "home", "run", recipe, code=2).stderr
-    assert "source docstrings has no license" in said and said.count("\n") == 1
+    stderr = atom(tmp_path / "home", "run", recipe, code=2).stderr
+    assert "source docstrings has no license" in stderr and stderr.count("\n") == 1
     assert not (tmp_path / "home").exists()
 
 
@@ -64,17 +64,17 @@ def test_a_missing_or_cut_shard_is_named(smoke_home: Path, tmp_path: Path) -> No
     shutil.copytree(smoke_home, home)
     shutil.rmtree(next((home / "artifacts").glob("pretrain-*")))
     tokens = next((home / "artifacts").glob("tokenize-*")) / "train" / "code.bin"
-    whole = tokens.read_bytes()
+    content = tokens.read_bytes()
     for damage, sentence in (
         (
-            lambda: tokens.write_bytes(whole[:-10]),
-            f"train/code.bin has {len(whole) - 10} bytes instead of {len(whole)}",
+            lambda: tokens.write_bytes(content[:-10]),
+            f"train/code.bin has {len(content) - 10} bytes instead of {len(content)}",
         ),
         (tokens.unlink, "train/code.bin is missing"),
     ):
         damage()
-        said = atom(home, "run", "atom-smoke", "--only", "pretrain", code=2).stderr
-        assert sentence in said and said.count("\n") == 1, said
+        stderr = atom(home, "run", "atom-smoke", "--only", "pretrain", code=2).stderr
+        assert sentence in stderr and stderr.count("\n") == 1, stderr
     assert not list((home / "artifacts").glob("pretrain-*"))
 
 
@@ -89,8 +89,8 @@ def test_a_second_digest_of_a_bitwise_stage_is_an_error(smoke_home: Path, tmp_pa
     provenance.write(home / "ledger", sealed.name, body)
     statement.unlink()
     shutil.rmtree(sealed)
-    said = atom(home, "run", "atom-smoke", "--only", "items", code=2).stderr
-    assert "with the same code in the same environment, so it is not reproducible" in said
+    stderr = atom(home, "run", "atom-smoke", "--only", "items", code=2).stderr
+    assert "with the same code in the same environment, so it is not reproducible" in stderr
     assert not sealed.exists()
 
 
@@ -117,9 +117,9 @@ def test_a_failed_attempt_leaves_no_place_of_the_machine_in_its_statement(tmp_pa
     text = (
         f"work checkpoint {home}/work/x/state cannot be written (see /opt/data/text.jsonl, line 2); https://a.org/b/c"
     )
-    said = strip_paths(text, home)
+    message = without_places(text, home)
     assert (
-        said
+        message
         == "work checkpoint $ATOM_HOME/work/x/state cannot be written (see …/text.jsonl, line 2); https://a.org/b/c"
     )
     assert strip_paths(f"{home}-old/x is away, {home} is not.", home) == "…/x is away, $ATOM_HOME is not."
@@ -139,8 +139,8 @@ def test_the_environment_of_a_launcher_around_us_does_not_reach_the_stages(smoke
 def test_a_home_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for home in (tmp_path / "file", Path("/proc/nope")):
-        said = atom(home, "run", "atom-smoke", "--until", "items", code=2).stderr
-        assert "cannot be used" in said and said.count("\n") == 1 and "Traceback" not in said
+        stderr = atom(home, "run", "atom-smoke", "--until", "items", code=2).stderr
+        assert "cannot be used" in stderr and stderr.count("\n") == 1 and "Traceback" not in stderr
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: Path) -> None:
@@ -156,9 +156,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: P
         f"ls {home}/artifacts; mount -o remount,size=200m {home} && "
         f"{sys.executable} -m pipeline.cli run atom-smoke --until curate > /dev/null; echo then $?"
     )
-    done = subprocess.run([*space, "sh", "-c", script], capture_output=True, text=True)
-    assert "code 2" in done.stdout and "then 0" in done.stdout, done.stdout + done.stderr
-    assert "is full" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    process = subprocess.run([*space, "sh", "-c", script], capture_output=True, text=True)
+    assert "code 2" in process.stdout and "then 0" in process.stdout, process.stdout + process.stderr
+    assert "is full" in process.stderr and "Traceback" not in process.stderr, process.stderr
 
 
 def test_cancel_stops_a_run_from_another_terminal(tmp_path: Path) -> None:
@@ -168,8 +168,8 @@ def test_cancel_stops_a_run_from_another_terminal(tmp_path: Path) -> None:
     run = start(home, "run", "atom-smoke", "--until", "pretrain")
     wait_for(home, "logs/*/pretrain/events.jsonl", '"done"')
     assert "stopped pretrain" in atom(home, "cancel").stdout
-    said = run.communicate(timeout=60)[0]
-    assert run.returncode == 2 and "stopped on request" in said
+    output = run.communicate(timeout=60)[0]
+    assert run.returncode == 2 and "stopped on request" in output
     (folder,) = (home / "work").glob("pretrain-*")
     present = holder(folder)
     assert present and not present.alive

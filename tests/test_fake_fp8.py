@@ -128,8 +128,8 @@ def test_a_layer_and_its_gradients_are_those_of_the_reference(name: str, dtype: 
     x, w = x.view(50, 4, 160).requires_grad_(), w.requires_grad_()
     y = fake_fp8.Linear.apply(x, w, recipe, None, record)
     y.backward(dy.view(50, 4, 144))
-    found = y.view(200, 144), x.grad.view(200, 160), w.grad
-    for mine, theirs in zip(found, (y_, dx_, dw_), strict=True):
+    results = y.view(200, 144), x.grad.view(200, 160), w.grad
+    for mine, theirs in zip(results, (y_, dx_, dw_), strict=True):
         assert mine.dtype == dtype
         assert (mine.double() - theirs).abs().max() <= theirs.abs().max() * (1e-6 if dtype == torch.float32 else 2**-8)
     plain = x.detach().view(200, 160).double() @ w.detach().double().t()
@@ -160,13 +160,13 @@ def test_counts_add_up() -> None:
 def test_tensor_parallel_layouts_round_like_one_process(tmp_path: Path) -> None:
     """Bit for bit, layer by layer. Whole models cannot be held to each other so: where sums are taken in another order
     a value now and then rounds to the other side, and on one processor a router then chose another expert."""
-    found = fp8_layouts.compare(tmp_path / "out.json")
-    assert len(found) == 12 and {case for case, wrong in found.items() if wrong} == {
-        case for case in found if case.split("/")[1]
-    }, found
+    differences = fp8_layouts.compare(tmp_path / "out.json")
+    assert len(differences) == 12 and {case for case, wrong in differences.items() if wrong} == {
+        case for case in differences if case.split("/")[1]
+    }, differences
     # and this is what it takes: where a rank hears nothing of the other's largest value, the tensors that are cut differ
     for kind, layer, product in (
         ("input", "linear_proj", "y"), ("weight", "linear_qkv", "y"), ("gradient", "linear_qkv", "dx"),
     ):  # fmt: skip
         for layout in ("TP2+SP", "TP2 EP2 ETP1"):
-            assert f"layers.0.self_attention.{layer} {product}" in found[f"{layout}/{kind}/fp8-tensorwise"]
+            assert f"layers.0.self_attention.{layer} {product}" in differences[f"{layout}/{kind}/fp8-tensorwise"]

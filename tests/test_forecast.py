@@ -30,7 +30,7 @@ def rows_by_hand() -> list[plan.Row]:
     node = dag.compose(recipes.load("atom-30b-a3b"), Store(Path("none")), without_data=True).nodes["pretrain"]
     known = replace(node.stage.estimate(node.config), flops=3.6e21)
     assert known.training is not None
-    phase, again = (replace(known, training=replace(known.training, recomputes=x)) for x in (False, True))
+    phase, recomputed = (replace(known, training=replace(known.training, recomputes=x)) for x in (False, True))
 
     def row(name: str, estimate: Estimate, ranks: int = 1, trains: bool = False, sealed: bool = False) -> plan.Row:
         return plan.Row(
@@ -39,7 +39,7 @@ def rows_by_hand() -> list[plan.Row]:
 
     return [
         row("order", Estimate(cpu_seconds=7200)), row("evaluate", Estimate()), row("items", Estimate(9), sealed=True),
-        row("pretrain", phase, 8, True), row("midtrain", again, 8, True), row("curate", Estimate(30, fixed=True)),
+        row("pretrain", phase, 8, True), row("midtrain", recomputed, 8, True), row("curate", Estimate(30, fixed=True)),
     ]  # fmt: skip
 
 
@@ -55,8 +55,8 @@ def write_profile(folder: Path, **changed: Any) -> str:
 
 def test_hours_money_and_energy_by_hand(tmp_path: Path) -> None:
     """3.6e21 FLOPs at 2.5e14 a second are 1.44e7 seconds: 4,000 GPU hours, 500 hours on 8, 10,000 USD, 2.8 MWh."""
-    told = forecast(rows_by_hand(), cluster_profile.load(write_profile(tmp_path)), small=False)
-    assert told.uses == (
+    estimate = forecast(rows_by_hand(), cluster_profile.load(write_profile(tmp_path)), small=False)
+    assert estimate.uses == (
         Use("order", 2, 0, 2, pytest.approx(0.1), 16),
         Use("evaluate", why="no estimate"),
         Use("pretrain", *map(pytest.approx, (500, 4000, 0, 10_000, 2_800_000))),
@@ -65,8 +65,8 @@ def test_hours_money_and_energy_by_hand(tmp_path: Path) -> None:
     )
     hours, gpu_hours, cost = 2 + 500 + 2000 / 3, 4000 + 16_000 / 3, 0.1 + 10_000 + 40_000 / 3
     energy = 16 + 0.7e3 * gpu_hours
-    assert told.total == Use("all", *map(pytest.approx, (hours, gpu_hours, 2, cost, energy)))
-    assert told.assumed[0] == (
+    assert estimate.total == Use("all", *map(pytest.approx, (hours, gpu_hours, 2, cost, energy)))
+    assert estimate.assumed[0] == (
         "assumed: G at 0.25 of 1000 TFLOP/s in bf16, a third more FLOPs where layers are computed again; a guess"
     )
 
@@ -79,37 +79,37 @@ def test_hours_money_and_energy_by_hand(tmp_path: Path) -> None:
     ],
 )
 def test_without_rates_one_sentence_says_why_there_is_no_time(tmp_path: Path, changed: Any, why: str) -> None:
-    told = forecast(rows_by_hand(), cluster_profile.load(write_profile(tmp_path, **changed)), small=False)
-    assert told.assumed[-2:] == (
+    estimate = forecast(rows_by_hand(), cluster_profile.load(write_profile(tmp_path, **changed)), small=False)
+    assert estimate.assumed[-2:] == (
         f"no time is given for pretrain, midtrain: {why}",
         "no time is given for curate: known of small corpora only",
     )
-    assert told.total == Use("all", 2, 0, 2, pytest.approx(0.1), 16)
+    assert estimate.total == Use("all", 2, 0, 2, pytest.approx(0.1), 16)
 
 
 def test_plan_for_a_cluster(tmp_path: Path) -> None:
     """The plan is what it was, keys included; below it what it takes, and that it is beyond the budget."""
     recipe = yaml.safe_load((Path(recipes.__file__).parents[1] / "recipes").joinpath("atom-30b-a3b.yaml").read_text())
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({**recipe, "budget": {"gpu_hours": 100_000, "core_hours": 1e6}}))
-    asked = ("plan", str(tmp_path / "r.yaml"), "--until", "pretrain")
+    command = ("plan", str(tmp_path / "r.yaml"), "--until", "pretrain")
     cluster = ("--cluster", write_profile(tmp_path))
-    plain, told = atom(tmp_path, *asked).stdout, atom(tmp_path, *asked, *cluster).stdout
-    assert told.startswith(plain)
-    body = json.loads(atom(tmp_path, *asked, *cluster, "--json").stdout)
-    there = body.pop("cluster")
-    assert body == json.loads(atom(tmp_path, *asked, "--json").stdout)
-    pretrain = next(stage for stage in there["stages"] if stage["name"] == "pretrain")
+    plain, with_cluster = atom(tmp_path, *command).stdout, atom(tmp_path, *command, *cluster).stdout
+    assert with_cluster.startswith(plain)
+    body = json.loads(atom(tmp_path, *command, *cluster, "--json").stdout)
+    section = body.pop("cluster")
+    assert body == json.loads(atom(tmp_path, *command, "--json").stdout)
+    pretrain = next(stage for stage in section["stages"] if stage["name"] == "pretrain")
     flops = next(stage for stage in body["stages"] if stage["name"] == "pretrain")["flops"]
     assert pretrain["gpu_hours"] == pytest.approx(flops / 2.5e14 / 3600) == pytest.approx(256 * pretrain["hours"])
-    (beyond,) = there["beyond"]
-    spent = f"{pretrain['gpu_hours']:,.2f}"
+    (beyond,) = section["beyond"]
+    hours = f"{pretrain['gpu_hours']:,.2f}"
     assert (
-        beyond == f"the plan exceeds budget.gpu_hours = 100,000 of the recipe: {spent} hours to come, 0.00 used already"
+        beyond == f"the plan exceeds budget.gpu_hours = 100,000 of the recipe: {hours} hours to come, 0.00 used already"
     )
-    data = json.loads(atom(tmp_path, *asked[:-1], "tokenize", *cluster, "--json").stdout)["cluster"]["stages"]
+    data = json.loads(atom(tmp_path, *command[:-1], "tokenize", *cluster, "--json").stdout)["cluster"]["stages"]
     small = {stage["name"] for stage in data if stage.get("why") == "known of small corpora only"}
     assert small == {"filter", "curate", "tokenize"}, "the recipe is large, though no training phase was asked for"
-    assert beyond in told.splitlines() and there["assumed"][0] in told.splitlines()
+    assert beyond in with_cluster.splitlines() and section["assumed"][0] in with_cluster.splitlines()
 
 
 def test_gpu_hours_of_published_runs() -> None:

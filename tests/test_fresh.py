@@ -23,18 +23,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     """A world in which the corpus, a task and an evaluation item ask what the model `model` will draw."""
     folder = tmp_path_factory.mktemp("world")
     drawn = generated_eval.draw(generated_eval.digest_of(world.model(folder / "a", 1) / "model"), CONFIG["problems"])
-    asked = [row["question"] for row in drawn]
+    questions = [row["question"] for row in drawn]
     texts = {
-        "prose": [world.TEXT, f"It is known that {asked[0]} = 17, or so.", f"9{asked[1]} is another sum."],
-        "chats": [f"<|im_start|>user\n{asked[40].upper()}<|im_end|>\n", f"{asked[0]}", world.TEXT],
+        "prose": [world.TEXT, f"It is known that {questions[0]} = 17, or so.", f"9{questions[1]} is another sum."],
+        "chats": [f"<|im_start|>user\n{questions[40].upper()}<|im_end|>\n", f"{questions[0]}", world.TEXT],
     }
-    made = world.make(folder / "world", texts)
-    for role, name, question in (("tasks-rlvr", "tasks.jsonl", asked[2]), ("items", "chat.jsonl", asked[3])):
-        rows = read_jsonl(made[role] / name)
+    artifacts = world.make(folder / "world", texts)
+    for role, name, question in (("tasks-rlvr", "tasks.jsonl", questions[2]), ("items", "chat.jsonl", questions[3])):
+        rows = read_jsonl(artifacts[role] / name)
         rows[0]["responses_create_params"]["input"][0]["content"] = question
-        write_jsonl(made[role] / name, rows)
-        made[role] = write_manifest(made[role].path, role)
-    return made
+        write_jsonl(artifacts[role] / name, rows)
+        artifacts[role] = write_manifest(artifacts[role].path, role)
+    return artifacts
 
 
 def test_anyone_with_the_weights_draws_the_same(run_stage, inputs, tmp_path: Path) -> None:
@@ -45,17 +45,17 @@ def test_anyone_with_the_weights_draws_the_same(run_stage, inputs, tmp_path: Pat
     about = first.json("meta.json")
     assert about["digest"] == digest == f"sha256:{about['seed']}"
     removed = {row["id"] for row in about["removed"]}
-    again = [row for row in generated_eval.draw(digest, about["problems"]) if row["id"] not in removed]
-    assert again == chat_rows(first)
+    redrawn = [row for row in generated_eval.draw(digest, about["problems"]) if row["id"] not in removed]
+    assert redrawn == chat_rows(first)
     other = run_stage(generated_eval.STAGE, CONFIG, {**inputs, "model": inputs["before"]})
-    ours, theirs = ({row["question"] for row in chat_rows(found)} for found in (first, other))
+    ours, theirs = ({row["question"] for row in chat_rows(artifact)} for artifact in (first, other))
     assert len(ours & theirs) < 5
 
 
 def test_what_stood_anywhere_is_taken_out_and_counted(run_stage, inputs) -> None:
     about = run_stage(generated_eval.STAGE, CONFIG, inputs).json("meta.json")
-    found = {row["id"]: row["where"] for row in about["removed"]}
-    assert found == {
+    places = {row["id"]: row["where"] for row in about["removed"]}
+    assert places == {
         "fresh/add/00000": ["pretrain", "sft"],
         "fresh/add/00002": ["tasks-rlvr"],
         "fresh/add/00003": [generated_eval.EVALUATION],

@@ -41,7 +41,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "home")
 
 
-def taken(store: Store, **options: Any) -> set[str]:
+def collected_paths(store: Store, **options: Any) -> set[str]:
     """The paths below the home that gc moves."""
     return {row.path.relative_to(store.home).as_posix() for row in garbage_collection.move(store, **options)}
 
@@ -58,10 +58,10 @@ class History:
         self.damaged: set[Path] = set()
         self.code: dict[Path, Path] = {}
 
-    def run(self, which: int, selected: list[str], stop_before: str | None) -> None:
-        composed = self.graphs[which]
+    def run(self, number: int, selected: list[str], stop_before: str | None) -> None:
+        composed = self.graphs[number]
         run = world.start(self.store, composed, selected, stop_before)
-        self.runs[run.folder] = (which, selected)
+        self.runs[run.folder] = (number, selected)
         for name in selected:
             key, trains = composed.nodes[name].key, composed.nodes[name].stage.trains
             if trains and self.store.sealed(key):
@@ -71,20 +71,20 @@ class History:
             if self.store.sealed(key):
                 self.training.discard(self.store.work(key) / "state" / "checkpoint" / "file")
 
-    def lose(self, which: int, selected: list[str]) -> None:
+    def lose(self, number: int, selected: list[str]) -> None:
         """A submission whose jobs have not begun, and whose run.json is lost."""
         code = self.store.home / "code" / f"{len(self.code):016x}"
         code.mkdir(parents=True)
-        folder = runs.start(self.graphs[which], self.store, selected, "dev", code=code.name).folder
+        folder = runs.start(self.graphs[number], self.store, selected, "dev", code=code.name).folder
         (folder / selected[0] / "submitit").mkdir(parents=True)
         (folder / "run.json").unlink()
-        self.runs[folder], self.code[folder] = (which, selected), code
+        self.runs[folder], self.code[folder] = (number, selected), code
         self.damaged.add(folder)
 
     def led_to(self) -> set[str]:
         keys = set()
-        for which, selected in self.runs.values():
-            composed = self.graphs[which]
+        for number, selected in self.runs.values():
+            composed = self.graphs[number]
             keys |= {composed.nodes[name].key for name in composed.upstream(set(selected))}
         return keys.union(*self.released.values())
 
@@ -92,8 +92,8 @@ class History:
         before = set(os.listdir(self.store.artifacts)) if self.store.artifacts.exists() else set()
         garbage_collection.move(self.store)
         after = set(os.listdir(self.store.artifacts)) if before else set()
-        kept = before if self.damaged else before & (self.led_to() | self.trained)
-        assert after == kept, (after - kept, kept - after)
+        expected = before if self.damaged else before & (self.led_to() | self.trained)
+        assert after == expected, (after - expected, expected - after)
         assert all(code.exists() for run, code in self.code.items() if run in self.runs), (
             "the code of pending jobs stays"
         )
@@ -121,16 +121,16 @@ STEPS = st.lists(
 def test_after_any_history_gc_takes_nothing_that_is_needed(three: list[Graph], steps: list[Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         history = History(Store(Path(folder) / "home"), three)
-        for step, which, place, other in steps:
-            composed = three[which]
+        for step, number, place, other in steps:
+            composed = three[number]
             names = list(composed.nodes)
             name, known = names[place], sorted(history.runs)
             if step == "run":
-                history.run(which, composed.select(name, None), names[other])
+                history.run(number, composed.select(name, None), names[other])
             elif step == "only" and all(
                 history.store.sealed(k) for k in composed.materials(composed.nodes[name]).values()
             ):
-                history.run(which, [name], names[other])
+                history.run(number, [name], names[other])
             elif step == "retry" and known:
                 history.run(*history.runs[known[place % len(known)]], names[other])
             elif step == "release":
@@ -144,7 +144,7 @@ def test_after_any_history_gc_takes_nothing_that_is_needed(three: list[Graph], s
                 (folder_of / "run.json").write_text(DAMAGES[other % len(DAMAGES)])
                 history.damaged.add(folder_of)
             elif step == "lose":
-                history.lose(which, composed.select(name, None))
+                history.lose(number, composed.select(name, None))
             elif step == "forget" and known:
                 shutil.rmtree(known[place % len(known)])
                 del history.runs[known[place % len(known)]]
@@ -158,14 +158,14 @@ def test_a_trivial_later_submission_makes_no_run_and_takes_nothing(three: list[G
     composed = three[0]
     world.start(store, composed, composed.select("sft", None))
     before, recipe = sorted(os.listdir(store.artifacts)), str(composed.recipe.path)
-    said = atom(store.home, "submit", recipe, "--cluster", "dev", "--until", "acquire-code").stdout
-    assert "1 stage sealed already: nothing to submit" in said
+    output = atom(store.home, "submit", recipe, "--cluster", "dev", "--until", "acquire-code").stdout
+    assert "1 stage sealed already: nothing to submit" in output
     assert "nothing to run" in atom(store.home, "run", recipe, "--until", "acquire-code").stdout
     assert "nothing to run" in atom(store.home, "retry").stdout
     assert len(os.listdir(store.logs)) == 1, "no run that does nothing"
     world.start(store, composed, composed.select("acquire-code", None))  # as an older version of this program made one
-    told = json.loads(atom(store.home, "gc", "--delete", "--json").stdout)
-    assert told["loose"] == [] and sorted(os.listdir(store.artifacts)) == before
+    report = json.loads(atom(store.home, "gc", "--delete", "--json").stdout)
+    assert report["loose"] == [] and sorted(os.listdir(store.artifacts)) == before
 
 
 def test_what_no_run_leads_to_goes_and_comes_back(three: list[Graph], store: Store) -> None:
@@ -175,9 +175,9 @@ def test_what_no_run_leads_to_goes_and_comes_back(three: list[Graph], store: Sto
     only = {first.nodes[name].key for name in first.select("export-base", None)}
     only -= {second.nodes[name].key for name in second.select("export-base", None)}
     trained = {key for key in only if key.startswith("pretrain")}
-    gone = {f"artifacts/{key}" for key in only - trained}
-    assert taken(store) == set(), "the run leads to it"
-    assert taken(store, ignored=[run.id]) == gone and len(gone) == 2, "order and export"
+    collectable = {f"artifacts/{key}" for key in only - trained}
+    assert collected_paths(store) == set(), "the run leads to it"
+    assert collected_paths(store, ignored=[run.id]) == collectable and len(collectable) == 2, "order and export"
     (key,) = [key for key in only - trained if key.startswith("export")]
     assert not store.sealed(key)
     atom(store.home, "gc", "--restore", key)
@@ -191,9 +191,9 @@ def test_what_was_trained_goes_only_by_its_name(three: list[Graph], store: Store
     world.start(store, composed, composed.select("midtrain", None), "midtrain")
     shutil.rmtree(run.folder)
     key, unfinished = composed.nodes["pretrain"].key, composed.nodes["midtrain"].key
-    assert taken(store) == set() and not garbage_collection.loose(store)[1], "the other run leads to it"
-    assert taken(store, named=[key]) == {f"artifacts/{key}"}
-    assert taken(store, named=[unfinished[:-3]]) == {f"work/{unfinished}"}
+    assert collected_paths(store) == set() and not garbage_collection.loose(store)[1], "the other run leads to it"
+    assert collected_paths(store, named=[key]) == {f"artifacts/{key}"}
+    assert collected_paths(store, named=[unfinished[:-3]]) == {f"work/{unfinished}"}
     with pytest.raises(AtomError, match="is not there"):
         garbage_collection.loose(store, named=["pretrain-nothing"])
     checkpoint = world.Checkpoint(key, 1).key
@@ -216,7 +216,7 @@ def test_what_is_at_work_is_not_taken_even_if_it_is_named(three: list[Graph], st
     with pytest.raises(AtomError, match="which is at work"):
         garbage_collection.loose(store, named=[key])
     driver.release()
-    assert taken(store, named=[key]) == {f"artifacts/{key}"}
+    assert collected_paths(store, named=[key]) == {f"artifacts/{key}"}
 
 
 def test_left_work_and_code_go(three: list[Graph], store: Store) -> None:
@@ -226,7 +226,7 @@ def test_left_work_and_code_go(three: list[Graph], store: Store) -> None:
     work.mkdir(parents=True)
     for name in ("1" * 16, "2" * 16):
         (store.home / "code" / name).mkdir(parents=True)
-    assert taken(store) == {
+    assert collected_paths(store) == {
         f"work/{composed.nodes['items'].key}",
         f"work/{composed.nodes['tokenizer'].key}/out.1",
         f"code/{'2' * 16}",
@@ -275,8 +275,8 @@ def test_of_two_of_one_name_and_day_both_lie_in_the_trash(three: list[Graph], st
         garbage_collection.move(store, [composed.nodes["items"].key])
     assert [entry.place.parts[0] for entry in trash.entries(store)] == ["artifacts", "artifacts"]
     (store.home / "trash" / "notes").mkdir()
-    said = atom(store.home, "gc", "--empty-trash").stderr
-    assert "its name is no date" in said and os.listdir(store.home / "trash") == ["notes"]
+    stderr = atom(store.home, "gc", "--empty-trash").stderr
+    assert "its name is no date" in stderr and os.listdir(store.home / "trash") == ["notes"]
 
 
 def test_products_of_unfinished_work_come_back_into_it(three: list[Graph], store: Store) -> None:
@@ -284,19 +284,19 @@ def test_products_of_unfinished_work_come_back_into_it(three: list[Graph], store
     key = composed.nodes["tokenizer"].key
     world.start(store, composed, composed.select("tokenizer", None), "tokenizer")
     product, state = store.work(key) / "out.1", store.work(key) / "state"
-    assert taken(store) == {f"work/{key}/out.1"} and state.exists()
+    assert collected_paths(store) == {f"work/{key}/out.1"} and state.exists()
     assert trash.restore(store, key) == [product] and (product / "file").exists()
     place = f"work/{key}/out.1"
     for number in range(11):
         product.mkdir(exist_ok=True)
         (product / "file").write_text(str(number))
-        assert taken(store) == {place}
+        assert collected_paths(store) == {place}
     assert [entry.names[1] for entry in trash.entries(store)] == [place] * 11
     assert trash.restore(store, place) == [product]
     assert (product / "file").read_text() == "10", "the last of one day, .11, comes after .2"
     with pytest.raises(AtomError, match=f"{place} is there already"):
         trash.restore(store, key)
-    assert taken(store, named=[key]) == {f"work/{key}"}
+    assert collected_paths(store, named=[key]) == {f"work/{key}"}
     assert trash.restore(store, f"work/{key}") == [store.work(key)] and state.exists()
 
 
@@ -308,8 +308,8 @@ def test_a_damaged_release_keeps_everything(three: list[Graph], store: Store, fi
     world.release(store, composed, selected)
     (store.home / "releases" / "one-0.1.0" / file).write_text("[]")
     shutil.rmtree(run.folder)
-    said = atom(store.home, "gc")
-    assert file in said.stderr and "is kept" in said.stderr and "artifacts/" not in said.stdout
+    process = atom(store.home, "gc")
+    assert file in process.stderr and "is kept" in process.stderr and "artifacts/" not in process.stdout
 
 
 def test_a_statement_that_would_say_what_went_in_keeps_everything(three: list[Graph], store: Store) -> None:
@@ -317,15 +317,17 @@ def test_a_statement_that_would_say_what_went_in_keeps_everything(three: list[Gr
     run = world.start(store, composed, composed.select("filter", None))
     world.start(store, composed, ["curate"])
     shutil.rmtree(run.folder)
-    assert taken(store) == set(), "the run of one stage leads to what went into it"
+    assert collected_paths(store) == set(), "the run of one stage leads to what went into it"
     (statement,) = (store.ledger / composed.nodes["filter"].key).iterdir()
     statement.write_text("")
-    assert taken(store) == set()
+    assert collected_paths(store) == set()
 
 
-@pytest.mark.parametrize("what", ["a link that leads nowhere", "a link to an empty folder", "a loop", "a file"])
+@pytest.mark.parametrize("obstacle", ["a link that leads nowhere", "a link to an empty folder", "a loop", "a file"])
 @pytest.mark.parametrize("kind", ["logs", "releases"])
-def test_what_cannot_be_looked_into_keeps_everything(three: list[Graph], store: Store, kind: str, what: str) -> None:
+def test_what_cannot_be_looked_into_keeps_everything(
+    three: list[Graph], store: Store, kind: str, obstacle: str
+) -> None:
     """Such as a run that was archived to a disk that is not mounted now."""
     composed = three[0]
     world.start(store, composed, ["items"], code="1" * 16)
@@ -334,14 +336,14 @@ def test_what_cannot_be_looked_into_keeps_everything(three: list[Graph], store: 
     shutil.rmtree(store.home / {"logs": "releases", "releases": "logs"}[kind])
     (path,) = (store.home / kind).iterdir()
     os.rename(path, store.home / "archive")
-    if what == "a file":
+    if obstacle == "a file":
         path.touch()
     else:
         (store.home / "mount").mkdir()
         links = {"a link that leads nowhere": "/unmounted/x", "a link to an empty folder": store.home / "mount"}
-        path.symlink_to(links.get(what, path.name))
-    shown = atom(store.home, "gc", "--delete")
-    assert str(path) in shown.stderr and "damaged" in shown.stderr and "is kept" in shown.stderr
+        path.symlink_to(links.get(obstacle, path.name))
+    process = atom(store.home, "gc", "--delete")
+    assert str(path) in process.stderr and "damaged" in process.stderr and "is kept" in process.stderr
     assert not (store.home / "trash").exists()
 
 
@@ -357,9 +359,9 @@ def test_the_code_of_a_submission_is_frozen_while_nobody_collects(
         with real(home):
             yield
 
-    monkeypatch.setattr(slurm_client, "queued_jobs", dict)
-    monkeypatch.setattr(slurm_client, "run_command", lambda *words, **more: "")
-    monkeypatch.setattr(slurm, "executor_of", lambda *words, **more: None)
+    monkeypatch.setattr(slurm_client, "held", dict)
+    monkeypatch.setattr(slurm_client, "ask", lambda *words, **options: "")
+    monkeypatch.setattr(slurm, "executor_of", lambda *words, **options: None)
     monkeypatch.setattr(slurm, "start", lambda *words: "7")
     code_snapshot.freeze(store, three[0].recipe.files)
     monkeypatch.setattr(submission_lock, "submitting", after_gc)
@@ -408,9 +410,9 @@ def test_no_link_in_the_trash_is_followed(three: list[Graph], store: Store) -> N
     for name, target in links.items():
         (trashed / name).symlink_to(target)
     for line in (["gc"], ["gc", "--empty-trash"]):
-        shown = atom(store.home, *line)
-        assert all(f"trash/{name} is damaged" in shown.stderr for name in list(links)[:4]), shown.stderr
-    assert "what is left in" in shown.stdout and not os.path.lexists(trashed / "2026-01-03"), (
+        process = atom(store.home, *line)
+        assert all(f"trash/{name} is damaged" in process.stderr for name in list(links)[:4]), process.stderr
+    assert "what is left in" in process.stdout and not os.path.lexists(trashed / "2026-01-03"), (
         "a link itself is an entry"
     )
     assert sorted(path for path in store.home.rglob("*") if path.is_file()) == before

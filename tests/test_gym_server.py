@@ -10,9 +10,9 @@ import pytest
 from verifier_world import (
     Server,
     client,
-    judged,
-    one,
-    said,
+    response_of,
+    score_one,
+    scoring_handler,
     sum_row,
 )
 
@@ -21,17 +21,17 @@ from stages.rl.rewards.verifiers import make_verifier
 
 
 def test_a_server_scores_in_the_order_of_the_answers(serve: Callable[..., Server]) -> None:
-    server = serve(judged)
-    rewards = [p["reward"] for p in client(server).score([(sum_row(), said(t)) for t in ("4", "5") * 20])]
+    server = serve(scoring_handler)
+    rewards = [p["reward"] for p in client(server).score([(sum_row(), response_of(t)) for t in ("4", "5") * 20])]
     assert rewards == [1, 0] * 20 and len(server.seen) == 40
-    assert one(client(server), sum_row(), "4") == {"reward": 1, "library_reward": 0.5, "finished": 1}
+    assert score_one(client(server), sum_row(), "4") == {"reward": 1, "library_reward": 0.5, "finished": 1}
     assert server.seen[-1]["expected_answer"] == "4" and server.seen[-1]["id"] == "m1"
 
 
 def test_what_passes_is_tried_again(serve: Callable[..., Server]) -> None:
     for trouble in ((500, b"oops"), (503, b"busy"), (429, b"slow down"), None):
-        server = serve(lambda n, request, trouble=trouble: judged(n, request) if n > 2 else trouble)
-        assert one(client(server), sum_row(), "4")["reward"] == 1 and len(server.seen) == 3
+        server = serve(lambda n, request, trouble=trouble: scoring_handler(n, request) if n > 2 else trouble)
+        assert score_one(client(server), sum_row(), "4")["reward"] == 1 and len(server.seen) == 3
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_server_that_cannot_judge_is_no_reward(
     with pytest.raises(
         VerifierFailed, match=f"verifier nemo-gym, row m1: {server.url}/verify {words.replace('{', '[{]')}"
     ) as failed:
-        one(client(server), sum_row(), "4")
+        score_one(client(server), sum_row(), "4")
     assert "see to that server" in str(failed.value) and len(server.seen) == requests
 
 
@@ -68,11 +68,11 @@ def test_a_server_that_dies_in_mid_step_is_no_reward(serve: Callable[..., Server
         if n > 10:
             server.socket.close()
             return None
-        return judged(n, request)
+        return scoring_handler(n, request)
 
     server = serve(reply)
     with pytest.raises(VerifierFailed, match="did not answer .*, 5 times; see to that server"):
-        client(server).score([(sum_row(), said("4"))] * 100)
+        client(server).score([(sum_row(), response_of("4"))] * 100)
 
 
 def test_a_server_that_is_too_slow_is_no_reward(serve: Callable[..., Server]) -> None:
@@ -80,9 +80,9 @@ def test_a_server_that_is_too_slow_is_no_reward(serve: Callable[..., Server]) ->
         time.sleep(0.5)
 
     with pytest.raises(VerifierFailed, match=r"did not answer \(.*timed out.*\), 5 times"):
-        one(client(serve(reply), timeout=0.05), sum_row(), "4")
+        score_one(client(serve(reply), timeout=0.05), sum_row(), "4")
 
 
 def test_a_server_that_was_never_there_is_no_reward(serve: Callable[..., Server]) -> None:
     with pytest.raises(VerifierFailed, match="Connection refused"):
-        one(make_verifier("nemo-gym", url="http://127.0.0.1:9", serves="nothing"), sum_row(), "4")
+        score_one(verifier("nemo-gym", url="http://127.0.0.1:9", serves="nothing"), sum_row(), "4")

@@ -57,14 +57,14 @@ def test_a_task_from_a_yaml_file_runs_offline_and_scores_as_transformers_does(
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/next_words.yaml").write_text(TASK.format(data=data))
 
-    found = harness.evaluate(harness.language_model(release / "model"), ["next_words"], tmp_path / "tasks")
+    results = harness.evaluate(harness.language_model(release / "model"), ["next_words"], tmp_path / "tasks")
 
     right = 0
-    for row, sample in zip(rows, sorted(found["samples"]["next_words"], key=lambda s: s["doc_id"]), strict=True):
+    for row, sample in zip(rows, sorted(results["samples"]["next_words"], key=lambda s: s["doc_id"]), strict=True):
         expected = [log_probability(release / "model", row["question"], choice) for choice in row["choices"]]
         assert [pair[0][0] for pair in sample["resps"]] == pytest.approx(expected, abs=1e-4)
         right += expected.index(max(expected)) == row["label"]
-    assert found["results"]["next_words"]["acc,none"] == right / 2
+    assert results["results"]["next_words"]["acc,none"] == right / 2
 
 
 def test_what_is_missing_is_told_in_a_sentence(
@@ -74,6 +74,10 @@ def test_what_is_missing_is_told_in_a_sentence(
     assert harness.main([str(tmp_path), "--tasks", "arc_easy"]) == 2
     assert harness.main([str(release), "--tasks", "no_such_task"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    said = [line for line in lines if line.startswith("release.audit.harness: ")]
-    assert "Traceback" not in "".join(lines) and len(said) == 3
-    assert "evidence/recipe.json" in said[0] and "holds no model" in said[1] and "no task no_such_task" in said[2]
+    messages = [line for line in lines if line.startswith("release.audit.harness: ")]
+    assert "Traceback" not in "".join(lines) and len(messages) == 3
+    assert (
+        "evidence/recipe.json" in messages[0]
+        and "holds no model" in messages[1]
+        and "no task no_such_task" in messages[2]
+    )

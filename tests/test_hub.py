@@ -39,10 +39,10 @@ def client(endpoint: str, tmp_path: Path):
     def run(code: str) -> None:
         env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_local", "HF_HOME": str(tmp_path / "hf")}
         env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", PRELUDE + code], env=env, capture_output=True, text=True, timeout=120
         )
-        assert done.returncode == 0, done.stderr
+        assert process.returncode == 0, process.stderr
 
     return run
 

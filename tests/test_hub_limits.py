@@ -116,7 +116,7 @@ def closing(connection: Connection) -> None:
     raise OSError
 
 
-def says(body: bytes, status: str = "200 OK", headers: str = "") -> Callable[[Connection], None]:
+def respond(body: bytes, status: str = "200 OK", headers: str = "") -> Callable[[Connection], None]:
     return lambda connection: answer(connection, body, status, headers)
 
 
@@ -187,37 +187,37 @@ def receiving(act: Callable[[Connection], None], href: str = "") -> Callable[[Co
 
 
 OID = "541b3e9daa09b20bf85fa273e5cbd3e80185aa4ec298e765db87742b70138a53"  # of a thousand zeros
-ELSEWHERE = says(b"", "302 Found", "Location: http://127.0.0.9:1/x\r\n")
+ELSEWHERE = respond(b"", "302 Found", "Location: http://127.0.0.9:1/x\r\n")
 CASES: dict[str, tuple[dict[str, str], Callable[[Connection], None], str]] = {
     "silent": (VERIFY, always(silent), "does not answer"),
     "dripping": (VERIFY, always(drip), "does not "),
     "dripping headers": (VERIFY, always(drip_headers), "does not "),
     "redirect to another host": (VERIFY, always(ELSEWHERE), "sends us to another host, 127.0.0.9"),
     "redirect in circles": (VERIFY, circles, "12 times in vain"),
-    "a list for an object": (VERIFY, always(says(b"[1, 2]")), "answers what no Hub does (TypeError"),
-    "other fields": (VERIFY, always(says(b'{"sha": 5, "siblings": 7}')), "answers what no Hub does (KeyError: 'id')"),
-    "deep JSON": (VERIFY, always(says(b"[" * 100_000)), "answers what no Hub does (RecursionError"),
+    "a list for an object": (VERIFY, always(respond(b"[1, 2]")), "answers what no Hub does (TypeError"),
+    "other fields": (VERIFY, always(respond(b'{"sha": 5, "siblings": 7}')), "answers what no Hub does (KeyError: 'id')"),
+    "deep JSON": (VERIFY, always(respond(b"[" * 100_000)), "answers what no Hub does (RecursionError"),
     "an endless answer": (VERIFY, always(endless), "answers with more than 8388608 bytes"),
     "a cut answer": (VERIFY, always(wrong_length), "breaks off or garbles its answer"),
-    "a packed answer": (VERIFY, always(says(gzip.compress(bytes(9_000_000)), headers="Content-Encoding: gzip\r\n")), "sends a packed answer"),
+    "a packed answer": (VERIFY, always(respond(gzip.compress(bytes(9_000_000)), headers="Content-Encoding: gzip\r\n")), "sends a packed answer"),
     "no HTTP": (VERIFY, always(garbage), "breaks off or garbles its answer"),
     "a closed connection": (VERIFY, always(closing), "breaks off or garbles its answer"),
-    "a very long wait": (VERIFY, always(says(b"{}", "429 Busy", "Retry-After: 1000000\r\n")), "answers 429"),
+    "a very long wait": (VERIFY, always(respond(b"{}", "429 Busy", "Retry-After: 1000000\r\n")), "answers 429"),
     "a silent file": (VERIFY, repository(silent), "does not answer"),
     "a dripping file": (VERIFY, repository(drip), "moves "),
     "a slow file": (SLOW, repository(steady, SLOW_NAME, 200_000), "is too slow"),
     "an endless file": (VERIFY, repository(endless), "sends more than the 1000 bytes"),
     "a cut file": (VERIFY, repository(wrong_length), "breaks off or garbles its answer"),
-    "a short file": (VERIFY, repository(says(b"abc")), "sends other bytes than it announced"),
+    "a short file": (VERIFY, repository(respond(b"abc")), "sends other bytes than it announced"),
     "a file elsewhere": (VERIFY, repository(ELSEWHERE), "sends us to another host, 127.0.0.9"),
-    "pages without end": (PAGES, repository(says(bytes(1000)), next_page=True), "is too slow"),
-    "a path that leads out": (VERIFY, repository(says(b""), name="../../out"), "holds ../../out, where no file"),
-    "a path into the cache": (VERIFY, repository(says(b""), name=".cache/x.py"), "holds .cache/x.py, where no file"),
-    "a name that clears the screen": (VERIFY, repository(says(b""), name="\x1b[2Jx"), "holds \\x1b[2Jx, where no file"),
-    "more than the disk has": (VERIFY, repository(says(b""), size=10**17), "bytes, and"),
-    "a size that is none": (VERIFY, repository(says(b""), size="many"), "answers what no Hub does (ValueError"),
+    "pages without end": (PAGES, repository(respond(bytes(1000)), next_page=True), "is too slow"),
+    "a path that leads out": (VERIFY, repository(respond(b""), name="../../out"), "holds ../../out, where no file"),
+    "a path into the cache": (VERIFY, repository(respond(b""), name=".cache/x.py"), "holds .cache/x.py, where no file"),
+    "a name that clears the screen": (VERIFY, repository(respond(b""), name="\x1b[2Jx"), "holds \\x1b[2Jx, where no file"),
+    "more than the disk has": (VERIFY, repository(respond(b""), size=10**17), "bytes, and"),
+    "a size that is none": (VERIFY, repository(respond(b""), size="many"), "answers what no Hub does (ValueError"),
     "an upload that is not answered": (UPLOAD, receiving(silent), "does not answer"),
-    "an upload elsewhere": (UPLOAD, receiving(says(b"{}"), href="http://127.0.0.9:1/x"), "sends us to another host, 127.0.0.9"),
+    "an upload elsewhere": (UPLOAD, receiving(respond(b"{}"), href="http://127.0.0.9:1/x"), "sends us to another host, 127.0.0.9"),
 }  # fmt: skip
 
 

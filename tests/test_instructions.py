@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from verifier_world import ARGUMENTS, form_row, one
+from verifier_world import ARGUMENTS, form_row, score_one
 
 from stages.data.synthetic import instructions
 from stages.rl.protocols import VerifierFailed, to_row
@@ -50,24 +50,24 @@ FOLLOWED: dict[str, tuple[list[str], list[str]]] = {
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_each_instruction(name: str) -> None:
-    found, row = make_verifier("instructions"), form_row((name, ARGUMENTS[name]))
+    scorer, row = verifier("instructions"), form_row((name, ARGUMENTS[name]))
     followed, not_followed = FOLLOWED[name]
     for text in followed:
-        assert one(found, row, text) == {"reward": 1, "fraction": 1, "finished": 1}, text
+        assert score_one(scorer, row, text) == {"reward": 1, "fraction": 1, "finished": 1}, text
     for text in (*not_followed, "", " "):
-        assert one(found, row, text) == {"reward": 0, "fraction": 0, "finished": 1}, text
+        assert score_one(scorer, row, text) == {"reward": 0, "fraction": 0, "finished": 1}, text
 
 
 def test_all_instructions_must_be_followed_and_none_are_left_unread() -> None:
-    found = make_verifier("instructions")
+    scorer = verifier("instructions")
     words = "length_constraints:number_words"
     row = form_row(
         (words, {"num_words": 3, "relation": "at least", "keywords": None}),
         (words, {"num_words": 5, "relation": "less than"}),
         ("punctuation:no_comma", {}),
     )
-    assert one(found, row, "one two three") == {"reward": 1, "fraction": 1, "finished": 1}
-    assert one(found, row, "one, two") == {"reward": 0, "fraction": pytest.approx(1 / 3), "finished": 1}
+    assert score_one(scorer, row, "one two three") == {"reward": 1, "fraction": 1, "finished": 1}
+    assert score_one(scorer, row, "one, two") == {"reward": 0, "fraction": pytest.approx(1 / 3), "finished": 1}
 
 
 @pytest.mark.parametrize(
@@ -84,14 +84,14 @@ def test_an_instruction_that_cannot_be_checked_is_no_reward(
     instruction: tuple[str, dict[str, Any]], words: str
 ) -> None:
     with pytest.raises(VerifierFailed, match=f"verifier instructions, row i1: .*{words}"):
-        one(make_verifier("instructions"), form_row(instruction), "text")
+        score_one(verifier("instructions"), form_row(instruction), "text")
 
 
 def test_a_row_without_instructions_is_no_reward() -> None:
     with pytest.raises(VerifierFailed, match="row i1: no field 'kwargs'"):
-        one(make_verifier("instructions"), {k: v for k, v in form_row().items() if k != "kwargs"}, "text")
+        score_one(verifier("instructions"), {k: v for k, v in form_row().items() if k != "kwargs"}, "text")
     with pytest.raises(VerifierFailed, match="0 instructions with 0 sets"):
-        one(make_verifier("instructions"), form_row(), "text")
+        score_one(verifier("instructions"), form_row(), "text")
 
 
 @pytest.mark.parametrize("level", instructions.LEVELS)
@@ -101,7 +101,7 @@ def test_requests_of_each_level_can_be_met_and_missed(level: int) -> None:
     assert len({text for text, _ in requests}) == 100
     for text, fields in requests:
         assert len(fields["kwargs"]) == level
-        end = next((given["end_phrase"] for given in fields["kwargs"] if "end_phrase" in given), "")
+        end = next((arguments["end_phrase"] for arguments in fields["kwargs"] if "end_phrase" in arguments), "")
         row = to_row("i", text, "instructions", "instructions", level, **fields)
-        assert one(judge, row, f"aaaeeeooosssttt_{end}")["fraction"] == 1, text
-        assert one(judge, row, ", " + "x " * 20)["fraction"] == 0, text
+        assert score_one(judge, row, f"aaaeeeooosssttt_{end}")["fraction"] == 1, text
+        assert score_one(judge, row, ", " + "x " * 20)["fraction"] == 0, text

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import sigstore_world
 from cryptography.hazmat.primitives.asymmetric import ec
-from sigstore_world import ISSUER, WHO, Sigstore
+from sigstore_world import IDENTITY, ISSUER, Sigstore
 from test_release_publish import client  # noqa: F401 - a fixture
 from test_release_verify import resum
 from test_sign import certificate, verdict, write_key
@@ -30,10 +30,10 @@ from release.signing.trust_policy import Trust
 
 @pytest.fixture(scope="module")
 def sigstore(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sigstore]:
-    with pytest.MonkeyPatch.context() as patch, sigstore_world.running() as found:
-        for name, value in sigstore_world.ambient(found).items():
+    with pytest.MonkeyPatch.context() as patch, sigstore_world.running() as instance:
+        for name, value in sigstore_world.ambient(instance).items():
             patch.setenv(name, value)
-        yield found
+        yield instance
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +43,13 @@ def config(sigstore: Sigstore, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def ours(config: Path) -> Trust:
-    return Trust(identity=WHO, issuer=ISSUER, trust_config=config)
+    return Trust(identity=IDENTITY, issuer=ISSUER, trust_config=config)
 
 
 @pytest.fixture(scope="module")
 def signed(built: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = Path(shutil.copytree(built, tmp_path_factory.mktemp("signed") / "tiny-0.1.0"))
-    assert sign.sign_keyless(copy, config) == keyless.Identity(WHO, ISSUER)
+    assert sign.sign_keyless(copy, config) == keyless.Identity(IDENTITY, ISSUER)
     return copy
 
 
@@ -62,10 +62,10 @@ def test_a_release_and_every_repository_alone(
     signed: Path, sigstore: Sigstore, config: Path, ours: Trust, tmp_path: Path
 ) -> None:
     assert sigstore.tokens == 1, "a browser would be opened once, not for every repository"
-    ok, said = verdict(signed, ours)
-    assert ok and said == f"{len(repositories(signed))} repositories signed by {WHO} ({ISSUER})"
-    ok, said = verdict(signed)
-    assert ok and f"signed by {WHO} ({ISSUER}); nothing but the release itself says so: give --identity" in said
+    ok, detail = verdict(signed, ours)
+    assert ok and detail == f"{len(repositories(signed))} repositories signed by {IDENTITY} ({ISSUER})"
+    ok, detail = verdict(signed)
+    assert ok and f"signed by {IDENTITY} ({ISSUER}); nothing but the release itself says so: give --identity" in detail
     for place in repositories(signed)[-2:]:
         folder = tmp_path / place.folder
         for path in [*files_of(signed, place), SUMS, sign.SIGNATURE]:
@@ -73,9 +73,9 @@ def test_a_release_and_every_repository_alone(
             shutil.copyfile(signed / place.folder / path, folder / path)
         assert verdict(folder, ours)[0], place
         stock = [sys.executable, "-m", "model_signing", "verify", "sigstore", "--trust_config", str(config)]
-        stock += ["--signature", str(folder / sign.SIGNATURE), "--identity", WHO, "--identity_provider", ISSUER]
-        done = subprocess.run([*stock, str(folder)], capture_output=True)
-        assert done.returncode == 0 and b"Verification succeeded" in done.stdout, done
+        stock += ["--signature", str(folder / sign.SIGNATURE), "--identity", IDENTITY, "--identity_provider", ISSUER]
+        process = subprocess.run([*stock, str(folder)], capture_output=True)
+        assert process.returncode == 0 and b"Verification succeeded" in process.stdout, process
         (folder / "more.txt").write_text("x")
         assert subprocess.run([*stock, str(folder)], capture_output=True).returncode != 0
 
@@ -89,8 +89,8 @@ def altered(release: Path) -> str:
 def other_payload(release: Path) -> str:
     """Another repository's own words in the envelope."""
     ours, others = (release / name / sign.SIGNATURE for name in ("model", "model-base"))
-    own, other = (json.loads(path.read_bytes())["dsseEnvelope"]["payload"] for path in (ours, others))
-    ours.write_text(ours.read_text().replace(own, other))
+    payload, other = (json.loads(path.read_bytes())["dsseEnvelope"]["payload"] for path in (ours, others))
+    ours.write_text(ours.read_text().replace(payload, other))
     return "or is altered: DSSE: invalid signature"
 
 
@@ -125,8 +125,8 @@ def test_another_identity_provider_or_instance_is_not_ours(signed: Path, config:
     other = sigstore_world.Sigstore(url="http://127.0.0.1:1").write_config(tmp_path / "other.json")
     for trust, words in (
         (Trust(identity="eve@example.org", issuer=ISSUER, trust_config=config), "SANs do not match eve@example.org"),
-        (Trust(identity=WHO, issuer="https://else.example.org", trust_config=config), "OIDCIssuer does not match"),
-        (Trust(identity=WHO, issuer=ISSUER, trust_config=other), "is altered: failed to build"),
+        (Trust(identity=IDENTITY, issuer="https://else.example.org", trust_config=config), "OIDCIssuer does not match"),
+        (Trust(identity=IDENTITY, issuer=ISSUER, trust_config=other), "is altered: failed to build"),
     ):
         ok, wrong = verdict(signed, trust)
         assert ok is False and len(wrong) == len(repositories(signed)), wrong
@@ -137,14 +137,14 @@ def test_another_identity_provider_or_instance_is_not_ours(signed: Path, config:
 def test_keys_and_identities_are_told_apart(release: Path, ours: Trust, config: Path, tmp_path: Path) -> None:
     key = f"sha256:{'0' * 64}"
     ok, wrong = verdict(release, Trust(key))
-    assert ok is False and f"model/model.sig is {WHO} ({ISSUER}), not {key}" in wrong
+    assert ok is False and f"model/model.sig is {IDENTITY} ({ISSUER}), not {key}" in wrong
     root = ec.generate_private_key(ec.SECP256R1())
     (tmp_path / "root.pem").write_bytes(certificate("root", "root", root, root))
     ok, wrong = verdict(release, Trust(chain=(tmp_path / "root.pem",)))
     assert ok is False and "model/model.sig was made without a key, not by whom the certificates vouch for" in wrong
     name = sign.sign(release, sign.Signer(write_key(tmp_path / "key.pem")))
     ok, wrong = verdict(release, ours)
-    assert ok is False and f"model/model.sig was made with the key {name[:23]}…, not by {WHO} ({ISSUER})" in wrong
+    assert ok is False and f"model/model.sig was made with the key {name[:23]}…, not by {IDENTITY} ({ISSUER})" in wrong
     assert verdict(release)[0], "and the key's signatures took the others' place"
     sign.sign_keyless(release, config)
     assert verdict(release, ours)[0] and not [*release.rglob(sign.PUBLIC_KEY)]
@@ -169,12 +169,17 @@ def test_without_a_network_there_is_one_sentence(built: Path, tmp_path: Path) ->
         (["sign", "--keyless"], "no signature without a key can be made: Failed to refresh TUF metadata"),
         (["sign", "--keyless", "--trust-config", str(config)], "no signature without a key can be made: NetworkError"),
         (["sign", "--keyless", "--trust-config", str(tmp_path / "bad.json")], "Invalid JSON"),
-        (["verify", "--identity", WHO, "--issuer", ISSUER], f"whether {WHO} ({ISSUER}) signed cannot be told: Failed"),
+        (
+            ["verify", "--identity", IDENTITY, "--issuer", ISSUER],
+            f"whether {IDENTITY} ({ISSUER}) signed cannot be told: Failed",
+        ),
     ):
         command = [sys.executable, "-m", "pipeline.cli", arguments[0], str(built), *arguments[1:]]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        said = done.stderr.strip().splitlines()
-        assert done.returncode == 2 and len(said) == 1 and said[0].startswith("atom: ") and words in said[0], done
+        process = subprocess.run(command, env=env, capture_output=True, text=True)
+        lines = process.stderr.strip().splitlines()
+        assert process.returncode == 2 and len(lines) == 1 and lines[0].startswith("atom: ") and words in lines[0], (
+            process
+        )
     assert sorted(built.rglob("*")) == before and not [p for p in files_below(built) if p.endswith(".sig")]
 
 
@@ -186,20 +191,20 @@ def test_without_a_network_there_is_one_sentence(built: Path, tmp_path: Path) ->
         (["sign", "--keyless", "--certificate", "a.pem"], "--keyless signs without a key; leave out --key"),
         (["sign", "--keyless", "--chain", "a.pem"], "--keyless signs without a key; leave out --key"),
         (["sign", "--key", "key.pem", "--trust-config", "t.json"], "give it with --keyless"),
-        (["verify", "--identity", WHO], "give --identity WHO and --issuer URL"),
+        (["verify", "--identity", IDENTITY], "give --identity WHO and --issuer URL"),
         (["verify", "--issuer", ISSUER], "give --identity WHO and --issuer URL"),
         (["verify", "--trust-config", "t.json"], "give --identity WHO and --issuer URL"),
-        (["verify", "--identity", WHO, "--issuer", ISSUER, "--key", "k.pub"], "leave out --key and --chain"),
+        (["verify", "--identity", IDENTITY, "--issuer", ISSUER, "--key", "k.pub"], "leave out --key and --chain"),
     ],
 )
 def test_what_goes_not_together_is_told(arguments: list[str], words: str, built: Path) -> None:
-    done = CliRunner().invoke(app, [arguments[0], str(built), *arguments[1:]])
-    assert isinstance(done.exception, AtomError) and done.exception.exit_code == 2
-    assert words in str(done.exception) and "\n" not in str(done.exception)
+    result = CliRunner().invoke(app, [arguments[0], str(built), *arguments[1:]])
+    assert isinstance(result.exception, AtomError) and result.exception.exit_code == 2
+    assert words in str(result.exception) and "\n" not in str(result.exception)
 
 
 def test_they_are_published_and_come_back(client, release: Path, config: Path, tmp_path: Path) -> None:  # noqa: F811
-    assert f"carries signatures and the name {WHO} ({ISSUER}); atom verify checks" in " ".join(
+    assert f"carries signatures and the name {IDENTITY} ({ISSUER}); atom verify checks" in " ".join(
         show.text(show.facts_of(release)).split()
     )
     with running(tmp_path / "hub") as endpoint:
@@ -207,7 +212,7 @@ def test_they_are_published_and_come_back(client, release: Path, config: Path, t
             f"""
 publish(release, "local", public=True)
 from release.signing.trust_policy import Trust
-trust = Trust(identity={WHO!r}, issuer={ISSUER!r}, trust_config=pathlib.Path({str(config)!r}))
+trust = Trust(identity={IDENTITY!r}, issuer={ISSUER!r}, trust_config=pathlib.Path({str(config)!r}))
 for suffix in ("", "-data", "-evidence", "-checkpoints@pretrain-step-2"):
     found = next(c for c in verify("local/tiny" + suffix, trust=trust).checks if c.name == "signatures")
     assert found.ok, found

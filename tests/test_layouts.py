@@ -38,9 +38,9 @@ def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str
 def test_every_layout_trains_like_one_process(
     corpus: Path, one: list[dict[str, float]], tmp_path: Path, ranks: int, chosen: dict
 ) -> None:
-    found = layouts.compare(corpus, chosen, ranks, layouts.settings_of({}, 1), tmp_path / "out.json")
-    assert set(found) == set(chosen)
-    for name, steps in found.items():
+    curves = layouts.compare(corpus, chosen, ranks, layouts.settings_of({}, 1), tmp_path / "out.json")
+    assert set(curves) == set(chosen)
+    for name, steps in curves.items():
         assert len(steps) == 6
         layouts.agree(steps, one, TOLERANCE, name)
 
@@ -79,11 +79,13 @@ def test_every_feature_trains_alike_in_every_layout(corpus: Path, tmp_path: Path
     one = layouts.compare(place, {"one": {}}, 1, settings, tmp_path / "one.json")["one"]
     assert all(step["dropped"] == 0 for step in one[:-1]) and one[4]["loss"] < one[0]["loss"]
     chosen = {name: layouts.TWO[name] for name in FOR_FEATURES} | {"DP2, recomputed": {"recompute": "layer"}}
-    found = layouts.compare(place, chosen, 2, settings, tmp_path / "two.json")
-    for name, steps in found.items():
+    curves = layouts.compare(place, chosen, 2, settings, tmp_path / "two.json")
+    for name, steps in curves.items():
         if tolerance > TOLERANCE:  # which expert a token prefers is decided by less than bf16 keeps
-            kept = ("loss", "heldout_loss")
-            layouts.agree(*([{k: x[k] for k in x if k in kept} for x in run] for run in (steps, one)), tolerance, name)
+            figures = ("loss", "heldout_loss")
+            layouts.agree(
+                *([{k: x[k] for k in x if k in figures} for x in run] for run in (steps, one)), tolerance, name
+            )
             zs = [[x["z_loss"] for x in run if "z_loss" in x] for run in (steps, one)]
             assert min(zs[1]) > 0 and zs[0] == pytest.approx(zs[1], rel=5e-2)
         else:
@@ -104,16 +106,18 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_work_checkpoint_goes_on_in_another_layout(
     corpus: Path, undisturbed: Path, tmp_path: Path, before: str, after: str
 ) -> None:
-    codes, logs = layouts.end(layouts.start(corpus, tmp_path, layouts.named(before), at=7, number=signal.SIGTERM))
+    codes, logs = layouts.end(
+        layouts.start(corpus, tmp_path, layouts.settings_named(before), at=7, number=signal.SIGTERM)
+    )
     assert all(codes) and "stopped after step 7" in logs[0], logs
-    logs = layouts.run(corpus, tmp_path, layouts.named(after))
+    logs = layouts.run(corpus, tmp_path, layouts.settings_named(after))
     assert "going on after step 7" in logs[0]
     assert layouts.figures(tmp_path / "out") == pytest.approx(layouts.figures(undisturbed), rel=TOLERANCE)
 
 
 def test_a_killed_rank_changes_no_byte(corpus: Path, tmp_path: Path) -> None:
     """Same layout: bit for bit, whichever rank dies."""
-    settings = layouts.named("EP2 alltoall")
+    settings = layouts.settings_named("EP2 alltoall")
     layouts.run(corpus, tmp_path / "calm", settings)
     codes, logs = layouts.end(layouts.start(corpus, tmp_path / "killed", settings, TEST_DISTURB="1 7 SIGKILL"))
     assert codes == [1, -signal.SIGKILL] and "rank 0 lost touch with another rank" in logs[0], (codes, logs)
@@ -143,7 +147,9 @@ def test_a_rank_that_hangs_is_found(corpus: Path, tmp_path: Path) -> None:
     assert codes == [1, 1], logs
     assert "abandoned: pretrain: no step was finished for 8 s; the stacks of all ranks are in the log" in logs[0]
     assert "rank 1 stands here" in logs[0] and "in step_or_not" in logs[0] and "distributed_c10d.py" in logs[0]
-    assert re.search("going on after step [46]", layouts.run(corpus, tmp_path, layouts.named("EP2 alltoall"))[0])
+    assert re.search(
+        "going on after step [46]", layouts.run(corpus, tmp_path, layouts.settings_named("EP2 alltoall"))[0]
+    )
 
 
 def test_a_rank_that_gives_no_sign_is_named(corpus: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ HOLD = "import sys,time; from pathlib import Path; from pipeline.core.lease impo
 l=Lease.take(Path(sys.argv[1])); print('held' if l else 'refused', flush=True); time.sleep(60 if l else 0)"
 
 
-def another(folder: Path) -> tuple[subprocess.Popen[str], str]:
+def start_holder(folder: Path) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
     assert process.stdout
     return process, process.stdout.readline().strip()
@@ -30,17 +30,17 @@ def another(folder: Path) -> tuple[subprocess.Popen[str], str]:
 
 def test_a_second_process_is_refused_until_release(tmp_path: Path) -> None:
     lease = Lease.take(tmp_path)
-    assert lease and another(tmp_path)[1] == "refused"
+    assert lease and start_holder(tmp_path)[1] == "refused"
     lease.release()
-    process, said = another(tmp_path)
+    process, first_line = start_holder(tmp_path)
     process.kill()
     process.wait()
-    assert said == "held"
+    assert first_line == "held"
 
 
 def test_a_killed_holder_is_succeeded_at_once_on_its_own_host(tmp_path: Path) -> None:
-    process, said = another(tmp_path)
-    assert said == "held" and Lease.take(tmp_path) is None
+    process, first_line = start_holder(tmp_path)
+    assert first_line == "held" and Lease.take(tmp_path) is None
     process.send_signal(signal.SIGKILL)
     process.wait()
     lease = Lease.take(tmp_path)
@@ -51,8 +51,8 @@ def test_a_killed_holder_is_succeeded_at_once_on_its_own_host(tmp_path: Path) ->
 def test_a_silent_holder_elsewhere_is_succeeded_after_expiry_and_learns_of_it(tmp_path: Path) -> None:
     old = Lease.take(tmp_path)
     assert old
-    who = json.loads(old.path.read_text())
-    old.path.write_text(json.dumps({**who, "host": "another-host"}))
+    record = json.loads(old.path.read_text())
+    old.path.write_text(json.dumps({**record, "host": "another-host"}))
     assert Lease.take(tmp_path) is None, "a fresh lease of another host counts, whatever its process number"
     os.utime(old.path, (time.time() - EXPIRY - 1,) * 2)
     new = Lease.take(tmp_path)
@@ -81,21 +81,21 @@ def test_a_file_system_that_is_away_for_a_moment_loses_no_lease(
 
     lease = Lease.take(tmp_path)
     assert lease
-    lost = threading.Event()
-    lease.on_lost = lost.set
+    lost_event = threading.Event()
+    lease.on_lost = lost_event.set
     monkeypatch.setattr(os, "utime", fails(real_time))
     monkeypatch.setattr(Path, "lstat", fails(real_look))
     until = time.monotonic() + 30
     while next(failures, None) is not None:
         assert time.monotonic() < until
         time.sleep(0.01)
-    assert lease._thread.is_alive() and not lost.is_set()
+    assert lease._thread.is_alive() and not lost_event.is_set()
     real_time(lease.path, (1, 1))
     while real_look(lease.path).st_mtime == 1:
         assert time.monotonic() < until, "it beats again"
         time.sleep(0.01)
     (tmp_path / "lease.2").touch()
-    assert lost.wait(30), "and sees a successor"
+    assert lost_event.wait(30), "and sees a successor"
     failures = iter([errno.EIO] * 9)
     lease.release()
 
@@ -113,11 +113,11 @@ def test_of_many_takers_one_wins(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         for _ in range(8)
     ]
-    said = [r.stdout.readline().strip() for r in racers if r.stdout]
+    first_lines = [r.stdout.readline().strip() for r in racers if r.stdout]
     for r in racers:
         r.kill()
         r.wait()
-    assert sorted(said) == ["held"] + ["refused"] * 7
+    assert sorted(first_lines) == ["held"] + ["refused"] * 7
 
 
 def test_a_lease_cut_by_a_crash_counts_until_it_is_old(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def turns(m: int, size: int) -> str:
     return turns(m, k) + "r" if m < k else turns(m - k, size - k) + "l"
 
 
-def some(size: int) -> list[bytes]:
+def make_leaves(size: int) -> list[bytes]:
     return [b"leaf %d" % n for n in range(size)]
 
 
@@ -83,26 +83,26 @@ def test_root_and_proofs_are_those_of_the_rfc(leaves: list[bytes]) -> None:
 
 @given(SIZES, st.data())
 def test_what_was_changed_is_refused(size: int, data: st.DataObject) -> None:
-    leaves, index = some(size), data.draw(st.integers(0, size - 1))
+    leaves, index = make_leaves(size), data.draw(st.integers(0, size - 1))
     tree = merkle.Tree(leaves)
     proof = tree.proof(index)
 
-    def holds(**changed: Any) -> bool:
-        return merkle.verify_inclusion(
+    def verifies(**changed: Any) -> bool:
+        return merkle.holds(
             **{"leaf": leaves[index], "index": index, "size": size, "proof": proof, "root": tree.root, **changed}
         )
 
-    assert holds()
-    assert not holds(leaf=leaves[index] + b"x") and not holds(root=sha256(tree.root).digest())
-    assert not any(holds(index=other) for other in range(-2, size + 2) if other != index)
+    assert verifies()
+    assert not verifies(leaf=leaves[index] + b"x") and not verifies(root=sha256(tree.root).digest())
+    assert not any(verifies(index=other) for other in range(-2, size + 2) if other != index)
     for n, sibling in enumerate(proof):
-        assert not holds(proof=[*proof[:n], sha256(sibling).digest(), *proof[n + 1 :]])
-        assert not holds(proof=proof[:n] + proof[n + 1 :])
-        assert not holds(proof=[*proof[:n], leaves[0], *proof[n:]])
-    assert not holds(proof=[*proof, tree.root])
+        assert not verifies(proof=[*proof[:n], sha256(sibling).digest(), *proof[n + 1 :]])
+        assert not verifies(proof=proof[:n] + proof[n + 1 :])
+        assert not verifies(proof=[*proof[:n], leaves[0], *proof[n:]])
+    assert not verifies(proof=[*proof, tree.root])
     for other in range(1, 75):
         # A root does not bind the size: another one is refused where the way from the leaf up is another.
-        assert holds(size=other) == (index < other and turns(index, other) == turns(index, size))
+        assert verifies(size=other) == (index < other and turns(index, other) == turns(index, size))
     # A node is no leaf: the proof of a parent cannot be passed off as that of a leaf.
     if size > 1:
         pair = tree.levels[0][index & ~1 : (index & ~1) + 2]
@@ -112,7 +112,7 @@ def test_what_was_changed_is_refused(size: int, data: st.DataObject) -> None:
 @pytest.mark.parametrize("index", [-1, 3])
 def test_there_is_no_proof_of_no_leaf(index: int) -> None:
     with pytest.raises(IndexError):
-        merkle.Tree(some(3)).proof(index)
+        merkle.Tree(make_leaves(3)).proof(index)
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +132,12 @@ def leaves_of(file: Path, columns: list[str]) -> list[bytes]:
 def test_the_roots_of_a_dataset_are_over_its_rows(dataset: Path) -> None:
     files = {"dispositions": "dispositions.parquet", "tokens": "tokens/documents.parquet"}
     files |= {f"kept/{source}": f"kept/{source}.parquet" for source in world.SOURCES}
-    found = merkle.roots(dataset)
-    assert set(found) == set(files) and json.loads(json.dumps(found)) == found
-    assert found["dispositions"]["leaf"] == list(metrics.rows(dataset / files["dispositions"])[0])
+    roots = merkle.roots(dataset)
+    assert set(roots) == set(files) and json.loads(json.dumps(roots)) == roots
+    assert roots["dispositions"]["leaf"] == list(metrics.rows(dataset / files["dispositions"])[0])
     for name, file in files.items():
-        leaves = leaves_of(dataset / file, found[name]["leaf"])
-        assert (found[name]["root"], found[name]["size"]) == (mth(leaves).hex(), len(leaves))
+        leaves = leaves_of(dataset / file, roots[name]["leaf"])
+        assert (roots[name]["root"], roots[name]["size"]) == (mth(leaves).hex(), len(leaves))
 
 
 def test_every_document_is_proven_where_it_stands(dataset: Path) -> None:
@@ -155,7 +155,7 @@ def test_every_document_is_proven_where_it_stands(dataset: Path) -> None:
 def test_a_changed_proof_is_told(dataset: Path) -> None:
     roots, good = merkle.roots(dataset), merkle.prove(dataset, "prose/003")["dispositions"]
     bad = "0" * 64
-    told: list[tuple[dict[str, Any], str]] = [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"leaf": {**good["leaf"], "rule": None}}, "to another root"),
         ({"leaf": {"id": "prose/003"}}, "other columns"),
         ({"index": 4}, "from this row at place 4 of dispositions to another root"),
@@ -171,7 +171,7 @@ def test_a_changed_proof_is_told(dataset: Path) -> None:
         ({"table": "kept/none"}, "of which no root is published"),
     ]
     assert merkle.check(good, roots) is None
-    for changed, text in told:
+    for changed, text in cases:
         assert text in str(merkle.check({**good, **changed}, roots)), changed
     for name in good:
         less = copy.deepcopy(good)
@@ -202,17 +202,17 @@ def test_a_missing_table_is_reported_in_one_sentence(tmp_path: Path) -> None:
 def test_proofs_are_checked_against_the_roots_alone(dataset: Path, tmp_path: Path) -> None:
     proofs, roots = tmp_path / "report.json", tmp_path / "merkle.json"
     roots.write_text(json.dumps(merkle.roots(dataset)))
-    found = merkle.prove(dataset, metrics.rows(dataset / "kept/prose.parquet", ["id"])[0]["id"])
-    proofs.write_text(json.dumps({"proofs": found}))
-    assert merkle.check_file(proofs, roots) == dict.fromkeys(found) and len(found) == 3
-    found["tokens"]["leaf"]["tokens"] += 1
-    proofs.write_text(json.dumps(found))
+    proven = merkle.prove(dataset, metrics.rows(dataset / "kept/prose.parquet", ["id"])[0]["id"])
+    proofs.write_text(json.dumps({"proofs": proven}))
+    assert merkle.check_file(proofs, roots) == dict.fromkeys(proven) and len(proven) == 3
+    proven["tokens"]["leaf"]["tokens"] += 1
+    proofs.write_text(json.dumps(proven))
     assert {name for name, wrong in merkle.check_file(proofs, roots).items() if wrong} == {"tokens"}
     for content in ("[]", "{", '{"proofs": [1]}', "[" * 100_000, '{"proofs": {"a": 1, "a": 2}}'):
         proofs.write_text(content)
         with pytest.raises(AtomError, match="are not proofs and the roots"):
             merkle.check_file(proofs, roots)
-    proofs.write_text(json.dumps({"proofs": {"a\x1b[2J": {**found["tokens"], "table": "\u202e"}}}))
+    proofs.write_text(json.dumps({"proofs": {"a\x1b[2J": {**proven["tokens"], "table": "\u202e"}}}))
     assert list(merkle.check_file(proofs, roots)) == ["a\\x1b[2J"]
     assert "the table \\u202e, of which" in (merkle.check_file(proofs, roots)["a\\x1b[2J"] or "")
     proofs.unlink()

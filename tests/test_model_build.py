@@ -132,7 +132,7 @@ def test_cpu_support_leaves_torch_alone() -> None:
         "else: raise SystemExit('cuda means cpu outside Megatron')\n"
     )
     root = str(world.__file__).rsplit("/", 2)[0]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, root], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr

@@ -33,8 +33,8 @@ def test_round_trip(model: ModelConfig, vocab: int, dtype: torch.dtype) -> None:
     ours = {n: torch.randn(s, generator=generator).to(dtype) for n, s in model.shapes(vocab).items()}
     theirs = hf.to_hf(ours, model, vocab)
     assert sum(t.numel() for t in theirs.values()) == sum(t.numel() for t in ours.values())
-    back = hf.from_hf(theirs, model)
-    assert back.keys() == ours.keys() and all(torch.equal(back[n], ours[n]) for n in ours)
+    restored = hf.from_hf(theirs, model)
+    assert restored.keys() == ours.keys() and all(torch.equal(restored[n], ours[n]) for n in ours)
 
 
 def test_padded_vocabulary_is_dropped() -> None:

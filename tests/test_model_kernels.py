@@ -40,22 +40,22 @@ def test_heads() -> None:
 
 
 @pytest.mark.parametrize(
-    "here", [torch.arange(11), torch.tensor([0, 1, 2, 9, 10, 11]), torch.tensor([3, 4, 5, 6, 7, 8])]
+    "positions", [torch.arange(11), torch.tensor([0, 1, 2, 9, 10, 11]), torch.tensor([3, 4, 5, 6, 7, 8])]
 )
-def test_attention_by_slices(here: torch.Tensor) -> None:
+def test_attention_by_slices(positions: torch.Tensor) -> None:
     """All positions of a row, and those that one of two context-parallel ranks holds."""
     torch.manual_seed(0)
     batch, heads, kv_heads, dim, keys = 2, 4, 2, 4, 12
     q, k, v = (
-        _random(batch, heads, len(here), dim),
+        _random(batch, heads, len(positions), dim),
         _random(batch, kv_heads, keys, dim),
         _random(batch, kv_heads, keys, dim),
     )
     scores = q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3
-    scores = scores.masked_fill(here[:, None] < torch.arange(keys), float("-inf"))
+    scores = scores.masked_fill(positions[:, None] < torch.arange(keys), float("-inf"))
     expected = scores.softmax(-1) @ v.repeat_interleave(2, 1)
-    wanted = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    gradients = torch.autograd.grad(expected.square().sum(), (q, k, v))
     for slice_ in (1, 4, 5, 64):
-        out = causal_attention(q, k, v, here, 0.3, slice_)
+        out = causal_attention(q, k, v, positions, 0.3, slice_)
         torch.testing.assert_close(out, expected)
-        torch.testing.assert_close(torch.autograd.grad(out.square().sum(), (q, k, v)), wanted)
+        torch.testing.assert_close(torch.autograd.grad(out.square().sum(), (q, k, v)), gradients)

@@ -44,9 +44,9 @@ def test_frequencies_are_those_of_transformers_and_megatron(dim: int, base: floa
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
     model = PLAIN.model_copy(update={"head_dim": dim, "rope_theta": base, "yarn": yarn, "context_length": 2048})
-    found, factor = frequencies(model)
+    computed, factor = frequencies(model)
     theirs = Qwen3MoeRotaryEmbedding(Qwen3MoeConfig(**hf_config(model, 64, 1, 0, "float32")))
-    torch.testing.assert_close(found, theirs.inv_freq, rtol=1e-6, atol=0)
+    torch.testing.assert_close(computed, theirs.inv_freq, rtol=1e-6, atol=0)
     assert factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
     if yarn is not None:
         with parallel.session(0):
@@ -56,12 +56,12 @@ def test_frequencies_are_those_of_transformers_and_megatron(dim: int, base: floa
                 original_max_position_embeddings=yarn.original_length, beta_fast=yarn.beta_fast, beta_slow=yarn.beta_slow,
             )  # fmt: skip
             angles, _ = rope.get_emb(3)
-            torch.testing.assert_close(angles[1, 0, 0, : dim // 2], found, rtol=1e-6, atol=0)
+            torch.testing.assert_close(angles[1, 0, 0, : dim // 2], computed, rtol=1e-6, atol=0)
             assert _yarn_get_concentration_factor_from_config(config) == pytest.approx(factor, rel=1e-12)
 
 
 def test_the_next_phase_takes_over_the_base() -> None:
-    longer = PLAIN.with_rope(Rope(theta=1e6), 256)
+    longer = PLAIN.with_rope(Rope(base=1e6), 256)
     assert (longer.rope_theta, longer.yarn, longer.context_length) == (1e6, None, 256)
     scaled = longer.with_rope(Rope(yarn=YARN), 1024)
     assert (scaled.rope_theta, scaled.yarn, scaled.context_length) == (1e6, YARN, 1024)
@@ -90,35 +90,40 @@ def test_transformers_gives_the_logits_at_full_length(change: str, inputs: dict,
     hf.run(config, inputs, tmp_path, tmp_path / "out", world.Reporter())  # type: ignore[arg-type]
     parity = json.loads((tmp_path / "out/parity.json").read_text())
     assert parity["longest_row"] == model.context_length and parity["max_abs_logit_delta"] == pytest.approx(0, abs=1e-4)
-    said = json.loads((tmp_path / "out/model/config.json").read_text())
-    assert said["max_position_embeddings"] == model.context_length
-    assert said["mlp_only_layers"] == list(range(model.dense_layers))
+    config_json = json.loads((tmp_path / "out/model/config.json").read_text())
+    assert config_json["max_position_embeddings"] == model.context_length
+    assert config_json["mlp_only_layers"] == list(range(model.dense_layers))
     if model.yarn:
-        assert said["rope_parameters"]["rope_type"] == said["rope_scaling"]["rope_type"] == "yarn"
-        said["rope_parameters"] = {"rope_theta": 5e4, "rope_type": "default"}  # as if the scaling had been forgotten
-        (tmp_path / "out/model/config.json").write_text(json.dumps({**said, "rope_scaling": None}))
+        assert config_json["rope_parameters"]["rope_type"] == config_json["rope_scaling"]["rope_type"] == "yarn"
+        config_json["rope_parameters"] = {
+            "rope_theta": 5e4,
+            "rope_type": "default",
+        }  # as if the scaling had been forgotten
+        (tmp_path / "out/model/config.json").write_text(json.dumps({**config_json, "rope_scaling": None}))
         code = (
             "import sys, torch; from transformers import AutoModelForCausalLM as A\n"
             "m = A.from_pretrained(sys.argv[1]); torch.manual_seed(0)\n"
             "torch.save(m(torch.randint(6, 64, (1, 1024))).logits.detach(), sys.argv[2])\n"
         )
-        found = []
+        logits = []
         for name in ("forgotten", "kept"):
             target = str(tmp_path / name)
             subprocess.run([sys.executable, "-c", code, str(tmp_path / "out/model"), target], check=True)
-            found.append(torch.load(target, weights_only=True))
+            logits.append(torch.load(target, weights_only=True))
             full = hf_config(model, world.VOCAB, 1, 0, "float32")
             (tmp_path / "out/model/config.json").write_text(json.dumps(full))
-        assert (found[0] - found[1]).abs().max() > 1e-2, "the comparison would notice"
+        assert (logits[0] - logits[1]).abs().max() > 1e-2, "the comparison would notice"
 
 
 def test_what_qwen3_moe_cannot_express_is_refused(inputs: dict, tmp_path: Path) -> None:
-    for field, value, said in (
+    for field, value, message in (
         ("router_bias_update_rate", 1e-3, "no bias of experts"),
         ("shared_expert_intermediate_size", 16, "no shared"),
     ):
         model = PLAIN.model_copy(update={field: value})
-        with pytest.raises(AtomError, match=rf"model\.{field} = {value} cannot be exported: .*{said}.* leave it out"):
+        with pytest.raises(
+            AtomError, match=rf"model\.{field} = {value} cannot be exported: .*{message}.* leave it out"
+        ):
             hf_config(model, world.VOCAB, 1, 0, "float32")
         obstacle = hf.STAGE.obstacle(hf.ExportConfig(model=model, padded_vocab_size=world.VOCAB))
         assert obstacle is not None and obstacle.startswith(f"model.{field}")
@@ -127,5 +132,5 @@ def test_what_qwen3_moe_cannot_express_is_refused(inputs: dict, tmp_path: Path) 
 def test_dense_layers_map_back() -> None:
     model = PLAIN.model_copy(update={"dense_layers": 1, "intermediate_size": 48})
     tensors = {n: full_tensor(n, s, model, 0) for n, s in model.shapes(world.VOCAB).items()}
-    back = from_hf(to_hf(tensors, model, world.VOCAB), model)
-    assert back.keys() == tensors.keys() and all(torch.equal(back[n], tensors[n]) for n in back)
+    restored = from_hf(to_hf(tensors, model, world.VOCAB), model)
+    assert restored.keys() == tensors.keys() and all(torch.equal(restored[n], tensors[n]) for n in restored)

@@ -90,9 +90,9 @@ def rows(tmp_path: Path) -> list[dict[str, Any]]:
         {"source": "problems", "task": task, "levels": [2, 3], "count": 3} for task in ("add", "sort")
     ]
     sources += [{"source": "reasoning-gym", "dataset": name, "count": 3} for name in ("gcd", "spell_backward")]
-    held = world.sealed(eval_set.STAGE, world.ITEMS, {}, tmp_path / "items")
-    made = world.sealed(tasks.STAGE, {"sources": sources, "seed": 0}, {"items": held}, tmp_path / "tasks")
-    return tasks.read(made)
+    items = world.sealed(eval_set.STAGE, world.ITEMS, {}, tmp_path / "items")
+    artifact = world.sealed(tasks.STAGE, {"sources": sources, "seed": 0}, {"items": items}, tmp_path / "tasks")
+    return tasks.read(artifact)
 
 
 def answers_to(row: dict[str, Any]) -> list[str]:
@@ -107,25 +107,25 @@ def test_its_servers_give_the_rewards_that_our_verifiers_give(rows: list[dict[st
     }
     compared = 0
     for name, known in servers.items():
-        own = make_verifier(name)
+        scorer = verifier(name)
         answers = [
             (row, Response.parse(text, True)) for row in rows if row["verifier"] == name for text in answers_to(row)
         ]
-        expected = [parts["reward"] for parts in own.score(answers)]
-        own.close()
+        expected = [parts["reward"] for parts in scorer.score(answers)]
+        scorer.close()
         assert {0.0, 1.0} <= set(expected)
         for server, url in known:
-            found = make_verifier("nemo-gym", url=url, serves=f"nemo-gym 0.4.0 {server}").score(answers)
-            assert [parts["reward"] for parts in found] == expected, server
-            compared += len(found)
+            scores = verifier("nemo-gym", url=url, serves=f"nemo-gym 0.4.0 {server}").score(answers)
+            assert [parts["reward"] for parts in scores] == expected, server
+            compared += len(scores)
     assert compared == len(rows) * 6
 
 
 def test_its_mathematics_accepts_the_right_sums(rows: list[dict[str, Any]], serve) -> None:
     sums = [row for row in rows if row["kind"] == "add"]
-    found = make_verifier("nemo-gym", url=serve("math_with_judge", **JUDGE), serves="nemo-gym 0.4.0 math_with_judge")
-    right = found.score([(row, Response.parse(row["expected_answer"], True)) for row in sums])
-    wrong = found.score([(row, Response.parse(row["expected_answer"] + "1", True)) for row in sums])
+    scorer = verifier("nemo-gym", url=serve("math_with_judge", **JUDGE), serves="nemo-gym 0.4.0 math_with_judge")
+    right = scorer.score([(row, Response.of(row["expected_answer"], True)) for row in sums])
+    wrong = scorer.score([(row, Response.of(row["expected_answer"] + "1", True)) for row in sums])
     assert [p["reward"] for p in right] == [1.0] * 6 and [p["reward"] for p in wrong] == [0.0] * 6
 
 
@@ -133,14 +133,14 @@ def test_its_own_validation_accepts_our_rows(rows: list[dict[str, Any]], tmp_pat
     folder = tmp_path / "resources_servers/atom_tasks"
     (folder / "data").mkdir(parents=True)
     (folder / "atom_tasks.yaml").write_text(CONFIG)
-    own = [row for row in rows if row["verifier"] == "exact"][:5]  # as many as an example file has
-    write_jsonl(folder / "data/example.jsonl", own)
+    sample = [row for row in rows if row["verifier"] == "exact"][:5]  # as many as an example file has
+    write_jsonl(folder / "data/example.jsonl", sample)
     command = [str(Path(str(PYTHON)).with_name("gym")), "dataset", "collate", "--mode", "example_validation"]
     command += ["--config", str(folder / "atom_tasks.yaml"), "--model-type", "vllm_model", "--output-dir", "out"]
     env = {**os.environ, "HOME": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    made = read_jsonl(tmp_path / "out/example.jsonl")
+    process = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stdout + process.stderr
+    examples = read_jsonl(tmp_path / "out/example.jsonl")
     agent = {"type": "responses_api_agents", "name": "atom_tasks_simple_agent"}
-    assert [{k: v for k, v in row.items() if k != "agent_ref"} for row in made] == own
-    assert all(row["agent_ref"] == agent for row in made)
+    assert [{k: v for k, v in row.items() if k != "agent_ref"} for row in examples] == sample
+    assert all(row["agent_ref"] == agent for row in examples)

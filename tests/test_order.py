@@ -40,11 +40,11 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def test_shares_are_exact_and_every_chunk_comes_once_an_epoch(tmp_path: Path, run_stage: Any) -> None:
-    made = run_stage(order.STAGE, config(), {"tokens": tokens(tmp_path / "t")})
-    rows = pq.read_table(made / "order.parquet").to_pylist()
+    artifact = run_stage(order.STAGE, config(), {"tokens": tokens(tmp_path / "t")})
+    rows = pq.read_table(artifact / "order.parquet").to_pylist()
     assert [(r["step"], r["row"], r["segment"]) for r in rows] == [(s, r, 0) for s in range(1, 21) for r in range(5)]
     assert Counter(r["source"] for r in rows) == {"a": 75, "b": 25}
-    meta = made.json("meta.json")
+    meta = artifact.json("meta.json")
     assert meta["sources"]["a"]["rows"] == 75 and meta["sources"]["b"]["documents_seen"] == 25
     assert meta["tokens"] == sum(r["length"] - 1 for r in rows)
     chunks = [(r["id"], r["offset"]) for r in rows if r["source"] == "a"]
@@ -76,13 +76,13 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path,
 
 
 def test_look_up_by_step_and_by_document(tmp_path: Path, run_stage: Any) -> None:
-    made = run_stage(order.STAGE, config(), {"tokens": tokens(tmp_path / "t")})
-    step = order.documents_of_step(made.path, 7)
+    artifact = run_stage(order.STAGE, config(), {"tokens": tokens(tmp_path / "t")})
+    step = order.documents_of_step(artifact.path, 7)
     assert step["row"].to_pylist() == [0, 1, 2, 3, 4]
     name = step["id"][0].as_py()
-    assert 7 in order.steps_of_document(made.path, name)["step"].to_pylist()
-    assert len(order.steps_of_document(made / "order.parquet", "none")) == 0
-    assert len(order.documents_of_step(made.path, 21)) == 0
+    assert 7 in order.steps_of_document(artifact.path, name)["step"].to_pylist()
+    assert len(order.steps_of_document(artifact / "order.parquet", "none")) == 0
+    assert len(order.documents_of_step(artifact.path, 21)) == 0
 
 
 @pytest.mark.parametrize(
@@ -110,31 +110,31 @@ def test_a_damaged_table_is_named(tmp_path: Path) -> None:
 @given(shares=st.lists(st.integers(1, 50), min_size=1, max_size=6), total=st.integers(0, 5000))
 def test_apportionment_is_exact(shares: list[int], total: int) -> None:
     mix = {f"s{i}": share / sum(shares) for i, share in enumerate(shares)}
-    whole = order.apportion(mix, total)
-    assert sum(whole.values()) == total
-    assert all(abs(whole[name] - mix[name] * total) < 1 + 1e-6 for name in mix)
+    counts = order.apportion(mix, total)
+    assert sum(counts.values()) == total
+    assert all(abs(counts[name] - mix[name] * total) < 1 + 1e-6 for name in mix)
 
 
 def test_a_growing_batch_changes_the_size_of_steps_alone(tmp_path: Path, run_stage: Any) -> None:
     """The rows come in the order of an even phase of as many rows; only where steps end is another."""
     inputs = {"tokens": tokens(tmp_path / "t")}
-    made = run_stage(order.STAGE, config(ramp=[[4, 2], [8, 3]], steps=24, rows=5), inputs)
-    rows = pq.read_table(made / "order.parquet").to_pylist()
+    artifact = run_stage(order.STAGE, config(ramp=[[4, 2], [8, 3]], steps=24, rows=5), inputs)
+    rows = pq.read_table(artifact / "order.parquet").to_pylist()
     sizes = [2] * 4 + [3] * 4 + [5] * 16
     assert [(r["step"], r["row"]) for r in rows] == [(s, r) for s, n in enumerate(sizes, 1) for r in range(n)]
     even = run_stage(order.STAGE, config(steps=sum(sizes), rows=1), inputs)
     assert [(r["id"], r["offset"]) for r in rows] == [
         (r["id"], r["offset"]) for r in pq.read_table(even / "order.parquet").to_pylist()
     ]
-    assert made.json("meta.json")["ramp"] == [[4, 2], [8, 3]] and "ramp" not in even.json("meta.json")
+    assert artifact.json("meta.json")["ramp"] == [[4, 2], [8, 3]] and "ramp" not in even.json("meta.json")
 
 
 def test_a_growing_batch_goes_on_from_a_checkpoint(tmp_path: Path, run_stage: Any) -> None:
     inputs, ramp = {"tokens": tokens(tmp_path / "t")}, [[4, 2], [8, 3]]
-    whole = run_stage(order.STAGE, config(ramp=ramp), inputs)
-    table = pq.read_table(whole / "order.parquet").to_pylist()
+    artifact = run_stage(order.STAGE, config(ramp=ramp), inputs)
+    table = pq.read_table(artifact / "order.parquet").to_pylist()
     read = {name: sum(r["source"] == name and r["step"] <= 6 for r in table) for name in ("a", "b")}
-    state = {"phase": "pretrain", "step": 6, "data_position": order.position(whole.json("meta.json"), read, 6)}
+    state = {"phase": "pretrain", "step": 6, "data_position": order.position(artifact.json("meta.json"), read, 6)}
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint/state.json").write_text(json.dumps(state))
     inputs["continue"] = write_manifest(tmp_path / "checkpoint", "pretrain@6")

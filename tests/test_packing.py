@@ -61,8 +61,8 @@ def config(**changes: Any) -> dict[str, Any]:
 
 def test_the_order_of_a_packed_phase(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
-    made = run_stage(order.STAGE, config(ramp=[[2, 2]]), inputs)
-    rows = pq.read_table(made / "order.parquet").to_pylist()
+    artifact = run_stage(order.STAGE, config(ramp=[[2, 2]]), inputs)
+    rows = pq.read_table(artifact / "order.parquet").to_pylist()
     places = [(r["step"], r["row"], r["segment"]) for r in rows]
     assert places == sorted(places) and len(set(places)) == len(places) and max(p[2] for p in places) > 2
     slots: dict[tuple[int, int], int] = {}
@@ -70,32 +70,34 @@ def test_the_order_of_a_packed_phase(tmp_path: Path, run_stage: Any) -> None:
         slots[r["step"], r["row"]] = slots.get((r["step"], r["row"]), 0) + r["length"] - 1
     assert set(slots) == {(s, r) for s in range(1, 11) for r in range(2 if s <= 2 else 4)}
     assert max(slots.values()) <= 128 and sum(slots.values()) / (36 * 128) > 0.9
-    meta = made.json("meta.json")
+    meta = artifact.json("meta.json")
     assert meta["fill"] == round(sum(slots.values()) / (36 * 128), 6) and meta["pack"] is True
     shares = {name: part["tokens"] / meta["tokens"] for name, part in meta["sources"].items()}
     assert shares == {"a": pytest.approx(0.75, abs=0.03), "b": pytest.approx(0.25, abs=0.03)}
-    assert run_stage(order.STAGE, config(ramp=[[2, 2]]), inputs).digest == made.digest
-    assert run_stage(order.STAGE, config(ramp=[[2, 2]], seed=1), inputs).digest != made.digest
+    assert run_stage(order.STAGE, config(ramp=[[2, 2]]), inputs).digest == artifact.digest
+    assert run_stage(order.STAGE, config(ramp=[[2, 2]], seed=1), inputs).digest != artifact.digest
 
 
 def test_long_documents_are_up_weighted_and_their_shortage_is_told(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
     plain = run_stage(order.STAGE, config(), inputs)
     rule = {"over": 100, "share": 0.5, "max_epochs": 100.0}
-    made = run_stage(order.STAGE, config(long_documents=rule), inputs)
+    ordered = run_stage(order.STAGE, config(long_documents=rule), inputs)
 
     def share(artifact: Artifact) -> float:
-        own = [r for r in pq.read_table(artifact / "order.parquet").to_pylist() if r["source"] == "a"]
-        return sum(r["length"] - 1 for r in own if r["length"] - 1 > 100) / sum(r["length"] - 1 for r in own)
+        source_rows = [r for r in pq.read_table(artifact / "order.parquet").to_pylist() if r["source"] == "a"]
+        return sum(r["length"] - 1 for r in source_rows if r["length"] - 1 > 100) / sum(
+            r["length"] - 1 for r in source_rows
+        )
 
-    assert share(plain) < 0.35 and share(made) == pytest.approx(0.5, abs=0.05)
-    assert made.json("meta.json")["sources"]["a"]["long"]["missing_tokens"] == 0
+    assert share(plain) < 0.35 and share(ordered) == pytest.approx(0.5, abs=0.05)
+    assert ordered.json("meta.json")["sources"]["a"]["long"]["missing_tokens"] == 0
     short = run_stage(order.STAGE, config(long_documents={**rule, "max_epochs": 1.0}), inputs)
-    told = short.json("meta.json")["sources"]["a"]["long"]
-    wanted = 0.5 * 0.75 * 4 * 10 * 128
-    assert told == {
-        "over": 100, "chunks": 4, "available_tokens": 4 * 128, "wanted_tokens": round(wanted),
-        "missing_tokens": round(wanted - 4 * 128),
+    report = short.json("meta.json")["sources"]["a"]["long"]
+    quota = 0.5 * 0.75 * 4 * 10 * 128
+    assert report == {
+        "over": 100, "chunks": 4, "available_tokens": 4 * 128, "wanted_tokens": round(quota),
+        "missing_tokens": round(quota - 4 * 128),
     }  # fmt: skip
     assert short.json("meta.json")["sources"]["b"]["long"]["chunks"] == 0
 
@@ -104,16 +106,16 @@ def test_quotas() -> None:
     slots = np.array([10, 10, 200])
     assert packing.quotas(slots, 1000, None) == {"short": 1000}
     rule = LongDocuments(over=100, share=0.5, max_epochs=2)
-    found = packing.quotas(slots, 1000, rule)
-    assert (found["short"], found["long"]) == (600, 400) and found["report"]["missing_tokens"] == 100
+    quotas = packing.quotas(slots, 1000, rule)
+    assert (quotas["short"], quotas["long"]) == (600, 400) and quotas["told"]["missing_tokens"] == 100
     alone = packing.quotas(np.array([20, 200, 300])[1:], 5000, rule)
     assert alone["long"] == 5000 and alone["report"]["missing_tokens"] == 2500 - 2 * 500, "nothing shorter can stand in"
 
 
 def test_a_packed_phase_goes_on_as_it_was_or_packs_the_rest_anew(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
-    whole = run_stage(order.STAGE, config(), inputs)
-    meta, table = whole.json("meta.json"), pq.read_table(whole / "order.parquet").to_pylist()
+    artifact = run_stage(order.STAGE, config(), inputs)
+    meta, table = artifact.json("meta.json"), pq.read_table(artifact / "order.parquet").to_pylist()
     read = {name: sum(r["source"] == name and r["step"] <= 6 for r in table) for name in ("a", "b")}
     state = {"phase": "midtrain", "step": 6, "data_position": order.position(meta, read, 6)}
     (tmp_path / "checkpoint").mkdir()
@@ -173,11 +175,11 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_packed_phase_trains_and_resumes_bit_by_bit(packed: Path, tmp_path: Path) -> None:
-    whole = world.config(pack=True)
-    world.pretrain(packed, tmp_path / "work", tmp_path / "out", whole)
+    pack_config = world.config(pack=True)
+    world.pretrain(packed, tmp_path / "work", tmp_path / "out", pack_config)
     with pytest.raises(KeyboardInterrupt):
-        world.pretrain(packed, tmp_path / "w2", tmp_path / "o2", whole, world.Reporter(7, 15))
-    world.pretrain(packed, tmp_path / "w2", tmp_path / "o3", whole)
+        world.pretrain(packed, tmp_path / "w2", tmp_path / "o2", pack_config, world.Reporter(7, 15))
+    world.pretrain(packed, tmp_path / "w2", tmp_path / "o3", pack_config)
     assert world.digest(tmp_path / "o3") == world.digest(tmp_path / "out")
     losses = world.losses(tmp_path / "out")
     assert losses[-1] < losses[0] - 0.5

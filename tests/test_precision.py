@@ -44,7 +44,7 @@ def test_megatrons_words(kind: Any, expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "gpu", "engine", "said"),
+    ("kind", "gpu", "engine", "message"),
     [
         ("fp8-tensorwise", None, False, "needs a GPU of the Ada or Hopper generation or newer and Transformer Engine"),
         ("mxfp8", None, True, "this machine has no GPU; `atom rehearse`"),
@@ -59,12 +59,16 @@ def test_megatrons_words(kind: Any, expected: dict[str, Any]) -> None:
         ("fp32", (7, 0), False, None),
     ],
 )
-def test_what_a_machine_lacks(monkeypatch: Any, kind: Any, gpu: Any, engine: bool, said: str | None) -> None:
+def test_what_a_machine_lacks(monkeypatch: Any, kind: Any, gpu: Any, engine: bool, message: str | None) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
     monkeypatch.setattr(precision.importlib.util, "find_spec", lambda name: object() if engine else None)
-    found = precision.missing_requirement(kind)
-    assert found is None if said is None else said in str(found) and str(found).startswith(f"precision = {kind} needs")
+    problem = precision.missing(kind)
+    assert (
+        problem is None
+        if message is None
+        else message in str(problem) and str(problem).startswith(f"precision = {kind} needs")
+    )
 
 
 def test_fp8_without_its_hardware_is_one_sentence(corpus: Path, tmp_path: Path) -> None:
@@ -87,8 +91,8 @@ def test_bf16_trains_with_fp32_weights(trained: Path, undisturbed: Path) -> None
     assert all(torch.equal(first[n], fp32[n]) for n in fp32), "the initial weights are not rounded"
     last = load_file(trained / "step-000012/model.safetensors")
     assert all(t.dtype == torch.float32 for t in last.values())
-    kept = sum(int((t != t.bfloat16().float()).sum()) for t in last.values())
-    assert kept > 0.9 * sum(t.numel() for t in last.values()), "the optimizer's weights have more than bf16's bits"
+    count = sum(int((t != t.bfloat16().float()).sum()) for t in last.values())
+    assert count > 0.9 * sum(t.numel() for t in last.values()), "the optimizer's weights have more than bf16's bits"
     for name in ("exp_avg", "exp_avg_sq"):
         moments = load_file(trained / "step-000012/optimizer.safetensors")
         assert all(moments[f"{name}.{n}"].dtype == torch.float32 for n in last)
@@ -125,6 +129,8 @@ def test_a_bf16_model_is_exported_as_it_computed(trained: Path, tmp_path: Path) 
     parity = json.loads((tmp_path / "out/parity.json").read_text())
     assert parity["dtype"] == "bfloat16" and parity["max_abs_logit_delta"] == pytest.approx(0, abs=1e-4)
     assert json.loads((tmp_path / "out/model/config.json").read_text())["dtype"] == "bfloat16"
-    back = from_hf(load_file(tmp_path / "out/model/model.safetensors"), hf.ExportConfig.model_validate(config).model)
+    restored = from_hf(
+        load_file(tmp_path / "out/model/model.safetensors"), hf.ExportConfig.model_validate(config).model
+    )
     last = load_file(trained / "step-000012/model.safetensors")
-    assert all(torch.equal(back[n], last[n].bfloat16()) for n in last)
+    assert all(torch.equal(restored[n], last[n].bfloat16()) for n in last)

@@ -23,30 +23,30 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
 def pair(id: str, ours: float, theirs: float, **parts: float) -> dict:
     row = {"id": id, "question": "Thank the baker for the bread."}
     for side, reward in (("model", ours), ("before", theirs)):
-        told = {"answer": "Dear baker", "finished": True, "tokens": 4, "reward": reward}
-        row |= {f"{side}_{name}": value for name, value in told.items()}
+        entry = {"answer": "Dear baker", "finished": True, "tokens": 4, "reward": reward}
+        row |= {f"{side}_{name}": value for name, value in entry.items()}
         row[f"{side}_parts"] = json.dumps({"reward": reward, "act": 1.0, **parts})
     return row
 
 
 def test_a_win_rate_by_hand() -> None:
-    found = win_rate.summary([pair("a", 1.0, 0.5), pair("b", 0.2, 0.1), pair("c", 0.3, 0.3), pair("d", 0.0, 1.0)])
+    summary = win_rate.summary([pair("a", 1.0, 0.5), pair("b", 0.2, 0.1), pair("c", 0.3, 0.3), pair("d", 0.0, 1.0)])
     se = math.sqrt((2 * 0.375**2 + 0.125**2 + 0.625**2) / 3 / 4)
-    rate = found["win_rate"]
-    assert (found["wins"], found["ties"], found["losses"], rate["value"], rate["n"]) == (2, 1, 1, 0.625, 4)
+    rate = summary["win_rate"]
+    assert (summary["wins"], summary["ties"], summary["losses"], rate["value"], rate["n"]) == (2, 1, 1, 0.625, 4)
     assert rate["se"] == pytest.approx(se)
     assert (rate["low"], rate["high"]) == (pytest.approx(0.2194, abs=1e-4), pytest.approx(0.9081, abs=1e-4))  # Wilson's
     few = win_rate.summary([pair("a", 1.0, 0.5), pair("b", 0.2, 0.1)])["win_rate"]
     assert few["value"] == few["high"] == 1 and few["low"] < 0.5, "two wins of two show nothing"
-    assert found["without_ties"]["value"] == pytest.approx(2 / 3) and found["without_ties"]["n"] == 3
-    assert found["sides"]["model"]["parts"]["reward"]["value"] == pytest.approx(0.375)
+    assert summary["without_ties"]["value"] == pytest.approx(2 / 3) and summary["without_ties"]["n"] == 3
+    assert summary["sides"]["model"]["parts"]["reward"]["value"] == pytest.approx(0.375)
     assert win_rate.summary([pair("a", 1, 1), pair("b", 0, 0)])["without_ties"] is None
 
 
 def test_an_answer_that_does_not_do_what_was_asked_wins_nothing() -> None:
     style = [pair("a", 0.07, 0.0, task=0.0), pair("b", 0.0, 0.06, task=0.0)]
-    found = win_rate.summary([*style, pair("c", 1.0, 0.8, task=1.0)])
-    assert (found["wins"], found["ties"], found["losses"]) == (1, 2, 0)
+    summary = win_rate.summary([*style, pair("c", 1.0, 0.8, task=1.0)])
+    assert (summary["wins"], summary["ties"], summary["losses"]) == (1, 2, 0)
 
 
 def test_two_models_and_the_same_bytes_twice(run_stage, inputs, tmp_path) -> None:

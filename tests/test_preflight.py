@@ -16,8 +16,8 @@ import pytest
 from pipeline.core.errors import Failure, Kind
 from pipeline.core.store import Store
 from pipeline.launch import job, preflight
+from pipeline.launch.attempt import Task
 from pipeline.launch.rendezvous import FAILURES, Ranks, read
-from pipeline.launch.worker import Task
 
 
 def ranks(folder: Path, size: int = 1, rank: int = 0) -> Ranks:
@@ -38,15 +38,15 @@ def test_a_sound_node_has_nothing_wrong(tmp_path: Path) -> None:
 
 def test_what_is_wrong_with_a_node_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
-    said = check(tmp_path, 1e9)
-    assert said and said.startswith("node n7 has ") and "less than free_gb = 1e+09" in said
-    said = check(tmp_path, 0.0, str(tmp_path / "none"))
-    assert said and said.startswith("node n7 cannot write to ") and "No such file" in said
-    said = check(tmp_path, 0.0, "/sys")  # nobody can write there, not even root
-    assert said and said.startswith("node n7 cannot write to /sys (")
+    message = check(tmp_path, 1e9)
+    assert message and message.startswith("node n7 has ") and "less than free_gb = 1e+09" in message
+    message = check(tmp_path, 0.0, str(tmp_path / "none"))
+    assert message and message.startswith("node n7 cannot write to ") and "No such file" in message
+    message = check(tmp_path, 0.0, "/sys")  # nobody can write there, not even root
+    assert message and message.startswith("node n7 cannot write to /sys (")
     monkeypatch.setattr(preflight.time, "time", lambda: 0.0)
-    said = check(tmp_path)
-    assert said and said.startswith("the clock of node n7 differs by ")
+    message = check(tmp_path)
+    assert message and message.startswith("the clock of node n7 differs by ")
     monkeypatch.undo()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
@@ -54,7 +54,7 @@ def test_what_is_wrong_with_a_node_names_it(tmp_path: Path, monkeypatch: pytest.
         assert "0 GPUs under /dev, and Slurm gave 2; check the NVIDIA driver" in (check(tmp_path) or "")
 
 
-def look(folder: Path, size: int, **free: float) -> str | None:
+def verdict_of_rank_0(folder: Path, size: int, **free: float) -> str | None:
     """The verdict of rank 0, with the others in threads. What fails is announced, as the job does it."""
 
     def follow(rank: int) -> None:
@@ -75,16 +75,16 @@ def look(folder: Path, size: int, **free: float) -> str | None:
 
 
 def test_ranks_call_rank_0_and_leave_one_file(tmp_path: Path) -> None:
-    assert look(tmp_path, 4) is None
+    assert verdict_of_rank_0(tmp_path, 4) is None
     assert sorted(path.name for path in tmp_path.iterdir()) == [FAILURES, "listener.json"], "no file for each rank"
 
 
 def test_a_rank_whose_node_is_full_is_told_by_rank_0(tmp_path: Path) -> None:
-    assert "GB free in" in (look(tmp_path, 3, r2=1e9) or "")
+    assert "GB free in" in (verdict_of_rank_0(tmp_path, 3, r2=1e9) or "")
 
 
 def test_rank_0s_own_node_ends_the_others_at_once(tmp_path: Path) -> None:
-    assert "GB free in" in (look(tmp_path, 3, r0=1e9) or "")
+    assert "GB free in" in (verdict_of_rank_0(tmp_path, 3, r0=1e9) or "")
     assert not (tmp_path / "listener.json").exists()
 
 
@@ -120,28 +120,31 @@ def test_other_packages_on_another_node_are_told_and_strangers_are_not_heard(tmp
 
 
 def test_attempts_are_counted_until_one_gets_further(tmp_path: Path) -> None:
-    def happened(*rows: dict) -> tuple[int, str]:
+    def standstill_after(*rows: dict) -> tuple[int, str]:
         (tmp_path / "events.jsonl").write_text("".join(json.dumps({"time": 1.0, **row}) + "\n" for row in rows))
-        found = job.standstill(tmp_path)
-        return found.since, found.where
+        state = job.standstill(tmp_path)
+        return state.since, state.where
 
-    start, done = {"event": "attempt"}, lambda n: {"event": "progress", "done": n, "total": 9, "unit": "steps"}
-    assert happened() == (0, "-1 attempts ended at the start without getting further; of the last one: it was killed")
-    assert happened(start)[0] == 1 and happened(start, done(1))[0] == 0
-    assert happened(start, done(5), start, done(3), start, done(5))[0] == 2
-    count, said = happened(start, done(5), start, {"event": "end", "outcome": "a bug"}, start)
-    assert count == 2 and said == "1 attempts ended at 5/9 steps without getting further; of the last one: a bug"
-    assert happened(start, done(5), start, start, done(6))[0] == 0
+    start, progress = {"event": "attempt"}, lambda n: {"event": "progress", "done": n, "total": 9, "unit": "steps"}
+    assert standstill_after() == (
+        0,
+        "-1 attempts ended at the start without getting further; of the last one: it was killed",
+    )
+    assert standstill_after(start)[0] == 1 and standstill_after(start, progress(1))[0] == 0
+    assert standstill_after(start, progress(5), start, progress(3), start, progress(5))[0] == 2
+    count, place = standstill_after(start, progress(5), start, {"event": "end", "outcome": "a bug"}, start)
+    assert count == 2 and place == "1 attempts ended at 5/9 steps without getting further; of the last one: a bug"
+    assert standstill_after(start, progress(5), start, start, progress(6))[0] == 0
     end = {"event": "end", "outcome": "KeyError", "kind": "bug"}
     for rows, repeated in (
         ((start, end), False),
         ((start, end, start, end), True),
-        ((start, end, start, done(5), end), False),
+        ((start, end, start, progress(5), end), False),
         ((start, end, start, {**end, "outcome": "OSError"}), False),
         ((start, {"event": "end", "outcome": "KeyError"}) * 2, False),  # of before kinds existed
         ((start, {**end, "kind": "machine"}) * 2, False),
     ):
-        happened(*rows)
+        standstill_after(*rows)
         assert job.standstill(tmp_path).repeated == repeated, rows
 
 
@@ -163,7 +166,7 @@ def test_a_failed_job_of_one_rank_waits_for_mlflow_a_moment_only(
 
     for name, value in {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "LOCAL_NTASKS": "1", "LOCAL_GLOBALID": "0"}.items():
         monkeypatch.setenv(f"SUBMITIT_{name}", value)
-    monkeypatch.setattr(job.clean_environment, "require", lambda named: None)
+    monkeypatch.setattr(job.clean_environment, "require", lambda names: None)
     monkeypatch.setattr(job.mlflow_sync, "Companion", Companion)
     monkeypatch.setattr(job, "attempt", attempt)
     task = Task(str(tmp_path), "run", "n", "n", {}, {}, "n-0", 8.0, 1)
@@ -176,11 +179,11 @@ def test_signals_to_stop_are_seen_whoever_handles_them() -> None:
 
     before = signal.signal(signal.SIGUSR2, lambda *_: None)
     try:
-        with job.watch_stop_signals() as told:
-            assert not told()
+        with job.told_to_stop() as stop_requested:
+            assert not stop_requested()
             os.kill(os.getpid(), signal.SIGUSR2)
-            assert told() and told()
-        with job.watch_stop_signals() as told:
-            assert not told()
+            assert stop_requested() and stop_requested()
+        with job.told_to_stop() as stop_requested:
+            assert not stop_requested()
     finally:
         signal.signal(signal.SIGUSR2, before)

@@ -39,8 +39,8 @@ def nearest(x: Fraction, name: str) -> Fraction:
         return x
     exponent = max(math.frexp(float(abs(x)))[1] - 1, least)
     spacing = Fraction(2) ** (exponent - mantissa)
-    whole = round(abs(x) / spacing)  # Python rounds fractions to even
-    return min(whole * spacing, Fraction(largest)) * (1 if x > 0 else -1)
+    multiple = round(abs(x) / spacing)  # Python rounds fractions to even
+    return min(multiple * spacing, Fraction(largest)) * (1 if x > 0 else -1)
 
 
 def fp32(x: Number) -> Fraction:
@@ -71,7 +71,7 @@ def scalar(x: torch.Tensor, recipe: str, kind: str, summed: int) -> tuple[list[l
         height, width = (along, other) if summed == 0 else (other, along)
     exact = [[Fraction(v) for v in row] for row in x.tolist()]
     out = [[Fraction(0)] * columns for _ in range(rows)]
-    nonzero = lost = 0
+    nonzero = underflows = 0
     for top in range(0, rows, height):
         for left in range(0, columns, width):
             cells = [
@@ -84,9 +84,9 @@ def scalar(x: torch.Tensor, recipe: str, kind: str, summed: int) -> tuple[list[l
             for r, c in cells:
                 value = nearest(fp32(float(exact[r][c]) * float(multiplier)), name)
                 nonzero += exact[r][c] != 0
-                lost += exact[r][c] != 0 and value == 0
+                underflows += exact[r][c] != 0 and value == 0
                 out[r][c] = value * fp32(1 / float(multiplier))
-    return out, Counts(rows * columns, nonzero, lost, 0)
+    return out, Counts(rows * columns, nonzero, underflows, 0)
 
 
 def spread_out(rows: int, columns: int, seed: int, kind: torch.dtype, wild: bool = True) -> torch.Tensor:
@@ -110,20 +110,20 @@ CASES = [(recipe, kind, summed) for recipe in RECIPES for kind in ("input", "wei
 @pytest.mark.parametrize(("recipe", "kind", "summed"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_agrees_with_the_scalar_implementation(recipe: str, kind: str, summed: int, dtype: torch.dtype) -> None:
-    lost = 0
+    underflow = 0
     for wild, (rows, columns) in ((False, (130, 36)), (True, (9, 131)), (True, (1, 1))):
         x = spread_out(rows, columns, rows, dtype, wild)
         expected, counts = scalar(x, recipe, kind, summed)
-        found = quantize(x, RECIPES[recipe], kind, summed)
-        assert found.values.dtype == dtype and found.counts == counts
-        factor = Fraction(found.factor)
-        exact = [[Fraction(v) * factor for v in row] for row in found.values.tolist()]
+        result = quantise(x, RECIPES[recipe], kind, summed)
+        assert result.values.dtype == dtype and result.counts == counts
+        factor = Fraction(result.factor)
+        exact = [[Fraction(v) * factor for v in row] for row in result.values.tolist()]
         assert exact == expected, "every value, exactly"
-        lost += counts.underflow
+        underflow += counts.underflow
         # as one tensor it is rounded to fp32 once more
-        values, again = quantize_dequantize(x, RECIPES[recipe], kind, summed)
-        assert again == counts and values.tolist() == [[float(fp32(v)) for v in row] for row in expected]
-    assert lost > 0, "there must have been something to lose"
+        values, recounted = quantise_dequantise(x, RECIPES[recipe], kind, summed)
+        assert recounted == counts and values.tolist() == [[float(fp32(v)) for v in row] for row in expected]
+    assert underflow > 0, "there must have been something to lose"
 
 
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -138,21 +138,21 @@ def test_agrees_with_the_scalar_implementation_on_any_numbers(rows: list, case: 
     x = torch.tensor(rows, dtype=torch.float32)
     recipe, kind, summed = case
     expected, counts = scalar(x, recipe, kind, summed)
-    found = quantize(x, RECIPES[recipe], kind, summed)
-    values = found.values.tolist()
+    result = quantise(x, RECIPES[recipe], kind, summed)
+    values = result.values.tolist()
     if not any(math.isinf(v) for row in values for v in row):  # rounding upwards may leave fp32 at its very end
-        assert [[Fraction(v) * Fraction(found.factor) for v in row] for row in values] == expected
-    assert found.counts == counts
+        assert [[Fraction(v) * Fraction(result.factor) for v in row] for row in values] == expected
+    assert result.counts == counts
 
 
 @pytest.mark.parametrize("format_", [E4M3, E5M2], ids=lambda f: f.name)
 def test_rounds_every_bf16_number_as_torch_and_the_scalar_do(format_: Format) -> None:
     x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
-    found = quantization._round(x.clone(), format_)
+    result = quantize._round(x.clone(), format_)
     theirs = x.clamp(-format_.largest, format_.largest).to(TORCH[format_.name]).float()
-    assert torch.equal(found.nan_to_num(nan=-1.5e38), theirs.nan_to_num(nan=-1.5e38))
-    assert torch.equal(found.isnan(), x.isnan())
-    for value, rounded in random.Random(0).sample(list(zip(x.tolist(), found.tolist(), strict=True)), 3000):
+    assert torch.equal(result.nan_to_num(nan=-1.5e38), theirs.nan_to_num(nan=-1.5e38))
+    assert torch.equal(result.isnan(), x.isnan())
+    for value, rounded in random.Random(0).sample(list(zip(x.tolist(), result.tolist(), strict=True)), 3000):
         if math.isfinite(value):
             assert Fraction(rounded) == nearest(Fraction(value), format_.name)
 
@@ -167,8 +167,8 @@ def test_ties_go_to_even_and_ends_saturate(format_: Format) -> None:
         (subnormal / 2, 0.0), (1.5 * subnormal, 2 * subnormal), (0.51 * subnormal, subnormal),
         (largest * 1.01, largest), (math.inf, largest), (-math.inf, -largest),
     ]  # fmt: skip
-    given_, expected = (torch.tensor(list(x)) for x in zip(*pairs, strict=True))
-    assert quantization._round(given_, format_).tolist() == expected.tolist()
+    inputs, expected = (torch.tensor(list(x)) for x in zip(*pairs, strict=True))
+    assert quantize._round(inputs, format_).tolist() == expected.tolist()
 
 
 def test_whatever_is_not_finite_is_counted_and_never_hides() -> None:
@@ -198,20 +198,20 @@ def test_a_cut_between_blocks_changes_nothing(recipe: str) -> None:
     x = spread_out(256, 256, 5, torch.float32)
     for kind in ("input", "weight", "gradient"):
         for summed in (0, 1):
-            whole, counts = quantize_dequantize(x, RECIPES[recipe], kind, summed)
+            uncut, counts = quantise_dequantise(x, RECIPES[recipe], kind, summed)
             for dimension in (0, 1):
-                parts = [quantize_dequantize(p, RECIPES[recipe], kind, summed) for p in x.chunk(2, dimension)]
-                assert torch.equal(torch.cat([p for p, _ in parts], dimension), whole)
+                parts = [quantise_dequantise(p, RECIPES[recipe], kind, summed) for p in x.chunk(2, dimension)]
+                assert torch.equal(torch.cat([p for p, _ in parts], dimension), uncut)
                 assert parts[0][1] + parts[1][1] == counts
 
 
 def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = spread_out(300, 70, 6, torch.float32)
-    whole = {case: quantize(x, RECIPES[case[0]], *case[1:]) for case in CASES}
-    monkeypatch.setattr(quantization, "SLAB", 1000)
-    for case, expected in whole.items():
-        found = quantize(x, RECIPES[case[0]], *case[1:])
-        assert torch.equal(found.values, expected.values) and found.counts == expected.counts, case
+    unsliced = {case: quantise(x, RECIPES[case[0]], *case[1:]) for case in CASES}
+    monkeypatch.setattr(quantize, "SLAB", 1000)
+    for case, expected in unsliced.items():
+        result = quantise(x, RECIPES[case[0]], *case[1:])
+        assert torch.equal(result.values, expected.values) and result.counts == expected.counts, case
 
 
 def _hardware_product(out: torch.dtype) -> None:

@@ -27,8 +27,9 @@ from pipeline.core.stage import Config, Inputs, Report, Stage, operational
 from pipeline.core.store import Store, sha256_file
 from pipeline.graph import registry
 from pipeline.launch import rendezvous
+from pipeline.launch.attempt import Task
 from pipeline.launch.local import visible_gpus
-from pipeline.launch.worker import Task, _record_operation, attempt, work
+from pipeline.launch.worker import _operations, attempt, work
 
 SLOW = 40  # steps: enough to be disturbed in
 
@@ -60,8 +61,8 @@ def undisturbed(smoke_home: Path, recipe: str, tmp_path_factory: pytest.TempPath
     atom(home, "run", recipe, "--until", "order-pretrain")
     before = home.parent / "before"
     shutil.copytree(home, before)
-    said = atom(home, "run", recipe, "--until", "pretrain").stdout
-    assert "pretrain: started on 2 ranks" in said and "all of 13 stages sealed" in said
+    output = atom(home, "run", recipe, "--until", "pretrain").stdout
+    assert "pretrain: started on 2 ranks" in output and "all of 13 stages sealed" in output
     return home
 
 
@@ -69,11 +70,11 @@ def test_two_ranks_seal_one_artifact_whose_statement_tells_how(undisturbed: Path
     status = json.loads(atom(undisturbed, "status", "--json").stdout)["stages"][-1]
     assert (status["name"], status["state"], status["ranks"]) == ("pretrain", "sealed", 2)
     store = Store(undisturbed)
-    made = provenance.sealed(store.ledger, store.open(status["key"]))
-    assert made
-    operation, usage = provenance.operation_of(made[1]), provenance.usage(made[1])
+    body = provenance.sealed(store.ledger, store.open(status["key"]))
+    assert body
+    operation, usage = provenance.operation_of(body[1]), provenance.usage(body[1])
     assert operation["phase"]["parallelism"]["ranks"] == 2 and operation["phase"]["checkpoint_interval"] == 5
-    assert "cluster" not in made[1]["predicate"]["buildDefinition"]["externalParameters"]["config"]["phase"]
+    assert "cluster" not in body[1]["predicate"]["buildDefinition"]["externalParameters"]["config"]["phase"]
     assert usage["ranks"] == usage["ranks_counted"] == 2 and usage["cpu_seconds"] > 0
     assert not any((undisturbed / "work").iterdir()), "no work folder is left"
 
@@ -111,21 +112,21 @@ def test_however_a_rank_ends_the_same_command_ends_in_the_same_bytes(
         if interrupt:
             time.sleep(0.5)
             os.killpg(run.pid, signal.SIGINT)
-        said = run.communicate(timeout=60)[0]
+        output = run.communicate(timeout=60)[0]
         deadline = time.monotonic() + 10
         while not all(map(has_exited, processes)):
             assert time.monotonic() < deadline, "no rank is left"
             time.sleep(0.1)
-        (left,) = (home / "work").glob("pretrain-*")
-        present = holder(left)
-        assert present and not present.alive and not list((home / "artifacts").glob(left.name))
-        return run.returncode, said
+        (work_folder,) = (home / "work").glob("pretrain-*")
+        present = holder(work_folder)
+        assert present and not present.alive and not list((home / "artifacts").glob(work_folder.name))
+        return run.returncode, output
 
-    code, said = disturb(1, signal.SIGKILL, 0)
-    assert code == 2 and "stage pretrain failed: rank 1: its process is gone" in said, said
+    code, stdout = disturb(1, signal.SIGKILL, 0)
+    assert code == 2 and "stage pretrain failed: rank 1: its process is gone" in stdout, stdout
 
-    code, said = disturb(1, signal.SIGKILL, 2)
-    assert code == 2 and "stage pretrain failed: " in said, said
+    code, stdout = disturb(1, signal.SIGKILL, 2)
+    assert code == 2 and "stage pretrain failed: " in stdout, stdout
     failed = [body for p in (home / "ledger").glob("pretrain-*") for _, body in provenance.read(p.parent, p.name)
               if provenance.outcome(body) != "sealed"]  # fmt: skip
     assert len(failed) == 2, "each attempt has its statement"
@@ -134,11 +135,11 @@ def test_however_a_rank_ends_the_same_command_ends_in_the_same_bytes(
         assert (usage["ranks"], usage["ranks_counted"]) == (2, 1), "a rank that was killed cannot say what it used"
         assert provenance.kind(body) == "machine"
 
-    code, said = disturb(0, signal.SIGKILL, 7)
-    assert code == 2 and "its process was killed from outside (perhaps for memory)" in said, said
+    code, stdout = disturb(0, signal.SIGKILL, 7)
+    assert code == 2 and "its process was killed from outside (perhaps for memory)" in stdout, stdout
 
-    code, said = disturb(1, signal.SIGSTOP, 12, interrupt=True)
-    assert code == 130 and "stopped; run the same command to go on from here" in said
+    code, stdout = disturb(1, signal.SIGSTOP, 12, interrupt=True)
+    assert code == 130 and "stopped; run the same command to go on from here" in stdout
 
     assert "pretrain: going on after step" in atom(home, "run", recipe, "--until", "pretrain").stdout
     assert digests(home) == digests(undisturbed)
@@ -196,7 +197,7 @@ def test_the_others_wait_while_rank_0_hashes_a_large_input(tmp_path: Path, monke
         folder.mkdir(parents=True)
     (launch / rendezvous.FAILURES).touch()
     (store.work("large-0") / "out.1" / "file").write_text("large")
-    store.seal(store.work("large-0") / "out.1", "large-0", lambda made: None)
+    store.seal(store.work("large-0") / "out.1", "large-0", lambda artifact: None)
     met: list[Any] = []
 
     def follow() -> None:
@@ -219,7 +220,12 @@ def test_the_others_wait_while_rank_0_hashes_a_large_input(tmp_path: Path, monke
 def test_every_way_in_which_a_phase_was_run_is_remembered(tmp_path: Path) -> None:
     path = tmp_path / "operations.json"
     one, two = {"ranks": 1}, {"ranks": 2}
-    assert [_record_operation(path, now) for now in (one, one, two, one)] == [[one], [one], [one, two], [two, one]]
+    assert [_operations(path, operation) for operation in (one, one, two, one)] == [
+        [one],
+        [one],
+        [one, two],
+        [two, one],
+    ]
     path.write_text("[{")
     assert _record_operation(path, two) == [two]
     common = dict(subject={}, stage="s", version=1, node="n", key="k", config={}, materials={}, code={}, environment={},
@@ -229,13 +235,13 @@ def test_every_way_in_which_a_phase_was_run_is_remembered(tmp_path: Path) -> Non
         assert provenance.operations_of(body) == operations and provenance.operation_of(body) == operations[-1]
 
 
-@pytest.mark.parametrize(("named", "expected"), [("2,3", [2, 3]), ("", []), (None, None)])
+@pytest.mark.parametrize(("devices", "expected"), [("2,3", [2, 3]), ("", []), (None, None)])
 def test_the_local_launcher_hides_no_gpu(
-    named: str | None, expected: list[int] | None, monkeypatch: pytest.MonkeyPatch
+    devices: str | None, expected: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if named is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    if devices is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
     present = list(range(len(list(Path("/dev").glob("nvidia[0-9]*")))))
     assert visible_gpus() == (present if expected is None else expected)
 
@@ -267,10 +273,10 @@ STAGE = Stage("hanging", 1, Hanging, hang)
 @pytest.mark.parametrize("holding_the_lock", [False, True])
 def test_a_stage_that_hangs_in_c_is_abandoned_by_another_thread(tmp_path: Path, holding_the_lock: bool) -> None:
     command = [sys.executable, __file__, str(tmp_path), json.dumps({"holding_the_lock": holding_the_lock})]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
-    assert done.returncode == 1, done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert process.returncode == 1, process.stderr
     text = "rank 0 finished no step for 0.5 seconds; run again to go on"
-    assert f"hanging: {text}" in done.stderr
+    assert f"hanging: {text}" in process.stderr
     ((_, body),) = provenance.read(tmp_path / "ledger", "hanging-0")
     assert provenance.outcome(body) == text
     assert provenance.operation_of(body) == {"path": "…/file"}, "no folder of the machine is published"

@@ -30,16 +30,16 @@ PRODUCTS = ("report.json", "report.md", "loss.png", "rates.png")
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """An undisturbed rehearsal: its folder, and what --json printed."""
     home = tmp_path_factory.mktemp("rehearsal")
-    said = atom(home, *SMALL, "--bound", "0.5", "--json").stdout
+    output = atom(home, *SMALL, "--bound", "0.5", "--json").stdout
     (folder,) = (home / "rehearsals").iterdir()
-    return folder, json.loads(said)
+    return folder, json.loads(output)
 
 
-def test_the_report_is_whole(done: tuple[Path, dict[str, Any]]) -> None:
-    folder, report = done
+def test_the_report_is_whole(rehearsed: tuple[Path, dict[str, Any]]) -> None:
+    folder, report = rehearsed
     assert report == json.loads((folder / "report.json").read_text())
     assert report["verdict"] == "holds" and report["window_steps"] == 2 and report["seeds"] == 2
     assert report["data"]["python"] == sys.version.split()[0] and report["data"]["bytes"] > 10**6
@@ -66,8 +66,8 @@ def test_the_report_is_whole(done: tuple[Path, dict[str, Any]]) -> None:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_killed_rehearsal_goes_on_to_the_same_bytes(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    folder, out = done[0], tmp_path / "out"
+def test_a_killed_rehearsal_goes_on_to_the_same_bytes(rehearsed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, out = rehearsed[0], tmp_path / "out"
     command = [sys.executable, "-m", "pipeline.cli", *SMALL, "--bound", "0.5", "--out", str(out)]
     killed = subprocess.Popen(command, env={**os.environ, "ATOM_HOME": str(tmp_path)}, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -75,15 +75,17 @@ def test_a_killed_rehearsal_goes_on_to_the_same_bytes(done: tuple[Path, dict[str
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    kept = {path: path.stat().st_mtime_ns for path in out.glob("runs/*.json")}
-    assert kept and not (out / "report.json").exists()
+    modified = {path: path.stat().st_mtime_ns for path in out.glob("runs/*.json")}
+    assert modified and not (out / "report.json").exists()
     atom(tmp_path, *SMALL, "--bound", "0.5", "--out", str(out))
-    assert all(path.stat().st_mtime_ns == when for path, when in kept.items()), "what was finished is not done again"
+    assert all(path.stat().st_mtime_ns == when for path, when in modified.items()), (
+        "what was finished is not done again"
+    )
     for name in PRODUCTS:
         assert (out / name).read_bytes() == (folder / name).read_bytes(), name
     assert not list(out.glob("**/*.tmp"))
-    told = atom(tmp_path, *SMALL, "--bound", "1e-9", "--out", str(out), code=1).stdout
-    assert "all of 4 runs are there already" in told and "1e-07 %" in told
+    output = atom(tmp_path, *SMALL, "--bound", "1e-9", "--out", str(out), code=1).stdout
+    assert "all of 4 runs are there already" in output and "1e-07 %" in output
 
 
 def test_ctrl_c_leaves_what_is_finished(tmp_path: Path) -> None:
@@ -119,12 +121,12 @@ def test_a_twin_that_is_too_small_decides_nothing(tmp_path: Path, monkeypatch: p
 
 
 @pytest.fixture(scope="module")
-def settings(done: tuple[Path, dict[str, Any]]) -> runner.Settings:
-    return runner.Settings.model_validate_json((done[0] / "settings.json").read_text())
+def settings(rehearsed: tuple[Path, dict[str, Any]]) -> runner.Settings:
+    return runner.Settings.model_validate_json((rehearsed[0] / "settings.json").read_text())
 
 
 def test_a_bad_format_fails(
-    done: tuple[Path, dict[str, Any]], settings: runner.Settings, monkeypatch: pytest.MonkeyPatch
+    rehearsed: tuple[Path, dict[str, Any]], settings: runner.Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Powers of two between 1 and 4, and nothing below: what is rounded so does not train like bf16."""
     coarse = Format("coarse", 0, 0, 4.0)
@@ -132,7 +134,7 @@ def test_a_bad_format_fails(
     monkeypatch.setattr(quantize, "RECIPES", bad)
     monkeypatch.setattr(report, "RECIPES", bad)
     runs = {("bad", seed): runner.train(settings, "bad", seed) for seed in (0, 1)}
-    runs |= {("bf16", s): json.loads((done[0] / "runs" / f"bf16-seed{s}.json").read_text()) for s in (0, 1)}
+    runs |= {("bf16", s): json.loads((rehearsed[0] / "runs" / f"bf16-seed{s}.json").read_text()) for s in (0, 1)}
     (entry,) = compose(settings, [], dimensions(settings.model), ["bad"], 2, 0.0025, runs)["precisions"]
     assert entry["verdict"] == "fails" and entry["deviation"]["min"] > 0.01
     assert entry["rates"]["weight"]["underflow"] > 0.1
@@ -148,8 +150,8 @@ def run(precision: str, seed: int, loss: float, **changes: Any) -> dict[str, Any
         "tokens": {"384": 8},
         "counts": dict.fromkeys(quantize.KINDS, none),
     }
-    whole = {"precision": precision, "seed": seed, "losses": [loss] * 8, "diverged_at": None, "linears": [linear]}
-    return {**whole, **changes}
+    body = {"precision": precision, "seed": seed, "losses": [loss] * 8, "diverged_at": None, "linears": [linear]}
+    return {**body, **changes}
 
 
 def verdict(
@@ -174,9 +176,9 @@ def test_verdicts(tmp_path: Path, settings: runner.Settings) -> None:
     assert verdict(tmp_path, settings, [2.004, 2.005, 2.006])["verdict"] == "inconclusive", "0.25 % is within the error"
     assert verdict(tmp_path, settings, [2.0, 2.02, 1.98])["verdict"] == "inconclusive", "no seed agrees with another"
     assert verdict(tmp_path, settings, [2.001, 2.002, 2.0015])["reason"] == "|+0.075 %| ± 0.0289 % is below 0.25 %"
-    lost = verdict(tmp_path, settings, [2.001, 2.002, 2.0015], diverged_at=5, losses=[2.0] * 4)
-    assert lost["verdict"] == "fails" and lost["reason"] == "from seed 0 the loss was not a number at step 5"
-    assert lost["deviation"] == {"by_seed": [None, pytest.approx(0.001), pytest.approx(0.00075)]}
+    diverged = verdict(tmp_path, settings, [2.001, 2.002, 2.0015], diverged_at=5, losses=[2.0] * 4)
+    assert diverged["verdict"] == "fails" and diverged["reason"] == "from seed 0 the loss was not a number at step 5"
+    assert diverged["deviation"] == {"by_seed": [None, pytest.approx(0.001), pytest.approx(0.00075)]}
     thin = run("fp8-tensorwise", 0, 2.0)["linears"][0] | {"tokens": {"384": 8, "20": 8}}
     few = verdict(tmp_path, settings, [2.0, 2.001, 2.0], linears=[thin])
     assert few["verdict"] == "inconclusive"
@@ -228,9 +230,9 @@ def test_a_twin_has_the_recipes_ratios_and_two_blocks(sizes: dict[str, Any] | No
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(AtomError) as told:
+    with pytest.raises(AtomError) as raised:
         rehearse(tmp_path, **options)
-    assert str(told.value) == sentence
+    assert str(raised.value) == sentence
     assert not list(tmp_path.iterdir())
 
 
@@ -241,12 +243,12 @@ def rehearse(home: Path, **options: Any) -> Any:
         return simulation.rehearse(recipes.load("atom-tiny"), home, display, **options)
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, done: tuple[Path, dict[str, Any]]) -> None:
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, rehearsed: tuple[Path, dict[str, Any]]) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(AtomError, match="is not empty and no rehearsal's; name another folder"):
         rehearse(tmp_path, out=tmp_path)
     with pytest.raises(AtomError, match="holds a rehearsal of another optimizer, steps; name another folder"):
-        rehearse(tmp_path, out=done[0], precisions=["fp8-tensorwise"], steps=40)
+        rehearse(tmp_path, out=rehearsed[0], precisions=["fp8-tensorwise"], steps=40)
 
 
 def test_without_matplotlib_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,5 +261,5 @@ def test_without_matplotlib_it_says_so(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_mistake_on_the_command_line_has_exit_code_2(tmp_path: Path) -> None:
-    told = atom(tmp_path, "rehearse", "atom-tiny", "--precision", "fp8", code=2)
-    assert told.stderr == "atom: --precision fp8 is not known; choose of fp8-tensorwise, fp8-blockwise, mxfp8\n"
+    process = atom(tmp_path, "rehearse", "atom-tiny", "--precision", "fp8", code=2)
+    assert process.stderr == "atom: --precision fp8 is not known; choose of fp8-tensorwise, fp8-blockwise, mxfp8\n"

@@ -68,9 +68,9 @@ def hole(path: Path) -> None:
 
 def bound_socket(path: Path) -> None:
     listener = socket.socket(socket.AF_UNIX)
-    here = os.open(path.parent, os.O_RDONLY)
-    listener.bind(f"/proc/self/fd/{here}/{path.name}")  # the whole path may be too long for a socket
-    os.close(here)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    listener.bind(f"/proc/self/fd/{descriptor}/{path.name}")  # the whole path may be too long for a socket
+    os.close(descriptor)
 
 
 def header(body: object) -> bytes:
@@ -288,10 +288,10 @@ def judge(folder: Path) -> list[str]:
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(json.dumps(str(folder)) + "\n")
     process.stdin.flush()
-    verdict, took, megabytes = json.loads(process.stdout.readline())
+    verdict, seconds, megabytes = json.loads(process.stdout.readline())
     wrong = [text for check in verdict["checks"] for text in (check["detail"], *check["wrong"])]
     assert not verdict["ok"] and all(text.isprintable() for text in wrong)
-    assert took < SECONDS and megabytes < MEGABYTES, (took, megabytes, wrong[:9])
+    assert seconds < SECONDS and megabytes < MEGABYTES, (seconds, megabytes, wrong[:9])
     return wrong
 
 
@@ -333,9 +333,9 @@ def test_the_command_needs_little_memory_and_one_line(copy: Path) -> None:
     resum(copy)
     code = "import resource, subprocess, sys; d = subprocess.run(sys.argv[1:]); print('MB', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10); sys.exit(d.returncode)"
     command = [sys.executable, "-c", code, sys.executable, "-m", "pipeline.cli", "verify", str(copy)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and int(done.stdout.split("MB ")[-1]) < 500, done.stdout[-300:]
-    assert len([line for line in done.stdout.splitlines() if line.startswith("BAD")]) == 1, done.stdout
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 1 and int(process.stdout.split("MB ")[-1]) < 500, process.stdout[-300:]
+    assert len([line for line in process.stdout.splitlines() if line.startswith("BAD")]) == 1, process.stdout
 
 
 def test_names_that_no_terminal_should_see(copy: Path) -> None:
@@ -344,9 +344,9 @@ def test_names_that_no_terminal_should_see(copy: Path) -> None:
         with open(os.fsencode(copy / "model") + b"/" + name, "w"):
             pass
     wrong = judge(copy)
-    for shown in ("model/a\\udcff.json has a name that is no UTF-8", "model/b\\n.json has a name with characters",
+    for problem in ("model/a\\udcff.json has a name that is no UTF-8", "model/b\\n.json has a name with characters",
                   "model/c\\x1b[2J.json has a name", "model/d\\u202ecod.json has a name"):  # fmt: skip
-        assert any(text.startswith(shown) for text in wrong), (shown, wrong[:9])
+        assert any(text.startswith(problem) for text in wrong), (problem, wrong[:9])
     body = json.dumps(verify(copy).to_json(), ensure_ascii=False)
     assert body.encode() and body.isprintable()
 
@@ -377,18 +377,18 @@ def test_nothing_hides_in_a_cache(path: str, built: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "left",
+    "remaining",
     [("model", "dataset", "code"), ("model-base",), ("model", "model-base"), ("checkpoints",), ("dataset", "model")],
 )
 @pytest.mark.parametrize("mark", [None, "config.json", "index.json"])
 def test_a_release_without_its_evidence_is_a_damaged_release(
-    left: tuple[str, ...], mark: str | None, copy: Path
+    remaining: tuple[str, ...], mark: str | None, copy: Path
 ) -> None:
-    for part in [path for path in copy.iterdir() if path.name not in left]:
+    for part in [path for path in copy.iterdir() if path.name not in remaining]:
         shutil.rmtree(part) if part.is_dir() else part.unlink()
     if mark:
         (copy / mark).write_text("[]")
-    if len(left) > 1:  # and with a checksum file for what is left
+    if len(remaining) > 1:  # and with a checksum file for what is left
         paths = files_below(copy)
         subprocess.run(["sha256sum", *paths], cwd=copy, check=True, stdout=(copy / SUMS).open("w"))
     verdict = verify(copy)
@@ -529,10 +529,10 @@ MOUNTS = """22 1 8:1 / / rw - ext4 /dev/sda rw
 
 
 @pytest.mark.parametrize(
-    ("place", "kept"), [("/home/x", True), ("/media/a stick/release", False), ("/media/a", True), ("/mediaeval", True)]
+    ("place", "keeps"), [("/home/x", True), ("/media/a stick/release", False), ("/media/a", True), ("/mediaeval", True)]
 )
-def test_the_file_system_tells_whether_it_knows_what_may_be_run(place: str, kept: bool) -> None:
-    assert tree.keeps_modes(Path(place), MOUNTS) is kept
+def test_the_file_system_tells_whether_it_knows_what_may_be_run(place: str, keeps: bool) -> None:
+    assert tree.keeps_modes(Path(place), MOUNTS) is keeps
 
 
 def test_folders_of_killed_processes_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from release.assembly import build_release as builder
 from release.layout import ALL_SUMS, SUMS, files_below
 
 
-def replaced(source: builder.BuildInput, node: str, tmp_path: Path, change) -> builder.BuildInput:
+def replace_artifact(source: builder.BuildInput, node: str, tmp_path: Path, change) -> builder.BuildInput:
     """The same run with another, honestly stated artifact for one node."""
     old = source.artifacts[node]
     folder = tmp_path / "changed"
@@ -32,24 +32,24 @@ def replaced(source: builder.BuildInput, node: str, tmp_path: Path, change) -> b
     # Consumers state the digest that they really used, so they are stated again.
     consumers = [n for n in changed if node in world.INPUTS[n]]
     others = [world.write_statement(tmp_path, changed[n], [changed[p] for p in world.INPUTS[n]]) for n in consumers]
-    kept = [path for path in source.statements if path.parent.name not in [changed[n].key for n in consumers]]
-    return dataclasses.replace(source, artifacts=changed, statements=[*kept, statement, *others])
+    statements = [path for path in source.statements if path.parent.name not in [changed[n].key for n in consumers]]
+    return dataclasses.replace(source, artifacts=changed, statements=[*statements, statement, *others])
 
 
-def refused(source: builder.BuildInput, tmp_path: Path, gate: str, match: str) -> None:
+def require_refusal(source: builder.BuildInput, tmp_path: Path, gate: str, match: str) -> None:
     with pytest.raises(CheckFailed, match=f"refused by the gate {gate}: .*{match}"):
         builder.build(source, tmp_path / "home")
-    left = sorted(p.name for p in (tmp_path / "home/releases").iterdir())
-    assert left == ["tiny-0.1.0.refused"]
+    folders = sorted(p.name for p in (tmp_path / "home/releases").iterdir())
+    assert folders == ["tiny-0.1.0.refused"]
     gates = json.loads((tmp_path / "home/releases/tiny-0.1.0.refused/evidence/gates.json").read_text())
     assert not gates[gate]["ok"] and any(row["ok"] for row in gates.values())
 
 
 def test_built_twice_is_the_same_bytes(built: Path, source, tmp_path: Path) -> None:
-    again = builder.build(source, tmp_path)
-    assert (again / ALL_SUMS).read_bytes() == (built / ALL_SUMS).read_bytes()
-    assert (again / SUMS).read_bytes() == (built / SUMS).read_bytes()
-    assert builder.build(source, tmp_path) == again and len(list((tmp_path / "releases").iterdir())) == 1
+    second = builder.build(source, tmp_path)
+    assert (second / ALL_SUMS).read_bytes() == (built / ALL_SUMS).read_bytes()
+    assert (second / SUMS).read_bytes() == (built / SUMS).read_bytes()
+    assert builder.build(source, tmp_path) == second and len(list((tmp_path / "releases").iterdir())) == 1
 
 
 def test_the_folder_is_what_the_design_says(built: Path) -> None:
@@ -76,28 +76,28 @@ def test_the_folder_is_what_the_design_says(built: Path) -> None:
 def test_the_index_of_texts_is_there_before_the_first_question(built: Path) -> None:
     from release.audit import tracing
 
-    told: list[str] = []
+    notes: list[str] = []
     cache = built.parent.parent / "trace"
     [index] = cache.iterdir()
-    made = index.stat().st_mtime_ns
-    found = tracing.text(built, "quick brown fox", cache, told.append)
-    assert found.by == "index" and found.matches and told == [] and index.stat().st_mtime_ns == made
+    modified = index.stat().st_mtime_ns
+    answer = tracing.text(built, "quick brown fox", cache, notes.append)
+    assert answer.by == "index" and answer.matches and notes == [] and index.stat().st_mtime_ns == modified
     assert not [path for path in files_below(built) if path.endswith(".sqlite")]  # no part of the release
 
 
 def test_a_release_is_whole_without_the_index(built: Path, source, tmp_path: Path, monkeypatch) -> None:
     from release.audit import text_index
 
-    told: list[str] = []
+    notes: list[str] = []
     (tmp_path / "trace").write_text("")  # where no folder can be made
-    made = builder.build(source, tmp_path, told.append)
-    assert (made / ALL_SUMS).read_bytes() == (built / ALL_SUMS).read_bytes()
-    assert told[-1].startswith("no index of texts: the index of texts cannot be written in ")
-    builder._index(made, tmp_path / "cache", told.append)
-    assert told[-2:] == ["indexing kept/prose.parquet", "indexing kept/sums.parquet"]
+    folder = builder.build(source, tmp_path, notes.append)
+    assert (folder / ALL_SUMS).read_bytes() == (built / ALL_SUMS).read_bytes()
+    assert notes[-1].startswith("no index of texts: the index of texts cannot be written in ")
+    builder._index(folder, tmp_path / "cache", notes.append)
+    assert notes[-2:] == ["indexing kept/prose.parquet", "indexing kept/sums.parquet"]
     monkeypatch.setattr(text_index, "TEXTS", text_index.TEXTS.replace("fts5", "fts_that_is_not_there"))
-    builder._index(made, tmp_path / "cache", told.append)
-    assert told[-1].startswith("no index of texts: SQLite here has no FTS5 with trigrams; `atom trace --text`")
+    builder._index(folder, tmp_path / "cache", notes.append)
+    assert notes[-1].startswith("no index of texts: SQLite here has no FTS5 with trigrams; `atom trace --text`")
 
 
 def test_sha256sum_agrees(built: Path) -> None:
@@ -186,9 +186,9 @@ def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) 
     ):
         assert old in text
         path.write_text(text.replace(old, new, 1))
-        said = [".eval_results/tiny-data.yaml is not what was measured"]
-        assert registry.model_card(copy, about).problems == said and registry.model_card(copy).problems == (
-            said if alone else []
+        problems = [".eval_results/tiny-data.yaml is not what was measured"]
+        assert registry.model_card(copy, about).wrong == problems and registry.model_card(copy).wrong == (
+            problems if alone else []
         )
     for odd in ("only words", f"{text}- 1\n", "x: &a [1]\ny: *a\n"):
         path.write_text(odd)
@@ -204,8 +204,11 @@ def test_parity_over_tolerance_is_refused(source, tmp_path: Path) -> None:
     def worse(folder: Path) -> None:
         world.write_json(folder / "parity.json", {"max_abs_logit_delta": 2e-4, "tolerance": 1e-4})
 
-    refused(
-        replaced(source, "export-base", tmp_path, worse), tmp_path, "export_parity", "export-base differs by 0.0002"
+    require_refusal(
+        replace_artifact(source, "export-base", tmp_path, worse),
+        tmp_path,
+        "export_parity",
+        "export-base differs by 0.0002",
     )
 
 
@@ -217,8 +220,8 @@ def test_lost_tensor_is_refused(source, tmp_path: Path) -> None:
         del tensors["model.norm.weight"]
         save_file(tensors, folder / "model/model.safetensors", metadata={"format": "pt"})
 
-    refused(
-        replaced(source, "export-mid", tmp_path, lose),
+    require_refusal(
+        replace_artifact(source, "export-mid", tmp_path, lose),
         tmp_path,
         "reload_in_transformers",
         "missing_keys: model.norm.weight",
@@ -230,7 +233,7 @@ def test_generation_that_does_not_stop_is_refused(source, tmp_path: Path) -> Non
         world.write_json(folder / "model/generation_config.json", {"eos_token_id": 3, "pad_token_id": 0})
 
     with pytest.raises(CheckFailed, match="does not stop"):
-        builder.build(replaced(source, "export-mid", tmp_path, endless), tmp_path / "home")
+        builder.build(replace_artifact(source, "export-mid", tmp_path, endless), tmp_path / "home")
 
 
 def test_template_that_drops_words_is_refused(source, tmp_path: Path) -> None:
@@ -239,15 +242,20 @@ def test_template_that_drops_words_is_refused(source, tmp_path: Path) -> None:
             "{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>{% endfor %}"
         )
 
-    refused(
-        replaced(source, "export-mid", tmp_path, drop), tmp_path, "chat_template_round_trip", "drops the user's words"
+    require_refusal(
+        replace_artifact(source, "export-mid", tmp_path, drop),
+        tmp_path,
+        "chat_template_round_trip",
+        "drops the user's words",
     )
 
 
 def test_artifact_without_statement_is_refused(source, tmp_path: Path) -> None:
     target = source.artifacts["midtrain"].digest
-    kept = [p for p in source.statements if target != json.loads(p.read_text())["subject"][0]["digest"]["sha256"]]
-    refused(dataclasses.replace(source, statements=kept), tmp_path, "ledger_closed", "none is about midtrain")
+    statements = [p for p in source.statements if target != json.loads(p.read_text())["subject"][0]["digest"]["sha256"]]
+    require_refusal(
+        dataclasses.replace(source, statements=statements), tmp_path, "ledger_closed", "none is about midtrain"
+    )
 
 
 def test_unknown_licence_and_unbalanced_counts_are_refused(source, tmp_path: Path) -> None:
@@ -271,7 +279,7 @@ def test_unknown_licence_and_unbalanced_counts_are_refused(source, tmp_path: Pat
         ]
     ):
         (tmp_path / str(n)).mkdir()
-        refused(replaced(source, "curate", tmp_path / str(n), change), tmp_path / str(n), gate, match)
+        require_refusal(replace_artifact(source, "curate", tmp_path / str(n), change), tmp_path / str(n), gate, match)
 
 
 def test_an_installed_wheel_brings_its_licence_text(tmp_path: Path, monkeypatch) -> None:
@@ -282,13 +290,13 @@ def test_an_installed_wheel_brings_its_licence_text(tmp_path: Path, monkeypatch)
     (info / "METADATA").write_text("Metadata-Version: 2.4\nName: atom-release\nVersion: 9\nLicense-File: LICENSE\n")
     (info / "licenses/LICENSE").write_text("The wheel's licence.\n")
     monkeypatch.setattr(sys, "path", [str(info.parent), *sys.path])
-    found = world.build_input(tmp_path / "run")
-    for root in found.code_roots:
+    source = world.build_input(tmp_path / "run")
+    for root in source.code_roots:
         (root / "LICENSE").unlink()
-    made = builder.build(found, tmp_path / "home")
+    folder = builder.build(source, tmp_path / "home")
     for path in ("LICENSE", "code/LICENSE", "model/LICENSE"):
-        assert (made / path).read_text() == "The wheel's licence.\n", path
-    assert "spdx.org/licenses/CC-BY-4.0" in (made / "dataset/LICENSE").read_text()
+        assert (folder / path).read_text() == "The wheel's licence.\n", path
+    assert "spdx.org/licenses/CC-BY-4.0" in (folder / "dataset/LICENSE").read_text()
 
 
 def test_secrets_and_machine_paths_are_found(tmp_path: Path, monkeypatch) -> None:
@@ -296,7 +304,7 @@ def test_secrets_and_machine_paths_are_found(tmp_path: Path, monkeypatch) -> Non
 
     monkeypatch.setenv("HF_TOKEN", "correct-horse-battery")
     key = "-----BEGIN RSA PRIVATE KEY-----\n" + ("QUJD" * 16 + "\n") * 3
-    found = {
+    planted = {
         "a.json": ("hf_" + "a1" * 17, "a Hugging Face token"),
         "b.md": ("AKIA" + "B2" * 8, "an AWS access key"),
         "c.txt": (key, "a private key"),
@@ -307,20 +315,20 @@ def test_secrets_and_machine_paths_are_found(tmp_path: Path, monkeypatch) -> Non
         "f.txt": "-----BEGIN PRIVATE KEY-----\n...\n", "g.txt": "AKIAIOSFODNN7EXAMPLE",
         "h.txt": f"https://example.org{tmp_path}/x", "i.txt": "hf_hub_download and hf_token",
     }  # fmt: skip
-    for name, text in {**{n: t for n, (t, _) in found.items()}, **harmless}.items():
+    for name, text in {**{n: t for n, (t, _) in planted.items()}, **harmless}.items():
         (tmp_path / name).write_text(text)
     world.table(
         tmp_path / "t.parquet", [{"text": "hf_" + "a1" * 17, "origin": "x"}, {"text": f"{tmp_path}/x", "origin": "y"}]
     )
     world.table(tmp_path / "u.parquet", [{"text": "", "origin": f"{tmp_path}/x"}])
-    expected = [f"{name} holds {what}" for name, (_, what) in found.items()]
+    expected = [f"{name} holds {secret}" for name, (_, secret) in planted.items()]
     expected += ["t.parquet holds a Hugging Face token", f"u.parquet holds the machine's path {tmp_path}"]
     assert secret_scan.scan(tmp_path, files_below(tmp_path), [tmp_path]) == sorted(expected)
 
 
 def test_a_secret_is_refused(source, tmp_path: Path) -> None:
     bad = dataclasses.replace(source, environment={"note": f"{tmp_path}/runs"}, machine_paths=[tmp_path])
-    refused(bad, tmp_path, "no_secrets", "evidence/environment.json holds the machine's path")
+    require_refusal(bad, tmp_path, "no_secrets", "evidence/environment.json holds the machine's path")
 
 
 def test_missing_artifact_is_the_callers_mistake(source, tmp_path: Path) -> None:
@@ -352,8 +360,8 @@ def test_what_git_does_not_track_is_not_published_and_makes_the_checkout_dirty(t
 
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "a.py").write_text("")
-    who = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
-    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "Begin"]):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "Begin"]):
         subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
     assert git_commit(tmp_path)[1] is False
     (tmp_path / "pipeline" / "private.yaml").write_text("password: x")

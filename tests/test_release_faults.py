@@ -42,8 +42,8 @@ class Faulty:
             await self.app(scope, receive, deaf)
         if way == "gone":
             return None  # the connection ends without an answer of ours: the server says 500
-        status, more = {"busy": (503, {}), "slow down": (429, {"Retry-After": "1"}), "lost answer": (502, {})}[way]
-        return await JSONResponse({"error": way}, status, more)(scope, receive, send)
+        status, headers = {"busy": (503, {}), "slow down": (429, {"Retry-After": "1"}), "lost answer": (502, {})}[way]
+        return await JSONResponse({"error": way}, status, headers)(scope, receive, send)
 
 
 @pytest.mark.parametrize("every", [1] if SOAK else [23], ids=lambda n: f"one-in-{n}")
@@ -84,11 +84,11 @@ def is_open(repo):
     return any(http.get("http://127.0.0.1:{port}/api/" + kind + "/" + repo).status_code == 200 for kind in ("models", "datasets"))
 """
     try:
-        done = client(state + code, f"http://127.0.0.1:{port}", timeout=3500)
+        process = client(state + code, f"http://127.0.0.1:{port}", timeout=3500)
     finally:
         server.should_exit = True
         thread.join(10)
-    said = json.loads(done.stdout.splitlines()[-1])
+    report = json.loads(process.stdout.splitlines()[-1])
     assert len(app.failed) >= 8 and set(app.failed.values()) == set(WAYS)
-    print(f"{len(app.failed)} requests failed once, {len(said)} publications ended early")
+    print(f"{len(app.failed)} requests failed once, {len(report)} publications ended early")
     assert not any(LOCAL_TOKEN.encode() in path.read_bytes() for path in tmp_path.rglob("*.jsonl"))

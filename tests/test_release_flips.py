@@ -23,7 +23,7 @@ def release(signed: Path, tmp_path: Path) -> Path:  # noqa: F811
     return Path(shutil.copytree(signed, tmp_path / signed.name))
 
 
-def told(folder: Path, trust: Trust = Trust(), deep: bool = False) -> str:  # noqa: B008
+def problems(folder: Path, trust: Trust = Trust(), deep: bool = False) -> str:  # noqa: B008
     """All that is wrong, in one text."""
     return "\n".join(text for check in verify(folder, deep, trust=trust).checks for text in check.wrong)
 
@@ -45,11 +45,11 @@ def test_a_flipped_byte_anywhere_is_told(release: Path, signer: sign.Signer) -> 
         before = (release / name).read_bytes()
         at, by = draw.randrange(len(before)), draw.randrange(1, 256)
         (release / name).write_bytes(before[:at] + bytes([before[at] ^ by]) + before[at + 1 :])
-        if name not in told(release, ours):
+        if name not in problems(release, ours):
             unseen.append((name, at, by))
         (release / name).write_bytes(before)
     assert not unseen, f"{len(unseen)} of {FLIPS} were not told"
-    assert told(release, ours) == ""
+    assert problems(release, ours) == ""
 
 
 @pytest.mark.timeout(3600)
@@ -65,14 +65,14 @@ def test_two_files_in_each_others_place_are_told(release: Path) -> None:
         other = draw.choice(others)
         (release / one).write_bytes((release / other).read_bytes())
         (release / other).write_bytes(content)
-        wrong = told(release)
+        wrong = problems(release)
         if Path(one).name == sign.SIGNATURE:  # sound, but about other files, and those are named
             assert "was altered after signing" in wrong
         else:
             assert one in wrong and other in wrong, (one, other, wrong)
         (release / other).write_bytes((release / one).read_bytes())
         (release / one).write_bytes(content)
-    assert told(release) == ""
+    assert problems(release) == ""
 
 
 def cut(path: Path) -> bytes:
@@ -87,12 +87,12 @@ def test_tables_and_weights_that_are_cut_short_are_told(suffix: str, copy: Path)
     assert len(files) > 8
     for name in files:
         before = cut(copy / name)
-        assert f"{name} is altered" in told(copy)
+        assert f"{name} is altered" in problems(copy)
         (copy / name).write_bytes(before)
     for name in files:  # and with all checksums made anew, all of them at once
         cut(copy / name)
     resum(copy)
-    wrong = told(copy)
+    wrong = problems(copy)
     assert all(f"{name} cannot be read as Parquet" in wrong or f"{name}: " in wrong for name in files), wrong
 
 
@@ -105,7 +105,7 @@ def test_they_are_told_in_a_repository_alone_whose_checksums_were_made_anew(
     for path in sorted((copy / place).rglob(pattern)):
         before = cut(path)
         resum(copy)
-        assert path.relative_to(copy / place).as_posix() in told(copy / place, deep=True), path
+        assert path.relative_to(copy / place).as_posix() in problems(copy / place, deep=True), path
         path.write_bytes(before)
     resum(copy)
-    assert told(copy / place, deep=True) == ""
+    assert problems(copy / place, deep=True) == ""

@@ -67,9 +67,9 @@ def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **chang
     test = {name: {"problems_all": {"samples": {"accuracy": {"value": v, "se": e}}}} for name, (v, e) in right.items()}
     rate = {"value": win, "low": win - 1.96 * se, "high": win + 1.96 * se}
     counts = {"clean": 100 - contaminated, "overlap": 0, "contaminated": contaminated}
-    found = {"recall": {"planted": planted, "found": round(0.95 * planted)}}
+    detector = {"recall": {"planted": planted, "found": round(0.95 * planted)}}
     world.write_json(
-        folder / "dataset" / metrics.CONTAMINATION, {"detector": found, "items": {"test": counts, "fresh": counts}}
+        folder / "dataset" / metrics.CONTAMINATION, {"detector": detector, "items": {"test": counts, "fresh": counts}}
     )
     data = {"chat": {"test": test, "preferences": {"rlhf": {"win_rate": rate}}}}
     limits = {"chat": {"min_gain": 0.1, "min_win_rate": 0.5, "skill_tolerance": 0.05}}

@@ -29,7 +29,7 @@ from release.checks.check_runner import run_check
 from release.layout import ALL_SUMS, CANARY, GATES_STATED, ORIGINS, ROOTS, SUMS, read_sums
 
 
-class Tell:
+class LeavesFile:
     """Unpickled, it leaves a file."""
 
     def __init__(self, where: Path) -> None:
@@ -43,18 +43,18 @@ class Tell:
     "name", ["model/pytorch_model.bin", "model/more.safetensors", "dataset/rl/x.txt", "evidence/a.pkl"]
 )
 def test_a_pickle_is_refused_and_not_opened(name: str, copy: Path, tmp_path: Path) -> None:
-    told = tmp_path / "told"
+    marker = tmp_path / "told"
     (copy / name).parent.mkdir(parents=True, exist_ok=True)
-    (copy / name).write_bytes(pickle.dumps(Tell(told)))
+    (copy / name).write_bytes(pickle.dumps(LeavesFile(marker)))
     resum(copy)
     verdict = verify(copy, deep=True)
-    found = {check.name: check for check in verdict.checks}
-    assert not verdict.ok and found["formats"].wrong == [
+    checks = {check.name: check for check in verdict.checks}
+    assert not verdict.ok and checks["formats"].wrong == [
         f"{name} is, or may be, a pickle, which runs code when it is loaded; a release holds none"
     ]
-    assert found["reload_in_transformers"].ok is None and not told.exists()
+    assert checks["reload_in_transformers"].ok is None and not marker.exists()
     pickle.loads((copy / name).read_bytes())  # it would have told
-    assert told.exists()
+    assert marker.exists()
 
 
 @pytest.mark.parametrize("length", [2**62, 5])
@@ -65,9 +65,11 @@ def test_a_header_of_weights_that_lies(length: int, copy: Path) -> None:
     verdict = verify(copy, deep=True)
     wrong = [text for check in verdict.checks for text in check.wrong]
     assert not verdict.ok and all("\n" not in text for text in wrong)
-    said = f"says that its header has {length} bytes, which no model's has" if length > 5 else "its header is no JSON"
+    problem = (
+        f"says that its header has {length} bytes, which no model's has" if length > 5 else "its header is no JSON"
+    )
     assert [check.name for check in verdict.checks if check.ok is False] == ["formats"]
-    assert all("model/model.safetensors" in text and said in text for text in wrong), wrong
+    assert all("model/model.safetensors" in text and problem in text for text in wrong), wrong
 
 
 @pytest.mark.parametrize("path", ["../outside", "/etc/hostname", "model/../../outside"])
@@ -80,8 +82,8 @@ def test_paths_lead_nowhere_outside(path: str, copy: Path, tmp_path: Path) -> No
     checks = {check.name: check for check in verify(copy).checks}
     assert checks["origins"].ok is False
     (copy / SUMS).write_text(f"{'0' * 64}  ../outside\n" + (copy / SUMS).read_text())
-    found = next(check for check in verify(copy).checks if check.name == f"checksums: {SUMS}")
-    assert found.wrong == [f"{SUMS} is altered: line 1 names ../outside, which leads elsewhere"]
+    result = next(check for check in verify(copy).checks if check.name == f"checksums: {SUMS}")
+    assert result.wrong == [f"{SUMS} is altered: line 1 names ../outside, which leads elsewhere"]
 
 
 def test_texts_that_grow_when_they_are_read(copy: Path) -> None:
@@ -105,9 +107,15 @@ def test_a_release_of_an_older_version_lacks_what_there_was_not_yet(copy: Path) 
     world.write_json(path, {name: value for name, value in about.items() if name != "card_schema"} | {"format": 1})
     for card in copy.rglob("README.md"):  # which stated no versions then
         card.write_text(re.sub(r"^atom_.*\n", "", card.read_text(), flags=re.MULTILINE))
-    gone = [f"dataset/{ROOTS}", "dataset/croissant.json", f"dataset/{CANARY}", GATES_STATED, "model/goldens.json"]
+    later_files = [
+        f"dataset/{ROOTS}",
+        "dataset/croissant.json",
+        f"dataset/{CANARY}",
+        GATES_STATED,
+        "model/goldens.json",
+    ]
     rows = json.loads((copy / ORIGINS).read_text())
-    for path in gone:
+    for path in later_files:
         (copy / path).unlink()
         rows.pop(path, None)
     world.write_json(copy / ORIGINS, rows)
@@ -120,18 +128,18 @@ def test_a_release_of_an_older_version_lacks_what_there_was_not_yet(copy: Path) 
 
 
 def test_code_of_a_models_own_is_refused_and_not_run(copy: Path, tmp_path: Path, monkeypatch) -> None:
-    told, config = tmp_path / "told", json.loads((copy / "model/config.json").read_text())
-    own = {"AutoConfig": "m.Own", "AutoModelForCausalLM": "m.Model"}
-    world.write_json(copy / "model/config.json", {**config, "model_type": "own", "auto_map": own})
-    (copy / "model/m.py").write_text(f"open({str(told)!r}, 'w')\nclass Own: ...\nclass Model: ...\n")
+    marker, config = tmp_path / "told", json.loads((copy / "model/config.json").read_text())
+    auto_map = {"AutoConfig": "m.Own", "AutoModelForCausalLM": "m.Model"}
+    world.write_json(copy / "model/config.json", {**config, "model_type": "own", "auto_map": auto_map})
+    (copy / "model/m.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: ...\nclass Model: ...\n")
     resum(copy)
     wrong = next(check.wrong for check in verify(copy, deep=True).checks if check.name == "formats")
     assert len(wrong) == 2 and "auto_map" in wrong[0] and "model/m.py is code" in wrong[1]
     read, write = os.pipe()  # somebody who says yes to everything
     os.write(write, b"y\n" * 100)
     os.dup2(read, 0)
-    (found,) = gates.run_reload([copy / "model"])
-    assert found["problems"] and not told.exists()
+    (outcome,) = gates.run_reload([copy / "model"])
+    assert outcome["problems"] and not marker.exists()
 
 
 def test_goldens_are_compared_and_missed(copy: Path) -> None:
@@ -141,15 +149,15 @@ def test_goldens_are_compared_and_missed(copy: Path) -> None:
         body["rows"][0]["logits"][0] = value
         path.write_text(json.dumps(body))
         resum(copy)
-        found = next(check for check in verify(copy, deep=True).checks if check.name == "reload_in_transformers")
-        assert found.ok is False and "goldens.json: logits after 'def main(): 2+2' differ" in found.wrong[0]
+        result = next(check for check in verify(copy, deep=True).checks if check.name == "reload_in_transformers")
+        assert result.ok is False and "goldens.json: logits after 'def main(): 2+2' differ" in result.wrong[0]
     path.unlink()
     rows = json.loads((copy / ORIGINS).read_text())
     rows.pop("model/goldens.json")
     world.write_json(copy / ORIGINS, rows)
     resum(copy)
-    found = next(check for check in verify(copy, deep=True).checks if check.name == "reload_in_transformers")
-    assert found.wrong == ["goldens.json is missing"]
+    result = next(check for check in verify(copy, deep=True).checks if check.name == "reload_in_transformers")
+    assert result.wrong == ["goldens.json is missing"]
 
 
 LATER = "and this atom knows {} at most; use a later atom"
@@ -195,17 +203,17 @@ def test_versions_stand_at_the_root_alone(place: str, copy: Path) -> None:
     rows = json.loads((copy / ORIGINS).read_text())
     world.write_json(copy / ORIGINS, {**rows, place: {"generated": "x"}})
     resum(copy)
-    found = {check.name: check for check in verify(copy).checks}
-    assert found["versions"].ok is False and found["versions"].wrong[0].startswith(f"{place} states ")
-    found = {check.name: check for check in verify(copy / "dataset").checks}
-    assert found["versions"].ok is False and found["versions"].wrong[0].startswith(place.removeprefix("dataset/"))
+    checks = {check.name: check for check in verify(copy).checks}
+    assert checks["versions"].ok is False and checks["versions"].wrong[0].startswith(f"{place} states ")
+    checks = {check.name: check for check in verify(copy / "dataset").checks}
+    assert checks["versions"].ok is False and checks["versions"].wrong[0].startswith(place.removeprefix("dataset/"))
 
 
 def test_scores_of_an_older_card_lack_no_figure(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = copy / "dataset/evaluation/mid/scores.json"
-    whole = json.loads(path.read_text())
-    name = sorted(whole)[0]
-    path.write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
+    scores = json.loads(path.read_text())
+    name = sorted(scores)[0]
+    path.write_text(json.dumps({key: value for key, value in scores.items() if key != name}))
     assert checks.scores(copy / "dataset") == ["evaluation/mid/scores.json is not what its tables give"]
     monkeypatch.setitem(versions.FIGURES, name, 99)  # unless it came later
     assert checks.scores(copy / "dataset") == []
@@ -286,8 +294,8 @@ def test_code_in_a_repository_alone_is_refused_where_a_release_keeps_its_source(
     world.write_json(folder / ORIGINS, {})
     resum(copy)
     verdict = verify(folder)
-    found = {check.name: check for check in verdict.checks}
-    assert verdict.kind == before and [text.split(" is ")[0] for text in found["formats"].wrong] == [
+    checks = {check.name: check for check in verdict.checks}
+    assert verdict.kind == before and [text.split(" is ")[0] for text in checks["formats"].wrong] == [
         "code/m.py",
         "code/release/assembly/build_release.py",
     ]

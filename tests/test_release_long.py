@@ -42,15 +42,15 @@ def model(release: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(release / "model", tmp_path / "model"))
 
 
-def about(release: Path) -> dict[str, Any]:
+def release_facts(release: Path) -> dict[str, Any]:
     return dict(metrics.read_json(release / layout.RELEASE))
 
 
 def context(release: Path, data: dict[str, Any]) -> gates.Context:
-    return gates.Context(release, about(release), LIMITS, data, {}, [])
+    return gates.Context(release, release_facts(release), LIMITS, data, {}, [])
 
 
-def judged(release: Path, data: dict[str, Any]) -> dict[str, gates.Gate]:
+def gates_by_name(release: Path, data: dict[str, Any]) -> dict[str, gates.Gate]:
     return {gate.name: gate for gate in gates.long_context(context(release, data))}
 
 
@@ -82,10 +82,10 @@ def test_the_last_long_model_is_the_final_one(release: Path) -> None:
             f"evidence/training/longcontext-{number}/training.jsonl", f"evidence/manifests/longcontext-{number}.json",
         ):  # fmt: skip
             assert path in paths, path
-    found = metrics.model_facts(release / "model")
-    assert list(found["scores"]) == ["init", "base", "mid", "long-1", "long-2"]
-    assert list(found["training"]) == ["pretrain", "midtrain", "longcontext-1", "longcontext-2"]
-    assert found["config"]["max_position_embeddings"] == 4 * world.CONTEXT
+    facts = metrics.model_facts(release / "model")
+    assert list(facts["scores"]) == ["init", "base", "mid", "long-1", "long-2"]
+    assert list(facts["training"]) == ["pretrain", "midtrain", "longcontext-1", "longcontext-2"]
+    assert facts["config"]["max_position_embeddings"] == 4 * world.CONTEXT
     base = metrics.model_facts(release / "model-base")
     assert (list(base["scores"]), list(base["training"])) == (["init", "base"], ["pretrain"])
     assert base["config"]["max_position_embeddings"] == world.CONTEXT
@@ -144,7 +144,7 @@ def test_a_number_in_the_artifact_moves_the_card(release: Path, model: Path) -> 
     assert "experts.png was not drawn from the logs in training/" in wrong
     assert "README.md lacks the line '| 1 | 0.800 | 1.200 | 0.900 | 0.649 | none |'" in wrong
     data = metrics.data_facts(release / "dataset")
-    card = render.model_card("model", about(release), metrics.model_facts(model), data, [], {})
+    card = render.model_card("model", release_facts(release), metrics.model_facts(model), data, [], {})
     assert "| 1 | 0.800 | 1.200 | 0.900 | 0.649 | none |" in card
     assert "Alarm" not in card and "None of the 8 experts was dead" in card
 
@@ -153,16 +153,16 @@ def test_a_changed_card_or_plot_does_not_pass_the_gate(release: Path, tmp_path: 
     copy = Path(shutil.copytree(release, tmp_path / "copy"))
     data = metrics.data_facts(copy / "dataset")
     models = {name: metrics.model_facts(copy / name) for name in layout.model_folders(copy)}
-    canary = metrics.canary(about(copy)["nodes"]["items"]["digest"])
-    found = gates.Context(copy, about(copy), LIMITS, data, models, [], [], costs.usage_by_stage(copy), canary)
-    assert gates.cards(found).ok
+    canary = metrics.canary(release_facts(copy)["nodes"]["items"]["digest"])
+    gate_context = gates.Context(copy, release_facts(copy), LIMITS, data, models, [], [], costs.of(copy), canary)
+    assert gates.cards(gate_context).ok
     png = (copy / "model/experts.png").read_bytes()
     (copy / "model/experts.png").write_bytes((copy / "model-base/experts.png").read_bytes())
-    assert "model/experts.png" in gates.cards(found).detail
+    assert "model/experts.png" in gates.cards(gate_context).detail
     (copy / "model/experts.png").write_bytes(png)
     card = (copy / "model/README.md").read_text()
     (copy / "model/README.md").write_text(card.replace("| 1 | 0.016 | 1.600 |", "| 1 | 0.916 | 1.600 |"))
-    assert not gates.cards(found).ok
+    assert not gates.cards(gate_context).ok
 
 
 def test_every_spike_has_its_line(release: Path, model: Path) -> None:
@@ -178,20 +178,21 @@ def test_every_spike_has_its_line(release: Path, model: Path) -> None:
     spike = next(line["spike"] for line in lines if "spike" in line)
     spike |= {"action": "rewind", "excluded": [1, 2, 4], "documents": ["prose/001"]}
     write_log(model, "longcontext-2", lines)
-    said = render.model_tables(metrics.model_facts(model))["spikes"]
+    spike_lines = render.model_tables(metrics.model_facts(model))["spikes"]
     assert any(
-        "action rewind: steps 1 to 2, 4 moved no weight; the batch that spiked held 1 document." in x for x in said
+        "action rewind: steps 1 to 2, 4 moved no weight; the batch that spiked held 1 document." in x
+        for x in spike_lines
     )
 
 
 def test_a_phase_without_a_measurement_is_told_as_such(model: Path) -> None:
     for phase in ("pretrain", "midtrain", "longcontext-1", "longcontext-2"):
         write_log(model, phase, [line for line in log_of(model, phase) if "experts" not in line])
-    shown = render.model_tables(metrics.model_facts(model))
-    assert shown["experts"] == [] and shown["experts_verdict"] == [
+    tables = render.model_tables(metrics.model_facts(model))
+    assert tables["experts"] == [] and tables["experts_verdict"] == [
         "Where the routers sent the tokens was not measured."
     ]
-    assert "| midtrain | never |" in "".join(shown["experts_by_phase"])
+    assert "| midtrain | never |" in "".join(tables["experts_by_phase"])
     assert plot.source_of(plot.draw(model)) == plot.source(model)
 
 
@@ -203,8 +204,8 @@ def test_the_plot_is_the_same_bytes_and_names_its_logs(release: Path, monkeypatc
     plot._draw.cache_clear()
     assert plot.draw(release / "model") == before
     assert b"Software" not in before and b"Creation" not in before
-    said = plot.source_of(before)
-    assert said == plot.source(release / "model") and said.count("\n") == 3 and "training/midtrain.jsonl" in said
+    source = plot.source_of(before)
+    assert source == plot.source(release / "model") and source.count("\n") == 3 and "training/midtrain.jsonl" in source
     assert plot.source_of(b"no picture") is None and plot.source_of(before[:40]) is None
 
 
@@ -216,55 +217,57 @@ def test_without_matplotlib_nothing_is_built(source: Any, tmp_path: Path, monkey
 
 
 def test_long_context_must_not_cost_short_texts(release: Path) -> None:
-    def kept(model: str, name: str, value: float) -> bool:
+    def passes(model: str, name: str, value: float) -> bool:
         data = metrics.data_facts(release / "dataset")
         data["evaluation"][model]["bits_per_byte"][name]["value"] = value
-        found = judged(release, data)
-        assert list(found) == ["longcontext_keeps_bits_per_byte"], "no passkeys were measured"
-        return found["longcontext_keeps_bits_per_byte"].ok
+        verdicts = gates_by_name(release, data)
+        assert list(verdicts) == ["longcontext_keeps_bits_per_byte"], "no passkeys were measured"
+        return verdicts["longcontext_keeps_bits_per_byte"].ok
 
     scores = metrics.data_facts(release / "dataset")["evaluation"]
     sums = [scores[name]["bits_per_byte"]["sums"] for name in ("mid", "long-2")]
     before, chance = sums[0]["value"], gates.SURE * math.hypot(*(row["se"] for row in sums))
-    assert kept("long-2", "sums", before + 0.049 + chance)
-    assert not kept("long-2", "sums", before + 0.051 + chance)
-    assert not kept("long-1", "prose", before + 1)
-    assert not kept("long-1", "prose", float("nan"))
+    assert passes("long-2", "sums", before + 0.049 + chance)
+    assert not passes("long-2", "sums", before + 0.051 + chance)
+    assert not passes("long-1", "prose", before + 1)
+    assert not passes("long-1", "prose", float("nan"))
     data = metrics.data_facts(release / "dataset")
     del data["evaluation"]["long-1"], data["evaluation"]["long-2"]
-    assert judged(release, data) == {}
+    assert gates_by_name(release, data) == {}
 
 
-def keys(**found: float) -> dict[str, Any]:
-    return {length[1:]: {"value": value, "se": 0.1, "n": 10} for length, value in found.items()}
+def keys(**rates: float) -> dict[str, Any]:
+    return {length[1:]: {"value": value, "se": 0.1, "n": 10} for length, value in rates.items()}
 
 
 def test_longer_texts_must_give_more_keys(release: Path) -> None:
-    def found(mid: dict[str, Any] | None, last: dict[str, Any] | None) -> tuple[bool, str]:
+    def passkey_gate(mid: dict[str, Any] | None, last: dict[str, Any] | None) -> tuple[bool, str]:
         data = metrics.data_facts(release / "dataset")
         for model, passkey in (("mid", mid), ("long-2", last)):
             data["evaluation"][model] |= {"passkey": passkey} if passkey is not None else {}
-        gate = judged(release, data)["longcontext_finds_passkeys"]
+        gate = gates_by_name(release, data)["longcontext_finds_passkeys"]
         return gate.ok, gate.detail
 
-    assert found(keys(_64=1.0, _128=0.1, _256=0.1), keys(_64=0.9, _128=0.6, _256=0.2)) == (
+    assert passkey_gate(keys(_64=1.0, _128=0.1, _256=0.1), keys(_64=0.9, _128=0.6, _256=0.2)) == (
         True, "keys found in more than 64 tokens: 0.100 → 0.400 (128, 256 tokens)"
     )  # fmt: skip
-    assert not found(keys(_64=0.1, _128=0.4), keys(_64=0.9, _128=0.4))[0], "not more beyond what was there before"
-    assert "asked for beyond the 64 tokens" in found(keys(_64=0.1), keys(_64=0.9))[1]
-    assert "passkeys of 128 tokens were asked of one model only" in found(None, keys(_128=0.9))[1]
-    assert not found(keys(_128=0.1), None)[0]
+    assert not passkey_gate(keys(_64=0.1, _128=0.4), keys(_64=0.9, _128=0.4))[0], (
+        "not more beyond what was there before"
+    )
+    assert "asked for beyond the 64 tokens" in passkey_gate(keys(_64=0.1), keys(_64=0.9))[1]
+    assert "passkeys of 128 tokens were asked of one model only" in passkey_gate(None, keys(_128=0.9))[1]
+    assert not passkey_gate(keys(_128=0.1), None)[0]
 
 
 def test_passkeys_and_positions_are_shown_when_measured(release: Path) -> None:
-    data, found = metrics.data_facts(release / "dataset"), metrics.model_facts(release / "model")
-    for scores in (found["scores"], data["evaluation"]):
+    data, facts = metrics.data_facts(release / "dataset"), metrics.model_facts(release / "model")
+    for scores in (facts["scores"], data["evaluation"]):
         for model, value in (("mid", 0.25), ("long-2", 0.75)):
             scores[model] |= {"passkey": keys(_64=1.0, _1024=value)}
             cell = {"value": value, "se": 0.01, "documents": 5, "tokens": 320}
             scores[model] |= {"loss_by_position": {"128-255": cell, "0-63": cell, "64-127": cell}}
-    found["scores"]["long-2"]["passkey_by_depth"] = {"1024": {"1": keys(_0=0.5)["0"], "0.5": keys(_0=0.9)["0"]}}
-    card = render.model_card("model", about(release), found, data, [], {})
+    facts["scores"]["long-2"]["passkey_by_depth"] = {"1024": {"1": keys(_0=0.5)["0"], "0.5": keys(_0=0.9)["0"]}}
+    card = render.model_card("model", release_facts(release), facts, data, [], {})
     for words in (
         "| tokens of the text | mid-training | long context 2 |", "| 1,024 | 0.250 ± 0.100 | 0.750 ± 0.100 |",
         "| tokens of the text | depth 0.5 | depth 1 |", "| 1,024 | 0.900 ± 0.100 | 0.500 ± 0.100 |",
@@ -272,7 +275,7 @@ def test_passkeys_and_positions_are_shown_when_measured(release: Path) -> None:
     ):  # fmt: skip
         assert words in card, words
     assert card.index("| 0 to 63 |") < card.index("| 64 to 127 |") < card.index("| 128 to 255 |")
-    assert "| 1,024 | 0.250 ± 0.100 | 0.750 ± 0.100 |" in render.data_card(about(release), data)
+    assert "| 1,024 | 0.250 ± 0.100 | 0.750 ± 0.100 |" in render.data_card(release_facts(release), data)
     assert "asskeys" not in (release / "model/README.md").read_text()
 
 
@@ -284,16 +287,16 @@ def test_every_phase_needs_its_checkpoints_order_and_models(release: Path, sourc
     copy = tmp_path / "copy"
     shutil.copytree(release / "checkpoints", copy / "checkpoints")
     shutil.rmtree(copy / "checkpoints/longcontext-2-step-2")
-    said = gates.Context(copy, about(release), LIMITS, metrics.data_facts(release / "dataset"), {}, [])
-    assert "last checkpoint of longcontext-2 is step 0" in gates.checkpoints_and_order(said).detail
+    gate_context = gates.Context(copy, release_facts(release), LIMITS, metrics.data_facts(release / "dataset"), {}, [])
+    assert "last checkpoint of longcontext-2 is step 0" in gates.checkpoints_and_order(gate_context).detail
     shutil.copytree(release / "evidence/parity", copy / "evidence/parity")
     (copy / "evidence/parity/long-1.json").unlink()
-    assert "parity is not known for long-1" in gates.export_parity(said).detail
+    assert "parity is not known for long-1" in gates.export_parity(gate_context).detail
     for node in ("evaluate-long-2", "order-longcontext-1", "export-long-1"):
         from release.assembly.assemble import require_nodes
 
         with pytest.raises(AtomError, match=f"needs the artifact of {node}"):
-            require_nodes({name: made for name, made in source.artifacts.items() if name != node})
+            required({name: artifact for name, artifact in source.artifacts.items() if name != node})
 
 
 def test_packed_rows_are_counted_once_and_their_fill_is_told(release: Path) -> None:
@@ -314,21 +317,25 @@ def test_unpacked_orders_have_no_such_tables(release: Path) -> None:
     data = metrics.data_facts(release / "dataset")
     data["order"] = {phase: data["order"][phase] for phase in ("pretrain", "midtrain")}
     assert tables.packing(data) == tables.long_documents(data) == []
-    assert "share a row" not in render.data_card(about(release), data)
+    assert "share a row" not in render.data_card(release_facts(release), data)
 
 
 def test_a_statement_that_tells_another_summary_is_found(release: Path, tmp_path: Path) -> None:
     from pipeline.core import provenance
 
     copy = Path(shutil.copytree(release, tmp_path / "copy"))
-    key = about(copy)["nodes"]["longcontext-2"]["key"]
-    found = {path: metrics.read_json(path) for path in (copy / "evidence/statements").glob("*.json")}
-    path, body = next((p, b) for p, b in found.items() if b["subject"][0]["name"] == key)
+    key = release_facts(copy)["nodes"]["longcontext-2"]["key"]
+    statements = {path: metrics.read_json(path) for path in (copy / "evidence/statements").glob("*.json")}
+    path, body = next((p, b) for p, b in statements.items() if b["subject"][0]["name"] == key)
     summary = metrics.read_json(copy / "evidence/training/longcontext-2/summary.json")
-    told = provenance.summary(body)
-    assert told and told["annotations"] == summary and summary["spikes"][0]["documents"] == ["prose/001", "sums/001"]
+    summary_statement = provenance.summary(body)
+    assert (
+        summary_statement
+        and summary_statement["annotations"] == summary
+        and summary["spikes"][0]["documents"] == ["prose/001", "sums/001"]
+    )
     assert registry.statements(copy) == []
-    told["annotations"]["spikes"] = []
+    summary_statement["annotations"]["spikes"] = []
     path.unlink()
     path = provenance.write(tmp_path, "evidence", body)
     shutil.copyfile(path, copy / "evidence/statements" / path.name)

@@ -48,9 +48,9 @@ def client(release: Path, tmp_path: Path):
         if token:
             env["HF_TOKEN"] = token
         command = [sys.executable, "-c", PRELUDE + code, str(release)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
-        assert not check or done.returncode == 0, done.stderr
-        return done
+        process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+        assert not check or process.returncode == 0, process.stderr
+        return process
 
     return run
 

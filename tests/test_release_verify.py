@@ -18,7 +18,7 @@ from release.layout import ALL_SUMS, SUMS, files_below, files_of, repositories, 
 
 def pulled(release: Path, target: Path) -> dict[str, Path]:
     """Each repository alone, as snapshot_download leaves it."""
-    found = {}
+    folders = {}
     for place in repositories(release):
         folder = target / (place.folder.replace("/", "_") or "root")
         for path in [*files_of(release, place), SUMS]:
@@ -27,8 +27,8 @@ def pulled(release: Path, target: Path) -> dict[str, Path]:
         (folder / ".gitattributes").write_text("x\n")
         (folder / ".cache/huggingface/download").mkdir(parents=True)
         (folder / ".cache/huggingface/download/x.metadata").write_text("x\n")
-        found[place.folder] = folder
-    return found
+        folders[place.folder] = folder
+    return folders
 
 
 def resum(release: Path) -> None:
@@ -106,10 +106,10 @@ def test_missing_extra_and_linked_files_are_named(copy: Path) -> None:
     (copy / "dataset/new.txt").write_text("x")
     (copy / "code/release/assembly/build_release.py").rename(copy / "code/release/moved.py")
     (copy / "code/release/assembly/build_release.py").symlink_to("moved.py")
-    found = [text for check in verify(copy).checks for text in check.wrong]
-    assert "model/LICENSE is missing (listed in evidence/SHA256SUMS)" in found
-    assert "dataset/new.txt is not listed in evidence/SHA256SUMS" in found
-    assert any(text.startswith("code/release/assembly/build_release.py is a link") for text in found)
+    problems = [text for check in verify(copy).checks for text in check.wrong]
+    assert "model/LICENSE is missing (listed in evidence/SHA256SUMS)" in problems
+    assert "dataset/new.txt is not listed in evidence/SHA256SUMS" in problems
+    assert any(text.startswith("code/release/assembly/build_release.py is a link") for text in problems)
 
 
 @pytest.mark.parametrize("part", ["model", "dataset", "checkpoints", "evidence"])
@@ -123,9 +123,9 @@ def test_a_forger_who_writes_new_checksums_is_caught_by_the_ledger(copy: Path) -
     flip(copy / "checkpoints/pretrain-step-2/state.json")
     (copy / "dataset/kept/extra.parquet").write_bytes((copy / "dataset/kept/prose.parquet").read_bytes())
     resum(copy)
-    found = [text for check in verify(copy).checks for text in check.wrong]
-    assert "checkpoints/pretrain-step-2/state.json is not step-000002/state.json of the artifact pretrain" in found
-    assert "dataset/kept/extra.parquet has no origin" in found
+    problems = [text for check in verify(copy).checks for text in check.wrong]
+    assert "checkpoints/pretrain-step-2/state.json is not step-000002/state.json of the artifact pretrain" in problems
+    assert "dataset/kept/extra.parquet has no origin" in problems
 
 
 def test_a_forged_manifest_is_caught_by_the_statements(copy: Path) -> None:
@@ -188,12 +188,12 @@ def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch) -> None:
 def test_a_checksum_file_that_was_deleted_is_missing(built: Path, copy: Path, tmp_path: Path) -> None:
     for place, folder in pulled(built, tmp_path / "alone").items():
         (folder / SUMS).unlink()
-        found = [text for check in verify(folder).checks for text in check.wrong]
-        assert f"{SUMS} is missing" in found, place
+        problems = [text for check in verify(folder).checks for text in check.wrong]
+        assert f"{SUMS} is missing" in problems, place
     (copy / SUMS).unlink()
     (copy / ALL_SUMS).unlink()
-    found = [text for check in verify(copy).checks for text in check.wrong]
-    assert f"{SUMS} is missing" in found and f"{ALL_SUMS} is missing" in found
+    problems = [text for check in verify(copy).checks for text in check.wrong]
+    assert f"{SUMS} is missing" in problems and f"{ALL_SUMS} is missing" in problems
 
 
 def test_the_tables_of_the_data_set_must_agree_on_every_kept_document(built: Path, tmp_path: Path) -> None:
@@ -206,9 +206,9 @@ def test_the_tables_of_the_data_set_must_agree_on_every_kept_document(built: Pat
         before, rows = path.read_bytes(), pq.read_table(path).to_pylist()
         next(row for row in rows if where(row))[column] = value
         world.table(path, rows)
-        found = deep_checks.documents(data)
+        problems = deep_checks.documents(data)
         path.write_bytes(before)
-        return found
+        return problems
 
     data = Path(shutil.copytree(built / "dataset", tmp_path / "dataset"))
     one, other = {"id": "prose/001"}, {"id": "prose/003"}
@@ -284,9 +284,9 @@ def test_links_of_a_client_cache_are_files_and_others_are_not(built: Path, tmp_p
         target.exists() or shutil.copyfile(real, target)
         link.unlink()
         link.symlink_to(target)
-        found = [text for check in verify(snapshot).checks for text in check.wrong]
+        problems = [text for check in verify(snapshot).checks for text in check.wrong]
         expected = ["config.json is a link, not a regular file", "config.json is missing (listed in SHA256SUMS)"]
-        assert found == expected, target
+        assert problems == expected, target
     link.unlink()
     link.symlink_to(blobs / "gone")
     assert not verify(snapshot).ok

@@ -56,8 +56,8 @@ def resum(release: Path) -> None:
 def statement_of(release: Path, phase: str) -> Path:
     """The file of the statement about a phase."""
     key = json.loads((release / f"evidence/manifests/{phase}.json").read_text())["key"]
-    found = sorted((release / "evidence/statements").glob("*.json"))
-    return next(path for path in found if json.loads(path.read_bytes())["subject"][0]["name"] == key)
+    statements = sorted((release / "evidence/statements").glob("*.json"))
+    return next(path for path in statements if json.loads(path.read_bytes())["subject"][0]["name"] == key)
 
 
 def edit(path: Path, change: Any) -> None:
@@ -82,16 +82,16 @@ def validated(body: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("phase", "steps"), [("pretrain", (30, 60)), ("midtrain", (75, 150)), ("sft", (0, 40))])
 def test_an_honest_phase_comes_out_bit_for_bit(release: Path, phase: str, steps: tuple[int, int]) -> None:
-    before, told = sha256_file(release / layout.ALL_SUMS), []
-    found = replay(release, phase, progress=told.append)
-    assert (found.first, found.last) == steps, "the last two checkpoints"
-    assert (found.verdict, found.ok, found.tensors, found.different) == ("bitwise", True, 96, {})
-    assert (found.state, found.diverges, found.ranks, found.environment) == ((), None, 1, ())
-    assert any(line.startswith(f"step {steps[1]} of {steps[1]}, loss ") for line in told), told
-    assert text(found).splitlines()[1] == "  all 96 tensors (weights and optimizer) came out bit for bit"
+    before, notes = sha256_file(release / layout.ALL_SUMS), []
+    result = replay(release, phase, progress=notes.append)
+    assert (result.first, result.last) == steps, "the last two checkpoints"
+    assert (result.verdict, result.ok, result.tensors, result.different) == ("bitwise", True, 96, {})
+    assert (result.state, result.diverges, result.ranks, result.environment) == ((), None, 1, ())
+    assert any(line.startswith(f"step {steps[1]} of {steps[1]}, loss ") for line in notes), notes
+    assert text(result).splitlines()[1] == "  all 96 tensors (weights and optimizer) came out bit for bit"
     assert sha256_file(release / layout.ALL_SUMS) == before, "the release is only read"
 
-    body = certificate(found, release)
+    body = certificate(result, release)
     predicate = validated(body)
     assert (predicate["result"], predicate["warnedTests"], predicate["failedTests"]) == ("PASSED", [], [])
     assert predicate["passedTests"] == ["token_shards", "state", "tensors_within_tolerance", "tensors_bitwise", "log"]
@@ -106,7 +106,7 @@ def test_an_honest_phase_comes_out_bit_for_bit(release: Path, phase: str, steps:
     manifest = json.loads((release / "evidence/manifests/tokenize.json").read_text())
     shard = next(row for row in manifest["files"] if row["path"] == "train/docstrings.bin")
     assert materials[f"{manifest['key']}/train/docstrings.bin"] == shard["sha256"]
-    assert str(release) not in json.dumps(body) and json.loads(json.dumps(found.to_json()))["verdict"] == "bitwise"
+    assert str(release) not in json.dumps(body) and json.loads(json.dumps(result.to_json()))["verdict"] == "bitwise"
 
 
 def test_a_forged_weight_and_another_environment_are_named(copy: Path) -> None:
@@ -118,30 +118,30 @@ def test_a_forged_weight_and_another_environment_are_named(copy: Path) -> None:
     save_file(weights, copy / END / "model.safetensors", metadata={"format": "pt"})
     edit(copy / END / "state.json", lambda state: state.update(tokens=1))
 
-    def elsewhere(body: dict[str, Any]) -> None:
-        said = body["predicate"]["buildDefinition"]["internalParameters"]["environment"]
-        said["python"], said["packages"]["torch"], said["device"]["model"] = "3.9.1", "1.0", "Z80"
+    def change_environment(body: dict[str, Any]) -> None:
+        environment = body["predicate"]["buildDefinition"]["internalParameters"]["environment"]
+        environment["python"], environment["packages"]["torch"], environment["device"]["model"] = "3.9.1", "1.0", "Z80"
 
-    edit(statement_of(copy, "pretrain"), elsewhere)
+    edit(statement_of(copy, "pretrain"), change_environment)
     resum(copy)
-    found = replay(copy, "pretrain", 30, 60)
-    assert (found.verdict, found.ok, list(found.different), found.state) == ("differs", False, [name], ("tokens",))
+    result = replay(copy, "pretrain", 30, 60)
+    assert (result.verdict, result.ok, list(result.different), result.state) == ("differs", False, [name], ("tokens",))
     largest = float(weights[name].abs().max())
-    assert found.largest == pytest.approx(0.5 / largest, rel=1e-4)
-    assert [each.split(": ")[0] for each in found.environment] == ["python", "device model", "torch"]
-    assert found.environment[0] == f"python: 3.9.1, {sys.version.split()[0]}"
-    said = text(found)
-    assert "1 of 96 tensors" in said and name in said and "not as it was then: device model: Z80, " in said
-    predicate = validated(certificate(found, copy))
+    assert result.largest == pytest.approx(0.5 / largest, rel=1e-4)
+    assert [each.split(": ")[0] for each in result.environment] == ["python", "device model", "torch"]
+    assert result.environment[0] == f"python: 3.9.1, {sys.version.split()[0]}"
+    report = text(result)
+    assert "1 of 96 tensors" in report and name in report and "not as it was then: device model: Z80, " in report
+    predicate = validated(certificate(result, copy))
     assert predicate["result"] == "FAILED" and predicate["passedTests"] == ["token_shards", "log"]
     assert predicate["failedTests"] == ["state", "tensors_within_tolerance", "tensors_bitwise"]
     notes = predicate["configuration"][0]["annotations"]
-    assert notes["environment_differences"] == list(found.environment) and notes["tensors_that_differ"] == 1
+    assert notes["environment_differences"] == list(result.environment) and notes["tensors_that_differ"] == 1
 
     (copy / END / "model.safetensors").write_bytes(b"")
     resum(copy)
     with pytest.raises(CheckFailed, match="is not the one that was replayed"):
-        certificate(found, copy)
+        certificate(result, copy)
 
 
 def test_a_changed_document_does_not_give_the_shards(copy: Path) -> None:
@@ -211,10 +211,10 @@ def test_evidence_that_says_something_else_is_refused(copy: Path) -> None:
     with pytest.raises(CheckFailed, match=r"pretrain-step-60/state.json is not of the config that the statement"):
         replay(copy, "pretrain")
 
-    def nothing(body: dict[str, Any]) -> None:
+    def clear_operation(body: dict[str, Any]) -> None:
         body["predicate"]["buildDefinition"]["internalParameters"]["operation"] = {}
 
-    edit(statement_of(copy, "midtrain"), nothing)
+    edit(statement_of(copy, "midtrain"), clear_operation)
     resum(copy)
     with pytest.raises(CheckFailed, match=r"does not say how midtrain came to step 150 \(KeyError: 'phase'\)"):
         replay(copy, "midtrain")
@@ -263,8 +263,8 @@ def trained_anew(copy: Path, folder: Path, settings: dict[str, Any]) -> None:
     if phase.pack:
         pack(plan, tokens, folder)
     plan.lay_down(folder / "work")
-    made = replays._train(plan, {"tokens": tokens, "order": plan.order()}, folder, lambda note: None)
-    published_anew(copy, {60: made, 30: made.with_name("step-000030")}, settings)
+    trained = replays._train(plan, {"tokens": tokens, "order": plan.order()}, folder, lambda note: None)
+    published_anew(copy, {60: trained, 30: trained.with_name("step-000030")}, settings)
 
 
 @pytest.mark.parametrize("settings", [{"pack": True}, {"precision": "bf16"}], ids=["packed", "bf16"])
@@ -275,9 +275,9 @@ def test_a_phase_of_other_settings_comes_out_bit_for_bit(settings: dict[str, Any
     trained_anew(copy, tmp_path, settings)
     assert sha256_file(copy / END / "model.safetensors") != before
     assert (max(pq.read_table(copy / ORDER)["segment"].to_pylist()) > 0) == ("pack" in settings)
-    found = replay(copy, "pretrain", 30, 60)
-    assert (found.verdict, found.tensors, found.different, found.state) == ("bitwise", 96, {}, ())
-    assert found.diverges is None, "the log is the same too"
+    result = replay(copy, "pretrain", 30, 60)
+    assert (result.verdict, result.tensors, result.different, result.state) == ("bitwise", 96, {}, ())
+    assert result.diverges is None, "the log is the same too"
 
 
 def test_spikes_are_judged_by_the_log_before_the_checkpoint(copy: Path, tmp_path: Path) -> None:
@@ -289,8 +289,8 @@ def test_spikes_are_judged_by_the_log_before_the_checkpoint(copy: Path, tmp_path
     log = (copy / "evidence/training/pretrain/training.jsonl").read_text().splitlines()
     skipped = [line["step"] for line in map(json.loads, log) if line.get("skipped")]
     assert any(30 < step <= 38 for step in skipped), skipped
-    found = replay(copy, "pretrain", 30, 60)
-    assert (found.verdict, found.state, found.diverges) == ("bitwise", (), None)
+    result = replay(copy, "pretrain", 30, 60)
+    assert (result.verdict, result.state, result.diverges) == ("bitwise", (), None)
 
     # Whoever shortens the history judges otherwise, and is found out.
     forged = [line for line in log if not 5 <= json.loads(line)["step"] <= 25]
@@ -305,14 +305,14 @@ def test_a_phase_of_two_ranks_comes_out_within_tolerance(release: Path, copy: Pa
 
     codes, logs = end(spawn([__file__, str(release), "pretrain", str(tmp_path)], 2), timeout=120)
     assert codes == [0, 0], logs
-    made = Path((tmp_path / "made").read_text())
-    published_anew(copy, {60: made}, {}, ranks=2)
-    found = replay(copy, "pretrain", 30, 60)
-    assert (found.verdict, found.ok, found.ranks, found.state) == ("within tolerance", True, 2, ())
-    assert len(found.different) > 48 and 0 < found.largest < found.tolerance == 1e-5
-    assert found.diverges is not None and 30 < found.diverges <= 60
-    assert "2 ranks trained the phase and one replayed it" in text(found)
-    predicate = validated(certificate(found, copy))
+    checkpoint = Path((tmp_path / "made").read_text())
+    published_anew(copy, {60: checkpoint}, {}, ranks=2)
+    result = replay(copy, "pretrain", 30, 60)
+    assert (result.verdict, result.ok, result.ranks, result.state) == ("within tolerance", True, 2, ())
+    assert len(result.different) > 48 and 0 < result.largest < result.tolerance == 1e-5
+    assert result.diverges is not None and 30 < result.diverges <= 60
+    assert "2 ranks trained the phase and one replayed it" in text(result)
+    predicate = validated(certificate(result, copy))
     assert predicate["result"] == "WARNED" and predicate["warnedTests"] == ["tensors_bitwise"]
 
 
@@ -320,12 +320,12 @@ def _rank(release: Path, phase: str, folder: Path) -> None:
     """Trains the last steps of a phase as one of two tensor-parallel ranks; the first leaves where the checkpoint is."""
     from stages.mcore.parallel_layout import Layout
 
-    own = folder / f"rank-{os.environ['RANK']}"
-    own.mkdir()
+    rank_folder = folder / f"rank-{os.environ['RANK']}"
+    rank_folder.mkdir()
     plan = Plan(Source(release), phase, *replays._steps(Source(release), phase, None, None))
     layout_ = {"parallelism": Layout(ranks=2, tp=2), "watchdog_timeout_seconds": 60.0}
     plan.config = plan.config.model_copy(update={"phase": plan.config.phase.model_copy(update=layout_)})
-    inputs = {"tokens": plan.tokens(own), "order": plan.order()}
+    inputs = {"tokens": plan.tokens(rank_folder), "order": plan.order()}
     work = folder / "work"
     if os.environ["RANK"] == "0":
         plan.lay_down(work)

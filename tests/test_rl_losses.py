@@ -37,13 +37,13 @@ def batch(rows: int, width: int, seed: int = 0, apart: float = 0.5) -> dict[str,
     def near(base: torch.Tensor) -> torch.Tensor:
         return (base + apart * torch.randn(rows, width, generator=make)).clamp(max=-1e-3)
 
-    now = near(torch.full((rows, width), -1.5))
+    logprobs = near(torch.full((rows, width), -1.5))
     lengths = torch.randint(1, width + 1, (rows,), generator=make)
     return {
-        "logprobs": now,
-        "old_logprobs": near(now),
-        "sampler_logprobs": near(now),
-        "reference_logprobs": near(now),
+        "logprobs": logprobs,
+        "old_logprobs": near(logprobs),
+        "sampler_logprobs": near(logprobs),
+        "reference_logprobs": near(logprobs),
         "advantages": torch.randn(rows, generator=make),
         "mask": torch.arange(width)[None] < lengths[:, None],
     }
@@ -137,7 +137,7 @@ def test_policy_loss_is_trls(
     figures: dict[str, torch.Tensor] = {}
 
     def ours(logprobs: torch.Tensor) -> torch.Tensor:
-        loss, said = policy_loss(
+        loss, statistics = policy_loss(
             logprobs,
             b["sampler_logprobs"],
             b["advantages"],
@@ -149,12 +149,15 @@ def test_policy_loss_is_trls(
             kl=beta,
             reference_logprobs=b["reference_logprobs"],
         )
-        figures.update(said)
+        figures.update(statistics)
         return loss
 
-    (value, gradient), (expected, wanted) = with_gradient(ours, b["logprobs"]), with_gradient(theirs, b["logprobs"])
+    (value, gradient), (expected, expected_gradient) = (
+        with_gradient(ours, b["logprobs"]),
+        with_gradient(theirs, b["logprobs"]),
+    )
     torch.testing.assert_close(value, expected, **CLOSE)
-    torch.testing.assert_close(gradient, wanted, **CLOSE)
+    torch.testing.assert_close(gradient, expected_gradient, **CLOSE)
     tokens = figures["tokens"].item()
     assert tokens == b["mask"].sum()
     assert figures["clip_fraction"].item() / tokens == pytest.approx(metrics["clip_ratio/region_mean"][-1], abs=1e-6)
@@ -235,14 +238,19 @@ def test_dpo_loss_is_trls(shape: tuple[int, int], beta: float) -> None:
     figures: dict[str, torch.Tensor] = {}
 
     def ours(logprobs: torch.Tensor) -> torch.Tensor:
-        loss, said = dpo_loss(interleaved(logprobs), interleaved(b["reference_logprobs"]), interleaved(b["mask"]), beta)
-        figures.update(said)
+        loss, statistics = dpo_loss(
+            interleaved(logprobs), interleaved(b["reference_logprobs"]), interleaved(b["mask"]), beta
+        )
+        figures.update(statistics)
         return loss
 
-    (value, gradient), (expected, wanted) = with_gradient(ours, b["logprobs"]), with_gradient(theirs, b["logprobs"])
+    (value, gradient), (expected, expected_gradient) = (
+        with_gradient(ours, b["logprobs"]),
+        with_gradient(theirs, b["logprobs"]),
+    )
     torch.testing.assert_close(value, expected, **CLOSE)
     # TRL's mask stands in its model's log-probabilities, which are constants here where they are masked.
-    torch.testing.assert_close(gradient * b["mask"], wanted * b["mask"], **CLOSE)
+    torch.testing.assert_close(gradient * b["mask"], expected_gradient * b["mask"], **CLOSE)
     assert not (gradient * ~b["mask"]).any()
     assert figures["pairs"].item() == rows / 2
 
@@ -266,13 +274,13 @@ def test_without_a_reference_it_is_the_reward_models_loss(pairs: int) -> None:
     figures: dict[str, torch.Tensor] = {}
 
     def ours(scores: torch.Tensor) -> torch.Tensor:
-        loss, said = dpo_loss(interleaved(scores), None, torch.ones(2 * pairs, 1), 1.0)
-        figures.update(said)
+        loss, statistics = dpo_loss(interleaved(scores), None, torch.ones(2 * pairs, 1), 1.0)
+        figures.update(statistics)
         return loss
 
-    (value, gradient), (expected, wanted) = with_gradient(ours, scores), with_gradient(theirs, scores)
+    (value, gradient), (expected, expected_gradient) = with_gradient(ours, scores), with_gradient(theirs, scores)
     torch.testing.assert_close(value, expected, **CLOSE)
-    torch.testing.assert_close(gradient, wanted, **CLOSE)
+    torch.testing.assert_close(gradient, expected_gradient, **CLOSE)
     metrics = trainer._metrics["eval"]
     assert figures["accuracy"].item() / pairs == pytest.approx(metrics["accuracy"][-1])
     assert figures["margin"].item() / pairs == pytest.approx(metrics["margin"][-1], abs=1e-6)
@@ -294,8 +302,8 @@ def test_without_a_reference_and_with_a_margin_it_is_simpo(beta: float, margin: 
     def ours(logprobs: torch.Tensor) -> torch.Tensor:
         return dpo_loss(logprobs, None, b["mask"], beta, margin=margin)[0]
 
-    for got, wanted in zip(with_gradient(ours, b["logprobs"]), with_gradient(theirs, b["logprobs"]), strict=True):
-        torch.testing.assert_close(got, wanted, **CLOSE)
+    for value, expected in zip(with_gradient(ours, b["logprobs"]), with_gradient(theirs, b["logprobs"]), strict=True):
+        torch.testing.assert_close(value, expected, **CLOSE)
 
 
 # --- by hand --------------------------------------------------------------------------------------------------------
@@ -313,16 +321,16 @@ def test_without_a_reference_and_with_a_margin_it_is_simpo(beta: float, margin: 
 )
 def test_one_token_by_hand(ratio: float, gain: float, loss: float, clipped: int) -> None:
     old = torch.tensor([[-3.0]])
-    now = old + math.log(ratio)
-    value, figures = policy_loss(now, old, torch.tensor([gain]), torch.ones(1, 1), old_logprobs=old)
+    logprob = old + math.log(ratio)
+    value, figures = policy_loss(logprob, old, torch.tensor([gain]), torch.ones(1, 1), old_logprobs=old)
     assert value.item() == pytest.approx(loss, rel=1e-6) and figures["clip_fraction"].item() == clipped
     assert figures["ratio"].item() == pytest.approx(ratio, rel=1e-6)
 
 
 def test_the_samplers_weight_by_hand() -> None:
     """Weights 0.5, 1 and (3, held at the cap of) 2, on tokens whose ratio is 1 and advantage 1."""
-    now, weights = torch.full((1, 3), -2.0), torch.tensor([[0.5, 1.0, 3.0]])
-    value, figures = policy_loss(now, now - weights.log(), torch.ones(1), torch.ones(1, 3))
+    logprobs, weights = torch.full((1, 3), -2.0), torch.tensor([[0.5, 1.0, 3.0]])
+    value, figures = policy_loss(logprobs, logprobs - weights.log(), torch.ones(1), torch.ones(1, 3))
     assert value.item() == pytest.approx(-3.5, rel=1e-6)
     assert figures["importance_ratio"].item() == pytest.approx(3.5, rel=1e-6) and figures["truncated"].item() == 1
     assert figures["max_sampler_gap"].item() == pytest.approx(math.log(3), rel=1e-6)
@@ -362,8 +370,8 @@ quick = settings(max_examples=40, deadline=None)
 
 def policy(b: dict[str, torch.Tensor], **settings: Any) -> Any:
     def loss(logprobs: torch.Tensor) -> torch.Tensor:
-        given = {k: v for k, v in b.items() if k != "logprobs"}
-        return policy_loss(logprobs, **given, kl=0.05, **settings)[0]
+        arguments = {k: v for k, v in b.items() if k != "logprobs"}
+        return policy_loss(logprobs, **arguments, kl=0.05, **settings)[0]
 
     return with_gradient(loss, b["logprobs"])
 
@@ -376,11 +384,11 @@ def preference(b: dict[str, torch.Tensor]) -> Any:
 @given(st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=4, max_size=4), min_size=1, max_size=5))
 def test_advantages_sum_to_nothing_and_equal_rewards_give_exactly_none(rewards: list[list[float]]) -> None:
     given_rewards = torch.tensor(rewards)
-    found = advantages(given_rewards)
-    assert found.shape == given_rewards.shape
-    assert (found.sum(1).abs() <= 1e-5 * (1 + given_rewards.abs().sum(1))).all()
-    assert not found[zero_variance(given_rewards)].any()
-    torch.testing.assert_close(advantages(given_rewards.flip(1)), found.flip(1), rtol=1e-5, atol=1e-3)
+    gains = advantages(given_rewards)
+    assert gains.shape == given_rewards.shape
+    assert (gains.sum(1).abs() <= 1e-5 * (1 + given_rewards.abs().sum(1))).all()
+    assert not gains[zero_variance(given_rewards)].any()
+    torch.testing.assert_close(advantages(given_rewards.flip(1)), gains.flip(1), rtol=1e-5, atol=1e-3)
 
 
 @quick
@@ -399,21 +407,21 @@ def test_padding_columns_and_fully_masked_rows_change_nothing(b: dict[str, torch
     wide = {k: torch.nn.functional.pad(v, (0, 3)) if v.dim() == 2 else v for k, v in b.items()}
     torch.testing.assert_close(policy(wide)[0], policy(b)[0], **CLOSE)
     torch.testing.assert_close(preference(wide)[0], preference(b)[0], **CLOSE)
-    more = {k: torch.cat([v, v[:2] if k != "mask" else torch.zeros_like(v[:2])]) for k, v in b.items()}
-    torch.testing.assert_close(policy(more)[0], policy(b)[0], **CLOSE)
+    padded = {k: torch.cat([v, v[:2] if k != "mask" else torch.zeros_like(v[:2])]) for k, v in b.items()}
+    torch.testing.assert_close(policy(padded)[0], policy(b)[0], **CLOSE)
 
 
 @quick
 @given(batches)
 def test_losses_and_figures_of_parts_add_up(b: dict[str, torch.Tensor]) -> None:
     def figures(part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        loss, said = policy_loss(**part, kl=0.1)
+        loss, statistics = policy_loss(**part, kl=0.1)
         _, pairs = dpo_loss(part["logprobs"], None, part["mask"], 1.0)
-        return {"loss": loss, **said, **{f"pair {k}": v for k, v in pairs.items()}}
+        return {"loss": loss, **statistics, **{f"pair {k}": v for k, v in pairs.items()}}
 
-    whole = figures(b)
+    total = figures(b)
     parts = [figures({k: v[at] for k, v in b.items()}) for at in (slice(0, 2), slice(2, None))]
-    for name, figure in whole.items():
+    for name, figure in total.items():
         both = torch.stack([part[name] for part in parts])
         combined = both.max() if name.startswith("max_") else both.sum()
         torch.testing.assert_close(combined, figure, rtol=1e-5, atol=1e-5)

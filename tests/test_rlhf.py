@@ -24,8 +24,8 @@ from stages.rl.rollout import rollouts
 
 
 def rows_source(kind: str) -> dict[str, Any]:
-    named = {"verifier": "instructions", "kind": kind, "license": "MIT", "origin": "a test"}
-    return {"source": "rows", "path": "unused", "digest": f"sha256:{0:064d}", **named}
+    settings = {"verifier": "instructions", "kind": kind, "license": "MIT", "origin": "a test"}
+    return {"source": "rows", "path": "unused", "digest": f"sha256:{0:064d}", **settings}
 
 
 PHASE = dict(
@@ -59,12 +59,12 @@ def settings(phase: dict[str, Any], **changed: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     folder = tmp_path_factory.mktemp("rlhf")
-    made = rl_world.make(folder)
+    artifacts = rl_world.make(folder)
     rows = [rl_world.row(f"letter/{n}", "letter", 0, f"say {n}", "e") for n in range(40)]
     rows += [rl_world.row(f"skill/{level}/{n}", "skill", level, f"do {n}", "x") for level in (0, 1) for n in range(20)]
     (folder / "asked").mkdir()
     write_jsonl(folder / "asked" / "tasks.jsonl", rows)
-    return made | {"tasks": write_manifest(folder / "asked", "tasks-asked")}
+    return artifacts | {"tasks": write_manifest(folder / "asked", "tasks-asked")}
 
 
 def run(
@@ -92,8 +92,8 @@ def test_the_policy_comes_to_answer_as_the_judge_likes(calm: Path) -> None:
 
 
 def test_every_level_of_every_kind_is_asked(calm: Path) -> None:
-    asked = {(r.kind, r.level) for r in rollouts.read(calm / "rollouts.parquet")}
-    assert asked == {("letter", 0), ("skill", 0), ("skill", 1)}
+    levels = {(r.kind, r.level) for r in rollouts.read(calm / "rollouts.parquet")}
+    assert levels == {("letter", 0), ("skill", 0), ("skill", 1)}
 
 
 @pytest.mark.numeric
@@ -121,15 +121,15 @@ def test_a_round_of_too_few_pairs_teaches_nothing_and_says_so(inputs: dict[str, 
 def test_pairs_say_where_they_come_from(calm: Path) -> None:
     pairs = read_table(calm / "pairs.parquet").to_pylist()
     answers = {(r.step, r.wave, r.task, r.sample): r for r in rollouts.read(calm / "rollouts.parquet")}
-    learnt = [pair for pair in pairs if pair["learnt"]]
-    assert len(learnt) == sum(x["pairs"] for x in rl_world.lines(calm) if "pairs" in x) > 10
-    assert len(pairs) > 2 * len(learnt)
+    trained_pairs = [pair for pair in pairs if pair["learnt"]]
+    assert len(trained_pairs) == sum(x["pairs"] for x in rl_world.lines(calm) if "pairs" in x) > 10
+    assert len(pairs) > 2 * len(trained_pairs)
     for pair in pairs:
-        for which in ("chosen", "rejected"):
-            r = answers[pair["round"], 0, pair["task"], pair[f"{which}_sample"]]
+        for side in ("chosen", "rejected"):
+            r = answers[pair["round"], 0, pair["task"], pair[f"{side}_sample"]]
             assert (r.text, r.reward, r.policy, r.verifier) == (
-                pair[which],
-                pair[f"{which}_reward"],
+                pair[side],
+                pair[f"{side}_reward"],
                 pair["policy"],
                 pair["judge"],
             )
@@ -152,15 +152,15 @@ def test_stopped_and_resumed_gives_the_same_bytes(
 @pytest.fixture(scope="module")
 def trained(inputs: dict[str, Artifact], calm: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("reward")
-    given = {"pairs": write_manifest(calm, "rlhf-test"), "init": inputs["init"], "tokenizer": inputs["tokenizer"]}
-    run(reward_model, settings(REWARD), given, folder / "work", folder / "out")
+    artifacts = {"pairs": write_manifest(calm, "rlhf-test"), "init": inputs["init"], "tokenizer": inputs["tokenizer"]}
+    run(reward_model, settings(REWARD), artifacts, folder / "work", folder / "out")
     return write_manifest(folder / "out", "reward-test")
 
 
 def test_the_reward_model_learns_what_the_judge_likes(trained: Artifact) -> None:
-    told = trained.json("summary.json")
-    assert told["heldout_accuracy"]["last"] > 0.8, told  # 0.93 or more over 8 seeds, 0.59 to 0.81 before
-    assert told["pairs"] + told["heldout_pairs"] > 10
+    summary = trained.json("summary.json")
+    assert summary["heldout_accuracy"]["last"] > 0.8, summary  # 0.93 or more over 8 seeds, 0.59 to 0.81 before
+    assert summary["pairs"] + summary["heldout_pairs"] > 10
 
 
 def test_the_reward_model_judges_as_it_was_trained(
@@ -170,11 +170,11 @@ def test_the_reward_model_judges_as_it_was_trained(
     from stages.export import hf
     from stages.rl.rollout.generation import Chat
 
-    given = {"checkpoint": trained, "tokenizer": inputs["tokenizer"]}
+    artifacts = {"checkpoint": trained, "tokenizer": inputs["tokenizer"]}
     run(
         hf,
         {"model": rl_world.MODEL, "padded_vocab_size": rl_world.PADDED},
-        given,
+        artifacts,
         tmp_path / "work",
         tmp_path / "out",
     )
@@ -184,28 +184,26 @@ def test_the_reward_model_judges_as_it_was_trained(
         Chat(inputs["tokenizer"]),
     )
     pairs = read_table(calm / "pairs.parquet").to_pylist()
-    asked = [rl_world.row("p", "letter", 0, pair["question"]) for pair in pairs]
+    rows = [rl_world.row("p", "letter", 0, pair["question"]) for pair in pairs]
     scores = {
-        which: judge.score(
-            [(r, Response.parse(p[which], p[f"{which}_finished"])) for r, p in zip(asked, pairs, strict=True)]
-        )
-        for which in ("chosen", "rejected")
+        side: judge.score([(r, Response.of(p[side], p[f"{side}_finished"])) for r, p in zip(rows, pairs, strict=True)])
+        for side in ("chosen", "rejected")
     }
     better = [a["reward"] > b["reward"] for a, b in zip(scores["chosen"], scores["rejected"], strict=True)]
     assert sum(better) / len(better) > 0.75
-    middling = sum(s["reward"] for some in scores.values() for s in some) / (2 * len(pairs))
+    middling = sum(s["reward"] for samples in scores.values() for s in samples) / (2 * len(pairs))
     assert 0.25 < middling < 0.75, "rewards lie on both sides of the middle"
-    (cut,) = judge.score([(asked[0], Response.parse("eee", False))])
+    (cut,) = judge.score([(rows[0], Response.of("eee", False))])
     assert cut["reward"] == 0.0 and judge.version == "export-test" and judge.runs_code is False
     assert reward_input(judge.chat, "say", "e", True)[-2:] == [3, 1]
 
 
 def test_too_few_pairs_are_told(inputs: dict[str, Artifact], calm: Path, tmp_path: Path) -> None:
-    given = {"pairs": write_manifest(calm, "rlhf-test"), "init": inputs["init"], "tokenizer": inputs["tokenizer"]}
+    artifacts = {"pairs": write_manifest(calm, "rlhf-test"), "init": inputs["init"], "tokenizer": inputs["tokenizer"]}
     with pytest.raises(
         AtomError, match=r"reward: \d+ pairs to learn from and 0 held out are too few; draw more in rlhf.dpo"
     ):
-        run(reward_model, settings(REWARD, heldout_fraction=1e-9), given, tmp_path / "work", tmp_path / "out")
+        run(reward_model, settings(REWARD, heldout_fraction=1e-9), artifacts, tmp_path / "work", tmp_path / "out")
 
 
 def test_a_judge_out_of_order_makes_no_pair(
@@ -235,9 +233,9 @@ def rollout(reward_: float, finished: bool, sample: int) -> rollouts.Rollout:
 
 
 def test_which_answers_make_a_pair() -> None:
-    own = [rollout(0.5, True, 0), rollout(0.9, True, 1), rollout(0.0, False, 2), rollout(0.9, True, 3)]
-    best, worst = best_and_worst(own, 0.05) or pytest.fail("a pair")
+    group = [rollout(0.5, True, 0), rollout(0.9, True, 1), rollout(0.0, False, 2), rollout(0.9, True, 3)]
+    best, worst = best_and_worst(group, 0.05) or pytest.fail("a pair")
     assert (best.sample, worst.sample) == (1, 2)
-    assert best_and_worst(own[:1] * 2, 0.0) is None, "equal answers are no pair"
+    assert best_and_worst(group[:1] * 2, 0.0) is None, "equal answers are no pair"
     assert best_and_worst([rollout(1.0, False, 0), rollout(0.0, False, 1)], 0.0) is None, "no answer ended"
     assert best_and_worst([rollout(0.50, True, 0), rollout(0.46, True, 1)], 0.05) is None

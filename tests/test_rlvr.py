@@ -34,21 +34,21 @@ def test_what_is_promised_and_what_stands_in_the_way_are_known_before_a_run(
     from stages.rl import sandbox
     from stages.rl.rlvr import STAGE
 
-    def made(**phase: object) -> RlTrainConfig:
+    def make_config(**phase: object) -> RlTrainConfig:
         return RlTrainConfig.model_validate(rl_world.config(**phase))
 
-    assert STAGE.promise(made()) == "bitwise"
-    assert STAGE.promise(made(sampling={"kind": "vllm", "max_new_tokens": 12})) == "numeric"
+    assert STAGE.promise(make_config()) == "bitwise"
+    assert STAGE.promise(make_config(sampling={"kind": "vllm", "max_new_tokens": 12})) == "numeric"
     rows = {"source": "rows", "path": "rows.jsonl", "digest": "sha256:" + "0" * 64, "verifier": "python-tests"}
-    code = made(tasks=[{**rows, "kind": "code", "license": "CC0-1.0", "origin": "by hand"}])
-    assert STAGE.obstacle(made()) is None and STAGE.obstacle(code) == (
+    code = make_config(tasks=[{**rows, "kind": "code", "license": "CC0-1.0", "origin": "by hand"}])
+    assert STAGE.obstacle(make_config()) is None and STAGE.obstacle(code) == (
         None
         if sandbox.missing() is None
         else f"tasks of the verifier python-tests run what the model writes: {sandbox.missing()}"
     )
     monkeypatch.setenv("PATH", str(tmp_path))  # no bubblewrap
     assert "tasks of the verifier python-tests run what the model writes: " in (STAGE.obstacle(code) or "")
-    assert STAGE.obstacle(made()) is None
+    assert STAGE.obstacle(make_config()) is None
 
 
 @pytest.fixture(scope="module")
@@ -63,36 +63,38 @@ def calm(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_policy_learns(place: Path, tmp_path: Path) -> None:
     settings = rl_world.config(steps=36, release_checkpoint_interval=36, curriculum={"rise": 0.5})
     rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", settings)
-    found = rl_world.lines(tmp_path / "out")
-    passed = [x["rates"]["letter/0"] for x in found if "rates" in x]
+    lines = rl_world.lines(tmp_path / "out")
+    passed = [x["rates"]["letter/0"] for x in lines if "rates" in x]
     assert passed[-1] > passed[0] + 0.15, passed  # by 0.55 or more over 8 seeds
     # the second level opened once the first was passed often enough, and not before
-    opened = next(i for i, x in enumerate(found) if x.get("rates", {}).get("letter/1") is not None)
-    before = [x["rates"]["letter/0"] for x in found[:opened] if "rates" in x]
+    opened = next(i for i, x in enumerate(lines) if x.get("rates", {}).get("letter/1") is not None)
+    before = [x["rates"]["letter/0"] for x in lines[:opened] if "rates" in x]
     assert max(before) >= 0.5 > min(before)
 
 
 def test_every_answer_is_kept_and_says_what_became_of_it(calm: Path) -> None:
-    found = rollouts.read(calm / "rollouts.parquet")
+    answers = rollouts.read(calm / "rollouts.parquet")
     steps = [x for x in rl_world.lines(calm) if "reward" in x]
-    assert len(found) == sum(x["answers"] for x in steps) == json.loads((calm / "summary.json").read_text())["answers"]
-    assert len({(r.step, r.wave, r.group, r.sample) for r in found}) == len({r.seed for r in found}) == len(found)
-    assert {r.policy for r in found if r.step == 1} != {r.policy for r in found if r.step == 2}
+    assert (
+        len(answers) == sum(x["answers"] for x in steps) == json.loads((calm / "summary.json").read_text())["answers"]
+    )
+    assert len({(r.step, r.wave, r.group, r.sample) for r in answers}) == len({r.seed for r in answers}) == len(answers)
+    assert {r.policy for r in answers if r.step == 1} != {r.policy for r in answers if r.step == 2}
     groups: dict[tuple[int, int, int], list[rollouts.Rollout]] = {}
-    for r in found:
+    for r in answers:
         groups.setdefault((r.step, r.wave, r.group), []).append(r)
         assert len(r.ids) == len(r.logprobs) and max(r.logprobs) <= 0 and r.verifier == "instructions"
         assert r.finished == (r.ids[-1] in (1, 3)) and (r.finished or len(r.ids) == 12)
         answer = Response.parse(r.text, r.finished).answer
         assert r.reward == float(r.finished and "ex"[r.level] in answer)
-    for own in groups.values():
-        dull = len({r.reward for r in own}) == 1
-        assert {r.dropped for r in own} <= ({"variance"} if dull else {"", "truncated"})
-        assert all((r.dropped == "truncated") == (not r.finished) for r in own if not dull)
+    for group in groups.values():
+        dull = len({r.reward for r in group}) == 1
+        assert {r.dropped for r in group} <= ({"variance"} if dull else {"", "truncated"})
+        assert all((r.dropped == "truncated") == (not r.finished) for r in group if not dull)
     for x in steps:
-        alive = {(r.wave, r.group) for r in found if r.step == x["step"] and r.dropped != "variance"}
+        alive = {(r.wave, r.group) for r in answers if r.step == x["step"] and r.dropped != "variance"}
         assert len(alive) == x["groups"] <= 4
-    assert sum(r.wave > 0 for r in found), "no group was ever replaced"
+    assert sum(r.wave > 0 for r in answers), "no group was ever replaced"
 
 
 @pytest.mark.numeric
@@ -122,8 +124,8 @@ def test_killed_between_checkpoints_gives_the_same_bytes(place: Path, calm: Path
     command = [str(Path(rl_world.__file__)), *places]
     codes, logs = layouts.end(layouts.spawn(command, 1, {"TEST_DISTURB": "0 4 SIGKILL"}))
     assert codes == [-signal.SIGKILL], logs
-    kept = {path.name: path.read_bytes() for path in (tmp_path / "work" / "rollouts").glob("000004-*.parquet")}
-    assert kept
+    files = {path.name: path.read_bytes() for path in (tmp_path / "work" / "rollouts").glob("000004-*.parquet")}
+    assert files
     calls: list[int] = []
     generate = InProcess.generate
 
@@ -137,7 +139,7 @@ def test_killed_between_checkpoints_gives_the_same_bytes(place: Path, calm: Path
     assert world.digest(tmp_path / "out") == world.digest(calm)
     drawn = [r for r in rollouts.read(calm / "rollouts.parquet") if r.step > 4]
     assert sum(calls) == len(drawn), "answers that were on disk were drawn again"
-    assert kept == {name: (tmp_path / "work" / "rollouts" / name).read_bytes() for name in kept}
+    assert files == {name: (tmp_path / "work" / "rollouts" / name).read_bytes() for name in files}
 
 
 def test_a_verifier_out_of_order_stops_the_step_and_loses_nothing(
@@ -226,9 +228,9 @@ def test_two_processes_learn_like_one(place: Path, tmp_path: Path, layout: dict[
     places = [str(p) for p in (place, tmp_path / "work", tmp_path / "two", tmp_path / "config.json")]
     codes, logs = layouts.end(layouts.spawn([str(Path(rl_world.__file__)), *places], 2))
     assert not any(codes), logs
-    found = [[x for x in rl_world.lines(tmp_path / name) if "reward" in x] for name in ("one", "two")]
+    runs = [[x for x in rl_world.lines(tmp_path / name) if "reward" in x] for name in ("one", "two")]
     names = ("loss", "grad_norm", "aux_loss", "reward", "tokens", "importance_ratio", "answers", "policy")
-    first, second = ([{k: x[k] for k in names} for x in run] for run in found)
+    first, second = ([{k: x[k] for k in names} for x in run] for run in runs)
     assert first[0]["policy"] == second[0]["policy"]
     for a, b in zip(first, second, strict=True):
         assert {k: v for k, v in a.items() if k != "policy"} == pytest.approx(

@@ -42,38 +42,38 @@ def wait_for(home: Path, pattern: str, text: str, seconds: float = 200) -> None:
 
 def statements(home: Path, outcome: str) -> dict[str, int]:
     """{key: number of statements with that outcome}."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for folder in (home / "ledger").iterdir():
-        found[folder.name] = sum(
+        counts[folder.name] = sum(
             provenance.outcome(body) == outcome for _, body in provenance.read(home / "ledger", folder.name)
         )
-    return found
+    return counts
 
 
 def test_a_second_run_runs_nothing(smoke_home: Path) -> None:
     before = sorted(str(p) for p in smoke_home.rglob("*"))
-    said = atom(smoke_home, "run", "atom-smoke").stdout
-    assert "37 stages, all sealed already: nothing to run" in said
+    output = atom(smoke_home, "run", "atom-smoke").stdout
+    assert "37 stages, all sealed already: nothing to run" in output
     assert sorted(str(p) for p in smoke_home.rglob("*")) == before
 
 
 def test_every_artifact_has_one_statement_and_its_materials_are_sealed(smoke_home: Path) -> None:
-    found = digests(smoke_home)
+    sealed = digests(smoke_home)
     store = Store(smoke_home)
-    for key, digest in found.items():
-        made = provenance.sealed(store.ledger, store.open(key))
-        assert made, key
-        body = made[1]
+    for key, digest in sealed.items():
+        sealed_by = provenance.sealed(store.ledger, store.open(key))
+        assert sealed_by, key
+        body = sealed_by[1]
         assert body["_type"] == "https://in-toto.io/Statement/v1"
         assert body["predicateType"] == "https://slsa.dev/provenance/v1"
         assert body["subject"] == [{"name": key, "digest": {"sha256": digest}}]
         definition = body["predicate"]["buildDefinition"]
         for d in definition["resolvedDependencies"]:
             if d["uri"].startswith("atom:artifact/"):
-                assert found[d["uri"].removeprefix("atom:artifact/")] == d["digest"]["sha256"]
+                assert sealed[d["uri"].removeprefix("atom:artifact/")] == d["digest"]["sha256"]
         usage = provenance.usage(body)
         assert usage["energy_joules_estimate"] >= 0 and "not measured" in usage["energy_method"]
-    assert statements(smoke_home, "sealed") == dict.fromkeys(found, 1)
+    assert statements(smoke_home, "sealed") == dict.fromkeys(sealed, 1)
     assert not any((smoke_home / "work").iterdir()), "finished stages leave no work folder"
 
 
@@ -86,7 +86,7 @@ def test_reinforcement_learning_moves_the_weights_on_any_processor(smoke_home: P
 
 
 def test_a_statement_repeats_the_summary_of_its_product(smoke_home: Path) -> None:
-    store, told = Store(smoke_home), {}
+    store, summaries = Store(smoke_home), {}
     for folder in sorted(store.artifacts.iterdir()):
         artifact = store.open(folder.name)
         stated = provenance.sealed(store.ledger, artifact)
@@ -98,28 +98,28 @@ def test_a_statement_repeats_the_summary_of_its_product(smoke_home: Path) -> Non
             assert summary["digest"]["sha256"] == rows[0].sha256 and summary["annotations"] == artifact.json(
                 "summary.json"
             )
-            told[folder.name.rpartition("-")[0]] = summary["annotations"]
-    assert set(told) == {"curate", "pretrain", "midtrain", "sft", "rlvr"}
-    assert told["pretrain"]["spikes"] == [] and told["midtrain"]["precision"] == "fp32"
+            summaries[folder.name.rpartition("-")[0]] = summary["annotations"]
+    assert set(summaries) == {"curate", "pretrain", "midtrain", "sft", "rlvr"}
+    assert summaries["pretrain"]["spikes"] == [] and summaries["midtrain"]["precision"] == "fp32"
 
 
 def test_a_product_without_a_number_is_stated_all_the_same(tmp_path: Path) -> None:
     from pipeline.core.store import canonical, write_manifest
 
     (tmp_path / "summary.json").write_text('{"heldout_loss": NaN}')
-    (found,) = provenance.summaries(write_manifest(tmp_path, "pretrain-0"))
-    assert found["annotations"] == {"heldout_loss": "NaN"} and canonical(found)
+    (summary,) = provenance.summaries(write_manifest(tmp_path, "pretrain-0"))
+    assert summary["annotations"] == {"heldout_loss": "NaN"} and canonical(summary)
 
 
 def test_stopped_and_killed_runs_end_in_the_same_bytes(smoke_home: Path, tmp_path: Path) -> None:
     """Ctrl-C in training, then kill -9 of the whole process group at random moments; each leaves sealed or nothing."""
     home = tmp_path / "home"
-    asked = ("run", "atom-smoke", "--until", "rlvr")
-    first = start(home, *asked)
+    command = ("run", "atom-smoke", "--until", "rlvr")
+    first = start(home, *command)
     wait_for(home, "logs/*/pretrain/events.jsonl", '"done"')
     os.killpg(first.pid, signal.SIGINT)
-    said = first.communicate(timeout=60)[0]
-    assert first.returncode == 130 and "stopped; run the same command to go on from here" in said, said
+    output = first.communicate(timeout=60)[0]
+    assert first.returncode == 130 and "stopped; run the same command to go on from here" in output, output
     key = next(p.name for p in (home / "work").iterdir() if p.name.startswith("pretrain-"))
     present = holder(home / "work" / key)
     assert present and not present.alive, "the lease is given back"
@@ -128,25 +128,25 @@ def test_stopped_and_killed_runs_end_in_the_same_bytes(smoke_home: Path, tmp_pat
 
     rng = random.Random(20261125)
     for _ in range(4):
-        run = start(home, *asked)
+        run = start(home, *command)
         time.sleep(rng.uniform(2, 12))
         os.killpg(run.pid, signal.SIGKILL)
         run.communicate()
         digests(home)
-    atom(home, *asked)
-    found = digests(home)
-    assert found.items() <= digests(smoke_home).items() and any(key.startswith("rlvr-") for key in found)
+    atom(home, *command)
+    sealed = digests(home)
+    assert sealed.items() <= digests(smoke_home).items() and any(key.startswith("rlvr-") for key in sealed)
 
 
 def test_two_processes_share_the_work(smoke_home: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     both = [start(home, "run", "atom-smoke", "--until", "order-midtrain") for _ in range(2)]
     for run in both:
-        said = run.communicate(timeout=300)[0]
-        assert run.returncode == 0, said
-    found = digests(home)
-    assert len(found) == 12 and found.items() <= digests(smoke_home).items()
-    assert statements(home, "sealed") == dict.fromkeys(found, 1), "no stage was done twice"
+        output = run.communicate(timeout=300)[0]
+        assert run.returncode == 0, output
+    sealed = digests(home)
+    assert len(sealed) == 12 and sealed.items() <= digests(smoke_home).items()
+    assert statements(home, "sealed") == dict.fromkeys(sealed, 1), "no stage was done twice"
 
 
 def test_a_worker_outlives_its_driver_and_the_next_run_waits_for_it(tmp_path: Path) -> None:
@@ -201,8 +201,8 @@ def test_plan_tells_state_and_cost_as_json(smoke_home: Path, tmp_path: Path) -> 
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_2(tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
-    said = atom(tmp_path / "home", *arguments, code=2).stderr
-    assert said.startswith(f"atom: {sentence}") and said.count("\n") == 1 and "Traceback" not in said
+    stderr = atom(tmp_path / "home", *arguments, code=2).stderr
+    assert stderr.startswith(f"atom: {sentence}") and stderr.count("\n") == 1 and "Traceback" not in stderr
 
 
 def test_plan_and_help_import_nothing_heavy() -> None:
@@ -215,5 +215,5 @@ def test_plan_and_help_import_nothing_heavy() -> None:
         "    except SystemExit: pass\n"
         "    print('LOADED', sorted(set(heavy) & set(sys.modules)))\n"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.count("LOADED []") == 2, said
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.count("LOADED []") == 2, output

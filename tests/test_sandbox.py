@@ -46,7 +46,7 @@ def cell() -> Iterator[Cell]:
 def run(request: pytest.FixtureRequest, cell: Cell, copy: Path) -> Run:  # noqa: F811
     """run(source, **limits) -> Outcome, by this user in a cell that all tests share, and by one with no rights at all."""
 
-    def here(source: str, **limits: Any) -> Outcome:
+    def run_program(source: str, **limits: Any) -> Outcome:
         if not limits:
             return cell.run(Program(source))
         with Pool(1, Limits(**{**asdict(LIMITS), **limits})) as pool:
@@ -56,19 +56,19 @@ def run(request: pytest.FixtureRequest, cell: Cell, copy: Path) -> Run:  # noqa:
         with UserPool(copy, 1, Limits(**{**asdict(LIMITS), **limits})) as pool:
             return pool.run([Program(source)])[0]
 
-    return here if request.param == "here" else user
+    return run_program if request.param == "here" else user
 
 
 def alive(marker: str) -> list[int]:
     """Processes of this machine with the marker in their command line."""
-    found = []
+    pids = []
     for folder in Path("/proc").iterdir():
         try:
             if folder.name.isdigit() and marker.encode() in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
+                pids.append(int(folder.name))
         except OSError:
             continue
-    return found
+    return pids
 
 
 def test_a_program_runs(run: Run) -> None:
@@ -92,8 +92,8 @@ def test_forks_stop_at_the_limit(run: Run) -> None:
         "import os, time\nn = 0\ntry:\n    while n < 2000:\n        if os.fork() == 0: time.sleep(60)\n        n += 1\n"
     )
     outcome = run(count + "except OSError as e: print(n, type(e).__name__)")
-    made, error = outcome.stdout.split()
-    assert error == "BlockingIOError" and 10 <= int(made) < 16 + OWN_PROCESSES
+    forks, error = outcome.stdout.split()
+    assert error == "BlockingIOError" and 10 <= int(forks) < 16 + OWN_PROCESSES
     threads = "import threading, time\nn = 0\ntry:\n    while n < 2000:\n        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n        n += 1\nexcept RuntimeError: print(n)"
     assert 10 <= int(run(threads).stdout) < 16 + OWN_PROCESSES
 
@@ -197,14 +197,14 @@ for kind, where in [(2, ('127.0.0.1', {port})), (2, ('localhost', {port})), (2, 
     try: socket.socket(kind).connect(where); print('reached', where)
     except OSError as e: print(type(e).__name__)
 """
-        said = run(attack).stdout.split()
-        assert len(said) == 4 and set(said) <= {"ConnectionRefusedError", "OSError", "gaierror"}
+        errors = run(attack).stdout.split()
+        assert len(errors) == 4 and set(errors) <= {"ConnectionRefusedError", "OSError", "gaierror"}
         for server in (host, local):
             server.settimeout(0.2)
             with pytest.raises(TimeoutError):
                 server.accept()
-        own = subprocess.run([sys.executable, "-c", attack], capture_output=True, text=True)
-        assert own.stdout.count("reached") == 4, f"outside, the same connects: {own.stdout}{own.stderr}"
+        process = subprocess.run([sys.executable, "-c", attack], capture_output=True, text=True)
+        assert process.stdout.count("reached") == 4, f"outside, the same connects: {process.stdout}{process.stderr}"
 
 
 def _address() -> str:
@@ -233,8 +233,8 @@ for path in ['{secret}', '/tmp/link', '/tmp/up', '/tmp/root', '{ROOT}/README.md'
 print(sorted(os.environ), os.getuid(), os.listdir('/tmp'))
 """
     names = "['HOME', 'LANG', 'MALLOC_ARENA_MAX', 'PWD', 'PYTHONHASHSEED']"
-    said = run(attack).stdout
-    assert said.replace("'LC_CTYPE', ", "") == f"{names} 65534 ['root', 'up', 'link']\n", said
+    output = run(attack).stdout
+    assert output.replace("'LC_CTYPE', ", "") == f"{names} 65534 ['root', 'up', 'link']\n", output
 
 
 def test_no_rights_to_gain(run: Run) -> None:
@@ -272,8 +272,8 @@ for device in ('null', 'zero', 'random', 'urandom'):
     before = [os.stat(node) for node in nodes]
     assert run(attack).stdout == "1 0\n1 2\n1 2\n1 2\n"
     for node, was in zip(nodes, before, strict=True):
-        now = os.stat(node)
-        assert [now.st_mode, now.st_uid, now.st_gid, now.st_mtime_ns, now.st_ctime_ns] == [
+        status = os.stat(node)
+        assert [status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, status.st_ctime_ns] == [
             was.st_mode, was.st_uid, was.st_gid, was.st_mtime_ns, was.st_ctime_ns,
         ]  # fmt: skip
 
@@ -346,8 +346,12 @@ print('alive')
 
 def test_a_machine_without_a_list_of_calls_is_refused() -> None:
     look = "from stages.rl.sandbox import missing; print(missing())"
-    done = subprocess.run(["setarch", "linux32", sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.startswith("the sandbox cannot start: the list of system calls"), done.stdout + done.stderr
+    process = subprocess.run(
+        ["setarch", "linux32", sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.stdout.startswith("the sandbox cannot start: the list of system calls"), (
+        process.stdout + process.stderr
+    )
 
 
 def test_the_list_of_calls_is_the_kernels() -> None:
@@ -390,12 +394,12 @@ if os.fork() == 0:
 os.read(r, 1)
 time.sleep(float('SECONDS'))
 """
-    seen: list[int] = []
-    waiter = threading.Thread(target=lambda: seen.append(len(_until(lambda: alive(marker)))))
+    counts: list[int] = []
+    waiter = threading.Thread(target=lambda: counts.append(len(_until(lambda: alive(marker)))))
     waiter.start()
     assert run(daemon.replace("SECONDS", "1")).status == "ok"
     waiter.join()
-    assert seen[0], "it did run"
+    assert counts[0], "it did run"
     assert not alive(marker)
     assert run(daemon.replace("SECONDS", "99"), wall_seconds=2).status == "timeout"
     assert not alive(marker)
@@ -403,9 +407,9 @@ time.sleep(float('SECONDS'))
 
 def _until(true: Callable[[], Any], seconds: float = 20.0) -> Any:
     end = time.monotonic() + seconds
-    while not (found := true()) and time.monotonic() < end:
+    while not (value := true()) and time.monotonic() < end:
         time.sleep(0.02)
-    return found or []
+    return value or []
 
 
 def test_nothing_passes_from_one_program_to_the_next(cell: Cell) -> None:
@@ -461,13 +465,13 @@ def test_a_cell_that_is_killed_starts_again() -> None:
         assert pool.run([Program("import time; time.sleep(1.5); print('to its end')")])[0].stdout == "to its end\n"
 
 
-def killing(times: int, tried: list[int]) -> Callable[[list[Cell], int], str]:
+def killing(times: int, attempts: list[int]) -> Callable[[list[Cell], int], str]:
     """Work on an item that kills its cell in its first attempts, if the item is 3."""
 
     def work(cells: list[Cell], item: int) -> str:
         if item == 3:
-            tried.append(item)
-        kills = item == 3 and len(tried) <= times
+            attempts.append(item)
+        kills = item == 3 and len(attempts) <= times
         seconds = 9 if kills else 0.1  # it must not end before it is killed
         job = {"role": "program", "source": f"import time; time.sleep({seconds}); print({item})", "stdin": ""}
         with cells[0].begin(job) as running:
@@ -479,12 +483,12 @@ def killing(times: int, tried: list[int]) -> Callable[[list[Cell], int], str]:
 
 
 def test_what_kills_its_sandbox_each_time_is_to_blame_and_nothing_else_is() -> None:
-    tried: list[int] = []
+    attempts: list[int] = []
     with Pool(2, LIMITS) as pool:
-        outcome = pool.map(killing(99, tried), range(6), lambda item: f"blamed: {item}")
-        assert outcome == ["0", "1", "2", "blamed: 3", "4", "5"] and len(tried) == ATTEMPTS
-        tried.clear()
-        outcome = pool.map(killing(ATTEMPTS - 1, tried), range(6), lambda item: f"blamed: {item}")
+        outcome = pool.each(killing(99, attempts), range(6), lambda item: f"blamed: {item}")
+        assert outcome == ["0", "1", "2", "blamed: 3", "4", "5"] and len(attempts) == ATTEMPTS
+        attempts.clear()
+        outcome = pool.each(killing(ATTEMPTS - 1, attempts), range(6), lambda item: f"blamed: {item}")
         assert outcome == ["0", "1", "2", "3", "4", "5"], "killed from outside, and not each time"
 
 
@@ -561,8 +565,8 @@ def test_root_is_refused_without_control_groups(monkeypatch: pytest.MonkeyPatch)
 
 def test_where_control_groups_lie() -> None:
     one = "31 24 0:28 / /sys/fs/cgroup/pids rw,relatime shared:9 - cgroup cgroup rw,pids\n30 24 0:27 /job /mnt/mem rw - cgroup cgroup rw,memory"
-    found = homes(one, "8:pids:/\n4:memory:/job/step\n0::/")
-    assert found == {
+    places = homes(one, "8:pids:/\n4:memory:/job/step\n0::/")
+    assert places == {
         "pids": Home(1, Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup/pids")),
         "memory": Home(1, Path("/mnt/mem"), Path("/mnt/mem/step")),
     }

@@ -43,8 +43,8 @@ def test_new_outputs_are_scored_by_the_latest_version() -> None:
     for name, version in scorers.LATEST.items():
         known = [int(number) for other, number in scorers.SCORERS if other == name]
         assert int(version) == max(known), name
-        made = Courtesy() if name == "courtesy" else make_verifier(name)
-        assert (made.name, made.version) == (name, version)
+        current = Courtesy() if name == "courtesy" else verifier(name)
+        assert (current.name, current.version) == (name, version)
 
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -65,13 +65,13 @@ TEXTS = [
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_a_verifier_scores_as_its_frozen_file(name: str) -> None:
     """What a release states is what verification computes again."""
-    made = Courtesy() if name == "courtesy" else make_verifier(name)
-    scorer = name, made.version
+    current = Courtesy() if name == "courtesy" else verifier(name)
+    scorer = name, current.version
     for finished in (True, False):
-        responses = [Response.parse(text, finished) for text in TEXTS]
-        earned = made.score([(ROWS[name], response) for response in responses])
-        again = [scorers.SCORERS[scorer](ROWS[name], scorers.RESPONSES[scorer](text), finished) for text in TEXTS]
-        assert earned == again
+        responses = [Response.of(text, finished) for text in TEXTS]
+        earned = current.score([(ROWS[name], response) for response in responses])
+        rescored = [scorers.SCORERS[scorer](ROWS[name], scorers.RESPONSES[scorer](text), finished) for text in TEXTS]
+        assert earned == rescored
 
 
 @pytest.mark.parametrize(

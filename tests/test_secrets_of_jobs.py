@@ -56,26 +56,28 @@ def test_names_and_values_decide() -> None:
 
 def test_the_shell_has_the_same_rule() -> None:
     lines = [*clean_environment.shell(), "env -0"]
-    named = {
-        name: value for name, value in SECRETS.items() if clean_environment.is_secret(name) or name == "TEAM_LOGIN"
-    }
+    secrets = {name: value for name, value in SECRETS.items() if clean_environment.secret(name) or name == "TEAM_LOGIN"}
     function = {"BASH_FUNC_planted%%": f"() {{ echo {PLANTED}; }}"}
-    done = subprocess.run(["bash", "-c", "\n".join(lines)], env={**named, **function, **NEEDED}, capture_output=True)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    left = dict(entry.split("=", 1) for entry in done.stdout.decode().split("\0") if entry)
-    assert PLANTED not in done.stdout.decode()
-    assert left.keys() - {"PWD", "SHLVL", "_"} == NEEDED.keys() and all(left[name] == NEEDED[name] for name in NEEDED)
+    process = subprocess.run(
+        ["bash", "-c", "\n".join(lines)], env={**secrets, **function, **NEEDED}, capture_output=True
+    )
+    assert process.returncode == 0 and not process.stderr, process.stderr
+    variables = dict(entry.split("=", 1) for entry in process.stdout.decode().split("\0") if entry)
+    assert PLANTED not in process.stdout.decode()
+    assert variables.keys() - {"PWD", "SHLVL", "_"} == NEEDED.keys() and all(
+        variables[name] == NEEDED[name] for name in NEEDED
+    )
 
 
 def test_a_profile_that_would_carry_a_secret_is_refused(tmp_path: Path) -> None:
     text = Path(cluster_profile.__file__).parents[1].joinpath("clusters/dev.yaml").read_text()
     path = tmp_path / "mine.yaml"
-    for more, words in (
+    for section, words in (
         ("  forward: [HF_TOKEN]\n", "HF_TOKEN looks like a secret"),
         ("  forward: [MLFLOW_TRACKING_PASSWORD]\n", "~/.mlflow/credentials"),
         ("  forward: [AWS_SECRET_ACCESS_KEY]\n", "no secret reaches a job"),
     ):
-        path.write_text(text + more)
+        path.write_text(text + section)
         with pytest.raises(RecipeError, match=words) as error:
             cluster_profile.load(str(path))
         assert "\n" not in str(error.value)
@@ -95,11 +97,16 @@ def test_what_setup_or_an_image_sets_is_dropped_unless_the_profile_names_it(tmp_
         "print(Path('/proc/self/environ').read_bytes())"
     )
     root = Path(cluster_profile.__file__).parents[2]
-    more = {"MINE": "x", "MLFLOW_TRACKING_URI": "https://me@host", "OF_IMAGE": "x", "PYTHONPATH": f"{tmp_path}:{root}"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**SECRETS, **NEEDED, **more}, capture_output=True, text=True, check=True
+    variables = {
+        "MINE": "x",
+        "MLFLOW_TRACKING_URI": "https://me@host",
+        "OF_IMAGE": "x",
+        "PYTHONPATH": f"{tmp_path}:{root}",
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", code], env={**SECRETS, **NEEDED, **variables}, capture_output=True, text=True, check=True
     )
-    first, names, block = done.stdout.splitlines()
+    first, names, block = process.stdout.splitlines()
     dropped = set(first.partition("without ")[2].partition(":")[0].split(", "))
     assert dropped == SECRETS.keys() - {"MLFLOW_TRACKING_URI"} | {"OF_IMAGE"}
     assert set(names.split()[1:]) - {"LC_CTYPE"} == NEEDED.keys() | {"MINE", "MLFLOW_TRACKING_URI"}
@@ -113,11 +120,11 @@ def test_a_stage_here_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     store, graph = Store(tmp_path / "home"), world.graph(tmp_path / "act", "environment", ranks=1)
     (tmp_path / "act" / "go").touch()
     (name,) = graph.nodes
-    this = runs.start(graph, store, [name], "local")
+    run = runs.start(graph, store, [name], "local")
     with Display(Console(quiet=True)) as display:
-        LocalLauncher(graph, store, this, [name], cluster_profile.load("local"), display).go()
+        LocalLauncher(graph, store, run, [name], cluster_profile.load("local"), display).go()
     assert os.environ["HF_TOKEN"] == PLANTED, "what runs the stages keeps its own"
-    for who in ("stage", "child"):
-        seen = (tmp_path / "act" / f"{who}.environ").read_bytes()
-        assert PLANTED.encode() not in seen and PLANTED.replace("-", "").encode() not in seen, seen
-        assert b"NCCL_SOCKET_IFNAME=lo" in seen and b"PATH=" in seen
+    for role in ("stage", "child"):
+        environ = (tmp_path / "act" / f"{role}.environ").read_bytes()
+        assert PLANTED.encode() not in environ and PLANTED.replace("-", "").encode() not in environ, environ
+        assert b"NCCL_SOCKET_IFNAME=lo" in environ and b"PATH=" in environ

@@ -41,9 +41,9 @@ def signer(tmp_path_factory: pytest.TempPathFactory) -> sign.Signer:
 
 @pytest.fixture(scope="module")
 def signed(built: Path, signer: sign.Signer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = Path(shutil.copytree(built, tmp_path_factory.mktemp("signed") / built.name))
-    sign.sign(made, signer)
-    return made
+    copy = Path(shutil.copytree(built, tmp_path_factory.mktemp("signed") / built.name))
+    sign.sign(copy, signer)
+    return copy
 
 
 @pytest.fixture
@@ -55,16 +55,16 @@ ANYONE = Trust()
 
 
 def verdict(folder: Path, trust: Trust = ANYONE) -> tuple[bool | None, list[str] | str]:
-    found = next(check for check in verify(folder, trust=trust).checks if check.name == "signatures")
-    return found.ok, found.wrong or found.detail
+    result = next(check for check in verify(folder, trust=trust).checks if check.name == "signatures")
+    return result.ok, result.wrong or result.detail
 
 
 def test_a_signed_release_and_every_repository_alone(signed: Path, signer: sign.Signer, tmp_path: Path) -> None:
     name = sign.fingerprint(signer.public_key())
-    ok, said = verdict(signed, Trust(name))
-    assert ok and said == f"{len(repositories(signed))} repositories signed by {name}"
-    ok, said = verdict(signed)
-    assert ok and "nothing but the release itself says whose key that is" in said
+    ok, detail = verdict(signed, Trust(name))
+    assert ok and detail == f"{len(repositories(signed))} repositories signed by {name}"
+    ok, detail = verdict(signed)
+    assert ok and "nothing but the release itself says whose key that is" in detail
     for place in repositories(signed):
         folder = tmp_path / (place.folder.replace("/", "_") or "root")
         for path in [*files_of(signed, place), SUMS, sign.SIGNATURE, sign.PUBLIC_KEY]:
@@ -75,11 +75,15 @@ def test_a_signed_release_and_every_repository_alone(signed: Path, signer: sign.
         (folder / ".cache/huggingface/x.metadata").write_text("x\n")
         assert verdict(folder, Trust(str(folder / sign.PUBLIC_KEY)))[0], place
         stock = [sys.executable, "-m", "model_signing", "verify", "key", "--signature", str(folder / sign.SIGNATURE)]
-        done = subprocess.run([*stock, "--public_key", str(folder / sign.PUBLIC_KEY), str(folder)], capture_output=True)
-        assert done.returncode == 0 and b"Verification succeeded" in done.stdout, done
+        process = subprocess.run(
+            [*stock, "--public_key", str(folder / sign.PUBLIC_KEY), str(folder)], capture_output=True
+        )
+        assert process.returncode == 0 and b"Verification succeeded" in process.stdout, process
         (folder / "more.txt").write_text("x")
-        done = subprocess.run([*stock, "--public_key", str(folder / sign.PUBLIC_KEY), str(folder)], capture_output=True)
-        assert done.returncode != 0, "the stock tool sees what was added"
+        process = subprocess.run(
+            [*stock, "--public_key", str(folder / sign.PUBLIC_KEY), str(folder)], capture_output=True
+        )
+        assert process.returncode != 0, "the stock tool sees what was added"
 
 
 def altered(release: Path) -> str:
@@ -164,11 +168,13 @@ def test_one_repository_without_and_a_release_without(release: Path, signer: sig
 
 
 def certificate(name: str, issuer: str, of: ec.EllipticCurvePrivateKey, by: ec.EllipticCurvePrivateKey) -> bytes:
-    def called(text: str) -> x509.Name:
+    def common_name(text: str) -> x509.Name:
         return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
     start = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
-    builder = x509.CertificateBuilder(called(issuer), called(name), of.public_key(), x509.random_serial_number())
+    builder = x509.CertificateBuilder(
+        common_name(issuer), common_name(name), of.public_key(), x509.random_serial_number()
+    )
     builder = builder.not_valid_before(start).not_valid_after(start + datetime.timedelta(days=3650))
     root = name == issuer
     builder = builder.add_extension(x509.BasicConstraints(ca=root, path_length=None), critical=True)

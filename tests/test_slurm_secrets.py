@@ -50,16 +50,16 @@ def test_no_token_reaches_a_stage(login_token: None, tmp_path: Path, monkeypatch
     settings = cluster_profile.load(slurm_world.write_profile(tmp_path, environment=environment, setup=setup))
     store, graph = Store(tmp_path / "home"), world.graph(tmp_path / "act", "environment", ranks=1)
     (name,) = graph.nodes
-    made = slurm.submit(graph, store, [name], settings, "dev")
-    job = made.submitted[name]
+    submission = slurm.submit(graph, store, [name], settings, "dev")
+    job = submission.submitted[name]
     child = slurm_world.until(lambda: next((tmp_path / "act").glob("child.environ"), None), "a child of the stage")
     processes = {"child": int(child.with_name("child").read_text())}
     processes |= {path.name: int(path.read_text()) for path in (tmp_path / "act").glob("pid-*")}
     assert len(processes) == 2
-    for who, pid in processes.items():
-        seen = Path(f"/proc/{pid}/environ").read_bytes()
-        assert PLANTED.encode() not in seen and PLANTED.replace("-", "").encode() not in seen, (who, seen)
-        names = {entry.partition(b"=")[0].decode() for entry in seen.split(b"\0")}
+    for role, pid in processes.items():
+        environ = Path(f"/proc/{pid}/environ").read_bytes()
+        assert PLANTED.encode() not in environ and PLANTED.replace("-", "").encode() not in environ, (role, environ)
+        names = {entry.partition(b"=")[0].decode() for entry in environ.split(b"\0")}
         assert {
             "PATH",
             "HOME",
@@ -76,11 +76,11 @@ def test_no_token_reaches_a_stage(login_token: None, tmp_path: Path, monkeypatch
         if f"SLURM_JOB_ID={job}".encode() in (text := _read(path)) and (b"LOGIN_TOKEN" in text or b"HF_TOKEN" in text)
     ]
     assert not outside_setup, "nor is it in any other process of the job"
-    script = next(made.run.folder.glob("*/submitit/*_submission.sh")).read_text()
+    script = next(submission.run.folder.glob("*/submitit/*_submission.sh")).read_text()
     assert "#SBATCH --export=NIL\n" in script and PLANTED not in script.replace("\n".join(setup), "")
     (tmp_path / "act" / "go").touch()
     slurm_world.until(lambda: store.sealed(graph.nodes[name].key), "its end")
-    log = next(made.run.folder.glob("*/submitit/*_0_log.out")).read_text()
+    log = next(submission.run.folder.glob("*/submitit/*_0_log.out")).read_text()
     assert "begins anew without" in log and "SETUP_TOKEN" in log and PLANTED not in log
 
 

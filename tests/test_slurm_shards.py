@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import slurm_world as world
 from conftest import atom
-from slurm_acts import SOAK, settled, status
+from slurm_acts import SOAK, finished_stages, status
 
 pytestmark = world.ON_SLURM
 
@@ -39,8 +39,8 @@ def test_curation_in_an_array_gives_the_same_bytes(
         word = b"submitit.core._submit"
 
         def three() -> list[int]:
-            found = [pid for n in range(1, 5) for pid in world.processes(f"n{n}", word)]
-            return found if len(found) >= 6 else []  # each with its srun
+            pids = [pid for n in range(1, 5) for pid in world.processes(f"n{n}", word)]
+            return pids if len(pids) >= 6 else []  # each with its srun
 
         world.kill(world.until(three, "three tasks"))
     world.until(lambda: world.sealed(home, "tokenize"), "tokenize sealed")
@@ -65,7 +65,7 @@ def test_a_damaged_input_is_reported_and_stops_what_waits(acquired: Path, tmp_pa
     documents = next(home.glob("artifacts/acquire-sums-*/documents.parquet"))
     documents.write_bytes(b"x" * documents.stat().st_size)
     atom(home, "submit", recipe, "--cluster", cluster, "--until", "tokenize")
-    stages = world.until(lambda: settled(home), "an end")
+    stages = world.until(lambda: finished_stages(home), "an end")
     assert stages["filter"]["state"] == "failed"
     assert re.match(
         r"its inputs: artifact acquire-sums-\S+ file documents.parquet is damaged", stages["filter"]["message"]

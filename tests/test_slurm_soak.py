@@ -12,21 +12,21 @@ import pytest
 import slurm_world as world
 import yaml
 from conftest import atom, digests
-from slurm_acts import AGAIN, AT_LENGTH, SOAK, finish, node_crash, node_down, rank_killed, status
+from slurm_acts import AT_LENGTH, RESTARTED, SOAK, finish, node_crash, node_down, rank_killed, status
 
 pytestmark = world.ON_SLURM
 
 
-def until(what: Callable[[], bool], why: str, home: Path) -> None:
+def until(condition: Callable[[], bool], why: str, home: Path) -> None:
     """Waits, and does what status advises where Slurm holds a job back: a controller that was killed while it started the
     job may start it twice, and takes that for a fault of the node."""
     for _ in range(30):
         try:
-            return world.until(what, why, 30)
+            return world.until(condition, why, 30)
         except AssertionError:
             if any("retry" in stage.get("reason", "") for stage in status(home)["stages"]):
                 atom(home, "retry")
-    world.until(what, why, 1)
+    world.until(condition, why, 1)
 
 
 @pytest.mark.skipif(not SOAK, reason="ten minutes each; see `make soak`")
@@ -42,7 +42,7 @@ def test_the_same_bytes_after_everything_in_random_order(seed: int, upstream: Pa
     atom(folder / "calm/home", "run", recipe, "--until", "pretrain")
     cluster = world.write_profile(folder, train={"partition": "low"}, restarts=20)
     atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain")
-    kinds = [*AGAIN, *AT_LENGTH]
+    kinds = [*RESTARTED, *AT_LENGTH]
     rng.shuffle(kinds)
     for number, disturb in enumerate(kinds):
         steps = 20 + 40 * number
@@ -71,19 +71,19 @@ def test_a_whole_recipe_in_disorder_has_the_digests_of_a_quiet_one(seed: int, tm
     atom(home, "submit", recipe, "--cluster", cluster)
     kinds: list[Callable[[Path, str], None]] = []
     while True:
-        told = told_truly(home)
-        if all(stage["state"] == "sealed" for stage in told["stages"]):
+        report = told_truly(home)
+        if all(stage["state"] == "sealed" for stage in report["stages"]):
             break
-        bad = [stage for stage in told["stages"] if stage["state"] in ("failed", "cancelled")]
+        bad = [stage for stage in report["stages"] if stage["state"] in ("failed", "cancelled")]
         assert not bad, bad
-        if any(stage["state"] == "lost" or "retry" in stage.get("reason", "") for stage in told["stages"]):
+        if any(stage["state"] == "lost" or "retry" in stage.get("reason", "") for stage in report["stages"]):
             atom(home, "retry")
-        running = [stage["name"] for stage in told["stages"] if stage["state"] == "running"]
+        running = [stage["name"] for stage in report["stages"] if stage["state"] == "running"]
         if not running or rng.random() < 0.5:
             time.sleep(rng.random() * 8)
             continue
         if not kinds:
-            kinds = rng.sample([*AGAIN, node_down, node_crash, rank_killed], len(AGAIN) + 3)
+            kinds = rng.sample([*RESTARTED, node_down, node_crash, rank_killed], len(RESTARTED) + 3)
         disturb, stage = kinds.pop(), rng.choice(running)
         print(f"{disturb.__name__}: {stage}", flush=True)
         try:
@@ -101,17 +101,17 @@ def running_now(home: Path) -> list[str]:
 def told_truly(home: Path) -> dict:
     """What status says, after a comparison with what Slurm said just before and after."""
 
-    def now() -> dict[str, str]:
+    def job_states() -> dict[str, str]:
         return dict(line.split("|") for line in world.slurm("squeue", "-h", "-t", "all", "-o", "%i|%T").splitlines())
 
-    before, told, after = now(), status(home), now()
-    for stage in told["stages"]:
+    before, report, after = job_states(), status(home), job_states()
+    for stage in report["stages"]:
         state = before.get(stage.get("job", ""))
         if state != after.get(stage.get("job", "")) or state is None or stage["state"] in ("lost", "sealed"):
             continue  # it was changing; or Slurm has another job of that number; or the artifact says more
         expected = {"COMPLETED": "sealed", "NODE_FAIL": "failed", "TIMEOUT": "failed"}.get(state, state.lower())
         assert stage["state"] == expected, (stage, state)
-    return told
+    return report
 
 
 @pytest.mark.skipif(not SOAK, reason="four minutes; see `make soak`; `told_to_save` sends the same signal by hand")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import slurm_world as world
 from conftest import atom
-from slurm_acts import finish, settled, submit
+from slurm_acts import finish, finished_stages, submit
 
 pytestmark = world.ON_SLURM
 
@@ -37,8 +37,8 @@ def test_submitting_twice_attaches_and_two_at_once_share(home: Path, calm: str) 
         subprocess.Popen(command, env={**os.environ, "ATOM_HOME": str(home)}, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    told = [json.loads(each.communicate(timeout=60)[0]) for each in both]
-    assert sorted(list(each["submitted"]) for each in told) == [[], ["pretrain"]]
+    reports = [json.loads(each.communicate(timeout=60)[0]) for each in both]
+    assert sorted(list(each["submitted"]) for each in reports) == [[], ["pretrain"]]
     third = json.loads(atom(home, "submit", recipe, "--cluster", cluster, "--until", "pretrain", "--json").stdout)
     assert third["attached"] == {"pretrain": world.job_of(home, "pretrain")} and not third["submitted"]
     assert finish(home) == calm
@@ -61,7 +61,7 @@ def test_jobs_run_from_the_code_as_it_was(home: Path, tmp_path: Path) -> None:
     )
     assert f"PYTHONPATH={code}".encode() in environment
     assert "pretrain" in atom(home, "cancel").stdout
-    world.until(lambda: settled(home), "an end")
+    world.until(lambda: finished_stages(home), "an end")
     assert world.attempts(home, "pretrain") == 1, "what is cancelled does not come back"
 
 
@@ -83,9 +83,9 @@ def test_what_slurm_or_the_schema_refuses_is_one_sentence_and_leaves_nothing(
 ) -> None:
     folder = home.parent
     recipe, cluster = world.write_recipe(folder), world.write_profile(folder, **changed)
-    for more in ((), ("--dry-run",)):
-        said = atom(home, "submit", recipe, "--cluster", cluster, "--until", "midtrain", *more, code=2).stderr
-        assert said.count("\n") == 1 and words in said, said
+    for options in ((), ("--dry-run",)):
+        stderr = atom(home, "submit", recipe, "--cluster", cluster, "--until", "midtrain", *options, code=2).stderr
+        assert stderr.count("\n") == 1 and words in stderr, stderr
     assert not world.slurm("squeue", "-h", "--me", "-t", "pending,running")
     assert not list(home.glob("jobs/*.json"))
 
@@ -104,17 +104,17 @@ def test_a_second_test_cluster_is_refused_in_one_sentence_and_takes_down_nothing
 
 def test_without_slurm_one_sentence(home: Path, tmp_path: Path) -> None:
     recipe, cluster = world.write_recipe(tmp_path), world.write_profile(tmp_path)
-    asked = ("submit", recipe, "--cluster", cluster, "--until", "pretrain")
-    said = atom(home, *asked, code=2, PATH=str(tmp_path)).stderr
-    assert said.count("\n") == 1 and "there is no s" in said and "atom run" in said
+    command = ("submit", recipe, "--cluster", cluster, "--until", "pretrain")
+    stderr = atom(home, *command, code=2, PATH=str(tmp_path)).stderr
+    assert stderr.count("\n") == 1 and "there is no s" in stderr and "atom run" in stderr
     dead = tmp_path / "slurm.conf"
     text = Path(os.environ["SLURM_CONF"]).read_text()
     dead.write_text(re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=45999", text))
     shutil.copy(world.PLACE / "etc/slurm.key", tmp_path)
-    said = atom(home, *asked, code=2, SLURM_CONF=str(dead)).stderr
-    assert said.count("\n") == 1 and "squeue failed: " in said and "ontroller" in said
-    said = atom(home, "submit", recipe, "--cluster", "local", code=2).stderr
-    assert said.count("\n") == 1 and "has no section slurm" in said
+    stderr = atom(home, *command, code=2, SLURM_CONF=str(dead)).stderr
+    assert stderr.count("\n") == 1 and "squeue failed: " in stderr and "ontroller" in stderr
+    stderr = atom(home, "submit", recipe, "--cluster", "local", code=2).stderr
+    assert stderr.count("\n") == 1 and "has no section slurm" in stderr
 
 
 def test_other_profiles_give_the_same_keys_and_scripts_of_their_own(home: Path) -> None:
@@ -134,10 +134,10 @@ def test_other_profiles_give_the_same_keys_and_scripts_of_their_own(home: Path) 
         "h100-modules": ["/shared/envs/atom/bin/python -u -m submitit", "#SBATCH --constraint=h100", "ulimit -n 65536"],
     }.items():
         run = slurm.Run("test", home.parent / name, {})
-        made = slurm.executor_of(
+        executor = slurm.executor_of(
             store, run, composed.nodes["pretrain"], cluster_profile.load(name), Path("/code"), ["7", "8"]
         )
-        text = made._make_submission_file_text(made._submitit_command_str, "")
+        text = executor._make_submission_file_text(executor._submitit_command_str, "")
         for word in [
             *words,
             "#SBATCH --dependency=afterok:7:8",

@@ -13,8 +13,8 @@ import slurm_world as world
 from conftest import atom
 from mlflow import MlflowClient
 from slurm_acts import (
-    AGAIN,
     AT_LENGTH,
+    RESTARTED,
     SOAK,
     finish,
     first_rank_killed,
@@ -31,7 +31,7 @@ from release.hub.local.server import free_port
 pytestmark = world.ON_SLURM
 
 
-@pytest.mark.parametrize("disturb", AGAIN | (AT_LENGTH if SOAK else {}), ids=lambda x: x.__name__)
+@pytest.mark.parametrize("disturb", RESTARTED | (AT_LENGTH if SOAK else {}), ids=lambda x: x.__name__)
 def test_the_same_bytes_after(disturb: Callable[[Path], None], home: Path, calm: str) -> None:
     partition = "low" if disturb is preempt else "test"
     hang = {"watchdog_timeout_seconds": 8.0} if disturb in (rank_hangs, first_rank_killed) else {}
@@ -41,10 +41,10 @@ def test_the_same_bytes_after(disturb: Callable[[Path], None], home: Path, calm:
     world.until(lambda: world.reached(home, "pretrain", 12), "step 12")
     disturb(home)
     assert finish(home) == calm
-    if (again := (AGAIN | AT_LENGTH)[disturb]) is not None:
-        assert (world.attempts(home, "pretrain") > 1) == again
-    told = world.until(lambda: (s := status(home)) and not s["unknown"] and s, "what Slurm says")
-    stage = next(stage for stage in told["stages"] if stage["name"] == "pretrain")
+    if (restarted := (RESTARTED | AT_LENGTH)[disturb]) is not None:
+        assert (world.attempts(home, "pretrain") > 1) == restarted
+    report = world.until(lambda: (s := status(home)) and not s["unknown"] and s, "what Slurm says")
+    stage = next(stage for stage in report["stages"] if stage["name"] == "pretrain")
     assert (stage["state"], stage.get("restarts", 0)) == ("sealed", world.attempts(home, "pretrain") - 1)
 
 
@@ -70,8 +70,8 @@ def test_jobs_send_to_a_tracking_server_and_go_on_without_it(home: Path, tmp_pat
 
     def steps(uri: str) -> list[int]:
         client = MlflowClient(tracking_uri=uri)
-        found = tracked(uri) if client.get_experiment_by_name("atom-smoke") else {}
-        run = found.get("pretrain")
+        runs_by_name = tracked(uri) if client.get_experiment_by_name("atom-smoke") else {}
+        run = runs_by_name.get("pretrain")
         return [m.step for m in client.get_metric_history(run.info.run_id, "loss")] if run else []
 
     with tracking_server(folder, port) as uri:

@@ -35,29 +35,29 @@ VERDICTS = {
 
 def start(folder: Path, name: str, retried: int) -> tuple[Store, Run, str]:
     """Submits the stage that fails so, on four nodes; returns its home folder, run and job."""
-    way, who, *_ = VERDICTS[name]
+    way, failing_rank, *_ = VERDICTS[name]
     environment = {"PYTHONPATH": f"{slurm_world.ROOT}:{world.python_path(folder)}"}
     settings = cluster_profile.load(slurm_world.write_profile(folder, restarts=retried, environment=environment))
-    store, graph = Store(folder / "home"), world.graph(folder / "act", way, who)
+    store, graph = Store(folder / "home"), world.graph(folder / "act", way, failing_rank)
     (node,) = graph.nodes.values()
-    this = runs.start(graph, store, [node.name], "dev")
+    run = runs.start(graph, store, [node.name], "dev")
     if name == "standstill":
-        this.node_folder(node.name).mkdir()
-        (this.node_folder(node.name) / "events.jsonl").write_text('{"time": 1.0, "event": "attempt"}\n' * 3)
+        run.node_folder(node.name).mkdir()
+        (run.node_folder(node.name) / "events.jsonl").write_text('{"time": 1.0, "event": "attempt"}\n' * 3)
     limits: dict[str, float | None] | None = {"core_hours": 0.0} if name == "budget" else None
     free = 1e9 if name == "preflight" else 0.0
-    terms = JobLimits({node.name: node.key}, limits, retried, free, None)
-    executor = slurm.executor_of(store, this, node, settings, code_snapshot.freeze(store, {}), [])
-    job = slurm.start(executor, slurm.task_of(graph, store, this, node, settings), terms)
-    this.note_job(node.name, job, False)
-    return store, this, job
+    terms = Terms({node.name: node.key}, limits, retried, free, None)
+    executor = slurm.executor_of(store, run, node, settings, code_snapshot.freeze(store, {}), [])
+    job = slurm.start(executor, slurm.task_of(graph, store, run, node, settings), terms)
+    run.note_job(node.name, job, False)
+    return store, run, job
 
 
 @pytest.mark.parametrize("name", VERDICTS)
 def test_a_verdict_ends_every_node_within_seconds_and_is_told(name: str, tmp_path: Path) -> None:
     _, _, kind, sentence = VERDICTS[name]
-    store, this, job = start(tmp_path, name, retried=3 if kind.final else 0)
-    (folder,) = [this.node_folder(node["name"]) for node in this.body["nodes"]]
+    store, run, job = start(tmp_path, name, retried=3 if kind.final else 0)
+    (folder,) = [run.node_folder(node["name"]) for node in run.body["nodes"]]
     launch = slurm_world.until(lambda: next(folder.glob("ranks/*"), None), "a start")
 
     def over() -> bool:

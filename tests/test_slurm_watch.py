@@ -10,26 +10,26 @@ from pathlib import Path
 import slurm_world as world
 import yaml
 from conftest import atom
-from slurm_acts import settled
+from slurm_acts import finished_stages
 
 pytestmark = world.ON_SLURM
 
 
 def test_a_stage_that_would_fail_again_is_not_retried_and_stops_what_waits_for_it(home: Path) -> None:
     folder = home.parent
-    told = folder / "told"
+    notes_file = folder / "told"
     recipe = world.write_recipe(folder)
     order = next((home / "artifacts").glob("order-pretrain-*"))
     (order / "order.parquet").write_bytes(b"x" * (order / "order.parquet").stat().st_size)  # no retry mends it
-    notify = f'echo "$ATOM_STAGE: $ATOM_OUTCOME" >> {told}'
+    notify = f'echo "$ATOM_STAGE: $ATOM_OUTCOME" >> {notes_file}'
     cluster = world.write_profile(folder, restarts=3, notify=notify)
     atom(home, "submit", recipe, "--cluster", cluster, "--until", "midtrain")
-    stages = world.until(lambda: settled(home), "an end")
+    stages = world.until(lambda: finished_stages(home), "an end")
     assert stages["pretrain"]["state"] == "failed" and "restarts" not in stages["pretrain"]
     assert stages["pretrain"]["kind"] == "user"
     assert stages["midtrain"]["state"] == "cancelled"
     assert "pretrain" in stages["pretrain"]["message"] or "order" in stages["pretrain"]["message"]
-    assert told.read_text().startswith("pretrain: ") and stages["pretrain"]["message"] in told.read_text()
+    assert notes_file.read_text().startswith("pretrain: ") and stages["pretrain"]["message"] in notes_file.read_text()
     assert atom(home, "logs", "pretrain").stdout.startswith("pretrain failed: ")
     failed = [path for path in (home / "ledger").glob("pretrain-*/*.json")]
     assert len(failed) == 1, "the attempt has its statement"
@@ -40,10 +40,10 @@ def test_a_budget_that_is_used_up_stops_what_comes_next(home: Path) -> None:
     recipe = Path(world.write_recipe(folder))
     body = yaml.safe_load(recipe.read_text())
     recipe.write_text(yaml.safe_dump({**body, "budget": {"core_hours": 1e-6}}))
-    said = atom(
+    stderr = atom(
         home, "submit", str(recipe), "--cluster", world.write_profile(folder), "--until", "pretrain", code=2
     ).stderr
-    assert "the budget of 1e-06 core hours is used up" in said and said.count("\n") == 1
+    assert "the budget of 1e-06 core hours is used up" in stderr and stderr.count("\n") == 1
 
 
 def test_orchestration_benchmark() -> None:

@@ -69,9 +69,9 @@ def test_scores_by_hand() -> None:
         answer("b", -1, "1", 0), answer("b", 0, "1", 0), answer("b", 1, "2", 1), answer("b", 2, "", 0, False),
         answer("c", 0, "Dear", 0.4, kind="courtesy"), answer("d", 0, "Dear", 0.8, kind="courtesy"),
     ]  # fmt: skip
-    found = pass_at_k.summary(rows)
-    add = found["problems"]["add"]
-    assert found["problems_all"] == add
+    summary = pass_at_k.summary(rows)
+    add = summary["problems"]["add"]
+    assert summary["problems_all"] == add
     assert add["greedy"]["accuracy"] == {"value": 0.5, "se": 0.5, "n": 2} and add["greedy"]["reasoning"] == 0.5
     assert add["samples"]["truncated"] == pytest.approx(1 / 6) and add["samples"]["accuracy"]["value"] == 0.5
     assert {k: part["tokens"] for k, part in add["at"].items()} == {"1": 10, "2": 20, "3": 30}
@@ -79,7 +79,7 @@ def test_scores_by_hand() -> None:
     # of b: (1,2) is a tie, (1,-) is wrong, (2,-) is right; of all three a tie
     assert add["at"]["2"]["maj"]["value"] == pytest.approx((2 / 3 + 1.5 / 3) / 2)
     assert add["at"]["3"]["maj"]["value"] == pytest.approx((1 + 0.5) / 2)
-    assert found["judged"]["courtesy"]["reward"]["value"] == pytest.approx(0.6)
+    assert summary["judged"]["courtesy"]["reward"]["value"] == pytest.approx(0.6)
 
 
 def test_same_bytes_twice_and_after_a_cut(run_stage, inputs, tmp_path: Path) -> None:

@@ -68,15 +68,15 @@ def run(corpus: Path, folder: Path, report: world.Reporter | None = None, **phas
 
 
 def lines(out: Path, key: str) -> list[dict[str, Any]]:
-    found = [json.loads(x) for x in (out / "training.jsonl").read_text().splitlines()]
-    return [x for x in found if key in x]
+    records = [json.loads(x) for x in (out / "training.jsonl").read_text().splitlines()]
+    return [x for x in records if key in x]
 
 
 def weights(out: Path, step: int = 24) -> dict[str, torch.Tensor]:
     return load_file(out / f"step-{step:06d}/model.safetensors")
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+def equal_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -86,9 +86,9 @@ def skipped(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_poisoned_batch_is_skipped_and_recorded(poisoned: Path, skipped: Path, tmp_path: Path) -> None:
-    (found,) = lines(skipped, "spike")
-    spike = found["spike"]
-    assert found["step"] == AT and spike["excluded"] == [AT] and spike["action"] == "skip"
+    (record,) = lines(skipped, "spike")
+    spike = record["spike"]
+    assert record["step"] == AT and spike["excluded"] == [AT] and spike["action"] == "skip"
     assert "the loss is" in spike["reason"] and "median" in spike["reason"]
     assert spike["documents"] == [f"noise/{n}" for n in range(8)]
     shares = torch.tensor(spike["experts"]["share"])
@@ -106,8 +106,8 @@ def test_a_poisoned_batch_is_skipped_and_recorded(poisoned: Path, skipped: Path,
     assert state["optimizer_step"] == 23 and state["step"] == 24
 
     trained_on_it = run(poisoned, tmp_path / "all")
-    assert not lines(trained_on_it, "spike") and not same(weights(trained_on_it), weights(skipped))
-    assert same(weights(trained_on_it, 12), weights(skipped, 12))
+    assert not lines(trained_on_it, "spike") and not equal_tensors(weights(trained_on_it), weights(skipped))
+    assert equal_tensors(weights(trained_on_it, 12), weights(skipped, 12))
 
 
 def test_what_was_found_is_excluded_on_replay(poisoned: Path, skipped: Path, tmp_path: Path) -> None:
@@ -116,50 +116,50 @@ def test_what_was_found_is_excluded_on_replay(poisoned: Path, skipped: Path, tmp
     excluded = [step for x in lines(skipped, "spike") for step in x["spike"]["excluded"]]
     replay = run(poisoned, tmp_path / "replay", excluded_steps=excluded)
     assert [x["step"] for x in lines(replay, "excluded")] == [AT] and not lines(replay, "spike")
-    assert same(weights(replay), weights(skipped))
+    assert equal_tensors(weights(replay), weights(skipped))
     assert AT not in [x["step"] for x in lines(replay, "loss")]
-    again = run(poisoned, tmp_path / "again", spikes={"action": "skip", **POLICY})
-    assert world.digest(again) == world.digest(skipped)
+    replayed = run(poisoned, tmp_path / "again", spikes={"action": "skip", **POLICY})
+    assert world.digest(replayed) == world.digest(skipped)
 
 
 @pytest.mark.parametrize("every", [5, 7])
 def test_a_rewind_leaves_out_the_batches_before_as_well(poisoned: Path, tmp_path: Path, every: int) -> None:
     rewind = {"action": "rewind", "rewind_steps": 4, **POLICY}
     out = run(poisoned, tmp_path / "rewind", spikes=rewind, checkpoint_interval=every)
-    (found,) = lines(out, "spike")
-    assert found["spike"]["excluded"] == [14, 15, 16, 17] and found["step"] == AT
+    (record,) = lines(out, "spike")
+    assert record["spike"]["excluded"] == [14, 15, 16, 17] and record["step"] == AT
     assert [x["step"] for x in lines(out, "excluded")] == [14, 15, 16, 17]
     assert [x["step"] for x in lines(out, "tokens")] == list(range(1, 25))
     replay = run(poisoned, tmp_path / "replay", excluded_steps=[14, 15, 16, 17])
-    assert same(weights(replay), weights(out))
+    assert equal_tensors(weights(replay), weights(out))
     state = json.loads((out / "step-000024/state.json").read_text())
     assert "spikes_pending" not in state and state["optimizer_step"] == 20
 
 
 def test_a_rewind_is_the_same_whatever_is_saved_and_killed_on_the_way(poisoned: Path, tmp_path: Path) -> None:
     rewind = {"action": "rewind", "rewind_steps": 4, **POLICY}
-    whole = run(poisoned, tmp_path / "whole", spikes=rewind)
+    undisturbed = run(poisoned, tmp_path / "whole", spikes=rewind)
     often = run(poisoned, tmp_path / "often", spikes=rewind, checkpoint_interval=1)
-    assert world.digest(whole) == world.digest(often)
+    assert world.digest(undisturbed) == world.digest(often)
     for at in (14, 16, 18):  # the second time that 14 and 16 are passed: on the way back to the spike
         folder, report = tmp_path / f"killed-{at}", SecondTime(at)
         with pytest.raises(KeyboardInterrupt):
             run(poisoned, folder, report, spikes=rewind, checkpoint_interval=1)
-        assert world.digest(run(poisoned, folder, spikes=rewind, checkpoint_interval=1)) == world.digest(whole)
+        assert world.digest(run(poisoned, folder, spikes=rewind, checkpoint_interval=1)) == world.digest(undisturbed)
 
 
 def test_a_rewind_stops_at_a_release_checkpoint(poisoned: Path, tmp_path: Path) -> None:
     """What was published stays true: steps up to it are not trained in another way."""
     rewind = {"action": "rewind", "rewind_steps": 10, **POLICY}
     out = run(poisoned, tmp_path / "rewind", spikes=rewind, release_checkpoint_interval=8)
-    (found,) = lines(out, "spike")
-    assert found["spike"]["excluded"] == [AT] and AT - 1 == 16
+    (record,) = lines(out, "spike")
+    assert record["spike"]["excluded"] == [AT] and AT - 1 == 16
 
 
 def test_without_a_policy_or_with_stop_the_phase_ends(poisoned: Path, tmp_path: Path) -> None:
-    with pytest.raises(AtomError, match="the loss is .* at step 17, on documents noise/0, noise/1") as told:
+    with pytest.raises(AtomError, match="the loss is .* at step 17, on documents noise/0, noise/1") as raised:
         run(poisoned, tmp_path / "stop", spikes={"action": "stop", **POLICY})
-    assert "pretrain.spikes" in str(told.value)
+    assert "pretrain.spikes" in str(raised.value)
     with pytest.raises(AtomError, match="2 spikes, more than pretrain.spikes.max_spikes = 1"):
         run(plant(tmp_path / "two", AT, 20), tmp_path / "many", spikes={"action": "skip", **POLICY, "max_spikes": 1})
 
@@ -170,12 +170,12 @@ def test_what_is_no_number_is_skipped_from_the_first_step(poisoned: Path, tmp_pa
     run_ = Engine._run
 
     def broken(self: Engine, share: Any, forward_only: bool, objective: Any) -> tuple[float, dict[str, float]]:
-        loss, more = run_(self, share, forward_only, objective)
+        loss, figures = run_(self, share, forward_only, objective)
         if not forward_only and self.step_done == 1 and not getattr(self, "once", False):
             self.once = True
             next(self.chunks[0].parameters()).main_grad.fill_(math.nan)
-            return math.nan, more
-        return loss, more
+            return math.nan, figures
+        return loss, figures
 
     monkeypatch.setattr(Engine, "_run", broken)
     out = run(poisoned, tmp_path / "nan", spikes={"action": "skip", **POLICY})
@@ -198,9 +198,9 @@ def test_broken_activations_are_rewound(poisoned: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(TopKRouter, "gating", broken)
     rewind = {"action": "rewind", "rewind_steps": 2, **POLICY}
     out = run(poisoned, tmp_path, excluded_steps=[AT], spikes=rewind, checkpoint_interval=1)
-    (found,) = lines(out, "spike")
-    assert found["step"] == 10 and found["spike"]["excluded"] == [9, 10] and found["spike"]["loss"] is None
-    assert None in found["spike"]["experts"]["entropy"]
+    (record,) = lines(out, "spike")
+    assert record["step"] == 10 and record["spike"]["excluded"] == [9, 10] and record["spike"]["loss"] is None
+    assert None in record["spike"]["experts"]["entropy"]
     for path in (*out.rglob("*.json"), *out.rglob("*.jsonl")):
         assert "NaN" not in path.read_text(), path
 
@@ -223,21 +223,21 @@ def test_a_continued_phase_resumes_as_it_would_have_gone_on(poisoned: Path, tmp_
         **PHASE, continue_from="pretrain@12", spikes={"action": "rewind", "rewind_steps": 3, **POLICY}
     )
 
-    def go(name: str, report: world.Reporter | None = None, again: str = "") -> Path:
-        out = tmp_path / name / ("out" + again)
+    def continue_phase(name: str, report: world.Reporter | None = None, suffix: str = "") -> Path:
+        out = tmp_path / name / ("out" + suffix)
         out.mkdir(parents=True)
         (tmp_path / name / "work").mkdir(exist_ok=True)
         config = STAGE.config.model_validate(settings)
         STAGE.run(config, inputs, tmp_path / name / "work", out, report or world.Reporter())
         return out
 
-    whole = go("whole")
-    assert sorted(p.name for p in whole.glob("step-*")) == ["step-000024"]
+    undisturbed = continue_phase("whole")
+    assert sorted(p.name for p in undisturbed.glob("step-*")) == ["step-000024"]
     with pytest.raises(KeyboardInterrupt):
-        go("killed", world.Reporter(14, signal.SIGTERM))
+        continue_phase("killed", world.Reporter(14, signal.SIGTERM))
     for newer in (tmp_path / "killed/work").glob("attempt-*/checkpoints/step-00000001[34]*"):
         shutil.rmtree(newer)  # as if it had been killed before it could save anything but its beginning
-    assert world.digest(go("killed", again="2")) == world.digest(whole)
+    assert world.digest(continue_phase("killed", suffix="2")) == world.digest(undisturbed)
 
 
 def test_the_judge() -> None:
@@ -251,13 +251,9 @@ def test_the_judge() -> None:
     assert judge.reason(1.0, None) is None, "a fall is no spike"
     judge.accept(9.0, 1.0)  # one accepted outlier does not move a median
     assert judge.reason(2.5, None) is not None
-    assert (
-        SpikeDetector(None, []).reason(1e9, 1e9) is None and SpikeDetector(None, []).reason(math.nan, None) is not None
-    )
-    again = SpikeDetector(
-        policy, [{"loss": 2.0, "grad_norm": 1.0}] * 4 + [{"loss": 9.0, "grad_norm": 9.0, "skipped": True}]
-    )
-    assert list(again.losses) == [2.0] * 4
+    assert Judge(None, []).reason(1e9, 1e9) is None and Judge(None, []).reason(math.nan, None) is not None
+    resumed = Judge(policy, [{"loss": 2.0, "grad_norm": 1.0}] * 4 + [{"loss": 9.0, "grad_norm": 9.0, "skipped": True}])
+    assert list(resumed.losses) == [2.0] * 4
 
 
 class SecondTime(world.Reporter):
@@ -277,14 +273,14 @@ def test_ranks_judge_together(poisoned: Path, tmp_path: Path) -> None:
     """Two tensor-parallel ranks find the spike, go back and go on as one process does."""
     rewind = {"action": "rewind", "rewind_steps": 4, **POLICY}
     alone = layouts.settings_of({}, 1, **PHASE, spikes=rewind)
-    found = {}
+    records = {}
     for name, settings in {"one": alone, "two": layouts.settings_of({"tp": 2}, 2, **PHASE, spikes=rewind)}.items():
         layouts.run(poisoned, tmp_path / name, settings)
         (line,) = lines(tmp_path / name / "out", "spike")
-        found[name] = line["spike"]
-        found[name, "losses"] = layouts.figures(tmp_path / name / "out")
-    one, two = found["one"], found["two"]
+        records[name] = line["spike"]
+        records[name, "losses"] = layouts.figures(tmp_path / name / "out")
+    one, two = records["one"], records["two"]
     assert one["excluded"] == two["excluded"] == [14, 15, 16, 17] and one["documents"] == two["documents"]
     assert two["gradient_norms"] == pytest.approx(one["gradient_norms"], rel=1e-3)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
-    assert found["two", "losses"] == pytest.approx(found["one", "losses"], rel=1e-3)
+    assert records["two", "losses"] == pytest.approx(records["one", "losses"], rel=1e-3)

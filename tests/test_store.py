@@ -34,16 +34,16 @@ def test_the_digest_depends_on_rows_alone(tmp_path: Path) -> None:
 def test_a_sealed_folder_opens_and_verifies(tmp_path: Path) -> None:
     store = Store(tmp_path / "home")
     records: list[str] = []
-    made = store.seal(folder(tmp_path / "out", x="1"), "stage-aaaaaaaaaaaa", lambda a: records.append(a.digest))
-    assert records == [made.digest] and not (tmp_path / "out").exists()
-    assert store.sealed(made.key) and store.open(made.key).digest == made.digest
-    made.verify()
+    artifact = store.seal(folder(tmp_path / "out", x="1"), "stage-aaaaaaaaaaaa", lambda a: records.append(a.digest))
+    assert records == [artifact.digest] and not (tmp_path / "out").exists()
+    assert store.sealed(artifact.key) and store.open(artifact.key).digest == artifact.digest
+    artifact.verify()
 
 
 def test_no_statement_no_artifact(tmp_path: Path) -> None:
     store = Store(tmp_path / "home")
 
-    def refuse(made: Artifact) -> None:
+    def refuse(artifact: Artifact) -> None:
         raise AtomError("no")
 
     with pytest.raises(AtomError):
@@ -73,21 +73,21 @@ def test_the_first_sealed_artifact_wins_and_another_digest_is_an_error(tmp_path:
 )
 def test_damage_is_seen_on_opening(tmp_path: Path, damage: object, sentence: str) -> None:
     store = Store(tmp_path / "home")
-    made = store.seal(folder(tmp_path / "out", x="1"), "stage-aaaaaaaaaaaa", lambda a: None)
-    damage(made.path)  # type: ignore[operator]
+    artifact = store.seal(folder(tmp_path / "out", x="1"), "stage-aaaaaaaaaaaa", lambda a: None)
+    damage(artifact.path)  # type: ignore[operator]
     with pytest.raises(AtomError, match=sentence):
-        store.open(made.key)
+        store.open(artifact.key)
 
 
 def test_a_flipped_byte_and_an_extra_file_are_seen_by_verify(tmp_path: Path) -> None:
-    made = write_manifest(folder(tmp_path / "a", x="1"), "stage-aaaaaaaaaaaa")
-    (made.path / "x").write_text("2")
+    artifact = write_manifest(folder(tmp_path / "a", x="1"), "stage-aaaaaaaaaaaa")
+    (artifact.path / "x").write_text("2")
     with pytest.raises(CheckFailed, match="x is not what its manifest says"):
-        made.verify()
-    (made.path / "x").write_text("1")
-    (made.path / "y").write_text("")
+        artifact.verify()
+    (artifact.path / "x").write_text("1")
+    (artifact.path / "y").write_text("")
     with pytest.raises(CheckFailed, match="y is not in its manifest"):
-        made.verify()
+        artifact.verify()
 
 
 def test_links_cannot_be_sealed(tmp_path: Path) -> None:
@@ -98,18 +98,18 @@ def test_links_cannot_be_sealed(tmp_path: Path) -> None:
 
 
 def test_work_kept_by_once_is_made_again_when_it_is_damaged(tmp_path: Path) -> None:
-    made: list[int] = []
+    creations: list[int] = []
 
     def make() -> list[float]:
-        made.append(1)
+        creations.append(1)
         return [0.1, 2.0]
 
     path = tmp_path / "rows.json"
-    assert once(path, make) == once(path, make) == [0.1, 2.0] and len(made) == 1
+    assert once(path, make) == once(path, make) == [0.1, 2.0] and len(creations) == 1
     for damage in (path.read_bytes()[:-1], path.read_bytes().replace(b"2.0", b"3.0"), b"", b"\xff"):
         path.write_bytes(damage)
         assert once(path, make) == [0.1, 2.0]
-    assert len(made) == 5
+    assert len(creations) == 5
 
 
 def test_sealed_files_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:

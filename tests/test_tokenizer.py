@@ -114,22 +114,28 @@ print(json.dumps({
     "prompt": t.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True),
     "marked": t.decode(marked), "think": t.convert_tokens_to_ids("<think>")}))
 """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, str(tokenizer_folder)],
         capture_output=True,
         text=True,
         env={"PATH": "", "HF_HUB_OFFLINE": "1", "HOME": str(tokenizer_folder.parent)},
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    told = json.loads(done.stdout.strip().splitlines()[-1])
-    assert (told["eos"], told["pad"], told["bos"], told["size"], told["think"]) == ("<|endoftext|>", 0, None, 320, 4)
-    own = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    assert told["ids"] == own.encode("The café 12").ids
-    assert told["round"] == "x  y\x00 's , ."
+    assert process.returncode == 0, process.stderr[-2000:]
+    report = json.loads(process.stdout.strip().splitlines()[-1])
+    assert (report["eos"], report["pad"], report["bos"], report["size"], report["think"]) == (
+        "<|endoftext|>",
+        0,
+        None,
+        320,
+        4,
+    )
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    assert report["ids"] == tokenizer.encode("The café 12").ids
+    assert report["round"] == "x  y\x00 's , ."
     answer = "<think>\none more\n</think>\n\n2<|im_end|>"
-    assert told["prompt"] == "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n"
-    assert told["text"] == told["prompt"] + answer + "\n"
-    assert told["marked"] == answer
+    assert report["prompt"] == "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n"
+    assert report["text"] == report["prompt"] + answer + "\n"
+    assert report["marked"] == answer
 
 
 def test_training_is_deterministic_and_learns_from_the_training_split_alone(tmp_path: Path, run_stage: Any) -> None:
@@ -215,14 +221,14 @@ def test_shards_done_beforehand_are_all_that_the_stage_needs(
     from conftest import RecordingReport
 
     inputs = {"curate": curated(tmp_path / "in"), "tokenizer": write_manifest(tokenizer_folder, "tokenizer")}
-    whole, cut, work = tmp_path / "whole", tmp_path / "cut", tmp_path / "work"
-    for folder in (whole, cut, work):
+    uncut, cut, work = tmp_path / "whole", tmp_path / "cut", tmp_path / "work"
+    for folder in (uncut, cut, work):
         folder.mkdir()
-    tokenization.run(tokenization.TokenizeConfig(), inputs, tmp_path / "other", whole, RecordingReport())
+    tokenization.run(tokenization.TokenizeConfig(), inputs, tmp_path / "other", uncut, RecordingReport())
     config = tokenization.TokenizeConfig(shards=shards)
     for shard in range(shards):
         tokenization.run_shard(config, inputs, work, shard)
     assert len(list(work.glob("tokens-*"))) == 2 * shards
     monkeypatch.setattr(tokenization, "encode", None)  # nothing is left to encode
     tokenization.run(config, inputs, work, cut, RecordingReport())
-    assert write_manifest(cut, "t").digest == write_manifest(whole, "t").digest
+    assert write_manifest(cut, "t").digest == write_manifest(uncut, "t").digest

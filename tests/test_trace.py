@@ -101,8 +101,8 @@ def enrich(folder: Path) -> None:
     (folder / "evidence/training/rlvr/b.json").write_text('{"documents": ["sums/é"]}')
     shutil.copytree(folder / "checkpoints/longcontext-2-step-2", folder / "checkpoints/rlvr-step-2")
     shutil.copytree(data / "evaluation/mid", data / "evaluation/rlvr")
-    tasks = [{"id": f"sort/1/{n}", "responses_create_params": {"input": [{"role": "user", "content": asked}]}}
-             for n, asked in enumerate(("sort 312", "sort 31", "sort 312"))]  # fmt: skip
+    tasks = [{"id": f"sort/1/{n}", "responses_create_params": {"input": [{"role": "user", "content": question}]}}
+             for n, question in enumerate(("sort 312", "sort 31", "sort 312"))]  # fmt: skip
     (data / "rl/rlvr").mkdir(parents=True)
     (data / "rl/rlvr/tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
     answers = [{"step": step, "task": f"sort/1/{n}", "text": WILD["prose/005"] if n else "12", "dropped": dropped}
@@ -136,7 +136,7 @@ def alone(release: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(release / "dataset", tmp_path / "alone"))
 
 
-def moved(phase: str, order: str, step: int) -> bool | None:
+def moved_weights(phase: str, order: str, step: int) -> bool | None:
     return None if order.startswith("earlier") else (phase, step) not in IDLE
 
 
@@ -147,18 +147,18 @@ def order_rows(path: Path) -> list[dict[str, Any]]:
 
 def uses_of(release: Path, id: str) -> list[dict[str, Any]]:
     """Brute force: every row of every order, one after the other."""
-    found = []
+    uses = []
     for phase, order, first, last in ORDERS:
         rows = [row for row in order_rows(release / "dataset" / order / "order.parquet") if row["id"] == id]
         for step in range(first, last + 1):
-            own = [{name: row[name] for name in tracing.PLACE} for row in rows if row["step"] == step]
-            if own:
-                found.append({"phase": phase, "step": step, "order": order, "moved": moved(phase, order, step),
-                              "rows": own})  # fmt: skip
-    return found
+            places = [{name: row[name] for name in tracing.PLACE} for row in rows if row["step"] == step]
+            if places:
+                uses.append({"phase": phase, "step": step, "order": order, "moved": moved_weights(phase, order, step),
+                              "rows": places})  # fmt: skip
+    return uses
 
 
-def kept(release: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def kept_documents(release: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for path in [
         *sorted(release.glob("dataset/kept/*.parquet")),
         *sorted(release.glob("dataset/earlier/*/kept/*.parquet")),
@@ -176,24 +176,24 @@ def plain(answer: Any) -> Any:
 
 
 def test_every_step_has_its_rows(release: Path) -> None:
-    about = {row["id"]: {"license": row["license"], "origin": row["origin"]} for _, row in kept(release)}
+    about = {row["id"]: {"license": row["license"], "origin": row["origin"]} for _, row in kept_documents(release)}
     for phase, order, first, last in ORDERS:
         for step in range(first, last + 1):
             rows = [row for row in metrics.rows(release / "dataset" / order / "order.parquet") if row["step"] == step]
             names = (*tracing.PLACE, "source", "id")
             expected = [{**{name: row[name] for name in names}, **about[row["id"]]} for row in rows]
-            found = tracing.step(release, phase, step)
-            assert rows and found.segments == expected
-            assert (found.phase, found.step, found.order, found.moved) == (
+            answer = tracing.step(release, phase, step)
+            assert rows and answer.segments == expected
+            assert (answer.phase, answer.step, answer.order, answer.moved) == (
                 phase,
                 step,
                 order,
-                moved(phase, order, step),
+                moved_weights(phase, order, step),
             )
-            shown = answers.shown(found)
-            assert all(f"{row['id']}  {row['license']}  {row['origin']}" in shown for row in expected)
-            assert ("which moved no weight" in shown) == ((phase, step) in IDLE)
-            assert plain(found)["kind"] == "step"
+            page = answers.shown(answer)
+            assert all(f"{row['id']}  {row['license']}  {row['origin']}" in page for row in expected)
+            assert ("which moved no weight" in page) == ((phase, step) in IDLE)
+            assert plain(answer)["kind"] == "step"
     only = tracing.step(release, None, 4)  # one phase alone has so many
     assert only.phase == "midtrain" and only.segments[0]["id"] == "prose/005"
 
@@ -218,30 +218,30 @@ def test_a_step_that_there_is_not_is_told(release: Path, alone: Path) -> None:
 
 
 def test_every_document_has_its_fate_and_its_steps(release: Path) -> None:
-    own = {row["id"]: row for row in metrics.rows(release / "dataset/dispositions.parquet")}
-    origins = {row["id"]: row["origin"] for _, row in kept(release)}
+    fates = {row["id"]: row for row in metrics.rows(release / "dataset/dispositions.parquet")}
+    origins = {row["id"]: row["origin"] for _, row in kept_documents(release)}
     checkpoints = [(path.name.rpartition("-step-")[0], int(path.name.rpartition("-")[2]), path.name)
                    for path in (release / "checkpoints").glob("*-step-*")]  # fmt: skip
     assert len(checkpoints) == 10
     reached = set()
-    for id in [*own, "old/1"]:
-        found = tracing.document(release, id)
-        if id in own:
-            fate = {name: own[id][name] for name in tracing.FATE} | {"table": "dispositions.parquet"}
-            assert found.fates[0] == {**fate, "origin": origins.get(id)}
-            assert (found.fates[0]["origin"] is None) == (own[id]["disposition"] == "removed")
+    for id in [*fates, "old/1"]:
+        document = tracing.document(release, id)
+        if id in fates:
+            fate = {name: fates[id][name] for name in tracing.FATE} | {"table": "dispositions.parquet"}
+            assert document.fates[0] == {**fate, "origin": origins.get(id)}
+            assert (document.fates[0]["origin"] is None) == (fates[id]["disposition"] == "removed")
         uses = uses_of(release, id)
-        assert [dataclasses.asdict(use) for use in found.uses] == uses
-        learnt = [(PHASES.index(use["phase"]), use["step"]) for use in uses if use["moved"] is not False]
+        assert [dataclasses.asdict(use) for use in document.uses] == uses
+        trained = [(PHASES.index(use["phase"]), use["step"]) for use in uses if use["moved"] is not False]
         include = {name for phase, step, name in checkpoints
-                   if any(at < PHASES.index(phase) or (at == PHASES.index(phase) and n <= step) for at, n in learnt)}  # fmt: skip
-        assert set(found.checkpoints or []) == include and len(found.checkpoints or []) == len(include), id
-        models = [m for m, phase in TRAINED.items() if any(at <= PHASES.index(phase) for at, _ in learnt)]
-        assert found.models == models and found.unknown == tracing.document(release, "prose/000").unknown
+                   if any(at < PHASES.index(phase) or (at == PHASES.index(phase) and n <= step) for at, n in trained)}  # fmt: skip
+        assert set(document.checkpoints or []) == include and len(document.checkpoints or []) == len(include), id
+        models = [m for m, phase in TRAINED.items() if any(at <= PHASES.index(phase) for at, _ in trained)]
+        assert document.models == models and document.unknown == tracing.document(release, "prose/000").unknown
         reached.add((len(include), len(models)))
-        shown = answers.shown(found)
-        assert shown.startswith(id) and all(name in shown for name in include)
-        assert plain(found)["uses"] == uses
+        page = answers.shown(document)
+        assert page.startswith(id) and all(name in page for name in include)
+        assert plain(document)["uses"] == uses
     assert len(reached) > 3
     assert tracing.document(release, "prose/009").uses[0].moved is False
     assert tracing.document(release, "prose/009").checkpoints == []  # it was read by an idle step only
@@ -258,8 +258,8 @@ def test_every_document_has_its_fate_and_its_steps(release: Path) -> None:
 
 def test_tasks_that_ask_what_a_document_asks(release: Path) -> None:
     table = "rl/rlvr/tasks.jsonl"
-    found = tracing.document(release, "prose/005").asked
-    assert found == [{"phase": "rlvr", "table": table, "tasks": ["sort/1/0", "sort/1/2"], "steps": [1, 2], "answers": 3,
+    tasks = tracing.document(release, "prose/005").asked
+    assert tasks == [{"phase": "rlvr", "table": table, "tasks": ["sort/1/0", "sort/1/2"], "steps": [1, 2], "answers": 3,
                       "learnt": 2}]  # fmt: skip
     assert "asked in rlvr, steps 1-2: 3 answers, 2 learnt" in answers.shown(tracing.document(release, "prose/005"))
     assert all(tracing.document(release, id).asked == [] for id in ids(release) if id != "prose/005")
@@ -274,20 +274,20 @@ def test_an_unknown_document_is_told_with_the_nearest(release: Path) -> None:
 
 def agrees(release: Path, span: str, cache: Path) -> tracing.Text:
     """Asks for a span, and compares the answer with Python's own `in` over all kept texts."""
-    found = tracing.text(release, span, cache)
+    answer = tracing.text(release, span, cache)
     expected: dict[tuple[str, str], tuple[int, list[str]]] = {}
-    for table, row in kept(release):
+    for table, row in kept_documents(release):
         if span in row["text"]:
             expected.setdefault((row["id"], row["content_hash"]), (row["text"].count(span), []))[1].append(table)
-    assert {(m.id, m.content_hash): (m.count, m.tables) for m in found.matches} == expected, span
-    for match in found.matches:
+    assert {(m.id, m.content_hash): (m.count, m.tables) for m in answer.matches} == expected, span
+    for match in answer.matches:
         assert [dataclasses.asdict(use) for use in match.uses] == uses_of(release, match.id)
-    assert found.by == ("index" if len(span) >= 3 else "scan")
-    return found
+    assert answer.by == ("index" if len(span) >= 3 else "scan")
+    return answer
 
 
 def test_spans_are_found_where_they_stand(release: Path, cache: Path) -> None:
-    texts = [row["text"] for _, row in kept(release)]
+    texts = [row["text"] for _, row in kept_documents(release)]
     rng = random.Random(7)
     spans = {"🦊", "🦊🦊", "🦊🦊🦊", "\0", "\0i", "l\0in", "\0\0it", "after\0\0it, the", '"', '""', '"""', '"no" AND', 'NOT "x"',
              "text:y *", "^ {a b}\n\n\ttab", "aaa", "aaaa", "a\u0301", "aa\u0301 \ufffd \ufffe", "\ufffe '", "\\ % _", "日本", "日本語",
@@ -297,12 +297,12 @@ def test_spans_are_found_where_they_stand(release: Path, cache: Path) -> None:
         start = rng.randrange(len(text))
         span = text[start : start + rng.randint(1, 30)]
         spans |= {span, span.swapcase(), span + rng.choice("\n\"'*x")}
-    found = [agrees(release, span, cache) for span in sorted(spans)]
-    assert {answer.by for answer in found} == {"index", "scan"}
-    assert sum(len(answer.matches) > 0 for answer in found) > 40
+    results = [agrees(release, span, cache) for span in sorted(spans)]
+    assert {answer.by for answer in results} == {"index", "scan"}
+    assert sum(len(answer.matches) > 0 for answer in results) > 40
     assert [m.id for m in agrees(release, "left", cache).matches] == ["prose/001"]  # and not LEFT
-    shown = answers.shown(agrees(release, "older text 🦊", cache))
-    assert "old/1: once; train; MIT; https://old.example.org/1" in shown and "in midtrain, steps 1-2 (earlier/" in shown
+    page = answers.shown(agrees(release, "older text 🦊", cache))
+    assert "old/1: once; train; MIT; https://old.example.org/1" in page and "in midtrain, steps 1-2 (earlier/" in page
     assert agrees(release, "aaa", cache).matches[0].count == 3  # without overlap
 
 
@@ -310,9 +310,9 @@ def repository(folder: Path, texts: list[str]) -> Path:
     """No more than kept texts in two tables, as a data repository has them."""
     data = folder / "dataset"
     world.table(data / "dispositions.parquet", [{"id": "a/0"}])
-    for source, own in (("a", texts[::2]), ("b", texts[1::2])):
+    for source, source_texts in (("a", texts[::2]), ("b", texts[1::2])):
         rows = [{"id": f"{source}/{n}", "text": text, "source": source, "license": "MIT", "origin": "o", "split": "train",
-                 "content_hash": world.sha(text)} for n, text in enumerate(own)]  # fmt: skip
+                 "content_hash": world.sha(text)} for n, text in enumerate(source_texts)]  # fmt: skip
         if rows:
             world.table(data / f"kept/{source}.parquet", rows)
     write_sums(data / SUMS, data, [path for path in files_below(data) if path != SUMS])
@@ -353,21 +353,21 @@ def test_rows_are_found_in_every_row_group(tmp_path: Path) -> None:
 
 
 def test_an_index_is_made_once_for_the_same_texts(release: Path, alone: Path, tmp_path: Path) -> None:
-    told: list[str] = []
+    notes: list[str] = []
     cache = tmp_path / "cache"
-    first = tracing.text(release, "said", cache, told.append)
+    first = tracing.text(release, "said", cache, notes.append)
     [index] = cache.iterdir()
-    made = index.stat()
+    status = index.stat()
     old = [f"earlier/curate-bbbb/kept/{name}.parquet" for name in ("old", "prose", "sums")]
-    assert told == [f"indexing {table}" for table in ("kept/prose.parquet", "kept/sums.parquet", *old)]
-    again = tracing.text(alone, "said", cache, told.append)  # the same kept files elsewhere: the same index
-    assert [m.id for m in again.matches] == [m.id for m in first.matches] == ["prose/001", "prose/006"]
-    assert len(told) == 5 and index.stat().st_mtime_ns == made.st_mtime_ns and index.stat().st_ino == made.st_ino
+    assert notes == [f"indexing {table}" for table in ("kept/prose.parquet", "kept/sums.parquet", *old)]
+    answer = tracing.text(alone, "said", cache, notes.append)  # the same kept files elsewhere: the same index
+    assert [m.id for m in answer.matches] == [m.id for m in first.matches] == ["prose/001", "prose/006"]
+    assert len(notes) == 5 and index.stat().st_mtime_ns == status.st_mtime_ns and index.stat().st_ino == status.st_ino
 
     change(alone / "kept/prose.parquet", {"prose/001": {"text": "an inserted word"}})
     write_sums(alone / SUMS, alone, [path for path in files_below(alone) if path != SUMS])
-    assert [m.id for m in tracing.text(alone, "inserted", cache, told.append).matches] == ["prose/001"]
-    assert len(told) == 10 and len(list(cache.iterdir())) == 2
+    assert [m.id for m in tracing.text(alone, "inserted", cache, notes.append).matches] == ["prose/001"]
+    assert len(notes) == 10 and len(list(cache.iterdir())) == 2
 
 
 def test_an_index_that_cannot_be_trusted_is_refused(release: Path, alone: Path, tmp_path: Path) -> None:
@@ -376,8 +376,8 @@ def test_an_index_that_cannot_be_trusted_is_refused(release: Path, alone: Path, 
         tracing.text(release, "", cache)
     with pytest.raises(AtomError, match="no Unicode text"):
         tracing.text(release, "a\udc80b", cache)
-    whole = (alone / "kept/sums.parquet").read_bytes()
-    (alone / "kept/sums.parquet").write_bytes(whole[:200])
+    content = (alone / "kept/sums.parquet").read_bytes()
+    (alone / "kept/sums.parquet").write_bytes(content[:200])
     with pytest.raises(
         AtomError, match="sums.parquet is not the file that the checksums beside it list; verify this copy"
     ):
@@ -425,7 +425,7 @@ def test_a_request_for_removal_names_every_file(release: Path) -> None:
             content[path] = [[s for line in lines for s in strings(json.loads(line))]]
     roots = merkle.roots(release / "dataset")
     texts: dict[str, set[str]] = {}
-    for _, row in kept(release):
+    for _, row in kept_documents(release):
         texts.setdefault(row["id"], set()).add(row["text"])
     texts["prose/003"] = texts["sums/007"] = texts["prose/001"]  # the same text, of those that were removed
     found_in = set()
@@ -442,9 +442,9 @@ def test_a_request_for_removal_names_every_file(release: Path) -> None:
         assert report.document == tracing.document(release, id)
         assert set(report.proofs) == ({t for t in roots if any(id in row for row in content[table_file(t)])})
         assert [merkle.check(proof, roots) for proof in report.proofs.values()] == [None] * len(report.proofs)
-        shown = answers.shown(report)
-        assert all(row["path"] in shown for row in expected) and shown.startswith(f"Request to remove {id}\n")
-        assert ("a proof: the document is of an earlier run" in shown) == (id == "old/1")
+        page = answers.shown(report)
+        assert all(row["path"] in page for row in expected) and page.startswith(f"Request to remove {id}\n")
+        assert ("a proof: the document is of an earlier run" in page) == (id == "old/1")
         assert plain(report)["document"]["id"] == id
     assert {f"evidence/training/rlvr/{name}.json" for name in "ab"} <= found_in  # an id that JSON writes in two ways
     assert {"dataset/rl/rlvr/rollouts.parquet", "evidence/training/longcontext-2/training.jsonl"} <= found_in
@@ -459,14 +459,18 @@ def table_file(table: str) -> str:
 
 
 def test_duplicates_are_followed_both_ways(release: Path) -> None:
-    stands, stood, same = "it stands for this one", "this one stands for it", "it has the same text"
+    replaces_this, replaced_by_this, same_text = (
+        "it stands for this one",
+        "this one stands for it",
+        "it has the same text",
+    )
     for id, expected in {
-        "prose/007": {"sums/003": stands, "sums/002": stands},
-        "sums/003": {"sums/002": stands, "prose/007": stood},
-        "sums/002": {"sums/003": stood, "prose/007": stood},
-        "prose/003": {"prose/001": stands, "sums/007": same},
-        "prose/001": {"prose/003": stood, "sums/007": same},
-        "sums/007": {"prose/001": same, "prose/003": same},
+        "prose/007": {"sums/003": replaces_this, "sums/002": replaces_this},
+        "sums/003": {"sums/002": replaces_this, "prose/007": replaced_by_this},
+        "sums/002": {"sums/003": replaced_by_this, "prose/007": replaced_by_this},
+        "prose/003": {"prose/001": replaces_this, "sums/007": same_text},
+        "prose/001": {"prose/003": replaced_by_this, "sums/007": same_text},
+        "sums/007": {"prose/001": same_text, "prose/003": same_text},
         "prose/002": {},
     }.items():
         related = tracing.removal_report(release, id).related
@@ -477,32 +481,32 @@ def test_duplicates_are_followed_both_ways(release: Path) -> None:
 
 def test_of_the_data_alone_it_says_what_it_cannot_tell(release: Path, alone: Path, tmp_path: Path) -> None:
     for id in ("prose/001", "prose/003", "old/1"):
-        whole, found = tracing.document(release, id), tracing.document(alone, id)
-        assert found.checkpoints is None and found.fates == whole.fates
-        unmoved = [dataclasses.replace(use, moved=None) for use in whole.uses]
-        assert found.uses == unmoved and found.models == whole.models
-        assert [text.split(":")[0] for text in found.unknown] == [
+        complete, partial = tracing.document(release, id), tracing.document(alone, id)
+        assert partial.checkpoints is None and partial.fates == complete.fates
+        unmoved = [dataclasses.replace(use, moved=None) for use in complete.uses]
+        assert partial.uses == unmoved and partial.models == complete.models
+        assert [text.split(":")[0] for text in partial.unknown] == [
             "which checkpoints include a step", "which steps moved no weight"
         ]  # fmt: skip
-        assert "not known here: which checkpoints" in answers.shown(found)
+        assert "not known here: which checkpoints" in answers.shown(partial)
         report = tracing.removal_report(alone, id)
         assert all(row["repository"] is None for row in report.files) and "only the data is here" in str(report.unknown)
         assert report.proofs == tracing.removal_report(release, id).proofs
-        named = {row["path"].removeprefix("dataset/") for row in tracing.removal_report(release, id).files
+        paths = {row["path"].removeprefix("dataset/") for row in tracing.removal_report(release, id).files
                  if row["path"].startswith("dataset/")}  # fmt: skip
-        assert {row["path"] for row in report.files} == named
+        assert {row["path"] for row in report.files} == paths
     step = tracing.step(alone, "longcontext-2", 1)
     assert step.moved is None and step.segments == tracing.step(release, "longcontext-2", 1).segments
     assert len(step.unknown) == 1 and tracing.step(release, "longcontext-2", 1).unknown != step.unknown
-    found = tracing.text(alone, "said", tmp_path / "cache")
-    assert [m.id for m in found.matches] == ["prose/001", "prose/006"] and len(found.unknown) == 1
+    partial = tracing.text(alone, "said", tmp_path / "cache")
+    assert [m.id for m in partial.matches] == ["prose/001", "prose/006"] and len(partial.unknown) == 1
     assert tracing.document(release, "prose/001").unknown == [
         "which steps of earlier runs moved no weight: their logs are not published"
     ]
 
 
 def test_what_a_terminal_would_obey_is_not_printed(release: Path) -> None:
-    found = tracing.document(release, "prose/001")
-    fate = {**found.fates[0], "origin": "a\nb", "license": "\x9b2J"}
-    shown = answers.shown(dataclasses.replace(found, id="prose/\x1b[2J", fates=[fate]))
-    assert "\x1b" not in shown and r"prose/\x1b[2J" in shown and r"\x9b2J; a\nb" in shown
+    document = tracing.document(release, "prose/001")
+    fate = {**document.fates[0], "origin": "a\nb", "license": "\x9b2J"}
+    page = answers.shown(dataclasses.replace(document, id="prose/\x1b[2J", fates=[fate]))
+    assert "\x1b" not in page and r"prose/\x1b[2J" in page and r"\x9b2J; a\nb" in page

@@ -56,10 +56,10 @@ def test_the_store_holds_parent_children_params_inputs_metrics_and_files(smoke_h
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{smoke_home / 'mlflow.db'}"
-    found = runs(uri)
-    (parent,) = [r for name, r in found.items() if name.startswith("atom-smoke-")]
-    assert parent.info.status == "FINISHED" and len(found) == 38
-    child = found["pretrain"]
+    runs_by_name = runs(uri)
+    (parent,) = [r for name, r in runs_by_name.items() if name.startswith("atom-smoke-")]
+    assert parent.info.status == "FINISHED" and len(runs_by_name) == 38
+    child = runs_by_name["pretrain"]
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.params["phase.optimizer.lr"] == "0.003"
     client = MlflowClient(tracking_uri=uri)
@@ -76,20 +76,20 @@ def test_the_store_holds_parent_children_params_inputs_metrics_and_files(smoke_h
 def test_a_dead_server_stops_nothing_and_gets_everything_later(tmp_path: Path) -> None:
     home = tmp_path / "home"
     dead = "http://127.0.0.1:9"
-    done = atom(home, "run", "atom-smoke", "--until", "items", MLFLOW_TRACKING_URI=dead)
-    assert f"MLflow at {dead} did not take everything" in done.stdout and "all of 1 stage sealed" in done.stdout
+    process = atom(home, "run", "atom-smoke", "--until", "items", MLFLOW_TRACKING_URI=dead)
+    assert f"MLflow at {dead} did not take everything" in process.stdout and "all of 1 stage sealed" in process.stdout
     assert "atom: MLflow at" in atom(home, "track", code=2, MLFLOW_TRACKING_URI=dead).stderr
     atom(home, "track")
     assert runs(f"sqlite:///{home / 'mlflow.db'}")["items"].info.status == "FINISHED"
 
 
-@pytest.mark.parametrize("what", ["a folder", "a pipe", "a text", "artifacts"])
-def test_what_is_no_database_is_told_at_once(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("kind", ["a folder", "a pipe", "a text", "artifacts"])
+def test_what_is_no_database_is_told_at_once(tmp_path: Path, kind: str) -> None:
     store = Store(tmp_path / "home")
     run = world.start(store, world.graphs(tmp_path)[0], ["acquire-sums"])
-    path = store.home / ("mlartifacts" if what == "artifacts" else "mlflow.db")
+    path = store.home / ("mlartifacts" if kind == "artifacts" else "mlflow.db")
     make = {"a folder": path.mkdir, "a pipe": lambda: os.mkfifo(path)}
-    make.get(what, lambda: path.write_text("x" * 100))()
+    make.get(kind, lambda: path.write_text("x" * 100))()
     background = mlflow_sync.Background(run, store)
     begun = time.monotonic()
     problem = background.close("FINISHED")
@@ -99,10 +99,10 @@ def test_what_is_no_database_is_told_at_once(tmp_path: Path, what: str) -> None:
 
 def test_no_password_of_a_tracking_uri_is_printed(tmp_path: Path) -> None:
     uri = "http://bob:hunter22@127.0.0.1:9"
-    done = atom(tmp_path, "run", "atom-smoke", "--until", "items", MLFLOW_TRACKING_URI=uri)
-    again = atom(tmp_path, "track", code=2, MLFLOW_TRACKING_URI=uri)
-    assert "did not take everything" in done.stdout and "did not answer" in again.stderr
-    assert "hunter22" not in done.stdout + done.stderr + again.stderr
+    process = atom(tmp_path, "run", "atom-smoke", "--until", "items", MLFLOW_TRACKING_URI=uri)
+    tracked = atom(tmp_path, "track", code=2, MLFLOW_TRACKING_URI=uri)
+    assert "did not take everything" in process.stdout and "did not answer" in tracked.stderr
+    assert "hunter22" not in process.stdout + process.stderr + tracked.stderr
     assert not any(b"hunter22" in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 
 

@@ -60,12 +60,12 @@ def test_no_flipped_bit_of_a_marker_is_believed(corpus: Path, tmp_path: Path) ->
     with pytest.raises(KeyboardInterrupt):
         world.pretrain(corpus, tmp_path / "work", tmp_path / "out", world.config(), world.Reporter(5, signal.SIGTERM))
     folder = checkpoints(tmp_path / "work")[-1]
-    marker, whole = folder / "complete.json", read_marker(folder)
+    marker, marker_value = folder / "complete.json", read_marker(folder)
     content = marker.read_bytes()
     for at in range(0, len(content), 5):
         marker.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
         try:
-            assert read_marker(folder) == whole  # a blank between values
+            assert read_marker(folder) == marker_value  # a blank between values
         except ValueError:
             continue
 
@@ -104,8 +104,8 @@ def test_an_orphan_of_an_earlier_attempt_does_no_harm(corpus: Path, undisturbed:
     with pytest.raises(KeyboardInterrupt):  # the successor is itself stopped, after checkpoints of its own
         world.pretrain(corpus, tmp_path / "work", tmp_path / "out2", world.config(), world.Reporter(11, signal.SIGTERM))
     orphan.send_signal(signal.SIGCONT)
-    _, told = orphan.communicate(timeout=60)
-    assert orphan.returncode == 1 and "a later attempt has taken over from this one" in told
+    _, stderr = orphan.communicate(timeout=60)
+    assert orphan.returncode == 1 and "a later attempt has taken over from this one" in stderr
     report = world.Reporter()
     world.pretrain(corpus, tmp_path / "work", tmp_path / "out2", world.config(), report)
     assert report.notes[0].endswith("going on after step 11")
@@ -122,8 +122,8 @@ def test_an_orphan_that_wakes_while_it_loads_does_no_harm(
 
     def slept(self: Checkpoints, *args: object) -> None:
         monkeypatch.undo()
-        _, told = fresh(corpus, tmp_path, 11, signal.SIGTERM).communicate(timeout=60)
-        assert "stopped after step 11" in told
+        _, stderr = fresh(corpus, tmp_path, 11, signal.SIGTERM).communicate(timeout=60)
+        assert "stopped after step 11" in stderr
         take_over(self, *args)  # type: ignore[arg-type]
 
     with pytest.raises(KeyboardInterrupt):
@@ -140,11 +140,11 @@ def test_an_attempt_that_was_succeeded_before_it_began_stops(corpus: Path, tmp_p
     """Attempts are counted by the lease, which the worker names the product by, not by who comes first."""
     with pytest.raises(KeyboardInterrupt):
         world.pretrain(corpus, tmp_path / "work", tmp_path / "out.3", world.config(), world.Reporter(5, signal.SIGTERM))
-    kept = checkpoints(tmp_path / "work")
-    assert {p.relative_to(tmp_path / "work").parts[0] for p in kept} == {"attempt-0003"}
+    folders = checkpoints(tmp_path / "work")
+    assert {p.relative_to(tmp_path / "work").parts[0] for p in folders} == {"attempt-0003"}
     with pytest.raises(AtomError, match="a later attempt has taken over from this one"):
         world.pretrain(corpus, tmp_path / "work", tmp_path / "out.2", world.config())
-    assert checkpoints(tmp_path / "work") == kept
+    assert checkpoints(tmp_path / "work") == folders
 
 
 def test_a_bug_while_writing_is_not_told_as_a_full_disk(
@@ -169,9 +169,9 @@ def test_the_newest_checkpoints_are_kept(corpus: Path, undisturbed: Path, tmp_pa
     for step in (4, 9):
         with pytest.raises(KeyboardInterrupt):
             world.pretrain(corpus, work, tmp_path / "out", settings, world.Reporter(step, signal.SIGTERM))
-        kept = [p.relative_to(work).as_posix() for p in checkpoints(work)]
+        names = [p.relative_to(work).as_posix() for p in checkpoints(work)]
         number = 1 if step == 4 else 2
-        assert kept == [f"attempt-{number:04d}/checkpoints/step-{n:09d}" for n in range(step - 2, step + 1)]
+        assert names == [f"attempt-{number:04d}/checkpoints/step-{n:09d}" for n in range(step - 2, step + 1)]
     report = world.Reporter()
     world.pretrain(corpus, work, tmp_path / "out", settings, report)
     assert world.digest(tmp_path / "out") == world.digest(undisturbed) and report.products == ["@0", "@6", "@12"]

@@ -99,14 +99,14 @@ def test_plan_refuses_a_layout_and_keys_do_not_hold_one(tmp_path) -> None:
         path = tmp_path / "smoke.yaml"
         path.write_text(re.sub(r"\n(pretrain:.*\n)", r"\n\1" + layout, text))
         refused = "etp" in layout
-        done = atom(tmp_path / "home", "plan", str(path), "--json", code=2 if refused else 0)
+        process = atom(tmp_path / "home", "plan", str(path), "--json", code=2 if refused else 0)
         if refused:
-            assert done.stderr.startswith(
+            assert process.stderr.startswith(
                 "atom: recipe smoke, stage pretrain: parallelism.etp = 1 with tp = 2 and ep = 1 would train wrongly"
             )
-            assert done.stderr.count("\n") == 1
+            assert process.stderr.count("\n") == 1
         else:
-            stages = json.loads(done.stdout)["stages"]
+            stages = json.loads(process.stdout)["stages"]
             keys.append([stage["key"] for stage in stages])
             (ranks,) = {s["ranks"] for s in stages if s["name"] == "pretrain"}
             assert ranks == (2 if layout else 1)
@@ -252,9 +252,9 @@ def test_estimates_need_no_torch() -> None:
         "assert not heavy, heavy\n"
     )
     path = str(world.__file__).rsplit("/", 1)[0]
-    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r})\n" + code],
+    process = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {path!r})\n" + code],
                           capture_output=True, text=True, check=False, cwd=path + "/..")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
 
 
 def test_rows_of_a_phase() -> None:

@@ -62,8 +62,8 @@ def test_pinned_losses(undisturbed: Path) -> None:
     import torch
 
     torch_version, megatron = torch.__version__.split("+")[0], version("megatron-core")
-    here = cpu_model(), torch.backends.cpu.get_cpu_capability(), torch_version, megatron
-    assert losses(undisturbed)[:5] == (FIRST if here in PINNED else pytest.approx(FIRST, rel=1e-6)), here
+    machine = cpu_model(), torch.backends.cpu.get_cpu_capability(), torch_version, megatron
+    assert losses(undisturbed)[:5] == (FIRST if machine in PINNED else pytest.approx(FIRST, rel=1e-6)), machine
 
 
 def test_two_fresh_interpreters_give_the_same_bytes(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -263,9 +263,9 @@ def test_midtrain_continues_the_weights_with_a_fresh_optimizer(
     inputs = {"tokens": Artifact.open(corpus / "tokens"), "order": write_manifest(tmp_path / "order", "order-test")}
     shutil.copytree(undisturbed, tmp_path / "init")
     init = write_manifest(tmp_path / "init", "pretrain-test")
-    made = run_stage(STAGE, world.config(), {**inputs, "init": init})
-    assert losses(made.path, "heldout_loss")[0] == losses(undisturbed, "heldout_loss")[-1]
-    state = made.json("step-000012/state.json")
+    artifact = run_stage(STAGE, world.config(), {**inputs, "init": init})
+    assert losses(artifact.path, "heldout_loss")[0] == losses(undisturbed, "heldout_loss")[-1]
+    state = artifact.json("step-000012/state.json")
     assert state["phase"] == "midtrain" and state["optimizer_step"] == 12
 
     other = world.config()
@@ -285,14 +285,14 @@ def test_an_order_of_many_row_groups_reads_as_one(corpus: Path, tmp_path: Path) 
     shutil.copytree(corpus / "order", tmp_path / "order")
     pq.write_table(table, tmp_path / "order" / "order.parquet", row_group_size=13)
     phase = TrainConfig.model_validate(world.config()).phase
-    order, found = Order(Artifact("order-test", "", tmp_path / "order", ()), phase), {}
+    order, rows_by_step = Order(Artifact("order-test", "", tmp_path / "order", ()), phase), {}
     for step in (1, 2, 5, 12, 4, 3):
         rows = table.filter(pc.field("step") == step).to_pylist()
         assert [(s.id, s.offset, s.length) for r in order.rows(step) for s in r.segments] == [
             (r["id"], r["offset"], r["length"]) for r in rows
         ]
-        found[step] = order.consumed(step)
-    assert found == {step: {"sums": 4 * step, "text": 4 * step} for step in found}
+        rows_by_step[step] = order.consumed(step)
+    assert rows_by_step == {step: {"sums": 4 * step, "text": 4 * step} for step in rows_by_step}
 
     pq.write_table(table.slice(1), tmp_path / "order" / "order.parquet")
     with pytest.raises(AtomError, match="order artifact order-test does not hold the rows that each of its steps"):

@@ -36,8 +36,8 @@ def test_many_files_hold_what_one_would(tmp_path: Path, monkeypatch: pytest.Monk
     one = write(tmp_path / "one")
     assert sorted(p.name for p in one.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
     monkeypatch.setattr(release_checkpoint, "SHARD_BYTES", 20_000)
-    many, again = write(tmp_path / "many"), write(tmp_path / "again")
-    assert world.digest(many) == world.digest(again)
+    many, second = write(tmp_path / "many"), write(tmp_path / "again")
+    assert world.digest(many) == world.digest(second)
     for stem in (release_checkpoint.MODEL, release_checkpoint.OPTIMIZER):
         index = json.loads((many / f"{stem}.safetensors.index.json").read_text())
         files = sorted(many.glob(f"{stem}-*.safetensors"))
@@ -50,9 +50,11 @@ def test_many_files_hold_what_one_would(tmp_path: Path, monkeypatch: pytest.Monk
         for name, file in index["weight_map"].items():
             assert name in load_file(many / file)
         for folder in (one, many):
-            found = release_checkpoint.Tensors(folder, stem)
-            assert set(found) == set(expected) and found.shapes() == {n: tuple(t.shape) for n, t in expected.items()}
-            assert all(torch.equal(found[name], t) for name, t in expected.items())
+            tensors = release_checkpoint.Tensors(folder, stem)
+            assert set(tensors) == set(expected) and tensors.shapes() == {
+                n: tuple(t.shape) for n, t in expected.items()
+            }
+            assert all(torch.equal(tensors[name], t) for name, t in expected.items())
 
 
 def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,13 +79,13 @@ def test_no_phase_begins_from_a_flipped_byte(tmp_path: Path, phase: str, file: s
     inputs = {role: Artifact.open(tmp_path / "corpus" / role) for role in ("tokens", "order")}
     place = tmp_path / "made" / ("step-000012" if phase == "midtrain" else "")
     write(place)
-    made = write_manifest(tmp_path / "made", "pretrain-test")
+    artifact = write_manifest(tmp_path / "made", "pretrain-test")
     content = bytearray((place / file).read_bytes())
     content[-3] ^= 1
     (place / file).write_bytes(content)
     if phase == "pretrain":
-        inputs["continue"] = made
+        inputs["continue"] = artifact
     else:
-        inputs["init"] = made
+        inputs["init"] = artifact
     with pytest.raises(AtomError, match="artifact pretrain-test: .*is not what its manifest says; take it from a copy"):
         run_stage(stage, world.config(), inputs)

@@ -29,31 +29,33 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("way", "who", "kind", "sentence"), WAYS, ids=[f"{way}-{who}" for way, who, *_ in WAYS])
+@pytest.mark.parametrize(
+    ("way", "failing_rank", "kind", "sentence"), WAYS, ids=[f"{way}-{failing_rank}" for way, failing_rank, *_ in WAYS]
+)
 def test_a_failure_of_one_rank_ends_all_within_seconds(
-    way: str, who: int, kind: Kind, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    way: str, failing_rank: int, kind: Kind, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", world.python_path(tmp_path))
-    store, graph = Store(tmp_path / "home"), world.graph(tmp_path / "act", way, who)
+    store, graph = Store(tmp_path / "home"), world.graph(tmp_path / "act", way, failing_rank)
     (name,) = graph.nodes
-    this = runs.start(graph, store, [name], "local")
+    run = runs.start(graph, store, [name], "local")
     ends: list[world.End] = []
 
     def watch() -> None:
-        while not (launches := list(this.node_folder(name).glob("ranks/*"))):
+        while not (launches := list(run.node_folder(name).glob("ranks/*"))):
             time.sleep(0.05)
         ends.append(world.last_end(launches[0]))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     with pytest.raises(AtomError) as error, Display(Console(quiet=True)) as display:
-        LocalLauncher(graph, store, this, [name], cluster_profile.load("local"), display).go()
+        LocalLauncher(graph, store, run, [name], cluster_profile.load("local"), display).go()
     watcher.join(60)
     ends[0].require_promise(name, (tmp_path / "act" / "acted").stat().st_mtime)
     assert error.value.kind is kind and isinstance(error.value, CheckFailed) == (kind is Kind.CHECK)
     assert error.value.exit_code == (1 if kind is Kind.CHECK else 2)
     assert sentence in str(error.value)
-    (stage,) = runs.status(this, store)
+    (stage,) = runs.status(run, store)
     assert stage.state == "failed" and stage.kind == kind and sentence in stage.message, stage
     ((_, statement),) = provenance.read(store.ledger, graph.nodes[name].key)
     assert sentence in provenance.outcome(statement) and provenance.kind(statement) == kind

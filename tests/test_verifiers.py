@@ -20,9 +20,9 @@ from verifier_world import (
     client,
     form_row,
     gym_row,
-    judged,
-    one,
-    said,
+    response_of,
+    score_one,
+    scoring_handler,
     sum_row,
 )
 
@@ -77,16 +77,16 @@ def test_a_hostile_answer_has_a_reward_and_does_nothing(
         (make_verifier("exact"), sum_row()),
         (maths, sum_row()),
         (gym, gym_row()),
-        (make_verifier("instructions"), forms),
-        (client(serve(judged)), sum_row()),
+        (verifier("instructions"), forms),
+        (client(serve(scoring_handler)), sum_row()),
     ]
-    for found, row in cases:
+    for scorer, row in cases:
         start = time.process_time()
-        parts = one(found, row, text)
+        parts = score_one(scorer, row, text)
         # reasoning_gym gives the share of an answer that the right one makes up, however it got there.
-        most = 0.1 if found is gym else 0
-        assert 0 <= parts["reward"] <= most and parts["finished"] == 1, f"{found.name}: {parts}"
-        assert time.process_time() - start < 60, f"{found.name} takes its time in this process"
+        most = 0.1 if scorer is gym else 0
+        assert 0 <= parts["reward"] <= most and parts["finished"] == 1, f"{scorer.name}: {parts}"
+        assert time.process_time() - start < 60, f"{scorer.name} takes its time in this process"
     assert not trace.exists()
 
 
@@ -95,13 +95,11 @@ def test_every_verifier_stands_for_what_it_is() -> None:
         if name == "python-tests":  # which needs a sandbox, and has tests of its own
             assert kind.runs_code is True
             continue
-        found = kind(url="http://127.0.0.1:1", serves="x 1") if name == "nemo-gym" else kind()
-        assert found.name == name and found.version and found.runs_code is False
-        assert found.score([]) == []
-        found.close()
-    assert (
-        "math-verify 0.9" in make_verifier("math-verify").version and "0.1.25" in make_verifier("reasoning-gym").version
-    )
+        scorer = kind(url="http://127.0.0.1:1", serves="x 1") if name == "nemo-gym" else kind()
+        assert scorer.name == name and scorer.version and scorer.runs_code is False
+        assert scorer.score([]) == []
+        scorer.close()
+    assert "math-verify 0.9" in verifier("math-verify").version and "0.1.25" in verifier("reasoning-gym").version
 
 
 @pytest.mark.parametrize(
@@ -145,8 +143,8 @@ def test_the_projects_own_tasks(task: str) -> None:
             f"<think>{p.steps}</think>\n{p.answer}",
             f"It is: {p.answer}",
         ):
-            assert one(exact, row, right) == {"reward": 1, "finished": 1}
-        assert one(exact, row, p.answer, finished=False) == {"reward": 0, "finished": 0}
+            assert score_one(exact, row, right) == {"reward": 1, "finished": 1}
+        assert score_one(exact, row, p.answer, finished=False) == {"reward": 0, "finished": 0}
         for wrong in (
             p.answer + "0",
             "0" + p.answer,
@@ -155,15 +153,15 @@ def test_the_projects_own_tasks(task: str) -> None:
             f"{p.answer}.",
             f"<think>{p.answer}",
         ):
-            assert one(exact, row, wrong)["reward"] == 0
+            assert score_one(exact, row, wrong)["reward"] == 0
 
 
 def test_an_expected_answer_may_hold_a_colon() -> None:
     row = to_row("t", "When?", "exact", "time", 0, expected_answer="10:30")
-    exact = make_verifier("exact")
-    assert [one(exact, row, text)["reward"] for text in ("10:30", "at: 10:30", "11:30", "30")] == [1, 1, 0, 0]
+    exact = verifier("exact")
+    assert [score_one(exact, row, text)["reward"] for text in ("10:30", "at: 10:30", "11:30", "30")] == [1, 1, 0, 0]
     with pytest.raises(VerifierFailed, match="row t: no expected_answer"):
-        one(exact, {**row, "expected_answer": " "}, "")
+        score_one(exact, {**row, "expected_answer": " "}, "")
 
 
 # --- math-verify ------------------------------------------------------------------------------------------------------
@@ -189,34 +187,34 @@ def test_an_expected_answer_may_hold_a_colon() -> None:
     ],
 )
 def test_mathematical_equality(maths: Verifier, expected: Any, answer: str, reward: int) -> None:
-    assert one(maths, sum_row(expected), answer) == {"reward": reward, "finished": 1, "unreadable": 0}
+    assert score_one(maths, sum_row(expected), answer) == {"reward": reward, "finished": 1, "unreadable": 0}
 
 
 def test_an_unfinished_answer_earns_nothing_from_any(
     maths: Verifier, gym: Verifier, serve: Callable[..., Server]
 ) -> None:
     form = form_row(("punctuation:no_comma", {}))
-    server = serve(judged)
-    for found, row, text in (
-        (make_verifier("exact"), sum_row(), "4"),
+    server = serve(scoring_handler)
+    for scorer, row, text in (
+        (verifier("exact"), sum_row(), "4"),
         (maths, sum_row(), "4"),
         (gym, gym_row(), "6"),
         (make_verifier("instructions"), form, "ok"),
         (client(server), sum_row(), "4"),
     ):
-        assert one(found, row, text)["reward"] == 1
-        parts = one(found, row, text, finished=False)
+        assert score_one(scorer, row, text)["reward"] == 1
+        parts = score_one(scorer, row, text, finished=False)
         assert parts["reward"] == 0 and parts["finished"] == 0
     assert len(server.seen) == 1
 
 
 def test_who_is_to_blame_for_running_out_of_time(maths: Verifier, gym: Verifier) -> None:
     """The answer, as the row's own is judged right after; and its fellows keep their rewards."""
-    answers = [(sum_row(), said(text)) for text in ("4", "$9^{9^{9}}$", "5", "4")]
+    answers = [(sum_row(), response_of(text)) for text in ("4", "$9^{9^{9}}$", "5", "4")]
     assert [(p["reward"], p["unreadable"]) for p in maths.score(answers)] == [(1, 0), (0, 1), (0, 0), (1, 0)]
     # One of reasoning_gym's scorers raises on what is no number.
     row = next(reasoning_gym_rows("prime_factorization", 1, 1))
-    assert one(gym, row, "no number") == {"reward": 0, "finished": 1, "unreadable": 1}
+    assert score_one(gym, row, "no number") == {"reward": 0, "finished": 1, "unreadable": 1}
 
 
 @pytest.mark.parametrize(
@@ -228,36 +226,36 @@ def test_who_is_to_blame_for_running_out_of_time(maths: Verifier, gym: Verifier)
 )
 def test_a_row_that_cannot_be_judged_is_no_reward(maths: Verifier, row: Row, words: str) -> None:
     with pytest.raises(VerifierFailed, match=words):
-        one(maths, row, "4")
+        score_one(maths, row, "4")
 
 
-def kill_workers(found: Verifier) -> int:
+def kill_workers(scorer: Verifier) -> int:
     """Kills every worker that runs, from outside. Returns how many."""
-    processes = [w.process for w in found._pool.workers if w.process]
+    processes = [w.process for w in scorer._judges.workers if w.process]
     for process in processes:
         os.killpg(process.pid, signal.SIGKILL)
     return len(processes)
 
 
 def test_killed_workers_are_replaced_and_their_answers_judged_again() -> None:
-    found = make_verifier("math-verify", seconds=1)
-    answers = [(sum_row(), said("4")), (sum_row(), said("5"))] * 4
+    scorer = verifier("math-verify", seconds=1)
+    answers = [(sum_row(), response_of("4")), (sum_row(), response_of("5"))] * 4
     right = [1, 0] * 4
     try:
-        assert [p["reward"] for p in found.score(answers)] == right
-        assert kill_workers(found)  # between steps
-        assert [p["reward"] for p in found.score(answers)] == right
+        assert [p["reward"] for p in scorer.score(answers)] == right
+        assert kill_workers(scorer)  # between steps
+        assert [p["reward"] for p in scorer.score(answers)] == right
         with ThreadPoolExecutor(1) as pool:  # in the middle of one
-            step = pool.submit(found.score, answers * 8)
+            step = pool.submit(scorer.score, answers * 8)
             time.sleep(0.1)
-            assert kill_workers(found)
+            assert kill_workers(scorer)
             assert [p["reward"] for p in step.result()] == right * 8
     finally:
-        found.close()
+        scorer.close()
 
 
 def test_a_worker_that_is_always_killed_is_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = make_verifier("math-verify", seconds=1)
+    scorer = verifier("math-verify", seconds=1)
     start = scoring_pool.Worker._start
 
     def doomed(worker: scoring_pool.Worker) -> None:
@@ -267,18 +265,18 @@ def test_a_worker_that_is_always_killed_is_no_reward(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(scoring_pool.Worker, "_start", doomed)
     try:
         with pytest.raises(VerifierFailed, match="verifier math-verify, row m1: the judge failed 3 times"):
-            one(found, sum_row(), "4")
+            score_one(scorer, sum_row(), "4")
     finally:
-        found.close()
+        scorer.close()
 
 
 def test_an_answer_is_not_blamed_for_what_befell_its_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong, crash = {"score": 1.0}, {"score": 0.0}, {"signal": signal.SIGSEGV, "error": "SIGSEGV"}
 
     def outcome(*replies: dict[str, Any]) -> Parts:
-        told = iter(replies)
-        monkeypatch.setattr(scoring_pool.Worker, "ask", lambda *_: next(told))
-        return one(make_verifier("math-verify"), sum_row(), "4")
+        outcomes = iter(replies)
+        monkeypatch.setattr(scoring_pool.Worker, "ask", lambda *_: next(outcomes))
+        return score_one(verifier("math-verify"), sum_row(), "4")
 
     # Probe, garbage, answer; and after a crash again probe, garbage.
     assert outcome(right, wrong, crash, right, wrong) == {"reward": 0, "finished": 1, "unreadable": 1}
@@ -296,26 +294,26 @@ def test_an_answer_is_not_blamed_for_what_befell_its_judge(monkeypatch: pytest.M
 def test_a_worker_that_cannot_start_is_no_reward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "math_verify.py").write_text("raise ImportError('a broken installation')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = make_verifier("math-verify")
+    scorer = verifier("math-verify")
     try:
         with pytest.raises(
             VerifierFailed, match=r"row m1: the judge failed 3 times \(ImportError: a broken installation\)"
         ):
-            one(found, sum_row(), "4")
+            score_one(scorer, sum_row(), "4")
     finally:
-        found.close()
+        scorer.close()
 
 
 def test_a_package_that_answers_nought_to_all_is_no_reward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As the packages do where their own code raises."""
     (tmp_path / "math_verify.py").write_text("def parse(*a, **k): return []\ndef verify(*a, **k): return False\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = make_verifier("math-verify")
+    scorer = verifier("math-verify")
     try:
         with pytest.raises(VerifierFailed, match="its own expected answer got a score of 0.0"):
-            one(found, sum_row(), "5")
+            score_one(scorer, sum_row(), "5")
     finally:
-        found.close()
+        scorer.close()
 
 
 # In the worker's fork: what each does, and what comes of it.
@@ -338,10 +336,10 @@ FORKS: dict[str, tuple[Callable[[str], float], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("what", FORKS)
-def test_a_fork_is_limited(what: str) -> None:
-    score, reply = FORKS[what]
-    assert scoring_worker.score_in_fork(score, "", 1) == reply
+@pytest.mark.parametrize("attack", FORKS)
+def test_a_fork_is_limited(attack: str) -> None:
+    score, reply = FORKS[attack]
+    assert scoring_worker.limited(score, "", 1) == reply
 
 
 # --- reasoning-gym ----------------------------------------------------------------------------------------------------
@@ -354,9 +352,9 @@ def test_reasoning_gyms_scores(gym: Verifier) -> None:
     assert rows == list(reasoning_gym_rows("spell_backward", 3, 2, level=1, min_word_len=4, max_word_len=6))
     right = rows[0]["answer"]
     half = right[:-1] + ("a" if right[-1] != "a" else "b")
-    assert one(gym, rows[0], f"<think>hm</think>{right}") == {"reward": 1, "finished": 1, "unreadable": 0}
-    assert 0 < one(gym, rows[0], half)["reward"] < 1
-    assert one(gym, rows[0], "1234")["reward"] == 0
+    assert score_one(gym, rows[0], f"<think>hm</think>{right}") == {"reward": 1, "finished": 1, "unreadable": 0}
+    assert 0 < score_one(gym, rows[0], half)["reward"] < 1
+    assert score_one(gym, rows[0], "1234")["reward"] == 0
 
 
 @pytest.mark.parametrize(
@@ -383,8 +381,8 @@ def test_settings_that_a_dataset_refuses_are_told() -> None:
 
 def test_an_unknown_dataset_in_a_row_is_no_reward(gym: Verifier) -> None:
     with pytest.raises(VerifierFailed, match="row g1: ValueError: reasoning_gym has no dataset of_mine"):
-        one(gym, gym_row("of_mine"), "6")
+        score_one(gym, gym_row("of_mine"), "6")
     with pytest.raises(VerifierFailed, match=r"row g1: the answer '\?' got a score of 1.0, so no answer to it can be"):
-        one(gym, {**gym_row(), "answer": "?"}, "6")
+        score_one(gym, {**gym_row(), "answer": "?"}, "6")
     with pytest.raises(VerifierFailed, match="row g1: no metadata to judge by"):
-        one(gym, {k: v for k, v in gym_row().items() if k != "metadata"}, "6")
+        score_one(gym, {k: v for k, v in gym_row().items() if k != "metadata"}, "6")

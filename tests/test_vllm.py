@@ -50,10 +50,10 @@ def test_log_probabilities_at_full_length(tmp_path: Path) -> None:
         "VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     places = [str(tmp_path / name) for name in ("out/model", "ids.json", "vllm.json")]
-    done = subprocess.run(
+    process = subprocess.run(
         [str(PYTHON), str(tmp_path / "vllm_run.py"), *places], env=env, capture_output=True, text=True, timeout=500
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     code = (
         "import json, sys, torch; from transformers import AutoModelForCausalLM as A\n"
         "m, ids = A.from_pretrained(sys.argv[1], dtype=torch.float32), json.loads(open(sys.argv[2]).read())\n"

@@ -39,17 +39,17 @@ MODEL: dict[str, Any] = {
     "init_std": 0.3,
 }
 STOPS, TOKENS, TEMPERATURE = (1, 3), 24, 0.7
-GIVEN = (STOPS, TOKENS, TEMPERATURE)
+ARGUMENTS = (STOPS, TOKENS, TEMPERATURE)
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
     model = ModelConfig(**MODEL)
     shapes = model.shapes(rl_world.PADDED)
-    made = {name: full_tensor(name, shape, model, seed) for name, shape in shapes.items()}
+    tensors = {name: full_tensor(name, shape, model, seed) for name, shape in shapes.items()}
     # no norm of a trained model is all ones
     noise = torch.Generator().manual_seed(seed)
-    made |= {n: t * (1 + 0.2 * torch.randn(t.shape, generator=noise)) for n, t in made.items() if "norm" in n}
-    return hf.to_hf(made, model, rl_world.PADDED)
+    tensors |= {n: t * (1 + 0.2 * torch.randn(t.shape, generator=noise)) for n, t in tensors.items() if "norm" in n}
+    return hf.to_hf(tensors, model, rl_world.PADDED)
 
 
 CONFIG = hf.hf_config(ModelConfig(**MODEL), rl_world.PADDED, 1, 0, "float32")
@@ -65,18 +65,20 @@ def prompts(count: int) -> list[Prompt]:
     ]
 
 
-def gap(found: list[Completion], asked: list[Prompt], model: InProcess, temperature: float = TEMPERATURE) -> float:
+def gap(
+    completions: list[Completion], requests: list[Prompt], model: InProcess, temperature: float = TEMPERATURE
+) -> float:
     """The largest difference from the log-probabilities of a transformers model."""
     gaps = [
         (logprobs(model.model, p, c, temperature) - torch.tensor(c.logprobs)).abs().max()
-        for p, c in zip(asked, found, strict=True)
+        for p, c in zip(requests, completions, strict=True)
     ]
     return float(torch.stack(gaps).max())
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    sampler = VllmServer(CONFIG, *GIVEN, tmp_path_factory.mktemp("vllm") / "served")
+    sampler = VllmServer(CONFIG, *ARGUMENTS, tmp_path_factory.mktemp("vllm") / "served")
     began = time.monotonic()
     sampler.load(FIRST)
     print(f"\nserver started, weights loaded and proved in {time.monotonic() - began:.1f} s")
@@ -86,32 +88,32 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
 
 @pytest.fixture
 def ours() -> InProcess:
-    made = InProcess(CONFIG, *GIVEN)
-    made.load(FIRST)
-    return made
+    engine = InProcess(CONFIG, *ARGUMENTS)
+    engine.load(FIRST)
+    return engine
 
 
 def test_tokens_and_log_probabilities_are_those_of_the_in_process_sampler(served: VllmServer, ours: InProcess) -> None:
-    asked = prompts(128)
+    requests = prompts(128)
     for tensors in (FIRST, SECOND, FIRST):  # and after reloads, of weights that were served before too
         began = time.monotonic()
         served.load(tensors)
         reload = time.monotonic() - began
         ours.load(tensors)
-        theirs, mine = served.generate(asked, greedy=True), ours.generate(asked, greedy=True)
+        theirs, mine = served.generate(requests, greedy=True), ours.generate(requests, greedy=True)
         assert [c.ids for c in theirs] == [c.ids for c in mine] and [c.finished for c in theirs] == [
             c.finished for c in mine
         ]
-        greedy = gap(theirs, asked, ours, 1.0)
+        greedy = gap(theirs, requests, ours, 1.0)
         assert greedy < 1e-4
         began = time.monotonic()
-        drawn = served.generate(asked)
+        drawn = served.generate(requests)
         seconds = time.monotonic() - began
-        sampled = gap(drawn, asked, ours)
+        sampled = gap(drawn, requests, ours)
         assert sampled < 1e-4
-        assert [c.ids for c in served.generate(asked)] == [c.ids for c in drawn], "equal seeds drew other tokens"
-        again = served.generate([Prompt(p.ids, p.seed + 1) for p in asked])
-        assert sum(a.ids != b.ids for a, b in zip(again, drawn, strict=True)) > 100
+        assert [c.ids for c in served.generate(requests)] == [c.ids for c in drawn], "equal seeds drew other tokens"
+        redrawn = served.generate([Prompt(p.ids, p.seed + 1) for p in requests])
+        assert sum(a.ids != b.ids for a, b in zip(redrawn, drawn, strict=True)) > 100
         for c in drawn + theirs:
             assert c.finished == (c.ids[-1] in STOPS) and not set(c.ids[:-1]) & set(STOPS)
             assert c.finished or len(c.ids) == TOKENS
@@ -127,38 +129,38 @@ def test_frequencies_are_those_of_the_distribution(served: VllmServer, ours: InP
     drawn = served.generate([Prompt(prompt, seed) for seed in range(2000)])
     counts = torch.bincount(torch.tensor([c.ids[0] for c in drawn]), minlength=48) / 2000
     with torch.inference_mode():
-        wanted = torch.softmax(ours.model(torch.tensor([prompt])).logits[0, -1] / TEMPERATURE, -1)
-    assert 0.5 * (counts - wanted).abs().sum() < 0.08
+        probabilities = torch.softmax(ours.model(torch.tensor([prompt])).logits[0, -1] / TEMPERATURE, -1)
+    assert 0.5 * (counts - probabilities).abs().sum() < 0.08
 
 
 def test_other_servers_may_be_used(served: VllmServer, ours: InProcess, tmp_path: Path) -> None:
     """As those on nodes of their own: each draws its part."""
     urls = [served.servers[0].url, served.servers[0].url + "/"]
-    sampler = VllmServer(CONFIG, *GIVEN, tmp_path / "served", urls=urls)
+    sampler = VllmServer(CONFIG, *ARGUMENTS, tmp_path / "served", urls=urls)
     ours.load(SECOND)
-    asked = prompts(20)
+    requests = prompts(20)
     try:
         sampler.load(SECOND)
-        assert gap(sampler.generate(asked), asked, ours) < 1e-4
+        assert gap(sampler.generate(requests), requests, ours) < 1e-4
         with pytest.raises(AtomError, match="it started anew, or somebody else uses it: run again"):
-            served.generate(asked)
+            served.generate(requests)
     finally:
         sampler.close()
         served.loaded = None
     served.load(FIRST)
     ours.load(FIRST)
-    assert gap(served.generate(asked), asked, ours) < 1e-4, "close() ended a server that is not its own"
+    assert gap(served.generate(requests), requests, ours) < 1e-4, "close() ended a server that is not its own"
 
 
-@pytest.mark.parametrize("what", ["nothing", "part"])
+@pytest.mark.parametrize("fault", ["nothing", "part"])
 def test_a_reload_of_nothing_or_of_a_part_is_noticed(
-    served: VllmServer, what: str, monkeypatch: pytest.MonkeyPatch
+    served: VllmServer, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     post = vllm_server.Server.post
 
     def other(self: Any, path: str, body: Any = None, seconds: float | None = None) -> Any:
         if path == "/collective_rpc":
-            if what == "nothing":
+            if fault == "nothing":
                 return None
             # vLLM's own, which on CPU leaves the experts unpacked
             body = {"method": "reload_weights", "kwargs": {"weights_path": body["args"][0]}}
@@ -168,8 +170,8 @@ def test_a_reload_of_nothing_or_of_a_part_is_noticed(
     with monkeypatch.context() as patch:
         patch.setattr(vllm_server.Server, "post", other)
         served.loaded = None
-        told = "did not take over" if what == "nothing" else "differ by .* does not renew"
-        with pytest.raises(AtomError, match=told) as raised:
+        message = "did not take over" if fault == "nothing" else "differ by .* does not renew"
+        with pytest.raises(AtomError, match=message) as raised:
             served.load(SECOND)
         print(f"\n{raised.value}")
     served.loaded = None
@@ -210,8 +212,8 @@ def test_a_killed_server_is_an_error_and_no_answer(served: VllmServer) -> None:
     served.close()
     for _ in range(100):
         listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
-        left = [line for line in listed.splitlines() if line.split()[0] == str(process.pid) and "Z" not in line]
-        if not left:
+        remaining = [line for line in listed.splitlines() if line.split()[0] == str(process.pid) and "Z" not in line]
+        if not remaining:
             return
         time.sleep(0.1)
-    raise AssertionError(f"processes of the server are left: {left}")
+    raise AssertionError(f"processes of the server are left: {remaining}")

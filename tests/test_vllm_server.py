@@ -30,9 +30,9 @@ PROMPT = Prompt((4, 5), 2**63 + 7)
 class Fake(BaseHTTPRequestHandler):
     """Answers with the prompt's ids and the stop token. `trouble` has the path fail that often, and how."""
 
-    asked: list[tuple[str, Any]]
+    requests: list[tuple[str, Any]]
     trouble: dict[str, list[Any]]
-    held: dict[str, str]
+    checksums: dict[str, str]
     version = "default"
 
     def do_GET(self) -> None:
@@ -40,28 +40,30 @@ class Fake(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.asked.append((self.path, body))
+        self.requests.append((self.path, body))
         trouble = self.trouble.get(self.path)
         if trouble:
-            now = trouble.pop(0)
-            if now == "drop":
+            fault = trouble.pop(0)
+            if fault == "drop":
                 self.close_connection = True
                 return self.connection.close()
-            if isinstance(now, float):
-                time.sleep(now)
-            elif isinstance(now, int):
-                return self.reply({"error": {"message": "no such\nthing"}}, now)
+            if isinstance(fault, float):
+                time.sleep(fault)
+            elif isinstance(fault, int):
+                return self.reply({"error": {"message": "no such\nthing"}}, fault)
             else:
-                return self.reply(now)
+                return self.reply(fault)
         if self.path == "/collective_rpc":
             tensors = load_file(Path(body["args"][0]) / "model.safetensors")
-            type(self).held = {f"dp0:{n}": hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in tensors.items()}
+            type(self).checksums = {
+                f"dp0:{n}": hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in tensors.items()
+            }
         if self.path == "/update_weight_version":
             type(self).version = body["new_version"]
         if self.path == "/inference/v1/generate":
             ids = [*body["token_ids"], 1]
             return self.reply(answer(ids, self.version))
-        self.reply({"success": True, "checksums": self.held})
+        self.reply({"success": True, "checksums": self.checksums})
 
     def reply(self, body: Any, code: int = 200) -> None:
         data = json.dumps(body).encode()
@@ -74,11 +76,11 @@ class Fake(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None: ...
 
 
-def answer(ids: list[int], version: str, **more: Any) -> dict[str, Any]:
-    told = {"content": [{"token_id": i, "logprob": -0.5} for i in ids]}
+def answer(ids: list[int], version: str, **fields: Any) -> dict[str, Any]:
+    body = {"content": [{"token_id": i, "logprob": -0.5} for i in ids]}
     spans = [{"version": version, "start": 0, "end": len(ids)}]
     return {
-        "choices": [{"token_ids": ids, "logprobs": told, "weight_versions": spans, "finish_reason": "stop", **more}]
+        "choices": [{"token_ids": ids, "logprobs": body, "weight_versions": spans, "finish_reason": "stop", **fields}]
     }
 
 
@@ -87,7 +89,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Two fake servers: (their classes, their urls)."""
     monkeypatch.setattr(vllm_server, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(vllm_server, "START_SECONDS", 5.0)
-    kinds = [type("One", (Fake,), {"asked": [], "trouble": {}, "held": {}}) for _ in range(2)]
+    kinds = [type("One", (Fake,), {"requests": [], "trouble": {}, "checksums": {}}) for _ in range(2)]
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), kind) for kind in kinds]
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -100,23 +102,23 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def sampler(fakes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VllmServer:
     monkeypatch.setattr(VllmServer, "_prove", lambda self, tensors: None)
-    made = VllmServer({"dtype": "float32"}, (1, 3), 7, 0.5, tmp_path / "served", urls=fakes[1])
-    made.load(TENSORS)
+    server = VllmServer({"dtype": "float32"}, (1, 3), 7, 0.5, tmp_path / "served", urls=fakes[1])
+    server.load(TENSORS)
     for kind in fakes[0]:
-        kind.asked.clear()
-    return made
+        kind.requests.clear()
+    return server
 
 
 def test_requests_are_dealt_and_say_all_that_the_contract_needs(fakes: Any, sampler: VllmServer) -> None:
     prompts = [Prompt((4, n), n) for n in range(10)]
     assert sampler.generate(prompts) == [Completion((4, n, 1), (-0.5,) * 3, True) for n in range(10)]
-    assert [len(kind.asked) for kind in fakes[0]] == [5, 5]
-    fakes[0][0].asked.clear()
+    assert [len(kind.requests) for kind in fakes[0]] == [5, 5]
+    fakes[0][0].requests.clear()
     sampler.generate([PROMPT])
     sampler.generate([PROMPT], greedy=True)
-    (path, body), (_, greedy) = fakes[0][0].asked
+    (path, body), (_, greedy) = fakes[0][0].requests
     assert path == "/inference/v1/generate" and body["token_ids"] == [4, 5]
-    wanted = {
+    expected = {
         "temperature": 0.5,
         "seed": 7,
         "max_tokens": 7,
@@ -124,25 +126,25 @@ def test_requests_are_dealt_and_say_all_that_the_contract_needs(fakes: Any, samp
         "logprobs": 0,
         "detokenize": False,
     }
-    assert body["sampling_params"] == wanted
-    assert greedy["sampling_params"] == {**wanted, "temperature": 0.0}
+    assert body["sampling_params"] == expected
+    assert greedy["sampling_params"] == {**expected, "temperature": 0.0}
     assert sampler.generate([]) == []
 
 
 def test_weights_are_taken_over_once_and_old_files_go(fakes: Any, sampler: VllmServer) -> None:
     sampler.load(TENSORS)
-    assert not fakes[0][0].asked, "the same weights were loaded again"
-    more = {**TENSORS, "model.norm.weight": torch.full((2,), 2.0)}
-    sampler.load(more)
+    assert not fakes[0][0].requests, "the same weights were loaded again"
+    changed = {**TENSORS, "model.norm.weight": torch.full((2,), 2.0)}
+    sampler.load(changed)
     for kind in fakes[0]:
-        paths = [path for path, _ in kind.asked]
+        paths = [path for path, _ in kind.requests]
         assert (
             paths.index("/collective_rpc") < paths.index("/reset_prefix_cache") < paths.index("/update_weight_version")
         )
     (folder,) = [p for p in sampler.folder.iterdir() if p.is_dir()]
-    found = load_file(folder / "model.safetensors")
-    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
-    assert torch.equal(found["model.norm.weight"], more["model.norm.weight"])
+    saved = load_file(folder / "model.safetensors")
+    assert torch.equal(saved["lm_head.weight"], saved["model.embed_tokens.weight"])
+    assert torch.equal(saved["model.norm.weight"], changed["model.norm.weight"])
 
 
 def test_a_reload_that_did_nothing_is_noticed(fakes: Any, sampler: VllmServer) -> None:
@@ -193,8 +195,8 @@ def test_lost_connections_are_tried_again_and_then_told(fakes: Any, sampler: Vll
     ],
 )
 def test_an_answer_that_is_not_whole_is_an_error(fakes: Any, sampler: VllmServer, wrong: Any) -> None:
-    said = json.loads(json.dumps(wrong).replace('"V"', json.dumps(sampler.loaded)))
-    fakes[0][0].trouble["/inference/v1/generate"] = [said or {"nothing": 1}]
+    reply = json.loads(json.dumps(wrong).replace('"V"', json.dumps(sampler.loaded)))
+    fakes[0][0].trouble["/inference/v1/generate"] = [reply or {"nothing": 1}]
     with pytest.raises(AtomError, match="gave no whole answer"):
         sampler.generate([PROMPT])
 
@@ -204,8 +206,8 @@ def test_without_vllm_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     monkeypatch.delenv("ATOM_VLLM_PYTHON", raising=False)
 
-    def why(**more: Any) -> str | None:
-        sampling = {"kind": "vllm", "max_new_tokens": 4, **more}
+    def why(**options: Any) -> str | None:
+        sampling = {"kind": "vllm", "max_new_tokens": 4, **options}
         return STAGE.obstacle(STAGE.config.model_validate(rl_world.config(sampling=sampling)))
 
     assert "needs the interpreter of an environment with vLLM; make one by `make .venv-vllm/.ready`" in (why() or "")
@@ -218,7 +220,7 @@ def test_without_vllm_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def start(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> vllm_server.Server:
     (folder / "config.json").write_text('{"dtype": "float32"}')
-    monkeypatch.setattr(vllm_server, "command", lambda *given: [sys.executable, "-c", code])
+    monkeypatch.setattr(vllm_server, "command", lambda *args: [sys.executable, "-c", code])
     return vllm_server.Server.start("python", folder, folder / "server.log")
 
 
@@ -247,7 +249,7 @@ def pids(log: Path) -> list[int]:
     raise AssertionError("the server wrote nothing")
 
 
-def gone(found: list[int]) -> bool:
+def have_ended(process_ids: list[int]) -> bool:
     def runs(pid: int) -> bool:
         try:
             return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
@@ -255,7 +257,7 @@ def gone(found: list[int]) -> bool:
             return False
 
     for _ in range(200):
-        if not any(runs(pid) for pid in found):
+        if not any(runs(pid) for pid in process_ids):
             return True
         time.sleep(0.05)
     return False
@@ -263,9 +265,9 @@ def gone(found: list[int]) -> bool:
 
 def test_a_server_ends_with_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = start(tmp_path, monkeypatch, CHILD)
-    found = pids(tmp_path / "server.log")
+    process_ids = pids(tmp_path / "server.log")
     server.close()
-    assert gone(found)
+    assert have_ended(process_ids)
 
 
 def test_a_server_ends_when_the_stage_is_killed(tmp_path: Path) -> None:
@@ -278,4 +280,4 @@ def test_a_server_ends_when_the_stage_is_killed(tmp_path: Path) -> None:
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parents[1])], check=False)
-    assert gone(pids(tmp_path / "server.log"))
+    assert have_ended(pids(tmp_path / "server.log"))

@@ -41,11 +41,11 @@ def config(seed: int = 0, **phase: Any) -> dict[str, Any]:
 def documents(source: str, count: int, rng: random.Random) -> list[tuple[list[int], int]]:
     """(tokens, loss_from): `sums` are short with a prompt that carries no loss, `text` runs through a fixed cycle."""
     if source == "sums":
-        found = []
+        texts = []
         for _ in range(count):
             a, b = rng.randrange(10), rng.randrange(10)
-            found.append(([10 + a, 20, 10 + b, 21, 10 + (a + b) // 10, 10 + (a + b) % 10, EOD], 4))
-        return found
+            texts.append(([10 + a, 20, 10 + b, 21, 10 + (a + b) // 10, 10 + (a + b) % 10, EOD], 4))
+        return texts
     return [([30 + (k * s + t) % 31 for t in range(rng.randrange(20, 90))] + [EOD], 0)
             for s in range(count) for k in [rng.randrange(1, 4)]]  # fmt: skip
 
@@ -62,7 +62,7 @@ def make(folder: Path, phase: dict[str, Any] | None = None) -> dict[str, Artifac
     phase = {**PHASE, **(phase or {})}
     tokens, order = folder / "tokens", folder / "order"
     order.mkdir(parents=True)
-    rng, rows, held = random.Random(0), [], {}
+    rng, rows, heldout = random.Random(0), [], {}
     for split, count in (("train", 40), ("heldout", 6)):
         (tokens / split).mkdir(parents=True)
         for source in sorted(phase["mix"]):
@@ -78,7 +78,7 @@ def make(folder: Path, phase: dict[str, Any] | None = None) -> dict[str, Artifac
                 }
                 name = f"{source}/{split}-{ordinal}"
                 rows.append({"source": source, "split": split, "ordinal": ordinal, "id": name, **about})
-                held.setdefault((split, source), []).append((len(ids), loss_from))
+                heldout.setdefault((split, source), []).append((len(ids), loss_from))
             builder.finalize(str(tokens / split / f"{source}.idx"))
     pq.write_table(pa.Table.from_pylist(rows), tokens / "documents.parquet")
     (tokens / "meta.json").write_text(json.dumps({"vocab_size": VOCAB, "pad_id": 0, "eod_id": EOD}))
@@ -89,7 +89,7 @@ def make(folder: Path, phase: dict[str, Any] | None = None) -> dict[str, Artifac
         for row in range(per_step):
             source = sources[row % len(sources)]
             ordinal = rng.randrange(40)
-            size, loss_from = held["train", source][ordinal]
+            size, loss_from = heldout["train", source][ordinal]
             place = {"step": step, "row": row, "segment": 0, "source": source, "ordinal": ordinal}
             span = {"offset": 0, "length": min(size, length + 1), "loss_from": max(0, loss_from - 1)}
             picked.append({**place, "id": f"{source}/train-{ordinal}", **span})
@@ -121,10 +121,10 @@ def tokenizer(folder: Path) -> Artifact:
 
     special = ["<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     names = special + [chr(0x21 + n) for n in range(VOCAB - len(special))]
-    made = Tokenizer(models.WordLevel({name: n for n, name in enumerate(names)}, unk_token="!"))
-    made.add_special_tokens([AddedToken(name, special=True) for name in special])
+    word_level = Tokenizer(models.WordLevel({name: n for n, name in enumerate(names)}, unk_token="!"))
+    word_level.add_special_tokens([AddedToken(name, special=True) for name in special])
     folder.mkdir(parents=True)
-    made.save(str(folder / "tokenizer.json"))
+    word_level.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     return write_manifest(folder, "tokenizer-test")
@@ -220,17 +220,17 @@ def record_reads(folder: Path) -> None:
     """Keeps what this rank reads of the training shards in `<folder>/<rank>.jsonl`: [step, [source, ordinal, ...]]."""
     from stages.train.data import Prefetcher, Segment, Shards
 
-    read_step, read_row, now = Prefetcher._read, Shards.read, [0]
+    read_step, read_row, current = Feed._read, Shards.read, [0]
     folder.mkdir(exist_ok=True)
     file = open(folder / f"{os.environ.get('RANK', '0')}.jsonl", "a", buffering=1)  # noqa: SIM115 (to the end)
 
-    def step(self: Prefetcher, due: int) -> Any:
-        now[0] = due
+    def step(self: Feed, due: int) -> Any:
+        current[0] = due
         return read_step(self, due)
 
     def row(self: Shards, row: Segment) -> Any:
         if self.split == "train":
-            file.write(json.dumps([now[0], [row.source, row.ordinal, row.offset, row.length]]) + "\n")
+            file.write(json.dumps([current[0], [row.source, row.ordinal, row.offset, row.length]]) + "\n")
         return read_row(self, row)
 
     Prefetcher._read, Shards.read = step, row  # type: ignore[method-assign]
@@ -246,5 +246,5 @@ if __name__ == "__main__":  # python tests/train_world.py FOLDER WORK OUT CONFIG
         pretrain(
             *map(Path, sys.argv[1:4]), json.loads(Path(sys.argv[4]).read_text()), Reporter(*map(int, sys.argv[5:]))
         )
-    except (AtomError, Interrupted) as told:  # as the worker does: the sentence, no traceback
-        sys.exit(str(told))
+    except (AtomError, Interrupted) as error:  # as the worker does: the sentence, no traceback
+        sys.exit(str(error))

@@ -32,7 +32,7 @@ class Failing(Config):
     """Which rank fails, and how. Before it does, it leaves the file `acted` in `folder`."""
 
     way: Way = "sleep"
-    who: int = 0
+    failing_rank: int = 0
     folder: str = operational("", "where `acted` and the processes' ids are left")
     ranks: int = operational(RANKS, "processes")
 
@@ -48,13 +48,13 @@ def run(config: Failing, inputs: Inputs, work: Path, out: Path, report: Report) 
         from stages.train.parallel import Layout, session
 
         with session(0, Layout(ranks=config.ranks)):
-            if rank == config.who:
+            if rank == config.failing_rank:
                 act(config, report)
             dist.barrier()
     if config.way == "environment":
         show_environment(folder, out)
         return
-    if rank == config.who:
+    if rank == config.failing_rank:
         act(config, report)
     ctypes.CDLL(None).sleep(600)  # as in a collective that some rank never joins: no signal handler of Python's runs
 
@@ -94,11 +94,11 @@ def python_path(folder: Path) -> str:
     return f"{folder}:{Path(__file__).parent}"
 
 
-def graph(folder: Path, way: str, who: int = 0, ranks: int = RANKS) -> Graph:
+def graph(folder: Path, way: str, failing_rank: int = 0, ranks: int = RANKS) -> Graph:
     """A graph of that stage alone, named by the way in which it fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = Failing.model_validate({"way": way, "who": who, "folder": str(folder), "ranks": ranks})
-    name = f"{way}-{who}"
+    config = Failing.model_validate({"way": way, "failing_rank": failing_rank, "folder": str(folder), "ranks": ranks})
+    name = f"{way}-{failing_rank}"
     return Graph(recipe.load("atom-smoke"), {name: Node(name, STAGE, config, {}, f"{name}-0123456789ab")})
 
 
@@ -121,11 +121,11 @@ class End:
 
     def require_promise(self, name: str, since: float) -> None:
         """Raises AssertionError if it came too late after a moment."""
-        took = self.time - since
+        elapsed = self.time - since
         before = max((waits for at, waits in self.samples if at <= since), default=self.samples[0][1])
-        own = took - (self.samples[-1][1] - before)
-        print(f"{name}: {took:.2f} s to the end of the last process, {own:.2f} s without waiting for the machine")
-        assert own < PROMISED and took < LIMIT
+        busy = elapsed - (self.samples[-1][1] - before)
+        print(f"{name}: {elapsed:.2f} s to the end of the last process, {busy:.2f} s without waiting for the machine")
+        assert busy < PROMISED and elapsed < LIMIT
 
 
 def last_end(

@@ -44,26 +44,26 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def said(text: str, finished: bool = True) -> Response:
-    return Response.parse(text, finished)
+def response_of(text: str, finished: bool = True) -> Response:
+    return Response.of(text, finished)
 
 
-def one(found: Verifier, row: Row, text: str, finished: bool = True) -> Parts:
-    return found.score([(row, said(text, finished))])[0]
+def score_one(scorer: Verifier, row: Row, text: str, finished: bool = True) -> Parts:
+    return scorer.score([(row, response_of(text, finished))])[0]
 
 
 @pytest.fixture(scope="module")
 def maths() -> Iterator[Verifier]:
-    found = make_verifier("math-verify", seconds=1)
-    yield found
-    found.close()
+    scorer = verifier("math-verify", seconds=1)
+    yield scorer
+    scorer.close()
 
 
 @pytest.fixture(scope="module")
 def gym() -> Iterator[Verifier]:
-    found = make_verifier("reasoning-gym", seconds=1)
-    yield found
-    found.close()
+    scorer = verifier("reasoning-gym", seconds=1)
+    yield scorer
+    scorer.close()
 
 
 def sum_row(expected: str = "4") -> dict[str, Any]:
@@ -76,7 +76,7 @@ def gym_row(dataset: str = "gcd") -> dict[str, Any]:
 
 
 def form_row(*instructions: tuple[str, dict[str, Any]]) -> dict[str, Any]:
-    names, kwargs = [name for name, _ in instructions], [given for _, given in instructions]
+    names, kwargs = [name for name, _ in instructions], [arguments for _, arguments in instructions]
     return to_row("i1", "Write.", "instructions", "form", 0, prompt="Write.", instruction_id_list=names, kwargs=kwargs)
 
 
@@ -120,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
 
-def judged(_: int, request: dict[str, Any]) -> tuple[int, bytes]:
+def scoring_handler(_: int, request: dict[str, Any]) -> tuple[int, bytes]:
     """As NeMo Gym's servers: 422 for what the schema lacks, else an echo with a reward."""
     response = request.get("response", {})
     if REPLY_KEYS - set(response) or not request["responses_create_params"].get("input"):

@@ -25,9 +25,10 @@ from pipeline.core.events import FileReport, Tail
 from pipeline.core.store import Store
 from pipeline.graph import registry
 from pipeline.launch import clean_environment, preflight
-from pipeline.launch.failure_messages import report_failure
+from pipeline.launch.attempt import Task
+from pipeline.launch.failure_messages import tell
 from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, node_name, read, write
-from pipeline.launch.worker import STOP, Task, attempt
+from pipeline.launch.worker import STOP, attempt
 from pipeline.tracking import budget, mlflow_sync
 
 SEALED, DONE, RESTART, FAILED = "sealed", "done", "again", "failed"

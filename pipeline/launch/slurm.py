@@ -27,11 +27,11 @@ from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph, Node
 from pipeline.graph.run import Run
 from pipeline.launch import clean_environment, job, slurm_client, submission_lock
+from pipeline.launch.attempt import Task
 from pipeline.launch.cluster_profile import Jobs, Profile, Slurm
 from pipeline.launch.job import JobLimits
 from pipeline.launch.local import JOB_ENVIRONMENT, damage_of, require_inputs
 from pipeline.launch.submission_lock import Claim
-from pipeline.launch.worker import Task
 from pipeline.tracking import budget
 
 UNLIMITED = 10**6

@@ -9,15 +9,15 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from release.assembly import attest, metrics, secret_scan
 from release.assembly.assemble import to_json, unexplained
-from release.assembly.costs import Costs
 from release.cards import croissant, plot, render
 from release.checks import registry
+from release.checks.gate_context import BEYOND, Context, Gate
 from release.checks.post_gates import post_training
 from release.layout import GATES, GATES_STATED, ORIGINS, SUMS, WITHOUT_ORDER, files_below, models_of, phases_of, when
 from stages import export
@@ -25,32 +25,6 @@ from stages.evaluation.confidence import SURE
 
 ALL = "over all"
 RELOAD_SECONDS = 3600.0
-BEYOND = f", beyond {SURE} standard errors of the difference"
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One named check: `detail` is what was found or, if not ok, what is wrong and what to do."""
-
-    name: str
-    ok: bool
-    detail: str
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the gates look at: the folder in the making, and what the recipe demands of it."""
-
-    folder: Path
-    release: dict[str, Any]
-    evaluation: dict[str, Any]
-    data: metrics.Facts
-    models: dict[str, metrics.Facts]
-    machine: list[Path]
-    interventions: list[metrics.Facts] = field(default_factory=list)
-    costs: Costs = field(default_factory=dict)
-    canary: dict[str, str] | None = None
-    loaded: list[dict[str, Any]] | None = None
 
 
 def export_parity(c: Context) -> Gate:

@@ -4,15 +4,12 @@ evidence that goes with the scores."""
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from release.assembly import metrics
 from release.checks import registry
+from release.checks.gate_context import BEYOND, Context, Gate
 from release.layout import when
 from stages.evaluation.confidence import SURE
-
-if TYPE_CHECKING:
-    from release.checks.gates import Context, Gate
 
 LEAST_RECALL, LEAST_PLANTED = 0.9, 4
 """Of items planted into a copy of the corpus, what a detector must find to be believed, and how many there must be."""
@@ -22,8 +19,6 @@ MOST_CONTAMINATED = 0.05
 
 def post_training(c: Context) -> list[Gate]:
     """Asked of a release with models that converse only."""
-    from release.checks.gates import BEYOND, Gate
-
     chat = c.data["chat"]
     if not chat:
         return []
@@ -57,23 +52,19 @@ def post_training(c: Context) -> list[Gate]:
         text = (
             f"{name} wins {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against the model before rlhf"
         )
-        ok = rate["low"] > limits["min_win_rate"]
+        ok = rate["low"] > asked["min_win_rate"]
         gates.append(Gate(f"{name}_is_preferred", ok, text if ok else text + advice.format("rlhf")))
     return [*gates, _fresh_set_gate(c), _contamination_gate(c)]
 
 
-def _fresh_set_gate(c: Context) -> Gate:
-    from release.checks.gates import Gate
-
-    problems = registry.fresh_set(c.folder)
+def _fresh(c: Context) -> Gate:
+    wrong = registry.fresh_set(c.folder)
     meta = c.folder / "dataset/evaluation/fresh/meta.json"
     text = f"{metrics.read_json(meta)['kept']} items drawn from the digest of the weights" if meta.exists() else ""
     return Gate("fresh_set", not problems, f"{problems[0]}; run the stage fresh again" if problems else text)
 
 
-def _contamination_gate(c: Context) -> Gate:
-    from release.checks.gates import Gate
-
+def _contamination(c: Context) -> Gate:
     path = c.folder / "dataset" / metrics.CONTAMINATION
     if not path.exists():
         return Gate("contamination_report", False, "there is no contamination report; run the stage contamination")

@@ -17,7 +17,8 @@ from typing import Any
 
 from stages.rl.sandbox.cgroups import PREFIX, Cgroup
 from stages.rl.sandbox.inside import DEVICES
-from stages.rl.sandbox.running import PATIENCE, Limits, Outcome, Running, SandboxFailed
+from stages.rl.sandbox.outcome import PATIENCE, Limits, Outcome, SandboxFailed
+from stages.rl.sandbox.running import Running
 
 INSIDE = ("inside.py", "calls.py", "syscalls.py")
 OWN_PROCESSES = 5  # bwrap's, the warm process, the supervisor

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.rl.sandbox.running import SandboxFailed
+from stages.rl.sandbox.outcome import SandboxFailed
 
 # Version 1's and 2's names of the two limits.
 FILES = {"pids": ("pids.max", "pids.max"), "memory": ("memory.limit_in_bytes", "memory.max")}

@@ -9,61 +9,28 @@ import selectors
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Protocol
 
-from pipeline.core.errors import MachineError
-
-if TYPE_CHECKING:
-    from stages.rl.sandbox.cell import Cell
-    from stages.rl.sandbox.cgroups import Cgroup
-
-PATIENCE = 60.0  # seconds in which our own processes start or answer, on however busy a machine
-
-Status = Literal["ok", "error", "timeout", "memory", "output", "killed"]
+from stages.rl.sandbox.cgroups import Cgroup
+from stages.rl.sandbox.outcome import PATIENCE, Limits, Outcome, SandboxFailed, Status
 
 
-DEATHS = (BrokenPipeError, ConnectionResetError)
-"""Raised where a sandbox died while it ran a program: it was killed from outside, or the program did it."""
+class Host(Protocol):
+    """What a program needs of the cell that it runs in."""
 
+    limits: Limits
+    control: socket.socket
 
-class SandboxFailed(MachineError):
-    """The sandbox itself did not do its work; nothing is known of the program."""
+    @property
+    def pid(self) -> int | None: ...
 
-
-@dataclass(frozen=True)
-class Limits:
-    """What a program may use.
-
-    cpu_seconds bound each process and decide; wall_seconds are far above, so that a busy machine fails no good
-    program, and end what sleeps. memory_bytes: address space of each process, and, under root, memory of all together.
-    disk_bytes: of /tmp. output_bytes: of standard output, of standard error, and of each message, apart."""
-
-    cpu_seconds: int = 4
-    wall_seconds: float = 40.0
-    memory_bytes: int = 512 << 20
-    disk_bytes: int = 16 << 20
-    file_bytes: int = 16 << 20
-    processes: int = 16
-    open_files: int = 64
-    output_bytes: int = 64 << 10
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """exit_code: negative if a signal ended it. cpu_seconds: of its first process and those that this waited for."""
-
-    status: Status
-    stdout: str
-    stderr: str
-    exit_code: int
-    cpu_seconds: float
+    def close(self) -> None: ...
 
 
 class Running:
     """A program in its cell. As a context: on leaving, whatever is left of it is killed."""
 
-    def __init__(self, cell: Cell, job: dict[str, Any], cgroup: Cgroup | None) -> None:
+    def __init__(self, cell: Host, job: dict[str, Any], cgroup: Cgroup | None) -> None:
         self.cell, self.limits, self._cgroup = cell, cell.limits, cgroup
         self._killed_before = cgroup.out_of_memory() if cgroup else 0
         self._reason: Status | None = None
