@@ -36,7 +36,7 @@ def main() -> None:
     if problem := sandbox.missing():
         sys.exit(problem)
     rows = list(problems())[: arguments.limit]
-    speaker = Speaker(arguments.model, arguments.max_new_tokens, rows, {}, Quiet())
+    speaker = ChatModel(arguments.model, arguments.max_new_tokens, rows, {}, Quiet())
     room = speaker.sampler.model.config.max_position_embeddings - arguments.max_new_tokens
     fitting = [row for row in rows if len(speaker.chat.ask(row)) <= room]
     answers = speaker.ask([(row, 0, 0) for row in fitting], greedy=True) if fitting else []

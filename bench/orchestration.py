@@ -77,7 +77,7 @@ def ours() -> list[float]:
         while not store.sealed(composed.nodes["tokenize"].key):
             time.sleep(0.5)
         events = [Tail(submission.run.node_folder(name) / "events.jsonl").read() for name in chain]
-        while slurm_client.ask("squeue", "-h", "--me", "-t", "running,completing").strip():
+        while slurm_client.run_command("squeue", "-h", "--me", "-t", "running,completing").strip():
             time.sleep(0.2)
     when = [{event["event"]: event["time"] for event in each} for each in events]
     return [after["start"] - before["end"] for before, after in pairwise(when)]
@@ -90,8 +90,10 @@ def theirs() -> list[float]:
         for number in range(3):
             options = [f"--dependency=afterok:{job}"] if job else []
             run = f"srun date +%s.%N > {place}/{number}"
-            job = slurm_client.ask("sbatch", "--parsable", "--output=/dev/null", *options, f"--wrap={run}").strip()
-        while not (Path(place) / "2").exists() or slurm_client.ask(
+            job = slurm_client.run_command(
+                "sbatch", "--parsable", "--output=/dev/null", *options, f"--wrap={run}"
+            ).strip()
+        while not (Path(place) / "2").exists() or slurm_client.run_command(
             "squeue", "-h", "-j", job, "-t", "running,completing"
         ):
             time.sleep(0.2)
@@ -108,7 +110,7 @@ def measure(quick: bool) -> dict[str, Any]:
     for _ in range(1 if quick else rounds):
         timings["stage to stage"] += ours()
         timings["job to job"] += theirs()
-    slurm_client.ask("scontrol", "update", "partitionname=test", "state=down")
+    slurm_client.run_command("scontrol", "update", "partitionname=test", "state=down")
     try:
         for _ in range(rounds):
             with tempfile.TemporaryDirectory() as place:
@@ -130,7 +132,7 @@ def measure(quick: bool) -> dict[str, Any]:
                 start = time.perf_counter()
                 resubmit(scripts)
                 timings["sbatch"].append(time.perf_counter() - start)
-                slurm_client.ask("scancel", "--me")
+                slurm_client.run_command("scancel", "--me")
         with tempfile.TemporaryDirectory() as place:
             store = Store(Path(place))
             composed = large_graph(store, many)

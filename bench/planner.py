@@ -29,7 +29,7 @@ from stages.mcore.activations import Rows, activation_bytes
 from stages.mcore.parallel_layout import Layout
 from stages.models.qwen3_moe.config import ModelConfig
 from stages.models.qwen3_moe.costs import Attention, training_flops
-from stages.models.qwen3_moe.memory import held, state_bytes
+from stages.models.qwen3_moe.memory import memory_share, state_bytes
 
 TARGET = 0.01
 QWEN3 = dict(kv_heads=4, head_dim=128, experts=128, num_experts_per_tok=8, context_length=4096, tie_embeddings=False)
@@ -129,7 +129,7 @@ def _half_digit(text: str) -> float:
 def memory() -> None:
     """Prints state and peak memory of Qwen3-30B-A3B on 16 H100, ours and published."""
     layout, gib = Layout(ranks=16, ep=16), 2**30
-    part = held(QWEN3_30B, QWEN3_VOCABULARY, layout, 0)
+    part = memory_share(QWEN3_30B, QWEN3_VOCABULARY, layout, 0)
     state = state_bytes(part, layout, "bf16") / gib
     rows = Rows(1, 4096)
     ours, fused = (

@@ -76,11 +76,11 @@ def with_random_reward(rate: float) -> Any:
     from stages.rl.algorithms.grpo import GrpoTrainer
     from stages.rl.policy import RolloutFiles
 
-    class Tossed(Answers):
-        def once(self, *args: Any) -> Any:
-            return [replace(rollout, reward=coin(rollout.seed, rate)) for rollout in super().once(*args)]
+    class Tossed(RolloutFiles):
+        def load_or_draw(self, *args: Any) -> Any:
+            return [replace(rollout, reward=coin(rollout.seed, rate)) for rollout in super().load_or_draw(*args)]
 
-    class RandomReward(Rlvr):
+    class RandomReward(GrpoTrainer):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             self.files = Tossed(self.files.folder, self.report)

@@ -253,8 +253,9 @@ def measure(size: Size) -> dict[str, Any]:
         lr=RATE, final_lr=RATE, warmup_steps=0, weight_decay=0.0, beta1=BETAS[0], beta2=BETAS[1], clip=CLIP
     )
     phase = dict(
-        tasks=[{"source": "problems", "task": "add", "levels": [2], "count": size.groups}], prompts_per_step=size.groups,
-        num_generations=size.samples, steps=10**6, sampling={"max_new_tokens": size.new}, micro_batches=size.micro_batches,
+        tasks=[{"source": "problems", "task": "add", "levels": [2], "count": size.groups}], steps=10**6,
+        prompts_per_step=size.groups, num_generations=size.samples,
+        sampling={"max_new_tokens": size.new}, micro_batches=size.micro_batches,
         optimizer=optimizer, validate_every=10**6, release_checkpoint_interval=10**6, max_resample_rounds=0,
     )  # fmt: skip
     config = RlTrainConfig(model=size.model, phase=phase, padded_vocab_size=size.vocab, seed=0)

@@ -106,7 +106,7 @@ def main(out: Path) -> None:
     from stages.models.qwen3_moe.megatron_model import build
     from stages.train import parallel
 
-    quantise, report = fake_fp8.quantise, {}
+    quantize, report = fake_fp8.quantize, {}
 
     def deaf(kind_alone: str, x: Any, recipe: Any, kind: Any, summed: int, group: Any) -> Any:
         return quantize(x, recipe, kind, summed, None if kind == kind_alone else group)

@@ -76,7 +76,7 @@ def train(corpus: Path, settings: dict[str, Any], steps: int) -> list[dict[str, 
             out[-1] |= {"share": figures.experts.share.flatten().tolist()}
             out[-1] |= {"entropy": float(figures.experts.entropy.mean()), "dropped": float(figures.experts.dropped)}
         heldout_shards = Shards(tokens, "heldout")
-        share = Share.read(heldout_rows(tokens, phase)[:7], heldout_shards, phase.micro_rows, ranks)
+        share = RankBatch.read(heldout_rows(tokens, phase)[:7], heldout_shards, phase.micro_rows, ranks)
         out.append({"heldout_loss": engine.evaluate(share)})
     return out
 

@@ -49,7 +49,7 @@ def facts(**changes: Any) -> dict[str, Any]:
 
 
 def caveat_lines(model: dict[str, Any], part: str) -> list[str]:
-    return [line for line in caveats.of(model) if part in line]
+    return [line for line in caveats.caveat_sentences(model) if part in line]
 
 
 def test_where_all_is_well_only_the_share_that_does_what_was_asked_is_stated() -> None:

@@ -110,7 +110,7 @@ def test_files_of_conversations_are_read_and_bad_ones_told(tmp_path: Path) -> No
     with pytest.raises(
         AtomError, match=r"no list of messages in field 'messages' \(fields: id, messages\); set reader.messages_field"
     ):
-        list(acquire._documents(source, 0, acquire.source_files(source)))
+        list(acquire._read_documents(source, 0, acquire.source_files(source)))
 
 
 def test_kind_and_reader_must_fit(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_special_tokens_are_tokens_in_conversations_and_text_elsewhere(folder: P
 def test_requests_are_held_out_by_their_text() -> None:
     rng = random.Random(seed_of("x", 0))
     trained = {courtesy_notes.request(rng).text for _ in range(3000)}
-    heldout_texts = {request.text for request in courtesy_notes.distinct(600, rng, heldout=True)}
+    heldout_texts = {request.text for request in courtesy_notes.draw_distinct(600, rng, heldout=True)}
     assert len(heldout_texts) == 600 and not trained & heldout_texts
 
 
@@ -206,7 +206,7 @@ def test_the_judge_of_courtesies(note: str, worth: float) -> None:
 
 
 def test_a_full_note_is_full_for_every_request() -> None:
-    for request in courtesy_notes.distinct(300, random.Random(0), heldout=True):
+    for request in courtesy_notes.draw_distinct(300, random.Random(0), heldout=True):
         statement = request.act.done.format(who=request.who, what=request.what)
         parts = judge(request, f"Dear {request.who}, {statement} Have a nice day!")
         assert (parts["reward"], parts["task"]) == (1.0, 1.0), request
@@ -226,7 +226,7 @@ def test_style_without_the_task_earns_next_to_nothing() -> None:
         f"Dear baker, {' '.join(acts)} Have a nice day!",
         "Thank you for the gift, would you like it? May I have it? I am sorry about it. With kind regards.",
     ]
-    requests = courtesy_notes.distinct(400, random.Random(1), heldout=True)
+    requests = courtesy_notes.draw_distinct(400, random.Random(1), heldout=True)
     for note in same_for_all:
         assert sum(judge(each, note)["reward"] for each in requests) / len(requests) < 0.04, note
 

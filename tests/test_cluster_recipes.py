@@ -24,7 +24,7 @@ from pipeline.graph.dag import phases
 from stages.data.recipe import Source, load
 from stages.mcore.parallel_layout import Layout
 from stages.models.qwen3_moe.config import ModelConfig
-from stages.models.qwen3_moe.memory import held
+from stages.models.qwen3_moe.memory import memory_share
 from stages.train.config import PhaseConfig
 
 ROOT = Path(__file__).parent.parent

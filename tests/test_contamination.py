@@ -76,13 +76,15 @@ def test_scores_stand_beside_each_other(run_stage, inputs) -> None:
 
 def test_subsets_by_hand() -> None:
     scores = {"a": ("add", 1.0), "b": ("add", 0.0), "c": ("add", 1.0), "d": ("add", 0.0)}
-    subsets = contamination.beside(scores, {"a": "contaminated", "b": "overlap", "c": "clean", "d": "clean"})["add"]
+    subsets = contamination.scores_by_verdict(
+        scores, {"a": "contaminated", "b": "overlap", "c": "clean", "d": "clean"}
+    )["add"]
     assert [subsets[name]["value"] for name in ("full", "not_contaminated", "clean")] == [
         0.5,
         pytest.approx(1 / 3),
         0.5,
     ]
-    assert contamination.beside(scores, dict.fromkeys("abcd", "overlap"))["add"]["clean"] is None
+    assert contamination.scores_by_verdict(scores, dict.fromkeys("abcd", "overlap"))["add"]["clean"] is None
 
 
 def test_runs_against_a_slow_way() -> None:

@@ -97,8 +97,8 @@ def test_items_have_the_length_and_the_depth_that_they_say(loaded: Any) -> None:
             assert text.endswith(f"{passkeys.QUESTION} {key}") and ids[-len(answer) :] == answer == loaded.encode(
                 f" {key}"
             )
-            assert passkeys.for_evaluation(key)
-            room = length - passkeys.min_chars(4)
+            assert passkeys.is_for_evaluation(key)
+            room = length - passkeys.min_characters(4)
             assert text.index(passkeys.STATEMENT.format(key)) == round(depth * room)
 
 

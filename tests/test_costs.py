@@ -20,7 +20,7 @@ from stages.models.qwen3_moe import layer_spec
 from stages.models.qwen3_moe.config import ModelConfig
 from stages.models.qwen3_moe.costs import Attention, training_flops
 from stages.models.qwen3_moe.megatron_model import build
-from stages.models.qwen3_moe.memory import Held, held, layers_of, owned_bytes, sharing, state_bytes
+from stages.models.qwen3_moe.memory import MemoryShare, layers_of, memory_share, owned_bytes, sharing, state_bytes
 from stages.train import parallel
 from stages.train.config import PhaseConfig, TrainConfig
 from stages.train.estimate import estimate, layout_label, release_checkpoints
@@ -73,7 +73,7 @@ def test_state_of_the_published_layout() -> None:
         moe_intermediate_size=768, context_length=4096, tie_embeddings=False,
     )  # fmt: skip
     layout = Layout(ranks=16, ep=16)
-    part = held(model, 151936, layout, 0)
+    part = memory_share(model, 151936, layout, 0)
     assert part.experts == 48 * 8 * 3 * 2048 * 768 and sharing(layout) == (16, 1)
     assert state_bytes(part, layout, "bf16") == pytest.approx(6 * part.dense + 12 * part.dense / 16 + 18 * part.experts)
     assert state_bytes(part, layout, "bf16") / 2**30 == pytest.approx(40.0, abs=0.1)
@@ -189,7 +189,7 @@ def test_estimate_of_a_phase() -> None:
     phase_estimate = estimate(config)
     t, counts = phase_estimate.training, phase_estimate.parameters
     assert t is not None and phase_estimate.memory_bytes is not None
-    assert t.layout == words(config.phase.parallelism) == "TP2 PP2"
+    assert t.layout == layout_label(config.phase.parallelism) == "TP2 PP2"
     assert max(t.state_bytes, t.activation_bytes) < phase_estimate.memory_bytes <= t.state_bytes + t.activation_bytes
     assert (
         t.checkpoint_bytes == 12 * counts["total"]
@@ -209,4 +209,4 @@ def test_release_checkpoints(every: int, start: str | None, count: int) -> None:
 
 def test_words_of_layouts() -> None:
     layout = Layout(ranks=512, tp=4, pp=2, cp=8, ep=32, etp=1, recompute="layer")
-    assert words(layout) == "TP4 PP2 CP8 EP32 ETP1 DP8 recompute" and words(Layout()) == "one rank"
+    assert layout_label(layout) == "TP4 PP2 CP8 EP32 ETP1 DP8 recompute" and layout_label(Layout()) == "one rank"

@@ -34,13 +34,13 @@ def test_levels_open_one_after_another_and_close_again() -> None:
     curriculum = make_curriculum(unlock_pass_rate=0.7, ema_alpha=1.0)
     assert curriculum.open() == ["add/0", "sort/3"]
     easy = next(row for row in ROWS if bin_of(row) == "add/0")
-    curriculum.learn(easy, 0.69)
+    curriculum.update(easy, 0.69)
     assert curriculum.open() == ["add/0", "sort/3"]
-    curriculum.learn(easy, 0.7)
+    curriculum.update(easy, 0.7)
     assert curriculum.open() == ["add/0", "add/1", "sort/3"]
-    curriculum.learn(next(row for row in ROWS if bin_of(row) == "add/1"), 1.0)
+    curriculum.update(next(row for row in ROWS if bin_of(row) == "add/1"), 1.0)
     assert curriculum.open() == ["add/0", "add/1", "add/2", "sort/3"]
-    curriculum.learn(easy, 0.2)
+    curriculum.update(easy, 0.2)
     assert curriculum.open() == ["add/0", "sort/3"]
 
 
@@ -48,10 +48,10 @@ def test_weights_are_the_variance_of_a_coin_and_never_nothing() -> None:
     curriculum = make_curriculum(ema_alpha=1.0, min_weight=0.05)
     add, sort = ROWS[0], ROWS[-1]
     assert curriculum.weights() == {"add/0": 1.0, "sort/3": 1.0}
-    curriculum.learn(add, 0.5)
-    curriculum.learn(sort, 1.0)
+    curriculum.update(add, 0.5)
+    curriculum.update(sort, 1.0)
     assert curriculum.weights() == {"add/0": 1.0, "sort/3": 0.05}
-    curriculum.learn(add, 0.0)
+    curriculum.update(add, 0.0)
     assert curriculum.weights()["add/0"] == 0.05
     drawn = Counter(bin_of(row) for step in range(200) for row in curriculum.draw(8, step, 0))
     assert set(drawn) == {"add/0", "sort/3"}
@@ -59,8 +59,8 @@ def test_weights_are_the_variance_of_a_coin_and_never_nothing() -> None:
 
 def test_signal_is_asked_more_often() -> None:
     curriculum = make_curriculum(ema_alpha=1.0)
-    curriculum.learn(ROWS[0], 0.5)
-    curriculum.learn(ROWS[-1], 0.95)
+    curriculum.update(ROWS[0], 0.5)
+    curriculum.update(ROWS[-1], 0.95)
     drawn = Counter(bin_of(row) for step in range(200) for row in curriculum.draw(8, step, 0))
     assert drawn["add/0"] / drawn.total() == pytest.approx(1 / 1.19, abs=0.04)
 

@@ -308,7 +308,7 @@ def test_what_a_disk_refuses_is_one_sentence_from_wherever_it_arises(tmp_path: P
     behind = AtomError("a checkpoint cannot be written")
     behind.__cause__ = direct
     for error in (direct, wrapped, behind):
-        message = sentence(error, "pretrain", Store(tmp_path / "home"))
+        message = failure_message(error, "pretrain", Store(tmp_path / "home"))
         assert str(tmp_path / "home") in message and "a bug" not in message and "\n" not in message, message
         assert os_errors.find(error, tmp_path / "home") == os_errors.Fault(Kind.MACHINE, message)
     hidden = KeyError("x")
@@ -325,9 +325,9 @@ def test_a_missing_file_of_our_own_code_stays_a_bug(tmp_path: Path) -> None:
     assert "a bug in stage pretrain" in failure_message(beside, "pretrain", Store(tmp_path)), "of another home"
     for number in (errno.ETIMEDOUT, errno.ECONNREFUSED, errno.EHOSTDOWN):
         network = OSError(number, os.strerror(number))
-        message = sentence(network, "pretrain", Store(tmp_path))
+        message = failure_message(network, "pretrain", Store(tmp_path))
         assert "file server" not in message and "by its machine or network" in message, "a network is no disk"
-        assert kind(network, Store(tmp_path)) is Kind.MACHINE
+        assert failure_kind(network, Store(tmp_path)) is Kind.MACHINE
 
 
 @pytest.mark.parametrize(
@@ -463,7 +463,7 @@ def test_what_stands_where_a_folder_should_be_is_named(tmp_path: Path, place: st
     NO_FOLDERS[kind](store.home / place)
     with pytest.raises(OSError) as raised:
         Lease.take(store.home / place / ("key-1" if place == "work" else ""))
-    message = sentence(raised.value, "pretrain", store)
+    message = failure_message(raised.value, "pretrain", store)
     assert (
         message.startswith(f"{store.home / place} is ") and "move it away" in message and os_errors.AGAIN in message
     ), message

@@ -85,9 +85,9 @@ def test_the_harness_gives_the_answers_that_the_release_states(demo_home: Path) 
     from release.audit import harness
 
     for folder in ("model", "model-base"):
-        answers = harness.again(demo_home / "releases" / "atom-smoke-0.1.0", folder)
+        answers = harness.compare_answers(demo_home / "releases" / "atom-smoke-0.1.0", folder)
         assert answers["problems"] and not answers["other_answers"] and answers["exact_match"] == answers["stated"]
-    shorter = harness.again(demo_home / "releases" / "atom-smoke-0.1.0", "model", limit=3)
+    shorter = harness.compare_answers(demo_home / "releases" / "atom-smoke-0.1.0", "model", limit=3)
     assert shorter["problems"] == 3
 
 

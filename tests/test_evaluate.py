@@ -73,7 +73,7 @@ def test_a_question_is_context_and_not_scored(inputs) -> None:
 
     def bits(text: str, prompt_chars: int) -> dict:
         row = {"id": "a", "source": "s", "text": text, "prompt_chars": prompt_chars}
-        return bits_per_byte._bits(model, tokenizer, first, row)
+        return bits_per_byte._document_bits(model, tokenizer, first, row)
 
     answer = bits("12+30=42", 6)
     assert (answer["bytes"], answer["tokens"]) == (2, 2)
@@ -92,8 +92,8 @@ def test_padding_and_batching_do_not_change_an_output(inputs) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = [{"id": str(n), "task": "add", "prompt": "1" * n + ":", "answer": "2"} for n in (1, 9, 20)]
-    together = bits_per_byte._answer(model, tokenizer, rows, 8)
-    alone = [bits_per_byte._answer(model, tokenizer, [row], 8)[0] for row in rows]
+    together = bits_per_byte._answer_batch(model, tokenizer, rows, 8)
+    alone = [bits_per_byte._answer_batch(model, tokenizer, [row], 8)[0] for row in rows]
     assert [row["output"] for row in together] == [row["output"] for row in alone]
     assert len(together[0]["code_digest"]) == 64
 

@@ -117,7 +117,7 @@ def test_a_failed_attempt_leaves_no_place_of_the_machine_in_its_statement(tmp_pa
     text = (
         f"work checkpoint {home}/work/x/state cannot be written (see /opt/data/text.jsonl, line 2); https://a.org/b/c"
     )
-    message = without_places(text, home)
+    message = strip_paths(text, home)
     assert (
         message
         == "work checkpoint $ATOM_HOME/work/x/state cannot be written (see …/text.jsonl, line 2); https://a.org/b/c"

@@ -359,8 +359,8 @@ def test_the_code_of_a_submission_is_frozen_while_nobody_collects(
         with real(home):
             yield
 
-    monkeypatch.setattr(slurm_client, "held", dict)
-    monkeypatch.setattr(slurm_client, "ask", lambda *words, **options: "")
+    monkeypatch.setattr(slurm_client, "queued_jobs", dict)
+    monkeypatch.setattr(slurm_client, "run_command", lambda *words, **options: "")
     monkeypatch.setattr(slurm, "executor_of", lambda *words, **options: None)
     monkeypatch.setattr(slurm, "start", lambda *words: "7")
     code_snapshot.freeze(store, three[0].recipe.files)

@@ -85,4 +85,4 @@ def test_a_server_that_is_too_slow_is_no_reward(serve: Callable[..., Server]) ->
 
 def test_a_server_that_was_never_there_is_no_reward(serve: Callable[..., Server]) -> None:
     with pytest.raises(VerifierFailed, match="Connection refused"):
-        score_one(verifier("nemo-gym", url="http://127.0.0.1:9", serves="nothing"), sum_row(), "4")
+        score_one(make_verifier("nemo-gym", url="http://127.0.0.1:9", serves="nothing"), sum_row(), "4")

@@ -50,7 +50,7 @@ FOLLOWED: dict[str, tuple[list[str], list[str]]] = {
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_each_instruction(name: str) -> None:
-    scorer, row = verifier("instructions"), form_row((name, ARGUMENTS[name]))
+    scorer, row = make_verifier("instructions"), form_row((name, ARGUMENTS[name]))
     followed, not_followed = FOLLOWED[name]
     for text in followed:
         assert score_one(scorer, row, text) == {"reward": 1, "fraction": 1, "finished": 1}, text
@@ -59,7 +59,7 @@ def test_each_instruction(name: str) -> None:
 
 
 def test_all_instructions_must_be_followed_and_none_are_left_unread() -> None:
-    scorer = verifier("instructions")
+    scorer = make_verifier("instructions")
     words = "length_constraints:number_words"
     row = form_row(
         (words, {"num_words": 3, "relation": "at least", "keywords": None}),
@@ -84,14 +84,14 @@ def test_an_instruction_that_cannot_be_checked_is_no_reward(
     instruction: tuple[str, dict[str, Any]], words: str
 ) -> None:
     with pytest.raises(VerifierFailed, match=f"verifier instructions, row i1: .*{words}"):
-        score_one(verifier("instructions"), form_row(instruction), "text")
+        score_one(make_verifier("instructions"), form_row(instruction), "text")
 
 
 def test_a_row_without_instructions_is_no_reward() -> None:
     with pytest.raises(VerifierFailed, match="row i1: no field 'kwargs'"):
-        score_one(verifier("instructions"), {k: v for k, v in form_row().items() if k != "kwargs"}, "text")
+        score_one(make_verifier("instructions"), {k: v for k, v in form_row().items() if k != "kwargs"}, "text")
     with pytest.raises(VerifierFailed, match="0 instructions with 0 sets"):
-        score_one(verifier("instructions"), form_row(), "text")
+        score_one(make_verifier("instructions"), form_row(), "text")
 
 
 @pytest.mark.parametrize("level", instructions.LEVELS)

@@ -88,7 +88,7 @@ def test_what_was_changed_is_refused(size: int, data: st.DataObject) -> None:
     proof = tree.proof(index)
 
     def verifies(**changed: Any) -> bool:
-        return merkle.holds(
+        return merkle.verify_inclusion(
             **{"leaf": leaves[index], "index": index, "size": size, "proof": proof, "root": tree.root, **changed}
         )
 

@@ -107,7 +107,7 @@ def test_its_servers_give_the_rewards_that_our_verifiers_give(rows: list[dict[st
     }
     compared = 0
     for name, known in servers.items():
-        scorer = verifier(name)
+        scorer = make_verifier(name)
         answers = [
             (row, Response.parse(text, True)) for row in rows if row["verifier"] == name for text in answers_to(row)
         ]
@@ -115,7 +115,7 @@ def test_its_servers_give_the_rewards_that_our_verifiers_give(rows: list[dict[st
         scorer.close()
         assert {0.0, 1.0} <= set(expected)
         for server, url in known:
-            scores = verifier("nemo-gym", url=url, serves=f"nemo-gym 0.4.0 {server}").score(answers)
+            scores = make_verifier("nemo-gym", url=url, serves=f"nemo-gym 0.4.0 {server}").score(answers)
             assert [parts["reward"] for parts in scores] == expected, server
             compared += len(scores)
     assert compared == len(rows) * 6
@@ -123,7 +123,7 @@ def test_its_servers_give_the_rewards_that_our_verifiers_give(rows: list[dict[st
 
 def test_its_mathematics_accepts_the_right_sums(rows: list[dict[str, Any]], serve) -> None:
     sums = [row for row in rows if row["kind"] == "add"]
-    scorer = verifier("nemo-gym", url=serve("math_with_judge", **JUDGE), serves="nemo-gym 0.4.0 math_with_judge")
+    scorer = make_verifier("nemo-gym", url=serve("math_with_judge", **JUDGE), serves="nemo-gym 0.4.0 math_with_judge")
     right = scorer.score([(row, Response.of(row["expected_answer"], True)) for row in sums])
     wrong = scorer.score([(row, Response.of(row["expected_answer"] + "1", True)) for row in sums])
     assert [p["reward"] for p in right] == [1.0] * 6 and [p["reward"] for p in wrong] == [0.0] * 6

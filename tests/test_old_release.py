@@ -172,7 +172,7 @@ def test_what_a_model_wrote_is_escaped_on_cards_of_today(old_release: Path) -> N
     assert b"\x12" in drawn and verify(old_release / "model-rlvr").ok, (
         "a model of bytes wrote it, and cards showed it so"
     )
-    assert chat_tables._plain("Thank\x1b[2J you\u202e") == "`Thank\\x1b[2J you\\u202e`"
+    assert chat_tables._code_cell("Thank\x1b[2J you\u202e") == "`Thank\\x1b[2J you\\u202e`"
     assert escaped(escaped("\x12|é")) == "\\x12|é"
 
 

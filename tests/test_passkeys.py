@@ -42,7 +42,7 @@ def test_a_document_states_its_key_once_and_ends_with_the_answer() -> None:
         assert key.isdigit() and len(set(key)) == 4
         assert prompt.endswith(passkeys.QUESTION) and prompt.count(passkeys.STATEMENT.format(key)) == 1
         filler = prompt.removesuffix(passkeys.QUESTION).replace(passkeys.STATEMENT.format(key), "")
-        assert "pass key" not in filler and len(text) == len(filler) + passkeys.min_chars(4)
+        assert "pass key" not in filler and len(text) == len(filler) + passkeys.min_characters(4)
         start = int(place.removesuffix(".py"))
         assert filler.startswith(TEXTS[start][0][: len(filler)])  # neighbours in order, from a drawn one on
         depths.append(prompt.index(passkeys.STATEMENT.format(key)) / len(filler))
@@ -54,8 +54,8 @@ def test_a_document_states_its_key_once_and_ends_with_the_answer() -> None:
 
 def test_the_seed_alone_decides() -> None:
     assert draw_documents(20) == draw_documents(20) and draw_documents(20) != draw_documents(20, seed=1)
-    assert len(passkeys.STATEMENT.format("1234") + passkeys.QUESTION + " 1234") == passkeys.min_chars(4)
-    bare = draw_documents(1, (passkeys.min_chars(4),) * 2)[0][0]
+    assert len(passkeys.STATEMENT.format("1234") + passkeys.QUESTION + " 1234") == passkeys.min_characters(4)
+    bare = draw_documents(1, (passkeys.min_characters(4),) * 2)[0][0]
     assert bare.startswith("\nThe pass key is")
 
 

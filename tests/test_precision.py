@@ -63,7 +63,7 @@ def test_what_a_machine_lacks(monkeypatch: Any, kind: Any, gpu: Any, engine: boo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
     monkeypatch.setattr(precision.importlib.util, "find_spec", lambda name: object() if engine else None)
-    problem = precision.missing(kind)
+    problem = precision.missing_requirement(kind)
     assert (
         problem is None
         if message is None

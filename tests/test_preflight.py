@@ -179,11 +179,11 @@ def test_signals_to_stop_are_seen_whoever_handles_them() -> None:
 
     before = signal.signal(signal.SIGUSR2, lambda *_: None)
     try:
-        with job.told_to_stop() as stop_requested:
+        with job.watch_stop_signals() as stop_requested:
             assert not stop_requested()
             os.kill(os.getpid(), signal.SIGUSR2)
             assert stop_requested() and stop_requested()
-        with job.told_to_stop() as stop_requested:
+        with job.watch_stop_signals() as stop_requested:
             assert not stop_requested()
     finally:
         signal.signal(signal.SIGUSR2, before)

@@ -16,7 +16,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.mcore import quantize as quantization
 from stages.mcore.fake_fp8 import multiply
 from stages.mcore.quantize import E4M3, E5M2, RECIPES, Counts, Format, quantize, quantize_dequantize
 
@@ -114,14 +113,14 @@ def test_agrees_with_the_scalar_implementation(recipe: str, kind: str, summed: i
     for wild, (rows, columns) in ((False, (130, 36)), (True, (9, 131)), (True, (1, 1))):
         x = spread_out(rows, columns, rows, dtype, wild)
         expected, counts = scalar(x, recipe, kind, summed)
-        result = quantise(x, RECIPES[recipe], kind, summed)
+        result = quantize(x, RECIPES[recipe], kind, summed)
         assert result.values.dtype == dtype and result.counts == counts
         factor = Fraction(result.factor)
         exact = [[Fraction(v) * factor for v in row] for row in result.values.tolist()]
         assert exact == expected, "every value, exactly"
         underflow += counts.underflow
         # as one tensor it is rounded to fp32 once more
-        values, recounted = quantise_dequantise(x, RECIPES[recipe], kind, summed)
+        values, recounted = quantize_dequantize(x, RECIPES[recipe], kind, summed)
         assert recounted == counts and values.tolist() == [[float(fp32(v)) for v in row] for row in expected]
     assert underflow > 0, "there must have been something to lose"
 
@@ -138,7 +137,7 @@ def test_agrees_with_the_scalar_implementation_on_any_numbers(rows: list, case: 
     x = torch.tensor(rows, dtype=torch.float32)
     recipe, kind, summed = case
     expected, counts = scalar(x, recipe, kind, summed)
-    result = quantise(x, RECIPES[recipe], kind, summed)
+    result = quantize(x, RECIPES[recipe], kind, summed)
     values = result.values.tolist()
     if not any(math.isinf(v) for row in values for v in row):  # rounding upwards may leave fp32 at its very end
         assert [[Fraction(v) * Fraction(result.factor) for v in row] for row in values] == expected
@@ -198,19 +197,19 @@ def test_a_cut_between_blocks_changes_nothing(recipe: str) -> None:
     x = spread_out(256, 256, 5, torch.float32)
     for kind in ("input", "weight", "gradient"):
         for summed in (0, 1):
-            uncut, counts = quantise_dequantise(x, RECIPES[recipe], kind, summed)
+            uncut, counts = quantize_dequantize(x, RECIPES[recipe], kind, summed)
             for dimension in (0, 1):
-                parts = [quantise_dequantise(p, RECIPES[recipe], kind, summed) for p in x.chunk(2, dimension)]
+                parts = [quantize_dequantize(p, RECIPES[recipe], kind, summed) for p in x.chunk(2, dimension)]
                 assert torch.equal(torch.cat([p for p, _ in parts], dimension), uncut)
                 assert parts[0][1] + parts[1][1] == counts
 
 
 def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = spread_out(300, 70, 6, torch.float32)
-    unsliced = {case: quantise(x, RECIPES[case[0]], *case[1:]) for case in CASES}
+    unsliced = {case: quantize(x, RECIPES[case[0]], *case[1:]) for case in CASES}
     monkeypatch.setattr(quantize, "SLAB", 1000)
     for case, expected in unsliced.items():
-        result = quantise(x, RECIPES[case[0]], *case[1:])
+        result = quantize(x, RECIPES[case[0]], *case[1:])
         assert torch.equal(result.values, expected.values) and result.counts == expected.counts, case
 
 

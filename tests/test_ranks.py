@@ -29,7 +29,7 @@ from pipeline.graph import registry
 from pipeline.launch import rendezvous
 from pipeline.launch.attempt import Task
 from pipeline.launch.local import visible_gpus
-from pipeline.launch.worker import _operations, attempt, work
+from pipeline.launch.worker import _record_operation, attempt, work
 
 SLOW = 40  # steps: enough to be disturbed in
 
@@ -220,7 +220,7 @@ def test_the_others_wait_while_rank_0_hashes_a_large_input(tmp_path: Path, monke
 def test_every_way_in_which_a_phase_was_run_is_remembered(tmp_path: Path) -> None:
     path = tmp_path / "operations.json"
     one, two = {"ranks": 1}, {"ranks": 2}
-    assert [_operations(path, operation) for operation in (one, one, two, one)] == [
+    assert [_record_operation(path, operation) for operation in (one, one, two, one)] == [
         [one],
         [one],
         [one, two],

@@ -22,7 +22,7 @@ from stages.mcore.quantize import RECIPES, Format, Recipe
 from stages.models.qwen3_moe.config import ModelConfig
 from stages.train.precision_simulation import plot, report, runner, simulation
 from stages.train.precision_simulation.proxy_model import build_proxy, dimensions, ratios, step_tokens
-from stages.train.precision_simulation.report import compose, judge, markdown
+from stages.train.precision_simulation.report import compose, markdown, verdict_of
 
 # tensorwise alone needs no blocks, and so the smallest twin: 96 wide, sixteen rows of 64
 SMALL = ("rehearse", "atom-tiny", "--precision", "fp8-tensorwise", "--steps", "8", "--seeds", "2")
@@ -190,8 +190,8 @@ def test_verdicts(tmp_path: Path, settings: runner.Settings) -> None:
 
 def test_judge_counts_two_standard_errors() -> None:
     """Of 0.1 % and 0.2 % the mean is 0.15 % with a standard error of 0.05 %."""
-    assert judge([0.001, 0.002], 0.0026) == "holds" and judge([0.001, 0.002], 0.0024) == "inconclusive"
-    assert judge([0.001, 0.002], 0.0006) == "inconclusive" and judge([0.001, 0.002], 0.0004) == "fails"
+    assert verdict_of([0.001, 0.002], 0.0026) == "holds" and verdict_of([0.001, 0.002], 0.0024) == "inconclusive"
+    assert verdict_of([0.001, 0.002], 0.0006) == "inconclusive" and verdict_of([0.001, 0.002], 0.0004) == "fails"
 
 
 BIG: dict[str, Any] = dict(

@@ -18,11 +18,11 @@ import release_world as world
 )
 def test_training_that_does_not_teach_is_refused(built: Path, tmp_path: Path, phase: str, scores, gate: str) -> None:
     from release.assembly import metrics
-    from release.checks import gates
+    from release.checks import gate_context, gates
 
     data = metrics.data_facts(built / "dataset")
     limits = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
-    context = gates.Context(built, {}, limits, data, {}, [])
+    context = gate_context.Context(built, {}, limits, data, {}, [])
     assert all(g.ok for g in gates.learning(context))
     world.make_evaluation(tmp_path, *scores)
     data["evaluation"][phase] = metrics.scores_of(tmp_path)
@@ -31,13 +31,13 @@ def test_training_that_does_not_teach_is_refused(built: Path, tmp_path: Path, ph
 
 def test_one_source_that_gets_worse_is_refused(built: Path) -> None:
     from release.assembly import metrics
-    from release.checks import gates
+    from release.checks import gate_context, gates
 
     def judged(phase: str, source: str, value: float) -> list[str]:
         data = metrics.data_facts(built / "dataset")
         data["evaluation"][phase]["bits_per_byte"][source]["value"] = value
         limits = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
-        failed = [g for g in gates.learning(gates.Context(built, {}, limits, data, {}, [])) if not g.ok]
+        failed = [g for g in gates.learning(gate_context.Context(built, {}, limits, data, {}, [])) if not g.ok]
         assert all(source in g.detail for g in failed)
         return [g.name for g in failed]
 
@@ -52,15 +52,15 @@ def test_one_source_that_gets_worse_is_refused(built: Path) -> None:
     ]  # pre-training need not improve on what it never read
     data["evaluation"]["init"]["bits_per_byte"]["sums"]["value"] = 3.0
     limits = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
-    assert all(g.ok for g in gates.learning(gates.Context(built, {}, limits, data, {}, [])))
+    assert all(g.ok for g in gates.learning(gate_context.Context(built, {}, limits, data, {}, [])))
     del data["evaluation"]["mid"]["bits_per_byte"]["sums"]
-    assert [g.ok for g in gates.learning(gates.Context(built, {}, limits, data, {}, []))] == [True, True, False]
+    assert [g.ok for g in gates.learning(gate_context.Context(built, {}, limits, data, {}, []))] == [True, True, False]
 
 
 def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **changed: tuple[float, float]):
     """A release with these (value, standard error) of pass@1 by model and of the win rate, and a contamination report."""
     from release.assembly import metrics
-    from release.checks import gates
+    from release.checks import gate_context
 
     right = {"sft": (0.4, 0.02), "rlvr": (0.6, 0.01), "rlhf": (0.59, 0.01), **changed}
     win, se = right.pop("win", (0.6, 0.02))
@@ -73,7 +73,7 @@ def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **chang
     )
     data = {"chat": {"test": test, "preferences": {"rlhf": {"win_rate": rate}}}}
     limits = {"chat": {"min_gain": 0.1, "min_win_rate": 0.5, "skill_tolerance": 0.05}}
-    return gates.Context(folder, {}, limits, data, {}, [])
+    return gate_context.Context(folder, {}, limits, data, {}, [])
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from pipeline.graph import dag
 from release import layout
 from release.assembly import build_release as builder
 from release.assembly import costs, metrics
+from release.assembly.assemble import require_nodes
 from release.audit.verify import verify
 from release.cards import plot, render, tables
-from release.checks import gates, registry
+from release.checks import gate_context, gates, registry
 from release.layout import files_below
 
 LIMITS = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
@@ -46,11 +47,11 @@ def release_facts(release: Path) -> dict[str, Any]:
     return dict(metrics.read_json(release / layout.RELEASE))
 
 
-def context(release: Path, data: dict[str, Any]) -> gates.Context:
-    return gates.Context(release, release_facts(release), LIMITS, data, {}, [])
+def context(release: Path, data: dict[str, Any]) -> gate_context.Context:
+    return gate_context.Context(release, release_facts(release), LIMITS, data, {}, [])
 
 
-def gates_by_name(release: Path, data: dict[str, Any]) -> dict[str, gates.Gate]:
+def gates_by_name(release: Path, data: dict[str, Any]) -> dict[str, gate_context.Gate]:
     return {gate.name: gate for gate in gates.long_context(context(release, data))}
 
 
@@ -154,15 +155,17 @@ def test_a_changed_card_or_plot_does_not_pass_the_gate(release: Path, tmp_path: 
     data = metrics.data_facts(copy / "dataset")
     models = {name: metrics.model_facts(copy / name) for name in layout.model_folders(copy)}
     canary = metrics.canary(release_facts(copy)["nodes"]["items"]["digest"])
-    gate_context = gates.Context(copy, release_facts(copy), LIMITS, data, models, [], [], costs.of(copy), canary)
-    assert gates.cards(gate_context).ok
+    built_context = gate_context.Context(
+        copy, release_facts(copy), LIMITS, data, models, [], [], costs.usage_by_stage(copy), canary
+    )
+    assert gates.cards(built_context).ok
     png = (copy / "model/experts.png").read_bytes()
     (copy / "model/experts.png").write_bytes((copy / "model-base/experts.png").read_bytes())
-    assert "model/experts.png" in gates.cards(gate_context).detail
+    assert "model/experts.png" in gates.cards(built_context).detail
     (copy / "model/experts.png").write_bytes(png)
     card = (copy / "model/README.md").read_text()
     (copy / "model/README.md").write_text(card.replace("| 1 | 0.016 | 1.600 |", "| 1 | 0.916 | 1.600 |"))
-    assert not gates.cards(gate_context).ok
+    assert not gates.cards(built_context).ok
 
 
 def test_every_spike_has_its_line(release: Path, model: Path) -> None:
@@ -287,16 +290,16 @@ def test_every_phase_needs_its_checkpoints_order_and_models(release: Path, sourc
     copy = tmp_path / "copy"
     shutil.copytree(release / "checkpoints", copy / "checkpoints")
     shutil.rmtree(copy / "checkpoints/longcontext-2-step-2")
-    gate_context = gates.Context(copy, release_facts(release), LIMITS, metrics.data_facts(release / "dataset"), {}, [])
-    assert "last checkpoint of longcontext-2 is step 0" in gates.checkpoints_and_order(gate_context).detail
+    built_context = gate_context.Context(
+        copy, release_facts(release), LIMITS, metrics.data_facts(release / "dataset"), {}, []
+    )
+    assert "last checkpoint of longcontext-2 is step 0" in gates.checkpoints_and_order(built_context).detail
     shutil.copytree(release / "evidence/parity", copy / "evidence/parity")
     (copy / "evidence/parity/long-1.json").unlink()
-    assert "parity is not known for long-1" in gates.export_parity(gate_context).detail
+    assert "parity is not known for long-1" in gates.export_parity(built_context).detail
     for node in ("evaluate-long-2", "order-longcontext-1", "export-long-1"):
-        from release.assembly.assemble import require_nodes
-
         with pytest.raises(AtomError, match=f"needs the artifact of {node}"):
-            required({name: artifact for name, artifact in source.artifacts.items() if name != node})
+            require_nodes({name: artifact for name, artifact in source.artifacts.items() if name != node})
 
 
 def test_packed_rows_are_counted_once_and_their_fill_is_told(release: Path) -> None:

@@ -43,7 +43,7 @@ def test_new_outputs_are_scored_by_the_latest_version() -> None:
     for name, version in scorers.LATEST.items():
         known = [int(number) for other, number in scorers.SCORERS if other == name]
         assert int(version) == max(known), name
-        current = Courtesy() if name == "courtesy" else verifier(name)
+        current = Courtesy() if name == "courtesy" else make_verifier(name)
         assert (current.name, current.version) == (name, version)
 
 
@@ -65,7 +65,7 @@ TEXTS = [
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_a_verifier_scores_as_its_frozen_file(name: str) -> None:
     """What a release states is what verification computes again."""
-    current = Courtesy() if name == "courtesy" else verifier(name)
+    current = Courtesy() if name == "courtesy" else make_verifier(name)
     scorer = name, current.version
     for finished in (True, False):
         responses = [Response.of(text, finished) for text in TEXTS]

@@ -56,7 +56,9 @@ def test_names_and_values_decide() -> None:
 
 def test_the_shell_has_the_same_rule() -> None:
     lines = [*clean_environment.shell(), "env -0"]
-    secrets = {name: value for name, value in SECRETS.items() if clean_environment.secret(name) or name == "TEAM_LOGIN"}
+    secrets = {
+        name: value for name, value in SECRETS.items() if clean_environment.is_secret(name) or name == "TEAM_LOGIN"
+    }
     function = {"BASH_FUNC_planted%%": f"() {{ echo {PLANTED}; }}"}
     process = subprocess.run(
         ["bash", "-c", "\n".join(lines)], env={**secrets, **function, **NEEDED}, capture_output=True

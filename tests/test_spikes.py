@@ -251,8 +251,12 @@ def test_the_judge() -> None:
     assert judge.reason(1.0, None) is None, "a fall is no spike"
     judge.accept(9.0, 1.0)  # one accepted outlier does not move a median
     assert judge.reason(2.5, None) is not None
-    assert Judge(None, []).reason(1e9, 1e9) is None and Judge(None, []).reason(math.nan, None) is not None
-    resumed = Judge(policy, [{"loss": 2.0, "grad_norm": 1.0}] * 4 + [{"loss": 9.0, "grad_norm": 9.0, "skipped": True}])
+    assert (
+        SpikeDetector(None, []).reason(1e9, 1e9) is None and SpikeDetector(None, []).reason(math.nan, None) is not None
+    )
+    resumed = SpikeDetector(
+        policy, [{"loss": 2.0, "grad_norm": 1.0}] * 4 + [{"loss": 9.0, "grad_norm": 9.0, "skipped": True}]
+    )
     assert list(resumed.losses) == [2.0] * 4
 
 

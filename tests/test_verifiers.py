@@ -77,7 +77,7 @@ def test_a_hostile_answer_has_a_reward_and_does_nothing(
         (make_verifier("exact"), sum_row()),
         (maths, sum_row()),
         (gym, gym_row()),
-        (verifier("instructions"), forms),
+        (make_verifier("instructions"), forms),
         (client(serve(scoring_handler)), sum_row()),
     ]
     for scorer, row in cases:
@@ -99,7 +99,9 @@ def test_every_verifier_stands_for_what_it_is() -> None:
         assert scorer.name == name and scorer.version and scorer.runs_code is False
         assert scorer.score([]) == []
         scorer.close()
-    assert "math-verify 0.9" in verifier("math-verify").version and "0.1.25" in verifier("reasoning-gym").version
+    assert (
+        "math-verify 0.9" in make_verifier("math-verify").version and "0.1.25" in make_verifier("reasoning-gym").version
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_the_projects_own_tasks(task: str) -> None:
 
 def test_an_expected_answer_may_hold_a_colon() -> None:
     row = to_row("t", "When?", "exact", "time", 0, expected_answer="10:30")
-    exact = verifier("exact")
+    exact = make_verifier("exact")
     assert [score_one(exact, row, text)["reward"] for text in ("10:30", "at: 10:30", "11:30", "30")] == [1, 1, 0, 0]
     with pytest.raises(VerifierFailed, match="row t: no expected_answer"):
         score_one(exact, {**row, "expected_answer": " "}, "")
@@ -196,7 +198,7 @@ def test_an_unfinished_answer_earns_nothing_from_any(
     form = form_row(("punctuation:no_comma", {}))
     server = serve(scoring_handler)
     for scorer, row, text in (
-        (verifier("exact"), sum_row(), "4"),
+        (make_verifier("exact"), sum_row(), "4"),
         (maths, sum_row(), "4"),
         (gym, gym_row(), "6"),
         (make_verifier("instructions"), form, "ok"),
@@ -231,14 +233,14 @@ def test_a_row_that_cannot_be_judged_is_no_reward(maths: Verifier, row: Row, wor
 
 def kill_workers(scorer: Verifier) -> int:
     """Kills every worker that runs, from outside. Returns how many."""
-    processes = [w.process for w in scorer._judges.workers if w.process]
+    processes = [w.process for w in scorer._pool.workers if w.process]
     for process in processes:
         os.killpg(process.pid, signal.SIGKILL)
     return len(processes)
 
 
 def test_killed_workers_are_replaced_and_their_answers_judged_again() -> None:
-    scorer = verifier("math-verify", seconds=1)
+    scorer = make_verifier("math-verify", seconds=1)
     answers = [(sum_row(), response_of("4")), (sum_row(), response_of("5"))] * 4
     right = [1, 0] * 4
     try:
@@ -255,7 +257,7 @@ def test_killed_workers_are_replaced_and_their_answers_judged_again() -> None:
 
 
 def test_a_worker_that_is_always_killed_is_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer = verifier("math-verify", seconds=1)
+    scorer = make_verifier("math-verify", seconds=1)
     start = scoring_pool.Worker._start
 
     def doomed(worker: scoring_pool.Worker) -> None:
@@ -276,7 +278,7 @@ def test_an_answer_is_not_blamed_for_what_befell_its_judge(monkeypatch: pytest.M
     def outcome(*replies: dict[str, Any]) -> Parts:
         outcomes = iter(replies)
         monkeypatch.setattr(scoring_pool.Worker, "ask", lambda *_: next(outcomes))
-        return score_one(verifier("math-verify"), sum_row(), "4")
+        return score_one(make_verifier("math-verify"), sum_row(), "4")
 
     # Probe, garbage, answer; and after a crash again probe, garbage.
     assert outcome(right, wrong, crash, right, wrong) == {"reward": 0, "finished": 1, "unreadable": 1}
@@ -294,7 +296,7 @@ def test_an_answer_is_not_blamed_for_what_befell_its_judge(monkeypatch: pytest.M
 def test_a_worker_that_cannot_start_is_no_reward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "math_verify.py").write_text("raise ImportError('a broken installation')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    scorer = verifier("math-verify")
+    scorer = make_verifier("math-verify")
     try:
         with pytest.raises(
             VerifierFailed, match=r"row m1: the judge failed 3 times \(ImportError: a broken installation\)"
@@ -308,7 +310,7 @@ def test_a_package_that_answers_nought_to_all_is_no_reward(monkeypatch: pytest.M
     """As the packages do where their own code raises."""
     (tmp_path / "math_verify.py").write_text("def parse(*a, **k): return []\ndef verify(*a, **k): return False\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    scorer = verifier("math-verify")
+    scorer = make_verifier("math-verify")
     try:
         with pytest.raises(VerifierFailed, match="its own expected answer got a score of 0.0"):
             score_one(scorer, sum_row(), "5")
@@ -339,7 +341,7 @@ FORKS: dict[str, tuple[Callable[[str], float], dict[str, Any]]] = {
 @pytest.mark.parametrize("attack", FORKS)
 def test_a_fork_is_limited(attack: str) -> None:
     score, reply = FORKS[attack]
-    assert scoring_worker.limited(score, "", 1) == reply
+    assert scoring_worker.score_in_fork(score, "", 1) == reply
 
 
 # --- reasoning-gym ----------------------------------------------------------------------------------------------------

@@ -220,11 +220,11 @@ def record_reads(folder: Path) -> None:
     """Keeps what this rank reads of the training shards in `<folder>/<rank>.jsonl`: [step, [source, ordinal, ...]]."""
     from stages.train.data import Prefetcher, Segment, Shards
 
-    read_step, read_row, current = Feed._read, Shards.read, [0]
+    read_step, read_row, current = Prefetcher._read, Shards.read, [0]
     folder.mkdir(exist_ok=True)
     file = open(folder / f"{os.environ.get('RANK', '0')}.jsonl", "a", buffering=1)  # noqa: SIM115 (to the end)
 
-    def step(self: Feed, due: int) -> Any:
+    def step(self: Prefetcher, due: int) -> Any:
         current[0] = due
         return read_step(self, due)
 

@@ -54,14 +54,14 @@ def score_one(scorer: Verifier, row: Row, text: str, finished: bool = True) -> P
 
 @pytest.fixture(scope="module")
 def maths() -> Iterator[Verifier]:
-    scorer = verifier("math-verify", seconds=1)
+    scorer = make_verifier("math-verify", seconds=1)
     yield scorer
     scorer.close()
 
 
 @pytest.fixture(scope="module")
 def gym() -> Iterator[Verifier]:
-    scorer = verifier("reasoning-gym", seconds=1)
+    scorer = make_verifier("reasoning-gym", seconds=1)
     yield scorer
     scorer.close()
 

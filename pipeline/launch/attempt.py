@@ -1,4 +1,4 @@
-"""An attempt at a node: what it is asked for, what it states about its product, and which product it refuses."""
+"""One try at a node: what it needs to know, and the statement about how it ended."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.core.stage import identity, operation
 from pipeline.core.store import Artifact, Store, sha256_file
 from pipeline.graph import registry
 from pipeline.graph.checkpoints import Checkpoint
-from pipeline.launch.failure_messages import without_places
+from pipeline.launch.failure_messages import strip_paths
 from pipeline.launch.rendezvous import FAILED_USAGE_SECONDS, USAGE_SECONDS, Ranks, Usage
 
 
@@ -52,6 +52,15 @@ class Task:
         return asdict(self)
 
 
+def _read_usage(path: Path) -> Usage | None:
+    """What a task of a job array wrote down that it used; None, with a report, if that cannot be read."""
+    try:
+        return Usage(**json_files.read(path, USAGE))
+    except Damaged as error:
+        json_files.report(error, "what that task used is not counted")
+        return None
+
+
 class Attempt:
     """One try at a node, from its start to the statement about it."""
 
@@ -60,71 +69,78 @@ class Attempt:
         self.stage = registry.stage(task.stage)
         self.config = self.stage.config.model_validate(task.config)
         self.materials: dict[str, Artifact] = {}
-        self.started, self.before = time.time(), Usage.now()
+        self.started, self.usage_at_start = time.time(), Usage.now()
         self.code = code_digests(registry.STAGES[task.stage])
         self.operations = [operation(self.config)]
         """How this attempt and those whose work it goes on from were run: each way once, the latest last."""
 
-    def record(self, made: Artifact, part: Checkpoint | None = None) -> None:
+    def record(self, artifact: Artifact, part: Checkpoint | None = None) -> None:
         """The statement of a product, written just before it is sealed. Raises AtomError if it must not be.
 
         part: what the product is, if it is not the stage's own.
         """
-        self.refuse_second_digest(made)
-        self._state({made.key: made.digest}, "sealed", part, None if part else made)
+        self.refuse_second_digest(artifact)
+        self._write_statement({artifact.key: artifact.digest}, "sealed", part, None if part else artifact)
 
     def record_failure(self, failure: Failure) -> None:
         """The statement of a failed attempt; its subject is the attempt's events, which are what is left of it."""
         name = f"{self.task.run}/{self.task.node}/events.jsonl"
-        published = Failure(without_places(failure.text, self.store.home), failure.kind)
+        published = Failure(strip_paths(failure.text, self.store.home), failure.kind)
         try:
-            self._state({name: sha256_file(self.store.logs / name)}, published)
+            self._write_statement({name: sha256_file(self.store.logs / name)}, published)
         except OSError as error:  # a full disk: the failure itself is told all the same
             print(f"{self.task.node}: no statement of this attempt: {error}", file=sys.stderr, flush=True)
 
-    def refuse_second_digest(self, made: Artifact) -> None:
+    def refuse_second_digest(self, artifact: Artifact) -> None:
         """A bitwise stage must give the digest that it gave before from these inputs with this code, here and run in
         the same way: another layout of ranks adds in another order."""
         if self.stage.promise(self.config) != "bitwise" or environment.device()["type"] != "cpu":
             return  # GPU kernels add in an order of their own
-        here = environment.fingerprint()
-        for _, body in provenance.read(self.store.ledger, made.key):
-            before = {s["name"]: s["digest"]["sha256"] for s in body["subject"]}.get(made.key)
+        fingerprint = environment.fingerprint()
+        for _, body in provenance.read(self.store.ledger, artifact.key):
+            earlier_digest = {s["name"]: s["digest"]["sha256"] for s in body["subject"]}.get(artifact.key)
             materials = {role: a.digest for role, a in self.materials.items()}
-            same = provenance.environment_of(body)["fingerprint"] == here and provenance.code_of(body) == self.code
-            same = same and provenance.materials_of(body) == materials
-            same = same and provenance.operations_of(body) == self.operations
-            if before not in (None, made.digest) and same:
+            is_same = (
+                provenance.environment_of(body)["fingerprint"] == fingerprint and provenance.code_of(body) == self.code
+            )
+            is_same = is_same and provenance.materials_of(body) == materials
+            is_same = is_same and provenance.operations_of(body) == self.operations
+            if earlier_digest not in (None, artifact.digest) and is_same:
                 raise AtomError(
-                    f"{made.key} came out as {made.digest[:12]} but as {before[:12]} before, with the same code in the "
-                    "same environment, so it is not reproducible; look for a seed, a clock or threads in the stage"
+                    f"{artifact.key} came out as {artifact.digest[:12]} but as {earlier_digest[:12]} before, with "
+                    "the same code in the same environment, so it is not reproducible; look for a seed, a clock or "
+                    "threads in the stage"
                 )
 
-    def _state(
+    def _write_statement(
         self,
         subject: dict[str, str],
         outcome: str | Failure,
         part: Checkpoint | None = None,
         product: Artifact | None = None,
     ) -> None:
-        hasty = isinstance(outcome, Failure) and outcome.kind is not Kind.STOPPED
-        patience = FAILED_USAGE_SECONDS if hasty else USAGE_SECONDS
-        counted = [Usage.now().since(self.before), *([] if part else self.ranks.others(patience))]
+        failed = isinstance(outcome, Failure) and outcome.kind is not Kind.STOPPED
+        timeout = FAILED_USAGE_SECONDS if failed else USAGE_SECONDS
+        usages = [Usage.now().since(self.usage_at_start), *([] if part else self.ranks.peer_usages(timeout))]
         if product is not None:  # what tasks of a job array did beforehand
             shards = self.store.logs / self.task.run / self.task.node / "shards"
-            counted += [used for path in sorted(shards.glob("ranks/*/usage.json")) if (used := _usage(path))]
-        finished, cpu = time.time(), sum(used.cpu_seconds for used in counted)
-        watts, gpu = self.task.watts_per_core, (finished - self.started) * self.task.gpus
-        gpus = {"gpus": self.task.gpus, "gpu_seconds": round(gpu, 3)} if self.task.gpus else {}
+            usages += [
+                process_usage
+                for path in sorted(shards.glob("ranks/*/usage.json"))
+                if (process_usage := _read_usage(path))
+            ]
+        finished, cpu = time.time(), sum(process_usage.cpu_seconds for process_usage in usages)
+        watts, gpu_seconds = self.task.watts_per_core, (finished - self.started) * self.task.gpus
+        gpus = {"gpus": self.task.gpus, "gpu_seconds": round(gpu_seconds, 3)} if self.task.gpus else {}
         board = f", and allotted GPU seconds x {self.task.watts_per_gpu} W per GPU" if gpus else ""
         usage = {
             "wall_seconds": round(finished - self.started, 3),
             "cpu_seconds": round(cpu, 3),
             **gpus,
-            "peak_memory_bytes": max(used.peak_memory_bytes for used in counted),
+            "peak_memory_bytes": max(process_usage.peak_memory_bytes for process_usage in usages),
             "ranks": self.task.ranks,
-            "ranks_counted": len(counted),
-            "energy_joules_estimate": round(cpu * watts + gpu * self.task.watts_per_gpu, 1),
+            "ranks_counted": len(usages),
+            "energy_joules_estimate": round(cpu * watts + gpu_seconds * self.task.watts_per_gpu, 1),
             "energy_method": f"estimate: CPU seconds of all ranks x {watts} W per busy core{board}, from the cluster "
             "profile; not measured; cooling and idle power are left out",
             "figures": dict(self.report.figures),
@@ -135,7 +151,7 @@ class Attempt:
             version=self.stage.version,
             node=part.node if part else self.task.node,
             key=part.key if part else self.task.key,
-            of={"key": part.phase, "step": part.step} if part else None,
+            checkpoint_of={"key": part.phase, "step": part.step} if part else None,
             config=identity(self.config),
             operations=self.operations,
             materials=self.materials,
@@ -152,12 +168,3 @@ class Attempt:
         provenance.write(self.store.ledger, part.key if part else self.task.key, body)
         if part is None:
             self.report.event("usage", **usage)
-
-
-def _usage(path: Path) -> Usage | None:
-    """What a task of a job array wrote down that it used; None, with a report, if that cannot be read."""
-    try:
-        return Usage(**json_files.read(path, USAGE))
-    except Damaged as error:
-        json_files.report(error, "what that task used is not counted")
-        return None

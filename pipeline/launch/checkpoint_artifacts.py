@@ -10,12 +10,15 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.core.errors import MachineError
 from pipeline.core.lease import Lease
 from pipeline.core.store import Artifact, digest_of, rows_of
 from pipeline.graph.checkpoints import Checkpoint
-from pipeline.launch.attempt import Attempt
+
+if TYPE_CHECKING:
+    from pipeline.launch.attempt import Attempt
 
 
 class Products:

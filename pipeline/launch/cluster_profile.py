@@ -148,9 +148,9 @@ class Slurm(Config):
     free_gb: Annotated[float, Range(0, 1e9)] = Field(
         1.0, description="space that must be free under $ATOM_HOME and in scratch"
     )
-    signal_before_limit_seconds: Annotated[int, Range(10, 65_535, "Slurm takes no more than 65535")] = Field(
-        120, description="how long before the time limit a stage is told to save"
-    )
+    signal_before_limit_seconds: Annotated[
+        int, Range(10, 65_535, "Slurm takes no more than 65535"), Renamed("signal_lead_seconds")
+    ] = Field(120, description="how long before the time limit a stage is told to save")
     array_size: Annotated[int, Range(2, 4_000_001, "Slurm's MaxArraySize is at most 4000001")] = Field(
         1000, description="tasks of a job array; each does several shards if there are more"
     )
@@ -179,8 +179,8 @@ class Slurm(Config):
         ranks_per_node = min(ranks, jobs.tasks_per_node)
         if ranks % ranks_per_node:
             raise RecipeError(
-                f"stage {stage} has {ranks} ranks, which do not fill nodes of {each} alike; change its parallelism.ranks, "
-                "or tasks_per_node of the cluster profile"
+                f"stage {stage} has {ranks} ranks, which do not fill nodes of {ranks_per_node} alike; change its "
+                "parallelism.ranks, or tasks_per_node of the cluster profile"
             )
         return jobs, ranks // ranks_per_node, ranks_per_node
 

@@ -26,7 +26,7 @@ from pipeline.core.store import Store
 from pipeline.graph import registry
 from pipeline.launch import clean_environment, preflight
 from pipeline.launch.attempt import Task
-from pipeline.launch.failure_messages import tell
+from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, node_name, read, write
 from pipeline.launch.worker import STOP, attempt
 from pipeline.tracking import budget, mlflow_sync

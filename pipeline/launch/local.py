@@ -25,8 +25,15 @@ from pipeline.graph.run import Run
 from pipeline.launch import clean_environment
 from pipeline.launch.attempt import Task
 from pipeline.launch.cluster_profile import Profile
-from pipeline.launch.failure_messages import full
-from pipeline.launch.rendezvous import announce, kill, launch_folder, lost, silent, tasks
+from pipeline.launch.failure_messages import disk_full_message
+from pipeline.launch.rendezvous import (
+    announce,
+    has_no_end,
+    kill_processes,
+    launch_folder,
+    living_ranks,
+    ranks_without_end,
+)
 from pipeline.launch.worker import work
 
 POLL = 0.2

@@ -24,7 +24,7 @@ from pipeline.core.store import Store
 from pipeline.graph import registry
 from pipeline.launch.attempt import Attempt, Task
 from pipeline.launch.checkpoint_artifacts import Products
-from pipeline.launch.failure_messages import tell
+from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.rendezvous import FOLLOWED, Ranks, Usage, end_process
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -215,6 +215,6 @@ def _record_operation(path: Path, current: dict[str, Any]) -> list[dict[str, Any
         earlier = []
     except Damaged as error:
         json_files.report(error, "how earlier attempts were run is not stated")
-        before = []
-    path.write_text(json.dumps([*before, now]))
-    return [*before, now]
+        earlier = []
+    path.write_text(json.dumps([*earlier, current]))
+    return [*earlier, current]

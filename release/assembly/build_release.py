@@ -151,8 +151,7 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     from release.assembly import assemble, attest, costs, metrics
     from release.audit import merkle
     from release.cards import croissant, plot, render, results, scaling_plots, tables
-    from release.checks import gates
-    from release.checks.gate_context import Context
+    from release.checks import gate_context, gates
     from release.layout import CANARY, GOLDENS, ORIGINS, RELEASE, ROOTS, model_folders, repositories
 
     assembly = assemble.Assembly(folder)
@@ -197,22 +196,28 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     assembly.json(f"dataset/{croissant.NAME}", description, "description of the tables")
     assembly.write("dataset/README.md", render.data_card(release, data, canary).encode(), card_origin)
     for target, statement in attest.evaluations(folder, release["nodes"]).items():
-        made.json(target, statement, "in-toto statement of what was measured")
-    card = render.plain_card("checkpoints", release, licence["weights"], checkpoints=tables.checkpoints(steps))
-    made.write("checkpoints/README.md", card.encode(), why)
-    made.json("checkpoints/index.json", steps, "states of the checkpoints")
-    found = repositories(folder)
-    rows = [[r.id(release["namespace"], release["name"]), r.kind, r.branch, f"`{r.folder or '.'}`"] for r in found]
-    shown = tables.table(["repository", "kind", "branch", "place in the release"], rows)
-    made.write("README.md", render.plain_card("evidence", release, licence["code"], repositories=shown).encode(), why)
-    for place in found:
-        kind = {"dataset": "data_compilation", "": "code"}.get(place.folder, "weights")
-        text = assemble.licence_text(licence[kind], licence["code"], source.code_roots)
-        made.write(f"{place.folder}/LICENSE".lstrip("/"), text, "licence")
-    made.origins[ORIGINS] = {"generated": "release.assembly.build_release"}
-    (folder / ORIGINS).write_bytes(assemble.to_json(made.origins))
-    wanted = _evaluation(source.recipe)
-    return Context(folder, release, wanted, data, models, source.machine_paths, changes, spent, canary, loaded)
+        assembly.json(target, statement, "in-toto statement of what was measured")
+    card = render.plain_card("checkpoints", release, licenses["weights"], checkpoints=tables.checkpoints(steps))
+    assembly.write("checkpoints/README.md", card.encode(), card_origin)
+    assembly.json("checkpoints/index.json", steps, "states of the checkpoints")
+    repos = repositories(folder)
+    rows = [[r.id(release["namespace"], release["name"]), r.kind, r.branch, f"`{r.folder or '.'}`"] for r in repos]
+    repository_table = tables.table(["repository", "kind", "branch", "place in the release"], rows)
+    assembly.write(
+        "README.md",
+        render.plain_card("evidence", release, licenses["code"], repositories=repository_table).encode(),
+        card_origin,
+    )
+    for repository in repos:
+        kind = {"dataset": "data_compilation", "": "code"}.get(repository.folder, "weights")
+        text = assemble.license_text(licenses[kind], licenses["code"], source.code_roots)
+        assembly.write(f"{repository.folder}/LICENSE".lstrip("/"), text, "licence")
+    assembly.origins[ORIGINS] = {"generated": "release.assembly.build_release"}
+    (folder / ORIGINS).write_bytes(assemble.to_json(assembly.origins))
+    evaluation = _evaluation(source.recipe)
+    return gate_context.Context(
+        folder, release, evaluation, data, models, source.machine_paths, changes, run_costs, canary, loaded
+    )
 
 
 def _evaluation(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -209,14 +209,16 @@ class Plan:
             or parameters["config"] != self.end_state["config"]
         ):
             raise CheckFailed(f"{self.end}/state.json is not of the config that the statement about {key} names")
-        self.stage = registry.stage(said["stage"])
-        self.then = _flat(said["version"], provenance.code_of(self.body), provenance.environment_of(self.body))
+        self.stage = registry.stage(parameters["stage"])
+        self.recorded = _environment_values(
+            parameters["version"], provenance.code_of(self.body), provenance.environment_of(self.body)
+        )
         clusters = [operation["phase"]["parallelism"] for operation in provenance.operations_of(self.body)]
         self.ranks = max(cluster["ranks"] for cluster in clusters)
-        config = TrainConfig.model_validate(said["config"])
-        how: dict[str, Any] = {"watchdog_timeout_seconds": PATIENCE, "checkpoint_interval": config.phase.steps}
-        how |= {"parallelism": Layout.model_validate(clusters[-1]) if self.ranks == 1 else Layout()}
-        self.config: TrainConfig = config.model_copy(update={"phase": config.phase.model_copy(update=how)})
+        config = TrainConfig.model_validate(parameters["config"])
+        overrides: dict[str, Any] = {"watchdog_timeout_seconds": PATIENCE, "checkpoint_interval": config.phase.steps}
+        overrides |= {"parallelism": Layout.model_validate(clusters[-1]) if self.ranks == 1 else Layout()}
+        self.config: TrainConfig = config.model_copy(update={"phase": config.phase.model_copy(update=overrides)})
         order, log = self.materials["order"], source.place(key, "training.jsonl")
         table, meta = (source.copy(order, name) for name in ("order.parquet", "meta.json"))
         read_table(table, list(ORDER), [("step", "=", last)])

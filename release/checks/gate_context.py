@@ -1,4 +1,4 @@
-"""What every gate of a release is given, and what it returns."""
+"""What a gate looks at, and what it returns."""
 
 from __future__ import annotations
 

@@ -52,19 +52,19 @@ def post_training(c: Context) -> list[Gate]:
         text = (
             f"{name} wins {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against the model before rlhf"
         )
-        ok = rate["low"] > asked["min_win_rate"]
+        ok = rate["low"] > limits["min_win_rate"]
         gates.append(Gate(f"{name}_is_preferred", ok, text if ok else text + advice.format("rlhf")))
     return [*gates, _fresh_set_gate(c), _contamination_gate(c)]
 
 
-def _fresh(c: Context) -> Gate:
-    wrong = registry.fresh_set(c.folder)
+def _fresh_set_gate(c: Context) -> Gate:
+    problems = registry.fresh_set(c.folder)
     meta = c.folder / "dataset/evaluation/fresh/meta.json"
     text = f"{metrics.read_json(meta)['kept']} items drawn from the digest of the weights" if meta.exists() else ""
     return Gate("fresh_set", not problems, f"{problems[0]}; run the stage fresh again" if problems else text)
 
 
-def _contamination(c: Context) -> Gate:
+def _contamination_gate(c: Context) -> Gate:
     path = c.folder / "dataset" / metrics.CONTAMINATION
     if not path.exists():
         return Gate("contamination_report", False, "there is no contamination report; run the stage contamination")

@@ -83,7 +83,7 @@ def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 
 
 def split_of(content_hash: str, heldout_fraction: float) -> str:
-    """The text alone decides: where its hash lies among all."""
+    """The split of a document, by the hash of its text only."""
     return "heldout" if int(content_hash[:16], 16) < heldout_fraction * 2**64 else "train"
 
 

@@ -22,7 +22,7 @@ from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find
 from stages.data.filters.settings import MOST_STEPS, AnyStep, CurationSettings, Kind
-from stages.data.synthetic.passkeys import min_chars
+from stages.data.synthetic.passkeys import min_characters
 from stages.data.synthetic.problems import FORMS, TASKS
 
 MOST_ENTRIES = 100_000
@@ -125,10 +125,12 @@ class Passkeys(Config):
     )
 
     @model_validator(mode="after")
-    def _possible(self) -> Passkeys:
-        least = min_chars(self.digits)
-        if self.min_chars < least:
-            raise ValueError(f"min_chars = {self.min_chars} leaves no room for key and question; use at least {least}")
+    def _check_lengths(self) -> Passkeys:
+        minimum = min_characters(self.digits)
+        if self.min_chars < minimum:
+            raise ValueError(
+                f"min_chars = {self.min_chars} leaves no room for key and question; use at least {minimum}"
+            )
         if self.max_chars < self.min_chars:
             raise ValueError(f"max_chars = {self.max_chars} is below min_chars = {self.min_chars}; raise it")
         return self
@@ -208,7 +210,9 @@ class Source(Config):
 class SourceConfig(Source):
     """A source of a data recipe: how it is acquired, and what happens to its documents in order."""
 
-    heldout_fraction: HeldoutFraction | None = Field(None, description="overrides the recipe's held-out fraction")
+    heldout_fraction: Annotated[HeldoutFraction | None, Renamed("heldout")] = Field(
+        None, description="overrides the recipe's held-out fraction"
+    )
     steps: tuple[AnyStep, ...] = Field((), max_length=MOST_STEPS)
 
 
@@ -219,7 +223,7 @@ class DataRecipe(Config):
     description: Text
     sources: tuple[SourceConfig, ...] = Field(min_length=1, max_length=MOST_SOURCES)
     curation: CurationSettings = CurationSettings()
-    heldout_fraction: HeldoutFraction = Field(
+    heldout_fraction: Annotated[HeldoutFraction, Renamed("heldout")] = Field(
         0.05, description="share of kept documents, by content hash, never trained on"
     )
 

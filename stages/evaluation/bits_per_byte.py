@@ -48,9 +48,13 @@ class ChatSection(Config):
 
     items: ChatItems
     max_new_tokens: Context = Field(64, description="tokens of an answer at most")
-    num_samples: Samples = Field(8, description="answers to each problem, for pass@k and maj@k")
+    num_samples: Annotated[Samples, Renamed("samples")] = Field(
+        8, description="answers to each problem, for pass@k and maj@k"
+    )
     min_gain: Annotated[float, Range(-1, 1)] = Field(0.0, description="RLVR must add more pass@1 to SFT's than this")
-    min_win_rate: Share = Field(0.5, description="the lower bound of a win rate must lie above this")
+    min_win_rate: Annotated[Share, Renamed("least_win")] = Field(
+        0.5, description="the lower bound of a win rate must lie above this"
+    )
     skill_tolerance: Share = Field(0.05, description="pass@1 that phases after RLVR may lose of its")
 
 

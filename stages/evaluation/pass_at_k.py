@@ -149,11 +149,15 @@ class ChatModel:
         self.verifiers.close()
 
 
-def _answers(speaker: Speaker, batch: Sequence[Row], config: SolveConfig) -> list[Answer]:
-    once_each = [(row, GREEDY, 0) for row in batch if row["kind"] not in JUDGED]
-    often = {id(row): 1 if row["kind"] in JUDGED else config.num_samples for row in batch}
-    sampled = [(row, n, seed_of(f"solve/{row['id']}/{n}", config.seed)) for row in batch for n in range(often[id(row)])]
-    return (speaker.ask(once_each, greedy=True) if once_each else []) + speaker.ask(sampled)
+def _answer_batch(chat_model: ChatModel, batch: Sequence[Row], config: SolveConfig) -> list[Answer]:
+    greedy_requests = [(row, GREEDY, 0) for row in batch if row["kind"] not in JUDGED]
+    sample_counts = {id(row): 1 if row["kind"] in JUDGED else config.num_samples for row in batch}
+    sample_requests = [
+        (row, n, seed_of(f"solve/{row['id']}/{n}", config.seed)) for row in batch for n in range(sample_counts[id(row)])
+    ]
+    return (chat_model.answer(greedy_requests, greedy=True) if greedy_requests else []) + chat_model.answer(
+        sample_requests
+    )
 
 
 def summary(answered: Sequence[Answer]) -> dict[str, Any]:

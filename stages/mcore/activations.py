@@ -65,7 +65,7 @@ def layer_tensors(
     saved = 1 if fused else 3  # silu(gate), up, their product
     if dense:
         ffn = model.intermediate_size or 0
-        return tensors | {"gate and up": 2 * size * ffn, "SwiGLU": kept * size * ffn}
+        return tensors | {"gate and up": 2 * size * ffn, "SwiGLU": saved * size * ffn}
     copies, ffn = model.num_experts_per_tok, model.moe_intermediate_size
     shared = model.shared_expert_intermediate_size or 0
     return tensors | {
@@ -84,10 +84,10 @@ def in_flight(layout: Layout, pipeline_rank: int, micro_batches: int) -> float:
 
     1F1B (Narayanan et al., 2021): the ranks behind it, and its own one. Interleaved: twice as far ahead, by chunks.
     """
-    behind = layout.pp - pipeline_rank - 1
+    later_ranks = layout.pp - pipeline_rank - 1
     if layout.vpp == 1:
-        return min(behind + 1, micro_batches)
-    chunks = 2 * behind + (layout.vpp - 1) * layout.pp + 1
+        return min(later_ranks + 1, micro_batches)
+    chunks = 2 * later_ranks + (layout.vpp - 1) * layout.pp + 1
     return min(chunks, micro_batches * layout.vpp) / layout.vpp
 
 
@@ -108,7 +108,7 @@ def activation_bytes(
     """
     size = 4 if precision == "fp32" else 2
     tokens = rows.rows * rows.length / (layout.cp * layout.tp)
-    of_a_layer = {
+    layer_bytes = {
         dense: sum(layer_tensors(model, layout, precision, rows, dense, fused).values()) for dense in (False, True)
     }
     layers = [layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk]
@@ -116,9 +116,9 @@ def activation_bytes(
     input_bytes = size * model.hidden_size
     working = 0.0
     if layout.recompute == "layer":
-        working, each = max(each) - entry, [entry] * len(layers)
-    total = tokens * (in_flight(layout, pipeline_rank, micro_batches) * sum(each) + working)
+        working, saved_bytes = max(saved_bytes) - input_bytes, [input_bytes] * len(layers)
+    total = tokens * (in_flight(layout, pipeline_rank, micro_batches) * sum(saved_bytes) + working)
     if pipeline_rank == layout.pp - 1:
-        total += tokens * 2 * entry
+        total += tokens * 2 * input_bytes
         total += tokens * padded_vocab_size * (4 if precision == "fp32" else 6)  # tensor ranks cut the vocabulary
     return total

@@ -26,12 +26,20 @@ class Layout(Config):
     ranks: Annotated[int, Range(1, 1e6, "Llama 3: 16384")] = Field(
         default=1, description="processes in all, one for each device"
     )
-    tp: Split = Field(default=1, description="ranks that split each matrix; activations are then split by sequence")
-    pp: Split = Field(default=1, description="ranks that split the layers")
-    vpp: Split = Field(default=1, description="model chunks on a pipeline rank; above 1: interleaved 1F1B")
-    cp: Split = Field(default=1, description="ranks that split each sequence in attention")
-    ep: Split = Field(default=1, description="ranks that split the experts of a layer")
-    etp: Split | None = Field(default=None, description="ranks that split each expert; as `tp` by default")
+    tp: Annotated[Split, Renamed("tensor")] = Field(
+        default=1, description="ranks that split each matrix; activations are then split by sequence"
+    )
+    pp: Annotated[Split, Renamed("pipeline")] = Field(default=1, description="ranks that split the layers")
+    vpp: Annotated[Split, Renamed("virtual_pipeline")] = Field(
+        default=1, description="model chunks on a pipeline rank; above 1: interleaved 1F1B"
+    )
+    cp: Annotated[Split, Renamed("context")] = Field(
+        default=1, description="ranks that split each sequence in attention"
+    )
+    ep: Annotated[Split, Renamed("expert")] = Field(default=1, description="ranks that split the experts of a layer")
+    etp: Annotated[Split | None, Renamed("expert_tensor")] = Field(
+        default=None, description="ranks that split each expert; as `tp` by default"
+    )
     dispatcher: Literal["alltoall", "allgather"] = Field(
         default="alltoall", description="how tokens reach their experts"
     )
@@ -62,7 +70,7 @@ def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_ba
 
     micro_batches: of one optimizer step, over all ranks; several if the batch grows.
     """
-    for field, size, of, whole in (
+    for field, size, dimension, value in (
         ("tp", layout.tp, "heads", model.heads),
         ("tp", layout.tp, "kv_heads", model.kv_heads),
         ("tp", layout.tp, "padded_vocab_size", padded_vocab_size),
@@ -71,8 +79,10 @@ def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_ba
         ("tp", layout.tp, "shared_expert_intermediate_size", model.shared_expert_intermediate_size or 0),
         ("ep", layout.ep, "experts", model.experts),
     ):
-        if whole % size:
-            return f"parallelism.{field} = {size} does not divide {of} = {whole}; nearest: {_divisors(whole, size)}"
+        if value % size:
+            return (
+                f"parallelism.{field} = {size} does not divide {dimension} = {value}; nearest: {_divisors(value, size)}"
+            )
     chunks = layout.pp * layout.vpp
     if model.layers % chunks:
         return (f"parallelism.pp = {layout.pp} with vpp = {layout.vpp} cannot deal "
@@ -93,13 +103,13 @@ def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_ba
                 f"and pp = 1 has none; leave it out")  # fmt: skip
     for count in micro_batches:
         if count % layout.data:
-            return (f"parallelism.ranks = {layout.ranks} makes {layout.data} data-parallel ranks, which cannot share the "
-                    f"{count} micro-batches of a step evenly; use a number that divides them, "
+            return (f"parallelism.ranks = {layout.ranks} makes {layout.data} data-parallel ranks, which cannot share "
+                    f"the {count} micro-batches of a step evenly; use a number that divides them, "
                     f"or other batch.micro_tokens")  # fmt: skip
-        each = count // layout.data
-        if layout.vpp > 1 and each % layout.pp:
+        per_rank = count // layout.data
+        if layout.vpp > 1 and per_rank % layout.pp:
             return (f"parallelism.vpp = {layout.vpp} needs a multiple of pp = "
-                    f"{layout.pp} micro-batches on each data-parallel rank, not {each}; "
+                    f"{layout.pp} micro-batches on each data-parallel rank, not {per_rank}; "
                     f"change batch.micro_tokens or ranks")  # fmt: skip
     return None
 

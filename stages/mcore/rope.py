@@ -16,14 +16,14 @@ from stages.models.qwen3_moe.config import ModelConfig
 def frequencies(model: ModelConfig) -> tuple[torch.Tensor, float]:
     """(radians by position, [head_dim / 2], fp32; what cosines and sines are multiplied by)."""
     dim = model.head_dim
-    plain = 1.0 / (model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+    base = 1.0 / (model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     if model.yarn is None:
         return base, 1.0
     yarn = model.yarn
 
     def pair_index(rotations: float) -> float:
         """The (fractional) pair whose frequency turns so often within the original length."""
-        return dim * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(model.rope_theta))
+        return dim * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(model.rope_theta))
 
     low, high = max(math.floor(pair_index(yarn.beta_fast)), 0), min(math.ceil(pair_index(yarn.beta_slow)), dim - 1)
     width = high - low or 0.001  # equal ends make a step of the ramp

@@ -64,13 +64,19 @@ class Trainable(Config):
         description="pieces of an update, dealt to data-parallel ranks"
     )
     precision: Precision = "fp32"
-    release_checkpoint_interval: Steps = Field(description="steps between checkpoints that are sealed")
-    checkpoint_interval: Steps = operational(20, "steps between checkpoints that a killed run resumes from")
+    release_checkpoint_interval: Annotated[Steps, Renamed("release_checkpoint_every")] = Field(
+        description="steps between checkpoints that are sealed"
+    )
+    checkpoint_interval: Annotated[Steps, Renamed("work_checkpoint_every")] = operational(
+        20, "steps between checkpoints that a killed run resumes from"
+    )
     work_checkpoints_kept: Kept = operational(2, "work checkpoints that are kept, the newest ones")
-    watchdog_timeout_seconds: Patience = operational(
+    watchdog_timeout_seconds: Annotated[Patience, Renamed("hang_seconds")] = operational(
         1800.0, "a rank that finishes no step for this long is taken to hang"
     )
-    parallelism: Layout = operational(Layout(), "how the phase is spread over processes; never part of the key")
+    parallelism: Annotated[Layout, Renamed("cluster")] = operational(
+        Layout(), "how the phase is spread over processes; never part of the key"
+    )
 
     @property
     def pack(self) -> bool:
@@ -105,8 +111,10 @@ class RlPhase(Trainable):
     GRPO's advantages without division, no KL."""
 
     tasks: Tasks = Field(description="what is asked, and who judges the answers")
-    prompts_per_step: Prompts = Field(description="prompts of one step, whose answers differ in reward")
-    num_generations: Annotated[int, Range(2, 4096, "DeepSeek-R1: 16")] = Field(
+    prompts_per_step: Annotated[Prompts, Renamed("groups")] = Field(
+        description="prompts of one step, whose answers differ in reward"
+    )
+    num_generations: Annotated[int, Range(2, 4096, "DeepSeek-R1: 16"), Renamed("samples")] = Field(
         description="answers to one prompt, GRPO's group size"
     )
     sampling: Sampling
@@ -119,13 +127,13 @@ class RlPhase(Trainable):
     tis_cap: Annotated[float, Range(0, 1000, "usual: 2", above=True)] = Field(
         2.0, description="largest weight of a token by trainer and sampler"
     )
-    max_resample_rounds: Retries = Field(
+    max_resample_rounds: Annotated[Retries, Renamed("refills")] = Field(
         2, description="waves of further tasks in place of groups without signal (DAPO's dynamic sampling)"
     )
     curriculum: CurriculumConfig = CurriculumConfig()
     replay: Replay | None = None
     validate_every: Steps = Field(description="steps between measurements on the validation items")
-    max_logprob_diff: Gap = Field(
+    max_logprob_diff: Annotated[Gap, Renamed("logprob_gap")] = Field(
         1e-3, description="largest mean difference of a token's log-probability between sampler and trainer"
     )
     verifiers: Verifiers = operational({}, "settings of verifiers by name, such as a server's url")
@@ -147,7 +155,7 @@ class Asking(Config):
 
     tasks: Tasks
     count: Prompts = Field(description="tasks of one round")
-    num_generations: Answers = Field(description="answers to each")
+    num_generations: Annotated[Answers, Renamed("samples")] = Field(description="answers to each")
 
 
 class DpoPhase(Trainable):
@@ -156,17 +164,21 @@ class DpoPhase(Trainable):
     them. `steps` are the rounds; the optimizer's steps are updates, `updates` to a round."""
 
     preferences: Asking = Field(description="what is asked, and who judges the answers")
-    sft_tasks: Asking | None = Field(None, description="verified tasks, whose right answers are an anchor")
+    sft_tasks: Annotated[Asking | None, Renamed("skills")] = Field(
+        None, description="verified tasks, whose right answers are an anchor"
+    )
     sampling: Sampling
     updates: Annotated[int, Range(1, 1e6)] = Field(description="updates of one round; its pairs are spread over them")
     beta: Annotated[float, Range(0, 1000, "DPO: 0.1, normalized by length as in Tulu 3: 5", above=True)] = Field(
         description="how strongly a pair's margin is pulled apart"
     )
-    max_logprob_diff: Gap = Field(
+    max_logprob_diff: Annotated[Gap, Renamed("logprob_gap")] = Field(
         1e-3, description="largest mean difference of a token's log-probability between sampler and trainer"
     )
-    min_margin: Coefficient = Field(0.05, description="difference of the judge's scores below which there is no pair")
-    nll_coef: Coefficient = Field(
+    min_margin: Annotated[Coefficient, Renamed("least_margin")] = Field(
+        0.05, description="difference of the judge's scores below which there is no pair"
+    )
+    nll_coef: Annotated[Coefficient, Renamed("anchor")] = Field(
         1.0, description="NLL coefficient: weight of the mean loss of right answers, beside a pair's loss of 1"
     )
     validate_every: Steps = Field(description="rounds between measurements on the validation items")
@@ -183,7 +195,7 @@ class RewardPhase(Trainable):
     the Bradley-Terry loss. It keeps the policy's architecture, so every runtime that loads the model loads it too."""
 
     pairs: Prompts = Field(description="pairs of one update")
-    heldout_fraction: Annotated[float, Range(0, 1, above=True, below=True)] = Field(
+    heldout_fraction: Annotated[float, Range(0, 1, above=True, below=True), Renamed("heldout")] = Field(
         0.2, description="share of questions, by hash, whose pairs are not learnt from"
     )
     heldout_pairs: Prompts = Field(400, description="of these at most so many are measured on")

@@ -104,7 +104,7 @@ def require_small_gap(name: str, step: int, gap: float, limit: float) -> None:
     if not gap <= limit:
         raise CheckFailed(
             f"{name}: sampler and trainer differ by {gap:.3g} in a token's log-probability at step {step}, more than "
-            f"{name}.max_logprob_diff = {most:g}; their weights or their arithmetic are not the same"
+            f"{name}.max_logprob_diff = {limit:g}; their weights or their arithmetic are not the same"
         )
 
 

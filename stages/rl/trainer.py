@@ -89,7 +89,7 @@ class Trainer:
             state = ranks.max(FAILED if self.checkpoints.failed() else STOP if stop else 0)
             if state == FAILED:
                 self.checkpoints.wait()
-            if last or self._due(step) or state == STOP or step % phase.checkpoint_interval == 0:
+            if is_last or self._is_release_step(step) or state == STOP or step % phase.checkpoint_interval == 0:
                 self._save(step)
             watchdog.alive()
             if state == STOP and not is_last:
@@ -148,8 +148,8 @@ class Trainer:
         if line := self.measure(step):
             self.log.write({"step": step, **line})
 
-    def _due(self, step: int) -> bool:
-        """Whether a release checkpoint belongs to a step. Step 0 is another phase's last."""
+    def _is_release_step(self, step: int) -> bool:
+        """Whether a step has a release checkpoint. Step 0 is the last step of another phase."""
         return step > 0 and (step == self.phase.steps or step % self.phase.release_checkpoint_interval == 0)
 
     def _save(self, step: int) -> None:
@@ -195,11 +195,11 @@ def train(
     Raises AtomError as stages.train.loop.train does, the errors of the stage's verifiers, and Interrupted when the
     machine asks to stop.
     """
-    patience = config.phase.watchdog_timeout_seconds
+    timeout = config.phase.watchdog_timeout_seconds
     with (
-        Watchdog(name, patience, work, report) as watchdog,
-        parallel.session(config.seed, config.phase.parallelism, 2 * max(patience, START_SECONDS) + 60) as ranks,
-        requests_to_stop() as stop,
+        Watchdog(name, timeout, work, report) as watchdog,
+        parallel.session(config.seed, config.phase.parallelism, 2 * max(timeout, START_SECONDS) + 60) as ranks,
+        stop_signals() as stop,
     ):
         match = re.fullmatch(r"out\.(\d+)", out.name)
         lease = int(match[1]) if match else None

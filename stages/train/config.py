@@ -114,7 +114,9 @@ class Spikes(Config):
     rewind_steps: Annotated[int, Range(1, 1e5, "PaLM: 200 to 500")] = Field(
         1, description="batches up to the spike's own that a rewind leaves out"
     )
-    max_spikes: Annotated[int, Range(1, 1e5)] = Field(16, description="spikes after which the phase stops")
+    max_spikes: Annotated[int, Range(1, 1e5), Renamed("at_most")] = Field(
+        16, description="spikes after which the phase stops"
+    )
 
 
 class PhaseConfig(Config):
@@ -125,7 +127,7 @@ class PhaseConfig(Config):
     batch: Batch
     steps: Steps
     optimizer: Optimizer
-    validation: Validation
+    validation: Annotated[Validation, Renamed("heldout")]
     precision: Precision = added("fp32", "what matrices are multiplied in")
     rope: Rope | None = added(None, "rotary embedding from this phase on, if another than before")
     pack: Flag = added(False, "several documents in a row, each seeing itself alone and counting from position 0")
@@ -137,13 +139,19 @@ class PhaseConfig(Config):
     continue_from: Line | None = added(
         None, "a release checkpoint of an earlier run, such as pretrain@1200: only the steps after it are trained"
     )
-    release_checkpoint_interval: Steps = Field(description="steps between checkpoints that are sealed")
-    checkpoint_interval: Steps = operational(1000, "steps between checkpoints that a killed run resumes from")
+    release_checkpoint_interval: Annotated[Steps, Renamed("release_checkpoint_every")] = Field(
+        description="steps between checkpoints that are sealed"
+    )
+    checkpoint_interval: Annotated[Steps, Renamed("work_checkpoint_every")] = operational(
+        1000, "steps between checkpoints that a killed run resumes from"
+    )
     work_checkpoints_kept: Kept = operational(2, "work checkpoints that are kept, the newest ones")
-    watchdog_timeout_seconds: Patience = operational(
+    watchdog_timeout_seconds: Annotated[Patience, Renamed("hang_seconds")] = operational(
         1800.0, "a rank that finishes no step for this long is taken to hang"
     )
-    parallelism: Layout = operational(Layout(), "how the phase is spread over processes; never part of the key")
+    parallelism: Annotated[Layout, Renamed("cluster")] = operational(
+        Layout(), "how the phase is spread over processes; never part of the key"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> PhaseConfig:
@@ -273,8 +281,8 @@ class TrainConfig(Config):
         if counts["total"] > MOST_PARAMETERS:
             raise ValueError(
                 f"model.layers = {self.model.layers} with experts = {self.model.experts} of moe_intermediate_size = "
-                f"{self.model.moe_intermediate_size} x hidden_size = {self.model.hidden_size} makes {counts['total']:.1e} "
-                f"parameters; use at most {MOST_PARAMETERS:.0e} (Kimi K2: 1e12)"
+                f"{self.model.moe_intermediate_size} x hidden_size = {self.model.hidden_size} makes "
+                f"{counts['total']:.1e} parameters; use at most {MOST_PARAMETERS:.0e} (Kimi K2: 1e12)"
             )
         if stated and (stated.total, stated.active) != (counts["total"], counts["active"]):
             raise ValueError(

@@ -146,15 +146,17 @@ class RankBatch:
         micro-batches are the same in every layout. An uneven last part (only in evaluation) is filled with padding.
         Tensor, pipeline and context ranks read the rows of their data-parallel rank."""
         layout = ranks.layout
-        each = -(-len(rows) // (micro_rows * ranks.data_ranks))
+        per_rank = -(-len(rows) // (micro_rows * ranks.data_ranks))
         if layout.vpp > 1:  # the interleaved schedule takes micro-batches by groups
-            each = -(-each // layout.pp) * layout.pp
-        unit = FP8_ALIGN * layout.width_unit if fp8 else math.lcm(ALIGN, layout.width_unit)
-        width = -(-max(row.slots for row in rows) // unit) * unit
-        first = ranks.data_rank * each * micro_rows
-        own: list[Row | None] = list(rows[first : first + each * micro_rows])
-        own += [None] * (each * micro_rows - len(own))
-        micro = [shards.batch(own[i : i + micro_rows], width, packed) for i in range(0, len(own), micro_rows)]
+            per_rank = -(-per_rank // layout.pp) * layout.pp
+        multiple = FP8_ALIGN * layout.width_unit if fp8 else math.lcm(ALIGN, layout.width_unit)
+        width = -(-max(row.slots for row in rows) // multiple) * multiple
+        first = ranks.data_rank * per_rank * micro_rows
+        rank_rows: list[Row | None] = list(rows[first : first + per_rank * micro_rows])
+        rank_rows += [None] * (per_rank * micro_rows - len(rank_rows))
+        micro = [
+            shards.batch(rank_rows[i : i + micro_rows], width, packed) for i in range(0, len(rank_rows), micro_rows)
+        ]
         return cls(micro, width, sum(row.targets for row in rows))
 
 
@@ -294,8 +296,8 @@ def heldout_rows(tokens: Artifact, phase: PhaseConfig) -> list[Row]:
     total = sum(phase.mix.values())
     rows: list[Row] = []
     for source, share in sorted(phase.mix.items()):
-        own = sorted((d for d in documents if d["source"] == source), key=lambda d: d["ordinal"])
-        for d in own[: max(1, round(phase.validation.rows * share / total))]:
+        source_documents = sorted((d for d in documents if d["source"] == source), key=lambda d: d["ordinal"])
+        for d in source_documents[: max(1, round(phase.validation.rows * share / total))]:
             length = min(d["tokens"], phase.sequence_length + 1)
             # in documents.parquet loss_from is the first token that carries loss; its target stands one place earlier
             segment = Segment(source, d["id"], d["ordinal"], 0, length, max(0, d["loss_from"] - 1))

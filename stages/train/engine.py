@@ -179,13 +179,16 @@ class Engine:
             chunk.zero_grad_buffer()
             chunk.train()
         self.optimizer.zero_grad()
-        before = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        loss, more = self._run(share, forward_only=False, objective=objective or cross_entropy)
-        aux, z = (self.ranks.sum(x).item() / (self.ranks.data_ranks * len(share.micro)) for x in moe_metrics.take())
-        experts = self.routers.take(self.config.model.num_experts_per_tok, self.ranks.sum)
+        saved_buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        loss, extras = self._run(rank_batch, forward_only=False, objective=objective or cross_entropy)
+        aux, z = (
+            self.ranks.sum(x).item() / (self.ranks.data_ranks * len(rank_batch.micro))
+            for x in moe_metrics.collect_losses()
+        )
+        experts = self.routers.collect(self.config.model.num_experts_per_tok, self.ranks.sum)
         z /= self.layout.tp * self.layout.cp  # each of these ranks has its own tokens' mean
-        refused, norm = judge(loss, None), math.nan
-        if refused or norm_first:
+        reason, norm = check_update(loss, None), math.nan
+        if reason or norm_first:
             self.optimizer.prepare_grads()
             norm = float(self.optimizer.get_grad_norm())
             reason = reason or check_update(loss, norm)
@@ -255,8 +258,8 @@ class Engine:
 
         def forward(batches: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             batch: Batch = next(batches)
-            assert not batch.more or self.layout.cp == 1, "context ranks hold parts of rows"
-            ids, where, labels, mask, padding = (x.to(device) for x in self._inputs(batch, model))
+            assert not batch.extras or self.layout.cp == 1, "context ranks hold parts of rows"
+            ids, positions, labels, mask, padding = (x.to(device) for x in self._inputs(batch, model))
             starts = None if batch.starts is None else batch.starts.to(device)
             losses = model(ids, positions, starts, labels=labels, padding_mask=padding)
             device_batch = replace(batch, loss_mask=mask, extras={n: x.to(device) for n, x in batch.extras.items()})
@@ -297,11 +300,11 @@ class Engine:
         """ids, positions, labels, loss mask and padding for this rank's part of the model. Positions are only for
         Megatron's signature: attention computes its own."""
         gpt = self.chunks[self.ddp.index(model)]
-        where = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
-        parts = [batch.ids, where, batch.labels, batch.loss_mask, batch.padding]
+        positions = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
+        parts = [batch.ids, positions, batch.labels, batch.loss_mask, batch.padding]
         if self.layout.cp > 1:
-            held = context_positions(batch.ids.shape[1])
-            parts = [x[:, held].contiguous() for x in parts]
+            local_positions = context_positions(batch.ids.shape[1])
+            parts = [x[:, local_positions].contiguous() for x in parts]
         if self.layout.tp > 1 and not gpt.pre_process:
             # Megatron cuts the router's padding for sequence parallelism where the embedding is, and nowhere else
             parts[-1] = parts[-1].chunk(self.layout.tp, 1)[parallel_state.get_tensor_model_parallel_rank()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.core.stage import Estimate, TrainingEstimate
 from stages.mcore.activations import Rows, activation_bytes
 from stages.mcore.parallel_layout import Layout
-from stages.models.qwen3_moe.memory import MASTER, MOMENTS, held, owned_bytes, state_bytes
+from stages.models.qwen3_moe.memory import MASTER, MOMENTS, memory_share, owned_bytes, state_bytes
 from stages.train.config import PhaseConfig, TrainConfig
 
 # Sustained training FLOP/s of one CPU thread in fp32 on matrices this small: 493,536 parameters, 24 x 48 tokens in
@@ -25,14 +25,18 @@ def estimate(config: TrainConfig) -> Estimate:
     steps, tokens = phase.steps - phase.first_step + 1, phase.tokens(phase.first_step)
     per_token = model.flops_per_token(config.padded_vocab_size, phase.sequence_length)
     rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
-    each = max(phase.micro_batches) // layout.data
-    states, kept, owned = [], [], []
-    for place in range(layout.pp):
-        part = held(model, config.padded_vocab_size, layout, place)
-        states.append(state_bytes(part, layout, phase.precision))
-        owned.append(owned_bytes(part, layout))
-        kept.append(activation_bytes(model, config.padded_vocab_size, layout, phase.precision, rows, each, place))
-    memory = round(max(state + activation for state, activation in zip(states, kept, strict=True)))
+    micro_batches = max(phase.micro_batches) // layout.data
+    states, activations, owned = [], [], []
+    for pipeline_rank in range(layout.pp):
+        share = memory_share(model, config.padded_vocab_size, layout, pipeline_rank)
+        states.append(state_bytes(share, layout, phase.precision))
+        owned.append(owned_bytes(share, layout))
+        activations.append(
+            activation_bytes(
+                model, config.padded_vocab_size, layout, phase.precision, rows, micro_batches, pipeline_rank
+            )
+        )
+    memory = round(max(state + activation for state, activation in zip(states, activations, strict=True)))
     checkpoint = (MASTER + MOMENTS) * parameters["total"]
     releases, first = release_checkpoints(phase), phase.first_step == 1
     # step 0 has no moments yet; one more work checkpoint than is kept lies there while it is being written
@@ -70,8 +74,8 @@ def estimate(config: TrainConfig) -> Estimate:
 
 def release_checkpoints(phase: PhaseConfig) -> int:
     """Checkpoints that a phase seals: step 0 unless it continues, every n-th and the last."""
-    every, last, first = phase.release_checkpoint_interval, phase.steps, phase.first_step
-    return (first == 1) + last // every - (first - 1) // every + (last % every > 0)
+    interval, last, first = phase.release_checkpoint_interval, phase.steps, phase.first_step
+    return (first == 1) + last // interval - (first - 1) // interval + (last % interval > 0)
 
 
 def layout_label(layout: Layout) -> str:

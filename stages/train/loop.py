@@ -53,12 +53,12 @@ def train(
     Raises AtomError when the loss is no longer a number, when data and recipe do not fit, when no work checkpoint
     is intact, or when another rank is lost; Interrupted when the machine asked to stop.
     """
-    patience = config.phase.watchdog_timeout_seconds
+    timeout = config.phase.watchdog_timeout_seconds
     # the watchdog speaks before a collective gives up, so that its dumps are in the log
     with (
-        Watchdog(phase, patience, work, report) as watchdog,
-        parallel.session(config.seed, config.phase.parallelism, 2 * max(patience, START_SECONDS) + 60) as ranks,
-        requests_to_stop() as stop,
+        Watchdog(phase, timeout, work, report) as watchdog,
+        parallel.session(config.seed, config.phase.parallelism, 2 * max(timeout, START_SECONDS) + 60) as ranks,
+        stop_signals() as stop,
     ):
         match = re.fullmatch(r"out\.(\d+)", out.name)  # the worker names it by its lease, whose numbers only grow
         lease = int(match[1]) if match else None
@@ -112,16 +112,16 @@ class Phase:
                     watchdog.alive()
                     continue
                 if self.first:
-                    speed = (self.tokens - seen) / (time.monotonic() - began)
-                    report.metric(step, tokens_per_s=speed, data_wait_seconds=feed.waited)
-                    report.progress(step, phase.steps, "steps", **self.shown, tokens_per_s=speed)
-                last, due = step == phase.steps, self._due(step)
-                if last or step % phase.validation.every == 0:
+                    speed = (self.tokens - tokens_before) / (time.monotonic() - started)
+                    report.metric(step, tokens_per_s=speed, data_wait_seconds=prefetcher.waited)
+                    report.progress(step, phase.steps, "steps", **self.progress_figures, tokens_per_s=speed)
+                is_last, is_release = step == phase.steps, self._is_release_step(step)
+                if is_last or step % phase.validation.every == 0:
                     self._measure(step)
                 status = engine.ranks.max(FAILED if self.checkpoints.failed() else STOP if stop else 0)
                 if status == FAILED:
                     self.checkpoints.wait()
-                if last or due or state == STOP or step % phase.checkpoint_interval == 0:
+                if is_last or is_release or status == STOP or step % phase.checkpoint_interval == 0:
                     self._save(step)
                 watchdog.alive()
                 if status == STOP and not is_last:
@@ -161,9 +161,9 @@ class Phase:
         self.log.write({"step": step, "tokens": self.tokens, **metrics})
         self.progress_figures = {"loss": figures.loss}
         if self.first:
-            self.report.metric(step, **line, tokens=float(self.tokens))
+            self.report.metric(step, **metrics, tokens=float(self.tokens))
         if step == phase.steps or step % phase.validation.every == 0:
-            self._tell_experts(step, figures.experts)
+            self._log_experts(step, figures.experts)
         return None
 
     def _check_spike(self, step: int, rows: list[Row], loss: float, norm: float | None) -> str | None:
@@ -189,8 +189,8 @@ class Phase:
             self.report.note(f"{self.name}: step {step} moved no weight: {figures.refused}")
         if self.spikes > policy.max_spikes:
             raise AtomError(f"{self.name}: {self.spikes} spikes, more than {self.name}.spikes.max_spikes = "
-                            f"{policy.max_spikes}; the last at step {step}: {figures.refused}; lower the learning rate or "
-                            f"look at the documents that {self.log.path} names")  # fmt: skip
+                            f"{policy.max_spikes}; the last at step {step}: {figures.refused}; lower the learning "
+                            f"rate or look at the documents that {self.log.path} names")  # fmt: skip
         if policy.action == "skip":
             spike = spike_record(step, "skip", [step], rows, figures)
             self.log.write({"step": step, "tokens": self.tokens, **metrics, "skipped": True})

@@ -112,7 +112,8 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
     rank, world = rank_and_world()
     if world != layout.ranks:
         raise AtomError(
-            f"{world} processes were started for parallelism.ranks = {layout.ranks}; start that many, or change the recipe"
+            f"{world} processes were started for parallelism.ranks = {layout.ranks}; start that many, "
+            "or change the recipe"
         )
     on_gpu = torch.cuda.is_available()
     if on_gpu:

@@ -39,7 +39,7 @@ def draw_key(rng: random.Random, digits: int, evaluation: bool = False) -> str:
             return key
 
 
-def min_chars(digits: int) -> int:
+def min_characters(digits: int) -> int:
     """Characters of a document without any filler."""
     return len(STATEMENT.format("0" * digits)) + len(QUESTION) + len(ANSWER.format("0" * digits))
 
@@ -62,9 +62,9 @@ def draw(
     for _ in range(count):
         size = min(high, int(low * math.exp(rng.random() * math.log((high + 1) / low))))
         start, depth, key = rng.randrange(len(texts)), rng.random(), draw_key(rng, digits)
-        filler = _filler(texts, start, size - min_chars(digits))
-        at = round(depth * len(filler))
-        cut = max(filler.rfind("\n", 0, at), filler.rfind(" ", 0, at)) + 1 if at < len(filler) else at
+        filler = _filler(texts, start, size - min_characters(digits))
+        offset = round(depth * len(filler))
+        cut = max(filler.rfind("\n", 0, offset), filler.rfind(" ", 0, offset)) + 1 if offset < len(filler) else offset
         prompt = filler[:cut] + STATEMENT.format(key) + filler[cut:] + QUESTION
         yield prompt + ANSWER.format(key), len(prompt), texts[start][1]
 

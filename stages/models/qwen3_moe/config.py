@@ -78,10 +78,12 @@ class ModelConfig(Config):
         description="width of one head; even, since rotary embedding turns pairs"
     )
     experts: Experts = Field(description="experts in each layer")
-    num_experts_per_tok: Experts = Field(description="experts that one token visits (top-k)")
-    moe_intermediate_size: Width = Field(description="inner width of one expert")
+    num_experts_per_tok: Annotated[Experts, Renamed("experts_per_token")] = Field(
+        description="experts that one token visits (top-k)"
+    )
+    moe_intermediate_size: Annotated[Width, Renamed("expert_ffn_size")] = Field(description="inner width of one expert")
     context_length: Context = Field(description="longest sequence the model is made for")
-    rope_theta: RopeBase = Field(10000.0, description="base of the rotary frequencies")
+    rope_theta: Annotated[RopeBase, Renamed("rope_base")] = Field(10000.0, description="base of the rotary frequencies")
     norm_eps: Annotated[float, Range(1e-12, 1e-2, "usual: 1e-6 or 1e-5")] = Field(
         1e-6, description="epsilon of every RMSNorm"
     )
@@ -95,13 +97,15 @@ class ModelConfig(Config):
     balance: Literal["batch", "sequence"] = added(
         "batch", "over what aux_loss evens out the experts: the tokens of a micro-batch, or of each row"
     )
-    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001")] = added(
+    router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001"), Renamed("bias_rate")] = added(
         0.0, "auxiliary-loss-free balancing: what a step adds to or takes from an expert's bias; 0: none"
     )
     z_loss: LossWeight = added(0.0, "weight of the squared log-sum-exp of the router's logits (ST-MoE); 0: none")
     dense_layers: Annotated[int, Range(0, 1023)] = added(0, "first layers that have one SwiGLU instead of experts")
-    intermediate_size: Width | None = added(None, "inner width of a dense layer's SwiGLU")
-    shared_expert_intermediate_size: Width | None = added(
+    intermediate_size: Annotated[Width | None, Renamed("dense_ffn_size")] = added(
+        None, "inner width of a dense layer's SwiGLU"
+    )
+    shared_expert_intermediate_size: Annotated[Width | None, Renamed("shared_expert_ffn_size")] = added(
         None, "inner width of an expert that every token visits as well"
     )
     yarn: Yarn | None = added(None, "YaRN's scaling of the rotary frequencies")
@@ -132,8 +136,8 @@ class ModelConfig(Config):
             )
         if bool(self.dense_layers) != bool(self.intermediate_size):
             raise ValueError(
-                f"dense_layers = {self.dense_layers} and intermediate_size = {self.intermediate_size} go together; set both "
-                "or neither"
+                f"dense_layers = {self.dense_layers} and intermediate_size = {self.intermediate_size} go "
+                "together; set both or neither"
             )
         return self
 
@@ -152,7 +156,7 @@ class ModelConfig(Config):
         """The same tensors with the rotary embedding of a phase, for rows of up to `context_length` tokens."""
         changes: dict[str, object] = {"context_length": max(self.context_length, context_length)}
         if rope is not None:
-            changes |= {"rope_theta": rope.base or self.rope_theta, "yarn": rope.yarn}
+            changes |= {"rope_theta": rope.theta or self.rope_theta, "yarn": rope.yarn}
         return self.model_copy(update=changes)
 
     def shapes(self, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
@@ -215,11 +219,8 @@ class ModelConfig(Config):
         """Matrix parameters that one token meets: active ones with the output head, without input table and norms."""
         hidden, sparse = self.hidden_size, self.layers - self.dense_layers
         attention = 2 * hidden * self.head_dim * (self.heads + self.kv_heads)
-        expert = (
-            3
-            * hidden
-            * (self.num_experts_per_tok * self.moe_intermediate_size + (self.shared_expert_intermediate_size or 0))
-        )
+        shared = self.shared_expert_intermediate_size or 0
+        expert = 3 * hidden * (self.num_experts_per_tok * self.moe_intermediate_size + shared)
         dense = 3 * hidden * (self.intermediate_size or 0)
         layers = self.layers * attention + sparse * (self.experts * hidden + expert) + self.dense_layers * dense
         return layers + padded_vocab_size * hidden

@@ -1,12 +1,17 @@
-"""What a model costs in arithmetic, in closed form: the FLOPs of a token.
+"""Cost model in closed form: FLOPs of a token, and the memory of a rank of a layout.
 
-No torch: `atom plan` reads this file. `bench/planner.py` compares the FLOPs with published figures.
+No torch: `atom plan` imports this file. `tests/test_costs.py` compares the parameters with those that Megatron builds,
+`bench/planner.py` the FLOPs and the state with published figures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,38 @@
-"""What a model costs in memory, in closed form: the parameters that a rank of a layout holds, and their state.
-
-No torch: `atom plan` reads this file. `tests/test_costs.py` compares the parameters with those that Megatron builds,
-`bench/planner.py` the state with published figures.
-"""
+"""The memory of a rank of a layout, in closed form. No torch: `atom plan` imports this file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from stages.mcore.parallel_layout import Layout
-from stages.models.qwen3_moe.config import ModelConfig, Precision
+if TYPE_CHECKING:
+    from stages.mcore.parallel_layout import Layout
+    from stages.models.qwen3_moe.config import ModelConfig, Precision
+
 
 GRADIENT = 4
 """Bytes of a gradient: summed over micro-batches and ranks in fp32."""
+
+
 MOMENTS = 8
 """Bytes of Adam's two moments, fp32."""
+
+
 MASTER = 4
 """Bytes of an fp32 weight; below fp32 it is a copy of the optimizer's, in fp32 the model's own."""
 
 
 @dataclass(frozen=True)
-class Held:
-    """Parameters that one rank holds, by whose optimizer state is shared among how many: experts lie on fewer ranks."""
+class MemoryShare:
+    """The parameters on one rank, by the group of ranks that shares their optimizer state: experts lie on fewer
+    ranks."""
 
     dense: int
     experts: int
     table: int = 0  # of the dense ones, those of embedding and output head, which stay in bf16 under FP8
 
-    def __add__(self, other: Held) -> Held:
-        return Held(self.dense + other.dense, self.experts + other.experts, self.table + other.table)
+    def __add__(self, other: MemoryShare) -> MemoryShare:
+        return MemoryShare(self.dense + other.dense, self.experts + other.experts, self.table + other.table)
 
     @property
     def all(self) -> int:
@@ -37,36 +41,36 @@ class Held:
 
 def layers_of(model: ModelConfig, layout: Layout, pipeline_rank: int) -> list[list[int]]:
     """The layers of each model chunk of a pipeline rank. Megatron deals chunks out in turns."""
-    each = model.layers // (layout.pp * layout.vpp)
-    starts = [(chunk * layout.pp + pipeline_rank) * each for chunk in range(layout.vpp)]
-    return [list(range(start, start + each)) for start in starts]
+    layers_per_chunk = model.layers // (layout.pp * layout.vpp)
+    starts = [(chunk * layout.pp + pipeline_rank) * layers_per_chunk for chunk in range(layout.vpp)]
+    return [list(range(start, start + layers_per_chunk)) for start in starts]
 
 
-def layer_held(model: ModelConfig, layout: Layout, layer: int) -> Held:
+def layer_memory_share(model: ModelConfig, layout: Layout, layer: int) -> MemoryShare:
     """One layer's parameters on a rank. Norms and router are whole on each tensor rank, matrices are cut."""
     hidden, head, tensor = model.hidden_size, model.head_dim, layout.tp
-    whole = 2 * hidden + 2 * head
+    replicated = 2 * hidden + 2 * head
     matrices = 2 * hidden * head * (model.heads + model.kv_heads)
     if layer < model.dense_layers:
-        return Held(whole + (matrices + 3 * hidden * (model.intermediate_size or 0)) // tensor, 0)
-    whole += model.experts * hidden
+        return MemoryShare(replicated + (matrices + 3 * hidden * (model.intermediate_size or 0)) // tensor, 0)
+    replicated += model.experts * hidden
     matrices += 3 * hidden * (model.shared_expert_intermediate_size or 0)
     experts = model.experts // layout.ep * 3 * hidden * model.moe_intermediate_size // layout.split_experts
-    return Held(whole + matrices // tensor, experts)
+    return MemoryShare(replicated + matrices // tensor, experts)
 
 
-def held(model: ModelConfig, padded_vocab_size: int, layout: Layout, pipeline_rank: int) -> Held:
+def memory_share(model: ModelConfig, padded_vocab_size: int, layout: Layout, pipeline_rank: int) -> MemoryShare:
     """The parameters of each rank at that place of the pipeline: tensor, expert and data ranks hold equally many.
 
     The first has the input table, the last the final norm and the output head; with tied embeddings a copy of the
     table, unless it is the first as well. (Biases of experts are no parameters: a few kilobytes.)
     """
     chunks = layers_of(model, layout, pipeline_rank)
-    total = sum((layer_held(model, layout, layer) for chunk in chunks for layer in chunk), Held(0, 0))
+    total = sum((layer_memory_share(model, layout, layer) for chunk in chunks for layer in chunk), MemoryShare(0, 0))
     first, last = pipeline_rank == 0, pipeline_rank == layout.pp - 1
     tables = first + (last and not (first and model.tie_embeddings))
     table = tables * padded_vocab_size * model.hidden_size // layout.tp
-    return total + Held(table + last * model.hidden_size, 0, table)
+    return total + MemoryShare(table + last * model.hidden_size, 0, table)
 
 
 def sharing(layout: Layout) -> tuple[int, int]:
@@ -74,22 +78,24 @@ def sharing(layout: Layout) -> tuple[int, int]:
     return layout.data * layout.cp, layout.ranks // (layout.split_experts * layout.ep * layout.pp)
 
 
-def state_bytes(part: Held, layout: Layout, precision: Precision) -> float:
+def state_bytes(share: MemoryShare, layout: Layout, precision: Precision) -> float:
     """Bytes of weights, gradients and optimizer on a rank: Megatron's distributed optimizer.
 
     bf16: 2 (weight) + 4 (gradient) + 12 (fp32 weight, two moments) / ranks that share them: "18 bytes a parameter".
     fp32: 4 + 4 + 8 / ranks, since the optimizer's weights are slices of the model's. FP8 keeps bf16 weights, and
-    Transformer Engine keeps two quantised copies of each layer's matrices for the micro-batches of a step (one as it
+    Transformer Engine keeps two quantized copies of each layer's matrices for the micro-batches of a step (one as it
     is, one transposed): 2 more. That is how FP8 can run out of memory where bf16 fits.
     """
-    weight, own = (4, MOMENTS) if precision == "fp32" else (2, MASTER + MOMENTS)
+    weight, optimizer_bytes = (4, MOMENTS) if precision == "fp32" else (2, MASTER + MOMENTS)
     dense, experts = sharing(layout)
-    quantised = 2 * (part.all - part.table) if precision not in ("fp32", "bf16") else 0
-    return (weight + GRADIENT) * part.all + own * (part.dense / dense + part.experts / experts) + quantised
+    quantized = 2 * (share.all - share.table) if precision not in ("fp32", "bf16") else 0
+    return (
+        (weight + GRADIENT) * share.all + optimizer_bytes * (share.dense / dense + share.experts / experts) + quantized
+    )
 
 
-def owned_bytes(part: Held, layout: Layout) -> float:
+def owned_bytes(share: MemoryShare, layout: Layout) -> float:
     """Bytes of fp32 weights and moments that a rank's optimizer owns: what it writes to a work checkpoint, and the copy
     in host memory that is written while training goes on."""
     dense, experts = sharing(layout)
-    return (MASTER + MOMENTS) * (part.dense / dense + part.experts / experts)
+    return (MASTER + MOMENTS) * (share.dense / dense + share.experts / experts)

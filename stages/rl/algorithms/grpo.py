@@ -60,54 +60,56 @@ class GrpoTrainer(PolicyTrainer):
         examples += self._replay_examples(step, targets)
         lr = self.learning_rate(step)
         units = [[example] for example in sorted(examples, key=lambda example: len(example.ids))]
-        each = share(units, self.phase.micro_batches, self.engine.ranks, self.policy.chat.pad, targets)
-        figures = self.engine.step(each, lr, self.judge(step), objective=objective(self.phase))
-        more = figures.more
-        gap = more["sampler_gap"] / targets
-        told |= self.told(figures, lr) | {
-            "loss": (figures.loss * targets - more.get("replay", 0.0)) / targets,
-            "clip_fraction": more["clip_fraction"] / targets,
-            "importance_ratio": more["importance_ratio"] / targets,
+        rank_batch = build_rank_batch(units, self.phase.micro_batches, self.engine.ranks, self.policy.chat.pad, targets)
+        figures = self.engine.step(rank_batch, lr, self.update_check(step), objective=objective(self.phase))
+        extras = figures.extras
+        gap = extras["sampler_gap"] / targets
+        metrics |= self.update_metrics(figures, lr) | {
+            "loss": (figures.loss * targets - extras.get("replay", 0.0)) / targets,
+            "clip_fraction": extras["clip_fraction"] / targets,
+            "importance_ratio": extras["importance_ratio"] / targets,
             "sampler_gap": gap,
             "max_sampler_gap": extras["max_sampler_gap"],
         }
-        if "replay" in more:
-            told["replay_loss"] = more["replay"] / targets / self.phase.replay.weight
+        if "replay" in extras:
+            metrics["replay_loss"] = extras["replay"] / targets / self.phase.replay.weight
         require_small_gap(self.name, step, gap, self.phase.max_logprob_diff)
-        return told
+        return metrics
 
-    def _draw(self, step: int, policy: str) -> tuple[list[Rollout], dict[str, Any], dict[str, Any]]:
-        """The answers of a step, what the log says of them, and the state after them. Of rank 0."""
-        phase, groups, every = self.phase, 0, []
+    def _draw(self, step: int, policy_digest: str) -> tuple[list[Rollout], dict[str, Any], dict[str, Any]]:
+        """The answers of a step, their metrics for the log, and the trainer's state after them. Rank 0 only."""
+        phase, groups, answers = self.phase, 0, []
         for wave in range(phase.max_resample_rounds + 1):
             if groups == phase.prompts_per_step:
                 break
-            chosen = self.curriculum.draw(phase.prompts_per_step - groups, step, wave)
+            tasks = self.curriculum.draw(phase.prompts_per_step - groups, step, wave)
             label = f"{self.name}/answer/{step}/{wave}"
             requests = [
                 (row, seed_of(f"{label}/{group}/{sample}", self.config.seed))
-                for group, row in enumerate(chosen)
+                for group, row in enumerate(tasks)
                 for sample in range(phase.num_generations)
             ]
-            found = self.files.once(step, wave, policy, asked, self.policy)
-            found, kept = sorted_out(found, phase.num_generations)
-            self.files.keep(step, wave, found)
-            for group, row in enumerate(chosen):
-                own = found[group * phase.num_generations : (group + 1) * phase.num_generations]
-                self.curriculum.learn(row, sum(min(max(r.reward, 0.0), 1.0) for r in own) / len(own))
-            groups += kept
-            every += found
-        self.files.forget(step, every[-1].wave + 1)
-        lengths = [len(r.ids) for r in every]
+            wave_answers = self.files.load_or_draw(step, wave, policy_digest, requests, self.policy)
+            wave_answers, groups_kept = mark_dropped(wave_answers, phase.num_generations)
+            self.files.write(step, wave, wave_answers)
+            for group, row in enumerate(tasks):
+                group_answers = wave_answers[group * phase.num_generations : (group + 1) * phase.num_generations]
+                self.curriculum.update(
+                    row, sum(min(max(r.reward, 0.0), 1.0) for r in group_answers) / len(group_answers)
+                )
+            groups += groups_kept
+            answers += wave_answers
+        self.files.remove_waves(step, answers[-1].wave + 1)
+        lengths = [len(r.ids) for r in answers]
         self.generated += sum(lengths)
         metrics = {
             "reward": sum(r.reward for r in answers) / len(answers),
             "rewards": rollouts.mean_rewards(answers),
             "answers": len(answers),
             "groups": groups,
-            "completion_length": sum(lengths) / len(every),
-            "truncated": sum(not r.finished for r in every) / len(every),
-            "thinking": sum("</think>" in r.text for r in every) / len(every),
+            "completion_length": sum(lengths) / len(answers),
+            "truncated": sum(not r.finished for r in answers) / len(answers),
+            "thinking": sum("</think>" in r.text for r in answers) / len(answers),
             "generated": self.generated,
             "rates": {name: part["rate"] for name, part in self.curriculum.state.items()},
             "policy": policy_digest,

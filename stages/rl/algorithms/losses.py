@@ -79,7 +79,7 @@ def policy_loss(
     loss = -torch.minimum(unclipped, clipped) * weight
     figures = {
         "tokens": mask,
-        "clip_fraction": clipped < plain,
+        "clip_fraction": clipped < unclipped,
         "ratio": ratio,
         "importance_ratio": weight,
         "truncated": gap > math.log(tis_cap),

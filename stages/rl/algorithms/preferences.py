@@ -62,8 +62,8 @@ class Dpo(PolicyTrainer):
         )
         self.skills = None
         if phase.sft_tasks is not None:
-            own = [row for row in self.rows if row["kind"] not in liked]
-            self.skills = Curriculum(None, own, f"{self.name}/skills", seed)
+            skill_tasks = [row for row in self.rows if row["kind"] not in preference_kinds]
+            self.skills = Curriculum(None, skill_tasks, f"{self.name}/skills", seed)
 
     def state(self) -> dict[str, Any]:
         return {"asked": self.prompts.copy(), "skills": self.skills.copy() if self.skills else None}
@@ -77,13 +77,13 @@ class Dpo(PolicyTrainer):
         digest = self.policy.load()
         answers, state = self.engine.ranks.from_first(self._draw(step, digest) if self.first else ([], None))
         self.restore(state or self.state())
-        groups = grouped([r for r in found if r.wave == 0])
-        pairs = [pair for own in groups if (pair := best_and_worst(own, self.phase.min_margin))]
-        right = [r for r in found if r.wave == 1 and not r.dropped]
-        judged_ = [r for r in found if r.wave == 0]
-        told: dict[str, Any] = {
-            "reward": sum(r.reward for r in judged_) / len(judged_),
-            "rewards": rollouts.rewards(judged_),
+        groups = group_by_task([r for r in answers if r.wave == 0])
+        pairs = [pair for group_answers in groups if (pair := best_and_worst(group_answers, self.phase.min_margin))]
+        correct = [r for r in answers if r.wave == 1 and not r.dropped]
+        scored = [r for r in answers if r.wave == 0]
+        metrics: dict[str, Any] = {
+            "reward": sum(r.reward for r in scored) / len(scored),
+            "rewards": rollouts.mean_rewards(scored),
             "pairs": len(pairs),
             "anchors": len(correct),
             "answers": len(answers),
@@ -100,15 +100,15 @@ class Dpo(PolicyTrainer):
             metrics |= figures
             if number == 0:  # no weight has moved since the answers were drawn
                 require_small_gap(self.name, step, gap["sampler_gap"], self.phase.max_logprob_diff)
-                told |= gap
-        return told
+                metrics |= gap
+        return metrics
 
     def _update(
         self, step: int, number: int, pairs: Sequence[tuple[Rollout, Rollout]], correct: Sequence[Rollout]
     ) -> tuple[dict[str, Any], dict[str, float]]:
-        """One update; answers' log-probabilities when they were drawn are those of the reference. Returns what the log
-        says of it, and how far the policy was from the reference before it."""
-        tokens = sum(len(r.ids) for r in right)
+        """One update. The reference log-probabilities are those with which the answers were drawn. Returns the metrics
+        for the log, and the gap between policy and reference before the update."""
+        tokens = sum(len(r.ids) for r in correct)
         weight = self.phase.nll_coef * len(pairs) / tokens if tokens else 0.0
         units = [[_example(r, pair=1.0, anchor=0.0) for r in pair] for pair in pairs]
         units += [[_example(r, pair=0.0, anchor=weight)] for r in correct]
@@ -130,19 +130,19 @@ class Dpo(PolicyTrainer):
         return self.update_metrics(figures, lr) | metrics, gap
 
     def _draw(self, step: int, digest: str) -> tuple[list[Rollout], dict[str, Any]]:
-        """The answers of a round and the state after them. Of rank 0."""
-        found = self._ask(step, 0, digest, self.asked, self.phase.preferences)
-        pairs = [best_and_worst(own, self.phase.min_margin) for own in grouped(found)]
-        learnt = "" if sum(pair is not None for pair in pairs) >= self.phase.updates else "idle"
+        """The answers of a round and the trainer's state after them. Rank 0 only."""
+        answers = self._draw_wave(step, 0, digest, self.prompts, self.phase.preferences)
+        pairs = [best_and_worst(group_answers, self.phase.min_margin) for group_answers in group_by_task(answers)]
+        drop_reason = "" if sum(pair is not None for pair in pairs) >= self.phase.updates else "idle"
         chosen = {(r.group, r.sample) for pair in pairs for r in pair or ()}
         answers = [replace(r, dropped=drop_reason if (r.group, r.sample) in chosen else "between") for r in answers]
         self.files.write(step, 0, answers)
         if self.skills is not None:
-            right = self._ask(step, 1, digest, self.skills, self.phase.sft_tasks)
-            right = [replace(r, dropped="" if r.reward == 1 and r.finished else "wrong") for r in right]
-            self.files.keep(step, 1, right)
-            found += right
-        return found, self.state()
+            correct = self._draw_wave(step, 1, digest, self.skills, self.phase.sft_tasks)
+            correct = [replace(r, dropped="" if r.reward == 1 and r.finished else "wrong") for r in correct]
+            self.files.write(step, 1, correct)
+            answers += correct
+        return answers, self.state()
 
     def _draw_wave(self, step: int, wave: int, digest: str, curriculum: Curriculum, pool: Asking) -> list[Rollout]:
         rows = curriculum.draw(pool.count, step, wave)
@@ -150,22 +150,21 @@ class Dpo(PolicyTrainer):
         requests = [
             (row, seed_of(f"{label}/{group}/{sample}", self.config.seed))
             for group, row in enumerate(rows)
-            for sample in range(asking.num_generations)
+            for sample in range(pool.num_generations)
         ]
-        found = self.files.once(step, wave, digest, asked, self.policy)
+        answers = self.files.load_or_draw(step, wave, digest, requests, self.policy)
         return [
-            replace(r, group=i // asking.num_generations, sample=i % asking.num_generations)
-            for i, r in enumerate(found)
+            replace(r, group=i // pool.num_generations, sample=i % pool.num_generations) for i, r in enumerate(answers)
         ]
 
     def write_outputs(self, out: Path) -> dict[str, Any]:
         count = rollouts.merge(self.files.all(), out / "rollouts.parquet")
         rows = []
         for path in self.files.all():
-            found = [r for r in rollouts.read(path) if r.wave == 0]
-            for own in grouped(found):
-                for pair in all_pairs(own, self.phase.min_margin):
-                    rows.append(pair_row(self.by_id[own[0].task], *pair))
+            answers = [r for r in rollouts.read(path) if r.wave == 0]
+            for group_answers in group_by_task(answers):
+                for pair in all_pairs(group_answers, self.phase.min_margin):
+                    rows.append(pair_row(self.by_id[group_answers[0].task], *pair))
         write_rows(out / "pairs.parquet", PAIRS, rows)
         log_lines = self.log.lines()
         validations = [{"step": x["step"], **x["validation"]} for x in log_lines if "validation" in x]
@@ -246,9 +245,11 @@ class Reward(Trainer):
         phase: RewardPhase = self.phase
         self.chat = generation.Chat(self.inputs["tokenizer"])
         rows = read_pairs(self.inputs["pairs"])
-        held = [row for row in rows if _lot(row["question"]) < phase.heldout_fraction]
-        self.heldout = sorted(held, key=lambda row: _lot(row["chosen"] + row["rejected"]))[: phase.heldout_pairs]
-        self.pairs = [row for row in rows if _lot(row["question"]) >= phase.heldout_fraction]
+        heldout = [row for row in rows if _hash_fraction(row["question"]) < phase.heldout_fraction]
+        self.heldout = sorted(heldout, key=lambda row: _hash_fraction(row["chosen"] + row["rejected"]))[
+            : phase.heldout_pairs
+        ]
+        self.pairs = [row for row in rows if _hash_fraction(row["question"]) >= phase.heldout_fraction]
         if not self.pairs or not self.heldout:
             raise AtomError(
                 f"{self.name}: {len(self.pairs)} pairs to learn from and {len(self.heldout)} held out are too few; "

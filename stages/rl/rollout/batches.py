@@ -34,17 +34,17 @@ def build_rank_batch(
     which they are dealt; sorted by length they need the least padding. targets: the divisor of the objective's sum."""
     assert micro_batches % ranks.data_ranks == 0, "the recipe's check"
     cuts = [len(units) * n // micro_batches for n in range(micro_batches + 1)]
-    parts = [[row for unit in units[a:b] for row in unit] for a, b in pairwise(cuts)]
-    widest = max(len(row.ids) for part in parts for row in part) - 1
-    most = max(map(len, parts))
-    same = ranks.layout.pp > 1  # its schedule sends tensors of one shape
-    each = micro_batches // ranks.data_ranks
-    micro = []
-    for part in parts[ranks.data_rank * each : (ranks.data_rank + 1) * each]:
-        rows = part or [_silent(units[0][0])]  # Megatron's balance of no token at all is no number
-        width = widest if same else max(len(row.ids) for row in rows) - 1
-        micro.append(_batch(rows, most if same else len(rows), _up(width, ranks), pad_id))
-    return Share(micro, _up(widest, ranks), targets)
+    micro_batch_rows = [[row for unit in units[a:b] for row in unit] for a, b in pairwise(cuts)]
+    max_width = max(len(row.ids) for part in micro_batch_rows for row in part) - 1
+    max_rows = max(map(len, micro_batch_rows))
+    uniform = ranks.layout.pp > 1  # its schedule sends tensors of one shape
+    per_rank = micro_batches // ranks.data_ranks
+    batches = []
+    for part in micro_batch_rows[ranks.data_rank * per_rank : (ranks.data_rank + 1) * per_rank]:
+        rows = part or [_masked_example(units[0][0])]  # Megatron's balance of no token at all is no number
+        width = max_width if uniform else max(len(row.ids) for row in rows) - 1
+        batches.append(_batch(rows, max_rows if uniform else len(rows), _round_up(width, ranks), pad_id))
+    return RankBatch(batches, _round_up(max_width, ranks), targets)
 
 
 def _masked_example(row: Example) -> Example:

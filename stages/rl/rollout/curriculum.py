@@ -23,11 +23,15 @@ from stages.rl.protocols import Row, bin_of
 class CurriculumConfig(Config):
     """How tasks are drawn."""
 
-    unlock_pass_rate: PositiveShare = Field(
+    unlock_pass_rate: Annotated[PositiveShare, Renamed("rise")] = Field(
         default=0.7, description="pass rate at which the next level of a kind opens"
     )
-    min_weight: PositiveShare = Field(default=0.05, description="least weight of an open bin; the most is 1")
-    ema_alpha: PositiveShare = Field(default=0.1, description="what one group moves the pass rate of its bin")
+    min_weight: Annotated[PositiveShare, Renamed("floor")] = Field(
+        default=0.05, description="least weight of an open bin; the most is 1"
+    )
+    ema_alpha: Annotated[PositiveShare, Renamed("memory")] = Field(
+        default=0.1, description="what one group moves the pass rate of its bin"
+    )
 
 
 class Curriculum:
@@ -51,7 +55,7 @@ class Curriculum:
     def load(self, state: Mapping[str, Any]) -> None:
         self.state = {name: dict(bin_state) for name, bin_state in state.items()}
 
-    def open(self) -> list[str]:
+    def open_bins(self) -> list[str]:
         """The open bins, by name: of each kind the levels up to the first whose pass rate is below
         `unlock_pass_rate`."""
         if self.config is None:
@@ -62,7 +66,7 @@ class Curriculum:
         names = []
         for levels in kinds.values():
             for _, name in sorted(levels):
-                found.append(name)
+                names.append(name)
                 if (self.state[name]["rate"] or 0.0) < self.config.unlock_pass_rate:
                     break
         return sorted(names)
@@ -70,8 +74,8 @@ class Curriculum:
     def weights(self) -> dict[str, float]:
         """By open bin: 4 p (1 - p), which is 1 where nothing is known yet, and never below min_weight."""
         if self.config is None:
-            return dict.fromkeys(self.open(), 1.0)
-        rates = {name: self.state[name]["rate"] for name in self.open()}
+            return dict.fromkeys(self.open_bins(), 1.0)
+        rates = {name: self.state[name]["rate"] for name in self.open_bins()}
         return {n: 1.0 if p is None else max(self.config.min_weight, 4 * p * (1 - p)) for n, p in rates.items()}
 
     def draw(self, count: int, step: int, wave: int) -> list[Row]:
@@ -89,9 +93,9 @@ class Curriculum:
             self.state[name]["drawn"] = draws + 1
         return drawn
 
-    def learn(self, row: Row, passed: float) -> None:
-        """Takes in the share of a group's answers that passed."""
-        assert self.config is not None, "what is drawn alike learns nothing"
-        part = self.state[bin_of(row)]
-        before = part["rate"]
-        part["rate"] = passed if before is None else before + self.config.ema_alpha * (passed - before)
+    def update(self, row: Row, pass_rate: float) -> None:
+        """Updates the pass rate of a task's bin with that of one group."""
+        assert self.config is not None, "a curriculum without config is uniform"
+        bin_state = self.state[bin_of(row)]
+        previous = bin_state["rate"]
+        bin_state["rate"] = pass_rate if previous is None else previous + self.config.ema_alpha * (pass_rate - previous)

@@ -1,13 +1,18 @@
-"""What a program may use in a sandbox, how it can end, and what is raised if the sandbox itself fails."""
+"""What a program in a sandbox may use, and what became of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pipeline.core.errors import MachineError
 
+if TYPE_CHECKING:
+    pass
+
+
 PATIENCE = 60.0  # seconds in which our own processes start or answer, on however busy a machine
+
 
 Status = Literal["ok", "error", "timeout", "memory", "output", "killed"]
 

@@ -78,7 +78,7 @@ def _scaled_model(model: ModelConfig, hidden: int) -> ModelConfig | None:
     if not choices:
         return None
     kv_heads = min(choices, key=lambda n: abs(attention / (n * group) - model.head_dim))
-    experts, chosen = _experts(model.experts, model.num_experts_per_tok)
+    experts, active_experts = _experts(model.experts, model.num_experts_per_tok)
     changes: dict[str, object] = {
         "layers": min(model.layers, LAYERS),
         "hidden_size": hidden,
@@ -86,7 +86,7 @@ def _scaled_model(model: ModelConfig, hidden: int) -> ModelConfig | None:
         "kv_heads": kv_heads,
         "head_dim": attention // (kv_heads * group),
         "experts": experts,
-        "num_experts_per_tok": chosen,
+        "num_experts_per_tok": active_experts,
         "moe_intermediate_size": scaled(model.moe_intermediate_size),
         "context_length": CONTEXT,
         "init_std": min(1.0, model.init_std * (model.hidden_size / hidden) ** 0.5),  # the most that a model may have
@@ -134,7 +134,7 @@ def widths(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
 
 def ratios(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
     """All that the twin should have in common with the model."""
-    pairs = [(m.heads / m.kv_heads, m.experts / m.num_experts_per_tok) for m in (model, small)]
+    pairs = [(m.heads / m.kv_heads, m.experts / m.num_experts_per_tok) for m in (model, proxy)]
     return [
         *widths(model, proxy),
         Ratio("query heads / key heads", pairs[0][0], pairs[1][0]),
@@ -144,5 +144,5 @@ def ratios(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
 
 def step_tokens(proxy: ModelConfig, smallest: int, sequence_length: int) -> int:
     """Tokens of a step, in whole rows: SPARE times what it takes for an average expert to see `smallest`, at least."""
-    tokens = max(LEAST_TOKENS, SPARE * smallest * small.experts / small.num_experts_per_tok)
+    tokens = max(MIN_TOKENS, SPARE * smallest * proxy.experts / proxy.num_experts_per_tok)
     return math.ceil(tokens / sequence_length) * sequence_length

@@ -241,9 +241,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         "## Twin",
         "",
         f"{twin['layers']} layers, hidden size {twin['hidden_size']}, {twin['heads']} query and {twin['kv_heads']} key "
-        f"heads of {twin['head_dim']}, {twin['experts']} experts of {twin['moe_intermediate_size']}, of which a token visits "
-        f"{twin['num_experts_per_tok']}. A step is {training['rows']} rows of {training['sequence_length']} tokens. "
-        f"AdamW, peak rate {optimizer['lr']:.3g} after {optimizer['warmup_steps']} steps, cosine to a tenth.",
+        f"heads of {twin['head_dim']}, {twin['experts']} experts of {twin['moe_intermediate_size']}, of which a token "
+        f"visits {twin['num_experts_per_tok']}. A step is {training['rows']} rows of {training['sequence_length']} "
+        f"tokens. AdamW, peak rate {optimizer['lr']:.3g} after {optimizer['warmup_steps']} steps, cosine to a tenth.",
         "",
         "| ratio | recipe | twin |",
         "|---|---|---|",
