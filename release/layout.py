@@ -45,13 +45,15 @@ SIGNATURE, PUBLIC_KEY = "model.sig", "model.pub"
 MODEL, BASE = "model", "model-base"
 PARTS = (MODEL, BASE, "dataset", "checkpoints")
 """What every release has beside its root; `model_folders` are more."""
-TRAINING = ("pretrain", "midtrain", "longcontext", "sft", "rlvr", "rlhf", "reward", "online")
-EXPORTED = ("init", "base", "mid", "long", "sft", "rlvr", "rlhf", "online")
-"""Kinds of phases and of exported models, as `pipeline.graph.dag` names them, in the order of training."""
+TRAINING = ("pretrain", "midtrain", "longcontext", "sft", "rlvr", "dpo", "reward", "online-rlhf")
+EXPORTED = ("init", "base", "mid", "long", "sft", "rlvr", "dpo", "online-rlhf")
+"""Kinds of phases and of exported models, as `stages.graph` names them, in the order of training."""
 ORDER = (
-    "init", "pretrain", "base", "midtrain", "mid", "longcontext", "long", "sft", "rlvr", "rlhf", "reward", "online",
+    "init", "pretrain", "base", "midtrain", "mid", "longcontext", "long", "sft", "rlvr", "dpo", "reward", "online-rlhf",
 )  # fmt: skip
-WITHOUT_ORDER = ("rlvr", "rlhf", "reward", "online")
+WITHOUT_ORDER = ("rlvr", "dpo", "reward", "online-rlhf")
+REWARD_EXPORT = "export-reward"
+"""The node that exports the reward model, which is published for what scored with it and not as a model."""
 """Phases that draw what they learn from; what they replay has an order, and only that."""
 LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 SUMS_BYTES, SUMS_LINES = 32 << 20, 300_000
@@ -77,20 +79,25 @@ class Repository:
 
 def when(name: str) -> tuple[int, int, str]:
     """Sort key of phases, or of exported models: midtrain, longcontext-1, …, longcontext-10; unknown ones last."""
-    kind, _, number = name.partition("-")
-    if kind in ORDER:
-        return ORDER.index(kind), int(number) if number.isdigit() else 0, name
-    return len(ORDER), 0, name
+    kind, number = numbered(name)
+    return (ORDER.index(kind), number, name) if kind in ORDER else (len(ORDER), 0, name)
+
+
+def numbered(name: str) -> tuple[str, int]:
+    """The kind of a phase or an exported model, and its number: longcontext and 2 of longcontext-2; 0 for those of
+    which there is one, such as online-rlhf."""
+    match = re.fullmatch(r"(.+)-([0-9]{1,9})", name)
+    return (match[1], int(match[2])) if match else (name, 0)
 
 
 def phases_of(nodes: Iterable[str]) -> list[str]:
     """The training phases among a graph's nodes, in order."""
-    return sorted((node for node in nodes if node.partition("-")[0] in TRAINING and "@" not in node), key=when)
+    return sorted((node for node in nodes if numbered(node)[0] in TRAINING), key=when)
 
 
 def models_of(nodes: Iterable[str]) -> list[str]:
     """The models that nodes export or evaluate, in the order of training: the last one is the release's model."""
-    named = (node.partition("-") for node in nodes)
+    named = (node.partition("-") for node in nodes if node != REWARD_EXPORT)
     return sorted({which for kind, _, which in named if kind in ("export", "evaluate")}, key=when)
 
 

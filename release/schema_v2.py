@@ -23,9 +23,9 @@ PHASES = {
     "longcontext": "longcontext",
     "sft": "sft",
     "rlvr": "rlvr",
-    "rlhf": "rlhf",
+    "rlhf": "dpo",
     "reward": "reward",
-    "online": "online",
+    "online": "online-rlhf",
 }
 """Phases that train. Their names stand in folders, in `state.json` and in the `phase` of an order."""
 MODELS = {
@@ -35,17 +35,17 @@ MODELS = {
     "long": "long",
     "sft": "sft",
     "rlvr": "rlvr",
-    "rlhf": "rlhf",
-    "online": "online",
+    "rlhf": "dpo",
+    "online": "online-rlhf",
 }
 """Exported models. Their names stand in folders and in the names of nodes."""
 NODES = {
     "items": "items",
     "filter": "filter",
-    "curate": "curate",
+    "curate": "dedup",
     "tokenizer": "tokenizer",
     "tokenize": "tokenize",
-    "judge": "judge",
+    "judge": "export-reward",
     "fresh": "fresh",
     "contamination": "contamination",
 }
@@ -58,10 +58,11 @@ FIELDS: dict[str, dict[str, str]] = {
     "release.json": {
         name: name
         for name in (
-            "format", "name", "version", "title", "description", "namespace", "contact", "languages", "licence",
+            "format", "name", "version", "title", "description", "namespace", "contact", "languages",
             "weights", "data_compilation", "code", "commit", "dirty", "stale", "nodes", "key", "digest",
         )
-    },
+    }
+    | {"licence": "license"},
     "scores.json": {
         name: name
         for name in (
@@ -75,9 +76,10 @@ FIELDS: dict[str, dict[str, str]] = {
         name: name
         for name in (
             "step", "tokens", "loss", "lr", "grad_norm", "skipped", "excluded", "spike", "experts",
-            "expert_max_violation", "router_entropy", "reward", "clipped", "weight", "answer_tokens",
+            "expert_max_violation", "router_entropy", "reward",
         )
-    },
+    }
+    | {"clipped": "clip_fraction", "weight": "importance_ratio", "answer_tokens": "completion_length"},
     "state.json": {name: name for name in ("step", "phase", "tokens", "config", "optimizer_step", "data_position")},
 }  # fmt: skip
 """Fields of JSON files, however deep they stand. `training.jsonl` is also what a model repository has for each phase

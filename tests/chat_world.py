@@ -34,7 +34,7 @@ def model(out: Path, seed: int) -> Artifact:
 
 
 def corpus(folder: Path, texts: dict[str, list[str]]) -> dict[str, Artifact]:
-    """{"curate", "order-pretrain"}: kept documents of each source, of which the order reads all but the last one."""
+    """{"dedup", "order-pretrain"}: kept documents of each source, of which the order reads all but the last one."""
     kept_rows, order = [], []
     for source, source_texts in texts.items():
         rows = [
@@ -42,13 +42,13 @@ def corpus(folder: Path, texts: dict[str, list[str]]) -> dict[str, Artifact]:
              "content_hash": content_hash(text), "prompt_chars": 0, "split": "train"}
             for n, text in enumerate(source_texts)
         ]  # fmt: skip
-        write_rows(folder / "curate" / "kept" / f"{source}.parquet", KEPT, rows)
+        write_rows(folder / "dedup" / "kept" / f"{source}.parquet", KEPT, rows)
         kept_rows += rows[:-1]
     for n, row in enumerate(kept_rows):
         place = {"step": n + 1, "row": 0, "segment": 0, "source": row["source"], "ordinal": n, "id": row["id"]}
         order.append({**place, "offset": 0, "length": 5, "loss_from": 0})
     write_rows(folder / "order" / "order.parquet", ORDER, order)
-    artifacts = {"curate": folder / "curate", "order-pretrain": folder / "order"}
+    artifacts = {"dedup": folder / "dedup", "order-pretrain": folder / "order"}
     return {role: write_manifest(path, role) for role, path in artifacts.items()}
 
 

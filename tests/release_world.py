@@ -236,14 +236,14 @@ def make_packed_order(out: Path, phase: str) -> None:
 
 INPUTS = {
     "acquire-prose": [], "acquire-sums": [], "items": [], "filter": ["acquire-prose", "acquire-sums", "items"],
-    "curate": ["filter"],
-    "tokenizer": ["curate"], "tokenize": ["curate", "tokenizer"], "order-pretrain": ["tokenize"],
+    "dedup": ["filter"],
+    "tokenizer": ["dedup"], "tokenize": ["dedup", "tokenizer"], "order-pretrain": ["tokenize"],
     "order-midtrain": ["tokenize"],
     "pretrain": ["tokenize", "order-pretrain"], "midtrain": ["tokenize", "order-midtrain", "pretrain"],
     "export-init": ["pretrain", "tokenizer"], "export-base": ["pretrain", "tokenizer"],
     "export-mid": ["midtrain", "tokenizer"],
-    "evaluate-init": ["export-init", "curate", "items"], "evaluate-base": ["export-base", "curate", "items"],
-    "evaluate-mid": ["export-mid", "curate", "items"],
+    "evaluate-init": ["export-init", "dedup", "items"], "evaluate-base": ["export-base", "dedup", "items"],
+    "evaluate-mid": ["export-mid", "dedup", "items"],
 }  # fmt: skip
 SCORES = {"init": (8.0, 0), "base": (3.0, 4), "mid": (3.02, 15), "long-1": (3.03, 15), "long-2": (3.04, 15)}
 
@@ -256,7 +256,7 @@ def inputs_with_long_context() -> dict[str, list[str]]:
             f"order-longcontext-{number}": ["tokenize"],
             f"longcontext-{number}": ["tokenize", f"order-longcontext-{number}", before],
             f"export-long-{number}": [f"longcontext-{number}", "tokenizer"],
-            f"evaluate-long-{number}": [f"export-long-{number}", "curate", "items"],
+            f"evaluate-long-{number}": [f"export-long-{number}", "dedup", "items"],
         }
     return inputs
 
@@ -280,7 +280,7 @@ def make_node(name: str, out: Path) -> None:
         table(out / "items.parquet", rows)
     elif kind == "filter":
         write_json(out / "edits.json", {})
-    elif kind == "curate":
+    elif kind == "dedup":
         make_curate(out)
     elif kind == "tokenizer":
         save_tokenizer(out)
@@ -341,7 +341,7 @@ def make_code(root: Path) -> Path:
     (root / "release" / "build.py").write_text("x = 1\n")
     (root / "pipeline" / "__pycache__").mkdir()
     (root / "pipeline" / "__pycache__" / "a.pyc").write_text("no")
-    (root / "LICENSE").write_text("The licence.\n")
+    (root / "LICENSE").write_text("The license.\n")
     return root
 
 
@@ -357,7 +357,7 @@ def build_input(home: Path, inputs: dict[str, list[str]] = INPUTS, **changes: An
         "description": "A test.",
         "evaluation": {"problems": {"add": 20}, "heldout_documents": 3, "max_new_tokens": 8},
         "release": {
-            "licence": {"weights": "Apache-2.0", "data_compilation": "CC-BY-4.0", "code": "Apache-2.0"},
+            "license": {"weights": "Apache-2.0", "data_compilation": "CC-BY-4.0", "code": "Apache-2.0"},
             "languages": ["en"],
         },
     }

@@ -31,7 +31,7 @@ def log(*rewards: float, kind: str = "add") -> dict[str, Any]:
 
 def facts(**changes: Any) -> dict[str, Any]:
     """A release in which nothing gets worse and every reward that rises has its task rise."""
-    bits = {"init": 8.0, "base": 2.0, "mid": 1.9, "sft": 1.8, "rlvr": 1.8, "rlhf": 1.8}
+    bits = {"init": 8.0, "base": 2.0, "mid": 1.9, "sft": 1.8, "rlvr": 1.8, "dpo": 1.8}
     scores = {
         name: {"bits_per_byte": {"sums": value(x)}, "accuracy": {"add": value(n / 10)}}
         for n, (name, x) in enumerate(bits.items())
@@ -40,10 +40,10 @@ def facts(**changes: Any) -> dict[str, Any]:
     model = {
         "scores": scores,
         "chat": {
-            "test": {"sft": problems(0.4, 0.3), "rlvr": problems(0.8, 0.3), "rlhf": problems(0.8, 0.6)},
-            "preferences": {"rlhf": {"before": "rlvr", "sides": sides}},
+            "test": {"sft": problems(0.4, 0.3), "rlvr": problems(0.8, 0.3), "dpo": problems(0.8, 0.6)},
+            "preferences": {"dpo": {"before": "rlvr", "sides": sides}},
         },
-        "training": {"rlvr": log(0.3, 0.31, 0.5, 0.79, 0.8), "rlhf": log(0.3, 0.31, 0.5, 0.6, 0.59, kind="courtesy")},
+        "training": {"rlvr": log(0.3, 0.31, 0.5, 0.79, 0.8), "dpo": log(0.3, 0.31, 0.5, 0.6, 0.59, kind="courtesy")},
     }
     return model | changes
 
@@ -63,11 +63,11 @@ def test_where_all_is_well_only_the_share_that_does_what_was_asked_is_stated() -
 @pytest.mark.parametrize(("task", "expected"), [(0.002, True), (0.02, True), (0.05, False)])
 def test_a_judge_that_is_pleased_by_style_alone_is_named(task: float, expected: bool) -> None:
     model = facts()
-    model["chat"]["preferences"]["rlhf"]["sides"] = {
+    model["chat"]["preferences"]["dpo"]["sides"] = {
         "before": side(0.26, 0.002, 0.32),
         "model": side(0.43, task, 0.95),
     }
-    lines = caveat_lines(model, "A reward rose and its task did not**: from rlvr to rlhf")
+    lines = caveat_lines(model, "A reward rose and its task did not**: from rlvr to dpo")
     assert bool(lines) == expected
     if lines:
         assert (
@@ -82,12 +82,12 @@ def test_a_phase_whose_training_reward_rises_alone_is_named() -> None:
     (line,) = caveat_lines(model, "while rlvr was trained")
     assert "for add rose (0.305 ± 0.005 → 0.795 ± 0.005" in line and "(0.400 ± 0.010 → 0.410 ± 0.010)" in line
     model = facts()
-    model["chat"]["preferences"]["rlhf"]["sides"]["model"] = side(0.3, 0.3, 0.3)
-    assert len(caveat_lines(model, "while rlhf was trained, its reward for courtesy rose")) == 1
-    model["training"]["rlhf"] = log(0.3, 0.6, 0.3, 0.6, 0.3, kind="courtesy")
-    assert not caveat_lines(model, "while rlhf"), "within its standard errors nothing rose"
-    model["training"]["rlhf"] = log(0.1, 0.1, 0.5, 0.5, kind="code")
-    assert len(caveat_lines(model, "and no task was measured**: while rlhf was trained, its reward for code rose")) == 1
+    model["chat"]["preferences"]["dpo"]["sides"]["model"] = side(0.3, 0.3, 0.3)
+    assert len(caveat_lines(model, "while dpo was trained, its reward for courtesy rose")) == 1
+    model["training"]["dpo"] = log(0.3, 0.6, 0.3, 0.6, 0.3, kind="courtesy")
+    assert not caveat_lines(model, "while dpo"), "within its standard errors nothing rose"
+    model["training"]["dpo"] = log(0.1, 0.1, 0.5, 0.5, kind="code")
+    assert len(caveat_lines(model, "and no task was measured**: while dpo was trained, its reward for code rose")) == 1
 
 
 def test_what_got_worse_is_listed_with_the_phase_that_did_not_read_it() -> None:
@@ -108,9 +108,9 @@ def test_what_got_worse_is_listed_with_the_phase_that_did_not_read_it() -> None:
 
 def test_a_reward_without_a_task_is_named_where_it_was_trained_on() -> None:
     model = facts()
-    model["chat"]["preferences"]["rlhf"]["sides"] = {"before": side(0.2, None, 0.3), "model": side(0.5, None, 0.9)}
+    model["chat"]["preferences"]["dpo"]["sides"] = {"before": side(0.2, None, 0.3), "model": side(0.5, None, 0.9)}
     (line,) = caveats.caveat_sentences(model)
-    assert "no task was measured**: while rlhf was trained, its reward for courtesy rose" in line
+    assert "no task was measured**: while dpo was trained, its reward for courtesy rose" in line
     assert caveats.caveat_sentences(model | {"training": {}}) == [caveats.NONE], (
         "of an older release, whose logs have no rewards"
     )
@@ -118,7 +118,7 @@ def test_a_reward_without_a_task_is_named_where_it_was_trained_on() -> None:
 
 def test_parts_of_the_reward_by_model() -> None:
     rows = chat_tables.reward_parts(facts()["chat"])
-    assert rows[0] == "| part of the reward | rlvr | rlhf |"
+    assert rows[0] == "| part of the reward | rlvr | dpo |"
     assert rows[2:] == [
         "| reward | 0.300 ± 0.010 | 0.600 ± 0.010 |",
         "| task | 0.300 ± 0.010 | 0.600 ± 0.010 |",

@@ -28,14 +28,14 @@ TALK = [
     {"role": "user", "content": "And 2+2?"},
     {"role": "assistant", "content": "4"},
 ]
-LICENCE = {"license": "Apache-2.0", "license_evidence": "a test", "origin": "a test"}
+LICENSE = {"license": "Apache-2.0", "license_evidence": "a test", "origin": "a test"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained tokenizer of the release's kind."""
     place = tmp_path_factory.mktemp("tokenizer")
-    (place / "curate" / "kept").mkdir(parents=True)
+    (place / "dedup" / "kept").mkdir(parents=True)
     texts = [f"the {word} is number {n}\n" for n, word in enumerate(courtesy_notes.PEOPLE * 40)]
     rows = [
         {
@@ -49,11 +49,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for n, t in enumerate(texts)
     ]
-    write_rows(place / "curate" / "kept" / "a.parquet", KEPT, rows)
+    write_rows(place / "dedup" / "kept" / "a.parquet", KEPT, rows)
     out = place / "out"
     out.mkdir()
     config = tokenizer.TokenizerSection(vocab_size=300, padded_vocab_size=320)
-    tokenizer.run(config, {"curate": write_manifest(place / "curate", "curate-test")}, place, out, RecordingReport())
+    tokenizer.run(config, {"dedup": write_manifest(place / "dedup", "curate-test")}, place, out, RecordingReport())
     return out
 
 
@@ -95,7 +95,7 @@ def test_files_of_conversations_are_read_and_bad_ones_told(tmp_path: Path) -> No
     rows = [{"id": "a", "messages": TALK}, {"id": "b", "messages": [{"role": "user", "content": "alone"}]}]
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     reader = {"reader": "jsonl", "path": str(tmp_path), "messages_field": "messages", "id_field": "id"}
-    source = Source(name="talk", kind="chat", reader=reader, **LICENCE)  # type: ignore[arg-type]
+    source = Source(name="talk", kind="chat", reader=reader, **LICENSE)  # type: ignore[arg-type]
     source = source.model_copy(update={"tree_digest": acquire.resolve_tree_digest(source)})
     out, report = tmp_path / "out", RecordingReport()
     out.mkdir()
@@ -129,7 +129,7 @@ def test_kind_and_reader_must_fit(tmp_path: Path) -> None:
 
 
 def test_special_tokens_are_tokens_in_conversations_and_text_elsewhere(folder: Path, tmp_path: Path) -> None:
-    kept_folder = tmp_path / "curate" / "kept"
+    kept_folder = tmp_path / "dedup" / "kept"
     ((text, chars),) = chat.turns(TALK[1:3])
     for name, prompt in (("talk", chars), ("prose", 0)):
         row = {
@@ -144,7 +144,7 @@ def test_special_tokens_are_tokens_in_conversations_and_text_elsewhere(folder: P
         }
         write_rows(kept_folder / f"{name}.parquet", KEPT, [row])
     inputs = {
-        "curate": write_manifest(tmp_path / "curate", "curate-t"),
+        "dedup": write_manifest(tmp_path / "dedup", "curate-t"),
         "tokenizer": write_manifest(folder, "tokenizer-t"),
     }
     out = tmp_path / "out"

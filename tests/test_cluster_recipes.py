@@ -20,8 +20,8 @@ from conftest import atom
 from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
-from pipeline.graph.dag import phases
 from stages.data.recipe import Source, load
+from stages.graph import phases
 from stages.mcore.parallel_layout import Layout
 from stages.models.qwen3_moe.config import ModelConfig
 from stages.models.qwen3_moe.memory import memory_share

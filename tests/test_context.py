@@ -43,7 +43,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     problem = {**long_documents()[1], "id": "sums/0", "source": "sums", "prompt_chars": 6}
     world.table(root / "curate/kept/prose.parquet", long_documents())
     world.table(root / "curate/kept/sums.parquet", [problem, {**problem, "id": "sums/1"}])
-    return {role: write_manifest(root / role, role) for role in ("model", "curate", "items")}
+    return {role: write_manifest(root / role, role) for role in ("model", "dedup", "items")}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Readers and problems: stable ids, licences on every document, errors that name file and line."""
+"""Readers and problems: stable ids, licenses on every document, errors that name file and line."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_documents_of_jsonl_and_parquet(tmp_path: Path, run_stage: Any) -> None:
     assert [d["text"] for d in same] == [d["text"] for d in table] == [r["body"] for r in rows]
 
 
-def test_a_document_may_bring_its_own_licence(tmp_path: Path, run_stage: Any) -> None:
-    """A string or a list, in SPDX's spelling; what is no licence names the row."""
+def test_a_document_may_bring_its_own_license(tmp_path: Path, run_stage: Any) -> None:
+    """A string or a list, in SPDX's spelling; what is no license names the row."""
     path = tmp_path / "code.parquet"
     rows = [{"text": f"x = {i}", "terms": terms} for i, terms in enumerate([["mit"], ["MIT", "apache-2.0"]])]
     pq.write_table(pa.Table.from_pylist(rows), path)

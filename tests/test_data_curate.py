@@ -128,8 +128,8 @@ def parts(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def curated(run_stage: Any, config: dict[str, Any], inputs: dict[str, Artifact]) -> Artifact:
     """Both stages of curation, one after the other."""
-    first, curate_config = parts(config)
-    artifact: Artifact = run_stage(dedup.STAGE, curate_config, {"filter": run_stage(filter.STAGE, first, inputs)})
+    first, dedup_config = parts(config)
+    artifact: Artifact = run_stage(dedup.STAGE, dedup_config, {"filter": run_stage(filter.STAGE, first, inputs)})
     return artifact
 
 
@@ -209,7 +209,7 @@ def test_values_lie_on_the_removing_side_and_counts_balance(planted: Artifact) -
     assert written == dict(Counter(row["source"] for row in rows.values() if row["disposition"] == "kept"))
 
 
-def test_an_unbalanced_book_or_a_document_without_licence_is_refused(tmp_path: Path, run_stage: Any) -> None:
+def test_an_unbalanced_book_or_a_document_without_license_is_refused(tmp_path: Path, run_stage: Any) -> None:
     book = Dispositions()
     row = {"id": "a/1", "text": "x", "source": "a", "license": "CC0-1.0", "content_hash": content_hash("x")}
     book.add(row)
@@ -270,7 +270,7 @@ def test_contamination_index() -> None:
     assert index.find(" ".join(f"w{i}" for i in range(4, 16))) is None
 
 
-def test_curation_resumes_and_does_not_depend_on_hash_randomisation(tmp_path: Path, run_stage: Any) -> None:
+def test_curation_resumes_and_does_not_depend_on_hash_randomization(tmp_path: Path, run_stage: Any) -> None:
     """The same digests in fresh interpreters with other hash seeds, and when the second part of the work is left."""
     code = (
         "import sys, json; from pathlib import Path\n"
@@ -282,7 +282,7 @@ def test_curation_resumes_and_does_not_depend_on_hash_randomisation(tmp_path: Pa
         "first, then = json.loads(sys.argv[5])\n"
         "filter.run(filter.FilterConfig.model_validate(first), inputs, work, out, RecordingReport())\n"
         "given = {'filter': write_manifest(out, 'x')}\n"
-        "dedup.run(dedup.CurateConfig.model_validate(then), given, work, last, RecordingReport())\n"
+        "dedup.run(dedup.DedupConfig.model_validate(then), given, work, last, RecordingReport())\n"
         "print(given['filter'].digest, write_manifest(last, 'y').digest)"
     )
     inputs_of(tmp_path)
@@ -308,7 +308,7 @@ def test_the_smoke_recipe_runs_every_step_and_values_are_consistent(run_stage: A
     inputs = {s.name: run_stage(acquire.STAGE, recipe.acquire_config(s.name, 0), {}) for s in recipe.sources}
     inputs["items"] = run_stage(eval_set.STAGE, {"problems": {"add": 20, "sort": 200}, "seed": 0}, {})
     filtered = run_stage(filter.STAGE, recipe.filter_config(0), inputs)
-    artifact = run_stage(dedup.STAGE, recipe.curate_config(), {"filter": filtered})
+    artifact = run_stage(dedup.STAGE, recipe.dedup_config(), {"filter": filtered})
     rows = dispositions(artifact)
     assert len(rows) == sum(
         pq.ParquetFile(a / "documents.parquet").metadata.num_rows for n, a in inputs.items() if n != "items"
@@ -348,14 +348,14 @@ def test_shards_done_beforehand_are_all_that_the_stages_need(
     inputs = inputs_of(tmp_path)
     filtered = run_stage(filter.STAGE, parts(config(0.1))[0], inputs)
     expected = run_stage(dedup.STAGE, parts(config(0.1))[1], {"filter": filtered})
-    first, curate_config = parts({**config(0.1), "curation": {"shards": shards}})
+    first, dedup_config = parts({**config(0.1), "curation": {"shards": shards}})
     work = tmp_path / "work"
     work.mkdir()
     cut = filter.FilterConfig.model_validate(first)
     assert filter.STAGE.shards(cut) == shards
     for shard in range(shards):
         filter.run_shard(cut, inputs, work, shard)
-    buckets = dedup.CurateConfig.model_validate(curate_config)
+    buckets = dedup.DedupConfig.model_validate(dedup_config)
     assert dedup.STAGE.shards(buckets) == (14 if shards > 1 else 1)
     for bucket in reversed(range(14)):
         dedup.run_shard(buckets, {"filter": filtered}, work, bucket)
@@ -363,7 +363,7 @@ def test_shards_done_beforehand_are_all_that_the_stages_need(
     monkeypatch.setattr(near_duplicates, "sign", None)
     monkeypatch.setattr(near_duplicates, "MinhashDedupBuckets", None)
     assert run_stage(filter.STAGE, first, inputs, work).digest == filtered.digest
-    assert run_stage(dedup.STAGE, curate_config, {"filter": filtered}, work).digest == expected.digest
+    assert run_stage(dedup.STAGE, dedup_config, {"filter": filtered}, work).digest == expected.digest
 
 
 def test_a_near_duplicate_may_be_the_only_one_removed_of_its_source(tmp_path: Path, run_stage: Any) -> None:

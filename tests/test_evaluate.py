@@ -22,7 +22,7 @@ CONFIG = {"heldout_documents": 2, "max_new_tokens": 8}
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     root = tmp_path_factory.mktemp("inputs")
     artifacts = {}
-    for role, node in {"model": "export-mid", "curate": "curate", "items": "items"}.items():
+    for role, node in {"model": "export-mid", "dedup": "dedup", "items": "items"}.items():
         world.make_node(node, root / role)
         artifacts[role] = write_manifest(root / role, node)
     return artifacts
@@ -117,10 +117,10 @@ def test_standard_errors() -> None:
 
 def test_nothing_held_out_is_one_sentence(inputs, run_stage, tmp_path: Path) -> None:
     rows = [{"id": "a", "text": "x", "source": "s", "content_hash": "0", "prompt_chars": 0, "split": "train"}]
-    world.table(tmp_path / "curate" / "kept" / "s.parquet", rows)
-    bad = write_manifest(tmp_path / "curate", "curate")
+    world.table(tmp_path / "dedup" / "kept" / "s.parquet", rows)
+    bad = write_manifest(tmp_path / "dedup", "dedup")
     with pytest.raises(AtomError, match="has no held-out document"):
-        run_stage(bits_per_byte.STAGE, CONFIG, {**inputs, "curate": bad})
+        run_stage(bits_per_byte.STAGE, CONFIG, {**inputs, "dedup": bad})
 
 
 def test_modules_that_plan_and_cli_import_are_light() -> None:

@@ -49,7 +49,7 @@ def test_a_corrupt_source_fails_its_stage_and_what_is_mended_goes_on(tmp_path: P
     assert "recipe.yaml has changed since run" in atom(home, "retry", code=2).stderr
 
 
-def test_a_source_without_licence_is_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_a_source_without_license_is_refused_before_anything_runs(tmp_path: Path) -> None:
     recipe = recipe_with_documents(tmp_path, [json.dumps({"text": "Some words."})])
     data = yaml.safe_load((tmp_path / "data.yaml").read_text())
     del data["sources"][0]["license"]
@@ -152,9 +152,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path: P
         pytest.skip("this kernel lets nobody make a mount namespace, which the full disk is made with")
     script = (
         f"mount -t tmpfs -o size=300k none {home} && export ATOM_HOME={home} && "
-        f"{sys.executable} -m pipeline.cli run atom-smoke --until curate; echo code $?; "
+        f"{sys.executable} -m pipeline.cli run atom-smoke --until dedup; echo code $?; "
         f"ls {home}/artifacts; mount -o remount,size=200m {home} && "
-        f"{sys.executable} -m pipeline.cli run atom-smoke --until curate > /dev/null; echo then $?"
+        f"{sys.executable} -m pipeline.cli run atom-smoke --until dedup > /dev/null; echo then $?"
     )
     process = subprocess.run([*space, "sh", "-c", script], capture_output=True, text=True)
     assert "code 2" in process.stdout and "then 0" in process.stdout, process.stdout + process.stderr

@@ -39,7 +39,7 @@ def rows_by_hand() -> list[plan.Row]:
 
     return [
         row("order", Estimate(cpu_seconds=7200)), row("evaluate", Estimate()), row("items", Estimate(9), sealed=True),
-        row("pretrain", phase, 8, True), row("midtrain", recomputed, 8, True), row("curate", Estimate(30, fixed=True)),
+        row("pretrain", phase, 8, True), row("midtrain", recomputed, 8, True), row("dedup", Estimate(30, fixed=True)),
     ]  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def test_hours_money_and_energy_by_hand(tmp_path: Path) -> None:
         Use("evaluate", why="no estimate"),
         Use("pretrain", *map(pytest.approx, (500, 4000, 0, 10_000, 2_800_000))),
         Use("midtrain", *map(pytest.approx, (2000 / 3, 16_000 / 3, 0, 40_000 / 3, 11_200_000 / 3))),
-        Use("curate", why="known of small corpora only"),
+        Use("dedup", why="known of small corpora only"),
     )
     hours, gpu_hours, cost = 2 + 500 + 2000 / 3, 4000 + 16_000 / 3, 0.1 + 10_000 + 40_000 / 3
     energy = 16 + 0.7e3 * gpu_hours
@@ -108,7 +108,7 @@ def test_plan_for_a_cluster(tmp_path: Path) -> None:
     )
     data = json.loads(atom(tmp_path, *command[:-1], "tokenize", *cluster, "--json").stdout)["cluster"]["stages"]
     small = {stage["name"] for stage in data if stage.get("why") == "known of small corpora only"}
-    assert small == {"filter", "curate", "tokenize"}, "the recipe is large, though no training phase was asked for"
+    assert small == {"filter", "dedup", "tokenize"}, "the recipe is large, though no training phase was asked for"
     assert beyond in with_cluster.splitlines() and section["assumed"][0] in with_cluster.splitlines()
 
 

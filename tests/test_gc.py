@@ -303,7 +303,7 @@ def test_products_of_unfinished_work_come_back_into_it(three: list[Graph], store
 @pytest.mark.parametrize("file", ["evidence/release.json", "evidence/manifests/items.json"])
 def test_a_damaged_release_keeps_everything(three: list[Graph], store: Store, file: str) -> None:
     composed = three[0]
-    selected = composed.select("curate", None)
+    selected = composed.select("dedup", None)
     run = world.start(store, composed, selected)
     world.release(store, composed, selected)
     (store.home / "releases" / "one-0.1.0" / file).write_text("[]")
@@ -315,7 +315,7 @@ def test_a_damaged_release_keeps_everything(three: list[Graph], store: Store, fi
 def test_a_statement_that_would_say_what_went_in_keeps_everything(three: list[Graph], store: Store) -> None:
     composed = three[0]
     run = world.start(store, composed, composed.select("filter", None))
-    world.start(store, composed, ["curate"])
+    world.start(store, composed, ["dedup"])
     shutil.rmtree(run.folder)
     assert collected_paths(store) == set(), "the run of one stage leads to what went into it"
     (statement,) = (store.ledger / composed.nodes["filter"].key).iterdir()
@@ -373,7 +373,7 @@ def test_what_was_made_anew_meanwhile_stays_in_the_trash(
     three: list[Graph], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     composed, real = three[0], garbage_collection._move
-    selected = composed.select("curate", None)
+    selected = composed.select("dedup", None)
     shutil.rmtree(world.start(store, composed, selected).folder)
 
     def slow(home: Store, path: Path) -> Path | None:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.numeric
 TINY = ModelConfig(**world.MODEL)
 
 
-def initialise(gpt, model: ModelConfig, seed: int) -> None:
+def initialize(gpt, model: ModelConfig, seed: int) -> None:
     shapes = model.shapes(world.VOCAB)
     load_tensors([gpt], model, world.VOCAB, {n: full_tensor(n, s, model, seed) for n, s in shapes.items()}, "test")
 
@@ -53,7 +53,7 @@ def test_published_sizes() -> None:
 def test_initial_weights() -> None:
     with parallel.session(0):
         (gpt,) = build(TINY, world.VOCAB)
-        initialise(gpt, TINY, seed=3)
+        initialize(gpt, TINY, seed=3)
         for name, p in named_tensors([gpt]):
             assert torch.equal(p, full_tensor(name, tuple(p.shape), TINY, seed=3))
     model = TINY.model_copy(update={"init_std": 0.1, "layers": 8})
@@ -105,7 +105,7 @@ def test_ids_that_pad_the_vocabulary_have_no_probability() -> None:
 def test_padding_changes_no_real_position() -> None:
     with parallel.session(0), torch.no_grad():
         (gpt,) = build(TINY, world.VOCAB)
-        initialise(gpt, TINY, seed=0)
+        initialize(gpt, TINY, seed=0)
         gpt.eval()
         ids = torch.randint(6, world.VOCAB, (1, 16), generator=torch.Generator().manual_seed(0))
         padded = torch.cat([ids, torch.zeros(1, 8, dtype=torch.long)], 1)

@@ -44,7 +44,7 @@ def test_a_document_states_its_key_once_and_ends_with_the_answer() -> None:
         filler = prompt.removesuffix(passkeys.QUESTION).replace(passkeys.STATEMENT.format(key), "")
         assert "pass key" not in filler and len(text) == len(filler) + passkeys.min_characters(4)
         start = int(place.removesuffix(".py"))
-        assert filler.startswith(TEXTS[start][0][: len(filler)])  # neighbours in order, from a drawn one on
+        assert filler.startswith(TEXTS[start][0][: len(filler)])  # neighbors in order, from a drawn one on
         depths.append(prompt.index(passkeys.STATEMENT.format(key)) / len(filler))
     lengths = [len(text) for text, _, _ in documents]
     assert min(lengths) >= 100 and max(lengths) <= 1600
@@ -151,7 +151,7 @@ def trained_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         row = {"id": f"keys/{n}", "text": text, "source": "keys", "license": "PSF-2.0", "origin": "procedural"}
         rows.append({**row, "content_hash": content_hash(text), "prompt_chars": prompt_chars, "split": "train"})
     write_rows(folder / "in/kept/keys.parquet", KEPT, rows)
-    inputs = {"curate": write_manifest(folder / "in", "curate")}
+    inputs = {"dedup": write_manifest(folder / "in", "dedup")}
     (folder / "out").mkdir()
     section = tokenizer.TokenizerSection(vocab_size=320, padded_vocab_size=384, sample_bytes=100_000)
     tokenizer.run(section, inputs, folder, folder / "out", RecordingReport())

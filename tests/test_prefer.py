@@ -12,7 +12,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact
 from stages.evaluation import win_rate
 
-CONFIG = {"model": "rlhf", "before": "rlvr", "max_new_tokens": 6, "seed": 0}
+CONFIG = {"model": "dpo", "before": "rlvr", "max_new_tokens": 6, "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_two_models_and_the_same_bytes_twice(run_stage, inputs, tmp_path) -> Non
     assert first.digest == second.digest
     rows, scores = world.table(first, "pairs.parquet"), first.json("scores.json")
     assert len(rows) == 12 and scores["wins"] + scores["ties"] + scores["losses"] == 12
-    assert scores == {"model": "rlhf", "before": "rlvr", **win_rate.summary(rows)}
+    assert scores == {"model": "dpo", "before": "rlvr", **win_rate.summary(rows)}
     assert len(scores["examples"]) == 8 and rows[0]["question"].endswith(".")
     assert any(row["model_text"] != row["before_text"] for row in rows)
     same = run_stage(win_rate.STAGE, CONFIG, {**inputs, "before": inputs["model"]}).json("scores.json")

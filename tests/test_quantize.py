@@ -178,7 +178,7 @@ def test_whatever_is_not_finite_is_counted_and_never_hides() -> None:
         values, counts = quantize_dequantize(x, recipe, "input")
         assert counts.overflow >= 2, name
         assert not values[1, 200].isfinite() and values[0, 3] >= 448, name
-    # one block of the two holds the infinity; e8m0's largest scale leaves nothing of its neighbours
+    # one block of the two holds the infinity; e8m0's largest scale leaves nothing of its neighbors
     x = torch.ones(1, 64)
     x[0, 0] = math.inf
     values, counts = quantize_dequantize(x, RECIPES["mxfp8"], "input")

@@ -54,10 +54,10 @@ def write(path: Path, **changes: Any) -> str:
             "recipe r: pretrain.batch.global_tokens = 3000 is not a multiple of sequence_length 512; nearest: 2560 or 3072",
         ),
         ({"model__kv_heads": 3}, "recipe r: model.kv_heads = 3 does not divide heads = 4; nearest: 2 or 4"),
-        ({"model__experts_per_token": 1}, "recipe r: model.num_experts_per_tok = 1 gives the router no gradient"),
+        ({"model__num_experts_per_tok": 1}, "recipe r: model.num_experts_per_tok = 1 gives the router no gradient"),
         ({"model__heads": 10**10, "model__kv_heads": 3}, "recipe r: model.heads = 10000000000 is out of range; use 1 to 1024"),
         ({"pretrain__steps": 10**40}, "recipe r: pretrain.steps = a number of about 39 digits is out of range; use 1 to 1e8"),
-        ({"model__experts_per_token": 9}, "recipe r: model.num_experts_per_tok = 9 is more than experts = 4"),
+        ({"model__num_experts_per_tok": 9}, "recipe r: model.num_experts_per_tok = 9 is more than experts = 4"),
         ({"midtrain__sequence_length": 512, "midtrain__batch": {"global_tokens": 512, "micro_tokens": 512}},
          "recipe r: midtrain.sequence_length = 512 is longer than model.context_length = 256"),
         ({"pretrain__mix": {"docstrings": 0.5, "cod": 0.5}}, "recipe r: pretrain.mix names cod, which data recipe smoke"),
@@ -112,13 +112,13 @@ def test_a_changed_field_changes_the_keys_of_what_depends_on_it_and_no_others(tm
         "fresh", "contamination", "fresh-solve-sft",
     }  # fmt: skip
     assert changed_keys(tmp_path, tokenizer__vocab_size=400) == {
-        name for name in keys(str(SMOKE)) if not name.startswith(("acquire", "items", "filter", "curate", "tasks"))
+        name for name in keys(str(SMOKE)) if not name.startswith(("acquire", "items", "filter", "dedup", "tasks"))
     }
-    assert changed_keys(tmp_path, seed=1) >= {"acquire-sums", "items", "filter", "curate", "order-pretrain", "pretrain"}
+    assert changed_keys(tmp_path, seed=1) >= {"acquire-sums", "items", "filter", "dedup", "order-pretrain", "pretrain"}
 
 
 def test_what_is_not_identity_changes_no_key(tmp_path: Path) -> None:
-    assert changed_keys(tmp_path, pretrain__work_checkpoint_every=7) == set()
+    assert changed_keys(tmp_path, pretrain__checkpoint_interval=7) == set()
     assert changed_keys(tmp_path, name="other", description="other", release__languages=["fr"]) == set()
 
 

@@ -437,7 +437,7 @@ def test_any_file_in_any_way(built: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_a_check_may_take_what_belongs_to_the_files_that_it_reads(tmp_path: Path) -> None:
-    """And none of what its neighbours read, what holes pretend, or what a second name says once more."""
+    """And none of what its neighbors read, what holes pretend, or what a second name says once more."""
     for path in ("a/x.parquet", "b/y.parquet", "a/x.json", "b/y.jsonl", "a/x.safetensors"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(os.urandom(1 << 20))

@@ -258,11 +258,11 @@ def test_artifact_without_statement_is_refused(source, tmp_path: Path) -> None:
     )
 
 
-def test_unknown_licence_and_unbalanced_counts_are_refused(source, tmp_path: Path) -> None:
+def test_unknown_license_and_unbalanced_counts_are_refused(source, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    def without_licence(folder: Path) -> None:
+    def without_license(folder: Path) -> None:
         table = pq.read_table(folder / "dispositions.parquet")
         at = table.schema.get_field_index("license")
         pq.write_table(
@@ -274,28 +274,28 @@ def test_unknown_licence_and_unbalanced_counts_are_refused(source, tmp_path: Pat
 
     for n, (change, gate, match) in enumerate(
         [
-            (without_licence, "licences_known", "source prose"),
+            (without_license, "licenses_known", "source prose"),
             (lost_row, "counts_balance", "prose/000 is not kept in both"),
         ]
     ):
         (tmp_path / str(n)).mkdir()
-        require_refusal(replace_artifact(source, "curate", tmp_path / str(n), change), tmp_path / str(n), gate, match)
+        require_refusal(replace_artifact(source, "dedup", tmp_path / str(n), change), tmp_path / str(n), gate, match)
 
 
-def test_an_installed_wheel_brings_its_licence_text(tmp_path: Path, monkeypatch) -> None:
+def test_an_installed_wheel_brings_its_license_text(tmp_path: Path, monkeypatch) -> None:
     import sys
 
     info = tmp_path / "site/atom_release-9.dist-info"
     (info / "licenses").mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.4\nName: atom-release\nVersion: 9\nLicense-File: LICENSE\n")
-    (info / "licenses/LICENSE").write_text("The wheel's licence.\n")
+    (info / "licenses/LICENSE").write_text("The wheel's license.\n")
     monkeypatch.setattr(sys, "path", [str(info.parent), *sys.path])
     source = world.build_input(tmp_path / "run")
     for root in source.code_roots:
         (root / "LICENSE").unlink()
     folder = builder.build(source, tmp_path / "home")
     for path in ("LICENSE", "code/LICENSE", "model/LICENSE"):
-        assert (folder / path).read_text() == "The wheel's licence.\n", path
+        assert (folder / path).read_text() == "The wheel's license.\n", path
     assert "spdx.org/licenses/CC-BY-4.0" in (folder / "dataset/LICENSE").read_text()
 
 
@@ -349,7 +349,7 @@ def test_section_says_what_is_wrong() -> None:
     from pydantic import ValidationError
 
     with pytest.raises(ValidationError):
-        builder.ReleaseSection.model_validate({"licence": {"weights": "", "data_compilation": "MIT", "code": "MIT"}})
+        builder.ReleaseSection.model_validate({"license": {"weights": "", "data_compilation": "MIT", "code": "MIT"}})
 
 
 def test_what_git_does_not_track_is_not_published_and_makes_the_checkout_dirty(tmp_path: Path) -> None:

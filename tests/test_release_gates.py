@@ -62,7 +62,7 @@ def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **chang
     from release.assembly import metrics
     from release.checks import gate_context
 
-    right = {"sft": (0.4, 0.02), "rlvr": (0.6, 0.01), "rlhf": (0.59, 0.01), **changed}
+    right = {"sft": (0.4, 0.02), "rlvr": (0.6, 0.01), "dpo": (0.59, 0.01), **changed}
     win, se = right.pop("win", (0.6, 0.02))
     test = {name: {"problems_all": {"samples": {"accuracy": {"value": v, "se": e}}}} for name, (v, e) in right.items()}
     rate = {"value": win, "low": win - 1.96 * se, "high": win + 1.96 * se}
@@ -71,7 +71,7 @@ def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **chang
     world.write_json(
         folder / "dataset" / metrics.CONTAMINATION, {"detector": detector, "items": {"test": counts, "fresh": counts}}
     )
-    data = {"chat": {"test": test, "preferences": {"rlhf": {"win_rate": rate}}}}
+    data = {"chat": {"test": test, "preferences": {"dpo": {"win_rate": rate}}}}
     limits = {"chat": {"min_gain": 0.1, "min_win_rate": 0.5, "skill_tolerance": 0.05}}
     return gate_context.Context(folder, {}, limits, data, {}, [])
 
@@ -80,11 +80,11 @@ def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **chang
     "changed, gate",
     [
         ({}, None),
-        ({"rlvr": (0.45, 0.01), "rlhf": (0.45, 0.01)}, "rlvr_raises_pass_at_1"),
-        ({"rlvr": (0.52, 0.01), "sft": (0.4, 0.03), "rlhf": (0.52, 0.01)}, "rlvr_raises_pass_at_1"),  # no sure gain
-        ({"rlhf": (0.54, 0.01)}, "rlhf_keeps_skills"),
-        ({"rlhf": (0.56, 0.01)}, "rlhf_keeps_skills"),  # perhaps within the bound, perhaps not
-        ({"win": (0.53, 0.02)}, "rlhf_is_preferred"),
+        ({"rlvr": (0.45, 0.01), "dpo": (0.45, 0.01)}, "rlvr_raises_pass_at_1"),
+        ({"rlvr": (0.52, 0.01), "sft": (0.4, 0.03), "dpo": (0.52, 0.01)}, "rlvr_raises_pass_at_1"),  # no sure gain
+        ({"dpo": (0.54, 0.01)}, "rlhf_keeps_skills"),
+        ({"dpo": (0.56, 0.01)}, "rlhf_keeps_skills"),  # perhaps within the bound, perhaps not
+        ({"win": (0.53, 0.02)}, "dpo_is_preferred"),
         ({"planted": 0}, "contamination_report"),
         ({"contaminated": 6}, "contamination_report"),
     ],

@@ -76,7 +76,7 @@ def test_a_header_of_weights_that_lies(length: int, copy: Path) -> None:
 def test_paths_lead_nowhere_outside(path: str, copy: Path, tmp_path: Path) -> None:
     (tmp_path / "outside").write_text("x")
     rows = json.loads((copy / ORIGINS).read_text())
-    rows[path] = {"artifact": "curate", "file": "summary.json"}
+    rows[path] = {"artifact": "dedup", "file": "summary.json"}
     world.write_json(copy / ORIGINS, rows)
     resum(copy)
     checks = {check.name: check for check in verify(copy).checks}

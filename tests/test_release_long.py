@@ -14,7 +14,6 @@ import pytest
 import release_world as world
 
 from pipeline.core.errors import AtomError
-from pipeline.graph import dag
 from release import layout
 from release.assembly import build_release as builder
 from release.assembly import costs, metrics
@@ -23,6 +22,7 @@ from release.audit.verify import verify
 from release.cards import plot, render, tables
 from release.checks import gate_context, gates, registry
 from release.layout import files_below
+from stages import graph
 
 LIMITS = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
 
@@ -64,9 +64,9 @@ def write_log(model: Path, phase: str, lines: list[dict[str, Any]]) -> None:
 
 
 def test_names_follow_each_other_as_in_the_graph() -> None:
-    later = dict.fromkeys(("sft", "rlvr", "rlhf"))
+    later = dict.fromkeys(("sft", "rlvr", "dpo"))
     recipe = SimpleNamespace(pretrain=None, midtrain=None, long_context=(None,) * 11, **later)
-    phases, models = [phase.node for phase in dag.phases(recipe)], list(dag.models(recipe))
+    phases, models = [phase.node for phase in graph.phases(recipe)], list(graph.models(recipe))
     nodes = [*phases, *(f"order-{phase}" for phase in phases), "pretrain@30", "longcontext-1@2"]
     nodes += [f"{kind}-{model}" for kind in ("export", "evaluate") for model in models]
     assert layout.phases_of(sorted(nodes)) == phases

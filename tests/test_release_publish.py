@@ -183,13 +183,13 @@ def test_stale_and_dirty_must_be_acknowledged_by_name(tmp_path: Path) -> None:
     from pipeline.core.errors import AtomError
     from release.hub.publish import _require_publishable
 
-    about = {"namespace": "local", "stale": ["curate"], "dirty": True}
+    about = {"namespace": "local", "stale": ["dedup"], "dirty": True}
     _require_publishable(about, "local", False, [])
-    _require_publishable(about, "local", True, ["curate", "dirty"])
+    _require_publishable(about, "local", True, ["dedup", "dirty"])
     with pytest.raises(AtomError, match="curate was made by other code than today's"):
         _require_publishable(about, "local", True, ["dirty"])
     with pytest.raises(AtomError, match="uncommitted changes"):
-        _require_publishable(about, "local", True, ["curate"])
+        _require_publishable(about, "local", True, ["dedup"])
 
 
 HEADS = """
@@ -225,7 +225,7 @@ assert heads() == before
 def test_a_later_version_is_verified_before_a_public_branch_moves(client, release: Path, tmp_path: Path) -> None:
     source = world.build_input(tmp_path / "run")
     for root in source.code_roots:
-        (root / "LICENSE").write_text("Another licence.\n")  # it stands in the repository of every model
+        (root / "LICENSE").write_text("Another license.\n")  # it stands in the repository of every model
     later = builder.build(dataclasses.replace(source, version="0.2.0"), tmp_path / "home")
     where = f"later = pathlib.Path({str(later)!r})\n" + HEADS
     with running(tmp_path / "hub") as endpoint:

@@ -100,7 +100,7 @@ def test_every_level_of_every_kind_is_asked(calm: Path) -> None:
 def test_the_reference_is_the_policy_that_drew(calm: Path, inputs: dict[str, Artifact], tmp_path: Path) -> None:
     gaps = [x["max_sampler_gap"] for x in rl_world.lines(calm) if "max_sampler_gap" in x]
     assert len(gaps) == 8 and max(gaps) == pytest.approx(0, abs=1e-4)
-    with pytest.raises(AtomError, match=r"sampler and trainer differ by .*, more than rlhf.max_logprob_diff = 1e-12"):
+    with pytest.raises(AtomError, match=r"sampler and trainer differ by .*, more than dpo.max_logprob_diff = 1e-12"):
         run(dpo, settings(PHASE, max_logprob_diff=1e-12), inputs, tmp_path / "work", tmp_path / "out")
 
 
@@ -152,7 +152,7 @@ def test_stopped_and_resumed_gives_the_same_bytes(
 @pytest.fixture(scope="module")
 def trained(inputs: dict[str, Artifact], calm: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("reward")
-    artifacts = {"pairs": write_manifest(calm, "rlhf-test"), "init": inputs["init"], "tokenizer": inputs["tokenizer"]}
+    artifacts = {"pairs": write_manifest(calm, "dpo-test"), "init": inputs["init"], "tokenizer": inputs["tokenizer"]}
     run(reward_model, settings(REWARD), artifacts, folder / "work", folder / "out")
     return write_manifest(folder / "out", "reward-test")
 
@@ -199,9 +199,9 @@ def test_the_reward_model_judges_as_it_was_trained(
 
 
 def test_too_few_pairs_are_told(inputs: dict[str, Artifact], calm: Path, tmp_path: Path) -> None:
-    artifacts = {"pairs": write_manifest(calm, "rlhf-test"), "init": inputs["init"], "tokenizer": inputs["tokenizer"]}
+    artifacts = {"pairs": write_manifest(calm, "dpo-test"), "init": inputs["init"], "tokenizer": inputs["tokenizer"]}
     with pytest.raises(
-        AtomError, match=r"reward: \d+ pairs to learn from and 0 held out are too few; draw more in rlhf.dpo"
+        AtomError, match=r"reward: \d+ pairs to learn from and 0 held out are too few; draw more in dpo"
     ):
         run(reward_model, settings(REWARD, heldout_fraction=1e-9), artifacts, tmp_path / "work", tmp_path / "out")
 

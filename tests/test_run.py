@@ -99,7 +99,7 @@ def test_a_statement_repeats_the_summary_of_its_product(smoke_home: Path) -> Non
                 "summary.json"
             )
             summaries[folder.name.rpartition("-")[0]] = summary["annotations"]
-    assert set(summaries) == {"curate", "pretrain", "midtrain", "sft", "rlvr"}
+    assert set(summaries) == {"dedup", "pretrain", "midtrain", "sft", "rlvr"}
     assert summaries["pretrain"]["spikes"] == [] and summaries["midtrain"]["precision"] == "fp32"
 
 
@@ -151,12 +151,12 @@ def test_two_processes_share_the_work(smoke_home: Path, tmp_path: Path) -> None:
 
 def test_a_worker_outlives_its_driver_and_the_next_run_waits_for_it(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    driver = start(home, "run", "atom-smoke", "--until", "curate")
+    driver = start(home, "run", "atom-smoke", "--until", "dedup")
     wait_for(home, "logs/*/curate/events.jsonl", '"start"')
     driver.kill()
     driver.communicate()
     (first,) = (p.parent.name for p in home.glob("logs/*/run.json"))
-    atom(home, "run", "atom-smoke", "--until", "curate")
+    atom(home, "run", "atom-smoke", "--until", "dedup")
     (key,) = (p.name for p in (home / "artifacts").glob("curate-*"))
     ((_, body),) = provenance.read(home / "ledger", key)
     assert provenance.outcome(body) == "sealed" and provenance.invocation(body) == f"{first}/curate", (
@@ -168,7 +168,7 @@ def test_status_and_logs_read_the_files(smoke_home: Path) -> None:
     body = json.loads(atom(smoke_home, "status", "--json").stdout)
     assert [s["state"] for s in body["stages"]] == ["sealed"] * 37
     assert "37 of 37 stages sealed" in atom(smoke_home, "status").stdout
-    assert "docstrings:" in atom(smoke_home, "logs", "curate").stdout
+    assert "docstrings:" in atom(smoke_home, "logs", "dedup").stdout
     assert "60/60 steps  loss " in atom(smoke_home, "logs", "pretrain", "-f").stdout
     refused = atom(smoke_home, "logs", "pretran", code=2).stderr
     assert refused.startswith("atom: there is no log of stage pretran") and refused.count("\n") == 1
@@ -190,7 +190,7 @@ def test_plan_tells_state_and_cost_as_json(smoke_home: Path, tmp_path: Path) -> 
         (("run", "atom-smok"), "there is no recipe atom-smok, neither packaged nor a file; did you mean atom-smoke?"),
         (("run", "atom-smoke", "--until", "rlhf"), "recipe atom-smoke has no stage rlhf; it has acquire-docstrings"),
         (
-            ("run", "atom-smoke", "--only", "curate"),
+            ("run", "atom-smoke", "--only", "dedup"),
             "stage curate needs filter, which is not sealed; run that first",
         ),
         (("status",), "there is no run under"),

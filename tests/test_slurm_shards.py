@@ -44,7 +44,7 @@ def test_curation_in_an_array_gives_the_same_bytes(
 
         world.kill(world.until(three, "three tasks"))
     world.until(lambda: world.sealed(home, "tokenize"), "tokenize sealed")
-    for stage, pieces in (("filter", shards), ("curate", 14), ("tokenize", shards)):  # 14 buckets of MinHash
+    for stage, pieces in (("filter", shards), ("dedup", 14), ("tokenize", shards)):  # 14 buckets of MinHash
         assert world.digest(home, stage) == world.digest(upstream, stage)
         assert len(list(home.glob(f"logs/*/{stage}/shards/submitit/*_submission.sh"))) == 1, "one submission"
         assert world.reached_shards(home, stage) == pieces and world.array_of(home, stage).isdigit()
@@ -56,7 +56,7 @@ def test_curation_in_an_array_gives_the_same_bytes(
 
 def test_shards_here_give_the_same_bytes_too(upstream: Path, tmp_path: Path) -> None:
     atom(tmp_path / "home", "run", world.with_shards(tmp_path, 5), "--until", "tokenize")
-    for stage in ("filter", "curate", "tokenize"):
+    for stage in ("filter", "dedup", "tokenize"):
         assert world.digest(tmp_path / "home", stage) == world.digest(upstream, stage)
 
 
@@ -70,4 +70,4 @@ def test_a_damaged_input_is_reported_and_stops_what_waits(acquired: Path, tmp_pa
     assert re.match(
         r"its inputs: artifact acquire-sums-\S+ file documents.parquet is damaged", stages["filter"]["message"]
     ), stages
-    assert stages["curate"]["state"] == stages["tokenize"]["state"] == "cancelled"
+    assert stages["dedup"]["state"] == stages["tokenize"]["state"] == "cancelled"

@@ -42,7 +42,7 @@ def curated(folder: Path, extra: tuple[str, ...] = ()) -> Artifact:
         common = {"source": "sums", "license": "CC0-1.0", "origin": "test", "prompt_chars": 8, "split": "train"}
         sums.append({"id": f"sums/{i}", "text": text, "content_hash": content_hash(text), **common})
     write_rows(folder / "kept/sums.parquet", KEPT, sums)
-    return write_manifest(folder, "curate")
+    return write_manifest(folder, "dedup")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "in").mkdir()
     (folder / "out").mkdir()
-    inputs = {"curate": curated(folder / "in")}
+    inputs = {"dedup": curated(folder / "in")}
     training.run(training.TokenizerSection(**SECTION), inputs, folder, folder / "out", RecordingReport())
     return folder / "out"
 
@@ -139,8 +139,8 @@ print(json.dumps({
 
 
 def test_training_is_deterministic_and_learns_from_the_training_split_alone(tmp_path: Path, run_stage: Any) -> None:
-    first = run_stage(training.STAGE, SECTION, {"curate": curated(tmp_path / "a")})
-    assert run_stage(training.STAGE, SECTION, {"curate": curated(tmp_path / "b")}).digest == first.digest
+    first = run_stage(training.STAGE, SECTION, {"dedup": curated(tmp_path / "a")})
+    assert run_stage(training.STAGE, SECTION, {"dedup": curated(tmp_path / "b")}).digest == first.digest
     stats = first.json("stats.json")
     assert stats["bytes_per_token"]["prose"]["split"] == "heldout"
     assert stats["sample"]["documents"] == 54 + 40
@@ -151,13 +151,13 @@ def test_training_is_deterministic_and_learns_from_the_training_split_alone(tmp_
 def test_a_corpus_that_is_too_small_is_refused(tmp_path: Path, run_stage: Any) -> None:
     section = {"vocab_size": 5000, "padded_vocab_size": 5120}
     with pytest.raises(RecipeError, match="yield only"):
-        run_stage(training.STAGE, section, {"curate": curated(tmp_path / "a")})
+        run_stage(training.STAGE, section, {"dedup": curated(tmp_path / "a")})
     with pytest.raises(ValueError, match="below vocab_size"):
         training.TokenizerSection(vocab_size=512, padded_vocab_size=500)
 
 
 def tokenized(folder: Path, run_stage: Any) -> tuple[Artifact, Artifact]:
-    inputs = {"curate": curated(folder / "curated", extra=(TRICKY,))}
+    inputs = {"dedup": curated(folder / "curated", extra=(TRICKY,))}
     inputs["tokenizer"] = run_stage(training.STAGE, SECTION, inputs)
     tokens: Artifact = run_stage(tokenization.STAGE, {}, inputs)
     return tokens, inputs["tokenizer"]
@@ -220,7 +220,7 @@ def test_shards_done_beforehand_are_all_that_the_stage_needs(
 ) -> None:
     from conftest import RecordingReport
 
-    inputs = {"curate": curated(tmp_path / "in"), "tokenizer": write_manifest(tokenizer_folder, "tokenizer")}
+    inputs = {"dedup": curated(tmp_path / "in"), "tokenizer": write_manifest(tokenizer_folder, "tokenizer")}
     uncut, cut, work = tmp_path / "whole", tmp_path / "cut", tmp_path / "work"
     for folder in (uncut, cut, work):
         folder.mkdir()

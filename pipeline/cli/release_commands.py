@@ -98,7 +98,7 @@ def sign(
 @app.command()
 def publish(
     release: ReleaseArgument,
-    to: Annotated[str, typer.Option("--to", metavar="NAMESPACE", help="user or organisation on the Hub")],
+    to: Annotated[str, typer.Option("--to", metavar="NAMESPACE", help="user or organization on the Hub")],
     public: Annotated[
         bool, typer.Option("--public", help="make the repositories public after they are verified")
     ] = False,

@@ -12,12 +12,11 @@ import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.core.bounds import OUT_OF_BOUNDS, LongLine, Range, ReleaseName, Seed, Text, Version
 from pipeline.core.errors import RecipeError
@@ -49,17 +48,11 @@ class Identity(Config):
     budget: Budget | None = operational(None, "hours that may be used; `atom submit` and its jobs keep to it")
 
 
-@cache
-def schema() -> type[Config]:
-    """The recipe's class: `Identity` and one field per registered section."""
-    sections: dict[str, Any] = {name: (_optional(name), registry.OPTIONAL.get(name, ...)) for name in registry.SECTIONS}
-    return create_model("Recipe", __base__=Identity, **sections)
-
-
-def _optional(name: str) -> Any:
-    """The type of a section: one that may be absent may be null."""
-    section = registry.section(name)
-    return section | None if registry.OPTIONAL.get(name, ...) is None else section
+def schema() -> type[Identity]:
+    """The recipe's class: `Identity` and one field per section."""
+    recipe_class = registry.definition().RECIPE
+    assert issubclass(recipe_class, Identity)
+    return recipe_class
 
 
 @dataclass(frozen=True)
@@ -67,8 +60,8 @@ class Recipe:
     """A validated recipe, its data recipe, and the bytes of both files as they were read."""
 
     path: Path
-    config: Any
-    data: Any
+    config: Identity
+    data: Config
     files: dict[str, bytes]
 
     @property
@@ -211,10 +204,9 @@ def load(reference: str) -> Recipe:
         config = schema().model_validate(raw)
     except ValidationError as error:
         raise explain(error, schema(), title, raw) from None
-    identity: Any = config
-    data_path = find(identity.data, "data_recipes", "data recipe", path.parent)
+    data_path = find(config.data, "data_recipes", "data recipe", path.parent)
     data_content = read_file(data_path, f"data recipe {escaped(data_path.stem, 80)}")
-    data = registry.data().loads(data_content, data_path)
+    data = registry.definition().load_data_recipe(data_content, data_path)
     files = {f"recipes/{path.name}": content, f"data_recipes/{data_path.name}": data_content}
     return Recipe(path, config, data, files)
 

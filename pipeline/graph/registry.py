@@ -1,73 +1,49 @@
-"""The one place where the engine learns which stages and recipe sections exist.
+"""Which graph the engine runs: the module that defines its stages, the recipe and what feeds what.
 
-Values are module paths, imported when first asked for; importing them must stay cheap (no torch, datatrove, MLflow).
+It is imported when first asked for; importing it must stay cheap (no torch, datatrove, MLflow).
 """
 
 from __future__ import annotations
 
 import importlib
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, cast
 
-from pipeline.core.stage import Stage
+from pipeline.core.stage import Config, Stage
 
-STAGES = {
-    "acquire": "stages.data.acquire",
-    "items": "stages.evaluation.eval_set",
-    "filter": "stages.data.filter",
-    "curate": "stages.data.dedup",
-    "tokenizer": "stages.data.tokenizer",
-    "tokenize": "stages.data.tokenization",
-    "order": "stages.data.order",
-    "pretrain": "stages.train.pretrain",
-    "midtrain": "stages.train.midtrain",
-    "sft": "stages.train.sft",
-    "tasks": "stages.rl.rollout.tasks",
-    "rlvr": "stages.rl.rlvr",
-    "rlhf": "stages.rl.dpo",
-    "reward": "stages.rl.reward_model",
-    "export": "stages.export.hf",
-    "evaluate": "stages.evaluation.bits_per_byte",
-    "solve": "stages.evaluation.pass_at_k",
-    "fresh": "stages.evaluation.generated_eval",
-    "prefer": "stages.evaluation.win_rate",
-    "contamination": "stages.evaluation.contamination",
-}
+DEFINITION = "stages.graph"
 
-SECTIONS = {
-    "tokenizer": "stages.data.tokenizer:TokenizerSection",
-    "model": "stages.models.qwen3_moe.config:ModelConfig",
-    "pretrain": "stages.train.config:PhaseConfig",
-    "midtrain": "stages.train.config:PhaseConfig",
-    "long_context": "stages.train.config:LongContext",
-    "sft": "stages.train.config:PhaseConfig",
-    "rlvr": "stages.rl.config:RlPhase",
-    "rlhf": "stages.rl.config:RlhfSection",
-    "evaluation": "stages.evaluation.bits_per_byte:EvaluationSection",
-    "release": "release.assembly.build_release:ReleaseSection",
-}
 
-OPTIONAL: dict[str, Any] = {"long_context": (), "sft": None, "rlvr": None, "rlhf": None}
-"""Sections that a recipe may leave out, with what then stands there."""
+class Definition(Protocol):
+    """What that module holds.
 
-DATA = "stages.data.recipe"
+    STAGES: the module of each stage by name. RECIPE: the recipe's class. load_data_recipe: reads the file that a recipe
+    names as its data. compose: the graph of a recipe.
+    """
+
+    STAGES: dict[str, str]
+    RECIPE: type[Config]
+
+    def load_data_recipe(self, content: bytes, path: Path) -> Config: ...
+
+    def compose(self, recipe: Any, store: Any, without_data: bool) -> Any: ...
+
+
+@cache
+def definition() -> Definition:
+    """The registered module."""
+    return cast(Definition, importlib.import_module(DEFINITION))
+
+
+def stages() -> dict[str, str]:
+    """{stage: its module}"""
+    return definition().STAGES
 
 
 @cache
 def stage(name: str) -> Stage:
-    """The registered stage of that name."""
-    found: Stage = importlib.import_module(STAGES[name]).STAGE
-    assert found.name == name, f"{STAGES[name]} registers itself as {found.name}"
-    return found
-
-
-@cache
-def section(name: str) -> Any:
-    """The config class that owns a recipe section."""
-    module, attribute = SECTIONS[name].split(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
-def data() -> Any:
-    """The module that loads data recipes."""
-    return importlib.import_module(DATA)
+    """The stage of that name."""
+    registered: Stage = importlib.import_module(stages()[name]).STAGE
+    assert registered.name == name, f"{stages()[name]} registers itself as {registered.name}"
+    return registered

@@ -70,7 +70,7 @@ class Attempt:
         self.config = self.stage.config.model_validate(task.config)
         self.materials: dict[str, Artifact] = {}
         self.started, self.usage_at_start = time.time(), Usage.now()
-        self.code = code_digests(registry.STAGES[task.stage])
+        self.code = code_digests(registry.stages()[task.stage])
         self.operations = [operation(self.config)]
         """How this attempt and those whose work it goes on from were run: each way once, the latest last."""
 

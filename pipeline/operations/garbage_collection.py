@@ -261,7 +261,7 @@ def _is_trained(store: Store, key: str, needed: Needed) -> bool:
     if not names and "@" not in key:
         statements = provenance.statements(store.ledger, key)[0]
         names = {body["predicate"]["buildDefinition"]["externalParameters"]["stage"] for _, body in statements}
-    return not names or any(name not in registry.STAGES or registry.stage(name).trains for name in names)
+    return not names or any(name not in registry.stages() or registry.stage(name).trains for name in names)
 
 
 def _loose_work(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple[Path, str]]:

@@ -22,6 +22,7 @@ from release.layout import (
     GATES,
     GATES_STATED,
     MODEL,
+    REWARD_EXPORT,
     SUMS,
     WITHOUT_ORDER,
     folders_of,
@@ -77,7 +78,7 @@ def require_nodes(artifacts: Mapping[str, Artifact]) -> None:
     phases = phases_of({*artifacts, "pretrain", "midtrain"})
     models = models_of({*artifacts, "export-init", "export-base", "export-mid"})
     ordered = [phase for phase in phases if phase not in WITHOUT_ORDER]
-    required_nodes = ["items", "curate", "tokenizer", "tokenize", *(f"order-{phase}" for phase in ordered), *phases]
+    required_nodes = ["items", "dedup", "tokenizer", "tokenize", *(f"order-{phase}" for phase in ordered), *phases]
     required_nodes += [f"{kind}-{model}" for kind in ("export", "evaluate") for model in models]
     if missing := [node for node in required_nodes if node not in artifacts]:
         raise AtomError(f"the release needs the artifact of {missing[0]}, which is not sealed; finish the run first")
@@ -102,7 +103,7 @@ def placement(
             yield path, f"dataset/rl/{suffix}/{path}"
         elif node in WITHOUT_ORDER and path.endswith(".parquet"):
             yield path, f"dataset/rl/{node}/{path}"
-        elif kind == "curate" and (path.startswith("kept/") or "/" not in path):
+        elif kind == "dedup" and (path.startswith("kept/") or "/" not in path):
             yield path, f"dataset/{path}"
         elif kind == "tokenizer" and path == "stats.json":
             yield path, "dataset/tokens/tokenizer_stats.json"
@@ -122,7 +123,7 @@ def placement(
             ):  # what a model's card says of its training is proved by the repository alone
                 model_dirs = [folder for model, folder in folders.items() if when(model) >= when(node)]
                 yield from ((path, f"{folder}/training/{node}.jsonl") for folder in model_dirs)
-        elif node == "judge" and path == "parity.json":
+        elif node == REWARD_EXPORT and path == "parity.json":
             yield path, "evidence/parity/reward.json"
         elif kind == "export" and path == "parity.json":
             yield path, f"evidence/parity/{suffix}.json"
@@ -199,7 +200,7 @@ def place_code(assembly: Assembly, roots: list[Path]) -> None:
                 assembly.include(path, f"code/{path.name}", "source code")
     text = code_license_text(roots)
     if text is not None and "code/LICENSE" not in assembly.origins:
-        assembly.write("code/LICENSE", text, "licence text of the installed distribution")
+        assembly.write("code/LICENSE", text, "license text of the installed distribution")
 
 
 def code_license_text(roots: list[Path]) -> bytes | None:
@@ -217,7 +218,7 @@ def license_text(spdx: str, code_license: str, roots: list[Path]) -> bytes:
     if spdx == code_license and text is not None:
         return text
     return (
-        f"SPDX-License-Identifier: {spdx}\n\nThe text of this licence: https://spdx.org/licenses/{spdx}.html\n".encode()
+        f"SPDX-License-Identifier: {spdx}\n\nThe text of this license: https://spdx.org/licenses/{spdx}.html\n".encode()
     )
 
 

@@ -13,32 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
-from pipeline.core.bounds import Language, License, Line, Namespace
 from pipeline.core.errors import AtomError, CheckFailed
-from pipeline.core.stage import Config
 from pipeline.core.store import Artifact
-
-
-class Licenses(Config):
-    """SPDX expressions. Documents keep their own licenses; `data_compilation` is about selection and arrangement."""
-
-    weights: License
-    data_compilation: License
-    code: License
-
-
-class ReleaseSection(Config):
-    """The recipe's `release`: what stands on the cards and cannot be measured."""
-
-    licence: Licenses
-    namespace: Namespace = Field("local", description="user or organisation on the Hub that the cards name")
-    title: Line | None = Field(None, description="heading of the cards; the recipe's name if absent")
-    contact: Line | None = Field(None, description="where questions and removal requests go: URL or address")
-    languages: tuple[Language, ...] = Field(
-        min_length=1, max_length=200, description="ISO 639 codes for the cards' metadata"
-    )
+from stages.recipe import ReleaseSection
 
 
 @dataclass(frozen=True)
@@ -138,7 +115,7 @@ def describe(source: BuildInput) -> dict[str, Any]:
         "namespace": section.namespace,
         "contact": section.contact,
         "languages": list(section.languages),
-        "licence": section.licence.model_dump(),
+        "license": section.license.model_dump(),
         "commit": source.commit,
         "dirty": source.dirty,
         "stale": sorted(source.stale),
@@ -173,7 +150,7 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     models = {name: metrics.model_facts(folder / name) for name in model_folders(folder)}
     steps = metrics.checkpoint_facts(folder / "checkpoints")
     changes = metrics.interventions(steps)
-    licenses, card_origin = release["licence"], "card from the published files"
+    licenses, card_origin = release["license"], "card from the published files"
     data_id = render.data_id(release)
     loaded = gates.run_reload([folder / name for name in models])
     for name, report in zip(models, loaded, strict=True):
@@ -211,7 +188,7 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     for repository in repos:
         kind = {"dataset": "data_compilation", "": "code"}.get(repository.folder, "weights")
         text = assemble.license_text(licenses[kind], licenses["code"], source.code_roots)
-        assembly.write(f"{repository.folder}/LICENSE".lstrip("/"), text, "licence")
+        assembly.write(f"{repository.folder}/LICENSE".lstrip("/"), text, "license")
     assembly.origins[ORIGINS] = {"generated": "release.assembly.build_release"}
     (folder / ORIGINS).write_bytes(assemble.to_json(assembly.origins))
     evaluation = _evaluation(source.recipe)

@@ -108,9 +108,9 @@ def data_facts(dataset: Path) -> Facts:
             "by_split": dict(sorted(fates.splits.items())),
             "bytes_in": fates.bytes,
             "bytes_kept": fates.kept_bytes,
-            "licences": sorted(fates.licenses),
+            "licenses": sorted(fates.licenses),
             "origin": declared.get("origin", ""),
-            "licence_evidence": declared.get("license_evidence", ""),
+            "license_evidence": declared.get("license_evidence", ""),
         }
     tokens: dict[str, Counter[str]] = {name: Counter() for name in sources}
     for row in stream(dataset / "tokens" / "documents.parquet", ["source", "split", "tokens"]):

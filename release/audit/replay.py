@@ -253,13 +253,13 @@ class Plan:
             (path for path, d in source.sums.items() if d == digest and path.endswith("/tokenizer.json")),
             f"tokenizer.json of {node}",
         )
-        kept_folder, out, work = folder / "curate" / "kept", folder / "tokens", folder / "shards"
+        kept_folder, out, work = folder / "dedup" / "kept", folder / "tokens", folder / "shards"
         for directory in (kept_folder, out, work):
             directory.mkdir(parents=True)
         for name in sorted(mix):
-            file = source.copy(materials["curate"], f"kept/{name}.parquet")
+            file = source.copy(materials["dedup"], f"kept/{name}.parquet")
             (kept_folder / file.name).symlink_to(file)
-        folders = {"curate": kept_folder.parent, "tokenizer": source.file(encoder).parent}
+        folders = {"dedup": kept_folder.parent, "tokenizer": source.file(encoder).parent}
         inputs = {role: Artifact(materials[role], "", path, ()) for role, path in folders.items()}
         stage = registry.stage("tokenize")
         config = stage.config.model_validate(body["predicate"]["buildDefinition"]["externalParameters"]["config"])
@@ -326,7 +326,7 @@ class Plan:
         packages: dict[str, str] = environment.packages()
         description = environment.describe() | {"packages": packages}
         fingerprint = sha256_bytes(canonical({name: description[name] for name in ("python", "packages", "device")}))
-        recorded, code = self.recorded, code_digests(registry.STAGES[self.stage.name])
+        recorded, code = self.recorded, code_digests(registry.stages()[self.stage.name])
         current = _environment_values(self.stage.version, code, description)
         names = [
             name for name in [*recorded, *sorted({*current} - {*recorded})] if recorded.get(name) != current.get(name)

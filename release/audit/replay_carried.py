@@ -80,7 +80,7 @@ def find(source: Source, phase: str, last: int) -> Code | None:
         ) from error
     current: dict[str, str] = {}
     for stage in stages:
-        current |= code_digests(registry.STAGES[stage]) if stage in registry.STAGES else {}
+        current |= code_digests(registry.stages()[stage]) if stage in registry.stages() else {}
     changed = sorted(name for name in recorded if current.get(name) != recorded[name])
     if not changed or not recorded or any(_carried_digest(source, name) != digest for name, digest in recorded.items()):
         return None

@@ -14,7 +14,7 @@ from release.signing import keyless, sign
 from release.untrusted import cleaned
 
 WIDTH = 118
-ABOUT = ("name", "version", "title", "description", "licence", "commit", "dirty", "stale")
+ABOUT = ("name", "version", "title", "description", "license", "commit", "dirty", "stale")
 
 
 def facts_of(release: Path) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def facts_of(release: Path) -> dict[str, Any]:
                 "documents_in": row["documents_in"],
                 "kept": row["kept"],
                 "tokens": sum(row["tokens"].values()),
-                "licences": row["licences"],
+                "licenses": row["licenses"],
             }
             for name, row in data["sources"].items()
         },
@@ -96,18 +96,18 @@ def text(facts: dict[str, Any]) -> str:
         return grid
 
     console.print(f"{facts['title']} {facts['version']}  {facts['description']}", soft_wrap=False)
-    license, size = facts["licence"], facts["parameters"]
+    license, size = facts["license"], facts["parameters"]
     console.print(
         f"{size['total']:,} parameters, {size['active']:,} active for one token; weights {license['weights']}, "
-        f"code {license['code']}, documents under their own licences"
+        f"code {license['code']}, documents under their own licenses"
     )
     commit = f"commit {facts['commit'][:12]}" if facts["commit"] else "no commit known"
     console.print(f"code at {commit}{', with uncommitted changes' if facts['dirty'] else ''}\n")
 
-    corpus = table("trained on", "documents in", "kept", "tokens", "licences")
+    corpus = table("trained on", "documents in", "kept", "tokens", "licenses")
     for name, row in facts["corpus"].items():
         corpus.add_row(
-            name, f"{row['documents_in']:,}", f"{row['kept']:,}", f"{row['tokens']:,}", ", ".join(row["licences"])
+            name, f"{row['documents_in']:,}", f"{row['kept']:,}", f"{row['tokens']:,}", ", ".join(row["licenses"])
         )
     console.print(corpus)
     removed = ", ".join(f"{rule} {count:,}" for rule, count in facts["removed"].items())

@@ -133,7 +133,7 @@ def _step_text(step: Step) -> str:
     for row in step.segments:
         end = row["offset"] + row["length"] - 1
         lines.append(f"  row {row['row']}.{row['segment']}  tokens {row['offset']}-{end}  {row['id']}  "
-                     f"{row['license'] or 'licence unknown'}  {row['origin'] or ''}".rstrip())  # fmt: skip
+                     f"{row['license'] or 'license unknown'}  {row['origin'] or ''}".rstrip())  # fmt: skip
     return "\n".join(lines + _unknown_lines(step.unknown))
 
 

@@ -24,7 +24,7 @@ from release.assembly import metrics, training
 from release.audit import merkle
 from release.audit.text_index import ABOUT, Progress, candidates, has_trigrams, hits, index_of
 from release.audit.trace_report import Document, Match, Related, Removal, Rows, Step, Text, Use
-from release.layout import EXPORTED, SUMS, files_below, read_sums, repositories, when
+from release.layout import EXPORTED, SUMS, files_below, numbered, read_sums, repositories, when
 from stages.data.table import read_jsonl, read_table
 from stages.rl.protocols import question
 
@@ -93,7 +93,7 @@ class _Location:
 
     def models(self) -> list[str]:
         names = (schema.model(path.parent) for path in self.data.glob("evaluation/*/scores.json"))
-        return sorted((name for name in names if name.partition("-")[0] in EXPORTED), key=when)
+        return sorted((name for name in names if numbered(name)[0] in EXPORTED), key=when)
 
     def unknown(self, checkpoints: bool = False) -> list[str]:
         """What cannot be told here of steps and, if asked, of checkpoints."""
@@ -278,7 +278,7 @@ def _documents(location: _Location, ids: list[str]) -> dict[str, Document]:
 
 def _trained_by(model: str) -> str:
     """The phase that a model was exported after: midtrain of `mid`, longcontext-2 of `long-2`, else of its own name."""
-    kind, _, number = model.partition("-")
+    kind, number = numbered(model)
     phase = {"base": "pretrain", "mid": "midtrain", "long": "longcontext"}.get(kind, kind)
     return f"{phase}-{number}" if number else phase
 

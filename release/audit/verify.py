@@ -231,7 +231,7 @@ def _questions(folder: Path, kind: str, digests: Digests, runner: CheckRunner) -
         fates, scored = Reads((f"{prefix}dispositions", f"{prefix}kept/")), Reads((f"{prefix}evaluation/",))
         tables = Reads((prefix,))
         yield Question("dispositions_balance", lambda: registry.dispositions(data), fates)
-        yield Question("licences", lambda: registry.licenses(data), fates)
+        yield Question("licenses", lambda: registry.licenses(data), fates)
         yield Question("scores", lambda: registry.scores(data) + registry.chat_scores(data), scored)
         yield Question("data_card", lambda: registry.data_card(data), tables)
         yield Question("merkle_roots", lambda: registry.roots(data), tables)

@@ -60,7 +60,7 @@ def describe_dataset(
         "every document that was read, and where each was seen in training.",
         "url": repo,
         "version": release["version"],
-        "license": _license_url(release["licence"]["data_compilation"]),
+        "license": _license_url(release["license"]["data_compilation"]),
         "citeAs": f"{release['title']} {release['version']}, {repo}",
         "creator": {"@type": "sc:Organization", "name": release["namespace"]},
         "isLiveDataset": False,
@@ -69,7 +69,7 @@ def describe_dataset(
         "recordSet": [_records(dataset / path, name) for name, path in tables.items()],
         "prov:wasDerivedFrom": [_source(dataset, name, row) for name, row in data["sources"].items()],
         "rai:dataCollection": f"{documents_read} documents of {len(data['sources'])} sources were read; each source's "
-        "own file in sources/ says from where, under which licence, and the evidence for it.",
+        "own file in sources/ says from where, under which license, and the evidence for it.",
         "rai:dataPreprocessingProtocol": [
             f"{documents_kept} of {documents_read} documents were kept; the others were removed by "
             f"{', '.join(rules) or 'no rule'}.",
@@ -82,7 +82,7 @@ def describe_dataset(
         ],
         "rai:dataLimitations": [
             "Decontamination and deduplication compare words: paraphrases and translations are not found.",
-            "A licence that stands beside a document is evidence, not legal clearance.",
+            "A license that stands beside a document is evidence, not legal clearance.",
         ],
         "rai:dataUseCases": "Training the models of this release, and checking what they were trained on.",
         "rai:dataReleaseMaintenancePlan": "A version is published once; changes, removals on request too, come as a "
@@ -141,7 +141,7 @@ def _source(dataset: Path, name: str, row: dict[str, Any]) -> dict[str, Any]:
         entity["prov:atLocation"] = row["origin"]
     if tree := declared.get("tree_digest"):
         entity["identifier"] = tree
-    return entity | {"license": row["licences"]}
+    return entity | {"license": row["licenses"]}
 
 
 def problems(path: Path, records: int = 3) -> list[str]:

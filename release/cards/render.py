@@ -15,6 +15,7 @@ from release import schema
 from release.assembly import costs
 from release.cards import caveats, chat_tables, tables, training_tables
 from release.hub.client import load
+from release.layout import numbered
 
 Facts = dict[str, Any]
 TEMPLATES = Path(__file__).parent
@@ -32,7 +33,7 @@ METRICS = {
 PHASES = {
     "pretrain": "pre-training", "midtrain": "mid-training", "longcontext": "long-context training",
     "sft": "supervised fine-tuning", "rlvr": "reinforcement learning against verifiers",
-    "rlhf": "learning from preferences", "online": "reinforcement learning against a reward model",
+    "dpo": "learning from preferences", "online-rlhf": "reinforcement learning against a reward model",
 }  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def data_tables(data: Facts) -> dict[str, list[str]]:
         "order": tables.order(data),
         "packing": tables.packing(data),
         "long_documents": tables.long_documents(data),
-        "licences": tables.license_evidence(data),
+        "licenses": tables.license_evidence(data),
         "scores": tables.evaluation(data["evaluation"]),
         "passkeys": tables.passkeys(data["evaluation"]),
         "positions": tables.positions(data["evaluation"]),
@@ -130,7 +131,7 @@ def model_card(
     title = {"model": "", "model-base": "base"}.get(folder, folder.removeprefix("model-"))
     card_data = hub.ModelCardData(
         model_name=f"{name}-{title}".rstrip("-"),
-        **license_fields(release["licence"]["weights"]),
+        **license_fields(release["license"]["weights"]),
         library_name="transformers",
         pipeline_tag="text-generation",
         language=release["languages"] or None,
@@ -178,8 +179,8 @@ def own_scores(model: Facts) -> Facts:
 
 
 def _title(phase: str) -> str:
-    kind, _, number = phase.partition("-")
-    return f"{PHASES.get(kind, kind)} {number}".strip()
+    kind, number = numbered(phase)
+    return f"{PHASES.get(kind, kind)} {number or ''}".strip()
 
 
 def _join_words(words: list[str]) -> str:
@@ -200,7 +201,7 @@ def data_card(release: Facts, data: Facts, canary: Mapping[str, str] | None = No
             for name in data["sources"]
         ]
         + [{"config_name": "dispositions", "data_files": [{"split": "all_documents", "path": "dispositions.parquet"}]}],
-        **license_fields(release["licence"]["data_compilation"]),
+        **license_fields(release["license"]["data_compilation"]),
         **schema.head(),
     )
     text = hub.DatasetCard.from_template(

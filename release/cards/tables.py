@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from release.layout import numbered
+
 Facts = dict[str, Any]
+
 TITLES = {"init": "random weights", "base": "pre-training (base)", "mid": "mid-training", "long": "long context"}
 
 
@@ -25,8 +28,8 @@ def with_error(row: dict[str, Any], digits: int) -> str:
 
 def titles(models: Iterable[str]) -> dict[str, str]:
     """What columns call the models, given in the order of training."""
-    parts = {model: model.partition("-") for model in models}
-    return {model: f"{TITLES.get(kind, kind)} {number}".strip() for model, (kind, _, number) in parts.items()}
+    parts = {model: numbered(model) for model in models}
+    return {model: f"{TITLES.get(kind, kind)} {number or ''}".strip() for model, (kind, number) in parts.items()}
 
 
 def evaluation(scores: Facts) -> list[str]:
@@ -132,16 +135,16 @@ def sources(data: Facts) -> list[str]:
             row["bytes_kept"],
             tokens,
         ]
-        body.append([name, ", ".join(row["licences"]), *map(count, counts)])
-    return table(["source", "licence", "documents in", "kept", "train", "held out", "bytes kept", "tokens"], body)
+        body.append([name, ", ".join(row["licenses"]), *map(count, counts)])
+    return table(["source", "license", "documents in", "kept", "train", "held out", "bytes kept", "tokens"], body)
 
 
 def license_evidence(data: Facts) -> list[str]:
     body = [
-        [name, ", ".join(row["licences"]), row["origin"], row["licence_evidence"]]
+        [name, ", ".join(row["licenses"]), row["origin"], row["license_evidence"]]
         for name, row in data["sources"].items()
     ]
-    return table(["source", "licence", "origin", "evidence of the licence"], body)
+    return table(["source", "license", "origin", "evidence of the license"], body)
 
 
 def funnel(data: Facts) -> list[str]:

@@ -12,15 +12,23 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-SCHEMA = 3
-"""3: cards state their versions, and open with what the figures do not flatter."""
+SCHEMA = 4
+"""4: the phases that learn from preferences have other names.
+3: cards state their versions, and open with what the figures do not flatter."""
 ESCAPED = 3
 """The schema from which on characters that no text has are escaped in what a model wrote."""
 ADDED: dict[str, int] = {"caveats": 3, "caveats_rule": 3, "unread": 3, "reward_parts": 3}
 """{table: the schema that brought it}. Older cards have no such table, and none is asked for."""
 FIGURES: dict[str, int] = {}
 """{figure of a scores.json, with dots between names: the schema that brought it}. Older files may lack it."""
-CHANGED: dict[str, int] = {}
+CHANGED: dict[str, int] = dict.fromkeys(
+    (
+        "evaluation", "chat_test", "chat_fresh", "preferences", "preference_samples", "scores", "spikes",
+        "experts_by_phase", "eval_results", "order", "contamination", "clean_scores", "croissant", "detector", "sources",
+        "licenses",
+    ),
+    4,
+)  # fmt: skip
 """{part: the schema in which it last changed}. In an older card it is not compared. Parts are tables, by the names that
 render.py gives them, and `metadata`, `eval_results`, `plots`, `croissant`, `attestations`, `goldens`, `scores`."""
 

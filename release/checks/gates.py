@@ -119,16 +119,16 @@ def licenses_known(c: Context) -> Gate:
     unlicensed = sorted(
         n
         for n, row in c.data["sources"].items()
-        if any((x or "").lower() in registry.UNKNOWN_LICENSES for x in row["licences"])
+        if any((x or "").lower() in registry.UNKNOWN_LICENSES for x in row["licenses"])
     )
     if unlicensed:
         return Gate(
-            "licences_known",
+            "licenses_known",
             False,
-            f"source {unlicensed[0]} has documents of unknown licence; name it in the data recipe",
+            f"source {unlicensed[0]} has documents of unknown license; name it in the data recipe",
         )
-    licenses = sorted({license for row in c.data["sources"].values() for license in row["licences"]})
-    return Gate("licences_known", True, f"every document has a licence: {', '.join(licenses)}")
+    licenses = sorted({license for row in c.data["sources"].values() for license in row["licenses"]})
+    return Gate("licenses_known", True, f"every document has a license: {', '.join(licenses)}")
 
 
 def counts_balance(c: Context) -> Gate:

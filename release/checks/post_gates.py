@@ -46,14 +46,14 @@ def post_training(c: Context) -> list[Gate]:
         text += (
             f"{limits['skill_tolerance']:g} may be lost after rlvr, {SURE} standard errors of the difference included"
         )
-        gates.append(Gate("rlhf_keeps_skills", ok, text if ok else text + advice.format("rlhf")))
+        gates.append(Gate("rlhf_keeps_skills", ok, text if ok else text + advice.format("dpo")))
     for name in (name for name in later if name in chat.get("preferences", {})):
         rate = chat["preferences"][name]["win_rate"]
         text = (
             f"{name} wins {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against the model before rlhf"
         )
         ok = rate["low"] > limits["min_win_rate"]
-        gates.append(Gate(f"{name}_is_preferred", ok, text if ok else text + advice.format("rlhf")))
+        gates.append(Gate(f"{name}_is_preferred", ok, text if ok else text + advice.format("dpo")))
     return [*gates, _fresh_set_gate(c), _contamination_gate(c)]
 
 

@@ -118,7 +118,7 @@ def licenses(dataset: Path) -> list[str]:
     """Every document has a license, removed ones too."""
     rows = metrics.stream(dataset / "dispositions.parquet", ["id", "license"])
     return [
-        f"dispositions.parquet: document {row['id']} has no licence"
+        f"dispositions.parquet: document {row['id']} has no license"
         for row in rows
         if (row["license"] or "").lower() in UNKNOWN_LICENSES
     ]
@@ -256,7 +256,7 @@ def _check_kept_documents(dataset: Path, source: str, expected: dict[str, tuple[
             extra.add(row["id"])
         elif expected[row["id"]] != (row["split"], row["license"]):
             problems.append(
-                f"kept/{source}.parquet: document {row['id']} has another split or licence than its disposition"
+                f"kept/{source}.parquet: document {row['id']} has another split or license than its disposition"
             )
     if different := min(missing | extra, default=""):
         problems.insert(0, f"kept/{source}.parquet: document {different} is not kept in both tables")

@@ -20,7 +20,7 @@ from stages.data.table import DISPOSITIONS, DOCUMENTS, KEPT, row_writer, stream_
 VERSION = 2
 
 
-class CuratedSource(Config):
+class DedupSource(Config):
     """The settings of one source that curation uses."""
 
     name: SourceName
@@ -28,8 +28,8 @@ class CuratedSource(Config):
     heldout_fraction: Annotated[float, Range(0, 1, below=True)]
 
 
-class CurateConfig(Config):
-    sources: tuple[CuratedSource, ...] = Field(min_length=1, max_length=MOST_SOURCES)
+class DedupConfig(Config):
+    sources: tuple[DedupSource, ...] = Field(min_length=1, max_length=MOST_SOURCES)
     minhash: MinHash | None
     shards: Shards = operational(1, "with more than one, the buckets of MinHash are tasks of an array on a cluster")
 
@@ -38,7 +38,7 @@ class CurateConfig(Config):
         return [s.name for s in self.sources if self.minhash is not None and s.kind in self.minhash.kinds]
 
 
-def run(config: CurateConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
+def run(config: DedupConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Seal kept documents by source, one disposition for every input document, and a summary.
 
     inputs["filter"]: the filtered documents of each source. Resumes after the last finished bucket. Raises AtomError if
@@ -87,7 +87,7 @@ def split_of(content_hash: str, heldout_fraction: float) -> str:
     return "heldout" if int(content_hash[:16], 16) < heldout_fraction * 2**64 else "train"
 
 
-def run_shard(config: CurateConfig, inputs: Inputs, work: Path, shard: int) -> None:
+def run_shard(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Finds the pairs of documents that share one MinHash bucket and caches them in `work`."""
     from loguru import logger
 
@@ -98,7 +98,7 @@ def run_shard(config: CurateConfig, inputs: Inputs, work: Path, shard: int) -> N
         near_duplicates.find_pairs(inputs["filter"] / "signatures", work, config.minhash, shard)
 
 
-def shards(config: CurateConfig) -> int:
+def shards(config: DedupConfig) -> int:
     return (
         config.minhash.num_buckets
         if config.minhash is not None and config.deduplicated_sources() and config.shards > 1
@@ -106,8 +106,8 @@ def shards(config: CurateConfig) -> int:
     )
 
 
-def estimate(config: CurateConfig) -> Estimate:
+def estimate(config: DedupConfig) -> Estimate:
     return Estimate(cpu_seconds=10.0, fixed=True)
 
 
-STAGE = Stage("curate", VERSION, CurateConfig, run, estimate=estimate, shards=shards, run_shard=run_shard)
+STAGE = Stage("dedup", VERSION, DedupConfig, run, estimate=estimate, shards=shards, run_shard=run_shard)

@@ -24,6 +24,7 @@ from stages.data import packing
 from stages.data.packing import LongDocuments
 from stages.data.seeds import permutation
 from stages.data.table import ORDER, arrow_schema, read_table, write_json, write_table
+from stages.seed_labels import seed_label
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,8 +159,10 @@ def _draw_rows(
     names, counts = sorted(config.mix), config.rows_of(cursor.first_step)
     quota = apportion(config.mix, sum(counts))
     labels = np.repeat(np.arange(len(names)), [quota[name] for name in names])
-    label = f"order/{config.phase}/sources" + (f" from step {cursor.first_step}" if cursor.first_step > 1 else "")
-    labels = labels[permutation(len(labels), label, config.seed)]
+    label, from_step = f"order/{seed_label(config.phase)}", ""
+    if cursor.first_step > 1:
+        from_step = f" from step {cursor.first_step}"
+    labels = labels[permutation(len(labels), f"{label}/sources{from_step}", config.seed)]
     counts, read_counts = (
         counts[config.first_step - cursor.first_step :],
         counts[: config.first_step - cursor.first_step],
@@ -172,7 +175,7 @@ def _draw_rows(
     for i, name in enumerate(names):
         count_read, positions = np.count_nonzero(labels[:rows_read] == i), np.flatnonzero(labels[rows_read:] == i)
         first = cursor.rows.get(name, 0) + int(count_read)
-        indices = _permuted_indices(sizes[name], first, len(positions), f"order/{config.phase}/{name}", cursor.seed)
+        indices = _permuted_indices(sizes[name], first, len(positions), f"{label}/{name}", cursor.seed)
         for column, values in columns.items():
             values[positions] = chunks[name][column][indices]
         ids[positions] = chunks[name]["id"][indices]
@@ -191,7 +194,7 @@ def _pack_rows(
     A phase that continues with other settings has its remaining steps packed again, since packing is global: chunks
     that it has read may come again before all others were read.
     """
-    counts, label = config.rows_of(cursor.first_step), f"order/{config.phase}"
+    counts, label = config.rows_of(cursor.first_step), f"order/{seed_label(config.phase)}"
     if cursor.first_step > 1:
         label += f" from step {cursor.first_step}"
     table, reports = packing.pack(

@@ -266,7 +266,7 @@ class DataRecipe(Config):
         ]
         return {"sources": sources, "curation": self.curation.model_dump(), "seed": seed}
 
-    def curate_config(self) -> dict[str, Any]:
+    def dedup_config(self) -> dict[str, Any]:
         """The config of stage curate for all sources."""
         sources = [{"name": s.name, "kind": s.kind, "heldout_fraction": self._heldout(s)} for s in self.sources]
         curation = self.curation.model_dump()

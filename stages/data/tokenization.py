@@ -38,7 +38,7 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
     """Seal `<split>/<source>.bin` and `.idx`, `documents.parquet` and `meta.json`. Every document ends with
     `<|endoftext|>`, a conversation with its own `<|im_end|>`. A split of a source without documents has no shard.
 
-    inputs["curate"]: kept documents; inputs["tokenizer"]: tokenizer.json.
+    inputs["dedup"]: kept documents; inputs["tokenizer"]: tokenizer.json.
     """
     tokenizer, end, files = _load_inputs(inputs)
     vocab_size = tokenizer.get_vocab_size()
@@ -77,9 +77,9 @@ def _load_inputs(inputs: Inputs) -> tuple[Tokenizer, int, list[Path]]:
     end = tokenizer.token_to_id(END)
     if end is None:
         raise AtomError(f"{inputs['tokenizer'] / 'tokenizer.json'} has no {END} token; run tokenizer again")
-    files = sorted((inputs["curate"] / "kept").glob("*.parquet"))
+    files = sorted((inputs["dedup"] / "kept").glob("*.parquet"))
     if not files:
-        raise AtomError(f"{inputs['curate'].path} holds no kept documents; run curate again")
+        raise AtomError(f"{inputs['dedup'].path} holds no kept documents; run dedup again")
     return tokenizer, end, files
 
 

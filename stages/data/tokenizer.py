@@ -82,11 +82,11 @@ class TokenizerSection(Config):
 def run(config: TokenizerSection, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Train on a sample of the training split and seal tokenizer files and `stats.json` (bytes per token by source).
 
-    inputs["curate"]: kept documents. Raises RecipeError if the corpus cannot yield vocab_size tokens.
+    inputs["dedup"]: kept documents. Raises RecipeError if the corpus cannot yield vocab_size tokens.
     """
     from tokenizers import Tokenizer, models, trainers
 
-    files = sorted((inputs["curate"] / "kept").glob("*.parquet"))
+    files = sorted((inputs["dedup"] / "kept").glob("*.parquet"))
     files = [file for file in files if file.stem not in config.leave_out]
     texts = {file.stem: _texts(file) for file in files}
     sample = list(interleave({name: by_split["train"] for name, by_split in texts.items()}, config.sample_bytes))

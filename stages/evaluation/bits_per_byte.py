@@ -91,7 +91,7 @@ class EvaluateConfig(Config):
 
 
 def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """Measures inputs["model"] on the held-out documents of inputs["curate"] and the problems of inputs["items"].
+    """Measures inputs["model"] on the held-out documents of inputs["dedup"] and the problems of inputs["items"].
 
     Seals `items.parquet` (one row a problem), `documents.parquet` (one row a scored document) and `scores.json`; with
     config.context also `passkey.parquet` and `positions.parquet`.
@@ -107,7 +107,7 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
 
-    documents = heldout_documents(inputs["curate"] / "kept", config.heldout_documents)
+    documents = heldout_documents(inputs["dedup"] / "kept", config.heldout_documents)
     problems = _read(inputs["items"] / "items.parquet", ["id", "task", "prompt", "answer"])
     if not problems:
         raise AtomError("evaluate: the items artifact holds no problem; give `evaluation.problems` at least one task")
@@ -138,7 +138,7 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
     answered.sort(key=lambda row: row["id"])
     tables: tuple[list[dict[str, Any]], ...] = (scored, answered)
     if config.context is not None:
-        long_documents = [row for row in _read_heldout(inputs["curate"] / "kept") if not row["prompt_chars"]]
+        long_documents = [row for row in _read_heldout(inputs["dedup"] / "kept") if not row["prompt_chars"]]
         encode = partial(token_ids, tokenizer)
         tables += context.measure(config.context, model, tokenizer, encode, long_documents, work, report)
         write_rows(out / "passkey.parquet", context.PASSKEY, tables[2])

@@ -154,7 +154,7 @@ class Corpus:
         self.hosts: dict[str, str] = {}
         missing = set(phases)
         for source in sorted(sources):
-            for row in stream_rows(inputs["curate"] / "kept" / f"{source}.parquet", ["id", "text"]):
+            for row in stream_rows(inputs["dedup"] / "kept" / f"{source}.parquet", ["id", "text"]):
                 if row["id"] in phases:
                     missing.discard(row["id"])
                     self._search(row["text"], phases[row["id"]])
@@ -163,7 +163,7 @@ class Corpus:
         if missing:
             raise AtomError(
                 f"contamination: document {min(missing)} was trained on but is not among the kept ones of "
-                f"{inputs['curate'].key}; the artifacts are not of one run, run the recipe again"
+                f"{inputs['dedup'].key}; the artifacts are not of one run, run the recipe again"
             )
         for role in task_roles(inputs):
             for text in prompts(inputs, role):

@@ -47,7 +47,7 @@ class FreshConfig(Config):
 
 
 def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["model"]: the export of the final model; inputs["curate"], inputs["items"]; inputs["tasks-<phase>"]: what
+    """inputs["model"]: the export of the final model; inputs["dedup"], inputs["items"]; inputs["tasks-<phase>"]: what
     each phase of reinforcement or preference learning asked.
 
     Seals `chat.jsonl`, rows as in the items artifact, and `meta.json`: digest, seed, how many were drawn and which were
@@ -122,7 +122,7 @@ def find_places(rows: list[Row], config: FreshConfig, inputs: Inputs) -> dict[st
 
     by_source: dict[str, set[int]] = {}
     for source in sorted({source for sources in config.phases.values() for source in sources}):
-        documents = stream_rows(inputs["curate"] / "kept" / f"{source}.parquet", ["text"])
+        documents = stream_rows(inputs["dedup"] / "kept" / f"{source}.parquet", ["text"])
         by_source[source] = set().union(*(runs.search(row["text"]) for row in documents))
     for phase, sources in config.phases.items():
         record_matches(phase, set().union(*(by_source[source] for source in sources)))

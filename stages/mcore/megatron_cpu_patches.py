@@ -182,7 +182,7 @@ def _redirect_to_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _cpu_cuda() -> types.ModuleType:
-    """`torch.cuda` for one in-order CPU: there is one stream, it is always synchronised, and nothing is allocated."""
+    """`torch.cuda` for one in-order CPU: there is one stream, it is always synchronized, and nothing is allocated."""
     cuda = types.ModuleType("torch.cuda")
     cuda.__dict__.update(torch.cuda.__dict__)
     stream = _Stream()

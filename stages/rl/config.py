@@ -1,4 +1,4 @@
-"""The post-training sections of a recipe: `rlvr` and the parts of `rlhf`. No torch."""
+"""The post-training sections of a recipe: `rlvr`, `dpo`, `reward_model` and `online_rlhf`. No torch."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Trainable(Config):
 
 
 class RlPhase(Trainable):
-    """Group-relative policy optimisation (GRPO) against verifiers: DAPO's token-level loss and asymmetric clip, Dr.
+    """Group-relative policy optimization (GRPO) against verifiers: DAPO's token-level loss and asymmetric clip, Dr.
     GRPO's advantages without division, no KL."""
 
     tasks: Tasks = Field(description="what is asked, and who judges the answers")
@@ -160,7 +160,7 @@ class Asking(Config):
 
 class DpoPhase(Trainable):
     """Rounds of learning from pairs: the policy answers, a judge scores, and of each question's answers the best is
-    preferred to the worst by length-normalised DPO (Tulu 3, arXiv 2411.15124), whose reference is the policy that drew
+    preferred to the worst by length-normalized DPO (Tulu 3, arXiv 2411.15124), whose reference is the policy that drew
     them. `steps` are the rounds; the optimizer's steps are updates, `updates` to a round."""
 
     preferences: Asking = Field(description="what is asked, and who judges the answers")
@@ -202,20 +202,6 @@ class RewardPhase(Trainable):
     validate_every: Steps = Field(description="updates between measurements on the held-out pairs")
 
 
-class RlhfSection(Config):
-    """Learning from preferences: DPO on pairs; then, if so, a reward model of these pairs and GRPO against it."""
-
-    dpo: DpoPhase
-    reward: RewardPhase | None = None
-    online: RlPhase | None = None
-
-    @model_validator(mode="after")
-    def _together(self) -> RlhfSection:
-        if (self.reward is None) != (self.online is None):
-            raise ValueError("reward and online belong together: the one is trained for the other; give both or none")
-        return self
-
-
 class PostConfig(Config):
     """What a stage of post-training is given: the recipe's sections, resolved."""
 
@@ -252,7 +238,7 @@ def obstacle(phase: RlPhase | DpoPhase) -> str | None:
 
 
 class RlTrainConfig(PostConfig):
-    name: Literal["rlvr", "online"] = "rlvr"
+    name: Literal["rlvr", "online-rlhf"] = "rlvr"
     phase: RlPhase
 
 

@@ -1,6 +1,6 @@
 """Reinforcement learning from preferences: rounds of DPO on pairs of the policy's own answers.
 
-    atom run atom-tiny --until rlhf
+    atom run atom-tiny --until dpo
 
 A judge scores the answers; the best and the worst to one question are a pair, kept with where it comes from. Right
 answers to verified tasks are an anchor, so that skills stay. docs/post-training.md tells what each setting does.
@@ -26,7 +26,7 @@ def run(config: DpoTrainConfig, inputs: Inputs, work: Path, out: Path, report: R
     from stages.rl.algorithms.preferences import Dpo
     from stages.rl.trainer import train
 
-    train(Dpo, "rlhf", config, inputs, work, out, report)
+    train(Dpo, "dpo", config, inputs, work, out, report)
 
 
 def estimate(config: DpoTrainConfig) -> Estimate:
@@ -39,7 +39,7 @@ def estimate(config: DpoTrainConfig) -> Estimate:
 
 
 STAGE = Stage(
-    "rlhf", VERSION, DpoTrainConfig, run, estimate=estimate,
+    "dpo", VERSION, DpoTrainConfig, run, estimate=estimate,
     promise=lambda c: c.phase.sampling.promise,
     obstacle=lambda c: obstacle(c.phase), ranks=lambda c: c.phase.parallelism.ranks, trains=True,
 )  # fmt: skip

@@ -1,5 +1,5 @@
-"""Reinforcement learning against verifiers (GRPO) on top of supervised fine-tuning; as the node `online`, against a
-trained reward model.
+"""Reinforcement learning against verifiers (GRPO) on top of supervised fine-tuning; as the node `online-rlhf`, against
+a trained reward model.
 
     atom run atom-tiny --until rlvr
 
@@ -20,7 +20,7 @@ VERSION = 3
 def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """inputs["init"]: the phase before, of which the last checkpoint's weights are taken; inputs["tasks"],
     inputs["items"], inputs["tokenizer"]; with replay also inputs["tokens"] and inputs["order"];
-    where tasks name the verifier reward-model, inputs["reward"], its training, and inputs["judge"], its export.
+    where tasks name the verifier reward-model, inputs["reward"], its training, and inputs["reward_model"], its export.
 
     Fills `out` with step-<n>/, training.jsonl, summary.json and rollouts.parquet.
     Raises what stages.rl.trainer.train raises.

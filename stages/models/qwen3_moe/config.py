@@ -1,6 +1,6 @@
 """The `model` section of a recipe: a decoder of the Qwen3-MoE shape, told in numbers.
 
-Every layer is grouped-query attention with normalised queries and keys, followed by a mixture of SwiGLU experts of
+Every layer is grouped-query attention with normalized queries and keys, followed by a mixture of SwiGLU experts of
 which a token visits `num_experts_per_tok`; the first `dense_layers` have one SwiGLU instead. No torch here: `atom plan`
 reads this file.
 """

@@ -20,6 +20,7 @@ from stages.rl.rollout import rollouts
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import Rollout
+from stages.seed_labels import seed_label
 from stages.train.data import Batch, Order, Shards
 from stages.train.engine import Objective
 
@@ -30,7 +31,7 @@ class GrpoTrainer(PolicyTrainer):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         phase: RlPhase = self.phase
-        self.curriculum = Curriculum(phase.curriculum, self.rows, self.name, self.config.seed)
+        self.curriculum = Curriculum(phase.curriculum, self.rows, seed_label(self.name), self.config.seed)
         self.generated = 0  # tokens of all answers
         self.replay: tuple[Order, Shards] | None = None
         if phase.replay is not None:
@@ -83,7 +84,7 @@ class GrpoTrainer(PolicyTrainer):
             if groups == phase.prompts_per_step:
                 break
             tasks = self.curriculum.draw(phase.prompts_per_step - groups, step, wave)
-            label = f"{self.name}/answer/{step}/{wave}"
+            label = f"{seed_label(self.name)}/answer/{step}/{wave}"
             requests = [
                 (row, seed_of(f"{label}/{group}/{sample}", self.config.seed))
                 for group, row in enumerate(tasks)

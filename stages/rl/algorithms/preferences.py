@@ -26,6 +26,7 @@ from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import Rollout
 from stages.rl.trainer import Trainer
+from stages.seed_labels import seed_label
 from stages.train.data import Batch, RankBatch
 from stages.train.engine import Objective
 
@@ -58,12 +59,12 @@ class Dpo(PolicyTrainer):
         seed = self.config.seed
         preference_kinds = set(tasks.kinds_of(phase.preferences.tasks))
         self.prompts = Curriculum(
-            None, [r for r in self.rows if r["kind"] in preference_kinds], f"{self.name}/ask", seed
+            None, [r for r in self.rows if r["kind"] in preference_kinds], f"{seed_label(self.name)}/ask", seed
         )
         self.skills = None
         if phase.sft_tasks is not None:
             skill_tasks = [row for row in self.rows if row["kind"] not in preference_kinds]
-            self.skills = Curriculum(None, skill_tasks, f"{self.name}/skills", seed)
+            self.skills = Curriculum(None, skill_tasks, f"{seed_label(self.name)}/skills", seed)
 
     def state(self) -> dict[str, Any]:
         return {"asked": self.prompts.copy(), "skills": self.skills.copy() if self.skills else None}
@@ -91,7 +92,7 @@ class Dpo(PolicyTrainer):
         }
         if len(pairs) < self.phase.updates:
             return metrics | {"idle": True}
-        rng = random.Random(seed_of(f"{self.name}/round/{step}", self.config.seed))
+        rng = random.Random(seed_of(f"{seed_label(self.name)}/round/{step}", self.config.seed))
         rng.shuffle(pairs)
         rng.shuffle(correct)
         for number in range(self.phase.updates):
@@ -146,7 +147,7 @@ class Dpo(PolicyTrainer):
 
     def _draw_wave(self, step: int, wave: int, digest: str, curriculum: Curriculum, pool: Asking) -> list[Rollout]:
         rows = curriculum.draw(pool.count, step, wave)
-        label = f"{self.name}/answer/{step}/{wave}"
+        label = f"{seed_label(self.name)}/answer/{step}/{wave}"
         requests = [
             (row, seed_of(f"{label}/{group}/{sample}", self.config.seed))
             for group, row in enumerate(rows)
@@ -253,7 +254,7 @@ class Reward(Trainer):
         if not self.pairs or not self.heldout:
             raise AtomError(
                 f"{self.name}: {len(self.pairs)} pairs to learn from and {len(self.heldout)} held out are too few; "
-                "draw more in rlhf.dpo"
+                "draw more in dpo"
             )
 
     def step(self, step: int) -> dict[str, Any]:
@@ -262,7 +263,7 @@ class Reward(Trainer):
         for number in range((step - 1) * count, step * count):
             epoch, position = divmod(number, len(self.pairs))
             order = list(range(len(self.pairs)))
-            random.Random(seed_of(f"{self.name}/epoch {epoch}", self.config.seed)).shuffle(order)
+            random.Random(seed_of(f"{seed_label(self.name)}/epoch {epoch}", self.config.seed)).shuffle(order)
             pairs.append(self.pairs[order[position]])
         units = self._units(pairs)
         self.tokens += sum(len(example.ids) for unit in units for example in unit)

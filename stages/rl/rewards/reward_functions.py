@@ -98,8 +98,8 @@ def make_verifiers(
             verifiers[name] = Courtesy()
         elif name == RewardModel.name:
             if "reward" not in inputs:
-                raise RecipeError("tasks name the verifier reward-model, which only rlhf.online has; use another judge")
-            verifiers[name] = RewardModel(inputs["judge"], inputs["reward"].json("summary.json")["centre"], chat)
+                raise RecipeError("tasks name the verifier reward-model, which only online_rlhf has; use another judge")
+            verifiers[name] = RewardModel(inputs["reward_model"], inputs["reward"].json("summary.json")["centre"], chat)
         else:
             if name == CODE and (reason := sandbox.missing()):
                 raise RecipeError(f"tasks of the verifier {CODE} run what the model writes: {reason}")

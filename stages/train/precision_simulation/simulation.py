@@ -29,6 +29,7 @@ from pipeline.core.store import canonical, sha256_bytes
 from pipeline.core.text import shown
 from pipeline.graph.recipe import Recipe
 from stages.mcore.quantize import RECIPES
+from stages.recipe import ReleaseRecipe
 from stages.train.config import Optimizer, PhaseConfig
 from stages.train.precision_simulation.proxy_model import CONTEXT, build_proxy, dimensions, ratios, step_tokens
 from stages.train.precision_simulation.report import MIN_STEPS, Runs, compose
@@ -52,7 +53,9 @@ def rehearse(
     baseline_kind = _check(precisions, steps, seeds, baseline, bound)
     chosen_recipes = [name for name in RECIPES if name in precisions or not precisions]
     smallest = max(RECIPES[name].smallest_dimension for name in chosen_recipes)
-    model, phase = recipe.config.model, recipe.config.pretrain
+    sections = recipe.config
+    assert isinstance(sections, ReleaseRecipe)
+    model, phase = sections.model, sections.pretrain
     proxy = build_proxy(model, smallest, hidden)
     if layers is not None:
         min_layers = proxy.dense_layers + 1

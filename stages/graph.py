@@ -1,0 +1,293 @@
+"""The graph of a release: which stages there are, which phases and models a recipe has, and what feeds what.
+
+The only place that knows them by name; the engine (`pipeline/`) runs whatever graph it is given.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.core.errors import RecipeError
+from pipeline.core.store import Store
+from pipeline.core.text import escaped
+from pipeline.graph import checkpoints
+from pipeline.graph.dag import Graph, GraphBuilder, names_in_words, require_same_beginning
+from pipeline.graph.recipe import Recipe
+from stages.data.recipe import DataRecipe
+from stages.data.recipe import loads as load_data_recipe
+from stages.models.qwen3_moe.config import ModelConfig
+from stages.recipe import ReleaseRecipe
+from stages.rl.config import DpoPhase, RewardPhase, RlPhase
+from stages.train.config import PhaseConfig
+
+__all__ = ["RECIPE", "STAGES", "compose", "load_data_recipe"]
+
+RECIPE = ReleaseRecipe
+STAGES = {
+    "acquire": "stages.data.acquire",
+    "items": "stages.evaluation.eval_set",
+    "filter": "stages.data.filter",
+    "dedup": "stages.data.dedup",
+    "tokenizer": "stages.data.tokenizer",
+    "tokenize": "stages.data.tokenization",
+    "order": "stages.data.order",
+    "pretrain": "stages.train.pretrain",
+    "midtrain": "stages.train.midtrain",
+    "sft": "stages.train.sft",
+    "tasks": "stages.rl.rollout.tasks",
+    "rlvr": "stages.rl.rlvr",
+    "dpo": "stages.rl.dpo",
+    "reward": "stages.rl.reward_model",
+    "export": "stages.export.hf",
+    "evaluate": "stages.evaluation.bits_per_byte",
+    "solve": "stages.evaluation.pass_at_k",
+    "fresh": "stages.evaluation.generated_eval",
+    "prefer": "stages.evaluation.win_rate",
+    "contamination": "stages.evaluation.contamination",
+}
+"""{stage: its module}. Importing one is cheap: no torch, datatrove or MLflow."""
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase that trains on text: the name of its node, the stage that runs it, where its section stands in the
+    recipe, and its section."""
+
+    node: str
+    stage: str
+    where: str
+    config: PhaseConfig
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a phase leaves: the model as it is from then on, and the type of its published weights."""
+
+    model: ModelConfig
+    dtype: Dtype
+
+
+def phases(config: ReleaseRecipe) -> list[Phase]:
+    """The phases of a recipe that train on text, in order."""
+    sections = [Phase("pretrain", "pretrain", "pretrain", config.pretrain)]
+    sections += [Phase("midtrain", "midtrain", "midtrain", config.midtrain)]
+    for number, section in enumerate(config.long_context):
+        sections.append(Phase(f"longcontext-{number + 1}", "midtrain", f"long_context.{number}", section))
+    if config.sft is not None:
+        sections.append(Phase("sft", "sft", "sft", config.sft))
+    return sections
+
+
+def models(config: ReleaseRecipe) -> dict[str, tuple[str, int | None]]:
+    """Exported models, the final one last: name → (node of the phase, step); None is the phase's last step."""
+    exported: dict[str, tuple[str, int | None]] = {"init": ("pretrain", 0), "base": ("pretrain", None)}
+    exported["mid"] = ("midtrain", None)
+    exported |= {f"long-{n + 1}": (f"longcontext-{n + 1}", None) for n in range(len(config.long_context))}
+    later = {"sft": config.sft, "rlvr": config.rlvr, "dpo": config.dpo, "online-rlhf": config.online_rlhf}
+    return exported | {name: (name, None) for name, section in later.items() if section is not None}
+
+
+def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
+    """The graph of a release. Reads the digests of source trees and, if a phase goes on from an earlier run, which
+    checkpoints are sealed. Raises RecipeError.
+
+    without_data: source trees may be absent; keys of what comes from one without a pinned digest are provisional.
+    """
+    config, data_recipe = recipe.config, recipe.data
+    assert isinstance(config, ReleaseRecipe) and isinstance(data_recipe, DataRecipe)
+    _check_mixes(recipe.title, config, data_recipe)
+    _check_lengths(recipe.title, config)
+    graph = GraphBuilder(recipe.title)
+    data, absent = data_recipe.present() if without_data else (data_recipe.resolved(), ())
+    _add_data(graph, config, data)
+    trained, previous = _add_training(graph, recipe.title, config, store)
+    trained |= _add_post_training(graph, config, trained[previous["init"]].model, previous)
+    _add_exports(graph, config, trained, data.conversations)
+    _add_chat_evaluation(graph, config)
+    graph.check_sizes()
+    return Graph(recipe, graph.nodes, absent)
+
+
+def _add_data(graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe) -> None:
+    """From sources to token shards."""
+    sources = {source.name: f"acquire-{source.name}" for source in data.sources}
+    for source, name in sources.items():
+        graph.add(name, "acquire", data.acquire_config(source, config.seed))
+    evaluation = config.evaluation
+    items = {"problems": evaluation.problems, "seed": config.seed, "chat": evaluation.chat_items}
+    graph.add("items", "items", items)
+    graph.add("filter", "filter", data.filter_config(config.seed), **sources, items="items")
+    graph.add("dedup", "dedup", data.dedup_config(), filter="filter")
+    tokenizer = config.tokenizer.model_dump()
+    left_out = (*config.tokenizer.leave_out, *data.conversations)
+    graph.add("tokenizer", "tokenizer", tokenizer | {"leave_out": left_out}, dedup="dedup")
+    tokenize = {"conversations": data.conversations, "shards": data.curation.shards}
+    graph.add("tokenize", "tokenize", tokenize, dedup="dedup", tokenizer="tokenizer")
+
+
+def _add_training(
+    graph: GraphBuilder, title: str, config: ReleaseRecipe, store: Store
+) -> tuple[dict[str, Trained], dict[str, str]]:
+    """The phases that train on text, each after the one before. Returns what each leaves, by node, and the role and
+    node of the last one."""
+    previous: dict[str, str] = {}
+    model, trained = config.model, {}
+    for phase in phases(config):
+        section, name, earlier = phase.config, phase.node, {}
+        longest = section.sequence_length if phase.where.startswith("long_context") else model.context_length
+        model = model.with_rope(section.rope, longest)
+        trained[name] = Trained(model, _dtype(section))
+        if section.continue_from:
+            where = f"{title}: {phase.where}.continue_from"
+            checkpoint = checkpoints.find(section.continue_from, name, where, store)
+            keys = {role: graph.nodes[node].key for role, node in previous.items()}
+            require_same_beginning(checkpoint, keys, where, store)
+            section = section.model_copy(update={"continue_from": str(checkpoint)})
+            earlier = {"continue": checkpoint.key}
+        order = {
+            "phase": name, "mix": section.mix, "sequence_length": section.sequence_length, "steps": section.steps,
+            "rows": section.rows_of(section.steps), "ramp": section.row_ramp, "pack": section.pack,
+            "long_documents": section.long_documents, "seed": config.seed, "first_step": section.first_step,
+        }  # fmt: skip
+        graph.add(f"order-{name}", "order", order, earlier, tokens="tokenize")
+        training = _training(config, model, section)
+        graph.add(name, phase.stage, training, earlier, tokens="tokenize", order=f"order-{name}", **previous)
+        previous = {"init": name}
+    return trained, previous
+
+
+def _add_post_training(
+    graph: GraphBuilder, config: ReleaseRecipe, model: ModelConfig, previous: dict[str, str]
+) -> dict[str, Trained]:
+    """The phases that learn from answers. previous: the role and node of the phase before. Returns what each leaves, by
+    node."""
+    trained: dict[str, Trained] = {}
+
+    def train(
+        name: str,
+        stage: str,
+        section: RlPhase | DpoPhase | RewardPhase,
+        tasks: Sequence[Any] = (),
+        more: Mapping[str, Any] | None = None,
+        /,
+        **inputs: str,
+    ) -> None:
+        """A phase with its tasks and the order of what it replays."""
+        trained[name] = Trained(model, _dtype(section))
+        if tasks:
+            graph.add(f"tasks-{name}", "tasks", {"sources": tasks, "seed": config.seed}, items="items")
+            inputs |= {"tasks": f"tasks-{name}", "items": "items"}
+        if isinstance(section, RlPhase) and (replay := section.replay):
+            order = {"phase": name, "mix": replay.mix, "sequence_length": replay.sequence_length, "seed": config.seed}
+            order |= {"steps": section.steps, "rows": replay.rows}
+            graph.add(f"order-{name}", "order", order, tokens="tokenize")
+            inputs |= {"tokens": "tokenize", "order": f"order-{name}"}
+        graph.add(name, stage, _training(config, model, section) | dict(more or {}), tokenizer="tokenizer", **inputs)
+
+    if config.rlvr:
+        train("rlvr", "rlvr", config.rlvr, config.rlvr.tasks, {"name": "rlvr"}, **previous)
+        previous = {"init": "rlvr"}
+    if dpo := config.dpo:
+        train("dpo", "dpo", dpo, (*dpo.preferences.tasks, *(dpo.sft_tasks.tasks if dpo.sft_tasks else ())), **previous)
+    if config.reward_model and config.online_rlhf:
+        train("reward", "reward", config.reward_model, pairs="dpo", **previous)
+        export = {"model": model, "padded_vocab_size": config.tokenizer.padded_vocab_size}
+        export |= {"dtype": trained["reward"].dtype}
+        graph.add("export-reward", "export", export, tokenizer="tokenizer", checkpoint="reward")
+        online, scorer = config.online_rlhf, {"reward": "reward", "reward_model": "export-reward"}
+        train("online-rlhf", "rlvr", online, online.tasks, {"name": "online-rlhf"}, init="dpo", **scorer)
+    return trained
+
+
+def _add_exports(
+    graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[str, Trained], conversations: Sequence[str]
+) -> None:
+    """Each exported model, and what it is worth on held-out documents and problems."""
+    for which, (name, step) in models(config).items():
+        export: dict[str, Any] = {"model": trained[name].model, "dtype": trained[name].dtype, "step": step}
+        export["padded_vocab_size"] = config.tokenizer.padded_vocab_size
+        inputs = {"checkpoint": name}
+        if step == 0 and graph.nodes[name].external:  # a phase that goes on has no step 0
+            export, inputs = {**export, "seed": config.seed}, {}
+        graph.add(f"export-{which}", "export", export, tokenizer="tokenizer", **inputs)
+        evaluation = config.evaluation
+        measured = {name: getattr(evaluation, name) for name in ("heldout_documents", "max_new_tokens", "context")}
+        measured["conversations"] = conversations
+        graph.add(f"evaluate-{which}", "evaluate", measured, model=f"export-{which}", dedup="dedup", items="items")
+
+
+def _add_chat_evaluation(graph: GraphBuilder, config: ReleaseRecipe) -> None:
+    """What models that converse are measured on: problems, the generated set, preferences, contamination."""
+    chat = config.evaluation.chat
+    if chat is None or config.sft is None:
+        return
+    names = list(models(config))
+    chat_models = names[names.index("sft") :]
+    tasks = {name: name for name, node in graph.nodes.items() if node.stage.name == "tasks"}
+    orders = {name: name for name, node in graph.nodes.items() if node.stage.name == "order"}
+    order_configs = [graph.nodes[name].config.model_dump() for name in orders]
+    mixes = {order["phase"]: sorted(order["mix"]) for order in order_configs}
+    inputs = {"model": f"export-{chat_models[-1]}", "dedup": "dedup", "items": "items"}
+    graph.add("fresh", "fresh", {"problems": config.evaluation.problems, "phases": mixes}, **inputs, **tasks)
+    generation = {"max_new_tokens": chat.max_new_tokens, "seed": config.seed}
+    for number, which in enumerate(chat_models):
+        solving = generation | {"num_samples": chat.num_samples}
+        for name, source in ((f"solve-{which}", "items"), (f"fresh-solve-{which}", "fresh")):
+            graph.add(name, "solve", solving, model=f"export-{which}", items=source)
+        if number and chat.items.courtesies > 1:
+            # each is compared with the one before it, what learnt from preferences with the last one that had not
+            before = chat_models[number - 1] if which != "online-rlhf" else chat_models[number - 2]
+            pair = {"model": f"export-{which}", "before": f"export-{before}", "items": "items"}
+            graph.add(f"prefer-{which}", "prefer", generation | {"model": which, "before": before}, **pair)
+    scored = {name: name for name, node in graph.nodes.items() if node.stage.name in ("evaluate", "solve")}
+    inputs = {"dedup": "dedup", "items": "items", "fresh": "fresh"}
+    graph.add("contamination", "contamination", {"seed": config.seed}, **inputs, **orders, **tasks, **scored)
+
+
+def _training(config: ReleaseRecipe, model: ModelConfig, section: Any) -> dict[str, Any]:
+    """What every stage that trains is given."""
+    vocabulary = config.tokenizer.padded_vocab_size
+    return {"model": model, "phase": section, "padded_vocab_size": vocabulary, "seed": config.seed}
+
+
+def _dtype(section: PhaseConfig | RlPhase | DpoPhase | RewardPhase) -> Dtype:
+    return "float32" if section.precision == "fp32" else "bfloat16"
+
+
+def _check_mixes(title: str, config: ReleaseRecipe, data: DataRecipe) -> None:
+    names = [source.name for source in data.sources]
+    mixes = {phase.where: phase.config.mix for phase in phases(config)}
+    for where, mix in {**mixes, **config.replay_mixes()}.items():
+        for source in mix:
+            if source not in names:
+                near = difflib.get_close_matches(source, names, 1)
+                hint = f"did you mean {near[0]}? It has" if near else "it has"
+                raise RecipeError(
+                    f"{title}: {where}.mix names {source}, which data recipe {escaped(config.data, 80)} does not have; "
+                    f"{hint} {names_in_words(names)}"
+                )
+        if abs(sum(mix.values()) - 1) > 1e-6:
+            raise RecipeError(f"{title}: {where}.mix sums to {sum(mix.values()):g}; the shares must sum to 1")
+
+
+def _check_lengths(title: str, config: ReleaseRecipe) -> None:
+    before = 0
+    for phase in phases(config):
+        length, where = phase.config.sequence_length, phase.where
+        if where.startswith("long_context") and length <= before:
+            raise RecipeError(
+                f"{title}: {where}.sequence_length = {length} is no longer than the {before} tokens of the phase "
+                "before; long_context phases only lengthen"
+            )
+        before = length if phase.node != "sft" else before
+        if length > config.model.context_length and phase.node == phase.stage:
+            raise RecipeError(
+                f"{title}: {where}.sequence_length = {length} is longer than model.context_length = "
+                f"{config.model.context_length}; shorten the sequence, raise the context length, or make it a phase of "
+                "long_context"
+            )
