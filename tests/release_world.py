@@ -338,7 +338,8 @@ def make_code(root: Path) -> Path:
     for package in ("pipeline", "stages", "release", "data_recipes"):
         (root / package).mkdir(parents=True)
         (root / package / "__init__.py").write_text(f'"""{package}"""\n')
-    (root / "release" / "build.py").write_text("x = 1\n")
+    (root / "release" / "assembly").mkdir()
+    (root / "release" / "assembly" / "build_release.py").write_text("x = 1\n")
     (root / "pipeline" / "__pycache__").mkdir()
     (root / "pipeline" / "__pycache__" / "a.pyc").write_text("no")
     (root / "LICENSE").write_text("The license.\n")
