@@ -25,9 +25,9 @@ TOKEN = "hf_" + "s" * 34
 CLIENT = """
 import sys
 from pipeline.core.errors import AtomError
-from release import hub_limits
+from release.hub import limits
 from release.{module} import {call}
-hub_limits.LIMITS = hub_limits.Limits(
+limits.LIMITS = limits.Limits(
     connect=20, silence=5, work=5, patience=30, answer_seconds=7, window=5, retry_after=1, call_seconds={seconds})
 try:
     {run}
@@ -35,12 +35,12 @@ try:
 except AtomError as error:
     print(type(error).__name__, error.exit_code, str(error))
 """
-VERIFY = {"module": "verify", "call": "verify", "run": "verify('a/b')", "seconds": "300"}
+VERIFY = {"module": "audit.verify", "call": "verify", "run": "verify('a/b')", "seconds": "300"}
 PAGES = {**VERIFY, "seconds": "5"}
 SLOW_NAME = "slow.json"
 SLOW = {**VERIFY, "seconds": "10"}
 UPLOAD = {
-    "module": "upload",
+    "module": "hub.upload",
     "call": "Difference, Journal, _commit",
     "run": "import pathlib; _commit(pathlib.Path(sys.argv[1]), 'a/b', 'model', 'main', Difference(['x.safetensors'], []), 'm', Journal(pathlib.Path(sys.argv[1]) / 'j'))",
     "seconds": "300",
