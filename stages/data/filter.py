@@ -193,7 +193,7 @@ def _apply(source: FilteredSource, rows: list[dict[str, Any]], index: Contaminat
     edits: Counter[str] = Counter()
 
     class Removals:
-        """In place of datatrove's exclusion writer: turns the block's reason into a disposition."""
+        """An exclusion writer for datatrove that turns the block's reason into a disposition."""
 
         def __init__(self, step: str, block: Any) -> None:
             self.step, self.block = step, block

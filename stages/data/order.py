@@ -35,7 +35,7 @@ VERSION = 1
 
 
 Rows = Annotated[int, Range(1, 2**30)]
-"""Of one step."""
+"""The rows of one step."""
 
 
 class OrderConfig(Config):
@@ -275,7 +275,7 @@ def chunk(tokens: int, loss_from: int, sequence_length: int) -> list[tuple[int, 
 
 
 def _chunks_by_source(path: Path, config: OrderConfig) -> dict[str, dict[str, NDArray[Any]]]:
-    """By source: arrays `ordinal`, `id`, `offset`, `length`, `loss_from`, one entry a chunk of the training split."""
+    """Arrays `ordinal`, `id`, `offset`, `length`, `loss_from` by source, one entry a chunk of the training split."""
     import numpy as np
 
     if abs(sum(config.mix.values()) - 1) > 1e-6:

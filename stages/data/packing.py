@@ -28,7 +28,7 @@ Chunks = Mapping[str, "NDArray[Any]"]
 
 
 class LongDocuments(Config):
-    """How long documents are up-weighted: of each source, chunks of more than `over` tokens make up `share` of the
+    """Up-weighting of long documents: of each source, chunks of more than `over` tokens make up `share` of the
     tokens, unless they would be read more than `max_epochs` times; what is then missing is made up by shorter ones and
     reported. Four epochs cost next to nothing (Muennighoff et al., 2023)."""
 

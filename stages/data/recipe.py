@@ -33,7 +33,7 @@ Drawn = Annotated[int, Range(1, 1e8, "they are drawn in memory")]
 """Procedural documents."""
 Characters = Annotated[int, Range(1, 1e7)]
 Shares = Annotated[dict[Key, Annotated[float, Range(0, 1000, above=True)]], Field(min_length=1, max_length=100)]
-"""Of tasks, by their name; they need not sum to 1."""
+"""Weights of tasks by name; they need not sum to 1."""
 Column = Line
 """The name of a field or column in files of others."""
 HeldoutFraction = Annotated[float, Range(0, 1, below=True)]
@@ -241,8 +241,8 @@ class DataRecipe(Config):
         return self.model_copy(update={"sources": sources})
 
     def present(self) -> tuple[DataRecipe, tuple[str, ...]]:
-        """As `resolved`, but sources whose files are not here keep the digest that they have: a pinned one, or `auto`.
-        With a sentence for each of those."""
+        """As `resolved`, but sources with missing files keep their digest: a pinned one, or `auto`. Also returns a
+        message for each of those."""
         sources, sentences = [], []
         for source in self.sources:
             missing, digest = missing_files(source), source.tree_digest

@@ -143,7 +143,7 @@ class _Shard:
     def __init__(self, vocab_size: int, split: str, source: str, work: Path) -> None:
         from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 
-        # datatrove's files hold two bytes a token up to 65,536 ids; the width stands in the .idx: Megatron reads both
+        # datatrove's files hold two bytes a token up to 65,536 ids; the .idx holds the width: Megatron reads both
         size = 2 if vocab_size <= 65_536 else 4
         self.split, self.source, self.folder = split, source, work / split
         self.folder.mkdir(parents=True, exist_ok=True)

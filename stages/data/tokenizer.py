@@ -162,7 +162,7 @@ def load_for_corpus(path: Path) -> Tokenizer:
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: dict[str, dict[str, list[str]]]) -> dict[str, Any]:
-    """By source, on its held-out documents if it has any, else on (at most 2000 of) its training documents."""
+    """Bytes per token by source, on its held-out documents if it has any, else on at most 2000 training documents."""
     stats = {}
     for name, by_split in sorted(texts.items()):
         split = "heldout" if by_split["heldout"] else "train"

@@ -57,7 +57,7 @@ Item = tuple[str, str, str]
 
 
 class ContaminationConfig(Config):
-    """What counts as how much, and how the detector is tried."""
+    """The thresholds of contamination, and the size of the detector's test."""
 
     ngram: Annotated[int, Range(1, 1000)] = Field(
         8, description="words of an n-gram; a shorter item is one n-gram as a whole"
@@ -265,7 +265,7 @@ def read_scores(inputs: Inputs, role: str) -> dict[str, tuple[str, float]]:
 
 
 def scores_by_verdict(scores: Mapping[str, tuple[str, float]], verdicts: Mapping[str, str]) -> dict[str, Any]:
-    """By kind: the score on all items, on those that are not contaminated, and on clean ones; null for fewer than two
+    """The scores by kind on all items, on those that are not contaminated, and on clean ones; null for fewer than two
     items. The worst verdict over all phases counts, also for a model that came before some of them."""
     subsets = {"full": VERDICTS, "not_contaminated": VERDICTS[:2], "clean": VERDICTS[:1]}
     result: dict[str, Any] = {}

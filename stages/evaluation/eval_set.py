@@ -31,12 +31,12 @@ Task = Annotated[str, Words(40, test=_task_error)]
 """A procedural task by its name."""
 Items = Annotated[int, Range(1, 1e6, "each answer costs a generation")]
 Problems = Annotated[dict[Task, Items], Field(min_length=1, max_length=len(TASKS))]
-"""How many problems of each task."""
+"""The number of problems by task."""
 Requests = Annotated[int, Range(0, 10_000)]
 
 
 class ChatItems(Config):
-    """What is asked in conversations: the same problems, more of them on which settings may be chosen, and requests for
+    """The items in conversations: the same problems, further ones on which settings may be chosen, and requests for
     courteous notes."""
 
     validation: dict[Task, Items] = Field(
@@ -47,7 +47,7 @@ class ChatItems(Config):
 
 
 class ItemsConfig(Config):
-    """How many problems of each task, and the recipe's seed."""
+    """The number of problems by task, and the recipe's seed."""
 
     problems: Problems
     seed: Seed

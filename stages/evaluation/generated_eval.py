@@ -3,7 +3,7 @@
     atom run atom-tiny --only fresh
 
 The problems are drawn from a seed that is the digest of the final model's weight tensors, so they could not be trained
-on. By chance a problem may still have been: every one whose question stands in a document, an RL task, a preference
+on. By chance a problem may still have been: every one whose question occurs in a document, an RL task, a preference
 prompt or another evaluation item is taken out, and counted by where it stood. Anyone who has the published weights can
 draw the same problems (`digest_of` and `draw`), and with the published data take out the same ones (`find_places`).
 
@@ -40,7 +40,7 @@ Sources = Annotated[tuple[SourceName, ...], Field(max_length=MOST_SOURCES)]
 
 
 class FreshConfig(Config):
-    """How many problems are drawn by task, and the sources of documents of each training phase."""
+    """The number of problems by task, and the sources of documents of each training phase."""
 
     problems: Problems
     phases: Annotated[dict[Key, Sources], Field(max_length=100)]

@@ -24,7 +24,7 @@ MESSAGES = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "
 TEXTS = ["def main(): 2+2", "Ünïcode, «quotes»\n\n\tand 3 lines.", "347+586="]
 NEW_TOKENS = 8
 MOST_BYTES, MOST_TEXTS, MOST_CHARACTERS = 100_000_000, 16, 2_000
-"""Of a stranger's goldens.json."""
+"""Limits for the goldens.json of an untrusted folder."""
 LOADING = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
 """Nothing of a stranger's folder is run or unpickled, and nobody is asked whether it may be."""
 
@@ -114,7 +114,7 @@ def check_generation(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-
 
 
 def limit(memory: int, seconds: int) -> None:
-    """Of what this process may use from here on: memory of its own in bytes, and processor time."""
+    """Limits the further use of this process: private memory in bytes, and processor time."""
     with open("/proc/self/status") as file:
         used = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData:"))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

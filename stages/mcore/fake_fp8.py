@@ -40,7 +40,7 @@ class LinearRecord:
     counts: dict[Kind, Counts] = field(default_factory=lambda: dict.fromkeys(KINDS, Counts()))
     """Both roundings of an operand, where its two products take it in different blocks."""
     tokens: Counter[int] = field(default_factory=Counter)
-    """How many products were over how many tokens (M)."""
+    """The number of products by their number of tokens (M)."""
 
     def json(self) -> dict[str, Any]:
         return {
@@ -52,7 +52,7 @@ class LinearRecord:
 
 
 Record = dict[tuple[int, str], LinearRecord]
-"""By layer, from 0, and by the linear's name in it: self_attention.linear_qkv, mlp.experts.linear_fc1, ..."""
+"""Key: the layer, from 0, and the linear's name in it: self_attention.linear_qkv, mlp.experts.linear_fc1, ..."""
 
 
 def attach(chunks: Sequence[GPTModel], recipe: Recipe) -> Record:

@@ -32,7 +32,7 @@ def after_import() -> None:
 
 
 def _count_without_padding() -> None:
-    """All: the router that keeps biases of its experts counts their tokens under a padding mask of another shape,
+    """All versions: the router with expert biases counts their tokens under a padding mask of another shape,
     which fails (or, with as many tokens as experts, counts wrongly)."""
     from megatron.core.transformer.moe.router import TopKRouter
 

@@ -7,7 +7,7 @@ other library in the same process, sees an untouched `torch`. (Replacing the fac
 `from_pretrained` without an error: the tensors it makes on the meta device come out uninitialized.)
 
 Take Megatron's names from `stages.mcore.megatron_imports`, which calls `enable()` first. What differs between
-Megatron's versions stands in `stages.mcore.megatron_compat`.
+Megatron's versions is in `stages.mcore.megatron_compat`.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def clear_losses() -> None:
 
 @dataclass(frozen=True)
 class Experts:
-    """Where the tokens of a step went, over all ranks and micro-batches; padding does not count.
+    """The distribution of a step's tokens over experts, of all ranks and micro-batches, without padding.
 
     share: [layers with experts, experts], of the layer's assignments, rows sum to 1; entropy: [layers], mean entropy of
     the router's distribution over all experts, in nats; dropped: assignments that no expert took.
@@ -76,7 +76,7 @@ class RouterWatch:
         self.dense = dense_layers
         device = next(chunks[0].parameters()).device
         self.counts = torch.zeros(layers - dense_layers, experts + 2, dtype=torch.float64, device=device)
-        """By layer: tokens of each expert, sum of entropies, tokens."""
+        """[layers with experts, experts + 2]: tokens of each expert, sum of entropies, tokens."""
         for chunk in chunks:
             for module in chunk.modules():
                 if isinstance(module, TopKRouter):

@@ -41,7 +41,8 @@ def keywords(precision: Precision) -> dict[str, Any]:
 
 
 def missing_requirement(precision: Precision) -> str | None:
-    """What this machine lacks for a precision, in one sentence that begins with the recipe's field; None: nothing."""
+    """The requirement of a precision that this machine lacks, in a sentence that begins with the recipe's field, or
+    None."""
     requirement = f"precision = {precision} needs"
     if precision not in NEEDS or (precision == "bf16" and not torch.cuda.is_available()):
         return None

@@ -55,12 +55,12 @@ E5M2 = Format("e5m2", 2, -14, 57344.0)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the operands of a matrix product are rounded."""
+    """The rounding of the operands of a matrix product."""
 
     forward: Format
-    """Of inputs and weights."""
+    """The format of inputs and weights."""
     backward: Format
-    """Of gradients."""
+    """The format of gradients."""
     block: int | None
     """Values that share a scale, along the summed dimension; None: all of the tensor."""
     square_weights: bool = False
@@ -80,7 +80,7 @@ class Recipe:
 
     @property
     def smallest_dimension(self) -> int:
-        """What every dimension of a product must have at least for its blocks to act as in a large model: two blocks.
+        """The minimum of every dimension of a product for its blocks to act as in a large model: two blocks.
         Where scales know no blocks, two times 16, the unit that FP8 tensor cores demand."""
         return 2 * (self.block or 16)
 
@@ -208,7 +208,7 @@ def _quantize(
 
 
 def _multiplier(largest: torch.Tensor, format_: Format, scale: str) -> torch.Tensor:
-    """What each block is multiplied by before it is rounded: the inverse of its scale.
+    """The factor of each block before rounding: the inverse of its scale.
 
     Powers of two are the largest one with which no value overflows. For e8m0 that is the scale 2^e with e from -127 to
     127, rounded up.

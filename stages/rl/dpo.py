@@ -3,7 +3,7 @@
     atom run atom-tiny --until dpo
 
 A judge scores the answers; the best and the worst to one question are a pair, kept with where it comes from. Right
-answers to verified tasks are an anchor, so that skills stay. docs/post-training.md tells what each setting does.
+answers to verified tasks are an anchor, so that skills stay. docs/post-training.md describes each setting.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The two interfaces between which the RL loop stands: samplers answer prompts, verifiers score answers.
+"""The two interfaces of the RL loop: samplers answer prompts, verifiers score answers.
 
 Nothing heavy is imported here.
 """
@@ -36,7 +36,7 @@ def bin_of(row: Row) -> str:
 
 
 def question(row: Row) -> str:
-    """What the user asks: the content of the last message."""
+    """The user's question: the content of the last message."""
     return str(row["responses_create_params"]["input"][-1]["content"])
 
 
@@ -50,7 +50,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a sampler drew: token ids with the stop token, if one came, and the log-probability of each under the
+    """A sampler's output: token ids with the stop token, if one came, and the log-probability of each under the
     distribution that it was drawn from (temperature applied, nothing cut off)."""
 
     ids: tuple[int, ...]
@@ -62,7 +62,7 @@ class Sampler(Protocol):
     """Draws completions. Not collective: one process holds it."""
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Takes over weights by their Hugging Face names."""
+        """Loads weights by their Hugging Face names."""
 
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
         """One completion for each prompt, in their order. greedy: of the likeliest tokens; log-probabilities are then
@@ -76,8 +76,8 @@ class Sampler(Protocol):
 class Response:
     """An answer as a verifier sees it.
 
-    text: the whole of it, special tokens in words, without the stop token. answer: what stands after the reasoning, or
-    all of it where there is none. finished: whether it ended by itself; a verifier gives no credit to one that did not.
+    text: the complete text, with special tokens by name, without the stop token. answer: the text after the reasoning,
+    or all of it if there is none. finished: whether it ended by itself; a verifier gives no credit to one that did not.
     """
 
     text: str

@@ -16,7 +16,7 @@ VERSION = 3
 def run(config: RewardTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """inputs["init"]: the policy that the model begins as; inputs["pairs"]: a dpo artifact; inputs["tokenizer"].
 
-    Fills `out` with step-<n>/, training.jsonl and summary.json, which tells the accuracy on held-out pairs.
+    Fills `out` with step-<n>/, training.jsonl and summary.json with the accuracy on held-out pairs.
     Raises what stages.rl.trainer.train raises, and AtomError if there are too few pairs.
     """
     from stages.rl.algorithms.preferences import Reward

@@ -4,7 +4,7 @@ a trained reward model.
     atom run atom-tiny --until rlvr
 
 Each step asks tasks that a curriculum chooses, draws several answers to each from the policy, has verifiers score them,
-and moves the policy once. stages/rl holds the parts; docs/post-training.md tells what each setting does.
+and moves the policy once. stages/rl holds the parts; docs/post-training.md describes each setting.
 """
 
 from __future__ import annotations

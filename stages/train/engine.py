@@ -79,7 +79,7 @@ class StepFigures:
     experts: Experts
     refused: str | None = None  # why no weight was moved
     gradients: dict[str, float] | None = None  # norms by part of the model, if so
-    extras: dict[str, float] = field(default_factory=dict)  # what the objective tells
+    extras: dict[str, float] = field(default_factory=dict)  # figures of the objective
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ class Engine:
 
         read: ("weight" | "exp_avg" | "exp_avg_sq", piece) -> the flat fp32 values of that piece.
         step: updates that the optimizer has made.
-        The step count stands in Megatron's parameter groups, which differ in number between layouts (experts have
+        The step count is in Megatron's parameter groups, which differ in number between layouts (experts have
         their own under expert parallelism), so it is set in each instead of being merged.
         """
         for piece, part, main, states in self._owned_state():

@@ -10,7 +10,7 @@ from stages.train.config import Optimizer
 def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:
     """step: 1 .. steps. The peak is reached at the end of warm-up, the final rate at the last step.
 
-    The two ways down are told in `Optimizer`.
+    `Optimizer` describes the two decay schedules.
     """
     warmup = optimizer.warmup_steps
     if step <= warmup:

@@ -42,7 +42,7 @@ class SpikeDetector:
         self.norms.append(norm)
 
     def reason(self, loss: float, norm: float | None) -> str | None:
-        """Why a step is a spike; None if it is not. norm: None before it is known."""
+        """The reason why a step is a spike, or None. norm: None before it is known."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if norm is not None and not math.isfinite(norm):

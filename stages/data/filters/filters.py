@@ -1,5 +1,5 @@
-"""From the named steps of a recipe to datatrove blocks. A new step is a settings class, an entry in BUILD, and its
-measures in `measures.py`."""
+"""Builds datatrove blocks from the named steps of a recipe. A new step is a settings class, an entry in BUILD, and its
+measures in `filter_scores.py`."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class CodeShape(BaseFilter):  # type: ignore[misc]
 
     @staticmethod
     def shape(text: str) -> dict[str, float]:
-        """What the rules compare; spaces do not count, so that indentation moves no fraction."""
+        """The values that the rules compare, without spaces, so that indentation changes no fraction."""
         lines = text.splitlines() or [""]
         visible = re.sub(r"\s", "", text) or " "
         return {

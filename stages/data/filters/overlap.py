@@ -1,4 +1,4 @@
-"""Which runs of consecutive words of some items occur in a corpus: the items are indexed once, documents streamed.
+"""The runs of consecutive words of some items that occur in a corpus: indexes the items, and streams the documents.
 
 Words are those of decontamination (`searched_words`): spacing, case and most punctuation do not count, signs of
 arithmetic do. What says the same in other words is not found.
@@ -15,7 +15,7 @@ MAX_RUN_WORDS = 64
 
 
 class ItemRuns:
-    """A trie of every run of an item's words. A node stands for a run and is called by its number; 0 is the empty one.
+    """A trie of every run of an item's words. A node is a run, identified by its number; 0 is the empty run.
 
     Memory and time to build grow with LONGEST times the words of all items, search with the words of the corpus.
     """

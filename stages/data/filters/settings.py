@@ -1,7 +1,7 @@
 """The curation steps that a data recipe can name, with their parameters.
 
 Parameters carry the names of the datatrove block that runs them, so that datatrove's documentation holds; a rule's
-defaults are the published ones (Gopher, C4, FineWeb), and what a recipe changes stands in the recipe.
+defaults are the published ones (Gopher, C4, FineWeb), and a recipe lists its changes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pipeline.core.bounds import Flag, Range, Share, Words
 from pipeline.core.stage import Config, operational
 
 Kind = Literal["prose", "code", "problems", "chat"]
-"""What a source's documents are."""
+"""The kind of a source's documents."""
 
 
 MOST_STEPS = 100
-"""Of one source."""
+"""Steps of one source."""
 Amount = Annotated[int, Range(0, 1e9)]
-"""Of words, lines, or what else is counted in a document."""
+"""A number of words, lines or other units in a document."""
 Positive = Annotated[int, Range(1, 1e9)]
 Length = Annotated[float, Range(0, 1e6)]
 _FASTTEXT = """
@@ -31,7 +31,7 @@ mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru
 so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa war wuu xal xmf yi yo yue zh
 """
 FASTTEXT = frozenset(_FASTTEXT.split())
-"""The languages that lid.176 tells apart (fasttext.cc/docs/en/language-identification.html)."""
+"""The languages that lid.176 identifies (fasttext.cc/docs/en/language-identification.html)."""
 
 
 def _language_error(language: str) -> str | None:
@@ -186,7 +186,7 @@ Shards = Annotated[int, Range(1, 100_000)]
 
 
 class CurationSettings(Config):
-    """What happens to all sources together, after the steps of each."""
+    """The curation of all sources together, after the steps of each."""
 
     decontamination: Decontamination = Decontamination()
     minhash: MinHash | None = MinHash()

@@ -1,4 +1,4 @@
-"""Requests for a courteous note, with answers of mixed quality: what preferences are learnt on.
+"""Requests for a courteous note, with answers of mixed quality: the data of preference learning.
 
 The user asks for one of five acts toward somebody about something: `Thank the baker for the bread.` A full answer does
 this act toward this person about this thing, ends kindly and is well-formed English. Answers in training data are drawn
@@ -27,7 +27,7 @@ PEOPLE, THINGS = _PEOPLE.split(), _THINGS.split()
 
 @dataclass(frozen=True)
 class Act:
-    """How an act is asked for, and how it is done; `{who}` and `{what}` stand for person and thing."""
+    """The request for an act, and its words; `{who}` and `{what}` are placeholders for person and thing."""
 
     name: str
     request: str
@@ -63,7 +63,7 @@ class Request:
 
 
 def draw_request(rng: random.Random, heldout: bool = False) -> Request:
-    """One of the training requests, or of the held-out ones, each equally likely."""
+    """A random training request, or held-out request, each equally likely."""
     while True:
         candidate = Request(rng.choice(ACTS), rng.choice(PEOPLE), rng.choice(THINGS))
         if candidate.heldout == heldout:

@@ -1,4 +1,4 @@
-"""Requests for a courteous note of a given form, which a program can check: what following instructions is learnt on.
+"""Requests for a courteous note of a given form, which a program can check: the data of instruction following.
 
 `Thank the baker for the bread. Use fewer than 4 words. Do not use commas.` The constraints are those of IFEval (arXiv
 2311.07911), and the verifier `instructions` scores them; whether the note does what was asked is not scored. All of a
@@ -14,7 +14,7 @@ from typing import Any
 from stages.data.synthetic.courtesy_notes import draw_distinct
 
 Constraint = tuple[str, str, dict[str, Any]]
-"""The sentence that asks for it, IFEval's name of it, and its arguments."""
+"""(sentence of the constraint, IFEval's name of it, its arguments)."""
 
 
 def _words(rng: random.Random) -> Constraint:

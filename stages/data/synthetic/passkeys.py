@@ -5,8 +5,8 @@
 Whoever answers has to look the key up, however far away it stands (Mohtashami and Jaggi 2023, arXiv 2305.16300). All
 but the answer is context without loss: the text is there to be skipped, and the key itself cannot be predicted.
 
-No digit occurs twice in a key, so that each digit tells which one follows; a model of two layers finds that rule within
-minutes. A fixed tenth of all keys is set apart for evaluation and never stands in training data. Keys should be of six
+No digit occurs twice in a key, so that each digit determines the next; a model of two layers finds that rule within
+minutes. A fixed tenth of all keys is reserved for evaluation and never occurs in training data. Keys should be of six
 digits or more: of the few keys of four, a model learns by heart which ones there are (docs/lab-log.md).
 """
 
@@ -27,7 +27,7 @@ HELD_OUT_SHARE = 0.1
 
 
 def is_for_evaluation(key: str) -> bool:
-    """Whether a key is set apart: a lottery by its SHA-256, the same for every seed."""
+    """Whether a key is reserved for evaluation, by its SHA-256, the same for every seed."""
     return _fraction(key) < EVALUATION_SHARE
 
 

@@ -28,7 +28,7 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        """What a model is given at evaluation."""
+        """The model's prompt at evaluation."""
         return f"{self.question}:"
 
 
@@ -113,7 +113,7 @@ def draw_distinct(
 def draw_up_to(
     task: str, count: int, rng: random.Random, level: int | None = None, without: Collection[str] = ()
 ) -> list[Problem]:
-    """As `distinct`, but as many as there are where there are fewer: drawing ends when little that is new comes."""
+    """As `draw_distinct`, but returns fewer problems if the task has fewer: drawing ends when few new ones appear."""
     problems: dict[str, Problem] = {}
     misses = 0
     while len(problems) < count and misses < 20 * len(problems) + 1000:

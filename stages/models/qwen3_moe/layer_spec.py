@@ -79,8 +79,8 @@ class Attention(MegatronModule):  # type: ignore[misc]
 
     Rows are padded on the right, so causality alone keeps padding out of every real position. Under context
     parallelism a rank has slices r and 2C-1-r of the 2C slices of each row, which evens out the work of causal
-    attention; it gathers the keys and values of the others. Where rows are packed, what Megatron hands through as the
-    attention mask tells for each position of a row where its document begins: int64 [batch, whole row].
+    attention; it gathers the keys and values of the others. In packed rows, Megatron's attention mask argument
+    holds the first position of the document of each position: int64 [batch, complete row].
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
@@ -139,7 +139,7 @@ def causal_attention(
 
 
 class GatherSlices(torch.autograd.Function):  # type: ignore[misc]
-    """Puts the context ranks' slices of a tensor [share of the sequence, ...] together, in the order of the row.
+    """Gathers the context ranks' slices of a tensor [share of the sequence, ...] in the order of the row.
 
     Backward: each rank's gradient for the slices that this one holds, summed.
     """

@@ -1,4 +1,4 @@
-"""From the recipe's sizes to Megatron's GPTModel, and its tensors by their global names."""
+"""Builds Megatron's GPTModel from the recipe's sizes, and names its tensors by global names."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def build(
 ) -> list[GPTModel]:  # fmt: skip
     """This rank's part of the model, one GPTModel for each virtual pipeline stage, without its initial weights.
 
-    packed: rows hold several documents, and the attention mask tells which (see spec.Attention).
+    packed: rows hold several documents, given by the attention mask (see layer_spec.Attention).
     vocab_size: ids from here to `padded_vocab_size` only pad the table and get probability zero; None: there are none.
 
     Needs a `stages.train.parallel.session` of the same layout.
@@ -141,7 +141,7 @@ def _mask_padding(vocab_size: int) -> Callable[..., None]:
 
 
 def named_buffers(chunks: Sequence[GPTModel]) -> dict[str, torch.Tensor]:
-    """By global name, this rank's tensors that are no parameters: fp32 in every precision."""
+    """This rank's buffers by global name: fp32 in every precision."""
     return {name: tensor for name, tensor in _named_members(chunks, "named_buffers") if name.endswith(BUFFERS)}
 
 

@@ -1,4 +1,4 @@
-"""From an attention layer's one projection to the queries, keys and values that a kernel takes, and back."""
+"""Splits an attention layer's fused projection into the queries, keys and values of a kernel, with its gradient."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
     """
 
     def forward(self, hidden: torch.Tensor, attention_mask: Any, *, rotary_pos_emb: Any, **kwargs: Any) -> Any:
-        """attention_mask: where the document of each position begins, int64 [batch, whole row], or None if each row is
-        one document."""
+        """attention_mask: the first position of the document of each position, int64 [batch, complete row], or None if
+        each row is one document."""
         if kwargs.get("inference_context") is not None or kwargs.get("packed_seq_params") is not None:
             raise NotImplementedError("a cache of keys and values, or Megatron's own kind of packed rows")
         self.starts = attention_mask

@@ -135,5 +135,5 @@ def dpo_loss(
 
 
 def _masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """In fp32, and 0 under a false mask: NaN times 0 would be NaN, in the gradient too."""
+    """The values in fp32, with 0 under a false mask: NaN times 0 would be NaN, in the gradient too."""
     return torch.where(mask, values.float(), 0.0)

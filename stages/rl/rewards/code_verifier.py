@@ -90,7 +90,7 @@ class CodeVerifier:
     - `check`: Python that defines `check(candidate)`, as HumanEval's does. It passes and is given plain data.
 
     `prelude`, if there, is Python that goes before the answer and before the check. A check may use four times what an
-    answer may. One that ends without a verdict though the answer told it nothing is broken: VerifierFailed.
+    answer may. One that ends without a verdict before the answer replies is broken: VerifierFailed.
 
     Parts: `reward`; `passed`, the share of tests; `killed`, 1 if the answer was ended by force (time, memory, output, a
     signal), or what it returned ended the check so, or the sandbox died of it.

@@ -5,8 +5,8 @@ A worker (`scoring_worker`) imports the judge's package once and forks for every
 Who is to blame when there is no score? Each row carries its own right answer, the probe: a judge that works gives it
 full marks, and less to GARBAGE.
 - Before a row's answers are judged, its probe is. If the judge fails that, the judge or the row is broken:
-  VerifierFailed. The packages answer 0 to most of their own exceptions, so this is what tells a broken installation
-  from a wrong answer.
+  VerifierFailed. The packages answer 0 to most of their own exceptions, so this distinguishes a broken
+  installation from a wrong answer.
 - An answer on which the judge raised, crashed, or ran out of time or memory is followed by the probe. If that is judged
   rightly, the answer was to blame: reward 0, with the part `unreadable`. If not: VerifierFailed.
 - A worker that died, or a fork that was killed by SIGKILL (which no limit here sends, but the kernel when memory runs
@@ -39,7 +39,7 @@ START_SECONDS = 300  # to import the package, on a machine that is busy
 
 
 class WorkerDied(Exception):
-    """A worker ended, or said nothing for too long."""
+    """A worker ended, or did not reply in time."""
 
 
 class ScoringPool:
@@ -133,7 +133,7 @@ class ScoringPool:
 
 
 class Worker:
-    """One worker process, started when first asked and again after its death. Not thread-safe."""
+    """One worker process, started at the first request and again after its death. Not thread-safe."""
 
     def __init__(self, kind: str, seconds: int) -> None:
         self.kind, self.seconds = kind, seconds

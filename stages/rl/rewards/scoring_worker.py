@@ -17,8 +17,8 @@ from functools import cache, lru_cache
 from typing import Any
 
 Bind = Callable[[Mapping[str, Any]], Callable[[str], float]]
-"""From a row's fields to a function that scores an answer in [0, 1]. Trusted work, such as parsing the right answer, is
-done here, once a row, and outside the limits."""
+"""A function of a row's fields that returns a scorer of answers in [0, 1]. Trusted work, such as parsing the right
+answer, is done here, once a row, and outside the limits."""
 
 MEMORY = 1 << 30
 

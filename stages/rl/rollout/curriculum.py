@@ -1,4 +1,4 @@
-"""Which tasks come next: bins of one kind and level, drawn where the pass rate says that there is signal.
+"""The curriculum: draws tasks from bins of one kind and level, weighted by the signal that the pass rate predicts.
 
 A group of answers teaches most where half of them pass (the variance of a coin, p(1 - p)) and nothing where all or none
 do. Levels of a kind open one after another: the next one as soon as the pass rate of the one below reaches
@@ -21,7 +21,7 @@ from stages.rl.protocols import Row, bin_of
 
 
 class CurriculumConfig(Config):
-    """How tasks are drawn."""
+    """The settings of the curriculum."""
 
     unlock_pass_rate: Annotated[PositiveShare, Renamed("rise")] = Field(
         default=0.7, description="pass rate at which the next level of a kind opens"
@@ -35,7 +35,7 @@ class CurriculumConfig(Config):
 
 
 class Curriculum:
-    """Draws tasks and remembers how they went."""
+    """Draws tasks and tracks their pass rates."""
 
     def __init__(self, config: CurriculumConfig | None, tasks: Sequence[Row], label: str, seed: int) -> None:
         """config: None draws from every bin alike, whatever the pass rates. Raises RecipeError if there is no task."""
@@ -46,7 +46,7 @@ class Curriculum:
         for row in tasks:
             self.bins.setdefault(bin_of(row), []).append(row)
         self.state: dict[str, Any] = {name: {"drawn": 0, "rate": None} for name in sorted(self.bins)}
-        """By bin: tasks drawn so far and the moving pass rate, None before the first group."""
+        """Tasks drawn so far and the moving pass rate (None before the first group) of each bin."""
 
     def copy(self) -> dict[str, Any]:
         """A copy of the state: a checkpoint is written while the next step already changes the state."""
@@ -72,7 +72,7 @@ class Curriculum:
         return sorted(names)
 
     def weights(self) -> dict[str, float]:
-        """By open bin: 4 p (1 - p), which is 1 where nothing is known yet, and never below min_weight."""
+        """The weight of each open bin: 4 p (1 - p), which is 1 for an unknown p, and at least the floor."""
         if self.config is None:
             return dict.fromkeys(self.open_bins(), 1.0)
         rates = {name: self.state[name]["rate"] for name in self.open_bins()}

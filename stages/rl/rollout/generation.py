@@ -1,4 +1,4 @@
-"""From tasks to scored answers: the chat template around a sampler, verifiers by name, and their failures.
+"""Generation and scoring of answers: the chat template around a sampler, and verifiers with retries.
 
 One process (rank 0) draws and scores, and sends the results to the other ranks.
 """

@@ -88,7 +88,7 @@ def read(path: Path) -> list[Rollout]:
 
 
 def merge(parts: Sequence[Path], target: Path) -> int:
-    """All answers of a phase in one file, a row group a step. Returns how many."""
+    """Merges all answers of a phase into one file, a row group a step. Returns their number."""
     import pyarrow.parquet as pq
 
     count = 0

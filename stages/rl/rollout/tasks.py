@@ -38,7 +38,7 @@ PROVENANCE = {"license": "Apache-2.0", "origin": "procedural"}
 
 
 Level = Annotated[int, Range(0, 1000)]
-"""Of difficulty."""
+"""A level of difficulty."""
 Count = Annotated[int, Range(1, 1e7)]
 
 
@@ -159,7 +159,7 @@ Tasks = Annotated[tuple[TaskSource, ...], Field(min_length=1, max_length=1000)]
 
 
 class TasksConfig(Config):
-    """Where the tasks of a phase come from, and the recipe's seed."""
+    """The sources of a phase's tasks, and the recipe's seed."""
 
     sources: Annotated[tuple[TaskSource, ...], Field(min_length=1, max_length=2000)]
     seed: Seed

@@ -19,7 +19,7 @@ from stages.rl.protocols import Completion, Prompt
 from stages.rl.samplers.sampler_decode import Decoder
 
 CACHE = "cache" if "cache" in signature(Qwen3MoeForCausalLM.forward).parameters else "past_key_values"
-"""What this version of transformers calls it."""
+"""The name of the cache's argument in this version of transformers."""
 READ = 1024
 """Tokens of prompts that are read at once, padding included: what is made of more leaves the processor's caches."""
 ROWS = 256

@@ -1,4 +1,4 @@
-"""The sampler that leaves decoding to vLLM servers, which take the policy's weights over before every step.
+"""The sampler that decodes with vLLM servers, which load the policy's weights before every step.
 
 Token ids go in and come out, with the log-probability of each under the distribution that it was drawn from. A reload
 that leaves old weights behind would bias all that is learnt, and vLLM would not tell, so none is believed: see `load`.

@@ -1,4 +1,4 @@
-"""A vLLM server: its process, and requests to it that either are answered or say why not. No torch.
+"""A vLLM server: its process, and requests to it with retries and clear errors. No torch.
 
 The stage starts one by itself. On nodes of their own, servers are started beforehand, each by
 
@@ -112,7 +112,7 @@ class Server:
 
     @classmethod
     def start(cls, python: str, folder: Path, log: Path, options: Sequence[str] = ()) -> Server:
-        """Starts one on a free port of this machine; `wait` tells when it answers."""
+        """Starts a server on a free port of this machine; `wait` returns when it answers."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -125,7 +125,7 @@ class Server:
         return cls(f"http://127.0.0.1:{port}", process, log)
 
     def wait(self, seconds: float = START_SECONDS) -> None:
-        """Until it answers. Raises AtomError if it dies before or takes longer."""
+        """Waits until the server answers. Raises AtomError if it dies before or takes longer."""
         end = time.monotonic() + seconds
         while True:
             self._require_alive()

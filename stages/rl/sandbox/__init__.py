@@ -29,14 +29,14 @@ __all__ = ["Limits", "Outcome", "Pool", "Program", "SandboxFailed", "missing"]
 
 ATTEMPTS = 3
 KILLED = Outcome("killed", "", "", -9, 0.0)
-"""Of a program that killed its sandbox, or was killed with it."""
+"""The outcome of a program that killed its sandbox, or was killed with it."""
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class Pool:
-    """Cells that stand warm, one or more for each worker. Close it, or use it as a context."""
+    """A pool of warm cells, one or more for each worker. Close it, or use it as a context."""
 
     def __init__(
         self, workers: int | None = None, limits: Limits | None = None, extra_limits: Sequence[Limits] = ()
@@ -132,7 +132,7 @@ def probe(cell: Cell) -> None:
 
 
 def missing() -> str | None:
-    """What keeps this machine from running a model's code in safety, in one sentence; none if a sandbox runs here."""
+    """The reason why this machine cannot run a model's code safely, in one sentence; None if a sandbox runs here."""
     if shutil.which("bwrap") is None:
         return "code of a model runs under bubblewrap, and there is no bwrap on PATH; apt-get install bubblewrap"
     try:

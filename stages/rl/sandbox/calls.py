@@ -21,7 +21,7 @@ class Channel(Protocol):
 
 Load = Callable[..., ModuleType]
 PLAIN: list[tuple[type, Callable[[Any], Any]]] = [(int, int.__int__), (float, float.__float__), (str, str.__str__)]
-"""What gives the value of a subclass without its methods."""
+"""The function that returns the plain value of a subclass, without its methods."""
 LONG = 14_000
 """Bits of an int beyond which it goes as hexadecimal digits: decimal ones are read in quadratic time, and Python reads
 no more than 4300."""

@@ -23,7 +23,7 @@ SWAP = ("memory.memsw.limit_in_bytes", "memory.swap.max")
 
 @dataclass(frozen=True)
 class Home:
-    """Where this process's groups lie: `folder` holds the group it is in, `top` is the mount."""
+    """The location of this process's groups: `folder` is its group, `top` is the mount."""
 
     version: int
     top: Path

@@ -1,4 +1,4 @@
-"""What runs inside bubblewrap: a warm process that forks a fresh, further confined child for each program.
+"""The process inside bubblewrap: it stays warm and forks a further confined child for each program.
 
     python -S -s -P inside.py LIMITS_AS_JSON      # fd 0: the control socket; started by stages.rl.sandbox.cell only
 

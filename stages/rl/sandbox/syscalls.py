@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 
 MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
-"""By machine: the number by which the kernel names it, and the column of CALLS."""
+"""The kernel's number of each machine, and its column of CALLS."""
 
 EPERM, ENOSYS, ENOPROTOOPT = 1, 38, 92
 NEW = 424
@@ -56,7 +56,7 @@ unshare:272:97 mount:165:40 capset:126:91
 
 ALL = 0xFFFFFFFF
 NEW_NAMESPACES = 0x20000000 | 0x00020000 | 0x08000000 | 0x40000000
-"""Those that each program gets: CLONE_NEWPID, CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWNET."""
+"""The namespaces of each program: CLONE_NEWPID, CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWNET."""
 UP = 0x8914
 """SIOCSIFFLAGS, which starts a network device."""
 SOCKETS = [(0, ALL, {1, 2}), (1, 0xF, {1, 2, 5}), (2, ALL, {0, 6, 17})]  # AF_UNIX, AF_INET; nothing loads a module
@@ -76,7 +76,7 @@ ARGUMENTS: dict[str, list[tuple[int, int, set[int]]]] = {
     # Not what moves other processes' pages (MADV_COLD, MADV_PAGEOUT) or compares them (MADV_MERGEABLE).
     "madvise": [(2, ALL, {0, 1, 2, 3, 4, 8, 14, 15})],
 }
-"""Of these, an argument (its place, masked) must be one of a set."""
+"""The calls with a restricted argument: (index, mask, allowed values)."""
 
 OPTIONS = {
     # REUSEADDR, BROADCAST, SNDBUF, RCVBUF, KEEPALIVE, LINGER, REUSEPORT, PASSCRED, RCVTIMEO, SNDTIMEO

@@ -276,7 +276,9 @@ class Checkpoints:
         folders = [f for f in _checkpoints(self.work) if f.parent.parent < current]
         for newer in folders[folders.index(folder) + 1 :]:
             shutil.rmtree(newer, ignore_errors=True)
-        for release in sorted((self.folder / "sealed").glob("step-*")):  # a kill may have come before these were told
+        for release in sorted(
+            (self.folder / "sealed").glob("step-*")
+        ):  # a kill may have come before these were reported
             self.report.product(f"@{int(release.name[5:])}", release)
         if (
             is_release_step(marker["step"])

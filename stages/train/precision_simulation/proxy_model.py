@@ -17,20 +17,20 @@ UNIT = 32
 LAYERS, EXPERTS = 2, 32
 """At most."""
 TOLERANCE = 0.05
-"""How far a ratio may be off, relatively."""
+"""Largest relative deviation of a ratio."""
 CONTEXT = 128
 """The longest row, since attention's own products stay as they are."""
 MAX_WIDTH = 4096
 """A wider twin is not small."""
 SPARE = 3
-"""How many times the tokens that an expert must see come to it on average: routers are uneven, at first most of all."""
+"""Mean tokens of an expert over the minimum that it must see: routers are uneven, mostly at the beginning."""
 MIN_TOKENS = 1024
-"""Of a step, so that its loss is not mostly chance."""
+"""Minimum tokens of a step, so that noise does not dominate its loss."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """One of the twin's proportions beside the recipe's."""
+    """A ratio of the proxy and of the recipe's model."""
 
     name: str
     recipe: float
@@ -133,8 +133,8 @@ def widths(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
 
 
 def ratios(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
-    """All that the twin should have in common with the model."""
-    pairs = [(m.heads / m.kv_heads, m.experts / m.num_experts_per_tok) for m in (model, proxy)]
+    """All ratios that the proxy should share with the model."""
+    pairs = [(m.heads / m.kv_heads, m.experts / m.experts_per_token) for m in (model, proxy)]
     return [
         *widths(model, proxy),
         Ratio("query heads / key heads", pairs[0][0], pairs[1][0]),

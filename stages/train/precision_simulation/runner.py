@@ -1,4 +1,4 @@
-"""One run of a rehearsal: the twin trained in one precision from one seed, in a process of its own.
+"""One run of a precision simulation: trains the proxy in one precision from one seed, in a process of its own.
 
     python -m stages.train.precision_simulation.runner SETTINGS.json PRECISION SEED OUT.json
 
@@ -51,7 +51,7 @@ class Settings(Config):
     code: str
 
     def config(self, seed: NonNegativeInt) -> TrainConfig:
-        """What the engine is given: one micro-batch a step, computed in the baseline's type."""
+        """The engine's config: one micro-batch a step, computed in the baseline's type."""
         tokens = self.rows * self.sequence_length
         return TrainConfig(
             model=self.model,
