@@ -166,12 +166,12 @@ def summary(answered: Sequence[Answer]) -> dict[str, Any]:
     for row in answered:
         by_kind.setdefault(row["kind"], {}).setdefault(row["id"], []).append(row)
     problems = {kind: items for kind, items in sorted(by_kind.items()) if kind not in JUDGED}
-    judged = {kind: items for kind, items in sorted(by_kind.items()) if kind in JUDGED}
+    reward_scored = {kind: items for kind, items in sorted(by_kind.items()) if kind in JUDGED}
     all_items = {id: rows for items in problems.values() for id, rows in items.items()}
     return {
         "problems": {kind: _summarize_problems(items) for kind, items in problems.items()},
         "problems_all": _summarize_problems(all_items) if all_items else None,
-        "judged": {kind: _answer_statistics(items, "reward") for kind, items in judged.items()},
+        "judged": {kind: _answer_statistics(items, "reward") for kind, items in reward_scored.items()},
     }
 
 

@@ -197,9 +197,8 @@ class Phase:
             self.log.write({"step": step, "spike": spike})
             self.progress_figures = {}
             return None
-        last_release = max(
-            n for n in range(step) if self._is_release_step(n) or n < self.order.first
-        )  # what is published stays
+        # published checkpoints stay
+        last_release = max(n for n in range(step) if self._is_release_step(n) or n < self.order.first)
         rewind_step = max(step - policy.rewind_steps, last_release)
         dropped_spikes = [x["spike"] for x in self._log_lines() if "spike" in x]
         state = self.checkpoints.rewind(rewind_step)

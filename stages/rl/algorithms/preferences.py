@@ -135,8 +135,8 @@ class Dpo(PolicyTrainer):
         answers = self._draw_wave(step, 0, digest, self.prompts, self.phase.preferences)
         pairs = [best_and_worst(group_answers, self.phase.min_margin) for group_answers in group_by_task(answers)]
         drop_reason = "" if sum(pair is not None for pair in pairs) >= self.phase.updates else "idle"
-        chosen = {(r.group, r.sample) for pair in pairs for r in pair or ()}
-        answers = [replace(r, dropped=drop_reason if (r.group, r.sample) in chosen else "between") for r in answers]
+        paired = {(r.group, r.sample) for pair in pairs for r in pair or ()}
+        answers = [replace(r, dropped=drop_reason if (r.group, r.sample) in paired else "between") for r in answers]
         self.files.write(step, 0, answers)
         if self.skills is not None:
             correct = self._draw_wave(step, 1, digest, self.skills, self.phase.sft_tasks)

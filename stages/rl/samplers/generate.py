@@ -99,7 +99,7 @@ class InProcess:
         read once."""
         device, width = self.model.device, max(len(prompt.ids) for prompt in prompts)
         unique_prompts = list(dict.fromkeys(prompt.ids for prompt in prompts))  # shortest first, as the prompts are
-        kept_cache = self.decoder.allocate_cache(len(unique_prompts), width)
+        prompt_cache = self.decoder.allocate_cache(len(unique_prompts), width)
         logits, start = [], 0
         while start < len(unique_prompts):
             batch = [unique_prompts[start]]
@@ -120,7 +120,7 @@ class InProcess:
                 logits_to_keep=1,
             )
             logits.append(output.logits[:, -1].float().cpu())
-            for layer_cache, layer in zip(kept_cache, cache.layers, strict=True):
+            for layer_cache, layer in zip(prompt_cache, cache.layers, strict=True):
                 layer_cache[:, start : start + len(batch), :, width - longest :] = torch.stack(
                     (layer.keys, layer.values)
                 )
@@ -129,7 +129,7 @@ class InProcess:
         rows = torch.tensor([index_of[prompt.ids] for prompt in prompts])
         pads = torch.tensor([width - len(prompt.ids) for prompt in prompts])
         self.decoder.start(
-            [layer_cache[:, rows.to(device)] for layer_cache in kept_cache],
+            [layer_cache[:, rows.to(device)] for layer_cache in prompt_cache],
             pads.to(device),
             width + self.max_new_tokens,
         )
@@ -146,12 +146,12 @@ class InProcess:
         """Tokens [rows] and their log-probabilities, by inverting the distribution function at the random number."""
         probabilities = (logits if noise is None else logits / self.temperature).softmax(-1)
         if noise is None:
-            chosen = probabilities.argmax(-1)
+            tokens = probabilities.argmax(-1)
         else:
             cumulative = probabilities.cumsum(-1, dtype=torch.float64)
             thresholds = noise[:, None] * cumulative[:, -1:]
-            chosen = torch.searchsorted(cumulative, thresholds, right=True).squeeze(1).clamp_max(logits.shape[1] - 1)
-        return chosen, probabilities.gather(1, chosen[:, None]).squeeze(1).log()
+            tokens = torch.searchsorted(cumulative, thresholds, right=True).squeeze(1).clamp_max(logits.shape[1] - 1)
+        return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1).log()
 
 
 def load_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
