@@ -24,8 +24,8 @@ FIGURES: dict[str, int] = {}
 CHANGED: dict[str, int] = dict.fromkeys(
     (
         "evaluation", "chat_test", "chat_fresh", "preferences", "preference_samples", "scores", "spikes",
-        "experts_by_phase", "eval_results", "order", "contamination", "clean_scores", "croissant", "detector", "sources",
-        "licenses",
+        "experts_by_phase", "eval_results", "order", "contamination", "clean_scores", "croissant", "detector",
+        "sources", "licenses",
     ),
     4,
 )  # fmt: skip

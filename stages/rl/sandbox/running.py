@@ -1,4 +1,4 @@
-"""One program in a sandbox: sends its job, receives its lines and output, and enforces the time limit."""
+"""One program in a sandbox: its job goes in, its lines and its output come out, and it is ended in time."""
 
 from __future__ import annotations
 
@@ -24,34 +24,7 @@ class Host(Protocol):
     @property
     def pid(self) -> int | None: ...
 
-
-@dataclass(frozen=True)
-class Limits:
-    """The resource limits of a program.
-
-    cpu_seconds bound each process and decide; wall_seconds are far above, so that a busy machine fails no good
-    program, and end what sleeps. memory_bytes: address space of each process, and, under root, memory of all together.
-    disk_bytes: of /tmp. output_bytes: of standard output, of standard error, and of each message, apart."""
-
-    cpu_seconds: int = 4
-    wall_seconds: float = 40.0
-    memory_bytes: int = 512 << 20
-    disk_bytes: int = 16 << 20
-    file_bytes: int = 16 << 20
-    processes: int = 16
-    open_files: int = 64
-    output_bytes: int = 64 << 10
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """exit_code: negative if a signal ended it. cpu_seconds: of its first process and those that this waited for."""
-
-    status: Status
-    stdout: str
-    stderr: str
-    exit_code: int
-    cpu_seconds: float
+    def close(self) -> None: ...
 
 
 class Running:

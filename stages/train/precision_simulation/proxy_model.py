@@ -134,7 +134,7 @@ def widths(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
 
 def ratios(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
     """All ratios that the proxy should share with the model."""
-    pairs = [(m.heads / m.kv_heads, m.experts / m.experts_per_token) for m in (model, proxy)]
+    pairs = [(m.heads / m.kv_heads, m.experts / m.num_experts_per_tok) for m in (model, proxy)]
     return [
         *widths(model, proxy),
         Ratio("query heads / key heads", pairs[0][0], pairs[1][0]),
