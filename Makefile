@@ -27,13 +27,14 @@ help:
 	@echo "make soak    layouts, checkpoint pairs, random kills and Slurm's disturbances at length (an hour and more); writes docs/soak.md"
 	@echo "make lint    linters and types only"
 	@echo "make docs    generate docs/cli.md and docs/configuration.md from the commands and the schemas"
-	@echo "make lock    resolve the newest versions that pyproject.toml allows, into constraints.txt"
+	@echo "make lock    resolve the newest versions that pyproject.toml allows, into constraints.txt and requirements/"
 	@echo "make clean   remove the environment and everything produced"
 
-$(READY): pyproject.toml constraints.txt
+# Versions and hashes are those of requirements/; a Python without a lock file gets the versions of constraints.txt.
+$(READY): pyproject.toml constraints.txt $(wildcard requirements/*)
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, {v} is $(PYTHON); set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	requirements/install $(BIN)/python
 	@touch $@
 
 demo: $(READY)
@@ -93,6 +94,8 @@ lock:
 	( echo '# Exact versions, by `make lock`. A CPU or CUDA build of torch both fit. Python 3.12 and newer take a newer Megatron-core.'; \
 	  build/lock/bin/python -m pip freeze --exclude atom-release \
 	  | sed -E 's/\+cpu$$//; s/^(megatron-core==.*)/\1 ; python_version < "3.12"/' ) > constraints.txt
+	build/lock/bin/python -m pip install --quiet uv
+	PATH="$(CURDIR)/build/lock/bin:$$PATH" build/lock/bin/python requirements/lock.py
 	rm -rf build/lock
 
 clean:

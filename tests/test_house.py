@@ -21,9 +21,8 @@ AT_ANY_DEPTH = {
 """Patterns of .gitignore that are not anchored: what tools leave wherever they run."""
 
 UPWARD_IMPORTS = {
-    "pipeline.cli.main": "`atom rehearse` calls the simulation, which is no stage of the registry",
+    "pipeline.cli.main": "`atom simulate-precision` calls the simulation, which is no stage of the registry",
     "pipeline.cli.release_commands": "the commands about a release call it; they belong to `release`",
-    "pipeline.graph.dag": "the part of a graph after fine-tuning is composed in `stages.post_training_graph`",
 }
 """Modules of `pipeline` that import from `stages` or `release`, with the reason. The list shrinks; none is added."""
 

@@ -47,7 +47,7 @@ def test_megatrons_words(kind: Any, expected: dict[str, Any]) -> None:
     ("kind", "gpu", "engine", "message"),
     [
         ("fp8-tensorwise", None, False, "needs a GPU of the Ada or Hopper generation or newer and Transformer Engine"),
-        ("mxfp8", None, True, "this machine has no GPU; `atom rehearse`"),
+        ("mxfp8", None, True, "this machine has no GPU; `atom simulate-precision`"),
         ("fp8-blockwise", (9, 0), False, "needs Transformer Engine, which is not installed here"),
         ("mxfp8", (9, 0), True, "Blackwell generation or newer (compute capability 10.0), and this one has 9.0"),
         ("fp8-blockwise", (8, 9), True, "Hopper generation or newer (compute capability 9.0), and this one has 8.9"),
@@ -72,7 +72,7 @@ def test_what_a_machine_lacks(monkeypatch: Any, kind: Any, gpu: Any, engine: boo
 
 
 def test_fp8_without_its_hardware_is_one_sentence(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="precision = mxfp8 needs a GPU .* `atom rehearse` shows here"):
+    with pytest.raises(RecipeError, match="precision = mxfp8 needs a GPU .* `atom simulate-precision` shows here"):
         world.pretrain(corpus, tmp_path / "work", tmp_path / "out", world.config(precision="mxfp8"))
 
 

@@ -82,7 +82,7 @@ def test_jobs_send_to_a_tracking_server_and_go_on_without_it(home: Path, tmp_pat
     world.until(lambda: "MLflow did not take everything" in atom(home, "logs", "pretrain").stdout, "a word of it", 60)
     assert world.attempts(home, "pretrain") == 1
     with tracking_server(folder, port) as uri:
-        atom(home, "track", MLFLOW_TRACKING_URI=uri)
+        atom(home, "sync", MLFLOW_TRACKING_URI=uri)
         assert sorted(steps(uri)) == list(range(1, 401))
 
 

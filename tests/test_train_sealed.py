@@ -74,7 +74,7 @@ def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_no_phase_begins_from_a_flipped_byte(tmp_path: Path, phase: str, file: str, run_stage) -> None:
     from importlib import import_module
 
-    stage = import_module(f"stages.{phase}").STAGE
+    stage = import_module(f"stages.train.{phase}").STAGE
     world.make(tmp_path / "corpus")
     inputs = {role: Artifact.open(tmp_path / "corpus" / role) for role in ("tokens", "order")}
     place = tmp_path / "made" / ("step-000012" if phase == "midtrain" else "")

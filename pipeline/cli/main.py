@@ -168,7 +168,7 @@ def _run(composed: Graph, store: Store, selected: list[str], cluster: str, setti
         if problem:
             print(
                 f"MLflow at {mlflow_sync.shown_uri(store)} did not take everything ({problem}); nothing is lost: "
-                f"`atom track {this.id}` sends it later"
+                f"`atom sync {this.id}` sends it later"
             )
     if damage:
         raise AtomError(f"{stages(len(selected))} of {len(wanted)} sealed; {next(iter(damage.values()))}")
@@ -243,7 +243,7 @@ def _told(made: Submission) -> None:
 
 
 @app.command()
-def track(run: RunArgument = None) -> None:
+def sync(run: RunArgument = None) -> None:
     """Send a run to MLflow again.
 
     For after an outage of the tracking server: what it missed is read from the run's files.
@@ -490,8 +490,8 @@ def gc(
         print(f"{size}B in {store.home / 'trash'}: atom gc --restore KEY moves it back, --empty-trash deletes it")
 
 
-@app.command()
-def rehearse(
+@app.command("simulate-precision")
+def simulate_precision(
     recipe: RecipeArgument,
     precision: Annotated[
         list[str] | None,
@@ -506,7 +506,8 @@ def rehearse(
     ] = None,
     layers: Annotated[int | None, typer.Option(help="layers of the twin; default: 2")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="folder of the result; default: one of its own under $ATOM_HOME/rehearsals")
+        Path | None,
+        typer.Option(help="folder of the result; default: one under $ATOM_HOME/precision-simulations"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -518,22 +519,22 @@ def rehearse(
     """
     from rich.console import Console
 
-    from pipeline.cli.tables import rehearsal_text
+    from pipeline.cli.tables import precision_report
     from pipeline.core.progress import Display
     from pipeline.graph import recipe as recipes
-    from stages.train.precision_simulation.simulation import rehearse as run_rehearsal
+    from stages.train.precision_simulation.simulation import simulate
 
     screen = Console(stderr=True) if as_json else console()
     try:
         with Display(screen) as display:
-            report, folder = run_rehearsal(
+            report, folder = simulate(
                 recipes.load(recipe), open_store().home, display, precision or (), steps, seeds, baseline, bound,
                 hidden, layers, out,
             )  # fmt: skip
     except KeyboardInterrupt:
         print("atom: stopped; run the same command to go on from here", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(json.dumps(report, indent=1, sort_keys=True) if as_json else rehearsal_text(report, folder))
+    print(json.dumps(report, indent=1, sort_keys=True) if as_json else precision_report(report, folder))
     if report["verdict"] != "holds":
         raise typer.Exit(1)
 

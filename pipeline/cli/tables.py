@@ -119,7 +119,7 @@ def _binary(value: float) -> str:
 def status_table(run: str, stages: list[NodeStatus], used: str) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, title=f"run {run}", title_justify="left")
     slurm = any(s.job for s in stages)
-    for column in ("stage", "state", *(("job", "nodes", "again") if slurm else ()), "progress", "time", "left", ""):
+    for column in ("stage", "state", *(("job", "nodes", "restarts") if slurm else ()), "progress", "time", "left", ""):
         table.add_column(column, no_wrap=column != "")
     for s in stages:
         progress = f"{s.done}/{s.total} {s.unit}" if s.total else ""
@@ -137,7 +137,7 @@ def status_table(run: str, stages: list[NodeStatus], used: str) -> Table:
 
 def verdict_text(verdict: Any) -> str:
     """One line a check, everything that is wrong below its check, and the verdict last."""
-    marks = {True: "ok    ", False: "BAD   ", None: "absent"}
+    marks = {True: "ok     ", False: "BAD    ", None: "skipped"}
     lines = []
     for check in verdict.checks:
         lines.append(f"{marks[check.ok]}  {check.name}: {check.detail}")
@@ -154,7 +154,7 @@ def published_text(report: Any) -> str:
     return "\n".join([*lines, f"published to {report.endpoint}, {visible}, pulled back and verified"])
 
 
-def rehearsal_text(report: dict[str, Any], folder: Path) -> str:
-    """The verdicts of a rehearsal, a line each."""
+def precision_report(report: dict[str, Any], folder: Path) -> str:
+    """The verdicts of a precision simulation, a line each."""
     lines = [f"{x['precision']}: {x['verdict']}, {x['reason']}" for x in report["precisions"]]
     return "\n".join([*lines, f"{report['recipe']}: {report['verdict']}; table and plots are in {folder}"])

@@ -89,7 +89,7 @@ class Forwarder:
         except FileNotFoundError:
             self.state = {"nodes": {}}
         except Damaged as error:
-            raise Damaged(self.path, error.why, "remove it, and `atom track` sends everything again") from error
+            raise Damaged(self.path, error.why, "remove it, and `atom sync` sends everything again") from error
 
     def sync(self) -> None:
         """Brings MLflow up to date with the files as they are now."""
@@ -301,7 +301,7 @@ class Companion:
         except subprocess.TimeoutExpired:
             self.kill()
             message = f"no answer within {seconds:.0f} seconds"
-            print(f"MLflow did not take everything ({message}); `atom track` sends it later", file=sys.stderr)
+            print(f"MLflow did not take everything ({message}); `atom sync` sends it later", file=sys.stderr)
 
     def kill(self) -> None:
         """Ends it at once."""
@@ -341,7 +341,7 @@ def run_companion(home: Path, run: str) -> None:
     if lease is not None:
         lease.release()
     if problem:
-        print(f"MLflow did not take everything ({problem}); `atom track {run}` sends it later", file=sys.stderr)
+        print(f"MLflow did not take everything ({problem}); `atom sync {run}` sends it later", file=sys.stderr)
 
 
 def _send(run: Run, store: Store, outcome: str) -> str | None:

@@ -23,7 +23,7 @@ PIECE = 16 << 10
 
 
 class HubLimit(AtomError):
-    """The Hub went beyond a limit. Asking again would not help."""
+    """The Hub went beyond a limit. PromptPool again would not help."""
 
 
 @dataclass(frozen=True)

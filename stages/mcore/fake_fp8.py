@@ -1,4 +1,4 @@
-"""FP8 rehearsed without FP8 hardware: a built model's linear layers multiply rounded numbers.
+"""FP8 simulated without FP8 hardware: a built model's linear layers multiply rounded numbers.
 
 `attach` changes every linear layer of the decoder (attention, dense feed-forward, experts, shared experts) and nothing
 else: embeddings, norms, router, attention's own products and output head stay as they are. A layer's three products

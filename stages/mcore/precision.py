@@ -49,7 +49,7 @@ def missing_requirement(precision: Precision) -> str | None:
     (capability, generation), is_fp8 = NEEDS[precision], precision in _FP8
     if not torch.cuda.is_available():
         return (f"{requirement} a GPU of the {generation} generation or newer and Transformer Engine, and this machine "
-                f"has no GPU; `atom rehearse` shows here what the format does to the loss")  # fmt: skip
+                f"has no GPU; `atom simulate-precision` shows here what the format does to the loss")  # fmt: skip
     if is_fp8 and importlib.util.find_spec("transformer_engine") is None:
         return f"{requirement} Transformer Engine, which is not installed here; install transformer-engine[pytorch]"
     device_capability = torch.cuda.get_device_capability()

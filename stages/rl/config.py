@@ -55,7 +55,7 @@ class Sampling(Config):
         return "bitwise" if self.kind == "in-process" else "numeric"
 
 
-class Trainable(Config):
+class PhaseBase(Config):
     """What every phase of post-training has in common."""
 
     steps: Steps = Field(description="updates of the policy")
@@ -92,7 +92,7 @@ class Trainable(Config):
         return self.steps
 
     @model_validator(mode="after")
-    def _short(self) -> Trainable:
+    def _short(self) -> PhaseBase:
         if self.optimizer.warmup_steps >= self.all_updates:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of {self.all_updates} updates; "
@@ -106,7 +106,7 @@ class Trainable(Config):
         return self
 
 
-class RlPhase(Trainable):
+class RlPhase(PhaseBase):
     """Group-relative policy optimization (GRPO) against verifiers: DAPO's token-level loss and asymmetric clip, Dr.
     GRPO's advantages without division, no KL."""
 
@@ -150,7 +150,7 @@ class RlPhase(Trainable):
         )  # fmt: skip
 
 
-class Asking(Config):
+class PromptPool(Config):
     """Tasks of which some are asked in every round."""
 
     tasks: Tasks
@@ -158,13 +158,13 @@ class Asking(Config):
     num_generations: Annotated[Answers, Renamed("samples")] = Field(description="answers to each")
 
 
-class DpoPhase(Trainable):
+class DpoPhase(PhaseBase):
     """Rounds of learning from pairs: the policy answers, a judge scores, and of each question's answers the best is
     preferred to the worst by length-normalized DPO (Tulu 3, arXiv 2411.15124), whose reference is the policy that drew
     them. `steps` are the rounds; the optimizer's steps are updates, `updates` to a round."""
 
-    preferences: Asking = Field(description="what is asked, and who judges the answers")
-    sft_tasks: Annotated[Asking | None, Renamed("skills")] = Field(
+    preferences: PromptPool = Field(description="what is asked, and who judges the answers")
+    sft_tasks: Annotated[PromptPool | None, Renamed("skills")] = Field(
         None, description="verified tasks, whose right answers are an anchor"
     )
     sampling: Sampling
@@ -190,7 +190,7 @@ class DpoPhase(Trainable):
         return self.steps * self.updates
 
 
-class RewardPhase(Trainable):
+class RewardPhase(PhaseBase):
     """A reward model from the pairs: the probability that `<|endoftext|>` follows an answer is its reward, trained by
     the Bradley-Terry loss. It keeps the policy's architecture, so every runtime that loads the model loads it too."""
 

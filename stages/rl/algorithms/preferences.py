@@ -17,7 +17,7 @@ from stages.data.seeds import seed_of
 from stages.data.table import read_table, write_rows
 from stages.evaluation.confidence import wilson
 from stages.rl.algorithms import losses
-from stages.rl.config import Asking, DpoPhase, RewardPhase
+from stages.rl.config import DpoPhase, PromptPool, RewardPhase
 from stages.rl.policy import PolicyTrainer, require_small_gap
 from stages.rl.protocols import Row, question
 from stages.rl.rewards.reward_functions import reward_input
@@ -145,7 +145,7 @@ class Dpo(PolicyTrainer):
             answers += correct
         return answers, self.state()
 
-    def _draw_wave(self, step: int, wave: int, digest: str, curriculum: Curriculum, pool: Asking) -> list[Rollout]:
+    def _draw_wave(self, step: int, wave: int, digest: str, curriculum: Curriculum, pool: PromptPool) -> list[Rollout]:
         rows = curriculum.draw(pool.count, step, wave)
         label = f"{seed_label(self.name)}/answer/{step}/{wave}"
         requests = [

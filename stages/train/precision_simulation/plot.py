@@ -1,4 +1,4 @@
-"""The two pictures of a rehearsal: losses by step, and underflow by layer. Equal figures give equal bytes."""
+"""The two plots of a precision simulation: losses by step, and underflow by layer. Equal figures give equal bytes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def losses(report: Mapping[str, Any], runs: Runs, path: Path) -> None:
         axes.axvspan(last_step - report["window_steps"] + 0.5, last_step + 0.5, color="0.93", zorder=0)
         axes.grid(alpha=0.3)
     above.set_ylabel("loss (nats per byte)")
-    above.set_title(f"FP8 rehearsal of {report['recipe']}, {report['seeds']} seeds; grey: the steps that count")
+    above.set_title(f"Precision simulation of {report['recipe']}, {report['seeds']} seeds; grey: the steps that count")
     above.legend()
     bound = 100 * report["bound"]
     for side in (-bound, bound):
@@ -68,7 +68,7 @@ def rates(report: Mapping[str, Any], path: Path) -> None:
             axes.text(column, row, f"{100 * value:.2g}" if value else "0", ha="center", va="center", fontsize=7,
                       color=color)  # fmt: skip
         axes.set_title(entry["precision"], fontsize=10)
-    figure.suptitle(f"FP8 rehearsal of {report['recipe']}: underflow, % of the values that were not zero", fontsize=10)
+    figure.suptitle(f"Precision simulation of {report['recipe']}: underflow, % of the nonzero values", fontsize=10)
     _save(figure, path)
 
 

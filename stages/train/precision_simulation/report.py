@@ -212,7 +212,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     base, optimizer = report["baseline"], training["optimizer"]
     by_seed = [_signed_percent(loss / base["mean"] - 1) for loss in base["loss"]] if "mean" in base else []
     lines = [
-        f"# FP8 rehearsal of {report['recipe']}: {report['verdict']}",
+        f"# Precision simulation of {report['recipe']}: {report['verdict']}",
         "",
         f"Deviation of the loss from {base['precision']}, mean over the last {report['window_steps']} of "
         f"{training['steps']} steps, {report['seeds']} seeds, each with the same initial weights and rows in every "

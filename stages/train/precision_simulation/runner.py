@@ -91,7 +91,7 @@ def train(settings: Settings, precision: str, seed: int) -> dict[str, Any]:
 
     text, files = read_library()
     if describe(text, files) != settings.data:
-        raise SystemExit("the standard library is not the one that this rehearsal began with")
+        raise SystemExit("the standard library is not the one that this simulation began with")
     losses: list[float] = []
     with parallel.session(seed) as ranks:
         engine = Engine(settings.config(seed), ranks, VOCABULARY)

@@ -1,6 +1,6 @@
 """FP8 simulation on any machine: trains a small proxy of a recipe's model with and without it, run by run.
 
-atom rehearse atom-tiny
+atom simulate-precision atom-tiny
 
 Each run, one precision from one seed, is a process of its own and writes a file; the same command continues from the
 existing files. `stages.train.precision_simulation.report` computes the verdict.
@@ -40,7 +40,7 @@ BASELINES: tuple[Baseline, ...] = ("bf16", "fp32")
 MAX_LAYERS, MAX_STEPS, MAX_SEEDS = 1000, 1_000_000, 1000
 
 
-def rehearse(
+def simulate(
     recipe: Recipe, home: Path, display: Display, precisions: Sequence[str] = (), steps: int = 64, seeds: int = 3,
     baseline: str = "bf16", bound: float = 0.0025, hidden: int | None = None, layers: int | None = None,
     out: Path | None = None,
@@ -130,15 +130,15 @@ def _optimizer(phase: PhaseConfig, steps: int, narrowing: float) -> Optimizer:
 def _folder(settings: Settings, home: Path, out: Path | None) -> Path:
     """The folder of these settings, made if it is not there. Raises AtomError if `out` holds anything else."""
     body = settings.model_dump(mode="json")
-    folder = out or home / "rehearsals" / f"{settings.recipe}-{sha256_bytes(canonical(body))[:12]}"
+    folder = out or home / "precision-simulations" / f"{settings.recipe}-{sha256_bytes(canonical(body))[:12]}"
     file = folder / "settings.json"
     if file.exists():
         saved = json.loads(file.read_text())
         changed = sorted(name for name in body if saved.get(name) != body[name])
         if changed:
-            raise AtomError(f"{folder} holds a rehearsal of another {', '.join(changed)}; name another folder")
+            raise AtomError(f"{folder} holds a simulation of another {', '.join(changed)}; name another folder")
     elif folder.exists() and any(folder.iterdir()):
-        raise AtomError(f"{folder} is not empty and no rehearsal's; name another folder")
+        raise AtomError(f"{folder} is not empty and no simulation's; name another folder")
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     _replace(file, json.dumps(body, indent=1, sort_keys=True) + "\n")
     return folder
@@ -167,9 +167,9 @@ def _write(folder: Path, report: dict[str, Any], runs: Runs) -> None:
 def _run_all(folder: Path, requested: Sequence[tuple[str, int]], steps: int, display: Display) -> None:
     """Trains the runs without a file, one run at a time on each core."""
     missing = [(p, s) for p, s in requested if not _file(folder, p, s).exists()]
-    display.started("rehearsal", f"{folder / 'runs'}/*.log")
+    display.started("simulation", f"{folder / 'runs'}/*.log")
     if not missing:
-        display.note("rehearsal", f"all of {len(requested)} runs are there already")
+        display.note("simulation", f"all of {len(requested)} runs are there already")
         return
     crew = _Crew(folder, steps, len(requested), len(missing), display)
     with ThreadPoolExecutor(min(len(missing), len(os.sched_getaffinity(0)))) as pool:
@@ -209,7 +209,7 @@ class _Crew:
         outcome = f"diverged at step {end['diverged_at']}" if end["diverged_at"] else f"loss {end['losses'][-1]:.4f}"
         self._show(self.steps - steps_taken)
         self.display.note(
-            "rehearsal", f"{precision}, seed {seed}: {outcome}, in {duration(time.monotonic() - started)}"
+            "simulation", f"{precision}, seed {seed}: {outcome}, in {duration(time.monotonic() - started)}"
         )
 
     def _start(self, precision: str, seed: int, out: Path, errors: TextIO) -> subprocess.Popen[str]:
@@ -234,4 +234,4 @@ class _Crew:
         with self.lock:
             self.done += steps
             event = {"time": time.time(), "done": self.done, "total": self.total, "unit": "steps", **figures}
-            self.display.progress("rehearsal", event)
+            self.display.progress("simulation", event)

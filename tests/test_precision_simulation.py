@@ -1,4 +1,4 @@
-"""`atom rehearse`: a small rehearsal from the command to its report, kills, verdicts and mistakes."""
+"""`atom simulate-precision`: a small rehearsal from the command to its report, kills, verdicts and mistakes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stages.train.precision_simulation.proxy_model import build_proxy, dimension
 from stages.train.precision_simulation.report import compose, markdown, verdict_of
 
 # tensorwise alone needs no blocks, and so the smallest twin: 96 wide, sixteen rows of 64
-SMALL = ("rehearse", "atom-tiny", "--precision", "fp8-tensorwise", "--steps", "8", "--seeds", "2")
+SMALL = ("simulate-precision", "atom-tiny", "--precision", "fp8-tensorwise", "--steps", "8", "--seeds", "2")
 PRODUCTS = ("report.json", "report.md", "loss.png", "rates.png")
 
 
@@ -34,7 +34,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     """An undisturbed rehearsal: its folder, and what --json printed."""
     home = tmp_path_factory.mktemp("rehearsal")
     output = atom(home, *SMALL, "--bound", "0.5", "--json").stdout
-    (folder,) = (home / "rehearsals").iterdir()
+    (folder,) = (home / "precision-simulations").iterdir()
     return folder, json.loads(output)
 
 
@@ -58,7 +58,7 @@ def test_the_report_is_whole(rehearsed: tuple[Path, dict[str, Any]]) -> None:
     assert linears[0, "self_attention.linear_qkv"]["tokens"] == {"min": 1024, "median": 1024}
     assert 0 < entry["rates"]["input"]["underflow"] < 0.01 and entry["rates"]["input"]["overflow"] == 0
     table = (folder / "report.md").read_text()
-    assert table.startswith("# FP8 rehearsal of atom-tiny: holds") and "| mlp.experts.linear_fc2 |" in table
+    assert table.startswith("# Precision simulation of atom-tiny: holds") and "| mlp.experts.linear_fc2 |" in table
     assert markdown(report) == table
     for place in (str(Path.home()), str(folder.parent.parent), "/tmp"):
         assert place not in (folder / "report.json").read_text() + table
@@ -94,7 +94,7 @@ def test_ctrl_c_leaves_what_is_finished(tmp_path: Path) -> None:
         command, env={**os.environ, "ATOM_HOME": str(tmp_path)}, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
-    assert running.stdout is not None and "rehearsal: started" in running.stdout.readline()
+    assert running.stdout is not None and "simulation: started" in running.stdout.readline()
     time.sleep(1)
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=60)
@@ -117,7 +117,7 @@ def test_a_twin_that_is_too_small_decides_nothing(tmp_path: Path, monkeypatch: p
     assert report["verdict"] == entry["verdict"] == "inconclusive"
     assert entry["reason"] == "the twin has a linear layer of width 32, less than two blocks (64)"
     assert entry["deviation"]["max"] < 0.9, "the figures are there all the same"
-    assert (folder / "report.md").read_text().startswith("# FP8 rehearsal of atom-tiny: inconclusive")
+    assert (folder / "report.md").read_text().startswith("# Precision simulation of atom-tiny: inconclusive")
 
 
 @pytest.fixture(scope="module")
@@ -240,14 +240,14 @@ def rehearse(home: Path, **options: Any) -> Any:
     from rich.console import Console
 
     with Display(Console()) as display:
-        return simulation.rehearse(recipes.load("atom-tiny"), home, display, **options)
+        return simulation.simulate(recipes.load("atom-tiny"), home, display, **options)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, rehearsed: tuple[Path, dict[str, Any]]) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(AtomError, match="is not empty and no rehearsal's; name another folder"):
+    with pytest.raises(AtomError, match="is not empty and no simulation's; name another folder"):
         rehearse(tmp_path, out=tmp_path)
-    with pytest.raises(AtomError, match="holds a rehearsal of another optimizer, steps; name another folder"):
+    with pytest.raises(AtomError, match="holds a simulation of another optimizer, steps; name another folder"):
         rehearse(tmp_path, out=rehearsed[0], precisions=["fp8-tensorwise"], steps=40)
 
 
@@ -261,5 +261,5 @@ def test_without_matplotlib_it_says_so(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_mistake_on_the_command_line_has_exit_code_2(tmp_path: Path) -> None:
-    process = atom(tmp_path, "rehearse", "atom-tiny", "--precision", "fp8", code=2)
+    process = atom(tmp_path, "simulate-precision", "atom-tiny", "--precision", "fp8", code=2)
     assert process.stderr == "atom: --precision fp8 is not known; choose of fp8-tensorwise, fp8-blockwise, mxfp8\n"
