@@ -36,11 +36,11 @@ def main() -> None:
     if problem := sandbox.missing():
         sys.exit(problem)
     rows = list(problems())[: arguments.limit]
-    speaker = ChatModel(arguments.model, arguments.max_new_tokens, rows, {}, Quiet())
-    room = speaker.sampler.model.config.max_position_embeddings - arguments.max_new_tokens
-    fitting = [row for row in rows if len(speaker.chat.ask(row)) <= room]
-    answers = speaker.ask([(row, 0, 0) for row in fitting], greedy=True) if fitting else []
-    speaker.close()
+    chat_model = ChatModel(arguments.model, arguments.max_new_tokens, rows, {}, Quiet())
+    room = chat_model.sampler.model.config.max_position_embeddings - arguments.max_new_tokens
+    fitting = [row for row in rows if len(chat_model.chat.encode_prompt(row)) <= room]
+    answers = chat_model.answer([(row, 0, 0) for row in fitting], greedy=True) if fitting else []
+    chat_model.close()
     right = sum(answer["reward"] == 1 for answer in answers)
     ended = sum(answer["finished"] for answer in answers)
     low, high = wilson(right, len(rows))

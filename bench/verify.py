@@ -27,7 +27,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from release.audit.verify import verify
-from release.layout import SUMS, files_below, write_sums
+from release.checksums import write_sums
+from release.layout import SUMS
+from release.repositories import files_below
 
 TARGET = 0.7
 

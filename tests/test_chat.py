@@ -169,7 +169,7 @@ def test_special_tokens_are_tokens_in_conversations_and_text_elsewhere(folder: P
 
 def test_requests_are_held_out_by_their_text() -> None:
     rng = random.Random(seed_of("x", 0))
-    trained = {courtesy_notes.request(rng).text for _ in range(3000)}
+    trained = {courtesy_notes.draw_request(rng).text for _ in range(3000)}
     heldout_texts = {request.text for request in courtesy_notes.draw_distinct(600, rng, heldout=True)}
     assert len(heldout_texts) == 600 and not trained & heldout_texts
 
@@ -257,5 +257,5 @@ def test_a_note_does_the_task_of_one_request_at_most(fragments: list[str]) -> No
 @given(st.text(max_size=300))
 @settings(max_examples=100, deadline=None)
 def test_any_text_has_a_worth(note: str) -> None:
-    request = courtesy_notes.request(random.Random(1))
+    request = courtesy_notes.draw_request(random.Random(1))
     assert all(0 <= value <= 1 for value in judge(request, note).values())

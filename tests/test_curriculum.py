@@ -32,16 +32,16 @@ def make_curriculum(**settings: Any) -> Curriculum:
 
 def test_levels_open_one_after_another_and_close_again() -> None:
     curriculum = make_curriculum(unlock_pass_rate=0.7, ema_alpha=1.0)
-    assert curriculum.open() == ["add/0", "sort/3"]
+    assert curriculum.open_bins() == ["add/0", "sort/3"]
     easy = next(row for row in ROWS if bin_of(row) == "add/0")
     curriculum.update(easy, 0.69)
-    assert curriculum.open() == ["add/0", "sort/3"]
+    assert curriculum.open_bins() == ["add/0", "sort/3"]
     curriculum.update(easy, 0.7)
-    assert curriculum.open() == ["add/0", "add/1", "sort/3"]
+    assert curriculum.open_bins() == ["add/0", "add/1", "sort/3"]
     curriculum.update(next(row for row in ROWS if bin_of(row) == "add/1"), 1.0)
-    assert curriculum.open() == ["add/0", "add/1", "add/2", "sort/3"]
+    assert curriculum.open_bins() == ["add/0", "add/1", "add/2", "sort/3"]
     curriculum.update(easy, 0.2)
-    assert curriculum.open() == ["add/0", "sort/3"]
+    assert curriculum.open_bins() == ["add/0", "sort/3"]
 
 
 def test_weights_are_the_variance_of_a_coin_and_never_nothing() -> None:

@@ -23,7 +23,8 @@ from pipeline.cli.main import app
 from pipeline.core.errors import AtomError
 from release.audit import show
 from release.hub.local.server import running
-from release.layout import SUMS, files_below, files_of, repositories
+from release.layout import SUMS
+from release.repositories import files_below, files_of, repositories
 from release.signing import keyless, sign
 from release.signing.trust_policy import Trust
 

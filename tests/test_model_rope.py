@@ -61,7 +61,7 @@ def test_frequencies_are_those_of_transformers_and_megatron(dim: int, base: floa
 
 
 def test_the_next_phase_takes_over_the_base() -> None:
-    longer = PLAIN.with_rope(Rope(base=1e6), 256)
+    longer = PLAIN.with_rope(Rope(theta=1e6), 256)
     assert (longer.rope_theta, longer.yarn, longer.context_length) == (1e6, None, 256)
     scaled = longer.with_rope(Rope(yarn=YARN), 1024)
     assert (scaled.rope_theta, scaled.yarn, scaled.context_length) == (1e6, YARN, 1024)

@@ -124,8 +124,8 @@ def test_its_servers_give_the_rewards_that_our_verifiers_give(rows: list[dict[st
 def test_its_mathematics_accepts_the_right_sums(rows: list[dict[str, Any]], serve) -> None:
     sums = [row for row in rows if row["kind"] == "add"]
     scorer = make_verifier("nemo-gym", url=serve("math_with_judge", **JUDGE), serves="nemo-gym 0.4.0 math_with_judge")
-    right = scorer.score([(row, Response.of(row["expected_answer"], True)) for row in sums])
-    wrong = scorer.score([(row, Response.of(row["expected_answer"] + "1", True)) for row in sums])
+    right = scorer.score([(row, Response.parse(row["expected_answer"], True)) for row in sums])
+    wrong = scorer.score([(row, Response.parse(row["expected_answer"] + "1", True)) for row in sums])
     assert [p["reward"] for p in right] == [1.0] * 6 and [p["reward"] for p in wrong] == [0.0] * 6
 
 

@@ -21,7 +21,7 @@ from release.audit.replay import replay
 from release.audit.replay_report import BITWISE, CLOSE, certificate, text
 from release.audit.replay_source import Source
 from release.audit.verify import Verdict, verify
-from release.layout import model_folders
+from release.repositories import model_folders
 
 PHASE, STEP = "pretrain", 30
 MODELS = ["model", "model-base", "model-mid", "model-sft", "model-rlvr", "model-rlhf"]

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.mcore.fake_fp8 import multiply
-from stages.mcore.quantize import E4M3, E5M2, RECIPES, Counts, Format, quantize, quantize_dequantize
+from stages.mcore.quantize import E4M3, E5M2, RECIPES, Counts, Format, _round, quantize, quantize_dequantize
 
 pytestmark = pytest.mark.numeric
 
@@ -147,7 +147,7 @@ def test_agrees_with_the_scalar_implementation_on_any_numbers(rows: list, case: 
 @pytest.mark.parametrize("format_", [E4M3, E5M2], ids=lambda f: f.name)
 def test_rounds_every_bf16_number_as_torch_and_the_scalar_do(format_: Format) -> None:
     x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
-    result = quantize._round(x.clone(), format_)
+    result = _round(x.clone(), format_)
     theirs = x.clamp(-format_.largest, format_.largest).to(TORCH[format_.name]).float()
     assert torch.equal(result.nan_to_num(nan=-1.5e38), theirs.nan_to_num(nan=-1.5e38))
     assert torch.equal(result.isnan(), x.isnan())
@@ -167,7 +167,7 @@ def test_ties_go_to_even_and_ends_saturate(format_: Format) -> None:
         (largest * 1.01, largest), (math.inf, largest), (-math.inf, -largest),
     ]  # fmt: skip
     inputs, expected = (torch.tensor(list(x)) for x in zip(*pairs, strict=True))
-    assert quantize._round(inputs, format_).tolist() == expected.tolist()
+    assert _round(inputs, format_).tolist() == expected.tolist()
 
 
 def test_whatever_is_not_finite_is_counted_and_never_hides() -> None:

@@ -30,7 +30,9 @@ from release.checks import confine, formats
 from release.checks.check_runner import NOTHING_LARGE, CheckRunner, Reads
 from release.checks.confine import Budget
 from release.checks.verdict import Check
-from release.layout import ALL_SUMS, SUMS, files_below, read_sums
+from release.checksums import read_sums
+from release.layout import ALL_SUMS, SUMS
+from release.repositories import files_below
 
 SECONDS, MEGABYTES = 10, 500
 """What is promised: processor time, and memory of the largest process."""

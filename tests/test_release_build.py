@@ -15,7 +15,8 @@ import release_world as world
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import write_manifest
 from release.assembly import build_release as builder
-from release.layout import ALL_SUMS, SUMS, files_below
+from release.layout import ALL_SUMS, SUMS
+from release.repositories import files_below
 
 
 def replace_artifact(source: builder.BuildInput, node: str, tmp_path: Path, change) -> builder.BuildInput:
@@ -158,7 +159,7 @@ def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) 
     from huggingface_hub import parse_eval_result_entries
 
     from release.checks import registry
-    from release.layout import read_sums
+    from release.checksums import read_sums
 
     for folder, model in (("model", "mid"), ("model-base", "base")):
         path = built / folder / ".eval_results/tiny-data.yaml"
@@ -187,7 +188,7 @@ def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) 
         assert old in text
         path.write_text(text.replace(old, new, 1))
         problems = [".eval_results/tiny-data.yaml is not what was measured"]
-        assert registry.model_card(copy, about).wrong == problems and registry.model_card(copy).wrong == (
+        assert registry.model_card(copy, about).problems == problems and registry.model_card(copy).problems == (
             problems if alone else []
         )
     for odd in ("only words", f"{text}- 1\n", "x: &a [1]\ny: *a\n"):

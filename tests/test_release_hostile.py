@@ -26,7 +26,8 @@ from release.cards import render, versions
 from release.checks import gates
 from release.checks import registry as checks
 from release.checks.check_runner import run_check
-from release.layout import ALL_SUMS, CANARY, GATES_STATED, ORIGINS, ROOTS, SUMS, read_sums
+from release.checksums import read_sums
+from release.layout import ALL_SUMS, CANARY, GATES_STATED, ORIGINS, ROOTS, SUMS
 
 
 class LeavesFile:

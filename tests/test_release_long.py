@@ -14,14 +14,14 @@ import pytest
 import release_world as world
 
 from pipeline.core.errors import AtomError
-from release import layout
+from release import layout, repositories
 from release.assembly import build_release as builder
 from release.assembly import costs, metrics
 from release.assembly.assemble import require_nodes
 from release.audit.verify import verify
 from release.cards import plot, render, tables
 from release.checks import gate_context, gates, registry
-from release.layout import files_below
+from release.repositories import files_below
 from stages import graph
 
 LIMITS = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
@@ -153,7 +153,7 @@ def test_a_number_in_the_artifact_moves_the_card(release: Path, model: Path) -> 
 def test_a_changed_card_or_plot_does_not_pass_the_gate(release: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(release, tmp_path / "copy"))
     data = metrics.data_facts(copy / "dataset")
-    models = {name: metrics.model_facts(copy / name) for name in layout.model_folders(copy)}
+    models = {name: metrics.model_facts(copy / name) for name in repositories.model_folders(copy)}
     canary = metrics.canary(release_facts(copy)["nodes"]["items"]["digest"])
     built_context = gate_context.Context(
         copy, release_facts(copy), LIMITS, data, models, [], [], costs.usage_by_stage(copy), canary

@@ -206,7 +206,9 @@ def test_a_version_is_published_once(client, release: Path, tmp_path: Path) -> N
         client("publish(release, 'local')", endpoint)
         before = journal.read_bytes()
         (release / "README.md").write_text((release / "README.md").read_text() + "\nMore.\n")
-        from release.layout import ALL_SUMS, SUMS, files_below, files_of, repositories, write_sums
+        from release.checksums import write_sums
+        from release.layout import ALL_SUMS, SUMS
+        from release.repositories import files_below, files_of, repositories
 
         write_sums(release / ALL_SUMS, release, [p for p in files_below(release) if p not in (SUMS, ALL_SUMS)])
         write_sums(release / SUMS, release, files_of(release, next(p for p in repositories(release) if not p.folder)))

@@ -13,7 +13,9 @@ import release_world as world
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
 from release.audit.verify import kind_of, verify
-from release.layout import ALL_SUMS, SUMS, files_below, files_of, repositories, write_sums
+from release.checksums import write_sums
+from release.layout import ALL_SUMS, SUMS
+from release.repositories import files_below, files_of, repositories
 
 
 def pulled(release: Path, target: Path) -> dict[str, Path]:

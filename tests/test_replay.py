@@ -20,7 +20,7 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact, Store, sha256_file
 from pipeline.graph import dag, registry
 from pipeline.graph import recipe as recipes
-from release import layout
+from release import checksums, layout, repositories
 from release.audit import replay as replays
 from release.audit.replay import Plan, replay
 from release.audit.replay_report import certificate, text
@@ -48,9 +48,9 @@ def copy(release: Path, tmp_path: Path) -> Path:
 def resum(release: Path) -> None:
     """What a forger does who knows the format."""
     sums = layout.ALL_SUMS, layout.SUMS
-    layout.write_sums(release / sums[0], release, [p for p in layout.files_below(release) if p not in sums])
-    root = next(place for place in layout.repositories(release) if not place.folder)
-    layout.write_sums(release / sums[1], release, layout.files_of(release, root))
+    checksums.write_sums(release / sums[0], release, [p for p in repositories.files_below(release) if p not in sums])
+    root = next(place for place in repositories.repositories(release) if not place.folder)
+    checksums.write_sums(release / sums[1], release, repositories.files_of(release, root))
 
 
 def statement_of(release: Path, phase: str) -> Path:

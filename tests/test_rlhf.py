@@ -186,14 +186,16 @@ def test_the_reward_model_judges_as_it_was_trained(
     pairs = read_table(calm / "pairs.parquet").to_pylist()
     rows = [rl_world.row("p", "letter", 0, pair["question"]) for pair in pairs]
     scores = {
-        side: judge.score([(r, Response.of(p[side], p[f"{side}_finished"])) for r, p in zip(rows, pairs, strict=True)])
+        side: judge.score(
+            [(r, Response.parse(p[side], p[f"{side}_finished"])) for r, p in zip(rows, pairs, strict=True)]
+        )
         for side in ("chosen", "rejected")
     }
     better = [a["reward"] > b["reward"] for a, b in zip(scores["chosen"], scores["rejected"], strict=True)]
     assert sum(better) / len(better) > 0.75
     middling = sum(s["reward"] for samples in scores.values() for s in samples) / (2 * len(pairs))
     assert 0.25 < middling < 0.75, "rewards lie on both sides of the middle"
-    (cut,) = judge.score([(rows[0], Response.of("eee", False))])
+    (cut,) = judge.score([(rows[0], Response.parse("eee", False))])
     assert cut["reward"] == 0.0 and judge.version == "export-test" and judge.runs_code is False
     assert reward_input(judge.chat, "say", "e", True)[-2:] == [3, 1]
 

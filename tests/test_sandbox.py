@@ -485,10 +485,10 @@ def killing(times: int, attempts: list[int]) -> Callable[[list[Cell], int], str]
 def test_what_kills_its_sandbox_each_time_is_to_blame_and_nothing_else_is() -> None:
     attempts: list[int] = []
     with Pool(2, LIMITS) as pool:
-        outcome = pool.each(killing(99, attempts), range(6), lambda item: f"blamed: {item}")
+        outcome = pool.map(killing(99, attempts), range(6), lambda item: f"blamed: {item}")
         assert outcome == ["0", "1", "2", "blamed: 3", "4", "5"] and len(attempts) == ATTEMPTS
         attempts.clear()
-        outcome = pool.each(killing(ATTEMPTS - 1, attempts), range(6), lambda item: f"blamed: {item}")
+        outcome = pool.map(killing(ATTEMPTS - 1, attempts), range(6), lambda item: f"blamed: {item}")
         assert outcome == ["0", "1", "2", "3", "4", "5"], "killed from outside, and not each time"
 
 

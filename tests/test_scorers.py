@@ -68,7 +68,7 @@ def test_a_verifier_scores_as_its_frozen_file(name: str) -> None:
     current = Courtesy() if name == "courtesy" else make_verifier(name)
     scorer = name, current.version
     for finished in (True, False):
-        responses = [Response.of(text, finished) for text in TEXTS]
+        responses = [Response.parse(text, finished) for text in TEXTS]
         earned = current.score([(ROWS[name], response) for response in responses])
         rescored = [scorers.SCORERS[scorer](ROWS[name], scorers.RESPONSES[scorer](text), finished) for text in TEXTS]
         assert earned == rescored

@@ -22,7 +22,8 @@ from test_release_verify import resum
 from pipeline.core.errors import AtomError
 from release.audit.verify import verify
 from release.hub.local.server import running
-from release.layout import SUMS, files_of, repositories
+from release.layout import SUMS
+from release.repositories import files_of, repositories
 from release.signing import sign
 from release.signing.trust_policy import Trust
 

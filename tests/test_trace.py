@@ -21,7 +21,9 @@ from release.assembly import build_release as builder
 from release.assembly import metrics
 from release.audit import merkle, tracing
 from release.audit import trace_report as answers
-from release.layout import SUMS, files_below, write_sums
+from release.checksums import write_sums
+from release.layout import SUMS
+from release.repositories import files_below
 
 ORDERS = [
     ("pretrain", "order/pretrain", 1, 2), ("midtrain", "earlier/order-midtrain-aaaa", 1, 2),

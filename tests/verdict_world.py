@@ -89,7 +89,7 @@ STAGE = Stage("failing", 1, Failing, run, ranks=lambda config: config.ranks, tra
 def python_path(folder: Path) -> str:
     """A PYTHONPATH with which any process of ours knows the stage."""
     (folder / "sitecustomize.py").write_text(
-        "from pipeline.graph import registry\nregistry.STAGES['failing'] = 'verdict_world'\n"
+        "from pipeline.graph import registry\nregistry.stages()['failing'] = 'verdict_world'\n"
     )
     return f"{folder}:{Path(__file__).parent}"
 

@@ -45,7 +45,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 def response_of(text: str, finished: bool = True) -> Response:
-    return Response.of(text, finished)
+    return Response.parse(text, finished)
 
 
 def score_one(scorer: Verifier, row: Row, text: str, finished: bool = True) -> Parts:

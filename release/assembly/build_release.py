@@ -129,7 +129,8 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     from release.audit import merkle
     from release.cards import croissant, plot, render, results, scaling_plots, tables
     from release.checks import gate_context, gates
-    from release.layout import CANARY, GOLDENS, ORIGINS, RELEASE, ROOTS, model_folders, repositories
+    from release.layout import CANARY, GOLDENS, ORIGINS, RELEASE, ROOTS
+    from release.repositories import model_folders, repositories
 
     assembly = assemble.Assembly(folder)
     assemble.place_artifacts(assembly, source.artifacts)
@@ -205,7 +206,9 @@ def _evaluation(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _checksums(folder: Path) -> None:
     """Each repository's own file first, then the one over the whole, then the root's, which covers that one too."""
-    from release.layout import ALL_SUMS, SUMS, files_below, files_of, repositories, write_sums
+    from release.checksums import write_sums
+    from release.layout import ALL_SUMS, SUMS
+    from release.repositories import files_below, files_of, repositories
 
     repos = repositories(folder)
     for repository in repos:

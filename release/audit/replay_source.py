@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError, CheckFailed
-from release.layout import ALL_SUMS, SUMS, compare, read_sums
+from release.checksums import compare, read_sums
+from release.layout import ALL_SUMS, SUMS
 from release.tree import is_foreign_link
 from release.untrusted import printable
 

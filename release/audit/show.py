@@ -9,7 +9,8 @@ from typing import Any
 from release import schema
 from release.assembly import costs, metrics
 from release.cards import caveats, tables
-from release.layout import GATES, PUBLIC_KEY, SIGNATURE, model_folders
+from release.layout import GATES, PUBLIC_KEY, SIGNATURE
+from release.repositories import model_folders
 from release.signing import keyless, sign
 from release.untrusted import cleaned
 

@@ -24,7 +24,9 @@ from release.assembly import metrics, training
 from release.audit import merkle
 from release.audit.text_index import ABOUT, Progress, candidates, has_trigrams, hits, index_of
 from release.audit.trace_report import Document, Match, Related, Removal, Rows, Step, Text, Use
-from release.layout import EXPORTED, SUMS, files_below, numbered, read_sums, repositories, when
+from release.checksums import read_sums
+from release.layout import EXPORTED, SUMS, numbered, when
+from release.repositories import files_below, repositories
 from stages.data.table import read_jsonl, read_table
 from stages.rl.protocols import question
 

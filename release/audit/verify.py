@@ -19,8 +19,10 @@ from release.checks import formats, listing, registry
 from release.checks.check_runner import NOTHING_LARGE, CheckRunner, Reads, run_check
 from release.checks.listing import Checksums, Contents, kind_of
 from release.checks.verdict import Check, Problems, Verdict, answer
+from release.checksums import compare
 from release.hash_cache import Digests
-from release.layout import ALL_SUMS, MODEL, ORIGINS, PUBLIC_KEY, SIGNATURE, SUMS, compare, files_below, model_folders
+from release.layout import ALL_SUMS, MODEL, ORIGINS, PUBLIC_KEY, SIGNATURE, SUMS
+from release.repositories import files_below, model_folders
 from release.signing import sign
 from release.signing.sign import TrustPolicy
 from release.signing.trust_policy import ANYONE, Trust

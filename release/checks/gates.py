@@ -19,7 +19,8 @@ from release.cards import croissant, plot, render
 from release.checks import registry
 from release.checks.gate_context import BEYOND, Context, Gate
 from release.checks.post_gates import post_training
-from release.layout import GATES, GATES_STATED, ORIGINS, SUMS, WITHOUT_ORDER, files_below, models_of, phases_of, when
+from release.layout import GATES, GATES_STATED, ORIGINS, SUMS, WITHOUT_ORDER, models_of, phases_of, when
+from release.repositories import files_below
 from stages import export
 from stages.evaluation.confidence import SURE
 

@@ -12,21 +12,9 @@ from release import untrusted
 from release.checks import confine
 from release.checks.confine import Budget
 from release.checks.verdict import Check, Problems, answer
-from release.layout import (
-    ALL_SUMS,
-    MODEL,
-    MOST_ENTRIES,
-    ORIGINS,
-    PARTS,
-    SUMS,
-    SUMS_BYTES,
-    SUMS_LINES,
-    Repository,
-    files_within,
-    published,
-    read_sums,
-    repositories,
-)
+from release.checksums import SUMS_BYTES, SUMS_LINES, read_sums
+from release.layout import ALL_SUMS, MODEL, ORIGINS, PARTS, SUMS
+from release.repositories import MOST_ENTRIES, Repository, files_within, published, repositories
 from release.tree import SPARSE_BYTES, Tree, is_foreign_link, is_sparse, real_bytes
 
 SMALL_JSON = 4 << 20

@@ -21,17 +21,8 @@ from release.assembly import attest, costs, metrics, training
 from release.audit import merkle
 from release.cards import croissant, plot, render, results, versions
 from release.checks import formats
-from release.layout import (
-    CANARY,
-    GATES,
-    GATES_STATED,
-    ORIGINS,
-    RELEASE,
-    ROOTS,
-    files_below,
-    model_folders,
-    repositories,
-)
+from release.layout import CANARY, GATES, GATES_STATED, ORIGINS, RELEASE, ROOTS
+from release.repositories import files_below, model_folders, repositories
 
 UNKNOWN_LICENSES = frozenset({"", "unknown", "noassertion", "none", "other"})
 ARTIFACT_URI = "atom:artifact/"

@@ -31,7 +31,8 @@ from release.hub.upload import (
     tag_mains,
     upload,
 )
-from release.layout import PUBLIC_KEY, RELEASE, SIGNATURE, Repository, repositories
+from release.layout import PUBLIC_KEY, RELEASE, SIGNATURE
+from release.repositories import Repository, repositories
 from release.signing.trust_policy import ANYONE, Trust
 
 

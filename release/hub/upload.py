@@ -19,7 +19,8 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
 from release.hub import limits
 from release.hub.client import api, endpoint, load, parsing, translate_errors
-from release.layout import PUBLIC_KEY, SIGNATURE, SUMS, Repository, files_of
+from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
+from release.repositories import Repository, files_of
 
 FILES_PER_COMMIT = 50
 SENT_LAST = (SUMS, PUBLIC_KEY, SIGNATURE)

@@ -21,7 +21,8 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from pipeline.core.errors import AtomError
-from release.layout import PARTS, PUBLIC_KEY, SIGNATURE, Repository, model_folders, repositories
+from release.layout import PARTS, PUBLIC_KEY, SIGNATURE
+from release.repositories import Repository, model_folders, repositories
 from release.signing import keyless
 
 IGNORED = (SIGNATURE, PUBLIC_KEY, ".cache")

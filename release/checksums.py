@@ -1,0 +1,90 @@
+"""The checksum files of a release, in the format of `sha256sum`."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.core.errors import CheckFailed
+from pipeline.core.store import sha256_file
+from release.tree import is_foreign_link
+from release.untrusted import printable, read
+
+SUMS_BYTES, SUMS_LINES = 32 << 20, 300_000
+"""The most that the checksum files of a release may have together: it lists each file twice."""
+PATH_BYTES, NAME_BYTES = 1024, 255
+"""The most that a listed path, and each of its parts, may have."""
+
+LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
+
+
+def write_sums(target: Path, folder: Path, paths: list[str]) -> None:
+    """The format of `sha256sum`: anyone can check with `sha256sum -c SHA256SUMS`."""
+    target.write_text("".join(f"{sha256_file(folder / path)}  {path}\n" for path in sorted(paths)))
+
+
+def read_sums(path: Path, name: str) -> dict[str, str]:
+    """{path: sha256}. Raises CheckFailed naming the line that is damaged, doubled or out of order, or that names what
+    no file of a release is called."""
+    if not os.path.lexists(path):
+        raise CheckFailed(f"{name} is missing")
+    try:
+        root = path.parents[0 if os.path.isabs(name) else name.count("/")]  # of the repository
+        follow = not is_foreign_link(root, path.relative_to(root).as_posix())
+        data = read(path, SUMS_BYTES, follow=follow)
+    except CheckFailed as error:
+        raise CheckFailed(str(error).replace(path.name, name, 1)) from None
+    rows: dict[str, str] = {}
+    last, line = "", b"\n"
+    for number, line in enumerate(io.BytesIO(data), 1):
+        if number > SUMS_LINES:
+            raise CheckFailed(f"{name} has more than {SUMS_LINES} lines")
+        try:
+            match = LINE.fullmatch(line.decode().removesuffix("\n"))
+        except UnicodeDecodeError:
+            raise CheckFailed(f"{name} is altered: it is not UTF-8 text") from None
+        if match is None or match[2] <= last:
+            raise CheckFailed(f"{name} is altered: line {number} is not a checksum line in its place")
+        last = match[2]
+        if not is_plain_path(last):
+            raise CheckFailed(f"{name} is altered: line {number} names {printable(last)}, which leads elsewhere")
+        rows[last] = match[1]
+    if not line.endswith(b"\n"):
+        raise CheckFailed(f"{name} is altered: its last line is cut")
+    return rows
+
+
+def is_plain_path(path: str) -> bool:
+    """Whether a path stays within the folder that it is relative to, and can be printed and opened."""
+    parts = path.split("/")
+    longest = max(len(part.encode(errors="replace")) for part in parts)
+    return (
+        path.isprintable()
+        and not {"", ".", ".."} & set(parts)
+        and longest <= NAME_BYTES
+        and len(path.encode(errors="replace")) <= PATH_BYTES
+    )
+
+
+def compare(
+    sums: dict[str, str],
+    folder: Path,
+    present: list[str],
+    name: str,
+    digest: Callable[[Path], str] = sha256_file,
+) -> list[str]:
+    """What is wrong between a checksum file and a folder: every missing, extra and altered file, by name.
+
+    present: the regular files there.
+    """
+    wrong = [f"{path} is missing (listed in {name})" for path in sorted(set(sums) - set(present))]
+    wrong += [f"{path} is not listed in {name}" for path in sorted(set(present) - set(sums))]
+    wrong += [
+        f"{path} is altered: it is not the file that {name} lists"
+        for path in sorted(set(sums) & set(present))
+        if digest(folder / path) != sums[path]
+    ]
+    return wrong

@@ -1,0 +1,104 @@
+"""Which Hub repository each part of a release becomes, and which files belong to it."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.core.errors import CheckFailed
+from release import schema
+from release.checksums import SUMS_LINES
+from release.layout import MODEL, PARTS, PUBLIC_KEY, RELEASE, SIGNATURE, SUMS, when
+from release.tree import ENTRIES, walk
+from release.untrusted import printable
+
+MOST_ENTRIES = ENTRIES + 4 * SUMS_LINES
+"""Files and folders of a release, at most."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """One revision of one Hub repository: `folder` is its place in the release ("" is the release's root)."""
+
+    folder: str
+    suffix: str
+    kind: str
+    branch: str = "main"
+
+    def id(self, namespace: str, name: str) -> str:
+        return f"{namespace}/{name}{self.suffix}"
+
+
+def model_folders(release: Path) -> list[str]:
+    """The folders of a release that hold models, the final one first, then in the order of training; links to folders
+    are none. Raises CheckFailed for a release of an unknown format."""
+    called = schema.reader(release).model
+    found = [path.name.removeprefix(f"{MODEL}-") for path in release.glob(f"{MODEL}-*") if _is_own_folder(path)]
+    return [MODEL, *(f"{MODEL}-{name}" for name in sorted(found, key=lambda name: when(called(name))))]
+
+
+def repositories(release: Path) -> list[Repository]:
+    """The repositories of a release in the order in which they are made public: data, checkpoints, models; links to
+    folders are none. Raises CheckFailed for a release of an unknown format."""
+    found = [Repository("dataset", "-data", "dataset"), Repository("", "-evidence", "dataset")]
+    steps = sorted(p.name for p in (release / "checkpoints").iterdir() if _is_own_folder(p))
+    found.append(Repository("checkpoints", "-checkpoints", "model"))
+    found += [Repository(f"checkpoints/{name}", "-checkpoints", "model", name) for name in steps]
+    final, *others = model_folders(release)
+    found += [Repository(folder, folder.removeprefix(MODEL), "model") for folder in others]
+    return [*found, Repository(final, "", "model")]
+
+
+def _is_own_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def files_below(folder: Path) -> list[str]:
+    """Every file below a folder as sorted POSIX paths, without signatures and their keys where they belong, and without
+    what a Hub and its client add to a repository. Links are listed and not followed.
+
+    Raises CheckFailed if there is more than any release has.
+    """
+    paths = []
+    for path, status in walk(folder, MOST_ENTRIES):
+        if isinstance(status, OSError):
+            if status.errno == errno.E2BIG:
+                raise CheckFailed(f"{printable(folder.name)} {status.strerror}")
+        elif stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
+            paths.append(path)
+    whole = (folder / RELEASE).is_file() and (folder / "checkpoints").is_dir()
+    return published(paths, repositories(folder) if whole else [Repository("", "", "")])
+
+
+def published(paths: Iterable[str], places: Iterable[Repository]) -> list[str]:
+    """Of the files below a folder, sorted, those that its checksum file lists. places: the repositories in it."""
+    signed = {f"{place.folder}/{name}".lstrip("/") for place in places for name in (SIGNATURE, PUBLIC_KEY)}
+    return sorted(p for p in paths if p != ".gitattributes" and not p.startswith(".cache/") and p not in signed)
+
+
+def files_of(release: Path, repository: Repository) -> list[str]:
+    """The files of a repository, relative to its folder, its checksum file left out. Raises CheckFailed as
+    `files_below` does."""
+    found = files_below(release / repository.folder)
+    return _of(repository, found, model_folders(release) if repository.folder == "" else [])
+
+
+def files_within(paths: Sequence[str], repository: Repository, models: Iterable[str]) -> list[str]:
+    """The same, of the sorted paths of all files below a release. models: its folders of models."""
+    prefix = f"{repository.folder}/" if repository.folder else ""
+    below = paths[bisect_left(paths, prefix) : bisect_left(paths, f"{prefix}\U0010ffff")] if prefix else paths
+    return _of(repository, published((path[len(prefix) :] for path in below), [Repository("", "", "")]), models)
+
+
+def _of(repository: Repository, paths: Iterable[str], models: Iterable[str]) -> list[str]:
+    found = [path for path in paths if path != SUMS]
+    if repository.folder == "":
+        inside = {*PARTS, *models}
+        return [path for path in found if path.split("/")[0] not in inside]
+    if repository.folder == "checkpoints":
+        return [path for path in found if "/" not in path]
+    return found
