@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import locale
 import os
@@ -9,13 +10,14 @@ import signal
 import sys
 import time
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.cli import release_commands
-from pipeline.cli.shared import (
+from pipeline.core import os_errors
+from pipeline.core.errors import AtomError
+from pipeline.core.json_files import DamagedFile
+from pipeline.operations.command_options import (
     JsonOption,
     OnlyOption,
     ProfileOption,
@@ -26,9 +28,6 @@ from pipeline.cli.shared import (
     graph_of,
     open_store,
 )
-from pipeline.core import os_errors
-from pipeline.core.errors import AtomError
-from pipeline.core.json_files import DamagedFile
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,18 +37,36 @@ if TYPE_CHECKING:
     from pipeline.graph.run import NodeStatus
     from pipeline.launch.slurm import Submission
 
+COMMANDS = ("stages.commands", "release.commands")
+"""Modules with further commands."""
+
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="""An open language model from raw text to a published release that a stranger can check.
+    help="""Train an open LLM from raw text to a signed Hugging Face release that anyone can verify, trace and replay.
 
 A RECIPE is a packaged name (atom-tiny, atom-smoke) or a path to a YAML file. Everything produced lies under one folder,
 $ATOM_HOME (default: ./runs). Exit codes: 0 fine, 1 the checked thing is bad, 2 the caller's mistake.
 
 Start with: atom plan atom-tiny, then atom run atom-tiny.""",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"atom {version('atom-release')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None: ...
 
 
 @app.command()
@@ -490,61 +507,13 @@ def gc(
         print(f"{size}B in {store.home / 'trash'}: atom gc --restore KEY moves it back, --empty-trash deletes it")
 
 
-@app.command("simulate-precision")
-def simulate_precision(
-    recipe: RecipeArgument,
-    precision: Annotated[
-        list[str] | None,
-        typer.Option(help="fp8-tensorwise, fp8-blockwise or mxfp8; repeatable; default: all three"),
-    ] = None,
-    steps: Annotated[int, typer.Option(help="optimizer steps of each run; the last quarter counts")] = 64,
-    seeds: Annotated[int, typer.Option(help="initial weights and data orders, each run in every precision")] = 3,
-    baseline: Annotated[str, typer.Option(help="what FP8 is compared with, and around it: bf16 or fp32")] = "bf16",
-    bound: Annotated[float, typer.Option(help="largest relative deviation of the loss")] = 0.0025,
-    hidden: Annotated[
-        int | None, typer.Option(help="width of the twin; default: the smallest of two blocks everywhere")
-    ] = None,
-    layers: Annotated[int | None, typer.Option(help="layers of the twin; default: 2")] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="folder of the result; default: one under $ATOM_HOME/precision-simulations"),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Rehearse FP8 on any machine.
-
-    A small twin of the recipe's model is trained on Python's standard library with linear layers that round to FP8, and
-    without. Exit code 0: every precision holds the bound; 1: one fails it, or the runs do not decide; 2: a mistake.
-    Ctrl-C stops cleanly; the same command goes on from the runs that are finished.
-    """
-    from rich.console import Console
-
-    from pipeline.cli.tables import precision_report
-    from pipeline.core.progress import Display
-    from pipeline.graph import recipe as recipes
-    from stages.train.precision_simulation.simulation import simulate
-
-    screen = Console(stderr=True) if as_json else console()
-    try:
-        with Display(screen) as display:
-            report, folder = simulate(
-                recipes.load(recipe), open_store().home, display, precision or (), steps, seeds, baseline, bound,
-                hidden, layers, out,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        print("atom: stopped; run the same command to go on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
-    print(json.dumps(report, indent=1, sort_keys=True) if as_json else precision_report(report, folder))
-    if report["verdict"] != "holds":
-        raise typer.Exit(1)
-
-
 def _tell_misplaced(store: Store) -> None:
     for text in filter(None, (store.misplaced(), store.earlier())):
         print(f"atom: {text}", file=sys.stderr)
 
 
-app.add_typer(release_commands.app)
+for module in COMMANDS:
+    app.add_typer(importlib.import_module(module).app)
 
 
 def _show_warning(

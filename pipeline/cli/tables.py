@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from rich.table import Table
 
 from pipeline.core.progress import duration, figures_text, human
@@ -133,28 +130,3 @@ def status_table(run: str, stages: list[NodeStatus], used: str) -> Table:
     table.caption = f"{sealed} of {len(stages)} stages sealed; used so far: {used}"
     table.caption_justify = "left"
     return table
-
-
-def verdict_text(verdict: Any) -> str:
-    """One line a check, everything that is wrong below its check, and the verdict last."""
-    marks = {True: "ok     ", False: "BAD    ", None: "skipped"}
-    lines = []
-    for check in verdict.checks:
-        lines.append(f"{marks[check.ok]}  {check.name}: {check.detail}")
-        lines += [f"          {text}" for text in check.wrong]
-        lines += [f"{marks[None]}  {check.name}: {text}" for text in check.skipped]
-    said = "verified" if verdict.ok else "NOT what it claims to be"
-    return "\n".join([*lines, f"{verdict.kind} {verdict.subject}: {said}"])
-
-
-def published_text(report: Any) -> str:
-    """One line a repository."""
-    lines = [f"{r.kind} {r.repo}@{r.revision} {r.commit[:12]}" for r in report.repositories]
-    visible = "public" if report.public else "private"
-    return "\n".join([*lines, f"published to {report.endpoint}, {visible}, pulled back and verified"])
-
-
-def precision_report(report: dict[str, Any], folder: Path) -> str:
-    """The verdicts of a precision simulation, a line each."""
-    lines = [f"{x['precision']}: {x['verdict']}, {x['reason']}" for x in report["precisions"]]
-    return "\n".join([*lines, f"{report['recipe']}: {report['verdict']}; table and plots are in {folder}"])

@@ -1,4 +1,4 @@
-"""The parallel layout of a phase: the `cluster` part of its section. It never enters a key. No torch here.
+"""The parallel layout of a phase: its section `parallelism`. It never enters a key. No torch here.
 
 The words are Megatron-core's. A rank is one process with one device. Dense tensors live on a grid of
 tensor x context x data x pipeline ranks, experts on one of expert_tensor x expert x expert data x pipeline ranks;

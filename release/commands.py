@@ -6,12 +6,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.shared import JsonOption, RecipeArgument, graph_of, open_store
 from pipeline.core.errors import AtomError
+from pipeline.operations.command_options import JsonOption, RecipeArgument, graph_of, open_store
 
 app = typer.Typer()
 
@@ -113,12 +113,11 @@ def publish(
     The repositories are private until all are uploaded, pulled back and verified; --public then makes them public.
     HF_ENDPOINT and HF_TOKEN are respected.
     """
-    from pipeline.cli import tables
     from release.hub.publish import publish as publish_release
 
     out = sys.stderr if as_json else sys.stdout
     report = publish_release(release, to, public, lambda text: print(text, file=out, flush=True), acknowledge or ())
-    print(json.dumps(report.to_json(), indent=1) if as_json else tables.published_text(report))
+    print(json.dumps(report.to_json(), indent=1) if as_json else _published_text(report))
 
 
 @app.command()
@@ -153,7 +152,6 @@ def verify(
 
     Exit code 1 says which file or claim is bad.
     """
-    from pipeline.cli import tables
 
     if proof is not None:
         return _check_proofs(proof, Path(target), as_json)
@@ -162,7 +160,7 @@ def verify(
 
     trust = Trust(key, tuple(chain or ()), identity, issuer, trust_config)
     verdict = verify_release(target, deep, lambda text: print(text, file=sys.stderr, flush=True), trust)
-    print(json.dumps(verdict.to_json(), indent=1) if as_json else tables.verdict_text(verdict))
+    print(json.dumps(verdict.to_json(), indent=1) if as_json else _verdict_text(verdict))
     if not verdict.ok:
         raise typer.Exit(1)
 
@@ -273,3 +271,22 @@ def _span(steps: str | None) -> tuple[int | None, int | None]:
     if not (first.isdigit() and last.isdigit()):
         raise AtomError(f"--steps {steps} is not A:B, two steps of published checkpoints, for example 30:60")
     return int(first), int(last)
+
+
+def _verdict_text(verdict: Any) -> str:
+    """One line a check, everything that is wrong below its check, and the verdict last."""
+    marks = {True: "ok     ", False: "BAD    ", None: "skipped"}
+    lines = []
+    for check in verdict.checks:
+        lines.append(f"{marks[check.ok]}  {check.name}: {check.detail}")
+        lines += [f"          {text}" for text in check.wrong]
+        lines += [f"{marks[None]}  {check.name}: {text}" for text in check.skipped]
+    said = "verified" if verdict.ok else "NOT what it claims to be"
+    return "\n".join([*lines, f"{verdict.kind} {verdict.subject}: {said}"])
+
+
+def _published_text(report: Any) -> str:
+    """One line a repository."""
+    lines = [f"{r.kind} {r.repo}@{r.revision} {r.commit[:12]}" for r in report.repositories]
+    visible = "public" if report.public else "private"
+    return "\n".join([*lines, f"published to {report.endpoint}, {visible}, pulled back and verified"])

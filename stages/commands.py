@@ -1,0 +1,68 @@
+"""The commands about stages that no run has."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.operations.command_options import JsonOption, RecipeArgument, console, open_store
+
+app = typer.Typer()
+
+
+@app.command("simulate-precision")
+def simulate_precision(
+    recipe: RecipeArgument,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="fp8-tensorwise, fp8-blockwise or mxfp8; repeatable; default: all three"),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="optimizer steps of each run; the last quarter counts")] = 64,
+    seeds: Annotated[int, typer.Option(help="initial weights and data orders, each run in every precision")] = 3,
+    baseline: Annotated[str, typer.Option(help="what FP8 is compared with, and around it: bf16 or fp32")] = "bf16",
+    bound: Annotated[float, typer.Option(help="largest relative deviation of the loss")] = 0.0025,
+    hidden: Annotated[
+        int | None, typer.Option(help="width of the twin; default: the smallest of two blocks everywhere")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="layers of the twin; default: 2")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder of the result; default: one under $ATOM_HOME/precision-simulations"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure on any machine what FP8 rounding costs.
+
+    A small twin of the recipe's model is trained on Python's standard library with linear layers that round to FP8, and
+    without. Exit code 0: every precision holds the bound; 1: one fails it, or the runs do not decide; 2: a mistake.
+    Ctrl-C stops cleanly; the same command goes on from the runs that are finished.
+    """
+    from rich.console import Console
+
+    from pipeline.core.progress import Display
+    from pipeline.graph import recipe as recipes
+    from stages.train.precision_simulation.simulation import simulate
+
+    screen = Console(stderr=True) if as_json else console()
+    try:
+        with Display(screen) as display:
+            report, folder = simulate(
+                recipes.load(recipe), open_store().home, display, precision or (), steps, seeds, baseline, bound,
+                hidden, layers, out,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        print("atom: stopped; run the same command to go on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(json.dumps(report, indent=1, sort_keys=True) if as_json else _report_text(report, folder))
+    if report["verdict"] != "holds":
+        raise typer.Exit(1)
+
+
+def _report_text(report: dict[str, Any], folder: Path) -> str:
+    """The verdicts of a precision simulation, a line each."""
+    lines = [f"{x['precision']}: {x['verdict']}, {x['reason']}" for x in report["precisions"]]
+    return "\n".join([*lines, f"{report['recipe']}: {report['verdict']}; table and plots are in {folder}"])
