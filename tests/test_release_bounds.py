@@ -38,7 +38,7 @@ SECONDS, MEGABYTES = 10, 500
 """What is promised: processor time, and memory of the largest process."""
 SERVER = """
 import json, os, resource, sys
-from release import check_runner
+from release.checks import check_runner
 from release.audit.verify import verify
 check_runner.load_libraries(False)
 for line in sys.stdin:
