@@ -28,7 +28,7 @@ from pipeline.launch import cluster_profile
 from stages.mcore.activations import Rows, activation_bytes
 from stages.mcore.parallel_layout import Layout
 from stages.models.qwen3_moe.config import ModelConfig
-from stages.models.qwen3_moe.costs import Attention, training_flops
+from stages.models.qwen3_moe.costs import AttentionCost, training_flops
 from stages.models.qwen3_moe.memory import memory_share, state_bytes
 
 TARGET = 0.01
@@ -49,19 +49,19 @@ class Model:
     """What the formula needs: matrix parameters that a token meets, output head included, and its attention."""
 
     matrices: int
-    attention: tuple[Attention, ...]
+    attention: tuple[AttentionCost, ...]
 
 
 def qwen3(model: ModelConfig) -> Model:
     return Model(
-        model.matrices(QWEN3_VOCABULARY), (Attention(model.layers, model.heads, model.head_dim, model.head_dim),)
+        model.matrices(QWEN3_VOCABULARY), (AttentionCost(model.layers, model.heads, model.head_dim, model.head_dim),)
     )
 
 
 def llama(layers: int, hidden: int, heads: int, ffn: int, kv_heads: int = 8) -> Model:
     """Llama 3 (arXiv:2407.21783, table 3), and SmolLM3, which is built alike: heads of 128, 128,256 tokens."""
     layer = 2 * hidden * 128 * (heads + kv_heads) + 3 * hidden * ffn
-    return Model(layers * layer + 128_256 * hidden, (Attention(layers, heads, 128, 128),))
+    return Model(layers * layer + 128_256 * hidden, (AttentionCost(layers, heads, 128, 128),))
 
 
 def deepseek(layers: int, dense: int, heads: int, experts: int, vocabulary: int, mtp: int = 0) -> Model:
@@ -74,7 +74,7 @@ def deepseek(layers: int, dense: int, heads: int, experts: int, vocabulary: int,
     sparse = attention + hidden * experts + (8 + 1) * 3 * hidden * 2048
     matrices = layers * attention + dense * 3 * hidden * 18432 + (layers - dense) * (sparse - attention)
     matrices += mtp * (sparse + 2 * hidden * hidden + vocabulary * hidden) + vocabulary * hidden
-    return Model(matrices, (Attention(layers + mtp, heads, qk, v),))
+    return Model(matrices, (AttentionCost(layers + mtp, heads, qk, v),))
 
 
 def gpt_oss(expert_matrices: int = 3, window: int | None = 128) -> Model:
@@ -82,7 +82,7 @@ def gpt_oss(expert_matrices: int = 3, window: int | None = 128) -> Model:
     the tables counted two of an expert's three matrices, and all layers as full ones."""
     hidden, heads, layers = 2880, 64, 36
     layer = hidden * 64 * (2 * heads + 2 * 8) + hidden * 128 + 4 * expert_matrices * hidden * 2880
-    full, local = Attention(layers // 2, heads, 64, 64), Attention(layers // 2, heads, 64, 64, window)
+    full, local = AttentionCost(layers // 2, heads, 64, 64), AttentionCost(layers // 2, heads, 64, 64, window)
     return Model(layers * layer + 201_088 * hidden, (full, local))
 
 

@@ -39,7 +39,7 @@ PACKAGED = {name: yaml.safe_load(recipes.find(name, "pipeline.recipes", "recipe"
             for name in ("atom-smoke", "atom-tiny", "atom-1b-a300m", "atom-235b-a22b")}  # fmt: skip
 
 
-def plan(path: Path | str) -> list[planning.Row]:
+def plan(path: Path | str) -> list[planning.StagePlan]:
     composed = dag.compose(recipes.load(str(path)), NOWHERE, without_data=True)
     return planning.plan(composed, dag.states(composed, NOWHERE), list(composed.nodes))
 

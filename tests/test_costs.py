@@ -18,7 +18,7 @@ from stages.mcore.megatron_imports import Float16Module
 from stages.mcore.parallel_layout import Layout, problem
 from stages.models.qwen3_moe import layer_spec
 from stages.models.qwen3_moe.config import ModelConfig
-from stages.models.qwen3_moe.costs import Attention, training_flops
+from stages.models.qwen3_moe.costs import AttentionCost, training_flops
 from stages.models.qwen3_moe.megatron_model import build
 from stages.models.qwen3_moe.memory import MemoryShare, layers_of, memory_share, owned_bytes, sharing, state_bytes
 from stages.train import parallel
@@ -89,9 +89,9 @@ def test_state_by_precision() -> None:
 
 def test_flops() -> None:
     """By hand: two matrices, and attention to half a row or to a window."""
-    assert training_flops(10, [Attention(1, 2, 3, 5)], 8) == 6 * (10 + 2 * 8 * 4)
-    assert Attention(1, 1, 1, 1, window=4).keys(8) == pytest.approx((0 + 8 * 4 - 4 * 4 / 2) / 8)
-    assert Attention(1, 1, 1, 1, window=99).keys(8) == 4
+    assert training_flops(10, [AttentionCost(1, 2, 3, 5)], 8) == 6 * (10 + 2 * 8 * 4)
+    assert AttentionCost(1, 1, 1, 1, window=4).keys(8) == pytest.approx((0 + 8 * 4 - 4 * 4 / 2) / 8)
+    assert AttentionCost(1, 1, 1, 1, window=99).keys(8) == 4
     model = ModelConfig(**{**MODEL, "dense_layers": 1, "intermediate_size": 96, "shared_expert_intermediate_size": 32})
     by_hand = 4 * (64 * 16 * (8 + 2 * 4) + 8 * 16 * 64) + 3 * 64 * 96 + 3 * (64 * 8 + 3 * 64 * (2 * 48 + 32))
     assert model.matrices(VOCAB) == by_hand + VOCAB * 64

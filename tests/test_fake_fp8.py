@@ -11,7 +11,7 @@ import torch
 import train_world as world
 
 from stages.mcore import fake_fp8
-from stages.mcore.quantize import RECIPES, Counts, Recipe, quantize_dequantize
+from stages.mcore.quantize import RECIPES, Counts, Fp8Recipe, quantize_dequantize
 from stages.mcore.weight_init import full_tensor
 from stages.models.qwen3_moe.config import ModelConfig
 from stages.models.qwen3_moe.megatron_model import build
@@ -101,7 +101,7 @@ def test_the_record_holds_every_token_and_every_value() -> None:
     assert (experts.columns, experts.rows) == (hidden, 2 * ffn) and experts.tokens.total() <= 4
 
 
-def reference(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, recipe: Recipe) -> tuple[torch.Tensor, ...]:
+def reference(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor, recipe: Fp8Recipe) -> tuple[torch.Tensor, ...]:
     """y, dx and dw in double precision, each product's operands rounded along what it sums over."""
 
     def q(t: torch.Tensor, kind: Any, summed: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ from pipeline.launch import cluster_profile
 ROOT = Path(__file__).parent.parent
 
 
-def rows_by_hand() -> list[plan.Row]:
+def rows_by_hand() -> list[plan.StagePlan]:
     """Two hours of one core, a training phase of 3.6e21 FLOPs on 8 ranks, the same with layers computed again, and stages of
     which less is known; one is sealed."""
     node = dag.compose(recipes.load("atom-30b-a3b"), Store(Path("none")), without_data=True).nodes["pretrain"]
@@ -32,8 +32,10 @@ def rows_by_hand() -> list[plan.Row]:
     assert known.training is not None
     phase, recomputed = (replace(known, training=replace(known.training, recomputes=x)) for x in (False, True))
 
-    def row(name: str, estimate: Estimate, ranks: int = 1, trains: bool = False, sealed: bool = False) -> plan.Row:
-        return plan.Row(
+    def row(
+        name: str, estimate: Estimate, ranks: int = 1, trains: bool = False, sealed: bool = False
+    ) -> plan.StagePlan:
+        return plan.StagePlan(
             State(name, f"{name}-0", "sealed" if sealed else "to run"), estimate, {}, ranks, {}, None, trains
         )
 

@@ -18,7 +18,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.progress import Display
 from pipeline.graph import recipe as recipes
 from stages.mcore import quantize
-from stages.mcore.quantize import RECIPES, Format, Recipe
+from stages.mcore.quantize import RECIPES, Format, Fp8Recipe
 from stages.models.qwen3_moe.config import ModelConfig
 from stages.train.precision_simulation import plot, report, runner, simulation
 from stages.train.precision_simulation.proxy_model import build_proxy, dimensions, ratios, step_tokens
@@ -130,7 +130,7 @@ def test_a_bad_format_fails(
 ) -> None:
     """Powers of two between 1 and 4, and nothing below: what is rounded so does not train like bf16."""
     coarse = Format("coarse", 0, 0, 4.0)
-    bad = {**RECIPES, "bad": Recipe(coarse, coarse, None)}
+    bad = {**RECIPES, "bad": Fp8Recipe(coarse, coarse, None)}
     monkeypatch.setattr(quantize, "RECIPES", bad)
     monkeypatch.setattr(report, "RECIPES", bad)
     runs = {("bad", seed): runner.train(settings, "bad", seed) for seed in (0, 1)}

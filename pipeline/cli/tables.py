@@ -6,7 +6,7 @@ from rich.table import Table
 
 from pipeline.core.progress import duration, figures_text, human
 from pipeline.graph.cost_estimate import Forecast
-from pipeline.graph.plan import Row, timed
+from pipeline.graph.plan import StagePlan, timed
 from pipeline.graph.run import NodeStatus
 
 
@@ -14,7 +14,7 @@ def _cell(value: float | None, unit: str = "") -> str:
     return "" if value is None else human(value) + unit
 
 
-def plan_table(rows: list[Row]) -> Table:
+def plan_table(rows: list[StagePlan]) -> Table:
     """A line a stage. CPU time is shown where that of every training phase is estimated."""
     shown = timed(row.estimate for row in rows)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
@@ -45,7 +45,7 @@ def plan_table(rows: list[Row]) -> Table:
     return table
 
 
-def phases_table(rows: list[Row]) -> Table | None:
+def phases_table(rows: list[StagePlan]) -> Table | None:
     """What each training phase asks of its ranks; None if there is none."""
     found = [(row, row.estimate.training) for row in rows if row.estimate.training is not None]
     if not found:

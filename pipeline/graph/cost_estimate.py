@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipeline.graph.plan import Row
+from pipeline.graph.plan import StagePlan
 from pipeline.launch.cluster_profile import Profile
 
 RECOMPUTED = 4 / 3
@@ -49,7 +49,7 @@ class Forecast:
         }
 
 
-def forecast(rows: list[Row], profile: Profile, small: bool) -> Forecast:
+def forecast(rows: list[StagePlan], profile: Profile, small: bool) -> Forecast:
     """small: `planner.is_small` of the graph.
 
     Raises RecipeError if the ranks of a stage do not fill the profile's nodes alike.
@@ -63,7 +63,7 @@ def _figures(use: Use) -> tuple[float, ...]:
     return use.hours, use.gpu_hours, use.core_hours, use.cost, use.energy_wh
 
 
-def _use(row: Row, profile: Profile, small: bool) -> Use:
+def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
     name, estimate = row.state.name, row.estimate
     gpus = _gpus(row, profile)
     if gpus and estimate.training is None:
@@ -87,7 +87,7 @@ def _use(row: Row, profile: Profile, small: bool) -> Use:
     return Use(name, estimate.cpu_seconds / places / 3600, core_hours=estimate.cpu_seconds / 3600)
 
 
-def _gpus(row: Row, profile: Profile) -> int:
+def _gpus(row: StagePlan, profile: Profile) -> int:
     """GPUs that a stage's job gets in all."""
     if profile.slurm is None:
         return 0
@@ -95,7 +95,7 @@ def _gpus(row: Row, profile: Profile) -> int:
     return nodes * min(each, jobs.gpus_per_node)
 
 
-def _recomputes(row: Row) -> bool:
+def _recomputes(row: StagePlan) -> bool:
     return row.estimate.training is not None and row.estimate.training.recomputes
 
 
@@ -108,7 +108,7 @@ def _priced(use: Use, profile: Profile) -> Use:
     )
 
 
-def _assumed(rows: list[Row], uses: tuple[Use, ...], profile: Profile) -> list[str]:
+def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> list[str]:
     """Sentences: the rates that were used and where they come from, what is left out, and what is not estimated."""
     told, on_gpus = [], {use.name for use in uses if use.gpu_hours}
     used = [row for row in rows if row.state.name in on_gpus]

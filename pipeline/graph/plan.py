@@ -11,7 +11,7 @@ from pipeline.graph.dag import Graph, State
 
 
 @dataclass(frozen=True)
-class Row:
+class StagePlan:
     """One stage of the plan: its state, its estimate, the artifacts of earlier runs that it needs, by role, and how it
     would run: its ranks, and the operational fields of its config."""
 
@@ -55,9 +55,9 @@ def is_small(graph: Graph) -> bool:
     return timed(node.stage.estimate(node.config) for node in graph.nodes.values())
 
 
-def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[Row]:
+def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[StagePlan]:
     return [
-        Row(
+        StagePlan(
             states[node.name],
             node.stage.estimate(node.config),
             node.external,

@@ -181,7 +181,7 @@ class TrustPolicy:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SignatureVerdict:
     """What the signature of one repository says. signer: a key's fingerprint, or an identity; problems: one sentence
     each, none if the signature is valid."""
 
@@ -189,7 +189,9 @@ class Verdict:
     problems: list[str]
 
 
-def verify(folder: Path, present: Iterable[str], digest: Callable[[Path], str], policy: TrustPolicy) -> Verdict | None:
+def verify(
+    folder: Path, present: Iterable[str], digest: Callable[[Path], str], policy: TrustPolicy
+) -> SignatureVerdict | None:
     """The verdict on the repository in `folder`; None if it is not signed.
 
     present: its files, without those that belong to git or to the Hub's client. digest: SHA-256 of a file.
@@ -199,12 +201,12 @@ def verify(folder: Path, present: Iterable[str], digest: Callable[[Path], str], 
         return None
     signer, signed, problem = (_by_identity if keyless.is_keyless(signature) else _by_key)(signature, public, policy)
     if problem:
-        return Verdict(signer, [problem])
+        return SignatureVerdict(signer, [problem])
     files = set(present) - set(IGNORED)
     problems = [f"{path} is missing, and was signed" for path in sorted(signed.keys() - files)]
     problems += [f"{path} was added after signing" for path in sorted(files - signed.keys())]
     common = sorted(files & signed.keys())
-    return Verdict(
+    return SignatureVerdict(
         signer, problems + [f"{p} was altered after signing" for p in common if digest(folder / p) != signed[p]]
     )
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from stages.mcore.megatron_imports import GPTModel, tensor_parallel
-from stages.mcore.quantize import KINDS, Counts, Kind, Quantized, Recipe, quantize
+from stages.mcore.quantize import KINDS, Counts, Fp8Recipe, Kind, Quantized, quantize
 
 
 @dataclass
@@ -55,7 +55,7 @@ Record = dict[tuple[int, str], LinearRecord]
 """Key: the layer, from 0, and the linear's name in it: self_attention.linear_qkv, mlp.experts.linear_fc1, ..."""
 
 
-def attach(chunks: Sequence[GPTModel], recipe: Recipe) -> Record:
+def attach(chunks: Sequence[GPTModel], recipe: Fp8Recipe) -> Record:
     """Patches the linear layers of this rank's part of a model to round by the recipe.
 
     Returns the record, which fills as the model runs.
@@ -75,7 +75,7 @@ def attach(chunks: Sequence[GPTModel], recipe: Recipe) -> Record:
     return record
 
 
-def _product(recipe: Recipe, group: Any, record: LinearRecord) -> Any:
+def _product(recipe: Fp8Recipe, group: Any, record: LinearRecord) -> Any:
     """Megatron's `_forward_impl` of a linear layer, with the same collectives around a product of rounded numbers."""
 
     def forward(
@@ -100,7 +100,7 @@ class Linear(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, w: torch.Tensor, recipe: Recipe, group: Any, record: LinearRecord
+        ctx: Any, x: torch.Tensor, w: torch.Tensor, recipe: Fp8Recipe, group: Any, record: LinearRecord
     ) -> torch.Tensor:
         ctx.shape, ctx.recipe, ctx.group, ctx.record = x.shape, recipe, group, record
         flat = x.reshape(-1, x.shape[-1])
@@ -123,7 +123,7 @@ class Linear(torch.autograd.Function):  # type: ignore[misc]
 def _quantize_both_ways(x: torch.Tensor, kind: Kind, summed: int, ctx: Any) -> tuple[Quantized, Quantized]:
     """A matrix rounded for the product that sums over `summed`, and for the one that sums over its other dimension; if
     the blocks are the same, the same."""
-    recipe: Recipe = ctx.recipe
+    recipe: Fp8Recipe = ctx.recipe
     first = quantize(x, recipe, kind, summed, ctx.group)
     ctx.record.counts[kind] += first.counts
     if recipe.shape(kind, summed) == recipe.shape(kind, 1 - summed):

@@ -54,7 +54,7 @@ E5M2 = Format("e5m2", 2, -14, 57344.0)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Fp8Recipe:
     """The rounding of the operands of a matrix product."""
 
     forward: Format
@@ -85,11 +85,11 @@ class Recipe:
         return 2 * (self.block or 16)
 
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
+RECIPES: Mapping[str, Fp8Recipe] = MappingProxyType(
     {
-        "fp8-tensorwise": Recipe(E4M3, E5M2, None),
-        "fp8-blockwise": Recipe(E4M3, E4M3, 128, square_weights=True, scale="power of two"),
-        "mxfp8": Recipe(E4M3, E4M3, 32, scale="e8m0"),
+        "fp8-tensorwise": Fp8Recipe(E4M3, E5M2, None),
+        "fp8-blockwise": Fp8Recipe(E4M3, E4M3, 128, square_weights=True, scale="power of two"),
+        "mxfp8": Fp8Recipe(E4M3, E4M3, 32, scale="e8m0"),
     }
 )
 
@@ -128,14 +128,14 @@ class Quantized:
 
 
 def quantize_dequantize(
-    x: torch.Tensor, recipe: Recipe, kind: Kind, summed: int = 1, group: Any = None
+    x: torch.Tensor, recipe: Fp8Recipe, kind: Kind, summed: int = 1, group: Any = None
 ) -> tuple[torch.Tensor, Counts]:
     """A matrix as a product of the recipe sees it, in fp32, and what the rounding did. Arguments: see `quantize`."""
     rounded = quantize(x, recipe, kind, summed, group)
     return rounded.values.float() * rounded.factor, rounded.counts
 
 
-def quantize(x: torch.Tensor, recipe: Recipe, kind: Kind, summed: int = 1, group: Any = None) -> Quantized:
+def quantize(x: torch.Tensor, recipe: Fp8Recipe, kind: Kind, summed: int = 1, group: Any = None) -> Quantized:
     """Rounds a matrix to the format's nearest numbers (ties to even), scaled so that each block's largest magnitude
     comes as near to the format's largest number as the scale allows, and saturating there.
 

@@ -12,7 +12,7 @@ from stages.mcore.parallel_layout import Layout, problem
 from stages.models.qwen3_moe.config import ModelConfig, PositiveInt, Precision
 from stages.rl.rollout.curriculum import CurriculumConfig
 from stages.rl.rollout.tasks import CODE, Tasks
-from stages.train.config import Batch, Kept, Optimizer, Patience, PhaseConfig, Validation
+from stages.train.config import BatchSizes, Kept, Optimizer, Patience, PhaseConfig, Validation
 
 Prompts = Annotated[int, Range(1, 1e6)]
 """Of one step."""
@@ -143,7 +143,7 @@ class RlPhase(PhaseBase):
         """The replayed rows as those of a training phase, which is how their order is made and read."""
         assert self.replay is not None
         r = self.replay
-        batch = Batch(global_tokens=r.rows * r.sequence_length, micro_tokens=r.sequence_length)
+        batch = BatchSizes(global_tokens=r.rows * r.sequence_length, micro_tokens=r.sequence_length)
         return PhaseConfig(
             mix=r.mix, sequence_length=r.sequence_length, batch=batch, steps=self.steps, optimizer=self.optimizer,
             validation=Validation(every=self.steps, rows=1), release_checkpoint_interval=self.steps,

@@ -33,7 +33,7 @@ class RampStep(Config):
     global_tokens: BatchTokens
 
 
-class Batch(Config):
+class BatchSizes(Config):
     """Sizes in token slots (rows times sequence_length), padding included."""
 
     global_tokens: BatchTokens = Field(description="token slots of one optimizer step, over all ranks")
@@ -43,7 +43,7 @@ class Batch(Config):
     )
 
     @model_validator(mode="after")
-    def _possible(self) -> Batch:
+    def _possible(self) -> BatchSizes:
         steps, sizes = [0], [0]
         for number, part in enumerate(self.ramp):
             if part.until_step <= steps[-1]:
@@ -124,7 +124,7 @@ class PhaseConfig(Config):
 
     mix: Mix = Field(description="share of rows by source; of tokens where rows are packed")
     sequence_length: Context = Field(description="tokens predicted in one row")
-    batch: Batch
+    batch: BatchSizes
     steps: Steps
     optimizer: Optimizer
     validation: Annotated[Validation, Renamed("heldout")]

@@ -7,11 +7,11 @@ from urllib.parse import unquote
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from release.hub.local.store import HubError, Repo, Store
+from release.hub.local.store import HubError, HubStore, Repo
 
 
-def store(request: Request) -> Store:
-    hub_store: Store = request.app.state.store
+def store(request: Request) -> HubStore:
+    hub_store: HubStore = request.app.state.store
     return hub_store
 
 

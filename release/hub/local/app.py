@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from release.hub.local import access, hub_collections, repos, uploads
-from release.hub.local.store import HubError, Store
+from release.hub.local.store import HubError, HubStore
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -72,7 +72,7 @@ def make_app(
         Route(f"/{repo}/resolve/{{rev}}/{{path:path}}", repos.download),
     ]
     app = Starlette(routes=routes, exception_handlers={HubError: access.error_response})
-    app.state.store, app.state.tokens = Store(root), dict(tokens)
+    app.state.store, app.state.tokens = HubStore(root), dict(tokens)
     app.state.lfs_bytes, app.state.part_bytes = lfs_bytes, part_bytes
     return KeepQuotedSlash(app)
 

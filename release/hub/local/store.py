@@ -93,7 +93,7 @@ def git_blob_oid(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-class Store:
+class HubStore:
     """Repositories, blobs and collections below one folder."""
 
     def __init__(self, root: Path) -> None:

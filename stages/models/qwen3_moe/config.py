@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Context, Flag, Range
 from pipeline.core.stage import Config, Renamed, added, operational
-from stages.models.qwen3_moe.costs import Attention, training_flops
+from stages.models.qwen3_moe.costs import AttentionCost, training_flops
 
 PositiveInt = Annotated[int, Range(1, 2**31 - 1)]
 """A size: above zero, and small enough for every index that Megatron keeps."""
@@ -228,7 +228,7 @@ class ModelConfig(Config):
     def flops_per_token(self, padded_vocab_size: int, sequence_length: int) -> float:
         """Training FLOPs of one token in rows of that length, as `stages.models.qwen3_moe.costs.training_flops` counts
         them."""
-        attention = Attention(self.layers, self.heads, self.head_dim, self.head_dim)
+        attention = AttentionCost(self.layers, self.heads, self.head_dim, self.head_dim)
         return training_flops(self.matrices(padded_vocab_size), [attention], sequence_length)
 
 

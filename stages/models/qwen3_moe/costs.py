@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionCost:
     """Equal attention layers: `qk` and `v` are the widths of one head's queries and keys, and of its values."""
 
     layers: int
@@ -30,7 +30,7 @@ class Attention:
         return window - window * window / (2 * sequence_length)
 
 
-def training_flops(matrices: int, attention: Iterable[Attention], sequence_length: int) -> float:
+def training_flops(matrices: int, attention: Iterable[AttentionCost], sequence_length: int) -> float:
     """Training FLOPs of one token: 2 forward and 4 backward for each matrix parameter that the token meets (the output
     head is one, the input table is looked up), and as much for each product of its query with a key and of a score
     with a value.

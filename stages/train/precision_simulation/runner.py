@@ -21,7 +21,7 @@ from pydantic import NonNegativeInt
 from pipeline.core.stage import Config
 from stages.data.readers.python_stdlib import stdlib_files
 from stages.models.qwen3_moe.config import ModelConfig, PositiveInt
-from stages.train.config import Batch, Optimizer, PhaseConfig, TrainConfig, Validation
+from stages.train.config import BatchSizes, Optimizer, PhaseConfig, TrainConfig, Validation
 from stages.train.precision_simulation.proxy_model import VOCABULARY
 
 Baseline = Literal["fp32", "bf16"]
@@ -58,7 +58,7 @@ class Settings(Config):
             phase=PhaseConfig(
                 mix={"stdlib": 1.0},
                 sequence_length=self.sequence_length,
-                batch=Batch(global_tokens=tokens, micro_tokens=tokens),
+                batch=BatchSizes(global_tokens=tokens, micro_tokens=tokens),
                 steps=self.steps,
                 optimizer=self.optimizer,
                 validation=Validation(every=self.steps, rows=1),
