@@ -53,7 +53,7 @@ def corpus(folder: Path, texts: dict[str, list[str]]) -> dict[str, Artifact]:
 
 
 def make(folder: Path, texts: dict[str, list[str]] | None = None) -> dict[str, Artifact]:
-    """items, tasks-rlvr, curate, order-pretrain and two exported models, `model` and `before`."""
+    """items, tasks-rlvr, dedup, order-pretrain and two exported models, `model` and `before`."""
     artifacts = {"items": sealed(items_stage.STAGE, ITEMS, {}, folder / "items")}
     artifacts["tasks-rlvr"] = sealed(tasks_stage.STAGE, TASKS, {"items": artifacts["items"]}, folder / "tasks-rlvr")
     artifacts |= corpus(folder, texts or {"prose": [f"{n}. {TEXT}" for n in range(12)]})

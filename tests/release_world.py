@@ -101,7 +101,7 @@ def corpus() -> dict[str, list[dict[str, Any]]]:
     return fates
 
 
-def make_curate(out: Path) -> None:
+def make_dedup(out: Path) -> None:
     fates, dispositions = corpus(), []
     summary: dict[str, Any] = {"sources": {}}
     for source, rows in fates.items():
@@ -281,7 +281,7 @@ def make_node(name: str, out: Path) -> None:
     elif kind == "filter":
         write_json(out / "edits.json", {})
     elif kind == "dedup":
-        make_curate(out)
+        make_dedup(out)
     elif kind == "tokenizer":
         save_tokenizer(out)
         write_json(out / "stats.json", {"bytes_per_token": {source: 1.0 for source in SOURCES}})

@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = place / "out"
     out.mkdir()
     config = tokenizer.TokenizerSection(vocab_size=300, padded_vocab_size=320)
-    tokenizer.run(config, {"dedup": write_manifest(place / "dedup", "curate-test")}, place, out, RecordingReport())
+    tokenizer.run(config, {"dedup": write_manifest(place / "dedup", "dedup-test")}, place, out, RecordingReport())
     return out
 
 
@@ -144,7 +144,7 @@ def test_special_tokens_are_tokens_in_conversations_and_text_elsewhere(folder: P
         }
         write_rows(kept_folder / f"{name}.parquet", KEPT, [row])
     inputs = {
-        "dedup": write_manifest(tmp_path / "dedup", "curate-t"),
+        "dedup": write_manifest(tmp_path / "dedup", "dedup-t"),
         "tokenizer": write_manifest(folder, "tokenizer-t"),
     }
     out = tmp_path / "out"

@@ -105,5 +105,5 @@ def test_runs_against_a_slow_way() -> None:
 
 def test_artifacts_of_two_runs_are_refused_in_a_sentence(run_stage, inputs, tmp_path: Path) -> None:
     other = world.corpus(tmp_path, {"prose": ["only", "two"]})
-    with pytest.raises(AtomError, match="document prose/10 was trained on but is not among the kept ones of curate"):
+    with pytest.raises(AtomError, match="document prose/10 was trained on but is not among the kept ones of dedup"):
         run_stage(contamination.STAGE, CONFIG, {**inputs, "dedup": other["dedup"]})

@@ -41,8 +41,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     for role, node in {"model": "export-mid", "items": "items"}.items():
         world.make_node(node, root / role)
     problem = {**long_documents()[1], "id": "sums/0", "source": "sums", "prompt_chars": 6}
-    world.table(root / "curate/kept/prose.parquet", long_documents())
-    world.table(root / "curate/kept/sums.parquet", [problem, {**problem, "id": "sums/1"}])
+    world.table(root / "dedup/kept/prose.parquet", long_documents())
+    world.table(root / "dedup/kept/sums.parquet", [problem, {**problem, "id": "sums/1"}])
     return {role: write_manifest(root / role, role) for role in ("model", "dedup", "items")}
 
 

@@ -440,7 +440,7 @@ def test_frozen_code_that_was_altered_is_not_run(tmp_path: Path) -> None:
     store = Store(tmp_path)
     folder = code_snapshot.freeze(store, {"recipes/x.yaml": b"x"})
     assert code_snapshot.freeze(store, {"recipes/x.yaml": b"x"}) == folder
-    file = folder / "pipeline" / "store.py"
+    file = folder / "pipeline" / "core" / "store.py"
     file.unlink()
     file.write_text("")
     with pytest.raises(Damaged, match="it is not the code that was frozen"):

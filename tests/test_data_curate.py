@@ -115,7 +115,7 @@ def inputs_of(folder: Path) -> dict[str, Artifact]:
 
 
 def parts(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configs of filter and of curate."""
+    """The configs of filter and of dedup."""
     steps = [{k: v for k, v in source.items() if k != "heldout_fraction"} for source in config["sources"]]
     splits = [{k: v for k, v in source.items() if k != "steps"} for source in config["sources"]]
     curation = CurationSettings.model_validate(config["curation"]).model_dump()

@@ -103,7 +103,7 @@ def test_a_remade_input_with_other_bytes_is_no_irreproducible_stage(smoke_home: 
     body = json.loads(statement.read_bytes())
     body["subject"][0]["digest"]["sha256"] = "0" * 64
     for d in body["predicate"]["buildDefinition"]["resolvedDependencies"]:
-        if d["uri"].startswith("atom:artifact/curate-"):
+        if d["uri"].startswith("atom:artifact/dedup-"):
             d["digest"]["sha256"] = "1" * 64
     provenance.write(home / "ledger", sealed.name, body)
     shutil.rmtree(sealed)

@@ -84,7 +84,7 @@ def test_without_rates_one_sentence_says_why_there_is_no_time(tmp_path: Path, ch
     estimate = forecast(rows_by_hand(), cluster_profile.load(write_profile(tmp_path, **changed)), small=False)
     assert estimate.assumed[-2:] == (
         f"no time is given for pretrain, midtrain: {why}",
-        "no time is given for curate: known of small corpora only",
+        "no time is given for dedup: known of small corpora only",
     )
     assert estimate.total == Use("all", 2, 0, 2, pytest.approx(0.1), 16)
 

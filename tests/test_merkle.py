@@ -120,7 +120,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a release's dataset folder holds of curation and tokens."""
     folder = tmp_path_factory.mktemp("dataset")
     world.make_node("tokenize", folder / "tokens")
-    world.make_curate(folder)
+    world.make_dedup(folder)
     return folder
 
 

@@ -207,7 +207,7 @@ def test_a_cut_between_blocks_changes_nothing(recipe: str) -> None:
 def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = spread_out(300, 70, 6, torch.float32)
     unsliced = {case: quantize(x, RECIPES[case[0]], *case[1:]) for case in CASES}
-    monkeypatch.setattr(quantize, "SLAB", 1000)
+    monkeypatch.setattr("stages.mcore.quantize.SLAB", 1000)
     for case, expected in unsliced.items():
         result = quantize(x, RECIPES[case[0]], *case[1:])
         assert torch.equal(result.values, expected.values) and result.counts == expected.counts, case

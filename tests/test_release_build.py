@@ -64,7 +64,7 @@ def test_the_folder_is_what_the_design_says(built: Path) -> None:
         "code/as-run/recipes/tiny.yaml",
         "dataset/croissant.json", "dataset/merkle.json", "dataset/evaluation/canary.json", "model/goldens.json",
         "evidence/attestations/gates.json", "evidence/attestations/evaluation-mid.json",
-        "evidence/gates.json", "evidence/SHA256SUMS", "evidence/manifests/curate.json", "evidence/environment.json",
+        "evidence/gates.json", "evidence/SHA256SUMS", "evidence/manifests/dedup.json", "evidence/environment.json",
     ):  # fmt: skip
         assert path in paths, path
     assert not [

@@ -186,7 +186,7 @@ def test_stale_and_dirty_must_be_acknowledged_by_name(tmp_path: Path) -> None:
     about = {"namespace": "local", "stale": ["dedup"], "dirty": True}
     _require_publishable(about, "local", False, [])
     _require_publishable(about, "local", True, ["dedup", "dirty"])
-    with pytest.raises(AtomError, match="curate was made by other code than today's"):
+    with pytest.raises(AtomError, match="dedup was made by other code than today's"):
         _require_publishable(about, "local", True, ["dirty"])
     with pytest.raises(AtomError, match="uncommitted changes"):
         _require_publishable(about, "local", True, ["dedup"])

@@ -152,14 +152,14 @@ def test_two_processes_share_the_work(smoke_home: Path, tmp_path: Path) -> None:
 def test_a_worker_outlives_its_driver_and_the_next_run_waits_for_it(tmp_path: Path) -> None:
     home = tmp_path / "home"
     driver = start(home, "run", "atom-smoke", "--until", "dedup")
-    wait_for(home, "logs/*/curate/events.jsonl", '"start"')
+    wait_for(home, "logs/*/dedup/events.jsonl", '"start"')
     driver.kill()
     driver.communicate()
     (first,) = (p.parent.name for p in home.glob("logs/*/run.json"))
     atom(home, "run", "atom-smoke", "--until", "dedup")
-    (key,) = (p.name for p in (home / "artifacts").glob("curate-*"))
+    (key,) = (p.name for p in (home / "artifacts").glob("dedup-*"))
     ((_, body),) = provenance.read(home / "ledger", key)
-    assert provenance.outcome(body) == "sealed" and provenance.invocation(body) == f"{first}/curate", (
+    assert provenance.outcome(body) == "sealed" and provenance.invocation(body) == f"{first}/dedup", (
         "the orphan sealed it"
     )
 
@@ -191,7 +191,7 @@ def test_plan_tells_state_and_cost_as_json(smoke_home: Path, tmp_path: Path) -> 
         (("run", "atom-smoke", "--until", "rlhf"), "recipe atom-smoke has no stage rlhf; it has acquire-docstrings"),
         (
             ("run", "atom-smoke", "--only", "dedup"),
-            "stage curate needs filter, which is not sealed; run that first",
+            "stage dedup needs filter, which is not sealed; run that first",
         ),
         (("status",), "there is no run under"),
         (

@@ -81,12 +81,12 @@ def enrich(folder: Path) -> None:
     world.table(order, [*metrics.rows(order), segment(2, 2, "sums/é")])  # which no other phase read
 
     earlier = data / "earlier"
-    shutil.copytree(data / "kept", earlier / "curate-bbbb/kept")
-    world.table(earlier / "curate-bbbb/kept/old.parquet", [OLD])
-    shutil.copy(data / "dispositions.parquet", earlier / "curate-bbbb/dispositions.parquet")
+    shutil.copytree(data / "kept", earlier / "dedup-bbbb/kept")
+    world.table(earlier / "dedup-bbbb/kept/old.parquet", [OLD])
+    shutil.copy(data / "dispositions.parquet", earlier / "dedup-bbbb/dispositions.parquet")
     fate = {"id": "old/1", "source": "old", "license": "MIT", "content_hash": OLD["content_hash"], "split": "train",
             "kept_hash": OLD["content_hash"], "rule": None, "value": None, "threshold": None}  # fmt: skip
-    change(earlier / "curate-bbbb/dispositions.parquet", {"prose/000": fate})
+    change(earlier / "dedup-bbbb/dispositions.parquet", {"prose/000": fate})
     rows = [segment(step, row, id) for step in range(1, 6) for row, id in enumerate(("old/1", "prose/001", "sums/002"))]
     world.table(earlier / "order-midtrain-aaaa/order.parquet", rows)
     world.write_json(earlier / "order-midtrain-aaaa/meta.json", {"phase": "midtrain", "steps": 5})
@@ -250,7 +250,7 @@ def test_every_document_has_its_fate_and_its_steps(release: Path) -> None:
     old = tracing.document(release, "old/1")
     assert [use.step for use in old.uses] == [1, 2] and old.fates[0][
         "table"
-    ] == "earlier/curate-bbbb/dispositions.parquet"
+    ] == "earlier/dedup-bbbb/dispositions.parquet"
     assert old.checkpoints[0] == "midtrain-step-2" and old.fates[0]["origin"] == OLD["origin"]  # type: ignore[index]
     assert len(tracing.document(release, "prose/001").fates) == 2
     assert "removed by near_duplicate: 1, threshold 2, duplicate of sums/003" in answers.shown(
@@ -360,7 +360,7 @@ def test_an_index_is_made_once_for_the_same_texts(release: Path, alone: Path, tm
     first = tracing.text(release, "said", cache, notes.append)
     [index] = cache.iterdir()
     status = index.stat()
-    old = [f"earlier/curate-bbbb/kept/{name}.parquet" for name in ("old", "prose", "sums")]
+    old = [f"earlier/dedup-bbbb/kept/{name}.parquet" for name in ("old", "prose", "sums")]
     assert notes == [f"indexing {table}" for table in ("kept/prose.parquet", "kept/sums.parquet", *old)]
     answer = tracing.text(alone, "said", cache, notes.append)  # the same kept files elsewhere: the same index
     assert [m.id for m in answer.matches] == [m.id for m in first.matches] == ["prose/001", "prose/006"]

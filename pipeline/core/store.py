@@ -216,7 +216,7 @@ def _require_key(artifact: Artifact, key: str) -> Artifact:
 
 KEYS = 2
 """How keys are computed: 2 since the settings and nodes have the names that they have now."""
-KEYS_FILE = "keys"
+KEYS_FILE = "key-version"
 """Of the home; it says which keys the last artifact was sealed under."""
 
 

@@ -1,4 +1,4 @@
-"""Filter: run the steps of each source, then decontamination and exact deduplication over all; `curate` follows.
+"""Filter: run the steps of each source, then decontamination and exact deduplication over all; `dedup` follows.
 
 The order matters: personal data is replaced before deduplication, so copies that differ in an address are found;
 contaminated documents go before duplicates, so that a document that stays in place of others is itself kept.

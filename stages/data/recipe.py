@@ -267,7 +267,7 @@ class DataRecipe(Config):
         return {"sources": sources, "curation": self.curation.model_dump(), "seed": seed}
 
     def dedup_config(self) -> dict[str, Any]:
-        """The config of stage curate for all sources."""
+        """The config of stage dedup for all sources."""
         sources = [{"name": s.name, "kind": s.kind, "heldout_fraction": self._heldout(s)} for s in self.sources]
         curation = self.curation.model_dump()
         return {"sources": sources, "minhash": curation["minhash"], "shards": curation["shards"]}

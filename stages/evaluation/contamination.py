@@ -80,7 +80,7 @@ class ContaminationConfig(Config):
 
 
 def run(config: ContaminationConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs: curate, items; order-<phase> and tasks-<phase> of every phase; perhaps fresh; and of each model, by name,
+    """inputs: dedup, items; order-<phase> and tasks-<phase> of every phase; perhaps fresh; and of each model, by name,
     the tables evaluate-<model>, solve-<model>, fresh-solve-<model>.
 
     Seals `items.parquet`, a row an item and phase, and `report.json`. Raises AtomError if a document that an order read
