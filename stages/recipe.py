@@ -18,40 +18,48 @@ from stages.train.config import LongContext, PhaseConfig
 
 
 class Licenses(Config):
-    """SPDX expressions. Documents keep their own licenses; `data_compilation` is about selection and arrangement."""
+    """Licenses of a release, as SPDX expressions. Documents keep their own licenses."""
 
-    weights: License
-    data_compilation: License
-    code: License
+    weights: License = Field(description="license of the model weights")
+    data_compilation: License = Field(description="license of the selection and arrangement of the documents")
+    code: License = Field(description="license of the code and the evidence")
 
 
 class ReleaseSection(Config):
-    """The recipe's `release`: what stands on the cards and cannot be measured."""
+    """Metadata of the model and dataset cards."""
 
-    license: Annotated[Licenses, Renamed("licence")]
-    namespace: Namespace = Field("local", description="user or organization on the Hub that the cards name")
-    title: Line | None = Field(None, description="heading of the cards; the recipe's name if absent")
-    contact: Line | None = Field(None, description="where questions and removal requests go: URL or address")
+    license: Annotated[Licenses, Renamed("licence")] = Field(description="licenses of weights, data and code")
+    namespace: Namespace = Field("local", description="user or organization on the Hugging Face Hub")
+    title: Line | None = Field(None, description="heading of the cards; null: the name of the recipe")
+    contact: Line | None = Field(None, description="URL or address for questions and removal requests")
     languages: tuple[Language, ...] = Field(
-        min_length=1, max_length=200, description="ISO 639 codes for the cards' metadata"
+        min_length=1, max_length=200, description="ISO 639 language codes for the metadata of the cards"
     )
 
 
 class ReleaseRecipe(Identity):
-    """A whole release. Sections that may be left out are phases that are then not trained."""
+    """A release. Phases whose section is left out are not trained."""
 
-    tokenizer: TokenizerSection
-    model: ModelConfig
-    pretrain: PhaseConfig
-    midtrain: PhaseConfig
-    long_context: LongContext = ()
-    sft: PhaseConfig | None = None
-    rlvr: RlPhase | None = None
-    dpo: Annotated[DpoPhase | None, Renamed("rlhf")] = None
-    reward_model: Annotated[RewardPhase | None, Renamed("rlhf")] = None
-    online_rlhf: Annotated[RlPhase | None, Renamed("rlhf")] = None
-    evaluation: EvaluationSection
-    release: ReleaseSection
+    tokenizer: TokenizerSection = Field(description="training of the tokenizer")
+    model: ModelConfig = Field(description="architecture of the model")
+    pretrain: PhaseConfig = Field(description="pretraining")
+    midtrain: PhaseConfig = Field(description="mid-training")
+    long_context: LongContext = Field((), description="mid-training phases on longer and longer rows, in order")
+    sft: PhaseConfig | None = Field(None, description="supervised fine-tuning; null: none")
+    rlvr: RlPhase | None = Field(None, description="reinforcement learning with verifiable rewards; null: none")
+    dpo: Annotated[DpoPhase | None, Renamed("rlhf")] = Field(
+        None, description="direct preference optimization; null: none"
+    )
+    reward_model: Annotated[RewardPhase | None, Renamed("rlhf")] = Field(
+        None, description="reward model for online_rlhf; requires dpo; null: none"
+    )
+    online_rlhf: Annotated[RlPhase | None, Renamed("rlhf")] = Field(
+        None, description="reinforcement learning with the reward model; requires reward_model; null: none"
+    )
+    evaluation: EvaluationSection = Field(
+        description="measurements after each phase, and thresholds of the release gates"
+    )
+    release: ReleaseSection = Field(description="metadata of the model and dataset cards")
 
     @model_validator(mode="after")
     def _together(self) -> ReleaseRecipe:

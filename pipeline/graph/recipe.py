@@ -31,21 +31,21 @@ Hours = Annotated[float, Range(0, 1e11, "a million GPUs use 1e10 hours in a year
 
 
 class Budget(Config):
-    """What a release may use in all, failed attempts included; nothing further is begun beyond it."""
+    """Limits on the total use of a release, failed attempts included. Once one is reached, no further job starts."""
 
-    gpu_hours: Hours | None = None
-    core_hours: Hours | None = None
+    gpu_hours: Hours | None = Field(None, description="hours of allocated GPUs; null: no limit")
+    core_hours: Hours | None = Field(None, description="hours of busy CPU cores; null: no limit")
 
 
 class Identity(Config):
-    """What names a release."""
+    """Name, version and inputs of a release."""
 
-    name: ReleaseName = Field(description="lower-case name; with the version it names the folder")
+    name: ReleaseName = Field(description="lower-case name; name and version give the name of the release folder")
     version: Version = Field(description="semantic version of the release")
-    description: Text = Field(description="one or two sentences for the cards")
-    seed: Seed = Field(description="every seed of every stage derives from this one")
-    data: LongLine = Field(description="a data recipe: the name of a packaged one, or a path relative to this file")
-    budget: Budget | None = operational(None, "hours that may be used; `atom submit` and its jobs keep to it")
+    description: Text = Field(description="one or two sentences for the model and dataset cards")
+    seed: Seed = Field(description="seed from which the seeds of all stages are derived")
+    data: LongLine = Field(description="data recipe: the name of a packaged one, or a path relative to this file")
+    budget: Budget | None = operational(None, "limits on hours, enforced by `atom submit` and its jobs")
 
 
 def schema() -> type[Identity]:

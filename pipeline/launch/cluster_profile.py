@@ -19,10 +19,10 @@ class Local(Config):
     """How `atom run` uses this machine."""
 
     jobs: Annotated[int, Range(1, 4096)] = Field(
-        default=2, description="ranks that may run at once; each computes with one thread"
+        default=2, description="maximum number of ranks that run at once, with one thread each"
     )
     stop_grace_seconds: Annotated[float, Range(0, 86_400, above=True)] = Field(
-        default=20, description="time that a stopped stage gets to leave a clean folder"
+        default=20, description="seconds that a stopped stage has to exit before it is killed"
     )
 
 
@@ -31,28 +31,28 @@ Price = Annotated[float, Range(0, 1e6)]
 
 
 class Power(Config):
-    """What the energy estimate is made of."""
+    """Power for the energy estimate."""
 
-    watts_per_core: Watts = Field(description="power of one busy core")
-    watts_per_gpu: Watts = Field(0.0, description="power of one busy GPU")
+    watts_per_core: Watts = Field(description="power of one busy CPU core in watts")
+    watts_per_gpu: Watts = Field(0.0, description="power of one busy GPU in watts")
 
 
 class Prices(Config):
-    """What an hour costs, for `atom status` to say what a run has cost so far, and `atom plan` what it will."""
+    """Prices per hour: `atom status` shows the cost so far, `atom plan` the expected cost."""
 
-    gpu_hour: Price = 0.0
-    core_hour: Price = Field(0.0, description="of a busy core")
-    currency: Annotated[str, Words(16)] = "USD"
+    gpu_hour: Price = Field(0.0, description="price of one GPU hour")
+    core_hour: Price = Field(0.0, description="price of one hour of a busy CPU core")
+    currency: Annotated[str, Words(16)] = Field("USD", description="currency of the prices")
 
 
 class Rate(Config):
-    """How fast a GPU trains in one precision."""
+    """Training speed of a GPU in one precision."""
 
     peak_tflops: Annotated[float, Range(1e-3, 1e6, "H100 in bf16: 989")] = Field(
-        description="dense TFLOP/s that the maker states"
+        description="dense peak in TFLOP/s, as the manufacturer states it"
     )
     utilisation: Annotated[float, Range(1e-4, 1, "usual: 0.2 to 0.6")] = Field(
-        description="share of the peak that a model's FLOPs are assumed to reach"
+        description="assumed model FLOPs utilization (MFU), as a share of the peak"
     )
 
     @property
@@ -62,13 +62,13 @@ class Rate(Config):
 
 
 class Gpu(Config):
-    """What `atom plan --cluster` estimates the time of training from; nothing else reads it."""
+    """Speed of the GPUs, from which `atom plan --cluster` estimates training time; nothing else reads it."""
 
-    name: Line
-    fp32: Rate | None = None
-    bf16: Rate | None = None
-    fp8: Rate | None = Field(None, description="of every kind of FP8")
-    source: Text = Field(description="where the figures come from, for whoever reads a plan")
+    name: Line = Field(description="name of the GPU, shown in plans")
+    fp32: Rate | None = Field(None, description="training speed in fp32; null: no estimate")
+    bf16: Rate | None = Field(None, description="training speed in bf16; null: no estimate")
+    fp8: Rate | None = Field(None, description="training speed in all FP8 precisions; null: no estimate")
+    source: Text = Field(description="where the figures come from, shown in plans")
 
     def rate(self, precision: str) -> Rate | None:
         rate: Rate | None = getattr(self, _family(precision), None)
@@ -86,14 +86,14 @@ def _family(precision: str) -> str:
 
 
 class Container(Config):
-    """What the stages run in. The image holds Python and the packages; our code comes from the frozen snapshot."""
+    """Container of the stages, with Python and the packages. The code comes from a snapshot in $ATOM_HOME."""
 
-    kind: Literal["pyxis", "apptainer"]
-    image: LongLine = Field(description="pyxis: an image or a .sqsh file; apptainer: a .sif file")
+    kind: Literal["pyxis", "apptainer"] = Field(description="container runtime")
+    image: LongLine = Field(description="image or .sqsh file for pyxis, .sif file for apptainer")
     mounts: tuple[LongLine, ...] = Field(
-        (), max_length=100, description="from:to, or one path for both; $ATOM_HOME is added"
+        (), max_length=100, description="mounts as from:to, or one path for both; $ATOM_HOME is added"
     )
-    python: LongLine = Field("python3", description="the interpreter inside")
+    python: LongLine = Field("python3", description="Python interpreter in the container")
 
 
 SlurmName = Annotated[
@@ -105,62 +105,66 @@ SlurmExpression = Annotated[
 
 
 class Jobs(Config):
-    """What jobs of one kind ask Slurm for."""
+    """Resources that jobs of one kind request from Slurm."""
 
-    partition: SlurmName
+    partition: SlurmName = Field(description="Slurm partition, or several")
     minutes: Annotated[int, Range(1, 525_600, "525600 are a year")] = Field(
-        description="time limit of one start; a stage that needs more is started again"
+        description="time limit of one start in minutes; a stage that needs more is restarted"
     )
-    tasks_per_node: Annotated[int, Range(1, 1024)] = Field(1, description="ranks on one node: as many as it has GPUs")
-    gpus_per_node: Annotated[int, Range(0, 1024)] = Field(0, description="0: none is asked for")
-    cpus_per_task: Annotated[int, Range(1, 4096)] = 1
+    tasks_per_node: Annotated[int, Range(1, 1024)] = Field(
+        1, description="maximum number of ranks per node; on GPU nodes, one per GPU"
+    )
+    gpus_per_node: Annotated[int, Range(0, 1024)] = Field(0, description="GPUs per node; 0: none")
+    cpus_per_task: Annotated[int, Range(1, 4096)] = Field(1, description="CPU cores per rank")
     memory_gb: Annotated[float, Range(0, 1e6, above=True)] | None = Field(
-        None, description="of a node; null: what the partition gives"
+        None, description="memory per node in GiB; null: the default of the partition"
     )
-    account: SlurmName | None = None
-    qos: SlurmName | None = None
-    constraint: SlurmExpression | None = Field(None, description="features that a node must have")
-    exclude: SlurmExpression | None = Field(None, description="nodes to stay away from, as Slurm writes lists of them")
-    exclusive: Flag = False
+    account: SlurmName | None = Field(None, description="Slurm account; null: the default of the user")
+    qos: SlurmName | None = Field(None, description="Slurm quality of service; null: the default of Slurm")
+    constraint: SlurmExpression | None = Field(None, description="required node features, as for sbatch --constraint")
+    exclude: SlurmExpression | None = Field(None, description="nodes to avoid, as for sbatch --exclude")
+    exclusive: Flag = Field(False, description="do not share nodes with other jobs")
 
 
 Value = Annotated[str, Words(4096, empty=True)]
 
 
 class Slurm(Config):
-    """How `atom submit` uses a cluster."""
+    """How `atom submit` uses a Slurm cluster."""
 
-    cpu: Jobs = Field(description="data, export and evaluation")
-    train: Jobs = Field(description="training and reinforcement learning: a rank for each GPU")
-    container: Container | None = None
+    cpu: Jobs = Field(description="jobs of data, export and evaluation stages")
+    train: Jobs = Field(description="jobs of training and reinforcement-learning stages, one rank per GPU")
+    container: Container | None = Field(None, description="container of the stages; null: none")
     python: LongLine | None = Field(
-        None, description="the interpreter on the nodes, without a container; null: this one"
+        None, description="Python interpreter without a container; null: that of `atom submit`"
     )
     modules: tuple[Line, ...] = Field((), max_length=100, description="environment modules to load")
-    setup: tuple[Text, ...] = Field((), max_length=100, description="lines of shell before the stage starts")
+    setup: tuple[Text, ...] = Field((), max_length=100, description="shell lines that run before the stage")
     environment: dict[Variable, Value] = Field(
-        {}, max_length=1000, description="variables for the stages, such as NCCL_SOCKET_IFNAME"
+        {}, max_length=1000, description="environment variables of the stages, such as NCCL_SOCKET_IFNAME"
     )
     forward: tuple[Variable, ...] = Field(
-        (), max_length=1000, description="variables that a job takes over from whoever submits"
+        (), max_length=1000, description="environment variables that jobs inherit from `atom submit`"
     )
-    scratch: LongLine | None = Field(None, description="a folder on each node for temporary files")
+    scratch: LongLine | None = Field(
+        None, description="folder on each node for temporary files; null: the default of the system"
+    )
     free_gb: Annotated[float, Range(0, 1e9)] = Field(
-        1.0, description="space that must be free under $ATOM_HOME and in scratch"
+        1.0, description="free space in GB that $ATOM_HOME and scratch must have"
     )
     signal_before_limit_seconds: Annotated[
         int, Range(10, 65_535, "Slurm takes no more than 65535"), Renamed("signal_lead_seconds")
-    ] = Field(120, description="how long before the time limit a stage is told to save")
+    ] = Field(120, description="seconds before the time limit at which a stage is signaled to save")
     array_size: Annotated[int, Range(2, 4_000_001, "Slurm's MaxArraySize is at most 4000001")] = Field(
-        1000, description="tasks of a job array; each does several shards if there are more"
+        1000, description="maximum number of tasks of a job array; a task may run several shards"
     )
-    array_tasks: Annotated[int, Range(1, 1e6)] = Field(256, description="tasks of one job array that may run at once")
-    restarts: Annotated[int, Range(0, 10_000)] = Field(
-        3, description="attempts that may follow each other without progress"
+    array_tasks: Annotated[int, Range(1, 1e6)] = Field(
+        256, description="maximum number of tasks of a job array that run at once"
     )
+    restarts: Annotated[int, Range(0, 10_000)] = Field(3, description="maximum number of restarts without progress")
     notify: LongLine | None = Field(
         None,
-        description="command when a stage fails or the last one is done; ATOM_RUN, ATOM_STAGE, ATOM_OUTCOME say what",
+        description="shell command on failure or completion, with ATOM_RUN, ATOM_STAGE and ATOM_OUTCOME set",
     )
 
     @model_validator(mode="after")
@@ -186,14 +190,14 @@ class Slurm(Config):
 
 
 class Profile(Config):
-    """One file of `pipeline/clusters/`."""
+    """A cluster profile: one file of `pipeline/clusters/`."""
 
-    name: Key
-    local: Local = Local()
-    power: Power
-    prices: Prices | None = None
-    gpu: Gpu | None = None
-    slurm: Slurm | None = None
+    name: Key = Field(description="name of the profile")
+    local: Local = Field(Local(), description="use of this machine by `atom run`")
+    power: Power = Field(description="power for the energy estimate")
+    prices: Prices | None = Field(None, description="prices per hour; null: costs are not shown")
+    gpu: Gpu | None = Field(None, description="speed of the GPUs; null: training time is not estimated")
+    slurm: Slurm | None = Field(None, description="Slurm cluster, required by `atom submit`")
 
     def costs(self) -> dict[str, Any] | None:
         """The prices as plain values, for a run to keep."""

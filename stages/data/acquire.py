@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from pipeline.core.bounds import Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
@@ -39,8 +41,8 @@ VERSION = 1
 class AcquireConfig(Config):
     """One source with its tree digest resolved, and the recipe's seed."""
 
-    source: Source
-    seed: Seed
+    source: Source = Field(description="settings of the source, with its tree digest resolved")
+    seed: Seed = Field(description="seed of the recipe")
 
 
 def run(config: AcquireConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -23,15 +23,17 @@ VERSION = 2
 class DedupSource(Config):
     """The settings of one source that curation uses."""
 
-    name: SourceName
-    kind: Kind
-    heldout_fraction: Annotated[float, Range(0, 1, below=True)]
+    name: SourceName = Field(description="name of the source")
+    kind: Kind = Field(description="kind of the documents")
+    heldout_fraction: Annotated[float, Range(0, 1, below=True)] = Field(
+        description="share of documents held out from training"
+    )
 
 
 class DedupConfig(Config):
-    sources: tuple[DedupSource, ...] = Field(min_length=1, max_length=MOST_SOURCES)
-    minhash: MinHash | None
-    shards: Shards = operational(1, "with more than one, the buckets of MinHash are tasks of an array on a cluster")
+    sources: tuple[DedupSource, ...] = Field(min_length=1, max_length=MOST_SOURCES, description="sources of the corpus")
+    minhash: MinHash | None = Field(description="near-duplicate removal; null: none")
+    shards: Shards = operational(1, "above 1, the buckets of MinHash run as a job array")
 
     def deduplicated_sources(self) -> list[str]:
         """The sources whose documents are searched for near duplicates."""

@@ -47,15 +47,17 @@ VERSION = 1
 class FilteredSource(Config):
     """The settings of one source that filtering uses; its documents are the input of the same name."""
 
-    name: SourceName
-    kind: Kind
-    steps: tuple[AnyStep, ...] = Field((), max_length=MOST_STEPS)
+    name: SourceName = Field(description="name of the source")
+    kind: Kind = Field(description="kind of the documents")
+    steps: tuple[AnyStep, ...] = Field((), max_length=MOST_STEPS, description="curation steps, in order")
 
 
 class FilterConfig(Config):
-    sources: tuple[FilteredSource, ...] = Field(min_length=1, max_length=MOST_SOURCES)
-    curation: CurationSettings
-    seed: Seed
+    sources: tuple[FilteredSource, ...] = Field(
+        min_length=1, max_length=MOST_SOURCES, description="sources of the corpus"
+    )
+    curation: CurationSettings = Field(description="curation of all sources together")
+    seed: Seed = Field(description="seed of the recipe")
 
 
 def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

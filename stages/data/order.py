@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field
+
 from pipeline.core.bounds import MOST_RAMP_STEPS, Flag, Key, Mix, Range, Seed, Steps
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, identity
@@ -42,16 +44,18 @@ class OrderConfig(Config):
     """`rows` are the rows of one step; `mix` is each source's share of all rows of the phase, of all tokens if rows are
     packed; `ramp`: (last step, rows) of smaller steps at the beginning."""
 
-    phase: Key
-    mix: Mix
-    sequence_length: Annotated[int, Range(2, 2**24)]
-    rows: Rows
-    steps: Steps
-    seed: Seed
-    first_step: Steps = added(1, "the first step of the order; later than 1 only after a checkpoint")
-    ramp: tuple[tuple[Steps, Rows], ...] = added((), "smaller steps at the beginning", max_length=MOST_RAMP_STEPS)
-    pack: Flag = added(False, "several chunks in a row")
-    long_documents: LongDocuments | None = added(None, "up-weights long chunks of packed rows")
+    phase: Key = Field(description="name of the phase")
+    mix: Mix = Field(description="share of rows by source; with pack, share of tokens")
+    sequence_length: Annotated[int, Range(2, 2**24)] = Field(description="tokens predicted in one row")
+    rows: Rows = Field(description="rows of one step")
+    steps: Steps = Field(description="steps of the phase")
+    seed: Seed = Field(description="seed of the recipe")
+    first_step: Steps = added(1, "first step; above 1 only if the phase continues from a checkpoint")
+    ramp: tuple[tuple[Steps, Rows], ...] = added(
+        (), "(last step, rows) of smaller steps at the beginning", max_length=MOST_RAMP_STEPS
+    )
+    pack: Flag = added(False, "pack several chunks into a row")
+    long_documents: LongDocuments | None = added(None, "up-weighting of long chunks; requires pack; null: none")
 
     def rows_of(self, first: int) -> list[int]:
         """Rows of each step from `first` on."""

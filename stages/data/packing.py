@@ -28,14 +28,16 @@ Chunks = Mapping[str, "NDArray[Any]"]
 
 
 class LongDocuments(Config):
-    """Up-weighting of long documents: of each source, chunks of more than `over` tokens make up `share` of the
-    tokens, unless they would be read more than `max_epochs` times; what is then missing is made up by shorter ones and
+    """Up-weighting of long documents: of each source, chunks of more than `over` tokens make up `share` of the tokens,
+    unless they would be read more than `max_epochs` times. Shorter chunks then make up the difference, which is
     reported. Four epochs cost next to nothing (Muennighoff et al., 2023)."""
 
-    over: Context = Field(description="tokens above which a chunk is long; usually the context before")
-    share: Annotated[float, Range(0, 1, above=True, below=True)] = Field(description="of each source's tokens")
+    over: Context = Field(description="tokens above which a chunk is long; usually the previous context length")
+    share: Annotated[float, Range(0, 1, above=True, below=True)] = Field(
+        description="share of the tokens of each source that come from long chunks"
+    )
     max_epochs: Annotated[float, Range(0, 1000, above=True)] = Field(
-        4.0, description="times that a long chunk is read at most"
+        4.0, description="maximum number of times that a long chunk is read"
     )
 
 

@@ -42,64 +42,76 @@ HeldoutFraction = Annotated[float, Range(0, 1, below=True)]
 class StdlibDocstrings(Config):
     """Docstrings of modules, classes and functions of the running Python's standard library."""
 
-    reader: Literal["stdlib-docstrings"]
-    modules: Literal["all", "top-level"] = "all"
-    limit: Documents | None = Field(None, description="keep this many documents, chosen by a seeded hash of the id")
+    reader: Literal["stdlib-docstrings"] = Field(description="selects this reader")
+    modules: Literal["all", "top-level"] = Field("all", description="modules to read; top-level leaves packages out")
+    limit: Documents | None = Field(
+        None, description="maximum number of documents, chosen by a seeded hash of the id; null: all"
+    )
 
 
 class StdlibSource(Config):
-    """Functions and methods of the standard library, or its whole files, without their docstrings.
+    """Functions and methods of the standard library, or its whole files.
 
-    The docstrings are left out because a held-out docstring must not be trained on inside its function.
+    Docstrings are removed, so that no held-out docstring is trained on inside its function.
     """
 
-    reader: Literal["stdlib-source"]
-    unit: Literal["function", "file"] = added(
-        "function", "what one document is; a recipe must not read functions and the files that hold them"
+    reader: Literal["stdlib-source"] = Field(description="selects this reader")
+    unit: Literal["function", "file"] = added("function", "what one document is; use only one of them in a data recipe")
+    modules: Literal["all", "top-level"] = Field("all", description="modules to read; top-level leaves packages out")
+    limit: Documents | None = Field(
+        None, description="maximum number of documents, chosen by a seeded hash of the id; null: all"
     )
-    modules: Literal["all", "top-level"] = "all"
-    limit: Documents | None = Field(None, description="keep this many documents, chosen by a seeded hash of the id")
 
 
 class Jsonl(Config):
-    """One JSON object a line, plain or gzip; `path` is a file or a folder of *.jsonl and *.jsonl.gz."""
+    """JSON Lines files, plain or gzip; `path` is a file or a folder of *.jsonl and *.jsonl.gz."""
 
-    reader: Literal["jsonl"]
-    path: LongLine = operational(..., "where the files lie here; the tree digest, not the path, is identity")
-    text_field: Column = "text"
+    reader: Literal["jsonl"] = Field(description="selects this reader")
+    path: LongLine = operational(..., "file or folder; the tree digest, not the path, is part of the key")
+    text_field: Column = Field("text", description="field with the text of a document")
     messages_field: Column | None = added(
-        None, "field with the messages (role, content, reasoning_content) of a conversation, instead of text_field"
+        None, "field with messages (role, content, reasoning_content), read instead of text_field"
     )
-    id_field: Column | None = None
+    id_field: Column | None = Field(
+        None, description="field with a unique id; null: the id is file name and line number"
+    )
     license_field: Column | None = added(
-        None, "field with a document's own SPDX license, or list of them; null: the source's"
+        None, "field with the SPDX license of a document, or a list of them; null: the source's"
     )
-    limit: Documents | None = None
+    limit: Documents | None = Field(
+        None, description="maximum number of documents, chosen by a seeded hash of the id; null: all"
+    )
 
 
 class Parquet(Config):
     """Parquet files; `path` is a file or a folder of *.parquet."""
 
-    reader: Literal["parquet"]
-    path: LongLine = operational(..., "where the files lie here; the tree digest, not the path, is identity")
-    text_field: Column = "text"
+    reader: Literal["parquet"] = Field(description="selects this reader")
+    path: LongLine = operational(..., "file or folder; the tree digest, not the path, is part of the key")
+    text_field: Column = Field("text", description="field with the text of a document")
     messages_field: Column | None = added(
-        None, "field with the messages (role, content, reasoning_content) of a conversation, instead of text_field"
+        None, "field with messages (role, content, reasoning_content), read instead of text_field"
     )
-    id_field: Column | None = None
+    id_field: Column | None = Field(
+        None, description="field with a unique id; null: the id is file name and row number"
+    )
     license_field: Column | None = added(
-        None, "field with a document's own SPDX license, or list of them; null: the source's"
+        None, "field with the SPDX license of a document, or a list of them; null: the source's"
     )
-    limit: Documents | None = None
+    limit: Documents | None = Field(
+        None, description="maximum number of documents, chosen by a seeded hash of the id; null: all"
+    )
 
 
 class Problems(Config):
-    """Procedural problems drawn from the recipe's seed; `tasks` gives each task's share."""
+    """Procedural problems, drawn with the seed of the recipe."""
 
-    reader: Literal["problems"]
-    tasks: Shares
-    form: Literal["plain", "worked"]
-    count: Drawn
+    reader: Literal["problems"] = Field(description="selects this reader")
+    tasks: Shares = Field(description="weights of tasks by name; they need not sum to 1")
+    form: Literal["plain", "worked"] = Field(
+        description="plain: question and answer; worked: with the steps between them"
+    )
+    count: Drawn = Field(description="number of problems")
 
     @model_validator(mode="after")
     def _check_tasks(self) -> Problems:
@@ -110,18 +122,18 @@ assert set(FORMS) == {"plain", "worked"}
 
 
 class Passkeys(Config):
-    """Documents with a passkey to be found again, in filler of the standard library's docstrings.
+    """Documents with a passkey to retrieve, in filler text from docstrings of the standard library.
 
     Lengths are drawn log-uniformly from `min_chars` to `max_chars`. Filler comes from PSF-2.0 text, the rest is this
     project's, so the license is `PSF-2.0 AND Apache-2.0`.
     """
 
-    reader: Literal["passkeys"]
-    count: Drawn
-    min_chars: Characters
-    max_chars: Characters
+    reader: Literal["passkeys"] = Field(description="selects this reader")
+    count: Drawn = Field(description="number of documents")
+    min_chars: Characters = Field(description="minimum length of a document in characters")
+    max_chars: Characters = Field(description="maximum length of a document in characters")
     digits: Annotated[int, Range(2, 9)] = Field(
-        6, description="digits of a key, all different; few have too few keys to generalize from"
+        6, description="digits of a passkey, all different; few digits give too few keys to generalize from"
     )
 
     @model_validator(mode="after")
@@ -137,12 +149,12 @@ class Passkeys(Config):
 
 
 class ChatProblems(Config):
-    """Procedural problems as conversations; `thinking` is the share of answers that show their steps first."""
+    """Procedural problems as conversations, some of whose answers reason first."""
 
-    reader: Literal["chat-problems"]
-    tasks: Shares
-    thinking: Share
-    count: Drawn
+    reader: Literal["chat-problems"] = Field(description="selects this reader")
+    tasks: Shares = Field(description="weights of tasks by name; they need not sum to 1")
+    thinking: Share = Field(description="share of answers that show their steps first")
+    count: Drawn = Field(description="number of conversations")
 
     @model_validator(mode="after")
     def _check_tasks(self) -> ChatProblems:
@@ -162,8 +174,8 @@ def _require_known_tasks(reader: P) -> P:
 class Courtesies(Config):
     """Requests for a courteous note, with answers of mixed quality (stages/data/synthetic/courtesy_notes.py)."""
 
-    reader: Literal["courtesies"]
-    count: Drawn
+    reader: Literal["courtesies"] = Field(description="selects this reader")
+    count: Drawn = Field(description="number of conversations")
 
 
 Reader = Annotated[
@@ -179,15 +191,17 @@ TreeDigest = Annotated[str, Words(71, "digest: write auto, or sha256:<64 hex dig
 
 
 class Source(Config):
-    """The settings with which one source is acquired."""
+    """Settings for acquiring one source."""
 
-    name: SourceName
-    kind: Kind
-    license: License = Field(description="SPDX expression; with reader.license_field, of the collection as a whole")
+    name: SourceName = Field(description="name of the source, as in the mix of a phase")
+    kind: Kind = Field(description="kind of the documents; chat: conversations")
+    license: License = Field(description="SPDX license; with reader.license_field, that of the collection as a whole")
     license_evidence: Text = Field(description="text or URL that shows the license")
-    origin: Text = Field(description="where it comes from: URL or text")
-    tree_digest: TreeDigest = "auto"
-    reader: Reader
+    origin: Text = Field(description="URL or text that states where the source comes from")
+    tree_digest: TreeDigest = Field(
+        "auto", description="expected digest of the files; auto: computed from the files present"
+    )
+    reader: Reader = Field(description="reader of the documents")
 
     @field_validator("name")
     @classmethod
@@ -208,23 +222,25 @@ class Source(Config):
 
 
 class SourceConfig(Source):
-    """A source of a data recipe: how it is acquired, and what happens to its documents in order."""
+    """A source of a data recipe: how its documents are acquired and curated."""
 
     heldout_fraction: Annotated[HeldoutFraction | None, Renamed("heldout")] = Field(
-        None, description="overrides the recipe's held-out fraction"
+        None, description="held-out fraction of this source; null: that of the data recipe"
     )
-    steps: tuple[AnyStep, ...] = Field((), max_length=MOST_STEPS)
+    steps: tuple[AnyStep, ...] = Field((), max_length=MOST_STEPS, description="curation steps, in order")
 
 
 class DataRecipe(Config):
-    """One file of `data_recipes/`."""
+    """A data recipe: one file of `data_recipes/`."""
 
-    name: Key
-    description: Text
-    sources: tuple[SourceConfig, ...] = Field(min_length=1, max_length=MOST_SOURCES)
-    curation: CurationSettings = CurationSettings()
+    name: Key = Field(description="name of the data recipe")
+    description: Text = Field(description="short description of the corpus")
+    sources: tuple[SourceConfig, ...] = Field(
+        min_length=1, max_length=MOST_SOURCES, description="sources of the corpus"
+    )
+    curation: CurationSettings = Field(CurationSettings(), description="curation of all sources together")
     heldout_fraction: Annotated[HeldoutFraction, Renamed("heldout")] = Field(
-        0.05, description="share of kept documents, by content hash, never trained on"
+        0.05, description="share of documents, by content hash, held out from training; 0 for problems"
     )
 
     @model_validator(mode="after")

@@ -29,9 +29,9 @@ class TokenizeConfig(Config):
     """Tokenizer and documents come as inputs."""
 
     conversations: tuple[SourceName, ...] = added(
-        (), "sources in which special tokens are tokens, and end every document", max_length=MOST_SOURCES
+        (), "sources whose documents contain special tokens and end with one", max_length=MOST_SOURCES
     )
-    shards: Shards = operational(1, "pieces that each source is cut into")
+    shards: Shards = operational(1, "parts of each source")
 
 
 def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

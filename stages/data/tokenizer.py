@@ -61,13 +61,17 @@ SampleBytes = Annotated[int, Range(1, 1e12, "the sample lies in memory")]
 
 
 class TokenizerSection(Config):
-    """The tokenizer of a release. `padded_vocab_size` is the model's embedding size, which no layout may change."""
+    """The byte-level BPE tokenizer of a release, and the size of the embedding, which is the same for every layout."""
 
-    vocab_size: Vocabulary
-    padded_vocab_size: Vocabulary
-    sample_bytes: SampleBytes = Field(4_000_000, description="train on at most this many bytes of the training split")
+    vocab_size: Vocabulary = Field(description="tokens of the vocabulary, special tokens included")
+    padded_vocab_size: Vocabulary = Field(
+        description="rows of the embedding matrix: at least vocab_size, and a multiple of tp"
+    )
+    sample_bytes: SampleBytes = Field(
+        4_000_000, description="maximum bytes of training text from which the tokenizer is trained"
+    )
     leave_out: tuple[SourceName, ...] = added(
-        (), "sources that it does not learn from; conversations never are", max_length=MOST_SOURCES
+        (), "sources excluded from its training; conversations are always excluded", max_length=MOST_SOURCES
     )
 
     @model_validator(mode="after")

@@ -44,34 +44,36 @@ Documents = Annotated[int, Range(2, 1e6)]
 
 
 class ChatSection(Config):
-    """The recipe's `evaluation.chat`: what conversations are measured on."""
+    """Evaluation in conversations, and the thresholds of its release gates."""
 
-    items: ChatItems
-    max_new_tokens: Context = Field(64, description="tokens of an answer at most")
+    items: ChatItems = Field(description="evaluation items")
+    max_new_tokens: Context = Field(64, description="maximum number of tokens of an answer")
     num_samples: Annotated[Samples, Renamed("samples")] = Field(
-        8, description="answers to each problem, for pass@k and maj@k"
+        8, description="answers per problem, for pass@k and maj@k"
     )
-    min_gain: Annotated[float, Range(-1, 1)] = Field(0.0, description="RLVR must add more pass@1 to SFT's than this")
+    min_gain: Annotated[float, Range(-1, 1)] = Field(
+        0.0, description="gain in pass@1 from SFT to RLVR that must be exceeded"
+    )
     min_win_rate: Annotated[Share, Renamed("least_win")] = Field(
-        0.5, description="the lower bound of a win rate must lie above this"
+        0.5, description="value that the lower confidence bound of a win rate must exceed"
     )
-    skill_tolerance: Share = Field(0.05, description="pass@1 that phases after RLVR may lose of its")
+    skill_tolerance: Share = Field(0.05, description="maximum loss of pass@1 in phases after RLVR")
 
 
 class EvaluationSection(Config):
-    """The recipe's `evaluation`: what is measured after each phase and what a release must show."""
+    """Measurements after each phase, and the thresholds of the release gates."""
 
-    problems: Problems = Field(description="held-out problems by task")
-    heldout_documents: Documents = Field(60, description="held-out documents by source at most")
-    max_new_tokens: Context = Field(64, description="tokens generated for one problem at most")
+    problems: Problems = Field(description="number of evaluation problems by task")
+    heldout_documents: Documents = Field(60, description="maximum number of held-out documents per source")
+    max_new_tokens: Context = Field(64, description="maximum number of tokens generated per problem")
     bits_per_byte_tolerance: Annotated[float, Range(0, 8, "a byte has 8 bits")] = Field(
-        0.05, description="bits per byte that mid-training may lose on the base"
+        0.05, description="maximum increase in bits per byte after mid-training and long-context phases"
     )
     min_accuracy_gain: Annotated[float, Range(-1, 1)] = Field(
-        0.0, description="mid-training must add more accuracy than this"
+        0.0, description="gain in accuracy from mid-training that must be exceeded"
     )
-    chat: ChatSection | None = added(None, "ask the problems, and requests, in conversations")
-    context: ContextSection | None = added(None, "measure passkeys and the loss by position on long texts")
+    chat: ChatSection | None = added(None, "evaluation in conversations; null: none")
+    context: ContextSection | None = added(None, "evaluation on long texts: passkeys and loss by position; null: none")
 
     @property
     def chat_items(self) -> dict[str, Any] | None:
@@ -82,11 +84,11 @@ class EvaluationSection(Config):
 class EvaluateConfig(Config):
     """The part of the evaluation section that changes the measured numbers."""
 
-    heldout_documents: Documents
-    max_new_tokens: Context
-    context: ContextSection | None = added(None, "as in the section")
+    heldout_documents: Documents = Field(description="maximum number of held-out documents per source")
+    max_new_tokens: Context = Field(description="maximum number of tokens generated per problem")
+    context: ContextSection | None = added(None, "evaluation on long texts; null: none")
     conversations: tuple[SourceName, ...] = added(
-        (), "sources in whose documents special tokens are tokens", max_length=MOST_SOURCES
+        (), "sources whose documents contain special tokens", max_length=MOST_SOURCES
     )
 
 

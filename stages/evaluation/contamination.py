@@ -60,18 +60,18 @@ class ContaminationConfig(Config):
     """The thresholds of contamination, and the size of the detector's test."""
 
     ngram: Annotated[int, Range(1, 1000)] = Field(
-        8, description="words of an n-gram; a shorter item is one n-gram as a whole"
+        8, description="words of an n-gram; a shorter item is a single n-gram"
     )
     contaminated_from: PositiveShare = Field(
         0.5, description="share of its n-grams in one phase from which an item is contaminated"
     )
     overlap_from: PositiveShare = Field(
-        0.8, description="share of its words in one run in one phase from which it overlaps"
+        0.8, description="share of its words in one consecutive match from which an item overlaps"
     )
     canaries: Annotated[int, Range(4, 1e6)] = Field(
-        80, description="items that are planted at most, and as many that are not"
+        80, description="maximum number of planted items, with as many that are not planted"
     )
-    seed: Seed
+    seed: Seed = Field(description="seed of the recipe")
 
     def verdict(self, words: int, overlap: float, longest: int) -> str:
         if overlap >= self.contaminated_from:

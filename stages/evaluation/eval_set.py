@@ -36,22 +36,22 @@ Requests = Annotated[int, Range(0, 10_000)]
 
 
 class ChatItems(Config):
-    """The items in conversations: the same problems, further ones on which settings may be chosen, and requests for
-    courteous notes."""
+    """Evaluation items in conversations: the problems of `evaluation.problems`, further ones for validation, and
+    requests for courteous notes."""
 
     validation: dict[Task, Items] = Field(
-        {}, max_length=len(TASKS), description="further problems by task; test problems are never looked at"
+        {}, max_length=len(TASKS), description="number of further problems by task, for choosing settings"
     )
-    courtesies: Requests = Field(0, description="held-out requests on which preferences are measured")
-    courtesies_validation: Requests = Field(0, description="further ones on which settings may be chosen")
+    courtesies: Requests = Field(0, description="number of held-out requests for measuring win rates")
+    courtesies_validation: Requests = Field(0, description="number of further requests for choosing settings")
 
 
 class ItemsConfig(Config):
     """The number of problems by task, and the recipe's seed."""
 
-    problems: Problems
-    seed: Seed
-    chat: ChatItems | None = added(None, "what is asked in conversations")
+    problems: Problems = Field(description="number of evaluation problems by task")
+    seed: Seed = Field(description="seed of the recipe")
+    chat: ChatItems | None = added(None, "evaluation items in conversations; null: none")
 
 
 def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

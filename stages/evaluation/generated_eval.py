@@ -42,8 +42,10 @@ Sources = Annotated[tuple[SourceName, ...], Field(max_length=MOST_SOURCES)]
 class FreshConfig(Config):
     """The number of problems by task, and the sources of documents of each training phase."""
 
-    problems: Problems
-    phases: Annotated[dict[Key, Sources], Field(max_length=100)]
+    problems: Problems = Field(description="number of problems by task")
+    phases: Annotated[dict[Key, Sources], Field(max_length=100)] = Field(
+        description="sources of documents by training phase"
+    )
 
 
 def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -60,22 +60,22 @@ POSITIONS = {
 
 
 class ContextSection(Config):
-    """`evaluation.context` of a recipe: at which lengths and depths, and how often."""
+    """Evaluation on long texts: retrieval of passkeys, and the loss by position."""
 
     lengths: tuple[Context, ...] = Field(
-        min_length=1, max_length=100, description="tokens of a passkey item, increasing"
+        min_length=1, max_length=100, description="lengths of passkey items in tokens, increasing"
     )
     depths: tuple[Share, ...] = Field(
         min_length=1,
         max_length=101,
-        description="where in the text the key stands, from 0 (start) to 1 (end), increasing",
+        description="positions of the key in the text, from 0 (start) to 1 (end), increasing",
     )
-    per_cell: Annotated[int, Range(1, 1e5)] = Field(description="passkey items of each length and depth")
+    per_cell: Annotated[int, Range(1, 1e5)] = Field(description="passkey items per length and depth")
     documents: Annotated[int, Range(2, 1e6)] = Field(
-        description="long held-out documents for the loss by position, at most"
+        description="maximum number of long held-out documents for the loss by position"
     )
     digits: Annotated[int, Range(2, 9)] = Field(
-        6, description="digits of a key, as in the passkeys that were trained on"
+        6, description="digits of a passkey; use the same number as in the training data"
     )
 
     @model_validator(mode="after")

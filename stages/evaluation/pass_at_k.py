@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import Field
+
 from pipeline.core.bounds import Context, Range, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage
@@ -61,10 +63,10 @@ Answer = dict[str, Any]
 class SolveConfig(Config):
     """Which items are asked, how often, and how long an answer may be."""
 
-    num_samples: Annotated[int, Range(1, 4096)]
-    max_new_tokens: Context
-    split: Literal["test", "validation"] = "test"
-    seed: Seed
+    num_samples: Annotated[int, Range(1, 4096)] = Field(description="answers per item")
+    max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
+    split: Literal["test", "validation"] = Field("test", description="split of the items")
+    seed: Seed = Field(description="seed of the recipe")
 
 
 def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from pipeline.core.bounds import Context, Key, Seed
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage
@@ -37,10 +39,10 @@ PAIRS |= {f"{side}_{name}": kind for side in SIDES for name, kind in {**SIDE_COL
 class PreferConfig(Config):
     """The two models by name, as the recipe calls them, and how long an answer may be."""
 
-    model: Key
-    before: Key
-    max_new_tokens: Context
-    seed: Seed
+    model: Key = Field(description="name of the model")
+    before: Key = Field(description="name of the model that it is compared with")
+    max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
+    seed: Seed = Field(description="seed of the recipe")
 
 
 def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

@@ -38,14 +38,16 @@ PAD = "<|pad|>"
 
 
 class ExportConfig(Config):
-    model: ModelConfig
-    padded_vocab_size: PositiveInt
-    step: Annotated[int, Range(0, 1e8)] | None = Field(None, description="which sealed checkpoint; null: the last")
-    seed: Seed | None = added(None, "exports random weights of this seed instead of a checkpoint")
-    parity_tolerance: Annotated[float, Range(0, 1, above=True)] = Field(
-        1e-4, description="largest allowed difference of any fp32 logit"
+    model: ModelConfig = Field(description="model section, with the rotary embedding of the phase")
+    padded_vocab_size: PositiveInt = Field(description="rows of the embedding matrix")
+    step: Annotated[int, Range(0, 1e8)] | None = Field(
+        None, description="step of the sealed checkpoint; null: the last one"
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the exported weights")
+    seed: Seed | None = added(None, "seed of random weights that are exported instead of a checkpoint; null: none")
+    parity_tolerance: Annotated[float, Range(0, 1, above=True)] = Field(
+        1e-4, description="maximum difference of any fp32 logit"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="data type of the exported weights")
 
 
 def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:

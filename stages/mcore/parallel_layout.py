@@ -21,32 +21,39 @@ Split = Annotated[int, Range(1, 4096)]
 
 
 class Layout(Config):
-    """The ranks of a phase and how they share the work. Any layout gives the same loss within rounding."""
+    """The ranks of a phase and their parallel layout. All layouts give the same loss within rounding."""
 
     ranks: Annotated[int, Range(1, 1e6, "Llama 3: 16384")] = Field(
-        default=1, description="processes in all, one for each device"
+        default=1, description="number of processes, one per device"
     )
     tp: Annotated[Split, Renamed("tensor")] = Field(
-        default=1, description="ranks that split each matrix; activations are then split by sequence"
+        default=1, description="tensor-parallel ranks, with sequence parallelism of the activations"
     )
-    pp: Annotated[Split, Renamed("pipeline")] = Field(default=1, description="ranks that split the layers")
+    pp: Annotated[Split, Renamed("pipeline")] = Field(
+        default=1, description="pipeline-parallel ranks, which split the layers"
+    )
     vpp: Annotated[Split, Renamed("virtual_pipeline")] = Field(
-        default=1, description="model chunks on a pipeline rank; above 1: interleaved 1F1B"
+        default=1, description="model chunks per pipeline rank; above 1: interleaved 1F1B schedule"
     )
     cp: Annotated[Split, Renamed("context")] = Field(
-        default=1, description="ranks that split each sequence in attention"
+        default=1, description="context-parallel ranks, which split each sequence"
     )
-    ep: Annotated[Split, Renamed("expert")] = Field(default=1, description="ranks that split the experts of a layer")
+    ep: Annotated[Split, Renamed("expert")] = Field(
+        default=1, description="expert-parallel ranks, which split the experts of a layer"
+    )
     etp: Annotated[Split | None, Renamed("expert_tensor")] = Field(
-        default=None, description="ranks that split each expert; as `tp` by default"
+        default=None, description="tensor-parallel ranks of each expert; null: as tp"
     )
     dispatcher: Literal["alltoall", "allgather"] = Field(
-        default="alltoall", description="how tokens reach their experts"
+        default="alltoall", description="how tokens are sent to their experts"
     )
     recompute: Literal["none", "layer"] = Field(
-        default="none", description="`layer` keeps each layer's input only and computes the rest again going backward"
+        default="none",
+        description="layer: keep only the input of each layer, and recompute the rest in the backward pass",
     )
-    overlap_gradients: Flag = Field(default=False, description="reduce gradients while the backward pass still runs")
+    overlap_gradients: Flag = Field(
+        default=False, description="overlap the reduction of gradients with the backward pass"
+    )
 
     @property
     def data(self) -> int:

@@ -26,27 +26,31 @@ Verifiers = Annotated[dict[Key, Settings], Field(max_length=100)]
 
 
 class Replay(Config):
-    """Rows of earlier data in every step, so that it is not forgotten: their mean loss is added with a weight."""
+    """Replay of earlier training data in every step, against forgetting: its mean loss is added with a weight."""
 
     mix: Mix = Field(description="share of rows by source")
-    rows: Annotated[int, Range(1, 1e6)] = Field(description="rows of one step")
-    sequence_length: Context
+    rows: Annotated[int, Range(1, 1e6)] = Field(description="replayed rows in each step")
+    sequence_length: Context = Field(description="tokens predicted in one row")
     weight: Annotated[float, Range(0, 1000, above=True)] = Field(
-        description="of their mean loss, beside a policy loss of weight 1"
+        description="weight of the mean loss of the rows; the policy loss has weight 1"
     )
 
 
 class Sampling(Config):
-    """How answers are drawn: at temperature 1 and with nothing cut off, from the distribution that is learnt."""
+    """Sampling of answers at temperature 1 without top-k or top-p: from the distribution that is trained."""
 
-    kind: Literal["in-process", "vllm"] = Field("in-process", description="who draws them")
-    max_new_tokens: Context
-    python: LongLine | None = operational(None, "the interpreter of vLLM's environment; null: ATOM_VLLM_PYTHON says it")
+    kind: Literal["in-process", "vllm"] = Field(
+        "in-process", description="sampler: in-process (bitwise reproducible) or a vLLM server"
+    )
+    max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
+    python: LongLine | None = operational(
+        None, "Python interpreter of an environment with vLLM; null: ATOM_VLLM_PYTHON"
+    )
     url: tuple[Url, ...] = operational(
-        (), "vLLM servers on nodes of their own; empty: the stage starts one", max_length=1000
+        (), "URLs of vLLM servers on other nodes; empty: the stage starts one", max_length=1000
     )
     options: tuple[LongLine, ...] = operational(
-        (), "further options of the server that the stage starts, as vLLM has them", max_length=100
+        (), "additional command-line options of the vLLM server that the stage starts", max_length=100
     )
 
     @property
@@ -56,26 +60,26 @@ class Sampling(Config):
 
 
 class PhaseBase(Config):
-    """What every phase of post-training has in common."""
+    """Common settings of all phases of post-training."""
 
-    steps: Steps = Field(description="updates of the policy")
-    optimizer: Optimizer
+    steps: Steps = Field(description="policy updates; rounds in dpo; updates of the reward model in reward_model")
+    optimizer: Optimizer = Field(description="AdamW and its learning-rate schedule")
     micro_batches: Annotated[int, Range(1, 1e6)] = Field(
-        description="pieces of an update, dealt to data-parallel ranks"
+        description="micro-batches of one update, over all data-parallel ranks"
     )
-    precision: Precision = "fp32"
+    precision: Precision = Field("fp32", description="data type of matrix multiplications")
     release_checkpoint_interval: Annotated[Steps, Renamed("release_checkpoint_every")] = Field(
-        description="steps between checkpoints that are sealed"
+        description="steps between sealed checkpoints"
     )
     checkpoint_interval: Annotated[Steps, Renamed("work_checkpoint_every")] = operational(
-        20, "steps between checkpoints that a killed run resumes from"
+        20, "steps between checkpoints from which an interrupted run resumes"
     )
-    work_checkpoints_kept: Kept = operational(2, "work checkpoints that are kept, the newest ones")
+    work_checkpoints_kept: Kept = operational(2, "number of newest work checkpoints to keep")
     watchdog_timeout_seconds: Annotated[Patience, Renamed("hang_seconds")] = operational(
-        1800.0, "a rank that finishes no step for this long is taken to hang"
+        1800.0, "seconds without a finished step after which a rank is considered hung"
     )
     parallelism: Annotated[Layout, Renamed("cluster")] = operational(
-        Layout(), "how the phase is spread over processes; never part of the key"
+        Layout(), "distribution of the phase over processes"
     )
 
     @property
@@ -107,37 +111,37 @@ class PhaseBase(Config):
 
 
 class RlPhase(PhaseBase):
-    """Group-relative policy optimization (GRPO) against verifiers: DAPO's token-level loss and asymmetric clip, Dr.
-    GRPO's advantages without division, no KL."""
+    """Group-relative policy optimization (GRPO) with rewards from verifiers: the token-level loss and asymmetric clip
+    of DAPO, the advantages of Dr. GRPO without division, and no KL penalty."""
 
-    tasks: Tasks = Field(description="what is asked, and who judges the answers")
+    tasks: Tasks = Field(description="sources of prompts, each with the verifier that scores the answers")
     prompts_per_step: Annotated[Prompts, Renamed("groups")] = Field(
-        description="prompts of one step, whose answers differ in reward"
+        description="prompts of one step, counting only those whose answers differ in reward"
     )
     num_generations: Annotated[int, Range(2, 4096, "DeepSeek-R1: 16"), Renamed("samples")] = Field(
-        description="answers to one prompt, GRPO's group size"
+        description="answers per prompt (the group size of GRPO)"
     )
-    sampling: Sampling
+    sampling: Sampling = Field(description="sampling of answers")
     clip_low: Annotated[float, Range(0, 1, "PPO and DAPO: 0.2", above=True, below=True)] = Field(
-        0.2, description="PPO's clip below 1; one update a step never reaches it"
+        0.2, description="lower clip range of PPO; inactive, since each step has one update"
     )
     clip_high: Annotated[float, Range(0, 100, "PPO: 0.2, DAPO: 0.28", above=True)] = Field(
-        0.28, description="and above 1, where DAPO's is wider"
+        0.28, description="upper clip range of PPO, wider in DAPO; inactive, as clip_low"
     )
     tis_cap: Annotated[float, Range(0, 1000, "usual: 2", above=True)] = Field(
-        2.0, description="largest weight of a token by trainer and sampler"
+        2.0, description="cap of a token's importance weight, trainer over sampler"
     )
     max_resample_rounds: Annotated[Retries, Renamed("refills")] = Field(
-        2, description="waves of further tasks in place of groups without signal (DAPO's dynamic sampling)"
+        2, description="extra sampling rounds to replace groups of equal rewards (DAPO's dynamic sampling)"
     )
-    curriculum: CurriculumConfig = CurriculumConfig()
-    replay: Replay | None = None
-    validate_every: Steps = Field(description="steps between measurements on the validation items")
+    curriculum: CurriculumConfig = Field(CurriculumConfig(), description="selection of tasks by difficulty")
+    replay: Replay | None = Field(None, description="replay of earlier training data; null: none")
+    validate_every: Steps = Field(description="steps between evaluations on the validation items")
     max_logprob_diff: Annotated[Gap, Renamed("logprob_gap")] = Field(
-        1e-3, description="largest mean difference of a token's log-probability between sampler and trainer"
+        1e-3, description="maximum mean difference in token log-probability between sampler and trainer, in nats"
     )
-    verifiers: Verifiers = operational({}, "settings of verifiers by name, such as a server's url")
-    retries: Retries = operational(2, "times that a verifier that failed is retried before the phase stops")
+    verifiers: Verifiers = operational({}, "settings of verifiers by name, such as the URL of a server")
+    retries: Retries = operational(2, "retries of a failed verifier before the phase stops")
 
     def replay_rows(self) -> PhaseConfig:
         """The replayed rows as those of a training phase, which is how their order is made and read."""
@@ -151,39 +155,43 @@ class RlPhase(PhaseBase):
 
 
 class PromptPool(Config):
-    """Tasks of which some are asked in every round."""
+    """Tasks from which the prompts of every round are drawn."""
 
-    tasks: Tasks
-    count: Prompts = Field(description="tasks of one round")
-    num_generations: Annotated[Answers, Renamed("samples")] = Field(description="answers to each")
+    tasks: Tasks = Field(description="sources of prompts, each with the verifier that scores the answers")
+    count: Prompts = Field(description="prompts per round")
+    num_generations: Annotated[Answers, Renamed("samples")] = Field(description="answers per prompt")
 
 
 class DpoPhase(PhaseBase):
-    """Rounds of learning from pairs: the policy answers, a judge scores, and of each question's answers the best is
-    preferred to the worst by length-normalized DPO (Tulu 3, arXiv 2411.15124), whose reference is the policy that drew
-    them. `steps` are the rounds; the optimizer's steps are updates, `updates` to a round."""
+    """Rounds of length-normalized DPO (Tulu 3, arXiv 2411.15124) on the best and the worst answer to each prompt.
 
-    preferences: PromptPool = Field(description="what is asked, and who judges the answers")
+    In each round the policy answers and a reward function scores. The reference is the policy that gave the answers.
+    `steps` counts rounds; the steps of the optimizer are updates, `updates` per round.
+    """
+
+    preferences: PromptPool = Field(description="prompts of the preference pairs")
     sft_tasks: Annotated[PromptPool | None, Renamed("skills")] = Field(
-        None, description="verified tasks, whose right answers are an anchor"
+        None, description="verified tasks whose correct answers are trained on with an NLL loss; null: none"
     )
-    sampling: Sampling
-    updates: Annotated[int, Range(1, 1e6)] = Field(description="updates of one round; its pairs are spread over them")
+    sampling: Sampling = Field(description="sampling of answers")
+    updates: Annotated[int, Range(1, 1e6)] = Field(
+        description="optimizer updates per round, among which its pairs are divided"
+    )
     beta: Annotated[float, Range(0, 1000, "DPO: 0.1, normalized by length as in Tulu 3: 5", above=True)] = Field(
-        description="how strongly a pair's margin is pulled apart"
+        description="beta of DPO: scale of the log-probability margin of a pair"
     )
     max_logprob_diff: Annotated[Gap, Renamed("logprob_gap")] = Field(
-        1e-3, description="largest mean difference of a token's log-probability between sampler and trainer"
+        1e-3, description="maximum mean difference in token log-probability between sampler and trainer, in nats"
     )
     min_margin: Annotated[Coefficient, Renamed("least_margin")] = Field(
-        0.05, description="difference of the judge's scores below which there is no pair"
+        0.05, description="reward difference that a pair must exceed"
     )
     nll_coef: Annotated[Coefficient, Renamed("anchor")] = Field(
-        1.0, description="NLL coefficient: weight of the mean loss of right answers, beside a pair's loss of 1"
+        1.0, description="weight of the mean NLL loss of correct answers; the loss of pairs has weight 1"
     )
-    validate_every: Steps = Field(description="rounds between measurements on the validation items")
-    verifiers: Verifiers = operational({}, "settings of verifiers by name, such as a server's url")
-    retries: Retries = operational(2, "times that a verifier that failed is retried before the phase stops")
+    validate_every: Steps = Field(description="rounds between evaluations on the validation items")
+    verifiers: Verifiers = operational({}, "settings of verifiers by name, such as the URL of a server")
+    retries: Retries = operational(2, "retries of a failed verifier before the phase stops")
 
     @property
     def all_updates(self) -> int:
@@ -191,24 +199,24 @@ class DpoPhase(PhaseBase):
 
 
 class RewardPhase(PhaseBase):
-    """A reward model from the pairs: the probability that `<|endoftext|>` follows an answer is its reward, trained by
-    the Bradley-Terry loss. It keeps the policy's architecture, so every runtime that loads the model loads it too."""
+    """A reward model, trained on the pairs of dpo with the Bradley-Terry loss. The reward of an answer is the
+    probability that `<|endoftext|>` follows it, so the model keeps the architecture of the policy."""
 
-    pairs: Prompts = Field(description="pairs of one update")
+    pairs: Prompts = Field(description="pairs per update")
     heldout_fraction: Annotated[float, Range(0, 1, above=True, below=True), Renamed("heldout")] = Field(
-        0.2, description="share of questions, by hash, whose pairs are not learnt from"
+        0.2, description="share of prompts, by hash, whose pairs are held out from training"
     )
-    heldout_pairs: Prompts = Field(400, description="of these at most so many are measured on")
-    validate_every: Steps = Field(description="updates between measurements on the held-out pairs")
+    heldout_pairs: Prompts = Field(400, description="maximum number of held-out pairs that are evaluated")
+    validate_every: Steps = Field(description="updates between evaluations on the held-out pairs")
 
 
 class PostConfig(Config):
-    """What a stage of post-training is given: the recipe's sections, resolved."""
+    """Config of a stage of post-training: the resolved sections of the recipe."""
 
-    model: ModelConfig
-    phase: Any
-    padded_vocab_size: PositiveInt
-    seed: Seed
+    model: ModelConfig = Field(description="model section, with the rotary embedding of the last phase")
+    phase: Any = Field(description="section of the phase")
+    padded_vocab_size: PositiveInt = Field(description="rows of the embedding matrix")
+    seed: Seed = Field(description="seed of the recipe")
 
     @model_validator(mode="after")
     def _possible(self) -> PostConfig:
@@ -238,13 +246,13 @@ def obstacle(phase: RlPhase | DpoPhase) -> str | None:
 
 
 class RlTrainConfig(PostConfig):
-    name: Literal["rlvr", "online-rlhf"] = "rlvr"
-    phase: RlPhase
+    name: Literal["rlvr", "online-rlhf"] = Field("rlvr", description="name of the phase")
+    phase: RlPhase = Field(description="section of the phase")
 
 
 class DpoTrainConfig(PostConfig):
-    phase: DpoPhase
+    phase: DpoPhase = Field(description="section of the phase")
 
 
 class RewardTrainConfig(PostConfig):
-    phase: RewardPhase
+    phase: RewardPhase = Field(description="section of the phase")

@@ -29,17 +29,17 @@ MOST_EXCLUDED = 10_000
 class RampStep(Config):
     """A smaller batch at the beginning of a phase."""
 
-    until_step: Steps = Field(description="the last step with this batch")
-    global_tokens: BatchTokens
+    until_step: Steps = Field(description="last step with this batch size")
+    global_tokens: BatchTokens = Field(description="token slots of one optimizer step up to that step, over all ranks")
 
 
 class BatchSizes(Config):
-    """Sizes in token slots (rows times sequence_length), padding included."""
+    """Batch sizes in token slots (rows times sequence_length), padding included."""
 
     global_tokens: BatchTokens = Field(description="token slots of one optimizer step, over all ranks")
-    micro_tokens: BatchTokens = Field(description="token slots of one forward and backward on one rank")
+    micro_tokens: BatchTokens = Field(description="token slots of one forward and backward pass on one rank")
     ramp: tuple[RampStep, ...] = added(
-        (), "smaller batches before global_tokens is reached, in order", max_length=MOST_RAMP_STEPS
+        (), "smaller batches at the beginning of the phase, in order", max_length=MOST_RAMP_STEPS
     )
 
     @model_validator(mode="after")
@@ -59,22 +59,24 @@ class BatchSizes(Config):
 
 
 class Optimizer(Config):
-    """AdamW under linear warm-up from zero to `lr`, then one of two ways down to `final_lr` at the last step: a cosine
-    (Loshchilov and Hutter, 2017), or warm-up-stable-decay, which holds `lr` and comes down in the last `decay_steps` by
-    1 - sqrt (Hägele et al., 2024)."""
+    """AdamW and its learning-rate schedule: linear warmup from zero to `lr`, then decay to `final_lr` at the last step.
 
-    schedule: Literal["cosine", "wsd"] = added("cosine", "cosine, or wsd: warm-up, stable, decay")
-    decay_steps: Steps | None = added(None, "last steps of a wsd schedule, in which the rate comes down")
+    `cosine` decays from the end of warmup (Loshchilov and Hutter, 2017); `wsd` (warmup-stable-decay) holds `lr` and
+    decays in the last `decay_steps` by 1 - sqrt (Hägele et al., 2024).
+    """
+
+    schedule: Literal["cosine", "wsd"] = added("cosine", "learning-rate schedule: cosine, or warmup-stable-decay")
+    decay_steps: Steps | None = added(None, "steps of the final decay; only for wsd, which requires it")
     lr: PeakRate = Field(description="peak learning rate")
-    final_lr: LearningRate = Field(description="learning rate of the last step")
-    warmup_steps: Annotated[int, Range(0, 1e8)] = Field(description="steps of linear warm-up")
+    final_lr: LearningRate = Field(description="learning rate at the last step")
+    warmup_steps: Annotated[int, Range(0, 1e8)] = Field(description="steps of linear warmup")
     weight_decay: Annotated[float, Range(0, 10, "usual: 0 to 0.1")] = Field(
-        0.1, description="decoupled; norms are never decayed"
+        0.1, description="decoupled weight decay; norms are not decayed"
     )
-    beta1: Beta = 0.9
-    beta2: Beta = 0.95
+    beta1: Beta = Field(0.9, description="decay rate of the running mean of gradients")
+    beta2: Beta = Field(0.95, description="decay rate of the running mean of squared gradients")
     clip: Annotated[float, Range(0, 1000, "usual: 1", above=True)] = Field(
-        1.0, description="largest global gradient norm"
+        1.0, description="maximum global norm of the gradients; larger ones are scaled down to it"
     )
 
     @model_validator(mode="after")
@@ -90,67 +92,75 @@ class Optimizer(Config):
 
 
 class Validation(Config):
-    """How often the loss on held-out documents is measured, and on how many rows."""
+    """Measurement of the loss on held-out documents during training."""
 
-    every: Steps
-    rows: Annotated[int, Range(1, 1e6)]
+    every: Steps = Field(description="steps between measurements; the last step is always measured")
+    rows: Annotated[int, Range(1, 1e6)] = Field(
+        description="held-out documents that are measured, divided among the sources as in mix"
+    )
 
 
 class Spikes(Config):
-    """What is done about a batch after which the loss or the gradients leap, before any weight moves.
+    """Detection of spikes in the loss and the gradient norm, before the weights are updated, and the response to them.
 
-    A loss counts as one above median + loss_sigmas standard deviations (1.4826 x the median absolute deviation, at
-    least 1 % of the median) of the last `window` accepted ones; a gradient norm above norm_factor x their median; what
-    is not a number always. Nothing else is judged before `window` steps were accepted.
+    A loss is a spike above median + loss_sigmas standard deviations (1.4826 x the median absolute deviation, at least
+    1 % of the median) of the last `window` accepted steps; a gradient norm, above norm_factor x its median. NaN and
+    infinity are always spikes. Other spikes are detected only after `window` accepted steps.
     """
 
     action: Literal["skip", "rewind", "stop"] = Field(
-        description="skip: the step moves nothing; rewind: as skip, and the steps before it are taken back and trained "
-        "again without the last rewind_steps batches; stop: the phase ends with the facts"
+        description="skip: discard the update; rewind: return to an earlier checkpoint and train again without the "
+        "last rewind_steps batches; stop: end the phase with an error that names the documents"
     )
-    loss_sigmas: Annotated[float, Range(0, 1000, above=True)] = 6.0
-    norm_factor: Annotated[float, Range(1, 1e6, above=True)] = 10.0
-    window: Annotated[int, Range(4, 1e5)] = Field(64, description="accepted steps that are looked back on")
+    loss_sigmas: Annotated[float, Range(0, 1000, above=True)] = Field(
+        6.0, description="standard deviations above the median beyond which a loss is a spike"
+    )
+    norm_factor: Annotated[float, Range(1, 1e6, above=True)] = Field(
+        10.0, description="multiple of the median beyond which a gradient norm is a spike"
+    )
+    window: Annotated[int, Range(4, 1e5)] = Field(64, description="accepted steps from which the medians are computed")
     rewind_steps: Annotated[int, Range(1, 1e5, "PaLM: 200 to 500")] = Field(
-        1, description="batches up to the spike's own that a rewind leaves out"
+        1, description="batches that a rewind excludes, ending with that of the spike"
     )
     max_spikes: Annotated[int, Range(1, 1e5), Renamed("at_most")] = Field(
-        16, description="spikes after which the phase stops"
+        16, description="maximum number of spikes; one more stops the phase"
     )
 
 
 class PhaseConfig(Config):
-    """One training phase: which text in which shares, how long, how fast."""
+    """One training phase on text: data mix, batch size, number of steps and optimizer."""
 
-    mix: Mix = Field(description="share of rows by source; of tokens where rows are packed")
+    mix: Mix = Field(description="share of rows by source; with pack, share of tokens")
     sequence_length: Context = Field(description="tokens predicted in one row")
-    batch: BatchSizes
-    steps: Steps
-    optimizer: Optimizer
-    validation: Annotated[Validation, Renamed("heldout")]
-    precision: Precision = added("fp32", "what matrices are multiplied in")
-    rope: Rope | None = added(None, "rotary embedding from this phase on, if another than before")
-    pack: Flag = added(False, "several documents in a row, each seeing itself alone and counting from position 0")
-    long_documents: LongDocuments | None = added(None, "up-weights long documents; needs pack")
-    spikes: Spikes | None = added(None, "what is done about a leaping loss; null: only what is no number stops")
+    batch: Batch = Field(description="batch sizes")
+    steps: Steps = Field(description="optimizer steps, counted from the beginning of the phase")
+    optimizer: Optimizer = Field(description="AdamW and its learning-rate schedule")
+    validation: Annotated[Validation, Renamed("heldout")] = Field(
+        description="measurement of the loss on held-out documents"
+    )
+    precision: Precision = added("fp32", "data type of matrix multiplications")
+    rope: Rope | None = added(None, "rotary embedding from this phase on; null: as in the previous phase")
+    pack: Flag = added(False, "pack several documents into a row, each with its own attention and positions")
+    long_documents: LongDocuments | None = added(None, "up-weighting of long documents; requires pack; null: none")
+    spikes: Spikes | None = added(None, "response to loss spikes; null: only NaN or infinity stops the phase")
     excluded_steps: tuple[Steps, ...] = added(
-        (), "steps whose batch is left out, since it was found to be bad", max_length=MOST_EXCLUDED
+        (), "steps whose batch is skipped because its data is known to be bad", max_length=MOST_EXCLUDED
     )
     continue_from: Line | None = added(
-        None, "a release checkpoint of an earlier run, such as pretrain@1200: only the steps after it are trained"
+        None, "release checkpoint to continue from, such as pretrain@1200; only later steps are trained"
     )
     release_checkpoint_interval: Annotated[Steps, Renamed("release_checkpoint_every")] = Field(
-        description="steps between checkpoints that are sealed"
+        description="steps between sealed checkpoints"
     )
     checkpoint_interval: Annotated[Steps, Renamed("work_checkpoint_every")] = operational(
-        1000, "steps between checkpoints that a killed run resumes from"
+        1000, "steps between checkpoints from which an interrupted run resumes"
     )
-    work_checkpoints_kept: Kept = operational(2, "work checkpoints that are kept, the newest ones")
+    work_checkpoints_kept: Kept = operational(2, "number of newest work checkpoints to keep")
     watchdog_timeout_seconds: Annotated[Patience, Renamed("hang_seconds")] = operational(
-        1800.0, "a rank that finishes no step for this long is taken to hang"
+        1800.0, "seconds without a finished step after which a rank is considered hung"
     )
     parallelism: Annotated[Layout, Renamed("cluster")] = operational(
-        Layout(), "how the phase is spread over processes; never part of the key"
+        Layout(), "distribution of the phase over processes"
     )
 
     @model_validator(mode="after")
@@ -247,12 +257,12 @@ LongContext = Annotated[tuple[PhaseConfig, ...], Field(max_length=16)]
 
 
 class TrainConfig(Config):
-    """What a pretrain or midtrain stage is given: the recipe's sections, resolved."""
+    """Config of a stage that trains on text: the resolved sections of the recipe."""
 
-    model: ModelConfig
-    phase: PhaseConfig
-    padded_vocab_size: PositiveInt
-    seed: Seed
+    model: ModelConfig = Field(description="model section, with the rotary embedding of the phase")
+    phase: PhaseConfig = Field(description="section of the phase")
+    padded_vocab_size: PositiveInt = Field(description="rows of the embedding matrix")
+    seed: Seed = Field(description="seed of the recipe")
 
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:

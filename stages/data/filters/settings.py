@@ -39,15 +39,13 @@ def _language_error(language: str) -> str | None:
 
 
 Identified = Annotated[str, Words(3, test=_language_error)]
-NGrams = Annotated[
-    tuple[tuple[Annotated[int, Range(1, 100)], Share], ...], Field(max_length=100, description="words, greatest share")
-]
+NGrams = Annotated[tuple[tuple[Annotated[int, Range(1, 100)], Share], ...], Field(max_length=100)]
 
 
 class Step(Config):
     """One named step of a source. Every parameter but `step` goes to the block as it is."""
 
-    step: str
+    step: str = Field(description="name of the step")
 
     def parameters(self) -> dict[str, Any]:
         return self.model_dump(exclude={"step"})
@@ -64,37 +62,56 @@ def _require_order(step: Step, *names: str) -> None:
 class Language(Step):
     """Keep documents whose fastText language score for one of `languages` exceeds the threshold."""
 
-    step: Literal["language"]
-    languages: tuple[Identified, ...] = Field(("en",), min_length=1, max_length=len(FASTTEXT))
-    language_threshold: Share = 0.65
+    step: Literal["language"] = Field(description="selects this step")
+    languages: tuple[Identified, ...] = Field(
+        ("en",), min_length=1, max_length=len(FASTTEXT), description="codes of the languages to keep"
+    )
+    language_threshold: Share = Field(0.65, description="score that a document must exceed")
 
 
 class GopherRepetition(Step):
-    """Repeated lines, paragraphs and n-grams (Rae et al. 2021, table A1)."""
+    """Remove documents with many repeated lines, paragraphs or n-grams (Rae et al. 2021, table A1)."""
 
-    step: Literal["gopher_repetition"]
-    dup_line_frac: Share = 0.3
-    dup_para_frac: Share = 0.3
-    dup_line_char_frac: Share = 0.2
-    dup_para_char_frac: Share = 0.2
-    min_top_count: Positive = Field(3, description="an n-gram that occurs less often is no repetition (datatrove: 1)")
-    top_n_grams: NGrams = ((2, 0.2), (3, 0.18), (4, 0.16))
-    dup_n_grams: NGrams = ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))
+    step: Literal["gopher_repetition"] = Field(description="selects this step")
+    dup_line_frac: Share = Field(0.3, description="maximum share of duplicate lines; 0: no limit")
+    dup_para_frac: Share = Field(0.3, description="maximum share of duplicate paragraphs; 0: no limit")
+    dup_line_char_frac: Share = Field(0.2, description="maximum share of characters in duplicate lines; 0: no limit")
+    dup_para_char_frac: Share = Field(
+        0.2, description="maximum share of characters in duplicate paragraphs; 0: no limit"
+    )
+    min_top_count: Positive = Field(
+        3, description="occurrences from which the top n-gram counts as repeated (datatrove: 1)"
+    )
+    top_n_grams: NGrams = Field(
+        ((2, 0.2), (3, 0.18), (4, 0.16)),
+        description="(n, maximum share of characters in the most frequent n-gram of words)",
+    )
+    dup_n_grams: NGrams = Field(
+        ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10)),
+        description="(n, maximum share of characters in repeated n-grams of words)",
+    )
 
 
 class GopherQuality(Step):
-    """Length, word shape, symbols, bullets and stop words (Rae et al. 2021)."""
+    """Remove documents by length, word length, symbols, bullets and stop words (Rae et al. 2021).
 
-    step: Literal["gopher_quality"]
-    min_doc_words: Amount = 50
-    max_doc_words: Amount = 100_000
-    min_avg_word_length: Length = 3
-    max_avg_word_length: Length = 10
-    max_symbol_word_ratio: Length = 0.1
-    max_bullet_lines_ratio: Share = 0.9
-    max_ellipsis_lines_ratio: Share = 0.3
-    max_non_alpha_words_ratio: Share = Field(0.8, description="least share of words with a letter (datatrove's name)")
-    min_stop_words: Amount = 2
+    A limit of 0 turns its rule off.
+    """
+
+    step: Literal["gopher_quality"] = Field(description="selects this step")
+    min_doc_words: Amount = Field(50, description="minimum number of words")
+    max_doc_words: Amount = Field(100_000, description="maximum number of words")
+    min_avg_word_length: Length = Field(3, description="minimum average word length in characters")
+    max_avg_word_length: Length = Field(10, description="maximum average word length in characters")
+    max_symbol_word_ratio: Length = Field(
+        0.1, description="maximum ratio of hash signs to words, and of ellipses to words"
+    )
+    max_bullet_lines_ratio: Share = Field(0.9, description="maximum share of lines that start with a bullet or hyphen")
+    max_ellipsis_lines_ratio: Share = Field(0.3, description="maximum share of lines that end with an ellipsis")
+    max_non_alpha_words_ratio: Share = Field(
+        0.8, description="minimum share of words with a letter, despite the name (datatrove's)"
+    )
+    min_stop_words: Amount = Field(2, description="minimum number of different English stop words, of eight")
 
     @model_validator(mode="after")
     def _check_ranges(self) -> GopherQuality:
@@ -103,35 +120,37 @@ class GopherQuality(Step):
 
 
 class C4(Step):
-    """C4's rules that remove whole documents (Raffel et al. 2020); its rules that cut lines are not applied."""
+    """Rules of C4 that remove whole documents (Raffel et al. 2020). Its rules that remove lines are not applied."""
 
-    step: Literal["c4"]
-    min_num_sentences: Amount = 5
-    filter_lorem_ipsum: Flag = True
-    filter_curly_bracket: Flag = True
+    step: Literal["c4"] = Field(description="selects this step")
+    min_num_sentences: Amount = Field(5, description="minimum number of sentences")
+    filter_lorem_ipsum: Flag = Field(True, description="remove documents that contain the phrase lorem ipsum")
+    filter_curly_bracket: Flag = Field(True, description="remove documents that contain an opening curly bracket")
 
 
 class FineWeb(Step):
-    """Line punctuation, short lines, duplicated lines and list-likeness (Penedo et al. 2024)."""
+    """Remove documents by line punctuation, short lines, duplicate lines and newlines (Penedo et al. 2024)."""
 
-    step: Literal["fineweb"]
-    line_punct_thr: Share = 0.12
-    short_line_thr: Share = 0.67
-    short_line_length: Amount = 30
-    char_duplicates_ratio: Share = 0.01
-    new_line_ratio: Share = 0.3
+    step: Literal["fineweb"] = Field(description="selects this step")
+    line_punct_thr: Share = Field(0.12, description="minimum share of lines that end with terminal punctuation")
+    short_line_thr: Share = Field(0.67, description="maximum share of short lines")
+    short_line_length: Amount = Field(30, description="characters up to which a line is short")
+    char_duplicates_ratio: Share = Field(0.01, description="maximum share of characters in duplicate lines")
+    new_line_ratio: Share = Field(0.3, description="maximum ratio of newlines to words")
 
 
 class CodeShape(Step):
-    """Length, line length and share of letters and digits: generated tables and data blobs look unlike code."""
+    """Remove code files by number and length of lines and by characters, such as generated tables and data blobs."""
 
-    step: Literal["code_shape"]
-    min_lines: Amount = 3
-    max_lines: Amount = 400
-    max_line_length: Amount = 120
-    max_average_line_length: Length = 80
-    min_alphanumeric_fraction: Share = 0.5
-    max_digit_fraction: Share = 0.2
+    step: Literal["code_shape"] = Field(description="selects this step")
+    min_lines: Amount = Field(3, description="minimum number of lines")
+    max_lines: Amount = Field(400, description="maximum number of lines")
+    max_line_length: Amount = Field(120, description="maximum length of any line in characters")
+    max_average_line_length: Length = Field(80, description="maximum average line length in characters")
+    min_alphanumeric_fraction: Share = Field(
+        0.5, description="minimum share of letters and digits, whitespace not counted"
+    )
+    max_digit_fraction: Share = Field(0.2, description="maximum share of digits, whitespace not counted")
 
     @model_validator(mode="after")
     def _check_ranges(self) -> CodeShape:
@@ -140,17 +159,17 @@ class CodeShape(Step):
 
 
 class PythonSyntax(Step):
-    """Keep documents that Python's own parser accepts."""
+    """Keep documents that the parser of Python accepts."""
 
-    step: Literal["python_syntax"]
+    step: Literal["python_syntax"] = Field(description="selects this step")
 
 
 class Pii(Step):
-    """Replace e-mail and public IP addresses by addresses reserved for documentation (RFC 2606, RFC 5737)."""
+    """Replace email and public IPv4 addresses with ones reserved for documentation (RFC 2606, RFC 5737)."""
 
-    step: Literal["pii"]
-    remove_emails: Flag = True
-    remove_ips: Flag = True
+    step: Literal["pii"] = Field(description="selects this step")
+    remove_emails: Flag = Field(True, description="replace email addresses")
+    remove_ips: Flag = Field(True, description="replace public IPv4 addresses")
 
 
 AnyStep = Annotated[
@@ -163,12 +182,17 @@ Hashes = Annotated[int, Range(1, 1000, "FineWeb: 14 buckets of 8 hashes over 5 w
 
 
 class MinHash(Config):
-    """Near-duplicate removal by MinHash LSH over word n-grams; pairs above (1/buckets)^(1/hashes) are likely found."""
+    """Near-duplicate removal by MinHash LSH over word n-grams.
 
-    kinds: tuple[Kind, ...] = Field(default=("prose", "code"), max_length=len(get_args(Kind)))
-    n_grams: Hashes = 5
-    num_buckets: Hashes = 14
-    hashes_per_bucket: Hashes = 8
+    Pairs are likely found if their similarity is above (1 / num_buckets) ^ (1 / hashes_per_bucket).
+    """
+
+    kinds: tuple[Kind, ...] = Field(
+        default=("prose", "code"), max_length=len(get_args(Kind)), description="kinds of sources that are deduplicated"
+    )
+    n_grams: Hashes = Field(default=5, description="words of an n-gram")
+    num_buckets: Hashes = Field(default=14, description="number of LSH buckets")
+    hashes_per_bucket: Hashes = Field(default=8, description="hashes in each bucket")
 
     @property
     def threshold(self) -> float:
@@ -177,19 +201,21 @@ class MinHash(Config):
 
 
 class Decontamination(Config):
-    """An evaluation item shorter than `ngram` words matches as a whole, a longer one by any run of `ngram` words."""
+    """Removal of documents that contain `ngram` consecutive words of an evaluation item, or all of a shorter one."""
 
-    ngram: Annotated[int, Range(1, 1000, "GPT-3: 13")] = 13
+    ngram: Annotated[int, Range(1, 1000, "GPT-3: 13")] = Field(
+        default=13, description="consecutive words of an item that make a match"
+    )
 
 
 Shards = Annotated[int, Range(1, 100_000)]
 
 
 class CurationSettings(Config):
-    """The curation of all sources together, after the steps of each."""
+    """Curation of all sources together, after the steps of each."""
 
-    decontamination: Decontamination = Decontamination()
-    minhash: MinHash | None = MinHash()
-    shards: Shards = operational(
-        1, "pieces that each source is cut into; with more than one, curation and tokenizing have arrays on a cluster"
+    decontamination: Decontamination = Field(
+        default=Decontamination(), description="removal of documents that contain evaluation items"
     )
+    minhash: MinHash | None = Field(default=MinHash(), description="near-duplicate removal; null: none")
+    shards: Shards = operational(1, "parts of each source; above 1, curation and tokenization run as job arrays")

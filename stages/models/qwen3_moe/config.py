@@ -34,15 +34,15 @@ Turns = Annotated[float, Range(0, 1e4, above=True)]
 
 
 class Yarn(Config):
-    """YaRN (Peng et al., 2023, arXiv:2309.00071): slow rotary frequencies are divided by `factor`, fast ones are kept,
-    and attention is sharpened by 0.1 ln(factor) + 1 in queries and in keys."""
+    """YaRN (Peng et al., 2023, arXiv:2309.00071): divides slow rotary frequencies by `factor`, keeps fast ones, and
+    scales queries and keys by 0.1 ln(factor) + 1 each."""
 
     factor: Annotated[float, Range(1, 4096, "DeepSeek-V3: 40", above=True)] = Field(
-        description="new context by original_length"
+        description="ratio of the new context length to original_length"
     )
-    original_length: Context = Field(description="context that the frequencies were trained for")
-    beta_fast: Turns = Field(32.0, description="turns within original_length above which a frequency is kept")
-    beta_slow: Turns = Field(1.0, description="turns within original_length below which it is divided")
+    original_length: Context = Field(description="context length in tokens for which the frequencies were trained")
+    beta_fast: Turns = Field(32.0, description="rotations within original_length above which a frequency is kept")
+    beta_slow: Turns = Field(1.0, description="rotations within original_length below which a frequency is divided")
 
     @model_validator(mode="after")
     def _possible(self) -> Yarn:
@@ -52,64 +52,68 @@ class Yarn(Config):
 
 
 class Rope(Config):
-    """How a phase turns queries and keys, if not as the model section says."""
+    """Rotary embedding from a phase on, where it differs from before."""
 
     theta: Annotated[RopeBase | None, Renamed("base")] = Field(
-        None, description="base of the rotary frequencies; null: as the phase before"
+        None, description="base of the rotary frequencies; null: as in the previous phase"
     )
-    yarn: Yarn | None = Field(None, description="YaRN's scaling; null: none")
+    yarn: Yarn | None = Field(None, description="YaRN scaling; null: none")
 
 
 class StatedParameters(Config):
-    """What the recipe's author says that the model has; a recipe that is wrong about itself is refused."""
+    """Expected parameter counts. A recipe whose model has other counts is refused."""
 
-    total: PositiveCount
-    active: PositiveCount
+    total: PositiveCount = Field(description="all parameters, with embeddings")
+    active: PositiveCount = Field(description="parameters that one token uses, with embeddings")
 
 
 class ModelConfig(Config):
-    """Sizes and constants of the model; the vocabulary's padded size stands in the tokenizer section."""
+    """Dimensions and constants of the model. The padded vocabulary size is in the tokenizer section."""
 
     layers: Layers = Field(description="number of transformer layers")
     hidden_size: Width = Field(description="width of the residual stream")
     heads: Heads = Field(description="query heads")
-    kv_heads: Heads = Field(description="key and value heads; a divisor of heads")
+    kv_heads: Heads = Field(description="key and value heads; must divide heads")
     head_dim: Annotated[int, Range(1, 1024, "usual: 64 to 256")] = Field(
-        description="width of one head; even, since rotary embedding turns pairs"
+        description="width of one head; must be even for the rotary embedding"
     )
     experts: Experts = Field(description="experts in each layer")
     num_experts_per_tok: Annotated[Experts, Renamed("experts_per_token")] = Field(
-        description="experts that one token visits (top-k)"
+        description="experts to which each token is routed (top-k)"
     )
     moe_intermediate_size: Annotated[Width, Renamed("expert_ffn_size")] = Field(description="inner width of one expert")
-    context_length: Context = Field(description="longest sequence the model is made for")
+    context_length: Context = Field(description="maximum sequence length in tokens")
     rope_theta: Annotated[RopeBase, Renamed("rope_base")] = Field(10000.0, description="base of the rotary frequencies")
     norm_eps: Annotated[float, Range(1e-12, 1e-2, "usual: 1e-6 or 1e-5")] = Field(
         1e-6, description="epsilon of every RMSNorm"
     )
-    tie_embeddings: Flag = Field(True, description="output head = input embedding")
+    tie_embeddings: Flag = Field(True, description="share the weights of input embedding and output head")
     aux_loss: LossWeight = Field(
-        1e-3, description="weight of the load-balancing loss, summed over layers as Megatron-core defines it"
+        1e-3, description="weight of the load-balancing loss, summed over layers as in Megatron-Core"
     )
     init_std: Annotated[float, Range(0, 1, "usual: 0.006 to 0.1", above=True)] = Field(
         0.02, description="standard deviation of the initial weights"
     )
     balance: Literal["batch", "sequence"] = added(
-        "batch", "over what aux_loss evens out the experts: the tokens of a micro-batch, or of each row"
+        "batch", "tokens over which aux_loss balances experts: those of a micro-batch or of each row"
     )
     router_bias_update_rate: Annotated[float, Range(0, 1, "DeepSeek-V3: 0.001"), Renamed("bias_rate")] = added(
-        0.0, "auxiliary-loss-free balancing: what a step adds to or takes from an expert's bias; 0: none"
+        0.0, "change of an expert's bias per step in auxiliary-loss-free balancing; 0: off"
     )
-    z_loss: LossWeight = added(0.0, "weight of the squared log-sum-exp of the router's logits (ST-MoE); 0: none")
-    dense_layers: Annotated[int, Range(0, 1023)] = added(0, "first layers that have one SwiGLU instead of experts")
+    z_loss: LossWeight = added(
+        0.0, "weight of the router z-loss (ST-MoE), the squared log-sum-exp of its logits; 0: off"
+    )
+    dense_layers: Annotated[int, Range(0, 1023)] = added(
+        0, "number of first layers with a dense SwiGLU instead of experts"
+    )
     intermediate_size: Annotated[Width | None, Renamed("dense_ffn_size")] = added(
-        None, "inner width of a dense layer's SwiGLU"
+        None, "inner width of the SwiGLU in dense layers"
     )
     shared_expert_intermediate_size: Annotated[Width | None, Renamed("shared_expert_ffn_size")] = added(
-        None, "inner width of an expert that every token visits as well"
+        None, "inner width of a shared expert that every token uses; null: none"
     )
-    yarn: Yarn | None = added(None, "YaRN's scaling of the rotary frequencies")
-    stated_parameters: StatedParameters | None = operational(None, "total and active parameters, checked when loaded")
+    yarn: Yarn | None = added(None, "YaRN scaling of the rotary frequencies; null: none")
+    stated_parameters: StatedParameters | None = operational(None, "expected parameter counts; null: not checked")
 
     @model_validator(mode="after")
     def _possible(self) -> ModelConfig:

@@ -21,16 +21,16 @@ from stages.rl.protocols import Row, bin_of
 
 
 class CurriculumConfig(Config):
-    """The settings of the curriculum."""
+    """Selection of tasks from bins of one kind and level of difficulty, weighted by pass rate."""
 
     unlock_pass_rate: Annotated[PositiveShare, Renamed("rise")] = Field(
-        default=0.7, description="pass rate at which the next level of a kind opens"
+        default=0.7, description="pass rate at which the next level of a kind is unlocked"
     )
     min_weight: Annotated[PositiveShare, Renamed("floor")] = Field(
-        default=0.05, description="least weight of an open bin; the most is 1"
+        default=0.05, description="minimum weight of an unlocked bin; the maximum is 1"
     )
     ema_alpha: Annotated[PositiveShare, Renamed("memory")] = Field(
-        default=0.1, description="what one group moves the pass rate of its bin"
+        default=0.1, description="weight of the newest group in the moving average of the pass rate of its bin"
     )
 
 

@@ -43,12 +43,12 @@ Count = Annotated[int, Range(1, 1e7)]
 
 
 class ProblemTasks(Config):
-    """The project's own procedural problems (stages/data/synthetic/problems.py)."""
+    """Procedural problems of this project (stages/data/synthetic/problems.py)."""
 
-    source: Literal["problems"]
-    task: Task
-    levels: tuple[Level, ...] = Field(min_length=1, max_length=100, description="difficulties, a bin each")
-    count: Count = Field(description="tasks of each level at most; easy levels may have fewer")
+    source: Literal["problems"] = Field(description="selects this kind of tasks")
+    task: Task = Field(description="name of the task, such as add")
+    levels: tuple[Level, ...] = Field(min_length=1, max_length=100, description="levels of difficulty, one bin each")
+    count: Count = Field(description="maximum number of tasks per level; easy levels may have fewer")
 
     @model_validator(mode="after")
     def _check_levels(self) -> ProblemTasks:
@@ -68,11 +68,11 @@ class ProblemTasks(Config):
 
 
 class CourtesyTasks(Config):
-    """Requests for a courteous note; what scores them is a judge of answers, by its verifier's name."""
+    """Requests for a courteous note, scored by a reward function."""
 
-    source: Literal["courtesies"]
-    verifier: Key = Field("courtesy", description="the judge: courtesy for the rules, reward-model for a trained one")
-    count: Count
+    source: Literal["courtesies"] = Field(description="selects this kind of tasks")
+    verifier: Key = Field("courtesy", description="reward function: courtesy (rules) or reward-model (trained)")
+    count: Count = Field(description="number of requests")
 
     def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         try:
@@ -86,14 +86,14 @@ class CourtesyTasks(Config):
 
 
 class InstructionTasks(Config):
-    """Requests for a note of a given form (stages/data/synthetic/instructions.py); a level is a number of
+    """Requests for a note of a given form (stages/data/synthetic/instructions.py). The level is the number of
     constraints."""
 
-    source: Literal["instructions"]
+    source: Literal["instructions"] = Field(description="selects this kind of tasks")
     levels: tuple[Annotated[int, Range(LEVELS[0], LEVELS[-1])], ...] = Field(
-        min_length=1, max_length=len(LEVELS), description="numbers of constraints, a bin each"
+        min_length=1, max_length=len(LEVELS), description="numbers of constraints, one bin each"
     )
-    count: Count = Field(description="tasks of each level")
+    count: Count = Field(description="number of tasks per level")
 
     def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         for level in self.levels:
@@ -109,13 +109,13 @@ class InstructionTasks(Config):
 
 
 class ReasoningGymTasks(Config):
-    """A dataset of the package reasoning-gym, by its name; `settings` are its own."""
+    """A dataset of the package reasoning-gym."""
 
-    source: Literal["reasoning-gym"]
-    dataset: Key
-    level: Level = 1
-    settings: Settings = Field(default_factory=dict)
-    count: Count
+    source: Literal["reasoning-gym"] = Field(description="selects this kind of tasks")
+    dataset: Key = Field(description="name of the dataset")
+    level: Level = Field(1, description="level of the bin; `settings` determine the difficulty")
+    settings: Settings = Field(default_factory=dict, description="arguments of the dataset, by name")
+    count: Count = Field(description="number of tasks")
 
     def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         from stages.rl.rewards.verifiers import reasoning_gym_rows
@@ -125,16 +125,18 @@ class ReasoningGymTasks(Config):
 
 
 class FileTasks(Config):
-    """Rows of a file in NeMo Gym's format, one JSON object a line."""
+    """Rows of a file in the format of NeMo Gym, one JSON object per line."""
 
-    source: Literal["rows"]
-    path: LongLine = operational(..., "where the file lies here; its digest, not the path, is identity")
-    digest: Sha256 = Field(description="SHA-256 of the file")
-    verifier: Key
-    kind: Annotated[str, Words(64, "name of lower-case letters, digits, '_' and '-'", r"[a-z][a-z0-9_-]*")]
-    level: Level = 1
-    license: License
-    origin: Text
+    source: Literal["rows"] = Field(description="selects this kind of tasks")
+    path: LongLine = operational(..., "path of the file; its digest, not its path, is part of the key")
+    digest: Sha256 = Field(description="SHA-256 digest of the file")
+    verifier: Key = Field(description="name of the verifier that scores the answers")
+    kind: Annotated[str, Words(64, "name of lower-case letters, digits, '_' and '-'", r"[a-z][a-z0-9_-]*")] = Field(
+        description="kind of the tasks, which names their bin"
+    )
+    level: Level = Field(1, description="level of difficulty, which names their bin")
+    license: License = Field(description="SPDX license of rows that state none")
+    origin: Text = Field(description="origin of rows that state none: URL or text")
 
     def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         path = Path(self.path)
@@ -161,8 +163,10 @@ Tasks = Annotated[tuple[TaskSource, ...], Field(min_length=1, max_length=1000)]
 class TasksConfig(Config):
     """The sources of a phase's tasks, and the recipe's seed."""
 
-    sources: Annotated[tuple[TaskSource, ...], Field(min_length=1, max_length=2000)]
-    seed: Seed
+    sources: Annotated[tuple[TaskSource, ...], Field(min_length=1, max_length=2000)] = Field(
+        description="sources of the tasks"
+    )
+    seed: Seed = Field(description="seed of the recipe")
 
     @model_validator(mode="after")
     def _check_distinct(self) -> TasksConfig:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt
+from pydantic import Field, NonNegativeInt
 
 from pipeline.core.stage import Config
 from stages.data.readers.python_stdlib import stdlib_files
@@ -30,25 +30,25 @@ Baseline = Literal["fp32", "bf16"]
 class Data(Config):
     """The training text of the runs: the sources of the running interpreter's standard library, as bytes."""
 
-    python: str
-    files: PositiveInt
-    bytes: PositiveInt
-    sha256: str
+    python: str = Field(description="version of Python")
+    files: PositiveInt = Field(description="number of files")
+    bytes: PositiveInt = Field(description="size of the text in bytes")
+    sha256: str = Field(description="SHA-256 digest of the text")
 
 
 class Settings(Config):
     """The common settings of all runs. With precision and seed they determine every byte of a run."""
 
-    recipe: str
-    model: ModelConfig
-    sequence_length: PositiveInt
-    rows: PositiveInt
-    steps: PositiveInt
-    optimizer: Optimizer
-    baseline: Baseline
-    data: Data
-    packages: dict[str, str]
-    code: str
+    recipe: str = Field(description="name of the recipe")
+    model: ModelConfig = Field(description="architecture of the model")
+    sequence_length: PositiveInt = Field(description="tokens predicted in one row")
+    rows: PositiveInt = Field(description="rows of one step")
+    steps: PositiveInt = Field(description="steps of a run")
+    optimizer: Optimizer = Field(description="AdamW and its learning-rate schedule")
+    baseline: Baseline = Field(description="precision of the baseline runs")
+    data: Data = Field(description="training text")
+    packages: dict[str, str] = Field(description="versions of packages by name")
+    code: str = Field(description="digest of the code")
 
     def config(self, seed: NonNegativeInt) -> TrainConfig:
         """The engine's config: one micro-batch a step, computed in the baseline's type."""
