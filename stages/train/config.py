@@ -132,7 +132,7 @@ class PhaseConfig(Config):
 
     mix: Mix = Field(description="share of rows by source; with pack, share of tokens")
     sequence_length: Context = Field(description="tokens predicted in one row")
-    batch: Batch = Field(description="batch sizes")
+    batch: BatchSizes = Field(description="batch sizes")
     steps: Steps = Field(description="optimizer steps, counted from the beginning of the phase")
     optimizer: Optimizer = Field(description="AdamW and its learning-rate schedule")
     validation: Annotated[Validation, Renamed("heldout")] = Field(
