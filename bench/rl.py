@@ -144,7 +144,7 @@ def ours(size: Size, inputs: Mapping[str, Artifact], work: Path, engine: Engine,
     policy.sampler.close()
     model_config = hf_config(config.model, size.vocab, size.vocab, policy.chat.pad, "float32")
     policy.sampler = FullLength(model_config, (size.vocab,), size.new)
-    policy.verifiers.made = {name: Letters() for name in policy.verifiers.made}
+    policy.verifiers.by_name = {name: Letters() for name in policy.verifiers.by_name}
     return trainer
 
 

@@ -278,9 +278,9 @@ def _verdict_text(verdict: Any) -> str:
     marks = {True: "ok     ", False: "BAD    ", None: "skipped"}
     lines = []
     for check in verdict.checks:
-        lines.append(f"{marks[check.ok]}  {check.name}: {check.detail}")
+        lines.append(f"{marks[check.ok]} {check.name}: {check.detail}")
         lines += [f"          {text}" for text in check.wrong]
-        lines += [f"{marks[None]}  {check.name}: {text}" for text in check.skipped]
+        lines += [f"{marks[None]} {check.name}: {text}" for text in check.skipped]
     said = "verified" if verdict.ok else "NOT what it claims to be"
     return "\n".join([*lines, f"{verdict.kind} {verdict.subject}: {said}"])
 

@@ -107,7 +107,7 @@ def test_quotas() -> None:
     assert packing.quotas(slots, 1000, None) == {"short": 1000}
     rule = LongDocuments(over=100, share=0.5, max_epochs=2)
     quotas = packing.quotas(slots, 1000, rule)
-    assert (quotas["short"], quotas["long"]) == (600, 400) and quotas["told"]["missing_tokens"] == 100
+    assert (quotas["short"], quotas["long"]) == (600, 400) and quotas["report"]["missing_tokens"] == 100
     alone = packing.quotas(np.array([20, 200, 300])[1:], 5000, rule)
     assert alone["long"] == 5000 and alone["report"]["missing_tokens"] == 2500 - 2 * 500, "nothing shorter can stand in"
 

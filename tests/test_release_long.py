@@ -64,7 +64,7 @@ def write_log(model: Path, phase: str, lines: list[dict[str, Any]]) -> None:
 
 
 def test_names_follow_each_other_as_in_the_graph() -> None:
-    later = dict.fromkeys(("sft", "rlvr", "dpo"))
+    later = dict.fromkeys(("sft", "rlvr", "dpo", "online_rlhf"))
     recipe = SimpleNamespace(pretrain=None, midtrain=None, long_context=(None,) * 11, **later)
     phases, models = [phase.node for phase in graph.phases(recipe)], list(graph.models(recipe))
     nodes = [*phases, *(f"order-{phase}" for phase in phases), "pretrain@30", "longcontext-1@2"]

@@ -61,7 +61,7 @@ def calm(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.numeric
 def test_the_policy_learns(place: Path, tmp_path: Path) -> None:
-    settings = rl_world.config(steps=36, release_checkpoint_interval=36, curriculum={"rise": 0.5})
+    settings = rl_world.config(steps=36, release_checkpoint_interval=36, curriculum={"unlock_pass_rate": 0.5})
     rl_world.rlvr(place, tmp_path / "work", tmp_path / "out", settings)
     lines = rl_world.lines(tmp_path / "out")
     passed = [x["rates"]["letter/0"] for x in lines if "rates" in x]
