@@ -281,8 +281,8 @@ def _verdict_text(verdict: Any) -> str:
         lines.append(f"{marks[check.ok]} {check.name}: {check.detail}")
         lines += [f"          {text}" for text in check.wrong]
         lines += [f"{marks[None]} {check.name}: {text}" for text in check.skipped]
-    said = "verified" if verdict.ok else "NOT what it claims to be"
-    return "\n".join([*lines, f"{verdict.kind} {verdict.subject}: {said}"])
+    outcome = "verified" if verdict.ok else "NOT what it claims to be"
+    return "\n".join([*lines, f"{verdict.kind} {verdict.subject}: {outcome}"])
 
 
 def _published_text(report: Any) -> str:

@@ -37,20 +37,20 @@ def model_folders(release: Path) -> list[str]:
     """The folders of a release that hold models, the final one first, then in the order of training; links to folders
     are none. Raises CheckFailed for a release of an unknown format."""
     called = schema.reader(release).model
-    found = [path.name.removeprefix(f"{MODEL}-") for path in release.glob(f"{MODEL}-*") if _is_own_folder(path)]
-    return [MODEL, *(f"{MODEL}-{name}" for name in sorted(found, key=lambda name: when(called(name))))]
+    names = [path.name.removeprefix(f"{MODEL}-") for path in release.glob(f"{MODEL}-*") if _is_own_folder(path)]
+    return [MODEL, *(f"{MODEL}-{name}" for name in sorted(names, key=lambda name: when(called(name))))]
 
 
 def repositories(release: Path) -> list[Repository]:
     """The repositories of a release in the order in which they are made public: data, checkpoints, models; links to
     folders are none. Raises CheckFailed for a release of an unknown format."""
-    found = [Repository("dataset", "-data", "dataset"), Repository("", "-evidence", "dataset")]
+    places = [Repository("dataset", "-data", "dataset"), Repository("", "-evidence", "dataset")]
     steps = sorted(p.name for p in (release / "checkpoints").iterdir() if _is_own_folder(p))
-    found.append(Repository("checkpoints", "-checkpoints", "model"))
-    found += [Repository(f"checkpoints/{name}", "-checkpoints", "model", name) for name in steps]
+    places.append(Repository("checkpoints", "-checkpoints", "model"))
+    places += [Repository(f"checkpoints/{name}", "-checkpoints", "model", name) for name in steps]
     final, *others = model_folders(release)
-    found += [Repository(folder, folder.removeprefix(MODEL), "model") for folder in others]
-    return [*found, Repository(final, "", "model")]
+    places += [Repository(folder, folder.removeprefix(MODEL), "model") for folder in others]
+    return [*places, Repository(final, "", "model")]
 
 
 def _is_own_folder(path: Path) -> bool:
@@ -83,8 +83,8 @@ def published(paths: Iterable[str], places: Iterable[Repository]) -> list[str]:
 def files_of(release: Path, repository: Repository) -> list[str]:
     """The files of a repository, relative to its folder, its checksum file left out. Raises CheckFailed as
     `files_below` does."""
-    found = files_below(release / repository.folder)
-    return _of(repository, found, model_folders(release) if repository.folder == "" else [])
+    files = files_below(release / repository.folder)
+    return _of(repository, files, model_folders(release) if repository.folder == "" else [])
 
 
 def files_within(paths: Sequence[str], repository: Repository, models: Iterable[str]) -> list[str]:
@@ -95,10 +95,10 @@ def files_within(paths: Sequence[str], repository: Repository, models: Iterable[
 
 
 def _of(repository: Repository, paths: Iterable[str], models: Iterable[str]) -> list[str]:
-    found = [path for path in paths if path != SUMS]
+    listed = [path for path in paths if path != SUMS]
     if repository.folder == "":
         inside = {*PARTS, *models}
-        return [path for path in found if path.split("/")[0] not in inside]
+        return [path for path in listed if path.split("/")[0] not in inside]
     if repository.folder == "checkpoints":
-        return [path for path in found if "/" not in path]
-    return found
+        return [path for path in listed if "/" not in path]
+    return listed

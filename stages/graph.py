@@ -173,7 +173,7 @@ def _add_post_training(
         stage: str,
         section: RlPhase | DpoPhase | RewardPhase,
         tasks: Sequence[Any] = (),
-        more: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
         /,
         **inputs: str,
     ) -> None:
@@ -187,7 +187,7 @@ def _add_post_training(
             order |= {"steps": section.steps, "rows": replay.rows}
             graph.add(f"order-{name}", "order", order, tokens="tokenize")
             inputs |= {"tokens": "tokenize", "order": f"order-{name}"}
-        graph.add(name, stage, _training(config, model, section) | dict(more or {}), tokenizer="tokenizer", **inputs)
+        graph.add(name, stage, _training(config, model, section) | dict(extra or {}), tokenizer="tokenizer", **inputs)
 
     if config.rlvr:
         train("rlvr", "rlvr", config.rlvr, config.rlvr.tasks, {"name": "rlvr"}, **previous)

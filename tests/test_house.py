@@ -20,12 +20,6 @@ AT_ANY_DEPTH = {
 }  # fmt: skip
 """Patterns of .gitignore that are not anchored: what tools leave wherever they run."""
 
-UPWARD_IMPORTS: dict[str, str] = {}
-"""Modules of `pipeline` that import from `stages` or `release`, with the reason; none is added."""
-
-IMPORT_CIRCLES: list[set[str]] = []
-"""Modules that import one another. The list shrinks; none is added."""
-
 BEGIN_ANEW = ["pipeline/launch/clean_environment.py: [sys.executable, *sys.orig_argv[1:]]"]
 """A process that begins anew with the arguments that it had: -P or -m is among them if it was before."""
 
@@ -125,19 +119,14 @@ def test_imports_run_one_way() -> None:
         tops = {target.split(".")[0] for target in targets}
         if name.startswith("stages"):
             assert "release" not in tops, f"{name} imports release"
-        if name.startswith("pipeline") and name not in UPWARD_IMPORTS:
+        if name.startswith("pipeline"):
             assert not tops & {"stages", "release"}, f"{name} imports {sorted(tops)}"
         if not name.startswith("pipeline.cli"):
             assert [target for target in targets if target.startswith("pipeline.cli")] == [], name
 
 
-def test_listed_upward_imports_still_exist() -> None:
-    upward = {name for name in UPWARD_IMPORTS for target in imports()[name] if not target.startswith("pipeline")}
-    assert upward == set(UPWARD_IMPORTS), "take what no longer imports upward off the list"
-
-
 def test_no_import_circles() -> None:
-    assert circles(imports()) == IMPORT_CIRCLES
+    assert circles(imports()) == []
 
 
 def test_a_circle_is_found() -> None:

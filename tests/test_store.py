@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.core import environment
 from pipeline.core.errors import AtomError, CheckFailed
-from pipeline.core.store import Artifact, Store, digest_of, once, rows_of, write_manifest
+from pipeline.core.store import KEY_VERSION, Artifact, Store, digest_of, once, rows_of, write_manifest
 
 
 def folder(path: Path, **files: str) -> Path:
@@ -142,15 +142,16 @@ def test_tensors_are_written_by_the_umask(tmp_path: Path) -> None:
 
 def test_a_home_that_an_earlier_atom_filled_is_named(tmp_path: Path) -> None:
     store = Store(tmp_path / "home")
-    assert store.earlier() is None, "an empty home"
+    assert store.earlier_keys() is None, "an empty home"
     (store.artifacts / "pretrain-0123456789ab").mkdir(parents=True)
-    sentence = store.earlier()
-    assert sentence is not None and "its 1 artifacts are not used, and every stage runs anew" in sentence
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "a").write_text("x")
-    store.seal(out, "pretrain-ba9876543210", lambda artifact: None)
-    assert store.earlier() is None, "what is sealed now has today's keys"
+    for version in ("", "1\n", "\xff"):
+        (store.home / KEY_VERSION).write_bytes(version.encode("latin-1"))
+        sentence = store.earlier_keys()
+        assert sentence is not None and "artifacts whose key is another now are made anew" in sentence
+    (store.home / KEY_VERSION).unlink()
+    assert store.earlier_keys() is not None
+    store.mark_keys()
+    assert store.earlier_keys() is None, "a run that begins now has today's keys"
 
 
 def test_variables_that_change_rounding_are_another_environment(monkeypatch: pytest.MonkeyPatch) -> None:

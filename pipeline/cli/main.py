@@ -91,14 +91,14 @@ def plan(
     from pipeline.tracking import budget
 
     composed, store = graph_of(recipe, without_data=True), open_store()
-    _tell_misplaced(store)
+    _warn_of_home(store)
     rows = plan.plan(composed, dag.states(composed, store), composed.select(until, only))
-    told, beyond, identity = None, [], composed.recipe.config
+    costs, beyond, identity = None, [], composed.recipe.config
     if cluster is not None:
-        told = forecast(rows, cluster_profile.load(cluster), plan.is_small(composed))
+        costs = forecast(rows, cluster_profile.load(cluster), plan.is_small(composed))
         limits = None if identity.budget is None else identity.budget.model_dump()
         spent = budget.used(store, (node.key for node in composed.nodes.values()))
-        coming = {"gpu_hours": told.total.gpu_hours, "core_hours": told.total.core_hours}
+        coming = {"gpu_hours": costs.total.gpu_hours, "core_hours": costs.total.core_hours}
         beyond = budget.foreseen(limits, spent, coming)
     if as_json:
         body = {
@@ -107,7 +107,7 @@ def plan(
             "absent": list(composed.absent),
             "stages": [r.json() for r in rows],
         }
-        print(json.dumps(body if told is None else {**body, "cluster": {**told.json(), "beyond": beyond}}, indent=1))
+        print(json.dumps(body if costs is None else {**body, "cluster": {**costs.json(), "beyond": beyond}}, indent=1))
     else:
         for text in composed.absent:
             print(text)
@@ -115,13 +115,13 @@ def plan(
         if phases := phases_table(rows):
             console().print()
             console().print(phases)
-        if told:
+        if costs:
             console().print()
-            console().print(forecast_table(told))
-            for text in (*told.assumed, *beyond):
+            console().print(forecast_table(costs))
+            for text in (*costs.assumed, *beyond):
                 print(text)
         for row in rows:
-            for key in row.external.values() if not row.state.name.startswith("order-") else ():
+            for key in row.external.values() if row.trains else ():
                 print(f"{row.state.name} continues from {key.rsplit('-', 1)[0]} (key {key})")
             if row.state.damage:
                 print(f"{row.state.name}: {row.state.damage}")
@@ -142,8 +142,7 @@ def run(
     from pipeline.launch import cluster_profile
 
     composed, store, settings = graph_of(recipe), open_store(), cluster_profile.load(cluster)
-    if text := store.earlier():
-        print(f"atom: {text}", file=sys.stderr)
+    _warn_of_keys(store)
     _run(composed, store, composed.select(until, only), cluster, settings, recipe)
 
 
@@ -213,8 +212,7 @@ def submit(
     from pipeline.launch.local import damage_of
 
     composed, store, settings = graph_of(recipe), open_store(), cluster_profile.load(cluster)
-    if text := store.earlier():
-        print(f"atom: {text}", file=sys.stderr)
+    _warn_of_keys(store)
     selected = composed.select(until, only)
     if dry_run:
         checked = slurm.dry_run(composed, store, selected, settings)
@@ -227,36 +225,36 @@ def submit(
             raise AtomError(f"Slurm would refuse stage {bad[0].stage}: {bad[0].said}; fix the cluster profile")
         slurm.Submission(damaged=damage_of(composed, store, selected)).require_undamaged()
         return
-    made = slurm.submit(composed, store, selected, settings, cluster)
+    submission = slurm.submit(composed, store, selected, settings, cluster)
     if as_json:
         body = {
-            "run": made.run and made.run.id,
-            "submitted": made.submitted,
-            "attached": made.attached,
-            "sealed": made.sealed,
-            "damaged": made.damaged,
+            "run": submission.run and submission.run.id,
+            "submitted": submission.submitted,
+            "attached": submission.attached,
+            "sealed": submission.sealed,
+            "damaged": submission.damaged,
         }
-        print(json.dumps({**body, "unknown": made.lack}, indent=1))
+        print(json.dumps({**body, "unknown": submission.lack}, indent=1))
     else:
-        _told(made)
-    made.require_undamaged()
+        _print_submission(submission)
+    submission.require_undamaged()
 
 
-def _told(made: Submission) -> None:
+def _print_submission(submission: Submission) -> None:
     from pipeline.core.progress import stages
 
-    if made.lack:
-        print(f"atom: {made.lack}", file=sys.stderr)
-    for name, text in made.damaged.items():
+    if submission.lack:
+        print(f"atom: {submission.lack}", file=sys.stderr)
+    for name, text in submission.damaged.items():
         print(f"atom: stage {name} cannot be run: {text}", file=sys.stderr)
-    if made.run is None:
-        print(f"{stages(len(made.sealed))} sealed already: nothing to submit")
+    if submission.run is None:
+        print(f"{stages(len(submission.sealed))} sealed already: nothing to submit")
         return
-    told = [f"{stages(len(made.submitted))} submitted"] if made.submitted else []
-    told += [f"{len(made.attached)} already queued in Slurm"] if made.attached else []
-    told += [f"{', '.join(made.released)} released"] if made.released else []
-    told += [f"{len(made.sealed)} sealed already"] if made.sealed else []
-    print(f"run {made.run.id}: {', '.join(told)}; watch it: atom status --watch")
+    parts = [f"{stages(len(submission.submitted))} submitted"] if submission.submitted else []
+    parts += [f"{len(submission.attached)} already queued in Slurm"] if submission.attached else []
+    parts += [f"{', '.join(submission.released)} released"] if submission.released else []
+    parts += [f"{len(submission.sealed)} sealed already"] if submission.sealed else []
+    print(f"run {submission.run.id}: {', '.join(parts)}; watch it: atom status --watch")
 
 
 @app.command()
@@ -306,17 +304,17 @@ def status(
     from pipeline.tracking import budget
 
     store = open_store()
-    _tell_misplaced(store)
+    _warn_of_home(store)
     this = runs.find(store, run)
 
     def now() -> tuple[Table, list[NodeStatus], str | None, dict[str, float]]:
-        found, lack = status.status(this, store)
-        used = budget.used(store, (stage.key for stage in found))
-        return status_table(this.id, found, budget.told(used, this.body.get("prices"))), found, lack, used
+        nodes, lack = status.status(this, store)
+        used = budget.used(store, (stage.key for stage in nodes))
+        return status_table(this.id, nodes, budget.told(used, this.body.get("prices"))), nodes, lack, used
 
-    table, found, lack, used = now()
+    table, nodes, lack, used = now()
     if as_json:
-        body = {"run": this.id, "unknown": lack, "used": used, "stages": [s.json() for s in found]}
+        body = {"run": this.id, "unknown": lack, "used": used, "stages": [s.json() for s in nodes]}
         print(json.dumps(body, indent=1))
         return
     if lack:
@@ -325,9 +323,9 @@ def status(
         console().print(table)
         return
     with Live(table, console=console(), auto_refresh=False) as live:
-        while not status.over(found):
+        while not status.over(nodes):
             time.sleep(2)
-            table, found, *_ = now()
+            table, nodes, *_ = now()
             live.update(table, refresh=True)
 
 
@@ -347,16 +345,16 @@ def logs(
     store = open_store()
     candidates = [runs.find(store, run)] if run else list(reversed(runs.runs(store)))
     for this in candidates:
-        found = sorted((this.folder / stage / "submitit").glob("*_0_log.out"), key=lambda p: p.stat().st_mtime)
-        if found:
+        job_logs = sorted((this.folder / stage / "submitit").glob("*_0_log.out"), key=lambda p: p.stat().st_mtime)
+        if job_logs:
             break
     else:
         names = sorted({n["name"] for r in candidates for n in r.body["nodes"]})
         known = f"; stages: {', '.join(names)}" if names and stage not in names else ""
         raise AtomError(f"there is no log of stage {stage} under {store.logs}{known or '; it never ran there'}")
-    path = found[-1].with_name(found[-1].name.replace("_0_log.out", f"_{rank}_log.out"))
+    path = job_logs[-1].with_name(job_logs[-1].name.replace("_0_log.out", f"_{rank}_log.out"))
     if not path.exists():
-        number = len(list(path.parent.glob(found[-1].name.replace("_0_log.out", "_*_log.out"))))
+        number = len(list(path.parent.glob(job_logs[-1].name.replace("_0_log.out", "_*_log.out"))))
         what = "one rank, 0" if number == 1 else f"ranks 0 to {number - 1}"
         raise AtomError(f"stage {stage} has no rank {rank} in run {this.id}; its latest attempt ran as {what}")
 
@@ -440,9 +438,11 @@ def retry(
     if this.jobs():
         from pipeline.launch import slurm
 
-        made = slurm.submit(composed, store, selected, cluster_profile.load(this.body["profile"]), this.body["profile"])
-        _told(made)
-        made.require_undamaged()
+        submission = slurm.submit(
+            composed, store, selected, cluster_profile.load(this.body["profile"]), this.body["profile"]
+        )
+        _print_submission(submission)
+        submission.require_undamaged()
         return
     cluster, reference = this.body["profile"], this.body["recipe_path"]
     _run(composed, store, selected, cluster, cluster_profile.load(cluster), reference)
@@ -507,8 +507,14 @@ def gc(
         print(f"{size}B in {store.home / 'trash'}: atom gc --restore KEY moves it back, --empty-trash deletes it")
 
 
-def _tell_misplaced(store: Store) -> None:
-    for text in filter(None, (store.misplaced(), store.earlier())):
+def _warn_of_home(store: Store) -> None:
+    if text := store.misplaced():
+        print(f"atom: {text}", file=sys.stderr)
+    _warn_of_keys(store)
+
+
+def _warn_of_keys(store: Store) -> None:
+    if text := store.earlier_keys():
         print(f"atom: {text}", file=sys.stderr)
 
 

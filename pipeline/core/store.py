@@ -216,8 +216,8 @@ def _require_key(artifact: Artifact, key: str) -> Artifact:
 
 KEYS = 2
 """How keys are computed: 2 since the settings and nodes have the names that they have now."""
-KEYS_FILE = "key-version"
-"""Of the home; it says which keys the last artifact was sealed under."""
+KEY_VERSION = "key-version"
+"""The file of the home that says by which KEYS its latest run was begun."""
 
 
 class Store:
@@ -234,17 +234,28 @@ class Store:
         folders = (self.home / "work", self.artifacts, self.ledger, self.logs)
         return next(filter(None, map(misplaced_file, folders)), None)
 
-    def earlier(self) -> str | None:
-        """A sentence, if all that is here was made when keys were computed otherwise; None if it was not."""
+    def earlier_keys(self) -> str | None:
+        """A sentence, if what is here was made when keys were computed otherwise; None if it was not."""
         try:
-            if (self.home / KEYS_FILE).exists() or not (count := sum(1 for _ in self.artifacts.iterdir())):
+            if self._key_version() == str(KEYS) or not any(self.artifacts.iterdir()):
                 return None
         except OSError:  # no home yet, or one that cannot be read, which whatever reads it reports
             return None
         return (
-            f"{self.home} was filled by an earlier atom, under other keys: its {count} artifacts are not used, and "
-            "every stage runs anew; what was built and published of them stays valid. Set ATOM_HOME to keep them apart"
+            f"{self.home} was filled by an earlier atom, and keys have changed since: artifacts whose key is another "
+            "now are made anew, and what was built and published stays valid. Set ATOM_HOME to keep the two apart"
         )
+
+    def mark_keys(self) -> None:
+        """States how keys are computed from now on in this home."""
+        if self._key_version() != str(KEYS):
+            (self.home / KEY_VERSION).write_text(f"{KEYS}\n")
+
+    def _key_version(self) -> str:
+        try:
+            return (self.home / KEY_VERSION).read_bytes()[:20].decode(errors="replace").strip()
+        except FileNotFoundError:
+            return ""
 
     def work(self, key: str) -> Path:
         return self.home / "work" / key
@@ -279,7 +290,6 @@ class Store:
         artifact = write_manifest(out, key)
         record(artifact)
         self.artifacts.mkdir(parents=True, exist_ok=True)
-        (self.home / KEYS_FILE).write_text(f"{KEYS}\n")
         target = self.artifacts / key
         try:
             os.rename(out, target)

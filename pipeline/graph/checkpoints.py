@@ -52,28 +52,30 @@ def find(reference: str, phase: str, where: str, store: Store) -> Checkpoint:
     if match[1] != phase:
         return Checkpoint(match[1], int(match[2]))
     known = sealed(phase, store)
-    found = {each: run for each, run in known.items() if each.node == reference}
-    if len(found) > 1:
-        runs = ", ".join(f"{each} of run {run}" for each, run in found.items())
-        raise RecipeError(f"{where} = {reference} fits {len(found)} checkpoints: {runs}; write the one that is meant")
-    if not found:
+    matching = {each: run for each, run in known.items() if each.node == reference}
+    if len(matching) > 1:
+        runs = ", ".join(f"{each} of run {run}" for each, run in matching.items())
+        raise RecipeError(
+            f"{where} = {reference} fits {len(matching)} checkpoints: {runs}; write the one that is meant"
+        )
+    if not matching:
         others = ", ".join(sorted({each.node for each in known}, key=lambda node: int(node.split("@")[1])))
         hint = f"there are {others}" if others else "run the recipe first that is to be gone on from"
         raise RecipeError(f"{where} = {reference} is not sealed under {store.artifacts}; {hint}")
-    return next(iter(found))
+    return next(iter(matching))
 
 
 def sealed(phase: str, store: Store) -> dict[Checkpoint, str]:
     """Every sealed checkpoint of a phase with the run that made it. One without its statement is not known."""
-    found = {}
+    runs = {}
     for path in sorted(store.artifacts.glob(f"{phase}@*-*")):
         body = statement(path.name, store)
         if body is not None:
             of = body["predicate"]["buildDefinition"]["externalParameters"].get("of")
             if of is None:
                 continue
-            found[Checkpoint(of["key"], of["step"])] = provenance.invocation(body).split("/")[0]
-    return found
+            runs[Checkpoint(of["key"], of["step"])] = provenance.invocation(body).split("/")[0]
+    return runs
 
 
 def statement(key: str, store: Store) -> dict[str, Any] | None:
@@ -81,8 +83,8 @@ def statement(key: str, store: Store) -> dict[str, Any] | None:
     if not store.sealed(key):
         return None
     try:
-        made = provenance.sealed(store.ledger, store.manifest(key))
+        sealed_by = provenance.sealed(store.ledger, store.manifest(key))
     except Damaged as error:
         json_files.report(error, "this checkpoint is left out")
         return None
-    return made[1] if made else None
+    return sealed_by[1] if sealed_by else None

@@ -189,9 +189,9 @@ def states(graph: Graph, store: Store) -> dict[str, State]:
                 out[name] = State(name, node.key, "damaged", damage=damage)
                 continue
             artifact = store.manifest(node.key)
-            made = provenance.sealed(store.ledger, artifact)
+            statement = provenance.sealed(store.ledger, artifact)
             now = code_digests(registry.stages()[node.stage.name])
-            then = provenance.code_of(made[1]) if made else now
+            then = provenance.code_of(statement[1]) if statement else now
             changed = tuple(sorted(m for m in set(now) | set(then) if now.get(m) != then.get(m)))
             text = "stale" if changed else "sealed"
         out[name] = State(name, node.key, text, changed)

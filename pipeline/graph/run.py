@@ -98,12 +98,16 @@ class Run:
         return rows
 
 
-def start(graph: Graph, store: Store, selected: list[str], profile: str, **more: Any) -> Run:
-    """Writes a new run: the recipe as it is now, and the nodes asked for with keys. more: what a launcher adds."""
+def start(graph: Graph, store: Store, selected: list[str], profile: str, **launcher_fields: Any) -> Run:
+    """Writes a new run: the recipe as it is now, and the nodes asked for with keys.
+
+    launcher_fields: what a launcher adds.
+    """
     identity = graph.recipe.config
     run_id = f"{identity.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = store.logs / run_id
     folder.mkdir(parents=True)
+    store.mark_keys()
     for name, data in graph.recipe.files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +123,7 @@ def start(graph: Graph, store: Store, selected: list[str], profile: str, **more:
         "recipe_path": str(graph.recipe.path.absolute()),
         "profile": str(Path(profile).absolute()) if Path(profile).is_file() else profile,
         "nodes": nodes,
-        **more,
+        **launcher_fields,
     }
     draft = folder / ".run.json"
     draft.write_text(json.dumps(body, indent=1) + "\n")
