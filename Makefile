@@ -11,8 +11,8 @@ VENV_LATEST   ?= .venv-latest
 VENV_VLLM     ?= .venv-vllm
 # NeMo Gym wants Python 3.12 or newer, and pins what we do not.
 VENV_NEMO     ?= .venv-nemo
-LATEST_TESTS  := tests/test_fake_fp8.py tests/test_spikes.py tests/test_packing.py tests/test_precision.py tests/test_experts.py \
-	tests/test_model_*.py tests/test_train_*.py tests/test_layouts.py tests/test_export.py
+LATEST_TESTS  := tests/unit/test_fake_fp8.py tests/integration/test_spikes.py tests/unit/test_packing.py tests/unit/test_precision.py tests/unit/test_experts.py \
+	tests/unit/test_model_*.py tests/*/test_train_*.py tests/integration/test_layouts.py tests/integration/test_export.py
 
 .PHONY: help demo test test-latest test-processors test-vllm test-nemo slurm-up slurm-down soak lint lock docs clean
 
@@ -55,7 +55,7 @@ test-latest:
 	$(VENV_LATEST)/bin/python -m pytest $(LATEST_TESTS)
 
 test-processors: $(READY)
-	$(BIN)/python tests/processors.py
+	$(BIN)/python -m tests.processors
 
 $(VENV_VLLM)/.ready:
 	$(PYTHON) -m venv $(VENV_VLLM)
@@ -64,7 +64,7 @@ $(VENV_VLLM)/.ready:
 	@touch $@
 
 test-vllm: $(READY) $(VENV_VLLM)/.ready
-	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/test_vllm.py tests/test_vllm_sampler.py
+	ATOM_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python $(BIN)/python -m pytest -s tests/integration/test_vllm.py tests/integration/test_vllm_sampler.py
 
 $(VENV_NEMO)/.ready:
 	$(PYTHON_LATEST) -m venv $(VENV_NEMO)
@@ -72,7 +72,7 @@ $(VENV_NEMO)/.ready:
 	@touch $@
 
 test-nemo: $(READY) $(VENV_NEMO)/.ready
-	ATOM_NEMO_PYTHON=$(abspath $(VENV_NEMO))/bin/python $(BIN)/python -m pytest tests/test_nemo_gym.py
+	ATOM_NEMO_PYTHON=$(abspath $(VENV_NEMO))/bin/python $(BIN)/python -m pytest tests/integration/test_nemo_gym.py
 
 slurm-up:
 	tests/slurm/cluster up
@@ -81,8 +81,8 @@ slurm-down:
 	tests/slurm/cluster down
 
 soak: $(READY)
-	$(BIN)/python tests/soak.py
-	ATOM_SOAK=1 $(BIN)/python -m pytest tests/test_slurm_*.py tests/test_release_faults.py tests/test_release_flips.py
+	$(BIN)/python -m tests.soak
+	ATOM_SOAK=1 $(BIN)/python -m pytest tests/slurm tests/integration/test_release_faults.py tests/integration/test_release_flips.py
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

@@ -2,7 +2,7 @@
 
     python docs/generate.py
 
-`tests/test_generated_docs.py` compares both pages with what this module generates.
+`tests/unit/test_generated_docs.py` compares both pages with what this module generates.
 """
 
 from __future__ import annotations

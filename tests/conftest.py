@@ -7,24 +7,21 @@ import itertools
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import release_world
-import slurm_world
-import train_world as world
-from verifier_world import gym, maths, serve  # noqa: F401 - fixtures
-
 from pipeline.core.stage import Stage
 from pipeline.core.store import Artifact, write_manifest
 from release.assembly import build_release as builder
+from tests.fixtures import release_fixtures, slurm_fixtures, train_fixtures
+from tests.fixtures.run_fixtures import RecordingReport, atom
+from tests.fixtures.verifier_fixtures import gym, maths, serve  # noqa: F401 - fixtures
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,29 +54,6 @@ def pytest_configure(config: pytest.Config) -> None:
     pytest.approx = closer(approx, ("rel", "abs"), None)
     torch.testing.assert_close = closer(assert_close, ("rtol", "atol"), None)
     torch.allclose = closer(allclose, ("rtol", "atol"), (1e-5, 1e-8))
-
-
-class RecordingReport:
-    """A Report that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[int, dict[str, float]]] = []
-        self.notes: list[str] = []
-        self.done: tuple[int, int] = (0, 0)
-
-    def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
-        self.done = (done, total)
-
-    def metric(self, step: int, **values: float) -> None:
-        self.points.append((step, values))
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def product(self, name: str, folder: Path) -> None: ...
-
-    def abandon(self, text: str) -> NoReturn:
-        raise AssertionError(f"abandoned: {text}")
 
 
 class Groups(LoadScopeScheduling):
@@ -120,18 +94,6 @@ def run_stage(tmp_path: Path):
     return run
 
 
-def atom(
-    home: Path, *arguments: str, code: int | None = 0, timeout: float = 500, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Runs the `atom` command in a process of its own, as a user would. Fails unless it exits with `code`."""
-    env = {**os.environ, "ATOM_HOME": str(home), **environment}
-    process = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments], env=env, capture_output=True, text=True, timeout=timeout
-    )
-    assert code is None or process.returncode == code, f"exit {process.returncode}\n{process.stdout}\n{process.stderr}"
-    return process
-
-
 @pytest.fixture(scope="session")
 def smoke_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The home folder of one whole, undisturbed run of atom-smoke. Treat it as read-only."""
@@ -142,8 +104,8 @@ def smoke_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> builder.BuildInput:
-    """What the small release of release_world is built from. Treat it as read-only."""
-    return release_world.build_input(tmp_path_factory.mktemp("run"))
+    """What the small release of release_fixtures is built from. Treat it as read-only."""
+    return release_fixtures.build_input(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="session")
@@ -157,20 +119,10 @@ def copy(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / built.name))
 
 
-def digests(home: Path) -> dict[str, str]:
-    """{key: digest} of every artifact of a home folder, each byte of which is hashed on the way."""
-    by_key = {}
-    for folder in sorted((home / "artifacts").iterdir()):
-        artifact = Artifact.open(folder)
-        artifact.verify()
-        by_key[artifact.key] = artifact.digest
-    return by_key
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
-    world.make(folder)
+    train_fixtures.make(folder)
     return folder
 
 
@@ -178,24 +130,24 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The product of a run that nobody disturbed, and its work folder beside it."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    world.pretrain(corpus, folder / "work", folder / "out", world.config())
+    train_fixtures.pretrain(corpus, folder / "work", folder / "out", train_fixtures.config())
     return folder / "out"
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[None]:
     """One cluster for all tests of a session that need it."""
-    slurm_world.cluster("up")
-    os.environ["SLURM_CONF"] = str(slurm_world.PLACE / "etc/slurm.conf")
+    slurm_fixtures.cluster("up")
+    os.environ["SLURM_CONF"] = str(slurm_fixtures.PLACE / "etc/slurm.conf")
     yield
-    slurm_world.cluster("down")
+    slurm_fixtures.cluster("down")
 
 
 @pytest.fixture(scope="session")
 def upstream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home folder in which all is sealed that the pre-training of the tests on Slurm needs."""
     folder = tmp_path_factory.mktemp("upstream")
-    atom(folder / "home", "run", slurm_world.write_recipe(folder), "--until", "order-pretrain")
+    atom(folder / "home", "run", slurm_fixtures.write_recipe(folder), "--until", "order-pretrain")
     return folder / "home"
 
 
@@ -204,8 +156,8 @@ def calm(upstream: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of an undisturbed pre-training by two ranks, on this machine."""
     folder = tmp_path_factory.mktemp("calm")
     shutil.copytree(upstream, folder / "home")
-    atom(folder / "home", "run", slurm_world.write_recipe(folder), "--only", "pretrain")
-    return slurm_world.digest(folder / "home", "pretrain")
+    atom(folder / "home", "run", slurm_fixtures.write_recipe(folder), "--only", "pretrain")
+    return slurm_fixtures.digest(folder / "home", "pretrain")
 
 
 @pytest.fixture
@@ -214,4 +166,4 @@ def home(upstream: Path, tmp_path: Path) -> Iterator[Path]:
     shutil.copytree(upstream, tmp_path / "home")
     yield tmp_path / "home"
     subprocess.run(["scancel", "--me"], check=False)
-    slurm_world.cluster("up")  # whatever a test has killed
+    slurm_fixtures.cluster("up")  # whatever a test has killed

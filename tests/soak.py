@@ -22,11 +22,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import layouts
-import train_world as world
 from pydantic import ValidationError
 
 from stages.train.config import TrainConfig
+from tests.fixtures import layout_fixtures, train_fixtures
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = 1e-5
@@ -50,14 +49,16 @@ def matrix(corpus: Path, folder: Path) -> list[str]:
     """Every layout against one process: the largest relative difference in five steps."""
     lines = ["| layout | " + " | ".join(f"{model}, seed {seed}" for model in MODELS for seed in (0, 1)) + " |"]
     lines.append("|---|" + "---|" * 2 * len(MODELS))
-    rows: dict[str, list[str]] = {name: [] for name in (*layouts.TWO, *layouts.FOUR)}
+    rows: dict[str, list[str]] = {name: [] for name in (*layout_fixtures.TWO, *layout_fixtures.FOUR)}
     for model in MODELS.values():
         for seed in (0, 1):
-            settings = layouts.settings_of({}, 1, seed)
+            settings = layout_fixtures.settings_of({}, 1, seed)
             settings["model"] = {**settings["model"], **model}
-            (one,) = layouts.compare(corpus, {"one": {}}, 1, settings, folder / "one.json").values()
-            for ranks, chosen in ((2, layouts.TWO), (4, layouts.FOUR)):
-                for name, steps in layouts.compare(corpus, chosen, ranks, settings, folder / "out.json").items():
+            (one,) = layout_fixtures.compare(corpus, {"one": {}}, 1, settings, folder / "one.json").values()
+            for ranks, chosen in ((2, layout_fixtures.TWO), (4, layout_fixtures.FOUR)):
+                for name, steps in layout_fixtures.compare(
+                    corpus, chosen, ranks, settings, folder / "out.json"
+                ).items():
                     pairs = [(a[key], b[key]) for a, b in zip(steps, one, strict=True) for key in b if key != "share"]
                     rows[name].append(f"{checked(f'layout {name}', worst(*map(list, zip(*pairs, strict=True)))):.0e}")
     return lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
@@ -70,22 +71,24 @@ def compare_random_layouts(folder: Path) -> list[str]:
         chance = random.Random(seed)
         kv_heads, experts = chance.choice([1, 2, 4]), chance.choice([2, 4, 6, 8])
         model = {
-            **layouts.MODEL, "layers": chance.choice([2, 4, 6, 8]), "hidden_size": chance.choice([16, 32, 48]),
+            **layout_fixtures.MODEL, "layers": chance.choice([2, 4, 6, 8]), "hidden_size": chance.choice([16, 32, 48]),
             "kv_heads": kv_heads, "heads": kv_heads * chance.choice([1, 2, 4]), "head_dim": chance.choice([4, 8, 12]),
             "experts": experts, "num_experts_per_tok": chance.randint(2, min(4, experts)),
             "moe_intermediate_size": chance.choice([8, 16, 24]), "tie_embeddings": chance.random() < 0.5,
         }  # fmt: skip
         batch = {"global_tokens": 512, "micro_tokens": 32}
-        settings = {**layouts.settings_of({}, 1, seed), "model": model}
+        settings = {**layout_fixtures.settings_of({}, 1, seed), "model": model}
         settings["phase"]["batch"] = batch
         corpus = folder / f"drawn-{seed}"
-        world.make(corpus, {"batch": batch})
-        (one,) = layouts.compare(corpus, {"one": {}}, 1, settings, folder / "one.json", steps=3).values()
+        train_fixtures.make(corpus, {"batch": batch})
+        (one,) = layout_fixtures.compare(corpus, {"one": {}}, 1, settings, folder / "one.json", steps=3).values()
         for ranks in (2, 4, 8):
             legal = possible_layouts(ranks, settings)
             chosen = {json.dumps(layout): layout for layout in chance.sample(legal, min(DRAWN_LAYOUTS, len(legal)))}
             largest = 0.0
-            for name, steps in layouts.compare(corpus, chosen, ranks, settings, folder / "out.json", steps=3).items():
+            for name, steps in layout_fixtures.compare(
+                corpus, chosen, ranks, settings, folder / "out.json", steps=3
+            ).items():
                 pairs = [(a[key], b[key]) for a, b in zip(steps, one, strict=True) for key in b if key != "share"]
                 largest = max(largest, checked(f"{ranks} ranks, {name}", worst(*map(list, zip(*pairs, strict=True)))))
             lines.append(f"| {seed} | {ranks} | {len(legal)} | {len(chosen)} | {largest:.0e} |")
@@ -123,22 +126,28 @@ def pairs(corpus: Path, folder: Path) -> list[str]:
     calm: dict[str, Path] = {}
     for name in PLACES:
         calm[name] = folder / f"calm {name}"
-        layouts.run(corpus, calm[name], layouts.settings_named(name))
-    expected = layouts.figures(calm["one"] / "out")
+        layout_fixtures.run(corpus, calm[name], layout_fixtures.settings_named(name))
+    expected = layout_fixtures.figures(calm["one"] / "out")
     for before in PLACES:
         stopped = folder / f"stopped {before}"
-        layouts.end(layouts.start(corpus, stopped, layouts.settings_named(before), at=7, number=signal.SIGTERM))
+        layout_fixtures.end(
+            layout_fixtures.start(corpus, stopped, layout_fixtures.settings_named(before), at=7, number=signal.SIGTERM)
+        )
         cells = []
         for after in PLACES:
             place = folder / "next"
             shutil.copytree(stopped / "work", place / "work")
-            assert "going on after step 7" in layouts.run(corpus, place, layouts.settings_named(after))[0]
+            assert (
+                "going on after step 7" in layout_fixtures.run(corpus, place, layout_fixtures.settings_named(after))[0]
+            )
             if before == after:
-                if world.digest(place / "out") != world.digest(calm[after] / "out"):
+                if train_fixtures.digest(place / "out") != train_fixtures.digest(calm[after] / "out"):
                     raise SystemExit(f"soak: {before}, stopped and gone on, gives other bytes")
                 cells.append("same bytes")
             else:
-                cells.append(f"{checked(f'{before} to {after}', worst(layouts.figures(place / 'out'), expected)):.0e}")
+                cells.append(
+                    f"{checked(f'{before} to {after}', worst(layout_fixtures.figures(place / 'out'), expected)):.0e}"
+                )
             shutil.rmtree(place)
         lines.append(f"| {before} | {' | '.join(cells)} |")
     return lines
@@ -146,11 +155,11 @@ def pairs(corpus: Path, folder: Path) -> list[str]:
 
 def kills(corpus: Path, folder: Path) -> list[str]:
     """Kills of one rank or all over a run of four processes."""
-    settings = layouts.settings_of(layouts.FOUR["PP2xEP2"], 4, checkpoint_interval=2)
+    settings = layout_fixtures.settings_of(layout_fixtures.FOUR["PP2xEP2"], 4, checkpoint_interval=2)
     folder.mkdir()
-    layouts.run(corpus, folder / "calm", settings)
-    digests = layouts.kill_at_random(corpus, folder / "kills", settings, KILLS, random.Random(0), 15)
-    if set(digests) != {world.digest(folder / "calm" / "out")}:
+    layout_fixtures.run(corpus, folder / "calm", settings)
+    digests = layout_fixtures.kill_at_random(corpus, folder / "kills", settings, KILLS, random.Random(0), 15)
+    if set(digests) != {train_fixtures.digest(folder / "calm" / "out")}:
         raise SystemExit("soak: a killed run gives other bytes than the undisturbed one")
     return [f"{KILLS} × `kill -9` of one rank or all four, at random moments, over {len(digests)} runs of PP2xEP2: "
             f"every run ended in the digest of the undisturbed one."]  # fmt: skip
@@ -161,7 +170,7 @@ def main() -> None:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        world.make(folder / "corpus", {"batch": layouts.BATCH})
+        train_fixtures.make(folder / "corpus", {"batch": layout_fixtures.BATCH})
         parts = {
             "Layouts against one process": matrix(folder / "corpus", folder),
             "Layouts and models drawn at random": compare_random_layouts(folder),

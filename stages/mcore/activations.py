@@ -5,7 +5,7 @@ The layers are ours: Megatron's with its unfused SwiGLU, between matrices of Tra
 routing is balanced (each rank's experts get their share of the tokens; natural routing is not so even, and the fullest
 rank needs more); the attention kernel saves queries, keys, values, output and log-sum-exp, but no scores; FP8's smaller
 copies of matrix inputs are counted as bf16. Left out: transient tensors within one operation, communication buffers,
-and the allocator's fragments. `tests/test_costs.py` compares with what autograd saves.
+and the allocator's fragments. `tests/integration/test_costs.py` compares with what autograd saves.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     SCORERS["exact", "1"](row, answer, finished) -> {"reward": 1.0, "finished": 1.0}
 
 A file is never edited once its version has scored anything: published outputs name the scorer and its version, and
-`atom verify` scores them again with that file for as long as it lies here. `tests/test_scorers.py` pins every digest.
-A new version is a new file, one line in SCORERS and one in LATEST. A frozen file imports the standard library only.
+`atom verify` scores them again with that file for as long as it lies here. `tests/unit/test_scorers.py` pins every
+digest. A new version is a new file, one line in SCORERS and one in LATEST. A frozen file imports the standard library
+only.
 
 Scorers that need more than a file (a sandbox, other packages, a model) are in stages/rl; they have versions as well.
 """

@@ -1,0 +1,165 @@
+"""The benchmarks run, compare the same thing, and end in one JSON object; their timings decide nothing here."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench import post
+from pipeline.core.store import Store, write_manifest
+from pipeline.graph import dag
+from pipeline.graph import recipe as recipes
+from stages.data.table import write_rows
+from stages.evaluation.pass_at_k import ANSWERS, GREEDY
+from stages.rl.config import RlTrainConfig
+from stages.rl.rollout import rollouts
+from stages.rl.trainer import train
+from tests.fixtures import ROOT, release_fixtures, rl_fixtures, train_fixtures
+
+
+def run_quick(name: str) -> list[str]:
+    """What a benchmark prints of a tiny model, but for its last line, which is checked."""
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--quick"], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    *table, last = run.stdout.splitlines()
+    result = json.loads(last)
+    assert set(result) == {"name", "ratio", "low", "high", "target", "unit", "machine"}
+    assert result["name"] == name and 0 < result["low"] <= result["ratio"] <= result["high"]
+    return table
+
+
+def test_checkpoint_benchmark() -> None:
+    assert {"stall", "copy", "whole", "step"} <= {line.split()[0] for line in run_quick("checkpoint")}
+
+
+def test_training_benchmark() -> None:
+    table = run_quick("train")
+    # the same model from the same weights on the same rows, and after some steps still so
+    losses = {line.split()[0]: [float(x) for x in re.findall(r"\d+\.\d{6}", line)] for line in table}
+    assert len(losses["ours"]) == 2
+    for ours, theirs in zip(losses["ours"], losses["transformers"], strict=True):
+        assert abs(ours - theirs) < 1e-4
+
+
+def test_sandbox_benchmark() -> None:
+    table = run_quick("sandbox")
+    assert [line.split()[0] for line in table if "/s" in line] == ["tests", "check"]
+
+
+def test_humaneval_benchmark(tmp_path: Path) -> None:
+    """A model of random weights is asked and its answers are run; its long context holds two questions of these five."""
+    release_fixtures.save_model(tmp_path, seed=0, context=512)
+    command = [sys.executable, str(ROOT / "bench/humaneval.py"), str(tmp_path), "--max-new-tokens", "8", "--limit", "5"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    summary, last = run.stdout.splitlines()
+    assert summary.startswith("0 of 5 problems solved; 3 do not fit its context, ")
+    assert json.loads(last)["ratio"] == 0 and json.loads(last)["low"] == 0 < json.loads(last)["high"]
+
+
+def test_planner_benchmark() -> None:
+    """Every published figure that the formulas describe, to 1 %; the one memory that was measured is not far off."""
+    table = run_quick("planner")
+    errors = [float(line.split("%")[0].split()[-1]) for line in table if re.search(r"%.*%  (H100|G?B[23]00) ", line)]
+    assert len(errors) >= 20 and max(map(abs, errors)) < 1
+    memory = {line[:62].strip(): line.split() for line in table if line.startswith(("state", "peak"))}
+    assert float(memory["state, 18 bytes a parameter where it is not shared"][-3]) == 40.06
+    assert abs(float(memory["peak allocated: one kernel for SwiGLU, as in its recipe"][-1].rstrip("%"))) < 10
+
+
+def test_ladder_benchmark() -> None:
+    table = run_quick("ladder")
+    losses = [float(line.split()[-2]) for line in table if " active" in line]
+    assert len(losses) == 4 and losses[-1] < losses[0]  # more compute, less loss
+
+
+def test_generation_benchmark() -> None:
+    table = run_quick("generate")
+    assert [line.split()[:2] for line in table[2:]] == [[n, side] for n in "14" for side in ("ours", "transformers")]
+
+
+def test_reinforcement_learning_benchmark() -> None:
+    """That model, questions and numbers of tokens are the same is the benchmark's own check; both earn and learn."""
+    rewards = {line.split()[0]: [float(x) for x in re.findall(r"\d\.\d{4}\b", line)] for line in run_quick("rl")}
+    for side in ("ours", "trl"):
+        assert len(rewards[side]) == 2 and all(0 < reward < 1 for reward in rewards[side])
+
+
+# bench/post.py takes two minutes of CPU time even with --quick, so its parts are tested one by one.
+
+
+def test_post_recipes_differ_in_the_seed_alone(tmp_path: Path) -> None:
+    packaged = recipes.load("atom-tiny").config
+    assert recipes.load(str(post.recipe(7, tmp_path))).config == packaged.model_copy(update={"seed": 7})
+    composed = dag.compose(recipes.load(str(post.recipe(0, tmp_path, "atom-smoke"))), Store(tmp_path))
+    assert {f"{stage}-{node}" for stage in ("solve", "evaluate") for node in post.NODES.values()} < set(composed.nodes)
+
+
+def test_post_random_reward_knows_nothing_of_the_answer(tmp_path: Path) -> None:
+    tossed = [post.coin(seed, 0.3) for seed in range(4000)]
+    assert set(tossed) == {0.0, 1.0} and abs(sum(tossed) / 4000 - 0.3) < 0.03
+    inputs, rollout_sets = rl_fixtures.make(tmp_path / "given"), []
+    for name, lr in (("one", 5e-3), ("another", 2e-2)):
+        optimizer = {**rl_fixtures.OPTIMIZER, "lr": lr}
+        config = RlTrainConfig.model_validate(rl_fixtures.config(steps=4, optimizer=optimizer))
+        work, out = tmp_path / name / "work", tmp_path / name / "out"
+        work.mkdir(parents=True)
+        out.mkdir()
+        train(post.with_random_reward(0.3), "rlvr", config, inputs, work, out, train_fixtures.Reporter())
+        rollout_sets.append(rollouts.read(out / "rollouts.parquet"))
+    assert all(r.reward == post.coin(r.seed, 0.3) for r in rollout_sets[0])
+    # two policies that answer differently are asked the same and earn the same; what is right stays on record
+    one, another = ([(r.task, r.seed, r.reward) for r in group] for group in rollout_sets)
+    assert one == another and [r.text for r in rollout_sets[0]] != [r.text for r in rollout_sets[1]]
+    assert any(r.reward != r.parts["reward"] for r in rollout_sets[0])
+
+
+def test_post_scores_follow_from_the_answers(tmp_path: Path) -> None:
+    def answer(kind: str, id: str, sample: int, reward: float) -> dict[str, Any]:
+        blank = {"seed": 0, "text": "", "answer": "", "finished": True, "tokens": 1, "parts": "{}"}
+        return {
+            **blank,
+            "id": id,
+            "kind": kind,
+            "sample": sample,
+            "reward": reward,
+            "verifier": "",
+            "verifier_version": "",
+        }
+
+    rows = [answer("add", "a", n, reward) for n, reward in ((GREEDY, 1), (0, 1), (1, 0), (2, 0), (3, 0))]
+    rows += [answer("sort", "s", n, 0) for n in (GREEDY, 0, 1, 2, 3)] + [answer("courtesy", "c", 0, 0.5)]
+    write_rows(tmp_path / "answers.parquet", ANSWERS, rows)
+    scores = post.scores(write_manifest(tmp_path, "solve"))
+    assert scores["add"] == {"pass@1": {"a": 0.25}, "pass@4": {"a": 1.0}, "greedy": {"a": 1.0}}
+    assert scores["all"]["pass@4"] == {"a": 1.0, "s": 0.0} and set(scores) == {"add", "sort", "all"}
+
+
+def test_post_tells_the_smallest_gain() -> None:
+    def seed(number: int, *gains: float) -> dict[str, Any]:
+        means = {name: [0.1, 0.3] for name in post.MODELS}
+        means["RLVR"] = [before + rise for before, rise in zip(means["SFT"], gains, strict=True)]
+        scores = {name: {"all": {"pass@1": dict(zip("ab", values, strict=True))}} for name, values in means.items()}
+        beside = {name: {"tokens of an answer": 9.0} for name in post.MODELS}
+        costs = {name: (5, 60.0) for name in post.MODELS}
+        return {"seed": number, "rate": 0.5, "scores": scores, "beside": beside, "costs": costs}
+
+    seeds = [seed(0, 0.5, 0.6), seed(1, 0.3, 0.4)]
+    line = post.last_line(seeds)
+    assert set(line) == {"name", "ratio", "low", "high", "target", "unit", "machine"}
+    # mean 0.35 of two items that differ by 0.1: a standard error of 0.05, whatever their level is
+    assert line["ratio"] == 1.75 and line["low"] == round((0.35 - 1.959964 * 0.05) / 0.2, 4)
+    head, first, second, *rest = post.table(seeds)
+    assert first.split() == ["0", "all", "pass@1", "2", "0.200", "0.750", "+0.550", "±", "0.050", "0.200", "0.200"]
+    assert "+0.350 ± 0.050" in second and len(head) == len(first) and rest[-1].endswith("0.500, 0.500")
+
+
+def test_verify_benchmark() -> None:
+    head, ours, theirs = run_quick("verify")
+    assert "MB/s" in head and ours.startswith("atom verify") and theirs.startswith("sha256sum")

@@ -1,0 +1,218 @@
+"""The recipes for clusters: every rank of every phase is what Megatron builds, all ranks together are the model, and it
+fits; the plan works where the data is not."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.store import Store
+from pipeline.graph import dag
+from pipeline.graph import recipe as recipes
+from stages.data.recipe import Source, load
+from stages.graph import phases
+from stages.mcore.parallel_layout import Layout
+from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.qwen3_moe.memory import memory_share
+from stages.train.config import PhaseConfig
+from tests.fixtures import ROOT, fake_rank_fixtures
+from tests.fixtures.run_fixtures import atom
+
+RECIPES = ("atom-1b-a300m", "atom-30b-a3b", "atom-235b-a22b")
+PUBLISHED = {"atom-30b-a3b": "Qwen3-30B-A3B", "atom-235b-a22b": "Qwen3-235B-A22B"}
+"""Models of the same shape, in bench/anchors.csv."""
+FITS = 75 * 2**30
+
+each = pytest.mark.parametrize("name", RECIPES)
+
+
+@cache
+def composed(name: str) -> dag.Graph:
+    return dag.compose(recipes.load(name), Store(Path("none")), without_data=True)
+
+
+def trained(name: str) -> list[tuple[str, Any]]:
+    """(phase, config of its training stage), in order."""
+    graph = composed(name)
+    return [(phase.node, graph.nodes[phase.node].config) for phase in phases(graph.recipe.config)]
+
+
+@each
+def test_figures_that_a_recipe_states_are_those_of_its_model(name: str) -> None:
+    """Total and active parameters: as stated, in closed form, and counted over every tensor."""
+    config = composed(name).recipe.config
+    model, vocabulary = config.model, config.tokenizer.padded_vocab_size
+    counts = model.parameters(vocabulary)
+    sizes = {tensor: math.prod(shape) for tensor, shape in model.shapes(vocabulary).items()}
+    idle = sum(size for tensor, size in sizes.items() if ".experts." in tensor)
+    active = sum(sizes.values()) - idle + idle * model.num_experts_per_tok // model.experts
+    assert (model.stated_parameters.total, model.stated_parameters.active) == (counts["total"], counts["active"])
+    assert (counts["total"], counts["active"]) == (sum(sizes.values()), active)
+
+
+def test_shapes_are_the_published_ones() -> None:
+    """Qwen3-30B-A3B and Qwen3-235B-A22B: 30.5 and 235 billion parameters, 3.3 and 22 billion active; ours between."""
+    counts = {name: composed(name).recipe.config.model.stated_parameters for name in RECIPES}
+    assert counts["atom-30b-a3b"].total == 30_532_122_624 and 3.3e9 < counts["atom-30b-a3b"].active < 3.4e9
+    assert counts["atom-235b-a22b"].total == 235_093_634_560 and 22.0e9 < counts["atom-235b-a22b"].active < 22.3e9
+    assert 1.0e9 < counts["atom-1b-a300m"].total < 1.3e9 and 0.29e9 < counts["atom-1b-a300m"].active < 0.31e9
+
+
+@each
+def test_every_rank_of_every_layout_is_what_megatron_builds(name: str) -> None:
+    """Each distinct rank, built by Megatron on the meta device: its tensors have the shapes of the boxes that it is said
+    to hold, its parameters are as many as the planner says, and the boxes of all ranks together cover each tensor
+    of the model exactly, each held by as many ranks as share it."""
+    built: dict[
+        Any, fake_rank_fixtures.Part
+    ] = {}  # layouts that differ in context and data ranks only give a place the same tensors
+    for phase, config in trained(name):
+        model, layout, vocabulary = config.model, config.phase.parallelism, config.padded_vocab_size
+        full, numbers = model.shapes(vocabulary), fake_rank_fixtures.places(layout)
+        assert len(numbers) == layout.ranks
+        holders: dict[str, Counter[Any]] = {tensor: Counter() for tensor in full}
+        sizes = (layout.tp, layout.pp, layout.vpp, layout.ep, layout.split_experts)
+        for place, ranks in Counter(numbers).items():
+            if (sizes, place) not in built:
+                rank, phase_ = numbers.index(place), config.phase
+                rank_place, part = fake_rank_fixtures.part(
+                    model, vocabulary, layout, rank, phase_.precision, phase_.pack
+                )
+                assert rank_place == place
+                for tensor, boxes in part.boxes.items():
+                    each_size = [tuple(stop - start for start, stop in box) for box in boxes]
+                    joined = (sum(size[0] for size in each_size), *each_size[0][1:])
+                    assert part.shapes[tensor] == joined, f"{phase} {place} {tensor}"
+                assert part.trained == memory_share(model, vocabulary, layout, place.pipeline).all, f"{phase} {place}"
+                built[sizes, place] = part
+            for tensor, boxes in built[sizes, place].boxes.items():
+                for box in boxes:
+                    holders[tensor][box] += ranks
+        for tensor, pieces in holders.items():
+            _require_exact_cover(tensor, full[tensor], list(pieces), f"{name} {phase}")
+            assert set(pieces.values()) == {_expected_holders(tensor, layout, model)}, f"{name} {phase} {tensor}"
+
+
+def _require_exact_cover(tensor: str, shape: tuple[int, ...], boxes: list[Any], where: str) -> None:
+    """That distinct boxes do not overlap and leave nothing out: along the one dimension that is cut they are adjacent."""
+    assert boxes, f"{where}: nobody holds {tensor}"
+    for dimension, size in enumerate(shape):
+        spans = sorted({box[dimension] for box in boxes})
+        assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])] and spans[-1][1] == size, tensor
+    assert sum(math.prod(stop - start for start, stop in box) for box in boxes) == math.prod(shape), f"{where} {tensor}"
+
+
+def _expected_holders(tensor: str, layout: Layout, model: ModelConfig) -> int:
+    """Ranks that hold the same part of a tensor."""
+    if ".experts." in tensor:
+        return layout.ranks // (layout.split_experts * layout.ep * layout.pp)
+    copies = layout.data * layout.cp
+    if "layernorm" in tensor or "router" in tensor:
+        copies *= layout.tp
+    tied = model.tie_embeddings and tensor.startswith("embedding") and layout.pp > 1
+    return copies * (2 if tied else 1)
+
+
+@each
+def test_every_phase_fits(name: str) -> None:
+    """80 GB GPUs, a node's host memory, and no model parallelism beyond a node but experts' and long rows'."""
+    for phase, config in trained(name):
+        estimate = composed(name).nodes[phase].stage.estimate(config)
+        assert estimate.memory_bytes < FITS, f"{phase}: {estimate.memory_bytes / 2**30:.1f} GiB"
+        assert 8 * estimate.training.host_bytes < 200 * 2**30
+        assert config.phase.parallelism.tp <= 8 and config.phase.parallelism.ranks % 8 == 0
+
+
+@each
+def test_the_story_of_a_recipe(name: str) -> None:
+    """A decay begins where a release checkpoint is; rows grow to 128 thousand tokens; FP8 only where figures show it pays."""
+    story = trained(name)
+    pretrain: PhaseConfig = story[0][1].phase
+    assert (pretrain.steps - (pretrain.optimizer.decay_steps or 0)) % pretrain.release_checkpoint_interval == 0
+    rows = [config.phase.sequence_length for _, config in story]
+    assert rows == sorted(rows) and rows[-1] == 131072 == story[-1][1].model.context_length
+    for _, config in story:
+        assert config.phase.precision == "bf16" or fp8_is_faster(PUBLISHED[name])
+        assert len(config.phase.micro_batches) == len(config.phase.batch.ramp) + 1
+
+
+def fp8_is_faster(model: str) -> bool:
+    """Whether published figures show FP8 to be faster than bf16 for a model on H100."""
+    with open(ROOT / "bench" / "anchors.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["system"] == "H100" and row["model"] == model]
+    best = {row["precision"]: float(row["tflops"]) for row in rows}
+    return best.get("fp8", 0.0) > best.get("bf16", math.inf)
+
+
+def test_where_fp8_pays_on_h100() -> None:
+    assert [fp8_is_faster(model) for model in ("Qwen3-30B-A3B", "Qwen3-235B-A22B", "DeepSeek-V3")] == [
+        False,
+        False,
+        True,
+    ]
+
+
+@each
+def test_plan_without_the_data(name: str, tmp_path: Path) -> None:
+    """Plan shows everything and says what is absent; run refuses, in one sentence."""
+    plan = atom(tmp_path, "plan", name).stdout
+    lines = plan.splitlines()
+    folder = ROOT / "corpora"
+    assert (
+        f"source web: no .parquet file at {folder}/web; put it there before running; keys below are provisional"
+        in lines
+    )
+    assert max(map(len, lines)) <= 160
+    assert [line.split()[0] for line in lines if "Gi  " in line] == [phase for phase, _ in trained(name)]
+    body = json.loads(atom(tmp_path, "plan", name, "--json").stdout)
+    assert len(body["absent"]) == 5 and body["absent"][0] in lines
+    training = {stage["name"]: stage["training"] for stage in body["stages"] if stage["training"]}
+    assert training["pretrain"]["gflop_per_token"] > 2 and training["longcontext-2"]["sequence_length"] == 131072
+    refused = atom(tmp_path, "run", name, code=2)
+    assert refused.stderr == f"atom: source web: no .parquet file at {folder}/web; check reader.path\n"
+
+
+def test_plan_of_a_cluster_recipe_is_light() -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom pipeline.graph import dag, plan, recipe\nfrom pipeline.cli import tables\n"
+        "from pipeline.core.store import Store\n"
+        "store = Store(Path('none'))\n"
+        "found = dag.compose(recipe.load('atom-235b-a22b'), store, True)\n"
+        "rows = plan.plan(found, dag.states(found, store), list(found.nodes))\n"
+        "assert tables.phases_table(rows).row_count == 4\n"
+        "heavy = {'torch', 'megatron', 'numpy', 'pyarrow', 'transformers', 'mlflow'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+
+
+def test_absent_and_present_sources(tmp_path: Path) -> None:
+    """A source whose files are there has its digest; one that is pinned keeps its pin, and its keys are final."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "x"}\n')
+    source = {"kind": "prose", "license": "MIT", "license_evidence": "LICENSE", "origin": "here"}
+    readers = {"one": folder, "two": tmp_path / "gone", "three": tmp_path / "gone"}
+    pin = "sha256:" + "0" * 64
+    sources = [
+        {**source, "name": name, "reader": {"reader": "jsonl", "path": str(path)}} for name, path in readers.items()
+    ]
+    recipe = load("smoke").model_validate({"name": "r", "description": "d", "sources": sources})
+    pinned = recipe.sources[2].model_copy(update={"tree_digest": pin})
+    recipe = recipe.model_copy(update={"sources": (*recipe.sources[:2], pinned)})
+    resolved, absent = recipe.present()
+    assert [s.tree_digest[:10] for s in resolved.sources][1:] == ["auto", pin[:10]]
+    assert resolved.sources[0].tree_digest == Source.model_validate(resolved.sources[0].model_dump(
+        include=set(Source.model_fields))).tree_digest != "auto"  # fmt: skip
+    where = f"no .jsonl or .jsonl.gz file at {tmp_path}/gone; put it there before running"
+    assert absent == (f"source two: {where}; keys below are provisional", f"source three: {where}")

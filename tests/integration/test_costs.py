@@ -1,0 +1,211 @@
+"""The planner's closed forms: parameters as Megatron builds them, activations as autograd saves them, by hand elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.mcore.activations import SLICE, Rows, activation_bytes, in_flight
+from stages.mcore.megatron_imports import Float16Module
+from stages.mcore.parallel_layout import Layout, problem
+from stages.models.qwen3_moe import layer_spec
+from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.qwen3_moe.costs import AttentionCost, training_flops
+from stages.models.qwen3_moe.megatron_model import build
+from stages.models.qwen3_moe.memory import MemoryShare, layers_of, memory_share, owned_bytes, sharing, state_bytes
+from stages.train import parallel
+from stages.train.config import PhaseConfig, TrainConfig
+from stages.train.estimate import estimate, layout_label, release_checkpoints
+from tests.fixtures import fake_rank_fixtures, train_fixtures
+
+VOCAB = 128
+MODEL = dict(
+    layers=4, hidden_size=64, heads=8, kv_heads=4, head_dim=16, experts=8, num_experts_per_tok=2, moe_intermediate_size=48,
+    context_length=512, tie_embeddings=False,
+)  # fmt: skip
+EXTRAS = st.fixed_dictionaries({
+    "tie_embeddings": st.booleans(),
+    "router_bias_update_rate": st.sampled_from([0.0, 1e-3]),
+    "shared_expert_intermediate_size": st.sampled_from([None, 32]),
+}) | st.just({"dense_layers": 1, "intermediate_size": 96})  # fmt: skip
+LAYOUTS = st.builds(
+    Layout,
+    ranks=st.sampled_from([8, 16, 32]),
+    tp=st.sampled_from([1, 2, 4]),
+    pp=st.sampled_from([1, 2, 4]),
+    vpp=st.sampled_from([1, 1, 2]),
+    cp=st.sampled_from([1, 2]),
+    ep=st.sampled_from([1, 2, 8]),
+    etp=st.sampled_from([None, 1, 2]),
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(extra=EXTRAS, layout=LAYOUTS, data=st.data())
+def test_parameters_of_a_rank_are_those_that_megatron_builds(extra: dict[str, Any], layout: Layout, data: Any) -> None:
+    model = ModelConfig(**{**MODEL, **extra})
+    if layout.data == 0 or problem(layout, model, VOCAB, [32 * layout.data]):
+        return
+    place, part = fake_rank_fixtures.part(model, VOCAB, layout, data.draw(st.integers(0, layout.ranks - 1)), "bf16")
+    expected = memory_share(model, VOCAB, layout, place.pipeline)
+    experts = sum(torch.Size(shape).numel() for name, shape in part.shapes.items() if ".experts." in name)
+    assert (part.trained, experts) == (expected.all, expected.experts)
+    layers = {int(name.split(".")[2]) for name in part.shapes if name.startswith("decoder.layers.")}
+    assert layers == {layer for chunk in layers_of(model, layout, place.pipeline) for layer in chunk}
+
+
+def test_one_rank_holds_the_model() -> None:
+    model = ModelConfig(**MODEL)
+    assert memory_share(model, VOCAB, Layout(), 0).all == model.parameters(VOCAB)["total"]
+
+
+def test_state_of_the_published_layout() -> None:
+    """Qwen3-30B-A3B on 16 H100: 8 experts of 128 a layer on each, dense optimizer state shared by 16, experts' by none."""
+    model = ModelConfig(
+        layers=48, hidden_size=2048, heads=32, kv_heads=4, head_dim=128, experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=768, context_length=4096, tie_embeddings=False,
+    )  # fmt: skip
+    layout = Layout(ranks=16, ep=16)
+    part = memory_share(model, 151936, layout, 0)
+    assert part.experts == 48 * 8 * 3 * 2048 * 768 and sharing(layout) == (16, 1)
+    assert state_bytes(part, layout, "bf16") == pytest.approx(6 * part.dense + 12 * part.dense / 16 + 18 * part.experts)
+    assert state_bytes(part, layout, "bf16") / 2**30 == pytest.approx(40.0, abs=0.1)
+
+
+def test_state_by_precision() -> None:
+    part, layout = MemoryShare(1000, 0, 400), Layout(ranks=4)
+    assert state_bytes(part, layout, "fp32") == 8000 + 8000 / 4  # weights are the optimizer's own
+    assert state_bytes(part, layout, "bf16") == 6000 + 12000 / 4
+    assert state_bytes(part, layout, "fp8-blockwise") == 6000 + 12000 / 4 + 2 * 600
+    assert owned_bytes(part, layout) == 3000
+
+
+def test_flops() -> None:
+    """By hand: two matrices, and attention to half a row or to a window."""
+    assert training_flops(10, [AttentionCost(1, 2, 3, 5)], 8) == 6 * (10 + 2 * 8 * 4)
+    assert AttentionCost(1, 1, 1, 1, window=4).keys(8) == pytest.approx((0 + 8 * 4 - 4 * 4 / 2) / 8)
+    assert AttentionCost(1, 1, 1, 1, window=99).keys(8) == 4
+    model = ModelConfig(**{**MODEL, "dense_layers": 1, "intermediate_size": 96, "shared_expert_intermediate_size": 32})
+    by_hand = 4 * (64 * 16 * (8 + 2 * 4) + 8 * 16 * 64) + 3 * 64 * 96 + 3 * (64 * 8 + 3 * 64 * (2 * 48 + 32))
+    assert model.matrices(VOCAB) == by_hand + VOCAB * 64
+    tied = model.model_copy(update={"tie_embeddings": True})
+    assert tied.matrices(VOCAB) == model.matrices(VOCAB)
+
+
+def test_micro_batches_in_flight() -> None:
+    """1F1B keeps as many as ranks lie behind, and its own; interleaving more, by chunks; never more than there are."""
+    one = Layout(ranks=4, pp=4)
+    assert [in_flight(one, rank, 16) for rank in range(4)] == [4, 3, 2, 1]
+    assert [in_flight(one, rank, 2) for rank in range(4)] == [2, 2, 2, 1]
+    two = Layout(ranks=4, pp=4, vpp=2)
+    assert [in_flight(two, rank, 16) for rank in range(4)] == [11 / 2, 9 / 2, 7 / 2, 5 / 2]
+
+
+class _Norm(torch.autograd.Function):
+    """An RMSNorm that saves its input, as fused kernels do; PyTorch's on CPU saves several fp32 tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.rms_norm(x, (x.shape[-1],)) * weight
+
+
+@contextmanager
+def _gpu_like(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Norms of one kernel, and sums that need not be deterministic, which save nothing."""
+    monkeypatch.setattr(layer_spec.RMSNorm, "forward", lambda self, x: _Norm.apply(x, self.weight))
+    torch.use_deterministic_algorithms(False)
+    yield
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+@pytest.mark.parametrize(
+    "extra", [{}, {"dense_layers": 1, "intermediate_size": 96}, {"shared_expert_intermediate_size": 64}]
+)
+def test_activations_are_what_autograd_saves(
+    precision: Any, recompute: Any, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes of all distinct tensors that one forward pass keeps, with the kernels that packed rows have everywhere."""
+    model, rows = ModelConfig(**{**MODEL, **extra}), Rows(2, 512, packed=True)
+    layout, saved = Layout(recompute=recompute), {}
+    with parallel.session(0), _gpu_like(monkeypatch):
+        (gpt,) = build(model, VOCAB, layout, precision, packed=True)
+        for parameter in gpt.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        net = gpt if precision == "fp32" else Float16Module(gpt.config, gpt)
+        weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                saved[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, so that no address is used again
+            return tensor
+
+        ids = torch.randint(VOCAB, (rows.rows, rows.length), generator=torch.Generator().manual_seed(0))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            net(ids, torch.arange(rows.length).expand_as(ids), torch.zeros_like(ids), labels=ids,
+                padding_mask=torch.zeros_like(ids, dtype=torch.bool))  # fmt: skip
+    measured = sum(size for size, _ in saved.values())
+    saved.clear()  # the graph holds what packs its tensors, and that held the graph
+    size, tokens = (4, 0) if precision == "fp32" else (2, 2), rows.rows * rows.length
+    element, logits = size
+    predicted = activation_bytes(model, VOCAB, layout, precision, rows, 1, 0)
+    predicted -= tokens * VOCAB * logits  # the gradient of the logits, which comes with the backward pass
+    if recompute == "layer":  # so do the tensors of the layer that is computed again
+        predicted = tokens * (element * 64 * (model.layers + 2) + VOCAB * 4)
+    # ids, labels and the like are some bytes a token, whatever the model's size
+    assert SLICE == layer_spec.SLICE and measured == pytest.approx(predicted, rel=0.01, abs=64 * tokens)
+
+
+def test_parallel_ranks_share_activations() -> None:
+    """Tensor and context ranks split rows; pipeline ranks split layers and keep more micro-batches the earlier they are."""
+    model, rows = ModelConfig(**MODEL), Rows(1, 512)
+
+    def bytes_of(rank: int = 0, micro: int = 8, **layout: Any) -> float:
+        return activation_bytes(model, VOCAB, Layout(**layout), "bf16", rows, micro, rank)
+
+    unsplit = bytes_of()
+    assert bytes_of(ranks=2, cp=2) == pytest.approx(unsplit / 2)
+    # each expert's tensor ranks all get the tokens of both, and half of its width
+    assert unsplit / 2 < bytes_of(ranks=2, tp=2, ep=2) < 0.6 * unsplit
+    assert bytes_of(ranks=2, tp=2, ep=2, etp=1) == pytest.approx(unsplit / 2)
+    first, last = (bytes_of(rank, ranks=2, pp=2) for rank in (0, 1))
+    ends = 512 * (VOCAB * 6 + 2 * 2 * 64)
+    assert first == pytest.approx(unsplit - ends) and last == pytest.approx((unsplit - ends) / 2 + ends)
+    assert bytes_of(0, micro=1, ranks=2, pp=2) == pytest.approx((unsplit - ends) / 2)
+
+
+def test_estimate_of_a_phase() -> None:
+    phase = {**train_fixtures.PHASE, "precision": "bf16", "parallelism": {"ranks": 4, "tp": 2, "pp": 2}}
+    config = TrainConfig.model_validate({**train_fixtures.config(), "phase": phase})
+    phase_estimate = estimate(config)
+    t, counts = phase_estimate.training, phase_estimate.parameters
+    assert t is not None and phase_estimate.memory_bytes is not None
+    assert t.layout == layout_label(config.phase.parallelism) == "TP2 PP2"
+    assert max(t.state_bytes, t.activation_bytes) < phase_estimate.memory_bytes <= t.state_bytes + t.activation_bytes
+    assert (
+        t.checkpoint_bytes == 12 * counts["total"]
+        and t.gflop_per_token * 1e9 * config.phase.tokens() == phase_estimate.flops
+    )
+    assert phase_estimate.cpu_seconds is None  # calibrated in fp32 only
+    rows = sum(config.phase.rows_of(step) for step in range(1, config.phase.steps + 1))
+    assert (t.order_rows, t.data_bytes) == (rows, 2 * config.phase.tokens() + 27 * rows)
+
+
+@pytest.mark.parametrize(("every", "start", "count"), [(4, None, 4), (5, None, 4), (4, "pretrain@4", 2), (20, None, 2)])
+def test_release_checkpoints(every: int, start: str | None, count: int) -> None:
+    """Of steps 1 to 12: every n-th and the last, and step 0 of a phase that does not go on from another run's."""
+    phase = {**train_fixtures.PHASE, "steps": 12, "release_checkpoint_interval": every, "continue_from": start}
+    assert release_checkpoints(PhaseConfig.model_validate(phase)) == count
+
+
+def test_words_of_layouts() -> None:
+    layout = Layout(ranks=512, tp=4, pp=2, cp=8, ep=32, etp=1, recompute="layer")
+    assert layout_label(layout) == "TP4 PP2 CP8 EP32 ETP1 DP8 recompute" and layout_label(Layout()) == "one rank"

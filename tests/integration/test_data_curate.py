@@ -1,0 +1,394 @@
+"""Curation: planted faults are found by the right rule, every document has one disposition, counts balance."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.core.errors import AtomError
+from pipeline.core.store import Artifact, write_manifest
+from stages.data import acquire, dedup, filter
+from stages.data.filters import near_duplicates
+from stages.data.filters.decontaminate import ContaminationIndex
+from stages.data.filters.dispositions import Dispositions
+from stages.data.filters.settings import CurationSettings
+from stages.data.recipe import load
+from stages.data.table import DOCUMENTS, ITEMS, content_hash, write_rows
+from stages.evaluation import eval_set
+
+PROSE_STEPS = [
+    {"step": "gopher_quality", "min_doc_words": 10, "min_stop_words": 0, "max_non_alpha_words_ratio": 0.6},
+    {"step": "language", "language_threshold": 0.25},  # as in data_recipes/tiny.yaml
+    {"step": "gopher_repetition"},
+    {"step": "c4", "min_num_sentences": 1},
+    {"step": "fineweb", "line_punct_thr": 0.1},
+    {"step": "pii"},
+]
+CODE_STEPS = [{"step": "python_syntax"}, {"step": "code_shape"}]
+
+LONG = (
+    "The harbour was quiet when the first boats came home, and the people on the quay talked about the weather, the "
+    "price of fish and the new road that would soon reach the village from the north. Nobody believed that it would be "
+    "finished."
+)
+GOOD = (
+    "A reader takes the file apart line by line and gives back the words that it has found, together with their places."
+)
+ITEM_TEXT = "A farmer has seventeen sheep and all but nine of them run away, how many sheep does the farmer have left?"
+
+PROSE = {
+    "good": GOOD,
+    "good2": "When the parser meets a line that it cannot read, it raises an error that names the file and the line.",
+    "copy": GOOD,
+    "long": LONG,
+    "near": LONG.replace("finished", "completed"),
+    "short": "Too short.",
+    "french": "Le lecteur ouvre le fichier ligne par ligne et rend les mots qu'il a trouvés avec leur place.",
+    "repeated": "the same words again and again, " * 12,
+    "mail": "Please write to Jane Roe at jane.roe@corp-mail.net or ask the host at 8.8.4.4 for the list of names.",
+    "mail2": "Please write to Jane Roe at someone.else@corp-mail.net or ask the host at 9.9.9.9 for the list of names.",
+    "leak": f"This riddle is known to the whole village. {ITEM_TEXT.upper()} Nine, said the child to the farmer.",
+    "sum": "In the book of examples there is the sum 347 + 586, and the answer to it is written on the last page.",
+}
+CODE = {
+    "good": "def area(width, height):\n    size = width * height\n    return size\n",
+    "broken": "def area(width, height:\n    size = width * height\n    return size\n",
+    "blob": "table = [\n" + "    0x00, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77,\n" * 8 + "]\n",
+    "tiny": "def one():\n    return 1\n",
+    "leak": "def check():\n    # the teacher's example\n    total = 347+586\n    return total\n",
+}
+SUMS = {"1": "347+586=933", "2": "111+222=333", "3": "111+222=333", "4": "sort 53142=12345", "5": "1347+586=1933"}
+
+
+def acquired(folder: Path, name: str, texts: dict[str, str], license: str = "CC0-1.0") -> Artifact:
+    rows = [
+        {
+            "id": f"{name}/{key}",
+            "text": text,
+            "source": name,
+            "license": license,
+            "origin": "test",
+            "content_hash": content_hash(text),
+            "prompt_chars": 0,
+        }
+        for key, text in texts.items()
+    ]
+    write_rows(folder / name / "documents.parquet", DOCUMENTS, rows)
+    return write_manifest(folder / name, f"acquire-{name}")
+
+
+def evaluation_items(folder: Path) -> Artifact:
+    rows = [
+        {"id": "add/00000", "task": "add", "prompt": "347+586:", "answer": "933", "text": "347+586"},
+        {"id": "riddle/00000", "task": "riddle", "prompt": ITEM_TEXT, "answer": "9", "text": ITEM_TEXT},
+    ]
+    write_rows(folder / "items" / "items.parquet", ITEMS, rows)
+    return write_manifest(folder / "items", "items")
+
+
+def config(heldout: float = 0.0) -> dict[str, Any]:
+    return {
+        "sources": [
+            {"name": "prose", "kind": "prose", "heldout_fraction": heldout, "steps": PROSE_STEPS},
+            {"name": "code", "kind": "code", "heldout_fraction": heldout, "steps": CODE_STEPS},
+            {"name": "sums", "kind": "problems", "heldout_fraction": 0.0, "steps": []},
+        ],
+        "curation": {},
+        "seed": 0,
+    }
+
+
+def inputs_of(folder: Path) -> dict[str, Artifact]:
+    return {
+        "prose": acquired(folder, "prose", PROSE),
+        "code": acquired(folder, "code", CODE),
+        "sums": acquired(folder, "sums", SUMS),
+        "items": evaluation_items(folder),
+    }
+
+
+def parts(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configs of filter and of dedup."""
+    steps = [{k: v for k, v in source.items() if k != "heldout_fraction"} for source in config["sources"]]
+    splits = [{k: v for k, v in source.items() if k != "steps"} for source in config["sources"]]
+    curation = CurationSettings.model_validate(config["curation"]).model_dump()
+    return {**config, "sources": steps}, {
+        "sources": splits,
+        "minhash": curation["minhash"],
+        "shards": curation["shards"],
+    }
+
+
+def curated(run_stage: Any, config: dict[str, Any], inputs: dict[str, Artifact]) -> Artifact:
+    """Both stages of curation, one after the other."""
+    first, dedup_config = parts(config)
+    artifact: Artifact = run_stage(dedup.STAGE, dedup_config, {"filter": run_stage(filter.STAGE, first, inputs)})
+    return artifact
+
+
+@pytest.fixture
+def planted(tmp_path: Path, run_stage: Any) -> Artifact:
+    return curated(run_stage, config(), inputs_of(tmp_path))
+
+
+def dispositions(artifact: Artifact) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in pq.read_table(artifact / "dispositions.parquet").to_pylist()}
+
+
+def test_planted_faults_fall_to_the_right_rules(planted: Artifact) -> None:
+    rows = dispositions(planted)
+    rules = {key: row["rule"] for key, row in rows.items()}
+    assert rules["prose/short"] == "gopher_quality/gopher_short_doc"
+    assert rules["prose/french"] == "language/score"
+    assert rules["prose/repeated"].startswith("gopher_repetition/")
+    assert rules["code/broken"] == "python_syntax/does_not_parse"
+    assert rules["code/blob"] == "code_shape/many_digits"
+    assert rules["code/tiny"] == "code_shape/too_few_lines"
+    assert {key for key, rule in rules.items() if rule is None} == {
+        "prose/good", "prose/good2", "prose/long", "prose/mail", "code/good", "sums/2", "sums/4", "sums/5",
+    }  # fmt: skip
+
+
+def test_duplicates_name_the_document_that_stays(planted: Artifact) -> None:
+    rows = dispositions(planted)
+    assert (rows["prose/copy"]["rule"], rows["prose/copy"]["duplicate_of"]) == ("exact_duplicate", "prose/good")
+    assert (rows["sums/3"]["rule"], rows["sums/3"]["duplicate_of"]) == ("exact_duplicate", "sums/2")
+    near = rows["prose/near"]
+    assert (near["rule"], near["duplicate_of"]) == ("near_duplicate", "prose/long")
+    assert near["threshold"] < near["value"] < 1
+    # two letters that differ in an address only are the same document once the addresses are gone
+    assert (rows["prose/mail2"]["rule"], rows["prose/mail2"]["duplicate_of"]) == ("exact_duplicate", "prose/mail")
+
+
+def test_contamination_is_found_in_prose_code_and_problems(planted: Artifact) -> None:
+    rows = dispositions(planted)
+    matches = {key: row["match"] for key, row in rows.items() if row["rule"] == "decontamination"}
+    assert matches == {
+        "prose/leak": "riddle/00000",
+        "prose/sum": "add/00000",
+        "code/leak": "add/00000",
+        "sums/1": "add/00000",
+    }
+    assert rows["prose/leak"]["value"] == 13 and rows["sums/1"]["value"] == 3
+    published = b"".join(path.read_bytes() for path in planted.path.rglob("*.json"))
+    assert b"riddle" not in published
+    kept_rows = pq.read_table(planted / "kept/prose.parquet").to_pylist()
+    assert not any("sheep" in row["text"].lower() for row in kept_rows)
+
+
+def test_personal_data_is_replaced_and_counted(planted: Artifact) -> None:
+    kept_rows = {row["id"]: row for row in pq.read_table(planted / "kept/prose.parquet").to_pylist()}
+    text = kept_rows["prose/mail"]["text"]
+    assert "jane.roe" not in text and "8.8.4.4" not in text
+    assert "email@example.com" in text and "192.0.2.1" in text
+    row = dispositions(planted)["prose/mail"]
+    assert row["content_hash"] == content_hash(PROSE["mail"]) != row["kept_hash"] == content_hash(text)
+    assert row["kept_hash"] == kept_rows["prose/mail"]["content_hash"]
+    assert planted.json("summary.json")["sources"]["prose"]["edited"] == {"pii": 2}
+
+
+def test_values_lie_on_the_removing_side_and_counts_balance(planted: Artifact) -> None:
+    rows = dispositions(planted)
+    assert set(rows) == {f"{s}/{k}" for s, t in (("prose", PROSE), ("code", CODE), ("sums", SUMS)) for k in t}
+    for row in rows.values():
+        assert (row["disposition"] == "kept") == (row["rule"] is None) == (row["split"] is not None)
+        assert row["disposition"] == "kept" or (row["value"] is not None and row["threshold"] is not None)
+    summary = planted.json("summary.json")
+    for part in [*summary["sources"].values(), summary["total"]]:
+        assert part["documents_in"] == sum(part["kept"].values()) + sum(part["removed"].values())
+    written = {
+        name: pq.ParquetFile(planted / f"kept/{name}.parquet").metadata.num_rows for name in ("prose", "code", "sums")
+    }
+    assert written == dict(Counter(row["source"] for row in rows.values() if row["disposition"] == "kept"))
+
+
+def test_an_unbalanced_book_or_a_document_without_license_is_refused(tmp_path: Path, run_stage: Any) -> None:
+    book = Dispositions()
+    row = {"id": "a/1", "text": "x", "source": "a", "license": "CC0-1.0", "content_hash": content_hash("x")}
+    book.add(row)
+    with pytest.raises(AtomError, match="does not balance"):
+        book.close({})
+    book.keep("a/1", "train", content_hash("x"))
+    with pytest.raises(AtomError, match="does not balance"):
+        book.close({"a": 2})
+    with pytest.raises(AtomError, match="decided twice"):
+        book.remove("a/1", "language/score", 0.1, 0.5)
+    with pytest.raises(AtomError, match="no source holds"):
+        book.keep("a/2", "train", "")
+    with pytest.raises(AtomError, match="ids must differ"):
+        book.add(row)
+    inputs = inputs_of(tmp_path)
+    inputs["sums"] = acquired(tmp_path / "again", "sums", SUMS, license="")
+    with pytest.raises(AtomError, match="sums/1 has no license"):
+        curated(run_stage, config(), inputs)
+
+
+def test_a_step_that_loses_documents_is_refused(
+    tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.data.filters import filters
+
+    class Lossy(filters.Pii):
+        def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
+            for i, doc in enumerate(data):
+                if i:
+                    yield doc
+
+    monkeypatch.setitem(filters.BUILD, "pii", Lossy)
+    with pytest.raises(AtomError, match="loses documents without saying so"):
+        curated(run_stage, config(), inputs_of(tmp_path))
+
+
+def test_heldout_split_follows_the_text_alone(tmp_path: Path, run_stage: Any) -> None:
+    texts = {
+        str(i): f"def function_{i}(value):\n    result = value + {i}\n    return result_{i * 7}\n" for i in range(300)
+    }
+    setup = config(heldout=0.2)
+    setup["sources"] = [setup["sources"][1]]
+    setup["curation"] = {"minhash": None}
+    inputs = {"code": acquired(tmp_path, "code", texts), "items": evaluation_items(tmp_path)}
+    rows = pq.read_table(curated(run_stage, setup, inputs) / "kept/code.parquet").to_pylist()
+    heldout = {row["content_hash"] for row in rows if row["split"] == "heldout"}
+    assert 30 < len(heldout) < 90
+    inputs["code"] = acquired(tmp_path / "fewer", "code", dict(list(texts.items())[::-2]))
+    fewer = pq.read_table(curated(run_stage, setup, inputs) / "kept/code.parquet").to_pylist()
+    assert all((row["split"] == "heldout") == (row["content_hash"] in heldout) for row in fewer)
+
+
+def test_contamination_index() -> None:
+    index = ContaminationIndex([("short", "2+2"), ("long", " ".join(f"w{i}" for i in range(20)))], 13)
+    assert index.find("so 2 + 2 is four") == ("short", 3)
+    assert index.find("12+2") is None and index.find("2, 2") is None
+    assert index.find("x " + ", ".join(f"W{i}" for i in range(4, 17))) == ("long", 13)
+    assert index.find(" ".join(f"w{i}" for i in range(4, 16))) is None
+
+
+def test_curation_resumes_and_does_not_depend_on_hash_randomization(tmp_path: Path, run_stage: Any) -> None:
+    """The same digests in fresh interpreters with other hash seeds, and when the second part of the work is left."""
+    code = (
+        "import sys, json; from pathlib import Path\n"
+        "from tests.fixtures.run_fixtures import RecordingReport; from stages.data import dedup, filter\n"
+        "from pipeline.core.store import Artifact, write_manifest\n"
+        "base, work, out, last = map(Path, sys.argv[1:5]); work.mkdir(exist_ok=True); out.mkdir(); last.mkdir()\n"
+        "inputs = {n: Artifact.open(base / n) for n in ('prose', 'code', 'sums', 'items')}\n"
+        "first, then = json.loads(sys.argv[5])\n"
+        "filter.run(filter.FilterConfig.model_validate(first), inputs, work, out, RecordingReport())\n"
+        "given = {'filter': write_manifest(out, 'x')}\n"
+        "dedup.run(dedup.DedupConfig.model_validate(then), given, work, last, RecordingReport())\n"
+        "print(given['filter'].digest, write_manifest(last, 'y').digest)"
+    )
+    inputs_of(tmp_path)
+    digests = set()
+    for seed, work in (("1", "w1"), ("2", "w2"), ("3", "w2")):
+        folders = [tmp_path, tmp_path / work, tmp_path / f"out{seed}", tmp_path / f"last{seed}"]
+        arguments = [*map(str, folders), json.dumps(parts(config(0.1)))]
+        process = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env={"PYTHONHASHSEED": seed, "PATH": "", "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        digests.add(process.stdout.strip().splitlines()[-1])
+        (tmp_path / work / "steps-code-00000-of-00001.json").unlink()
+        (tmp_path / work / "pairs-00003-of-00014.json").unlink()
+    assert len(digests) == 1
+
+
+def test_the_smoke_recipe_runs_every_step_and_values_are_consistent(run_stage: Any) -> None:
+    recipe = load("smoke").resolved()
+    inputs = {s.name: run_stage(acquire.STAGE, recipe.acquire_config(s.name, 0), {}) for s in recipe.sources}
+    inputs["items"] = run_stage(eval_set.STAGE, {"problems": {"add": 20, "sort": 200}, "seed": 0}, {})
+    filtered = run_stage(filter.STAGE, recipe.filter_config(0), inputs)
+    artifact = run_stage(dedup.STAGE, recipe.dedup_config(), {"filter": filtered})
+    rows = dispositions(artifact)
+    assert len(rows) == sum(
+        pq.ParquetFile(a / "documents.parquet").metadata.num_rows for n, a in inputs.items() if n != "items"
+    )
+    lower_is_bad = ("short_doc", "below", "too_few", "few_letters", "parse", "score", "stop_words", "punct")
+    for row in rows.values():
+        if row["disposition"] == "removed" and "duplicate" not in row["rule"] and row["rule"] != "decontamination":
+            low = any(part in row["rule"] for part in lower_is_bad)
+            assert row["value"] < row["threshold"] if low else row["value"] > row["threshold"], row
+    for row in rows.values():
+        hops = 0
+        while row["duplicate_of"]:
+            row, hops = rows[row["duplicate_of"]], hops + 1
+        assert hops <= 2 and (hops == 0 or row["disposition"] == "kept")
+
+
+def test_a_text_of_two_kinds_of_source_is_still_found_nearly_twice(tmp_path: Path, run_stage: Any) -> None:
+    """The first source is searched for near duplicates, a later one that holds the same text is not."""
+    long = " ".join(f"{chr(97 + n % 26)}{chr(97 + n // 26)}x" for n in range(200))  # numbers would all be alike
+    inputs = {
+        "prose": acquired(tmp_path, "prose", {"first": long, "near": long + " more"}),
+        "sums": acquired(tmp_path, "sums", {"copy": long}),
+        "items": evaluation_items(tmp_path),
+    }
+    sources = [{"name": "prose", "kind": "prose", "heldout_fraction": 0.0, "steps": []}]
+    sources += [{"name": "sums", "kind": "problems", "heldout_fraction": 0.0, "steps": []}]
+    rows = dispositions(curated(run_stage, {"sources": sources, "curation": {}, "seed": 0}, inputs))
+    rules = {key: row["rule"] for key, row in rows.items()}
+    assert rules["sums/copy"] == "exact_duplicate"
+    assert sorted(str(rules[f"prose/{name}"]) for name in ("first", "near")) == ["None", "near_duplicate"]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_shards_done_beforehand_are_all_that_the_stages_need(
+    tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    inputs = inputs_of(tmp_path)
+    filtered = run_stage(filter.STAGE, parts(config(0.1))[0], inputs)
+    expected = run_stage(dedup.STAGE, parts(config(0.1))[1], {"filter": filtered})
+    first, dedup_config = parts({**config(0.1), "curation": {"shards": shards}})
+    work = tmp_path / "work"
+    work.mkdir()
+    cut = filter.FilterConfig.model_validate(first)
+    assert filter.STAGE.shards(cut) == shards
+    for shard in range(shards):
+        filter.run_shard(cut, inputs, work, shard)
+    buckets = dedup.DedupConfig.model_validate(dedup_config)
+    assert dedup.STAGE.shards(buckets) == (14 if shards > 1 else 1)
+    for bucket in reversed(range(14)):
+        dedup.run_shard(buckets, {"filter": filtered}, work, bucket)
+    monkeypatch.setattr(filter, "_apply", None)  # nothing is left to do
+    monkeypatch.setattr(near_duplicates, "sign", None)
+    monkeypatch.setattr(near_duplicates, "MinhashDedupBuckets", None)
+    assert run_stage(filter.STAGE, first, inputs, work).digest == filtered.digest
+    assert run_stage(dedup.STAGE, dedup_config, {"filter": filtered}, work).digest == expected.digest
+
+
+def test_a_near_duplicate_may_be_the_only_one_removed_of_its_source(tmp_path: Path, run_stage: Any) -> None:
+    inputs = {
+        "prose": acquired(tmp_path, "prose", {"long": LONG}),
+        "code": acquired(tmp_path, "code", {"near": LONG.replace("finished", "completed")}),
+        "items": evaluation_items(tmp_path),
+    }
+    sources = [{"name": name, "kind": name, "heldout_fraction": 0.0, "steps": []} for name in ("prose", "code")]
+    rows = dispositions(curated(run_stage, {"sources": sources, "curation": {}, "seed": 0}, inputs))
+    assert sorted(str(row["rule"]) for row in rows.values()) == ["None", "near_duplicate"]
+
+
+def test_no_source_is_searched_for_near_duplicates(tmp_path: Path, run_stage: Any) -> None:
+    inputs = {"sums": acquired(tmp_path, "sums", SUMS), "items": evaluation_items(tmp_path)}
+    sources = [{"name": "sums", "kind": "problems", "heldout_fraction": 0.0, "steps": []}]
+    artifact = curated(run_stage, {"sources": sources, "curation": {"shards": 2}, "seed": 0}, inputs)
+    assert {row["rule"] for row in dispositions(artifact).values()} == {None, "decontamination", "exact_duplicate"}
+
+
+def test_a_shard_is_read_from_the_row_groups_that_it_lies_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.data import table
+
+    monkeypatch.setattr(table, "ROWS_PER_GROUP", 4)
+    rows = [{"id": str(n)} for n in range(11)]
+    table.write_rows(tmp_path / "rows.parquet", {"id": "string"}, rows)
+    for shards in (1, 2, 3, 5, 11, 20):
+        parts = [table.read_shard(tmp_path / "rows.parquet", shard, shards) for shard in range(shards)]
+        assert [row for part in parts for row in part] == rows

@@ -1,0 +1,118 @@
+"""The demo on the smoke recipe: real build, real Hub client over HTTP, real pull, and a model that plain transformers loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.run_fixtures import atom
+
+LOAD = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub import snapshot_download
+folder = snapshot_download(sys.argv[1], revision=sys.argv[2])
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+inputs = tokenizer("sort 52741:", return_tensors="pt")
+out = model.generate(**inputs, do_sample=False, max_new_tokens=80)
+assert tokenizer.decode(tokenizer("naïve 👩 text").input_ids) == "naïve 👩 text"
+assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+print("LOADED", type(model).__name__, "stopped" if out[0, -1] == tokenizer.eos_token_id else "went on", "megatron" in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def demo_home(smoke_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("demo") / "home"
+    shutil.copytree(smoke_home, home)
+    return home
+
+
+def test_the_demo_ends_with_its_table(demo_home: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "release.demo", "atom-smoke"],
+        env={**os.environ, "ATOM_HOME": str(demo_home)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    for words in (
+        "What to know before any figure",
+        "its part task",
+        "Corpus: documents",
+        "Held-out quality",
+        "Export parity",
+        "Time of each stage",
+        "What to try next",
+    ):
+        assert words in process.stdout
+    assert process.stdout.count(": verified\n") == 2 and process.stdout.count("ok      signatures: ") == 2
+    release = demo_home / "releases" / "atom-smoke-0.1.0"
+    page = atom(demo_home, "show", str(release)).stdout
+    gates = json.loads((release / "evidence/gates.json").read_text())
+    assert f"how checked: {len(gates)} gates, all passed" in page and "the key sha256:" in page
+
+
+def test_a_pulled_model_loads_in_a_fresh_interpreter(demo_home: Path, tmp_path: Path) -> None:
+    from release.hub.local.server import running
+
+    with running(demo_home / "hub") as endpoint:
+        env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_local", "HF_HUB_DISABLE_XET": "1"}
+        for name in ("atom-smoke", "atom-smoke-base"):
+            process = subprocess.run(
+                [sys.executable, "-c", LOAD, f"local/{name}", "v0.1.0"],
+                env={**env, "HF_HOME": str(tmp_path / name)},
+                capture_output=True,
+                text=True,
+            )
+            assert "LOADED Qwen3MoeForCausalLM" in process.stdout and "False" in process.stdout, (
+                process.stdout + process.stderr
+            )
+        refused = atom(
+            demo_home, "publish", str(demo_home / "releases" / "atom-smoke-0.1.0"), "--to", "local", code=2,
+            HF_ENDPOINT=endpoint, HF_TOKEN="hf_wrong",
+        )  # fmt: skip
+        assert refused.stderr.count("\n") == 1 and "token" in refused.stderr
+
+
+def test_the_harness_gives_the_answers_that_the_release_states(demo_home: Path) -> None:
+    from release.audit import harness
+
+    for folder in ("model", "model-base"):
+        answers = harness.compare_answers(demo_home / "releases" / "atom-smoke-0.1.0", folder)
+        assert answers["problems"] and not answers["other_answers"] and answers["exact_match"] == answers["stated"]
+    shorter = harness.compare_answers(demo_home / "releases" / "atom-smoke-0.1.0", "model", limit=3)
+    assert shorter["problems"] == 3
+
+
+def test_a_flipped_byte_is_named_and_exits_1(demo_home: Path) -> None:
+    release = demo_home / "releases" / "atom-smoke-0.1.0"
+    weights = release / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    stdout = atom(demo_home, "verify", str(release), code=1).stdout
+    assert "model/model.safetensors" in stdout and "NOT what it claims to be" in stdout
+
+
+def test_building_twice_gives_the_same_bytes(demo_home: Path) -> None:
+    sums = demo_home / "releases" / "atom-smoke-0.1.0" / "evidence" / "SHA256SUMS"
+    before = sums.read_text()
+    atom(demo_home, "build", "atom-smoke")
+    assert sums.read_text() == before
+
+
+def test_a_terminal_without_utf_8_changes_nothing(demo_home: Path) -> None:
+    old = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    sums = demo_home / "releases" / "atom-smoke-0.1.0" / "evidence" / "SHA256SUMS"
+    before = sums.read_text()
+    atom(demo_home, "build", "atom-smoke", **old)
+    assert sums.read_text() == before
+    assert "verified" in atom(demo_home, "verify", str(sums.parents[1]), **old).stdout

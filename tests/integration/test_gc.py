@@ -1,0 +1,423 @@
+"""What `atom gc` takes: never what was trained, and nothing that a run or a release leads to."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.core import code_snapshot, json_files
+from pipeline.core.errors import AtomError
+from pipeline.core.lease import Lease
+from pipeline.core.store import Store
+from pipeline.graph import run as runs
+from pipeline.graph.dag import Graph
+from pipeline.launch import cluster_profile, slurm, slurm_client, submission_lock
+from pipeline.operations import garbage_collection, trash
+from tests.fixtures import home_fixtures
+from tests.fixtures.run_fixtures import atom
+
+pytestmark = pytest.mark.filterwarnings("ignore::pipeline.core.json_files.DamagedFile")
+DAMAGES = ("", "{", "[]", '{"id": 1}', "[" * 100_000, "\x00\xff")
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[Graph]:
+    return home_fixtures.graphs(tmp_path_factory.mktemp("recipes"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "home")
+
+
+def collected_paths(store: Store, **options: Any) -> set[str]:
+    """The paths below the home that gc moves."""
+    return {row.path.relative_to(store.home).as_posix() for row in garbage_collection.move(store, **options)}
+
+
+class History:
+    """Runs of three recipes in one home, and what must not go, known without looking at any file."""
+
+    def __init__(self, store: Store, three: list[Graph]) -> None:
+        self.store, self.graphs = store, three
+        self.runs: dict[Path, tuple[int, list[str]]] = {}
+        self.released: dict[str, set[str]] = {}
+        self.trained: set[str] = set()
+        self.training: set[Path] = set()
+        self.damaged: set[Path] = set()
+        self.code: dict[Path, Path] = {}
+
+    def run(self, number: int, selected: list[str], stop_before: str | None) -> None:
+        composed = self.graphs[number]
+        run = home_fixtures.start(self.store, composed, selected, stop_before)
+        self.runs[run.folder] = (number, selected)
+        for name in selected:
+            key, trains = composed.nodes[name].key, composed.nodes[name].stage.trains
+            if trains and self.store.sealed(key):
+                self.trained |= {key, home_fixtures.Checkpoint(key, 1).key}
+            elif trains and name == stop_before:
+                self.training.add(self.store.work(key) / "state" / "checkpoint" / "file")
+            if self.store.sealed(key):
+                self.training.discard(self.store.work(key) / "state" / "checkpoint" / "file")
+
+    def lose(self, number: int, selected: list[str]) -> None:
+        """A submission whose jobs have not begun, and whose run.json is lost."""
+        code = self.store.home / "code" / f"{len(self.code):016x}"
+        code.mkdir(parents=True)
+        folder = runs.start(self.graphs[number], self.store, selected, "dev", code=code.name).folder
+        (folder / selected[0] / "submitit").mkdir(parents=True)
+        (folder / "run.json").unlink()
+        self.runs[folder], self.code[folder] = (number, selected), code
+        self.damaged.add(folder)
+
+    def led_to(self) -> set[str]:
+        keys = set()
+        for number, selected in self.runs.values():
+            composed = self.graphs[number]
+            keys |= {composed.nodes[name].key for name in composed.upstream(set(selected))}
+        return keys.union(*self.released.values())
+
+    def collect(self) -> None:
+        before = set(os.listdir(self.store.artifacts)) if self.store.artifacts.exists() else set()
+        garbage_collection.move(self.store)
+        after = set(os.listdir(self.store.artifacts)) if before else set()
+        expected = before if self.damaged else before & (self.led_to() | self.trained)
+        assert after == expected, (after - expected, expected - after)
+        assert all(code.exists() for run, code in self.code.items() if run in self.runs), (
+            "the code of pending jobs stays"
+        )
+        assert all(path.exists() for path in self.training), "work checkpoints of unfinished training stay"
+        assert not any(self.store.damage(key) for key in after)
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["run", "run", "only", "retry", "release", "damage", "lose", "forget", "gc"]),
+        st.integers(0, 2),
+        st.integers(0, 23),
+        st.integers(0, 30),
+    ),
+    max_size=9,
+)
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(steps=STEPS)
+def test_after_any_history_gc_takes_nothing_that_is_needed(three: list[Graph], steps: list[Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        history = History(Store(Path(folder) / "home"), three)
+        for step, number, place, other in steps:
+            composed = three[number]
+            names = list(composed.nodes)
+            name, known = names[place], sorted(history.runs)
+            if step == "run":
+                history.run(number, composed.select(name, None), names[other])
+            elif step == "only" and all(
+                history.store.sealed(k) for k in composed.materials(composed.nodes[name]).values()
+            ):
+                history.run(number, [name], names[other])
+            elif step == "retry" and known:
+                history.run(*history.runs[known[place % len(known)]], names[other])
+            elif step == "release":
+                selected = composed.select(name, None)
+                if all(history.store.sealed(composed.nodes[n].key) for n in selected):
+                    home_fixtures.release(history.store, composed, selected)
+                    keys = {composed.nodes[n].key for n in selected}
+                    history.released[composed.recipe.config.name] = keys
+            elif step == "damage" and known:
+                folder_of = known[place % len(known)]
+                (folder_of / "run.json").write_text(DAMAGES[other % len(DAMAGES)])
+                history.damaged.add(folder_of)
+            elif step == "lose":
+                history.lose(number, composed.select(name, None))
+            elif step == "forget" and known:
+                shutil.rmtree(known[place % len(known)])
+                del history.runs[known[place % len(known)]]
+                history.damaged.discard(known[place % len(known)])
+            else:
+                history.collect()
+        history.collect()
+
+
+def test_a_trivial_later_submission_makes_no_run_and_takes_nothing(three: list[Graph], store: Store) -> None:
+    composed = three[0]
+    home_fixtures.start(store, composed, composed.select("sft", None))
+    before, recipe = sorted(os.listdir(store.artifacts)), str(composed.recipe.path)
+    output = atom(store.home, "submit", recipe, "--cluster", "dev", "--until", "acquire-code").stdout
+    assert "1 stage sealed already: nothing to submit" in output
+    assert "nothing to run" in atom(store.home, "run", recipe, "--until", "acquire-code").stdout
+    assert "nothing to run" in atom(store.home, "retry").stdout
+    assert len(os.listdir(store.logs)) == 1, "no run that does nothing"
+    home_fixtures.start(
+        store, composed, composed.select("acquire-code", None)
+    )  # as an older version of this program made one
+    report = json.loads(atom(store.home, "gc", "--delete", "--json").stdout)
+    assert report["loose"] == [] and sorted(os.listdir(store.artifacts)) == before
+
+
+def test_what_no_run_leads_to_goes_and_comes_back(three: list[Graph], store: Store) -> None:
+    first, second = three[0], three[1]
+    run = home_fixtures.start(store, first, first.select("export-base", None))
+    home_fixtures.start(store, second, second.select("export-base", None), "midtrain")
+    only = {first.nodes[name].key for name in first.select("export-base", None)}
+    only -= {second.nodes[name].key for name in second.select("export-base", None)}
+    trained = {key for key in only if key.startswith("pretrain")}
+    collectable = {f"artifacts/{key}" for key in only - trained}
+    assert collected_paths(store) == set(), "the run leads to it"
+    assert collected_paths(store, ignored=[run.id]) == collectable and len(collectable) == 2, "order and export"
+    (key,) = [key for key in only - trained if key.startswith("export")]
+    assert not store.sealed(key)
+    atom(store.home, "gc", "--restore", key)
+    store.open(key).verify()
+    assert "there is no" in atom(store.home, "gc", "--restore", key, code=2).stderr
+
+
+def test_what_was_trained_goes_only_by_its_name(three: list[Graph], store: Store) -> None:
+    composed = three[0]
+    run = home_fixtures.start(store, composed, composed.select("pretrain", None))
+    home_fixtures.start(store, composed, composed.select("midtrain", None), "midtrain")
+    shutil.rmtree(run.folder)
+    key, unfinished = composed.nodes["pretrain"].key, composed.nodes["midtrain"].key
+    assert collected_paths(store) == set() and not garbage_collection.loose(store)[1], "the other run leads to it"
+    assert collected_paths(store, named=[key]) == {f"artifacts/{key}"}
+    assert collected_paths(store, named=[unfinished[:-3]]) == {f"work/{unfinished}"}
+    with pytest.raises(AtomError, match="is not there"):
+        garbage_collection.loose(store, named=["pretrain-nothing"])
+    checkpoint = home_fixtures.Checkpoint(key, 1).key
+    assert store.sealed(checkpoint), "a checkpoint has a name of its own"
+
+
+def test_what_is_at_work_is_not_taken_even_if_it_is_named(three: list[Graph], store: Store) -> None:
+    composed = three[0]
+    run = home_fixtures.start(store, composed, composed.select("midtrain", None), "midtrain")
+    key = composed.nodes["pretrain"].key
+    lease = Lease.take(store.work(composed.nodes["midtrain"].key))
+    assert lease
+    with pytest.raises(AtomError, match=f"{key} is needed by run {run.id}, which is at work"):
+        garbage_collection.loose(store, named=[key])
+    with pytest.raises(AtomError, match="cannot be ignored"):
+        garbage_collection.loose(store, ignored=[run.id])
+    lease.release()
+    driver = Lease.take(run.folder / "driver")
+    assert driver
+    with pytest.raises(AtomError, match="which is at work"):
+        garbage_collection.loose(store, named=[key])
+    driver.release()
+    assert collected_paths(store, named=[key]) == {f"artifacts/{key}"}
+
+
+def test_left_work_and_code_go(three: list[Graph], store: Store) -> None:
+    composed = three[0]
+    home_fixtures.start(store, composed, composed.select("tokenizer", None), "tokenizer", code="1" * 16)
+    work = store.work(composed.nodes["items"].key) / "state"
+    work.mkdir(parents=True)
+    for name in ("1" * 16, "2" * 16):
+        (store.home / "code" / name).mkdir(parents=True)
+    assert collected_paths(store) == {
+        f"work/{composed.nodes['items'].key}",
+        f"work/{composed.nodes['tokenizer'].key}/out.1",
+        f"code/{'2' * 16}",
+    }
+
+
+def test_sizes_count_a_file_when_its_last_link_goes(three: list[Graph], store: Store, tmp_path: Path) -> None:
+    composed = three[0]
+    run = home_fixtures.start(store, composed, composed.select("pretrain", None))
+    key = composed.nodes["pretrain"].key
+    checkpoint = home_fixtures.Checkpoint(key, 1).key
+    shutil.rmtree(run.folder)
+    size, manifests = (store.artifacts / key / "file").stat().st_size, 0
+    for each in (key, checkpoint):
+        manifests += (store.artifacts / each / "manifest.json").stat().st_size
+        rows = {row.path.name: row.bytes for row in garbage_collection.loose(store, named=[each])[0]}
+        assert rows[each] < size, "the other link holds the file"
+    both = [
+        row for row in garbage_collection.loose(store, named=[key, checkpoint])[0] if row.path.name in (key, checkpoint)
+    ]
+    assert sum(row.bytes for row in both) == size + manifests
+    os.link(store.artifacts / key / "file", tmp_path / "elsewhere")
+    both = [
+        row for row in garbage_collection.loose(store, named=[key, checkpoint])[0] if row.path.name in (key, checkpoint)
+    ]
+    assert sum(row.bytes for row in both) == manifests
+
+
+def test_the_trash_keeps_for_days_and_then_not(
+    three: list[Graph], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed = three[0]
+    home_fixtures.start(store, composed, composed.select("items", None))
+    key, day = composed.nodes["items"].key, trash.today()
+    garbage_collection.move(store, [key])
+    monkeypatch.setattr(trash, "today", lambda: day + timedelta(days=trash.GRACE_DAYS))
+    assert trash.empty(store) == 0 and len(trash.entries(store)) == 1
+    monkeypatch.setattr(trash, "today", lambda: day + timedelta(days=trash.GRACE_DAYS + 1))
+    assert trash.empty(store) > 0 and not (store.home / "trash" / day.isoformat()).exists()
+
+
+def test_of_two_of_one_name_and_day_both_lie_in_the_trash(three: list[Graph], store: Store) -> None:
+    composed = three[0]
+    for _ in range(2):
+        home_fixtures.start(store, composed, composed.select("items", None))
+        garbage_collection.move(store, [composed.nodes["items"].key])
+    assert [entry.place.parts[0] for entry in trash.entries(store)] == ["artifacts", "artifacts"]
+    (store.home / "trash" / "notes").mkdir()
+    stderr = atom(store.home, "gc", "--empty-trash").stderr
+    assert "its name is no date" in stderr and os.listdir(store.home / "trash") == ["notes"]
+
+
+def test_products_of_unfinished_work_come_back_into_it(three: list[Graph], store: Store) -> None:
+    composed = three[0]
+    key = composed.nodes["tokenizer"].key
+    home_fixtures.start(store, composed, composed.select("tokenizer", None), "tokenizer")
+    product, state = store.work(key) / "out.1", store.work(key) / "state"
+    assert collected_paths(store) == {f"work/{key}/out.1"} and state.exists()
+    assert trash.restore(store, key) == [product] and (product / "file").exists()
+    place = f"work/{key}/out.1"
+    for number in range(11):
+        product.mkdir(exist_ok=True)
+        (product / "file").write_text(str(number))
+        assert collected_paths(store) == {place}
+    assert [entry.names[1] for entry in trash.entries(store)] == [place] * 11
+    assert trash.restore(store, place) == [product]
+    assert (product / "file").read_text() == "10", "the last of one day, .11, comes after .2"
+    with pytest.raises(AtomError, match=f"{place} is there already"):
+        trash.restore(store, key)
+    assert collected_paths(store, named=[key]) == {f"work/{key}"}
+    assert trash.restore(store, f"work/{key}") == [store.work(key)] and state.exists()
+
+
+@pytest.mark.parametrize("file", ["evidence/release.json", "evidence/manifests/items.json"])
+def test_a_damaged_release_keeps_everything(three: list[Graph], store: Store, file: str) -> None:
+    composed = three[0]
+    selected = composed.select("dedup", None)
+    run = home_fixtures.start(store, composed, selected)
+    home_fixtures.release(store, composed, selected)
+    (store.home / "releases" / "one-0.1.0" / file).write_text("[]")
+    shutil.rmtree(run.folder)
+    process = atom(store.home, "gc")
+    assert file in process.stderr and "is kept" in process.stderr and "artifacts/" not in process.stdout
+
+
+def test_a_statement_that_would_say_what_went_in_keeps_everything(three: list[Graph], store: Store) -> None:
+    composed = three[0]
+    run = home_fixtures.start(store, composed, composed.select("filter", None))
+    home_fixtures.start(store, composed, ["dedup"])
+    shutil.rmtree(run.folder)
+    assert collected_paths(store) == set(), "the run of one stage leads to what went into it"
+    (statement,) = (store.ledger / composed.nodes["filter"].key).iterdir()
+    statement.write_text("")
+    assert collected_paths(store) == set()
+
+
+@pytest.mark.parametrize("obstacle", ["a link that leads nowhere", "a link to an empty folder", "a loop", "a file"])
+@pytest.mark.parametrize("kind", ["logs", "releases"])
+def test_what_cannot_be_looked_into_keeps_everything(
+    three: list[Graph], store: Store, kind: str, obstacle: str
+) -> None:
+    """Such as a run that was archived to a disk that is not mounted now."""
+    composed = three[0]
+    home_fixtures.start(store, composed, ["items"], code="1" * 16)
+    (store.home / "code" / ("1" * 16)).mkdir(parents=True)
+    home_fixtures.release(store, composed, ["items"])
+    shutil.rmtree(store.home / {"logs": "releases", "releases": "logs"}[kind])
+    (path,) = (store.home / kind).iterdir()
+    os.rename(path, store.home / "archive")
+    if obstacle == "a file":
+        path.touch()
+    else:
+        (store.home / "mount").mkdir()
+        links = {"a link that leads nowhere": "/unmounted/x", "a link to an empty folder": store.home / "mount"}
+        path.symlink_to(links.get(obstacle, path.name))
+    process = atom(store.home, "gc", "--delete")
+    assert str(path) in process.stderr and "damaged" in process.stderr and "is kept" in process.stderr
+    assert not (store.home / "trash").exists()
+
+
+def test_the_code_of_a_submission_is_frozen_while_nobody_collects(
+    three: list[Graph], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = submission_lock.submitting
+
+    @contextmanager
+    def after_gc(home: Store) -> Iterator[None]:
+        monkeypatch.setattr(submission_lock, "submitting", real)
+        assert [row.path.parent.name for row in garbage_collection.move(home)] == ["code"], "of an earlier dry run"
+        with real(home):
+            yield
+
+    monkeypatch.setattr(slurm_client, "queued_jobs", dict)
+    monkeypatch.setattr(slurm_client, "run_command", lambda *words, **options: "")
+    monkeypatch.setattr(slurm, "executor_of", lambda *words, **options: None)
+    monkeypatch.setattr(slurm, "start", lambda *words: "7")
+    code_snapshot.freeze(store, three[0].recipe.files)
+    monkeypatch.setattr(submission_lock, "submitting", after_gc)
+    run = slurm.submit(three[0], store, ["acquire-sums"], cluster_profile.load("dev"), "dev").run
+    assert run and (store.home / "code" / run.body["code"]).is_dir()
+
+
+def test_what_was_made_anew_meanwhile_stays_in_the_trash(
+    three: list[Graph], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed, real = three[0], garbage_collection._move
+    selected = composed.select("dedup", None)
+    shutil.rmtree(home_fixtures.start(store, composed, selected).folder)
+
+    def slow(home: Store, path: Path) -> Path | None:
+        """A run is begun after the first one was moved, and makes what is not there."""
+        if sorted(os.listdir(home.artifacts)) == sorted(keys[1:]):
+            home_fixtures.start(home, composed, selected)
+        return real(home, path)
+
+    keys = [row.path.name for row in garbage_collection.loose(store)[0]]
+    monkeypatch.setattr(garbage_collection, "_move", slow)
+    with pytest.warns(json_files.DamagedFile, match="is not moved back for a new run .it was made anew.; it stays in"):
+        moved = garbage_collection.move(store)
+    assert [row.path.name for row in moved] == keys[:1], "the others were moved back"
+    assert not any(store.damage(key) for key in keys)
+    assert [entry.place.name for entry in trash.entries(store)] == sorted(keys[:1])
+
+
+def test_no_link_in_the_trash_is_followed(three: list[Graph], store: Store) -> None:
+    composed, trashed = three[0], store.home / "trash"
+    home_fixtures.start(store, composed, composed.select("tokenizer", None), "tokenizer")
+    before = sorted(path for path in store.home.rglob("*") if path.is_file())
+    key, work = composed.nodes["items"].key, store.work(composed.nodes["tokenizer"].key)
+    (trashed / "2026-01-02" / "code").mkdir(parents=True)
+    (trashed / "2026-01-03" / "work" / key).mkdir(parents=True)
+    links = {
+        "2026-01-01": "..",
+        "2026-01-02/work": "../../artifacts",
+        "2026-01-02/artifacts": "../../work",
+        "2026-01-02/code/x": "../../../artifacts",
+        f"2026-01-03/work/{work.name}": work,
+        f"2026-01-03/work/{key}/out.1": store.artifacts / key,
+        trash.today().isoformat(): "..",
+    }
+    for name, target in links.items():
+        (trashed / name).symlink_to(target)
+    for line in (["gc"], ["gc", "--empty-trash"]):
+        process = atom(store.home, *line)
+        assert all(f"trash/{name} is damaged" in process.stderr for name in list(links)[:4]), process.stderr
+    assert "what is left in" in process.stdout and not os.path.lexists(trashed / "2026-01-03"), (
+        "a link itself is an entry"
+    )
+    assert sorted(path for path in store.home.rglob("*") if path.is_file()) == before
+    garbage_collection.move(store, named=[key])
+    days = {entry.path.relative_to(trashed).parts[0] for entry in trash.entries(store)}
+    assert days == {f"{trash.today().isoformat()}.2"}, "nothing is moved through a link"

@@ -1,0 +1,176 @@
+"""Any layout trains the same model, and a work checkpoint of one goes on in another.
+
+The aux loss is that of a micro-batch. A micro-batch's size stands in the recipe and layouts only deal whole ones to
+their ranks, so it is the same sum in each of them and is compared like the rest.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures import layout_fixtures, train_fixtures
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    train_fixtures.make(folder, {"batch": layout_fixtures.BATCH})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    out = tmp_path_factory.mktemp("one") / "out.json"
+    return layout_fixtures.compare(corpus, {"one": {}}, 1, layout_fixtures.settings_of({}, 1), out)["one"]
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize(
+    ("ranks", "chosen"), [(2, layout_fixtures.TWO), (4, layout_fixtures.FOUR)], ids=["two", "four"]
+)
+def test_every_layout_trains_like_one_process(
+    corpus: Path, one: list[dict[str, float]], tmp_path: Path, ranks: int, chosen: dict
+) -> None:
+    curves = layout_fixtures.compare(corpus, chosen, ranks, layout_fixtures.settings_of({}, 1), tmp_path / "out.json")
+    assert set(curves) == set(chosen)
+    for name, steps in curves.items():
+        assert len(steps) == 6
+        layout_fixtures.agree(steps, one, TOLERANCE, name)
+
+
+FEATURES: dict[str, tuple[dict, dict, float]] = {
+    "dense and shared": (
+        {"dense_layers": 1, "intermediate_size": 32, "shared_expert_intermediate_size": 16, "balance": "sequence"},
+        {"precision": "fp32"},
+        TOLERANCE,
+    ),
+    "biases, padded vocabulary": ({"router_bias_update_rate": 0.05}, {"spikes": {"action": "skip"}}, TOLERANCE),
+    "packed": ({"yarn": {"factor": 4.0, "original_length": 16}}, {"pack": True}, TOLERANCE),
+    # a rank's own sums are rounded to eight bits where another adds whole; and each tensor or context rank's z-loss is the
+    # mean over its own tokens, of which padding takes unevenly
+    "bf16 and z-loss": ({"z_loss": 1e-3}, {"precision": "bf16"}, 5e-3),
+}
+FOR_FEATURES = ("TP2+SP", "PP2 interleaved", "EP2 alltoall", "CP2")
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_feature_trains_alike_in_every_layout(corpus: Path, tmp_path: Path, feature: str) -> None:
+    model, phase, tolerance = FEATURES[feature]
+    packed = phase.get("pack", False)
+    if packed:  # and a batch that grows
+        phase = {**phase, "batch": {**layout_fixtures.BATCH, "ramp": [{"until_step": 2, "global_tokens": 128}]}}
+    settings = layout_fixtures.settings_of({}, 1, **phase)
+    settings["model"] = {**layout_fixtures.MODEL, **model}
+    if "padded vocabulary" in feature:  # two tensor ranks: the first pads a part of its ids, the second all of them
+        settings["padded_vocab_size"] = 5 * train_fixtures.VOCAB // 2
+    place = corpus
+    if packed:
+        train_fixtures.make(tmp_path / "corpus", {"batch": layout_fixtures.BATCH})
+        train_fixtures.pack(tmp_path / "corpus", settings["phase"])
+        place = tmp_path / "corpus" / "packed"
+    one = layout_fixtures.compare(place, {"one": {}}, 1, settings, tmp_path / "one.json")["one"]
+    assert all(step["dropped"] == 0 for step in one[:-1]) and one[4]["loss"] < one[0]["loss"]
+    chosen = {name: layout_fixtures.TWO[name] for name in FOR_FEATURES} | {"DP2, recomputed": {"recompute": "layer"}}
+    curves = layout_fixtures.compare(place, chosen, 2, settings, tmp_path / "two.json")
+    for name, steps in curves.items():
+        if tolerance > TOLERANCE:  # which expert a token prefers is decided by less than bf16 keeps
+            figures = ("loss", "heldout_loss")
+            layout_fixtures.agree(
+                *([{k: x[k] for k in x if k in figures} for x in run] for run in (steps, one)), tolerance, name
+            )
+            zs = [[x["z_loss"] for x in run if "z_loss" in x] for run in (steps, one)]
+            assert min(zs[1]) > 0 and zs[0] == pytest.approx(zs[1], rel=5e-2)
+        else:
+            layout_fixtures.agree(steps, one, tolerance, name)
+
+
+PAIRS = [("EP2 alltoall", "one"), ("TP2+SP", "PP2"), ("PP2", "EP2xDP2")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    layout_fixtures.run(corpus, folder, layout_fixtures.settings_of({}, 1))
+    return folder / "out"
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_a_work_checkpoint_goes_on_in_another_layout(
+    corpus: Path, undisturbed: Path, tmp_path: Path, before: str, after: str
+) -> None:
+    codes, logs = layout_fixtures.end(
+        layout_fixtures.start(corpus, tmp_path, layout_fixtures.settings_named(before), at=7, number=signal.SIGTERM)
+    )
+    assert all(codes) and "stopped after step 7" in logs[0], logs
+    logs = layout_fixtures.run(corpus, tmp_path, layout_fixtures.settings_named(after))
+    assert "going on after step 7" in logs[0]
+    assert layout_fixtures.figures(tmp_path / "out") == pytest.approx(
+        layout_fixtures.figures(undisturbed), rel=TOLERANCE
+    )
+
+
+def test_a_killed_rank_changes_no_byte(corpus: Path, tmp_path: Path) -> None:
+    """Same layout: bit for bit, whichever rank dies."""
+    settings = layout_fixtures.settings_named("EP2 alltoall")
+    layout_fixtures.run(corpus, tmp_path / "calm", settings)
+    codes, logs = layout_fixtures.end(
+        layout_fixtures.start(corpus, tmp_path / "killed", settings, TEST_DISTURB="1 7 SIGKILL")
+    )
+    assert codes == [1, -signal.SIGKILL] and "rank 0 lost touch with another rank" in logs[0], (codes, logs)
+    # the checkpoint of step 6 was being written when the rank died
+    assert re.search("going on after step [46]", layout_fixtures.run(corpus, tmp_path / "killed", settings)[0])
+    assert train_fixtures.digest(tmp_path / "killed" / "out") == train_fixtures.digest(tmp_path / "calm" / "out")
+
+
+def test_ranks_read_what_the_order_says(corpus: Path, tmp_path: Path) -> None:
+    """The rows that ranks really read, by step, are those of the order index, each by one data-parallel rank."""
+    from stages.data.order import documents_of_step
+
+    settings = layout_fixtures.settings_of({"ep": 2}, 2, steps=12)
+    layout_fixtures.run(corpus, tmp_path, settings, TEST_READS=str(tmp_path / "reads"))
+    read = layout_fixtures.reads(tmp_path / "reads")
+    assert set(read) == set(range(1, 13))
+    for step, by_rank in read.items():
+        index = documents_of_step(corpus / "order", step).select(["source", "ordinal", "offset", "length"]).to_pylist()
+        assert Counter(chain(*by_rank.values())) == Counter(tuple(row.values()) for row in index)
+        assert {rank: len(rows) for rank, rows in by_rank.items()} == {0: 4, 1: 4}
+
+
+def test_a_rank_that_hangs_is_found(corpus: Path, tmp_path: Path) -> None:
+    """One rank sleeps in C: both tell where they stand, the attempt ends, and the next one goes on."""
+    settings = layout_fixtures.settings_of({"ep": 2}, 2, watchdog_timeout_seconds=8.0)
+    codes, logs = layout_fixtures.end(layout_fixtures.start(corpus, tmp_path, settings, TEST_DISTURB="1 7 sleep"))
+    assert codes == [1, 1], logs
+    assert "abandoned: pretrain: no step was finished for 8 s; the stacks of all ranks are in the log" in logs[0]
+    assert "rank 1 stands here" in logs[0] and "in step_or_not" in logs[0] and "distributed_c10d.py" in logs[0]
+    assert re.search(
+        "going on after step [46]",
+        layout_fixtures.run(corpus, tmp_path, layout_fixtures.settings_named("EP2 alltoall"))[0],
+    )
+
+
+def test_a_rank_that_gives_no_sign_is_named(corpus: Path, tmp_path: Path) -> None:
+    settings = layout_fixtures.settings_of({}, 2, watchdog_timeout_seconds=8.0)
+    processes = layout_fixtures.start(corpus, tmp_path, settings, TEST_DISTURB="1 7 SIGSTOP")
+    log = processes[0].communicate(timeout=120)[0]
+    processes[1].kill()
+    processes[1].wait()
+    assert "no step was finished for 8 s; no sign of rank 1; the stacks of the others are in the log; run again" in log
+
+
+def test_random_kills(corpus: Path, tmp_path: Path) -> None:
+    """The short version of what `make soak` does 25 times."""
+    settings = layout_fixtures.settings_of(layout_fixtures.FOUR["PP2xEP2"], 4, checkpoint_interval=2)
+    layout_fixtures.run(corpus, tmp_path / "calm", settings)
+    digests = layout_fixtures.kill_at_random(corpus, tmp_path / "kills", settings, 3, random.Random(0), 15)
+    assert set(digests) == {train_fixtures.digest(tmp_path / "calm" / "out")}

@@ -1,0 +1,298 @@
+"""A stage of several processes: sealed as by one, and however a rank ends, nothing hangs and nothing is half-written."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.core import input_integrity, provenance
+from pipeline.core.errors import AtomError, Failure, PeerLost
+from pipeline.core.lease import has_exited, holder, this_process
+from pipeline.core.stage import Config, Inputs, Report, Stage, operational
+from pipeline.core.store import Store, sha256_file
+from pipeline.graph import registry
+from pipeline.launch import rendezvous
+from pipeline.launch.attempt import Task
+from pipeline.launch.local import visible_gpus
+from pipeline.launch.worker import _record_operation, attempt, work
+from tests.fixtures.run_fixtures import atom, digests
+from tests.integration.test_run import start, wait_for
+from tests.unit.test_recipe import SMOKE
+
+SLOW = 40  # steps: enough to be disturbed in
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The smoke recipe with a short pre-training on two data-parallel ranks."""
+    body = yaml.safe_load(SMOKE.read_text())
+    body["pretrain"] |= {
+        "steps": SLOW,
+        "batch": {"global_tokens": 1536, "micro_tokens": 768},
+        "validation": {"every": 10, "rows": 24},
+        "optimizer": {**body["pretrain"]["optimizer"], "warmup_steps": 5},
+        "release_checkpoint_interval": 10,
+        "checkpoint_interval": 5,
+        "parallelism": {"ranks": 2},
+    }
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(yaml.safe_dump(body))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(smoke_home: Path, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home folder of a run that nobody disturbed; what does not depend on the recipe is taken from the smoke run."""
+    home = tmp_path_factory.mktemp("ranks") / "home"
+    for name in ("artifacts", "ledger"):
+        shutil.copytree(smoke_home / name, home / name)
+    atom(home, "run", recipe, "--until", "order-pretrain")
+    before = home.parent / "before"
+    shutil.copytree(home, before)
+    output = atom(home, "run", recipe, "--until", "pretrain").stdout
+    assert "pretrain: started on 2 ranks" in output and "all of 13 stages sealed" in output
+    return home
+
+
+def test_two_ranks_seal_one_artifact_whose_statement_tells_how(undisturbed: Path, recipe: str) -> None:
+    status = json.loads(atom(undisturbed, "status", "--json").stdout)["stages"][-1]
+    assert (status["name"], status["state"], status["ranks"]) == ("pretrain", "sealed", 2)
+    store = Store(undisturbed)
+    body = provenance.sealed(store.ledger, store.open(status["key"]))
+    assert body
+    operation, usage = provenance.operation_of(body[1]), provenance.usage(body[1])
+    assert operation["phase"]["parallelism"]["ranks"] == 2 and operation["phase"]["checkpoint_interval"] == 5
+    assert "cluster" not in body[1]["predicate"]["buildDefinition"]["externalParameters"]["config"]["phase"]
+    assert usage["ranks"] == usage["ranks_counted"] == 2 and usage["cpu_seconds"] > 0
+    assert not any((undisturbed / "work").iterdir()), "no work folder is left"
+
+    first, second = (atom(undisturbed, "logs", "pretrain", "--rank", str(n)).stdout for n in range(2))
+    assert f"{SLOW}/{SLOW} steps" in first and f"{SLOW}/{SLOW} steps" not in second and "global_rank=1" in second
+    refused = atom(undisturbed, "logs", "pretrain", "--rank", "2", code=2).stderr
+    assert refused.startswith("atom: stage pretrain has no rank 2 in run") and "ran as ranks 0 to 1" in refused
+    assert "ran as one rank, 0" in atom(undisturbed, "logs", "order-pretrain", "--rank", "1", code=2).stderr
+
+
+def test_however_a_rank_ends_the_same_command_ends_in_the_same_bytes(
+    undisturbed: Path, recipe: str, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(undisturbed.parent / "before", home)
+    profile = tmp_path / "cluster.yaml"
+    profile.write_text("name: here\nlocal: {jobs: 2, stop_grace_seconds: 5}\npower: {watts_per_core: 8}\n")
+
+    def disturb(rank: int, number: int, step: int, interrupt: bool = False) -> tuple[int, str]:
+        """Sends a signal to a rank after a step. Returns exit code and output of `atom run`."""
+        before = set(home.glob("logs/*"))
+        run = start(home, "run", recipe, "--until", "pretrain", "--cluster", str(profile))
+        while not (new := set(home.glob("logs/*/pretrain/ranks/*")) - {p for b in before for p in b.rglob("*")}):
+            time.sleep(0.1)
+            assert run.poll() is None
+        folder = new.pop()
+        file, text = ("metrics.jsonl", f'"step": {step},') if step else ("events.jsonl", '"start"')
+        wait_for(home, str((folder.parent.parent / file).relative_to(home)), text, seconds=60)
+        for n in range(2):
+            wait_for(home, str((folder / f"rank-{n}.json").relative_to(home)), '"pid"', seconds=60)
+        pids = rendezvous.living_ranks(int(folder.name.split(".")[0]))
+        processes = [json.loads((folder / f"rank-{n}.json").read_text()) for n in sorted(pids)]
+        assert sorted(pids) == [0, 1] and not any(map(has_exited, processes))
+        os.kill(pids[rank], number)
+        if interrupt:
+            time.sleep(0.5)
+            os.killpg(run.pid, signal.SIGINT)
+        output = run.communicate(timeout=60)[0]
+        deadline = time.monotonic() + 10
+        while not all(map(has_exited, processes)):
+            assert time.monotonic() < deadline, "no rank is left"
+            time.sleep(0.1)
+        (work_folder,) = (home / "work").glob("pretrain-*")
+        present = holder(work_folder)
+        assert present and not present.alive and not list((home / "artifacts").glob(work_folder.name))
+        return run.returncode, output
+
+    code, stdout = disturb(1, signal.SIGKILL, 0)
+    assert code == 2 and "stage pretrain failed: rank 1: its process is gone" in stdout, stdout
+
+    code, stdout = disturb(1, signal.SIGKILL, 2)
+    assert code == 2 and "stage pretrain failed: " in stdout, stdout
+    failed = [body for p in (home / "ledger").glob("pretrain-*") for _, body in provenance.read(p.parent, p.name)
+              if provenance.outcome(body) != "sealed"]  # fmt: skip
+    assert len(failed) == 2, "each attempt has its statement"
+    for body in failed:
+        usage = provenance.usage(body)
+        assert (usage["ranks"], usage["ranks_counted"]) == (2, 1), "a rank that was killed cannot say what it used"
+        assert provenance.kind(body) == "machine"
+
+    code, stdout = disturb(0, signal.SIGKILL, 7)
+    assert code == 2 and "its process was killed from outside (perhaps for memory)" in stdout, stdout
+
+    code, stdout = disturb(1, signal.SIGSTOP, 12, interrupt=True)
+    assert code == 130 and "stopped; run the same command to go on from here" in stdout
+
+    assert "pretrain: going on after step" in atom(home, "run", recipe, "--until", "pretrain").stdout
+    assert digests(home) == digests(undisturbed)
+
+
+def test_ranks_believe_only_the_rank_0_of_their_own_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "LOCAL_NTASKS": "2", "LOCAL_JOB_NUM_NODES": "1"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SUBMITIT_{name}", value)
+
+    def rank(number: int, job: int = 7) -> rendezvous.Ranks:
+        monkeypatch.setenv("SUBMITIT_LOCAL_GLOBALID", str(number))
+        monkeypatch.setenv("SUBMITIT_LOCAL_LOCALID", str(number))
+        monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", str(job))
+        return rendezvous.Ranks.from_environment(2, tmp_path)
+
+    meeting = rank(0).open_rendezvous(tmp_path / "out.1")
+    assert meeting and rank(1).join_rendezvous() == meeting and meeting.out == "out.1"
+    with rank(1).environment(meeting):
+        assert os.environ["RANK"] == os.environ["LOCAL_RANK"] == "1" and os.environ["MASTER_ADDR"] == "127.0.0.1"
+        assert os.environ["MASTER_PORT"] == str(meeting.port) and os.environ["WORLD_SIZE"] == "2"
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} & set(os.environ)
+    monkeypatch.setattr(rendezvous, "RENDEZVOUS_SECONDS", 0.2)
+    with pytest.raises(AtomError, match="rank 0 said nothing"):
+        rank(1, job=8).join_rendezvous()
+    rank(0, job=8).cancel_rendezvous("busy")
+    assert rank(1, job=8).join_rendezvous() is None, "rank 0 needs no other ranks"
+    rank(0, job=10).report_waiting(0)
+    with pytest.raises(AtomError, match="rank 0 said nothing"):
+        rank(1, job=10).join_rendezvous()
+    rank(0, job=10).cancel_rendezvous("sealed")
+    assert rank(1, job=10).join_rendezvous() is None, "rank 0 waited for its turn, and found the product"
+    rank(1, job=11).announce(Failure("its GPU is gone"))
+    with pytest.raises(PeerLost, match="rank 1: its GPU is gone"):
+        rank(0, job=11).report_waiting(1)
+    assert (
+        rank(1, job=11).failure() is None
+        and rank(0, job=11).find_cause(Failure("lost")).text == "rank 1: its GPU is gone"
+    )
+    rank(0, job=9)
+    another = {**this_process(), "start": "1"}
+    (tmp_path / "ranks" / "9.0" / "rank-0.json").write_text(json.dumps(another))
+    with pytest.raises(AtomError, match="rank 0 is gone"):
+        rank(1, job=9).join_rendezvous()
+
+
+def test_the_others_wait_while_rank_0_hashes_a_large_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For longer than they wait for a word of it; and they hear no more of its work once it has called them."""
+    monkeypatch.setattr(rendezvous, "RENDEZVOUS_SECONDS", 1.0)
+    monkeypatch.setitem(registry.stages(), "hanging", "test_ranks")
+    monkeypatch.setattr(sys.modules["test_ranks"], "STAGE", Stage("hanging", 1, Hanging, lambda *_: None))
+    monkeypatch.setattr(input_integrity, "sha256_file", lambda path: time.sleep(3) or sha256_file(path))
+    store, launch = Store(tmp_path), tmp_path / "launch"
+    for folder in (launch, store.work("large-0") / "out.1"):
+        folder.mkdir(parents=True)
+    (launch / rendezvous.FAILURES).touch()
+    (store.work("large-0") / "out.1" / "file").write_text("large")
+    store.seal(store.work("large-0") / "out.1", "large-0", lambda artifact: None)
+    met: list[Any] = []
+
+    def follow() -> None:
+        follower = rendezvous.Ranks(2, 1, 1, True, launch)
+        try:
+            met.append(follower.join_rendezvous())
+        except AtomError as error:
+            met.append(error)
+        follower.record_end(rendezvous.FOLLOWED, rendezvous.Usage(0.0, 0))
+
+    other = threading.Thread(target=follow)
+    other.start()
+    task = Task(str(tmp_path), "run", "hanging", "hanging", {}, {"large": "large-0"}, "hanging-0", 8.0, 2)
+    assert attempt(task, store, rendezvous.Ranks(2, 0, 0, True, launch)) == "sealed"
+    other.join(30)
+    assert len(met) == 1 and isinstance(met[0], rendezvous.Rendezvous) and met[0].out == "out.1", met
+    assert rendezvous.read(launch / "meeting.json") == met[0].__dict__
+
+
+def test_every_way_in_which_a_phase_was_run_is_remembered(tmp_path: Path) -> None:
+    path = tmp_path / "operations.json"
+    one, two = {"ranks": 1}, {"ranks": 2}
+    assert [_record_operation(path, operation) for operation in (one, one, two, one)] == [
+        [one],
+        [one],
+        [one, two],
+        [two, one],
+    ]
+    path.write_text("[{")
+    assert _record_operation(path, two) == [two]
+    common = dict(subject={}, stage="s", version=1, node="n", key="k", config={}, materials={}, code={}, environment={},
+                  invocation="r/n", started=0.0, finished=1.0, usage={}, outcome="sealed")  # fmt: skip
+    for operations in ([one], [one, two]):
+        body = provenance.statement(operations=operations, **common)
+        assert provenance.operations_of(body) == operations and provenance.operation_of(body) == operations[-1]
+
+
+@pytest.mark.parametrize(("devices", "expected"), [("2,3", [2, 3]), ("", []), (None, None)])
+def test_the_local_launcher_hides_no_gpu(
+    devices: str | None, expected: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if devices is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    present = list(range(len(list(Path("/dev").glob("nvidia[0-9]*")))))
+    assert visible_gpus() == (present if expected is None else expected)
+
+
+class Hanging(Config):
+    """Config of a stage that hangs."""
+
+    path: str = operational("/somewhere/private/file", "")
+    holding_the_lock: bool = False
+
+
+def hang(config: Hanging, inputs: Inputs, work: Path, out: Path, report: Any) -> None:
+    """Sleeps in C; another thread gives up after a moment."""
+    (out / "half").touch()
+
+    def give_up(report: Report) -> None:
+        time.sleep(0.5)
+        report.abandon("rank 0 finished no step for 0.5 seconds; run again to go on")
+
+    if config.holding_the_lock:
+        report._lock.acquire()
+    threading.Thread(target=give_up, args=(report,)).start()
+    ctypes.CDLL(None).sleep(600)
+
+
+STAGE = Stage("hanging", 1, Hanging, hang)
+
+
+@pytest.mark.parametrize("holding_the_lock", [False, True])
+def test_a_stage_that_hangs_in_c_is_abandoned_by_another_thread(tmp_path: Path, holding_the_lock: bool) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "tests.integration.test_ranks",
+        str(tmp_path),
+        json.dumps({"holding_the_lock": holding_the_lock}),
+    ]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert process.returncode == 1, process.stderr
+    text = "rank 0 finished no step for 0.5 seconds; run again to go on"
+    assert f"hanging: {text}" in process.stderr
+    ((_, body),) = provenance.read(tmp_path / "ledger", "hanging-0")
+    assert provenance.outcome(body) == text
+    assert provenance.operation_of(body) == {"path": "…/file"}, "no folder of the machine is published"
+    events = [json.loads(line) for line in (tmp_path / "logs" / "run" / "hanging" / "events.jsonl").open()]
+    assert [e["event"] for e in events] == ["start", "usage", "end"] and events[-1]["outcome"] == text
+    present = holder(tmp_path / "work" / "hanging-0")
+    assert present and not present.alive and not list(tmp_path.glob("work/*/out.*"))
+
+
+if __name__ == "__main__":  # python -m tests.integration.test_ranks HOME CONFIG
+    registry.stages()["hanging"] = "test_ranks"
+    task = Task(sys.argv[1], "run", "hanging", "hanging", json.loads(sys.argv[2]), {}, "hanging-0", 8.0, 1)
+    work(task.json())

@@ -1,0 +1,373 @@
+"""Building a release from a finished run, and what makes the gates refuse it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.store import write_manifest
+from release.assembly import build_release as builder
+from release.layout import ALL_SUMS, SUMS
+from release.repositories import files_below
+from tests.fixtures import release_fixtures
+
+
+def replace_artifact(source: builder.BuildInput, node: str, tmp_path: Path, change) -> builder.BuildInput:
+    """The same run with another, honestly stated artifact for one node."""
+    old = source.artifacts[node]
+    folder = tmp_path / "changed"
+    shutil.copytree(old.path, folder)
+    change(folder)
+    (folder / "manifest.json").unlink()
+    new = write_manifest(folder, old.key)
+    parents = [source.artifacts[p] for p in release_fixtures.INPUTS[node]]
+    statement = release_fixtures.write_statement(tmp_path, new, parents)
+    changed = {**source.artifacts, node: new}
+    # Consumers state the digest that they really used, so they are stated again.
+    consumers = [n for n in changed if node in release_fixtures.INPUTS[n]]
+    others = [
+        release_fixtures.write_statement(tmp_path, changed[n], [changed[p] for p in release_fixtures.INPUTS[n]])
+        for n in consumers
+    ]
+    statements = [path for path in source.statements if path.parent.name not in [changed[n].key for n in consumers]]
+    return dataclasses.replace(source, artifacts=changed, statements=[*statements, statement, *others])
+
+
+def require_refusal(source: builder.BuildInput, tmp_path: Path, gate: str, match: str) -> None:
+    with pytest.raises(CheckFailed, match=f"refused by the gate {gate}: .*{match}"):
+        builder.build(source, tmp_path / "home")
+    folders = sorted(p.name for p in (tmp_path / "home/releases").iterdir())
+    assert folders == ["tiny-0.1.0.refused"]
+    gates = json.loads((tmp_path / "home/releases/tiny-0.1.0.refused/evidence/gates.json").read_text())
+    assert not gates[gate]["ok"] and any(row["ok"] for row in gates.values())
+
+
+def test_built_twice_is_the_same_bytes(built: Path, source, tmp_path: Path) -> None:
+    second = builder.build(source, tmp_path)
+    assert (second / ALL_SUMS).read_bytes() == (built / ALL_SUMS).read_bytes()
+    assert (second / SUMS).read_bytes() == (built / SUMS).read_bytes()
+    assert builder.build(source, tmp_path) == second and len(list((tmp_path / "releases").iterdir())) == 1
+
+
+def test_the_folder_is_what_the_design_says(built: Path) -> None:
+    paths = set(files_below(built))
+    for path in (
+        "model/model.safetensors", "model/README.md", "model/LICENSE", "model/SHA256SUMS", "model/chat_template.jinja",
+        "model-base/config.json", "checkpoints/pretrain-step-0/state.json",
+        "checkpoints/midtrain-step-2/optimizer.safetensors",
+        "dataset/kept/prose.parquet", "dataset/dispositions.parquet", "dataset/order/pretrain/order.parquet",
+        "dataset/evaluation/mid/items.parquet", "dataset/README.md", "code/release/assembly/build_release.py",
+        "code/as-run/recipes/tiny.yaml",
+        "dataset/croissant.json", "dataset/merkle.json", "dataset/evaluation/canary.json", "model/goldens.json",
+        "evidence/attestations/gates.json", "evidence/attestations/evaluation-mid.json",
+        "evidence/gates.json", "evidence/SHA256SUMS", "evidence/manifests/dedup.json", "evidence/environment.json",
+    ):  # fmt: skip
+        assert path in paths, path
+    assert not [
+        p for p in paths if "sources/documents" in p or p.startswith("dataset/acquire")
+    ]  # removed text stays removed
+    gates = json.loads((built / "evidence/gates.json").read_text())
+    assert len(gates) == 13 and all(gate["ok"] for gate in gates.values())
+
+
+def test_the_index_of_texts_is_there_before_the_first_question(built: Path) -> None:
+    from release.audit import tracing
+
+    notes: list[str] = []
+    cache = built.parent.parent / "trace"
+    [index] = cache.iterdir()
+    modified = index.stat().st_mtime_ns
+    answer = tracing.text(built, "quick brown fox", cache, notes.append)
+    assert answer.by == "index" and answer.matches and notes == [] and index.stat().st_mtime_ns == modified
+    assert not [path for path in files_below(built) if path.endswith(".sqlite")]  # no part of the release
+
+
+def test_a_release_is_whole_without_the_index(built: Path, source, tmp_path: Path, monkeypatch) -> None:
+    from release.audit import text_index
+
+    notes: list[str] = []
+    (tmp_path / "trace").write_text("")  # where no folder can be made
+    folder = builder.build(source, tmp_path, notes.append)
+    assert (folder / ALL_SUMS).read_bytes() == (built / ALL_SUMS).read_bytes()
+    assert notes[-1].startswith("no index of texts: the index of texts cannot be written in ")
+    builder._index(folder, tmp_path / "cache", notes.append)
+    assert notes[-2:] == ["indexing kept/prose.parquet", "indexing kept/sums.parquet"]
+    monkeypatch.setattr(text_index, "TEXTS", text_index.TEXTS.replace("fts5", "fts_that_is_not_there"))
+    builder._index(folder, tmp_path / "cache", notes.append)
+    assert notes[-1].startswith("no index of texts: SQLite here has no FTS5 with trigrams; `atom trace --text`")
+
+
+def test_sha256sum_agrees(built: Path) -> None:
+    import subprocess
+
+    for folder, name in (
+        (built, ALL_SUMS),
+        (built, SUMS),
+        (built / "model", SUMS),
+        (built / "checkpoints/pretrain-step-2", SUMS),
+    ):
+        subprocess.run(["sha256sum", "--check", "--strict", "--quiet", name], cwd=folder, check=True)
+
+
+def test_templates_hold_no_numbers() -> None:
+    templates = sorted((Path(builder.__file__).parents[1] / "cards").glob("*.jinja"))
+    assert len(templates) == 4
+    for path in templates:
+        text = re.sub(r"SHA256SUMS|\[0\]", "", path.read_text())
+        assert not re.search(r"\d", text), path
+
+
+def test_cards_are_valid_for_the_hub(built: Path) -> None:
+    from huggingface_hub import DatasetCard, ModelCard
+
+    card = ModelCard.load(built / "model/README.md")
+    scores = json.loads((built / "model/evaluation/mid.json").read_text())
+    assert (
+        card.data.license == "apache-2.0"
+        and card.data.base_model == "local/tiny-base"
+        and card.data.datasets == ["local/tiny-data"]
+    )
+    measured = {r.dataset_config: r.metric_value for r in card.data.eval_results}
+    assert (
+        measured["add"] == scores["accuracy"]["add"]["value"]
+        and measured["prose"] == scores["bits_per_byte"]["prose"]["value"]
+    )
+    data = DatasetCard.load(built / "dataset/README.md")
+    assert data.data.license == "cc-by-4.0" and data.data.configs[0]["config_name"] == "prose"
+    assert "exact_duplicate" in data.text and "PSF-2.0" in data.text
+
+
+def test_a_wrong_number_on_a_card_is_found(built: Path, tmp_path: Path) -> None:
+    from release.checks import registry
+
+    copy = tmp_path / "model"
+    shutil.copytree(built / "model", copy)
+    assert registry.model_card(copy).problems == []
+    text = (copy / "README.md").read_text()
+    for old, new in (("0.750 ± ", "0.850 ± "), ("value: 0.75", "value: 0.85")):
+        assert old in text
+        (copy / "README.md").write_text(text.replace(old, new, 1))
+        assert registry.model_card(copy).problems
+
+
+def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) -> None:
+    import yaml
+    from huggingface_hub import parse_eval_result_entries
+
+    from release.checks import registry
+    from release.checksums import read_sums
+
+    for folder, model in (("model", "mid"), ("model-base", "base")):
+        path = built / folder / ".eval_results/tiny-data.yaml"
+        entries = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+        scores = json.loads((built / f"{folder}/evaluation/{model}.json").read_text())
+        measured = {f"exact_match_{name}": row["value"] for name, row in scores["accuracy"].items()}
+        measured |= {f"bits_per_byte_{name}": row["value"] for name, row in scores["bits_per_byte"].items()}
+        assert measured and {entry.task_id: entry.value for entry in entries} == measured
+        assert len(entries) == len(measured) and {entry.dataset_id for entry in entries} == {"local/tiny-data"}
+        [url] = {entry.source_url for entry in entries}
+        assert url == f"https://huggingface.co/datasets/local/tiny-data/tree/v0.1.0/evaluation/{model}"
+        assert (built / "dataset/evaluation" / model / "scores.json").exists()
+        assert ".eval_results/tiny-data.yaml" in read_sums(built / folder / SUMS, SUMS)
+        assert f"{folder}/.eval_results/tiny-data.yaml" in read_sums(built / ALL_SUMS, ALL_SUMS)
+    about = json.loads((built / "evidence/release.json").read_text())
+    copy = Path(shutil.copytree(built / "model", tmp_path / "model"))
+    path = copy / ".eval_results/tiny-data.yaml"
+    text = path.read_text()
+    for old, new, alone in (
+        ("value: 0.75", "value: 0.85", True),
+        ("standard error 0.", "standard error 0.0", True),
+        ("id: local/tiny-data", "id: cais/hle", True),
+        ("  value: 0.75", "  verifyToken: x\n  value: 0.75", True),
+        ("/v0.1.0/", "/v0.2.0/", False),  # the repository alone does not know its version
+    ):
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        problems = [".eval_results/tiny-data.yaml is not what was measured"]
+        assert registry.model_card(copy, about).problems == problems and registry.model_card(copy).problems == (
+            problems if alone else []
+        )
+    for odd in ("only words", f"{text}- 1\n", "x: &a [1]\ny: *a\n"):
+        path.write_text(odd)
+        assert registry.model_card(copy).problems == [".eval_results/tiny-data.yaml is not what was measured"]
+    path.write_text(text)
+    (copy / ".eval_results/hle.yaml").write_text(text)
+    assert registry.model_card(copy, about).problems[0].startswith(".eval_results holds .eval_results/hle.yaml, ")
+    shutil.rmtree(copy / ".eval_results")
+    assert registry.model_card(copy, about).problems == []  # as in a release of before
+
+
+def test_parity_over_tolerance_is_refused(source, tmp_path: Path) -> None:
+    def worse(folder: Path) -> None:
+        release_fixtures.write_json(folder / "parity.json", {"max_abs_logit_delta": 2e-4, "tolerance": 1e-4})
+
+    require_refusal(
+        replace_artifact(source, "export-base", tmp_path, worse),
+        tmp_path,
+        "export_parity",
+        "export-base differs by 0.0002",
+    )
+
+
+def test_lost_tensor_is_refused(source, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    def lose(folder: Path) -> None:
+        tensors = load_file(folder / "model/model.safetensors")
+        del tensors["model.norm.weight"]
+        save_file(tensors, folder / "model/model.safetensors", metadata={"format": "pt"})
+
+    require_refusal(
+        replace_artifact(source, "export-mid", tmp_path, lose),
+        tmp_path,
+        "reload_in_transformers",
+        "missing_keys: model.norm.weight",
+    )
+
+
+def test_generation_that_does_not_stop_is_refused(source, tmp_path: Path) -> None:
+    def endless(folder: Path) -> None:
+        release_fixtures.write_json(folder / "model/generation_config.json", {"eos_token_id": 3, "pad_token_id": 0})
+
+    with pytest.raises(CheckFailed, match="does not stop"):
+        builder.build(replace_artifact(source, "export-mid", tmp_path, endless), tmp_path / "home")
+
+
+def test_template_that_drops_words_is_refused(source, tmp_path: Path) -> None:
+    def drop(folder: Path) -> None:
+        (folder / "model/chat_template.jinja").write_text(
+            "{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>{% endfor %}"
+        )
+
+    require_refusal(
+        replace_artifact(source, "export-mid", tmp_path, drop),
+        tmp_path,
+        "chat_template_round_trip",
+        "drops the user's words",
+    )
+
+
+def test_artifact_without_statement_is_refused(source, tmp_path: Path) -> None:
+    target = source.artifacts["midtrain"].digest
+    statements = [p for p in source.statements if target != json.loads(p.read_text())["subject"][0]["digest"]["sha256"]]
+    require_refusal(
+        dataclasses.replace(source, statements=statements), tmp_path, "ledger_closed", "none is about midtrain"
+    )
+
+
+def test_unknown_license_and_unbalanced_counts_are_refused(source, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def without_license(folder: Path) -> None:
+        table = pq.read_table(folder / "dispositions.parquet")
+        at = table.schema.get_field_index("license")
+        pq.write_table(
+            table.set_column(at, "license", pa.array(["unknown"] * len(table))), folder / "dispositions.parquet"
+        )
+
+    def lost_row(folder: Path) -> None:
+        pq.write_table(pq.read_table(folder / "dispositions.parquet").slice(1), folder / "dispositions.parquet")
+
+    for n, (change, gate, match) in enumerate(
+        [
+            (without_license, "licenses_known", "source prose"),
+            (lost_row, "counts_balance", "prose/000 is not kept in both"),
+        ]
+    ):
+        (tmp_path / str(n)).mkdir()
+        require_refusal(replace_artifact(source, "dedup", tmp_path / str(n), change), tmp_path / str(n), gate, match)
+
+
+def test_an_installed_wheel_brings_its_license_text(tmp_path: Path, monkeypatch) -> None:
+    import sys
+
+    info = tmp_path / "site/atom_release-9.dist-info"
+    (info / "licenses").mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.4\nName: atom-release\nVersion: 9\nLicense-File: LICENSE\n")
+    (info / "licenses/LICENSE").write_text("The wheel's license.\n")
+    monkeypatch.setattr(sys, "path", [str(info.parent), *sys.path])
+    source = release_fixtures.build_input(tmp_path / "run")
+    for root in source.code_roots:
+        (root / "LICENSE").unlink()
+    folder = builder.build(source, tmp_path / "home")
+    for path in ("LICENSE", "code/LICENSE", "model/LICENSE"):
+        assert (folder / path).read_text() == "The wheel's license.\n", path
+    assert "spdx.org/licenses/CC-BY-4.0" in (folder / "dataset/LICENSE").read_text()
+
+
+def test_secrets_and_machine_paths_are_found(tmp_path: Path, monkeypatch) -> None:
+    from release.assembly import secret_scan
+
+    monkeypatch.setenv("HF_TOKEN", "correct-horse-battery")
+    key = "-----BEGIN RSA PRIVATE KEY-----\n" + ("QUJD" * 16 + "\n") * 3
+    planted = {
+        "a.json": ("hf_" + "a1" * 17, "a Hugging Face token"),
+        "b.md": ("AKIA" + "B2" * 8, "an AWS access key"),
+        "c.txt": (key, "a private key"),
+        "d.py": (f'"{tmp_path}/x"', f"the machine's path {tmp_path}"),
+        "e.txt": ("=correct-horse-battery", "the value of HF_TOKEN"),
+    }
+    harmless = {
+        "f.txt": "-----BEGIN PRIVATE KEY-----\n...\n", "g.txt": "AKIAIOSFODNN7EXAMPLE",
+        "h.txt": f"https://example.org{tmp_path}/x", "i.txt": "hf_hub_download and hf_token",
+    }  # fmt: skip
+    for name, text in {**{n: t for n, (t, _) in planted.items()}, **harmless}.items():
+        (tmp_path / name).write_text(text)
+    release_fixtures.table(
+        tmp_path / "t.parquet", [{"text": "hf_" + "a1" * 17, "origin": "x"}, {"text": f"{tmp_path}/x", "origin": "y"}]
+    )
+    release_fixtures.table(tmp_path / "u.parquet", [{"text": "", "origin": f"{tmp_path}/x"}])
+    expected = [f"{name} holds {secret}" for name, (_, secret) in planted.items()]
+    expected += ["t.parquet holds a Hugging Face token", f"u.parquet holds the machine's path {tmp_path}"]
+    assert secret_scan.scan(tmp_path, files_below(tmp_path), [tmp_path]) == sorted(expected)
+
+
+def test_a_secret_is_refused(source, tmp_path: Path) -> None:
+    bad = dataclasses.replace(source, environment={"note": f"{tmp_path}/runs"}, machine_paths=[tmp_path])
+    require_refusal(bad, tmp_path, "no_secrets", "evidence/environment.json holds the machine's path")
+
+
+def test_missing_artifact_is_the_callers_mistake(source, tmp_path: Path) -> None:
+    less = {k: v for k, v in source.artifacts.items() if k != "evaluate-mid"}
+    with pytest.raises(AtomError, match="needs the artifact of evaluate-mid"):
+        builder.build(dataclasses.replace(source, artifacts=less), tmp_path)
+    assert not os.path.exists(tmp_path / "releases")
+
+
+def test_earlier_release_survives_a_refusal(built: Path, source, tmp_path: Path) -> None:
+    good = builder.build(source, tmp_path)
+    with pytest.raises(CheckFailed):
+        builder.build(dataclasses.replace(source, statements=[]), tmp_path)
+    assert (good / ALL_SUMS).read_bytes() == (built / ALL_SUMS).read_bytes()
+
+
+def test_section_says_what_is_wrong() -> None:
+    from pydantic import ValidationError
+
+    with pytest.raises(ValidationError):
+        builder.ReleaseSection.model_validate({"license": {"weights": "", "data_compilation": "MIT", "code": "MIT"}})
+
+
+def test_what_git_does_not_track_is_not_published_and_makes_the_checkout_dirty(tmp_path: Path) -> None:
+    import subprocess
+
+    from pipeline.core.code_snapshot import sources
+    from pipeline.core.environment import git_commit
+
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "a.py").write_text("")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "Begin"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    assert git_commit(tmp_path)[1] is False
+    (tmp_path / "pipeline" / "private.yaml").write_text("password: x")
+    assert git_commit(tmp_path)[1] is True
+    assert sources(tmp_path, "pipeline") == [tmp_path / "pipeline" / "a.py"]

@@ -1,0 +1,294 @@
+"""Publishing with the real client to a real server: private first, pulled back, verified, then public."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from release.assembly import build_release as builder
+from release.hub.local.server import LOCAL_TOKEN, free_port, running
+from tests.fixtures import ROOT, release_fixtures
+
+PRELUDE = """
+import json, sys, pathlib
+from release.hub.publish import publish
+from release.audit.verify import verify
+from release.hub.client import api
+from pipeline.core.errors import AtomError, CheckFailed
+release = pathlib.Path(sys.argv[1])
+def said(error, call, *a, **k):
+    try: call(*a, **k)
+    except error as e:
+        assert type(e) is error and "\\n" not in str(e), e
+        return str(e)
+    raise AssertionError("was not refused")
+"""
+
+
+@pytest.fixture
+def release(copy: Path) -> Path:
+    return copy
+
+
+@pytest.fixture
+def client(release: Path, tmp_path: Path):
+    def run(
+        code: str, endpoint: str, token: str | None = LOCAL_TOKEN, check: bool = True, timeout: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
+        env.pop("HF_TOKEN", None)
+        if token:
+            env["HF_TOKEN"] = token
+        command = [sys.executable, "-c", PRELUDE + code, str(release)]
+        process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+        assert not check or process.returncode == 0, process.stderr
+        return process
+
+    return run
+
+
+def test_staged_publication_and_a_strangers_check(client, release: Path, tmp_path: Path) -> None:
+    journal = release.with_name("tiny-0.1.0.publish.jsonl")
+    with running(tmp_path / "hub") as endpoint:
+        client(
+            """
+report = publish(release, "local")
+names = ["local/tiny-" + s for s in ("data", "evidence", "checkpoints", "base")] + ["local/tiny"]
+assert [r.repo for r in report.repositories if r.revision == "main"] == names
+assert all(api().repo_info(r.repo, repo_type=r.kind).private for r in report.repositories)
+branches = {"main"} | {p + "-step-" + str(n) for p in ("pretrain", "midtrain") for n in (0, 2)}
+assert {b.name for b in api().list_repo_refs("local/tiny-checkpoints").branches} == branches
+again = publish(release, "local")
+assert not sum(r.files_sent for r in again.repositories)
+assert [r.commit for r in again.repositories] == [r.commit for r in report.repositories]
+""",
+            endpoint,
+        )
+        rows = [json.loads(line) for line in journal.read_text().splitlines()]
+        assert not [row for row in rows if row["call"] in ("make_public", "collection")]
+        assert all(len(row["files"]) <= 50 for row in rows if row["call"] == "create_commit")
+        out = client('assert "that HF_TOKEN may read" in said(AtomError, verify, "local/tiny")', endpoint, token=None)
+        out = client("print(json.dumps(publish(release, 'local', public=True).to_json()))", endpoint)
+        report = json.loads(out.stdout.splitlines()[-1])
+        rows = [json.loads(line) for line in journal.read_text().splitlines()]
+        opened = [row["repo"] for row in rows if row["call"] == "make_public"]
+        assert opened == ["local/tiny" + suffix for suffix in ("-data", "-evidence", "-checkpoints", "-base", "")]
+        assert rows[-1]["call"] == "collection" and report["collection"].startswith("local/tiny-0-1-0-")
+        assert rows.index(next(r for r in rows if r["call"] == "verified")) < rows.index(
+            next(r for r in rows if r["call"] == "make_public")
+        )
+        client(
+            """
+kinds = {"": "model", "-base@v0.1.0": "model", "-data": "dataset", "-evidence": "evidence",
+         "-checkpoints": "repository", "-checkpoints@pretrain-step-2": "checkpoint"}
+for suffix, kind in kinds.items():
+    name = "local/tiny" + suffix
+    v = verify(name, deep=True); assert v.ok and v.kind == kind, (name, v.to_json())
+assert "no such revision" in said(AtomError, verify, "local/tiny@v9")
+assert "neither a folder here nor a repository" in said(AtomError, verify, "local/none")
+""",
+            endpoint,
+            token=None,
+        )
+
+
+def test_plain_transformers_loads_the_pulled_model(client, release: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "hub") as endpoint:
+        client("publish(release, 'local', public=True)", endpoint)
+        code = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer; "
+            "t = AutoTokenizer.from_pretrained('local/tiny'); "
+            "m = AutoModelForCausalLM.from_pretrained('local/tiny', revision='v0.1.0'); "
+            "assert m.generate(**t('1+1', return_tensors='pt'), max_new_tokens=3).shape[1] > 3"
+        )
+        env = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "stranger"), "HF_HUB_DISABLE_XET": "1"}
+        subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, timeout=120)
+
+
+def test_an_interrupted_publication_is_finished_by_the_next(client, release: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "hub") as endpoint:
+        cut = """
+import os, release.hub.publish as p
+count = 0
+write = p.Journal.write
+def dying(self, call, **what):
+    global count
+    write(self, call, **what); count += 1
+    if count == 7: os._exit(9)
+p.Journal.write = dying
+publish(release, "local")
+"""
+        assert client(cut, endpoint, check=False).returncode == 9
+        client("r = publish(release, 'local'); assert sum(x.files_sent for x in r.repositories)", endpoint)
+
+
+def test_a_hub_that_returns_other_bytes_is_found_before_anything_is_public(client, tmp_path: Path) -> None:
+    root = tmp_path / "hub"
+    with running(root) as endpoint:
+        client("publish(release, 'local')", endpoint)
+        blob = max((root / "blobs").iterdir(), key=lambda path: path.stat().st_size)
+        data = bytearray(blob.read_bytes())
+        data[len(data) // 2] ^= 1
+        blob.write_bytes(data)
+        client(
+            """
+import json
+text = said(CheckFailed, publish, release, "local", public=True)
+assert "is altered" in text, text
+assert all(api().repo_info(r, repo_type="model").private for r in ("local/tiny", "local/tiny-base"))
+""",
+            endpoint,
+        )
+
+
+def test_what_is_refused_and_in_which_words(client, release: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "hub", "local", "hf_local", "--token", "other=hf_other") as endpoint:
+        client('assert "refuses the token" in said(AtomError, publish, release, "local")', endpoint, token="hf_expired")
+        client('t = said(AtomError, publish, release, "local"); assert "HF_TOKEN" in t, t', endpoint, token=None)
+        client(
+            't = said(AtomError, publish, release, "local"); assert "use a namespace that is yours" in t, t',
+            endpoint,
+            token="hf_other",
+        )
+        client(
+            'assert "set release.namespace: other" in said(AtomError, publish, release, "other")',
+            endpoint,
+            token="hf_other",
+        )
+        (release / "model/LICENSE").write_text("x")
+        client('assert "model/LICENSE is altered" in said(CheckFailed, publish, release, "local")', endpoint)
+        assert not list((tmp_path / "hub/repos").rglob("*.json"))
+    shutil.rmtree(release / "evidence")
+    client(
+        'assert "is not a release folder" in said(AtomError, publish, release, "local")',
+        f"http://127.0.0.1:{free_port()}",
+    )
+
+
+def test_an_endpoint_that_does_not_answer(client) -> None:
+    for call in ('publish, release, "local"', 'verify, "local/tiny"'):
+        code = f't = said(AtomError, {call}); assert "cannot be reached" in t, t'
+        client(code, f"http://127.0.0.1:{free_port()}")
+
+
+def test_stale_and_dirty_must_be_acknowledged_by_name(tmp_path: Path) -> None:
+    from pipeline.core.errors import AtomError
+    from release.hub.publish import _require_publishable
+
+    about = {"namespace": "local", "stale": ["dedup"], "dirty": True}
+    _require_publishable(about, "local", False, [])
+    _require_publishable(about, "local", True, ["dedup", "dirty"])
+    with pytest.raises(AtomError, match="dedup was made by other code than today's"):
+        _require_publishable(about, "local", True, ["dirty"])
+    with pytest.raises(AtomError, match="uncommitted changes"):
+        _require_publishable(about, "local", True, ["dedup"])
+
+
+HEADS = """
+def heads():
+    repos = [("local/tiny" + s, k) for s, k in (("", "model"), ("-base", "model"), ("-checkpoints", "model"),
+                                                ("-data", "dataset"), ("-evidence", "dataset"))]
+    return {r + "@" + b.name: b.target_commit for r, k in repos for b in api().list_repo_refs(r, repo_type=k).branches}
+"""
+
+
+def test_a_version_is_published_once(client, release: Path, tmp_path: Path) -> None:
+    journal = release.with_name("tiny-0.1.0.publish.jsonl")
+    with running(tmp_path / "hub") as endpoint:
+        client("publish(release, 'local')", endpoint)
+        before = journal.read_bytes()
+        (release / "README.md").write_text((release / "README.md").read_text() + "\nMore.\n")
+        from release.checksums import write_sums
+        from release.layout import ALL_SUMS, SUMS
+        from release.repositories import files_below, files_of, repositories
+
+        write_sums(release / ALL_SUMS, release, [p for p in files_below(release) if p not in (SUMS, ALL_SUMS)])
+        write_sums(release / SUMS, release, files_of(release, next(p for p in repositories(release) if not p.folder)))
+        client(
+            HEADS
+            + """
+before = heads()
+t = said(AtomError, publish, release, "local"); assert "raise the recipe's version" in t, t
+assert heads() == before
+""",
+            endpoint,
+        )
+        assert journal.read_bytes() == before  # nothing was changed anywhere
+
+
+def test_a_later_version_is_verified_before_a_public_branch_moves(client, release: Path, tmp_path: Path) -> None:
+    source = release_fixtures.build_input(tmp_path / "run")
+    for root in source.code_roots:
+        (root / "LICENSE").write_text("Another license.\n")  # it stands in the repository of every model
+    later = builder.build(dataclasses.replace(source, version="0.2.0"), tmp_path / "home")
+    where = f"later = pathlib.Path({str(later)!r})\n" + HEADS
+    with running(tmp_path / "hub") as endpoint:
+        client("publish(release, 'local', public=True)", endpoint)
+        client(
+            where
+            + """
+import release.hub.publish as p
+before, pull = heads(), p.pull
+def damaged(repo, kind, revision, target):
+    pull(repo, kind, revision, target)
+    if repo == "local/tiny": (target / "config.json").write_text("{}")
+p.pull = damaged
+assert "config.json is altered" in said(CheckFailed, publish, later, "local", public=True)
+after = heads()
+assert {name: after[name] for name in before} == before, "a branch that anyone pulls was moved"
+assert {n for n in after if n not in before} >= {"local/tiny@upload-v0.2.0", "local/tiny-checkpoints@upload-v0.2.0-pretrain-step-2"}
+assert verify("local/tiny").ok and verify("local/tiny-evidence").ok
+""",
+            endpoint,
+        )
+        client(
+            where
+            + """
+before = heads()
+report = publish(later, "local", public=True)
+assert not sum(r.files_sent for r in report.repositories), "the staging branches held all of it"
+after = heads()
+assert {r.repo + "@" + r.revision: r.commit for r in report.repositories} == {n: after[n] for n in after}
+assert all(after[n] != before[n] for n in after) and not [n for n in after if "upload-" in n]
+again = publish(later, "local", public=True)
+assert [r.commit for r in again.repositories] == [r.commit for r in report.repositories] and heads() == after
+""",
+            endpoint,
+        )
+        client(
+            """
+for name in ("", "-base", "-data", "-evidence", "-checkpoints"):
+    for revision in ("main", "v0.1.0", "v0.2.0"):
+        assert verify("local/tiny" + name + "@" + revision).ok, (name, revision)
+assert verify("local/tiny-checkpoints@pretrain-step-2").ok
+""",
+            endpoint,
+            token=None,
+        )
+
+
+def test_a_snapshot_in_the_clients_cache_is_verified_as_it_lies(client, release: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "hub") as endpoint:
+        client(
+            """
+import os
+publish(release, "local")
+for suffix, kind, file in (("", "model", "model.safetensors"), ("-evidence", "dataset", "code/release/assembly/build_release.py")):
+    folder = pathlib.Path(api().snapshot_download("local/tiny" + suffix, repo_type=kind))
+    assert (folder / file).is_symlink() and "/hf/" in str(folder), folder
+    v = verify(folder, deep=True); assert v.ok, v.to_json()
+    blob = (folder / file).resolve()
+    data = bytearray(blob.read_bytes()); data[len(data) // 2] ^= 1
+    os.chmod(blob, 0o644); blob.write_bytes(data)
+    found = [t for c in verify(folder).checks for t in c.wrong]
+    assert any(t.startswith(file + " is altered") for t in found), found
+""",
+            endpoint,
+        )

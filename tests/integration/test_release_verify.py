@@ -1,0 +1,294 @@
+"""`verify`: every flipped byte is found and named, on a whole release and on each repository alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.store import sha256_file
+from release.audit.verify import kind_of, verify
+from release.checksums import write_sums
+from release.layout import ALL_SUMS, SUMS
+from release.repositories import files_below, files_of, repositories
+from tests.fixtures import release_fixtures
+
+
+def pulled(release: Path, target: Path) -> dict[str, Path]:
+    """Each repository alone, as snapshot_download leaves it."""
+    folders = {}
+    for place in repositories(release):
+        folder = target / (place.folder.replace("/", "_") or "root")
+        for path in [*files_of(release, place), SUMS]:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(release / place.folder / path, folder / path)
+        (folder / ".gitattributes").write_text("x\n")
+        (folder / ".cache/huggingface/download").mkdir(parents=True)
+        (folder / ".cache/huggingface/download/x.metadata").write_text("x\n")
+        folders[place.folder] = folder
+    return folders
+
+
+def resum(release: Path) -> None:
+    """What a forger would do: write all the checksums anew."""
+    places = repositories(release)
+    for place in places:
+        if place.folder:
+            write_sums(release / place.folder / SUMS, release / place.folder, files_of(release, place))
+    write_sums(release / ALL_SUMS, release, [p for p in files_below(release) if p not in (SUMS, ALL_SUMS)])
+    write_sums(release / SUMS, release, files_of(release, next(p for p in places if not p.folder)))
+
+
+def flip(path: Path) -> bytes:
+    before = path.read_bytes()
+    middle = len(before) // 2
+    path.write_bytes(before[:middle] + bytes([before[middle] ^ 1]) + before[middle + 1 :])
+    return before
+
+
+def test_a_sound_release(built: Path) -> None:
+    verdict = verify(built, deep=True)
+    assert verdict.ok and verdict.kind == "release", verdict.to_json()
+    body = json.loads(json.dumps(verdict.to_json()))
+    assert set(body) == {"schema", "subject", "kind", "deep", "ok", "checks"} and body["schema"] == 1
+    assert {c["name"] for c in body["checks"]} >= {
+        "statements",
+        "dispositions_balance",
+        "cards",
+        "weights",
+        "order",
+        "answers",
+    }
+    verdict.require()
+
+
+def test_one_flipped_byte_in_every_file(copy: Path) -> None:
+    paths = files_below(copy)
+    assert len(paths) > 100
+    for path in paths:
+        before = flip(copy / path)
+        verdict = verify(copy)
+        assert not verdict.ok, path
+        with pytest.raises(CheckFailed):
+            verdict.require()
+        assert any(path in text for check in verdict.checks for text in check.wrong), path
+        (copy / path).write_bytes(before)
+    assert verify(copy).ok
+
+
+def test_one_flipped_byte_in_every_file_of_each_repository_alone(built: Path, tmp_path: Path) -> None:
+    kinds = {}
+    for place, folder in pulled(built, tmp_path).items():
+        verdict = verify(folder)
+        assert verdict.ok, verdict.to_json()
+        kinds[place.split("/")[0] + ("/" if "/" in place else "")] = verdict.kind
+        for path in files_below(folder):
+            before = flip(folder / path)
+            verdict = verify(folder)
+            assert any(path in text for check in verdict.checks for text in check.wrong), path
+            (folder / path).write_bytes(before)
+    assert kinds == {
+        "": "evidence", "dataset": "dataset", "checkpoints": "repository", "checkpoints/": "checkpoint",
+        "model": "model", "model-base": "model"
+    }  # fmt: skip
+
+
+def test_deep_on_each_repository_alone(built: Path, tmp_path: Path) -> None:
+    for folder in pulled(built, tmp_path).values():
+        verdict = verify(folder, deep=True)
+        assert verdict.ok, verdict.to_json()
+
+
+def test_missing_extra_and_linked_files_are_named(copy: Path) -> None:
+    (copy / "model/LICENSE").unlink()
+    (copy / "dataset/new.txt").write_text("x")
+    (copy / "code/release/assembly/build_release.py").rename(copy / "code/release/moved.py")
+    (copy / "code/release/assembly/build_release.py").symlink_to("moved.py")
+    problems = [text for check in verify(copy).checks for text in check.wrong]
+    assert "model/LICENSE is missing (listed in evidence/SHA256SUMS)" in problems
+    assert "dataset/new.txt is not listed in evidence/SHA256SUMS" in problems
+    assert any(text.startswith("code/release/assembly/build_release.py is a link") for text in problems)
+
+
+@pytest.mark.parametrize("part", ["model", "dataset", "checkpoints", "evidence"])
+def test_a_missing_part_is_named(copy: Path, part: str) -> None:
+    shutil.rmtree(copy / part)
+    verdict = verify(copy)
+    assert not verdict.ok and any(part in text for check in verdict.checks for text in check.wrong)
+
+
+def test_a_forger_who_writes_new_checksums_is_caught_by_the_ledger(copy: Path) -> None:
+    flip(copy / "checkpoints/pretrain-step-2/state.json")
+    (copy / "dataset/kept/extra.parquet").write_bytes((copy / "dataset/kept/prose.parquet").read_bytes())
+    resum(copy)
+    problems = [text for check in verify(copy).checks for text in check.wrong]
+    assert "checkpoints/pretrain-step-2/state.json is not step-000002/state.json of the artifact pretrain" in problems
+    assert "dataset/kept/extra.parquet has no origin" in problems
+
+
+def test_a_forged_manifest_is_caught_by_the_statements(copy: Path) -> None:
+    path = copy / "evidence/manifests/pretrain.json"
+    manifest = json.loads(path.read_text())
+    state = copy / "checkpoints/pretrain-step-2/state.json"
+    state.write_text(state.read_text().replace('"seed": 0', '"seed": 1'))
+    row = next(r for r in manifest["files"] if r["path"] == "step-000002/state.json")
+    row["sha256"] = sha256_file(state)
+    path.write_text(json.dumps(manifest))
+    resum(copy)
+    assert "manifests" in {c.name for c in verify(copy).checks if c.ok is False}
+    from pipeline.core.store import FileRow, digest_of
+
+    manifest["digest"] = digest_of([FileRow(r["path"], r["size"], r["sha256"]) for r in manifest["files"]])
+    path.write_text(json.dumps(manifest))
+    resum(copy)
+    bad = {c.name: c.detail for c in verify(copy).checks if c.ok is False}
+    assert set(bad) == {"statements"}
+
+
+def test_deep_finds_training_on_held_out_text_and_forged_answers(built: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from release.checks import deep_checks
+
+    data = Path(shutil.copytree(built / "dataset", tmp_path / "dataset"))
+    path = data / "order/pretrain/order.parquet"
+    table = pq.read_table(path)
+    assert deep_checks.order(data) == deep_checks.documents(data) == []
+    pq.write_table(
+        table.set_column(table.schema.get_field_index("id"), "id", pa.array(["prose/000"] * len(table))), path
+    )
+    assert "prose/000, which is no training document" in deep_checks.order(data)[0]
+    pq.write_table(
+        table.set_column(table.schema.get_field_index("length"), "length", pa.array([9999] * len(table))), path
+    )
+    assert "reaches beyond the end" in deep_checks.order(data)[0]
+    rows = pq.read_table(data / "kept/prose.parquet").to_pylist()
+    rows[0]["text"] += "!"
+    release_fixtures.table(data / "kept/prose.parquet", rows)
+    assert f"the text of {rows[0]['id']} is not what" in deep_checks.documents(data)[0]
+
+
+def test_names_that_lead_nowhere(tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(AtomError, match="there is no folder nowhere/at/all"):
+        verify("nowhere/at/all")
+    (tmp_path / "f").write_text("x")
+    with pytest.raises(AtomError, match="is a file"):
+        verify(tmp_path / "f")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "index.json").write_text('[{"branch": 1}]')
+    with pytest.raises(AtomError, match=r"neither a release nor a repository of one: it has no SHA256SUMS; give the"):
+        verify(tmp_path)
+    (tmp_path / SUMS).write_text("")
+    assert kind_of(tmp_path / "code") == "repository" and not verify(tmp_path).ok
+
+
+def test_a_checksum_file_that_was_deleted_is_missing(built: Path, copy: Path, tmp_path: Path) -> None:
+    for place, folder in pulled(built, tmp_path / "alone").items():
+        (folder / SUMS).unlink()
+        problems = [text for check in verify(folder).checks for text in check.wrong]
+        assert f"{SUMS} is missing" in problems, place
+    (copy / SUMS).unlink()
+    (copy / ALL_SUMS).unlink()
+    problems = [text for check in verify(copy).checks for text in check.wrong]
+    assert f"{SUMS} is missing" in problems and f"{ALL_SUMS} is missing" in problems
+
+
+def test_the_tables_of_the_data_set_must_agree_on_every_kept_document(built: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    from release.checks import deep_checks
+
+    def damaged(file: str, column: str, where, value: str) -> list[str]:
+        path = data / file
+        before, rows = path.read_bytes(), pq.read_table(path).to_pylist()
+        next(row for row in rows if where(row))[column] = value
+        release_fixtures.table(path, rows)
+        problems = deep_checks.documents(data)
+        path.write_bytes(before)
+        return problems
+
+    data = Path(shutil.copytree(built / "dataset", tmp_path / "dataset"))
+    one, other = {"id": "prose/001"}, {"id": "prose/003"}
+    assert damaged("dispositions.parquet", "kept_hash", lambda row: row["id"] == one["id"], "0" * 64) == [
+        "dispositions.parquet: the kept hash of prose/001 is not that of kept/prose.parquet"
+    ]
+    assert damaged("dispositions.parquet", "kept_hash", lambda row: row["id"] == other["id"], "0" * 64) == [
+        "dispositions.parquet: prose/003 has a kept hash, but is not kept"
+    ]
+    assert damaged("tokens/documents.parquet", "content_hash", lambda row: row["id"] == one["id"], "0" * 64) == [
+        "tokens/documents.parquet: the content hash of prose/001 is not that of kept/prose.parquet"
+    ]
+    assert damaged("tokens/documents.parquet", "id", lambda row: row["id"] == one["id"], "prose/003") == [
+        "tokens/documents.parquet: the content hash of prose/001 is not that of kept/prose.parquet",
+        "tokens/documents.parquet: prose/003 is no kept document",
+    ]
+    assert deep_checks.documents(data) == []
+
+
+@pytest.mark.parametrize("field", ["_type", "predicateType", "buildType"])
+def test_a_statement_of_another_kind_is_named(copy: Path, field: str) -> None:
+    from pipeline.core.store import canonical, sha256_bytes
+
+    path = sorted((copy / "evidence/statements").glob("*.json"))[0]
+    body = json.loads(path.read_text())
+    holder = body["predicate"]["buildDefinition"] if field == "buildType" else body
+    holder[field] = "https://example.org/other"
+    path.unlink()
+    data = canonical(body)
+    path.with_name(f"{sha256_bytes(data)}.json").write_bytes(data)
+    from release.checks import registry as checks
+
+    assert f"evidence/statements/{sha256_bytes(data)}.json: its {field} is https://example.org/other" in "".join(
+        checks.statements(copy)
+    )
+
+
+def test_deep_without_torch_keeps_what_it_found(copy: Path, monkeypatch) -> None:
+    import sys
+
+    rows = json.loads((copy / "evidence/gates.json").read_text())
+    rows["counts_balance"]["ok"] = False
+    release_fixtures.write_json(copy / "evidence/gates.json", rows)
+    resum(copy)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    verdict = verify(copy, deep=True)
+    checks = {check.name: check for check in verdict.checks}
+    assert not verdict.ok and {name for name, check in checks.items() if check.ok is False} == {"gates", "attestations"}
+    assert {name for name, check in checks.items() if check.ok is None} == {
+        "signatures",
+        "weights",
+        "reload_in_transformers",
+    }
+    assert checks["weights"].detail == "not asked, since it needs torch; install atom-release[train]"
+    assert checks["documents"].ok and checks["order"].ok and checks["cards"].ok
+
+
+def test_links_of_a_client_cache_are_files_and_others_are_not(built: Path, tmp_path: Path) -> None:
+    """A snapshot as the Hub client keeps it; test_release_publish.py has a real one."""
+    repository = tmp_path / "models--local--tiny"
+    snapshot, blobs = repository / "snapshots" / ("0" * 40), repository / "blobs"
+    blobs.mkdir(parents=True)
+    for path in [*files_of(built, next(p for p in repositories(built) if p.folder == "model")), SUMS]:
+        link, blob = snapshot / path, blobs / sha256_file(built / "model" / path)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(built / "model" / path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    assert verify(snapshot).ok, verify(snapshot).to_json()
+    link = snapshot / "config.json"
+    real = link.resolve()
+    for target in (built / "model/config.json", tmp_path / "models--local--other/blobs/x", repository / "refs/x"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.exists() or shutil.copyfile(real, target)
+        link.unlink()
+        link.symlink_to(target)
+        problems = [text for check in verify(snapshot).checks for text in check.wrong]
+        expected = ["config.json is a link, not a regular file", "config.json is missing (listed in SHA256SUMS)"]
+        assert problems == expected, target
+    link.unlink()
+    link.symlink_to(blobs / "gone")
+    assert not verify(snapshot).ok

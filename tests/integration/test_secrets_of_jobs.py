@@ -1,0 +1,132 @@
+"""No secret of whoever runs or submits reaches a stage: by which rule, and as its processes have it on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pipeline.core.errors import RecipeError
+from pipeline.core.progress import Display
+from pipeline.core.store import Store
+from pipeline.graph import run as runs
+from pipeline.launch import clean_environment, cluster_profile
+from pipeline.launch.local import LocalLauncher
+from tests.fixtures import verdict_fixtures
+
+PLANTED = "planted-0123456789"
+SECRETS = {
+    "HF_TOKEN": PLANTED,
+    "AWS_SECRET_ACCESS_KEY": PLANTED,
+    "WANDB_API_KEY": PLANTED,
+    "ATOM_KEY_PASSWORD": PLANTED,
+    "SLURM_JWT": PLANTED,
+    "MLFLOW_TRACKING_PASSWORD": PLANTED,
+    "MLFLOW_TRACKING_URI": f"https://me:{PLANTED}@tracking.example",
+    "NCCL_AUTH": PLANTED,
+    "my_github_token": PLANTED,
+    "TEAM_LOGIN": f"no word of the name says it, and\nthe second line has it: {PLANTED}",
+    "PYTHON_DATABASE": f"postgres://me:{PLANTED}@db/x",
+    "TORCH_HUB_ACCESS": f"hf_{PLANTED.replace('-', '')}",
+    "ATOM_GHTOKEN": PLANTED,
+    "SLURM_ACCESSKEY": PLANTED,
+    "TORCH_AUTH0": PLANTED,
+    "CUDA_PASSWORD1": PLANTED,
+    "PYTHON_GITHUBPAT": PLANTED,
+    "MLFLOW_DBPWD": PLANTED,
+    "MLFLOW_REGISTRY_URI": f"https://{PLANTED}@tracking.example",
+    "GITLABTOKEN": PLANTED,
+}
+"""Variables that no stage may have, whichever the pattern that they would fit."""
+NEEDED = {"NCCL_IB_PKEY": "0x8001", "PYTHONUSERBASE": "/z", "OLDPWD": "/", "SLURM_TOPOLOGY_ADDR_PATTERN": "node",
+          "NCCL_SOCKET_IFNAME": "ib0", "CUDA_VISIBLE_DEVICES": "0,1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1",
+          "ATEN_CPU_CAPABILITY": "avx2", "SLURM_JOB_ID": "7", "PYTHONPATH": "/x", "LC_ALL": "C.UTF-8", "ATOM_HOME": "/y",
+          "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000", "SLURM_STEP_TASKS_PER_NODE": "1"}  # fmt: skip
+
+
+def test_names_and_values_decide() -> None:
+    assert clean_environment.denied_names(SECRETS) == sorted(SECRETS)
+    assert clean_environment.denied_names(NEEDED) == []
+    assert clean_environment.denied_names({"BASH_FUNC_module%%": "() { :; }", "my-variable": "x", "EDITOR": "vi"}) != []
+
+
+def test_the_shell_has_the_same_rule() -> None:
+    lines = [*clean_environment.shell(), "env -0"]
+    secrets = {
+        name: value for name, value in SECRETS.items() if clean_environment.is_secret(name) or name == "TEAM_LOGIN"
+    }
+    function = {"BASH_FUNC_planted%%": f"() {{ echo {PLANTED}; }}"}
+    process = subprocess.run(
+        ["bash", "-c", "\n".join(lines)], env={**secrets, **function, **NEEDED}, capture_output=True
+    )
+    assert process.returncode == 0 and not process.stderr, process.stderr
+    variables = dict(entry.split("=", 1) for entry in process.stdout.decode().split("\0") if entry)
+    assert PLANTED not in process.stdout.decode()
+    assert variables.keys() - {"PWD", "SHLVL", "_"} == NEEDED.keys() and all(
+        variables[name] == NEEDED[name] for name in NEEDED
+    )
+
+
+def test_a_profile_that_would_carry_a_secret_is_refused(tmp_path: Path) -> None:
+    text = Path(cluster_profile.__file__).parents[1].joinpath("clusters/dev.yaml").read_text()
+    path = tmp_path / "mine.yaml"
+    for section, words in (
+        ("  forward: [HF_TOKEN]\n", "HF_TOKEN looks like a secret"),
+        ("  forward: [MLFLOW_TRACKING_PASSWORD]\n", "~/.mlflow/credentials"),
+        ("  forward: [AWS_SECRET_ACCESS_KEY]\n", "no secret reaches a job"),
+    ):
+        path.write_text(text + section)
+        with pytest.raises(RecipeError, match=words) as error:
+            cluster_profile.load(str(path))
+        assert "\n" not in str(error.value)
+    with pytest.raises(RecipeError, match="MLFLOW_TRACKING_URI, which a job would take over, looks like a secret"):
+        clean_environment.forwarded_variables(SECRETS, ["MLFLOW_TRACKING_URI"])
+    assert clean_environment.forwarded_variables({"HOME": "/h", "OTHER": "x"}, ["MINE"]) == {"HOME": "/h"}
+    path.write_text(text.replace("environment:\n", "environment:\n    MLFLOW_TRACKING_URI: https://me@host\n"))
+    assert cluster_profile.load(str(path)).cluster().environment["MLFLOW_TRACKING_URI"] == "https://me@host"
+
+
+def test_what_setup_or_an_image_sets_is_dropped_unless_the_profile_names_it(tmp_path: Path) -> None:
+    """Once, even where Python itself sets a variable at each start."""
+    (tmp_path / "sitecustomize.py").write_text("import os\nos.environ['OF_PYTHON'] = 'x'\n")
+    code = (
+        "import os; from pathlib import Path; from pipeline.launch import clean_environment as c\n"
+        "c.require(['MINE', 'MLFLOW_TRACKING_URI']); print('names', *sorted(os.environ))\n"
+        "print(Path('/proc/self/environ').read_bytes())"
+    )
+    root = Path(cluster_profile.__file__).parents[2]
+    variables = {
+        "MINE": "x",
+        "MLFLOW_TRACKING_URI": "https://me@host",
+        "OF_IMAGE": "x",
+        "PYTHONPATH": f"{tmp_path}:{root}",
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", code], env={**SECRETS, **NEEDED, **variables}, capture_output=True, text=True, check=True
+    )
+    first, names, block = process.stdout.splitlines()
+    dropped = set(first.partition("without ")[2].partition(":")[0].split(", "))
+    assert dropped == SECRETS.keys() - {"MLFLOW_TRACKING_URI"} | {"OF_IMAGE"}
+    assert set(names.split()[1:]) - {"LC_CTYPE"} == NEEDED.keys() | {"MINE", "MLFLOW_TRACKING_URI"}
+    assert PLANTED not in block and PLANTED.replace("-", "") not in block and "OF_IMAGE" not in block
+
+
+def test_a_stage_here_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**SECRETS, "NCCL_SOCKET_IFNAME": "lo"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", verdict_fixtures.python_path(tmp_path))
+    store, graph = Store(tmp_path / "home"), verdict_fixtures.graph(tmp_path / "act", "environment", ranks=1)
+    (tmp_path / "act" / "go").touch()
+    (name,) = graph.nodes
+    run = runs.start(graph, store, [name], "local")
+    with Display(Console(quiet=True)) as display:
+        LocalLauncher(graph, store, run, [name], cluster_profile.load("local"), display).go()
+    assert os.environ["HF_TOKEN"] == PLANTED, "what runs the stages keeps its own"
+    for role in ("stage", "child"):
+        environ = (tmp_path / "act" / f"{role}.environ").read_bytes()
+        assert PLANTED.encode() not in environ and PLANTED.replace("-", "").encode() not in environ, environ
+        assert b"NCCL_SOCKET_IFNAME=lo" in environ and b"PATH=" in environ

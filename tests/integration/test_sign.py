@@ -1,0 +1,246 @@
+"""Signatures: the stock tool takes each repository, and every way of tampering has a verdict of its own."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import json
+import shutil
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
+
+from pipeline.core.errors import AtomError
+from release.audit.verify import verify
+from release.hub.local.server import running
+from release.layout import SUMS
+from release.repositories import files_of, repositories
+from release.signing import sign
+from release.signing.trust_policy import Trust
+from tests.integration.test_release_publish import client  # noqa: F401 - a fixture
+from tests.integration.test_release_verify import resum
+
+
+def write_key(path: Path, key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | None = None) -> Path:
+    key = key or ec.generate_private_key(ec.SECP256R1())
+    form, none = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, none))
+    return path
+
+
+@pytest.fixture(scope="module")
+def signer(tmp_path_factory: pytest.TempPathFactory) -> sign.Signer:
+    return sign.Signer(write_key(tmp_path_factory.mktemp("keys") / "key.pem"))
+
+
+@pytest.fixture(scope="module")
+def signed(built: Path, signer: sign.Signer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = Path(shutil.copytree(built, tmp_path_factory.mktemp("signed") / built.name))
+    sign.sign(copy, signer)
+    return copy
+
+
+@pytest.fixture
+def release(signed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(signed, tmp_path / "tiny-0.1.0"))
+
+
+ANYONE = Trust()
+
+
+def verdict(folder: Path, trust: Trust = ANYONE) -> tuple[bool | None, list[str] | str]:
+    result = next(check for check in verify(folder, trust=trust).checks if check.name == "signatures")
+    return result.ok, result.wrong or result.detail
+
+
+def test_a_signed_release_and_every_repository_alone(signed: Path, signer: sign.Signer, tmp_path: Path) -> None:
+    name = sign.fingerprint(signer.public_key())
+    ok, detail = verdict(signed, Trust(name))
+    assert ok and detail == f"{len(repositories(signed))} repositories signed by {name}"
+    ok, detail = verdict(signed)
+    assert ok and "nothing but the release itself says whose key that is" in detail
+    for place in repositories(signed):
+        folder = tmp_path / (place.folder.replace("/", "_") or "root")
+        for path in [*files_of(signed, place), SUMS, sign.SIGNATURE, sign.PUBLIC_KEY]:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(signed / place.folder / path, folder / path)
+        (folder / ".gitattributes").write_text("x\n")  # what a Hub and its client add
+        (folder / ".cache/huggingface").mkdir(parents=True)
+        (folder / ".cache/huggingface/x.metadata").write_text("x\n")
+        assert verdict(folder, Trust(str(folder / sign.PUBLIC_KEY)))[0], place
+        stock = [sys.executable, "-m", "model_signing", "verify", "key", "--signature", str(folder / sign.SIGNATURE)]
+        process = subprocess.run(
+            [*stock, "--public_key", str(folder / sign.PUBLIC_KEY), str(folder)], capture_output=True
+        )
+        assert process.returncode == 0 and b"Verification succeeded" in process.stdout, process
+        (folder / "more.txt").write_text("x")
+        process = subprocess.run(
+            [*stock, "--public_key", str(folder / sign.PUBLIC_KEY), str(folder)], capture_output=True
+        )
+        assert process.returncode != 0, "the stock tool sees what was added"
+
+
+def altered(release: Path) -> str:
+    (release / "model/config.json").write_text((release / "model/config.json").read_text() + " ")
+    return "model/config.json was altered after signing"
+
+
+def removed(release: Path) -> str:
+    (release / "dataset/dispositions.parquet").unlink()
+    return "dataset/dispositions.parquet is missing, and was signed"
+
+
+def added(release: Path) -> str:
+    (release / "model-base/more.json").write_text("{}")
+    return "model-base/more.json was added after signing"
+
+
+@pytest.mark.parametrize("tamper", [altered, removed, added], ids=lambda f: f.__name__)
+def test_what_was_done_after_signing_is_told_though_all_checksums_were_made_anew(tamper, release: Path) -> None:
+    expected = tamper(release)
+    resum(release)
+    ok, wrong = verdict(release)
+    assert ok is False and expected in wrong
+    assert all("SHA256SUMS was altered" in text for text in wrong if text != expected), wrong
+
+
+def test_another_key_is_no_signature_of_ours(release: Path, signer: sign.Signer, tmp_path: Path) -> None:
+    ours = Trust(sign.fingerprint(signer.public_key()))
+    other = sign.Signer(write_key(tmp_path / "other.pem"))
+    (release / "model" / sign.PUBLIC_KEY).write_bytes(other.public_key())
+    ok, wrong = verdict(release)
+    assert ok is False and any("model/model.sig is not by the key sha256:" in text for text in wrong)
+    theirs = sign.sign(release, other)
+    assert verdict(release)[0], "whoever signs everything anew can only be told by the key"
+    ok, wrong = verdict(release, ours)
+    assert ok is False and f"model/model.pub is {theirs}, not {ours.key}" in wrong
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"\xff\x00", b'{"verificationMaterial": {}, "dsseEnvelope": []}', b"[" * 99999]
+)
+def test_what_is_no_signature_is_told(content: bytes, release: Path) -> None:
+    (release / "model" / sign.SIGNATURE).write_bytes(content)
+    ok, wrong = verdict(release)
+    assert ok is False and len(wrong) == 1 and "model/model.sig is not by the key" in wrong[0]
+
+
+def test_bytes_that_decide_nothing_may_not_change_either(release: Path) -> None:
+    """The white space of a key, and the last bits of a payload in base64, which no decoder reads."""
+    key = release / "model" / sign.PUBLIC_KEY
+    pem = key.read_bytes()
+    key.write_bytes(pem[:-1] + b"\v")
+    assert verdict(release) == (False, ["model/model.pub is not a public key, or is altered"])
+    key.write_bytes(pem)
+    digits = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
+    changed = 0
+    for path in sorted(release.rglob(sign.SIGNATURE)):
+        bundle = path.read_text()
+        payload = json.loads(bundle)["dsseEnvelope"]["payload"]
+        stem = payload.rstrip("=")
+        other = (stem[:-1] + digits[digits.index(stem[-1]) ^ 1]).ljust(len(payload), "=")
+        if base64.b64decode(other) == base64.b64decode(payload):
+            path.write_text(bundle.replace(payload, other))
+            changed += 1
+    ok, wrong = verdict(release)
+    assert ok is False and len(wrong) == changed > 0, wrong
+    assert all("it is not written as signers write it" in text for text in wrong)
+
+
+def test_one_repository_without_and_a_release_without(release: Path, signer: sign.Signer) -> None:
+    for name in (sign.SIGNATURE, sign.PUBLIC_KEY):
+        assert verdict(release)[0]
+        (release / "model" / name).unlink()
+        ok, wrong = verdict(release)
+        assert ok is False and len(wrong) == 1, wrong
+        sign.sign(release, signer)
+    for place in repositories(release):
+        for name in (sign.SIGNATURE, sign.PUBLIC_KEY):
+            (release / place.folder / name).unlink()
+    assert verdict(release) == (None, "not signed")
+    assert verdict(release, Trust(sign.fingerprint(signer.public_key())))[0] is False
+
+
+def certificate(name: str, issuer: str, of: ec.EllipticCurvePrivateKey, by: ec.EllipticCurvePrivateKey) -> bytes:
+    def common_name(text: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+    start = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    builder = x509.CertificateBuilder(
+        common_name(issuer), common_name(name), of.public_key(), x509.random_serial_number()
+    )
+    builder = builder.not_valid_before(start).not_valid_after(start + datetime.timedelta(days=3650))
+    root = name == issuer
+    builder = builder.add_extension(x509.BasicConstraints(ca=root, path_length=None), critical=True)
+    usage = x509.KeyUsage(not root, False, False, False, False, root, root, False, False)
+    return (
+        builder.add_extension(usage, critical=True).sign(by, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    )
+
+
+def test_a_certificate_names_the_signer(release: Path, tmp_path: Path) -> None:
+    root, leaf, stranger = (ec.generate_private_key(ec.SECP256R1()) for _ in range(3))
+    (tmp_path / "root.pem").write_bytes(certificate("root", "root", root, root))
+    (tmp_path / "leaf.pem").write_bytes(certificate("team", "root", leaf, root))
+    (tmp_path / "stranger.pem").write_bytes(certificate("stranger", "stranger", stranger, stranger))
+    key = write_key(tmp_path / "leaf.key", leaf)
+    sign.sign(release, sign.Signer(key, tmp_path / "leaf.pem", (tmp_path / "root.pem",)))
+    assert verdict(release)[0] and verdict(release, Trust(chain=(tmp_path / "root.pem",)))[0]
+    assert verdict(release, Trust(chain=(tmp_path / "stranger.pem",)))[0] is False
+    altered(release)
+    resum(release)
+    assert verdict(release, Trust(chain=(tmp_path / "root.pem",)))[0] is False
+
+
+def test_certificates_that_are_not_there_and_a_stripped_release(release: Path, tmp_path: Path) -> None:
+    with pytest.raises(AtomError, match="there is no certificate"):
+        verify(release, trust=Trust(chain=(tmp_path / "none.pem",)))
+    (tmp_path / "root.pem").write_text("x")
+    for place in repositories(release):
+        for name in (sign.SIGNATURE, sign.PUBLIC_KEY):
+            (release / place.folder / name).unlink()
+    assert verdict(release, Trust(chain=(tmp_path / "root.pem",)))[0] is False
+    key = write_key(tmp_path / "key.pem")
+    for signer in (sign.Signer(key, key), sign.Signer(key, key, (key,), "secret"), sign.Signer(key, key, (key,))):
+        with pytest.raises(AtomError) as error:
+            sign.sign(release, signer)
+        assert "\n" not in str(error.value)
+
+
+def test_keys_that_are_none_cost_a_sentence(signed: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.pem").write_text("x")
+    write_key(tmp_path / "rsa.pem", rsa.generate_private_key(65537, 2048))
+    for name, words in {
+        "none.pem": "there is no key",
+        "text.pem": "cannot be read as a private key",
+        "rsa.pem": "is not a key on an elliptic curve",
+    }.items():
+        with pytest.raises(AtomError, match=words) as error:
+            sign.sign(signed, sign.Signer(tmp_path / name))
+        assert "\n" not in str(error.value) and "openssl ecparam" in str(error.value)
+    for key in ("sha256:12", str(tmp_path / "text.pem"), str(tmp_path / "none.pub")):
+        with pytest.raises(AtomError, match="is neither a fingerprint, sha256:…, nor the file of a public key"):
+            verify(signed, trust=Trust(key))
+
+
+def test_signatures_are_published_and_come_back(client, release: Path, tmp_path: Path) -> None:  # noqa: F811
+    with running(tmp_path / "hub") as endpoint:
+        client(
+            """
+publish(release, "local", public=True)
+from release.audit.verify import Trust
+trust = Trust(str(release / "model.pub"))
+for suffix in ("", "-base", "-data", "-evidence", "-checkpoints", "-checkpoints@pretrain-step-2"):
+    found = next(c for c in verify("local/tiny" + suffix, trust=trust).checks if c.name == "signatures")
+    assert found.ok, found
+assert not sum(r.files_sent for r in publish(release, "local", public=True).repositories)
+""",
+            endpoint,
+        )

@@ -1,0 +1,96 @@
+"""Sealed checkpoints: the same tensors in one file or in many, and a damaged one is never trained on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.core.errors import AtomError
+from pipeline.core.stage import identity
+from pipeline.core.store import Artifact, write_manifest
+from stages.models.qwen3_moe.config import ModelConfig
+from stages.train.checkpoint import release_checkpoint
+from stages.train.config import TrainConfig
+from tests.fixtures import train_fixtures
+
+SHAPES = ModelConfig(**train_fixtures.MODEL).shapes(train_fixtures.VOCAB)
+
+
+def read(kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    size = math.prod(shape)
+    return torch.arange(size).view(shape) / size + len(kind + name)
+
+
+def write(folder: Path) -> Path:
+    state = {
+        "step": 3,
+        "tokens": 0,
+        "config": identity(TrainConfig.model_validate(train_fixtures.config())),
+        "tokenizer": "",
+    }
+    release_checkpoint.write(folder, SHAPES, ("exp_avg", "exp_avg_sq"), read, state)
+    return folder
+
+
+def test_many_files_hold_what_one_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = write(tmp_path / "one")
+    assert sorted(p.name for p in one.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    monkeypatch.setattr(release_checkpoint, "SHARD_BYTES", 20_000)
+    many, second = write(tmp_path / "many"), write(tmp_path / "again")
+    assert train_fixtures.digest(many) == train_fixtures.digest(second)
+    for stem in (release_checkpoint.MODEL, release_checkpoint.OPTIMIZER):
+        index = json.loads((many / f"{stem}.safetensors.index.json").read_text())
+        files = sorted(many.glob(f"{stem}-*.safetensors"))
+        assert len(files) > 2 and all(p.stat().st_size < 25_000 for p in files)
+        assert [p.name for p in files] == [
+            f"{stem}-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)
+        ]
+        expected = load_file(one / f"{stem}.safetensors")
+        assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in expected.values())
+        for name, file in index["weight_map"].items():
+            assert name in load_file(many / file)
+        for folder in (one, many):
+            tensors = release_checkpoint.Tensors(folder, stem)
+            assert set(tensors) == set(expected) and tensors.shapes() == {
+                n: tuple(t.shape) for n, t in expected.items()
+            }
+            assert all(torch.equal(tensors[name], t) for name, t in expected.items())
+
+
+def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release_checkpoint, "SHARD_BYTES", 20_000)
+    folder = write(tmp_path / "many")
+    sorted(folder.glob("model-*"))[1].unlink()
+    with pytest.raises(
+        AtomError, match=r"checkpoint .*many cannot be read \(.*model-00002-of-.*\); remove its artifact"
+    ):
+        release_checkpoint.Tensors(folder)
+
+
+@pytest.mark.parametrize(
+    ("phase", "file"),
+    [("pretrain", "model.safetensors"), ("pretrain", "state.json"), ("midtrain", "model.safetensors")],
+)
+def test_no_phase_begins_from_a_flipped_byte(tmp_path: Path, phase: str, file: str, run_stage) -> None:
+    from importlib import import_module
+
+    stage = import_module(f"stages.train.{phase}").STAGE
+    train_fixtures.make(tmp_path / "corpus")
+    inputs = {role: Artifact.open(tmp_path / "corpus" / role) for role in ("tokens", "order")}
+    place = tmp_path / "made" / ("step-000012" if phase == "midtrain" else "")
+    write(place)
+    artifact = write_manifest(tmp_path / "made", "pretrain-test")
+    content = bytearray((place / file).read_bytes())
+    content[-3] ^= 1
+    (place / file).write_bytes(content)
+    if phase == "pretrain":
+        inputs["continue"] = artifact
+    else:
+        inputs["init"] = artifact
+    with pytest.raises(AtomError, match="artifact pretrain-test: .*is not what its manifest says; take it from a copy"):
+        run_stage(stage, train_fixtures.config(), inputs)

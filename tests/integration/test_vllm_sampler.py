@@ -1,0 +1,219 @@
+"""A real vLLM server as the sampler: its tokens and log-probabilities are those of the in-process sampler, before and
+after weights are reloaded, and in a whole step of reinforcement learning.
+
+vLLM wants an environment of its own: `make test-vllm` makes one and names its interpreter in ATOM_VLLM_PYTHON.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.core.errors import AtomError
+from stages.mcore.weight_init import full_tensor
+from stages.models.qwen3_moe import hf
+from stages.models.qwen3_moe.config import ModelConfig
+from stages.rl.protocols import Completion, Prompt
+from stages.rl.samplers import vllm_server
+from stages.rl.samplers.generate import InProcess
+from stages.rl.samplers.vllm_sampler import VllmServer, logprobs
+from tests.fixtures import rl_fixtures
+
+pytestmark = pytest.mark.skipif(
+    "ATOM_VLLM_PYTHON" not in os.environ, reason="vLLM needs an environment of its own; see `make test-vllm`"
+)
+# vLLM's kernels for the CPU know heads of 32 and more
+MODEL: dict[str, Any] = {
+    **rl_fixtures.MODEL,
+    "hidden_size": 64,
+    "head_dim": 32,
+    "moe_intermediate_size": 32,
+    "init_std": 0.3,
+}
+STOPS, TOKENS, TEMPERATURE = (1, 3), 24, 0.7
+ARGUMENTS = (STOPS, TOKENS, TEMPERATURE)
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    model = ModelConfig(**MODEL)
+    shapes = model.shapes(rl_fixtures.PADDED)
+    tensors = {name: full_tensor(name, shape, model, seed) for name, shape in shapes.items()}
+    # no norm of a trained model is all ones
+    noise = torch.Generator().manual_seed(seed)
+    tensors |= {n: t * (1 + 0.2 * torch.randn(t.shape, generator=noise)) for n, t in tensors.items() if "norm" in n}
+    return hf.to_hf(tensors, model, rl_fixtures.PADDED)
+
+
+CONFIG = hf.hf_config(ModelConfig(**MODEL), rl_fixtures.PADDED, 1, 0, "float32")
+FIRST, SECOND = weights(0), weights(1)
+
+
+def prompts(count: int) -> list[Prompt]:
+    """128 of them are more tokens than vLLM reads at once."""
+    make = torch.Generator().manual_seed(0)
+    lengths = torch.randint(10, 41, (count,), generator=make).tolist()
+    return [
+        Prompt(tuple(torch.randint(4, 48, (n,), generator=make).tolist()), 2**62 + i) for i, n in enumerate(lengths)
+    ]
+
+
+def gap(
+    completions: list[Completion], requests: list[Prompt], model: InProcess, temperature: float = TEMPERATURE
+) -> float:
+    """The largest difference from the log-probabilities of a transformers model."""
+    gaps = [
+        (logprobs(model.model, p, c, temperature) - torch.tensor(c.logprobs)).abs().max()
+        for p, c in zip(requests, completions, strict=True)
+    ]
+    return float(torch.stack(gaps).max())
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    sampler = VllmServer(CONFIG, *ARGUMENTS, tmp_path_factory.mktemp("vllm") / "served")
+    began = time.monotonic()
+    sampler.load(FIRST)
+    print(f"\nserver started, weights loaded and proved in {time.monotonic() - began:.1f} s")
+    yield sampler
+    sampler.close()
+
+
+@pytest.fixture
+def ours() -> InProcess:
+    engine = InProcess(CONFIG, *ARGUMENTS)
+    engine.load(FIRST)
+    return engine
+
+
+def test_tokens_and_log_probabilities_are_those_of_the_in_process_sampler(served: VllmServer, ours: InProcess) -> None:
+    requests = prompts(128)
+    for tensors in (FIRST, SECOND, FIRST):  # and after reloads, of weights that were served before too
+        began = time.monotonic()
+        served.load(tensors)
+        reload = time.monotonic() - began
+        ours.load(tensors)
+        theirs, mine = served.generate(requests, greedy=True), ours.generate(requests, greedy=True)
+        assert [c.ids for c in theirs] == [c.ids for c in mine] and [c.finished for c in theirs] == [
+            c.finished for c in mine
+        ]
+        greedy = gap(theirs, requests, ours, 1.0)
+        assert greedy < 1e-4
+        began = time.monotonic()
+        drawn = served.generate(requests)
+        seconds = time.monotonic() - began
+        sampled = gap(drawn, requests, ours)
+        assert sampled < 1e-4
+        assert [c.ids for c in served.generate(requests)] == [c.ids for c in drawn], "equal seeds drew other tokens"
+        redrawn = served.generate([Prompt(p.ids, p.seed + 1) for p in requests])
+        assert sum(a.ids != b.ids for a, b in zip(redrawn, drawn, strict=True)) > 100
+        for c in drawn + theirs:
+            assert c.finished == (c.ids[-1] in STOPS) and not set(c.ids[:-1]) & set(STOPS)
+            assert c.finished or len(c.ids) == TOKENS
+        assert {c.finished for c in drawn} == {True, False}
+        rate = sum(len(c.ids) for c in drawn) / seconds
+        print(f"128 of 128 greedy answers equal; largest gap {greedy:.2g} greedy, {sampled:.2g} sampled; "
+              f"reload {reload:.3f} s; {rate:.0f} tokens/s")  # fmt: skip
+
+
+def test_frequencies_are_those_of_the_distribution(served: VllmServer, ours: InProcess) -> None:
+    served.load(FIRST)
+    prompt = prompts(1)[0].ids
+    drawn = served.generate([Prompt(prompt, seed) for seed in range(2000)])
+    counts = torch.bincount(torch.tensor([c.ids[0] for c in drawn]), minlength=48) / 2000
+    with torch.inference_mode():
+        probabilities = torch.softmax(ours.model(torch.tensor([prompt])).logits[0, -1] / TEMPERATURE, -1)
+    assert 0.5 * (counts - probabilities).abs().sum() < 0.08
+
+
+def test_other_servers_may_be_used(served: VllmServer, ours: InProcess, tmp_path: Path) -> None:
+    """As those on nodes of their own: each draws its part."""
+    urls = [served.servers[0].url, served.servers[0].url + "/"]
+    sampler = VllmServer(CONFIG, *ARGUMENTS, tmp_path / "served", urls=urls)
+    ours.load(SECOND)
+    requests = prompts(20)
+    try:
+        sampler.load(SECOND)
+        assert gap(sampler.generate(requests), requests, ours) < 1e-4
+        with pytest.raises(AtomError, match="it started anew, or somebody else uses it: run again"):
+            served.generate(requests)
+    finally:
+        sampler.close()
+        served.loaded = None
+    served.load(FIRST)
+    ours.load(FIRST)
+    assert gap(served.generate(requests), requests, ours) < 1e-4, "close() ended a server that is not its own"
+
+
+@pytest.mark.parametrize("fault", ["nothing", "part"])
+def test_a_reload_of_nothing_or_of_a_part_is_noticed(
+    served: VllmServer, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    post = vllm_server.Server.post
+
+    def other(self: Any, path: str, body: Any = None, seconds: float | None = None) -> Any:
+        if path == "/collective_rpc":
+            if fault == "nothing":
+                return None
+            # vLLM's own, which on CPU leaves the experts unpacked
+            body = {"method": "reload_weights", "kwargs": {"weights_path": body["args"][0]}}
+        return post(self, path, body, seconds)
+
+    served.load(FIRST)
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_server.Server, "post", other)
+        served.loaded = None
+        message = "did not take over" if fault == "nothing" else "differ by .* does not renew"
+        with pytest.raises(AtomError, match=message) as raised:
+            served.load(SECOND)
+        print(f"\n{raised.value}")
+    served.loaded = None
+    served.load(FIRST)
+
+
+def test_a_step_of_reinforcement_learning(served: VllmServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage itself starts the server, and the trainer finds the log-probabilities that it returned."""
+    monkeypatch.setattr(rl_fixtures, "MODEL", {**MODEL, "init_std": rl_fixtures.MODEL["init_std"]})
+    rl_fixtures.make(tmp_path / "given")
+    settings = rl_fixtures.config(
+        steps=2, validate_every=2, release_checkpoint_interval=2, sampling={"kind": "vllm", "max_new_tokens": 12}
+    )
+    rl_fixtures.rlvr(tmp_path / "given", tmp_path / "work", tmp_path / "out", settings)
+    lines = [x for x in rl_fixtures.lines(tmp_path / "out") if "sampler_gap" in x]
+    assert len(lines) == 2 and lines[0]["policy"] != lines[1]["policy"]
+    for x in lines:
+        print(f"step {x['step']}: {x['answers']} answers, sampler_gap {x['sampler_gap']:.2g}, "
+              f"largest {x['max_sampler_gap']:.2g}")  # fmt: skip
+        assert x["sampler_gap"] < 1e-3 and x["max_sampler_gap"] < 1e-4
+    # the same policies in the in-process sampler's hands: greedy answers to the validation items earn the same
+    rl_fixtures.rlvr(
+        tmp_path / "given", tmp_path / "work2", tmp_path / "out2",
+        rl_fixtures.config(steps=2, validate_every=2, release_checkpoint_interval=2),
+    )  # fmt: skip
+    theirs, mine = (rl_fixtures.lines(tmp_path / out)[0]["validation"] for out in ("out", "out2"))
+    assert theirs == mine
+
+
+def test_a_killed_server_is_an_error_and_no_answer(served: VllmServer) -> None:
+    """The last test: it ends the server."""
+    process = served.servers[0].process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with pytest.raises(AtomError, match=r"is gone \(exit code -9\).*see to it and run again to go on$"):
+        served.generate(prompts(200))
+    served.close()
+    for _ in range(100):
+        listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
+        remaining = [line for line in listed.splitlines() if line.split()[0] == str(process.pid) and "Z" not in line]
+        if not remaining:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"processes of the server are left: {remaining}")

@@ -1,0 +1,283 @@
+"""What is asked of a vLLM server, and what becomes of a server that dies, hangs, lies or refuses: with a fake one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.core.errors import AtomError
+from stages.rl.protocols import Completion, Prompt
+from stages.rl.samplers import vllm_server
+from stages.rl.samplers.vllm_sampler import VllmServer
+from tests.fixtures import ROOT, rl_fixtures
+
+TENSORS = {"model.embed_tokens.weight": torch.arange(6.0).view(3, 2), "model.norm.weight": torch.ones(2)}
+PROMPT = Prompt((4, 5), 2**63 + 7)
+
+
+class Fake(BaseHTTPRequestHandler):
+    """Answers with the prompt's ids and the stop token. `trouble` has the path fail that often, and how."""
+
+    requests: list[tuple[str, Any]]
+    trouble: dict[str, list[Any]]
+    checksums: dict[str, str]
+    version = "default"
+
+    def do_GET(self) -> None:
+        self.reply({})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.requests.append((self.path, body))
+        trouble = self.trouble.get(self.path)
+        if trouble:
+            fault = trouble.pop(0)
+            if fault == "drop":
+                self.close_connection = True
+                return self.connection.close()
+            if isinstance(fault, float):
+                time.sleep(fault)
+            elif isinstance(fault, int):
+                return self.reply({"error": {"message": "no such\nthing"}}, fault)
+            else:
+                return self.reply(fault)
+        if self.path == "/collective_rpc":
+            tensors = load_file(Path(body["args"][0]) / "model.safetensors")
+            type(self).checksums = {
+                f"dp0:{n}": hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in tensors.items()
+            }
+        if self.path == "/update_weight_version":
+            type(self).version = body["new_version"]
+        if self.path == "/inference/v1/generate":
+            ids = [*body["token_ids"], 1]
+            return self.reply(answer(ids, self.version))
+        self.reply({"success": True, "checksums": self.checksums})
+
+    def reply(self, body: Any, code: int = 200) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        with contextlib.suppress(BrokenPipeError):  # who asked has given up
+            self.wfile.write(data)
+
+    def log_message(self, *args: Any) -> None: ...
+
+
+def answer(ids: list[int], version: str, **fields: Any) -> dict[str, Any]:
+    body = {"content": [{"token_id": i, "logprob": -0.5} for i in ids]}
+    spans = [{"version": version, "start": 0, "end": len(ids)}]
+    return {
+        "choices": [{"token_ids": ids, "logprobs": body, "weight_versions": spans, "finish_reason": "stop", **fields}]
+    }
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Two fake servers: (their classes, their urls)."""
+    monkeypatch.setattr(vllm_server, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(vllm_server, "START_SECONDS", 5.0)
+    kinds = [type("One", (Fake,), {"requests": [], "trouble": {}, "checksums": {}}) for _ in range(2)]
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), kind) for kind in kinds]
+    for server in servers:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield kinds, [f"http://127.0.0.1:{server.server_port}" for server in servers]
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def sampler(fakes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VllmServer:
+    monkeypatch.setattr(VllmServer, "_prove", lambda self, tensors: None)
+    server = VllmServer({"dtype": "float32"}, (1, 3), 7, 0.5, tmp_path / "served", urls=fakes[1])
+    server.load(TENSORS)
+    for kind in fakes[0]:
+        kind.requests.clear()
+    return server
+
+
+def test_requests_are_dealt_and_say_all_that_the_contract_needs(fakes: Any, sampler: VllmServer) -> None:
+    prompts = [Prompt((4, n), n) for n in range(10)]
+    assert sampler.generate(prompts) == [Completion((4, n, 1), (-0.5,) * 3, True) for n in range(10)]
+    assert [len(kind.requests) for kind in fakes[0]] == [5, 5]
+    fakes[0][0].requests.clear()
+    sampler.generate([PROMPT])
+    sampler.generate([PROMPT], greedy=True)
+    (path, body), (_, greedy) = fakes[0][0].requests
+    assert path == "/inference/v1/generate" and body["token_ids"] == [4, 5]
+    expected = {
+        "temperature": 0.5,
+        "seed": 7,
+        "max_tokens": 7,
+        "stop_token_ids": [1, 3],
+        "logprobs": 0,
+        "detokenize": False,
+    }
+    assert body["sampling_params"] == expected
+    assert greedy["sampling_params"] == {**expected, "temperature": 0.0}
+    assert sampler.generate([]) == []
+
+
+def test_weights_are_taken_over_once_and_old_files_go(fakes: Any, sampler: VllmServer) -> None:
+    sampler.load(TENSORS)
+    assert not fakes[0][0].requests, "the same weights were loaded again"
+    changed = {**TENSORS, "model.norm.weight": torch.full((2,), 2.0)}
+    sampler.load(changed)
+    for kind in fakes[0]:
+        paths = [path for path, _ in kind.requests]
+        assert (
+            paths.index("/collective_rpc") < paths.index("/reset_prefix_cache") < paths.index("/update_weight_version")
+        )
+    (folder,) = [p for p in sampler.folder.iterdir() if p.is_dir()]
+    saved = load_file(folder / "model.safetensors")
+    assert torch.equal(saved["lm_head.weight"], saved["model.embed_tokens.weight"])
+    assert torch.equal(saved["model.norm.weight"], changed["model.norm.weight"])
+
+
+def test_a_reload_that_did_nothing_is_noticed(fakes: Any, sampler: VllmServer) -> None:
+    fakes[0][1].trouble["/collective_rpc"] = [{}]
+    with pytest.raises(AtomError, match=r"did not take over the weights in .*; have it see this folder and run again$"):
+        sampler.load({**TENSORS, "model.norm.weight": torch.full((2,), 3.0)})
+    # even where norms are the same
+    fakes[0][1].trouble["/collective_rpc"] = [{}]
+    with pytest.raises(AtomError, match="did not take over the weights"):
+        sampler.load({**TENSORS, "model.embed_tokens.weight": torch.ones(3, 2)})
+
+
+def test_a_cache_in_use_and_a_restarted_server_are_noticed(fakes: Any, sampler: VllmServer) -> None:
+    fakes[0][0].version = "default"
+    with pytest.raises(AtomError, match="answered with the weights default instead of sha256:"):
+        sampler.generate([PROMPT])
+    fakes[0][0].trouble["/reset_prefix_cache"] = [{"success": False}]
+    with pytest.raises(AtomError, match="give it to this run alone"):
+        sampler.load({**TENSORS, "model.norm.weight": torch.full((2,), 3.0)})
+
+
+def test_lost_connections_are_tried_again_and_then_told(fakes: Any, sampler: VllmServer, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    fakes[0][0].trouble["/inference/v1/generate"] = ["drop", 500, "drop"]
+    assert sampler.generate([PROMPT])[0].ids == (4, 5, 1)
+    fakes[0][0].trouble["/inference/v1/generate"] = [500] * 4
+    with pytest.raises(
+        AtomError, match=r"is gone \(/inference/v1/generate: 500 no such thing\); see to it and run again"
+    ):
+        sampler.generate([PROMPT])
+    fakes[0][0].trouble["/inference/v1/generate"] = [400]
+    with pytest.raises(AtomError, match="refuses /inference/v1/generate: 400 no such thing"):
+        sampler.generate([PROMPT])
+    monkeypatch.setattr(vllm_server, "REQUEST_SECONDS", 0.1)
+    fakes[0][0].trouble["/inference/v1/generate"] = [1.0] * 4
+    with pytest.raises(AtomError, match="is gone .*timed out"):
+        sampler.generate([PROMPT])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"choices": []},
+        answer([], "V"),
+        answer([4, 1], "V", finish_reason="abort"),
+        answer([4, 1], "V", logprobs=None),
+        answer([4, 1], "V", logprobs={"content": [{"token_id": 4, "logprob": -0.5}]}),
+    ],
+)
+def test_an_answer_that_is_not_whole_is_an_error(fakes: Any, sampler: VllmServer, wrong: Any) -> None:
+    reply = json.loads(json.dumps(wrong).replace('"V"', json.dumps(sampler.loaded)))
+    fakes[0][0].trouble["/inference/v1/generate"] = [reply or {"nothing": 1}]
+    with pytest.raises(AtomError, match="gave no whole answer"):
+        sampler.generate([PROMPT])
+
+
+def test_without_vllm_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from stages.rl.rlvr import STAGE
+
+    monkeypatch.delenv("ATOM_VLLM_PYTHON", raising=False)
+
+    def why(**options: Any) -> str | None:
+        sampling = {"kind": "vllm", "max_new_tokens": 4, **options}
+        return STAGE.obstacle(STAGE.config.model_validate(rl_fixtures.config(sampling=sampling)))
+
+    assert "needs the interpreter of an environment with vLLM; make one by `make .venv-vllm/.ready`" in (why() or "")
+    assert f"{tmp_path}/python is no interpreter that runs" in (why(python=f"{tmp_path}/python") or "")
+    assert f"{sys.executable} has no vLLM" in (why(python=sys.executable) or "")
+    assert why(url=("http://node1:8000",)) is None
+    with pytest.raises(AtomError, match="has no vLLM"):
+        VllmServer({"dtype": "float32"}, (1,), 7, 1.0, tmp_path / "served", sys.executable)
+
+
+def start(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> vllm_server.Server:
+    (folder / "config.json").write_text('{"dtype": "float32"}')
+    monkeypatch.setattr(vllm_server, "command", lambda *args: [sys.executable, "-c", code])
+    return vllm_server.Server.start("python", folder, folder / "server.log")
+
+
+def test_a_server_that_dies_at_its_start_leaves_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start(tmp_path, monkeypatch, "print('one'); raise SystemExit('no such device')")
+    with pytest.raises(
+        AtomError, match=r"is gone \(exit code 1\); its log .*server.log ends: .*no such device; see to it"
+    ):
+        server.wait(30)
+    server.close()
+    server = start(tmp_path, monkeypatch, "import time; time.sleep(60)")
+    with pytest.raises(AtomError, match="no answer within 0 s"):
+        server.wait(0.3)
+    server.close()
+    server.close()
+
+
+CHILD = "import os, subprocess, time; p = subprocess.Popen(['sleep', '60']); print(os.getpid(), p.pid, flush=True); time.sleep(60)"
+
+
+def pids(log: Path) -> list[int]:
+    for _ in range(200):
+        if log.exists() and (text := log.read_text()).endswith("\n"):
+            return [int(x) for x in text.split()]
+        time.sleep(0.05)
+    raise AssertionError("the server wrote nothing")
+
+
+def have_ended(process_ids: list[int]) -> bool:
+    def runs(pid: int) -> bool:
+        try:
+            return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            return False
+
+    for _ in range(200):
+        if not any(runs(pid) for pid in process_ids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_server_ends_with_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start(tmp_path, monkeypatch, CHILD)
+    process_ids = pids(tmp_path / "server.log")
+    server.close()
+    assert have_ended(process_ids)
+
+
+def test_a_server_ends_when_the_stage_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
+        "from stages.rl.samplers import vllm_server as v\n"
+        f"v.command = lambda *given: [sys.executable, '-c', {CHILD!r}]\n"
+        "folder = Path(sys.argv[1]); s = v.Server.start('python', folder, folder / 'server.log')\n"
+        "while not (folder / 'server.log').read_text().endswith('\\n'): time.sleep(0.05)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(ROOT)], check=False)
+    assert have_ended(pids(tmp_path / "server.log"))

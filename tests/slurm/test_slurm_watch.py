@@ -1,0 +1,60 @@
+"""What is told of a run on a real Slurm, and what ends it: a diagnosis, a budget; what it costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from tests.fixtures import slurm_fixtures
+from tests.fixtures.disturbance_fixtures import finished_stages
+from tests.fixtures.run_fixtures import atom
+
+pytestmark = slurm_fixtures.ON_SLURM
+
+
+def test_a_stage_that_would_fail_again_is_not_retried_and_stops_what_waits_for_it(home: Path) -> None:
+    folder = home.parent
+    notes_file = folder / "told"
+    recipe = slurm_fixtures.write_recipe(folder)
+    order = next((home / "artifacts").glob("order-pretrain-*"))
+    (order / "order.parquet").write_bytes(b"x" * (order / "order.parquet").stat().st_size)  # no retry mends it
+    notify = f'echo "$ATOM_STAGE: $ATOM_OUTCOME" >> {notes_file}'
+    cluster = slurm_fixtures.write_profile(folder, restarts=3, notify=notify)
+    atom(home, "submit", recipe, "--cluster", cluster, "--until", "midtrain")
+    stages = slurm_fixtures.until(lambda: finished_stages(home), "an end")
+    assert stages["pretrain"]["state"] == "failed" and "restarts" not in stages["pretrain"]
+    assert stages["pretrain"]["kind"] == "user"
+    assert stages["midtrain"]["state"] == "cancelled"
+    assert "pretrain" in stages["pretrain"]["message"] or "order" in stages["pretrain"]["message"]
+    assert notes_file.read_text().startswith("pretrain: ") and stages["pretrain"]["message"] in notes_file.read_text()
+    assert atom(home, "logs", "pretrain").stdout.startswith("pretrain failed: ")
+    failed = [path for path in (home / "ledger").glob("pretrain-*/*.json")]
+    assert len(failed) == 1, "the attempt has its statement"
+
+
+def test_a_budget_that_is_used_up_stops_what_comes_next(home: Path) -> None:
+    folder = home.parent
+    recipe = Path(slurm_fixtures.write_recipe(folder))
+    body = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**body, "budget": {"core_hours": 1e-6}}))
+    stderr = atom(
+        home, "submit", str(recipe), "--cluster", slurm_fixtures.write_profile(folder), "--until", "pretrain", code=2
+    ).stderr
+    assert "the budget of 1e-06 core hours is used up" in stderr and stderr.count("\n") == 1
+
+
+def test_orchestration_benchmark() -> None:
+    run = subprocess.run(
+        [sys.executable, "bench/orchestration.py", "--quick"],
+        cwd=slurm_fixtures.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    *table, last = run.stdout.splitlines()
+    assert json.loads(last)["name"] == "orchestration" and len(table) == 7

@@ -1,0 +1,109 @@
+"""What stands in the training data is found, what does not is not; scores beside each other; the detector's figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import AtomError
+from pipeline.core.store import Artifact, write_manifest
+from stages.data.filters.overlap import ItemRuns
+from stages.data.table import read_jsonl, write_jsonl
+from stages.evaluation import contamination, generated_eval, pass_at_k
+from stages.evaluation.eval_set import chat_rows
+from stages.rl.protocols import question
+from tests.fixtures import chat_fixtures
+
+CONFIG = {"canaries": 8, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """add/00000 stands in a document that was read, add/00001 in one that was not, add/00002 in a prompt."""
+    folder = tmp_path_factory.mktemp("world")
+    rows = chat_rows(chat_fixtures.sealed(chat_fixtures.items_stage.STAGE, chat_fixtures.ITEMS, {}, folder / "look"))
+    questions = {row["id"]: question(row) for row in rows}
+    spaced = questions["add/00000"].replace("+", " +\n")
+    prose = [f"{n}. {chat_fixtures.TEXT}" for n in range(12)] + [
+        f"So {spaced} it was.",
+        f"Never read: {questions['add/00001']}",
+    ]
+    artifacts = chat_fixtures.make(folder / "world", {"prose": prose})
+    tasks = read_jsonl(artifacts["tasks-rlvr"] / "tasks.jsonl")
+    tasks[0]["responses_create_params"]["input"][0]["content"] = f"What is {questions['add/00002']}?"
+    write_jsonl(artifacts["tasks-rlvr"] / "tasks.jsonl", tasks)
+    artifacts["tasks-rlvr"] = write_manifest(artifacts["tasks-rlvr"].path, "tasks-rlvr")
+    config = {"problems": {"add": 5}, "phases": {"pretrain": ["prose"]}}
+    artifacts["fresh"] = chat_fixtures.sealed(generated_eval.STAGE, config, artifacts, folder / "fresh")
+    solving = {"num_samples": 2, "max_new_tokens": 3, "seed": 0}
+    artifacts["solve-sft"] = chat_fixtures.sealed(pass_at_k.STAGE, solving, artifacts, folder / "solve")
+    artifacts["fresh-solve-sft"] = chat_fixtures.sealed(
+        pass_at_k.STAGE, solving, {**artifacts, "items": artifacts["fresh"]}, folder / "fsolve"
+    )
+    return artifacts
+
+
+def test_planted_items_are_found_and_no_others(run_stage, inputs) -> None:
+    first, second = run_stage(contamination.STAGE, CONFIG, inputs), run_stage(contamination.STAGE, CONFIG, inputs)
+    assert first.digest == second.digest
+    rows, report = chat_fixtures.table(first, "items.parquet"), first.json("report.json")
+    bad = {(row["id"], row["phase"]) for row in rows if row["verdict"] == "contaminated"}
+    assert bad == {("add/00000", "pretrain"), ("add/00002", "prompts of rlvr")}
+    assert {row["phase"] for row in rows} == {"pretrain", "prompts of rlvr"}
+    assert {row["split"] for row in rows} == {"test", "validation", "fresh"}
+    (match,) = (row for row in rows if (row["id"], row["phase"]) == ("add/00000", "pretrain"))
+    assert (match["words"], match["longest"], match["overlap"]) == (3, 3, 1.0)
+    assert report["items"]["test"]["contaminated"] == 2 and report["items"]["fresh"]["contaminated"] == 0
+    assert report["phases"]["pretrain"]["test"]["contaminated"] == 1 and report["read"]["pretrain"] == 13
+    assert {name: report[name] for name in ("items", "phases")} == contamination.summary(rows)
+
+
+def test_the_detector_is_tried(run_stage, inputs) -> None:
+    detector = run_stage(contamination.STAGE, CONFIG, inputs).json("report.json")["detector"]
+    assert (detector["recall"]["planted"], detector["recall"]["found"]) == (8, 8)
+    assert detector["recall_by_form"] == {form: {"planted": 2, "found": 2} for form in contamination.FORMS}
+    assert detector["false_positives"] == {"absent": 8, "found": 0}
+
+
+def test_scores_stand_beside_each_other(run_stage, inputs) -> None:
+    scores = run_stage(contamination.STAGE, CONFIG, inputs).json("report.json")["scores"]
+    assert set(scores) == {"solve-sft", "fresh-solve-sft"}
+    add = scores["solve-sft"]["add"]
+    assert (add["full"]["n"], add["not_contaminated"]["n"], add["clean"]["n"]) == (6, 4, 4)
+    assert scores["fresh-solve-sft"]["add"]["clean"]["n"] == 5
+
+
+def test_subsets_by_hand() -> None:
+    scores = {"a": ("add", 1.0), "b": ("add", 0.0), "c": ("add", 1.0), "d": ("add", 0.0)}
+    subsets = contamination.scores_by_verdict(
+        scores, {"a": "contaminated", "b": "overlap", "c": "clean", "d": "clean"}
+    )["add"]
+    assert [subsets[name]["value"] for name in ("full", "not_contaminated", "clean")] == [
+        0.5,
+        pytest.approx(1 / 3),
+        0.5,
+    ]
+    assert contamination.scores_by_verdict(scores, dict.fromkeys("abcd", "overlap"))["add"]["clean"] is None
+
+
+def test_runs_against_a_slow_way() -> None:
+    """Longest common runs of words, by comparing everything with everything."""
+    item = "sort the words of the line and sort the line"
+    text = "Sort the words; the line and sort it: of the line and then."
+    runs = ItemRuns({"a": item, "b": "nothing here", "c": ""})
+    closed = runs.with_prefixes(runs.search(text))
+    words, corpus = item.split(), " sort the words the line and sort it of the line and then "
+    slow = [
+        max((n for n in range(len(words) - s + 1) if f" {' '.join(words[s : s + n])} " in corpus or n == 0), default=0)
+        for s in range(len(words))
+    ]
+    assert runs.lengths("a", closed) == slow
+    assert runs.overlap("a", closed, 3) == (sum(n >= 3 for n in slow[:8]) / 8, max(slow))
+    assert runs.overlap("b", closed, 3) == (0.0, 0) and runs.overlap("c", closed, 3) == (0.0, 0)
+
+
+def test_artifacts_of_two_runs_are_refused_in_a_sentence(run_stage, inputs, tmp_path: Path) -> None:
+    other = chat_fixtures.corpus(tmp_path, {"prose": ["only", "two"]})
+    with pytest.raises(AtomError, match="document prose/10 was trained on but is not among the kept ones of dedup"):
+        run_stage(contamination.STAGE, CONFIG, {**inputs, "dedup": other["dedup"]})

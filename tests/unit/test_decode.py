@@ -1,0 +1,86 @@
+"""The decoder's logits are those of a whole forward pass of transformers, whatever the model's shape and the rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from stages.mcore.weight_init import full_tensor
+from stages.models.qwen3_moe import hf
+from stages.models.qwen3_moe.config import ModelConfig, Yarn
+from stages.rl.protocols import Prompt
+from stages.rl.samplers.generate import InProcess
+from stages.rl.samplers.sampler_decode import Decoder
+from tests.fixtures import rl_fixtures
+
+pytestmark = pytest.mark.numeric
+
+MODEL = ModelConfig.model_validate(rl_fixtures.MODEL)
+VOCAB, STEPS = rl_fixtures.PADDED, 90  # more than the cache grows by at once
+
+
+def sampler(changes: dict[str, object], new: int = STEPS, seed: int = 0, **config: object) -> InProcess:
+    model = MODEL.model_copy(update=changes)
+    engine = InProcess({**hf.hf_config(model, VOCAB, 1, 0, "float32"), **config}, (), new)
+    tensors = {n: full_tensor(n, s, model, seed) for n, s in model.shapes(VOCAB).items()}
+    engine.load(hf.to_hf(tensors, model, VOCAB))
+    return engine
+
+
+def prompts(lengths: list[int]) -> list[Prompt]:
+    rng = torch.Generator().manual_seed(0)
+    rows = [torch.randint(6, VOCAB, (n,), generator=rng) for n in sorted(lengths)]
+    return [Prompt(tuple(row.tolist()), i) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "config"),
+    [
+        ({}, {}),
+        ({"kv_heads": 4, "tie_embeddings": False}, {}),
+        ({"kv_heads": 1, "experts": 8, "num_experts_per_tok": 3}, {"norm_topk_prob": False}),
+        ({"dense_layers": 1, "intermediate_size": 24}, {}),
+        ({"yarn": Yarn(factor=4.0, original_length=32), "context_length": 128}, {}),
+    ],
+)
+@pytest.mark.parametrize("lengths", [[5, 1, 30, 9], [7, 7], [40]])
+def test_logits_are_those_of_a_whole_forward_pass(changes, config, lengths, monkeypatch) -> None:
+    monkeypatch.setattr("stages.rl.samplers.generate.READ", 16)  # so that the prompts are read in several pieces
+    engine, requests = sampler(changes, **config), prompts(lengths)
+    forced_ids = torch.randint(6, VOCAB, (len(requests), STEPS), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        logits, rows = [engine._read(requests)], torch.arange(len(requests))
+        for n in range(STEPS):
+            if n == STEPS // 2 and len(rows) > 2:  # some rows have ended
+                rows = rows[[0, 2]]
+                engine.decoder.select(rows)
+            logits.append(engine.decoder.step(forced_ids[rows, n]))
+        for at, row in enumerate(rows.tolist()):
+            sequence = torch.tensor([[*requests[row].ids, *forced_ids[row].tolist()]])
+            expected = engine.model(sequence).logits[0, len(requests[row].ids) - 1 :]
+            stepwise = torch.stack([x[row] if len(x) == len(requests) else x[at] for x in logits])
+            assert torch.allclose(stepwise, expected, atol=2e-5, rtol=1e-5), (stepwise - expected).abs().max()
+
+
+def test_a_prompt_asked_several_times_is_read_once() -> None:
+    engine, (request,) = sampler({}, new=12), prompts([9])
+    reads = []
+    engine.model.register_forward_pre_hook(lambda model, inputs: reads.append(len(inputs[0])))
+    several = engine.generate([Prompt(request.ids, seed) for seed in range(5)])
+    assert reads == [1]
+    assert [c.ids for c in several] == [engine.generate([Prompt(request.ids, seed)])[0].ids for seed in range(5)]
+    assert len({c.ids for c in several}) == 5
+
+
+def test_weights_that_are_loaded_later_are_used() -> None:
+    engine, requests = sampler({}, new=12), prompts([9, 4])
+    before, shapes = engine.generate(requests), MODEL.shapes(VOCAB).items()
+    engine.load(hf.to_hf({n: full_tensor(n, s, MODEL, 5) for n, s in shapes}, MODEL, VOCAB))
+    assert before != engine.generate(requests) == sampler({}, new=12, seed=5).generate(requests)
+
+
+def test_another_kind_of_model_is_refused() -> None:
+    config = AutoConfig.for_model("qwen3", hidden_size=16, num_hidden_layers=1, vocab_size=32)
+    with pytest.raises(TypeError, match="not from Qwen3ForCausalLM"):
+        Decoder(AutoModelForCausalLM.from_config(config))

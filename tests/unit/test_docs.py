@@ -1,0 +1,86 @@
+"""The documentation names files, headings, commands and options that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from typer.main import get_command
+
+from pipeline.cli.main import app
+from tests.fixtures import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"(?<!\!)\[[^\]]*\]\(([^)\s]+)\)")
+URL = re.compile(r"https?://[^\s`)|,;'\"]+")
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"`([^`\n]+)`")
+FOLDERS = ("pipeline/", "stages/", "release/", "data_recipes/", "tests/", "docs/", "bench/")
+FILE = re.compile(r"[\w./-]+\.(?:py|md|yaml|toml|jinja|txt)")
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments of a page's headings, as GitHub makes them."""
+    slugs: set[str] = set()
+    for heading in re.findall(r"^#+ +(.+)$", FENCE.sub("", page.read_text()), re.MULTILINE):
+        slug = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+        number = 0
+        while (name := f"{slug}-{number}" if number else slug) in slugs:
+            number += 1
+        slugs.add(name)
+    return slugs
+
+
+def commands(text: str) -> set[str]:
+    """Every `atom …` that a page shows: code spans, and lines of code blocks with or without a prompt."""
+    blocks = "\n".join(FENCE.findall(text))
+    lines = re.findall(r"^(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\S*bin/)?(atom [a-z-][^#\n]*)", blocks, re.MULTILINE)
+    return {command.strip() for command in [*lines, *SPAN.findall(FENCE.sub("", text))] if command.startswith("atom ")}
+
+
+@pages
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(FENCE.sub("", page.read_text())):
+        if "://" in target:
+            continue
+        path, _, fragment = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name}: {target}"
+        assert not fragment or fragment in anchors(file), f"{page.name}: {target}"
+
+
+@pages
+def test_urls_are_well_formed(page: Path) -> None:
+    for url in URL.findall(page.read_text()):
+        host = urlsplit(url).hostname or ""
+        assert re.fullmatch(r"[a-z0-9.-]+", host) and ("." in host or host == "localhost"), f"{page.name}: {url}"
+
+
+@pages
+def test_files_in_backticks_exist(page: Path) -> None:
+    for span in SPAN.findall(FENCE.sub("", page.read_text())):
+        if span.startswith(FOLDERS) and FILE.fullmatch(span):
+            assert (ROOT / span).exists(), f"{page.name}: {span}"
+
+
+@pages
+def test_commands_exist_with_their_options(page: Path) -> None:
+    known = get_command(app).commands  # type: ignore[attr-defined]
+    for command in commands(page.read_text()):
+        words = shlex.split(re.sub(r"[\[\]<>…|()]", " ", command))[1:]
+        if words[0] == "--help":
+            continue
+        assert words[0] in known, f"{page.name}: {command}"
+        options = {name for parameter in known[words[0]].params for name in parameter.opts}
+        flags = {word.split("=")[0] for word in words[1:] if word.startswith("-")}
+        assert flags <= options | {"--help"}, f"{page.name}: {command}"
+
+
+def test_something_was_looked_at() -> None:
+    assert {"README.md", "architecture.md", "formats.md", "lab-log.md"} <= {page.name for page in PAGES}
+    assert len({c.split()[1] for page in PAGES for c in commands(page.read_text())}) >= 10

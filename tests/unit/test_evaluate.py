@@ -1,0 +1,135 @@
+"""The evaluation stage on a tiny random model: its numbers against slow and obvious ways to get them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import AtomError
+from pipeline.core.store import Artifact, write_manifest
+from stages.evaluation import bits_per_byte, confidence
+from tests.fixtures import ROOT, release_fixtures
+
+pytestmark = pytest.mark.numeric
+
+CONFIG = {"heldout_documents": 2, "max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    root = tmp_path_factory.mktemp("inputs")
+    artifacts = {}
+    for role, node in {"model": "export-mid", "dedup": "dedup", "items": "items"}.items():
+        release_fixtures.make_node(node, root / role)
+        artifacts[role] = write_manifest(root / role, node)
+    return artifacts
+
+
+def tables(artifact: Artifact, name: str) -> list[dict]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(artifact / name).to_pylist()
+
+
+def test_same_bytes_twice_and_after_a_cut(run_stage, inputs, tmp_path: Path) -> None:
+    first, second = (run_stage(bits_per_byte.STAGE, CONFIG, inputs, tmp_path / name) for name in ("a", "b"))
+    assert first.digest == second.digest
+    (tmp_path / "b" / "items-00000.json").unlink()
+    assert run_stage(bits_per_byte.STAGE, CONFIG, inputs, tmp_path / "b").digest == first.digest
+    scores = first.json("scores.json")
+    assert set(scores["bits_per_byte"]) == set(release_fixtures.SOURCES) and scores["accuracy"]["add"]["n"] == 20
+    assert bits_per_byte.summary(tables(first, "documents.parquet"), tables(first, "items.parquet")) == scores
+
+
+def test_bits_are_the_models_own_loss(run_stage, inputs) -> None:
+    """Each token scored alone in its whole context gives the same bits; a random model pays about log2(V)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    row = tables(run_stage(bits_per_byte.STAGE, CONFIG, inputs), "documents.parquet")[0]
+    folder = inputs["model"] / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text = {r["id"]: r["text"] for rows in release_fixtures.corpus().values() for r in rows}[row["id"]]
+    ids, bits = tokenizer(text)["input_ids"][: release_fixtures.CONTEXT], 0.0
+    for n, token in enumerate(ids):
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids[:n] or [1]])).logits[0, -1]
+        bits -= float(torch.log_softmax(logits.double(), -1)[token]) / math.log(2)
+    assert row["nll_bits"] == pytest.approx(bits, rel=1e-5)
+    assert row["bytes"] == row["tokens"] == len(ids)
+    assert row["nll_bits"] / row["tokens"] == pytest.approx(math.log2(release_fixtures.VOCAB), abs=0.5)
+
+
+def test_a_question_is_context_and_not_scored(inputs) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = inputs["model"] / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    first = bits_per_byte._first_token_bits(model, tokenizer)
+
+    def bits(text: str, prompt_chars: int) -> dict:
+        row = {"id": "a", "source": "s", "text": text, "prompt_chars": prompt_chars}
+        return bits_per_byte._document_bits(model, tokenizer, first, row)
+
+    answer = bits("12+30=42", 6)
+    assert (answer["bytes"], answer["tokens"]) == (2, 2)
+    assert answer["nll_bits"] == pytest.approx(
+        bits("12+30=42", 0)["nll_bits"] - bits("12+30=", 0)["nll_bits"], rel=1e-5
+    )
+    assert bits("x" * 200, 100) == {"source": "s", "id": "a", "bytes": 0, "tokens": 0, "nll_bits": 0.0}
+    assert torch.exp2(-first).sum() == pytest.approx(1)
+
+
+def test_padding_and_batching_do_not_change_an_output(inputs) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = inputs["model"] / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [{"id": str(n), "task": "add", "prompt": "1" * n + ":", "answer": "2"} for n in (1, 9, 20)]
+    together = bits_per_byte._answer_batch(model, tokenizer, rows, 8)
+    alone = [bits_per_byte._answer_batch(model, tokenizer, [row], 8)[0] for row in rows]
+    assert [row["output"] for row in together] == [row["output"] for row in alone]
+    assert len(together[0]["code_digest"]) == 64
+
+
+def test_bytes_of_a_cut_character_and_of_a_special_name(inputs) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(inputs["model"] / "model")
+    text = "é<|endoftext|>日"
+    ids = bits_per_byte.token_ids(tokenizer, text)
+    assert 1 not in ids and bits_per_byte.token_bytes(tokenizer, ids) == len(text.encode())
+    assert bits_per_byte.token_bytes(tokenizer, ids[:1]) == 1
+
+
+def test_standard_errors() -> None:
+    equal = confidence.ratio([(20.0, 10), (40.0, 20)])
+    assert equal == {"value": 2.0, "se": 0.0, "documents": 2, "bytes": 30}
+    assert confidence.ratio([(10.0, 10), (30.0, 10)])["se"] == pytest.approx(1.0)  # sqrt(2/1 * (10²+10²)) / 20
+    assert confidence.binomial([1, 0, 0, 0])["se"] == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
+
+
+def test_nothing_held_out_is_one_sentence(inputs, run_stage, tmp_path: Path) -> None:
+    rows = [{"id": "a", "text": "x", "source": "s", "content_hash": "0", "prompt_chars": 0, "split": "train"}]
+    release_fixtures.table(tmp_path / "dedup" / "kept" / "s.parquet", rows)
+    bad = write_manifest(tmp_path / "dedup", "dedup")
+    with pytest.raises(AtomError, match="has no held-out document"):
+        run_stage(bits_per_byte.STAGE, CONFIG, {**inputs, "dedup": bad})
+
+
+def test_modules_that_plan_and_cli_import_are_light() -> None:
+    import subprocess
+    import sys
+
+    heavy = ("torch", "numpy", "pyarrow", "transformers", "huggingface_hub", "jinja2")
+    ours = "stages.evaluation.bits_per_byte, stages.evaluation.pass_at_k, stages.evaluation.generated_eval, stages.evaluation.win_rate, stages.evaluation.contamination, release.assembly.build_release, release.hub.publish, release.audit.verify, release.hub.local.server"
+    code = f"import sys, json, {ours}; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
+    root = ROOT
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert json.loads(process.stdout) == []

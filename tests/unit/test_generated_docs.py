@@ -1,0 +1,45 @@
+"""docs/cli.md and docs/configuration.md are what the commands and the schemas of today give."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections import Counter
+
+import pytest
+
+from tests.fixtures import ROOT
+
+DOCS = ROOT / "docs"
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, str]:
+    """The pages, generated anew."""
+    spec = importlib.util.spec_from_file_location("generate_docs", DOCS / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    content: dict[str, str] = module.pages()
+    return content
+
+
+@pytest.mark.parametrize("name", ["cli.md", "configuration.md"])
+def test_a_generated_page_is_up_to_date(pages: dict[str, str], name: str) -> None:
+    is_current = (DOCS / name).read_text(encoding="utf-8") == pages[name]
+    assert is_current, f"docs/{name} is not what docs/generate.py gives today; run `make docs` and commit the page"
+
+
+@pytest.mark.parametrize("name", ["cli.md", "configuration.md"])
+def test_headings_are_distinct(pages: dict[str, str], name: str) -> None:
+    """A link to a heading that occurs twice leads to the first one only."""
+    headings = Counter(re.findall(r"^#+ (.+)$", pages[name], re.MULTILINE))
+    assert [heading for heading, count in headings.items() if count > 1] == []
+
+
+def test_every_command_and_section_has_a_heading(pages: dict[str, str]) -> None:
+    assert {"## atom plan", "## atom run", "## atom verify"} <= set(pages["cli.md"].splitlines())
+    headings = {"## Recipe", "## Data recipe", "## Cluster profile", "### pretrain.batch", "### sources.reader: jsonl"}
+    assert headings <= set(pages["configuration.md"].splitlines())

@@ -1,0 +1,126 @@
+"""The gates on what training taught: over all held-out text, and on each source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures import release_fixtures
+
+
+@pytest.mark.parametrize(
+    "phase, scores, gate",
+    [
+        ("base", (9.0, 4), "pretraining_lowers_bits_per_byte"),
+        ("mid", (3.0, 4), "midtraining_raises_accuracy"),
+        ("mid", (3.2, 15), "midtraining_keeps_bits_per_byte"),
+    ],
+)
+def test_training_that_does_not_teach_is_refused(built: Path, tmp_path: Path, phase: str, scores, gate: str) -> None:
+    from release.assembly import metrics
+    from release.checks import gate_context, gates
+
+    data = metrics.data_facts(built / "dataset")
+    limits = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
+    context = gate_context.Context(built, {}, limits, data, {}, [])
+    assert all(g.ok for g in gates.learning(context))
+    release_fixtures.make_evaluation(tmp_path, *scores)
+    data["evaluation"][phase] = metrics.scores_of(tmp_path)
+    assert [g.name for g in gates.learning(context) if not g.ok] == [gate]
+
+
+def test_one_source_that_gets_worse_is_refused(built: Path) -> None:
+    from release.assembly import metrics
+    from release.checks import gate_context, gates
+
+    def judged(phase: str, source: str, value: float) -> list[str]:
+        data = metrics.data_facts(built / "dataset")
+        data["evaluation"][phase]["bits_per_byte"][source]["value"] = value
+        limits = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
+        failed = [g for g in gates.learning(gate_context.Context(built, {}, limits, data, {}, [])) if not g.ok]
+        assert all(source in g.detail for g in failed)
+        return [g.name for g in failed]
+
+    assert judged("mid", "sums", 3.2) == ["midtraining_keeps_bits_per_byte"]
+    assert judged("mid", "sums", float("nan")) == ["midtraining_keeps_bits_per_byte"]
+    assert judged("mid", "sums", 3.09) == []
+    assert judged("init", "sums", 3.0) == ["pretraining_lowers_bits_per_byte"]
+
+    data = metrics.data_facts(built / "dataset")
+    del data["order"]["pretrain"]["parts"][0]["by_source"][
+        "sums"
+    ]  # pre-training need not improve on what it never read
+    data["evaluation"]["init"]["bits_per_byte"]["sums"]["value"] = 3.0
+    limits = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
+    assert all(g.ok for g in gates.learning(gate_context.Context(built, {}, limits, data, {}, [])))
+    del data["evaluation"]["mid"]["bits_per_byte"]["sums"]
+    assert [g.ok for g in gates.learning(gate_context.Context(built, {}, limits, data, {}, []))] == [True, True, False]
+
+
+def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **changed: tuple[float, float]):
+    """A release with these (value, standard error) of pass@1 by model and of the win rate, and a contamination report."""
+    from release.assembly import metrics
+    from release.checks import gate_context
+
+    right = {"sft": (0.4, 0.02), "rlvr": (0.6, 0.01), "dpo": (0.59, 0.01), **changed}
+    win, se = right.pop("win", (0.6, 0.02))
+    test = {name: {"problems_all": {"samples": {"accuracy": {"value": v, "se": e}}}} for name, (v, e) in right.items()}
+    rate = {"value": win, "low": win - 1.96 * se, "high": win + 1.96 * se}
+    counts = {"clean": 100 - contaminated, "overlap": 0, "contaminated": contaminated}
+    detector = {"recall": {"planted": planted, "found": round(0.95 * planted)}}
+    release_fixtures.write_json(
+        folder / "dataset" / metrics.CONTAMINATION, {"detector": detector, "items": {"test": counts, "fresh": counts}}
+    )
+    data = {"chat": {"test": test, "preferences": {"dpo": {"win_rate": rate}}}}
+    limits = {"chat": {"min_gain": 0.1, "min_win_rate": 0.5, "skill_tolerance": 0.05}}
+    return gate_context.Context(folder, {}, limits, data, {}, [])
+
+
+@pytest.mark.parametrize(
+    "changed, gate",
+    [
+        ({}, None),
+        ({"rlvr": (0.45, 0.01), "dpo": (0.45, 0.01)}, "rlvr_raises_pass_at_1"),
+        ({"rlvr": (0.52, 0.01), "sft": (0.4, 0.03), "dpo": (0.52, 0.01)}, "rlvr_raises_pass_at_1"),  # no sure gain
+        ({"dpo": (0.54, 0.01)}, "rlhf_keeps_skills"),
+        ({"dpo": (0.56, 0.01)}, "rlhf_keeps_skills"),  # perhaps within the bound, perhaps not
+        ({"win": (0.53, 0.02)}, "dpo_is_preferred"),
+        ({"planted": 0}, "contamination_report"),
+        ({"contaminated": 6}, "contamination_report"),
+    ],
+    ids=str,
+)
+def test_post_training_that_does_not_teach_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed, gate: str | None
+) -> None:
+    from release.checks import post_gates
+
+    monkeypatch.setattr(post_gates.registry, "fresh_set", lambda folder: [])
+    failed = [g for g in post_gates.post_training(chat_context(tmp_path, **changed)) if not g.ok]
+    assert [g.name for g in failed] == ([gate] if gate else []), failed
+    assert all("run again" in g.detail or "items" in g.detail for g in failed)
+
+
+def test_a_detector_that_misses_and_a_fresh_set_that_does_not_follow_are_refused(tmp_path: Path) -> None:
+    import json
+
+    from release.assembly import metrics
+    from release.checks import post_gates
+
+    context = chat_context(tmp_path)
+    path = tmp_path / "dataset" / metrics.CONTAMINATION
+    report = json.loads(path.read_text())
+    report["detector"]["recall"]["found"] = 35
+    path.write_text(json.dumps(report))
+    failed = {g.name: g.detail for g in post_gates.post_training(context) if not g.ok}
+    assert set(failed) == {"fresh_set", "contamination_report"} and "misses too much" in failed["contamination_report"]
+
+
+def test_no_contamination_report_is_refused(tmp_path: Path) -> None:
+    from release.assembly import metrics
+    from release.checks import post_gates
+
+    context = chat_context(tmp_path)
+    (tmp_path / "dataset" / metrics.CONTAMINATION).unlink()
+    assert any("no contamination report" in g.detail for g in post_gates.post_training(context) if not g.ok)

@@ -1,0 +1,41 @@
+"""The lock files pin what constraints.txt pins, each with hashes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.fixtures import ROOT
+
+LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
+
+
+def pins(text: str) -> dict[str, str]:
+    """name → the one version that it pins on this Python."""
+    lines = [re.split(r" --hash| \\| ;", line)[0] for line in text.splitlines() if re.match(r"[A-Za-z]", line)]
+    requirements = [Requirement(line) for line in lines]
+    return {canonicalize_name(r.name): str(r.specifier) for r in requirements}
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda p: p.name)
+def test_each_entry_is_one_version_with_hashes(lock: Path) -> None:
+    entries = re.split(r"\n(?=[A-Za-z])", lock.read_text())[1:]
+    assert entries
+    for entry in entries:
+        assert re.match(r"[\w.-]+==[\w.+!]+ ", entry) and "--hash=sha256:" in entry, entry
+        assert "+" not in entry or lock.name == "torch-cpu.lock", entry
+
+
+@pytest.mark.parametrize("python", ["311", "313"])
+def test_versions_are_those_of_the_constraints(python: str) -> None:
+    locked = pins((ROOT / f"requirements/py{python}.lock").read_text())
+    wanted = pins((ROOT / "constraints.txt").read_text())
+    if python == "313":  # the pin of Megatron-core is for older Pythons
+        del wanted["megatron-core"]
+    assert {name: locked.get(name) for name in wanted} == wanted
+    cpu = pins((ROOT / "requirements/torch-cpu.lock").read_text())
+    assert cpu["torch"].removesuffix("+cpu") == locked["torch"]

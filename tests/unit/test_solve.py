@@ -1,0 +1,117 @@
+"""Answers in conversation: estimators against enumeration, the stage on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import AtomError
+from pipeline.core.store import Artifact
+from stages.evaluation import pass_at_k
+from stages.evaluation.confidence import clustered, majority_at, pass_at, powers_of_two, wilson
+from tests.fixtures import chat_fixtures
+
+CONFIG = {"num_samples": 3, "max_new_tokens": 6, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    return chat_fixtures.make(tmp_path_factory.mktemp("world"))
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer() -> None:
+    assert pass_at(4, 1, 2) == 0.5 and pass_at(4, 0, 4) == 0 and pass_at(4, 4, 1) == 1
+    for n, right, k in ((8, 3, 2), (8, 3, 6), (5, 1, 4)):
+        subsets = list(combinations([1] * right + [0] * (n - right), k))
+        assert pass_at(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+@pytest.mark.parametrize(
+    "votes", [list("aabbc"), list("abcde"), ["a", None, "b", "b", None, "c", "a"], [None] * 4, list("aaabbbcc")]
+)
+def test_majority_is_the_expectation_over_all_subsets(votes: list[str | None]) -> None:
+    right = {"a", "c"} if len(votes) > 6 else {"a"}
+    for k in range(1, len(votes) + 1):
+        shares = []
+        for subset in combinations(votes, k):
+            voted = [vote for vote in subset if vote is not None]
+            most = max((voted.count(vote) for vote in voted), default=0)
+            winners = {vote for vote in voted if voted.count(vote) == most}
+            shares.append(len(winners & right) / len(winners) if winners else 0.0)
+        assert majority_at(votes, right, k) == pytest.approx(sum(shares) / len(shares))
+
+
+def test_a_majority_by_hand() -> None:
+    """Of a, a, b two are drawn: a-a wins, a-b and a-b are ties."""
+    assert majority_at(list("aab"), {"a"}, 2) == pytest.approx((1 + 0.5 + 0.5) / 3)
+    assert majority_at(list("aab"), {"a"}, 3) == 1 and majority_at(list("aab"), {"b"}, 3) == 0
+
+
+def test_small_estimators() -> None:
+    assert powers_of_two(8) == [1, 2, 4, 8] and powers_of_two(6) == [1, 2, 4, 6] and powers_of_two(1) == [1]
+    assert clustered([0.0, 1.0]) == {"value": 0.5, "se": 0.5, "n": 2}
+    low, high = wilson(8, 10)
+    assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+
+
+def answer(id: str, sample: int, text: str, reward: float, finished: bool = True, kind: str = "add") -> dict:
+    return {"id": id, "kind": kind, "sample": sample, "text": text, "answer": text.split(">")[-1],
+            "finished": finished, "tokens": 10, "reward": reward}  # fmt: skip
+
+
+def test_scores_by_hand() -> None:
+    rows = [
+        answer("a", -1, "<think>x</think>1", 1), answer("a", 0, "1", 1), answer("a", 1, "1", 1), answer("a", 2, "2", 0),
+        answer("b", -1, "1", 0), answer("b", 0, "1", 0), answer("b", 1, "2", 1), answer("b", 2, "", 0, False),
+        answer("c", 0, "Dear", 0.4, kind="courtesy"), answer("d", 0, "Dear", 0.8, kind="courtesy"),
+    ]  # fmt: skip
+    summary = pass_at_k.summary(rows)
+    add = summary["problems"]["add"]
+    assert summary["problems_all"] == add
+    assert add["greedy"]["accuracy"] == {"value": 0.5, "se": 0.5, "n": 2} and add["greedy"]["reasoning"] == 0.5
+    assert add["samples"]["truncated"] == pytest.approx(1 / 6) and add["samples"]["accuracy"]["value"] == 0.5
+    assert {k: part["tokens"] for k, part in add["at"].items()} == {"1": 10, "2": 20, "3": 30}
+    assert add["at"]["2"]["pass"]["value"] == pytest.approx((1 + 2 / 3) / 2)
+    # of b: (1,2) is a tie, (1,-) is wrong, (2,-) is right; of all three a tie
+    assert add["at"]["2"]["maj"]["value"] == pytest.approx((2 / 3 + 1.5 / 3) / 2)
+    assert add["at"]["3"]["maj"]["value"] == pytest.approx((1 + 0.5) / 2)
+    assert summary["judged"]["courtesy"]["reward"]["value"] == pytest.approx(0.6)
+
+
+def test_same_bytes_twice_and_after_a_cut(run_stage, inputs, tmp_path: Path) -> None:
+    first, second = (run_stage(pass_at_k.STAGE, CONFIG, inputs, tmp_path / name) for name in ("a", "b"))
+    assert first.digest == second.digest
+    (tmp_path / "b" / "answers-00000.json").unlink()
+    assert run_stage(pass_at_k.STAGE, CONFIG, inputs, tmp_path / "b").digest == first.digest
+    rows = chat_fixtures.table(first, "answers.parquet")
+    assert len(rows) == 10 * 4 + 12
+    assert pass_at_k.summary(rows) == first.json("scores.json")
+    assert all(json.loads(row["parts"])["reward"] == row["reward"] for row in rows)
+    drawn = [row for row in rows if row["sample"] >= 0]
+    assert len({row["seed"] for row in drawn}) == len(drawn)
+    assert {row["verifier"] for row in rows if row["kind"] == "courtesy"} == {"courtesy"}
+    scores = first.json("scores.json")
+    assert scores["problems"]["add"]["greedy"]["accuracy"]["n"] == 6
+    assert (
+        list(scores["problems"]["add"]["at"]) == ["1", "2", "3"] and scores["judged"]["courtesy"]["reward"]["n"] == 12
+    )
+    assert math.isfinite(scores["judged"]["courtesy"]["reward"]["value"])
+
+
+def test_another_split_and_a_kind_with_one_item(run_stage, inputs, tmp_path: Path) -> None:
+    rows = chat_fixtures.table(run_stage(pass_at_k.STAGE, {**CONFIG, "split": "validation"}, inputs), "answers.parquet")
+    assert {row["id"].split("/")[0] for row in rows} == {"validation"}
+    few = chat_fixtures.sealed(
+        chat_fixtures.items_stage.STAGE,
+        {"problems": {"add": 1}, "seed": 0, "chat": {"validation": {}}},
+        {},
+        tmp_path / "few",
+    )
+    with pytest.raises(AtomError, match="have one item of kind add, and two are needed for an error bar in split test"):
+        run_stage(pass_at_k.STAGE, CONFIG, {**inputs, "items": few})
+    with pytest.raises(AtomError, match="have no item in split validation; ask for more in evaluation.chat"):
+        run_stage(pass_at_k.STAGE, {**CONFIG, "split": "validation"}, {**inputs, "items": few})

@@ -1,0 +1,514 @@
+"""Tracing documents, steps and texts through a release, compared with scans over all its rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.core.errors import AtomError, CheckFailed
+from release.assembly import build_release as builder
+from release.assembly import metrics
+from release.audit import merkle, tracing
+from release.audit import trace_report as answers
+from release.checksums import write_sums
+from release.layout import SUMS
+from release.repositories import files_below
+from tests.fixtures import release_fixtures
+
+ORDERS = [
+    ("pretrain", "order/pretrain", 1, 2), ("midtrain", "earlier/order-midtrain-aaaa", 1, 2),
+    ("midtrain", "order/midtrain", 3, 4), ("longcontext-1", "order/longcontext-1", 1, 2),
+    ("longcontext-2", "order/longcontext-2", 1, 2), ("rlvr", "order/rlvr", 1, 2),
+]  # fmt: skip
+"""(phase, order, first and last step of it that was followed), in the order of training."""
+IDLE = {("longcontext-2", 1), ("rlvr", 1)}
+TRAINED = {"base": "pretrain", "mid": "midtrain", "long-1": "longcontext-1", "long-2": "longcontext-2", "rlvr": "rlvr"}
+PHASES = list(dict.fromkeys(phase for phase, *_ in ORDERS))
+WILD = {
+    "prose/001": 'He said "no" AND left; NOT "x" OR text:y * (z) ^ {a b}\n\n\ttab',
+    "prose/002": "nul\0inside and after\0\0it, the Zürich naïve façade 日本語のテキスト 🦊🦊🦊 end",
+    "prose/004": "aaaaaaaa aaa\u0301 \ufffd \ufffe '' \"\" \"\"\" \\ % _",
+    "prose/005": "<|im_start|>user\nsort 312<|im_end|>\n<|im_start|>assistant\n123<|im_end|>",
+    "prose/006": "He said \"No\" and LEFT; ß SS",
+}  # fmt: skip
+OLD = {"id": "old/1", "text": "an older text 🦊🦊", "source": "old", "license": "MIT", "origin": "https://old.example.org/1",
+       "content_hash": release_fixtures.sha("an older text 🦊🦊"), "prompt_chars": 0, "split": "train"}  # fmt: skip
+
+
+def segment(step: int, row: int, id: str, **changed: Any) -> dict[str, Any]:
+    return {"step": step, "row": row, "segment": 0, "source": id.split("/")[0], "ordinal": 0, "id": id, "offset": row,
+            "length": 5 + step, "loss_from": 0, **changed}  # fmt: skip
+
+
+def change(path: Path, changes: dict[str, dict[str, Any]]) -> None:
+    """Other values in the rows of some ids. The schema stays, also of columns that held nothing."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"duplicate_of": pa.string(), "split": pa.string(), "rule": pa.string(), "match": pa.string()}
+    table = pq.read_table(path)
+    rows = [{**row, **changes.get(row["id"], {})} for row in table.to_pylist()]
+    schema = pa.schema([(f.name, kinds.get(f.name, f.type)) for f in table.schema])
+    pq.write_table(pa.Table.from_pylist(rows, schema), path)
+
+
+def enrich(folder: Path) -> None:
+    """What a small release lacks: wild texts, duplicates, a phase that went on from an earlier run, tasks, a replay."""
+    data = folder / "dataset"
+    hashed = {id: release_fixtures.sha(text) for id, text in WILD.items()}
+    change(data / "kept/prose.parquet", {id: {"text": WILD[id], "content_hash": hashed[id]} for id in WILD})
+    fates: dict[str, dict[str, Any]] = {id: {"content_hash": h, "kept_hash": h} for id, h in hashed.items()}
+    fates["prose/003"] = {"rule": "exact_duplicate", "duplicate_of": "prose/001", "content_hash": hashed["prose/001"]}
+    fates["prose/007"] = {"rule": "near_duplicate", "duplicate_of": "sums/003"}
+    fates["sums/003"] = {"rule": "exact_duplicate", "duplicate_of": "sums/002"}
+    fates["sums/011"] = {"id": "sums/é"}
+    fates["sums/007"] = {"content_hash": hashed["prose/001"]}  # the same text, removed for another reason
+    change(data / "dispositions.parquet", fates)
+    change(data / "kept/sums.parquet", {"sums/011": fates["sums/011"]})
+    tokens = {id: {"content_hash": h} for id, h in hashed.items()}
+    change(data / "tokens/documents.parquet", {**tokens, "sums/011": fates["sums/011"]})
+    order = data / "order/longcontext-2/order.parquet"
+    release_fixtures.table(order, [*metrics.rows(order), segment(2, 2, "sums/é")])  # which no other phase read
+
+    earlier = data / "earlier"
+    shutil.copytree(data / "kept", earlier / "dedup-bbbb/kept")
+    release_fixtures.table(earlier / "dedup-bbbb/kept/old.parquet", [OLD])
+    shutil.copy(data / "dispositions.parquet", earlier / "dedup-bbbb/dispositions.parquet")
+    fate = {"id": "old/1", "source": "old", "license": "MIT", "content_hash": OLD["content_hash"], "split": "train",
+            "kept_hash": OLD["content_hash"], "rule": None, "value": None, "threshold": None}  # fmt: skip
+    change(earlier / "dedup-bbbb/dispositions.parquet", {"prose/000": fate})
+    rows = [segment(step, row, id) for step in range(1, 6) for row, id in enumerate(("old/1", "prose/001", "sums/002"))]
+    release_fixtures.table(earlier / "order-midtrain-aaaa/order.parquet", rows)
+    release_fixtures.write_json(earlier / "order-midtrain-aaaa/meta.json", {"phase": "midtrain", "steps": 5})
+    rows = [segment(step, row, id) for step in (3, 4) for row, id in enumerate(("prose/005", "sums/006", "sums/006"))]
+    release_fixtures.table(data / "order/midtrain/order.parquet", rows)
+    release_fixtures.write_json(data / "order/midtrain/meta.json", {"phase": "midtrain", "steps": 4, "first_step": 3})
+    log(folder, "midtrain", [{"step": step, "tokens": 1, "loss": 1.0} for step in (3, 4)])
+    shutil.copytree(folder / "checkpoints/midtrain-step-2", folder / "checkpoints/midtrain-step-4")
+
+    release_fixtures.table(data / "order/rlvr/order.parquet", [segment(1, 0, "prose/009"), segment(2, 0, "prose/010")])
+    release_fixtures.write_json(data / "order/rlvr/meta.json", {"phase": "rlvr", "steps": 2})
+    log(folder, "rlvr", [{"step": 1, "tokens": 0, "idle": True}, {"step": 2, "tokens": 9, "loss": 1.0}])
+    release_fixtures.write_json(folder / "evidence/training/rlvr/a.json", {"documents": ["sums/é"]})
+    (folder / "evidence/training/rlvr/b.json").write_text('{"documents": ["sums/é"]}')
+    shutil.copytree(folder / "checkpoints/longcontext-2-step-2", folder / "checkpoints/rlvr-step-2")
+    shutil.copytree(data / "evaluation/mid", data / "evaluation/rlvr")
+    tasks = [{"id": f"sort/1/{n}", "responses_create_params": {"input": [{"role": "user", "content": question}]}}
+             for n, question in enumerate(("sort 312", "sort 31", "sort 312"))]  # fmt: skip
+    (data / "rl/rlvr").mkdir(parents=True)
+    (data / "rl/rlvr/tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    answers = [{"step": step, "task": f"sort/1/{n}", "text": WILD["prose/005"] if n else "12", "dropped": dropped}
+               for step, n, dropped in ((1, 0, "variance"), (1, 1, ""), (2, 2, ""), (2, 0, ""))]  # fmt: skip
+    release_fixtures.table(data / "rl/rlvr/rollouts.parquet", answers)
+    write_sums(data / SUMS, data, [path for path in files_below(data) if path != SUMS])
+
+
+def log(folder: Path, phase: str, lines: list[dict[str, Any]]) -> None:
+    path = folder / f"evidence/training/{phase}/training.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = release_fixtures.build_input(tmp_path_factory.mktemp("run"), release_fixtures.inputs_with_long_context())
+    folder = builder.build(source, tmp_path_factory.mktemp("home"))
+    enrich(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def alone(release: Path, tmp_path: Path) -> Path:
+    """The data repository as it is pulled."""
+    return Path(shutil.copytree(release / "dataset", tmp_path / "alone"))
+
+
+def moved_weights(phase: str, order: str, step: int) -> bool | None:
+    return None if order.startswith("earlier") else (phase, step) not in IDLE
+
+
+@functools.lru_cache
+def order_rows(path: Path) -> list[dict[str, Any]]:
+    return metrics.rows(path) if path.exists() else []
+
+
+def uses_of(release: Path, id: str) -> list[dict[str, Any]]:
+    """Brute force: every row of every order, one after the other."""
+    uses = []
+    for phase, order, first, last in ORDERS:
+        rows = [row for row in order_rows(release / "dataset" / order / "order.parquet") if row["id"] == id]
+        for step in range(first, last + 1):
+            places = [{name: row[name] for name in tracing.PLACE} for row in rows if row["step"] == step]
+            if places:
+                uses.append({"phase": phase, "step": step, "order": order, "moved": moved_weights(phase, order, step),
+                              "rows": places})  # fmt: skip
+    return uses
+
+
+def kept_documents(release: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in [
+        *sorted(release.glob("dataset/kept/*.parquet")),
+        *sorted(release.glob("dataset/earlier/*/kept/*.parquet")),
+    ]:
+        for row in metrics.rows(path):
+            yield path.relative_to(release / "dataset").as_posix(), row
+
+
+def ids(release: Path) -> list[str]:
+    return [row["id"] for row in metrics.rows(release / "dataset/dispositions.parquet")]
+
+
+def plain(answer: Any) -> Any:
+    return json.loads(json.dumps(answer.to_json()))
+
+
+def test_every_step_has_its_rows(release: Path) -> None:
+    about = {row["id"]: {"license": row["license"], "origin": row["origin"]} for _, row in kept_documents(release)}
+    for phase, order, first, last in ORDERS:
+        for step in range(first, last + 1):
+            rows = [row for row in metrics.rows(release / "dataset" / order / "order.parquet") if row["step"] == step]
+            names = (*tracing.PLACE, "source", "id")
+            expected = [{**{name: row[name] for name in names}, **about[row["id"]]} for row in rows]
+            answer = tracing.step(release, phase, step)
+            assert rows and answer.segments == expected
+            assert (answer.phase, answer.step, answer.order, answer.moved) == (
+                phase,
+                step,
+                order,
+                moved_weights(phase, order, step),
+            )
+            page = answers.shown(answer)
+            assert all(f"{row['id']}  {row['license']}  {row['origin']}" in page for row in expected)
+            assert ("which moved no weight" in page) == ((phase, step) in IDLE)
+            assert plain(answer)["kind"] == "step"
+    only = tracing.step(release, None, 4)  # one phase alone has so many
+    assert only.phase == "midtrain" and only.segments[0]["id"] == "prose/005"
+
+
+def test_a_step_that_there_is_not_is_told(release: Path, alone: Path) -> None:
+    for phase, n, text in (
+        (None, 2, "pretrain, midtrain, longcontext-1, longcontext-2, rlvr each have a step 2; name the phase"),
+        (None, 9, "has no order of a step 9; pretrain ends with step 2, midtrain ends with step 4, "),
+        ("midtrain", 5, "has no order of a step 5 of midtrain; "),  # the earlier run's own step 5 was not followed
+        ("pretrain", 0, "has no order of a step 0 of pretrain; "),
+        (
+            "sft",
+            1,
+            "has no order of a phase sft; it has those of pretrain, midtrain, longcontext-1, longcontext-2, rlvr",
+        ),
+    ):
+        for folder in (release, alone):
+            with pytest.raises(AtomError, match=text):
+                tracing.step(folder, phase, n)
+    with pytest.raises(AtomError, match="model is neither a release nor its data repository"):
+        tracing.step(release / "model", None, 1)
+
+
+def test_every_document_has_its_fate_and_its_steps(release: Path) -> None:
+    fates = {row["id"]: row for row in metrics.rows(release / "dataset/dispositions.parquet")}
+    origins = {row["id"]: row["origin"] for _, row in kept_documents(release)}
+    checkpoints = [(path.name.rpartition("-step-")[0], int(path.name.rpartition("-")[2]), path.name)
+                   for path in (release / "checkpoints").glob("*-step-*")]  # fmt: skip
+    assert len(checkpoints) == 10
+    reached = set()
+    for id in [*fates, "old/1"]:
+        document = tracing.document(release, id)
+        if id in fates:
+            fate = {name: fates[id][name] for name in tracing.FATE} | {"table": "dispositions.parquet"}
+            assert document.fates[0] == {**fate, "origin": origins.get(id)}
+            assert (document.fates[0]["origin"] is None) == (fates[id]["disposition"] == "removed")
+        uses = uses_of(release, id)
+        assert [dataclasses.asdict(use) for use in document.uses] == uses
+        trained = [(PHASES.index(use["phase"]), use["step"]) for use in uses if use["moved"] is not False]
+        include = {name for phase, step, name in checkpoints
+                   if any(at < PHASES.index(phase) or (at == PHASES.index(phase) and n <= step) for at, n in trained)}  # fmt: skip
+        assert set(document.checkpoints or []) == include and len(document.checkpoints or []) == len(include), id
+        models = [m for m, phase in TRAINED.items() if any(at <= PHASES.index(phase) for at, _ in trained)]
+        assert document.models == models and document.unknown == tracing.document(release, "prose/000").unknown
+        reached.add((len(include), len(models)))
+        page = answers.shown(document)
+        assert page.startswith(id) and all(name in page for name in include)
+        assert plain(document)["uses"] == uses
+    assert len(reached) > 3
+    assert tracing.document(release, "prose/009").uses[0].moved is False
+    assert tracing.document(release, "prose/009").checkpoints == []  # it was read by an idle step only
+    old = tracing.document(release, "old/1")
+    assert [use.step for use in old.uses] == [1, 2] and old.fates[0][
+        "table"
+    ] == "earlier/dedup-bbbb/dispositions.parquet"
+    assert old.checkpoints[0] == "midtrain-step-2" and old.fates[0]["origin"] == OLD["origin"]  # type: ignore[index]
+    assert len(tracing.document(release, "prose/001").fates) == 2
+    assert "removed by near_duplicate: 1, threshold 2, duplicate of sums/003" in answers.shown(
+        tracing.document(release, "prose/007")
+    )
+
+
+def test_tasks_that_ask_what_a_document_asks(release: Path) -> None:
+    table = "rl/rlvr/tasks.jsonl"
+    tasks = tracing.document(release, "prose/005").asked
+    assert tasks == [{"phase": "rlvr", "table": table, "tasks": ["sort/1/0", "sort/1/2"], "steps": [1, 2], "answers": 3,
+                      "learnt": 2}]  # fmt: skip
+    assert "asked in rlvr, steps 1-2: 3 answers, 2 learnt" in answers.shown(tracing.document(release, "prose/005"))
+    assert all(tracing.document(release, id).asked == [] for id in ids(release) if id != "prose/005")
+
+
+def test_an_unknown_document_is_told_with_the_nearest(release: Path) -> None:
+    with pytest.raises(AtomError, match=r"knows no document prose/0001; did you mean prose/001\?"):
+        tracing.document(release, "prose/0001")
+    with pytest.raises(AtomError, match=r"knows no document zzz; look for its id in"):
+        tracing.removal_report(release, "zzz")
+
+
+def agrees(release: Path, span: str, cache: Path) -> tracing.Text:
+    """Asks for a span, and compares the answer with Python's own `in` over all kept texts."""
+    answer = tracing.text(release, span, cache)
+    expected: dict[tuple[str, str], tuple[int, list[str]]] = {}
+    for table, row in kept_documents(release):
+        if span in row["text"]:
+            expected.setdefault((row["id"], row["content_hash"]), (row["text"].count(span), []))[1].append(table)
+    assert {(m.id, m.content_hash): (m.count, m.tables) for m in answer.matches} == expected, span
+    for match in answer.matches:
+        assert [dataclasses.asdict(use) for use in match.uses] == uses_of(release, match.id)
+    assert answer.by == ("index" if len(span) >= 3 else "scan")
+    return answer
+
+
+def test_spans_are_found_where_they_stand(release: Path, cache: Path) -> None:
+    texts = [row["text"] for _, row in kept_documents(release)]
+    rng = random.Random(7)
+    spans = {"🦊", "🦊🦊", "🦊🦊🦊", "\0", "\0i", "l\0in", "\0\0it", "after\0\0it, the", '"', '""', '"""', '"no" AND', 'NOT "x"',
+             "text:y *", "^ {a b}\n\n\ttab", "aaa", "aaaa", "a\u0301", "aa\u0301 \ufffd \ufffe", "\ufffe '", "\\ % _", "日本", "日本語",
+             "the", "THE", "ß S", "texts", "NEAR(a b)", "nul\ufffdinside", "no such text at all", *texts[:3]}  # fmt: skip
+    for _ in range(40):
+        text = rng.choice(texts)
+        start = rng.randrange(len(text))
+        span = text[start : start + rng.randint(1, 30)]
+        spans |= {span, span.swapcase(), span + rng.choice("\n\"'*x")}
+    results = [agrees(release, span, cache) for span in sorted(spans)]
+    assert {answer.by for answer in results} == {"index", "scan"}
+    assert sum(len(answer.matches) > 0 for answer in results) > 40
+    assert [m.id for m in agrees(release, "left", cache).matches] == ["prose/001"]  # and not LEFT
+    page = answers.shown(agrees(release, "older text 🦊", cache))
+    assert "old/1: once; train; MIT; https://old.example.org/1" in page and "in midtrain, steps 1-2 (earlier/" in page
+    assert agrees(release, "aaa", cache).matches[0].count == 3  # without overlap
+
+
+def repository(folder: Path, texts: list[str]) -> Path:
+    """No more than kept texts in two tables, as a data repository has them."""
+    data = folder / "dataset"
+    release_fixtures.table(data / "dispositions.parquet", [{"id": "a/0"}])
+    for source, source_texts in (("a", texts[::2]), ("b", texts[1::2])):
+        rows = [{"id": f"{source}/{n}", "text": text, "source": source, "license": "MIT", "origin": "o", "split": "train",
+                 "content_hash": release_fixtures.sha(text)} for n, text in enumerate(source_texts)]  # fmt: skip
+        if rows:
+            release_fixtures.table(data / f"kept/{source}.parquet", rows)
+    write_sums(data / SUMS, data, [path for path in files_below(data) if path != SUMS])
+    return folder
+
+
+CHARACTERS = st.text(st.sampled_from('ab"\0\n* é🦊\ufffd\uffff\u0301\u2028'), max_size=12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(CHARACTERS, min_size=1, max_size=6), st.lists(CHARACTERS.filter(bool), max_size=4), st.data())
+def test_any_text_and_any_span(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], spans: list[str], data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    release = repository(folder, texts)
+    for text in texts:
+        if text:
+            start = data.draw(st.integers(0, len(text) - 1))
+            spans.append(text[start : data.draw(st.integers(start + 1, len(text)))])
+    for span in spans:
+        agrees(release, span, folder / "cache")
+    shutil.rmtree(folder)
+
+
+def test_rows_are_found_in_every_row_group(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    release = repository(tmp_path, [f"text number {n} of many" for n in range(200)])
+    for path in (release / "dataset/kept").glob("*.parquet"):
+        pq.write_table(pq.read_table(path), path, row_group_size=7)
+    write_sums(release / "dataset" / SUMS, release / "dataset", ["kept/a.parquet", "kept/b.parquet"])
+    for n in range(0, 200, 9):
+        assert len(agrees(release, f"number {n} of", tmp_path / "cache").matches) == 1
+    assert len(agrees(release, "number 1", tmp_path / "cache").matches) == 111
+    long = "text number 77 of many" * 500
+    assert agrees(release, long, tmp_path / "cache").matches == []
+
+
+def test_an_index_is_made_once_for_the_same_texts(release: Path, alone: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    cache = tmp_path / "cache"
+    first = tracing.text(release, "said", cache, notes.append)
+    [index] = cache.iterdir()
+    status = index.stat()
+    old = [f"earlier/dedup-bbbb/kept/{name}.parquet" for name in ("old", "prose", "sums")]
+    assert notes == [f"indexing {table}" for table in ("kept/prose.parquet", "kept/sums.parquet", *old)]
+    answer = tracing.text(alone, "said", cache, notes.append)  # the same kept files elsewhere: the same index
+    assert [m.id for m in answer.matches] == [m.id for m in first.matches] == ["prose/001", "prose/006"]
+    assert len(notes) == 5 and index.stat().st_mtime_ns == status.st_mtime_ns and index.stat().st_ino == status.st_ino
+
+    change(alone / "kept/prose.parquet", {"prose/001": {"text": "an inserted word"}})
+    write_sums(alone / SUMS, alone, [path for path in files_below(alone) if path != SUMS])
+    assert [m.id for m in tracing.text(alone, "inserted", cache, notes.append).matches] == ["prose/001"]
+    assert len(notes) == 10 and len(list(cache.iterdir())) == 2
+
+
+def test_an_index_that_cannot_be_trusted_is_refused(release: Path, alone: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with pytest.raises(AtomError, match="the span is empty"):
+        tracing.text(release, "", cache)
+    with pytest.raises(AtomError, match="no Unicode text"):
+        tracing.text(release, "a\udc80b", cache)
+    content = (alone / "kept/sums.parquet").read_bytes()
+    (alone / "kept/sums.parquet").write_bytes(content[:200])
+    with pytest.raises(
+        AtomError, match="sums.parquet is not the file that the checksums beside it list; verify this copy"
+    ):
+        tracing.text(alone, "said", cache)
+    assert list(cache.iterdir()) == []  # half an index is none
+    (alone / "kept/sums.parquet").unlink()
+    with pytest.raises(AtomError, match=r"kept/sums.parquet is missing or not listed in SHA256SUMS"):
+        tracing.text(alone, "a", cache)
+    (alone / SUMS).unlink()
+    with pytest.raises(CheckFailed, match="SHA256SUMS is missing"):
+        tracing.text(alone, "said", cache)
+    tracing.text(release, "said", cache)
+    [index] = cache.iterdir()
+    for damaged in (b"", index.read_bytes()[:4096], b"no database" * 99):
+        index.write_bytes(damaged)
+        with pytest.raises(AtomError, match=r"the index .* is damaged .*; remove it and ask again"):
+            tracing.text(release, "said", cache)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AtomError, match="cannot be written"):
+        tracing.text(release, "said", tmp_path / "file")
+
+
+def strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield key
+            yield from strings(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from strings(part)
+
+
+def test_a_request_for_removal_names_every_file(release: Path) -> None:
+    """Against a reading of every value of every table and JSON file."""
+    content: dict[str, list[list[str]]] = {}
+    for path in files_below(release):
+        if path.endswith(".parquet"):
+            content[path] = [list(strings(row)) for row in
+                             ([v for v in r.values() if isinstance(v, str)] for r in metrics.rows(release / path))]  # fmt: skip
+        elif path.endswith((".json", ".jsonl")) and not path.startswith("code/"):
+            text = (release / path).read_text()
+            lines = text.splitlines() if path.endswith(".jsonl") else [text]
+            content[path] = [[s for line in lines for s in strings(json.loads(line))]]
+    roots = merkle.roots(release / "dataset")
+    texts: dict[str, set[str]] = {}
+    for _, row in kept_documents(release):
+        texts.setdefault(row["id"], set()).add(row["text"])
+    texts["prose/003"] = texts["sums/007"] = texts["prose/001"]  # the same text, of those that were removed
+    found_in = set()
+    for id in [*ids(release), "old/1"]:
+        report = tracing.removal_report(release, id)
+        expected = []
+        for path, rows in content.items():
+            by_id = sum(id in row for row in rows)
+            by_text = sum(any(text in s for s in row for text in texts.get(id, ())) for row in rows)
+            if by_id or by_text:
+                expected.append({"path": path, "by_id": by_id, "by_text": by_text})
+        assert [{k: v for k, v in row.items() if k != "repository"} for row in report.files] == expected, id
+        found_in |= {row["path"] for row in report.files}
+        assert report.document == tracing.document(release, id)
+        assert set(report.proofs) == ({t for t in roots if any(id in row for row in content[table_file(t)])})
+        assert [merkle.check(proof, roots) for proof in report.proofs.values()] == [None] * len(report.proofs)
+        page = answers.shown(report)
+        assert all(row["path"] in page for row in expected) and page.startswith(f"Request to remove {id}\n")
+        assert ("a proof: the document is of an earlier run" in page) == (id == "old/1")
+        assert plain(report)["document"]["id"] == id
+    assert {f"evidence/training/rlvr/{name}.json" for name in "ab"} <= found_in  # an id that JSON writes in two ways
+    assert {"dataset/rl/rlvr/rollouts.parquet", "evidence/training/longcontext-2/training.jsonl"} <= found_in
+    repositories = {row["path"]: row["repository"] for row in tracing.removal_report(release, "prose/001").files}
+    assert repositories["dataset/kept/prose.parquet"] == "local/tiny-data"
+    assert repositories["evidence/training/longcontext-2/training.jsonl"] == "local/tiny-evidence"
+    assert repositories["model/training/longcontext-2.jsonl"] == "local/tiny"
+
+
+def table_file(table: str) -> str:
+    return {"tokens": "dataset/tokens/documents.parquet"}.get(table, f"dataset/{table}.parquet")
+
+
+def test_duplicates_are_followed_both_ways(release: Path) -> None:
+    replaces_this, replaced_by_this, same_text = (
+        "it stands for this one",
+        "this one stands for it",
+        "it has the same text",
+    )
+    for id, expected in {
+        "prose/007": {"sums/003": replaces_this, "sums/002": replaces_this},
+        "sums/003": {"sums/002": replaces_this, "prose/007": replaced_by_this},
+        "sums/002": {"sums/003": replaced_by_this, "prose/007": replaced_by_this},
+        "prose/003": {"prose/001": replaces_this, "sums/007": same_text},
+        "prose/001": {"prose/003": replaced_by_this, "sums/007": same_text},
+        "sums/007": {"prose/001": same_text, "prose/003": same_text},
+        "prose/002": {},
+    }.items():
+        related = tracing.removal_report(release, id).related
+        assert {row.document.id: row.relation for row in related} == expected
+        assert all(row.document == tracing.document(release, row.document.id) for row in related)
+    assert tracing.removal_report(release, "prose/007").related[0].document.checkpoints  # sums/002 was trained on
+
+
+def test_of_the_data_alone_it_says_what_it_cannot_tell(release: Path, alone: Path, tmp_path: Path) -> None:
+    for id in ("prose/001", "prose/003", "old/1"):
+        complete, partial = tracing.document(release, id), tracing.document(alone, id)
+        assert partial.checkpoints is None and partial.fates == complete.fates
+        unmoved = [dataclasses.replace(use, moved=None) for use in complete.uses]
+        assert partial.uses == unmoved and partial.models == complete.models
+        assert [text.split(":")[0] for text in partial.unknown] == [
+            "which checkpoints include a step", "which steps moved no weight"
+        ]  # fmt: skip
+        assert "not known here: which checkpoints" in answers.shown(partial)
+        report = tracing.removal_report(alone, id)
+        assert all(row["repository"] is None for row in report.files) and "only the data is here" in str(report.unknown)
+        assert report.proofs == tracing.removal_report(release, id).proofs
+        paths = {row["path"].removeprefix("dataset/") for row in tracing.removal_report(release, id).files
+                 if row["path"].startswith("dataset/")}  # fmt: skip
+        assert {row["path"] for row in report.files} == paths
+    step = tracing.step(alone, "longcontext-2", 1)
+    assert step.moved is None and step.segments == tracing.step(release, "longcontext-2", 1).segments
+    assert len(step.unknown) == 1 and tracing.step(release, "longcontext-2", 1).unknown != step.unknown
+    partial = tracing.text(alone, "said", tmp_path / "cache")
+    assert [m.id for m in partial.matches] == ["prose/001", "prose/006"] and len(partial.unknown) == 1
+    assert tracing.document(release, "prose/001").unknown == [
+        "which steps of earlier runs moved no weight: their logs are not published"
+    ]
+
+
+def test_what_a_terminal_would_obey_is_not_printed(release: Path) -> None:
+    document = tracing.document(release, "prose/001")
+    fate = {**document.fates[0], "origin": "a\nb", "license": "\x9b2J"}
+    page = answers.shown(dataclasses.replace(document, id="prose/\x1b[2J", fates=[fate]))
+    assert "\x1b" not in page and r"prose/\x1b[2J" in page and r"\x9b2J; a\nb" in page

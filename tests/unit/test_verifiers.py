@@ -1,0 +1,390 @@
+"""Verifiers: right, wrong and half-right answers, hostile ones, and failures that must never become a reward of 0."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import AtomError
+from stages.data.synthetic import problems
+from stages.rl.protocols import Parts, Row, Verifier, VerifierFailed, question
+from stages.rl.rewards import scoring_pool, scoring_worker
+from stages.rl.rewards.verifiers import VERIFIERS, make_verifier, reasoning_gym_rows, to_row
+from stages.scorers.instructions_v1 import CHECKS
+from tests.fixtures.verifier_fixtures import (
+    ARGUMENTS,
+    Server,
+    client,
+    form_row,
+    gym_row,
+    response_of,
+    score_one,
+    scoring_handler,
+    sum_row,
+)
+
+HOSTILE = {
+    "empty": "",
+    "blank": " \n\t ",
+    "tower": "9**9**9",
+    "tower in LaTeX": "$9^{9^{9^{9}}}$",
+    "factorial": "$10^{10^{10}}!$",
+    "many digits": "4" * 100_000,
+    "parentheses": "(" * 50_000 + "4" + ")" * 50_000,
+    "braces": "$" + "{" * 3000 + "4" + "}" * 3000 + "$",
+    "fractions": "\\boxed{" + "\\frac{1}{" * 2000,
+    "brackets": "[" * 100_000,
+    "chevrons": "<" * 300_000 + "\n" + "<<" * 100_000 + ">",
+    "asterisks": "*a" * 100_000 + "*" * 100_000,
+    "spaces": " " * 300_000 + "x",
+    "python": "__import__('os').system('touch {trace}')",
+    "python in LaTeX": "$\\operatorname{{__import__('os').system('touch {trace}')}}$ \\boxed{{exec(\"open('{trace}','w')\")}}",
+    "python list": "[__import__('pathlib').Path('{trace}').touch()]",
+    "sympy": "sympify(\"open('{trace}', 'w')\")",
+    "file": "\\input{/etc/passwd} \\write18{touch {trace}}",
+    "lone surrogates": "\ud800\udfff 5 \udcff",
+    "bytes": bytes(range(256)).decode("latin-1") * 20,
+    "nul": "\x00" * 1000,
+    "unicode digits": "٤ 四 ④ 𝟜",
+    "right to left": "\u202e4\u202c" * 100,
+    "json": '{"a":' * 20_000,
+    "big json": '{"reward": 1e999, "x": NaN}',
+    "unclosed thought": "<think> 4",
+    "many stops": "a. " * 50_000,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_answer_has_a_reward_and_does_nothing(
+    kind: str, maths: Verifier, gym: Verifier, serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace"
+    text = (
+        HOSTILE[kind].replace("{trace}", str(trace)).replace("{{", "{") if "trace" in HOSTILE[kind] else HOSTILE[kind]
+    )
+    forms = form_row(*((name, ARGUMENTS[name]) for name in CHECKS))
+    cases = [
+        (make_verifier("exact"), sum_row()),
+        (maths, sum_row()),
+        (gym, gym_row()),
+        (make_verifier("instructions"), forms),
+        (client(serve(scoring_handler)), sum_row()),
+    ]
+    for scorer, row in cases:
+        start = time.process_time()
+        parts = score_one(scorer, row, text)
+        # reasoning_gym gives the share of an answer that the right one makes up, however it got there.
+        most = 0.1 if scorer is gym else 0
+        assert 0 <= parts["reward"] <= most and parts["finished"] == 1, f"{scorer.name}: {parts}"
+        assert time.process_time() - start < 60, f"{scorer.name} takes its time in this process"
+    assert not trace.exists()
+
+
+def test_every_verifier_stands_for_what_it_is() -> None:
+    for name, kind in VERIFIERS.items():
+        if name == "python-tests":  # which needs a sandbox, and has tests of its own
+            assert kind.runs_code is True
+            continue
+        scorer = kind(url="http://127.0.0.1:1", serves="x 1") if name == "nemo-gym" else kind()
+        assert scorer.name == name and scorer.version and scorer.runs_code is False
+        assert scorer.score([]) == []
+        scorer.close()
+    assert (
+        "math-verify 0.9" in make_verifier("math-verify").version and "0.1.25" in make_verifier("reasoning-gym").version
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        (
+            "math",
+            {},
+            "no verifier 'math'; there are exact, instructions, math-verify, nemo-gym, python-tests, reasoning-gym",
+        ),
+        ("exact", {"strict": True}, "verifier exact with the settings {'strict': True}"),
+        ("nemo-gym", {}, "missing"),
+    ],
+)
+def test_what_is_asked_wrongly_is_refused(name: str, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(AtomError, match=words.replace("{", r"\{")):
+        make_verifier(name, **settings)
+
+
+def test_a_row_is_nemo_gyms() -> None:
+    row = to_row("a-1", "2+2?", "exact", "add", 3, expected_answer="4")
+    assert row["responses_create_params"] == {"input": [{"role": "user", "content": "2+2?"}]}
+    assert (row["id"], row["verifier"], row["kind"], row["level"], question(row)) == ("a-1", "exact", "add", 3, "2+2?")
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
+    assert to_row("a-2", chat, "exact", "add", 3)["responses_create_params"]["input"] == chat
+
+
+# --- exact ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", problems.TASKS)
+def test_the_projects_own_tasks(task: str) -> None:
+    rng, exact = random.Random(1), make_verifier("exact")
+    for _ in range(50):
+        p = problems.TASKS[task](rng)
+        row = to_row("p", p.question, "exact", task, 0, question=p.question, expected_answer=p.answer)
+        for right in (
+            p.answer,
+            f" {p.answer}\n",
+            f"{p.steps}:{p.answer}",
+            f"<think>{p.steps}</think>\n{p.answer}",
+            f"It is: {p.answer}",
+        ):
+            assert score_one(exact, row, right) == {"reward": 1, "finished": 1}
+        assert score_one(exact, row, p.answer, finished=False) == {"reward": 0, "finished": 0}
+        for wrong in (
+            p.answer + "0",
+            "0" + p.answer,
+            f"{p.answer}:{p.steps}",
+            p.answer[1:],
+            f"{p.answer}.",
+            f"<think>{p.answer}",
+        ):
+            assert score_one(exact, row, wrong)["reward"] == 0
+
+
+def test_an_expected_answer_may_hold_a_colon() -> None:
+    row = to_row("t", "When?", "exact", "time", 0, expected_answer="10:30")
+    exact = make_verifier("exact")
+    assert [score_one(exact, row, text)["reward"] for text in ("10:30", "at: 10:30", "11:30", "30")] == [1, 1, 0, 0]
+    with pytest.raises(VerifierFailed, match="row t: no expected_answer"):
+        score_one(exact, {**row, "expected_answer": " "}, "")
+
+
+# --- math-verify ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "reward"),
+    [
+        ("4", "4", 1),
+        ("4", "So 2+2 is \\boxed{4}.", 1),
+        ("4", "5, or rather $4$", 1),
+        ("4", "The answer is $5$", 0),
+        ("\\frac{1}{2}", "0.5", 1),
+        ("0.5", "\\frac{2}{4}", 1),
+        ("(x+1)^2", "$x^2+2x+1$", 1),
+        ("(x+1)^2", "$x^2+2x-1$", 0),
+        ("\\{1, 2\\}", "$\\{2,1\\}$", 1),
+        ("[0, 1)", "$[0,1)$", 1),
+        ("$x=3$", "x is $3$", 1),
+        ("1,000", "1000", 1),
+        ("4", "<think>4</think> 5", 0),
+        (7, "\\boxed{7}", 1),
+    ],
+)
+def test_mathematical_equality(maths: Verifier, expected: Any, answer: str, reward: int) -> None:
+    assert score_one(maths, sum_row(expected), answer) == {"reward": reward, "finished": 1, "unreadable": 0}
+
+
+def test_an_unfinished_answer_earns_nothing_from_any(
+    maths: Verifier, gym: Verifier, serve: Callable[..., Server]
+) -> None:
+    form = form_row(("punctuation:no_comma", {}))
+    server = serve(scoring_handler)
+    for scorer, row, text in (
+        (make_verifier("exact"), sum_row(), "4"),
+        (maths, sum_row(), "4"),
+        (gym, gym_row(), "6"),
+        (make_verifier("instructions"), form, "ok"),
+        (client(server), sum_row(), "4"),
+    ):
+        assert score_one(scorer, row, text)["reward"] == 1
+        parts = score_one(scorer, row, text, finished=False)
+        assert parts["reward"] == 0 and parts["finished"] == 0
+    assert len(server.seen) == 1
+
+
+def test_who_is_to_blame_for_running_out_of_time(maths: Verifier, gym: Verifier) -> None:
+    """The answer, as the row's own is judged right after; and its fellows keep their rewards."""
+    answers = [(sum_row(), response_of(text)) for text in ("4", "$9^{9^{9}}$", "5", "4")]
+    assert [(p["reward"], p["unreadable"]) for p in maths.score(answers)] == [(1, 0), (0, 1), (0, 0), (1, 0)]
+    # One of reasoning_gym's scorers raises on what is no number.
+    row = next(reasoning_gym_rows("prime_factorization", 1, 1))
+    assert score_one(gym, row, "no number") == {"reward": 0, "finished": 1, "unreadable": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (sum_row(""), "row m1: no expected_answer to judge by"),
+        ({k: v for k, v in sum_row().items() if k != "expected_answer"}, "row m1: no expected_answer"),
+    ],
+)
+def test_a_row_that_cannot_be_judged_is_no_reward(maths: Verifier, row: Row, words: str) -> None:
+    with pytest.raises(VerifierFailed, match=words):
+        score_one(maths, row, "4")
+
+
+def kill_workers(scorer: Verifier) -> int:
+    """Kills every worker that runs, from outside. Returns how many."""
+    processes = [w.process for w in scorer._pool.workers if w.process]
+    for process in processes:
+        os.killpg(process.pid, signal.SIGKILL)
+    return len(processes)
+
+
+def test_killed_workers_are_replaced_and_their_answers_judged_again() -> None:
+    scorer = make_verifier("math-verify", seconds=1)
+    answers = [(sum_row(), response_of("4")), (sum_row(), response_of("5"))] * 4
+    right = [1, 0] * 4
+    try:
+        assert [p["reward"] for p in scorer.score(answers)] == right
+        assert kill_workers(scorer)  # between steps
+        assert [p["reward"] for p in scorer.score(answers)] == right
+        with ThreadPoolExecutor(1) as pool:  # in the middle of one
+            step = pool.submit(scorer.score, answers * 8)
+            time.sleep(0.1)
+            assert kill_workers(scorer)
+            assert [p["reward"] for p in step.result()] == right * 8
+    finally:
+        scorer.close()
+
+
+def test_a_worker_that_is_always_killed_is_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = make_verifier("math-verify", seconds=1)
+    start = scoring_pool.Worker._start
+
+    def doomed(worker: scoring_pool.Worker) -> None:
+        start(worker)
+        os.killpg(worker.process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(scoring_pool.Worker, "_start", doomed)
+    try:
+        with pytest.raises(VerifierFailed, match="verifier math-verify, row m1: the judge failed 3 times"):
+            score_one(scorer, sum_row(), "4")
+    finally:
+        scorer.close()
+
+
+def test_an_answer_is_not_blamed_for_what_befell_its_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, wrong, crash = {"score": 1.0}, {"score": 0.0}, {"signal": signal.SIGSEGV, "error": "SIGSEGV"}
+
+    def outcome(*replies: dict[str, Any]) -> Parts:
+        outcomes = iter(replies)
+        monkeypatch.setattr(scoring_pool.Worker, "ask", lambda *_: next(outcomes))
+        return score_one(make_verifier("math-verify"), sum_row(), "4")
+
+    # Probe, garbage, answer; and after a crash again probe, garbage.
+    assert outcome(right, wrong, crash, right, wrong) == {"reward": 0, "finished": 1, "unreadable": 1}
+    with pytest.raises(VerifierFailed, match="its own expected answer got SIGSEGV"):
+        outcome(right, wrong, crash, crash)
+    killed = {"signal": signal.SIGKILL, "error": "SIGKILL"}
+    assert outcome(right, wrong, killed, right) == {"reward": 1, "finished": 1, "unreadable": 0}
+    # Killed each time, while the probe is judged: the answer did it. If the probe is killed too, the machine does it.
+    ended = outcome(right, wrong, killed, killed, killed, right, wrong)
+    assert ended == {"reward": 0, "finished": 1, "unreadable": 1}
+    with pytest.raises(VerifierFailed, match=r"failed 3 times \(it was killed from outside, as the kernel does"):
+        outcome(right, wrong, killed, killed, killed, killed, killed, killed)
+
+
+def test_a_worker_that_cannot_start_is_no_reward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "math_verify.py").write_text("raise ImportError('a broken installation')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    scorer = make_verifier("math-verify")
+    try:
+        with pytest.raises(
+            VerifierFailed, match=r"row m1: the judge failed 3 times \(ImportError: a broken installation\)"
+        ):
+            score_one(scorer, sum_row(), "4")
+    finally:
+        scorer.close()
+
+
+def test_a_package_that_answers_nought_to_all_is_no_reward(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As the packages do where their own code raises."""
+    (tmp_path / "math_verify.py").write_text("def parse(*a, **k): return []\ndef verify(*a, **k): return False\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    scorer = make_verifier("math-verify")
+    try:
+        with pytest.raises(VerifierFailed, match="its own expected answer got a score of 0.0"):
+            score_one(scorer, sum_row(), "5")
+    finally:
+        scorer.close()
+
+
+# In the worker's fork: what each does, and what comes of it.
+FORKS: dict[str, tuple[Callable[[str], float], dict[str, Any]]] = {
+    "killed": (lambda _: os.kill(os.getpid(), 9) or 0.0, {"error": "PermissionError: a judge must not call os.kill"}),
+    "crashed": (lambda _: (faulthandler.disable(), os.abort())[1], {"signal": signal.SIGABRT, "error": "SIGABRT"}),
+    "greedy": (lambda _: float(len(bytearray(2 << 30))), {"error": "MemoryError: "}),
+    "slow": (lambda _: float(len(str(9 ** (9**8)))), {"signal": signal.SIGXCPU, "error": "SIGXCPU"}),
+    "raised": (lambda _: 1 / 0, {"error": "ZeroDivisionError: division by zero"}),
+    "writes": (
+        lambda _: Path("/tmp/atom-trace").write_text("x"),
+        {"error": "PermissionError: a judge must not call open"},
+    ),
+    "calls": (lambda _: os.system("true"), {"error": "PermissionError: a judge must not call os.system"}),
+    "connects": (lambda _: socket.socket() and 1.0, {"error": "PermissionError: a judge must not call socket.__new__"}),
+    "gone": (lambda _: os._exit(0), {"error": "nothing"}),
+    "beyond": (lambda _: 1.5, {"error": "a score of 1.5"}),
+    "NaN": (lambda _: float("nan"), {"error": "a score of nan"}),
+    "right": (lambda _: 1.0, {"score": 1.0}),
+}
+
+
+@pytest.mark.parametrize("attack", FORKS)
+def test_a_fork_is_limited(attack: str) -> None:
+    score, reply = FORKS[attack]
+    assert scoring_worker.score_in_fork(score, "", 1) == reply
+
+
+# --- reasoning-gym ----------------------------------------------------------------------------------------------------
+
+
+def test_reasoning_gyms_scores(gym: Verifier) -> None:
+    rows = list(reasoning_gym_rows("spell_backward", 3, 2, level=1, min_word_len=4, max_word_len=6))
+    assert [row["id"] for row in rows] == ["spell_backward-3-0", "spell_backward-3-1"]
+    assert all(row["kind"] == "spell_backward" and row["level"] == 1 for row in rows)
+    assert rows == list(reasoning_gym_rows("spell_backward", 3, 2, level=1, min_word_len=4, max_word_len=6))
+    right = rows[0]["answer"]
+    half = right[:-1] + ("a" if right[-1] != "a" else "b")
+    assert score_one(gym, rows[0], f"<think>hm</think>{right}") == {"reward": 1, "finished": 1, "unreadable": 0}
+    assert 0 < score_one(gym, rows[0], half)["reward"] < 1
+    assert score_one(gym, rows[0], "1234")["reward"] == 0
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ("no_such", "no_such' not registered"),
+        ("countdown", "its own expected answer got a score of 0.01"),  # gives the answer to eval, by way of sympy
+        ("bitwise_arithmetic", "its own expected answer got a score of 0.0"),
+        ("rush_hour", "no answer to judge by"),
+        ("rearc", "its own expected answer got a score of 0.05"),  # JSON makes lists of its tuples
+        ("game_of_life_halting", "the answer '\\?' got a score of 1.0"),
+    ],
+)
+def test_datasets_that_cannot_be_judged_are_refused(dataset: str, words: str) -> None:
+    with pytest.raises(AtomError, match=words):
+        # Whether a board of this one lives on decides if garbage counts as right.
+        reasoning_gym_rows(dataset, 1, 6 if dataset == "game_of_life_halting" else 1)
+
+
+def test_settings_that_a_dataset_refuses_are_told() -> None:
+    with pytest.raises(AtomError, match="reasoning_gym dataset gcd with {'min_value': 0}"):
+        reasoning_gym_rows("gcd", 1, 1, min_value=0)
+
+
+def test_an_unknown_dataset_in_a_row_is_no_reward(gym: Verifier) -> None:
+    with pytest.raises(VerifierFailed, match="row g1: ValueError: reasoning_gym has no dataset of_mine"):
+        score_one(gym, gym_row("of_mine"), "6")
+    with pytest.raises(VerifierFailed, match=r"row g1: the answer '\?' got a score of 1.0, so no answer to it can be"):
+        score_one(gym, {**gym_row(), "answer": "?"}, "6")
+    with pytest.raises(VerifierFailed, match="row g1: no metadata to judge by"):
+        score_one(gym, {k: v for k, v in gym_row().items() if k != "metadata"}, "6")
