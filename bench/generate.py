@@ -27,8 +27,9 @@ import torch
 from transformers import GenerationConfig
 
 from stages.mcore.weight_init import full_tensor
-from stages.models.qwen3_moe import hf
-from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.hf import hf_config
+from stages.models.qwen3_moe import spec
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.rl.protocols import Prompt
 from stages.rl.samplers.generate import InProcess
 
@@ -41,7 +42,7 @@ CACHES = ("dynamic", "static")
 class Size:
     """What is measured: `new` tokens for each of a batch of prompts of `shortest` to `longest` tokens."""
 
-    model: ModelConfig
+    model: Qwen3MoeConfig
     vocab: int
     new: int
     shortest: int
@@ -52,12 +53,12 @@ class Size:
 
 
 FULL = Size(
-    ModelConfig(layers=3, hidden_size=96, heads=4, kv_heads=2, head_dim=32, experts=4, num_experts_per_tok=2,
+    Qwen3MoeConfig(layers=3, hidden_size=96, heads=4, kv_heads=2, head_dim=32, experts=4, num_experts_per_tok=2,
                 moe_intermediate_size=96, context_length=512, tie_embeddings=True, init_std=0.08),
     vocab=512, new=56, shortest=12, longest=48, rounds=9, batches=(1, 16, 128), busy=32,
 )  # fmt: skip
 QUICK = Size(
-    ModelConfig(layers=1, hidden_size=32, heads=4, kv_heads=2, head_dim=8, experts=4, num_experts_per_tok=2,
+    Qwen3MoeConfig(layers=1, hidden_size=32, heads=4, kv_heads=2, head_dim=8, experts=4, num_experts_per_tok=2,
                 moe_intermediate_size=16, context_length=64, tie_embeddings=True),
     vocab=64, new=6, shortest=3, longest=9, rounds=3, batches=(1, 4), busy=4,
 )  # fmt: skip
@@ -68,9 +69,9 @@ class Sides:
 
     def __init__(self, size: Size) -> None:
         self.size = size
-        config = hf.hf_config(size.model, size.vocab, 1, 0, "float32")
+        config = hf_config(size.model, size.vocab, 1, 0, "float32")
         shapes = size.model.shapes(size.vocab)
-        tensors = hf.to_hf({n: full_tensor(n, s, size.model, 0) for n, s in shapes.items()}, size.model, size.vocab)
+        tensors = spec.to_hf({n: full_tensor(n, s, size.model, 0) for n, s in shapes.items()}, size.model, size.vocab)
         self.own, other = (InProcess(config, stops=(), max_new_tokens=size.new) for _ in range(2))
         for sampler in (self.own, other):
             sampler.load(tensors)

@@ -25,16 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.launch import cluster_profile
-from stages.mcore.activations import Rows, activation_bytes
+from stages.mcore.activations import activation_bytes
+from stages.mcore.memory import memory_share, state_bytes
 from stages.mcore.parallel_layout import Layout
-from stages.models.qwen3_moe.config import ModelConfig
-from stages.models.qwen3_moe.costs import AttentionCost, training_flops
-from stages.models.qwen3_moe.memory import memory_share, state_bytes
+from stages.models.costs import AttentionCost, Rows, training_flops
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
 
 TARGET = 0.01
 QWEN3 = dict(kv_heads=4, head_dim=128, experts=128, num_experts_per_tok=8, context_length=4096, tie_embeddings=False)
-QWEN3_30B = ModelConfig(layers=48, hidden_size=2048, heads=32, moe_intermediate_size=768, **QWEN3)
-QWEN3_235B = ModelConfig(layers=94, hidden_size=4096, heads=64, moe_intermediate_size=1536, **QWEN3)
+QWEN3_30B = Qwen3MoeConfig(layers=48, hidden_size=2048, heads=32, moe_intermediate_size=768, **QWEN3)
+QWEN3_235B = Qwen3MoeConfig(layers=94, hidden_size=4096, heads=64, moe_intermediate_size=1536, **QWEN3)
 QWEN3_VOCABULARY = 151_936
 
 RUNS = (
@@ -52,7 +52,7 @@ class Model:
     attention: tuple[AttentionCost, ...]
 
 
-def qwen3(model: ModelConfig) -> Model:
+def qwen3(model: Qwen3MoeConfig) -> Model:
     return Model(
         model.matrices(QWEN3_VOCABULARY), (AttentionCost(model.layers, model.heads, model.head_dim, model.head_dim),)
     )

@@ -149,7 +149,7 @@ def control(variant: str, path: Path, home: Path) -> dict[str, Any]:
     follows from. Returns what is told of it beside its scores."""
     from pipeline.core.stage import identity
     from pipeline.core.store import MANIFEST, Artifact, canonical, once, sha256_bytes, write_manifest
-    from stages.rl.trainer import train
+    from stages.train.trainer import train
 
     release = Release(path, home)
     config = release.continued() if variant == CONTINUED else release.config("rlvr")

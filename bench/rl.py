@@ -42,8 +42,9 @@ from pipeline.core.store import Artifact, write_manifest
 from stages.data.chat import render
 from stages.data.table import ITEMS, write_jsonl, write_rows
 from stages.data.tokenizer import PAD, SPECIAL_TOKENS, _alphabet, _set_byte_level
-from stages.models.qwen3_moe.hf import hf_config, to_hf
-from stages.models.qwen3_moe.megatron_model import named_tensors
+from stages.mcore.model import named_tensors
+from stages.models.hf import hf_config
+from stages.models.qwen3_moe.spec import to_hf
 from stages.rl.algorithms.grpo import GrpoTrainer
 from stages.rl.config import RlTrainConfig
 from stages.rl.protocols import Completion, Parts, Prompt, Response, Row

@@ -29,9 +29,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from stages.models.qwen3_moe.config import ModelConfig
-from stages.models.qwen3_moe.hf import hf_config, to_hf
-from stages.models.qwen3_moe.megatron_model import named_tensors
+from stages.mcore.model import named_tensors
+from stages.models.hf import hf_config
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.models.qwen3_moe.spec import to_hf
 from stages.train.config import TrainConfig
 from stages.train.data import Batch, RankBatch
 from stages.train.engine import Engine
@@ -46,7 +47,7 @@ EXPERTS = ("grouped_mm", "eager")
 class Size:
     """What is measured: `rows` rows of `length` tokens a step, in one micro-batch."""
 
-    model: ModelConfig
+    model: Qwen3MoeConfig
     vocab: int
     rows: int
     length: int
@@ -60,12 +61,12 @@ class Size:
 
 
 FULL = Size(
-    ModelConfig(layers=6, hidden_size=256, heads=8, kv_heads=4, head_dim=64, experts=16, num_experts_per_tok=4,
+    Qwen3MoeConfig(layers=6, hidden_size=256, heads=8, kv_heads=4, head_dim=64, experts=16, num_experts_per_tok=4,
                 moe_intermediate_size=192, context_length=512, aux_loss=0.0),
     vocab=4096, rows=8, length=512, steps=2, rounds=20, matrix=2048,
 )  # fmt: skip
 QUICK = Size(
-    ModelConfig(layers=2, hidden_size=32, heads=4, kv_heads=2, head_dim=8, experts=4, num_experts_per_tok=2,
+    Qwen3MoeConfig(layers=2, hidden_size=32, heads=4, kv_heads=2, head_dim=8, experts=4, num_experts_per_tok=2,
                 moe_intermediate_size=16, context_length=64, aux_loss=0.0),
     vocab=64, rows=4, length=32, steps=1, rounds=3, matrix=64,
 )  # fmt: skip

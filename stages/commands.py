@@ -26,9 +26,9 @@ def simulate_precision(
     baseline: Annotated[str, typer.Option(help="what FP8 is compared with, and around it: bf16 or fp32")] = "bf16",
     bound: Annotated[float, typer.Option(help="largest relative deviation of the loss")] = 0.0025,
     hidden: Annotated[
-        int | None, typer.Option(help="width of the twin; default: the smallest of two blocks everywhere")
+        int | None, typer.Option(help="width of the proxy; default: the smallest of two blocks everywhere")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="layers of the twin; default: 2")] = None,
+    layers: Annotated[int | None, typer.Option(help="layers of the proxy; default: 2")] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="folder of the result; default: one under $ATOM_HOME/precision-simulations"),
@@ -37,8 +37,8 @@ def simulate_precision(
 ) -> None:
     """Measure on any machine what FP8 rounding costs.
 
-    A small twin of the recipe's model is trained on Python's standard library with linear layers that round to FP8, and
-    without. Exit code 0: every precision holds the bound; 1: one fails it, or the runs do not decide; 2: a mistake.
+    A small proxy of the recipe's model is trained on Python's standard library with linear layers that round to FP8,
+    and without. Exit code 0: every precision holds the bound; 1: one fails it, or the runs do not decide; 2: a mistake.
     Ctrl-C stops cleanly; the same command goes on from the runs that are finished.
     """
     from rich.console import Console

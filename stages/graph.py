@@ -18,7 +18,7 @@ from pipeline.graph.dag import Graph, GraphBuilder, names_in_words, require_same
 from pipeline.graph.recipe import Recipe
 from stages.data.recipe import DataRecipe
 from stages.data.recipe import loads as load_data_recipe
-from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.base import ModelConfig
 from stages.recipe import ReleaseRecipe
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
 from stages.train.config import PhaseConfig

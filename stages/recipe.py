@@ -12,7 +12,7 @@ from pipeline.core.stage import Config, Renamed
 from pipeline.graph.recipe import Identity
 from stages.data.tokenizer import TokenizerSection
 from stages.evaluation.bits_per_byte import EvaluationSection
-from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.registry import Model
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
 from stages.train.config import LongContext, PhaseConfig
 
@@ -41,7 +41,7 @@ class ReleaseRecipe(Identity):
     """A release. Phases whose section is left out are not trained."""
 
     tokenizer: TokenizerSection = Field(description="training of the tokenizer")
-    model: ModelConfig = Field(description="architecture of the model")
+    model: Model = Field(description="architecture of the model")
     pretrain: PhaseConfig = Field(description="pretraining")
     midtrain: PhaseConfig = Field(description="mid-training")
     long_context: LongContext = Field((), description="mid-training phases on longer and longer rows, in order")

@@ -279,8 +279,8 @@ class Plan:
 
     def lay_down(self, work: Path) -> None:
         """The published checkpoint and the log up to it, as an attempt leaves them that was killed there."""
+        from stages.mcore.model import check_tensors
         from stages.mcore.param_names import BUFFERS
-        from stages.models.qwen3_moe.megatron_model import check_tensors
         from stages.train.checkpoint import release_checkpoint, sharded_state
         from stages.train.checkpoint import work_checkpoint as checkpoint
         from stages.train.engine import MOMENTS, Piece

@@ -25,7 +25,8 @@ from pipeline.core.bounds import Range, Seed
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added
 from pipeline.core.store import Artifact
-from stages.models.qwen3_moe.config import ModelConfig, PositiveInt
+from stages.models.base import ModelConfig, PositiveInt
+from stages.models.registry import Model
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,7 @@ PAD = "<|pad|>"
 
 
 class ExportConfig(Config):
-    model: ModelConfig = Field(description="model section, with the rotary embedding of the phase")
+    model: Model = Field(description="model section, with the rotary embedding of the phase")
     padded_vocab_size: PositiveInt = Field(description="rows of the embedding matrix")
     step: Annotated[int, Range(0, 1e8)] | None = Field(
         None, description="step of the sealed checkpoint; null: the last one"
@@ -60,7 +61,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     import torch
 
     from stages.mcore.weight_init import full_tensor
-    from stages.models.qwen3_moe import hf
+    from stages.models.hf import hf_config
     from stages.train.checkpoint import release_checkpoint
 
     folder = out / "model"
@@ -76,9 +77,9 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
         shapes, seed = config.model.shapes(config.padded_vocab_size), config.seed
         full_tensors = {name: full_tensor(name, shape, config.model, seed) for name, shape in shapes.items()}
     tensors = {name: t.to(getattr(torch, config.dtype)) for name, t in full_tensors.items()}
-    release_checkpoint.save_tensors(folder / WEIGHTS, hf.to_hf(tensors, config.model, vocab_size))
+    release_checkpoint.save_tensors(folder / WEIGHTS, config.model.spec().to_hf(tensors, config.model, vocab_size))
     stops = [ids[token] for token in STOPS]
-    _write(folder / "config.json", hf.hf_config(config.model, vocab_size, stops[0], ids[PAD], config.dtype))
+    _write(folder / "config.json", hf_config(config.model, vocab_size, stops[0], ids[PAD], config.dtype))
     _write(folder / "generation_config.json", {"do_sample": False, "eos_token_id": stops, "pad_token_id": ids[PAD]})
 
     report.note("export written; comparing it with Megatron")
@@ -117,11 +118,10 @@ def check_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], model: Mode
     """
     import torch
 
-    from stages.models.qwen3_moe import hf
     from stages.train.checkpoint import release_checkpoint
 
     try:
-        mapped = hf.from_hf(release_checkpoint.load_tensors(folder / WEIGHTS), model)
+        mapped = model.spec().from_hf(release_checkpoint.load_tensors(folder / WEIGHTS), model)
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckFailed(f"export parity: {folder / WEIGHTS} cannot be mapped back to Megatron: {error}") from None
     for name in sorted(tensors.keys() | mapped.keys()):
@@ -150,7 +150,7 @@ def megatron_logits(
     """fp32 logits of Megatron's model for each row, [len(row), padded_vocab_size]."""
     import torch
 
-    from stages.models.qwen3_moe.megatron_model import build, load_tensors
+    from stages.mcore.model import build, load_tensors
     from stages.train import parallel
 
     with parallel.session(0), torch.no_grad():
@@ -231,5 +231,5 @@ def _write(path: Path, value: Any) -> None:
 
 STAGE = Stage(
     "export", VERSION, ExportConfig, run, estimate=estimate,
-    obstacle=lambda config: config.model.beyond_qwen3(),
+    obstacle=lambda config: config.model.export_obstacle(),
 )  # fmt: skip

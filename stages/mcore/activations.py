@@ -10,72 +10,10 @@ and the allocator's fragments. `tests/integration/test_costs.py` compares with w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from stages.mcore.memory import layers_of
 from stages.mcore.parallel_layout import Layout
-from stages.models.qwen3_moe.config import ModelConfig, Precision
-from stages.models.qwen3_moe.memory import layers_of
-
-SLICE = 128
-"""Queries that attend in one call where rows are packed: `stages.models.qwen3_moe.layer_spec.SLICE`."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """One micro-batch: `rows` rows of `length` tokens. packed: several documents in a row."""
-
-    rows: int
-    length: int
-    packed: bool = False
-
-
-def layer_tensors(
-    model: ModelConfig, layout: Layout, precision: Precision, rows: Rows, dense: bool, fused: bool = False
-) -> dict[str, float]:
-    """Bytes by tensor that one layer keeps for each of the rank's tokens.
-
-    A rank's tokens are its share of a micro-batch under context and sequence parallelism, rows * length / (context *
-    tensor). Between the projections it works on `tensor` times as many tokens and 1/tensor of the heads, which comes to
-    the same. dense: one SwiGLU instead of experts. fused: SwiGLU as one kernel that keeps its input only, as in
-    Megatron's `bias_activation_fusion`, which we do not use.
-    """
-    size = 4 if precision == "fp32" else 2
-    hidden, q, kv = model.hidden_size, model.heads * model.head_dim, model.kv_heads * model.head_dim
-    tensors: dict[str, float] = {"layer's input": size * hidden, "its norm, input of the projection": size * hidden}
-    if rows.packed:
-        tensors |= {
-            "queries and keys, normed, and 1/RMS, fp32": 4 * (q + kv + model.heads + model.kv_heads),
-            "queries, keys (turned) and values": size * (q + 2 * kv * layout.cp),  # gathered over context ranks
-            "cosines and sines": 8 * model.head_dim * layout.tp,
-            "attention's output by slices of queries": size * q,
-            # of each slice of queries, up to its last one: if one document fills the row, half of it on average
-            "attention mask": size * (rows.length + SLICE) / 2 * layout.tp,
-        }
-    else:
-        tensors |= {
-            "queries, keys and values as projected": size * (q + 2 * kv),
-            "queries and keys, normed and turned": size * (q + kv),
-        }
-    tensors |= {
-        "attention's output": size * q,
-        "log-sum-exp of the scores": 4 * model.heads,
-        "input of the second half": size * hidden,
-        "its norm": size * hidden,
-    }
-    saved = 1 if fused else 3  # silu(gate), up, their product
-    if dense:
-        ffn = model.intermediate_size or 0
-        return tensors | {"gate and up": 2 * size * ffn, "SwiGLU": saved * size * ffn}
-    copies, ffn = model.num_experts_per_tok, model.moe_intermediate_size
-    shared = model.shared_expert_intermediate_size or 0
-    return tensors | {
-        # fp32 logits, their softmax for the balance loss, sparse probabilities, and the map of bytes
-        "router": 13 * model.experts,
-        "tokens sent to experts": size * hidden * copies * layout.split_experts,
-        "experts' gate and up": 2 * size * ffn * copies,
-        "experts' SwiGLU, and weighted": (saved if fused else saved + 1) * size * ffn * copies,
-        "shared expert": (2 + saved) * size * shared,
-    }
+from stages.models.base import ModelConfig, Precision
+from stages.models.costs import Rows
 
 
 def in_flight(layout: Layout, pipeline_rank: int, micro_batches: int) -> float:
@@ -108,11 +46,8 @@ def activation_bytes(
     """
     size = 4 if precision == "fp32" else 2
     tokens = rows.rows * rows.length / (layout.cp * layout.tp)
-    layer_bytes = {
-        dense: sum(layer_tensors(model, layout, precision, rows, dense, fused).values()) for dense in (False, True)
-    }
     layers = [layer for chunk in layers_of(model, layout, pipeline_rank) for layer in chunk]
-    saved_bytes = [layer_bytes[layer < model.dense_layers] for layer in layers]
+    saved_bytes = [sum(model.layer_activations(layout, precision, rows, layer, fused).values()) for layer in layers]
     input_bytes = size * model.hidden_size
     working = 0.0
     if layout.recompute == "layer":

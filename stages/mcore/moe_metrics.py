@@ -11,6 +11,7 @@ import torch
 
 from stages.mcore import megatron_compat
 from stages.mcore.megatron_imports import GPTModel, TopKRouter
+from stages.models.base import Routing
 
 DEAD_SHARE = 0.05
 """An expert that gets less than this part of its fair share of a step's tokens counts as dead."""
@@ -72,10 +73,10 @@ class RouterWatch:
     Counts are exact whole numbers in float64, so every layout computes the same ones.
     """
 
-    def __init__(self, chunks: Sequence[GPTModel], layers: int, experts: int, dense_layers: int) -> None:
-        self.dense = dense_layers
+    def __init__(self, chunks: Sequence[GPTModel], routing: Routing) -> None:
+        self.routing = routing
         device = next(chunks[0].parameters()).device
-        self.counts = torch.zeros(layers - dense_layers, experts + 2, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(len(routing.layers), routing.experts + 2, dtype=torch.float64, device=device)
         """[layers with experts, experts + 2]: tokens of each expert, sum of entropies, tokens."""
         for chunk in chunks:
             for module in chunk.modules():
@@ -83,7 +84,8 @@ class RouterWatch:
                     self._hook(module)
 
     def _hook(self, router: Any) -> None:
-        route, row, sigmoid = router.routing, self.counts[router.layer_number - 1 - self.dense], router.score_function
+        route, sigmoid = router.routing, router.score_function
+        row = self.counts[self.routing.layers.index(router.layer_number - 1)]
 
         def routing(logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> Any:
             routed = route(logits, padding_mask=padding_mask)
@@ -103,12 +105,11 @@ class RouterWatch:
 
         router.routing = routing
 
-    def collect(self, top_k: int, all_reduce: Any) -> Experts:
+    def collect(self, all_reduce: Any) -> Experts:
         """The counts since the last call. all_reduce: sums a tensor over all ranks, in place."""
         counts = all_reduce(self.counts.clone()).cpu()
         self.counts.zero_()
         assigned, tokens = counts[:, :-2], counts[:, -1]
         share = assigned / assigned.sum(-1, keepdim=True)
-        dropped = int((tokens * top_k - assigned.sum(-1)).sum())
-        layers = [self.dense + n for n in range(len(share))]
-        return Experts(layers, share.float(), (counts[:, -2] / tokens).float(), dropped)
+        dropped = int((tokens * self.routing.top_k - assigned.sum(-1)).sum())
+        return Experts(list(self.routing.layers), share.float(), (counts[:, -2] / tokens).float(), dropped)

@@ -7,15 +7,12 @@ both grids cover the same ranks.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from pipeline.core.bounds import Flag, Range
 from pipeline.core.stage import Config, Renamed
-from stages.models.qwen3_moe.config import ModelConfig
 
 Split = Annotated[int, Range(1, 4096)]
 
@@ -70,63 +67,3 @@ class Layout(Config):
         """Rows are padded to a multiple of this many tokens: two slices for each context rank (the zigzag that evens
         out causal attention), each cut again by sequence parallelism."""
         return self.tp * (2 * self.cp if self.cp > 1 else 1)
-
-
-def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_batches: Iterable[int]) -> str | None:
-    """The reason why this layout cannot train the model, as a sentence that begins with a field; None if it can.
-
-    micro_batches: of one optimizer step, over all ranks; several if the batch grows.
-    """
-    for field, size, dimension, value in (
-        ("tp", layout.tp, "heads", model.heads),
-        ("tp", layout.tp, "kv_heads", model.kv_heads),
-        ("tp", layout.tp, "padded_vocab_size", padded_vocab_size),
-        ("etp", layout.split_experts, "moe_intermediate_size", model.moe_intermediate_size),
-        ("tp", layout.tp, "intermediate_size", model.intermediate_size or 0),
-        ("tp", layout.tp, "shared_expert_intermediate_size", model.shared_expert_intermediate_size or 0),
-        ("ep", layout.ep, "experts", model.experts),
-    ):
-        if value % size:
-            return (
-                f"parallelism.{field} = {size} does not divide {dimension} = {value}; nearest: {_divisors(value, size)}"
-            )
-    chunks = layout.pp * layout.vpp
-    if model.layers % chunks:
-        return (f"parallelism.pp = {layout.pp} with vpp = {layout.vpp} cannot deal "
-                f"layers = {model.layers} evenly; nearest product: {_divisors(model.layers, chunks)}")  # fmt: skip
-    for fields, size in (
-        ("tp x pp x cp", layout.tp * layout.pp * layout.cp),
-        ("etp x ep x pp", layout.split_experts * layout.ep * layout.pp),
-    ):
-        if layout.ranks % size:
-            return (f"parallelism.ranks = {layout.ranks} is not a multiple of {fields} = {size}; "
-                    f"nearest: {_multiples(layout.ranks, size)}")  # fmt: skip
-    if layout.ep == 1 and layout.split_experts != layout.tp:
-        return (f"parallelism.etp = {layout.split_experts} with tp = {layout.tp} and ep = 1 would "
-                f"train wrongly without an error: Megatron-core then sums no expert's gradient over the tensor ranks; "
-                f"leave etp out, or set ep to {layout.tp}")  # fmt: skip
-    if layout.vpp > 1 and layout.pp == 1:
-        return (f"parallelism.vpp = {layout.vpp} interleaves pipeline ranks, "
-                f"and pp = 1 has none; leave it out")  # fmt: skip
-    for count in micro_batches:
-        if count % layout.data:
-            return (f"parallelism.ranks = {layout.ranks} makes {layout.data} data-parallel ranks, which cannot share "
-                    f"the {count} micro-batches of a step evenly; use a number that divides them, "
-                    f"or other batch.micro_tokens")  # fmt: skip
-        per_rank = count // layout.data
-        if layout.vpp > 1 and per_rank % layout.pp:
-            return (f"parallelism.vpp = {layout.vpp} needs a multiple of pp = "
-                    f"{layout.pp} micro-batches on each data-parallel rank, not {per_rank}; "
-                    f"change batch.micro_tokens or ranks")  # fmt: skip
-    return None
-
-
-def _divisors(value: int, size: int) -> str:
-    """The divisors of `value` nearest to `size`, as text."""
-    divisors = sorted({d for n in range(1, math.isqrt(value) + 1) if value % n == 0 for d in (n, value // n)})
-    return " or ".join(str(d) for d in [d for d in divisors if d < size][-1:] + [d for d in divisors if d > size][:1])
-
-
-def _multiples(value: int, unit: int) -> str:
-    below = value // unit * unit
-    return f"{below} or {below + unit}" if below else str(unit)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stages.models.qwen3_moe.config import Precision
+from stages.models.base import Precision
 
 # The first GPU generation whose tensor cores know the format, as compute capability and by name.
 NEEDS: dict[Precision, tuple[tuple[int, int], str]] = {

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.base import ModelConfig
 
 
 def frequencies(model: ModelConfig) -> tuple[torch.Tensor, float]:
-    """(radians by position, [head_dim / 2], fp32; what cosines and sines are multiplied by)."""
-    dim = model.head_dim
+    """(radians by position, [rotary_dim / 2], fp32; what cosines and sines are multiplied by)."""
+    dim = model.rotary_dim
     base = 1.0 / (model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     if model.yarn is None:
         return base, 1.0

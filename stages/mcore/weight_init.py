@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.base import ModelConfig
 
 
 def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> torch.Tensor:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Context, Key, LongLine, Mix, Range, Seed, Settings, Steps, Words
+from pipeline.core.bounds import Context, Key, LongLine, Mix, Range, Settings, Steps, Words
 from pipeline.core.stage import Config, Promise, Renamed, operational
-from stages.mcore.parallel_layout import Layout, problem
-from stages.models.qwen3_moe.config import ModelConfig, PositiveInt, Precision
+from stages.models.base import ModelConfig
 from stages.rl.rollout.curriculum import CurriculumConfig
 from stages.rl.rollout.tasks import CODE, Tasks
-from stages.train.config import BatchSizes, Kept, Optimizer, Patience, PhaseConfig, Validation
+from stages.train.config import BatchSizes, PhaseBase, PhaseConfig, TrainerConfig, Validation
 
 Prompts = Annotated[int, Range(1, 1e6)]
 """Of one step."""
@@ -59,44 +58,23 @@ class Sampling(Config):
         return "bitwise" if self.kind == "in-process" else "numeric"
 
 
-class PhaseBase(Config):
+class PostTrainingPhase(PhaseBase):
     """Common settings of all phases of post-training."""
 
     steps: Steps = Field(description="policy updates; rounds in dpo; updates of the reward model in reward_model")
-    optimizer: Optimizer = Field(description="AdamW and its learning-rate schedule")
     micro_batches: Annotated[int, Range(1, 1e6)] = Field(
         description="micro-batches of one update, over all data-parallel ranks"
-    )
-    precision: Precision = Field("fp32", description="data type of matrix multiplications")
-    release_checkpoint_interval: Annotated[Steps, Renamed("release_checkpoint_every")] = Field(
-        description="steps between sealed checkpoints"
     )
     checkpoint_interval: Annotated[Steps, Renamed("work_checkpoint_every")] = operational(
         20, "steps between checkpoints from which an interrupted run resumes"
     )
-    work_checkpoints_kept: Kept = operational(2, "number of newest work checkpoints to keep")
-    watchdog_timeout_seconds: Annotated[Patience, Renamed("hang_seconds")] = operational(
-        1800.0, "seconds without a finished step after which a rank is considered hung"
-    )
-    parallelism: Annotated[Layout, Renamed("cluster")] = operational(
-        Layout(), "distribution of the phase over processes"
-    )
 
     @property
-    def pack(self) -> bool:
-        return False
-
-    @property
-    def fp8(self) -> bool:
-        return self.precision not in ("fp32", "bf16")
-
-    @property
-    def all_updates(self) -> int:
-        """Updates of the weights, which the optimizer's schedule counts."""
-        return self.steps
+    def micro_batch_counts(self) -> list[int]:
+        return [self.micro_batches]
 
     @model_validator(mode="after")
-    def _short(self) -> PhaseBase:
+    def _short(self) -> PostTrainingPhase:
         if self.optimizer.warmup_steps >= self.all_updates:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of {self.all_updates} updates; "
@@ -110,7 +88,7 @@ class PhaseBase(Config):
         return self
 
 
-class RlPhase(PhaseBase):
+class RlPhase(PostTrainingPhase):
     """Group-relative policy optimization (GRPO) with rewards from verifiers: the token-level loss and asymmetric clip
     of DAPO, the advantages of Dr. GRPO without division, and no KL penalty."""
 
@@ -162,7 +140,7 @@ class PromptPool(Config):
     num_generations: Annotated[Answers, Renamed("samples")] = Field(description="answers per prompt")
 
 
-class DpoPhase(PhaseBase):
+class DpoPhase(PostTrainingPhase):
     """Rounds of length-normalized DPO (Tulu 3, arXiv 2411.15124) on the best and the worst answer to each prompt.
 
     In each round the policy answers and a reward function scores. The reference is the policy that gave the answers.
@@ -198,7 +176,7 @@ class DpoPhase(PhaseBase):
         return self.steps * self.updates
 
 
-class RewardPhase(PhaseBase):
+class RewardPhase(PostTrainingPhase):
     """A reward model, trained on the pairs of dpo with the Bradley-Terry loss. The reward of an answer is the
     probability that `<|endoftext|>` follows it, so the model keeps the architecture of the policy."""
 
@@ -208,28 +186,6 @@ class RewardPhase(PhaseBase):
     )
     heldout_pairs: Prompts = Field(400, description="maximum number of held-out pairs that are evaluated")
     validate_every: Steps = Field(description="updates between evaluations on the held-out pairs")
-
-
-class PostConfig(Config):
-    """Config of a stage of post-training: the resolved sections of the recipe."""
-
-    model: ModelConfig = Field(description="model section, with the rotary embedding of the last phase")
-    phase: Any = Field(description="section of the phase")
-    padded_vocab_size: PositiveInt = Field(description="rows of the embedding matrix")
-    seed: Seed = Field(description="seed of the recipe")
-
-    @model_validator(mode="after")
-    def _possible(self) -> PostConfig:
-        wrong = problem(self.phase.parallelism, self.model, self.padded_vocab_size, [self.phase.micro_batches])
-        if wrong:
-            raise ValueError(wrong)
-        sampling = getattr(self.phase, "sampling", None)
-        if sampling and sampling.max_new_tokens >= self.model.context_length:
-            raise ValueError(
-                f"sampling.max_new_tokens = {sampling.max_new_tokens} leaves no room for a question in "
-                f"model.context_length = {self.model.context_length}"
-            )
-        return self
 
 
 def obstacle(phase: RlPhase | DpoPhase) -> str | None:
@@ -245,14 +201,39 @@ def obstacle(phase: RlPhase | DpoPhase) -> str | None:
     return vllm_server.obstacle(phase.sampling)
 
 
-class RlTrainConfig(PostConfig):
+class RlTrainConfig(TrainerConfig):
+    """Config of a phase of reinforcement learning."""
+
     name: Literal["rlvr", "online-rlhf"] = Field("rlvr", description="name of the phase")
     phase: RlPhase = Field(description="section of the phase")
 
+    @model_validator(mode="after")
+    def _possible(self) -> RlTrainConfig:
+        require_room(self.phase.sampling, self.model)
+        return self
 
-class DpoTrainConfig(PostConfig):
+
+class DpoTrainConfig(TrainerConfig):
+    """Config of a phase of preference optimization."""
+
     phase: DpoPhase = Field(description="section of the phase")
 
+    @model_validator(mode="after")
+    def _possible(self) -> DpoTrainConfig:
+        require_room(self.phase.sampling, self.model)
+        return self
 
-class RewardTrainConfig(PostConfig):
+
+class RewardTrainConfig(TrainerConfig):
+    """Config of the training of a reward model."""
+
     phase: RewardPhase = Field(description="section of the phase")
+
+
+def require_room(sampling: Sampling, model: ModelConfig) -> None:
+    """Raises ValueError if answers may be as long as the model's context."""
+    if sampling.max_new_tokens >= model.context_length:
+        raise ValueError(
+            f"sampling.max_new_tokens = {sampling.max_new_tokens} leaves no room for a question in "
+            f"model.context_length = {model.context_length}"
+        )

@@ -21,10 +21,10 @@ def run(config: DpoTrainConfig, inputs: Inputs, work: Path, out: Path, report: R
     inputs["items"], inputs["tokenizer"].
 
     Fills `out` with step-<n>/, training.jsonl, summary.json, rollouts.parquet and pairs.parquet.
-    Raises what stages.rl.trainer.train raises.
+    Raises what stages.train.trainer.train raises.
     """
     from stages.rl.algorithms.preferences import Dpo
-    from stages.rl.trainer import train
+    from stages.train.trainer import train
 
     train(Dpo, "dpo", config, inputs, work, out, report)
 

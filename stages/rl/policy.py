@@ -14,13 +14,14 @@ from typing import Any
 from pipeline.core.errors import AtomError, CheckFailed, RecipeError
 from pipeline.core.stage import Inputs, Report
 from stages.evaluation.eval_set import chat_rows
-from stages.models.qwen3_moe import hf
+from stages.models.hf import hf_config
+from stages.rl.config import DpoTrainConfig, RlTrainConfig
+from stages.rl.post_trainer import PostTrainer
 from stages.rl.protocols import Completion, Parts, Row, Sampler
 from stages.rl.rewards.reward_functions import make_verifiers
 from stages.rl.rollout import generation, rollouts, tasks
 from stages.rl.rollout.rollouts import Rollout
 from stages.rl.samplers.generate import InProcess
-from stages.rl.trainer import Trainer
 from stages.train.engine import Engine
 
 
@@ -28,7 +29,9 @@ class Policy:
     """A sampler with the engine's weights, its chat template and its verifiers. Only rank 0 calls methods other than
     `load`."""
 
-    def __init__(self, config: Any, inputs: Inputs, engine: Engine, report: Report, work: Path) -> None:
+    def __init__(
+        self, config: RlTrainConfig | DpoTrainConfig, inputs: Inputs, engine: Engine, report: Report, work: Path
+    ) -> None:
         """work: the stage's work folder, for the files of a sampler."""
         self.config, self.engine, self.report = config, engine, report
         self.chat = generation.Chat(inputs["tokenizer"])
@@ -57,7 +60,7 @@ class Policy:
         weights = self.engine.weights()
         if not self.engine.ranks.first:
             return ""
-        tensors = hf.to_hf(weights, self.config.model, self.chat.vocab_size)
+        tensors = self.config.model.spec().to_hf(weights, self.config.model, self.chat.vocab_size)
         self._sampler.load(tensors)
         return rollouts.digest(tensors)
 
@@ -85,12 +88,12 @@ class Policy:
                 resource.close()
 
 
-def make_sampler(config: Any, chat: generation.Chat, work: Path) -> Sampler:
+def make_sampler(config: RlTrainConfig | DpoTrainConfig, chat: generation.Chat, work: Path) -> Sampler:
     """The sampler that the recipe names. vLLM computes in the trainer's precision: fp32, or else bf16."""
     sampling, in_process = config.phase.sampling, config.phase.sampling.kind == "in-process"
     dtype = "float32" if in_process or config.phase.precision == "fp32" else "bfloat16"
-    hf_config = hf.hf_config(config.model, chat.vocab_size, chat.end, chat.pad, dtype)
-    arguments = (hf_config, chat.stops, sampling.max_new_tokens, 1.0)
+    model_config = hf_config(config.model, chat.vocab_size, chat.end, chat.pad, dtype)
+    arguments = (model_config, chat.stops, sampling.max_new_tokens, 1.0)
     if in_process:
         return InProcess(*arguments)
     from stages.rl.samplers.vllm_sampler import VllmServer
@@ -176,9 +179,11 @@ class RolloutFiles:
         return answers
 
 
-class PolicyTrainer(Trainer):
+class PolicyTrainer(PostTrainer):
     """The loop of a phase that samples its policy: the sampler and verifiers, the answers on disk, and the validation
     items of the kinds in its tasks."""
+
+    config: RlTrainConfig | DpoTrainConfig
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -189,7 +194,8 @@ class PolicyTrainer(Trainer):
         self.validation = [row for row in items if row["split"] == "validation" and row["kind"] in kinds]
 
     def measure(self, step: int) -> dict[str, Any] | None:
-        if step % self.phase.validate_every and step != self.phase.steps:
+        phase = self.config.phase
+        if step % phase.validate_every and step != phase.steps:
             return None
         self.policy.load()
         accuracy = self.policy.validate(self.validation) if self.first and self.validation else {}

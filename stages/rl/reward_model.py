@@ -17,10 +17,10 @@ def run(config: RewardTrainConfig, inputs: Inputs, work: Path, out: Path, report
     """inputs["init"]: the policy that the model begins as; inputs["pairs"]: a dpo artifact; inputs["tokenizer"].
 
     Fills `out` with step-<n>/, training.jsonl and summary.json with the accuracy on held-out pairs.
-    Raises what stages.rl.trainer.train raises, and AtomError if there are too few pairs.
+    Raises what stages.train.trainer.train raises, and AtomError if there are too few pairs.
     """
     from stages.rl.algorithms.preferences import Reward
-    from stages.rl.trainer import train
+    from stages.train.trainer import train
 
     train(Reward, "reward", config, inputs, work, out, report)
 

@@ -23,10 +23,10 @@ def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Re
     where tasks name the verifier reward-model, inputs["reward"], its training, and inputs["reward_model"], its export.
 
     Fills `out` with step-<n>/, training.jsonl, summary.json and rollouts.parquet.
-    Raises what stages.rl.trainer.train raises.
+    Raises what stages.train.trainer.train raises.
     """
     from stages.rl.algorithms.grpo import GrpoTrainer
-    from stages.rl.trainer import train
+    from stages.train.trainer import train
 
     train(GrpoTrainer, config.name, config, inputs, work, out, report)
 

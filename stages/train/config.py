@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,8 +13,10 @@ from pipeline.core.stage import Config, Renamed, added, operational
 from pipeline.core.text import shown
 from stages.data.order import rows_from
 from stages.data.packing import LongDocuments
-from stages.mcore.parallel_layout import Layout, problem
-from stages.models.qwen3_moe.config import MOST_PARAMETERS, ModelConfig, PositiveInt, Precision, Rope
+from stages.mcore.layout_check import problem
+from stages.mcore.parallel_layout import Layout
+from stages.models.base import MOST_PARAMETERS, PositiveInt, Precision, Rope
+from stages.models.registry import Model
 
 BatchTokens = Annotated[int, Range(1, 2**30, "Llama 3: 1.6e7, DeepSeek-V3: 6.3e7, MiniMax-01: 1.3e8")]
 LearningRate = Annotated[float, Range(0, 1, "published runs of AdamW: 1e-5 to 0.01")]
@@ -127,14 +129,52 @@ class Spikes(Config):
     )
 
 
-class PhaseConfig(Config):
+class PhaseBase(Config):
+    """Settings of every phase that trains."""
+
+    steps: Steps = Field(description="optimizer steps, counted from the beginning of the phase")
+    optimizer: Optimizer = Field(description="AdamW and its learning-rate schedule")
+    precision: Precision = Field("fp32", description="data type of matrix multiplications")
+    release_checkpoint_interval: Annotated[Steps, Renamed("release_checkpoint_every")] = Field(
+        description="steps between sealed checkpoints"
+    )
+    checkpoint_interval: Annotated[Steps, Renamed("work_checkpoint_every")] = operational(
+        1000, "steps between checkpoints from which an interrupted run resumes"
+    )
+    work_checkpoints_kept: Kept = operational(2, "number of newest work checkpoints to keep")
+    watchdog_timeout_seconds: Annotated[Patience, Renamed("hang_seconds")] = operational(
+        1800.0, "seconds without a finished step after which a rank is considered hung"
+    )
+    parallelism: Annotated[Layout, Renamed("cluster")] = operational(
+        Layout(), "distribution of the phase over processes"
+    )
+
+    @property
+    def fp8(self) -> bool:
+        return self.precision not in ("fp32", "bf16")
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several documents."""
+        return False
+
+    @property
+    def all_updates(self) -> int:
+        """Updates of the weights, which the optimizer's schedule counts."""
+        return self.steps
+
+    @property
+    def micro_batch_counts(self) -> list[int]:
+        """Micro-batches of one optimizer step, over all ranks; several if the batch grows."""
+        raise NotImplementedError
+
+
+class PhaseConfig(PhaseBase):
     """One training phase on text: data mix, batch size, number of steps and optimizer."""
 
     mix: Mix = Field(description="share of rows by source; with pack, share of tokens")
     sequence_length: Context = Field(description="tokens predicted in one row")
     batch: BatchSizes = Field(description="batch sizes")
-    steps: Steps = Field(description="optimizer steps, counted from the beginning of the phase")
-    optimizer: Optimizer = Field(description="AdamW and its learning-rate schedule")
     validation: Annotated[Validation, Renamed("heldout")] = Field(
         description="measurement of the loss on held-out documents"
     )
@@ -148,19 +188,6 @@ class PhaseConfig(Config):
     )
     continue_from: Line | None = added(
         None, "release checkpoint to continue from, such as pretrain@1200; only later steps are trained"
-    )
-    release_checkpoint_interval: Annotated[Steps, Renamed("release_checkpoint_every")] = Field(
-        description="steps between sealed checkpoints"
-    )
-    checkpoint_interval: Annotated[Steps, Renamed("work_checkpoint_every")] = operational(
-        1000, "steps between checkpoints from which an interrupted run resumes"
-    )
-    work_checkpoints_kept: Kept = operational(2, "number of newest work checkpoints to keep")
-    watchdog_timeout_seconds: Annotated[Patience, Renamed("hang_seconds")] = operational(
-        1800.0, "seconds without a finished step after which a rank is considered hung"
-    )
-    parallelism: Annotated[Layout, Renamed("cluster")] = operational(
-        Layout(), "distribution of the phase over processes"
     )
 
     @model_validator(mode="after")
@@ -238,16 +265,15 @@ class PhaseConfig(Config):
         return self.rows_from(first) * self.sequence_length
 
     @property
-    def fp8(self) -> bool:
-        return self.precision not in ("fp32", "bf16")
+    def packed(self) -> bool:
+        return self.pack
 
     @property
     def micro_rows(self) -> int:
         return self.batch.micro_tokens // self.sequence_length
 
     @property
-    def micro_batches(self) -> list[int]:
-        """Micro-batches of one optimizer step, over all ranks: as the batch grows."""
+    def micro_batch_counts(self) -> list[int]:
         sizes = [*(part.global_tokens for part in self.batch.ramp), self.batch.global_tokens]
         return [size // self.batch.micro_tokens for size in sizes]
 
@@ -256,13 +282,28 @@ LongContext = Annotated[tuple[PhaseConfig, ...], Field(max_length=16)]
 """The `long_context` section: mid-training phases on longer and longer rows."""
 
 
-class TrainConfig(Config):
-    """Config of a stage that trains on text: the resolved sections of the recipe."""
+class TrainerConfig(Config):
+    """Config of a stage that trains: the resolved sections of the recipe. A subclass has the field `phase`."""
 
-    model: ModelConfig = Field(description="model section, with the rotary embedding of the phase")
-    phase: PhaseConfig = Field(description="section of the phase")
+    model: Model = Field(description="model section, with the rotary embedding of the phase")
     padded_vocab_size: PositiveInt = Field(description="rows of the embedding matrix")
     seed: Seed = Field(description="seed of the recipe")
+
+    if TYPE_CHECKING:
+        phase: PhaseBase
+
+    @model_validator(mode="after")
+    def _possible_layout(self) -> TrainerConfig:
+        wrong = problem(self.phase.parallelism, self.model, self.padded_vocab_size, self.phase.micro_batch_counts)
+        if wrong:
+            raise ValueError(wrong)
+        return self
+
+
+class TrainConfig(TrainerConfig):
+    """Config of a stage that trains on text."""
+
+    phase: PhaseConfig = Field(description="section of the phase")
 
     @model_validator(mode="after")
     def _possible(self) -> TrainConfig:
@@ -284,14 +325,10 @@ class TrainConfig(Config):
                 f"{self.model.context_length} tokens, from which some readers of an exported config compute the factor"
                 f"; use the factor {self.model.context_length / yarn.original_length:g}"
             )
-        wrong = problem(self.phase.parallelism, self.model, self.padded_vocab_size, self.phase.micro_batches)
-        if wrong:
-            raise ValueError(wrong)
         stated, counts = self.model.stated_parameters, self.model.parameters(self.padded_vocab_size)
         if counts["total"] > MOST_PARAMETERS:
             raise ValueError(
-                f"model.layers = {self.model.layers} with experts = {self.model.experts} of moe_intermediate_size = "
-                f"{self.model.moe_intermediate_size} x hidden_size = {self.model.hidden_size} makes "
+                f"model.layers = {self.model.layers} with hidden_size = {self.model.hidden_size} makes "
                 f"{counts['total']:.1e} parameters; use at most {MOST_PARAMETERS:.0e} (Kimi K2: 1e12)"
             )
         if stated and (stated.total, stated.active) != (counts["total"], counts["active"]):

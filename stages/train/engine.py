@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -24,13 +24,12 @@ from stages.mcore.megatron_imports import (
     get_megatron_optimizer,
     parallel_state,
 )
+from stages.mcore.model import build, named_buffers, named_tensors
 from stages.mcore.moe_metrics import Experts, RouterWatch
+from stages.mcore.qkv import context_positions
 from stages.mcore.tensor_sharding import Box, boxes, cut, is_cut, paste
 from stages.mcore.weight_init import full_tensor
-from stages.models.qwen3_moe.config import ModelConfig, Precision
-from stages.models.qwen3_moe.megatron_model import build, named_buffers, named_tensors
-from stages.models.qwen3_moe.qkv import context_positions
-from stages.train.config import Optimizer
+from stages.train.config import TrainerConfig
 from stages.train.data import Batch, RankBatch
 from stages.train.parallel import Ranks
 
@@ -44,28 +43,13 @@ Objective = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, dict[str, torch.
 divides by the share's targets, and figures to be summed over the step; of those called `max_…` the largest is kept."""
 
 
-class EngineConfig(Protocol):
-    """The part of a stage's config that the engine reads."""
+@dataclass(frozen=True)
+class RouterFigures:
+    """What the routers of a mixture of experts did in one step, the same on every rank."""
 
-    @property
-    def model(self) -> ModelConfig: ...
-    @property
-    def phase(self) -> PhaseProtocol: ...
-    @property
-    def padded_vocab_size(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
-
-
-class PhaseProtocol(Protocol):
-    """The part of a phase's config that the engine reads."""
-
-    @property
-    def precision(self) -> Precision: ...
-    @property
-    def pack(self) -> bool: ...
-    @property
-    def optimizer(self) -> Optimizer: ...
+    aux_loss: float  # load-balancing loss, summed over layers, mean over micro-batches, without its weight
+    z_loss: float | None  # the router's z-loss, likewise; None if the model has none
+    experts: Experts
 
 
 @dataclass(frozen=True)
@@ -73,13 +57,20 @@ class StepFigures:
     """The metrics of one step, the same on every rank."""
 
     loss: float  # mean over the step's loss-carrying targets
-    aux_loss: float  # load-balancing loss, summed over layers, mean over micro-batches, without its weight
-    z_loss: float  # the router's z-loss, likewise
     grad_norm: float  # before clipping
-    experts: Experts
+    router: RouterFigures | None  # of a model with experts
     refused: str | None = None  # why no weight was moved
     gradients: dict[str, float] | None = None  # norms by part of the model, if so
     extras: dict[str, float] = field(default_factory=dict)  # figures of the objective
+
+    def metrics(self, lr: float) -> dict[str, float]:
+        """The metrics of the update for the log."""
+        metrics = {"loss": self.loss, "grad_norm": self.grad_norm, "lr": lr}
+        if router := self.router:
+            metrics |= {"aux_loss": router.aux_loss, "expert_max_violation": router.experts.max_violation}
+            metrics |= {"router_entropy": float(router.experts.entropy.mean())}
+            metrics |= {} if router.z_loss is None else {"z_loss": router.z_loss}
+        return metrics
 
 
 @dataclass(frozen=True)
@@ -95,7 +86,7 @@ class Piece:
 class Engine:
     """Holds model and optimizer. Every method is collective: all ranks call it with the same arguments."""
 
-    def __init__(self, config: EngineConfig, ranks: Ranks, vocab_size: int) -> None:
+    def __init__(self, config: TrainerConfig, ranks: Ranks, vocab_size: int) -> None:
         """vocab_size: of the tokenizer; ids beyond it only pad the model's table."""
         self.config, self.ranks, self.layout = config, ranks, ranks.layout
         self.step_done = 0
@@ -108,8 +99,8 @@ class Engine:
                 f"tokenizer.padded_vocab_size = {config.padded_vocab_size} is less than the {vocab_size} tokens of the "
                 "tokenizer; raise it"
             )
-        self.chunks = build(model, config.padded_vocab_size, self.layout, kind, config.phase.pack, vocab_size)
-        self.routers = RouterWatch(self.chunks, model.layers, model.experts, model.dense_layers)
+        self.chunks = build(model, config.padded_vocab_size, self.layout, kind, config.phase.packed, vocab_size)
+        self.routers = RouterWatch(self.chunks, model.routing) if model.routing else None
         megatron = self.chunks[0].config
         modules = self.chunks if kind == "fp32" else [Float16Module(megatron, chunk) for chunk in self.chunks]
         self.buffers = named_buffers(self.chunks)
@@ -181,12 +172,7 @@ class Engine:
         self.optimizer.zero_grad()
         saved_buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         loss, extras = self._run(rank_batch, forward_only=False, objective=objective or cross_entropy)
-        aux, z = (
-            self.ranks.sum(x).item() / (self.ranks.data_ranks * len(rank_batch.micro))
-            for x in moe_metrics.collect_losses()
-        )
-        experts = self.routers.collect(self.config.model.num_experts_per_tok, self.ranks.sum)
-        z /= self.layout.tp * self.layout.cp  # each of these ranks has its own tokens' mean
+        router = self._router_figures(len(rank_batch.micro))
         reason, norm = check_update(loss, None), math.nan
         if reason or norm_first:
             self.optimizer.prepare_grads()
@@ -195,12 +181,23 @@ class Engine:
         if reason:
             for name, buffer in self.buffers.items():  # Megatron moves the biases of experts with the backward pass
                 buffer.copy_(saved_buffers[name])
-            return StepFigures(loss, aux, z, norm, experts, reason, self._gradients(), extras)
+            return StepFigures(loss, norm, router, reason, self._gradients(), extras)
         _, norm, _ = self.optimizer.step()
         self.step_done += 1
         if not norm_first:
             check_update(loss, float(norm))
-        return StepFigures(loss, aux, z, float(norm), experts, extras=extras)
+        return StepFigures(loss, float(norm), router, extras=extras)
+
+    def _router_figures(self, micro_batches: int) -> RouterFigures | None:
+        """Of the step whose gradients were computed; None for a model without experts."""
+        if self.routers is None:
+            return None
+        aux, z = (
+            self.ranks.sum(x).item() / (self.ranks.data_ranks * micro_batches) for x in moe_metrics.collect_losses()
+        )
+        experts = self.routers.collect(self.ranks.sum)
+        z /= self.layout.tp * self.layout.cp  # each of these ranks has its own tokens' mean
+        return RouterFigures(aux, z if self.routers.routing.z_loss else None, experts)
 
     def _gradients(self) -> dict[str, float]:
         """Norms of the present gradients by part of the model: embedding, each layer's attention, experts, …"""

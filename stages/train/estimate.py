@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pipeline.core.stage import Estimate, TrainingEstimate
-from stages.mcore.activations import Rows, activation_bytes
+from stages.mcore.activations import activation_bytes
+from stages.mcore.memory import MASTER, MOMENTS, memory_share, owned_bytes, state_bytes
 from stages.mcore.parallel_layout import Layout
-from stages.models.qwen3_moe.memory import MASTER, MOMENTS, memory_share, owned_bytes, state_bytes
+from stages.models.costs import Rows
 from stages.train.config import PhaseConfig, TrainConfig
 
 # Sustained training FLOP/s of one CPU thread in fp32 on matrices this small: 493,536 parameters, 24 x 48 tokens in
@@ -25,7 +26,7 @@ def estimate(config: TrainConfig) -> Estimate:
     steps, tokens = phase.steps - phase.first_step + 1, phase.tokens(phase.first_step)
     per_token = model.flops_per_token(config.padded_vocab_size, phase.sequence_length)
     rows = Rows(phase.micro_rows, phase.sequence_length, phase.pack)
-    micro_batches = max(phase.micro_batches) // layout.data
+    micro_batches = max(phase.micro_batch_counts) // layout.data
     states, activations, owned = [], [], []
     for pipeline_rank in range(layout.pp):
         share = memory_share(model, config.padded_vocab_size, layout, pipeline_rank)

@@ -21,19 +21,13 @@ VERSION = 7
 def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """inputs["tokens"], inputs["order"], `work` and `out` as in pre-training; inputs["init"]: the phase before.
 
-    Raises what stages.train.loop.train raises, and AtomError if the init's tensors do not fit the model.
+    Raises what stages.train.trainer.train raises, and AtomError if the init's tensors do not fit the model.
     """
-    from stages.train.checkpoint import release_checkpoint
-    from stages.train.checkpoint.load_checkpoint import Origin
-    from stages.train.engine import Engine
-    from stages.train.loop import train
-
-    def start(engine: Engine) -> None:
-        init = inputs["init"]
-        Origin(init, release_checkpoint.name_of(release_checkpoint.steps_of(init.path)[-1])).load_weights(engine)
+    from stages.train.text_trainer import TextTrainer
+    from stages.train.trainer import train
 
     name = inputs["order"].json("meta.json")["phase"]  # midtrain, longcontext-1, ...
-    train(name, config, inputs, work, out, report, start)
+    train(TextTrainer, name, config, inputs, work, out, report)
 
 
 STAGE = Stage(

@@ -19,12 +19,12 @@ def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
     Goes on from the checkpoint in `work` if an earlier attempt left one. Fills `out` with step-<n>/ (safetensors
     weights and optimizer, state.json), training.jsonl and summary.json.
-    Raises what stages.train.loop.train raises.
+    Raises what stages.train.trainer.train raises.
     """
-    from stages.train.engine import Engine
-    from stages.train.loop import train
+    from stages.train.text_trainer import TextTrainer
+    from stages.train.trainer import train
 
-    train("pretrain", config, inputs, work, out, report, start=Engine.initialize)
+    train(TextTrainer, "pretrain", config, inputs, work, out, report)
 
 
 STAGE = Stage(

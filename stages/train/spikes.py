@@ -71,7 +71,7 @@ def spike_record(step: int, action: str, excluded: Sequence[int], rows: Sequence
         "loss": finite_or_none(figures.loss),
         "grad_norm": finite_or_none(figures.grad_norm),
         "documents": sorted({segment.id for row in rows for segment in row.segments}),
-        "experts": figures.experts.json(),
+        **({"experts": figures.router.experts.json()} if figures.router else {}),
         "gradient_norms": {part: finite_or_none(norm) for part, norm in (figures.gradients or {}).items()},
     }
 

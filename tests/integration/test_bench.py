@@ -17,7 +17,7 @@ from stages.data.table import write_rows
 from stages.evaluation.pass_at_k import ANSWERS, GREEDY
 from stages.rl.config import RlTrainConfig
 from stages.rl.rollout import rollouts
-from stages.rl.trainer import train
+from stages.train.trainer import train
 from tests.fixtures import ROOT, release_fixtures, rl_fixtures, train_fixtures
 
 

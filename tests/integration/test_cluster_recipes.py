@@ -20,9 +20,9 @@ from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from stages.data.recipe import Source, load
 from stages.graph import phases
+from stages.mcore.memory import memory_share
 from stages.mcore.parallel_layout import Layout
-from stages.models.qwen3_moe.config import ModelConfig
-from stages.models.qwen3_moe.memory import memory_share
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train.config import PhaseConfig
 from tests.fixtures import ROOT, fake_rank_fixtures
 from tests.fixtures.run_fixtures import atom
@@ -111,7 +111,7 @@ def _require_exact_cover(tensor: str, shape: tuple[int, ...], boxes: list[Any], 
     assert sum(math.prod(stop - start for start, stop in box) for box in boxes) == math.prod(shape), f"{where} {tensor}"
 
 
-def _expected_holders(tensor: str, layout: Layout, model: ModelConfig) -> int:
+def _expected_holders(tensor: str, layout: Layout, model: Qwen3MoeConfig) -> int:
     """Ranks that hold the same part of a tensor."""
     if ".experts." in tensor:
         return layout.ranks // (layout.split_experts * layout.ep * layout.pp)
@@ -142,7 +142,7 @@ def test_the_story_of_a_recipe(name: str) -> None:
     assert rows == sorted(rows) and rows[-1] == 131072 == story[-1][1].model.context_length
     for _, config in story:
         assert config.phase.precision == "bf16" or fp8_is_faster(PUBLISHED[name])
-        assert len(config.phase.micro_batches) == len(config.phase.batch.ramp) + 1
+        assert len(config.phase.micro_batch_counts) == len(config.phase.batch.ramp) + 1
 
 
 def fp8_is_faster(model: str) -> bool:

@@ -11,14 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.mcore.activations import SLICE, Rows, activation_bytes, in_flight
+from stages.mcore import layer_spec
+from stages.mcore.activations import activation_bytes, in_flight
+from stages.mcore.layout_check import problem
 from stages.mcore.megatron_imports import Float16Module
-from stages.mcore.parallel_layout import Layout, problem
-from stages.models.qwen3_moe import layer_spec
-from stages.models.qwen3_moe.config import ModelConfig
-from stages.models.qwen3_moe.costs import AttentionCost, training_flops
-from stages.models.qwen3_moe.megatron_model import build
-from stages.models.qwen3_moe.memory import MemoryShare, layers_of, memory_share, owned_bytes, sharing, state_bytes
+from stages.mcore.memory import layers_of, memory_share, owned_bytes, sharing, state_bytes
+from stages.mcore.model import build
+from stages.mcore.parallel_layout import Layout
+from stages.models.costs import AttentionCost, MemoryShare, Rows, training_flops
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train import parallel
 from stages.train.config import PhaseConfig, TrainConfig
 from stages.train.estimate import estimate, layout_label, release_checkpoints
@@ -49,7 +50,7 @@ LAYOUTS = st.builds(
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(extra=EXTRAS, layout=LAYOUTS, data=st.data())
 def test_parameters_of_a_rank_are_those_that_megatron_builds(extra: dict[str, Any], layout: Layout, data: Any) -> None:
-    model = ModelConfig(**{**MODEL, **extra})
+    model = Qwen3MoeConfig(**{**MODEL, **extra})
     if layout.data == 0 or problem(layout, model, VOCAB, [32 * layout.data]):
         return
     place, part = fake_rank_fixtures.part(model, VOCAB, layout, data.draw(st.integers(0, layout.ranks - 1)), "bf16")
@@ -61,13 +62,13 @@ def test_parameters_of_a_rank_are_those_that_megatron_builds(extra: dict[str, An
 
 
 def test_one_rank_holds_the_model() -> None:
-    model = ModelConfig(**MODEL)
+    model = Qwen3MoeConfig(**MODEL)
     assert memory_share(model, VOCAB, Layout(), 0).all == model.parameters(VOCAB)["total"]
 
 
 def test_state_of_the_published_layout() -> None:
     """Qwen3-30B-A3B on 16 H100: 8 experts of 128 a layer on each, dense optimizer state shared by 16, experts' by none."""
-    model = ModelConfig(
+    model = Qwen3MoeConfig(
         layers=48, hidden_size=2048, heads=32, kv_heads=4, head_dim=128, experts=128, num_experts_per_tok=8,
         moe_intermediate_size=768, context_length=4096, tie_embeddings=False,
     )  # fmt: skip
@@ -91,7 +92,9 @@ def test_flops() -> None:
     assert training_flops(10, [AttentionCost(1, 2, 3, 5)], 8) == 6 * (10 + 2 * 8 * 4)
     assert AttentionCost(1, 1, 1, 1, window=4).keys(8) == pytest.approx((0 + 8 * 4 - 4 * 4 / 2) / 8)
     assert AttentionCost(1, 1, 1, 1, window=99).keys(8) == 4
-    model = ModelConfig(**{**MODEL, "dense_layers": 1, "intermediate_size": 96, "shared_expert_intermediate_size": 32})
+    model = Qwen3MoeConfig(
+        **{**MODEL, "dense_layers": 1, "intermediate_size": 96, "shared_expert_intermediate_size": 32}
+    )
     by_hand = 4 * (64 * 16 * (8 + 2 * 4) + 8 * 16 * 64) + 3 * 64 * 96 + 3 * (64 * 8 + 3 * 64 * (2 * 48 + 32))
     assert model.matrices(VOCAB) == by_hand + VOCAB * 64
     tied = model.model_copy(update={"tie_embeddings": True})
@@ -133,7 +136,7 @@ def test_activations_are_what_autograd_saves(
     precision: Any, recompute: Any, extra: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes of all distinct tensors that one forward pass keeps, with the kernels that packed rows have everywhere."""
-    model, rows = ModelConfig(**{**MODEL, **extra}), Rows(2, 512, packed=True)
+    model, rows = Qwen3MoeConfig(**{**MODEL, **extra}), Rows(2, 512, packed=True)
     layout, saved = Layout(recompute=recompute), {}
     with parallel.session(0), _gpu_like(monkeypatch):
         (gpt,) = build(model, VOCAB, layout, precision, packed=True)
@@ -161,12 +164,12 @@ def test_activations_are_what_autograd_saves(
     if recompute == "layer":  # so do the tensors of the layer that is computed again
         predicted = tokens * (element * 64 * (model.layers + 2) + VOCAB * 4)
     # ids, labels and the like are some bytes a token, whatever the model's size
-    assert SLICE == layer_spec.SLICE and measured == pytest.approx(predicted, rel=0.01, abs=64 * tokens)
+    assert measured == pytest.approx(predicted, rel=0.01, abs=64 * tokens)
 
 
 def test_parallel_ranks_share_activations() -> None:
     """Tensor and context ranks split rows; pipeline ranks split layers and keep more micro-batches the earlier they are."""
-    model, rows = ModelConfig(**MODEL), Rows(1, 512)
+    model, rows = Qwen3MoeConfig(**MODEL), Rows(1, 512)
 
     def bytes_of(rank: int = 0, micro: int = 8, **layout: Any) -> float:
         return activation_bytes(model, VOCAB, Layout(**layout), "bf16", rows, micro, rank)

@@ -15,7 +15,7 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact, write_manifest
 from stages.export import hf
 from stages.mcore.weight_init import full_tensor
-from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train.checkpoint import release_checkpoint
 from tests.fixtures import train_fixtures
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.numeric
 
 MODEL = {**train_fixtures.MODEL, "tie_embeddings": False}
 PADDED = train_fixtures.VOCAB + 16  # so that padded rows must be dropped
-CONFIG = hf.ExportConfig(model=ModelConfig(**MODEL), padded_vocab_size=PADDED)
+CONFIG = hf.ExportConfig(model=Qwen3MoeConfig(**MODEL), padded_vocab_size=PADDED)
 EXPERT = "model.layers.1.mlp.experts.2.down_proj.weight"
 
 

@@ -18,13 +18,13 @@ from pipeline.core.progress import Display
 from pipeline.graph import recipe as recipes
 from stages.mcore import quantize
 from stages.mcore.quantize import RECIPES, Format, Fp8Recipe
-from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train.precision_simulation import plot, report, runner, simulation
 from stages.train.precision_simulation.proxy_model import build_proxy, dimensions, ratios, step_tokens
 from stages.train.precision_simulation.report import compose, markdown, verdict_of
 from tests.fixtures.run_fixtures import atom
 
-# tensorwise alone needs no blocks, and so the smallest twin: 96 wide, sixteen rows of 64
+# tensorwise alone needs no blocks, and so the smallest proxy: 96 wide, sixteen rows of 64
 SMALL = ("simulate-precision", "atom-tiny", "--precision", "fp8-tensorwise", "--steps", "8", "--seeds", "2")
 PRODUCTS = ("report.json", "report.md", "loss.png", "rates.png")
 
@@ -52,9 +52,9 @@ def test_the_report_is_whole(rehearsed: tuple[Path, dict[str, Any]]) -> None:
     tails = {name: sum(run["losses"][-2:]) / 2 for name, run in runs.items()}
     assert by_seed[1] == pytest.approx(tails["fp8-tensorwise-seed1"] / tails["bf16-seed1"] - 1)
     assert runs["bf16-seed0"]["losses"][0] != runs["bf16-seed1"]["losses"][0], "seeds are other weights and rows"
-    assert all(run["losses"][-1] < run["losses"][0] - 1 for run in runs.values()), "the twin learns"
+    assert all(run["losses"][-1] < run["losses"][0] - 1 for run in runs.values()), "the proxy learns"
     linears = {(x["layer"], x["linear"]): x for x in entry["linears"]}
-    assert len(linears) == 8 and linears[1, "mlp.experts.linear_fc1"]["k"] == report["twin"]["hidden_size"] == 96
+    assert len(linears) == 8 and linears[1, "mlp.experts.linear_fc1"]["k"] == report["proxy"]["hidden_size"] == 96
     assert linears[0, "self_attention.linear_qkv"]["tokens"] == {"min": 1024, "median": 1024}
     assert 0 < entry["rates"]["input"]["underflow"] < 0.01 and entry["rates"]["input"]["overflow"] == 0
     table = (folder / "report.md").read_text()
@@ -115,7 +115,7 @@ def test_a_twin_that_is_too_small_decides_nothing(tmp_path: Path, monkeypatch: p
     report, folder = rehearse(tmp_path, **small)
     (entry,) = report["precisions"]
     assert report["verdict"] == entry["verdict"] == "inconclusive"
-    assert entry["reason"] == "the twin has a linear layer of width 32, less than two blocks (64)"
+    assert entry["reason"] == "the proxy has a linear layer of width 32, less than two blocks (64)"
     assert entry["deviation"]["max"] < 0.9, "the figures are there all the same"
     assert (folder / "report.md").read_text().startswith("# Precision simulation of atom-tiny: inconclusive")
 
@@ -206,11 +206,11 @@ ODD: dict[str, Any] = dict(
 
 @pytest.mark.parametrize("sizes", [BIG, ODD, None], ids=["big", "odd", "atom-tiny"])
 def test_a_twin_has_the_recipes_ratios_and_two_blocks(sizes: dict[str, Any] | None) -> None:
-    model = ModelConfig.model_validate(sizes) if sizes else recipes.load("atom-tiny").config.model
+    model = Qwen3MoeConfig.model_validate(sizes) if sizes else recipes.load("atom-tiny").config.model
     for smallest in (32, 64, 256):
         small = build_proxy(model, smallest)
         assert min(dimensions(small)) >= smallest
-        assert all(r.twin == pytest.approx(r.recipe, rel=0.05) for r in ratios(model, small)), ratios(model, small)
+        assert all(r.proxy == pytest.approx(r.recipe, rel=0.05) for r in ratios(model, small)), ratios(model, small)
         assert small.experts <= 32 and small.layers == 2
         tokens = step_tokens(small, smallest, 128)
         assert tokens % 128 == 0 and tokens * small.num_experts_per_tok / small.experts >= 3 * smallest
@@ -226,7 +226,7 @@ def test_a_twin_has_the_recipes_ratios_and_two_blocks(sizes: dict[str, Any] | No
         ({"seeds": 1}, "--seeds 1 shows no spread, so nothing could be concluded; use at least 2"),
         ({"bound": 0.0}, "--bound 0.0 is no relative deviation of a loss; use something like 0.0025"),
         ({"hidden": 33}, "--hidden 33 cannot be divided into heads of a size that FP8 takes; use 64"),
-        ({"layers": 0}, "--layers 0 is no depth of a small twin; use 1 to 1000"),
+        ({"layers": 0}, "--layers 0 is no depth of a small proxy; use 1 to 1000"),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:

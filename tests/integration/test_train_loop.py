@@ -43,10 +43,10 @@ def test_product_and_learning(undisturbed: Path) -> None:
 
 
 def test_sealed_tensors_are_whole_and_globally_named(undisturbed: Path) -> None:
-    from stages.models.qwen3_moe.config import ModelConfig
+    from stages.models.qwen3_moe.config import Qwen3MoeConfig
     from stages.train.checkpoint import release_checkpoint
 
-    shapes = ModelConfig(**train_fixtures.MODEL).shapes(train_fixtures.VOCAB)
+    shapes = Qwen3MoeConfig(**train_fixtures.MODEL).shapes(train_fixtures.VOCAB)
     for step in (0, 6, 12):
         tensors = release_checkpoint.Tensors(undisturbed / release_checkpoint.name_of(step))
         assert {name: tuple(t.shape) for name, t in tensors.items()} == shapes

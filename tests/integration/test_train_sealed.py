@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, write_manifest
-from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig
 from tests.fixtures import train_fixtures
 
-SHAPES = ModelConfig(**train_fixtures.MODEL).shapes(train_fixtures.VOCAB)
+SHAPES = Qwen3MoeConfig(**train_fixtures.MODEL).shapes(train_fixtures.VOCAB)
 
 
 def read(kind: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:

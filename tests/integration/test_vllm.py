@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from stages.export import hf
-from stages.models.qwen3_moe.config import ModelConfig, Yarn
+from stages.models.base import Yarn
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from tests.fixtures import train_fixtures
 
 PYTHON = os.environ.get("ATOM_VLLM_PYTHON")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="vLLM needs an environment of its own; see `make test-vllm`")
 # vLLM's kernels for the CPU know heads of 32 and more
-MODEL = ModelConfig(
+MODEL = Qwen3MoeConfig(
     **{**train_fixtures.MODEL, "hidden_size": 64, "head_dim": 32, "moe_intermediate_size": 32, "context_length": 1024, "rope_theta": 5e4,
        "yarn": Yarn(factor=8.0, original_length=128)}
 )  # fmt: skip

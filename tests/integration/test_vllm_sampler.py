@@ -19,8 +19,9 @@ import torch
 
 from pipeline.core.errors import AtomError
 from stages.mcore.weight_init import full_tensor
-from stages.models.qwen3_moe import hf
-from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.hf import hf_config
+from stages.models.qwen3_moe import spec
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.rl.protocols import Completion, Prompt
 from stages.rl.samplers import vllm_server
 from stages.rl.samplers.generate import InProcess
@@ -43,16 +44,16 @@ ARGUMENTS = (STOPS, TOKENS, TEMPERATURE)
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
-    model = ModelConfig(**MODEL)
+    model = Qwen3MoeConfig(**MODEL)
     shapes = model.shapes(rl_fixtures.PADDED)
     tensors = {name: full_tensor(name, shape, model, seed) for name, shape in shapes.items()}
     # no norm of a trained model is all ones
     noise = torch.Generator().manual_seed(seed)
     tensors |= {n: t * (1 + 0.2 * torch.randn(t.shape, generator=noise)) for n, t in tensors.items() if "norm" in n}
-    return hf.to_hf(tensors, model, rl_fixtures.PADDED)
+    return spec.to_hf(tensors, model, rl_fixtures.PADDED)
 
 
-CONFIG = hf.hf_config(ModelConfig(**MODEL), rl_fixtures.PADDED, 1, 0, "float32")
+CONFIG = hf_config(Qwen3MoeConfig(**MODEL), rl_fixtures.PADDED, 1, 0, "float32")
 FIRST, SECOND = weights(0), weights(1)
 
 

@@ -28,7 +28,7 @@ from pipeline.launch.cluster_profile import Profile
 from stages.data import recipe as data_recipes
 from stages.data.filters.settings import FASTTEXT
 from stages.data.order import OrderConfig
-from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train.config import Optimizer, PhaseConfig
 from tests.fixtures.run_fixtures import atom
 
@@ -247,7 +247,7 @@ def published_values() -> list[tuple[Any, dict[str, Any]]]:
         (Optimizer, optimizer | {"lr": 0.03}),
         (Optimizer, optimizer | {"beta2": 0.9999, "weight_decay": 3.2}),  # Kim et al., 2025: 30 times the usual decay
         (Optimizer, optimizer | {"clip": 0.1, "beta1": 0.0}),
-        (ModelConfig, dict(layers=2, hidden_size=8, heads=2, kv_heads=2, head_dim=4, experts=2048, num_experts_per_tok=2,
+        (Qwen3MoeConfig, dict(layers=2, hidden_size=8, heads=2, kv_heads=2, head_dim=4, experts=2048, num_experts_per_tok=2,
                            moe_intermediate_size=8, context_length=10**7, rope_theta=1e7)),  # Switch-C, Llama 4 Scout, MiniMax-01
     ]  # fmt: skip
 

@@ -7,8 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.mcore.weight_init import full_tensor
-from stages.models.qwen3_moe import hf
-from stages.models.qwen3_moe.config import ModelConfig, Yarn
+from stages.models.base import Yarn
+from stages.models.hf import hf_config
+from stages.models.qwen3_moe import spec
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.rl.protocols import Prompt
 from stages.rl.samplers.generate import InProcess
 from stages.rl.samplers.sampler_decode import Decoder
@@ -16,15 +18,15 @@ from tests.fixtures import rl_fixtures
 
 pytestmark = pytest.mark.numeric
 
-MODEL = ModelConfig.model_validate(rl_fixtures.MODEL)
+MODEL = Qwen3MoeConfig.model_validate(rl_fixtures.MODEL)
 VOCAB, STEPS = rl_fixtures.PADDED, 90  # more than the cache grows by at once
 
 
 def sampler(changes: dict[str, object], new: int = STEPS, seed: int = 0, **config: object) -> InProcess:
     model = MODEL.model_copy(update=changes)
-    engine = InProcess({**hf.hf_config(model, VOCAB, 1, 0, "float32"), **config}, (), new)
+    engine = InProcess({**hf_config(model, VOCAB, 1, 0, "float32"), **config}, (), new)
     tensors = {n: full_tensor(n, s, model, seed) for n, s in model.shapes(VOCAB).items()}
-    engine.load(hf.to_hf(tensors, model, VOCAB))
+    engine.load(spec.to_hf(tensors, model, VOCAB))
     return engine
 
 
@@ -76,7 +78,7 @@ def test_a_prompt_asked_several_times_is_read_once() -> None:
 def test_weights_that_are_loaded_later_are_used() -> None:
     engine, requests = sampler({}, new=12), prompts([9, 4])
     before, shapes = engine.generate(requests), MODEL.shapes(VOCAB).items()
-    engine.load(hf.to_hf({n: full_tensor(n, s, MODEL, 5) for n, s in shapes}, MODEL, VOCAB))
+    engine.load(spec.to_hf({n: full_tensor(n, s, MODEL, 5) for n, s in shapes}, MODEL, VOCAB))
     assert before != engine.generate(requests) == sampler({}, new=12, seed=5).generate(requests)
 
 

@@ -39,15 +39,17 @@ def step(corpus: Path, model: dict[str, Any], count: int = 1) -> tuple[Engine, l
 
 def test_counts_are_those_of_another_implementation(corpus: Path) -> None:
     """Hugging Face's model with the initial weights routes the real tokens of the first step in the same way."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen3MoeConfig as HfConfig
+    from transformers import Qwen3MoeForCausalLM
 
     from stages.mcore.weight_init import full_tensor
-    from stages.models.qwen3_moe.config import ModelConfig
-    from stages.models.qwen3_moe.hf import hf_config, to_hf
+    from stages.models.hf import hf_config
+    from stages.models.qwen3_moe.config import Qwen3MoeConfig
+    from stages.models.qwen3_moe.spec import to_hf
 
-    model = ModelConfig(**train_fixtures.MODEL)
+    model = Qwen3MoeConfig(**train_fixtures.MODEL)
     _, (figures,), share = step(corpus, {})
-    hf = Qwen3MoeForCausalLM(Qwen3MoeConfig(**hf_config(model, train_fixtures.VOCAB, 1, 0, "float32"))).eval()
+    hf = Qwen3MoeForCausalLM(HfConfig(**hf_config(model, train_fixtures.VOCAB, 1, 0, "float32"))).eval()
     full = {n: full_tensor(n, s, model, 0) for n, s in model.shapes(train_fixtures.VOCAB).items()}
     mapped = to_hf(full, model, train_fixtures.VOCAB)
     for layer in range(model.layers):  # transformers holds the experts of a layer as one tensor
@@ -66,10 +68,10 @@ def test_counts_are_those_of_another_implementation(corpus: Path) -> None:
             p = x[real].float().softmax(-1)
             counts[layer] += torch.zeros_like(p).scatter(1, p.topk(2).indices, 1).sum(0)
             entropy[layer] -= (p * p.log()).sum()
-    torch.testing.assert_close(figures.experts.share, counts / counts.sum(1, keepdim=True))
-    torch.testing.assert_close(figures.experts.entropy, entropy / tokens, rtol=1e-5, atol=0)
-    assert figures.experts.dropped == 0 and counts.sum() == 2 * 2 * tokens
-    assert figures.experts.max_violation == pytest.approx(float(counts.max() / counts.mean() - 1))
+    torch.testing.assert_close(figures.router.experts.share, counts / counts.sum(1, keepdim=True))
+    torch.testing.assert_close(figures.router.experts.entropy, entropy / tokens, rtol=1e-5, atol=0)
+    assert figures.router.experts.dropped == 0 and counts.sum() == 2 * 2 * tokens
+    assert figures.router.experts.max_violation == pytest.approx(float(counts.max() / counts.mean() - 1))
 
 
 def test_an_expert_that_starves_is_told(corpus: Path, tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_dead_and_busy() -> None:
 def test_biases_even_out_the_load_without_a_loss(corpus: Path) -> None:
     engine, figures, _ = step(corpus, {"aux_loss": 0.0, "router_bias_update_rate": 0.02, "init_std": 1.0}, 12)
     _, without, _ = step(corpus, {"aux_loss": 0.0, "router_bias_update_rate": 1e-9, "init_std": 1.0}, 12)
-    uneven = [sum(x.experts.max_violation for x in part[4:]) for part in (figures, without)]
+    uneven = [sum(x.router.experts.max_violation for x in part[4:]) for part in (figures, without)]
     assert uneven[0] < 0.9 * uneven[1]
     assert set(engine.buffers) == {f"decoder.layers.{n}.mlp.router.expert_bias" for n in (0, 1)}
     for bias in engine.buffers.values():
@@ -133,9 +135,9 @@ def test_biases_are_kept_and_taken_over(corpus: Path, tmp_path: Path) -> None:
 def test_z_loss_keeps_the_routers_logits_small(corpus: Path) -> None:
     loose = step(corpus, {"init_std": 0.3}, 12)[1]
     tight = step(corpus, {"init_std": 0.3, "z_loss": 0.1}, 12)[1]
-    assert loose[0].z_loss == 0 and 0 < tight[-1].z_loss < 0.8 * tight[0].z_loss
+    assert loose[0].router.z_loss is None and 0 < tight[-1].router.z_loss < 0.8 * tight[0].router.z_loss
 
 
 def test_balance_by_sequence_is_another_loss(corpus: Path) -> None:
     batch, sequence = (step(corpus, {"balance": kind})[1][0] for kind in ("batch", "sequence"))
-    assert batch.loss == sequence.loss and sequence.aux_loss > batch.aux_loss, "rows are less even than batches"
+    assert batch.loss == sequence.loss and sequence.router.aux_loss > batch.router.aux_loss, "rows are less even than batches"

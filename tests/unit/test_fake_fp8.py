@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from stages.mcore import fake_fp8
+from stages.mcore.model import build
 from stages.mcore.quantize import RECIPES, Counts, Fp8Recipe, quantize_dequantize
 from stages.mcore.weight_init import full_tensor
-from stages.models.qwen3_moe.config import ModelConfig
-from stages.models.qwen3_moe.megatron_model import build
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train import parallel
 from tests.fixtures import fp8_layout_fixtures, train_fixtures
 
@@ -41,7 +41,7 @@ def model() -> Any:
     # What Megatron's schedule does before a backward pass. Without it the router makes a scale of its own for the whole
     # process, of a shape that the schedule of a later test cannot write to.
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
-    config = ModelConfig.model_validate(SIZES)
+    config = Qwen3MoeConfig.model_validate(SIZES)
     (gpt,) = build(config, train_fixtures.VOCAB)
     shapes = config.shapes(train_fixtures.VOCAB)
     for name, parameter in gpt.named_parameters():

@@ -9,25 +9,26 @@ import torch
 from transformers import GenerationConfig
 
 from stages.mcore.weight_init import full_tensor
-from stages.models.qwen3_moe import hf
-from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.hf import hf_config
+from stages.models.qwen3_moe import spec
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.rl.protocols import Prompt
 from stages.rl.samplers.generate import InProcess
 from tests.fixtures import rl_fixtures
 
 pytestmark = pytest.mark.numeric
 
-MODEL = ModelConfig.model_validate(rl_fixtures.MODEL)
+MODEL = Qwen3MoeConfig.model_validate(rl_fixtures.MODEL)
 VOCAB, STOPS = rl_fixtures.PADDED, (1, 3)
 
 
-def tensors(seed: int = 0, model: ModelConfig = MODEL) -> dict[str, torch.Tensor]:
+def tensors(seed: int = 0, model: Qwen3MoeConfig = MODEL) -> dict[str, torch.Tensor]:
     weights = {n: full_tensor(n, s, model, seed) for n, s in model.shapes(VOCAB).items()}
-    return hf.to_hf(weights, model, VOCAB)
+    return spec.to_hf(weights, model, VOCAB)
 
 
-def sampler(new: int = 12, temperature: float = 1.0, rows: int = 256, model: ModelConfig = MODEL) -> InProcess:
-    engine = InProcess(hf.hf_config(model, VOCAB, 1, 0, "float32"), STOPS, new, temperature, rows)
+def sampler(new: int = 12, temperature: float = 1.0, rows: int = 256, model: Qwen3MoeConfig = MODEL) -> InProcess:
+    engine = InProcess(hf_config(model, VOCAB, 1, 0, "float32"), STOPS, new, temperature, rows)
     engine.load(tensors(model=model))
     return engine
 

@@ -8,19 +8,19 @@ import sys
 import pytest
 import torch
 
+from stages.mcore.model import build, load_tensors, named_tensors
 from stages.mcore.param_names import global_name
 from stages.mcore.weight_init import full_tensor
-from stages.models.qwen3_moe.config import ModelConfig
-from stages.models.qwen3_moe.megatron_model import build, load_tensors, named_tensors
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train import parallel
 from tests.fixtures import ROOT, train_fixtures
 
 pytestmark = pytest.mark.numeric
 
-TINY = ModelConfig(**train_fixtures.MODEL)
+TINY = Qwen3MoeConfig(**train_fixtures.MODEL)
 
 
-def initialize(gpt, model: ModelConfig, seed: int) -> None:
+def initialize(gpt, model: Qwen3MoeConfig, seed: int) -> None:
     shapes = model.shapes(train_fixtures.VOCAB)
     load_tensors(
         [gpt], model, train_fixtures.VOCAB, {n: full_tensor(n, s, model, seed) for n, s in shapes.items()}, "test"
@@ -29,7 +29,7 @@ def initialize(gpt, model: ModelConfig, seed: int) -> None:
 
 @pytest.mark.parametrize("change", [{}, {"tie_embeddings": False}, {"kv_heads": 1, "layers": 3, "experts": 3}])
 def test_counts_and_shapes_are_those_built(change: dict) -> None:
-    model = ModelConfig(**{**train_fixtures.MODEL, **change})
+    model = Qwen3MoeConfig(**{**train_fixtures.MODEL, **change})
     with parallel.session(0):
         built = {name: tuple(p.shape) for name, p in named_tensors(build(model, train_fixtures.VOCAB))}
     assert built == model.shapes(train_fixtures.VOCAB)
@@ -44,7 +44,7 @@ def test_counts_and_shapes_are_those_built(change: dict) -> None:
 
 def test_published_sizes() -> None:
     """Qwen3-30B-A3B by its published configuration: 30.5B parameters in total, 3.3B active."""
-    model = ModelConfig(
+    model = Qwen3MoeConfig(
         layers=48, hidden_size=2048, heads=32, kv_heads=4, head_dim=128, experts=128, num_experts_per_tok=8,
         moe_intermediate_size=768, context_length=32768, tie_embeddings=False,
     )  # fmt: skip

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.models.qwen3_moe.layer_spec import causal_attention
-from stages.models.qwen3_moe.qkv import Heads
+from stages.mcore.layer_spec import causal_attention
+from stages.mcore.qkv import Heads
 
 pytestmark = pytest.mark.numeric
 

@@ -12,18 +12,20 @@ import torch
 
 from pipeline.core.errors import AtomError
 from stages.export import hf
+from stages.mcore.model import transformer_config
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.rope import frequencies
 from stages.mcore.weight_init import full_tensor
-from stages.models.qwen3_moe.config import ModelConfig, Rope, Yarn
-from stages.models.qwen3_moe.hf import from_hf, hf_config, to_hf
-from stages.models.qwen3_moe.megatron_model import transformer_config
+from stages.models.base import Rope, Yarn
+from stages.models.hf import hf_config
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
+from stages.models.qwen3_moe.spec import from_hf, to_hf
 from stages.train import parallel
 from tests.fixtures import train_fixtures
 
 pytestmark = pytest.mark.numeric
 
-PLAIN = ModelConfig(**train_fixtures.MODEL)
+PLAIN = Qwen3MoeConfig(**train_fixtures.MODEL)
 YARN = Yarn(factor=4.0, original_length=64)
 SHAPES = [
     (128, 1e6, Yarn(factor=4.0, original_length=32768)),
@@ -40,12 +42,12 @@ def test_frequencies_are_those_of_transformers_and_megatron(dim: int, base: floa
         YarnRotaryEmbedding,
         _yarn_get_concentration_factor_from_config,
     )
-    from transformers import Qwen3MoeConfig
+    from transformers import Qwen3MoeConfig as HfConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
     model = PLAIN.model_copy(update={"head_dim": dim, "rope_theta": base, "yarn": yarn, "context_length": 2048})
     computed, factor = frequencies(model)
-    theirs = Qwen3MoeRotaryEmbedding(Qwen3MoeConfig(**hf_config(model, 64, 1, 0, "float32")))
+    theirs = Qwen3MoeRotaryEmbedding(HfConfig(**hf_config(model, 64, 1, 0, "float32")))
     torch.testing.assert_close(computed, theirs.inv_freq, rtol=1e-6, atol=0)
     assert factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
     if yarn is not None:

@@ -133,12 +133,12 @@ def test_a_packed_phase_goes_on_as_it_was_or_packs_the_rest_anew(tmp_path: Path,
 
 def test_a_document_in_company_computes_as_alone(tmp_path: Path) -> None:
     """Logits and gradients of three documents in one packed row are those of three rows; positions start anew."""
+    from stages.mcore.model import build, load_tensors
     from stages.mcore.weight_init import full_tensor
-    from stages.models.qwen3_moe.config import ModelConfig
-    from stages.models.qwen3_moe.megatron_model import build, load_tensors
+    from stages.models.qwen3_moe.config import Qwen3MoeConfig
     from stages.train import parallel
 
-    model = ModelConfig(**train_fixtures.MODEL)
+    model = Qwen3MoeConfig(**train_fixtures.MODEL)
     full = {n: full_tensor(n, s, model, 0) for n, s in model.shapes(train_fixtures.VOCAB).items()}
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randint(6, train_fixtures.VOCAB, (n,), generator=generator) for n in (19, 7, 30)]

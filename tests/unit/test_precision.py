@@ -122,7 +122,7 @@ def test_gradients_are_summed_in_fp32(corpus: Path) -> None:
 
 def test_a_bf16_model_is_exported_as_it_computed(trained: Path, tmp_path: Path) -> None:
     """The file holds the optimizer's weights rounded once, which are those that the phase computed with."""
-    from stages.models.qwen3_moe.hf import from_hf
+    from stages.models.qwen3_moe.spec import from_hf
 
     config = {"model": train_fixtures.MODEL, "padded_vocab_size": train_fixtures.VOCAB, "dtype": "bfloat16"}
     inputs = {

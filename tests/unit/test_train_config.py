@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from pipeline.core.errors import AtomError
 from stages.mcore.parallel_layout import Layout
-from stages.models.qwen3_moe.config import ModelConfig
+from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train.config import Optimizer, PhaseConfig, TrainConfig
 from stages.train.schedule import learning_rate
 from tests.fixtures import ROOT, train_fixtures
@@ -56,7 +56,7 @@ def test_phase(change: dict, sentence: str) -> None:
 )
 def test_model(change: dict, sentence: str) -> None:
     with pytest.raises(ValidationError) as caught:
-        ModelConfig.model_validate({**train_fixtures.MODEL, **change})
+        Qwen3MoeConfig.model_validate({**train_fixtures.MODEL, **change})
     assert sentence in str(caught.value)
 
 
@@ -216,7 +216,7 @@ def test_a_batch_that_grows() -> None:
         {**train_fixtures.PHASE, "batch": {"global_tokens": 256, "micro_tokens": 64, "ramp": ramp}}
     )
     assert [phase.rows_of(step) for step in range(1, 8)] == [2, 2, 2, 4, 4, 8, 8]
-    assert phase.micro_batches == [1, 2, 4] and phase.row_ramp == [(3, 2), (5, 4)]
+    assert phase.micro_batch_counts == [1, 2, 4] and phase.row_ramp == [(3, 2), (5, 4)]
     assert phase.tokens() == 3 * 64 + 2 * 128 + 7 * 256 and phase.tokens(5) == 128 + 7 * 256
     with pytest.raises(ValidationError, match="2 data-parallel ranks, which cannot share the 1 micro-batches"):
         TrainConfig.model_validate(

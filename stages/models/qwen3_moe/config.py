@@ -1,4 +1,4 @@
-"""The `model` section of a recipe: a decoder of the Qwen3-MoE shape, told in numbers.
+"""A mixture of experts of the Qwen3-MoE shape.
 
 Every layer is grouped-query attention with normalized queries and keys, followed by a mixture of SwiGLU experts of
 which a token visits `num_experts_per_tok`; the first `dense_layers` have one SwiGLU instead. No torch here: `atom plan`
@@ -7,92 +7,33 @@ reads this file.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Context, Flag, Range
-from pipeline.core.stage import Config, Renamed, added, operational
-from stages.models.qwen3_moe.costs import AttentionCost, training_flops
+from pipeline.core.bounds import Range
+from pipeline.core.stage import Renamed, added
+from stages.mcore.parallel_layout import Layout
+from stages.models.base import LossWeight, Routing, Width
+from stages.models.grouped_query import GroupedQueryConfig, swiglu_activations, swiglu_shapes
 
-PositiveInt = Annotated[int, Range(1, 2**31 - 1)]
-"""A size: above zero, and small enough for every index that Megatron keeps."""
-Layers = Annotated[int, Range(1, 1024, "Llama 3 405B: 126")]
-Width = Annotated[int, Range(1, 2**17, "Llama 3 405B: 16384, inside its feed-forward layers 53248")]
-Heads = Annotated[int, Range(1, 1024, "DeepSeek-V3: 128")]
 Experts = Annotated[int, Range(1, 4096, "Kimi K2: 384, Switch-C: 2048")]
-RopeBase = Annotated[float, Range(1, 1e12, "Llama 3: 5e5, Qwen2.5-1M: 1e7", above=True)]
-LossWeight = Annotated[float, Range(0, 100, "DeepSeek-V3: 1e-4, OLMoE: 0.01")]
-Precision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8"]
-"""What matrices are multiplied in. Weights of the optimizer, reductions, router, norms and losses are fp32 in all."""
-PositiveCount = Annotated[int, Range(1, 1e15)]
-MOST_PARAMETERS = 10**14
-"""Of a model; the largest that were published have 2e12."""
+PROXY_EXPERTS = 32
+"""Of a small proxy, at most."""
 
 
-Turns = Annotated[float, Range(0, 1e4, above=True)]
+class Qwen3MoeConfig(GroupedQueryConfig):
+    """A mixture of experts: `architecture: qwen3_moe`, which is what a section without this setting means."""
 
-
-class Yarn(Config):
-    """YaRN (Peng et al., 2023, arXiv:2309.00071): divides slow rotary frequencies by `factor`, keeps fast ones, and
-    scales queries and keys by 0.1 ln(factor) + 1 each."""
-
-    factor: Annotated[float, Range(1, 4096, "DeepSeek-V3: 40", above=True)] = Field(
-        description="ratio of the new context length to original_length"
-    )
-    original_length: Context = Field(description="context length in tokens for which the frequencies were trained")
-    beta_fast: Turns = Field(32.0, description="rotations within original_length above which a frequency is kept")
-    beta_slow: Turns = Field(1.0, description="rotations within original_length below which a frequency is divided")
-
-    @model_validator(mode="after")
-    def _possible(self) -> Yarn:
-        if self.beta_slow >= self.beta_fast:
-            raise ValueError(f"beta_slow = {self.beta_slow} is not below beta_fast = {self.beta_fast}; use 1 and 32")
-        return self
-
-
-class Rope(Config):
-    """Rotary embedding from a phase on, where it differs from before."""
-
-    theta: Annotated[RopeBase | None, Renamed("base")] = Field(
-        None, description="base of the rotary frequencies; null: as in the previous phase"
-    )
-    yarn: Yarn | None = Field(None, description="YaRN scaling; null: none")
-
-
-class StatedParameters(Config):
-    """Expected parameter counts. A recipe whose model has other counts is refused."""
-
-    total: PositiveCount = Field(description="all parameters, with embeddings")
-    active: PositiveCount = Field(description="parameters that one token uses, with embeddings")
-
-
-class ModelConfig(Config):
-    """Dimensions and constants of the model. The padded vocabulary size is in the tokenizer section."""
-
-    layers: Layers = Field(description="number of transformer layers")
-    hidden_size: Width = Field(description="width of the residual stream")
-    heads: Heads = Field(description="query heads")
-    kv_heads: Heads = Field(description="key and value heads; must divide heads")
-    head_dim: Annotated[int, Range(1, 1024, "usual: 64 to 256")] = Field(
-        description="width of one head; must be even for the rotary embedding"
-    )
+    architecture: Literal["qwen3_moe"] = added("qwen3_moe", "qwen3_moe: a mixture of experts")
     experts: Experts = Field(description="experts in each layer")
     num_experts_per_tok: Annotated[Experts, Renamed("experts_per_token")] = Field(
         description="experts to which each token is routed (top-k)"
     )
     moe_intermediate_size: Annotated[Width, Renamed("expert_ffn_size")] = Field(description="inner width of one expert")
-    context_length: Context = Field(description="maximum sequence length in tokens")
-    rope_theta: Annotated[RopeBase, Renamed("rope_base")] = Field(10000.0, description="base of the rotary frequencies")
-    norm_eps: Annotated[float, Range(1e-12, 1e-2, "usual: 1e-6 or 1e-5")] = Field(
-        1e-6, description="epsilon of every RMSNorm"
-    )
-    tie_embeddings: Flag = Field(True, description="share the weights of input embedding and output head")
     aux_loss: LossWeight = Field(
         1e-3, description="weight of the load-balancing loss, summed over layers as in Megatron-Core"
-    )
-    init_std: Annotated[float, Range(0, 1, "usual: 0.006 to 0.1", above=True)] = Field(
-        0.02, description="standard deviation of the initial weights"
     )
     balance: Literal["batch", "sequence"] = added(
         "batch", "tokens over which aux_loss balances experts: those of a micro-batch or of each row"
@@ -112,17 +53,9 @@ class ModelConfig(Config):
     shared_expert_intermediate_size: Annotated[Width | None, Renamed("shared_expert_ffn_size")] = added(
         None, "inner width of a shared expert that every token uses; null: none"
     )
-    yarn: Yarn | None = added(None, "YaRN scaling of the rotary frequencies; null: none")
-    stated_parameters: StatedParameters | None = operational(None, "expected parameter counts; null: not checked")
 
     @model_validator(mode="after")
-    def _possible(self) -> ModelConfig:
-        if self.heads % self.kv_heads:
-            nearest = _nearest([n for n in range(1, self.heads + 1) if self.heads % n == 0], self.kv_heads)
-            raise ValueError(f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}; nearest: {nearest}")
-        if self.head_dim % 2:
-            near = f"{self.head_dim - 1} or {self.head_dim + 1}" if self.head_dim > 1 else "2"
-            raise ValueError(f"head_dim = {self.head_dim} is odd, but rotary embedding turns pairs; nearest: {near}")
+    def _possible_experts(self) -> Qwen3MoeConfig:
         if self.num_experts_per_tok == 1:
             raise ValueError(
                 "num_experts_per_tok = 1 gives the router no gradient from the loss, since the one weight is always 1; "
@@ -145,8 +78,11 @@ class ModelConfig(Config):
             )
         return self
 
-    def beyond_qwen3(self) -> str | None:
-        """What of the model transformers' Qwen3MoeForCausalLM cannot express, in one sentence; None: nothing."""
+    @property
+    def routing(self) -> Routing:
+        return Routing(self.experts, self.num_experts_per_tok, range(self.dense_layers, self.layers), self.z_loss > 0)
+
+    def export_obstacle(self) -> str | None:
         for field, value, what in (
             ("router_bias_update_rate", self.router_bias_update_rate, "no bias of experts and no sigmoid scores"),
             ("shared_expert_intermediate_size", self.shared_expert_intermediate_size, "no shared expert"),
@@ -156,88 +92,102 @@ class ModelConfig(Config):
                         f"and others load unchanged, has {what}; leave it out, or stop before the export")  # fmt: skip
         return None
 
-    def with_rope(self, rope: Rope | None, context_length: int) -> ModelConfig:
-        """The same tensors with the rotary embedding of a phase, for rows of up to `context_length` tokens."""
-        changes: dict[str, object] = {"context_length": max(self.context_length, context_length)}
-        if rope is not None:
-            changes |= {"rope_theta": rope.theta or self.rope_theta, "yarn": rope.yarn}
-        return self.model_copy(update=changes)
-
-    def shapes(self, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
-        """Every tensor's global name and full shape, in Megatron's own words and layout.
-
-        `linear_qkv` holds, for each key/value head, its query heads, its key and its value; an expert's `linear_fc1`
-        holds gate above up.
-        """
-        hidden, head = self.hidden_size, self.head_dim
-        out: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (padded_vocab_size, hidden)}
-
-        def swiglu(at: str, ffn: int) -> None:
-            out[at + "linear_fc1.weight"] = (2 * ffn, hidden)
-            out[at + "linear_fc2.weight"] = (hidden, ffn)
-
-        for layer in range(self.layers):
-            at = f"decoder.layers.{layer}."
-            out[at + "input_layernorm.weight"] = (hidden,)
-            out[at + "self_attention.linear_qkv.weight"] = ((self.heads + 2 * self.kv_heads) * head, hidden)
-            out[at + "self_attention.q_layernorm.weight"] = (head,)
-            out[at + "self_attention.k_layernorm.weight"] = (head,)
-            out[at + "self_attention.linear_proj.weight"] = (hidden, self.heads * head)
-            out[at + "pre_mlp_layernorm.weight"] = (hidden,)
-            if layer < self.dense_layers:
-                swiglu(at + "mlp.", self.intermediate_size or 0)
-                continue
-            out[at + "mlp.router.weight"] = (self.experts, hidden)
-            if self.router_bias_update_rate:
-                out[at + "mlp.router.expert_bias"] = (self.experts,)
-            if self.shared_expert_intermediate_size:
-                swiglu(at + "mlp.shared_experts.", self.shared_expert_intermediate_size)
-            for expert in range(self.experts):
-                swiglu(at + f"mlp.experts.local_experts.{expert}.", self.moe_intermediate_size)
-        out["decoder.final_layernorm.weight"] = (hidden,)
-        if not self.tie_embeddings:
-            out["output_layer.weight"] = (padded_vocab_size, hidden)
+    def mlp_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        hidden = self.hidden_size
+        if layer < self.dense_layers:
+            return swiglu_shapes(hidden, self.intermediate_size or 0)
+        out: dict[str, tuple[int, ...]] = {"router.weight": (self.experts, hidden)}
+        if self.router_bias_update_rate:
+            out["router.expert_bias"] = (self.experts,)
+        if self.shared_expert_intermediate_size:
+            out |= swiglu_shapes(hidden, self.shared_expert_intermediate_size, "shared_experts.")
+        for expert in range(self.experts):
+            out |= swiglu_shapes(hidden, self.moe_intermediate_size, f"experts.local_experts.{expert}.")
         return out
 
-    def parameters(self, padded_vocab_size: int) -> dict[str, int]:
-        """Parameter counts in closed form: total, active (what one token uses), embedding (the input table)."""
+    def mlp_parameters(self) -> tuple[int, int]:
         hidden, sparse = self.hidden_size, self.layers - self.dense_layers
-        embedding = padded_vocab_size * hidden
-        attention = 2 * hidden * self.head_dim * (self.heads + self.kv_heads)
-        layer = attention + 2 * hidden + 2 * self.head_dim
         router = self.experts * (hidden + bool(self.router_bias_update_rate))
-        expert, always = (
-            3 * hidden * self.moe_intermediate_size,
-            3 * hidden * (self.shared_expert_intermediate_size or 0),
-        )
+        shared = 3 * hidden * (self.shared_expert_intermediate_size or 0)
         dense = self.dense_layers * 3 * hidden * (self.intermediate_size or 0)
-        rest = embedding * (1 if self.tie_embeddings else 2) + hidden + self.layers * layer + dense
-        rest += sparse * (router + always)
-        return {
-            "total": rest + sparse * self.experts * expert,
-            "active": rest + sparse * self.num_experts_per_tok * expert,
-            "embedding": embedding,
-        }
+        rest, expert = dense + sparse * (router + shared), 3 * hidden * self.moe_intermediate_size
+        return rest + sparse * self.experts * expert, rest + sparse * self.num_experts_per_tok * expert
 
-    def matrices(self, padded_vocab_size: int) -> int:
-        """Matrix parameters that one token meets: active ones with the output head, without input table and norms."""
+    def mlp_matrices(self) -> int:
         hidden, sparse = self.hidden_size, self.layers - self.dense_layers
-        attention = 2 * hidden * self.head_dim * (self.heads + self.kv_heads)
         shared = self.shared_expert_intermediate_size or 0
         expert = 3 * hidden * (self.num_experts_per_tok * self.moe_intermediate_size + shared)
         dense = 3 * hidden * (self.intermediate_size or 0)
-        layers = self.layers * attention + sparse * (self.experts * hidden + expert) + self.dense_layers * dense
-        return layers + padded_vocab_size * hidden
+        return sparse * (self.experts * hidden + expert) + self.dense_layers * dense
 
-    def flops_per_token(self, padded_vocab_size: int, sequence_length: int) -> float:
-        """Training FLOPs of one token in rows of that length, as `stages.models.qwen3_moe.costs.training_flops` counts
-        them."""
-        attention = AttentionCost(self.layers, self.heads, self.head_dim, self.head_dim)
-        return training_flops(self.matrices(padded_vocab_size), [attention], sequence_length)
+    def mlp_memory(self, layout: Layout, layer: int) -> tuple[int, int, int]:
+        """Routers are whole on each tensor rank. (Biases of experts are no parameters: a few kilobytes.)"""
+        hidden = self.hidden_size
+        if layer < self.dense_layers:
+            return 0, 3 * hidden * (self.intermediate_size or 0), 0
+        experts = self.experts // layout.ep * 3 * hidden * self.moe_intermediate_size // layout.split_experts
+        return self.experts * hidden, 3 * hidden * (self.shared_expert_intermediate_size or 0), experts
+
+    def mlp_activations(self, layout: Layout, size: int, layer: int, fused: bool) -> dict[str, float]:
+        if layer < self.dense_layers:
+            return swiglu_activations(size, self.intermediate_size or 0, fused)
+        copies, ffn, saved = self.num_experts_per_tok, self.moe_intermediate_size, 1 if fused else 3
+        return {
+            # fp32 logits, their softmax for the balance loss, sparse probabilities, and the map of bytes
+            "router": 13 * self.experts,
+            "tokens sent to experts": size * self.hidden_size * copies * layout.split_experts,
+            "experts' gate and up": 2 * size * ffn * copies,
+            "experts' SwiGLU, and weighted": (saved if fused else saved + 1) * size * ffn * copies,
+            "shared expert": (2 + saved) * size * (self.shared_expert_intermediate_size or 0),
+        }
+
+    def split_sizes(self) -> list[tuple[str, str, int]]:
+        return [
+            *super().split_sizes(),
+            ("etp", "moe_intermediate_size", self.moe_intermediate_size),
+            ("tp", "intermediate_size", self.intermediate_size or 0),
+            ("tp", "shared_expert_intermediate_size", self.shared_expert_intermediate_size or 0),
+            ("ep", "experts", self.experts),
+        ]
+
+    def proportions(self) -> dict[str, float]:
+        return {**super().proportions(), "experts / experts a token visits": self.experts / self.num_experts_per_tok}
+
+    def describe(self) -> str:
+        return (
+            f"{super().describe()}, {self.experts} experts of {self.moe_intermediate_size}, of which a token visits "
+            f"{self.num_experts_per_tok}"
+        )
+
+    def inner_widths(self) -> dict[str, int]:
+        widths = {**super().inner_widths(), "expert": self.moe_intermediate_size}
+        widths |= {"dense": self.intermediate_size or 0, "shared expert": self.shared_expert_intermediate_size or 0}
+        return {name: size for name, size in widths.items() if size}
+
+    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
+        """At most PROXY_EXPERTS experts."""
+        changes = super().scaled(hidden_size, width)
+        if changes is None:
+            return None
+        experts, top_k = _proxy_experts(self.experts, self.num_experts_per_tok)
+        shared = self.shared_expert_intermediate_size
+        return {
+            **changes,
+            "experts": experts,
+            "num_experts_per_tok": top_k,
+            "moe_intermediate_size": width(self.moe_intermediate_size),
+            "dense_layers": min(self.dense_layers, 1),
+            "intermediate_size": self.intermediate_size and width(self.intermediate_size),
+            "shared_expert_intermediate_size": shared and width(shared),
+        }
 
 
-def _nearest(choices: list[int], value: int) -> str:
-    """The choices just below and just above `value`, as words."""
-    below = [n for n in choices if n < value][-1:]
-    above = [n for n in choices if n > value][:1]
-    return " or ".join(str(n) for n in below + above)
+def _proxy_experts(experts: int, top_k: int) -> tuple[int, int]:
+    """At most PROXY_EXPERTS experts, of which a token visits a share as near to the recipe's as can be, and the
+    fewest."""
+    if experts <= PROXY_EXPERTS:
+        return experts, top_k
+    pairs = [
+        (max(k, min(PROXY_EXPERTS, round(k * experts / top_k))), k) for k in range(2, min(top_k, PROXY_EXPERTS) + 1)
+    ]
+    return min(pairs, key=lambda pair: (abs(pair[0] / pair[1] - experts / top_k), pair[1]))

@@ -14,7 +14,7 @@ import torch
 
 from stages.data.seeds import seed_of
 from stages.rl.algorithms import losses
-from stages.rl.config import RlPhase
+from stages.rl.config import RlPhase, RlTrainConfig
 from stages.rl.policy import PolicyTrainer, require_small_gap
 from stages.rl.rollout import rollouts
 from stages.rl.rollout.batches import Example, build_rank_batch
@@ -28,9 +28,11 @@ from stages.train.engine import Objective
 class GrpoTrainer(PolicyTrainer):
     """GRPO against verifiers."""
 
+    config: RlTrainConfig
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        phase: RlPhase = self.phase
+        phase = self.config.phase
         self.curriculum = Curriculum(phase.curriculum, self.rows, seed_label(self.name), self.config.seed)
         self.generated = 0  # tokens of all answers
         self.replay: tuple[Order, Shards] | None = None
@@ -38,10 +40,14 @@ class GrpoTrainer(PolicyTrainer):
             order = Order(self.inputs["order"], phase.replay_rows())
             self.replay = order, Shards(self.inputs["tokens"], "train")
 
-    def state(self) -> dict[str, Any]:
+    @property
+    def phase(self) -> RlPhase:
+        return self.config.phase
+
+    def algorithm_state(self) -> dict[str, Any]:
         return {"curriculum": self.curriculum.copy(), "generated": self.generated}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore_algorithm(self, state: dict[str, Any]) -> None:
         self.curriculum.load(state["curriculum"])
         self.generated = state["generated"]
 
@@ -49,11 +55,11 @@ class GrpoTrainer(PolicyTrainer):
         metrics = super().measure(step)
         return None if metrics is None else metrics | {"generated": self.generated}
 
-    def step(self, step: int) -> dict[str, Any]:
+    def train_step(self, step: int) -> dict[str, Any]:
         policy_digest = self.policy.load()
         wave_results = self.engine.ranks.from_first(self._draw(step, policy_digest) if self.first else ([], {}, {}))
         answers, metrics, state = wave_results
-        self.restore(state or self.state())
+        self.restore_algorithm(state or self.algorithm_state())
         examples, targets = training_examples(answers)
         self.tokens += targets
         if not targets:
@@ -65,7 +71,7 @@ class GrpoTrainer(PolicyTrainer):
         figures = self.engine.step(rank_batch, lr, self.update_check(step), objective=objective(self.phase))
         extras = figures.extras
         gap = extras["sampler_gap"] / targets
-        metrics |= self.update_metrics(figures, lr) | {
+        metrics |= figures.metrics(lr) | {
             "loss": (figures.loss * targets - extras.get("replay", 0.0)) / targets,
             "clip_fraction": extras["clip_fraction"] / targets,
             "importance_ratio": extras["importance_ratio"] / targets,
@@ -73,6 +79,7 @@ class GrpoTrainer(PolicyTrainer):
             "max_sampler_gap": extras["max_sampler_gap"],
         }
         if "replay" in extras:
+            assert self.phase.replay is not None
             metrics["replay_loss"] = extras["replay"] / targets / self.phase.replay.weight
         require_small_gap(self.name, step, gap, self.phase.max_logprob_diff)
         return metrics
@@ -115,12 +122,13 @@ class GrpoTrainer(PolicyTrainer):
             "rates": {name: part["rate"] for name, part in self.curriculum.state.items()},
             "policy": policy_digest,
         }
-        return answers, metrics, self.state()
+        return answers, metrics, self.algorithm_state()
 
     def _replay_examples(self, step: int, targets: int) -> list[Example]:
         """Rows of earlier data, weighted so that their mean loss has the weight `replay.weight`."""
         if self.replay is None:
             return []
+        assert self.phase.replay is not None
         order, shards = self.replay
         rows = order.rows(step)
         weight = self.phase.replay.weight * targets / sum(row.targets for row in rows)

@@ -17,15 +17,15 @@ from stages.data.seeds import seed_of
 from stages.data.table import read_table, write_rows
 from stages.evaluation.confidence import wilson
 from stages.rl.algorithms import losses
-from stages.rl.config import DpoPhase, PromptPool, RewardPhase
+from stages.rl.config import DpoPhase, DpoTrainConfig, PromptPool, RewardPhase, RewardTrainConfig
 from stages.rl.policy import PolicyTrainer, require_small_gap
+from stages.rl.post_trainer import PostTrainer
 from stages.rl.protocols import Row, question
 from stages.rl.rewards.reward_functions import reward_input
 from stages.rl.rollout import generation, rollouts, tasks
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
 from stages.rl.rollout.rollouts import Rollout
-from stages.rl.trainer import Trainer
 from stages.seed_labels import seed_label
 from stages.train.data import Batch, RankBatch
 from stages.train.engine import Objective
@@ -52,9 +52,11 @@ PAIRS = {
 class Dpo(PolicyTrainer):
     """DPO in rounds: draw and score answers, form pairs, and train on them in a few updates."""
 
+    config: DpoTrainConfig
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        phase: DpoPhase = self.phase
+        phase = self.config.phase
         self.by_id = {row["id"]: row for row in self.rows}
         seed = self.config.seed
         preference_kinds = set(tasks.kinds_of(phase.preferences.tasks))
@@ -66,18 +68,22 @@ class Dpo(PolicyTrainer):
             skill_tasks = [row for row in self.rows if row["kind"] not in preference_kinds]
             self.skills = Curriculum(None, skill_tasks, f"{seed_label(self.name)}/skills", seed)
 
-    def state(self) -> dict[str, Any]:
+    @property
+    def phase(self) -> DpoPhase:
+        return self.config.phase
+
+    def algorithm_state(self) -> dict[str, Any]:
         return {"asked": self.prompts.copy(), "skills": self.skills.copy() if self.skills else None}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore_algorithm(self, state: dict[str, Any]) -> None:
         self.prompts.load(state["asked"])
         if self.skills:
             self.skills.load(state["skills"])
 
-    def step(self, step: int) -> dict[str, Any]:
+    def train_step(self, step: int) -> dict[str, Any]:
         digest = self.policy.load()
         answers, state = self.engine.ranks.from_first(self._draw(step, digest) if self.first else ([], None))
-        self.restore(state or self.state())
+        self.restore_algorithm(state or self.algorithm_state())
         groups = group_by_task([r for r in answers if r.wave == 0])
         pairs = [pair for group_answers in groups if (pair := best_and_worst(group_answers, self.phase.min_margin))]
         correct = [r for r in answers if r.wave == 1 and not r.dropped]
@@ -128,7 +134,7 @@ class Dpo(PolicyTrainer):
             "pair_margin": extras["margin"] / len(pairs),
             "anchor_loss": extras["anchor"] / len(pairs),
         }
-        return self.update_metrics(figures, lr) | metrics, gap
+        return figures.metrics(lr) | metrics, gap
 
     def _draw(self, step: int, digest: str) -> tuple[list[Rollout], dict[str, Any]]:
         """The answers of a round and the trainer's state after them. Rank 0 only."""
@@ -138,12 +144,12 @@ class Dpo(PolicyTrainer):
         paired = {(r.group, r.sample) for pair in pairs for r in pair or ()}
         answers = [replace(r, dropped=drop_reason if (r.group, r.sample) in paired else "between") for r in answers]
         self.files.write(step, 0, answers)
-        if self.skills is not None:
+        if self.skills is not None and self.phase.sft_tasks is not None:
             correct = self._draw_wave(step, 1, digest, self.skills, self.phase.sft_tasks)
             correct = [replace(r, dropped="" if r.reward == 1 and r.finished else "wrong") for r in correct]
             self.files.write(step, 1, correct)
             answers += correct
-        return answers, self.state()
+        return answers, self.algorithm_state()
 
     def _draw_wave(self, step: int, wave: int, digest: str, curriculum: Curriculum, pool: PromptPool) -> list[Rollout]:
         rows = curriculum.draw(pool.count, step, wave)
@@ -238,12 +244,14 @@ def dpo(beta: float) -> Objective:
     return compute
 
 
-class Reward(Trainer):
+class Reward(PostTrainer):
     """A reward model, trained on the pairs of a DPO phase by the Bradley-Terry loss."""
+
+    config: RewardTrainConfig
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        phase: RewardPhase = self.phase
+        phase = self.config.phase
         self.chat = generation.Chat(self.inputs["tokenizer"])
         rows = read_pairs(self.inputs["pairs"])
         heldout = [row for row in rows if _hash_fraction(row["question"]) < phase.heldout_fraction]
@@ -257,7 +265,11 @@ class Reward(Trainer):
                 "draw more in dpo"
             )
 
-    def step(self, step: int) -> dict[str, Any]:
+    @property
+    def phase(self) -> RewardPhase:
+        return self.config.phase
+
+    def train_step(self, step: int) -> dict[str, Any]:
         count = self.phase.pairs
         pairs = []
         for number in range((step - 1) * count, step * count):
@@ -269,7 +281,7 @@ class Reward(Trainer):
         self.tokens += sum(len(example.ids) for unit in units for example in unit)
         lr = self.learning_rate(step)
         figures = self.engine.step(self._rank_batch(units), lr, self.update_check(step), objective=bradley_terry)
-        return self.update_metrics(figures, lr) | {"pair_accuracy": figures.extras["accuracy"] / count}
+        return figures.metrics(lr) | {"pair_accuracy": figures.extras["accuracy"] / count}
 
     def measure(self, step: int) -> dict[str, Any] | None:
         if step % self.phase.validate_every and step != self.phase.steps:

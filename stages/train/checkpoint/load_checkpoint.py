@@ -7,8 +7,8 @@ import torch
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.stage import identity
 from pipeline.core.store import Artifact
+from stages.mcore.model import check_tensors
 from stages.mcore.tensor_sharding import cut
-from stages.models.qwen3_moe.megatron_model import check_tensors
 from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig
 from stages.train.engine import Engine, Piece

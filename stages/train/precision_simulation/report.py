@@ -6,7 +6,7 @@ verdict compares the magnitude of the mean with the bound:
 
     holds         magnitude + 2 standard errors < bound
     fails         magnitude - 2 standard errors > bound, or a loss that is no number where the baseline's is one
-    inconclusive  anything between, or a twin too small for its blocks to act as they would in the recipe's model
+    inconclusive  anything between, or a proxy too small for its blocks to act as they would in the recipe's model
 
 With three seeds, two standard errors are a one-sided confidence of 91 % (Student's t), with five 94 %. DeepSeek-V3
 reports a relative loss error of FP8 below 0.25 % (arXiv:2412.19437, section 3.3), which is the default bound.
@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stages.mcore.quantize import KINDS, RECIPES, Counts, Kind
+from stages.models.registry import parse
 from stages.train.precision_simulation.runner import Settings
 
 MIN_STEPS = 8
@@ -38,7 +39,7 @@ def compose(
 ) -> dict[str, Any]:  # fmt: skip
     """The report as JSON: no clock, no place, so equal runs give equal bytes.
 
-    proportions: (name, in the recipe, in the twin). dimensions: the widths in and out of the twin's linear layers.
+    proportions: (name, in the recipe, in the proxy). dimensions: the widths in and out of the proxy's linear layers.
     """
     window = settings.steps // 4
     base = [_tail_loss(runs[settings.baseline, seed], window) for seed in range(seeds)]
@@ -52,8 +53,8 @@ def compose(
         "bound": bound,
         "seeds": seeds,
         "window_steps": window,
-        "twin": settings.model.model_dump(mode="json", exclude={"yarn", "stated_parameters"}),
-        "ratios": [{"name": name, "recipe": recipe, "twin": twin} for name, recipe, twin in proportions],
+        "proxy": settings.model.model_dump(mode="json", exclude={"yarn", "stated_parameters"}),
+        "ratios": [{"name": name, "recipe": recipe, "proxy": proxy} for name, recipe, proxy in proportions],
         "training": {
             "steps": settings.steps,
             "rows": settings.rows,
@@ -111,7 +112,7 @@ def _compare_precision(
     ]
     if min(dimensions) < smallest:
         verdict = "inconclusive"
-        reason = f"the twin has a linear layer of width {min(dimensions)}, less than two blocks ({smallest})"
+        reason = f"the proxy has a linear layer of width {min(dimensions)}, less than two blocks ({smallest})"
     elif short > SHORT:
         verdict = "inconclusive"
         reason = f"{_percent(short)} of the multiply-adds were over fewer than {smallest} tokens, two blocks"
@@ -207,8 +208,8 @@ def _signed_percent(value: float) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report for a person: verdicts, the twin, what happened in each linear layer."""
-    twin, training, data = report["twin"], report["training"], report["data"]
+    """The report for a person: verdicts, the proxy, what happened in each linear layer."""
+    training, data = report["training"], report["data"]
     base, optimizer = report["baseline"], training["optimizer"]
     by_seed = [_signed_percent(loss / base["mean"] - 1) for loss in base["loss"]] if "mean" in base else []
     lines = [
@@ -238,16 +239,14 @@ def markdown(report: Mapping[str, Any]) -> str:
         if by_seed
         else f"{base['precision']} itself diverged.",
         "",
-        "## Twin",
+        "## Proxy",
         "",
-        f"{twin['layers']} layers, hidden size {twin['hidden_size']}, {twin['heads']} query and {twin['kv_heads']} key "
-        f"heads of {twin['head_dim']}, {twin['experts']} experts of {twin['moe_intermediate_size']}, of which a token "
-        f"visits {twin['num_experts_per_tok']}. A step is {training['rows']} rows of {training['sequence_length']} "
+        f"{parse(report['proxy']).describe()}. A step is {training['rows']} rows of {training['sequence_length']} "
         f"tokens. AdamW, peak rate {optimizer['lr']:.3g} after {optimizer['warmup_steps']} steps, cosine to a tenth.",
         "",
-        "| ratio | recipe | twin |",
+        "| ratio | recipe | proxy |",
         "|---|---|---|",
-        *(f"| {r['name']} | {r['recipe']:.4g} | {r['twin']:.4g} |" for r in report["ratios"]),
+        *(f"| {r['name']} | {r['recipe']:.4g} | {r['proxy']:.4g} |" for r in report["ratios"]),
         "",
         f"Data: the {data['files']} source files of Python {data['python']}'s standard library as bytes, "
         f"{data['bytes']} of them, SHA-256 {data['sha256']}; rows begin anywhere, drawn from the seed.",

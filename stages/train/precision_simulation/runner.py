@@ -20,7 +20,8 @@ from pydantic import Field, NonNegativeInt
 
 from pipeline.core.stage import Config
 from stages.data.readers.python_stdlib import stdlib_files
-from stages.models.qwen3_moe.config import ModelConfig, PositiveInt
+from stages.models.base import PositiveInt
+from stages.models.registry import Model
 from stages.train.config import BatchSizes, Optimizer, PhaseConfig, TrainConfig, Validation
 from stages.train.precision_simulation.proxy_model import VOCABULARY
 
@@ -40,7 +41,7 @@ class Settings(Config):
     """The common settings of all runs. With precision and seed they determine every byte of a run."""
 
     recipe: str = Field(description="name of the recipe")
-    model: ModelConfig = Field(description="architecture of the model")
+    model: Model = Field(description="architecture of the model")
     sequence_length: PositiveInt = Field(description="tokens predicted in one row")
     rows: PositiveInt = Field(description="rows of one step")
     steps: PositiveInt = Field(description="steps of a run")

@@ -58,9 +58,9 @@ def simulate(
     model, phase = sections.model, sections.pretrain
     proxy = build_proxy(model, smallest, hidden)
     if layers is not None:
-        min_layers = proxy.dense_layers + 1
+        min_layers = proxy.routing.layers.start + 1 if proxy.routing else 1
         if not min_layers <= layers <= MAX_LAYERS:
-            raise AtomError(f"--layers {layers} is no depth of a small twin; use {min_layers} to {MAX_LAYERS}")
+            raise AtomError(f"--layers {layers} is no depth of a small proxy; use {min_layers} to {MAX_LAYERS}")
         proxy = type(proxy).model_validate({**proxy.model_dump(), "layers": layers})
     length = min(phase.sequence_length, CONTEXT)
     settings = Settings(
@@ -79,7 +79,7 @@ def simulate(
     requested = [(precision, seed) for seed in range(seeds) for precision in (baseline, *chosen_recipes)]
     _run_all(folder, requested, steps, display)
     runs: Runs = {(p, s): json.loads(_file(folder, p, s).read_text()) for p, s in requested}
-    proportions = [(r.name, r.recipe, r.twin) for r in ratios(model, proxy)]
+    proportions = [(r.name, r.recipe, r.proxy) for r in ratios(model, proxy)]
     report = compose(settings, proportions, dimensions(proxy), chosen_recipes, seeds, bound, runs)
     _write(folder, report, runs)
     return report, folder
@@ -108,10 +108,10 @@ def _check(precisions: Sequence[str], steps: int, seeds: int, baseline: str, bou
 
 
 def _optimizer(phase: PhaseConfig, steps: int, narrowing: float) -> Optimizer:
-    """The recipe's AdamW, with a rate that fits the twin: a matrix's best rate is inverse to its width (Yang et al.,
-    2022, arXiv:2203.03466), hence the recipe's x hidden size / hidden size of the twin. Of that the half, after a third
-    of the steps, then a cosine to a tenth: the first steps at the full rate are chaotic, and then even bf16 and fp32
-    end further apart than what is to be measured (docs/lab-log.md)."""
+    """The recipe's AdamW, with a rate that fits the proxy: a matrix's best rate is inverse to its width (Yang et al.,
+    2022, arXiv:2203.03466), hence the recipe's x hidden size / hidden size of the proxy. Of that the half, after a
+    third of the steps, then a cosine to a tenth: the first steps at the full rate are chaotic, and then even bf16 and
+    fp32 end further apart than what is to be measured (docs/lab-log.md)."""
     recipe_optimizer, peak = (
         phase.optimizer,
         min(1.0, phase.optimizer.lr * narrowing / 2),

@@ -1,4 +1,4 @@
-"""Cost model in closed form: FLOPs of a token, and the memory of a rank of a layout.
+"""Cost model in closed form: FLOPs of a token, and the units in which an architecture states memory.
 
 No torch: `atom plan` imports this file. `tests/integration/test_costs.py` compares the parameters with those that
 Megatron builds, `bench/planner.py` the FLOPs and the state with published figures.
@@ -8,10 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -41,3 +37,29 @@ def training_flops(matrices: int, attention: Iterable[AttentionCost], sequence_l
     """
     scores = sum(a.layers * a.heads * (a.qk + a.v) * a.keys(sequence_length) for a in attention)
     return 6.0 * (matrices + scores)
+
+
+@dataclass(frozen=True)
+class MemoryShare:
+    """The parameters on one rank, by the group of ranks that shares their optimizer state: experts lie on fewer
+    ranks."""
+
+    dense: int
+    experts: int
+    table: int = 0  # of the dense ones, those of embedding and output head, which stay in bf16 under FP8
+
+    def __add__(self, other: MemoryShare) -> MemoryShare:
+        return MemoryShare(self.dense + other.dense, self.experts + other.experts, self.table + other.table)
+
+    @property
+    def all(self) -> int:
+        return self.dense + self.experts
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One micro-batch: `rows` rows of `length` tokens. packed: several documents in a row."""
+
+    rows: int
+    length: int
+    packed: bool = False

@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from stages.mcore.parallel_layout import Layout
-    from stages.models.qwen3_moe.config import ModelConfig, Precision
-
+from stages.mcore.parallel_layout import Layout
+from stages.models.base import ModelConfig, Precision
+from stages.models.costs import MemoryShare
 
 GRADIENT = 4
 """Bytes of a gradient: summed over micro-batches and ranks in fp32."""
-
-
 MOMENTS = 8
 """Bytes of Adam's two moments, fp32."""
-
-
 MASTER = 4
 """Bytes of an fp32 weight; below fp32 it is a copy of the optimizer's, in fp32 the model's own."""
-
-
-@dataclass(frozen=True)
-class MemoryShare:
-    """The parameters on one rank, by the group of ranks that shares their optimizer state: experts lie on fewer
-    ranks."""
-
-    dense: int
-    experts: int
-    table: int = 0  # of the dense ones, those of embedding and output head, which stay in bf16 under FP8
-
-    def __add__(self, other: MemoryShare) -> MemoryShare:
-        return MemoryShare(self.dense + other.dense, self.experts + other.experts, self.table + other.table)
-
-    @property
-    def all(self) -> int:
-        return self.dense + self.experts
 
 
 def layers_of(model: ModelConfig, layout: Layout, pipeline_rank: int) -> list[list[int]]:
@@ -46,19 +21,6 @@ def layers_of(model: ModelConfig, layout: Layout, pipeline_rank: int) -> list[li
     return [list(range(start, start + layers_per_chunk)) for start in starts]
 
 
-def layer_memory_share(model: ModelConfig, layout: Layout, layer: int) -> MemoryShare:
-    """One layer's parameters on a rank. Norms and router are whole on each tensor rank, matrices are cut."""
-    hidden, head, tensor = model.hidden_size, model.head_dim, layout.tp
-    replicated = 2 * hidden + 2 * head
-    matrices = 2 * hidden * head * (model.heads + model.kv_heads)
-    if layer < model.dense_layers:
-        return MemoryShare(replicated + (matrices + 3 * hidden * (model.intermediate_size or 0)) // tensor, 0)
-    replicated += model.experts * hidden
-    matrices += 3 * hidden * (model.shared_expert_intermediate_size or 0)
-    experts = model.experts // layout.ep * 3 * hidden * model.moe_intermediate_size // layout.split_experts
-    return MemoryShare(replicated + matrices // tensor, experts)
-
-
 def memory_share(model: ModelConfig, padded_vocab_size: int, layout: Layout, pipeline_rank: int) -> MemoryShare:
     """The parameters of each rank at that place of the pipeline: tensor, expert and data ranks hold equally many.
 
@@ -66,7 +28,7 @@ def memory_share(model: ModelConfig, padded_vocab_size: int, layout: Layout, pip
     table, unless it is the first as well. (Biases of experts are no parameters: a few kilobytes.)
     """
     chunks = layers_of(model, layout, pipeline_rank)
-    total = sum((layer_memory_share(model, layout, layer) for chunk in chunks for layer in chunk), MemoryShare(0, 0))
+    total = sum((model.layer_memory(layout, layer) for chunk in chunks for layer in chunk), MemoryShare(0, 0))
     first, last = pipeline_rank == 0, pipeline_rank == layout.pp - 1
     tables = first + (last and not (first and model.tie_embeddings))
     table = tables * padded_vocab_size * model.hidden_size // layout.tp

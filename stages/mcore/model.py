@@ -7,55 +7,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from pipeline.core.errors import AtomError
+from stages.mcore.layer_spec import has_transformer_engine
 from stages.mcore.megatron_imports import GPTModel, TransformerConfig, parallel_state
 from stages.mcore.parallel_layout import Layout
 from stages.mcore.param_names import BUFFERS, global_name
 from stages.mcore.precision import keywords
 from stages.mcore.rope import frequencies, megatron_yarn
 from stages.mcore.tensor_sharding import boxes, cut, is_cut
-from stages.models.qwen3_moe.config import ModelConfig, Precision
-from stages.models.qwen3_moe.layer_spec import has_transformer_engine, layer_spec
+from stages.models.base import ModelConfig, Precision
 
 
 def transformer_config(model: ModelConfig, layout: Layout, precision: Precision = "fp32") -> TransformerConfig:
-    """Megatron's configuration of the model: Qwen3-MoE's architecture, without dropout or biases."""
+    """Megatron's configuration of a model without dropout or biases: what its architecture says, its sizes, the layout
+    and the precision."""
     on_gpu = torch.cuda.is_available()
     config = TransformerConfig(
         **keywords(precision),
+        **model.spec().megatron(model),
         num_layers=model.layers,
         hidden_size=model.hidden_size,
-        num_attention_heads=model.heads,
-        num_query_groups=model.kv_heads,
-        kv_channels=model.head_dim,
-        ffn_hidden_size=model.intermediate_size or model.moe_intermediate_size,
-        qk_layernorm=True,
-        normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        num_moe_experts=model.experts,
-        moe_ffn_hidden_size=model.moe_intermediate_size,
-        moe_router_topk=model.num_experts_per_tok,
-        moe_layer_freq=[0] * model.dense_layers + [1] * (model.layers - model.dense_layers),
-        moe_shared_expert_intermediate_size=model.shared_expert_intermediate_size,
-        moe_router_pre_softmax=False,  # softmax over the chosen experts = Hugging Face's norm_topk_prob
-        moe_router_score_function="sigmoid"
-        if model.router_bias_update_rate
-        else "softmax",  # Megatron's biases are for sigmoids
-        moe_router_enable_expert_bias=model.router_bias_update_rate > 0,
-        moe_router_bias_update_rate=model.router_bias_update_rate,
-        moe_router_dtype="fp32",
-        moe_router_load_balancing_type={"batch": "aux_loss", "sequence": "seq_aux_loss"}[model.balance],
-        moe_aux_loss_coeff=model.aux_loss,
-        moe_z_loss_coeff=model.z_loss or None,
         moe_token_dispatcher_type=layout.dispatcher,
-        moe_grouped_gemm=has_transformer_engine(),
+        moe_grouped_gemm=model.routing is not None and has_transformer_engine(),
         perform_initialization=False,  # Engine.initialize does it
         use_cpu_initialization=not on_gpu,
         tensor_model_parallel_size=layout.tp,
@@ -104,7 +81,7 @@ def build(
         stage = number if layout.vpp > 1 else None
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=layer_spec(config, stage, packed),
+            transformer_layer_spec=model.spec().layer_spec(config, stage, packed),
             vocab_size=padded_vocab_size,
             max_sequence_length=model.context_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -157,7 +134,7 @@ def _named_members(chunks: Sequence[GPTModel], kind: str) -> Iterator[tuple[str,
     for gpt in chunks:
         layers = gpt.decoder.layers
         first_layer = layers[0].layer_number - 1 if len(layers) else 0
-        experts = gpt.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+        experts = (gpt.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
         first_expert = parallel_state.get_expert_model_parallel_rank() * experts
         for local, tensor in getattr(gpt, kind)():
             name = global_name(local, first_layer, first_expert)

@@ -19,7 +19,8 @@ from stages.mcore.megatron_imports import (
     get_transformer_layer_offset,
     parallel_state,
 )
-from stages.models.qwen3_moe.qkv import SelfAttention, context_positions
+from stages.mcore.qkv import SelfAttention, context_positions
+from stages.models.grouped_query import SLICE
 
 
 def has_transformer_engine() -> bool:
@@ -55,7 +56,8 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
         return spec
 
     first = get_transformer_layer_offset(config, vp_stage=virtual_stage)
-    kinds = config.moe_layer_freq[first : first + get_num_layers_to_build(config, vp_stage=virtual_stage)]
+    frequencies = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
+    kinds = frequencies[first : first + get_num_layers_to_build(config, vp_stage=virtual_stage)]
     specs = {kind: layer(config.num_moe_experts if kind else None) for kind in set(kinds)}
     norm: Any = RMSNorm
     if engine:
@@ -102,10 +104,6 @@ class Attention(MegatronModule):  # type: ignore[misc]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
         out = causal_attention(q, k, v, positions, self.scale, starts=None if starts is None else starts[:, positions])
         return out.permute(2, 0, 1, 3).flatten(2)
-
-
-SLICE = 128
-"""Queries that attend in one call."""
 
 
 def causal_attention(

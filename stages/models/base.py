@@ -1,0 +1,207 @@
+"""What every architecture has: the settings that all models share, and what the engine asks of a `model` section.
+
+An architecture is a folder beside this file: `config.py` with its settings and costs in closed form, and `spec.py` with
+its ModelSpec (how Megatron builds it, and how transformers names its tensors). docs/extending.md shows one. No torch
+here: `atom plan` reads this file.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.core.bounds import Context, Flag, Range
+from pipeline.core.stage import Config, Renamed, added, operational
+from stages.mcore.parallel_layout import Layout
+from stages.models.costs import AttentionCost, MemoryShare, Rows, training_flops
+
+if TYPE_CHECKING:
+    import torch
+
+PositiveInt = Annotated[int, Range(1, 2**31 - 1)]
+"""A size: above zero, and small enough for every index that Megatron keeps."""
+Layers = Annotated[int, Range(1, 1024, "Llama 3 405B: 126")]
+Width = Annotated[int, Range(1, 2**17, "Llama 3 405B: 16384, inside its feed-forward layers 53248")]
+RopeBase = Annotated[float, Range(1, 1e12, "Llama 3: 5e5, Qwen2.5-1M: 1e7", above=True)]
+LossWeight = Annotated[float, Range(0, 100, "DeepSeek-V3: 1e-4, OLMoE: 0.01")]
+Precision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8"]
+"""What matrices are multiplied in. Weights of the optimizer, reductions, router, norms and losses are fp32 in all."""
+PositiveCount = Annotated[int, Range(1, 1e15)]
+MOST_PARAMETERS = 10**14
+"""Of a model; the largest that were published have 2e12."""
+Turns = Annotated[float, Range(0, 1e4, above=True)]
+
+
+class Yarn(Config):
+    """YaRN (Peng et al., 2023, arXiv:2309.00071): divides slow rotary frequencies by `factor`, keeps fast ones, and
+    scales queries and keys by 0.1 ln(factor) + 1 each."""
+
+    factor: Annotated[float, Range(1, 4096, "DeepSeek-V3: 40", above=True)] = Field(
+        description="ratio of the new context length to original_length"
+    )
+    original_length: Context = Field(description="context length in tokens for which the frequencies were trained")
+    beta_fast: Turns = Field(32.0, description="rotations within original_length above which a frequency is kept")
+    beta_slow: Turns = Field(1.0, description="rotations within original_length below which a frequency is divided")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Yarn:
+        if self.beta_slow >= self.beta_fast:
+            raise ValueError(f"beta_slow = {self.beta_slow} is not below beta_fast = {self.beta_fast}; use 1 and 32")
+        return self
+
+
+class Rope(Config):
+    """Rotary embedding from a phase on, where it differs from before."""
+
+    theta: Annotated[RopeBase | None, Renamed("base")] = Field(
+        None, description="base of the rotary frequencies; null: as in the previous phase"
+    )
+    yarn: Yarn | None = Field(None, description="YaRN scaling; null: none")
+
+
+class StatedParameters(Config):
+    """Expected parameter counts. A recipe whose model has other counts is refused."""
+
+    total: PositiveCount = Field(description="all parameters, with embeddings")
+    active: PositiveCount = Field(description="parameters that one token uses, with embeddings")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The routers of a mixture of experts."""
+
+    experts: int  # in each of these layers
+    top_k: int  # experts that a token visits
+    layers: range  # that have experts
+    z_loss: bool  # whether the routers have a z-loss
+
+
+class ModelConfig(Config, ABC):
+    """The `model` section of a recipe: a decoder with rotary embedding. The padded vocabulary size is in the tokenizer
+    section."""
+
+    layers: Layers = Field(description="number of transformer layers")
+    hidden_size: Width = Field(description="width of the residual stream")
+    context_length: Context = Field(description="maximum sequence length in tokens")
+    rope_theta: Annotated[RopeBase, Renamed("rope_base")] = Field(10000.0, description="base of the rotary frequencies")
+    norm_eps: Annotated[float, Range(1e-12, 1e-2, "usual: 1e-6 or 1e-5")] = Field(
+        1e-6, description="epsilon of every RMSNorm"
+    )
+    tie_embeddings: Flag = Field(True, description="share the weights of input embedding and output head")
+    init_std: Annotated[float, Range(0, 1, "usual: 0.006 to 0.1", above=True)] = Field(
+        0.02, description="standard deviation of the initial weights"
+    )
+    yarn: Yarn | None = added(None, "YaRN scaling of the rotary frequencies; null: none")
+    stated_parameters: StatedParameters | None = operational(None, "expected parameter counts; null: not checked")
+
+    if TYPE_CHECKING:  # each architecture declares the field with its own name as the only value
+        architecture: str
+
+    # -- what an architecture defines ---------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def rotary_dim(self) -> int:
+        """Width of the part of a head that the rotary embedding turns."""
+
+    @property
+    def routing(self) -> Routing | None:
+        """The routers, or None if no layer has experts."""
+        return None
+
+    @abstractmethod
+    def shapes(self, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
+        """Every tensor's global name and full shape, in Megatron's words and layout (stages/mcore/param_names.py)."""
+
+    @abstractmethod
+    def parameters(self, padded_vocab_size: int) -> dict[str, int]:
+        """Parameter counts in closed form: total, active (what one token uses), embedding (the input table)."""
+
+    @abstractmethod
+    def matrices(self, padded_vocab_size: int) -> int:
+        """Matrix parameters that one token meets: active ones with the output head, without input table and norms."""
+
+    @abstractmethod
+    def attention(self) -> list[AttentionCost]:
+        """The attention layers, equal ones together."""
+
+    @abstractmethod
+    def layer_memory(self, layout: Layout, layer: int) -> MemoryShare:
+        """The parameters of a layer on one rank of a layout."""
+
+    @abstractmethod
+    def layer_activations(
+        self, layout: Layout, precision: Precision, rows: Rows, layer: int, fused: bool = False
+    ) -> dict[str, float]:
+        """Bytes by tensor that a layer keeps for the backward pass, for each of a rank's tokens. fused: SwiGLU as one
+        kernel that keeps its input only."""
+
+    @abstractmethod
+    def split_sizes(self) -> list[tuple[str, str, int]]:
+        """(setting of the layout, name, size) of each dimension that a layout splits: the setting must divide it."""
+
+    @abstractmethod
+    def proportions(self) -> dict[str, float]:
+        """The ratios that make the model what it is and that a small proxy keeps, by name."""
+
+    @abstractmethod
+    def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
+        """The changed settings of a small proxy of that hidden size; width: an inner width, scaled. None if there is no
+        such proxy."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The sizes in words."""
+
+    def inner_widths(self) -> dict[str, int]:
+        """The widths inside of a layer, by name."""
+        return {}
+
+    def export_obstacle(self) -> str | None:
+        """What of the model its class in transformers cannot express, in one sentence; None: nothing."""
+        return None
+
+    # -- what follows from it -----------------------------------------------------------------------------------------
+
+    def flops_per_token(self, padded_vocab_size: int, sequence_length: int) -> float:
+        """Training FLOPs of one token in rows of that length, as `stages.models.costs.training_flops` counts them."""
+        return training_flops(self.matrices(padded_vocab_size), self.attention(), sequence_length)
+
+    def with_rope(self, rope: Rope | None, context_length: int) -> Self:
+        """The same tensors with the rotary embedding of a phase, for rows of up to `context_length` tokens."""
+        changes: dict[str, object] = {"context_length": max(self.context_length, context_length)}
+        if rope is not None:
+            changes |= {"rope_theta": rope.theta or self.rope_theta, "yarn": rope.yarn}
+        return self.model_copy(update=changes)
+
+    def spec(self) -> ModelSpec:
+        """How Megatron and transformers build the model. Imports torch."""
+        spec: ModelSpec = importlib.import_module(f"stages.models.{self.architecture}.spec").SPEC
+        return spec
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """An architecture for Megatron and for transformers. Tensors are dictionaries of full tensors by name.
+
+    megatron: (model) -> keyword arguments of Megatron's TransformerConfig that are the architecture's own
+    (stages/mcore/model.py adds those of size, layout and precision).
+    layer_spec: (Megatron's TransformerConfig, virtual pipeline stage or None, whether rows are packed) -> the layers
+    from which Megatron's GPTModel is built (stages/mcore/layer_spec.py for attention with our kernels).
+    to_hf: (Megatron's tensors by global name, model, vocabulary size) -> transformers' tensors; rows of the vocabulary
+    beyond that size are padding and left out. from_hf: its inverse; raises KeyError if a tensor is missing and
+    ValueError, naming them, if some are left over.
+    hf_config: (model) -> the architecture's own entries of config.json; `architectures` and `model_type` name its class
+    in transformers (stages/export/hf.py adds the common ones).
+    """
+
+    megatron: Callable[[Any], dict[str, Any]]
+    layer_spec: Callable[[Any, int | None, bool], Any]
+    to_hf: Callable[[Mapping[str, torch.Tensor], Any, int], dict[str, torch.Tensor]]
+    from_hf: Callable[[Mapping[str, torch.Tensor], Any], dict[str, torch.Tensor]]
+    hf_config: Callable[[Any], dict[str, Any]]

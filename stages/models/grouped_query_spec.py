@@ -1,0 +1,117 @@
+"""What decoders of grouped-query attention share in Megatron and in transformers: configuration, and the names and
+shapes of tensors. Pure functions, exact in both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from stages.models.grouped_query import GroupedQueryConfig
+
+Tensors = Mapping[str, torch.Tensor]
+Same = Callable[[int], Mapping[str, str]]
+"""(layer) -> tensors of its feed-forward part that have one counterpart of the same layout: Megatron's name in a layer,
+and transformers'."""
+Swiglus = Callable[[int], Sequence[tuple[str, str]]]
+"""(layer) -> (Megatron's, transformers') prefixes of its SwiGLUs."""
+
+SAME = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+}
+
+
+def megatron_attention(model: GroupedQueryConfig) -> dict[str, Any]:
+    """Keyword arguments of Megatron's TransformerConfig."""
+    return {
+        "num_attention_heads": model.heads,
+        "num_query_groups": model.kv_heads,
+        "kv_channels": model.head_dim,
+        "qk_layernorm": True,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+    }
+
+
+def hf_attention(model: GroupedQueryConfig) -> dict[str, Any]:
+    """Entries of config.json."""
+    return {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_window_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    }
+
+
+def map_to_hf(
+    tensors: Tensors, model: GroupedQueryConfig, vocab_size: int, same: Same, swiglus: Swiglus
+) -> dict[str, torch.Tensor]:
+    """transformers' tensors. Rows of the vocabulary beyond `vocab_size` are padding and left out.
+
+    A head group of `linear_qkv` ([kv_heads, heads/kv_heads + 2, head_dim, hidden]) is its queries, its key, its value;
+    a `linear_fc1` is gate above up.
+    """
+    groups, queries, dim, hidden = model.kv_heads, model.heads // model.kv_heads, model.head_dim, model.hidden_size
+    out = {
+        "model.embed_tokens.weight": tensors["embedding.word_embeddings.weight"][:vocab_size],
+        "model.norm.weight": tensors["decoder.final_layernorm.weight"],
+    }
+    if not model.tie_embeddings:
+        out["lm_head.weight"] = tensors["output_layer.weight"][:vocab_size]
+    for layer in range(model.layers):
+        a, b = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        for megatron_name, hf_name in {**SAME, **same(layer)}.items():
+            out[b + hf_name] = tensors[a + megatron_name]
+        qkv = tensors[a + "self_attention.linear_qkv.weight"].reshape(groups, queries + 2, dim, hidden)
+        out[b + "self_attn.q_proj.weight"] = qkv[:, :queries].reshape(-1, hidden)
+        out[b + "self_attn.k_proj.weight"] = qkv[:, queries].reshape(-1, hidden)
+        out[b + "self_attn.v_proj.weight"] = qkv[:, queries + 1].reshape(-1, hidden)
+        for e, f in swiglus(layer):
+            gate, up = tensors[a + e + "linear_fc1.weight"].chunk(2, 0)
+            out[b + f + "gate_proj.weight"], out[b + f + "up_proj.weight"] = gate, up
+            out[b + f + "down_proj.weight"] = tensors[a + e + "linear_fc2.weight"]
+    return out
+
+
+def map_from_hf(tensors: Tensors, model: GroupedQueryConfig, same: Same, swiglus: Swiglus) -> dict[str, torch.Tensor]:
+    """The inverse of `map_to_hf`; the vocabulary has as many rows as transformers'.
+
+    Raises KeyError if a tensor is missing and ValueError, naming them, if some are left over.
+    """
+    groups, queries, dim, hidden = model.kv_heads, model.heads // model.kv_heads, model.head_dim, model.hidden_size
+    remaining = dict(tensors)
+    out = {
+        "embedding.word_embeddings.weight": remaining.pop("model.embed_tokens.weight"),
+        "decoder.final_layernorm.weight": remaining.pop("model.norm.weight"),
+    }
+    if not model.tie_embeddings:
+        out["output_layer.weight"] = remaining.pop("lm_head.weight")
+    for layer in range(model.layers):
+        a, b = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        for megatron_name, hf_name in {**SAME, **same(layer)}.items():
+            out[a + megatron_name] = remaining.pop(b + hf_name)
+        q = remaining.pop(b + "self_attn.q_proj.weight").reshape(groups, queries, dim, hidden)
+        k = remaining.pop(b + "self_attn.k_proj.weight").reshape(groups, 1, dim, hidden)
+        v = remaining.pop(b + "self_attn.v_proj.weight").reshape(groups, 1, dim, hidden)
+        out[a + "self_attention.linear_qkv.weight"] = torch.cat([q, k, v], 1).reshape(-1, hidden)
+        for e, f in swiglus(layer):
+            halves = [remaining.pop(b + f + "gate_proj.weight"), remaining.pop(b + f + "up_proj.weight")]
+            out[a + e + "linear_fc1.weight"] = torch.cat(halves, 0)
+            out[a + e + "linear_fc2.weight"] = remaining.pop(b + f + "down_proj.weight")
+    if remaining:
+        raise ValueError(f"tensors that {model.architecture} does not have: {', '.join(sorted(remaining)[:3])}")
+    return out

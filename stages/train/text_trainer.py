@@ -1,0 +1,212 @@
+"""Training on text: the phases whose rows an order artifact lists, with held-out evaluation and a policy for loss
+spikes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from pipeline.core.errors import AtomError
+from pipeline.core.stage import Inputs
+from stages.data.order import position
+from stages.mcore.moe_metrics import DEAD_SHARE
+from stages.train.checkpoint.load_checkpoint import Origin
+from stages.train.checkpoint.work_checkpoint import PENDING
+from stages.train.config import PhaseConfig, TrainConfig
+from stages.train.data import Order, Prefetcher, RankBatch, Row, Shards, heldout_rows
+from stages.train.engine import RouterFigures, StepFigures
+from stages.train.spikes import Record, SpikeDetector, finite_or_none, spike_record
+from stages.train.trainer import Trainer
+
+
+class TextTrainer(Trainer):
+    """inputs["tokens"]: Megatron shards; inputs["order"]: which of their tokens each step reads; inputs["init"]: the
+    phase before, whose last weights are taken over, if any; inputs["continue"]: the checkpoint that it continues
+    from."""
+
+    config: TrainConfig
+    rng = "not used: no dropout, and the data order is an artifact"
+
+    def __init__(self, name: str, config: TrainConfig, inputs: Inputs, *args: Any) -> None:
+        phase = config.phase
+        self.rewind_steps = phase.spikes.rewind_steps if phase.spikes and phase.spikes.action == "rewind" else 0
+        super().__init__(name, config, inputs, *args)
+        self.origin = Origin(inputs["continue"]) if "continue" in inputs else None
+        self.order = Order(inputs["order"], phase)
+        self.shards = Shards(inputs["tokens"], "train")
+        self.tokenizer = str(inputs["tokens"].json("meta.json").get("tokenizer", ""))
+        rows, shards, ranks = (
+            heldout_rows(inputs["tokens"], phase),
+            Shards(inputs["tokens"], "heldout"),
+            self.engine.ranks,
+        )
+        self.heldout = RankBatch.read(rows, shards, micro_rows=phase.micro_rows, ranks=ranks, fp8=phase.fp8)
+        self.heldout_rows = len(rows)
+        self.prefetcher = Prefetcher(self.order, self.shards, phase, ranks)
+        self.data_wait: float | None = None  # seconds that training waited for rows, but for those of its first step
+        self.pending: list[Record] = []  # spikes behind which training went back, until their steps are passed again
+        self.spikes = 0
+
+    @property
+    def phase(self) -> PhaseConfig:
+        return self.config.phase
+
+    @staticmethod
+    def vocab_size(inputs: Inputs) -> int:
+        return int(inputs["tokens"].json("meta.json")["vocab_size"])
+
+    @property
+    def first_step(self) -> int:
+        return self.order.first
+
+    def is_release_step(self, step: int) -> bool:
+        if step < self.order.first:  # the beginning belongs to a phase that has no other origin
+            return step == 0 and self.origin is None
+        return super().is_release_step(step)
+
+    def last_learning_rate(self, step: int) -> float:
+        return self.learning_rate(step) if step else 0.0
+
+    def initialize(self) -> int:
+        if self.origin is not None:
+            self.tokens = self.origin.load(self.engine, self.config, self.tokenizer)
+            self.report.note(f"{self.name}: continues from {self.origin.artifact.key}")
+            return self.origin.step
+        if "init" in self.inputs:
+            self.load_previous_phase()
+        else:
+            self.engine.initialize()
+        return 0
+
+    def save_beginning(self, step: int) -> None:
+        if self.origin is None:
+            super().save_beginning(step)
+        elif self.phase.spikes is not None:
+            self._save(step, seal=False)  # a rewind needs somewhere to go
+
+    def begin(self, step: int) -> None:
+        self.spike_detector = SpikeDetector(self.phase.spikes, self.log_lines())
+
+    def state(self, step: int) -> dict[str, Any]:
+        rows_read = self.order.consumed(step) if step else {}
+        state = {"data_position": position(self.order.meta, rows_read, step), "tokenizer": self.tokenizer}
+        return state | ({PENDING: self.pending} if self.pending else {})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.pending = state.get(PENDING, [])
+        self.spikes = len(self.pending) + sum("spike" in line for line in self.log_lines())
+
+    def measure(self, step: int) -> dict[str, Any] | None:
+        begins = self.origin is not None and step == self.origin.step
+        if not begins and step != self.phase.steps and step % self.phase.validation.every:
+            return None
+        loss = self.engine.evaluate(self.heldout)
+        if self.first:
+            self.report.metric(step, heldout_loss=loss)
+        return {"heldout_loss": loss}
+
+    def step(self, step: int) -> int:
+        """Trains on a step's rows, unless they are excluded."""
+        rows, rank_batch = self.prefetcher.take(step)
+        # the first one has nothing to hide its reading behind
+        self.data_wait = 0.0 if self.data_wait is None else self.data_wait + self.prefetcher.waited
+        if self.first:
+            self.report.metric(step, data_wait_seconds=self.prefetcher.waited)
+        lr, self.progress_figures = self.learning_rate(step), {}
+        if step in self.phase.excluded_steps or any(step in spike["excluded"] for spike in self.pending):
+            self.log.write({"step": step, "tokens": self.tokens, "lr": lr, "excluded": True})
+            for spike in [x for x in self.pending if x["excluded"][-1] == step]:
+                self.log.write({"step": step, "spike": spike})
+                self.pending.remove(spike)
+            return step
+        figures = self.engine.step(
+            rank_batch, lr, partial(self._check_spike, step, rows), norm_first=self.phase.spikes is not None
+        )
+        metrics = figures.metrics(lr)
+        if figures.refused:
+            return self._handle_spike(step, rows, figures, metrics)
+        self.tokens += sum(row.slots for row in rows)
+        self.spike_detector.accept(figures.loss, figures.grad_norm)
+        self.log_step(step, metrics)
+        if figures.router and (step == self.phase.steps or step % self.phase.validation.every == 0):
+            self._log_experts(step, figures.router)
+        return step
+
+    def write_outputs(self, out: Any) -> dict[str, Any]:
+        log_lines = self.log.lines()
+        measurements = [(x["step"], x["heldout_loss"]) for x in log_lines if "heldout_loss" in x]
+        losses = [x["loss"] for x in log_lines if "loss" in x and "skipped" not in x]
+        spikes = [{"step": x["step"], **x["spike"]} for x in log_lines if "spike" in x]
+        experts = [x["experts"] for x in log_lines if "experts" in x]
+        return {
+            "loss": {"first": losses[0], "last": losses[-1]} if losses else None,
+            "heldout_loss": {"first": measurements[0][1], "last": measurements[-1][1], "rows": self.heldout_rows},
+            "spikes": [{k: x[k] for k in ("step", "reason", "action", "excluded", "documents")} for x in spikes],
+            "excluded_steps": [x["step"] for x in log_lines if "excluded" in x],
+            "dead_experts": experts[-1]["dead"] if experts else [],
+            "dropped_tokens": sum(x["dropped"] for x in experts),
+        }
+
+    def waits(self) -> dict[str, float]:
+        return {"data": self.data_wait or 0.0, **super().waits()}
+
+    def close(self) -> None:
+        self.prefetcher.close()
+
+    def _check_spike(self, step: int, rows: list[Row], loss: float, norm: float | None) -> str | None:
+        """The reason why a step is a spike, or None. Raises AtomError if the recipe stops at spikes, or has no
+        policy."""
+        reason = self.spike_detector.reason(loss, norm)
+        if reason and (self.spike_detector.policy is None or self.spike_detector.policy.action == "stop"):
+            documents = sorted({segment.id for row in rows for segment in row.segments})
+            names = ", ".join(documents[:5]) + (f" and {len(documents) - 5} more" if len(documents) > 5 else "")
+            raise AtomError(f"{self.name}: {reason} at step {step}, on documents {names}; lower "
+                            f"{self.name}.optimizer.lr, look at these documents, or say in {self.name}.spikes to skip "
+                            f"such steps")  # fmt: skip
+        return reason
+
+    def _handle_spike(self, step: int, rows: list[Row], figures: StepFigures, metrics: dict[str, float]) -> int:
+        """Records a spike, whose update is skipped, or rewinds to an earlier checkpoint. Returns the step after which
+        to continue."""
+        policy = self.phase.spikes
+        assert policy is not None
+        self.spikes += 1
+        if self.first:
+            self.report.note(f"{self.name}: step {step} moved no weight: {figures.refused}")
+        if self.spikes > policy.max_spikes:
+            raise AtomError(f"{self.name}: {self.spikes} spikes, more than {self.name}.spikes.max_spikes = "
+                            f"{policy.max_spikes}; the last at step {step}: {figures.refused}; lower the learning "
+                            f"rate or look at the documents that {self.log.path} names")  # fmt: skip
+        if policy.action == "skip":
+            finite_metrics = {name: finite_or_none(value) for name, value in metrics.items()}
+            self.log.write({"step": step, "tokens": self.tokens, **finite_metrics, "skipped": True})
+            self.log.write({"step": step, "spike": spike_record(step, "skip", [step], rows, figures)})
+            return step
+        # published checkpoints stay
+        last_release = max(n for n in range(step) if self.is_release_step(n) or n < self.order.first)
+        rewind_step = max(step - policy.rewind_steps, last_release)
+        dropped_spikes = [x["spike"] for x in self.log_lines() if "spike" in x]
+        state = self.checkpoints.rewind(rewind_step)
+        self.tokens = state["tokens"]
+        self.pending = [x for x in dropped_spikes if x["excluded"][-1] > state["step"]] + self.pending
+        self.pending.append(spike_record(step, "rewind", range(rewind_step + 1, step + 1), rows, figures))
+        self.spike_detector = SpikeDetector(policy, self.log_lines())
+        if self.first:
+            self.report.note(
+                f"{self.name}: back to step {state['step']}; steps {rewind_step + 1} to {step} are left out"
+            )
+        return int(state["step"])
+
+    def _log_experts(self, step: int, router: RouterFigures) -> None:
+        """Logs a step's distribution over experts, and reports dead experts."""
+        experts = router.experts
+        self.log.write({"step": step, "experts": experts.json()})
+        dead = experts.dead()
+        if self.first:
+            self.report.metric(step, dead_experts=float(len(dead)), dropped_tokens=float(experts.dropped))
+            if dead:
+                names = ", ".join(f"{expert} of layer {layer}" for layer, expert in dead[:5])
+                suffix = f" and {len(dead) - 5} more" if len(dead) > 5 else ""
+                self.report.note(f"{self.name}: experts starve at step {step}: {names}{suffix} get less than "
+                                 f"{DEAD_SHARE:.0%} of a fair share")  # fmt: skip

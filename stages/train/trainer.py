@@ -1,0 +1,285 @@
+"""The loop of every stage that trains: one phase, from its first step or from its last work checkpoint.
+
+A subclass defines a step. The loop holds what makes a phase resumable: work checkpoints of all ranks, the log, release
+checkpoints, requests to stop, and a watchdog for hanging ranks. stages.train.checkpoint.work_checkpoint describes the
+files in `work`. `out` is written at the end, so that it never holds half a phase.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pipeline.core.errors import AtomError, Interrupted
+from pipeline.core.stage import Inputs, Report, identity
+from stages.train import parallel
+from stages.train.checkpoint import release_checkpoint
+from stages.train.checkpoint.load_checkpoint import Origin
+from stages.train.checkpoint.work_checkpoint import Checkpoints
+from stages.train.config import TrainerConfig
+from stages.train.engine import Engine
+from stages.train.log import Log
+from stages.train.schedule import learning_rate
+from stages.train.spikes import finite_or_none
+from stages.train.watchdog import START_SECONDS, Watchdog
+
+STOP, FAILED = 1, 2
+
+
+class Trainer(ABC):
+    """One run of the loop. Every method is collective unless its docstring says otherwise."""
+
+    rng: ClassVar[str]
+    """What state.json states about random numbers."""
+    rewind_steps = 0
+    """How far `step` may go back, in steps."""
+
+    def __init__(
+        self, name: str, config: TrainerConfig, inputs: Inputs, work: Path, report: Report, engine: Engine,
+        lease: int | None,
+    ) -> None:  # fmt: skip
+        self.name, self.config, self.inputs, self.work, self.report = name, config, inputs, work, report
+        self.engine, self.first = engine, engine.ranks.first
+        self.checkpoints = Checkpoints(
+            work, config.phase.work_checkpoints_kept, engine, report, lease, self.rewind_steps
+        )
+        self.log = Log(self.checkpoints.folder / "training.jsonl", self.first)
+        self.tokens = 0  # targets seen
+        self.progress_figures: dict[str, float] = {}  # shown beside the progress
+        self.checkpoint_stall = 0.0  # seconds that work checkpoints took of training
+
+    # -- what a phase defines -----------------------------------------------------------------------------------------
+
+    @staticmethod
+    @abstractmethod
+    def vocab_size(inputs: Inputs) -> int:
+        """Tokens of the phase's tokenizer."""
+
+    @abstractmethod
+    def step(self, step: int) -> int:
+        """Takes a step and logs it (`log_step`). Returns the last finished step: this one, or after a rewind an earlier
+        one."""
+
+    @abstractmethod
+    def measure(self, step: int) -> dict[str, Any] | None:
+        """The validation metrics after a step, for the log; None if the step is not measured."""
+
+    def initialize(self) -> int:
+        """Sets the weights that the phase begins with. Returns the step from which it goes on."""
+        self.load_previous_phase()
+        return 0
+
+    def begin(self, step: int) -> None:  # noqa: B027 - optional
+        """Prepares for the steps after `step`."""
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The phase's own entries of state.json."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:  # noqa: B027 - optional
+        """Restores what `state` has written."""
+
+    def write_outputs(self, out: Path) -> dict[str, Any]:
+        """Writes the phase's own files into `out`; returns its entries of summary.json. Rank 0 only."""
+        return {}
+
+    def waits(self) -> dict[str, float]:
+        """Seconds that training waited, by what for."""
+        return {"work checkpoints": self.checkpoint_stall}
+
+    def close(self) -> None:  # noqa: B027 - optional
+        """Frees the resources that the phase holds beside the engine."""
+
+    @property
+    def first_step(self) -> int:
+        """The first step that is trained."""
+        return 1
+
+    def is_release_step(self, step: int) -> bool:
+        """Whether a step has a release checkpoint. Step 0 is the last step of another phase."""
+        phase = self.config.phase
+        return step > 0 and (step == phase.steps or step % phase.release_checkpoint_interval == 0)
+
+    def learning_rate(self, update: int) -> float:
+        """The learning rate of an update of the weights, counted from 1."""
+        return learning_rate(update, self.config.phase.all_updates, self.config.phase.optimizer)
+
+    def last_learning_rate(self, step: int) -> float:
+        """The learning rate of the last update up to a step; 0 before the first."""
+        return self.learning_rate(self.engine.step_done) if self.engine.step_done else 0.0
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self, stop: list[int], watchdog: Watchdog, out: Path) -> None:
+        """Trains to the end of the phase and fills `out`. stop: signals received so far."""
+        phase, ranks, report = self.config.phase, self.engine.ranks, self.report
+        begun_at = step = self._start()
+        self.begin(step)
+        watchdog.alive()
+        started, tokens_before = time.monotonic(), self.tokens
+        while step < phase.steps:
+            finished = self.step(step + 1)
+            went_back, step = finished <= step, finished
+            if went_back:
+                watchdog.alive()
+                continue
+            if self.first:
+                speed = (self.tokens - tokens_before) / (time.monotonic() - started)
+                report.metric(step, tokens_per_s=speed)
+                report.progress(step, phase.steps, "steps", **self.progress_figures, tokens_per_s=speed)
+            self.log_measurement(step, self.measure(step))
+            is_last = step == phase.steps
+            status = ranks.max(FAILED if self.checkpoints.failed() else STOP if stop else 0)
+            if status == FAILED:
+                self.checkpoints.wait()
+            if is_last or self.is_release_step(step) or status == STOP or step % phase.checkpoint_interval == 0:
+                self._save(step)
+            watchdog.alive()
+            if status == STOP and not is_last:
+                self.checkpoints.wait()
+                raise Interrupted(f"{self.name}: stopped after step {step} as asked; run again to go on")
+        seconds = time.monotonic() - started
+        self.checkpoints.wait()
+        if self.first:
+            waits = " and ".join(f"{duration:.2f} s for {cause}" for cause, duration in self.waits().items())
+            report.note(f"{self.name}: {phase.steps - begun_at} steps in {seconds:.1f} s, of which it waited {waits}")
+            self._write_outputs(out)
+        ranks.barrier()
+
+    def log_step(self, step: int, line: dict[str, Any]) -> None:
+        """Writes a step's line of training.jsonl, and its numbers to the metrics."""
+        finite = {name: finite_or_none(value) if isinstance(value, float) else value for name, value in line.items()}
+        self.log.write({"step": step, "tokens": self.tokens, **finite})
+        if self.first:
+            scalars = {name: float(value) for name, value in line.items() if isinstance(value, (int, float))}
+            self.report.metric(step, **scalars, tokens=float(self.tokens))
+            self.progress_figures = {name: scalars[name] for name in ("reward", "loss") if name in scalars}
+
+    def log_measurement(self, step: int, line: dict[str, Any] | None) -> None:
+        if line:
+            self.log.write({"step": step, **line})
+
+    def log_lines(self) -> list[dict[str, Any]]:
+        """The log so far, on every rank."""
+        return self.engine.ranks.from_first(self.log.lines() if self.first else [])
+
+    def load_previous_phase(self) -> None:
+        """Takes over the last checkpoint's weights of the phase before (inputs["init"])."""
+        init = self.inputs["init"]
+        Origin(init, release_checkpoint.name_of(release_checkpoint.steps_of(init.path)[-1])).load_weights(self.engine)
+
+    def update_check(self, step: int) -> Callable[[float, float | None], str | None]:
+        """A check for `Engine.step` that stops the phase when a loss or gradient norm is not finite."""
+
+        def check(loss: float, grad_norm: float | None) -> str | None:
+            if finite_or_none(loss) is None or (grad_norm is not None and finite_or_none(grad_norm) is None):
+                raise AtomError(f"{self.name}: loss {loss} and gradient norm {grad_norm} at step {step} are no "
+                                f"numbers; lower {self.name}.optimizer.lr")  # fmt: skip
+            return None
+
+        return check
+
+    def _start(self) -> int:
+        """Restores engine, log and counts, or initializes them. Returns the last finished step."""
+        state = self.checkpoints.load(self.is_release_step)
+        if state is not None:
+            self.log.check(state["step"], self.first_step)
+            self.tokens = state["tokens"]
+            self.restore(state)
+            if state["step"]:
+                self.report.note(f"{self.name}: going on after step {state['step']}")
+            return int(state["step"])
+        self.log.create()
+        step = self.initialize()
+        self.log_measurement(step, self.measure(step))
+        self.save_beginning(step)
+        return step
+
+    def save_beginning(self, step: int) -> None:
+        """Saves what the phase begins with."""
+        self._save(step)
+
+    def _save(self, step: int, seal: bool = True) -> None:
+        state = {
+            "phase": self.name,
+            "step": step,
+            "tokens": self.tokens,
+            "seed": self.config.seed,
+            "optimizer_step": self.engine.step_done,
+            "lr": self.last_learning_rate(step),
+            "rng": self.rng,
+            "config": identity(self.config),
+            **self.state(step),
+        }
+        self.log.flush()
+        stall = self.checkpoints.save(step, state, seal=seal and self.is_release_step(step))
+        self.checkpoint_stall += stall
+        if self.first:
+            self.report.metric(step, checkpoint_stall_seconds=stall)
+
+    def _write_outputs(self, out: Path) -> None:
+        """Writes the phase's artifact into `out`."""
+        summary = {
+            "phase": self.name,
+            "parameters": self.config.model.parameters(self.config.padded_vocab_size),
+            "steps": self.config.phase.steps,
+            "tokens": self.tokens,
+            "precision": self.config.phase.precision,
+            **self.write_outputs(out),
+        }
+        (out / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n")
+        shutil.copyfile(self.log.path, out / "training.jsonl")
+        folder = self.checkpoints.folder / "sealed"
+        for step in release_checkpoint.steps_of(folder):
+            shutil.copytree(
+                folder / release_checkpoint.name_of(step), out / release_checkpoint.name_of(step), copy_function=os.link
+            )
+
+
+def train(
+    trainer: type[Trainer], name: str, config: TrainerConfig, inputs: Inputs, work: Path, out: Path, report: Report
+) -> None:
+    """Runs a phase to its end and fills `out` with sealed checkpoints, training.jsonl, summary.json and the phase's own
+    files.
+
+    Raises AtomError when the loss is no longer a number, when data and recipe do not fit, when no work checkpoint
+    is intact, or when another rank is lost; Interrupted when the machine asked to stop; and what the trainer raises.
+    """
+    timeout = config.phase.watchdog_timeout_seconds
+    # the watchdog speaks before a collective gives up, so that its dumps are in the log
+    with (
+        Watchdog(name, timeout, work, report) as watchdog,
+        parallel.session(config.seed, config.phase.parallelism, 2 * max(timeout, START_SECONDS) + 60) as ranks,
+        stop_signals() as stop,
+    ):
+        engine = Engine(config, ranks, trainer.vocab_size(inputs))
+        running = trainer(name, config, inputs, work, report, engine, report.lease)
+        try:
+            running.run(stop, watchdog, out)
+        finally:
+            running.close()
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects stop signals instead of their default effect. In other threads than the main one: no handlers."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    previous_handlers = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in signals}
+    try:
+        yield received
+    finally:
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
