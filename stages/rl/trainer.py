@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -201,10 +200,8 @@ def train(
         parallel.session(config.seed, config.phase.parallelism, 2 * max(timeout, START_SECONDS) + 60) as ranks,
         stop_signals() as stop,
     ):
-        match = re.fullmatch(r"out\.(\d+)", out.name)
-        lease = int(match[1]) if match else None
         engine = Engine(config, ranks, Chat(inputs["tokenizer"]).vocab_size)
-        trainer = trainer_class(name, config, inputs, work, report, engine, lease)
+        trainer = trainer_class(name, config, inputs, work, report, engine, report.lease)
         try:
             trainer.run(stop, watchdog, out)
         finally:

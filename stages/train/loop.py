@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import threading
@@ -60,10 +59,8 @@ def train(
         parallel.session(config.seed, config.phase.parallelism, 2 * max(timeout, START_SECONDS) + 60) as ranks,
         stop_signals() as stop,
     ):
-        match = re.fullmatch(r"out\.(\d+)", out.name)  # the worker names it by its lease, whose numbers only grow
-        lease = int(match[1]) if match else None
         engine = Engine(config, ranks, inputs["tokens"].json("meta.json")["vocab_size"])
-        Phase(phase, config, inputs, work, report, engine, lease).run(start, stop, watchdog, out)
+        Phase(phase, config, inputs, work, report, engine, report.lease).run(start, stop, watchdog, out)
 
 
 class Phase:
