@@ -67,6 +67,8 @@ def train(recipe: str, home: Path, rung: tuple[int, int], tokens: float, seed: i
     from stages.train import pretrain
 
     class Quiet:
+        lease = None
+
         def __getattr__(self, name: str) -> Any:
             return lambda *args, **kwargs: None
 

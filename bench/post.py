@@ -91,6 +91,8 @@ def with_random_reward(rate: float) -> Any:
 class PrintedReport:
     """A stage's report: notes to this process's output."""
 
+    lease: int | None = None
+
     def note(self, text: str) -> None:
         print(text, flush=True)
 

@@ -39,6 +39,8 @@ class FileReport:
         self._lock = threading.Lock()
         self._last_progress = self._last_line = 0.0
         self.figures: dict[str, float] = {}
+        self.lease: int | None = None
+        """Set by the worker once it holds the lease."""
         self.ending = threading.RLock()
         """Held, for good, by the thread that ends the attempt: the main one, or the one that abandons it."""
         self.record_abandoned: Callable[[Failure], None] = lambda failure: None
@@ -113,7 +115,8 @@ class FileReport:
 class FollowerReport:
     """The Report of a rank other than 0: notes go to its own log, and nothing is kept, since rank 0 speaks for all."""
 
-    def __init__(self, fail: Callable[[Failure], object] = lambda failure: None) -> None:
+    def __init__(self, lease: int, fail: Callable[[Failure], object]) -> None:
+        self.lease: int | None = lease
         self.fail = fail
         """What ends this rank, and dismisses the others; the worker sets it."""
 

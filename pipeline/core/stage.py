@@ -102,6 +102,10 @@ def _to_plain(value: Any) -> Any:
 class Report(Protocol):
     """Where a stage tells how it is doing. Timed and machine-dependent figures go here, never into the artifact."""
 
+    lease: int | None
+    """The number of the attempt's lease, the same on every rank: a later attempt at the key has a larger one. None if
+    the caller holds no lease, and so makes one attempt at a time."""
+
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
         """How far the stage is; `figures` (loss, tokens_per_s, ...) are shown beside it. Cheap: call it freely."""
 

@@ -74,9 +74,9 @@ class Usage:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """What rank 0 tells the others once it holds the lease: the product's folder and where to meet."""
+    """What rank 0 sends to the others once it holds the lease: the lease's number and where to meet."""
 
-    out: str
+    lease: int
     host: str
     port: int
 
@@ -103,11 +103,11 @@ class Ranks:
         write(folder / f"rank-{job.global_rank}.json", lease.this_process())
         return cls(size, job.global_rank, job.local_rank, job.num_nodes == 1, folder)
 
-    def open_rendezvous(self, out: Path) -> Rendezvous | None:
+    def open_rendezvous(self, lease: int) -> Rendezvous | None:
         """Rank 0: writes where the ranks meet, for the others. None if there are no others."""
         if self.size == 1:
             return None
-        rendezvous = Rendezvous(out.name, "127.0.0.1" if self.one_host else node_name(), free_port())
+        rendezvous = Rendezvous(lease, "127.0.0.1" if self.one_host else node_name(), free_port())
         write(self.folder / "meeting.json", rendezvous.__dict__)
         return rendezvous
 

@@ -22,7 +22,7 @@ from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease
 from pipeline.core.store import Store
 from pipeline.graph import registry
-from pipeline.launch.attempt import Attempt, Task
+from pipeline.launch.attempt import Attempt, Task, draft_folder
 from pipeline.launch.checkpoint_artifacts import Products
 from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.rendezvous import FOLLOWED, Ranks, Usage, end_process
@@ -115,9 +115,10 @@ def _run_follower(task: Task, store: Store, ranks: Ranks) -> str | Failure:
                     stage = registry.stage(task.stage)
                     config = stage.config.model_validate(task.config)
                     materials = {role: store.open(key) for role, key in task.inputs.items()}
-                    report = FollowerReport(lambda failure: ranks.fail(failure, usage()))
+                    report = FollowerReport(rendezvous.lease, lambda failure: ranks.fail(failure, usage()))
+                    out = draft_folder(folder, rendezvous.lease)
                     with ranks.environment(rendezvous):
-                        stage.run(config, materials, folder / "state", folder / rendezvous.out, report)
+                        stage.run(config, materials, folder / "state", out, report)
             ranks.record_end(FOLLOWED, usage())
             return FOLLOWED
         except (Exception, Interrupted) as error:
@@ -148,7 +149,7 @@ def _run_attempt(
     if lease is None:
         return "busy"
     attempt = Attempt(task, store, report, ranks)
-    out = folder / f"out.{lease.number}"
+    out, report.lease = draft_folder(folder, lease.number), lease.number
 
     def clean_up() -> None:
         shutil.rmtree(out, ignore_errors=True)
@@ -184,7 +185,7 @@ def _run_attempt(
                 (folder / "state").mkdir(exist_ok=True)
                 attempt.operations = _record_operation(folder / "operations.json", attempt.operations[0])
                 out.mkdir()
-            with ranks.environment(ranks.open_rendezvous(out)):
+            with ranks.environment(ranks.open_rendezvous(lease.number)):
                 attempt.stage.run(attempt.config, attempt.materials, folder / "state", out, report)
         report.ending.acquire()
         if lease.lost:

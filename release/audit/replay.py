@@ -364,6 +364,8 @@ class _StepSealed(Exception):
 class _StopAtStep:
     """A report that ends the stage with the product of a step."""
 
+    lease: int | None = None
+
     def __init__(self, step: int, progress: Callable[[str], None]) -> None:
         self.step, self.send_progress, self.shown = step, progress, -1
 

@@ -156,8 +156,8 @@ def test_ranks_believe_only_the_rank_0_of_their_own_launch(tmp_path: Path, monke
         monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", str(job))
         return rendezvous.Ranks.from_environment(2, tmp_path)
 
-    meeting = rank(0).open_rendezvous(tmp_path / "out.1")
-    assert meeting and rank(1).join_rendezvous() == meeting and meeting.out == "out.1"
+    meeting = rank(0).open_rendezvous(3)
+    assert meeting and rank(1).join_rendezvous() == meeting and meeting.lease == 3
     with rank(1).environment(meeting):
         assert os.environ["RANK"] == os.environ["LOCAL_RANK"] == "1" and os.environ["MASTER_ADDR"] == "127.0.0.1"
         assert os.environ["MASTER_PORT"] == str(meeting.port) and os.environ["WORLD_SIZE"] == "2"
@@ -213,7 +213,7 @@ def test_the_others_wait_while_rank_0_hashes_a_large_input(tmp_path: Path, monke
     task = Task(str(tmp_path), "run", "hanging", "hanging", {}, {"large": "large-0"}, "hanging-0", 8.0, 2)
     assert attempt(task, store, rendezvous.Ranks(2, 0, 0, True, launch)) == "sealed"
     other.join(30)
-    assert len(met) == 1 and isinstance(met[0], rendezvous.Rendezvous) and met[0].out == "out.1", met
+    assert len(met) == 1 and isinstance(met[0], rendezvous.Rendezvous) and met[0].lease == 1, met
     assert rendezvous.read(launch / "meeting.json") == met[0].__dict__
 
 

@@ -153,19 +153,21 @@ def test_an_orphan_that_wakes_while_it_loads_does_no_harm(
 
 
 def test_an_attempt_that_was_succeeded_before_it_began_stops(corpus: Path, tmp_path: Path) -> None:
-    """Attempts are counted by the lease, which the worker names the product by, not by who comes first."""
+    """Attempts are counted by the lease, which the report gives, not by who comes first."""
     with pytest.raises(KeyboardInterrupt):
         train_fixtures.pretrain(
             corpus,
             tmp_path / "work",
-            tmp_path / "out.3",
+            tmp_path / "out",
             train_fixtures.config(),
-            train_fixtures.Reporter(5, signal.SIGTERM),
+            train_fixtures.Reporter(5, signal.SIGTERM, lease=3),
         )
     folders = checkpoints(tmp_path / "work")
     assert {p.relative_to(tmp_path / "work").parts[0] for p in folders} == {"attempt-0003"}
     with pytest.raises(AtomError, match="a later attempt has taken over from this one"):
-        train_fixtures.pretrain(corpus, tmp_path / "work", tmp_path / "out.2", train_fixtures.config())
+        train_fixtures.pretrain(
+            corpus, tmp_path / "work", tmp_path / "out", train_fixtures.config(), train_fixtures.Reporter(lease=2)
+        )
     assert checkpoints(tmp_path / "work") == folders
 
 
