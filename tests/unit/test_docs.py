@@ -13,13 +13,18 @@ from typer.main import get_command
 from pipeline.cli.main import app
 from tests.fixtures import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOT_PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+PAGES = [*(ROOT / name for name in ROOT_PAGES), *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"(?<!\!)\[[^\]]*\]\(([^)\s]+)\)")
 URL = re.compile(r"https?://[^\s`)|,;'\"]+")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 FOLDERS = ("pipeline/", "stages/", "release/", "data_recipes/", "tests/", "docs/", "bench/")
 FILE = re.compile(r"[\w./-]+\.(?:py|md|yaml|toml|jinja|txt)")
+LINE_WIDTH, CELL_WIDTH = 100, 120
+GENERATED = {"cli.md", "configuration.md", "soak.md"}
+RECORDS = {"lab-log.md"}
+PROSE = [page for page in PAGES if page.name not in GENERATED | RECORDS]
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 
@@ -73,12 +78,25 @@ def test_commands_exist_with_their_options(page: Path) -> None:
     known = get_command(app).commands  # type: ignore[attr-defined]
     for command in commands(page.read_text()):
         words = shlex.split(re.sub(r"[\[\]<>…|()]", " ", command))[1:]
-        if words[0] == "--help":
+        if words[0] in ("--help", "--version"):
             continue
         assert words[0] in known, f"{page.name}: {command}"
         options = {name for parameter in known[words[0]].params for name in parameter.opts}
         flags = {word.split("=")[0] for word in words[1:] if word.startswith("-")}
         assert flags <= options | {"--help"}, f"{page.name}: {command}"
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda p: p.name)
+def test_prose_is_narrow(page: Path) -> None:
+    """Lines have at most LINE_WIDTH characters outside tables and code blocks, link targets and URLs not counted. Table
+    cells have at most CELL_WIDTH characters."""
+    for line in FENCE.sub("", page.read_text()).splitlines():
+        if line.startswith("|"):
+            cells = re.split(r"(?<!\\)\|", line)[1:-1]
+            assert all(len(cell.strip()) <= CELL_WIDTH for cell in cells), f"{page.name}: {line}"
+        else:
+            text = URL.sub("", re.sub(r"\]\([^)\s]+\)", "]", line))
+            assert len(text) <= LINE_WIDTH, f"{page.name}: {line}"
 
 
 def test_something_was_looked_at() -> None:
