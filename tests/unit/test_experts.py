@@ -140,4 +140,6 @@ def test_z_loss_keeps_the_routers_logits_small(corpus: Path) -> None:
 
 def test_balance_by_sequence_is_another_loss(corpus: Path) -> None:
     batch, sequence = (step(corpus, {"balance": kind})[1][0] for kind in ("batch", "sequence"))
-    assert batch.loss == sequence.loss and sequence.router.aux_loss > batch.router.aux_loss, "rows are less even than batches"
+    assert batch.loss == sequence.loss and sequence.router.aux_loss > batch.router.aux_loss, (
+        "rows are less even than batches"
+    )

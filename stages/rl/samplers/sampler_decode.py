@@ -1,4 +1,5 @@
-"""The decoding step of sampling: one token for each row, by Qwen3-MoE's formulas on a transformers model's weights.
+"""The decoding step of sampling: one token for each row, by Qwen3's formulas, dense or with experts, on the weights of a
+transformers model.
 
 transformers reads the prompts. After that, a step of a small model spends most time around its arithmetic: modules, new
 masks, caches copied to grow by a token, keys repeated for each query head. This decoder needs some thirty operations a
@@ -11,8 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import Qwen3MoeForCausalLM
+from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
+CLASSES = (Qwen3ForCausalLM, Qwen3MoeForCausalLM)
+NAMES = " and ".join(kind.__name__ for kind in CLASSES)
 ROOM = 64
 """Tokens by which the cache grows at least."""
 
@@ -21,19 +24,20 @@ class Decoder:
     """Decodes rows with the parameters of a model, which it reads in place, so that they may be overwritten."""
 
     def __init__(self, model: Any) -> None:
-        if not isinstance(model, Qwen3MoeForCausalLM):
-            raise TypeError(f"the in-process sampler draws from Qwen3-MoE models, not from {type(model).__name__}")
+        if not isinstance(model, CLASSES):
+            raise TypeError(f"the decoder draws from {NAMES} models, not from {type(model).__name__}")
         self.model: Any = model.model
         self.head, self.config = model.lm_head, model.config
         self.groups, self.dim = self.config.num_key_value_heads, self.config.head_dim
         self.queries = self.config.num_attention_heads
         self.qkv = [_fuse_qkv(layer.self_attn) for layer in self.model.layers]
-        self.expert_ids = torch.arange(self.config.num_experts, device=model.device)
+        self.device = model.device
+        self.expert_ids = torch.arange(getattr(self.config, "num_experts", 0), device=model.device)
 
     def allocate_cache(self, rows: int, length: int) -> list[torch.Tensor]:
         """Empty keys and values, for each layer [2, rows, groups, length, dim]."""
         shape = (2, rows, self.groups, length, self.dim)
-        return [torch.zeros(shape, device=self.expert_ids.device) for _ in self.qkv]
+        return [torch.zeros(shape, device=self.device) for _ in self.qkv]
 
     def start(self, cache: list[torch.Tensor], pads: torch.Tensor, longest: int) -> None:
         """Continues from the cache that transformers has filled. cache: as `allocate_cache` returns it; pads: padding
