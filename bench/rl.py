@@ -47,7 +47,7 @@ from stages.models.qwen3_moe.megatron_model import named_tensors
 from stages.rl.algorithms.grpo import GrpoTrainer
 from stages.rl.config import RlTrainConfig
 from stages.rl.protocols import Completion, Parts, Prompt, Response, Row
-from stages.rl.rollout.tasks import ProblemTasks
+from stages.rl.rollout.task_sources.problem_tasks import ProblemTasks
 from stages.rl.samplers.generate import InProcess
 from stages.train.engine import Engine
 from stages.train.parallel import session
@@ -91,7 +91,7 @@ def reward(text: str) -> float:
 class Letters:
     """`reward` as a verifier of ours."""
 
-    name, version, runs_code = "letters", "1", False
+    name, version = "letters", "1"
 
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
         return [{"reward": reward(response.text)} for _, response in answers]

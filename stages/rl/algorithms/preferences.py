@@ -20,7 +20,7 @@ from stages.rl.algorithms import losses
 from stages.rl.config import DpoPhase, PromptPool, RewardPhase
 from stages.rl.policy import PolicyTrainer, require_small_gap
 from stages.rl.protocols import Row, question
-from stages.rl.rewards.reward_functions import reward_input
+from stages.rl.rewards.reward_model import reward_input
 from stages.rl.rollout import generation, rollouts, tasks
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum
