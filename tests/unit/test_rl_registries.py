@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.code_digests import code_digests
-from pipeline.core.errors import AtomError
+from pipeline.core.errors import AtomError, RecipeError
 from stages.rl.protocols import Verifier
 from stages.rl.rewards import pooled_verifier
 from stages.rl.rewards.registry import VERIFIERS, make_verifier, obstacle, verifier_class
@@ -25,8 +25,6 @@ FOLDERS = {
     "stages/rl/rollout/task_sources": ("SOURCE", list(TASK_SOURCES.values())),
 }
 """{folder: (what a file calls its class, the modules that the registry names)}"""
-SETTINGS: dict[str, dict[str, Any]] = {"nemo-gym": {"url": "http://127.0.0.1:1", "serves": "x 1"}}
-"""Settings of the verifiers that need some."""
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -66,25 +64,29 @@ def test_every_verifier_class_is_registered() -> None:
 
 @pytest.mark.parametrize("name", sorted(VERIFIERS))
 def test_a_verifier_keeps_the_contract(name: str) -> None:
-    if name == "reward-model":
-        with pytest.raises(AtomError, match="which only online_rlhf has; use another reward function"):
-            make_verifier(name)
-        return
-    if reason := verifier_class(name).missing():
+    kind = verifier_class(name)
+    if reason := kind.missing() or next(
+        (f"needs {n}" for n, f in kind.Settings.model_fields.items() if f.is_required()), None
+    ):
         pytest.skip(reason)
-    verifier = make_verifier(name, SETTINGS.get(name))
+    try:
+        verifier = make_verifier(name)
+    except RecipeError as error:
+        assert f"verifier {name}" in str(error), "it lacks an input"
+        return
     assert verifier.name == name and verifier.version and verifier.score([]) == []
     verifier.close()
+
+
+def test_the_reward_model_needs_its_inputs() -> None:
+    with pytest.raises(RecipeError, match="which only online_rlhf has; use another reward function"):
+        make_verifier("reward-model")
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        (
-            "math",
-            {},
-            "no verifier 'math'; there are courtesy, exact, instructions, math-verify, nemo-gym, python-tests, reasoning-gym, reward-model",
-        ),
+        ("math", {}, f"no verifier 'math'; there are {', '.join(sorted(VERIFIERS))}"),
         ("exact", {"strict": True}, "verifier exact with the settings {'strict': True}: strict is not a field"),
         ("nemo-gym", {}, "verifier nemo-gym with the settings {}: url is missing (and 1 more)"),
         ("math-verify", {"seconds": 0}, "verifier math-verify with the settings {'seconds': 0}: seconds = 0 is out of range; use 1 to 86400"),
