@@ -48,7 +48,7 @@ from stages.models.qwen3_moe.spec import to_hf
 from stages.rl.algorithms.grpo import GrpoTrainer
 from stages.rl.config import RlTrainConfig
 from stages.rl.protocols import Completion, Parts, Prompt, Response, Row
-from stages.rl.rollout.tasks import ProblemTasks
+from stages.rl.rollout.task_sources.problem_tasks import ProblemTasks
 from stages.rl.samplers.generate import InProcess
 from stages.train.engine import Engine
 from stages.train.parallel import session
@@ -92,7 +92,7 @@ def reward(text: str) -> float:
 class Letters:
     """`reward` as a verifier of ours."""
 
-    name, version, runs_code = "letters", "1", False
+    name, version = "letters", "1"
 
     def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
         return [{"reward": reward(response.text)} for _, response in answers]

@@ -3,7 +3,7 @@
     .venv/bin/python bench/sandbox.py            # about a minute
     .venv/bin/python bench/sandbox.py --quick    # a few, to see that it works; its figures mean nothing
 
-A verification is one answer that `CodeVerifier` scores: its code runs in fresh namespaces and is judged from outside.
+A verification is one answer that `CodeVerifier` scores: its code runs in fresh namespaces and is scored from outside.
 `check` scores HumanEval's canonical solutions by HumanEval's own asserts, which takes two sandboxes and a message for
 each call. `tests` scores one short function by three inputs and expected values, which takes one. The verifier stands
 warm. Every reward must be 1. Seconds are by the clock, so other programs on the machine lower the figures; the
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.rl.protocols import Response, Row
-from stages.rl.rewards.code_verifier import CodeVerifier
 from stages.rl.rewards.humaneval import problems
+from stages.rl.rewards.registry import make_verifier
 
 TARGET = 1.0
 AIM = 100  # verifications per second on two cores
@@ -55,7 +55,7 @@ def measure(quick: bool) -> dict[str, Any]:
     cores, rounds = len(os.sched_getaffinity(0)), 3 if quick else 15
     speeds: dict[str, list[float]] = {"tests": [], "check": []}
     load: dict[str, list[float]] = {"tests": [], "check": []}
-    verifier = CodeVerifier()
+    verifier = make_verifier("python-tests")
     try:
         for turn in range(-1, rounds):  # the first warms up
             for kind, items in answers(quick).items():

@@ -1,4 +1,5 @@
-"""Digest of a stage's code: its own module and every module of ours that it imports, directly or not.
+"""Digest of a stage's code: its own module and every module of ours that it imports, directly or not. A module that a
+registry names by a string (`"stages.rl.rewards.exact"`) counts as imported.
 
 It is recorded in statements, not in keys: a key says what was asked for, the code digest says what answered. `plan`
 compares the two so that a cache never hides a change of code.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from functools import cache
 from pathlib import Path
 
@@ -45,6 +47,8 @@ def _imports(module: str) -> tuple[str, ...]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             modules.add(node.module)
             modules.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and module.startswith("stages."):
+            modules.update({node.value} if re.fullmatch(r"stages(\.\w+)+", node.value) else ())
     return tuple(sorted(name for name in modules if name.split(".")[0] in OURS and _locate(name)))
 
 

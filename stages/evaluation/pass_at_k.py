@@ -117,7 +117,7 @@ class ChatModel:
     def __init__(self, folder: Path, max_new_tokens: int, rows: Sequence[Row], inputs: Inputs, report: Report) -> None:
         import torch
 
-        from stages.rl.rewards.reward_functions import make_verifiers
+        from stages.rl.rewards.registry import make_verifiers
         from stages.rl.rollout import generation
         from stages.rl.samplers.generate import InProcess
 

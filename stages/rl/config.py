@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Context, Key, LongLine, Mix, Range, Settings, Steps, Words
 from pipeline.core.stage import Config, Promise, Renamed, operational
 from stages.models.base import ModelConfig
+from stages.rl.rewards import registry as reward_registry
 from stages.rl.rollout.curriculum import CurriculumConfig
-from stages.rl.rollout.tasks import CODE, Tasks
+from stages.rl.rollout.tasks import Tasks
+from stages.rl.samplers.registry import SAMPLERS
 from stages.train.config import BatchSizes, PhaseBase, PhaseConfig, TrainerConfig, Validation
 
 Prompts = Annotated[int, Range(1, 1e6)]
@@ -22,6 +24,11 @@ Coefficient = Annotated[float, Range(0, 1000)]
 Retries = Annotated[int, Range(0, 1000)]
 Url = Annotated[str, Words(2000, "address; write it as in http://node1:8000", r"https?://[^\s/]+(/\S*)?")]
 Verifiers = Annotated[dict[Key, Settings], Field(max_length=100)]
+
+if TYPE_CHECKING:
+    SamplerName = str
+else:
+    SamplerName = Literal[tuple(SAMPLERS)]
 
 
 class Replay(Config):
@@ -38,9 +45,7 @@ class Replay(Config):
 class Sampling(Config):
     """Sampling of answers at temperature 1 without top-k or top-p: from the distribution that is trained."""
 
-    kind: Literal["in-process", "vllm"] = Field(
-        "in-process", description="sampler: in-process (bitwise reproducible) or a vLLM server"
-    )
+    kind: SamplerName = Field("in-process", description="sampler: in-process (bitwise reproducible) or a vLLM server")
     max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
     python: LongLine | None = operational(
         None, "Python interpreter of an environment with vLLM; null: ATOM_VLLM_PYTHON"
@@ -54,8 +59,8 @@ class Sampling(Config):
 
     @property
     def promise(self) -> Promise:
-        """Of a stage that draws so: vLLM adds in an order of its own."""
-        return "bitwise" if self.kind == "in-process" else "numeric"
+        """Of a stage that draws so."""
+        return SAMPLERS[self.kind].promise
 
 
 class PostTrainingPhase(PhaseBase):
@@ -189,16 +194,12 @@ class RewardPhase(PostTrainingPhase):
 
 
 def obstacle(phase: RlPhase | DpoPhase) -> str | None:
-    """Why answers cannot be drawn here as the recipe says, or what would run code of the model's has no sandbox."""
-    from stages.rl import sandbox
-    from stages.rl.samplers import vllm_server
-
+    """Why answers cannot be drawn or scored here as the recipe says."""
     sources = phase.tasks if isinstance(phase, RlPhase) else phase.preferences.tasks
     if isinstance(phase, DpoPhase) and phase.sft_tasks is not None:
         sources += phase.sft_tasks.tasks
-    if any(getattr(source, "verifier", "") == CODE for source in sources) and (lack := sandbox.missing()):
-        return f"tasks of the verifier {CODE} run what the model writes: {lack}"
-    return vllm_server.obstacle(phase.sampling)
+    lack = reward_registry.obstacle((source.verifier for source in sources), phase.verifiers)
+    return lack or SAMPLERS[phase.sampling.kind].obstacle(phase.sampling)
 
 
 class RlTrainConfig(TrainerConfig):

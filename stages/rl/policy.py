@@ -17,11 +17,11 @@ from stages.evaluation.eval_set import chat_rows
 from stages.models.hf import hf_config
 from stages.rl.config import DpoTrainConfig, RlTrainConfig
 from stages.rl.post_trainer import PostTrainer
-from stages.rl.protocols import Completion, Parts, Row, Sampler
-from stages.rl.rewards.reward_functions import make_verifiers
+from stages.rl.protocols import Completion, Parts, Row, Sampler, SamplerContext
+from stages.rl.rewards.registry import make_verifiers
 from stages.rl.rollout import generation, rollouts, tasks
 from stages.rl.rollout.rollouts import Rollout
-from stages.rl.samplers.generate import InProcess
+from stages.rl.samplers import registry as sampler_registry
 from stages.train.engine import Engine
 
 
@@ -89,16 +89,11 @@ class Policy:
 
 
 def make_sampler(config: RlTrainConfig | DpoTrainConfig, chat: generation.Chat, work: Path) -> Sampler:
-    """The sampler that the recipe names. vLLM computes in the trainer's precision: fp32, or else bf16."""
-    sampling, in_process = config.phase.sampling, config.phase.sampling.kind == "in-process"
-    dtype = "float32" if in_process or config.phase.precision == "fp32" else "bfloat16"
+    """The sampler that the recipe names."""
+    dtype = "float32" if config.phase.precision == "fp32" else "bfloat16"
     model_config = hf_config(config.model, chat.vocab_size, chat.end, chat.pad, dtype)
-    arguments = (model_config, chat.stops, sampling.max_new_tokens, 1.0)
-    if in_process:
-        return InProcess(*arguments)
-    from stages.rl.samplers.vllm_sampler import VllmServer
-
-    return VllmServer(*arguments, work / "served", sampling.python, sampling.url, sampling.options)
+    context = SamplerContext(model_config, chat.stops, work / "served", config.phase.sampling)
+    return sampler_registry.make_sampler(config.phase.sampling.kind, context)
 
 
 def require_small_gap(name: str, step: int, gap: float, limit: float) -> None:

@@ -1,15 +1,19 @@
-"""The two interfaces of the RL loop: samplers answer prompts, verifiers score answers.
+"""The interfaces of the RL loop: task sources give tasks, samplers answer their prompts, verifiers score the answers.
 
-Nothing heavy is imported here.
+Each has a registry, which names its modules: stages/rl/rollout/task_sources/registry.py, stages/rl/samplers/registry.py
+and stages/rl/rewards/registry.py. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from pipeline.core.errors import MachineError
+from pipeline.core.stage import Config, Inputs
 from stages.scorers import answer_of
 
 if TYPE_CHECKING:
@@ -58,16 +62,47 @@ class Completion:
     finished: bool
 
 
-class Sampler(Protocol):
-    """Draws completions. Not collective: one process holds it."""
+class SamplingSettings(Protocol):
+    """The recipe's section `sampling`."""
 
+    max_new_tokens: int
+    python: str | None
+    url: tuple[str, ...]
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SamplerContext:
+    """What a sampler is constructed from.
+
+    config: what config.json holds; its `dtype` is the trainer's. stops: ids of the tokens that end an answer. folder:
+    for files of the sampler, in the stage's work folder.
+    """
+
+    config: Mapping[str, Any]
+    stops: Sequence[int]
+    folder: Path
+    settings: SamplingSettings
+
+
+class Sampler(ABC):
+    """Draws completions at temperature 1. Not collective: one process holds it."""
+
+    @classmethod
+    @abstractmethod
+    def create(cls, context: SamplerContext) -> Self:
+        """The sampler of a phase. Raises AtomError where a requirement is missing."""
+
+    @abstractmethod
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Loads weights by their Hugging Face names."""
 
+    @abstractmethod
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
         """One completion for each prompt, in their order. greedy: of the likeliest tokens; log-probabilities are then
         those at temperature 1."""
 
+    @abstractmethod
     def close(self) -> None:
         """Frees what it holds, child processes included."""
 
@@ -90,28 +125,86 @@ class Response:
         return cls(text, answer_of(text), finished)
 
 
+Answer = tuple[Row, Response]
+"""A task and an answer to it."""
+
 Parts = dict[str, float]
-"""Parts of a reward by name, each finite; `reward` is the whole. `task`, if there, is 1 where what was asked was done
-and 0 elsewhere: cards compare it with the reward, and an answer without it wins no comparison."""
+"""Parts of a reward by name, each finite; `reward` is the whole. `task`, if there, is 1 where the answer does what the
+task asks and 0 elsewhere: cards compare it with the reward, and an answer without it wins no comparison."""
 
 
 class VerifierFailed(MachineError):
-    """A verifier could not judge: it crashed, timed out or is unreachable. Never a reward of 0."""
+    """A verifier could not score: it crashed, timed out or is unreachable. Never a reward of 0."""
 
 
-class Verifier(Protocol):
-    """Scores answers. The same row and response give the same parts."""
+class ChatTokenizer(Protocol):
+    """The policy's tokenizer and the ids of its special tokens. tokenizer: a tokenizers.Tokenizer."""
 
-    name: str
+    tokenizer: Any
+    pad: int
+    end: int
+    turn_end: int
+
+
+class NoSettings(Config):
+    """Of a verifier without settings."""
+
+
+SettingsT = TypeVar("SettingsT", bound=Config)
+
+
+@dataclass(frozen=True)
+class VerifierContext(Generic[SettingsT]):
+    """What a verifier is constructed from. settings: the recipe's, validated; inputs: the artifacts of the stage; chat:
+    the policy's tokenizer."""
+
+    settings: SettingsT
+    inputs: Inputs = field(default_factory=dict)
+    chat: ChatTokenizer | None = None
+
+
+class Verifier(ABC):
+    """A reward function: scores answers. The same row and response give the same parts."""
+
+    name: ClassVar[str]
+    """What rows, recipes and the registry call it."""
+    Settings: ClassVar[type[Config]] = NoSettings
     version: str
-    runs_code: bool
-    """Whether it runs what a model wrote, which needs the sandbox."""
+    """Published beside every score; it changes when a score may."""
 
-    def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
+    def __init__(self, context: VerifierContext[Any]) -> None:  # noqa: B027 - many need nothing of it
+        """Raises AtomError where a requirement is missing."""
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """The requirement that this machine lacks (a package, the sandbox), as a sentence with the remedy."""
+        return None
+
+    @abstractmethod
+    def score(self, answers: Sequence[Answer]) -> list[Parts]:
         """The parts of each answer's reward, in order. An answer of any kind (empty, garbage, huge, hostile) has one.
+        An unfinished one has the reward 0.
 
         Raises VerifierFailed in a sentence that names the verifier, and the row unless the machine is to blame.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most hold nothing
         """Frees what it holds, child processes included."""
+
+
+class TaskSource(Protocol):
+    """A source of tasks: a Config in a recipe, whose field `source` has the name in the registry."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def verifier(self) -> str:
+        """The name of the verifier that scores the answers."""
+
+    def bins(self) -> list[str]:
+        """The bins that it fills, as `<kind>/<level>`."""
+
+    def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
+        """Its tasks. seed: the recipe's; excluded: questions of evaluation items, which the stage leaves out, and which
+        a source can replace. Raises RecipeError for settings that give too few tasks."""

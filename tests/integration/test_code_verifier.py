@@ -14,8 +14,15 @@ from typing import Any
 
 import pytest
 
-from stages.rl.protocols import Response, VerifierFailed
-from stages.rl.rewards.code_verifier import MAX_ANSWER_CHARACTERS, CodeVerifier, code_of, equal, returns_expected
+from stages.rl.protocols import Response, VerifierContext, VerifierFailed
+from stages.rl.rewards.code_verifier import (
+    MAX_ANSWER_CHARACTERS,
+    CodeSettings,
+    CodeVerifier,
+    code_of,
+    equal,
+    returns_expected,
+)
 from stages.rl.rewards.humaneval import problems
 from stages.rl.sandbox import Limits, SandboxFailed
 from stages.rl.sandbox.calls import decode, encode
@@ -115,9 +122,13 @@ GARBAGE = [
 ]
 
 
+def code_verifier(**settings: Any) -> CodeVerifier:
+    return CodeVerifier(VerifierContext(CodeSettings(**settings)))
+
+
 @pytest.fixture(scope="module")
 def verifier() -> Iterator[CodeVerifier]:
-    verifier = CodeVerifier(workers=3, limits=Limits(cpu_seconds=1, wall_seconds=30, memory_bytes=256 << 20))
+    verifier = code_verifier(workers=3, limits=Limits(cpu_seconds=1, wall_seconds=30, memory_bytes=256 << 20))
     yield verifier
     verifier.close()
 
@@ -142,7 +153,7 @@ def test_right_and_wrong(verifier: CodeVerifier, row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
 def test_attacks_get_nothing(row: dict[str, Any]) -> None:
-    verifier = CodeVerifier(workers=2, limits=Limits(cpu_seconds=1, wall_seconds=6, memory_bytes=256 << 20))
+    verifier = code_verifier(workers=2, limits=Limits(cpu_seconds=1, wall_seconds=6, memory_bytes=256 << 20))
     try:
         parts = verifier.score([(row, response(code)) for code in HOSTILE.values()])
         assert {name: p["reward"] for name, p in zip(HOSTILE, parts, strict=True)} == dict.fromkeys(HOSTILE, 0.0)
@@ -242,7 +253,7 @@ ENDS = {
 
 @pytest.mark.parametrize("row", [TESTS, CHECK], ids=["tests", "check"])
 def test_what_ends_by_itself_was_not_killed(row: dict[str, Any]) -> None:
-    verifier = CodeVerifier(workers=1)
+    verifier = code_verifier(workers=1)
     try:
         items = [(row, response(code)) for code in ENDS.values()]
         for _ in range(5):
@@ -269,7 +280,7 @@ def test_a_channel_that_says_what_none_does_is_a_verdict(row: dict[str, Any], mo
         theirs.pop().close()
         return running
 
-    verifier = CodeVerifier(workers=1)
+    verifier = code_verifier(workers=1)
     try:
         verifier.score([(row, response(RIGHT))])  # it is warm, so the pairs that follow are channels
         monkeypatch.setattr(socket, "socketpair", recording_pair)
@@ -304,11 +315,11 @@ def f(x, prefix):
     assert parts == [{"reward": 0.0, "passed": 0.5, "killed": 0.0}, FULL]
 
 
-def test_rows_that_cannot_be_judged(verifier: CodeVerifier) -> None:
+def test_rows_that_cannot_be_scored(verifier: CodeVerifier) -> None:
     def why(**fields: Any) -> str:
         with pytest.raises(VerifierFailed) as e:
             verifier.score([({"id": "row-9", **fields}, response(RIGHT))])
-        assert str(e.value).startswith("verifier python-tests cannot judge row row-9: ")
+        assert str(e.value).startswith("verifier python-tests cannot score row row-9: ")
         return str(e.value)
 
     assert "no entry_point" in why() and "no entry_point" in why(entry_point="add", tests=[])
@@ -337,7 +348,7 @@ def test_an_answer_that_kills_its_sandbox_each_time_has_a_reward_and_a_reason(mo
         return running
 
     monkeypatch.setattr(Cell, "begin", deadly)
-    verifier = CodeVerifier(workers=2)
+    verifier = code_verifier(workers=2)
     try:
         for row in (TESTS, CHECK):
             parts = verifier.score(
@@ -370,7 +381,7 @@ def test_no_reward_by_what_an_earlier_answer_left(row: dict[str, Any]) -> None:
         "        except OSError: yield True\n"
         "def add(a, b): return a + b if any(state()) else None\n"
     )
-    verifier = CodeVerifier(workers=1)
+    verifier = code_verifier(workers=1)
     try:
         parts = verifier.score([(row, response(text)) for text in (leave, find, leave, RIGHT)])
         assert [p["reward"] for p in parts] == [0, 0, 0, 1]
@@ -389,8 +400,8 @@ def test_a_failed_sandbox_is_not_a_reward(
     verifier: CodeVerifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(VerifierFailed, match="verifier python-tests cannot judge: the sandbox cannot start"):
-        broken = CodeVerifier(workers=1)
+    with pytest.raises(VerifierFailed, match="verifier python-tests cannot score: the sandbox cannot start"):
+        broken = code_verifier(workers=1)
         try:
             broken.score([(TESTS, response(RIGHT))])
         except SandboxFailed as e:
@@ -402,7 +413,7 @@ def test_a_failed_sandbox_is_not_a_reward(
 @pytest.mark.parametrize("cell", [0, 1])
 def test_a_sandbox_killed_at_work_is_tried_again(cell: int) -> None:
     slow = "import time\ndef add(a, b):\n    time.sleep(0.4)\n    return a + b"
-    verifier = CodeVerifier(workers=1)
+    verifier = code_verifier(workers=1)
     try:
         verifier.score([(CHECK, response(RIGHT))])
         pid = verifier._pool._cells[0][cell].pid

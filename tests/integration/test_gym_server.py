@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stages.rl.protocols import VerifierFailed
-from stages.rl.rewards.verifiers import make_verifier
+from stages.rl.rewards.registry import make_verifier
 from tests.fixtures.verifier_fixtures import (
     Server,
     client,
@@ -52,7 +52,7 @@ def test_what_passes_is_tried_again(serve: Callable[..., Server]) -> None:
         ((200, b"{}"), "answered without a finite reward", 1),
     ],
 )
-def test_a_server_that_cannot_judge_is_no_reward(
+def test_a_server_that_cannot_score_is_no_reward(
     serve: Callable[..., Server], reply: tuple[int, bytes] | None, words: str, requests: int
 ) -> None:
     server = serve(lambda *_: reply)
@@ -85,4 +85,4 @@ def test_a_server_that_is_too_slow_is_no_reward(serve: Callable[..., Server]) ->
 
 def test_a_server_that_was_never_there_is_no_reward(serve: Callable[..., Server]) -> None:
     with pytest.raises(VerifierFailed, match="Connection refused"):
-        score_one(make_verifier("nemo-gym", url="http://127.0.0.1:9", serves="nothing"), sum_row(), "4")
+        score_one(make_verifier("nemo-gym", {"url": "http://127.0.0.1:9", "serves": "nothing"}), sum_row(), "4")

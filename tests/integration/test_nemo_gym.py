@@ -18,7 +18,7 @@ import pytest
 from stages.data.table import read_jsonl, write_jsonl
 from stages.evaluation import eval_set
 from stages.rl.protocols import Response
-from stages.rl.rewards.verifiers import make_verifier
+from stages.rl.rewards.registry import make_verifier
 from stages.rl.rollout import tasks
 from tests.fixtures import chat_fixtures
 
@@ -115,7 +115,7 @@ def test_its_servers_give_the_rewards_that_our_verifiers_give(rows: list[dict[st
         scorer.close()
         assert {0.0, 1.0} <= set(expected)
         for server, url in known:
-            scores = make_verifier("nemo-gym", url=url, serves=f"nemo-gym 0.4.0 {server}").score(answers)
+            scores = make_verifier("nemo-gym", {"url": url, "serves": f"nemo-gym 0.4.0 {server}"}).score(answers)
             assert [parts["reward"] for parts in scores] == expected, server
             compared += len(scores)
     assert compared == len(rows) * 6
@@ -123,7 +123,8 @@ def test_its_servers_give_the_rewards_that_our_verifiers_give(rows: list[dict[st
 
 def test_its_mathematics_accepts_the_right_sums(rows: list[dict[str, Any]], serve) -> None:
     sums = [row for row in rows if row["kind"] == "add"]
-    scorer = make_verifier("nemo-gym", url=serve("math_with_judge", **JUDGE), serves="nemo-gym 0.4.0 math_with_judge")
+    url = serve("math_with_judge", **JUDGE)
+    scorer = make_verifier("nemo-gym", {"url": url, "serves": "nemo-gym 0.4.0 math_with_judge"})
     right = scorer.score([(row, Response.parse(row["expected_answer"], True)) for row in sums])
     wrong = scorer.score([(row, Response.parse(row["expected_answer"] + "1", True)) for row in sums])
     assert [p["reward"] for p in right] == [1.0] * 6 and [p["reward"] for p in wrong] == [0.0] * 6

@@ -15,8 +15,8 @@ from pipeline.core.store import Artifact, write_manifest
 from stages.data.table import read_table, write_jsonl
 from stages.rl import dpo, reward_model
 from stages.rl.algorithms.preferences import best_and_worst
-from stages.rl.protocols import Response, VerifierFailed
-from stages.rl.rewards.reward_functions import RewardModel, reward_input
+from stages.rl.protocols import NoSettings, Response, VerifierContext, VerifierFailed
+from stages.rl.rewards.reward_model import RewardModel, reward_input
 from stages.rl.rollout import rollouts
 from tests.fixtures import rl_fixtures, train_fixtures
 from tests.fixtures.run_fixtures import RecordingReport
@@ -84,7 +84,7 @@ def calm(inputs: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.numeric
-def test_the_policy_comes_to_answer_as_the_judge_likes(calm: Path) -> None:
+def test_the_policy_learns_what_the_reward_function_prefers(calm: Path) -> None:
     lines = [x for x in rl_fixtures.lines(calm) if "reward" in x]
     rewards = [x["reward"] for x in lines]
     # by 0.17 or more over 8 seeds
@@ -160,13 +160,13 @@ def trained(inputs: dict[str, Artifact], calm: Path, tmp_path_factory: pytest.Te
     return write_manifest(folder / "out", "reward-test")
 
 
-def test_the_reward_model_learns_what_the_judge_likes(trained: Artifact) -> None:
+def test_the_reward_model_learns_what_the_reward_function_prefers(trained: Artifact) -> None:
     summary = trained.json("summary.json")
     assert summary["heldout_accuracy"]["last"] > 0.8, summary  # 0.93 or more over 8 seeds, 0.59 to 0.81 before
     assert summary["pairs"] + summary["heldout_pairs"] > 10
 
 
-def test_the_reward_model_judges_as_it_was_trained(
+def test_the_reward_model_scores_as_it_was_trained(
     trained: Artifact, inputs: dict[str, Artifact], calm: Path, tmp_path: Path
 ) -> None:
     """Exported, it gives pairs the order that the trainer measured; an answer that did not end earns nothing."""
@@ -181,15 +181,12 @@ def test_the_reward_model_judges_as_it_was_trained(
         tmp_path / "work",
         tmp_path / "out",
     )
-    judge = RewardModel(
-        write_manifest(tmp_path / "out", "export-test"),
-        trained.json("summary.json")["centre"],
-        Chat(inputs["tokenizer"]),
-    )
+    verifier_inputs = {"reward": trained, "reward_model": write_manifest(tmp_path / "out", "export-test")}
+    verifier = RewardModel(VerifierContext(NoSettings(), verifier_inputs, Chat(inputs["tokenizer"])))
     pairs = read_table(calm / "pairs.parquet").to_pylist()
     rows = [rl_fixtures.row("p", "letter", 0, pair["question"]) for pair in pairs]
     scores = {
-        side: judge.score(
+        side: verifier.score(
             [(r, Response.parse(p[side], p[f"{side}_finished"])) for r, p in zip(rows, pairs, strict=True)]
         )
         for side in ("chosen", "rejected")
@@ -198,12 +195,12 @@ def test_the_reward_model_judges_as_it_was_trained(
     assert sum(better) / len(better) > 0.75
     middling = sum(s["reward"] for samples in scores.values() for s in samples) / (2 * len(pairs))
     assert 0.25 < middling < 0.75, "rewards lie on both sides of the middle"
-    (cut,) = judge.score([(rows[0], Response.parse("eee", False))])
-    assert cut["reward"] == 0.0 and judge.version == "export-test" and judge.runs_code is False
-    assert reward_input(judge.chat, "say", "e", True)[-2:] == [3, 1]
+    (cut,) = verifier.score([(rows[0], Response.parse("eee", False))])
+    assert cut["reward"] == 0.0 and verifier.version == "export-test"
+    assert reward_input(verifier.chat, "say", "e", True)[-2:] == [3, 1]
 
 
-def test_too_few_pairs_are_told(inputs: dict[str, Artifact], calm: Path, tmp_path: Path) -> None:
+def test_too_few_pairs_are_refused(inputs: dict[str, Artifact], calm: Path, tmp_path: Path) -> None:
     artifacts = {"pairs": write_manifest(calm, "dpo-test"), "init": inputs["init"], "tokenizer": inputs["tokenizer"]}
     with pytest.raises(
         AtomError, match=r"reward: \d+ pairs to learn from and 0 held out are too few; draw more in dpo"
@@ -211,13 +208,13 @@ def test_too_few_pairs_are_told(inputs: dict[str, Artifact], calm: Path, tmp_pat
         run(reward_model, settings(REWARD, heldout_fraction=1e-9), artifacts, tmp_path / "work", tmp_path / "out")
 
 
-def test_a_judge_out_of_order_makes_no_pair(
+def test_a_failing_reward_function_makes_no_pair(
     inputs: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self, answers):
         raise VerifierFailed("verifier instructions: gone")
 
-    monkeypatch.setattr("stages.rl.rewards.verifiers.Instructions.score", broken)
+    monkeypatch.setattr("stages.rl.rewards.instructions.Instructions.score", broken)
     with pytest.raises(VerifierFailed, match="gone"):
         run(
             dpo,

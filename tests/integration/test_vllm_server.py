@@ -18,8 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.core.errors import AtomError
-from stages.rl.protocols import Completion, Prompt
+from stages.rl.config import Sampling
+from stages.rl.protocols import Completion, Prompt, SamplerContext
 from stages.rl.samplers import vllm_server
+from stages.rl.samplers.registry import make_sampler
 from stages.rl.samplers.vllm_sampler import VllmServer
 from tests.fixtures import ROOT, rl_fixtures
 
@@ -216,6 +218,16 @@ def test_without_vllm_nothing_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert why(url=("http://node1:8000",)) is None
     with pytest.raises(AtomError, match="has no vLLM"):
         VllmServer({"dtype": "float32"}, (1,), 7, 1.0, tmp_path / "served", sys.executable)
+
+
+def test_the_registry_makes_a_sampler_of_the_settings(tmp_path: Path) -> None:
+    settings = Sampling(kind="vllm", max_new_tokens=7, url=("http://node1:8000", "http://node2:8000"))
+    sampler = make_sampler("vllm", SamplerContext({"dtype": "bfloat16"}, (1, 3), tmp_path / "served", settings))
+    assert isinstance(sampler, VllmServer)
+    assert [server.url for server in sampler.servers] == list(settings.url)
+    assert (sampler.stops, sampler.max_new_tokens, sampler.temperature) == ({1, 3}, 7, 1.0)
+    assert json.loads((tmp_path / "served" / "config.json").read_text()) == {"dtype": "bfloat16"}
+    sampler.close()
 
 
 def start(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> vllm_server.Server:

@@ -9,7 +9,7 @@ import pytest
 
 from stages.data.synthetic import instructions
 from stages.rl.protocols import VerifierFailed, to_row
-from stages.rl.rewards.verifiers import make_verifier
+from stages.rl.rewards.registry import make_verifier
 from stages.scorers.instructions_v1 import CHECKS
 from tests.fixtures.verifier_fixtures import ARGUMENTS, form_row, score_one
 
@@ -96,12 +96,12 @@ def test_a_row_without_instructions_is_no_reward() -> None:
 
 @pytest.mark.parametrize("level", instructions.LEVELS)
 def test_requests_of_each_level_can_be_met_and_missed(level: int) -> None:
-    judge = make_verifier("instructions")
+    verifier = make_verifier("instructions")
     requests = instructions.requests(100, random.Random(level), level)
     assert len({text for text, _ in requests}) == 100
     for text, fields in requests:
         assert len(fields["kwargs"]) == level
         end = next((arguments["end_phrase"] for arguments in fields["kwargs"] if "end_phrase" in arguments), "")
         row = to_row("i", text, "instructions", "instructions", level, **fields)
-        assert score_one(judge, row, f"aaaeeeooosssttt_{end}")["fraction"] == 1, text
-        assert score_one(judge, row, ", " + "x " * 20)["fraction"] == 0, text
+        assert score_one(verifier, row, f"aaaeeeooosssttt_{end}")["fraction"] == 1, text
+        assert score_one(verifier, row, ", " + "x " * 20)["fraction"] == 0, text

@@ -11,8 +11,7 @@ import pytest
 
 from stages import scorers
 from stages.rl.protocols import Response
-from stages.rl.rewards.reward_functions import Courtesy
-from stages.rl.rewards.verifiers import make_verifier
+from stages.rl.rewards.registry import make_verifier
 
 FOLDER = Path(scorers.__file__).parent
 FROZEN = {
@@ -43,7 +42,7 @@ def test_new_outputs_are_scored_by_the_latest_version() -> None:
     for name, version in scorers.LATEST.items():
         known = [int(number) for other, number in scorers.SCORERS if other == name]
         assert int(version) == max(known), name
-        current = Courtesy() if name == "courtesy" else make_verifier(name)
+        current = make_verifier(name)
         assert (current.name, current.version) == (name, version)
 
 
@@ -65,7 +64,7 @@ TEXTS = [
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_a_verifier_scores_as_its_frozen_file(name: str) -> None:
     """What a release states is what verification computes again."""
-    current = Courtesy() if name == "courtesy" else make_verifier(name)
+    current = make_verifier(name)
     scorer = name, current.version
     for finished in (True, False):
         responses = [Response.parse(text, finished) for text in TEXTS]

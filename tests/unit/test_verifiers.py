@@ -17,9 +17,10 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from stages.data.synthetic import problems
-from stages.rl.protocols import Parts, Row, Verifier, VerifierFailed, question
+from stages.rl.protocols import Parts, Row, Verifier, VerifierFailed, question, to_row
 from stages.rl.rewards import scoring_pool, scoring_worker
-from stages.rl.rewards.verifiers import VERIFIERS, make_verifier, reasoning_gym_rows, to_row
+from stages.rl.rewards.registry import make_verifier
+from stages.rl.rollout.task_sources.reasoning_tasks import reasoning_gym_rows
 from stages.scorers.instructions_v1 import CHECKS
 from tests.fixtures.verifier_fixtures import (
     ARGUMENTS,
@@ -90,35 +91,9 @@ def test_a_hostile_answer_has_a_reward_and_does_nothing(
     assert not trace.exists()
 
 
-def test_every_verifier_stands_for_what_it_is() -> None:
-    for name, kind in VERIFIERS.items():
-        if name == "python-tests":  # which needs a sandbox, and has tests of its own
-            assert kind.runs_code is True
-            continue
-        scorer = kind(url="http://127.0.0.1:1", serves="x 1") if name == "nemo-gym" else kind()
-        assert scorer.name == name and scorer.version and scorer.runs_code is False
-        assert scorer.score([]) == []
-        scorer.close()
-    assert (
-        "math-verify 0.9" in make_verifier("math-verify").version and "0.1.25" in make_verifier("reasoning-gym").version
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "words"),
-    [
-        (
-            "math",
-            {},
-            "no verifier 'math'; there are exact, instructions, math-verify, nemo-gym, python-tests, reasoning-gym",
-        ),
-        ("exact", {"strict": True}, "verifier exact with the settings {'strict': True}"),
-        ("nemo-gym", {}, "missing"),
-    ],
-)
-def test_what_is_asked_wrongly_is_refused(name: str, settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(AtomError, match=words.replace("{", r"\{")):
-        make_verifier(name, **settings)
+def test_the_versions_name_the_packages() -> None:
+    versions = {name: make_verifier(name).version for name in ("math-verify", "reasoning-gym")}
+    assert "math-verify 0.9" in versions["math-verify"] and "0.1.25" in versions["reasoning-gym"]
 
 
 def test_a_row_is_nemo_gyms() -> None:
@@ -211,22 +186,22 @@ def test_an_unfinished_answer_earns_nothing_from_any(
 
 
 def test_who_is_to_blame_for_running_out_of_time(maths: Verifier, gym: Verifier) -> None:
-    """The answer, as the row's own is judged right after; and its fellows keep their rewards."""
+    """The answer, as the row's own is scored correctly right after; and the other answers keep their rewards."""
     answers = [(sum_row(), response_of(text)) for text in ("4", "$9^{9^{9}}$", "5", "4")]
     assert [(p["reward"], p["unreadable"]) for p in maths.score(answers)] == [(1, 0), (0, 1), (0, 0), (1, 0)]
     # One of reasoning_gym's scorers raises on what is no number.
-    row = next(reasoning_gym_rows("prime_factorization", 1, 1))
+    (row,) = reasoning_gym_rows("prime_factorization", 1, 1)
     assert score_one(gym, row, "no number") == {"reward": 0, "finished": 1, "unreadable": 1}
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (sum_row(""), "row m1: no expected_answer to judge by"),
+        (sum_row(""), "row m1: no expected_answer to score by"),
         ({k: v for k, v in sum_row().items() if k != "expected_answer"}, "row m1: no expected_answer"),
     ],
 )
-def test_a_row_that_cannot_be_judged_is_no_reward(maths: Verifier, row: Row, words: str) -> None:
+def test_a_row_that_cannot_be_scored_is_no_reward(maths: Verifier, row: Row, words: str) -> None:
     with pytest.raises(VerifierFailed, match=words):
         score_one(maths, row, "4")
 
@@ -239,8 +214,8 @@ def kill_workers(scorer: Verifier) -> int:
     return len(processes)
 
 
-def test_killed_workers_are_replaced_and_their_answers_judged_again() -> None:
-    scorer = make_verifier("math-verify", seconds=1)
+def test_killed_workers_are_replaced_and_their_answers_scored_again() -> None:
+    scorer = make_verifier("math-verify", {"seconds": 1})
     answers = [(sum_row(), response_of("4")), (sum_row(), response_of("5"))] * 4
     right = [1, 0] * 4
     try:
@@ -257,7 +232,7 @@ def test_killed_workers_are_replaced_and_their_answers_judged_again() -> None:
 
 
 def test_a_worker_that_is_always_killed_is_no_reward(monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer = make_verifier("math-verify", seconds=1)
+    scorer = make_verifier("math-verify", {"seconds": 1})
     start = scoring_pool.Worker._start
 
     def doomed(worker: scoring_pool.Worker) -> None:
@@ -266,13 +241,13 @@ def test_a_worker_that_is_always_killed_is_no_reward(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(scoring_pool.Worker, "_start", doomed)
     try:
-        with pytest.raises(VerifierFailed, match="verifier math-verify, row m1: the judge failed 3 times"):
+        with pytest.raises(VerifierFailed, match="verifier math-verify, row m1: the scorer failed 3 times"):
             score_one(scorer, sum_row(), "4")
     finally:
         scorer.close()
 
 
-def test_an_answer_is_not_blamed_for_what_befell_its_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_is_not_blamed_for_what_befell_its_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong, crash = {"score": 1.0}, {"score": 0.0}, {"signal": signal.SIGSEGV, "error": "SIGSEGV"}
 
     def outcome(*replies: dict[str, Any]) -> Parts:
@@ -286,7 +261,7 @@ def test_an_answer_is_not_blamed_for_what_befell_its_judge(monkeypatch: pytest.M
         outcome(right, wrong, crash, crash)
     killed = {"signal": signal.SIGKILL, "error": "SIGKILL"}
     assert outcome(right, wrong, killed, right) == {"reward": 1, "finished": 1, "unreadable": 0}
-    # Killed each time, while the probe is judged: the answer did it. If the probe is killed too, the machine does it.
+    # Killed each time, while the probe is scored: the answer did it. If the probe is killed too, the machine does it.
     ended = outcome(right, wrong, killed, killed, killed, right, wrong)
     assert ended == {"reward": 0, "finished": 1, "unreadable": 1}
     with pytest.raises(VerifierFailed, match=r"failed 3 times \(it was killed from outside, as the kernel does"):
@@ -299,7 +274,7 @@ def test_a_worker_that_cannot_start_is_no_reward(monkeypatch: pytest.MonkeyPatch
     scorer = make_verifier("math-verify")
     try:
         with pytest.raises(
-            VerifierFailed, match=r"row m1: the judge failed 3 times \(ImportError: a broken installation\)"
+            VerifierFailed, match=r"row m1: the scorer failed 3 times \(ImportError: a broken installation\)"
         ):
             score_one(scorer, sum_row(), "4")
     finally:
@@ -320,17 +295,20 @@ def test_a_package_that_answers_nought_to_all_is_no_reward(monkeypatch: pytest.M
 
 # In the worker's fork: what each does, and what comes of it.
 FORKS: dict[str, tuple[Callable[[str], float], dict[str, Any]]] = {
-    "killed": (lambda _: os.kill(os.getpid(), 9) or 0.0, {"error": "PermissionError: a judge must not call os.kill"}),
+    "killed": (lambda _: os.kill(os.getpid(), 9) or 0.0, {"error": "PermissionError: a scorer must not call os.kill"}),
     "crashed": (lambda _: (faulthandler.disable(), os.abort())[1], {"signal": signal.SIGABRT, "error": "SIGABRT"}),
     "greedy": (lambda _: float(len(bytearray(2 << 30))), {"error": "MemoryError: "}),
     "slow": (lambda _: float(len(str(9 ** (9**8)))), {"signal": signal.SIGXCPU, "error": "SIGXCPU"}),
     "raised": (lambda _: 1 / 0, {"error": "ZeroDivisionError: division by zero"}),
     "writes": (
         lambda _: Path("/tmp/atom-trace").write_text("x"),
-        {"error": "PermissionError: a judge must not call open"},
+        {"error": "PermissionError: a scorer must not call open"},
     ),
-    "calls": (lambda _: os.system("true"), {"error": "PermissionError: a judge must not call os.system"}),
-    "connects": (lambda _: socket.socket() and 1.0, {"error": "PermissionError: a judge must not call socket.__new__"}),
+    "calls": (lambda _: os.system("true"), {"error": "PermissionError: a scorer must not call os.system"}),
+    "connects": (
+        lambda _: socket.socket() and 1.0,
+        {"error": "PermissionError: a scorer must not call socket.__new__"},
+    ),
     "gone": (lambda _: os._exit(0), {"error": "nothing"}),
     "beyond": (lambda _: 1.5, {"error": "a score of 1.5"}),
     "NaN": (lambda _: float("nan"), {"error": "a score of nan"}),
@@ -348,10 +326,10 @@ def test_a_fork_is_limited(attack: str) -> None:
 
 
 def test_reasoning_gyms_scores(gym: Verifier) -> None:
-    rows = list(reasoning_gym_rows("spell_backward", 3, 2, level=1, min_word_len=4, max_word_len=6))
+    rows = list(reasoning_gym_rows("spell_backward", 3, 2, 1, {"min_word_len": 4, "max_word_len": 6}))
     assert [row["id"] for row in rows] == ["spell_backward-3-0", "spell_backward-3-1"]
     assert all(row["kind"] == "spell_backward" and row["level"] == 1 for row in rows)
-    assert rows == list(reasoning_gym_rows("spell_backward", 3, 2, level=1, min_word_len=4, max_word_len=6))
+    assert rows == list(reasoning_gym_rows("spell_backward", 3, 2, 1, {"min_word_len": 4, "max_word_len": 6}))
     right = rows[0]["answer"]
     half = right[:-1] + ("a" if right[-1] != "a" else "b")
     assert score_one(gym, rows[0], f"<think>hm</think>{right}") == {"reward": 1, "finished": 1, "unreadable": 0}
@@ -365,20 +343,20 @@ def test_reasoning_gyms_scores(gym: Verifier) -> None:
         ("no_such", "no_such' not registered"),
         ("countdown", "its own expected answer got a score of 0.01"),  # gives the answer to eval, by way of sympy
         ("bitwise_arithmetic", "its own expected answer got a score of 0.0"),
-        ("rush_hour", "no answer to judge by"),
+        ("rush_hour", "no answer to score by"),
         ("rearc", "its own expected answer got a score of 0.05"),  # JSON makes lists of its tuples
         ("game_of_life_halting", "the answer '\\?' got a score of 1.0"),
     ],
 )
-def test_datasets_that_cannot_be_judged_are_refused(dataset: str, words: str) -> None:
+def test_datasets_that_cannot_be_scored_are_refused(dataset: str, words: str) -> None:
     with pytest.raises(AtomError, match=words):
         # Whether a board of this one lives on decides if garbage counts as right.
         reasoning_gym_rows(dataset, 1, 6 if dataset == "game_of_life_halting" else 1)
 
 
-def test_settings_that_a_dataset_refuses_are_told() -> None:
+def test_settings_that_a_dataset_refuses() -> None:
     with pytest.raises(AtomError, match="reasoning_gym dataset gcd with {'min_value': 0}"):
-        reasoning_gym_rows("gcd", 1, 1, min_value=0)
+        reasoning_gym_rows("gcd", 1, 1, settings={"min_value": 0})
 
 
 def test_an_unknown_dataset_in_a_row_is_no_reward(gym: Verifier) -> None:
@@ -386,5 +364,5 @@ def test_an_unknown_dataset_in_a_row_is_no_reward(gym: Verifier) -> None:
         score_one(gym, gym_row("of_mine"), "6")
     with pytest.raises(VerifierFailed, match=r"row g1: the answer '\?' got a score of 1.0, so no answer to it can be"):
         score_one(gym, {**gym_row(), "answer": "?"}, "6")
-    with pytest.raises(VerifierFailed, match="row g1: no metadata to judge by"):
+    with pytest.raises(VerifierFailed, match="row g1: no metadata to score by"):
         score_one(gym, {k: v for k, v in gym_row().items() if k != "metadata"}, "6")

@@ -21,7 +21,7 @@ from stages.rl.config import DpoPhase, DpoTrainConfig, PromptPool, RewardPhase, 
 from stages.rl.policy import PolicyTrainer, require_small_gap
 from stages.rl.post_trainer import PostTrainer
 from stages.rl.protocols import Row, question
-from stages.rl.rewards.reward_functions import reward_input
+from stages.rl.rewards.reward_model import reward_input
 from stages.rl.rollout import generation, rollouts, tasks
 from stages.rl.rollout.batches import Example, build_rank_batch
 from stages.rl.rollout.curriculum import Curriculum

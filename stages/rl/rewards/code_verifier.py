@@ -1,4 +1,4 @@
-"""Scores code by tests, with the expected values out of the code's reach.
+"""Verifier `python-tests`: scores code by tests, with the expected values out of the code's reach.
 
 An answer's functions run in a sandbox that is sent arguments and sends back plain data, never more. Tests that are a
 list of inputs and expected values are compared here. Tests that are a program with asserts (HumanEval's check) run in a
@@ -13,12 +13,18 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
-from stages.rl.protocols import Parts, Response, Row, VerifierFailed
+from pydantic import Field
+
+from pipeline.core.bounds import Range
+from pipeline.core.stage import Config
+from stages.rl import sandbox
+from stages.rl.protocols import Answer, Parts, Row, Verifier, VerifierContext, VerifierFailed
 from stages.rl.sandbox import Limits, Pool, SandboxFailed
 from stages.rl.sandbox.calls import decode, encode
 from stages.rl.sandbox.cell import Cell
+from stages.rl.sandbox.outcome import Job
 from stages.rl.sandbox.running import Running
 
 MAX_ANSWER_CHARACTERS = 256 << 10
@@ -82,7 +88,16 @@ def blocks_of(answer: str, bare_after_words: bool = False) -> list[str]:
     return ["".join(f"{line}\n" for line in block) for block in blocks]
 
 
-class CodeVerifier:
+class CodeSettings(Config):
+    """Settings of the sandboxes in which answers run."""
+
+    workers: Annotated[int, Range(1, 4096)] | None = Field(
+        None, description="answers that are scored at once; null: two for each core"
+    )
+    limits: Limits = Field(Limits(), description="limits of the program of an answer")
+
+
+class CodeVerifier(Verifier):
     """Rows have `entry_point`, the name of the function, and one of
 
     - `tests`: a list of {"input": positional arguments, "expected": value}, all of JSON; a tuple counts as a list, and
@@ -98,35 +113,42 @@ class CodeVerifier:
 
     name = "python-tests"
     version = "3"
-    runs_code = True
+    Settings = CodeSettings
 
-    def __init__(self, workers: int | None = None, limits: Limits | None = None) -> None:
-        """Raises SandboxFailed where no sandbox starts; stages.rl.sandbox.missing says why."""
-        limits = limits or Limits()
+    def __init__(self, context: VerifierContext[CodeSettings]) -> None:
+        """Raises SandboxFailed where no sandbox starts."""
+        limits = context.settings.limits
         check_limits = replace(limits, cpu_seconds=4 * limits.cpu_seconds, wall_seconds=4 * limits.wall_seconds)
-        self._pool = Pool(workers, limits, [check_limits])  # the second is for checks
+        self._pool = Pool(context.settings.workers, limits, [check_limits])  # the second is for checks
 
-    def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
+    @classmethod
+    def missing(cls) -> str | None:
+        reason = sandbox.missing()
+        return reason and f"tasks of the verifier {cls.name} run what the model writes: {reason}"
+
+    def score(self, answers: Sequence[Answer]) -> list[Parts]:
         """Raises VerifierFailed where a sandbox failed or a row's tests cannot be run."""
         try:
             return self._pool.map(self._score, answers, lambda _: parts(0.0, killed=True))
         except SandboxFailed as e:
-            raise VerifierFailed(f"verifier {self.name} cannot judge: {e}") from e
+            raise VerifierFailed(f"verifier {self.name} cannot score: {e}") from e
 
     def close(self) -> None:
         self._pool.close()
 
-    def _score(self, cells: list[Cell], item: tuple[Row, Response]) -> Parts:
+    def _score(self, cells: list[Cell], item: Answer) -> Parts:
         row, response = item
         if not isinstance(row.get("entry_point"), str) or not (row.get("tests") or row.get("check")):
             raise self._failure(row, "it has no entry_point with tests or a check")
         if not response.finished or not response.answer.strip() or len(response.answer) > MAX_ANSWER_CHARACTERS:
             return parts(0.0)
         source, prelude = code_of(response.answer, row["entry_point"]), row.get("prelude", "")
-        job = {"role": "answer", "prelude": prelude, "source": source, "entry_point": row["entry_point"], "stdin": ""}
+        job: Job = {
+            "role": "answer", "prelude": prelude, "source": source, "entry_point": row["entry_point"], "stdin": "",
+        }  # fmt: skip
         return self._compare(cells, job, row) if row.get("tests") else self._check(cells, job, row)
 
-    def _compare(self, cells: list[Cell], job: dict[str, Any], row: Row) -> Parts:
+    def _compare(self, cells: list[Cell], job: Job, row: Row) -> Parts:
         passed = 0
         with cells[0].begin(job) as answer:
             alive = answer.ask() is not None
@@ -136,7 +158,7 @@ class CodeVerifier:
                 passed += line is not None and returns_expected(line, test["expected"])
             return parts(passed / len(row["tests"]), killed=not alive and ended_by_force(answer))
 
-    def _check(self, cells: list[Cell], job: dict[str, Any], row: Row) -> Parts:
+    def _check(self, cells: list[Cell], job: Job, row: Row) -> Parts:
         with cells[0].begin(job) as answer:
             if answer.ask() is None:
                 return parts(0.0, killed=ended_by_force(answer))
@@ -162,7 +184,7 @@ class CodeVerifier:
         raise self._failure(row, f"its check ends without a verdict before it calls the candidate: {check.finish()}")
 
     def _failure(self, row: Row, reason: str) -> VerifierFailed:
-        return VerifierFailed(f"verifier {self.name} cannot judge row {row.get('id', '(no id)')}: {reason}")
+        return VerifierFailed(f"verifier {self.name} cannot score row {row.get('id', '(no id)')}: {reason}")
 
 
 def parts(passed: float, killed: bool = False) -> Parts:
@@ -198,3 +220,6 @@ def equal(value: Any, expected: Any) -> bool:
             and all(equal(by_name[k], v) for k, v in expected.items())
         )
     return bool(value == expected)
+
+
+VERIFIER = CodeVerifier

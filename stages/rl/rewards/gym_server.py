@@ -1,4 +1,4 @@
-"""A verifier that asks a NeMo Gym resources server, whatever that runs, by POST /verify. NeMo Gym itself is not needed.
+"""Verifier `nemo-gym`: a NeMo Gym resources server scores, by POST /verify. NeMo Gym itself is not needed.
 
 Request: the row's own fields, `responses_create_params`, and the answer in the form of an OpenAI response, all of whose
 keys below NeMo Gym 0.4 requires. Reply: `reward`, and fields of the server's own.
@@ -14,9 +14,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any
 
-from stages.rl.protocols import Parts, Response, Row, VerifierFailed
+from pydantic import Field
+
+from pipeline.core.bounds import Line, LongLine, Range
+from pipeline.core.stage import Config
+from stages.rl.protocols import Answer, Parts, Response, Row, Verifier, VerifierContext, VerifierFailed
 
 ATTEMPTS = 5
 BACK_OFF = 1.0  # seconds before the second attempt; doubled for each further one
@@ -24,28 +28,34 @@ PARALLEL = 16
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy stands between nodes
 
 
-class GymServer:
-    """Scores answers by a server at `url` ("http://host:port").
+class GymSettings(Config):
+    """Settings of a client of a NeMo Gym resources server."""
 
-    serves: what runs there, as the recipe pins it, such as "nemo-gym 0.4.0 math_with_judge"; /verify does not tell.
-    timeout: seconds for one answer. Refused connections, time-outs, 429 and 5xx are tried ATTEMPTS times.
+    url: LongLine = Field(description="URL of the server, such as http://host:port")
+    serves: Line = Field(
+        description="what runs there, such as nemo-gym 0.4.0 math_with_judge; it is part of the version"
+    )
+    timeout: Annotated[float, Range(0, 86400, above=True)] = Field(60.0, description="seconds for one answer")
+
+
+class GymServer(Verifier):
+    """Scores answers by a server. Refused connections, time-outs, 429 and 5xx are tried ATTEMPTS times.
+
     Parts: `reward`, `finished`, and the finite numbers that the server adds.
     """
 
     name = "nemo-gym"
-    runs_code = False
+    Settings = GymSettings
 
-    def __init__(self, url: str, serves: str, timeout: float = 60.0) -> None:
-        self.url, self.timeout = url.rstrip("/") + "/verify", timeout
-        self.version = f"1 {serves}"
+    def __init__(self, context: VerifierContext[GymSettings]) -> None:
+        settings = context.settings
+        self.url, self.timeout = settings.url.rstrip("/") + "/verify", settings.timeout
+        self.version = f"1 {settings.serves}"
 
-    def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
+    def score(self, answers: Sequence[Answer]) -> list[Parts]:
         """Raises VerifierFailed if the server cannot be reached, refuses, or answers without a finite reward."""
         with ThreadPoolExecutor(PARALLEL) as pool:
             return list(pool.map(lambda answer: self._score_answer(*answer), answers))
-
-    def close(self) -> None:
-        """Nothing is held: each request has a connection of its own."""
 
     def _score_answer(self, row: Row, response: Response) -> Parts:
         if not response.finished:
@@ -115,3 +125,6 @@ def request(row: Row, response: Response) -> dict[str, Any]:
         "tools": [],
     }
     return {**row, "response": reply}
+
+
+VERIFIER = GymServer

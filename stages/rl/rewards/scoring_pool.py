@@ -1,17 +1,17 @@
 """A pool of workers that parse and score model output, each answer in a limited process of its own.
 
-A worker (`scoring_worker`) imports the judge's package once and forks for every answer.
+A worker (`scoring_worker`) imports the scorer's package once and forks for every answer.
 
-Who is to blame when there is no score? Each row carries its own right answer, the probe: a judge that works gives it
-full marks, and less to GARBAGE.
-- Before a row's answers are judged, its probe is. If the judge fails that, the judge or the row is broken:
-  VerifierFailed. The packages answer 0 to most of their own exceptions, so this distinguishes a broken
-  installation from a wrong answer.
-- An answer on which the judge raised, crashed, or ran out of time or memory is followed by the probe. If that is judged
-  rightly, the answer was to blame: reward 0, with the part `unreadable`. If not: VerifierFailed.
+Where there is no score, a probe shows the cause. It is the row's own right answer: a scorer that works gives it full
+marks, and less to GARBAGE.
+- Before a row's answers are scored, its probe is. If the scorer fails that, the scorer or the row is broken:
+  VerifierFailed. The packages score most of their own exceptions as 0, so this distinguishes a broken installation
+  from a wrong answer.
+- An answer on which the scorer raised, crashed, or ran out of time or memory is followed by the probe. If that is
+  scored correctly, the answer was the cause: reward 0, with the part `unreadable`. If not: VerifierFailed.
 - A worker that died, or a fork that was killed by SIGKILL (which no limit here sends, but the kernel when memory runs
-  out), says nothing of the answer: it is judged again, with nothing else in work. After ATTEMPTS the probe follows: if
-  that is judged rightly, the answer did it: reward 0, `unreadable`. If not: VerifierFailed.
+  out), says nothing of the answer: it is scored again, while no other answer is. After ATTEMPTS the probe follows: if
+  that is scored correctly, the answer was the cause: reward 0, `unreadable`. If not: VerifierFailed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
-from stages.rl.protocols import Parts, Response, Row, VerifierFailed
+from stages.rl.protocols import Answer, Parts, Response, Row, VerifierFailed
 from stages.rl.rewards import scoring_worker
+from stages.rl.rewards.scoring_worker import Reply
 
 ATTEMPTS = 3
 GARBAGE = "?"
@@ -43,18 +44,22 @@ class WorkerDied(Exception):
 
 
 class ScoringPool:
-    """Workers of one kind. Thread-safe. `probe` gives a row's expected answer as a model would write it."""
+    """The workers of one verifier. Thread-safe."""
 
-    def __init__(self, kind: str, fields: Sequence[str], probe: Callable[[Row], str], seconds: int) -> None:
-        self.kind, self.fields, self.probe = kind, fields, probe
+    def __init__(
+        self, name: str, module: str, fields: Sequence[str], probe: Callable[[Row], str], seconds: int
+    ) -> None:
+        """name, module: the verifier's; fields: those of a row that its scorer reads; probe: the right answer to a row,
+        as a model would write it; seconds: processor time for one answer."""
+        self.name, self.fields, self.probe = name, fields, probe
         count = min(8, len(os.sched_getaffinity(0)))
-        self.workers = [Worker(kind, seconds) for _ in range(count)]
+        self.workers = [Worker(module, seconds) for _ in range(count)]
         self._retry_lock = threading.Lock()
         self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self.workers:
             self.idle.put(worker)
 
-    def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
+    def score(self, answers: Sequence[Answer]) -> list[Parts]:
         """`reward` in [0, 1], `finished` and `unreadable` of each answer. Raises VerifierFailed."""
         requests = [(row, json.dumps(self._fields_of(row)), response) for row, response in answers]
         rows = {fields: row for row, fields, response in requests if response.finished}
@@ -69,11 +74,11 @@ class ScoringPool:
     def _fields_of(self, row: Row) -> dict[str, Any]:
         missing = [name for name in self.fields if row.get(name) in (None, "")]
         if missing:
-            raise VerifierFailed(f"{self._label(row)}: no {' or '.join(missing)} to judge by; fix the row or drop it")
+            raise VerifierFailed(f"{self._label(row)}: no {' or '.join(missing)} to score by; fix the row or drop it")
         return {name: row[name] for name in self.fields}
 
     def _label(self, row: Row) -> str:
-        return f"verifier {self.kind}, row {row.get('id')}"
+        return f"verifier {self.name}, row {row.get('id')}"
 
     def _score_answer(self, row: Row, fields: str, response: Response) -> Parts:
         if not response.finished:
@@ -89,19 +94,19 @@ class ScoringPool:
             reply = self._request(row, fields, answer)
             if "died" in reply:
                 raise VerifierFailed(
-                    f"{self._label(row)}: the judge failed {ATTEMPTS} times ({reply['died']}); "
-                    "see to the machine and start again"
+                    f"{self._label(row)}: the scorer failed {ATTEMPTS} times ({reply['died']}); "
+                    "check the machine and start again"
                 )
             if (reply.get("score") == 1) != correct:
                 outcome = reply.get("error") or f"a score of {reply.get('score')}"
                 subject = "its own expected answer" if correct else f"the answer {GARBAGE!r}"
                 raise VerifierFailed(
-                    f"{self._label(row)}: {subject} got {outcome}, so no answer to it can be judged; "
+                    f"{self._label(row)}: {subject} got {outcome}, so no answer to it can be scored; "
                     f"drop the row, or reinstall the package if every row says so"
                 )
 
-    def _request(self, row: Row, fields: str, answer: str) -> dict[str, Any]:
-        """A worker's reply, or {"died": why}: all ATTEMPTS ended in a death."""
+    def _request(self, row: Row, fields: str, answer: str) -> Reply:
+        """A worker's reply; `died` if no worker survived any of the ATTEMPTS."""
         worker = self.idle.get()
         try:
             reply = self._try(worker, row, fields, answer)
@@ -120,7 +125,7 @@ class ScoringPool:
                     self.idle.put(worker)
         return reply
 
-    def _try(self, worker: Worker, row: Row, fields: str, answer: str) -> dict[str, Any]:
+    def _try(self, worker: Worker, row: Row, fields: str, answer: str) -> Reply:
         try:
             reply = worker.ask(fields, answer)
         except WorkerDied as error:
@@ -135,12 +140,12 @@ class ScoringPool:
 class Worker:
     """One worker process, started at the first request and again after its death. Not thread-safe."""
 
-    def __init__(self, kind: str, seconds: int) -> None:
-        self.kind, self.seconds = kind, seconds
+    def __init__(self, module: str, seconds: int) -> None:
+        self.module, self.seconds = module, seconds
         self.process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, fields: str, answer: str) -> dict[str, Any]:
-        """{"score"}, or {"error"} or {"signal", "error"} of the answer, or {"broken"} of the row. Raises WorkerDied."""
+    def ask(self, fields: str, answer: str) -> Reply:
+        """The reply to a request. fields: the row's, as JSON. Raises WorkerDied."""
         if self.process is None:
             self._start()
         process = self.process
@@ -152,7 +157,7 @@ class Worker:
             self.stop()
             raise WorkerDied("its worker was gone") from None
         # Processor time is limited in the fork; this is for a machine that stands still.
-        return dict(json.loads(self._read_line(60 + 20 * self.seconds)))
+        return cast(Reply, json.loads(self._read_line(60 + 20 * self.seconds)))
 
     def stop(self) -> None:
         if self.process:
@@ -174,7 +179,7 @@ class Worker:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", scoring_worker.__name__, self.kind, str(self.seconds)]
+        command = [sys.executable, "-m", scoring_worker.__name__, self.module, str(self.seconds)]
         with tempfile.TemporaryFile() as errors:
             self.process = subprocess.Popen(
                 command,
@@ -199,5 +204,5 @@ class Worker:
         line = self.process.stdout.readline() if ready else b""
         if not line.endswith(b"\n"):
             self.stop()
-            raise WorkerDied("its worker died" if ready else f"its worker said nothing for {seconds:.0f} s")
+            raise WorkerDied("its worker died" if ready else f"its worker did not reply within {seconds:.0f} s")
         return line

@@ -1,5 +1,9 @@
-"""The worker of `scoring_pool`: scores each answer in a limited fork. `python -m stages.rl.rewards.scoring_worker KIND
-SECONDS` reads requests, [a row's fields as JSON, an answer], and writes replies, one JSON line each.
+"""The worker of `scoring_pool`: scores each answer in a limited fork.
+
+    python -m stages.rl.rewards.scoring_worker MODULE SECONDS
+
+It reads requests, [a row's fields as JSON, an answer], and writes replies, one JSON line each. MODULE: that of a pooled
+verifier.
 
 A fork may use SECONDS of processor time and MEMORY bytes beyond what the worker has; it may not write, start a program
 or open a connection (`refuse`). Nothing of one answer reaches the next.
@@ -12,70 +16,32 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from functools import cache, lru_cache
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, TypedDict, cast
 
-Bind = Callable[[Mapping[str, Any]], Callable[[str], float]]
-"""A function of a row's fields that returns a scorer of answers in [0, 1]. Trusted work, such as parsing the right
-answer, is done here, once a row, and outside the limits."""
+from stages.rl.protocols import Row
+
+ScoreAnswer = Callable[[str], float]
+"""Scores an answer in [0, 1]."""
+BindRow = Callable[[Row], ScoreAnswer]
+"""A function of a row's fields that returns a scorer of answers. Trusted work, such as parsing the right answer, is
+done here, once a row, and outside the limits."""
+
+
+class Reply(TypedDict, total=False):
+    """What became of an answer: `score`; or `error`, with `signal` if one ended its fork; or `broken`, the reason why
+    the row cannot be scored; or `died`, the reason why no worker replied."""
+
+    score: float
+    error: str
+    signal: int
+    broken: str
+    died: str
+
 
 MEMORY = 1 << 30
-
-
-def math_verify() -> Bind:
-    """Field expected_answer: LaTeX or a plain expression, as in NeMo Gym's math_with_judge.
-
-    Of an answer, math-verify 0.9 gives sympy's evaluating parser digits and operators only; the rest goes through a
-    grammar of LaTeX.
-    """
-    from math_verify import parse, verify
-
-    # What sympy imports and generates at its first use, the forks then find done.
-    verify(
-        parse("$x^2+2x+1$", parsing_timeout=None), parse("$(x+1)^2$ or 0.5", parsing_timeout=None), timeout_seconds=None
-    )
-
-    def bind(row: Mapping[str, Any]) -> Callable[[str], float]:
-        # The package's own time limits count wall time and answer 0; ours are the fork's.
-        gold = parse(boxed(str(row["expected_answer"])), parsing_timeout=None)
-        return lambda answer: float(verify(gold, parse(answer, parsing_timeout=None), timeout_seconds=None))
-
-    return bind
-
-
-def boxed(answer: str) -> str:
-    """A right answer as math-verify finds it best: in a box, unless it is marked as LaTeX already."""
-    return answer if "\\boxed" in answer or "$" in answer else f"\\boxed{{{answer}}}"
-
-
-def reasoning_gym() -> Bind:
-    """Fields question, answer, metadata with source_dataset, as in NeMo Gym's reasoning_gym.
-
-    Some scorers call eval on the answer, some give it to sympy, which does. None is let: a scorer that cannot do
-    without fails its probe, so that its dataset is refused; one that would only read a list in Python's notation so
-    (n_queens, binary_matrix, spiral_matrix, string_insertion) takes the answer as it is written.
-    """
-    from reasoning_gym.factory import DATASETS, get_score_answer_fn
-
-    scorer = cache(get_score_answer_fn)
-
-    def bind(row: Mapping[str, Any]) -> Callable[[str], float]:
-        name = row["metadata"].get("source_dataset")
-        if name not in DATASETS:
-            raise ValueError(f"reasoning_gym has no dataset {name}")
-        score = scorer(name)
-
-        def score_answer(answer: str) -> float:
-            sys.addaudithook(refuse_evaluation)
-            return float(score(answer, entry=dict(row)))
-
-        return score_answer
-
-    return bind
-
-
-KINDS: dict[str, Callable[[], Bind]] = {"math-verify": math_verify, "reasoning-gym": reasoning_gym}
 FORBIDDEN = ("ctypes.", "os.exec", "os.fork", "os.kill", "os.posix", "os.re", "os.system", "shutil.", "socket.", "subp")
 
 
@@ -83,16 +49,10 @@ def refuse(event: str, arguments: tuple[Any, ...]) -> None:
     """An audit hook for a fork. Not a sandbox for code, but nothing here runs any: a second lock."""
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     if writes or event.startswith(FORBIDDEN):
-        raise PermissionError(f"a judge must not call {event}")
+        raise PermissionError(f"a scorer must not call {event}")
 
 
-def refuse_evaluation(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook that lets no string be compiled, which eval and exec must do first."""
-    if event == "compile" and isinstance(arguments[0], str | bytes) and arguments[1] == "<string>":
-        raise PermissionError("the judge would have evaluated a string as Python, which needs the sandbox")
-
-
-def score_in_fork(score: Callable[[str], float], answer: str, seconds: int) -> dict[str, Any]:
+def score_in_fork(score: ScoreAnswer, answer: str, seconds: int) -> Reply:
     """The reply of a fork that scores one answer."""
     readable, writable = os.pipe()
     pid = os.fork()
@@ -107,10 +67,10 @@ def score_in_fork(score: Callable[[str], float], answer: str, seconds: int) -> d
     if os.WIFSIGNALED(status):
         signal_number = os.WTERMSIG(status)
         return {"signal": signal_number, "error": signal.Signals(signal_number).name}
-    return dict(json.loads(payload)) if payload else {"error": "nothing"}
+    return cast(Reply, json.loads(payload)) if payload else {"error": "nothing"}
 
 
-def _score_confined(score: Callable[[str], float], answer: str, seconds: int) -> dict[str, Any]:
+def _score_confined(score: ScoreAnswer, answer: str, seconds: int) -> Reply:
     try:
         with open("/proc/self/statm") as statm:
             size = int(statm.read().split()[0]) * resource.getpagesize()
@@ -128,12 +88,12 @@ def _score_confined(score: Callable[[str], float], answer: str, seconds: int) ->
         return {"error": f"{type(error).__name__}: {str(error)[:200]}".encode(errors="replace").decode()}
 
 
-def serve(kind: str, seconds: int) -> None:
-    """Answers requests until standard input closes."""
+def serve(module: str, seconds: int) -> None:
+    """Answers requests until standard input closes. module: has `VERIFIER`, a pooled verifier."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(2, 1)  # what a package prints is no reply
-    bind = KINDS[kind]()
+    bind: BindRow = import_module(module).VERIFIER.load_scorer()
     bound = lru_cache(maxsize=4096)(lambda fields: bind(json.loads(fields)))
     replies.write(b"ready\n")
     replies.flush()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, TypedDict
 
 from pydantic import Field
 
@@ -34,6 +34,13 @@ class CurriculumConfig(Config):
     )
 
 
+class BinState(TypedDict):
+    """Of a bin: the tasks drawn so far, and the moving pass rate (None before the first group)."""
+
+    drawn: int
+    rate: float | None
+
+
 class Curriculum:
     """Draws tasks and tracks their pass rates."""
 
@@ -45,15 +52,14 @@ class Curriculum:
         self.bins: dict[str, list[Row]] = {}
         for row in tasks:
             self.bins.setdefault(bin_of(row), []).append(row)
-        self.state: dict[str, Any] = {name: {"drawn": 0, "rate": None} for name in sorted(self.bins)}
-        """Tasks drawn so far and the moving pass rate (None before the first group) of each bin."""
+        self.state: dict[str, BinState] = {name: {"drawn": 0, "rate": None} for name in sorted(self.bins)}
 
-    def copy(self) -> dict[str, Any]:
+    def copy(self) -> dict[str, BinState]:
         """A copy of the state: a checkpoint is written while the next step already changes the state."""
-        return {name: dict(bin_state) for name, bin_state in self.state.items()}
+        return {name: bin_state.copy() for name, bin_state in self.state.items()}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.state = {name: dict(bin_state) for name, bin_state in state.items()}
+    def load(self, state: Mapping[str, BinState]) -> None:
+        self.state = {name: bin_state.copy() for name, bin_state in state.items()}
 
     def open_bins(self) -> list[str]:
         """The open bins, by name: of each kind the levels up to the first whose pass rate is below

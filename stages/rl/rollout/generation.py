@@ -8,14 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Report
 from pipeline.core.store import Artifact
 from stages.data import chat
 from stages.data.tokenizer import END, PAD, TURN_END
-from stages.rl.protocols import Completion, Parts, Prompt, Response, Row, Sampler, Verifier, VerifierFailed
+from stages.rl.protocols import Answer, Completion, Parts, Prompt, Response, Row, Sampler, Verifier, VerifierFailed
 
 RETRY_SECONDS = 2.0
 
@@ -54,7 +53,7 @@ class Verifiers:
     def __init__(self, verifiers: Mapping[str, Verifier], retries: int, report: Report) -> None:
         self.by_name, self.retries, self.report = dict(verifiers), retries, report
 
-    def score(self, answers: Sequence[tuple[Row, Response]]) -> list[Parts]:
+    def score(self, answers: Sequence[Answer]) -> list[Parts]:
         """The parts of each answer's reward. A verifier that fails is retried; then VerifierFailed stops the step and
         loses nothing: a failed verifier never gives a reward of 0."""
         parts: dict[int, Parts] = {}
@@ -65,7 +64,7 @@ class Verifiers:
             )
         return [parts[i] for i in range(len(answers))]
 
-    def _score_with_retries(self, verifier: Verifier, answers: list[tuple[Row, Response]]) -> list[Parts]:
+    def _score_with_retries(self, verifier: Verifier, answers: list[Answer]) -> list[Parts]:
         for attempt in range(self.retries + 1):
             try:
                 return self._note_killed(verifier.name, answers, verifier.score(answers))
@@ -76,13 +75,13 @@ class Verifiers:
                 time.sleep(RETRY_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
 
-    def _note_killed(self, name: str, answers: list[tuple[Row, Response]], scored: list[Parts]) -> list[Parts]:
+    def _note_killed(self, name: str, answers: list[Answer], scored: list[Parts]) -> list[Parts]:
         """Reports the answers that were killed or that killed their verifier, which a reward of 0 does not show."""
         killed = [str(row["id"]) for (row, _), parts in zip(answers, scored, strict=True) if parts.get("killed")]
         if killed:
             self.report.note(
-                f"verifier {name}: {len(killed)} of {len(answers)} answers were ended by force, or ended what judges "
-                f"them; their reward is 0; the first is to task {killed[0]}"
+                f"verifier {name}: {len(killed)} of {len(answers)} answers were killed, or ended the process "
+                f"that scores them; their reward is 0; the first is to task {killed[0]}"
             )
         return scored
 
@@ -97,7 +96,7 @@ def draw(sampler: Sampler, chat: Chat, requests: Sequence[tuple[Row, int]], gree
     return sampler.generate([Prompt(ids[str(row["id"])], seed) for row, seed in requests], greedy)
 
 
-def mean_reward_by_kind(scored: Sequence[tuple[Row, Parts]]) -> dict[str, Any]:
+def mean_reward_by_kind(scored: Sequence[tuple[Row, Parts]]) -> dict[str, float]:
     """Mean reward by kind of task, in the order of their names."""
     by_kind: dict[str, list[float]] = {}
     for row, parts in scored:

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Qwen3MoeForCausalLM
 
-from stages.rl.protocols import Completion, Prompt
+from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
 from stages.rl.samplers.sampler_decode import Decoder
 
 CACHE = "cache" if "cache" in signature(Qwen3MoeForCausalLM.forward).parameters else "past_key_values"
@@ -28,7 +28,7 @@ COMPACT_BELOW = 0.75
 """Share of rows not yet stopped at which the others leave the cache, which is copied then."""
 
 
-class InProcess:
+class InProcess(Sampler):
     """Draws with the model of a Hugging Face config, on this process's device, in fp32 on CPU."""
 
     def __init__(
@@ -47,6 +47,11 @@ class InProcess:
         self.decoder = Decoder(self.model)
         self.stops, self.max_new_tokens = frozenset(stops), max_new_tokens
         self.temperature, self.rows = temperature, rows
+
+    @classmethod
+    def create(cls, context: SamplerContext) -> Self:
+        config = {**context.config, "dtype": "float32", "torch_dtype": "float32"}
+        return cls(config, context.stops, context.settings.max_new_tokens)
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         load_weights(self.model, tensors)
@@ -175,3 +180,6 @@ def load_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     unexpected = sorted(set(tensors) - loaded - {"lm_head.weight"})
     if unexpected:
         raise ValueError(f"the sampler's model has no tensor {unexpected[0]}")
+
+
+SAMPLER = InProcess

@@ -1,5 +1,5 @@
-"""The decoding step of sampling: one token for each row, by the formulas of Qwen3, dense or with experts, on the weights
-of a transformers model.
+"""The decoding step of sampling: one token for each row, by the formulas of Qwen3, dense or with experts, on the
+weights of a transformers model.
 
 transformers reads the prompts. After that, a step of a small model spends most time around its arithmetic: modules, new
 masks, caches copied to grow by a token, keys repeated for each query head. This decoder needs some thirty operations a

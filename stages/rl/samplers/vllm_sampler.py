@@ -13,13 +13,13 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.core.errors import AtomError, CheckFailed, MachineError
-from stages.rl.protocols import Completion, Prompt
+from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
 from stages.rl.rollout import rollouts
 from stages.rl.samplers.generate import load_weights
 from stages.rl.samplers.vllm_server import IN_FLIGHT, Server, interpreter
@@ -31,7 +31,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 T = TypeVar("T")
 
 
-class VllmServer:
+class VllmServer(Sampler):
     """Draws with one server of its own on this machine, or with those at `urls`.
 
     Of equal seeds it draws equal tokens only up to the rounding of a batched matrix product: how requests fall into
@@ -56,6 +56,14 @@ class VllmServer:
         else:
             log = self.folder / "server.log"
             self.servers = [Server.start(interpreter(python), self.folder, log, options)]
+
+    @classmethod
+    def create(cls, context: SamplerContext) -> Self:
+        settings = context.settings
+        return cls(
+            context.config, context.stops, settings.max_new_tokens, 1.0, context.folder,
+            settings.python, settings.url, settings.options,
+        )  # fmt: skip
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Loads the weights into every server and verifies that they took effect.
@@ -185,3 +193,6 @@ def logprobs(model: torch.nn.Module, prompt: Prompt, completion: Completion, tem
 
 def _sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+
+
+SAMPLER = VllmServer

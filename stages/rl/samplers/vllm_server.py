@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError, MachineError
+from stages.rl.protocols import SamplingSettings
 
 START_SECONDS = 900.0  # to import, and to warm up on a machine that is busy
 REQUEST_SECONDS = 900.0
@@ -61,12 +62,12 @@ def interpreter(python: str | None) -> str:
     return executable
 
 
-def obstacle(sampling: Any) -> str | None:
-    """The reason why the recipe's `sampling` cannot work here, if any."""
-    if sampling.kind != "vllm" or sampling.url:
+def obstacle(settings: SamplingSettings) -> str | None:
+    """The reason why no server can start here, if one is to."""
+    if settings.url:
         return None
     try:
-        interpreter(sampling.python)
+        interpreter(settings.python)
     except AtomError as error:
         return str(error)
     return None
@@ -153,7 +154,7 @@ class Server:
             except urllib.error.HTTPError as error:
                 reason = f"{path}: {error.code} {_message(error)}"
                 if error.code < 500:
-                    raise AtomError(f"the vLLM server at {self.url} refuses {reason}; see to the recipe") from None
+                    raise AtomError(f"the vLLM server at {self.url} refuses {reason}; correct the recipe") from None
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = f"{path}: {error}"
         raise self._failure(reason)

@@ -11,7 +11,10 @@ from __future__ import annotations
 import builtins
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:  # inside there is no package
+    from stages.rl.sandbox.outcome import Job
 
 
 class Channel(Protocol):
@@ -73,7 +76,7 @@ def decode(value: Any) -> Any:
     raise ValueError(f"unknown kind {kind}")
 
 
-def answer(channel: Channel, load: Load, job: dict[str, Any]) -> None:
+def answer(channel: Channel, load: Load, job: Job) -> None:
     """Loads the answer, then calls its function as asked. Whatever it does here, it can only change what it returns."""
     module = load("answer", job["prelude"], job["source"])
     channel.send({"loaded": True})
@@ -117,7 +120,7 @@ def rebuild_exception(names: list[str], text: str, arguments: Any) -> Exception:
     return Exception(text)
 
 
-def check(channel: Channel, load: Load, job: dict[str, Any]) -> None:
+def check(channel: Channel, load: Load, job: Job) -> None:
     """Runs `check(candidate)` of a trusted source, where candidate, by its own name too, asks the other sandbox.
 
     The last line is the verdict: true, false, or null with a reason if it is the row that is wrong.

@@ -13,11 +13,10 @@ import sys
 import sysconfig
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from stages.rl.sandbox.cgroups import PREFIX, Cgroup
 from stages.rl.sandbox.inside import DEVICES
-from stages.rl.sandbox.outcome import PATIENCE, Limits, Outcome, SandboxFailed
+from stages.rl.sandbox.outcome import PATIENCE, Job, Limits, Outcome, SandboxFailed
 from stages.rl.sandbox.running import Running
 
 INSIDE = ("inside.py", "calls.py", "syscalls.py")
@@ -95,10 +94,10 @@ class Cell:
 
     def run(self, program: Program) -> Outcome:
         """Runs it to its end. Raises SandboxFailed where the sandbox failed, and one of DEATHS where it died."""
-        with self.begin({"role": "program", **asdict(program)}) as running:
+        with self.begin({"role": "program", "source": program.source, "stdin": program.stdin}) as running:
             return running.finish()
 
-    def begin(self, job: dict[str, Any]) -> Running:
+    def begin(self, job: Job) -> Running:
         """Starts a job. Raises SandboxFailed where the sandbox does not start, and one of DEATHS where it dies."""
         if self._process is None or self._process.poll() is not None:
             self.close()
@@ -124,7 +123,7 @@ class Cell:
         self._kill(self._process)
         text = self._process.stderr.read().decode(errors="replace").strip()
         self.close()
-        return text.splitlines()[-1] if text else "bwrap said nothing"
+        return text.splitlines()[-1] if text else "bwrap printed no reason"
 
     @staticmethod
     def _kill(bwrap: subprocess.Popen[bytes]) -> None:

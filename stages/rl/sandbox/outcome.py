@@ -1,15 +1,11 @@
-"""What a program in a sandbox may use, and what became of it."""
+"""What a sandbox runs, what it may use, and how it ended."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, NotRequired, TypedDict
 
 from pipeline.core.errors import MachineError
-
-if TYPE_CHECKING:
-    pass
-
 
 PATIENCE = 60.0  # seconds in which our own processes start or answer, on however busy a machine
 
@@ -19,6 +15,18 @@ Status = Literal["ok", "error", "timeout", "memory", "output", "killed"]
 
 DEATHS = (BrokenPipeError, ConnectionResetError)
 """Raised where a sandbox died while it ran a program: it was killed from outside, or the program did it."""
+
+
+class Job(TypedDict):
+    """What a child in a sandbox runs: a whole program; or an answer's functions, which it calls as it is asked; or a
+    check that calls them. prelude: source that goes before; entry_point: the name of the function. A program has
+    neither."""
+
+    role: Literal["program", "answer", "check"]
+    source: str
+    stdin: str
+    prelude: NotRequired[str]
+    entry_point: NotRequired[str]
 
 
 class SandboxFailed(MachineError):

@@ -9,10 +9,10 @@ import selectors
 import socket
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from stages.rl.sandbox.cgroups import Cgroup
-from stages.rl.sandbox.outcome import PATIENCE, Limits, Outcome, SandboxFailed, Status
+from stages.rl.sandbox.outcome import PATIENCE, Job, Limits, Outcome, SandboxFailed, Status
 
 
 class Host(Protocol):
@@ -30,7 +30,7 @@ class Host(Protocol):
 class Running:
     """A program in its cell. As a context: on leaving, whatever is left of it is killed."""
 
-    def __init__(self, cell: Host, job: dict[str, Any], cgroup: Cgroup | None) -> None:
+    def __init__(self, cell: Host, job: Job, cgroup: Cgroup | None) -> None:
         self.cell, self.limits, self._cgroup = cell, cell.limits, cgroup
         self._killed_before = cgroup.out_of_memory() if cgroup else 0
         self._reason: Status | None = None

@@ -1,0 +1,81 @@
+"""The verifiers (reward functions) by name. A new one is a file in this folder and a line here.
+
+The file defines a class derived from `Verifier` (stages/rl/protocols.py) and names it `VERIFIER`. It is imported when a
+task names the verifier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.stage import Config, Inputs
+from pipeline.graph.recipe import explain
+from stages.rl.protocols import ChatTokenizer, Row, Verifier, VerifierContext
+
+VERIFIERS = {
+    "courtesy": "stages.rl.rewards.courtesy",
+    "exact": "stages.rl.rewards.exact",
+    "instructions": "stages.rl.rewards.instructions",
+    "math-verify": "stages.rl.rewards.math_verifier",
+    "nemo-gym": "stages.rl.rewards.gym_server",
+    "python-tests": "stages.rl.rewards.code_verifier",
+    "reasoning-gym": "stages.rl.rewards.reasoning_verifier",
+    "reward-model": "stages.rl.rewards.reward_model",
+}
+"""{verifier: its module}. Importing one is cheap; packages are imported when it is constructed."""
+
+
+def verifier_class(name: str) -> type[Verifier]:
+    """Raises RecipeError for an unknown name."""
+    if name not in VERIFIERS:
+        raise RecipeError(f"no verifier {name!r}; there are {', '.join(sorted(VERIFIERS))}")
+    verifier: type[Verifier] = import_module(VERIFIERS[name]).VERIFIER
+    return verifier
+
+
+def make_verifier(
+    name: str,
+    settings: Mapping[str, Any] | None = None,
+    inputs: Inputs | None = None,
+    chat: ChatTokenizer | None = None,
+) -> Verifier:
+    """The verifier of that name. Raises RecipeError for an unknown name or setting, or a missing requirement."""
+    verifier = verifier_class(name)
+    validated = _validate(verifier, settings or {})
+    if reason := verifier.missing():
+        raise RecipeError(reason)
+    return verifier(VerifierContext(validated, inputs or {}, chat))
+
+
+def make_verifiers(
+    rows: Sequence[Row], inputs: Inputs, chat: ChatTokenizer, settings: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Verifier]:
+    """The verifiers that tasks name, with their settings by name. Raises as `make_verifier` does."""
+    names = sorted({str(row["verifier"]) for row in rows})
+    return {name: make_verifier(name, settings.get(name), inputs, chat) for name in names}
+
+
+def obstacle(names: Iterable[str], settings: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The reason why a verifier of these names cannot score here, if any."""
+    for name in sorted(set(names)):
+        try:
+            verifier = verifier_class(name)
+            _validate(verifier, settings.get(name, {}))
+        except AtomError as error:
+            return str(error)
+        if reason := verifier.missing():
+            return reason
+    return None
+
+
+def _validate(verifier: type[Verifier], settings: Mapping[str, Any]) -> Config:
+    try:
+        return verifier.Settings.model_validate(settings)
+    except ValidationError as error:
+        title = f"verifier {verifier.name} with the settings {dict(settings)}"
+        raise explain(error, verifier.Settings, title) from None

@@ -1,0 +1,89 @@
+"""Verifier `reward-model`: an exported reward model, trained on pairs of answers. Parts: `reward`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.core.errors import RecipeError
+from stages.data import chat
+from stages.rl.protocols import (
+    Answer,
+    ChatTokenizer,
+    NoSettings,
+    Parts,
+    Verifier,
+    VerifierContext,
+    VerifierFailed,
+    question,
+)
+
+ROWS = 64
+
+
+class RewardModel(Verifier):
+    """The score of an answer is the log-probability that `<|endoftext|>` follows it. The reward is the probability, by
+    Bradley and Terry, that the answer is preferred to one of mean score."""
+
+    name = "reward-model"
+
+    def __init__(self, context: VerifierContext[NoSettings]) -> None:
+        """inputs["reward_model"]: the export; inputs["reward"]: its training, which measured the mean score of held-out
+        pairs. Raises RecipeError without them."""
+        if "reward" not in context.inputs:
+            raise RecipeError(
+                "tasks name the verifier reward-model, which only online_rlhf has; use another reward function"
+            )
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        assert context.chat is not None, "a phase has a tokenizer"
+        artifact = context.inputs["reward_model"]
+        self.model = AutoModelForCausalLM.from_pretrained(
+            artifact / "model", dtype=torch.float32, local_files_only=True
+        ).eval()
+        self.chat, self.version = context.chat, artifact.key
+        self.center: float = context.inputs["reward"].json("summary.json")["centre"]
+
+    def score(self, answers: Sequence[Answer]) -> list[Parts]:
+        import torch
+
+        rows = [
+            reward_input(self.chat, question(row), response.text, response.finished)[:-1] for row, response in answers
+        ]
+        limit = self.model.config.max_position_embeddings
+        rewards: list[float] = [0.0] * len(rows)
+        for (row, response), ids in zip(answers, rows, strict=True):
+            if response.finished and len(ids) > limit:
+                raise VerifierFailed(
+                    f"verifier {self.name} cannot score row {row['id']}: {len(ids)} tokens are more than its context "
+                    f"of {limit}; allow shorter answers"
+                )
+        order = sorted((i for i in range(len(rows)) if len(rows[i]) <= limit), key=lambda i: (len(rows[i]), i))
+        for start in range(0, len(order), ROWS):
+            batch = order[start : start + ROWS]
+            last = torch.tensor([len(rows[i]) - 1 for i in batch])
+            width = int(last.max()) + 1
+            ids = torch.tensor([[*rows[i], *[self.chat.pad] * (width - len(rows[i]))] for i in batch])
+            with torch.inference_mode():
+                logits = self.model(ids).logits[torch.arange(len(batch)), last]
+            scores = torch.log_softmax(logits.double(), -1)[:, self.chat.end]
+            probabilities = torch.sigmoid(scores - self.center).tolist()
+            for i, probability in zip(batch, probabilities, strict=True):
+                rewards[i] = probability if answers[i][1].finished else 0.0
+        return [{"reward": probability} for probability in rewards]
+
+    def close(self) -> None:
+        del self.model
+
+
+def reward_input(template: ChatTokenizer, prompt: str, text: str, finished: bool) -> list[int]:
+    """The token ids of a question and its answer in the chat template, and of the token whose probability is the
+    reward."""
+    ids: list[int] = template.tokenizer.encode(
+        chat.render([{"role": "user", "content": prompt}], ask=True), add_special_tokens=False
+    ).ids
+    ids += template.tokenizer.encode(text, add_special_tokens=False).ids
+    return [*ids, *([template.turn_end] if finished else []), template.end]
+
+
+VERIFIER = RewardModel

@@ -1,0 +1,38 @@
+"""The samplers by name. A new one is a file in this folder and a line here.
+
+The file defines a class derived from `Sampler` (stages/rl/protocols.py) and names it `SAMPLER`. It may import torch,
+since it is imported when a phase begins to draw; what a plan asks for is stated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+from pipeline.core.stage import Promise
+from stages.rl.protocols import Sampler, SamplerContext, SamplingSettings
+from stages.rl.samplers import vllm_server
+
+
+@dataclass(frozen=True)
+class SamplerEntry:
+    """module: where `SAMPLER` is. promise: that of a stage which draws with it. obstacle: the reason why it cannot work
+    here with the recipe's settings, if any; called before anything starts, without torch."""
+
+    module: str
+    promise: Promise
+    obstacle: Callable[[SamplingSettings], str | None] = lambda settings: None
+
+
+SAMPLERS = {
+    "in-process": SamplerEntry("stages.rl.samplers.generate", promise="bitwise"),
+    # vLLM adds in an order of its own.
+    "vllm": SamplerEntry("stages.rl.samplers.vllm_sampler", promise="numeric", obstacle=vllm_server.obstacle),
+}
+
+
+def make_sampler(name: str, context: SamplerContext) -> Sampler:
+    """The sampler of that name. Raises AtomError where a requirement is missing."""
+    sampler: type[Sampler] = import_module(SAMPLERS[name].module).SAMPLER
+    return sampler.create(context)

@@ -1,0 +1,136 @@
+"""The registries of verifiers, samplers and task sources: each file is named, and each entry keeps its contract."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.code_digests import code_digests
+from pipeline.core.errors import AtomError, RecipeError
+from stages.rl.protocols import Verifier
+from stages.rl.rewards import pooled_verifier
+from stages.rl.rewards.registry import VERIFIERS, make_verifier, obstacle, verifier_class
+from stages.rl.rollout.task_sources.registry import TASK_SOURCES
+from stages.rl.samplers.registry import SAMPLERS
+from tests.fixtures import ROOT
+
+FOLDERS = {
+    "stages/rl/rewards": ("VERIFIER", list(VERIFIERS.values())),
+    "stages/rl/samplers": ("SAMPLER", [entry.module for entry in SAMPLERS.values()]),
+    "stages/rl/rollout/task_sources": ("SOURCE", list(TASK_SOURCES.values())),
+}
+"""{folder: (what a file calls its class, the modules that the registry names)}"""
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_files_and_registry_name_each_other(folder: str) -> None:
+    constant, registered = FOLDERS[folder]
+    registry = f"{folder}/registry.py"
+    for path in sorted(Path(ROOT, folder).glob("*.py")):
+        module = f"{folder.replace('/', '.')}.{path.stem}"
+        names_class = any(line.startswith((f"{constant} =", f"{constant}:")) for line in path.read_text().splitlines())
+        if names_class:
+            assert module in registered, f"{folder}/{path.name} has {constant}; add a line for it to {registry}"
+        else:
+            assert module not in registered, f"{registry} names {module}, which has no {constant}; add it to the file"
+    modules = {f"{folder.replace('/', '.')}.{path.stem}" for path in Path(ROOT, folder).glob("*.py")}
+    assert set(registered) <= modules, f"{registry} names {sorted(set(registered) - modules)}, which are no files"
+
+
+def test_a_class_has_the_name_of_its_entry() -> None:
+    for name in VERIFIERS:
+        assert verifier_class(name).name == name
+    for name, module in TASK_SOURCES.items():
+        assert import_module(module).SOURCE.model_fields["source"].annotation.__args__ == (name,)
+
+
+def concrete(base: type[Verifier]) -> set[type[Verifier]]:
+    """The classes derived from a verifier that have a name, directly or not."""
+    return {c for each in base.__subclasses__() for c in ({each} if "name" in vars(each) else set()) | concrete(each)}
+
+
+def test_every_verifier_class_is_registered() -> None:
+    for path in sorted(Path(ROOT, "stages/rl/rewards").glob("*.py")):
+        import_module(f"stages.rl.rewards.{path.stem}")
+    ours = {c for c in concrete(Verifier) if c.__module__.startswith("stages.")}
+    missing = ours - {verifier_class(name) for name in VERIFIERS}
+    assert missing == set(), f"{missing}: name the class VERIFIER and add a line to stages/rl/rewards/registry.py"
+
+
+@pytest.mark.parametrize("name", sorted(VERIFIERS))
+def test_a_verifier_keeps_the_contract(name: str) -> None:
+    kind = verifier_class(name)
+    if reason := kind.missing() or next(
+        (f"needs {n}" for n, f in kind.Settings.model_fields.items() if f.is_required()), None
+    ):
+        pytest.skip(reason)
+    try:
+        verifier = make_verifier(name)
+    except RecipeError as error:
+        assert f"verifier {name}" in str(error), "it lacks an input"
+        return
+    assert verifier.name == name and verifier.version and verifier.score([]) == []
+    verifier.close()
+
+
+def test_the_reward_model_needs_its_inputs() -> None:
+    with pytest.raises(RecipeError, match="which only online_rlhf has; use another reward function"):
+        make_verifier("reward-model")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("math", {}, f"no verifier 'math'; there are {', '.join(sorted(VERIFIERS))}"),
+        ("exact", {"strict": True}, "verifier exact with the settings {'strict': True}: strict is not a field"),
+        ("nemo-gym", {}, "verifier nemo-gym with the settings {}: url is missing (and 1 more)"),
+        ("math-verify", {"seconds": 0}, "verifier math-verify with the settings {'seconds': 0}: seconds = 0 is out of range; use 1 to 86400"),
+    ],
+)  # fmt: skip
+def test_wrong_names_and_settings_are_refused_before_a_run(name: str, settings: dict[str, Any], words: str) -> None:
+    assert obstacle([name], {name: settings}) == words
+    with pytest.raises(AtomError) as refused:
+        make_verifier(name, settings)
+    assert str(refused.value) == words
+
+
+def test_a_missing_package_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        raise pooled_verifier.PackageNotFoundError(package)
+
+    assert obstacle(["exact", "math-verify"], {}) is None
+    monkeypatch.setattr(pooled_verifier, "version", version)
+    assert obstacle(["exact", "math-verify"], {}) == "math-verify is not installed; pip install 'atom-release[rl]'"
+    with pytest.raises(AtomError, match="math-verify is not installed"):
+        make_verifier("math-verify")
+
+
+def test_verifiers_are_imported_by_name_and_without_torch() -> None:
+    """All of them, as an obstacle asks; and none before."""
+    code = """
+import sys
+from stages.rl import rlvr
+from stages.rl.rewards.registry import VERIFIERS, verifier_class
+print([module for module in VERIFIERS.values() if module in sys.modules])
+for name in VERIFIERS: verifier_class(name)
+print([module for module in ("torch", "transformers", "pyarrow", "math_verify", "reasoning_gym") if module in sys.modules])
+"""
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    imported, heavy = process.stdout.splitlines()
+    assert imported == heavy == "[]"
+
+
+@pytest.mark.parametrize("stage", ["stages.rl.rollout.tasks", "stages.rl.rlvr", "stages.rl.dpo"])
+def test_the_code_digest_of_a_stage_holds_what_its_registries_name(stage: str) -> None:
+    """So that `atom plan` shows a changed verifier as stale."""
+    modules = set(VERIFIERS.values()) | set(TASK_SOURCES.values())
+    if stage != "stages.rl.rollout.tasks":
+        modules |= {entry.module for entry in SAMPLERS.values()}
+    assert modules - set(code_digests(stage)) == set()
+    assert "stages.graph" not in code_digests(stage)
