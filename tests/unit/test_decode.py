@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.mcore.weight_init import full_tensor
-from stages.models.base import Yarn
+from stages.models.base import ModelConfig, Yarn
 from stages.models.hf import hf_config
+from stages.models.qwen3.config import Qwen3Config
 from stages.models.qwen3_moe import spec
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.rl.protocols import Prompt
 from stages.rl.samplers.generate import InProcess
+from stages.rl.samplers.library_decode import LibraryDecoder
 from stages.rl.samplers.sampler_decode import Decoder
 from tests.fixtures import rl_fixtures
 
 pytestmark = pytest.mark.numeric
 
 MODEL = Qwen3MoeConfig.model_validate(rl_fixtures.MODEL)
+DENSE = Qwen3Config(
+    architecture="qwen3", intermediate_size=48,
+    **{name: value for name, value in MODEL.model_dump().items() if name in ModelConfig.model_fields},
+    heads=MODEL.heads, kv_heads=MODEL.kv_heads, head_dim=MODEL.head_dim,
+)  # fmt: skip
 VOCAB, STEPS = rl_fixtures.PADDED, 90  # more than the cache grows by at once
 
 
 def sampler(changes: dict[str, object], new: int = STEPS, seed: int = 0, **config: object) -> InProcess:
-    model = MODEL.model_copy(update=changes)
+    model = DENSE if changes.get("architecture") == "qwen3" else MODEL.model_copy(update=changes)
     engine = InProcess({**hf_config(model, VOCAB, 1, 0, "float32"), **config}, (), new)
     tensors = {n: full_tensor(n, s, model, seed) for n, s in model.shapes(VOCAB).items()}
-    engine.load(spec.to_hf(tensors, model, VOCAB))
+    engine.load(model.spec().to_hf(tensors, model, VOCAB))
     return engine
 
 
@@ -43,16 +49,17 @@ def prompts(lengths: list[int]) -> list[Prompt]:
         ({"kv_heads": 4, "tie_embeddings": False}, {}),
         ({"kv_heads": 1, "experts": 8, "num_experts_per_tok": 3}, {"norm_topk_prob": False}),
         ({"dense_layers": 1, "intermediate_size": 24}, {}),
+        ({"architecture": "qwen3"}, {}),
         ({"yarn": Yarn(factor=4.0, original_length=32), "context_length": 128}, {}),
     ],
 )
 @pytest.mark.parametrize("lengths", [[5, 1, 30, 9], [7, 7], [40]])
 def test_logits_are_those_of_a_whole_forward_pass(changes, config, lengths, monkeypatch) -> None:
-    monkeypatch.setattr("stages.rl.samplers.generate.READ", 16)  # so that the prompts are read in several pieces
+    monkeypatch.setattr("stages.rl.samplers.sampler_decode.READ", 16)  # so that the prompts are read in several pieces
     engine, requests = sampler(changes, **config), prompts(lengths)
     forced_ids = torch.randint(6, VOCAB, (len(requests), STEPS), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        logits, rows = [engine._read(requests)], torch.arange(len(requests))
+        logits, rows = [engine.decoder.read([request.ids for request in requests], STEPS)], torch.arange(len(requests))
         for n in range(STEPS):
             if n == STEPS // 2 and len(rows) > 2:  # some rows have ended
                 rows = rows[[0, 2]]
@@ -82,7 +89,27 @@ def test_weights_that_are_loaded_later_are_used() -> None:
     assert before != engine.generate(requests) == sampler({}, new=12, seed=5).generate(requests)
 
 
-def test_another_kind_of_model_is_refused() -> None:
-    config = AutoConfig.for_model("qwen3", hidden_size=16, num_hidden_layers=1, vocab_size=32)
-    with pytest.raises(TypeError, match="not from Qwen3ForCausalLM"):
-        Decoder(AutoModelForCausalLM.from_config(config))
+def test_another_architecture_is_decoded_by_its_own_forward_pass() -> None:
+    """Greedy tokens and log-probabilities are those of whole forward passes, also after rows have ended."""
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": VOCAB,
+    }
+    torch.manual_seed(0)
+    stops = range(0, VOCAB, 3)
+    engine = InProcess({"model_type": "llama", **size}, stops, 20)
+    assert isinstance(engine.decoder, LibraryDecoder)
+    requests = prompts([5, 1, 12, 9, 5, 3])
+    completions = engine.generate(requests, greedy=True)
+    assert len({len(completion.ids) for completion in completions}) > 1, "rows end at different steps"
+    for request, completion in zip(requests, completions, strict=True):
+        with torch.inference_mode():
+            logits = engine.model(torch.tensor([[*request.ids, *completion.ids]])).logits[0, len(request.ids) - 1 : -1]
+        assert logits.argmax(-1).tolist() == list(completion.ids)
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(TypeError, match="not from LlamaForCausalLM"):
+        Decoder(engine.model)

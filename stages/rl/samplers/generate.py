@@ -1,5 +1,5 @@
-"""The in-process sampler: a transformers model filled from the trainer's tensors reads the prompts, and our decoder
-goes on from its cache of keys and values.
+"""The in-process sampler: a transformers model filled from the trainer's tensors reads the prompts, and a decoder goes
+on from its cache: ours for the architectures that it knows, else the model's own forward pass.
 
 The log-probabilities are those of the very distribution that a token was drawn from. Every answer has a random stream
 of its own, so it is the same whatever else is asked beside it, up to the rounding of a batched matrix product.
@@ -8,20 +8,16 @@ of its own, so it is the same whatever else is asked beside it, up to the roundi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.rl.protocols import Completion, Prompt, Sampler, SamplerContext
-from stages.rl.samplers.sampler_decode import Decoder
+from stages.rl.samplers.library_decode import LibraryDecoder
+from stages.rl.samplers.sampler_decode import CLASSES, Decoder
 
-CACHE = "cache" if "cache" in signature(Qwen3MoeForCausalLM.forward).parameters else "past_key_values"
-"""The name of the cache's argument in this version of transformers."""
-READ = 1024
-"""Tokens of prompts that are read at once, padding included: what is made of more leaves the processor's caches."""
 ROWS = 256
 """Answers that are drawn side by side, which bounds the cache."""
 COMPACT_BELOW = 0.75
@@ -44,7 +40,7 @@ class InProcess(Sampler):
         if torch.cuda.is_available():
             self.model.cuda()
         self.model.requires_grad_(False)
-        self.decoder = Decoder(self.model)
+        self.decoder = Decoder(self.model) if isinstance(self.model, CLASSES) else LibraryDecoder(self.model)
         self.stops, self.max_new_tokens = frozenset(stops), max_new_tokens
         self.temperature, self.rows = temperature, rows
 
@@ -74,7 +70,7 @@ class InProcess(Sampler):
     def _sample(self, prompts: list[Prompt], noise: torch.Tensor | None) -> list[Completion]:
         device, count, max_tokens = self.model.device, len(prompts), self.max_new_tokens
         stops = torch.tensor(sorted(self.stops))
-        logits = self._read(prompts)
+        logits = self.decoder.read([prompt.ids for prompt in prompts], max_tokens)
         tokens, log_probs = torch.zeros(max_tokens, count, dtype=torch.long), torch.zeros(max_tokens, count)
         active, unfinished = torch.arange(count), torch.ones(count, dtype=torch.bool)
         for step in range(max_tokens):
@@ -98,47 +94,6 @@ class InProcess(Sampler):
             end = next((n for n, token in enumerate(ids) if token in self.stops), max_tokens - 1) + 1
             completions.append(Completion(tuple(ids[:end]), tuple(logprobs[:end]), ids[end - 1] in self.stops))
         return completions
-
-    def _read(self, prompts: list[Prompt]) -> torch.Tensor:
-        """Fills the decoder's cache; returns the logits after each prompt. Equal prompts, such as those of a group, are
-        read once."""
-        device, width = self.model.device, max(len(prompt.ids) for prompt in prompts)
-        unique_prompts = list(dict.fromkeys(prompt.ids for prompt in prompts))  # shortest first, as the prompts are
-        prompt_cache = self.decoder.allocate_cache(len(unique_prompts), width)
-        logits, start = [], 0
-        while start < len(unique_prompts):
-            batch = [unique_prompts[start]]
-            while (
-                start + len(batch) < len(unique_prompts)
-                and (len(batch) + 1) * len(unique_prompts[start + len(batch)]) <= READ
-            ):
-                batch.append(unique_prompts[start + len(batch)])
-            longest = len(batch[-1])
-            pads = torch.tensor([longest - len(ids) for ids in batch])
-            positions = torch.arange(longest) - pads[:, None]
-            cache = DynamicCache(config=self.model.config)
-            output = self.model(
-                torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in batch], device=device),
-                attention_mask=(positions >= 0).long().to(device) if pads.any() else None,
-                position_ids=positions.clamp_min(0).to(device),
-                **{CACHE: cache},
-                logits_to_keep=1,
-            )
-            logits.append(output.logits[:, -1].float().cpu())
-            for layer_cache, layer in zip(prompt_cache, cache.layers, strict=True):
-                layer_cache[:, start : start + len(batch), :, width - longest :] = torch.stack(
-                    (layer.keys, layer.values)
-                )
-            start += len(batch)
-        index_of = {ids: n for n, ids in enumerate(unique_prompts)}
-        rows = torch.tensor([index_of[prompt.ids] for prompt in prompts])
-        pads = torch.tensor([width - len(prompt.ids) for prompt in prompts])
-        self.decoder.start(
-            [layer_cache[:, rows.to(device)] for layer_cache in prompt_cache],
-            pads.to(device),
-            width + self.max_new_tokens,
-        )
-        return torch.cat(logits)[rows]
 
     def _noise(self, prompts: list[Prompt]) -> torch.Tensor:
         """Uniform numbers in (0, 1), [rows, steps]: one for each token that may be drawn."""

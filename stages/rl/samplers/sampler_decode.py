@@ -8,14 +8,19 @@ layer, on a cache that is written in place. Tests compare its logits with transf
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
+from transformers import DynamicCache, Qwen3ForCausalLM, Qwen3MoeForCausalLM
+
+from stages.rl.samplers.library_decode import cache_argument
 
 CLASSES = (Qwen3ForCausalLM, Qwen3MoeForCausalLM)
 NAMES = " and ".join(kind.__name__ for kind in CLASSES)
+READ = 1024
+"""Tokens of prompts that are read at once, padding included: what is made of more leaves the processor's caches."""
 ROOM = 64
 """Tokens by which the cache grows at least."""
 
@@ -26,13 +31,51 @@ class Decoder:
     def __init__(self, model: Any) -> None:
         if not isinstance(model, CLASSES):
             raise TypeError(f"the decoder draws from {NAMES} models, not from {type(model).__name__}")
-        self.model: Any = model.model
+        self.reader, self.model = model, model.model
         self.head, self.config = model.lm_head, model.config
         self.groups, self.dim = self.config.num_key_value_heads, self.config.head_dim
         self.queries = self.config.num_attention_heads
         self.qkv = [_fuse_qkv(layer.self_attn) for layer in self.model.layers]
         self.device = model.device
         self.expert_ids = torch.arange(getattr(self.config, "num_experts", 0), device=model.device)
+
+    def read(self, prompts: Sequence[tuple[int, ...]], room: int) -> torch.Tensor:
+        """Fills the cache with prompts, the shortest first, with room for more tokens. Returns the logits after each,
+        [prompts, vocabulary]. Equal prompts, such as those of a group, are read once."""
+        width = max(len(ids) for ids in prompts)
+        unique_prompts = list(dict.fromkeys(prompts))
+        prompt_cache = self.allocate_cache(len(unique_prompts), width)
+        logits, start = [], 0
+        while start < len(unique_prompts):
+            batch = [unique_prompts[start]]
+            while (
+                start + len(batch) < len(unique_prompts)
+                and (len(batch) + 1) * len(unique_prompts[start + len(batch)]) <= READ
+            ):
+                batch.append(unique_prompts[start + len(batch)])
+            longest = len(batch[-1])
+            pads = torch.tensor([longest - len(ids) for ids in batch])
+            positions = torch.arange(longest) - pads[:, None]
+            cache = DynamicCache(config=self.config)
+            output = self.reader(
+                torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in batch], device=self.device),
+                attention_mask=(positions >= 0).long().to(self.device) if pads.any() else None,
+                position_ids=positions.clamp_min(0).to(self.device),
+                **{cache_argument(self.reader): cache},
+                logits_to_keep=1,
+            )
+            logits.append(output.logits[:, -1].float().cpu())
+            for layer_cache, layer in zip(prompt_cache, cache.layers, strict=True):
+                layer_cache[:, start : start + len(batch), :, width - longest :] = torch.stack(
+                    (layer.keys, layer.values)
+                )
+            start += len(batch)
+        index_of = {ids: n for n, ids in enumerate(unique_prompts)}
+        rows = torch.tensor([index_of[ids] for ids in prompts])
+        pads = torch.tensor([width - len(ids) for ids in prompts])
+        caches = [layer_cache[:, rows.to(self.device)] for layer_cache in prompt_cache]
+        self.start(caches, pads.to(self.device), width + room)
+        return torch.cat(logits)[rows]
 
     def allocate_cache(self, rows: int, length: int) -> list[torch.Tensor]:
         """Empty keys and values, for each layer [2, rows, groups, length, dim]."""
