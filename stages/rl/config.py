@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Context, Key, LongLine, Mix, Range, Settings, Steps, Words
-from pipeline.core.stage import Config, Promise, Renamed, operational
+from pipeline.core.stage import Config, Promise, Renamed, added, operational
 from stages.models.base import ModelConfig
+from stages.rl.algorithms.policy_losses.registry import DEFAULT, POLICY_LOSSES
 from stages.rl.rewards import registry as reward_registry
 from stages.rl.rollout.curriculum import CurriculumConfig
 from stages.rl.rollout.tasks import Tasks
@@ -27,8 +28,9 @@ Verifiers = Annotated[dict[Key, Settings], Field(max_length=100)]
 
 if TYPE_CHECKING:
     SamplerName = str
+    PolicyLossName = str
 else:
-    SamplerName = Literal[tuple(SAMPLERS)]
+    SamplerName, PolicyLossName = Literal[tuple(SAMPLERS)], Literal[tuple(POLICY_LOSSES)]
 
 
 class Replay(Config):
@@ -94,8 +96,8 @@ class PostTrainingPhase(PhaseBase):
 
 
 class RlPhase(PostTrainingPhase):
-    """Group-relative policy optimization (GRPO) with rewards from verifiers: the token-level loss and asymmetric clip
-    of DAPO, the advantages of Dr. GRPO without division, and no KL penalty."""
+    """Group-relative policy optimization (GRPO) with rewards from verifiers: the advantages of Dr. GRPO without
+    division, by default the token-level loss and asymmetric clip of DAPO, and no KL penalty."""
 
     tasks: Tasks = Field(description="sources of prompts, each with the verifier that scores the answers")
     prompts_per_step: Annotated[Prompts, Renamed("groups")] = Field(
@@ -105,6 +107,9 @@ class RlPhase(PostTrainingPhase):
         description="answers per prompt (the group size of GRPO)"
     )
     sampling: Sampling = Field(description="sampling of answers")
+    loss_type: PolicyLossName = added(
+        DEFAULT, "policy loss: dapo (PPO's clip, summed over tokens) or cispo (MiniMax-M1, which clips the weight)"
+    )
     clip_low: Annotated[float, Range(0, 1, "PPO and DAPO: 0.2", above=True, below=True)] = Field(
         0.2, description="lower clip range of PPO; inactive, since each step has one update"
     )

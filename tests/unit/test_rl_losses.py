@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.rl.algorithms.losses import advantages, dpo_loss, mask_unfinished, policy_loss, zero_variance
+from stages.rl.algorithms.policy_losses import registry as policy_losses
 
 pytestmark = pytest.mark.numeric
 
@@ -68,7 +69,9 @@ def trl_fragment(method: Any, first: str, last: str, **names: Any) -> dict[str, 
 # --- GRPO against TRL -----------------------------------------------------------------------------------------------
 
 
-def trl_grpo(b: dict[str, torch.Tensor], beta: float, cap: float, low: float, high: float, first_update: bool) -> Any:
+def trl_grpo(
+    b: dict[str, torch.Tensor], beta: float, cap: float, low: float, high: float, first_update: bool, kind: str = "dapo"
+) -> Any:
     """A function of log-probabilities that is TRL's loss times its number of tokens; and the metrics that it logs."""
     from trl import GRPOTrainer
 
@@ -77,7 +80,7 @@ def trl_grpo(b: dict[str, torch.Tensor], beta: float, cap: float, low: float, hi
         accelerator=ACCELERATOR,
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
         model=SimpleNamespace(training=True),
-        loss_type="dapo",
+        loss_type=kind,
         importance_sampling_level="token",
         beta=beta,
         epsilon_low=low,
@@ -122,6 +125,27 @@ def trl_grpo(b: dict[str, torch.Tensor], beta: float, cap: float, low: float, hi
         return GRPOTrainer._compute_loss(trainer, None, inputs) * b["mask"].sum()
 
     return loss, trainer._metrics["train"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("first_update", [True, False])
+def test_cispo_is_trls(shape: tuple[int, int], first_update: bool) -> None:
+    b = batch(*shape, seed=sum(shape))
+    theirs, metrics = trl_grpo(b, 0.0, 2.0, 0.2, 1.4, first_update, "cispo")  # TRL's upper clip is the bound itself
+    figures: dict[str, torch.Tensor] = {}
+
+    def ours(logprobs: torch.Tensor) -> torch.Tensor:
+        loss, statistics = policy_loss(
+            logprobs, b["sampler_logprobs"], b["advantages"], b["mask"], token_loss=policy_losses.load("cispo"),
+            clip_high=0.4, old_logprobs=None if first_update else b["old_logprobs"],
+        )  # fmt: skip
+        figures.update(statistics)
+        return loss
+
+    for mine, other in zip(with_gradient(ours, b["logprobs"]), with_gradient(theirs, b["logprobs"]), strict=True):
+        torch.testing.assert_close(mine, other, **CLOSE)
+    share = figures["clip_fraction"].item() / figures["tokens"].item()
+    assert share == pytest.approx(metrics["cispo_clip_ratio"][-1], abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

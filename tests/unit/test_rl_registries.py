@@ -1,4 +1,4 @@
-"""The registries of verifiers, samplers and task sources: each file is named, and each entry keeps its contract."""
+"""The registries of verifiers, samplers, task sources and policy losses: each file is named, and each entry keeps its contract."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.core.code_digests import code_digests
 from pipeline.core.errors import AtomError, RecipeError
+from stages.rl.algorithms.policy_losses.registry import POLICY_LOSSES
 from stages.rl.protocols import Verifier
 from stages.rl.rewards import pooled_verifier
 from stages.rl.rewards.registry import VERIFIERS, make_verifier, obstacle, verifier_class
@@ -23,8 +24,9 @@ FOLDERS = {
     "stages/rl/rewards": ("VERIFIER", list(VERIFIERS.values())),
     "stages/rl/samplers": ("SAMPLER", [entry.module for entry in SAMPLERS.values()]),
     "stages/rl/rollout/task_sources": ("SOURCE", list(TASK_SOURCES.values())),
+    "stages/rl/algorithms/policy_losses": ("def token_loss", list(POLICY_LOSSES.values())),
 }
-"""{folder: (what a file calls its class, the modules that the registry names)}"""
+"""{folder: (what a file defines, the modules that the registry names)}"""
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -33,7 +35,9 @@ def test_files_and_registry_name_each_other(folder: str) -> None:
     registry = f"{folder}/registry.py"
     for path in sorted(Path(ROOT, folder).glob("*.py")):
         module = f"{folder.replace('/', '.')}.{path.stem}"
-        names_class = any(line.startswith((f"{constant} =", f"{constant}:")) for line in path.read_text().splitlines())
+        names_class = any(
+            line.startswith((f"{constant} =", f"{constant}:", f"{constant}(")) for line in path.read_text().splitlines()
+        )
         if names_class:
             assert module in registered, f"{folder}/{path.name} has {constant}; add a line for it to {registry}"
         else:

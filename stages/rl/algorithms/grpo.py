@@ -1,4 +1,5 @@
-"""Group-relative policy optimization (GRPO): draw answers, verify them, and make one update a step.
+"""Group-relative policy optimization (GRPO): draw answers, verify them, and make one update a step, with the policy
+loss that the recipe names.
 
 Groups whose answers all have the same reward are dropped and replaced.
 """
@@ -14,6 +15,7 @@ import torch
 
 from stages.data.seeds import seed_of
 from stages.rl.algorithms import losses
+from stages.rl.algorithms.policy_losses import registry as policy_losses
 from stages.rl.config import RlPhase, RlTrainConfig
 from stages.rl.policy import PolicyTrainer, require_small_gap
 from stages.rl.rollout import rollouts
@@ -186,6 +188,7 @@ def training_examples(answers: Sequence[Rollout]) -> tuple[list[Example], int]:
 
 def objective(phase: RlPhase) -> Objective:
     """The policy loss of the answers' tokens plus the weighted loss of replayed tokens."""
+    token_loss = policy_losses.load(phase.loss_type)
 
     def compute(cross_entropy: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         extras: Mapping[str, torch.Tensor] = batch.extras
@@ -194,6 +197,7 @@ def objective(phase: RlPhase) -> Objective:
             extras["sampler"],
             extras["advantage"],
             batch.loss_mask * extras["learnt"][:, None],
+            token_loss=token_loss,
             clip_low=phase.clip_low,
             clip_high=phase.clip_high,
             tis_cap=phase.tis_cap,

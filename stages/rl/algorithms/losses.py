@@ -13,6 +13,9 @@ import math
 import torch
 from torch.nn.functional import logsigmoid
 
+from stages.rl.algorithms.policy_losses import dapo
+from stages.rl.algorithms.policy_losses.registry import TokenLoss, Tokens
+
 Figures = dict[str, torch.Tensor]
 
 
@@ -43,6 +46,7 @@ def policy_loss(
     advantages: torch.Tensor,
     mask: torch.Tensor,
     *,
+    token_loss: TokenLoss = dapo.token_loss,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     tis_cap: float = 2.0,
@@ -52,16 +56,16 @@ def policy_loss(
 ) -> tuple[torch.Tensor, Figures]:
     """The sum of the tokens' losses, and figures.
 
-    PPO's clipped surrogate by token, with the wider upper clip of DAPO (arXiv 2503.14476); divided by the unmasked
-    tokens of the whole batch it is DAPO's token-level loss. The ratio is to `old_logprobs`, the trainer's before the
-    first update on this batch (None: this is the first update). As the sampler's distribution is not quite the
-    trainer's, each token is weighted by min(exp(old - sampler), tis_cap): truncated importance sampling
-    (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). `kl` times the k3
-    estimate of KL(policy || reference) (joschu.net/blog/kl-approx.html) is added if not 0, unweighted.
+    token_loss: the loss of a token (stages/rl/algorithms/policy_losses), by default DAPO's. The ratio is to
+    `old_logprobs`, the trainer's before the first update on this batch (None: this is the first update). As the
+    sampler's distribution is not quite the trainer's, each token is weighted by min(exp(old - sampler), tis_cap):
+    truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training"). `kl` times the k3 estimate of KL(policy || reference) (joschu.net/blog/kl-approx.html) is added if not
+    0, unweighted.
 
     logprobs (with gradient), sampler_logprobs, old_logprobs, reference_logprobs, mask: [rows, width]. advantages:
     [rows], or [rows, width] where they differ by token.
-    Figures: `tokens`; `clip_fraction`, tokens whose gradient the clip stopped; `ratio`; `importance_ratio` and
+    Figures: `tokens`; `clip_fraction`, tokens on which the clip acted; `ratio`; `importance_ratio` and
     `truncated`, tokens at the cap; `sampler_gap` and `max_sampler_gap`, |old - sampler|; `sampler_kl`, k3 of KL(sampler
     || old); `kl` if asked for.
     Raises ValueError if `kl` is asked for without a reference.
@@ -75,11 +79,11 @@ def policy_loss(
     weight = gap.exp().clamp(max=tis_cap)
     token_advantages = (advantages if advantages.dim() == 2 else advantages[:, None]).float()
     ratio = (current - old).exp()
-    unclipped, clipped = ratio * token_advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * token_advantages
-    loss = -torch.minimum(unclipped, clipped) * weight
+    loss, clipped = token_loss(Tokens(current, ratio, token_advantages.expand_as(current), mask), clip_low, clip_high)
+    loss = loss * weight
     figures = {
         "tokens": mask,
-        "clip_fraction": clipped < unclipped,
+        "clip_fraction": clipped,
         "ratio": ratio,
         "importance_ratio": weight,
         "truncated": gap > math.log(tis_cap),
