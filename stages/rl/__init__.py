@@ -1,1 +1,1 @@
-"""Reinforcement learning: contracts, losses, verifiers, the sandbox, samplers and the loop between them."""
+"""Reinforcement learning: protocols, losses, verifiers, the sandbox, samplers and the loop between them."""

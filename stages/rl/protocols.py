@@ -169,6 +169,7 @@ class Verifier(ABC):
     name: ClassVar[str]
     """What rows, recipes and the registry call it."""
     Settings: ClassVar[type[Config]] = NoSettings
+    """How it runs, as a recipe sets it. No part of a key, so it must not change a score."""
     version: str
     """Published beside every score; it changes when a score may."""
 

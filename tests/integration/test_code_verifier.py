@@ -122,8 +122,8 @@ GARBAGE = [
 ]
 
 
-def code_verifier(**settings: Any) -> CodeVerifier:
-    return CodeVerifier(VerifierContext(CodeSettings(**settings)))
+def code_verifier(workers: int, limits: Limits | None = None) -> CodeVerifier:
+    return CodeVerifier(VerifierContext(CodeSettings(workers=workers)), limits)
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,6 @@ class CodeSettings(Config):
     workers: Annotated[int, Range(1, 4096)] | None = Field(
         None, description="answers that are scored at once; null: two for each core"
     )
-    limits: Limits = Field(Limits(), description="limits of the program of an answer")
 
 
 class CodeVerifier(Verifier):
@@ -115,9 +114,10 @@ class CodeVerifier(Verifier):
     version = "3"
     Settings = CodeSettings
 
-    def __init__(self, context: VerifierContext[CodeSettings]) -> None:
-        """Raises SandboxFailed where no sandbox starts."""
-        limits = context.settings.limits
+    def __init__(self, context: VerifierContext[CodeSettings], limits: Limits | None = None) -> None:
+        """limits: of an answer's program. No recipe sets them, since scores depend on them and the key does not hold
+        them. Raises SandboxFailed where no sandbox starts."""
+        limits = limits or Limits()
         check_limits = replace(limits, cpu_seconds=4 * limits.cpu_seconds, wall_seconds=4 * limits.wall_seconds)
         self._pool = Pool(context.settings.workers, limits, [check_limits])  # the second is for checks
 
