@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import Store
 from pipeline.core.text import escaped
-from pipeline.graph import checkpoints
+from pipeline.graph import checkpoints, registry
 from pipeline.graph.dag import Graph, GraphBuilder, names_in_words, require_same_beginning
 from pipeline.graph.recipe import Recipe
 from stages.data.recipe import DataRecipe
@@ -109,6 +109,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     trained |= _add_post_training(graph, config, trained[previous["init"]].model, previous)
     _add_exports(graph, config, trained, data.conversations)
     _add_chat_evaluation(graph, config)
+    _add_extra_stages(graph, config)
     graph.check_sizes()
     return Graph(recipe, graph.nodes, absent)
 
@@ -247,6 +248,18 @@ def _add_chat_evaluation(graph: GraphBuilder, config: ReleaseRecipe) -> None:
     scored = {name: name for name, node in graph.nodes.items() if node.stage.name in ("evaluate", "solve")}
     inputs = {"dedup": "dedup", "items": "items", "fresh": "fresh"}
     graph.add("contamination", "contamination", {"seed": config.seed}, **inputs, **orders, **tasks, **scored)
+
+
+def _add_extra_stages(graph: GraphBuilder, config: ReleaseRecipe) -> None:
+    """The stages that the recipe adds by name. Raises RecipeError for one that cannot be added so."""
+    for name, settings in config.extra_stages.items():
+        where = f"{graph.title}: extra_stages.{escaped(name, 80)}"
+        if name not in STAGES or not (reads := registry.stage(name).reads):
+            raise RecipeError(f"{where} is no stage that a recipe can add; it needs a line in STAGES of stages/graph.py "
+                              "and `reads` in its STAGE")  # fmt: skip
+        if missing := [node for node in reads.values() if node not in graph.nodes]:
+            raise RecipeError(f"{where} reads {missing[0]}, which this recipe does not have; leave the stage out")
+        graph.add(name, name, settings, **reads)
 
 
 def _training(config: ReleaseRecipe, model: ModelConfig, section: Any) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from pipeline.core.bounds import Language, License, Line, Namespace
-from pipeline.core.stage import Config, Renamed
+from pipeline.core.bounds import Key, Language, License, Line, Namespace, Settings
+from pipeline.core.stage import Config, Renamed, added
 from pipeline.graph.recipe import Identity
 from stages.data.tokenizer import TokenizerSection
 from stages.evaluation.bits_per_byte import EvaluationSection
@@ -58,6 +58,9 @@ class ReleaseRecipe(Identity):
     )
     evaluation: EvaluationSection = Field(
         description="measurements after each phase, and thresholds of the release gates"
+    )
+    extra_stages: Annotated[dict[Key, Settings], Field(max_length=100)] = added(
+        {}, "further stages by name, each with its settings; they read what is there and feed nothing"
     )
     release: ReleaseSection = Field(description="metadata of the model and dataset cards")
 

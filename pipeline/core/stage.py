@@ -173,6 +173,7 @@ class Stage:
     LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment (absent for one); rank 0 alone writes `out`.
     obstacle: why a config can be planned but not run, in one sentence; asked before anything starts.
     trains: whether it moves weights, and wants a GPU for each rank.
+    reads: the node that feeds each input, by role, of a stage that a recipe adds by its name alone.
     shards: pieces of work that may be done beforehand and side by side, by `run_shard(config, inputs, work, shard)`,
     each leaving whole files in `work`; `run` does what is missing, and gives the same bytes however many there are.
     """
@@ -186,5 +187,6 @@ class Stage:
     obstacle: Callable[[Any], str | None] = lambda config: None
     ranks: Callable[[Any], int] = lambda config: 1
     trains: bool = False
+    reads: Mapping[str, str] = field(default_factory=dict)
     shards: Callable[[Any], int] = lambda config: 1
     run_shard: Callable[[Any, Inputs, Path, int], None] | None = None

@@ -41,15 +41,16 @@ def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, pack
     def layer(experts: int | None) -> Any:
         if engine:
             spec = get_gpt_layer_with_transformer_engine_spec(
-                num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=True
+                num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
             )
         else:
             spec = get_gpt_layer_local_spec(
-                num_experts=experts, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm"
+                num_experts=experts, moe_grouped_gemm=False, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
             )
             attention = spec.submodules.self_attention.submodules
             spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
+            if config.qk_layernorm:
+                attention.q_layernorm = attention.k_layernorm = RMSNorm
         if packed or not engine:
             spec.submodules.self_attention.module = SelfAttention
             spec.submodules.self_attention.submodules.core_attention = Attention

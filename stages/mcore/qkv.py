@@ -13,7 +13,7 @@ from megatron.core.transformer import attention
 
 
 class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
-    """Megatron's, in which normalizing, turning (rotary embedding) and sorting heads is one step.
+    """Megatron's, in which normalizing (if the model does), turning (rotary embedding) and sorting heads is one step.
 
     Its own steps copy each head several times, and leave heads that lie far apart to the attention kernel.
     """
@@ -32,8 +32,11 @@ class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
         mixed, _ = self.linear_qkv(hidden)
         mixed = mixed.unflatten(2, (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head))
         cos, sin = self._rotary(mixed.shape[0], mixed.device)
-        eps = self.config.layernorm_epsilon
-        heads = Heads.apply(mixed, self.q_layernorm.weight, self.k_layernorm.weight, cos, sin, eps)
+        if self.q_layernorm is None:
+            heads = rotated_heads(mixed, cos, sin)
+        else:
+            eps = self.config.layernorm_epsilon
+            heads = Heads.apply(mixed, self.q_layernorm.weight, self.k_layernorm.weight, cos, sin, eps)
         return tuple(x.permute(2, 0, 1, 3) for x in heads)
 
     def _rotary(self, sequence: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,6 +92,17 @@ class Heads(torch.autograd.Function):  # type: ignore[misc]
         value.copy_(d_v.unflatten(1, value.shape[1:3]))
         weight_dtype = ctx.weight_type
         return d_mixed, d_q_weight.to(weight_dtype), d_k_weight.to(weight_dtype), None, None, None
+
+
+def rotated_heads(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As `Heads`, for an attention that does not normalize queries and keys."""
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.float().chunk(2, -1)
+        return x.float() * cos + torch.cat((-second, first), -1) * sin
+
+    query, key, value = _split_qkv(mixed)
+    return tuple(x.flatten(1, 2).to(mixed.dtype) for x in (rotate(query), rotate(key), value.contiguous()))
 
 
 def _to_fp32(x: torch.Tensor) -> torch.Tensor:

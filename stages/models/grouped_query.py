@@ -1,12 +1,12 @@
-"""Decoders of grouped-query attention with normalized queries and keys, whatever follows it in a layer: the settings of
-the attention, and the costs of a layer in closed form. No torch here.
+"""Decoders of grouped-query attention, whatever follows it in a layer: the settings of the attention, and the costs of
+a layer in closed form. No torch here.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -21,7 +21,10 @@ SLICE = 128
 
 
 class GroupedQueryConfig(ModelConfig):
-    """A decoder whose attention is grouped-query attention, as Qwen3's."""
+    """A decoder whose attention is grouped-query attention, as Qwen3's and Llama's."""
+
+    qk_norm: ClassVar[bool] = True
+    """Whether each head's queries and keys are normalized."""
 
     heads: Heads = Field(description="query heads")
     kv_heads: Heads = Field(description="key and value heads; must divide heads")
@@ -78,8 +81,9 @@ class GroupedQueryConfig(ModelConfig):
             at = f"decoder.layers.{layer}."
             out[at + "input_layernorm.weight"] = (hidden,)
             out[at + "self_attention.linear_qkv.weight"] = ((self.heads + 2 * self.kv_heads) * head, hidden)
-            out[at + "self_attention.q_layernorm.weight"] = (head,)
-            out[at + "self_attention.k_layernorm.weight"] = (head,)
+            if self.qk_norm:
+                out[at + "self_attention.q_layernorm.weight"] = (head,)
+                out[at + "self_attention.k_layernorm.weight"] = (head,)
             out[at + "self_attention.linear_proj.weight"] = (hidden, self.heads * head)
             out[at + "pre_mlp_layernorm.weight"] = (hidden,)
             out |= {f"{at}mlp.{name}": shape for name, shape in self.mlp_shapes(layer).items()}
@@ -91,13 +95,17 @@ class GroupedQueryConfig(ModelConfig):
     def parameters(self, padded_vocab_size: int) -> dict[str, int]:
         hidden = self.hidden_size
         embedding = padded_vocab_size * hidden
-        layer = self._attention_matrices + 2 * hidden + 2 * self.head_dim
+        layer = self._attention_matrices + self._norms
         rest = embedding * (1 if self.tie_embeddings else 2) + hidden + self.layers * layer
         total, active = self.mlp_parameters()
         return {"total": rest + total, "active": rest + active, "embedding": embedding}
 
     def matrices(self, padded_vocab_size: int) -> int:
         return self.layers * self._attention_matrices + self.mlp_matrices() + padded_vocab_size * self.hidden_size
+
+    @property
+    def _norms(self) -> int:
+        return 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
 
     @property
     def _attention_matrices(self) -> int:
@@ -109,7 +117,7 @@ class GroupedQueryConfig(ModelConfig):
     def layer_memory(self, layout: Layout, layer: int) -> MemoryShare:
         """Norms are whole on each tensor rank, matrices are cut."""
         replicated, cut, experts = self.mlp_memory(layout, layer)
-        replicated += 2 * self.hidden_size + 2 * self.head_dim
+        replicated += self._norms
         return MemoryShare(replicated + (self._attention_matrices + cut) // layout.tp, experts)
 
     def layer_activations(
@@ -123,7 +131,7 @@ class GroupedQueryConfig(ModelConfig):
         tensors: dict[str, float] = {"layer's input": size * hidden, "its norm, input of the projection": size * hidden}
         if rows.packed:
             tensors |= {
-                "queries and keys, normed, and 1/RMS, fp32": 4 * (q + kv + self.heads + self.kv_heads),
+                "queries and keys, normed, and 1/RMS, fp32": 4 * (q + kv + self.heads + self.kv_heads) * self.qk_norm,
                 "queries, keys (turned) and values": size * (q + 2 * kv * layout.cp),  # gathered over context ranks
                 "cosines and sines": 8 * self.head_dim * layout.tp,
                 "attention's output by slices of queries": size * q,

@@ -22,9 +22,11 @@ Swiglus = Callable[[int], Sequence[tuple[str, str]]]
 SAME = {
     "input_layernorm.weight": "input_layernorm.weight",
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+}
+QK_NORMS = {
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
 }
 
 
@@ -34,7 +36,7 @@ def megatron_attention(model: GroupedQueryConfig) -> dict[str, Any]:
         "num_attention_heads": model.heads,
         "num_query_groups": model.kv_heads,
         "kv_channels": model.head_dim,
-        "qk_layernorm": True,
+        "qk_layernorm": model.qk_norm,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": F.silu,
@@ -74,7 +76,7 @@ def map_to_hf(
         out["lm_head.weight"] = tensors["output_layer.weight"][:vocab_size]
     for layer in range(model.layers):
         a, b = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for megatron_name, hf_name in {**SAME, **same(layer)}.items():
+        for megatron_name, hf_name in {**SAME, **(QK_NORMS if model.qk_norm else {}), **same(layer)}.items():
             out[b + hf_name] = tensors[a + megatron_name]
         qkv = tensors[a + "self_attention.linear_qkv.weight"].reshape(groups, queries + 2, dim, hidden)
         out[b + "self_attn.q_proj.weight"] = qkv[:, :queries].reshape(-1, hidden)
@@ -102,7 +104,7 @@ def map_from_hf(tensors: Tensors, model: GroupedQueryConfig, same: Same, swiglus
         out["output_layer.weight"] = remaining.pop("lm_head.weight")
     for layer in range(model.layers):
         a, b = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for megatron_name, hf_name in {**SAME, **same(layer)}.items():
+        for megatron_name, hf_name in {**SAME, **(QK_NORMS if model.qk_norm else {}), **same(layer)}.items():
             out[a + megatron_name] = remaining.pop(b + hf_name)
         q = remaining.pop(b + "self_attn.q_proj.weight").reshape(groups, queries, dim, hidden)
         k = remaining.pop(b + "self_attn.k_proj.weight").reshape(groups, 1, dim, hidden)
