@@ -255,8 +255,10 @@ def _add_extra_stages(graph: GraphBuilder, config: ReleaseRecipe) -> None:
     for name, settings in config.extra_stages.items():
         where = f"{graph.title}: extra_stages.{escaped(name, 80)}"
         if name not in STAGES or not (reads := registry.stage(name).reads):
-            raise RecipeError(f"{where} is no stage that a recipe can add; it needs a line in STAGES of stages/graph.py "
-                              "and `reads` in its STAGE")  # fmt: skip
+            raise RecipeError(
+                f"{where} is no stage that a recipe can add; it needs a line in STAGES of stages/graph.py and `reads` "
+                "in its STAGE"
+            )
         if missing := [node for node in reads.values() if node not in graph.nodes]:
             raise RecipeError(f"{where} reads {missing[0]}, which this recipe does not have; leave the stage out")
         graph.add(name, name, settings, **reads)

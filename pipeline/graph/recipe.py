@@ -99,7 +99,8 @@ def explain(error: ValidationError, model: type[BaseModel], title: str, raw: Any
     names = {number: _names_today(model, mistake) for number, mistake in enumerate(mistakes)}
     number = next((number for number, today in names.items() if today), 0)  # the field's new name is missing as well
     first = mistakes[number]
-    where = ".".join(_called(first["loc"], raw))
+    is_section = first["type"] == "value_error"  # of a section, whose last part may be the class chosen for it
+    where = ".".join(_called(first["loc"], raw, is_section))
     field = f"{where} " if where else ""
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
     if names[number]:
@@ -145,12 +146,14 @@ def _mend(mistake: Any) -> str:
     return ""
 
 
-def _called(location: tuple[Any, ...], raw: Any) -> list[str]:
+def _called(location: tuple[Any, ...], raw: Any, is_section: bool) -> list[str]:
     """The parts of a location as a recipe's author knows them: an item of a list is called by its `name`, if it has
     one, instead of its place; which class was chosen for it is left out."""
     out = []
     for number, part in enumerate(location):
-        if part == "[key]" or (isinstance(raw, dict) and part not in raw and number < len(location) - 1):
+        if part == "[key]" or (
+            isinstance(raw, dict) and part not in raw and (is_section or number < len(location) - 1)
+        ):
             continue
         try:
             raw = raw[part]

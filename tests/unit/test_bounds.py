@@ -286,8 +286,8 @@ def test_every_field_has_a_bound(model: Any) -> None:
                     walk(each, f"{where}{{}}")
 
     def settings_of_others(where: str) -> bool:
-        """Arguments that go to other packages as they are: `bounds.setting` holds them."""
-        return where.endswith(".settings") or where.endswith(".verifiers{}")
+        """Arguments that go elsewhere as they are, to other packages or to a stage: `bounds.setting` holds them."""
+        return where.endswith((".settings", ".verifiers{}", ".extra_stages{}"))
 
     def resolved(part: Any) -> Any:
         if isinstance(part, list):
