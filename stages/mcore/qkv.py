@@ -32,7 +32,7 @@ class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
         mixed, _ = self.linear_qkv(hidden)
         mixed = mixed.unflatten(2, (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head))
         cos, sin = self._rotary(mixed.shape[0], mixed.device)
-        if self.q_layernorm is None:
+        if not self.config.qk_layernorm:
             heads = rotated_heads(mixed, cos, sin)
         else:
             eps = self.config.layernorm_epsilon
