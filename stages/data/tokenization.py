@@ -14,7 +14,7 @@ from pipeline.core.bounds import MOST_SOURCES, SourceName
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
 from pipeline.core.store import once, sha256_file
-from stages.data.filters.settings import Shards
+from stages.data.curation.settings import Shards
 from stages.data.table import TOKENIZED, read_shard, stream_shards, write_json, write_rows
 from stages.data.tokenizer import END, PAD, load_for_corpus
 

@@ -36,7 +36,7 @@ from stages.evaluation.pass_at_k import GREEDY
 from stages.rl.protocols import question
 
 if TYPE_CHECKING:
-    from stages.data.filters.overlap import ItemRuns
+    from stages.data.curation.overlap import ItemRuns
 
 VERSION = 1
 VERDICTS = ("clean", "overlap", "contaminated")
@@ -86,7 +86,7 @@ def run(config: ContaminationConfig, inputs: Inputs, work: Path, out: Path, repo
     Seals `items.parquet`, a row an item and phase, and `report.json`. Raises AtomError if a document that an order read
     is not among the kept ones.
     """
-    from stages.data.filters.overlap import ItemRuns
+    from stages.data.curation.overlap import ItemRuns
 
     items = items_of(inputs)
     runs = ItemRuns({id: text for id, (_, _, text) in items.items()})

@@ -111,7 +111,7 @@ def find_places(rows: list[Row], config: FreshConfig, inputs: Inputs) -> dict[st
     A question occurs in a text that contains its words in sequence, as decontamination compares them. All kept
     documents of a phase's sources count, held-out ones too.
     """
-    from stages.data.filters.overlap import ItemRuns
+    from stages.data.curation.overlap import ItemRuns
 
     runs = ItemRuns({row["id"]: question(row) for row in rows})
     matches: dict[str, list[str]] = {}

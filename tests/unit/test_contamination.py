@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, write_manifest
-from stages.data.filters.overlap import ItemRuns
+from stages.data.curation.overlap import ItemRuns
 from stages.data.table import read_jsonl, write_jsonl
 from stages.evaluation import contamination, generated_eval, pass_at_k
 from stages.evaluation.eval_set import chat_rows

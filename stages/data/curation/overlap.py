@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from stages.data.filters.words import searched_words
+from stages.data.curation.words import searched_words
 
 MAX_RUN_WORDS = 64
 """Words of a run at most; a longer match counts as one of these."""
