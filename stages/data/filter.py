@@ -1,7 +1,7 @@
-"""Filter: run the steps of each source, then decontamination and exact deduplication over all; `dedup` follows.
+"""Filter: the steps of each source, then decontamination and exact deduplication over all sources.
 
-The order matters: personal data is replaced before deduplication, so copies that differ in an address are found;
-contaminated documents go before duplicates, so that a document that stays in place of others is itself kept.
+The order matters. Personal data is replaced before deduplication, so copies that differ in an address only are
+duplicates. Contaminated documents are removed before duplicates, so the document that stays in place of others is kept.
 The steps run in one process a shard: the corpus of a demo is too small for the start-up of datatrove's executor, some
 seconds a step. Memory holds the digests and dispositions of all documents, and the texts of one shard
 and of one row group of output.
