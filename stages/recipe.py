@@ -11,7 +11,7 @@ from pipeline.core.bounds import Language, License, Line, Namespace
 from pipeline.core.stage import Config, Renamed
 from pipeline.graph.recipe import Identity
 from stages.data.tokenizer import TokenizerSection
-from stages.evaluation.bits_per_byte import EvaluationSection
+from stages.evaluation.settings import EvaluationSection
 from stages.models.qwen3_moe.config import ModelConfig
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
 from stages.train.config import LongContext, PhaseConfig
