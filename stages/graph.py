@@ -42,7 +42,7 @@ STAGES = {
     "dpo": "stages.rl.dpo",
     "reward": "stages.rl.reward_model",
     "export": "stages.export.hf",
-    "evaluate": "stages.evaluation.bits_per_byte",
+    "evaluate": "stages.evaluation.model_evaluation",
     "solve": "stages.evaluation.pass_at_k",
     "fresh": "stages.evaluation.generated_eval",
     "prefer": "stages.evaluation.win_rate",

@@ -11,7 +11,7 @@ from pipeline.core.bounds import Key, Language, License, Line, Namespace, Settin
 from pipeline.core.stage import Config, Renamed, added
 from pipeline.graph.recipe import Identity
 from stages.data.tokenizer import TokenizerSection
-from stages.evaluation.bits_per_byte import EvaluationSection
+from stages.evaluation.settings import EvaluationSection
 from stages.models.registry import Model
 from stages.rl.config import DpoPhase, RewardPhase, RlPhase
 from stages.train.config import LongContext, PhaseConfig

@@ -1,5 +1,7 @@
-"""Digest of a stage's code: its own module and every module of ours that it imports, directly or not. A module that a
-registry names by a string (`"stages.rl.rewards.exact"`) counts as imported.
+"""Digest of a stage's code: its own module and every module of ours that it imports, directly or not.
+
+A registry names modules as strings and imports them by name, so a string that is the full name of a module counts as
+an import. The engine's strings do not: it names the graph, which names every stage.
 
 It is recorded in statements, not in keys: a key says what was asked for, the code digest says what answered. `plan`
 compares the two so that a cache never hides a change of code.
@@ -9,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import re
 from functools import cache
 from pathlib import Path
 
@@ -47,8 +48,8 @@ def _imports(module: str) -> tuple[str, ...]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             modules.add(node.module)
             modules.update(f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and module.startswith("stages."):
-            modules.update({node.value} if re.fullmatch(r"stages(\.\w+)+", node.value) else ())
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not module.startswith("pipeline."):
+            modules.update([node.value] if "." in node.value else [])
     return tuple(sorted(name for name in modules if name.split(".")[0] in OURS and _locate(name)))
 
 

@@ -199,7 +199,7 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
 
 
 def _evaluation(recipe: dict[str, Any]) -> dict[str, Any]:
-    from stages.evaluation.bits_per_byte import EvaluationSection
+    from stages.evaluation.settings import EvaluationSection
 
     return EvaluationSection.model_validate(recipe["evaluation"]).model_dump()
 

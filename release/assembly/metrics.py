@@ -143,7 +143,7 @@ def chat_facts(evaluation: Path) -> Facts:
 
     facts: Facts = {}
     for benchmark in ABOUT:
-        summarize = win_rate.summary if benchmark == "preferences" else pass_at_k.summary
+        summarize: Callable[[Any], Facts] = win_rate.summary if benchmark == "preferences" else pass_at_k.summary
         scored = {
             schema.model(p.parent): summarize(rows(p)) | _compared_models(p) for p in chat_tables(evaluation, benchmark)
         }
@@ -240,10 +240,11 @@ def _distinct(table: Any, columns: list[str]) -> Iterator[tuple[Any, ...]]:
 
 def scores_of(folder: Path) -> Facts:
     """The scores of one phase, recomputed from its tables: two, or four with those of long contexts."""
-    from stages.evaluation.bits_per_byte import summary
+    from stages.evaluation.model_evaluation import summary
 
-    tables = [folder / f"{name}.parquet" for name in ("documents", "items", "passkey", "positions")]
-    return summary(*(rows(path) for path in tables if path.is_file() or path in tables[:2]))
+    files = [folder / f"{name}.parquet" for name in ("documents", "items", "passkey", "positions")]
+    tables: list[Any] = [rows(path) for path in files if path.is_file() or path in files[:2]]
+    return summary(*tables)
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:

@@ -34,7 +34,7 @@ def language_model(folder: Path) -> Any:
         raise AtomError(f"the harness is not installed ({error}); pip install 'atom-release[harness]'") from None
     import torch
 
-    from stages.evaluation.bits_per_byte import END
+    from stages.data.tokenizer import END
 
     class Published(HFLM):  # type: ignore[misc, unused-ignore]
         """Ends an answer where the release's evaluation does: at the end of a document, with all tokens in the text."""
@@ -56,7 +56,7 @@ def problems(rows: list[dict[str, Any]], max_new_tokens: int) -> Any:
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
-    from stages.evaluation.bits_per_byte import END
+    from stages.data.tokenizer import END
     from stages.scorers import score_problem
 
     return ConfigurableTask(
@@ -79,7 +79,7 @@ def read_problems(release: Path, folder: str) -> tuple[list[dict[str, Any]], int
     """The problems with what the release states of a model's answers (`output`, `score`), and the longest answer
     allowed, in tokens. Raises CheckFailed if the release does not hold them."""
     from release.assembly.metrics import read_json, rows
-    from stages.evaluation.bits_per_byte import EvaluationSection
+    from stages.evaluation.settings import EvaluationSection
 
     models = models_of(path.stem for path in (release / "evidence/manifests").glob("*.json"))
     model = model_name(folder, models[-1] if models else "")

@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from release.cards.tables import count, titles, with_error
-from stages.evaluation.confidence import SURE
+from stages.evaluation.settings import SURE
 
 Facts = dict[str, Any]
 RULE = (

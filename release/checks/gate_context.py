@@ -8,7 +8,7 @@ from typing import Any
 
 from release.assembly import metrics
 from release.assembly.costs import Costs
-from stages.evaluation.confidence import SURE
+from stages.evaluation.settings import SURE
 
 BEYOND = f", beyond {SURE} standard errors of the difference"
 

@@ -22,7 +22,7 @@ from release.checks.post_gates import post_training
 from release.layout import GATES, GATES_STATED, ORIGINS, SUMS, WITHOUT_ORDER, models_of, phases_of, when
 from release.repositories import files_below
 from stages import export
-from stages.evaluation.confidence import SURE
+from stages.evaluation.settings import SURE
 
 ALL = "over all"
 RELOAD_SECONDS = 3600.0

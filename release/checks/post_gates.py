@@ -9,7 +9,7 @@ from release.assembly import metrics
 from release.checks import registry
 from release.checks.gate_context import BEYOND, Context, Gate
 from release.layout import when
-from stages.evaluation.confidence import SURE
+from stages.evaluation.settings import SURE
 
 LEAST_RECALL, LEAST_PLANTED = 0.9, 4
 """Of items planted into a copy of the corpus, what a detector must find to be believed, and how many there must be."""

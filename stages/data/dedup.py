@@ -1,4 +1,4 @@
-"""Curate: remove near duplicates over all sources, then assign the held-out split.
+"""Dedup: remove near duplicates over all sources, then assign the held-out split.
 
 Memory holds only the dispositions of all documents, the pairs that share a bucket, and the texts of near duplicates.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
 from pydantic import Field
 
-from pipeline.core.bounds import MOST_SOURCES, Range, SourceName
+from pipeline.core.bounds import MOST_SOURCES, SourceName
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, operational
-from stages.data.filters.settings import Kind, MinHash, Shards
+from stages.data.curation.settings import MinHash, Shards
+from stages.data.kinds import Kind
+from stages.data.splits import HeldoutFraction, split_of
 from stages.data.table import DISPOSITIONS, DOCUMENTS, KEPT, row_writer, stream_rows, write_json, write_rows
 
 VERSION = 2
@@ -25,9 +26,7 @@ class DedupSource(Config):
 
     name: SourceName = Field(description="name of the source")
     kind: Kind = Field(description="kind of the documents")
-    heldout_fraction: Annotated[float, Range(0, 1, below=True)] = Field(
-        description="share of documents held out from training"
-    )
+    heldout_fraction: HeldoutFraction = Field(description="share of documents held out from training")
 
 
 class DedupConfig(Config):
@@ -48,8 +47,8 @@ def run(config: DedupConfig, inputs: Inputs, work: Path, out: Path, report: Repo
     """
     from loguru import logger
 
-    from stages.data.filters import near_duplicates
-    from stages.data.filters.dispositions import Dispositions
+    from stages.data.curation import near_duplicates
+    from stages.data.curation.dispositions import Dispositions
 
     logger.disable("datatrove")
     filtered = inputs["filter"]
@@ -84,16 +83,11 @@ def run(config: DedupConfig, inputs: Inputs, work: Path, out: Path, report: Repo
         report.note(f"{name}: {counts['documents_in']} in, {counts['kept'].total()} kept; removed: {rules or 'none'}")
 
 
-def split_of(content_hash: str, heldout_fraction: float) -> str:
-    """The split of a document, by the hash of its text only."""
-    return "heldout" if int(content_hash[:16], 16) < heldout_fraction * 2**64 else "train"
-
-
 def run_shard(config: DedupConfig, inputs: Inputs, work: Path, shard: int) -> None:
     """Finds the pairs of documents that share one MinHash bucket and caches them in `work`."""
     from loguru import logger
 
-    from stages.data.filters import near_duplicates
+    from stages.data.curation import near_duplicates
 
     logger.disable("datatrove")
     if config.minhash is not None and config.deduplicated_sources():

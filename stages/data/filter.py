@@ -1,9 +1,9 @@
-"""Filter: run the steps of each source, then decontamination and exact deduplication over all; `dedup` follows.
+"""Filter: the steps of each source, then decontamination and exact deduplication over all sources.
 
-The order matters: personal data is replaced before deduplication, so copies that differ in an address are found;
-contaminated documents go before duplicates, so that a document that stays in place of others is itself kept.
-Blocks are datatrove's, composed directly in one process a shard: the corpus of a demo is too small for an executor's
-start-up of some seconds a step. Memory holds the digests and dispositions of all documents, and the texts of one shard
+The order matters. Personal data is replaced before deduplication, so copies that differ in an address only are
+duplicates. Contaminated documents are removed before duplicates, so the document that stays in place of others is kept.
+The steps run in one process a shard: the corpus of a demo is too small for the start-up of datatrove's executor, some
+seconds a step. Memory holds the digests and dispositions of all documents, and the texts of one shard
 and of one row group of output.
 """
 
@@ -12,20 +12,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from pipeline.core.bounds import MOST_SOURCES, Seed, SourceName
-from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage
 from pipeline.core.store import once
 from stages.data.chat import prompt_chars
-from stages.data.filters.settings import MOST_STEPS, AnyStep, CurationSettings, Kind, MinHash
+from stages.data.curation.settings import CurationSettings, MinHash
+from stages.data.kinds import Kind
 from stages.data.seeds import seed_of
+from stages.data.steps import MAX_STEPS, AnyFilter
 from stages.data.table import (
     DISPOSITIONS,
     DOCUMENTS,
+    DocumentRow,
     content_hash,
     read_shard,
     row_writer,
@@ -36,10 +38,8 @@ from stages.data.table import (
 from stages.evaluation.eval_set import texts_of
 
 if TYPE_CHECKING:
-    from datatrove.data import Document
-
-    from stages.data.filters.decontaminate import ContaminationIndex
-    from stages.data.filters.dispositions import Dispositions
+    from stages.data.curation.dispositions import Dispositions
+    from stages.data.curation.filtering import FilterResults
 
 VERSION = 1
 
@@ -49,7 +49,7 @@ class FilteredSource(Config):
 
     name: SourceName = Field(description="name of the source")
     kind: Kind = Field(description="kind of the documents")
-    steps: tuple[AnyStep, ...] = Field((), max_length=MOST_STEPS, description="curation steps, in order")
+    steps: tuple[AnyFilter, ...] = Field((), max_length=MAX_STEPS, description="curation steps, in order")
 
 
 class FilterConfig(Config):
@@ -67,8 +67,8 @@ def run(config: FilterConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     inputs[<source>]: acquired documents of each source of the config; inputs["items"]: evaluation items.
     Resumes after the last finished shard. Raises AtomError if counts do not balance.
     """
-    from stages.data.filters import near_duplicates
-    from stages.data.filters.dispositions import Dispositions
+    from stages.data.curation import near_duplicates
+    from stages.data.curation.dispositions import Dispositions
 
     shards, signature_number = _Shards(config, inputs, work), 0
     dispositions, first_ids = Dispositions(), dict[str, str]()
@@ -115,7 +115,7 @@ class _Shards:
     def __init__(self, config: FilterConfig, inputs: Inputs, work: Path) -> None:
         from loguru import logger
 
-        from stages.data.filters.decontaminate import ContaminationIndex
+        from stages.data.curation.decontamination import ContaminationIndex
 
         logger.disable("datatrove")  # it logs each of many small steps
         self.config, self.inputs, self.work = config, inputs, work
@@ -124,7 +124,7 @@ class _Shards:
     def file(self, source: FilteredSource) -> Path:
         return self.inputs[source.name] / "documents.parquet"
 
-    def acquired(self, source: FilteredSource) -> Iterator[list[dict[str, Any]]]:
+    def acquired(self, source: FilteredSource) -> Iterator[list[DocumentRow]]:
         """The acquired documents of each shard."""
         return stream_shards(self.file(source), self.config.curation.shards)
 
@@ -133,15 +133,17 @@ class _Shards:
         settings = self.config.curation.minhash
         return settings if settings is not None and source.kind in settings.kinds else None
 
-    def apply_steps(self, source: FilteredSource, shard: int, acquired: list[dict[str, Any]]) -> dict[str, Any]:
+    def apply_steps(self, source: FilteredSource, shard: int, acquired: list[DocumentRow]) -> FilterResults:
         """The results of the source's steps and of decontamination on a shard."""
+        from stages.data.curation.filtering import filter_documents
+
         path = self._path("steps", source, shard)
-        results: dict[str, Any] = once(path, lambda: _apply(source, acquired, self.index))
+        results: FilterResults = once(path, lambda: filter_documents(source.name, source.steps, acquired, self.index))
         return results
 
     def signatures(self, source: FilteredSource, kept: list[tuple[str, str]], shard: int) -> list[list[int]]:
         """The MinHash signatures of the kept (id, text); empty ones for a source without near-duplicate removal."""
-        from stages.data.filters import near_duplicates
+        from stages.data.curation import near_duplicates
 
         settings = self.minhash(source)
         if settings is None:
@@ -158,11 +160,11 @@ class _Shards:
 
 def _drop_exact_duplicates(
     source: FilteredSource,
-    acquired: list[dict[str, Any]],
-    results: dict[str, Any],
+    acquired: list[DocumentRow],
+    results: FilterResults,
     dispositions: Dispositions,
     first_ids: dict[str, str],
-) -> Iterator[dict[str, Any] | None]:
+) -> Iterator[DocumentRow | None]:
     """For each document of a shard that passes the steps: its row, or None if an earlier document has the same text.
 
     first_ids: the id of the first document of each SHA-256. datatrove's exact block hashes to 64 bits and does not name
@@ -180,68 +182,10 @@ def _drop_exact_duplicates(
             yield None
             continue
         dispositions.keep(id, None, digest)
-        row = {**rows[id], "text": text, "content_hash": digest}
-        yield {**row, "prompt_chars": prompt_chars(text)} if source.kind == "chat" else row  # a step may edit it
-
-
-def _apply(source: FilteredSource, rows: list[dict[str, Any]], index: ContaminationIndex) -> dict[str, Any]:
-    from datatrove.data import Document
-
-    from stages.data.filters.decontaminate import Decontaminate
-    from stages.data.filters.filter_scores import measure_rule
-    from stages.data.filters.filters import build
-
-    removed: list[dict[str, Any]] = []
-    edits: Counter[str] = Counter()
-
-    class Removals:
-        """An exclusion writer for datatrove that turns the block's reason into a disposition."""
-
-        def __init__(self, step: str, block: Any) -> None:
-            self.step, self.block = step, block
-
-        def __enter__(self) -> Removals:
-            return self
-
-        def __exit__(self, *exception: object) -> None:
-            return None
-
-        def write(self, doc: Document, rank: int = 0) -> None:
-            reason = doc.metadata.get("filter_reason", "score")
-            value, threshold = measure_rule(self.step, self.block, reason, doc)
-            rule = f"{self.step}/{reason}"
-            removed.append({"id": doc.id, "rule": rule, "value": value, "threshold": threshold})
-
-    class Matches(Removals):
-        def write(self, doc: Document, rank: int = 0) -> None:
-            match = {"value": doc.metadata["match_words"], "threshold": index.ngram, "match": doc.metadata["match"]}
-            removed.append({"id": doc.id, "rule": "decontamination", **match})
-
-    def record_text(data: Iterator[Document]) -> Iterator[Document]:
-        for doc in data:
-            doc.metadata["before"] = doc.text
-            yield doc
-
-    def count_edits(data: Iterator[Document], step: str) -> Iterator[Document]:
-        for doc in data:
-            edits[step] += doc.text != doc.metadata["before"]
-            yield doc
-
-    stream: Iterator[Document] = (Document(text=row["text"], id=row["id"]) for row in rows)
-    for step in source.steps:
-        block: Any = build(step)
-        if hasattr(block, "exclusion_writer"):
-            block.exclusion_writer = Removals(step.step, block)
-        stream = count_edits(block.run(record_text(stream)), step.step)
-    decontamination = Decontaminate(index)
-    decontamination.exclusion_writer = Matches("decontamination", decontamination)
-    kept = [(doc.id, doc.text) for doc in decontamination.run(stream)]
-    if len(kept) + len(removed) != len(rows):
-        raise AtomError(
-            f"source {source.name}: {len(rows)} documents went in, {len(kept)} came out, {len(removed)} were removed; "
-            f"a step loses documents without saying so"
-        )
-    return {"kept": kept, "removed": removed, "edits": dict(+edits)}
+        kept: DocumentRow = {**rows[id], "text": text, "content_hash": digest}
+        if source.kind == "chat":
+            kept["prompt_chars"] = prompt_chars(text)  # a step may edit the text
+        yield kept
 
 
 def estimate(config: FilterConfig) -> Estimate:

@@ -12,24 +12,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from pipeline.core.bounds import MOST_RAMP_STEPS, Flag, Key, Mix, Range, Seed, Steps
-from pipeline.core.errors import AtomError, RecipeError
+from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, identity
 from pipeline.core.store import Artifact
 from stages.data import packing
+from stages.data.chunks import Chunks, read_chunks
 from stages.data.packing import LongDocuments
-from stages.data.seeds import permutation
+from stages.data.row_draw import DataCursor, draw_rows
 from stages.data.table import ORDER, arrow_schema, read_table, write_json, write_table
 from stages.seed_labels import seed_label
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow as pa
     from numpy.typing import NDArray
 
@@ -83,37 +82,30 @@ def settings(config: OrderConfig) -> dict[str, Any]:
     return {name: value for name, value in identity(config).items() if name != "first_step"}
 
 
-@dataclass(frozen=True)
-class DataCursor:
-    """A position in the data: the first step, and the rows of each source that were read before that step.
-
-    `seed` orders the sources; a checkpoint hands it on, so that another recipe seed repeats no document.
-    """
-
-    first_step: int
-    seed: int
-    rows: dict[str, int] = field(default_factory=dict)
-
-
 def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Seal `order.parquet` (one row for every segment of every step from `first_step` on) and `meta.json`.
 
     inputs["tokens"]: only its documents.parquet is read. A document longer than a row is cut into chunks
     of sequence_length + 1 tokens that overlap by one, so that each token but a document's first is a target once.
     Every source is read in a seeded permutation of its chunks, a new one each epoch.
-    inputs["continue"], if given: a checkpoint, at whose data position the cursors continue.
+    inputs["continue"], if present: a checkpoint, at whose data position the cursors continue.
     Raises RecipeError for an unknown or empty source, or shares that do not sum to 1; AtomError for a checkpoint of
     another step.
     """
     import numpy as np
     import pyarrow as pa
 
-    chunks = _chunks_by_source(inputs["tokens"] / "documents.parquet", config)
+    chunks = read_chunks(inputs["tokens"] / "documents.parquet", config.phase, config.mix, config.sequence_length)
     sizes = {name: len(chunks[name]["ordinal"]) for name in sorted(config.mix)}
     cursor, start = DataCursor(1, config.seed), None
     if "continue" in inputs:
         cursor, start = _resume_cursor(config, inputs["continue"], sizes)
-    table, sources = (_pack_rows if config.pack else _draw_rows)(config, chunks, sizes, cursor)
+    if config.pack:
+        table, sources = _pack_rows(config, chunks, cursor)
+    else:
+        counts, label = config.rows_of(cursor.first_step), f"order/{seed_label(config.phase)}"
+        table = draw_rows(chunks, config.mix, counts, config.first_step, label, config.seed, cursor)
+        sources = {name: {} for name in sizes}
     for name, stats in sources.items():
         mask = table["source"] == name
         length, loss_from = table["length"][mask], table["loss_from"][mask]
@@ -146,53 +138,13 @@ def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Repo
             long = stats["long"]
             report.note(
                 f"{name}: {long['chunks']} chunks of more than {long['over']} tokens hold {long['available_tokens']} "
-                f"tokens; {long['missing_tokens']} of the {long['wanted_tokens']} asked for are missing, made up by "
-                "shorter ones"
+                f"tokens; shorter chunks replace {long['missing_tokens']} of {long['wanted_tokens']} tokens"
             )
 
 
-Table = dict[str, "NDArray[Any]"]
-
-
-def _draw_rows(
-    config: OrderConfig, chunks: Mapping[str, Table], sizes: Mapping[str, int], cursor: DataCursor
-) -> tuple[Table, dict[str, Any]]:
-    """One chunk a row: the table from `first_step` on, and an empty report for each source."""
-    import numpy as np
-
-    names, counts = sorted(config.mix), config.rows_of(cursor.first_step)
-    quota = apportion(config.mix, sum(counts))
-    labels = np.repeat(np.arange(len(names)), [quota[name] for name in names])
-    label, from_step = f"order/{seed_label(config.phase)}", ""
-    if cursor.first_step > 1:
-        from_step = f" from step {cursor.first_step}"
-    labels = labels[permutation(len(labels), f"{label}/sources{from_step}", config.seed)]
-    counts, read_counts = (
-        counts[config.first_step - cursor.first_step :],
-        counts[: config.first_step - cursor.first_step],
-    )
-    rows_read = sum(read_counts)  # rows of the walk that the checkpoint has read
-
-    total = len(labels) - rows_read
-    columns = {name: np.zeros(total, np.int64) for name in ("ordinal", "offset", "length", "loss_from")}
-    ids = np.empty(total, dtype=object)
-    for i, name in enumerate(names):
-        count_read, positions = np.count_nonzero(labels[:rows_read] == i), np.flatnonzero(labels[rows_read:] == i)
-        first = cursor.rows.get(name, 0) + int(count_read)
-        indices = _permuted_indices(sizes[name], first, len(positions), f"{label}/{name}", cursor.seed)
-        for column, values in columns.items():
-            values[positions] = chunks[name][column][indices]
-        ids[positions] = chunks[name]["id"][indices]
-    step = np.repeat(np.arange(config.first_step, config.steps + 1), counts)
-    row = np.concatenate([np.arange(count) for count in counts])
-    source = np.array(names, dtype=object)[labels[rows_read:]]
-    table = {"step": step, "row": row, "segment": np.zeros(total, np.int64), "source": source, "id": ids, **columns}
-    return table, {name: {} for name in names}
-
-
 def _pack_rows(
-    config: OrderConfig, chunks: Mapping[str, Table], sizes: Mapping[str, int], cursor: DataCursor
-) -> tuple[Table, dict[str, Any]]:
+    config: OrderConfig, chunks: Mapping[str, Chunks], cursor: DataCursor
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Several chunks a row: the table from `first_step` on, and a report on the long chunks of each source.
 
     A phase that continues with other settings has its remaining steps packed again, since packing is global: chunks
@@ -253,74 +205,6 @@ def _resume_cursor(
         else DataCursor(config.first_step, previous_order["walk"]["seed"], rows)
     )
     return cursor, {"rows": rows, "chunks": chunks}
-
-
-def apportion(shares: dict[str, float], total: int) -> dict[str, int]:
-    """Whole numbers in proportion to the shares that sum to `total` (largest remainder; ties by name)."""
-    counts = {name: int(share * total) for name, share in shares.items()}
-    by_remainder = sorted(shares, key=lambda name: (counts[name] - shares[name] * total, name))
-    for name in by_remainder[: total - sum(counts.values())]:
-        counts[name] += 1
-    return counts
-
-
-def chunk(tokens: int, loss_from: int, sequence_length: int) -> list[tuple[int, int, int]]:
-    """(offset, length, targets without loss) of the chunks of one document that carry any loss.
-
-    `loss_from` is the first token of the document that carries loss. A chunk of length n has n - 1 targets.
-    """
-    chunks = []
-    for offset in range(0, tokens - 1, sequence_length):
-        length = min(sequence_length + 1, tokens - offset)
-        without_loss = min(max(loss_from - offset - 1, 0), length - 1)
-        if without_loss < length - 1:
-            chunks.append((offset, length, without_loss))
-    return chunks
-
-
-def _chunks_by_source(path: Path, config: OrderConfig) -> dict[str, dict[str, NDArray[Any]]]:
-    """Arrays `ordinal`, `id`, `offset`, `length`, `loss_from` by source, one entry a chunk of the training split."""
-    import numpy as np
-
-    if abs(sum(config.mix.values()) - 1) > 1e-6:
-        raise RecipeError(f"{config.phase}.mix: shares sum to {sum(config.mix.values()):.6g}, not 1; adjust them")
-    table = read_table(path, ["source", "split", "ordinal", "id", "tokens", "loss_from"]).to_pylist()
-    rows: dict[str, list[tuple[int, str, int, int, int]]] = {document["source"]: [] for document in table}
-    for document in table:
-        if document["split"] == "train" and document["source"] in config.mix:
-            for offset, length, without_loss in chunk(
-                document["tokens"], document["loss_from"], config.sequence_length
-            ):
-                rows[document["source"]].append((document["ordinal"], document["id"], offset, length, without_loss))
-    chunks = {}
-    for name in config.mix:
-        if name not in rows:
-            kept = ", ".join(rows)
-            raise RecipeError(
-                f"{config.phase}.mix names the source {name}, of which curation left no document (it left {kept}); see "
-                "the dispositions, then loosen its steps or take it out of the mix"
-            )
-        if not rows[name]:
-            raise RecipeError(f"{config.phase}.mix: source {name} has no training tokens; remove it from the mix")
-        ordinals, ids, offsets, lengths, counts_without_loss = zip(*rows[name], strict=True)
-        chunks[name] = {
-            "ordinal": np.array(ordinals),
-            "id": np.array(ids, dtype=object),
-            "offset": np.array(offsets),
-            "length": np.array(lengths),
-            "loss_from": np.array(counts_without_loss),
-        }
-    return chunks
-
-
-def _permuted_indices(size: int, first: int, count: int, label: str, seed: int) -> NDArray[np.int64]:
-    """Indices `first` to `first + count - 1` of an endless sequence over 0..size-1, permuted again in each epoch."""
-    import numpy as np
-
-    epoch = first // size
-    epochs = range(epoch, -(-(first + count) // size))
-    parts = [permutation(size, f"{label}/epoch {n}", seed) for n in epochs]
-    return np.concatenate([*parts, np.zeros(0, np.int64)])[first - epoch * size :][:count]
 
 
 def documents_of_step(order: Path, step: int) -> pa.Table:

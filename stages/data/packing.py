@@ -15,6 +15,7 @@ from pydantic import Field
 
 from pipeline.core.bounds import Context, Range
 from pipeline.core.stage import Config
+from stages.data.chunks import Chunks
 from stages.data.seeds import permutation
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 OPEN_ROWS = 64
 """Rows that are being filled at a time: more fill better and mix the order of long and short chunks more."""
-
-Chunks = Mapping[str, "NDArray[Any]"]
 
 
 class LongDocuments(Config):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, get_type_hints
 
 from pipeline.core.errors import AtomError
 
@@ -20,55 +20,100 @@ if TYPE_CHECKING:
 
 ROWS_PER_GROUP = 50_000
 
-# column -> Arrow type by name; docs/formats.md explains each column
-DOCUMENTS = {
-    "id": "string",
-    "text": "string",
-    "source": "string",
-    "license": "string",
-    "origin": "string",
-    "content_hash": "string",
-    "prompt_chars": "int32",
-}
-KEPT = {**DOCUMENTS, "split": "string"}
-DISPOSITIONS = {
-    "id": "string",
-    "source": "string",
-    "license": "string",
-    "content_hash": "string",
-    "bytes": "int64",
-    "disposition": "string",
-    "split": "string",
-    "rule": "string",
-    "value": "double",
-    "threshold": "double",
-    "duplicate_of": "string",
-    "match": "string",
-    "kept_hash": "string",
-}
-ITEMS = {"id": "string", "task": "string", "prompt": "string", "answer": "string", "text": "string"}
-TOKENIZED = {
-    "source": "string",
-    "split": "string",
-    "ordinal": "int32",
-    "id": "string",
-    "content_hash": "string",
-    "license": "string",
-    "bytes": "int64",
-    "tokens": "int32",
-    "loss_from": "int32",
-}
-ORDER = {
-    "step": "int32",
-    "row": "int32",
-    "segment": "int16",
-    "source": "string",
-    "ordinal": "int32",
-    "id": "string",
-    "offset": "int32",
-    "length": "int32",
-    "loss_from": "int32",
-}
+String = Annotated[str, "string"]
+OptionalString = Annotated[str | None, "string"]
+Int16 = Annotated[int, "int16"]
+Int32 = Annotated[int, "int32"]
+Int64 = Annotated[int, "int64"]
+Double = Annotated[float, "double"]
+OptionalDouble = Annotated[float | None, "double"]
+
+
+class DocumentRow(TypedDict):
+    """A document as acquired; docs/formats.md explains each column of this and the other tables."""
+
+    id: String
+    text: String
+    source: String
+    license: String
+    origin: String
+    content_hash: String
+    prompt_chars: Int32
+
+
+class KeptRow(DocumentRow):
+    """A document after curation."""
+
+    split: String
+
+
+class DispositionRow(TypedDict):
+    """What curation decided about an input document."""
+
+    id: String
+    source: String
+    license: String
+    content_hash: String
+    bytes: Int64
+    disposition: String
+    split: OptionalString
+    rule: OptionalString
+    value: OptionalDouble
+    threshold: OptionalDouble
+    duplicate_of: OptionalString
+    match: OptionalString
+    kept_hash: OptionalString
+
+
+class ItemRow(TypedDict):
+    """An evaluation problem."""
+
+    id: String
+    task: String
+    prompt: String
+    answer: String
+    text: String
+
+
+class TokenizedRow(TypedDict):
+    """A document of a token shard."""
+
+    source: String
+    split: String
+    ordinal: Int32
+    id: String
+    content_hash: String
+    license: String
+    bytes: Int64
+    tokens: Int32
+    loss_from: Int32
+
+
+class OrderRow(TypedDict):
+    """A segment of a training step."""
+
+    step: Int32
+    row: Int32
+    segment: Int16
+    source: String
+    ordinal: Int32
+    id: String
+    offset: Int32
+    length: Int32
+    loss_from: Int32
+
+
+def columns_of(row: type[Any]) -> dict[str, str]:
+    """{column: Arrow type by name} of a table whose rows are such a TypedDict."""
+    return {name: hint.__metadata__[0] for name, hint in get_type_hints(row, include_extras=True).items()}
+
+
+DOCUMENTS = columns_of(DocumentRow)
+KEPT = columns_of(KeptRow)
+DISPOSITIONS = columns_of(DispositionRow)
+ITEMS = columns_of(ItemRow)
+TOKENIZED = columns_of(TokenizedRow)
+ORDER = columns_of(OrderRow)
 
 
 def content_hash(text: str) -> str:
@@ -138,8 +183,9 @@ def slice_of(count: int, shard: int, shards: int) -> tuple[int, int]:
     return count * shard // shards, count * (shard + 1) // shards
 
 
-def read_shard(path: Path, shard: int, shards: int, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of one shard; reads only its row groups. Raises the errors of `read_table`."""
+def read_shard(path: Path, shard: int, shards: int, columns: list[str] | None = None) -> list[Any]:
+    """The rows of one shard, each a TypedDict of the table; reads only its row groups. Raises the errors of
+    `read_table`."""
     import pyarrow.parquet as pq
 
     with _read_errors(path), pq.ParquetFile(path) as file:
@@ -155,11 +201,11 @@ def read_shard(path: Path, shard: int, shards: int, columns: list[str] | None = 
         if not groups:
             return []
         table = file.read_row_groups(groups, columns=columns).slice(start - first, stop - start)
-        result: list[dict[str, Any]] = table.to_pylist()
+        result: list[Any] = table.to_pylist()
         return result
 
 
-def stream_shards(path: Path, shards: int) -> Iterator[list[dict[str, Any]]]:
+def stream_shards(path: Path, shards: int) -> Iterator[list[Any]]:
     """The rows of each shard in turn, as `read_shard` returns them; the file is read once."""
     import pyarrow.parquet as pq
 
@@ -171,7 +217,7 @@ def stream_shards(path: Path, shards: int) -> Iterator[list[dict[str, Any]]]:
         yield list(islice(rows, stop - start))
 
 
-def stream_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+def stream_rows(path: Path, columns: list[str]) -> Iterator[Any]:
     """The rows of a file of any size, a few thousand in memory at a time. Raises the errors of `read_table`."""
     import pyarrow.parquet as pq
 

@@ -6,16 +6,16 @@ import os
 import shutil
 from array import array
 from base64 import b64decode, b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from pipeline.core.bounds import MOST_SOURCES, SourceName
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Estimate, Inputs, Report, Stage, added, operational
 from pipeline.core.store import once, sha256_file
-from stages.data.filters.settings import Shards
-from stages.data.table import TOKENIZED, read_shard, stream_shards, write_json, write_rows
+from stages.data.curation.settings import Shards
+from stages.data.table import TOKENIZED, KeptRow, TokenizedRow, read_shard, stream_shards, write_json, write_rows
 from stages.data.tokenizer import END, PAD, load_for_corpus
 
 if TYPE_CHECKING:
@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 
 VERSION = 2
 BATCH = 512
+
+
+class EncodedShard(TypedDict):
+    """ids: int32 of all documents of a shard, in Base64; lengths: ids of each document; loss_from: first id of each
+    document that carries loss."""
+
+    ids: str
+    lengths: list[int]
+    loss_from: list[int]
 
 
 class TokenizeConfig(Config):
@@ -43,7 +52,7 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
     tokenizer, end, files = _load_inputs(inputs)
     vocab_size = tokenizer.get_vocab_size()
     work.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    rows: list[TokenizedRow] = []
     meta: dict[str, Any] = {
         "vocab_size": vocab_size,
         "pad_id": tokenizer.token_to_id(PAD),
@@ -98,12 +107,11 @@ def _cached_tokens(
     file: Path,
     work: Path,
     shard: int,
-    documents: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """The tokens of a shard's documents, cached in `work`: ids as bytes of int32, and by document the number of ids and
-    `loss_from`."""
+    documents: Sequence[KeptRow],
+) -> EncodedShard:
+    """The tokens of a shard's documents, cached in `work`."""
 
-    def make() -> dict[str, Any]:
+    def make() -> EncodedShard:
         chat = file.stem in config.conversations
         tokenizer.encode_special_tokens = not chat
         tokens: list[tuple[list[int], int]] = []
@@ -114,11 +122,11 @@ def _cached_tokens(
         lengths, prompts = [len(ids) for ids, _ in tokens], [prompt for _, prompt in tokens]
         return {"ids": b64encode(ids.tobytes()).decode(), "lengths": lengths, "loss_from": prompts}
 
-    tokens: dict[str, Any] = once(work / f"tokens-{file.stem}-{shard:05d}-of-{config.shards:05d}.json", make)
-    return tokens
+    encoded: EncodedShard = once(work / f"tokens-{file.stem}-{shard:05d}-of-{config.shards:05d}.json", make)
+    return encoded
 
 
-def _unpack_tokens(tokens: dict[str, Any]) -> Iterator[tuple[list[int], int]]:
+def _unpack_tokens(tokens: EncodedShard) -> Iterator[tuple[list[int], int]]:
     """(ids, loss_from) of each document of a shard."""
     ids, start = array("i", b64decode(tokens["ids"])).tolist(), 0
     for length, loss_from in zip(tokens["lengths"], tokens["loss_from"], strict=True):
@@ -147,10 +155,10 @@ class _Shard:
         size = 2 if vocab_size <= 65_536 else 4
         self.split, self.source, self.folder = split, source, work / split
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[TokenizedRow] = []
         self._file = MegatronTokenizedFile(str(self.folder), source, token_size=size)
 
-    def add(self, document: dict[str, Any], ids: list[int], loss_from: int) -> None:
+    def add(self, document: KeptRow, ids: list[int], loss_from: int) -> None:
         self._file.write(ids)
         self.rows.append(
             {

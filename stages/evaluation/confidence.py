@@ -10,8 +10,6 @@ from typing import Any
 
 Z95 = 1.959963984540054
 """Half the width of a normal 95 % interval, in standard errors."""
-SURE = 1.645
-"""Standard errors of a difference beyond which it is no chance, 95 % of the time."""
 
 
 def ratio(pairs: Sequence[tuple[float, int]], unit: str = "bytes") -> dict[str, Any]:

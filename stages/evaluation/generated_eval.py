@@ -2,12 +2,12 @@
 
     atom run atom-tiny --only fresh
 
-The problems are drawn from a seed that is the digest of the final model's weight tensors, so they could not be trained
-on. By chance a problem may still have been: every one whose question occurs in a document, an RL task, a preference
-prompt or another evaluation item is taken out, and counted by where it stood. Anyone who has the published weights can
-draw the same problems (`digest_of` and `draw`), and with the published data take out the same ones (`find_places`).
+The seed of the problems is the digest of the final model's weight tensors, so no training run could aim at them. A
+problem may still occur in the data by chance: a problem whose question occurs in a document, an RL task, a preference
+prompt or another evaluation item is removed, and counted by the place of the match. Anyone with the published weights
+can draw the same problems (`digest_of` and `draw`), and with the published data remove the same ones (`find_places`).
 
-This protects against leakage, not against a lab that trains until it likes the seed.
+This protects against leakage, not against training until a digest gives easy problems.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class FreshConfig(Config):
 
 
 def run(config: FreshConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["model"]: the export of the final model; inputs["dedup"], inputs["items"]; inputs["tasks-<phase>"]: what
-    each phase of reinforcement or preference learning asked.
+    """inputs["model"]: the export of the final model; inputs["dedup"], inputs["items"]; inputs["tasks-<phase>"]: the
+    tasks of each phase of reinforcement or preference learning.
 
-    Seals `chat.jsonl`, rows as in the items artifact, and `meta.json`: digest, seed, how many were drawn and which were
-    taken out, and where each stood. Raises RecipeError if a task has too few problems.
+    Seals `chat.jsonl`, rows as in the items artifact, and `meta.json`: digest, seed, the number of problems drawn, and
+    the removed ones with their places. Raises RecipeError if a task has too few problems.
     """
     digest = digest_of(inputs["model"] / "model")
     rows = draw(digest, config.problems)
@@ -111,7 +111,7 @@ def find_places(rows: list[Row], config: FreshConfig, inputs: Inputs) -> dict[st
     A question occurs in a text that contains its words in sequence, as decontamination compares them. All kept
     documents of a phase's sources count, held-out ones too.
     """
-    from stages.data.filters.overlap import ItemRuns
+    from stages.data.curation.overlap import ItemRuns
 
     runs = ItemRuns({row["id"]: question(row) for row in rows})
     matches: dict[str, list[str]] = {}
@@ -136,7 +136,7 @@ def find_places(rows: list[Row], config: FreshConfig, inputs: Inputs) -> dict[st
 
 
 def task_roles(inputs: Inputs) -> list[str]:
-    """The inputs that hold what reinforcement or preference learning asked."""
+    """The inputs with the tasks of reinforcement and preference learning."""
     return sorted(role for role in inputs if role.startswith("tasks-"))
 
 

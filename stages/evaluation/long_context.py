@@ -1,6 +1,6 @@
 """Long-context evaluation: two measurements of stage `evaluate`, for recipes that have `evaluation.context`.
 
-- **Passkeys**: a key stands at some depth of a text of some length (in tokens, exact), the question at its end. Text
+- **Passkeys**: a key at a given depth of a text of a given length in tokens, with the question at its end. Text
   comes from held-out documents, the key from those that training never uses (stages/data/synthetic/passkeys.py). The
   answer counts if every token of it is the most probable one given the right ones before it, which is what greedy
   decoding asks for: one forward pass an item.
@@ -8,8 +8,8 @@
   before: 0–63, 64–127, 128–255, … The documents are the same at every position, so if a later token costs less than
   an earlier one, the model uses what it has read.
 
-Both ask beyond the model's own `max_position_embeddings` too, where rotary embedding goes on turning: that is what
-a model is worth there before its context is extended.
+Both go beyond the model's `max_position_embeddings`, where rotary embeddings extrapolate: they measure a model there
+before its context is extended.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,8 @@ from pipeline.core.store import once
 from pipeline.core.text import shown
 from stages.data.seeds import seed_of
 from stages.data.synthetic import passkeys
+from stages.data.table import Double, Int32, String, columns_of
+from stages.evaluation.bits_per_byte import HeldoutDocument
 from stages.evaluation.confidence import binomial, ratio
 
 if TYPE_CHECKING:
@@ -41,22 +43,32 @@ SLICE = 512
 """Positions whose logits are held at once: those of a long document over a large vocabulary would not fit."""
 
 Encode = Callable[[str], list[int]]
-PASSKEY = {
-    "id": "string",
-    "length": "int32",
-    "depth": "double",
-    "expected": "string",
-    "output": "string",
-    "score": "int8",
-}
-POSITIONS = {
-    "source": "string",
-    "id": "string",
-    "first": "int32",
-    "last": "int32",
-    "tokens": "int32",
-    "nll_bits": "double",
-}
+
+
+class PasskeyRow(TypedDict):
+    """The answer to a passkey item of `length` tokens, with the key at `depth` from 0 (start) to 1 (end)."""
+
+    id: String
+    length: Int32
+    depth: Double
+    expected: String
+    output: String
+    score: Annotated[int, "int8"]
+
+
+class PositionRow(TypedDict):
+    """The bits of the tokens of a document at the positions `first` to `last`."""
+
+    source: String
+    id: String
+    first: Int32
+    last: Int32
+    tokens: Int32
+    nll_bits: Double
+
+
+PASSKEY = columns_of(PasskeyRow)
+POSITIONS = columns_of(PositionRow)
 
 
 class ContextSection(Config):
@@ -91,28 +103,28 @@ def measure(
     model: Any,
     tokenizer: Any,
     encode: Encode,
-    documents: Sequence[dict[str, Any]],
+    documents: Sequence[HeldoutDocument],
     work: Path,
     report: Report,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[PasskeyRow], list[PositionRow]]:
     """The rows of `passkey.parquet` and of `positions.parquet`. Resumes from `work`, length by length.
 
-    documents: held-out ones with `id`, `source`, `text` and `content_hash`; encode: text to token ids, as in training.
+    encode: text to token ids, as in training.
     Raises AtomError if a length leaves no room for a key, or if the documents are too few or too short.
     """
     documents = sorted(documents, key=lambda row: (row["content_hash"], row["id"]))  # a fixed lottery
     filler = [token for row in documents for token in encode(f"{row['text']}\n\n")]
-    keys: list[dict[str, Any]] = []
+    passkeys_scored: list[PasskeyRow] = []
     for length in section.lengths:
         cells = partial(_score_cells, section, length, model, tokenizer, encode, filler)
-        keys += once(work / f"passkey-{length}.json", cells)
-        scores = [row["score"] for row in keys if row["length"] == length]
+        passkeys_scored += once(work / f"passkey-{length}.json", cells)
+        scores = [row["score"] for row in passkeys_scored if row["length"] == length]
         report.note(f"passkey in {length} tokens: {sum(scores)} of {len(scores)} found")
     by_position = once(
         work / "positions.json",
         partial(_loss_by_position, model, encode, documents, section.lengths[-1], section.documents),
     )
-    return keys, by_position
+    return passkeys_scored, by_position
 
 
 def items(section: ContextSection, length: int, encode: Encode, filler: list[int]) -> Iterator[tuple[Any, ...]]:
@@ -146,25 +158,25 @@ def items(section: ContextSection, length: int, encode: Encode, filler: list[int
 
 def _score_cells(
     section: ContextSection, length: int, model: Any, tokenizer: Any, encode: Encode, filler: list[int]
-) -> list[dict[str, Any]]:
+) -> list[PasskeyRow]:
     import torch
 
-    rows = []
+    rows: list[PasskeyRow] = []
     for name, depth, key, ids, answer in items(section, length, encode, filler):
         with torch.inference_mode():
             logits = model(torch.tensor([ids]), logits_to_keep=len(answer) + 1).logits[0, :-1]
         predicted = logits.argmax(-1).tolist()
         output = tokenizer.decode(predicted, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        row = {"id": name, "length": length, "depth": depth, "expected": key, "output": output}
-        rows.append({**row, "score": int(predicted == answer)})
+        score = int(predicted == answer)
+        rows.append({"id": name, "length": length, "depth": depth, "expected": key, "output": output, "score": score})
     return rows
 
 
 def _loss_by_position(
-    model: Any, encode: Encode, documents: Sequence[dict[str, Any]], length: int, limit: int
-) -> list[dict[str, Any]]:
+    model: Any, encode: Encode, documents: Sequence[HeldoutDocument], length: int, limit: int
+) -> list[PositionRow]:
     """One row for each bucket of each document, of the first `limit` documents of at least `length` tokens."""
-    rows: list[dict[str, Any]] = []
+    rows: list[PositionRow] = []
     longest = count = 0
     for document in documents:
         ids = encode(document["text"])[:length]
@@ -175,8 +187,16 @@ def _loss_by_position(
         bits = token_bits(model, ids)
         for first, last in buckets(length):
             bucket_bits = bits[max(first, 1) - 1 : last]
-            row = {"source": document["source"], "id": document["id"], "first": first, "last": last}
-            rows.append({**row, "tokens": len(bucket_bits), "nll_bits": float(bucket_bits.sum())})
+            rows.append(
+                {
+                    "source": document["source"],
+                    "id": document["id"],
+                    "first": first,
+                    "last": last,
+                    "tokens": len(bucket_bits),
+                    "nll_bits": float(bucket_bits.sum()),
+                }
+            )
         if count == limit:
             break
     if count < 2:
@@ -209,15 +229,15 @@ def token_bits(model: Any, ids: list[int]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def summary(keys: Sequence[dict[str, Any]], by_position: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summary(keys: Sequence[PasskeyRow], by_position: Sequence[PositionRow]) -> dict[str, Any]:
     """`passkey` and `loss_by_position` of scores.json, from the two tables alone.
 
     Errors of the loss are over documents; as these are the same in every bucket, differences are surer than they look.
     """
     lengths = sorted({row["length"] for row in keys})
 
-    def scores_of(**conditions: Any) -> list[int]:
-        return [row["score"] for row in keys if all(row[name] == value for name, value in conditions.items())]
+    def scores_of(length: int, depth: float | None = None) -> list[int]:
+        return [row["score"] for row in keys if row["length"] == length and depth in (None, row["depth"])]
 
     depths = sorted({row["depth"] for row in keys})
     return {

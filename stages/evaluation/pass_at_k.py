@@ -2,17 +2,17 @@
 
     atom run atom-tiny --only solve-rlvr
 
-A problem, which has one right answer, is asked once greedily and `samples` times at temperature 1. From the samples
-follow, for k = 1, 2, 4, … answers and by what they cost in generated tokens:
+The model answers each problem once greedily and `num_samples` times at temperature 1. The samples give, for k = 1, 2,
+4, … answers and with their cost in generated tokens:
 
-- **pass@k**: one of k answers is right;
-- **maj@k**: the most frequent of k answers is right. Answers vote by their text without the reasoning; one that did not
-  end has no vote, and of equally frequent answers each is as likely.
+- **pass@k**: one of k answers is correct;
+- **maj@k**: the most frequent of k answers is correct. An answer votes by its text without the reasoning. A truncated
+  answer has no vote. Ties are broken at random.
 
 Both are exact expectations over all subsets of the samples (stages/evaluation/confidence.py). A request for a courteous
-note has no one right answer; it is asked once, for its mean reward, and which of two models is preferred is measured by
-stage `prefer`. Errors are over items. Seeds follow from item and sample, so all models of a recipe draw with the same
-random numbers.
+note has no single correct answer: the model answers it once, and its mean reward is reported. Stage `prefer` measures
+which of two models is preferred. Standard errors are over items. Seeds follow from item and sample, so all models of a
+recipe draw with the same random numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 from pydantic import Field
 
@@ -30,7 +30,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.stage import Config, Inputs, Report, Stage
 from pipeline.core.store import once
 from stages.data.seeds import seed_of
-from stages.data.table import write_json, write_rows
+from stages.data.table import Double, Int32, String, columns_of, write_json, write_rows
 from stages.evaluation.confidence import clustered, majority_at, pass_at, powers_of_two
 from stages.evaluation.eval_set import chat_rows
 
@@ -42,28 +42,36 @@ GREEDY = -1
 ITEMS_PER_BATCH = 32
 JUDGED = ("courtesy",)
 """Kinds of items that have no one right answer."""
-ANSWERS = {
-    "id": "string",
-    "kind": "string",
-    "sample": "int32",
-    "seed": "uint64",
-    "text": "string",
-    "answer": "string",
-    "finished": "bool",
-    "tokens": "int32",
-    "reward": "double",
-    "parts": "string",
-    "verifier": "string",
-    "verifier_version": "string",
-}
-Answer = dict[str, Any]
-"""A row of answers.parquet. sample: GREEDY or 0, 1, …; tokens: all that were generated, the stop token too."""
+
+
+class Answer(TypedDict):
+    """A row of answers.parquet. sample: GREEDY or 0, 1, …; tokens: of the text, with the stop token; parts: those of
+    the reward, as JSON."""
+
+    id: String
+    kind: String
+    sample: Int32
+    seed: Annotated[int, "uint64"]
+    text: String
+    answer: String
+    finished: Annotated[bool, "bool"]
+    tokens: Int32
+    reward: Double
+    parts: String
+    verifier: String
+    verifier_version: String
+
+
+ANSWERS = columns_of(Answer)
+
+NumSamples = Annotated[int, Range(1, 4096)]
+"""Answers to one problem."""
 
 
 class SolveConfig(Config):
-    """Which items are asked, how often, and how long an answer may be."""
+    """The items, the number of answers to each, and their maximum length."""
 
-    num_samples: Annotated[int, Range(1, 4096)] = Field(description="answers per item")
+    num_samples: NumSamples = Field(description="answers per item")
     max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
     split: Literal["test", "validation"] = Field("test", description="split of the items")
     seed: Seed = Field(description="seed of the recipe")
@@ -112,7 +120,7 @@ def select_split(rows: Sequence[dict[str, Any]], split: str) -> list[dict[str, A
 
 
 class ChatModel:
-    """An exported model with its chat template, and the verifiers of some rows."""
+    """An exported model with its chat template, and the verifiers of its items."""
 
     def __init__(self, folder: Path, max_new_tokens: int, rows: Sequence[Row], inputs: Inputs, report: Report) -> None:
         import torch
@@ -201,8 +209,8 @@ def _majority_of(rows: Sequence[Answer], k: int) -> float:
 
 
 def _answer_statistics(items: Mapping[str, list[Answer]], name: str) -> dict[str, Any]:
-    """Statistics of some answers: the mean reward under `name`, mean generated tokens, and the shares of answers that
-    are truncated at max_new_tokens or have a reasoning."""
+    """Statistics of answers by item: the mean reward under `name`, mean generated tokens, and the shares of answers
+    that are truncated at max_new_tokens or have a reasoning."""
     rows = [row for answers in items.values() for row in answers]
     return {
         name: clustered([sum(row["reward"] for row in answers) / len(answers) for answers in items.values()]),

@@ -2,15 +2,16 @@
 
     atom run atom-tiny --only prefer-rlvr
 
-Each of the two answers every held-out request of the test split once, at temperature 1 and with the same seed. A judge
-scores both answers. The higher score wins if that answer does what was asked; all else is a tie, which is half a win.
+Both models answer every held-out request of the test split once, at temperature 1 and with the same seed. A verifier
+scores both answers. The higher score wins if that answer does the task of the request. Everything else is a tie, which
+counts as half a win.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ PAIRS |= {f"{side}_{name}": kind for side in SIDES for name, kind in {**SIDE_COL
 
 
 class PreferConfig(Config):
-    """The two models by name, as the recipe calls them, and how long an answer may be."""
+    """The names of the two models in the recipe, and the maximum length of an answer."""
 
     model: Key = Field(description="name of the model")
     before: Key = Field(description="name of the model that it is compared with")
@@ -69,9 +70,10 @@ def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Rep
             report.progress(number * len(requests) + start + len(batch), len(SIDES) * len(requests), "answers")
         chat_model.close()
     pairs = []
-    for row, model_answer, before_answer in zip(rows, sides["model"], sides["before"], strict=True):
-        pair = {name: model_answer[name] for name in PAIRS if name in model_answer} | {"question": question(row)}
-        for side, answer in zip(SIDES, (model_answer, before_answer), strict=True):
+    for row, *answers in zip(rows, *(sides[side] for side in SIDES), strict=True):
+        columns: dict[str, Mapping[str, Any]] = dict(zip(SIDES, answers, strict=True))
+        pair = {name: value for name, value in columns["model"].items() if name in PAIRS} | {"question": question(row)}
+        for side, answer in columns.items():
             pair |= {f"{side}_{name}": answer[name] for name in (*SIDE_COLUMNS, "parts")}
         pairs.append(pair)
     write_rows(out / "pairs.parquet", PAIRS, pairs)

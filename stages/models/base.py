@@ -11,7 +11,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -99,6 +99,8 @@ class ModelConfig(Config, ABC):
     yarn: Yarn | None = added(None, "YaRN scaling of the rotary frequencies; null: none")
     stated_parameters: StatedParameters | None = operational(None, "expected parameter counts; null: not checked")
 
+    spec_module: ClassVar[str]
+    """The module that defines SPEC, the architecture's ModelSpec."""
     if TYPE_CHECKING:  # each architecture declares the field with its own name as the only value
         architecture: str
 
@@ -181,7 +183,7 @@ class ModelConfig(Config, ABC):
 
     def spec(self) -> ModelSpec:
         """How Megatron and transformers build the model. Imports torch."""
-        spec: ModelSpec = importlib.import_module(f"stages.models.{self.architecture}.spec").SPEC
+        spec: ModelSpec = importlib.import_module(self.spec_module).SPEC
         return spec
 
 

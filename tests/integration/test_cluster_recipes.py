@@ -18,7 +18,8 @@ import pytest
 from pipeline.core.store import Store
 from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
-from stages.data.recipe import Source, load
+from stages.data.recipe import load
+from stages.data.sources import Source
 from stages.graph import phases
 from stages.mcore.memory import memory_share
 from stages.mcore.parallel_layout import Layout

@@ -15,10 +15,11 @@ import pytest
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, write_manifest
 from stages.data import acquire, dedup, filter
-from stages.data.filters import near_duplicates
-from stages.data.filters.decontaminate import ContaminationIndex
-from stages.data.filters.dispositions import Dispositions
-from stages.data.filters.settings import CurationSettings
+from stages.data.curation import filtering, near_duplicates
+from stages.data.curation.decontamination import ContaminationIndex
+from stages.data.curation.dispositions import Dispositions
+from stages.data.curation.settings import CurationSettings
+from stages.data.filters.pii import Pii
 from stages.data.recipe import load
 from stages.data.table import DOCUMENTS, ITEMS, content_hash, write_rows
 from stages.evaluation import eval_set
@@ -230,19 +231,11 @@ def test_an_unbalanced_book_or_a_document_without_license_is_refused(tmp_path: P
         curated(run_stage, config(), inputs)
 
 
-def test_a_step_that_loses_documents_is_refused(
+def test_a_step_that_returns_no_text_is_refused(
     tmp_path: Path, run_stage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stages.data.filters import filters
-
-    class Lossy(filters.Pii):
-        def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
-            for i, doc in enumerate(data):
-                if i:
-                    yield doc
-
-    monkeypatch.setitem(filters.BUILD, "pii", Lossy)
-    with pytest.raises(AtomError, match="loses documents without saying so"):
+    monkeypatch.setattr(Pii, "function", lambda self: lambda text: None)
+    with pytest.raises(AtomError, match="step pii returned None for document prose/good; a filter returns the text"):
         curated(run_stage, config(), inputs_of(tmp_path))
 
 
@@ -358,7 +351,7 @@ def test_shards_done_beforehand_are_all_that_the_stages_need(
     assert dedup.STAGE.shards(buckets) == (14 if shards > 1 else 1)
     for bucket in reversed(range(14)):
         dedup.run_shard(buckets, {"filter": filtered}, work, bucket)
-    monkeypatch.setattr(filter, "_apply", None)  # nothing is left to do
+    monkeypatch.setattr(filtering, "filter_documents", None)  # nothing is left to do
     monkeypatch.setattr(near_duplicates, "sign", None)
     monkeypatch.setattr(near_duplicates, "MinhashDedupBuckets", None)
     assert run_stage(filter.STAGE, first, inputs, work).digest == filtered.digest

@@ -26,5 +26,6 @@ def test_folders_and_registry_name_each_other() -> None:
 def test_an_entry_has_its_config_and_its_spec(name: str) -> None:
     config = ARCHITECTURES[name]
     assert issubclass(config, ModelConfig) and config.__module__ == f"stages.models.{name}.config"
+    assert config.spec_module == f"stages.models.{name}.spec"
     assert get_args(config.model_fields["architecture"].annotation) == (name,)
-    assert isinstance(import_module(f"stages.models.{name}.spec").SPEC, ModelSpec)
+    assert isinstance(import_module(config.spec_module).SPEC, ModelSpec)

@@ -26,7 +26,7 @@ from pipeline.graph import recipe as recipes
 from pipeline.launch import cluster_profile
 from pipeline.launch.cluster_profile import Profile
 from stages.data import recipe as data_recipes
-from stages.data.filters.settings import FASTTEXT
+from stages.data.filters.language import LANGUAGES
 from stages.data.order import OrderConfig
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train.config import Optimizer, PhaseConfig
@@ -474,7 +474,7 @@ def test_languages_of_the_filter_are_those_of_its_model() -> None:
 
     resources = Path(infer.__file__).parent / "resources"
     model = fasttext.load_model(str(next(resources.glob("lid.176.*"))))
-    assert {label.removeprefix("__label__") for label in model.get_labels()} == FASTTEXT
+    assert {label.removeprefix("__label__") for label in model.get_labels()} == LANGUAGES
 
 
 ODD = st.one_of(

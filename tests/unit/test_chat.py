@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import write_manifest
 from stages.data import acquire, chat, tokenization, tokenizer
-from stages.data.recipe import Source, load
+from stages.data.recipe import load
 from stages.data.seeds import seed_of
+from stages.data.sources import Source
 from stages.data.synthetic import courtesy_notes
 from stages.data.table import KEPT, read_table, write_rows
 from stages.scorers import LATEST, SCORERS
@@ -110,7 +111,7 @@ def test_files_of_conversations_are_read_and_bad_ones_told(tmp_path: Path) -> No
     with pytest.raises(
         AtomError, match=r"no list of messages in field 'messages' \(fields: id, messages\); set reader.messages_field"
     ):
-        list(acquire._read_documents(source, 0, acquire.source_files(source)))
+        list(source.reader.documents(source.name, 0, source.reader.files(source.name)))
 
 
 def test_kind_and_reader_must_fit(tmp_path: Path) -> None:

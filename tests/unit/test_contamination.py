@@ -8,9 +8,10 @@ import pytest
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, write_manifest
-from stages.data.filters.overlap import ItemRuns
+from stages.data.curation.overlap import ItemRuns
 from stages.data.table import read_jsonl, write_jsonl
 from stages.evaluation import contamination, generated_eval, pass_at_k
+from stages.evaluation.contamination_corpus import FORMS
 from stages.evaluation.eval_set import chat_rows
 from stages.rl.protocols import question
 from tests.fixtures import chat_fixtures
@@ -62,7 +63,7 @@ def test_planted_items_are_found_and_no_others(run_stage, inputs) -> None:
 def test_the_detector_is_tried(run_stage, inputs) -> None:
     detector = run_stage(contamination.STAGE, CONFIG, inputs).json("report.json")["detector"]
     assert (detector["recall"]["planted"], detector["recall"]["found"]) == (8, 8)
-    assert detector["recall_by_form"] == {form: {"planted": 2, "found": 2} for form in contamination.FORMS}
+    assert detector["recall_by_form"] == {form: {"planted": 2, "found": 2} for form in FORMS}
     assert detector["false_positives"] == {"absent": 8, "found": 0}
 
 

@@ -15,7 +15,7 @@ from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, write_manifest
 from release.assembly import metrics
 from stages.data.synthetic import passkeys
-from stages.evaluation import bits_per_byte, long_context
+from stages.evaluation import bits_per_byte, long_context, model_evaluation
 from stages.evaluation.long_context import ContextSection
 from tests.fixtures import release_fixtures
 
@@ -67,9 +67,9 @@ def loaded(inputs: dict[str, Artifact]) -> Any:
 
 def test_scores_are_recomputed_from_the_tables_alone(run_stage: Any, inputs: Any, tmp_path: Path) -> None:
     config = {**CONFIG, "context": SECTION}
-    first = run_stage(bits_per_byte.STAGE, config, inputs, tmp_path / "work")
+    first = run_stage(model_evaluation.STAGE, config, inputs, tmp_path / "work")
     (tmp_path / "work/passkey-150.json").unlink()
-    assert run_stage(bits_per_byte.STAGE, config, inputs, tmp_path / "work").digest == first.digest
+    assert run_stage(model_evaluation.STAGE, config, inputs, tmp_path / "work").digest == first.digest
     scores = first.json("scores.json")
     assert metrics.scores_of(first.path) == scores
     assert {n: row["n"] for n, row in scores["passkey"].items()} == {"60": 6, "150": 6, "300": 6}
@@ -83,8 +83,8 @@ def test_scores_are_recomputed_from_the_tables_alone(run_stage: Any, inputs: Any
 
 
 def test_a_recipe_without_the_section_keeps_its_key_and_its_bytes(run_stage: Any, inputs: Any) -> None:
-    assert identity(bits_per_byte.EvaluateConfig(**CONFIG)) == CONFIG
-    artifact = run_stage(bits_per_byte.STAGE, CONFIG, inputs)
+    assert identity(model_evaluation.EvaluateConfig(**CONFIG)) == CONFIG
+    artifact = run_stage(model_evaluation.STAGE, CONFIG, inputs)
     assert sorted(p.name for p in artifact.path.iterdir()) == [
         "documents.parquet", "items.parquet", "manifest.json", "scores.json",
     ]  # fmt: skip

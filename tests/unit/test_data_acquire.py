@@ -14,8 +14,10 @@ import pytest
 
 from pipeline.core.errors import AtomError, RecipeError
 from stages.data import acquire
-from stages.data.readers.python_stdlib import read_docstrings, read_functions
-from stages.data.recipe import Source, load, resolve_tree_digest
+from stages.data.python_stdlib import read_docstrings, read_functions
+from stages.data.readers.base import Document, Unreadable
+from stages.data.recipe import load
+from stages.data.sources import Source, resolve_tree_digest
 from stages.data.synthetic.problems import FORMS, TASKS, add, draw
 from stages.data.table import content_hash
 from stages.evaluation import eval_set
@@ -179,8 +181,8 @@ def test_library_files_are_cut_by_the_parsers_lines(tmp_path: Path) -> None:
     files = [(name, tmp_path / name) for name in ("a.py", "b.py")]
     functions = list(read_functions(files))
     assert functions == [
-        ("a.py:outer", "def outer(x):\n    def inner():\n        '''Inside.'''\n    return x", "a.py"),
-        ("a.py:C.value", "@property\ndef value(self):\n    return 1", "a.py"),
-        "b.py",
+        Document("a.py:outer", "def outer(x):\n    def inner():\n        '''Inside.'''\n    return x", "a.py"),
+        Document("a.py:C.value", "@property\ndef value(self):\n    return 1", "a.py"),
+        Unreadable("b.py"),
     ]
-    assert list(read_docstrings(files)) == [("a.py:outer", "Café.", "a.py"), "b.py"]
+    assert list(read_docstrings(files)) == [Document("a.py:outer", "Café.", "a.py"), Unreadable("b.py")]

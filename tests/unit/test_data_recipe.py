@@ -13,7 +13,8 @@ import yaml
 from pipeline.core.errors import RecipeError
 from pipeline.core.stage import identity
 from stages.data.acquire import AcquireConfig
-from stages.data.recipe import load, resolve_tree_digest
+from stages.data.recipe import load
+from stages.data.sources import resolve_tree_digest
 
 JSONL_SOURCE = {
     "name": "notes",

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.core.code_digests import code_digests
 from pipeline.core.errors import AtomError
 from pipeline.core.store import Artifact, write_manifest
-from stages.evaluation import bits_per_byte, confidence
+from pipeline.graph import registry
+from stages.evaluation import bits_per_byte, confidence, exact_match, model_evaluation
 from tests.fixtures import ROOT, release_fixtures
 
 pytestmark = pytest.mark.numeric
@@ -35,13 +37,13 @@ def tables(artifact: Artifact, name: str) -> list[dict]:
 
 
 def test_same_bytes_twice_and_after_a_cut(run_stage, inputs, tmp_path: Path) -> None:
-    first, second = (run_stage(bits_per_byte.STAGE, CONFIG, inputs, tmp_path / name) for name in ("a", "b"))
+    first, second = (run_stage(model_evaluation.STAGE, CONFIG, inputs, tmp_path / name) for name in ("a", "b"))
     assert first.digest == second.digest
     (tmp_path / "b" / "items-00000.json").unlink()
-    assert run_stage(bits_per_byte.STAGE, CONFIG, inputs, tmp_path / "b").digest == first.digest
+    assert run_stage(model_evaluation.STAGE, CONFIG, inputs, tmp_path / "b").digest == first.digest
     scores = first.json("scores.json")
     assert set(scores["bits_per_byte"]) == set(release_fixtures.SOURCES) and scores["accuracy"]["add"]["n"] == 20
-    assert bits_per_byte.summary(tables(first, "documents.parquet"), tables(first, "items.parquet")) == scores
+    assert model_evaluation.summary(tables(first, "documents.parquet"), tables(first, "items.parquet")) == scores
 
 
 def test_bits_are_the_models_own_loss(run_stage, inputs) -> None:
@@ -49,7 +51,7 @@ def test_bits_are_the_models_own_loss(run_stage, inputs) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    row = tables(run_stage(bits_per_byte.STAGE, CONFIG, inputs), "documents.parquet")[0]
+    row = tables(run_stage(model_evaluation.STAGE, CONFIG, inputs), "documents.parquet")[0]
     folder = inputs["model"] / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     text = {r["id"]: r["text"] for rows in release_fixtures.corpus().values() for r in rows}[row["id"]]
@@ -69,11 +71,11 @@ def test_a_question_is_context_and_not_scored(inputs) -> None:
 
     folder = inputs["model"] / "model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    first = bits_per_byte._first_token_bits(model, tokenizer)
+    first = bits_per_byte.first_token_bits_of(model, tokenizer)
 
     def bits(text: str, prompt_chars: int) -> dict:
         row = {"id": "a", "source": "s", "text": text, "prompt_chars": prompt_chars}
-        return bits_per_byte._document_bits(model, tokenizer, first, row)
+        return bits_per_byte.document_bits(model, tokenizer, first, row)
 
     answer = bits("12+30=42", 6)
     assert (answer["bytes"], answer["tokens"]) == (2, 2)
@@ -92,8 +94,8 @@ def test_padding_and_batching_do_not_change_an_output(inputs) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = [{"id": str(n), "task": "add", "prompt": "1" * n + ":", "answer": "2"} for n in (1, 9, 20)]
-    together = bits_per_byte._answer_batch(model, tokenizer, rows, 8)
-    alone = [bits_per_byte._answer_batch(model, tokenizer, [row], 8)[0] for row in rows]
+    together = exact_match.answer_batch(model, tokenizer, rows, 8)
+    alone = [exact_match.answer_batch(model, tokenizer, [row], 8)[0] for row in rows]
     assert [row["output"] for row in together] == [row["output"] for row in alone]
     assert len(together[0]["code_digest"]) == 64
 
@@ -120,7 +122,15 @@ def test_nothing_held_out_is_one_sentence(inputs, run_stage, tmp_path: Path) -> 
     release_fixtures.table(tmp_path / "dedup" / "kept" / "s.parquet", rows)
     bad = write_manifest(tmp_path / "dedup", "dedup")
     with pytest.raises(AtomError, match="has no held-out document"):
-        run_stage(bits_per_byte.STAGE, CONFIG, {**inputs, "dedup": bad})
+        run_stage(model_evaluation.STAGE, CONFIG, {**inputs, "dedup": bad})
+
+
+def test_thresholds_that_judge_results_are_in_no_stages_code() -> None:
+    """Another threshold makes no evaluation stale."""
+    stages = registry.stages()
+    assert "stages.evaluation.model_evaluation" in code_digests(stages["evaluate"])
+    for name in ("evaluate", "solve", "fresh", "prefer", "contamination", "items"):
+        assert "stages.evaluation.settings" not in code_digests(stages[name]), name
 
 
 def test_modules_that_plan_and_cli_import_are_light() -> None:
@@ -128,7 +138,7 @@ def test_modules_that_plan_and_cli_import_are_light() -> None:
     import sys
 
     heavy = ("torch", "numpy", "pyarrow", "transformers", "huggingface_hub", "jinja2")
-    ours = "stages.evaluation.bits_per_byte, stages.evaluation.pass_at_k, stages.evaluation.generated_eval, stages.evaluation.win_rate, stages.evaluation.contamination, release.assembly.build_release, release.hub.publish, release.audit.verify, release.hub.local.server"
+    ours = "stages.evaluation.model_evaluation, stages.evaluation.pass_at_k, stages.evaluation.generated_eval, stages.evaluation.win_rate, stages.evaluation.contamination, release.assembly.build_release, release.hub.publish, release.audit.verify, release.hub.local.server"
     code = f"import sys, json, {ours}; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
     root = ROOT
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.store import Artifact, write_manifest
 from stages.data import order
+from stages.data.chunks import chunk
+from stages.data.row_draw import apportion
 from stages.data.seeds import permutation
 from stages.data.table import TOKENIZED, write_rows
 
@@ -60,7 +62,7 @@ def test_shares_are_exact_and_every_chunk_comes_once_an_epoch(tmp_path: Path, ru
 @given(length=st.integers(1, 300), loss_from=st.integers(0, 60), sequence_length=st.integers(2, 40))
 def test_chunks_make_every_token_a_target_once(length: int, loss_from: int, sequence_length: int) -> None:
     targets = []
-    for offset, n, silent in order.chunk(length, loss_from, sequence_length):
+    for offset, n, silent in chunk(length, loss_from, sequence_length):
         assert 2 <= n <= sequence_length + 1 and 0 <= silent < n - 1
         targets += range(offset + 1 + silent, offset + n)
     assert targets == list(range(max(1, loss_from), length))
@@ -110,7 +112,7 @@ def test_a_damaged_table_is_named(tmp_path: Path) -> None:
 @given(shares=st.lists(st.integers(1, 50), min_size=1, max_size=6), total=st.integers(0, 5000))
 def test_apportionment_is_exact(shares: list[int], total: int) -> None:
     mix = {f"s{i}": share / sum(shares) for i, share in enumerate(shares)}
-    counts = order.apportion(mix, total)
+    counts = apportion(mix, total)
     assert sum(counts.values()) == total
     assert all(abs(counts[name] - mix[name] * total) < 1 + 1e-6 for name in mix)
 

@@ -16,9 +16,13 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, write_manifest
 from stages.data import acquire, dedup, filter
-from stages.data.filters.settings import CurationSettings
-from stages.data.readers.python_stdlib import read_modules
-from stages.data.recipe import Source, StdlibSource, load, resolve_tree_digest
+from stages.data.curation.settings import CurationSettings
+from stages.data.python_stdlib import read_modules
+from stages.data.readers.base import Document, Unreadable
+from stages.data.readers.stdlib_source import StdlibSource
+from stages.data.recipe import load
+from stages.data.sources import Source, resolve_tree_digest
+from stages.data.splits import split_of
 from stages.data.synthetic import passkeys
 from stages.data.table import DOCUMENTS, ITEMS, content_hash, write_rows
 from stages.data.tokenization import encode
@@ -75,7 +79,7 @@ def test_no_filler_is_held_out_elsewhere() -> None:
     assert len(fillers) == pytest.approx(1800, abs=60)
 
     for text, _ in texts:
-        if dedup.split_of(content_hash(text), passkeys.HELD_OUT_SHARE) == "heldout":
+        if split_of(content_hash(text), passkeys.HELD_OUT_SHARE) == "heldout":
             assert text not in fillers
 
 
@@ -186,8 +190,10 @@ def test_whole_files_lose_their_docstrings_and_still_parse(tmp_path: Path) -> No
     (tmp_path / "b.py").write_text("print 'two'\n")
     (tmp_path / "c.py").write_text('"""Nothing else."""\n')
     files = [(name, tmp_path / name) for name in ("a.py", "b.py", "c.py")]
-    (name, text, place), bad = read_modules(files)
-    assert (name, place, bad) == ("a.py", "a.py", "b.py")
+    document, bad = read_modules(files)
+    assert isinstance(document, Document) and bad == Unreadable("b.py")
+    text = document.text
+    assert (document.name, document.location) == ("a.py", "a.py")
     assert text == (
         "import os\n\n\nclass Bare:\n    pass\n\n\nclass Full:\n\n    def one(self): pass; return os\n\n"
         '    def two(self):\n        def inner():\n            return "no docstring"\n        return inner'

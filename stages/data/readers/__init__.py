@@ -1,1 +1,15 @@
-"""Readers: from files (or a seed) to documents with stable ids."""
+"""Readers: from files, or from a seed, to documents with stable ids."""
+
+from __future__ import annotations
+
+READERS = {
+    "stdlib-docstrings": "stages.data.readers.stdlib_docstrings",
+    "stdlib-source": "stages.data.readers.stdlib_source",
+    "jsonl": "stages.data.readers.jsonl",
+    "parquet": "stages.data.readers.parquet",
+    "problems": "stages.data.readers.problems",
+    "passkeys": "stages.data.readers.passkeys",
+    "chat-problems": "stages.data.readers.chat_problems",
+    "courtesies": "stages.data.readers.courtesies",
+}
+"""{reader: module whose READER is its class}. Importing one is cheap: no datatrove or pyarrow."""

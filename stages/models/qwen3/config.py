@@ -5,7 +5,7 @@ layer. transformers loads its export as Qwen3ForCausalLM. No torch here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,7 @@ from stages.models.grouped_query import GroupedQueryConfig, swiglu_activations, 
 class Qwen3Config(GroupedQueryConfig):
     """A dense decoder: `architecture: qwen3`."""
 
+    spec_module: ClassVar[str] = "stages.models.qwen3.spec"
     architecture: Literal["qwen3"] = Field(description="qwen3: a dense decoder")
     intermediate_size: Width = Field(description="inner width of the SwiGLU of each layer")
 

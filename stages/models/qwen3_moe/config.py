@@ -8,7 +8,7 @@ reads this file.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,7 @@ PROXY_EXPERTS = 32
 class Qwen3MoeConfig(GroupedQueryConfig):
     """A mixture of experts: `architecture: qwen3_moe`, which is what a section without this setting means."""
 
+    spec_module: ClassVar[str] = "stages.models.qwen3_moe.spec"
     architecture: Literal["qwen3_moe"] = added("qwen3_moe", "qwen3_moe: a mixture of experts")
     experts: Experts = Field(description="experts in each layer")
     num_experts_per_tok: Annotated[Experts, Renamed("experts_per_token")] = Field(

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt
 
 from pipeline.core.stage import Config
-from stages.data.readers.python_stdlib import stdlib_files
+from stages.data.python_stdlib import library_files
 from stages.models.base import PositiveInt
 from stages.models.registry import Model
 from stages.train.config import BatchSizes, Optimizer, PhaseConfig, TrainConfig, Validation
@@ -73,7 +73,7 @@ class Settings(Config):
 
 def read_library() -> tuple[bytes, int]:
     """The training text and its number of files."""
-    files = stdlib_files()
+    files = library_files()
     return b"".join(path.read_bytes() for _, path in files), len(files)
 
 

@@ -21,8 +21,8 @@ from datatrove.utils.hashing import HashConfig
 
 from pipeline.core.errors import AtomError
 from pipeline.core.store import once
-from stages.data.filters.settings import MinHash
-from stages.data.filters.words import WORDS
+from stages.data.curation.settings import MinHash
+from stages.data.curation.words import WORDS
 from stages.data.table import stream_rows
 
 Signature = list[int]  # all hashes of a document, bucket after bucket; empty of a text shorter than one n-gram

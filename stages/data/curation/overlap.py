@@ -1,14 +1,14 @@
 """The runs of consecutive words of some items that occur in a corpus: indexes the items, and streams the documents.
 
 Words are those of decontamination (`searched_words`): spacing, case and most punctuation do not count, signs of
-arithmetic do. What says the same in other words is not found.
+arithmetic do. Paraphrases are not detected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from stages.data.filters.words import searched_words
+from stages.data.curation.words import searched_words
 
 MAX_RUN_WORDS = 64
 """Words of a run at most; a longer match counts as one of these."""
@@ -61,7 +61,7 @@ class ItemRuns:
         return closed_runs
 
     def lengths(self, id: str, runs: set[int]) -> list[int]:
-        """For each word of an item, the length of the longest found run that begins with it."""
+        """For each word of an item, the length of the longest matching run that begins with it."""
         words, lengths = self.words[id], []
         for start in range(len(words)):
             node = length = 0

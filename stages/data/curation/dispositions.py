@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.core.errors import AtomError
+from stages.data.table import DispositionRow, DocumentRow
 
 
 @dataclass(slots=True)
@@ -36,15 +37,16 @@ class Dispositions:
         self.rows: dict[str, Disposition] = {}
 
     @classmethod
-    def from_rows(cls, rows: Iterable[dict[str, Any]]) -> Dispositions:
+    def from_rows(cls, rows: Iterable[DispositionRow]) -> Dispositions:
         """The dispositions of an earlier stage, with its kept documents undecided again."""
         dispositions = cls()
         for row in rows:
-            reset = {"disposition": "", "kept_hash": None} if row["disposition"] == "kept" else {}
-            dispositions.rows[row["id"]] = Disposition(**{**row, **reset})
+            dispositions.rows[row["id"]] = disposition = Disposition(**row)
+            if disposition.disposition == "kept":
+                disposition.disposition, disposition.kept_hash = "", None
         return dispositions
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: DocumentRow) -> None:
         """A document as acquired. Raises AtomError for an id seen before, or a document without license."""
         if row["id"] in self.rows:
             raise AtomError(f"two input documents have the id {row['id']}; ids must differ over all sources")

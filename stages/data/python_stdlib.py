@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from stages.data.readers.base import Document, Files, Unreadable
+
 # not library code (tests, the editor, installed packages), or written at build time with paths of the build machine
 _SKIPPED_FOLDERS = frozenset(
     (
@@ -31,7 +33,7 @@ _SKIPPED_FOLDERS = frozenset(
 _SKIPPED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars")
 
 
-def stdlib_files(top_level: bool = False) -> list[tuple[str, Path]]:
+def library_files(top_level: bool = False) -> Files:
     """(relative path, path) of the library's modules, sorted; `top_level` leaves packages out."""
     root = Path(sysconfig.get_paths()["stdlib"])
     modules = []
@@ -45,46 +47,46 @@ def stdlib_files(top_level: bool = False) -> list[tuple[str, Path]]:
     return sorted(modules)
 
 
-def read_docstrings(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, str] | str]:
-    """Yields (name, text, file) of every docstring; for a file that does not parse, its relative path alone."""
+def read_docstrings(files: Files) -> Iterator[Document | Unreadable]:
+    """Every docstring, located by its file; a file that does not parse is unreadable."""
     for relative, _, tree in _parse_files(files):
         if tree is None:
-            yield relative
+            yield Unreadable(relative)
             continue
         for name, node in _definitions(tree, ""):
             text = ast.get_docstring(node)
             if text and _is_unicode(text):
-                yield f"{relative}:{name}" if name else relative, text, relative
+                yield Document(f"{relative}:{name}" if name else relative, text, relative)
 
 
-def read_functions(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, str] | str]:
-    """Yields (name, source, file) of every function and method that is more than a docstring; bad files as above."""
+def read_functions(files: Files) -> Iterator[Document | Unreadable]:
+    """Every function and method that is more than a docstring; a file that does not parse is unreadable."""
     for relative, lines, tree in _parse_files(files):
         if tree is None:
-            yield relative
+            yield Unreadable(relative)
             continue
         for name, node in _definitions(tree, ""):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 text = _source_without_docstring(node, lines)
                 if text and _is_unicode(text):
-                    yield f"{relative}:{name}", text, relative
+                    yield Document(f"{relative}:{name}", text, relative)
 
 
-def read_modules(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str, str] | str]:
-    """Yields (file, source, file) of every file that holds more than docstrings; bad files as above."""
+def read_modules(files: Files) -> Iterator[Document | Unreadable]:
+    """Every file that holds more than docstrings; a file that does not parse is unreadable."""
     for relative, lines, tree in _parse_files(files):
         if tree is None:
-            yield relative
+            yield Unreadable(relative)
             continue
         text = _file_without_docstrings(tree, lines)
         if text and _is_unicode(text):
-            yield relative, text, relative
+            yield Document(relative, text, relative)
 
 
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def _parse_files(files: list[tuple[str, Path]]) -> Iterator[tuple[str, list[str], ast.Module | None]]:
+def _parse_files(files: Files) -> Iterator[tuple[str, list[str], ast.Module | None]]:
     """(relative path, lines, syntax tree) of each file; no tree if Python cannot parse it."""
     for relative, path in files:
         data = path.read_bytes()
@@ -134,7 +136,7 @@ def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, line
 
 
 def _file_without_docstrings(tree: ast.Module, lines: list[str]) -> str:
-    """The file's text without the docstrings of `_named`, and of functions inside functions.
+    """The file's text without the docstrings of `_definitions`, and of functions inside functions.
 
     A docstring that is all there is, or shares a line with code, becomes `pass`, so that the rest still parses.
     """

@@ -1,13 +1,10 @@
-"""Remove documents in which an evaluation item occurs, and say which item."""
+"""Decontamination: which evaluation item occurs in a document."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from datatrove.data import Document
-from datatrove.pipeline.filters.base_filter import BaseFilter
-
-from stages.data.filters.words import searched_words
+from stages.data.curation.words import searched_words
 
 
 class ContaminationIndex:
@@ -34,20 +31,3 @@ class ContaminationIndex:
                 if gram in table:
                     return table[gram], n
         return None
-
-
-class Decontaminate(BaseFilter):  # type: ignore[misc]
-    """datatrove's own n-gram block reports a task, not an item, and its index builder needs lighteval."""
-
-    name = "Decontamination"
-
-    def __init__(self, index: ContaminationIndex) -> None:
-        super().__init__()
-        self.index = index
-
-    def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        match = self.index.find(doc.text)
-        if match is None:
-            return True
-        doc.metadata["match"], doc.metadata["match_words"] = match
-        return False, "evaluation_item"

@@ -1,0 +1,1 @@
+"""Curation of all sources together: decontamination, deduplication, and a disposition for every document."""

@@ -1,0 +1,87 @@
+"""What a filter is: its settings, and a function that keeps, edits or removes one document.
+
+A filter is a class in a module of its own in this folder, with the module named in FILTERS. Its module is imported when
+a recipe is planned, so heavy imports are inside `function`.
+
+Settings carry the names of the datatrove block that runs them, so that datatrove's documentation holds; defaults are
+the published ones (Gopher, C4, FineWeb), and a recipe lists its changes.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from pipeline.core.bounds import Range
+from pipeline.core.errors import AtomError
+from pipeline.core.stage import Config
+
+Amount = Annotated[int, Range(0, 1e9)]
+"""A number of words, lines or other units in a document."""
+Positive = Annotated[int, Range(1, 1e9)]
+Length = Annotated[float, Range(0, 1e6)]
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """Why a document is removed: the rule, the value that the rule compared, and its threshold."""
+
+    reason: str
+    value: float
+    threshold: float
+
+
+FilterFunction = Callable[[str], str | Removal]
+"""From the text of a document to the text that is kept, edited or not, or to a removal."""
+Score = Callable[[str], tuple[float, float]]
+"""From the text of a removed document to the value that a rule compared and its threshold."""
+
+
+class Filter(Config):
+    """Base of the settings of a filter."""
+
+    step: str = Field(description="name of the step")
+
+    @abstractmethod
+    def function(self) -> FilterFunction:
+        """The function that filters one document. It depends on the text alone, not on other documents."""
+
+    def parameters(self) -> dict[str, Any]:
+        """The settings without the name of the step, as a datatrove block takes them."""
+        return self.model_dump(exclude={"step"})
+
+    def _require_order(self, *names: str) -> None:
+        """Raises ValueError if a minimum is above its maximum: nothing would be kept."""
+        for name in names:
+            minimum, maximum = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if minimum > maximum:
+                raise ValueError(f"min_{name} = {minimum} is above max_{name} = {maximum}; nothing would be kept")
+
+
+def datatrove_function(block: Any, scores: Mapping[str, Score]) -> FilterFunction:
+    """The function of a datatrove filter.
+
+    scores: by the reason that the block gives for a removal. datatrove states the reason but neither value nor
+    threshold, so a score repeats the block's comparison, for removed documents only. A kept text stays as it is.
+
+    The function raises AtomError for a reason without a score.
+    """
+    from datatrove.data import Document
+
+    def function(text: str) -> str | Removal:
+        result = block.filter(Document(text=text, id=""))
+        passes, reason = result if isinstance(result, tuple) else (result, "")
+        if passes:
+            return text
+        if reason not in scores:
+            raise AtomError(
+                f"{type(block).__name__} gave the reason {reason!r}, which has no score; add it to its filter"
+            )
+        value, threshold = scores[reason](text)
+        return Removal(reason, float(value), float(threshold))
+
+    return function

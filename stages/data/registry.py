@@ -1,0 +1,19 @@
+"""Classes of settings by the names of their modules, as READERS and FILTERS list them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Annotated, Any, Union
+
+from pydantic import Field
+
+
+def classes(registry: Mapping[str, str], attribute: str) -> list[type[Any]]:
+    """The class that each module of a registry has under `attribute`, in the order of the registry."""
+    return [getattr(import_module(module), attribute) for module in registry.values()]
+
+
+def union(registry: Mapping[str, str], attribute: str, discriminator: str) -> Any:
+    """A type for settings that are of one of these classes, by the value of the field `discriminator`."""
+    return Annotated[Union[tuple(classes(registry, attribute))], Field(discriminator=discriminator)]  # noqa: UP007

@@ -1,0 +1,58 @@
+"""The section `evaluation` of a recipe: what is measured, and the thresholds that judge the results.
+
+No stage imports this module: a threshold changes a verdict of the release, not what a stage computes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from pipeline.core.bounds import Context, Range, Share
+from pipeline.core.stage import Config, Renamed, added
+from stages.evaluation.bits_per_byte import HeldoutLimit
+from stages.evaluation.eval_set import ChatItems, Problems
+from stages.evaluation.long_context import ContextSection
+from stages.evaluation.pass_at_k import NumSamples
+
+SURE = 1.645
+"""Standard errors beyond which a difference is significant in one direction, at 95 %."""
+
+
+class ChatSection(Config):
+    """Evaluation in conversations, and the thresholds of its release gates."""
+
+    items: ChatItems = Field(description="evaluation items")
+    max_new_tokens: Context = Field(64, description="maximum number of tokens of an answer")
+    num_samples: Annotated[NumSamples, Renamed("samples")] = Field(
+        8, description="answers per problem, for pass@k and maj@k"
+    )
+    min_gain: Annotated[float, Range(-1, 1)] = Field(
+        0.0, description="gain in pass@1 from SFT to RLVR that must be exceeded"
+    )
+    min_win_rate: Annotated[Share, Renamed("least_win")] = Field(
+        0.5, description="value that the lower confidence bound of a win rate must exceed"
+    )
+    skill_tolerance: Share = Field(0.05, description="maximum loss of pass@1 in phases after RLVR")
+
+
+class EvaluationSection(Config):
+    """Measurements after each phase, and the thresholds of the release gates."""
+
+    problems: Problems = Field(description="number of evaluation problems by task")
+    heldout_documents: HeldoutLimit = Field(60, description="maximum number of held-out documents per source")
+    max_new_tokens: Context = Field(64, description="maximum number of tokens generated per problem")
+    bits_per_byte_tolerance: Annotated[float, Range(0, 8, "a byte has 8 bits")] = Field(
+        0.05, description="maximum increase in bits per byte after mid-training and long-context phases"
+    )
+    min_accuracy_gain: Annotated[float, Range(-1, 1)] = Field(
+        0.0, description="gain in accuracy from mid-training that must be exceeded"
+    )
+    chat: ChatSection | None = added(None, "evaluation in conversations; null: none")
+    context: ContextSection | None = added(None, "evaluation on long texts: passkeys and loss by position; null: none")
+
+    @property
+    def chat_items(self) -> dict[str, Any] | None:
+        """The items in conversations, as stage `items` takes them."""
+        return None if self.chat is None else self.chat.items.model_dump()
