@@ -91,8 +91,7 @@ def _gpus(row: StagePlan, profile: Profile) -> int:
     """GPUs that a stage's job gets in all."""
     if profile.slurm is None:
         return 0
-    jobs, nodes, each = profile.slurm.shape(row.state.name, row.ranks, row.trains)
-    return nodes * min(each, jobs.gpus_per_node)
+    return profile.slurm.allocation(row.state.name, row.ranks, row.trains).gpus
 
 
 def _recomputes(row: StagePlan) -> bool:

@@ -91,25 +91,6 @@ def forwarded_variables(environment: Mapping[str, str], forward: Iterable[str]) 
     return forwarded
 
 
-def shell() -> list[str]:
-    """Lines of bash that leave a script only the variables that are allowed. Functions stay, for itself alone."""
-    return [
-        "# no secret, and nothing else of a login, reaches the stage",
-        'for name in $(compgen -A function); do export -nf "$name"; done',
-        "for name in $(compgen -e); do",
-        "    plain=${name^^}",
-        *(f"    plain=${{plain//{part}/_}}" for part in NON_SECRET_PARTS),
-        "    case $plain in",
-        f'        {"|".join(SECRET_NAMES)}) unset -v "$name" ;;',
-        "        *) case $name in",
-        f"            {'|'.join(ALLOWED)}) ;;",
-        '            *) unset -v "$name" ;;',
-        "        esac ;;",
-        "    esac",
-        "done",
-    ]
-
-
 def require(profile_names: Collection[str]) -> None:
     """Removes the variables that a stage may not have and that it got all the same, by a module, a prolog, an image or
     `setup` of the profile. If this process began with one, it begins anew: what is only removed from `os.environ` is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -126,6 +127,27 @@ class Jobs(Config):
     exclusive: Flag = Field(False, description="do not share nodes with other jobs")
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """The nodes of one job, and the ranks on each of them."""
+
+    jobs: Jobs
+    nodes: int
+    ranks_per_node: int
+
+    @property
+    def gpus_per_node(self) -> int:
+        return min(self.ranks_per_node, self.jobs.gpus_per_node)
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
 Value = Annotated[str, Words(4096, empty=True)]
 
 
@@ -177,8 +199,8 @@ class Slurm(Config):
                 )
         return self
 
-    def shape(self, stage: str, ranks: int, trains: bool) -> tuple[Jobs, int, int]:
-        """(what its job asks for, nodes, ranks on each). Raises RecipeError if the ranks do not fill nodes alike."""
+    def allocation(self, stage: str, ranks: int, trains: bool) -> Allocation:
+        """What the job of a stage gets. Raises RecipeError if the ranks do not fill nodes alike."""
         jobs = self.train if trains else self.cpu
         ranks_per_node = min(ranks, jobs.tasks_per_node)
         if ranks % ranks_per_node:
@@ -186,7 +208,7 @@ class Slurm(Config):
                 f"stage {stage} has {ranks} ranks, which do not fill nodes of {ranks_per_node} alike; change its "
                 "parallelism.ranks, or tasks_per_node of the cluster profile"
             )
-        return jobs, ranks // ranks_per_node, ranks_per_node
+        return Allocation(jobs, ranks // ranks_per_node, ranks_per_node)
 
 
 class Profile(Config):

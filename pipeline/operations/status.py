@@ -16,7 +16,8 @@ from pipeline.core.json_files import Damaged
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.run import NodeStatus, Run
-from pipeline.launch import job, slurm_client, submission_lock
+from pipeline.launch import slurm_client, submission_lock
+from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.slurm_client import Job, NoAnswer
 
 FAILED_STATES = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
@@ -106,9 +107,8 @@ def _add_array_state(node: NodeStatus, row: Mapping[str, Any], run: Run, slurm_j
     if node.state in ("sealed", "running"):
         return node
     folder = run.node_folder(node.name) / "shards"
-    decisions = [_decision(path).split("\n") for path in folder.glob("ranks/*/decision")]
-    # older decisions have no kind
-    failed = [lines[2 if lines[2:] and lines[2] else 1] for lines in decisions if lines[0] == job.FAILED]
+    verdicts = [Verdict.read(path.parent) for path in folder.glob("ranks/*/decision")]
+    failed = [verdict.text for verdict in verdicts if verdict and verdict.decision is Decision.FAILED]
     tasks = (task_job for id, task_job in slurm_jobs.items() if id.startswith(f"{row['array']}_"))
     failed_tasks = [task_job.id for task_job in tasks if task_job.state in FAILED_STATES]
     if node.state == "cancelled" and (failed or failed_tasks):
@@ -138,16 +138,6 @@ def _shards_done(path: Path) -> int:
     except Damaged as error:
         json_files.report(error, "its shards are not counted")
         return 0
-
-
-def _decision(path: Path) -> str:
-    try:
-        return json_files.read_text(path)
-    except FileNotFoundError:
-        return ""
-    except Damaged as error:
-        json_files.report(error, "how that task ended is not known")
-        return ""
 
 
 def restarts(run: Run, node: str) -> int:

@@ -189,8 +189,8 @@ def test_ranks_believe_only_the_rank_0_of_their_own_launch(tmp_path: Path, monke
 def test_the_others_wait_while_rank_0_hashes_a_large_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For longer than they wait for a word of it; and they hear no more of its work once it has called them."""
     monkeypatch.setattr(rendezvous, "RENDEZVOUS_SECONDS", 1.0)
-    monkeypatch.setitem(registry.stages(), "hanging", "test_ranks")
-    monkeypatch.setattr(sys.modules["test_ranks"], "STAGE", Stage("hanging", 1, Hanging, lambda *_: None))
+    monkeypatch.setitem(registry.stages(), "hanging", __name__)
+    monkeypatch.setattr(sys.modules[__name__], "STAGE", Stage("hanging", 1, Hanging, lambda *_: None))
     monkeypatch.setattr(input_integrity, "sha256_file", lambda path: time.sleep(3) or sha256_file(path))
     store, launch = Store(tmp_path), tmp_path / "launch"
     for folder in (launch, store.work("large-0") / "out.1"):
@@ -293,6 +293,6 @@ def test_a_stage_that_hangs_in_c_is_abandoned_by_another_thread(tmp_path: Path, 
 
 
 if __name__ == "__main__":  # python -m tests.integration.test_ranks HOME CONFIG
-    registry.stages()["hanging"] = "test_ranks"
+    registry.stages()["hanging"] = "tests.integration.test_ranks"
     task = Task(sys.argv[1], "run", "hanging", "hanging", json.loads(sys.argv[2]), {}, "hanging-0", 8.0, 1)
     work(task.json())

@@ -17,6 +17,7 @@ from pipeline.core.errors import Failure, Kind
 from pipeline.core.store import Store
 from pipeline.launch import job, preflight
 from pipeline.launch.attempt import Task
+from pipeline.launch.decision import Decision
 from pipeline.launch.rendezvous import FAILURES, Ranks, read
 
 
@@ -171,7 +172,7 @@ def test_a_failed_job_of_one_rank_waits_for_mlflow_a_moment_only(
     monkeypatch.setattr(job, "attempt", attempt)
     task = Task(str(tmp_path), "run", "n", "n", {}, {}, "n-0", 8.0, 1)
     decision = job.run(task.json(), asdict(job.JobLimits({"n": "n-0"}, None, 0, 0.0, None)))
-    assert decision == (job.FAILED if quick else job.SEALED) and closed == [quick]
+    assert decision == (Decision.FAILED if quick else Decision.SEALED) and closed == [quick]
 
 
 def test_signals_to_stop_are_seen_whoever_handles_them() -> None:
