@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.graph.plan import StagePlan
 from pipeline.launch.cluster_profile import Profile
+from pipeline.tracking.budget import Hours
 
 RECOMPUTED = 4 / 3
 """A forward pass more beside the three that a step costs."""
@@ -37,6 +38,11 @@ class Forecast:
     uses: tuple[Use, ...]
     total: Use
     assumed: tuple[str, ...]
+
+    @property
+    def hours(self) -> Hours:
+        """What the estimated stages add to the use of the recipe."""
+        return {"gpu_hours": self.total.gpu_hours, "core_hours": self.total.core_hours}
 
     def json(self) -> dict[str, Any]:
         prices = self.profile.costs()

@@ -13,6 +13,8 @@ from typing import Any, Protocol, cast
 from pipeline.core.stage import Config, Stage
 
 DEFINITION = "stages.graph"
+COMMANDS = ("stages.commands", "release.commands")
+"""Modules with commands of `atom` beside the engine's, each as `app`. Importing one must stay cheap, too."""
 
 
 class Definition(Protocol):

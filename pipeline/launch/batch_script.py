@@ -18,7 +18,7 @@ import jinja2
 from pipeline.core.errors import Kind
 from pipeline.core.store import Store
 from pipeline.graph.dag import Node
-from pipeline.graph.run import Run
+from pipeline.graph.run import RunFolder
 from pipeline.launch import clean_environment, slurm_client
 from pipeline.launch.cluster_profile import Allocation, Slurm
 from pipeline.launch.decision import Decision
@@ -81,7 +81,7 @@ def _template() -> jinja2.Template:
 
 
 def batch_script(
-    store: Store, run: Run, node: Node, slurm: Slurm, code: Path, dependencies: list[str], tasks: int = 0
+    store: Store, run: RunFolder, node: Node, slurm: Slurm, code: Path, dependencies: list[str], tasks: int = 0
 ) -> BatchScript:
     """The script of a node's job, or of the array of so many tasks that does its shards beforehand.
 

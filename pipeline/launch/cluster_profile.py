@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -13,6 +13,7 @@ from pipeline.core.stage import Config, Renamed
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find
+from pipeline.graph.run import Prices as RunPrices
 from pipeline.launch.clean_environment import is_secret
 
 
@@ -221,9 +222,11 @@ class Profile(Config):
     gpu: Gpu | None = Field(None, description="speed of the GPUs; null: training time is not estimated")
     slurm: Slurm | None = Field(None, description="Slurm cluster, required by `atom submit`")
 
-    def costs(self) -> dict[str, Any] | None:
+    def costs(self) -> RunPrices | None:
         """The prices as plain values, for a run to keep."""
-        return None if self.prices is None else self.prices.model_dump()
+        if (prices := self.prices) is None:
+            return None
+        return {"gpu_hour": prices.gpu_hour, "core_hour": prices.core_hour, "currency": prices.currency}
 
     def cluster(self) -> Slurm:
         """The part for Slurm. Raises RecipeError if there is none."""

@@ -21,7 +21,7 @@ import submitit
 
 from pipeline.core import input_integrity
 from pipeline.core.errors import Failure, Kind
-from pipeline.core.events import FileReport, Tail
+from pipeline.core.events import EventTail, FileReport
 from pipeline.core.store import Store
 from pipeline.graph import registry
 from pipeline.launch import clean_environment, preflight
@@ -42,7 +42,7 @@ class JobLimits:
     those that it forwards or sets."""
 
     nodes: dict[str, str]
-    budget: dict[str, float | None] | None
+    budget: budget.Limits | None
     restarts: int
     free_gb: float
     scratch: str | None
@@ -216,9 +216,9 @@ class Standstill:
 
 def standstill(folder: Path) -> Standstill:
     """Read from the events of all attempts at a node."""
-    best, since, position = -1, 0, "the start"
+    best, since, position = -1.0, 0, "the start"
     ends: list[tuple[str, str | None]] = []
-    for event in Tail(folder / "events.jsonl").read():
+    for event in EventTail(folder / "events.jsonl").read():
         if event["event"] == "attempt":
             since += 1
         elif event["event"] == "progress" and event["done"] > best:

@@ -22,7 +22,7 @@ from pipeline.core.progress import stages
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph, Node
-from pipeline.graph.run import Run
+from pipeline.graph.run import LauncherFields, Run, RunFolder
 from pipeline.launch import job, slurm_client, submission_lock
 from pipeline.launch.attempt import Task
 from pipeline.launch.batch_script import BatchScript, batch_script
@@ -69,7 +69,7 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         return Submission(sealed=selected, damaged=damage)
     require_inputs(graph, store, selected)
     require_image(profile)
-    budget_limits = None if graph.recipe.config.budget is None else graph.recipe.config.budget.model_dump()
+    budget_limits = budget.limits_of(graph.recipe.config)
     if over_budget := budget.exceeded(budget_limits, store, (node.key for node in graph.nodes.values())):
         raise AtomError(over_budget)
     for name in selected:
@@ -77,8 +77,8 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
     with submission_lock.submitting(store):
         slurm_jobs = slurm_client.queued_jobs()
         code = code_snapshot.freeze(store, graph.recipe.files)  # here, so that no gc takes it before the run names it
-        run_fields = {"cluster": profile.name, "code": code.name, "prices": profile.costs()}
-        run = runs.start(graph, store, selected, reference, **run_fields)
+        fields: LauncherFields = {"cluster": profile.name, "code": code.name, "prices": profile.costs()}
+        run = runs.start(graph, store, selected, reference, fields)
         submission = Submission(run, damaged=damage)
         keys = {name: graph.nodes[name].key for name in selected}
         variables = (*slurm.forward, *slurm.environment)
@@ -225,7 +225,7 @@ def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -
     require_inputs(graph, store, selected)
     require_image(profile)
     code = code_snapshot.freeze(store, graph.recipe.files)
-    run = Run("dry-run", store.home / "dry-run" / graph.recipe.config.name, {})
+    run = RunFolder("dry-run", store.home / "dry-run" / graph.recipe.config.name)
     checks, slurm = [], profile.cluster()
     for name in selected:
         node = graph.nodes[name]

@@ -40,3 +40,16 @@ def graph_of(recipe: str, without_data: bool = False) -> Graph:
     from pipeline.graph import recipe as recipes
 
     return dag.compose(recipes.load(recipe), open_store(), without_data)
+
+
+def warn_of_home(store: Store) -> None:
+    """Says on standard error what is in the place of a folder of the home, and what `warn_of_keys` says."""
+    if text := store.misplaced():
+        print(f"atom: {text}", file=sys.stderr)
+    warn_of_keys(store)
+
+
+def warn_of_keys(store: Store) -> None:
+    """Says on standard error if the home holds keys of an earlier version."""
+    if text := store.earlier_keys():
+        print(f"atom: {text}", file=sys.stderr)

@@ -75,7 +75,7 @@ class History:
         """A submission whose jobs have not begun, and whose run.json is lost."""
         code = self.store.home / "code" / f"{len(self.code):016x}"
         code.mkdir(parents=True)
-        folder = runs.start(self.graphs[number], self.store, selected, "dev", code=code.name).folder
+        folder = runs.start(self.graphs[number], self.store, selected, "dev", {"code": code.name}).folder
         (folder / selected[0] / "submitit").mkdir(parents=True)
         (folder / "run.json").unlink()
         self.runs[folder], self.code[folder] = (number, selected), code
