@@ -49,10 +49,9 @@ class JobLimits:
     variables: tuple[str, ...] = ()
 
 
-def run(spec: dict[str, Any], limits_json: dict[str, Any]) -> str:
+def run(task: Task, limits: JobLimits) -> str:
     """Runs one node as a Slurm job, on each of its ranks. Returns the decision, or how another rank than 0 ended; if a
     job of several ranks has failed, each of its processes ends with exit code 1 instead."""
-    task, limits = Task(**spec), JobLimits(**limits_json)
     clean_environment.require(limits.variables)
     slurm_job, store = submitit.JobEnvironment(), Store(Path(task.home))
     folder = store.logs / task.run / task.node
@@ -121,14 +120,13 @@ def _run_follower(task: Task, limits: JobLimits, store: Store, ranks: Ranks) -> 
     return outcome if isinstance(outcome, str) else outcome.text
 
 
-def run_shards(spec: dict[str, Any], tasks: int, limits_json: dict[str, Any]) -> str:
+def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
     """Does the shards of a node's work that fall to this task of a job array: that of its number, and each `tasks`
     further on.
 
     Returns the decision: after an error the task is started again while it gets further, and else as often as the
     profile allows. Shards that were done stay done.
     """
-    task, limits = Task(**spec), JobLimits(**limits_json)
     clean_environment.require(limits.variables)
     slurm_job, store = submitit.JobEnvironment(), Store(Path(task.home))
     launch = launch_folder(store.logs / task.run / task.node / "shards", slurm_job.raw_job_id)

@@ -215,7 +215,7 @@ class LocalLauncher:
         try:
             tail = EventTail(folder / "events.jsonl")
             tail.read()
-            job = executor.submit(work, task.json())
+            job = executor.submit(work, task)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
         self.display.started(node.name, str(job.paths.stdout), number)

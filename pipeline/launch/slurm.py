@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -33,6 +33,7 @@ from pipeline.launch.submission_lock import Claim
 from pipeline.tracking import budget
 
 UNLIMITED = 10**6
+Arguments = ParamSpec("Arguments")
 
 
 @dataclass
@@ -141,25 +142,27 @@ class _Executor(submitit.SlurmExecutor):  # type: ignore[misc]  # submitit has n
 
 def start(script: BatchScript, task: Task, limits: JobLimits) -> str:
     """Submits the job of a node; returns its id. Raises AtomError with the message of sbatch."""
-    return _submit(script, task, job.run, asdict(limits))[0]
+    return _submit(script, job.run, task, limits)[0]
 
 
 def start_array(script: BatchScript, task: Task, limits: JobLimits, tasks: int) -> str:
     """Submits the array of so many tasks that does a node's shards; returns its id. Raises AtomError as `start`."""
-    id, pickled = _submit(script, task, job.run_shards, tasks, asdict(limits))
+    id, pickled = _submit(script, job.run_shards, task, tasks, limits)
     for number in range(tasks):  # submitit looks for one file a task; here they are all alike
         os.link(pickled, pickled.with_name(pickled.name.replace(id, f"{id}_{number}", 1)))
     return id
 
 
-def _submit(script: BatchScript, task: Task, function: Callable[..., str], *arguments: object) -> tuple[str, Path]:
+def _submit(
+    script: BatchScript, function: Callable[Arguments, str], *arguments: Arguments.args, **options: Arguments.kwargs
+) -> tuple[str, Path]:
     """(id of the job, the file with the function that it calls)."""
     executor = _Executor(script)
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, which is in the error below
-            submitted = executor.submit(function, task.json(), *arguments)
+            submitted = executor.submit(function, *arguments, **options)
     except (FailedJobError, FailedSubmissionError) as error:
-        raise AtomError(f"Slurm refused stage {task.node}: {refusal(str(error))}; fix the profile") from None
+        raise AtomError(f"Slurm refused stage {script.stage}: {refusal(str(error))}; fix the profile") from None
     return str(submitted.job_id), Path(submitted.paths.submitted_pickle)
 
 

@@ -33,14 +33,13 @@ WAIT_SECONDS = 1.0
 OPERATIONS: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[dict[str, Any]])
 
 
-def work(spec: dict[str, Any]) -> str:
+def work(task: Task) -> str:
     """Runs one node to its sealed artifact. Returns "sealed", "busy" (another worker has it) or a failure sentence.
 
     Never raises for what a stage does: the job's outcome is a value, in `events.jsonl` and in the ledger. If the stage
     has several ranks, all of them call this; rank 0 keeps lease, report and product, the others only run the stage. A
     process of several ends with exit code 1 if the launch has failed.
     """
-    task = Task(**spec)
     store = Store(Path(task.home))
     outcome = attempt(task, store, Ranks.from_environment(task.ranks, store.logs / task.run / task.node))
     if isinstance(outcome, str):

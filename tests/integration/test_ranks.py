@@ -295,4 +295,4 @@ def test_a_stage_that_hangs_in_c_is_abandoned_by_another_thread(tmp_path: Path, 
 if __name__ == "__main__":  # python -m tests.integration.test_ranks HOME CONFIG
     registry.stages()["hanging"] = "tests.integration.test_ranks"
     task = Task(sys.argv[1], "run", "hanging", "hanging", json.loads(sys.argv[2]), {}, "hanging-0", 8.0, 1)
-    work(task.json())
+    work(task)

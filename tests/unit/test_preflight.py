@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -171,7 +170,7 @@ def test_a_failed_job_of_one_rank_waits_for_mlflow_a_moment_only(
     monkeypatch.setattr(job.mlflow_sync, "Companion", Companion)
     monkeypatch.setattr(job, "attempt", attempt)
     task = Task(str(tmp_path), "run", "n", "n", {}, {}, "n-0", 8.0, 1)
-    decision = job.run(task.json(), asdict(job.JobLimits({"n": "n-0"}, None, 0, 0.0, None)))
+    decision = job.run(task, job.JobLimits({"n": "n-0"}, None, 0, 0.0, None))
     assert decision == (Decision.FAILED if quick else Decision.SEALED) and closed == [quick]
 
 
