@@ -30,7 +30,7 @@ def plan(
     until: UntilOption = None,
     only: OnlyOption = None,
     cluster: Annotated[
-        str | None, typer.Option("--cluster", help="cluster profile by which hours, money and energy are estimated")
+        str | None, typer.Option("--cluster", help="cluster profile to estimate hours, cost and energy with")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -100,7 +100,7 @@ def run(
 @app.command()
 def submit(
     recipe: RecipeArgument,
-    cluster: Annotated[str, typer.Option("--cluster", help="packaged cluster profile, or path to a profile YAML")],
+    cluster: Annotated[str, typer.Option("--cluster", help="name of a cluster profile, or path to its YAML file")],
     until: UntilOption = None,
     only: OnlyOption = None,
     dry_run: Annotated[

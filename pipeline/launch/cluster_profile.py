@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -235,9 +237,19 @@ class Profile(Config):
         return self.slurm
 
 
+FOLDER_VARIABLE = "ATOM_CLUSTERS"
+"""The environment variable that names a folder with further profiles, such as those of a site."""
+
+
 def load(reference: str) -> Profile:
-    """A packaged profile by name, or a file by path. Raises RecipeError in one sentence."""
-    path = find(reference, "pipeline.clusters", "cluster profile")
+    """A profile by its name, which is that of its file without `.yaml`, or by its path. Raises RecipeError.
+
+    Names are looked up in pipeline/clusters and in the folder that ATOM_CLUSTERS names, if it is set.
+    """
+    folder = Path(os.environ[FOLDER_VARIABLE]) if os.environ.get(FOLDER_VARIABLE) else None
+    if folder is not None and not folder.is_dir():
+        raise RecipeError(f"{FOLDER_VARIABLE} = {escaped(str(folder), 200)} is not a folder; name one, or unset it")
+    path = find(reference, "pipeline.clusters", "cluster profile", folder=folder)
     title = f"cluster profile {escaped(path.stem, 80)}"
     raw = parse_yaml(read_file(path, title), title)
     try:

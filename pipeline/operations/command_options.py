@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from pipeline.core.store import Store
     from pipeline.graph.dag import Graph
 
-RecipeArgument = Annotated[str, typer.Argument(help="packaged recipe name, or path to a recipe YAML")]
+RecipeArgument = Annotated[str, typer.Argument(help="name of a packaged recipe, or path to its YAML file")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document instead of text")]
 RunArgument = Annotated[str | None, typer.Argument(help="run id or its beginning; default: the latest run")]
 UntilOption = Annotated[str | None, typer.Option(help="stop after this stage and what it needs")]
 OnlyOption = Annotated[str | None, typer.Option(help="just this stage; what it needs must be sealed already")]
-ProfileOption = Annotated[str, typer.Option("--cluster", help="packaged cluster profile, or path to a profile YAML")]
+ProfileOption = Annotated[str, typer.Option("--cluster", help="name of a cluster profile, or path to its YAML file")]
 
 
 def open_store() -> Store:
