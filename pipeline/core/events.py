@@ -45,8 +45,8 @@ class FileReport:
         """Held, for good, by the thread that ends the attempt: the main one, or the one that abandons it."""
         self.record_abandoned: Callable[[Failure], None] = lambda failure: None
         """What ends the attempt in the main thread's stead; the worker sets it."""
-        self.seal_product: Callable[[str, Path], None] = lambda name, folder: None
-        """What seals an artifact of its own; the worker sets it."""
+        self.checkpoint_sealer: Callable[[int, Path], None] = lambda step, folder: None
+        """What seals a checkpoint as an artifact of its own; the worker sets it."""
 
     def event(self, kind: str, /, **values: Any) -> None:
         line = json.dumps({"time": time.time(), "event": kind, **values}) + "\n"
@@ -76,8 +76,8 @@ class FileReport:
         print(text, flush=True)
         self.event("note", text=text)
 
-    def product(self, name: str, folder: Path) -> None:
-        self.seal_product(name, folder)
+    def seal_checkpoint(self, step: int, folder: Path) -> None:
+        self.checkpoint_sealer(step, folder)
 
     def abandon(self, text: str) -> NoReturn:
         self.fail(Failure(text))
@@ -127,7 +127,7 @@ class FollowerReport:
     def note(self, text: str) -> None:
         print(text, flush=True)
 
-    def product(self, name: str, folder: Path) -> None: ...
+    def seal_checkpoint(self, step: int, folder: Path) -> None: ...
 
     def abandon(self, text: str) -> NoReturn:
         os.write(2, f"{text}\n".encode())  # not `print`, whose lock the thread that hangs may hold

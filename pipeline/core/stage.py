@@ -116,10 +116,11 @@ class Report(Protocol):
     def note(self, text: str) -> None:
         """One line for the log that a person reads."""
 
-    def product(self, name: str, folder: Path) -> None:
-        """Seals a copy of `folder` as an artifact of its own before the stage is finished, such as the checkpoint
-        `@1200`. What is sealed already is compared and left. Any thread of rank 0 may call it. Raises AtomError if the
-        bytes are not those that were sealed before, or if another worker has taken over."""
+    def seal_checkpoint(self, step: int, folder: Path) -> None:
+        """Seals a copy of `folder` as an artifact of its own before the stage is finished: the checkpoint after `step`.
+
+        What is sealed already is compared and left. Any thread of rank 0 may call it. Raises AtomError if the bytes are
+        not those that were sealed before, or if another worker has taken over."""
 
     def abandon(self, text: str) -> NoReturn:
         """Ends the attempt with that sentence from any thread, when the main one is out of reach (it hangs in a

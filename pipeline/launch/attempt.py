@@ -49,11 +49,6 @@ class Task:
     watts_per_gpu: float = 0.0
 
 
-def draft_folder(work: Path, lease: int) -> Path:
-    """Where the attempt that holds the lease of that number writes its product, until it is sealed."""
-    return work / f"out.{lease}"
-
-
 def _read_usage(path: Path) -> Usage | None:
     """What a task of a job array wrote down that it used; None, with a report, if that cannot be read."""
     try:

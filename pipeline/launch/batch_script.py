@@ -19,10 +19,11 @@ from pipeline.core.errors import Kind
 from pipeline.core.store import Store
 from pipeline.graph.dag import Node
 from pipeline.graph.run import RunFolder
-from pipeline.launch import clean_environment, slurm_client
+from pipeline.launch import clean_environment
 from pipeline.launch.cluster_profile import Allocation, Slurm
 from pipeline.launch.decision import Decision
 from pipeline.launch.local import JOB_ENVIRONMENT
+from pipeline.launch.slurm_client import Owner
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def batch_script(
     options = _sbatch_options(slurm, slurm.allocation(node.name, node.stage.ranks(node.config), node.stage.trains))
     options |= {
         "job-name": f"atom-{node.name}",
-        "comment": slurm_client.comment(run.id, node.name, node.key),
+        "comment": Owner(run.id, node.name, node.key).comment,
         "output": str(log).replace("%t", "0"),
         "chdir": str(store.home),
     }

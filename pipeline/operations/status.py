@@ -68,10 +68,8 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
 
 def is_submitted_job(job: Job | None, run: Run, row: JobRow, node: str) -> bool:
     """Whether a job that Slurm holds is the one that was submitted, not another that was given its id."""
-    if job is None:
-        return False
-    comment_fields = job.comment.split(" ")
-    return len(comment_fields) == 4 and comment_fields[2] == node and (row["attached"] or comment_fields[1] == run.id)
+    owner = None if job is None else job.owner
+    return owner is not None and owner.node == node and (row["attached"] or owner.run == run.id)
 
 
 def _add_job_state(node: NodeStatus, id: str, job: Job | None, restart_count: int) -> NodeStatus:

@@ -26,7 +26,7 @@ from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph
 from pipeline.launch import submission_lock
 from pipeline.launch.failure_messages import failure_kind, failure_message
-from pipeline.launch.slurm_client import Job
+from pipeline.launch.slurm_client import Job, Owner
 from tests.fixtures import home_fixtures
 from tests.fixtures.run_fixtures import atom
 
@@ -361,7 +361,7 @@ def test_a_damaged_claim_is_asked_of_slurm(tmp_path: Path) -> None:
     store, key = Store(tmp_path), "pretrain-000000000000"
     submission_lock.folder(store).mkdir()
     (submission_lock.folder(store) / f"{key}.json").write_text("{}")
-    job = Job("7", "RUNNING", "", "n1", "", f"atom run-1 pretrain {key}")
+    job = Job("7", "RUNNING", "", "n1", "", Owner("run-1", "pretrain", key))
     assert submission_lock.read(store, key, {}) is None
     assert submission_lock.read(store, key, {"7": job}) == submission_lock.Claim(key, "7", "run-1", "pretrain")
 
