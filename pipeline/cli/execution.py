@@ -58,7 +58,7 @@ def run(composed: Graph, store: Store, selected: list[str], cluster: str, profil
         driver.release()
         if problem:
             print(
-                f"MLflow at {mlflow_sync.shown_uri(store)} did not take everything ({problem}); nothing is lost: "
+                f"MLflow at {mlflow_sync.shown_uri(store)} did not accept everything ({problem}); nothing is lost: "
                 f"`atom sync {this.id}` sends it later"
             )
     if damage:

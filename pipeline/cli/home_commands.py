@@ -63,7 +63,9 @@ def _empty_trash(store: Store, as_json: bool) -> None:
 
     freed = trash.empty(store, everything=True)
     place = store.home / "trash"
-    rest = f"what is left in {place} is not of gc" if place.is_dir() and os.listdir(place) else "the trash is empty"
+    rest = (
+        f"the rest of {place} was not put there by gc" if place.is_dir() and os.listdir(place) else "the trash is empty"
+    )
     print(json.dumps({"freed": freed}) if as_json else f"{human(freed)}B freed; {rest}")
 
 
@@ -89,7 +91,7 @@ def _collect(store: Store, delete: bool, include: Sequence[str], ignored_runs: S
     total = human(sum(row.bytes for row in rows))
     print(f"{total}B {'moved to the trash' if delete else 'can go: atom gc --delete moves it to the trash'}")
     if freed:
-        print(f"{human(freed)}B freed of what had lain there for more than {trash.GRACE_DAYS} days")
+        print(f"{human(freed)}B freed: the trash kept it for more than {trash.GRACE_DAYS} days")
     if entries:
         size = human(sum(trash.freed(entry.path for entry in entries).values()))
         print(f"{size}B in {store.home / 'trash'}: atom gc --restore KEY moves it back, --empty-trash deletes it")

@@ -115,7 +115,7 @@ class Display:
     def elsewhere(self, name: str, worker: str) -> None:
         if self._last_printed.get(name + "@") is None:
             self._last_printed[name + "@"] = time.monotonic()
-            self._line(f"{name}: {worker} is at it; waiting for its result")
+            self._line(f"{name}: {worker} is running it; waiting for its result")
 
     def sealed(self, name: str, elsewhere: bool = False) -> None:
         self.finished += 1

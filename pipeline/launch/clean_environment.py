@@ -104,6 +104,6 @@ def require(profile_names: Collection[str]) -> None:
         return  # what is in /proc now is not what it began with: never twice
     pairs = (entry.partition("=") for entry in os.fsdecode(Path("/proc/self/environ").read_bytes()).split("\0"))
     if denied_at_start := denied_names({name: value for name, _, value in pairs if name}, profile_names):
-        print(f"begins anew without {', '.join(denied_at_start)}: no secret reaches a stage", flush=True)
+        print(f"restarts without {', '.join(denied_at_start)}: no secret reaches a stage", flush=True)
         clean = {**os.environ, _RESTARTED_BY: str(os.getpid())}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], clean)

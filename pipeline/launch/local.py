@@ -40,7 +40,7 @@ POLL = 0.2
 FOREVER_MINUTES = 60 * 24 * 365
 LAST_SECONDS = 4.0
 """What the ranks of a launch that is over get to end by themselves."""
-PROCESS_GONE = "its process is gone, perhaps killed for memory; its log may tell why; run the same command to go on"
+PROCESS_GONE = "its process is gone, perhaps killed for memory; see its log, and run the same command to go on"
 FULL_DISK_BYTES = 1_000_000
 """Free bytes below which a process that died without a word is thought to have had no room for it."""
 

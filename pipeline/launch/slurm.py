@@ -119,7 +119,7 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         slurm_client.run_command("sacct", "-n", "-X", "-j", "1", seconds=5)
     except slurm_client.NoAnswer as error:
         submission.lack = (
-            f"{error}; the jobs are submitted, but how one ended that Slurm has forgotten will not be known"
+            f"{error}; the jobs are submitted, but the outcome of jobs that Slurm has forgotten will be unknown"
         )
     return submission
 

@@ -91,8 +91,10 @@ def submitting(store: Store) -> Iterator[None]:
     while (lease := Lease.take(folder(store))) is None:
         if time.monotonic() > deadline:
             lock_holder = holder(folder(store))
-            process = f"process {lock_holder.pid} on {lock_holder.host}" if lock_holder else "somebody"
-            raise AtomError(f"{process} has been submitting from {store.home} for {PATIENCE:.0f} s; see what it does")
+            process = f"process {lock_holder.pid} on {lock_holder.host}" if lock_holder else "another process"
+            raise AtomError(
+                f"{process} has been submitting from {store.home} for {PATIENCE:.0f} s; check it, and submit again"
+            )
         time.sleep(0.2)
     try:
         yield

@@ -228,7 +228,7 @@ def _why_active(store: Store, run: Run) -> str | None:
         return None
     folders = [run.folder / "driver", *(store.work(row["key"]) for row in run.body["nodes"])]
     if any(lease_holder is not None and lease_holder.alive for lease_holder in map(holder, folders)):
-        return "which is at work"
+        return "which is running"
     if "cluster" in run.body:
         try:
             slurm_jobs = slurm_client.queued_jobs()

@@ -25,7 +25,7 @@ ENDING = "ending"
 """The state of a stage whose attempt has failed while Slurm still has its job: it says why, not that it runs."""
 END_MESSAGES = {
     "CANCELLED": "cancelled",
-    "TIMEOUT": "its time limit came before it could save; raise minutes or signal_before_limit_seconds of the profile",
+    "TIMEOUT": "its time limit came before it saved; raise minutes or signal_before_limit_seconds of the profile",
     "NODE_FAIL": "its node failed",
     "OUT_OF_MEMORY": "it ran out of memory",
 }
@@ -39,7 +39,7 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
     try:
         slurm_jobs = slurm_client.queued_jobs()
     except NoAnswer as error:
-        return stages, f"{error}; what stands here is what the stages wrote themselves"
+        return stages, f"{error}; the states are those that the stages recorded"
     unmatched = [
         row["job"] for name, row in jobs.items() if not is_submitted_job(slurm_jobs.get(row["job"]), run, row, name)
     ]
@@ -51,7 +51,7 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
             id: ended_job for id, ended_job in slurm_client.finished_jobs(unmatched).items() if not ended_job.alive
         }
     except NoAnswer as error:
-        problem = f"{error}; how jobs ended that Slurm has forgotten is not known"
+        problem = f"{error}; the outcome of jobs that Slurm has forgotten is unknown"
     rows = []
     for node in stages:
         row = jobs.get(node.name)
@@ -78,7 +78,7 @@ def _add_job_state(node: NodeStatus, id: str, job: Job | None, restart_count: in
     if job is None:
         if node.state in ("sealed", "running", "failed"):
             return node
-        return replace(node, state="lost", message="Slurm knows its job no more; `atom retry` submits it again")
+        return replace(node, state="lost", message="Slurm has no record of its job; `atom retry` submits it again")
     node = replace(node, nodes=job.nodes or None, elapsed=job.elapsed or None)
     if node.state == "sealed":
         return node

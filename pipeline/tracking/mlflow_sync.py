@@ -300,7 +300,7 @@ class Companion:
         except subprocess.TimeoutExpired:
             self.kill()
             message = f"no answer within {seconds:.0f} seconds"
-            print(f"MLflow did not take everything ({message}); `atom sync` sends it later", file=sys.stderr)
+            print(f"MLflow did not accept everything ({message}); `atom sync` sends it later", file=sys.stderr)
 
     def kill(self) -> None:
         """Ends it at once."""
@@ -340,7 +340,7 @@ def run_companion(home: Path, run: str) -> None:
     if lease is not None:
         lease.release()
     if problem:
-        print(f"MLflow did not take everything ({problem}); `atom sync {run}` sends it later", file=sys.stderr)
+        print(f"MLflow did not accept everything ({problem}); `atom sync {run}` sends it later", file=sys.stderr)
 
 
 def _send(run: Run, store: Store, outcome: str) -> str | None:

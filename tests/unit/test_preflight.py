@@ -97,7 +97,7 @@ def test_a_rank_that_fails_before_it_calls_ends_the_wait_of_rank_0(tmp_path: Pat
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "SECONDS", 0.5)
     failure = preflight.check(tmp_path, ranks(tmp_path, 3), 0.0, None)
-    assert failure and failure.text == "rank 1 and 1 more of 3 did not start within 0 s; its own log may tell why"
+    assert failure and failure.text == "rank 1 and 1 more of 3 did not start within 0 s; see its log"
 
 
 def test_other_packages_on_another_node_are_told_and_strangers_are_not_heard(tmp_path: Path) -> None:
