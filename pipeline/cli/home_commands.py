@@ -31,7 +31,7 @@ def gc(
     empty_trash: Annotated[bool, typer.Option("--empty-trash", help="delete all that lies in the trash")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List what nothing needs any more, or move it to the trash.
+    """List what nothing needs, or move it to the trash.
 
     It never lists what any run references, what a release was built from, or what a running job needs; what training
     made, and its checkpoints, only if --include names it. What goes lies in $ATOM_HOME/trash for 14 days; the next

@@ -34,10 +34,10 @@ def plan(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the stages, keys and costs of a recipe; run nothing.
+    """Show the stages, keys and costs of a recipe.
 
-    Every stage is shown with its key, its state (sealed, stale, to run) and its estimated cost, every training phase
-    with what it asks of its ranks. It works without the data, too.
+    Nothing is run. Every stage is shown with its key, its state (sealed, stale, to run) and its estimated cost, every
+    training phase with what it asks of its ranks. It works without the data, too.
 
     Example: atom plan atom-tiny --cluster h100-pyxis
     """

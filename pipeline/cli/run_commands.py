@@ -27,7 +27,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="redraw every two seconds until the run ends")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the progress of a run, and what it has used so far.
+    """Show the progress of a run, and what it has used.
 
     Failed attempts are counted.
 
@@ -75,9 +75,9 @@ def logs(
     follow: Annotated[bool, typer.Option("-f", "--follow", help="go on printing until the stage ends")] = False,
     rank: Annotated[int, typer.Option(help="which of the stage's processes")] = 0,
 ) -> None:
-    """Print the log of a stage, all starts of its latest job.
+    """Print the log of a stage's latest job.
 
-    If the stage failed, the cause comes first.
+    All starts of the job are in it. If the stage failed, the cause comes first.
 
     Example: atom logs pretrain --follow
     """
