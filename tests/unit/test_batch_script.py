@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from submitit.core.utils import DelayedSubmission
 
-from pipeline.core.errors import RecipeError
+from pipeline.core import json_files
+from pipeline.core.errors import Failure, Kind, RecipeError
 from pipeline.core.stage import Config, Stage
 from pipeline.core.store import Store
+from pipeline.graph import registry
 from pipeline.graph.dag import Node
 from pipeline.graph.run import Run
-from pipeline.launch import cluster_profile
+from pipeline.launch import clean_environment, cluster_profile, job, slurm
+from pipeline.launch.attempt import Task
 from pipeline.launch.batch_script import BatchScript, batch_script
 from pipeline.launch.cluster_profile import Slurm
+from pipeline.launch.decision import Decision, Verdict
 
 SLURM = {"cpu": {"partition": "cpu", "minutes": 60}, "train": {"partition": "gpu", "minutes": 90}}
 OF_PROFILES = {
@@ -50,11 +55,11 @@ def node(ranks: int, trains: bool = True) -> Node:
     return Node("pretrain", stage, Config(), {}, "pretrain-0123456789ab")
 
 
-def script(slurm: Slurm, home: str | Path = "/shared/atom", ranks: int = 2, **options: Any) -> BatchScript:
+def script(settings: Slurm, home: str | Path = "/shared/atom", ranks: int = 2, **options: Any) -> BatchScript:
     store = Store(Path(home))
     run = Run("tiny-1", store.logs / "tiny-1", {})
     return batch_script(
-        store, run, node(ranks, options.pop("trains", True)), slurm, Path("/code"), **{"dependencies": [], **options}
+        store, run, node(ranks, options.pop("trains", True)), settings, Path("/code"), **{"dependencies": [], **options}
     )
 
 
@@ -168,8 +173,8 @@ def test_what_is_not_asked_for_is_not_there() -> None:
 
 
 def test_an_array_has_its_own_folder_and_ids() -> None:
-    slurm = Slurm.model_validate({**SLURM, "array_tasks": 256, "notify": "mail me"})
-    text = script(slurm, tasks=1000).text()
+    settings = Slurm.model_validate({**SLURM, "array_tasks": 256, "notify": "mail me"})
+    text = script(settings, tasks=1000).text()
     folder = "/shared/atom/logs/tiny-1/pretrain/shards"
     for words in (
         "#SBATCH --array=0-999%256\n",
@@ -180,13 +185,13 @@ def test_an_array_has_its_own_folder_and_ids() -> None:
         f"mkdir {folder}/notified 2> /dev/null; then\n",
     ):
         assert words in text, words
-    assert "#SBATCH --array=0-2%3\n" in script(slurm, tasks=3).text()
+    assert "#SBATCH --array=0-2%3\n" in script(settings, tasks=3).text()
 
 
 def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
-    slurm = Slurm.model_validate({**SLURM, "train": {**SLURM["train"], "tasks_per_node": 8}})
+    settings = Slurm.model_validate({**SLURM, "train": {**SLURM["train"], "tasks_per_node": 8}})
     with pytest.raises(RecipeError, match="12 ranks, which do not fill nodes of 8"):
-        script(slurm, ranks=12)
+        script(settings, ranks=12)
 
 
 STUBS = {
@@ -227,12 +232,12 @@ def test_what_rank_0_decided_is_done(
 ) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     notify = f'echo "$ATOM_RUN $ATOM_STAGE: $ATOM_OUTCOME" >> {tmp_path}/notes'
-    job = script(Slurm.model_validate({**SLURM, "notify": notify}), tmp_path)
+    batch = script(Slurm.model_validate({**SLURM, "notify": notify}), tmp_path)
     if decision is not None:
-        launch = Path(f"{job.launches_folder}/7.{starts}")
+        launch = Path(f"{batch.launches_folder}/7.{starts}")
         launch.mkdir(parents=True)
         (launch / "decision").write_text(decision)
-    assert end_of(tmp_path, job.text(), starts) == end
+    assert end_of(tmp_path, batch.text(), starts) == end
     notes = (tmp_path / "notes").read_text() if (tmp_path / "notes").exists() else ""
     is_over = decision is None or not decision.startswith(("sealed", "again"))
     expected = decision.split("\n", 2)[2] if decision else "it did not start, exit code 9\n"
@@ -244,12 +249,12 @@ def test_a_job_that_dies_after_it_began_is_started_again_each_time(
 ) -> None:
     """Its attempts are counted from its events, not here."""
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    job = script(Slurm.model_validate(SLURM), tmp_path)
-    (Path(f"{job.launches_folder}/7.90")).mkdir(parents=True)
-    (Path(f"{job.launches_folder}/7.90") / "started-0").touch()
-    assert end_of(tmp_path, job.text(), 93) == (1, "requeue 7\n")
+    batch = script(Slurm.model_validate(SLURM), tmp_path)
+    (Path(f"{batch.launches_folder}/7.90")).mkdir(parents=True)
+    (Path(f"{batch.launches_folder}/7.90") / "started-0").touch()
+    assert end_of(tmp_path, batch.text(), 93) == (1, "requeue 7\n")
     (tmp_path / "requeued").unlink()
-    assert end_of(tmp_path, job.text(), 94) == (2, "")
+    assert end_of(tmp_path, batch.text(), 94) == (2, "")
 
 
 def test_a_task_that_finished_a_shard_is_started_again_and_one_task_notifies(
@@ -268,3 +273,51 @@ def test_a_task_that_finished_a_shard_is_started_again_and_one_task_notifies(
     (launch / "further").unlink()
     assert [end_of(tmp_path, text, 8, **ids) for _ in range(2)] == [(2, "")] * 2
     assert (tmp_path / "notes").read_text() == "x\n"
+
+
+class Sharded(Config):
+    parts: int = 5
+
+
+def test_every_task_of_an_array_loads_the_same_job_and_does_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, line in {"sbatch": "echo Submitted batch job 7", "srun": "exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    done: list[int] = []
+    stage = Stage(
+        "sharded", 1, Sharded, lambda *_: None, shards=lambda config: config.parts,
+        run_shard=lambda config, inputs, work, shard: done.append(shard),
+    )  # fmt: skip
+    monkeypatch.setattr(registry, "stage", lambda name: stage)
+    monkeypatch.setattr(clean_environment, "require", lambda names: None)
+    task = Task(str(tmp_path), "tiny-1", "pretrain", "sharded", {}, {}, "pretrain-0", 8.0, 1)
+    limits = job.JobLimits({"pretrain": "pretrain-0"}, None, 0, 0.0, None)
+    array = script(Slurm.model_validate(SLURM), tmp_path, tasks=2)
+    assert slurm.start_array(array, task, limits, 2) == "7"
+
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    for number, share in enumerate(([0, 2, 4], [1, 3])):
+        done.clear()
+        monkeypatch.setenv("SLURM_JOB_ID", str(8 + number))
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
+        submitted = DelayedSubmission.load(array.submitit_folder / f"7_{number}_submitted.pkl")
+        assert submitted.function is job.run_shards and submitted.result() == "sealed" and done == share
+        launch = Path(f"{array.launches_folder}/{8 + number}.0")
+        assert Verdict.read(launch) == Verdict(Decision.SEALED, f"{len(share)} shards are done")
+
+
+def test_a_verdict_is_read_as_it_was_written(tmp_path: Path) -> None:
+    for verdict in (
+        Verdict(Decision.DONE, "sealed"),
+        Verdict.of(Decision.RESTART, Failure("a disk\nfailed", Kind.MACHINE)),
+    ):
+        verdict.write(tmp_path)
+        assert Verdict.read(tmp_path) == verdict
+    (tmp_path / "decision").write_text("perhaps\n\n\n")
+    with pytest.warns(json_files.DamagedFile, match="it holds no decision"):
+        assert Verdict.read(tmp_path) is None
+    assert Verdict.read(tmp_path / "none") is None
