@@ -30,7 +30,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pipeline.core.events import Tail
+from pipeline.core.events import EventTail
 from pipeline.core.store import Store
 from pipeline.graph import dag, recipe
 from pipeline.launch import cluster_profile, slurm, slurm_client
@@ -76,7 +76,7 @@ def ours() -> list[float]:
         )
         while not store.sealed(composed.nodes["tokenize"].key):
             time.sleep(0.5)
-        events = [Tail(submission.run.node_folder(name) / "events.jsonl").read() for name in chain]
+        events = [EventTail(submission.run.node_folder(name) / "events.jsonl").read() for name in chain]
         while slurm_client.run_command("squeue", "-h", "--me", "-t", "running,completing").strip():
             time.sleep(0.2)
     when = [{event["event"]: event["time"] for event in each} for each in events]

@@ -37,6 +37,8 @@ def build(recipe: RecipeArgument) -> None:
     """Make the release folder, with its gates.
 
     Everything in it comes from the sealed artifacts of the recipe; a gate that fails stops the build.
+
+    Example: atom build atom-tiny
     """
     from release.assembly.build_release import build as build_release
     from release.assembly.collect import build_input
@@ -72,6 +74,8 @@ def sign(
     With --keyless there is no key to keep: Sigstore certifies the address or workflow that an OpenID provider vouches
     for, and its public log keeps that name for ever. The job's own credentials are used where there are some (GitHub
     Actions, GitLab CI, Google Cloud, Buildkite), else a browser is opened, or a link is shown. It needs a network.
+
+    Example: atom sign runs/releases/atom-tiny-0.1.0 --key signing.pem
     """
     from release.signing import sign as signing
 
@@ -112,6 +116,8 @@ def publish(
 
     The repositories are private until all are uploaded, pulled back and verified; --public then makes them public.
     HF_ENDPOINT and HF_TOKEN are respected.
+
+    Example: atom publish runs/releases/atom-tiny-0.1.0 --to my-organization
     """
     from release.hub.publish import publish as publish_release
 
@@ -151,6 +157,8 @@ def verify(
     """Check every byte of a release, and who signed it.
 
     Exit code 1 says which file or claim is bad.
+
+    Example: atom verify runs/releases/atom-tiny-0.1.0
     """
 
     if proof is not None:
@@ -184,7 +192,12 @@ def show(
     release: ReleaseArgument,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell on one page what a release is, what went into it, how good it is and how that was checked."""
+    """Show on one page what a release is.
+
+    The page states what went into it, how good it is and how that was checked.
+
+    Example: atom show runs/releases/atom-tiny-0.1.0
+    """
     from release.audit import show as page
 
     require_release(release)
@@ -206,7 +219,12 @@ def trace(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Lead from a step to documents, and from a document or text to steps and checkpoints."""
+    """Trace a step to documents, or a document to steps.
+
+    A document is named by its id or by a text in it; checkpoints that saw it are named, too.
+
+    Example: atom trace runs/releases/atom-tiny-0.1.0 --step 100 --phase pretrain
+    """
     from release.audit import trace_report as answers
     from release.audit import tracing
 
@@ -245,10 +263,13 @@ def replay(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a published piece again from its checkpoint and data, and compare every tensor.
+    """Train a published piece again, and compare.
 
-    Where the code here is not the one that trained it, the code that the release carries is run, under bubblewrap.
+    It starts from the published checkpoint and data, and every tensor is compared. Where the code here is not the one
+    that trained it, the code that the release carries is run, under bubblewrap.
     Exit code 0: every bit is the same, or all differences lie within a stated tolerance; 1: it differs.
+
+    Example: atom replay runs/releases/atom-tiny-0.1.0 pretrain
     """
     from release.audit import replay as again
     from release.audit import replay_report as report

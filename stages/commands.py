@@ -40,6 +40,8 @@ def simulate_precision(
     A small proxy of the recipe's model is trained on Python's standard library with linear layers that round to FP8,
     and without. Exit code 0: every precision holds the bound; 1: one fails it, or the runs do not decide; 2: a mistake.
     Ctrl-C stops cleanly; the same command goes on from the runs that are finished.
+
+    Example: atom simulate-precision atom-tiny --precision mxfp8
     """
     from rich.console import Console
 

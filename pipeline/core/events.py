@@ -10,10 +10,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, NotRequired
+from typing import Annotated, Any, Generic, Literal, NoReturn, NotRequired, TypeVar, cast
 
 from pydantic import Discriminator, Field, FiniteFloat, Tag, TypeAdapter
 from typing_extensions import TypedDict
@@ -45,8 +45,8 @@ class FileReport:
         """Held, for good, by the thread that ends the attempt: the main one, or the one that abandons it."""
         self.record_abandoned: Callable[[Failure], None] = lambda failure: None
         """What ends the attempt in the main thread's stead; the worker sets it."""
-        self.seal_product: Callable[[str, Path], None] = lambda name, folder: None
-        """What seals an artifact of its own; the worker sets it."""
+        self.checkpoint_sealer: Callable[[int, Path], None] = lambda step, folder: None
+        """What seals a checkpoint as an artifact of its own; the worker sets it."""
 
     def event(self, kind: str, /, **values: Any) -> None:
         line = json.dumps({"time": time.time(), "event": kind, **values}) + "\n"
@@ -76,8 +76,8 @@ class FileReport:
         print(text, flush=True)
         self.event("note", text=text)
 
-    def product(self, name: str, folder: Path) -> None:
-        self.seal_product(name, folder)
+    def seal_checkpoint(self, step: int, folder: Path) -> None:
+        self.checkpoint_sealer(step, folder)
 
     def abandon(self, text: str) -> NoReturn:
         self.fail(Failure(text))
@@ -127,7 +127,7 @@ class FollowerReport:
     def note(self, text: str) -> None:
         print(text, flush=True)
 
-    def product(self, name: str, folder: Path) -> None: ...
+    def seal_checkpoint(self, step: int, folder: Path) -> None: ...
 
     def abandon(self, text: str) -> NoReturn:
         os.write(2, f"{text}\n".encode())  # not `print`, whose lock the thread that hangs may hold
@@ -138,85 +138,137 @@ class FollowerReport:
 Number = Annotated[FiniteFloat, Field(ge=-1e15, le=1e15)]
 
 
-class Event(TypedDict):
-    """A line of events.jsonl. Kinds that have no type of their own are read by nobody."""
+class Attempt(TypedDict):
+    """A job has started."""
 
     time: Number
-    event: str
+    event: Literal["attempt"]
 
 
-class Start(Event):
+class Start(TypedDict):
+    """The attempt holds the lease, and the stage begins."""
+
+    time: Number
+    event: Literal["start"]
     pid: int
     ranks: int
 
 
-class Progress(Event):
+class Progress(TypedDict):
+    """How far the stage is. Its figures are further fields: see `figures_of`."""
+
+    time: Number
+    event: Literal["progress"]
     done: Number
     total: Number
     unit: str
 
 
-class Note(Event):
+class Note(TypedDict):
+    time: Number
+    event: Literal["note"]
     text: str
 
 
-class UsageEvent(Event):
+class UsageEvent(TypedDict):
+    """What a whole attempt has used."""
+
+    time: Number
+    event: Literal["usage"]
     wall_seconds: Number
     energy_joules_estimate: NotRequired[Number]
 
 
-class End(Event):
+class End(TypedDict):
+    """How the attempt ended. kind: of a failure."""
+
+    time: Number
+    event: Literal["end"]
     outcome: str
+    kind: NotRequired[str | None]
+
+
+class Other(TypedDict):
+    """An event of a kind that nothing here reads."""
+
+    time: Number
+    event: str
+
+
+Event = Attempt | Start | Progress | Note | UsageEvent | End
+"""A line of events.jsonl that is read."""
+
+
+def figures_of(event: Progress) -> dict[str, float]:
+    """The figures of an event of progress, such as loss and tokens_per_s."""
+    return _further_numbers(event, Progress)
+
+
+def _further_numbers(row: Mapping[str, object], kind: type) -> dict[str, float]:
+    """The numbers of a row that stand in no field of its kind."""
+    return {
+        name: value
+        for name, value in row.items()
+        if name not in kind.__annotations__ and isinstance(value, (int, float))
+    }
 
 
 def _kind(row: Any) -> str:
     kind = row.get("event") if isinstance(row, dict) else None
-    return kind if kind in ("start", "progress", "note", "usage", "end") else "other"
+    return kind if kind in ("attempt", "start", "progress", "note", "usage", "end") else "other"
 
 
-EVENT: TypeAdapter[Any] = TypeAdapter(
+EVENT: TypeAdapter[Event | Other] = TypeAdapter(
     Annotated[
-        Annotated[Start, Tag("start")]
+        Annotated[Attempt, Tag("attempt")]
+        | Annotated[Start, Tag("start")]
         | Annotated[Progress, Tag("progress")]
         | Annotated[Note, Tag("note")]
         | Annotated[UsageEvent, Tag("usage")]
         | Annotated[End, Tag("end")]
-        | Annotated[Event, Tag("other")],
+        | Annotated[Other, Tag("other")],
         Discriminator(_kind),
     ]
 )
 
 
 class Point(TypedDict):
-    """A line of metrics.jsonl: a point of each named curve."""
+    """A line of metrics.jsonl: a point of each curve that `curves_of` gives."""
 
     time: Number
     step: int
 
 
-POINT: TypeAdapter[Any] = TypeAdapter(Point)
+def curves_of(point: Point) -> dict[str, float]:
+    """The values of a point by the names of their curves."""
+    return _further_numbers(point, Point)
+
+
+POINT: TypeAdapter[Point] = TypeAdapter(Point)
+Row = TypeVar("Row")
 LINE = 2**20
 """Bytes of the longest line that is believed."""
 ONE_READ = 64 * 2**20
 """Bytes of a file that one call reads. So many events take days."""
 
 
-class Tail:
+class Tail(Generic[Row]):
     """Reads the whole lines that were appended to a JSONL file since the last call; a missing file is empty. Lines that
     are damaged are reported and left out.
 
     whole: of more than `ONE_READ` bytes the first are read, and the next call goes on; else only the last are read.
     """
 
-    def __init__(self, path: Path, offset: int = 0, kind: TypeAdapter[Any] = EVENT, whole: bool = False) -> None:
+    def __init__(self, path: Path, kind: TypeAdapter[Row], offset: int = 0, whole: bool = False) -> None:
         self.path, self.offset, self.kind, self.whole = path, offset, kind, whole
         self.cut = False
         """Whether something stands behind the last whole line: one that is being written, or was cut."""
         self.more = False
         """Whether another call would read more at once."""
 
-    def read(self) -> list[dict[str, Any]]:
-        rows = []
+    def read(self) -> list[Row]:
+        """The lines since the last call, as they stand in the file."""
+        rows: list[Row] = []
         try:
             with json_files.open_file(self.path) as file:
                 skipped = os.fstat(file.fileno()).st_size - ONE_READ
@@ -251,3 +303,13 @@ class Tail:
         except OSError as error:
             json_files.report(Damaged(self.path, str(error.strerror)), "what it says is not known")
         return rows
+
+
+class EventTail(Tail[Event]):
+    """The same of an events.jsonl, of the kinds that are read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, cast(TypeAdapter[Event], EVENT))  # any other kind is left out below
+
+    def read(self) -> list[Event]:
+        return [event for event in super().read() if _kind(event) != "other"]

@@ -215,3 +215,9 @@ def _exists(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def draft_folder(work: Path, lease: int, step: int | None = None) -> Path:
+    """Where the holder of the lease of that number writes, in the work folder of its key, what is then sealed: its
+    product, or its checkpoint after a step."""
+    return work / (f"out.{lease}" if step is None else f"out.{lease}@{step}")

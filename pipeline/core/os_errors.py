@@ -93,7 +93,8 @@ def find(error: BaseException, home: Path, named_paths: Iterable[str] = ()) -> F
         return None
     if cause.errno == errno.ENOENT and _on_one_line(path, str(home)) and not home.exists():
         return Fault(
-            fault.kind, f"{printable(home)} cannot be used (it is not there); have it mounted, or set ATOM_HOME anew"
+            fault.kind,
+            f"{printable(home)} cannot be used (it is not there); have it mounted, or set ATOM_HOME to another folder",
         )
     return Fault(
         fault.kind, _advice(Path(os.path.abspath(path)), cause.errno or 0, Path(os.path.abspath(home)), named_paths)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.markup import escape
@@ -38,14 +38,9 @@ def stages(number: int) -> str:
     return f"{number} stage{'' if number == 1 else 's'}"
 
 
-def figures_text(figures: dict[str, Any]) -> str:
+def figures_text(figures: Mapping[str, float]) -> str:
     names = {"tokens_per_s": "tokens/s"}
-    non_figures = {"time", "event", "done", "total", "unit"}
-    return "  ".join(
-        f"{names.get(k, k)} {human(v)}"
-        for k, v in figures.items()
-        if k not in non_figures and isinstance(v, (int, float))
-    )
+    return "  ".join(f"{names.get(name, name)} {human(value)}" for name, value in figures.items())
 
 
 class Display:
@@ -55,9 +50,9 @@ class Display:
         self.console = console
         self.live = console.is_terminal
         self.finished = self.total = 0
-        self._usage: dict[str, dict[str, Any]] = {}
+        self._seconds: dict[str, float] = {}
         self._last_printed: dict[str, float] = {}
-        self._first: dict[str, tuple[float, int]] = {}
+        self._first: dict[str, tuple[float, float]] = {}
         self._tasks: dict[str, TaskID] = {}
         self._bars = Progress(
             TextColumn("{task.description:<18}"),
@@ -93,37 +88,39 @@ class Display:
         else:
             self._line(f"{name}: started{'' if ranks == 1 else f' on {ranks} ranks'}, log {log}")
 
-    def progress(self, name: str, event: dict[str, Any]) -> None:
-        done, total, count = event["done"], event["total"], f"{event['done']}/{event['total']} {event['unit']}"
+    def progress(
+        self, name: str, at: float, done: float, total: float, unit: str, figures: Mapping[str, float]
+    ) -> None:
+        """at: the time of the report, in seconds since the epoch."""
+        count = f"{done}/{total} {unit}"
         if name in self._tasks:
-            figures = figures_text(event)
-            self._bars.update(self._tasks[name], completed=done, total=total, count=count, figures=figures)
+            text = figures_text(figures)
+            self._bars.update(self._tasks[name], completed=done, total=total, count=count, figures=text)
             return
         current_time = time.monotonic()
-        first_time, first_done = self._first.setdefault(name, (event["time"], done))
+        first_time, first_done = self._first.setdefault(name, (at, done))
         if current_time - self._last_printed.get(name, -PLAIN_EVERY) < PLAIN_EVERY:
             return
         self._last_printed[name] = current_time
-        rate = (done - first_done) / (event["time"] - first_time) if event["time"] > first_time else 0
+        rate = (done - first_done) / (at - first_time) if at > first_time else 0
         eta = f"  eta {duration((total - done) / rate)}" if rate > 0 else ""
-        self._line(f"{name}: {count}  {figures_text(event)}{eta}")
+        self._line(f"{name}: {count}  {figures_text(figures)}{eta}")
 
     def note(self, name: str, text: str) -> None:
         self._line(f"{name}: {text}")
 
-    def usage(self, name: str, event: dict[str, Any]) -> None:
-        self._usage[name] = event
+    def usage(self, name: str, wall_seconds: float) -> None:
+        self._seconds[name] = wall_seconds
 
     def elsewhere(self, name: str, worker: str) -> None:
         if self._last_printed.get(name + "@") is None:
             self._last_printed[name + "@"] = time.monotonic()
-            self._line(f"{name}: {worker} is at it; waiting for its result")
+            self._line(f"{name}: {worker} is running it; waiting for its result")
 
     def sealed(self, name: str, elsewhere: bool = False) -> None:
         self.finished += 1
         self._drop(name)
-        usage = self._usage.get(name)
-        duration_text = f" in {duration(usage['wall_seconds'])}" if usage else ""
+        duration_text = f" in {duration(self._seconds[name])}" if name in self._seconds else ""
         origin = " by another run" if elsewhere else ""
         self._line(f"{name}: sealed{origin}{duration_text}  [{self.finished}/{self.total}]")
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Generic, Literal, NoReturn, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
+from typing_extensions import TypeVar
 
 from pipeline.core.store import Artifact
 
@@ -115,10 +116,11 @@ class Report(Protocol):
     def note(self, text: str) -> None:
         """One line for the log that a person reads."""
 
-    def product(self, name: str, folder: Path) -> None:
-        """Seals a copy of `folder` as an artifact of its own before the stage is finished, such as the checkpoint
-        `@1200`. What is sealed already is compared and left. Any thread of rank 0 may call it. Raises AtomError if the
-        bytes are not those that were sealed before, or if another worker has taken over."""
+    def seal_checkpoint(self, step: int, folder: Path) -> None:
+        """Seals a copy of `folder` as an artifact of its own before the stage is finished: the checkpoint after `step`.
+
+        What is sealed already is compared and left. Any thread of rank 0 may call it. Raises AtomError if the bytes are
+        not those that were sealed before, or if another worker has taken over."""
 
     def abandon(self, text: str) -> NoReturn:
         """Ends the attempt with that sentence from any thread, when the main one is out of reach (it hangs in a
@@ -165,10 +167,15 @@ Promise = Literal["bitwise", "numeric"]
 """What two attempts of one key have in common: every byte, in one environment on CPU; or values, within a tolerance."""
 
 
+C = TypeVar("C", bound=Config, default=Any)
+
+
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[C]):
     """A registered stage: its name and version are part of every key, so bump `version` when the bytes change.
 
+    config: the class of its configs, C, which all of its functions take. The engine, which knows no stage's class, has
+    a plain `Stage`.
     ranks: the processes that run it together. Each calls `run` with the same arguments, with RANK, WORLD_SIZE,
     LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment (absent for one); rank 0 alone writes `out`.
     obstacle: why a config can be planned but not run, in one sentence; asked before anything starts.
@@ -180,13 +187,13 @@ class Stage:
 
     name: str
     version: int
-    config: type[Config]
-    run: Callable[[Any, Inputs, Path, Path, Report], None]
-    promise: Callable[[Any], Promise] = lambda config: "bitwise"
-    estimate: Callable[[Any], Estimate] = lambda config: Estimate()
-    obstacle: Callable[[Any], str | None] = lambda config: None
-    ranks: Callable[[Any], int] = lambda config: 1
+    config: type[C]
+    run: Callable[[C, Inputs, Path, Path, Report], None]
+    promise: Callable[[C], Promise] = lambda config: "bitwise"
+    estimate: Callable[[C], Estimate] = lambda config: Estimate()
+    obstacle: Callable[[C], str | None] = lambda config: None
+    ranks: Callable[[C], int] = lambda config: 1
     trains: bool = False
     reads: Mapping[str, str] = field(default_factory=dict)
-    shards: Callable[[Any], int] = lambda config: 1
-    run_shard: Callable[[Any, Inputs, Path, int], None] | None = None
+    shards: Callable[[C], int] = lambda config: 1
+    run_shard: Callable[[C, Inputs, Path, int], None] | None = None

@@ -242,8 +242,8 @@ class Store:
         except OSError:  # no home yet, or one that cannot be read, which whatever reads it reports
             return None
         return (
-            f"{self.home} was filled by an earlier atom, and keys have changed since: artifacts whose key is another "
-            "now are made anew, and what was built and published stays valid. Set ATOM_HOME to keep the two apart"
+            f"{self.home} was filled by an earlier version of atom, and keys have changed since: artifacts with "
+            "another key now are made again, and releases that were built stay valid; set ATOM_HOME to keep both apart"
         )
 
     def mark_keys(self) -> None:

@@ -60,7 +60,7 @@ def find(reference: str, phase: str, where: str, store: Store) -> Checkpoint:
         )
     if not matching:
         others = ", ".join(sorted({each.node for each in known}, key=lambda node: int(node.split("@")[1])))
-        hint = f"there are {others}" if others else "run the recipe first that is to be gone on from"
+        hint = f"there are {others}" if others else "run the recipe to continue from first"
         raise RecipeError(f"{where} = {reference} is not sealed under {store.artifacts}; {hint}")
     return next(iter(matching))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.graph.plan import StagePlan
 from pipeline.launch.cluster_profile import Profile
+from pipeline.tracking.budget import Hours
 
 RECOMPUTED = 4 / 3
 """A forward pass more beside the three that a step costs."""
@@ -37,6 +38,11 @@ class Forecast:
     uses: tuple[Use, ...]
     total: Use
     assumed: tuple[str, ...]
+
+    @property
+    def hours(self) -> Hours:
+        """What the estimated stages add to the use of the recipe."""
+        return {"gpu_hours": self.total.gpu_hours, "core_hours": self.total.core_hours}
 
     def json(self) -> dict[str, Any]:
         prices = self.profile.costs()
@@ -91,8 +97,7 @@ def _gpus(row: StagePlan, profile: Profile) -> int:
     """GPUs that a stage's job gets in all."""
     if profile.slurm is None:
         return 0
-    jobs, nodes, each = profile.slurm.shape(row.state.name, row.ranks, row.trains)
-    return nodes * min(each, jobs.gpus_per_node)
+    return profile.slurm.allocation(row.state.name, row.ranks, row.trains).gpus
 
 
 def _recomputes(row: StagePlan) -> bool:

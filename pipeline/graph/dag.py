@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, cast
 
 from pydantic import ValidationError
 
@@ -108,13 +108,18 @@ class GraphBuilder:
             _check_size(f"{self.title}, stage {name}", node)
 
 
+class Composer(Protocol):
+    """The part of a definition that makes the graph of a recipe."""
+
+    def compose(self, recipe: Recipe, store: Store, without_data: bool) -> Graph: ...
+
+
 def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
     """The graph of a recipe, as the registered definition composes it. Raises RecipeError.
 
     without_data: source trees may be absent; keys of what comes from one without a pinned digest are provisional.
     """
-    graph: Graph = registry.definition().compose(recipe, store, without_data)
-    return graph
+    return cast(Composer, registry.definition()).compose(recipe, store, without_data)
 
 
 def require_same_beginning(checkpoint: Checkpoint, previous: Mapping[str, str], where: str, store: Store) -> None:

@@ -68,3 +68,19 @@ def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[St
         )
         for node in (graph.nodes[name] for name in selected)
     ]
+
+
+def remarks(rows: list[StagePlan]) -> list[str]:
+    """Sentences on what a plan's stages continue from, and on those that are damaged, stale or cannot be run."""
+    sentences = []
+    for row in rows:
+        name = row.state.name
+        for key in row.external.values() if row.trains else ():
+            sentences.append(f"{name} continues from {key.rsplit('-', 1)[0]} (key {key})")
+        if row.state.damage:
+            sentences.append(f"{name}: {row.state.damage}")
+        if row.obstacle:
+            sentences.append(f"{name} cannot be run: {row.obstacle}")
+        if row.state.changed:
+            sentences.append(f"{name} was sealed by other code than today's: {', '.join(row.state.changed)} changed")
+    return sentences

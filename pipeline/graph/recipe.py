@@ -70,12 +70,19 @@ class Recipe:
         return _title(self.path)
 
 
-def find(reference: str, package: str, kind: str, base: Path | None = None) -> Path:
-    """A packaged YAML by name, or a file by path. Raises RecipeError listing what there is."""
-    packaged = Path(str(resources.files(package)))
-    names = sorted(p.stem for p in packaged.glob("*.yaml"))
-    if reference in names:
-        return packaged / f"{reference}.yaml"
+def find(reference: str, package: str, kind: str, base: Path | None = None, folder: Path | None = None) -> Path:
+    """A YAML file by its name among the packaged ones and those of `folder`, or by its path from `base`.
+
+    Raises RecipeError if there is none, with the names that there are, or if both folders have one.
+    """
+    packaged = {path.stem: path for path in Path(str(resources.files(package))).glob("*.yaml")}
+    others = {} if folder is None else {path.stem: path for path in folder.glob("*.yaml")}
+    if reference in packaged and reference in others:
+        raise RecipeError(f"{kind} {reference} is both packaged and in {folder}; give the file there another name")
+    named = {**packaged, **others}
+    if reference in named:
+        return named[reference]
+    names = sorted(named)
     path, name = (base / reference) if base else Path(reference), escaped(reference, 80)
     try:
         mode = os.stat(path).st_mode

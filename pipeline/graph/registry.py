@@ -8,26 +8,26 @@ from __future__ import annotations
 import importlib
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from pipeline.core.stage import Config, Stage
 
 DEFINITION = "stages.graph"
+COMMANDS = ("stages.commands", "release.commands")
+"""Modules with commands of `atom` beside the engine's, each as `app`. Importing one must stay cheap, too."""
 
 
 class Definition(Protocol):
     """What that module holds.
 
     STAGES: the module of each stage by name. RECIPE: the recipe's class. load_data_recipe: reads the file that a recipe
-    names as its data. compose: the graph of a recipe.
+    names as its data. It also holds what `pipeline.graph.dag.Composer` says.
     """
 
     STAGES: dict[str, str]
     RECIPE: type[Config]
 
     def load_data_recipe(self, content: bytes, path: Path) -> Config: ...
-
-    def compose(self, recipe: Any, store: Any, without_data: bool) -> Any: ...
 
 
 @cache

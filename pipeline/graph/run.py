@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from pipeline.core import json_files
 from pipeline.core.errors import AtomError
-from pipeline.core.events import Tail
+from pipeline.core.events import Event, EventTail, Tail, figures_of
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import holder
 from pipeline.core.store import Store
@@ -41,7 +41,15 @@ class Prices(TypedDict):
     currency: str
 
 
-class Body(TypedDict):
+class LauncherFields(TypedDict):
+    """What a launcher adds to run.json. cluster: name of the profile; code: the snapshot that the jobs run from."""
+
+    prices: NotRequired[Prices | None]
+    cluster: NotRequired[str]
+    code: NotRequired[Name]
+
+
+class Body(LauncherFields):
     """run.json."""
 
     id: Name
@@ -50,9 +58,6 @@ class Body(TypedDict):
     recipe_path: str
     profile: str
     nodes: Annotated[list[NodeRow], Field(min_length=1)]
-    prices: NotRequired[Prices | None]
-    cluster: NotRequired[str]
-    code: NotRequired[Name]
 
 
 class JobRow(TypedDict):
@@ -66,30 +71,36 @@ class JobRow(TypedDict):
 
 
 BODY = TypeAdapter(Body)
-JOB: TypeAdapter[Any] = TypeAdapter(JobRow)
+JOB: TypeAdapter[JobRow] = TypeAdapter(JobRow)
 
 
 @dataclass(frozen=True)
-class Run:
-    """`logs/<id>/run.json` and the folders of its nodes beside it."""
+class RunFolder:
+    """Where the nodes of a run write: folders of their own beside each other."""
 
     id: str
     folder: Path
-    body: dict[str, Any]
 
     def node_folder(self, name: str) -> Path:
         return self.folder / name
 
+
+@dataclass(frozen=True)
+class Run(RunFolder):
+    """`logs/<id>/run.json` and the folders of its nodes beside it."""
+
+    body: Body
+
     def note_job(self, node: str, job: str, attached: bool, array: str | None = None, shards: int = 1) -> None:
         """Writes down which Slurm job is to make a node. attached: another run submitted it; array: the job array that
         does its shards beforehand, so many."""
-        row = {"node": node, "job": job, "attached": attached, "array": array, "shards": shards}
+        row: JobRow = {"node": node, "job": job, "attached": attached, "array": array, "shards": shards}
         with open(self.folder / "jobs.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def jobs(self) -> dict[str, dict[str, Any]]:
-        """{node: {job, attached}} of the latest submissions; empty for a run of this machine."""
-        tail = Tail(self.folder / "jobs.jsonl", kind=JOB)
+    def jobs(self) -> dict[str, JobRow]:
+        """The latest submission of each node; empty for a run of this machine."""
+        tail = Tail(self.folder / "jobs.jsonl", JOB)
         rows = {row["node"]: row for row in tail.read()}
         if tail.cut:
             json_files.report(Damaged(tail.path, "its last line is cut"), "that job is not known")
@@ -98,11 +109,10 @@ class Run:
         return rows
 
 
-def start(graph: Graph, store: Store, selected: list[str], profile: str, **launcher_fields: Any) -> Run:
-    """Writes a new run: the recipe as it is now, and the nodes asked for with keys.
-
-    launcher_fields: what a launcher adds.
-    """
+def start(
+    graph: Graph, store: Store, selected: list[str], profile: str, launcher_fields: LauncherFields | None = None
+) -> Run:
+    """Writes a new run: the recipe as it is now, and the selected nodes with keys."""
     identity = graph.recipe.config
     run_id = f"{identity.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = store.logs / run_id
@@ -112,18 +122,18 @@ def start(graph: Graph, store: Store, selected: list[str], profile: str, **launc
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    nodes = [
+    nodes: list[NodeRow] = [
         {"name": n, "stage": node.stage.name, "key": node.key, "inputs": graph.materials(node)}
         for n, node in ((name, graph.nodes[name]) for name in selected)
     ]
-    body = {
+    body: Body = {
         "id": run_id,
         "recipe": identity.name,
         "version": identity.version,
         "recipe_path": str(graph.recipe.path.absolute()),
         "profile": str(Path(profile).absolute()) if Path(profile).is_file() else profile,
         "nodes": nodes,
-        **launcher_fields,
+        **(launcher_fields or {}),
     }
     draft = folder / ".run.json"
     draft.write_text(json.dumps(body, indent=1) + "\n")
@@ -210,8 +220,8 @@ class NodeStatus:
     name: str
     key: str
     state: str  # sealed | running | failed | waiting; of a Slurm job also as Slurm says it, or lost
-    done: int = 0
-    total: int = 0
+    done: float = 0
+    total: float = 0
     unit: str = ""
     figures: dict[str, float] | None = None
     seconds: float | None = None
@@ -229,25 +239,27 @@ class NodeStatus:
         return {k: v for k, v in self.__dict__.items() if v not in (None, "")}
 
 
-def node_status(run: Run, store: Store, node: dict[str, str]) -> NodeStatus:
+def node_status(run: Run, store: Store, node: NodeRow) -> NodeStatus:
     """Reads artifact, lease and events; the artifact outranks the rest."""
     name, key = node["name"], node["key"]
-    tail = Tail(run.node_folder(name) / "events.jsonl")
+    tail = EventTail(run.node_folder(name) / "events.jsonl")
     events = tail.read()
-    progress: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "progress"), {})
-    begun: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "start"), {})
-    usage: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "usage"), {})
+    progress = next((e for e in reversed(events) if e["event"] == "progress"), None)
+    begun = next((e for e in reversed(events) if e["event"] == "start"), None)
+    usage = next((e for e in reversed(events) if e["event"] == "usage"), None)
     end = events[-1] if events and events[-1]["event"] == "end" else None
-    known = {"time", "event", "done", "total", "unit"}
-    common: dict[str, Any] = {
-        "done": progress.get("done", 0),
-        "total": progress.get("total", 0),
-        "unit": progress.get("unit", ""),
-        "figures": {k: v for k, v in progress.items() if k not in known and isinstance(v, (int, float))} or None,
-        "seconds": usage.get("wall_seconds"),
-        "ranks": begun.get("ranks"),
-        "eta": _eta(events),
-    }
+    node_so_far = NodeStatus(
+        name,
+        key,
+        "waiting",
+        done=progress["done"] if progress else 0,
+        total=progress["total"] if progress else 0,
+        unit=progress["unit"] if progress else "",
+        figures=(figures_of(progress) or None) if progress else None,
+        seconds=usage["wall_seconds"] if usage else None,
+        ranks=begun["ranks"] if begun else None,
+        eta=_eta(events),
+    )
     present = holder(store.work(key))
     running = present is not None and present.alive
     if not running and tail.cut:
@@ -259,18 +271,18 @@ def node_status(run: Run, store: Store, node: dict[str, str]) -> NodeStatus:
             store.manifest(key)
         except Damaged as error:
             json_files.report(error, "what needs this artifact cannot be run")
-            return NodeStatus(name, key, "damaged", **common, message=str(error))
-        return NodeStatus(name, key, "sealed", **common)
+            return replace(node_so_far, state="damaged", message=str(error))
+        return replace(node_so_far, state="sealed")
     if running:
-        return NodeStatus(name, key, "running", **common)
+        return replace(node_so_far, state="running")
     if end is not None and end["outcome"] not in ("busy", "sealed"):
-        return NodeStatus(name, key, "failed", **common, message=end["outcome"], kind=end.get("kind"))
+        return replace(node_so_far, state="failed", message=end["outcome"], kind=end.get("kind"))
     if events and events[-1]["event"] != "end":
-        return NodeStatus(name, key, "failed", **common, message="its process is gone; run the same command to go on")
-    return NodeStatus(name, key, "waiting", **common)
+        return replace(node_so_far, state="failed", message="its process is gone; run the same command to go on")
+    return node_so_far
 
 
-def _eta(events: list[dict[str, Any]]) -> float | None:
+def _eta(events: list[Event]) -> float | None:
     """Seconds to the end by the pace of the present attempt; None if it has not gone far enough to tell."""
     start = next((i for i, e in reversed(list(enumerate(events))) if e["event"] == "start"), 0)
     points = [e for e in events[start:] if e["event"] == "progress"]

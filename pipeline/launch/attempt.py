@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ USAGE: TypeAdapter[Any] = TypeAdapter(_UsageFile)
 
 @dataclass(frozen=True)
 class Task:
-    """All that a job needs to know, as plain values: what it pickles is small and stays readable."""
+    """All that a job needs to know, as plain values, so that its pickle is small."""
 
     home: str
     run: str
@@ -47,14 +47,6 @@ class Task:
     ranks: int
     gpus: int = 0
     watts_per_gpu: float = 0.0
-
-    def json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def draft_folder(work: Path, lease: int) -> Path:
-    """Where the attempt that holds the lease of that number writes its product, until it is sealed."""
-    return work / f"out.{lease}"
 
 
 def _read_usage(path: Path) -> Usage | None:

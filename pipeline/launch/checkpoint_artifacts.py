@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.core.errors import MachineError
-from pipeline.core.lease import Lease
+from pipeline.core.lease import Lease, draft_folder
 from pipeline.core.store import Artifact, digest_of, rows_of
 from pipeline.graph.checkpoints import Checkpoint
 
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
     from pipeline.launch.attempt import Attempt
 
 
-class Products:
-    """The products of one attempt, which holds the lease of its key. Any of its threads may seal one."""
+class CheckpointArtifacts:
+    """The checkpoints that one attempt seals, which holds the lease of its key. Any of its threads may seal one."""
 
     def __init__(self, attempt: Attempt, lease: Lease) -> None:
         self.attempt, self.lease, self.lock = attempt, lease, threading.Lock()
 
-    def seal(self, name: str, folder: Path) -> None:
-        """Seals `folder` as the checkpoint `name`, which is `@` and its step, unless that was done before.
+    def seal(self, step: int, folder: Path) -> None:
+        """Seals `folder` as the checkpoint after `step`, unless that was done before.
 
         Raises AtomError if it was done with other bytes by the same code in the same environment, MachineError if
         another worker has taken over.
         """
         with self.lock:
             task, store = self.attempt.task, self.attempt.store
-            checkpoint = Checkpoint(task.key, int(name.removeprefix("@")))
+            checkpoint = Checkpoint(task.key, step)
             self._require_lease(checkpoint)
             if store.sealed(checkpoint.key):
                 self._check_same_digest(store.open(checkpoint.key), folder)
                 return
-            draft = store.work(task.key) / f"out.{self.lease.number}{name}"
+            draft = draft_folder(store.work(task.key), self.lease.number, step)
             try:
                 shutil.copytree(folder, draft, copy_function=os.link)
                 store.seal(draft, checkpoint.key, lambda artifact: self._record(artifact, checkpoint))

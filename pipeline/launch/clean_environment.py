@@ -91,25 +91,6 @@ def forwarded_variables(environment: Mapping[str, str], forward: Iterable[str]) 
     return forwarded
 
 
-def shell() -> list[str]:
-    """Lines of bash that leave a script only the variables that are allowed. Functions stay, for itself alone."""
-    return [
-        "# no secret, and nothing else of a login, reaches the stage",
-        'for name in $(compgen -A function); do export -nf "$name"; done',
-        "for name in $(compgen -e); do",
-        "    plain=${name^^}",
-        *(f"    plain=${{plain//{part}/_}}" for part in NON_SECRET_PARTS),
-        "    case $plain in",
-        f'        {"|".join(SECRET_NAMES)}) unset -v "$name" ;;',
-        "        *) case $name in",
-        f"            {'|'.join(ALLOWED)}) ;;",
-        '            *) unset -v "$name" ;;',
-        "        esac ;;",
-        "    esac",
-        "done",
-    ]
-
-
 def require(profile_names: Collection[str]) -> None:
     """Removes the variables that a stage may not have and that it got all the same, by a module, a prolog, an image or
     `setup` of the profile. If this process began with one, it begins anew: what is only removed from `os.environ` is
@@ -123,6 +104,6 @@ def require(profile_names: Collection[str]) -> None:
         return  # what is in /proc now is not what it began with: never twice
     pairs = (entry.partition("=") for entry in os.fsdecode(Path("/proc/self/environ").read_bytes()).split("\0"))
     if denied_at_start := denied_names({name: value for name, _, value in pairs if name}, profile_names):
-        print(f"begins anew without {', '.join(denied_at_start)}: no secret reaches a stage", flush=True)
+        print(f"restarts without {', '.join(denied_at_start)}: no secret reaches a stage", flush=True)
         clean = {**os.environ, _RESTARTED_BY: str(os.getpid())}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], clean)

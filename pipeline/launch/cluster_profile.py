@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -12,6 +15,7 @@ from pipeline.core.stage import Config, Renamed
 from pipeline.core.text import escaped
 from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph.recipe import explain, find
+from pipeline.graph.run import Prices as RunPrices
 from pipeline.launch.clean_environment import is_secret
 
 
@@ -126,6 +130,27 @@ class Jobs(Config):
     exclusive: Flag = Field(False, description="do not share nodes with other jobs")
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """The nodes of one job, and the ranks on each of them."""
+
+    jobs: Jobs
+    nodes: int
+    ranks_per_node: int
+
+    @property
+    def gpus_per_node(self) -> int:
+        return min(self.ranks_per_node, self.jobs.gpus_per_node)
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+
 Value = Annotated[str, Words(4096, empty=True)]
 
 
@@ -177,8 +202,8 @@ class Slurm(Config):
                 )
         return self
 
-    def shape(self, stage: str, ranks: int, trains: bool) -> tuple[Jobs, int, int]:
-        """(what its job asks for, nodes, ranks on each). Raises RecipeError if the ranks do not fill nodes alike."""
+    def allocation(self, stage: str, ranks: int, trains: bool) -> Allocation:
+        """What the job of a stage gets. Raises RecipeError if the ranks do not fill nodes alike."""
         jobs = self.train if trains else self.cpu
         ranks_per_node = min(ranks, jobs.tasks_per_node)
         if ranks % ranks_per_node:
@@ -186,7 +211,7 @@ class Slurm(Config):
                 f"stage {stage} has {ranks} ranks, which do not fill nodes of {ranks_per_node} alike; change its "
                 "parallelism.ranks, or tasks_per_node of the cluster profile"
             )
-        return jobs, ranks // ranks_per_node, ranks_per_node
+        return Allocation(jobs, ranks // ranks_per_node, ranks_per_node)
 
 
 class Profile(Config):
@@ -199,9 +224,11 @@ class Profile(Config):
     gpu: Gpu | None = Field(None, description="speed of the GPUs; null: training time is not estimated")
     slurm: Slurm | None = Field(None, description="Slurm cluster, required by `atom submit`")
 
-    def costs(self) -> dict[str, Any] | None:
+    def costs(self) -> RunPrices | None:
         """The prices as plain values, for a run to keep."""
-        return None if self.prices is None else self.prices.model_dump()
+        if (prices := self.prices) is None:
+            return None
+        return {"gpu_hour": prices.gpu_hour, "core_hour": prices.core_hour, "currency": prices.currency}
 
     def cluster(self) -> Slurm:
         """The part for Slurm. Raises RecipeError if there is none."""
@@ -210,9 +237,19 @@ class Profile(Config):
         return self.slurm
 
 
+FOLDER_VARIABLE = "ATOM_CLUSTERS"
+"""The environment variable that names a folder with further profiles, such as those of a site."""
+
+
 def load(reference: str) -> Profile:
-    """A packaged profile by name, or a file by path. Raises RecipeError in one sentence."""
-    path = find(reference, "pipeline.clusters", "cluster profile")
+    """A profile by its name, which is that of its file without `.yaml`, or by its path. Raises RecipeError.
+
+    Names are looked up in pipeline/clusters and in the folder that ATOM_CLUSTERS names, if it is set.
+    """
+    folder = Path(os.environ[FOLDER_VARIABLE]) if os.environ.get(FOLDER_VARIABLE) else None
+    if folder is not None and not folder.is_dir():
+        raise RecipeError(f"{FOLDER_VARIABLE} = {escaped(str(folder), 200)} is not a folder; name one, or unset it")
+    path = find(reference, "pipeline.clusters", "cluster profile", folder=folder)
     title = f"cluster profile {escaped(path.stem, 80)}"
     raw = parse_yaml(read_file(path, title), title)
     try:

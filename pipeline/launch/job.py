@@ -1,7 +1,7 @@
 """What a Slurm job runs: the worker, and around it what a cluster does to jobs.
 
-What shall become of the job, rank 0 leaves in the file `decision` of the launch, for the job's script (slurm.py): the
-Slurm commands are outside of a stage's container. An attempt that was told to stop, or that the machine failed, is
+What shall become of the job, rank 0 decides, and the job's script does it (decision.py): the Slurm commands are outside
+of a stage's container. An attempt that was told to stop, or that the machine failed, is
 started again while attempts get further: what the stage reports as done is the measure, so a crash loop ends by itself.
 What would fail again (a recipe, a gate, a budget) is final.
 """
@@ -21,18 +21,19 @@ import submitit
 
 from pipeline.core import input_integrity
 from pipeline.core.errors import Failure, Kind
-from pipeline.core.events import FileReport, Tail
+from pipeline.core.events import EventTail, FileReport
 from pipeline.core.store import Store
 from pipeline.graph import registry
 from pipeline.launch import clean_environment, preflight
 from pipeline.launch.attempt import Task
+from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.rendezvous import Ranks, Usage, end_process, launch_folder, node_name, read, write
 from pipeline.launch.worker import STOP, attempt
 from pipeline.tracking import budget, mlflow_sync
 
-SEALED, DONE, RESTART, FAILED = "sealed", "done", "again", "failed"
-"""Decisions. done: sealed, and so is all that the run asked for."""
+MLFLOW_OUTCOMES = {Decision.DONE: "FINISHED", Decision.FAILED: "FAILED"}
+"""How a job that decides so closes the run in MLflow; any other leaves it open."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,16 @@ class JobLimits:
     those that it forwards or sets."""
 
     nodes: dict[str, str]
-    budget: dict[str, float | None] | None
+    budget: budget.Limits | None
     restarts: int
     free_gb: float
     scratch: str | None
     variables: tuple[str, ...] = ()
 
 
-def run(spec: dict[str, Any], limits_json: dict[str, Any]) -> str:
+def run(task: Task, limits: JobLimits) -> str:
     """Runs one node as a Slurm job, on each of its ranks. Returns the decision, or how another rank than 0 ended; if a
     job of several ranks has failed, each of its processes ends with exit code 1 instead."""
-    task, limits = Task(**spec), JobLimits(**limits_json)
     clean_environment.require(limits.variables)
     slurm_job, store = submitit.JobEnvironment(), Store(Path(task.home))
     folder = store.logs / task.run / task.node
@@ -70,20 +70,21 @@ def run(spec: dict[str, Any], limits_json: dict[str, Any]) -> str:
             """Once the outcome is on record, from whatever thread ends the attempt."""
             stall = standstill(folder)
             if outcome == "sealed":
-                decision = DONE if all(store.sealed(key) for key in limits.nodes.values()) else SEALED
+                is_last = all(store.sealed(key) for key in limits.nodes.values())
+                decision = Decision.DONE if is_last else Decision.SEALED
             else:
                 failure = outcome if isinstance(outcome, Failure) else Failure(outcome)
                 restart = not (failure.kind.final or stall.repeated) and (
                     stop_requested() or stall.since <= limits.restarts
                 )
-                decision = RESTART if restart else FAILED
-            _write_decision(launch, decision, outcome)
+                decision = Decision.RESTART if restart else Decision.FAILED
+            Verdict.of(decision, outcome).write(launch)
             if isinstance(outcome, Failure):
                 ranks.finish()  # the others need not wait for the tracking server
-            if companion is not None and decision == RESTART:
+            if companion is not None and decision is Decision.RESTART:
                 companion.kill()  # the time limit may be near; the next start sends on
             elif companion is not None:
-                companion.close({DONE: "FINISHED", FAILED: "FAILED"}.get(decision, ""), isinstance(outcome, Failure))
+                companion.close(MLFLOW_OUTCOMES.get(decision, ""), isinstance(outcome, Failure))
 
         problem = preflight.check(store.home, ranks, limits.free_gb, limits.scratch)
         if (stall := standstill(folder)).since > limits.restarts + 1:
@@ -102,7 +103,9 @@ def run(spec: dict[str, Any], limits_json: dict[str, Any]) -> str:
         report.close()
     if isinstance(outcome, Failure) and ranks.size > 1:
         end_process(1)  # and srun ends what is left of the others
-    return (launch / "decision").read_text().split("\n")[0]
+    verdict = Verdict.read(launch)
+    assert verdict is not None, "record_outcome wrote it"
+    return verdict.decision
 
 
 def _run_follower(task: Task, limits: JobLimits, store: Store, ranks: Ranks) -> str:
@@ -117,13 +120,13 @@ def _run_follower(task: Task, limits: JobLimits, store: Store, ranks: Ranks) -> 
     return outcome if isinstance(outcome, str) else outcome.text
 
 
-def run_shards(spec: dict[str, Any], number: int, tasks: int, limits_json: dict[str, Any]) -> str:
-    """Does every shard of a node's work that falls to this task of a job array: `number`, and each `tasks` further on.
+def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
+    """Does the shards of a node's work that fall to this task of a job array: that of its number, and each `tasks`
+    further on.
 
     Returns the decision: after an error the task is started again while it gets further, and else as often as the
     profile allows. Shards that were done stay done.
     """
-    task, limits = Task(**spec), JobLimits(**limits_json)
     clean_environment.require(limits.variables)
     slurm_job, store = submitit.JobEnvironment(), Store(Path(task.home))
     launch = launch_folder(store.logs / task.run / task.node / "shards", slurm_job.raw_job_id)
@@ -133,13 +136,13 @@ def run_shards(spec: dict[str, Any], number: int, tasks: int, limits_json: dict[
     assert stage.run_shard is not None, "only such stages are submitted so"
     problem = preflight.check_node(Path(task.home), limits.free_gb, limits.scratch)
     if problem:
-        return _write_decision(launch, RESTART if restart_count() < limits.restarts else FAILED, Failure(problem))
+        return _decide(launch, restart_count() < limits.restarts, Failure(problem))
     own_shards: list[int] = []
     if not store.sealed(task.key):
         work = store.work(task.key) / "state"
         work.mkdir(parents=True, exist_ok=True)
         config = stage.config.model_validate(task.config)
-        own_shards = list(range(number, stage.shards(config), tasks))
+        own_shards = list(range(int(os.environ["SLURM_ARRAY_TASK_ID"]), stage.shards(config), tasks))
         earlier_done = max((start["done"] for start in _earlier_starts(launch, slurm_job.raw_job_id)), default=0)
         location = "its inputs"
         try:
@@ -154,10 +157,17 @@ def run_shards(spec: dict[str, Any], number: int, tasks: int, limits_json: dict[
         except Exception as error:
             failure = report_failure(error, task.node, task.stage, store)
             restart = not failure.kind.final and ((launch / "further").exists() or restart_count() < limits.restarts)
-            shard_failure = Failure(f"{location}: {failure.text}", failure.kind)
-            return _write_decision(launch, RESTART if restart else FAILED, shard_failure)
+            return _decide(launch, restart, Failure(f"{location}: {failure.text}", failure.kind))
     write(launch / "usage.json", Usage.now().since(usage_at_start).__dict__)
-    return _write_decision(launch, SEALED, f"{len(own_shards)} shards are done")
+    Verdict(Decision.SEALED, f"{len(own_shards)} shards are done").write(launch)
+    return Decision.SEALED
+
+
+def _decide(launch: Path, restart: bool, failure: Failure) -> Decision:
+    """Writes down whether a task of an array that failed is started again; returns the decision."""
+    decision = Decision.RESTART if restart else Decision.FAILED
+    Verdict.of(decision, failure).write(launch)
+    return decision
 
 
 def _earlier_starts(launch: Path, job: str) -> list[dict[str, Any]]:
@@ -169,17 +179,6 @@ def _earlier_starts(launch: Path, job: str) -> list[dict[str, Any]]:
 def restart_count() -> int:
     """How often Slurm has started this job before."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-
-
-def _write_decision(launch: Path, decision: str, outcome: str | Failure) -> str:
-    """Leaves the decision for the job's script, with the kind of a failure and how the attempt ended; returns it."""
-    failure = outcome if isinstance(outcome, Failure) else None
-    text = failure.text if failure else str(outcome)
-    draft = launch / ".decision"
-    draft.write_text(f"{decision}\n{failure.kind if failure else ''}\n{text}\n")
-    os.replace(draft, launch / "decision")
-    print(f"{decision}: {text}", flush=True)
-    return decision
 
 
 @contextmanager
@@ -215,9 +214,9 @@ class Standstill:
 
 def standstill(folder: Path) -> Standstill:
     """Read from the events of all attempts at a node."""
-    best, since, position = -1, 0, "the start"
+    best, since, position = -1.0, 0, "the start"
     ends: list[tuple[str, str | None]] = []
-    for event in Tail(folder / "events.jsonl").read():
+    for event in EventTail(folder / "events.jsonl").read():
         if event["event"] == "attempt":
             since += 1
         elif event["event"] == "progress" and event["done"] > best:

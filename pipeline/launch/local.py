@@ -16,7 +16,7 @@ from typing import Any
 import submitit
 
 from pipeline.core.errors import AtomError, Failure, of_kind
-from pipeline.core.events import Tail
+from pipeline.core.events import EventTail, figures_of
 from pipeline.core.lease import holder
 from pipeline.core.progress import Display
 from pipeline.core.store import Store
@@ -40,7 +40,7 @@ POLL = 0.2
 FOREVER_MINUTES = 60 * 24 * 365
 LAST_SECONDS = 4.0
 """What the ranks of a launch that is over get to end by themselves."""
-PROCESS_GONE = "its process is gone, perhaps killed for memory; its log may tell why; run the same command to go on"
+PROCESS_GONE = "its process is gone, perhaps killed for memory; see its log, and run the same command to go on"
 FULL_DISK_BYTES = 1_000_000
 """Free bytes below which a process that died without a word is thought to have had no room for it."""
 
@@ -108,7 +108,7 @@ class RunningJob:
 
     node: Node
     job: Any
-    tail: Tail
+    tail: EventTail
     ranks: int = 1
     outcome: str | Failure | None = None
     pid: int | None = None
@@ -213,9 +213,9 @@ class LocalLauncher:
         # for the stage to stop); the stage itself unblocks it, see worker._stop_signals. Here it waits until after.
         previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            tail = Tail(folder / "events.jsonl")
+            tail = EventTail(folder / "events.jsonl")
             tail.read()
-            job = executor.submit(work, task.json())
+            job = executor.submit(work, task)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
         self.display.started(node.name, str(job.paths.stdout), number)
@@ -225,17 +225,17 @@ class LocalLauncher:
         """The job's outcome, or None while it runs."""
         is_done = running_job.job.done()
         for event in running_job.tail.read():
-            kind = event["event"]
-            if kind == "start":
+            if event["event"] == "start":
                 running_job.pid = event["pid"]
-            elif kind == "end":
+            elif event["event"] == "end":
                 ok = event["outcome"] in ("sealed", "busy")
                 running_job.outcome = event["outcome"] if ok else Failure.read(event["outcome"], event.get("kind"))
-            elif kind == "usage":
-                self.display.usage(running_job.node.name, event)
-            elif kind == "progress":
-                self.display.progress(running_job.node.name, event)
-            elif kind == "note":
+            elif event["event"] == "usage":
+                self.display.usage(running_job.node.name, event["wall_seconds"])
+            elif event["event"] == "progress":
+                place = (event["time"], event["done"], event["total"], event["unit"])
+                self.display.progress(running_job.node.name, *place, figures_of(event))
+            elif event["event"] == "note":
                 self.display.note(running_job.node.name, event["text"])
         if not is_done:
             self._end_leftover_ranks(running_job)

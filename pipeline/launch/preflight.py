@@ -82,7 +82,9 @@ def _send_report(ranks: Ranks, problem: str | None) -> str | None:
     if listener is None:
         if (failure := ranks.failure()) is not None:
             return failure.text
-        return f"node {node_name()} saw no word of rank 0 for {SECONDS:.0f} s; does it see the same $ATOM_HOME?"
+        return (
+            f"node {node_name()} got no answer from rank 0 for {SECONDS:.0f} s; check that it has the same $ATOM_HOME"
+        )
     report = {"rank": ranks.rank, "node": node_name(), "wrong": problem, "lock": environment.fingerprint()}
     try:
         with socket.create_connection((listener["host"], listener["port"]), timeout=SECONDS) as line:
@@ -119,8 +121,8 @@ def _gather_reports(ranks: Ranks) -> str | None:
         started = set(os.listdir(ranks.folder))
         silent_ranks = f"rank {silent[0]}" + (f" and {len(silent) - 1} more" if silent[1:] else "")
         any_started = any(f"started-{rank}" in started for rank in silent)
-        state = "started and said nothing more" if any_started else "did not start"
-        return f"{silent_ranks} of {ranks.size} {state} within {SECONDS:.0f} s; its own log may tell why"
+        state = "started and then stopped answering" if any_started else "did not start"
+        return f"{silent_ranks} of {ranks.size} {state} within {SECONDS:.0f} s; see its log"
     ordered = [reports[rank] for rank in sorted(reports)]
     if problems := [report["wrong"] for report in ordered if report["wrong"]]:
         return str(problems[0])

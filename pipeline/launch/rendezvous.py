@@ -156,10 +156,10 @@ class Ranks:
             if message is not None and message["turns"] != turns:  # rank 0 lives, and is not ready yet
                 deadline, turns = time.monotonic() + RENDEZVOUS_SECONDS, message["turns"]
             if self._has_exited(0):
-                raise MachineError("rank 0 is gone; its own log may tell why")
+                raise MachineError("rank 0 has ended; see its log")
             if time.monotonic() > deadline:
                 break
-        raise MachineError(f"rank 0 said nothing for {RENDEZVOUS_SECONDS:.0f} seconds; its own log may tell why")
+        raise MachineError(f"rank 0 did not answer for {RENDEZVOUS_SECONDS:.0f} seconds; see its log")
 
     def announce(self, failure: Failure) -> None:
         """Dismisses every rank of the launch, with how it failed."""
@@ -290,7 +290,7 @@ def _append(folder: Path, row: dict[str, Any]) -> None:
         with open(folder / FAILURES, "a") as file:
             file.write(json.dumps(row) + "\n")
     except OSError as error:  # on a full disk the launcher, or srun, ends the others when this rank has ended
-        print(f"the other ranks cannot be told ({error})", file=sys.stderr, flush=True)
+        print(f"the other ranks cannot be notified ({error})", file=sys.stderr, flush=True)
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:

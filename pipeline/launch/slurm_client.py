@@ -23,16 +23,35 @@ class Refused(AtomError):
 
 
 @dataclass(frozen=True)
+class Owner:
+    """Whose a job is: what an id alone does not say, since a controller that lost its state gives ids again. It stands
+    in the job's comment."""
+
+    run: str
+    node: str
+    key: str
+
+    @property
+    def comment(self) -> str:
+        return f"atom {self.run} {self.node} {self.key}"
+
+    @classmethod
+    def read(cls, comment: str) -> Owner | None:
+        """What a comment says; None if the job is not one of ours."""
+        words = comment.split(" ")
+        return cls(*words[1:]) if len(words) == 4 and words[0] == "atom" else None
+
+
+@dataclass(frozen=True)
 class Job:
-    """One job as Slurm tells it. comment: whose it is, which an id alone does not say: a controller that lost its state
-    gives ids again."""
+    """One job as Slurm describes it. owner: None if accounting keeps no comments."""
 
     id: str
     state: str
     reason: str = ""
     nodes: str = ""
     elapsed: str = ""
-    comment: str = ""
+    owner: Owner | None = None
 
     @property
     def alive(self) -> bool:
@@ -68,8 +87,8 @@ def queued_jobs() -> dict[str, Job]:
     jobs = {}
     for row in rows:
         id, state, nodes, elapsed, reason, comment = (row.split("|", 5) + [""] * 6)[:6]
-        if comment.startswith("atom "):
-            jobs[id] = Job(id, state, "" if reason == "None" else reason, nodes, elapsed, comment)
+        if owner := Owner.read(comment):
+            jobs[id] = Job(id, state, "" if reason == "None" else reason, nodes, elapsed, owner)
     return jobs
 
 
@@ -85,10 +104,5 @@ def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
         id, state, code, nodes, elapsed, comment = (row.split("|", 5) + [""] * 6)[:6]
         state, _, canceled_by = state.partition(" ")  # "CANCELLED by 0"
         reason = f"exit code {code.split(':')[0]}" if state == "FAILED" else canceled_by
-        jobs[id] = Job(id, state, reason, nodes, elapsed, comment)
+        jobs[id] = Job(id, state, reason, nodes, elapsed, Owner.read(comment))
     return jobs
-
-
-def comment(run: str, node: str, key: str) -> str:
-    """Whose a job is, as it stands in the job's own record."""
-    return f"atom {run} {node} {key}"

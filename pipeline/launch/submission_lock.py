@@ -23,7 +23,7 @@ from pipeline.core.errors import AtomError
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, holder
 from pipeline.core.store import Store
-from pipeline.launch.slurm_client import Job, comment
+from pipeline.launch.slurm_client import Job, Owner
 
 PATIENCE = 300.0
 
@@ -40,7 +40,7 @@ class Claim:
     def holds(self, slurm_jobs: Mapping[str, Job]) -> bool:
         """Whether Slurm has that job, and it has not ended."""
         slurm_job = slurm_jobs.get(self.job)
-        return slurm_job is not None and slurm_job.alive and slurm_job.comment == comment(self.run, self.node, self.key)
+        return slurm_job is not None and slurm_job.alive and slurm_job.owner == Owner(self.run, self.node, self.key)
 
 
 def folder(store: Store) -> Path:
@@ -68,9 +68,8 @@ def read(store: Store, key: str, slurm_jobs: Mapping[str, Job]) -> Claim | None:
     except Damaged as error:
         json_files.report(error, "whether a job makes this key is asked of Slurm")
     for id, job in slurm_jobs.items():
-        words = job.comment.split(" ")
-        if job.alive and len(words) == 4 and words[3] == key:
-            return Claim(key, id, words[1], words[2])
+        if job.alive and job.owner is not None and job.owner.key == key:
+            return Claim(key, id, job.owner.run, job.owner.node)
     return None
 
 
@@ -92,8 +91,10 @@ def submitting(store: Store) -> Iterator[None]:
     while (lease := Lease.take(folder(store))) is None:
         if time.monotonic() > deadline:
             lock_holder = holder(folder(store))
-            process = f"process {lock_holder.pid} on {lock_holder.host}" if lock_holder else "somebody"
-            raise AtomError(f"{process} has been submitting from {store.home} for {PATIENCE:.0f} s; see what it does")
+            process = f"process {lock_holder.pid} on {lock_holder.host}" if lock_holder else "another process"
+            raise AtomError(
+                f"{process} has been submitting from {store.home} for {PATIENCE:.0f} s; check it, and submit again"
+            )
         time.sleep(0.2)
     try:
         yield

@@ -19,11 +19,11 @@ from pipeline.core import input_integrity, json_files
 from pipeline.core.errors import Failure, Interrupted, Kind, MachineError, PeerLost
 from pipeline.core.events import FileReport, FollowerReport
 from pipeline.core.json_files import Damaged
-from pipeline.core.lease import Lease
+from pipeline.core.lease import Lease, draft_folder
 from pipeline.core.store import Store
 from pipeline.graph import registry
-from pipeline.launch.attempt import Attempt, Task, draft_folder
-from pipeline.launch.checkpoint_artifacts import Products
+from pipeline.launch.attempt import Attempt, Task
+from pipeline.launch.checkpoint_artifacts import CheckpointArtifacts
 from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.rendezvous import FOLLOWED, Ranks, Usage, end_process
 
@@ -33,14 +33,13 @@ WAIT_SECONDS = 1.0
 OPERATIONS: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[dict[str, Any]])
 
 
-def work(spec: dict[str, Any]) -> str:
+def work(task: Task) -> str:
     """Runs one node to its sealed artifact. Returns "sealed", "busy" (another worker has it) or a failure sentence.
 
     Never raises for what a stage does: the job's outcome is a value, in `events.jsonl` and in the ledger. If the stage
     has several ranks, all of them call this; rank 0 keeps lease, report and product, the others only run the stage. A
     process of several ends with exit code 1 if the launch has failed.
     """
-    task = Task(**spec)
     store = Store(Path(task.home))
     outcome = attempt(task, store, Ranks.from_environment(task.ranks, store.logs / task.run / task.node))
     if isinstance(outcome, str):
@@ -179,7 +178,7 @@ def _run_attempt(
             with ranks.report_busy(turns):
                 attempt.materials = {role: store.open(key) for role, key in task.inputs.items()}
                 input_integrity.check(store.logs / task.run, attempt.materials.values())
-                report.seal_product = Products(attempt, lease).seal
+                report.checkpoint_sealer = CheckpointArtifacts(attempt, lease).seal
                 for stale in folder.glob("out.*"):
                     shutil.rmtree(stale)
                 (folder / "state").mkdir(exist_ok=True)

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from pipeline.core.store import Store
     from pipeline.graph.dag import Graph
 
-RecipeArgument = Annotated[str, typer.Argument(help="packaged recipe name, or path to a recipe YAML")]
+RecipeArgument = Annotated[str, typer.Argument(help="name of a packaged recipe, or path to its YAML file")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document instead of text")]
 RunArgument = Annotated[str | None, typer.Argument(help="run id or its beginning; default: the latest run")]
 UntilOption = Annotated[str | None, typer.Option(help="stop after this stage and what it needs")]
 OnlyOption = Annotated[str | None, typer.Option(help="just this stage; what it needs must be sealed already")]
-ProfileOption = Annotated[str, typer.Option("--cluster", help="packaged cluster profile, or path to a profile YAML")]
+ProfileOption = Annotated[str, typer.Option("--cluster", help="name of a cluster profile, or path to its YAML file")]
 
 
 def open_store() -> Store:
@@ -40,3 +40,16 @@ def graph_of(recipe: str, without_data: bool = False) -> Graph:
     from pipeline.graph import recipe as recipes
 
     return dag.compose(recipes.load(recipe), open_store(), without_data)
+
+
+def warn_of_home(store: Store) -> None:
+    """Says on standard error what is in the place of a folder of the home, and what `warn_of_keys` says."""
+    if text := store.misplaced():
+        print(f"atom: {text}", file=sys.stderr)
+    warn_of_keys(store)
+
+
+def warn_of_keys(store: Store) -> None:
+    """Says on standard error if the home holds keys of an earlier version."""
+    if text := store.earlier_keys():
+        print(f"atom: {text}", file=sys.stderr)

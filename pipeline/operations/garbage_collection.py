@@ -29,6 +29,7 @@ from pipeline.graph import registry
 from pipeline.graph import run as runs
 from pipeline.graph.run import Run
 from pipeline.launch import slurm_client, submission_lock
+from pipeline.launch.slurm_client import Job
 from pipeline.operations import trash
 from pipeline.operations.trash import CODE, KEY
 
@@ -227,16 +228,20 @@ def _why_active(store: Store, run: Run) -> str | None:
         return None
     folders = [run.folder / "driver", *(store.work(row["key"]) for row in run.body["nodes"])]
     if any(lease_holder is not None and lease_holder.alive for lease_holder in map(holder, folders)):
-        return "which is at work"
+        return "which is running"
     if "cluster" in run.body:
         try:
             slurm_jobs = slurm_client.queued_jobs()
         except slurm_client.NoAnswer as error:
             return f"whose jobs are not known ({error})"
         job_ids = {str(row["job"]) for row in run.jobs().values()}
-        if any(job.alive and (id in job_ids or run.id in job.comment.split(" ")) for id, job in slurm_jobs.items()):
+        if any(job.alive and (id in job_ids or _is_of(job, run)) for id, job in slurm_jobs.items()):
             return "which Slurm has jobs of"
     return None
+
+
+def _is_of(job: Job, run: Run) -> bool:
+    return job.owner is not None and job.owner.run == run.id
 
 
 def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from pipeline.core import json_files
-from pipeline.core.events import Tail
+from pipeline.core.events import EventTail
 from pipeline.core.json_files import Damaged
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
-from pipeline.graph.run import NodeStatus, Run
-from pipeline.launch import job, slurm_client, submission_lock
+from pipeline.graph.run import JobRow, NodeStatus, Run
+from pipeline.launch import slurm_client
+from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.slurm_client import Job, NoAnswer
 
 FAILED_STATES = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
@@ -25,7 +25,7 @@ ENDING = "ending"
 """The state of a stage whose attempt has failed while Slurm still has its job: it says why, not that it runs."""
 END_MESSAGES = {
     "CANCELLED": "cancelled",
-    "TIMEOUT": "its time limit came before it could save; raise minutes or signal_before_limit_seconds of the profile",
+    "TIMEOUT": "its time limit came before it saved; raise minutes or signal_before_limit_seconds of the profile",
     "NODE_FAIL": "its node failed",
     "OUT_OF_MEMORY": "it ran out of memory",
 }
@@ -39,11 +39,9 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
     try:
         slurm_jobs = slurm_client.queued_jobs()
     except NoAnswer as error:
-        return stages, f"{error}; what stands here is what the stages wrote themselves"
+        return stages, f"{error}; the states are those that the stages recorded"
     unmatched = [
-        row["job"]
-        for name, row in jobs.items()
-        if not _is_submitted_job(slurm_jobs.get(row["job"]), run, row, name, store)
+        row["job"] for name, row in jobs.items() if not is_submitted_job(slurm_jobs.get(row["job"]), run, row, name)
     ]
     finished_jobs: dict[str, Job] = {}
     problem = None
@@ -53,7 +51,7 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
             id: ended_job for id, ended_job in slurm_client.finished_jobs(unmatched).items() if not ended_job.alive
         }
     except NoAnswer as error:
-        problem = f"{error}; how jobs ended that Slurm has forgotten is not known"
+        problem = f"{error}; the outcome of jobs that Slurm has forgotten is unknown"
     rows = []
     for node in stages:
         row = jobs.get(node.name)
@@ -61,23 +59,17 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
             rows.append(node)
             continue
         slurm_job = slurm_jobs.get(row["job"])
-        if not _is_submitted_job(slurm_job, run, row, node.name, store):
+        if not is_submitted_job(slurm_job, run, row, node.name):
             slurm_job = finished_jobs.get(row["job"])
         with_job = _add_job_state(node, row["job"], slurm_job, restarts(run, node.name))
         rows.append(_add_array_state(with_job, row, run, slurm_jobs) if row.get("array") else with_job)
     return rows, problem
 
 
-def _is_submitted_job(job: Job | None, run: Run, row: dict[str, object], node: str, store: Store) -> bool:
+def is_submitted_job(job: Job | None, run: Run, row: JobRow, node: str) -> bool:
     """Whether a job that Slurm holds is the one that was submitted, not another that was given its id."""
-    if job is None:
-        return False
-    comment_fields = job.comment.split(" ")
-    return (
-        len(comment_fields) == 4
-        and comment_fields[2] == node
-        and (bool(row["attached"]) or comment_fields[1] == run.id)
-    )
+    owner = None if job is None else job.owner
+    return owner is not None and owner.node == node and (row["attached"] or owner.run == run.id)
 
 
 def _add_job_state(node: NodeStatus, id: str, job: Job | None, restart_count: int) -> NodeStatus:
@@ -86,7 +78,7 @@ def _add_job_state(node: NodeStatus, id: str, job: Job | None, restart_count: in
     if job is None:
         if node.state in ("sealed", "running", "failed"):
             return node
-        return replace(node, state="lost", message="Slurm knows its job no more; `atom retry` submits it again")
+        return replace(node, state="lost", message="Slurm has no record of its job; `atom retry` submits it again")
     node = replace(node, nodes=job.nodes or None, elapsed=job.elapsed or None)
     if node.state == "sealed":
         return node
@@ -101,14 +93,13 @@ def _add_job_state(node: NodeStatus, id: str, job: Job | None, restart_count: in
     return replace(node, state="failed", message=message)
 
 
-def _add_array_state(node: NodeStatus, row: Mapping[str, Any], run: Run, slurm_jobs: dict[str, Job]) -> NodeStatus:
+def _add_array_state(node: NodeStatus, row: JobRow, run: Run, slurm_jobs: dict[str, Job]) -> NodeStatus:
     """A node whose shards are done beforehand by a job array: how far that is, or which task failed."""
     if node.state in ("sealed", "running"):
         return node
     folder = run.node_folder(node.name) / "shards"
-    decisions = [_decision(path).split("\n") for path in folder.glob("ranks/*/decision")]
-    # older decisions have no kind
-    failed = [lines[2 if lines[2:] and lines[2] else 1] for lines in decisions if lines[0] == job.FAILED]
+    verdicts = [Verdict.read(path.parent) for path in folder.glob("ranks/*/decision")]
+    failed = [verdict.text for verdict in verdicts if verdict and verdict.decision is Decision.FAILED]
     tasks = (task_job for id, task_job in slurm_jobs.items() if id.startswith(f"{row['array']}_"))
     failed_tasks = [task_job.id for task_job in tasks if task_job.state in FAILED_STATES]
     if node.state == "cancelled" and (failed or failed_tasks):
@@ -140,19 +131,9 @@ def _shards_done(path: Path) -> int:
         return 0
 
 
-def _decision(path: Path) -> str:
-    try:
-        return json_files.read_text(path)
-    except FileNotFoundError:
-        return ""
-    except Damaged as error:
-        json_files.report(error, "how that task ended is not known")
-        return ""
-
-
 def restarts(run: Run, node: str) -> int:
     """How often a stage's job was started again."""
-    events = Tail(run.node_folder(node) / "events.jsonl").read()
+    events = EventTail(run.node_folder(node) / "events.jsonl").read()
     return max(0, len([event for event in events if event["event"] == "attempt"]) - 1)
 
 
@@ -160,20 +141,3 @@ def over(stages: list[NodeStatus]) -> bool:
     """Whether nothing of a run goes on by itself."""
     active_states = {"running", ENDING, *(state.lower() for state in slurm_client.LIVING)}
     return not any(stage.state in active_states for stage in stages)
-
-
-def cancel(run: Run, store: Store) -> list[str]:
-    """Cancels the run's jobs that Slurm holds, but not those that other runs submitted. Returns the stages' names."""
-    with submission_lock.submitting(store):
-        slurm_jobs = slurm_client.queued_jobs()
-        own_jobs = {
-            name: row["job"]
-            for name, row in run.jobs().items()
-            if not row["attached"]
-            and _is_submitted_job(slurm_jobs.get(row["job"]), run, row, name, store)
-            and slurm_jobs[row["job"]].alive
-        }
-        arrays = [row["array"] for name, row in run.jobs().items() if name in own_jobs and row.get("array")]
-        if own_jobs:
-            slurm_client.run_command("scancel", *own_jobs.values(), *arrays)
-    return list(own_jobs)

@@ -165,7 +165,7 @@ def restore(store: Store, name: str) -> list[Path]:
 def put_back(path: Path, target: Path) -> None:
     """Undoes a move. Raises OSError if it cannot be undone, as where something stands in the place again."""
     if os.path.lexists(target):
-        raise FileExistsError(errno.EEXIST, "it was made anew", str(target))
+        raise FileExistsError(errno.EEXIST, "it exists again", str(target))
     os.rename(path, target)
     _remove_empty_folders(path.parent)
 

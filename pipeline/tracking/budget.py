@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import Literal
+
+from typing_extensions import TypedDict
 
 from pipeline.core import provenance
 from pipeline.core.store import Store
+from pipeline.graph.recipe import Identity
+from pipeline.graph.run import Prices
 
 
-def used(store: Store, keys: Iterable[str]) -> dict[str, float]:
-    """Hours of GPUs that were allotted, and of cores that were busy, by all attempts at these keys."""
-    hours = {"gpu_hours": 0.0, "core_hours": 0.0}
+class Hours(TypedDict):
+    """Hours of GPUs that were allotted, and of cores that were busy."""
+
+    gpu_hours: float
+    core_hours: float
+
+
+class Limits(TypedDict):
+    """The budget of a recipe, as jobs carry it; None: no limit."""
+
+    gpu_hours: float | None
+    core_hours: float | None
+
+
+RESOURCES: tuple[Literal["gpu_hours", "core_hours"], ...] = ("gpu_hours", "core_hours")
+
+
+def limits_of(recipe: Identity) -> Limits | None:
+    """The limits of a recipe; None if it has no budget."""
+    if recipe.budget is None:
+        return None
+    return {"gpu_hours": recipe.budget.gpu_hours, "core_hours": recipe.budget.core_hours}
+
+
+def used(store: Store, keys: Iterable[str]) -> Hours:
+    """What all attempts at these keys have used."""
+    hours: Hours = {"gpu_hours": 0.0, "core_hours": 0.0}
     for key in keys:
         for _, body in provenance.read(store.ledger, key):
             usage = provenance.usage(body)
@@ -20,7 +48,7 @@ def used(store: Store, keys: Iterable[str]) -> dict[str, float]:
     return hours
 
 
-def told(hours: Mapping[str, float], prices: Mapping[str, Any] | None) -> str:
+def told(hours: Hours, prices: Prices | None) -> str:
     """Hours that were used in words, with what they cost by a profile's prices."""
     text = f"{hours['gpu_hours']:.3g} GPU hours, {hours['core_hours']:.3g} core hours"
     if not prices:
@@ -29,24 +57,25 @@ def told(hours: Mapping[str, float], prices: Mapping[str, Any] | None) -> str:
     return f"{text}, {cost:,.2f} {prices['currency']}"
 
 
-def foreseen(
-    limits: Mapping[str, float | None] | None, spent: Mapping[str, float], coming: Mapping[str, float]
-) -> list[str]:
+def foreseen(limits: Limits | None, spent: Hours, coming: Hours) -> list[str]:
     """For each limit that a plan exceeds, with what was used already, a sentence that says so."""
+    if limits is None:
+        return []
     return [
         f"the plan exceeds budget.{name} = {limit:,.10g} of the recipe: {coming[name]:,.2f} hours to come, "
         f"{spent[name]:,.2f} used already"
-        for name, limit in (limits or {}).items()
-        if limit is not None and spent[name] + coming[name] > limit
+        for name in RESOURCES
+        if (limit := limits[name]) is not None and spent[name] + coming[name] > limit
     ]
 
 
-def exceeded(limits: Mapping[str, float | None] | None, store: Store, keys: Iterable[str]) -> str | None:
+def exceeded(limits: Limits | None, store: Store, keys: Iterable[str]) -> str | None:
     """Why nothing further is begun, in one sentence; None within the budget."""
-    if not limits:
+    if limits is None:
         return None
     hours = used(store, keys)
-    for name, limit in limits.items():
+    for name in RESOURCES:
+        limit = limits[name]
         if limit is not None and hours[name] >= limit:
             resource = name.replace("_", " ")
             return (

@@ -28,7 +28,7 @@ from typing_extensions import TypedDict
 
 from pipeline.core import json_files, provenance
 from pipeline.core.errors import AtomError
-from pipeline.core.events import POINT, Tail
+from pipeline.core.events import POINT, Tail, curves_of
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease
 from pipeline.core.store import Artifact, Store
@@ -160,7 +160,7 @@ class Forwarder:
     def _metrics(self, client: Any, name: str, progress: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
-        tail = Tail(self.run.node_folder(name) / "metrics.jsonl", progress["offset"], POINT, whole=True)
+        tail = Tail(self.run.node_folder(name) / "metrics.jsonl", POINT, progress["offset"], whole=True)
         has_more = True
         while has_more:
             rows = tail.read()
@@ -168,8 +168,7 @@ class Forwarder:
             points = [
                 Metric(metric, float(value), round(row["time"] * 1000), row["step"])
                 for row in rows
-                for metric, value in row.items()
-                if metric not in ("time", "step")
+                for metric, value in curves_of(row).items()
             ]
             for i in range(0, len(points), BATCH):
                 client.log_batch(progress["id"], metrics=points[i : i + BATCH])
@@ -301,7 +300,7 @@ class Companion:
         except subprocess.TimeoutExpired:
             self.kill()
             message = f"no answer within {seconds:.0f} seconds"
-            print(f"MLflow did not take everything ({message}); `atom sync` sends it later", file=sys.stderr)
+            print(f"MLflow did not accept everything ({message}); `atom sync` sends it later", file=sys.stderr)
 
     def kill(self) -> None:
         """Ends it at once."""
@@ -341,7 +340,7 @@ def run_companion(home: Path, run: str) -> None:
     if lease is not None:
         lease.release()
     if problem:
-        print(f"MLflow did not take everything ({problem}); `atom sync {run}` sends it later", file=sys.stderr)
+        print(f"MLflow did not accept everything ({problem}); `atom sync {run}` sends it later", file=sys.stderr)
 
 
 def _send(run: Run, store: Store, outcome: str) -> str | None:

@@ -382,8 +382,8 @@ class _StopAtStep:
     def note(self, text: str) -> None:
         self.send_progress(text)
 
-    def product(self, name: str, folder: Path) -> None:
-        if name == f"@{self.step}":
+    def seal_checkpoint(self, step: int, folder: Path) -> None:
+        if step == self.step:
             raise _StepSealed(folder)
 
     def abandon(self, text: str) -> NoReturn:

@@ -218,7 +218,7 @@ def test_one_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) ->
 
 def test_the_base_model_must_be_the_one_that_the_checkpoint_came_from(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    with pytest.raises(RecipeError, match="run the recipe first that is to be gone on from"):
+    with pytest.raises(RecipeError, match="run the recipe to continue from first"):
         composed(store, tmp_path, midtrain__continue_from="midtrain@50")
     checkpoint = seal(store, str(SMOKE), "run-1", 50, phase="midtrain")
     changes = {"midtrain__continue_from": "midtrain@50", "midtrain__optimizer__lr": 2e-3}

@@ -18,7 +18,7 @@ import pytest
 
 from pipeline.core import code_snapshot, events, input_integrity, json_files, os_errors, provenance
 from pipeline.core.errors import AtomError, Kind
-from pipeline.core.events import Tail
+from pipeline.core.events import EVENT, Tail
 from pipeline.core.json_files import Damaged
 from pipeline.core.lease import Lease, holder
 from pipeline.core.store import Store
@@ -26,7 +26,7 @@ from pipeline.graph import run as runs
 from pipeline.graph.dag import Graph
 from pipeline.launch import submission_lock
 from pipeline.launch.failure_messages import failure_kind, failure_message
-from pipeline.launch.slurm_client import Job
+from pipeline.launch.slurm_client import Job, Owner
 from tests.fixtures import home_fixtures
 from tests.fixtures.run_fixtures import atom
 
@@ -361,7 +361,7 @@ def test_a_damaged_claim_is_asked_of_slurm(tmp_path: Path) -> None:
     store, key = Store(tmp_path), "pretrain-000000000000"
     submission_lock.folder(store).mkdir()
     (submission_lock.folder(store) / f"{key}.json").write_text("{}")
-    job = Job("7", "RUNNING", "", "n1", "", f"atom run-1 pretrain {key}")
+    job = Job("7", "RUNNING", "", "n1", "", Owner("run-1", "pretrain", key))
     assert submission_lock.read(store, key, {}) is None
     assert submission_lock.read(store, key, {"7": job}) == submission_lock.Claim(key, "7", "run-1", "pretrain")
 
@@ -393,7 +393,7 @@ def test_lines_of_events_that_are_damaged_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     lines = [json.dumps(good), *bad, json.dumps({**good, "done": 2})]
     path.write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogatepass") + b'{"time": ')
-    tail = Tail(path)
+    tail = Tail(path, EVENT)
     assert [row["done"] for row in tail.read()] == [1, 2] and tail.cut
     with open(path, "a") as file:
         file.write('2, "event": "note", "text": "on"}\n')
@@ -404,17 +404,17 @@ def test_of_a_huge_file_of_events_the_end_is_read(tmp_path: Path, monkeypatch: p
     path, begun = tmp_path / "events.jsonl", time.monotonic()
     path.touch()
     os.truncate(path, 2**40)
-    tail = Tail(path)
+    tail = Tail(path, EVENT)
     with pytest.warns(json_files.DamagedFile, match="has more than 67,108,864 bytes; only the last ones are read"):
         assert tail.read() == []
     line = json.dumps({"time": 1.0, "event": "x"}) + "\n"
     with open(path, "a") as file:
         file.write(f"\n{line}")
-    assert len(tail.read()) == 1 and not tail.cut and len(Tail(path).read()) == 1
+    assert len(tail.read()) == 1 and not tail.cut and len(Tail(path, EVENT).read()) == 1
     assert time.monotonic() - begun < 20
     path.write_text(line * 10)
     monkeypatch.setattr(events, "ONE_READ", len(line) * 4)
-    from_start = Tail(path, whole=True)
+    from_start = Tail(path, EVENT, whole=True)
     assert [(len(from_start.read()), from_start.more) for _ in range(3)] == [(4, True), (4, True), (2, False)]
 
 

@@ -75,7 +75,7 @@ class History:
         """A submission whose jobs have not begun, and whose run.json is lost."""
         code = self.store.home / "code" / f"{len(self.code):016x}"
         code.mkdir(parents=True)
-        folder = runs.start(self.graphs[number], self.store, selected, "dev", code=code.name).folder
+        folder = runs.start(self.graphs[number], self.store, selected, "dev", {"code": code.name}).folder
         (folder / selected[0] / "submitit").mkdir(parents=True)
         (folder / "run.json").unlink()
         self.runs[folder], self.code[folder] = (number, selected), code
@@ -208,14 +208,14 @@ def test_what_is_at_work_is_not_taken_even_if_it_is_named(three: list[Graph], st
     key = composed.nodes["pretrain"].key
     lease = Lease.take(store.work(composed.nodes["midtrain"].key))
     assert lease
-    with pytest.raises(AtomError, match=f"{key} is needed by run {run.id}, which is at work"):
+    with pytest.raises(AtomError, match=f"{key} is needed by run {run.id}, which is running"):
         garbage_collection.loose(store, named=[key])
     with pytest.raises(AtomError, match="cannot be ignored"):
         garbage_collection.loose(store, ignored=[run.id])
     lease.release()
     driver = Lease.take(run.folder / "driver")
     assert driver
-    with pytest.raises(AtomError, match="which is at work"):
+    with pytest.raises(AtomError, match="which is running"):
         garbage_collection.loose(store, named=[key])
     driver.release()
     assert collected_paths(store, named=[key]) == {f"artifacts/{key}"}
@@ -386,7 +386,7 @@ def test_what_was_made_anew_meanwhile_stays_in_the_trash(
 
     keys = [row.path.name for row in garbage_collection.loose(store)[0]]
     monkeypatch.setattr(garbage_collection, "_move", slow)
-    with pytest.warns(json_files.DamagedFile, match="is not moved back for a new run .it was made anew.; it stays in"):
+    with pytest.warns(json_files.DamagedFile, match="is not moved back for a new run .it exists again.; it stays in"):
         moved = garbage_collection.move(store)
     assert [row.path.name for row in moved] == keys[:1], "the others were moved back"
     assert not any(store.damage(key) for key in keys)

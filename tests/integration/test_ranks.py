@@ -163,12 +163,12 @@ def test_ranks_believe_only_the_rank_0_of_their_own_launch(tmp_path: Path, monke
         assert os.environ["MASTER_PORT"] == str(meeting.port) and os.environ["WORLD_SIZE"] == "2"
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} & set(os.environ)
     monkeypatch.setattr(rendezvous, "RENDEZVOUS_SECONDS", 0.2)
-    with pytest.raises(AtomError, match="rank 0 said nothing"):
+    with pytest.raises(AtomError, match="rank 0 did not answer"):
         rank(1, job=8).join_rendezvous()
     rank(0, job=8).cancel_rendezvous("busy")
     assert rank(1, job=8).join_rendezvous() is None, "rank 0 needs no other ranks"
     rank(0, job=10).report_waiting(0)
-    with pytest.raises(AtomError, match="rank 0 said nothing"):
+    with pytest.raises(AtomError, match="rank 0 did not answer"):
         rank(1, job=10).join_rendezvous()
     rank(0, job=10).cancel_rendezvous("sealed")
     assert rank(1, job=10).join_rendezvous() is None, "rank 0 waited for its turn, and found the product"
@@ -182,15 +182,15 @@ def test_ranks_believe_only_the_rank_0_of_their_own_launch(tmp_path: Path, monke
     rank(0, job=9)
     another = {**this_process(), "start": "1"}
     (tmp_path / "ranks" / "9.0" / "rank-0.json").write_text(json.dumps(another))
-    with pytest.raises(AtomError, match="rank 0 is gone"):
+    with pytest.raises(AtomError, match="rank 0 has ended"):
         rank(1, job=9).join_rendezvous()
 
 
 def test_the_others_wait_while_rank_0_hashes_a_large_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For longer than they wait for a word of it; and they hear no more of its work once it has called them."""
     monkeypatch.setattr(rendezvous, "RENDEZVOUS_SECONDS", 1.0)
-    monkeypatch.setitem(registry.stages(), "hanging", "test_ranks")
-    monkeypatch.setattr(sys.modules["test_ranks"], "STAGE", Stage("hanging", 1, Hanging, lambda *_: None))
+    monkeypatch.setitem(registry.stages(), "hanging", __name__)
+    monkeypatch.setattr(sys.modules[__name__], "STAGE", Stage("hanging", 1, Hanging, lambda *_: None))
     monkeypatch.setattr(input_integrity, "sha256_file", lambda path: time.sleep(3) or sha256_file(path))
     store, launch = Store(tmp_path), tmp_path / "launch"
     for folder in (launch, store.work("large-0") / "out.1"):
@@ -293,6 +293,6 @@ def test_a_stage_that_hangs_in_c_is_abandoned_by_another_thread(tmp_path: Path, 
 
 
 if __name__ == "__main__":  # python -m tests.integration.test_ranks HOME CONFIG
-    registry.stages()["hanging"] = "test_ranks"
+    registry.stages()["hanging"] = "tests.integration.test_ranks"
     task = Task(sys.argv[1], "run", "hanging", "hanging", json.loads(sys.argv[2]), {}, "hanging-0", 8.0, 1)
-    work(task.json())
+    work(task)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,13 @@ from rich.console import Console
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.progress import Display
+from pipeline.core.stage import Config, Stage
 from pipeline.core.store import Store
 from pipeline.graph import run as runs
+from pipeline.graph.dag import Node
+from pipeline.graph.run import Run
 from pipeline.launch import clean_environment, cluster_profile
+from pipeline.launch.batch_script import batch_script
 from pipeline.launch.local import LocalLauncher
 from tests.fixtures import verdict_fixtures
 
@@ -54,19 +59,20 @@ def test_names_and_values_decide() -> None:
     assert clean_environment.denied_names({"BASH_FUNC_module%%": "() { :; }", "my-variable": "x", "EDITOR": "vi"}) != []
 
 
-def test_the_shell_has_the_same_rule() -> None:
-    lines = [*clean_environment.shell(), "env -0"]
+def test_the_shell_has_the_same_rule(tmp_path: Path) -> None:
+    run = Run("run", tmp_path / "run", {})
+    node = Node("stage", Stage("stage", 1, Config, lambda *_: None), Config(), {}, "stage-0")
+    script = batch_script(Store(tmp_path), run, node, cluster_profile.load("dev").cluster(), tmp_path, [])
+    text = replace(script, forwarded_variables={}, variables={}, srun_command="env -0; exit;").text()
     secrets = {
         name: value for name, value in SECRETS.items() if clean_environment.is_secret(name) or name == "TEAM_LOGIN"
     }
     function = {"BASH_FUNC_planted%%": f"() {{ echo {PLANTED}; }}"}
-    process = subprocess.run(
-        ["bash", "-c", "\n".join(lines)], env={**secrets, **function, **NEEDED}, capture_output=True
-    )
+    process = subprocess.run(["bash", "-c", text], env={**secrets, **function, **NEEDED}, capture_output=True)
     assert process.returncode == 0 and not process.stderr, process.stderr
     variables = dict(entry.split("=", 1) for entry in process.stdout.decode().split("\0") if entry)
     assert PLANTED not in process.stdout.decode()
-    assert variables.keys() - {"PWD", "SHLVL", "_"} == NEEDED.keys() and all(
+    assert variables.keys() - {"PWD", "SHLVL", "_", "SUBMITIT_EXECUTOR"} == NEEDED.keys() and all(
         variables[name] == NEEDED[name] for name in NEEDED
     )
 

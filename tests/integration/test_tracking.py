@@ -77,7 +77,7 @@ def test_a_dead_server_stops_nothing_and_gets_everything_later(tmp_path: Path) -
     home = tmp_path / "home"
     dead = "http://127.0.0.1:9"
     process = atom(home, "run", "atom-smoke", "--until", "items", MLFLOW_TRACKING_URI=dead)
-    assert f"MLflow at {dead} did not take everything" in process.stdout and "all of 1 stage sealed" in process.stdout
+    assert f"MLflow at {dead} did not accept everything" in process.stdout and "all of 1 stage sealed" in process.stdout
     assert "atom: MLflow at" in atom(home, "sync", code=2, MLFLOW_TRACKING_URI=dead).stderr
     atom(home, "sync")
     assert runs(f"sqlite:///{home / 'mlflow.db'}")["items"].info.status == "FINISHED"
@@ -101,7 +101,7 @@ def test_no_password_of_a_tracking_uri_is_printed(tmp_path: Path) -> None:
     uri = "http://bob:hunter22@127.0.0.1:9"
     process = atom(tmp_path, "run", "atom-smoke", "--until", "items", MLFLOW_TRACKING_URI=uri)
     tracked = atom(tmp_path, "sync", code=2, MLFLOW_TRACKING_URI=uri)
-    assert "did not take everything" in process.stdout and "did not answer" in tracked.stderr
+    assert "did not accept everything" in process.stdout and "did not answer" in tracked.stderr
     assert "hunter22" not in process.stdout + process.stderr + tracked.stderr
     assert not any(b"hunter22" in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
 

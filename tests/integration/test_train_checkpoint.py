@@ -200,11 +200,8 @@ def test_the_newest_checkpoints_are_kept(corpus: Path, undisturbed: Path, tmp_pa
         assert names == [f"attempt-{number:04d}/checkpoints/step-{n:09d}" for n in range(step - 2, step + 1)]
     report = train_fixtures.Reporter()
     train_fixtures.pretrain(corpus, work, tmp_path / "out", settings, report)
-    assert train_fixtures.digest(tmp_path / "out") == train_fixtures.digest(undisturbed) and report.products == [
-        "@0",
-        "@6",
-        "@12",
-    ]
+    assert train_fixtures.digest(tmp_path / "out") == train_fixtures.digest(undisturbed)
+    assert report.checkpoints == [0, 6, 12]
 
 
 @pytest.mark.parametrize("limit", [60_000, 200_000])

@@ -83,7 +83,7 @@ def test_no_token_reaches_a_stage(login_token: None, tmp_path: Path, monkeypatch
     (tmp_path / "act" / "go").touch()
     slurm_fixtures.until(lambda: store.sealed(graph.nodes[name].key), "its end")
     log = next(submission.run.folder.glob("*/submitit/*_0_log.out")).read_text()
-    assert "begins anew without" in log and "SETUP_TOKEN" in log and PLANTED not in log
+    assert "restarts without" in log and "SETUP_TOKEN" in log and PLANTED not in log
 
 
 def _read(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""Submitting to a real Slurm: once and twice, from frozen code, what is refused, without Slurm, other profiles' scripts."""
+"""Submitting to a real Slurm: once and twice, from frozen code, what is refused, without Slurm."""
 
 from __future__ import annotations
 
@@ -122,34 +122,3 @@ def test_without_slurm_one_sentence(home: Path, tmp_path: Path) -> None:
     assert stderr.count("\n") == 1 and "squeue failed: " in stderr and "ontroller" in stderr
     stderr = atom(home, "submit", recipe, "--cluster", "local", code=2).stderr
     assert stderr.count("\n") == 1 and "has no section slurm" in stderr
-
-
-def test_other_profiles_give_the_same_keys_and_scripts_of_their_own(home: Path) -> None:
-    from pipeline.core.store import Store
-    from pipeline.graph import dag, recipe
-    from pipeline.launch import cluster_profile, slurm
-
-    store = Store(home)
-    composed = dag.compose(recipe.load(slurm_fixtures.write_recipe(home.parent)), store)
-    for name, words in {
-        "h100-pyxis": [
-            "--container-image=/shared/images/atom.sqsh",
-            "#SBATCH --gpus-per-node=2",
-            "#SBATCH --exclusive",
-        ],
-        "h100-apptainer": ["apptainer exec --nv --bind", "module load apptainer"],
-        "h100-modules": ["/shared/envs/atom/bin/python -u -m submitit", "#SBATCH --constraint=h100", "ulimit -n 65536"],
-    }.items():
-        run = slurm.Run("test", home.parent / name, {})
-        executor = slurm.executor_of(
-            store, run, composed.nodes["pretrain"], cluster_profile.load(name), Path("/code"), ["7", "8"]
-        )
-        text = executor._make_submission_file_text(executor._submitit_command_str, "")
-        for word in [
-            *words,
-            "#SBATCH --dependency=afterok:7:8",
-            "#SBATCH --kill-on-invalid-dep=yes",
-            "--signal=USR2@300",
-        ]:
-            assert word in text, (name, word, text)
-        assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0

@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from pipeline.core.errors import Failure, Kind
 from pipeline.core.store import Store
 from pipeline.launch import job, preflight
 from pipeline.launch.attempt import Task
+from pipeline.launch.decision import Decision
 from pipeline.launch.rendezvous import FAILURES, Ranks, read
 
 
@@ -97,7 +97,7 @@ def test_a_rank_that_fails_before_it_calls_ends_the_wait_of_rank_0(tmp_path: Pat
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "SECONDS", 0.5)
     failure = preflight.check(tmp_path, ranks(tmp_path, 3), 0.0, None)
-    assert failure and failure.text == "rank 1 and 1 more of 3 did not start within 0 s; its own log may tell why"
+    assert failure and failure.text == "rank 1 and 1 more of 3 did not start within 0 s; see its log"
 
 
 def test_other_packages_on_another_node_are_told_and_strangers_are_not_heard(tmp_path: Path) -> None:
@@ -170,8 +170,8 @@ def test_a_failed_job_of_one_rank_waits_for_mlflow_a_moment_only(
     monkeypatch.setattr(job.mlflow_sync, "Companion", Companion)
     monkeypatch.setattr(job, "attempt", attempt)
     task = Task(str(tmp_path), "run", "n", "n", {}, {}, "n-0", 8.0, 1)
-    decision = job.run(task.json(), asdict(job.JobLimits({"n": "n-0"}, None, 0, 0.0, None)))
-    assert decision == (job.FAILED if quick else job.SEALED) and closed == [quick]
+    decision = job.run(task, job.JobLimits({"n": "n-0"}, None, 0, 0.0, None))
+    assert decision == (Decision.FAILED if quick else Decision.SEALED) and closed == [quick]
 
 
 def test_signals_to_stop_are_seen_whoever_handles_them() -> None:

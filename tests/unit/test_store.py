@@ -147,7 +147,7 @@ def test_a_home_that_an_earlier_atom_filled_is_named(tmp_path: Path) -> None:
     for version in ("", "1\n", "\xff"):
         (store.home / KEY_VERSION).write_bytes(version.encode("latin-1"))
         sentence = store.earlier_keys()
-        assert sentence is not None and "artifacts whose key is another now are made anew" in sentence
+        assert sentence is not None and "artifacts with another key now are made again" in sentence
     (store.home / KEY_VERSION).unlink()
     assert store.earlier_keys() is not None
     store.mark_keys()

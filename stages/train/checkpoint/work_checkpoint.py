@@ -147,7 +147,7 @@ class Checkpoints:
         moments = MOMENTS if source.has(MOMENTS[0]) else ()
         self._require_present()
         release_checkpoint.write(target, self.engine.shapes, moments, source.full, state)
-        self.report.product(f"@{step}", target)
+        self.report.seal_checkpoint(step, target)
 
     def _is_current(self) -> bool:
         return _attempts(self.work)[-1:] == [self.folder]
@@ -279,7 +279,7 @@ class Checkpoints:
         for release in sorted(
             (self.folder / "sealed").glob("step-*")
         ):  # a kill may have come before these were reported
-            self.report.product(f"@{int(release.name[5:])}", release)
+            self.report.seal_checkpoint(int(release.name[5:]), release)
         if (
             is_release_step(marker["step"])
             and not (self.folder / "sealed" / release_checkpoint.name_of(marker["step"])).exists()

@@ -233,5 +233,4 @@ class _Crew:
     def _show(self, steps: int = 0, **figures: float) -> None:
         with self.lock:
             self.done += steps
-            event = {"time": time.time(), "done": self.done, "total": self.total, "unit": "steps", **figures}
-            self.display.progress("simulation", event)
+            self.display.progress("simulation", time.time(), self.done, self.total, "steps", figures)

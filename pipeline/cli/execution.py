@@ -1,0 +1,83 @@
+"""How `run`, `submit` and `retry` execute a graph, on this machine and by Slurm, and what they print of it."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import typer
+
+from pipeline.core.errors import AtomError
+from pipeline.core.lease import Lease
+from pipeline.core.progress import Display, stages
+from pipeline.core.store import Store
+from pipeline.graph import run as runs
+from pipeline.graph.dag import Graph
+from pipeline.launch.cluster_profile import Profile
+from pipeline.launch.local import LocalLauncher, damage_of, prepare_environment, require_inputs
+from pipeline.operations.command_options import console
+from pipeline.tracking import mlflow_sync
+
+if TYPE_CHECKING:
+    from pipeline.launch.slurm import Submission
+
+
+def run(composed: Graph, store: Store, selected: list[str], cluster: str, profile: Profile, reference: str) -> None:
+    """Runs stages of a graph on this machine, and sends the run to MLflow meanwhile.
+
+    cluster, reference: how the user called the profile and the recipe. Raises AtomError if a stage fails or cannot be
+    run, Exit(130) after Ctrl-C.
+    """
+    damage = damage_of(composed, store, selected)
+    wanted, selected = selected, [name for name in selected if name not in damage]
+    if all(store.sealed(composed.nodes[name].key) for name in selected):
+        if damage:
+            raise AtomError(next(iter(damage.values())))
+        print(f"{stages(len(selected))}, all sealed already: nothing to run. Results are under {store.artifacts}.")
+        return
+    for name, text in damage.items():
+        print(f"atom: stage {name} cannot be run: {text}", file=sys.stderr)
+    require_inputs(composed, store, selected)
+    prepare_environment()
+    this = runs.start(composed, store, selected, cluster, {"prices": profile.costs()})
+    driver = Lease.take(this.folder / "driver")
+    assert driver is not None, "the run was begun just now"
+    background = mlflow_sync.Background(this, store)
+    outcome = "FAILED"
+    print(f"run {this.id}, logs in {this.folder}")
+    try:
+        with Display(console()) as display:
+            LocalLauncher(composed, store, this, selected, profile, display).go()
+        outcome = "FINISHED"
+    except KeyboardInterrupt:
+        outcome = "KILLED"
+        print("atom: stopped; run the same command to go on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    finally:
+        problem = background.close(outcome)
+        driver.release()
+        if problem:
+            print(
+                f"MLflow at {mlflow_sync.shown_uri(store)} did not accept everything ({problem}); nothing is lost: "
+                f"`atom sync {this.id}` sends it later"
+            )
+    if damage:
+        raise AtomError(f"{stages(len(selected))} of {len(wanted)} sealed; {next(iter(damage.values()))}")
+    after = f"atom build {reference}" if len(selected) == len(composed.nodes) else f"atom run {reference}"
+    print(f"all of {stages(len(selected))} sealed under {store.artifacts}; next: {after}")
+
+
+def print_submission(submission: Submission) -> None:
+    """What became of each stage, in one line."""
+    if submission.lack:
+        print(f"atom: {submission.lack}", file=sys.stderr)
+    for name, text in submission.damaged.items():
+        print(f"atom: stage {name} cannot be run: {text}", file=sys.stderr)
+    if submission.run is None:
+        print(f"{stages(len(submission.sealed))} sealed already: nothing to submit")
+        return
+    parts = [f"{stages(len(submission.submitted))} submitted"] if submission.submitted else []
+    parts += [f"{len(submission.attached)} already queued in Slurm"] if submission.attached else []
+    parts += [f"{', '.join(submission.released)} released"] if submission.released else []
+    parts += [f"{len(submission.sealed)} sealed already"] if submission.sealed else []
+    print(f"run {submission.run.id}: {', '.join(parts)}; watch it: atom status --watch")

@@ -1,0 +1,148 @@
+"""The commands that take a recipe: look at its plan, run it here, or submit it to Slurm."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from pipeline.core.errors import AtomError
+from pipeline.operations.command_options import (
+    JsonOption,
+    OnlyOption,
+    ProfileOption,
+    RecipeArgument,
+    UntilOption,
+    console,
+    graph_of,
+    open_store,
+    warn_of_home,
+    warn_of_keys,
+)
+
+app = typer.Typer()
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    until: UntilOption = None,
+    only: OnlyOption = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="cluster profile to estimate hours, cost and energy with")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the stages, keys and costs of a recipe.
+
+    Nothing is run. Every stage is shown with its key, its state (sealed, stale, to run) and its estimated cost, every
+    training phase with what it asks of its ranks. It works without the data, too.
+
+    Example: atom plan atom-tiny --cluster h100-pyxis
+    """
+    from pipeline.cli.tables import forecast_table, phases_table, plan_table
+    from pipeline.graph import dag, plan
+    from pipeline.graph.cost_estimate import forecast
+    from pipeline.launch import cluster_profile
+    from pipeline.tracking import budget
+
+    composed, store = graph_of(recipe, without_data=True), open_store()
+    warn_of_home(store)
+    rows = plan.plan(composed, dag.states(composed, store), composed.select(until, only))
+    costs, beyond, identity = None, [], composed.recipe.config
+    if cluster is not None:
+        costs = forecast(rows, cluster_profile.load(cluster), plan.is_small(composed))
+        spent = budget.used(store, (node.key for node in composed.nodes.values()))
+        beyond = budget.foreseen(budget.limits_of(identity), spent, costs.hours)
+    if as_json:
+        body = {
+            "recipe": identity.name,
+            "version": identity.version,
+            "absent": list(composed.absent),
+            "stages": [r.json() for r in rows],
+        }
+        print(json.dumps(body if costs is None else {**body, "cluster": {**costs.json(), "beyond": beyond}}, indent=1))
+        return
+    for text in composed.absent:
+        print(text)
+    console().print(plan_table(rows))
+    if phases := phases_table(rows):
+        console().print()
+        console().print(phases)
+    if costs:
+        console().print()
+        console().print(forecast_table(costs))
+        for text in (*costs.assumed, *beyond):
+            print(text)
+    for text in plan.remarks(rows):
+        print(text)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument, until: UntilOption = None, only: OnlyOption = None, cluster: ProfileOption = "local"
+) -> None:
+    """Run a recipe on this machine.
+
+    What is sealed already is not run again. Ctrl-C stops cleanly; the same command goes on from there.
+
+    Example: atom run atom-tiny --until pretrain
+    """
+    from pipeline.cli import execution
+    from pipeline.launch import cluster_profile
+
+    composed, store, settings = graph_of(recipe), open_store(), cluster_profile.load(cluster)
+    warn_of_keys(store)
+    execution.run(composed, store, composed.select(until, only), cluster, settings, recipe)
+
+
+@app.command()
+def submit(
+    recipe: RecipeArgument,
+    cluster: Annotated[str, typer.Option("--cluster", help="name of a cluster profile, or path to its YAML file")],
+    until: UntilOption = None,
+    only: OnlyOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="write the jobs' scripts and let Slurm check each; submit nothing")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Submit a recipe to a Slurm cluster, and return.
+
+    Each stage that is not sealed gets a job, tied by dependencies; what another run has submitted is waited for, not
+    doubled. The jobs run from a copy of today's code, and restart after time limits, preemption and dead nodes.
+
+    Example: atom submit atom-tiny --cluster cluster.yaml
+    """
+    from pipeline.cli import execution
+    from pipeline.launch import cluster_profile, slurm
+    from pipeline.launch.local import damage_of
+
+    composed, store, settings = graph_of(recipe), open_store(), cluster_profile.load(cluster)
+    warn_of_keys(store)
+    selected = composed.select(until, only)
+    if dry_run:
+        checked = slurm.dry_run(composed, store, selected, settings)
+        if as_json:
+            print(json.dumps({"scripts": [row.json() for row in checked]}, indent=1))
+        else:
+            for row in checked:
+                print(f"{row.script}: {row.said}")
+        if bad := [row for row in checked if not row.ok]:
+            raise AtomError(f"Slurm would refuse stage {bad[0].stage}: {bad[0].said}; fix the cluster profile")
+        slurm.Submission(damaged=damage_of(composed, store, selected)).require_undamaged()
+        return
+    submission = slurm.submit(composed, store, selected, settings, cluster)
+    if as_json:
+        body = {
+            "run": submission.run and submission.run.id,
+            "submitted": submission.submitted,
+            "attached": submission.attached,
+            "sealed": submission.sealed,
+            "damaged": submission.damaged,
+        }
+        print(json.dumps({**body, "unknown": submission.lack}, indent=1))
+    else:
+        execution.print_submission(submission)
+    submission.require_undamaged()

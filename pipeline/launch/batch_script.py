@@ -1,0 +1,170 @@
+"""The script of a Slurm job: `batch.sh.jinja` with the values of a stage, a run and a cluster profile.
+
+It sets up what the profile says, runs the stage by srun, and does with the job what rank 0 decided (decision.py).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import jinja2
+
+from pipeline.core.errors import Kind
+from pipeline.core.store import Store
+from pipeline.graph.dag import Node
+from pipeline.graph.run import RunFolder
+from pipeline.launch import clean_environment
+from pipeline.launch.cluster_profile import Allocation, Slurm
+from pipeline.launch.decision import Decision
+from pipeline.launch.local import JOB_ENVIRONMENT
+from pipeline.launch.slurm_client import Owner
+
+
+@dataclass(frozen=True)
+class BatchScript:
+    """The values of the template.
+
+    sbatch_options: without their dashes; True for one that takes no value.
+    forwarded_variables: of the process that submits; set before the modules. variables: set after them.
+    setup: lines of shell. python: the shell command that is Python, perhaps in a container.
+    submitit_folder: where the job's pickle and logs are. launches_folder: where each start has its folder.
+    restarts: how often the job is started again although nothing counts its attempts.
+    notify: a shell command, on failure and at the end of the run; of an array one task runs it, whichever makes
+    notified_folder.
+    """
+
+    run: str
+    stage: str
+    sbatch_options: Mapping[str, str | int | bool]
+    forwarded_variables: Mapping[str, str]
+    modules: tuple[str, ...]
+    variables: Mapping[str, str]
+    setup: tuple[str, ...]
+    srun_command: str
+    python: str
+    submitit_folder: Path
+    launches_folder: Path
+    is_array: bool
+    restarts: int
+    notify: str | None
+    notified_folder: Path
+
+    def text(self) -> str:
+        """The script, as sbatch takes it."""
+        return _template().render(
+            vars(self),
+            non_secret_parts=clean_environment.NON_SECRET_PARTS,
+            secret_names=clean_environment.SECRET_NAMES,
+            allowed_names=clean_environment.ALLOWED,
+            decisions={"sealed": Decision.SEALED, "done": Decision.DONE, "restart": Decision.RESTART},
+            check_failed={"kind": Kind.CHECK, "exit_code": Kind.CHECK.exit_code},
+            failed_exit_code=Kind.USER.exit_code,
+        )
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(  # a script of bash, not HTML: every value is quoted in the template
+        loader=jinja2.PackageLoader("pipeline", "launch"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    return environment.get_template("batch.sh.jinja")
+
+
+def batch_script(
+    store: Store, run: RunFolder, node: Node, slurm: Slurm, code: Path, dependencies: list[str], tasks: int = 0
+) -> BatchScript:
+    """The script of a node's job, or of the array of so many tasks that does its shards beforehand.
+
+    code: the snapshot to run from. dependencies: ids of the jobs to wait for. Raises RecipeError if the node's ranks do
+    not fill nodes alike, or if a variable to forward looks like a secret.
+    """
+    folder = run.node_folder(node.name) / ("shards" if tasks else "")
+    variables = {**JOB_ENVIRONMENT, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "ATOM_HOME": str(store.home)}
+    if slurm.scratch:
+        variables["TMPDIR"] = slurm.scratch
+    log = folder / "submitit" / ("%A_%a_%t_log.out" if tasks else "%j_%t_log.out")
+    srun_command = ["srun", "--unbuffered", "--output", str(log), "--export=ALL", "--kill-on-bad-exit=1"]
+    options = _sbatch_options(slurm, slurm.allocation(node.name, node.stage.ranks(node.config), node.stage.trains))
+    options |= {
+        "job-name": f"atom-{node.name}",
+        "comment": Owner(run.id, node.name, node.key).comment,
+        "output": str(log).replace("%t", "0"),
+        "chdir": str(store.home),
+    }
+    if dependencies:
+        options["dependency"] = f"afterok:{':'.join(dependencies)}"
+    if tasks:
+        options["array"] = f"0-{tasks - 1}%{min(tasks, slurm.array_tasks)}"
+    return BatchScript(
+        run=run.id,
+        stage=node.name,
+        sbatch_options=dict(sorted(options.items())),
+        forwarded_variables=clean_environment.forwarded_variables(os.environ, slurm.forward),
+        modules=slurm.modules,
+        variables={**variables, **slurm.environment},
+        setup=slurm.setup,
+        srun_command=shlex.join([*srun_command, *_container_options(slurm, store)]),
+        python=_python(slurm, store),
+        submitit_folder=folder / "submitit",
+        launches_folder=folder / "ranks",
+        is_array=tasks > 0,
+        restarts=slurm.restarts,
+        notify=slurm.notify,
+        notified_folder=folder / "notified",
+    )
+
+
+def _sbatch_options(slurm: Slurm, allocation: Allocation) -> dict[str, str | int | bool]:
+    """What a job of the profile asks for, whatever its stage."""
+    jobs = allocation.jobs
+    options: dict[str, str | int | bool | None] = {
+        "partition": jobs.partition,
+        "time": jobs.minutes,
+        "nodes": allocation.nodes,
+        "ntasks-per-node": allocation.ranks_per_node,
+        "cpus-per-task": jobs.cpus_per_task,
+        "gpus-per-node": allocation.gpus_per_node or None,
+        "mem": None if jobs.memory_gb is None else f"{round(jobs.memory_gb * 1024)}M",
+        "exclusive": jobs.exclusive or None,
+        "account": jobs.account,
+        "qos": jobs.qos,
+        "constraint": jobs.constraint,
+        "exclude": jobs.exclude,
+        "signal": f"USR2@{slurm.signal_before_limit_seconds}",
+        "export": "NIL",  # a list of names would make Slurm load the login environment, tokens and all
+        "kill-on-invalid-dep": "yes",
+        "open-mode": "append",
+        "requeue": True,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _python(slurm: Slurm, store: Store) -> str:
+    """The shell command that is Python, in the container if there is one."""
+    container = slurm.container
+    if container is None:
+        return shlex.quote(slurm.python or sys.executable)
+    if container.kind == "pyxis":
+        return shlex.quote(container.python)
+    binds = ",".join([f"{store.home}:{store.home}", *container.mounts])
+    return shlex.join(["apptainer", "exec", "--nv", "--bind", binds, container.image, container.python])
+
+
+def _container_options(slurm: Slurm, store: Store) -> list[str]:
+    """srun's options for a container by pyxis."""
+    container = slurm.container
+    if container is None or container.kind != "pyxis":
+        return []
+    mounts = ",".join([f"{store.home}:{store.home}", *container.mounts])
+    return [f"--container-image={container.image}", f"--container-mounts={mounts}"]

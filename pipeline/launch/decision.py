@@ -1,0 +1,62 @@
+"""What shall become of a Slurm job: rank 0 decides, the job's script (batch.sh.jinja) does it.
+
+The file `decision` of a launch has the decision in its first line, the kind of a failure in its second, and then how
+the attempt ended.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from pipeline.core import json_files
+from pipeline.core.errors import Failure, Kind
+from pipeline.core.json_files import Damaged
+
+
+class Decision(StrEnum):
+    SEALED = "sealed"
+    DONE = "done"
+    """Sealed, and so is all that the run asked for."""
+    RESTART = "again"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A decision, and how the attempt ended. kind: of a failure."""
+
+    decision: Decision
+    text: str
+    kind: Kind | None = None
+
+    @classmethod
+    def of(cls, decision: Decision, outcome: str | Failure) -> Verdict:
+        """outcome: that of the attempt, a failure or in words."""
+        if isinstance(outcome, Failure):
+            return cls(decision, outcome.text, outcome.kind)
+        return cls(decision, outcome)
+
+    def write(self, launch: Path) -> None:
+        """Leaves the verdict in the folder of the launch, whole or not at all, and in the log."""
+        draft = launch / ".decision"
+        draft.write_text(f"{self.decision}\n{self.kind or ''}\n{self.text}\n")
+        os.replace(draft, launch / "decision")
+        print(f"{self.decision}: {self.text}", flush=True)
+
+    @classmethod
+    def read(cls, launch: Path) -> Verdict | None:
+        """The verdict of a launch; None if there is none yet, or if its file is damaged, which is reported."""
+        path = launch / "decision"
+        try:
+            decision, kind, text = json_files.read_text(path).split("\n", 2)
+            return cls(Decision(decision), text.rstrip("\n"), Kind(kind) if kind else None)
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            json_files.report(Damaged(path, "it holds no decision"), "how that task ended is not known")
+        except Damaged as error:
+            json_files.report(error, "how that task ended is not known")
+        return None

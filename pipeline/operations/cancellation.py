@@ -1,0 +1,60 @@
+"""Ends the running stages of a run, here or on Slurm. What they left is gone on from by the next run of the recipe."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+
+from pipeline.core.errors import AtomError
+from pipeline.core.lease import holder
+from pipeline.core.store import Store
+from pipeline.graph import run as runs
+from pipeline.graph.run import NodeStatus, Run
+from pipeline.launch import slurm_client, submission_lock
+from pipeline.operations.status import is_submitted_job
+
+STOP_SECONDS = 30.0
+"""For which a stage on this machine is awaited, all together."""
+
+
+def cancel_jobs(run: Run, store: Store) -> list[str]:
+    """Cancels the run's jobs that Slurm holds, but not those that other runs submitted. Returns the stages' names."""
+    with submission_lock.submitting(store):
+        slurm_jobs = slurm_client.queued_jobs()
+        own_jobs = {
+            name: row["job"]
+            for name, row in run.jobs().items()
+            if not row["attached"]
+            and is_submitted_job(slurm_jobs.get(row["job"]), run, row, name)
+            and slurm_jobs[row["job"]].alive
+        }
+        arrays = [array for name, row in run.jobs().items() if name in own_jobs and (array := row.get("array"))]
+        if own_jobs:
+            slurm_client.run_command("scancel", *own_jobs.values(), *arrays)
+    return list(own_jobs)
+
+
+def stop_processes(run: Run, store: Store) -> list[str]:
+    """Asks the run's stages on this machine to stop, and waits until they have. Returns their names.
+
+    Raises AtomError if one runs on another host.
+    """
+    running = [stage for stage in runs.status(run, store) if stage.state == "running"]
+    for stage in running:
+        _terminate(store, stage)
+    for stage in running:
+        deadline = time.monotonic() + STOP_SECONDS
+        while (present := holder(store.work(stage.key))) and present.alive and time.monotonic() < deadline:
+            time.sleep(0.2)
+    return [stage.name for stage in running]
+
+
+def _terminate(store: Store, stage: NodeStatus) -> None:
+    present = holder(store.work(stage.key))
+    if present is None or not present.alive:
+        return
+    if present.host != socket.gethostname():
+        raise AtomError(f"stage {stage.name} runs on {present.host}; run `atom cancel` there")
+    os.kill(present.pid, signal.SIGTERM)

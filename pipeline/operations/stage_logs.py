@@ -1,0 +1,33 @@
+"""Finds what a stage printed: the log of one of its processes, all starts of its latest job together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.core.errors import AtomError
+from pipeline.core.store import Store
+from pipeline.graph.run import Run
+
+FIRST = "_0_log.out"
+"""What the name of rank 0's log ends in, behind the id of the job."""
+
+
+def find_log(store: Store, candidates: Sequence[Run], stage: str, rank: int) -> tuple[Run, Path]:
+    """(the first of the runs that has a log of the stage, the file). Raises AtomError if there is none."""
+    for run in candidates:
+        logs = sorted((run.folder / stage / "submitit").glob(f"*{FIRST}"), key=lambda path: path.stat().st_mtime)
+        if logs:
+            return run, _log_of_rank(run, stage, logs[-1], rank)
+    names = sorted({node["name"] for run in candidates for node in run.body["nodes"]})
+    known = f"; stages: {', '.join(names)}" if names and stage not in names else ""
+    raise AtomError(f"there is no log of stage {stage} under {store.logs}{known or '; it never ran there'}")
+
+
+def _log_of_rank(run: Run, stage: str, first: Path, rank: int) -> Path:
+    path = first.with_name(first.name.replace(FIRST, f"_{rank}_log.out"))
+    if not path.exists():
+        number = len(list(path.parent.glob(first.name.replace(FIRST, "_*_log.out"))))
+        ranks = "one rank, 0" if number == 1 else f"ranks 0 to {number - 1}"
+        raise AtomError(f"stage {stage} has no rank {rank} in run {run.id}; its latest attempt ran as {ranks}")
+    return path

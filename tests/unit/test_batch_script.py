@@ -1,0 +1,323 @@
+"""The scripts of Slurm jobs: what sbatch reads of each profile, and what the shell does with the job at its end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from submitit.core.utils import DelayedSubmission
+
+from pipeline.core import json_files
+from pipeline.core.errors import Failure, Kind, RecipeError
+from pipeline.core.stage import Config, Stage
+from pipeline.core.store import Store
+from pipeline.graph import registry
+from pipeline.graph.dag import Node
+from pipeline.graph.run import Run
+from pipeline.launch import clean_environment, cluster_profile, job, slurm
+from pipeline.launch.attempt import Task
+from pipeline.launch.batch_script import BatchScript, batch_script
+from pipeline.launch.cluster_profile import Slurm
+from pipeline.launch.decision import Decision, Verdict
+
+SLURM = {"cpu": {"partition": "cpu", "minutes": 60}, "train": {"partition": "gpu", "minutes": 90}}
+OF_PROFILES = {
+    "dev": ["#SBATCH --partition=test", "#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=1", "#SBATCH --requeue"],
+    "h100-pyxis": [
+        "#SBATCH --gpus-per-node=2",
+        "#SBATCH --exclusive",
+        "#SBATCH --account=llm",
+        "--kill-on-bad-exit=1 --container-image=/shared/images/atom.sqsh "
+        "--container-mounts=/shared/atom:/shared/atom,/shared:/shared python3 -u -m submitit.core._submit",
+    ],
+    "h100-apptainer": [
+        "module load apptainer",
+        "--kill-on-bad-exit=1 apptainer exec --nv --bind /shared/atom:/shared/atom,/shared:/shared "
+        "/shared/images/atom.sif python3 -u -m submitit.core._submit",
+    ],
+    "h100-modules": [
+        "--kill-on-bad-exit=1 /shared/envs/atom/bin/python -u -m submitit.core._submit",
+        "#SBATCH --constraint=h100",
+        "#SBATCH --exclude='node[013,027]'",
+        "#SBATCH --signal=USR2@300",
+        "module load cuda/12.8\nmodule load nccl\n",
+        "export NCCL_SOCKET_IFNAME=ib0\n",
+        "ulimit -n 65536\n",
+    ],
+}
+
+
+def node(ranks: int, trains: bool = True) -> Node:
+    stage = Stage("phase", 1, Config, lambda *_: None, ranks=lambda config: ranks, trains=trains)
+    return Node("pretrain", stage, Config(), {}, "pretrain-0123456789ab")
+
+
+def script(settings: Slurm, home: str | Path = "/shared/atom", ranks: int = 2, **options: Any) -> BatchScript:
+    store = Store(Path(home))
+    run = Run("tiny-1", store.logs / "tiny-1", {})
+    return batch_script(
+        store, run, node(ranks, options.pop("trains", True)), settings, Path("/code"), **{"dependencies": [], **options}
+    )
+
+
+def test_the_script_of_a_job_word_by_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"PATH": "/usr/bin:/bin", "SITE": "north wing", "EDITOR": "vi"})
+    settings: dict[str, Any] = {"python": "/envs/atom/bin/python", "forward": ["SITE"], "environment": {"A": "it's"}}
+    text = script(Slurm.model_validate({**SLURM, **settings}), dependencies=["7", "8"]).text()
+    head, _, rest = text.partition("\n# The stage gets no secret")
+    assert (
+        head
+        == """#!/bin/bash
+#SBATCH --chdir=/shared/atom
+#SBATCH --comment='atom tiny-1 pretrain pretrain-0123456789ab'
+#SBATCH --cpus-per-task=1
+#SBATCH --dependency=afterok:7:8
+#SBATCH --export=NIL
+#SBATCH --job-name=atom-pretrain
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/atom/logs/tiny-1/pretrain/submitit/%j_0_log.out
+#SBATCH --partition=gpu
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+#SBATCH --time=90
+"""
+    )
+    _, _, body = rest.partition("\nkeep_allowed_variables\n")
+    assert (
+        body
+        == """export PATH=/usr/bin:/bin
+export SITE='north wing'
+
+export OMP_NUM_THREADS=1
+export MKL_NUM_THREADS=1
+export OPENBLAS_NUM_THREADS=1
+export RAYON_NUM_THREADS=1
+export TOKENIZERS_PARALLELISM=false
+export PYTHONHASHSEED=0
+export PYTHONUTF8=1
+export HF_HUB_OFFLINE=1
+export HF_HUB_DISABLE_TELEMETRY=1
+export HF_HUB_DISABLE_PROGRESS_BARS=1
+export TRANSFORMERS_VERBOSITY=error
+export PYTHONPATH=/code
+export PYTHONSAFEPATH=1
+export ATOM_HOME=/shared/atom
+export A='it'"'"'s'
+
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/atom/logs/tiny-1/pretrain/submitit/%j_%t_log.out --export=ALL --kill-on-bad-exit=1 /envs/atom/bin/python -u -m submitit.core._submit /shared/atom/logs/tiny-1/pretrain/submitit
+exit_code=$?
+
+# What rank 0 decided is done. If it left no decision, the job is started again: 3 times, and as long as
+# rank 0 began in one of the last starts.
+job=$SLURM_JOB_ID
+start=${SLURM_RESTART_COUNT:-0}
+launches=/shared/atom/logs/tiny-1/pretrain/ranks/$SLURM_JOB_ID
+decision=$(head -n 1 "$launches.$start/decision" 2> /dev/null)
+kind=$(sed -n 2p "$launches.$start/decision" 2> /dev/null)
+outcome=$(tail -n +3 "$launches.$start/decision" 2> /dev/null)
+
+may_restart=
+[ "$start" -lt 3 ] && may_restart=yes
+for n in $(seq 0 3); do [ -e "$launches.$((start - n))/started-0" ] && may_restart=yes; done
+[ -z "$decision" ] && [ -n "$may_restart" ] && decision=again
+
+if [ "$decision" = again ]; then
+    # A job that Slurm itself has ended (scancel, requeue) is no longer RUNNING. A controller that is down is awaited.
+    for _ in $(seq 60); do
+        state=$(squeue -h -j "$job" -o %T 2>&1) && break
+        case $state in *Invalid*) break ;; esac
+        sleep 5
+    done
+    if [ "$state" = RUNNING ] && scontrol requeue "$job"; then
+        sleep 300  # until Slurm ends this start
+    fi
+    exit 1
+fi
+
+[ "$decision" = sealed ] || [ "$decision" = done ] && exit 0
+[ "$kind" = check ] && exit 1
+exit 2
+"""
+    )
+
+
+@pytest.mark.parametrize("name", OF_PROFILES)
+@pytest.mark.parametrize("tasks", [0, 3])
+def test_each_profile_asks_for_its_own(name: str, tasks: int) -> None:
+    text = script(cluster_profile.load(name).cluster(), tasks=tasks).text()
+    assert [words for words in OF_PROFILES[name] if words not in text] == [], text
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_what_is_not_asked_for_is_not_there() -> None:
+    text = script(Slurm.model_validate(SLURM), trains=False, ranks=1).text()
+    assert "#SBATCH --partition=cpu\n" in text and "#SBATCH --time=60\n" in text
+    for words in (
+        "gpus-per-node",
+        "--mem",
+        "exclusive",
+        "account",
+        "dependency",
+        "array",
+        "module load",
+        "ATOM_OUTCOME",
+    ):
+        assert words not in text, words
+
+
+def test_an_array_has_its_own_folder_and_ids() -> None:
+    settings = Slurm.model_validate({**SLURM, "array_tasks": 256, "notify": "mail me"})
+    text = script(settings, tasks=1000).text()
+    folder = "/shared/atom/logs/tiny-1/pretrain/shards"
+    for words in (
+        "#SBATCH --array=0-999%256\n",
+        f"#SBATCH --output={folder}/submitit/%A_%a_0_log.out\n",
+        f"--output {folder}/submitit/%A_%a_%t_log.out ",
+        "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID\n",
+        '[ -e "$launches.$start/further" ] && may_restart=yes\n',
+        f"mkdir {folder}/notified 2> /dev/null; then\n",
+    ):
+        assert words in text, words
+    assert "#SBATCH --array=0-2%3\n" in script(settings, tasks=3).text()
+
+
+def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
+    settings = Slurm.model_validate({**SLURM, "train": {**SLURM["train"], "tasks_per_node": 8}})
+    with pytest.raises(RecipeError, match="12 ranks, which do not fill nodes of 8"):
+        script(settings, ranks=12)
+
+
+STUBS = {
+    "srun": 'env -0 > "$PLACE/environment"; exit 9',
+    "squeue": "echo RUNNING",
+    "scontrol": 'echo "$*" >> "$PLACE/requeued"; exit 1',  # the script would wait 300 s for Slurm to end it
+}
+
+
+def end_of(home: Path, text: str, start: int = 0, **variables: str) -> tuple[int, str]:
+    """Runs a script with commands in the place of Slurm's. Returns its exit code, and what it asked scontrol for."""
+    commands = home / "bin"
+    commands.mkdir(exist_ok=True)
+    for name, line in STUBS.items():
+        (commands / name).write_text(f"#!/bin/bash\nPLACE={home}\n{line}\n")
+        (commands / name).chmod(0o755)
+    environment = {"PATH": f"{commands}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(start)}
+    code = subprocess.run(["bash", "-c", text], env={**environment, **variables}, stderr=subprocess.DEVNULL).returncode
+    requeued = home / "requeued"
+    return code, requeued.read_text() if requeued.exists() else ""
+
+
+@pytest.mark.parametrize(
+    ("decision", "starts", "end"),
+    [
+        ("sealed\n\nsealed\n", 0, (0, "")),
+        ("done\n\nsealed\n", 0, (0, "")),
+        ("failed\nuser\nrecipe r: no\n", 0, (2, "")),
+        ("failed\ncheck\nother weights\n", 0, (1, "")),
+        ("again\nmachine\nits node failed\n", 0, (1, "requeue 7\n")),
+        (None, 0, (1, "requeue 7\n")),
+        (None, 3, (2, "")),
+    ],
+    ids=["sealed", "done", "user", "check", "again", "no decision", "no decision, often"],
+)
+def test_what_rank_0_decided_is_done(
+    decision: str | None, starts: int, end: tuple[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    notify = f'echo "$ATOM_RUN $ATOM_STAGE: $ATOM_OUTCOME" >> {tmp_path}/notes'
+    batch = script(Slurm.model_validate({**SLURM, "notify": notify}), tmp_path)
+    if decision is not None:
+        launch = Path(f"{batch.launches_folder}/7.{starts}")
+        launch.mkdir(parents=True)
+        (launch / "decision").write_text(decision)
+    assert end_of(tmp_path, batch.text(), starts) == end
+    notes = (tmp_path / "notes").read_text() if (tmp_path / "notes").exists() else ""
+    is_over = decision is None or not decision.startswith(("sealed", "again"))
+    expected = decision.split("\n", 2)[2] if decision else "it did not start, exit code 9\n"
+    assert notes == (f"tiny-1 pretrain: {expected}" if is_over and not end[1] else "")
+
+
+def test_a_job_that_dies_after_it_began_is_started_again_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its attempts are counted from its events, not here."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    batch = script(Slurm.model_validate(SLURM), tmp_path)
+    (Path(f"{batch.launches_folder}/7.90")).mkdir(parents=True)
+    (Path(f"{batch.launches_folder}/7.90") / "started-0").touch()
+    assert end_of(tmp_path, batch.text(), 93) == (1, "requeue 7\n")
+    (tmp_path / "requeued").unlink()
+    assert end_of(tmp_path, batch.text(), 94) == (2, "")
+
+
+def test_a_task_that_finished_a_shard_is_started_again_and_one_task_notifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    text = (
+        array := script(Slurm.model_validate({**SLURM, "notify": f"echo x >> {tmp_path}/notes"}), tmp_path, tasks=2)
+    ).text()
+    ids = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1"}
+    launch = Path(f"{array.launches_folder}/7.8")
+    launch.mkdir(parents=True)
+    (launch / "further").touch()
+    assert end_of(tmp_path, text, 8, **ids) == (1, "requeue 5_1\n")
+    (tmp_path / "requeued").unlink()
+    (launch / "further").unlink()
+    assert [end_of(tmp_path, text, 8, **ids) for _ in range(2)] == [(2, "")] * 2
+    assert (tmp_path / "notes").read_text() == "x\n"
+
+
+class Sharded(Config):
+    parts: int = 5
+
+
+def test_every_task_of_an_array_loads_the_same_job_and_does_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, line in {"sbatch": "echo Submitted batch job 7", "srun": "exit 1"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    done: list[int] = []
+    stage = Stage(
+        "sharded", 1, Sharded, lambda *_: None, shards=lambda config: config.parts,
+        run_shard=lambda config, inputs, work, shard: done.append(shard),
+    )  # fmt: skip
+    monkeypatch.setattr(registry, "stage", lambda name: stage)
+    monkeypatch.setattr(clean_environment, "require", lambda names: None)
+    task = Task(str(tmp_path), "tiny-1", "pretrain", "sharded", {}, {}, "pretrain-0", 8.0, 1)
+    limits = job.JobLimits({"pretrain": "pretrain-0"}, None, 0, 0.0, None)
+    array = script(Slurm.model_validate(SLURM), tmp_path, tasks=2)
+    assert slurm.start_array(array, task, limits, 2) == "7"
+
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    for number, share in enumerate(([0, 2, 4], [1, 3])):
+        done.clear()
+        monkeypatch.setenv("SLURM_JOB_ID", str(8 + number))
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(number))
+        submitted = DelayedSubmission.load(array.submitit_folder / f"7_{number}_submitted.pkl")
+        assert submitted.function is job.run_shards and submitted.result() == "sealed" and done == share
+        launch = Path(f"{array.launches_folder}/{8 + number}.0")
+        assert Verdict.read(launch) == Verdict(Decision.SEALED, f"{len(share)} shards are done")
+
+
+def test_a_verdict_is_read_as_it_was_written(tmp_path: Path) -> None:
+    for verdict in (
+        Verdict(Decision.DONE, "sealed"),
+        Verdict.of(Decision.RESTART, Failure("a disk\nfailed", Kind.MACHINE)),
+    ):
+        verdict.write(tmp_path)
+        assert Verdict.read(tmp_path) == verdict
+    (tmp_path / "decision").write_text("perhaps\n\n\n")
+    with pytest.warns(json_files.DamagedFile, match="it holds no decision"):
+        assert Verdict.read(tmp_path) is None
+    assert Verdict.read(tmp_path / "none") is None

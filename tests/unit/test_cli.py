@@ -1,0 +1,31 @@
+"""What `atom --help` and `atom COMMAND --help` teach."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+from typer.main import get_command
+
+from pipeline.cli.main import app
+
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+HERE = [name for name, command in COMMANDS.items() if command.callback.__module__.startswith("pipeline.")]
+
+
+def test_commands_stand_in_the_order_of_their_use() -> None:
+    """Those of the engine first, and then what the registry adds."""
+    assert HERE == ["plan", "run", "submit", "status", "logs", "cancel", "retry", "sync", "gc"]
+    assert list(COMMANDS)[: len(HERE)] == HERE and {"simulate-precision", "build", "verify"} < COMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_one_sentence_that_the_list_shows_whole_and_an_example_that_parses(name: str) -> None:
+    command = COMMANDS[name]
+    first = command.help.split("\n\n")[0]
+    assert first.endswith(".") and first.count(". ") == 0 and command.get_short_help_str(54) == first, first
+    (example,) = re.findall(r"^Example: (atom .*)$", command.help, re.MULTILINE)
+    words = shlex.split(example)
+    assert words[1] == name
+    command.make_context(name, words[2:])  # raises for an option or an argument that is none

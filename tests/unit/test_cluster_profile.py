@@ -1,0 +1,78 @@
+"""Cluster profiles as an extension point: one YAML file, found by its name."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.core.errors import RecipeError
+from pipeline.core.stage import Config, Stage
+from pipeline.core.store import Store
+from pipeline.graph import recipe
+from pipeline.graph.dag import Node
+from pipeline.graph.run import RunFolder
+from pipeline.launch import cluster_profile
+from pipeline.launch.batch_script import batch_script
+
+SHIPPED = sorted((Path(cluster_profile.__file__).parents[1] / "clusters").glob("*.yaml"))
+OURS = """
+name: site
+power: {watts_per_core: 6}
+slurm:
+  cpu: {partition: short, minutes: 60}
+  train: {partition: long, minutes: 600, tasks_per_node: 4, gpus_per_node: 4}
+"""
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_each_shipped_profile_loads_by_its_name_and_gives_scripts(path: Path, tmp_path: Path) -> None:
+    profile = cluster_profile.load(path.stem)
+    assert profile.name == path.stem and profile == cluster_profile.load(str(path))
+    if profile.slurm is None:
+        assert path.stem == "local"
+        return
+    run = RunFolder("run", tmp_path / "run")
+    for trains in (False, True):
+        ranks = profile.slurm.train.tasks_per_node if trains else 1
+        stage = Stage("stage", 1, Config, lambda *_: None, ranks=lambda config, ranks=ranks: ranks, trains=trains)  # type: ignore[misc]
+        node = Node("stage", stage, Config(), {}, "stage-0")
+        text = batch_script(Store(tmp_path), run, node, profile.slurm, tmp_path, []).text()
+        assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_a_new_file_is_found_without_further_registration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the package, in the folder of a site, and by its path."""
+    packaged = tmp_path / "packaged"
+    shutil.copytree(SHIPPED[0].parent, packaged)
+    (packaged / "site.yaml").write_text(OURS)
+    with monkeypatch.context() as patched:
+        patched.setattr(recipe.resources, "files", lambda package: packaged)
+        found = cluster_profile.load("site")
+    assert found.cluster().allocation("pretrain", 8, trains=True).gpus == 8
+    with pytest.raises(RecipeError, match="there is no cluster profile site, neither packaged nor a file"):
+        cluster_profile.load("site")
+
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "site.yaml").write_text(OURS)
+    monkeypatch.setenv("ATOM_CLUSTERS", str(folder))
+    assert cluster_profile.load("site") == cluster_profile.load(str(folder / "site.yaml")) == found
+    assert cluster_profile.load("local").name == "local", "the packaged ones are still there"
+
+
+def test_a_folder_that_is_none_and_a_name_that_is_taken_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATOM_CLUSTERS", str(tmp_path / "none"))
+    with pytest.raises(RecipeError, match="ATOM_CLUSTERS = .*none is not a folder; name one, or unset it"):
+        cluster_profile.load("local")
+    monkeypatch.setenv("ATOM_CLUSTERS", str(tmp_path))
+    (tmp_path / "local.yaml").write_text(yaml.safe_dump({"name": "local", "power": {"watts_per_core": 1}}))
+    with pytest.raises(
+        RecipeError, match="cluster profile local is both packaged and in .*; give the file there another name"
+    ):
+        cluster_profile.load("local")
