@@ -11,11 +11,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact
 from stages.recipe import ReleaseSection
+
+if TYPE_CHECKING:
+    from release.checks.check import BuildContext
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,14 @@ def describe(source: BuildInput) -> dict[str, Any]:
     }
 
 
-def _assemble(folder: Path, source: BuildInput) -> Any:
+def _assemble(folder: Path, source: BuildInput) -> BuildContext:
     """Everything but the gates' result and the checksums; returns the gates' context."""
     from release.assembly import assemble, attest, costs, metrics
     from release.audit import merkle
     from release.cards import croissant, plot, render, results, scaling_plots, tables
-    from release.checks import gate_context, gates
+    from release.cards.card_tables import ReleaseFacts
+    from release.checks.check import BuildContext
+    from release.checks.load_report import load_models
     from release.layout import CANARY, GOLDENS, ORIGINS, RELEASE, ROOTS
     from release.repositories import model_folders, repositories
 
@@ -153,12 +158,12 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     changes = metrics.interventions(steps)
     licenses, card_origin = release["license"], "card from the published files"
     data_id = render.data_id(release)
-    loaded = gates.run_reload([folder / name for name in models])
-    for name, report in zip(models, loaded, strict=True):
-        assembly.json(f"{name}/{GOLDENS}", report["goldens"], "what plain transformers makes of fixed inputs")
+    load_reports = dict(zip(models, load_models([folder / name for name in models]), strict=True))
+    for name, report in load_reports.items():
+        assembly.json(f"{name}/{GOLDENS}", report.goldens, "what plain transformers makes of fixed inputs")
     run_costs = costs.usage_by_stage(folder)
     for name, model in models.items():
-        card = render.model_card(name, release, model, data, changes, run_costs)
+        card = render.model_card(name, release, ReleaseFacts(model, data, changes, run_costs))
         assembly.write(f"{name}/README.md", card.encode(), card_origin)
         measured = results.text(model, data_id, release["version"])
         assembly.write(
@@ -193,8 +198,8 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     assembly.origins[ORIGINS] = {"generated": "release.assembly.build_release"}
     (folder / ORIGINS).write_bytes(assemble.to_json(assembly.origins))
     evaluation = _evaluation(source.recipe)
-    return gate_context.Context(
-        folder, release, evaluation, data, models, source.machine_paths, changes, run_costs, canary, loaded
+    return BuildContext(
+        folder, release, evaluation, data, models, source.machine_paths, changes, run_costs, canary, load_reports
     )
 
 

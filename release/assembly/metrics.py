@@ -28,6 +28,11 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def read_manifests(release: Path) -> dict[str, Facts]:
+    """{node: manifest} of evidence/manifests."""
+    return {path.stem: read_json(path) for path in sorted((release / "evidence/manifests").glob("*.json"))}
+
+
 BATCH, ORDER_BATCH = 4096, 65536
 """Rows that are unpacked at once of a table, and of an order, whose rows are short."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from release.assembly import costs
 from release.layout import numbered
 
 Facts = dict[str, Any]
@@ -226,3 +227,9 @@ def _setting_text(value: Any) -> str:
 
 def checkpoints(rows: list[Facts]) -> list[str]:
     return table(["branch", "phase", "step"], [[row["branch"], row["phase"], count(row["step"])] for row in rows])
+
+
+def cost(run_costs: costs.Costs) -> list[str]:
+    """What all of the release took to make, by stage."""
+    head = ["stage", "attempts", "failed", "core hours", "GPU hours", "energy, Wh"]
+    return table(head, costs.rows(run_costs))

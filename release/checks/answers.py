@@ -15,7 +15,8 @@ from typing import Any
 
 from release import schema
 from release.assembly import metrics
-from release.checks.registry import Findings
+from release.checks.check import Subject
+from release.checks.findings import Findings
 from stages import scorers
 from stages.data.table import read_jsonl
 
@@ -56,13 +57,13 @@ class Tally:
         }
         rescored = ", ".join(f"{count:,} by {' '.join(scorer)}" for scorer, count in sorted(self.rescored.items()))
         if not rescored:
-            return Findings(problems, skipped, "no answer could be scored again")
-        return Findings(problems, skipped, f"scored again: {rescored}", compared=True)
+            return Findings(problems, skipped, "no answer could be scored again", compared=False)
+        return Findings(problems, skipped, f"scored again: {rescored}")
 
 
-def answers(dataset: Path) -> Findings:
+def rescored_answers(subject: Subject) -> Findings:
     """Every score is what the scorer gives that is stated beside it."""
-    tally = Tally()
+    dataset, tally = subject.folder, Tally()
     problems = _rescore_problems(dataset, tally)
     for table in _conversations(dataset):
         by_scorer: dict[Scorer, list[Scored]] = {}
