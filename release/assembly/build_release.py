@@ -128,7 +128,10 @@ def describe(source: BuildInput) -> dict[str, Any]:
 
 def _assemble(folder: Path, source: BuildInput) -> BuildContext:
     """Everything but the gates' result and the checksums; returns the gates' context."""
-    from release.assembly import assemble, attest, costs, metrics
+    from release.assembly import assemble, attest, costs
+    from release.assembly.checkpoint_facts import find_interventions, index_rows, read_checkpoints
+    from release.assembly.data_facts import canary_of, read_data_facts
+    from release.assembly.model_facts import read_model_facts
     from release.audit import merkle
     from release.cards import croissant, plot, render, results, scaling_plots, tables
     from release.cards.card_tables import ReleaseFacts
@@ -152,10 +155,10 @@ def _assemble(folder: Path, source: BuildInput) -> BuildContext:
     release = describe(source)
     assembly.json(RELEASE, release, "release.assembly.build_release")
 
-    data = metrics.data_facts(folder / "dataset")
-    models = {name: metrics.model_facts(folder / name) for name in model_folders(folder)}
-    steps = metrics.checkpoint_facts(folder / "checkpoints")
-    changes = metrics.interventions(steps)
+    data = read_data_facts(folder / "dataset")
+    models = {name: read_model_facts(folder / name) for name in model_folders(folder)}
+    steps = read_checkpoints(folder / "checkpoints")
+    changes = find_interventions(steps)
     licenses, card_origin = release["license"], "card from the published files"
     data_id = render.data_id(release)
     load_reports = dict(zip(models, load_models([folder / name for name in models]), strict=True))
@@ -172,7 +175,7 @@ def _assemble(folder: Path, source: BuildInput) -> BuildContext:
         assembly.write(f"{name}/{plot.NAME}", plot.draw(folder / name), "plot of the logs in training/")
         for plot_name, image in scaling_plots.model_plots(folder / name, model).items():
             assembly.write(f"{name}/{plot_name}", image, "plot of the scores in evaluation/ and the logs in training/")
-    canary = metrics.canary(source.artifacts["items"].digest)
+    canary = canary_of(source.artifacts["items"].digest)
     assembly.json(f"dataset/{CANARY}", canary, "made from the digest of the evaluation items")
     assembly.json(f"dataset/{ROOTS}", merkle.roots(folder / "dataset"), "Merkle roots of the tables")
     description = croissant.describe_dataset(release, folder / "dataset", data)
@@ -182,7 +185,7 @@ def _assemble(folder: Path, source: BuildInput) -> BuildContext:
         assembly.json(target, statement, "in-toto statement of what was measured")
     card = render.plain_card("checkpoints", release, licenses["weights"], checkpoints=tables.checkpoints(steps))
     assembly.write("checkpoints/README.md", card.encode(), card_origin)
-    assembly.json("checkpoints/index.json", steps, "states of the checkpoints")
+    assembly.json("checkpoints/index.json", index_rows(steps), "states of the checkpoints")
     repos = repositories(folder)
     rows = [[r.id(release["namespace"], release["name"]), r.kind, r.branch, f"`{r.folder or '.'}`"] for r in repos]
     repository_table = tables.table(["repository", "kind", "branch", "place in the release"], rows)

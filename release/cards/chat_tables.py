@@ -3,7 +3,7 @@ data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipeline.core.text import escaped
@@ -62,7 +62,7 @@ def wins(preferences: Facts) -> list[str]:
     return table([*head, "judge's mean of the other", "judge's mean"], body) if body else []
 
 
-def reward_parts(chat: Facts) -> list[str]:
+def reward_parts(chat: Mapping[str, Mapping[str, Facts]]) -> list[str]:
     """The judge's mean on the held-out requests of all models, and what it is made of: one row a part."""
     measured = caveats.parts(chat)
     names = ordered([name for model_parts in measured.values() for name in model_parts])

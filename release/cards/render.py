@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from release import schema
+from release.assembly.data_facts import DataFacts
+from release.assembly.score_facts import Scores
 from release.cards import card_tables
 from release.cards.card_tables import ReleaseFacts
 from release.hub.client import load
@@ -43,7 +45,7 @@ def license_fields(spdx: str) -> dict[str, Any]:
     return {"license": "other", "license_name": spdx.lower(), "license_link": "LICENSE"}
 
 
-def model_index(scores: Facts, dataset: str) -> list[Any]:
+def model_index(scores: Scores, dataset: str) -> list[Any]:
     """One EvalResult a number of `scores.json`, at full precision."""
     hub = load()
 
@@ -81,7 +83,7 @@ def model_card(folder: str, release: Facts, facts: ReleaseFacts) -> str:
         base_model=None if title == "base" else f"{namespace}/{name}-base",
         metrics=[metric for metric, _, _ in METRICS.values()],
         tags=["mixture-of-experts", "open-data", "reproducible"],
-        eval_results=model_index(own_scores(model), dataset),
+        eval_results=model_index(model.own_scores(), dataset),
         **schema.head(),
     )
     text = hub.ModelCard.from_template(
@@ -90,7 +92,7 @@ def model_card(folder: str, release: Facts, facts: ReleaseFacts) -> str:
         release=release,
         model=model,
         title=title,
-        trained_by=_join_words([_title(phase) for phase in model["training"]]),
+        trained_by=_join_words([_title(phase) for phase in model.training]),
         repo=f"{namespace}/{card_data.model_name}",
         dataset=dataset,
         prefix=f"{namespace}/{name}",
@@ -111,12 +113,6 @@ def data_of(card: str) -> str:
     return str(data.datasets[0])
 
 
-def own_scores(model: Facts) -> Facts:
-    """The scores of the model itself: the last ones, since a card compares with what came before and nothing else."""
-    scores: Facts = model["scores"][list(model["scores"])[-1]]
-    return scores
-
-
 def _title(phase: str) -> str:
     kind, number = numbered(phase)
     return f"{PHASES.get(kind, kind)} {number or ''}".strip()
@@ -126,10 +122,10 @@ def _join_words(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), *words[-1:]]) if len(words) > 1 else "".join(words)
 
 
-def data_card(release: Facts, data: Facts, canary: Mapping[str, str] | None = None) -> str:
+def data_card(release: Facts, data: DataFacts, canary: Mapping[str, str] | None = None) -> str:
     hub = load()
 
-    kept_documents = sum(row["kept"] for row in data["sources"].values())
+    kept_documents = sum(row.kept for row in data.sources.values())
     card_data = hub.DatasetCardData(
         pretty_name=f"{release['title']}: data",
         language=list(release["languages"]) or None,
@@ -137,7 +133,7 @@ def data_card(release: Facts, data: Facts, canary: Mapping[str, str] | None = No
         task_categories=["text-generation"],
         configs=[
             {"config_name": name, "data_files": [{"split": "kept", "path": f"kept/{name}.parquet"}]}
-            for name in data["sources"]
+            for name in data.sources
         ]
         + [{"config_name": "dispositions", "data_files": [{"split": "all_documents", "path": "dispositions.parquet"}]}],
         **license_fields(release["license"]["data_compilation"]),
@@ -148,8 +144,8 @@ def data_card(release: Facts, data: Facts, canary: Mapping[str, str] | None = No
         template_path=str(TEMPLATES / "data.md.jinja"),
         release=release,
         prefix=f"{release['namespace']}/{release['name']}",
-        sources=list(data["sources"]),
-        earlier=any(len(phase["parts"]) > 1 for phase in data["order"].values()),
+        sources=list(data.sources),
+        earlier=any(len(phase.parts) > 1 for phase in data.order.values()),
         canary=canary and canary["canary"],
         t=_texts(card_tables.lines_by_table(card_tables.DATA_TABLES, data)),
     )
@@ -186,7 +182,7 @@ def _normalize_text(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text.replace("\r\n", "\n")).strip() + "\n"
 
 
-def mismatched_scores(card: str, scores: Facts) -> list[str]:
+def mismatched_scores(card: str, scores: Scores) -> list[str]:
     """Values of the card's model-index that are not the measured ones."""
     hub = load()
 

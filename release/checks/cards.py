@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from release import schema
-from release.assembly import costs, metrics
+from release.assembly import costs
+from release.assembly.checkpoint_facts import find_interventions, read_checkpoints
+from release.assembly.data_facts import canary_of, read_data_facts
+from release.assembly.model_facts import ModelFacts, read_model_facts
+from release.assembly.published_tables import read_json
 from release.cards import card_tables, croissant, plot, render, results
 from release.checks.check import BuildContext, Subject
 from release.checks.findings import Absent, Findings, require_comparable, require_file
@@ -28,12 +32,12 @@ def _cards_of_release(folder: Path) -> Findings:
         raise Absent("not asked, since it was made by an older version of atom, whose cards had other tables")
     findings = Findings(summary="every table and score equals the artifacts'")
     release, data = schema.read_release(folder), folder / "dataset"
-    data_facts = metrics.data_facts(data)
-    interventions = metrics.interventions(metrics.checkpoint_facts(folder / "checkpoints"))
+    data_facts = read_data_facts(data)
+    interventions = find_interventions(read_checkpoints(folder / "checkpoints"))
     run_costs = costs.usage_by_stage(folder)
     for name in model_folders(folder):
         findings.add(model_card(folder / name, release), f"{name}/")
-        facts = card_tables.ReleaseFacts(metrics.model_facts(folder / name), data_facts, interventions, run_costs)
+        facts = card_tables.ReleaseFacts(read_model_facts(folder / name), data_facts, interventions, run_costs)
         tables = Findings()
         tables.compare_tables((folder / name / "README.md").read_text(), card_tables.RELEASE_TABLES, facts, stated)
         findings.add(tables, f"{name}/")
@@ -49,7 +53,7 @@ def model_card(model: Path, release: dict[str, Any] | None = None) -> Findings:
 
     release: evidence/release.json, if it is there.
     """
-    card, facts = (model / "README.md").read_text(), metrics.model_facts(model)
+    card, facts = (model / "README.md").read_text(), read_model_facts(model)
     stated, findings = schema.stated(model), Findings(compared=False)
     findings.compare_part("metadata", stated, lambda: _model_index(card, facts))
     findings.compare_part("plots", stated, lambda: _plots(model))
@@ -61,10 +65,10 @@ def model_card(model: Path, release: dict[str, Any] | None = None) -> Findings:
     return findings
 
 
-def _model_index(card: str, facts: metrics.Facts) -> list[str]:
+def _model_index(card: str, facts: ModelFacts) -> list[str]:
     return [
         f"README.md: model-index {name} is not the measured one"
-        for name in render.mismatched_scores(card, render.own_scores(facts))
+        for name in render.mismatched_scores(card, facts.own_scores())
     ]
 
 
@@ -82,13 +86,13 @@ def data_card(subject: Subject) -> Findings:
 
 def _data_card(dataset: Path) -> Findings:
     findings, card = Findings(compared=False), (dataset / "README.md").read_text()
-    findings.compare_tables(card, card_tables.DATA_TABLES, metrics.data_facts(dataset), schema.stated(dataset))
+    findings.compare_tables(card, card_tables.DATA_TABLES, read_data_facts(dataset), schema.stated(dataset))
     return findings
 
 
 def _canary(dataset: Path, items: str) -> list[str]:
     """items: the digest of the artifact of evaluation items."""
-    is_equal = metrics.read_json(require_file(dataset, CANARY)) == metrics.canary(items)
+    is_equal = read_json(require_file(dataset, CANARY)) == canary_of(items)
     return [] if is_equal else [f"{CANARY} is not that of the items"]
 
 
@@ -110,9 +114,9 @@ def described_data(subject: Subject) -> Findings:
     """What stands in croissant.json is what the data of a whole release gives."""
     folder, dataset = subject.folder, subject.folder / "dataset"
     require_comparable(folder, "croissant")
-    release, data_facts = schema.read_release(folder), metrics.data_facts(dataset)
+    release, data_facts = schema.read_release(folder), read_data_facts(dataset)
     expected = croissant.describe_dataset(release, dataset, data_facts, subject.digest)
-    is_equal = metrics.read_json(require_file(dataset, croissant.NAME)) == json.loads(json.dumps(expected))
+    is_equal = read_json(require_file(dataset, croissant.NAME)) == json.loads(json.dumps(expected))
     return Findings([] if is_equal else [f"dataset/{croissant.NAME} is not what the data gives"])
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.store import sha256_file
-from release.assembly import metrics
+from release.assembly.checkpoint_facts import Intervention
 from release.assembly.costs import Costs
+from release.assembly.data_facts import DataFacts
+from release.assembly.model_facts import ModelFacts
 from release.checks.findings import Findings
 from release.checks.load_report import LoadReport
 from release.repositories import model_folders
@@ -105,10 +107,10 @@ class BuildContext:
     folder: Path
     release: dict[str, Any]
     evaluation: dict[str, Any]
-    data: metrics.Facts
-    models: dict[str, metrics.Facts] = field(default_factory=dict)
+    data: DataFacts
+    models: dict[str, ModelFacts] = field(default_factory=dict)
     machine: list[Path] = field(default_factory=list)
-    interventions: list[metrics.Facts] = field(default_factory=list)
+    interventions: list[Intervention] = field(default_factory=list)
     costs: Costs = field(default_factory=dict)
     canary: dict[str, str] | None = None
     load_reports: dict[str, LoadReport] = field(default_factory=dict)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from release.assembly import metrics
+from release.assembly.published_tables import read_json
+from release.assembly.score_facts import CONTAMINATION
 from release.checks.check import BuildContext
 from release.checks.findings import Findings
 
@@ -15,12 +16,12 @@ MAX_CONTAMINATED = 0.05
 def contamination_report(build: BuildContext) -> Findings | None:
     """The report of a detector that finds what was planted, and finds few items of the evaluation. None if no model
     converses."""
-    if not build.data["chat"]:
+    if not build.data.chat:
         return None
-    path = build.folder / "dataset" / metrics.CONTAMINATION
+    path = build.folder / "dataset" / CONTAMINATION
     if not path.exists():
         return Findings(["there is no contamination report; run the stage contamination"])
-    report = metrics.read_json(path)
+    report = read_json(path)
     recall, splits = report["detector"]["recall"], {name: dict(counts) for name, counts in report["items"].items()}
     text = f"{recall['found']} of {recall['planted']} planted items found; verdicts {splits}"
     problems = []

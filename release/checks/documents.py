@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from release.assembly import metrics
+from release.assembly.published_tables import read_json, stream_rows
 from release.checks.check import Subject
 from release.checks.findings import Findings
 
@@ -17,7 +17,7 @@ UNKNOWN_LICENSES = frozenset({"", "unknown", "noassertion", "none", "other"})
 def licenses(subject: Subject) -> Findings:
     """Every document has a license, removed ones too."""
     problems, known = [], set()
-    for row in metrics.stream(subject.folder / "dispositions.parquet", ["id", "source", "license"]):
+    for row in stream_rows(subject.folder / "dispositions.parquet", ["id", "source", "license"]):
         license = row["license"] or ""
         known.add(license)
         if license.lower() in UNKNOWN_LICENSES:
@@ -34,7 +34,7 @@ def dispositions(subject: Subject) -> Findings:
     counts: Counter[str] = Counter()
     pairs: dict[tuple[Any, Any], tuple[Any, Any]] = {}  # each pair of split and license once, not once a document
     duplicate, problems = "", []
-    for row in metrics.stream(dataset / "dispositions.parquet", columns):
+    for row in stream_rows(dataset / "dispositions.parquet", columns):
         key, source = row["id"], row["source"]
         duplicate = duplicate or (key if key in ids else "")
         ids.add(key)
@@ -50,7 +50,7 @@ def dispositions(subject: Subject) -> Findings:
     for source in sorted(kept):
         problems += _check_kept_documents(dataset, source, kept[source])
         declared = dataset / "sources" / f"{source}.json"
-        if declared.exists() and metrics.read_json(declared).get("documents", counts[source]) != counts[source]:
+        if declared.exists() and read_json(declared).get("documents", counts[source]) != counts[source]:
             problems.append(
                 f"dispositions.parquet: {counts[source]} documents of {source}, the source says another number"
             )
@@ -63,7 +63,7 @@ def _check_kept_documents(dataset: Path, source: str, expected: dict[str, tuple[
     """Whether kept/<source>.parquet holds the documents of `expected`, {id: (split, license)}, and no others."""
     path = dataset / "kept" / f"{source}.parquet"
     problems, extra, missing = [], set(), set(expected)
-    for row in metrics.stream(path, ["id", "split", "license"]) if path.exists() else ():
+    for row in stream_rows(path, ["id", "split", "license"]) if path.exists() else ():
         missing.discard(row["id"])
         if row["id"] not in expected:
             extra.add(row["id"])
@@ -79,13 +79,13 @@ def _check_kept_documents(dataset: Path, source: str, expected: dict[str, tuple[
 def content_hashes(subject: Subject) -> Findings:
     """The content hash of every kept document is that of its text, and every table gives it the same one."""
     dataset = subject.folder
-    dispositions = metrics.stream(dataset / "dispositions.parquet", ["source", "id", "kept_hash"])
+    dispositions = stream_rows(dataset / "dispositions.parquet", ["source", "id", "kept_hash"])
     stated = {(r["source"], r["id"]): r["kept_hash"] for r in dispositions}
-    tokens = metrics.stream(dataset / "tokens/documents.parquet", ["source", "id", "content_hash"])
+    tokens = stream_rows(dataset / "tokens/documents.parquet", ["source", "id", "content_hash"])
     tokenized = {(r["source"], r["id"]): r["content_hash"] for r in tokens}
     problems = []
     for path in sorted((dataset / "kept").glob("*.parquet")):
-        for row in metrics.stream(path, ["id", "text", "content_hash"]):
+        for row in stream_rows(path, ["id", "text", "content_hash"]):
             if hashlib.sha256(row["text"].encode()).hexdigest() != row["content_hash"]:
                 problems.append(f"kept/{path.name}: the text of {row['id']} is not what its content hash says")
             key = (path.stem, row["id"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from release.assembly import metrics
+from release.assembly.published_tables import read_json
 from release.checks.check import BuildContext, Subject
 from release.checks.findings import Absent, Findings
 
@@ -19,7 +19,7 @@ def fresh_set(subject: Subject) -> Findings:
     folder = subject.folder
     if not (folder / META).exists():
         return Findings(["evaluation/fresh/meta.json is missing: no item is known to be newer than the weights"])
-    meta = metrics.read_json(folder / META)
+    meta = read_json(folder / META)
     if (folder / "model").is_dir() and (digest := generated_eval.digest_of(folder / "model")) != meta["digest"]:
         text = f"evaluation/fresh/meta.json was drawn from the weights {meta['digest']}, and these are {digest}"
         return Findings([text])
@@ -36,7 +36,7 @@ def fresh_set(subject: Subject) -> Findings:
 
 def fresh_set_of_conversations(build: BuildContext) -> Findings | None:
     """A release whose models converse has a fresh set."""
-    if not build.data["chat"]:
+    if not build.data.chat:
         return None
     missing = not (build.folder / META).parent.is_dir()
     text = "evaluation/fresh is missing: no item is known to be newer than the weights"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from release.assembly import metrics
+from release.assembly.checkpoint_facts import context_of, read_checkpoints
+from release.assembly.score_facts import Scores
 from release.checks.check import BuildContext
 from release.checks.findings import Findings
 from release.layout import when
@@ -16,14 +17,14 @@ BEYOND = f", beyond {SURE} standard errors of the difference"
 
 def pretraining_lowers_bits_per_byte(build: BuildContext) -> Findings:
     """Over all held-out text, and of each source that pre-training read, lest a large one hide a small one."""
-    init, base = (build.data["evaluation"][name] for name in ("init", "base"))
-    changes = _changes(_bits(init), _bits(base), {ALL, *_sources_read(build, "pretrain")})
+    init, base = (build.data.evaluation[name] for name in ("init", "base"))
+    changes = _changes(_bits(init), _bits(base), {ALL, *build.data.sources_read("pretrain")})
     return Findings.of_measurement(max(_rises(changes)) < 0, f"bits per byte {_changes_text(changes)}")
 
 
 def midtraining_raises_accuracy(build: BuildContext) -> Findings:
     """By more than the recipe demands."""
-    before, after = (build.data["evaluation"][name]["accuracy_all"] for name in ("base", "mid"))
+    before, after = (build.data.evaluation[name]["accuracy_all"] for name in ("base", "mid"))
     required = build.evaluation["min_accuracy_gain"]
     text = (
         f"accuracy {before['value']:.3f} ± {before['se']:.3f} → {after['value']:.3f} ± {after['se']:.3f}, "
@@ -34,8 +35,8 @@ def midtraining_raises_accuracy(build: BuildContext) -> Findings:
 
 def midtraining_keeps_bits_per_byte(build: BuildContext) -> Findings:
     """Of all sources read so far, no more are lost than the recipe allows."""
-    base, mid = (build.data["evaluation"][name] for name in ("base", "mid"))
-    sources = {ALL, *_sources_read(build, "pretrain"), *_sources_read(build, "midtrain")}
+    base, mid = (build.data.evaluation[name] for name in ("base", "mid"))
+    sources = {ALL, *build.data.sources_read("pretrain"), *build.data.sources_read("midtrain")}
     changes, allowed = _changes(_bits(base), _bits(mid), sources), build.evaluation["bits_per_byte_tolerance"]
     text = f"bits per byte {_changes_text(changes)}, at most {allowed:g} may be lost on each{BEYOND}"
     return Findings.of_measurement(max(_significant_rises(changes, base, mid)) <= allowed, text)
@@ -44,13 +45,13 @@ def midtraining_keeps_bits_per_byte(build: BuildContext) -> Findings:
 def longcontext_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
     """Longer texts cost no more bits per byte on short ones than the recipe allows. None without long-context
     phases."""
-    scores, orders = build.data["evaluation"], build.data["order"]
+    scores, orders = build.data.evaluation, build.data.order
     long = [model for model in scores if model.startswith("long")]
     if not long:
         return None
     allowed, details, worst = build.evaluation["bits_per_byte_tolerance"], [], -math.inf
     for model in long:
-        sources = {ALL}.union(*(_sources_read(build, phase) for phase in orders if when(phase) < when("sft")))
+        sources = {ALL}.union(*(build.data.sources_read(phase) for phase in orders if when(phase) < when("sft")))
         bits_changes = _changes(_bits(scores["mid"]), _bits(scores[model]), sources)
         details.append(f"{model}: bits per byte {_changes_text(bits_changes)}")
         worst = max(worst, *_significant_rises(bits_changes, scores["mid"], scores[model]))
@@ -67,7 +68,7 @@ def longcontext_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
 def longcontext_finds_passkeys(build: BuildContext) -> Findings | None:
     """The last model finds more keys than the mid-trained one in texts that are too long for that one. None if the
     models were asked for none."""
-    scores = build.data["evaluation"]
+    scores = build.data.evaluation
     long = [model for model in scores if model.startswith("long")]
     if not long or not any("passkey" in scores[model] for model in ("mid", long[-1])):
         return None
@@ -84,23 +85,17 @@ def longcontext_finds_passkeys(build: BuildContext) -> Findings | None:
     return Findings.of_measurement(recall[1] > recall[0], text)
 
 
-def _sources_read(build: BuildContext, phase: str) -> set[str]:
-    """The sources that a phase read."""
-    parts = build.data["order"].get(phase, {}).get("parts", ())
-    return {source for part in parts for source in part["by_source"]}
-
-
 def _context_of_midtraining(build: BuildContext) -> int:
-    return metrics.context_of(metrics.checkpoint_facts(build.folder / "checkpoints"), "midtrain")
+    return context_of(read_checkpoints(build.folder / "checkpoints"), "midtrain")
 
 
-def _short_position_losses(by_position: metrics.Facts, build: BuildContext) -> dict[str, float]:
+def _short_position_losses(by_position: Scores, build: BuildContext) -> dict[str, float]:
     """The loss at positions within mid-training's context."""
     context = _context_of_midtraining(build)
     return {name: float(row["value"]) for name, row in by_position.items() if int(name.split("-")[1]) < context}
 
 
-def _bits(scores: metrics.Facts) -> dict[str, float]:
+def _bits(scores: Scores) -> dict[str, float]:
     """Bits per byte over all held-out text, and of each source."""
     by_source = {name: float(row["value"]) for name, row in sorted(scores["bits_per_byte"].items())}
     return {ALL: float(scores["bits_per_byte_all"]["value"]), **by_source}
@@ -119,9 +114,7 @@ def _rise(pair: tuple[float, float]) -> float:
     return rise if math.isfinite(rise) else math.inf
 
 
-def _significant_rises(
-    changes: dict[str, tuple[float, float]], before: metrics.Facts, after: metrics.Facts
-) -> list[float]:
+def _significant_rises(changes: dict[str, tuple[float, float]], before: Scores, after: Scores) -> list[float]:
     """The part of each rise in bits per byte that is no chance of the held-out documents: a small source has few of
     them, and one bound for all would ask of it what its figures cannot tell."""
     rises = []

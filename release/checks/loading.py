@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from release.assembly import metrics
+from release.assembly.published_tables import read_json
 from release.checks.check import BuildContext, Subject
 from release.checks.confine import Budget
 from release.checks.findings import Absent, Findings, require_file
@@ -37,7 +37,7 @@ def loads_with_goldens(subject: Subject) -> Findings:
 def _compare_with_goldens(model: Path, report: LoadReport) -> list[str]:
     """What tokenizer, template and weights give here is what they gave in the build; logits within GOLDEN_BOUND."""
     try:
-        golden = metrics.read_json(require_file(model, GOLDENS))
+        golden = read_json(require_file(model, GOLDENS))
     except Absent:
         return []
     problems = []
@@ -55,7 +55,7 @@ def loads_as_exported(build: BuildContext) -> Findings:
     findings = Findings(summary="every model loads, finite logits")
     for folder, report in build.load_reports.items():
         findings.problems += [f"{folder}: {text}" for text in report.of_part(MODEL)]
-        if report.parameters not in (None, build.models[folder]["parameters"]["total"]):
+        if report.parameters not in (None, build.models[folder].parameters.total):
             findings.problems.append(
                 f"{folder}: transformers counts {report.parameters} parameters, the file holds others"
             )

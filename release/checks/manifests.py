@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pipeline.core.store import FileRow, digest_of
 from release import untrusted
-from release.assembly import metrics
 from release.assembly.assemble import unexplained
+from release.assembly.published_tables import read_manifests
 from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.layout import ORIGINS
@@ -17,7 +17,7 @@ from release.repositories import files_below
 def manifests(subject: Subject) -> Findings:
     """Each manifest's digest is the digest of its rows."""
     findings = Findings()
-    for node, manifest in metrics.read_manifests(subject.folder).items():
+    for node, manifest in read_manifests(subject.folder).items():
         rows = [FileRow(row["path"], row["size"], row["sha256"]) for row in manifest["files"]]
         if digest_of(rows) != manifest["digest"]:
             findings.problems.append(f"evidence/manifests/{node}.json: its digest is not that of its rows")
@@ -31,7 +31,7 @@ def origins(subject: Subject) -> Findings:
     origins_by_path = untrusted.read_json(folder / ORIGINS, follow=True)
     problems = [f"{path} has no origin" for path in unexplained(folder, origins_by_path, paths)]
     manifest_digests: dict[tuple[str, str], str] = {}
-    for node, manifest in metrics.read_manifests(folder).items():
+    for node, manifest in read_manifests(folder).items():
         manifest_digests |= {(node, row["path"]): row["sha256"] for row in manifest["files"]}
     present, copies = set(paths), 0
     for path, origin in sorted(origins_by_path.items()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from release.assembly import metrics
+from release.assembly.published_tables import read_json
 from release.audit import merkle
 from release.checks.check import Subject
 from release.checks.findings import Findings
@@ -10,6 +10,6 @@ from release.layout import ROOTS
 
 
 def merkle_roots(subject: Subject) -> Findings:
-    stated, computed = metrics.read_json(subject.folder / ROOTS), merkle.roots(subject.folder)
+    stated, computed = read_json(subject.folder / ROOTS), merkle.roots(subject.folder)
     names = [name for name in sorted(stated.keys() | computed.keys()) if stated.get(name) != computed.get(name)]
     return Findings([f"{ROOTS}: the root of {name} is not that of its table" for name in names])

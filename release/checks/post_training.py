@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from release.assembly import metrics
+from release.assembly.score_facts import Scores
 from release.checks.check import BuildContext
 from release.checks.findings import Findings
 from release.checks.learning import BEYOND
@@ -47,18 +47,18 @@ def rlhf_keeps_skills(build: BuildContext) -> Findings | None:
 def is_preferred(model: str, build: BuildContext) -> Findings | None:
     """The answers of a model that learned from preferences win against the model before. None if it was not
     compared."""
-    if model not in _pass_at_1(build) or model not in build.data["chat"].get("preferences", {}):
+    if model not in _pass_at_1(build) or model not in build.data.chat.get("preferences", {}):
         return None
-    rate = build.data["chat"]["preferences"][model]["win_rate"]
+    rate = build.data.chat["preferences"][model]["win_rate"]
     text = f"{model} wins {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against the model before rlhf"
     return Findings.of_measurement(rate["low"] > build.evaluation["chat"]["min_win_rate"], text)
 
 
-def _pass_at_1(build: BuildContext) -> dict[str, metrics.Facts]:
+def _pass_at_1(build: BuildContext) -> dict[str, Scores]:
     """{model: accuracy of drawn answers to all test problems}, in the order of training; empty if none converses."""
-    test = build.data["chat"].get("test", {})
+    test = build.data.chat.get("test", {})
     return {name: scores["problems_all"]["samples"]["accuracy"] for name, scores in test.items()}
 
 
-def _figure(row: metrics.Facts) -> str:
+def _figure(row: Scores) -> str:
     return f"{row['value']:.3f} ± {row['se']:.3f}"

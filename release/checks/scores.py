@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from release import schema
-from release.assembly import metrics
+from release.assembly.score_facts import Scores, chat_tables_of, compute_chat_scores, compute_scores, read_scores
 from release.cards import versions
 from release.checks.check import Subject
 from release.checks.findings import Findings
@@ -24,20 +24,20 @@ def score_problems(evaluation: Path) -> list[str]:
     problems = [
         f"evaluation/{folder.name}/scores.json is not what its tables give"
         for folder in folders
-        if not _equals_measured(folder / "scores.json", metrics.scores_of(folder))
+        if not _equals_measured(folder / "scores.json", compute_scores(folder))
     ]
-    for benchmark, models in metrics.chat_facts(evaluation).items():
-        for table in metrics.chat_tables(evaluation, benchmark):
+    for benchmark, models in compute_chat_scores(evaluation).items():
+        for table in chat_tables_of(evaluation, benchmark):
             path, measured = table.with_name("scores.json"), models[schema.model(table.parent)]
             if not path.exists() or not _equals_measured(path, measured):
                 problems.append(f"evaluation/{benchmark}/{table.parent.name}/scores.json is not what its table gives")
     return problems
 
 
-def _equals_measured(path: Path, measured: metrics.Facts) -> bool:
+def _equals_measured(path: Path, measured: Scores) -> bool:
     """Whether a scores.json is what was measured. One of an older schema may lack the figures that came since."""
     newer_figures = {figure for figure, schema_ in versions.FIGURES.items() if schema_ > schema.stated(path).cards}
-    return _equal(metrics.scores(path), json.loads(json.dumps(measured)), newer_figures)
+    return _equal(read_scores(path), json.loads(json.dumps(measured)), newer_figures)
 
 
 def _equal(stated: Any, expected: Any, newer_figures: set[str], name: str = "") -> bool:

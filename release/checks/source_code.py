@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.core.store import sha256_file
-from release.assembly import metrics
+from release.assembly.published_tables import read_json
 from release.checks.check import Subject
 from release.checks.findings import Findings
 
@@ -11,11 +11,11 @@ from release.checks.findings import Findings
 def source_files(subject: Subject) -> Findings:
     """The published source files are those that the statements of the published artifacts name, stale ones apart."""
     folder = subject.folder
-    release = metrics.read_json(folder / "evidence/release.json")
+    release = read_json(folder / "evidence/release.json")
     current = {artifact["key"] for node, artifact in release["nodes"].items() if node not in release["stale"]}
     digests_by_module: dict[str, set[str]] = {}
     for path in sorted((folder / "evidence/statements").rglob("*.json")):
-        body = metrics.read_json(path)
+        body = read_json(path)
         if not {subject["name"] for subject in body["subject"]} & current:
             continue
         for item in body["predicate"]["buildDefinition"]["resolvedDependencies"]:

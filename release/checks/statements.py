@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.core import provenance
 from pipeline.core.provenance import BUILD_TYPE, PREDICATE, STATEMENT
 from pipeline.core.store import Artifact, FileRow
-from release.assembly import metrics
+from release.assembly.published_tables import read_json, read_manifests
 from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.layout import ORIGINS
@@ -21,13 +21,13 @@ def statements(subject: Subject) -> Findings:
     """Each artifact is the subject of a statement, each statement's materials are the artifacts of the release, and the
     summary that it repeats is that of its product."""
     folder = subject.folder
-    manifests = metrics.read_manifests(folder)
+    manifests = read_manifests(folder)
     artifact_digests = {manifest["key"]: manifest["digest"] for manifest in manifests.values()}
     published_summaries = _summaries(folder, manifests)
     stated_artifacts: set[tuple[str, str]] = set()
     problems = []
     for path in sorted((folder / "evidence/statements").rglob("*.json")):
-        body = metrics.read_json(path)
+        body = read_json(path)
         name = path.relative_to(folder).as_posix()
         if path.stem != subject.digest(path):
             problems.append(f"{name} is not named by its digest")
@@ -64,7 +64,7 @@ def statements(subject: Subject) -> Findings:
 def _summaries(folder: Path, manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """{key: the byproduct that a statement about it should have} of each artifact whose summary.json is published."""
     summaries, present = {}, set(files_below(folder))
-    for path, origin in metrics.read_json(folder / ORIGINS).items():
+    for path, origin in read_json(folder / ORIGINS).items():
         if origin.get("file") == provenance.SUMMARY and path in present:
             manifest = manifests[origin["artifact"]]
             product = Artifact(manifest["key"], "", (folder / path).parent, (_row(manifest, provenance.SUMMARY),))

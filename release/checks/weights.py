@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from release.assembly import metrics
+from release.assembly.published_tables import read_json
 from release.checks.check import BuildContext, Subject
 from release.checks.findings import Findings
 from release.layout import models_of, when
@@ -36,7 +36,7 @@ def export_parity(build: BuildContext) -> Findings:
     """The logits of every exported model agree with the trainer's."""
     deltas, findings = {}, Findings()
     for path in sorted((build.folder / "evidence/parity").glob("*.json")):
-        parity = metrics.read_json(path)
+        parity = read_json(path)
         delta, tolerance = parity["max_abs_logit_delta"], parity["tolerance"]
         deltas[path.stem] = delta
         if not delta < tolerance:

@@ -204,7 +204,7 @@ def test_a_later_card_template_does_not_make_it_bad(old_release: Path, tree: Tre
     )
     next_schema = int(schema_line.removeprefix("SCHEMA = ")) + 1
     tree.replace("release/cards/versions.py", schema_line, f"SCHEMA = {next_schema}")
-    line = 'CardTable("samples", lambda model: tables.samples(model["scores"]), added=2),'
+    line = 'CardTable("samples", lambda model: tables.samples(model.scores), added=2),'
     novelty = f'CardTable("novelties", lambda model: ["a new line"], added={next_schema}),'
     changed = line.replace("added=2", f"added=2, changed={next_schema}")
     tree.replace("release/cards/card_tables.py", line, f"{novelty}\n    {changed}")

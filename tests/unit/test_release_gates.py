@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from release.assembly import metrics
+from release.assembly.data_facts import DataFacts, read_data_facts
+from release.assembly.score_facts import CONTAMINATION, compute_scores
 from release.checks import gates
 from release.checks.check import BuildContext
 from tests.fixtures import release_fixtures
@@ -36,18 +37,18 @@ def failures(names: tuple[str, ...], context: BuildContext) -> dict[str, str]:
     ],
 )
 def test_training_that_does_not_teach_is_refused(built: Path, tmp_path: Path, phase: str, scores, gate: str) -> None:
-    data = metrics.data_facts(built / "dataset")
+    data = read_data_facts(built / "dataset")
     context = BuildContext(built, {}, LIMITS, data)
     assert len(run(LEARNING, context)) == len(LEARNING) and not failures(LEARNING, context)
     release_fixtures.make_evaluation(tmp_path, *scores)
-    data["evaluation"][phase] = metrics.scores_of(tmp_path)
+    data.evaluation[phase] = compute_scores(tmp_path)
     assert list(failures(LEARNING, context)) == [gate]
 
 
 def test_one_source_that_gets_worse_is_refused(built: Path) -> None:
     def judged(phase: str, source: str, value: float) -> list[str]:
-        data = metrics.data_facts(built / "dataset")
-        data["evaluation"][phase]["bits_per_byte"][source]["value"] = value
+        data = read_data_facts(built / "dataset")
+        data.evaluation[phase]["bits_per_byte"][source]["value"] = value
         failed = failures(LEARNING, BuildContext(built, {}, LIMITS, data))
         assert all(source in detail for detail in failed.values())
         return list(failed)
@@ -57,13 +58,11 @@ def test_one_source_that_gets_worse_is_refused(built: Path) -> None:
     assert judged("mid", "sums", 3.09) == []
     assert judged("init", "sums", 3.0) == ["pretraining_lowers_bits_per_byte"]
 
-    data = metrics.data_facts(built / "dataset")
-    del data["order"]["pretrain"]["parts"][0]["by_source"][
-        "sums"
-    ]  # pre-training need not improve on what it never read
-    data["evaluation"]["init"]["bits_per_byte"]["sums"]["value"] = 3.0
+    data = read_data_facts(built / "dataset")
+    del data.order["pretrain"].parts[0].by_source["sums"]  # pre-training need not improve on what it never read
+    data.evaluation["init"]["bits_per_byte"]["sums"]["value"] = 3.0
     assert not failures(LEARNING, BuildContext(built, {}, LIMITS, data))
-    del data["evaluation"]["mid"]["bits_per_byte"]["sums"]
+    del data.evaluation["mid"]["bits_per_byte"]["sums"]
     assert list(failures(LEARNING, BuildContext(built, {}, LIMITS, data))) == ["midtraining_keeps_bits_per_byte"]
 
 
@@ -76,9 +75,9 @@ def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **chang
     counts = {"clean": 100 - contaminated, "overlap": 0, "contaminated": contaminated}
     detector = {"recall": {"planted": planted, "found": round(0.95 * planted)}}
     release_fixtures.write_json(
-        folder / "dataset" / metrics.CONTAMINATION, {"detector": detector, "items": {"test": counts, "fresh": counts}}
+        folder / "dataset" / CONTAMINATION, {"detector": detector, "items": {"test": counts, "fresh": counts}}
     )
-    data = {"chat": {"test": test, "preferences": {"dpo": {"win_rate": rate}}}}
+    data = DataFacts(chat={"test": test, "preferences": {"dpo": {"win_rate": rate}}})
     limits = {"chat": {"min_gain": 0.1, "min_win_rate": 0.5, "skill_tolerance": 0.05}}
     return BuildContext(folder, {}, limits, data)
 
@@ -107,7 +106,7 @@ def test_post_training_that_does_not_teach_is_refused(tmp_path: Path, changed, g
 
 def test_a_detector_that_misses_and_a_fresh_set_that_does_not_follow_are_refused(tmp_path: Path) -> None:
     context = chat_context(tmp_path)
-    path = tmp_path / "dataset" / metrics.CONTAMINATION
+    path = tmp_path / "dataset" / CONTAMINATION
     report = json.loads(path.read_text())
     report["detector"]["recall"]["found"] = 35
     path.write_text(json.dumps(report))
@@ -117,10 +116,10 @@ def test_a_detector_that_misses_and_a_fresh_set_that_does_not_follow_are_refused
 
 def test_no_contamination_report_is_refused(tmp_path: Path) -> None:
     context = chat_context(tmp_path)
-    (tmp_path / "dataset" / metrics.CONTAMINATION).unlink()
+    (tmp_path / "dataset" / CONTAMINATION).unlink()
     assert "no contamination report" in failures(POST_TRAINING, context)["contamination_report"]
 
 
 def test_a_release_without_conversations_has_no_gates_on_them(built: Path) -> None:
-    context = BuildContext(built, {}, LIMITS, metrics.data_facts(built / "dataset"))
+    context = BuildContext(built, {}, LIMITS, read_data_facts(built / "dataset"))
     assert run((*POST_TRAINING, "fresh_set"), context) == []

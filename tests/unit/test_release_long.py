@@ -15,8 +15,12 @@ import pytest
 from pipeline.core.errors import AtomError
 from release import layout, repositories
 from release.assembly import build_release as builder
-from release.assembly import costs, metrics
+from release.assembly import costs
 from release.assembly.assemble import require_nodes
+from release.assembly.checkpoint_facts import read_checkpoints
+from release.assembly.data_facts import DataFacts, Packing, SourceInOrder, canary_of, read_data_facts
+from release.assembly.model_facts import read_model_facts
+from release.assembly.published_tables import read_json
 from release.audit.verify import verify
 from release.cards import card_tables, plot, render, tables
 from release.checks import cards, gates
@@ -47,14 +51,14 @@ def model(release: Path, tmp_path: Path) -> Path:
 
 
 def release_facts(release: Path) -> dict[str, Any]:
-    return dict(metrics.read_json(release / layout.RELEASE))
+    return dict(read_json(release / layout.RELEASE))
 
 
-def context(release: Path, data: dict[str, Any]) -> BuildContext:
+def context(release: Path, data: DataFacts) -> BuildContext:
     return BuildContext(release, release_facts(release), LIMITS, data)
 
 
-def gates_by_name(release: Path, data: dict[str, Any]) -> dict[str, gates.GateResult]:
+def gates_by_name(release: Path, data: DataFacts) -> dict[str, gates.GateResult]:
     """Of long contexts."""
     names = ("longcontext_keeps_bits_per_byte", "longcontext_finds_passkeys")
     results = [gates.run_gate(name, context(release, data)) for name in names]
@@ -68,7 +72,7 @@ def gate(name: str, build: BuildContext) -> gates.GateResult:
 
 
 def tables_of(model: Path) -> dict[str, list[str]]:
-    return card_tables.lines_by_table(card_tables.MODEL_TABLES, metrics.model_facts(model))
+    return card_tables.lines_by_table(card_tables.MODEL_TABLES, read_model_facts(model))
 
 
 def log_of(model: Path, phase: str) -> list[dict[str, Any]]:
@@ -99,17 +103,17 @@ def test_the_last_long_model_is_the_final_one(release: Path) -> None:
             f"evidence/training/longcontext-{number}/training.jsonl", f"evidence/manifests/longcontext-{number}.json",
         ):  # fmt: skip
             assert path in paths, path
-    facts = metrics.model_facts(release / "model")
-    assert list(facts["scores"]) == ["init", "base", "mid", "long-1", "long-2"]
-    assert list(facts["training"]) == ["pretrain", "midtrain", "longcontext-1", "longcontext-2"]
-    assert facts["config"]["max_position_embeddings"] == 4 * release_fixtures.CONTEXT
-    base = metrics.model_facts(release / "model-base")
-    assert (list(base["scores"]), list(base["training"])) == (["init", "base"], ["pretrain"])
-    assert base["config"]["max_position_embeddings"] == release_fixtures.CONTEXT
+    facts = read_model_facts(release / "model")
+    assert list(facts.scores) == ["init", "base", "mid", "long-1", "long-2"]
+    assert list(facts.training) == ["pretrain", "midtrain", "longcontext-1", "longcontext-2"]
+    assert facts.config["max_position_embeddings"] == 4 * release_fixtures.CONTEXT
+    base = read_model_facts(release / "model-base")
+    assert (list(base.scores), list(base.training)) == (["init", "base"], ["pretrain"])
+    assert base.config["max_position_embeddings"] == release_fixtures.CONTEXT
     assert json.loads((release / layout.GATES).read_text())["longcontext_keeps_bits_per_byte"]["ok"]
-    rows = metrics.checkpoint_facts(release / "checkpoints")
+    rows = read_checkpoints(release / "checkpoints")
     phases = ["pretrain", "midtrain", "longcontext-1", "longcontext-2"]
-    assert [(row["phase"], row["step"]) for row in rows] == [(phase, step) for phase in phases for step in (0, 2)]
+    assert [(row.phase, row.step) for row in rows] == [(phase, step) for phase in phases for step in (0, 2)]
 
 
 def test_the_cards_say_so(release: Path) -> None:
@@ -161,8 +165,8 @@ def test_a_number_in_the_artifact_moves_the_card(release: Path, model: Path) -> 
     wrong = cards.model_card(model).problems
     assert "experts.png was not drawn from the logs in training/" in wrong
     assert "README.md lacks the line '| 1 | 0.800 | 1.200 | 0.900 | 0.649 | none |'" in wrong
-    data = metrics.data_facts(release / "dataset")
-    facts = card_tables.ReleaseFacts(metrics.model_facts(model), data, [], {})
+    data = read_data_facts(release / "dataset")
+    facts = card_tables.ReleaseFacts(read_model_facts(model), data, [], {})
     card = render.model_card("model", release_facts(release), facts)
     assert "| 1 | 0.800 | 1.200 | 0.900 | 0.649 | none |" in card
     assert "Alarm" not in card and "None of the 8 experts was dead" in card
@@ -170,9 +174,9 @@ def test_a_number_in_the_artifact_moves_the_card(release: Path, model: Path) -> 
 
 def test_a_changed_card_or_plot_does_not_pass_the_gate(release: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(release, tmp_path / "copy"))
-    data = metrics.data_facts(copy / "dataset")
-    models = {name: metrics.model_facts(copy / name) for name in repositories.model_folders(copy)}
-    canary = metrics.canary(release_facts(copy)["nodes"]["items"]["digest"])
+    data = read_data_facts(copy / "dataset")
+    models = {name: read_model_facts(copy / name) for name in repositories.model_folders(copy)}
+    canary = canary_of(release_facts(copy)["nodes"]["items"]["digest"])
     run_costs = costs.usage_by_stage(copy)
     build = BuildContext(copy, release_facts(copy), LIMITS, data, models, costs=run_costs, canary=canary)
     assert gate("card_numbers", build).ok
@@ -238,21 +242,21 @@ def test_without_matplotlib_nothing_is_built(source: Any, tmp_path: Path, monkey
 
 def test_long_context_must_not_cost_short_texts(release: Path) -> None:
     def passes(model: str, name: str, value: float) -> bool:
-        data = metrics.data_facts(release / "dataset")
-        data["evaluation"][model]["bits_per_byte"][name]["value"] = value
+        data = read_data_facts(release / "dataset")
+        data.evaluation[model]["bits_per_byte"][name]["value"] = value
         verdicts = gates_by_name(release, data)
         assert list(verdicts) == ["longcontext_keeps_bits_per_byte"], "no passkeys were measured"
         return verdicts["longcontext_keeps_bits_per_byte"].ok
 
-    scores = metrics.data_facts(release / "dataset")["evaluation"]
+    scores = read_data_facts(release / "dataset").evaluation
     sums = [scores[name]["bits_per_byte"]["sums"] for name in ("mid", "long-2")]
     before, chance = sums[0]["value"], SURE * math.hypot(*(row["se"] for row in sums))
     assert passes("long-2", "sums", before + 0.049 + chance)
     assert not passes("long-2", "sums", before + 0.051 + chance)
     assert not passes("long-1", "prose", before + 1)
     assert not passes("long-1", "prose", float("nan"))
-    data = metrics.data_facts(release / "dataset")
-    del data["evaluation"]["long-1"], data["evaluation"]["long-2"]
+    data = read_data_facts(release / "dataset")
+    del data.evaluation["long-1"], data.evaluation["long-2"]
     assert gates_by_name(release, data) == {}
 
 
@@ -262,9 +266,9 @@ def keys(**rates: float) -> dict[str, Any]:
 
 def test_longer_texts_must_give_more_keys(release: Path) -> None:
     def passkey_gate(mid: dict[str, Any] | None, last: dict[str, Any] | None) -> tuple[bool, str]:
-        data = metrics.data_facts(release / "dataset")
+        data = read_data_facts(release / "dataset")
         for model, passkey in (("mid", mid), ("long-2", last)):
-            data["evaluation"][model] |= {"passkey": passkey} if passkey is not None else {}
+            data.evaluation[model] |= {"passkey": passkey} if passkey is not None else {}
         result = gates_by_name(release, data)["longcontext_finds_passkeys"]
         return result.ok, result.detail
 
@@ -280,13 +284,13 @@ def test_longer_texts_must_give_more_keys(release: Path) -> None:
 
 
 def test_passkeys_and_positions_are_shown_when_measured(release: Path) -> None:
-    data, facts = metrics.data_facts(release / "dataset"), metrics.model_facts(release / "model")
-    for scores in (facts["scores"], data["evaluation"]):
+    data, facts = read_data_facts(release / "dataset"), read_model_facts(release / "model")
+    for scores in (facts.scores, data.evaluation):
         for model, value in (("mid", 0.25), ("long-2", 0.75)):
             scores[model] |= {"passkey": keys(_64=1.0, _1024=value)}
             cell = {"value": value, "se": 0.01, "documents": 5, "tokens": 320}
             scores[model] |= {"loss_by_position": {"128-255": cell, "0-63": cell, "64-127": cell}}
-    facts["scores"]["long-2"]["passkey_by_depth"] = {"1024": {"1": keys(_0=0.5)["0"], "0.5": keys(_0=0.9)["0"]}}
+    facts.scores["long-2"]["passkey_by_depth"] = {"1024": {"1": keys(_0=0.5)["0"], "0.5": keys(_0=0.9)["0"]}}
     card = render.model_card("model", release_facts(release), card_tables.ReleaseFacts(facts, data, [], {}))
     for words in (
         "| tokens of the text | mid-training | long context 2 |", "| 1,024 | 0.250 ± 0.100 | 0.750 ± 0.100 |",
@@ -300,14 +304,14 @@ def test_passkeys_and_positions_are_shown_when_measured(release: Path) -> None:
 
 
 def test_every_phase_needs_its_checkpoints_order_and_models(release: Path, source: Any, tmp_path: Path) -> None:
-    data = metrics.data_facts(release / "dataset")
+    data = read_data_facts(release / "dataset")
     assert gate("checkpoints_and_order", context(release, data)).ok
-    del data["order"]["longcontext-1"]
+    del data.order["longcontext-1"]
     assert "no order index of longcontext-1" in gate("checkpoints_and_order", context(release, data)).detail
     copy = tmp_path / "copy"
     shutil.copytree(release / "checkpoints", copy / "checkpoints")
     shutil.rmtree(copy / "checkpoints/longcontext-2-step-2")
-    build = BuildContext(copy, release_facts(release), LIMITS, metrics.data_facts(release / "dataset"))
+    build = BuildContext(copy, release_facts(release), LIMITS, read_data_facts(release / "dataset"))
     assert "last checkpoint of longcontext-2 is step 0" in gate("checkpoints_and_order", build).detail
     shutil.copytree(release / "evidence/parity", copy / "evidence/parity")
     (copy / "evidence/parity/long-1.json").unlink()
@@ -318,22 +322,22 @@ def test_every_phase_needs_its_checkpoints_order_and_models(release: Path, sourc
 
 
 def test_packed_rows_are_counted_once_and_their_fill_is_told(release: Path) -> None:
-    data = metrics.data_facts(release / "dataset")
-    (part,) = data["order"]["longcontext-1"]["parts"]
-    assert part["by_source"]["prose"] == {"rows": 4, "tokens": 40, "documents": 2}
-    assert part["by_source"]["sums"] == {"rows": 4, "tokens": 44, "documents": 2}
-    meta = metrics.read_json(release / "dataset/order/longcontext-1/meta.json")
-    assert part["packed"] == {"rows": 4, "sequence_length": 32, "tokens": meta["tokens"], "fill": meta["fill"]}
-    assert "packed" not in data["order"]["midtrain"]["parts"][0]
+    data = read_data_facts(release / "dataset")
+    (part,) = data.order["longcontext-1"].parts
+    assert part.by_source["prose"] == SourceInOrder(rows=4, tokens=40, documents=2)
+    assert part.by_source["sums"] == SourceInOrder(rows=4, tokens=44, documents=2)
+    meta = read_json(release / "dataset/order/longcontext-1/meta.json")
+    assert part.packing == Packing(rows=4, sequence_length=32, tokens=meta["tokens"], fill=meta["fill"])
+    assert data.order["midtrain"].parts[0].packing is None
     card = (release / "dataset/README.md").read_text()
     assert "| longcontext-1 | 4 | 32 | 84 | 65.62 % |" in card
     assert "| longcontext-1 | prose | 64 | 3 | 300 | 2,000 | 800 |" in card
-    assert list(data["order"]) == ["pretrain", "midtrain", "longcontext-1", "longcontext-2"]
+    assert list(data.order) == ["pretrain", "midtrain", "longcontext-1", "longcontext-2"]
 
 
 def test_unpacked_orders_have_no_such_tables(release: Path) -> None:
-    data = metrics.data_facts(release / "dataset")
-    data["order"] = {phase: data["order"][phase] for phase in ("pretrain", "midtrain")}
+    data = read_data_facts(release / "dataset")
+    data.order = {phase: data.order[phase] for phase in ("pretrain", "midtrain")}
     assert tables.packing(data) == tables.long_documents(data) == []
     assert "share a row" not in render.data_card(release_facts(release), data)
 
@@ -343,9 +347,9 @@ def test_a_statement_that_tells_another_summary_is_found(release: Path, tmp_path
 
     copy = Path(shutil.copytree(release, tmp_path / "copy"))
     key = release_facts(copy)["nodes"]["longcontext-2"]["key"]
-    bodies = {path: metrics.read_json(path) for path in (copy / "evidence/statements").glob("*.json")}
+    bodies = {path: read_json(path) for path in (copy / "evidence/statements").glob("*.json")}
     path, body = next((p, b) for p, b in bodies.items() if b["subject"][0]["name"] == key)
-    summary = metrics.read_json(copy / "evidence/training/longcontext-2/summary.json")
+    summary = read_json(copy / "evidence/training/longcontext-2/summary.json")
     summary_statement = provenance.summary(body)
     assert (
         summary_statement

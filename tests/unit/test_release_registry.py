@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from release.assembly import metrics
+from release.assembly.data_facts import DataFacts, read_data_facts
+from release.assembly.published_tables import read_json, stream_rows
 from release.audit.verify import verify
 from release.cards import card_tables, render, versions
 from release.cards.card_tables import CardTable
@@ -126,7 +127,7 @@ def test_no_table_is_newer_than_the_card_schema() -> None:
 
 def short_documents(subject: Subject) -> Findings:
     """No document that was kept is empty."""
-    rows = list(metrics.stream(subject.folder / "dispositions.parquet", ["id", "disposition", "bytes"]))
+    rows = list(stream_rows(subject.folder / "dispositions.parquet", ["id", "disposition", "bytes"]))
     empty = [row["id"] for row in rows if row["disposition"] == "kept" and not row["bytes"]]
     problems = [f"dispositions.parquet: document {name} is empty" for name in empty]
     return Findings(problems, summary=f"{len(rows)} documents, none of the kept ones empty")
@@ -140,7 +141,7 @@ SHORT_DOCUMENTS = Check(
 
 def test_a_new_check_is_a_gate_and_a_verifier(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "CHECKS", (*registry.CHECKS, SHORT_DOCUMENTS))
-    result = gates.run_gate("no_short_documents", BuildContext(built, {}, {}, {}))
+    result = gates.run_gate("no_short_documents", BuildContext(built, {}, {}, DataFacts()))
     assert result == gates.GateResult("no_short_documents", True, "24 documents, none of the kept ones empty")
     for folder in (built, built / "dataset"):
         assert [check.ok for check in verify(folder).checks if check.name == "short_documents"] == [True]
@@ -150,15 +151,13 @@ def test_a_new_check_is_a_gate_and_a_verifier(built: Path, monkeypatch: pytest.M
 def test_a_gate_names_the_first_problem_and_the_remedy(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = BuildCheck("always_bad", lambda build: Findings(["model/README.md is short", "another"]), "write more")
     monkeypatch.setattr(registry, "CHECKS", (bad,))
-    assert gates.run_all(BuildContext(built, {}, {}, {})) == [
+    assert gates.run_all(BuildContext(built, {}, {}, DataFacts())) == [
         gates.GateResult("always_bad", False, "model/README.md is short; write more")
     ]
 
 
-def kept_share(data: dict[str, Any]) -> list[str]:
-    return [
-        f"- {name}: {row['kept']} of {row['documents_in']} documents kept." for name, row in data["sources"].items()
-    ]
+def kept_share(data: DataFacts) -> list[str]:
+    return [f"- {name}: {row.kept} of {row.documents_in} documents kept." for name, row in data.sources.items()]
 
 
 def test_a_new_table_is_on_the_card_and_is_compared(
@@ -172,9 +171,7 @@ def test_a_new_table_is_on_the_card_and_is_compared(
     for added, problems in ((next_schema, []), (versions.SCHEMA, ["README.md lacks the line '- prose: 10 of 12 "])):
         new = CardTable("kept_share", kept_share, added=added)
         monkeypatch.setattr(card_tables, "DATA_TABLES", (new,))
-        card = render.data_card(
-            metrics.read_json(built / "evidence/release.json"), metrics.data_facts(built / "dataset")
-        )
+        card = render.data_card(read_json(built / "evidence/release.json"), read_data_facts(built / "dataset"))
         assert "- prose: 10 of 12 documents kept." in card
         check = next(check for check in verify(built / "dataset").checks if check.name == "data_card")
         assert len(check.wrong) == 2 * len(problems), "a published card of an older schema has no such table"
