@@ -65,11 +65,12 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
     from pipeline.core import provenance
     from pipeline.core.progress import duration
     from pipeline.tracking import mlflow_sync
-    from release.assembly.metrics import data_facts, model_facts
+    from release.assembly.data_facts import read_data_facts
+    from release.assembly.model_facts import read_model_facts
     from release.cards import caveats
     from release.cards.tables import titles
 
-    data, model = data_facts(release / "dataset"), model_facts(release / "model")
+    data, model = read_data_facts(release / "dataset"), read_model_facts(release / "model")
     console = Console(width=None if sys.stdout.isatty() else 150)
 
     def table(title: str, *columns: str) -> Table:
@@ -81,26 +82,26 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
         return grid
 
     print()
-    names = list(data["sources"])
+    names = list(data.sources)
     corpus = table("Corpus: documents", "", *names, "all")
 
     def row(label: str, values: list[int]) -> None:
         corpus.add_row(label, *(f"{v:,}" for v in values), f"{sum(values):,}")
 
-    row("in", [data["sources"][n]["documents_in"] for n in names])
-    families = sorted({rule.split("/")[0] for n in names for rule in data["sources"][n]["removed"]})
+    row("in", [data.sources[n].documents_in for n in names])
+    families = sorted({rule.split("/")[0] for n in names for rule in data.sources[n].removed})
     for family in families:
-        row(f"removed: {family}", [_by_family(data["sources"][n]["removed"], family) for n in names])
-    row("kept", [data["sources"][n]["kept"] for n in names])
-    row("tokens", [sum(data["sources"][n]["tokens"].values()) for n in names])
+        row(f"removed: {family}", [_by_family(data.sources[n].removed, family) for n in names])
+    row("kept", [data.sources[n].kept for n in names])
+    row("tokens", [sum(data.sources[n].tokens.values()) for n in names])
     console.print(corpus)
 
-    sentences = [*caveats.caveat_sentences(model), *caveats.unread(model["scores"], data["order"])]
+    sentences = [*caveats.caveat_sentences(model), *caveats.unread(model.scores, data.order)]
     print("\nWhat to know before any figure")
     for sentence in sentences:
         console.print(sentence.replace("**", ""), markup=False, highlight=False)
 
-    scores = data["evaluation"]
+    scores = data.evaluation
     phases = list(scores)
     quality = table("\nHeld-out quality: value ± standard error", "", *titles(phases).values())
     for kind, digits, label in (("bits_per_byte", 3, "bits per byte, "), ("accuracy", 3, "exact match, ")):
@@ -112,14 +113,14 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
             quality.add_row(label + name, *cells)
     console.print(quality)
 
-    if data["chat"]:
-        conversation(console, table, data["chat"])
+    if data.chat:
+        conversation(console, table, data.chat)
 
-    p = model["parameters"]
-    print(f"\nModel: {p['total']:,} parameters, {p['active']:,} active for one token")
+    p = model.parameters
+    print(f"\nModel: {p.total:,} parameters, {p.active:,} active for one token")
     print(
-        f"Export parity: largest logit difference to the trainer {model['parity']['max_abs_logit_delta']:.1e}, "
-        f"allowed {model['parity']['tolerance']:.0e}"
+        f"Export parity: largest logit difference to the trainer {model.parity['max_abs_logit_delta']:.1e}, "
+        f"allowed {model.parity['tolerance']:.0e}"
     )
 
     times = []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.provenance import STATEMENT
-from release.assembly import metrics
+from release.assembly.published_tables import read_rows
 
 PREDICATE = "https://in-toto.io/attestation/test-result/v0.1"
 FOLDER = "evidence/attestations"
@@ -48,7 +48,7 @@ def evaluations(release: Path, nodes: dict[str, dict[str, str]]) -> dict[str, di
         table = release / "dataset/evaluation" / model / "items.parquet"
         if kind != "export" or not re.fullmatch(r"[a-z0-9-]+", model) or not table.is_file():
             continue
-        rows = metrics.rows(table, ["id", "score"])
+        rows = read_rows(table, ["id", "score"])
         inputs = {nodes[name]["key"]: nodes[name]["digest"] for name in ("items", f"evaluate-{model}")}
         solved = {row["id"] for row in rows if row["score"] == 1}
         path = f"{FOLDER}/evaluation-{model}.json"

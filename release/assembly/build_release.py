@@ -11,11 +11,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import Artifact
 from stages.recipe import ReleaseSection
+
+if TYPE_CHECKING:
+    from release.checks.check import BuildContext
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,17 @@ def describe(source: BuildInput) -> dict[str, Any]:
     }
 
 
-def _assemble(folder: Path, source: BuildInput) -> Any:
+def _assemble(folder: Path, source: BuildInput) -> BuildContext:
     """Everything but the gates' result and the checksums; returns the gates' context."""
-    from release.assembly import assemble, attest, costs, metrics
+    from release.assembly import assemble, attest, costs
+    from release.assembly.checkpoint_facts import find_interventions, index_rows, read_checkpoints
+    from release.assembly.data_facts import canary_of, read_data_facts
+    from release.assembly.model_facts import read_model_facts
     from release.audit import merkle
     from release.cards import croissant, plot, render, results, scaling_plots, tables
-    from release.checks import gate_context, gates
+    from release.cards.card_tables import ReleaseFacts
+    from release.checks.check import BuildContext
+    from release.checks.load_report import load_models
     from release.layout import CANARY, GOLDENS, ORIGINS, RELEASE, ROOTS
     from release.repositories import model_folders, repositories
 
@@ -147,27 +155,28 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     release = describe(source)
     assembly.json(RELEASE, release, "release.assembly.build_release")
 
-    data = metrics.data_facts(folder / "dataset")
-    models = {name: metrics.model_facts(folder / name) for name in model_folders(folder)}
-    steps = metrics.checkpoint_facts(folder / "checkpoints")
-    changes = metrics.interventions(steps)
+    data = read_data_facts(folder / "dataset")
+    models = {name: read_model_facts(folder / name) for name in model_folders(folder)}
+    steps = read_checkpoints(folder / "checkpoints")
+    changes = find_interventions(steps)
     licenses, card_origin = release["license"], "card from the published files"
     data_id = render.data_id(release)
-    loaded = gates.run_reload([folder / name for name in models])
-    for name, report in zip(models, loaded, strict=True):
-        assembly.json(f"{name}/{GOLDENS}", report["goldens"], "what plain transformers makes of fixed inputs")
+    load_reports = dict(zip(models, load_models([folder / name for name in models]), strict=True))
+    for name, report in load_reports.items():
+        assembly.json(f"{name}/{GOLDENS}", report.goldens, "what plain transformers makes of fixed inputs")
     run_costs = costs.usage_by_stage(folder)
     for name, model in models.items():
-        card = render.model_card(name, release, model, data, changes, run_costs)
+        card = render.model_card(name, release, ReleaseFacts(model, data, changes, run_costs))
         assembly.write(f"{name}/README.md", card.encode(), card_origin)
         measured = results.text(model, data_id, release["version"])
         assembly.write(
             f"{name}/{results.results_path(data_id)}", measured.encode(), "scores in evaluation/ for the Hub"
         )
-        assembly.write(f"{name}/{plot.NAME}", plot.draw(folder / name), "plot of the logs in training/")
+        if model.has_experts:
+            assembly.write(f"{name}/{plot.NAME}", plot.draw(folder / name), "plot of the logs in training/")
         for plot_name, image in scaling_plots.model_plots(folder / name, model).items():
             assembly.write(f"{name}/{plot_name}", image, "plot of the scores in evaluation/ and the logs in training/")
-    canary = metrics.canary(source.artifacts["items"].digest)
+    canary = canary_of(source.artifacts["items"].digest)
     assembly.json(f"dataset/{CANARY}", canary, "made from the digest of the evaluation items")
     assembly.json(f"dataset/{ROOTS}", merkle.roots(folder / "dataset"), "Merkle roots of the tables")
     description = croissant.describe_dataset(release, folder / "dataset", data)
@@ -177,7 +186,7 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
         assembly.json(target, statement, "in-toto statement of what was measured")
     card = render.plain_card("checkpoints", release, licenses["weights"], checkpoints=tables.checkpoints(steps))
     assembly.write("checkpoints/README.md", card.encode(), card_origin)
-    assembly.json("checkpoints/index.json", steps, "states of the checkpoints")
+    assembly.json("checkpoints/index.json", index_rows(steps), "states of the checkpoints")
     repos = repositories(folder)
     rows = [[r.id(release["namespace"], release["name"]), r.kind, r.branch, f"`{r.folder or '.'}`"] for r in repos]
     repository_table = tables.table(["repository", "kind", "branch", "place in the release"], rows)
@@ -193,8 +202,8 @@ def _assemble(folder: Path, source: BuildInput) -> Any:
     assembly.origins[ORIGINS] = {"generated": "release.assembly.build_release"}
     (folder / ORIGINS).write_bytes(assemble.to_json(assembly.origins))
     evaluation = _evaluation(source.recipe)
-    return gate_context.Context(
-        folder, release, evaluation, data, models, source.machine_paths, changes, run_costs, canary, loaded
+    return BuildContext(
+        folder, release, evaluation, data, models, source.machine_paths, changes, run_costs, canary, load_reports
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ def read(log: Path, fields: Collection[str] | None = None) -> list[Facts]:
     return lines
 
 
-def log_facts(lines: list[Facts]) -> Facts:
-    """What a card says of one phase. lines: with FIGURES at least.
+@dataclass
+class PhaseLog:
+    """What a card says of one phase.
 
     first, last: the steps that the log covers. experts: the last measurement of the routers with its `step`, or None if
     there is none; measurements: how many there are; dropped: assignments that no expert took, in all of them. spikes:
@@ -45,22 +47,35 @@ def log_facts(lines: list[Facts]) -> Facts:
     with standard errors over steps; none of fewer than four steps. excluded: steps that were left out because the
     recipe says so, not because of a spike.
     """
+
+    first: int
+    last: int
+    experts: Facts | None
+    measurements: int
+    dropped: int
+    spikes: list[Facts]
+    rewards: dict[str, Facts]
+    excluded: list[int]
+
+
+def log_facts(lines: list[Facts]) -> PhaseLog:
+    """lines: with FIGURES at least."""
     steps = [line["step"] for line in lines if "tokens" in line]
     measured = [{"step": line["step"], **line["experts"]} for line in lines if "experts" in line]
     spikes = [{"step": line["step"], **line["spike"]} for line in lines if "spike" in line]
     spike_steps = {step for spike in spikes for step in spike["excluded"]}
     rewards = [line["rewards"] for line in lines if "rewards" in line]
     kinds = {kind: [row[kind] for row in rewards if kind in row] for row in rewards for kind in row}
-    return {
-        "first": min(steps),
-        "last": max(steps),
-        "experts": measured[-1] if measured else None,
-        "measurements": len(measured),
-        "dropped": sum(measurement["dropped"] for measurement in measured),
-        "spikes": spikes,
-        "rewards": {kind: _first_and_last_means(means) for kind, means in sorted(kinds.items()) if len(means) >= 4},
-        "excluded": [line["step"] for line in lines if "excluded" in line and line["step"] not in spike_steps],
-    }
+    return PhaseLog(
+        first=min(steps),
+        last=max(steps),
+        experts=measured[-1] if measured else None,
+        measurements=len(measured),
+        dropped=sum(measurement["dropped"] for measurement in measured),
+        spikes=spikes,
+        rewards={kind: _first_and_last_means(means) for kind, means in sorted(kinds.items()) if len(means) >= 4},
+        excluded=[line["step"] for line in lines if "excluded" in line and line["step"] not in spike_steps],
+    )
 
 
 def _first_and_last_means(means: list[float]) -> Facts:

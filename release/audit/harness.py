@@ -78,7 +78,7 @@ def problems(rows: list[dict[str, Any]], max_new_tokens: int) -> Any:
 def read_problems(release: Path, folder: str) -> tuple[list[dict[str, Any]], int]:
     """The problems with what the release states of a model's answers (`output`, `score`), and the longest answer
     allowed, in tokens. Raises CheckFailed if the release does not hold them."""
-    from release.assembly.metrics import read_json, rows
+    from release.assembly.published_tables import read_json, read_rows
     from stages.evaluation.settings import EvaluationSection
 
     models = models_of(path.stem for path in (release / "evidence/manifests").glob("*.json"))
@@ -87,7 +87,7 @@ def read_problems(release: Path, folder: str) -> tuple[list[dict[str, Any]], int
     recipe = release / "evidence/recipe.json"
     if not (stated.is_file() and recipe.is_file()):
         raise CheckFailed(f"{release} does not hold {stated.relative_to(release)} and evidence/recipe.json")
-    return rows(stated), EvaluationSection.model_validate(read_json(recipe)["evaluation"]).max_new_tokens
+    return read_rows(stated), EvaluationSection.model_validate(read_json(recipe)["evaluation"]).max_new_tokens
 
 
 def evaluate(model: Any, tasks: list[Any], include: Path | None = None, limit: int | None = None) -> dict[str, Any]:

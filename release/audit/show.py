@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from release import schema
-from release.assembly import costs, metrics
+from release.assembly import costs
+from release.assembly.checkpoint_facts import read_checkpoints
+from release.assembly.data_facts import OrderFacts, read_data_facts
+from release.assembly.model_facts import ModelFacts, read_model_facts
+from release.assembly.published_tables import read_json
 from release.cards import caveats, tables
 from release.layout import GATES, PUBLIC_KEY, SIGNATURE
 from release.repositories import model_folders
@@ -26,35 +31,35 @@ def facts_of(release: Path) -> dict[str, Any]:
     opens with. gates: {name: ok}. key: the fingerprint of the key
     that is said to have signed it, unchecked, or None.
     """
-    release_info, data = schema.read_release(release), metrics.data_facts(release / "dataset")
+    release_info, data = schema.read_release(release), read_data_facts(release / "dataset")
     final_model, *other_models = model_folders(release)
-    model_metrics = {folder: metrics.model_facts(release / folder) for folder in [*other_models, final_model]}
+    model_metrics = {folder: read_model_facts(release / folder) for folder in [*other_models, final_model]}
     removed: dict[str, int] = {}
-    for row in data["sources"].values():
-        for rule, count in row["removed"].items():
+    for row in data.sources.values():
+        for rule, count in row.removed.items():
             removed[rule] = removed.get(rule, 0) + count
     final_metrics = model_metrics[final_model]
-    chat = data["chat"].get("test", {})
+    chat = data.chat.get("test", {})
     return {
         "schema": 1,
         **{name: release_info[name] for name in ABOUT},
-        "parameters": final_metrics["parameters"],
+        "parameters": asdict(final_metrics.parameters),
         "corpus": {
             name: {
-                "documents_in": row["documents_in"],
-                "kept": row["kept"],
-                "tokens": sum(row["tokens"].values()),
-                "licenses": row["licenses"],
+                "documents_in": row.documents_in,
+                "kept": row.kept,
+                "tokens": sum(row.tokens.values()),
+                "licenses": row.licenses,
             }
-            for name, row in data["sources"].items()
+            for name, row in data.sources.items()
         },
         "removed": dict(sorted(removed.items(), key=lambda item: (-item[1], item[0]))),
-        "seen": {phase: _steps_and_tokens(figures) for phase, figures in data["order"].items()},
+        "seen": {phase: _steps_and_tokens(figures) for phase, figures in data.order.items()},
         "models": {folder: _scores(model) for folder, model in model_metrics.items()},
-        "caveats": [*caveats.caveat_sentences(final_metrics), *caveats.unread(final_metrics["scores"], data["order"])],
+        "caveats": [*caveats.caveat_sentences(final_metrics), *caveats.unread(final_metrics.scores, data.order)],
         "pass_at_1": {name: figures["problems_all"]["samples"]["accuracy"] for name, figures in chat.items()},
-        "checkpoints": [row["branch"] for row in metrics.checkpoint_facts(release / "checkpoints")],
-        "gates": {name: gate["ok"] for name, gate in sorted(metrics.read_json(release / GATES).items())},
+        "checkpoints": [row.branch for row in read_checkpoints(release / "checkpoints")],
+        "gates": {name: gate["ok"] for name, gate in sorted(read_json(release / GATES).items())},
         "cost": costs.total(costs.usage_by_stage(release)),
         "key": _key(release),
         "identity": keyless.identity(release / SIGNATURE),
@@ -71,14 +76,14 @@ def _key(release: Path) -> str | None:
         return "which cannot be read"
 
 
-def _steps_and_tokens(order: dict[str, Any]) -> dict[str, int]:
+def _steps_and_tokens(order: OrderFacts) -> dict[str, int]:
     """Steps of a phase, and the tokens that it predicted."""
-    parts = [row["tokens"] for part in order["parts"] for row in part["by_source"].values()]
-    return {"steps": order["steps"], "tokens": sum(parts)}
+    parts = [row.tokens for part in order.parts for row in part.by_source.values()]
+    return {"steps": order.steps, "tokens": sum(parts)}
 
 
-def _scores(model: dict[str, Any]) -> dict[str, Any]:
-    scores = list(model["scores"].values())[-1]
+def _scores(model: ModelFacts) -> dict[str, Any]:
+    scores = model.own_scores()
     return {kind: scores[f"{kind}_all"] for kind in ("bits_per_byte", "accuracy")}
 
 

@@ -20,7 +20,9 @@ from typing import Any
 
 from pipeline.core.errors import AtomError
 from release import schema
-from release.assembly import metrics, training
+from release.assembly import training
+from release.assembly.data_facts import earlier_orders
+from release.assembly.published_tables import read_json
 from release.audit import merkle
 from release.audit.text_index import ABOUT, Progress, candidates, has_trigrams, hits, index_of
 from release.audit.trace_report import Document, Match, Related, Removal, Rows, Step, Text, Use
@@ -69,8 +71,8 @@ class _Location:
         orders_by_phase = {}
         final_orders = {schema.phase(p.parent): p.parent for p in self.data.glob("order/*/order.parquet")}
         for phase in sorted(final_orders, key=when):
-            folders = [*metrics.earlier_orders(self.data, phase), final_orders[phase]]
-            first_steps = [int(metrics.read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
+            folders = [*earlier_orders(self.data, phase), final_orders[phase]]
+            first_steps = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
             orders_by_phase[phase] = list(
                 zip(folders, first_steps, [*(n - 1 for n in first_steps[1:]), float("inf")], strict=True)
             )

@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from pipeline.core.errors import AtomError, CheckFailed
-from release import schema, scratch, untrusted
+from release import schema, scratch
 from release.checks import formats, listing, registry
-from release.checks.check_runner import NOTHING_LARGE, CheckRunner, Reads, run_check
+from release.checks.check_runner import CheckRunner
 from release.checks.listing import Checksums, Contents, kind_of
-from release.checks.verdict import Check, Problems, Verdict, answer
+from release.checks.verdict import CheckResult, Problems, Verdict, answer
 from release.checksums import compare
 from release.hash_cache import Digests
-from release.layout import ALL_SUMS, MODEL, ORIGINS, PUBLIC_KEY, SIGNATURE, SUMS
-from release.repositories import files_below, model_folders
+from release.layout import ALL_SUMS, PUBLIC_KEY, SIGNATURE, SUMS
 from release.signing import sign
 from release.signing.sign import TrustPolicy
 from release.signing.trust_policy import ANYONE, Trust
 from release.tree import scan
 from release.untrusted import printable
 
-__all__ = ["Check", "Trust", "Verdict", "kind_of", "verify"]
+__all__ = ["CheckResult", "Trust", "Verdict", "kind_of", "verify"]
 
 FORMATS_HOLD = "no pickle, no program, and no code beside weights or data"
 
@@ -99,22 +96,19 @@ def _verify_folder(
     bytes_hold = verdict.ok
     if bytes_hold:
         verdict.checks += runner.check_tables()
-    for question in _questions(folder, kind, digests, runner):
-        name = question.name
-        if question.only_deep and not deep:
+    for check in registry.verifiers(folder, kind, deep):
+        if runner.spent and not check.confined:  # what took too long for a check would hold up this one for longer
             continue
         if not bytes_hold:
-            verdict.checks.append(Check(name, None, "not asked, since the bytes are not what was published"))
+            reason = "not asked, since the bytes are not what was published"
+            verdict.checks.append(CheckResult(check.name, None, reason))
             continue
-        progress(name.replace("_", " "))
-        if name == "reload_in_transformers":  # has a process of its own
-            verdict.checks.append(run_check(name, question.function))
-        else:
-            verdict.checks.append(runner.run(name, partial(run_check, name, question.function), question.reads))
+        progress(check.name.replace("_", " "))
+        verdict.checks.append(runner.ask(check, kind, digests))
     return verdict
 
 
-def _byte_checks(contents: Contents, digests: Digests) -> Iterator[Check]:
+def _byte_checks(contents: Contents, digests: Digests) -> Iterator[CheckResult]:
     """One check for each checksum file: what it lists is there and unaltered, and nothing else is there."""
     if contents.kind != "release":
         yield _check_sums(contents, SUMS, "", [p for p in contents.present() if p != SUMS], digests)
@@ -131,25 +125,25 @@ def _byte_checks(contents: Contents, digests: Digests) -> Iterator[Check]:
     yield _check_agreement(contents.sums)
 
 
-def _check_sums(contents: Contents, name: str, base: str, present: list[str], digests: Digests) -> Check:
+def _check_sums(contents: Contents, name: str, base: str, present: list[str], digests: Digests) -> CheckResult:
     title = f"checksums: {name}"
     try:
         sums = contents.sums.read(name)
     except CheckFailed as error:
-        return Check(title, False, str(error), [str(error)])
+        return CheckResult(title, False, str(error), [str(error)])
     problems = compare(sums, contents.folder / base, present, name, digests)
     if base:
         problems = [f"{base}/{text}" for text in problems]
-    return Check(
+    return CheckResult(
         title, not problems, problems[0] if problems else f"{len(sums)} files, none missing, altered or extra", problems
     )
 
 
-def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy) -> Check:
+def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy) -> CheckResult:
     """All repositories are signed, by one key or identity, and by that which is trusted; or none is signed."""
     name, folder = "signatures", contents.folder
     if contents.kind == "release" and contents.missing:
-        return Check(name, None, "not asked, since parts of the release are missing")
+        return CheckResult(name, None, "not asked, since parts of the release are missing")
     repositories = contents.places
     problems: Problems = []
     signers: dict[str, str | None] = {}
@@ -168,9 +162,9 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
         signers[prefix] = verdict.signer
     if not signers:
         if policy == TrustPolicy():
-            return Check(name, None, "not signed")
+            return CheckResult(name, None, "not signed")
         message = f"not signed, so not by {policy.signer or 'whom the certificates vouch for'}"
-        return Check(name, False, message, [message])
+        return CheckResult(name, False, message, [message])
     unsigned = [f"{p.folder}/" if p.folder else "" for p in repositories]
     problems += [
         f"{prefix or folder.name} is not signed, and others are" for prefix in unsigned if prefix not in signers
@@ -186,89 +180,20 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
     hint = "; nothing but the release itself says whose key that is: compare it, or give it by --key"
     if not by_key:
         hint = "; nothing but the release itself says so: give --identity and --issuer"
-    return Check(name, not problems, problems[0] if problems else summary + ("" if policy.signer else hint), problems)
+    return CheckResult(
+        name, not problems, problems[0] if problems else summary + ("" if policy.signer else hint), problems
+    )
 
 
-def _check_agreement(sums: Checksums) -> Check:
+def _check_agreement(sums: Checksums) -> CheckResult:
     """The root's checksums and those of the whole release say the same of every file that both list."""
     try:
         release_sums, root_sums = sums.read(ALL_SUMS), sums.read(SUMS)
     except CheckFailed as error:
-        return Check("checksums agree", False, str(error), [str(error)])
+        return CheckResult("checksums agree", False, str(error), [str(error)])
     problems = [
         f"{SUMS} and {ALL_SUMS} disagree on {p}"
         for p in sorted(set(root_sums) & set(release_sums))
         if root_sums[p] != release_sums[p]
     ]
-    return Check("checksums agree", not problems, problems[0] if problems else "the two lists agree", problems)
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked of a folder. reads: the files that the answer takes."""
-
-    name: str
-    function: Callable[[], Problems | registry.Findings]
-    reads: Reads = NOTHING_LARGE
-    only_deep: bool = False
-
-
-def _questions(folder: Path, kind: str, digests: Digests, runner: CheckRunner) -> Iterator[Question]:
-    """What is asked of this kind of folder."""
-    from release.checks import deep_checks, rescore
-
-    is_release = kind == "release"
-    evidence, everything = Reads(("evidence/", "code/")), Reads(("",))
-    if kind != "checkpoint":
-        yield Question("versions", lambda: registry.stated_versions(folder, is_release))
-    if is_release or kind == "evidence":
-        yield Question("manifests", lambda: registry.manifests(folder), evidence)
-        yield Question("origins", lambda: _unexplained_files(folder) + registry.origins(folder, digests), evidence)
-        yield Question("statements", lambda: registry.statements(folder, digests), Reads(("evidence/", "dataset/")))
-        yield Question("gates", lambda: _failed_gates(folder), evidence)
-        yield Question("attestations", lambda: registry.attestations(folder), everything)
-        yield Question("code", lambda: deep_checks.code(folder), evidence, only_deep=True)
-    if is_release or kind == "dataset":
-        data, prefix = (folder / "dataset", "dataset/") if is_release else (folder, "")
-        fates, scored = Reads((f"{prefix}dispositions", f"{prefix}kept/")), Reads((f"{prefix}evaluation/",))
-        tables = Reads((prefix,))
-        yield Question("dispositions_balance", lambda: registry.dispositions(data), fates)
-        yield Question("licenses", lambda: registry.licenses(data), fates)
-        yield Question("scores", lambda: registry.scores(data) + registry.chat_scores(data), scored)
-        yield Question("data_card", lambda: registry.data_card(data), tables)
-        yield Question("merkle_roots", lambda: registry.roots(data), tables)
-        yield Question("documents", lambda: deep_checks.documents(data), tables, only_deep=True)
-        yield Question("order", lambda: deep_checks.order(data), tables, only_deep=True)
-        yield Question("answers", lambda: rescore.answers(data), tables, only_deep=True)
-    if is_release:
-        yield Question("cards", lambda: registry.cards(folder), everything)
-        yield Question("croissant", lambda: registry.described(folder, digests), everything)
-        yield Question("weights", lambda: deep_checks.weights(folder), Reads(("",), weights=True), only_deep=True)
-        if (folder / "dataset/evaluation/fresh").is_dir():
-            fresh_files = Reads(("dataset/evaluation/fresh/", f"{MODEL}/"), weights=True)
-            yield Question("fresh_set", lambda: registry.fresh_set(folder), fresh_files, only_deep=True)
-    elif kind == "model":
-        yield Question("cards", lambda: registry.model_card(folder), everything)
-    if kind in ("model", "checkpoint"):
-        yield Question("weights", lambda: deep_checks.weights(folder), Reads(("",), weights=True), only_deep=True)
-    if is_release or kind == "model":
-        models = [folder / name for name in model_folders(folder)] if is_release else [folder]
-        yield Question("chat_templates", lambda: registry.chat_templates(models))
-        if not runner.spent:  # what loads a model renders its templates
-            yield Question("reload_in_transformers", lambda: deep_checks.reload(models), only_deep=True)
-
-
-def _unexplained_files(folder: Path) -> Problems:
-    from release.assembly.assemble import unexplained
-
-    origins = untrusted.read_json(folder / ORIGINS, follow=True)
-    return [f"{path} has no origin" for path in unexplained(folder, origins, files_below(folder))]
-
-
-def _failed_gates(folder: Path) -> Problems:
-    gates = untrusted.read_json(folder / "evidence/gates.json", follow=True)
-    return [
-        f"evidence/gates.json: gate {name} failed: {gate['detail']}"
-        for name, gate in sorted(gates.items())
-        if not gate["ok"]
-    ]
+    return CheckResult("checksums agree", not problems, problems[0] if problems else "the two lists agree", problems)

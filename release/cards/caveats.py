@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
+from release.assembly.data_facts import OrderFacts
+from release.assembly.model_facts import ModelFacts
 from release.cards.tables import count, titles, with_error
 from stages.evaluation.settings import SURE
 
@@ -26,7 +28,7 @@ RULE = (
 NONE = "No reward rose without its task, and nothing that was measured got worse from one phase to the next."
 
 
-def caveat_sentences(model: Facts) -> list[str]:
+def caveat_sentences(model: ModelFacts) -> list[str]:
     """Of the facts of one model: what its repository alone can prove."""
     sentences = [
         *_task_sentence(model),
@@ -37,7 +39,7 @@ def caveat_sentences(model: Facts) -> list[str]:
     return [f"- {sentence}" for sentence in sentences] or [NONE]
 
 
-def unread(scores: Facts, order: Facts) -> list[str]:
+def unread(scores: Mapping[str, Facts], order: Mapping[str, OrderFacts]) -> list[str]:
     """Sources whose bits per byte rose in phases that read none of their documents.
 
     scores: as of a model, in the order of training; order: `order` of the facts of a dataset.
@@ -45,7 +47,7 @@ def unread(scores: Facts, order: Facts) -> list[str]:
     lines = []
     for before, after in pairwise(scores):
         phase = PHASE.get(after, after.replace("long-", "longcontext-"))
-        sources_read = {source for part in order.get(phase, {}).get("parts", ()) for source in part["by_source"]}
+        sources_read = order[phase].sources() if phase in order else set()
         unread_sources = [source for source in _risen(scores[before], scores[after]) if source not in sources_read]
         if unread_sources:
             lines.append(f"- Not trained on in {phase}: {', '.join(unread_sources)}.")
@@ -56,7 +58,7 @@ PHASE = {"base": "pretrain", "mid": "midtrain"}
 """The phase that a model came from, where it is not called after it."""
 
 
-def parts(chat: Facts) -> dict[str, Facts]:
+def parts(chat: Mapping[str, Mapping[str, Facts]]) -> dict[str, Facts]:
     """Of each model that answered the held-out requests, in the order of training, the parts of its reward."""
     parts_by_model: dict[str, Facts] = {}
     for name, row in chat.get("preferences", {}).items():
@@ -70,8 +72,8 @@ def rises(before: Facts, after: Facts, errors: float = SURE) -> bool:
     return bool(after["value"] - before["value"] > errors * math.hypot(before["se"], after["se"]))
 
 
-def _task_sentence(model: Facts) -> Iterator[str]:
-    measured = parts(model["chat"])
+def _task_sentence(model: ModelFacts) -> Iterator[str]:
+    measured = parts(model.chat)
     if measured and "task" in (last := measured[list(measured)[-1]]):
         yield (
             f"This model does all of what was asked in {with_error(last['task'], 3)} of {count(last['task']['n'])} "
@@ -79,9 +81,9 @@ def _task_sentence(model: Facts) -> Iterator[str]:
         )
 
 
-def _reward_without_task(model: Facts) -> Iterator[str]:
+def _reward_without_task(model: ModelFacts) -> Iterator[str]:
     """Where the judge's mean rose on held-out requests and the share that does what was asked did not."""
-    measured = parts(model["chat"])
+    measured = parts(model.chat)
     for before, after in pairwise(measured):
         old, new = measured[before], measured[after]
         if "task" in new and rises(old["reward"], new["reward"]) and not rises(old["task"], new["task"]):
@@ -96,11 +98,11 @@ def _reward_without_task(model: Facts) -> Iterator[str]:
             )
 
 
-def _trained_reward_without_task(model: Facts) -> Iterator[str]:
+def _trained_reward_without_task(model: ModelFacts) -> Iterator[str]:
     """Where the reward that a phase was trained on rose, and the held-out figure that it stands for did not."""
-    chat, measured = model["chat"].get("test", {}), parts(model["chat"])
+    chat, measured = model.chat.get("test", {}), parts(model.chat)
     for before, after in pairwise(chat):
-        for kind, reward in model["training"].get(after, {}).get("rewards", {}).items():
+        for kind, reward in _rewards(model, after).items():
             if not rises(reward["first"], reward["last"]):
                 continue
             change = f"({_change(reward['first'], reward['last'])}, means of the first and the last steps)"
@@ -118,11 +120,16 @@ def _trained_reward_without_task(model: Facts) -> Iterator[str]:
                 yield f"**A reward rose and its task did not**: {start} {target} did not ({_change(old, new)})."
 
 
-def _regressions(model: Facts) -> Iterator[str]:
+def _rewards(model: ModelFacts, phase: str) -> dict[str, Facts]:
+    """What a phase was trained on, by kind of task; none of a phase without a log."""
+    return model.training[phase].rewards if phase in model.training else {}
+
+
+def _regressions(model: ModelFacts) -> Iterator[str]:
     """What got worse from one model to the next by more than a standard error of the difference, one line a phase."""
-    names, test = titles(model["scores"]), model["chat"].get("test", {})
-    for before, after in pairwise(model["scores"]):
-        old, new = model["scores"][before], model["scores"][after]
+    names, test = titles(model.scores), model.chat.get("test", {})
+    for before, after in pairwise(model.scores):
+        old, new = model.scores[before], model.scores[after]
         regressions = [
             f"bits per byte of {source} ({_change(old['bits_per_byte'][source], new['bits_per_byte'][source])})"
             for source in _risen(old, new)

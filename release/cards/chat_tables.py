@@ -3,7 +3,7 @@ data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipeline.core.text import escaped
@@ -13,22 +13,6 @@ from release.cards.tables import count, table
 Facts = dict[str, Any]
 SHOWN = 4
 """Sample pairs that a card shows."""
-
-
-def all_tables(chat: Facts, contamination: Facts | None) -> dict[str, list[str]]:
-    """All tables; empty ones of a release without such models."""
-    preferences = chat.get("preferences", {})
-    last_comparison = preferences[list(preferences)[-1]] if preferences else None
-    return {
-        "chat_test": answers(chat.get("test", {})),
-        "chat_fresh": answers(chat.get("fresh", {})),
-        "preferences": wins(preferences),
-        "reward_parts": reward_parts(chat),
-        "preference_samples": samples(last_comparison) if last_comparison else [],
-        "contamination": overlaps(contamination) if contamination else [],
-        "clean_scores": clean(contamination) if contamination else [],
-        "detector": detector(contamination) if contamination else [],
-    }
 
 
 def answers(scores: Facts) -> list[str]:
@@ -78,7 +62,7 @@ def wins(preferences: Facts) -> list[str]:
     return table([*head, "judge's mean of the other", "judge's mean"], body) if body else []
 
 
-def reward_parts(chat: Facts) -> list[str]:
+def reward_parts(chat: Mapping[str, Mapping[str, Facts]]) -> list[str]:
     """The judge's mean on the held-out requests of all models, and what it is made of: one row a part."""
     measured = caveats.parts(chat)
     names = ordered([name for model_parts in measured.values() for name in model_parts])
@@ -100,16 +84,21 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (name != "reward", name != "task", name))
 
 
-def samples(comparison: Facts) -> list[str]:
-    """A few pairs, whose texts are fenced so that no sign of theirs is markup."""
-    body = []
+def samples(preferences: Facts) -> list[str]:
+    """A few pairs of the last comparison, whose texts are fenced so that no sign of theirs is markup."""
+    if not preferences:
+        return []
+    body, comparison = [], preferences[list(preferences)[-1]]
     for row in comparison["examples"][:SHOWN]:
         cells = [f"{_code_cell(row[side]['answer'])} ({row[side]['reward']:.2f})" for side in ("before", "model")]
         body.append([_code_cell(row["question"]), *cells])
     return table(["request", f"{comparison['before']} (judge)", f"{comparison['model']} (judge)"], body)
 
 
-def overlaps(report: Facts) -> list[str]:
+def overlaps(report: Facts | None) -> list[str]:
+    """Items by what they share with the training data; report: on contamination, None if there is none."""
+    if report is None:
+        return []
     body = [
         [split, *(count(counts[verdict]) for verdict in ("clean", "overlap", "contaminated"))]
         for split, counts in report["items"].items()
@@ -117,8 +106,10 @@ def overlaps(report: Facts) -> list[str]:
     return table(["items", "clean", "overlap", "contaminated"], body)
 
 
-def clean(report: Facts) -> list[str]:
+def clean(report: Facts | None) -> list[str]:
     """The score of each table on all items and on the clean ones."""
+    if report is None:
+        return []
     body = []
     for role, kinds in report["scores"].items():
         for kind, row in kinds.items():
@@ -128,7 +119,10 @@ def clean(report: Facts) -> list[str]:
     return table(["measured by", "what", "all items", "n", "clean items", "n"], body) if body else []
 
 
-def detector(report: Facts) -> list[str]:
+def detector(report: Facts | None) -> list[str]:
+    """One sentence: what the detector of contamination finds of what was planted."""
+    if report is None:
+        return []
     recall, false_positives = report["detector"]["recall"], report["detector"]["false_positives"]
     return [
         f"Of {count(recall['planted'])} items planted into a copy of the corpus the detector found "

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.store import sha256_file
-from release.assembly.metrics import read_json
+from release.assembly.data_facts import DataFacts, SourceFacts
+from release.assembly.published_tables import read_json
 
 NAME = "croissant.json"
 TYPES = {
@@ -36,20 +37,18 @@ CONTEXT: dict[str, Any] = {
 
 
 def describe_dataset(
-    release: dict[str, Any], dataset: Path, data: dict[str, Any], digest: Callable[[Path], str] = sha256_file
+    release: dict[str, Any], dataset: Path, data: DataFacts, digest: Callable[[Path], str] = sha256_file
 ) -> dict[str, Any]:
-    """The JSON-LD of a dataset folder. release: evidence/release.json; data: `metrics.data_facts` of the folder."""
+    """The JSON-LD of a dataset folder. release: evidence/release.json; data: the facts of the folder."""
     repo = f"https://huggingface.co/datasets/{release['namespace']}/{release['name']}-data"
     tables = {"dispositions": "dispositions.parquet"}
     tables |= {
-        f"kept-{name}": f"kept/{name}.parquet"
-        for name in data["sources"]
-        if (dataset / f"kept/{name}.parquet").exists()
+        f"kept-{name}": f"kept/{name}.parquet" for name in data.sources if (dataset / f"kept/{name}.parquet").exists()
     }
     tables |= {"tokens": "tokens/documents.parquet", "problems": "evaluation/items.parquet"}
-    documents_read = sum(row["documents_in"] for row in data["sources"].values())
-    documents_kept = sum(row["kept"] for row in data["sources"].values())
-    rules = sorted({rule.split("/")[0] for row in data["sources"].values() for rule in row["removed"]})
+    documents_read = sum(row.documents_in for row in data.sources.values())
+    documents_kept = sum(row.kept for row in data.sources.values())
+    rules = sorted({rule.split("/")[0] for row in data.sources.values() for rule in row.removed})
     redacted_documents = _redacted_documents(dataset)
     return {
         "@context": CONTEXT,
@@ -67,8 +66,8 @@ def describe_dataset(
         **({"inLanguage": release["languages"]} if release["languages"] else {}),
         "distribution": [_file(dataset, path, name, digest) for name, path in tables.items()],
         "recordSet": [_records(dataset / path, name) for name, path in tables.items()],
-        "prov:wasDerivedFrom": [_source(dataset, name, row) for name, row in data["sources"].items()],
-        "rai:dataCollection": f"{documents_read} documents of {len(data['sources'])} sources were read; each source's "
+        "prov:wasDerivedFrom": [_source(dataset, name, row) for name, row in data.sources.items()],
+        "rai:dataCollection": f"{documents_read} documents of {len(data.sources)} sources were read; each source's "
         "own file in sources/ says from where, under which license, and the evidence for it.",
         "rai:dataPreprocessingProtocol": [
             f"{documents_kept} of {documents_read} documents were kept; the others were removed by "
@@ -132,16 +131,16 @@ def _records(path: Path, name: str) -> dict[str, Any]:
     return {"@type": "cr:RecordSet", "@id": name, "name": name, "field": fields}
 
 
-def _source(dataset: Path, name: str, row: dict[str, Any]) -> dict[str, Any]:
+def _source(dataset: Path, name: str, row: SourceFacts) -> dict[str, Any]:
     """A source as a PROV entity: where it is from, and the digest of what was read there, if it has one."""
     path = dataset / f"sources/{name}.json"
     declared = read_json(path) if path.exists() else {}
     entity: dict[str, Any] = {"@type": "prov:Entity", "@id": f"source/{name}", "prov:label": name}
-    if row["origin"]:
-        entity["prov:atLocation"] = row["origin"]
+    if row.origin:
+        entity["prov:atLocation"] = row.origin
     if tree := declared.get("tree_digest"):
         entity["identifier"] = tree
-    return entity | {"license": row["licenses"]}
+    return entity | {"license": row.licenses}
 
 
 def problems(path: Path, records: int = 3) -> list[str]:

@@ -1,19 +1,20 @@
 """Renders the cards with huggingface_hub's card classes, and checks a card's numbers against the facts.
 
-The templates hold words only: a number reaches a card through `tables` or the metadata, and both come from facts.
+The templates hold words only: a number reaches a card through `card_tables` or the metadata, and both come from facts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.text import escaped
 from release import schema
-from release.assembly import costs
-from release.cards import caveats, chat_tables, tables, training_tables
+from release.assembly.data_facts import DataFacts
+from release.assembly.score_facts import Scores
+from release.cards import card_tables
+from release.cards.card_tables import ReleaseFacts
 from release.hub.client import load
 from release.layout import numbered
 
@@ -44,7 +45,7 @@ def license_fields(spdx: str) -> dict[str, Any]:
     return {"license": "other", "license_name": spdx.lower(), "license_link": "LICENSE"}
 
 
-def model_index(scores: Facts, dataset: str) -> list[Any]:
+def model_index(scores: Scores, dataset: str) -> list[Any]:
     """One EvalResult a number of `scores.json`, at full precision."""
     hub = load()
 
@@ -65,68 +66,11 @@ def model_index(scores: Facts, dataset: str) -> list[Any]:
     ]
 
 
-def model_tables(model: Facts) -> dict[str, list[str]]:
-    """The tables that a model repository alone can prove."""
-    return {
-        "caveats_rule": [caveats.RULE],
-        "caveats": caveats.caveat_sentences(model),
-        "evaluation": tables.evaluation(model["scores"]),
-        "samples": tables.samples(model["scores"]),
-        "architecture": tables.architecture(model),
-        "parity": tables.parity(model),
-        "context": tables.context(model),
-        "passkeys": tables.passkeys(model["scores"]),
-        "passkeys_by_depth": tables.passkeys_by_depth(model["scores"]),
-        "positions": tables.positions(model["scores"]),
-        "experts_by_phase": training_tables.experts_by_phase(model),
-        "experts": training_tables.experts(model),
-        "experts_verdict": training_tables.verdict(model),
-        "spikes": training_tables.spikes(model),
-        **chat_tables.all_tables(model["chat"], model["contamination"]),
-    }
-
-
-def data_tables(data: Facts) -> dict[str, list[str]]:
-    """The tables that the dataset repository alone can prove."""
-    return {
-        "sources": tables.sources(data),
-        "funnel": tables.funnel(data),
-        "order": tables.order(data),
-        "packing": tables.packing(data),
-        "long_documents": tables.long_documents(data),
-        "licenses": tables.license_evidence(data),
-        "scores": tables.evaluation(data["evaluation"]),
-        "passkeys": tables.passkeys(data["evaluation"]),
-        "positions": tables.positions(data["evaluation"]),
-        **{name: t for name, t in chat_tables.all_tables(data["chat"], None).items() if name != "preference_samples"},
-    }
-
-
-def intervention_tables(phases: Iterable[str], interventions: list[Facts]) -> dict[str, list[str]]:
-    """Where training went on from an earlier run, in the phases that made a model."""
-    phase_rows = [row for row in interventions if row["phase"] in set(phases)]
-    return {"interventions": tables.interventions(phase_rows)}
-
-
-def unread_tables(model: Facts, order: Facts) -> dict[str, list[str]]:
-    """What phases did not read of what got worse; order: of the dataset's facts."""
-    return {"unread": caveats.unread(model["scores"], order)}
-
-
-def cost_tables(run_costs: costs.Costs) -> dict[str, list[str]]:
-    """What all of the release took to make."""
-    head = ["stage", "attempts", "failed", "core hours", "GPU hours", "energy, Wh"]
-    return {"cost": tables.table(head, costs.rows(run_costs))}
-
-
-def model_card(
-    folder: str, release: Facts, model: Facts, data: Facts, interventions: list[Facts], run_costs: costs.Costs
-) -> str:
-    """The card of a folder that holds a model. `release` is evidence/release.json; run_costs: of
-    `costs.usage_by_stage`."""
+def model_card(folder: str, release: Facts, facts: ReleaseFacts) -> str:
+    """The card of a folder that holds a model. `release` is evidence/release.json; facts: with those of this model."""
     hub = load()
 
-    namespace, name = release["namespace"], release["name"]
+    namespace, name, model = release["namespace"], release["name"], facts.model
     dataset = data_id(release)
     title = {"model": "", "model-base": "base"}.get(folder, folder.removeprefix("model-"))
     card_data = hub.ModelCardData(
@@ -138,25 +82,24 @@ def model_card(
         datasets=[dataset],
         base_model=None if title == "base" else f"{namespace}/{name}-base",
         metrics=[metric for metric, _, _ in METRICS.values()],
-        tags=["mixture-of-experts", "open-data", "reproducible"],
-        eval_results=model_index(own_scores(model), dataset),
+        tags=[*(["mixture-of-experts"] if model.has_experts else []), "open-data", "reproducible"],
+        eval_results=model_index(model.own_scores(), dataset),
         **schema.head(),
     )
-    # of what both repositories tell, the scores too, the model's own word counts on its card
-    release_tables = intervention_tables(model["training"], interventions) | cost_tables(run_costs)
-    release_tables |= unread_tables(model, data["order"])
-    table_texts = _lines({**data_tables(data), **model_tables(model), **release_tables})
+    texts = _texts(card_tables.lines_by_table(card_tables.MODEL_TABLES, model))
+    texts |= _texts(card_tables.lines_by_table(card_tables.RELEASE_TABLES, facts))
     text = hub.ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "model.md.jinja"),
         release=release,
         model=model,
         title=title,
-        trained_by=_join_words([_title(phase) for phase in model["training"]]),
+        trained_by=_join_words([_title(phase) for phase in model.training]),
         repo=f"{namespace}/{card_data.model_name}",
         dataset=dataset,
         prefix=f"{namespace}/{name}",
-        t=table_texts,
+        t=texts,
+        sections=card_tables.sections((*card_tables.MODEL_TABLES, *card_tables.RELEASE_TABLES), texts),
     )
     return _normalize_text(str(text))
 
@@ -172,12 +115,6 @@ def data_of(card: str) -> str:
     return str(data.datasets[0])
 
 
-def own_scores(model: Facts) -> Facts:
-    """The scores of the model itself: the last ones, since a card compares with what came before and nothing else."""
-    scores: Facts = model["scores"][list(model["scores"])[-1]]
-    return scores
-
-
 def _title(phase: str) -> str:
     kind, number = numbered(phase)
     return f"{PHASES.get(kind, kind)} {number or ''}".strip()
@@ -187,10 +124,10 @@ def _join_words(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), *words[-1:]]) if len(words) > 1 else "".join(words)
 
 
-def data_card(release: Facts, data: Facts, canary: Mapping[str, str] | None = None) -> str:
+def data_card(release: Facts, data: DataFacts, canary: Mapping[str, str] | None = None) -> str:
     hub = load()
 
-    kept_documents = sum(row["kept"] for row in data["sources"].values())
+    kept_documents = sum(row.kept for row in data.sources.values())
     card_data = hub.DatasetCardData(
         pretty_name=f"{release['title']}: data",
         language=list(release["languages"]) or None,
@@ -198,21 +135,23 @@ def data_card(release: Facts, data: Facts, canary: Mapping[str, str] | None = No
         task_categories=["text-generation"],
         configs=[
             {"config_name": name, "data_files": [{"split": "kept", "path": f"kept/{name}.parquet"}]}
-            for name in data["sources"]
+            for name in data.sources
         ]
         + [{"config_name": "dispositions", "data_files": [{"split": "all_documents", "path": "dispositions.parquet"}]}],
         **license_fields(release["license"]["data_compilation"]),
         **schema.head(),
     )
+    texts = _texts(card_tables.lines_by_table(card_tables.DATA_TABLES, data))
     text = hub.DatasetCard.from_template(
         card_data,
         template_path=str(TEMPLATES / "data.md.jinja"),
         release=release,
         prefix=f"{release['namespace']}/{release['name']}",
-        sources=list(data["sources"]),
-        earlier=any(len(phase["parts"]) > 1 for phase in data["order"].values()),
+        sources=list(data.sources),
+        earlier=any(len(phase.parts) > 1 for phase in data.order.values()),
         canary=canary and canary["canary"],
-        t=_lines(data_tables(data)),
+        t=texts,
+        sections=card_tables.sections(card_tables.DATA_TABLES, texts),
     )
     return _normalize_text(str(text))
 
@@ -228,7 +167,7 @@ def plain_card(kind: str, release: Facts, license: str, **table_lines: list[str]
         template_path=template,
         release=release,
         prefix=prefix,
-        t=_lines(table_lines),
+        t=_texts(table_lines),
     )
     return _normalize_text(str(text))
 
@@ -239,7 +178,7 @@ def size_category(documents: int) -> str:
     return names[min(max(len(str(documents)) - 3, 0), len(names) - 1)]
 
 
-def _lines(table_lines: dict[str, list[str]]) -> dict[str, str]:
+def _texts(table_lines: dict[str, list[str]]) -> dict[str, str]:
     return {name: "\n".join(lines) for name, lines in table_lines.items()}
 
 
@@ -247,14 +186,7 @@ def _normalize_text(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text.replace("\r\n", "\n")).strip() + "\n"
 
 
-def missing_lines(card: str, table_lines: dict[str, list[str]]) -> list[str]:
-    """Lines that the facts demand and the card does not hold, word for word; old cards have texts of models as they
-    were drawn, which are escaped today."""
-    present = {escaped(line) for line in card.splitlines()}
-    return [line for name, lines in table_lines.items() for line in lines if escaped(line) not in present]
-
-
-def mismatched_scores(card: str, scores: Facts) -> list[str]:
+def mismatched_scores(card: str, scores: Scores) -> list[str]:
     """Values of the card's model-index that are not the measured ones."""
     hub = load()
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from release.cards.render import METRICS, Facts, own_scores
+from release.assembly.model_facts import ModelFacts
+from release.cards.render import METRICS
 from release.hub.client import load
 from release.hub.limits import PUBLIC_HUB
 
@@ -22,12 +23,12 @@ def results_path(dataset: str) -> str:
     return f"{FOLDER}/{dataset.rpartition('/')[2]}.yaml"
 
 
-def text(model: Facts, dataset: str, version: str) -> str:
+def text(model: ModelFacts, dataset: str, version: str) -> str:
     """The file's content; dataset: id of the release's data repository."""
     return yaml.safe_dump(_rows(model, dataset, version), sort_keys=False, width=1000)
 
 
-def problems(folder: Path, model: Facts, dataset: str, version: str | None) -> list[str]:
+def problems(folder: Path, model: ModelFacts, dataset: str, version: str | None) -> list[str]:
     """What of a model repository's file is not measured. version: None if only the repository is known; then the source
     is not compared. A release that is older than such files has none."""
     if not (folder / FOLDER).exists():
@@ -51,10 +52,10 @@ def _without_source(rows: Any) -> Any:
     return [{**row, "source": None} if isinstance(row, dict) else row for row in rows]
 
 
-def _rows(model: Facts, dataset: str, version: str) -> list[dict[str, Any]]:
+def _rows(model: ModelFacts, dataset: str, version: str) -> list[dict[str, Any]]:
     hub = load()
 
-    scores, name = own_scores(model), list(model["scores"])[-1]
+    scores, name = model.own_scores(), model.name()
     entries = [
         hub.EvalResultEntry(
             dataset_id=dataset,

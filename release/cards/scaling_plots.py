@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from release.assembly import training
+from release.assembly.model_facts import ModelFacts
 from release.cards.plot import COLORS, DPI, require
 from stages.evaluation.confidence import Z95
 
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def model_plots(folder: Path, model: Mapping[str, Any]) -> dict[str, bytes]:
+def model_plots(folder: Path, model: ModelFacts) -> dict[str, bytes]:
     """The plots that a model repository carries, by name; none of a model that does not converse.
 
     model: its facts, whose scores are drawn.
     """
     plots = {}
-    if scores := model["chat"].get("test"):
+    if scores := model.chat.get("test"):
         plots["inference.png"] = inference(scores)
     logs = {phase: training.read(path) for phase, path in training.logs(folder).items() if phase == "rlvr"}
     if logs:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from release.assembly import costs
+from release.assembly.checkpoint_facts import Checkpoint, Intervention
+from release.assembly.data_facts import DataFacts, OrderPart
+from release.assembly.model_facts import ModelFacts
+from release.assembly.score_facts import Scores
 from release.layout import numbered
-
-Facts = dict[str, Any]
 
 TITLES = {"init": "random weights", "base": "pre-training (base)", "mid": "mid-training", "long": "long context"}
 
@@ -32,7 +35,7 @@ def titles(models: Iterable[str]) -> dict[str, str]:
     return {model: f"{TITLES.get(kind, kind)} {number or ''}".strip() for model, (kind, number) in parts.items()}
 
 
-def evaluation(scores: Facts) -> list[str]:
+def evaluation(scores: dict[str, Scores]) -> list[str]:
     """One row a measure, one column a model: value ± standard error."""
     phases, last_scores = list(scores), scores[list(scores)[-1]]
     measures = [("bits_per_byte", source, f"bits per byte, {source}", 4) for source in last_scores["bits_per_byte"]]
@@ -48,17 +51,17 @@ def evaluation(scores: Facts) -> list[str]:
     return table(["measure", *titles(phases).values()], body)
 
 
-def passkeys(scores: Facts) -> list[str]:
+def passkeys(scores: dict[str, Scores]) -> list[str]:
     """Keys found in texts of each length, one column a model that was asked for them."""
     return _by_model(scores, "passkey", "tokens of the text", 3)
 
 
-def positions(scores: Facts) -> list[str]:
+def positions(scores: dict[str, Scores]) -> list[str]:
     """Bits per token of long documents by the token's position, one column a model."""
     return _by_model(scores, "loss_by_position", "position of the token", 4)
 
 
-def passkeys_by_depth(scores: Facts) -> list[str]:
+def passkeys_by_depth(scores: dict[str, Scores]) -> list[str]:
     """Keys that the last model found, by length of the text and how deep in it the key stands (0: at its start)."""
     scores_by_length = scores[list(scores)[-1]].get("passkey_by_depth", {})
     depths = sorted({depth for row in scores_by_length.values() for depth in row}, key=float)
@@ -69,7 +72,7 @@ def passkeys_by_depth(scores: Facts) -> list[str]:
     return table(["tokens of the text", *(f"depth {depth}" for depth in depths)], body) if body else []
 
 
-def _by_model(scores: Facts, kind: str, head: str, digits: int) -> list[str]:
+def _by_model(scores: dict[str, Scores], kind: str, head: str, digits: int) -> list[str]:
     """One row for each name of a kind of scores, in order of its first number; nothing if no model has that kind."""
     names, columns = titles(scores), [model for model in scores if kind in scores[model]]
     keys = sorted({key for model in columns for key in scores[model][kind]}, key=lambda key: int(key.split("-")[0]))
@@ -81,7 +84,7 @@ def _by_model(scores: Facts, kind: str, head: str, digits: int) -> list[str]:
     return table([head, *(names[model] for model in columns)], body) if body else []
 
 
-def samples(scores: Facts) -> list[str]:
+def samples(scores: dict[str, Scores]) -> list[str]:
     """How much was measured: documents, bytes and problems."""
     last_scores = scores[list(scores)[-1]]
     body = [[name, count(r["documents"]), count(r["bytes"]), ""] for name, r in last_scores["bits_per_byte"].items()]
@@ -89,17 +92,17 @@ def samples(scores: Facts) -> list[str]:
     return table(["source or task", "held-out documents", "bytes scored", "problems"], body)
 
 
-def architecture(model: Facts) -> list[str]:
-    body = [["parameters, total", count(model["parameters"]["total"])]]
-    body += [["parameters, active for one token", count(model["parameters"]["active"])]]
-    body += [[key.replace("_", " "), count(value)] for key, value in model["config"].items()]
+def architecture(model: ModelFacts) -> list[str]:
+    body = [["parameters, total", count(model.parameters.total)]]
+    body += [["parameters, active for one token", count(model.parameters.active)]]
+    body += [[key.replace("_", " "), count(value)] for key, value in model.config.items()]
     return table(["what", "value"], body)
 
 
-def context(model: Facts) -> list[str]:
+def context(model: ModelFacts) -> list[str]:
     """How long texts may be, and how positions are told, as config.json says to every loader."""
-    rope = dict(model["rope"])
-    body = [["context length, tokens", count(model["config"]["max_position_embeddings"])]]
+    rope = dict(model.rope)
+    body = [["context length, tokens", count(model.config["max_position_embeddings"])]]
     body += [["base of the rotary embedding", f"{rope.pop('rope_theta'):,.10g}"]]
     kind = rope.pop("rope_type", "default")
     body += [["scaling of the rotary embedding", "none" if kind == "default" else kind]]
@@ -107,10 +110,10 @@ def context(model: Facts) -> list[str]:
     return table(["what", "value"], body)
 
 
-def parity(model: Facts) -> list[str]:
+def parity(model: ModelFacts) -> list[str]:
     body = [
         [key.replace("_", " "), number(value)]
-        for key, value in sorted(model["parity"].items())
+        for key, value in sorted(model.parity.items())
         if not isinstance(value, dict)
     ]
     return table(["export parity", "value"], body)
@@ -122,99 +125,96 @@ def number(value: Any) -> str:
     return count(value) if isinstance(value, int) else f"{value:.3g}"
 
 
-def sources(data: Facts) -> list[str]:
+def sources(data: DataFacts) -> list[str]:
     body = []
-    for name, row in data["sources"].items():
-        split = row["by_split"]
-        tokens = sum(row["tokens"].values())
+    for name, row in data.sources.items():
+        split = row.by_split
+        tokens = sum(row.tokens.values())
         counts = [
-            row["documents_in"],
-            row["kept"],
+            row.documents_in,
+            row.kept,
             split.get("train", 0),
             split.get("heldout", 0),
-            row["bytes_kept"],
+            row.bytes_kept,
             tokens,
         ]
-        body.append([name, ", ".join(row["licenses"]), *map(count, counts)])
+        body.append([name, ", ".join(row.licenses), *map(count, counts)])
     return table(["source", "license", "documents in", "kept", "train", "held out", "bytes kept", "tokens"], body)
 
 
-def license_evidence(data: Facts) -> list[str]:
-    body = [
-        [name, ", ".join(row["licenses"]), row["origin"], row["license_evidence"]]
-        for name, row in data["sources"].items()
-    ]
+def license_evidence(data: DataFacts) -> list[str]:
+    body = [[name, ", ".join(row.licenses), row.origin, row.license_evidence] for name, row in data.sources.items()]
     return table(["source", "license", "origin", "evidence of the license"], body)
 
 
-def funnel(data: Facts) -> list[str]:
+def funnel(data: DataFacts) -> list[str]:
     """Removed documents, one row a rule, one column a source; the last rows balance."""
-    names = list(data["sources"])
-    rules = sorted({rule for row in data["sources"].values() for rule in row["removed"]})
+    names = list(data.sources)
+    rules = sorted({rule for row in data.sources.values() for rule in row.removed})
 
     def line(label: str, numbers: list[int]) -> list[str]:
         return [label, *map(count, numbers), count(sum(numbers))]
 
-    body = [line("in", [data["sources"][n]["documents_in"] for n in names])]
-    body += [line(f"removed: {rule}", [data["sources"][n]["removed"].get(rule, 0) for n in names]) for rule in rules]
-    body.append(line("kept", [data["sources"][n]["kept"] for n in names]))
+    body = [line("in", [data.sources[n].documents_in for n in names])]
+    body += [line(f"removed: {rule}", [data.sources[n].removed.get(rule, 0) for n in names]) for rule in rules]
+    body.append(line("kept", [data.sources[n].kept for n in names]))
     return table(["documents", *names, "all"], body)
 
 
-def order(data: Facts) -> list[str]:
+def order(data: DataFacts) -> list[str]:
     """What each training phase saw, from the order index."""
     body = []
-    for phase, row in data["order"].items():
-        for part in row["parts"]:
-            first, last = part["first_step"], part["last_step"]
-            label = phase if len(row["parts"]) == 1 else f"{phase}, steps {count(first)} to {count(last)}"
-            for name, figures in part["by_source"].items():
-                cells = [count(figures[key]) for key in ("rows", "tokens", "documents")]
+    for phase, row in data.order.items():
+        for part in row.parts:
+            first, last = part.first_step, part.last_step
+            label = phase if len(row.parts) == 1 else f"{phase}, steps {count(first)} to {count(last)}"
+            for name, figures in part.by_source.items():
+                cells = [count(number) for number in (figures.rows, figures.tokens, figures.documents)]
                 body.append([label, count(last - first + 1), name, *cells])
     return table(["phase", "steps", "source", "rows that hold it", "tokens predicted", "different documents"], body)
 
 
-def packing(data: Facts) -> list[str]:
+def packing(data: DataFacts) -> list[str]:
     """How full the rows of packed phases are; nothing if no phase is packed."""
     body = []
     for phase, part in _packed(data):
-        row = part["packed"]
-        sizes = [count(row[key]) for key in ("rows", "sequence_length", "tokens")]
-        body.append([phase, *sizes, f"{100 * row['fill']:.2f} %"])
+        if (packing := part.packing) is not None:
+            sizes = [count(number) for number in (packing.rows, packing.sequence_length, packing.tokens)]
+            body.append([phase, *sizes, f"{100 * packing.fill:.2f} %"])
     return table(["phase", "rows", "tokens of a row", "tokens predicted", "filled"], body) if body else []
 
 
-def long_documents(data: Facts) -> list[str]:
+def long_documents(data: DataFacts) -> list[str]:
     """What was asked for of long documents, and what was missing; nothing if no phase up-weights them."""
     keys = ("over", "chunks", "available_tokens", "wanted_tokens", "missing_tokens")
     body = [
         [phase, source, *(count(row[key]) for key in keys)]
         for phase, part in _packed(data)
-        for source, row in part["long"].items()
+        for source, row in part.long.items()
     ]
     head = ["phase", "source", "long is more than, tokens", "long chunks", "tokens in them", "tokens asked for"]
     return table([*head, "missing, made up by shorter ones"], body) if body else []
 
 
-def _packed(data: Facts) -> Iterator[tuple[str, Facts]]:
-    for phase, row in data["order"].items():
-        for part in row["parts"]:
-            if "packed" in part:
-                label = f", steps {count(part['first_step'])} to {count(part['last_step'])}"
-                yield phase + (label if len(row["parts"]) > 1 else ""), part
+def _packed(data: DataFacts) -> Iterator[tuple[str, OrderPart]]:
+    for phase, row in data.order.items():
+        for part in row.parts:
+            if part.packing is not None:
+                label = f", steps {count(part.first_step)} to {count(part.last_step)}"
+                yield phase + (label if len(row.parts) > 1 else ""), part
 
 
-def interventions(rows: list[Facts]) -> list[str]:
+def interventions(rows: list[Intervention]) -> list[str]:
     """One line for each time that a phase went on from a checkpoint of an earlier run."""
     lines = []
     for row in rows:
         changes = ", ".join(
-            f"`{name}` {_setting_text(before)} → {_setting_text(after)}" for name, before, after in row["changes"]
+            f"`{name}` {_setting_text(before)} → {_setting_text(after)}" for name, before, after in row.changes
         )
         settings = f"with other settings: {changes}" if changes else "with the same settings"
         lines.append(
-            f"- {row['phase']}: steps {count(row['first'])} to {count(row['step'])} by `{row['by']}`; "
-            f"from step {count(row['step'] + 1)} on {settings}."
+            f"- {row.phase}: steps {count(row.first)} to {count(row.step)} by `{row.by}`; "
+            f"from step {count(row.step + 1)} on {settings}."
         )
     return lines
 
@@ -224,5 +224,11 @@ def _setting_text(value: Any) -> str:
     return "not set" if value is None else str(value)
 
 
-def checkpoints(rows: list[Facts]) -> list[str]:
-    return table(["branch", "phase", "step"], [[row["branch"], row["phase"], count(row["step"])] for row in rows])
+def checkpoints(rows: list[Checkpoint]) -> list[str]:
+    return table(["branch", "phase", "step"], [[row.branch, row.phase, count(row.step)] for row in rows])
+
+
+def cost(run_costs: costs.Costs) -> list[str]:
+    """What all of the release took to make, by stage."""
+    head = ["stage", "attempts", "failed", "core hours", "GPU hours", "energy, Wh"]
+    return table(head, costs.rows(run_costs))

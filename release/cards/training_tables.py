@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from release.assembly.model_facts import ModelFacts
 from release.cards.tables import count, table
 
 Facts = dict[str, Any]
 
 
-def experts_by_phase(model: Facts) -> list[str]:
+def experts_by_phase(model: ModelFacts) -> list[str]:
     """One row a phase: how evenly its tokens went to the experts when it ended."""
     body = []
-    for phase, log in model["training"].items():
-        measurement = log["experts"]
+    for phase, log in model.training.items():
+        measurement = log.experts
         if measurement is None:
             body.append([phase, "never", *[""] * 5])
             continue
@@ -22,13 +23,13 @@ def experts_by_phase(model: Facts) -> list[str]:
         body.append([
             phase, count(measurement["step"]), f"{busiest - 1:.3f}",
             f"{sum(measurement['entropy']) / len(measurement['entropy']):.3f}",
-            count(len(measurement["dead"])), count(log["measurements"]), count(log["dropped"]),
+            count(len(measurement["dead"])), count(log.measurements), count(log.dropped),
         ])  # fmt: skip
     head = ["phase", "last measured at step", "max violation", "mean entropy, nats", "dead experts"]
     return table([*head, "measurements", "assignments dropped in all of them"], body) if body else []
 
 
-def experts(model: Facts) -> list[str]:
+def experts(model: ModelFacts) -> list[str]:
     """One row a layer, of the last measurement of all."""
     measurement = last_measurement(model)
     if measurement is None:
@@ -45,11 +46,11 @@ def experts(model: Facts) -> list[str]:
     return table([*head, "of the largest possible", "dead experts"], body)
 
 
-def verdict(model: Facts) -> list[str]:
+def verdict(model: ModelFacts) -> list[str]:
     """One sentence: an alarm if the last measurement finds any expert dead."""
     measurement = last_measurement(model)
     if measurement is None:
-        return ["Where the routers sent the tokens was not measured."] if model["training"] else []
+        return ["Where the routers sent the tokens was not measured."] if model.training else []
     total, dead = sum(len(row) for row in measurement["share"]), len(measurement["dead"])
     if not dead:
         return [f"None of the {count(total)} experts was dead at the last measurement."]
@@ -61,27 +62,27 @@ def verdict(model: Facts) -> list[str]:
     ]
 
 
-def last_measurement(model: Facts) -> Facts | None:
+def last_measurement(model: ModelFacts) -> Facts | None:
     """The last measurement of the last phase that has one, with its `phase`."""
-    measurements = [{"phase": phase, **log["experts"]} for phase, log in model["training"].items() if log["experts"]]
+    measurements = [{"phase": phase, **log.experts} for phase, log in model.training.items() if log.experts]
     return measurements[-1] if measurements else None
 
 
-def spikes(model: Facts) -> list[str]:
+def spikes(model: ModelFacts) -> list[str]:
     """A line for each spike, one for what the recipe left out, and one for each phase that has neither."""
     lines = []
-    for phase, log in model["training"].items():
-        for spike in log["spikes"]:
+    for phase, log in model.training.items():
+        for spike in log.spikes:
             documents = len(spike["documents"])
             batch_size = f"{count(documents)} document{'s' if documents != 1 else ''}"
             lines.append(
                 f"- {phase}, step {count(spike['step'])}: {spike['reason']}; action {spike['action']}: "
                 f"{_skipped_steps(spike['excluded'])}; the batch that spiked held {batch_size}."
             )
-        if log["excluded"]:
-            lines.append(f"- {phase}: {_skipped_steps(log['excluded'])}, because the recipe says so.")
-        if not log["spikes"] and not log["excluded"]:
-            lines.append(f"- {phase}, steps {count(log['first'])} to {count(log['last'])}: no step was skipped.")
+        if log.excluded:
+            lines.append(f"- {phase}: {_skipped_steps(log.excluded)}, because the recipe says so.")
+        if not log.spikes and not log.excluded:
+            lines.append(f"- {phase}, steps {count(log.first)} to {count(log.last)}: no step was skipped.")
     return lines
 
 

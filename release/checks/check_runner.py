@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CheckFailed
-from release.checks import confine, registry, table_sizes
+from release.checks import confine, table_sizes
+from release.checks.check import NOTHING_LARGE, Check, Reads
 from release.checks.confine import Budget
-from release.checks.verdict import Check, Problems, answer
+from release.checks.findings import Absent, Findings, require_file
+from release.checks.verdict import CheckResult, answer
+from release.hash_cache import Digests
 from release.tree import Tree, real_bytes
 
 SECONDS, MEMORY = 5.0, 192 << 20
@@ -29,32 +32,19 @@ TENSOR_SECONDS, TENSOR_GROWTH = 2e-8, 3
 """For each byte of weights, and for each of the largest file of them."""
 
 
-@dataclass(frozen=True)
-class Reads:
-    """What a check reads: JSON and tables below these places (paths begin with them), and weights if it reads any."""
-
-    places: tuple[str, ...] = ()
-    weights: bool = False
-
-
-NOTHING_LARGE = Reads()
-
-
-def run_check(name: str, question: Callable[[], Problems | registry.Findings]) -> Check:
+def run_check(name: str, question: Callable[[], Findings]) -> CheckResult:
     """The answer to a question about files that may hold anything."""
     try:
         findings = question()
-        if not isinstance(findings, registry.Findings):
-            return answer(name, findings)
         problems, skipped = findings.problems, [f"skipped: {reason}" for _, reason in sorted(findings.skipped.items())]
         ok = not problems if problems or findings.compared else None
-        return Check(name, ok, problems[0] if problems else findings.detail, problems, skipped)
+        return CheckResult(name, ok, problems[0] if problems else findings.detail, problems, skipped)
     except ImportError as error:
-        return Check(name, None, f"not asked, since it needs {error.name or error}; install atom-release[train]")
+        return CheckResult(name, None, f"not asked, since it needs {error.name or error}; install atom-release[train]")
     except CheckFailed as error:
         return answer(name, [str(error)])
-    except registry.Absent as error:
-        return Check(name, None, str(error))
+    except Absent as error:
+        return CheckResult(name, None, str(error))
     except MemoryError:
         raise
     except Exception as error:  # anyone can write checksums: a file that is not what it should be is a finding
@@ -65,8 +55,6 @@ def load_libraries(deep: bool) -> None:
     """Imports once what checks need, so that not every process of theirs does, within its limits."""
     import pyarrow as pa
     import pyarrow.parquet
-
-    import release.checks.rescore  # noqa: F401
 
     pa.table({"column": [1]}).to_pylist()  # looks for pandas
     if deep:
@@ -84,11 +72,24 @@ class CheckRunner:
         self.tables: dict[str, tuple[int, int]] = {}
         self.spent = ""
 
-    def run(self, name: str, question: Callable[[], Check], reads: Reads = NOTHING_LARGE) -> Check:
+    def ask(self, check: Check, kind: str, digests: Digests) -> CheckResult:
+        """The answer of a registered check. kind: of the folder, which the check applies to."""
+        subject = check.scope.subject(self.folder, kind, digests)
+
+        def question() -> Findings:
+            if check.since_format is not None:
+                require_file(subject.folder, check.needs, check.since_format)
+            return check.function(subject)
+
+        if not check.confined:
+            return run_check(check.name, question)
+        return self.run(check.name, lambda: run_check(check.name, question), check.reads_of(kind))
+
+    def run(self, name: str, question: Callable[[], CheckResult], reads: Reads = NOTHING_LARGE) -> CheckResult:
         if self.spent:
-            return Check(name, None, f"not asked, since {self.spent}")
+            return CheckResult(name, None, f"not asked, since {self.spent}")
         try:
-            return Check(**self._run_confined(lambda: asdict(question()), self._allowance(reads)))
+            return CheckResult(**self._run_confined(lambda: asdict(question()), self._allowance(reads)))
         except CheckFailed as error:
             self.spent = f"{name} took all the time or memory that there is"
             return answer(name, [f"cannot be checked: it {error}"])
@@ -101,7 +102,7 @@ class CheckRunner:
         self.seconds -= max(0.0, seconds - budget.seconds)
         return result
 
-    def check_tables(self) -> Iterator[Check]:
+    def check_tables(self) -> Iterator[CheckResult]:
         """Whether tables are as large as their bytes can be; what they unpack to is known from then on."""
         paths = sorted(path for path in self.tree.files if path.endswith(".parquet"))
         load_libraries(self.deep)

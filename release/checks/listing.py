@@ -11,7 +11,7 @@ from pipeline.core.errors import CheckFailed
 from release import untrusted
 from release.checks import confine
 from release.checks.confine import Budget
-from release.checks.verdict import Check, Problems, answer
+from release.checks.verdict import CheckResult, Problems, answer
 from release.checksums import SUMS_BYTES, SUMS_LINES, read_sums
 from release.layout import ALL_SUMS, MODEL, ORIGINS, PARTS, SUMS
 from release.repositories import MOST_ENTRIES, Repository, files_within, published, repositories
@@ -155,7 +155,7 @@ class Contents:
         return files_within(self.paths, repository, self.models)
 
 
-def check(contents: Contents) -> Check:
+def check(contents: Contents) -> CheckResult:
     """All that lies there may be read, and tells of itself how large it is."""
     folder, tree = contents.folder, contents.tree
     problems = list(tree.refused)

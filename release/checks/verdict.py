@@ -15,7 +15,7 @@ Problems = list[str]
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckResult:
     """One question and its answer; `wrong` names every file or number at fault, `skipped` every part that was not
     compared, with the reason. `ok` is None if it was not asked.
 
@@ -50,7 +50,7 @@ class Verdict:
     subject: str
     kind: str
     deep: bool
-    checks: list[Check] = field(default_factory=list)
+    checks: list[CheckResult] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.subject = printable(self.subject)
@@ -74,6 +74,6 @@ class Verdict:
             raise CheckFailed(f"{self.subject}: {problems[0][1]} [{problems[0][0]}]{remainder}")
 
 
-def answer(name: str, problems: Problems, detail: str = "holds") -> Check:
+def answer(name: str, problems: Problems, detail: str = "holds") -> CheckResult:
     """A check that holds if nothing is wrong; the first of what is wrong is its detail."""
-    return Check(name, not problems, problems[0] if problems else detail, problems)
+    return CheckResult(name, not problems, problems[0] if problems else detail, problems)

@@ -2,10 +2,10 @@
 
     python -P load_check.py [--memory=BYTES --seconds=N] MODEL_FOLDER...
 
-Prints, for each folder, one line `RELOAD` with JSON: `problems`, a list of sentences (empty if all is well), the
-number of `parameters`, and `goldens`, what tokenizer, template and model make of fixed inputs: token ids, text, last
-row of logits in fp32, a greedy continuation, to which any runtime can be held. The limits hold for what is
-used beyond the libraries themselves. This file imports nothing of ours, on purpose.
+Prints, for each folder, one line `RELOAD` with JSON: `problems`, a list of [part, sentence] (empty if all is well)
+whose part is `model` or `chat_template`, the number of `parameters`, and `goldens`, what tokenizer, template and model
+make of fixed inputs: token ids, text, last row of logits in fp32, a greedy continuation, to which any runtime can be
+held. The limits hold for what is used beyond the libraries themselves. This file imports nothing of ours, on purpose.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ def check_model(folder: str) -> dict[str, object]:
     model, loading = loaded[0], loaded[1]
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     problems = [
-        f"{kind}: {name}"
+        ("model", f"{kind}: {name}")
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
         for name in sorted(loading[kind])
     ]
-    problems += check_tokenizer(tokenizer, model) + check_generation(tokenizer, model)
+    problems += [("chat_template", text) for text in check_tokenizer(tokenizer, model)]
+    problems += [("model", text) for text in check_generation(tokenizer, model)]
     outputs = {} if problems else goldens(tokenizer, model.float(), *recorded_inputs(folder))
     return {"problems": problems, "parameters": sum(p.numel() for p in model.parameters()), "goldens": outputs}
 
@@ -133,5 +134,6 @@ if __name__ == "__main__":
         try:
             result = check_model(name)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, MemoryError) as error:
-            result = {"problems": [f"transformers cannot load it: {type(error).__name__}: {error}"], "parameters": None}
+            message = f"transformers cannot load it: {type(error).__name__}: {error}"
+            result = {"problems": [("model", message)], "parameters": None, "goldens": {}}
         print("RELOAD " + json.dumps(result))

@@ -18,7 +18,7 @@ from tests.fixtures import ROOT
 
 PAGE = ROOT / "docs/extending.md"
 FILE = re.compile(r"^(?:[^\n]*The test, )?`([\w./-]+)`:\n\n```(?:python|yaml)\n(.*?)```\n", re.DOTALL | re.MULTILINE)
-LINE = re.compile(r"The lines? in `(\w+)` of `([\w./]+)`[^:]*:\n\n((?:```python\n.*?```\n\n?)+)", re.DOTALL)
+LINE = re.compile(r"The\s+lines?\s+in\s+`(\w+)`\s+of\s+`([\w./]+)`[^:]*:\n\n((?:```python\n.*?```\n\n?)+)", re.DOTALL)
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 FOLDERS = ("pipeline", "stages", "release", "data_recipes", "bench", "docs", "tests")
 REGISTRIES = (

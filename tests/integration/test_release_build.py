@@ -145,23 +145,23 @@ def test_cards_are_valid_for_the_hub(built: Path) -> None:
 
 
 def test_a_wrong_number_on_a_card_is_found(built: Path, tmp_path: Path) -> None:
-    from release.checks import registry
+    from release.checks import cards
 
     copy = tmp_path / "model"
     shutil.copytree(built / "model", copy)
-    assert registry.model_card(copy).problems == []
+    assert cards.model_card(copy).problems == []
     text = (copy / "README.md").read_text()
     for old, new in (("0.750 ± ", "0.850 ± "), ("value: 0.75", "value: 0.85")):
         assert old in text
         (copy / "README.md").write_text(text.replace(old, new, 1))
-        assert registry.model_card(copy).problems
+        assert cards.model_card(copy).problems
 
 
 def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) -> None:
     import yaml
     from huggingface_hub import parse_eval_result_entries
 
-    from release.checks import registry
+    from release.checks import cards
     from release.checksums import read_sums
 
     for folder, model in (("model", "mid"), ("model-base", "base")):
@@ -191,17 +191,17 @@ def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) 
         assert old in text
         path.write_text(text.replace(old, new, 1))
         problems = [".eval_results/tiny-data.yaml is not what was measured"]
-        assert registry.model_card(copy, about).problems == problems and registry.model_card(copy).problems == (
+        assert cards.model_card(copy, about).problems == problems and cards.model_card(copy).problems == (
             problems if alone else []
         )
     for odd in ("only words", f"{text}- 1\n", "x: &a [1]\ny: *a\n"):
         path.write_text(odd)
-        assert registry.model_card(copy).problems == [".eval_results/tiny-data.yaml is not what was measured"]
+        assert cards.model_card(copy).problems == [".eval_results/tiny-data.yaml is not what was measured"]
     path.write_text(text)
     (copy / ".eval_results/hle.yaml").write_text(text)
-    assert registry.model_card(copy, about).problems[0].startswith(".eval_results holds .eval_results/hle.yaml, ")
+    assert cards.model_card(copy, about).problems[0].startswith(".eval_results holds .eval_results/hle.yaml, ")
     shutil.rmtree(copy / ".eval_results")
-    assert registry.model_card(copy, about).problems == []  # as in a release of before
+    assert cards.model_card(copy, about).problems == []  # as in a release of before
 
 
 def test_parity_over_tolerance_is_refused(source, tmp_path: Path) -> None:

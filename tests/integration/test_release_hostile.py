@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,14 +17,15 @@ import pytest
 
 from pipeline.core.errors import CheckFailed
 from release import schema
-from release.assembly import metrics
 from release.audit.replay_carried import Code
 from release.audit.replay_source import Source
 from release.audit.verify import verify
-from release.cards import render, versions
-from release.checks import gates
-from release.checks import registry as checks
+from release.cards import card_tables, versions
+from release.checks import cards
+from release.checks.check import Subject
 from release.checks.check_runner import run_check
+from release.checks.load_report import load_models
+from release.checks.scores import scores
 from release.checksums import read_sums
 from release.layout import ALL_SUMS, CANARY, GATES_STATED, ORIGINS, ROOTS, SUMS
 from tests.fixtures import release_fixtures
@@ -141,8 +143,8 @@ def test_code_of_a_models_own_is_refused_and_not_run(copy: Path, tmp_path: Path,
     read, write = os.pipe()  # somebody who says yes to everything
     os.write(write, b"y\n" * 100)
     os.dup2(read, 0)
-    (outcome,) = gates.run_reload([copy / "model"])
-    assert outcome["problems"] and not marker.exists()
+    (report,) = load_models([copy / "model"])
+    assert report.problems and not marker.exists()
 
 
 def test_goldens_are_compared_and_missed(copy: Path) -> None:
@@ -214,22 +216,23 @@ def test_versions_stand_at_the_root_alone(place: str, copy: Path) -> None:
 
 def test_scores_of_an_older_card_lack_no_figure(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = copy / "dataset/evaluation/mid/scores.json"
-    scores = json.loads(path.read_text())
-    name = sorted(scores)[0]
-    path.write_text(json.dumps({key: value for key, value in scores.items() if key != name}))
-    assert checks.scores(copy / "dataset") == ["evaluation/mid/scores.json is not what its tables give"]
+    stated, dataset = json.loads(path.read_text()), Subject(copy / "dataset")
+    name = sorted(stated)[0]
+    path.write_text(json.dumps({key: value for key, value in stated.items() if key != name}))
+    assert scores(dataset).problems == ["evaluation/mid/scores.json is not what its tables give"]
     monkeypatch.setitem(versions.FIGURES, name, 99)  # unless it came later
-    assert checks.scores(copy / "dataset") == []
+    assert scores(dataset).problems == []
     path.write_text("{}")
-    assert checks.scores(copy / "dataset") == ["evaluation/mid/scores.json is not what its tables give"]
+    assert scores(dataset).problems == ["evaluation/mid/scores.json is not what its tables give"]
 
 
 def test_a_card_of_which_nothing_is_compared_is_not_ok(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stated = schema.stated(built).cards + 1
-    parts = [*render.data_tables(metrics.data_facts(built / "dataset")), "metadata", "plots", "eval_results"]
-    parts += render.model_tables(metrics.model_facts(built / "model"))
-    monkeypatch.setattr(versions, "CHANGED", dict.fromkeys(parts, stated))
-    for findings in (checks.data_card(built / "dataset"), checks.model_card(built / "model")):
+    monkeypatch.setattr(versions, "PARTS", dict.fromkeys(versions.PARTS, stated))
+    for name in ("MODEL_TABLES", "DATA_TABLES"):
+        tables = [dataclasses.replace(table, changed=stated) for table in getattr(card_tables, name)]
+        monkeypatch.setattr(card_tables, name, tables)
+    for findings in (cards.data_card(Subject(built / "dataset")), cards.model_card(built / "model")):
         check = run_check("data_card", lambda findings=findings: findings)
         assert check.ok is None and check.skipped and not check.wrong
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from release.assembly import training
+from release.assembly.data_facts import OrderFacts, OrderPart, SourceInOrder
+from release.assembly.model_facts import ModelFacts, Parameters
 from release.cards import caveats, chat_tables
 
 
@@ -25,11 +28,11 @@ def side(reward: float, task: float | None, ending: float) -> dict[str, Any]:
     return {"parts": parts}
 
 
-def log(*rewards: float, kind: str = "add") -> dict[str, Any]:
+def log(*rewards: float, kind: str = "add") -> training.PhaseLog:
     return training.log_facts([{"step": n, "tokens": n, "rewards": {kind: x}} for n, x in enumerate(rewards, 1)])
 
 
-def facts(**changes: Any) -> dict[str, Any]:
+def facts(**changes: Any) -> ModelFacts:
     """A release in which nothing gets worse and every reward that rises has its task rise."""
     bits = {"init": 8.0, "base": 2.0, "mid": 1.9, "sft": 1.8, "rlvr": 1.8, "dpo": 1.8}
     scores = {
@@ -37,18 +40,23 @@ def facts(**changes: Any) -> dict[str, Any]:
         for n, (name, x) in enumerate(bits.items())
     }
     sides = {"before": side(0.3, 0.3, 0.3), "model": side(0.6, 0.6, 0.5)}
-    model = {
-        "scores": scores,
-        "chat": {
+    model = ModelFacts(
+        "Qwen3MoeForCausalLM", {}, "bfloat16", Parameters(1, 1, 1), {}, {}, scores,
+        chat={
             "test": {"sft": problems(0.4, 0.3), "rlvr": problems(0.8, 0.3), "dpo": problems(0.8, 0.6)},
             "preferences": {"dpo": {"before": "rlvr", "sides": sides}},
         },
-        "training": {"rlvr": log(0.3, 0.31, 0.5, 0.79, 0.8), "dpo": log(0.3, 0.31, 0.5, 0.6, 0.59, kind="courtesy")},
-    }
-    return model | changes
+        training={"rlvr": log(0.3, 0.31, 0.5, 0.79, 0.8), "dpo": log(0.3, 0.31, 0.5, 0.6, 0.59, kind="courtesy")},
+    )  # fmt: skip
+    return replace(model, **changes)
 
 
-def caveat_lines(model: dict[str, Any], part: str) -> list[str]:
+def order(*sources: str) -> dict[str, OrderFacts]:
+    """Of sft, which read these sources."""
+    return {"sft": OrderFacts(1, [OrderPart(1, 1, {source: SourceInOrder(1, 1, 1) for source in sources})])}
+
+
+def caveat_lines(model: ModelFacts, part: str) -> list[str]:
     return [line for line in caveats.caveat_sentences(model) if part in line]
 
 
@@ -63,7 +71,7 @@ def test_where_all_is_well_only_the_share_that_does_what_was_asked_is_stated() -
 @pytest.mark.parametrize(("task", "expected"), [(0.002, True), (0.02, True), (0.05, False)])
 def test_a_judge_that_is_pleased_by_style_alone_is_named(task: float, expected: bool) -> None:
     model = facts()
-    model["chat"]["preferences"]["dpo"]["sides"] = {
+    model.chat["preferences"]["dpo"]["sides"] = {
         "before": side(0.26, 0.002, 0.32),
         "model": side(0.43, task, 0.95),
     }
@@ -78,46 +86,45 @@ def test_a_judge_that_is_pleased_by_style_alone_is_named(task: float, expected: 
 
 def test_a_phase_whose_training_reward_rises_alone_is_named() -> None:
     model = facts()
-    model["chat"]["test"]["rlvr"] = problems(0.41, 0.3)
+    model.chat["test"]["rlvr"] = problems(0.41, 0.3)
     (line,) = caveat_lines(model, "while rlvr was trained")
     assert "for add rose (0.305 ± 0.005 → 0.795 ± 0.005" in line and "(0.400 ± 0.010 → 0.410 ± 0.010)" in line
     model = facts()
-    model["chat"]["preferences"]["dpo"]["sides"]["model"] = side(0.3, 0.3, 0.3)
+    model.chat["preferences"]["dpo"]["sides"]["model"] = side(0.3, 0.3, 0.3)
     assert len(caveat_lines(model, "while dpo was trained, its reward for courtesy rose")) == 1
-    model["training"]["dpo"] = log(0.3, 0.6, 0.3, 0.6, 0.3, kind="courtesy")
+    model.training["dpo"] = log(0.3, 0.6, 0.3, 0.6, 0.3, kind="courtesy")
     assert not caveat_lines(model, "while dpo"), "within its standard errors nothing rose"
-    model["training"]["dpo"] = log(0.1, 0.1, 0.5, 0.5, kind="code")
+    model.training["dpo"] = log(0.1, 0.1, 0.5, 0.5, kind="code")
     assert len(caveat_lines(model, "and no task was measured**: while dpo was trained, its reward for code rose")) == 1
 
 
 def test_what_got_worse_is_listed_with_the_phase_that_did_not_read_it() -> None:
     model = facts()
-    model["scores"]["sft"]["bits_per_byte"]["sums"] = value(9.1, 0.3)
-    model["scores"]["sft"]["accuracy"]["add"] = value(0.1)
+    model.scores["sft"]["bits_per_byte"]["sums"] = value(9.1, 0.3)
+    model.scores["sft"]["accuracy"]["add"] = value(0.1)
     (line,) = caveat_lines(model, "got worse")
     assert line == (
         "- From mid-training to sft these got worse: bits per byte of sums (1.900 ± 0.010 → 9.100 ± 0.300), "
         "exact match of add (0.200 ± 0.010 → 0.100 ± 0.010)."
     )
-    order = {"sft": {"parts": [{"by_source": {"prose": {}}}]}}
-    assert caveats.unread(model["scores"], order) == ["- Not trained on in sft: sums."]
-    assert caveats.unread(model["scores"], {"sft": {"parts": [{"by_source": {"sums": {}}}]}}) == []
-    model["scores"]["sft"]["bits_per_byte"]["sums"] = value(1.91, 0.3)
+    assert caveats.unread(model.scores, order("prose")) == ["- Not trained on in sft: sums."]
+    assert caveats.unread(model.scores, order("sums")) == []
+    model.scores["sft"]["bits_per_byte"]["sums"] = value(1.91, 0.3)
     assert "bits per byte" not in caveat_lines(model, "got worse")[0], "less than a standard error"
 
 
 def test_a_reward_without_a_task_is_named_where_it_was_trained_on() -> None:
     model = facts()
-    model["chat"]["preferences"]["dpo"]["sides"] = {"before": side(0.2, None, 0.3), "model": side(0.5, None, 0.9)}
+    model.chat["preferences"]["dpo"]["sides"] = {"before": side(0.2, None, 0.3), "model": side(0.5, None, 0.9)}
     (line,) = caveats.caveat_sentences(model)
     assert "no task was measured**: while dpo was trained, its reward for courtesy rose" in line
-    assert caveats.caveat_sentences(model | {"training": {}}) == [caveats.NONE], (
+    assert caveats.caveat_sentences(replace(model, training={})) == [caveats.NONE], (
         "of an older release, whose logs have no rewards"
     )
 
 
 def test_parts_of_the_reward_by_model() -> None:
-    rows = chat_tables.reward_parts(facts()["chat"])
+    rows = chat_tables.reward_parts(facts().chat)
     assert rows[0] == "| part of the reward | rlvr | dpo |"
     assert rows[2:] == [
         "| reward | 0.300 ± 0.010 | 0.600 ± 0.010 |",
@@ -128,6 +135,6 @@ def test_parts_of_the_reward_by_model() -> None:
 
 
 def test_rewards_of_a_log_with_few_steps_say_nothing() -> None:
-    assert log(0.1, 0.2, 0.9)["rewards"] == {}
-    rewards = log(*(n / 20 for n in range(20)))["rewards"]["add"]
+    assert log(0.1, 0.2, 0.9).rewards == {}
+    rewards = log(*(n / 20 for n in range(20))).rewards["add"]
     assert json.dumps(rewards) and rewards["first"]["n"] == rewards["last"]["n"] == 5

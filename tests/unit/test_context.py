@@ -13,7 +13,7 @@ import pytest
 from pipeline.core.errors import AtomError, RecipeError
 from pipeline.core.stage import identity
 from pipeline.core.store import Artifact, write_manifest
-from release.assembly import metrics
+from release.assembly.score_facts import compute_scores
 from stages.data.synthetic import passkeys
 from stages.evaluation import bits_per_byte, long_context, model_evaluation
 from stages.evaluation.long_context import ContextSection
@@ -71,7 +71,7 @@ def test_scores_are_recomputed_from_the_tables_alone(run_stage: Any, inputs: Any
     (tmp_path / "work/passkey-150.json").unlink()
     assert run_stage(model_evaluation.STAGE, config, inputs, tmp_path / "work").digest == first.digest
     scores = first.json("scores.json")
-    assert metrics.scores_of(first.path) == scores
+    assert compute_scores(first.path) == scores
     assert {n: row["n"] for n, row in scores["passkey"].items()} == {"60": 6, "150": 6, "300": 6}
     assert scores["passkey_by_depth"]["150"]["0.3"]["n"] == 2
     assert {n: row["tokens"] for n, row in scores["loss_by_position"].items()} == {

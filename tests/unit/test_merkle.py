@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.errors import AtomError
-from release.assembly import metrics
+from release.assembly.published_tables import read_rows
 from release.audit import merkle
 from tests.fixtures import release_fixtures
 
@@ -125,7 +125,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def leaves_of(file: Path, columns: list[str]) -> list[bytes]:
-    rows = [{name: row[name] for name in columns} for row in metrics.rows(file)]
+    rows = [{name: row[name] for name in columns} for row in read_rows(file)]
     return [json.dumps(r, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode() for r in rows]
 
 
@@ -134,7 +134,7 @@ def test_the_roots_of_a_dataset_are_over_its_rows(dataset: Path) -> None:
     files |= {f"kept/{source}": f"kept/{source}.parquet" for source in release_fixtures.SOURCES}
     roots = merkle.roots(dataset)
     assert set(roots) == set(files) and json.loads(json.dumps(roots)) == roots
-    assert roots["dispositions"]["leaf"] == list(metrics.rows(dataset / files["dispositions"])[0])
+    assert roots["dispositions"]["leaf"] == list(read_rows(dataset / files["dispositions"])[0])
     for name, file in files.items():
         leaves = leaves_of(dataset / file, roots[name]["leaf"])
         assert (roots[name]["root"], roots[name]["size"]) == (mth(leaves).hex(), len(leaves))
@@ -185,7 +185,7 @@ def test_an_unknown_document_has_no_proof(dataset: Path) -> None:
 
 
 def test_a_measure_that_is_no_number_has_a_leaf(dataset: Path, tmp_path: Path) -> None:
-    fates = metrics.rows(dataset / "dispositions.parquet")
+    fates = read_rows(dataset / "dispositions.parquet")
     fates[3]["value"] = float("nan")
     release_fixtures.table(tmp_path / "dispositions.parquet", fates)
     (tmp_path / "tokens").symlink_to(dataset / "tokens")
@@ -202,7 +202,7 @@ def test_a_missing_table_is_reported_in_one_sentence(tmp_path: Path) -> None:
 def test_proofs_are_checked_against_the_roots_alone(dataset: Path, tmp_path: Path) -> None:
     proofs, roots = tmp_path / "report.json", tmp_path / "merkle.json"
     roots.write_text(json.dumps(merkle.roots(dataset)))
-    proven = merkle.prove(dataset, metrics.rows(dataset / "kept/prose.parquet", ["id"])[0]["id"])
+    proven = merkle.prove(dataset, read_rows(dataset / "kept/prose.parquet", ["id"])[0]["id"])
     proofs.write_text(json.dumps({"proofs": proven}))
     assert merkle.check_file(proofs, roots) == dict.fromkeys(proven) and len(proven) == 3
     proven["tokens"]["leaf"]["tokens"] += 1

@@ -26,9 +26,10 @@ from pipeline.core.errors import CheckFailed, MachineError
 from release import scratch, tree, untrusted
 from release.audit.verify import kind_of, verify
 from release.checks import confine, formats
-from release.checks.check_runner import NOTHING_LARGE, CheckRunner, Reads
+from release.checks.check import NOTHING_LARGE, Reads
+from release.checks.check_runner import CheckRunner
 from release.checks.confine import Budget
-from release.checks.verdict import Check
+from release.checks.verdict import CheckResult
 from release.checksums import read_sums
 from release.layout import ALL_SUMS, SUMS
 from release.repositories import files_below
@@ -458,7 +459,7 @@ def test_a_check_may_take_what_belongs_to_the_files_that_it_reads(tmp_path: Path
 def test_checks_that_come_after_all_time_is_spent_are_not_ok(tmp_path: Path) -> None:
     runner = CheckRunner(tmp_path, tree.scan(tmp_path, 0), deep=False)
     runner.seconds = 0.0
-    first, second = (runner.run(name, lambda: Check("x", True, "holds")) for name in ("one", "two"))
+    first, second = (runner.run(name, lambda: CheckResult("x", True, "holds")) for name in ("one", "two"))
     assert first.ok is False and "comes after checks that took 5 s" in first.detail
     assert second.ok is None and "not asked, since one took all the time" in second.detail
 

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from release.assembly.data_facts import DataFacts, read_data_facts
+from release.assembly.score_facts import CONTAMINATION, compute_scores
+from release.checks import gates
+from release.checks.check import BuildContext
 from tests.fixtures import release_fixtures
+
+LIMITS = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
+LEARNING = ("pretraining_lowers_bits_per_byte", "midtraining_raises_accuracy", "midtraining_keeps_bits_per_byte")
+POST_TRAINING = ("rlvr_raises_pass_at_1", "rlhf_keeps_skills", "dpo_is_preferred", "contamination_report")
+
+
+def run(names: tuple[str, ...], context: BuildContext) -> list[gates.GateResult]:
+    """What came of these gates, as far as they are asked of a release."""
+    return [result for name in names if (result := gates.run_gate(name, context)) is not None]
+
+
+def failures(names: tuple[str, ...], context: BuildContext) -> dict[str, str]:
+    """{gate: detail} of those that failed."""
+    return {result.name: result.detail for result in run(names, context) if not result.ok}
 
 
 @pytest.mark.parametrize(
@@ -18,51 +37,37 @@ from tests.fixtures import release_fixtures
     ],
 )
 def test_training_that_does_not_teach_is_refused(built: Path, tmp_path: Path, phase: str, scores, gate: str) -> None:
-    from release.assembly import metrics
-    from release.checks import gate_context, gates
-
-    data = metrics.data_facts(built / "dataset")
-    limits = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
-    context = gate_context.Context(built, {}, limits, data, {}, [])
-    assert all(g.ok for g in gates.learning(context))
+    data = read_data_facts(built / "dataset")
+    context = BuildContext(built, {}, LIMITS, data)
+    assert len(run(LEARNING, context)) == len(LEARNING) and not failures(LEARNING, context)
     release_fixtures.make_evaluation(tmp_path, *scores)
-    data["evaluation"][phase] = metrics.scores_of(tmp_path)
-    assert [g.name for g in gates.learning(context) if not g.ok] == [gate]
+    data.evaluation[phase] = compute_scores(tmp_path)
+    assert list(failures(LEARNING, context)) == [gate]
 
 
 def test_one_source_that_gets_worse_is_refused(built: Path) -> None:
-    from release.assembly import metrics
-    from release.checks import gate_context, gates
-
     def judged(phase: str, source: str, value: float) -> list[str]:
-        data = metrics.data_facts(built / "dataset")
-        data["evaluation"][phase]["bits_per_byte"][source]["value"] = value
-        limits = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
-        failed = [g for g in gates.learning(gate_context.Context(built, {}, limits, data, {}, [])) if not g.ok]
-        assert all(source in g.detail for g in failed)
-        return [g.name for g in failed]
+        data = read_data_facts(built / "dataset")
+        data.evaluation[phase]["bits_per_byte"][source]["value"] = value
+        failed = failures(LEARNING, BuildContext(built, {}, LIMITS, data))
+        assert all(source in detail for detail in failed.values())
+        return list(failed)
 
     assert judged("mid", "sums", 3.2) == ["midtraining_keeps_bits_per_byte"]
     assert judged("mid", "sums", float("nan")) == ["midtraining_keeps_bits_per_byte"]
     assert judged("mid", "sums", 3.09) == []
     assert judged("init", "sums", 3.0) == ["pretraining_lowers_bits_per_byte"]
 
-    data = metrics.data_facts(built / "dataset")
-    del data["order"]["pretrain"]["parts"][0]["by_source"][
-        "sums"
-    ]  # pre-training need not improve on what it never read
-    data["evaluation"]["init"]["bits_per_byte"]["sums"]["value"] = 3.0
-    limits = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
-    assert all(g.ok for g in gates.learning(gate_context.Context(built, {}, limits, data, {}, [])))
-    del data["evaluation"]["mid"]["bits_per_byte"]["sums"]
-    assert [g.ok for g in gates.learning(gate_context.Context(built, {}, limits, data, {}, []))] == [True, True, False]
+    data = read_data_facts(built / "dataset")
+    del data.order["pretrain"].parts[0].by_source["sums"]  # pre-training need not improve on what it never read
+    data.evaluation["init"]["bits_per_byte"]["sums"]["value"] = 3.0
+    assert not failures(LEARNING, BuildContext(built, {}, LIMITS, data))
+    del data.evaluation["mid"]["bits_per_byte"]["sums"]
+    assert list(failures(LEARNING, BuildContext(built, {}, LIMITS, data))) == ["midtraining_keeps_bits_per_byte"]
 
 
 def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **changed: tuple[float, float]):
     """A release with these (value, standard error) of pass@1 by model and of the win rate, and a contamination report."""
-    from release.assembly import metrics
-    from release.checks import gate_context
-
     right = {"sft": (0.4, 0.02), "rlvr": (0.6, 0.01), "dpo": (0.59, 0.01), **changed}
     win, se = right.pop("win", (0.6, 0.02))
     test = {name: {"problems_all": {"samples": {"accuracy": {"value": v, "se": e}}}} for name, (v, e) in right.items()}
@@ -70,11 +75,11 @@ def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **chang
     counts = {"clean": 100 - contaminated, "overlap": 0, "contaminated": contaminated}
     detector = {"recall": {"planted": planted, "found": round(0.95 * planted)}}
     release_fixtures.write_json(
-        folder / "dataset" / metrics.CONTAMINATION, {"detector": detector, "items": {"test": counts, "fresh": counts}}
+        folder / "dataset" / CONTAMINATION, {"detector": detector, "items": {"test": counts, "fresh": counts}}
     )
-    data = {"chat": {"test": test, "preferences": {"dpo": {"win_rate": rate}}}}
+    data = DataFacts(chat={"test": test, "preferences": {"dpo": {"win_rate": rate}}})
     limits = {"chat": {"min_gain": 0.1, "min_win_rate": 0.5, "skill_tolerance": 0.05}}
-    return gate_context.Context(folder, {}, limits, data, {}, [])
+    return BuildContext(folder, {}, limits, data)
 
 
 @pytest.mark.parametrize(
@@ -91,36 +96,30 @@ def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **chang
     ],
     ids=str,
 )
-def test_post_training_that_does_not_teach_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed, gate: str | None
-) -> None:
-    from release.checks import post_gates
-
-    monkeypatch.setattr(post_gates.registry, "fresh_set", lambda folder: [])
-    failed = [g for g in post_gates.post_training(chat_context(tmp_path, **changed)) if not g.ok]
-    assert [g.name for g in failed] == ([gate] if gate else []), failed
-    assert all("run again" in g.detail or "items" in g.detail for g in failed)
+def test_post_training_that_does_not_teach_is_refused(tmp_path: Path, changed, gate: str | None) -> None:
+    context = chat_context(tmp_path, **changed)
+    assert [result.name for result in run(POST_TRAINING, context)] == list(POST_TRAINING)
+    failed = failures(POST_TRAINING, context)
+    assert list(failed) == ([gate] if gate else []), failed
+    assert all("run again" in detail or "items" in detail for detail in failed.values())
 
 
 def test_a_detector_that_misses_and_a_fresh_set_that_does_not_follow_are_refused(tmp_path: Path) -> None:
-    import json
-
-    from release.assembly import metrics
-    from release.checks import post_gates
-
     context = chat_context(tmp_path)
-    path = tmp_path / "dataset" / metrics.CONTAMINATION
+    path = tmp_path / "dataset" / CONTAMINATION
     report = json.loads(path.read_text())
     report["detector"]["recall"]["found"] = 35
     path.write_text(json.dumps(report))
-    failed = {g.name: g.detail for g in post_gates.post_training(context) if not g.ok}
+    failed = failures((*POST_TRAINING, "fresh_set"), context)
     assert set(failed) == {"fresh_set", "contamination_report"} and "misses too much" in failed["contamination_report"]
 
 
 def test_no_contamination_report_is_refused(tmp_path: Path) -> None:
-    from release.assembly import metrics
-    from release.checks import post_gates
-
     context = chat_context(tmp_path)
-    (tmp_path / "dataset" / metrics.CONTAMINATION).unlink()
-    assert any("no contamination report" in g.detail for g in post_gates.post_training(context) if not g.ok)
+    (tmp_path / "dataset" / CONTAMINATION).unlink()
+    assert "no contamination report" in failures(POST_TRAINING, context)["contamination_report"]
+
+
+def test_a_release_without_conversations_has_no_gates_on_them(built: Path) -> None:
+    context = BuildContext(built, {}, LIMITS, read_data_facts(built / "dataset"))
+    assert run((*POST_TRAINING, "fresh_set"), context) == []

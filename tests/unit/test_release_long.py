@@ -15,13 +15,20 @@ import pytest
 from pipeline.core.errors import AtomError
 from release import layout, repositories
 from release.assembly import build_release as builder
-from release.assembly import costs, metrics
+from release.assembly import costs
 from release.assembly.assemble import require_nodes
+from release.assembly.checkpoint_facts import read_checkpoints
+from release.assembly.data_facts import DataFacts, Packing, SourceInOrder, canary_of, read_data_facts
+from release.assembly.model_facts import read_model_facts
+from release.assembly.published_tables import read_json
 from release.audit.verify import verify
-from release.cards import plot, render, tables
-from release.checks import gate_context, gates, registry
+from release.cards import card_tables, plot, render, tables
+from release.checks import cards, gates
+from release.checks.check import BuildContext, Subject
+from release.checks.statements import statements
 from release.repositories import files_below
 from stages import graph
+from stages.evaluation.settings import SURE
 from tests.fixtures import release_fixtures
 
 LIMITS = {"min_accuracy_gain": 0.0, "bits_per_byte_tolerance": 0.05}
@@ -44,15 +51,28 @@ def model(release: Path, tmp_path: Path) -> Path:
 
 
 def release_facts(release: Path) -> dict[str, Any]:
-    return dict(metrics.read_json(release / layout.RELEASE))
+    return dict(read_json(release / layout.RELEASE))
 
 
-def context(release: Path, data: dict[str, Any]) -> gate_context.Context:
-    return gate_context.Context(release, release_facts(release), LIMITS, data, {}, [])
+def context(release: Path, data: DataFacts) -> BuildContext:
+    return BuildContext(release, release_facts(release), LIMITS, data)
 
 
-def gates_by_name(release: Path, data: dict[str, Any]) -> dict[str, gate_context.Gate]:
-    return {gate.name: gate for gate in gates.long_context(context(release, data))}
+def gates_by_name(release: Path, data: DataFacts) -> dict[str, gates.GateResult]:
+    """Of long contexts."""
+    names = ("longcontext_keeps_bits_per_byte", "longcontext_finds_passkeys")
+    results = [gates.run_gate(name, context(release, data)) for name in names]
+    return {result.name: result for result in results if result is not None}
+
+
+def gate(name: str, build: BuildContext) -> gates.GateResult:
+    result = gates.run_gate(name, build)
+    assert result is not None
+    return result
+
+
+def tables_of(model: Path) -> dict[str, list[str]]:
+    return card_tables.lines_by_table(card_tables.MODEL_TABLES, read_model_facts(model))
 
 
 def log_of(model: Path, phase: str) -> list[dict[str, Any]]:
@@ -83,17 +103,17 @@ def test_the_last_long_model_is_the_final_one(release: Path) -> None:
             f"evidence/training/longcontext-{number}/training.jsonl", f"evidence/manifests/longcontext-{number}.json",
         ):  # fmt: skip
             assert path in paths, path
-    facts = metrics.model_facts(release / "model")
-    assert list(facts["scores"]) == ["init", "base", "mid", "long-1", "long-2"]
-    assert list(facts["training"]) == ["pretrain", "midtrain", "longcontext-1", "longcontext-2"]
-    assert facts["config"]["max_position_embeddings"] == 4 * release_fixtures.CONTEXT
-    base = metrics.model_facts(release / "model-base")
-    assert (list(base["scores"]), list(base["training"])) == (["init", "base"], ["pretrain"])
-    assert base["config"]["max_position_embeddings"] == release_fixtures.CONTEXT
+    facts = read_model_facts(release / "model")
+    assert list(facts.scores) == ["init", "base", "mid", "long-1", "long-2"]
+    assert list(facts.training) == ["pretrain", "midtrain", "longcontext-1", "longcontext-2"]
+    assert facts.config["max_position_embeddings"] == 4 * release_fixtures.CONTEXT
+    base = read_model_facts(release / "model-base")
+    assert (list(base.scores), list(base.training)) == (["init", "base"], ["pretrain"])
+    assert base.config["max_position_embeddings"] == release_fixtures.CONTEXT
     assert json.loads((release / layout.GATES).read_text())["longcontext_keeps_bits_per_byte"]["ok"]
-    rows = metrics.checkpoint_facts(release / "checkpoints")
+    rows = read_checkpoints(release / "checkpoints")
     phases = ["pretrain", "midtrain", "longcontext-1", "longcontext-2"]
-    assert [(row["phase"], row["step"]) for row in rows] == [(phase, step) for phase in phases for step in (0, 2)]
+    assert [(row.phase, row.step) for row in rows] == [(phase, step) for phase in phases for step in (0, 2)]
 
 
 def test_the_cards_say_so(release: Path) -> None:
@@ -105,6 +125,7 @@ def test_the_cards_say_so(release: Path) -> None:
         "| random weights | pre-training (base) | mid-training | long context 1 | long context 2 |",
     ):  # fmt: skip
         assert words in card, words
+    assert "the model after pre-training and mid-training, on the way" in (release / "model-mid/README.md").read_text()
     card = (release / "model-base/README.md").read_text()
     assert "| context length, tokens | 64 |" in card and "| scaling of the rotary embedding | none |" in card
     assert "long" not in card.split("## Load it")[0]
@@ -117,7 +138,7 @@ def test_it_is_verified_whole_and_each_model_alone(release: Path, model: Path) -
     (model / "README.md").write_text(
         card.replace("| context length, tokens | 256 |", "| context length, tokens | 512 |")
     )
-    assert registry.model_card(model).problems == ["README.md lacks the line '| context length, tokens | 256 |'"]
+    assert cards.model_card(model).problems == ["README.md lacks the line '| context length, tokens | 256 |'"]
 
 
 def test_experts_of_every_layer_with_an_alarm(release: Path) -> None:
@@ -136,36 +157,36 @@ def test_experts_of_every_layer_with_an_alarm(release: Path) -> None:
 
 
 def test_a_number_in_the_artifact_moves_the_card(release: Path, model: Path) -> None:
-    assert registry.model_card(model).problems == []
+    assert cards.model_card(model).problems == []
     lines = log_of(model, "longcontext-2")
     lines[-1]["experts"]["share"][1] = [0.3, 0.2, 0.3, 0.2]
     lines[-1]["experts"]["dead"] = []
     write_log(model, "longcontext-2", lines)
-    wrong = registry.model_card(model).problems
+    wrong = cards.model_card(model).problems
     assert "experts.png was not drawn from the logs in training/" in wrong
     assert "README.md lacks the line '| 1 | 0.800 | 1.200 | 0.900 | 0.649 | none |'" in wrong
-    data = metrics.data_facts(release / "dataset")
-    card = render.model_card("model", release_facts(release), metrics.model_facts(model), data, [], {})
+    data = read_data_facts(release / "dataset")
+    facts = card_tables.ReleaseFacts(read_model_facts(model), data, [], {})
+    card = render.model_card("model", release_facts(release), facts)
     assert "| 1 | 0.800 | 1.200 | 0.900 | 0.649 | none |" in card
     assert "Alarm" not in card and "None of the 8 experts was dead" in card
 
 
 def test_a_changed_card_or_plot_does_not_pass_the_gate(release: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(release, tmp_path / "copy"))
-    data = metrics.data_facts(copy / "dataset")
-    models = {name: metrics.model_facts(copy / name) for name in repositories.model_folders(copy)}
-    canary = metrics.canary(release_facts(copy)["nodes"]["items"]["digest"])
-    built_context = gate_context.Context(
-        copy, release_facts(copy), LIMITS, data, models, [], [], costs.usage_by_stage(copy), canary
-    )
-    assert gates.cards(built_context).ok
+    data = read_data_facts(copy / "dataset")
+    models = {name: read_model_facts(copy / name) for name in repositories.model_folders(copy)}
+    canary = canary_of(release_facts(copy)["nodes"]["items"]["digest"])
+    run_costs = costs.usage_by_stage(copy)
+    build = BuildContext(copy, release_facts(copy), LIMITS, data, models, costs=run_costs, canary=canary)
+    assert gate("card_numbers", build).ok
     png = (copy / "model/experts.png").read_bytes()
     (copy / "model/experts.png").write_bytes((copy / "model-base/experts.png").read_bytes())
-    assert "model/experts.png" in gates.cards(built_context).detail
+    assert "model/experts.png" in gate("card_numbers", build).detail
     (copy / "model/experts.png").write_bytes(png)
     card = (copy / "model/README.md").read_text()
     (copy / "model/README.md").write_text(card.replace("| 1 | 0.016 | 1.600 |", "| 1 | 0.916 | 1.600 |"))
-    assert not gates.cards(built_context).ok
+    assert not gate("card_numbers", build).ok
 
 
 def test_every_spike_has_its_line(release: Path, model: Path) -> None:
@@ -181,7 +202,7 @@ def test_every_spike_has_its_line(release: Path, model: Path) -> None:
     spike = next(line["spike"] for line in lines if "spike" in line)
     spike |= {"action": "rewind", "excluded": [1, 2, 4], "documents": ["prose/001"]}
     write_log(model, "longcontext-2", lines)
-    spike_lines = render.model_tables(metrics.model_facts(model))["spikes"]
+    spike_lines = tables_of(model)["spikes"]
     assert any(
         "action rewind: steps 1 to 2, 4 moved no weight; the batch that spiked held 1 document." in x
         for x in spike_lines
@@ -191,11 +212,11 @@ def test_every_spike_has_its_line(release: Path, model: Path) -> None:
 def test_a_phase_without_a_measurement_is_told_as_such(model: Path) -> None:
     for phase in ("pretrain", "midtrain", "longcontext-1", "longcontext-2"):
         write_log(model, phase, [line for line in log_of(model, phase) if "experts" not in line])
-    tables = render.model_tables(metrics.model_facts(model))
-    assert tables["experts"] == [] and tables["experts_verdict"] == [
+    lines = tables_of(model)
+    assert lines["experts"] == [] and lines["experts_verdict"] == [
         "Where the routers sent the tokens was not measured."
     ]
-    assert "| midtrain | never |" in "".join(tables["experts_by_phase"])
+    assert "| midtrain | never |" in "".join(lines["experts_by_phase"])
     assert plot.source_of(plot.draw(model)) == plot.source(model)
 
 
@@ -221,21 +242,21 @@ def test_without_matplotlib_nothing_is_built(source: Any, tmp_path: Path, monkey
 
 def test_long_context_must_not_cost_short_texts(release: Path) -> None:
     def passes(model: str, name: str, value: float) -> bool:
-        data = metrics.data_facts(release / "dataset")
-        data["evaluation"][model]["bits_per_byte"][name]["value"] = value
+        data = read_data_facts(release / "dataset")
+        data.evaluation[model]["bits_per_byte"][name]["value"] = value
         verdicts = gates_by_name(release, data)
         assert list(verdicts) == ["longcontext_keeps_bits_per_byte"], "no passkeys were measured"
         return verdicts["longcontext_keeps_bits_per_byte"].ok
 
-    scores = metrics.data_facts(release / "dataset")["evaluation"]
+    scores = read_data_facts(release / "dataset").evaluation
     sums = [scores[name]["bits_per_byte"]["sums"] for name in ("mid", "long-2")]
-    before, chance = sums[0]["value"], gates.SURE * math.hypot(*(row["se"] for row in sums))
+    before, chance = sums[0]["value"], SURE * math.hypot(*(row["se"] for row in sums))
     assert passes("long-2", "sums", before + 0.049 + chance)
     assert not passes("long-2", "sums", before + 0.051 + chance)
     assert not passes("long-1", "prose", before + 1)
     assert not passes("long-1", "prose", float("nan"))
-    data = metrics.data_facts(release / "dataset")
-    del data["evaluation"]["long-1"], data["evaluation"]["long-2"]
+    data = read_data_facts(release / "dataset")
+    del data.evaluation["long-1"], data.evaluation["long-2"]
     assert gates_by_name(release, data) == {}
 
 
@@ -245,11 +266,11 @@ def keys(**rates: float) -> dict[str, Any]:
 
 def test_longer_texts_must_give_more_keys(release: Path) -> None:
     def passkey_gate(mid: dict[str, Any] | None, last: dict[str, Any] | None) -> tuple[bool, str]:
-        data = metrics.data_facts(release / "dataset")
+        data = read_data_facts(release / "dataset")
         for model, passkey in (("mid", mid), ("long-2", last)):
-            data["evaluation"][model] |= {"passkey": passkey} if passkey is not None else {}
-        gate = gates_by_name(release, data)["longcontext_finds_passkeys"]
-        return gate.ok, gate.detail
+            data.evaluation[model] |= {"passkey": passkey} if passkey is not None else {}
+        result = gates_by_name(release, data)["longcontext_finds_passkeys"]
+        return result.ok, result.detail
 
     assert passkey_gate(keys(_64=1.0, _128=0.1, _256=0.1), keys(_64=0.9, _128=0.6, _256=0.2)) == (
         True, "keys found in more than 64 tokens: 0.100 → 0.400 (128, 256 tokens)"
@@ -263,14 +284,14 @@ def test_longer_texts_must_give_more_keys(release: Path) -> None:
 
 
 def test_passkeys_and_positions_are_shown_when_measured(release: Path) -> None:
-    data, facts = metrics.data_facts(release / "dataset"), metrics.model_facts(release / "model")
-    for scores in (facts["scores"], data["evaluation"]):
+    data, facts = read_data_facts(release / "dataset"), read_model_facts(release / "model")
+    for scores in (facts.scores, data.evaluation):
         for model, value in (("mid", 0.25), ("long-2", 0.75)):
             scores[model] |= {"passkey": keys(_64=1.0, _1024=value)}
             cell = {"value": value, "se": 0.01, "documents": 5, "tokens": 320}
             scores[model] |= {"loss_by_position": {"128-255": cell, "0-63": cell, "64-127": cell}}
-    facts["scores"]["long-2"]["passkey_by_depth"] = {"1024": {"1": keys(_0=0.5)["0"], "0.5": keys(_0=0.9)["0"]}}
-    card = render.model_card("model", release_facts(release), facts, data, [], {})
+    facts.scores["long-2"]["passkey_by_depth"] = {"1024": {"1": keys(_0=0.5)["0"], "0.5": keys(_0=0.9)["0"]}}
+    card = render.model_card("model", release_facts(release), card_tables.ReleaseFacts(facts, data, [], {}))
     for words in (
         "| tokens of the text | mid-training | long context 2 |", "| 1,024 | 0.250 ± 0.100 | 0.750 ± 0.100 |",
         "| tokens of the text | depth 0.5 | depth 1 |", "| 1,024 | 0.900 ± 0.100 | 0.500 ± 0.100 |",
@@ -283,42 +304,40 @@ def test_passkeys_and_positions_are_shown_when_measured(release: Path) -> None:
 
 
 def test_every_phase_needs_its_checkpoints_order_and_models(release: Path, source: Any, tmp_path: Path) -> None:
-    data = metrics.data_facts(release / "dataset")
-    assert gates.checkpoints_and_order(context(release, data)).ok
-    del data["order"]["longcontext-1"]
-    assert "no order index of longcontext-1" in gates.checkpoints_and_order(context(release, data)).detail
+    data = read_data_facts(release / "dataset")
+    assert gate("checkpoints_and_order", context(release, data)).ok
+    del data.order["longcontext-1"]
+    assert "no order index of longcontext-1" in gate("checkpoints_and_order", context(release, data)).detail
     copy = tmp_path / "copy"
     shutil.copytree(release / "checkpoints", copy / "checkpoints")
     shutil.rmtree(copy / "checkpoints/longcontext-2-step-2")
-    built_context = gate_context.Context(
-        copy, release_facts(release), LIMITS, metrics.data_facts(release / "dataset"), {}, []
-    )
-    assert "last checkpoint of longcontext-2 is step 0" in gates.checkpoints_and_order(built_context).detail
+    build = BuildContext(copy, release_facts(release), LIMITS, read_data_facts(release / "dataset"))
+    assert "last checkpoint of longcontext-2 is step 0" in gate("checkpoints_and_order", build).detail
     shutil.copytree(release / "evidence/parity", copy / "evidence/parity")
     (copy / "evidence/parity/long-1.json").unlink()
-    assert "parity is not known for long-1" in gates.export_parity(built_context).detail
+    assert "parity is not known for long-1" in gate("export_parity", build).detail
     for node in ("evaluate-long-2", "order-longcontext-1", "export-long-1"):
         with pytest.raises(AtomError, match=f"needs the artifact of {node}"):
             require_nodes({name: artifact for name, artifact in source.artifacts.items() if name != node})
 
 
 def test_packed_rows_are_counted_once_and_their_fill_is_told(release: Path) -> None:
-    data = metrics.data_facts(release / "dataset")
-    (part,) = data["order"]["longcontext-1"]["parts"]
-    assert part["by_source"]["prose"] == {"rows": 4, "tokens": 40, "documents": 2}
-    assert part["by_source"]["sums"] == {"rows": 4, "tokens": 44, "documents": 2}
-    meta = metrics.read_json(release / "dataset/order/longcontext-1/meta.json")
-    assert part["packed"] == {"rows": 4, "sequence_length": 32, "tokens": meta["tokens"], "fill": meta["fill"]}
-    assert "packed" not in data["order"]["midtrain"]["parts"][0]
+    data = read_data_facts(release / "dataset")
+    (part,) = data.order["longcontext-1"].parts
+    assert part.by_source["prose"] == SourceInOrder(rows=4, tokens=40, documents=2)
+    assert part.by_source["sums"] == SourceInOrder(rows=4, tokens=44, documents=2)
+    meta = read_json(release / "dataset/order/longcontext-1/meta.json")
+    assert part.packing == Packing(rows=4, sequence_length=32, tokens=meta["tokens"], fill=meta["fill"])
+    assert data.order["midtrain"].parts[0].packing is None
     card = (release / "dataset/README.md").read_text()
     assert "| longcontext-1 | 4 | 32 | 84 | 65.62 % |" in card
     assert "| longcontext-1 | prose | 64 | 3 | 300 | 2,000 | 800 |" in card
-    assert list(data["order"]) == ["pretrain", "midtrain", "longcontext-1", "longcontext-2"]
+    assert list(data.order) == ["pretrain", "midtrain", "longcontext-1", "longcontext-2"]
 
 
 def test_unpacked_orders_have_no_such_tables(release: Path) -> None:
-    data = metrics.data_facts(release / "dataset")
-    data["order"] = {phase: data["order"][phase] for phase in ("pretrain", "midtrain")}
+    data = read_data_facts(release / "dataset")
+    data.order = {phase: data.order[phase] for phase in ("pretrain", "midtrain")}
     assert tables.packing(data) == tables.long_documents(data) == []
     assert "share a row" not in render.data_card(release_facts(release), data)
 
@@ -328,20 +347,20 @@ def test_a_statement_that_tells_another_summary_is_found(release: Path, tmp_path
 
     copy = Path(shutil.copytree(release, tmp_path / "copy"))
     key = release_facts(copy)["nodes"]["longcontext-2"]["key"]
-    statements = {path: metrics.read_json(path) for path in (copy / "evidence/statements").glob("*.json")}
-    path, body = next((p, b) for p, b in statements.items() if b["subject"][0]["name"] == key)
-    summary = metrics.read_json(copy / "evidence/training/longcontext-2/summary.json")
+    bodies = {path: read_json(path) for path in (copy / "evidence/statements").glob("*.json")}
+    path, body = next((p, b) for p, b in bodies.items() if b["subject"][0]["name"] == key)
+    summary = read_json(copy / "evidence/training/longcontext-2/summary.json")
     summary_statement = provenance.summary(body)
     assert (
         summary_statement
         and summary_statement["annotations"] == summary
         and summary["spikes"][0]["documents"] == ["prose/001", "sums/001"]
     )
-    assert registry.statements(copy) == []
+    assert statements(Subject(copy)).problems == []
     summary_statement["annotations"]["spikes"] = []
     path.unlink()
     path = provenance.write(tmp_path, "evidence", body)
     shutil.copyfile(path, copy / "evidence/statements" / path.name)
-    assert registry.statements(copy) == [
+    assert statements(Subject(copy)).problems == [
         f"evidence/statements/{path.name}: what it says is in summary.json of {key} is not what is there"
     ]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import AtomError, CheckFailed
 from release.assembly import build_release as builder
-from release.assembly import metrics
+from release.assembly.published_tables import read_rows
 from release.audit import merkle, tracing
 from release.audit import trace_report as answers
 from release.checksums import write_sums
@@ -78,7 +78,7 @@ def enrich(folder: Path) -> None:
     tokens = {id: {"content_hash": h} for id, h in hashed.items()}
     change(data / "tokens/documents.parquet", {**tokens, "sums/011": fates["sums/011"]})
     order = data / "order/longcontext-2/order.parquet"
-    release_fixtures.table(order, [*metrics.rows(order), segment(2, 2, "sums/é")])  # which no other phase read
+    release_fixtures.table(order, [*read_rows(order), segment(2, 2, "sums/é")])  # which no other phase read
 
     earlier = data / "earlier"
     shutil.copytree(data / "kept", earlier / "dedup-bbbb/kept")
@@ -144,7 +144,7 @@ def moved_weights(phase: str, order: str, step: int) -> bool | None:
 
 @functools.lru_cache
 def order_rows(path: Path) -> list[dict[str, Any]]:
-    return metrics.rows(path) if path.exists() else []
+    return read_rows(path) if path.exists() else []
 
 
 def uses_of(release: Path, id: str) -> list[dict[str, Any]]:
@@ -165,12 +165,12 @@ def kept_documents(release: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         *sorted(release.glob("dataset/kept/*.parquet")),
         *sorted(release.glob("dataset/earlier/*/kept/*.parquet")),
     ]:
-        for row in metrics.rows(path):
+        for row in read_rows(path):
             yield path.relative_to(release / "dataset").as_posix(), row
 
 
 def ids(release: Path) -> list[str]:
-    return [row["id"] for row in metrics.rows(release / "dataset/dispositions.parquet")]
+    return [row["id"] for row in read_rows(release / "dataset/dispositions.parquet")]
 
 
 def plain(answer: Any) -> Any:
@@ -181,7 +181,7 @@ def test_every_step_has_its_rows(release: Path) -> None:
     about = {row["id"]: {"license": row["license"], "origin": row["origin"]} for _, row in kept_documents(release)}
     for phase, order, first, last in ORDERS:
         for step in range(first, last + 1):
-            rows = [row for row in metrics.rows(release / "dataset" / order / "order.parquet") if row["step"] == step]
+            rows = [row for row in read_rows(release / "dataset" / order / "order.parquet") if row["step"] == step]
             names = (*tracing.PLACE, "source", "id")
             expected = [{**{name: row[name] for name in names}, **about[row["id"]]} for row in rows]
             answer = tracing.step(release, phase, step)
@@ -220,7 +220,7 @@ def test_a_step_that_there_is_not_is_told(release: Path, alone: Path) -> None:
 
 
 def test_every_document_has_its_fate_and_its_steps(release: Path) -> None:
-    fates = {row["id"]: row for row in metrics.rows(release / "dataset/dispositions.parquet")}
+    fates = {row["id"]: row for row in read_rows(release / "dataset/dispositions.parquet")}
     origins = {row["id"]: row["origin"] for _, row in kept_documents(release)}
     checkpoints = [(path.name.rpartition("-step-")[0], int(path.name.rpartition("-")[2]), path.name)
                    for path in (release / "checkpoints").glob("*-step-*")]  # fmt: skip
@@ -420,7 +420,7 @@ def test_a_request_for_removal_names_every_file(release: Path) -> None:
     for path in files_below(release):
         if path.endswith(".parquet"):
             content[path] = [list(strings(row)) for row in
-                             ([v for v in r.values() if isinstance(v, str)] for r in metrics.rows(release / path))]  # fmt: skip
+                             ([v for v in r.values() if isinstance(v, str)] for r in read_rows(release / path))]  # fmt: skip
         elif path.endswith((".json", ".jsonl")) and not path.startswith("code/"):
             text = (release / path).read_text()
             lines = text.splitlines() if path.endswith(".jsonl") else [text]

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from release import schema
-from release.assembly import metrics
-from release.checks.registry import Findings
+from release.assembly.published_tables import stream_rows
+from release.assembly.score_facts import chat_tables_of
+from release.checks.check import Subject
+from release.checks.findings import Findings
 from stages import scorers
 from stages.data.table import read_jsonl
 
@@ -56,13 +58,13 @@ class Tally:
         }
         rescored = ", ".join(f"{count:,} by {' '.join(scorer)}" for scorer, count in sorted(self.rescored.items()))
         if not rescored:
-            return Findings(problems, skipped, "no answer could be scored again")
-        return Findings(problems, skipped, f"scored again: {rescored}", compared=True)
+            return Findings(problems, skipped, "no answer could be scored again", compared=False)
+        return Findings(problems, skipped, f"scored again: {rescored}")
 
 
-def answers(dataset: Path) -> Findings:
+def rescored_answers(subject: Subject) -> Findings:
     """Every score is what the scorer gives that is stated beside it."""
-    tally = Tally()
+    dataset, tally = subject.folder, Tally()
     problems = _rescore_problems(dataset, tally)
     for table in _conversations(dataset):
         by_scorer: dict[Scorer, list[Scored]] = {}
@@ -76,14 +78,12 @@ def answers(dataset: Path) -> Findings:
 def _rescore_problems(dataset: Path, tally: Tally) -> list[str]:
     """Outputs of models that were asked the evaluation problems as text."""
     problems = []
-    expected = {
-        row["id"]: row["answer"] for row in metrics.stream(dataset / "evaluation/items.parquet", ["id", "answer"])
-    }
+    expected = {row["id"]: row["answer"] for row in stream_rows(dataset / "evaluation/items.parquet", ["id", "answer"])}
     for path in (
         scores.with_name("items.parquet") for scores in sorted((dataset / "evaluation").glob("*/scores.json"))
     ):
         name, reader = path.relative_to(dataset).as_posix(), schema.reader(path)
-        for row in metrics.stream(path):
+        for row in stream_rows(path):
             if expected.get(row["id"]) != row["expected"]:
                 problems.append(f"{name}: {row['id']} was judged by another answer than the problem's")
             scorer = (row["verifier"], row["verifier_version"]) if row.get("verifier") else reader.scorer(row)
@@ -103,9 +103,9 @@ def _conversations(dataset: Path) -> Iterator[Iterator[tuple[Scorer, Scored]]]:
     """By table, every answer of a model in conversation with its scorer: those that were drawn to learn from too."""
     items = _tasks(dataset / "evaluation/chat.jsonl")
     for benchmark, tasks in (("test", items), ("fresh", _tasks(dataset / "evaluation/fresh/chat.jsonl"))):
-        for path in metrics.chat_tables(dataset / "evaluation", benchmark):
+        for path in chat_tables_of(dataset / "evaluation", benchmark):
             yield _answers(dataset, path, tasks)
-    for path in metrics.chat_tables(dataset / "evaluation", "preferences"):
+    for path in chat_tables_of(dataset / "evaluation", "preferences"):
         yield _pairs(dataset, path, items)
     for path in sorted((dataset / "rl").glob("*/rollouts.parquet")):
         yield _rollouts(dataset, path, _tasks(path.with_name("tasks.jsonl")))
@@ -113,13 +113,13 @@ def _conversations(dataset: Path) -> Iterator[Iterator[tuple[Scorer, Scored]]]:
 
 def _answers(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[Scorer, Scored]]:
     name = path.relative_to(dataset).as_posix()
-    for row in metrics.stream(path):
+    for row in stream_rows(path):
         yield _scorer_of(row), _scored_answer(f"{name}: {row['id']}/{row['sample']}", tasks, row["id"], row)
 
 
 def _pairs(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[Scorer, Scored]]:
     name = path.relative_to(dataset).as_posix()
-    for row in metrics.stream(path):
+    for row in stream_rows(path):
         for side in SIDES:
             answer = {column: row[f"{side}_{column}"] for column in ("text", "answer", "finished", "reward", "parts")}
             yield _scorer_of(row), _scored_answer(f"{name}: {row['id']} of {side}", tasks, row["id"], answer)
@@ -128,7 +128,7 @@ def _pairs(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[S
 def _rollouts(dataset: Path, path: Path, tasks: dict[str, Row]) -> Iterator[tuple[Scorer, Scored]]:
     name, place_columns = path.relative_to(dataset).as_posix(), ("step", "wave", "group", "sample")
     columns = [*place_columns, "task", "text", "finished", "reward", "parts", "verifier", "verifier_version"]
-    for row in metrics.stream(path, columns):
+    for row in stream_rows(path, columns):
         location = "/".join(str(row[column]) for column in place_columns)
         yield _scorer_of(row), _scored_answer(f"{name}: {row['task']} at {location}", tasks, row["task"], row)
 

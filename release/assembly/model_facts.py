@@ -1,0 +1,99 @@
+"""What a model repository proves of its model: architecture, parameters, parity, scores and training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from release import schema
+from release.assembly import training
+from release.assembly.published_tables import read_json
+from release.assembly.score_facts import CHAT_BENCHMARKS, CONTAMINATION, Scores, read_scores
+from release.assembly.training import PhaseLog
+from release.layout import when
+from release.untrusted import tensor_header
+
+CONFIG_KEYS = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts",
+    "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings", "vocab_size",
+)  # fmt: skip
+"""Of config.json, as far as the architecture has them."""
+
+
+@dataclass
+class Parameters:
+    """How many numbers the tensors hold: in total, and those that one token uses."""
+
+    total: int
+    active: int
+    tensors: int
+
+
+@dataclass
+class ModelFacts:
+    """config: CONFIG_KEYS of config.json. parity, rope: as published. scores: by model, the last are its own, those
+    before are of the models that it came from. chat: by benchmark, the same. contamination: the report, None if there
+    is none. training: by phase."""
+
+    architecture: str
+    config: dict[str, Any]
+    dtype: str | None
+    parameters: Parameters
+    parity: dict[str, Any]
+    rope: dict[str, Any]
+    scores: dict[str, Scores]
+    chat: dict[str, dict[str, Scores]] = field(default_factory=dict)
+    contamination: dict[str, Any] | None = None
+    training: dict[str, PhaseLog] = field(default_factory=dict)
+
+    def own_scores(self) -> Scores:
+        """The scores of the model itself, since a card compares with what came before and nothing else."""
+        return self.scores[self.name()]
+
+    @property
+    def has_experts(self) -> bool:
+        return "num_experts" in self.config
+
+    def name(self) -> str:
+        """The exported model that this is."""
+        return list(self.scores)[-1]
+
+
+def read_model_facts(model: Path) -> ModelFacts:
+    """From one model repository alone."""
+    config, report, folder = read_json(model / "config.json"), model / CONTAMINATION, model / "evaluation"
+    logs = training.logs(model).items()
+    return ModelFacts(
+        architecture=config["architectures"][0],
+        config={key: config[key] for key in CONFIG_KEYS if key in config},
+        dtype=config.get("dtype") or config.get("torch_dtype"),
+        parameters=_count_parameters(model, config),
+        parity=read_json(model / "parity.json"),
+        rope=config["rope_parameters"],
+        scores=_scores_by_model(folder),
+        chat={name: _scores_by_model(folder / name) for name in CHAT_BENCHMARKS if (folder / name).is_dir()},
+        contamination=read_json(report) if report.exists() else None,
+        training={phase: training.log_facts(training.read(log, training.FIGURES)) for phase, log in logs},
+    )
+
+
+def _count_parameters(model: Path, config: dict[str, Any]) -> Parameters:
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(model.glob("*.safetensors")):
+        shapes |= tensor_shapes(path)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    total, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
+    idle = experts and experts * (config["num_experts"] - config["num_experts_per_tok"]) // config["num_experts"]
+    return Parameters(total, total - idle, len(shapes))
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """{tensor: shape} from the header of a safetensors file, without reading the tensors. Raises CheckFailed."""
+    return {name: entry["shape"] for name, entry in tensor_header(path, follow=True).items()}
+
+
+def _scores_by_model(folder: Path) -> dict[str, Scores]:
+    files = {schema.model(path): path for path in folder.glob("*.json")}
+    return {model: read_scores(files[model]) for model in sorted(files, key=when)}

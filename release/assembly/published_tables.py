@@ -1,0 +1,48 @@
+"""Reads the tables and JSON files of a release, in today's names whatever its format calls them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import CheckFailed
+from release import schema
+
+BATCH = 4096
+"""Rows of a table that are unpacked at once."""
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def read_manifests(release: Path) -> dict[str, dict[str, Any]]:
+    """{node: manifest} of evidence/manifests."""
+    return {path.stem: read_json(path) for path in sorted((release / "evidence/manifests").glob("*.json"))}
+
+
+def read_rows(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    """All rows of a published table, as `stream_rows` gives them."""
+    return list(stream_rows(path, columns))
+
+
+def stream_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a published table, a few of which are held at once; columns have today's names, whatever the
+    release's format calls them. Raises CheckFailed if it lacks a column."""
+    for batch in stream_batches(path, columns, BATCH):
+        yield from batch.to_pylist()
+
+
+def stream_batches(path: Path, columns: list[str] | None, size: int) -> Iterator[Any]:
+    """The rows of a table as Arrow's batches of at most `size` rows. Raises CheckFailed if it lacks a column."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        stored = schema.columns(path, columns if columns is not None else schema.today(path, names))
+        if missing := sorted(set(stored.values()) - set(names)):
+            raise CheckFailed(f"{path.name} has no column {missing[0]}")
+        for batch in file.iter_batches(batch_size=size, columns=list(stored.values())):
+            yield batch.select(list(stored.values())).rename_columns(list(stored))

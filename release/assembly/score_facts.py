@@ -1,0 +1,57 @@
+"""Scores of models, as published and as their tables give them: `verify` compares the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from release import schema
+from release.assembly.published_tables import read_json, read_rows
+from release.layout import when
+
+Scores = dict[str, Any]
+"""The content of a scores.json, or a part of it, whose figures are {value, se, n} and more."""
+CHAT_BENCHMARKS = ("test", "fresh", "preferences")
+"""What models that converse are measured on, as the folders are called."""
+CONTAMINATION = "evaluation/contamination/report.json"
+
+
+def read_scores(path: Path) -> Scores:
+    """A published scores.json, or its copy in a model repository, in today's names."""
+    current: Scores = schema.fields(path, "scores.json", read_json(path))
+    return current
+
+
+def compute_scores(folder: Path) -> Scores:
+    """The scores of one phase, recomputed from its tables: two, or four with those of long contexts."""
+    from stages.evaluation.model_evaluation import summary
+
+    files = [folder / f"{name}.parquet" for name in ("documents", "items", "passkey", "positions")]
+    tables: list[Any] = [read_rows(path) for path in files if path.is_file() or path in files[:2]]
+    return summary(*tables)
+
+
+def compute_chat_scores(evaluation: Path) -> Scores:
+    """By what was asked and model: the scores recomputed from the tables. Empty if no model converses."""
+    from stages.evaluation import pass_at_k, win_rate
+
+    facts: Scores = {}
+    for benchmark in CHAT_BENCHMARKS:
+        summarize: Callable[[Any], Scores] = win_rate.summary if benchmark == "preferences" else pass_at_k.summary
+        tables = chat_tables_of(evaluation, benchmark)
+        scored = {schema.model(path.parent): summarize(read_rows(path)) | _compared_models(path) for path in tables}
+        if scored:
+            facts[benchmark] = {name: scored[name] for name in sorted(scored, key=when)}
+    return facts
+
+
+def chat_tables_of(evaluation: Path, benchmark: str) -> list[Path]:
+    """The tables of what was asked, one a model."""
+    return sorted((evaluation / benchmark).glob(f"*/{'pairs' if benchmark == 'preferences' else 'answers'}.parquet"))
+
+
+def _compared_models(table: Path) -> Scores:
+    """The two models of a comparison, whose names no table holds."""
+    stated = read_scores(table.with_name("scores.json"))
+    return {name: stated[name] for name in ("model", "before") if name in stated}

@@ -1,0 +1,117 @@
+"""All tables of the cards, one line each. A line puts its table on the card, into the comparison of `atom verify`, and
+into the versions of the cards.
+
+A table stands where the card's template says `{{ t.<name> }}`, or in a section of its own. Each has the card schema
+that brought it (`added`), and that in which its lines last changed (`changed`): a published card is compared as far as
+its own schema had the tables of today. A new table, or a changed one, takes the number of the next schema; see
+`versions.SCHEMA`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from release.assembly.checkpoint_facts import Intervention
+from release.assembly.costs import Costs
+from release.assembly.data_facts import DataFacts
+from release.assembly.model_facts import ModelFacts
+from release.assembly.score_facts import Scores
+from release.cards import caveats, chat_tables, tables, training_tables
+
+F = TypeVar("F")
+
+
+@dataclass(frozen=True)
+class CardTable(Generic[F]):
+    """One table of a card. lines: of Markdown, from facts; none if there is nothing to show. heading: of a section of
+    its own, before the card's limits; without one, the template places the table."""
+
+    name: str
+    lines: Callable[[F], list[str]]
+    added: int
+    changed: int = 0
+    heading: str = ""
+
+
+@dataclass(frozen=True)
+class ReleaseFacts:
+    """What the card of a model tells of the whole release: facts of that model and of the data, where training went on
+    from an earlier run, and what each stage took."""
+
+    model: ModelFacts
+    data: DataFacts
+    interventions: list[Intervention]
+    costs: Costs
+
+    def interventions_of_model(self) -> list[Intervention]:
+        """Those in the phases that made the model."""
+        return [row for row in self.interventions if row.phase in self.model.training]
+
+
+def _preferences(facts: ModelFacts | DataFacts) -> dict[str, Scores]:
+    return facts.chat.get("preferences", {})
+
+
+MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
+    CardTable("caveats_rule", lambda model: [caveats.RULE], added=3),
+    CardTable("caveats", caveats.caveat_sentences, added=3),
+    CardTable("evaluation", lambda model: tables.evaluation(model.scores), added=2, changed=4),
+    CardTable("samples", lambda model: tables.samples(model.scores), added=2),
+    CardTable("architecture", tables.architecture, added=2),
+    CardTable("parity", tables.parity, added=2),
+    CardTable("context", tables.context, added=2),
+    CardTable("passkeys", lambda model: tables.passkeys(model.scores), added=2),
+    CardTable("passkeys_by_depth", lambda model: tables.passkeys_by_depth(model.scores), added=2),
+    CardTable("positions", lambda model: tables.positions(model.scores), added=2),
+    CardTable("experts_by_phase", training_tables.experts_by_phase, added=2, changed=4),
+    CardTable("experts", training_tables.experts, added=2),
+    CardTable("experts_verdict", training_tables.verdict, added=2),
+    CardTable("spikes", training_tables.spikes, added=2, changed=4),
+    CardTable("chat_test", lambda model: chat_tables.answers(model.chat.get("test", {})), added=2, changed=4),
+    CardTable("chat_fresh", lambda model: chat_tables.answers(model.chat.get("fresh", {})), added=2, changed=4),
+    CardTable("preferences", lambda model: chat_tables.wins(_preferences(model)), added=2, changed=4),
+    CardTable("reward_parts", lambda model: chat_tables.reward_parts(model.chat), added=3),
+    CardTable("preference_samples", lambda model: chat_tables.samples(_preferences(model)), added=2, changed=4),
+    CardTable("contamination", lambda model: chat_tables.overlaps(model.contamination), added=2, changed=4),
+    CardTable("clean_scores", lambda model: chat_tables.clean(model.contamination), added=2, changed=4),
+    CardTable("detector", lambda model: chat_tables.detector(model.contamination), added=2, changed=4),
+)
+"""Of model.md.jinja: what a model repository alone can prove."""
+
+DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
+    CardTable("sources", tables.sources, added=2, changed=4),
+    CardTable("funnel", tables.funnel, added=2),
+    CardTable("order", tables.order, added=2, changed=4),
+    CardTable("packing", tables.packing, added=2),
+    CardTable("long_documents", tables.long_documents, added=2),
+    CardTable("licenses", tables.license_evidence, added=2, changed=4),
+    CardTable("scores", lambda data: tables.evaluation(data.evaluation), added=2, changed=4),
+    CardTable("passkeys", lambda data: tables.passkeys(data.evaluation), added=2),
+    CardTable("positions", lambda data: tables.positions(data.evaluation), added=2),
+    CardTable("chat_test", lambda data: chat_tables.answers(data.chat.get("test", {})), added=2, changed=4),
+    CardTable("chat_fresh", lambda data: chat_tables.answers(data.chat.get("fresh", {})), added=2, changed=4),
+    CardTable("preferences", lambda data: chat_tables.wins(_preferences(data)), added=2, changed=4),
+    CardTable("reward_parts", lambda data: chat_tables.reward_parts(data.chat), added=3),
+)
+"""Of data.md.jinja: what the dataset repository alone can prove."""
+
+RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
+    CardTable("sources", lambda release: tables.sources(release.data), added=2, changed=4),
+    CardTable("funnel", lambda release: tables.funnel(release.data), added=2),
+    CardTable("order", lambda release: tables.order(release.data), added=2, changed=4),
+    CardTable("interventions", lambda release: tables.interventions(release.interventions_of_model()), added=2),
+    CardTable("cost", lambda release: tables.cost(release.costs), added=2),
+    CardTable("unread", lambda release: caveats.unread(release.model.scores, release.data.order), added=3),
+)
+"""Of model.md.jinja too: what takes the whole release to prove."""
+
+
+def lines_by_table(registered: Iterable[CardTable[F]], facts: F) -> dict[str, list[str]]:
+    return {table.name: table.lines(facts) for table in registered}
+
+
+def sections(registered: Iterable[CardTable[Any]], texts: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(heading, text) of the tables with a section of their own, as far as there is something to show."""
+    return [(table.heading, texts[table.name]) for table in registered if table.heading and texts[table.name]]

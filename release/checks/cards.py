@@ -1,0 +1,127 @@
+"""Whether the cards of a release, and the description of its data, say what its files say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from release import schema
+from release.assembly import costs
+from release.assembly.checkpoint_facts import find_interventions, read_checkpoints
+from release.assembly.data_facts import canary_of, read_data_facts
+from release.assembly.model_facts import ModelFacts, read_model_facts
+from release.assembly.published_tables import read_json
+from release.cards import card_tables, croissant, plot, render, results
+from release.checks.check import BuildContext, Subject
+from release.checks.findings import Absent, Findings, require_comparable, require_file
+from release.checks.scores import score_problems
+from release.layout import CANARY
+from release.repositories import model_folders
+
+
+def cards(subject: Subject) -> Findings:
+    """The cards of a model repository, or of a whole release, against the files, as far as cards of its version have
+    what today's have."""
+    return model_card(subject.folder) if subject.kind == "model" else _cards_of_release(subject.folder)
+
+
+def _cards_of_release(folder: Path) -> Findings:
+    stated = schema.stated(folder)
+    if stated.format < 2:
+        raise Absent("not asked, since it was made by an older version of atom, whose cards had other tables")
+    findings = Findings(summary="every table and score equals the artifacts'")
+    release, data = schema.read_release(folder), folder / "dataset"
+    data_facts = read_data_facts(data)
+    interventions = find_interventions(read_checkpoints(folder / "checkpoints"))
+    run_costs = costs.usage_by_stage(folder)
+    for name in model_folders(folder):
+        findings.add(model_card(folder / name, release), f"{name}/")
+        facts = card_tables.ReleaseFacts(read_model_facts(folder / name), data_facts, interventions, run_costs)
+        tables = Findings()
+        tables.compare_tables((folder / name / "README.md").read_text(), card_tables.RELEASE_TABLES, facts, stated)
+        findings.add(tables, f"{name}/")
+    findings.add(_data_card(data), "dataset/")
+    problems = score_problems(data / "evaluation") + _canary(data, release["nodes"]["items"]["digest"])
+    findings.problems += [f"dataset/{text}" for text in problems]
+    return findings
+
+
+def model_card(model: Path, release: dict[str, Any] | None = None) -> Findings:
+    """The card of one model repository, its plot, and its results for the Hub, against the files beside them, as far as
+    cards of its version have them.
+
+    release: evidence/release.json, if it is there.
+    """
+    card, facts = (model / "README.md").read_text(), read_model_facts(model)
+    stated, findings = schema.stated(model), Findings(compared=False)
+    findings.compare_part("metadata", stated, lambda: _model_index(card, facts))
+    findings.compare_part("plots", stated, lambda: _plots(model))
+    data_id, version = (
+        (render.data_of(card), None) if release is None else (render.data_id(release), release["version"])
+    )
+    findings.compare_part("eval_results", stated, lambda: results.problems(model, facts, data_id, version))
+    findings.compare_tables(card, card_tables.MODEL_TABLES, facts, stated)
+    return findings
+
+
+def _model_index(card: str, facts: ModelFacts) -> list[str]:
+    return [
+        f"README.md: model-index {name} is not the measured one"
+        for name in render.mismatched_scores(card, facts.own_scores())
+    ]
+
+
+def _plots(model: Path) -> list[str]:
+    drawn = model / plot.NAME
+    if drawn.exists() and plot.source_of(drawn.read_bytes()) != plot.source(model):
+        return [f"{plot.NAME} was not drawn from the logs in training/"]
+    return []
+
+
+def data_card(subject: Subject) -> Findings:
+    """The data card against the tables beside it, as far as cards of its version have them."""
+    return _data_card(subject.folder)
+
+
+def _data_card(dataset: Path) -> Findings:
+    findings, card = Findings(compared=False), (dataset / "README.md").read_text()
+    findings.compare_tables(card, card_tables.DATA_TABLES, read_data_facts(dataset), schema.stated(dataset))
+    return findings
+
+
+def _canary(dataset: Path, items: str) -> list[str]:
+    """items: the digest of the artifact of evaluation items."""
+    is_equal = read_json(require_file(dataset, CANARY)) == canary_of(items)
+    return [] if is_equal else [f"{CANARY} is not that of the items"]
+
+
+def rendered_cards(build: BuildContext) -> Findings:
+    """Rendering cards and plots again from the published files gives the same bytes."""
+    findings = Findings()
+    for folder, model in build.models.items():
+        facts = card_tables.ReleaseFacts(model, build.data, build.interventions, build.costs)
+        if (build.folder / folder / "README.md").read_text() != render.model_card(folder, build.release, facts):
+            findings.problems.append(f"{folder}/README.md is not what the artifacts give")
+        drawn = build.folder / folder / plot.NAME
+        if model.has_experts and drawn.read_bytes() != plot.draw(build.folder / folder):
+            findings.problems.append(f"{folder}/{plot.NAME} is not what the logs of training give")
+    if (build.folder / "dataset/README.md").read_text() != render.data_card(build.release, build.data, build.canary):
+        findings.problems.append("dataset/README.md is not what the artifacts give")
+    return findings
+
+
+def described_data(subject: Subject) -> Findings:
+    """What stands in croissant.json is what the data of a whole release gives."""
+    folder, dataset = subject.folder, subject.folder / "dataset"
+    require_comparable(folder, "croissant")
+    release, data_facts = schema.read_release(folder), read_data_facts(dataset)
+    expected = croissant.describe_dataset(release, dataset, data_facts, subject.digest)
+    is_equal = read_json(require_file(dataset, croissant.NAME)) == json.loads(json.dumps(expected))
+    return Findings([] if is_equal else [f"dataset/{croissant.NAME} is not what the data gives"])
+
+
+def valid_croissant(build: BuildContext) -> Findings:
+    """mlcroissant finds no error in the description of the data, and loads records by it."""
+    problems = croissant.problems(build.folder / "dataset" / croissant.NAME)
+    return Findings(problems, summary=f"{croissant.NAME}: no error, records load")

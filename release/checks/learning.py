@@ -1,0 +1,133 @@
+"""Whether training taught: bits per byte, accuracy and passkeys of each model against the one before it."""
+
+from __future__ import annotations
+
+import math
+
+from release.assembly.checkpoint_facts import context_of, read_checkpoints
+from release.assembly.score_facts import Scores
+from release.checks.check import BuildContext
+from release.checks.findings import Findings
+from release.layout import when
+from stages.evaluation.settings import SURE
+
+ALL = "over all"
+BEYOND = f", beyond {SURE} standard errors of the difference"
+
+
+def pretraining_lowers_bits_per_byte(build: BuildContext) -> Findings:
+    """Over all held-out text, and of each source that pre-training read, lest a large one hide a small one."""
+    init, base = (build.data.evaluation[name] for name in ("init", "base"))
+    changes = _changes(_bits(init), _bits(base), {ALL, *build.data.sources_read("pretrain")})
+    return Findings.of_measurement(max(_rises(changes)) < 0, f"bits per byte {_changes_text(changes)}")
+
+
+def midtraining_raises_accuracy(build: BuildContext) -> Findings:
+    """By more than the recipe demands."""
+    before, after = (build.data.evaluation[name]["accuracy_all"] for name in ("base", "mid"))
+    required = build.evaluation["min_accuracy_gain"]
+    text = (
+        f"accuracy {before['value']:.3f} ± {before['se']:.3f} → {after['value']:.3f} ± {after['se']:.3f}, "
+        f"a gain of more than {required:g} is demanded"
+    )
+    return Findings.of_measurement(after["value"] - before["value"] > required, text)
+
+
+def midtraining_keeps_bits_per_byte(build: BuildContext) -> Findings:
+    """Of all sources read so far, no more are lost than the recipe allows."""
+    base, mid = (build.data.evaluation[name] for name in ("base", "mid"))
+    sources = {ALL, *build.data.sources_read("pretrain"), *build.data.sources_read("midtrain")}
+    changes, allowed = _changes(_bits(base), _bits(mid), sources), build.evaluation["bits_per_byte_tolerance"]
+    text = f"bits per byte {_changes_text(changes)}, at most {allowed:g} may be lost on each{BEYOND}"
+    return Findings.of_measurement(max(_significant_rises(changes, base, mid)) <= allowed, text)
+
+
+def longcontext_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
+    """Longer texts cost no more bits per byte on short ones than the recipe allows. None without long-context
+    phases."""
+    scores, orders = build.data.evaluation, build.data.order
+    long = [model for model in scores if model.startswith("long")]
+    if not long:
+        return None
+    allowed, details, worst = build.evaluation["bits_per_byte_tolerance"], [], -math.inf
+    for model in long:
+        sources = {ALL}.union(*(build.data.sources_read(phase) for phase in orders if when(phase) < when("sft")))
+        bits_changes = _changes(_bits(scores["mid"]), _bits(scores[model]), sources)
+        details.append(f"{model}: bits per byte {_changes_text(bits_changes)}")
+        worst = max(worst, *_significant_rises(bits_changes, scores["mid"], scores[model]))
+        # of one text both models see as much up to mid-training's context, where bits per byte let the longer see more
+        losses = [_short_position_losses(scores[name].get("loss_by_position", {}), build) for name in ("mid", model)]
+        if any(losses):
+            changes = _changes(losses[0], losses[1], {*losses[0], *losses[1]})
+            details.append(f"bits per token by position {_changes_text(changes)}")
+            worst = max(worst, *_rises(changes))
+    text = f"{'; '.join(details)}; at most {allowed:g} may be lost on each{BEYOND}"
+    return Findings.of_measurement(worst <= allowed, text)
+
+
+def longcontext_finds_passkeys(build: BuildContext) -> Findings | None:
+    """The last model finds more keys than the mid-trained one in texts that are too long for that one. None if the
+    models were asked for none."""
+    scores = build.data.evaluation
+    long = [model for model in scores if model.startswith("long")]
+    if not long or not any("passkey" in scores[model] for model in ("mid", long[-1])):
+        return None
+    before, after = (scores[model].get("passkey", {}) for model in ("mid", long[-1]))
+    context = _context_of_midtraining(build)
+    lengths = [length for length in sorted({*before, *after}, key=int) if int(length) > context]
+    if not lengths:
+        return Findings([f"no passkey was asked for beyond the {context} tokens of mid-training"])
+    if missing := [length for length in lengths if length not in before or length not in after]:
+        return Findings([f"passkeys of {missing[0]} tokens were asked of one model only"])
+    recall = [sum(rows[k]["value"] * rows[k]["n"] for k in lengths) / sum(rows[k]["n"] for k in lengths)
+              for rows in (before, after)]  # fmt: skip
+    text = f"keys found in more than {context} tokens: {recall[0]:.3f} → {recall[1]:.3f} ({', '.join(lengths)} tokens)"
+    return Findings.of_measurement(recall[1] > recall[0], text)
+
+
+def _context_of_midtraining(build: BuildContext) -> int:
+    return context_of(read_checkpoints(build.folder / "checkpoints"), "midtrain")
+
+
+def _short_position_losses(by_position: Scores, build: BuildContext) -> dict[str, float]:
+    """The loss at positions within mid-training's context."""
+    context = _context_of_midtraining(build)
+    return {name: float(row["value"]) for name, row in by_position.items() if int(name.split("-")[1]) < context}
+
+
+def _bits(scores: Scores) -> dict[str, float]:
+    """Bits per byte over all held-out text, and of each source."""
+    by_source = {name: float(row["value"]) for name, row in sorted(scores["bits_per_byte"].items())}
+    return {ALL: float(scores["bits_per_byte_all"]["value"]), **by_source}
+
+
+def _changes(before: dict[str, float], after: dict[str, float], names: set[str]) -> dict[str, tuple[float, float]]:
+    """Bits per byte before and after of each name that is held out, the greatest rise first."""
+    unknown = float("nan")
+    pairs = {name: (before.get(name, unknown), after.get(name, unknown)) for name in names & {*before, *after}}
+    return dict(sorted(pairs.items(), key=lambda pair: (-_rise(pair[1]), pair[0])))
+
+
+def _rise(pair: tuple[float, float]) -> float:
+    """How much worse; a value that one of the phases lacks, or that is no number, is as bad as can be."""
+    rise = pair[1] - pair[0]
+    return rise if math.isfinite(rise) else math.inf
+
+
+def _significant_rises(changes: dict[str, tuple[float, float]], before: Scores, after: Scores) -> list[float]:
+    """The part of each rise in bits per byte that is no chance of the held-out documents: a small source has few of
+    them, and one bound for all would ask of it what its figures cannot tell."""
+    rises = []
+    for name, pair in changes.items():
+        rows = [s["bits_per_byte_all"] if name == ALL else s["bits_per_byte"].get(name) for s in (before, after)]
+        chance = SURE * math.hypot(*(row["se"] for row in rows)) if all(rows) else 0.0
+        rises.append(_rise(pair) - chance)
+    return rises
+
+
+def _rises(changes: dict[str, tuple[float, float]]) -> list[float]:
+    return [_rise(pair) for pair in changes.values()]
+
+
+def _changes_text(changes: dict[str, tuple[float, float]]) -> str:
+    return ", ".join(f"{name} {before:.4f} → {after:.4f}" for name, (before, after) in changes.items())

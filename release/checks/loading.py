@@ -1,0 +1,69 @@
+"""Whether plain transformers loads the models of a release, and what they give there."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from release.assembly.published_tables import read_json
+from release.checks.check import BuildContext, Subject
+from release.checks.confine import Budget
+from release.checks.findings import Absent, Findings, require_file
+from release.checks.load_report import CHAT_TEMPLATE, MODEL, LoadReport, load_models
+from release.layout import GOLDENS
+
+GOLDEN_BOUND = 1e-3
+"""Of logits in fp32, which another processor adds up in another order."""
+MEMORY, SECONDS, BYTES_PER_SECOND = 400 << 20, 10, 5_000_000
+"""What a model may take that is loaded in transformers, beyond what its weights need."""
+
+
+def loads_with_goldens(subject: Subject) -> Findings:
+    """Each model loads within limits, its chat template round-trips, and fixed inputs give what they gave in the
+    build."""
+    for name in ("torch", "transformers"):  # the fresh interpreter would call their absence a fault of the model
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    models = subject.models
+    size = sum(path.stat().st_size for model in models for path in model.glob("*.safetensors"))
+    budget = Budget(MEMORY + 8 * size, SECONDS * len(models) + size // BYTES_PER_SECOND)
+    findings = Findings()
+    for model, report in zip(models, load_models(models, budget), strict=True):
+        messages = [problem.text for problem in report.problems] or _compare_with_goldens(model, report)
+        findings.problems += [f"{model.name}: {text}" for text in messages]
+    return findings
+
+
+def _compare_with_goldens(model: Path, report: LoadReport) -> list[str]:
+    """What tokenizer, template and weights give here is what they gave in the build; logits within GOLDEN_BOUND."""
+    try:
+        golden = read_json(require_file(model, GOLDENS))
+    except Absent:
+        return []
+    problems = []
+    for expected, actual in zip(golden["rows"], report.goldens["rows"], strict=True):
+        for field in ("text", "ids", "greedy"):
+            if expected[field] != actual[field]:
+                problems.append(f"{GOLDENS}: the {field} of {expected['text']!r} are {actual[field]!r} here")
+        if not all(abs(a - b) <= GOLDEN_BOUND for a, b in zip(expected["logits"], actual["logits"], strict=True)):
+            problems.append(f"{GOLDENS}: logits after {expected['text']!r} differ by more than {GOLDEN_BOUND:g}")
+    return problems
+
+
+def loads_as_exported(build: BuildContext) -> Findings:
+    """Every model loads with all its tensors and as many parameters as its files hold, and gives finite logits."""
+    findings = Findings(summary="every model loads, finite logits")
+    for folder, report in build.load_reports.items():
+        findings.problems += [f"{folder}: {text}" for text in report.of_part(MODEL)]
+        if report.parameters not in (None, build.models[folder].parameters.total):
+            findings.problems.append(
+                f"{folder}: transformers counts {report.parameters} parameters, the file holds others"
+            )
+    return findings
+
+
+def chat_template_round_trips(build: BuildContext) -> Findings:
+    """What the chat template writes survives the tokenizer, with every marker as one token."""
+    reports = build.load_reports.items()
+    problems = [f"{folder}: {text}" for folder, report in reports for text in report.of_part(CHAT_TEMPLATE)]
+    return Findings(problems, summary="text, tokens and markers survive")

@@ -1,0 +1,64 @@
+"""What reinforcement learning and preferences must have given a release whose models converse."""
+
+from __future__ import annotations
+
+import math
+
+from release.assembly.score_facts import Scores
+from release.checks.check import BuildContext
+from release.checks.findings import Findings
+from release.checks.learning import BEYOND
+from release.layout import when
+from stages.evaluation.settings import SURE
+
+
+def rlvr_raises_pass_at_1(build: BuildContext) -> Findings | None:
+    """Reinforcement learning against verifiers gains more on the test problems than the recipe demands. None without
+    that phase."""
+    accuracies = _pass_at_1(build)
+    if "rlvr" not in accuracies:
+        return None
+    required, before, after = build.evaluation["chat"]["min_gain"], accuracies["sft"], accuracies["rlvr"]
+    gain = after["value"] - before["value"] - SURE * math.hypot(after["se"], before["se"])
+    text = f"pass@1 {_figure(before)} → {_figure(after)}, a gain of more than {required:g} is demanded{BEYOND}"
+    return Findings.of_measurement(gain > required, text)
+
+
+def rlhf_keeps_skills(build: BuildContext) -> Findings | None:
+    """Learning from preferences loses no more on the test problems than the recipe allows. None without such phases
+    after reinforcement learning against verifiers."""
+    accuracies = _pass_at_1(build)
+    later = [name for name in accuracies if when(name) > when("rlvr")]
+    if "rlvr" not in accuracies or not later:
+        return None
+    allowed, before = build.evaluation["chat"]["skill_tolerance"], accuracies["rlvr"]
+    losses = [
+        before["value"] - accuracies[name]["value"] + SURE * math.hypot(before["se"], accuracies[name]["se"])
+        for name in later
+    ]
+    figures = ", ".join(f"{name} {_figure(accuracies[name])}" for name in ("rlvr", *later))
+    text = (
+        f"pass@1 {figures}; no more than {allowed:g} may be lost after rlvr, "
+        f"{SURE} standard errors of the difference included"
+    )
+    return Findings.of_measurement(max(losses) <= allowed, text)
+
+
+def is_preferred(model: str, build: BuildContext) -> Findings | None:
+    """The answers of a model that learned from preferences win against the model before. None if it was not
+    compared."""
+    if model not in _pass_at_1(build) or model not in build.data.chat.get("preferences", {}):
+        return None
+    rate = build.data.chat["preferences"][model]["win_rate"]
+    text = f"{model} wins {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f}) against the model before rlhf"
+    return Findings.of_measurement(rate["low"] > build.evaluation["chat"]["min_win_rate"], text)
+
+
+def _pass_at_1(build: BuildContext) -> dict[str, Scores]:
+    """{model: accuracy of drawn answers to all test problems}, in the order of training; empty if none converses."""
+    test = build.data.chat.get("test", {})
+    return {name: scores["problems_all"]["samples"]["accuracy"] for name, scores in test.items()}
+
+
+def _figure(row: Scores) -> str:
+    return f"{row['value']:.3f} ± {row['se']:.3f}"

@@ -1,0 +1,51 @@
+"""Whether every scores.json is what the tables beside it give."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from release import schema
+from release.assembly.score_facts import Scores, chat_tables_of, compute_chat_scores, compute_scores, read_scores
+from release.cards import versions
+from release.checks.check import Subject
+from release.checks.findings import Findings
+
+
+def scores(subject: Subject) -> Findings:
+    """Each scores.json is what its tables give, those of models that converse too."""
+    return Findings(score_problems(subject.folder / "evaluation"))
+
+
+def score_problems(evaluation: Path) -> list[str]:
+    """evaluation: the folder of that name in a dataset repository."""
+    folders = [path.parent for path in sorted(evaluation.glob("*/scores.json"))]
+    problems = [
+        f"evaluation/{folder.name}/scores.json is not what its tables give"
+        for folder in folders
+        if not _equals_measured(folder / "scores.json", compute_scores(folder))
+    ]
+    for benchmark, models in compute_chat_scores(evaluation).items():
+        for table in chat_tables_of(evaluation, benchmark):
+            path, measured = table.with_name("scores.json"), models[schema.model(table.parent)]
+            if not path.exists() or not _equals_measured(path, measured):
+                problems.append(f"evaluation/{benchmark}/{table.parent.name}/scores.json is not what its table gives")
+    return problems
+
+
+def _equals_measured(path: Path, measured: Scores) -> bool:
+    """Whether a scores.json is what was measured. One of an older schema may lack the figures that came since."""
+    newer_figures = {figure for figure, schema_ in versions.FIGURES.items() if schema_ > schema.stated(path).cards}
+    return _equal(read_scores(path), json.loads(json.dumps(measured)), newer_figures)
+
+
+def _equal(stated: Any, expected: Any, newer_figures: set[str], name: str = "") -> bool:
+    """Whether two JSON values are equal, but for fields of `newer_figures`, which the first may lack."""
+    if not (isinstance(stated, dict) and isinstance(expected, dict)):
+        return bool(stated == expected)
+    names = {key: f"{name}.{key}".lstrip(".") for key in expected}
+    return stated.keys() <= expected.keys() and all(
+        _equal(stated[key], expected[key], newer_figures, names[key]) if key in stated else names[key] in newer_figures
+        for key in expected
+    )

@@ -1,0 +1,18 @@
+"""Whether a release names secrets, or the machine that made it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from release.assembly import secret_scan
+from release.checks.check import BuildContext
+from release.checks.findings import Findings
+from release.layout import SUMS
+from release.repositories import files_below
+
+
+def no_secrets(build: BuildContext) -> Findings:
+    """No file holds a token, a private key, or a path of this machine."""
+    paths = [path for path in files_below(build.folder) if Path(path).name != SUMS]
+    hits = secret_scan.scan(build.folder, paths, build.machine)
+    return Findings(hits, summary=f"{len(paths)} files searched")

@@ -1,0 +1,48 @@
+"""Whether the tensors of models and checkpoints can be read and used, and whether the export is the trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from release.assembly.published_tables import read_json
+from release.checks.check import BuildContext, Subject
+from release.checks.findings import Findings
+from release.layout import models_of, when
+
+
+def tensors(subject: Subject) -> Findings:
+    """Every tensor can be read and is finite; an optimizer has the tensors of its model."""
+    import torch
+    from safetensors import safe_open
+
+    folder, problems = subject.folder, []
+    names_by_file: dict[tuple[Path, str], set[str]] = {}  # by folder, of model and optimizer
+    for path in sorted(folder.rglob("*.safetensors")):
+        name = path.relative_to(folder).as_posix()
+        with safe_open(path, framework="pt") as f:
+            for key in f.keys():  # noqa: SIM118 (not a mapping)
+                if not torch.isfinite(f.get_tensor(key)).all():
+                    problems.append(f"{name}: tensor {key} is not finite")
+                names_by_file.setdefault((path.parent, path.stem.split("-")[0]), set()).add(key)
+    for (model_folder, kind), names in names_by_file.items():
+        tensor_names = {name.split(".", 1)[1] for name in names}
+        if kind == "optimizer" and tensor_names != names_by_file.get((model_folder, "model")):
+            name = model_folder.relative_to(folder).as_posix()
+            problems.append(f"{name}: its optimizer has other tensors than the model beside it")
+    return Findings(problems)
+
+
+def export_parity(build: BuildContext) -> Findings:
+    """The logits of every exported model agree with the trainer's."""
+    deltas, findings = {}, Findings()
+    for path in sorted((build.folder / "evidence/parity").glob("*.json")):
+        parity = read_json(path)
+        delta, tolerance = parity["max_abs_logit_delta"], parity["tolerance"]
+        deltas[path.stem] = delta
+        if not delta < tolerance:
+            text = f"export-{path.stem} differs by {delta:.3g}, tolerance {tolerance:g}"
+            findings.problems.append(f"{text}; the export is not the trained model, do not publish it")
+    missing = [name for name in models_of(build.release["nodes"]) if name not in deltas]
+    findings.problems += [f"parity is not known for {name}; run its export again" for name in missing]
+    findings.summary = ", ".join(f"{name} max |Δ| {deltas[name]:.3g}" for name in sorted(deltas, key=when))
+    return findings
