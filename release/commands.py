@@ -250,16 +250,17 @@ def replay(
     Where the code here is not the one that trained it, the code that the release carries is run, under bubblewrap.
     Exit code 0: every bit is the same, or all differences lie within a stated tolerance; 1: it differs.
     """
-    from release.audit import replay as again
-    from release.audit import replay_report as report
+    from release.audit import replay as replays
 
     require_release(release)
     first, last = _span(steps)
-    found = again.replay(release, stage, first, last, lambda text: print(text, file=sys.stderr, flush=True), unconfined)
-    print(json.dumps(found.to_json(), indent=1) if as_json else report.text(found), flush=True)
+    result = replays.replay(
+        release, stage, first, last, lambda text: print(text, file=sys.stderr, flush=True), unconfined
+    )
+    print(json.dumps(result.to_json(), indent=1) if as_json else replays.text(result), flush=True)
     if certificate is not None:
-        certificate.write_text(json.dumps(report.certificate(found, release), indent=1, sort_keys=True) + "\n")
-    if not found.ok:
+        certificate.write_text(json.dumps(replays.certificate(result, release), indent=1, sort_keys=True) + "\n")
+    if not result.ok:
         raise typer.Exit(1)
 
 

@@ -14,10 +14,10 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
 from pipeline.core.text import escaped
 from release import schema, schema_v2
-from release.audit import replay_carried, show, tracing
-from release.audit.replay import replay
-from release.audit.replay_report import BITWISE, CLOSE, certificate, text
-from release.audit.replay_source import Source
+from release.audit import show, tracing
+from release.audit.replay import carried_code, certificate, replay, text
+from release.audit.replay.comparison import BITWISE, CLOSE
+from release.audit.replay.source import Source
 from release.audit.verify import Verdict, verify
 from release.repositories import model_folders
 from tests.fixtures import old_release_fixtures
@@ -107,7 +107,7 @@ def test_it_is_shown_and_traced(old_release: Path, tmp_path: Path) -> None:
 
 def without_bubblewrap(old_release: Path, tmp_path: Path) -> bool:
     try:
-        replay_carried.confined(old_release, tmp_path, tmp_path, {})
+        carried_code.confined(old_release, tmp_path, tmp_path, {})
     except AtomError:
         return True
     return False
@@ -131,15 +131,15 @@ def test_carried_code_that_is_not_the_code_that_trained_is_not_run(old_release: 
     from tests.integration.test_replay import resum
 
     copy = Path(shutil.copytree(old_release, tmp_path / "copy"))
-    assert replay_carried.find(Source(copy), PHASE, STEP) is not None
+    assert carried_code.find(Source(copy), PHASE, STEP) is not None
     engine = copy / "code/stages/train/engine.py"
     engine.write_text(f"{engine.read_text()}\nraise SystemExit('I ran')\n")
     with pytest.raises(CheckFailed, match="engine.py is altered"):
-        code = replay_carried.find(Source(copy), PHASE, STEP)
+        code = carried_code.find(Source(copy), PHASE, STEP)
         assert code is not None
         code.extract(tmp_path / "extracted")
     resum(copy)  # the checksums agree now, and the statement does not
-    assert replay_carried.find(Source(copy), PHASE, STEP) is None
+    assert carried_code.find(Source(copy), PHASE, STEP) is None
 
 
 def test_the_carried_code_sees_no_network_and_none_of_our_files(old_release: Path, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_the_carried_code_sees_no_network_and_none_of_our_files(old_release: Pat
         folder.mkdir()
     if without_bubblewrap(old_release, work):
         with pytest.raises(AtomError, match="give --unconfined if you trust"):
-            replay_carried.confined(old_release, code, work, {})
+            carried_code.confined(old_release, code, work, {})
         return
     attack = f"""
 import os, pathlib, socket
@@ -163,7 +163,7 @@ for what in (lambda: open({str(secret)!r}).read(), lambda: open({str(old_release
 assert "TOKEN" not in os.environ and os.getpid() < 20, os.getpid()
 pathlib.Path("done").write_text("yes")
 """
-    line = replay_carried.confined(old_release, code, work, {"HOME": str(work)})
+    line = carried_code.confined(old_release, code, work, {"HOME": str(work)})
     process = subprocess.run(
         [*line, sys.executable, "-c", attack], capture_output=True, text=True, env={"TOKEN": "x", "PATH": "/usr/bin:/bin"},
         check=False,
