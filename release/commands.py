@@ -73,7 +73,7 @@ def sign(
     for, and its public log keeps that name for ever. The job's own credentials are used where there are some (GitHub
     Actions, GitLab CI, Google Cloud, Buildkite), else a browser is opened, or a link is shown. It needs a network.
     """
-    from release.signing import sign as signing
+    from release import signing
 
     def say(text: str) -> None:
         print(text, flush=True)
@@ -89,9 +89,9 @@ def sign(
         raise AtomError("--trust-config is of an instance of Sigstore; give it with --keyless")
     if key is None:
         raise AtomError(f"no key to sign with; give --key PEM ({signing.HOW_TO}), or sign without one by --keyless")
-    signer = signing.Signer(key, certificate, tuple(chain or ()), os.environ.get("ATOM_KEY_PASSWORD"))
+    signing_key = signing.SigningKey(key, certificate, tuple(chain or ()), os.environ.get("ATOM_KEY_PASSWORD"))
     require_release(release)
-    name = signing.sign(release, signer, say)
+    name = signing.sign(release, signing_key, say)
     print(f"signed by {name}; check it: atom verify {release} --key {name}")
 
 
@@ -156,7 +156,7 @@ def verify(
     if proof is not None:
         return _check_proofs(proof, Path(target), as_json)
     from release.audit.verify import verify as verify_release
-    from release.signing.trust_policy import Trust
+    from release.signing import Trust
 
     trust = Trust(key, tuple(chain or ()), identity, issuer, trust_config)
     verdict = verify_release(target, deep, lambda text: print(text, file=sys.stderr, flush=True), trust)

@@ -30,8 +30,8 @@ def main(recipe: str) -> None:
     from pipeline.core.store import Store
     from pipeline.graph import dag
     from pipeline.graph import recipe as recipes
+    from release import signing
     from release.hub.local.server import running
-    from release.signing import sign
 
     started = time.monotonic()
     store = Store(Path(os.environ.get("ATOM_HOME") or "runs"))
@@ -44,9 +44,9 @@ def main(recipe: str) -> None:
     key = store.home / "keys" / "demo.pem"
     if not key.exists():
         print(f"\nmaking a key for this demo, {_short_path(key)}")
-        sign.make_key(key)
+        signing.make_key(key)
     atom("sign", str(release), "--key", str(key))
-    name = sign.fingerprint(sign.Signer(key).public_key())
+    name = signing.fingerprint(signing.SigningKey(key).public_key())
     print("\nstarting a local Hub, empty, that speaks the routes of huggingface.co")
     shutil.rmtree(store.home / "hub", ignore_errors=True)  # a Hub keeps a version for good; the demo may be built anew
     with running(store.home / "hub", NAMESPACE, TOKEN) as endpoint:

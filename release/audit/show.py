@@ -6,12 +6,11 @@ import io
 from pathlib import Path
 from typing import Any
 
-from release import schema
+from release import schema, signing
 from release.assembly import costs, metrics
 from release.cards import caveats, tables
 from release.layout import GATES, PUBLIC_KEY, SIGNATURE
 from release.repositories import model_folders
-from release.signing import keyless, sign
 from release.untrusted import cleaned
 
 WIDTH = 118
@@ -57,7 +56,7 @@ def facts_of(release: Path) -> dict[str, Any]:
         "gates": {name: gate["ok"] for name, gate in sorted(metrics.read_json(release / GATES).items())},
         "cost": costs.total(costs.usage_by_stage(release)),
         "key": _key(release),
-        "identity": keyless.identity(release / SIGNATURE),
+        "identity": signing.recorded_identity(release / SIGNATURE),
     }  # fmt: skip
 
 
@@ -66,7 +65,7 @@ def _key(release: Path) -> str | None:
     if not ((release / PUBLIC_KEY).is_file() and (release / SIGNATURE).is_file()):
         return None
     try:
-        return sign.fingerprint((release / PUBLIC_KEY).read_bytes())
+        return signing.fingerprint((release / PUBLIC_KEY).read_bytes())
     except ValueError:
         return "which cannot be read"
 

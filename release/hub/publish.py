@@ -33,7 +33,7 @@ from release.hub.upload import (
 )
 from release.layout import PUBLIC_KEY, RELEASE, SIGNATURE
 from release.repositories import Repository, repositories
-from release.signing.trust_policy import ANYONE, Trust
+from release.signing import ANYONE, Trust
 
 
 @dataclass
