@@ -207,7 +207,6 @@ def trace(
     as_json: JsonOption = False,
 ) -> None:
     """Lead from a step to documents, and from a document or text to steps and checkpoints."""
-    from release.audit import trace_report as answers
     from release.audit import tracing
 
     if [step, doc, text].count(None) != 2:
@@ -221,15 +220,15 @@ def trace(
     def say(words: str) -> None:
         print(words, file=sys.stderr, flush=True)
 
-    answer: answers.Answer
+    answer: tracing.Answer
     if step is not None:
-        answer = tracing.step(release, phase, step)
+        answer = tracing.trace_step(release, phase, step)
     elif text is not None:
-        answer = tracing.text(release, text, open_store().home / "trace", say)
+        answer = tracing.trace_text(release, text, open_store().home / "trace", say)
     else:
         assert doc is not None, "one of the three was given"
-        answer = tracing.removal_report(release, doc, say) if report else tracing.document(release, doc)
-    print(json.dumps(answer.to_json(), indent=1) if as_json else answers.shown(answer))
+        answer = tracing.trace_removal(release, doc, say) if report else tracing.trace_document(release, doc)
+    print(json.dumps(answer.to_json(), indent=1) if as_json else tracing.text(answer))
 
 
 @app.command()

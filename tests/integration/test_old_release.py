@@ -95,13 +95,13 @@ def test_it_is_shown_and_traced(old_release: Path, tmp_path: Path) -> None:
     assert list(page["models"]) == [*MODELS[1:], "model"] and all(page["gates"].values())
     assert page["seen"][PHASE]["steps"] == STEP and "atom-kept" in show.text(page)
 
-    step = tracing.step(old_release, PHASE, 1)
+    step = tracing.trace_step(old_release, PHASE, 1)
     assert step.moved is True and len(step.segments) == 24
-    document = tracing.document(old_release, step.segments[0]["id"])
-    assert document.fates[0]["disposition"] == "kept" and 1 in [use.step for use in document.uses if use.phase == PHASE]
+    document = tracing.trace_document(old_release, step.segments[0].id)
+    assert document.fates[0].kept and 1 in [use.step for use in document.uses if use.phase == PHASE]
     assert document.models == ["base", "mid", "sft", "rlvr", "dpo", "online-rlhf"]
     assert f"{PHASE}-step-{STEP}" in document.checkpoints and "online-step-2" in document.checkpoints
-    matches = tracing.text(old_release, "Thank the ", tmp_path).matches
+    matches = tracing.trace_text(old_release, "Thank the ", tmp_path).matches
     assert matches and {match.source for match in matches} == {"courtesies"}
 
 
@@ -246,7 +246,7 @@ def rename_everything(tree: Tree) -> None:
     tree.replace(V2, '"online": "online-rlhf"', '"online": "onlinerl"')
     tree.replace(V2, '"judge": "export-reward"', '"judge": "export-scorer"')
     tree.replace_all(r'"accuracy(_all)?"', r'"exact_match\1"', "release", "stages", without=[V2])
-    tree.replace_all(r'"kept_hash"', '"text_hash"', "release", without=[V2])
+    tree.replace_all(r"\bkept_hash\b", "text_hash", "release", without=[V2])
     tree.replace_all(r'(release|facts)\["license"\]', r'\1["spdx"]', "release", without=[V2])
     tree.replace("release/audit/show.py", '"license", "commit"', '"spdx", "commit"')
     tree.replace("release/schema.py", "3: schema_v3}", "3: schema_v3, 4: schema_v4}")
