@@ -205,7 +205,7 @@ def test_what_goes_not_together_is_told(arguments: list[str], words: str, built:
 
 
 def test_they_are_published_and_come_back(client, release: Path, config: Path, tmp_path: Path) -> None:  # noqa: F811
-    assert f"carries signatures and the name {IDENTITY} ({ISSUER}); atom verify checks" in " ".join(
+    assert f"signed, unchecked, with the identity {IDENTITY} ({ISSUER}); atom verify checks it" in " ".join(
         show.text(show.facts_of(release)).split()
     )
     with running(tmp_path / "hub") as endpoint:
