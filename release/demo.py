@@ -1,4 +1,4 @@
-"""The whole path with one command: run, build, publish to a local Hub, pull back, verify, and a short table.
+"""The whole path with one command: run, build, sign, publish to a local Hub, pull back, verify, and a short table.
 
     python -m release.demo [RECIPE]
 
@@ -13,7 +13,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.core.store import Store
+    from pipeline.graph.dag import Graph
 
 NAMESPACE, TOKEN = "local", "hf_local"
 
@@ -30,8 +36,8 @@ def main(recipe: str) -> None:
     from pipeline.core.store import Store
     from pipeline.graph import dag
     from pipeline.graph import recipe as recipes
+    from release import signing
     from release.hub.local.server import running
-    from release.signing import sign
 
     started = time.monotonic()
     store = Store(Path(os.environ.get("ATOM_HOME") or "runs"))
@@ -44,11 +50,11 @@ def main(recipe: str) -> None:
     key = store.home / "keys" / "demo.pem"
     if not key.exists():
         print(f"\nmaking a key for this demo, {_short_path(key)}")
-        sign.make_key(key)
+        signing.make_key(key)
     atom("sign", str(release), "--key", str(key))
-    name = sign.fingerprint(sign.Signer(key).public_key())
-    print("\nstarting a local Hub, empty, that speaks the routes of huggingface.co")
-    shutil.rmtree(store.home / "hub", ignore_errors=True)  # a Hub keeps a version for good; the demo may be built anew
+    name = signing.fingerprint(signing.SigningKey(key).public_key())
+    print("\nstarting an empty local Hub with the routes of huggingface.co")
+    shutil.rmtree(store.home / "hub", ignore_errors=True)  # a Hub keeps a version forever, and the demo may be rebuilt
     with running(store.home / "hub", NAMESPACE, TOKEN) as endpoint:
         hub = {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN}
         atom("publish", str(release), "--to", NAMESPACE, **hub)
@@ -57,8 +63,8 @@ def main(recipe: str) -> None:
     summary(composed, store, release, time.monotonic() - started)
 
 
-def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
-    """The table at the end; every figure is read from the release or the ledger."""
+def summary(composed: Graph, store: Store, release: Path, seconds: float) -> None:
+    """Prints the table at the end; every figure is read from the release or the ledger."""
     from rich.console import Console
     from rich.table import Table
 
@@ -129,7 +135,7 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
         if statement:
             times.append((name, provenance.usage(statement[1])["wall_seconds"]))
     print("Time of each stage: " + ", ".join(f"{name} {duration(wall)}" for name, wall in times))
-    print(f"This command took {duration(seconds)}; a second one uses what is sealed.")
+    print(f"This command took {duration(seconds)}; a second run reuses sealed artifacts.")
 
     uri, release_path = mlflow_sync.shown_uri(store), _short_path(release)
     print(f"\nRelease  {release_path}\nHub      {_short_path(store.home / 'hub')}\nMLflow   {uri}")
@@ -137,19 +143,19 @@ def summary(composed: Any, store: Any, release: Path, seconds: float) -> None:
     print(
         "\nWhat to try next (with .venv/bin in front of PATH)\n"
         "  atom status                     how the run went, stage by stage\n"
-        f"  less {release_path}/model/README.md    the model card: every number of it was measured\n"
+        f"  less {release_path}/model/README.md    the model card: every number in it was measured\n"
         f"  atom show {release_path}      the release on one page\n"
-        f"  atom trace {release_path} --phase pretrain --step 7    what that batch held, and where it is from\n"
-        f"  atom replay {release_path} pretrain    train its last steps again, and compare every tensor\n"
+        f"  atom trace {release_path} --phase pretrain --step 7    the documents of that batch, and their origin\n"
+        f"  atom replay {release_path} pretrain    retrain its last steps, and compare every tensor\n"
         f"  atom verify {release_path}    then flip any byte of it, and verify again\n"
         f"  mlflow ui --backend-store-uri {uri}\n"
-        f"  atom plan {name}             change a field of a copy of the recipe, and plan the copy:\n"
-        "                                  only what depends on the field is to run"
+        f"  atom plan {name}             change a field in a copy of the recipe, and plan the copy:\n"
+        "                                  only stages that depend on the field will run"
     )
 
 
-def conversation(console: Any, table: Any, chat: dict[str, Any]) -> None:
-    """What each phase of post-training gave: test problems, the fresh set, the judge's reward in parts, preferences."""
+def conversation(console: Console, table: Any, chat: dict[str, Any]) -> None:
+    """Prints the scores after each phase of post-training: test problems, fresh set, reward by part, preferences."""
     from release.cards import caveats, chat_tables
 
     test, fresh, preferences = (chat.get(benchmark, {}) for benchmark in ("test", "fresh", "preferences"))
@@ -177,7 +183,7 @@ def conversation(console: Any, table: Any, chat: dict[str, Any]) -> None:
 
 
 def _short_path(path: Path) -> str:
-    """A path below the present folder by its short name, any other in full."""
+    """A path below the working folder relative to it, any other in full."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 

@@ -61,4 +61,4 @@ from release.audit import replay
 
 replay.replay_into(Path(release), phase, int(first), int(last), Path(folder))
 """
-"""Replays steps by the code that a release of format 3 carries: `release/audit/replay.py` has this function."""
+"""Replays steps by the code that a release of format 3 carries: `release.audit.replay` has this function."""

@@ -96,7 +96,7 @@ def _index(release: Path, cache: Path, progress: Callable[[str], None]) -> None:
     from release.audit import tracing
 
     try:
-        if tracing.index(release, cache, progress) is None:
+        if tracing.build_index(release, cache, progress) is None:
             progress("no index of texts: SQLite here has no FTS5 with trigrams; `atom trace --text` reads every text")
     except AtomError as error:
         progress(f"no index of texts: {error}")

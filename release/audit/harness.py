@@ -1,12 +1,12 @@
 """lm-evaluation-harness (arXiv 2405.14782) on a release: a second implementation of its figures, and other tasks.
 
-    python -m release.audit.harness RELEASE                        # the release's own problems, beside what it states
+    python -m release.audit.harness RELEASE                        # the release's own problems, and the stated figure
     python -m release.audit.harness RELEASE --tasks NAME,… [--include-path FOLDER] [--limit N]
 
 `RELEASE` is a built or pulled release folder. The model is a folder of it, in plain transformers and float32. Without
-`--tasks` the harness asks the evaluation problems that the release publishes and compares each answer with the one that
-the release states, so that the figure in the card was made twice. With it, the tasks are the harness's own, by name, or
-YAML files of `--include-path`. The last line is one JSON object. Needs the extra `harness`.
+`--tasks` the harness asks the evaluation problems that the release publishes and compares each answer with the one in
+the release, so that two programs compute the card's figure. With it, the tasks are the harness's own, by name, or YAML
+files of `--include-path`. The last line is one JSON object. Needs the extra `harness`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ BATCH = 32
 
 
 def language_model(folder: Path) -> Any:
-    """The harness's model of one model folder. Raises AtomError if the harness, or the model, is not there."""
+    """The harness's model of one model folder. Raises AtomError if the model or the harness is missing."""
     if not (folder / "config.json").is_file():
-        raise AtomError(f"{folder} holds no model; give the folder of a release, as `atom build` makes it")
+        raise AtomError(f"{folder} contains no model; give a release folder made by `atom build`")
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise AtomError(f"the harness is not installed ({error}); pip install 'atom-release[harness]'") from None
+        raise AtomError(f"the harness is not installed ({error}); run pip install 'atom-release[harness]'") from None
     import torch
 
     from stages.data.tokenizer import END
@@ -76,8 +76,10 @@ def problems(rows: list[dict[str, Any]], max_new_tokens: int) -> Any:
 
 
 def read_problems(release: Path, folder: str) -> tuple[list[dict[str, Any]], int]:
-    """The problems with what the release states of a model's answers (`output`, `score`), and the longest answer
-    allowed, in tokens. Raises CheckFailed if the release does not hold them."""
+    """The problems with a model's stated answers (`output`, `score`), and the longest answer allowed, in tokens.
+
+    Raises CheckFailed if the release does not contain them.
+    """
     from release.assembly.published_tables import read_json, read_rows
     from stages.evaluation.settings import EvaluationSection
 
@@ -86,18 +88,18 @@ def read_problems(release: Path, folder: str) -> tuple[list[dict[str, Any]], int
     stated = release / "dataset/evaluation" / model / "items.parquet"
     recipe = release / "evidence/recipe.json"
     if not (stated.is_file() and recipe.is_file()):
-        raise CheckFailed(f"{release} does not hold {stated.relative_to(release)} and evidence/recipe.json")
+        raise CheckFailed(f"{release} does not contain {stated.relative_to(release)} and evidence/recipe.json")
     return read_rows(stated), EvaluationSection.model_validate(read_json(recipe)["evaluation"]).max_new_tokens
 
 
 def evaluate(model: Any, tasks: list[Any], include: Path | None = None, limit: int | None = None) -> dict[str, Any]:
-    """The harness's own result: `results` by task, and `samples`. Raises AtomError for a task that it does not know."""
+    """The harness's result: `results` by task, and `samples`. Raises AtomError for an unknown task."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if include is None else str(include))
     if unknown := [name for name in tasks if isinstance(name, str) and not manager.match_tasks([name])]:
-        raise AtomError(f"the harness knows no task {unknown[0]}; `lm_eval ls tasks` lists them")
+        raise AtomError(f"the harness has no task {unknown[0]}; `lm_eval ls tasks` lists them")
     results: dict[str, Any] = lm_eval.simple_evaluate(
         model, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True, verbosity="ERROR"
     )
@@ -105,7 +107,7 @@ def evaluate(model: Any, tasks: list[Any], include: Path | None = None, limit: i
 
 
 def compare_answers(release: Path, folder: str, limit: int | None = None) -> dict[str, Any]:
-    """The release's problems, asked by the harness: its figure, the stated one, and the ids of unequal answers."""
+    """Asks the release's problems with the harness: its figure, the stated one, and the ids of answers that differ."""
     stated, max_new_tokens = read_problems(release, folder)
     stated = sorted(stated, key=lambda row: row["id"])[:limit]
     rows = [{"id": r["id"], "task": r["task"], "prompt": r["prompt"], "answer": r["expected"]} for r in stated]
@@ -131,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.tasks is None:
             report = compare_answers(options.release, options.model, options.limit)
-            comparison = f"{len(report['other_answers'])} of {report['problems']} answers are others"
+            comparison = f"{len(report['other_answers'])} of {report['problems']} answers differ"
             print(f"exact match {report['exact_match']:.3f}, stated {report['stated']:.3f}; {comparison}")
         else:
             model = language_model(options.release / options.model)

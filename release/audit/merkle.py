@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,21 @@ from stages.data.table import read_table, stream_rows
 
 KEPT = ("id", "source", "content_hash", "license", "split")
 TOKENS = ("id", "source", "split", "ordinal", "content_hash", "tokens")
-"""The columns of a row that a leaf holds; of dispositions it holds all."""
+"""The columns of a row that a leaf contains; one of dispositions contains all."""
 FIELDS = {"table": str, "leaf": dict, "index": int, "size": int, "proof": list, "root": str}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A row of a table under the table's root. leaf: the row's columns that are hashed; index: of the row; size: rows
+    of the table; proof: hex of the siblings, from the leaf up; root: hex."""
+
+    table: str
+    leaf: dict[str, Any]
+    index: int
+    size: int
+    proof: list[str]
+    root: str
 
 
 class Tree:
@@ -94,11 +108,10 @@ def roots(dataset: Path) -> dict[str, dict[str, Any]]:
     return table_roots
 
 
-def prove(dataset: Path, doc_id: str) -> dict[str, dict[str, Any]]:
-    """{table: proof} for each table of `roots` that has the document, each as JSON: `table`, `leaf` (the row), `index`,
-    `size`, `proof` (hex of the siblings, from the leaf up), `root` (hex).
+def prove(dataset: Path, doc_id: str) -> dict[str, Proof]:
+    """{table: proof} for each table of `roots` that has the document.
 
-    Raises AtomError for a document that no table has.
+    Raises AtomError for a document that no table has, or if a table is missing or damaged.
     """
     proofs = {}
     for name, (path, columns) in _tables(dataset).items():
@@ -106,15 +119,15 @@ def prove(dataset: Path, doc_id: str) -> dict[str, dict[str, Any]]:
         if index >= 0:
             row = _json_row(read_table(path, columns, [("id", "=", doc_id)]).to_pylist()[0])
             tree = Tree(_leaves(path, columns))
-            inclusion = {"proof": [sibling.hex() for sibling in tree.proof(index)], "root": tree.root.hex()}
-            proofs[name] = {"table": name, "leaf": row, "index": index, "size": tree.size, **inclusion}
+            siblings = [sibling.hex() for sibling in tree.proof(index)]
+            proofs[name] = Proof(name, row, index, tree.size, siblings, tree.root.hex())
     if not proofs:
         raise AtomError(f"no table of {dataset} has the document {doc_id}; look it up in dispositions.parquet")
     return proofs
 
 
 def check(proof: Mapping[str, Any], roots: Mapping[str, Any]) -> str | None:
-    """What is wrong with one proof, in a sentence; None if it holds. roots: what `roots` gave, from a trusted place."""
+    """The problem with a proof, in a sentence; None if it is valid. roots: those of `roots`, from a trusted source."""
     for name, kind in FIELDS.items():
         if not isinstance(proof.get(name), kind) or isinstance(proof[name], bool):
             return f"the proof is malformed: its field {name} is missing or is no {kind.__name__}"
@@ -139,9 +152,9 @@ def check(proof: Mapping[str, Any], roots: Mapping[str, Any]) -> str | None:
 
 
 def check_file(proofs: Path, roots: Path) -> dict[str, str | None]:
-    """{table: what is wrong with its proof, or None} of a file that `atom trace --doc ID --report --json` wrote.
+    """{table: the problem with its proof, or None} of a file that `atom trace --doc ID --report --json` wrote.
 
-    roots: a merkle.json from a trusted place. Raises AtomError if a file is not what it should be.
+    roots: a merkle.json from a trusted source. Raises AtomError if a file is malformed.
     """
     try:
         stated, trusted = untrusted.read_json(proofs, follow=True), untrusted.read_json(roots, follow=True)
@@ -168,7 +181,7 @@ def _leaves(path: Path, columns: list[str]) -> Iterator[bytes]:
 
 
 def _json_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A number that JSON has no word for stands as a string, as in the ledger."""
+    """The row with NaN and infinities as strings, since JSON has no such numbers."""
     non_finite = {
         name: str(value) for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)
     }

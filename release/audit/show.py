@@ -1,4 +1,4 @@
-"""`atom show`: a release on one terminal page, every figure from its files."""
+"""`atom show`: a release on one terminal page. Every figure is read from its files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from release import schema
+from release import schema, signing
 from release.assembly import costs
 from release.assembly.checkpoint_facts import read_checkpoints
 from release.assembly.data_facts import OrderFacts, read_data_facts
@@ -16,7 +16,6 @@ from release.assembly.published_tables import read_json
 from release.cards import caveats, tables
 from release.layout import GATES, PUBLIC_KEY, SIGNATURE
 from release.repositories import model_folders
-from release.signing import keyless, sign
 from release.untrusted import cleaned
 
 WIDTH = 118
@@ -24,12 +23,14 @@ ABOUT = ("name", "version", "title", "description", "license", "commit", "dirty"
 
 
 def facts_of(release: Path) -> dict[str, Any]:
-    """What the page tells, for `--json`; fields are only ever added.
+    """The content of the page, for `--json`; fields are only ever added.
 
-    corpus: by source, documents in, kept and tokens; removed: by rule. models: in the order of training, parameters and
-    scores {measure: {value, se}}; of those that converse, pass_at_1. caveats: the sentences that the final model's card
-    opens with. gates: {name: ok}. key: the fingerprint of the key
-    that is said to have signed it, unchecked, or None.
+    corpus: {source: documents in, kept, tokens, licenses}. removed: {rule: documents}. seen: {phase: steps, tokens}.
+    models: {folder: {measure: {value, se}}} in the order of training. pass_at_1: of models that converse. caveats: the
+    sentences at the head of the final model's card. gates: {name: ok}. key: the fingerprint of the key beside the
+    signature, unchecked, or None. identity: the one in a signature without a key, unchecked, or None.
+
+    Raises CheckFailed if a file of the release is missing or damaged.
     """
     release_info, data = schema.read_release(release), read_data_facts(release / "dataset")
     final_model, *other_models = model_folders(release)
@@ -62,16 +63,16 @@ def facts_of(release: Path) -> dict[str, Any]:
         "gates": {name: gate["ok"] for name, gate in sorted(read_json(release / GATES).items())},
         "cost": costs.total(costs.usage_by_stage(release)),
         "key": _key(release),
-        "identity": keyless.identity(release / SIGNATURE),
+        "identity": signing.recorded_identity(release / SIGNATURE),
     }  # fmt: skip
 
 
 def _key(release: Path) -> str | None:
-    """The fingerprint of the key beside a signature; whether that holds is the question of `atom verify`."""
+    """The fingerprint of the key beside a signature, unchecked (`atom verify` checks it)."""
     if not ((release / PUBLIC_KEY).is_file() and (release / SIGNATURE).is_file()):
         return None
     try:
-        return sign.fingerprint((release / PUBLIC_KEY).read_bytes())
+        return signing.fingerprint((release / PUBLIC_KEY).read_bytes())
     except ValueError:
         return "which cannot be read"
 
@@ -88,7 +89,7 @@ def _scores(model: ModelFacts) -> dict[str, Any]:
 
 
 def text(facts: dict[str, Any]) -> str:
-    """The page; what a terminal would obey is shown in escapes."""
+    """The page; control characters in it are escaped."""
     from rich.console import Console
     from rich.table import Table
 
@@ -107,7 +108,7 @@ def text(facts: dict[str, Any]) -> str:
         f"{size['total']:,} parameters, {size['active']:,} active for one token; weights {license['weights']}, "
         f"code {license['code']}, documents under their own licenses"
     )
-    commit = f"commit {facts['commit'][:12]}" if facts["commit"] else "no commit known"
+    commit = f"commit {facts['commit'][:12]}" if facts["commit"] else "commit unknown"
     console.print(f"code at {commit}{', with uncommitted changes' if facts['dirty'] else ''}\n")
 
     corpus = table("trained on", "documents in", "kept", "tokens", "licenses")
@@ -121,14 +122,14 @@ def text(facts: dict[str, Any]) -> str:
     phases = ", ".join(
         f"{name} {row['steps']:,} steps, {row['tokens']:,} tokens" for name, row in facts["seen"].items()
     )
-    console.print(f"seen: {phases}\n")
+    console.print(f"training: {phases}\n")
 
-    console.print("read first")
+    console.print("caveats")
     for sentence in facts["caveats"]:
         console.print(sentence.replace("**", ""))
     console.print()
 
-    quality = table("how good", "bits per byte, all", "exact match, all")
+    quality = table("quality", "bits per byte, all", "exact match, all")
     for folder, scores in facts["models"].items():
         quality.add_row(folder, *(tables.with_error(scores[kind], 3) for kind in ("bits_per_byte", "accuracy")))
     console.print(quality)
@@ -138,10 +139,10 @@ def text(facts: dict[str, Any]) -> str:
 
     gates, cost = facts["gates"], facts["cost"]
     failed = [name for name, ok in gates.items() if not ok]
-    console.print(f"\nhow checked: {len(gates)} gates, {'failed: ' + ', '.join(failed) if failed else 'all passed'}")
+    console.print(f"\nchecks: {len(gates)} gates, {'failed: ' + ', '.join(failed) if failed else 'all passed'}")
     console.print(f"checkpoints: {', '.join(facts['checkpoints'])}")
-    signer = f"the key {facts['key']}" if facts["key"] else facts["identity"] and f"the name {facts['identity']}"
-    console.print(f"carries signatures and {signer}; atom verify checks" if signer else "not signed")
+    signer = f"the key {facts['key']}" if facts["key"] else facts["identity"] and f"the identity {facts['identity']}"
+    console.print(f"signed, unchecked, with {signer}; atom verify checks it" if signer else "not signed")
     console.print(
         f"cost, failed attempts counted: {cost['attempts']:.0f} attempts ({cost['failed']:.0f} failed), "
         f"{cost['core_hours']:.3g} core hours, {cost['gpu_hours']:.3g} GPU hours, about {cost['energy_wh']:.3g} Wh"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.core.errors import AtomError, CheckFailed
-from release import schema, scratch
+from release import schema, scratch, signing
 from release.checks import formats, listing, registry
 from release.checks.check_runner import CheckRunner
 from release.checks.listing import Checksums, Contents, kind_of
@@ -20,13 +20,11 @@ from release.checks.verdict import CheckResult, Problems, Verdict, answer
 from release.checksums import compare
 from release.hash_cache import Digests
 from release.layout import ALL_SUMS, PUBLIC_KEY, SIGNATURE, SUMS
-from release.signing import sign
-from release.signing.sign import TrustPolicy
-from release.signing.trust_policy import ANYONE, Trust
+from release.signing import ANYONE, Trust, TrustPolicy
 from release.tree import scan
 from release.untrusted import printable
 
-__all__ = ["CheckResult", "Trust", "Verdict", "kind_of", "verify"]
+__all__ = ["CheckResult", "Verdict", "kind_of", "verify"]
 
 FORMATS_HOLD = "no pickle, no program, and no code beside weights or data"
 
@@ -87,7 +85,7 @@ def _verify_folder(
     verdict.checks += _byte_checks(contents, digests)
     runner = CheckRunner(folder, tree, deep)
     if any(path.endswith(SIGNATURE) for path in tree.files):
-        sign.load_libraries()
+        signing.load_libraries()
     verdict.checks.append(runner.run("signatures", lambda: _check_signatures(contents, digests, policy)))
     archive = kind in ("release", "evidence")
     verdict.checks.append(
@@ -155,7 +153,7 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
             problems += [f"{prefix}{name} is no file that can be read" for name in unreadable]
             signers[prefix] = None
             continue
-        verdict = sign.verify(folder / repository.folder, present, digests, policy)
+        verdict = signing.verify(folder / repository.folder, present, digests, policy)
         if verdict is None:
             continue
         problems += [prefix + text for text in verdict.problems]
@@ -172,9 +170,9 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
     expected = policy.signer or next(filter(None, signers.values()), None)
     for prefix, signer in signers.items():
         if signer not in (None, expected):
-            file = PUBLIC_KEY if sign.FINGERPRINT.fullmatch(str(signer)) else SIGNATURE
+            file = PUBLIC_KEY if signing.is_fingerprint(signer) else SIGNATURE
             problems.append(f"{prefix}{file} is {signer}, not {expected}")
-    by_key = sign.FINGERPRINT.fullmatch(str(expected))
+    by_key = signing.is_fingerprint(expected)
     signed = "signed by" if by_key or policy.signer else "saying that they are signed by"
     summary = f"{len(signers)} {'repository' if len(signers) == 1 else 'repositories'} {signed} {expected}"
     hint = "; nothing but the release itself says whose key that is: compare it, or give it by --key"

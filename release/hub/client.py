@@ -1,4 +1,7 @@
-"""The one door to the real `huggingface_hub` client: imported late, quiet, and with its errors told in one sentence."""
+"""Access to the `huggingface_hub` client: imported late, quiet, retried, and with its errors as one sentence each.
+
+No other module imports it.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +23,23 @@ from release.hub.limits import PUBLIC_HUB, HubLimit
 from release.untrusted import printable
 
 RETRIED_STATUSES = (429, 500, 502, 503, 504)
-"""Answers after which the same is asked again."""
+"""Status codes after which a call is repeated."""
 ATTEMPTS = 6
 UNREACHABLE_ATTEMPTS = 3
-"""Where no answer comes at all."""
+"""If no answer comes at all."""
 MAX_RETRY_SECONDS = 60.0
 MAX_LISTED = 1_000_000
-"""Files, branches or commits that a Hub may list."""
+"""Files, branches or commits that a Hub may list, at most."""
 SHAPE_ERRORS = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
-"""What the client raises where JSON is of another shape than a Hub's, and so do we where we read what it returns."""
+"""What the client raises for JSON of another shape than a Hub's, and what reading its return values raises."""
 
 
 class MalformedAnswer(Exception):
-    """An answer of another shape than a Hub's; its text says what came of reading it."""
+    """An answer of another shape than a Hub's; its text is the error that reading it raised."""
 
 
 def endpoint() -> str:
+    """HF_ENDPOINT, or the public Hub."""
     return os.environ.get("HF_ENDPOINT", PUBLIC_HUB).rstrip("/")
 
 
@@ -63,20 +67,20 @@ def load() -> Any:
 
 @lru_cache(maxsize=1)
 def _limit_client(hub_module: Any) -> None:
-    """Every client that the module makes from now on keeps to our limits."""
+    """Every client that the module makes from now on keeps to `limits`."""
     from huggingface_hub.utils import _http
 
     hub_module.set_client_factory(lambda: limits.install(_http.default_client_factory(), endpoint()))
 
 
 def _http() -> Any:
-    """huggingface_hub 2 stands on httpx2, version 1 on httpx."""
+    """huggingface_hub 2 uses httpx2, version 1 uses httpx."""
     return importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
 
 
 class RetryingClient:
-    """The client's calls, each asked again where the Hub says that it is busy or does not answer: the client itself
-    does so for uploads only. Every call that is made here may be made twice."""
+    """The client's calls, each repeated if the Hub is busy or does not answer: the client itself repeats uploads only.
+    Every call here may be made twice. Raises what the client raises, MalformedAnswer, and HubLimit."""
 
     def __init__(self, client: Any) -> None:
         self.client = client
@@ -85,7 +89,7 @@ class RetryingClient:
         call = getattr(self.client, name)
 
         def retrying(*arguments: Any, **options: Any) -> Any:
-            inspect.signature(call).bind(*arguments, **options)  # raises TypeError for a call of ours that is wrong
+            inspect.signature(call).bind(*arguments, **options)  # raises TypeError for a wrong call
             errors, transport = load().errors, _http().TransportError
             for attempt in range(ATTEMPTS):
                 limits.begin_call(retried=attempt > 0)
@@ -94,12 +98,12 @@ class RetryingClient:
                         answer = _call_unwrapped(call, *arguments, **options)
                         if not inspect.isgenerator(answer):
                             return answer
-                        rows = list(islice(answer, MAX_LISTED + 1))  # which asks when it is read
+                        rows = list(islice(answer, MAX_LISTED + 1))  # each page is a request
                     if len(rows) > MAX_LISTED:
                         raise HubLimit(f"lists more than {MAX_LISTED} entries")
                     return rows
                 except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, transport) as error:
-                    # a download that was answered by an error says that nothing is here, and why
+                    # the client's error for a failed download; its cause says why
                     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
                     attempts = UNREACHABLE_ATTEMPTS if isinstance(cause, transport) else ATTEMPTS
                     if (
@@ -108,7 +112,7 @@ class RetryingClient:
                     ):
                         raise
                     time.sleep(_wait(cause, attempt))
-                except json.JSONDecodeError:  # of a server's failure; the client reads some answers before their status
+                except json.JSONDecodeError:  # a failing server's; the client reads some answers before their status
                     if attempt == ATTEMPTS - 1:
                         raise
                     time.sleep(2.0**attempt)
@@ -119,7 +123,7 @@ class RetryingClient:
 
 @contextmanager
 def parsing() -> Iterator[None]:
-    """Where answers of the Hub are read: raises MalformedAnswer for one of another shape."""
+    """For code that reads an answer of the Hub: raises MalformedAnswer if it has another shape."""
     errors = load().errors
     try:
         yield
@@ -130,7 +134,7 @@ def parsing() -> Iterator[None]:
 
 
 def _call_unwrapped(call: Any, *arguments: Any, **options: Any) -> Any:
-    """Calls. What went wrong with an upload is raised itself, not the RuntimeError in which the client wraps it."""
+    """Makes a call. Raises the error of an upload itself, not the RuntimeError in which the client wraps it."""
     try:
         return call(*arguments, **options)
     except RuntimeError as error:
@@ -140,7 +144,7 @@ def _call_unwrapped(call: Any, *arguments: Any, **options: Any) -> Any:
 
 
 def _wait(error: Any, attempt: int) -> float:
-    """Seconds: what the Hub asks for, or 1, 2, 4, … ; a minute at most."""
+    """Seconds until the next attempt: the Hub's Retry-After, or 1, 2, 4, …; at most a minute."""
     response = getattr(error, "response", None)
     retry_after = str(response.headers.get("Retry-After", "")) if response is not None else ""
     return min(float(retry_after) if retry_after.isdigit() else 2.0**attempt, MAX_RETRY_SECONDS)
@@ -153,7 +157,7 @@ def api() -> Any:
 
 @contextmanager
 def translate_errors(action: str) -> Iterator[None]:
-    """Turns the client's failures during `action`, and what `parsing` raises, into one AtomError."""
+    """Turns the client's errors during `action`, and MalformedAnswer, into one AtomError."""
     errors, http = load().errors, _http()
     try:
         yield
@@ -184,9 +188,7 @@ def translate_errors(action: str) -> Iterator[None]:
     except errors.LocalEntryNotFoundError as error:
         raise AtomError(f"{action}: {endpoint()} cannot be read: {_first_line(error)}; try again") from None
     except json.JSONDecodeError:
-        raise AtomError(
-            f"{action}: {endpoint()} answers what no Hub does, perhaps a proxy before it; try again"
-        ) from None
+        raise AtomError(f"{action}: {endpoint()} sends a malformed answer, perhaps from a proxy; try again") from None
     except errors.LocalTokenNotFoundError:
         raise AtomError(f"{action}: no token; set HF_TOKEN to one with write access") from None
     except errors.HFValidationError as error:
@@ -194,15 +196,15 @@ def translate_errors(action: str) -> Iterator[None]:
     except http.TimeoutException:
         raise AtomError(f"{action}: {endpoint()} does not answer; try again later, or check HF_ENDPOINT") from None
     except http.TooManyRedirects:
-        raise AtomError(f"{action}: {endpoint()} sends us in circles; check HF_ENDPOINT") from None
+        raise AtomError(f"{action}: {endpoint()} redirects in a circle; check HF_ENDPOINT") from None
     except http.RemoteProtocolError as error:
-        raise AtomError(f"{action}: {endpoint()} breaks off or garbles its answer: {_first_line(error)}") from None
+        raise AtomError(f"{action}: {endpoint()} interrupts or corrupts its answer: {_first_line(error)}") from None
     except (http.HTTPError, http.InvalidURL, ConnectionError, errors.OfflineModeIsEnabled) as error:
         raise AtomError(
             f"{action}: {endpoint()} cannot be reached ({type(error).__name__}); check HF_ENDPOINT"
         ) from None
     except MalformedAnswer as error:
-        raise AtomError(f"{action}: {endpoint()} answers what no Hub does ({error}); check HF_ENDPOINT") from None
+        raise AtomError(f"{action}: {endpoint()} sends a malformed answer ({error}); check HF_ENDPOINT") from None
     except OSError as error:
         if error.errno is not None:  # the disk's
             raise
@@ -210,7 +212,7 @@ def translate_errors(action: str) -> Iterator[None]:
 
 
 def _first_line(error: object) -> str:
-    """What an error or a server says, in one line that is safe to print."""
+    """The first line of a message, safe to print."""
     return printable((str(error).splitlines() or [""])[0])
 
 

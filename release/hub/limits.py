@@ -1,7 +1,7 @@
-"""Limits on everything that the Hub's client asks and is answered, whatever the other side does.
+"""Limits on every request of the Hub's client and on every answer, whatever the other side does.
 
-They are held where bytes are read and written (the network backend under httpx), so a server that is silent, that sends
-one byte a second, or that never stops is met everywhere: in headers, answers and files, on uploads as on downloads.
+They are enforced where bytes are read and written (the network backend under httpx), so they cover a server that is
+silent, that sends one byte a second, or that never stops, in headers, answers and files, on uploads and on downloads.
 """
 
 from __future__ import annotations
@@ -19,17 +19,23 @@ from pipeline.core.errors import AtomError
 
 PUBLIC_HUB = "https://huggingface.co"
 PIECE = 16 << 10
-"""Bytes that are written at once."""
+"""Bytes of one write."""
 
 
 class HubLimit(AtomError):
-    """The Hub went beyond a limit. PromptPool again would not help."""
+    """The Hub exceeded a limit. Repeating the call would not help."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds and bytes. silence: without a byte, where something is read; work: the same, where something is written,
-    which a Hub may have to work on. patience: without any answer, over all attempts."""
+    """Seconds and bytes.
+
+    connect: for a connection. silence: without a byte while reading. work: the same after a write, which a Hub may have
+    to process. patience: without any answer, over all attempts. answer_seconds, answer_bytes: of an answer that is not
+    a file. window, window_bytes: seconds in which at least so many bytes of a file must move. call_seconds: of a call,
+    besides a second for each bytes_per_second of its files. attempts_per_address: requests for one address in a call.
+    retry_after: the longest wait that a Hub may demand.
+    """
 
     connect: float = 10.0
     silence: float = 10.0
@@ -51,7 +57,7 @@ LIMITS = Limits()
 
 @dataclass
 class _Call:
-    """What one call of the client may do. expected: bytes that are to be sent or received as files."""
+    """Counters of one call of the client. expected: bytes of the files that it transfers."""
 
     expected: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -79,7 +85,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def transfer(expected: int) -> Iterator[None]:
-    """While files of so many bytes are sent or received: calls may take longer, and receive that much."""
+    """For calls that transfer files of so many bytes: they may take longer, and receive that much."""
     global _expected
     _expected = expected
     try:
@@ -89,14 +95,14 @@ def transfer(expected: int) -> Iterator[None]:
 
 
 def begin_call(retried: bool = False) -> None:
-    """Counts from zero, but for how long it takes and nothing was heard if the call is made again."""
+    """Resets the counters; a retried call keeps its start and the time of the last answer."""
     global _call
     now = time.monotonic()
     _call = _Call(_expected, _call.started if retried else now, _call.last_heard if retried else now)
 
 
 def install(client: Any, endpoint: str) -> Any:
-    """Puts the limits under an httpx client; returns it."""
+    """Puts the limits under an httpx client, and returns it. endpoint: the Hub's address."""
 
     def begin(request: Any) -> None:
         _begin_request(request, endpoint)
@@ -116,27 +122,27 @@ def _begin_request(request: Any, endpoint: str) -> None:
         _call.requests[f"{request.method} {url}"] += 1
         attempts = _call.requests[f"{request.method} {url}"]
     if attempts > limits.attempts_per_address:
-        raise HubLimit(f"was asked for {urlsplit(url).path} {attempts - 1} times in vain")
+        raise HubLimit(f"was asked for {urlsplit(url).path} {attempts - 1} times without success")
     if now - _call.last_heard > limits.patience:
-        raise HubLimit(f"does not answer: nothing came within {limits.patience:g} s")
+        raise HubLimit(f"does not answer: no answer within {limits.patience:g} s")
     _check_duration(now)
     silence = limits.silence if request.method in ("GET", "HEAD") else limits.work
     request.extensions["timeout"] = {
         "connect": limits.connect, "read": silence, "write": limits.work, "pool": limits.patience
     }  # fmt: skip
-    request.headers["accept-encoding"] = "identity"  # what is packed may unpack to anything
+    request.headers["accept-encoding"] = "identity"  # compressed data can expand to any size
     is_api_answer = request.method != "GET" or urlsplit(url).path.startswith(f"{urlsplit(endpoint).path}/api/")
     _thread_state.exchange = _Exchange(is_file=not is_api_answer)
 
 
 def _check_duration(now: float) -> None:
-    """Raises HubLimit if a call takes longer than files of its size may."""
+    """Raises HubLimit if a call takes longer than its files allow."""
     if now - _call.started > LIMITS.call_seconds + _call.expected / LIMITS.bytes_per_second:
-        raise HubLimit(f"is too slow: this took {now - _call.started:.0f} s without an end")
+        raise HubLimit(f"is too slow: not finished after {now - _call.started:.0f} s")
 
 
 def _check_host(request: Any, url: str, endpoint: str) -> None:
-    """Raises HubLimit for a host that is not the Hub's; a token goes to the Hub's own address only."""
+    """Raises HubLimit for a host that is not the Hub's. Removes the token unless the address is the Hub's own."""
     target, hub = urlsplit(url), urlsplit(endpoint)
     if _origin(target) == _origin(hub):
         return
@@ -146,7 +152,7 @@ def _check_host(request: Any, url: str, endpoint: str) -> None:
     host = target.hostname or ""
     storage = (".hf.co", ".huggingface.co") + ((".amazonaws.com",) if endpoint == PUBLIC_HUB else ())
     if target.scheme != "https" or not f".{host}".endswith(storage):
-        raise HubLimit(f"sends us to another host, {host}, where nothing is asked for and no token goes")
+        raise HubLimit(f"redirects to another host, {host}, which is not followed")
     request.headers.pop("authorization", None)
 
 
@@ -157,10 +163,10 @@ def _origin(parts: Any) -> tuple[str, str | None, int | None]:
 def _begin_response(response: Any) -> None:
     if response.status_code >= 400:
         _exchange().is_file = False
-    if not _exchange().is_file:  # of a file its bytes count
+    if not _exchange().is_file:  # a file counts by its bytes
         _call.last_heard = time.monotonic()
     if response.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-        raise HubLimit("sends a packed answer, which was not asked for")
+        raise HubLimit("sends a compressed answer, which was not requested")
     retry_after = response.headers.get("retry-after", "")
     if retry_after.isdigit() and int(retry_after) > LIMITS.retry_after:
         response.headers["retry-after"] = str(LIMITS.retry_after)
@@ -168,7 +174,7 @@ def _begin_response(response: Any) -> None:
 
 
 def _exchange() -> _Exchange:
-    """Of this thread."""
+    """The current exchange of this thread."""
     if not hasattr(_thread_state, "exchange"):
         _thread_state.exchange = _Exchange()
     exchange: _Exchange = _thread_state.exchange
@@ -176,32 +182,32 @@ def _exchange() -> _Exchange:
 
 
 def _count_window(exchange: _Exchange, count: int) -> None:
-    """Raises HubLimit if next to nothing moved within a window of time, or all takes too long."""
+    """Raises HubLimit if too few bytes moved within a window of time, or the call takes too long."""
     now, exchange.window_bytes = time.monotonic(), exchange.window_bytes + count
     _check_duration(now)
     if now - exchange.window_started > LIMITS.window:
         if exchange.window_bytes < LIMITS.window_bytes:
-            raise HubLimit(f"moves {exchange.window_bytes} bytes in {now - exchange.window_started:.0f} s")
+            raise HubLimit(f"transfers only {exchange.window_bytes} bytes in {now - exchange.window_started:.0f} s")
         exchange.window_started, exchange.window_bytes = now, 0
 
 
 def _count_received(exchange: _Exchange, count: int) -> None:
-    """Raises HubLimit if an answer has too many bytes, or files more than they were said to have."""
+    """Raises HubLimit if an answer has too many bytes, or files have more than was announced."""
     exchange.received += count
     if not exchange.is_file:
         if exchange.received > LIMITS.answer_bytes:
-            raise HubLimit(f"answers with more than {LIMITS.answer_bytes} bytes where a short answer was asked for")
+            raise HubLimit(f"answers with more than {LIMITS.answer_bytes} bytes where a short answer was expected")
         return
-    if exchange.reading is not None and count and exchange.received > count:  # what came first was its head
+    if exchange.reading is not None and count and exchange.received > count:  # the first bytes are its header
         _call.last_heard = time.monotonic()
     with _lock:
         _call.received += count
-    if _call.received > 2 * _call.expected + LIMITS.answer_bytes:  # broken transfers are begun again
-        raise HubLimit(f"sends more than the {_call.expected} bytes that its files were said to have")
+    if _call.received > 2 * _call.expected + LIMITS.answer_bytes:  # interrupted transfers are repeated
+        raise HubLimit(f"sends more than the {_call.expected} bytes that were announced for its files")
 
 
 class _Backend:
-    """The network as httpcore sees it, with limits."""
+    """httpcore's network backend, with limits."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -228,7 +234,7 @@ class _Stream:
         if not exchange.is_file:
             answer_seconds_left = exchange.reading + LIMITS.answer_seconds - now
             if answer_seconds_left <= 0:
-                raise HubLimit(f"does not end its answer within {LIMITS.answer_seconds:g} s")
+                raise HubLimit(f"does not finish its answer within {LIMITS.answer_seconds:g} s")
             read_timeout = min(read_timeout, answer_seconds_left)
         data: bytes = self.inner.read(max_bytes, read_timeout)
         _count_received(exchange, len(data))
@@ -246,7 +252,7 @@ class _Stream:
             _count_window(exchange, len(piece))
 
     def start_tls(self, *arguments: Any, **options: Any) -> Any:
-        # a handshake waits for each of its bytes anew
+        # in a handshake, the timeout is for each byte
         timer = threading.Timer(LIMITS.connect, self._shut_down)
         timer.daemon = True
         timer.start()
@@ -256,7 +262,7 @@ class _Stream:
             timer.cancel()
 
     def _shut_down(self) -> None:
-        with suppress(OSError):  # it may have ended just now
+        with suppress(OSError):  # it may be closed already
             self.inner.get_extra_info("socket").shutdown(2)
 
     def __getattr__(self, name: str) -> Any:

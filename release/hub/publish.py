@@ -1,18 +1,19 @@
-"""`atom publish`: a release to the Hub in stages, so that nothing half-uploaded is ever public.
+"""`atom publish`: uploads a release to the Hub in stages, so that nothing half-uploaded is ever public.
 
 1. private repositories, filled in commits of at most 50 files, the checksum file of each last; what a public
    repository lacks goes to a staging branch (see `upload`);
 2. everything pulled back into a temporary folder and verified, moved from the staging branches, and tagged;
-3. only then, and only if asked, public in the order data, checkpoints, models, collection.
+3. only then, and only with `--public`, public in the order data, checkpoints, models, collection.
 
-Each call that changes something is written to `<release>.publish.jsonl` beside the release. The Hub itself is the
-memory: a second run sends only what differs, so an interrupted publication is finished by running it again.
+Each call that changes something is written to `<release>.publish.jsonl` beside the release. No other state is kept: a
+second run uploads only what differs from the Hub, so running it again finishes an interrupted publication.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +22,24 @@ from release import schema, scratch
 from release.audit.verify import verify
 from release.hub.client import api, endpoint, parsing, translate_errors
 from release.hub.pull import pull
-from release.hub.upload import (
-    Journal,
-    Progress,
-    Published,
-    clear_staging,
-    promote,
-    refuse_changed_version,
-    tag_mains,
-    upload,
-)
+from release.hub.remote import RemoteRepository
+from release.hub.upload import Destination, Journal, Progress, Published
 from release.layout import PUBLIC_KEY, RELEASE, SIGNATURE
-from release.repositories import Repository, repositories
-from release.signing.trust_policy import ANYONE, Trust
+from release.repositories import repositories
+from release.signing import ANYONE, Trust
 
 
-@dataclass
+@dataclass(frozen=True)
 class PublishReport:
-    """What a publication did. `collection` is its slug, if the release is public."""
+    """A finished publication. tag: of its version. repositories: in the order of `repositories`. collection: its slug,
+    if the release is public."""
 
     endpoint: str
     namespace: str
     tag: str
     public: bool
-    repositories: list[Published] = field(default_factory=list)
-    collection: str | None = None
+    repositories: list[Published]
+    collection: str | None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,9 +54,10 @@ def publish(
 ) -> PublishReport:
     """Publishes a release folder under `namespace` at HF_ENDPOINT with HF_TOKEN. Without `public` all stays private.
 
-    `acknowledge`: names of stale nodes, and `dirty` for a changed checkout, that may be made public nevertheless.
-    Raises AtomError for a refused token, an unreachable endpoint, a namespace that is not ours, a version that is
-    published with other bytes; CheckFailed if the release, or what comes back from the Hub, is not sound.
+    acknowledge: names of stale nodes, and `dirty` for a changed checkout, that may be made public anyway.
+
+    Raises AtomError for a refused token, an unreachable endpoint, another namespace than the release's, or a version
+    that is published with other bytes; CheckFailed if the release, or what is pulled back from the Hub, is not valid.
     """
     release = release.resolve()
     if not (release / RELEASE).is_file():
@@ -74,23 +69,27 @@ def publish(
     with translate_errors("asking who the token belongs to"):
         api().whoami()
 
-    journal = Journal(release.with_name(f"{release.name}.publish.jsonl"))
-    report = PublishReport(endpoint(), namespace, f"v{release_info['version']}", public)
-    release_repositories = repositories(release)
-    repos = [repository.id(namespace, release_info["name"]) for repository in release_repositories]
-    for repository, repo in zip(release_repositories, repos, strict=True):
-        refuse_changed_version(release, repository, repo, report.tag)
-    for repository, repo in zip(release_repositories, repos, strict=True):
-        report.repositories.append(upload(release, repository, repo, report.tag, journal, progress))
-    _verify_published(release, release_repositories, report, progress)
-    journal.write("verified", repositories=[asdict(row) for row in report.repositories])
-    pairs = zip(release_repositories, report.repositories, strict=True)
-    report.repositories = [promote(release, repository, revision, journal) for repository, revision in pairs]
-    tag_mains(report.repositories, report.tag, journal)
-    clear_staging(release_repositories, report.repositories, report.tag, journal)
+    tag, journal = f"v{release_info['version']}", Journal(release.with_name(f"{release.name}.publish.jsonl"))
+    destinations = []
+    for repository in repositories(release):
+        remote = RemoteRepository(repository.id(namespace, release_info["name"]), repository.kind)
+        destinations.append(Destination(release, repository, remote, tag, journal))
+    for destination in destinations:
+        destination.refuse_changed_version()
+    staged = [destination.upload(progress) for destination in destinations]
+    _verify_published(release, f"{endpoint()}/{namespace}", destinations, staged, progress)
+    journal.write("verified", repositories=[asdict(row) for row in staged])
+    published = [destination.promote(row) for destination, row in zip(destinations, staged, strict=True)]
+    for destination, row in zip(destinations, published, strict=True):
+        destination.tag_main(row.commit)
+    for destination in destinations:
+        destination.clear_staging()
+    collection = None
     if public:
-        _make_public(report, release_info, journal, progress)
-    return report
+        mains = [destination.remote for destination in destinations if destination.branch == "main"]
+        _make_public(mains, journal, progress)
+        collection = _make_collection(mains, f"{release_info['title']} {release_info['version']}", namespace, journal)
+    return PublishReport(endpoint(), namespace, tag, public, published, collection)
 
 
 def _require_publishable(
@@ -113,63 +112,55 @@ def _require_publishable(
 
 
 def _verify_published(
-    release: Path, release_repositories: list[Repository], report: PublishReport, progress: Progress
+    release: Path, subject: str, destinations: Sequence[Destination], staged: Sequence[Published], progress: Progress
 ) -> None:
-    """Downloads every repository at the commit just made, into the shape of the release, and verifies that."""
+    """Downloads every repository at the commit just made, into the shape of the release, and verifies that.
+
+    subject: what messages call it. Raises CheckFailed if it is not the release that was uploaded.
+    """
     with scratch.folder() as temporary:
         copy = temporary / release.name
-        for repository, revision in sorted(
-            zip(release_repositories, report.repositories, strict=True), key=lambda pair: pair[0].folder
-        ):
+        pairs = zip(destinations, staged, strict=True)
+        for destination, revision in sorted(pairs, key=lambda pair: pair[0].repository.folder):
             progress(f"pulling back {revision.repo}@{revision.revision}")
-            pull(revision.repo, revision.kind, revision.commit, copy / repository.folder)
+            pull(destination.remote, revision.commit, copy / destination.repository.folder)
         for leftover in [*copy.rglob(".cache"), *copy.rglob(".gitattributes")]:
-            _remove(leftover)
-        progress("verifying what came back")
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        progress("verifying what was pulled back")
         key = release / PUBLIC_KEY
         verdict = verify(copy, trust=Trust(str(key)) if key.exists() else ANYONE)
-        verdict.subject = f"{endpoint()}/{report.namespace}"
+        verdict.subject = subject
         verdict.require()
-        for name in (
-            f"{repository.folder}/{file}" for repository in release_repositories for file in (SIGNATURE, PUBLIC_KEY)
-        ):
+        folders = [destination.repository.folder for destination in destinations]
+        for name in (f"{folder}/{file}" for folder in folders for file in (SIGNATURE, PUBLIC_KEY)):
             if _read_if_file(copy / name) != _read_if_file(release / name):  # no checksum covers them
-                raise CheckFailed(f"{verdict.subject}: {name} did not come back as it was sent; publish again")
+                raise CheckFailed(f"{verdict.subject}: {name} differs from the uploaded file; publish again")
         if (copy / RELEASE).read_bytes() != (release / RELEASE).read_bytes():
-            raise CheckFailed(f"{verdict.subject}: what came back is another release; publish again")
+            raise CheckFailed(f"{verdict.subject}: what was pulled back is another release; publish again")
 
 
 def _read_if_file(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
-def _remove(path: Path) -> None:
-    import shutil
+def _make_public(mains: Sequence[RemoteRepository], journal: Journal, progress: Progress) -> None:
+    """Makes repositories public in their order: data first, so that no model is ever public without its data."""
+    for remote in mains:
+        with translate_errors(f"making {remote.id} public"):
+            if remote.is_private():
+                api().update_repo_settings(remote.id, repo_type=remote.kind, private=False)
+                journal.write("make_public", repo=remote.id, kind=remote.kind)
+        progress(f"{remote.id} is public")
 
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-
-def _make_public(report: PublishReport, release_info: dict[str, Any], journal: Journal, progress: Progress) -> None:
-    """Public, in the order of `repositories`: data first, so that no model is ever public without its data."""
+def _make_collection(mains: Sequence[RemoteRepository], title: str, namespace: str, journal: Journal) -> str:
+    """Makes the collection of the repositories, or completes it. Returns its slug."""
     client = api()
-    for revision in report.repositories:
-        if revision.revision != "main":
-            continue
-        with translate_errors(f"making {revision.repo} public"):
-            info = client.repo_info(revision.repo, repo_type=revision.kind)
-            with parsing():
-                private = info.private
-            if private:
-                client.update_repo_settings(revision.repo, repo_type=revision.kind, private=False)
-                journal.write("make_public", repo=revision.repo, kind=revision.kind)
-        progress(f"{revision.repo} is public")
     with translate_errors("making the collection"):
-        title = f"{release_info['title']} {release_info['version']}"
-        collection = client.create_collection(title, namespace=report.namespace, private=False, exists_ok=True)
+        collection = client.create_collection(title, namespace=namespace, private=False, exists_ok=True)
         with parsing():
             slug = str(collection.slug)
-        for revision in report.repositories:
-            if revision.revision == "main":
-                client.add_collection_item(slug, revision.repo, revision.kind, exists_ok=True)
+        for remote in mains:
+            client.add_collection_item(slug, remote.id, remote.kind, exists_ok=True)
     journal.write("collection", slug=slug)
-    report.collection = slug
+    return slug

@@ -1,4 +1,4 @@
-"""Pulls a repository, or a whole release, from the Hub into a folder of its own."""
+"""Downloads a repository of a release from the Hub into a folder of its own."""
 
 from __future__ import annotations
 
@@ -7,50 +7,47 @@ from pathlib import Path
 
 from pipeline.core.errors import AtomError, CheckFailed
 from release.hub import limits
-from release.hub.client import api, endpoint, parsing, translate_errors
+from release.hub.client import api, endpoint, translate_errors
+from release.hub.remote import RemoteRepository
 from release.untrusted import printable
 
 
-def pull(repo: str, kind: str, revision: str, target: Path) -> Path:
-    """One revision of one repository, below `target`.
+def pull(remote: RemoteRepository, revision: str, target: Path) -> Path:
+    """Downloads one revision of a repository into `target`. Returns `target`.
 
-    Raises AtomError if the Hub does not give it or the disk has no room for it, CheckFailed if it holds files that no
-    release holds, which could lie anywhere on this disk.
+    Raises AtomError if the Hub does not serve it or the disk has no room for it, CheckFailed if it contains a path that
+    no release contains, which could lead outside `target`.
     """
-    with translate_errors(f"pulling {repo}@{revision}"):
-        client = api()
-        info = client.repo_info(repo, repo_type=kind, revision=revision)
-        with parsing():
-            commit, names = str(info.sha), [str(row.rfilename) for row in info.siblings or ()]
-        if unsafe := [name for name in names if _is_unsafe(name)]:
-            raise CheckFailed(f"{repo}@{revision} holds {printable(unsafe[0])}, where no file of a release is")
-        entries = client.list_repo_tree(repo, recursive=True, revision=commit, repo_type=kind)
-        with parsing():
-            size = sum(int(entry.size) for entry in entries if hasattr(entry, "blob_id"))
+    name = f"{remote.id}@{revision}"
+    with translate_errors(f"pulling {name}"):
+        snapshot = remote.snapshot(revision)
+        if unsafe := [path for path in snapshot.paths if _is_unsafe(path)]:
+            raise CheckFailed(f"{name} has a file {printable(unsafe[0])}, which no release has")
+        size = sum(file.size for file in remote.files(snapshot.commit).values())
         target.mkdir(parents=True, exist_ok=True)
         if size > (free := shutil.disk_usage(target).free):
-            raise AtomError(f"{repo}@{revision} has {size} bytes, and {target} has room for {free}; set TMPDIR")
+            raise AtomError(f"{name} has {size} bytes, and {target} has room for {free}; set TMPDIR")
         with limits.transfer(size):
-            client.snapshot_download(repo, repo_type=kind, revision=commit, local_dir=target)
+            api().snapshot_download(remote.id, repo_type=remote.kind, revision=snapshot.commit, local_dir=target)
     return target
 
 
-def _is_unsafe(name: str) -> bool:
-    """Whether a name leads elsewhere, or into what the client keeps for itself."""
-    parts = name.split("/")
-    return not name.isprintable() or "\\" in name or any(part in ("", ".", "..", ".cache", ".git") for part in parts)
+def _is_unsafe(path: str) -> bool:
+    """Whether a path leads outside its folder, or into what the client keeps for itself."""
+    parts = path.split("/")
+    return not path.isprintable() or "\\" in path or any(part in ("", ".", "..", ".cache", ".git") for part in parts)
 
 
 def pull_named(name: str, target: Path) -> Path:
-    """`namespace/name[@revision]`, whichever kind of repository has that name: models are looked up first.
+    """Downloads `namespace/name[@revision]`, a model or else a dataset, into `target`. Returns `target`.
 
-    Raises AtomError if there is no such repository that HF_TOKEN may read.
+    Raises AtomError if there is no such repository that HF_TOKEN may read, and what `pull` raises.
     """
     repo, _, revision = name.partition("@")
-    revision = revision or "main"
     for kind in ("model", "dataset"):
+        remote = RemoteRepository(repo, kind)
         with translate_errors(f"looking for {repo} at {endpoint()}"):
-            exists = api().repo_exists(repo, repo_type=kind)
+            exists = remote.exists()
         if exists:
-            return pull(repo, kind, revision, target)
+            return pull(remote, revision or "main", target)
     raise AtomError(f"{repo} is neither a folder here nor a repository at {endpoint()} that HF_TOKEN may read")

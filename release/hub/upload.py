@@ -1,8 +1,8 @@
-"""The steps of a publication that change a repository: send, move what was verified into place, tag.
+"""The steps of a publication that change a repository: upload, move what was verified to its own branch, tag.
 
-A private repository is filled in place. What is public already never holds unverified files under a name that anyone
-pulls: they go to the branch `upload-v<version>` (`upload-v<version>-<branch>` for a checkpoint's), and come to their
-own branch in one commit when they were pulled back and verified; the Hub then has their bytes, so only names move.
+A private repository is filled in place. A branch of a public repository never holds unverified files: they go to the
+branch `upload-v<version>` (`upload-v<version>-<branch>` for a checkpoint's), and come to their own branch in one commit
+after they were pulled back and verified. The Hub then has their bytes, so that commit uploads none.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
 from release.hub import limits
 from release.hub.client import api, endpoint, load, parsing, translate_errors
+from release.hub.remote import RemoteFile, RemoteRepository
 from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
 from release.repositories import Repository, files_of
 
 FILES_PER_COMMIT = 50
 SENT_LAST = (SUMS, PUBLIC_KEY, SIGNATURE)
 Progress = Callable[[str], None]
+FileIds = dict[str, tuple[str, ...]]
+"""{path: the ids under which a Hub may list the file}"""
 
 
 @dataclass(frozen=True)
 class Published:
-    """One revision of one repository as it is on the Hub now."""
+    """One revision of one repository as it is on the Hub now. The names of fields are those of the JSON report."""
 
     repo: str
     kind: str
@@ -38,8 +41,19 @@ class Published:
     files_sent: int
 
 
+@dataclass(frozen=True)
+class Difference:
+    """The paths that a revision lacks or has with other bytes, and those that it has beyond the wanted ones."""
+
+    missing: list[str]
+    surplus: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.surplus)
+
+
 class Journal:
-    """One JSON line a call that changed something on the Hub."""
+    """A file with one JSON line for each call that changed something on the Hub."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,159 +70,156 @@ class Journal:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """What a revision lacks of a folder, and has too much."""
+class Destination:
+    """A repository of a release, its place on the Hub, and the version's tag."""
 
-    missing: list[str]
-    surplus: list[str]
+    release: Path
+    repository: Repository
+    remote: RemoteRepository
+    tag: str
+    journal: Journal
 
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.surplus)
+    @property
+    def folder(self) -> Path:
+        return self.release / self.repository.folder
 
+    @property
+    def branch(self) -> str:
+        """The branch that readers pull."""
+        return self.repository.branch
 
-def staging_branch(tag: str, branch: str) -> str:
-    return f"upload-{tag}" + ("" if branch == "main" else f"-{branch}")
+    @property
+    def staging_branch(self) -> str:
+        return f"upload-{self.tag}" + ("" if self.branch == "main" else f"-{self.branch}")
 
+    def refuse_changed_version(self) -> None:
+        """Raises AtomError if the version is on the Hub with another checksum file. Changes nothing."""
+        with translate_errors(f"reading {self.remote.id}"):
+            if self.branch != "main" or not self.remote.exists() or self.tag not in self.remote.refs().tags:
+                return
+        published = self._files(self.tag).get(SUMS)
+        if published is None or published.id not in _file_ids(self.folder / SUMS):
+            raise self._version_conflict()
 
-def refuse_changed_version(release: Path, repository: Repository, repo: str, tag: str) -> None:
-    """Raises AtomError if the version is on the Hub with another checksum file. Changes nothing."""
-    with translate_errors(f"reading {repo}"):
-        if repository.branch != "main" or not api().repo_exists(repo, repo_type=repository.kind):
+    def upload(self, progress: Progress) -> Published:
+        """Uploads the files that the branch lacks: to the branch itself, or to the staging branch if the repository is
+        public. Raises AtomError if the Hub refuses it."""
+        remote = self.remote
+        with translate_errors(f"creating {remote.id}"):
+            if not remote.exists():
+                api().create_repo(remote.id, repo_type=remote.kind, private=True, exist_ok=True)
+                self.journal.write("create_repo", repo=remote.id, kind=remote.kind, private=True)
+            private = remote.is_private()
+            branches = self._branches()
+        last_files = [path for path in SENT_LAST if (self.folder / path).exists()]
+        paths = [*files_of(self.release, self.repository), *last_files]
+        file_ids: FileIds = {path: _file_ids(self.folder / path) for path in paths}
+        branch = self.branch
+        difference = self._difference(file_ids, branch if branch in branches else None)
+        if difference and not private:
+            branch = self.staging_branch
+        self._ensure_branch(branch, branches.get(self.branch))
+        if branch != self.branch:
+            difference = self._difference(file_ids, branch)
+        sent = 0
+        chunks = _chunks(difference)
+        for number, chunk in enumerate(chunks, 1):
+            part = Difference(chunk, difference.surplus if number == 1 else [])
+            self._commit(branch, part, f"Release part {number} of {len(chunks)}")
+            sent += len(chunk)
+            progress(f"{remote.id}@{branch}: {sent} of {len(difference.missing)} files sent")
+        return Published(remote.id, remote.kind, branch, self._branches()[branch], sent)
+
+    def promote(self, staged: Published) -> Published:
+        """Makes the branch equal to the verified staging branch; does nothing if the upload went to the branch itself.
+        Raises CheckFailed if the branch then differs from what was verified."""
+        if staged.revision == self.branch:
+            return staged
+        self._ensure_branch(self.branch, self._branches().get(self.branch))
+        verified = self._files(staged.commit)
+        file_ids: FileIds = {path: (file.id,) for path, file in verified.items() if path != ".gitattributes"}
+        # One commit, whatever its size: a reader sees the old release or the new one, never a mixture.
+        if difference := self._difference(file_ids, self.branch):
+            self._commit(self.branch, difference, "Verified release")
+        head = self._branches()[self.branch]
+        if self._files(head) != verified:
+            raise CheckFailed(
+                f"{self.remote.id}@{self.branch} is not what was verified in {staged.revision}; publish again"
+            )
+        return replace(staged, revision=self.branch, commit=head)
+
+    def tag_main(self, commit: str) -> None:
+        """Tags the commit of a main branch with the version. Raises AtomError if the tag is there with other bytes: a
+        version is published once."""
+        if self.branch != "main":
             return
-        refs = api().list_repo_refs(repo, repo_type=repository.kind)
-        with parsing():
-            tags = {t.name for t in refs.tags}
-        if tag not in tags:
-            return
-        published_files = _tree(repo, repository.kind, tag)
-    if published_files.get(SUMS) not in _file_ids(release / repository.folder / SUMS):
-        raise _version_conflict(repo, tag)
-
-
-def upload(
-    release: Path, repository: Repository, repo: str, tag: str, journal: Journal, progress: Progress
-) -> Published:
-    """Sends what a revision of a repository lacks: to its own branch, or to a staging branch if it is public."""
-    client = api()
-    with translate_errors(f"creating {repo}"):
-        if not client.repo_exists(repo, repo_type=repository.kind):
-            client.create_repo(repo, repo_type=repository.kind, private=True, exist_ok=True)
-            journal.write("create_repo", repo=repo, kind=repository.kind, private=True)
-        info = client.repo_info(repo, repo_type=repository.kind)
-        with parsing():
-            public = not info.private
-        heads = _heads(repo, repository.kind)
-    folder = release / repository.folder
-    last_files = [path for path in SENT_LAST if (folder / path).exists()]
-    file_ids = {path: _file_ids(folder / path) for path in [*files_of(release, repository), *last_files]}
-    branch = repository.branch
-    difference = _difference(file_ids, repo, repository.kind, branch if branch in heads else None)
-    if public and difference:
-        branch = staging_branch(tag, repository.branch)
-    _ensure_branch(repo, repository.kind, branch, heads.get(repository.branch), journal)
-    if branch != repository.branch:
-        difference = _difference(file_ids, repo, repository.kind, branch)
-    sent = 0
-    chunks = _chunks(difference)
-    for number, chunk in enumerate(chunks, 1):
-        part = Difference(chunk, difference.surplus if number == 1 else [])
-        _commit(folder, repo, repository.kind, branch, part, f"Release part {number} of {len(chunks)}", journal)
-        sent += len(chunk)
-        progress(f"{repo}@{branch}: {sent} of {len(difference.missing)} files sent")
-    return Published(repo, repository.kind, branch, _heads(repo, repository.kind)[branch], sent)
-
-
-def promote(release: Path, repository: Repository, staged: Published, journal: Journal) -> Published:
-    """Makes the place's own branch equal to the verified staging branch; does nothing where there is none."""
-    if staged.revision == repository.branch:
-        return staged
-    heads = _heads(staged.repo, staged.kind)
-    _ensure_branch(staged.repo, staged.kind, repository.branch, heads.get(repository.branch), journal)
-    verified = _tree(staged.repo, staged.kind, staged.commit)
-    file_ids = {path: (name, name) for path, name in verified.items() if path != ".gitattributes"}
-    # One commit, whatever its size: a reader sees the old release or the new one, never a mixture.
-    if difference := _difference(file_ids, staged.repo, staged.kind, repository.branch):
-        _commit(
-            release / repository.folder,
-            staged.repo,
-            staged.kind,
-            repository.branch,
-            difference,
-            "Verified release",
-            journal,
-        )
-    head = _heads(staged.repo, staged.kind)[repository.branch]
-    if _tree(staged.repo, staged.kind, head) != verified:
-        raise CheckFailed(
-            f"{staged.repo}@{repository.branch} is not what was verified in {staged.revision}; publish again"
-        )
-    return replace(staged, revision=repository.branch, commit=head)
-
-
-def tag_mains(published: list[Published], tag: str, journal: Journal) -> None:
-    """Tags each main branch with the version. A version is published once: other bytes need another version."""
-    client = api()
-    for revision in published:
-        if revision.revision != "main":
-            continue
-        with translate_errors(f"tagging {revision.repo}"):
-            refs = client.list_repo_refs(revision.repo, repo_type=revision.kind)
-            with parsing():
-                tags = {t.name: t.target_commit for t in refs.tags}
+        remote, tag = self.remote, self.tag
+        with translate_errors(f"tagging {remote.id}"):
+            tags = remote.refs().tags
             if tag not in tags:
-                client.create_tag(
-                    revision.repo, tag=tag, revision=revision.commit, repo_type=revision.kind, exist_ok=True
-                )
-                journal.write("create_tag", repo=revision.repo, kind=revision.kind, tag=tag, commit=revision.commit)
-                continue
-        if tags[tag] != revision.commit and _tree(revision.repo, revision.kind, tag) != _tree(
-            revision.repo, revision.kind, revision.commit
-        ):
-            raise _version_conflict(revision.repo, tag)
+                api().create_tag(remote.id, tag=tag, revision=commit, repo_type=remote.kind, exist_ok=True)
+                self.journal.write("create_tag", repo=remote.id, kind=remote.kind, tag=tag, commit=commit)
+                return
+        if tags[tag] != commit and self._files(tag) != self._files(commit):
+            raise self._version_conflict()
 
+    def clear_staging(self) -> None:
+        """Deletes the staging branch of this version, also that of an interrupted publication."""
+        remote, branch = self.remote, self.staging_branch
+        with translate_errors(f"deleting {remote.id}@{branch}"):
+            if branch in self._branches():
+                api().delete_branch(remote.id, repo_type=remote.kind, branch=branch)
+                self.journal.write("delete_branch", repo=remote.id, kind=remote.kind, branch=branch)
 
-def clear_staging(repositories: list[Repository], published: list[Published], tag: str, journal: Journal) -> None:
-    """Deletes the staging branches of this version, those of an interrupted publication too."""
-    for repository, revision in zip(repositories, published, strict=True):
-        branch = staging_branch(tag, repository.branch)
-        with translate_errors(f"deleting {revision.repo}@{branch}"):
-            if branch in _heads(revision.repo, revision.kind):
-                api().delete_branch(revision.repo, repo_type=revision.kind, branch=branch)
-                journal.write("delete_branch", repo=revision.repo, kind=revision.kind, branch=branch)
+    def _version_conflict(self) -> AtomError:
+        return AtomError(
+            f"{self.remote.id} has a tag {self.tag} with other bytes; raise the recipe's version and build again"
+        )
 
+    def _branches(self) -> dict[str, str]:
+        """{branch: commit}"""
+        with translate_errors(f"reading {self.remote.id}"):
+            return self.remote.refs().branches
 
-def _version_conflict(repo: str, tag: str) -> AtomError:
-    return AtomError(f"{repo} has a tag {tag} with other bytes; raise the recipe's version and build again")
+    def _files(self, revision: str) -> dict[str, RemoteFile]:
+        with translate_errors(f"reading {self.remote.id}@{revision}"):
+            return self.remote.files(revision)
 
+    def _ensure_branch(self, branch: str, start: str | None) -> None:
+        """Makes a branch if it is missing, from the commit `start` or from the repository's first commit."""
+        if branch in self._branches():
+            return
+        remote = self.remote
+        with translate_errors(f"creating {remote.id}@{branch}"):
+            start = start or remote.first_commit()
+            api().create_branch(remote.id, repo_type=remote.kind, branch=branch, revision=start, exist_ok=True)
+            self.journal.write("create_branch", repo=remote.id, kind=remote.kind, branch=branch)
 
-def _heads(repo: str, kind: str) -> dict[str, str]:
-    """{branch: commit}"""
-    with translate_errors(f"reading {repo}"):
-        refs = api().list_repo_refs(repo, repo_type=kind)
-        with parsing():
-            return {b.name: b.target_commit for b in refs.branches}
+    def _difference(self, file_ids: FileIds, revision: str | None) -> Difference:
+        """Of the wanted files and those of a revision; None is an empty one."""
+        files = self._files(revision) if revision else {}
+        missing = [path for path, ids in file_ids.items() if path not in files or files[path].id not in ids]
+        return Difference(missing, sorted(set(files) - set(file_ids) - {".gitattributes"}))
 
-
-def _ensure_branch(repo: str, kind: str, branch: str, start: str | None, journal: Journal) -> None:
-    """Makes a branch if there is none, from `start` or from the repository's first commit."""
-    if branch in _heads(repo, kind):
-        return
-    with translate_errors(f"creating {repo}@{branch}"):
-        commits = [] if start else api().list_repo_commits(repo, repo_type=kind)
-        with parsing():
-            start = start or commits[-1].commit_id
-        api().create_branch(repo, repo_type=kind, branch=branch, revision=start, exist_ok=True)
-        journal.write("create_branch", repo=repo, kind=kind, branch=branch)
-
-
-def _difference(file_ids: dict[str, tuple[str, str]], repo: str, kind: str, revision: str | None) -> Difference:
-    published_files = _tree(repo, kind, revision) if revision else {}
-    missing = [path for path, names in file_ids.items() if published_files.get(path) not in names]
-    return Difference(missing, sorted(set(published_files) - set(file_ids) - {".gitattributes"}))
+    def _commit(self, branch: str, difference: Difference, message: str) -> None:
+        hub, remote = load(), self.remote
+        operations = [hub.CommitOperationAdd(path, self.folder / path) for path in difference.missing]
+        operations += [hub.CommitOperationDelete(path) for path in difference.surplus]
+        size = sum((self.folder / path).stat().st_size for path in difference.missing)
+        with translate_errors(f"uploading to {remote.id}@{branch}"), limits.transfer(size):
+            commit_info = api().create_commit(
+                remote.id, operations, commit_message=message, repo_type=remote.kind, revision=branch
+            )
+            with parsing():
+                commit = commit_info.oid
+        self.journal.write(
+            "create_commit", repo=remote.id, kind=remote.kind, branch=branch, commit=commit, files=difference.missing
+        )
 
 
 def _chunks(difference: Difference) -> list[list[str]]:
-    """Paths by commit; checksum file and signature go last and alone, so that a cut upload is seen to be one."""
+    """Paths by commit. The checksum file and the signature are in the last commit, alone, so that an interrupted upload
+    is recognized."""
     paths = [path for path in difference.missing if path not in SENT_LAST]
     chunks = [paths[i : i + FILES_PER_COMMIT] for i in range(0, len(paths), FILES_PER_COMMIT)]
     last_files = [path for path in difference.missing if path in SENT_LAST]
@@ -216,30 +227,8 @@ def _chunks(difference: Difference) -> list[list[str]]:
     return chunks or ([[]] if difference else [])
 
 
-def _commit(
-    folder: Path, repo: str, kind: str, branch: str, difference: Difference, message: str, journal: Journal
-) -> None:
-    hub = load()
-    operations = [hub.CommitOperationAdd(path, folder / path) for path in difference.missing]
-    operations += [hub.CommitOperationDelete(path) for path in difference.surplus]
-    size = sum((folder / path).stat().st_size for path in difference.missing)
-    with translate_errors(f"uploading to {repo}@{branch}"), limits.transfer(size):
-        commit_info = api().create_commit(repo, operations, commit_message=message, repo_type=kind, revision=branch)
-        with parsing():
-            commit = commit_info.oid
-    journal.write("create_commit", repo=repo, kind=kind, branch=branch, commit=commit, files=difference.missing)
-
-
-def _tree(repo: str, kind: str, revision: str) -> dict[str, str]:
-    """{path: git blob id, or SHA-256 of an LFS file} of a revision."""
-    with translate_errors(f"reading {repo}@{revision}"):
-        entries = api().list_repo_tree(repo, recursive=True, revision=revision, repo_type=kind)
-        with parsing():
-            return {e.path: (e.lfs.sha256 if e.lfs else e.blob_id) for e in entries if hasattr(e, "blob_id")}
-
-
 def _file_ids(path: Path) -> tuple[str, str]:
-    """The two names under which a Hub may know a file: its SHA-256 and its git blob id."""
+    """The SHA-256 of a file and its git blob id."""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with open(path, "rb") as f:
         while chunk := f.read(1 << 20):

@@ -1,7 +1,7 @@
-"""Signatures without a key: Sigstore certifies for some minutes whom an OpenID provider vouches for, and logs the use.
+"""Signatures without a key: Sigstore certifies an identity that an OpenID provider vouches for, and logs its use.
 
-A bundle is what `model_signing sign sigstore` writes. Signing and verifying need a network, for the trust root of the
-public instance at least; a trust configuration (a file of `sigstore`) names another instance, or spares verify that.
+A bundle is what `model_signing sign sigstore` writes. Signing and verifying need a network, at least for the trust root
+of the public instance. A trust configuration (a file of `sigstore`) names another instance, or holds its trust root.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 from pipeline.core.errors import AtomError
 
 ISSUER = "1.3.6.1.4.1.57264.1.1"
-"""Of a certificate's extension: the OpenID provider."""
+"""The extension of a certificate that names the OpenID provider."""
+ONLINE = "; Sigstore needs a network, or give --trust-config of another instance"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Identity:
 
 @contextmanager
 def as_atom_error(action: str, hint: str = "") -> Iterator[None]:
-    """Turns whatever the libraries raise, which have no error in common, into one AtomError."""
+    """Turns any error of the libraries, which have no base class in common, into one AtomError."""
     try:
         yield
     except Exception as error:
@@ -40,18 +41,15 @@ def as_atom_error(action: str, hint: str = "") -> Iterator[None]:
         raise AtomError(f"{action}: {message}{hint}") from None
 
 
-ONLINE = "; Sigstore needs a network, or give --trust-config of another instance"
-
-
 def signer(trust_config: Path | None) -> Any:
-    """What signs payloads of model_signing, by the credentials of a CI job or those that are asked for in a browser.
+    """A signer of model_signing's payloads, by the credentials of a CI job or those given in a browser.
 
-    Raises AtomError if Sigstore cannot be reached, or the configuration not be used.
+    Raises AtomError if Sigstore cannot be reached, or the configuration cannot be used.
     """
     from model_signing._signing import sign_sigstore
 
     class Signer(sign_sigstore.Signer):  # type: ignore[misc]
-        """Asks for a token once, and again when it ends, not for every repository."""
+        """Requests a token once, and again when it expires, not for every repository."""
 
         token: Any = None
 
@@ -61,26 +59,26 @@ def signer(trust_config: Path | None) -> Any:
             return self.token
 
     _require(trust_config)
-    with as_atom_error("no signature without a key can be made", ONLINE):
+    with as_atom_error("cannot sign without a key", ONLINE):
         return Signer(trust_config=trust_config)
 
 
 def verifier(identity: Identity, trust_config: Path | None) -> Any:
-    """What verifies bundles. Raises AtomError if the trust root cannot be had."""
+    """A verifier of bundles. Raises AtomError if the trust root cannot be loaded."""
     from model_signing._signing import sign_sigstore
 
     _require(trust_config)
-    with as_atom_error(f"whether {identity} signed cannot be told", ONLINE):
+    with as_atom_error(f"cannot verify whether {identity} signed", ONLINE):
         return sign_sigstore.Verifier(identity=identity.name, oidc_issuer=identity.issuer, trust_config=trust_config)
 
 
 def _require(trust_config: Path | None) -> None:
     if trust_config is not None and not trust_config.is_file():
-        raise AtomError(f"there is no trust configuration {trust_config}; name the file of an instance of Sigstore")
+        raise AtomError(f"there is no trust configuration {trust_config}; give the file of an instance of Sigstore")
 
 
 def is_keyless(signature: Path) -> bool:
-    """Whether a bundle has an entry of a transparency log, which none has that was made with a key."""
+    """Whether a bundle has an entry of a transparency log, which a signature with a key never has."""
     try:
         return bool(json.loads(signature.read_bytes())["verificationMaterial"]["tlogEntries"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -88,10 +86,10 @@ def is_keyless(signature: Path) -> bool:
 
 
 def verify_bundle(signature: Path, bundle_verifier: Any = None) -> tuple[Identity, Any]:
-    """Whom a bundle names, and the manifest that it signs, if it is valid. Raises what the libraries raise, if not.
+    """The identity in a bundle, and the manifest that it signs. Raises what the libraries raise, if it is invalid.
 
-    bundle_verifier: of `verifier`; without one nothing vouches for the certificate in the bundle: its name may be
-    invented.
+    bundle_verifier: of `verifier`; without one nothing vouches for the certificate in the bundle, so the name in it may
+    be invented.
     """
     from model_signing._signing import sign_sigstore, signing
     from sigstore import dsse
@@ -110,20 +108,20 @@ def verify_bundle(signature: Path, bundle_verifier: Any = None) -> tuple[Identit
     ).verify(bundle_signature)
 
 
-def identity(signature: Path) -> str | None:
-    """Whom a bundle names that was made without a key; whether that holds is the question of `atom verify`."""
+def recorded_identity(signature: Path) -> str | None:
+    """The identity in a bundle that was made without a key, unchecked (`atom verify` checks it); None for others."""
     from model_signing._signing import sign_sigstore
 
     if not is_keyless(signature):
         return None
     try:
         return str(certificate_identity(sign_sigstore.Signature.read(signature).bundle.signing_certificate))
-    except Exception:  # whatever a forger may have put there
+    except Exception:  # a forger may have put anything there
         return "which cannot be read"
 
 
 def certificate_identity(certificate: Any) -> Identity:
-    """Whom a certificate of Sigstore's names."""
+    """The identity that a certificate of Sigstore names."""
     from cryptography import x509
 
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value

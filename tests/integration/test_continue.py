@@ -21,7 +21,7 @@ from pipeline.graph import dag
 from pipeline.graph import recipe as recipes
 from pipeline.graph.checkpoints import Checkpoint
 from pipeline.launch.attempt import Attempt, Task
-from pipeline.launch.checkpoint_artifacts import Products
+from pipeline.launch.checkpoint_artifacts import CheckpointArtifacts
 from pipeline.launch.rendezvous import Ranks
 from stages.data import order
 from stages.data.table import write_json
@@ -127,7 +127,7 @@ def seal(store: Store, recipe: str, run: str, step: int, text: str = "{}", phase
     lease = Lease.take(store.work(attempt.task.key))
     assert lease is not None
     try:
-        Products(attempt, lease).seal(f"@{step}", product)
+        CheckpointArtifacts(attempt, lease).seal(step, product)
     finally:
         lease.release()
     return Checkpoint(attempt.task.key, step)
@@ -162,7 +162,7 @@ def test_who_has_lost_the_lease_seals_nothing(tmp_path: Path) -> None:
     (store.work(attempt.task.key) / f"lease.{lease.number + 1}").touch()
     (tmp_path / "made").mkdir()
     with pytest.raises(AtomError, match=r"another worker took over pretrain-\w+ before pretrain@30 was sealed here"):
-        Products(attempt, lease).seal("@30", tmp_path / "made")
+        CheckpointArtifacts(attempt, lease).seal(30, tmp_path / "made")
     lease.release()
     assert not store.artifacts.exists()
 

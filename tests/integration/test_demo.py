@@ -57,7 +57,7 @@ def test_the_demo_ends_with_its_table(demo_home: Path) -> None:
     release = demo_home / "releases" / "atom-smoke-0.1.0"
     page = atom(demo_home, "show", str(release)).stdout
     gates = json.loads((release / "evidence/gates.json").read_text())
-    assert f"how checked: {len(gates)} gates, all passed" in page and "the key sha256:" in page
+    assert f"checks: {len(gates)} gates, all passed" in page and "the key sha256:" in page
 
 
 def test_a_pulled_model_loads_in_a_fresh_interpreter(demo_home: Path, tmp_path: Path) -> None:

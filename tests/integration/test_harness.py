@@ -78,6 +78,6 @@ def test_what_is_missing_is_told_in_a_sentence(
     assert "Traceback" not in "".join(lines) and len(messages) == 3
     assert (
         "evidence/recipe.json" in messages[0]
-        and "holds no model" in messages[1]
+        and "contains no model" in messages[1]
         and "no task no_such_task" in messages[2]
     )

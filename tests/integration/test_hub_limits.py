@@ -41,8 +41,9 @@ SLOW_NAME = "slow.json"
 SLOW = {**VERIFY, "seconds": "10"}
 UPLOAD = {
     "module": "hub.upload",
-    "call": "Difference, Journal, _commit",
-    "run": "import pathlib; _commit(pathlib.Path(sys.argv[1]), 'a/b', 'model', 'main', Difference(['x.safetensors'], []), 'm', Journal(pathlib.Path(sys.argv[1]) / 'j'))",
+    "call": "Destination, Difference, Journal, Path, RemoteRepository, Repository",
+    "run": "folder = Path(sys.argv[1]); to = Repository('', '', 'model'), RemoteRepository('a/b', 'model'); "
+    "Destination(folder, *to, 'v1', Journal(folder / 'j'))._commit('main', Difference(['x.safetensors'], []), 'm')",
     "seconds": "300",
 }
 Connection = socket.socket
@@ -192,32 +193,32 @@ CASES: dict[str, tuple[dict[str, str], Callable[[Connection], None], str]] = {
     "silent": (VERIFY, always(silent), "does not answer"),
     "dripping": (VERIFY, always(drip), "does not "),
     "dripping headers": (VERIFY, always(drip_headers), "does not "),
-    "redirect to another host": (VERIFY, always(ELSEWHERE), "sends us to another host, 127.0.0.9"),
-    "redirect in circles": (VERIFY, circles, "12 times in vain"),
-    "a list for an object": (VERIFY, always(respond(b"[1, 2]")), "answers what no Hub does (TypeError"),
-    "other fields": (VERIFY, always(respond(b'{"sha": 5, "siblings": 7}')), "answers what no Hub does (KeyError: 'id')"),
-    "deep JSON": (VERIFY, always(respond(b"[" * 100_000)), "answers what no Hub does (RecursionError"),
+    "redirect to another host": (VERIFY, always(ELSEWHERE), "redirects to another host, 127.0.0.9"),
+    "redirect in circles": (VERIFY, circles, "12 times without success"),
+    "a list for an object": (VERIFY, always(respond(b"[1, 2]")), "sends a malformed answer (TypeError"),
+    "other fields": (VERIFY, always(respond(b'{"sha": 5, "siblings": 7}')), "sends a malformed answer (KeyError: 'id')"),
+    "deep JSON": (VERIFY, always(respond(b"[" * 100_000)), "sends a malformed answer (RecursionError"),
     "an endless answer": (VERIFY, always(endless), "answers with more than 8388608 bytes"),
-    "a cut answer": (VERIFY, always(wrong_length), "breaks off or garbles its answer"),
-    "a packed answer": (VERIFY, always(respond(gzip.compress(bytes(9_000_000)), headers="Content-Encoding: gzip\r\n")), "sends a packed answer"),
-    "no HTTP": (VERIFY, always(garbage), "breaks off or garbles its answer"),
-    "a closed connection": (VERIFY, always(closing), "breaks off or garbles its answer"),
+    "a cut answer": (VERIFY, always(wrong_length), "interrupts or corrupts its answer"),
+    "a packed answer": (VERIFY, always(respond(gzip.compress(bytes(9_000_000)), headers="Content-Encoding: gzip\r\n")), "sends a compressed answer"),
+    "no HTTP": (VERIFY, always(garbage), "interrupts or corrupts its answer"),
+    "a closed connection": (VERIFY, always(closing), "interrupts or corrupts its answer"),
     "a very long wait": (VERIFY, always(respond(b"{}", "429 Busy", "Retry-After: 1000000\r\n")), "answers 429"),
     "a silent file": (VERIFY, repository(silent), "does not answer"),
-    "a dripping file": (VERIFY, repository(drip), "moves "),
+    "a dripping file": (VERIFY, repository(drip), "transfers only "),
     "a slow file": (SLOW, repository(steady, SLOW_NAME, 200_000), "is too slow"),
     "an endless file": (VERIFY, repository(endless), "sends more than the 1000 bytes"),
-    "a cut file": (VERIFY, repository(wrong_length), "breaks off or garbles its answer"),
+    "a cut file": (VERIFY, repository(wrong_length), "interrupts or corrupts its answer"),
     "a short file": (VERIFY, repository(respond(b"abc")), "sends other bytes than it announced"),
-    "a file elsewhere": (VERIFY, repository(ELSEWHERE), "sends us to another host, 127.0.0.9"),
+    "a file elsewhere": (VERIFY, repository(ELSEWHERE), "redirects to another host, 127.0.0.9"),
     "pages without end": (PAGES, repository(respond(bytes(1000)), next_page=True), "is too slow"),
-    "a path that leads out": (VERIFY, repository(respond(b""), name="../../out"), "holds ../../out, where no file"),
-    "a path into the cache": (VERIFY, repository(respond(b""), name=".cache/x.py"), "holds .cache/x.py, where no file"),
-    "a name that clears the screen": (VERIFY, repository(respond(b""), name="\x1b[2Jx"), "holds \\x1b[2Jx, where no file"),
+    "a path that leads out": (VERIFY, repository(respond(b""), name="../../out"), "has a file ../../out, which no release has"),
+    "a path into the cache": (VERIFY, repository(respond(b""), name=".cache/x.py"), "has a file .cache/x.py, which no release has"),
+    "a name that clears the screen": (VERIFY, repository(respond(b""), name="\x1b[2Jx"), "has a file \\x1b[2Jx, which no release has"),
     "more than the disk has": (VERIFY, repository(respond(b""), size=10**17), "bytes, and"),
-    "a size that is none": (VERIFY, repository(respond(b""), size="many"), "answers what no Hub does (ValueError"),
+    "a size that is none": (VERIFY, repository(respond(b""), size="many"), "sends a malformed answer (ValueError"),
     "an upload that is not answered": (UPLOAD, receiving(silent), "does not answer"),
-    "an upload elsewhere": (UPLOAD, receiving(respond(b"{}"), href="http://127.0.0.9:1/x"), "sends us to another host, 127.0.0.9"),
+    "an upload elsewhere": (UPLOAD, receiving(respond(b"{}"), href="http://127.0.0.9:1/x"), "redirects to another host, 127.0.0.9"),
 }  # fmt: skip
 
 
@@ -288,11 +289,11 @@ def test_mistakes_of_ours_are_not_the_hubs() -> None:
         with pytest.raises((KeyError, AttributeError, TypeError)), translate_errors("asking"):
             mistake()
     with (
-        pytest.raises(AtomError, match=r"asking: .* answers what no Hub does \(KeyError: 'id'\)"),
+        pytest.raises(AtomError, match=r"asking: .* sends a malformed answer \(KeyError: 'id'\)"),
         translate_errors("asking"),
     ):
         RetryingClient(Client()).info("a/b")
-    with pytest.raises(AtomError, match="answers what no Hub does"), translate_errors("asking"), parsing():
+    with pytest.raises(AtomError, match="sends a malformed answer"), translate_errors("asking"), parsing():
         int("many")
 
 
@@ -321,5 +322,5 @@ def test_the_token_goes_to_the_hub_alone() -> None:
         ("http://hub.example:9090/a", "http://hub.example:8080"),
         ("http://user@evil.example/a", "http://hub.example:8080"),
     ):
-        with pytest.raises(HubLimit, match="sends us to another host"):
+        with pytest.raises(HubLimit, match="redirects to another host"):
             check(url, endpoint)

@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 
 from pipeline.cli.main import app
 from pipeline.core.errors import AtomError
+from release import signing
 from release.audit import show
 from release.hub.local.server import running
-from release.layout import SUMS
+from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
 from release.repositories import files_below, files_of, repositories
-from release.signing import keyless, sign
-from release.signing.trust_policy import Trust
+from release.signing import Trust
 from tests.fixtures import sigstore_fixtures
 from tests.fixtures.sigstore_fixtures import IDENTITY, ISSUER, Sigstore
 from tests.integration.test_release_publish import client  # noqa: F401 - a fixture
@@ -50,7 +50,7 @@ def ours(config: Path) -> Trust:
 @pytest.fixture(scope="module")
 def signed(built: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = Path(shutil.copytree(built, tmp_path_factory.mktemp("signed") / "tiny-0.1.0"))
-    assert sign.sign_keyless(copy, config) == keyless.Identity(IDENTITY, ISSUER)
+    assert signing.sign_keyless(copy, config) == signing.Identity(IDENTITY, ISSUER)
     return copy
 
 
@@ -69,12 +69,12 @@ def test_a_release_and_every_repository_alone(
     assert ok and f"signed by {IDENTITY} ({ISSUER}); nothing but the release itself says so: give --identity" in detail
     for place in repositories(signed)[-2:]:
         folder = tmp_path / place.folder
-        for path in [*files_of(signed, place), SUMS, sign.SIGNATURE]:
+        for path in [*files_of(signed, place), SUMS, SIGNATURE]:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(signed / place.folder / path, folder / path)
         assert verdict(folder, ours)[0], place
         stock = [sys.executable, "-m", "model_signing", "verify", "sigstore", "--trust_config", str(config)]
-        stock += ["--signature", str(folder / sign.SIGNATURE), "--identity", IDENTITY, "--identity_provider", ISSUER]
+        stock += ["--signature", str(folder / SIGNATURE), "--identity", IDENTITY, "--identity_provider", ISSUER]
         process = subprocess.run([*stock, str(folder)], capture_output=True)
         assert process.returncode == 0 and b"Verification succeeded" in process.stdout, process
         (folder / "more.txt").write_text("x")
@@ -89,7 +89,7 @@ def altered(release: Path) -> str:
 
 def other_payload(release: Path) -> str:
     """Another repository's own words in the envelope."""
-    ours, others = (release / name / sign.SIGNATURE for name in ("model", "model-base"))
+    ours, others = (release / name / SIGNATURE for name in ("model", "model-base"))
     payload, other = (json.loads(path.read_bytes())["dsseEnvelope"]["payload"] for path in (ours, others))
     ours.write_text(ours.read_text().replace(payload, other))
     return "or is altered: DSSE: invalid signature"
@@ -97,18 +97,18 @@ def other_payload(release: Path) -> str:
 
 def spelled_otherwise(release: Path) -> str:
     """The same bundle in other bytes, as flipped bits of base64 that decide nothing would leave it."""
-    path = release / "model" / sign.SIGNATURE
+    path = release / "model" / SIGNATURE
     path.write_text(path.read_text() + "\n")
     return "or is altered: it is not written as signers write it"
 
 
 def cut(release: Path) -> str:
-    (release / "model" / sign.SIGNATURE).write_text('{"verificationMaterial": {"tlogEntries": [1]}}')
+    (release / "model" / SIGNATURE).write_text('{"verificationMaterial": {"tlogEntries": [1]}}')
     return "model/model.sig is not by "
 
 
 def with_a_key(release: Path) -> str:
-    (release / "model" / sign.PUBLIC_KEY).write_text("x")
+    (release / "model" / PUBLIC_KEY).write_text("x")
     return "model/model.pub is there, and model.sig was made without a key"
 
 
@@ -143,19 +143,19 @@ def test_keys_and_identities_are_told_apart(release: Path, ours: Trust, config: 
     (tmp_path / "root.pem").write_bytes(certificate("root", "root", root, root))
     ok, wrong = verdict(release, Trust(chain=(tmp_path / "root.pem",)))
     assert ok is False and "model/model.sig was made without a key, not by whom the certificates vouch for" in wrong
-    name = sign.sign(release, sign.Signer(write_key(tmp_path / "key.pem")))
+    name = signing.sign(release, signing.SigningKey(write_key(tmp_path / "key.pem")))
     ok, wrong = verdict(release, ours)
     assert ok is False and f"model/model.sig was made with the key {name[:23]}…, not by {IDENTITY} ({ISSUER})" in wrong
     assert verdict(release)[0], "and the key's signatures took the others' place"
-    sign.sign_keyless(release, config)
-    assert verdict(release, ours)[0] and not [*release.rglob(sign.PUBLIC_KEY)]
+    signing.sign_keyless(release, config)
+    assert verdict(release, ours)[0] and not [*release.rglob(PUBLIC_KEY)]
 
 
 def test_what_fails_half_way_writes_nothing(built: Path, sigstore: Sigstore, config: Path) -> None:
     before = sorted(built.rglob("*"))
     sigstore.entries, sigstore.fails_at = 0, 3
     with pytest.raises(AtomError, match="cannot be signed without a key: 503: the log is closed; nothing was written"):
-        sign.sign_keyless(built, config)
+        signing.sign_keyless(built, config)
     assert sigstore.entries == 3 and sorted(built.rglob("*")) == before
     sigstore.fails_at = 0
 
@@ -167,12 +167,12 @@ def test_without_a_network_there_is_one_sentence(built: Path, tmp_path: Path) ->
     (tmp_path / "bad.json").write_text("x")
     before = sorted(built.rglob("*"))
     for arguments, words in (
-        (["sign", "--keyless"], "no signature without a key can be made: Failed to refresh TUF metadata"),
-        (["sign", "--keyless", "--trust-config", str(config)], "no signature without a key can be made: NetworkError"),
+        (["sign", "--keyless"], "cannot sign without a key: Failed to refresh TUF metadata"),
+        (["sign", "--keyless", "--trust-config", str(config)], "cannot sign without a key: NetworkError"),
         (["sign", "--keyless", "--trust-config", str(tmp_path / "bad.json")], "Invalid JSON"),
         (
             ["verify", "--identity", IDENTITY, "--issuer", ISSUER],
-            f"whether {IDENTITY} ({ISSUER}) signed cannot be told: Failed",
+            f"cannot verify whether {IDENTITY} ({ISSUER}) signed: Failed",
         ),
     ):
         command = [sys.executable, "-m", "pipeline.cli", arguments[0], str(built), *arguments[1:]]
@@ -205,14 +205,14 @@ def test_what_goes_not_together_is_told(arguments: list[str], words: str, built:
 
 
 def test_they_are_published_and_come_back(client, release: Path, config: Path, tmp_path: Path) -> None:  # noqa: F811
-    assert f"carries signatures and the name {IDENTITY} ({ISSUER}); atom verify checks" in " ".join(
+    assert f"signed, unchecked, with the identity {IDENTITY} ({ISSUER}); atom verify checks it" in " ".join(
         show.text(show.facts_of(release)).split()
     )
     with running(tmp_path / "hub") as endpoint:
         client(
             f"""
 publish(release, "local", public=True)
-from release.signing.trust_policy import Trust
+from release.signing import Trust
 trust = Trust(identity={IDENTITY!r}, issuer={ISSUER!r}, trust_config=pathlib.Path({str(config)!r}))
 for suffix in ("", "-data", "-evidence", "-checkpoints@pretrain-step-2"):
     found = next(c for c in verify("local/tiny" + suffix, trust=trust).checks if c.name == "signatures")

@@ -14,10 +14,10 @@ from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import sha256_file
 from pipeline.core.text import escaped
 from release import schema, schema_v2
-from release.audit import replay_carried, show, tracing
-from release.audit.replay import replay
-from release.audit.replay_report import BITWISE, CLOSE, certificate, text
-from release.audit.replay_source import Source
+from release.audit import show, tracing
+from release.audit.replay import carried_code, certificate, replay, text
+from release.audit.replay.comparison import BITWISE, CLOSE
+from release.audit.replay.source import Source
 from release.audit.verify import Verdict, verify
 from release.repositories import model_folders
 from tests.fixtures import old_release_fixtures
@@ -97,19 +97,19 @@ def test_it_is_shown_and_traced(old_release: Path, tmp_path: Path) -> None:
     assert list(page["models"]) == [*MODELS[1:], "model"] and all(page["gates"].values())
     assert page["seen"][PHASE]["steps"] == STEP and "atom-kept" in show.text(page)
 
-    step = tracing.step(old_release, PHASE, 1)
+    step = tracing.trace_step(old_release, PHASE, 1)
     assert step.moved is True and len(step.segments) == 24
-    document = tracing.document(old_release, step.segments[0]["id"])
-    assert document.fates[0]["disposition"] == "kept" and 1 in [use.step for use in document.uses if use.phase == PHASE]
+    document = tracing.trace_document(old_release, step.segments[0].id)
+    assert document.fates[0].kept and 1 in [use.step for use in document.uses if use.phase == PHASE]
     assert document.models == ["base", "mid", "sft", "rlvr", "dpo", "online-rlhf"]
     assert f"{PHASE}-step-{STEP}" in document.checkpoints and "online-step-2" in document.checkpoints
-    matches = tracing.text(old_release, "Thank the ", tmp_path).matches
+    matches = tracing.trace_text(old_release, "Thank the ", tmp_path).matches
     assert matches and {match.source for match in matches} == {"courtesies"}
 
 
 def without_bubblewrap(old_release: Path, tmp_path: Path) -> bool:
     try:
-        replay_carried.confined(old_release, tmp_path, tmp_path, {})
+        carried_code.confined(old_release, tmp_path, tmp_path, {})
     except AtomError:
         return True
     return False
@@ -133,15 +133,15 @@ def test_carried_code_that_is_not_the_code_that_trained_is_not_run(old_release: 
     from tests.integration.test_replay import resum
 
     copy = Path(shutil.copytree(old_release, tmp_path / "copy"))
-    assert replay_carried.find(Source(copy), PHASE, STEP) is not None
+    assert carried_code.find(Source(copy), PHASE, STEP) is not None
     engine = copy / "code/stages/train/engine.py"
     engine.write_text(f"{engine.read_text()}\nraise SystemExit('I ran')\n")
     with pytest.raises(CheckFailed, match="engine.py is altered"):
-        code = replay_carried.find(Source(copy), PHASE, STEP)
+        code = carried_code.find(Source(copy), PHASE, STEP)
         assert code is not None
         code.extract(tmp_path / "extracted")
     resum(copy)  # the checksums agree now, and the statement does not
-    assert replay_carried.find(Source(copy), PHASE, STEP) is None
+    assert carried_code.find(Source(copy), PHASE, STEP) is None
 
 
 def test_the_carried_code_sees_no_network_and_none_of_our_files(old_release: Path, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_the_carried_code_sees_no_network_and_none_of_our_files(old_release: Pat
         folder.mkdir()
     if without_bubblewrap(old_release, work):
         with pytest.raises(AtomError, match="give --unconfined if you trust"):
-            replay_carried.confined(old_release, code, work, {})
+            carried_code.confined(old_release, code, work, {})
         return
     attack = f"""
 import os, pathlib, socket
@@ -165,7 +165,7 @@ for what in (lambda: open({str(secret)!r}).read(), lambda: open({str(old_release
 assert "TOKEN" not in os.environ and os.getpid() < 20, os.getpid()
 pathlib.Path("done").write_text("yes")
 """
-    line = replay_carried.confined(old_release, code, work, {"HOME": str(work)})
+    line = carried_code.confined(old_release, code, work, {"HOME": str(work)})
     process = subprocess.run(
         [*line, sys.executable, "-c", attack], capture_output=True, text=True, env={"TOKEN": "x", "PATH": "/usr/bin:/bin"},
         check=False,
@@ -249,7 +249,7 @@ def rename_everything(tree: Tree) -> None:
     tree.replace(V2, '"online": "online-rlhf"', '"online": "onlinerl"')
     tree.replace(V2, '"judge": "export-reward"', '"judge": "export-scorer"')
     tree.replace_all(r'"accuracy(_all)?"', r'"exact_match\1"', "release", "stages", without=[V2])
-    tree.replace_all(r'"kept_hash"', '"text_hash"', "release", without=[V2])
+    tree.replace_all(r"\bkept_hash\b", "text_hash", "release", without=[V2])
     tree.replace_all(r'(release|facts)\["license"\]', r'\1["spdx"]', "release", without=[V2])
     tree.replace("release/audit/show.py", '"license", "commit"', '"spdx", "commit"')
     tree.replace("release/schema.py", "3: schema_v3}", "3: schema_v3, 4: schema_v4}")

@@ -84,13 +84,13 @@ def test_the_index_of_texts_is_there_before_the_first_question(built: Path) -> N
     cache = built.parent.parent / "trace"
     [index] = cache.iterdir()
     modified = index.stat().st_mtime_ns
-    answer = tracing.text(built, "quick brown fox", cache, notes.append)
+    answer = tracing.trace_text(built, "quick brown fox", cache, notes.append)
     assert answer.by == "index" and answer.matches and notes == [] and index.stat().st_mtime_ns == modified
     assert not [path for path in files_below(built) if path.endswith(".sqlite")]  # no part of the release
 
 
 def test_a_release_is_whole_without_the_index(built: Path, source, tmp_path: Path, monkeypatch) -> None:
-    from release.audit import text_index
+    from release.audit.tracing import text_index
 
     notes: list[str] = []
     (tmp_path / "trace").write_text("")  # where no folder can be made

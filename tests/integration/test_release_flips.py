@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from release.audit.verify import Trust, verify
-from release.signing import sign
+from release import signing
+from release.audit.verify import verify
+from release.layout import SIGNATURE
+from release.signing import Trust
 from tests.integration.test_release_verify import resum
 from tests.integration.test_sign import signed, signer  # noqa: F401 - fixtures
 
@@ -34,9 +36,9 @@ def names(release: Path) -> list[str]:
 
 
 @pytest.mark.timeout(3600)
-def test_a_flipped_byte_anywhere_is_told(release: Path, signer: sign.Signer) -> None:  # noqa: F811
+def test_a_flipped_byte_anywhere_is_told(release: Path, signer: signing.SigningKey) -> None:  # noqa: F811
     """Sixty here, a thousand by `make soak`: half of them in files drawn alike, half in bytes drawn alike."""
-    ours, draw = Trust(sign.fingerprint(signer.public_key())), random.Random(1)
+    ours, draw = Trust(signing.fingerprint(signer.public_key())), random.Random(1)
     files = names(release)
     sizes = [(release / name).stat().st_size for name in files]
     unseen = []
@@ -66,7 +68,7 @@ def test_two_files_in_each_others_place_are_told(release: Path) -> None:
         (release / one).write_bytes((release / other).read_bytes())
         (release / other).write_bytes(content)
         wrong = problems(release)
-        if Path(one).name == sign.SIGNATURE:  # sound, but about other files, and those are named
+        if Path(one).name == SIGNATURE:  # sound, but about other files, and those are named
             assert "was altered after signing" in wrong
         else:
             assert one in wrong and other in wrong, (one, other, wrong)

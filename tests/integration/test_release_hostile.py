@@ -17,8 +17,8 @@ import pytest
 
 from pipeline.core.errors import CheckFailed
 from release import schema
-from release.audit.replay_carried import Code
-from release.audit.replay_source import Source
+from release.audit.replay.carried_code import Code
+from release.audit.replay.source import Source
 from release.audit.verify import verify
 from release.cards import card_tables, versions
 from release.checks import cards
@@ -273,7 +273,7 @@ def test_carried_code_stays_in_its_folder(copy: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("outside"))
     (copy / "code/release").rename(copy / "code/real")
     (copy / "code/release").symlink_to("real")
-    with pytest.raises(CheckFailed, match="is a link, or lies behind one"):
+    with pytest.raises(CheckFailed, match="is a link, or is reached through one"):
         Source(copy).file(LISTED)
 
 

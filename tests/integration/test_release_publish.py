@@ -236,9 +236,9 @@ def test_a_later_version_is_verified_before_a_public_branch_moves(client, releas
             + """
 import release.hub.publish as p
 before, pull = heads(), p.pull
-def damaged(repo, kind, revision, target):
-    pull(repo, kind, revision, target)
-    if repo == "local/tiny": (target / "config.json").write_text("{}")
+def damaged(remote, revision, target):
+    pull(remote, revision, target)
+    if remote.id == "local/tiny": (target / "config.json").write_text("{}")
 p.pull = damaged
 assert "config.json is altered" in said(CheckFailed, publish, later, "local", public=True)
 after = heads()

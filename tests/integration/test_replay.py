@@ -5,6 +5,7 @@ python tests/integration/test_replay.py RELEASE PHASE FOLDER   (one of two ranks
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -19,10 +20,9 @@ from pipeline.core.store import Artifact, Store, sha256_file
 from pipeline.graph import dag, registry
 from pipeline.graph import recipe as recipes
 from release import checksums, layout, repositories
-from release.audit import replay as replays
-from release.audit.replay import Plan, replay
-from release.audit.replay_report import certificate, text
-from release.audit.replay_source import Source
+from release.audit.replay import certificate, replay, retraining, text
+from release.audit.replay.plan import Plan, select_steps
+from release.audit.replay.source import Source
 
 END = "checkpoints/pretrain-step-60"
 ORDER = "dataset/order/pretrain/order.parquet"
@@ -86,7 +86,7 @@ def test_an_honest_phase_comes_out_bit_for_bit(release: Path, phase: str, steps:
     assert (result.verdict, result.ok, result.tensors, result.different) == ("bitwise", True, 96, {})
     assert (result.state, result.diverges, result.ranks, result.environment) == ((), None, 1, ())
     assert any(line.startswith(f"step {steps[1]} of {steps[1]}, loss ") for line in notes), notes
-    assert text(result).splitlines()[1] == "  all 96 tensors (weights and optimizer) came out bit for bit"
+    assert text(result).splitlines()[1] == "  all 96 tensors (weights and optimizer) are equal bit for bit"
     assert sha256_file(release / layout.ALL_SUMS) == before, "the release is only read"
 
     body = certificate(result, release)
@@ -129,7 +129,11 @@ def test_a_forged_weight_and_another_environment_are_named(copy: Path) -> None:
     assert [each.split(": ")[0] for each in result.environment] == ["python", "device model", "torch"]
     assert result.environment[0] == f"python: 3.9.1, {sys.version.split()[0]}"
     report = text(result)
-    assert "1 of 96 tensors" in report and name in report and "not as it was then: device model: Z80, " in report
+    assert (
+        "1 of 96 tensors" in report
+        and name in report
+        and "differs from the training environment: device model: Z80, " in report
+    )
     predicate = validated(certificate(result, copy))
     assert predicate["result"] == "FAILED" and predicate["passedTests"] == ["token_shards", "log"]
     assert predicate["failedTests"] == ["state", "tensors_within_tolerance", "tensors_bitwise"]
@@ -153,7 +157,7 @@ def test_a_changed_document_does_not_give_the_shards(copy: Path) -> None:
     texts[number] += " And nothing else."
     pq.write_table(table.set_column(table.schema.get_field_index("text"), "text", pa.array(texts)), path)
     resum(copy)
-    sentence = r"do not give the token shards that were trained on: train/docstrings.bin .* \(2 of 10 are not\)"
+    sentence = r"do not give the token shards that were trained on: train/docstrings.bin .* \(2 of 10 shards differ\)"
     with pytest.raises(CheckFailed, match=sentence):
         replay(copy, "pretrain")
 
@@ -161,11 +165,19 @@ def test_a_changed_document_does_not_give_the_shards(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("phase", "steps", "sentence"),
     [
-        ("pretrain", (30, 50), "steps 30:50 of pretrain cannot be replayed: .* stand after steps 0, 30, 60; give two"),
+        ("pretrain", (30, 50), "steps 30:50 of pretrain cannot be replayed: .* are of steps 0, 30, 60; give two"),
         ("pretrain", (60, 30), "steps 60:30 of pretrain cannot be replayed"),
-        ("sft", (None, 0), "what leads to step 0 of sft cannot be replayed: .* stand after steps 0, 40"),
-        ("longcontext-1", (None, None), "no checkpoints of longcontext-1; replay can do pretrain, midtrain, sft"),
-        ("rlvr", (None, None), "rlvr draws what it learns from; replay covers phases with a data order: pretrain, mid"),
+        ("sft", (None, 0), "the steps up to 0 of sft cannot be replayed: .* are of steps 0, 40"),
+        (
+            "longcontext-1",
+            (None, None),
+            "no checkpoints of longcontext-1; phases that can be replayed: pretrain, midtrain, sft",
+        ),
+        (
+            "rlvr",
+            (None, None),
+            "rlvr samples its own data; only phases with a data order can be replayed: pretrain, mid",
+        ),
     ],
 )
 def test_one_sentence(release: Path, phase: str, steps: tuple[int | None, int | None], sentence: str) -> None:
@@ -175,7 +187,7 @@ def test_one_sentence(release: Path, phase: str, steps: tuple[int | None, int | 
 
 
 def test_what_is_no_release_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AtomError, match="is no release folder: it has no evidence/SHA256SUMS"):
+    with pytest.raises(AtomError, match="is not a release folder: it has no evidence/SHA256SUMS"):
         replay(tmp_path, "pretrain")
 
 
@@ -206,7 +218,7 @@ def test_a_missing_file_is_named(copy: Path) -> None:
 def test_evidence_that_says_something_else_is_refused(copy: Path) -> None:
     edit(copy / END / "state.json", lambda state: state["config"]["phase"]["optimizer"].update(lr=0.1))
     resum(copy)
-    with pytest.raises(CheckFailed, match=r"pretrain-step-60/state.json is not of the config that the statement"):
+    with pytest.raises(CheckFailed, match=r"pretrain-step-60/state.json has another config than the statement"):
         replay(copy, "pretrain")
 
     def clear_operation(body: dict[str, Any]) -> None:
@@ -214,11 +226,13 @@ def test_evidence_that_says_something_else_is_refused(copy: Path) -> None:
 
     edit(statement_of(copy, "midtrain"), clear_operation)
     resum(copy)
-    with pytest.raises(CheckFailed, match=r"does not say how midtrain came to step 150 \(KeyError: 'phase'\)"):
+    with pytest.raises(
+        CheckFailed, match=r"does not state how midtrain was trained up to step 150 \(KeyError: 'phase'\)"
+    ):
         replay(copy, "midtrain")
     statement_of(copy, "sft").unlink()
     resum(copy)
-    with pytest.raises(CheckFailed, match=r"no statement of the release is about sft-\w+"):
+    with pytest.raises(CheckFailed, match=r"the release has no provenance statement about sft-\w+"):
         replay(copy, "sft")
 
 
@@ -247,21 +261,21 @@ def pack(plan: Plan, tokens: Artifact, folder: Path) -> None:
     config = body["predicate"]["buildDefinition"]["externalParameters"]["config"] | {"pack": True}
     stage, out = registry.stage("order"), folder / "packed"
     out.mkdir()
-    stage.run(stage.config.model_validate(config), {"tokens": tokens}, out, out, replays._StopAtStep(-1, print))
+    stage.run(stage.config.model_validate(config), {"tokens": tokens}, out, out, retraining.StopAtStep(-1, print))
     for path in plan.order_files:
         shutil.copyfile(out / Path(path).name, plan.source.folder / path)
 
 
 def trained_anew(copy: Path, folder: Path, settings: dict[str, Any]) -> None:
     """Trains the whole of pre-training with other settings, without a halt, and publishes that."""
-    plan = Plan(Source(copy), "pretrain", 0, 60)
+    plan = Plan.read(Source(copy), "pretrain", 0, 60)
     phase = type(plan.config.phase).model_validate({**plan.config.phase.model_dump(), **settings})
-    plan.config = plan.config.model_copy(update={"phase": phase})
-    tokens = plan.tokens(folder)
+    plan = dataclasses.replace(plan, config=plan.config.model_copy(update={"phase": phase}))
+    tokens = retraining.tokenize(plan, folder)
     if phase.pack:
         pack(plan, tokens, folder)
-    plan.lay_down(folder / "work")
-    trained = replays._train(plan, {"tokens": tokens, "order": plan.order()}, folder, lambda note: None)
+    retraining.write_work_checkpoint(plan, folder / "work")
+    trained = retraining.train(plan, {"tokens": tokens, "order": plan.order()}, folder, lambda note: None)
     published_anew(copy, {60: trained, 30: trained.with_name("step-000030")}, settings)
 
 
@@ -320,17 +334,18 @@ def _rank(release: Path, phase: str, folder: Path) -> None:
 
     rank_folder = folder / f"rank-{os.environ['RANK']}"
     rank_folder.mkdir()
-    plan = Plan(Source(release), phase, *replays._steps(Source(release), phase, None, None))
+    plan = Plan.read(Source(release), phase, *select_steps(Source(release), phase, None, None))
     layout_ = {"parallelism": Layout(ranks=2, tp=2), "watchdog_timeout_seconds": 60.0}
-    plan.config = plan.config.model_copy(update={"phase": plan.config.phase.model_copy(update=layout_)})
-    inputs = {"tokens": plan.tokens(rank_folder), "order": plan.order()}
+    config = plan.config.model_copy(update={"phase": plan.config.phase.model_copy(update=layout_)})
+    plan = dataclasses.replace(plan, config=config)
+    inputs = {"tokens": retraining.tokenize(plan, rank_folder), "order": plan.order()}
     work = folder / "work"
     if os.environ["RANK"] == "0":
-        plan.lay_down(work)
+        retraining.write_work_checkpoint(plan, work)
     (folder / "out").mkdir(exist_ok=True)
     try:
-        plan.stage.run(plan.config, inputs, work, folder / "out", replays._StopAtStep(plan.last, print))
-    except replays._StepSealed as reached:
+        plan.stage.run(plan.config, inputs, work, folder / "out", retraining.StopAtStep(plan.last, print))
+    except retraining.StepSealed as reached:
         (folder / "made").write_text(str(reached.folder))
     except AtomError:
         if os.environ["RANK"] == "0":

@@ -18,12 +18,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from pipeline.core.errors import AtomError
+from release import signing
 from release.audit.verify import verify
 from release.hub.local.server import running
-from release.layout import SUMS
+from release.layout import PUBLIC_KEY, SIGNATURE, SUMS
 from release.repositories import files_of, repositories
-from release.signing import sign
-from release.signing.trust_policy import Trust
+from release.signing import Trust
 from tests.integration.test_release_publish import client  # noqa: F401 - a fixture
 from tests.integration.test_release_verify import resum
 
@@ -36,14 +36,14 @@ def write_key(path: Path, key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | 
 
 
 @pytest.fixture(scope="module")
-def signer(tmp_path_factory: pytest.TempPathFactory) -> sign.Signer:
-    return sign.Signer(write_key(tmp_path_factory.mktemp("keys") / "key.pem"))
+def signer(tmp_path_factory: pytest.TempPathFactory) -> signing.SigningKey:
+    return signing.SigningKey(write_key(tmp_path_factory.mktemp("keys") / "key.pem"))
 
 
 @pytest.fixture(scope="module")
-def signed(built: Path, signer: sign.Signer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def signed(built: Path, signer: signing.SigningKey, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = Path(shutil.copytree(built, tmp_path_factory.mktemp("signed") / built.name))
-    sign.sign(copy, signer)
+    signing.sign(copy, signer)
     return copy
 
 
@@ -60,30 +60,26 @@ def verdict(folder: Path, trust: Trust = ANYONE) -> tuple[bool | None, list[str]
     return result.ok, result.wrong or result.detail
 
 
-def test_a_signed_release_and_every_repository_alone(signed: Path, signer: sign.Signer, tmp_path: Path) -> None:
-    name = sign.fingerprint(signer.public_key())
+def test_a_signed_release_and_every_repository_alone(signed: Path, signer: signing.SigningKey, tmp_path: Path) -> None:
+    name = signing.fingerprint(signer.public_key())
     ok, detail = verdict(signed, Trust(name))
     assert ok and detail == f"{len(repositories(signed))} repositories signed by {name}"
     ok, detail = verdict(signed)
     assert ok and "nothing but the release itself says whose key that is" in detail
     for place in repositories(signed):
         folder = tmp_path / (place.folder.replace("/", "_") or "root")
-        for path in [*files_of(signed, place), SUMS, sign.SIGNATURE, sign.PUBLIC_KEY]:
+        for path in [*files_of(signed, place), SUMS, SIGNATURE, PUBLIC_KEY]:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(signed / place.folder / path, folder / path)
         (folder / ".gitattributes").write_text("x\n")  # what a Hub and its client add
         (folder / ".cache/huggingface").mkdir(parents=True)
         (folder / ".cache/huggingface/x.metadata").write_text("x\n")
-        assert verdict(folder, Trust(str(folder / sign.PUBLIC_KEY)))[0], place
-        stock = [sys.executable, "-m", "model_signing", "verify", "key", "--signature", str(folder / sign.SIGNATURE)]
-        process = subprocess.run(
-            [*stock, "--public_key", str(folder / sign.PUBLIC_KEY), str(folder)], capture_output=True
-        )
+        assert verdict(folder, Trust(str(folder / PUBLIC_KEY)))[0], place
+        stock = [sys.executable, "-m", "model_signing", "verify", "key", "--signature", str(folder / SIGNATURE)]
+        process = subprocess.run([*stock, "--public_key", str(folder / PUBLIC_KEY), str(folder)], capture_output=True)
         assert process.returncode == 0 and b"Verification succeeded" in process.stdout, process
         (folder / "more.txt").write_text("x")
-        process = subprocess.run(
-            [*stock, "--public_key", str(folder / sign.PUBLIC_KEY), str(folder)], capture_output=True
-        )
+        process = subprocess.run([*stock, "--public_key", str(folder / PUBLIC_KEY), str(folder)], capture_output=True)
         assert process.returncode != 0, "the stock tool sees what was added"
 
 
@@ -111,13 +107,13 @@ def test_what_was_done_after_signing_is_told_though_all_checksums_were_made_anew
     assert all("SHA256SUMS was altered" in text for text in wrong if text != expected), wrong
 
 
-def test_another_key_is_no_signature_of_ours(release: Path, signer: sign.Signer, tmp_path: Path) -> None:
-    ours = Trust(sign.fingerprint(signer.public_key()))
-    other = sign.Signer(write_key(tmp_path / "other.pem"))
-    (release / "model" / sign.PUBLIC_KEY).write_bytes(other.public_key())
+def test_another_key_is_no_signature_of_ours(release: Path, signer: signing.SigningKey, tmp_path: Path) -> None:
+    ours = Trust(signing.fingerprint(signer.public_key()))
+    other = signing.SigningKey(write_key(tmp_path / "other.pem"))
+    (release / "model" / PUBLIC_KEY).write_bytes(other.public_key())
     ok, wrong = verdict(release)
     assert ok is False and any("model/model.sig is not by the key sha256:" in text for text in wrong)
-    theirs = sign.sign(release, other)
+    theirs = signing.sign(release, other)
     assert verdict(release)[0], "whoever signs everything anew can only be told by the key"
     ok, wrong = verdict(release, ours)
     assert ok is False and f"model/model.pub is {theirs}, not {ours.key}" in wrong
@@ -127,21 +123,21 @@ def test_another_key_is_no_signature_of_ours(release: Path, signer: sign.Signer,
     "content", [b"", b"{}", b"\xff\x00", b'{"verificationMaterial": {}, "dsseEnvelope": []}', b"[" * 99999]
 )
 def test_what_is_no_signature_is_told(content: bytes, release: Path) -> None:
-    (release / "model" / sign.SIGNATURE).write_bytes(content)
+    (release / "model" / SIGNATURE).write_bytes(content)
     ok, wrong = verdict(release)
     assert ok is False and len(wrong) == 1 and "model/model.sig is not by the key" in wrong[0]
 
 
 def test_bytes_that_decide_nothing_may_not_change_either(release: Path) -> None:
     """The white space of a key, and the last bits of a payload in base64, which no decoder reads."""
-    key = release / "model" / sign.PUBLIC_KEY
+    key = release / "model" / PUBLIC_KEY
     pem = key.read_bytes()
     key.write_bytes(pem[:-1] + b"\v")
     assert verdict(release) == (False, ["model/model.pub is not a public key, or is altered"])
     key.write_bytes(pem)
     digits = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
     changed = 0
-    for path in sorted(release.rglob(sign.SIGNATURE)):
+    for path in sorted(release.rglob(SIGNATURE)):
         bundle = path.read_text()
         payload = json.loads(bundle)["dsseEnvelope"]["payload"]
         stem = payload.rstrip("=")
@@ -154,18 +150,18 @@ def test_bytes_that_decide_nothing_may_not_change_either(release: Path) -> None:
     assert all("it is not written as signers write it" in text for text in wrong)
 
 
-def test_one_repository_without_and_a_release_without(release: Path, signer: sign.Signer) -> None:
-    for name in (sign.SIGNATURE, sign.PUBLIC_KEY):
+def test_one_repository_without_and_a_release_without(release: Path, signer: signing.SigningKey) -> None:
+    for name in (SIGNATURE, PUBLIC_KEY):
         assert verdict(release)[0]
         (release / "model" / name).unlink()
         ok, wrong = verdict(release)
         assert ok is False and len(wrong) == 1, wrong
-        sign.sign(release, signer)
+        signing.sign(release, signer)
     for place in repositories(release):
-        for name in (sign.SIGNATURE, sign.PUBLIC_KEY):
+        for name in (SIGNATURE, PUBLIC_KEY):
             (release / place.folder / name).unlink()
     assert verdict(release) == (None, "not signed")
-    assert verdict(release, Trust(sign.fingerprint(signer.public_key())))[0] is False
+    assert verdict(release, Trust(signing.fingerprint(signer.public_key())))[0] is False
 
 
 def certificate(name: str, issuer: str, of: ec.EllipticCurvePrivateKey, by: ec.EllipticCurvePrivateKey) -> bytes:
@@ -191,7 +187,7 @@ def test_a_certificate_names_the_signer(release: Path, tmp_path: Path) -> None:
     (tmp_path / "leaf.pem").write_bytes(certificate("team", "root", leaf, root))
     (tmp_path / "stranger.pem").write_bytes(certificate("stranger", "stranger", stranger, stranger))
     key = write_key(tmp_path / "leaf.key", leaf)
-    sign.sign(release, sign.Signer(key, tmp_path / "leaf.pem", (tmp_path / "root.pem",)))
+    signing.sign(release, signing.SigningKey(key, tmp_path / "leaf.pem", (tmp_path / "root.pem",)))
     assert verdict(release)[0] and verdict(release, Trust(chain=(tmp_path / "root.pem",)))[0]
     assert verdict(release, Trust(chain=(tmp_path / "stranger.pem",)))[0] is False
     altered(release)
@@ -204,13 +200,17 @@ def test_certificates_that_are_not_there_and_a_stripped_release(release: Path, t
         verify(release, trust=Trust(chain=(tmp_path / "none.pem",)))
     (tmp_path / "root.pem").write_text("x")
     for place in repositories(release):
-        for name in (sign.SIGNATURE, sign.PUBLIC_KEY):
+        for name in (SIGNATURE, PUBLIC_KEY):
             (release / place.folder / name).unlink()
     assert verdict(release, Trust(chain=(tmp_path / "root.pem",)))[0] is False
     key = write_key(tmp_path / "key.pem")
-    for signer in (sign.Signer(key, key), sign.Signer(key, key, (key,), "secret"), sign.Signer(key, key, (key,))):
+    for signer in (
+        signing.SigningKey(key, key),
+        signing.SigningKey(key, key, (key,), "secret"),
+        signing.SigningKey(key, key, (key,)),
+    ):
         with pytest.raises(AtomError) as error:
-            sign.sign(release, signer)
+            signing.sign(release, signer)
         assert "\n" not in str(error.value)
 
 
@@ -223,7 +223,7 @@ def test_keys_that_are_none_cost_a_sentence(signed: Path, tmp_path: Path) -> Non
         "rsa.pem": "is not a key on an elliptic curve",
     }.items():
         with pytest.raises(AtomError, match=words) as error:
-            sign.sign(signed, sign.Signer(tmp_path / name))
+            signing.sign(signed, signing.SigningKey(tmp_path / name))
         assert "\n" not in str(error.value) and "openssl ecparam" in str(error.value)
     for key in ("sha256:12", str(tmp_path / "text.pem"), str(tmp_path / "none.pub")):
         with pytest.raises(AtomError, match="is neither a fingerprint, sha256:…, nor the file of a public key"):
@@ -235,7 +235,7 @@ def test_signatures_are_published_and_come_back(client, release: Path, tmp_path:
         client(
             """
 publish(release, "local", public=True)
-from release.audit.verify import Trust
+from release.signing import Trust
 trust = Trust(str(release / "model.pub"))
 for suffix in ("", "-base", "-data", "-evidence", "-checkpoints", "-checkpoints@pretrain-step-2"):
     found = next(c for c in verify("local/tiny" + suffix, trust=trust).checks if c.name == "signatures")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 from hashlib import sha256
@@ -140,11 +141,17 @@ def test_the_roots_of_a_dataset_are_over_its_rows(dataset: Path) -> None:
         assert (roots[name]["root"], roots[name]["size"]) == (mth(leaves).hex(), len(leaves))
 
 
+def proofs_of(dataset: Path, id: str) -> dict[str, dict[str, Any]]:
+    """As `atom trace --doc ID --report --json` writes them."""
+    proofs = {table: dataclasses.asdict(proof) for table, proof in merkle.prove(dataset, id).items()}
+    return dict(json.loads(json.dumps(proofs, allow_nan=False)))
+
+
 def test_every_document_is_proven_where_it_stands(dataset: Path) -> None:
     roots = merkle.roots(dataset)
     for rows in release_fixtures.corpus().values():
         for row in rows:
-            proofs = json.loads(json.dumps(merkle.prove(dataset, row["id"])))
+            proofs = proofs_of(dataset, row["id"])
             everywhere = {"dispositions", f"kept/{row['source']}", "tokens"}
             assert set(proofs) == (everywhere if row["rule"] is None else {"dispositions"})
             assert all(proof["leaf"]["id"] == row["id"] for proof in proofs.values())
@@ -153,7 +160,7 @@ def test_every_document_is_proven_where_it_stands(dataset: Path) -> None:
 
 
 def test_a_changed_proof_is_told(dataset: Path) -> None:
-    roots, good = merkle.roots(dataset), merkle.prove(dataset, "prose/003")["dispositions"]
+    roots, good = merkle.roots(dataset), proofs_of(dataset, "prose/003")["dispositions"]
     bad = "0" * 64
     cases: list[tuple[dict[str, Any], str]] = [
         ({"leaf": {**good["leaf"], "rule": None}}, "to another root"),
@@ -189,9 +196,9 @@ def test_a_measure_that_is_no_number_has_a_leaf(dataset: Path, tmp_path: Path) -
     fates[3]["value"] = float("nan")
     release_fixtures.table(tmp_path / "dispositions.parquet", fates)
     (tmp_path / "tokens").symlink_to(dataset / "tokens")
-    proof = merkle.prove(tmp_path, "prose/003")["dispositions"]
+    proof = proofs_of(tmp_path, "prose/003")["dispositions"]
     assert proof["leaf"]["value"] == "nan"
-    assert merkle.check(json.loads(json.dumps(proof, allow_nan=False)), merkle.roots(tmp_path)) is None
+    assert merkle.check(proof, merkle.roots(tmp_path)) is None
 
 
 def test_a_missing_table_is_reported_in_one_sentence(tmp_path: Path) -> None:
@@ -202,7 +209,7 @@ def test_a_missing_table_is_reported_in_one_sentence(tmp_path: Path) -> None:
 def test_proofs_are_checked_against_the_roots_alone(dataset: Path, tmp_path: Path) -> None:
     proofs, roots = tmp_path / "report.json", tmp_path / "merkle.json"
     roots.write_text(json.dumps(merkle.roots(dataset)))
-    proven = merkle.prove(dataset, read_rows(dataset / "kept/prose.parquet", ["id"])[0]["id"])
+    proven = proofs_of(dataset, read_rows(dataset / "kept/prose.parquet", ["id"])[0]["id"])
     proofs.write_text(json.dumps({"proofs": proven}))
     assert merkle.check_file(proofs, roots) == dict.fromkeys(proven) and len(proven) == 3
     proven["tokens"]["leaf"]["tokens"] += 1

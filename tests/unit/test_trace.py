@@ -19,7 +19,7 @@ from pipeline.core.errors import AtomError, CheckFailed
 from release.assembly import build_release as builder
 from release.assembly.published_tables import read_rows
 from release.audit import merkle, tracing
-from release.audit import trace_report as answers
+from release.audit.tracing.documents import FATE, PLACE
 from release.checksums import write_sums
 from release.layout import SUMS
 from release.repositories import files_below
@@ -153,7 +153,7 @@ def uses_of(release: Path, id: str) -> list[dict[str, Any]]:
     for phase, order, first, last in ORDERS:
         rows = [row for row in order_rows(release / "dataset" / order / "order.parquet") if row["id"] == id]
         for step in range(first, last + 1):
-            places = [{name: row[name] for name in tracing.PLACE} for row in rows if row["step"] == step]
+            places = [{name: row[name] for name in PLACE} for row in rows if row["step"] == step]
             if places:
                 uses.append({"phase": phase, "step": step, "order": order, "moved": moved_weights(phase, order, step),
                               "rows": places})  # fmt: skip
@@ -182,41 +182,41 @@ def test_every_step_has_its_rows(release: Path) -> None:
     for phase, order, first, last in ORDERS:
         for step in range(first, last + 1):
             rows = [row for row in read_rows(release / "dataset" / order / "order.parquet") if row["step"] == step]
-            names = (*tracing.PLACE, "source", "id")
+            names = (*PLACE, "source", "id")
             expected = [{**{name: row[name] for name in names}, **about[row["id"]]} for row in rows]
-            answer = tracing.step(release, phase, step)
-            assert rows and answer.segments == expected
+            answer = tracing.trace_step(release, phase, step)
+            assert rows and [dataclasses.asdict(segment) for segment in answer.segments] == expected
             assert (answer.phase, answer.step, answer.order, answer.moved) == (
                 phase,
                 step,
                 order,
                 moved_weights(phase, order, step),
             )
-            page = answers.shown(answer)
+            page = tracing.text(answer)
             assert all(f"{row['id']}  {row['license']}  {row['origin']}" in page for row in expected)
-            assert ("which moved no weight" in page) == ((phase, step) in IDLE)
+            assert ("without a weight update" in page) == ((phase, step) in IDLE)
             assert plain(answer)["kind"] == "step"
-    only = tracing.step(release, None, 4)  # one phase alone has so many
-    assert only.phase == "midtrain" and only.segments[0]["id"] == "prose/005"
+    only = tracing.trace_step(release, None, 4)  # one phase alone has so many
+    assert only.phase == "midtrain" and only.segments[0].id == "prose/005"
 
 
 def test_a_step_that_there_is_not_is_told(release: Path, alone: Path) -> None:
     for phase, n, text in (
         (None, 2, "pretrain, midtrain, longcontext-1, longcontext-2, rlvr each have a step 2; name the phase"),
-        (None, 9, "has no order of a step 9; pretrain ends with step 2, midtrain ends with step 4, "),
-        ("midtrain", 5, "has no order of a step 5 of midtrain; "),  # the earlier run's own step 5 was not followed
-        ("pretrain", 0, "has no order of a step 0 of pretrain; "),
+        (None, 9, "has no order of step 9; pretrain ends with step 2, midtrain ends with step 4, "),
+        ("midtrain", 5, "has no order of step 5 of midtrain; "),  # the earlier run's own step 5 was not followed
+        ("pretrain", 0, "has no order of step 0 of pretrain; "),
         (
             "sft",
             1,
-            "has no order of a phase sft; it has those of pretrain, midtrain, longcontext-1, longcontext-2, rlvr",
+            "has no order of phase sft; it has orders of pretrain, midtrain, longcontext-1, longcontext-2, rlvr",
         ),
     ):
         for folder in (release, alone):
             with pytest.raises(AtomError, match=text):
-                tracing.step(folder, phase, n)
+                tracing.trace_step(folder, phase, n)
     with pytest.raises(AtomError, match="model is neither a release nor its data repository"):
-        tracing.step(release / "model", None, 1)
+        tracing.trace_step(release / "model", None, 1)
 
 
 def test_every_document_has_its_fate_and_its_steps(release: Path) -> None:
@@ -227,11 +227,11 @@ def test_every_document_has_its_fate_and_its_steps(release: Path) -> None:
     assert len(checkpoints) == 10
     reached = set()
     for id in [*fates, "old/1"]:
-        document = tracing.document(release, id)
+        document = tracing.trace_document(release, id)
         if id in fates:
-            fate = {name: fates[id][name] for name in tracing.FATE} | {"table": "dispositions.parquet"}
-            assert document.fates[0] == {**fate, "origin": origins.get(id)}
-            assert (document.fates[0]["origin"] is None) == (fates[id]["disposition"] == "removed")
+            fate = {name: fates[id][name] for name in FATE} | {"table": "dispositions.parquet"}
+            assert dataclasses.asdict(document.fates[0]) == {**fate, "origin": origins.get(id)}
+            assert (document.fates[0].origin is None) == (fates[id]["disposition"] == "removed")
         uses = uses_of(release, id)
         assert [dataclasses.asdict(use) for use in document.uses] == uses
         trained = [(PHASES.index(use["phase"]), use["step"]) for use in uses if use["moved"] is not False]
@@ -239,44 +239,45 @@ def test_every_document_has_its_fate_and_its_steps(release: Path) -> None:
                    if any(at < PHASES.index(phase) or (at == PHASES.index(phase) and n <= step) for at, n in trained)}  # fmt: skip
         assert set(document.checkpoints or []) == include and len(document.checkpoints or []) == len(include), id
         models = [m for m, phase in TRAINED.items() if any(at <= PHASES.index(phase) for at, _ in trained)]
-        assert document.models == models and document.unknown == tracing.document(release, "prose/000").unknown
+        assert document.models == models and document.unknown == tracing.trace_document(release, "prose/000").unknown
         reached.add((len(include), len(models)))
-        page = answers.shown(document)
+        page = tracing.text(document)
         assert page.startswith(id) and all(name in page for name in include)
         assert plain(document)["uses"] == uses
     assert len(reached) > 3
-    assert tracing.document(release, "prose/009").uses[0].moved is False
-    assert tracing.document(release, "prose/009").checkpoints == []  # it was read by an idle step only
-    old = tracing.document(release, "old/1")
-    assert [use.step for use in old.uses] == [1, 2] and old.fates[0][
-        "table"
-    ] == "earlier/dedup-bbbb/dispositions.parquet"
-    assert old.checkpoints[0] == "midtrain-step-2" and old.fates[0]["origin"] == OLD["origin"]  # type: ignore[index]
-    assert len(tracing.document(release, "prose/001").fates) == 2
-    assert "removed by near_duplicate: 1, threshold 2, duplicate of sums/003" in answers.shown(
-        tracing.document(release, "prose/007")
+    assert tracing.trace_document(release, "prose/009").uses[0].moved is False
+    assert tracing.trace_document(release, "prose/009").checkpoints == []  # it was read by an idle step only
+    old = tracing.trace_document(release, "old/1")
+    assert [use.step for use in old.uses] == [1, 2]
+    assert old.fates[0].table == "earlier/dedup-bbbb/dispositions.parquet" and old.fates[0].origin == OLD["origin"]
+    assert old.checkpoints[0] == "midtrain-step-2"  # type: ignore[index]
+    assert len(tracing.trace_document(release, "prose/001").fates) == 2
+    assert "removed by near_duplicate: 1, threshold 2, duplicate of sums/003" in tracing.text(
+        tracing.trace_document(release, "prose/007")
     )
 
 
 def test_tasks_that_ask_what_a_document_asks(release: Path) -> None:
     table = "rl/rlvr/tasks.jsonl"
-    tasks = tracing.document(release, "prose/005").asked
-    assert tasks == [{"phase": "rlvr", "table": table, "tasks": ["sort/1/0", "sort/1/2"], "steps": [1, 2], "answers": 3,
+    tasks = tracing.trace_document(release, "prose/005").asked
+    assert [dataclasses.asdict(task) for task in tasks] == [{"phase": "rlvr", "table": table, "tasks": ["sort/1/0", "sort/1/2"], "steps": [1, 2], "answers": 3,
                       "learnt": 2}]  # fmt: skip
-    assert "asked in rlvr, steps 1-2: 3 answers, 2 learnt" in answers.shown(tracing.document(release, "prose/005"))
-    assert all(tracing.document(release, id).asked == [] for id in ids(release) if id != "prose/005")
+    assert "a task of rlvr, steps 1-2: 3 answers, 2 trained on" in tracing.text(
+        tracing.trace_document(release, "prose/005")
+    )
+    assert all(tracing.trace_document(release, id).asked == [] for id in ids(release) if id != "prose/005")
 
 
 def test_an_unknown_document_is_told_with_the_nearest(release: Path) -> None:
-    with pytest.raises(AtomError, match=r"knows no document prose/0001; did you mean prose/001\?"):
-        tracing.document(release, "prose/0001")
-    with pytest.raises(AtomError, match=r"knows no document zzz; look for its id in"):
-        tracing.removal_report(release, "zzz")
+    with pytest.raises(AtomError, match=r"has no document prose/0001; did you mean prose/001\?"):
+        tracing.trace_document(release, "prose/0001")
+    with pytest.raises(AtomError, match=r"has no document zzz; look for its id in"):
+        tracing.trace_removal(release, "zzz")
 
 
-def agrees(release: Path, span: str, cache: Path) -> tracing.Text:
+def agrees(release: Path, span: str, cache: Path) -> tracing.TextMatches:
     """Asks for a span, and compares the answer with Python's own `in` over all kept texts."""
-    answer = tracing.text(release, span, cache)
+    answer = tracing.trace_text(release, span, cache)
     expected: dict[tuple[str, str], tuple[int, list[str]]] = {}
     for table, row in kept_documents(release):
         if span in row["text"]:
@@ -303,7 +304,7 @@ def test_spans_are_found_where_they_stand(release: Path, cache: Path) -> None:
     assert {answer.by for answer in results} == {"index", "scan"}
     assert sum(len(answer.matches) > 0 for answer in results) > 40
     assert [m.id for m in agrees(release, "left", cache).matches] == ["prose/001"]  # and not LEFT
-    page = answers.shown(agrees(release, "older text 🦊", cache))
+    page = tracing.text(agrees(release, "older text 🦊", cache))
     assert "old/1: once; train; MIT; https://old.example.org/1" in page and "in midtrain, steps 1-2 (earlier/" in page
     assert agrees(release, "aaa", cache).matches[0].count == 3  # without overlap
 
@@ -357,49 +358,47 @@ def test_rows_are_found_in_every_row_group(tmp_path: Path) -> None:
 def test_an_index_is_made_once_for_the_same_texts(release: Path, alone: Path, tmp_path: Path) -> None:
     notes: list[str] = []
     cache = tmp_path / "cache"
-    first = tracing.text(release, "said", cache, notes.append)
+    first = tracing.trace_text(release, "said", cache, notes.append)
     [index] = cache.iterdir()
     status = index.stat()
     old = [f"earlier/dedup-bbbb/kept/{name}.parquet" for name in ("old", "prose", "sums")]
     assert notes == [f"indexing {table}" for table in ("kept/prose.parquet", "kept/sums.parquet", *old)]
-    answer = tracing.text(alone, "said", cache, notes.append)  # the same kept files elsewhere: the same index
+    answer = tracing.trace_text(alone, "said", cache, notes.append)  # the same kept files elsewhere: the same index
     assert [m.id for m in answer.matches] == [m.id for m in first.matches] == ["prose/001", "prose/006"]
     assert len(notes) == 5 and index.stat().st_mtime_ns == status.st_mtime_ns and index.stat().st_ino == status.st_ino
 
     change(alone / "kept/prose.parquet", {"prose/001": {"text": "an inserted word"}})
     write_sums(alone / SUMS, alone, [path for path in files_below(alone) if path != SUMS])
-    assert [m.id for m in tracing.text(alone, "inserted", cache, notes.append).matches] == ["prose/001"]
+    assert [m.id for m in tracing.trace_text(alone, "inserted", cache, notes.append).matches] == ["prose/001"]
     assert len(notes) == 10 and len(list(cache.iterdir())) == 2
 
 
 def test_an_index_that_cannot_be_trusted_is_refused(release: Path, alone: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with pytest.raises(AtomError, match="the span is empty"):
-        tracing.text(release, "", cache)
-    with pytest.raises(AtomError, match="no Unicode text"):
-        tracing.text(release, "a\udc80b", cache)
+        tracing.trace_text(release, "", cache)
+    with pytest.raises(AtomError, match="not valid Unicode text"):
+        tracing.trace_text(release, "a\udc80b", cache)
     content = (alone / "kept/sums.parquet").read_bytes()
     (alone / "kept/sums.parquet").write_bytes(content[:200])
-    with pytest.raises(
-        AtomError, match="sums.parquet is not the file that the checksums beside it list; verify this copy"
-    ):
-        tracing.text(alone, "said", cache)
+    with pytest.raises(AtomError, match="sums.parquet differs from the checksums beside it; verify this copy"):
+        tracing.trace_text(alone, "said", cache)
     assert list(cache.iterdir()) == []  # half an index is none
     (alone / "kept/sums.parquet").unlink()
     with pytest.raises(AtomError, match=r"kept/sums.parquet is missing or not listed in SHA256SUMS"):
-        tracing.text(alone, "a", cache)
+        tracing.trace_text(alone, "a", cache)
     (alone / SUMS).unlink()
     with pytest.raises(CheckFailed, match="SHA256SUMS is missing"):
-        tracing.text(alone, "said", cache)
-    tracing.text(release, "said", cache)
+        tracing.trace_text(alone, "said", cache)
+    tracing.trace_text(release, "said", cache)
     [index] = cache.iterdir()
     for damaged in (b"", index.read_bytes()[:4096], b"no database" * 99):
         index.write_bytes(damaged)
-        with pytest.raises(AtomError, match=r"the index .* is damaged .*; remove it and ask again"):
-            tracing.text(release, "said", cache)
+        with pytest.raises(AtomError, match=r"the index .* is damaged .*; remove it and run the command again"):
+            tracing.trace_text(release, "said", cache)
     (tmp_path / "file").write_text("")
     with pytest.raises(AtomError, match="cannot be written"):
-        tracing.text(release, "said", tmp_path / "file")
+        tracing.trace_text(release, "said", tmp_path / "file")
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -432,25 +431,29 @@ def test_a_request_for_removal_names_every_file(release: Path) -> None:
     texts["prose/003"] = texts["sums/007"] = texts["prose/001"]  # the same text, of those that were removed
     found_in = set()
     for id in [*ids(release), "old/1"]:
-        report = tracing.removal_report(release, id)
+        report = tracing.trace_removal(release, id)
         expected = []
         for path, rows in content.items():
             by_id = sum(id in row for row in rows)
             by_text = sum(any(text in s for s in row for text in texts.get(id, ())) for row in rows)
             if by_id or by_text:
                 expected.append({"path": path, "by_id": by_id, "by_text": by_text})
-        assert [{k: v for k, v in row.items() if k != "repository"} for row in report.files] == expected, id
-        found_in |= {row["path"] for row in report.files}
-        assert report.document == tracing.document(release, id)
+        assert [
+            {k: v for k, v in dataclasses.asdict(row).items() if k != "repository"} for row in report.files
+        ] == expected, id
+        found_in |= {row.path for row in report.files}
+        assert report.document == tracing.trace_document(release, id)
         assert set(report.proofs) == ({t for t in roots if any(id in row for row in content[table_file(t)])})
-        assert [merkle.check(proof, roots) for proof in report.proofs.values()] == [None] * len(report.proofs)
-        page = answers.shown(report)
+        assert [merkle.check(dataclasses.asdict(proof), roots) for proof in report.proofs.values()] == [None] * len(
+            report.proofs
+        )
+        page = tracing.text(report)
         assert all(row["path"] in page for row in expected) and page.startswith(f"Request to remove {id}\n")
         assert ("a proof: the document is of an earlier run" in page) == (id == "old/1")
         assert plain(report)["document"]["id"] == id
     assert {f"evidence/training/rlvr/{name}.json" for name in "ab"} <= found_in  # an id that JSON writes in two ways
     assert {"dataset/rl/rlvr/rollouts.parquet", "evidence/training/longcontext-2/training.jsonl"} <= found_in
-    repositories = {row["path"]: row["repository"] for row in tracing.removal_report(release, "prose/001").files}
+    repositories = {row.path: row.repository for row in tracing.trace_removal(release, "prose/001").files}
     assert repositories["dataset/kept/prose.parquet"] == "local/tiny-data"
     assert repositories["evidence/training/longcontext-2/training.jsonl"] == "local/tiny-evidence"
     assert repositories["model/training/longcontext-2.jsonl"] == "local/tiny"
@@ -475,40 +478,39 @@ def test_duplicates_are_followed_both_ways(release: Path) -> None:
         "sums/007": {"prose/001": same_text, "prose/003": same_text},
         "prose/002": {},
     }.items():
-        related = tracing.removal_report(release, id).related
+        related = tracing.trace_removal(release, id).related
         assert {row.document.id: row.relation for row in related} == expected
-        assert all(row.document == tracing.document(release, row.document.id) for row in related)
-    assert tracing.removal_report(release, "prose/007").related[0].document.checkpoints  # sums/002 was trained on
+        assert all(row.document == tracing.trace_document(release, row.document.id) for row in related)
+    assert tracing.trace_removal(release, "prose/007").related[0].document.checkpoints  # sums/002 was trained on
 
 
 def test_of_the_data_alone_it_says_what_it_cannot_tell(release: Path, alone: Path, tmp_path: Path) -> None:
     for id in ("prose/001", "prose/003", "old/1"):
-        complete, partial = tracing.document(release, id), tracing.document(alone, id)
+        complete, partial = tracing.trace_document(release, id), tracing.trace_document(alone, id)
         assert partial.checkpoints is None and partial.fates == complete.fates
         unmoved = [dataclasses.replace(use, moved=None) for use in complete.uses]
         assert partial.uses == unmoved and partial.models == complete.models
         assert [text.split(":")[0] for text in partial.unknown] == [
             "which checkpoints include a step", "which steps moved no weight"
         ]  # fmt: skip
-        assert "not known here: which checkpoints" in answers.shown(partial)
-        report = tracing.removal_report(alone, id)
-        assert all(row["repository"] is None for row in report.files) and "only the data is here" in str(report.unknown)
-        assert report.proofs == tracing.removal_report(release, id).proofs
-        paths = {row["path"].removeprefix("dataset/") for row in tracing.removal_report(release, id).files
-                 if row["path"].startswith("dataset/")}  # fmt: skip
-        assert {row["path"] for row in report.files} == paths
-    step = tracing.step(alone, "longcontext-2", 1)
-    assert step.moved is None and step.segments == tracing.step(release, "longcontext-2", 1).segments
-    assert len(step.unknown) == 1 and tracing.step(release, "longcontext-2", 1).unknown != step.unknown
-    partial = tracing.text(alone, "said", tmp_path / "cache")
+        assert "unknown here: which checkpoints" in tracing.text(partial)
+        report = tracing.trace_removal(alone, id)
+        assert all(row.repository is None for row in report.files) and "only the data is here" in str(report.unknown)
+        assert report.proofs == tracing.trace_removal(release, id).proofs
+        paths = {row.path for row in tracing.trace_removal(release, id).files if row.path.startswith("dataset/")}
+        assert {f"dataset/{row.path}" for row in report.files} == paths
+    step = tracing.trace_step(alone, "longcontext-2", 1)
+    assert step.moved is None and step.segments == tracing.trace_step(release, "longcontext-2", 1).segments
+    assert len(step.unknown) == 1 and tracing.trace_step(release, "longcontext-2", 1).unknown != step.unknown
+    partial = tracing.trace_text(alone, "said", tmp_path / "cache")
     assert [m.id for m in partial.matches] == ["prose/001", "prose/006"] and len(partial.unknown) == 1
-    assert tracing.document(release, "prose/001").unknown == [
+    assert tracing.trace_document(release, "prose/001").unknown == [
         "which steps of earlier runs moved no weight: their logs are not published"
     ]
 
 
 def test_what_a_terminal_would_obey_is_not_printed(release: Path) -> None:
-    document = tracing.document(release, "prose/001")
-    fate = {**document.fates[0], "origin": "a\nb", "license": "\x9b2J"}
-    page = answers.shown(dataclasses.replace(document, id="prose/\x1b[2J", fates=[fate]))
+    document = tracing.trace_document(release, "prose/001")
+    fate = dataclasses.replace(document.fates[0], origin="a\nb", license="\x9b2J")
+    page = tracing.text(dataclasses.replace(document, id="prose/\x1b[2J", fates=[fate]))
     assert "\x1b" not in page and r"prose/\x1b[2J" in page and r"\x9b2J; a\nb" in page

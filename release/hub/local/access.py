@@ -1,4 +1,4 @@
-"""Who asks, and what they may see. A private repository does not exist for those who may not read it."""
+"""Users and their permissions. A private repository does not exist for those who may not read it."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Replay by the code that a release carries, where today's code is not the code that trained it.
+"""Replay by the code that a release carries, where today's code differs from the code that trained the phase.
 
 The files of `code/` are compared with the checksums, and those that trained the phase with the statement about it. They
 are copied to a temporary folder and run by the Python and the packages of this installation, in a process of its own
-under bubblewrap: no network, nothing of the machine but Python, its libraries, the release (to read) and the temporary
-folder (to write), an empty environment but for settings of arithmetic. What it trained is compared here, by our code.
+under bubblewrap: without network, with Python, its libraries and the release to read, with the temporary folder to
+write, and with an empty environment except for settings of arithmetic. The code of this version compares the result.
 
-That is execution of the maker's code. It can lie about what it did: whoever does not trust the maker reads it first.
+This executes code of whoever made the release, and that code can lie about what it did. Read it first if you do not
+trust them.
 """
 
 from __future__ import annotations
@@ -17,42 +18,52 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import provenance
+from pipeline.core import environment, provenance
 from pipeline.core.code_digests import code_digests
 from pipeline.core.code_snapshot import PACKAGES
 from pipeline.core.errors import AtomError, CheckFailed
 from pipeline.core.store import canonical, sha256_bytes
 from pipeline.graph import registry
 from release import schema
-from release.audit.replay_source import Source
+from release.audit.replay.retraining import Progress, Retrained
+from release.audit.replay.source import Source
 from release.untrusted import printable
 
-Progress = Callable[[str], None]
 ARITHMETIC = re.compile(r"(OMP|MKL|ATEN|ONEDNN|DNNL|CUBLAS|TORCH)_[A-Z0-9_]+|CUDA_VISIBLE_DEVICES")
-"""Settings that decide how numbers are added, which a replay needs as they are."""
+"""Settings that decide how numbers are added, which a replay inherits."""
+VARIABLES = "device variables"
+"""The name of these settings among the differences of the environment."""
 RESULT_BYTES = 10_000_000
 RESULT = "result.json"
 FIELDS: dict[str, Any] = {
     "made": str, "state": list, "diverges": (int, type(None)), "ranks": int, "environment": list, "fingerprint": str,
     "materials": dict, "subject": dict,
 }  # fmt: skip
-"""What the carried code hands back, and its types."""
+"""The fields of the result that carried code writes, and their types."""
 
 
+@dataclass(frozen=True)
 class Code:
-    """The code that trained a phase, as the release carries it. digest: SHA-256 over its modules' digests."""
+    """The code that trained a phase, as the release carries it. modules: {module: SHA-256} of it; changed: those that
+    differ here."""
 
-    def __init__(self, source: Source, modules: dict[str, str], changed: list[str]) -> None:
-        self.source, self.changed, self.modules = source, changed, modules
-        self.digest = sha256_bytes(canonical(modules))
+    source: Source
+    modules: dict[str, str]
+    changed: list[str]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the digests of the modules."""
+        return sha256_bytes(canonical(self.modules))
 
     def extract(self, folder: Path) -> Path:
-        """Copies the packages, each file compared with the checksums. Raises CheckFailed for one that is another, or
-        that would lie outside the folder."""
+        """Copies the packages to `folder`/code and returns it. Raises CheckFailed for a file that differs from the
+        checksums, or that would lie outside the folder."""
         for package in PACKAGES:
             for path in self.source.digests(f"code/{package}"):
                 target = folder / path
@@ -64,8 +75,8 @@ class Code:
 
 
 def find(source: Source, phase: str, last: int) -> Code | None:
-    """The carried code, if today's is another than that which trained the phase or made its tokens, and the release
-    carries that. Raises CheckFailed if the release does not say."""
+    """The carried code, if today's differs from the code that trained the phase or tokenized its documents, and the
+    release carries that code. Raises CheckFailed if the release does not state which code it was."""
     try:
         origin = source.origins[f"checkpoints/{phase}-step-{last}/state.json"]["artifact"]
         bodies = [source.statement(origin)[1]]
@@ -75,7 +86,7 @@ def find(source: Source, phase: str, last: int) -> Code | None:
         recorded = {name: digest for body in bodies for name, digest in provenance.code_of(body).items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckFailed(
-            f"{source.folder} does not say which code trained {phase} "
+            f"{source.folder} does not state which code trained {phase} "
             f"({type(error).__name__}: {printable(str(error))}); verify it"
         ) from error
     current: dict[str, str] = {}
@@ -93,47 +104,57 @@ def _carried_digest(source: Source, module: str) -> str | None:
     return next((source.sums[path] for path in (f"{stem}.py", f"{stem}/__init__.py") if path in source.sums), None)
 
 
-def run(
-    code: Code, phase: str, first: int, last: int, folder: Path, unconfined: bool, progress: Progress
-) -> dict[str, Any]:
-    """Trains the steps in `folder` by the carried code. Returns what FIELDS names; `made` is the folder of the
-    checkpoint. Raises AtomError where bubblewrap cannot run, CheckFailed where the code fails."""
+def run(code: Code, phase: str, first: int, last: int, folder: Path, unconfined: bool, progress: Progress) -> Retrained:
+    """Trains the steps in `folder` by the carried code. Raises AtomError if bubblewrap cannot run, CheckFailed if the
+    code fails or leaves a malformed result."""
     code_folder, work = code.extract(folder), folder / "work"
     work.mkdir()
     driver = schema.reader(code.source.folder).REPLAY
     command = [sys.executable, "-s", "-P", "-c", driver]
     command += [str(code.source.folder), phase, str(first), str(last), str(work)]
-    environment = _environment(code_folder, work)
+    variables = _variables(code_folder, work)
     if not unconfined:
-        command = [*confined(code.source.folder, code_folder, work, environment), *command]
+        command = [*confined(code.source.folder, code_folder, work, variables), *command]
     progress(
-        f"{len(code.changed)} of {len(code.modules)} files that trained {phase} are others here, the first of "
+        f"{len(code.changed)} of {len(code.modules)} modules that trained {phase} differ here, first "
         f"{printable(code.changed[0])}: running the code that the release carries, sha256:{code.digest}, "
         + ("unconfined" if unconfined else "under bubblewrap, without network")
     )
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, cwd=work,
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=variables, cwd=work,
         text=True, errors="replace",
     ) as process:  # fmt: skip
         assert process.stdout is not None
         final = ""
-        for text in _lines(process.stdout):
-            if text.startswith("ATOM "):
-                progress(text.removeprefix("ATOM "))
-            elif text.strip():
-                final = text
+        for line in _lines(process.stdout):
+            if line.startswith("ATOM "):
+                progress(line.removeprefix("ATOM "))
+            elif line.strip():
+                final = line
     if process.returncode:
-        raise CheckFailed(f"the code that the release carries ended with {process.returncode}: {final or 'no message'}")
-    return _result(work)
+        raise CheckFailed(
+            f"the code that the release carries ended with exit code {process.returncode}: {final or 'no message'}"
+        )
+    return _read_result(work)
 
 
 def _lines(stream: Any) -> Iterator[str]:
-    """Lines of bounded length without what a terminal would obey."""
+    """Lines of bounded length, without control characters."""
     while text := stream.readline(4096):
         yield "".join(c if c.isprintable() else " " for c in text.rstrip("\n"))
 
 
-def _result(work: Path) -> dict[str, Any]:
+def write_result(retrained: Retrained, folder: Path) -> None:
+    """Leaves a result in `folder` for `run` of a later version, with the fields of FIELDS."""
+    result = {
+        "made": str(retrained.checkpoint.relative_to(folder)), "state": list(retrained.state),
+        "diverges": retrained.diverges, "ranks": retrained.ranks, "environment": list(retrained.environment),
+        "fingerprint": retrained.fingerprint, "materials": retrained.materials, "subject": retrained.subject,
+    }  # fmt: skip
+    (folder / RESULT).write_text(json.dumps(result))
+
+
+def _read_result(work: Path) -> Retrained:
     path = work / RESULT
     try:
         if path.is_symlink() or path.stat().st_size > RESULT_BYTES:
@@ -142,33 +163,46 @@ def _result(work: Path) -> dict[str, Any]:
         mistyped = [name for name, kind in FIELDS.items() if not isinstance(result[name], kind)]
         checkpoint = (work / result["made"]).resolve()
         if mistyped or not checkpoint.is_relative_to(work.resolve()) or not checkpoint.is_dir():
-            raise ValueError(f"{(mistyped or ['made'])[0]} is of another kind")
+            raise ValueError(f"{(mistyped or ['made'])[0]} has another type")
         texts = [*result["state"], *result["environment"]]
         texts += [part for name in ("materials", "subject") for pair in result[name].items() for part in pair]
         if not all(isinstance(text, str) and text.isprintable() for text in texts):
-            raise ValueError("it holds what is no plain text")
+            raise ValueError("a text is not printable")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        reason = printable(reason)
-        raise CheckFailed(f"the code that the release carries left no result that can be read ({reason})") from None
-    return {**result, "made": checkpoint}
+        reason = printable(f"{type(error).__name__}: {error}")
+        raise CheckFailed(f"the code that the release carries left a malformed result ({reason})") from None
+    differences = result["environment"]
+    if (variables := environment.arithmetic()) and not any(text.startswith(VARIABLES) for text in differences):
+        differences = [*differences, f"{VARIABLES}: absent, {variables}"]  # older code does not record them
+    return Retrained(
+        checkpoint=checkpoint,
+        state=tuple(result["state"]),
+        diverges=result["diverges"],
+        ranks=result["ranks"],
+        environment=tuple(differences),
+        fingerprint=result["fingerprint"],
+        materials=result["materials"],
+        subject=result["subject"],
+    )
 
 
-def _environment(code: Path, work: Path) -> dict[str, str]:
+def _variables(code: Path, work: Path) -> dict[str, str]:
+    """The environment variables of the carried code."""
     inherited = {name: value for name, value in os.environ.items() if ARITHMETIC.fullmatch(name)}
     fixed = {"PYTHONPATH": str(code), "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(work), "TMPDIR": str(work)}
     return inherited | fixed | {"PATH": os.defpath, "LANG": "C.UTF-8", "USER": "atom", "LOGNAME": "atom"}
 
 
-def confined(release: Path, code: Path, work: Path, environment: dict[str, str]) -> list[str]:
-    """The bwrap command. Raises AtomError, in a sentence, where it cannot run."""
+def confined(release: Path, code: Path, work: Path, variables: dict[str, str]) -> list[str]:
+    """The bwrap command, without the program to run. variables: the program's environment. Raises AtomError if bwrap
+    is missing or cannot start."""
     if shutil.which("bwrap") is None:
         raise AtomError(
-            "the code that this release carries runs under bubblewrap, and there is no bwrap on PATH; apt-get install "
+            "the code that this release carries runs under bubblewrap, and bwrap is not on PATH; apt-get install "
             "bubblewrap, or give --unconfined if you trust whoever made the release"
         )
     command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
-    for name, value in sorted(environment.items()):
+    for name, value in sorted(variables.items()):
         command += ["--setenv", name, value]
     command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
     for device in sorted(glob.glob("/dev/nvidia*")):
@@ -188,8 +222,8 @@ def confined(release: Path, code: Path, work: Path, environment: dict[str, str])
 
 
 def _python_paths() -> list[str]:
-    """Folders and files that Python and its packages need. Of the path no other folders: the working folder can stand
-    there, and with it a home."""
+    """Folders and files that Python and its packages need. No other folders of sys.path: the working folder can be one
+    of them, and with it a home."""
     system_paths = ["/usr", "/lib", "/lib64", "/lib32", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/ld.so.conf", "/sys"]
     system_paths += ["/etc/ld.so.conf.d", "/etc/localtime", "/etc/passwd", "/etc/nsswitch.conf"]
     python_paths = [sys.prefix, sys.base_prefix, str(Path(os.path.realpath(sys.executable)).parent.parent)]

@@ -1,4 +1,4 @@
-"""What a replay found, as data, as an in-toto statement and in lines for people."""
+"""The result of a replay: as data, as an in-toto statement, and as text."""
 
 from __future__ import annotations
 
@@ -12,27 +12,25 @@ from pipeline.core import provenance
 from pipeline.core.errors import CheckFailed
 from release import schema
 from release.assembly.attest import PREDICATE
-from release.audit.replay_source import Source
+from release.audit.replay.comparison import CLOSE, DIFFERS, TOLERANCE
+from release.audit.replay.source import Source
 from release.layout import ALL_SUMS, RELEASE
 
-BITWISE, CLOSE, DIFFERS = "bitwise", "within tolerance", "differs"
-TOLERANCE = 1e-5
-"""Of the largest difference in a tensor to its largest absolute value. Measured in fp32 on atom-smoke, two ranks
-against one: 7e-7 to 8e-6 after 30 to 150 steps. Where rounding sends a token to another expert, or matrices are bf16
-or FP8, an honest replay can part further; the figures then say how far."""
 METHOD = "urn:atom-release:replay:v1"
 SHOWN = 12
+"""Differences of the environment that the text names."""
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What came of steps first + 1 .. last.
+    """The result for the steps first + 1 to last.
 
-    different: tensors whose bits are others, with their largest difference by TOLERANCE's measure. state: fields of
-    state.json that came out otherwise. diverges: the first step whose lines in the published log came out otherwise, if
-    there is one, and such a log. ranks: processes that trained the phase; here it was one. environment: `name: then,
-    now` of all that is not as it was. materials, subject: {path: sha256} of what was read, and of what was compared.
-    code: `here`, or the digest of the code that trained the phase, which the release carries and which ran now.
+    verdict: BITWISE, CLOSE or DIFFERS. tensors: how many were compared. different: {name: relative difference} of the
+    tensors whose bits differ, by TOLERANCE's measure. state: fields of state.json that differ. diverges: the first step
+    whose lines in the published log differ; None if none do, or no log is published. ranks: processes that trained the
+    phase; here it was one. environment: `name: then, now` of all that differs. fingerprint: of the environment here.
+    materials, subject: {path: SHA-256} of what was read, and of what was compared. code: `here`, or the digest of the
+    code that trained the phase, which the release carries and which ran now.
     """
 
     phase: str
@@ -60,7 +58,7 @@ class Replay:
         return max(self.different.values(), default=0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; a difference that no number tells (another shape, not a number) is the string `inf`."""
+        """Plain JSON; a difference without a finite number (another shape, not a number) is the string `inf`."""
         differences = {name: _number(value) for name, value in self.different.items()}
         return {
             **self.__dict__,
@@ -72,11 +70,11 @@ class Replay:
 
 def certificate(replay: Replay, release: Path) -> dict[str, Any]:
     """An in-toto Statement v1 about the published checkpoint, with the predicate test-result v0.1: PASSED if every bit
-    is the same, WARNED if within tolerance or if the log parts, FAILED else. It names no clock, host or path of the
-    machine.
+    is the same, WARNED if within tolerance or if the log diverges, FAILED otherwise. It contains no clock, host or path
+    of the machine.
 
     https://github.com/in-toto/attestation/blob/main/spec/predicates/test-result.md
-    Raises CheckFailed if the release is no longer the one that was replayed.
+    Raises CheckFailed if the release was changed since the replay.
     """
     source = Source(release)
     release_info = schema.reader(release).release(source.json(RELEASE))
@@ -124,31 +122,31 @@ def _descriptors(digests: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def text(replay: Replay) -> str:
-    """For a terminal."""
+    """The result for a terminal: the verdict, then one line for each finding."""
     steps = f"steps {replay.first + 1} to {replay.last}"
-    lines = [f"{replay.phase}, {steps}, trained again from the checkpoint after step {replay.first}: {replay.verdict}"]
+    lines = [f"{replay.phase}, {steps}, retrained from the checkpoint of step {replay.first}: {replay.verdict}"]
     if replay.different:
         lines += [
-            f"{len(replay.different)} of {replay.tensors} tensors (weights and optimizer) have other bits, the first "
+            f"{len(replay.different)} of {replay.tensors} tensors (weights and optimizer) differ, first "
             f"{next(iter(replay.different))}",
             f"largest relative difference {replay.largest:.3g}, tolerance {replay.tolerance:g}",
         ]
     else:
-        lines.append(f"all {replay.tensors} tensors (weights and optimizer) came out bit for bit")
+        lines.append(f"all {replay.tensors} tensors (weights and optimizer) are equal bit for bit")
     if replay.code != "here":
-        lines.append(f"by the code that the release carries ({replay.code}), since the code here is another")
+        lines.append(f"trained by the code that the release carries ({replay.code}), since the code here differs")
     if replay.state:
-        lines.append(f"state.json came out with another {', '.join(replay.state)}")
+        lines.append(f"state.json differs in {', '.join(replay.state)}")
     if replay.diverges is not None:
-        lines.append(f"the log parts from the published one at step {replay.diverges}")
+        lines.append(f"the log diverges from the published one at step {replay.diverges}")
     if replay.ranks > 1:
         lines.append(
-            f"{replay.ranks} ranks trained the phase and one replayed it, which adds in another order: no more than "
-            f"`{CLOSE}` is to be expected"
+            f"{replay.ranks} ranks trained the phase and one replayed it, which adds numbers in another order: expect "
+            f"`{CLOSE}` at best"
         )
     elif replay.different and not replay.environment:
-        lines.append("it was trained in this very environment by one rank, where a CPU gives the same bits")
-    lines += [f"not as it was then: {difference}" for difference in replay.environment[:SHOWN]]
+        lines.append("one rank trained it in this very environment, where a CPU gives the same bits")
+    lines += [f"differs from the training environment: {difference}" for difference in replay.environment[:SHOWN]]
     if len(replay.environment) > SHOWN:
         lines.append(f"and {len(replay.environment) - SHOWN} more differences of the environment")
     return "\n  ".join(lines)

@@ -1,0 +1,179 @@
+"""What a replay does: which steps, by which stage and config, from which checkpoint, order and log."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core import provenance
+from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.store import Artifact
+from pipeline.graph import registry
+from release import schema
+from release.audit.replay.source import Source
+from release.layout import WITHOUT_ORDER, when
+
+if TYPE_CHECKING:
+    from stages.train.config import TrainConfig
+
+STAGES = ("pretrain", "midtrain", "sft")
+WATCHDOG_SECONDS = 7 * 86_400.0
+"""Of a replay: one process may need long for a step of many, and no rank waits for another."""
+
+
+def select_steps(source: Source, phase: str, first: int | None, last: int | None) -> tuple[int, int]:
+    """The steps of the two checkpoints to replay between. Raises AtomError with the published ones."""
+    steps_by_phase: dict[str, list[int]] = {}
+    for path in source.sums:
+        if match := re.fullmatch(r"checkpoints/([a-z0-9-]+)-step-(0|[1-9]\d{0,11})/state\.json", path):
+            steps_by_phase.setdefault(match[1], []).append(int(match[2]))
+    phase_name = schema.reader(source.folder).phase
+    with_order = [name for name in steps_by_phase if phase_name(name) not in WITHOUT_ORDER]
+    phases = ", ".join(sorted(with_order, key=lambda name: when(phase_name(name))))
+    if phase_name(phase) in WITHOUT_ORDER:
+        raise AtomError(f"{phase} samples its own data; only phases with a data order can be replayed: {phases}")
+    if phase not in steps_by_phase:
+        raise AtomError(f"the release has no checkpoints of {phase}; phases that can be replayed: {phases}")
+    steps = sorted(steps_by_phase[phase])
+    end = steps[-1] if last is None else last
+    start = max((step for step in steps if step < end), default=-1) if first is None else first
+    if start not in steps or end not in steps or start >= end:
+        span = f"steps {start}:{end}" if start >= 0 else f"the steps up to {end}"
+        raise AtomError(
+            f"{span} of {phase} cannot be replayed: its published checkpoints are of steps "
+            f"{', '.join(map(str, steps))}; give two of them, the earlier one first"
+        )
+    return start, end
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a phase went from the checkpoint of step `first` to that of step `last`, as states and statements say.
+
+    config: of the phase, with what a replay by one process needs. start_state, end_state: state.json of the two
+    checkpoints. materials: {role: key} of the phase's inputs. environment: {name: value} in which it was trained.
+    ranks: processes that trained it. order_files: paths in the release. log: lines of training.jsonl, none if it is
+    not published.
+    """
+
+    source: Source
+    phase: str
+    first: int
+    last: int
+    stage: Any
+    config: TrainConfig
+    start_state: Mapping[str, Any]
+    end_state: Mapping[str, Any]
+    materials: Mapping[str, str]
+    environment: Mapping[str, str]
+    ranks: int
+    order_files: tuple[str, ...]
+    log: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def read(cls, source: Source, phase: str, first: int, last: int) -> Plan:
+        """Raises AtomError if the steps cannot be replayed, CheckFailed if the files contradict each other, and
+        KeyError, TypeError, ValueError or AttributeError where a file lacks what it should have."""
+        from stages.data.table import ORDER, read_table
+        from stages.mcore.parallel_layout import Layout
+        from stages.train.config import TrainConfig
+
+        start_state, end_state = (_checked_state(source, phase, step) for step in (first, last))
+        (start_key, start_statement), (key, body) = (_statement_of(source, phase, step) for step in (first, last))
+        materials, run = provenance.material_keys(body), provenance.phase_of(body) or key
+        if run != (provenance.phase_of(start_statement) or start_key) and start_key != materials.get("continue"):
+            raise AtomError(
+                f"steps {first}:{last} of {phase} were trained by two runs with different settings; replay up to the "
+                "step where the second run began, and then from there"
+            )
+        parameters = body["predicate"]["buildDefinition"]["externalParameters"]
+        if (
+            parameters["stage"] not in STAGES
+            or parameters["node"].split("@")[0] != phase
+            or parameters["config"] != end_state["config"]
+        ):
+            raise CheckFailed(
+                f"{cls.checkpoint(phase, last)}/state.json has another config than the statement about {key}"
+            )
+        layouts = [operation["phase"]["parallelism"] for operation in provenance.operations_of(body)]
+        ranks = max(layout["ranks"] for layout in layouts)
+        config = TrainConfig.model_validate(parameters["config"])
+        overrides: dict[str, Any] = {"watchdog_timeout_seconds": WATCHDOG_SECONDS}
+        overrides |= {"checkpoint_interval": config.phase.steps}
+        overrides |= {"parallelism": Layout.model_validate(layouts[-1]) if ranks == 1 else Layout()}
+        table, meta = (source.copy(materials["order"], name) for name in ("order.parquet", "meta.json"))
+        read_table(table, list(ORDER), [("step", "=", last)])
+        log_path = source.place(key, "training.jsonl")
+        log = source.file(log_path).read_text().splitlines() if log_path else []
+        phase_start = int(json.loads(meta.read_bytes()).get("first_step", 1)) - 1
+        if log_path is None and first > phase_start:
+            raise AtomError(f"the log of {run} is not in the release; replay it from its first step, {phase_start}")
+        return cls(
+            source=source,
+            phase=phase,
+            first=first,
+            last=last,
+            stage=registry.stage(parameters["stage"]),
+            config=config.model_copy(update={"phase": config.phase.model_copy(update=overrides)}),
+            start_state=start_state,
+            end_state=end_state,
+            materials=materials,
+            environment=environment_values(
+                parameters["version"], provenance.code_of(body), provenance.environment_of(body)
+            ),
+            ranks=ranks,
+            order_files=tuple(path.relative_to(source.folder).as_posix() for path in (table, meta)),
+            log=tuple(json.loads(line) for line in log),
+        )
+
+    @staticmethod
+    def checkpoint(phase: str, step: int) -> str:
+        """The folder of a published checkpoint."""
+        return f"checkpoints/{phase}-step-{step}"
+
+    @property
+    def start(self) -> str:
+        """The folder of the checkpoint that the replay begins with."""
+        return self.checkpoint(self.phase, self.first)
+
+    @property
+    def end(self) -> str:
+        """The folder of the checkpoint that the replay is compared with."""
+        return self.checkpoint(self.phase, self.last)
+
+    def order(self) -> Artifact:
+        """The published order, in its folder of the release."""
+        return Artifact(self.materials["order"], "", (self.source.folder / self.order_files[0]).parent, ())
+
+
+def checkpoint_files(source: Source, checkpoint: str) -> dict[str, str]:
+    """{path: SHA-256} of a published checkpoint: its tensors, their index if they are split, and state.json."""
+    digests = source.digests(checkpoint)
+    return {path: digest for path, digest in digests.items() if path.endswith((".safetensors", ".json"))}
+
+
+def environment_values(version: int, code: Mapping[str, str], description: Mapping[str, Any]) -> dict[str, str]:
+    """{name: value} of an environment, what matters most first. version: of the stage; code: {module: SHA-256}."""
+    values = {"stage version": str(version), "python": description["python"]}
+    values |= {f"device {name}": str(value) for name, value in sorted(description["device"].items())}
+    values |= {f"code of {name}": digest[:12] for name, digest in sorted(code.items())}
+    return values | dict(sorted(description["packages"].items()))
+
+
+def _checked_state(source: Source, phase: str, step: int) -> dict[str, Any]:
+    """state.json of a checkpoint whose files all have their checksums. Raises CheckFailed if it is of another step."""
+    checkpoint = Plan.checkpoint(phase, step)
+    for path in checkpoint_files(source, checkpoint):
+        source.file(path)
+    state: dict[str, Any] = source.json(f"{checkpoint}/state.json")
+    if (state["phase"], state["step"]) != (phase, step):
+        raise CheckFailed(f"{checkpoint}/state.json is of step {state['step']} of {state['phase']}")
+    return state
+
+
+def _statement_of(source: Source, phase: str, step: int) -> tuple[str, dict[str, Any]]:
+    """(key, statement) of the artifact that a published checkpoint comes from."""
+    return source.statement(source.origins[f"{Plan.checkpoint(phase, step)}/state.json"]["artifact"])

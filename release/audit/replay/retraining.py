@@ -1,0 +1,188 @@
+"""Trains the steps of a plan again: the token shards, the work checkpoint to resume from, and the stage itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from pipeline.core import provenance
+from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.store import Artifact, sha256_bytes, write_manifest
+from pipeline.graph import registry
+from release.audit.replay.comparison import changed_fields, compare_environments, first_divergence
+from release.audit.replay.plan import Plan, checkpoint_files
+from release.audit.replay.source import Source
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """A retrained checkpoint, and how its making compares with the published one's.
+
+    checkpoint: its folder. state: fields of state.json that differ. diverges: the first step whose lines in the log
+    differ, None if none do or no log is published. ranks: processes that trained the published one; here it was one.
+    environment: `name: then, now` of all that differs. fingerprint: of the environment here. materials, subject:
+    {path: SHA-256} of what was read, and of the published files to compare with.
+    """
+
+    checkpoint: Path
+    state: tuple[str, ...]
+    diverges: int | None
+    ranks: int
+    environment: tuple[str, ...]
+    fingerprint: str
+    materials: dict[str, str]
+    subject: dict[str, str]
+
+
+def retrain(source: Source, phase: str, first: int, last: int, folder: Path, progress: Progress) -> Retrained:
+    """Trains the steps after `first` up to `last` in `folder`.
+
+    Raises AtomError if they cannot be replayed, CheckFailed if files of the release are altered, contradict each other
+    or do not state how the phase was trained.
+    """
+    try:
+        plan = Plan.read(source, phase, first, last)
+        progress("tokenizing the kept documents")
+        tokens = tokenize(plan, folder)
+        write_work_checkpoint(plan, folder / "work")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # evidence can be written by anyone
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise CheckFailed(
+            f"{source.folder} does not state how {phase} was trained up to step {last} ({reason}); verify it"
+        ) from error
+    progress(f"training steps {first + 1} to {last}")
+    checkpoint = train(plan, {"tokens": tokens, "order": plan.order()}, folder, progress)
+    environment, fingerprint = compare_environments(plan)
+    shards = {f"{tokens.key}/{row.path}": row.sha256 for row in tokens.rows}
+    return Retrained(
+        checkpoint=checkpoint,
+        state=changed_fields(plan, checkpoint),
+        diverges=first_divergence(plan, checkpoint.parent.parent / "training.jsonl"),
+        ranks=plan.ranks,
+        environment=environment,
+        fingerprint=fingerprint,
+        materials=checkpoint_files(source, plan.start) | source.digests(*plan.order_files) | shards,
+        subject=checkpoint_files(source, plan.end),
+    )
+
+
+def tokenize(plan: Plan, folder: Path) -> Artifact:
+    """The token shards of the sources that the phase reads, from the published documents and tokenizer, in
+    `folder`/tokens. Raises CheckFailed if they differ from the manifest of the shards that were trained on."""
+    source, key = plan.source, plan.materials["tokens"]
+    node, mix = source.manifests[key][0], plan.config.phase.mix
+    _, body = source.statement(node)
+    materials = provenance.material_keys(body)
+    digest = source.listed(materials["tokenizer"])["tokenizer.json"]  # each model's repository has a copy
+    encoder = next(
+        (path for path, d in source.sums.items() if d == digest and path.endswith("/tokenizer.json")),
+        f"tokenizer.json of {node}",
+    )
+    kept_folder, out, work = folder / "dedup" / "kept", folder / "tokens", folder / "shards"
+    for directory in (kept_folder, out, work):
+        directory.mkdir(parents=True)
+    for name in sorted(mix):
+        file = source.copy(materials["dedup"], f"kept/{name}.parquet")
+        (kept_folder / file.name).symlink_to(file)
+    folders = {"dedup": kept_folder.parent, "tokenizer": source.file(encoder).parent}
+    inputs = {role: Artifact(materials[role], "", path, ()) for role, path in folders.items()}
+    stage = registry.stage("tokenize")
+    config = stage.config.model_validate(body["predicate"]["buildDefinition"]["externalParameters"]["config"])
+    stage.run(config, inputs, work, out, StopAtStep(-1, lambda text: None))
+    for name in ("documents.parquet", "meta.json"):  # of all sources, as published
+        shutil.copyfile(source.copy(key, name), out / name)
+    artifact = write_manifest(out, key)
+    shards = {row.path: row.sha256 for row in artifact.rows if "/" in row.path}
+    expected = {path: d for path, d in source.listed(key).items() if "/" in path and Path(path).stem in mix}
+    if mismatches := sorted(path for path in {*shards, *expected} if shards.get(path) != expected.get(path)):
+        raise CheckFailed(
+            f"the kept documents do not give the token shards that were trained on: {mismatches[0]} differs from the "
+            f"file in evidence/manifests/{node}.json ({len(mismatches)} of {len(expected)} shards differ); documents, "
+            "tokenizer or manifest were changed"
+        )
+    return artifact
+
+
+def write_work_checkpoint(plan: Plan, work: Path) -> None:
+    """Writes the published checkpoint and the log up to it, as an attempt leaves them that was killed there. Raises
+    CheckFailed if tensors are missing or have other shapes than the config gives them."""
+    from stages.mcore.model import check_tensors
+    from stages.mcore.param_names import BUFFERS
+    from stages.train.checkpoint import release_checkpoint, sharded_state, work_checkpoint
+    from stages.train.engine import MOMENTS, Piece
+
+    published = plan.source.folder / plan.start
+    shapes, tensors = plan.config.model.shapes(plan.config.padded_vocab_size), release_checkpoint.Tensors(published)
+    check_tensors(shapes, tensors.shapes(), plan.start)
+    flat = {f"weight.{name}": tensor.flatten() for name, tensor in tensors.items()}
+    if plan.start_state["optimizer_step"]:
+        moments = release_checkpoint.Tensors(published, release_checkpoint.OPTIMIZER)
+        moment_shapes = {f"{k}.{n}": shape for k in MOMENTS for n, shape in shapes.items() if not n.endswith(BUFFERS)}
+        check_tensors(moment_shapes, moments.shapes(), plan.start)
+        flat |= {name: tensor.flatten() for name, tensor in moments.items()}
+    folder = work / "attempt-0001" / "checkpoints" / f"step-{plan.first:09d}"
+    folder.mkdir(parents=True)
+    pieces = [Piece(n, (tuple((0, size) for size in s),), 0, math.prod(s)) for n, s in shapes.items()]
+    sharded_state.write(folder, 0, pieces, flat)
+    lines = [json.dumps(line, sort_keys=True) + "\n" for line in plan.log if line["step"] <= plan.first]
+    log = "".join(lines).encode()
+    (work / "attempt-0001" / "training.jsonl").write_bytes(log)
+    marker = {"step": plan.first, "state": plan.start_state, "files": sharded_state.receipts(folder, 1)}
+    marker |= {"product": {"training.jsonl": [len(log), sha256_bytes(log)]}}
+    (folder / work_checkpoint.MARKER).write_text(json.dumps(work_checkpoint.with_digest(marker)))
+
+
+def train(plan: Plan, inputs: Mapping[str, Artifact], folder: Path, progress: Progress) -> Path:
+    """Resumes the stage in `folder`/work. Returns the sealed checkpoint of the last step, which is in there. Raises
+    CheckFailed if the stage ends without one."""
+    out_folder = folder / "out"
+    out_folder.mkdir()
+    try:
+        plan.stage.run(plan.config, inputs, folder / "work", out_folder, StopAtStep(plan.last, progress))
+    except StepSealed as sealed:
+        return sealed.folder
+    raise CheckFailed(f"{plan.end} is published, but its config seals no checkpoint at that step; verify the release")
+
+
+class StepSealed(Exception):
+    """The step is sealed, in `folder`; later steps are not trained."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.folder = folder
+
+
+class StopAtStep:
+    """A stage's report that ends the stage with the product of a step, by StepSealed."""
+
+    lease: int | None = None
+
+    def __init__(self, step: int, progress: Progress) -> None:
+        self.step, self.send_progress, self.shown = step, progress, -1
+
+    def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
+        tenth = 10 * done // max(self.step, 1)
+        if tenth != self.shown and done <= self.step:
+            self.shown = tenth
+            self.send_progress(
+                ", ".join([f"step {done} of {self.step}", *(f"{n} {v:.4g}" for n, v in figures.items())])
+            )
+
+    def metric(self, step: int, **values: float) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.send_progress(text)
+
+    def seal_checkpoint(self, step: int, folder: Path) -> None:
+        if step == self.step:
+            raise StepSealed(folder)
+
+    def abandon(self, text: str) -> NoReturn:
+        raise AtomError(text)

@@ -1,0 +1,27 @@
+"""`atom trace`: the documents of a step, the fate of a document, the documents that contain a text, and what a request
+for removal reaches.
+
+`documents` answers the first two, `text_index` the third, `removal` the last, from the files of a release as
+`release_data` reads them. `answers` has the types of the answers, `report` their text. A pulled data repository alone
+is enough: what only the whole release can answer is then listed in the answer's `unknown`, and its field is null.
+"""
+
+from release.audit.tracing.answers import Answer, Document, Removal, Step, TextMatches
+from release.audit.tracing.documents import trace_document, trace_step
+from release.audit.tracing.removal import trace_removal
+from release.audit.tracing.report import text
+from release.audit.tracing.text_index import build_index, trace_text
+
+__all__ = [
+    "Answer",
+    "Document",
+    "Removal",
+    "Step",
+    "TextMatches",
+    "build_index",
+    "text",
+    "trace_document",
+    "trace_removal",
+    "trace_step",
+    "trace_text",
+]

@@ -1,0 +1,204 @@
+"""The documents of a step, and the fate of a document."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from bisect import bisect
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from pipeline.core.errors import AtomError
+from release import schema
+from release.audit.tracing.answers import Document, Fate, Place, Segment, Step, TaskUse, Use
+from release.audit.tracing.release_data import OrderPart, ReleaseData, Rows, select_rows
+from release.layout import numbered, when
+from stages.data.table import read_jsonl, read_table
+from stages.rl.protocols import question
+
+NEAR = 20_000
+"""Ids that are compared with an unknown one, at most."""
+PLACE = tuple(field.name for field in fields(Place))
+FATE = tuple(field.name for field in fields(Fate) if field.name not in ("table", "origin"))
+"""Columns of an order and of dispositions that the answers have."""
+USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
+
+
+def trace_step(folder: Path, phase: str | None, n: int) -> Step:
+    """The documents of optimizer step `n` (from 1) of a release or its data repository. phase: None if only one phase
+    has such a step. Raises AtomError for an unknown step or phase, and if several phases have the step."""
+    data = ReleaseData.locate(folder)
+    orders = data.orders()
+    if phase is not None and phase not in orders:
+        raise AtomError(f"{folder} has no order of phase {phase}; it has orders of {', '.join(orders)}")
+    matches: dict[str, tuple[Path, Rows]] = {}
+    for name in orders if phase is None else [phase]:
+        for part in orders[name]:
+            columns = [*PLACE, "source", "id"]
+            if part.first <= n <= part.last and (rows := _order_rows(part.folder, columns, ("step", "=", n))):
+                matches[name] = part.folder, rows
+    if not matches:
+        ends = [f"{name} ends with step {_last_step(parts[-1])}" for name, parts in orders.items()]
+        raise AtomError(f"{folder} has no order of step {n}{' of ' + phase if phase else ''}; {', '.join(ends)}")
+    if len(matches) > 1:
+        raise AtomError(f"{', '.join(matches)} each have a step {n}; name the phase")
+    [(name, (order, rows))] = matches.items()
+    origins = _licenses_and_origins(data, {(row["source"], row["id"]) for row in rows}, order)
+    segments = []
+    for row in rows:
+        license, origin = origins.get(row["id"], (None, None))
+        segments.append(Segment(**row, license=license, origin=origin))
+    return Step(name, n, data.name(order), data.weight_updates(order)(n), segments, data.unknown())
+
+
+def trace_document(folder: Path, doc_id: str) -> Document:
+    """The fate of a document of a release or its data repository. Raises AtomError for an unknown document, with the
+    nearest id."""
+    data = ReleaseData.locate(folder)
+    documents = find_documents(data, [doc_id])
+    if doc_id not in documents:
+        nearest = _nearest(data, doc_id)
+        hint = f"did you mean {nearest}?" if nearest else "look for its id in dataset/dispositions.parquet"
+        raise AtomError(f"{folder} has no document {doc_id}; {hint}")
+    return documents[doc_id]
+
+
+def find_documents(data: ReleaseData, ids: Sequence[str]) -> dict[str, Document]:
+    """{id: document} of those that a table of dispositions has."""
+    fates: dict[str, list[Fate]] = {}
+    for path in data.tables("dispositions.parquet"):
+        for row in select_rows(path, ["id", *FATE], ("id", "in", list(ids))):
+            id, origin = row.pop("id"), None
+            if row["disposition"] == "kept":
+                kept_table = path.parent / "kept" / f"{row['source']}.parquet"
+                origin = next((r["origin"] for r in select_rows(kept_table, ["origin"], ("id", "=", id))), None)
+            fates.setdefault(id, []).append(Fate(table=data.name(path), **row, origin=origin))
+    uses, tasks = find_uses(data, fates), _find_tasks(data, fates)
+    checkpoints, models, unknown = data.checkpoints(), data.models(), data.unknown(checkpoints=True)
+    documents = {}
+    for id, document_fates in fates.items():
+        moving_uses = [(when(use.phase), use.step) for use in uses.get(id, []) if use.moved is not False]
+        first_use = min(moving_uses, default=None)
+        documents[id] = Document(
+            id=id,
+            fates=document_fates,
+            uses=uses.get(id, []),
+            asked=tasks.get(id, []),
+            checkpoints=None
+            if checkpoints is None
+            else [c.folder for c in checkpoints if first_use and (when(c.phase), c.step) >= first_use],
+            models=[name for name in models if first_use and when(_trained_by(name)) >= first_use[0]],
+            unknown=unknown,
+        )
+    return documents
+
+
+def find_uses(data: ReleaseData, ids: Iterable[str]) -> dict[str, list[Use]]:
+    """{id: the steps that read it, by order of training}"""
+    sorted_ids, uses_by_id = sorted(ids), dict[str, dict[tuple[str, int], Use]]()
+    for phase, parts in data.orders().items() if sorted_ids else ():
+        for part in parts:
+            moves_weights = data.weight_updates(part.folder)
+            steps = [("step", ">=", part.first)]
+            steps += [("step", "<=", int(part.last))] if part.last != float("inf") else []
+            for row in _order_rows(part.folder, ["step", "id", *PLACE], ("id", "in", sorted_ids), *steps):
+                n = row["step"]
+                use = Use(phase, n, data.name(part.folder), moves_weights(n), [])
+                use = uses_by_id.setdefault(row["id"], {}).setdefault((phase, n), use)
+                use.rows.append(Place(**{name: row[name] for name in PLACE}))
+    return {id: list(uses.values()) for id, uses in uses_by_id.items()}
+
+
+def kept_rows(data: ReleaseData, id: str, fates: Iterable[Fate]) -> Rows:
+    """[{id, text, content_hash}] of a document in the tables of kept text."""
+    rows: Rows = []
+    for fate in fates:
+        if fate.kept:
+            path = (data.data / fate.table).parent / "kept" / f"{fate.source}.parquet"
+            rows += select_rows(path, ["id", "text", "content_hash"], ("id", "=", id))
+    return rows
+
+
+def _order_rows(order: Path, columns: Sequence[str], *filters: tuple[str, str, object]) -> Rows:
+    return select_rows(order / "order.parquet", columns, *filters)
+
+
+def _last_step(part: OrderPart) -> int:
+    import pyarrow.compute as pc
+
+    return int(pc.max(read_table(part.folder / "order.parquet", ["step"])["step"]).as_py())
+
+
+def _licenses_and_origins(
+    data: ReleaseData, sources_and_ids: set[tuple[str, str]], order: Path
+) -> dict[str, tuple[str, str]]:
+    """{id: (license, origin)} of kept documents. Of an order of an earlier run, that run's tables take precedence."""
+    origins: dict[str, tuple[str, str]] = {}
+    for source in sorted({source for source, _ in sources_and_ids}):
+        ids = [id for document_source, id in sorted(sources_and_ids) if document_source == source]
+        paths = data.tables(f"kept/{source}.parquet")
+        for path in paths if order.parent.name == "earlier" else reversed(paths):
+            for row in select_rows(path, ["id", "license", "origin"], ("id", "in", ids)):
+                origins[row["id"]] = row["license"], row["origin"]
+    return origins
+
+
+def _trained_by(model: str) -> str:
+    """The phase that a model was exported after: midtrain of `mid`, longcontext-2 of `long-2`, else of its own name."""
+    kind, number = numbered(model)
+    phase = {"base": "pretrain", "mid": "midtrain", "long": "longcontext"}.get(kind, kind)
+    return f"{phase}-{number}" if number else phase
+
+
+def _find_tasks(data: ReleaseData, fates: dict[str, list[Fate]]) -> dict[str, list[TaskUse]]:
+    """{id: tasks of reinforcement learning that have its id or ask its question, by order of training}"""
+    uses_by_id: dict[str, list[TaskUse]] = {}
+    for id, use in _task_uses(data, fates):
+        uses_by_id.setdefault(id, []).append(use)
+    return uses_by_id
+
+
+def _task_uses(data: ReleaseData, fates: dict[str, list[Fate]]) -> Iterator[tuple[str, TaskUse]]:
+    tables = sorted(data.data.glob("rl/*/tasks.jsonl"), key=lambda path: when(schema.phase(path.parent)))
+    if not tables:
+        return
+    questions = {
+        (id, text)
+        for id, document_fates in fates.items()
+        for row in kept_rows(data, id, document_fates)
+        for text in USER_TURN.findall(row["text"])
+    }
+    ids_by_question: dict[str, set[str]] = {id: {id} for id in fates}
+    for id, text in sorted(questions):
+        ids_by_question.setdefault(text, set()).add(id)
+    for table in tables:
+        tasks: dict[str, list[str]] = {}
+        for row in read_jsonl(table):
+            for id in sorted(ids_by_question.get(row["id"], set()) | ids_by_question.get(question(row), set())):
+                tasks.setdefault(id, []).append(row["id"])
+        for id, task_ids in tasks.items():
+            answers: Rows = []
+            if (rollouts := table.with_name("rollouts.parquet")).exists():
+                answers = select_rows(rollouts, ["step", "dropped"], ("task", "in", task_ids))
+            yield (
+                id,
+                TaskUse(
+                    phase=schema.phase(table.parent),
+                    table=data.name(table),
+                    tasks=task_ids,
+                    steps=sorted({row["step"] for row in answers}),
+                    answers=len(answers),
+                    learnt=sum(row["dropped"] == "" for row in answers),
+                ),
+            )
+
+
+def _nearest(data: ReleaseData, doc_id: str) -> str | None:
+    """The id that is most like an unknown one, if one is close."""
+    ids = sorted(
+        {id for path in data.tables("dispositions.parquet") for id in read_table(path, ["id"])["id"].to_pylist()}
+    )
+    position = bisect(ids, doc_id)
+    close = difflib.get_close_matches(doc_id, ids[max(position - NEAR // 2, 0) : position + NEAR // 2], 1, 0.8)
+    return close[0] if close else None

@@ -1,0 +1,195 @@
+"""The commands that ask something of a release: verify, show, trace, replay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.core.errors import AtomError
+from pipeline.operations.command_options import JsonOption, open_store
+from release.commands.options import (
+    AnyReleaseArgument,
+    ReleaseArgument,
+    TrustConfigOption,
+    print_progress,
+    require_release,
+)
+
+if TYPE_CHECKING:
+    from release.audit import tracing
+    from release.checks.verdict import Verdict
+
+app = typer.Typer()
+
+
+@app.command()
+def verify(
+    target: Annotated[
+        str, typer.Argument(metavar="PATH_OR_REPO[@REVISION]", help="release folder, pulled repository, or Hub id")
+    ],
+    deep: Annotated[bool, typer.Option("--deep", help="also recompute what can be recomputed from the bytes")] = False,
+    key: Annotated[
+        str | None, typer.Option(help="who must have signed it: a public key's file, or its fingerprint sha256:…")
+    ] = None,
+    chain: Annotated[
+        list[Path] | None, typer.Option(help="a certificate that is trusted, if it was signed with one; repeatable")
+    ] = None,
+    identity: Annotated[
+        str | None,
+        typer.Option(metavar="WHO", help="who must have signed it without a key: an address, or a workflow's URL"),
+    ] = None,
+    issuer: Annotated[
+        str | None, typer.Option(metavar="URL", help="the OpenID provider that vouches for --identity")
+    ] = None,
+    trust_config: TrustConfigOption = None,
+    proof: Annotated[
+        Path | None,
+        typer.Option(
+            help="instead, check these Merkle proofs (atom trace --report --json) against TARGET, a merkle.json"
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every byte of a release, and who signed it.
+
+    Exit code 1 says which file or claim is bad.
+
+    Example: atom verify runs/releases/atom-tiny-0.1.0
+    """
+    if proof is not None:
+        return _check_proofs(proof, Path(target), as_json)
+    from release.audit.verify import verify as verify_release
+    from release.signing import Trust
+
+    trust = Trust(key, tuple(chain or ()), identity, issuer, trust_config)
+    verdict = verify_release(target, deep, print_progress, trust)
+    print(json.dumps(verdict.to_json(), indent=1) if as_json else _verdict_text(verdict))
+    if not verdict.ok:
+        raise typer.Exit(1)
+
+
+def _check_proofs(proof: Path, roots: Path, as_json: bool) -> None:
+    """Checks proofs against roots. Exits with code 1 if one is not valid."""
+    from release.audit import merkle
+
+    problems = merkle.check_file(proof, roots)
+    if as_json:
+        print(json.dumps(problems, indent=1))
+    else:
+        for table, problem in problems.items():
+            print(f"BAD     {table}: {problem}" if problem else f"ok      {table}: the row is in it, by its root alone")
+    if not problems or any(problems.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    release: ReleaseArgument,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a release on one page: its corpus, training, quality, caveats and checks.
+
+    Example: atom show runs/releases/atom-tiny-0.1.0
+    """
+    from release.audit import show as page
+
+    require_release(release)
+    facts = page.facts_of(release)
+    print(json.dumps(facts, indent=1) if as_json else page.text(facts))
+
+
+@app.command()
+def trace(
+    release: AnyReleaseArgument,
+    step: Annotated[int | None, typer.Option(help="the documents of this optimizer step")] = None,
+    phase: Annotated[str | None, typer.Option(help="of which phase, if several have that step")] = None,
+    doc: Annotated[
+        str | None, typer.Option(metavar="ID", help="the fate of this document, and the steps that read it")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="documents that contain this text exactly, and the steps that read them")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="with --doc: everything that a removal request must reach, with proofs")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Trace a step to its documents, and a document or text to steps and checkpoints.
+
+    Example: atom trace runs/releases/atom-tiny-0.1.0 --step 100 --phase pretrain
+    """
+    from release.audit import tracing
+
+    if [step, doc, text].count(None) != 2:
+        raise AtomError("atom trace answers one question: give --step N, --doc ID or --text STR")
+    if phase is not None and step is None:
+        raise AtomError("--phase names the phase of a step; give it with --step N")
+    if report and doc is None:
+        raise AtomError("--report is about a document; give it with --doc ID")
+    require_release(release, "dispositions.parquet")
+    answer: tracing.Answer
+    if step is not None:
+        answer = tracing.trace_step(release, phase, step)
+    elif text is not None:
+        answer = tracing.trace_text(release, text, open_store().home / "trace", print_progress)
+    else:
+        assert doc is not None, "one of the three was given"
+        answer = tracing.trace_removal(release, doc, print_progress) if report else tracing.trace_document(release, doc)
+    print(json.dumps(answer.to_json(), indent=1) if as_json else tracing.text(answer))
+
+
+@app.command()
+def replay(
+    release: ReleaseArgument,
+    stage: Annotated[str, typer.Argument(help="a training phase with a data order, for example pretrain")],
+    steps: Annotated[
+        str | None, typer.Option(metavar="A:B", help="steps of two published checkpoints; default: the last two")
+    ] = None,
+    certificate: Annotated[Path | None, typer.Option(help="write an in-toto statement of the result here")] = None,
+    unconfined: Annotated[
+        bool, typer.Option("--unconfined", help="run code of the release, if needed, without bubblewrap")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Retrain published steps from their checkpoint and data, and compare every tensor.
+
+    If the code here differs from the code that trained them, the code in the release runs instead, under bubblewrap.
+    Exit code 0: every bit is the same, or all differences are within a stated tolerance; 1: it differs.
+
+    Example: atom replay runs/releases/atom-tiny-0.1.0 pretrain
+    """
+    from release.audit import replay as replays
+
+    require_release(release)
+    first, last = _span(steps)
+    result = replays.replay(release, stage, first, last, print_progress, unconfined)
+    print(json.dumps(result.to_json(), indent=1) if as_json else replays.text(result), flush=True)
+    if certificate is not None:
+        certificate.write_text(json.dumps(replays.certificate(result, release), indent=1, sort_keys=True) + "\n")
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def _span(steps: str | None) -> tuple[int | None, int | None]:
+    """The two numbers of A:B. Raises AtomError."""
+    if steps is None:
+        return None, None
+    first, _, last = steps.partition(":")
+    if not (first.isdigit() and last.isdigit()):
+        raise AtomError(f"--steps {steps} is not A:B, two steps of published checkpoints, for example 30:60")
+    return int(first), int(last)
+
+
+def _verdict_text(verdict: Verdict) -> str:
+    """One line for each check, its problems below it, and the verdict last."""
+    marks = {True: "ok     ", False: "BAD    ", None: "skipped"}
+    lines = []
+    for check in verdict.checks:
+        lines.append(f"{marks[check.ok]} {check.name}: {check.detail}")
+        lines += [f"          {text}" for text in check.wrong]
+        lines += [f"{marks[None]} {check.name}: {text}" for text in check.skipped]
+    outcome = "verified" if verdict.ok else "NOT what it claims to be"
+    return "\n".join([*lines, f"{verdict.kind} {verdict.subject}: {outcome}"])

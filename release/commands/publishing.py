@@ -1,0 +1,118 @@
+"""The commands that make and publish a release: build, sign, publish."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.core.errors import AtomError
+from pipeline.operations.command_options import JsonOption, RecipeArgument, graph_of, open_store
+from release.commands.options import ReleaseArgument, TrustConfigOption, print_line, print_progress, require_release
+
+if TYPE_CHECKING:
+    from release.hub.publish import PublishReport
+
+app = typer.Typer()
+
+
+@app.command()
+def build(recipe: RecipeArgument) -> None:
+    """Make the release folder, with its gates.
+
+    Everything in it comes from the sealed artifacts of the recipe; a gate that fails stops the build.
+
+    Example: atom build atom-tiny
+    """
+    from release.assembly.build_release import build as build_release
+    from release.assembly.collect import build_input
+
+    store = open_store()
+    folder = build_release(build_input(graph_of(recipe), store), store.home, print)
+    print(f"release built: {folder}; next: atom verify {folder}")
+
+
+@app.command()
+def sign(
+    release: ReleaseArgument,
+    key: Annotated[
+        Path | None, typer.Option(help="a private key on an elliptic curve, as PEM; ATOM_KEY_PASSWORD opens it")
+    ] = None,
+    certificate: Annotated[Path | None, typer.Option(help="a certificate of that key, as PEM")] = None,
+    chain: Annotated[
+        list[Path] | None, typer.Option(help="certificates that vouch for it, up to the root; repeatable")
+    ] = None,
+    keyless: Annotated[
+        bool,
+        typer.Option(
+            "--keyless", help="instead of a key, by Sigstore: as the CI job that runs this, else as you, in a browser"
+        ),
+    ] = False,
+    trust_config: TrustConfigOption = None,
+) -> None:
+    """Sign every repository of a release.
+
+    A `model.sig` (OpenSSF Model Signing) in each covers all its files. Give the printed fingerprint to your users by
+    another channel than the release itself.
+
+    With --keyless there is no key to keep: Sigstore certifies the address or workflow that an OpenID provider vouches
+    for, and its public log keeps that name forever. The credentials of a CI job are used if there are any (GitHub
+    Actions, GitLab CI, Google Cloud, Buildkite); otherwise a browser opens, or a link is shown. It needs a network.
+
+    Example: atom sign runs/releases/atom-tiny-0.1.0 --key signing.pem
+    """
+    from release import signing
+
+    if keyless:
+        if key is not None or certificate is not None or chain:
+            raise AtomError("--keyless signs without a key; leave out --key, --certificate and --chain")
+        require_release(release)
+        identity = signing.sign_keyless(release, trust_config, print_line)
+        options = f"--identity {identity.name} --issuer {identity.issuer}"
+        print(f"signed by {identity}; check it: atom verify {release} {options}")
+        return
+    if trust_config is not None:
+        raise AtomError("--trust-config names an instance of Sigstore; give it with --keyless")
+    if key is None:
+        raise AtomError(f"no key to sign with; give --key PEM ({signing.HOW_TO}), or --keyless to sign without a key")
+    signing_key = signing.SigningKey(key, certificate, tuple(chain or ()), os.environ.get("ATOM_KEY_PASSWORD"))
+    require_release(release)
+    name = signing.sign(release, signing_key, print_line)
+    print(f"signed by {name}; check it: atom verify {release} --key {name}")
+
+
+@app.command()
+def publish(
+    release: ReleaseArgument,
+    to: Annotated[str, typer.Option("--to", metavar="NAMESPACE", help="user or organization on the Hub")],
+    public: Annotated[
+        bool, typer.Option("--public", help="make the repositories public after they are verified")
+    ] = False,
+    acknowledge: Annotated[
+        list[str] | None,
+        typer.Option(help="a stale stage, or `dirty`, that may be made public anyway; repeatable"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload a release to the Hub.
+
+    The repositories are private until all are uploaded, pulled back and verified; --public then makes them public.
+    HF_ENDPOINT and HF_TOKEN are respected.
+
+    Example: atom publish runs/releases/atom-tiny-0.1.0 --to my-organization
+    """
+    from release.hub.publish import publish as publish_release
+
+    progress = print_progress if as_json else print_line
+    report = publish_release(release, to, public, progress, acknowledge or ())
+    print(json.dumps(report.to_json(), indent=1) if as_json else _published_text(report))
+
+
+def _published_text(report: PublishReport) -> str:
+    """One line a repository."""
+    lines = [f"{r.kind} {r.repo}@{r.revision} {r.commit[:12]}" for r in report.repositories]
+    visible = "public" if report.public else "private"
+    return "\n".join([*lines, f"published to {report.endpoint}, {visible}, pulled back and verified"])

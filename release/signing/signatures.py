@@ -1,0 +1,94 @@
+"""Signs every repository of a release, with a private key or by Sigstore."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import AtomError
+from release.layout import PARTS, PUBLIC_KEY, SIGNATURE
+from release.repositories import Repository, model_folders, repositories
+from release.signing import keyless
+from release.signing.keys import SigningKey, fingerprint
+
+IGNORED = (SIGNATURE, PUBLIC_KEY, ".cache")
+"""Files that a signature does not cover, besides git's: the signature and its key, and what the Hub's client leaves."""
+
+
+def sign(release: Path, key: SigningKey, progress: Callable[[str], None] = lambda text: None) -> str:
+    """Signs every repository of a release folder with a key. Returns its fingerprint. Replaces earlier signatures.
+
+    Raises AtomError if the key or certificate cannot be used.
+    """
+    from model_signing import signing
+
+    if key.certificate is not None and not key.chain:
+        raise AtomError("a certificate needs its chain up to the root; give each certificate of it with --chain")
+    if key.certificate is not None and key.password is not None:
+        raise AtomError("a key with a password cannot be used with a certificate; give a key without a password")
+    pem = key.public_key()
+    for repository in repositories(release):
+        folder = release / repository.folder
+        progress(f"signing {repository.folder or 'the release itself'}")
+        config = signing.Config()
+        config.set_hashing_config(_hashing(release, repository))
+        try:
+            if key.certificate is None:
+                config.use_elliptic_key_signer(private_key=key.path, password=key.password)
+            else:
+                config.use_certificate_signer(
+                    private_key=key.path, signing_certificate=key.certificate, certificate_chain=key.chain
+                )
+            config.sign(folder, folder / SIGNATURE)
+        except (ValueError, TypeError, OSError) as error:
+            raise AtomError(f"{release} cannot be signed: {' '.join(str(error).split())}") from None
+        (folder / PUBLIC_KEY).write_bytes(pem)
+    return fingerprint(pem)
+
+
+def sign_keyless(
+    release: Path, trust_config: Path | None = None, progress: Callable[[str], None] = lambda text: None
+) -> keyless.Identity:
+    """Signs every repository as the identity that Sigstore certifies. Returns that identity. Writes no signature before
+    all are made.
+
+    trust_config: of another instance of Sigstore than the public one. Raises AtomError if it cannot be reached, or
+    certifies no identity.
+    """
+    from model_signing._signing.signing import Payload
+
+    signer = keyless.signer(trust_config)  # fails before anything is hashed
+    release_repositories = repositories(release)
+    payloads, signatures = [], []
+    for repository in release_repositories:
+        progress(f"hashing {repository.folder or 'the release itself'}")
+        with keyless.as_atom_error(f"{release} cannot be signed"):
+            payloads.append(Payload(_hashing(release, repository).hash(release / repository.folder)))
+    for repository, payload in zip(release_repositories, payloads, strict=True):
+        progress(f"signing {repository.folder or 'the release itself'}")
+        with keyless.as_atom_error(f"{release} cannot be signed without a key", "; nothing was written"):
+            signatures.append(signer.sign(payload))
+            identity = keyless.certificate_identity(signatures[0].bundle.signing_certificate)
+    with keyless.as_atom_error(f"not every signature could be written into {release}", "; sign it again"):
+        for repository, signature in zip(release_repositories, signatures, strict=True):
+            signature.write(release / repository.folder / SIGNATURE)
+            (release / repository.folder / PUBLIC_KEY).unlink(missing_ok=True)
+    return identity
+
+
+def _hashing(release: Path, repository: Repository) -> Any:
+    """The library's settings for hashing a repository."""
+    from model_signing import hashing
+
+    config = hashing.Config()
+    config.set_ignored_paths(paths=[*IGNORED, *_nested(release, repository)])
+    return config
+
+
+def _nested(release: Path, repository: Repository) -> list[str]:
+    """Paths in a repository's folder, in a release, that belong to another repository or branch."""
+    if repository.folder == "":
+        return [*dict.fromkeys((*PARTS, *model_folders(release)))]
+    folder = release / repository.folder
+    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if repository.folder == "checkpoints" else []

@@ -1,0 +1,194 @@
+"""Verifies the signature of a repository, and states whose signatures count."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from pipeline.core.errors import AtomError
+from release.layout import PUBLIC_KEY, SIGNATURE
+from release.signing import keyless
+from release.signing.keys import fingerprint, is_fingerprint
+from release.signing.signatures import IGNORED
+
+
+@dataclass(frozen=True)
+class TrustPolicy:
+    """What signatures must satisfy. signer: who must have signed, as a key's fingerprint, or as an identity, which
+    `verifier` then checks. chain: trusted certificates, for a release that was signed with one; without them the key
+    beside the signature counts."""
+
+    signer: str | None = None
+    chain: tuple[Path, ...] = ()
+    verifier: Any = None
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Whose signatures count, as a caller states it.
+
+    key: a public key's fingerprint, or the file of the key. chain: files of trusted certificates. identity, issuer: the
+    signer that Sigstore certified, and the OpenID provider that vouches for it. trust_config: of another instance of
+    Sigstore than the public one.
+    """
+
+    key: str | None = None
+    chain: tuple[Path, ...] = ()
+    identity: str | None = None
+    issuer: str | None = None
+    trust_config: Path | None = None
+
+    def policy(self) -> TrustPolicy:
+        """The policy to verify by.
+
+        Raises AtomError if a value is invalid or contradicts another, or if Sigstore's trust root cannot be loaded.
+        """
+        if missing := [path for path in self.chain if not path.is_file()]:
+            raise AtomError(f"there is no certificate {missing[0]}; give the PEM file of one that you trust")
+        if self.identity or self.issuer or self.trust_config:
+            return self._identity_policy()
+        if self.key is None or is_fingerprint(self.key):
+            return TrustPolicy(self.key, self.chain)
+        try:
+            return TrustPolicy(fingerprint(Path(self.key).read_bytes()), self.chain)
+        except (OSError, ValueError):
+            raise AtomError(f"{self.key} is neither a fingerprint, sha256:…, nor the file of a public key") from None
+
+    def _identity_policy(self) -> TrustPolicy:
+        if not self.identity or not self.issuer:
+            raise AtomError("a signer without a key is named by both: give --identity WHO and --issuer URL")
+        if self.key is not None or self.chain:
+            raise AtomError("--identity is for signatures without a key; leave out --key and --chain")
+        identity = keyless.Identity(self.identity, self.issuer)
+        return TrustPolicy(str(identity), verifier=keyless.verifier(identity, self.trust_config))
+
+
+ANYONE = Trust()
+
+
+def load_libraries() -> None:
+    """Imports what verifying needs, once."""
+    from model_signing._signing import sign_certificate, sign_ec_key, sign_sigstore_pb, signing  # noqa: F401
+    from sigstore import dsse  # noqa: F401
+
+
+@dataclass(frozen=True)
+class SignatureVerdict:
+    """The result for the signature of one repository. signer: a key's fingerprint, or an identity, None if unknown.
+    problems: one sentence each, none if the signature is valid."""
+
+    signer: str | None
+    problems: list[str]
+
+
+def verify(
+    folder: Path, present: Iterable[str], digest: Callable[[Path], str], policy: TrustPolicy
+) -> SignatureVerdict | None:
+    """The verdict on the repository in `folder`; None if it is not signed.
+
+    present: its files, without those that belong to git or to the Hub's client. digest: SHA-256 of a file.
+    """
+    signature, public = folder / SIGNATURE, folder / PUBLIC_KEY
+    if not os.path.lexists(signature) and not os.path.lexists(public):
+        return None
+    signed = (_by_identity if keyless.is_keyless(signature) else _by_key)(signature, public, policy)
+    if signed.problem:
+        return SignatureVerdict(signed.signer, [signed.problem])
+    files, digests = set(present) - set(IGNORED), signed.digests
+    problems = [f"{path} is missing, and was signed" for path in sorted(digests.keys() - files)]
+    problems += [f"{path} was added after signing" for path in sorted(files - digests.keys())]
+    common = sorted(files & digests.keys())
+    problems += [f"{path} was altered after signing" for path in common if digest(folder / path) != digests[path]]
+    return SignatureVerdict(signed.signer, problems)
+
+
+@dataclass(frozen=True)
+class _Signed:
+    """What a signature states. signer: as of SignatureVerdict; digests: {path: SHA-256} of the signed files; problem:
+    why the signature is not valid, empty if it is."""
+
+    signer: str | None
+    digests: dict[str, str]
+    problem: str = ""
+
+
+def _by_identity(signature: Path, public: Path, policy: TrustPolicy) -> _Signed:
+    if os.path.lexists(public):
+        return _Signed(None, {}, f"{PUBLIC_KEY} is there, and {SIGNATURE} was made without a key")
+    if policy.chain:
+        return _Signed(None, {}, f"{SIGNATURE} was made without a key, not by whom the certificates vouch for")
+    try:
+        with redirect_stdout(sys.stderr):
+            identity, manifest = keyless.verify_bundle(signature, policy.verifier)
+        return _Signed(str(identity), _digests(manifest))
+    except Exception as error:  # a forger may have put anything there
+        expected_signer = policy.signer if policy.verifier else "whom its certificate names"
+        return _Signed(None, {}, f"{SIGNATURE} is not by {expected_signer}, or is altered: {_error_text(error)}")
+
+
+def _by_key(signature: Path, public: Path, policy: TrustPolicy) -> _Signed:
+    if missing := [path.name for path in (signature, public) if not path.is_file()]:
+        return _Signed(None, {}, f"{missing[0]} is missing")
+    try:
+        name = fingerprint(public.read_bytes(), exact=True)
+    except ValueError:
+        return _Signed(None, {}, f"{PUBLIC_KEY} is not a public key, or is altered")
+    if policy.verifier:
+        return _Signed(None, {}, f"{SIGNATURE} was made with the key {name[:23]}…, not by {policy.signer}")
+    try:
+        return _Signed(name, _verified_digests(signature, public, policy.chain))
+    except Exception as error:
+        problem = f"{SIGNATURE} is not by the key {name[:23]}… in {PUBLIC_KEY}, or is altered: {_error_text(error)}"
+        return _Signed(name, {}, problem)
+
+
+def _error_text(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _verified_digests(signature: Path, public: Path, chain: Sequence[Path]) -> dict[str, str]:
+    """{path: SHA-256} of the files that a signature by a key covers. Raises what the library raises, if invalid."""
+    # the library's public interface hashes every file again
+    from model_signing._signing import sign_certificate, sign_ec_key, sign_sigstore_pb
+
+    bundle = sign_sigstore_pb.Signature.read(signature)
+    if signature.read_text() != bundle.bundle.to_json():  # base64 has bits that decide nothing
+        raise ValueError("it is not written as signers write it")
+    certificate_chain = bundle.bundle.verification_material.x509_certificate_chain
+    with redirect_stdout(sys.stderr), NamedTemporaryFile(suffix=".pem") as anchor:
+        verifier: Any = sign_ec_key.Verifier(public)
+        if certificate_chain is not None:
+            pems = [_pem(certificate.raw_bytes) for certificate in certificate_chain.certificates]
+            if fingerprint(pems[0][1]) != fingerprint(public.read_bytes()):
+                raise ValueError("its certificate is of another key")
+            # where no certificate is trusted, the signature vouches for itself, as a key does
+            anchor.write(pems[-1][0])
+            anchor.flush()
+            verifier = sign_certificate.Verifier(chain or [Path(anchor.name)])
+        elif chain:
+            raise ValueError("it was made without a certificate")
+        return _digests(verifier.verify(bundle))
+
+
+def _digests(manifest: Any) -> dict[str, str]:
+    """{path: SHA-256} of a signed manifest. Raises ValueError for another algorithm."""
+    rows = list(manifest.resource_descriptors())
+    if foreign := [row for row in rows if row.digest.algorithm != "sha256"]:
+        raise ValueError(f"{foreign[0].identifier} was signed by {foreign[0].digest.algorithm}, not sha256")
+    return {row.identifier: row.digest.digest_hex for row in rows}
+
+
+def _pem(der: bytes) -> tuple[bytes, bytes]:
+    """A certificate and its public key, as PEM."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    certificate = x509.load_der_x509_certificate(der)
+    key = certificate.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return certificate.public_bytes(Encoding.PEM), key
