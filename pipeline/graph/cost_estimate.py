@@ -78,7 +78,7 @@ def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
         assert estimate.training is not None and estimate.flops is not None
         precision = estimate.training.precision
         if profile.gpu is None:
-            return Use(name, why=f"cluster profile {profile.name} has no section gpu, with peak and utilisation")
+            return Use(name, why=f"cluster profile {profile.name} has no section gpu, with peak and utilization")
         if (rate := profile.gpu.rate(precision)) is None:
             return Use(name, why=f"cluster profile {profile.name} has no rate for {precision} in its section gpu")
         flops = estimate.flops * (RECOMPUTED if _recomputes(row) else 1)

@@ -55,14 +55,14 @@ class Rate(Config):
     peak_tflops: Annotated[float, Range(1e-3, 1e6, "H100 in bf16: 989")] = Field(
         description="dense peak in TFLOP/s, as the manufacturer states it"
     )
-    utilisation: Annotated[float, Range(1e-4, 1, "usual: 0.2 to 0.6")] = Field(
+    utilization: Annotated[float, Range(1e-4, 1, "usual: 0.2 to 0.6"), Renamed("utilisation")] = Field(
         description="assumed model FLOPs utilization (MFU), as a share of the peak"
     )
 
     @property
     def flops(self) -> float:
         """FLOP/s of one GPU."""
-        return self.peak_tflops * 1e12 * self.utilisation
+        return self.peak_tflops * 1e12 * self.utilization
 
 
 class Gpu(Config):
@@ -82,7 +82,7 @@ class Gpu(Config):
         """The rate in words. It must be there."""
         rate = self.rate(precision)
         assert rate is not None
-        return f"{rate.utilisation:g} of {rate.peak_tflops:g} TFLOP/s in {_family(precision)}"
+        return f"{rate.utilization:g} of {rate.peak_tflops:g} TFLOP/s in {_family(precision)}"
 
 
 def _family(precision: str) -> str:

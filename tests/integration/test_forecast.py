@@ -47,7 +47,7 @@ def rows_by_hand() -> list[plan.StagePlan]:
 def write_profile(folder: Path, **changed: Any) -> str:
     """h100-pyxis in round figures; None takes a section out."""
     body = yaml.safe_load((ROOT / "pipeline/clusters/h100-pyxis.yaml").read_text())
-    gpu = {"name": "G", "bf16": {"peak_tflops": 1000, "utilisation": 0.25}, "source": "a guess"}
+    gpu = {"name": "G", "bf16": {"peak_tflops": 1000, "utilization": 0.25}, "source": "a guess"}
     body |= {"gpu": gpu, "power": {"watts_per_core": 8, "watts_per_gpu": 700}}
     body |= {"prices": {"gpu_hour": 2.5, "core_hour": 0.05}, **changed}
     (folder / "p.yaml").write_text(yaml.safe_dump({k: v for k, v in body.items() if v is not None}))
@@ -75,7 +75,7 @@ def test_hours_money_and_energy_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changed, why",
     [
-        ({"gpu": None}, "cluster profile h100-pyxis has no section gpu, with peak and utilisation"),
+        ({"gpu": None}, "cluster profile h100-pyxis has no section gpu, with peak and utilization"),
         ({"gpu": {"name": "G", "source": "s"}}, "cluster profile h100-pyxis has no rate for bf16 in its section gpu"),
     ],
 )
@@ -122,11 +122,11 @@ def test_gpu_hours_of_published_runs() -> None:
     "gpu, sentence",
     [
         (
-            {"bf16": {"peak_tflops": 1000, "utilisation": 1.2}},
-            "gpu.bf16.utilisation = 1.2 is out of range; use 0.0001 to 1",
+            {"bf16": {"peak_tflops": 1000, "utilization": 1.2}},
+            "gpu.bf16.utilization = 1.2 is out of range; use 0.0001 to 1",
         ),
-        ({"bf16": {"peak_tflops": 0, "utilisation": 0.2}}, "gpu.bf16.peak_tflops = 0 is out of range; use 0.001"),
-        ({"bf61": {"peak_tflops": 1000, "utilisation": 0.2}}, "gpu.bf61 is not a field; did you mean bf16?"),
+        ({"bf16": {"peak_tflops": 0, "utilization": 0.2}}, "gpu.bf16.peak_tflops = 0 is out of range; use 0.001"),
+        ({"bf61": {"peak_tflops": 1000, "utilization": 0.2}}, "gpu.bf61 is not a field; did you mean bf16?"),
     ],
 )
 def test_rates_are_checked(tmp_path: Path, gpu: dict[str, Any], sentence: str) -> None:

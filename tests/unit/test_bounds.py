@@ -439,7 +439,7 @@ def test_data_recipes_have_bounds(tmp_path: Path, change: dict[str, Any], senten
         ({"slurm": {"cpu": {"partition": "a b", "minutes": 1}}}, "is no name of Slurm"),
         ({"slurm": {"cpu": {"partition": "a", "minutes": 10**9}}}, "use 1 to 525600"),
         ({"slurm": {"cpu": JOBS, "train": JOBS, "environment": {"A=B": "c"}}}, "is no name of an environment variable"),
-        ({"gpu": {"name": "g", "source": "s", "bf16": {"peak_tflops": 1e-300, "utilisation": 1}}}, "use 0.001 to 1000000"),
+        ({"gpu": {"name": "g", "source": "s", "bf16": {"peak_tflops": 1e-300, "utilization": 1}}}, "use 0.001 to 1000000"),
     ],
 )  # fmt: skip
 def test_cluster_profiles_have_bounds(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
