@@ -24,7 +24,7 @@ help:
 	@echo "make test-vllm     vLLM on CPU against transformers, and as the sampler of RL (3 GB of download)"
 	@echo "make test-nemo     NeMo Gym's servers score the rows that a release publishes, on $(PYTHON_LATEST) (1.4 GB on disk)"
 	@echo "make slurm-up      a real Slurm cluster of four virtual nodes on this machine, as root; make slurm-down stops it"
-	@echo "make soak    layouts, checkpoint pairs, random kills and Slurm's disturbances at length (an hour and more); writes docs/soak.md"
+	@echo "make soak PART=layouts   a part of the long tests (at most 90 minutes each, resumable); without PART: lists them"
 	@echo "make lint    linters and types only"
 	@echo "make docs    generate docs/cli.md and docs/configuration.md from the commands and the schemas"
 	@echo "make lock    resolve the newest versions that pyproject.toml allows, into constraints.txt and requirements/"
@@ -81,8 +81,7 @@ slurm-down:
 	tests/slurm/cluster down
 
 soak: $(READY)
-	$(BIN)/python -m tests.soak
-	ATOM_SOAK=1 $(BIN)/python -m pytest tests/slurm tests/integration/test_release_faults.py tests/integration/test_release_flips.py
+	$(BIN)/python -m tests.soak $(PART)
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

@@ -1,0 +1,143 @@
+"""What takes too long for every test run, in named parts of at most 90 minutes.
+
+    make soak PART=layouts
+    python -m tests.soak [PART]        # without one: lists the parts
+
+A part consists of steps. A finished step is recorded in runs/soak/, so that a part that was stopped goes on where it
+was; a step that is recorded for another commit runs again. At its end a part writes its own section of docs/soak.md,
+with date, commit and minutes. Exits with 1, and names the step, if anything is not as it must be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from tests.fixtures import ROOT
+from tests.soak import layouts
+from tests.soak.layouts import Cells, Step
+
+PAGE, RECORDS = ROOT / "docs/soak.md", ROOT / "runs/soak"
+HEAD = """# Soak
+
+What takes too long for every test run. `make soak PART=<part>` runs a part, which takes at most 90 minutes on two
+cores, and writes its section here.
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """steps: by name, in order. head: of the table. about: a sentence above it."""
+
+    steps: Callable[[], dict[str, Step]]
+    head: list[str]
+    about: str
+
+
+def run_tests(arguments: list[str], folder: Path) -> Cells:
+    """Tests at length, by pytest. Raises SystemExit with what it printed if one fails."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={folder}/tests", *arguments]
+    process = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "ATOM_SOAK": "1"}, capture_output=True, text=True, check=False
+    )
+    if process.returncode:
+        raise SystemExit(f"soak: {' '.join(arguments)}\n{process.stdout[-5000:]}")
+    return [process.stdout.strip().splitlines()[-1]]
+
+
+def test_steps(*selections: str) -> Callable[[], dict[str, Step]]:
+    """A step for each selection of tests, as pytest takes it."""
+    return lambda: {selection: lambda folder, s=selection: run_tests(s.split(), folder) for selection in selections}
+
+
+DIFFERENCE = f"Largest relative difference of loss, balance loss, gradient norm and held-out loss at any step, in fp32 on CPU over gloo; the bound is {layouts.TOLERANCE:g}."
+PARTS = {
+    "layouts": Part(layouts.matrix_steps, layouts.MATRIX_HEAD, f"Layouts against one process. {DIFFERENCE}"),
+    "drawn-layouts": Part(
+        layouts.drawn_steps, layouts.DRAWN_HEAD, f"Layouts and models drawn at random, against one process. {DIFFERENCE}"
+    ),
+    "checkpoints": Part(
+        layouts.checkpoint_steps, layouts.CHECKPOINT_HEAD,
+        f"A run stopped after step 7 in one layout and resumed in another. {DIFFERENCE}",
+    ),
+    "kills": Part(
+        layouts.kill_steps, layouts.KILL_HEAD, "`kill -9` of one rank or all four, at random moments, in layout PP2xEP2."
+    ),
+    "slurm-stages": Part(
+        test_steps(*(f"tests/slurm/test_slurm_{name}.py" for name in ("submit", "survive", "shards", "verdicts", "watch"))),
+        ["tests", "result"], "The tests on Slurm at length: kills, node failures, daemons, a full disk.",
+    ),
+    "slurm-recipe": Part(
+        test_steps("tests/slurm/test_slurm_soak.py"), ["tests", "result"],
+        "A whole recipe on Slurm, disturbed every few seconds, and every kind of disturbance in one run.",
+    ),
+    "release": Part(
+        test_steps("tests/integration/test_release_faults.py", "tests/integration/test_release_flips.py"),
+        ["tests", "result"], "Every request of a publication fails once, and a thousand bytes of a release are flipped.",
+    ),
+}  # fmt: skip
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def run_part(name: str, part: Part) -> None:
+    record, present = RECORDS / f"{name}.jsonl", commit()
+    record.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    finished = {line["step"]: line for line in lines if line["commit"] == present}
+    for number, (step, function) in enumerate(part.steps().items(), start=1):
+        if step in finished:
+            continue
+        print(f"{name}: step {number} of {len(part.steps())}, {step}", flush=True)
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            cells = function(Path(folder))
+        finished[step] = {"step": step, "commit": present, "cells": cells, "minutes": (time.monotonic() - began) / 60}
+        with record.open("a") as file:
+            file.write(json.dumps(finished[step]) + "\n")
+    write_section(name, part, present, finished)
+
+
+def write_section(name: str, part: Part, present: str, finished: dict[str, dict]) -> None:
+    minutes = sum(line["minutes"] for line in finished.values())
+    about = (
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {present}, {minutes:.0f} minutes: Python {platform.python_version()}, torch "
+        f"{version('torch')}, megatron-core {version('megatron-core')}, {platform.machine()}."
+    )
+    rows = [f"| {' | '.join([step, *finished[step]['cells']])} |" for step in part.steps()]
+    table = [f"| {' | '.join(part.head)} |", "|---" * len(part.head) + "|", *rows]
+    section = "\n".join([f"## {name}", "", about, "", part.about, "", *table, ""])
+    sections = dict(re.findall(r"^## ([\w-]+)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL))
+    sections = {title: f"## {title}\n{text.rstrip()}\n" for title, text in sections.items()} | {name: section}
+    PAGE.write_text("\n".join([HEAD, *(sections[title] for title in PARTS if title in sections)]))
+    print(section)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("part", nargs="?", choices=PARTS)
+    name = parser.parse_args().part
+    if name is None:
+        print("\n".join(f"{name:<16} {part.about}" for name, part in PARTS.items()))
+        return 0
+    run_part(name, PARTS[name])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
