@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,17 @@ def pytest_configure(config: pytest.Config) -> None:
     pytest.approx = closer(approx, ("rel", "abs"), None)
     torch.testing.assert_close = closer(assert_close, ("rtol", "atol"), None)
     torch.allclose = closer(allclose, ("rtol", "atol"), (1e-5, 1e-8))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints what each folder of tests took, of all workers together: what grows shows here first."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds["/".join(report.nodeid.split("/")[:2])] += report.duration
+    parts = [f"{folder} {duration / 60:.1f}" for folder, duration in sorted(seconds.items())]
+    terminalreporter.write_line(f"minutes of the workers by folder: {', '.join(parts)}")
 
 
 class Groups(LoadScopeScheduling):
