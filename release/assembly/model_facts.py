@@ -67,7 +67,7 @@ def read_model_facts(model: Path) -> ModelFacts:
     logs = training.logs(model).items()
     return ModelFacts(
         architecture=config["architectures"][0],
-        config={key: config[key] for key in CONFIG_KEYS if key in config},
+        config={key: config[key] for key in _config_keys(config) if key in config},
         dtype=config.get("dtype") or config.get("torch_dtype"),
         parameters=_count_parameters(model, config),
         parity=read_json(model / "parity.json"),
@@ -77,6 +77,11 @@ def read_model_facts(model: Path) -> ModelFacts:
         contamination=read_json(report) if report.exists() else None,
         training={phase: training.log_facts(training.read(log, training.FIGURES)) for phase, log in logs},
     )
+
+
+def _config_keys(config: dict[str, Any]) -> tuple[str, ...]:
+    """What the card shows: of a mixture of experts, whose layers have none, not `intermediate_size`."""
+    return CONFIG_KEYS if "num_experts" in config else (*CONFIG_KEYS, "intermediate_size")
 
 
 def _count_parameters(model: Path, config: dict[str, Any]) -> Parameters:

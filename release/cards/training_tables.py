@@ -13,6 +13,8 @@ Facts = dict[str, Any]
 
 def experts_by_phase(model: ModelFacts) -> list[str]:
     """One row a phase: how evenly its tokens went to the experts when it ended."""
+    if not model.has_experts:
+        return []
     body = []
     for phase, log in model.training.items():
         measurement = log.experts
@@ -31,6 +33,8 @@ def experts_by_phase(model: ModelFacts) -> list[str]:
 
 def experts(model: ModelFacts) -> list[str]:
     """One row a layer, of the last measurement of all."""
+    if not model.has_experts:
+        return []
     measurement = last_measurement(model)
     if measurement is None:
         return []
@@ -48,6 +52,8 @@ def experts(model: ModelFacts) -> list[str]:
 
 def verdict(model: ModelFacts) -> list[str]:
     """One sentence: an alarm if the last measurement finds any expert dead."""
+    if not model.has_experts:
+        return []
     measurement = last_measurement(model)
     if measurement is None:
         return ["Where the routers sent the tokens was not measured."] if model.training else []

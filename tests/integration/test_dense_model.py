@@ -11,6 +11,9 @@ import torch
 
 from pipeline.core.errors import RecipeError
 from pipeline.core.store import write_manifest
+from release.assembly import training
+from release.assembly.model_facts import read_model_facts
+from release.cards import tables, training_tables
 from stages.export import hf
 from stages.mcore.layout_check import problem
 from stages.mcore.memory import memory_share, state_bytes
@@ -19,6 +22,7 @@ from stages.mcore.parallel_layout import Layout
 from stages.models.hf import hf_config
 from stages.models.qwen3.config import Qwen3Config
 from stages.train import parallel
+from stages.train.checkpoint import release_checkpoint
 from stages.train.config import TrainConfig
 from stages.train.estimate import estimate
 from tests.fixtures import layout_fixtures, train_fixtures
@@ -116,6 +120,24 @@ def test_the_export_is_the_trained_model(trained: Path, tmp_path: Path) -> None:
     assert parity["max_abs_logit_delta"] < 1e-5 and parity["tensors_compared"] == len(config.model.shapes(64))
     written = json.loads((tmp_path / "out/model/config.json").read_text())
     assert written["architectures"] == ["Qwen3ForCausalLM"] and written["intermediate_size"] == 48
+
+
+def test_its_card_shows_its_width_and_nothing_about_experts(tmp_path: Path) -> None:
+    config = hf_config(Qwen3Config(**MODEL), 60, 1, 0, "float32")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "parity.json").write_text("{}")
+    tensors = {"model.norm.weight": torch.ones(32), "model.layers.0.mlp.up_proj.weight": torch.ones(48, 32)}
+    release_checkpoint.save_tensors(tmp_path / "model.safetensors", tensors)
+    facts = read_model_facts(tmp_path)
+    assert not facts.has_experts and facts.parameters.total == facts.parameters.active == 32 + 48 * 32
+    assert "| intermediate size | 48 |" in tables.architecture(facts)
+    facts.training = {"pretrain": training.PhaseLog(1, 12, None, 0, 0, [], {}, [])}
+    assert (
+        training_tables.verdict(facts)
+        == training_tables.experts(facts)
+        == training_tables.experts_by_phase(facts)
+        == []
+    )
 
 
 def test_a_plan_states_its_cost() -> None:
