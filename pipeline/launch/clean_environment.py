@@ -62,8 +62,8 @@ def is_secret(name: str, value: str = "") -> bool:
 def is_allowed(name: str, value: str = "", profile_names: Collection[str] = ()) -> bool:
     """Whether a stage may have a variable.
 
-    profile_names: the variables that the cluster profile names. In these, the part before the @ of a URL may be a user name;
-    elsewhere it counts as a token.
+    profile_names: the variables that the cluster profile names. In these, the part before the @ of a URL may be a user
+    name; elsewhere it counts as a token.
     """
     if name not in profile_names:
         is_computing_name = _NAME.fullmatch(name) is not None and any(fnmatchcase(name, pattern) for pattern in ALLOWED)
