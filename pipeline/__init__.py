@@ -1,1 +1,1 @@
-"""The engine: knows recipes, artifacts, graphs and machines. Knows no model."""
+"""The engine: recipes, artifacts, graphs and machines. It contains no model code."""

@@ -14,21 +14,21 @@ from release.tree import is_foreign_link
 from release.untrusted import printable, read
 
 SUMS_BYTES, SUMS_LINES = 32 << 20, 300_000
-"""The most that the checksum files of a release may have together: it lists each file twice."""
+"""The limit on all checksum files of a release together, which list each file twice."""
 PATH_BYTES, NAME_BYTES = 1024, 255
-"""The most that a listed path, and each of its parts, may have."""
+"""The limits on a listed path and on each of its parts."""
 
 LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 
 
 def write_sums(target: Path, folder: Path, paths: list[str]) -> None:
-    """The format of `sha256sum`: anyone can check with `sha256sum -c SHA256SUMS`."""
+    """Writes the format of `sha256sum`, for `sha256sum -c SHA256SUMS`."""
     target.write_text("".join(f"{sha256_file(folder / path)}  {path}\n" for path in sorted(paths)))
 
 
 def read_sums(path: Path, name: str) -> dict[str, str]:
-    """{path: sha256}. Raises CheckFailed naming the line that is damaged, doubled or out of order, or that names what
-    no file of a release is called."""
+    """{path: sha256}. Raises CheckFailed with the line that is damaged, duplicate or out of order, or whose path no
+    release can have."""
     if not os.path.lexists(path):
         raise CheckFailed(f"{name} is missing")
     try:
@@ -58,7 +58,7 @@ def read_sums(path: Path, name: str) -> dict[str, str]:
 
 
 def is_plain_path(path: str) -> bool:
-    """Whether a path stays within the folder that it is relative to, and can be printed and opened."""
+    """Whether a relative path stays within its folder, and can be printed and opened."""
     parts = path.split("/")
     longest = max(len(part.encode(errors="replace")) for part in parts)
     return (
@@ -76,9 +76,9 @@ def compare(
     name: str,
     digest: Callable[[Path], str] = sha256_file,
 ) -> list[str]:
-    """What is wrong between a checksum file and a folder: every missing, extra and altered file, by name.
+    """The differences between a checksum file and a folder: every missing, extra and altered file, by name.
 
-    present: the regular files there.
+    present: the regular files in the folder.
     """
     wrong = [f"{path} is missing (listed in {name})" for path in sorted(set(sums) - set(present))]
     wrong += [f"{path} is not listed in {name}" for path in sorted(set(present) - set(sums))]

@@ -1,4 +1,4 @@
-"""The whole path with one command: run, build, sign, publish to a local Hub, pull back, verify, and a short table.
+"""The whole pipeline with one command: run, build, sign, publish to a local Hub, pull back, verify, and a short table.
 
     python -m release.demo [RECIPE]
 

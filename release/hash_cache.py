@@ -1,4 +1,4 @@
-"""SHA-256 of the files of a folder, by all cores, each file read once."""
+"""SHA-256 of the files of a folder, on all cores; each file is read once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from release.untrusted import open_regular
 
 
 class Digests:
-    """Called with a path, the digest of that file: known already, or computed now and then known.
+    """A callable from a path to the digest of that file, which is cached or computed.
 
-    Nothing but the files of the tree is read, and of those no more than they had when they were listed.
+    It reads only the files of the tree, and no more bytes than they had in the listing.
     """
 
     def __init__(self, folder: Path, tree: Tree, paths: Set[str] = frozenset()) -> None:
@@ -24,7 +24,7 @@ class Digests:
         self.folder, self.tree = folder, tree
         present = sorted(paths & tree.files.keys(), key=lambda path: -tree.files[path].st_size)
         path_of_inode = {self._file(path): path for path in present}  # a file of several names is hashed once
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run meanwhile
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the GIL
             digests = dict(zip(path_of_inode, pool.map(self._digest, path_of_inode.values()), strict=True))
         self.digests = {folder / path: digests[self._file(path)] for path in present}
 
@@ -38,7 +38,7 @@ class Digests:
         return self.digests[path]
 
     def _digest(self, path: str) -> str:
-        """No digest, "", of what is not to be read, or changes meanwhile."""
+        """The digest; "" for a file that may not be read, or that changes meanwhile."""
         status = self.tree.files.get(path)
         if status is None:
             return ""

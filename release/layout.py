@@ -1,12 +1,12 @@
-"""Where things stand in a release folder, and what phases and models are called in it.
+"""The layout of a release folder, and the names of phases and models in it.
 
-    model/ model-<name>/ dataset/      one repository each: the final model, and those that it came from
+    model/ model-<name>/ dataset/      one repository each: the final model, the earlier ones, the data
     checkpoints/<phase>-step-<n>/      one branch each of the checkpoint repository, whose main branch is checkpoints/*
     README.md code/ evidence/          the evidence repository: the root of the release folder itself
 
 Every repository (and every checkpoint branch) carries its own `SHA256SUMS`, so that a pulled copy can be checked alone,
 and once it is signed a `model.sig`.
-`evidence/SHA256SUMS` covers every file of the release but itself and the root's, and the root's covers it.
+`evidence/SHA256SUMS` covers every file of the release except itself and the root's, and the root's covers it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ ALL_SUMS = f"evidence/{SUMS}"
 ORIGINS = "evidence/origins.json"
 RELEASE = "evidence/release.json"
 FORMAT = 3
-"""Of the release folder, in release.json. 2: with Merkle roots, Croissant, attestations, canary, goldens and costs.
-3: names of phases, models, metrics and settings are the field's words."""
+"""The format of the release folder, in release.json. 2: with Merkle roots, Croissant, attestations, canary, goldens and
+costs. 3: phases, models, metrics and settings have the field's names."""
 GATES = "evidence/gates.json"
 GATES_STATED = "evidence/attestations/gates.json"
 ROOTS = "merkle.json"
@@ -29,10 +29,11 @@ GOLDENS = "goldens.json"
 """Of a model repository: token ids, text, logits and greedy continuations of fixed inputs."""
 CANARY = "evaluation/canary.json"
 SIGNATURE, PUBLIC_KEY = "model.sig", "model.pub"
-"""In each repository, in no checksum file: the signature covers those, and the key is known by its fingerprint."""
+"""In each repository, but in no checksum file: the signature covers the checksum files, and the fingerprint identifies
+the key."""
 MODEL, BASE = "model", "model-base"
 PARTS = (MODEL, BASE, "dataset", "checkpoints")
-"""What every release has beside its root; `model_folders` are more."""
+"""The parts of every release beside its root; `model_folders` are further ones."""
 TRAINING = ("pretrain", "midtrain", "longcontext", "sft", "rlvr", "dpo", "reward", "online-rlhf")
 EXPORTED = ("init", "base", "mid", "long", "sft", "rlvr", "dpo", "online-rlhf")
 """Kinds of phases and of exported models, as `stages.graph` names them, in the order of training."""
@@ -40,9 +41,9 @@ ORDER = (
     "init", "pretrain", "base", "midtrain", "mid", "longcontext", "long", "sft", "rlvr", "dpo", "reward", "online-rlhf",
 )  # fmt: skip
 WITHOUT_ORDER = ("rlvr", "dpo", "reward", "online-rlhf")
-"""Phases that draw what they learn from; what they replay has an order, and only that."""
+"""Phases that sample their training data; only their replayed data has an order."""
 REWARD_EXPORT = "export-reward"
-"""The node that exports the reward model, which is published as what scored with it and not as a model."""
+"""The node that exports the reward model, which is published with the scores that it made and not as a model."""
 
 
 def when(name: str) -> tuple[int, int, str]:
@@ -52,8 +53,8 @@ def when(name: str) -> tuple[int, int, str]:
 
 
 def numbered(name: str) -> tuple[str, int]:
-    """The kind of a phase or an exported model, and its number: longcontext and 2 of longcontext-2; 0 for those of
-    which there is one, such as online-rlhf."""
+    """The kind of a phase or an exported model, and its number: longcontext and 2 of longcontext-2; 0 for a single one,
+    such as online-rlhf."""
     match = re.fullmatch(r"(.+)-([0-9]{1,9})", name)
     return (match[1], int(match[2])) if match else (name, 0)
 
@@ -70,11 +71,11 @@ def models_of(nodes: Iterable[str]) -> list[str]:
 
 
 def model_name(folder: str, final: str) -> str:
-    """The exported model that a folder holds; final: the name of the last one."""
+    """The name of the exported model in a folder; final: the name of the last one."""
     return final if folder == MODEL else folder.removeprefix(f"{MODEL}-")
 
 
 def folders_of(models: Sequence[str]) -> dict[str, str]:
-    """{exported model: its folder}; models: in the order of training. The untrained one is published as a checkpoint
-    alone."""
+    """{exported model: its folder}; models: in the order of training. The untrained one is only published as a
+    checkpoint."""
     return {model: MODEL if model == models[-1] else f"{MODEL}-{model}" for model in models if model != "init"}

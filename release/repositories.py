@@ -1,4 +1,4 @@
-"""Which Hub repository each part of a release becomes, and which files belong to it."""
+"""The Hub repository of each part of a release, and its files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from release.tree import ENTRIES, walk
 from release.untrusted import printable
 
 MOST_ENTRIES = ENTRIES + 4 * SUMS_LINES
-"""Files and folders of a release, at most."""
+"""The maximum number of files and folders of a release."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ def _is_own_folder(path: Path) -> bool:
 
 
 def files_below(folder: Path) -> list[str]:
-    """Every file below a folder as sorted POSIX paths, without signatures and their keys where they belong, and without
-    what a Hub and its client add to a repository. Links are listed and not followed.
+    """Every file below a folder as sorted POSIX paths, without signatures and keys in their places, and without the
+    files that a Hub and its client add to a repository. Links are listed and not followed.
 
-    Raises CheckFailed if there is more than any release has.
+    Raises CheckFailed if there are more files than any release has.
     """
     paths = []
     for path, status in walk(folder, MOST_ENTRIES):
@@ -75,20 +75,20 @@ def files_below(folder: Path) -> list[str]:
 
 
 def published(paths: Iterable[str], places: Iterable[Repository]) -> list[str]:
-    """Of the files below a folder, sorted, those that its checksum file lists. places: the repositories in it."""
+    """The sorted files below a folder that its checksum file lists. places: the repositories in it."""
     signed = {f"{place.folder}/{name}".lstrip("/") for place in places for name in (SIGNATURE, PUBLIC_KEY)}
     return sorted(p for p in paths if p != ".gitattributes" and not p.startswith(".cache/") and p not in signed)
 
 
 def files_of(release: Path, repository: Repository) -> list[str]:
-    """The files of a repository, relative to its folder, its checksum file left out. Raises CheckFailed as
-    `files_below` does."""
+    """The files of a repository, relative to its folder, without its checksum file. Raises CheckFailed as `files_below`
+    does."""
     files = files_below(release / repository.folder)
     return _of(repository, files, model_folders(release) if repository.folder == "" else [])
 
 
 def files_within(paths: Sequence[str], repository: Repository, models: Iterable[str]) -> list[str]:
-    """The same, of the sorted paths of all files below a release. models: its folders of models."""
+    """The same, from the sorted paths of all files below a release. models: its model folders."""
     prefix = f"{repository.folder}/" if repository.folder else ""
     below = paths[bisect_left(paths, prefix) : bisect_left(paths, f"{prefix}\U0010ffff")] if prefix else paths
     return _of(repository, published((path[len(prefix) :] for path in below), [Repository("", "", "")]), models)

@@ -1,9 +1,9 @@
-"""Which versions of our formats a published folder states, and the module that reads its names.
+"""The versions of the formats that a published folder states, and the module that reads its names.
 
-Two numbers: the **format** of the release, which says what its files hold and what things are called in them, and the
-**card schema**, which says which tables the cards have and what their lines look like. Both stand in release.json
-(`format`, `card_schema`) and at the head of each repository's card (`atom_release_format`, `atom_card_schema`). What
-states none is of format 2 with card schema 2: releases had no other then.
+There are two numbers: the **format** of the release, which determines the content of its files and the names in them,
+and the **card schema**, which determines the tables of the cards and their lines. Both are in release.json (`format`,
+`card_schema`) and at the head of each repository's card (`atom_release_format`, `atom_card_schema`). A folder without
+them has format 2 with card schema 2, the only ones before versions were stated.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from release.cards.versions import SCHEMA as CARDS
 from release.layout import FORMAT, RELEASE
 
 READERS: dict[int, ModuleType] = {1: schema_v2, 2: schema_v2, 3: schema_v3}
-"""The module that knows the names of each format."""
+"""The module with the names of each format."""
 CARD = "README.md"
 CARD_BYTES, RELEASE_BYTES = 4_000_000, 4_000_000
-"""The most that is read of a card and of release.json."""
+"""The maximum bytes that are read of a card and of release.json."""
 DEPTH = 6
-"""Folders between a file and the root of its repository or release, at most."""
+"""The maximum number of folders between a file and the root of its repository or release."""
 HEAD = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*(?:\n|\Z)", re.DOTALL)
 LINE = re.compile(r"^atom_(release_format|card_schema): ([0-9]{1,9})\r?$", re.MULTILINE)
 
@@ -40,12 +40,12 @@ class Stated:
 
 
 def head() -> dict[str, int]:
-    """What a card's metadata says of its versions."""
+    """The metadata of a card with its versions."""
     return {"atom_release_format": FORMAT, "atom_card_schema": CARDS}
 
 
 def of_card(folder: Path) -> Stated | None:
-    """What the card in a folder states; None if it states nothing, or there is none."""
+    """The versions that the card in a folder states; None without a card or a statement."""
     try:
         text = untrusted.read(folder / CARD, CARD_BYTES, follow=True).decode(errors="replace")
     except CheckFailed:
@@ -58,7 +58,7 @@ def of_card(folder: Path) -> Stated | None:
 
 
 def of_release(folder: Path) -> Stated | None:
-    """What evidence/release.json in a folder states; None if there is none, or it cannot be read."""
+    """The versions that evidence/release.json in a folder states; None if it is missing or unreadable."""
     try:
         body = untrusted.read_json(folder / RELEASE, RELEASE_BYTES, follow=True)
     except CheckFailed:
@@ -70,14 +70,14 @@ def of_release(folder: Path) -> Stated | None:
 
 
 def stated(path: Path) -> Stated:
-    """The versions of what a file or a folder belongs to: the release's if it lies in one, else its repository's."""
+    """The versions for a file or folder: those of its release if it is in one, else those of its repository."""
     places = [place for place in (path, *path.absolute().parents[:DEPTH]) if place.is_dir()]
     whole = next(filter(None, map(of_release, places)), None)
     return whole or next(filter(None, map(of_card, places)), Stated())
 
 
 def unknown(folder: Path) -> str:
-    """A sentence, if a release or a repository states a version that this atom does not know; else ""."""
+    """A sentence, if a release or a repository states a version that is unknown to this atom; else ""."""
     known = of_release(folder) or of_card(folder) or Stated()
     return next(_unknown(known), "")
 
@@ -94,7 +94,7 @@ def _unknown(stated: Stated) -> Iterator[str]:
 
 
 def reader(path: Path) -> ModuleType:
-    """The module that knows the names in a published file. Raises CheckFailed for an unknown format."""
+    """The module with the names in a published file. Raises CheckFailed for an unknown format."""
     number = stated(path).format
     if number not in READERS:
         raise CheckFailed(f"it {next(_unknown(Stated(number)))}")
@@ -102,16 +102,16 @@ def reader(path: Path) -> ModuleType:
 
 
 def read_release(folder: Path) -> dict[str, Any]:
-    """evidence/release.json of a folder, in today's names."""
+    """evidence/release.json of a folder, with present names."""
     stated = untrusted.read_json(folder / RELEASE, RELEASE_BYTES, follow=True)
     body: dict[str, Any] = reader(folder).release(stated)
     return body
 
 
 def disagreements(folder: Path, repositories: list[str], paths: Iterable[str]) -> Iterator[str]:
-    """What in a folder states other versions than its release.json, or if it has none, than its card.
+    """The files of a folder that state other versions than its release.json or, without one, than its card.
 
-    repositories: folders of those in it, whose cards must state versions. paths: of all files.
+    repositories: their folders, whose cards must state versions. paths: of all files.
     """
     whole = of_release(folder)
     if whole is None and (folder / RELEASE).is_file():
@@ -134,13 +134,13 @@ def disagreements(folder: Path, repositories: list[str], paths: Iterable[str]) -
 
 
 def phase(path: Path) -> str:
-    """The phase that a published folder or file is called after, as today's code calls it."""
+    """The present name of the phase in the name of a published folder or file."""
     name: str = reader(path).phase(_name(path))
     return name
 
 
 def model(path: Path) -> str:
-    """The exported model that a published folder or file is called after, as today's code calls it."""
+    """The present name of the exported model in the name of a published folder or file."""
     name: str = reader(path).model(_name(path))
     return name
 
@@ -150,17 +150,17 @@ def _name(path: Path) -> str:
 
 
 def fields(path: Path, file: str, value: Any) -> Any:
-    """What stands in a published JSON file, with today's names of its fields. file: what such files are called."""
+    """The content of a published JSON file, with the present names of its fields. file: the name of such files."""
     return reader(path).fields(file, value)
 
 
 def today(path: Path, names: Iterable[str]) -> list[str]:
-    """The columns of a published table, as today's code calls them."""
+    """The columns of a published table, with present names."""
     known = reader(path).COLUMNS.get(path.name, {})
     return [known.get(name, name) for name in names]
 
 
 def columns(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """{column as today's code calls it: as the table does}"""
+    """{present name of a column: its name in the table}"""
     known = reader(path)
     return {name: known.column(path.name, name) for name in names}

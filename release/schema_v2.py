@@ -1,9 +1,9 @@
-"""Format 2: what the files of such a release call things, and what today's code calls them.
+"""Format 2: the names in its files, and the corresponding present names.
 
-This is the only module that knows names which later formats gave up. It reads, and writes nothing. It is never deleted:
-releases of format 2 stay published. Left stand the names in the files, which never change. Right stand today's names.
-Who renames something in the code writes the new name there, adds a module for the new format to `schema.READERS`, and
-raises `layout.FORMAT`. A name that stands nowhere here is the same in both.
+Only this module has the names that later formats dropped. It only reads. It is never deleted: releases of format 2 stay
+published. The left column has the names in the files, which never change; the right column has the present names. A
+renaming in the code changes the right column, adds a module for the new format to `schema.READERS`, and raises
+`layout.FORMAT`. A name that is not listed here is the same in both.
 
 Format 1 had the same names and fewer files.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 FORMAT = 2
 CARDS = 2
-"""The card schema of a repository that states none."""
+"""The card schema of a repository without a stated one."""
 
 PHASES = {
     "pretrain": "pretrain",
@@ -27,7 +27,7 @@ PHASES = {
     "reward": "reward",
     "online": "online-rlhf",
 }
-"""Phases that train. Their names stand in folders, in `state.json` and in the `phase` of an order."""
+"""Training phases. Their names are in folders, in `state.json` and in the `phase` of an order."""
 MODELS = {
     "init": "init",
     "base": "base",
@@ -38,7 +38,7 @@ MODELS = {
     "rlhf": "dpo",
     "online": "online-rlhf",
 }
-"""Exported models. Their names stand in folders and in the names of nodes."""
+"""Exported models. Their names are in folders and in the names of nodes."""
 NODES = {
     "items": "items",
     "filter": "filter",
@@ -49,10 +49,10 @@ NODES = {
     "fresh": "fresh",
     "contamination": "contamination",
 }
-"""Nodes of the graph that are no phase."""
+"""Nodes of the graph other than phases."""
 OF_PHASE = ("order", "tasks")
 OF_MODEL = ("fresh-solve", "export", "evaluate", "solve", "prefer")
-"""Nodes that are called `<kind>-<phase>` and `<kind>-<model>`."""
+"""Nodes with the name `<kind>-<phase>` or `<kind>-<model>`."""
 
 FIELDS: dict[str, dict[str, str]] = {
     "release.json": {
@@ -82,8 +82,8 @@ FIELDS: dict[str, dict[str, str]] = {
     | {"clipped": "clip_fraction", "weight": "importance_ratio", "answer_tokens": "completion_length"},
     "state.json": {name: name for name in ("step", "phase", "tokens", "config", "optimizer_step", "data_position")},
 }  # fmt: skip
-"""Fields of JSON files, however deep they stand. `training.jsonl` is also what a model repository has for each phase
-under `training/`, and `scores.json` what it has under `evaluation/`."""
+"""Fields of JSON files, at any depth. `training.jsonl` also applies to the log of each phase under `training/` of a
+model repository, and `scores.json` to the scores under its `evaluation/`."""
 COLUMNS: dict[str, dict[str, str]] = {
     "items.parquet": {"score": "score", "code_digest": "code_digest"},
     "answers.parquet": {"verifier": "verifier", "verifier_version": "verifier_version"},
@@ -105,22 +105,22 @@ SCORERS = dict.fromkeys(
     ),
     ("problems", "1"),
 )
-"""{digest: scorer}. `items.parquet` named its scorer by the digest of `stages/data/problems.py` alone, which held it.
-All these files hold the same functions `answer_of` and `score`."""
+"""{digest: scorer}. `items.parquet` named its scorer only by the digest of `stages/data/problems.py`, which contained
+it. All these files have the same functions `answer_of` and `score`."""
 
 
 def phase(name: str) -> str:
-    """A phase, as today's code calls it: `longcontext-2`."""
+    """The present name of a phase: `longcontext-2`."""
     return _numbered(name, PHASES)
 
 
 def model(name: str) -> str:
-    """An exported model, as today's code calls it: `long-2`."""
+    """The present name of an exported model: `long-2`."""
     return _numbered(name, MODELS)
 
 
 def node(name: str) -> str:
-    """A node, as today's code calls it: `export-rlhf`, `rlhf@2`, `acquire-docstrings`."""
+    """The present name of a node such as `export-rlhf`, `rlhf@2`, `acquire-docstrings`."""
     if "@" in name:
         trained, _, step = name.partition("@")
         return f"{phase(trained)}@{step}"
@@ -139,7 +139,7 @@ def _numbered(name: str, known: Mapping[str, str]) -> str:
 
 
 def release(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of evidence/release.json, in today's names."""
+    """The content of evidence/release.json, with present names."""
     renamed: dict[str, Any] = fields("release.json", dict(body))
     if isinstance(nodes := renamed.get("nodes"), dict):
         renamed["nodes"] = {node(name): value for name, value in nodes.items()}
@@ -149,11 +149,11 @@ def release(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fields(file: str, value: Any) -> Any:
-    """The content of a JSON file, with today's names of its fields. file: its name, as in FIELDS."""
+    """The content of a JSON file, with the present names of its fields. file: its name, as in FIELDS."""
     names = FIELDS.get(file, {})
     if any(name != today for name, today in names.items()):
         value = _renamed(value, names)
-    if file == "scores.json" and isinstance(value, dict):  # that of a comparison names two models
+    if file == "scores.json" and isinstance(value, dict):  # the scores of a comparison name two models
         value = value | {name: model(value[name]) for name in COMPARED if isinstance(value.get(name), str)}
     return value
 
@@ -165,7 +165,7 @@ def _renamed(value: Any, names: Mapping[str, str]) -> Any:
 
 
 def column(table: str, today: str) -> str:
-    """What a table calls a column that today's code calls so. table: the name of its file."""
+    """The name in a table of the column with this present name. table: the name of its file."""
     return next((name for name, now in COLUMNS.get(table, {}).items() if now == today), today)
 
 

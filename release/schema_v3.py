@@ -1,7 +1,7 @@
-"""Format 3: today's names, and how a release of it is replayed by the code that it carries.
+"""Format 3: the present names, and the replay of such a release by the code that it carries.
 
-Format 3 has the field's words where format 2 had our own, and the folders of code as they are now. What a later format
-renames is written here then, as schema_v2 does it for format 2.
+Format 3 has the field's names in place of the project's own names of format 2, and the present folders of code. The
+renamings of a later format are to be added here, as in schema_v2 for format 2.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ COLUMNS: dict[str, dict[str, str]] = {}
 
 
 def phase(name: str) -> str:
-    """A phase, as today's code calls it."""
+    """The present name of a phase."""
     return name
 
 
 def model(name: str) -> str:
-    """An exported model, as today's code calls it."""
+    """The present name of an exported model."""
     return name
 
 
 def node(name: str) -> str:
-    """A node, as today's code calls it."""
+    """The present name of a node."""
     return name
 
 
 def release(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of evidence/release.json, in today's names."""
+    """The content of evidence/release.json, with present names."""
     return dict(body)
 
 
 def fields(file: str, value: Any) -> Any:
-    """The content of a JSON file, with today's names of its fields. file: its name."""
+    """The content of a JSON file, with the present names of its fields. file: its name."""
     return value
 
 
 def column(table: str, today: str) -> str:
-    """What a table calls a column that today's code calls so. table: the name of its file."""
+    """The name in a table of the column with this present name. table: the name of its file."""
     return today
 
 

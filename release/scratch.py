@@ -1,6 +1,6 @@
-"""Temporary folders for what is pulled from the Hub or trained again; those of killed processes are swept by the next.
+"""Temporary folders for downloads from the Hub and for replays; the next process removes those of killed ones.
 
-A folder belongs to a process for as long as that holds a lock on it, which the kernel lets go with the process.
+A folder belongs to a process while the process holds a lock on it, which the kernel releases with the process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PREFIX = "atom-scratch-"
 
 @contextmanager
 def folder() -> Iterator[Path]:
-    """A new folder in TMPDIR, removed at the end. Sweeps those whose process is gone.
+    """A new folder in TMPDIR, removed at the end. Sweeps folders of exited processes.
 
     Raises MachineError if none can be made or locked there.
     """
@@ -36,10 +36,10 @@ def folder() -> Iterator[Path]:
 
 
 def sweep(parent: Path) -> list[Path]:
-    """Removes the folders of this user's processes that are no more, and returns them."""
+    """Removes the folders of this user's exited processes, and returns them."""
     removed = []
     for path in sorted(parent.glob(f"{PREFIX}*")):
-        with suppress(OSError):  # another process sweeps it at the same time, or it is not ours
+        with suppress(OSError):  # another process sweeps it at the same time, or it belongs to another user
             status = path.lstat()
             if status.st_uid != os.geteuid() or path.is_symlink() or not path.is_dir():
                 continue

@@ -1,4 +1,4 @@
-"""The files of a folder that nobody vouches for: listed within limits, links not followed, nothing opened."""
+"""Lists the files of an untrusted folder within limits, without following links or opening files."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from pathlib import Path
 
 DEPTH = 32
 ENTRIES = 20_000
-"""What may lie in a folder whose checksum files are small."""
+"""The maximum number of entries of a folder with small checksum files."""
 NAMED = 100
-"""Refusals that are named one by one."""
+"""The maximum number of refusals that are named individually."""
 SPARSE_BYTES = 64 << 20
-"""What files of holes may have together in any case."""
+"""The total size that sparse files may always have."""
 WITHOUT_MODES = frozenset({
     "9p", "cifs", "drvfs", "exfat", "fuseblk", "iso9660", "msdos", "ntfs", "ntfs3", "prl_fs", "smb3", "udf", "vboxsf",
     "vfat", "vmhgfs", "fuse.vmhgfs-fuse",
 })  # fmt: skip
-"""File systems that show every file as one that may be executed, or as the mount says."""
+"""File systems that show every file as executable, or with the mode of the mount."""
 CACHED = re.compile(r"(models|datasets)--.+")
 CLIENTS = re.compile(
     r"\.cache/huggingface/(CACHEDIR\.TAG|\.gitignore(\.lock)?|trees/[0-9a-f]+\.json|"
     r"(download|upload)/.+\.(metadata|lock|incomplete))"
 )
-"""What the Hub's client leaves in a folder into which it downloads."""
+"""Files that the Hub's client creates in a download folder."""
 CLIENTS_BYTES = 16 << 20
 
 
 @dataclass
 class Tree:
-    """files: {path: its status} of all that may be read; refused: a sentence for everything else, the first NAMED of
-    them; others: how many more; overflow: whether so much lies there that not all was listed."""
+    """files: {path: its status} of all that may be read; refused: a sentence for each other one, up to NAMED; others:
+    the number of further ones; overflow: whether there are too many entries to list all."""
 
     files: dict[str, os.stat_result] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
@@ -51,8 +51,8 @@ class Tree:
 
 def walk(folder: Path, max_entries: int | None = None) -> Iterator[tuple[str, os.stat_result | OSError]]:
     """(path, status) of everything below a folder but readable folders, at most DEPTH levels deep, the path relative
-    and as POSIX writes it. A folder that is deeper or cannot be read comes as itself, and "." after
-    `max_entries` entries."""
+    and as POSIX writes it. A deeper or unreadable folder is itself an entry, and "." follows after `max_entries`
+    entries."""
     entry_count = 0
     pending = [""]
     while pending:
@@ -82,7 +82,8 @@ def walk(folder: Path, max_entries: int | None = None) -> Iterator[tuple[str, os
 
 
 def scan(folder: Path, listed_count: int) -> Tree:
-    """What of a folder may be read. listed_count: how many files its checksum files can name, by their sizes."""
+    """The files of a folder that may be read. listed_count: the number of files that its checksum files can name, by
+    their sizes."""
     tree = Tree()
     path_of_name: dict[str, str] = {}
     for path, status in walk(folder, ENTRIES + 4 * listed_count):
@@ -102,7 +103,7 @@ def scan(folder: Path, listed_count: int) -> Tree:
 
 
 def _refusal(path: str, status: os.stat_result, path_of_name: dict[str, str]) -> str:
-    """Why a path may not be read; "" if it may."""
+    """The reason why a path may not be read; "" if it may."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -128,18 +129,19 @@ _KINDS = {
 
 
 def is_sparse(status: os.stat_result) -> bool:
-    """Whether next to nothing of a file is on the disk; file systems that compress do not come that far."""
+    """Whether almost nothing of a file is on the disk; compressing file systems do not reach that ratio."""
     return status.st_blocks * 512 * 64 < status.st_size
 
 
 def real_bytes(files: Iterable[os.stat_result]) -> int:
-    """What files hold on the disk: holes count for nothing, and a file of several names counts once."""
+    """The bytes of files on the disk: holes do not count, and a file with several names counts once."""
     size_of_inode = {(status.st_dev, status.st_ino): min(status.st_size, status.st_blocks * 512) for status in files}
     return sum(size_of_inode.values())
 
 
 def is_foreign_link(folder: Path, path: str) -> bool:
-    """Whether a path is a link, or leads through one, but for those of the Hub client's cache. No link is followed."""
+    """Whether a path is a link, or leads through one, except for links of the Hub client's cache. No link is
+    followed."""
     parts = path.split("/")
     if any((folder / "/".join(parts[:depth])).is_symlink() for depth in range(1, len(parts))):
         return True
@@ -164,7 +166,7 @@ def _blob(folder: Path, path: str) -> os.stat_result | None:
 
 
 def keeps_modes(folder: Path, mounts: str | None = None) -> bool:
-    """Whether the file system of a folder tells which files may be executed, by its kind; True if that is not known.
+    """Whether the file system of a folder records executable modes, by its kind; True for an unknown kind.
 
     mounts: the text of /proc/self/mountinfo.
     """

@@ -1,4 +1,4 @@
-"""Reading what a stranger wrote: a limit on every size and depth, and text that is safe to print.
+"""Reads untrusted files: with limits on size and depth, and with text that is safe to print.
 
 Everything here raises CheckFailed with one sentence, and reads nothing but regular files.
 """
@@ -18,10 +18,10 @@ from pipeline.core.errors import CheckFailed
 from pipeline.core.text import escaped
 
 LINE = 600
-"""Characters of one printed text; what is longer is cut in its middle."""
+"""The maximum characters of one printed text; a longer one is cut in its middle."""
 JSON_BYTES = 64 << 20
 HEADER_BYTES = 100_000_000
-"""The most that the header of a safetensors file may have, by the format's own library."""
+"""The maximum header of a safetensors file, by the format's own library."""
 TENSORS = 1_000_000
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -31,12 +31,12 @@ DTYPE_BITS = {
 
 
 def printable(text: str) -> str:
-    """The text in one line that is safe to print; what is very long is cut in its middle."""
+    """The text in one line that is safe to print; a very long one is cut in its middle."""
     return escaped(text if len(text) <= LINE else f"{text[: LINE // 2]} … {text[-LINE // 2 :]}")
 
 
 def cleaned(value: Any) -> Any:
-    """The same, of lists, mappings and data classes, with every text in it as `printable` gives it."""
+    """Applies `printable` to every text in lists, mappings and data classes."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, Mapping):
@@ -50,7 +50,7 @@ def cleaned(value: Any) -> Any:
 
 
 def open_regular(path: Path, follow: bool = False) -> BinaryIO:
-    """Opens a regular file and nothing else: no device that never ends, no pipe that waits for a writer.
+    """Opens a regular file and nothing else: no endless device, no pipe that waits for a writer.
 
     follow: whether the path may be a link. Raises CheckFailed.
     """
@@ -68,7 +68,7 @@ def open_regular(path: Path, follow: bool = False) -> BinaryIO:
 
 
 def read(path: Path, limit: int, follow: bool = False) -> bytes:
-    """The bytes of a regular file. Raises CheckFailed if it is none, or has more than `limit`."""
+    """The bytes of a regular file. Raises CheckFailed for anything else, or for more than `limit` bytes."""
     with open_regular(path, follow) as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(limit + 1) if size <= limit else b""
@@ -78,13 +78,13 @@ def read(path: Path, limit: int, follow: bool = False) -> bytes:
 
 
 def parse_json(data: bytes, name: str) -> Any:
-    """JSON as every parser reads it alike: no key twice. Raises CheckFailed.
+    """Parses JSON that all parsers read alike: without duplicate keys. Raises CheckFailed.
 
-    NaN and the infinities are read, since logs of training may have them.
+    NaN and infinities are accepted, because training logs may have them.
     """
     try:
         return json.loads(data, object_pairs_hook=_unique)
-    except RecursionError:  # the parser counts on the way, and stops
+    except RecursionError:  # the parser counts while it reads, and stops
         raise CheckFailed(f"{name} is no JSON that can be read: it is nested too deeply") from None
     except ValueError as error:
         raise CheckFailed(f"{name} is no JSON that can be read: {error}") from None
@@ -102,8 +102,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def tensor_header(path: Path, follow: bool = False) -> dict[str, dict[str, Any]]:
-    """{tensor: {dtype, shape, data_offsets}} of a safetensors file, after every number in it was checked: tensors lie
-    one after the other, as long as shape and dtype make them, up to the end of the file. Raises CheckFailed."""
+    """{tensor: {dtype, shape, data_offsets}} of a safetensors file, after checking every number in it: tensors are
+    contiguous, with the length of shape and dtype, up to the end of the file. Raises CheckFailed."""
     with open_regular(path, follow) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
@@ -128,7 +128,7 @@ def tensor_header(path: Path, follow: bool = False) -> dict[str, dict[str, Any]]
 
 
 def _span(file: str, name: str, entry: Any) -> tuple[int, int]:
-    """Where a tensor begins and ends. Raises CheckFailed."""
+    """The start and the end of a tensor. Raises CheckFailed."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [begin, end, *shape]

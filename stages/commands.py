@@ -1,4 +1,4 @@
-"""The commands about stages that no run has."""
+"""Commands about training that need no run."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def simulate_precision(
     """Measure on any machine what FP8 rounding costs.
 
     A small proxy of the recipe's model is trained on Python's standard library with linear layers that round to FP8,
-    and without. Exit code 0: every precision holds the bound; 1: one fails it, or the runs do not decide; 2: a mistake.
-    Ctrl-C stops cleanly; the same command goes on from the runs that are finished.
+    and without. Exit code 0: every precision holds the bound; 1: one fails it, or the runs are inconclusive; 2: a usage
+    error. Ctrl-C stops cleanly; the same command continues after the finished runs.
 
     Example: atom simulate-precision atom-tiny --precision mxfp8
     """
@@ -65,6 +65,6 @@ def simulate_precision(
 
 
 def _report_text(report: dict[str, Any], folder: Path) -> str:
-    """The verdicts of a precision simulation, a line each."""
+    """The verdicts of a precision simulation, one line each."""
     lines = [f"{x['precision']}: {x['verdict']}, {x['reason']}" for x in report["precisions"]]
     return "\n".join([*lines, f"{report['recipe']}: {report['verdict']}; table and plots are in {folder}"])

@@ -1,6 +1,6 @@
-"""The graph of a release: which stages there are, which phases and models a recipe has, and what feeds what.
+"""The graph of a release: all stages, the phases and models of a recipe, and the inputs of each node.
 
-The only place that knows them by name; the engine (`pipeline/`) runs whatever graph it is given.
+Only this module has their names; the engine (`pipeline/`) runs any graph.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase that trains on text: the name of its node, the stage that runs it, where its section stands in the
+    """A phase that trains on text: the name of its node, the stage that runs it, the location of its section in the
     recipe, and its section."""
 
     node: str
@@ -66,7 +66,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a phase leaves: the model as it is from then on, and the type of its published weights."""
+    """The result of a phase: the config of the model after it, and the type of its published weights."""
 
     model: ModelConfig
     dtype: Dtype
@@ -93,10 +93,10 @@ def models(config: ReleaseRecipe) -> dict[str, tuple[str, int | None]]:
 
 
 def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
-    """The graph of a release. Reads the digests of source trees and, if a phase goes on from an earlier run, which
-    checkpoints are sealed. Raises RecipeError.
+    """The graph of a release. Reads the digests of source trees and, if a phase continues from an earlier run, the
+    sealed checkpoints. Raises RecipeError.
 
-    without_data: source trees may be absent; keys of what comes from one without a pinned digest are provisional.
+    without_data: source trees may be absent; keys that depend on a tree without a pinned digest are provisional.
     """
     config, data_recipe = recipe.config, recipe.data
     assert isinstance(config, ReleaseRecipe) and isinstance(data_recipe, DataRecipe)
@@ -115,7 +115,7 @@ def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
 
 
 def _add_data(graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe) -> None:
-    """From sources to token shards."""
+    """Adds the stages from sources to token shards."""
     sources = {source.name: f"acquire-{source.name}" for source in data.sources}
     for source, name in sources.items():
         graph.add(name, "acquire", data.acquire_config(source, config.seed))
@@ -134,8 +134,8 @@ def _add_data(graph: GraphBuilder, config: ReleaseRecipe, data: DataRecipe) -> N
 def _add_training(
     graph: GraphBuilder, title: str, config: ReleaseRecipe, store: Store
 ) -> tuple[dict[str, Trained], dict[str, str]]:
-    """The phases that train on text, each after the one before. Returns what each leaves, by node, and the role and
-    node of the last one."""
+    """Adds the phases that train on text, each after the previous one. Returns the result of each, by node, and the
+    role and node of the last one."""
     previous: dict[str, str] = {}
     model, trained = config.model, {}
     for phase in phases(config):
@@ -165,8 +165,8 @@ def _add_training(
 def _add_post_training(
     graph: GraphBuilder, config: ReleaseRecipe, model: ModelConfig, previous: dict[str, str]
 ) -> dict[str, Trained]:
-    """The phases that learn from answers. previous: the role and node of the phase before. Returns what each leaves, by
-    node."""
+    """Adds the phases that learn from answers. previous: the role and node of the previous phase. Returns the result of
+    each, by node."""
     trained: dict[str, Trained] = {}
 
     def train(
@@ -178,7 +178,7 @@ def _add_post_training(
         /,
         **inputs: str,
     ) -> None:
-        """A phase with its tasks and the order of what it replays."""
+        """Adds a phase with its tasks and the order of its replayed data."""
         trained[name] = Trained(model, _dtype(section))
         if tasks:
             graph.add(f"tasks-{name}", "tasks", {"sources": tasks, "seed": config.seed}, items="items")
@@ -208,12 +208,12 @@ def _add_post_training(
 def _add_exports(
     graph: GraphBuilder, config: ReleaseRecipe, trained: Mapping[str, Trained], conversations: Sequence[str]
 ) -> None:
-    """Each exported model, and what it is worth on held-out documents and problems."""
+    """Adds each exported model, and its evaluation on held-out documents and problems."""
     for which, (name, step) in models(config).items():
         export: dict[str, Any] = {"model": trained[name].model, "dtype": trained[name].dtype, "step": step}
         export["padded_vocab_size"] = config.tokenizer.padded_vocab_size
         inputs = {"checkpoint": name}
-        if step == 0 and graph.nodes[name].external:  # a phase that goes on has no step 0
+        if step == 0 and graph.nodes[name].external:  # a phase that continues has no step 0
             export, inputs = {**export, "seed": config.seed}, {}
         graph.add(f"export-{which}", "export", export, tokenizer="tokenizer", **inputs)
         evaluation = config.evaluation
@@ -223,7 +223,7 @@ def _add_exports(
 
 
 def _add_chat_evaluation(graph: GraphBuilder, config: ReleaseRecipe) -> None:
-    """What models that converse are measured on: problems, the generated set, preferences, contamination."""
+    """Adds the evaluation of chat models: problems, the generated set, preferences, contamination."""
     chat = config.evaluation.chat
     if chat is None or config.sft is None:
         return
@@ -241,7 +241,7 @@ def _add_chat_evaluation(graph: GraphBuilder, config: ReleaseRecipe) -> None:
         for name, source in ((f"solve-{which}", "items"), (f"fresh-solve-{which}", "fresh")):
             graph.add(name, "solve", solving, model=f"export-{which}", items=source)
         if number and chat.items.courtesies > 1:
-            # each is compared with the one before it, what learnt from preferences with the last one that had not
+            # each is compared with the previous one; a model trained on preferences, with the last one that was not
             before = chat_models[number - 1] if which != "online-rlhf" else chat_models[number - 2]
             pair = {"model": f"export-{which}", "before": f"export-{before}", "items": "items"}
             graph.add(f"prefer-{which}", "prefer", generation | {"model": which, "before": before}, **pair)
@@ -251,7 +251,7 @@ def _add_chat_evaluation(graph: GraphBuilder, config: ReleaseRecipe) -> None:
 
 
 def _add_extra_stages(graph: GraphBuilder, config: ReleaseRecipe) -> None:
-    """The stages that the recipe adds by name. Raises RecipeError for one that cannot be added so."""
+    """Adds the stages that the recipe names. Raises RecipeError for a stage that cannot be added in this way."""
     for name, settings in config.extra_stages.items():
         where = f"{graph.title}: extra_stages.{escaped(name, 80)}"
         if name not in STAGES or not (reads := registry.stage(name).reads):
@@ -265,7 +265,7 @@ def _add_extra_stages(graph: GraphBuilder, config: ReleaseRecipe) -> None:
 
 
 def _training(config: ReleaseRecipe, model: ModelConfig, section: Any) -> dict[str, Any]:
-    """What every stage that trains is given."""
+    """The common config fields of all training stages."""
     vocabulary = config.tokenizer.padded_vocab_size
     return {"model": model, "phase": section, "padded_vocab_size": vocabulary, "seed": config.seed}
 

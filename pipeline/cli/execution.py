@@ -1,4 +1,4 @@
-"""How `run`, `submit` and `retry` execute a graph, on this machine and by Slurm, and what they print of it."""
+"""Executes a graph for `run`, `submit` and `retry`, on this machine or by Slurm, and prints the result."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def run(composed: Graph, store: Store, selected: list[str], cluster: str, profile: Profile, reference: str) -> None:
-    """Runs stages of a graph on this machine, and sends the run to MLflow meanwhile.
+    """Runs stages of a graph on this machine and sends the run to MLflow in the background.
 
-    cluster, reference: how the user called the profile and the recipe. Raises AtomError if a stage fails or cannot be
+    cluster, reference: the profile and the recipe as the user wrote them. Raises AtomError if a stage fails or cannot
     run, Exit(130) after Ctrl-C.
     """
     damage = damage_of(composed, store, selected)
@@ -68,7 +68,7 @@ def run(composed: Graph, store: Store, selected: list[str], cluster: str, profil
 
 
 def print_submission(submission: Submission) -> None:
-    """What became of each stage, in one line."""
+    """Prints one line with the outcome of each stage."""
     if submission.lack:
         print(f"atom: {submission.lack}", file=sys.stderr)
     for name, text in submission.damaged.items():

@@ -31,11 +31,11 @@ def gc(
     empty_trash: Annotated[bool, typer.Option("--empty-trash", help="delete all that lies in the trash")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List what nothing needs, or move it to the trash.
+    """List unused data, or move it to the trash.
 
-    It never lists what any run references, what a release was built from, or what a running job needs; what training
-    made, and its checkpoints, only if --include names it. What goes lies in $ATOM_HOME/trash for 14 days; the next
-    --delete after that deletes it.
+    Data that a run references, that a release was built from or that a running job needs is never listed. Products and
+    checkpoints of training are listed only if --include names them. The trash keeps a folder in $ATOM_HOME/trash for 14
+    days; the next --delete after that deletes it.
 
     Example: atom gc --delete
     """

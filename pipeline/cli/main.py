@@ -1,4 +1,4 @@
-"""The `atom` command. Heavy imports stand inside the commands, so that `atom --help` answers at once."""
+"""The `atom` command. Heavy imports are inside the commands, so that `atom --help` is fast."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _show_warning(
     file: Any = None,
     line: str | None = None,
 ) -> None:
-    """Warnings of ours are for whoever typed the command; others are as Python writes them."""
+    """Prints warnings of atom as plain sentences, and all others in Python's format."""
     if issubclass(category, DamagedFile):
         print(f"atom: {message}", file=sys.stderr)
     else:
@@ -67,9 +67,9 @@ def _show_warning(
 
 
 def main() -> None:
-    """Entry point: our errors become one sentence and an exit code; bugs keep their traceback."""
+    """Entry point: an AtomError becomes one sentence and an exit code; a bug keeps its traceback."""
     if locale.getpreferredencoding(False).lower().replace("-", "") != "utf8":
-        # Every text file of ours is UTF-8, whatever the terminal's language: start again in Python's UTF-8 mode.
+        # All text files of atom are UTF-8, whatever the locale: restart in Python's UTF-8 mode.
         os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "pipeline.cli", *sys.argv[1:]])
     warnings.showwarning = _show_warning
     try:

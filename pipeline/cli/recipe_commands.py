@@ -1,4 +1,4 @@
-"""The commands that take a recipe: look at its plan, run it here, or submit it to Slurm."""
+"""The commands that take a recipe: show its plan, run it here, or submit it to Slurm."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def plan(
 ) -> None:
     """Show the stages, keys and costs of a recipe.
 
-    Nothing is run. Every stage is shown with its key, its state (sealed, stale, to run) and its estimated cost, every
-    training phase with what it asks of its ranks. It works without the data, too.
+    Nothing is run. The tables show the key, state (sealed, stale, to run) and estimated cost of every stage, and the
+    resources that every training phase needs for each rank. The command also works without the data.
 
     Example: atom plan atom-tiny --cluster h100-pyxis
     """
@@ -85,7 +85,7 @@ def run(
 ) -> None:
     """Run a recipe on this machine.
 
-    What is sealed already is not run again. Ctrl-C stops cleanly; the same command goes on from there.
+    Sealed stages are not run again. Ctrl-C stops cleanly; the same command resumes.
 
     Example: atom run atom-tiny --until pretrain
     """
@@ -110,8 +110,9 @@ def submit(
 ) -> None:
     """Submit a recipe to a Slurm cluster, and return.
 
-    Each stage that is not sealed gets a job, tied by dependencies; what another run has submitted is waited for, not
-    doubled. The jobs run from a copy of today's code, and restart after time limits, preemption and dead nodes.
+    Each stage that is not sealed gets a job with dependencies. A stage that another run has submitted gets no second
+    job; this run waits for that one. The jobs run from a snapshot of the present code, and restart after time limits,
+    preemption and dead nodes.
 
     Example: atom submit atom-tiny --cluster cluster.yaml
     """

@@ -1,4 +1,4 @@
-"""The commands that take a run: watch it, read its logs, stop it, go on with it, send its curves again."""
+"""The commands that take a run: show its status and logs, cancel it, retry it, send its curves to MLflow again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="redraw every two seconds until the run ends")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the progress of a run, and what it has used.
+    """Show the progress of a run and its use of time, energy and money.
 
     Failed attempts are counted.
 
@@ -77,7 +77,7 @@ def logs(
 ) -> None:
     """Print the log of a stage's latest job.
 
-    All starts of the job are in it. If the stage failed, the cause comes first.
+    The log contains all starts of the job. If the stage failed, the cause comes first.
 
     Example: atom logs pretrain --follow
     """
@@ -107,7 +107,7 @@ def logs(
 def cancel(run: RunArgument = None) -> None:
     """Stop the running stages of a run.
 
-    Run the recipe again to go on from where they were.
+    Run the recipe again to resume them.
 
     Example: atom cancel
     """
@@ -150,7 +150,7 @@ def retry(
     runs.require_same_recipe(this, composed.recipe)
     selected = [node["name"] for node in this.body["nodes"]]
     if start is not None:
-        composed.select(None, start)  # raises for a stage that is none
+        composed.select(None, start)  # raises for an unknown stage
         selected = [name for name in selected if start in composed.upstream({name})]
     if this.jobs():
         from pipeline.launch import slurm
@@ -166,7 +166,7 @@ def retry(
 def sync(run: RunArgument = None) -> None:
     """Send a run to MLflow again.
 
-    After an outage of the tracking server, what it missed is read from the run's files.
+    After an outage of the tracking server, the missing curves are read from the run's files.
 
     Example: atom sync
     """

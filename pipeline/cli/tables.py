@@ -15,7 +15,7 @@ def _cell(value: float | None, unit: str = "") -> str:
 
 
 def plan_table(rows: list[StagePlan]) -> Table:
-    """A line a stage. CPU time is shown where that of every training phase is estimated."""
+    """One line for each stage. CPU time is shown if every training phase has an estimate of it."""
     shown = timed(row.estimate for row in rows)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     for column in ("stage", "key", "state"):
@@ -46,7 +46,7 @@ def plan_table(rows: list[StagePlan]) -> Table:
 
 
 def phases_table(rows: list[StagePlan]) -> Table | None:
-    """What each training phase asks of its ranks; None if there is none."""
+    """The resources that each training phase needs for each rank; None if there is no training phase."""
     found = [(row, row.estimate.training) for row in rows if row.estimate.training is not None]
     if not found:
         return None
@@ -84,7 +84,7 @@ def phases_table(rows: list[StagePlan]) -> Table | None:
 
 
 def forecast_table(told: Forecast) -> Table:
-    """What each stage to run will use on a cluster, those that are not estimated left out."""
+    """The expected use of each stage to run on a cluster, without the stages that have no estimate."""
     prices = told.profile.prices
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     table.add_column(f"on {told.profile.name}", no_wrap=True)

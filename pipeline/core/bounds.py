@@ -1,7 +1,7 @@
 """The bounds of settings: every number of a recipe has a range, every text a length, every list a size.
 
-A bound is wide enough for any published training run and narrow enough that a slip of the keyboard, or a hostile file,
-is refused in one sentence before anything is computed from it. docs/limits.md lists them with their reasons.
+A bound is wide enough for any published training run and narrow enough to refuse a typing error or a hostile file in
+one sentence before anything is computed from it. docs/limits.md lists the bounds with their reasons.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OUT_OF_BOUNDS = "out_of_bounds"
 class Range:
     """A number from `low` to `high`. Integers must be integers: no boolean, no text, no 3.0.
 
-    above, below: that end does not belong to it. hint: what is usual, for the sentence.
+    above, below: that end is excluded. hint: the usual value, for the error message.
     """
 
     low: float
@@ -63,8 +63,9 @@ class Range:
 class Words:
     """A text of at most `longest` characters.
 
-    what: what it must be, for the sentence, as in "is no name of lower-case letters". pattern: it matches as a whole.
-    lines: it may have several. empty: it may be empty. test: returns what is wrong in words, or None.
+    what: the required form, for the error message, as in "is no name of lower-case letters". pattern: of the whole
+    text.
+    lines: several lines are allowed. empty: an empty text is allowed. test: returns the error in words, or None.
     """
 
     longest: int
@@ -118,11 +119,11 @@ Seed = Annotated[int, Range(0, 2**53 - 1, "larger ones lose digits in some reade
 Sha256 = Annotated[str, Words(71, "digest of the form sha256:<64 hex digits>", r"sha256:[0-9a-f]{64}")]
 Share = Annotated[float, Range(0, 1)]
 PositiveShare = Annotated[float, Range(0, 1, above=True)]
-"""A share of something that is there."""
+"""A share above 0."""
 Context = Annotated[int, Range(1, 2**24, "tokens; Llama 4 Scout: 1e7")]
 """Tokens of a row, an answer or a text."""
 Steps = Annotated[int, Range(1, 1e8, "SmolLM3, with small batches, took 4.7e6")]
-"""Steps of a phase, or of anything that happens every so many steps."""
+"""Steps of a phase, or an interval in steps."""
 Line = Annotated[str, Words(200)]
 LongLine = Annotated[str, Words(4096)]
 """An address, a command, or a path."""
@@ -130,7 +131,7 @@ Text = Annotated[str, Words(2000, lines=True)]
 
 
 def _stored(name: str) -> str | None:
-    """Why no folder or file on every system can have this name; None if it can."""
+    """The reason why this name is invalid for a folder or file on some system; None if it is valid."""
     if name.split(".")[0] in _DEVICES:
         return f"is a device on Windows, where {name} can be no folder; choose another name"
     return None
@@ -140,8 +141,8 @@ _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt"
 
 
 def _repository(name: str) -> str | None:
-    """Why the Hub refuses a repository of this name, with a suffix or without; None if it takes it. Its rules are those
-    of `huggingface_hub.utils.validate_repo_id`, which the tests compare."""
+    """The reason why the Hub refuses a repository of this name, with a suffix or without; None if it accepts it. The
+    rules are those of `huggingface_hub.utils.validate_repo_id`; the tests compare them."""
     if "--" in name or ".." in name:
         return "has -- or .., which the Hub refuses in names of repositories; use one"
     if name[-1] in ".-" or name.endswith(".git"):
@@ -152,7 +153,7 @@ def _repository(name: str) -> str | None:
 ReleaseName = Annotated[
     str, Words(64, "name of lower-case letters, digits, '.', '_' and '-'", r"[a-z0-9][a-z0-9._-]*", test=_repository)
 ]
-"""With the suffixes of a release's repositories it stays within the Hub's 96 characters."""
+"""The suffixes of a release's repositories fit into the Hub's limit of 96 characters as well."""
 Version = Annotated[str, Words(30, "semantic version, such as 0.1.0", r"(0|[1-9][0-9]{0,8})(\.(0|[1-9][0-9]{0,8})){2}")]
 Namespace = Annotated[
     str, Words(42, "user or organization of the Hub", r"[A-Za-z0-9][A-Za-z0-9._-]*", test=_repository)
@@ -179,7 +180,7 @@ def _spdx(value: str) -> str:
 
 
 def spdx(expression: str) -> str:
-    """The expression with SPDX's own spelling. Raises ValueError if it is none."""
+    """The expression in the spelling of SPDX. Raises ValueError for an invalid expression."""
     from packaging.licenses import canonicalize_license_expression
 
     return str(canonicalize_license_expression(expression))
@@ -187,7 +188,7 @@ def spdx(expression: str) -> str:
 
 @dataclass(frozen=True)
 class _Spdx(Words):
-    """The text in SPDX's own spelling."""
+    """Converts the text to the spelling of SPDX."""
 
     def _check(self, value: str) -> str:
         return _spdx(super()._check(value))
@@ -208,7 +209,7 @@ _TAG = r"(?P<language>[a-z]{2,3})(-[A-Z][a-z]{3})?(-([A-Z]{2}|[0-9]{3}))?"
 
 
 def _language(tag: str) -> str | None:
-    if tag in ("code", "multilingual"):  # what the Hub takes beside languages
+    if tag in ("code", "multilingual"):  # accepted by the Hub beside languages
         return None
     match = re.fullmatch(_TAG, tag)
     language = match["language"] if match else ""
@@ -218,12 +219,13 @@ def _language(tag: str) -> str | None:
 
 
 Language = Annotated[str, Words(20, test=_language)]
-"""What the Hub takes as `language`, and Croissant as `inLanguage`: ISO 639, as BCP 47 writes it. Two letters must be a
-code of ISO 639-1; of three letters, that they are none kept for private use."""
+"""A valid `language` of the Hub and `inLanguage` of Croissant: ISO 639, as BCP 47 writes it. Two letters must be a code
+of ISO 639-1; three letters must not be in the range for private use."""
 
 
 def setting(value: object, depth: int = 0) -> object:
-    """A value that goes to another package as it is: text, number, flag, null, or short lists and mappings of these."""
+    """A value that is passed unchanged to another package: text, number, flag, null, or short lists and mappings of
+    these."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int) and abs(value) < 2**53:
@@ -242,7 +244,7 @@ def setting(value: object, depth: int = 0) -> object:
 
 
 Settings = Annotated[dict[str, Any], AfterValidator(lambda values: setting(values))]
-"""Arguments of another package's object, by their names."""
+"""Keyword arguments for an object of another package."""
 
 
 def _argument(key: object) -> str:

@@ -1,10 +1,10 @@
-"""Digest of a stage's code: its own module and every module of ours that it imports, directly or not.
+"""Digest of a stage's code: its module and every module of atom that it imports, directly or indirectly.
 
-A registry names modules as strings and imports them by name, so a string that is the full name of a module counts as
-an import. The engine's strings do not: it names the graph, which names every stage.
+A registry names modules as strings and imports them by name, so a string that is the full name of a module counts as an
+import. Strings of the engine do not count: the engine names the graph, and the graph names every stage.
 
-It is recorded in statements, not in keys: a key says what was asked for, the code digest says what answered. `plan`
-compares the two so that a cache never hides a change of code.
+The digest is recorded in statements, not in keys: a key identifies the requested work, the code digest identifies the
+code that did it. `plan` compares recorded and present digests, so a cache never hides a change of code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def _root(package: str) -> Path | None:
 
 @cache
 def _locate(module: str) -> Path | None:
-    """The file of a module of ours, found by path: asking Python would import its parents, and with them torch."""
+    """The file of a module of atom, found by path: Python's own lookup would import its parents, and with them
+    torch."""
     package, *inner = module.split(".")
     root = _root(package)
     if root is None:
@@ -54,7 +55,7 @@ def _imports(module: str) -> tuple[str, ...]:
 
 
 def closure(module: str) -> dict[str, str]:
-    """{module name: sha256 of its file} for `module` and all that it imports of ours."""
+    """{module name: sha256 of its file} for `module` and every module of atom that it imports."""
     pending, digests = [module], {}
     while pending:
         name = pending.pop()
@@ -68,7 +69,8 @@ def closure(module: str) -> dict[str, str]:
 
 @cache
 def code_digests(module: str) -> dict[str, str]:
-    """The closure without the engine: what hands a stage its inputs cannot change its bytes, the contracts apart."""
+    """The closure without the engine: code that passes inputs to a stage cannot change its bytes, except for the
+    contracts."""
     engine_modules = ("pipeline.core.stage", "pipeline.core.store")
     return {
         name: d for name, d in closure(module).items() if name.split(".")[0] != "pipeline" or name in engine_modules

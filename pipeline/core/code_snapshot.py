@@ -1,4 +1,5 @@
-"""The code as it is now, frozen: jobs run from a copy named by its digest, whatever happens to the checkout later."""
+"""A frozen snapshot of the present code: jobs run from a copy named by its digest, so later changes of the checkout do
+not affect them."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ SUFFIXES = frozenset({".py", ".yaml", ".yml", ".jinja", ".md", ".toml", ".json",
 
 
 def roots() -> list[Path]:
-    """The folder that each of our packages is imported from, without repetition: a checkout, or site-packages."""
+    """The distinct folders from which the packages of atom are imported: a checkout, or site-packages."""
     folders = []
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
@@ -29,8 +30,8 @@ def roots() -> list[Path]:
 
 
 def sources(root: Path, package: str, new: bool = False) -> list[Path]:
-    """A package's files: in a checkout those that git tracks, so that what lies about there is left out (new: and those
-    that are not ignored); elsewhere all but hidden ones and byte code."""
+    """The files of a package. In a checkout: the files that git tracks and new files that it does not ignore.
+    Elsewhere: all but hidden files and byte code."""
     if (root / ".git").exists() and shutil.which("git"):
         kinds = ["--cached", "--others", "--exclude-standard"] if new else ["--cached"]
         command = ["git", "-C", str(root), "ls-files", "-z", *kinds, package]
@@ -48,10 +49,10 @@ def _source_files(root: Path, paths: list[Path]) -> list[Path]:
 
 
 def freeze(store: Store, extra_files: Mapping[str, bytes]) -> Path:
-    """`$ATOM_HOME/code/<digest>`: our packages, the pins if they are beside them, and `extra_files` under as-run/,
-    read-only.
+    """`$ATOM_HOME/code/<digest>`: the packages of atom, the pins if they are beside them, and `extra_files` under
+    as-run/, read-only.
 
-    The same code gives the same folder, which is complete or absent. Raises Damaged if it was altered since.
+    The same code has the same folder, which is complete or absent. Raises Damaged if the folder was changed later.
     """
     files = dict(_snapshot_files(extra_files))
     digest = sha256_bytes(canonical({name: sha256_bytes(data) for name, data in files.items()}))[:16]
@@ -70,12 +71,12 @@ def freeze(store: Store, extra_files: Mapping[str, bytes]) -> Path:
     except OSError:
         if not target.is_dir():
             raise
-        shutil.rmtree(draft)  # another submitter was faster
+        shutil.rmtree(draft)  # another submitter has created the folder
     return target
 
 
 def _require_intact(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Raises Damaged if a file of frozen code is not what it was."""
+    """Raises Damaged if a file of a snapshot has changed."""
     for name, data in files.items():
         try:
             intact = json_files.read_bytes(folder / name) == data

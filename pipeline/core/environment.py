@@ -1,4 +1,4 @@
-"""What a stage ran in: the part of provenance that is not identity."""
+"""The environment of a stage: the part of provenance that is not identity."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pipeline.core.store import canonical, sha256_bytes
 
 @cache
 def packages() -> dict[str, str]:
-    """{distribution: version} of everything importable here, sorted by name: the environment lock. Without what a
-    package carries inside itself, which is importable only once that package was imported."""
+    """{distribution: version} of everything importable here, sorted by name: the environment lock. Vendored packages
+    are left out, because they are importable only after the import of their parent."""
     distributions = (d for d in metadata.distributions() if "_vendor" not in Path(str(d.locate_file(""))).parts)
     return dict(sorted((d.metadata["Name"].lower(), d.version) for d in distributions if d.metadata["Name"]))
 
@@ -35,7 +35,7 @@ ARITHMETIC = (
     "ATEN_CPU_CAPABILITY", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
     "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA",
 )  # fmt: skip
-"""Environment variables by which a processor computes as another one would, with other rounding."""
+"""Environment variables that select the arithmetic of another processor, with other rounding."""
 
 
 def arithmetic() -> dict[str, str]:
@@ -44,9 +44,9 @@ def arithmetic() -> dict[str, str]:
 
 
 def device() -> dict[str, Any]:
-    """The device type that bitwise promises are bound to. Rank 0 speaks for all: a run is homogeneous.
+    """The device type to which bitwise promises are bound. The device of rank 0 counts for all: a run is homogeneous.
 
-    A stage that used a GPU has torch loaded by the time its statement is written; one that did not ran on the CPU.
+    A stage that used a GPU has loaded torch before its statement is written; any other stage ran on the CPU.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
@@ -62,13 +62,14 @@ def fingerprint() -> str:
 
 
 def describe() -> dict[str, Any]:
-    """The environment as statements record it."""
+    """The environment in the form of a statement."""
     python = platform.python_version()
     return {"fingerprint": fingerprint(), "python": python, "packages": packages(), "device": device()}
 
 
 def git_commit(root: Path) -> tuple[str | None, bool]:
-    """(commit, dirty) of the checkout that `root` stands in; (None, False) outside one, for example from a wheel."""
+    """(commit, dirty) of the checkout that contains `root`; (None, False) without a checkout, for example in a
+    wheel."""
     if not (root / ".git").exists():
         return None, False
 

@@ -1,4 +1,4 @@
-"""How a run may end badly, by kind: the kind decides the exit code, and whether another attempt makes sense.
+"""Errors by kind: the kind decides the exit code, and whether another attempt is made.
 
 The command line prints an AtomError as one sentence. Anything else is a bug and keeps its traceback.
 """
@@ -11,18 +11,18 @@ from typing import Any
 
 
 class Kind(StrEnum):
-    """What an error is. It is written beside every sentence of an outcome; older files have none."""
+    """The kind of an error. It is recorded with the sentence of every outcome; older files have none."""
 
     USER = "user"
     """A recipe, a profile, the data or the command line: the same attempt fails again."""
     CHECK = "check"
-    """The checked thing is bad: the same attempt fails again."""
+    """A check failed: the same attempt fails again."""
     MACHINE = "machine"
     """A node, a disk, the network, another rank: another attempt may succeed."""
     STOPPED = "stopped"
-    """A signal asked for the end: another attempt goes on from there."""
+    """A signal stopped the attempt: another attempt resumes."""
     BUG = "bug"
-    """An exception that nobody expected: one more attempt tells whether it comes again."""
+    """An unexpected exception: one more attempt shows whether it repeats."""
 
     @property
     def exit_code(self) -> int:
@@ -30,13 +30,13 @@ class Kind(StrEnum):
 
     @property
     def final(self) -> bool:
-        """Whether the same attempt fails again, so that none is made."""
+        """Whether another attempt would fail in the same way, so that none is made."""
         return self in (Kind.USER, Kind.CHECK)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """How an attempt failed, as its statement, its events and the job's decision keep it."""
+    """The failure of an attempt, as recorded in its statement, its events and the job's decision."""
 
     text: str
     kind: Kind = Kind.MACHINE
@@ -46,12 +46,12 @@ class Failure:
 
     @classmethod
     def read(cls, text: str, kind: str | None) -> Failure:
-        """A failure as a file has it; files of before kinds existed have None, which is retried as it was then."""
+        """A failure from a file. Files from before kinds existed have None, which is retried as before."""
         return cls(text, Kind(kind) if kind in list(Kind) else Kind.MACHINE)
 
 
 class AtomError(Exception):
-    """The caller's mistake, told in one sentence: what, where, what to do. Exit code 2."""
+    """An error of the caller in one sentence: the problem, the place, the remedy. Exit code 2."""
 
     kind = Kind.USER
 
@@ -61,31 +61,31 @@ class AtomError(Exception):
 
 
 class RecipeError(AtomError):
-    """A recipe (or data recipe) that cannot be run as it stands."""
+    """A recipe or data recipe that cannot be run."""
 
 
 class CheckFailed(AtomError):
-    """The checked thing is bad: a gate of the release, or a byte that is not what its manifest says. Exit code 1."""
+    """A failed check: a gate of the release, or bytes that differ from their manifest. Exit code 1."""
 
     kind = Kind.CHECK
 
 
 class MachineError(AtomError):
-    """The machine's state, which may be another one at the next attempt: a disk, a server, another process."""
+    """An error of the machine that may be gone at the next attempt: a disk, a server, another process."""
 
     kind = Kind.MACHINE
 
 
 class PeerLost(MachineError):
-    """A rank lost touch with another one, which knows better why."""
+    """A rank lost its connection to another rank, whose own error is the cause."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """The job was asked to stop (SIGINT, SIGTERM, SIGUSR1, SIGUSR2). Not an Exception, so that no stage swallows it."""
+    """A signal stopped the job (SIGINT, SIGTERM, SIGUSR1, SIGUSR2). Not an Exception, so that no stage swallows it."""
 
 
 def of_kind(failure: Failure, text: str) -> AtomError:
-    """The error with which a command that waited for an attempt ends."""
+    """The error of a command that waited for an attempt which failed."""
     error = CheckFailed(text) if failure.kind is Kind.CHECK else AtomError(text)
     error.kind = failure.kind
     return error

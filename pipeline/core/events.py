@@ -1,6 +1,6 @@
-"""A stage's report as files: `events.jsonl` (state and progress, for people) and `metrics.jsonl` (curves, for ever).
+"""A stage's report as files: `events.jsonl` (state and progress) and `metrics.jsonl` (curves).
 
-The files are the truth; MLflow is filled from them, so a dead tracking server never stops a stage.
+The files are authoritative and MLflow is filled from them, so a dead tracking server never stops a stage.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ class FileReport:
         self.lease: int | None = None
         """Set by the worker once it holds the lease."""
         self.ending = threading.RLock()
-        """Held, for good, by the thread that ends the attempt: the main one, or the one that abandons it."""
+        """Acquired and never released by the thread that ends the attempt: the main thread, or the one that abandons
+        it."""
         self.record_abandoned: Callable[[Failure], None] = lambda failure: None
-        """What ends the attempt in the main thread's stead; the worker sets it."""
+        """Ends the attempt in place of the main thread; the worker sets it."""
         self.checkpoint_sealer: Callable[[int, Path], None] = lambda step, folder: None
-        """What seals a checkpoint as an artifact of its own; the worker sets it."""
+        """Seals a checkpoint as an artifact of its own; the worker sets it."""
 
     def event(self, kind: str, /, **values: Any) -> None:
         line = json.dumps({"time": time.time(), "event": kind, **values}) + "\n"
-        # a thread that hangs while it writes must not silence the rest
+        # a thread that hangs while it writes must not block the others
         locked = self._lock.acquire(timeout=LOCK_SECONDS)
         try:
             self._events.write(line)
@@ -83,17 +84,18 @@ class FileReport:
         self.fail(Failure(text))
 
     def fail(self, failure: Failure) -> NoReturn:
-        """What `abandon` does, with the kind of the failure."""
+        """Does the work of `abandon`, with the kind of the failure."""
         if not self.ending.acquire(blocking=False):
             sys.exit()  # in any thread but the main one this ends that thread only
-        # In a thread with a deadline, so that whatever else hangs, the process goes.
+        # In a thread with a deadline, so that the process ends even if something hangs.
         ending_thread = threading.Thread(target=self.record_abandoned, args=(failure,), name="abandon", daemon=True)
         ending_thread.start()
         ending_thread.join(ABANDON_SECONDS)
         os._exit(1)
 
     def end(self, outcome: str | Failure) -> None:
-        """The last event. On a full disk it waits a while: room comes when stages that fail remove what they made."""
+        """Writes the last event. On a full disk it waits a while, because failing stages free space when they remove
+        their drafts."""
         values = (
             {"outcome": outcome.text, "kind": outcome.kind} if isinstance(outcome, Failure) else {"outcome": outcome}
         )
@@ -113,12 +115,13 @@ class FileReport:
 
 
 class FollowerReport:
-    """The Report of a rank other than 0: notes go to its own log, and nothing is kept, since rank 0 speaks for all."""
+    """The Report of a rank other than 0: notes go to the log of the rank; progress and metrics are dropped, because
+    rank 0 reports them."""
 
     def __init__(self, lease: int, fail: Callable[[Failure], object]) -> None:
         self.lease: int | None = lease
         self.fail = fail
-        """What ends this rank, and dismisses the others; the worker sets it."""
+        """Ends this rank and dismisses the others; the worker sets it."""
 
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None: ...
 
@@ -130,7 +133,7 @@ class FollowerReport:
     def seal_checkpoint(self, step: int, folder: Path) -> None: ...
 
     def abandon(self, text: str) -> NoReturn:
-        os.write(2, f"{text}\n".encode())  # not `print`, whose lock the thread that hangs may hold
+        os.write(2, f"{text}\n".encode())  # not `print`: the hanging thread may hold its lock
         self.fail(Failure(text))
         os._exit(1)
 
@@ -155,7 +158,7 @@ class Start(TypedDict):
 
 
 class Progress(TypedDict):
-    """How far the stage is. Its figures are further fields: see `figures_of`."""
+    """The progress of the stage. Figures are further fields: see `figures_of`."""
 
     time: Number
     event: Literal["progress"]
@@ -171,7 +174,7 @@ class Note(TypedDict):
 
 
 class UsageEvent(TypedDict):
-    """What a whole attempt has used."""
+    """The usage of a whole attempt."""
 
     time: Number
     event: Literal["usage"]
@@ -180,7 +183,7 @@ class UsageEvent(TypedDict):
 
 
 class End(TypedDict):
-    """How the attempt ended. kind: of a failure."""
+    """The end of the attempt. kind: of a failure."""
 
     time: Number
     event: Literal["end"]
@@ -189,14 +192,14 @@ class End(TypedDict):
 
 
 class Other(TypedDict):
-    """An event of a kind that nothing here reads."""
+    """An event of a kind that this module does not read."""
 
     time: Number
     event: str
 
 
 Event = Attempt | Start | Progress | Note | UsageEvent | End
-"""A line of events.jsonl that is read."""
+"""A line of events.jsonl of a known kind."""
 
 
 def figures_of(event: Progress) -> dict[str, float]:
@@ -205,7 +208,7 @@ def figures_of(event: Progress) -> dict[str, float]:
 
 
 def _further_numbers(row: Mapping[str, object], kind: type) -> dict[str, float]:
-    """The numbers of a row that stand in no field of its kind."""
+    """The numbers of a row outside the fields of its kind."""
     return {
         name: value
         for name, value in row.items()
@@ -233,7 +236,7 @@ EVENT: TypeAdapter[Event | Other] = TypeAdapter(
 
 
 class Point(TypedDict):
-    """A line of metrics.jsonl: a point of each curve that `curves_of` gives."""
+    """A line of metrics.jsonl: one point of each curve in `curves_of`."""
 
     time: Number
     step: int
@@ -247,27 +250,28 @@ def curves_of(point: Point) -> dict[str, float]:
 POINT: TypeAdapter[Point] = TypeAdapter(Point)
 Row = TypeVar("Row")
 LINE = 2**20
-"""Bytes of the longest line that is believed."""
+"""The longest accepted line, in bytes."""
 ONE_READ = 64 * 2**20
-"""Bytes of a file that one call reads. So many events take days."""
+"""The bytes that one call reads. That many events take days."""
 
 
 class Tail(Generic[Row]):
-    """Reads the whole lines that were appended to a JSONL file since the last call; a missing file is empty. Lines that
-    are damaged are reported and left out.
+    """Reads the complete lines that were appended to a JSONL file since the last call; a missing file is empty. Damaged
+    lines are reported and skipped.
 
-    whole: of more than `ONE_READ` bytes the first are read, and the next call goes on; else only the last are read.
+    whole: of more than `ONE_READ` new bytes, a call reads the first and the next call continues. Otherwise, it reads
+    only the last.
     """
 
     def __init__(self, path: Path, kind: TypeAdapter[Row], offset: int = 0, whole: bool = False) -> None:
         self.path, self.offset, self.kind, self.whole = path, offset, kind, whole
         self.cut = False
-        """Whether something stands behind the last whole line: one that is being written, or was cut."""
+        """Whether bytes follow the last complete line: a line that is being written, or that was cut."""
         self.more = False
-        """Whether another call would read more at once."""
+        """Whether another call would read further lines at once."""
 
     def read(self) -> list[Row]:
-        """The lines since the last call, as they stand in the file."""
+        """The lines since the last call, unparsed."""
         rows: list[Row] = []
         try:
             with json_files.open_file(self.path) as file:
@@ -306,10 +310,10 @@ class Tail(Generic[Row]):
 
 
 class EventTail(Tail[Event]):
-    """The same of an events.jsonl, of the kinds that are read."""
+    """A Tail of an events.jsonl: the events of known kinds."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, cast(TypeAdapter[Event], EVENT))  # any other kind is left out below
+        super().__init__(path, cast(TypeAdapter[Event], EVENT))  # other kinds are skipped below
 
     def read(self) -> list[Event]:
         return [event for event in super().read() if _kind(event) != "other"]

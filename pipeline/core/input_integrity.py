@@ -1,8 +1,8 @@
-"""Whether sealed files are still what was sealed: hashed again before they feed a stage, once a run.
+"""Verifies sealed inputs: hashes their files again before they feed a stage, once in each run.
 
-`logs/<run>/hashed/<key>.<n>.json` says of a part of an artifact's files with which size, time and inode each had the
-bytes of its manifest; a file that still has the three is not read again. A part is some GB, and whoever holds its lease
-hashes it: of many tasks each does a part, and none twice.
+`logs/<run>/hashed/<key>.<n>.json` records the size, time and inode of each file in a part of an artifact when its bytes
+matched the manifest; a file that still has the three is not read again. A part is some GB. The holder of its lease
+hashes it, so many tasks share the parts and no part is hashed twice.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RECORD: TypeAdapter[dict[str, list[int]]] = TypeAdapter(dict[str, list[int]])
 
 
 def check(run: Path, artifacts: Iterable[Artifact]) -> None:
-    """Hashes what was not hashed in this run yet, or has changed since; waits for what others are at.
+    """Hashes the files that this run has not hashed yet or that have changed since; waits for parts that others hash.
 
     run: the run's folder. Raises AtomError naming the first file that is damaged.
     """
@@ -57,15 +57,15 @@ def check(run: Path, artifacts: Iterable[Artifact]) -> None:
 
 
 def note(run: Path, artifact: Artifact) -> None:
-    """Writes down an artifact that was hashed in this run when it was sealed. Where that fails, with a warning, it is
-    hashed again."""
+    """Records that an artifact was hashed in this run when it was sealed. If the record cannot be written, a warning is
+    printed and the artifact is hashed again."""
     with _ignore_write_errors():
         for _, path, rows in _parts(run, artifact):
             _write(path, {row.path: _state(artifact / row.path) for row in rows})
 
 
 def _parts(run: Path, artifact: Artifact) -> Iterator[tuple[Artifact, Path, list[FileRow]]]:
-    """The files of an artifact in parts, each with the place of its record."""
+    """The files of an artifact in parts, each with the path of its record."""
     parts: list[list[FileRow]] = []
     size = 0
     for row in artifact.rows:
@@ -79,7 +79,8 @@ def _parts(run: Path, artifact: Artifact) -> Iterator[tuple[Artifact, Path, list
 
 
 def _hash(artifact: Artifact, path: Path, rows: list[FileRow]) -> None:
-    """Hashes what is not known of a part, and writes down what is intact. Raises AtomError if a file is not."""
+    """Hashes the files of a part that have no record, and records the intact ones. Raises AtomError for a damaged
+    file."""
     unknown = _unhashed(artifact, path, rows)
     if (size := sum(row.size for row in unknown)) > PART_BYTES / 4:
         print(f"hashing {len(unknown)} files of {artifact.key}, {size / 2**30:.1f} GiB", flush=True)
@@ -99,7 +100,7 @@ def _hash(artifact: Artifact, path: Path, rows: list[FileRow]) -> None:
 
 
 def _unhashed(artifact: Artifact, path: Path, rows: list[FileRow]) -> list[FileRow]:
-    """The files of a part that have changed since they were hashed in this run, or never were."""
+    """The files of a part that have changed since this run hashed them, or that it has not hashed."""
     try:
         record = json_files.read(path, RECORD)
     except FileNotFoundError:
@@ -117,7 +118,7 @@ def _state(path: Path) -> State:
 
 @contextmanager
 def _ignore_write_errors() -> Iterator[None]:
-    """Nothing fails for a record that cannot be written."""
+    """Ignores errors in writing a record, with a warning."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Reads the files of `$ATOM_HOME`, whatever has become of them: bounded, typed, and in one sentence where damaged.
+"""Reads the files of `$ATOM_HOME`, which may be damaged: with bounds and types, and with one sentence for each damage.
 
-Whoever needs a file lets `Damaged` pass: it is an AtomError. Whoever can do without it catches it and calls `report`,
-so that every command names the file and goes on.
+A caller that needs the file lets `Damaged` pass: it is an AtomError. A caller that can continue without it catches it
+and calls `report`, so that every command names the file and continues.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pipeline.core.errors import AtomError
 from pipeline.core.text import escaped
 
 LIMIT = 64 * 2**20
-"""Bytes of the largest file that is believed. A statement has some 50 kB, a manifest 150 bytes for each file."""
+"""The largest accepted file, in bytes. A statement has some 50 kB, a manifest 150 bytes for each file."""
 
 
 class Damaged(AtomError):
-    """A file of the home that is not what it should be. path: which; why: what is wrong with it."""
+    """A damaged file of the home. path: the file; why: the damage."""
 
     def __init__(self, path: Path, why: str, advice: str = "") -> None:
         super().__init__(f"{printable(path)} is damaged ({why})" + (f"; {advice}" if advice else ""))
@@ -31,7 +31,7 @@ class Damaged(AtomError):
 
 
 class DamagedFile(UserWarning):
-    """A damaged file that a command went on without."""
+    """A damaged file that a command skipped."""
 
 
 warnings.simplefilter("always", DamagedFile)
@@ -39,26 +39,26 @@ _reported: set[str] = set()
 
 
 def report(error: Damaged, consequence: str) -> None:
-    """Warns of a damaged file and says what follows, once a process."""
+    """Warns of a damaged file and its consequence, once in a process."""
     note(f"{printable(error.path)} is damaged ({error.why}); {consequence}")
 
 
 def note(text: str) -> None:
-    """Warns once a process of what a command went on without."""
+    """Warns once in a process of something that a command skipped."""
     if text not in _reported:
         _reported.add(text)
         warnings.warn(text, DamagedFile, stacklevel=3)
 
 
 def printable(path: Path | str) -> str:
-    """A path as one line of plain text, whatever bytes its name has."""
+    """A path as one line of plain text, for any bytes in its name."""
     return escaped(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
 def open_file(path: Path) -> BinaryIO:
     """Opens a regular file for reading. Raises FileNotFoundError if nothing has that name, else Damaged."""
     try:
-        # a pipe of that name must not be waited for
+        # do not wait for a pipe of that name
         file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115 (the caller's)
     except FileNotFoundError:
         if path.is_symlink():
@@ -97,16 +97,17 @@ def read_text(path: Path, limit: int = LIMIT) -> str:
 
 
 def read(path: Path, kind: TypeAdapter[Any], limit: int = LIMIT) -> Any:
-    """A JSON file as it stands, if it is of that kind. Raises FileNotFoundError or Damaged."""
+    """The parsed JSON file, if its value is of that type. Raises FileNotFoundError or Damaged."""
     return parse(read_bytes(path, limit), path, kind)
 
 
 def parse(data: bytes, path: Path, kind: TypeAdapter[Any], location: str = "") -> Any:
-    """JSON as it stands, if it is of that kind. location: the place in the file, for the sentence. Raises Damaged."""
+    """The parsed JSON, if its value is of that type. location: the place in the file, for the message. Raises
+    Damaged."""
     try:
         value = json.loads(data)
         if b"\\ud" in data.lower():
-            json.dumps(value, ensure_ascii=False).encode()  # raises for half a character, which nobody could print
+            json.dumps(value, ensure_ascii=False).encode()  # raises for a lone surrogate, which cannot be printed
         kind.validate_python(value, strict=True)
     except ValidationError as error:
         first_error = error.errors(include_url=False, include_input=False)[0]
@@ -124,7 +125,7 @@ def parse(data: bytes, path: Path, kind: TypeAdapter[Any], location: str = "") -
 
 
 def names(folder: Path) -> list[str]:
-    """The names in a folder, sorted; none if nothing has its name. Raises Damaged if it cannot be listed."""
+    """The sorted names in a folder; none if the folder is missing. Raises Damaged if it cannot be listed."""
     try:
         return sorted(os.listdir(folder))
     except FileNotFoundError:

@@ -3,8 +3,8 @@
 A lease is the highest `lease.<n>` in the work folder. Taking it means creating `lease.<n+1>` by hard link, which is
 atomic on local disks and on NFS alike; nobody ever removes another's lease, so two takers cannot both win. The
 holder refreshes its file's time; a lease whose time is older than EXPIRY, or whose process is known to be gone, may
-be succeeded. Whoever takes one compares no clocks of hosts: "now" is the time that the file system gives to a file
-written now. Whoever only looks writes nothing and goes by the own clock.
+be succeeded. A taker compares no clocks of hosts: "now" is the time that the file system assigns to a file written now.
+Read-only callers write nothing and use the clock of their host.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipeline.core.json_files import Damaged
 EXPIRY = 60.0
 HEARTBEAT = 10.0
 UNREADABLE = "an unreadable lease"
-"""The host of a holder of which nothing is known."""
+"""The host of an unknown holder."""
 
 
 class Process(TypedDict):
@@ -50,9 +50,9 @@ BODY = TypeAdapter(Process)
 
 
 def _process_start(pid: int) -> str | None:
-    """The start time of a local process in clock ticks since boot, which tells a reused pid apart.
+    """The start time of a local process in clock ticks since boot; it distinguishes a reused pid.
 
-    None if it is gone; a dead one that nobody has waited for yet (a container's init may never do so) is gone.
+    None if the process has exited; a zombie counts as exited (the init of a container may never reap it).
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
@@ -69,7 +69,7 @@ def _boot() -> str:
 
 
 def this_process() -> dict[str, str | int | None]:
-    """This process, so that others can tell whether it still lives; in a Slurm job also the job and its start."""
+    """This process, in a form that lets others check whether it is alive; in a Slurm job also the job and its start."""
     pid = os.getpid()
     process: dict[str, str | int | None] = {"host": socket.gethostname(), "boot": _boot(), "pid": pid}
     process["start"] = _process_start(pid)
@@ -79,8 +79,8 @@ def this_process() -> dict[str, str | int | None]:
 
 
 def is_superseded(process: Mapping[str, Any]) -> bool:
-    """Whether that process belongs to an earlier start of the Slurm job that this one belongs to: Slurm gave it up,
-    even if it lives on where its node's daemon died."""
+    """Whether that process belongs to an earlier start of this process's Slurm job: Slurm gave it up, even if it is
+    alive on a node whose daemon died."""
     current = this_process()
     return (
         process.get("job") is not None
@@ -90,7 +90,7 @@ def is_superseded(process: Mapping[str, Any]) -> bool:
 
 
 def has_exited(process: Mapping[str, Any]) -> bool:
-    """Whether the process that `me` described is known to be gone; of another host's, nothing is known."""
+    """Whether the process that `me` described has exited for certain; False for a process of another host."""
     if process.get("host") != socket.gethostname() or process.get("boot") != _boot():
         return False
     start = _process_start(int(process["pid"]))
@@ -99,7 +99,7 @@ def has_exited(process: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease, and whether it still counts."""
+    """The holder of a lease, and whether the lease still counts."""
 
     number: int
     host: str
@@ -108,10 +108,10 @@ class Holder:
 
 
 def holder(folder: Path, clock: Callable[[Path], float] | None = None) -> Holder | None:
-    """The present lease of a work folder, or None if there is none. Nothing is written.
+    """The present lease of a work folder; None without one. Nothing is written.
 
-    clock: the time by the file system's clock, of whoever may write there; by default this host's clock is used. A
-    lease that cannot be read is reported, and counts until it is old.
+    clock: the time by the clock of the file system, for callers that may write there; the default is this host's clock.
+    An unreadable lease is reported, and counts until it expires.
     """
     try:
         leases = {
@@ -147,13 +147,14 @@ def file_system_time(folder: Path) -> float:
 
 
 class Lease:
-    """Held from `take` to `release`. `lost` becomes true when a successor took over (we were thought dead)."""
+    """Held from `take` to `release`. `lost` becomes true after a successor took over because this holder seemed
+    dead."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.folder, self.number = folder, number
         self.path = folder / f"lease.{number}"
         self.on_lost: Callable[[], None] = lambda: None
-        """Called by the thread that refreshes the lease, once it sees a successor."""
+        """Called once by the thread that refreshes the lease when it sees a successor."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
@@ -175,7 +176,7 @@ class Lease:
             try:
                 os.link(draft, folder / f"lease.{number}")
             except FileExistsError:
-                time.sleep(0.1)  # somebody was faster: look again
+                time.sleep(0.1)  # another worker was faster: read again
                 continue
             finally:
                 draft.unlink()
@@ -189,7 +190,7 @@ class Lease:
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
             lost = False
-            with suppress(OSError):  # the file system fails for a moment: the next beat tries again
+            with suppress(OSError):  # a transient error of the file system: the next heartbeat tries again
                 os.utime(self.path)
             with suppress(OSError):
                 lost = self.lost
@@ -197,8 +198,8 @@ class Lease:
                 return self.on_lost()
 
     def release(self) -> None:
-        """Lets a successor start at once. The file stays, so that numbers only grow. If the file system does not let it
-        be written, the lease expires."""
+        """Lets a successor start at once. The file stays, so that numbers only grow. If the file cannot be written, the
+        lease expires."""
         self._stop.set()
         self._thread.join()
         with suppress(OSError):
@@ -209,7 +210,7 @@ class Lease:
 
 
 def _exists(path: Path) -> bool:
-    """Whether something has that name. Raises OSError if the file system does not answer, as `Path.exists` may not."""
+    """Whether the path exists. Raises OSError if the file system does not answer, unlike `Path.exists`."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -218,6 +219,6 @@ def _exists(path: Path) -> bool:
 
 
 def draft_folder(work: Path, lease: int, step: int | None = None) -> Path:
-    """Where the holder of the lease of that number writes, in the work folder of its key, what is then sealed: its
-    product, or its checkpoint after a step."""
+    """The folder for drafts of the holder of the lease with that number, in the work folder of its key: its product, or
+    its checkpoint after a step, before it is sealed."""
     return work / (f"out.{lease}" if step is None else f"out.{lease}@{step}")

@@ -1,6 +1,6 @@
-"""What the operating system refuses, as one sentence: which place, what is wrong with it, what to do.
+"""Errors of the operating system as one sentence: the place, the problem, the remedy.
 
-An error may come wrapped by whatever library met it; Rust's libraries say its number in the text alone.
+A library may wrap the error; libraries in Rust have its number only in the text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ HOME = (
 
 @dataclass(frozen=True)
 class Fault:
-    """What an error of the operating system means. text: the sentence, or NAME, or empty: there is none of its own."""
+    """The meaning of an error of the operating system. text: the sentence, or NAME, or empty without a sentence of its
+    own."""
 
     kind: Kind
     text: str = ""
@@ -43,7 +44,7 @@ _CALLS = (
 )  # fmt: skip
 _DEVICE_GONE = "the device that holds {place} is gone; have it mounted again, and " + AGAIN
 FAULTS = {
-    # A disk, a file server, or a limit of the machine: whatever the error is wrapped in.
+    # A disk, a file server, or a limit of the machine, in any wrapper.
     errno.ENOSPC: _machine("the disk that holds {place} is full; free some space and " + AGAIN),
     errno.EDQUOT: _machine("the quota for {place} is used up; free some space, or have it raised, and " + AGAIN),
     errno.EROFS: _machine(
@@ -65,21 +66,22 @@ FAULTS = {
     errno.ENOLCK: _machine("the file system of {place} has no locks left; see its server, and " + AGAIN),
     errno.EMLINK: _user("the file system of {place} takes no more hard links to a file; use another one"),
     errno.EXDEV: _user("{place} lies on another file system than the rest of $ATOM_HOME, which must be one"),
-    # What is wrong with a name: a bug, unless it is of $ATOM_HOME, or the command line has it.
+    # An error in a name: a bug, unless the name is below $ATOM_HOME or from the command line.
     errno.ENOENT: _machine(NAME),
     **dict.fromkeys(_NAMES, _user(NAME)),
-    # The machine or its network: another attempt may meet another state, or another node.
+    # The machine or its network: another attempt may succeed, or run on another node.
     **dict.fromkeys(_CALLS, _machine()),
 }
-"""By number. A number that is not here is a bug of ours."""
+"""By number. Any other number is a bug of atom."""
 ON_A_PATH = frozenset({errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN})
-"""Those that a network causes, too: without a file that they name, they have no sentence."""
+"""Errors that a network can cause as well: they have a sentence only if they name a file."""
 
 
 def find(error: BaseException, home: Path, named_paths: Iterable[str] = ()) -> Fault | None:
-    """What the operating system means by an error, with the whole sentence if there is one; None if it caused none.
+    """The fault of the operating system behind an error, with the whole sentence if there is one; None without such a
+    fault.
 
-    named_paths: paths that the caller named, beside `home`: one that cannot be used is then the caller's mistake.
+    named_paths: paths that the caller named, beside `home`: an unusable one is an error of the caller.
     """
     if device_fault := device(error, home):
         return device_fault
@@ -102,12 +104,12 @@ def find(error: BaseException, home: Path, named_paths: Iterable[str] = ()) -> F
 
 
 def _advice(path: Path, number: int, home: Path, named_paths: Iterable[str]) -> str:
-    """The sentence for a path of the home, or one that was named."""
+    """The sentence for a path of the home, or for a named path."""
     fields = {"place": printable(path), "why": os.strerror(number)}
     if str(path) in map(os.path.abspath, named_paths) or not _on_one_line(str(path), str(home)):
         return NAME.format(**fields)
     folders = [place for place in reversed(path.parents) if home in place.parents]
-    if number in (errno.EEXIST, errno.ENOTDIR) and home in path.parents:  # a folder was wanted there
+    if number in (errno.EEXIST, errno.ENOTDIR) and home in path.parents:  # a folder is expected there
         folders.append(path)
     if obstacle := next(filter(None, map(misplaced_file, folders)), None):
         return f"{obstacle}, and {AGAIN}"
@@ -118,7 +120,7 @@ def _advice(path: Path, number: int, home: Path, named_paths: Iterable[str]) -> 
 
 
 def misplaced_file(path: Path) -> str | None:
-    """What to do about something that stands where a folder should be; None if it is one, or nothing is there."""
+    """The remedy for a file in the place of a folder; None if the path is a folder or missing."""
     if os.path.isdir(path) or not os.path.lexists(path):
         return None
     if path.is_symlink():
@@ -127,7 +129,7 @@ def misplaced_file(path: Path) -> str | None:
 
 
 def device(error: BaseException, home: Path) -> Fault | None:
-    """The same where a disk, a file server or a limit is behind an error, in whatever it was wrapped."""
+    """The fault of a disk, a file server or a limit behind an error, in any wrapper; None for other errors."""
     cause: BaseException | None = error
     visited: set[int] = set()
     while cause is not None and id(cause) not in visited:
@@ -145,7 +147,7 @@ def device(error: BaseException, home: Path) -> Fault | None:
 
 
 def _on_one_line(path: str, place: str) -> bool:
-    """Whether a path is a place, lies below it, or is a folder above it."""
+    """Whether a path equals a place, is below it, or is a folder above it."""
     first, second = Path(os.path.abspath(path)), Path(os.path.abspath(place))
     return first.is_relative_to(second) or second.is_relative_to(first)
 

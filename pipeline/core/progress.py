@@ -1,4 +1,4 @@
-"""What a person sees of a run: live bars on a terminal, plain lines elsewhere."""
+"""The progress display of a run: live bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def figures_text(figures: Mapping[str, float]) -> str:
 
 
 class Display:
-    """Receives what the launcher learns: redraws on a terminal, elsewhere prints a line a stage every ten seconds."""
+    """Receives updates from the launcher: redraws on a terminal, elsewhere prints one line for each stage every ten
+    seconds."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

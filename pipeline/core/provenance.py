@@ -1,6 +1,6 @@
-"""The ledger: one in-toto Statement v1 a file, with an SLSA provenance v1 predicate, named by its own digest.
+"""The ledger: files with one in-toto Statement v1 each, with an SLSA provenance v1 predicate, named by their digest.
 
-Statements link by digest: the product of one is a material of the next. A failed attempt has a statement too; its
+Statements link by digest: the product of one is a material of the next. A failed attempt has a statement as well; its
 subject is the attempt's log. https://in-toto.io/Statement/v1, https://slsa.dev/provenance/v1
 """
 
@@ -26,7 +26,7 @@ PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:atom-release:stage:v1"
 BUILDER = "urn:atom-release:builder:v1"
 SUMMARY = "summary.json"
-"""The file of a product that its statement repeats, whatever the stage is."""
+"""The file of a product that its statement repeats, for every stage."""
 
 
 class _Sha256(TypedDict):
@@ -117,7 +117,7 @@ class _Statement(TypedDict):
 
 
 BODY: TypeAdapter[Any] = TypeAdapter(_Statement)
-"""What is read of a statement; whatever else stands in it stays as it is."""
+"""The fields that are read from a statement; further fields are kept unchanged."""
 
 
 def clock(seconds: float) -> str:
@@ -148,11 +148,11 @@ def statement(
     """A statement about one attempt of a stage.
 
     subject: {name: sha256}; the artifact by its key, or the log of a failed attempt. config: the part that is in the
-    key; operations: the rest, which says how it was run, and those whose work it went on from, the latest last. usage:
-    time, energy and cost with the method of each. outcome: "sealed", or one sentence on what went wrong; kind: then
-    the kind of the failure. of: {key, step} of the phase that a checkpoint is of. product: what was made; its
-    summary.json, if it has one, becomes a byproduct, so that whoever reads the ledger alone knows what the stage says
-    of its product.
+    key; operations: the operational fields of this attempt and of the attempts that it resumed, the latest last. usage:
+    time, energy and cost with the method of each. outcome: "sealed", or one sentence on the failure; kind: then the
+    kind of the failure. of: {key, step} of the phase that a checkpoint belongs to. product: the sealed artifact; its
+    summary.json, if it has one, becomes a byproduct, so that the ledger alone contains the stage's summary of its
+    product.
     """
     parameters = {"stage": stage, "version": version, "node": node, "key": key, "config": config}
     return {
@@ -196,7 +196,8 @@ def statement(
 def summaries(product: Artifact) -> Iterator[dict[str, Any]]:
     """The byproduct of a product's summary.json, if it has one: an in-toto ResourceDescriptor with its content.
 
-    A number that JSON has no word for is told as a string: it must not keep a finished stage from being stated.
+    A number without a JSON form (NaN, infinity) becomes a string, so that it never prevents the statement of a finished
+    stage.
     """
     for row in product.rows:
         if row.path == SUMMARY:
@@ -223,7 +224,7 @@ def write(ledger: Path, key: str, body: dict[str, Any]) -> Path:
 
 
 def statements(ledger: Path, key: str) -> tuple[list[tuple[Path, dict[str, Any]]], list[Damaged]]:
-    """All statements about a key, in the order of their end times, and those that cannot be read."""
+    """All statements about a key in the order of their end times, and the unreadable ones."""
     readable, damaged = [], []
     try:
         names = [name for name in json_files.names(ledger / key) if re.fullmatch(r"[0-9a-f]+\.json", name)]
@@ -245,7 +246,7 @@ def statements(ledger: Path, key: str) -> tuple[list[tuple[Path, dict[str, Any]]
 
 
 def read(ledger: Path, key: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """All statements about a key that can be read, in the order of their end times; the others are reported."""
+    """All readable statements about a key in the order of their end times; the others are reported."""
     readable, damaged = statements(ledger, key)
     for error in damaged:
         json_files.report(error, "this statement is left out")
@@ -257,7 +258,7 @@ def outcome(body: dict[str, Any]) -> str:
 
 
 def kind(body: dict[str, Any]) -> str | None:
-    """The kind of a failure; None of a product, and of a statement that was written before kinds were."""
+    """The kind of a failure; None for a product, and for a statement from before kinds existed."""
     failure_kind = _byproduct(body, "outcome").get("kind")
     return None if failure_kind is None else str(failure_kind)
 
@@ -268,7 +269,7 @@ def usage(body: dict[str, Any]) -> dict[str, Any]:
 
 def summary(body: dict[str, Any]) -> dict[str, Any] | None:
     """The byproduct of a product's summary.json, {name, digest: {sha256}, annotations: its content}; None if the
-    product has none, or the statement was written before statements held it."""
+    product has none, or if the statement is older than this byproduct."""
     summaries = (p for p in body["predicate"]["runDetails"]["byproducts"] if p["name"] == SUMMARY)
     return next(summaries, None)
 
@@ -279,7 +280,7 @@ def _byproduct(body: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def sealed(ledger: Path, artifact: Artifact) -> tuple[Path, dict[str, Any]] | None:
-    """The statement that made this very artifact, or None."""
+    """The statement about exactly this artifact, or None."""
     for path, body in read(ledger, artifact.key):
         if {"name": artifact.key, "digest": {"sha256": artifact.digest}} in body["subject"]:
             return path, body
@@ -287,37 +288,37 @@ def sealed(ledger: Path, artifact: Artifact) -> tuple[Path, dict[str, Any]] | No
 
 
 def code_of(body: dict[str, Any]) -> dict[str, str]:
-    """{module: sha256} of the code that a statement says it ran."""
+    """{module: sha256} of the code in a statement."""
     dependencies = body["predicate"]["buildDefinition"]["resolvedDependencies"]
     return {d["name"]: d["digest"]["sha256"] for d in dependencies if d["uri"].startswith("atom:code/")}
 
 
 def materials_of(body: dict[str, Any]) -> dict[str, str]:
-    """{role: sha256} of the artifacts that a statement says went in."""
+    """{role: sha256} of the input artifacts in a statement."""
     dependencies = body["predicate"]["buildDefinition"]["resolvedDependencies"]
     return {d["name"]: d["digest"]["sha256"] for d in dependencies if d["uri"].startswith("atom:artifact/")}
 
 
 def material_keys(body: dict[str, Any]) -> dict[str, str]:
-    """{role: key} of the artifacts that a statement says went in."""
+    """{role: key} of the input artifacts in a statement."""
     dependencies = body["predicate"]["buildDefinition"]["resolvedDependencies"]
     prefix = "atom:artifact/"
     return {d["name"]: d["uri"].removeprefix(prefix) for d in dependencies if d["uri"].startswith(prefix)}
 
 
 def phase_of(body: dict[str, Any]) -> str | None:
-    """The key of the phase that a checkpoint is of; None if the statement is about something else."""
+    """The key of the phase that a checkpoint belongs to; None if the statement is not about a checkpoint."""
     checkpoint_of = body["predicate"]["buildDefinition"]["externalParameters"].get("of")
     return str(checkpoint_of["key"]) if checkpoint_of else None
 
 
 def environment_of(body: dict[str, Any]) -> dict[str, Any]:
-    """What the attempt ran in."""
+    """The environment of the attempt."""
     return dict(body["predicate"]["buildDefinition"]["internalParameters"]["environment"])
 
 
 def operation_of(body: dict[str, Any]) -> dict[str, Any]:
-    """How the attempt was run: the operational part of its config."""
+    """The operational part of the attempt's config."""
     return dict(body["predicate"]["buildDefinition"]["internalParameters"].get("operation", {}))
 
 
@@ -327,6 +328,6 @@ def invocation(body: dict[str, Any]) -> str:
 
 
 def operations_of(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """How the attempt and those whose work it went on from were run, the latest last."""
+    """The operational configs of the attempt and of the attempts that it resumed, the latest last."""
     earlier = body["predicate"]["buildDefinition"]["internalParameters"].get("earlier_operations", [])
     return [*earlier, operation_of(body)]

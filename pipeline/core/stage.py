@@ -1,4 +1,4 @@
-"""What a stage is, and what it is given.
+"""The contract of a stage: its config, inputs and report.
 
 A stage is one function from (config, input artifacts) to one sealed folder. It knows nothing of Slurm, MLflow or
 the command line, and writes nothing but `work` (its resumable state), `out` (its product) and `report`.
@@ -27,21 +27,21 @@ class Config(BaseModel):
 
 
 def operational(default: Any, description: str, **rules: Any) -> Any:
-    """A config field that says how to run, not what to make: left out of the key, it must not change the bytes."""
+    """A config field on how to run, not on what to make: it is left out of the key and must not change the bytes."""
     return Field(default, description=description, json_schema_extra={"identity": False}, **rules)
 
 
 def added(default: Any, description: str, **rules: Any) -> Any:
-    """A config field that came after keys were given: while it has its default it is left out of the key."""
+    """A config field that was added after keys existed: with its default value it is left out of the key."""
     return Field(default, description=description, json_schema_extra={"identity": "unless default"}, **rules)
 
 
 @dataclass(frozen=True)
 class Renamed:
-    """An annotation of a config field that had another name: a recipe with the old one is refused with a sentence that
-    gives the new one.
+    """Annotates a config field with its earlier name: a recipe with the earlier name is refused in a sentence with the
+    new one.
 
-    key_name: what the field is called inside the key. A rename that sets it to the old name re-keys nothing.
+    key_name: the name of the field inside the key. A rename that sets it to the old name changes no key.
     """
 
     before: str
@@ -49,12 +49,12 @@ class Renamed:
 
 
 def renamed(info: FieldInfo) -> Renamed | None:
-    """What a field's annotation says of its earlier name."""
+    """The annotation of a field with its earlier name."""
     return next((mark for mark in info.metadata if isinstance(mark, Renamed)), None)
 
 
 def identity(config: BaseModel) -> dict[str, Any]:
-    """The config as plain JSON without its operational fields: the part that goes into the key."""
+    """The config as plain JSON without its operational fields: the part that enters the key."""
     fields: dict[str, Any] = {}
     for name, info in type(config).model_fields.items():
         value, field_metadata = getattr(config, name), info.json_schema_extra
@@ -67,9 +67,9 @@ def identity(config: BaseModel) -> dict[str, Any]:
 
 
 def operation(config: BaseModel) -> dict[str, Any]:
-    """The rest of the config: its operational fields alone, nested as they stand in it.
+    """The operational fields of the config, with their nesting.
 
-    Of an absolute path only the last part is kept: statements hold this and are published.
+    Only the last part of an absolute path is kept, because statements contain this and are published.
     """
     values = config.model_dump(mode="json")
     fields: dict[str, Any] = {}
@@ -101,36 +101,36 @@ def _to_plain(value: Any) -> Any:
 
 
 class Report(Protocol):
-    """Where a stage tells how it is doing. Timed and machine-dependent figures go here, never into the artifact."""
+    """Receives the progress of a stage. Timed and machine-dependent figures go here, never into the artifact."""
 
     lease: int | None
-    """The number of the attempt's lease, the same on every rank: a later attempt at the key has a larger one. None if
+    """The number of the attempt's lease, equal on every rank: a later attempt at the key has a larger one. None if
     the caller holds no lease, and so makes one attempt at a time."""
 
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
-        """How far the stage is; `figures` (loss, tokens_per_s, ...) are shown beside it. Cheap: call it freely."""
+        """Reports the progress of the stage with `figures` (loss, tokens_per_s, ...). Cheap: call it freely."""
 
     def metric(self, step: int, **values: float) -> None:
-        """One point of each named curve: always to metrics.jsonl, and to MLflow in batches."""
+        """Records one point of each named curve: always in metrics.jsonl, and in MLflow in batches."""
 
     def note(self, text: str) -> None:
-        """One line for the log that a person reads."""
+        """Prints one line to the log."""
 
     def seal_checkpoint(self, step: int, folder: Path) -> None:
         """Seals a copy of `folder` as an artifact of its own before the stage is finished: the checkpoint after `step`.
 
-        What is sealed already is compared and left. Any thread of rank 0 may call it. Raises AtomError if the bytes are
-        not those that were sealed before, or if another worker has taken over."""
+        A checkpoint that is sealed already is compared and kept. Any thread of rank 0 may call it. Raises AtomError if
+        the bytes differ from the sealed ones, or if another worker has taken over."""
 
     def abandon(self, text: str) -> NoReturn:
-        """Ends the attempt with that sentence from any thread, when the main one is out of reach (it hangs in a
-        collective): the attempt is recorded as failed and the process exits. If the attempt is ending by itself
-        already, only the calling thread ends."""
+        """Ends the attempt with that sentence from any thread while the main thread hangs in a collective: the attempt
+        is recorded as failed and the process exits. If the attempt is already ending, only the calling thread ends."""
 
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """What a training phase asks of its ranks and disks, in tokens and bytes. Of ranks that differ, the fullest."""
+    """The resources of a training phase, in tokens and bytes, for each rank and disk. If ranks differ, those of the
+    fullest."""
 
     steps: int  # still to be trained
     batch_tokens: tuple[int, ...]  # of a step, as the batch grows
@@ -138,33 +138,34 @@ class TrainingEstimate:
     precision: str
     layout: str  # in words: TP4 PP2 EP32 DP64
     recomputes: bool  # layers, in the backward pass
-    gflop_per_token: float  # training FLOPs of the model, without what is computed again
+    gflop_per_token: float  # training FLOPs of the model, without recomputation
     state_bytes: int  # weights, gradients and optimizer of a rank
-    activation_bytes: int  # what a rank keeps for the backward pass, at most
+    activation_bytes: int  # maximum that a rank keeps for the backward pass
     host_bytes: int  # the copy of a rank's state that is written while training goes on
     checkpoint_bytes: int  # of one checkpoint, all ranks together
-    release_checkpoints: int  # that are sealed
-    work_checkpoints: int  # that are kept
+    release_checkpoints: int  # number of sealed ones
+    work_checkpoints: int  # number of kept ones
     order_rows: int
-    data_bytes: int  # order, and token shards if nothing were read twice
+    data_bytes: int  # order, and token shards if each is read once
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage will ask of a machine. None means: not estimated."""
+    """The resources that a stage needs. None means: not estimated."""
 
     cpu_seconds: float | None = None
-    fixed: bool = False  # cpu_seconds is that of a small corpus, whatever the size of this one
+    fixed: bool = False  # cpu_seconds is that of a small corpus, for a corpus of any size
     tokens: int | None = None
     flops: float | None = None
-    memory_bytes: int | None = None  # of a process; of several, the fullest
+    memory_bytes: int | None = None  # of one process; if several differ, of the fullest
     disk_bytes: int | None = None
     parameters: dict[str, int] = field(default_factory=dict)
     training: TrainingEstimate | None = None
 
 
 Promise = Literal["bitwise", "numeric"]
-"""What two attempts of one key have in common: every byte, in one environment on CPU; or values, within a tolerance."""
+"""The guarantee for two attempts at one key: equal bytes, in one environment on CPU; or equal values within a
+tolerance."""
 
 
 C = TypeVar("C", bound=Config, default=Any)
@@ -174,15 +175,15 @@ C = TypeVar("C", bound=Config, default=Any)
 class Stage(Generic[C]):
     """A registered stage: its name and version are part of every key, so bump `version` when the bytes change.
 
-    config: the class of its configs, C, which all of its functions take. The engine, which knows no stage's class, has
-    a plain `Stage`.
+    config: the class of its configs, C, which all of its functions take. The engine does not use that class and has a
+    plain `Stage`.
     ranks: the processes that run it together. Each calls `run` with the same arguments, with RANK, WORLD_SIZE,
     LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment (absent for one); rank 0 alone writes `out`.
-    obstacle: why a config can be planned but not run, in one sentence; asked before anything starts.
-    trains: whether it moves weights, and wants a GPU for each rank.
-    reads: the node that feeds each input, by role, of a stage that a recipe adds by its name alone.
-    shards: pieces of work that may be done beforehand and side by side, by `run_shard(config, inputs, work, shard)`,
-    each leaving whole files in `work`; `run` does what is missing, and gives the same bytes however many there are.
+    obstacle: the reason why a config can be planned but not run, in one sentence; checked before anything starts.
+    trains: whether it updates weights and needs a GPU for each rank.
+    reads: the input node for each role, for a stage that a recipe adds by its name alone.
+    shards: pieces of work that may run beforehand and in parallel, by `run_shard(config, inputs, work, shard)`. Each
+    leaves complete files in `work`; `run` does the missing ones and produces the same bytes for any number of shards.
     """
 
     name: str

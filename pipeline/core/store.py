@@ -1,8 +1,8 @@
 """Sealed artifacts: a folder of files and `manifest.json`, named by its key, proven by its digest.
 
 The digest is the SHA-256 of the manifest's rows (path, size, sha256 of every file) and of nothing else, so no
-clock, host or path can get into it. A folder under `artifacts/` is complete or absent: it is written elsewhere on the
-same file system, flushed, and renamed.
+clock, host or path enters it. A folder under `artifacts/` is complete or absent: it is written elsewhere on the same
+file system, flushed, and renamed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.core.os_errors import misplaced_file
 
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 2**30
-"""Bytes of the largest manifest that is believed: five million files."""
+"""The largest accepted manifest, in bytes: five million files."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -47,7 +47,7 @@ _MANIFEST: TypeAdapter[Any] = TypeAdapter(_Manifest)
 
 
 def canonical(value: Any) -> bytes:
-    """JSON with sorted keys, no spaces, UTF-8: the one byte form that is hashed."""
+    """JSON with sorted keys, without spaces, in UTF-8: the byte form that is hashed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -103,7 +103,7 @@ class Artifact:
 
     @classmethod
     def open(cls, path: Path) -> Artifact:
-        """Opens a sealed folder, checking that every file is there with its size. Hashes are `verify`'s work.
+        """Opens a sealed folder and checks the existence and size of every file. `verify` checks the hashes.
 
         Raises AtomError if the folder is not sealed or a file is missing or cut short.
         """
@@ -125,7 +125,7 @@ class Artifact:
 
     @classmethod
     def read(cls, path: Path) -> Artifact:
-        """What a folder's manifest says, without a look at the files. Raises Damaged."""
+        """Reads the manifest of a folder without checking the files. Raises Damaged."""
         manifest_path = path / MANIFEST
         try:
             manifest = json_files.read(manifest_path, _MANIFEST, MANIFEST_LIMIT)
@@ -140,12 +140,12 @@ class Artifact:
 
     @staticmethod
     def advice(key: str) -> str:
-        """What to do about a damaged artifact."""
+        """The remedy for a damaged artifact."""
         return f"restore it from a copy, or `atom gc --delete --include {key}` and run again to make it anew"
 
     def verify(self, below: str = "") -> None:
-        """Hashes every file, or every one in the folder `below`. Raises CheckFailed naming the first file that differs,
-        or an extra one."""
+        """Hashes every file, or every file in the folder `below`. Raises CheckFailed with the first file that differs
+        or is not in the manifest."""
         start = f"{below}/" if below else ""
         files = {start + row.path: (row.size, row.sha256) for row in rows_of(self.path / below)}
         rows = [row for row in self.rows if row.path.startswith(start)]
@@ -158,9 +158,9 @@ class Artifact:
 
 
 def once(path: Path, make: Callable[[], Any]) -> Any:
-    """A JSON value kept in a work folder, or made now and kept there whole.
+    """The JSON value that a work folder keeps; a missing one is computed and written atomically.
 
-    The file begins with the digest of the rest: a damaged one is made again, never believed.
+    The file begins with the digest of the rest: a damaged file is never used and its value is computed again.
     """
     try:
         with json_files.open_file(path) as file:
@@ -191,8 +191,8 @@ def write_manifest(folder: Path, key: str) -> Artifact:
 
 
 def _share_permissions(folder: Path, mode: int) -> None:
-    """Gives every file the permissions that a new one has here, by umask and the folder's defaults: some libraries
-    write files that only their owner may read."""
+    """Sets the permissions of every file to those of a new file here, by umask and the folder's defaults: some
+    libraries write files that only their owner may read."""
     search = (mode & 0o444) >> 2
     for root, _, names in os.walk(folder):
         for path, wanted_mode in [(Path(root), mode | search), *((Path(root, name), mode) for name in names)]:
@@ -215,9 +215,9 @@ def _require_key(artifact: Artifact, key: str) -> Artifact:
 
 
 KEYS = 2
-"""How keys are computed: 2 since the settings and nodes have the names that they have now."""
+"""The version of key computation: 2 since the settings and nodes have their present names."""
 KEY_VERSION = "key-version"
-"""The file of the home that says by which KEYS its latest run was begun."""
+"""The file of the home with the KEYS of its latest run."""
 
 
 class Store:
@@ -230,16 +230,16 @@ class Store:
         self.logs = self.home / "logs"
 
     def misplaced(self) -> str | None:
-        """What stands where a folder of the home should be, as one sentence; None if nothing does."""
+        """One sentence on a file in the place of a folder of the home; None without one."""
         folders = (self.home / "work", self.artifacts, self.ledger, self.logs)
         return next(filter(None, map(misplaced_file, folders)), None)
 
     def earlier_keys(self) -> str | None:
-        """A sentence, if what is here was made when keys were computed otherwise; None if it was not."""
+        """One sentence if this home has artifacts from an earlier computation of keys; None otherwise."""
         try:
             if self._key_version() == str(KEYS) or not any(self.artifacts.iterdir()):
                 return None
-        except OSError:  # no home yet, or one that cannot be read, which whatever reads it reports
+        except OSError:  # no home yet, or an unreadable one, which its readers report
             return None
         return (
             f"{self.home} was filled by an earlier version of atom, and keys have changed since: artifacts with "
@@ -247,7 +247,7 @@ class Store:
         )
 
     def mark_keys(self) -> None:
-        """States how keys are computed from now on in this home."""
+        """Records the present version of key computation in this home."""
         if self._key_version() != str(KEYS):
             (self.home / KEY_VERSION).write_text(f"{KEYS}\n")
 
@@ -261,19 +261,19 @@ class Store:
         return self.home / "work" / key
 
     def sealed(self, key: str) -> bool:
-        """Whether a folder of that key stands there, which is complete unless it was damaged since."""
+        """Whether a folder of that key exists, which is complete unless it was damaged later."""
         return os.path.lexists(self.artifacts / key)
 
     def open(self, key: str) -> Artifact:
-        """Raises AtomError if it is not sealed or damaged."""
+        """Opens a sealed artifact. Raises AtomError if it is missing or damaged."""
         return _require_key(Artifact.open(self.artifacts / key), key)
 
     def manifest(self, key: str) -> Artifact:
-        """What the manifest says, without a look at the files. Raises Damaged."""
+        """Reads the manifest without checking the files. Raises Damaged."""
         return _require_key(Artifact.read(self.artifacts / key), key)
 
     def damage(self, key: str) -> str | None:
-        """What can be seen of an artifact's damage without hashing it, as one sentence."""
+        """One sentence on the damage of an artifact that is visible without hashing; None without any."""
         try:
             self.open(key)
         except AtomError as error:
@@ -281,7 +281,7 @@ class Store:
         return None
 
     def seal(self, out: Path, key: str, record: Callable[[Artifact], None]) -> Artifact:
-        """Moves a finished folder to `artifacts/<key>` and returns what stands there.
+        """Moves a finished folder to `artifacts/<key>` and returns the artifact there.
 
         `record` gets the hashed artifact just before the rename, to write its statement: a kill between the two
         leaves a statement without an artifact, never an artifact without a statement. If another attempt sealed the

@@ -1,29 +1,29 @@
-"""Text of others in sentences of ours: one line, printable, of bounded length."""
+"""Escapes foreign text for messages: one line, printable, of bounded length."""
 
 from __future__ import annotations
 
 import re
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
-"""What cannot be seen, or changes how the rest is seen: controls, line separators, lone surrogates, and the marks that
-turn the direction of text (CVE-2021-42574). Joiners within words are letters to some scripts."""
+"""Characters that are invisible or change the display of others: controls, line separators, lone surrogates, and the
+marks that turn the direction of text (CVE-2021-42574). Joiners within words are letters in some scripts."""
 
 
 def unprintable(text: str, lines: bool = False) -> str | None:
-    """The first character that cannot be printed; lines: other than a line break or a tab."""
+    """The first unprintable character; lines: line breaks and tabs are allowed."""
     characters = (match[0] for match in _UNPRINTABLE.finditer(text) if not (lines and match[0] in "\n\t"))
     return next(characters, None)
 
 
 def escaped(text: str, longest: int | None = None) -> str:
-    """The text in one line, cut to `longest` characters: each that moves a terminal's cursor, turns the direction of
-    text or is no character at all stands as in Python: `\\x1b`, `\\u202e`, `\\udcff`."""
+    """The text in one line, cut to `longest` characters. Characters that move a terminal's cursor or turn the direction
+    of text, and invalid ones, are escaped as in Python: `\\x1b`, `\\u202e`, `\\udcff`."""
     cut = text if longest is None or len(text) <= longest else f"{text[: longest - 1]}…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 def shown(value: object, longest: int = 80) -> str:
-    """A value as Python writes it, in one bounded line. Of long texts and collections only the beginning is read."""
+    """The repr of a value in one bounded line. Only the beginning of long texts and collections is read."""
     if isinstance(value, str):
         return escaped(repr(value[: longest + 1]), longest)
     if isinstance(value, int) and abs(value) >= 10**40:

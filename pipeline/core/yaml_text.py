@@ -1,8 +1,8 @@
 """Reads the YAML of recipes and profiles: bounded in size, depth and expansion, and with the types of YAML 1.2.
 
-Recipes come from strangers, so nothing here depends on how large or deep a file is: aliases count as what they stand
-for. PyYAML's own constructors are not used: they follow YAML 1.1, to which `no` is false, `1:30` is 90, `010` is 8 and
-a date is no text, and some tags end in a traceback.
+Recipes are untrusted, so a file of any size or depth is safe to read: aliases count with the size of their values.
+PyYAML's own constructors are not used: they follow YAML 1.1, in which `no` is false, `1:30` is 90, `010` is 8 and a
+date is not a text, and some tags raise a traceback.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.core.text import escaped, shown, unprintable
 MOST_BYTES = 2**18
 """Of a file; the largest packaged one has 6 kB."""
 MOST_VALUES = 10_000
-"""Of a file, those that aliases repeat counted as often as they stand."""
+"""Values of a file; each use of an alias counts its values again."""
 DEEPEST = 24
 LONGEST_NUMBER = 100
 """Characters."""
@@ -36,7 +36,7 @@ _WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true":
 
 
 def read_file(path: Path, title: str) -> bytes:
-    """The bytes of a regular file. Raises RecipeError for anything else, and for one that is too large to be meant."""
+    """The bytes of a regular file. Raises RecipeError for anything else, and for a file above the limit."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -53,7 +53,7 @@ def read_file(path: Path, title: str) -> bytes:
 
 
 def parse_yaml(data: bytes, title: str) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises RecipeError naming the line if it is not YAML, or not a mapping."""
+    """The mapping in a YAML file. Raises RecipeError with the line if it is not YAML, or not a mapping."""
     try:
         document = _Reader(_decode(data)).document()
     except _Refused as error:
@@ -75,7 +75,7 @@ def _line(data: bytes, number: int) -> bytes:
 
 
 class _Refused(Exception):
-    """What this reader does not take, though it may be YAML."""
+    """Input that this reader refuses, though it may be valid YAML."""
 
     def __init__(self, line: int, text: str) -> None:
         self.line, self.text = line, text
@@ -190,7 +190,7 @@ class _Reader:
 
 
 def _merge(value: Any, line: int) -> dict[str, Any]:
-    """What `<<: *anchor` or `<<: [*one, *other]` adds, the first before the others."""
+    """The entries that `<<: *anchor` or `<<: [*one, *other]` adds; the first mapping takes precedence."""
     merged: dict[str, Any] = {}
     for part in value if isinstance(value, list) else [value]:
         if not isinstance(part, dict):

@@ -1,7 +1,7 @@
-"""Release checkpoints of training phases: artifacts of their own, from which a later run may go on.
+"""Release checkpoints of training phases: artifacts of their own, from which a later run may continue.
 
-A checkpoint is written `pretrain-<12 hex>@1200`: the key of the phase that trained it, and the step after which it
-stands. `pretrain@1200` is short for the only one of that step that is sealed here.
+A checkpoint is written `pretrain-<12 hex>@1200`: the key of the phase that trained it, and its step. `pretrain@1200` is
+short for the only sealed checkpoint of that step in this home.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Checkpoint:
 
 
 def find(reference: str, phase: str, where: str, store: Store) -> Checkpoint:
-    """The checkpoint that a recipe means. `where` is the field that says so, for errors.
+    """The checkpoint that a recipe names. where: the field of the recipe, for errors.
 
-    The long form needs no look-up. Raises RecipeError if it is of another phase, or if the short form fits no sealed
-    checkpoint, or several.
+    The long form needs no lookup. Raises RecipeError for a checkpoint of another phase, and for a short form that
+    matches no sealed checkpoint or several.
     """
     match = re.fullmatch(rf"({phase}(?:-[0-9a-f]{{12}})?)@([0-9]+)", reference)
     if match is None:
@@ -66,7 +66,7 @@ def find(reference: str, phase: str, where: str, store: Store) -> Checkpoint:
 
 
 def sealed(phase: str, store: Store) -> dict[Checkpoint, str]:
-    """Every sealed checkpoint of a phase with the run that made it. One without its statement is not known."""
+    """Every sealed checkpoint of a phase with the run that made it. A checkpoint without its statement is left out."""
     runs = {}
     for path in sorted(store.artifacts.glob(f"{phase}@*-*")):
         body = statement(path.name, store)
@@ -79,7 +79,7 @@ def sealed(phase: str, store: Store) -> dict[Checkpoint, str]:
 
 
 def statement(key: str, store: Store) -> dict[str, Any] | None:
-    """The statement that made a checkpoint; None if either is not here, or damaged, which is reported."""
+    """The statement about a checkpoint; None if either is missing or damaged, which is reported."""
     if not store.sealed(key):
         return None
     try:

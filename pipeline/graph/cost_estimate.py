@@ -1,4 +1,5 @@
-"""What a plan takes on a cluster: hours, money and energy of each stage, from its estimate and the profile."""
+"""Estimates the cost of a plan on a cluster: hours, money and energy of each stage, from its estimate and the
+profile."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ from pipeline.launch.cluster_profile import Profile
 from pipeline.tracking.budget import Hours
 
 RECOMPUTED = 4 / 3
-"""A forward pass more beside the three that a step costs."""
+"""One further forward pass beside the three units of a step."""
 
 
 @dataclass(frozen=True)
 class Use:
-    """What a stage, or all of them, will use. hours: on the clock."""
+    """The expected use of one stage or of all. hours: wall-clock hours."""
 
     name: str
     hours: float = 0.0
@@ -24,7 +25,7 @@ class Use:
     cost: float = 0.0
     energy_wh: float = 0.0
     why: str | None = None
-    """Why nothing is estimated; None where it is."""
+    """The reason for a missing estimate; None with an estimate."""
 
     def json(self) -> dict[str, Any]:
         return {"name": self.name, "why": self.why} if self.why else asdict(self)
@@ -32,7 +33,8 @@ class Use:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of the stages that are to run. total: of those that are estimated; its hours are of one stage after the other."""
+    """The estimates of the stages to run. total: the sum of the estimated stages; its hours assume one stage after the
+    other."""
 
     profile: Profile
     uses: tuple[Use, ...]
@@ -41,7 +43,7 @@ class Forecast:
 
     @property
     def hours(self) -> Hours:
-        """What the estimated stages add to the use of the recipe."""
+        """The hours that the estimated stages add to the use of the recipe."""
         return {"gpu_hours": self.total.gpu_hours, "core_hours": self.total.core_hours}
 
     def json(self) -> dict[str, Any]:
@@ -58,7 +60,7 @@ class Forecast:
 def forecast(rows: list[StagePlan], profile: Profile, small: bool) -> Forecast:
     """small: `planner.is_small` of the graph.
 
-    Raises RecipeError if the ranks of a stage do not fill the profile's nodes alike.
+    Raises RecipeError if the ranks of a stage do not fill the profile's nodes equally.
     """
     uses = tuple(_priced(_use(row, profile, small), profile) for row in rows if row.state.text == "to run")
     total = Use("all", *(sum(values) for values in zip(*(_figures(use) for use in uses), strict=True)))
@@ -88,13 +90,13 @@ def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
         return Use(name, why="no estimate")
     if estimate.fixed and not small:
         return Use(name, why="known of small corpora only")
-    # each rank computes with one thread, however many cores its job has
+    # each rank computes with one thread, for any number of cores of its job
     places = row.ranks if profile.slurm else min(row.ranks, profile.local.jobs)
     return Use(name, estimate.cpu_seconds / places / 3600, core_hours=estimate.cpu_seconds / 3600)
 
 
 def _gpus(row: StagePlan, profile: Profile) -> int:
-    """GPUs that a stage's job gets in all."""
+    """The total number of GPUs of a stage's job."""
     if profile.slurm is None:
         return 0
     return profile.slurm.allocation(row.state.name, row.ranks, row.trains).gpus
@@ -114,7 +116,7 @@ def _priced(use: Use, profile: Profile) -> Use:
 
 
 def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> list[str]:
-    """Sentences: the rates that were used and where they come from, what is left out, and what is not estimated."""
+    """Sentences on the rates and their sources, on omitted costs, and on stages without an estimate."""
     told, on_gpus = [], {use.name for use in uses if use.gpu_hours}
     used = [row for row in rows if row.state.name in on_gpus]
     if profile.gpu and used:

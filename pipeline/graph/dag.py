@@ -24,7 +24,7 @@ from pipeline.graph.recipe import Recipe, explain
 class Node:
     """One stage of a recipe's graph: its resolved config and the nodes that feed it, by role.
 
-    external: keys of artifacts of earlier runs that feed it as well, by role.
+    external: keys of further input artifacts from earlier runs, by role.
     """
 
     name: str
@@ -37,9 +37,9 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """The nodes in an order in which each follows its inputs.
+    """The nodes in topological order: each follows its inputs.
 
-    absent: sentences on sources whose files are not here; such a graph can be looked at, not run.
+    absent: sentences on sources whose files are missing; such a graph can be shown but not run.
     """
 
     recipe: Recipe
@@ -47,7 +47,7 @@ class Graph:
     absent: tuple[str, ...] = ()
 
     def upstream(self, names: set[str]) -> set[str]:
-        """`names` and everything that they need, directly or not."""
+        """`names` and all their inputs, direct and indirect."""
         needed = set(names)
         for name in reversed(self.nodes):
             if name in needed:
@@ -55,11 +55,11 @@ class Graph:
         return needed
 
     def materials(self, node: Node) -> dict[str, str]:
-        """The keys of all that feeds a node, by role."""
+        """The keys of all inputs of a node, by role."""
         return {role: self.nodes[name].key for role, name in node.inputs.items()} | dict(node.external)
 
     def select(self, until: str | None, only: str | None) -> list[str]:
-        """The nodes that a command asks for, in order. Raises AtomError for a stage that the recipe does not have."""
+        """The nodes that a command selects, in order. Raises AtomError for a stage that the recipe does not have."""
         for name in (until, only):
             if name is not None and name not in self.nodes:
                 near = difflib.get_close_matches(name[:100], self.nodes, 1)
@@ -74,7 +74,7 @@ class Graph:
 
 
 class GraphBuilder:
-    """Nodes by name, each added after its inputs. title: how errors name the recipe."""
+    """Nodes by name, each added after its inputs. title: the name of the recipe in errors."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -89,8 +89,8 @@ class GraphBuilder:
         /,
         **inputs: str,
     ) -> None:
-        """Adds a node: its stage, the config for it, keys of artifacts of earlier runs that feed it, and the nodes that
-        feed it, by role. Raises RecipeError for a config that the stage refuses."""
+        """Adds a node: its stage and config, the keys of its input artifacts from earlier runs and its input nodes, by
+        role. Raises RecipeError for a config that the stage refuses."""
         registered = registry.stage(stage)
         try:
             resolved = registered.config.model_validate(config)
@@ -102,29 +102,29 @@ class GraphBuilder:
         self.nodes[name] = Node(name, registered, resolved, inputs, key, external or {})
 
     def check_sizes(self) -> None:
-        """That no training phase asks for what no machine has: each number may be possible where their product is not.
-        Raises RecipeError."""
+        """Raises RecipeError if a training phase needs more than any machine has: each number may be possible where
+        their product is not."""
         for name, node in self.nodes.items():
             _check_size(f"{self.title}, stage {name}", node)
 
 
 class Composer(Protocol):
-    """The part of a definition that makes the graph of a recipe."""
+    """The part of a definition that composes the graph of a recipe."""
 
     def compose(self, recipe: Recipe, store: Store, without_data: bool) -> Graph: ...
 
 
 def compose(recipe: Recipe, store: Store, without_data: bool = False) -> Graph:
-    """The graph of a recipe, as the registered definition composes it. Raises RecipeError.
+    """The graph of a recipe by the registered definition. Raises RecipeError.
 
-    without_data: source trees may be absent; keys of what comes from one without a pinned digest are provisional.
+    without_data: source trees may be absent; keys that depend on a tree without a pinned digest are provisional.
     """
     return cast(Composer, registry.definition()).compose(recipe, store, without_data)
 
 
 def require_same_beginning(checkpoint: Checkpoint, previous: Mapping[str, str], where: str, store: Store) -> None:
-    """Raises RecipeError if the phase of a checkpoint began from another earlier phase than this recipe has: the base
-    model of the release would not be the one that its final model came from."""
+    """Raises RecipeError if the phase of a checkpoint started from a different earlier phase than this recipe has: the
+    final model of the release would not descend from its base model."""
     body = checkpoints.statement(checkpoint.key, store)
     for role, key in previous.items():
         began = provenance.material_keys(body).get(role, key) if body else key
@@ -136,7 +136,7 @@ def require_same_beginning(checkpoint: Checkpoint, previous: Mapping[str, str], 
 
 
 MOST_FLOPS = 1e27
-"""Of a training phase; the largest runs until 2025 took about 5e26 (epoch.ai/data/ai-models)."""
+"""The limit for a training phase; the largest runs until 2025 took about 5e26 (epoch.ai/data/ai-models)."""
 MOST_MEMORY = 2**42
 """Bytes of one rank, on whatever device: 4 TiB. The largest accelerators have 288 GB."""
 MOST_DISK = 1e18
@@ -166,15 +166,15 @@ def _check_size(where: str, node: Node) -> None:
 
 
 def names_in_words(names: Iterable[str], most: int = 60) -> str:
-    """Names in words, the first ones if there are many."""
+    """Names as a phrase; only the first ones if there are many."""
     every = list(names)
     return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
 
 
 @dataclass(frozen=True)
 class State:
-    """What is known of a node's artifact without hashing it: `sealed`, `stale` (sealed by other code), `damaged` or
-    `to run`. damage: what is wrong with it."""
+    """The state of a node's artifact without hashing: `sealed`, `stale` (sealed by other code), `damaged` or `to run`.
+    damage: the damage in words."""
 
     name: str
     key: str
@@ -184,7 +184,7 @@ class State:
 
 
 def states(graph: Graph, store: Store) -> dict[str, State]:
-    """The state of every node. A stale artifact is still used: its key says that it is what was asked for."""
+    """The state of every node. A stale artifact is still used: its key matches the requested work."""
     out = {}
     for name, node in graph.nodes.items():
         text = "to run"

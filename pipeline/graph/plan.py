@@ -1,4 +1,4 @@
-"""What a run will ask of a machine, from each stage's own estimate."""
+"""The plan of a run: each stage with its state and its own estimate."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pipeline.graph.dag import Graph, State
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of the plan: its state, its estimate, the artifacts of earlier runs that it needs, by role, and how it
-    would run: its ranks, and the operational fields of its config."""
+    """One stage of the plan: its state, its estimate, its input artifacts from earlier runs by role, its ranks, and the
+    operational fields of its config."""
 
     state: State
     estimate: Estimate
@@ -46,12 +46,12 @@ class StagePlan:
 
 
 def timed(estimates: Iterable[Estimate]) -> bool:
-    """Whether CPU time is estimated of every training phase: that of fp32 on CPU, where all is small."""
+    """Whether every training phase has an estimate of CPU time: that of fp32 on CPU, for small phases."""
     return all(estimate.cpu_seconds is not None for estimate in estimates if estimate.training)
 
 
 def is_small(graph: Graph) -> bool:
-    """Whether a whole recipe is for corpora as small as those that stages with a fixed estimate were timed with."""
+    """Whether all corpora of a recipe are as small as those that the fixed estimates of stages were measured with."""
     return timed(node.stage.estimate(node.config) for node in graph.nodes.values())
 
 
@@ -71,7 +71,7 @@ def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[St
 
 
 def remarks(rows: list[StagePlan]) -> list[str]:
-    """Sentences on what a plan's stages continue from, and on those that are damaged, stale or cannot be run."""
+    """Sentences on the checkpoints that a plan's stages continue from, and on damaged, stale or impossible stages."""
     sentences = []
     for row in rows:
         name = row.state.name

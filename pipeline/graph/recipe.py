@@ -1,7 +1,7 @@
-"""Loads a recipe: one YAML file that tells a whole release, top to bottom.
+"""Loads a recipe: one YAML file that describes a whole release.
 
-The schema is composed of the config classes that the stages own; this file adds only what is about the release as a
-whole. Every mistake becomes one sentence: which recipe, which field, what is wrong, what to do.
+The schema is composed of the config classes of the stages; this file adds only the fields of the release as a whole.
+Every error becomes one sentence: the recipe, the field, the problem, the remedy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipeline.core.yaml_text import parse_yaml, read_file
 from pipeline.graph import registry
 
 LONGEST_SENTENCE = 1000
-"""Characters that a mistake is told in; some list all that is known."""
+"""Characters of an error message; some list all known names."""
 Hours = Annotated[float, Range(0, 1e11, "a million GPUs use 1e10 hours in a year", above=True)]
 
 
@@ -66,14 +66,14 @@ class Recipe:
 
     @property
     def title(self) -> str:
-        """How errors name it."""
+        """The name of the recipe in errors."""
         return _title(self.path)
 
 
 def find(reference: str, package: str, kind: str, base: Path | None = None, folder: Path | None = None) -> Path:
     """A YAML file by its name among the packaged ones and those of `folder`, or by its path from `base`.
 
-    Raises RecipeError if there is none, with the names that there are, or if both folders have one.
+    Raises RecipeError if there is none, with the existing names, or if both folders have one.
     """
     packaged = {path.stem: path for path in Path(str(resources.files(package))).glob("*.yaml")}
     others = {} if folder is None else {path.stem: path for path in folder.glob("*.yaml")}
@@ -101,12 +101,13 @@ def find(reference: str, package: str, kind: str, base: Path | None = None, fold
 
 
 def explain(error: ValidationError, model: type[BaseModel], title: str, raw: Any = None) -> RecipeError:
-    """The first mistake of a validation as one sentence. With the raw mapping, list items are called by their names."""
+    """The first error of a validation as one sentence. With the raw mapping, the sentence names list items by their
+    names."""
     mistakes = error.errors()
     names = {number: _names_today(model, mistake) for number, mistake in enumerate(mistakes)}
     number = next((number for number, today in names.items() if today), 0)  # the field's new name is missing as well
     first = mistakes[number]
-    is_section = first["type"] == "value_error"  # of a section, whose last part may be the class chosen for it
+    is_section = first["type"] == "value_error"  # of a section, whose last part may be its chosen class
     where = ".".join(_called(first["loc"], raw, is_section))
     field = f"{where} " if where else ""
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
@@ -123,7 +124,7 @@ def explain(error: ValidationError, model: type[BaseModel], title: str, raw: Any
         text = f"{field}= {shown(first['input'])} {first['msg']}"
     elif first["type"] == "value_error":
         said = str(first["ctx"]["error"])
-        about_a_field = re.match(r"[a-z_0-9.]+ = ", said)  # such a sentence goes on from the section's name
+        about_a_field = re.match(r"[a-z_0-9.]+ = ", said)  # such a sentence continues after the section's name
         text = f"{where}{'.' if about_a_field else ': '}{said}" if where else said
     else:
         text = f"{field}= {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}{_mend(first)}"
@@ -131,7 +132,7 @@ def explain(error: ValidationError, model: type[BaseModel], title: str, raw: Any
 
 
 def _names_today(model: type[BaseModel], mistake: Any) -> list[str]:
-    """What a field is called now that a recipe names as it was called before; none for any other mistake."""
+    """The present name of a field that a recipe gives by its earlier name; none for any other error."""
     if mistake["type"] != "extra_forbidden":
         return []
     *place, last = mistake["loc"]
@@ -140,7 +141,7 @@ def _names_today(model: type[BaseModel], mistake: Any) -> list[str]:
 
 
 def _mend(mistake: Any) -> str:
-    """How a value of the wrong type is to be written."""
+    """The remedy for a value of the wrong type."""
     kind, value = mistake["type"], mistake["input"]
     if kind == "bool_type":
         return "; write true or false"
@@ -154,8 +155,8 @@ def _mend(mistake: Any) -> str:
 
 
 def _called(location: tuple[Any, ...], raw: Any, is_section: bool) -> list[str]:
-    """The parts of a location as a recipe's author knows them: an item of a list is called by its `name`, if it has
-    one, instead of its place; which class was chosen for it is left out."""
+    """The parts of a location for the author of a recipe: a list item has its `name`, if there is one, in place of its
+    index; the chosen class is left out."""
     out = []
     for number, part in enumerate(location):
         if part == "[key]" or (
@@ -172,18 +173,18 @@ def _called(location: tuple[Any, ...], raw: Any, is_section: bool) -> list[str]:
 
 
 def _fields_at(model: Any, location: Sequence[Any]) -> list[str]:
-    """The field names of the classes that may stand at a location of the schema."""
+    """The field names of the classes at a location of the schema."""
     return sorted({name for each in _classes_at(model, location) for name in each.model_fields})
 
 
 def _classes_at(model: type[BaseModel], location: Sequence[Any]) -> list[type[BaseModel]]:
-    """The config classes that may stand at a location of the schema."""
+    """The possible config classes at a location of the schema."""
     classes = [model]
     for part in location:
         fields = [each.model_fields[part] for each in classes if part in each.model_fields]
         if fields:
             classes = [each for info in fields for each in _classes(info.annotation)]
-        else:  # a place in a list, or the tag by which one of several classes was chosen
+        else:  # an index in a list, or the tag that chooses one of several classes
             classes = [each for each in classes if part in _tags(each)] or classes
     return classes
 
@@ -196,7 +197,7 @@ def _classes(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _tags(model: type[BaseModel]) -> set[Any]:
-    """The words by which a class is chosen among others."""
+    """The tags that choose a class among others."""
     types = [info.annotation for info in model.model_fields.values()]
     return {word for kind in types if get_origin(kind) is Literal for word in get_args(kind)}
 
@@ -204,7 +205,7 @@ def _tags(model: type[BaseModel]) -> set[Any]:
 def load(reference: str) -> Recipe:
     """Reads and validates a recipe by its packaged name or its path, with its data recipe.
 
-    Raises RecipeError with one sentence for any mistake in either.
+    Raises RecipeError with one sentence for any error in either.
     """
     path = find(reference, "pipeline.recipes", "recipe")
     title = _title(path)

@@ -1,6 +1,6 @@
-"""Which graph the engine runs: the module that defines its stages, the recipe and what feeds what.
+"""Registers the graph of the engine: the module that defines its stages, its recipe and its edges.
 
-It is imported when first asked for; importing it must stay cheap (no torch, datatrove, MLflow).
+The module is imported at its first use; its import must stay cheap (no torch, datatrove, MLflow).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ COMMANDS = ("stages.commands", "release.commands")
 
 
 class Definition(Protocol):
-    """What that module holds.
+    """The contents of that module.
 
     STAGES: the module of each stage by name. RECIPE: the recipe's class. load_data_recipe: reads the file that a recipe
-    names as its data. It also holds what `pipeline.graph.dag.Composer` says.
+    names as its data. It also has the members of `pipeline.graph.dag.Composer`.
     """
 
     STAGES: dict[str, str]

@@ -1,4 +1,5 @@
-"""A run: one execution of a recipe's graph, as files under `logs/<run>/`. Its state is read, never kept in memory."""
+"""A run: one execution of a recipe's graph, as files under `logs/<run>/`. Its state is in the files, never in
+memory."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w@.-]*$")]
 
 
 class NodeRow(TypedDict):
-    """A stage that a run was asked for. inputs: the keys of what feeds it, by role; older runs do not say."""
+    """A stage of a run. inputs: the keys of its inputs, by role; older runs do not have them."""
 
     name: Name
     stage: str
@@ -42,7 +43,8 @@ class Prices(TypedDict):
 
 
 class LauncherFields(TypedDict):
-    """What a launcher adds to run.json. cluster: name of the profile; code: the snapshot that the jobs run from."""
+    """The fields that a launcher adds to run.json. cluster: name of the profile; code: the snapshot that the jobs run
+    from."""
 
     prices: NotRequired[Prices | None]
     cluster: NotRequired[str]
@@ -76,7 +78,7 @@ JOB: TypeAdapter[JobRow] = TypeAdapter(JobRow)
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where the nodes of a run write: folders of their own beside each other."""
+    """The folder of a run, with one folder for each node."""
 
     id: str
     folder: Path
@@ -92,14 +94,14 @@ class Run(RunFolder):
     body: Body
 
     def note_job(self, node: str, job: str, attached: bool, array: str | None = None, shards: int = 1) -> None:
-        """Writes down which Slurm job is to make a node. attached: another run submitted it; array: the job array that
-        does its shards beforehand, so many."""
+        """Records the Slurm job of a node. attached: another run submitted it; array: the job array for its shards,
+        with the number of its tasks."""
         row: JobRow = {"node": node, "job": job, "attached": attached, "array": array, "shards": shards}
         with open(self.folder / "jobs.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
     def jobs(self) -> dict[str, JobRow]:
-        """The latest submission of each node; empty for a run of this machine."""
+        """The latest submission of each node; empty for a local run."""
         tail = Tail(self.folder / "jobs.jsonl", JOB)
         rows = {row["node"]: row for row in tail.read()}
         if tail.cut:
@@ -112,7 +114,7 @@ class Run(RunFolder):
 def start(
     graph: Graph, store: Store, selected: list[str], profile: str, launcher_fields: LauncherFields | None = None
 ) -> Run:
-    """Writes a new run: the recipe as it is now, and the selected nodes with keys."""
+    """Writes a new run: the present recipe, and the selected nodes with keys."""
     identity = graph.recipe.config
     run_id = f"{identity.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = store.logs / run_id
@@ -142,7 +144,7 @@ def start(
 
 
 def require_same_recipe(run: Run, recipe: Recipe) -> None:
-    """Raises AtomError if a recipe file is not what it was when the run began."""
+    """Raises AtomError if a recipe file has changed since the start of the run."""
     for name, data in recipe.files.items():
         before = run.folder / name
         if not before.exists() or before.read_bytes() != data:
@@ -152,7 +154,7 @@ def require_same_recipe(run: Run, recipe: Recipe) -> None:
 
 
 def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
-    """All runs, oldest first, and those of which it cannot be read what they were asked for."""
+    """All runs, oldest first, and the unreadable ones."""
     found, damaged = [], []
     for name in json_files.names(store.logs):
         path = store.logs / name / "run.json"
@@ -162,7 +164,7 @@ def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
                 raise Damaged(path, f"it says that it is of run {body['id']}")
             found.append((path.stat().st_mtime, Run(name, path.parent, body)))
         except FileNotFoundError:
-            nowhere = path.parent.is_symlink() and not path.parent.exists()  # perhaps its disk is not mounted now
+            nowhere = path.parent.is_symlink() and not path.parent.exists()  # perhaps its disk is not mounted
             if path.parent.is_symlink() or _has_begun(path.parent):
                 why = "its folder is a link that leads nowhere" if nowhere else "it is missing"
                 damaged.append(Damaged(path, why))
@@ -172,8 +174,8 @@ def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
 
 
 def _has_begun(folder: Path) -> bool:
-    """Whether something of a run is there that comes after its run.json, which is then lost: what a launcher or a stage
-    wrote, or a link, behind which it may be. Without, the run was killed before."""
+    """Whether a run has files that are written after its run.json, which is then lost: files of a launcher or a stage,
+    or a link to them. Without such files, the run was killed before it began."""
     later = ("driver", "jobs.jsonl", "*/events.jsonl", "*/submitit", "*/shards/submitit")
     if not folder.is_dir():
         return False
@@ -181,7 +183,7 @@ def _has_begun(folder: Path) -> bool:
 
 
 def runs(store: Store) -> list[Run]:
-    """All runs that can be read, oldest first; the others are reported."""
+    """All readable runs, oldest first; the others are reported."""
     try:
         known, damaged = read_all(store)
     except Damaged as error:
@@ -193,8 +195,8 @@ def runs(store: Store) -> list[Run]:
 
 
 def find(store: Store, reference: str | None) -> Run:
-    """The run whose id starts with `reference`, or the latest. Raises AtomError if there is none, or several, or if it
-    cannot be read."""
+    """The run whose id starts with `reference`, or the latest. Raises AtomError if there is none, if there are several,
+    or if it is unreadable."""
     known, damaged = read_all(store)
     if reference is not None:
         for each in damaged:
@@ -215,11 +217,11 @@ def find(store: Store, reference: str | None) -> Run:
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """What the files say of one node of a run."""
+    """The status of one node of a run, from its files."""
 
     name: str
     key: str
-    state: str  # sealed | running | failed | waiting; of a Slurm job also as Slurm says it, or lost
+    state: str  # sealed | running | failed | waiting; of a Slurm job also a state of Slurm, or lost
     done: float = 0
     total: float = 0
     unit: str = ""
@@ -233,7 +235,7 @@ class NodeStatus:
     restarts: int | None = None
     reason: str | None = None
     message: str = ""
-    kind: str | None = None  # of the failure that `message` tells
+    kind: str | None = None  # of the failure in `message`
 
     def json(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if v not in (None, "")}
@@ -283,7 +285,7 @@ def node_status(run: Run, store: Store, node: NodeRow) -> NodeStatus:
 
 
 def _eta(events: list[Event]) -> float | None:
-    """Seconds to the end by the pace of the present attempt; None if it has not gone far enough to tell."""
+    """Remaining seconds at the pace of the present attempt; None if it is too early for an estimate."""
     start = next((i for i, e in reversed(list(enumerate(events))) if e["event"] == "start"), 0)
     points = [e for e in events[start:] if e["event"] == "progress"]
     if len(points) < 2 or points[-1]["done"] <= points[0]["done"]:

@@ -1,4 +1,4 @@
-"""One try at a node: what it needs to know, and the statement about how it ended."""
+"""One attempt at a node: its parameters, and the statement about its end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ USAGE: TypeAdapter[Any] = TypeAdapter(_UsageFile)
 
 @dataclass(frozen=True)
 class Task:
-    """All that a job needs to know, as plain values, so that its pickle is small."""
+    """The parameters of a job as plain values, so that its pickle is small."""
 
     home: str
     run: str
@@ -50,7 +50,7 @@ class Task:
 
 
 def _read_usage(path: Path) -> Usage | None:
-    """What a task of a job array wrote down that it used; None, with a report, if that cannot be read."""
+    """The recorded usage of a task of a job array; None, with a report, if it is unreadable."""
     try:
         return Usage(**json_files.read(path, USAGE))
     except Damaged as error:
@@ -59,7 +59,7 @@ def _read_usage(path: Path) -> Usage | None:
 
 
 class Attempt:
-    """One try at a node, from its start to the statement about it."""
+    """One attempt at a node, from its start to its statement."""
 
     def __init__(self, task: Task, store: Store, report: FileReport, ranks: Ranks) -> None:
         self.task, self.store, self.report, self.ranks = task, store, report, ranks
@@ -69,28 +69,28 @@ class Attempt:
         self.started, self.usage_at_start = time.time(), Usage.now()
         self.code = code_digests(registry.stages()[task.stage])
         self.operations = [operation(self.config)]
-        """How this attempt and those whose work it goes on from were run: each way once, the latest last."""
+        """The distinct operational configs of this attempt and of those that it resumed, the latest last."""
 
     def record(self, artifact: Artifact, part: Checkpoint | None = None) -> None:
-        """The statement of a product, written just before it is sealed. Raises AtomError if it must not be.
+        """Writes the statement of a product just before it is sealed. Raises AtomError if it must not be sealed.
 
-        part: what the product is, if it is not the stage's own.
+        part: the kind of the product, if it is not the stage's own artifact.
         """
         self.refuse_second_digest(artifact)
         self._write_statement({artifact.key: artifact.digest}, "sealed", part, None if part else artifact)
 
     def record_failure(self, failure: Failure) -> None:
-        """The statement of a failed attempt; its subject is the attempt's events, which are what is left of it."""
+        """Writes the statement of a failed attempt; its subject is the events of the attempt."""
         name = f"{self.task.run}/{self.task.node}/events.jsonl"
         published = Failure(strip_paths(failure.text, self.store.home), failure.kind)
         try:
             self._write_statement({name: sha256_file(self.store.logs / name)}, published)
-        except OSError as error:  # a full disk: the failure itself is told all the same
+        except OSError as error:  # a full disk: the failure itself is reported all the same
             print(f"{self.task.node}: no statement of this attempt: {error}", file=sys.stderr, flush=True)
 
     def refuse_second_digest(self, artifact: Artifact) -> None:
-        """A bitwise stage must give the digest that it gave before from these inputs with this code, here and run in
-        the same way: another layout of ranks adds in another order."""
+        """Refuses a digest of a bitwise stage that differs from an earlier one with the same inputs, code, environment
+        and operational config. (Another layout of ranks adds in another order.)"""
         if self.stage.promise(self.config) != "bitwise" or environment.device()["type"] != "cpu":
             return  # GPU kernels add in an order of their own
         fingerprint = environment.fingerprint()
@@ -119,7 +119,7 @@ class Attempt:
         failed = isinstance(outcome, Failure) and outcome.kind is not Kind.STOPPED
         timeout = FAILED_USAGE_SECONDS if failed else USAGE_SECONDS
         usages = [Usage.now().since(self.usage_at_start), *([] if part else self.ranks.peer_usages(timeout))]
-        if product is not None:  # what tasks of a job array did beforehand
+        if product is not None:  # usage of the tasks of a job array
             shards = self.store.logs / self.task.run / self.task.node / "shards"
             usages += [
                 process_usage

@@ -1,6 +1,6 @@
 """The script of a Slurm job: `batch.sh.jinja` with the values of a stage, a run and a cluster profile.
 
-It sets up what the profile says, runs the stage by srun, and does with the job what rank 0 decided (decision.py).
+It sets up the environment of the profile, runs the stage by srun, and acts on the decision of rank 0 (decision.py).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class BatchScript:
 
     sbatch_options: without their dashes; True for one that takes no value.
     forwarded_variables: of the process that submits; set before the modules. variables: set after them.
-    setup: lines of shell. python: the shell command that is Python, perhaps in a container.
-    submitit_folder: where the job's pickle and logs are. launches_folder: where each start has its folder.
-    restarts: how often the job is started again although nothing counts its attempts.
-    notify: a shell command, on failure and at the end of the run; of an array one task runs it, whichever makes
-    notified_folder.
+    setup: lines of shell. python: the shell command for Python, perhaps in a container.
+    submitit_folder: folder of the job's pickle and logs. launches_folder: folder of the launches.
+    restarts: number of restarts of a job whose attempts are not counted otherwise.
+    notify: a shell command, on failure and at the end of the run; in an array, the one task that creates
+    notified_folder runs it.
     """
 
     run: str
@@ -84,10 +84,10 @@ def _template() -> jinja2.Template:
 def batch_script(
     store: Store, run: RunFolder, node: Node, slurm: Slurm, code: Path, dependencies: list[str], tasks: int = 0
 ) -> BatchScript:
-    """The script of a node's job, or of the array of so many tasks that does its shards beforehand.
+    """The script of a node's job, or of the array with that many tasks for its shards.
 
-    code: the snapshot to run from. dependencies: ids of the jobs to wait for. Raises RecipeError if the node's ranks do
-    not fill nodes alike, or if a variable to forward looks like a secret.
+    code: the snapshot to run from. dependencies: ids of the jobs to wait for. Raises RecipeError if the ranks do not
+    fill nodes equally, or if a variable to forward looks like a secret.
     """
     folder = run.node_folder(node.name) / ("shards" if tasks else "")
     variables = {**JOB_ENVIRONMENT, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1", "ATOM_HOME": str(store.home)}
@@ -126,7 +126,7 @@ def batch_script(
 
 
 def _sbatch_options(slurm: Slurm, allocation: Allocation) -> dict[str, str | int | bool]:
-    """What a job of the profile asks for, whatever its stage."""
+    """The sbatch options of every job of the profile."""
     jobs = allocation.jobs
     options: dict[str, str | int | bool | None] = {
         "partition": jobs.partition,
@@ -151,7 +151,7 @@ def _sbatch_options(slurm: Slurm, allocation: Allocation) -> dict[str, str | int
 
 
 def _python(slurm: Slurm, store: Store) -> str:
-    """The shell command that is Python, in the container if there is one."""
+    """The shell command for Python, in the container if there is one."""
     container = slurm.container
     if container is None:
         return shlex.quote(slurm.python or sys.executable)

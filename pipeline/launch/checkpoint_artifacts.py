@@ -1,7 +1,7 @@
 """Artifacts that a stage seals before it ends: the release checkpoints of a training phase.
 
-A phase's own artifact holds the same files (the same inodes, by hard links), but only once the phase has ended; a
-checkpoint can be used while its phase still runs, or if it never ends.
+The artifact of the phase has the same files (the same inodes, by hard links), but only after the end of the phase. A
+checkpoint can be used while its phase is running, or if the phase never ends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class CheckpointArtifacts:
-    """The checkpoints that one attempt seals, which holds the lease of its key. Any of its threads may seal one."""
+    """Seals the checkpoints of one attempt, which holds the lease of its key. Any of its threads may seal one."""
 
     def __init__(self, attempt: Attempt, lease: Lease) -> None:
         self.attempt, self.lease, self.lock = attempt, lease, threading.Lock()
@@ -30,7 +30,7 @@ class CheckpointArtifacts:
     def seal(self, step: int, folder: Path) -> None:
         """Seals `folder` as the checkpoint after `step`, unless that was done before.
 
-        Raises AtomError if it was done with other bytes by the same code in the same environment, MachineError if
+        Raises AtomError if it was sealed with different bytes by the same code in the same environment, MachineError if
         another worker has taken over.
         """
         with self.lock:
@@ -54,7 +54,7 @@ class CheckpointArtifacts:
     def _check_same_digest(self, sealed: Artifact, folder: Path) -> None:
         pairs = [(sealed / row.path, folder / row.path) for row in sealed.rows]
         if all(new.exists() and os.path.samefile(old, new) for old, new in pairs):
-            return  # by hard links: there is nothing to compare
+            return  # same files by hard links: nothing to compare
         rows = rows_of(folder)
         artifact = Artifact(sealed.key, digest_of(rows), folder, tuple(rows))
         self.attempt.refuse_second_digest(artifact)

@@ -1,8 +1,8 @@
-"""The variables that a stage gets: those that computing needs, and no secret.
+"""The environment of a stage: the variables needed for computing, and no secrets.
 
-A stage, and what it starts (a sandbox, a server), never sees a token: neither one of whoever runs or submits, nor one
-of a login profile, a module, a prolog or a container image. So a variable reaches it only if its name stands here or in
-the cluster profile (`forward`, `environment`); and one whose name or value looks like a secret never does.
+A stage and its children (a sandbox, a server) never see a token of the user, a login profile, a module, a prolog or a
+container image. A variable reaches the stage only if its name is listed here or in the cluster profile (`forward`,
+`environment`). A variable whose name or value looks like a secret never does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 from pipeline.core.errors import RecipeError
 
 TAKEN_OVER = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "SLURM_CONF", "MODULEPATH", "LD_LIBRARY_PATH")
-"""What a Slurm job takes over from whoever submits, beside `forward` of the profile. The value stands in its script."""
+"""Variables of the submitting process that a Slurm job gets, beside `forward` of the profile. Their values are in its
+script."""
 ALLOWED = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "SHLVL", "PWD", "OLDPWD", "_", "TERM", "TZ", "TMPDIR", "LANG",
     "LANGUAGE", "LC_*", "HOSTNAME", "CC", "CXX", "CPATH", "LIBRARY_PATH", "MANPATH", "PKG_CONFIG_PATH",
@@ -31,27 +32,27 @@ ALLOWED = (
     "TORCH*", "PYTORCH_*", "TRITON_*", "MEGATRON_*", "NVTE_*", "VLLM_*", "CUDA*", "CUBLAS*", "CUDNN_*", "NVIDIA_*",
     "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "NCCL_*", "GLOO_*", "UCX_*", "FI_*",
 )  # fmt: skip
-"""Names that a stage may have, as patterns of a shell."""
+"""Shell patterns of the names of allowed variables."""
 SECRET_NAMES = (
     "*TOKEN*", "*SECRET*", "*PASSW*", "*PASSPHRASE*", "*PASSCODE*", "*PASS", "*PASS[_0-9]*", "*?PWD*", "*KEY*", "*PAT",
     "*PAT[_0-9]*", "*CRED*", "*JWT*", "*AUTH*", "*COOKIE*", "*BEARER*",
 )  # fmt: skip
-"""By which a name, in capitals, is that of a secret, as patterns of a shell: most words wherever they stand in it."""
+"""Shell patterns of the names of secrets, in capitals: most words match anywhere in a name."""
 NON_SECRET_PARTS = (
     "TOKENIZER", "NCCL_IB_PKEY", "UCX_IB_PKEY", "OLDPWD", "APPTAINER_PWD", "SINGULARITY_PWD", "COMPAT", "BYPASS",
 )  # fmt: skip
-"""Parts of names that are passed over when a name is compared with these patterns."""
+"""Parts of names that are ignored when a name is compared with these patterns."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET_VALUE = re.compile(
     r"://[^/\s@]*:[^/\s@]*@|\b(?:hf|ghp|gho|ghs|github_pat|glpat|xox[abp]|sk)[_-][A-Za-z0-9_-]{16,}|\bAKIA[A-Z0-9]{16}"
 )
 _USER_OF_URL = re.compile(r"://[^/\s@]+@")
 _RESTARTED_BY = "ATOM_BEGUN_ANEW"
-"""Holds the id of a process that `require` has begun anew."""
+"""Has the id of a process that `require` has restarted."""
 
 
 def is_secret(name: str, value: str = "") -> bool:
-    """Whether a variable looks like a secret: by a word of its name, or a password or a token in its value."""
+    """Whether a variable looks like a secret, by a word in its name, or by a password or token in its value."""
     upper_name = name.upper()
     for part in NON_SECRET_PARTS:
         upper_name = upper_name.replace(part, "_")
@@ -61,8 +62,8 @@ def is_secret(name: str, value: str = "") -> bool:
 def is_allowed(name: str, value: str = "", profile_names: Collection[str] = ()) -> bool:
     """Whether a stage may have a variable.
 
-    named: what the cluster profile names. What stands before the @ of a URL may be a user's name there; elsewhere it is
-    taken for a token.
+    profile_names: the variables that the cluster profile names. In these, the part before the @ of a URL may be a user
+    name; elsewhere it counts as a token.
     """
     if name not in profile_names:
         is_computing_name = _NAME.fullmatch(name) is not None and any(fnmatchcase(name, pattern) for pattern in ALLOWED)
@@ -72,12 +73,12 @@ def is_allowed(name: str, value: str = "", profile_names: Collection[str] = ()) 
 
 
 def denied_names(environment: Mapping[str, str], profile_names: Collection[str] = ()) -> list[str]:
-    """The names of those variables that a stage may not have."""
+    """The names of the variables that a stage may not have."""
     return sorted(name for name, value in environment.items() if not is_allowed(name, value, profile_names))
 
 
 def forwarded_variables(environment: Mapping[str, str], forward: Iterable[str]) -> dict[str, str]:
-    """What a Slurm job takes over of `environment`. Raises RecipeError for what looks like a secret."""
+    """The variables of `environment` that a Slurm job gets. Raises RecipeError for one that looks like a secret."""
     forwarded = {}
     for name in (*TAKEN_OVER, *forward):
         if name not in environment:
@@ -92,16 +93,15 @@ def forwarded_variables(environment: Mapping[str, str], forward: Iterable[str]) 
 
 
 def require(profile_names: Collection[str]) -> None:
-    """Removes the variables that a stage may not have and that it got all the same, by a module, a prolog, an image or
-    `setup` of the profile. If this process began with one, it begins anew: what is only removed from `os.environ` is
-    still in /proc.
+    """Removes denied variables that came from a module, a prolog, an image or `setup` of the profile. If this process
+    started with one, it restarts itself, because a variable that is only removed from `os.environ` is still in /proc.
 
-    named: what the cluster profile names.
+    profile_names: the variables that the cluster profile names.
     """
     for name in denied_names(os.environ, profile_names):
         del os.environ[name]
     if os.environ.pop(_RESTARTED_BY, None) == str(os.getpid()):
-        return  # what is in /proc now is not what it began with: never twice
+        return  # /proc does not change after a restart: restart only once
     pairs = (entry.partition("=") for entry in os.fsdecode(Path("/proc/self/environ").read_bytes()).split("\0"))
     if denied_at_start := denied_names({name: value for name, _, value in pairs if name}, profile_names):
         print(f"restarts without {', '.join(denied_at_start)}: no secret reaches a stage", flush=True)

@@ -1,4 +1,4 @@
-"""Cluster profiles: where and with what a run runs. Pure data, never part of a key."""
+"""Cluster profiles: the machines and resources of a run. Pure data, never part of a key."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Gpu(Config):
         return rate
 
     def told(self, precision: str) -> str:
-        """The rate in words. It must be there."""
+        """The rate in words. The rate must not be None."""
         rate = self.rate(precision)
         assert rate is not None
         return f"{rate.utilization:g} of {rate.peak_tflops:g} TFLOP/s in {_family(precision)}"
@@ -203,7 +203,7 @@ class Slurm(Config):
         return self
 
     def allocation(self, stage: str, ranks: int, trains: bool) -> Allocation:
-        """What the job of a stage gets. Raises RecipeError if the ranks do not fill nodes alike."""
+        """The allocation of a stage's job. Raises RecipeError if the ranks do not fill nodes equally."""
         jobs = self.train if trains else self.cpu
         ranks_per_node = min(ranks, jobs.tasks_per_node)
         if ranks % ranks_per_node:
@@ -225,7 +225,7 @@ class Profile(Config):
     slurm: Slurm | None = Field(None, description="Slurm cluster, required by `atom submit`")
 
     def costs(self) -> RunPrices | None:
-        """The prices as plain values, for a run to keep."""
+        """The prices as plain values, for the files of a run."""
         if (prices := self.prices) is None:
             return None
         return {"gpu_hour": prices.gpu_hour, "core_hour": prices.core_hour, "currency": prices.currency}
@@ -238,11 +238,11 @@ class Profile(Config):
 
 
 FOLDER_VARIABLE = "ATOM_CLUSTERS"
-"""The environment variable that names a folder with further profiles, such as those of a site."""
+"""The environment variable with the path of a folder of further profiles, such as those of a site."""
 
 
 def load(reference: str) -> Profile:
-    """A profile by its name, which is that of its file without `.yaml`, or by its path. Raises RecipeError.
+    """Loads a profile by its name (its file name without `.yaml`) or by its path. Raises RecipeError.
 
     Names are looked up in pipeline/clusters and in the folder that ATOM_CLUSTERS names, if it is set.
     """

@@ -1,7 +1,7 @@
-"""What shall become of a Slurm job: rank 0 decides, the job's script (batch.sh.jinja) does it.
+"""The decision about a Slurm job: rank 0 decides, and the job's script (batch.sh.jinja) acts on it.
 
-The file `decision` of a launch has the decision in its first line, the kind of a failure in its second, and then how
-the attempt ended.
+The file `decision` of a launch has the decision in its first line, the kind of a failure in its second, and the outcome
+of the attempt in the rest.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pipeline.core.json_files import Damaged
 class Decision(StrEnum):
     SEALED = "sealed"
     DONE = "done"
-    """Sealed, and so is all that the run asked for."""
+    """All stages of the run are sealed."""
     RESTART = "again"
     FAILED = "failed"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A decision, and how the attempt ended. kind: of a failure."""
+    """A decision and the outcome of the attempt. kind: of a failure."""
 
     decision: Decision
     text: str
@@ -34,13 +34,13 @@ class Verdict:
 
     @classmethod
     def of(cls, decision: Decision, outcome: str | Failure) -> Verdict:
-        """outcome: that of the attempt, a failure or in words."""
+        """outcome: of the attempt, as a failure or in words."""
         if isinstance(outcome, Failure):
             return cls(decision, outcome.text, outcome.kind)
         return cls(decision, outcome)
 
     def write(self, launch: Path) -> None:
-        """Leaves the verdict in the folder of the launch, whole or not at all, and in the log."""
+        """Writes the verdict to the folder of the launch, atomically, and to the log."""
         draft = launch / ".decision"
         draft.write_text(f"{self.decision}\n{self.kind or ''}\n{self.text}\n")
         os.replace(draft, launch / "decision")
@@ -48,7 +48,7 @@ class Verdict:
 
     @classmethod
     def read(cls, launch: Path) -> Verdict | None:
-        """The verdict of a launch; None if there is none yet, or if its file is damaged, which is reported."""
+        """The verdict of a launch; None if it does not exist yet, or if its file is damaged, which is reported."""
         path = launch / "decision"
         try:
             decision, kind, text = json_files.read_text(path).split("\n", 2)

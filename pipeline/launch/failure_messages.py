@@ -1,4 +1,4 @@
-"""How an attempt that failed is told: one sentence, fit for a statement that is published."""
+"""Failure messages: one sentence, without paths, fit for a published statement."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.core.store import Store
 
 
 def report_failure(error: BaseException, node: str, stage: str, store: Store) -> Failure:
-    """Prints the sentence to the log, below the traceback if it is a bug; returns it with its kind."""
+    """Prints the sentence to the log, below the traceback of a bug; returns it with its kind."""
     failure = Failure(failure_message(error, stage, store), failure_kind(error, store))
     if failure.kind is Kind.BUG:
         traceback.print_exc()
@@ -23,7 +23,7 @@ def report_failure(error: BaseException, node: str, stage: str, store: Store) ->
 
 
 def failure_kind(error: BaseException, store: Store) -> Kind:
-    """What an exception of a stage is, for the exit code and for whether another attempt is made."""
+    """The kind of a stage's exception, which decides the exit code and whether another attempt is made."""
     if isinstance(error, Interrupted):
         return Kind.STOPPED
     if fault := _fault(error, store):
@@ -36,7 +36,7 @@ def failure_kind(error: BaseException, store: Store) -> Kind:
 
 
 def failure_message(error: BaseException, stage: str, store: Store) -> str:
-    """What went wrong and what to do, as one sentence."""
+    """The problem and the remedy as one sentence."""
     if isinstance(error, Interrupted):
         return f"stopped on request ({error}); run the same command to go on"
     if fault := _fault(error, store):
@@ -52,14 +52,14 @@ def failure_message(error: BaseException, stage: str, store: Store) -> str:
 
 
 def _fault(error: BaseException, store: Store) -> os_errors.Fault | None:
-    """What the operating system means. An AtomError says itself what is wrong, unless a disk is behind it."""
+    """The fault of the operating system. An AtomError has its own sentence, unless a disk caused it."""
     if isinstance(error, AtomError):
         return os_errors.device(error, store.home)
     return os_errors.find(error, store.home)
 
 
 def _is_third_party(error: ImportError) -> bool:
-    """Whether a package is missing that is not ours."""
+    """Whether a third-party package is missing."""
     return (error.name or "").split(".")[0] not in ("pipeline", "stages", "release")
 
 
@@ -68,6 +68,6 @@ def disk_full_message(store: Store) -> str:
 
 
 def strip_paths(text: str, home: Path) -> str:
-    """A sentence as a statement may keep it: statements are published, and no folder of a machine belongs there."""
+    """Removes the folders of a machine from a sentence, because statements are published."""
     text = re.sub(rf"{re.escape(str(home))}(?![\w-]|\.\w)", "$ATOM_HOME", text)
     return re.sub(r"(?<![\w$./:])/[^\s:;,()'\"]+/([^\s:;,()'\"/]+)", r"…/\1", text)

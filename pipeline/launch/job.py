@@ -1,9 +1,9 @@
-"""What a Slurm job runs: the worker, and around it what a cluster does to jobs.
+"""The entry point of a Slurm job: the worker, with the handling of signals, time limits and restarts.
 
-What shall become of the job, rank 0 decides, and the job's script does it (decision.py): the Slurm commands are outside
-of a stage's container. An attempt that was told to stop, or that the machine failed, is
-started again while attempts get further: what the stage reports as done is the measure, so a crash loop ends by itself.
-What would fail again (a recipe, a gate, a budget) is final.
+Rank 0 writes its decision about the job to the file `decision` of the launch (decision.py). The job's script acts on
+it, because the Slurm commands are outside of a stage's container. An attempt that a signal or a failure of the machine
+ended is started again while attempts make progress, measured by the stage's own reports, so a crash loop ends by
+itself. Failures that would repeat (a recipe, a gate, a budget) are final.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from pipeline.launch.worker import STOP, attempt
 from pipeline.tracking import budget, mlflow_sync
 
 MLFLOW_OUTCOMES = {Decision.DONE: "FINISHED", Decision.FAILED: "FAILED"}
-"""How a job that decides so closes the run in MLflow; any other leaves it open."""
+"""The MLflow status of the run for each decision; any other decision leaves the run open."""
 
 
 @dataclass(frozen=True)
 class JobLimits:
-    """nodes: all of the run, with their keys. budget: the recipe's. The rest is the profile's; variables: the names of
-    those that it forwards or sets."""
+    """nodes: all nodes of the run, with their keys. budget: from the recipe. The rest is from the profile; variables:
+    the names of those that it forwards or sets."""
 
     nodes: dict[str, str]
     budget: budget.Limits | None
@@ -50,8 +50,8 @@ class JobLimits:
 
 
 def run(task: Task, limits: JobLimits) -> str:
-    """Runs one node as a Slurm job, on each of its ranks. Returns the decision, or how another rank than 0 ended; if a
-    job of several ranks has failed, each of its processes ends with exit code 1 instead."""
+    """Runs one node as a Slurm job, on each of its ranks. Returns the decision on rank 0, and the outcome on other
+    ranks; if a job of several ranks has failed, each of its processes ends with exit code 1 instead."""
     clean_environment.require(limits.variables)
     slurm_job, store = submitit.JobEnvironment(), Store(Path(task.home))
     folder = store.logs / task.run / task.node
@@ -67,7 +67,7 @@ def run(task: Task, limits: JobLimits) -> str:
     with watch_stop_signals() as stop_requested:
 
         def record_outcome(outcome: str | Failure) -> None:
-            """Once the outcome is on record, from whatever thread ends the attempt."""
+            """Called after the outcome is recorded, from the thread that ends the attempt."""
             stall = standstill(folder)
             if outcome == "sealed":
                 is_last = all(store.sealed(key) for key in limits.nodes.values())
@@ -80,9 +80,9 @@ def run(task: Task, limits: JobLimits) -> str:
                 decision = Decision.RESTART if restart else Decision.FAILED
             Verdict.of(decision, outcome).write(launch)
             if isinstance(outcome, Failure):
-                ranks.finish()  # the others need not wait for the tracking server
+                ranks.finish()  # other ranks do not wait for the tracking server
             if companion is not None and decision is Decision.RESTART:
-                companion.kill()  # the time limit may be near; the next start sends on
+                companion.kill()  # the time limit may be near; the next start sends the rest
             elif companion is not None:
                 companion.close(MLFLOW_OUTCOMES.get(decision, ""), isinstance(outcome, Failure))
 
@@ -102,15 +102,15 @@ def run(task: Task, limits: JobLimits) -> str:
             outcome = attempt(task, store, ranks, record_outcome)
         report.close()
     if isinstance(outcome, Failure) and ranks.size > 1:
-        end_process(1)  # and srun ends what is left of the others
+        end_process(1)  # and srun ends the remaining ranks
     verdict = Verdict.read(launch)
     assert verdict is not None, "record_outcome wrote it"
     return verdict.decision
 
 
 def _run_follower(task: Task, limits: JobLimits, store: Store, ranks: Ranks) -> str:
-    """A rank other than 0. Its process ends with exit code 1 if the launch fails, but not if it is stopped: rank 0 then
-    goes on to save, and srun would end it."""
+    """Runs a rank other than 0. Its process ends with exit code 1 if the launch fails, but not if it is stopped: rank 0
+    then still saves, and srun would end it."""
     problem = preflight.check(store.home, ranks, limits.free_gb, limits.scratch)
     if problem is not None:
         print(f"{task.node}: {problem.text}", file=sys.stderr, flush=True)
@@ -121,11 +121,10 @@ def _run_follower(task: Task, limits: JobLimits, store: Store, ranks: Ranks) -> 
 
 
 def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
-    """Does the shards of a node's work that fall to this task of a job array: that of its number, and each `tasks`
-    further on.
+    """Runs the shards of this task of a job array: the shard of its number, and every `tasks`-th shard after it.
 
-    Returns the decision: after an error the task is started again while it gets further, and else as often as the
-    profile allows. Shards that were done stay done.
+    Returns the decision: after an error the task is started again while it makes progress, and otherwise as often as
+    the profile allows. Finished shards are kept.
     """
     clean_environment.require(limits.variables)
     slurm_job, store = submitit.JobEnvironment(), Store(Path(task.home))
@@ -153,7 +152,7 @@ def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
                 stage.run_shard(config, materials, work, shard)
                 write(launch / "shards.json", {"done": done})
                 if done > earlier_done:
-                    (launch / "further").touch()  # which the job's script asks for
+                    (launch / "further").touch()  # which the job's script reads
         except Exception as error:
             failure = report_failure(error, task.node, task.stage, store)
             restart = not failure.kind.final and ((launch / "further").exists() or restart_count() < limits.restarts)
@@ -164,26 +163,26 @@ def run_shards(task: Task, tasks: int, limits: JobLimits) -> str:
 
 
 def _decide(launch: Path, restart: bool, failure: Failure) -> Decision:
-    """Writes down whether a task of an array that failed is started again; returns the decision."""
+    """Writes the decision whether a failed task of an array is started again; returns it."""
     decision = Decision.RESTART if restart else Decision.FAILED
     Verdict.of(decision, failure).write(launch)
     return decision
 
 
 def _earlier_starts(launch: Path, job: str) -> list[dict[str, Any]]:
-    """What earlier starts of this task had done."""
+    """The progress of earlier starts of this task."""
     records = (read(path / "shards.json") for path in launch.parent.glob(f"{job}.*") if path != launch)
     return [record for record in records if record is not None]
 
 
 def restart_count() -> int:
-    """How often Slurm has started this job before."""
+    """The number of earlier starts of this job by Slurm."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 @contextmanager
 def watch_stop_signals() -> Iterator[Callable[[], bool]]:
-    """A function that says whether a signal to stop has arrived, whoever else handles it."""
+    """Returns a function that tests whether a signal to stop has arrived, also if other code handles the signal."""
     read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     previous_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     signals: set[int] = set()
@@ -203,9 +202,9 @@ def watch_stop_signals() -> Iterator[Callable[[], bool]]:
 
 @dataclass(frozen=True)
 class Standstill:
-    """How many attempts, this one among them, have followed each other without getting further, and where that is.
+    """The number of consecutive attempts without progress, including this one, and their position.
 
-    repeated: the last two of them ended with the same sentence of an unexpected exception, so it comes every time."""
+    repeated: the last two ended with the same unexpected exception, so it is deterministic."""
 
     since: int
     where: str
@@ -213,7 +212,7 @@ class Standstill:
 
 
 def standstill(folder: Path) -> Standstill:
-    """Read from the events of all attempts at a node."""
+    """Computes the standstill from the events of all attempts at a node."""
     best, since, position = -1.0, 0, "the start"
     ends: list[tuple[str, str | None]] = []
     for event in EventTail(folder / "events.jsonl").read():

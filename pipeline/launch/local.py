@@ -39,13 +39,13 @@ from pipeline.launch.worker import work
 POLL = 0.2
 FOREVER_MINUTES = 60 * 24 * 365
 LAST_SECONDS = 4.0
-"""What the ranks of a launch that is over get to end by themselves."""
+"""Seconds that the ranks of an ended launch get to end by themselves."""
 PROCESS_GONE = "its process is gone, perhaps killed for memory; see its log, and run the same command to go on"
 FULL_DISK_BYTES = 1_000_000
-"""Free bytes below which a process that died without a word is thought to have had no room for it."""
+"""Free bytes below which a full disk is assumed for a process that died without an end event."""
 
-# One thread a rank: sums are then taken in one order, whatever else the machine does. Seeds of str hashes are fixed so
-# that no set order leaks into bytes. Nothing may ask the network for anything: what a stage needs is installed.
+# One thread for each rank, so that sums have one order under any load of the machine. Seeds of str hashes are fixed, so
+# that no set order enters the bytes. Downloads are off: a stage uses only what is installed.
 JOB_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -62,8 +62,8 @@ JOB_ENVIRONMENT = {
 
 
 def require_inputs(graph: Graph, store: Store, selected: list[str]) -> None:
-    """Raises AtomError if a selected stage needs one that is neither selected nor sealed, or cannot be run at all, or
-    if something stands in the place of a folder of the home."""
+    """Raises AtomError if a selected stage needs one that is neither selected nor sealed, if it cannot run at all, or
+    if a file is in the place of a folder of the home."""
     if obstacle := store.misplaced():
         raise AtomError(f"{obstacle}, and run the same command again")
     for name in selected:
@@ -84,8 +84,8 @@ def require_inputs(graph: Graph, store: Store, selected: list[str]) -> None:
 
 
 def damage_of(graph: Graph, store: Store, selected: list[str]) -> dict[str, str]:
-    """Of the selected stages those that cannot be had, because what they sealed is damaged or what they need is, each
-    with a sentence that says which file."""
+    """The selected stages that cannot be used or run because their artifact or one of their inputs is damaged, each
+    with a sentence that names the file."""
     sentences: dict[str, str] = {}
     for name in selected:
         node = graph.nodes[name]
@@ -115,18 +115,18 @@ class RunningJob:
     seen_alive: set[int] = field(default_factory=set)
     """Ranks that were seen alive."""
     lost_ranks: list[int] = field(default_factory=list)
-    """Ranks that are gone though the others need them."""
+    """Ranks that have exited although the others need them."""
     announced: bool = False
-    """Whether the others were told of the lost ones."""
+    """Whether the lost ranks were announced to the others."""
     finished_since: float | None = None
-    """Since when what is left of the ranks has no more to do."""
+    """The time since which the remaining ranks have no work."""
 
 
 @dataclass
 class LocalLauncher:
-    """Keeps stages running, in up to `profile.local.jobs` places, until all of `selected` are sealed or one has failed.
+    """Runs stages in up to `profile.local.jobs` slots until all of `selected` are sealed or one has failed.
 
-    A stage takes a place for each of its ranks; one that has more ranks than there are places takes all.
+    A stage takes one slot for each of its ranks; a stage with more ranks than slots takes all of them.
     """
 
     graph: Graph
@@ -201,16 +201,17 @@ class LocalLauncher:
             watts_per_core=self.profile.power.watts_per_core,
             ranks=number,
         )
-        # `env` becomes the stage's process, without what a stage may not have
+        # `env` becomes the stage's process, without denied variables
         unset_options = [word for name in clean_environment.denied_names(os.environ) for word in ("-u", name)]
         executor = submitit.LocalExecutor(
             folder / "submitit", python=shlex.join(["env", *unset_options, sys.executable])
         )
         executor.update_parameters(timeout_min=FOREVER_MINUTES, stderr_to_stdout=True, tasks_per_node=number)
         gpus = visible_gpus()
-        executor.update_parameters(gpus_per_node=min(number, len(gpus)), visible_gpus=gpus)  # else it hides them all
+        executor.update_parameters(gpus_per_node=min(number, len(gpus)), visible_gpus=gpus)  # else it hides all GPUs
         # A Ctrl-C of the terminal goes to the whole process group. The job's controller never sees it (so that it waits
-        # for the stage to stop); the stage itself unblocks it, see worker._stop_signals. Here it waits until after.
+        # for the stage to stop); the stage itself unblocks it, see worker._stop_signals. This process gets it
+        # afterwards.
         previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             tail = EventTail(folder / "events.jsonl")
@@ -245,14 +246,15 @@ class LocalLauncher:
         if running_job.outcome is None and running_job.lost_ranks and running_job.lost_ranks[0] > 0:
             return Failure(f"rank {running_job.lost_ranks[0]}: {PROCESS_GONE}")
         if running_job.outcome is None and shutil.disk_usage(self.store.home).free < FULL_DISK_BYTES:
-            return Failure(disk_full_message(self.store))  # not even the word that it ends had room
+            return Failure(disk_full_message(self.store))  # there was no space even for the end event
         if running_job.outcome is None:
             return Failure("its process was killed from outside (perhaps for memory); run the same command to go on")
         return running_job.outcome
 
     def _end_leftover_ranks(self, running_job: RunningJob) -> None:
-        """Once rank 0 has ended the attempt, or a rank is gone that the others need, what is left of them (it may hang
-        in a collective, or be stopped) gets a moment, and is killed. Of a rank that was killed the others are told."""
+        """Ends the remaining ranks after rank 0 has ended the attempt or a required rank has exited: they may hang in a
+        collective, or be stopped, so they get a grace time and are then killed. A killed rank is announced to the
+        others."""
         if running_job.ranks == 1:
             return
         living = living_ranks(running_job.job._process.pid)
@@ -261,20 +263,20 @@ class LocalLauncher:
         if not running_job.lost_ranks:
             running_job.lost_ranks = ranks_without_end(folder, running_job.seen_alive - living.keys())
         elif running_job.outcome is None and not running_job.announced:
-            running_job.announced = True  # a look later: rank 0 may have ended well meanwhile
+            running_job.announced = True  # at the next poll: rank 0 may have ended well meanwhile
             if has_no_end(folder, running_job.lost_ranks[0]):
                 announce(folder, running_job.lost_ranks[0], Failure(PROCESS_GONE))
         if running_job.outcome is None and not running_job.lost_ranks:
             return
         running_job.finished_since = running_job.finished_since or time.monotonic()
         overdue = time.monotonic() - running_job.finished_since
-        if overdue > LAST_SECONDS:  # rank 0 may still write, and what it has told is on record
+        if overdue > LAST_SECONDS:  # rank 0 may still write, and its outcome is recorded
             kill_processes(pid for rank, pid in living.items() if rank or running_job.outcome is not None)
         if overdue > self.profile.local.stop_grace_seconds:
             kill_processes(living.values())
 
     def _stop(self) -> None:
-        """Asks every running stage to stop, waits for the grace time, then kills what is left."""
+        """Signals every running stage to stop, waits for the grace time, then kills the rest."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.display.stopping()
         for running_job in self.running.values():
@@ -293,7 +295,7 @@ class LocalLauncher:
 
 
 def visible_gpus() -> list[int]:
-    """The GPUs that this process may use: those that CUDA_VISIBLE_DEVICES names, or all. No torch here."""
+    """The GPUs that this process may use: those in CUDA_VISIBLE_DEVICES, or all. Does not import torch."""
     visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible_devices is not None:
         return [int(name) for name in visible_devices.split(",") if name.strip().isdigit()]
@@ -301,7 +303,7 @@ def visible_gpus() -> list[int]:
 
 
 def prepare_environment() -> None:
-    """Jobs inherit this process's environment: set what bytes depend on before the first one starts."""
+    """Sets the variables that affect bytes before the first job starts, because jobs inherit this environment."""
     os.environ.update(JOB_ENVIRONMENT)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)  # of a launcher around us, not of the stage's own ranks
+        os.environ.pop(name, None)  # of a surrounding launcher, not of the stage's ranks

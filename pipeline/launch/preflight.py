@@ -1,7 +1,7 @@
-"""A look at each node before a stage begins, so that what is wrong with one is told in seconds, with its name.
+"""Checks each node before a stage starts, so that a broken node is reported by name within seconds.
 
-Each rank looks at its own node (space, clock, GPU, versions) and tells rank 0 over the network that training will use.
-Rank 0 gathers, and speaks for all. The shared file system holds only where rank 0 listens.
+Each rank checks its node (space, clock, GPU, versions) and sends the result to rank 0 over the network that training
+will use. Rank 0 gathers the results and reports for all. The shared file system holds only the address of rank 0.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from pipeline.core.errors import Failure
 from pipeline.launch.rendezvous import Ranks, node_name, polls, read, write
 
 SECONDS = 120.0
-"""What the ranks of a launch may differ in starting, and a call may take."""
+"""The maximum difference between the starts of the ranks of a launch, and the maximum duration of a call."""
 CALLER_SECONDS = 5.0
-"""What one caller may take to say its line, so that a stranger's connection delays nobody for long."""
+"""The maximum time for the line of one caller, so that a foreign connection causes no long delay."""
 SKEW_SECONDS = 30.0
 POLL = 0.1
 LONGEST_LINE = 65536
 
 
 def check(home: Path, ranks: Ranks, free_gb: float, scratch: str | None) -> Failure | None:
-    """What is wrong with a node of this launch, in one sentence that names it; of a rank other than 0, why it could not
-    even tell rank 0. None if all is well."""
+    """The problem of a node of this launch, in one sentence with its name; on a rank other than 0, the reason why it
+    could not report to rank 0. None without a problem."""
     problem = check_node(home, free_gb, scratch)
     text = problem
     if ranks.rank:
@@ -42,7 +42,7 @@ def check(home: Path, ranks: Ranks, free_gb: float, scratch: str | None) -> Fail
 
 
 def check_node(home: Path, free_gb: float, scratch: str | None) -> str | None:
-    """What is wrong with this node, if anything."""
+    """The problem of this node, if any."""
     name = node_name()
     for folder in [home, *([Path(scratch)] if scratch else [])]:
         try:
@@ -63,7 +63,7 @@ def check_node(home: Path, free_gb: float, scratch: str | None) -> str | None:
 
 
 def _gpus(name: str) -> str | None:
-    """Whether the GPUs that Slurm gave are there. No torch here: the device files say it."""
+    """Checks that the GPUs that Slurm allocated exist, by their device files and without torch."""
     assigned = [x for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip().isdigit()]
     device_files = list(Path("/dev").glob("nvidia[0-9]*"))
     if os.environ.get("SLURM_GPUS_ON_NODE") and len(device_files) < len(assigned):
@@ -73,7 +73,7 @@ def _gpus(name: str) -> str | None:
 
 
 def _send_report(ranks: Ranks, problem: str | None) -> str | None:
-    """Another rank: tells rank 0 how its node is."""
+    """On another rank: sends the state of its node to rank 0."""
     listener, deadline = None, time.monotonic() + SECONDS
     for _ in polls(deadline):
         listener = read(ranks.folder / "listener.json")
@@ -99,14 +99,14 @@ def _send_report(ranks: Ranks, problem: str | None) -> str | None:
 
 
 def _gather_reports(ranks: Ranks) -> str | None:
-    """Rank 0: hears every other rank, and says what is wrong."""
+    """On rank 0: receives the reports of all other ranks, and returns the problem, if any."""
     deadline, next_look = time.monotonic() + SECONDS, 0.0
     reports: dict[int, dict[str, Any]] = {}
     with socket.create_server(("", 0), backlog=ranks.size) as server:
         server.settimeout(POLL)
         write(ranks.folder / "listener.json", {"host": address(), "port": server.getsockname()[1]})
         while len(reports) < ranks.size - 1 and time.monotonic() < deadline:
-            with suppress(OSError):  # TimeoutError among them: nobody calls at the moment
+            with suppress(OSError):  # including TimeoutError: no connection is waiting
                 line, _ = server.accept()
                 with line:
                     report = _receive_report(line)
@@ -133,7 +133,7 @@ def _gather_reports(ranks: Ranks) -> str | None:
 
 
 def _receive_report(line: socket.socket) -> dict[str, Any] | None:
-    """What one rank says; None if it is no rank of ours."""
+    """The report of one rank; None if the connection is not from a rank of this launch."""
     line.settimeout(CALLER_SECONDS)
     try:
         with line.makefile("rb") as file:
@@ -146,6 +146,6 @@ def _receive_report(line: socket.socket) -> dict[str, Any] | None:
 
 
 def address() -> str:
-    """The name by which other nodes of the job reach this one."""
+    """The name under which other nodes of the job reach this one."""
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     return node_name() if nodes > 1 else "127.0.0.1"

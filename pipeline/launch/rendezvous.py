@@ -1,17 +1,17 @@
-"""How the ranks of one stage find each other: rank 0 does the worker's work, the others follow it.
+"""The rendezvous of the ranks of one stage: rank 0 does the work of the worker, the others follow it.
 
-A launch is one start of a job, and what its ranks tell each other lies in a folder of its own, so that nothing stale is
-ever believed: `logs/<run>/<node>/ranks/<job>.<restarts>/` with
+A launch is one start of a job. Its ranks exchange messages through a folder of that launch, so no message is stale:
+`logs/<run>/<node>/ranks/<job>.<restarts>/` with
 
     rank-<rank>.json    the process of a rank
-    meeting.json        what rank 0 decided: where to meet, that it is not ready yet, or that nobody is needed
-    end-<rank>.json     how another rank ended, and what it used
-    failures.jsonl      whoever fails says so here, in a line; the first one counts. Rank 0 adds `over` when it has
-                        written all that it has to write
+    meeting.json        the decision of rank 0: an address, that it is not ready yet, or that no rank is needed
+    end-<rank>.json     the outcome and usage of another rank
+    failures.jsonl      one line for each failing rank; the first one counts. Rank 0 adds `over` when it has
+                        written everything
 
-A launch fails as a whole: each rank looks at failures.jsonl once a second, from a thread of its own, so that it leaves
-also out of a collective. That is one file, there from the start (a shared file system may believe for long that a file
-is absent), and one reading a rank and second.
+A launch fails as a whole: a thread of each rank reads failures.jsonl once a second, so that a rank also exits while it
+hangs in a collective. The file exists from the start, because a shared file system may cache the absence of a file for
+long. The cost is one read for each rank and second.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ from pipeline.core.errors import Failure, Kind, MachineError, PeerLost
 RENDEZVOUS_SECONDS = 600.0
 USAGE_SECONDS = 5.0
 FAILED_USAGE_SECONDS = 1.5
-"""What rank 0 waits for the others' word of what they used; less after a failure, whose 5 seconds are counted."""
+"""How long rank 0 waits for the usage of the others; less after a failure, which has 5 seconds in all."""
 WATCH_SECONDS = 1.0
 EXIT_SECONDS = 3.0
-"""What a rank of a failed launch waits for rank 0 to write how it failed: srun ends all when one ends badly."""
+"""How long a rank of a failed launch waits for rank 0 to record the failure: srun ends all ranks when one fails."""
 CAUSE_SECONDS = 2.5
-"""What a rank that lost touch with another waits for that one's word, or the launcher's about it."""
+"""How long a rank that lost its connection to another rank waits for the failure that this rank or the launcher
+announces."""
 FOLLOWED = "followed"
 FAILURES = "failures.jsonl"
 FIRST_PORT = 20000
@@ -57,14 +58,14 @@ SLOWEST_POLL = 1.0
 
 @dataclass(frozen=True)
 class Usage:
-    """What one process used."""
+    """The usage of one process."""
 
     cpu_seconds: float
     peak_memory_bytes: int
 
     @classmethod
     def now(cls) -> Usage:
-        """Of this process and its children so far; the peak is the process's own."""
+        """The usage of this process and its children so far; the peak is that of the process alone."""
         usages = [resource.getrusage(scope) for scope in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         return cls(sum(u.ru_utime + u.ru_stime for u in usages), usages[0].ru_maxrss * 1024)
 
@@ -74,7 +75,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """What rank 0 sends to the others once it holds the lease: the lease's number and where to meet."""
+    """The message of rank 0 to the others after it has taken the lease: the number of the lease and the address."""
 
     lease: int
     host: str
@@ -93,7 +94,8 @@ class Ranks:
 
     @classmethod
     def from_environment(cls, size: int, node_folder: Path) -> Ranks:
-        """As submitit says it, on this machine and on a cluster alike. Each rank leaves word of itself."""
+        """Reads the ranks from the variables of submitit, on this machine and on a cluster alike. Each rank records its
+        process."""
         if size == 1:
             return cls()
         job = submitit.JobEnvironment()
@@ -104,7 +106,7 @@ class Ranks:
         return cls(size, job.global_rank, job.local_rank, job.num_nodes == 1, folder)
 
     def open_rendezvous(self, lease: int) -> Rendezvous | None:
-        """Rank 0: writes where the ranks meet, for the others. None if there are no others."""
+        """On rank 0: writes the address for the other ranks. None if there are no others."""
         if self.size == 1:
             return None
         rendezvous = Rendezvous(lease, "127.0.0.1" if self.one_host else node_name(), free_port())
@@ -112,7 +114,8 @@ class Ranks:
         return rendezvous
 
     def report_waiting(self, turns: int) -> None:
-        """Rank 0: tells the others now and then that it waits for its turn. Raises PeerLost if one has failed."""
+        """On rank 0: reports to the others at intervals that it waits for its turn. Raises PeerLost if one has
+        failed."""
         if self.size > 1:
             if (failure := self.failure()) is not None:
                 raise PeerLost(failure.text)
@@ -121,31 +124,32 @@ class Ranks:
 
     @contextmanager
     def report_busy(self, turns: int) -> Iterator[None]:
-        """Rank 0: tells the others from a thread that it lives, for as long as it works before it calls them. turns:
-        those that it has waited for its turn."""
+        """On rank 0: reports to the others from a thread that it is alive while it works before the rendezvous. turns:
+        the number of intervals for which it has waited."""
         if self.size == 1:
             yield
             return
 
         def write_turns(stop: threading.Event) -> None:
             for turn in count(turns + 1):
-                with suppress(OSError):  # a file system that is away for a moment: the next word tells
+                with suppress(OSError):  # a transient error of the file system: the next report follows
                     write(self.folder / "meeting.json", {"turns": turn})
                 if stop.wait(RENDEZVOUS_SECONDS / 20):
                     return
 
-        with _thread("busy", write_turns, join=True):  # its word must not come after the call
+        with _thread("busy", write_turns, join=True):  # its report must not follow the call
             yield
 
     def cancel_rendezvous(self, reason: str) -> None:
-        """Rank 0, at an end without failure: if there was no rendezvous, there will be none."""
+        """On rank 0, at an end without failure: cancels a rendezvous that has not happened yet."""
         if self.size > 1:
             present = read(self.folder / "meeting.json")
             if present is None or "turns" in present:
                 write(self.folder / "meeting.json", {"dismissed": reason})
 
     def join_rendezvous(self) -> Rendezvous | None:
-        """Another rank: waits for rank 0's call; None if rank 0 needs nobody. Raises MachineError if no call comes."""
+        """On another rank: waits for the call of rank 0; None if rank 0 needs no other rank. Raises MachineError
+        without a call."""
         deadline, turns = time.monotonic() + RENDEZVOUS_SECONDS, None
         for _ in polls():
             message = read(self.folder / "meeting.json")
@@ -153,7 +157,7 @@ class Ranks:
                 return None
             if message is not None and "turns" not in message:
                 return Rendezvous(**message)
-            if message is not None and message["turns"] != turns:  # rank 0 lives, and is not ready yet
+            if message is not None and message["turns"] != turns:  # rank 0 is alive but not ready yet
                 deadline, turns = time.monotonic() + RENDEZVOUS_SECONDS, message["turns"]
             if self._has_exited(0):
                 raise MachineError("rank 0 has ended; see its log")
@@ -162,12 +166,13 @@ class Ranks:
         raise MachineError(f"rank 0 did not answer for {RENDEZVOUS_SECONDS:.0f} seconds; see its log")
 
     def announce(self, failure: Failure) -> None:
-        """Dismisses every rank of the launch, with how it failed."""
+        """Dismisses every rank of the launch, with the failure."""
         if self.size > 1:
             announce(self.folder, self.rank, failure)
 
     def failure(self) -> Failure | None:
-        """How the launch failed by another rank's word, if it did: the first that failed is named in the sentence."""
+        """The failure of the launch that another rank has announced, if any: the sentence names the first rank that
+        failed."""
         for row in _rows(self.folder):
             if "text" in row:
                 if row.get("rank") == self.rank:
@@ -176,7 +181,8 @@ class Ranks:
         return None
 
     def find_cause(self, failure: Failure) -> Failure:
-        """After touch was lost with another rank: what that one says of it, if it comes to say it."""
+        """After a lost connection to another rank: the failure that this rank announces, if it announces one in
+        time."""
         deadline = time.monotonic() + CAUSE_SECONDS
         while self.size > 1 and time.monotonic() < deadline:
             if (cause := self.failure()) is not None:
@@ -186,14 +192,15 @@ class Ranks:
 
     @contextmanager
     def watch_failures(self, react: Callable[[Failure], object]) -> Iterator[None]:
-        """Calls `react` from a thread of its own once another rank has failed, or the launcher says so of one."""
+        """Calls `react` from a thread of its own when another rank has failed, or when the launcher announces a failed
+        rank."""
         if self.size == 1:
             yield
             return
 
         def poll_failures(stop: threading.Event) -> None:
             while not stop.wait(WATCH_SECONDS):
-                with suppress(OSError):  # a file system that is away for a moment: the next look tells
+                with suppress(OSError):  # a transient error of the file system: the next poll reads it
                     if (failure := self.failure()) is not None:
                         react(failure)
                         return
@@ -202,12 +209,13 @@ class Ranks:
             yield
 
     def finish(self) -> None:
-        """Rank 0 of a failed launch, once all is written: whoever waits for that may go."""
+        """On rank 0 of a failed launch, when everything is written: releases the ranks that wait for it."""
         if self.size > 1:
             _append(self.folder, {"over": True})
 
     def exit_after_failure(self) -> NoReturn:
-        """Another rank of a failed launch: ends this process once rank 0 has written what it has to, or is too slow."""
+        """On another rank of a failed launch: ends this process when rank 0 has written everything, or after a
+        timeout."""
         deadline = time.monotonic() + EXIT_SECONDS
         with suppress(OSError):
             while time.monotonic() < deadline and not any("over" in row for row in _rows(self.folder)):
@@ -215,22 +223,22 @@ class Ranks:
         end_process(1)
 
     def fail(self, failure: Failure, usage: Usage) -> NoReturn:
-        """Another rank: dismisses all, and ends this process."""
+        """On another rank: dismisses all, and ends this process."""
         self.announce(failure)
         self.record_end(failure.text, usage)
         self.exit_after_failure()
 
     def exit_on_peer_failure(self, failure: Failure, usage: Usage) -> NoReturn:
-        """Another rank, from a thread, when the launch has failed: leaves its stacks in its log, and ends."""
+        """On another rank, from a thread, when the launch has failed: writes its stacks to its log, and exits."""
         text = f"this launch has failed ({failure.text}), so rank {self.rank} ends; it stands here:\n"
-        os.write(2, text.encode())  # not `print`, whose lock the thread that hangs may hold
+        os.write(2, text.encode())  # not `print`: the hanging thread may hold its lock
         faulthandler.dump_traceback(2, all_threads=True)
         self.record_end(failure.text, usage)
         self.exit_after_failure()
 
     @contextmanager
     def environment(self, rendezvous: Rendezvous | None) -> Iterator[None]:
-        """The variables by which torch.distributed finds the others, for a while; none of them for one rank alone."""
+        """Sets the variables of torch.distributed within the context; for a single rank, none are set."""
         if rendezvous is None:
             yield
             return
@@ -239,12 +247,13 @@ class Ranks:
             yield
 
     def record_end(self, outcome: str, usage: Usage) -> None:
-        """Another rank, at its end. outcome: FOLLOWED, or one sentence on what went wrong."""
-        with suppress(OSError):  # on a full disk what it used is not known
+        """On another rank, at its end: records its outcome and usage. outcome: FOLLOWED, or one sentence on the
+        failure."""
+        with suppress(OSError):  # on a full disk its usage is lost
             write(_end(self.folder, self.rank), {"outcome": outcome, "usage": usage.__dict__})
 
     def peer_usages(self, seconds: float = USAGE_SECONDS) -> list[Usage]:
-        """Rank 0: what the others used, of those that come to their end within a few seconds."""
+        """On rank 0: the usage of the other ranks that end within a few seconds."""
         if self.size == 1:
             return []
         deadline = time.monotonic() + seconds
@@ -261,14 +270,15 @@ class Ranks:
         return [Usage(**end["usage"]) for end in ends if end is not None]
 
     def _has_exited(self, rank: int) -> bool:
-        """Whether a rank's process is known to be gone."""
+        """Whether a rank's process has exited for certain."""
         process = read(self.folder / f"rank-{rank}.json")
         return process is not None and lease.has_exited(process)
 
 
 @contextmanager
 def _thread(name: str, target: Callable[[threading.Event], None], join: bool = False) -> Iterator[None]:
-    """Runs `target` in a daemon thread until the end, where its event is set; join: whether to wait for it then."""
+    """Runs `target` in a daemon thread and sets its event at the end of the context; join: whether to wait for the
+    thread then."""
     stop = threading.Event()
     thread = threading.Thread(target=target, args=(stop,), name=name, daemon=True)
     thread.start()
@@ -289,12 +299,13 @@ def _append(folder: Path, row: dict[str, Any]) -> None:
     try:
         with open(folder / FAILURES, "a") as file:
             file.write(json.dumps(row) + "\n")
-    except OSError as error:  # on a full disk the launcher, or srun, ends the others when this rank has ended
+    except OSError as error:  # on a full disk the launcher or srun ends the others after this rank
         print(f"the other ranks cannot be notified ({error})", file=sys.stderr, flush=True)
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    """The lines of failures.jsonl. One that two hosts wrote at once may be damaged: it is a failure all the same."""
+    """The lines of failures.jsonl. A line that two hosts wrote at once may be damaged: it counts as a failure all the
+    same."""
     rows = []
     with suppress(FileNotFoundError):
         for line in (folder / FAILURES).read_bytes().splitlines():
@@ -306,14 +317,15 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends this process whatever its other threads, or the library of a collective, are at."""
+    """Ends this process, whatever its other threads or the library of a collective do."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def polls(deadline: float = float("inf")) -> Iterator[None]:
-    """Moments to look again, ever rarer: hundreds of ranks wait for one file. At least one; none after `deadline`."""
+    """Yields at growing intervals for polling, because hundreds of ranks wait for one file: at least once, and not
+    after `deadline`."""
     pause = POLL
     while True:
         yield
@@ -325,7 +337,7 @@ def polls(deadline: float = float("inf")) -> Iterator[None]:
 
 
 def node_name() -> str:
-    """This node as Slurm, or else the system, calls it."""
+    """The name of this node in Slurm, or in the system without Slurm."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -334,18 +346,18 @@ def _end(folder: Path, rank: int) -> Path:
 
 
 def launch_folder(node_folder: Path, job: str) -> Path:
-    """What the ranks of one launch tell each other. A job that Slurm starts again is another launch."""
+    """The folder for the messages of one launch. A job that Slurm starts again is another launch."""
     return node_folder / "ranks" / f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def ranks_without_end(folder: Path, exited: Iterable[int]) -> list[int]:
-    """The ranks, of those that are gone, without which the others cannot end well."""
+    """The exited ranks without which the others cannot end well."""
     ends = {rank: read(_end(folder, rank)) for rank in exited}
     return sorted(rank for rank, end in ends.items() if end is None or end["outcome"] != FOLLOWED)
 
 
 def has_no_end(folder: Path, rank: int) -> bool:
-    """Whether a rank left no word of its end, as one that was killed."""
+    """Whether a rank has no record of its end, like a killed one."""
     return read(_end(folder, rank)) is None
 
 
@@ -363,9 +375,9 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def free_port() -> int:
-    """A free port below those that the system gives to outgoing connections: one of them, this job's own included,
-    might take it between here and the rendezvous."""
-    with suppress(OSError):  # no such file but on Linux
+    """A free port below the range for outgoing connections: a connection, also one of this job, could take a port of
+    that range before the rendezvous."""
+    with suppress(OSError):  # this file exists only on Linux
         first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
         for port in random.sample(range(FIRST_PORT, first), max(0, first - FIRST_PORT)):
             with socket.socket() as s, suppress(OSError):
@@ -383,7 +395,7 @@ def living_ranks(controller: int) -> dict[int, int]:
 
 def _living_ranks(controller: int) -> Iterator[tuple[int, int]]:
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it ended meanwhile
+        with suppress(OSError):  # it has ended meanwhile
             state, parent = path.read_bytes().rpartition(b")")[2].split()[:2]
             if int(parent) != controller or state in b"ZX":
                 continue

@@ -1,6 +1,7 @@
-"""Submits a graph to Slurm through submitit: one job per stage, tied by `afterok`. Nothing of ours stays behind.
+"""Submits a graph to Slurm through submitit: one job per stage, with `afterok` dependencies. No process keeps running.
 
-What a job does is in its script (batch_script.py). Code comes from a frozen snapshot, so the checkout may change or go.
+The script of a job is made in batch_script.py. Code comes from a frozen snapshot, so the checkout may change or
+disappear.
 """
 
 from __future__ import annotations
@@ -38,31 +39,31 @@ Arguments = ParamSpec("Arguments")
 
 @dataclass
 class Submission:
-    """What became of the stages: submitted with a job, attached to one that was there, or sealed already."""
+    """The result for the stages: submitted with a job, attached to an existing one, or sealed already."""
 
     run: Run | None = None
-    """None where nothing is to be done: then there is no new run."""
+    """None if there is nothing to do: then there is no new run."""
     submitted: dict[str, str] = field(default_factory=dict)
     attached: dict[str, str] = field(default_factory=dict)
     sealed: list[str] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
-    """Of the attached ones, those that Slurm held back after it had failed to launch them."""
+    """The attached stages whose jobs Slurm held back after a failed launch."""
     arrays: dict[str, str] = field(default_factory=dict)
-    """The job arrays that do the shards of submitted stages beforehand."""
+    """The job arrays for the shards of submitted stages."""
     damaged: dict[str, str] = field(default_factory=dict)
-    """Stages that were left out, each with a sentence on the file that is damaged."""
+    """The skipped stages, each with a sentence on the damaged file."""
     lack: str | None = None
-    """What will not be known of the jobs, in one sentence."""
+    """The information about the jobs that will be missing, in one sentence."""
 
     def require_undamaged(self) -> None:
-        """Raises AtomError if a stage was left out for a damaged file."""
+        """Raises AtomError if a stage was skipped for a damaged file."""
         if self.damaged:
             raise AtomError(f"{stages(len(self.damaged))} not submitted: {next(iter(self.damaged.values()))}")
 
 
 def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, reference: str) -> Submission:
-    """Submits what is neither sealed nor queued in Slurm. Raises AtomError before anything is submitted, or after what
-    was submitted by this call has been canceled."""
+    """Submits the stages that are neither sealed nor queued in Slurm. Raises AtomError before anything is submitted, or
+    after the submissions of this call have been canceled."""
     slurm = profile.cluster()
     damage = damage_of(graph, store, selected)
     selected = [name for name in selected if name not in damage]
@@ -77,7 +78,7 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
         allocation_of(slurm, graph.nodes[name])
     with submission_lock.submitting(store):
         slurm_jobs = slurm_client.queued_jobs()
-        code = code_snapshot.freeze(store, graph.recipe.files)  # here, so that no gc takes it before the run names it
+        code = code_snapshot.freeze(store, graph.recipe.files)  # under the lock, so that gc cannot take it
         fields: LauncherFields = {"cluster": profile.name, "code": code.name, "prices": profile.costs()}
         run = runs.start(graph, store, selected, reference, fields)
         submission = Submission(run, damaged=damage)
@@ -125,7 +126,7 @@ def submit(graph: Graph, store: Store, selected: list[str], profile: Profile, re
 
 
 class _Executor(submitit.SlurmExecutor):  # type: ignore[misc]  # submitit has no types
-    """submitit's executor with a script of ours. Raises NoAnswer where there is no Slurm."""
+    """submitit's executor with atom's script. Raises NoAnswer without Slurm."""
 
     def __init__(self, script: BatchScript) -> None:
         try:
@@ -146,9 +147,9 @@ def start(script: BatchScript, task: Task, limits: JobLimits) -> str:
 
 
 def start_array(script: BatchScript, task: Task, limits: JobLimits, tasks: int) -> str:
-    """Submits the array of so many tasks that does a node's shards; returns its id. Raises AtomError as `start`."""
+    """Submits the array with that many tasks for a node's shards; returns its id. Raises AtomError as `start` does."""
     id, pickled = _submit(script, job.run_shards, task, tasks, limits)
-    for number in range(tasks):  # submitit looks for one file a task; here they are all alike
+    for number in range(tasks):  # submitit expects one file for each task; here all are equal
         os.link(pickled, pickled.with_name(pickled.name.replace(id, f"{id}_{number}", 1)))
     return id
 
@@ -156,10 +157,10 @@ def start_array(script: BatchScript, task: Task, limits: JobLimits, tasks: int) 
 def _submit(
     script: BatchScript, function: Callable[Arguments, str], *arguments: Arguments.args, **options: Arguments.kwargs
 ) -> tuple[str, Path]:
-    """(id of the job, the file with the function that it calls)."""
+    """(id of the job, file with the function that it calls)."""
     executor = _Executor(script)
     try:
-        with redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, which is in the error below
+        with redirect_stderr(io.StringIO()):  # submitit prints the message of sbatch, which the error below has
             submitted = executor.submit(function, *arguments, **options)
     except (FailedJobError, FailedSubmissionError) as error:
         raise AtomError(f"Slurm refused stage {script.stage}: {refusal(str(error))}; fix the profile") from None
@@ -167,7 +168,7 @@ def _submit(
 
 
 def refusal(output: str) -> str:
-    """What sbatch said, in one line: its errors without their prefixes."""
+    """The message of sbatch in one line: its errors without their prefixes."""
     lines = [line.partition("error: ")[2] for line in output.splitlines() if "error: " in line]
     return "; ".join(dict.fromkeys(line.strip() for line in lines)) or " ".join(output.split())
 
@@ -190,18 +191,18 @@ def task_of(graph: Graph, store: Store, run: Run, node: Node, profile: Profile) 
 
 
 def array_of(slurm: Slurm, node: Node) -> int:
-    """The tasks of the array that comes before its job; 0 if there is none."""
+    """The number of tasks of the array before the job; 0 without an array."""
     shards = 1 if node.stage.run_shard is None else node.stage.shards(node.config)
     return min(shards, slurm.array_size) if shards > 1 else 0
 
 
 def allocation_of(slurm: Slurm, node: Node) -> Allocation:
-    """What a node's job gets. Raises RecipeError if the ranks do not fill nodes alike."""
+    """The allocation of a node's job. Raises RecipeError if the ranks do not fill nodes equally."""
     return slurm.allocation(node.name, node.stage.ranks(node.config), node.stage.trains)
 
 
 def require_image(profile: Profile) -> None:
-    """Raises RecipeError if the container's image is a file that is not there."""
+    """Raises RecipeError if the container's image is a missing file."""
     c = profile.cluster().container
     if c is not None and c.image.startswith("/") and not Path(c.image).exists():
         raise RecipeError(
@@ -211,7 +212,7 @@ def require_image(profile: Profile) -> None:
 
 @dataclass(frozen=True)
 class Checked:
-    """A script that was written, and what Slurm says of it."""
+    """A written script, and the answer of Slurm to it."""
 
     stage: str
     script: str
@@ -223,8 +224,8 @@ class Checked:
 
 
 def dry_run(graph: Graph, store: Store, selected: list[str], profile: Profile) -> list[Checked]:
-    """Writes the scripts of what is not sealed under `$ATOM_HOME/dry-run/<recipe>/` and has `sbatch --test-only` judge
-    each. Dependencies stand in a comment, since no job is there to be waited for."""
+    """Writes the scripts of unsealed stages under `$ATOM_HOME/dry-run/<recipe>/` and tests each with `sbatch
+    --test-only`. Dependencies are comments, because the jobs to wait for do not exist."""
     require_inputs(graph, store, selected)
     require_image(profile)
     code = code_snapshot.freeze(store, graph.recipe.files)

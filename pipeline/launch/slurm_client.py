@@ -1,4 +1,4 @@
-"""What Slurm says of jobs: `squeue` for those that it holds, `sacct` for those that ended, if there is accounting."""
+"""Reads jobs from Slurm: `squeue` for queued and running jobs, `sacct` for ended ones, if there is accounting."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class NoAnswer(AtomError):
 
 
 class Refused(AtomError):
-    """Slurm does not take a script."""
+    """Slurm refuses a script."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose a job is: what an id alone does not say, since a controller that lost its state gives ids again. It stands
-    in the job's comment."""
+    """The owner of a job, recorded in the job's comment: an id alone is ambiguous, because a controller that lost its
+    state assigns ids again."""
 
     run: str
     node: str
@@ -37,7 +37,7 @@ class Owner:
 
     @classmethod
     def read(cls, comment: str) -> Owner | None:
-        """What a comment says; None if the job is not one of ours."""
+        """Parses a comment; None if the job is not one of atom's."""
         words = comment.split(" ")
         return cls(*words[1:]) if len(words) == 4 and words[0] == "atom" else None
 
@@ -59,12 +59,12 @@ class Job:
 
     @property
     def stuck(self) -> bool:
-        """Whether Slurm holds it because it could not launch it: it waits until somebody releases it."""
+        """Whether Slurm holds the job after a failed launch: it waits until it is released."""
         return self.state == "PENDING" and "launch" in self.reason and "held" in self.reason
 
 
 def run_command(*command: str, seconds: float = SECONDS) -> str:
-    """The output of a command of Slurm's. Raises NoAnswer with what it said on standard error."""
+    """The output of a Slurm command. Raises NoAnswer with its standard error."""
     if shutil.which(command[0]) is None:
         raise NoAnswer(f"there is no {command[0]} here; submit from a host of a Slurm cluster, or use `atom run`")
     try:
@@ -82,7 +82,7 @@ def run_command(*command: str, seconds: float = SECONDS) -> str:
 
 
 def queued_jobs() -> dict[str, Job]:
-    """Every job of ours that the controller knows, by id: those that wait and run, and those that ended of late."""
+    """Every job of atom in the controller, by id: waiting, running and recently ended ones."""
     rows = run_command("squeue", "-h", "-t", "all", "-o", "%i|%T|%N|%M|%r|%k").splitlines()
     jobs = {}
     for row in rows:
@@ -93,7 +93,7 @@ def queued_jobs() -> dict[str, Job]:
 
 
 def finished_jobs(ids: Iterable[str]) -> dict[str, Job]:
-    """Jobs as accounting remembers them, by id. Raises NoAnswer without accounting."""
+    """Jobs from the accounting, by id. Raises NoAnswer without accounting."""
     job_ids = sorted(set(ids), key=len)
     if not job_ids:
         return {}

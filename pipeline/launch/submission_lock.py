@@ -1,7 +1,7 @@
-"""Which Slurm job is to make a key: `$ATOM_HOME/jobs/<key>.json`, so that no stage is ever submitted twice.
+"""Records the Slurm job of a key in `$ATOM_HOME/jobs/<key>.json`, so that no stage is submitted twice.
 
-Whoever submits holds the lease of that folder, one at a time. A claim counts while Slurm holds a job of that id which
-says, in its comment, that it is that very one: a controller that lost its state gives ids again.
+A submitter holds the lease of that folder. A claim counts while Slurm has a job with that id whose comment names the
+same run, node and key, because a controller that lost its state assigns ids again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PATIENCE = 300.0
 
 @dataclass(frozen=True)
 class Claim:
-    """A job that makes a key, and the run and node that submitted it."""
+    """The job of a key, and the run and node that submitted it."""
 
     key: str
     job: str
@@ -38,7 +38,7 @@ class Claim:
     node: str
 
     def holds(self, slurm_jobs: Mapping[str, Job]) -> bool:
-        """Whether Slurm has that job, and it has not ended."""
+        """Whether Slurm has that job and it has not ended."""
         slurm_job = slurm_jobs.get(self.job)
         return slurm_job is not None and slurm_job.alive and slurm_job.owner == Owner(self.run, self.node, self.key)
 
@@ -58,7 +58,7 @@ _CLAIM: TypeAdapter[Any] = TypeAdapter(_Claim)
 
 
 def read(store: Store, key: str, slurm_jobs: Mapping[str, Job]) -> Claim | None:
-    """The claim on a key. If it cannot be read, the living job is taken whose comment says that it makes the key."""
+    """The claim on a key. If its file is unreadable, the living job whose comment names the key counts."""
     path = folder(store) / f"{key}.json"
     try:
         body = json_files.read(path, _CLAIM)
@@ -86,7 +86,7 @@ def remove(store: Store, key: str) -> None:
 
 @contextmanager
 def submitting(store: Store) -> Iterator[None]:
-    """Waits until no one else submits. Raises AtomError if that takes too long."""
+    """Holds the lease for submitting; waits for another submitter. Raises AtomError after a timeout."""
     deadline = time.monotonic() + PATIENCE
     while (lease := Lease.take(folder(store))) is None:
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""What runs inside a job: take the lease, run the stage, seal its product, write its statement."""
+"""The worker inside a job: takes the lease, runs the stage, seals its product, writes its statement."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pipeline.launch.failure_messages import report_failure
 from pipeline.launch.rendezvous import FOLLOWED, Ranks, Usage, end_process
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""By whom a stage is told to stop: a launcher, a terminal, or Slurm before a time limit or a preemption."""
+"""Signals that stop a stage: from a launcher, a terminal, or Slurm before a time limit or a preemption."""
 WAIT_SECONDS = 1.0
 OPERATIONS: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[dict[str, Any]])
 
@@ -36,9 +36,9 @@ OPERATIONS: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[dict[str, Any]]
 def work(task: Task) -> str:
     """Runs one node to its sealed artifact. Returns "sealed", "busy" (another worker has it) or a failure sentence.
 
-    Never raises for what a stage does: the job's outcome is a value, in `events.jsonl` and in the ledger. If the stage
-    has several ranks, all of them call this; rank 0 keeps lease, report and product, the others only run the stage. A
-    process of several ends with exit code 1 if the launch has failed.
+    Never raises for an error of the stage: the job's outcome is a value, in `events.jsonl` and in the ledger. If the
+    stage has several ranks, all of them call this; rank 0 handles lease, report and product, the others only run the
+    stage. With several ranks, each process ends with exit code 1 if the launch has failed.
     """
     store = Store(Path(task.home))
     outcome = attempt(task, store, Ranks.from_environment(task.ranks, store.logs / task.run / task.node))
@@ -52,8 +52,8 @@ def work(task: Task) -> str:
 def attempt(
     task: Task, store: Store, ranks: Ranks, on_outcome: Callable[[str | Failure], None] = lambda outcome: None
 ) -> str | Failure:
-    """What each rank does. on_outcome: called on rank 0 once the outcome is on record, by whatever thread ends the
-    attempt; the process may go right after."""
+    """Runs the attempt on each rank. on_outcome: called on rank 0 after the outcome is recorded, by the thread that
+    ends the attempt; the process may exit right after."""
     if ranks.rank:
         return _run_follower(task, store, ranks)
     report = FileReport(store.logs / task.run / task.node)
@@ -69,7 +69,7 @@ def attempt(
             outcome = _run_attempt(task, store, report, ranks, end)
     except Interrupted:
         outcome = Failure("interrupted", Kind.STOPPED)
-    except OSError as error:  # such as a file in the place of the work folder
+    except OSError as error:  # for example a file in the place of the work folder
         report.ending.acquire()
         outcome = report_failure(error, task.node, task.stage, store)
         ranks.announce(outcome)
@@ -82,7 +82,8 @@ def attempt(
 
 @contextmanager
 def _stop_signals() -> Iterator[None]:
-    """A signal to stop raises Interrupted in the main thread, once: a second one must not cut the clean-up short."""
+    """Raises Interrupted in the main thread on the first signal to stop: a second signal must not interrupt the
+    cleanup."""
 
     def stop(number: int, frame: Any) -> None:
         for stop_signal in STOP:
@@ -90,7 +91,7 @@ def _stop_signals() -> Iterator[None]:
         raise Interrupted(signal.Signals(number).name)
 
     previous_handlers = {stop_signal: signal.signal(stop_signal, stop) for stop_signal in STOP}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the launcher blocked it on the way here
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the launcher had blocked it
     try:
         yield
     finally:
@@ -99,8 +100,8 @@ def _stop_signals() -> Iterator[None]:
 
 
 def _run_follower(task: Task, store: Store, ranks: Ranks) -> str | Failure:
-    """A rank other than 0: runs the stage once rank 0 has called, and writes nothing but its log and its usage. If it
-    fails, it says so to all; if another one does, the process ends."""
+    """Runs a rank other than 0: waits for the call of rank 0, runs the stage, and writes only its log and its usage.
+    Its failure is announced to all; a failure of another rank ends the process."""
     usage_at_start, folder = Usage.now(), store.work(task.key)
 
     def usage() -> Usage:
@@ -123,7 +124,7 @@ def _run_follower(task: Task, store: Store, ranks: Ranks) -> str | Failure:
         except (Exception, Interrupted) as error:
             failure = report_failure(error, task.node, task.stage, store)
             if isinstance(error, PeerLost):
-                ranks.find_cause(failure)  # the watch ends this process if somebody takes the blame
+                ranks.find_cause(failure)  # the watch ends this process if another rank announces a failure
         if failure.kind is not Kind.STOPPED:
             ranks.fail(failure, usage())
         ranks.record_end(failure.text, usage())
@@ -135,7 +136,7 @@ def _run_attempt(
 ) -> str | Failure:
     folder, turns = store.work(task.key), 0
     lease = Lease.take(folder)
-    while lease is None and "SLURM_JOB_ID" in os.environ:  # a job has its place already: it waits for its turn
+    while lease is None and "SLURM_JOB_ID" in os.environ:  # a Slurm job holds its allocation: it waits
         if store.sealed(task.key):
             return "sealed"
         try:
@@ -207,8 +208,8 @@ def _run_attempt(
 
 
 def _record_operation(path: Path, current: dict[str, Any]) -> list[dict[str, Any]]:
-    """The ways in which the attempts at a key were run so far, kept beside what they left: a phase that was spread over
-    ranks in two ways adds in two orders."""
+    """Records the distinct operational configs of all attempts at a key, beside their work: a phase with two layouts of
+    ranks adds in two orders."""
     try:
         earlier = [entry for entry in json_files.read(path, OPERATIONS) if entry != current]
     except FileNotFoundError:  # the first attempt

@@ -1,4 +1,4 @@
-"""Ends the running stages of a run, here or on Slurm. What they left is gone on from by the next run of the recipe."""
+"""Ends the running stages of a run, here or on Slurm. The next run of the recipe resumes them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipeline.launch import slurm_client, submission_lock
 from pipeline.operations.status import is_submitted_job
 
 STOP_SECONDS = 30.0
-"""For which a stage on this machine is awaited, all together."""
+"""The total time to wait for stages on this machine."""
 
 
 def cancel_jobs(run: Run, store: Store) -> list[str]:
-    """Cancels the run's jobs that Slurm holds, but not those that other runs submitted. Returns the stages' names."""
+    """Cancels the run's jobs in Slurm, but not those that other runs submitted. Returns the names of the stages."""
     with submission_lock.submitting(store):
         slurm_jobs = slurm_client.queued_jobs()
         own_jobs = {
@@ -37,7 +37,7 @@ def cancel_jobs(run: Run, store: Store) -> list[str]:
 
 
 def stop_processes(run: Run, store: Store) -> list[str]:
-    """Asks the run's stages on this machine to stop, and waits until they have. Returns their names.
+    """Signals the run's stages on this machine to stop, and waits for their end. Returns their names.
 
     Raises AtomError if one runs on another host.
     """

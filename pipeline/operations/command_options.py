@@ -1,4 +1,4 @@
-"""What the commands share: options, the home folder, the terminal. Heavy imports stand inside the functions."""
+"""Shared parts of the commands: options, the home folder, the terminal. Heavy imports are inside the functions."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def graph_of(recipe: str, without_data: bool = False) -> Graph:
 
 
 def warn_of_home(store: Store) -> None:
-    """Says on standard error what is in the place of a folder of the home, and what `warn_of_keys` says."""
+    """Warns on standard error of a file in the place of a folder of the home, and calls `warn_of_keys`."""
     if text := store.misplaced():
         print(f"atom: {text}", file=sys.stderr)
     warn_of_keys(store)
 
 
 def warn_of_keys(store: Store) -> None:
-    """Says on standard error if the home holds keys of an earlier version."""
+    """Warns on standard error if the home has keys of an earlier version."""
     if text := store.earlier_keys():
         print(f"atom: {text}", file=sys.stderr)

@@ -1,10 +1,9 @@
-"""What of `$ATOM_HOME` can go: state of stages that are sealed, what failed attempts left, and what no run references.
+"""Finds the data of `$ATOM_HOME` that can be removed: state of sealed stages, leftovers of failed attempts, and data
+that no run references.
 
-Kept: every artifact that a run references, whenever it was and whatever its recipe was called, or that a release was
-built from.
-What training stages made and left, checkpoints of unfinished ones too, goes only if it is named. Where a file that
-would tell what is needed cannot be read, everything stays that it might have named. Nothing is deleted: it is moved to
-the trash (trash.py).
+Every artifact that a run of any age and recipe references, or that a release was built from, is kept. Products of
+training stages, including checkpoints of unfinished ones, are removed only by name. If a file with references is
+unreadable, everything that it might reference is kept. Nothing is deleted: data is moved to the trash (trash.py).
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ _RELEASE: TypeAdapter[Any] = TypeAdapter(_Release)
 
 @dataclass(frozen=True)
 class Loose:
-    """A folder that nothing needs, and why. bytes: what becomes free if all that is listed goes."""
+    """An unused folder, with the reason. bytes: the space that becomes free if all listed folders are removed."""
 
     path: Path
     bytes: int
@@ -60,12 +59,12 @@ class Loose:
 
 @dataclass
 class Needed:
-    """What runs and releases lead to. doubts: why it is not known what else they need, if it is not."""
+    """The data that runs and releases reference. doubts: the reasons why further references may be unknown."""
 
     keys: set[str] = field(default_factory=set)
     code: set[str] = field(default_factory=set)
     stages: dict[str, str] = field(default_factory=dict)
-    """The stage of each key that a run names."""
+    """The stage of each key in a run."""
     doubts: list[str] = field(default_factory=list)
 
     def doubt(self, error: Damaged, consequence: str) -> None:
@@ -74,10 +73,10 @@ class Needed:
 
 
 def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) -> tuple[list[Loose], list[str]]:
-    """What can go now, the largest first; and what is kept though nothing leads to it, each with the reason.
+    """The removable folders, the largest first, and the unreferenced folders that are kept, each with the reason.
 
-    named: keys that go whatever leads to them; ignored: ids of runs that count no more. Raises AtomError if a job that
-    is not over needs one of them.
+    named: keys to remove in spite of references; ignored: ids of runs whose references do not count. Raises AtomError
+    if an unfinished job needs one of them.
     """
     all_runs, damaged = _read_runs(store)
     ids = {
@@ -109,8 +108,8 @@ def loose(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) 
 
 
 def move(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) -> list[Loose]:
-    """Moves what can go to the trash; returns it. Nobody submits meanwhile, and what a run that was begun meanwhile
-    leads to is moved back, unless it was made anew."""
+    """Moves removable folders to the trash; returns them. Submissions are locked out meanwhile. Data that a run started
+    meanwhile references is moved back, unless it was made again."""
     with submission_lock.submitting(store):
         run_ids = {run.id for run in _read_runs(store)[0]}
         rows, _ = loose(store, named, ignored)
@@ -130,7 +129,7 @@ def move(store: Store, named: Sequence[str] = (), ignored: Sequence[str] = ()) -
 
 
 def _move(store: Store, path: Path) -> Path | None:
-    """Where a folder lies now; None if it is gone, or is of work whose lease somebody holds."""
+    """Moves a folder and returns its new path; None if it has disappeared, or if it is work whose lease is held."""
     kind, name = path.relative_to(store.home).parts[:2]
     lease = None
     if kind == "work" and (lease := Lease.take(store.work(name))) is None:
@@ -150,7 +149,7 @@ def _read_runs(store: Store) -> tuple[list[Run], list[Damaged]]:
 
 
 def _match_prefix(name: str, names: Iterable[str]) -> str:
-    """The one of these names that is meant by its beginning. Raises AtomError."""
+    """The only name that starts with the prefix. Raises AtomError."""
     matching = sorted({candidate for candidate in names if candidate.startswith(name)})
     if name in matching:
         return name
@@ -161,7 +160,7 @@ def _match_prefix(name: str, names: Iterable[str]) -> str:
 
 
 def _needed_by_runs(store: Store, run_list: list[Run]) -> Needed:
-    """What these runs lead to: their stages, the code of their jobs, and all that goes into the stages."""
+    """The references of these runs: their stages, the code of their jobs, and all inputs of the stages."""
     needed = Needed()
     inputs: dict[str, set[str]] = {}
     for run in run_list:
@@ -196,7 +195,7 @@ def _add_needed_by_releases(store: Store, needed: Needed) -> None:
         release_folder / "evidence" for release_folder in releases if not release_folder.name.startswith(".")
     ):
         try:
-            json_files.names(evidence.parent)  # raises for what is no folder, and for a link that leads nowhere
+            json_files.names(evidence.parent)  # raises for anything but a folder, and for a dangling link
             release_info = json_files.read(evidence / "release.json", _RELEASE)
             needed.keys |= {node["key"] for node in release_info["nodes"].values()}
             for name in os.listdir(evidence / "manifests"):
@@ -210,7 +209,7 @@ def _add_needed_by_releases(store: Store, needed: Needed) -> None:
 
 
 def _require_idle(store: Store, run_list: list[Run], keys: set[str], ignored: set[str]) -> None:
-    """Raises AtomError if a run that is not over needs one of these keys, or is to be ignored."""
+    """Raises AtomError if an unfinished run needs one of these keys or is among the ignored ones."""
     for run in run_list:
         reachable = _needed_by_runs(store, [run]).keys if keys else set()
         if not (keys & reachable or run.id in ignored):
@@ -223,7 +222,7 @@ def _require_idle(store: Store, run_list: list[Run], keys: set[str], ignored: se
 
 
 def _why_active(store: Store, run: Run) -> str | None:
-    """Why a run may not be over; None if it is."""
+    """The reason why a run may be unfinished; None if it is finished."""
     if all(store.sealed(row["key"]) for row in run.body["nodes"]):
         return None
     folders = [run.folder / "driver", *(store.work(row["key"]) for row in run.body["nodes"])]
@@ -253,7 +252,7 @@ def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
 
 
 def _is_needed(store: Store, key: str, needed: Needed) -> bool:
-    """Whether a run or release leads to a key, or to the phase that it is a checkpoint of."""
+    """Whether a run or release references a key, or the phase of the checkpoint with that key."""
     phases = (
         (provenance.phase_of(body) for _, body in provenance.statements(store.ledger, key)[0]) if "@" in key else ()
     )
@@ -261,7 +260,7 @@ def _is_needed(store: Store, key: str, needed: Needed) -> bool:
 
 
 def _is_trained(store: Store, key: str, needed: Needed) -> bool:
-    """Whether a key is of a training stage or a checkpoint, or of a stage that is not known."""
+    """Whether a key belongs to a training stage, a checkpoint or an unknown stage."""
     names = {needed.stages[key]} if key in needed.stages else set()
     if not names and "@" not in key:
         statements = provenance.statements(store.ledger, key)[0]
@@ -282,7 +281,7 @@ def _loose_work(store: Store, needed: Needed, named: set[str]) -> Iterator[tuple
         elif store.sealed(name) and store.damage(name) is None:
             yield folder, "its stage is sealed"
         else:
-            with suppress(Damaged):  # which `holder` has reported
+            with suppress(Damaged):  # `holder` has reported it
                 unfinished = [product for product in json_files.names(folder) if trash.PRODUCT.fullmatch(product)]
                 yield from ((folder / product, "a product that was never finished") for product in unfinished)
 

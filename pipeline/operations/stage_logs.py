@@ -1,4 +1,4 @@
-"""Finds what a stage printed: the log of one of its processes, all starts of its latest job together."""
+"""Finds the log of a stage: that of one of its processes, with all starts of its latest job."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.core.store import Store
 from pipeline.graph.run import Run
 
 FIRST = "_0_log.out"
-"""What the name of rank 0's log ends in, behind the id of the job."""
+"""The suffix of the name of rank 0's log, after the id of the job."""
 
 
 def find_log(store: Store, candidates: Sequence[Run], stage: str, rank: int) -> tuple[Run, Path]:

@@ -1,4 +1,4 @@
-"""How a run stands: what its files say, and for a run that Slurm has, what Slurm says. Nothing is kept in memory."""
+"""The status of a run, from its files and, for a run on Slurm, from Slurm. Nothing is kept in memory."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from pipeline.launch.decision import Decision, Verdict
 from pipeline.launch.slurm_client import Job, NoAnswer
 
 FAILED_STATES = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
-"""How a task of an array may end, so that what waits for the array is canceled."""
+"""The final states of an array task that cancel the jobs that depend on the array."""
 ENDING = "ending"
-"""The state of a stage whose attempt has failed while Slurm still has its job: it says why, not that it runs."""
+"""The state of a stage whose attempt has failed while Slurm still has its job: the cause is shown instead of
+`running`."""
 END_MESSAGES = {
     "CANCELLED": "cancelled",
     "TIMEOUT": "its time limit came before it saved; raise minutes or signal_before_limit_seconds of the profile",
@@ -32,7 +33,7 @@ END_MESSAGES = {
 
 
 def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
-    """The stages of a run, and what could not be learnt of them, in one sentence."""
+    """The stages of a run, and one sentence on missing information."""
     stages, jobs = runs.status(run, store), run.jobs()
     if not jobs:
         return stages, None
@@ -46,7 +47,7 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
     finished_jobs: dict[str, Job] = {}
     problem = None
     try:
-        # accounting never hears of the end of a job that the controller lost, and goes on to call it pending or running
+        # accounting never learns the end of a job that the controller lost, and keeps it as pending or running
         finished_jobs = {
             id: ended_job for id, ended_job in slurm_client.finished_jobs(unmatched).items() if not ended_job.alive
         }
@@ -67,13 +68,13 @@ def status(run: Run, store: Store) -> tuple[list[NodeStatus], str | None]:
 
 
 def is_submitted_job(job: Job | None, run: Run, row: JobRow, node: str) -> bool:
-    """Whether a job that Slurm holds is the one that was submitted, not another that was given its id."""
+    """Whether a job in Slurm is the submitted one, not another job with the same id."""
     owner = None if job is None else job.owner
     return owner is not None and owner.node == node and (row["attached"] or owner.run == run.id)
 
 
 def _add_job_state(node: NodeStatus, id: str, job: Job | None, restart_count: int) -> NodeStatus:
-    """A node as its files tell it, with what Slurm says of its job; an artifact outranks both."""
+    """The status of a node from its files and from Slurm's state of its job; an artifact outranks both."""
     node = replace(node, job=id, restarts=restart_count or None)
     if job is None:
         if node.state in ("sealed", "running", "failed"):
@@ -85,7 +86,7 @@ def _add_job_state(node: NodeStatus, id: str, job: Job | None, restart_count: in
     if job.alive:
         reason = f"{job.reason}; `atom retry` releases it" if job.stuck else job.reason
         if node.state == "failed" and node.kind is not None and job.state in ("RUNNING", "COMPLETING"):
-            return replace(node, state=ENDING, reason=reason or None)  # its attempt is over, and the job nearly is
+            return replace(node, state=ENDING, reason=reason or None)  # its attempt has ended, and the job soon will
         return replace(node, state=job.state.lower(), reason=reason or None, message="", kind=None)
     message = node.message or END_MESSAGES.get(job.state, f"{job.state.lower().replace('_', ' ')} {job.reason}".strip())
     if job.state == "CANCELLED":
@@ -94,7 +95,7 @@ def _add_job_state(node: NodeStatus, id: str, job: Job | None, restart_count: in
 
 
 def _add_array_state(node: NodeStatus, row: JobRow, run: Run, slurm_jobs: dict[str, Job]) -> NodeStatus:
-    """A node whose shards are done beforehand by a job array: how far that is, or which task failed."""
+    """The status of a node whose shards run in a job array: the progress of the array, or its failed task."""
     if node.state in ("sealed", "running"):
         return node
     folder = run.node_folder(node.name) / "shards"
@@ -108,7 +109,7 @@ def _add_array_state(node: NodeStatus, row: JobRow, run: Run, slurm_jobs: dict[s
         )
         return replace(node, state="failed", reason=None, message=message)
     done_by_task: dict[str, int] = {}
-    for path in folder.glob("ranks/*/shards.json"):  # a task that was started again counts what it finds done, too
+    for path in folder.glob("ranks/*/shards.json"):  # a restarted task also counts finished shards
         task = path.parent.name.rpartition(".")[0]
         done_by_task[task] = max(done_by_task.get(task, 0), _shards_done(path))
     return replace(node, done=sum(done_by_task.values()), total=row.get("shards", 0), unit="shards")
@@ -132,12 +133,12 @@ def _shards_done(path: Path) -> int:
 
 
 def restarts(run: Run, node: str) -> int:
-    """How often a stage's job was started again."""
+    """The number of restarts of a stage's job."""
     events = EventTail(run.node_folder(node) / "events.jsonl").read()
     return max(0, len([event for event in events if event["event"] == "attempt"]) - 1)
 
 
 def over(stages: list[NodeStatus]) -> bool:
-    """Whether nothing of a run goes on by itself."""
+    """Whether no stage of a run continues by itself."""
     active_states = {"running", ENDING, *(state.lower() for state in slurm_client.LIVING)}
     return not any(stage.state in active_states for stage in stages)

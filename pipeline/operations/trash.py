@@ -1,10 +1,10 @@
-"""The trash of `$ATOM_HOME`: what `atom gc` moves away lies there by date, and can be moved back.
+"""The trash of `$ATOM_HOME`: folders that `atom gc` moved away, by date. They can be moved back.
 
     trash/2026-11-26/artifacts/<key>, trash/2026-11-26/work/<key>, trash/2026-11-26/code/<digest>
-    trash/2026-11-26/work/<key>/out.3      a product that was never finished, without the rest of the work
+    trash/2026-11-26/work/<key>/out.3      an unfinished product, without the rest of the work
 
 The path below the date is the path below `$ATOM_HOME`, so that `mv` restores it, too. A second folder of the same name
-and day lies under `2026-11-26.2`. No link below the trash is followed: it may lead to what is needed.
+and day is under `2026-11-26.2`. No link below the trash is followed: its target may be in use.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ PRODUCT = re.compile(r"out\.\S+")
 
 
 def freed(paths: Iterable[Path]) -> dict[Path, int]:
-    """The bytes that become free if all of these go: of files whose every link lies in them, counted once, by the path
-    that holds the first of the links."""
+    """The bytes that become free if all of these are removed, by path: files whose links are all in them, counted once
+    at the path of the first link."""
     links: dict[tuple[int, int], int] = {}
     bytes_by_path: dict[Path, int] = {}
     first_link: dict[tuple[int, int], tuple[Path, os.stat_result]] = {}
@@ -68,12 +68,12 @@ class Entry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What it may be called by: a key or the digest of code, and its path, there or here."""
+        """The names that identify it: a key or the digest of code, and its path in the home or in the trash."""
         return self.place.parts[1], str(self.place), str(self.path)
 
     @property
     def until(self) -> date:
-        """The last day on which it is kept."""
+        """The last day of its grace time."""
         return self.since + timedelta(days=GRACE_DAYS)
 
     def json(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def today() -> date:
 
 
 def entries(store: Store) -> list[Entry]:
-    """What lies in the trash, the oldest first. Whatever is not laid out as above is reported and left alone."""
+    """The entries of the trash, the oldest first. Other files and folders are reported and left alone."""
     trash, days = store.home / "trash", []
     for name in _names(trash):
         match = re.fullmatch(r"([0-9]{4}-[0-9]{2}-[0-9]{2})(?:\.([0-9]{1,9}))?", name)
@@ -109,7 +109,7 @@ def _moved_folders(day: Path) -> Iterator[Path]:
             if not KINDS[kind].fullmatch(path.name):
                 json_files.report(Damaged(path, "its name is none of that kind"), "it is left alone")
                 continue
-            # work that was moved as a whole has its leases in it
+            # work that was moved as a whole contains its leases
             products = _names(path) if kind == "work" and path.is_dir() and not path.is_symlink() else []
             only_products = products and all(PRODUCT.fullmatch(name) for name in products)
             yield from (path / name for name in products) if only_products else (path,)
@@ -126,7 +126,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def move(store: Store, path: Path) -> Path:
-    """Moves a folder of the home into the trash; returns where it lies now."""
+    """Moves a folder of the home to the trash; returns its new path."""
     for number in itertools.count(1):
         day = today().isoformat() + (f".{number}" if number > 1 else "")
         target = store.home / "trash" / day / path.relative_to(store.home)
@@ -139,15 +139,15 @@ def move(store: Store, path: Path) -> Path:
 
 
 def _can_hold_entries(folder: Path) -> bool:
-    """Whether something can be put there: a folder, or nothing yet."""
+    """Whether the path can take entries: it is a folder, or it does not exist yet."""
     return not os.path.lexists(folder) or (folder.is_dir() and not folder.is_symlink())
 
 
 def restore(store: Store, name: str) -> list[Path]:
-    """Moves what has that name back to where it was, of several of one place the latest; returns where it lies now.
+    """Moves the entry with that name back, the latest if several have one place; returns its new path.
 
-    name: a key, the digest of code, or a path as `Entry.names` has it. Raises AtomError if there is none, or something
-    else stands in its place.
+    name: a key, the digest of code, or a path as `Entry.names` has it. Raises AtomError if there is none, or if its
+    place is taken.
     """
     latest = {entry.place: entry for entry in entries(store) if name in entry.names}
     if not latest:
@@ -163,7 +163,7 @@ def restore(store: Store, name: str) -> list[Path]:
 
 
 def put_back(path: Path, target: Path) -> None:
-    """Undoes a move. Raises OSError if it cannot be undone, as where something stands in the place again."""
+    """Undoes a move. Raises OSError if it cannot be undone, for example if the place is taken again."""
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, "it exists again", str(target))
     os.rename(path, target)
@@ -171,7 +171,7 @@ def put_back(path: Path, target: Path) -> None:
 
 
 def empty(store: Store, everything: bool = False) -> int:
-    """Deletes what has lain there longer than the days of grace, or everything; returns the bytes that became free."""
+    """Deletes the entries older than the grace time, or all; returns the freed bytes."""
     expired = [entry for entry in entries(store) if everything or entry.until < today()]
     sizes = freed(entry.path for entry in expired)
     for entry in expired:
@@ -184,7 +184,7 @@ def empty(store: Store, everything: bool = False) -> int:
 
 
 def _remove_empty_folders(folder: Path) -> None:
-    """Removes a folder of the trash that is empty, and its parents."""
+    """Removes an empty folder of the trash and its empty parents."""
     while folder.name != "trash" and not any(folder.iterdir()):
         folder.rmdir()
         folder = folder.parent

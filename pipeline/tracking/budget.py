@@ -1,4 +1,4 @@
-"""What a recipe's stages have used so far, by the ledger, failed attempts included, against what its budget allows."""
+"""Compares the use of a recipe's stages by the ledger, including failed attempts, with the recipe's budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.graph.run import Prices
 
 
 class Hours(TypedDict):
-    """Hours of GPUs that were allotted, and of cores that were busy."""
+    """Hours of allotted GPUs and of busy cores."""
 
     gpu_hours: float
     core_hours: float
@@ -38,7 +38,7 @@ def limits_of(recipe: Identity) -> Limits | None:
 
 
 def used(store: Store, keys: Iterable[str]) -> Hours:
-    """What all attempts at these keys have used."""
+    """The total use of all attempts at these keys."""
     hours: Hours = {"gpu_hours": 0.0, "core_hours": 0.0}
     for key in keys:
         for _, body in provenance.read(store.ledger, key):
@@ -49,7 +49,7 @@ def used(store: Store, keys: Iterable[str]) -> Hours:
 
 
 def told(hours: Hours, prices: Prices | None) -> str:
-    """Hours that were used in words, with what they cost by a profile's prices."""
+    """The used hours in words, with their cost by the prices of a profile."""
     text = f"{hours['gpu_hours']:.3g} GPU hours, {hours['core_hours']:.3g} core hours"
     if not prices:
         return text
@@ -58,7 +58,7 @@ def told(hours: Hours, prices: Prices | None) -> str:
 
 
 def foreseen(limits: Limits | None, spent: Hours, coming: Hours) -> list[str]:
-    """For each limit that a plan exceeds, with what was used already, a sentence that says so."""
+    """One sentence for each limit that a plan exceeds, including the earlier use."""
     if limits is None:
         return []
     return [
@@ -70,7 +70,7 @@ def foreseen(limits: Limits | None, spent: Hours, coming: Hours) -> list[str]:
 
 
 def exceeded(limits: Limits | None, store: Store, keys: Iterable[str]) -> str | None:
-    """Why nothing further is begun, in one sentence; None within the budget."""
+    """The reason why no further stage starts, in one sentence; None within the budget."""
     if limits is None:
         return None
     hours = used(store, keys)

@@ -1,9 +1,9 @@
 """MLflow: a parent run per run, a child per stage, filled from the files that stages write.
 
-The files are the truth. This module only forwards what they hold, remembers how far it got in `mlflow.json`, and may
-be called again at any time: after an outage of the tracking server the next call sends what is missing.
+The files are authoritative. This module only forwards their content and records its position in `mlflow.json`. It may
+be called again at any time: after an outage of the tracking server the next call sends the missing rows.
 
-Beside a Slurm job it runs as a process of its own (`Companion`); of the jobs of a run one at a time sends for all.
+Beside a Slurm job it runs as a process of its own (`Companion`); one job of a run at a time sends for all jobs.
 """
 
 from __future__ import annotations
@@ -69,17 +69,17 @@ def tracking_uri(store: Store) -> str:
 
 
 def shown_uri(store: Store) -> str:
-    """The tracking URI without the user, password and query that it may carry."""
+    """The tracking URI without user, password and query."""
     return redacted(tracking_uri(store))
 
 
 def redacted(text: str) -> str:
-    """A text in which no URI carries user, password or query."""
+    """The text with user, password and query removed from every URI."""
     return re.sub(r"(\w+://)\S*@", r"\1", re.sub(r"(\w+://[^\s?]+)\?[^\s)]*", r"\1", text))
 
 
 class Forwarder:
-    """Sends a run's files to MLflow. `sync` raises what the client raises; callers decide what that means."""
+    """Sends a run's files to MLflow. `sync` passes on the client's exceptions; callers handle them."""
 
     def __init__(self, run: Run, store: Store) -> None:
         self.run, self.store = run, store
@@ -92,7 +92,7 @@ class Forwarder:
             raise Damaged(self.path, error.why, "remove it, and `atom sync` sends everything again") from error
 
     def sync(self) -> None:
-        """Brings MLflow up to date with the files as they are now."""
+        """Brings MLflow up to date with the present files."""
         client = self._client()
         parent = self._parent(client)
         for node in status(self.run, self.store):
@@ -113,7 +113,7 @@ class Forwarder:
 
         uri = tracking_uri(self.store)
         public_uri = shown_uri(self.store)
-        if self.state.setdefault("uri", public_uri) != public_uri:  # another store than last time: it gets everything
+        if self.state.setdefault("uri", public_uri) != public_uri:  # a different store than last time: send everything
             self.state = {"nodes": {}, "uri": public_uri}
         return MlflowClient(tracking_uri=uri)
 
@@ -177,7 +177,7 @@ class Forwarder:
                 self._save()
 
     def _sealed(self, client: Any, child: str, artifact: Artifact) -> None:
-        """What is known of a finished stage: params, inputs with digests, figures, small result files."""
+        """Sends the data of a finished stage: params, inputs with digests, figures, small result files."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
         sealed_statement = provenance.sealed(self.store.ledger, artifact)
@@ -210,10 +210,10 @@ class Forwarder:
 
 @cache
 def _require_sqlite(uri: str, artifact_folder: Path) -> None:
-    """Raises Damaged if a file of SQLite is to be written, and something else stands there: MLflow would try for a
-    minute, and wait for a pipe without end.
+    """Raises Damaged if the path for an SQLite file is something else: MLflow would retry for a minute, and wait
+    forever for a pipe.
 
-    Once only, before SQLite has the file open: that it is closed here would end the locks that SQLite has on it.
+    Only called before SQLite opens the file, because closing it here would release SQLite's locks on it.
     """
     if not uri.startswith("sqlite:///"):
         return
@@ -239,7 +239,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 class Background:
-    """Forwards every few seconds from a thread of its own. Trouble is told once and never reaches the run."""
+    """Forwards every few seconds from a thread of its own. An error is reported once and never affects the run."""
 
     EVERY = 5.0
     LAST_CHANCE = 60.0
@@ -260,7 +260,7 @@ class Background:
                 return
 
     def close(self, outcome: str) -> str | None:
-        """Sends the rest and ends the parent run. Returns a sentence if MLflow does not have everything."""
+        """Sends the rest and ends the parent run. Returns a sentence if data is missing in MLflow."""
         self._outcome = outcome
         self._stop.set()
         self._thread.join(self.LAST_CHANCE)
@@ -270,9 +270,8 @@ class Background:
 
 
 class Companion:
-    """A process beside a Slurm job that sends its run to the tracking server that MLFLOW_TRACKING_URI names, if it
-    names one: a file of SQLite on a shared file system is not for many hosts to write. What it meets never reaches the
-    job."""
+    """A process beside a Slurm job that sends its run to the tracking server in MLFLOW_TRACKING_URI. A file of SQLite
+    is not used, because many hosts cannot write it on a shared file system. Its errors never affect the job."""
 
     LAST_CHANCE = 60.0
     QUICK = 2.0
@@ -281,7 +280,7 @@ class Companion:
         self.process: subprocess.Popen[str] | None = None
         if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http:", "https:")):
             return
-        # Slurm's signals go to every process of a job; this one ends when the job closes its input, or dies
+        # Slurm signals every process of a job; this one ends when the job closes its input or dies
         previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT})
         try:
             command = [sys.executable, "-m", "pipeline.tracking.mlflow_sync", str(home), run]
@@ -290,8 +289,8 @@ class Companion:
             signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
     def close(self, outcome: str, quick: bool = False) -> None:
-        """Lets it send the rest. outcome: of the whole run, FINISHED or FAILED; empty: it goes on. quick: it gets
-        a moment only, since nodes are held for nothing meanwhile."""
+        """Lets it send the rest. outcome: of the whole run, FINISHED or FAILED; empty: the run continues. quick: with a
+        short timeout, because idle nodes stay allocated meanwhile."""
         if self.process is None:
             return
         seconds = self.QUICK if quick else self.LAST_CHANCE
@@ -310,8 +309,8 @@ class Companion:
 
 
 def run_companion(home: Path, run: str) -> None:
-    """What that process does: whoever has the turn sends every few seconds what all jobs of the run have written. When
-    its own job is over it sends once more; or it leaves that to whoever has the turn, and sees that it was done."""
+    """The main function of that process: the companion that holds the turn sends the new rows of all jobs of the run
+    every few seconds. When its own job ends, it sends once more, or waits until the holder of the turn has done so."""
     store = Store(home)
     run_record = runs.find(store, run)
     folder = run_record.folder / "mlflow"
@@ -333,7 +332,7 @@ def run_companion(home: Path, run: str) -> None:
         if lease is not None:
             begun_file.touch()
             problem = _send(run_record, store, _read_if_exists(folder / "outcome"))
-            os.replace(begun_file, sent_file)  # its time: when the last sending began
+            os.replace(begun_file, sent_file)  # its time is the start of the last transfer
         if job_is_over and (lease is not None or _is_newer(sent_file, end_file)):
             break
     end_file.unlink()
@@ -344,7 +343,7 @@ def run_companion(home: Path, run: str) -> None:
 
 
 def _send(run: Run, store: Store, outcome: str) -> str | None:
-    """Sends what there is; what went wrong, in one line, without passwords."""
+    """Sends the new rows; returns the error in one line, without passwords."""
     try:
         forwarder = Forwarder(run, store)
         if outcome:
@@ -353,7 +352,7 @@ def _send(run: Run, store: Store, outcome: str) -> str | None:
             forwarder.sync()
     except AtomError as error:
         return redacted(str(error))
-    except Exception as error:  # whatever a tracking server may do, the stage goes on; the caller tells it
+    except Exception as error:  # the stage continues after any error of a tracking server; the caller reports it
         return redacted(f"{type(error).__name__}: {error}".splitlines()[0][:300])
     return None
 

@@ -1,7 +1,7 @@
-"""Copies the parts of a release out of the run's artifacts, and remembers where every file comes from.
+"""Copies the parts of a release from the run's artifacts, and records the origin of every file.
 
 `origins` maps each path of the release to {"artifact": node, "file": path in it} for a verbatim copy, or to
-{"generated": what made it}. With the manifests and statements beside it, every byte leads back to a statement.
+{"generated": its producer}. With the manifests and statements beside it, every byte leads back to a statement.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CODE_FILES = ("pyproject.toml", "Makefile", "README.md", "LICENSE")
 
 
 class Assembly:
-    """A release folder in the making."""
+    """A release folder that is being built."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -47,7 +47,7 @@ class Assembly:
         self.origins[target] = {"artifact": node, "file": file}
 
     def include(self, source: Path, target: str, reason: str) -> None:
-        """Copies a file that is not an artifact's: code, statements, metrics."""
+        """Copies a file that is not part of an artifact: code, statements, metrics."""
         self._put(target, source, None)
         self.origins[target] = {"generated": reason}
 
@@ -74,7 +74,7 @@ def to_json(value: Any) -> bytes:
 
 
 def require_nodes(artifacts: Mapping[str, Artifact]) -> None:
-    """Raises AtomError naming what a release cannot do without."""
+    """Raises AtomError with the missing nodes that a release requires."""
     phases = phases_of({*artifacts, "pretrain", "midtrain"})
     models = models_of({*artifacts, "export-init", "export-base", "export-mid"})
     ordered = [phase for phase in phases if phase not in WITHOUT_ORDER]
@@ -87,7 +87,7 @@ def require_nodes(artifacts: Mapping[str, Artifact]) -> None:
 def placement(
     node: str, artifact: Artifact, phases: Sequence[str] = (), models: Sequence[str] = ()
 ) -> Iterator[tuple[str, str]]:
-    """(file of the artifact, path in the release) for all that is published of a node.
+    """(file of the artifact, path in the release) for every published file of a node.
 
     phases, models: those of the release, in the order of training.
     """
@@ -120,7 +120,7 @@ def placement(
             yield path, f"evidence/training/{node}/{path}"
             if (
                 path == "training.jsonl" and node != "reward"
-            ):  # what a model's card says of its training is proved by the repository alone
+            ):  # the repository alone proves the training facts of a model's card
                 model_dirs = [folder for model, folder in folders.items() if when(model) >= when(node)]
                 yield from ((path, f"{folder}/training/{node}.jsonl") for folder in model_dirs)
         elif node == REWARD_EXPORT and path == "parity.json":
@@ -134,13 +134,13 @@ def placement(
         elif kind == "evaluate":
             yield path, f"dataset/evaluation/{suffix}/{path}"
             if path == "scores.json":
-                # A model's card compares it with what came before it, never with what came after.
+                # A model's card compares it with earlier models, never with later ones.
                 later = models[models.index(suffix) :]
                 yield from ((path, f"{folders[m]}/evaluation/{suffix}.json") for m in later if m in folders)
 
 
 def measured(node: str, path: str, models: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(path of the artifact, path in the release) of what was measured of models that converse."""
+    """(path of the artifact, path in the release) of the measurements of chat models."""
     kind, _, suffix = node.partition("-")
     if kind == "contamination" or node == "fresh":
         yield path, f"dataset/evaluation/{node}/{path}"
@@ -169,7 +169,8 @@ def place_artifacts(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> No
 
 
 def place_earlier(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> None:
-    """What the training went on from: checkpoints stand among the others, data by their keys in dataset/earlier/."""
+    """Places the artifacts of earlier runs that training resumed from: checkpoints among the others, data by their keys
+    in dataset/earlier/."""
     for key, artifact in sorted(artifacts.items()):
         assembly.include(artifact.path / "manifest.json", f"evidence/manifests/{key}.json", f"manifest of {key}")
         for file, target in placement(key.rsplit("-", 1)[0], artifact):
@@ -180,7 +181,7 @@ def place_earlier(assembly: Assembly, artifacts: Mapping[str, Artifact]) -> None
 
 
 def place_code(assembly: Assembly, roots: list[Path]) -> None:
-    """The source files of our packages and the files that build them, from the first root that has each.
+    """Places the source files of the packages of atom and the files that build them, from the first root that has each.
 
     A root may also be one of the packages itself: then its parent is meant.
     """
@@ -204,7 +205,7 @@ def place_code(assembly: Assembly, roots: list[Path]) -> None:
 
 
 def code_license_text(roots: list[Path]) -> bytes | None:
-    """The license text of our code: of the first root that has one, else what the installed wheel carries."""
+    """The license text of atom: from the first root that has one, else from the installed wheel."""
     license_root = next((root / "LICENSE" for root in roots if (root / "LICENSE").is_file()), None)
     if license_root is not None:
         return license_root.read_bytes()
@@ -213,7 +214,7 @@ def code_license_text(roots: list[Path]) -> bytes | None:
 
 
 def license_text(spdx: str, code_license: str, roots: list[Path]) -> bytes:
-    """The full text if it is the code's own license and we have it; else its SPDX id and where the text is."""
+    """The full text if it is the license of the code and available; else its SPDX id and the address of the text."""
     text = code_license_text(roots)
     if spdx == code_license and text is not None:
         return text
@@ -223,6 +224,6 @@ def license_text(spdx: str, code_license: str, roots: list[Path]) -> bytes:
 
 
 def unexplained(folder: Path, origins: Mapping[str, Any], paths: list[str]) -> list[str]:
-    """Files of a release that no origin explains; checksum files and the gates' own result explain themselves."""
+    """Files of a release without an origin; checksum files and the result of the gates need none."""
     unlisted = {ALL_SUMS, GATES, GATES_STATED}
     return [p for p in paths if p not in origins and p not in unlisted and Path(p).name != SUMS]

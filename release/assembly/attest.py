@@ -1,4 +1,4 @@
-"""What was measured and what was gated, as in-toto statements of the predicate test-result.
+"""In-toto statements with the predicate test-result for evaluations and gates.
 
 Each stands in evidence/attestations/: `evaluation-<model>.json` about an exported model by the digest of its artifact,
 `gates.json` about all artifacts of the release. Specification: github.com/in-toto/attestation, spec/predicates/
@@ -22,7 +22,7 @@ FOLDER = "evidence/attestations"
 def test_result(
     subjects: dict[str, str], configuration: dict[str, str], passed: Iterable[str], failed: Iterable[str]
 ) -> dict[str, Any]:
-    """subjects, configuration: {name: SHA-256}; passed, failed: names of tests. One that failed fails the result."""
+    """subjects, configuration: {name: SHA-256}; passed, failed: names of tests. One failed test fails the result."""
     passed, failed = sorted(passed), sorted(failed)
     return {
         "_type": STATEMENT,
@@ -38,7 +38,7 @@ def test_result(
 
 
 def evaluations(release: Path, nodes: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
-    """{path in the release: statement} for each model that was asked problems: which it solved.
+    """{path in the release: statement} for each model that was evaluated on problems, with the solved ones.
 
     nodes: {node: {key, digest}} as in evidence/release.json.
     """
@@ -58,7 +58,7 @@ def evaluations(release: Path, nodes: dict[str, dict[str, str]]) -> dict[str, di
 
 
 def gates(nodes: dict[str, dict[str, str]], results: dict[str, bool]) -> dict[str, Any]:
-    """The statement of the gates. results: {gate: whether it was passed}."""
+    """The statement of the gates. results: {gate: whether it passed}."""
     subjects = {artifact["key"]: artifact["digest"] for artifact in nodes.values()}
     passed = {name for name, ok in results.items() if ok}
     return test_result(subjects, {}, passed, set(results) - passed)

@@ -1,7 +1,7 @@
 """`atom build`: from a run's artifacts to a release folder that has passed its gates.
 
-Nothing of a clock, a host or a path enters it but what the statements and metrics themselves say, so building again
-from the same run gives the same bytes. It is written beside its place and renamed when every gate is passed.
+No clock, host or path enters it except those in the statements and metrics, so a second build from the same run has the
+same bytes. The folder is written beside its place and renamed after every gate has passed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BuildInput:
-    """All that a release is made of. The engine fills it; nothing here knows graphs or recipes' schemas.
+    """All inputs of a release. The engine fills it; this module does not depend on graphs or recipe schemas.
 
     recipe: the resolved recipe as JSON, with its sections `evaluation` and `release`. artifacts: by node name.
-    earlier: by key, artifacts of earlier runs that the training went on from, and what those came from.
-    statements: in-toto statement files, those of failed attempts too. metrics: metrics.jsonl by node.
-    environment: versions. code_roots: folders that hold the packages. stale: nodes made by other code than today's.
-    machine_paths: folders of this machine that must not be named in a published file.
+    earlier: by key, artifacts of earlier runs that training resumed from, and their inputs.
+    statements: in-toto statement files, including those of failed attempts. metrics: metrics.jsonl by node.
+    environment: versions. code_roots: folders with the packages. stale: nodes made by code that has changed since.
+    machine_paths: folders of this machine that no published file may name.
     """
 
     name: str
@@ -50,10 +50,10 @@ class BuildInput:
 
 def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lambda text: None) -> Path:
     """Writes `<home>/releases/<name>-<version>/` and returns it; an earlier one of that name is replaced. The index of
-    its texts goes to `<home>/trace`.
+    its texts is written to `<home>/trace`.
 
-    Raises AtomError if a part is missing, CheckFailed with the first failed gate; then the refused folder stays beside
-    as `<name>-<version>.refused` for a look, and the earlier release is untouched.
+    Raises AtomError if a part is missing, CheckFailed with the first failed gate; then the refused folder is kept as
+    `<name>-<version>.refused` for inspection, and the earlier release is unchanged.
     """
     from release.assembly import assemble
     from release.cards import plot
@@ -91,8 +91,8 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
 
 
 def _index(release: Path, cache: Path, progress: Callable[[str], None]) -> None:
-    """What `atom trace --text` answers from, beside the release. The release is whole without it, so that there is none
-    is told and no error."""
+    """Builds the index for `atom trace --text`, outside of the release. The release is complete without it, so a
+    missing index is reported and is no error."""
     from release.audit import tracing
 
     try:
@@ -103,7 +103,7 @@ def _index(release: Path, cache: Path, progress: Callable[[str], None]) -> None:
 
 
 def describe(source: BuildInput) -> dict[str, Any]:
-    """evidence/release.json: what the release is, and what was not clean when it was built."""
+    """evidence/release.json: the identity of the release, and the stale nodes and changed checkout of its build."""
     from release.cards.versions import SCHEMA as CARDS
     from release.layout import FORMAT
 
@@ -127,7 +127,7 @@ def describe(source: BuildInput) -> dict[str, Any]:
 
 
 def _assemble(folder: Path, source: BuildInput) -> BuildContext:
-    """Everything but the gates' result and the checksums; returns the gates' context."""
+    """Writes everything except the result of the gates and the checksums; returns the context of the gates."""
     from release.assembly import assemble, attest, costs
     from release.assembly.checkpoint_facts import find_interventions, index_rows, read_checkpoints
     from release.assembly.data_facts import canary_of, read_data_facts
@@ -214,7 +214,8 @@ def _evaluation(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checksums(folder: Path) -> None:
-    """Each repository's own file first, then the one over the whole, then the root's, which covers that one too."""
+    """Writes the file of each repository first, then the one over the whole release, then the root's, which covers that
+    one too."""
     from release.checksums import write_sums
     from release.layout import ALL_SUMS, SUMS
     from release.repositories import files_below, files_of, repositories
@@ -229,7 +230,7 @@ def _checksums(folder: Path) -> None:
 
 
 def _replace(draft: Path, target: Path) -> None:
-    """Puts the draft in the target's place; an earlier release leaves only when the new one is whole."""
+    """Moves the draft to the place of the target; an earlier release is removed only after the new one is complete."""
     previous = target.with_name(f".{target.name}.old.{os.getpid()}")
     try:
         if target.exists():

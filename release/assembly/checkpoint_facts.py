@@ -1,4 +1,4 @@
-"""The published checkpoints, and where training went on from one of an earlier run."""
+"""The published checkpoints, and the resumptions of training from a checkpoint of an earlier run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from release.layout import when
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published checkpoint. branch: of the checkpoint repository; state: its state.json, in today's names."""
+    """A published checkpoint. branch: of the checkpoint repository; state: its state.json, with present names."""
 
     branch: str
     phase: str
@@ -23,8 +23,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Intervention:
-    """Where a phase went on from a checkpoint of an earlier run, whose phase of key `by` trained the steps `first` to
-    `step`. changes: [setting, before, after] of those that are others from there on."""
+    """A resumption of a phase from a checkpoint of an earlier run, whose phase with key `by` trained the steps `first`
+    to `step`. changes: [setting, before, after] of the settings that differ afterwards."""
 
     phase: str
     first: int
@@ -49,7 +49,7 @@ def index_rows(checkpoints: list[Checkpoint]) -> list[dict[str, Any]]:
 
 
 def context_of(checkpoints: list[Checkpoint], phase: str) -> int:
-    """The context length that a phase was trained for, in tokens, as the state of its last checkpoint says."""
+    """The context length that a phase was trained for, in tokens, from the state of its last checkpoint."""
     states = [checkpoint.state for checkpoint in checkpoints if checkpoint.phase == phase]
     return int(states[-1]["config"]["model"]["context_length"])
 
@@ -83,7 +83,7 @@ def _settings(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(config: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names, as the recipe's section has them."""
+    """Nested settings by dotted names, as in the section of the recipe."""
     if not isinstance(config, dict):
         return {name: config}
     return {k: v for part, value in config.items() for k, v in _flat(value, f"{name}.{part}".strip(".")).items()}

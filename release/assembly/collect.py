@@ -1,4 +1,4 @@
-"""From a recipe's graph and its sealed artifacts to what `build` asks for."""
+"""Collects the input of `build` from a recipe's graph and its sealed artifacts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from release.assembly.build_release import BuildInput
 
 
 def build_input(graph: Graph, store: Store) -> BuildInput:
-    """Opens every artifact of the graph. Raises AtomError naming what is not sealed, or has no statement."""
+    """Opens every artifact of the graph. Raises AtomError with the nodes that are not sealed or have no statement."""
     missing = [name for name, node in graph.nodes.items() if not store.sealed(node.key)]
     if missing:
         remainder = f" and {len(missing) - 1} more stages are" if len(missing) > 1 else " is"
@@ -50,7 +50,7 @@ def build_input(graph: Graph, store: Store) -> BuildInput:
 
 
 def _earlier(graph: Graph, store: Store) -> dict[str, Artifact]:
-    """{key: artifact} of what earlier runs made and this one goes on from: checkpoints, and all that they came from."""
+    """{key: artifact} of earlier runs that this run resumes from: checkpoints and all their inputs."""
     run_keys = {node.key for node in graph.nodes.values()}
     pending = [key for node in graph.nodes.values() for key in node.external.values()]
     artifacts: dict[str, Artifact] = {}

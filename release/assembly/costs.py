@@ -1,4 +1,4 @@
-"""What a release took to make, by stage, failed attempts counted: from the statements that it publishes."""
+"""The cost of a release by stage, including failed attempts, from its published statements."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = ("attempts", "failed", "core_hours", "gpu_hours", "energy_wh")
 
 def usage_by_stage(release: Path) -> Costs:
     """{stage: {attempts, failed, core_hours (busy), gpu_hours (allotted), energy_wh (an estimate)}} in alphabetical
-    order. A release checkpoint is part of the attempt that wrote it, and counts no second time."""
+    order. A release checkpoint is part of the attempt that wrote it and is not counted again."""
     costs_by_stage: Costs = {}
     for path in sorted((release / "evidence/statements").rglob("*.json")):
         body = json.loads(path.read_bytes())
@@ -36,7 +36,7 @@ def total(costs: Costs) -> dict[str, float]:
 
 
 def rows(costs: Costs) -> list[list[Any]]:
-    """Cells of a table: a row a stage, and one over all."""
+    """Cells of a table: one row for each stage, and one for the total."""
     all_rows = {**costs, "all": total(costs)}
     return [
         [name, f"{row['attempts']:.0f}", f"{row['failed']:.0f}", *(f"{row[c]:.3g}" for c in COLUMNS[2:])]

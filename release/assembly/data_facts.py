@@ -1,4 +1,4 @@
-"""What was read, kept, removed and trained on: from the files of the dataset repository alone."""
+"""Documents read, kept, removed and trained on, from the files of the dataset repository alone."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from release.assembly.score_facts import Scores, compute_chat_scores, compute_sc
 from release.layout import when
 
 ORDER_BATCH = 65536
-"""Rows of an order, which are short, that are unpacked at once."""
+"""Rows of an order, which are short, that are unpacked together."""
 
 
 @dataclass
 class SourceFacts:
-    """What became of the documents of one source. removed: by rule; by_split: of those that were kept; tokens: by
-    split; origin, license_evidence: as the source declares them."""
+    """The dispositions of the documents of one source. removed: by rule; by_split: of the kept ones; tokens: by split;
+    origin, license_evidence: as the source declares them."""
 
     documents_in: int
     kept: int
@@ -37,8 +37,8 @@ class SourceFacts:
 
 @dataclass
 class SourceInOrder:
-    """What an order has of a source: rows that hold any of it, for several sources can share a row that is packed;
-    predicted tokens; different documents."""
+    """The share of a source in an order: rows with any of its tokens (several sources can share a packed row);
+    predicted tokens; distinct documents."""
 
     rows: int
     tokens: int
@@ -47,7 +47,7 @@ class SourceInOrder:
 
 @dataclass
 class Packing:
-    """How full the rows of a packed order are. tokens: predicted ones; fill: their share of all places."""
+    """The fill of the rows of a packed order. tokens: predicted ones; fill: their share of all positions."""
 
     rows: int
     sequence_length: int
@@ -57,8 +57,8 @@ class Packing:
 
 @dataclass
 class OrderPart:
-    """What a phase read from its first to its last step. packing: of a packed order; long: by source, what the order
-    stage says of up-weighted long documents."""
+    """The data that a phase read from its first to its last step. packing: of a packed order; long: by source, the
+    summary of the order stage on up-weighted long documents."""
 
     first_step: int
     last_step: int
@@ -69,7 +69,8 @@ class OrderPart:
 
 @dataclass
 class OrderFacts:
-    """Steps of a phase, and what each part of them read: one part, unless it went on from an earlier run."""
+    """The steps of a phase and the data of each part of them: one part, unless the phase resumed from an earlier
+    run."""
 
     steps: int
     parts: list[OrderPart]
@@ -80,8 +81,8 @@ class OrderFacts:
 
 @dataclass
 class DataFacts:
-    """What the dataset repository proves. sources: by name; order: by phase; evaluation: scores by model; chat: scores
-    by benchmark and model, empty if no model converses. Phases and models are in the order of training."""
+    """The facts that the dataset repository proves. sources: by name; order: by phase; evaluation: scores by model;
+    chat: scores by benchmark and model, empty without a chat model. Phases and models are in the order of training."""
 
     sources: dict[str, SourceFacts] = field(default_factory=dict)
     order: dict[str, OrderFacts] = field(default_factory=dict)
@@ -89,12 +90,12 @@ class DataFacts:
     evaluation: dict[str, Scores] = field(default_factory=dict)
 
     def sources_read(self, phase: str) -> set[str]:
-        """The sources of a phase's order; none of a phase without order."""
+        """The sources of a phase's order; none for a phase without an order."""
         return self.order[phase].sources() if phase in self.order else set()
 
 
 def read_data_facts(dataset: Path) -> DataFacts:
-    """From the dataset repository alone."""
+    """Reads the facts from the dataset repository alone."""
     evaluation = dataset / "evaluation"
     orders = _by_name((dataset / "order").glob("*/order.parquet"), schema.phase)
     scored = _by_name(evaluation.glob("*/scores.json"), schema.model)
@@ -126,7 +127,7 @@ def _read_sources(dataset: Path) -> dict[str, SourceFacts]:
 
 @dataclass
 class _Fates:
-    """What became of the documents of one source. splits: of those that were kept; rules: of those that were not."""
+    """The dispositions of the documents of one source. splits: of the kept ones; rules: of the removed ones."""
 
     documents: int = 0
     bytes: int = 0
@@ -160,7 +161,8 @@ class _Fates:
 
 
 def _by_name(files: Iterable[Path], name_of: Callable[[Path], str]) -> list[tuple[str, Path]]:
-    """(name, folder) of the folders of files, which are named after phases or models, in the order of training."""
+    """(name, folder) of the parent folders of files, which are named after phases or models, in the order of
+    training."""
     return sorted(((name_of(file.parent), file.parent) for file in files), key=lambda pair: when(pair[0]))
 
 
@@ -172,9 +174,9 @@ def earlier_orders(dataset: Path, phase: str) -> list[Path]:
 
 
 def order_facts(folders: list[Path]) -> OrderFacts:
-    """Steps of one phase, and what each part of them read: one part, unless it went on from an earlier run.
+    """The steps of one phase and the data of each part of them: one part, unless the phase resumed from an earlier run.
 
-    folders: the order indices that were followed one after the other, each up to where the next begins.
+    folders: the order indices that the phase followed in sequence, each up to the start of the next.
     """
     first_steps = [int(read_json(folder / "meta.json").get("first_step", 1)) for folder in folders]
     ends: list[int | None] = [step - 1 for step in first_steps[1:]] + [None]
@@ -183,7 +185,7 @@ def order_facts(folders: list[Path]) -> OrderFacts:
 
 
 def _part(folder: Path, end: int | None) -> OrderPart:
-    """What the steps of an order index up to `end` read.
+    """The data that the steps of an order index up to `end` read.
 
     A segment of n tokens predicts n - 1 of them.
     """
@@ -218,12 +220,12 @@ def _part(folder: Path, end: int | None) -> OrderPart:
 
 
 def _distinct(table: Any, columns: list[str]) -> Iterator[tuple[Any, ...]]:
-    """Each combination of values in these columns once."""
+    """The distinct combinations of values in these columns."""
     groups = table.group_by(columns).aggregate([])
     return zip(*(groups[column].to_pylist() for column in columns), strict=True)
 
 
 def canary_of(items: str) -> dict[str, str]:
-    """A string by which evaluation items can be found in a training corpus; its GUID follows from their digest."""
+    """A string that identifies evaluation items in a training corpus; its GUID follows from their digest."""
     guid = uuid.uuid5(uuid.NAMESPACE_URL, f"sha256:{items}")
     return {"canary": f"Evaluation data; it should never appear in a training corpus. canary GUID {guid}"}

@@ -1,4 +1,4 @@
-"""What a model repository proves of its model: architecture, parameters, parity, scores and training."""
+"""The facts that a model repository proves of its model: architecture, parameters, parity, scores and training."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CONFIG_KEYS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts",
     "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings", "vocab_size",
 )  # fmt: skip
-"""Of config.json, as far as the architecture has them."""
+"""Fields of config.json, if the architecture has them."""
 
 
 @dataclass
 class Parameters:
-    """How many numbers the tensors hold: in total, and those that one token uses."""
+    """The number of parameters: in total, and active for one token."""
 
     total: int
     active: int
@@ -33,9 +33,9 @@ class Parameters:
 
 @dataclass
 class ModelFacts:
-    """config: CONFIG_KEYS of config.json. parity, rope: as published. scores: by model, the last are its own, those
-    before are of the models that it came from. chat: by benchmark, the same. contamination: the report, None if there
-    is none. training: by phase."""
+    """config: CONFIG_KEYS of config.json. parity, rope: as published. scores: by model; the last are those of the
+    model, the earlier ones those of the models that it descends from. chat: the same by benchmark. contamination: the
+    report, None without one. training: by phase."""
 
     architecture: str
     config: dict[str, Any]
@@ -49,7 +49,7 @@ class ModelFacts:
     training: dict[str, PhaseLog] = field(default_factory=dict)
 
     def own_scores(self) -> Scores:
-        """The scores of the model itself, since a card compares with what came before and nothing else."""
+        """The scores of the model itself, the last ones, because a card compares only with earlier models."""
         return self.scores[self.name()]
 
     @property
@@ -57,12 +57,12 @@ class ModelFacts:
         return "num_experts" in self.config
 
     def name(self) -> str:
-        """The exported model that this is."""
+        """The name of this exported model."""
         return list(self.scores)[-1]
 
 
 def read_model_facts(model: Path) -> ModelFacts:
-    """From one model repository alone."""
+    """Reads the facts from one model repository alone."""
     config, report, folder = read_json(model / "config.json"), model / CONTAMINATION, model / "evaluation"
     logs = training.logs(model).items()
     return ModelFacts(

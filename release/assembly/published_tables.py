@@ -1,4 +1,4 @@
-"""Reads the tables and JSON files of a release, in today's names whatever its format calls them."""
+"""Reads the tables and JSON files of a release of any format, with present names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.core.errors import CheckFailed
 from release import schema
 
 BATCH = 4096
-"""Rows of a table that are unpacked at once."""
+"""Rows of a table that are unpacked together."""
 
 
 def read_json(path: Path) -> Any:
@@ -24,19 +24,19 @@ def read_manifests(release: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_rows(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """All rows of a published table, as `stream_rows` gives them."""
+    """All rows of a published table, in the form of `stream_rows`."""
     return list(stream_rows(path, columns))
 
 
 def stream_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a published table, a few of which are held at once; columns have today's names, whatever the
-    release's format calls them. Raises CheckFailed if it lacks a column."""
+    """Streams the rows of a published table; columns have present names for every format of the release. Raises
+    CheckFailed if the table lacks a column."""
     for batch in stream_batches(path, columns, BATCH):
         yield from batch.to_pylist()
 
 
 def stream_batches(path: Path, columns: list[str] | None, size: int) -> Iterator[Any]:
-    """The rows of a table as Arrow's batches of at most `size` rows. Raises CheckFailed if it lacks a column."""
+    """Streams the rows of a table as Arrow batches of at most `size` rows. Raises CheckFailed if it lacks a column."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:

@@ -1,4 +1,4 @@
-"""Scores of models, as published and as their tables give them: `verify` compares the two."""
+"""Scores of models: the published ones, and those recomputed from their tables. `verify` compares the two."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from release.assembly.published_tables import read_json, read_rows
 from release.layout import when
 
 Scores = dict[str, Any]
-"""The content of a scores.json, or a part of it, whose figures are {value, se, n} and more."""
+"""The content of a scores.json, or a part of it; figures are {value, se, n} and further fields."""
 CHAT_BENCHMARKS = ("test", "fresh", "preferences")
-"""What models that converse are measured on, as the folders are called."""
+"""The benchmarks of chat models, by the names of their folders."""
 CONTAMINATION = "evaluation/contamination/report.json"
 
 
 def read_scores(path: Path) -> Scores:
-    """A published scores.json, or its copy in a model repository, in today's names."""
+    """A published scores.json, or its copy in a model repository, with present names."""
     current: Scores = schema.fields(path, "scores.json", read_json(path))
     return current
 
 
 def compute_scores(folder: Path) -> Scores:
-    """The scores of one phase, recomputed from its tables: two, or four with those of long contexts."""
+    """The scores of one phase, recomputed from its tables: two, or four with long contexts."""
     from stages.evaluation.model_evaluation import summary
 
     files = [folder / f"{name}.parquet" for name in ("documents", "items", "passkey", "positions")]
@@ -33,7 +33,7 @@ def compute_scores(folder: Path) -> Scores:
 
 
 def compute_chat_scores(evaluation: Path) -> Scores:
-    """By what was asked and model: the scores recomputed from the tables. Empty if no model converses."""
+    """The scores recomputed from the tables, by benchmark and model. Empty without a chat model."""
     from stages.evaluation import pass_at_k, win_rate
 
     facts: Scores = {}
@@ -47,11 +47,11 @@ def compute_chat_scores(evaluation: Path) -> Scores:
 
 
 def chat_tables_of(evaluation: Path, benchmark: str) -> list[Path]:
-    """The tables of what was asked, one a model."""
+    """The tables of a benchmark, one for each model."""
     return sorted((evaluation / benchmark).glob(f"*/{'pairs' if benchmark == 'preferences' else 'answers'}.parquet"))
 
 
 def _compared_models(table: Path) -> Scores:
-    """The two models of a comparison, whose names no table holds."""
+    """The two models of a comparison, which no table names."""
     stated = read_scores(table.with_name("scores.json"))
     return {name: stated[name] for name in ("model", "before") if name in stated}

@@ -1,4 +1,4 @@
-"""Looks for what must never be published: access tokens, private keys, and where this machine keeps its files."""
+"""Scans for access tokens, private keys and paths of this machine, which must never be published."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ PATTERNS = {
     "an AWS access key": re.compile(rb"\b(?:AKIA|ASIA)(?!IOSFODNN7)[A-Z0-9]{16}\b"),
     "a GitHub token": re.compile(rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{60,})"),
     "a Slack token": re.compile(rb"\bxox[abprs]-[A-Za-z0-9-]{20,}"),
-    # The header alone stands in much documentation; a secret has a body of base64 after it.
+    # The header alone occurs in much documentation; a secret has a body of base64 after it.
     "a private key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----\s*(?:[A-Za-z0-9+/=]{40,}\s*){2}"),
 }
 SECRET_VARIABLES = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY")
-# Folders that every machine has: a Python under /usr makes no secret of `#!/usr/bin/env`.
+# Folders that every machine has: with a Python under /usr, `#!/usr/bin/env` is no secret.
 COMMON_PATHS = frozenset({"/", "/usr", "/usr/local", "/opt", "/tmp", "/var", "/home", "/mnt", "/srv", "/data"})
 TEXT_COLUMNS = frozenset({"text", "prompt", "output", "match"})
 
 
 def machine_patterns(paths: list[Path]) -> dict[str, re.Pattern[bytes]]:
-    """What names this machine: its host name, its user's home, and the folders where the run was kept.
+    """Patterns that identify this machine: its host name, the user's home, and the folders of the run.
 
-    A host name that is an everyday word or very short would be found everywhere, and is left out.
+    A host name that is a common word or very short would match everywhere and is left out.
     """
     patterns = {}
     host = socket.gethostname()
@@ -35,7 +35,8 @@ def machine_patterns(paths: list[Path]) -> dict[str, re.Pattern[bytes]]:
         patterns["the host name"] = re.compile(rb"(?<![A-Za-z0-9])" + re.escape(host.encode()) + rb"(?![A-Za-z0-9])")
     for path in [Path.home(), *paths]:
         if str(path) not in COMMON_PATHS:
-            # As the start of a path that goes on: a URL that contains it, or a common home's bare name, tells nothing.
+            # Only as the start of a longer path: a URL that contains it, or the bare name of a common home, reveals
+            # nothing.
             patterns[f"the machine's path {path}"] = re.compile(
                 rb"(?<![A-Za-z0-9.\-/])" + re.escape(str(path).encode()) + rb"/\w"
             )
@@ -43,16 +44,17 @@ def machine_patterns(paths: list[Path]) -> dict[str, re.Pattern[bytes]]:
 
 
 def secret_values() -> dict[str, re.Pattern[bytes]]:
-    """The secrets that this process holds in its environment. The local Hub's token stands in our code: it is none."""
+    """The secrets in the environment of this process. The token of the local Hub is in the code of atom: it is not a
+    secret."""
     values = {name: os.environ.get(name, "") for name in SECRET_VARIABLES}
     secret = {name: value for name, value in values.items() if len(value) >= 8 and value != LOCAL_TOKEN}
     return {f"the value of {name}": re.compile(re.escape(value.encode())) for name, value in secret.items()}
 
 
 def scan(folder: Path, paths: list[str], machine: list[Path]) -> list[str]:
-    """`file: what was found` for every hit. Weights are skipped; Parquet is read column by column.
+    """`file: match` for every hit. Weights are skipped; Parquet is read column by column.
 
-    Document text is searched for secrets but not for the machine's names: a manual may well name a common home.
+    Document text is searched for secrets but not for names of the machine, because a manual may contain a common home.
     """
     secret = {**PATTERNS, **secret_values()}
     secrets_and_machine = {**secret, **machine_patterns(machine)}

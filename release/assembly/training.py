@@ -1,4 +1,4 @@
-"""What the logs of training tell: where the routers sent the tokens, and which steps moved no weight.
+"""Reads the training logs: token shares of experts, and skipped steps.
 
 A model repository carries the log of each phase that made it as `training/<phase>.jsonl`, byte for byte the
 `training.jsonl` of the phase's artifact. Card, plot and checks read these logs and nothing else.
@@ -18,7 +18,7 @@ from stages.evaluation.confidence import clustered
 
 Facts = dict[str, Any]
 FIGURES = ("step", "tokens", "experts", "spike", "rewards", "excluded")
-"""The fields of a line from which a card is made."""
+"""The fields of a line that a card uses."""
 
 
 def logs(model: Path) -> dict[str, Path]:
@@ -28,7 +28,7 @@ def logs(model: Path) -> dict[str, Path]:
 
 
 def read(log: Path, fields: Collection[str] | None = None) -> list[Facts]:
-    """The lines of a log, in today's names. fields: what is kept of each, if not all; a log can be long."""
+    """The lines of a log, with present names. fields: those to keep, all by default; a log can be long."""
     reader, lines = schema.reader(log), []
     with log.open(encoding="utf-8") as file:
         for text in file:
@@ -39,13 +39,12 @@ def read(log: Path, fields: Collection[str] | None = None) -> list[Facts]:
 
 @dataclass
 class PhaseLog:
-    """What a card says of one phase.
+    """The facts of one phase for a card.
 
-    first, last: the steps that the log covers. experts: the last measurement of the routers with its `step`, or None if
-    there is none; measurements: how many there are; dropped: assignments that no expert took, in all of them. spikes:
-    each with its `step`. rewards: by kind of task, the mean reward of the `first` and the `last` quarter of the steps,
-    with standard errors over steps; none of fewer than four steps. excluded: steps that were left out because the
-    recipe says so, not because of a spike.
+    first, last: the steps that the log covers. experts: the last measurement of the routers with its `step`, or None
+    without one; measurements: their number; dropped: the total of dropped assignments. spikes: each with its `step`.
+    rewards: by kind of task, the mean reward of the `first` and the `last` quarter of the steps, with standard errors
+    over steps; none for fewer than four steps. excluded: steps that the recipe excludes, without a spike.
     """
 
     first: int
@@ -59,7 +58,7 @@ class PhaseLog:
 
 
 def log_facts(lines: list[Facts]) -> PhaseLog:
-    """lines: with FIGURES at least."""
+    """Computes the facts of a log. lines: with FIGURES at least."""
     steps = [line["step"] for line in lines if "tokens" in line]
     measured = [{"step": line["step"], **line["experts"]} for line in lines if "experts" in line]
     spikes = [{"step": line["step"], **line["spike"]} for line in lines if "spike" in line]
@@ -84,7 +83,8 @@ def _first_and_last_means(means: list[float]) -> Facts:
 
 
 def curves(lines: list[Facts]) -> tuple[list[int], list[float], list[float]]:
-    """Steps that moved weights, and for each the largest violation of balance and the mean entropy of the routers."""
+    """The steps that updated weights, and for each the largest violation of balance and the mean entropy of the
+    routers."""
     rows = [line for line in lines if "expert_max_violation" in line and "skipped" not in line]
     return (
         [row["step"] for row in rows],

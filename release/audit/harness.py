@@ -37,7 +37,7 @@ def language_model(folder: Path) -> Any:
     from stages.data.tokenizer import END
 
     class Published(HFLM):  # type: ignore[misc, unused-ignore]
-        """Ends an answer where the release's evaluation does: at the end of a document, with all tokens in the text."""
+        """Ends an answer like the release's evaluation: at the end of a document, with all tokens in the text."""
 
         def tok_decode(self, tokens: Any, skip_special_tokens: bool = False) -> str:
             text: str = self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -52,7 +52,7 @@ def language_model(folder: Path) -> Any:
 
 
 def problems(rows: list[dict[str, Any]], max_new_tokens: int) -> Any:
-    """The task that asks the evaluation problems; each row has `id`, `task`, `prompt` and `answer`."""
+    """The task with the evaluation problems; each row has `id`, `task`, `prompt` and `answer`."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
@@ -107,7 +107,8 @@ def evaluate(model: Any, tasks: list[Any], include: Path | None = None, limit: i
 
 
 def compare_answers(release: Path, folder: str, limit: int | None = None) -> dict[str, Any]:
-    """Asks the release's problems with the harness: its figure, the stated one, and the ids of answers that differ."""
+    """Evaluates the release's problems with the harness: its figure, the stated one, and the ids of answers that
+    differ."""
     stated, max_new_tokens = read_problems(release, folder)
     stated = sorted(stated, key=lambda row: row["id"])[:limit]
     rows = [{"id": r["id"], "task": r["task"], "prompt": r["prompt"], "answer": r["expected"]} for r in stated]

@@ -1,8 +1,8 @@
-"""Merkle trees over a release's tables, so that one row's presence is proven with the table's root alone.
+"""Merkle trees over a release's tables, which prove the presence of one row with the table's root alone.
 
 The tree is that of RFC 9162, section 2.1, with SHA-256: leaves and nodes are hashed with different first bytes, and a
-tree of n leaves splits at the largest power of two below n. The root does not bind the number of leaves by itself:
-whoever publishes a root publishes the size with it, and `check` compares both.
+tree of n leaves splits at the largest power of two below n. The root alone does not bind the number of leaves: the size
+is published with the root, and `check` compares both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stages.data.table import read_table, stream_rows
 
 KEPT = ("id", "source", "content_hash", "license", "split")
 TOKENS = ("id", "source", "split", "ordinal", "content_hash", "tokens")
-"""The columns of a row that a leaf contains; one of dispositions contains all."""
+"""The columns of a row that a leaf contains; a leaf of dispositions contains all."""
 FIELDS = {"table": str, "leaf": dict, "index": int, "size": int, "proof": list, "root": str}
 
 
@@ -41,7 +41,7 @@ class Proof:
 class Tree:
     """All hashes over the leaves, level by level: levels[0] are those of the leaves, the last level is the root's.
 
-    A node without a right sibling is carried up as it is, which gives the shape of the RFC.
+    A node without a right sibling is carried up unchanged, which produces the shape of the RFC.
     """
 
     def __init__(self, leaves: Iterable[bytes]) -> None:

@@ -26,8 +26,8 @@ def facts_of(release: Path) -> dict[str, Any]:
     """The content of the page, for `--json`; fields are only ever added.
 
     corpus: {source: documents in, kept, tokens, licenses}. removed: {rule: documents}. seen: {phase: steps, tokens}.
-    models: {folder: {measure: {value, se}}} in the order of training. pass_at_1: of models that converse. caveats: the
-    sentences at the head of the final model's card. gates: {name: ok}. key: the fingerprint of the key beside the
+    models: {folder: {measure: {value, se}}} in the order of training. pass_at_1: of chat models. caveats: the sentences
+    at the head of the final model's card. gates: {name: ok}. key: the fingerprint of the key beside the
     signature, unchecked, or None. identity: the one in a signature without a key, unchecked, or None.
 
     Raises CheckFailed if a file of the release is missing or damaged.
@@ -94,7 +94,7 @@ def text(facts: dict[str, Any]) -> str:
     from rich.table import Table
 
     facts, buffer = cleaned(facts), io.StringIO()
-    console = Console(file=buffer, width=WIDTH, highlight=False, markup=False)  # a title may hold brackets
+    console = Console(file=buffer, width=WIDTH, highlight=False, markup=False)  # a title may contain brackets
 
     def table(*columns: str) -> Table:
         grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))

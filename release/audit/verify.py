@@ -1,8 +1,8 @@
-"""`atom verify`: what a stranger can check on a release folder, or on one repository pulled from the Hub.
+"""`atom verify`: checks a release folder, or one repository from the Hub, from its published files alone.
 
-First every byte against the checksum files, both ways; only if that holds, what the files say about each other:
-digests of manifests, statements and their materials, the balance of the dispositions, the cards' numbers. `deep` also
-reads every tensor and document and recomputes what can be recomputed from them.
+First it compares every file with the checksum files, in both directions. Only if these agree, it checks the files
+against each other: digests of manifests, statements and their materials, the balance of the dispositions, the numbers
+of the cards. `deep` also reads every tensor and document and recomputes the figures that follow from them.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def verify(
     progress: Callable[[str], None] = lambda text: None,
     trust: Trust = ANYONE,
 ) -> Verdict:
-    """Checks a folder, or `namespace/name[@revision]`, which is downloaded first to a temporary folder.
+    """Checks a folder, or `namespace/name[@revision]`, which is first downloaded to a temporary folder.
 
-    Raises AtomError if there is nothing to check under that name; what is wrong with the thing is in the verdict.
+    Raises AtomError if nothing of that name can be checked; problems of the subject are in the verdict.
     """
-    policy = trust.policy()  # a mistake of the caller's is told before anything is read
+    policy = trust.policy()  # report errors of the caller before reading anything
     path = Path(subject)
     if path.exists():
         if not path.is_dir():
@@ -95,7 +95,7 @@ def _verify_folder(
     if bytes_hold:
         verdict.checks += runner.check_tables()
     for check in registry.verifiers(folder, kind, deep):
-        if runner.spent and not check.confined:  # what took too long for a check would hold up this one for longer
+        if runner.spent and not check.confined:  # files that were too slow for a check would take even longer here
             continue
         if not bytes_hold:
             reason = "not asked, since the bytes are not what was published"
@@ -107,7 +107,7 @@ def _verify_folder(
 
 
 def _byte_checks(contents: Contents, digests: Digests) -> Iterator[CheckResult]:
-    """One check for each checksum file: what it lists is there and unaltered, and nothing else is there."""
+    """One check for each checksum file: all listed files exist unchanged, and no others exist."""
     if contents.kind != "release":
         yield _check_sums(contents, SUMS, "", [p for p in contents.present() if p != SUMS], digests)
         if contents.kind == "evidence":
@@ -138,7 +138,7 @@ def _check_sums(contents: Contents, name: str, base: str, present: list[str], di
 
 
 def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy) -> CheckResult:
-    """All repositories are signed, by one key or identity, and by that which is trusted; or none is signed."""
+    """Checks that all repositories are signed by one trusted key or identity, or that none is signed."""
     name, folder = "signatures", contents.folder
     if contents.kind == "release" and contents.missing:
         return CheckResult(name, None, "not asked, since parts of the release are missing")
@@ -184,7 +184,7 @@ def _check_signatures(contents: Contents, digests: Digests, policy: TrustPolicy)
 
 
 def _check_agreement(sums: Checksums) -> CheckResult:
-    """The root's checksums and those of the whole release say the same of every file that both list."""
+    """Checks that the root's checksums and those of the whole release agree for every file that both list."""
     try:
         release_sums, root_sums = sums.read(ALL_SUMS), sums.read(SUMS)
     except CheckFailed as error:

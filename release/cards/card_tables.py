@@ -1,10 +1,9 @@
 """All tables of the cards, one line each. A line puts its table on the card, into the comparison of `atom verify`, and
 into the versions of the cards.
 
-A table stands where the card's template says `{{ t.<name> }}`, or in a section of its own. Each has the card schema
-that brought it (`added`), and that in which its lines last changed (`changed`): a published card is compared as far as
-its own schema had the tables of today. A new table, or a changed one, takes the number of the next schema; see
-`versions.SCHEMA`.
+A table is at `{{ t.<name> }}` of the card's template, or in a section of its own. Each has the card schema that added
+it (`added`), and that in which its lines last changed (`changed`): a published card is compared only with the tables of
+its own schema. A new or changed table has the number of the next schema; see `versions.SCHEMA`.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ F = TypeVar("F")
 
 @dataclass(frozen=True)
 class CardTable(Generic[F]):
-    """One table of a card. lines: of Markdown, from facts; none if there is nothing to show. heading: of a section of
-    its own, before the card's limits; without one, the template places the table."""
+    """One table of a card. lines: of Markdown, from facts; none for an empty table. heading: of a section of its own,
+    before the card's limits; without one, the template places the table."""
 
     name: str
     lines: Callable[[F], list[str]]
@@ -37,8 +36,8 @@ class CardTable(Generic[F]):
 
 @dataclass(frozen=True)
 class ReleaseFacts:
-    """What the card of a model tells of the whole release: facts of that model and of the data, where training went on
-    from an earlier run, and what each stage took."""
+    """The facts of the whole release for a model's card: of that model, of the data, of resumptions from earlier runs,
+    and the cost of each stage."""
 
     model: ModelFacts
     data: DataFacts
@@ -46,7 +45,7 @@ class ReleaseFacts:
     costs: Costs
 
     def interventions_of_model(self) -> list[Intervention]:
-        """Those in the phases that made the model."""
+        """The interventions in the phases that trained the model."""
         return [row for row in self.interventions if row.phase in self.model.training]
 
 
@@ -78,7 +77,7 @@ MODEL_TABLES: tuple[CardTable[ModelFacts], ...] = (
     CardTable("clean_scores", lambda model: chat_tables.clean(model.contamination), added=2, changed=4),
     CardTable("detector", lambda model: chat_tables.detector(model.contamination), added=2, changed=4),
 )
-"""Of model.md.jinja: what a model repository alone can prove."""
+"""Tables of model.md.jinja that a model repository alone can prove."""
 
 DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
     CardTable("sources", tables.sources, added=2, changed=4),
@@ -95,7 +94,7 @@ DATA_TABLES: tuple[CardTable[DataFacts], ...] = (
     CardTable("preferences", lambda data: chat_tables.wins(_preferences(data)), added=2, changed=4),
     CardTable("reward_parts", lambda data: chat_tables.reward_parts(data.chat), added=3),
 )
-"""Of data.md.jinja: what the dataset repository alone can prove."""
+"""Tables of data.md.jinja that the dataset repository alone can prove."""
 
 RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("sources", lambda release: tables.sources(release.data), added=2, changed=4),
@@ -105,7 +104,7 @@ RELEASE_TABLES: tuple[CardTable[ReleaseFacts], ...] = (
     CardTable("cost", lambda release: tables.cost(release.costs), added=2),
     CardTable("unread", lambda release: caveats.unread(release.model.scores, release.data.order), added=3),
 )
-"""Of model.md.jinja too: what takes the whole release to prove."""
+"""Tables of model.md.jinja that only the whole release can prove."""
 
 
 def lines_by_table(registered: Iterable[CardTable[F]], facts: F) -> dict[str, list[str]]:
@@ -113,5 +112,5 @@ def lines_by_table(registered: Iterable[CardTable[F]], facts: F) -> dict[str, li
 
 
 def sections(registered: Iterable[CardTable[Any]], texts: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(heading, text) of the tables with a section of their own, as far as there is something to show."""
+    """(heading, text) of the nonempty tables with a section of their own."""
     return [(table.heading, texts[table.name]) for table in registered if table.heading and texts[table.name]]

@@ -1,11 +1,11 @@
-"""What a reader has to know before any figure that sounds like praise: sentences that follow from figures by rule.
+"""The caveats at the top of a card: sentences that follow from the figures by rule.
 
-- What was asked: in how many held-out requests the model does it, where its judge tells that (the part `task`).
-- A reward rose and its task did not, or none was measured, from one phase to the next: of the judge's mean on held-out
-  requests, and of the reward that a phase was trained on.
-- What got worse from one phase to the next, and what of it the phase did not read.
+- The task: the share of held-out requests in which the model does it, if the reward measures that (the part `task`).
+- A rise of a reward from one phase to the next without a measured rise of its task: of the mean reward on held-out
+requests, and of the reward that a phase was trained on.
+- Regressions from one phase to the next, and those on sources that the phase did not read.
 
-A rise is one beyond `SURE` standard errors of the difference; for what got worse one standard error is enough.
+A rise exceeds `SURE` standard errors of the difference; for a regression one standard error is enough.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NONE = "No reward rose without its task, and nothing that was measured got worse
 
 
 def caveat_sentences(model: ModelFacts) -> list[str]:
-    """Of the facts of one model: what its repository alone can prove."""
+    """The caveats that follow from the facts of one model, which its repository alone can prove."""
     sentences = [
         *_task_sentence(model),
         *_reward_without_task(model),
@@ -40,9 +40,9 @@ def caveat_sentences(model: ModelFacts) -> list[str]:
 
 
 def unread(scores: Mapping[str, Facts], order: Mapping[str, OrderFacts]) -> list[str]:
-    """Sources whose bits per byte rose in phases that read none of their documents.
+    """Sources with a rise of bits per byte in phases that read none of their documents.
 
-    scores: as of a model, in the order of training; order: `order` of the facts of a dataset.
+    scores: of a model, in the order of training; order: `order` of the facts of a dataset.
     """
     lines = []
     for before, after in pairwise(scores):
@@ -55,11 +55,11 @@ def unread(scores: Mapping[str, Facts], order: Mapping[str, OrderFacts]) -> list
 
 
 PHASE = {"base": "pretrain", "mid": "midtrain"}
-"""The phase that a model came from, where it is not called after it."""
+"""The phase of a model, if their names differ."""
 
 
 def parts(chat: Mapping[str, Mapping[str, Facts]]) -> dict[str, Facts]:
-    """Of each model that answered the held-out requests, in the order of training, the parts of its reward."""
+    """The parts of the reward of each model that answered the held-out requests, in the order of training."""
     parts_by_model: dict[str, Facts] = {}
     for name, row in chat.get("preferences", {}).items():
         parts_by_model.setdefault(row["before"], row["sides"]["before"]["parts"])
@@ -68,7 +68,7 @@ def parts(chat: Mapping[str, Mapping[str, Facts]]) -> dict[str, Facts]:
 
 
 def rises(before: Facts, after: Facts, errors: float = SURE) -> bool:
-    """Whether a value rises by more than so many standard errors of the difference."""
+    """Whether a value rises by more than that many standard errors of the difference."""
     return bool(after["value"] - before["value"] > errors * math.hypot(before["se"], after["se"]))
 
 
@@ -82,7 +82,7 @@ def _task_sentence(model: ModelFacts) -> Iterator[str]:
 
 
 def _reward_without_task(model: ModelFacts) -> Iterator[str]:
-    """Where the judge's mean rose on held-out requests and the share that does what was asked did not."""
+    """Phases in which the mean reward on held-out requests rose and the share with a done task did not."""
     measured = parts(model.chat)
     for before, after in pairwise(measured):
         old, new = measured[before], measured[after]
@@ -99,7 +99,7 @@ def _reward_without_task(model: ModelFacts) -> Iterator[str]:
 
 
 def _trained_reward_without_task(model: ModelFacts) -> Iterator[str]:
-    """Where the reward that a phase was trained on rose, and the held-out figure that it stands for did not."""
+    """Phases in which the training reward rose and its held-out figure did not."""
     chat, measured = model.chat.get("test", {}), parts(model.chat)
     for before, after in pairwise(chat):
         for kind, reward in _rewards(model, after).items():
@@ -121,12 +121,13 @@ def _trained_reward_without_task(model: ModelFacts) -> Iterator[str]:
 
 
 def _rewards(model: ModelFacts, phase: str) -> dict[str, Facts]:
-    """What a phase was trained on, by kind of task; none of a phase without a log."""
+    """The rewards that a phase was trained on, by kind of task; none for a phase without a log."""
     return model.training[phase].rewards if phase in model.training else {}
 
 
 def _regressions(model: ModelFacts) -> Iterator[str]:
-    """What got worse from one model to the next by more than a standard error of the difference, one line a phase."""
+    """Figures that got worse from one model to the next by more than a standard error of the difference, one line for
+    each phase."""
     names, test = titles(model.scores), model.chat.get("test", {})
     for before, after in pairwise(model.scores):
         old, new = model.scores[before], model.scores[after]

@@ -1,5 +1,4 @@
-"""The card's tables about models that converse: answers to problems, preferences, and what items share with training
-data."""
+"""The card's tables about chat models: answers to problems, preferences, and overlaps of items with training data."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ SHOWN = 4
 
 
 def answers(scores: Facts) -> list[str]:
-    """One row a model and kind of problem."""
+    """One row for each model and kind of problem."""
     body = []
     for name, model_scores in scores.items():
         parts = {**model_scores["problems"], "all problems": model_scores["problems_all"]}
@@ -63,7 +62,7 @@ def wins(preferences: Facts) -> list[str]:
 
 
 def reward_parts(chat: Mapping[str, Mapping[str, Facts]]) -> list[str]:
-    """The judge's mean on the held-out requests of all models, and what it is made of: one row a part."""
+    """The mean reward on the held-out requests of all models, and its parts: one row for each part."""
     measured = caveats.parts(chat)
     names = ordered([name for model_parts in measured.values() for name in model_parts])
     body = [
@@ -80,12 +79,12 @@ def reward_parts(chat: Mapping[str, Mapping[str, Facts]]) -> list[str]:
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Parts of a reward, each once: the whole and the task first."""
+    """The distinct parts of a reward: the whole and the task first."""
     return sorted(set(names), key=lambda name: (name != "reward", name != "task", name))
 
 
 def samples(preferences: Facts) -> list[str]:
-    """A few pairs of the last comparison, whose texts are fenced so that no sign of theirs is markup."""
+    """A few pairs of the last comparison, with fenced texts, so that no character of them is markup."""
     if not preferences:
         return []
     body, comparison = [], preferences[list(preferences)[-1]]
@@ -96,7 +95,7 @@ def samples(preferences: Facts) -> list[str]:
 
 
 def overlaps(report: Facts | None) -> list[str]:
-    """Items by what they share with the training data; report: on contamination, None if there is none."""
+    """Items by their overlap with the training data; report: on contamination, None without one."""
     if report is None:
         return []
     body = [
@@ -107,7 +106,7 @@ def overlaps(report: Facts | None) -> list[str]:
 
 
 def clean(report: Facts | None) -> list[str]:
-    """The score of each table on all items and on the clean ones."""
+    """The score of each table on all items and on clean items."""
     if report is None:
         return []
     body = []
@@ -120,7 +119,7 @@ def clean(report: Facts | None) -> list[str]:
 
 
 def detector(report: Facts | None) -> list[str]:
-    """One sentence: what the detector of contamination finds of what was planted."""
+    """One sentence: the recall of the contamination detector on planted items."""
     if report is None:
         return []
     recall, false_positives = report["detector"]["recall"], report["detector"]["false_positives"]
@@ -136,7 +135,6 @@ def _value(row: Facts) -> str:
 
 
 def _code_cell(text: str) -> str:
-    """A text in one table cell as it is: no line break, no bar, no back-tick, nothing that is markup or
-    steers a terminal."""
+    """A text as code in one table cell: without line breaks, bars, backticks, markup and terminal controls."""
     line = " ".join(text.split()).replace("`", "'").replace("|", "/")
     return f"`{escaped(line[:160])}`" if line else "(nothing)"

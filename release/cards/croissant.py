@@ -1,6 +1,6 @@
 """croissant.json of the dataset repository: Croissant 1.1 with its RAI vocabulary and PROV-O provenance.
 
-Written here as JSON-LD and judged by mlcroissant as a gate; every number in it is read from the files it describes.
+This module writes the JSON-LD, and a gate validates it with mlcroissant; every number is read from the described files.
 Specifications: docs.mlcommons.org/croissant/docs/croissant-spec-1.1.html, …/croissant-rai-spec.html, w3.org/TR/prov-o.
 """
 
@@ -90,12 +90,12 @@ def describe_dataset(
 
 
 def _license_url(spdx: str) -> str:
-    """The address of a license's text; an expression of several stands as it is."""
+    """The address of a license's text; an expression of several licenses is kept."""
     return spdx if " " in spdx else f"https://spdx.org/licenses/{spdx}.html"
 
 
 def _redacted_documents(dataset: Path) -> int:
-    """Documents in which personal data was replaced, as curation counted them."""
+    """The number of documents in which curation replaced personal data."""
     sources = read_json(dataset / "summary.json")["sources"]
     return sum(count for row in sources.values() for step, count in row.get("edited", {}).items() if step == "pii")
 
@@ -132,7 +132,7 @@ def _records(path: Path, name: str) -> dict[str, Any]:
 
 
 def _source(dataset: Path, name: str, row: SourceFacts) -> dict[str, Any]:
-    """A source as a PROV entity: where it is from, and the digest of what was read there, if it has one."""
+    """A source as a PROV entity: its origin, and the digest of the data that was read there, if it has one."""
     path = dataset / f"sources/{name}.json"
     declared = read_json(path) if path.exists() else {}
     entity: dict[str, Any] = {"@type": "prov:Entity", "@id": f"source/{name}", "prov:label": name}
@@ -144,8 +144,8 @@ def _source(dataset: Path, name: str, row: SourceFacts) -> dict[str, Any]:
 
 
 def problems(path: Path, records: int = 3) -> list[str]:
-    """The errors that mlcroissant finds in a croissant.json, and what does not load of its record sets. Of what it
-    merely recommends, `datePublished` is left out: no clock enters a release."""
+    """The errors of mlcroissant in a croissant.json, and the record sets that do not load. The recommended
+    `datePublished` is ignored: no clock enters a release."""
     import itertools
     import logging
     import warnings
@@ -154,7 +154,7 @@ def problems(path: Path, records: int = 3) -> list[str]:
 
     logging.getLogger("absl").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its libraries about each other
+        warnings.simplefilter("ignore")  # warnings of its libraries about each other
         try:
             description = mlcroissant.Dataset(jsonld=path)
         except mlcroissant.ValidationError as error:

@@ -1,7 +1,7 @@
-"""`experts.png` of a model repository: drawn from the training logs beside it, the same bytes each time.
+"""`experts.png` of a model repository: drawn from the training logs beside it, with equal bytes each time.
 
-Equal bytes are promised for one version of matplotlib and its fonts. Elsewhere a check can still see what was drawn:
-the picture says the digests of the logs that it shows, in the text entry `Source`.
+Equal bytes are promised for one version of matplotlib and its fonts. With other versions a check can still identify the
+data: the PNG has the digests of its logs in the text entry `Source`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 NAME = "experts.png"
 DPI = 144
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by the color-blind too (Okabe and Ito)
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # distinct for color-blind readers (Okabe and Ito)
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -40,12 +40,12 @@ def require() -> None:
 
 
 def source(model: Path) -> str:
-    """The logs that a model's plot shows, one a line: `<sha256>  training/<phase>.jsonl`."""
+    """The logs of a model's plot, one per line: `<sha256> training/<phase>.jsonl`."""
     return "\n".join(f"{sha256_file(log)}  training/{log.name}" for log in training.logs(model).values())
 
 
 def source_of(png: bytes) -> str | None:
-    """What a plot says it was drawn from; None if it does not say, or is no PNG."""
+    """The source stated in a plot; None if it states none or is not a PNG."""
     offset = len(SIGNATURE)
     while png.startswith(SIGNATURE) and offset + 8 <= len(png):
         length, kind = struct.unpack(">I4s", png[offset : offset + 8])
@@ -67,7 +67,7 @@ def draw(model: Path) -> bytes:
 
 @dataclass(frozen=True)
 class _Logs:
-    """Logs of training, equal if their bytes are."""
+    """Training logs that are equal if their bytes are."""
 
     source: str
     model: Path = field(compare=False)
@@ -75,14 +75,14 @@ class _Logs:
 
 @lru_cache(maxsize=8)
 def _draw(logs: _Logs) -> bytes:
-    """The gates ask for what the build has just drawn."""
+    """Cached, because the gates request the plot that the build has just drawn."""
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = {phase: training.read(log) for phase, log in training.logs(logs.model).items()}
     measurements = [(phase, x["step"], x["experts"]) for phase, log in lines.items() for x in log if "experts" in x]
-    # not the settings of whoever builds; a line of very many steps is rasterized in pieces, or Agg refuses it
+    # not the settings of the user; a line of very many steps is rasterized in pieces, or Agg refuses it
     with matplotlib.style.context(["default", {"agg.path.chunksize": 10000}]):
         rows = len(measurements[-1][2]["layers"]) if measurements else 0
         heights = [1.2 + min(4.0, 0.25 * rows)] * bool(measurements) + [1.7, 1.7]
@@ -103,7 +103,7 @@ def _draw(logs: _Logs) -> bytes:
 
 
 def _heat_map(figure: Figure, axis: Axes, phase: str, step: int, measurement: training.Facts) -> None:
-    """Layers down, experts across; white is a fair share, blue less and red more."""
+    """Draws layers down and experts across; white is a fair share, blue less and red more."""
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.ticker import MaxNLocator
 
@@ -122,8 +122,8 @@ def _heat_map(figure: Figure, axis: Axes, phase: str, step: int, measurement: tr
 def _curves(
     above: Axes, below: Axes, curves_by_phase: dict[str, tuple[list[int], list[float], list[float]]]
 ) -> list[Line2D]:
-    """The steps of all phases in one line, each phase after the one before in its own color. Returns what a legend
-    names."""
+    """Draws the steps of all phases in one line, each phase after the previous one in its own color. Returns the
+    entries of the legend."""
     begin, legend_lines = 0, []
     for number, (phase, (steps, violation, entropy)) in enumerate(curves_by_phase.items()):
         if not steps:
@@ -146,7 +146,7 @@ def _curves(
 
 
 def _draw_uniform_entropy(axis: Axes, experts: int) -> None:
-    """The entropy of a router that has no preference at all."""
+    """Draws the entropy of a router without any preference."""
     axis.set_ylim(0, 1.1 * math.log(experts))
     axis.axhline(math.log(experts), color="#888888", linewidth=0.8, linestyle=":")
     axis.annotate(

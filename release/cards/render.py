@@ -1,6 +1,6 @@
 """Renders the cards with huggingface_hub's card classes, and checks a card's numbers against the facts.
 
-The templates hold words only: a number reaches a card through `card_tables` or the metadata, and both come from facts.
+The templates contain only words: numbers come from `card_tables` or the metadata, and both come from facts.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from release.layout import numbered
 
 Facts = dict[str, Any]
 TEMPLATES = Path(__file__).parent
-# The Hub's own identifiers that are the SPDX identifier in lower case; it has others, for which `other` is right too.
+# The Hub's identifiers that equal the SPDX identifier in lower case; for its further ones `other` is right as well.
 HUB_LICENSES = frozenset({
     "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0",
     "gpl-2.0", "gpl-3.0", "lgpl-3.0", "mpl-2.0", "odc-by", "unlicense", "isc", "zlib", "postgresql", "artistic-2.0",
     "ecl-2.0",
 })  # fmt: skip
-# kind of score -> (metric of the card's metadata, its title, what it was measured on)
+# kind of score -> (metric of the card's metadata, its title, its data)
 METRICS = {
     "bits_per_byte": ("bits_per_byte", "Bits per byte", "held-out documents"),
     "accuracy": ("exact_match", "Exact match", "held-out problems"),
@@ -46,7 +46,7 @@ def license_fields(spdx: str) -> dict[str, Any]:
 
 
 def model_index(scores: Scores, dataset: str) -> list[Any]:
-    """One EvalResult a number of `scores.json`, at full precision."""
+    """One EvalResult for each number of `scores.json`, at full precision."""
     hub = load()
 
     return [
@@ -67,7 +67,7 @@ def model_index(scores: Scores, dataset: str) -> list[Any]:
 
 
 def model_card(folder: str, release: Facts, facts: ReleaseFacts) -> str:
-    """The card of a folder that holds a model. `release` is evidence/release.json; facts: with those of this model."""
+    """The card of a model folder. release: evidence/release.json; facts: including those of this model."""
     hub = load()
 
     namespace, name, model = release["namespace"], release["name"], facts.model
@@ -110,7 +110,7 @@ def data_id(release: Facts) -> str:
 
 
 def data_of(card: str) -> str:
-    """The data repository that a model's card names."""
+    """The data repository named in a model's card."""
     data: Any = load().ModelCard(card).data
     return str(data.datasets[0])
 
@@ -173,7 +173,7 @@ def plain_card(kind: str, release: Facts, license: str, **table_lines: list[str]
 
 
 def size_category(documents: int) -> str:
-    """The Hub's own buckets."""
+    """The size category by the Hub's buckets."""
     names = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B"]
     return names[min(max(len(str(documents)) - 3, 0), len(names) - 1)]
 
@@ -187,7 +187,7 @@ def _normalize_text(text: str) -> str:
 
 
 def mismatched_scores(card: str, scores: Scores) -> list[str]:
-    """Values of the card's model-index that are not the measured ones."""
+    """Values of the card's model-index that differ from the measured ones."""
     hub = load()
 
     data: Any = hub.ModelCard(card).data

@@ -1,7 +1,7 @@
 """`.eval_results/<data repository>.yaml` of a model repository: its measured scores as the Hub's evaluation results.
 
-The Hub's `revision` is a commit, which nobody knows before the data are published, so the tag stands in the source's
-URL. There is no date: the Hub takes that of the commit.
+The Hub's `revision` is a commit, which is unknown before the data are published, so the source's URL has the tag. There
+is no date: the Hub uses that of the commit.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def text(model: ModelFacts, dataset: str, version: str) -> str:
 
 
 def problems(folder: Path, model: ModelFacts, dataset: str, version: str | None) -> list[str]:
-    """What of a model repository's file is not measured. version: None if only the repository is known; then the source
-    is not compared. A release that is older than such files has none."""
+    """Values of a model repository's file that were not measured. version: None if only the repository is known; then
+    the source is not compared. A release from before such files has none."""
     if not (folder / FOLDER).exists():
         return []
     if not (folder / FOLDER).is_dir():
@@ -46,7 +46,7 @@ def problems(folder: Path, model: ModelFacts, dataset: str, version: str | None)
 
 
 def _without_source(rows: Any) -> Any:
-    """Whatever a file says, which anyone may have written."""
+    """The content of an untrusted file without its sources."""
     if not isinstance(rows, list):
         return rows
     return [{**row, "source": None} if isinstance(row, dict) else row for row in rows]

@@ -1,7 +1,7 @@
-"""The three plots of what compute buys: more answers to a question, more reinforcement learning, more pre-training.
+"""The three scaling plots: more answers to a question, more reinforcement learning, more pre-training.
 
-Each gives the bytes of a PNG, the same ones each time for one version of matplotlib and its fonts. What is drawn is
-read from artifacts: scores.json of stage `solve`, training.jsonl of stage `rlvr`, the ladder's JSON of bench/ladder.py.
+Each function returns the bytes of a PNG, equal for one version of matplotlib and its fonts. The data are read from
+artifacts: scores.json of stage `solve`, training.jsonl of stage `rlvr`, the ladder's JSON of bench/ladder.py.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def model_plots(folder: Path, model: ModelFacts) -> dict[str, bytes]:
-    """The plots that a model repository carries, by name; none of a model that does not converse.
+    """The plots of a model repository, by name; none for a model without chat.
 
-    model: its facts, whose scores are drawn.
+    model: its facts, with the scores to draw.
     """
     plots = {}
     if scores := model.chat.get("test"):
@@ -35,10 +35,10 @@ def model_plots(folder: Path, model: ModelFacts) -> dict[str, bytes]:
 
 
 def inference(scores: Mapping[str, Any], kind: str | None = None) -> bytes:
-    """Accuracy against generated tokens of a problem, on a logarithmic axis: pass@k and maj@k with 95 % intervals, and
-    the greedy answer as one point.
+    """Accuracy against generated tokens for each problem, on a logarithmic axis: pass@k and maj@k with 95 % intervals,
+    and the greedy answer as one point.
 
-    scores: scores.json of each model by name; kind: of which problems, else of all.
+    scores: scores.json of each model by name; kind: of the problems, all without one.
     """
 
     def paint(axis: Axes) -> None:
@@ -66,7 +66,7 @@ def inference(scores: Mapping[str, Any], kind: str | None = None) -> bytes:
 
 
 def reinforcement(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """Validation accuracy by kind against the tokens that were generated to learn from.
+    """Validation accuracy by kind against the tokens generated for training.
 
     logs: the lines of training.jsonl of each run by name; those with `validation` and `generated` are drawn.
     """
@@ -90,7 +90,7 @@ def reinforcement(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
 def pretraining(ladder: Mapping[str, Any]) -> bytes:
     """Held-out loss against pre-training FLOPs: every run, the fitted power law, and its bootstrap band.
 
-    ladder: what bench/ladder.py wrote: `runs` of flops, loss and size; `curve` of flops, loss, low and high; `law`.
+    ladder: the output of bench/ladder.py: `runs` of flops, loss and size; `curve` of flops, loss, low and high; `law`.
     """
 
     def paint(axis: Axes) -> None:
@@ -137,7 +137,7 @@ def _png(paint: Callable[[Axes], None]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.style.context("default"):  # not the settings of whoever builds
+    with matplotlib.style.context("default"):  # not the settings of the user
         figure = Figure(figsize=(7.0, 4.2), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         paint(figure.add_subplot())

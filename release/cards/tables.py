@@ -1,4 +1,4 @@
-"""Markdown tables of the cards. Every number that a card shows is formatted here, from facts."""
+"""Markdown tables of the cards. Every number of a card is formatted here, from facts."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def with_error(row: dict[str, Any], digits: int) -> str:
 
 
 def titles(models: Iterable[str]) -> dict[str, str]:
-    """What columns call the models, given in the order of training."""
+    """The column titles of the models, in the order of training."""
     parts = {model: numbered(model) for model in models}
     return {model: f"{TITLES.get(kind, kind)} {number or ''}".strip() for model, (kind, number) in parts.items()}
 
 
 def evaluation(scores: dict[str, Scores]) -> list[str]:
-    """One row a measure, one column a model: value ± standard error."""
+    """One row for each measure, one column for each model: value ± standard error."""
     phases, last_scores = list(scores), scores[list(scores)[-1]]
     measures = [("bits_per_byte", source, f"bits per byte, {source}", 4) for source in last_scores["bits_per_byte"]]
     measures += [("accuracy", task, f"exact match, {task}", 3) for task in last_scores["accuracy"]]
@@ -52,17 +52,17 @@ def evaluation(scores: dict[str, Scores]) -> list[str]:
 
 
 def passkeys(scores: dict[str, Scores]) -> list[str]:
-    """Keys found in texts of each length, one column a model that was asked for them."""
+    """Keys retrieved from texts of each length, one column for each model that was evaluated on them."""
     return _by_model(scores, "passkey", "tokens of the text", 3)
 
 
 def positions(scores: dict[str, Scores]) -> list[str]:
-    """Bits per token of long documents by the token's position, one column a model."""
+    """Bits per token of long documents by the token's position, one column for each model."""
     return _by_model(scores, "loss_by_position", "position of the token", 4)
 
 
 def passkeys_by_depth(scores: dict[str, Scores]) -> list[str]:
-    """Keys that the last model found, by length of the text and how deep in it the key stands (0: at its start)."""
+    """Keys that the last model retrieved, by length of the text and depth of the key in it (0: at its start)."""
     scores_by_length = scores[list(scores)[-1]].get("passkey_by_depth", {})
     depths = sorted({depth for row in scores_by_length.values() for depth in row}, key=float)
     body = [
@@ -73,7 +73,7 @@ def passkeys_by_depth(scores: dict[str, Scores]) -> list[str]:
 
 
 def _by_model(scores: dict[str, Scores], kind: str, head: str, digits: int) -> list[str]:
-    """One row for each name of a kind of scores, in order of its first number; nothing if no model has that kind."""
+    """One row for each name of a kind of scores, in order of its first number; empty if no model has that kind."""
     names, columns = titles(scores), [model for model in scores if kind in scores[model]]
     keys = sorted({key for model in columns for key in scores[model][kind]}, key=lambda key: int(key.split("-")[0]))
     body = []
@@ -85,7 +85,7 @@ def _by_model(scores: dict[str, Scores], kind: str, head: str, digits: int) -> l
 
 
 def samples(scores: dict[str, Scores]) -> list[str]:
-    """How much was measured: documents, bytes and problems."""
+    """The sample sizes of the evaluation: documents, bytes and problems."""
     last_scores = scores[list(scores)[-1]]
     body = [[name, count(r["documents"]), count(r["bytes"]), ""] for name, r in last_scores["bits_per_byte"].items()]
     body += [[name, "", "", count(r["n"])] for name, r in last_scores["accuracy"].items()]
@@ -100,7 +100,7 @@ def architecture(model: ModelFacts) -> list[str]:
 
 
 def context(model: ModelFacts) -> list[str]:
-    """How long texts may be, and how positions are told, as config.json says to every loader."""
+    """The context length and the position encoding, from config.json."""
     rope = dict(model.rope)
     body = [["context length, tokens", count(model.config["max_position_embeddings"])]]
     body += [["base of the rotary embedding", f"{rope.pop('rope_theta'):,.10g}"]]
@@ -148,7 +148,7 @@ def license_evidence(data: DataFacts) -> list[str]:
 
 
 def funnel(data: DataFacts) -> list[str]:
-    """Removed documents, one row a rule, one column a source; the last rows balance."""
+    """Removed documents, one row for each rule, one column for each source; the last rows balance."""
     names = list(data.sources)
     rules = sorted({rule for row in data.sources.values() for rule in row.removed})
 
@@ -162,7 +162,7 @@ def funnel(data: DataFacts) -> list[str]:
 
 
 def order(data: DataFacts) -> list[str]:
-    """What each training phase saw, from the order index."""
+    """The data of each training phase, from the order index."""
     body = []
     for phase, row in data.order.items():
         for part in row.parts:
@@ -175,7 +175,7 @@ def order(data: DataFacts) -> list[str]:
 
 
 def packing(data: DataFacts) -> list[str]:
-    """How full the rows of packed phases are; nothing if no phase is packed."""
+    """The fill of the rows of packed phases; empty if no phase is packed."""
     body = []
     for phase, part in _packed(data):
         if (packing := part.packing) is not None:
@@ -185,7 +185,7 @@ def packing(data: DataFacts) -> list[str]:
 
 
 def long_documents(data: DataFacts) -> list[str]:
-    """What was asked for of long documents, and what was missing; nothing if no phase up-weights them."""
+    """The requested and the missing share of long documents; empty if no phase up-weights them."""
     keys = ("over", "chunks", "available_tokens", "wanted_tokens", "missing_tokens")
     body = [
         [phase, source, *(count(row[key]) for key in keys)]
@@ -205,7 +205,7 @@ def _packed(data: DataFacts) -> Iterator[tuple[str, OrderPart]]:
 
 
 def interventions(rows: list[Intervention]) -> list[str]:
-    """One line for each time that a phase went on from a checkpoint of an earlier run."""
+    """One line for each resumption of a phase from a checkpoint of an earlier run."""
     lines = []
     for row in rows:
         changes = ", ".join(
@@ -220,7 +220,7 @@ def interventions(rows: list[Intervention]) -> list[str]:
 
 
 def _setting_text(value: Any) -> str:
-    """A setting as a recipe has it; one that is not set is the default, or a source that is not read."""
+    """A setting in the form of a recipe; an unset one is the default, or a source that is not read."""
     return "not set" if value is None else str(value)
 
 
@@ -229,6 +229,6 @@ def checkpoints(rows: list[Checkpoint]) -> list[str]:
 
 
 def cost(run_costs: costs.Costs) -> list[str]:
-    """What all of the release took to make, by stage."""
+    """The cost of the whole release, by stage."""
     head = ["stage", "attempts", "failed", "core hours", "GPU hours", "energy, Wh"]
     return table(head, costs.rows(run_costs))

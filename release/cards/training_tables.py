@@ -1,4 +1,4 @@
-"""The card's tables and sentences about training itself: experts, and steps that moved no weight."""
+"""The card's tables and sentences about training: experts, and skipped steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Facts = dict[str, Any]
 
 
 def experts_by_phase(model: ModelFacts) -> list[str]:
-    """One row a phase: how evenly its tokens went to the experts when it ended."""
+    """One row for each phase: the balance of its tokens over experts at its end."""
     if not model.has_experts:
         return []
     body = []
@@ -32,7 +32,7 @@ def experts_by_phase(model: ModelFacts) -> list[str]:
 
 
 def experts(model: ModelFacts) -> list[str]:
-    """One row a layer, of the last measurement of all."""
+    """One row for each layer, from the very last measurement."""
     if not model.has_experts:
         return []
     measurement = last_measurement(model)
@@ -51,7 +51,7 @@ def experts(model: ModelFacts) -> list[str]:
 
 
 def verdict(model: ModelFacts) -> list[str]:
-    """One sentence: an alarm if the last measurement finds any expert dead."""
+    """One sentence: a warning if the last measurement has a dead expert."""
     if not model.has_experts:
         return []
     measurement = last_measurement(model)
@@ -75,7 +75,7 @@ def last_measurement(model: ModelFacts) -> Facts | None:
 
 
 def spikes(model: ModelFacts) -> list[str]:
-    """A line for each spike, one for what the recipe left out, and one for each phase that has neither."""
+    """One line for each spike, one for the steps that the recipe excludes, and one for each phase that has neither."""
     lines = []
     for phase, log in model.training.items():
         for spike in log.spikes:
@@ -93,7 +93,7 @@ def spikes(model: ModelFacts) -> list[str]:
 
 
 def _skipped_steps(numbers: list[int]) -> str:
-    """Which steps moved no weight: `steps 3 to 5, 9 moved no weight`."""
+    """The skipped steps: `steps 3 to 5, 9 moved no weight`."""
     spans: list[list[int]] = []
     for number in sorted(numbers):
         if spans and number == spans[-1][-1] + 1:
@@ -105,5 +105,5 @@ def _skipped_steps(numbers: list[int]) -> str:
 
 
 def _loads(measurement: Facts) -> list[list[float]]:
-    """Each expert's tokens by layer, 1 being a fair share."""
+    """The load of each expert by layer; 1 is a fair share."""
     return [[share * len(row) for share in row] for row in measurement["share"]]

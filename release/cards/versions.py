@@ -1,27 +1,25 @@
-"""Versions of the cards, and from which of them on a part of a card is as it is rendered today.
+"""Versions of the cards, and the version in which each part last changed.
 
-A published card is compared with today's parts as far as its own version had them. What is added to a card, or is
-rendered otherwise than before, gets the number of the next schema: a table in its line of `card_tables.py`, any other
-part in PARTS. Then cards that are out in the world stay right: verification demands nothing that came later, and says
-what it did not compare.
+A published card is compared only with the parts of its own version. A new or changed part has the number of the next
+schema: a table in its line of `card_tables.py`, any other part in PARTS. Published cards then stay valid: verification
+does not require later parts, and reports the parts that it skips.
 """
 
 from __future__ import annotations
 
 SCHEMA = 4
-"""4: the phases that learn from preferences have other names.
-3: cards state their versions, and open with what the figures do not flatter."""
+"""4: the phases that learn from preferences have other names. 3: cards state their versions, and start with caveats."""
 ESCAPED = 3
-"""The schema from which on characters that no text has are escaped in what a model wrote."""
+"""The schema that introduced the escaping of unprintable characters in model output."""
 FIGURES: dict[str, int] = {}
-"""{figure of a scores.json, with dots between names: the schema that brought it}. Older files may lack it."""
+"""{figure of a scores.json, with dots between names: the schema that added it}. Older files may lack it."""
 PARTS = {"metadata": 2, "plots": 2, "eval_results": 4, "croissant": 4, "attestations": 2}
-"""{part that is no table: the schema in which it last changed}. In an older card it is not compared."""
+"""{part other than a table: the schema in which it last changed}. In an older card it is not compared."""
 
 
 def skip_reason(changed: int, schema: int) -> str:
-    """Why a part of a card of a schema, which this atom knows, is not compared, where it last changed in the schema
-    `changed`; "" if it is."""
+    """The reason why a part that last changed in the schema `changed` is not compared for a card of another known
+    schema; "" if it is compared."""
     if schema < changed:
         return f"the card has schema {schema}, and this atom renders it as in schema {changed}"
     return ""

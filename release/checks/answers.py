@@ -1,7 +1,7 @@
-"""Scores every published answer again: with the version of the scorer that is stated beside it, or not at all.
+"""Scores every published answer again with the version of the scorer that is stated beside it.
 
-The scorers of stages/scorers are frozen files, so an old answer is scored as it was then. Others need a sandbox, other
-packages, a model or a server: they are not run, and what they scored is reported.
+The scorers of stages/scorers are frozen files, so an old answer is scored as before. Other scorers need a sandbox,
+other packages, a model or a server: they are not run, and the number of their answers is reported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIDES = ("model", "before")
 
 @dataclass(frozen=True)
 class Scored:
-    """An answer with what it earned. task: the row that was asked; answer: None where the table has no such column."""
+    """An answer with its score. task: the row of the task; answer: None if the table has no such column."""
 
     location: str
     task: Row
@@ -41,7 +41,7 @@ class Scored:
 
 @dataclass
 class Tally:
-    """How many answers were scored again, and how many could not be and why."""
+    """The number of answers that were scored again, and of those that could not be, with the reason."""
 
     rescored: Counter[Scorer] = field(default_factory=Counter)
     skipped: Counter[Scorer] = field(default_factory=Counter)
@@ -63,7 +63,7 @@ class Tally:
 
 
 def rescored_answers(subject: Subject) -> Findings:
-    """Every score is what the scorer gives that is stated beside it."""
+    """Checks that every score equals the result of the scorer that is stated beside it."""
     dataset, tally = subject.folder, Tally()
     problems = _rescore_problems(dataset, tally)
     for table in _conversations(dataset):
@@ -76,7 +76,7 @@ def rescored_answers(subject: Subject) -> Findings:
 
 
 def _rescore_problems(dataset: Path, tally: Tally) -> list[str]:
-    """Outputs of models that were asked the evaluation problems as text."""
+    """Scores again the outputs of base models on the evaluation problems."""
     problems = []
     expected = {row["id"]: row["answer"] for row in stream_rows(dataset / "evaluation/items.parquet", ["id", "answer"])}
     for path in (
@@ -100,7 +100,7 @@ def _rescore_problems(dataset: Path, tally: Tally) -> list[str]:
 
 
 def _conversations(dataset: Path) -> Iterator[Iterator[tuple[Scorer, Scored]]]:
-    """By table, every answer of a model in conversation with its scorer: those that were drawn to learn from too."""
+    """Every answer of a chat model with its scorer, by table, including those sampled for training."""
     items = _tasks(dataset / "evaluation/chat.jsonl")
     for benchmark, tasks in (("test", items), ("fresh", _tasks(dataset / "evaluation/fresh/chat.jsonl"))):
         for path in chat_tables_of(dataset / "evaluation", benchmark):
@@ -147,7 +147,7 @@ def _scored_answer(location: str, tasks: dict[str, Row], task: str, row: Row) ->
 
 
 def _rescore_answers(scorer: Scorer, scored: Sequence[Scored], tally: Tally) -> list[str]:
-    """What is wrong with answers of one scorer; counts them in the tally."""
+    """The problems of answers of one scorer; counts the answers in the tally."""
     if scorer not in scorers.SCORERS:
         tally.skip(scorer, _skip_reason(scorer), len(scored))
         return []

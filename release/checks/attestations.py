@@ -1,4 +1,4 @@
-"""Whether the gates were passed, and whether the attestations say of gates and evaluations what the tables say."""
+"""Checks that the gates passed, and that the attestations of gates and evaluations match the tables."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from release.layout import GATES, GATES_STATED, RELEASE
 
 
 def passed_gates(subject: Subject) -> Findings:
-    """No gate failed when the release was built."""
+    """Checks that no gate failed when the release was built."""
     gates = untrusted.read_json(subject.folder / GATES, follow=True)
     failed = [(name, gate["detail"]) for name, gate in sorted(gates.items()) if not gate["ok"]]
     return Findings([f"{GATES}: gate {name} failed: {detail}" for name, detail in failed])
 
 
 def attestations(subject: Subject) -> Findings:
-    """The statements of what was measured and gated say what the tables say."""
+    """Checks that the statements about evaluations and gates match the tables."""
     folder = subject.folder
     require_comparable(folder, "attestations")
     # statements and folders have the names of the release's format

@@ -1,4 +1,4 @@
-"""Whether the cards of a release, and the description of its data, say what its files say."""
+"""Checks the cards of a release and the description of its data against its files."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from release.repositories import model_folders
 
 
 def cards(subject: Subject) -> Findings:
-    """The cards of a model repository, or of a whole release, against the files, as far as cards of its version have
-    what today's have."""
+    """Checks the cards of a model repository, or of a whole release, against the files, for the parts that cards of its
+    version have."""
     return model_card(subject.folder) if subject.kind == "model" else _cards_of_release(subject.folder)
 
 
@@ -48,10 +48,10 @@ def _cards_of_release(folder: Path) -> Findings:
 
 
 def model_card(model: Path, release: dict[str, Any] | None = None) -> Findings:
-    """The card of one model repository, its plot, and its results for the Hub, against the files beside them, as far as
-    cards of its version have them.
+    """Checks the card of one model repository, its plot, and its results for the Hub against the files beside them, for
+    the parts that cards of its version have.
 
-    release: evidence/release.json, if it is there.
+    release: evidence/release.json, if it exists.
     """
     card, facts = (model / "README.md").read_text(), read_model_facts(model)
     stated, findings = schema.stated(model), Findings(compared=False)
@@ -80,7 +80,7 @@ def _plots(model: Path) -> list[str]:
 
 
 def data_card(subject: Subject) -> Findings:
-    """The data card against the tables beside it, as far as cards of its version have them."""
+    """Checks the data card against the tables beside it, for the parts that cards of its version have."""
     return _data_card(subject.folder)
 
 
@@ -97,7 +97,7 @@ def _canary(dataset: Path, items: str) -> list[str]:
 
 
 def rendered_cards(build: BuildContext) -> Findings:
-    """Rendering cards and plots again from the published files gives the same bytes."""
+    """Checks that cards and plots rendered again from the published files have the same bytes."""
     findings = Findings()
     for folder, model in build.models.items():
         facts = card_tables.ReleaseFacts(model, build.data, build.interventions, build.costs)
@@ -112,7 +112,7 @@ def rendered_cards(build: BuildContext) -> Findings:
 
 
 def described_data(subject: Subject) -> Findings:
-    """What stands in croissant.json is what the data of a whole release gives."""
+    """Checks that croissant.json follows from the data of a whole release."""
     folder, dataset = subject.folder, subject.folder / "dataset"
     require_comparable(folder, "croissant")
     release, data_facts = schema.read_release(folder), read_data_facts(dataset)
@@ -122,6 +122,6 @@ def described_data(subject: Subject) -> Findings:
 
 
 def valid_croissant(build: BuildContext) -> Findings:
-    """mlcroissant finds no error in the description of the data, and loads records by it."""
+    """Checks that mlcroissant finds no error in the description of the data, and loads its records."""
     problems = croissant.problems(build.folder / "dataset" / croissant.NAME)
     return Findings(problems, summary=f"{croissant.NAME}: no error, records load")

@@ -1,4 +1,4 @@
-"""Whether the chat templates of a model can be used."""
+"""Checks the chat templates of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from release.checks.findings import Findings
 
 
 def chat_templates(subject: Subject) -> Findings:
-    """Every chat template of a model renders a conversation."""
+    """Checks that every chat template of a model renders a conversation."""
     findings = Findings()
     for model in subject.models:
         for name, template in formats.templates(model).items():
@@ -16,7 +16,7 @@ def chat_templates(subject: Subject) -> Findings:
                 formats.render(template)
             except MemoryError:
                 raise
-            except Exception as error:  # whatever a template does
+            except Exception as error:  # a template can raise anything
                 message = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 findings.problems.append(f"{model.name}/{name} renders no conversation: {message}")
     return findings

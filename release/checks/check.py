@@ -1,4 +1,5 @@
-"""What a check is: one function over a release, and the line of the registry that says when and on what it runs."""
+"""The definition of a check: one function over a release, and its line of the registry with its scope and
+conditions."""
 
 from __future__ import annotations
 
@@ -21,8 +22,7 @@ from release.repositories import model_folders
 class Subject:
     """The published files that a check reads.
 
-    folder: of the check's scope. kind: of the whole folder that is checked, as `listing.kind_of` names it. digest:
-    SHA-256 of a file.
+    folder: of the check's scope. kind: of the whole checked folder, by `listing.kind_of`. digest: SHA-256 of a file.
     """
 
     folder: Path
@@ -31,13 +31,13 @@ class Subject:
 
     @property
     def models(self) -> list[Path]:
-        """The folders of models in a release; a model repository is one itself."""
+        """The model folders of a release; a model repository is one itself."""
         return [self.folder / name for name in model_folders(self.folder)] if self.kind == "release" else [self.folder]
 
 
 @dataclass(frozen=True)
 class Scope:
-    """Where a check finds its files. kinds: of folders that hold them; place: their folder in a release."""
+    """The location of a check's files. kinds: of folders with these files; place: their folder in a release."""
 
     kinds: tuple[str, ...]
     place: str = ""
@@ -48,14 +48,14 @@ class Scope:
 
 @dataclass(frozen=True)
 class Reads:
-    """What a check reads: JSON and tables below these places (paths begin with them), and weights if it reads any.
-    Time and memory of the check follow from the size of these files."""
+    """The files that a check reads: JSON and tables below these places (path prefixes), and weights if it reads any.
+    The limits on time and memory of the check follow from the size of these files."""
 
     places: tuple[str, ...] = ()
     weights: bool = False
 
     def below(self, folder: str) -> Reads:
-        """The same, of places within a folder."""
+        """The same files, for places within a folder."""
         return Reads(tuple(f"{folder}/{place}" for place in self.places), self.weights) if folder else self
 
 
@@ -64,12 +64,13 @@ NOTHING_LARGE = Reads()
 
 @dataclass(frozen=True)
 class Check:
-    """A check of published files: `atom verify` asks it, and `atom build` too if it is a gate.
+    """A check of published files: `atom verify` runs it, and `atom build` as well if it is a gate.
 
-    name: in the verdict. reads: within the scope. deep: only asked with `--deep`. needs: a path within the scope;
-    since_format: the format since which every release has it, None if a release may lack it and then is not asked.
-    confined: whether it runs within limits; what starts a process of its own sets them itself. gate: its name in
-    evidence/gates.json, "" if it is none; checks of one gate are asked together. remedy: what the gate advises.
+    name: in the verdict. reads: within the scope. deep: only run with `--deep`. needs: a path within the scope;
+    since_format: the format since which every release has this path, None if a release may lack it, which skips the
+    check. confined: whether it runs within limits; a check that starts a process of its own sets its limits itself.
+    gate: its name in evidence/gates.json, "" if it is no gate; checks of one gate run together. remedy: the advice of
+    the gate.
     """
 
     name: str
@@ -84,24 +85,24 @@ class Check:
     remedy: str = ""
 
     def applies_to(self, folder: Path, kind: str) -> bool:
-        """Whether a folder of this kind holds what the check is about."""
+        """Whether a folder of this kind has the subject of the check."""
         if kind not in self.scope.kinds:
             return False
         optional = self.needs and self.since_format is None
         return not optional or (self.scope.subject(folder, kind).folder / self.needs).exists()
 
     def reads_of(self, kind: str) -> Reads:
-        """What it reads, by paths in a folder of this kind."""
+        """The files that it reads, by paths in a folder of this kind."""
         return self.reads.below(self.scope.place if kind == "release" else "")
 
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What gates look at that is not, or not in this form, in the published files.
+    """Inputs of gates that are not in the published files, or not in this form.
 
-    folder: of the release in the making. release: evidence/release.json. evaluation: the recipe's section, with the
-    thresholds. data, models: facts of the dataset, and of each model folder. machine: paths that must not be published.
-    load_reports: of each model folder, what loading it gave; loaded now if there are none.
+    folder: of the release that is being built. release: evidence/release.json. evaluation: the recipe's section, with
+    the thresholds. data, models: facts of the dataset, and of each model folder. machine: paths that must not be
+    published. load_reports: of each model folder; without them the models are loaded now.
     """
 
     folder: Path
@@ -118,8 +119,8 @@ class BuildContext:
 
 @dataclass(frozen=True)
 class BuildCheck:
-    """A check that takes more than published files, so that only `atom build` asks it. Its function returns None where
-    the release has nothing of the kind; then there is no such gate."""
+    """A check that needs more than published files, so that only `atom build` runs it. Its function returns None if it
+    does not apply to the release; then there is no such gate."""
 
     gate: str
     function: Callable[[BuildContext], Findings | None]

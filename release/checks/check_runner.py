@@ -1,4 +1,5 @@
-"""What the checks of a release may take: processor time and memory, fixed or by the files that a check really reads."""
+"""Limits on the processor time and memory of checks: fixed ones, and ones by the size of the files that a check
+reads."""
 
 from __future__ import annotations
 
@@ -18,22 +19,22 @@ from release.hash_cache import Digests
 from release.tree import Tree, real_bytes
 
 SECONDS, MEMORY = 5.0, 192 << 20
-"""What every check may take, all of them together: processor time; and each of them: bytes of memory."""
+"""The processor time of all checks together, and the memory of each check in bytes."""
 TEXT_SECONDS, TEXT_GROWTH, TEXT_MEMORY = 1e-7, 8, 128 << 20
-"""What a check has besides for each byte of JSON that it reads; memory for all of it at most."""
+"""The additional limits for each byte of JSON that a check reads, up to a maximum of memory."""
 LOG_GROWTH = 2
-"""Bytes of memory for each byte of the longest log (.jsonl), of which a check keeps a part."""
+"""Bytes of memory for each byte of the longest log (.jsonl); a check keeps a part of it."""
 ROW_SECONDS, TABLE_SECONDS, TABLE_GROWTH = 1e-4, 1e-6, 64
-"""For each row of tables, but no more than for each byte of them. Bytes of memory for each byte, but no more than they
-unpack to."""
+"""Seconds for each row of tables, up to those for each byte of them. Bytes of memory for each byte, up to the unpacked
+size."""
 DEEP = 5
-"""How many times as much checks of tables and logs may take that compare row with row."""
+"""The factor on the limits of checks of tables and logs that compare rows with rows."""
 TENSOR_SECONDS, TENSOR_GROWTH = 2e-8, 3
-"""For each byte of weights, and for each of the largest file of them."""
+"""Seconds for each byte of weights, and bytes of memory for each byte of the largest weight file."""
 
 
 def run_check(name: str, question: Callable[[], Findings]) -> CheckResult:
-    """The answer to a question about files that may hold anything."""
+    """Runs a check of untrusted files."""
     try:
         findings = question()
         problems, skipped = findings.problems, [f"skipped: {reason}" for _, reason in sorted(findings.skipped.items())]
@@ -47,12 +48,12 @@ def run_check(name: str, question: Callable[[], Findings]) -> CheckResult:
         return CheckResult(name, None, str(error))
     except MemoryError:
         raise
-    except Exception as error:  # anyone can write checksums: a file that is not what it should be is a finding
+    except Exception as error:  # checksums prove nothing about content: a malformed file is a finding
         return answer(name, [f"cannot be checked: {type(error).__name__}: {' '.join(str(error).split())}"])
 
 
 def load_libraries(deep: bool) -> None:
-    """Imports once what checks need, so that not every process of theirs does, within its limits."""
+    """Imports the libraries of checks once, so that not every check process imports them within its limits."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -63,8 +64,8 @@ def load_libraries(deep: bool) -> None:
 
 
 class CheckRunner:
-    """Runs checks, each in a process of its own, with a budget: what is left of SECONDS, and what belongs to the files
-    that this check reads, by their bytes on the disk. Once a check took more, no other is asked."""
+    """Runs each check in a process of its own, with a budget: the rest of SECONDS, and an allowance for the files that
+    this check reads, by their bytes on the disk. After a check has exceeded it, no further check runs."""
 
     def __init__(self, folder: Path, tree: Tree, deep: bool) -> None:
         self.folder, self.tree, self.deep = folder, tree, deep
@@ -73,7 +74,7 @@ class CheckRunner:
         self.spent = ""
 
     def ask(self, check: Check, kind: str, digests: Digests) -> CheckResult:
-        """The answer of a registered check. kind: of the folder, which the check applies to."""
+        """The result of a registered check. kind: of the folder, to which the check applies."""
         subject = check.scope.subject(self.folder, kind, digests)
 
         def question() -> Findings:
@@ -95,7 +96,7 @@ class CheckRunner:
             return answer(name, [f"cannot be checked: it {error}"])
 
     def _run_confined(self, call: Callable[[], Any], budget: Budget) -> Any:
-        """What `call` returns. budget: what it may take besides what all share. Raises CheckFailed if it takes more."""
+        """The result of `call`. budget: its allowance beside the shared one. Raises CheckFailed if it exceeds them."""
         if self.seconds <= 0:
             raise CheckFailed(f"comes after checks that took {SECONDS:.0f} s of processor time")
         result, seconds = confine.run(call, Budget(MEMORY + budget.memory, self.seconds + budget.seconds))
@@ -103,7 +104,7 @@ class CheckRunner:
         return result
 
     def check_tables(self) -> Iterator[CheckResult]:
-        """Whether tables are as large as their bytes can be; what they unpack to is known from then on."""
+        """Checks that the unpacked size of tables is plausible for their bytes; the sizes are then known."""
         paths = sorted(path for path in self.tree.files if path.endswith(".parquet"))
         load_libraries(self.deep)
         if not paths or self.spent:
@@ -121,7 +122,7 @@ class CheckRunner:
             self.spent = "a table cannot be read"
 
     def _allowance(self, reads: Reads) -> Budget:
-        """What a check may take for the files that it reads."""
+        """The allowance of a check for the files that it reads."""
         paths = [path for path in self.tree.files if path.startswith(reads.places)]
         texts = real_bytes(self.tree.files[path] for path in paths if path.endswith(".json"))
         logs = [real_bytes([self.tree.files[path]]) for path in paths if path.endswith(".jsonl")]

@@ -1,8 +1,7 @@
-"""Runs a function of ours on a stranger's bytes in a process of its own, with an end.
+"""Runs a function on untrusted bytes in a separate process with limits on time and memory.
 
-Parsers of Parquet, YAML, certificates or templates promise neither time nor memory. The child may use so much processor
-time, so much memory beyond what it begins with, and so many seconds in all; whatever it needs beyond that ends it, and
-becomes a sentence.
+Parsers of Parquet, YAML, certificates or templates have no bounds on time and memory. A child that exceeds its limit of
+processor time, additional memory or wall-clock time is ended, and the error is one sentence.
 """
 
 from __future__ import annotations
@@ -23,20 +22,21 @@ from typing import Any
 from pipeline.core.errors import CheckFailed
 
 WAITING = 10
-"""Seconds on the clock for each second of processor time: other processes need theirs, too."""
+"""Wall-clock seconds for each second of processor time, because other processes use the processor as well."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """memory: bytes beyond those that are in use at the start; seconds: of processor time."""
+    """memory: bytes beyond those in use at the start; seconds: of processor time."""
 
     memory: int
     seconds: float
 
 
 def run(call: Callable[[], Any], budget: Budget) -> tuple[Any, float]:
-    """What `call` returns, which must be JSON, and the processor time that it took. It sees this process as it is, and
-    changes nothing in it. Raises CheckFailed if the budget does not suffice, or if the child is killed."""
+    """The result of `call`, which must be JSON, and its processor time. The call runs in a fork: it sees the state of
+    this process and does not change it. Raises CheckFailed if the budget does not suffice, or if the child is
+    killed."""
     sys.stdout.flush()
     sys.stderr.flush()
     read_end, write_end = os.pipe()
@@ -66,7 +66,7 @@ def run(call: Callable[[], Any], budget: Budget) -> tuple[Any, float]:
 
 
 def _receive(descriptor: int, deadline: float) -> bytes | None:
-    """All that the child sends; None if it does not end in time."""
+    """All output of the child; None if it does not end in time."""
     parts: list[bytes] = []
     while (remaining := deadline - time.monotonic()) > 0 and select.select([descriptor], [], [], remaining)[0]:
         part = os.read(descriptor, 1 << 16)
@@ -84,7 +84,7 @@ def _child(call: Callable[[], Any], budget: Budget, write_end: int) -> None:
         body = {"value": call()}
     except MemoryError:
         body = {"memory": True}
-    except BaseException:  # an error of ours: the parent raises it
+    except BaseException:  # an AtomError: the parent raises it
         body = {"bug": traceback.format_exc()}
     try:
         with os.fdopen(write_end, "wb") as file:
@@ -98,9 +98,9 @@ def _limit(budget: Budget) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGXCPU):
         signal.signal(number, signal.SIG_DFL)
     null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):  # a library that dies has much to say
+    for descriptor in (0, 1, 2):  # a crashing library prints much
         os.dup2(null, descriptor)
-    if torch := sys.modules.get("torch"):  # its threads were not copied
+    if torch := sys.modules.get("torch"):  # the fork has none of its threads
         torch.set_num_threads(1)
     if pyarrow := sys.modules.get("pyarrow"):
         pyarrow.set_cpu_count(1)
@@ -120,7 +120,7 @@ def set_limits(budget: Budget) -> None:
 
 
 def _data_bytes() -> int:
-    """Memory of this process that is its own and can be written, which RLIMIT_DATA counts."""
+    """The private writable memory of this process, which RLIMIT_DATA counts."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData:"))
 

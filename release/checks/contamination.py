@@ -1,4 +1,4 @@
-"""Whether the items of the evaluation stand in what was trained on."""
+"""Checks the contamination of the training data with items of the evaluation."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from release.checks.check import BuildContext
 from release.checks.findings import Findings
 
 MIN_RECALL, MIN_PLANTED = 0.9, 4
-"""Of items planted into a copy of the corpus, what a detector must find to be believed, and how many there must be."""
+"""The recall on items planted into a copy of the corpus that a valid detector has at least, and the minimum number of
+planted items."""
 MAX_CONTAMINATED = 0.05
-"""Share of the items of a split that may stand in what was trained on."""
+"""The maximum share of the items of a split that may be in the training data."""
 
 
 def contamination_report(build: BuildContext) -> Findings | None:
-    """The report of a detector that finds what was planted, and finds few items of the evaluation. None if no model
-    converses."""
+    """Checks that the detector finds the planted items, and finds few items of the evaluation. None without a chat
+    model."""
     if not build.data.chat:
         return None
     path = build.folder / "dataset" / CONTAMINATION

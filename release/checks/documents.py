@@ -1,4 +1,4 @@
-"""Whether every document has one fate, a license, and the same text in every table."""
+"""Checks that every document has one disposition, a license, and the same text in every table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNKNOWN_LICENSES = frozenset({"", "unknown", "noassertion", "none", "other"})
 
 
 def licenses(subject: Subject) -> Findings:
-    """Every document has a license, removed ones too."""
+    """Checks that every document has a license, including removed ones."""
     problems, known = [], set()
     for row in stream_rows(subject.folder / "dispositions.parquet", ["id", "source", "license"]):
         license = row["license"] or ""
@@ -26,13 +26,14 @@ def licenses(subject: Subject) -> Findings:
 
 
 def dispositions(subject: Subject) -> Findings:
-    """One fate for each document; in = kept + removed; the kept ones are exactly those of kept/*.parquet."""
+    """Checks that each document has one disposition, that in = kept + removed, and that the kept ones are exactly those
+    of kept/*.parquet."""
     dataset = subject.folder
     columns = ["id", "source", "disposition", "rule", "split", "license"]
     ids: set[str] = set()
     kept: dict[str, dict[str, tuple[Any, Any]]] = {}
     counts: Counter[str] = Counter()
-    pairs: dict[tuple[Any, Any], tuple[Any, Any]] = {}  # each pair of split and license once, not once a document
+    pairs: dict[tuple[Any, Any], tuple[Any, Any]] = {}  # shared by documents
     duplicate, problems = "", []
     for row in stream_rows(dataset / "dispositions.parquet", columns):
         key, source = row["id"], row["source"]
@@ -60,7 +61,7 @@ def dispositions(subject: Subject) -> Findings:
 
 
 def _check_kept_documents(dataset: Path, source: str, expected: dict[str, tuple[Any, Any]]) -> list[str]:
-    """Whether kept/<source>.parquet holds the documents of `expected`, {id: (split, license)}, and no others."""
+    """Checks that kept/<source>.parquet has exactly the documents of `expected`, {id: (split, license)}."""
     path = dataset / "kept" / f"{source}.parquet"
     problems, extra, missing = [], set(), set(expected)
     for row in stream_rows(path, ["id", "split", "license"]) if path.exists() else ():
@@ -77,7 +78,7 @@ def _check_kept_documents(dataset: Path, source: str, expected: dict[str, tuple[
 
 
 def content_hashes(subject: Subject) -> Findings:
-    """The content hash of every kept document is that of its text, and every table gives it the same one."""
+    """Checks that the content hash of every kept document is that of its text, and equal in every table."""
     dataset = subject.folder
     dispositions = stream_rows(dataset / "dispositions.parquet", ["source", "id", "kept_hash"])
     stated = {(r["source"], r["id"]): r["kept_hash"] for r in dispositions}

@@ -1,4 +1,4 @@
-"""What came of a check: problems, and which parts of what it is about were not compared."""
+"""The findings of a check: its problems, and the parts that were not compared."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from release.cards.card_tables import CardTable
 
 
 class Absent(Exception):
-    """What a check is about is not in a release of an older version."""
+    """A release of an older version does not have the subject of the check."""
 
 
 @dataclass
 class Findings:
-    """What came of a check.
+    """The findings of a check.
 
-    problems: sentences on what is bad, each naming the file. skipped: {part: a sentence why it was not compared}.
-    detail: what the verdict prints if all holds. compared: whether any part was. summary: what the gate prints if all
-    holds.
+    problems: sentences, each with the name of the file. skipped: {part: a sentence why it was not compared}. detail:
+    the text of the verdict without problems. compared: whether any part was. summary: the text of the gate without
+    problems.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -35,18 +35,18 @@ class Findings:
 
     @classmethod
     def of_measurement(cls, ok: bool, text: str) -> Findings:
-        """Of a figure that is good enough or not: the text is its summary or its problem."""
+        """The findings for one figure and its threshold: the text is the summary if it passes, else the problem."""
         return cls(summary=text) if ok else cls([text])
 
     def add(self, other: Findings, prefix: str = "") -> None:
-        """Takes over what came of a part, whose sentences begin with the name of a file."""
+        """Adds the findings of a part, with the name of a file before its sentences."""
         self.problems += [f"{prefix}{text}" for text in other.problems]
         self.compared = self.compared or other.compared
         self.skipped |= {part: reason for part, reason in other.skipped.items() if part not in self.skipped}
 
     def compare_tables(self, card: str, tables: Sequence[CardTable[Any]], facts: Any, stated: schema.Stated) -> None:
-        """The lines of tables, word for word, as far as a card of its version has them. card: its text; old ones hold
-        what models wrote as they wrote it, which is escaped today."""
+        """Compares the lines of the tables that a card of its version has, word for word. card: its text; old cards
+        have unescaped model output, which is escaped now."""
         present = {escaped(line) for line in card.splitlines()}
         for table in tables:
             if table.added > stated.cards:
@@ -59,7 +59,7 @@ class Findings:
             self.problems += [f"README.md lacks the line {line!r}" for line in missing]
 
     def compare_part(self, name: str, stated: schema.Stated, problems: Callable[[], list[str]]) -> None:
-        """A part that depends on the version of the cards and is no table."""
+        """Compares a part that is not a table and depends on the version of the cards."""
         if reason := versions.skip_reason(versions.PARTS[name], stated.cards):
             self.skipped[name] = f"{name.replace('_', ' ')}: {reason}"
         else:
@@ -68,7 +68,7 @@ class Findings:
 
 
 def require_file(folder: Path, path: str, since_format: int = 2) -> Path:
-    """Raises CheckFailed if a file is missing, Absent if the release is, or may be, of a format before
+    """Raises CheckFailed for a missing file, but Absent if the release is, or may be, of a format before
     `since_format`."""
     if not (folder / path).exists():
         release = next(filter(None, map(schema.of_release, (folder, folder.parent))), None)
@@ -79,6 +79,6 @@ def require_file(folder: Path, path: str, since_format: int = 2) -> Path:
 
 
 def require_comparable(folder: Path, part: str) -> None:
-    """Raises Absent if today's code renders a part otherwise than the version that the release states."""
+    """Raises Absent if the present code renders a part differently from the version that the release states."""
     if reason := versions.skip_reason(versions.PARTS[part], schema.stated(folder).cards):
         raise Absent(f"skipped: {reason}")

@@ -1,6 +1,6 @@
-"""Which kinds of files a release holds, and that each is what its name says: nothing that is run, nothing unpickled.
+"""Checks the kinds of files in a release and the content of each: no programs and no pickles.
 
-A list of what is allowed, since no list of what runs somewhere is ever complete.
+This is an allow list, because a list of all executable kinds is never complete.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ TEXTS = frozenset({".bib", ".cff", ".csv", ".jinja", ".json", ".jsonl", ".md", "
 TABLES = frozenset({".parquet", ".png", ".safetensors"})
 NAMES = frozenset({"LICENSE", "NOTICE", "Makefile", SUMS, SIGNATURE, PUBLIC_KEY, ".gitattributes"})
 SOURCES = frozenset({".py", ".pyi", ".toml", ".cfg", ".ini", ".lock", ".sh", ".sbatch", ".in", ".typed"})
-"""What `code/` may hold besides, which nothing but a release's evidence has."""
+"""Further kinds that are allowed in `code/`, which only a release's evidence has."""
 TEXT_BYTES = 64 << 20
-"""The most that a text may have; logs (.jsonl) are as long as the training was."""
+"""The maximum size of a text; the size of logs (.jsonl) follows from the length of the training."""
 MAGIC = {
     b"\x7fELF": "a program", b"MZ": "a program", b"\xfe\xed\xfa": "a program", b"\xce\xfa\xed\xfe": "a program",
     b"\xcf\xfa\xed\xfe": "a program", b"\xca\xfe\xba\xbe": "a program", b"\0asm": "a program", b"dex\n": "a program",
@@ -35,16 +35,16 @@ MAGIC = {
 }  # fmt: skip
 STARTS = {".parquet": b"PAR1", ".png": b"\x89PNG\r\n\x1a\n"}
 CODE_KEYS = ("auto_map", "custom_pipelines")
-"""Of JSON: what loaders of models read as the name of code to run."""
+"""Keys of JSON that model loaders read as the name of code to run."""
 RUNS = "which a loader might run; a release holds none"
 CONTROLS = re.compile(rb"[\0-\x08\x0e-\x1f\x7f]")
 
 
 def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
-    """What is wrong with the kinds of files in a folder.
+    """The problems with the kinds of files in a folder.
 
-    files: {path: its status}. archive: whether `code/` is the source that a release is made by, which only a release
-    and its evidence hold.
+    files: {path: its status}. archive: whether `code/` is the source code of the release, which only a release and its
+    evidence have.
     """
     modes = keeps_modes(folder)
     problems = []
@@ -62,7 +62,7 @@ def formats(folder: Path, files: Mapping[str, Any], archive: bool) -> list[str]:
 
 
 def _file_problems(file: Path, path: str, status: Any, source: bool) -> Iterator[str]:
-    """What is wrong with one file. Raises CheckFailed if it cannot be read."""
+    """The problem with one file. Raises CheckFailed if it cannot be read."""
     suffix, name = file.suffix.lower(), file.name
     with untrusted.open_regular(file, follow=True) as stream:
         start = stream.read(16)
@@ -93,12 +93,12 @@ def _file_problems(file: Path, path: str, status: Any, source: bool) -> Iterator
 
 
 def _has_unescaped_samples(card: Path) -> bool:
-    """Whether a file is a card of a version that showed what a model wrote as it was, whatever bytes that were."""
+    """Whether a file is a card of a version that showed model output without escaping."""
     return card.name == schema.CARD and schema.stated(card.parent).cards < versions.ESCAPED
 
 
 def _names_code(data: bytes, name: str) -> Iterator[str]:
-    """Whether JSON names code to load a model with, at any depth and however it is spelled."""
+    """Whether JSON names code to load a model with, at any depth and in any spelling."""
     pending = [untrusted.parse_json(data, name)]
     while pending:
         value = pending.pop()
@@ -139,14 +139,14 @@ MESSAGES = (
 
 
 def render(template: str) -> str:
-    """A conversation by a chat template, in the sandbox of Jinja in which transformers renders, too. Raises what Jinja
-    raises; a template can loop for ever, and fill the memory."""
+    """Renders a conversation with a chat template, in the Jinja sandbox that transformers uses. Raises what Jinja
+    raises; a template can loop forever, and fill the memory."""
     import jinja2
     import jinja2.ext
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """The block that marks what the assistant wrote."""
+        """The block that marks the text of the assistant."""
 
         tags = {"generation"}  # noqa: RUF012 - so the base class has it
 

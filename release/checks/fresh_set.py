@@ -1,4 +1,4 @@
-"""Whether the problems that are newer than the weights are drawn from the weights."""
+"""Checks that the fresh problems are drawn from the digest of the weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ META = "dataset/evaluation/fresh/meta.json"
 
 
 def fresh_set(subject: Subject) -> Findings:
-    """The fresh set is the one that the published weights give: drawn from their digest, less what was taken out."""
+    """Checks that the fresh set follows from the published weights: it is drawn from their digest, without the removed
+    problems."""
     from stages.data.table import read_jsonl
     from stages.evaluation import generated_eval
 
@@ -35,7 +36,7 @@ def fresh_set(subject: Subject) -> Findings:
 
 
 def fresh_set_of_conversations(build: BuildContext) -> Findings | None:
-    """A release whose models converse has a fresh set."""
+    """Checks that a release with chat models has a fresh set."""
     if not build.data.chat:
         return None
     missing = not (build.folder / META).parent.is_dir()

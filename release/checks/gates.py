@@ -1,4 +1,4 @@
-"""The gates of a release: the checks that a folder in the making must pass. Results are published in
+"""The gates of a release: the checks that it must pass before it is built. Results are published in
 evidence/gates.json."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from release.layout import GATES, GATES_STATED
 
 @dataclass(frozen=True)
 class GateResult:
-    """What came of a gate: `detail` is what was measured or, if not ok, what is wrong and what to do."""
+    """The result of a gate: `detail` is the measurement or, if not ok, the problem and the remedy."""
 
     name: str
     ok: bool
@@ -25,12 +25,12 @@ class GateResult:
 
 
 def names() -> list[str]:
-    """Of all gates, in the order of the registry."""
+    """The names of all gates, in the order of the registry."""
     return list(dict.fromkeys(check.gate for check in registry.CHECKS if check.gate))
 
 
 def run_gate(name: str, build: BuildContext) -> GateResult | None:
-    """All checks of one gate, of which the first problem counts; None if none of them applies to the release."""
+    """Runs all checks of one gate; the first problem counts. None if none of them applies to the release."""
     results = [(check, _findings(check, build)) for check in registry.CHECKS if check.gate == name]
     applied = [(check, findings) for check, findings in results if findings is not None]
     for check, findings in applied:
@@ -47,7 +47,7 @@ def _findings(check: Check | BuildCheck, build: BuildContext) -> Findings | None
         return None
     try:
         return check.function(check.scope.subject(build.folder, "release"))
-    except Absent as error:  # what is built today has all that there is today
+    except Absent as error:  # a new release has every part of the present format
         return Findings([str(error)])
 
 
@@ -56,7 +56,7 @@ def run_all(build: BuildContext) -> list[GateResult]:
 
 
 def write(folder: Path, nodes: dict[str, dict[str, str]], results: list[GateResult]) -> None:
-    """The results as a table, and as a statement about all artifacts. nodes: as in evidence/release.json."""
+    """Writes the results as a table, and as a statement about all artifacts. nodes: as in evidence/release.json."""
     rows = {result.name: {"ok": result.ok, "detail": result.detail} for result in results}
     (folder / GATES).write_text(json.dumps(rows, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     stated = attest.gates(nodes, {result.name: result.ok for result in results})

@@ -1,4 +1,4 @@
-"""Whether training taught: bits per byte, accuracy and passkeys of each model against the one before it."""
+"""Checks the effect of training: bits per byte, accuracy and passkeys of each model against the previous one."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ BEYOND = f", beyond {SURE} standard errors of the difference"
 
 
 def pretraining_lowers_bits_per_byte(build: BuildContext) -> Findings:
-    """Over all held-out text, and of each source that pre-training read, lest a large one hide a small one."""
+    """Over all held-out text, and for each source that pre-training read, so that a large source does not hide a small
+    one."""
     init, base = (build.data.evaluation[name] for name in ("init", "base"))
     changes = _changes(_bits(init), _bits(base), {ALL, *build.data.sources_read("pretrain")})
     return Findings.of_measurement(max(_rises(changes)) < 0, f"bits per byte {_changes_text(changes)}")
 
 
 def midtraining_raises_accuracy(build: BuildContext) -> Findings:
-    """By more than the recipe demands."""
+    """By more than the recipe requires."""
     before, after = (build.data.evaluation[name]["accuracy_all"] for name in ("base", "mid"))
     required = build.evaluation["min_accuracy_gain"]
     text = (
@@ -34,7 +35,7 @@ def midtraining_raises_accuracy(build: BuildContext) -> Findings:
 
 
 def midtraining_keeps_bits_per_byte(build: BuildContext) -> Findings:
-    """Of all sources read so far, no more are lost than the recipe allows."""
+    """The loss over all sources read so far is within the recipe's limit."""
     base, mid = (build.data.evaluation[name] for name in ("base", "mid"))
     sources = {ALL, *build.data.sources_read("pretrain"), *build.data.sources_read("midtrain")}
     changes, allowed = _changes(_bits(base), _bits(mid), sources), build.evaluation["bits_per_byte_tolerance"]
@@ -43,8 +44,7 @@ def midtraining_keeps_bits_per_byte(build: BuildContext) -> Findings:
 
 
 def longcontext_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
-    """Longer texts cost no more bits per byte on short ones than the recipe allows. None without long-context
-    phases."""
+    """The loss in bits per byte on short texts is within the recipe's limit. None without long-context phases."""
     scores, orders = build.data.evaluation, build.data.order
     long = [model for model in scores if model.startswith("long")]
     if not long:
@@ -55,7 +55,7 @@ def longcontext_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
         bits_changes = _changes(_bits(scores["mid"]), _bits(scores[model]), sources)
         details.append(f"{model}: bits per byte {_changes_text(bits_changes)}")
         worst = max(worst, *_significant_rises(bits_changes, scores["mid"], scores[model]))
-        # of one text both models see as much up to mid-training's context, where bits per byte let the longer see more
+        # both models see the same text up to mid-training's context; with bits per byte the longer context sees more
         losses = [_short_position_losses(scores[name].get("loss_by_position", {}), build) for name in ("mid", model)]
         if any(losses):
             changes = _changes(losses[0], losses[1], {*losses[0], *losses[1]})
@@ -66,8 +66,8 @@ def longcontext_keeps_bits_per_byte(build: BuildContext) -> Findings | None:
 
 
 def longcontext_finds_passkeys(build: BuildContext) -> Findings | None:
-    """The last model finds more keys than the mid-trained one in texts that are too long for that one. None if the
-    models were asked for none."""
+    """The last model retrieves more keys than the mid-trained one from texts that are too long for that one. None if
+    the models were not evaluated on keys."""
     scores = build.data.evaluation
     long = [model for model in scores if model.startswith("long")]
     if not long or not any("passkey" in scores[model] for model in ("mid", long[-1])):
@@ -102,21 +102,21 @@ def _bits(scores: Scores) -> dict[str, float]:
 
 
 def _changes(before: dict[str, float], after: dict[str, float], names: set[str]) -> dict[str, tuple[float, float]]:
-    """Bits per byte before and after of each name that is held out, the greatest rise first."""
+    """Bits per byte before and after for each held-out name, the greatest rise first."""
     unknown = float("nan")
     pairs = {name: (before.get(name, unknown), after.get(name, unknown)) for name in names & {*before, *after}}
     return dict(sorted(pairs.items(), key=lambda pair: (-_rise(pair[1]), pair[0])))
 
 
 def _rise(pair: tuple[float, float]) -> float:
-    """How much worse; a value that one of the phases lacks, or that is no number, is as bad as can be."""
+    """The rise; infinite for a value that one of the phases lacks or that is NaN."""
     rise = pair[1] - pair[0]
     return rise if math.isfinite(rise) else math.inf
 
 
 def _significant_rises(changes: dict[str, tuple[float, float]], before: Scores, after: Scores) -> list[float]:
-    """The part of each rise in bits per byte that is no chance of the held-out documents: a small source has few of
-    them, and one bound for all would ask of it what its figures cannot tell."""
+    """The significant part of each rise in bits per byte: a small source has few held-out documents, so its figures are
+    too uncertain for one bound for all sources."""
     rises = []
     for name, pair in changes.items():
         rows = [s["bits_per_byte_all"] if name == ALL else s["bits_per_byte"].get(name) for s in (before, after)]

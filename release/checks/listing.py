@@ -1,4 +1,4 @@
-"""What lies in a folder that is to be verified, and what it is, before any of it is hashed."""
+"""Lists the files of a folder and identifies its kind, before any hashing."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from release.repositories import MOST_ENTRIES, Repository, files_within, publish
 from release.tree import SPARSE_BYTES, Tree, is_foreign_link, is_sparse, real_bytes
 
 SMALL_JSON = 4 << 20
-"""What is read of a file to see what a folder is."""
+"""The maximum size of a file that is read to identify a folder."""
 BRANCHES, MODELS = 10_000, 100
-"""Folders of checkpoints and of models, at most."""
+"""The maximum number of folders of checkpoints and of models."""
 HOLES = 4
-"""How often the bytes of files of holes may be those that are on the disk."""
+"""The maximum ratio of the size of sparse files to their bytes on the disk."""
 SECONDS, MEMORY = 1.0, 128 << 20
-"""For reading the sizes that manifests name."""
+"""The limits for reading the sizes from manifests."""
 SIGNS = (
     "evidence", "code/as-run", "dispositions.parquet", "parity.json", "checkpoints/index.json",
     *(f"{part}/{SUMS}" for part in PARTS),
@@ -32,8 +32,8 @@ SIGNS = (
 
 
 def kind_of(folder: Path) -> str:
-    """What a folder is, by the files that only it has. Parts of a release beside each other are a release, even if its
-    evidence is gone: no repository holds a folder of such a name."""
+    """The kind of a folder, by the files that only that kind has. Parts of a release beside each other are a release,
+    even without its evidence: no repository has a folder of such a name."""
     if parts_of(folder):
         return "release"
     marks = {
@@ -50,15 +50,15 @@ def kind_of(folder: Path) -> str:
 
 
 def parts_of(folder: Path) -> list[str]:
-    """What lies in a folder that only a release has beside its root: models, dataset, checkpoints."""
+    """The parts in a folder that only a release has beside its root: models, dataset, checkpoints."""
     with os.scandir(folder) as entries:
-        first_entries = islice(entries, MOST_ENTRIES)  # whose overflow `scan` reports
+        first_entries = islice(entries, MOST_ENTRIES)  # `scan` reports the overflow
         names = sorted(e.name for e in first_entries if e.is_dir(follow_symlinks=False) or e.is_symlink())
     return [name for name in names if name in PARTS or name.startswith(f"{MODEL}-")]
 
 
 def looks_like_release(folder: Path) -> bool:
-    """Whether a folder is, or once was, of a release: then a missing checksum file is a finding, not a wrong name."""
+    """Whether a folder is, or was, part of a release: then a missing checksum file is a finding, not a wrong name."""
     if os.path.lexists(folder / SUMS) or any(os.path.lexists(folder / marker) for marker in SIGNS):
         return True
     if any(os.path.lexists(folder / part / marker) for part in parts_of(folder) for marker in (SUMS, "config.json")):
@@ -73,10 +73,10 @@ def looks_like_release(folder: Path) -> bool:
 
 
 class Checksums:
-    """The checksum files of a folder, each read once, within limits on all of them.
+    """The checksum files of a folder, each read once, within limits on their total.
 
-    rows: {name: {path: sha256}}, of those that can be read; problems: {name: a sentence}, of those that cannot;
-    overflow: a sentence, where they are more than any release has.
+    rows: {name: {path: sha256}} of the readable ones; problems: {name: a sentence} of the others; overflow: a sentence,
+    if there are more than any release has.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -107,13 +107,13 @@ class Checksums:
         return self.rows[name]
 
     def listed(self) -> set[str]:
-        """Every file that one of them names, by its path in the folder."""
+        """Every file that a checksum file names, by its path in the folder."""
         bases = {name: "" if name == ALL_SUMS else name.removesuffix(SUMS) for name in self.rows}
         return {bases[name] + path for name, rows in self.rows.items() for path in rows}
 
 
 def _sums_files(folder: Path) -> list[str]:
-    """The names of the checksum files that lie in a folder, those of its root first."""
+    """The names of the checksum files in a folder, those of its root first."""
     bases = ["", *(f"{part}/" for part in parts_of(folder))]
     checkpoints = folder / "checkpoints"
     if checkpoints.is_dir() and not checkpoints.is_symlink():
@@ -128,14 +128,13 @@ def _size(folder: Path, name: str) -> int:
     try:
         return os.stat(folder / name).st_size
     except OSError:
-        return 0  # which reading it reports
+        return 0  # reading it reports the problem
 
 
 class Contents:
-    """What lies in a folder, listed once: what checks of bytes and signatures compare with.
+    """The listing of a folder, made once, for the checks of bytes and signatures.
 
-    missing: what a folder of its kind needs and does not have. places: its repositories, if it is a release of which
-    nothing is missing.
+    missing: required parts that the folder lacks. places: its repositories, if it is a complete release.
     """
 
     def __init__(self, folder: Path, kind: str, sums: Checksums, tree: Tree) -> None:
@@ -147,7 +146,7 @@ class Contents:
         self.paths = sorted(tree.files)
 
     def present(self) -> list[str]:
-        """The files that the checksum file over all lists, and itself."""
+        """The files that the checksum file of the whole covers, and itself."""
         return published(self.paths, self.places)
 
     def present_in(self, repository: Repository) -> list[str]:
@@ -156,7 +155,7 @@ class Contents:
 
 
 def check(contents: Contents) -> CheckResult:
-    """All that lies there may be read, and tells of itself how large it is."""
+    """Checks that every file may be read and has a plausible size."""
     folder, tree = contents.folder, contents.tree
     problems = list(tree.refused)
     if tree.others:
@@ -169,7 +168,7 @@ def check(contents: Contents) -> CheckResult:
     except CheckFailed:
         sizes = {}  # the manifests have a check of their own
     holes = {path for path, status in tree.files.items() if is_sparse(status)}
-    # file systems that compress keep no zeros, and the moments of an optimizer begin as such
+    # compressing file systems store no zeros, and the moments of an optimizer start as zeros
     allowed_bytes = SPARSE_BYTES + HOLES * real_bytes(tree.files.values())
     if sum(tree.files[path].st_size for path in holes) > allowed_bytes:
         for path in sorted(holes):
@@ -177,7 +176,7 @@ def check(contents: Contents) -> CheckResult:
             problems.append(f"{path} is a file of holes: of its {status.st_size} bytes next to none are on the disk")
     for path in sorted(tree.files.keys() & sizes.keys()):
         size = tree.files[path].st_size
-        if size > sizes[path] + SPARSE_BYTES:  # a smaller one is hashed, and judged by that
+        if size > sizes[path] + SPARSE_BYTES:  # a smaller one is hashed and compared by its digest
             tree.files.pop(path)
             problems.append(f"{path} has {size} bytes, and its manifest says {sizes[path]}")
     contents.paths = sorted(tree.files)
@@ -185,7 +184,7 @@ def check(contents: Contents) -> CheckResult:
 
 
 def missing_parts(folder: Path, kind: str) -> Problems:
-    """What makes a folder what it is, and is not there; or is there too often."""
+    """The parts that a folder of this kind requires and that are missing or exist too often."""
     if kind == "repository" and not (folder / "index.json").is_file():
         return [
             "nothing here tells what it is: no release, model, dataset, checkpoint or evidence is without its files"
@@ -202,8 +201,8 @@ def missing_parts(folder: Path, kind: str) -> Problems:
 
 
 def _sizes(folder: Path, tree: Tree) -> dict[str, int]:
-    """{path: bytes} of the files that are copies from artifacts, by the manifests of those, as far as they can be read:
-    a file of another size is not worth hashing."""
+    """{path: bytes} of the files copied from artifacts, by the readable manifests: a file of another size need not be
+    hashed."""
     sizes: dict[str, int] = {}
     try:
         rows: dict[tuple[str, str], Any] = {}

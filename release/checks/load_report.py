@@ -25,7 +25,7 @@ class LoadProblem(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading a model gave. parameters: as transformers counts them, None if it cannot load the model. goldens:
+    """The result of loading a model. parameters: counted by transformers, None if it cannot load the model. goldens:
     {messages, rows} of fixed inputs, empty if there are problems."""
 
     problems: list[LoadProblem]
@@ -39,7 +39,7 @@ class LoadReport:
 def load_models(folders: list[Path], budget: Budget | None = None) -> list[LoadReport]:
     """A report on each model folder, from one fresh interpreter.
 
-    budget: what a stranger's models may take once the libraries are loaded.
+    budget: the limits for untrusted models after the libraries are loaded.
     """
     command = [sys.executable, "-P", str(Path(export.__file__).with_name("load_check.py"))]
     command += [] if budget is None else [f"--memory={budget.memory}", f"--seconds={budget.seconds:.0f}"]

@@ -1,4 +1,4 @@
-"""Whether plain transformers loads the models of a release, and what they give there."""
+"""Checks that plain transformers loads the models of a release, and compares their outputs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from release.checks.load_report import CHAT_TEMPLATE, MODEL, LoadReport, load_mo
 from release.layout import GOLDENS
 
 GOLDEN_BOUND = 1e-3
-"""Of logits in fp32, which another processor adds up in another order."""
+"""The tolerance for logits in fp32, which another processor adds up in another order."""
 MEMORY, SECONDS, BYTES_PER_SECOND = 400 << 20, 10, 5_000_000
-"""What a model may take that is loaded in transformers, beyond what its weights need."""
+"""The limits for loading a model in transformers, beyond the needs of its weights."""
 
 
 def loads_with_goldens(subject: Subject) -> Findings:
-    """Each model loads within limits, its chat template round-trips, and fixed inputs give what they gave in the
-    build."""
-    for name in ("torch", "transformers"):  # the fresh interpreter would call their absence a fault of the model
+    """Checks that each model loads within limits, that its chat template round-trips, and that fixed inputs give the
+    outputs of the build."""
+    for name in ("torch", "transformers"):  # the fresh interpreter would report their absence as a fault of the model
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     models = subject.models
@@ -35,7 +35,7 @@ def loads_with_goldens(subject: Subject) -> Findings:
 
 
 def _compare_with_goldens(model: Path, report: LoadReport) -> list[str]:
-    """What tokenizer, template and weights give here is what they gave in the build; logits within GOLDEN_BOUND."""
+    """Compares the outputs of tokenizer, template and weights with those of the build; logits within GOLDEN_BOUND."""
     try:
         golden = read_json(require_file(model, GOLDENS))
     except Absent:
@@ -51,7 +51,8 @@ def _compare_with_goldens(model: Path, report: LoadReport) -> list[str]:
 
 
 def loads_as_exported(build: BuildContext) -> Findings:
-    """Every model loads with all its tensors and as many parameters as its files hold, and gives finite logits."""
+    """Checks that every model loads with all its tensors and the number of parameters in its files, and has finite
+    logits."""
     findings = Findings(summary="every model loads, finite logits")
     for folder, report in build.load_reports.items():
         findings.problems += [f"{folder}: {text}" for text in report.of_part(MODEL)]
@@ -63,7 +64,7 @@ def loads_as_exported(build: BuildContext) -> Findings:
 
 
 def chat_template_round_trips(build: BuildContext) -> Findings:
-    """What the chat template writes survives the tokenizer, with every marker as one token."""
+    """Checks that the output of the chat template survives the tokenizer, with every marker as one token."""
     reports = build.load_reports.items()
     problems = [f"{folder}: {text}" for folder, report in reports for text in report.of_part(CHAT_TEMPLATE)]
     return Findings(problems, summary="text, tokens and markers survive")

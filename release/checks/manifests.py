@@ -1,4 +1,4 @@
-"""Whether every file leads back to an artifact: manifests, and origins of the copies."""
+"""Checks that every file leads back to an artifact, by manifests and the origins of copies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from release.repositories import files_below
 
 
 def manifests(subject: Subject) -> Findings:
-    """Each manifest's digest is the digest of its rows."""
+    """Checks that each manifest's digest is the digest of its rows."""
     findings = Findings()
     for node, manifest in read_manifests(subject.folder).items():
         rows = [FileRow(row["path"], row["size"], row["sha256"]) for row in manifest["files"]]
@@ -25,8 +25,8 @@ def manifests(subject: Subject) -> Findings:
 
 
 def origins(subject: Subject) -> Findings:
-    """Every file has an origin, and each that was copied from an artifact is, byte for byte, the one that the
-    artifact's manifest lists."""
+    """Checks that every file has an origin, and that each file copied from an artifact is, byte for byte, the one in
+    the artifact's manifest."""
     folder, paths = subject.folder, files_below(subject.folder)
     origins_by_path = untrusted.read_json(folder / ORIGINS, follow=True)
     problems = [f"{path} has no origin" for path in unexplained(folder, origins_by_path, paths)]
@@ -36,7 +36,7 @@ def origins(subject: Subject) -> Findings:
     present, copies = set(paths), 0
     for path, origin in sorted(origins_by_path.items()):
         copies += "artifact" in origin
-        if path not in present:  # nor does ../ lead out of the release
+        if path not in present:  # and ../ does not lead out of the release
             if _part_is_there(folder, path):
                 problems.append(f"{path} is missing (listed in {ORIGINS})")
         elif "artifact" in origin and manifest_digests.get((origin["artifact"], origin["file"])) != subject.digest(
@@ -48,5 +48,5 @@ def origins(subject: Subject) -> Findings:
 
 
 def _part_is_there(folder: Path, path: str) -> bool:
-    """Whether the repository of a file is there; of a release's evidence alone, the others are not."""
+    """Whether the repository of a file exists here; beside a release's evidence alone, the others do not."""
     return (folder / path.split("/")[0]).exists()

@@ -1,4 +1,4 @@
-"""Whether the Merkle roots of a dataset are those of its tables."""
+"""Checks the Merkle roots of a dataset against its tables."""
 
 from __future__ import annotations
 

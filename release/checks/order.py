@@ -1,4 +1,4 @@
-"""Whether the order of training lies inside the training documents, and ends where the checkpoints do."""
+"""Checks that the order of training is within the training documents, and ends at the last checkpoint."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from release.layout import WITHOUT_ORDER, phases_of
 
 
 def segments(subject: Subject) -> Findings:
-    """Every segment of the order lies inside a training document, and no held-out document was trained on."""
+    """Checks that every segment of the order is within a training document, and that no held-out document was trained
+    on."""
     dataset = subject.folder
     columns = ["source", "split", "ordinal", "id", "tokens"]
     earlier = sorted((dataset / "earlier").glob("order-*/order.parquet"))
     current = dataset / "tokens/documents.parquet"
-    # An earlier run may have had other documents: then they are beside its order.
+    # An earlier run may have had different documents, which are then beside its order.
     tables = [*(dataset / "earlier").glob("tokenize-*/documents.parquet"), current]
     problems = []
     for path in sorted((dataset / "order").glob("*/order.parquet")) + earlier:
@@ -42,7 +43,7 @@ def segments(subject: Subject) -> Findings:
 
 
 def checkpoints_and_order(build: BuildContext) -> Findings:
-    """Every phase has checkpoints, and an order from its first step to that of the last one."""
+    """Checks that every phase has checkpoints, and an order from its first step to that of the last checkpoint."""
     rows = read_checkpoints(build.folder / "checkpoints")
     orders, findings = build.data.order, Findings()
     findings.summary = f"{len(rows)} checkpoints; order of {', '.join(orders)}"

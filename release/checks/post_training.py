@@ -1,4 +1,4 @@
-"""What reinforcement learning and preferences must have given a release whose models converse."""
+"""Checks the effect of reinforcement learning and preferences in a release with chat models."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from stages.evaluation.settings import SURE
 
 
 def rlvr_raises_pass_at_1(build: BuildContext) -> Findings | None:
-    """Reinforcement learning against verifiers gains more on the test problems than the recipe demands. None without
-    that phase."""
+    """RLVR gains more on the test problems than the recipe requires. None without that phase."""
     accuracies = _pass_at_1(build)
     if "rlvr" not in accuracies:
         return None
@@ -26,7 +25,7 @@ def rlvr_raises_pass_at_1(build: BuildContext) -> Findings | None:
 
 def rlhf_keeps_skills(build: BuildContext) -> Findings | None:
     """Learning from preferences loses no more on the test problems than the recipe allows. None without such phases
-    after reinforcement learning against verifiers."""
+    after RLVR."""
     accuracies = _pass_at_1(build)
     later = [name for name in accuracies if when(name) > when("rlvr")]
     if "rlvr" not in accuracies or not later:
@@ -45,7 +44,7 @@ def rlhf_keeps_skills(build: BuildContext) -> Findings | None:
 
 
 def is_preferred(model: str, build: BuildContext) -> Findings | None:
-    """The answers of a model that learned from preferences win against the model before. None if it was not
+    """The answers of a model that learned from preferences win against the previous model. None if it was not
     compared."""
     if model not in _pass_at_1(build) or model not in build.data.chat.get("preferences", {}):
         return None
@@ -55,7 +54,8 @@ def is_preferred(model: str, build: BuildContext) -> Findings | None:
 
 
 def _pass_at_1(build: BuildContext) -> dict[str, Scores]:
-    """{model: accuracy of drawn answers to all test problems}, in the order of training; empty if none converses."""
+    """{model: accuracy of sampled answers to all test problems}, in the order of training; empty without a chat
+    model."""
     test = build.data.chat.get("test", {})
     return {name: scores["problems_all"]["samples"]["accuracy"] for name, scores in test.items()}
 

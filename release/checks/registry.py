@@ -1,7 +1,7 @@
-"""All checks of a release, one line each: what `atom build` demands as gates, and what `atom verify` asks.
+"""All checks of a release, one line each: the gates of `atom build`, and the checks of `atom verify`.
 
-Both run them in this order. Before these, `atom verify` looks at the bytes: files, checksums, signatures, kinds of
-files; it asks nothing of a folder whose bytes are not what was published.
+Both run them in this order. Before these, `atom verify` checks the bytes: files, checksums, signatures, kinds of files;
+it runs no further check on a folder with altered bytes.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ CHECKS: tuple[Check | BuildCheck, ...] = (
 
 
 def verifiers(folder: Path, kind: str, deep: bool) -> Iterator[Check]:
-    """What `atom verify` asks of a folder of this kind."""
+    """The checks of `atom verify` for a folder of this kind."""
     for check in CHECKS:
         if isinstance(check, Check) and (deep or not check.deep) and check.applies_to(folder, kind):
             yield check

@@ -1,4 +1,4 @@
-"""Whether every scores.json is what the tables beside it give."""
+"""Checks every scores.json against the tables beside it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from release.checks.findings import Findings
 
 
 def scores(subject: Subject) -> Findings:
-    """Each scores.json is what its tables give, those of models that converse too."""
+    """Checks that each scores.json follows from its tables, including those of chat models."""
     return Findings(score_problems(subject.folder / "evaluation"))
 
 
 def score_problems(evaluation: Path) -> list[str]:
-    """evaluation: the folder of that name in a dataset repository."""
+    """The problems with scores. evaluation: the folder of that name in a dataset repository."""
     folders = [path.parent for path in sorted(evaluation.glob("*/scores.json"))]
     problems = [
         f"evaluation/{folder.name}/scores.json is not what its tables give"
@@ -35,13 +35,14 @@ def score_problems(evaluation: Path) -> list[str]:
 
 
 def _equals_measured(path: Path, measured: Scores) -> bool:
-    """Whether a scores.json is what was measured. One of an older schema may lack the figures that came since."""
+    """Whether a scores.json equals the measured scores. One of an older schema may lack figures that were added
+    later."""
     newer_figures = {figure for figure, schema_ in versions.FIGURES.items() if schema_ > schema.stated(path).cards}
     return _equal(read_scores(path), json.loads(json.dumps(measured)), newer_figures)
 
 
 def _equal(stated: Any, expected: Any, newer_figures: set[str], name: str = "") -> bool:
-    """Whether two JSON values are equal, but for fields of `newer_figures`, which the first may lack."""
+    """Whether two JSON values are equal, except for fields of `newer_figures`, which the first may lack."""
     if not (isinstance(stated, dict) and isinstance(expected, dict)):
         return bool(stated == expected)
     names = {key: f"{name}.{key}".lstrip(".") for key in expected}

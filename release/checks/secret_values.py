@@ -1,4 +1,4 @@
-"""Whether a release names secrets, or the machine that made it."""
+"""Checks a release for secrets and for names of the machine that made it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from release.repositories import files_below
 
 
 def no_secrets(build: BuildContext) -> Findings:
-    """No file holds a token, a private key, or a path of this machine."""
+    """Checks that no file contains a token, a private key, or a path of this machine."""
     paths = [path for path in files_below(build.folder) if Path(path).name != SUMS]
     hits = secret_scan.scan(build.folder, paths, build.machine)
     return Findings(hits, summary=f"{len(paths)} files searched")

@@ -1,4 +1,4 @@
-"""Whether the published code is the code that made the release."""
+"""Checks that the published code is the code that made the release."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from release.checks.findings import Findings
 
 
 def source_files(subject: Subject) -> Findings:
-    """The published source files are those that the statements of the published artifacts name, stale ones apart."""
+    """Checks that the published source files are those in the statements of the published artifacts, except for stale
+    ones."""
     folder = subject.folder
     release = read_json(folder / "evidence/release.json")
     current = {artifact["key"] for node, artifact in release["nodes"].items() if node not in release["stale"]}

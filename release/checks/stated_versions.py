@@ -1,4 +1,4 @@
-"""Whether everything in a folder states the same versions of our formats."""
+"""Checks that all files of a folder state the same versions of the formats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from release.repositories import files_below, repositories
 
 
 def same_versions(subject: Subject) -> Findings:
-    """Everything in a release, or in a repository, states the same versions."""
+    """Checks that all files of a release or repository state the same versions."""
     folder, folders = subject.folder, [""]
     if subject.kind == "release":
         folders = [repository.folder for repository in repositories(folder) if repository.branch == "main"]

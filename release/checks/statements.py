@@ -1,4 +1,4 @@
-"""Whether the in-toto statements of a release are about its artifacts, and say of them what the files say."""
+"""Checks that the in-toto statements of a release are about its artifacts, and match the files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ ARTIFACT_URI = "atom:artifact/"
 
 
 def statements(subject: Subject) -> Findings:
-    """Each artifact is the subject of a statement, each statement's materials are the artifacts of the release, and the
-    summary that it repeats is that of its product."""
+    """Checks that each artifact is the subject of a statement, that each statement's materials are the artifacts of the
+    release, and that the summary in it is that of its product."""
     folder = subject.folder
     manifests = read_manifests(folder)
     artifact_digests = {manifest["key"]: manifest["digest"] for manifest in manifests.values()}
@@ -62,7 +62,7 @@ def statements(subject: Subject) -> Findings:
 
 
 def _summaries(folder: Path, manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """{key: the byproduct that a statement about it should have} of each artifact whose summary.json is published."""
+    """{key: the expected byproduct of a statement about it} of each artifact whose summary.json is published."""
     summaries, present = {}, set(files_below(folder))
     for path, origin in read_json(folder / ORIGINS).items():
         if origin.get("file") == provenance.SUMMARY and path in present:

@@ -1,4 +1,4 @@
-"""What Parquet files grow to when they are read, by their footers, before anything of them is."""
+"""Estimates the memory of Parquet files from their footers, before reading them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 ROW_BYTES, VALUE_BYTES = 300, 100
-"""Of a row as Python's objects, and of each value in it: measured on tables of text and numbers."""
+"""Bytes of a row as Python objects, and of each value in it: measured on tables of text and numbers."""
 GROWTH = 1000
-"""The most that a table may grow by. Orders, the densest that are published, grow by 200 to 300."""
+"""The maximum growth factor of a table. Orders, the densest published tables, grow by 200 to 300."""
 SMALL = 32 << 20
 """A table may grow to this size in any case."""
 
@@ -25,7 +25,7 @@ def sizes(folder: Path, paths: Iterable[str]) -> dict[str, Any]:
             footer = pq.read_metadata(folder / path)
         except MemoryError:
             raise
-        except Exception as error:  # whatever the library raises of bytes that are no table
+        except Exception as error:  # any error of the library for bytes that are not a table
             problems.append(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}")
             continue
         groups = [footer.row_group(number) for number in range(footer.num_row_groups)]

@@ -1,4 +1,4 @@
-"""What `atom verify` answers: checks, each with what is wrong, and the verdict on all of them."""
+"""The result of `atom verify`: checks, each with its problems, and the verdict on all of them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from release.untrusted import printable
 
 SCHEMA = 1
 NAMED = 1000
-"""Faults of one check that are named."""
+"""The maximum number of faults that one check names."""
 Problems = list[str]
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One question and its answer; `wrong` names every file or number at fault, `skipped` every part that was not
-    compared, with the reason. `ok` is None if it was not asked.
+    """The result of one check; `wrong` names every file or number at fault, `skipped` every part that was not compared,
+    with the reason. `ok` is None if the check did not run.
 
-    Names of files and what stands in them come from strangers: every text is one line that is safe to print.
+    Names and contents of files are untrusted: every text is one line that is safe to print.
     """
 
     name: str
@@ -36,7 +36,7 @@ class CheckResult:
 
 
 def _printable_texts(texts: list[str]) -> list[str]:
-    """Again of what it returned, the same."""
+    """Idempotent: its own output does not change."""
     remaining = len(texts) - NAMED
     return [printable(text) for text in texts[: NAMED + (remaining == 1)]] + (
         [f"and {remaining} others"] if remaining > 1 else []
@@ -65,7 +65,7 @@ class Verdict:
         return {**body, "checks": [asdict(check) for check in self.checks]}
 
     def require(self) -> None:
-        """Raises CheckFailed with the first thing that is wrong."""
+        """Raises CheckFailed with the first problem."""
         problems = [
             (check.name, text) for check in self.checks if check.ok is False for text in check.wrong or [check.detail]
         ]
@@ -75,5 +75,5 @@ class Verdict:
 
 
 def answer(name: str, problems: Problems, detail: str = "holds") -> CheckResult:
-    """A check that holds if nothing is wrong; the first of what is wrong is its detail."""
+    """A check that holds without problems; the first problem is its detail."""
     return CheckResult(name, not problems, problems[0] if problems else detail, problems)

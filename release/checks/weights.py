@@ -1,4 +1,4 @@
-"""Whether the tensors of models and checkpoints can be read and used, and whether the export is the trained model."""
+"""Checks the tensors of models and checkpoints, and that the export equals the trained model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from release.layout import models_of, when
 
 
 def tensors(subject: Subject) -> Findings:
-    """Every tensor can be read and is finite; an optimizer has the tensors of its model."""
+    """Checks that every tensor is readable and finite, and that an optimizer has the tensors of its model."""
     import torch
     from safetensors import safe_open
 
@@ -33,7 +33,7 @@ def tensors(subject: Subject) -> Findings:
 
 
 def export_parity(build: BuildContext) -> Findings:
-    """The logits of every exported model agree with the trainer's."""
+    """Checks that the logits of every exported model agree with the trainer's."""
     deltas, findings = {}, Findings()
     for path in sorted((build.folder / "evidence/parity").glob("*.json")):
         parity = read_json(path)

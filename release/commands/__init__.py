@@ -1,4 +1,4 @@
-"""The commands about a release: from building it to what a stranger asks of it."""
+"""The commands about a release: build, sign, publish, verify, show, trace, replay."""
 
 import typer
 

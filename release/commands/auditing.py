@@ -1,4 +1,4 @@
-"""The commands that ask something of a release: verify, show, trace, replay."""
+"""The commands that audit a release: verify, show, trace, replay."""
 
 from __future__ import annotations
 

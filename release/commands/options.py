@@ -1,4 +1,4 @@
-"""What the commands about a release share: arguments, the check that a folder is a release, lines of progress."""
+"""Shared parts of the commands about a release: arguments, the check that a folder is a release, lines of progress."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TrustConfigOption = Annotated[
 
 
 def require_release(folder: Path, *marks: str) -> None:
-    """Raises AtomError if a folder is not a release. marks: files, each of which makes a folder acceptable too."""
+    """Raises AtomError if a folder is not a release. marks: files, each of which also makes a folder acceptable."""
     if not any((folder / mark).exists() for mark in ("evidence/release.json", *marks)):
         raise AtomError(f"{folder} is not a release folder; make one with `atom build`, or pull one from the Hub")
 

@@ -23,7 +23,7 @@ app = typer.Typer()
 def build(recipe: RecipeArgument) -> None:
     """Make the release folder, with its gates.
 
-    Everything in it comes from the sealed artifacts of the recipe; a gate that fails stops the build.
+    All its content comes from the sealed artifacts of the recipe; a failed gate stops the build.
 
     Example: atom build atom-tiny
     """
@@ -112,7 +112,7 @@ def publish(
 
 
 def _published_text(report: PublishReport) -> str:
-    """One line a repository."""
+    """One line for each repository."""
     lines = [f"{r.kind} {r.repo}@{r.revision} {r.commit[:12]}" for r in report.repositories]
     visible = "public" if report.public else "private"
     return "\n".join([*lines, f"published to {report.endpoint}, {visible}, pulled back and verified"])

@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: the client, uploads and downloads of releases, and a local Hub for tests and practice."""
+"""Publishes a release to the Hugging Face Hub and downloads it again; `local` is a Hub for tests."""

@@ -1,4 +1,5 @@
-"""Access to the `huggingface_hub` client: imported late, quiet, retried, and with its errors as one sentence each.
+"""Access to the `huggingface_hub` client: with a late import, without output, with retries, and with one sentence for
+each error.
 
 No other module imports it.
 """
@@ -26,12 +27,12 @@ RETRIED_STATUSES = (429, 500, 502, 503, 504)
 """Status codes after which a call is repeated."""
 ATTEMPTS = 6
 UNREACHABLE_ATTEMPTS = 3
-"""If no answer comes at all."""
+"""The number of attempts without any answer."""
 MAX_RETRY_SECONDS = 60.0
 MAX_LISTED = 1_000_000
-"""Files, branches or commits that a Hub may list, at most."""
+"""The maximum number of files, branches or commits that a Hub may list."""
 SHAPE_ERRORS = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
-"""What the client raises for JSON of another shape than a Hub's, and what reading its return values raises."""
+"""The exceptions of the client, or of reading its return values, for JSON of another shape than a Hub's."""
 
 
 class MalformedAnswer(Exception):
@@ -55,7 +56,8 @@ def load() -> Any:
     from huggingface_hub import constants
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    # Another library may have imported it first; what is read at import is looked up at each call, so it is set too.
+    # Another library may have imported it first; the constants from the import are looked up at each call, so they are
+    # set as well.
     constants.HF_HUB_DISABLE_TELEMETRY = True
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()
@@ -67,7 +69,7 @@ def load() -> Any:
 
 @lru_cache(maxsize=1)
 def _limit_client(hub_module: Any) -> None:
-    """Every client that the module makes from now on keeps to `limits`."""
+    """Puts `limits` on every client that the module creates from now on."""
     from huggingface_hub.utils import _http
 
     hub_module.set_client_factory(lambda: limits.install(_http.default_client_factory(), endpoint()))

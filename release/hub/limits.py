@@ -1,7 +1,7 @@
-"""Limits on every request of the Hub's client and on every answer, whatever the other side does.
+"""Limits on every request and response of the Hub client, for any behavior of the server.
 
-They are enforced where bytes are read and written (the network backend under httpx), so they cover a server that is
-silent, that sends one byte a second, or that never stops, in headers, answers and files, on uploads and on downloads.
+They are enforced in the network backend under httpx, so they cover a server that is silent, that sends one byte a
+second, or that never stops, in headers, responses and files, on uploads and on downloads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PIECE = 16 << 10
 
 
 class HubLimit(AtomError):
-    """The Hub exceeded a limit. Repeating the call would not help."""
+    """The Hub exceeded a limit. Another attempt would not help."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def transfer(expected: int) -> Iterator[None]:
-    """For calls that transfer files of so many bytes: they may take longer, and receive that much."""
+    """Context for calls that transfer files of that many bytes: they may take longer, and receive that much."""
     global _expected
     _expected = expected
     try:

@@ -1,12 +1,12 @@
-"""`atom publish`: uploads a release to the Hub in stages, so that nothing half-uploaded is ever public.
+"""`atom publish`: uploads a release to the Hub in stages, so that no partial upload is ever public.
 
-1. private repositories, filled in commits of at most 50 files, the checksum file of each last; what a public
-   repository lacks goes to a staging branch (see `upload`);
-2. everything pulled back into a temporary folder and verified, moved from the staging branches, and tagged;
-3. only then, and only with `--public`, public in the order data, checkpoints, models, collection.
+1. private repositories, filled in commits of at most 50 files, the checksum file of each last; the missing files of a
+public repository go to a staging branch (see `upload`); 2. everything pulled back into a temporary folder and verified,
+moved from the staging branches, and tagged; 3. only then, and only with `--public`, public in the order data,
+checkpoints, models, collection.
 
-Each call that changes something is written to `<release>.publish.jsonl` beside the release. No other state is kept: a
-second run uploads only what differs from the Hub, so running it again finishes an interrupted publication.
+Each changing call is recorded in `<release>.publish.jsonl` beside the release. No other state is kept: a second run
+uploads only the differences to the Hub, so it finishes an interrupted publication.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def publish(
     acknowledge: names of stale nodes, and `dirty` for a changed checkout, that may be made public anyway.
 
     Raises AtomError for a refused token, an unreachable endpoint, another namespace than the release's, or a version
-    that is published with other bytes; CheckFailed if the release, or what is pulled back from the Hub, is not valid.
+    that is published with different bytes; CheckFailed if the release, or its copy pulled from the Hub, is not valid.
     """
     release = release.resolve()
     if not (release / RELEASE).is_file():
@@ -114,9 +114,9 @@ def _require_publishable(
 def _verify_published(
     release: Path, subject: str, destinations: Sequence[Destination], staged: Sequence[Published], progress: Progress
 ) -> None:
-    """Downloads every repository at the commit just made, into the shape of the release, and verifies that.
+    """Downloads every repository at its new commit, in the layout of the release, and verifies the copy.
 
-    subject: what messages call it. Raises CheckFailed if it is not the release that was uploaded.
+    subject: its name in messages. Raises CheckFailed if it differs from the uploaded release.
     """
     with scratch.folder() as temporary:
         copy = temporary / release.name

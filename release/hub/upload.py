@@ -1,8 +1,8 @@
-"""The steps of a publication that change a repository: upload, move what was verified to its own branch, tag.
+"""The steps of a publication that change a repository: upload, promote the verified branch, tag.
 
 A private repository is filled in place. A branch of a public repository never holds unverified files: they go to the
-branch `upload-v<version>` (`upload-v<version>-<branch>` for a checkpoint's), and come to their own branch in one commit
-after they were pulled back and verified. The Hub then has their bytes, so that commit uploads none.
+branch `upload-v<version>` (`upload-v<version>-<branch>` for a checkpoint's), and are moved to their final branch in one
+commit after they were pulled back and verified. The Hub then has their bytes, so that commit uploads none.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Difference:
-    """The paths that a revision lacks or has with other bytes, and those that it has beyond the wanted ones."""
+    """The paths that a revision lacks or has with different bytes, and its extra paths."""
 
     missing: list[str]
     surplus: list[str]
@@ -53,7 +53,7 @@ class Difference:
 
 
 class Journal:
-    """A file with one JSON line for each call that changed something on the Hub."""
+    """A file with one JSON line for each call that changed the Hub."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -132,7 +132,7 @@ class Destination:
 
     def promote(self, staged: Published) -> Published:
         """Makes the branch equal to the verified staging branch; does nothing if the upload went to the branch itself.
-        Raises CheckFailed if the branch then differs from what was verified."""
+        Raises CheckFailed if the branch then differs from the verified files."""
         if staged.revision == self.branch:
             return staged
         self._ensure_branch(self.branch, self._branches().get(self.branch))
@@ -196,7 +196,7 @@ class Destination:
             self.journal.write("create_branch", repo=remote.id, kind=remote.kind, branch=branch)
 
     def _difference(self, file_ids: FileIds, revision: str | None) -> Difference:
-        """Of the wanted files and those of a revision; None is an empty one."""
+        """The difference between the wanted files and a revision; None is an empty revision."""
         files = self._files(revision) if revision else {}
         missing = [path for path, ids in file_ids.items() if path not in files or files[path].id not in ids]
         return Difference(missing, sorted(set(files) - set(file_ids) - {".gitattributes"}))

@@ -3,8 +3,8 @@
 A signature is made with a private key (`sign`; the public key is beside it as `model.pub`) or without one, by Sigstore
 (`sign_keyless`; the bundle contains the certificate that names the signer). It covers every file of its repository,
 `SHA256SUMS` among them, and nothing of the repositories inside its folder in a release. The stock `model_signing`
-command verifies a pulled repository by itself. `verify` here takes digests that are known already, so that no file is
-hashed twice. `Trust` states whose signatures count.
+command verifies a pulled repository by itself. `verify` here takes computed digests, so that no file is hashed twice.
+`Trust` states which signers are trusted.
 """
 
 from release.signing.keyless import Identity, recorded_identity

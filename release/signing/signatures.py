@@ -13,7 +13,7 @@ from release.signing import keyless
 from release.signing.keys import SigningKey, fingerprint
 
 IGNORED = (SIGNATURE, PUBLIC_KEY, ".cache")
-"""Files that a signature does not cover, besides git's: the signature and its key, and what the Hub's client leaves."""
+"""Files that a signature does not cover, besides git's: the signature and its key, and files of the Hub's client."""
 
 
 def sign(release: Path, key: SigningKey, progress: Callable[[str], None] = lambda text: None) -> str:

@@ -1,4 +1,4 @@
-"""Verifies the signature of a repository, and states whose signatures count."""
+"""Verifies the signature of a repository by a trust policy: a key, a certificate chain, or a Sigstore identity."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TrustPolicy:
 
 @dataclass(frozen=True)
 class Trust:
-    """Whose signatures count, as a caller states it.
+    """The trusted signers, as the caller states them.
 
     key: a public key's fingerprint, or the file of the key. chain: files of trusted certificates. identity, issuer: the
     signer that Sigstore certified, and the OpenID provider that vouches for it. trust_config: of another instance of
@@ -73,7 +73,7 @@ ANYONE = Trust()
 
 
 def load_libraries() -> None:
-    """Imports what verifying needs, once."""
+    """Imports the libraries for verifying, once."""
     from model_signing._signing import sign_certificate, sign_ec_key, sign_sigstore_pb, signing  # noqa: F401
     from sigstore import dsse  # noqa: F401
 
@@ -167,7 +167,7 @@ def _verified_digests(signature: Path, public: Path, chain: Sequence[Path]) -> d
             pems = [_pem(certificate.raw_bytes) for certificate in certificate_chain.certificates]
             if fingerprint(pems[0][1]) != fingerprint(public.read_bytes()):
                 raise ValueError("its certificate is of another key")
-            # where no certificate is trusted, the signature vouches for itself, as a key does
+            # without trusted certificates, the certificate in the signature counts, like the key beside it
             anchor.write(pems[-1][0])
             anchor.flush()
             verifier = sign_certificate.Verifier(chain or [Path(anchor.name)])

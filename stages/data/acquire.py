@@ -91,7 +91,7 @@ def _subsample(rows: dict[str, DocumentRow], limit: int | None, name: str, seed:
 
 
 def estimate(config: AcquireConfig) -> Estimate:
-    """Seconds of a source that comes with Python or from a seed; none of one whose files may be of any size."""
+    """Seconds for a source from Python's library or from a seed; no estimate for files, which may have any size."""
     return Estimate(cpu_seconds=None if isinstance(config.source.reader, FileReader) else 5.0)
 
 

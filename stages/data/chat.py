@@ -1,7 +1,7 @@
 """Conversations as text: rendered with the release's chat template, one document for each turn of the assistant.
 
 The part before the assistant's turn carries no loss, and the turn ends with its `<|im_end|>`, so a document is exactly
-the prompt of a model and its completion.
+a prompt and its completion.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BEGIN = f"{TURN_START}assistant\n"
 """The template's text before an answer."""
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, Any]
-"""`role`, `content` and, of the assistant, perhaps `reasoning_content`, all text."""
+"""`role`, `content` and, for the assistant, optionally `reasoning_content`, all text."""
 
 
 class _Generation(Extension):
@@ -45,10 +45,10 @@ def render(messages: Sequence[Message], ask: bool = False) -> str:
 
 
 def turns(messages: Sequence[Message]) -> Iterator[tuple[str, int]]:
-    """(text, number of leading characters without loss) of each turn of the assistant, with all that came before it.
+    """(text, number of leading characters without loss) of each turn of the assistant, with all earlier turns.
 
-    Raises ValueError in words if the messages are no conversation, or hold a special token's name, which training could
-    not tell from the token.
+    Raises ValueError in words if the messages are not a conversation, or contain the name of a special token, which
+    training could not distinguish from the token.
     """
     check(messages)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -66,7 +66,7 @@ def prompt_chars(text: str) -> int:
 
 
 def check(messages: Sequence[Message]) -> None:
-    """Raises ValueError in words if the messages are no conversation."""
+    """Raises ValueError in words if the messages are not a conversation."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError("there is no list of messages")
     for message in messages:

@@ -1,4 +1,4 @@
-"""The chunks of the documents of a phase: what its rows are made of."""
+"""The chunks of the documents of a phase, from which its rows are built."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Chunks = dict[str, "NDArray[Any]"]
 
 
 def chunk(tokens: int, loss_from: int, sequence_length: int) -> list[tuple[int, int, int]]:
-    """(offset, length, targets without loss) of the chunks of one document that carry any loss.
+    """(offset, length, targets without loss) of the chunks of one document that carry loss.
 
     `loss_from` is the first token of the document that carries loss. A chunk of length n has n - 1 targets.
     """

@@ -1,6 +1,6 @@
 """Dedup: remove near duplicates over all sources, then assign the held-out split.
 
-Memory holds only the dispositions of all documents, the pairs that share a bucket, and the texts of near duplicates.
+Memory contains only the dispositions of all documents, the pairs that share a bucket, and the texts of near duplicates.
 """
 
 from __future__ import annotations

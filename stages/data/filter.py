@@ -1,10 +1,10 @@
 """Filter: the steps of each source, then decontamination and exact deduplication over all sources.
 
-The order matters. Personal data is replaced before deduplication, so copies that differ in an address only are
-duplicates. Contaminated documents are removed before duplicates, so the document that stays in place of others is kept.
-The steps run in one process a shard: the corpus of a demo is too small for the start-up of datatrove's executor, some
-seconds a step. Memory holds the digests and dispositions of all documents, and the texts of one shard
-and of one row group of output.
+The order matters. Personal data is replaced before deduplication, so copies that differ only in an address are
+duplicates. Contaminated documents are removed before duplicates, so the representative of a group of duplicates is
+never removed afterwards. The steps run in one process for each shard: a small corpus is not worth the start-up of
+datatrove's executor, some seconds for each step. Memory holds the digests and dispositions of all documents, and the
+texts of one shard and of one row group of output.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _drop_exact_duplicates(
         dispositions.keep(id, None, digest)
         kept: DocumentRow = {**rows[id], "text": text, "content_hash": digest}
         if source.kind == "chat":
-            kept["prompt_chars"] = prompt_chars(text)  # a step may edit the text
+            kept["prompt_chars"] = prompt_chars(text)  # a step may have edited the text
         yield kept
 
 

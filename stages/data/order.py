@@ -1,4 +1,4 @@
-"""The exact order of training data: which tokens of which documents make up every row of every step.
+"""The exact order of training data: the tokens and documents of every row of every step.
 
 The order depends only on the seed, the mix and the table of documents. It is an artifact: training follows it, the
 documents of a step can be looked up without the corpus, and a release can publish it.
@@ -78,7 +78,7 @@ def rows_from(first: int, sizes: Iterable[tuple[int, int]]) -> int:
 
 
 def settings(config: OrderConfig) -> dict[str, Any]:
-    """The part of a config that a checkpoint keeps, to detect whether a later config gives the same rows."""
+    """The part of a config that a checkpoint keeps, to detect whether a later config implies the same rows."""
     return {name: value for name, value in identity(config).items() if name != "first_step"}
 
 
@@ -145,10 +145,10 @@ def run(config: OrderConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 def _pack_rows(
     config: OrderConfig, chunks: Mapping[str, Chunks], cursor: DataCursor
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Several chunks a row: the table from `first_step` on, and a report on the long chunks of each source.
+    """Packs several chunks in each row: the table from `first_step` on, and a report on the long chunks of each source.
 
-    A phase that continues with other settings has its remaining steps packed again, since packing is global: chunks
-    that it has read may come again before all others were read.
+    If a phase continues with other settings, its remaining steps are packed again, because packing is global: chunks
+    that were read may recur before all others were read.
     """
     counts, label = config.rows_of(cursor.first_step), f"order/{seed_label(config.phase)}"
     if cursor.first_step > 1:

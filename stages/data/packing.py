@@ -1,4 +1,4 @@
-"""Packing: the chunks that a packed phase reads, and the row of each.
+"""Packing: assigns the chunks of a packed phase to rows.
 
 A source's share of a packed phase is a share of tokens. Long chunks can be up-weighted: they are drawn separately, up
 to a number of epochs; shorter chunks make up the difference, which is reported. Rows are filled by best fit among a
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 OPEN_ROWS = 64
-"""Rows that are being filled at a time: more fill better and mix the order of long and short chunks more."""
+"""The number of open rows: a larger number fills rows better and mixes the order of long and short chunks more."""
 
 
 class LongDocuments(Config):
@@ -43,14 +43,14 @@ class LongDocuments(Config):
 def quotas(slots: NDArray[np.int64], tokens: float, rule: LongDocuments | None) -> dict[str, Any]:
     """The numbers of a source's tokens from its long and its short chunks.
 
-    slots: targets of each chunk; tokens: those that the phase reads of the source.
+    slots: targets of each chunk; tokens: the number that the phase reads of the source.
     """
     if rule is None:
         return {"short": tokens}
     long = slots > rule.over
     available, target = int(slots[long].sum()), rule.share * tokens
     allowed = min(target, rule.max_epochs * available)
-    granted = tokens if long.all() else allowed  # nothing shorter can stand in: the long ones come more often
+    granted = tokens if long.all() else allowed  # no shorter chunks exist: the long ones are repeated more often
     return {
         "short": tokens - granted,
         "long": granted,
@@ -130,16 +130,16 @@ def pack(
 
 
 def fill(slots: NDArray[np.int64], capacity: int, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Puts items into rows in their order: each into the open row that it fills best.
+    """Assigns items to rows in their order: each to the open row that it fills best.
 
-    slots: size of each item, at most `capacity`. Returns (item, row) of those that found a place in the first `rows`
-    rows, by row and then by place in it.
+    slots: size of each item, at most `capacity`. Returns (item, row) of those that fit in the first `rows` rows, by row
+    and then by position in it.
     """
     import numpy as np
 
     open_: list[tuple[int, int]] = []  # (room, row), ascending
     row_of = np.full(len(slots), -1, np.int64)
-    rank: dict[int, int] = {}  # row -> in which order it was closed
+    rank: dict[int, int] = {}  # row -> its position in the order of closing
     opened = 0
     for item, size in enumerate(slots.tolist()):
         index = bisect.bisect_left(open_, (size, -1))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stages.data.readers.base import Document, Files, Unreadable
 
-# not library code (tests, the editor, installed packages), or written at build time with paths of the build machine
+# not library code (tests, the editor, installed packages), or generated at build time with paths of the build machine
 _SKIPPED_FOLDERS = frozenset(
     (
         "test",
@@ -60,7 +60,7 @@ def read_docstrings(files: Files) -> Iterator[Document | Unreadable]:
 
 
 def read_functions(files: Files) -> Iterator[Document | Unreadable]:
-    """Every function and method that is more than a docstring; a file that does not parse is unreadable."""
+    """Every function and method with more than a docstring; a file that does not parse is unreadable."""
     for relative, lines, tree in _parse_files(files):
         if tree is None:
             yield Unreadable(relative)
@@ -73,7 +73,7 @@ def read_functions(files: Files) -> Iterator[Document | Unreadable]:
 
 
 def read_modules(files: Files) -> Iterator[Document | Unreadable]:
-    """Every file that holds more than docstrings; a file that does not parse is unreadable."""
+    """Every file with more than docstrings; a file that does not parse is unreadable."""
     for relative, lines, tree in _parse_files(files):
         if tree is None:
             yield Unreadable(relative)
@@ -94,7 +94,7 @@ def _parse_files(files: Files) -> Iterator[tuple[str, list[str], ast.Module | No
             encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
             text = data.decode(encoding)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in old modules are not ours to report
+                warnings.simplefilter("ignore")  # do not report invalid escapes in old modules
                 tree = ast.parse(text)
         except (SyntaxError, ValueError, RecursionError):
             yield relative, [], None
@@ -138,7 +138,7 @@ def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, line
 def _file_without_docstrings(tree: ast.Module, lines: list[str]) -> str:
     """The file's text without the docstrings of `_definitions`, and of functions inside functions.
 
-    A docstring that is all there is, or shares a line with code, becomes `pass`, so that the rest still parses.
+    A docstring that is the whole body, or shares a line with code, becomes `pass`, so that the rest still parses.
     """
     edited: list[str | None] = list(lines)
     for node in ast.walk(tree):

@@ -1,7 +1,7 @@
 """The data recipe: the sources of a corpus and their curation.
 
 `load("tiny")` reads the packaged recipe `data_recipes/tiny.yaml`; a path reads that file. Nothing heavy is imported
-here, since `atom plan` needs the recipe and the digests of the source trees before any stage runs.
+here, because `atom plan` needs the recipe and the digests of the source trees before any stage runs.
 """
 
 from __future__ import annotations
@@ -105,14 +105,14 @@ class DataRecipe(Config):
 def load(name_or_path: str | Path) -> DataRecipe:
     """A data recipe by packaged name or by path; relative file paths inside are relative to the YAML.
 
-    Raises RecipeError in one sentence: no such recipe, not YAML, or the first field that is wrong and its fix.
+    Raises RecipeError in one sentence: no such recipe, not YAML, or the first invalid field and its remedy.
     """
     path = find(str(name_or_path), "data_recipes", "data recipe")
     return loads(read_file(path, _title(path)), path)
 
 
 def loads(content: bytes, path: Path) -> DataRecipe:
-    """As `load`, from the bytes that were read from `path`."""
+    """As `load`, from the bytes of `path`."""
     title = _title(path)
     raw = parse_yaml(content, title)
     _require_licenses(title, raw)

@@ -15,5 +15,5 @@ def classes(registry: Mapping[str, str], attribute: str) -> list[type[Any]]:
 
 
 def union(registry: Mapping[str, str], attribute: str, discriminator: str) -> Any:
-    """A type for settings that are of one of these classes, by the value of the field `discriminator`."""
+    """The union type of these classes of settings, by the value of the field `discriminator`."""
     return Annotated[Union[tuple(classes(registry, attribute))], Field(discriminator=discriminator)]  # noqa: UP007

@@ -1,4 +1,4 @@
-"""Drawing the rows of a phase that has one chunk a row: from which source each is, and which chunk of it."""
+"""Draws the rows of a phase with one chunk in each row: the source and the chunk of every row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class DataCursor:
     """A position in the data: the first step, and the rows of each source that were read before that step.
 
-    `seed` orders the sources; a checkpoint hands it on, so that another recipe seed repeats no document.
+    `seed` orders the sources; a checkpoint passes it on, so that another recipe seed repeats no document.
     """
 
     first_step: int
@@ -47,7 +47,7 @@ def draw_rows(
     from_step = f" from step {cursor.first_step}" if cursor.first_step > 1 else ""
     labels = labels[permutation(len(labels), f"{label}/sources{from_step}", seed)]
     skipped = first_step - cursor.first_step
-    rows_read = sum(counts[:skipped])  # rows that the checkpoint has read
+    rows_read = sum(counts[:skipped])  # rows that were read before the checkpoint
     counts = counts[skipped:]
 
     total = len(labels) - rows_read

@@ -1,4 +1,4 @@
-"""Seeds and permutations that follow from a label and a number: no clock, no hash order, no library version."""
+"""Seeds and permutations from a label and a number, independent of clocks, hash order and library versions."""
 
 from __future__ import annotations
 

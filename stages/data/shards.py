@@ -13,9 +13,9 @@ _BYTES_A_TOKEN = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
 
 
 def check_shard(prefix: Path) -> int:
-    """The number of sequences in `<prefix>.bin` and `.idx`. Raises AtomError naming the file that is wrong.
+    """The number of sequences in `<prefix>.bin` and `.idx`. Raises AtomError with the damaged file.
 
-    Checks header, the size of the index, that sequences lie one behind the other, and that the tokens are all there.
+    Checks the header, the size of the index, that sequences are contiguous, and that all tokens exist.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Sources: where documents come from, under which license, and the digest of their files."""
+"""Sources: the origin of documents, their license, and the digest of their files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Source(Config):
 def resolve_tree_digest(source: Source) -> str:
     """`sha256:` over the sorted (relative path, sha256) of the files that the source's reader reads.
 
-    Procedural sources read none. Raises RecipeError if the files are not there or a pinned digest differs.
+    Procedural sources read none. Raises RecipeError if the files are missing or a pinned digest differs.
     """
     files = source.reader.files(source.name)
     rows = [[relative, sha256_file(path)] for relative, path in files]

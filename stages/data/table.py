@@ -1,4 +1,4 @@
-"""Parquet tables of the data stages: one schema each, one way of writing, errors that name the file.
+"""Parquet tables of the data stages: one schema each, one writer, errors with the name of the file.
 
 Equal rows give equal bytes: fixed row groups, zstd, no pandas metadata, no clock.
 """
@@ -48,7 +48,7 @@ class KeptRow(DocumentRow):
 
 
 class DispositionRow(TypedDict):
-    """What curation decided about an input document."""
+    """The decision of curation about an input document."""
 
     id: String
     source: String
@@ -135,7 +135,7 @@ def write_rows(path: Path, columns: Mapping[str, str], rows: Iterable[Mapping[st
 
 @contextmanager
 def row_writer(path: Path, columns: Mapping[str, str]) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that writes one row and buffers a row group. The bytes are those of `write_table`."""
+    """A context with a function that writes one row and buffers a row group. The bytes are those of `write_table`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -169,7 +169,7 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def read_table(path: Path, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
-    """Raises AtomError naming the file if it is missing, cut short or without one of the columns."""
+    """Reads a table. Raises AtomError with the file if it is missing, truncated or lacks one of the columns."""
     import pyarrow.parquet as pq
 
     with _read_errors(path):

@@ -1,4 +1,4 @@
-"""Encode kept documents into Megatron's .bin/.idx shards, one a split and source, with a table of documents."""
+"""Encode kept documents into Megatron's .bin/.idx shards, one for each split and source, with a table of documents."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def run(config: TokenizeConfig, inputs: Inputs, work: Path, out: Path, report: R
 
 
 def _load_inputs(inputs: Inputs) -> tuple[Tokenizer, int, list[Path]]:
-    """The tokenizer, its end-of-document id, and the files of kept documents, one a source."""
+    """The tokenizer, its end-of-document id, and the files of kept documents, one for each source."""
     tokenizer = load_for_corpus(inputs["tokenizer"] / "tokenizer.json")
     end = tokenizer.token_to_id(END)
     if end is None:
@@ -175,7 +175,7 @@ class _Shard:
         )
 
     def close(self, out: Path) -> bool:
-        """Moves the finished files to `out`; False, and no files, if there are no documents."""
+        """Moves the finished files to `out`; returns False, without files, if there are no documents."""
         self._file.close()
         if not self.rows:
             return False
@@ -184,7 +184,7 @@ class _Shard:
             finished, target = (parent / f"{self.source}{suffix}" for parent in (self.folder, out / self.split))
             try:
                 os.replace(finished, target)
-            except OSError:  # work and out may lie on different file systems
+            except OSError:  # work and out may be on different file systems
                 shutil.move(finished, target)
         return True
 

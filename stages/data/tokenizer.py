@@ -56,7 +56,7 @@ CHAT_TEMPLATE = """\
 
 
 Vocabulary = Annotated[int, Range(len(SPECIAL_TOKENS) + 256, 2**20, "Llama 3: 128256, Gemma 3: 262144, XLM-V: 1e6")]
-"""Tokens; the least are all bytes and the special tokens."""
+"""Number of tokens; the minimum is all bytes and the special tokens."""
 SampleBytes = Annotated[int, Range(1, 1e12, "the sample lies in memory")]
 
 
@@ -138,7 +138,7 @@ def interleave(texts: dict[str, list[str]], limit: int) -> Iterator[str]:
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """The files from which `AutoTokenizer.from_pretrained(folder)` loads; model_max_length is the exporter's to add."""
+    """Writes the files for `AutoTokenizer.from_pretrained(folder)`; the exporter adds model_max_length."""
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
     write_json(

@@ -1,7 +1,7 @@
-"""Bits per byte of held-out documents, which compares models whatever their tokenizer.
+"""Bits per byte of held-out documents, which are comparable between models with different tokenizers.
 
-Minus log2 p(document) over its bytes. What carries no loss in training, such as the question of a problem, is context
-here too.
+The measure is minus log2 p(document) over its bytes. A part without loss in training, such as the question of a
+problem, is only context here as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HeldoutLimit = Annotated[int, Range(2, 1e6)]
 
 
 class HeldoutDocument(TypedDict):
-    """The columns of a curated document that are read."""
+    """The columns that are read of a curated document."""
 
     id: str
     text: str
@@ -35,7 +35,7 @@ class HeldoutDocument(TypedDict):
 
 
 class DocumentScore(TypedDict):
-    """bytes, tokens: of what is scored; nll_bits: minus log2 of its probability."""
+    """bytes, tokens: of the scored part; nll_bits: minus log2 of its probability."""
 
     source: String
     id: String
@@ -51,7 +51,7 @@ def heldout_documents(folder: Path, limit: int) -> list[HeldoutDocument]:
     """Up to `limit` held-out documents of every source, drawn by smallest content hash (a fixed lottery), by id."""
     documents: list[HeldoutDocument] = []
     heldout = read_heldout(folder)
-    for source in sorted({row["source"] for row in heldout}):  # some sources hold nothing out, such as problems
+    for source in sorted({row["source"] for row in heldout}):  # some sources have no held-out split, such as problems
         rows = [row for row in heldout if row["source"] == source]
         if len(rows) < 2:
             raise AtomError(
@@ -100,10 +100,10 @@ def document_bits(
 ) -> DocumentScore:
     """Bits and bytes of one document, cut to the model's context.
 
-    A question, the first `prompt_chars` characters, is context and is not scored, as it carries no loss in training; it
-    is tokenized by itself, as there. Documents start a row in training, with no token before them, so a first token
-    without a question is scored after a lone end-of-document token and all others in the context that the model was
-    trained with: by the chain rule a proper probability of the text, in which every byte is paid for.
+    A question, the first `prompt_chars` characters, is context and is not scored, because it carries no loss in
+    training; it is tokenized separately, as in training. Documents start a row in training, without a preceding token,
+    so the first token of a document without a question is scored after a lone end-of-document token, and all others in
+    the context of training. By the chain rule this is a proper probability of the text that covers every byte.
     """
     import torch
 
@@ -130,8 +130,8 @@ def document_bits(
 
 
 def token_ids(tokenizer: Any, text: str, chat: bool = False) -> list[int]:
-    """The tokens of a document; a special token's name inside the text stays text, as in training, unless it is a
-    conversation in the release's template."""
+    """The tokens of a document; the name of a special token inside the text is plain text, as in training, unless the
+    document is a conversation in the release's template."""
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = not chat
     ids: list[int] = backend.encode(text, add_special_tokens=False).ids
@@ -142,6 +142,6 @@ def token_ids(tokenizer: Any, text: str, chat: bool = False) -> list[int]:
 def token_bytes(tokenizer: Any, ids: list[int]) -> int:
     """Bytes that tokens of a byte-level vocabulary stand for: one character of the byte alphabet is one byte.
 
-    A cut in the middle of a multi-byte character is counted exactly, where decoding would put a replacement.
+    A cut in the middle of a multi-byte character is counted exactly; decoding would insert a replacement character.
     """
     return sum(len(token) for token in tokenizer.convert_ids_to_tokens(ids))

@@ -30,15 +30,15 @@ def binomial(scores: Sequence[int]) -> dict[str, Any]:
 
 
 def clustered(values: Sequence[float]) -> dict[str, Any]:
-    """Mean of one value an item with its standard error over items, two at least: answers to one item share its luck,
-    so they are averaged before they are counted (Miller 2024, arXiv 2411.00640)."""
+    """Mean of one value per item with its standard error over items, at least two: answers to one item are correlated,
+    so they are averaged first (Miller 2024, arXiv 2411.00640)."""
     n, mean = len(values), math.fsum(values) / len(values)
     spread = math.fsum((x - mean) ** 2 for x in values)
     return {"value": mean, "se": math.sqrt(spread / (n - 1) / n), "n": n}
 
 
 def wilson(wins: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927). wins: halves count, which makes it wider than it need be."""
+    """95 % interval of a share (Wilson 1927). wins: halves count, which makes the interval conservative."""
     p, z = wins / n, Z95
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
@@ -59,13 +59,13 @@ def majority_at(votes: Sequence[str | None], correct: Collection[str], k: int) -
     """Probability that the most frequent of k answers is correct, drawn without replacement from all: the expectation
     of maj@k over every subset, in closed form. None is an answer without a vote; ties are broken at random.
 
-    A correct answer wins with j votes where no other has more; the ways to draw the others are counted by convolution.
+    A correct answer wins with j votes if no other has more; the number of ways to draw the others is a convolution.
     """
     counts = Counter(vote for vote in votes if vote is not None)
     abstentions, ways = len(votes) - counts.total(), Fraction(0)
     for winner in sorted(set(correct) & counts.keys()):
         for j in range(1, min(counts[winner], k) + 1):
-            others = {(0, 0): 1}  # (answers drawn, of how many others j) -> ways
+            others = {(0, 0): 1}  # (answers drawn, number of others with j votes) -> ways
             for other in counts.keys() - {winner}:
                 updated: dict[tuple[int, int], int] = defaultdict(int)
                 for (drawn, ties), count in others.items():

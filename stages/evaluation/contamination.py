@@ -78,8 +78,8 @@ def run(config: ContaminationConfig, inputs: Inputs, work: Path, out: Path, repo
     """inputs: dedup, items; order-<phase> and tasks-<phase> of every phase; fresh, if the recipe has it; and of each
     model the tables evaluate-<model>, solve-<model>, fresh-solve-<model>.
 
-    Seals `items.parquet`, a row an item and phase, and `report.json`. Raises AtomError if a document that an order read
-    is not among the kept ones.
+    Seals `items.parquet`, one row for each item and phase, and `report.json`. Raises AtomError if a document in an
+    order is not among the kept ones.
     """
     from stages.data.curation.overlap import ItemRuns
 
@@ -181,7 +181,7 @@ def read_scores(inputs: Inputs, role: str) -> dict[str, tuple[str, float]]:
 
 def scores_by_verdict(scores: Mapping[str, tuple[str, float]], verdicts: Mapping[str, str]) -> dict[str, Any]:
     """The scores by kind on all items, on those that are not contaminated, and on clean ones; null for fewer than two
-    items. The worst verdict over all phases counts, also for a model that came before some of them."""
+    items. The worst verdict over all phases counts, also for a model from before some of them."""
     subsets = {"full": VERDICTS, "not_contaminated": VERDICTS[:2], "clean": VERDICTS[:1]}
     result: dict[str, Any] = {}
     for kind in sorted({kind for kind, _ in scores.values()}):

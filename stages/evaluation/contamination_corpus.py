@@ -1,4 +1,4 @@
-"""The training data as contamination searches it, and how well items planted in it are detected."""
+"""The training data in the form for contamination search, and the detection rate of items planted in it."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class Corpus:
         """Recall on planted items by form, and the false-positive rate on items that occur nowhere.
 
         matched: the runs that occur in the corpus, to which the planted copies are added; ngram: words of an n-gram;
-        threshold: the share of an item's n-grams from which it counts as detected. That an item occurs nowhere
-        is known independently: its characters without spaces are in no text.
+        threshold: the share of an item's n-grams from which it counts as detected. An independent test ensures that an
+        item occurs nowhere: no text contains its characters without spaces.
         """
         count = min(self.canaries, len(self.unmatched) // 2, len(self.hosts))
         ids = list(self.unmatched)

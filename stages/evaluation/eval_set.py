@@ -79,7 +79,7 @@ def run(config: ItemsConfig, inputs: Inputs, work: Path, out: Path, report: Repo
 
 
 def courtesy_row(id: str, request: courtesies.Request, verifier: str = "courtesy", **extra_fields: Any) -> Row:
-    """The task of answering a request for a courteous note."""
+    """The row for a request for a courteous note."""
     fields = {"act": request.act.name, "who": request.who, "what": request.what, **extra_fields}
     return to_row(id, request.text, verifier, "courtesy", 1, **fields)
 

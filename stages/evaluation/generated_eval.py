@@ -2,7 +2,7 @@
 
     atom run atom-tiny --only fresh
 
-The seed of the problems is the digest of the final model's weight tensors, so no training run could aim at them. A
+The seed of the problems is the digest of the final model's weight tensors, so no training run could target them. A
 problem may still occur in the data by chance: a problem whose question occurs in a document, an RL task, a preference
 prompt or another evaluation item is removed, and counted by the place of the match. Anyone with the published weights
 can draw the same problems (`digest_of` and `draw`), and with the published data remove the same ones (`find_places`).
@@ -30,9 +30,9 @@ from stages.rl.protocols import Row, question, to_row
 
 VERSION = 1
 FIRST_GENERATOR = GENERATOR = "1"
-"""Version of what draws the problems (`draw`, and the tasks of stages/data/synthetic/problems.py). Who changes what is
-drawn from a seed raises GENERATOR and writes it into meta.json as `generator`; a release that states none has the
-first."""
+"""The version of the generator of problems (`draw`, and the tasks of stages/data/synthetic/problems.py). A change of
+the problems of a seed needs a higher GENERATOR, with a field `generator` in meta.json; a release without that field has
+the first version."""
 EVALUATION = "evaluation items"
 
 
@@ -91,7 +91,7 @@ def seed_from(digest: str) -> str:
 
 
 def draw(digest: str, problems: Mapping[str, int]) -> list[Row]:
-    """The problems of a model with that digest, before any is taken out."""
+    """The problems of a model with that digest, before any removal."""
     rows: list[Row] = []
     for task in sorted(problems):
         rng = random.Random(seed_of(f"fresh/{task}", int(seed_from(digest), 16)))

@@ -2,14 +2,14 @@
 
 - **Passkeys**: a key at a given depth of a text of a given length in tokens, with the question at its end. Text
   comes from held-out documents, the key from those that training never uses (stages/data/synthetic/passkeys.py). The
-  answer counts if every token of it is the most probable one given the right ones before it, which is what greedy
-  decoding asks for: one forward pass an item.
+  answer counts if every token of it is the most probable one given the correct ones before it, which is equivalent to
+  greedy decoding and takes one forward pass for each item.
 - **Loss by position**: bits per token in held-out documents that all have the longest length, by the number of tokens
   before: 0–63, 64–127, 128–255, … The documents are the same at every position, so if a later token costs less than
   an earlier one, the model uses what it has read.
 
-Both go beyond the model's `max_position_embeddings`, where rotary embeddings extrapolate: they measure a model there
-before its context is extended.
+Both also measure beyond the model's `max_position_embeddings`, where the rotary embedding extrapolates: a baseline
+before context extension.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 FIRST_BUCKET = 64
 SLICE = 512
-"""Positions whose logits are held at once: those of a long document over a large vocabulary would not fit."""
+"""Positions whose logits are in memory together: all logits of a long document over a large vocabulary would not
+fit."""
 
 Encode = Callable[[str], list[int]]
 
@@ -130,8 +131,8 @@ def measure(
 def items(section: ContextSection, length: int, encode: Encode, filler: list[int]) -> Iterator[tuple[Any, ...]]:
     """(id, depth, key, token ids [length], ids of the answer at their end) of every item of one length.
 
-    filler: the text around the keys, as tokens; an item begins at a drawn place of it. Which items there are depends on
-    the section and the filler alone.
+    filler: the text around the keys, as tokens; an item starts at a drawn position of it. The items depend only on the
+    section and the filler.
     """
     question = encode(passkeys.QUESTION)
     for depth in section.depths:
@@ -232,7 +233,8 @@ def token_bits(model: Any, ids: list[int]) -> torch.Tensor:
 def summary(keys: Sequence[PasskeyRow], by_position: Sequence[PositionRow]) -> dict[str, Any]:
     """`passkey` and `loss_by_position` of scores.json, from the two tables alone.
 
-    Errors of the loss are over documents; as these are the same in every bucket, differences are surer than they look.
+    Standard errors of the loss are over documents; these are the same in every bucket, so differences between buckets
+    have smaller errors.
     """
     lengths = sorted({row["length"] for row in keys})
 

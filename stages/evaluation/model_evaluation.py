@@ -63,7 +63,7 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
     Seals `items.parquet` (one row a problem), `documents.parquet` (one row a scored document) and `scores.json`; with
     config.context also `passkey.parquet` and `positions.parquet`.
     Resumes from `work`, which keeps every finished batch.
-    Raises AtomError if there is nothing held out or no problem to solve.
+    Raises AtomError if there is no held-out document or no problem.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -128,7 +128,7 @@ def summary(
     passkeys: Sequence[PasskeyRow] = (),
     positions: Sequence[PositionRow] = (),
 ) -> dict[str, Any]:
-    """`scores.json` from the tables alone: anyone who has the tables can recompute it.
+    """`scores.json` from the tables alone, so that it can be recomputed.
 
     bits_per_byte_all pools the scored documents of all sources (strata of a stratified ratio);
     accuracy_all pools all problems.

@@ -2,8 +2,8 @@
 
     atom run atom-tiny --only solve-rlvr
 
-The model answers each problem once greedily and `num_samples` times at temperature 1. The samples give, for k = 1, 2,
-4, … answers and with their cost in generated tokens:
+The model answers each problem once greedily and `num_samples` times at temperature 1. The figures of the samples, for k
+= 1, 2, 4, … answers and with their cost in generated tokens, are:
 
 - **pass@k**: one of k answers is correct;
 - **maj@k**: the most frequent of k answers is correct. An answer votes by its text without the reasoning. A truncated
@@ -41,7 +41,7 @@ VERSION = 2
 GREEDY = -1
 ITEMS_PER_BATCH = 32
 JUDGED = ("courtesy",)
-"""Kinds of items that have no one right answer."""
+"""Kinds of items without a single right answer."""
 
 
 class Answer(TypedDict):
@@ -80,9 +80,9 @@ class SolveConfig(Config):
 def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """inputs["model"]: an export; inputs["items"]: an artifact with chat.jsonl (items or fresh).
 
-    Seals `answers.parquet`, a row an answer, and `scores.json`, which follows from it alone (`summary`).
-    Resumes from `work`, which keeps every finished batch. Raises AtomError if a kind has fewer than two items, and what
-    the verifiers raise.
+    Seals `answers.parquet`, one row for each answer, and `scores.json`, which follows from it alone (`summary`).
+    Resumes from `work`, which keeps every finished batch. Raises AtomError if a kind has fewer than two items, and the
+    errors of the verifiers.
     """
     rows = select_split(chat_rows(inputs["items"]), config.split)
     chat_model = ChatModel(inputs["model"] / "model", config.max_new_tokens, rows, inputs, report)
@@ -171,7 +171,7 @@ def _answer_batch(chat_model: ChatModel, batch: Sequence[Row], config: SolveConf
 
 
 def summary(answered: Sequence[Answer]) -> dict[str, Any]:
-    """`scores.json` from the table alone: anyone who has the table can recompute it. Rewards of 1 are right answers."""
+    """`scores.json` from the table alone, so that it can be recomputed. A reward of 1 is a correct answer."""
     by_kind: dict[str, dict[str, list[Answer]]] = {}
     for row in answered:
         by_kind.setdefault(row["kind"], {}).setdefault(row["id"], []).append(row)

@@ -1,6 +1,6 @@
-"""The section `evaluation` of a recipe: what is measured, and the thresholds that judge the results.
+"""The section `evaluation` of a recipe: the measurements, and the thresholds of the release gates.
 
-No stage imports this module: a threshold changes a verdict of the release, not what a stage computes.
+No stage imports this module: a threshold changes a verdict of the release, not the result of a stage.
 """
 
 from __future__ import annotations
@@ -54,5 +54,5 @@ class EvaluationSection(Config):
 
     @property
     def chat_items(self) -> dict[str, Any] | None:
-        """The items in conversations, as stage `items` takes them."""
+        """The items in conversations, as config of stage `items`."""
         return None if self.chat is None else self.chat.items.model_dump()

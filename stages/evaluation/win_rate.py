@@ -49,8 +49,8 @@ class PreferConfig(Config):
 def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """inputs["model"], inputs["before"]: exports; inputs["items"]: the items artifact with chat.jsonl.
 
-    Seals `pairs.parquet`, a row a request, and `scores.json`, which follows from it alone (`summary`).
-    Resumes from `work`, which keeps every finished batch. Raises AtomError if fewer than two requests are held out.
+    Seals `pairs.parquet`, one row for each request, and `scores.json`, which follows from it alone (`summary`). Resumes
+    from `work`, which keeps every finished batch. Raises AtomError if fewer than two requests are held out.
     """
     from stages.rl.protocols import question
 
@@ -87,11 +87,11 @@ def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Rep
 
 
 def summary(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`scores.json`, but for the models' names, from the table alone.
+    """`scores.json`, except for the models' names, from the table alone.
 
     win_rate counts ties as half, with the standard error over requests and Wilson's 95 % interval. without_ties is the
-    share of wins among decided pairs with Wilson's interval; null if nothing is decided. An answer whose part `task` is
-    not 1 wins nothing; a judge without that part is taken at its word.
+    share of wins among decided pairs with Wilson's interval; null without decided pairs. An answer whose part `task` is
+    not 1 does not win; a verifier without that part decides by the reward alone.
     """
     margins = [_margin(pair) for pair in pairs]
     wins, losses = sum(margin > 0 for margin in margins), sum(margin < 0 for margin in margins)

@@ -2,10 +2,10 @@
 
     atom run atom-tiny --until export-base
 
-The parity gate has two halves, and the release stops at either:
+The parity gate has two halves, and a failure of either stops the release:
 - the written file is read back and mapped to Megatron's tensors; each must equal the checkpoint's, bit for bit;
-- transformers loads the folder in a fresh interpreter, which knows nothing of Megatron or the CPU support, and its
-  logits must agree with Megatron's on rows of random tokens, one of them as long as the context.
+- transformers loads the folder in a fresh interpreter without Megatron or the CPU patches, and its logits must agree
+with Megatron's on rows of random tokens, one of them as long as the context.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def run(config: ExportConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     tokenizer artifact.
 
     Fills `out` with model/ (config.json, model.safetensors, generation_config.json, the tokenizer's files) and
-    parity.json. Raises CheckFailed if the export is not the checkpoint's model, AtomError if the step is not there.
+    parity.json. Raises CheckFailed if the export is not the checkpoint's model, AtomError if the step is missing.
     """
     import torch
 
@@ -114,7 +114,7 @@ def write_tokenizer(tokenizer: Artifact, folder: Path) -> dict[str, int]:
 def check_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], model: ModelConfig, vocab_size: int) -> int:
     """Compares the exported file, mapped back, with the checkpoint. Returns the number of tensors compared.
 
-    Raises CheckFailed naming the first tensor that is not the same.
+    Raises CheckFailed with the first tensor that differs.
     """
     import torch
 
@@ -136,7 +136,7 @@ def check_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], model: Mode
 
 
 def parity_rows(vocab_size: int, context_length: int) -> list[list[int]]:
-    """Rows of token ids that look like nothing in particular: one of the full context and some short ones."""
+    """Rows of random token ids: one of the full context and some short ones."""
     import torch
 
     lengths = [context_length, *(max(2, context_length // part) for part in (2, 5, 8, 16))]

@@ -2,10 +2,11 @@
 
     python -P load_check.py [--memory=BYTES --seconds=N] MODEL_FOLDER...
 
-Prints, for each folder, one line `RELOAD` with JSON: `problems`, a list of [part, sentence] (empty if all is well)
-whose part is `model` or `chat_template`, the number of `parameters`, and `goldens`, what tokenizer, template and model
-make of fixed inputs: token ids, text, last row of logits in fp32, a greedy continuation, to which any runtime can be
-held. The limits hold for what is used beyond the libraries themselves. This file imports nothing of ours, on purpose.
+Prints, for each folder, one line `RELOAD` with JSON: `problems`, a list of [part, sentence] (empty without problems)
+whose part is `model` or `chat_template`, the number of `parameters`, and `goldens`, the outputs of tokenizer, template
+and model for fixed inputs: token ids, text, last row of logits in fp32, a greedy continuation. Any runtime can be
+compared with these. The limits apply to the use beyond the libraries themselves. This file imports no module of this
+project, on purpose.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ NEW_TOKENS = 8
 MOST_BYTES, MOST_TEXTS, MOST_CHARACTERS = 100_000_000, 16, 2_000
 """Limits for the goldens.json of an untrusted folder."""
 LOADING = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
-"""Nothing of a stranger's folder is run or unpickled, and nobody is asked whether it may be."""
+"""Options that run or unpickle nothing of an untrusted folder, without a prompt."""
 
 
 def check_model(folder: str) -> dict[str, object]:
@@ -45,7 +46,8 @@ def check_model(folder: str) -> dict[str, object]:
 
 
 def recorded_inputs(folder: str) -> tuple[list[str], list[dict[str, str]]]:
-    """The inputs of the goldens.json in a folder, which an older version may have chosen otherwise; else today's."""
+    """The inputs of the goldens.json in a folder, which an older version may have chosen differently; else the present
+    ones."""
     path = Path(folder, "goldens.json")
     if not path.is_file():
         return TEXTS, MESSAGES[:1]
@@ -58,7 +60,7 @@ def recorded_inputs(folder: str) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def goldens(tokenizer, model, texts, messages) -> dict[str, object]:  # type: ignore[no-untyped-def]
-    """For each text, {text, ids, logits, greedy}; the last text is a conversation as the template renders it."""
+    """For each text, {text, ids, logits, greedy}; the last text is a conversation rendered with the template."""
     chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     rows = []
     for text in [*texts, chat]:
@@ -74,7 +76,7 @@ def goldens(tokenizer, model, texts, messages) -> dict[str, object]:  # type: ig
 
 
 def check_tokenizer(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-def]
-    """The chat template gives text that survives the tokenizer, with every marker as one token."""
+    """Checks that the text of the chat template survives the tokenizer, with every marker as one token."""
     if not tokenizer.chat_template:
         return ["the tokenizer has no chat template"]
     problems = []
@@ -100,7 +102,7 @@ def check_tokenizer(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-d
 
 
 def check_generation(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-def]
-    """Logits are finite, and the generation config names the tokens at which to stop."""
+    """Checks that logits are finite, and that the generation config names the stop tokens."""
     inputs = tokenizer("def main(): 2+2", return_tensors="pt", add_special_tokens=False)
     with torch.inference_mode():
         logits = model(**inputs).logits
@@ -115,7 +117,7 @@ def check_generation(tokenizer, model) -> list[str]:  # type: ignore[no-untyped-
 
 
 def limit(memory: int, seconds: int) -> None:
-    """Limits the further use of this process: private memory in bytes, and processor time."""
+    """Limits the further use of private memory in bytes, and of processor time, by this process."""
     with open("/proc/self/status") as file:
         used = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmData:"))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

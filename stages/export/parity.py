@@ -2,9 +2,9 @@
 
     python -P parity.py MODEL_FOLDER EXPECTED.safetensors
 
-EXPECTED holds `ids.<n>` ([length]) and Megatron's `logits.<n>` ([length, vocabulary]). The last line printed is one
-JSON object: keys that were missing, left over or of another shape, the largest logit difference and where it is. This
-file imports nothing of ours, on purpose: what makes Megatron run on CPU must not reach the model that is compared.
+EXPECTED has `ids.<n>` ([length]) and Megatron's `logits.<n>` ([length, vocabulary]). The last printed line is one JSON
+object: keys that were missing, left over or of another shape, the largest logit difference and its location. This file
+imports no module of this project, on purpose: the CPU patches of Megatron must not affect the compared model.
 """
 
 from __future__ import annotations

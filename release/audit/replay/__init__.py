@@ -8,8 +8,8 @@ there, and lets the stage resume as after a kill, by the published order, until 
 and data are then those of the whole phase. `comparison` compares the sealed checkpoint with the published one, and
 `report` states the result.
 
-Nothing of the release is unpickled: it is read as safetensors, JSON and Parquet. Nothing of it is executed either,
-unless today's code differs from the code that trained the phase: then `carried_code` runs the code in the release.
+No file of the release is unpickled: it is read as safetensors, JSON and Parquet. Its code is not executed, unless the
+present code differs from the code that trained the phase: then `carried_code` runs the code in the release.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def replay(
 
 
 def replay_into(release: Path, phase: str, first: int, last: int, folder: Path) -> None:
-    """Replays steps in `folder` as the code that a release carries, for `carried_code.run` of a later version: leaves
+    """Replays steps in `folder` as the code that a release carries, for `carried_code.run` of a later version: writes
     the result there as JSON. Prints each line of progress after `ATOM`. Raises what `retrain` raises."""
 
     def print_progress(line: str) -> None:

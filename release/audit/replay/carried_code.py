@@ -1,12 +1,12 @@
-"""Replay by the code that a release carries, where today's code differs from the code that trained the phase.
+"""Replays with the code that a release carries, if the present code differs from the code that trained the phase.
 
 The files of `code/` are compared with the checksums, and those that trained the phase with the statement about it. They
 are copied to a temporary folder and run by the Python and the packages of this installation, in a process of its own
 under bubblewrap: without network, with Python, its libraries and the release to read, with the temporary folder to
 write, and with an empty environment except for settings of arithmetic. The code of this version compares the result.
 
-This executes code of whoever made the release, and that code can lie about what it did. Read it first if you do not
-trust them.
+This executes code of the release's publisher, and that code can report false results. Read it first if you do not trust
+the publisher.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Code:
 
 
 def find(source: Source, phase: str, last: int) -> Code | None:
-    """The carried code, if today's differs from the code that trained the phase or tokenized its documents, and the
-    release carries that code. Raises CheckFailed if the release does not state which code it was."""
+    """The carried code, if the present code differs from the code that trained the phase or tokenized its documents,
+    and the release carries that code. Raises CheckFailed if the release does not state that code."""
     try:
         origin = source.origins[f"checkpoints/{phase}-step-{last}/state.json"]["artifact"]
         bodies = [source.statement(origin)[1]]
@@ -145,7 +145,7 @@ def _lines(stream: Any) -> Iterator[str]:
 
 
 def write_result(retrained: Retrained, folder: Path) -> None:
-    """Leaves a result in `folder` for `run` of a later version, with the fields of FIELDS."""
+    """Writes a result to `folder` for `run` of a later version, with the fields of FIELDS."""
     result = {
         "made": str(retrained.checkpoint.relative_to(folder)), "state": list(retrained.state),
         "diverges": retrained.diverges, "ranks": retrained.ranks, "environment": list(retrained.environment),

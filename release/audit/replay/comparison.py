@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 BITWISE, CLOSE, DIFFERS = "bitwise", "within tolerance", "differs"
 TOLERANCE = 1e-5
-"""Of the largest difference in a tensor to its largest absolute value. Measured in fp32 on atom-smoke, two ranks
-against one: 7e-7 to 8e-6 after 30 to 150 steps. Where rounding sends a token to another expert, or matrices are bf16
-or FP8, an honest replay can differ by more; the figures then state by how much."""
+"""The ratio of the largest difference in a tensor to its largest absolute value. Measured in fp32 on atom-smoke, two
+ranks against one: 7e-7 to 8e-6 after 30 to 150 steps. If rounding routes a token to another expert, or matrices are
+bf16 or FP8, an honest replay can differ by more; the figures then state by how much."""
 
 
 @dataclass(frozen=True)

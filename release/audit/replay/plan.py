@@ -1,4 +1,4 @@
-"""What a replay does: which steps, by which stage and config, from which checkpoint, order and log."""
+"""The plan of a replay: its steps, stage, config, start checkpoint, order and log."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 STAGES = ("pretrain", "midtrain", "sft")
 WATCHDOG_SECONDS = 7 * 86_400.0
-"""Of a replay: one process may need long for a step of many, and no rank waits for another."""
+"""The watchdog timeout of a replay: one process may need long for a step of many ranks, and no rank waits for
+another."""
 
 
 def select_steps(source: Source, phase: str, first: int | None, last: int | None) -> tuple[int, int]:
@@ -51,7 +52,7 @@ def select_steps(source: Source, phase: str, first: int | None, last: int | None
 
 @dataclass(frozen=True)
 class Plan:
-    """How a phase went from the checkpoint of step `first` to that of step `last`, as states and statements say.
+    """The training of a phase from the checkpoint of step `first` to that of step `last`, from states and statements.
 
     config: of the phase, with what a replay by one process needs. start_state, end_state: state.json of the two
     checkpoints. materials: {role: key} of the phase's inputs. environment: {name: value} in which it was trained.
@@ -75,8 +76,8 @@ class Plan:
 
     @classmethod
     def read(cls, source: Source, phase: str, first: int, last: int) -> Plan:
-        """Raises AtomError if the steps cannot be replayed, CheckFailed if the files contradict each other, and
-        KeyError, TypeError, ValueError or AttributeError where a file lacks what it should have."""
+        """Reads the plan. Raises AtomError if the steps cannot be replayed, CheckFailed if the files contradict each
+        other, and KeyError, TypeError, ValueError or AttributeError if a file lacks a field."""
         from stages.data.table import ORDER, read_table
         from stages.mcore.parallel_layout import Layout
         from stages.train.config import TrainConfig
@@ -156,7 +157,7 @@ def checkpoint_files(source: Source, checkpoint: str) -> dict[str, str]:
 
 
 def environment_values(version: int, code: Mapping[str, str], description: Mapping[str, Any]) -> dict[str, str]:
-    """{name: value} of an environment, what matters most first. version: of the stage; code: {module: SHA-256}."""
+    """{name: value} of an environment, the most important first. version: of the stage; code: {module: SHA-256}."""
     values = {"stage version": str(version), "python": description["python"]}
     values |= {f"device {name}": str(value) for name, value in sorted(description["device"].items())}
     values |= {f"code of {name}": digest[:12] for name, digest in sorted(code.items())}

@@ -23,7 +23,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Retrained:
-    """A retrained checkpoint, and how its making compares with the published one's.
+    """A retrained checkpoint, and the comparison of its training with that of the published one.
 
     checkpoint: its folder. state: fields of state.json that differ. diverges: the first step whose lines in the log
     differ, None if none do or no log is published. ranks: processes that trained the published one; here it was one.
@@ -111,8 +111,8 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
 
 
 def write_work_checkpoint(plan: Plan, work: Path) -> None:
-    """Writes the published checkpoint and the log up to it, as an attempt leaves them that was killed there. Raises
-    CheckFailed if tensors are missing or have other shapes than the config gives them."""
+    """Writes the published checkpoint and the log up to it, like an attempt that was killed at that step. Raises
+    CheckFailed if tensors are missing or have other shapes than the config implies."""
     from stages.mcore.model import check_tensors
     from stages.mcore.param_names import BUFFERS
     from stages.train.checkpoint import release_checkpoint, sharded_state, work_checkpoint

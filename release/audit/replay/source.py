@@ -1,4 +1,4 @@
-"""The files of a release as `atom replay` reads them: each is compared with the checksums before it is used."""
+"""The files of a release for `atom replay`: each is compared with the checksums before its use."""
 
 from __future__ import annotations
 

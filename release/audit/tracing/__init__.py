@@ -1,9 +1,9 @@
-"""`atom trace`: the documents of a step, the fate of a document, the documents that contain a text, and what a request
-for removal reaches.
+"""`atom trace`: the documents of a step, the disposition of a document, the documents that contain a text, and the
+scope of a removal request.
 
 `documents` answers the first two, `text_index` the third, `removal` the last, from the files of a release as
-`release_data` reads them. `answers` has the types of the answers, `report` their text. A pulled data repository alone
-is enough: what only the whole release can answer is then listed in the answer's `unknown`, and its field is null.
+`release_data` reads them. `answers` has the types of the answers, `report` their text. A downloaded data repository
+answers the same questions. Fields that need the whole release are null and listed in `unknown`.
 """
 
 from release.audit.tracing.answers import Answer, Document, Removal, Step, TextMatches

@@ -1,4 +1,4 @@
-"""What `atom trace` answers. The names of fields are the names in its JSON."""
+"""The answers of `atom trace`. The names of fields are the names in its JSON."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Place:
 class Use:
     """A step that read a document. order: the folder that lists it; rows: the pieces that it read.
 
-    moved: whether the step moved the weights (a spike, an excluded batch or a step without answers moves none); None
-    where the log of the phase is not available.
+    moved: whether the step updated the weights (a spike, an excluded batch or a step without answers does not); None if
+    the log of the phase is not available.
     """
 
     phase: str
@@ -99,7 +99,7 @@ class Fate:
 @dataclass(frozen=True)
 class TaskUse:
     """Tasks of reinforcement learning that have a document's id or its question. table: their file; tasks: their ids;
-    steps: that sampled answers to them; answers: how many; learnt: how many of those were trained on."""
+    steps: those that sampled answers to them; answers: their number; learnt: the number of answers trained on."""
 
     phase: str
     table: str
@@ -114,8 +114,8 @@ class Document(Answer):
     """The fate of one document.
 
     fates: the first is of the release's own dispositions, others are of earlier runs. uses: by order of training.
-    asked: by order of training. checkpoints: folders of those that include it, None if they are not available. models:
-    names of exported ones that include it.
+    asked: by order of training. checkpoints: folders of those trained on it, None if they are not available. models:
+    names of exported ones trained on it.
     """
 
     KIND = "document"
@@ -180,8 +180,8 @@ class Mention:
 
 @dataclass(frozen=True)
 class Removal(Answer):
-    """What a request to remove a document reaches. files: that mention it; token ids and weights are not searched.
-    proofs: by table."""
+    """The scope of a request to remove a document. files: those that mention it; token ids and weights are not
+    searched. proofs: by table."""
 
     KIND = "removal"
     document: Document

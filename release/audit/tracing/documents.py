@@ -18,10 +18,10 @@ from stages.data.table import read_jsonl, read_table
 from stages.rl.protocols import question
 
 NEAR = 20_000
-"""Ids that are compared with an unknown one, at most."""
+"""The maximum number of ids that are compared with an unknown one."""
 PLACE = tuple(field.name for field in fields(Place))
 FATE = tuple(field.name for field in fields(Fate) if field.name not in ("table", "origin"))
-"""Columns of an order and of dispositions that the answers have."""
+"""Columns of an order and of dispositions in the answers."""
 USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 
 
@@ -65,7 +65,7 @@ def trace_document(folder: Path, doc_id: str) -> Document:
 
 
 def find_documents(data: ReleaseData, ids: Sequence[str]) -> dict[str, Document]:
-    """{id: document} of those that a table of dispositions has."""
+    """{id: document} of those in a table of dispositions."""
     fates: dict[str, list[Fate]] = {}
     for path in data.tables("dispositions.parquet"):
         for row in select_rows(path, ["id", *FATE], ("id", "in", list(ids))):
@@ -145,14 +145,14 @@ def _licenses_and_origins(
 
 
 def _trained_by(model: str) -> str:
-    """The phase that a model was exported after: midtrain of `mid`, longcontext-2 of `long-2`, else of its own name."""
+    """The phase of an exported model: midtrain of `mid`, longcontext-2 of `long-2`, else the phase of the same name."""
     kind, number = numbered(model)
     phase = {"base": "pretrain", "mid": "midtrain", "long": "longcontext"}.get(kind, kind)
     return f"{phase}-{number}" if number else phase
 
 
 def _find_tasks(data: ReleaseData, fates: dict[str, list[Fate]]) -> dict[str, list[TaskUse]]:
-    """{id: tasks of reinforcement learning that have its id or ask its question, by order of training}"""
+    """{id: tasks of reinforcement learning with its id or its question, by order of training}"""
     uses_by_id: dict[str, list[TaskUse]] = {}
     for id, use in _task_uses(data, fates):
         uses_by_id.setdefault(id, []).append(use)
@@ -195,7 +195,7 @@ def _task_uses(data: ReleaseData, fates: dict[str, list[Fate]]) -> Iterator[tupl
 
 
 def _nearest(data: ReleaseData, doc_id: str) -> str | None:
-    """The id that is most like an unknown one, if one is close."""
+    """The id most similar to an unknown one, if one is close."""
     ids = sorted(
         {id for path in data.tables("dispositions.parquet") for id in read_table(path, ["id"])["id"].to_pylist()}
     )

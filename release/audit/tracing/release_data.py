@@ -60,7 +60,7 @@ class ReleaseData:
         return path.relative_to(self.data).as_posix()
 
     def tables(self, pattern: str) -> list[Path]:
-        """Files of the data, the release's own before those of earlier runs."""
+        """Files of the data: those of this run before those of earlier runs."""
         return sorted(self.data.glob(pattern)) + sorted(self.data.glob(f"earlier/*/{pattern}"))
 
     def orders(self) -> dict[str, list[OrderPart]]:
@@ -75,7 +75,7 @@ class ReleaseData:
         return parts_by_phase
 
     def weight_updates(self, order: Path) -> Callable[[int], bool | None]:
-        """A function of a step of an order: whether it moved the weights, None if the log is not available."""
+        """A function from a step of an order to whether it updated the weights; None if the log is not available."""
         log = self.release and self.release / f"evidence/training/{order.name}/training.jsonl"
         if not log or not log.exists() or order.parent.name != "order":
             return lambda step: None
@@ -112,9 +112,9 @@ class ReleaseData:
 
 
 def select_rows(path: Path, columns: Sequence[str], *filters: tuple[str, str, Any]) -> Rows:
-    """Rows of a table that pass (column, comparison, value) filters, by today's names of columns. Raises AtomError for
-    a damaged table."""
-    # a set of nothing has no type for Arrow
+    """Rows of a table that pass (column, comparison, value) filters, with present names of columns. Raises AtomError
+    for a damaged table."""
+    # an empty set has no type for Arrow
     if any(comparison == "in" and not values for _, comparison, values in filters):
         return []
     stored = schema.columns(path, [*columns, *(name for name, _, _ in filters)])

@@ -1,4 +1,4 @@
-"""What a request to remove a document reaches: the document, related ones, files that mention it, Merkle proofs."""
+"""The scope of a request to remove a document: the document, related ones, files that mention it, Merkle proofs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from release.repositories import files_below, repositories
 
 
 def trace_removal(folder: Path, doc_id: str, progress: Progress = lambda text: None) -> Removal:
-    """What removing a document has to reach. Reads every table of the release. Raises what `trace_document` raises."""
+    """The scope of removing a document. Reads every table of the release. Raises what `trace_document` raises."""
     data, subject = ReleaseData.locate(folder), trace_document(folder, doc_id)
     relations = _relations(data, subject)
     documents = find_documents(data, sorted(relations))
@@ -36,7 +36,7 @@ def trace_removal(folder: Path, doc_id: str, progress: Progress = lambda text: N
 
 
 def _relations(data: ReleaseData, document: Document) -> dict[str, str]:
-    """{other document: its relation}, along duplicates as far as they lead."""
+    """{other document: its relation}, along chains of duplicates."""
     relations: dict[str, str] = {document.id: ""}
     paths = data.tables("dispositions.parquet")
     for relation, column, match_column in (

@@ -1,9 +1,9 @@
 """Documents that contain a span of text exactly: SQLite's FTS5 narrows by trigrams, and every candidate is compared.
 
-`atom build` makes the index; for other data the first question does. Measured on two shared cores: 20 MB of text are
-indexed in a second and 203 MB in 14, with an index of a quarter of the text; a span that no document has is answered in
-a millisecond, where reading every text takes 0.03 and 0.7 s. By these figures ten million documents of 3 kB would take
-half an hour and 8 GB, once for each version of the data.
+`atom build` makes the index; for other data the first query does. Measured on two shared cores: indexing takes 1 s for
+20 MB of text and 14 s for 203 MB, and the index has a quarter of the size of the text. The query of an absent span
+takes a millisecond, and reading every text 0.03 and 0.7 s. By these figures ten million documents of 3 kB take half an
+hour and 8 GB, once for each version of the data.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ FTS5 = "fts5(text, content='', detail=none, columnsize=0, tokenize='trigram case
 TEXTS = f"CREATE VIRTUAL TABLE texts USING {FTS5}"
 """Trigrams without their positions: a third of the text in size, and nearly as narrow."""
 TERMS = 100
-"""Trigrams of a span in a query of the index, at most; every candidate is compared with the whole span."""
+"""The maximum number of trigrams in a query; every candidate is compared with the whole span."""
 ABOUT = ("id", "source", "license", "origin", "split", "content_hash")
 
 
 def trace_text(folder: Path, span: str, cache: Path, progress: Progress = lambda text: None) -> TextMatches:
     """Every kept document of a release or its data repository that contains the span exactly, with the steps that read
-    it. Steps are found by id: where an earlier run had another text under the same id, its steps read that one.
+    it. Steps are found by id: if an earlier run had another text under the same id, its steps read that text.
 
     cache: folder of the index, which is made if it is missing, and is named by the checksums of the kept files in
     `SHA256SUMS`; whether the files here have these checksums is for `atom verify`. A span of less than three characters
@@ -136,7 +136,7 @@ def _write_index(target: Path, files: Mapping[str, Path], progress: Progress) ->
 
 
 def _without_nul(text: str) -> str:
-    """FTS5 ends a text at NUL, so another character replaces it, in the span too."""
+    """Replaces NUL in a text or span, because FTS5 ends a text at NUL."""
     return text.replace("\0", "\ufffd")
 
 

@@ -1,5 +1,5 @@
 """A small Hugging Face Hub for one machine: the routes that the real `huggingface_hub` client uses, over HTTP.
 
-It exists so that publishing, pulling back and verifying can be exercised with the real client where there is no
-account and no network. It keeps blobs by SHA-256 and one JSON file a repository; it is not meant for the open internet.
+It tests publishing, pulling and verifying with the real client without an account or a network. It keeps blobs by
+SHA-256 and one JSON file for each repository; it is not secured for the open internet.
 """

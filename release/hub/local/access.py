@@ -1,4 +1,4 @@
-"""Users and their permissions. A private repository does not exist for those who may not read it."""
+"""Users and their permissions. A private repository does not exist for users who may not read it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def base_url(request: Request) -> str:
 
 
 def caller(request: Request) -> str | None:
-    """The user of the bearer token, None for anonymous calls. Raises HubError 401 for a token nobody holds."""
+    """The user of the bearer token, None for anonymous calls. Raises HubError 401 for an unknown token."""
     header = request.headers.get("authorization")
     if header is None:
         return None

@@ -1,4 +1,4 @@
-"""The YAML block at the head of a README: its metadata, or what is wrong with it."""
+"""The YAML block at the head of a README: its metadata, or its error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ BLOCK = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*(?:\n|\Z)", re.DOTALL)
 
 
 def metadata(text: str) -> tuple[dict[str, Any] | None, str]:
-    """(metadata, "") or (None, what is wrong). A README without a block has empty metadata."""
+    """(metadata, "") or (None, the error). A README without a block has empty metadata."""
     import yaml
 
     block = BLOCK.match(text)

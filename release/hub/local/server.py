@@ -2,8 +2,8 @@
 
     python -m release.hub.local.server --root runs/hub --port 8765 --token local=hf_local
 
-Then `HF_ENDPOINT=http://127.0.0.1:8765 HF_TOKEN=hf_local` makes the real client talk to it (its Xet transfer must be
-off, `HF_HUB_DISABLE_XET=1`; `atom publish` and `atom verify` see to that). It listens on the loopback device only.
+The real client uses it with `HF_ENDPOINT=http://127.0.0.1:8765 HF_TOKEN=hf_local` and without Xet transfers
+(`HF_HUB_DISABLE_XET=1`, which `atom publish` and `atom verify` set). It listens on the loopback device only.
 """
 
 from __future__ import annotations

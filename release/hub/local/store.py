@@ -1,6 +1,6 @@
-"""What the local Hub keeps on disk: blobs by SHA-256, and a repository as refs and commits in one JSON file.
+"""The storage of the local Hub: blobs by SHA-256, and repositories as refs and commits in one JSON file each.
 
-A repository file is replaced atomically, so a killed server leaves the last whole commit. One server owns one root.
+A repository file is replaced atomically, so a killed server leaves the last complete commit. One server owns one root.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class HubStore:
         write_json(self._file(repo.kind, repo.id), asdict(repo))
 
     def create(self, kind: str, repo_id: str, private: bool, author: str) -> Repo:
-        """A repository with its first commit, which holds `.gitattributes` as on the Hub."""
+        """Creates a repository with its first commit, which has `.gitattributes` as on the Hub."""
         repo = Repo(kind, repo_id, private, current_time())
         attributes = File(self.put(ATTRIBUTES), git_blob_oid(ATTRIBUTES), len(ATTRIBUTES), False)
         repo.add("main", Commit(None, "initial commit", "", author, current_time(), {".gitattributes": attributes}))
@@ -145,7 +145,8 @@ class HubStore:
         return digest
 
     def accept(self, upload: Path, sha256: str) -> None:
-        """Takes an uploaded file as the blob it claims to be. Raises HubError 422 if its bytes say otherwise."""
+        """Stores an uploaded file as the blob with the stated digest. Raises HubError 422 if its bytes have another
+        digest."""
         with open(upload, "rb") as f:
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         if digest != sha256:

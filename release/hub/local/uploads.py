@@ -21,7 +21,7 @@ from release.hub.local.store import LFS_SUFFIXES, Commit, HubError, current_time
 
 
 async def preupload(request: Request) -> Response:
-    """Says which files go to LFS, and what the repository has already, so that equal files are not sent again."""
+    """States which files use LFS, and which exist already, so that equal files are not sent again."""
     repo, _ = access.writable(request)
     files = repo.commits[repo.resolve(access.revision(request))].files
     rows = []
@@ -36,7 +36,8 @@ async def preupload(request: Request) -> Response:
 
 
 async def lfs_batch(request: Request) -> Response:
-    """Where to send each object: one PUT, or one PUT a part above the part size. Nothing if it is here already."""
+    """The upload addresses of each object: one PUT, or one PUT for each part above the part size. None if it exists
+    already."""
     access.writable(request)
     body, part = await request.json(), request.app.state.part_bytes
     rows, multipart = [], False
@@ -58,9 +59,9 @@ async def lfs_batch(request: Request) -> Response:
 
 
 async def lfs_put(request: Request) -> Response:
-    """A whole object, or one part of it. The client keeps the ETag of a part."""
+    """Receives a whole object, or one part of it. The client keeps the ETag of a part."""
     oid, part = _oid(request), request.path_params.get("part")
-    # Two files of one commit may be equal, and are then sent at once: each upload writes a file of its own.
+    # Two files of one commit may be equal and are then sent at the same time: each upload writes a file of its own.
     upload = access.store(request).blobs / f"{oid}.{uuid.uuid4().hex}.upload"
     md5 = hashlib.md5(usedforsecurity=False)
     with open(upload, "wb") as f:
@@ -77,7 +78,7 @@ async def lfs_put(request: Request) -> Response:
 async def lfs_complete(request: Request) -> Response:
     oid, count = _oid(request), int(request.query_params["parts"])
     parts = [access.store(request).blobs / f"{oid}.part{n}" for n in range(1, count + 1)]
-    if access.store(request).blob(oid).exists():  # an equal file was faster
+    if access.store(request).blob(oid).exists():  # the upload of an equal file was faster
         return JSONResponse({"success": True})
     if missing := [part.name for part in parts if not part.exists()]:
         raise HubError(400, f"{missing[0]} was never uploaded")
@@ -101,7 +102,7 @@ def _oid(request: Request) -> str:
 
 
 async def commit(request: Request) -> Response:
-    """Newline-delimited JSON: a header, then one operation a line. Refuses a stale parent with 412."""
+    """Reads newline-delimited JSON: a header, then one operation per line. Refuses a stale parent with 412."""
     repo, user = access.writable(request)
     branch = access.revision(request)
     parent = repo.resolve(branch)
@@ -166,7 +167,7 @@ async def delete_ref(request: Request) -> Response:
 
 
 async def validate_yaml(request: Request) -> Response:
-    """The check of a README's metadata that the client asks for before it uploads one."""
+    """Checks a README's metadata; the client requests this before uploading one."""
     data, message = metadata((await request.json())["content"])
     if data is None:
         return JSONResponse({"errors": [{"message": message}], "warnings": []}, 400)

@@ -1,4 +1,4 @@
-"""Decontamination: which evaluation item occurs in a document."""
+"""Decontamination: finds the evaluation item that occurs in a document."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from stages.data.curation.words import searched_words
 class ContaminationIndex:
     """Word n-grams of the evaluation items, by their length, to the first item that has them.
 
-    An item of fewer than `ngram` words is one n-gram of its own length; a longer one gives every run of `ngram` words.
+    An item of fewer than `ngram` words is one n-gram of its own length; a longer one has an n-gram for every run of
+    `ngram` words.
     """
 
     def __init__(self, items: Iterable[tuple[str, str]], ngram: int) -> None:

@@ -47,7 +47,7 @@ class Dispositions:
         return dispositions
 
     def add(self, row: DocumentRow) -> None:
-        """A document as acquired. Raises AtomError for an id seen before, or a document without license."""
+        """Adds an acquired document. Raises AtomError for a duplicate id, or a document without a license."""
         if row["id"] in self.rows:
             raise AtomError(f"two input documents have the id {row['id']}; ids must differ over all sources")
         if not row["license"]:

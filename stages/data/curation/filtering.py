@@ -1,4 +1,4 @@
-"""Filtering: the steps of a source, then decontamination, on some of its documents."""
+"""Filtering: the steps of a source, then decontamination, on a shard of its documents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stages.data.table import DocumentRow
 
 
 class RemovedDocument(TypedDict):
-    """Which rule removed a document; `match`: the evaluation item that occurs in it."""
+    """The rule that removed a document; `match`: the evaluation item that occurs in it."""
 
     id: str
     rule: str

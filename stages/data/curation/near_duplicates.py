@@ -25,7 +25,7 @@ from stages.data.curation.settings import MinHash
 from stages.data.curation.words import WORDS
 from stages.data.table import stream_rows
 
-Signature = list[int]  # all hashes of a document, bucket after bucket; empty of a text shorter than one n-gram
+Signature = list[int]  # all hashes of a document, bucket after bucket; empty for a text shorter than one n-gram
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class NearDuplicate:
 
 
 def sign(texts: list[str], settings: MinHash, seed: int) -> list[Signature]:
-    """The MinHash signature of each text, which takes most of the time of finding near duplicates and needs no other
+    """The MinHash signature of each text. This is the longest part of near-duplicate search, and independent for each
     text."""
     signer = MinhashDedupSignature("memory://", config=_config(settings, seed), language=WORDS)
     shingle_sets = (signer.get_shingles(text) for text in texts)
@@ -55,7 +55,7 @@ class _PrecomputedSignatures(MinhashDedupSignature):  # type: ignore[misc]
 
 
 def write_signatures(folder: Path, settings: MinHash, number: int, signatures: Iterable[Signature]) -> None:
-    """Writes datatrove's files of signatures of one source, a file a bucket. number: of the source, from 0."""
+    """Writes datatrove's files of signatures of one source, one file for each bucket. number: of the source, from 0."""
     signer = _PrecomputedSignatures(str(folder), config=_config(settings), language=WORDS)
     _exhaust(signer.run((Document(np.array(s, np.uint64).tobytes().hex(), "") for s in signatures), rank=number))
 
@@ -75,11 +75,11 @@ def find_pairs(signatures: Path, work: Path, settings: MinHash, bucket: int) -> 
 def find_near_duplicates(
     files: list[Path], pairs: Iterable[bytes], work: Path, settings: MinHash
 ) -> dict[str, NearDuplicate]:
-    """The near duplicates to remove, by id: one document of each cluster stays.
+    """The near duplicates to remove, by id: one document of each cluster is kept.
 
     files: the documents of each source, in the order of the signatures' numbers; pairs: of each bucket in turn.
     Documents that share a bucket are joined transitively, so the similarity (Jaccard index of word n-grams) of a
-    removed document with the kept one may lie below the threshold.
+    removed document with the kept one may be below the threshold.
     """
     pair_folder, folder = work / "pairs", work / "clusters"
     for path in (pair_folder, folder):
@@ -118,7 +118,7 @@ def _pairs_file(bucket: int) -> str:
 
 
 def _read(path: Path, form: str) -> Iterator[tuple[int, ...]]:
-    """The tuples in a file of datatrove's; none if it was not written."""
+    """The tuples in a file of datatrove; none if it was not written."""
     return struct.iter_unpack(form, path.read_bytes() if path.exists() else b"")
 
 

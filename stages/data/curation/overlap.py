@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from stages.data.curation.words import searched_words
 
 MAX_RUN_WORDS = 64
-"""Words of a run at most; a longer match counts as one of these."""
+"""The maximum words of a run; a longer match counts as one of these."""
 
 
 class ItemRuns:
@@ -37,7 +37,7 @@ class ItemRuns:
                     node = child
 
     def search(self, text: str) -> set[int]:
-        """The longest runs at each position of a text; every prefix of such a run occurs too."""
+        """The longest runs at each position of a text; every prefix of such a run occurs as well."""
         words, runs, children = searched_words(text), set(), self.children
         for start, word in enumerate(words):
             node = children[0].get(word)

@@ -6,8 +6,8 @@ import re
 
 from datatrove.utils.word_tokenizers import WordTokenizer, simple_span_tokenize, strip_strings
 
-# Words, or numbers, or one sign that carries meaning in a problem ("347+586" is not "347, 586"); other punctuation
-# and all spacing are ignored.
+# Words, or numbers, or one sign with a meaning in a problem ("347+586" is not "347, 586"); other punctuation and all
+# spacing are ignored.
 _SEARCHED = re.compile(r"\w+|[-+*/=<>%^]")
 
 

@@ -1,4 +1,4 @@
-"""Filters: the steps of a source, each of which removes or edits one document at a time."""
+"""Filters: the steps of a source. Each removes or edits one document at a time."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What a filter is: its settings, and a function that keeps, edits or removes one document.
+"""The interface of a filter: its settings, and a function that keeps, edits or removes one document.
 
 A filter is a class in a module of its own in this folder, with the module named in FILTERS. Its module is imported when
 a recipe is planned, so heavy imports are inside `function`.
 
-Settings carry the names of the datatrove block that runs them, so that datatrove's documentation holds; defaults are
+Settings have the names of the datatrove block that runs them, so that datatrove's documentation applies; defaults are
 the published ones (Gopher, C4, FineWeb), and a recipe lists its changes.
 """
 
@@ -28,7 +28,7 @@ Length = Annotated[float, Range(0, 1e6)]
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """Why a document is removed: the rule, the value that the rule compared, and its threshold."""
+    """The reason for removing a document: the rule, the value that it compared, and its threshold."""
 
     reason: str
     value: float
@@ -36,7 +36,7 @@ class Removal:
 
 
 FilterFunction = Callable[[str], str | Removal]
-"""From the text of a document to the text that is kept, edited or not, or to a removal."""
+"""From the text of a document to the kept text, edited or not, or to a removal."""
 Score = Callable[[str], tuple[float, float]]
 """From the text of a removed document to the value that a rule compared and its threshold."""
 
@@ -51,7 +51,7 @@ class Filter(Config):
         """The function that filters one document. It depends on the text alone, not on other documents."""
 
     def parameters(self) -> dict[str, Any]:
-        """The settings without the name of the step, as a datatrove block takes them."""
+        """The settings without the name of the step, as arguments of a datatrove block."""
         return self.model_dump(exclude={"step"})
 
     def _require_order(self, *names: str) -> None:
@@ -65,8 +65,8 @@ class Filter(Config):
 def datatrove_function(block: Any, scores: Mapping[str, Score]) -> FilterFunction:
     """The function of a datatrove filter.
 
-    scores: by the reason that the block gives for a removal. datatrove states the reason but neither value nor
-    threshold, so a score repeats the block's comparison, for removed documents only. A kept text stays as it is.
+    scores: by the block's reason for a removal. datatrove states the reason but neither value nor threshold, so a score
+    repeats the block's comparison, for removed documents only. A kept text is unchanged.
 
     The function raises AtomError for a reason without a score.
     """

@@ -20,7 +20,7 @@ class C4(Filter):
 
     def function(self) -> FilterFunction:
         """The block's line rules strip indentation and drop lines that do not end a sentence, which are most lines of
-        hard-wrapped prose. They are turned off, and the text of a kept document stays as it is."""
+        hard-wrapped prose. They are turned off, and the text of a kept document is unchanged."""
         from datatrove.pipeline.filters import C4QualityFilter
         from datatrove.utils.text import split_into_sentences
 

@@ -1,4 +1,4 @@
-"""Readers: from files, or from a seed, to documents with stable ids."""
+"""Readers: produce documents with stable ids from files or from a seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a data reader is: its settings, the files that it reads, and the documents in them.
+"""The interface of a data reader: its settings, the files that it reads, and the documents in them.
 
 A reader is a class in a module of its own in this folder, with the module named in READERS. Its module is imported
 when a recipe is planned, so heavy imports are inside `documents`.
@@ -20,7 +20,8 @@ from pipeline.core.errors import RecipeError
 from pipeline.core.stage import Config, operational
 
 MAX_ENTRIES = 100_000
-"""Files and folders under a source's path; FineWeb-Edu, of 1.3 trillion tokens, has some two thousand."""
+"""The maximum number of files and folders under a source's path; FineWeb-Edu, of 1.3 trillion tokens, has some two
+thousand."""
 
 Documents = Annotated[int, Range(1, 1e12)]
 Drawn = Annotated[int, Range(1, 1e8, "they are drawn in memory")]
@@ -59,11 +60,11 @@ class Reader(Config):
 
     @property
     def conversations(self) -> bool:
-        """Whether the documents are turns of conversations, so that the source is of kind chat."""
+        """Whether the documents are turns of conversations, so that the source has the kind chat."""
         return False
 
     def missing(self, source: str) -> str | None:
-        """The beginning of an error message if the files of the source are missing; None if they exist or none are
+        """The start of an error message if the files of the source are missing; None if they exist or none are
         needed."""
         return None
 

@@ -22,7 +22,7 @@ Column = Line
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of a file: its fields, where it is for error messages, its file, and its name if no field holds an id."""
+    """A row of a file: its fields, its location for error messages, its file, and its name if no field has an id."""
 
     fields: dict[str, Any]
     place: str
@@ -54,7 +54,7 @@ class RowReader(FileReader):
 
     def documents(self, source: str, seed: int, files: Files) -> Iterator[Document | Unreadable]:
         """One document for each row or, with messages_field, for each turn of the assistant; a row whose messages are
-        no conversation is unreadable."""
+        not a conversation is unreadable."""
         for row in self.rows(files):
             content, name = self._content(row), self._name(row)
             license = _license(row, self.license_field) if self.license_field else None
@@ -92,7 +92,8 @@ class RowReader(FileReader):
 
 
 def _license(row: Row, field: str) -> str:
-    """The SPDX expression of a row's licenses; several hold together. Raises AtomError if there is none, or no SPDX."""
+    """The SPDX expression of a row's licenses, joined by AND. Raises AtomError if there is none, or if it is not
+    SPDX."""
     value = row.fields.get(field)
     names = value if isinstance(value, list) else [value]
     try:

@@ -1,10 +1,10 @@
 """Requests for a courteous note, with answers of mixed quality: the data of preference learning.
 
-The user asks for one of five acts toward somebody about something: `Thank the baker for the bread.` A full answer does
-this act toward this person about this thing, ends kindly and is well-formed English. Answers in training data are drawn
-with flaws, each by itself, as people's answers have them, so that there is something to prefer.
+The user asks for one of five acts toward a person about a thing: `Thank the baker for the bread.` A complete answer
+does this act toward this person about this thing, ends kindly and is well-formed English. Answers in training data are
+drawn with independent flaws, as people's answers have them, so that preferences exist.
 
-A tenth of the requests, by their hash, is held out: no training data and no RL prompt has one of them.
+A tenth of the requests, by their hash, is held out: no training data and no RL prompt contains one of them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Requests for a courteous note of a given form, which a program can check: the data of instruction following.
 
 `Thank the baker for the bread. Use fewer than 4 words. Do not use commas.` The constraints are those of IFEval (arXiv
-2311.07911), and the verifier `instructions` scores them; whether the note does what was asked is not scored. All of a
-request can be met at once. An untrained model meets some by chance, so there is something to learn from at any size.
+2311.07911), and the verifier `instructions` scores them; whether the note fulfills the request is not scored. All
+constraints of a request can be met at once. An untrained model meets some by chance, so there is a signal at any model
+size.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ LEVELS = range(1, len(KINDS) + 1)
 
 
 def requests(count: int, rng: random.Random, level: int) -> list[tuple[str, dict[str, Any]]]:
-    """`count` different requests with as many constraints as the level: what the user asks, and the fields of the row.
+    """`count` different requests with as many constraints as the level: the user's message, and the fields of the row.
 
     level: one of LEVELS. Raises ValueError for more requests than there are.
     """

@@ -2,12 +2,12 @@
 
     …text… The pass key is 4821. …text… The pass key is 4821
 
-Whoever answers has to look the key up, however far away it stands (Mohtashami and Jaggi 2023, arXiv 2305.16300). All
-but the answer is context without loss: the text is there to be skipped, and the key itself cannot be predicted.
+The answer requires retrieving the key at any distance (Mohtashami and Jaggi 2023, arXiv 2305.16300). Everything except
+the answer is context without loss: the text is a distractor, and the key itself cannot be predicted.
 
 No digit occurs twice in a key, so that each digit determines the next; a model of two layers finds that rule within
-minutes. A fixed tenth of all keys is reserved for evaluation and never occurs in training data. Keys should be of six
-digits or more: of the few keys of four, a model learns by heart which ones there are (docs/lab-log.md).
+minutes. A fixed tenth of all keys is reserved for evaluation and never occurs in training data. Keys should have six
+digits or more: a model memorizes the few training keys of four digits (docs/lab-log.md).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HELD_OUT_SHARE = 0.1
 
 
 def is_for_evaluation(key: str) -> bool:
-    """Whether a key is reserved for evaluation, by its SHA-256, the same for every seed."""
+    """Whether a key is reserved for evaluation, by its SHA-256, equally for every seed."""
     return _fraction(key) < EVALUATION_SHARE
 
 
@@ -56,7 +56,7 @@ def draw(
 
     texts: (text, place) pairs, not empty, that filler is cut from: neighbors in order, from a drawn one on.
     chars: least and most characters of a document, drawn log-uniformly: as many from 100 to 200 as from 1000 to 2000.
-    The key stands before a line or a word, at a depth that is drawn uniformly.
+    The key is before a line or a word, at a uniformly drawn depth.
     """
     low, high = chars
     for _ in range(count):

@@ -1,12 +1,12 @@
-"""Procedural problems with worked solutions: pure Python, seeded, easily extended by one function.
+"""Procedural problems with worked solutions: pure Python, seeded, extensible by one function.
 
-A problem has two written forms. *Plain* is what a web page might hold, `347+586=933`; *worked* shows the steps,
+A problem has two written forms. *Plain* is like text of a web page, `347+586=933`; *worked* shows the steps,
 `347+586:7+6+0=13;…:933`, and ends with the answer after the last colon. The question, up to and including its `=` or
-`:`, carries no loss in training: what cannot be predicted should not be learnt. In a conversation the user asks the
-question, and the assistant answers, with the steps as its reasoning or without.
+`:`, carries no loss in training, because it cannot be predicted. In a conversation the user asks the question, and the
+assistant answers, with the steps as its reasoning or without.
 
-A task is a function of a random generator and, if so, a level of difficulty; without one it gives any of its problems.
-Problems of all levels have the same form and width: what differs is how much there is to keep in mind.
+A task is a function of a random generator and optionally a level of difficulty; without a level it draws from all its
+problems. Problems of all levels have the same form and width: they differ in the amount of state to remember.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def draw_distinct(
 ) -> list[Problem]:
     """`count` problems of one task with different questions, none of them in `without`.
 
-    Raises ValueError if the task has too few.
+    Raises ValueError if the task has too few problems.
     """
     problems = draw_up_to(task, count, rng, level, without)
     if len(problems) < count:
