@@ -173,7 +173,7 @@ def conversation(console: Console, table: Any, chat: dict[str, Any]) -> None:
     row("pass@1, fresh set", [model_scores["problems_all"]["samples"]["accuracy"] for model_scores in fresh.values()])
     measured = caveats.parts(chat)
     for part in chat_tables.ordered([part for model_scores in measured.values() for part in model_scores]):
-        label = f"  its part {part}" if part != "reward" else "judge's mean on requests"
+        label = f"  its part {part}" if part != "reward" else "preference reward"
         row(label, [measured.get(name, {}).get(part) for name in test])
     row(
         "wins against an earlier model",

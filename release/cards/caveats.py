@@ -92,7 +92,7 @@ def _reward_without_task(model: ModelFacts) -> Iterator[str]:
                 ", ".join(f"{name} ({_change(old[name], new[name])})" for name in risen) or "no part by itself"
             )
             yield (
-                f"**A reward rose and its task did not**: from {before} to {after} the judge's mean rose "
+                f"**A reward rose and its task did not**: from {before} to {after} the preference reward rose "
                 f"({_change(old['reward'], new['reward'])}), and the share of answers that do what was asked did not "
                 f"({_change(old['task'], new['task'])}). What rose: {risen_parts}."
             )
@@ -143,7 +143,7 @@ def _regressions(model: ModelFacts) -> Iterator[str]:
                 accuracy = [figures["samples"]["accuracy"] for figures in (test[before]["problems"][kind], row)]
                 pairs.append((f"pass@1 of {kind}", *accuracy))
             pairs += [
-                (f"judge's mean of {kind}", test[before]["judged"][kind]["reward"], row["reward"])
+                (f"preference reward of {kind}", test[before]["judged"][kind]["reward"], row["reward"])
                 for kind, row in test[after]["judged"].items()
             ]
         regressions += [f"{measure} ({_change(low, high)})" for measure, low, high in pairs if rises(high, low, 1)]

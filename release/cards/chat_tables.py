@@ -29,7 +29,7 @@ def answers(scores: Facts) -> list[str]:
             ])  # fmt: skip
         for kind, part in model_scores["judged"].items():
             cells = ["", _value(part["reward"]), "", "", f"{part['tokens']:.1f}", f"{part['truncated']:.1%}", ""]
-            body.append([name, f"{kind} (mean of the judge)", str(part["reward"]["n"]), *cells])
+            body.append([name, f"{kind} (preference reward)", str(part["reward"]["n"]), *cells])
     k = max((max(part["problems_all"]["at"], key=int) for part in scores.values()), default="k")
     head = [
         "model",
@@ -58,7 +58,7 @@ def wins(preferences: Facts) -> list[str]:
             *(_value(sides[side]) for side in ("before", "model")),
         ])  # fmt: skip
     head = ["model", "against", "requests", "wins", "won", "tied", "lost"]
-    return table([*head, "judge's mean of the other", "judge's mean"], body) if body else []
+    return table([*head, "preference reward of the other", "preference reward"], body) if body else []
 
 
 def reward_parts(chat: Mapping[str, Mapping[str, Facts]]) -> list[str]:
@@ -91,7 +91,7 @@ def samples(preferences: Facts) -> list[str]:
     for row in comparison["examples"][:SHOWN]:
         cells = [f"{_code_cell(row[side]['answer'])} ({row[side]['reward']:.2f})" for side in ("before", "model")]
         body.append([_code_cell(row["question"]), *cells])
-    return table(["request", f"{comparison['before']} (judge)", f"{comparison['model']} (judge)"], body)
+    return table(["request", f"{comparison['before']} (reward)", f"{comparison['model']} (reward)"], body)
 
 
 def overlaps(report: Facts | None) -> list[str]:

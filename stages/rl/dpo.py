@@ -2,8 +2,8 @@
 
     atom run atom-tiny --until dpo
 
-A judge scores the answers; the best and the worst to one question are a pair, kept with where it comes from. Right
-answers to verified tasks are an anchor, so that skills stay. docs/post-training.md describes each setting.
+A reward function scores the answers. The best and the worst answer to a question are a pair, kept with its source.
+Right answers to verified tasks are an anchor, so that skills stay. docs/post-training.md describes each setting.
 """
 
 from __future__ import annotations

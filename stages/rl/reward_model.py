@@ -1,4 +1,4 @@
-"""A reward model, trained on the pairs that a judge made of the policy's answers.
+"""A reward model, trained on the pairs of the policy's answers that a reward function ranked.
 
 atom run atom-tiny --until reward
 """
