@@ -57,7 +57,7 @@ def state_bytes(share: MemoryShare, layout: Layout, precision: Precision) -> flo
 
 
 def owned_bytes(share: MemoryShare, layout: Layout) -> float:
-    """Bytes of fp32 weights and moments that a rank's optimizer owns: what it writes to a work checkpoint, and the copy
-    in host memory that is written while training goes on."""
+    """Bytes of fp32 weights and moments that a rank's optimizer owns: its part of a work checkpoint, and the size of
+    the copy in host memory that is written while training continues."""
     dense, experts = sharing(layout)
     return (MASTER + MOMENTS) * (share.dense / dense + share.experts / experts)

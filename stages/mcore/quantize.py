@@ -40,7 +40,7 @@ class Format:
 
     name: str
     mantissa_bits: int
-    smallest_exponent: int  # of a normal number; below it lie subnormals of the same spacing
+    smallest_exponent: int  # of a normal number; subnormals below it have the same spacing
     largest: float
 
     @property

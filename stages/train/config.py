@@ -203,10 +203,10 @@ class PhaseConfig(PhaseBase):
                     f"batch.ramp.{number}.until_step = {part.until_step} leaves no step with the full batch; "
                     f"use less than steps = {self.steps}"
                 )
-        for name, value, unit, called in sizes:
+        for name, value, unit, unit_name in sizes:
             if value % unit:
                 near = _multiples(value, unit)
-                raise ValueError(f"batch.{name} = {value} is not a multiple of {called} {unit}; nearest: {near}")
+                raise ValueError(f"batch.{name} = {value} is not a multiple of {unit_name} {unit}; nearest: {near}")
         if self.optimizer.warmup_steps >= self.steps:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of steps = {self.steps} to "
