@@ -36,9 +36,9 @@ class Repository:
 def model_folders(release: Path) -> list[str]:
     """The folders of a release that hold models, the final one first, then in the order of training; links to folders
     are none. Raises CheckFailed for a release of an unknown format."""
-    called = schema.reader(release).model
+    present_name = schema.reader(release).model
     names = [path.name.removeprefix(f"{MODEL}-") for path in release.glob(f"{MODEL}-*") if _is_own_folder(path)]
-    return [MODEL, *(f"{MODEL}-{name}" for name in sorted(names, key=lambda name: when(called(name))))]
+    return [MODEL, *(f"{MODEL}-{name}" for name in sorted(names, key=lambda name: when(present_name(name))))]
 
 
 def repositories(release: Path) -> list[Repository]:

@@ -78,8 +78,8 @@ def stated(path: Path) -> Stated:
 
 def unknown(folder: Path) -> str:
     """A sentence, if a release or a repository states a version that is unknown to this atom; else ""."""
-    known = of_release(folder) or of_card(folder) or Stated()
-    return next(_unknown(known), "")
+    versions = of_release(folder) or of_card(folder) or Stated()
+    return next(_unknown(versions), "")
 
 
 def _unknown(stated: Stated) -> Iterator[str]:
@@ -117,17 +117,17 @@ def disagreements(folder: Path, repositories: list[str], paths: Iterable[str]) -
     if whole is None and (folder / RELEASE).is_file():
         yield f"{RELEASE} does not state its format as a number"
         return
-    known = whole or of_card(folder) or Stated()
+    expected = whole or of_card(folder) or Stated()
     for path in paths:
         place = path.removesuffix(CARD).removesuffix(RELEASE).rstrip("/")
         if path.split("/")[-1] == CARD:
             card = of_card(folder / place)
             if card is None and whole is not None and place in repositories:
                 card = Stated(whole.format)
-            if card is not None and card != known:
+            if card is not None and card != expected:
                 yield (
                     f"{path} states format {card.format} and card schema {card.cards}, and "
-                    f"{RELEASE if whole else CARD} states {known.format} and {known.cards}"
+                    f"{RELEASE if whole else CARD} states {expected.format} and {expected.cards}"
                 )
         elif path.endswith(f"/{RELEASE}"):
             yield f"{path} states versions, which {RELEASE} alone does"
@@ -156,11 +156,11 @@ def fields(path: Path, file: str, value: Any) -> Any:
 
 def today(path: Path, names: Iterable[str]) -> list[str]:
     """The columns of a published table, with present names."""
-    known = reader(path).COLUMNS.get(path.name, {})
-    return [known.get(name, name) for name in names]
+    present_names = reader(path).COLUMNS.get(path.name, {})
+    return [present_names.get(name, name) for name in names]
 
 
 def columns(path: Path, names: Iterable[str]) -> dict[str, str]:
     """{present name of a column: its name in the table}"""
-    known = reader(path)
-    return {name: known.column(path.name, name) for name in names}
+    names_module = reader(path)
+    return {name: names_module.column(path.name, name) for name in names}

@@ -124,18 +124,18 @@ def node(name: str) -> str:
     if "@" in name:
         trained, _, step = name.partition("@")
         return f"{phase(trained)}@{step}"
-    for kinds, called in ((OF_PHASE, phase), (OF_MODEL, model)):
+    for kinds, present_name in ((OF_PHASE, phase), (OF_MODEL, model)):
         for kind in kinds:
             if name.startswith(f"{kind}-"):
-                return f"{kind}-{called(name.removeprefix(f'{kind}-'))}"
+                return f"{kind}-{present_name(name.removeprefix(f'{kind}-'))}"
     return NODES.get(name) or phase(name)
 
 
-def _numbered(name: str, known: Mapping[str, str]) -> str:
-    if name in known:
-        return known[name]
+def _numbered(name: str, present_names: Mapping[str, str]) -> str:
+    if name in present_names:
+        return present_names[name]
     kind, dash, number = name.rpartition("-")
-    return f"{known.get(kind, kind)}{dash}{number}" if number.isdigit() else name
+    return f"{present_names.get(kind, kind)}{dash}{number}" if number.isdigit() else name
 
 
 def release(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The recipe of a release: one field per section, top to bottom the story of how the model was made."""
+"""The recipe of a release: one field per section, in the order in which the model is made."""
 
 from __future__ import annotations
 
@@ -75,6 +75,6 @@ class ReleaseRecipe(Identity):
         return self
 
     def replay_mixes(self) -> dict[str, Mapping[str, float]]:
-        """The mixes of earlier data that phases of post-training replay, by where they stand in the recipe."""
+        """The mixes of earlier data that phases of post-training replay, by their location in the recipe."""
         phases = {"rlvr": self.rlvr, "online_rlhf": self.online_rlhf}
         return {f"{where}.replay": phase.replay.mix for where, phase in phases.items() if phase and phase.replay}

@@ -29,7 +29,7 @@ def run(composed: Graph, store: Store, selected: list[str], cluster: str, profil
     run, Exit(130) after Ctrl-C.
     """
     damage = damage_of(composed, store, selected)
-    wanted, selected = selected, [name for name in selected if name not in damage]
+    requested, selected = selected, [name for name in selected if name not in damage]
     if all(store.sealed(composed.nodes[name].key) for name in selected):
         if damage:
             raise AtomError(next(iter(damage.values())))
@@ -62,7 +62,7 @@ def run(composed: Graph, store: Store, selected: list[str], cluster: str, profil
                 f"`atom sync {this.id}` sends it later"
             )
     if damage:
-        raise AtomError(f"{stages(len(selected))} of {len(wanted)} sealed; {next(iter(damage.values()))}")
+        raise AtomError(f"{stages(len(selected))} of {len(requested)} sealed; {next(iter(damage.values()))}")
     after = f"atom build {reference}" if len(selected) == len(composed.nodes) else f"atom run {reference}"
     print(f"all of {stages(len(selected))} sealed under {store.artifacts}; next: {after}")
 

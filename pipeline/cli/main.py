@@ -31,8 +31,8 @@ Start with: atom plan atom-tiny, then atom run atom-tiny.""",
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_set: bool) -> None:
+    if is_set:
         from importlib.metadata import version
 
         print(f"atom {version('atom-release')}")

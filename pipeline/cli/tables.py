@@ -16,11 +16,11 @@ def _cell(value: float | None, unit: str = "") -> str:
 
 def plan_table(rows: list[StagePlan]) -> Table:
     """One line for each stage. CPU time is shown if every training phase has an estimate of it."""
-    shown = timed(row.estimate for row in rows)
+    has_cpu_time = timed(row.estimate for row in rows)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     for column in ("stage", "key", "state"):
         table.add_column(column, no_wrap=True)
-    for column in ("params/active", "tokens", "FLOP", "memory", "disk", *(["CPU"] if shown else []), "ranks"):
+    for column in ("params/active", "tokens", "FLOP", "memory", "disk", *(["CPU"] if has_cpu_time else []), "ranks"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         e = row.estimate
@@ -34,12 +34,12 @@ def plan_table(rows: list[StagePlan]) -> Table:
             _cell(e.flops),
             _cell(e.memory_bytes, "B"),
             _cell(e.disk_bytes, "B"),
-            *([cpu] if shown else []),
+            *([cpu] if has_cpu_time else []),
             str(row.ranks),
         )
     to_run = [r for r in rows if r.state.text == "to run"]
     seconds = sum(r.estimate.cpu_seconds or 0 for r in to_run)
-    time = f", about {duration(seconds)} of CPU time (estimate)" if shown else ""
+    time = f", about {duration(seconds)} of CPU time (estimate)" if has_cpu_time else ""
     table.caption = f"{len(to_run)} of {len(rows)} stages to run{time}"
     table.caption_justify = "left"
     return table
@@ -47,8 +47,8 @@ def plan_table(rows: list[StagePlan]) -> Table:
 
 def phases_table(rows: list[StagePlan]) -> Table | None:
     """The resources that each training phase needs for each rank; None if there is no training phase."""
-    found = [(row, row.estimate.training) for row in rows if row.estimate.training is not None]
-    if not found:
+    phases = [(row, row.estimate.training) for row in rows if row.estimate.training is not None]
+    if not phases:
         return None
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     table.add_column("phase", no_wrap=True)
@@ -58,7 +58,7 @@ def phases_table(rows: list[StagePlan]) -> Table | None:
     for column in ("GFLOP/token", "state", "activ.", "both", "host", "checkpoints", "data"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("layout")
-    for row, t in found:
+    for row, t in phases:
         ramp = f"{human(t.batch_tokens[0])}→" if len(t.batch_tokens) > 1 else ""
         table.add_row(
             row.state.name,
@@ -83,14 +83,14 @@ def phases_table(rows: list[StagePlan]) -> Table | None:
     return table
 
 
-def forecast_table(told: Forecast) -> Table:
+def forecast_table(forecast: Forecast) -> Table:
     """The expected use of each stage to run on a cluster, without the stages that have no estimate."""
-    prices = told.profile.prices
+    prices = forecast.profile.prices
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
-    table.add_column(f"on {told.profile.name}", no_wrap=True)
+    table.add_column(f"on {forecast.profile.name}", no_wrap=True)
     for column in ("hours", "GPU hours", "core hours", *([prices.currency] if prices else []), "energy"):
         table.add_column(column, justify="right", no_wrap=True)
-    for use in (*(use for use in told.uses if use.why is None), told.total):
+    for use in (*(use for use in forecast.uses if use.why is None), forecast.total):
         table.add_row(
             use.name,
             _hours(use.hours),
@@ -124,8 +124,8 @@ def status_table(run: str, stages: list[NodeStatus], used: str) -> Table:
         state = s.state if (s.ranks or 1) == 1 else f"{s.state}, {s.ranks} ranks"
         where = (s.job or "", s.nodes or "", str(s.restarts or "")) if slurm else ()
         took = duration(s.seconds) if s.seconds is not None else (s.elapsed or "")
-        left = duration(s.eta) if s.eta is not None and s.state == "running" else ""
-        table.add_row(s.name, state, *where, progress, took, left, detail)
+        remaining = duration(s.eta) if s.eta is not None and s.state == "running" else ""
+        table.add_row(s.name, state, *where, progress, took, remaining, detail)
     sealed = sum(s.state == "sealed" for s in stages)
     table.caption = f"{sealed} of {len(stages)} stages sealed; used so far: {used}"
     table.caption_justify = "left"

@@ -17,7 +17,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from pipeline.core.text import shown, unprintable
 
 OUT_OF_BOUNDS = "out_of_bounds"
-"""The type of the errors below: their message goes on from `field = value`."""
+"""The type of the errors below: their message continues after `field = value`."""
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ class TrainingEstimate:
     gflop_per_token: float  # training FLOPs of the model, without recomputation
     state_bytes: int  # weights, gradients and optimizer of a rank
     activation_bytes: int  # maximum that a rank keeps for the backward pass
-    host_bytes: int  # the copy of a rank's state that is written while training goes on
+    host_bytes: int  # the copy of a rank's state that is written while training continues
     checkpoint_bytes: int  # of one checkpoint, all ranks together
     release_checkpoints: int  # number of sealed ones
     work_checkpoints: int  # number of kept ones

@@ -117,14 +117,14 @@ def _priced(use: Use, profile: Profile) -> Use:
 
 def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> list[str]:
     """Sentences on the rates and their sources, on omitted costs, and on stages without an estimate."""
-    told, on_gpus = [], {use.name for use in uses if use.gpu_hours}
+    sentences, on_gpus = [], {use.name for use in uses if use.gpu_hours}
     used = [row for row in rows if row.state.name in on_gpus]
     if profile.gpu and used:
         precisions = dict.fromkeys(row.estimate.training.precision for row in used if row.estimate.training)
         rates = " and ".join(dict.fromkeys(profile.gpu.told(precision) for precision in precisions))
         again = ", a third more FLOPs where layers are computed again" if any(map(_recomputes, used)) else ""
-        told.append(f"assumed: {profile.gpu.name} at {rates}{again}; {profile.gpu.source}")
-        told.append(
+        sentences.append(f"assumed: {profile.gpu.name} at {rates}{again}; {profile.gpu.source}")
+        sentences.append(
             "not counted: restarts, waiting for the queue, reading and writing of checkpoints, held-out loss, cores "
             "beside GPUs"
         )
@@ -132,4 +132,4 @@ def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> 
     for use in uses:
         if use.why:
             reasons.setdefault(use.why, []).append(use.name)
-    return told + [f"no time is given for {', '.join(names)}: {why}" for why, names in reasons.items()]
+    return sentences + [f"no time is given for {', '.join(names)}: {why}" for why, names in reasons.items()]

@@ -69,8 +69,8 @@ class Graph:
                 )
         if only:
             return [only]
-        wanted = self.upstream({until}) if until else set(self.nodes)
-        return [name for name in self.nodes if name in wanted]
+        names = self.upstream({until}) if until else set(self.nodes)
+        return [name for name in self.nodes if name in names]
 
 
 class GraphBuilder:

@@ -110,25 +110,25 @@ def explain(error: ValidationError, model: type[BaseModel], title: str, raw: Any
     is_section = first["type"] == "value_error"  # of a section, whose last part may be its chosen class
     where = ".".join(_called(first["loc"], raw, is_section))
     field = f"{where} " if where else ""
-    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+    suffix = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
     if names[number]:
         text = f"{field}has another name now: {', '.join(names[number])}"
     elif first["type"] == "extra_forbidden":
-        known = _fields_at(model, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1])[:100], known, 1)
-        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}" if known else ""
+        fields = _fields_at(model, first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1])[:100], fields, 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(fields)}" if fields else ""
         text = f"{field}is not a field{hint}"
     elif first["type"] == "missing":
         text = f"{field}is missing"
     elif first["type"] == OUT_OF_BOUNDS:
         text = f"{field}= {shown(first['input'])} {first['msg']}"
     elif first["type"] == "value_error":
-        said = str(first["ctx"]["error"])
-        about_a_field = re.match(r"[a-z_0-9.]+ = ", said)  # such a sentence continues after the section's name
-        text = f"{where}{'.' if about_a_field else ': '}{said}" if where else said
+        message = str(first["ctx"]["error"])
+        about_a_field = re.match(r"[a-z_0-9.]+ = ", message)  # such a sentence continues after the section's name
+        text = f"{where}{'.' if about_a_field else ': '}{message}" if where else message
     else:
         text = f"{field}= {shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}{_mend(first)}"
-    return RecipeError(f"{title}: {escaped(text, LONGEST_SENTENCE)}{more}")
+    return RecipeError(f"{title}: {escaped(text, LONGEST_SENTENCE)}{suffix}")
 
 
 def _names_today(model: type[BaseModel], mistake: Any) -> list[str]:

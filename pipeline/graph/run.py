@@ -155,14 +155,14 @@ def require_same_recipe(run: Run, recipe: Recipe) -> None:
 
 def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
     """All runs, oldest first, and the unreadable ones."""
-    found, damaged = [], []
+    dated_runs, damaged = [], []
     for name in json_files.names(store.logs):
         path = store.logs / name / "run.json"
         try:
             body = json_files.read(path, BODY)
             if body["id"] != name:
                 raise Damaged(path, f"it says that it is of run {body['id']}")
-            found.append((path.stat().st_mtime, Run(name, path.parent, body)))
+            dated_runs.append((path.stat().st_mtime, Run(name, path.parent, body)))
         except FileNotFoundError:
             nowhere = path.parent.is_symlink() and not path.parent.exists()  # perhaps its disk is not mounted
             if path.parent.is_symlink() or _has_begun(path.parent):
@@ -170,7 +170,7 @@ def read_all(store: Store) -> tuple[list[Run], list[Damaged]]:
                 damaged.append(Damaged(path, why))
         except Damaged as error:
             damaged.append(error)
-    return [run for _, run in sorted(found, key=lambda item: (item[0], item[1].id))], damaged
+    return [run for _, run in sorted(dated_runs, key=lambda item: (item[0], item[1].id))], damaged
 
 
 def _has_begun(folder: Path) -> bool:
@@ -185,33 +185,33 @@ def _has_begun(folder: Path) -> bool:
 def runs(store: Store) -> list[Run]:
     """All readable runs, oldest first; the others are reported."""
     try:
-        known, damaged = read_all(store)
+        readable, damaged = read_all(store)
     except Damaged as error:
         json_files.report(error, "no run is known")
         return []
     for each in damaged:
         json_files.report(each, "that run is left out")
-    return known
+    return readable
 
 
 def find(store: Store, reference: str | None) -> Run:
     """The run whose id starts with `reference`, or the latest. Raises AtomError if there is none, if there are several,
     or if it is unreadable."""
-    known, damaged = read_all(store)
+    readable, damaged = read_all(store)
     if reference is not None:
         for each in damaged:
             if each.path.parent.name.startswith(reference):
                 raise each
     for each in damaged:
         json_files.report(each, "that run is left out")
-    if not known:
+    if not readable:
         raise AtomError(f"there is no run under {store.logs}; start one with `atom run RECIPE`, or set ATOM_HOME")
     if reference is None:
-        return known[-1]
-    matching = [run for run in known if run.id.startswith(reference)]
+        return readable[-1]
+    matching = [run for run in readable if run.id.startswith(reference)]
     if len(matching) != 1:
         which = f"{len(matching)} runs under {store.logs} begin" if matching else f"no run under {store.logs} begins"
-        raise AtomError(f"{which} with {reference}; the latest is {known[-1].id}")
+        raise AtomError(f"{which} with {reference}; the latest is {readable[-1].id}")
     return matching[0]
 
 

@@ -20,8 +20,8 @@ def find_log(store: Store, candidates: Sequence[Run], stage: str, rank: int) -> 
         if logs:
             return run, _log_of_rank(run, stage, logs[-1], rank)
     names = sorted({node["name"] for run in candidates for node in run.body["nodes"]})
-    known = f"; stages: {', '.join(names)}" if names and stage not in names else ""
-    raise AtomError(f"there is no log of stage {stage} under {store.logs}{known or '; it never ran there'}")
+    hint = f"; stages: {', '.join(names)}" if names and stage not in names else ""
+    raise AtomError(f"there is no log of stage {stage} under {store.logs}{hint or '; it never ran there'}")
 
 
 def _log_of_rank(run: Run, stage: str, first: Path, rank: int) -> Path:

@@ -1,6 +1,6 @@
 """In-toto statements with the predicate test-result for evaluations and gates.
 
-Each stands in evidence/attestations/: `evaluation-<model>.json` about an exported model by the digest of its artifact,
+Each is in evidence/attestations/: `evaluation-<model>.json` about an exported model by the digest of its artifact,
 `gates.json` about all artifacts of the release. Specification: github.com/in-toto/attestation, spec/predicates/
 test-result.md.
 """

@@ -16,13 +16,13 @@ UNKNOWN_LICENSES = frozenset({"", "unknown", "noassertion", "none", "other"})
 
 def licenses(subject: Subject) -> Findings:
     """Checks that every document has a license, including removed ones."""
-    problems, known = [], set()
+    problems, expressions = [], set()
     for row in stream_rows(subject.folder / "dispositions.parquet", ["id", "source", "license"]):
         license = row["license"] or ""
-        known.add(license)
+        expressions.add(license)
         if license.lower() in UNKNOWN_LICENSES:
             problems.append(f"dispositions.parquet: document {row['id']} of source {row['source']} has no license")
-    return Findings(problems, summary=f"every document has a license: {', '.join(sorted(known))}")
+    return Findings(problems, summary=f"every document has a license: {', '.join(sorted(expressions))}")
 
 
 def dispositions(subject: Subject) -> Findings:

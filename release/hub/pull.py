@@ -33,7 +33,7 @@ def pull(remote: RemoteRepository, revision: str, target: Path) -> Path:
 
 
 def _is_unsafe(path: str) -> bool:
-    """Whether a path leads outside its folder, or into what the client keeps for itself."""
+    """Whether a path leads outside its folder, or into the client's own files."""
     parts = path.split("/")
     return not path.isprintable() or "\\" in path or any(part in ("", ".", "..", ".cache", ".git") for part in parts)
 

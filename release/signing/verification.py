@@ -20,7 +20,7 @@ from release.signing.signatures import IGNORED
 
 @dataclass(frozen=True)
 class TrustPolicy:
-    """What signatures must satisfy. signer: who must have signed, as a key's fingerprint, or as an identity, which
+    """The requirements on signatures. signer: the required signer, as a key's fingerprint, or as an identity, which
     `verifier` then checks. chain: trusted certificates, for a release that was signed with one; without them the key
     beside the signature counts."""
 
@@ -110,8 +110,8 @@ def verify(
 
 @dataclass(frozen=True)
 class _Signed:
-    """What a signature states. signer: as of SignatureVerdict; digests: {path: SHA-256} of the signed files; problem:
-    why the signature is not valid, empty if it is."""
+    """The content of a signature. signer: as of SignatureVerdict; digests: {path: SHA-256} of the signed files;
+    problem: why the signature is not valid, empty if it is."""
 
     signer: str | None
     digests: dict[str, str]

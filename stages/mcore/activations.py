@@ -1,9 +1,10 @@
 """Activation memory of a rank: the tensors that the forward pass saves for the backward pass. No torch: `atom plan`
 imports this file.
 
-The layers are ours: Megatron's with its unfused SwiGLU, between matrices of Transformer Engine or PyTorch. Assumed:
-routing is balanced (each rank's experts get their share of the tokens; natural routing is not so even, and the fullest
-rank needs more); the attention kernel saves queries, keys, values, output and log-sum-exp, but no scores; FP8's smaller
+The layers are those of this project: Megatron's with its unfused SwiGLU, between matrices of Transformer Engine or
+PyTorch. Assumed: routing is balanced (each rank's experts get their share of the tokens; real routing is less even, and
+the fullest rank needs more); the attention kernel saves queries, keys, values, output and log-sum-exp, but no scores;
+FP8's smaller
 copies of matrix inputs are counted as bf16. Left out: transient tensors within one operation, communication buffers,
 and the allocator's fragments. `tests/integration/test_costs.py` compares with what autograd saves.
 """
@@ -17,8 +18,8 @@ from stages.models.costs import Rows
 
 
 def in_flight(layout: Layout, pipeline_rank: int, micro_batches: int) -> float:
-    """Micro-batches whose forward pass has been run and whose backward pass has not, at most, on a pipeline rank; with
-    interleaved chunks a fraction, of all of the rank's layers.
+    """The maximum number of micro-batches between their forward and backward pass on a pipeline rank; with interleaved
+    chunks a fraction, of all of the rank's layers.
 
     1F1B (Narayanan et al., 2021): the ranks behind it, and its own one. Interleaved: twice as far ahead, by chunks.
     """
@@ -39,9 +40,9 @@ def activation_bytes(
     pipeline_rank: int,
     fused: bool = False,
 ) -> float:
-    """Bytes at the peak of a step on a rank at that place of the pipeline. micro_batches: of a step, on one rank.
+    """Bytes at the peak of a step on a rank at that position of the pipeline. micro_batches: of a step, on one rank.
 
-    With recompute = layer each layer keeps its input only, and the one whose backward pass runs has all its tensors.
+    With recompute = layer each layer keeps only its input, and the layer in its backward pass has all its tensors.
     The last stage adds the final norm and the loss: logits, their fp32 softmax, and with bf16 a gradient of that size.
     """
     size = 4 if precision == "fp32" else 2
@@ -55,5 +56,5 @@ def activation_bytes(
     total = tokens * (in_flight(layout, pipeline_rank, micro_batches) * sum(saved_bytes) + working)
     if pipeline_rank == layout.pp - 1:
         total += tokens * 2 * input_bytes
-        total += tokens * padded_vocab_size * (4 if precision == "fp32" else 6)  # tensor ranks cut the vocabulary
+        total += tokens * padded_vocab_size * (4 if precision == "fp32" else 6)  # tensor ranks split the vocabulary
     return total

@@ -1,18 +1,18 @@
 """FP8 simulated without FP8 hardware: a built model's linear layers multiply rounded numbers.
 
 `attach` changes every linear layer of the decoder (attention, dense feed-forward, experts, shared experts) and nothing
-else: embeddings, norms, router, attention's own products and output head stay as they are. A layer's three products
-are those of FP8 training (Micikevicius et al., 2022, arXiv:2209.05433),
+else: embeddings, norms, router, attention's own products and output head are unchanged. A layer's three products are
+those of FP8 training (Micikevicius et al., 2022, arXiv:2209.05433),
 
     y = Q(x) Q(w)^T        dx = Q(dy) Q(w)        dw = Q(dy)^T Q(x)
 
 each operand rounded along the dimension that its product sums over, from the unrounded tensor. Sums run in fp32 and
 are rounded once to the model's type, where tensor cores of the Hopper generation keep fewer bits of a sum.
 
-Under tensor parallelism one scale for a tensor is that of the whole tensor, so that every layout rounds the same
-numbers; Transformer Engine takes the rank's own part of a weight. Blocks agree where cuts fall between them. Two things
-still depend on the layout, here as there: an expert's tokens are those of all ranks that send it some, and context
-ranks have a share of a row each, so amounts and neighbors of what is rounded together differ.
+Under tensor parallelism a per-tensor scale is that of the whole tensor, so that every layout rounds the same numbers;
+Transformer Engine uses the rank's part of a weight. Blocks agree if cuts are between them. Two things still depend on
+the layout, in both: an expert's tokens come from several ranks, and context ranks have a share of a row each, so the
+number and the neighbors of the values that are rounded together differ.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class LinearRecord:
     rows: int
     """Width of the output: N."""
     counts: dict[Kind, Counts] = field(default_factory=lambda: dict.fromkeys(KINDS, Counts()))
-    """Both roundings of an operand, where its two products take it in different blocks."""
+    """Both roundings of an operand, if its two products use different blocks."""
     tokens: Counter[int] = field(default_factory=Counter)
     """The number of products by their number of tokens (M)."""
 
@@ -121,8 +121,8 @@ class Linear(torch.autograd.Function):  # type: ignore[misc]
 
 
 def _quantize_both_ways(x: torch.Tensor, kind: Kind, summed: int, ctx: Any) -> tuple[Quantized, Quantized]:
-    """A matrix rounded for the product that sums over `summed`, and for the one that sums over its other dimension; if
-    the blocks are the same, the same."""
+    """A matrix rounded for the product that sums over `summed`, and for the one that sums over its other dimension;
+    equal if the blocks are the same."""
     recipe: Fp8Recipe = ctx.recipe
     first = quantize(x, recipe, kind, summed, ctx.group)
     ctx.record.counts[kind] += first.counts

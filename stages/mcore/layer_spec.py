@@ -24,18 +24,19 @@ from stages.models.grouped_query import SLICE
 
 
 def has_transformer_engine() -> bool:
-    """Whether layers are made of Transformer Engine's kernels: there is a GPU, and the library."""
+    """Whether layers use Transformer Engine's kernels: a GPU and the library are available."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def layer_spec(config: TransformerConfig, virtual_stage: int | None = None, packed: bool = False) -> Any:
-    """The layers that GPTModel is built from, for one virtual pipeline stage of this rank.
+    """The layer specification of GPTModel, for one virtual pipeline stage of this rank.
 
-    packed: attention must tell the documents of a row apart; ours does, also between Transformer Engine's matrices.
+    packed: attention must separate the documents of a row; this project's does, also between Transformer Engine's
+    matrices.
     """
     engine = has_transformer_engine()
     if not engine and config.expert_model_parallel_size * config.expert_tensor_parallel_size == 1:
-        # nobody to exchange tokens with: this dispatcher then sorts them once, where "alltoall" copies them twice more
+        # no rank to exchange tokens with: this dispatcher then sorts them once, where "alltoall" copies them twice more
         config.moe_token_dispatcher_type = "allgather"
 
     def layer(experts: int | None) -> Any:
@@ -78,11 +79,11 @@ class RMSNorm(torch.nn.RMSNorm):  # type: ignore[misc]
 
 
 class Attention(MegatronModule):  # type: ignore[misc]
-    """Causal grouped-query attention by PyTorch's fused kernels, which never hold the scores of a whole row.
+    """Causal grouped-query attention with PyTorch's fused kernels, which never store the scores of a whole row.
 
-    Rows are padded on the right, so causality alone keeps padding out of every real position. Under context
-    parallelism a rank has slices r and 2C-1-r of the 2C slices of each row, which evens out the work of causal
-    attention; it gathers the keys and values of the others. In packed rows, Megatron's attention mask argument
+    Rows are padded on the right, so causality alone masks padding for every real position. Under context parallelism a
+    rank has slices r and 2C-1-r of the 2C slices of each row, which evens out the work of causal attention; it gathers
+    the keys and values of the others. In packed rows, Megatron's attention mask argument
     holds the first position of the document of each position: int64 [batch, complete row].
     """
 
@@ -114,8 +115,8 @@ def causal_attention(
     """Attention of the queries at `positions` to the keys up to there; q: [batch, heads, len(positions), dim].
 
     starts: [batch, len(positions)], the first key that each query sees; None: position 0.
-    A slice of queries sees no keys beyond its last position, nor before the first document that it is part of. The
-    CPU's kernel computes masked scores as well, so that spares almost half of the work of long rows.
+    A slice of queries sees no keys beyond its last position, and none before its first document. The CPU's kernel also
+    computes masked scores, so this saves almost half of the work of long rows.
     """
     out = []
     slice_starts = starts.split(slice_, 1) if starts is not None else [None] * len(positions.split(slice_))

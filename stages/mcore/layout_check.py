@@ -1,4 +1,4 @@
-"""Whether a parallel layout can train a model. No torch here."""
+"""Checks whether a parallel layout can train a model. No torch here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stages.models.base import ModelConfig
 
 
 def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_batches: Iterable[int]) -> str | None:
-    """The reason why this layout cannot train the model, as a sentence that begins with a field; None if it can.
+    """The reason why this layout cannot train the model, as a sentence that starts with a field; None if it can.
 
     micro_batches: of one optimizer step, over all ranks; several if the batch grows.
     """

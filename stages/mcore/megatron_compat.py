@@ -1,4 +1,4 @@
-"""The differences between the supported versions of megatron-core, 0.16.1 to 0.19. Only this file knows them.
+"""The differences between the supported versions of megatron-core, 0.16.1 to 0.19. Only this file handles them.
 
 Everything else uses names that all versions have. Tests run with the oldest (Python 3.11) and the newest
 (`make test-latest`).
@@ -15,8 +15,8 @@ import torch
 
 
 def before_import() -> None:
-    """Without CUDA, from 0.17 on: the schedules load a GPU kernel written in Triton, which CPU builds of PyTorch come
-    without. It gets a stand-in, which can be imported and not called."""
+    """Without CUDA, from 0.17 on: the schedules load a GPU kernel written in Triton, which CPU builds of PyTorch lack.
+    A stub replaces it, which can be imported but not called."""
     kernel = "megatron.core.transformer.moe.ops.paged_stash"
     if importlib.util.find_spec("triton") is None:
         sys.modules.setdefault(kernel, _MissingKernels(kernel))
@@ -47,8 +47,8 @@ def _count_without_padding() -> None:
 
 
 def router_losses() -> dict[str, torch.Tensor]:
-    """This rank's losses of the routers by name ("load_balancing_loss", "z_loss", ...) and layer, summed since they
-    were last set to zero; 0.17 moved them into an object."""
+    """This rank's losses of the routers by name ("load_balancing_loss", "z_loss", ...) and layer, summed since the last
+    reset; 0.17 moved them into an object."""
     from megatron.core.transformer.moe import moe_utils
 
     if hasattr(moe_utils, "get_moe_metrics_tracker"):

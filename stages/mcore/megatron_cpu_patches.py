@@ -1,13 +1,13 @@
 """Megatron-core on a machine without CUDA: all patches that it needs.
 
-Megatron-core's schedules, DDP, optimizers and MoE layers are device-neutral in all but their vocabulary: they write
-`device="cuda"`, ask `torch.cuda` for a stream, or compare a tensor's type with its CUDA name. `enable()` gives
-Megatron's own modules a `torch` in which these words mean the CPU. PyTorch itself stays as it is: transformers, or any
-other library in the same process, sees an untouched `torch`. (Replacing the factories in `torch` itself breaks
-`from_pretrained` without an error: the tensors it makes on the meta device come out uninitialized.)
+Megatron-core's schedules, DDP, optimizers and MoE layers are device-neutral except for names: they write
+`device="cuda"`, request a stream from `torch.cuda`, or compare a tensor's type with its CUDA name. `enable()` gives
+Megatron's modules a `torch` in which these names mean the CPU. PyTorch itself is unchanged: transformers, or any other
+library in the same process, sees the original `torch`. (Replacing the factories in `torch` itself breaks
+`from_pretrained` without an error: its tensors on the meta device stay uninitialized.)
 
-Take Megatron's names from `stages.mcore.megatron_imports`, which calls `enable()` first. What differs between
-Megatron's versions is in `stages.mcore.megatron_compat`.
+Import Megatron's names from `stages.mcore.megatron_imports`, which calls `enable()` first. The differences between
+Megatron's versions are in `stages.mcore.megatron_compat`.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _enabled = False
 
 
 def enable() -> None:
-    """Makes Megatron run on this machine; call it as often as you like. With CUDA it imports Megatron and fills in what
-    is missing without Transformer Engine."""
+    """Makes Megatron run on this machine; it is idempotent. With CUDA it imports Megatron and adds the parts that are
+    missing without Transformer Engine."""
     global _enabled
     if _enabled:
         return
@@ -66,7 +66,7 @@ def enable() -> None:
 @contextlib.contextmanager
 def _no_compile() -> Iterator[None]:
     """Megatron decorates its fusions with torch.compile at import. None of them is used on CPU, and loading the
-    compiler takes two seconds of every process, so during the import `torch.compile` hands functions back."""
+    compiler takes two seconds in every process, so during the import `torch.compile` returns functions unchanged."""
     compile_ = torch.compile
 
     def identity(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
@@ -105,7 +105,7 @@ def _patch_torch_names() -> None:
 
 
 def _called_by_megatron() -> bool:
-    """Whether the function that asks was called from one of Megatron's."""
+    """Whether the calling function was called from a function of Megatron."""
     return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.")
 
 
@@ -127,10 +127,10 @@ def _patch_functions() -> None:
 
 
 def _cpu_torch() -> types.ModuleType:
-    """A module with torch's names, in which factories take "cuda" for "cpu" and `cuda` is the stand-in below."""
+    """A module with torch's names, in which factories read "cuda" as "cpu" and `cuda` is the replacement below."""
     cpu_torch = types.ModuleType("torch")
     cpu_torch.__dict__.update(torch.__dict__)
-    cpu_torch.__dict__["__getattr__"] = lambda name: getattr(torch, name)  # what torch itself loads lazily
+    cpu_torch.__dict__["__getattr__"] = lambda name: getattr(torch, name)  # modules that torch itself loads lazily
     for name in FACTORIES:
         cpu_torch.__dict__[name] = _redirect_to_cpu(getattr(torch, name))
     cpu_torch.__dict__["cuda"] = _cpu_cuda()

@@ -1,6 +1,6 @@
-"""The one door to megatron-core: the CPU support is in place before any name of Megatron's is taken.
+"""The only import of megatron-core: the CPU patches are applied before any of its names is imported.
 
-Every module of ours takes Megatron's names from here, so that no import order can put Megatron first.
+Every module of this project imports Megatron's names from here, so that no import order can load Megatron first.
 """
 
 from stages.mcore import megatron_cpu_patches

@@ -15,17 +15,17 @@ MASTER = 4
 
 
 def layers_of(model: ModelConfig, layout: Layout, pipeline_rank: int) -> list[list[int]]:
-    """The layers of each model chunk of a pipeline rank. Megatron deals chunks out in turns."""
+    """The layers of each model chunk of a pipeline rank. Megatron assigns chunks in turns."""
     layers_per_chunk = model.layers // (layout.pp * layout.vpp)
     starts = [(chunk * layout.pp + pipeline_rank) * layers_per_chunk for chunk in range(layout.vpp)]
     return [list(range(start, start + layers_per_chunk)) for start in starts]
 
 
 def memory_share(model: ModelConfig, padded_vocab_size: int, layout: Layout, pipeline_rank: int) -> MemoryShare:
-    """The parameters of each rank at that place of the pipeline: tensor, expert and data ranks hold equally many.
+    """The parameters of each rank at that position of the pipeline: tensor, expert and data ranks hold equally many.
 
     The first has the input table, the last the final norm and the output head; with tied embeddings a copy of the
-    table, unless it is the first as well. (Biases of experts are no parameters: a few kilobytes.)
+    table, unless it is also the first. (Biases of experts do not count: a few kilobytes.)
     """
     chunks = layers_of(model, layout, pipeline_rank)
     total = sum((model.layer_memory(layout, layer) for chunk in chunks for layer in chunk), MemoryShare(0, 0))
@@ -57,7 +57,7 @@ def state_bytes(share: MemoryShare, layout: Layout, precision: Precision) -> flo
 
 
 def owned_bytes(share: MemoryShare, layout: Layout) -> float:
-    """Bytes of fp32 weights and moments that a rank's optimizer owns: what it writes to a work checkpoint, and the copy
-    in host memory that is written while training goes on."""
+    """Bytes of fp32 weights and moments that a rank's optimizer owns: its part of a work checkpoint, and the size of
+    the copy in host memory that is written while training continues."""
     dense, experts = sharing(layout)
     return (MASTER + MOMENTS) * (share.dense / dense + share.experts / experts)

@@ -20,8 +20,8 @@ from stages.models.base import ModelConfig, Precision
 
 
 def transformer_config(model: ModelConfig, layout: Layout, precision: Precision = "fp32") -> TransformerConfig:
-    """Megatron's configuration of a model without dropout or biases: what its architecture says, its sizes, the layout
-    and the precision."""
+    """Megatron's configuration of a model without dropout or biases: from its architecture, its sizes, the layout and
+    the precision."""
     on_gpu = torch.cuda.is_available()
     config = TransformerConfig(
         **keywords(precision),
@@ -57,7 +57,7 @@ def transformer_config(model: ModelConfig, layout: Layout, precision: Precision 
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
-    config.rope = frequencies(model)  # what our attention layers turn by; Megatron's own read the following
+    config.rope = frequencies(model)  # for this project's attention; Megatron's own reads the following
     for name, value in megatron_yarn(model).items():
         setattr(config, name, value)
     return config
@@ -70,7 +70,7 @@ def build(
     """This rank's part of the model, one GPTModel for each virtual pipeline stage, without its initial weights.
 
     packed: rows hold several documents, given by the attention mask (see layer_spec.Attention).
-    vocab_size: ids from here to `padded_vocab_size` only pad the table and get probability zero; None: there are none.
+    vocab_size: ids from here to `padded_vocab_size` only pad the table and get probability zero; None: without padding.
 
     Needs a `stages.train.parallel.session` of the same layout.
     """

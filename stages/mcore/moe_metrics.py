@@ -14,7 +14,7 @@ from stages.mcore.megatron_imports import GPTModel, TopKRouter
 from stages.models.base import Routing
 
 DEAD_SHARE = 0.05
-"""An expert that gets less than this part of its fair share of a step's tokens counts as dead."""
+"""An expert with less than this part of its fair share of a step's tokens counts as dead."""
 
 
 def collect_losses() -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,8 @@
 """The parallel layout of a phase: its section `parallelism`. It never enters a key. No torch here.
 
-The words are Megatron-core's. A rank is one process with one device. Dense tensors live on a grid of
-tensor x context x data x pipeline ranks, experts on one of expert_tensor x expert x expert data x pipeline ranks;
-both grids cover the same ranks.
+The terms are Megatron-core's. A rank is one process with one device. Dense tensors are on a grid of tensor x context x
+data x pipeline ranks, experts on one of expert_tensor x expert x expert data x pipeline ranks; both grids cover the
+same ranks.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _FUSED = {
 }
 
 BUFFERS = (".expert_bias",)
-"""Endings of the names of what training changes without a gradient: the optimizer has no moments of them."""
+"""Suffixes of the names of buffers that training changes without a gradient: the optimizer has no moments of them."""
 
 
 def global_name(local: str, first_layer: int = 0, first_expert: int = 0) -> str:

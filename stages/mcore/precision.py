@@ -14,7 +14,7 @@ import torch
 
 from stages.models.base import Precision
 
-# The first GPU generation whose tensor cores know the format, as compute capability and by name.
+# The first GPU generation whose tensor cores support the format, as compute capability and by name.
 NEEDS: dict[Precision, tuple[tuple[int, int], str]] = {
     "bf16": ((8, 0), "Ampere"),
     "fp8-tensorwise": ((8, 9), "Ada or Hopper"),
@@ -23,7 +23,7 @@ NEEDS: dict[Precision, tuple[tuple[int, int], str]] = {
 }
 _BF16: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
 _FP8: dict[Precision, dict[str, Any]] = {
-    # e4m3 forward, e5m2 for gradients, one scale a tensor from its present maximum
+    # e4m3 forward, e5m2 for gradients, one scale per tensor from its present maximum
     "fp8-tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
     # e4m3 everywhere; scales by 1 x 128 of activations and gradients, 128 x 128 of weights (DeepSeek-V3)
     "fp8-blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},

@@ -13,9 +13,9 @@ from megatron.core.transformer import attention
 
 
 class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
-    """Megatron's, in which normalizing (if the model does), turning (rotary embedding) and sorting heads is one step.
+    """Megatron's, with normalization (if the model has it), rotary embedding and the reordering of heads in one step.
 
-    Its own steps copy each head several times, and leave heads that lie far apart to the attention kernel.
+    Megatron's own steps copy each head several times, and pass strided heads to the attention kernel.
     """
 
     def forward(self, hidden: torch.Tensor, attention_mask: Any, *, rotary_pos_emb: Any, **kwargs: Any) -> Any:
@@ -41,7 +41,7 @@ class SelfAttention(attention.SelfAttention):  # type: ignore[misc]
 
     def _rotary(self, sequence: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of this context-parallel rank's positions, fp32: [sequence, dim], or [batch, 1, 1,
-        sequence, dim] where rows hold several documents, each of which counts from 0."""
+        sequence, dim] if rows hold several documents, each of which counts from 0."""
         size = self.config.context_parallel_size
         positions = context_positions(sequence * size) if size > 1 else torch.arange(sequence)
         positions = positions.to(device)
@@ -65,7 +65,7 @@ class Heads(torch.autograd.Function):  # type: ignore[misc]
     """mixed: [sequence, batch, groups, queries + 2, dim], a group being its queries, its key, its value; cos, sin:
     [..., sequence, dim] -> queries, keys (RMS-normalized, turned) and values, each [batch, heads, sequence, dim].
 
-    The arithmetic is fp32, whatever `mixed` is; the product has its type.
+    The arithmetic is fp32 for any type of `mixed`; the result has its type.
     """
 
     @staticmethod

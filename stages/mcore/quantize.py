@@ -1,6 +1,7 @@
-"""FP8 as Transformer Engine's recipes use it, in plain PyTorch: round to a format's numbers and back, block by block.
+"""FP8 quantization of Transformer Engine's recipes in plain PyTorch: rounds to a format's numbers and back, block by
+block.
 
-A recipe says, for each operand of a matrix product, which format it is rounded to and which values share a scale:
+A recipe has, for each operand of a matrix product, its format and the block of values that share a scale:
 
 | recipe         | input, weight, gradient | values that share a scale                                 | scale        |
 |----------------|-------------------------|-----------------------------------------------------------|--------------|
@@ -26,25 +27,25 @@ import torch.nn.functional as F
 
 Kind = Literal["input", "weight", "gradient"]
 KINDS: tuple[Kind, ...] = ("input", "weight", "gradient")
-"""The operands of a linear layer's three products: what comes in, the weight, the gradient of what goes out."""
+"""The operands of a linear layer's three products: the input, the weight, the gradient of the output."""
 
 FP32_MAX = torch.finfo(torch.float32).max
 EXPONENT = 0x7F800000
-"""The exponent bits of an fp32 number; without the others it is the power of two at or below it."""
+"""The exponent bits of an fp32 number; without the other bits it is the power of two at or below it."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """An 8-bit floating-point format, of which nothing but its numbers matters here."""
+    """An 8-bit floating-point format, defined by its numbers."""
 
     name: str
     mantissa_bits: int
-    smallest_exponent: int  # of a normal number; below it lie subnormals of the same spacing
+    smallest_exponent: int  # of a normal number; subnormals below it have the same spacing
     largest: float
 
     @property
     def overflow(self) -> float:
-        """Magnitudes from here on are nearer to the number after the largest, which the format does not have."""
+        """Magnitudes from here on are nearer to the next number above the largest, which the format does not have."""
         spacing: float = 2.0 ** (math.frexp(self.largest)[1] - 1 - self.mantissa_bits)
         return self.largest + spacing / 2
 
@@ -64,7 +65,7 @@ class Fp8Recipe:
     block: int | None
     """Values that share a scale, along the summed dimension; None: all of the tensor."""
     square_weights: bool = False
-    """Whether a weight's blocks are block x block, and so the same for both products that it takes part in."""
+    """Whether a weight's blocks are block x block, and therefore the same for both of its products."""
     scale: Literal["fp32", "power of two", "e8m0"] = "fp32"
 
     def format(self, kind: Kind) -> Format:
@@ -101,9 +102,9 @@ class Counts:
     values: int = 0
     nonzero: int = 0
     underflow: int = 0
-    """Values that were not zero and are."""
+    """Nonzero values that became zero."""
     overflow: int = 0
-    """Values that were clipped to the largest number, and values that were infinite or not a number."""
+    """Values that were clipped to the largest number, and infinite or NaN values."""
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -118,8 +119,8 @@ class Counts:
 class Quantized:
     """A matrix of rounded values: `values` times `factor`, a power of two of each block being in the values already.
 
-    Apart, because values are then exact in bf16 as in fp32, and a product of such matrices is rounded once, as on a
-    tensor core: its scales are applied to the sum.
+    The factor is separate, because values are then exact in bf16 as in fp32, and a product of such matrices is rounded
+    once, as on a tensor core: its scales are applied to the sum.
     """
 
     values: torch.Tensor
@@ -130,7 +131,8 @@ class Quantized:
 def quantize_dequantize(
     x: torch.Tensor, recipe: Fp8Recipe, kind: Kind, summed: int = 1, group: Any = None
 ) -> tuple[torch.Tensor, Counts]:
-    """A matrix as a product of the recipe sees it, in fp32, and what the rounding did. Arguments: see `quantize`."""
+    """A matrix rounded and rescaled for a product of the recipe, in fp32, and the counts of the rounding. Arguments:
+    see `quantize`."""
     rounded = quantize(x, recipe, kind, summed, group)
     return rounded.values.float() * rounded.factor, rounded.counts
 
@@ -165,7 +167,7 @@ def quantize(x: torch.Tensor, recipe: Fp8Recipe, kind: Kind, summed: int = 1, gr
 
 
 SLAB = 2**17
-"""Values that are rounded at once: the work takes a dozen passes, which should find them in the processor's cache."""
+"""Values that are rounded together: the dozen passes over them should stay in the processor's cache."""
 
 
 def _slabs(x: torch.Tensor, height: int) -> tuple[torch.Tensor, ...]:

@@ -14,7 +14,7 @@ from stages.models.base import ModelConfig
 
 
 def frequencies(model: ModelConfig) -> tuple[torch.Tensor, float]:
-    """(radians by position, [rotary_dim / 2], fp32; what cosines and sines are multiplied by)."""
+    """(radians by position, [rotary_dim / 2], fp32; the factor of cosines and sines)."""
     dim = model.rotary_dim
     base = 1.0 / (model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     if model.yarn is None:
@@ -22,11 +22,11 @@ def frequencies(model: ModelConfig) -> tuple[torch.Tensor, float]:
     yarn = model.yarn
 
     def pair_index(rotations: float) -> float:
-        """The (fractional) pair whose frequency turns so often within the original length."""
+        """The (fractional) pair whose frequency makes that many turns within the original length."""
         return dim * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(model.rope_theta))
 
     low, high = max(math.floor(pair_index(yarn.beta_fast)), 0), min(math.ceil(pair_index(yarn.beta_slow)), dim - 1)
-    width = high - low or 0.001  # equal ends make a step of the ramp
+    width = high - low or 0.001  # equal ends turn the ramp into a step
     ramp = torch.clamp((torch.arange(dim // 2, dtype=torch.float32) - low) / width, 0, 1)
     return base / yarn.factor * ramp + base * (1 - ramp), 0.1 * math.log(yarn.factor) + 1.0
 

@@ -1,4 +1,4 @@
-"""The part of a full tensor that a rank holds. Only this file knows how tensor parallelism cuts matrices.
+"""The part of a full tensor that a rank holds. Only this file defines the cuts of tensor parallelism.
 
 A part is a list of boxes (one slice for each dimension) of the full tensor; the rank's local tensor is those boxes,
 concatenated along the first dimension. Megatron-core's cuts: rows of embedding, output head, QKV and an expert's gate
@@ -31,7 +31,7 @@ def boxes(name: str, shape: tuple[int, ...]) -> tuple[Box, ...]:
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         n = shape[1] // size
         return ((full_box[0], (rank * n, (rank + 1) * n)),)
-    blocks = 2 if name.endswith("linear_fc1.weight") else 1  # gate above up, each cut by itself
+    blocks = 2 if name.endswith("linear_fc1.weight") else 1  # gate above up, each cut separately
     block, n = shape[0] // blocks, shape[0] // blocks // size
     return tuple(((b * block + rank * n, b * block + (rank + 1) * n), *full_box[1:]) for b in range(blocks))
 

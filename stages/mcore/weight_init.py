@@ -1,6 +1,6 @@
 """Initial weights that do not depend on the layout: each tensor has a generator of its own.
 
-The generator is seeded from (seed, global name), an expert's name holding its index in the whole model, so any split
+The generator is seeded from (seed, global name); an expert's name contains its index in the whole model, so any split
 over any number of ranks starts from the same numbers.
 """
 

@@ -1,8 +1,8 @@
-"""What every architecture has: the settings that all models share, and what the engine asks of a `model` section.
+"""The interface of every architecture: the settings that all models share, and the methods of a `model` section.
 
 An architecture is a folder beside this file: `config.py` with its settings and costs in closed form, and `spec.py` with
-its ModelSpec (how Megatron builds it, and how transformers names its tensors). docs/extending.md shows one. No torch
-here: `atom plan` reads this file.
+its ModelSpec (its construction in Megatron, and the names of its tensors in transformers). docs/extending.md shows one.
+No torch here: `atom plan` reads this file.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Width = Annotated[int, Range(1, 2**17, "Llama 3 405B: 16384, inside its feed-for
 RopeBase = Annotated[float, Range(1, 1e12, "Llama 3: 5e5, Qwen2.5-1M: 1e7", above=True)]
 LossWeight = Annotated[float, Range(0, 100, "DeepSeek-V3: 1e-4, OLMoE: 0.01")]
 Precision = Literal["fp32", "bf16", "fp8-tensorwise", "fp8-blockwise", "mxfp8"]
-"""What matrices are multiplied in. Weights of the optimizer, reductions, router, norms and losses are fp32 in all."""
+"""The precision of matrix products. Weights of the optimizer, reductions, router, norms and losses are fp32 in all."""
 PositiveCount = Annotated[int, Range(1, 1e15)]
 MOST_PARAMETERS = 10**14
-"""Of a model; the largest that were published have 2e12."""
+"""Maximum parameters of a model; the largest published ones have 2e12."""
 Turns = Annotated[float, Range(0, 1e4, above=True)]
 
 
@@ -56,7 +56,7 @@ class Yarn(Config):
 
 
 class Rope(Config):
-    """Rotary embedding from a phase on, where it differs from before."""
+    """A changed rotary embedding from a phase on."""
 
     theta: Annotated[RopeBase | None, Renamed("base")] = Field(
         None, description="base of the rotary frequencies; null: as in the previous phase"
@@ -101,15 +101,15 @@ class ModelConfig(Config, ABC):
 
     spec_module: ClassVar[str]
     """The module that defines SPEC, the architecture's ModelSpec."""
-    if TYPE_CHECKING:  # each architecture declares the field with its own name as the only value
+    if TYPE_CHECKING:  # each architecture declares the field with its name as the only value
         architecture: str
 
-    # -- what an architecture defines ---------------------------------------------------------------------------------
+    # -- methods that an architecture defines -------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def rotary_dim(self) -> int:
-        """Width of the part of a head that the rotary embedding turns."""
+        """Width of the part of a head with rotary embedding."""
 
     @property
     def routing(self) -> Routing | None:
@@ -118,15 +118,15 @@ class ModelConfig(Config, ABC):
 
     @abstractmethod
     def shapes(self, padded_vocab_size: int) -> dict[str, tuple[int, ...]]:
-        """Every tensor's global name and full shape, in Megatron's words and layout (stages/mcore/param_names.py)."""
+        """Every tensor's global name and full shape, with Megatron's names and layout (stages/mcore/param_names.py)."""
 
     @abstractmethod
     def parameters(self, padded_vocab_size: int) -> dict[str, int]:
-        """Parameter counts in closed form: total, active (what one token uses), embedding (the input table)."""
+        """Parameter counts in closed form: total, active (used by one token), embedding (the input table)."""
 
     @abstractmethod
     def matrices(self, padded_vocab_size: int) -> int:
-        """Matrix parameters that one token meets: active ones with the output head, without input table and norms."""
+        """Matrix parameters that one token uses: active ones with the output head, without input table and norms."""
 
     @abstractmethod
     def attention(self) -> list[AttentionCost]:
@@ -149,7 +149,7 @@ class ModelConfig(Config, ABC):
 
     @abstractmethod
     def proportions(self) -> dict[str, float]:
-        """The ratios that make the model what it is and that a small proxy keeps, by name."""
+        """The characteristic ratios of the model, which a small proxy keeps, by name."""
 
     @abstractmethod
     def scaled(self, hidden_size: int, width: Callable[[int], int]) -> dict[str, Any] | None:
@@ -165,13 +165,14 @@ class ModelConfig(Config, ABC):
         return {}
 
     def export_obstacle(self) -> str | None:
-        """What of the model its class in transformers cannot express, in one sentence; None: nothing."""
+        """The property of the model that its class in transformers cannot express, in one sentence; None without
+        one."""
         return None
 
-    # -- what follows from it -----------------------------------------------------------------------------------------
+    # -- derived methods ----------------------------------------------------------------------------------------------
 
     def flops_per_token(self, padded_vocab_size: int, sequence_length: int) -> float:
-        """Training FLOPs of one token in rows of that length, as `stages.models.costs.training_flops` counts them."""
+        """Training FLOPs of one token in rows of that length, by `stages.models.costs.training_flops`."""
         return training_flops(self.matrices(padded_vocab_size), self.attention(), sequence_length)
 
     def with_rope(self, rope: Rope | None, context_length: int) -> Self:
@@ -182,7 +183,7 @@ class ModelConfig(Config, ABC):
         return self.model_copy(update=changes)
 
     def spec(self) -> ModelSpec:
-        """How Megatron and transformers build the model. Imports torch."""
+        """The construction of the model in Megatron and transformers. Imports torch."""
         spec: ModelSpec = importlib.import_module(self.spec_module).SPEC
         return spec
 

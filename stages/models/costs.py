@@ -18,7 +18,7 @@ class AttentionCost:
     heads: int
     qk: int
     v: int
-    window: int | None = None  # keys that a query sees at most
+    window: int | None = None  # maximum keys that a query sees
 
     def keys(self, sequence_length: int) -> float:
         """Keys that a causal query sees on average: half the row, or the mean of min(position, window)."""
@@ -27,13 +27,13 @@ class AttentionCost:
 
 
 def training_flops(matrices: int, attention: Iterable[AttentionCost], sequence_length: int) -> float:
-    """Training FLOPs of one token: 2 forward and 4 backward for each matrix parameter that the token meets (the output
-    head is one, the input table is looked up), and as much for each product of its query with a key and of a score
-    with a value.
+    """Training FLOPs of one token: 2 forward and 4 backward for each matrix parameter that the token uses (including
+    the output head, but not the input table, which is a lookup), and the same for each product of its query with a key
+    and of a score with a value.
 
-    This is how NVIDIA's published tables count (Megatron-Bridge, docs/performance-summary.md); Chowdhery et al. (2022,
-    appendix B) count attention without causality. Nothing is added for recomputation: these are the model's FLOPs, not
-    the machine's. Packed rows need less than this, since a document does not see the others of its row.
+    NVIDIA's published tables count in the same way (Megatron-Bridge, docs/performance-summary.md); Chowdhery et al.
+    (2022, appendix B) count attention without causality. Recomputation is not added: these are the model's FLOPs, not
+    the machine's. Packed rows need fewer, because a document does not see the others of its row.
     """
     scores = sum(a.layers * a.heads * (a.qk + a.v) * a.keys(sequence_length) for a in attention)
     return 6.0 * (matrices + scores)
@@ -46,7 +46,7 @@ class MemoryShare:
 
     dense: int
     experts: int
-    table: int = 0  # of the dense ones, those of embedding and output head, which stay in bf16 under FP8
+    table: int = 0  # of the dense ones: embedding and output head, which stay in bf16 under FP8
 
     def __add__(self, other: MemoryShare) -> MemoryShare:
         return MemoryShare(self.dense + other.dense, self.experts + other.experts, self.table + other.table)

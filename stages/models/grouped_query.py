@@ -1,5 +1,5 @@
-"""Decoders of grouped-query attention, whatever follows it in a layer: the settings of the attention, and the costs of
-a layer in closed form. No torch here.
+"""Decoders with grouped-query attention and any feed-forward part: the settings of the attention, and the costs of a
+layer in closed form. No torch here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stages.models.costs import AttentionCost, MemoryShare, Rows
 
 Heads = Annotated[int, Range(1, 1024, "DeepSeek-V3: 128")]
 SLICE = 128
-"""Queries that attend in one call where rows are packed (stages/mcore/layer_spec.py)."""
+"""Queries in one call of attention if rows are packed (stages/mcore/layer_spec.py)."""
 
 
 class GroupedQueryConfig(ModelConfig):
@@ -42,7 +42,7 @@ class GroupedQueryConfig(ModelConfig):
             raise ValueError(f"head_dim = {self.head_dim} is odd, but rotary embedding turns pairs; nearest: {near}")
         return self
 
-    # -- what follows the attention in a layer ------------------------------------------------------------------------
+    # -- the feed-forward part of a layer -----------------------------------------------------------------------------
 
     @abstractmethod
     def mlp_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
@@ -50,11 +50,11 @@ class GroupedQueryConfig(ModelConfig):
 
     @abstractmethod
     def mlp_parameters(self) -> tuple[int, int]:
-        """(all parameters, those that one token uses) of the feed-forward parts of all layers."""
+        """(all parameters, active parameters of one token) of the feed-forward parts of all layers."""
 
     @abstractmethod
     def mlp_matrices(self) -> int:
-        """Matrix parameters that one token meets in the feed-forward parts of all layers."""
+        """Matrix parameters that one token uses in the feed-forward parts of all layers."""
 
     @abstractmethod
     def mlp_memory(self, layout: Layout, layer: int) -> tuple[int, int, int]:
@@ -135,7 +135,7 @@ class GroupedQueryConfig(ModelConfig):
                 "queries, keys (turned) and values": size * (q + 2 * kv * layout.cp),  # gathered over context ranks
                 "cosines and sines": 8 * self.head_dim * layout.tp,
                 "attention's output by slices of queries": size * q,
-                # of each slice of queries, up to its last one: if one document fills the row, half of it on average
+                # of each slice of queries, up to its last one: on average half of the row, if one document fills it
                 "attention mask": size * (rows.length + SLICE) / 2 * layout.tp,
             }
         else:
@@ -182,7 +182,7 @@ class GroupedQueryConfig(ModelConfig):
 
 
 def swiglu_shapes(hidden: int, intermediate: int, at: str = "") -> dict[str, tuple[int, ...]]:
-    """The two matrices of a SwiGLU, whose names begin with `at`."""
+    """The two matrices of a SwiGLU, with names that start with `at`."""
     return {f"{at}linear_fc1.weight": (2 * intermediate, hidden), f"{at}linear_fc2.weight": (hidden, intermediate)}
 
 

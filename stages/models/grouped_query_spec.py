@@ -1,5 +1,5 @@
-"""What decoders of grouped-query attention share in Megatron and in transformers: configuration, and the names and
-shapes of tensors. Pure functions, exact in both directions.
+"""The common parts of decoders with grouped-query attention in Megatron and in transformers: configuration, and the
+names and shapes of tensors. Pure functions, exact in both directions.
 """
 
 from __future__ import annotations

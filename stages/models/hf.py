@@ -10,10 +10,10 @@ from stages.models.base import ModelConfig
 
 
 def hf_config(model: ModelConfig, vocab_size: int, eos_token_id: int, pad_token_id: int, dtype: str) -> dict[str, Any]:
-    """config.json: the architecture's own entries, and those that all have.
+    """config.json: the entries of the architecture, and the common ones.
 
-    The rotary embedding stands twice: `rope_parameters` is read by transformers 5, `rope_theta` and `rope_scaling` by
-    everything older. Raises AtomError for what the class in transformers cannot express.
+    The rotary embedding has two forms: transformers 5 reads `rope_parameters`, older programs read `rope_theta` and
+    `rope_scaling`. Raises AtomError for a property that the class in transformers cannot express.
     """
     if problem := model.export_obstacle():
         raise AtomError(problem)

@@ -18,7 +18,7 @@ ARCHITECTURES: dict[str, type[ModelConfig]] = {
     "qwen3": Qwen3Config,
 }
 DEFAULT = "qwen3_moe"
-"""What a section without `architecture` means."""
+"""The architecture of a section without `architecture`."""
 
 
 def _architecture_of(section: Any) -> Any:

@@ -17,9 +17,9 @@ from stages.rl.samplers.registry import SAMPLERS
 from stages.train.config import BatchSizes, PhaseBase, PhaseConfig, TrainerConfig, Validation
 
 Prompts = Annotated[int, Range(1, 1e6)]
-"""Of one step."""
+"""Prompts of one step."""
 Answers = Annotated[int, Range(1, 4096, "DeepSeek-R1: 16")]
-"""To one prompt."""
+"""Answers to one prompt."""
 Gap = Annotated[float, Range(0, 100, "nats; usual: 0.001 in one process, 0.05 with vLLM in bf16", above=True)]
 Coefficient = Annotated[float, Range(0, 1000)]
 Retries = Annotated[int, Range(0, 1000)]
@@ -61,7 +61,7 @@ class Sampling(Config):
 
     @property
     def promise(self) -> Promise:
-        """Of a stage that draws so."""
+        """The promise of a stage with this sampling."""
         return SAMPLERS[self.kind].promise
 
 
@@ -132,7 +132,7 @@ class RlPhase(PostTrainingPhase):
     retries: Retries = operational(2, "retries of a failed verifier before the phase stops")
 
     def replay_rows(self) -> PhaseConfig:
-        """The replayed rows as those of a training phase, which is how their order is made and read."""
+        """The replayed rows in the form of a training phase, in which their order is made and read."""
         assert self.replay is not None
         r = self.replay
         batch = BatchSizes(global_tokens=r.rows * r.sequence_length, micro_tokens=r.sequence_length)
@@ -199,7 +199,7 @@ class RewardPhase(PostTrainingPhase):
 
 
 def obstacle(phase: RlPhase | DpoPhase) -> str | None:
-    """Why answers cannot be drawn or scored here as the recipe says."""
+    """The reason why the recipe's answers cannot be drawn or scored here; None if they can."""
     sources = phase.tasks if isinstance(phase, RlPhase) else phase.preferences.tasks
     if isinstance(phase, DpoPhase) and phase.sft_tasks is not None:
         sources += phase.sft_tasks.tasks
@@ -237,7 +237,7 @@ class RewardTrainConfig(TrainerConfig):
 
 
 def require_room(sampling: Sampling, model: ModelConfig) -> None:
-    """Raises ValueError if answers may be as long as the model's context."""
+    """Raises ValueError if the maximum length of answers reaches the model's context."""
     if sampling.max_new_tokens >= model.context_length:
         raise ValueError(
             f"sampling.max_new_tokens = {sampling.max_new_tokens} leaves no room for a question in "

@@ -2,8 +2,8 @@
 
     atom run atom-tiny --until dpo
 
-A reward function scores the answers. The best and the worst answer to a question are a pair, kept with its source.
-Right answers to verified tasks are an anchor, so that skills stay. docs/post-training.md describes each setting.
+A reward function scores the answers; the best and the worst answer to a question are a pair, which is stored with its
+source. A loss on correct answers to verified tasks preserves skills. docs/post-training.md describes each setting.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ VERSION = 4
 
 
 def run(config: DpoTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["init"]: the phase before, of which the last checkpoint's weights are taken; inputs["tasks"],
-    inputs["items"], inputs["tokenizer"].
+    """inputs["init"]: the previous phase, whose last checkpoint's weights are loaded; inputs["tasks"], inputs["items"],
+    inputs["tokenizer"].
 
     Fills `out` with step-<n>/, training.jsonl, summary.json, rollouts.parquet and pairs.parquet.
     Raises what stages.train.trainer.train raises.
@@ -34,7 +34,7 @@ def estimate(config: DpoTrainConfig) -> Estimate:
     answers = sum(a.count * a.num_generations for a in (phase.preferences, phase.sft_tasks) if a) * phase.steps
     tokens = answers * phase.sampling.max_new_tokens
     parameters = config.model.parameters(config.padded_vocab_size)
-    flops = 3 * 2.0 * parameters["active"] * tokens  # all are drawn, a third is learnt from
+    flops = 3 * 2.0 * parameters["active"] * tokens  # all are drawn, a third is trained on
     return Estimate(tokens=tokens, flops=flops, cpu_seconds=10 + flops / 2e10, parameters=parameters)
 
 

@@ -1,4 +1,4 @@
-"""The policy under training, as rank 0 holds it: draws answers, verifies them, and stores them on disk.
+"""The policy in training on rank 0: draws answers, verifies them, and stores them on disk.
 
 The answers of a step are on disk before an update uses them, with the digest of the policy that drew them.
 """
@@ -107,7 +107,7 @@ def require_small_gap(name: str, step: int, gap: float, limit: float) -> None:
 
 
 class RolloutFiles:
-    """The files of drawn answers of one phase, a wave each: `<step>-<wave>.parquet`."""
+    """The files of drawn answers of one phase, one for each wave: `<step>-<wave>.parquet`."""
 
     def __init__(self, folder: Path, report: Report) -> None:
         self.folder, self.report = folder, report

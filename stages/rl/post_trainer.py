@@ -1,4 +1,4 @@
-"""The loop of post-training: each step gives its metrics, and the algorithm has a state of its own."""
+"""The loop of post-training: each step returns its metrics, and the algorithm has a state of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stages.train.trainer import Trainer
 
 
 class PostTrainer(Trainer):
-    """inputs["init"]: the phase before, whose last weights are taken over; inputs["tokenizer"]."""
+    """inputs["init"]: the previous phase, whose last weights are loaded; inputs["tokenizer"]."""
 
     rng = "not used: every answer has a seed of its own, which follows from the recipe's"
 

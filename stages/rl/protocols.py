@@ -1,4 +1,5 @@
-"""The interfaces of the RL loop: task sources give tasks, samplers answer their prompts, verifiers score the answers.
+"""The interfaces of the RL loop: task sources provide tasks, samplers answer their prompts, verifiers score the
+answers.
 
 Each has a registry, which names its modules: stages/rl/rollout/task_sources/registry.py, stages/rl/samplers/registry.py
 and stages/rl/rewards/registry.py. Nothing heavy is imported here.
@@ -20,15 +21,15 @@ if TYPE_CHECKING:
     import torch
 
 Row = Mapping[str, Any]
-"""A task as it is kept and published, in NeMo Gym's row format: `responses_create_params` with the messages of `input`,
-and the verifier's own fields beside it; plus `id`, `verifier` (its name), `kind` and `level`."""
+"""A task in its stored and published form, NeMo Gym's row format: `responses_create_params` with the messages of
+`input`, and the verifier's own fields beside it; plus `id`, `verifier` (its name), `kind` and `level`."""
 
 
 def to_row(
     id: str, prompt: str | Sequence[Mapping[str, str]], /, verifier: str, kind: str, level: int, **fields: Any
 ) -> dict[str, Any]:
-    """A task in NeMo Gym's row format. prompt: what the user asks, or the messages up to there. fields: the
-    verifier's own, which may be called `prompt` too."""
+    """A task in NeMo Gym's row format. prompt: the user's question, or the messages up to it. fields: the verifier's
+    own; one may also be called `prompt`."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     params = {"input": messages}
     return {"id": id, "responses_create_params": params, "verifier": verifier, "kind": kind, "level": level, **fields}
@@ -46,7 +47,7 @@ def question(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of a rendered chat up to the assistant's turn, and the seed of the one answer that is to be drawn."""
+    """Token ids of a rendered chat up to the assistant's turn, and the seed of its answer."""
 
     ids: tuple[int, ...]
     seed: int
@@ -73,10 +74,10 @@ class SamplingSettings(Protocol):
 
 @dataclass(frozen=True)
 class SamplerContext:
-    """What a sampler is constructed from.
+    """The arguments for constructing a sampler.
 
-    config: what config.json holds; its `dtype` is the trainer's. stops: ids of the tokens that end an answer. folder:
-    for files of the sampler, in the stage's work folder.
+    config: the content of config.json; its `dtype` is the trainer's. stops: ids of the tokens that end an answer.
+    folder: for files of the sampler, in the stage's work folder.
     """
 
     config: Mapping[str, Any]
@@ -91,7 +92,7 @@ class Sampler(ABC):
     @classmethod
     @abstractmethod
     def create(cls, context: SamplerContext) -> Self:
-        """The sampler of a phase. Raises AtomError where a requirement is missing."""
+        """Creates the sampler of a phase. Raises AtomError if a requirement is missing."""
 
     @abstractmethod
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -109,10 +110,10 @@ class Sampler(ABC):
 
 @dataclass(frozen=True)
 class Response:
-    """An answer as a verifier sees it.
+    """An answer in the form for verifiers.
 
     text: the complete text, with special tokens by name, without the stop token. answer: the text after the reasoning,
-    or all of it if there is none. finished: whether it ended by itself; a verifier gives no credit to one that did not.
+    or all of it if there is none. finished: whether it ended by itself; an unfinished answer gets no credit.
     """
 
     text: str
@@ -121,7 +122,7 @@ class Response:
 
     @classmethod
     def parse(cls, text: str, finished: bool) -> Response:
-        """Splits the reasoning off. One that was opened and never closed leaves no answer."""
+        """Splits off the reasoning. An unclosed reasoning leaves no answer."""
         return cls(text, answer_of(text), finished)
 
 
@@ -129,8 +130,8 @@ Answer = tuple[Row, Response]
 """A task and an answer to it."""
 
 Parts = dict[str, float]
-"""Parts of a reward by name, each finite; `reward` is the whole. `task`, if there, is 1 where the answer does what the
-task asks and 0 elsewhere: cards compare it with the reward, and an answer without it wins no comparison."""
+"""Parts of a reward by name, each finite; `reward` is the total. `task`, if present, is 1 for an answer that does the
+task and 0 otherwise: cards compare it with the reward, and an answer with 0 wins no comparison."""
 
 
 class VerifierFailed(MachineError):
@@ -147,7 +148,7 @@ class ChatTokenizer(Protocol):
 
 
 class NoSettings(Config):
-    """Of a verifier without settings."""
+    """The settings of a verifier without settings."""
 
 
 SettingsT = TypeVar("SettingsT", bound=Config)
@@ -155,8 +156,8 @@ SettingsT = TypeVar("SettingsT", bound=Config)
 
 @dataclass(frozen=True)
 class VerifierContext(Generic[SettingsT]):
-    """What a verifier is constructed from. settings: the recipe's, validated; inputs: the artifacts of the stage; chat:
-    the policy's tokenizer."""
+    """The arguments for constructing a verifier. settings: the recipe's, validated; inputs: the artifacts of the stage;
+    chat: the policy's tokenizer."""
 
     settings: SettingsT
     inputs: Inputs = field(default_factory=dict)
@@ -167,9 +168,9 @@ class Verifier(ABC):
     """A reward function: scores answers. The same row and response give the same parts."""
 
     name: ClassVar[str]
-    """What rows, recipes and the registry call it."""
+    """Its name in rows, recipes and the registry."""
     Settings: ClassVar[type[Config]] = NoSettings
-    """How it runs, as a recipe sets it. No part of a key, so it must not change a score."""
+    """The settings of its execution in a recipe. They are no part of a key, so they must not change a score."""
     version: str
     """Published beside every score; it changes when a score may."""
 
@@ -183,10 +184,10 @@ class Verifier(ABC):
 
     @abstractmethod
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
-        """The parts of each answer's reward, in order. An answer of any kind (empty, garbage, huge, hostile) has one.
-        An unfinished one has the reward 0.
+        """The parts of each answer's reward, in order. Every answer (empty, garbage, huge, hostile) has a reward. An
+        unfinished one has the reward 0.
 
-        Raises VerifierFailed in a sentence that names the verifier, and the row unless the machine is to blame.
+        Raises VerifierFailed in a sentence with the verifier, and with the row unless the machine is the cause.
         """
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
@@ -208,4 +209,4 @@ class TaskSource(Protocol):
 
     def rows(self, seed: int, excluded: set[str]) -> Iterator[Row]:
         """Its tasks. seed: the recipe's; excluded: questions of evaluation items, which the stage leaves out, and which
-        a source can replace. Raises RecipeError for settings that give too few tasks."""
+        a source can replace. Raises RecipeError for settings with too few tasks."""

@@ -1,4 +1,4 @@
-"""A reward model, trained on the pairs of the policy's answers that a reward function ranked.
+"""A reward model, trained on the scored pairs of the policy's answers.
 
 atom run atom-tiny --until reward
 """
@@ -14,7 +14,7 @@ VERSION = 3
 
 
 def run(config: RewardTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["init"]: the policy that the model begins as; inputs["pairs"]: a dpo artifact; inputs["tokenizer"].
+    """inputs["init"]: the policy that initializes the model; inputs["pairs"]: a dpo artifact; inputs["tokenizer"].
 
     Fills `out` with step-<n>/, training.jsonl and summary.json with the accuracy on held-out pairs.
     Raises what stages.train.trainer.train raises, and AtomError if there are too few pairs.

@@ -3,8 +3,8 @@ a trained reward model.
 
     atom run atom-tiny --until rlvr
 
-Each step asks tasks that a curriculum chooses, draws several answers to each from the policy, has verifiers score them,
-and moves the policy once. stages/rl holds the parts; docs/post-training.md describes each setting.
+In each step a curriculum chooses tasks, the policy draws several answers to each, verifiers score them, and the policy
+is updated once. The parts are in stages/rl; docs/post-training.md describes each setting.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ VERSION = 3
 
 
 def run(config: RlTrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["init"]: the phase before, of which the last checkpoint's weights are taken; inputs["tasks"],
-    inputs["items"], inputs["tokenizer"]; with replay also inputs["tokens"] and inputs["order"];
-    where tasks name the verifier reward-model, inputs["reward"], its training, and inputs["reward_model"], its export.
+    """inputs["init"]: the previous phase, whose last checkpoint's weights are loaded; inputs["tasks"], inputs["items"],
+    inputs["tokenizer"]; with replay also inputs["tokens"] and inputs["order"]; if tasks name the verifier reward-model,
+    inputs["reward"], its training, and inputs["reward_model"], its export.
 
     Fills `out` with step-<n>/, training.jsonl, summary.json and rollouts.parquet.
     Raises what stages.train.trainer.train raises.
@@ -35,7 +35,7 @@ def estimate(config: RlTrainConfig) -> Estimate:
     phase = config.phase
     tokens = phase.steps * phase.prompts_per_step * phase.num_generations * phase.sampling.max_new_tokens
     parameters = config.model.parameters(config.padded_vocab_size)
-    # an answer is drawn once (a forward pass) and learnt from once (three)
+    # an answer is drawn once (a forward pass) and trained on once (three)
     flops = 4 * 2.0 * parameters["active"] * tokens
     return Estimate(tokens=tokens, flops=flops, cpu_seconds=10 + flops / 2e10, parameters=parameters)
 

@@ -1,13 +1,12 @@
-"""Scorers: what turns an answer into right or wrong, or into a reward. Each version is one frozen file.
+"""Scorers: functions from an answer to a reward, or to right or wrong. Each version is one frozen file.
 
     SCORERS["exact", "1"](row, answer, finished) -> {"reward": 1.0, "finished": 1.0}
 
-A file is never edited once its version has scored anything: published outputs name the scorer and its version, and
-`atom verify` scores them again with that file for as long as it lies here. `tests/unit/test_scorers.py` pins every
-digest. A new version is a new file, one line in SCORERS and one in LATEST. A frozen file imports the standard library
-only.
+A file is never edited after its version has scored an output: published outputs name the scorer and its version, and
+`atom verify` scores them again with that file while it exists. `tests/unit/test_scorers.py` pins every digest. A new
+version is a new file, one line in SCORERS and one in LATEST. A frozen file imports the standard library only.
 
-Scorers that need more than a file (a sandbox, other packages, a model) are in stages/rl; they have versions as well.
+Scorers with further requirements (a sandbox, other packages, a model) are in stages/rl; they have versions as well.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 from stages.scorers import courtesy_v1, courtesy_v2, exact_v1, instructions_v1, problems_v1, response_v1
 
 Score = Callable[[Mapping[str, Any], str, bool], dict[str, float]]
-"""(row of the task, answer, whether it ended by itself) -> parts by name, `reward` being the whole."""
+"""(row of the task, answer, whether it ended by itself) -> parts by name; `reward` is the total."""
 PROBLEMS = ("problems", "1")
 """Scores outputs of base models; it takes the expected answer and the whole output."""
 SCORERS: dict[tuple[str, str], Score] = {
@@ -29,11 +28,11 @@ SCORERS: dict[tuple[str, str], Score] = {
     ("exact", "1"): exact_v1.score,
     ("instructions", "1"): instructions_v1.score,
 }
-"""By name and version, those of conversations."""
+"""The scorers of conversations, by name and version."""
 LATEST = {"courtesy": "2", "exact": "1", "instructions": "1"}
-"""The versions that new outputs are scored by."""
+"""The versions that score new outputs."""
 RESPONSES: dict[tuple[str, str], Callable[[str], str]] = dict.fromkeys(SCORERS, response_v1.answer_of)
-"""What of a text is its answer, for each version of a scorer."""
+"""The functions from a text to its answer, for each version of a scorer."""
 
 answer_of = response_v1.answer_of
 answer_of_problem, score_problem = problems_v1.answer_of, problems_v1.score

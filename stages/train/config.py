@@ -203,10 +203,10 @@ class PhaseConfig(PhaseBase):
                     f"batch.ramp.{number}.until_step = {part.until_step} leaves no step with the full batch; "
                     f"use less than steps = {self.steps}"
                 )
-        for name, value, unit, called in sizes:
+        for name, value, unit, unit_name in sizes:
             if value % unit:
                 near = _multiples(value, unit)
-                raise ValueError(f"batch.{name} = {value} is not a multiple of {called} {unit}; nearest: {near}")
+                raise ValueError(f"batch.{name} = {value} is not a multiple of {unit_name} {unit}; nearest: {near}")
         if self.optimizer.warmup_steps >= self.steps:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.optimizer.warmup_steps} leaves nothing of steps = {self.steps} to "
@@ -243,7 +243,7 @@ class PhaseConfig(PhaseBase):
 
     @property
     def first_step(self) -> int:
-        """The first step that is trained; 1 unless the phase goes on from a checkpoint."""
+        """The first step that is trained; 1 unless the phase continues from a checkpoint."""
         return int(self.continue_from.rsplit("@")[1]) + 1 if self.continue_from else 1
 
     def rows_of(self, step: int) -> int:
@@ -340,6 +340,6 @@ class TrainConfig(TrainerConfig):
 
 
 def _multiples(value: int, unit: int) -> str:
-    """The multiples of `unit` around `value`, as words."""
+    """The multiples of `unit` around `value`, as text."""
     below = value // unit * unit
     return f"{below} or {below + unit}" if below else str(unit)

@@ -1,10 +1,10 @@
 """Training rows by step, from the order artifact and the token shards. Nothing is shuffled here, so the position in
 the data is the step alone, for any number of ranks.
 
-A segment is one document, or one chunk of one, of at most sequence_length + 1 tokens: its tokens but the last are the
-inputs, its tokens but the first the targets. A row is one segment, or several side by side where a phase packs them;
-each then sees itself alone. Rows are padded on the right to the longest row of their step, which every rank knows from
-the order alone.
+A segment is one document, or one chunk of one, of at most sequence_length + 1 tokens: all tokens except the last are
+inputs, all except the first are targets. A row is one segment, or several if a phase packs them; attention then
+separates them. Rows are padded on the right to the longest row of their step, which every rank reads from the order
+alone.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Row:
 
     @property
     def slots(self) -> int:
-        """Inputs, which are as many as targets."""
+        """The number of inputs, which equals that of targets."""
         return sum(segment.length - 1 for segment in self.segments)
 
     @property
@@ -147,7 +147,7 @@ class RankBatch:
         Tensor, pipeline and context ranks read the rows of their data-parallel rank."""
         layout = ranks.layout
         per_rank = -(-len(rows) // (micro_rows * ranks.data_ranks))
-        if layout.vpp > 1:  # the interleaved schedule takes micro-batches by groups
+        if layout.vpp > 1:  # the interleaved schedule needs groups of micro-batches
             per_rank = -(-per_rank // layout.pp) * layout.pp
         multiple = FP8_ALIGN * layout.width_unit if fp8 else math.lcm(ALIGN, layout.width_unit)
         width = -(-max(row.slots for row in rows) // multiple) * multiple
@@ -171,7 +171,7 @@ class Prefetcher:
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self.futures: dict[int, Future[tuple[list[Row], RankBatch]]] = {}
         self.waited = 0.0
-        """Seconds that the last `take` waited for its data."""
+        """Seconds for which the last `take` waited for data."""
 
     def take(self, step: int) -> tuple[list[Row], RankBatch]:
         """All rows of a step and this rank's batch of them; starts to read the next step."""
@@ -195,7 +195,7 @@ class Prefetcher:
 class Order:
     """The rows of every step of a phase, from its first one: 1, or the one after the step that it continues from.
 
-    Of the table only the part around the present step is in memory, however long the phase is. Threads may share it.
+    Only the part of the table around the present step is in memory, for a phase of any length. Threads may share it.
     """
 
     COLUMNS: ClassVar = ["step", "row", "source", "id", "ordinal", "offset", "length", "loss_from"]

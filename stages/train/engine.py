@@ -1,4 +1,4 @@
-"""One model under training: Megatron's DDP, schedules and distributed optimizer around our GPTModel, in any layout."""
+"""One model in training: Megatron's DDP, schedules and distributed optimizer around its GPTModel, in any layout."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ UpdateCheck = Callable[[float, float | None], str | None]
 
 
 Objective = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""(minus the log-probability of each target [rows, width], the batch) -> the sum that is minimized, which the engine
-divides by the share's targets, and figures to be summed over the step; of those called `max_…` the largest is kept."""
+"""(minus the log-probability of each target [rows, width], the batch) -> the sum to minimize, which the engine divides
+by the share's targets, and figures that are summed over the step; for a name `max_…` the maximum is kept."""
 
 
 @dataclass(frozen=True)
 class RouterFigures:
-    """What the routers of a mixture of experts did in one step, the same on every rank."""
+    """The metrics of the routers of a mixture of experts in one step, the same on every rank."""
 
     aux_loss: float  # load-balancing loss, summed over layers, mean over micro-batches, without its weight
     z_loss: float | None  # the router's z-loss, likewise; None if the model has none
@@ -59,8 +59,8 @@ class StepFigures:
     loss: float  # mean over the step's loss-carrying targets
     grad_norm: float  # before clipping
     router: RouterFigures | None  # of a model with experts
-    refused: str | None = None  # why no weight was moved
-    gradients: dict[str, float] | None = None  # norms by part of the model, if so
+    refused: str | None = None  # reason for a skipped update
+    gradients: dict[str, float] | None = None  # norms by part of the model, for a skipped update
     extras: dict[str, float] = field(default_factory=dict)  # figures of the objective
 
     def metrics(self, lr: float) -> dict[str, float]:
@@ -189,7 +189,7 @@ class Engine:
         return StepFigures(loss, float(norm), router, extras=extras)
 
     def _router_figures(self, micro_batches: int) -> RouterFigures | None:
-        """Of the step whose gradients were computed; None for a model without experts."""
+        """The metrics of the step whose gradients were computed; None for a model without experts."""
         if self.routers is None:
             return None
         aux, z = (
@@ -230,8 +230,8 @@ class Engine:
         return result
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The full tensors that the model computes with, by global name, on rank 0; others give none. On CPU; of
-        one process the live ones."""
+        """The full tensors that the model computes with, by global name, on rank 0; empty on other ranks. On CPU; with
+        one process, the live ones."""
         local_tensors = [(n, boxes(n, self.shapes[n]), t.data) for n, t in named_tensors(self.chunks)]
         local_tensors += [(n, boxes(n, self.shapes[n]), t) for n, t in self.buffers.items()]
         if self.ranks.world == 1:
@@ -247,8 +247,8 @@ class Engine:
         """Runs this rank's batch through Megatron's schedule; returns the mean of the objective over all ranks, and its
         figures.
 
-        The loss of a step is the mean over its loss-carrying targets, wherever they lie. Megatron averages over
-        micro-batches and DDP over ranks, so each micro-batch's sum is scaled back by both counts.
+        The loss of a step is the mean over its loss-carrying targets on all ranks. Megatron averages over micro-batches
+        and DDP over ranks, so each micro-batch's sum is scaled back by both counts.
         """
         scale = len(rank_batch.micro) * self.ranks.data_ranks / rank_batch.targets
         device = next(self.chunks[0].parameters()).device

@@ -20,7 +20,7 @@ TWO_BYTE_IDS = 65_536
 
 
 def estimate(config: TrainConfig) -> Estimate:
-    """FLOPs, memory of the fullest rank, and disk of a phase. Of time only that of fp32 on CPU threads is estimated."""
+    """FLOPs, memory of the fullest rank, and disk of a phase. Time is only estimated for fp32 on CPU threads."""
     phase, model, layout = config.phase, config.model, config.phase.parallelism
     parameters = model.parameters(config.padded_vocab_size)
     steps, tokens = phase.steps - phase.first_step + 1, phase.tokens(phase.first_step)
@@ -40,10 +40,10 @@ def estimate(config: TrainConfig) -> Estimate:
     memory = round(max(state + activation for state, activation in zip(states, activations, strict=True)))
     checkpoint = (MASTER + MOMENTS) * parameters["total"]
     releases, first = release_checkpoints(phase), phase.first_step == 1
-    # step 0 has no moments yet; one more work checkpoint than is kept lies there while it is being written
+    # step 0 has no moments yet; while a work checkpoint is written there is one more than is kept
     work = phase.work_checkpoints_kept + 1
     if phase.spikes and phase.spikes.action == "rewind":
-        work += 2  # where a spike at the next step would go back to, and one after that
+        work += 2  # the one to which a spike at the next step would rewind, and the next one
     disk = checkpoint * (releases - first + work) + first * MASTER * parameters["total"]
     order_rows = phase.rows_from(phase.first_step)
     return Estimate(

@@ -23,7 +23,7 @@ class Log:
             self.path.write_bytes(b"")
 
     def check(self, step: int, first: int) -> None:
-        """Raises AtomError if the log that came with a checkpoint does not hold every step from `first` to `step`."""
+        """Raises AtomError if the log of a checkpoint does not have every step from `first` to `step`."""
         if self.is_writer:
             steps = [x["step"] for x in self.lines() if "tokens" in x]
             if steps != list(range(first, step + 1)):
@@ -39,13 +39,13 @@ class Log:
                 file.write(json.dumps(values, sort_keys=True) + "\n")
 
     def flush(self) -> None:
-        """Flushes the log to disk, since a checkpoint requires the lines before it."""
+        """Flushes the log to disk, because a checkpoint requires the lines before it."""
         if self.is_writer:
             with self._open() as file:
                 os.fsync(file.fileno())
 
     def _open(self) -> TextIO:
-        """Raises AtomError if the folder is gone, which only a later attempt removes."""
+        """Opens the log. Raises AtomError if its folder is missing, which only a later attempt removes."""
         try:
             return open(self.path, "a")
         except FileNotFoundError:

@@ -1,9 +1,9 @@
-"""Mid-training: the model of the phase before goes on with longer rows, other shares of text and a decaying rate.
+"""Mid-training: continues the model of the previous phase with longer rows, another mix and a decaying learning rate.
 
     atom run atom-tiny --until midtrain
 
-The phases of a recipe's `long_context` are mid-training too, each on the one before. It takes over the weights of the
-last step and nothing else: the optimizer starts fresh, with its own warm-up, since Adam's moments belong to the old mix
+The phases of a recipe's `long_context` are mid-training as well, each after the previous one. A phase loads only the
+weights of the last step: the optimizer starts fresh, with its own warmup, because Adam's moments belong to the old mix
 and batch.
 """
 
@@ -19,7 +19,7 @@ VERSION = 7
 
 
 def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["tokens"], inputs["order"], `work` and `out` as in pre-training; inputs["init"]: the phase before.
+    """inputs["tokens"], inputs["order"], `work` and `out` as in pre-training; inputs["init"]: the previous phase.
 
     Raises what stages.train.trainer.train raises, and AtomError if the init's tensors do not fit the model.
     """

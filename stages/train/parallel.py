@@ -43,7 +43,7 @@ class Ranks:
     data_rank: int
     data_ranks: int
     counts_loss: bool
-    """Whether this rank's loss enters the sum: of all that compute it, one for each share of the tokens does."""
+    """Whether this rank's loss enters the sum: one rank for each share of the tokens."""
     wrapped: list[DistributedDataParallel] = field(default_factory=list, compare=False)
     """The DDP modules of the session, which are cleared at its end."""
 
@@ -120,7 +120,7 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     rendezvous: dict[str, Any] = {"store": dist.HashStore()} if world == 1 else {"timeout": timedelta(seconds=timeout)}
     with warnings.catch_warnings(), contextlib.nullcontext() if on_gpu else _deterministic_cpu(), _peer_errors(rank):
-        # deprecation notes of Megatron's and PyTorch's for each other, which nobody who reads this log can act on
+        # deprecation warnings between Megatron and PyTorch, which are useless in this log
         warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
         ranks: Ranks | None = None
         failed = False
@@ -149,15 +149,15 @@ def session(seed: int, layout: Layout | None = None, timeout: float = 600.0) -> 
             failed = world > 1
             raise
         finally:
-            if not failed:  # else it is left to the end of the process: NCCL would wait for a rank that comes no more
+            if not failed:  # else it is left to the end of the process: NCCL would wait for the lost rank
                 _destroy_groups(ranks)
 
 
 def _destroy_groups(ranks: Ranks | None) -> None:
     """Destroys Megatron's and torch's process groups, and the references that keep them alive."""
     for wrapped in ranks.wrapped if ranks else ():
-        # The hooks of its parameters hold it, and a graph that was not walked back, which the model keeps, holds them:
-        # a circle through C++ that Python cannot collect, with the groups and their threads in it.
+        # The hooks of its parameters hold it, and a graph without a backward pass, which the model keeps, holds them: a
+        # cycle through C++ that Python cannot collect, with the groups and their threads in it.
         vars(wrapped).clear()
     moe_metrics.clear_losses()
     for embedding in (RotaryEmbedding, YarnRotaryEmbedding):  # a table kept for a group keeps its threads
@@ -168,7 +168,7 @@ def _destroy_groups(ranks: Ranks | None) -> None:
 
 @contextmanager
 def _peer_errors(rank: int) -> Iterator[None]:
-    """Raises PeerLost instead of the RuntimeError of a collective whose peer is gone."""
+    """Raises PeerLost in place of the RuntimeError of a collective whose peer has exited."""
     try:
         yield
     except RuntimeError as error:

@@ -15,11 +15,10 @@ VERSION = 7
 
 
 def run(config: TrainConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
-    """inputs["tokens"]: Megatron shards; inputs["order"]: which of their tokens each step reads.
+    """inputs["tokens"]: Megatron shards; inputs["order"]: the tokens that each step reads.
 
-    Goes on from the checkpoint in `work` if an earlier attempt left one. Fills `out` with step-<n>/ (safetensors
-    weights and optimizer, state.json), training.jsonl and summary.json.
-    Raises what stages.train.trainer.train raises.
+    Resumes from the checkpoint in `work` if an earlier attempt left one. Fills `out` with step-<n>/ (safetensors
+    weights and optimizer, state.json), training.jsonl and summary.json. Raises what stages.train.trainer.train raises.
     """
     from stages.train.text_trainer import TextTrainer
     from stages.train.trainer import train

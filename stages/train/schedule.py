@@ -1,4 +1,4 @@
-"""The learning rate of a step: linear warm-up, then as the recipe's schedule says."""
+"""The learning rate of a step: linear warmup, then the recipe's schedule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from stages.train.config import Optimizer
 
 
 def learning_rate(step: int, steps: int, optimizer: Optimizer) -> float:
-    """step: 1 .. steps. The peak is reached at the end of warm-up, the final rate at the last step.
+    """step: 1 .. steps. The rate is at its peak at the end of warmup, and at the final rate at the last step.
 
     `Optimizer` describes the two decay schedules.
     """

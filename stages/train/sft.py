@@ -2,8 +2,9 @@
 
     atom run atom-tiny --until sft
 
-What makes it so is the data: a source of `kind: chat` is rendered in the release's own chat template, and everything up
-to an assistant's turn carries no loss. The mix should keep some of the earlier sources, so that they are not forgotten.
+Only the data differs from mid-training: a source of `kind: chat` is rendered in the release's chat template, and
+everything up to an assistant's turn carries no loss. The mix should keep some of the earlier sources, against
+forgetting.
 """
 
 from __future__ import annotations

@@ -21,9 +21,8 @@ from stages.train.trainer import Trainer
 
 
 class TextTrainer(Trainer):
-    """inputs["tokens"]: Megatron shards; inputs["order"]: which of their tokens each step reads; inputs["init"]: the
-    phase before, whose last weights are taken over, if any; inputs["continue"]: the checkpoint that it continues
-    from."""
+    """inputs["tokens"]: Megatron shards; inputs["order"]: the tokens that each step reads; inputs["init"]: the previous
+    phase, whose last weights are loaded, if any; inputs["continue"]: the checkpoint that it continues from."""
 
     config: TrainConfig
     rng = "not used: no dropout, and the data order is an artifact"
@@ -44,8 +43,8 @@ class TextTrainer(Trainer):
         self.heldout = RankBatch.read(rows, shards, micro_rows=phase.micro_rows, ranks=ranks, fp8=phase.fp8)
         self.heldout_rows = len(rows)
         self.prefetcher = Prefetcher(self.order, self.shards, phase, ranks)
-        self.data_wait: float | None = None  # seconds that training waited for rows, but for those of its first step
-        self.pending: list[Record] = []  # spikes behind which training went back, until their steps are passed again
+        self.data_wait: float | None = None  # seconds that training waited for rows, except those of its first step
+        self.pending: list[Record] = []  # spikes before which training was rewound, until their steps are passed again
         self.spikes = 0
 
     @property
@@ -61,7 +60,7 @@ class TextTrainer(Trainer):
         return self.order.first
 
     def is_release_step(self, step: int) -> bool:
-        if step < self.order.first:  # the beginning belongs to a phase that has no other origin
+        if step < self.order.first:  # step 0 belongs to a phase without an earlier origin
             return step == 0 and self.origin is None
         return super().is_release_step(step)
 
@@ -83,7 +82,7 @@ class TextTrainer(Trainer):
         if self.origin is None:
             super().save_beginning(step)
         elif self.phase.spikes is not None:
-            self._save(step, seal=False)  # a rewind needs somewhere to go
+            self._save(step, seal=False)  # a rewind needs a checkpoint
 
     def begin(self, step: int) -> None:
         self.spike_detector = SpikeDetector(self.phase.spikes, self.log_lines())
@@ -109,7 +108,7 @@ class TextTrainer(Trainer):
     def step(self, step: int) -> int:
         """Trains on a step's rows, unless they are excluded."""
         rows, rank_batch = self.prefetcher.take(step)
-        # the first one has nothing to hide its reading behind
+        # the first read cannot overlap with computation
         self.data_wait = 0.0 if self.data_wait is None else self.data_wait + self.prefetcher.waited
         if self.first:
             self.report.metric(step, data_wait_seconds=self.prefetcher.waited)

@@ -1,8 +1,8 @@
 """The loop of every stage that trains: one phase, from its first step or from its last work checkpoint.
 
-A subclass defines a step. The loop holds what makes a phase resumable: work checkpoints of all ranks, the log, release
-checkpoints, requests to stop, and a watchdog for hanging ranks. stages.train.checkpoint.work_checkpoint describes the
-files in `work`. `out` is written at the end, so that it never holds half a phase.
+A subclass defines a step. The loop makes a phase resumable: it has work checkpoints of all ranks, the log, release
+checkpoints, stop signals, and a watchdog for hanging ranks. stages.train.checkpoint.work_checkpoint describes the files
+in `work`. `out` is written at the end, so that it never contains a partial phase.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Trainer(ABC):
     """One run of the loop. Every method is collective unless its docstring says otherwise."""
 
     rng: ClassVar[str]
-    """What state.json states about random numbers."""
+    """The entry of state.json about random numbers."""
     rewind_steps = 0
-    """How far `step` may go back, in steps."""
+    """The maximum rewind of `step`, in steps."""
 
     def __init__(
         self, name: str, config: TrainerConfig, inputs: Inputs, work: Path, report: Report, engine: Engine,
@@ -55,9 +55,9 @@ class Trainer(ABC):
         self.log = Log(self.checkpoints.folder / "training.jsonl", self.first)
         self.tokens = 0  # targets seen
         self.progress_figures: dict[str, float] = {}  # shown beside the progress
-        self.checkpoint_stall = 0.0  # seconds that work checkpoints took of training
+        self.checkpoint_stall = 0.0  # seconds of training that work checkpoints took
 
-    # -- what a phase defines -----------------------------------------------------------------------------------------
+    # -- methods that a phase defines ---------------------------------------------------------------------------------
 
     @staticmethod
     @abstractmethod
@@ -74,7 +74,7 @@ class Trainer(ABC):
         """The validation metrics after a step, for the log; None if the step is not measured."""
 
     def initialize(self) -> int:
-        """Sets the weights that the phase begins with. Returns the step from which it goes on."""
+        """Sets the initial weights of the phase. Returns the step from which it continues."""
         self.load_previous_phase()
         return 0
 
@@ -86,18 +86,18 @@ class Trainer(ABC):
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:  # noqa: B027 - optional
-        """Restores what `state` has written."""
+        """Restores the entries of `state`."""
 
     def write_outputs(self, out: Path) -> dict[str, Any]:
         """Writes the phase's own files into `out`; returns its entries of summary.json. Rank 0 only."""
         return {}
 
     def waits(self) -> dict[str, float]:
-        """Seconds that training waited, by what for."""
+        """Seconds that training waited, by cause."""
         return {"work checkpoints": self.checkpoint_stall}
 
     def close(self) -> None:  # noqa: B027 - optional
-        """Frees the resources that the phase holds beside the engine."""
+        """Frees the resources of the phase beside the engine."""
 
     @property
     def first_step(self) -> int:
@@ -173,7 +173,7 @@ class Trainer(ABC):
         return self.engine.ranks.from_first(self.log.lines() if self.first else [])
 
     def load_previous_phase(self) -> None:
-        """Takes over the last checkpoint's weights of the phase before (inputs["init"])."""
+        """Loads the weights of the last checkpoint of the previous phase (inputs["init"])."""
         init = self.inputs["init"]
         Origin(init, release_checkpoint.name_of(release_checkpoint.steps_of(init.path)[-1])).load_weights(self.engine)
 
@@ -205,7 +205,7 @@ class Trainer(ABC):
         return step
 
     def save_beginning(self, step: int) -> None:
-        """Saves what the phase begins with."""
+        """Saves the initial state of the phase."""
         self._save(step)
 
     def _save(self, step: int, seal: bool = True) -> None:
@@ -251,11 +251,11 @@ def train(
     """Runs a phase to its end and fills `out` with sealed checkpoints, training.jsonl, summary.json and the phase's own
     files.
 
-    Raises AtomError when the loss is no longer a number, when data and recipe do not fit, when no work checkpoint
-    is intact, or when another rank is lost; Interrupted when the machine asked to stop; and what the trainer raises.
+    Raises AtomError if the loss is not finite, if data and recipe do not match, if no work checkpoint is intact, or if
+    another rank is lost; Interrupted after a stop signal; and the errors of the trainer.
     """
     timeout = config.phase.watchdog_timeout_seconds
-    # the watchdog speaks before a collective gives up, so that its dumps are in the log
+    # the watchdog acts before a collective times out, so that its stacks are in the log
     with (
         Watchdog(name, timeout, work, report) as watchdog,
         parallel.session(config.seed, config.phase.parallelism, 2 * max(timeout, START_SECONDS) + 60) as ranks,
@@ -271,7 +271,7 @@ def train(
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects stop signals instead of their default effect. In other threads than the main one: no handlers."""
+    """Collects stop signals in place of their default effect. Installs no handlers outside of the main thread."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -81,7 +81,7 @@ class Watchdog:
                 silent_ranks = ", ".join(map(str, sorted(missing)))
                 return f"; no sign of rank {silent_ranks}; the stacks of the others are in the log"
         else:
-            time.sleep(2 * COLLECT_SECONDS)  # rank 0 speaks first
+            time.sleep(2 * COLLECT_SECONDS)  # rank 0 reports first
         return "; the stacks of all ranks are in the log"
 
     def _ranks_with_stacks(self, since: float) -> set[int]:

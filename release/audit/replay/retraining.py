@@ -52,7 +52,7 @@ def retrain(source: Source, phase: str, first: int, last: int, folder: Path, pro
         progress("tokenizing the kept documents")
         tokens = tokenize(plan, folder)
         write_work_checkpoint(plan, folder / "work")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # evidence can be written by anyone
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # the evidence is untrusted
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise CheckFailed(
             f"{source.folder} does not state how {phase} was trained up to step {last} ({reason}); verify it"
@@ -165,12 +165,12 @@ class StopAtStep:
     lease: int | None = None
 
     def __init__(self, step: int, progress: Progress) -> None:
-        self.step, self.send_progress, self.shown = step, progress, -1
+        self.step, self.send_progress, self.reported_tenth = step, progress, -1
 
     def progress(self, done: int, total: int, unit: str = "steps", **figures: float) -> None:
         tenth = 10 * done // max(self.step, 1)
-        if tenth != self.shown and done <= self.step:
-            self.shown = tenth
+        if tenth != self.reported_tenth and done <= self.step:
+            self.reported_tenth = tenth
             self.send_progress(
                 ", ".join([f"step {done} of {self.step}", *(f"{n} {v:.4g}" for n, v in figures.items())])
             )

@@ -20,11 +20,11 @@ from stages.models.grouped_query import GroupedQueryConfig, swiglu_activations, 
 
 Experts = Annotated[int, Range(1, 4096, "Kimi K2: 384, Switch-C: 2048")]
 PROXY_EXPERTS = 32
-"""Of a small proxy, at most."""
+"""Maximum experts of a small proxy."""
 
 
 class Qwen3MoeConfig(GroupedQueryConfig):
-    """A mixture of experts: `architecture: qwen3_moe`, which is what a section without this setting means."""
+    """A mixture of experts: `architecture: qwen3_moe`, the default of a section without this setting."""
 
     spec_module: ClassVar[str] = "stages.models.qwen3_moe.spec"
     architecture: Literal["qwen3_moe"] = added("qwen3_moe", "qwen3_moe: a mixture of experts")
@@ -184,8 +184,8 @@ class Qwen3MoeConfig(GroupedQueryConfig):
 
 
 def _proxy_experts(experts: int, top_k: int) -> tuple[int, int]:
-    """At most PROXY_EXPERTS experts, of which a token visits a share as near to the recipe's as can be, and the
-    fewest."""
+    """At most PROXY_EXPERTS experts, of which a token visits a share as near to the recipe's as possible; of equally
+    near choices, the fewest."""
     if experts <= PROXY_EXPERTS:
         return experts, top_k
     pairs = [

@@ -1,5 +1,5 @@
-"""Group-relative policy optimization (GRPO): draw answers, verify them, and make one update a step, with the policy
-loss that the recipe names.
+"""Group-relative policy optimization (GRPO): draws answers, verifies them, and makes one update per step, with the
+policy loss that the recipe names.
 
 Groups whose answers all have the same reward are dropped and replaced.
 """

@@ -1,7 +1,7 @@
 """The losses of reinforcement learning and preference learning: pure functions of tensors, tested against TRL's.
 
-Log-probabilities are of the drawn tokens, [rows, width], one row a completion; a mask of the same shape is true where a
-token counts. A value under a false mask, even NaN, changes neither loss nor gradient. Losses and figures are sums in
+Log-probabilities are of the drawn tokens, [rows, width], one row per completion; a mask of the same shape is true where
+a token counts. A value under a false mask, even NaN, changes neither loss nor gradient. Losses and figures are sums in
 fp32, so that micro-batches and ranks add up; the caller divides by the count of the global batch. A figure whose name
 begins with `max_` combines by the maximum instead.
 """
@@ -30,7 +30,7 @@ def advantages(rewards: torch.Tensor) -> torch.Tensor:
     groups of nearly equal rewards (Dr. GRPO, arXiv 2503.20783)."""
     rewards = rewards.float()
     centered = rewards - rewards.mean(1, keepdim=True)
-    # The rounded mean of equal rewards need not be that reward; no signal must stay none.
+    # The rounded mean of equal rewards can differ from that reward; a group without signal must keep advantage 0.
     return centered.masked_fill(zero_variance(rewards)[:, None], 0.0)
 
 
@@ -67,8 +67,7 @@ def policy_loss(
     [rows], or [rows, width] where they differ by token.
     Figures: `tokens`; `clip_fraction`, tokens on which the clip acted; `ratio`; `importance_ratio` and
     `truncated`, tokens at the cap; `sampler_gap` and `max_sampler_gap`, |old - sampler|; `sampler_kl`, k3 of KL(sampler
-    || old); `kl` if asked for.
-    Raises ValueError if `kl` is asked for without a reference.
+    || old); `kl` if it is not 0. Raises ValueError if `kl` is not 0 without a reference.
     """
     if kl and reference_logprobs is None:
         raise ValueError("a KL penalty needs the reference's log-probabilities")
@@ -117,7 +116,7 @@ def dpo_loss(
     logprobs (with gradient), reference_logprobs, mask: [2 * pairs, width]. A row without tokens scores 0.
     Figures: `pairs`; `accuracy`, pairs whose chosen answer scores higher; `margin`, beta times the difference; `chosen`
     and `rejected`, beta times the scores.
-    Raises ValueError if the rows are no pairs.
+    Raises ValueError if the rows are not pairs.
     """
     if len(logprobs) % 2:
         raise ValueError(f"{len(logprobs)} rows are not pairs of a chosen and a rejected answer")

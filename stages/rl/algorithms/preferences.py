@@ -1,4 +1,4 @@
-"""Learning from pairs of answers: rounds of DPO on what the policy itself answers, and a reward model of the pairs."""
+"""Learning from pairs of answers: rounds of DPO on the policy's own answers, and a reward model of the pairs."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Dpo(PolicyTrainer):
             update_pairs = pairs[number :: self.phase.updates]
             figures, gap = self._update(step, number, update_pairs, correct[number :: self.phase.updates])
             metrics |= figures
-            if number == 0:  # no weight has moved since the answers were drawn
+            if number == 0:  # no update since the answers were drawn
                 require_small_gap(self.name, step, gap["sampler_gap"], self.phase.max_logprob_diff)
                 metrics |= gap
         return metrics

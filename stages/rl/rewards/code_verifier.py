@@ -1,9 +1,9 @@
 """Verifier `python-tests`: scores code by tests, with the expected values out of the code's reach.
 
-An answer's functions run in a sandbox that is sent arguments and sends back plain data, never more. Tests that are a
-list of inputs and expected values are compared here. Tests that are a program with asserts (HumanEval's check) run in a
-second sandbox, where the candidate is a stand-in that asks the first. So an answer that ends its process, rewrites
-modules, searches memory or returns objects that equal everything has changed what it returns, and nothing else.
+An answer's functions run in a sandbox that receives arguments and returns plain data only. Tests that are a list of
+inputs and expected values are compared here. Tests that are a program with asserts (HumanEval's check) run in a second
+sandbox, where the candidate is a proxy that calls the first. An answer that ends its process, rewrites modules,
+searches memory or returns objects that equal everything can therefore only change its own return values.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ QUOTE = re.compile(r" {0,3}> ?")
 
 
 def code_of(answer: str, entry_point: str) -> str:
-    """The first fenced block that defines the entry point, whatever the fence is named and whatever the blocks after it
-    define; where none does, the last block; where there is none, the whole answer. Ends of lines are those that Python
-    reads, and marks of byte order count for nothing."""
+    """The first fenced block that defines the entry point, with any name of the fence and any later blocks; if none
+    does, the last block; without blocks, the whole answer. Line ends are those of Python, and byte order marks are
+    ignored."""
     answer = re.sub("^\ufeff", "", re.sub("\r\n?", "\n", answer), flags=re.MULTILINE)
     name = re.escape(entry_point)
     statement, assignment = rf"(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b", rf"{name}[ \t]*(?::[^=\n]*)?=(?!=)"
@@ -52,10 +52,10 @@ def code_of(answer: str, entry_point: str) -> str:
 
 
 def blocks_of(answer: str, bare_after_words: bool = False) -> list[str]:
-    """The fenced blocks of Markdown, without the indentation of their fences and the marks of the quotes that these are
-    in (CommonMark 0.31, sections 4.5 and 5.1). Beyond it, a fence of backticks may open after words, if it has a name
-    or `bare_after_words` is set. One that does not close goes to the end, or to the last line of code that ends in it,
-    if such lines are odd in number: those of a text in the code come in pairs."""
+    """The fenced blocks of Markdown, without the indentation of their fences and the markers of enclosing quotes
+    (CommonMark 0.31, sections 4.5 and 5.1). As an extension, a fence of backticks may open after words, if it has a
+    name or `bare_after_words` is set. An unclosed block extends to the end, or to the last line of code that ends in a
+    fence if the number of such lines is odd: fences inside a text of the code are paired."""
     blocks: list[list[str]] = []
     fence, indent, depth = "", 0, 0
     for raw_line in answer.split("\n"):
@@ -103,11 +103,11 @@ class CodeVerifier(Verifier):
       an expected float may be missed by a billionth of itself, 0.0 by a billionth;
     - `check`: Python that defines `check(candidate)`, as HumanEval's does. It passes and is given plain data.
 
-    `prelude`, if there, is Python that goes before the answer and before the check. A check may use four times what an
-    answer may. One that ends without a verdict before the answer replies is broken: VerifierFailed.
+    `prelude`, if present, is Python that runs before the answer and before the check. The limits of a check are four
+    times those of an answer. A check that ends without a verdict before the answer replies is broken: VerifierFailed.
 
-    Parts: `reward`; `passed`, the share of tests; `killed`, 1 if the answer was ended by force (time, memory, output, a
-    signal), or what it returned ended the check so, or the sandbox died of it.
+    Parts: `reward`; `passed`, the share of passed tests; `killed`, 1 if the answer was killed (time, memory, output, a
+    signal), if its return value led to the killing of the check, or if it killed the sandbox.
     """
 
     name = "python-tests"
@@ -115,8 +115,8 @@ class CodeVerifier(Verifier):
     Settings = CodeSettings
 
     def __init__(self, context: VerifierContext[CodeSettings], limits: Limits | None = None) -> None:
-        """limits: of an answer's program. No recipe sets them, since scores depend on them and the key does not hold
-        them. Raises SandboxFailed where no sandbox starts."""
+        """limits: of an answer's program. No recipe sets them, because scores depend on them and they are not in the
+        key. Raises SandboxFailed if no sandbox starts."""
         limits = limits or Limits()
         check_limits = replace(limits, cpu_seconds=4 * limits.cpu_seconds, wall_seconds=4 * limits.wall_seconds)
         self._pool = Pool(context.settings.workers, limits, [check_limits])  # the second is for checks
@@ -127,7 +127,7 @@ class CodeVerifier(Verifier):
         return reason and f"tasks of the verifier {cls.name} run what the model writes: {reason}"
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
-        """Raises VerifierFailed where a sandbox failed or a row's tests cannot be run."""
+        """Raises VerifierFailed if a sandbox failed or a row's tests cannot run."""
         try:
             return self._pool.map(self._score, answers, lambda _: parts(0.0, killed=True))
         except SandboxFailed as e:
@@ -166,10 +166,10 @@ class CodeVerifier(Verifier):
                 return self._relay(answer, check, row)
 
     def _relay(self, answer: Running, check: Running, row: Row) -> Parts:
-        """Carries calls and what they return between the two, up to the check's verdict."""
+        """Relays calls and their return values between the two sandboxes, up to the check's verdict."""
         line, replies = check.ask(), 0
         while line is not None:
-            if not line.startswith(b'{"call"'):  # which is not read here, however deep or long it is
+            if not line.startswith(b'{"call"'):  # which is not parsed here, at any depth or length
                 message = json.loads(line)
                 if message["verdict"] is None:
                     raise self._failure(row, message["reason"])
@@ -179,7 +179,7 @@ class CodeVerifier(Verifier):
                 return parts(0.0, killed=ended_by_force(answer))
             replies += 1
             line = check.ask(reply)
-        if replies:  # what it returned can have done this
+        if replies:  # its return value may be the cause
             return parts(0.0, killed=True)
         raise self._failure(row, f"its check ends without a verdict before it calls the candidate: {check.finish()}")
 
@@ -192,7 +192,7 @@ def parts(passed: float, killed: bool = False) -> Parts:
 
 
 def ended_by_force(answer: Running) -> bool:
-    """Whether an answer that has ended was killed."""
+    """Whether an ended answer was killed."""
     return answer.finish().status not in ("ok", "error")
 
 

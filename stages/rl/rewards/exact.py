@@ -1,4 +1,4 @@
-"""Verifier `exact`: the answer is the expected one. Row: expected_answer. Parts: `reward`, `finished`."""
+"""Verifier `exact`: the answer equals the expected one. Row: expected_answer. Parts: `reward`, `finished`."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from stages.rl.protocols import Answer, Parts, Response, Row, Verifier, Verifier
 ATTEMPTS = 5
 BACK_OFF = 1.0  # seconds before the second attempt; doubled for each further one
 PARALLEL = 16
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy stands between nodes
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy between nodes
 
 
 class GymSettings(Config):
@@ -105,7 +105,7 @@ class GymServer(Verifier):
 
 
 def request(row: Row, response: Response) -> dict[str, Any]:
-    """The body of POST /verify. Lone surrogates of the answer, which UTF-8 cannot carry, become question marks."""
+    """The body of POST /verify. Lone surrogates of the answer, which UTF-8 cannot encode, become question marks."""
     text = response.answer.encode(errors="replace").decode()
     message = {
         "id": "message",

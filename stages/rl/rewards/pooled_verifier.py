@@ -54,7 +54,7 @@ class PooledVerifier(Verifier):
     @staticmethod
     @abstractmethod
     def correct_answer(row: Row) -> str:
-        """A right answer to the row, as a model would write it."""
+        """A correct answer to the row, in the form of a model's answer."""
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
         return self._pool.score(answers)

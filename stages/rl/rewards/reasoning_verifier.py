@@ -1,4 +1,4 @@
-"""Verifier `reasoning-gym`: the score that a dataset of the package reasoning-gym gives.
+"""Verifier `reasoning-gym`: the score by a dataset of the package reasoning-gym.
 
 Row, as NeMo Gym's reasoning_gym: question, answer, metadata with source_dataset.
 """
@@ -22,9 +22,9 @@ class ReasoningGym(PooledVerifier):
     propositional_logic, rubiks_cube, rush_hour), lose by JSON (arc_agi, rearc), or give any answer full marks
     (game_of_life_halting).
 
-    Some scorers call eval on the answer, some give it to sympy, which does. None is allowed to: a scorer that cannot do
-    without fails its probe, so that its dataset is refused; one that would only read a list in Python's notation
-    (n_queens, binary_matrix, spiral_matrix, string_insertion) takes the answer as it is written.
+    Some scorers call eval on the answer, others pass it to sympy, which does. Both are blocked: a scorer that requires
+    eval fails its probe, so that its dataset is refused; one that only reads a list in Python's notation (n_queens,
+    binary_matrix, spiral_matrix, string_insertion) uses the text of the answer.
     """
 
     name = "reasoning-gym"
@@ -57,7 +57,7 @@ class ReasoningGym(PooledVerifier):
 
 
 def _refuse_evaluation(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook that lets no string be compiled, which eval and exec must do first."""
+    """An audit hook that refuses to compile strings, the first step of eval and exec."""
     if event == "compile" and isinstance(arguments[0], str | bytes) and arguments[1] == "<string>":
         raise PermissionError("the scorer would have evaluated a string as Python, which needs the sandbox")
 

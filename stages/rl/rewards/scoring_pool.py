@@ -2,7 +2,7 @@
 
 A worker (`scoring_worker`) imports the scorer's package once and forks for every answer.
 
-Where there is no score, a probe shows the cause. It is the row's own right answer: a scorer that works gives it full
+If there is no score, a probe shows the cause. The probe is the row's own correct answer: a working scorer gives it full
 marks, and less to GARBAGE.
 - Before a row's answers are scored, its probe is. If the scorer fails that, the scorer or the row is broken:
   VerifierFailed. The packages score most of their own exceptions as 0, so this distinguishes a broken installation
@@ -10,8 +10,8 @@ marks, and less to GARBAGE.
 - An answer on which the scorer raised, crashed, or ran out of time or memory is followed by the probe. If that is
   scored correctly, the answer was the cause: reward 0, with the part `unreadable`. If not: VerifierFailed.
 - A worker that died, or a fork that was killed by SIGKILL (which no limit here sends, but the kernel when memory runs
-  out), says nothing of the answer: it is scored again, while no other answer is. After ATTEMPTS the probe follows: if
-  that is scored correctly, the answer was the cause: reward 0, `unreadable`. If not: VerifierFailed.
+  out), is no evidence about the answer: it is scored again, without other answers in parallel. After ATTEMPTS the probe
+  follows: if that is scored correctly, the answer was the cause: reward 0, `unreadable`. If not: VerifierFailed.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class ScoringPool:
     def __init__(
         self, name: str, module: str, fields: Sequence[str], probe: Callable[[Row], str], seconds: int
     ) -> None:
-        """name, module: the verifier's; fields: those of a row that its scorer reads; probe: the right answer to a row,
-        as a model would write it; seconds: processor time for one answer."""
+        """name, module: the verifier's; fields: those of a row that its scorer reads; probe: the correct answer to a
+        row, in the form of a model's answer; seconds: processor time for one answer."""
         self.name, self.fields, self.probe = name, fields, probe
         count = min(8, len(os.sched_getaffinity(0)))
         self.workers = [Worker(module, seconds) for _ in range(count)]
@@ -114,7 +114,7 @@ class ScoringPool:
             self.idle.put(worker)
         if "died" not in reply:
             return reply
-        with self._retry_lock:  # the memory that an answer beside it takes can be what killed it
+        with self._retry_lock:  # the memory of a parallel answer can be the cause of its death
             workers = [self.idle.get() for _ in self.workers]
             try:
                 for _ in range(1, ATTEMPTS):
@@ -156,7 +156,7 @@ class Worker:
         except OSError:
             self.stop()
             raise WorkerDied("its worker was gone") from None
-        # Processor time is limited in the fork; this is for a machine that stands still.
+        # Processor time is limited in the fork; this is for a machine that stalls.
         return cast(Reply, json.loads(self._read_line(60 + 20 * self.seconds)))
 
     def stop(self) -> None:
@@ -171,7 +171,7 @@ class Worker:
             self.process = None
 
     def _start(self) -> None:
-        # The hash seed is fixed since sympy's order of work can follow it, and no secret of ours is passed on.
+        # The hash seed is fixed because sympy's order of work can depend on it, and no secret is passed on.
         environment = {
             **{name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ},
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),

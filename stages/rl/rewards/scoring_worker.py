@@ -26,12 +26,12 @@ from stages.rl.protocols import Row
 ScoreAnswer = Callable[[str], float]
 """Scores an answer in [0, 1]."""
 BindRow = Callable[[Row], ScoreAnswer]
-"""A function of a row's fields that returns a scorer of answers. Trusted work, such as parsing the right answer, is
-done here, once a row, and outside the limits."""
+"""A function of a row's fields that returns a scorer of answers. Trusted work, such as parsing the correct answer, is
+done here, once per row, and outside the limits."""
 
 
 class Reply(TypedDict, total=False):
-    """What became of an answer: `score`; or `error`, with `signal` if one ended its fork; or `broken`, the reason why
+    """The result for an answer: `score`; or `error`, with `signal` if one ended its fork; or `broken`, the reason why
     the row cannot be scored; or `died`, the reason why no worker replied."""
 
     score: float
@@ -46,7 +46,8 @@ FORBIDDEN = ("ctypes.", "os.exec", "os.fork", "os.kill", "os.posix", "os.re", "o
 
 
 def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook for a fork. Not a sandbox for code, but nothing here runs any: a second lock."""
+    """An audit hook for a fork. It is not a sandbox for code, and no code of an answer runs here: it is a second
+    barrier."""
     writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     if writes or event.startswith(FORBIDDEN):
         raise PermissionError(f"a scorer must not call {event}")
@@ -75,7 +76,7 @@ def _score_confined(score: ScoreAnswer, answer: str, seconds: int) -> Reply:
         with open("/proc/self/statm") as statm:
             size = int(statm.read().split()[0]) * resource.getpagesize()
         for limit, maximum in (
-            (resource.RLIMIT_CPU, seconds),  # counts from the fork; SIGXCPU ends what no Python handler could
+            (resource.RLIMIT_CPU, seconds),  # counts from the fork; SIGXCPU needs no Python handler
             (resource.RLIMIT_AS, size + MEMORY),
             (resource.RLIMIT_FSIZE, 0),
             (resource.RLIMIT_CORE, 0),
@@ -92,7 +93,7 @@ def serve(module: str, seconds: int) -> None:
     """Answers requests until standard input closes. module: has `VERIFIER`, a pooled verifier."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    os.dup2(2, 1)  # what a package prints is no reply
+    os.dup2(2, 1)  # output of a package is not a reply
     bind: BindRow = import_module(module).VERIFIER.load_scorer()
     bound = lru_cache(maxsize=4096)(lambda fields: bind(json.loads(fields)))
     replies.write(b"ready\n")

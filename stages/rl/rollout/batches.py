@@ -30,8 +30,8 @@ class Example:
 def build_rank_batch(
     units: Sequence[Sequence[Example]], micro_batches: int, ranks: Ranks, pad_id: int, targets: int
 ) -> RankBatch:
-    """This rank's part of an update. units: rows that must stay together, such as the two of a pair, in the order in
-    which they are dealt; sorted by length they need the least padding. targets: the divisor of the objective's sum."""
+    """This rank's part of an update. units: rows that must stay together, such as the two of a pair, in the order of
+    their assignment; sorted by length they need the least padding. targets: the divisor of the objective's sum."""
     assert micro_batches % ranks.data_ranks == 0, "the recipe's check"
     cuts = [len(units) * n // micro_batches for n in range(micro_batches + 1)]
     micro_batch_rows = [[row for unit in units[a:b] for row in unit] for a, b in pairwise(cuts)]
@@ -41,7 +41,7 @@ def build_rank_batch(
     per_rank = micro_batches // ranks.data_ranks
     batches = []
     for part in micro_batch_rows[ranks.data_rank * per_rank : (ranks.data_rank + 1) * per_rank]:
-        rows = part or [_masked_example(units[0][0])]  # Megatron's balance of no token at all is no number
+        rows = part or [_masked_example(units[0][0])]  # Megatron's balance loss without any token is NaN
         width = max_width if uniform else max(len(row.ids) for row in rows) - 1
         batches.append(_batch(rows, max_rows if uniform else len(rows), _round_up(width, ranks), pad_id))
     return RankBatch(batches, _round_up(max_width, ranks), targets)

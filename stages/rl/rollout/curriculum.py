@@ -1,6 +1,6 @@
 """The curriculum: draws tasks from bins of one kind and level, weighted by the signal that the pass rate predicts.
 
-A group of answers teaches most where half of them pass (the variance of a coin, p(1 - p)) and nothing where all or none
+A group of answers has the most signal if half of them pass (the variance of a coin, p(1 - p)) and none if all or none
 do. Levels of a kind open one after another: the next one as soon as the pass rate of the one below reaches
 `unlock_pass_rate`. The state is plain JSON and part of every checkpoint.
 """
@@ -35,7 +35,7 @@ class CurriculumConfig(Config):
 
 
 class BinState(TypedDict):
-    """Of a bin: the tasks drawn so far, and the moving pass rate (None before the first group)."""
+    """The state of a bin: the tasks drawn so far, and the moving pass rate (None before the first group)."""
 
     drawn: int
     rate: float | None
@@ -45,7 +45,7 @@ class Curriculum:
     """Draws tasks and tracks their pass rates."""
 
     def __init__(self, config: CurriculumConfig | None, tasks: Sequence[Row], label: str, seed: int) -> None:
-        """config: None draws from every bin alike, whatever the pass rates. Raises RecipeError if there is no task."""
+        """config: None draws from every bin equally, for any pass rates. Raises RecipeError if there is no task."""
         if not tasks:
             raise RecipeError("there is no task to draw from; give the phase a source of tasks")
         self.config, self.label, self.seed = config, label, seed
@@ -85,7 +85,7 @@ class Curriculum:
         return {n: 1.0 if p is None else max(self.config.min_weight, 4 * p * (1 - p)) for n, p in rates.items()}
 
     def draw(self, count: int, step: int, wave: int) -> list[Row]:
-        """`count` tasks for a wave of a step. Each bin is walked through in a seeded order, anew when it ends."""
+        """`count` tasks for a wave of a step. Each bin is read in a seeded order, and repeated from its end."""
         weights = self.weights()
         rng = random.Random(seed_of(f"{self.label}/draw/{step}/{wave}", self.seed))
         names = rng.choices(list(weights), list(weights.values()), k=count)

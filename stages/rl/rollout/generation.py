@@ -54,8 +54,8 @@ class Verifiers:
         self.by_name, self.retries, self.report = dict(verifiers), retries, report
 
     def score(self, answers: Sequence[Answer]) -> list[Parts]:
-        """The parts of each answer's reward. A verifier that fails is retried; then VerifierFailed stops the step and
-        loses nothing: a failed verifier never gives a reward of 0."""
+        """The parts of each answer's reward. A failing verifier is retried; then VerifierFailed stops the step without
+        loss: a failed verifier never gives a reward of 0."""
         parts: dict[int, Parts] = {}
         for name in sorted({str(row["verifier"]) for row, _ in answers}):
             indices = [i for i, (row, _) in enumerate(answers) if row["verifier"] == name]
@@ -76,7 +76,8 @@ class Verifiers:
         raise AssertionError("unreachable")
 
     def _note_killed(self, name: str, answers: list[Answer], scored: list[Parts]) -> list[Parts]:
-        """Reports the answers that were killed or that killed their verifier, which a reward of 0 does not show."""
+        """Reports the answers that were killed or that killed their verifier, because a reward of 0 does not show
+        this."""
         killed = [str(row["id"]) for (row, _), parts in zip(answers, scored, strict=True) if parts.get("killed")]
         if killed:
             self.report.note(

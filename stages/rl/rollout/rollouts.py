@@ -1,6 +1,6 @@
 """Rollouts: every answer that a phase draws, with all fields needed to check its part in training.
 
-`rollouts.parquet` has one row an answer; docs/formats.md describes the columns. The answers of a step are written
+`rollouts.parquet` has one row per answer; docs/formats.md describes the columns. The answers of a step are written
 before the update, so a kill loses no finished answer, and a resumed step reads them again.
 """
 
@@ -88,7 +88,7 @@ def read(path: Path) -> list[Rollout]:
 
 
 def merge(parts: Sequence[Path], target: Path) -> int:
-    """Merges all answers of a phase into one file, a row group a step. Returns their number."""
+    """Merges all answers of a phase into one file, one row group per step. Returns their number."""
     import pyarrow.parquet as pq
 
     count = 0

@@ -2,8 +2,8 @@
 
     atom run atom-tiny --until tasks-rlvr
 
-Tasks come in bins of one kind and level, from which the phase's curriculum draws. None asks what an evaluation item
-asks. Where they come from: task_sources/.
+Tasks are grouped in bins of one kind and level, from which the phase's curriculum draws. No task has the question of an
+evaluation item. The sources of tasks are in task_sources/.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class TasksConfig(Config):
 
 
 def kinds_of(sources: Iterable[TaskSource]) -> set[str]:
-    """The kinds of tasks that sources give."""
+    """The kinds of tasks of the sources."""
     return {name.rsplit("/", 1)[0] for source in sources for name in source.bins()}
 
 
 def run(config: TasksConfig, inputs: Inputs, work: Path, out: Path, report: Report) -> None:
     """Seals `tasks.jsonl`. inputs["items"]: the evaluation items, whose questions no task may have. Raises RecipeError
-    for a source that gives no task."""
+    for a source without tasks."""
     excluded = {text for _, text in texts_of(inputs["items"])} | {question(row) for row in chat_rows(inputs["items"])}
     rows = [row for source in config.sources for row in source.rows(config.seed, excluded)]
     tasks = [row for row in rows if question(row) not in excluded]

@@ -1,8 +1,8 @@
-"""The in-process sampler: a transformers model filled from the trainer's tensors reads the prompts, and a decoder goes
-on from its cache: ours for the architectures that it knows, else the model's own forward pass.
+"""The in-process sampler: a transformers model with the trainer's tensors reads the prompts, and a decoder continues
+from its cache: this project's for the supported architectures, else the model's own forward pass.
 
-The log-probabilities are those of the very distribution that a token was drawn from. Every answer has a random stream
-of its own, so it is the same whatever else is asked beside it, up to the rounding of a batched matrix product.
+The log-probabilities are those of the exact distribution from which a token was drawn. Every answer has a random stream
+of its own, so it does not depend on the other prompts of a batch, up to the rounding of a batched matrix product.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from stages.rl.samplers.library_decode import LibraryDecoder
 from stages.rl.samplers.sampler_decode import CLASSES, Decoder
 
 ROWS = 256
-"""Answers that are drawn side by side, which bounds the cache."""
+"""Answers that are drawn in parallel, which bounds the cache."""
 COMPACT_BELOW = 0.75
-"""Share of rows not yet stopped at which the others leave the cache, which is copied then."""
+"""The share of unfinished rows below which the cache is copied without the finished ones."""
 
 
 class InProcess(Sampler):
@@ -31,7 +31,7 @@ class InProcess(Sampler):
         self, config: Mapping[str, Any] | Path, stops: Sequence[int], max_new_tokens: int, temperature: float = 1.0,
         rows: int = ROWS,
     ) -> None:  # fmt: skip
-        """config: what config.json holds, or the folder of an exported model, whose weights are then loaded."""
+        """config: the content of config.json, or the folder of an exported model, whose weights are then loaded."""
         if isinstance(config, Path):
             self.model = AutoModelForCausalLM.from_pretrained(config, dtype=torch.float32, local_files_only=True).eval()
         else:

@@ -1,7 +1,7 @@
 """The samplers by name. A new one is a file in this folder and a line here.
 
 The file defines a class derived from `Sampler` (stages/rl/protocols.py) and names it `SAMPLER`. It may import torch,
-since it is imported when a phase begins to draw; what a plan asks for is stated here.
+because it is imported when a phase starts to draw; the data for a plan is stated here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from stages.rl.samplers import vllm_server
 
 @dataclass(frozen=True)
 class SamplerEntry:
-    """module: where `SAMPLER` is. promise: that of a stage which draws with it. obstacle: the reason why it cannot work
-    here with the recipe's settings, if any; called before anything starts, without torch."""
+    """module: the module with `SAMPLER`. promise: of a stage that draws with it. obstacle: the reason why it cannot
+    work here with the recipe's settings, if any; called before anything starts, without torch."""
 
     module: str
     promise: Promise

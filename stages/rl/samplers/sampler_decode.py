@@ -20,9 +20,10 @@ from stages.rl.samplers.library_decode import cache_argument
 CLASSES = (Qwen3ForCausalLM, Qwen3MoeForCausalLM)
 NAMES = " and ".join(kind.__name__ for kind in CLASSES)
 READ = 1024
-"""Tokens of prompts that are read at once, padding included: what is made of more leaves the processor's caches."""
+"""Tokens of prompts that are read together, including padding: the activations of more do not fit into the processor's
+caches."""
 ROOM = 64
-"""Tokens by which the cache grows at least."""
+"""Minimum tokens by which the cache grows."""
 
 
 class Decoder:
@@ -166,5 +167,5 @@ def _norm(x: torch.Tensor, norm: Any) -> torch.Tensor:
 
 
 def _rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """The rotary embedding: x cos + (-second half, first half) sin; the sign stands with the sine."""
+    """The rotary embedding: x cos + (-second half, first half) sin; the sign is stored with the sine."""
     return x * rotary[0] + x.roll(x.shape[-1] // 2, -1) * rotary[1]

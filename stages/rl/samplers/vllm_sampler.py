@@ -1,7 +1,8 @@
 """The sampler that decodes with vLLM servers, which load the policy's weights before every step.
 
-Token ids go in and come out, with the log-probability of each under the distribution that it was drawn from. A reload
-that leaves old weights behind would bias all that is learnt, and vLLM would not tell, so none is believed: see `load`.
+Requests and responses contain token ids, with the log-probability of each under the distribution from which it was
+drawn. A reload that keeps old weights would bias training without an error of vLLM, so every reload is verified: see
+`load`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from stages.rl.samplers.vllm_server import IN_FLIGHT, Server, interpreter
 from stages.train.checkpoint.release_checkpoint import save_tensors
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-"""Largest mean difference of a token's log-probability from transformers' in fp32, by the type that is served."""
+"""Largest mean difference of a token's log-probability from transformers' in fp32, by the served type."""
 
 T = TypeVar("T")
 
@@ -34,16 +35,16 @@ T = TypeVar("T")
 class VllmServer(Sampler):
     """Draws with one server of its own on this machine, or with those at `urls`.
 
-    Of equal seeds it draws equal tokens only up to the rounding of a batched matrix product: how requests fall into
-    batches depends on time. Answers that were drawn are kept, so this matters to a repetition from scratch alone.
+    With equal seeds it draws equal tokens only up to the rounding of a batched matrix product: the batches of requests
+    depend on time. Drawn answers are kept, so this only matters for a repetition from scratch.
     """
 
     def __init__(
         self, config: Mapping[str, Any], stops: Sequence[int], max_new_tokens: int, temperature: float, folder: Path,
         python: str | None = None, urls: Sequence[str] = (), options: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        """config: what config.json holds; its `dtype` is served. folder: emptied, and seen by all servers. Raises
-        AtomError if there is no vLLM to start."""
+        """config: the content of config.json; its `dtype` is served. folder: emptied, and visible to all servers.
+        Raises AtomError without a vLLM to start."""
         self.config, self.stops, self.folder = dict(config), frozenset(stops), folder.absolute()
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.dtype: torch.dtype = getattr(torch, config["dtype"])
@@ -68,10 +69,10 @@ class VllmServer(Sampler):
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Loads the weights into every server and verifies that they took effect.
 
-        Norms are held by every worker as they are, so their digests must be those of the new weights; the digests of
-        all must have changed; and every answer later says which weights drew it. The first time, when what the
-        servers started from is random, their log-probabilities are compared with transformers', which shows a kind of
-        layer that this vLLM does not renew. Raises AtomError.
+        Every worker holds norms unchanged, so their digests must be those of the new weights; the digests of all
+        parameters must have changed; and every later answer states the weights that drew it. The first time, when the
+        servers started from random weights, their log-probabilities are compared with transformers', which detects a
+        kind of layer that this vLLM does not reload. Raises AtomError.
         """
         digest = rollouts.digest(tensors)
         if digest == self.loaded:
@@ -100,7 +101,7 @@ class VllmServer(Sampler):
     def generate(self, prompts: Sequence[Prompt], greedy: bool = False) -> list[Completion]:
         if self.loaded is None:
             raise ValueError("weights are loaded before anything is drawn")
-        # neighbors are often answers to one question, whose cache one server then keeps
+        # neighbors are often answers to one question, so that one server keeps its cache
         dealt = [(self.servers[i * len(self.servers) // len(prompts)], p) for i, p in enumerate(prompts)]
         return self._map(dealt, lambda server, prompt: self._draw(server, prompt, greedy))
 

@@ -1,13 +1,13 @@
 """A vLLM server: its process, and requests to it with retries and clear errors. No torch.
 
-The stage starts one by itself. On nodes of their own, servers are started beforehand, each by
+The stage starts a server by itself. Servers on nodes of their own are started beforehand, each by
 
     python -m stages.rl.samplers.vllm_server FOLDER PORT [OPTION ...]
 
 with ATOM_VLLM_PYTHON set, where FOLDER has the config.json of a model of the same shape (any earlier export) and
 options are vLLM's; the recipe then lists them in `sampling.url`. The weights reach them through the stage's work
-folder, which they must see under the same path. Their development endpoints let anyone who reaches the port command
-them: keep it inside the cluster.
+folder, which they must see under the same path. Their development endpoints accept commands from anyone who reaches the
+port: keep it inside the cluster.
 """
 
 from __future__ import annotations
@@ -35,19 +35,18 @@ REQUEST_SECONDS = 900.0
 ATTEMPTS = 4
 RETRY_SECONDS = 1.0
 IN_FLIGHT = 128
-"""Sequences that a server decodes side by side, and requests that are sent to it at once."""
+"""Sequences that a server decodes in parallel, and concurrent requests to it."""
 
 _WORKER = Path(__file__).parent / "vllm_worker"
-# The server runs as the leader of its group beside a watch, which kills the group when our end of the pipe closes:
-# also when the stage is killed.
+# The server leads a process group with a watch, which kills the group when this end of the pipe closes: also when the
+# stage is killed.
 _WATCHED = 'exec 3<&0; (cat <&3 >/dev/null; kill -9 0) & exec "$@" 3<&- </dev/null'
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
-_OPEN = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy stands between nodes
+_OPEN = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy between nodes
 
 
 def interpreter(python: str | None) -> str:
-    """The interpreter of vLLM's environment: `python`, else what ATOM_VLLM_PYTHON says. Raises AtomError if it has no
-    vLLM."""
+    """The interpreter of vLLM's environment: `python`, else ATOM_VLLM_PYTHON. Raises AtomError if it has no vLLM."""
     executable = python or os.environ.get("ATOM_VLLM_PYTHON")
     hint = "make one by `make .venv-vllm/.ready` and name it in sampling.python or ATOM_VLLM_PYTHON"
     if not executable:
@@ -63,7 +62,7 @@ def interpreter(python: str | None) -> str:
 
 
 def obstacle(settings: SamplingSettings) -> str | None:
-    """The reason why no server can start here, if one is to."""
+    """The reason why no server can start here, if one is required."""
     if settings.url:
         return None
     try:
@@ -80,7 +79,7 @@ def command(python: str, folder: Path, host: str, port: int, options: Sequence[s
     settings = {
         "model": str(folder), "host": host, "port": port, "dtype": dtype, "load-format": "dummy",
         "max-num-seqs": IN_FLIGHT, "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
-        # on CPU the output layer is a packed copy, which a reload of tied weights would leave as it is
+        # on CPU the output layer is a packed copy, which a reload of tied weights would not change
         "hf-overrides": json.dumps({"tie_word_embeddings": False}), "worker-extension-cls": "atom_reload.Reload",
     }  # fmt: skip
     flags = [f"--{name}={value}" for name, value in settings.items()]
@@ -106,7 +105,7 @@ def environment() -> dict[str, str]:
 
 
 class Server:
-    """One server, at a url. Thread-safe but for `close`."""
+    """One server, at a url. Thread-safe except for `close`."""
 
     def __init__(self, url: str, process: subprocess.Popen[bytes] | None = None, log: Path | None = None) -> None:
         self.url, self.process, self.log = url.rstrip("/"), process, log
@@ -139,8 +138,8 @@ class Server:
             time.sleep(0.25)
 
     def post(self, path: str, body: Mapping[str, Any] | None = None, seconds: float | None = None) -> Any:
-        """The JSON that it answers. What it does must do no harm when done twice: a lost connection is tried again.
-        Raises AtomError if it is gone or refuses."""
+        """The JSON of its response. The request must be idempotent: it is repeated after a lost connection. Raises
+        AtomError if the server is gone or refuses."""
         data = json.dumps(body or {}).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         reason = ""
@@ -160,7 +159,7 @@ class Server:
         raise self._failure(reason)
 
     def close(self) -> None:
-        """Ends the server, if it is ours, with all that it started."""
+        """Ends a server that this process started, with all its children."""
         if self.process is None:
             return
         with contextlib.suppress(ProcessLookupError):

@@ -1,14 +1,14 @@
-"""A sandbox for what a model wrote: bubblewrap around a warm process, which gives each program namespaces of its own.
+"""A sandbox for model-written code: bubblewrap around a warm process, which gives each program its own namespaces.
 
     with Pool(workers=2) as pool:
         (outcome,) = pool.run([Program("print(1 + 1)")])
 
-docs/sandbox.md says what is protected, by what, and what is not. An outcome says how a program ended. It is no verdict:
-the program chooses what it prints and what it exits with.
+docs/sandbox.md describes the protections and their limits. An outcome describes the end of a program. It is not a
+verdict: the program controls its output and its exit code.
 
-Whose fault is it when a sandbox dies or does not start? The item of work is tried again, up to ATTEMPTS times, with
-nothing running beside it. If its sandbox dies each time, a probe takes its place, which does no harm and uses most of
-the memory that a program may use. If the probe lives, the item is to blame; if not, the machine is: SandboxFailed.
+If a sandbox dies or does not start, its item of work is tried again, up to ATTEMPTS times, without parallel work. If
+its sandbox dies each time, a harmless probe runs in its place, with most of the allowed memory. If the probe survives,
+the item was the cause; if not, the machine was: SandboxFailed.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Pool:
     def __init__(
         self, workers: int | None = None, limits: Limits | None = None, extra_limits: Sequence[Limits] = ()
     ) -> None:
-        """workers: two for each core, if not given, since a worker often waits for its sandbox. extra_limits: the
-        limits of further cells of each worker.
+        """workers: by default two for each core, because a worker often waits for its sandbox. extra_limits: the limits
+        of further cells of each worker.
 
         Raises SandboxFailed where no sandbox starts.
         """
@@ -65,7 +65,7 @@ class Pool:
     def map(self, work: Callable[[list[Cell], T], R], items: Iterable[T], killed: Callable[[T], R]) -> list[R]:
         """work(cells, item) for each item, as many at a time as there are workers; results in their order.
 
-        killed(item): the result of one that kills its sandbox. Raises SandboxFailed where the sandbox fails by itself.
+        killed(item): the result for an item that kills its sandbox. Raises SandboxFailed if the sandbox itself fails.
         """
 
         def run_item(item: T) -> R:
@@ -97,7 +97,7 @@ class Pool:
                     self._free.put(cells)
 
     def run(self, programs: Sequence[Program]) -> list[Outcome]:
-        """Their outcomes, in order. Raises SandboxFailed where the sandbox failed."""
+        """The outcomes of programs, in order. Raises SandboxFailed if the sandbox failed."""
         return self.map(lambda cells, program: cells[0].run(program), programs, lambda _: KILLED)
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ def _close(cells: list[Cell]) -> None:
 
 
 def probe(cell: Cell) -> None:
-    """Raises SandboxFailed if a program that does no harm and uses what it may does not end well in the cell."""
+    """Raises SandboxFailed if a harmless program that uses its limits does not end normally in the cell."""
     size = cell.limits.memory_bytes * 3 // 4
     try:
         outcome = cell.run(Program(f"print(len(b'x' * {size}))"))

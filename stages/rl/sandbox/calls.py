@@ -1,9 +1,9 @@
 """Calls between two sandboxes: one holds the answer's functions, the other the check; only plain data passes.
 
-Runs inside (see inside.py), and its `encode` and `decode` outside too. Values are JSON with None, bool, int,
-float, str and list as they are, and {kind: parts} for tuple, set, frozenset, dict, bytes, complex and a long int. Of a
-subclass (an Enum of strings) the plain value passes. An object of any other class does not pass, so nothing with a
-comparison of its own ever meets an expected value.
+Runs inside (see inside.py), and its `encode` and `decode` also outside. Values are JSON with None, bool, int, float,
+str and list unchanged, and {kind: parts} for tuple, set, frozenset, dict, bytes, complex and a long int. A subclass (an
+Enum of strings) passes as its plain value. An object of any other class does not pass, so no object with its own
+comparison is compared with an expected value.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Load = Callable[..., ModuleType]
 PLAIN: list[tuple[type, Callable[[Any], Any]]] = [(int, int.__int__), (float, float.__float__), (str, str.__str__)]
 """The function that returns the plain value of a subclass, without its methods."""
 LONG = 14_000
-"""Bits of an int beyond which it goes as hexadecimal digits: decimal ones are read in quadratic time, and Python reads
-no more than 4300."""
+"""Bits of an int beyond which it is sent as hexadecimal digits: decimal ones take quadratic time, and Python reads at
+most 4300."""
 
 
 def encode(value: Any) -> Any:
-    """Raises TypeError for what is not plain data."""
+    """Encodes a value. Raises TypeError for anything but plain data."""
     if value is None or isinstance(value, bool):
         return value
     for kind, plain in PLAIN:
@@ -53,7 +53,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """Raises TypeError or ValueError for what encode does not make."""
+    """Decodes a value. Raises TypeError or ValueError for anything but output of `encode`."""
     if isinstance(value, list):
         return [decode(v) for v in value]
     if not isinstance(value, dict):
@@ -77,7 +77,7 @@ def decode(value: Any) -> Any:
 
 
 def answer(channel: Channel, load: Load, job: Job) -> None:
-    """Loads the answer, then calls its function as asked. Whatever it does here, it can only change what it returns."""
+    """Loads the answer, then calls its function on request. The answer can only change its own return values here."""
     module = load("answer", job["prelude"], job["source"])
     channel.send({"loaded": True})
     while True:
@@ -105,8 +105,8 @@ def describe_exception(e: Exception) -> list[Any]:
 
 
 def rebuild_exception(names: list[str], text: str, arguments: Any) -> Exception:
-    """The exception of an answer, as the nearest builtin one: whatever the answer sent, of a class of this process and
-    of plain data. None is a StopIteration, which would end a loop of the check's own, and with it the check."""
+    """The exception of an answer as the nearest builtin one: for any message of the answer, it has a class of this
+    process and plain data. It is never a StopIteration, which would end a loop of the check, and with it the check."""
     stops = (StopIteration, StopAsyncIteration)
     for kind in (*(getattr(builtins, str(name), None) for name in names), Exception):
         if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, stops):
@@ -121,9 +121,9 @@ def rebuild_exception(names: list[str], text: str, arguments: Any) -> Exception:
 
 
 def check(channel: Channel, load: Load, job: Job) -> None:
-    """Runs `check(candidate)` of a trusted source, where candidate, by its own name too, asks the other sandbox.
+    """Runs `check(candidate)` of a trusted source, where candidate, also under its own name, calls the other sandbox.
 
-    The last line is the verdict: true, false, or null with a reason if it is the row that is wrong.
+    The last line is the verdict: true, false, or null with a reason if the row is broken.
     """
     unsuited: list[str] = []
     calls = 0

@@ -1,4 +1,4 @@
-"""A warm process under bubblewrap, and the programs that are run in it, one at a time."""
+"""A warm process under bubblewrap that runs one program at a time."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Program:
 
 
 def command(limits: Limits) -> list[str]:
-    """The bwrap command. Read-only: this Python, the libraries it loads, our files, four devices. No /proc, no network,
-    no user namespace. The capabilities to unshare, to mount /tmp anew and to start the loopback are given up before a
-    program runs."""
+    """The bwrap command. Read-only: this Python, the libraries it loads, the files of this package, four devices. No
+    /proc, no network, no user namespace. The capabilities to unshare, to mount a new /tmp and to start the loopback are
+    dropped before a program runs."""
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     base = str(Path(sysconfig.get_path("stdlib", vars={"installed_base": sys.base_prefix})).parent)
     line = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
@@ -58,7 +58,7 @@ def command(limits: Limits) -> list[str]:
 
 
 class Cell:
-    """One sandbox, which takes one program at a time. It starts, and starts again, by itself."""
+    """One sandbox, which runs one program at a time. It starts and restarts by itself."""
 
     _numbers = itertools.count()
 
@@ -69,7 +69,7 @@ class Cell:
         self._ready = False
 
     def start(self) -> None:
-        """Begins to start it, without waiting. Raises SandboxFailed where it cannot."""
+        """Starts it without waiting. Raises SandboxFailed if it cannot."""
         line, limits = command(self.limits), self.limits
         if os.geteuid() == 0:
             total = limits.memory_bytes + limits.disk_bytes + OWN_MEMORY
@@ -93,12 +93,12 @@ class Cell:
         self._ready = False
 
     def run(self, program: Program) -> Outcome:
-        """Runs it to its end. Raises SandboxFailed where the sandbox failed, and one of DEATHS where it died."""
+        """Runs a job to its end. Raises SandboxFailed if the sandbox failed, and one of DEATHS if it died."""
         with self.begin({"role": "program", "source": program.source, "stdin": program.stdin}) as running:
             return running.finish()
 
     def begin(self, job: Job) -> Running:
-        """Starts a job. Raises SandboxFailed where the sandbox does not start, and one of DEATHS where it dies."""
+        """Starts a job. Raises SandboxFailed if the sandbox does not start, and one of DEATHS if it dies."""
         if self._process is None or self._process.poll() is not None:
             self.close()
             self.start()
@@ -114,7 +114,7 @@ class Cell:
 
     @property
     def pid(self) -> int | None:
-        """bwrap's, if it runs."""
+        """The process id of bwrap, if it runs."""
         return self._process.pid if self._process else None
 
     def _last_error(self) -> str:
@@ -127,8 +127,8 @@ class Cell:
 
     @staticmethod
     def _kill(bwrap: subprocess.Popen[bytes]) -> None:
-        """Kills bwrap and its first child: if bwrap dies before that child has asked to die with it, the child waits
-        for ever for a word from it, and holds the pipe of its messages open."""
+        """Kills bwrap and its first child: if bwrap dies before the child has set its parent-death signal, the child
+        waits forever for a message from it, and holds its message pipe open."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(bwrap.pid, signal.SIGKILL)
 

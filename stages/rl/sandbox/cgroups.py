@@ -1,7 +1,7 @@
 """Control groups that bound the processes and the memory of one sandbox, in version 1 and 2.
 
-Root needs them: the kernel holds root to no limit on processes. Whoever is not root is held to RLIMIT_NPROC, which
-counts per user namespace, and every sandbox has one of its own.
+Root needs them, because the kernel applies no limit on processes to root. Other users have RLIMIT_NPROC, which counts
+per user namespace, and every sandbox has its own namespace.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stages.rl.sandbox.outcome import SandboxFailed
 
 # Version 1's and 2's names of the two limits.
 FILES = {"pids": ("pids.max", "pids.max"), "memory": ("memory.limit_in_bytes", "memory.max")}
-PREFIX = "atom-sandbox-"  # the number of the process that made it follows
+PREFIX = "atom-sandbox-"  # followed by the id of the process that made it
 SWAP = ("memory.memsw.limit_in_bytes", "memory.swap.max")
 
 
@@ -55,12 +55,12 @@ def homes(mounts: str, membership: str) -> dict[str, Home]:
 
 
 class Cgroup:
-    """A group of its own for each controller that this machine has. Close it when its processes are to be dead."""
+    """A group of its own for each controller of this machine. `close` kills its processes."""
 
     def __init__(
         self, name: str, processes: int, memory_bytes: int, controller_homes: dict[str, Home] | None = None
     ) -> None:
-        """Raises SandboxFailed if no group that bounds processes can be made. Memory is bounded where it can be."""
+        """Raises SandboxFailed if no group that bounds processes can be made. Memory is bounded if possible."""
         if controller_homes is None:
             controller_homes = homes(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
         self.folders: list[Path] = []
@@ -119,7 +119,7 @@ class Cgroup:
         return sum(int(count) for name, count in lines if name == "oom_kill")
 
     def close(self) -> None:
-        """Kills whatever is left in it and removes it. Raises SandboxFailed if something cannot be killed."""
+        """Kills its remaining processes and removes it. Raises SandboxFailed if one cannot be killed."""
         for _ in range(500):
             for folder in self.folders:
                 with contextlib.suppress(OSError):  # version 2 in a kernel since 5.14

@@ -2,11 +2,10 @@
 
     python -S -s -P inside.py LIMITS_AS_JSON      # fd 0: the control socket; started by stages.rl.sandbox.cell only
 
-This process never runs what a model wrote. A program's child has process, mount, IPC and network namespaces of its own
-and is process 1 and leader of a session there: it can signal nothing outside, and when it ends or is killed, everything
-that it started is dead, and its /tmp and its sockets are gone. Its supervisor, outside of those namespaces, reports how
-it ended; the child has no descriptor through which it could do so itself. Standard library only; nothing of this
-project is to be seen in here.
+This process never runs model-written code. A program's child has process, mount, IPC and network namespaces of its own
+and is process 1 and leader of a session there: it can signal no process outside, and when it ends or is killed, all its
+children are dead, and its /tmp and its sockets are gone. Its supervisor, outside of those namespaces, reports its end;
+the child has no descriptor for doing so itself. Standard library only; no other file of this project is visible here.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ def main() -> int:
         if not request:
             return 0
         if len(files) != 3:
-            continue  # asked to kill a program that had just ended
+            continue  # the request was to kill a program that had just ended
         pid = os.fork()
         if pid == 0:
             return supervise(control, files, limits)
@@ -119,7 +118,7 @@ def supervise(control: socket.socket, files: list[int], limits: dict[str, int]) 
 
 
 def program(files: list[int], limits: dict[str, int]) -> int:
-    """In the child: takes the job from the channel, gives up every right, and runs it."""
+    """In the child: reads the job from the channel, drops all capabilities, and runs it."""
     os.setsid()  # or signals and priorities for its process group would reach the processes outside
     os.chdir("/tmp")
     duplicates = [os.dup2(file, 100 + n) for n, file in enumerate(files)]
@@ -156,7 +155,7 @@ def program(files: list[int], limits: dict[str, int]) -> int:
 
 
 def terminate(code: int) -> NoReturn:
-    """Ends as an interpreter would, but for freeing each object one by one, which takes longer than most programs."""
+    """Ends like an interpreter, but without freeing each object, which takes longer than most programs."""
     for exit_hook in (threading._shutdown, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):  # type: ignore[attr-defined]
         try:
             exit_hook()
@@ -167,7 +166,7 @@ def terminate(code: int) -> NoReturn:
 
 
 def load(name: str, *sources: str) -> ModuleType:
-    """Runs a module's sources under a name, each apart, so that each may begin with imports from the future."""
+    """Runs a module's sources under a name, each separately, so that each may start with imports from `__future__`."""
     module = sys.modules[name] = ModuleType(name)
     for source in sources:
         exec(compile(source, "<answer>", "exec"), module.__dict__)  # noqa: S102
@@ -184,7 +183,7 @@ def confine(limits: dict[str, int]) -> None:
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
-        (resource.RLIMIT_SIGPENDING, 256),  # counted for the user, outside too
+        (resource.RLIMIT_SIGPENDING, 256),  # counted for the user, also outside
     ):
         resource.setrlimit(kind, (value, value))
     _check(LIBC.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")

@@ -1,4 +1,4 @@
-"""What a sandbox runs, what it may use, and how it ended."""
+"""The job of a sandbox, its limits, and its outcome."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from typing import Literal, NotRequired, TypedDict
 
 from pipeline.core.errors import MachineError
 
-PATIENCE = 60.0  # seconds in which our own processes start or answer, on however busy a machine
+PATIENCE = 60.0  # seconds in which this project's processes start or answer, also on a busy machine
 
 
 Status = Literal["ok", "error", "timeout", "memory", "output", "killed"]
 
 
 DEATHS = (BrokenPipeError, ConnectionResetError)
-"""Raised where a sandbox died while it ran a program: it was killed from outside, or the program did it."""
+"""The exceptions when a sandbox died while it ran a program: it was killed from outside, or by the program."""
 
 
 class Job(TypedDict):
-    """What a child in a sandbox runs: a whole program; or an answer's functions, which it calls as it is asked; or a
-    check that calls them. prelude: source that goes before; entry_point: the name of the function. A program has
-    neither."""
+    """The job of a child in a sandbox: a whole program; or an answer's functions, which it calls on request; or a check
+    that calls them. prelude: source that runs before; entry_point: the name of the function. A program has neither."""
 
     role: Literal["program", "answer", "check"]
     source: str
@@ -30,16 +29,17 @@ class Job(TypedDict):
 
 
 class SandboxFailed(MachineError):
-    """The sandbox itself did not do its work; nothing is known of the program."""
+    """The sandbox itself failed; the result of the program is unknown."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """The limits of a program.
 
-    cpu_seconds bound each process and decide; wall_seconds are far above, so that a busy machine fails no good
-    program, and end what sleeps. memory_bytes: address space of each process, and, under root, memory of all together.
-    disk_bytes: of /tmp. output_bytes: of standard output, of standard error, and of each message, apart."""
+    cpu_seconds bound each process and are the effective limit; wall_seconds are far above, so that no good program
+    fails on a busy machine, and end sleeping programs. memory_bytes: address space of each process, and, under root,
+    memory of all together. disk_bytes: of /tmp. output_bytes: of standard output, of standard error, and of each
+    message, separately."""
 
     cpu_seconds: int = 4
     wall_seconds: float = 40.0

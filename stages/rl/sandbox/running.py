@@ -1,4 +1,4 @@
-"""One program in a sandbox: its job goes in, its lines and its output come out, and it is ended in time."""
+"""One program in a sandbox: sends its job, receives its lines and its output, and ends it in time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.rl.sandbox.outcome import PATIENCE, Job, Limits, Outcome, SandboxFai
 
 
 class Host(Protocol):
-    """What a program needs of the cell that it runs in."""
+    """The interface of a cell for its program."""
 
     limits: Limits
     control: socket.socket
@@ -28,7 +28,7 @@ class Host(Protocol):
 
 
 class Running:
-    """A program in its cell. As a context: on leaving, whatever is left of it is killed."""
+    """A program in its cell. As a context: its remaining processes are killed at the end."""
 
     def __init__(self, cell: Host, job: Job, cgroup: Cgroup | None) -> None:
         self.cell, self.limits, self._cgroup = cell, cell.limits, cgroup
@@ -54,7 +54,7 @@ class Running:
             os.close(out_writer)
             os.close(err_writer)
         try:
-            if self.ask(json.dumps(job).encode()) is None:  # it was to say that it is confined; nothing has run so far
+            if self.ask(json.dumps(job).encode()) is None:  # its report of confinement; no code has run yet
                 raise SandboxFailed(f"the sandbox cannot confine a program: {self.finish()}")
         except BaseException:
             self.close()
@@ -69,7 +69,7 @@ class Running:
         self._lines = rest
         if newline and self._reason is None:
             return bytes(line)
-        # It has nothing more to say. How it ends is its supervisor's word, or the clock's, and never which came first.
+        # It has no more output. Its end comes from its supervisor's report, or from the clock, never from their order.
         self._pump(lambda: self._exit is not None)
         return None
 
@@ -77,7 +77,7 @@ class Running:
         """Closes the channel, waits for the end, and returns the outcome."""
         self._close_channel()
         self._pump(lambda: self._exit is not None)
-        self._pump(lambda: len(self._selector.get_map()) <= 1)  # what is left in the pipes of the dead
+        self._pump(lambda: len(self._selector.get_map()) <= 1)  # the rest in the pipes of ended processes
         assert self._exit is not None
         code, cpu_seconds = self._exit
         out, err = (bytes(t[: self.limits.output_bytes]).decode(errors="replace") for t in self._texts.values())
@@ -106,7 +106,7 @@ class Running:
         except TimeoutError:
             self._kill("timeout")
         except OSError:
-            pass  # it takes nothing more; what it sent before is still to be read
+            pass  # it reads nothing more; its earlier output remains to be read
 
     def _pump(self, is_done: Callable[[], bool]) -> None:
         while not is_done():
@@ -132,9 +132,9 @@ class Running:
     def _read(self, file: int) -> bytes:
         try:
             return os.read(file, 65536)
-        except ConnectionResetError:  # it ended before it read what was sent
+        except ConnectionResetError:  # it ended before it read the message
             return b""
-        except OSError:  # no program that uses its channel as one does brings this about
+        except OSError:  # normal use of the channel cannot cause this
             self._kill("killed")
             return b""
 
@@ -153,12 +153,12 @@ class Running:
         self.cell.close()
         if not out_of_memory:
             raise BrokenPipeError("the sandbox was killed")
-        self._reason, self._exit = "memory", (-9, 0.0)  # the kernel took the warm process along
+        self._reason, self._exit = "memory", (-9, 0.0)  # the kernel also killed the warm process
         self._selector.unregister(self.cell.control)
 
     def _kill(self, reason: Status) -> None:
         if self._exit is not None:
-            if reason == "output":  # too much is too much, though it had ended when that was read
+            if reason == "output":  # over the limit, although it had ended when the output was read
                 self._reason = self._reason or reason
             return
         now = time.monotonic()
@@ -180,7 +180,7 @@ class Running:
         if self._exit is None and self.cell.pid is not None:
             try:
                 self._kill("killed")
-                self._pump(lambda: self._exit is not None)  # what it still prints is dropped
+                self._pump(lambda: self._exit is not None)  # further output is dropped
             except (OSError, SandboxFailed):
                 self.cell.close()
         self._selector.close()

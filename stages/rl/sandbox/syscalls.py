@@ -1,12 +1,12 @@
 """The system calls that a program may make, and the seccomp filter (classic BPF) that refuses all others.
 
-Runs inside (see inside.py). A list of what is allowed, since a list of what is denied has holes that nobody knows yet:
-a hint on a file of the host (fcntl F_SET_RW_HINT), which of its pages are in memory (mincore), a lock on it, a watch on
-it (inotify), a priority of a process group or a key outlive a program or reach the one beside it.
+Runs inside (see inside.py). This is an allow list, because a deny list has unknown holes: a hint on a file of the host
+(fcntl F_SET_RW_HINT), the state of its pages in memory (mincore), a lock on it, a watch on it (inotify), a priority of
+a process group or a key outlive a program or reach a parallel one.
 
-The filter holds the warm process, and so whatever it forks; to install it for each program would take longer than most
-programs. So it lets through what that process does to prepare a program: unshare, mount, capset, UP. The kernel refuses
-these to a program, which has no capability.
+The filter applies to the warm process, and therefore to all its forks; installing it for each program would take longer
+than most programs. So it allows the calls that prepare a program: unshare, mount, capset, UP. The kernel refuses these
+to a program, which has no capability.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 
 EPERM, ENOSYS, ENOPROTOOPT = 1, 38, 92
 NEW = 424
-"""Calls from here on have one number on all machines. Libraries try them and fall back where they are not there."""
+"""Calls from here on have one number on all machines. Libraries try them and fall back if they are missing."""
 
 # name:x86_64:aarch64
 CALLS = """
@@ -67,13 +67,13 @@ ARGUMENTS: dict[str, list[tuple[int, int, set[int]]]] = {
     "clone": [(0, 0x7E020080, {0})],
     # Copies and flags of descriptors, and a pipe's size. No locks, leases, owners, hints, watches, no larger pipe.
     "fcntl": [(1, ALL, {0, 1, 2, 3, 4, 1030, 1032})],
-    # Is it a terminal, how much is there to read, non-blocking, close on exec.
+    # Terminal test, number of readable bytes, non-blocking, close on exec.
     "ioctl": [(1, ALL, {0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, UP})],
-    # No byte out of band (MSG_OOB): a channel that has one is readable, and yet there is nothing to read.
+    # No byte out of band (MSG_OOB): a channel with one is readable without data to read.
     "sendto": [(3, 1, {0})],
     "unshare": [(0, ALL, {NEW_NAMESPACES})],
     "prctl": [(0, ALL, {15, 16, 39})],  # a thread's name, whether rights can be gained
-    # Not what moves other processes' pages (MADV_COLD, MADV_PAGEOUT) or compares them (MADV_MERGEABLE).
+    # Not the advice that moves other processes' pages (MADV_COLD, MADV_PAGEOUT) or compares them (MADV_MERGEABLE).
     "madvise": [(2, ALL, {0, 1, 2, 3, 4, 8, 14, 15})],
 }
 """The calls with a restricted argument: (index, mask, allowed values)."""
@@ -84,8 +84,8 @@ OPTIONS = {
     6: {1, 3, 4, 5, 6, 12, 18},  # TCP: NODELAY CORK KEEPIDLE KEEPINTVL KEEPCNT QUICKACK USER_TIMEOUT
     41: {26},  # IPv6: V6ONLY
 }
-"""By level, the options of a socket that may be set. With others (IP_MINTTL) a connection outlives its program: what
-was sent waits in the kernel for minutes, for a peer that is gone."""
+"""By level, the options of a socket that may be set. With others (IP_MINTTL) a connection outlives its program: sent
+data waits in the kernel for minutes, for a peer that has exited."""
 
 
 def numbers(machine: str) -> dict[str, int]:

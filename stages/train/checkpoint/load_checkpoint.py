@@ -25,7 +25,7 @@ class Origin:
     def load_weights(self, engine: Engine) -> None:
         """Loads the weights, with a fresh optimizer.
 
-        Raises AtomError if the files are not those that were sealed, or not of the engine's model.
+        Raises AtomError if the files differ from the sealed ones, or belong to another model than the engine's.
         """
         self._require_intact(engine)
         self._load(engine, moments=False)

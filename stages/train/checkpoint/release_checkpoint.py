@@ -132,7 +132,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
         path.touch()
-        mode = path.stat().st_mode  # by umask; the library's own files are for their owner alone
+        mode = path.stat().st_mode  # by umask; the library makes files that only their owner may read
         save_file(contiguous, path, metadata={"format": "pt"})
         path.chmod(stat.S_IMODE(mode))
     except (OSError, SafetensorError) as error:

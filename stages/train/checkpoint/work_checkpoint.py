@@ -4,12 +4,12 @@
     state/attempt-0002/sealed/step-000600/        release checkpoints so far
     state/attempt-0002/checkpoints/step-000000600/rank-00000.safetensors, rank-00000.json, …, complete.json
 
-Saving copies the state in memory, which is all that training waits for; a thread of each rank writes its copy, and
-rank 0's adds `complete.json` when it sees all ranks' files. That names every file with its size and SHA-256, and
-those of the phase's product so far, all compared before anything is loaded.
+Saving copies the state in memory, and training waits only for that; a thread of each rank writes its copy, and rank 0's
+adds `complete.json` when it sees all ranks' files. It contains the size and SHA-256 of every file, including those of
+the phase's product so far, which are compared before loading.
 
-Each attempt writes into a folder of its own and reads those before it, so a process of an earlier attempt that still
-lives can damage nothing; it stops when it sees that it has been succeeded.
+Each attempt writes to a folder of its own and reads those of earlier attempts, so a surviving process of an earlier
+attempt can damage nothing; it stops when it sees its successor.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Checkpoints:
         except OSError as error:
             message = f"work checkpoint {folder} cannot be written ({error}); make room and run again to go on"
             self.error = MachineError(message if self._is_current() else SUPERSEDED)
-        except Exception as error:  # a sentence, or a bug of ours: `wait` raises it
+        except Exception as error:  # an AtomError or a bug: `wait` raises it
             self.error = error
 
     def _complete(self, folder: Path, step: int, state: Mapping[str, Any], log: int) -> None:
@@ -164,7 +164,7 @@ class Checkpoints:
         folders = [f for f in _checkpoints(self.work) if f.parent.parent <= self.folder]
         complete = [f for f in folders if (f / MARKER).exists()]
         kept = complete[-self.keep :]
-        if self.rewind_steps:  # and the one that a spike at the next step would go back to, and the one after that
+        if self.rewind_steps:  # and the one to which a spike at the next step would rewind, and the next one
             bound = _step(complete[-1]) + 1 - self.rewind_steps
             kept += [f for f in complete if _step(f) <= bound][-1:] + [f for f in complete if _step(f) > bound][:1]
         for old in complete:
@@ -177,7 +177,7 @@ class Checkpoints:
             if attempt < self.folder and not any((attempt / "checkpoints").glob("step-*")):
                 shutil.rmtree(attempt, ignore_errors=True)
 
-    # -- going on ---------------------------------------------------------------------------------------------------
+    # -- resuming ---------------------------------------------------------------------------------------------------
 
     def load(self, is_release_step: Callable[[int], bool]) -> dict[str, Any] | None:
         """Loads the newest usable checkpoint into the engine and links the log and release checkpoints up to its step.

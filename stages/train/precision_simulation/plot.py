@@ -16,13 +16,14 @@ from stages.train.precision_simulation.report import Runs
 
 COLORS = {"fp8-tensorwise": "#d1603d", "fp8-blockwise": "#2a7f9e", "mxfp8": "#5b8c3a"}
 SMOOTH = 5
-"""Steps that a point of the deviation is meaned over."""
+"""Steps over which a point of the deviation is averaged."""
 FLOOR = 1e-6
 """Rates below it have the palest color."""
 
 
 def losses(report: Mapping[str, Any], runs: Runs, path: Path) -> None:
-    """Above the losses, below their deviation from the baseline; mean over seeds, and from the least to the most."""
+    """Draws the losses above and their deviation from the baseline below; mean over seeds, and the range from minimum
+    to maximum."""
     figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     seeds, baseline = range(report["seeds"]), report["baseline"]["precision"]
@@ -81,13 +82,13 @@ def _deviations(report: Mapping[str, Any]) -> list[float]:
 
 
 def _curves(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """[seeds, steps], as far as all of them got."""
+    """[seeds, steps], up to the last step that all of them have."""
     steps = min(len(run["losses"]) for run in runs)
     return np.array([run["losses"][:steps] for run in runs])
 
 
 def _smooth(curves: np.ndarray) -> np.ndarray:
-    """Running means along steps; as they are, if there are too few."""
+    """Running means along steps; unchanged if there are too few."""
     if curves.shape[1] < SMOOTH:
         return curves
     return np.array([np.convolve(curve, np.full(SMOOTH, 1 / SMOOTH), mode="valid") for curve in curves])

@@ -13,13 +13,13 @@ from stages.models.base import ModelConfig
 VOCABULARY = 256
 """Bytes."""
 UNIT = 32
-"""Widths are multiples of this: what Transformer Engine demands of MXFP8, and more than the other recipes need."""
+"""Widths are multiples of this: the requirement of Transformer Engine for MXFP8, above those of the other recipes."""
 LAYERS = 2
 """At most."""
 TOLERANCE = 0.05
 """Largest relative deviation of a ratio."""
 CONTEXT = 128
-"""The longest row, since attention's own products stay as they are."""
+"""The longest row: attention's own products are not rounded."""
 MAX_WIDTH = 4096
 """A wider proxy is not small."""
 SPARE = 3
@@ -43,9 +43,9 @@ def build_proxy(model: ModelConfig, smallest: int, hidden: int | None = None) ->
     smallest: the minimum of both dimensions of every linear layer. hidden: use this width instead, without that
     minimum. Raises RecipeError if there is no such model.
 
-    Kept are the ratios of all widths to the hidden size, of query to key heads, of experts to experts a token visits
-    (as far as a small model allows), and what the router is trained by. Weights begin with `init_std` x
-    sqrt(hidden / hidden of the proxy), so that what a layer gives out is as large as in the recipe's model.
+    The proxy keeps the ratios of all widths to the hidden size, of query to key heads and of experts to experts per
+    token (as far as a small model allows), and the losses of the router. Weights start with `init_std` x sqrt(hidden /
+    hidden of the proxy), so that the output of a layer is as large as in the recipe's model.
     """
     if hidden is not None:
         proxy = _scaled_model(model, hidden) if hidden % UNIT == 0 and hidden > 0 else None
@@ -80,7 +80,7 @@ def _scaled_model(model: ModelConfig, hidden: int) -> ModelConfig | None:
     changes |= {
         "layers": min(model.layers, LAYERS),
         "context_length": CONTEXT,
-        "init_std": min(1.0, model.init_std * (model.hidden_size / hidden) ** 0.5),  # the most that a model may have
+        "init_std": min(1.0, model.init_std * (model.hidden_size / hidden) ** 0.5),  # the maximum of a model
         "yarn": None,
         "stated_parameters": None,
     }
@@ -88,7 +88,7 @@ def _scaled_model(model: ModelConfig, hidden: int) -> ModelConfig | None:
 
 
 def dimensions(model: ModelConfig) -> list[int]:
-    """The width in and the width out of every kind of linear layer."""
+    """The input and output width of every kind of linear layer."""
     sizes = [size for name, shape in model.shapes(VOCABULARY).items() if "linear_" in name for size in shape]
     return sorted(set(sizes))
 
@@ -110,7 +110,8 @@ def ratios(model: ModelConfig, proxy: ModelConfig) -> list[Ratio]:
 
 
 def step_tokens(proxy: ModelConfig, smallest: int, sequence_length: int) -> int:
-    """Tokens of a step, in whole rows: SPARE times what it takes for an average expert to see `smallest`, at least."""
+    """Tokens of a step, in complete rows: at least SPARE times the number with which an average expert sees
+    `smallest`."""
     routing = proxy.routing
     tokens = max(MIN_TOKENS, SPARE * smallest * routing.experts / routing.top_k) if routing else MIN_TOKENS
     return math.ceil(tokens / sequence_length) * sequence_length

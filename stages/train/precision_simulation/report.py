@@ -1,12 +1,12 @@
 """The report of a precision simulation: deviations, rates, a verdict, and Markdown. Plain arithmetic, no torch.
 
-The deviation of a precision from one seed is its loss, meaned over the last quarter of steps, by the baseline's from
-the same seed (same initial weights, same rows), minus 1. Over seeds that is a mean with a standard error, and the
+The deviation of a precision for one seed is the ratio of its mean loss over the last quarter of steps to the baseline's
+for the same seed (same initial weights, same rows), minus 1. Over seeds this has a mean with a standard error, and the
 verdict compares the magnitude of the mean with the bound:
 
     holds         magnitude + 2 standard errors < bound
-    fails         magnitude - 2 standard errors > bound, or a loss that is no number where the baseline's is one
-    inconclusive  anything between, or a proxy too small for its blocks to act as they would in the recipe's model
+    fails         magnitude - 2 standard errors > bound, or a loss is NaN where the baseline's is finite
+    inconclusive anything between, or a proxy too small for its blocks to act as in the recipe's model
 
 With three seeds, two standard errors are a one-sided confidence of 91 % (Student's t), with five 94 %. DeepSeek-V3
 reports a relative loss error of FP8 below 0.25 % (arXiv:2412.19437, section 3.3), which is the default bound.
@@ -37,7 +37,7 @@ def compose(
     settings: Settings, proportions: Sequence[tuple[str, float, float]], dimensions: Sequence[int],
     precisions: Sequence[str], seeds: int, bound: float, runs: Runs,
 ) -> dict[str, Any]:  # fmt: skip
-    """The report as JSON: no clock, no place, so equal runs give equal bytes.
+    """The report as JSON, without clocks and paths, so that equal runs have equal bytes.
 
     proportions: (name, in the recipe, in the proxy). dimensions: the widths in and out of the proxy's linear layers.
     """
@@ -87,7 +87,7 @@ def verdict_of(deviations: Sequence[float], bound: float) -> str:
 
 
 def _tail_loss(run: Mapping[str, Any], window: int) -> float | None:
-    """The mean loss of the last steps; None if the run did not get there."""
+    """The mean loss of the last steps; None if the run ended earlier."""
     return None if run["diverged_at"] else statistics.fmean(run["losses"][-window:])
 
 
@@ -208,7 +208,7 @@ def _signed_percent(value: float) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report for a person: verdicts, the proxy, what happened in each linear layer."""
+    """The report as Markdown: verdicts, the proxy, the rates of each linear layer."""
     training, data = report["training"], report["data"]
     base, optimizer = report["baseline"], training["optimizer"]
     by_seed = [_signed_percent(loss / base["mean"] - 1) for loss in base["loss"]] if "mean" in base else []

@@ -2,7 +2,7 @@
 
     python -m stages.train.precision_simulation.runner SETTINGS.json PRECISION SEED OUT.json
 
-Prints a line "STEP LOSS" after each step. Writes OUT.json when it is finished, and nothing before.
+Prints a line "STEP LOSS" after each step. Writes OUT.json only when it is finished.
 """
 
 from __future__ import annotations

@@ -108,14 +108,14 @@ def _check(precisions: Sequence[str], steps: int, seeds: int, baseline: str, bou
 
 
 def _optimizer(phase: PhaseConfig, steps: int, narrowing: float) -> Optimizer:
-    """The recipe's AdamW, with a rate that fits the proxy: a matrix's best rate is inverse to its width (Yang et al.,
-    2022, arXiv:2203.03466), hence the recipe's x hidden size / hidden size of the proxy. Of that the half, after a
-    third of the steps, then a cosine to a tenth: the first steps at the full rate are chaotic, and then even bf16 and
-    fp32 end further apart than what is to be measured (docs/lab-log.md)."""
+    """The recipe's AdamW, with a learning rate for the proxy: the best rate of a matrix is inverse to its width (Yang
+    et al., 2022, arXiv:2203.03466), hence the recipe's x hidden size / hidden size of the proxy. The peak is half of
+    that, after a third of the steps, then a cosine to a tenth: the first steps at the full rate are chaotic, and then
+    even bf16 and fp32 end further apart than the deviation to measure (docs/lab-log.md)."""
     recipe_optimizer, peak = (
         phase.optimizer,
         min(1.0, phase.optimizer.lr * narrowing / 2),
-    )  # 1: the most that an optimizer may have
+    )  # 1: the maximum of an optimizer
     return Optimizer(
         lr=peak,
         final_lr=peak / 10,
@@ -128,7 +128,7 @@ def _optimizer(phase: PhaseConfig, steps: int, narrowing: float) -> Optimizer:
 
 
 def _folder(settings: Settings, home: Path, out: Path | None) -> Path:
-    """The folder of these settings, made if it is not there. Raises AtomError if `out` holds anything else."""
+    """The folder of these settings, created if missing. Raises AtomError if `out` contains anything else."""
     body = settings.model_dump(mode="json")
     folder = out or home / "precision-simulations" / f"{settings.recipe}-{sha256_bytes(canonical(body))[:12]}"
     file = folder / "settings.json"
@@ -176,7 +176,7 @@ def _run_all(folder: Path, requested: Sequence[tuple[str, int]], steps: int, dis
         try:
             for future in as_completed([pool.submit(crew.run, p, s) for p, s in missing]):
                 future.result()
-        finally:  # also at Ctrl-C: what is finished is kept
+        finally:  # also at Ctrl-C: finished runs are kept
             pool.shutdown(wait=False, cancel_futures=True)
             crew.stop()
 

@@ -23,7 +23,7 @@ DEFAULT = "dapo"
 
 @dataclass(frozen=True)
 class Tokens:
-    """The drawn tokens of a batch, one row a completion: fp32 [rows, width], 0 where the mask is false.
+    """The drawn tokens of a batch, one row per completion: fp32 [rows, width], 0 where the mask is false.
 
     logprobs: under the policy, with gradient. ratio: of its probabilities to those before the first update on this
     batch, with gradient. advantages: of each token. mask: bool, true where a token counts.

@@ -59,7 +59,7 @@ def reasoning_gym_rows(
             row = to_row(
                 f"{dataset}-{seed}-{i}", entry["question"], ReasoningGymTasks.verifier, dataset, level, **entry
             )
-            # As it will be read again: JSON makes lists of tuples, which some datasets cannot score.
+            # In the form after reading: JSON turns tuples into lists, which some datasets cannot score.
             rows.append(json.loads(json.dumps(row)))
         verifier.score([(row, Response.parse(ReasoningGym.correct_answer(row), finished=True)) for row in rows])
     finally:

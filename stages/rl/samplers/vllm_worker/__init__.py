@@ -1,1 +1,1 @@
-"""The code inside vLLM's workers. This folder is on their path, so it holds nothing else."""
+"""The code inside vLLM's workers. This folder is on their path, so it contains nothing else."""
