@@ -15,6 +15,7 @@ from release.assembly.model_facts import ModelFacts
 from release.checks.findings import Findings
 from release.checks.load_report import LoadReport
 from release.repositories import model_folders
+from release.schema import ReleaseInfo
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,13 @@ class Check:
 class BuildContext:
     """What gates look at that is not, or not in this form, in the published files.
 
-    folder: of the release in the making. release: evidence/release.json. evaluation: the recipe's section, with the
+    folder: of the release in the making. evaluation: the recipe's section, with the
     thresholds. data, models: facts of the dataset, and of each model folder. machine: paths that must not be published.
     load_reports: of each model folder, what loading it gave; loaded now if there are none.
     """
 
     folder: Path
-    release: dict[str, Any]
+    release: ReleaseInfo
     evaluation: dict[str, Any]
     data: DataFacts
     models: dict[str, ModelFacts] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.core.store import sha256_file
+from release import schema
 from release.assembly.published_tables import read_json
 from release.checks.check import Subject
 from release.checks.findings import Findings
@@ -11,8 +12,8 @@ from release.checks.findings import Findings
 def source_files(subject: Subject) -> Findings:
     """The published source files are those that the statements of the published artifacts name, stale ones apart."""
     folder = subject.folder
-    release = read_json(folder / "evidence/release.json")
-    current = {artifact["key"] for node, artifact in release["nodes"].items() if node not in release["stale"]}
+    release = schema.read_release(folder)
+    current = {artifact.key for node, artifact in release.nodes.items() if node not in release.stale}
     digests_by_module: dict[str, set[str]] = {}
     for path in sorted((folder / "evidence/statements").rglob("*.json")):
         body = read_json(path)
