@@ -7,8 +7,8 @@ from typing import Any
 
 from pipeline.core import provenance
 from pipeline.core.provenance import BUILD_TYPE, PREDICATE, STATEMENT
-from pipeline.core.store import Artifact, FileRow
-from release.assembly.published_tables import read_json, read_manifests
+from pipeline.core.store import Artifact
+from release.assembly.published_tables import Manifest, read_json, read_manifests
 from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.layout import ORIGINS
@@ -22,7 +22,7 @@ def statements(subject: Subject) -> Findings:
     summary that it repeats is that of its product."""
     folder = subject.folder
     manifests = read_manifests(folder)
-    artifact_digests = {manifest["key"]: manifest["digest"] for manifest in manifests.values()}
+    artifact_digests = {manifest.key: manifest.digest for manifest in manifests.values()}
     published_summaries = _summaries(folder, manifests)
     stated_artifacts: set[tuple[str, str]] = set()
     problems = []
@@ -61,16 +61,13 @@ def statements(subject: Subject) -> Findings:
     return Findings(problems)
 
 
-def _summaries(folder: Path, manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _summaries(folder: Path, manifests: dict[str, Manifest]) -> dict[str, Any]:
     """{key: the byproduct that a statement about it should have} of each artifact whose summary.json is published."""
     summaries, present = {}, set(files_below(folder))
     for path, origin in read_json(folder / ORIGINS).items():
         if origin.get("file") == provenance.SUMMARY and path in present:
             manifest = manifests[origin["artifact"]]
-            product = Artifact(manifest["key"], "", (folder / path).parent, (_row(manifest, provenance.SUMMARY),))
-            summaries[manifest["key"]] = next(provenance.summaries(product))
+            row = next(row for row in manifest.files if row.path == provenance.SUMMARY)
+            product = Artifact(manifest.key, "", (folder / path).parent, (row,))
+            summaries[manifest.key] = next(provenance.summaries(product))
     return summaries
-
-
-def _row(manifest: dict[str, Any], path: str) -> FileRow:
-    return next(FileRow(row["path"], row["size"], row["sha256"]) for row in manifest["files"] if row["path"] == path)

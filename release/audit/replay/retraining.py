@@ -77,7 +77,7 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
     """The token shards of the sources that the phase reads, from the published documents and tokenizer, in
     `folder`/tokens. Raises CheckFailed if they differ from the manifest of the shards that were trained on."""
     source, key = plan.source, plan.materials["tokens"]
-    node, mix = source.manifests[key][0], plan.config.phase.mix
+    node, mix = source.manifests[key].node, plan.config.phase.mix
     _, body = source.statement(node)
     materials = provenance.material_keys(body)
     digest = source.listed(materials["tokenizer"])["tokenizer.json"]  # each model's repository has a copy
