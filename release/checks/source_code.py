@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.core import provenance
 from pipeline.core.store import sha256_file
 from release import schema
 from release.assembly.published_tables import read_json
@@ -19,7 +20,7 @@ def source_files(subject: Subject) -> Findings:
         body = read_json(path)
         if not {subject["name"] for subject in body["subject"]} & current:
             continue
-        for item in body["predicate"]["buildDefinition"]["resolvedDependencies"]:
+        for item in provenance.dependencies_of(body):
             if item.get("uri", "").startswith("atom:code/"):
                 digests_by_module.setdefault(item["name"], set()).add(item["digest"]["sha256"])
     problems = []

@@ -49,7 +49,7 @@ def statements(subject: Subject) -> Findings:
         for key, _ in artifacts:
             if (summary := provenance.summary(body)) and published_summaries.get(key, summary) != summary:
                 problems.append(f"{name}: what it says is in {provenance.SUMMARY} of {key} is not what is there")
-        for material in build["resolvedDependencies"] if artifacts else ():
+        for material in provenance.dependencies_of(body) if artifacts else ():
             uri = material.get("uri", "")
             key = uri.removeprefix(ARTIFACT_URI)
             if uri.startswith(ARTIFACT_URI) and artifact_digests.get(key) != material["digest"]["sha256"]:

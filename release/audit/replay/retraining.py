@@ -94,7 +94,7 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
     folders = {"dedup": kept_folder.parent, "tokenizer": source.file(encoder).parent}
     inputs = {role: Artifact(materials[role], "", path, ()) for role, path in folders.items()}
     stage = registry.stage("tokenize")
-    config = stage.config.model_validate(body["predicate"]["buildDefinition"]["externalParameters"]["config"])
+    config = stage.config.model_validate(provenance.parameters_of(body)["config"])
     stage.run(config, inputs, work, out, StopAtStep(-1, lambda text: None))
     for name in ("documents.parquet", "meta.json"):  # of all sources, as published
         shutil.copyfile(source.copy(key, name), out / name)

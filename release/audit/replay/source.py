@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.provenance import Statement
 from release.assembly.published_tables import Manifest
 from release.checksums import compare, read_sums
 from release.layout import ALL_SUMS, SUMS
@@ -59,7 +60,7 @@ class Source:
         """The published copy of a file of an artifact. Raises CheckFailed if it is missing or altered."""
         return self.file(self.place(key, file) or f"{file} of {key}")
 
-    def statement(self, node: str) -> tuple[str, dict[str, Any]]:
+    def statement(self, node: str) -> tuple[str, Statement]:
         """(key, provenance statement) of the artifact of a node. Raises CheckFailed if no statement is about it."""
         manifest = self._manifest(f"evidence/manifests/{node}.json")
         subject = {"name": manifest.key, "digest": {"sha256": manifest.digest}}
@@ -82,5 +83,5 @@ class Source:
         return {manifest.key: manifest for manifest in map(self._manifest, self.digests("evidence/manifests"))}
 
     @cached_property
-    def statements(self) -> list[dict[str, Any]]:
+    def statements(self) -> list[Statement]:
         return [self.json(path) for path in self.digests("evidence/statements")]
