@@ -9,8 +9,8 @@ them has format 2 with card schema 2, the only ones before versions were stated.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +37,55 @@ class Stated:
 
     format: int = schema_v2.FORMAT
     cards: int = schema_v2.CARDS
+
+
+@dataclass(frozen=True)
+class NodeArtifact:
+    """The artifact of a node that the release was built from."""
+
+    key: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class PublishedLicenses:
+    """SPDX expressions; documents keep their own licenses."""
+
+    code: str
+    data_compilation: str
+    weights: str
+
+
+@dataclass(frozen=True)
+class ReleaseInfo:
+    """The content of evidence/release.json, in today's names.
+
+    format, card_schema: as in `Stated`. namespace: of the Hub. commit, dirty: of the checkout that built the release.
+    stale: nodes whose artifacts were made by other code than that. nodes: by name, all of the recipe's graph.
+    """
+
+    format: int
+    card_schema: int
+    name: str
+    version: str
+    title: str
+    description: str
+    namespace: str
+    contact: str | None
+    languages: tuple[str, ...]
+    license: PublishedLicenses
+    commit: str | None
+    dirty: bool
+    stale: tuple[str, ...]
+    nodes: Mapping[str, NodeArtifact]
+
+    @property
+    def repository(self) -> str:
+        """The Hub's id of the final model's repository, which the ids of the others begin with."""
+        return f"{self.namespace}/{self.name}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def head() -> dict[str, int]:
@@ -101,11 +150,39 @@ def reader(path: Path) -> ModuleType:
     return READERS[number]
 
 
-def read_release(folder: Path) -> dict[str, Any]:
-    """evidence/release.json of a folder, with present names."""
-    stated = untrusted.read_json(folder / RELEASE, RELEASE_BYTES, follow=True)
-    body: dict[str, Any] = reader(folder).release(stated)
-    return body
+def read_release(folder: Path) -> ReleaseInfo:
+    """evidence/release.json of a folder, in today's names.
+
+    Raises CheckFailed if it cannot be read, KeyError if it lacks a field.
+    """
+    body = reader(folder).release(untrusted.read_json(folder / RELEASE, RELEASE_BYTES, follow=True))
+    license = body["license"]
+    return ReleaseInfo(
+        format=body.get("format", 1),
+        card_schema=body.get("card_schema", schema_v2.CARDS),
+        name=body["name"],
+        version=body["version"],
+        title=body["title"],
+        description=body["description"],
+        namespace=body["namespace"],
+        contact=body["contact"],
+        languages=tuple(body["languages"]),
+        license=PublishedLicenses(license["code"], license["data_compilation"], license["weights"]),
+        commit=body["commit"],
+        dirty=body["dirty"],
+        stale=tuple(body["stale"]),
+        nodes=_nodes(body),
+    )
+
+
+def read_nodes(folder: Path) -> dict[str, NodeArtifact]:
+    """The nodes in evidence/release.json of a folder by the names of its own format, which the statements and folders
+    of the release have. Raises what `read_release` raises."""
+    return _nodes(untrusted.read_json(folder / RELEASE, RELEASE_BYTES, follow=True))
+
+
+def _nodes(body: Mapping[str, Any]) -> dict[str, NodeArtifact]:
+    return {node: NodeArtifact(artifact["key"], artifact["digest"]) for node, artifact in body["nodes"].items()}
 
 
 def disagreements(folder: Path, repositories: list[str], paths: Iterable[str]) -> Iterator[str]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NotRequired, cast
 
 from pydantic import AfterValidator, FiniteFloat, TypeAdapter
 from typing_extensions import TypedDict
@@ -38,21 +38,26 @@ class _Subject(TypedDict):
     digest: _Sha256
 
 
-class _Dependency(_Subject):
+class Dependency(_Subject):
+    """A material: an artifact, or a module of the code."""
+
     uri: str
 
 
-class _Of(TypedDict):
+class CheckpointOf(TypedDict):
     key: str
     step: int
 
 
-class _External(TypedDict):
+class Parameters(TypedDict):
+    """What was asked for. of: the phase and the step of a checkpoint."""
+
     stage: str
+    version: NotRequired[Any]
     node: str
     key: str
     config: dict[str, Any]
-    of: NotRequired[_Of]
+    of: NotRequired[CheckpointOf]
 
 
 class _Environment(TypedDict):
@@ -66,9 +71,10 @@ class _Internal(TypedDict):
 
 
 class _Definition(TypedDict):
-    externalParameters: _External
+    buildType: NotRequired[Any]
+    externalParameters: Parameters
     internalParameters: _Internal
-    resolvedDependencies: list[_Dependency]
+    resolvedDependencies: list[Dependency]
 
 
 class _Metadata(TypedDict):
@@ -77,8 +83,11 @@ class _Metadata(TypedDict):
     finishedOn: str
 
 
-class _Byproduct(TypedDict):
+class Byproduct(TypedDict):
+    """An in-toto ResourceDescriptor with its content."""
+
     name: str
+    digest: NotRequired[Any]
     annotations: Any
 
 
@@ -92,7 +101,7 @@ class _Outcome(TypedDict):
     text: str
 
 
-def _has_usage_and_outcome(byproducts: list[_Byproduct]) -> list[_Byproduct]:
+def _has_usage_and_outcome(byproducts: list[Byproduct]) -> list[Byproduct]:
     for name, kind in (("usage", TypeAdapter(_Usage)), ("outcome", TypeAdapter(_Outcome))):
         annotations = [byproduct["annotations"] for byproduct in byproducts if byproduct["name"] == name]
         if not annotations:
@@ -102,8 +111,9 @@ def _has_usage_and_outcome(byproducts: list[_Byproduct]) -> list[_Byproduct]:
 
 
 class _Details(TypedDict):
+    builder: NotRequired[Any]
     metadata: _Metadata
-    byproducts: Annotated[list[_Byproduct], AfterValidator(_has_usage_and_outcome)]
+    byproducts: Annotated[list[Byproduct], AfterValidator(_has_usage_and_outcome)]
 
 
 class _Predicate(TypedDict):
@@ -111,13 +121,16 @@ class _Predicate(TypedDict):
     runDetails: _Details
 
 
-class _Statement(TypedDict):
+class Statement(TypedDict):
+    """What is read of a statement about an attempt of a stage; whatever else stands in it stays as it is."""
+
+    _type: NotRequired[Any]
     subject: list[_Subject]
+    predicateType: NotRequired[Any]
     predicate: _Predicate
 
 
-BODY: TypeAdapter[Any] = TypeAdapter(_Statement)
-"""The fields that are read from a statement; further fields are kept unchanged."""
+BODY: TypeAdapter[Any] = TypeAdapter(Statement)
 
 
 def clock(seconds: float) -> str:
@@ -142,9 +155,9 @@ def statement(
     usage: dict[str, Any],
     outcome: str,
     kind: str | None = None,
-    checkpoint_of: dict[str, Any] | None = None,
+    checkpoint_of: CheckpointOf | None = None,
     product: Artifact | None = None,
-) -> dict[str, Any]:
+) -> Statement:
     """A statement about one attempt of a stage.
 
     subject: {name: sha256}; the artifact by its key, or the log of a failed attempt. config: the part that is in the
@@ -154,7 +167,12 @@ def statement(
     summary.json, if it has one, becomes a byproduct, so that the ledger alone contains the stage's summary of its
     product.
     """
-    parameters = {"stage": stage, "version": version, "node": node, "key": key, "config": config}
+    parameters: Parameters = {"stage": stage, "version": version, "node": node, "key": key, "config": config}
+    if checkpoint_of:
+        parameters["of"] = checkpoint_of
+    internal: _Internal = {"environment": cast(_Environment, environment), "operation": operations[-1]}
+    if operations[1:]:
+        internal["earlier_operations"] = operations[:-1]
     return {
         "_type": STATEMENT,
         "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(subject.items())],
@@ -162,18 +180,11 @@ def statement(
         "predicate": {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
-                "externalParameters": parameters | ({"of": checkpoint_of} if checkpoint_of else {}),
-                "internalParameters": {
-                    "environment": environment,
-                    "operation": operations[-1],
-                    **({"earlier_operations": operations[:-1]} if operations[1:] else {}),
-                },
+                "externalParameters": parameters,
+                "internalParameters": internal,
                 "resolvedDependencies": [
-                    *(
-                        {"name": role, "uri": f"atom:artifact/{a.key}", "digest": {"sha256": a.digest}}
-                        for role, a in sorted(materials.items())
-                    ),
-                    *({"name": name, "uri": f"atom:code/{name}", "digest": {"sha256": d}} for name, d in code.items()),
+                    *(_dependency(role, f"atom:artifact/{a.key}", a.digest) for role, a in sorted(materials.items())),
+                    *(_dependency(name, f"atom:code/{name}", digest) for name, digest in code.items()),
                 ],
             },
             "runDetails": {
@@ -193,8 +204,12 @@ def statement(
     }
 
 
-def summaries(product: Artifact) -> Iterator[dict[str, Any]]:
-    """The byproduct of a product's summary.json, if it has one: an in-toto ResourceDescriptor with its content.
+def _dependency(name: str, uri: str, digest: str) -> Dependency:
+    return {"name": name, "uri": uri, "digest": {"sha256": digest}}
+
+
+def summaries(product: Artifact) -> Iterator[Byproduct]:
+    """The byproduct of a product's summary.json, if it has one.
 
     A number without a JSON form (NaN, infinity) becomes a string, so that it never prevents the statement of a finished
     stage.
@@ -205,7 +220,7 @@ def summaries(product: Artifact) -> Iterator[dict[str, Any]]:
             yield {"name": SUMMARY, "digest": {"sha256": row.sha256}, "annotations": content}
 
 
-def write(ledger: Path, key: str, body: dict[str, Any]) -> Path:
+def write(ledger: Path, key: str, body: Statement) -> Path:
     """Writes a statement to `<ledger>/<key>/<sha256 of its bytes>.json`, completely or not at all."""
     data = canonical(body)
     folder = ledger / key
@@ -223,8 +238,8 @@ def write(ledger: Path, key: str, body: dict[str, Any]) -> Path:
     return target
 
 
-def statements(ledger: Path, key: str) -> tuple[list[tuple[Path, dict[str, Any]]], list[Damaged]]:
-    """All statements about a key in the order of their end times, and the unreadable ones."""
+def statements(ledger: Path, key: str) -> tuple[list[tuple[Path, Statement]], list[Damaged]]:
+    """All statements about a key, in the order of their end times, and those that cannot be read."""
     readable, damaged = [], []
     try:
         names = [name for name in json_files.names(ledger / key) if re.fullmatch(r"[0-9a-f]+\.json", name)]
@@ -245,89 +260,96 @@ def statements(ledger: Path, key: str) -> tuple[list[tuple[Path, dict[str, Any]]
     return sorted(readable, key=lambda item: item[1]["predicate"]["runDetails"]["metadata"]["finishedOn"]), damaged
 
 
-def read(ledger: Path, key: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """All readable statements about a key in the order of their end times; the others are reported."""
+def read(ledger: Path, key: str) -> Iterator[tuple[Path, Statement]]:
+    """All statements about a key that can be read, in the order of their end times; the others are reported."""
     readable, damaged = statements(ledger, key)
     for error in damaged:
         json_files.report(error, "this statement is left out")
     yield from readable
 
 
-def outcome(body: dict[str, Any]) -> str:
+def outcome(body: Statement) -> str:
     return str(_byproduct(body, "outcome")["text"])
 
 
-def kind(body: dict[str, Any]) -> str | None:
-    """The kind of a failure; None for a product, and for a statement from before kinds existed."""
+def kind(body: Statement) -> str | None:
+    """The kind of a failure; None of a product, and of a statement that was written before kinds were."""
     failure_kind = _byproduct(body, "outcome").get("kind")
     return None if failure_kind is None else str(failure_kind)
 
 
-def usage(body: dict[str, Any]) -> dict[str, Any]:
+def usage(body: Statement) -> dict[str, Any]:
     return _byproduct(body, "usage")
 
 
-def summary(body: dict[str, Any]) -> dict[str, Any] | None:
+def summary(body: Statement) -> Byproduct | None:
     """The byproduct of a product's summary.json, {name, digest: {sha256}, annotations: its content}; None if the
     product has none, or if the statement is older than this byproduct."""
     summaries = (p for p in body["predicate"]["runDetails"]["byproducts"] if p["name"] == SUMMARY)
     return next(summaries, None)
 
 
-def _byproduct(body: dict[str, Any], name: str) -> dict[str, Any]:
+def _byproduct(body: Statement, name: str) -> dict[str, Any]:
     products = body["predicate"]["runDetails"]["byproducts"]
     return next(dict(p["annotations"]) for p in products if p["name"] == name)
 
 
-def sealed(ledger: Path, artifact: Artifact) -> tuple[Path, dict[str, Any]] | None:
-    """The statement about exactly this artifact, or None."""
+def sealed(ledger: Path, artifact: Artifact) -> tuple[Path, Statement] | None:
+    """The statement that made this very artifact, or None."""
     for path, body in read(ledger, artifact.key):
         if {"name": artifact.key, "digest": {"sha256": artifact.digest}} in body["subject"]:
             return path, body
     return None
 
 
-def code_of(body: dict[str, Any]) -> dict[str, str]:
-    """{module: sha256} of the code in a statement."""
-    dependencies = body["predicate"]["buildDefinition"]["resolvedDependencies"]
-    return {d["name"]: d["digest"]["sha256"] for d in dependencies if d["uri"].startswith("atom:code/")}
+def parameters_of(body: Statement) -> Parameters:
+    """What the attempt was asked for: stage, node, key and config."""
+    return body["predicate"]["buildDefinition"]["externalParameters"]
 
 
-def materials_of(body: dict[str, Any]) -> dict[str, str]:
-    """{role: sha256} of the input artifacts in a statement."""
-    dependencies = body["predicate"]["buildDefinition"]["resolvedDependencies"]
-    return {d["name"]: d["digest"]["sha256"] for d in dependencies if d["uri"].startswith("atom:artifact/")}
+def dependencies_of(body: Statement) -> list[Dependency]:
+    """The artifacts and modules that a statement says went in."""
+    return body["predicate"]["buildDefinition"]["resolvedDependencies"]
 
 
-def material_keys(body: dict[str, Any]) -> dict[str, str]:
-    """{role: key} of the input artifacts in a statement."""
-    dependencies = body["predicate"]["buildDefinition"]["resolvedDependencies"]
+def code_of(body: Statement) -> dict[str, str]:
+    """{module: sha256} of the code that a statement says it ran."""
+    return {d["name"]: d["digest"]["sha256"] for d in dependencies_of(body) if d["uri"].startswith("atom:code/")}
+
+
+def materials_of(body: Statement) -> dict[str, str]:
+    """{role: sha256} of the artifacts that a statement says went in."""
+    return {d["name"]: d["digest"]["sha256"] for d in dependencies_of(body) if d["uri"].startswith("atom:artifact/")}
+
+
+def material_keys(body: Statement) -> dict[str, str]:
+    """{role: key} of the artifacts that a statement says went in."""
     prefix = "atom:artifact/"
-    return {d["name"]: d["uri"].removeprefix(prefix) for d in dependencies if d["uri"].startswith(prefix)}
+    return {d["name"]: d["uri"].removeprefix(prefix) for d in dependencies_of(body) if d["uri"].startswith(prefix)}
 
 
-def phase_of(body: dict[str, Any]) -> str | None:
-    """The key of the phase that a checkpoint belongs to; None if the statement is not about a checkpoint."""
-    checkpoint_of = body["predicate"]["buildDefinition"]["externalParameters"].get("of")
+def phase_of(body: Statement) -> str | None:
+    """The key of the phase that a checkpoint is of; None if the statement is about something else."""
+    checkpoint_of = parameters_of(body).get("of")
     return str(checkpoint_of["key"]) if checkpoint_of else None
 
 
-def environment_of(body: dict[str, Any]) -> dict[str, Any]:
-    """The environment of the attempt."""
+def environment_of(body: Statement) -> dict[str, Any]:
+    """What the attempt ran in."""
     return dict(body["predicate"]["buildDefinition"]["internalParameters"]["environment"])
 
 
-def operation_of(body: dict[str, Any]) -> dict[str, Any]:
-    """The operational part of the attempt's config."""
+def operation_of(body: Statement) -> dict[str, Any]:
+    """How the attempt was run: the operational part of its config."""
     return dict(body["predicate"]["buildDefinition"]["internalParameters"].get("operation", {}))
 
 
-def invocation(body: dict[str, Any]) -> str:
+def invocation(body: Statement) -> str:
     """`<run>/<node>`: the place of the attempt's logs."""
     return str(body["predicate"]["runDetails"]["metadata"]["invocationId"])
 
 
-def operations_of(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """The operational configs of the attempt and of the attempts that it resumed, the latest last."""
+def operations_of(body: Statement) -> list[dict[str, Any]]:
+    """How the attempt and those whose work it went on from were run, the latest last."""
     earlier = body["predicate"]["buildDefinition"]["internalParameters"].get("earlier_operations", [])
     return [*earlier, operation_of(body)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.core import json_files, provenance
 from pipeline.core.errors import RecipeError
@@ -71,15 +70,15 @@ def sealed(phase: str, store: Store) -> dict[Checkpoint, str]:
     for path in sorted(store.artifacts.glob(f"{phase}@*-*")):
         body = statement(path.name, store)
         if body is not None:
-            of = body["predicate"]["buildDefinition"]["externalParameters"].get("of")
+            of = provenance.parameters_of(body).get("of")
             if of is None:
                 continue
             runs[Checkpoint(of["key"], of["step"])] = provenance.invocation(body).split("/")[0]
     return runs
 
 
-def statement(key: str, store: Store) -> dict[str, Any] | None:
-    """The statement about a checkpoint; None if either is missing or damaged, which is reported."""
+def statement(key: str, store: Store) -> provenance.Statement | None:
+    """The statement that made a checkpoint; None if either is not here, or damaged, which is reported."""
     if not store.sealed(key):
         return None
     try:

@@ -264,7 +264,7 @@ def _is_trained(store: Store, key: str, needed: Needed) -> bool:
     names = {needed.stages[key]} if key in needed.stages else set()
     if not names and "@" not in key:
         statements = provenance.statements(store.ledger, key)[0]
-        names = {body["predicate"]["buildDefinition"]["externalParameters"]["stage"] for _, body in statements}
+        names = {provenance.parameters_of(body)["stage"] for _, body in statements}
     return not names or any(name not in registry.stages() or registry.stage(name).trains for name in names)
 
 

@@ -183,11 +183,11 @@ class Forwarder:
         sealed_statement = provenance.sealed(self.store.ledger, artifact)
         if sealed_statement is None:
             return
-        definition = sealed_statement[1]["predicate"]["buildDefinition"]
-        params = [Param(k, v) for k, v in _flat(definition["externalParameters"]["config"]).items()]
-        usage = {k: v for k, v in provenance.usage(sealed_statement[1]).items() if isinstance(v, (int, float))}
+        path, body = sealed_statement
+        params = [Param(k, v) for k, v in _flat(provenance.parameters_of(body)["config"]).items()]
+        usage = {k: v for k, v in provenance.usage(body).items() if isinstance(v, (int, float))}
         metrics = [Metric(k, float(v), 0, 0) for k, v in sorted(usage.items())]
-        tags = [RunTag("atom.digest", artifact.digest), RunTag("atom.statement", sealed_statement[0].stem)]
+        tags = [RunTag("atom.digest", artifact.digest), RunTag("atom.statement", path.stem)]
         for i in range(0, len(params), 100):
             client.log_batch(child, params=params[i : i + 100])
         client.log_batch(child, metrics=metrics, tags=tags)
@@ -196,7 +196,7 @@ class Forwarder:
                 Dataset(d["uri"].removeprefix("atom:artifact/"), d["digest"]["sha256"][:36], "atom", json.dumps(d)),
                 [InputTag("mlflow.data.context", d["name"])],
             )
-            for d in definition["resolvedDependencies"]
+            for d in provenance.dependencies_of(body)
             if d["uri"].startswith("atom:artifact/")
         ]
         if inputs:

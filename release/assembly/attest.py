@@ -8,12 +8,13 @@ test-result.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.provenance import STATEMENT
 from release.assembly.published_tables import read_rows
+from release.schema import NodeArtifact
 
 PREDICATE = "https://in-toto.io/attestation/test-result/v0.1"
 FOLDER = "evidence/attestations"
@@ -37,11 +38,8 @@ def test_result(
     }
 
 
-def evaluations(release: Path, nodes: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
-    """{path in the release: statement} for each model that was evaluated on problems, with the solved ones.
-
-    nodes: {node: {key, digest}} as in evidence/release.json.
-    """
+def evaluations(release: Path, nodes: Mapping[str, NodeArtifact]) -> dict[str, dict[str, Any]]:
+    """{path in the release: statement} for each model that was asked problems: which it solved."""
     statements = {}
     for node, artifact in nodes.items():
         kind, _, model = node.partition("-")
@@ -49,16 +47,16 @@ def evaluations(release: Path, nodes: dict[str, dict[str, str]]) -> dict[str, di
         if kind != "export" or not re.fullmatch(r"[a-z0-9-]+", model) or not table.is_file():
             continue
         rows = read_rows(table, ["id", "score"])
-        inputs = {nodes[name]["key"]: nodes[name]["digest"] for name in ("items", f"evaluate-{model}")}
+        inputs = {nodes[name].key: nodes[name].digest for name in ("items", f"evaluate-{model}")}
         solved = {row["id"] for row in rows if row["score"] == 1}
         path = f"{FOLDER}/evaluation-{model}.json"
         missed = {row["id"] for row in rows} - solved
-        statements[path] = test_result({artifact["key"]: artifact["digest"]}, inputs, solved, missed)
+        statements[path] = test_result({artifact.key: artifact.digest}, inputs, solved, missed)
     return statements
 
 
-def gates(nodes: dict[str, dict[str, str]], results: dict[str, bool]) -> dict[str, Any]:
-    """The statement of the gates. results: {gate: whether it passed}."""
-    subjects = {artifact["key"]: artifact["digest"] for artifact in nodes.values()}
+def gates(nodes: Mapping[str, NodeArtifact], results: dict[str, bool]) -> dict[str, Any]:
+    """The statement of the gates. results: {gate: whether it was passed}."""
+    subjects = {artifact.key: artifact.digest for artifact in nodes.values()}
     passed = {name for name, ok in results.items() if ok}
     return test_result(subjects, {}, passed, set(results) - passed)

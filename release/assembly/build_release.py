@@ -19,6 +19,7 @@ from stages.recipe import ReleaseSection
 
 if TYPE_CHECKING:
     from release.checks.check import BuildContext
+    from release.schema import ReleaseInfo
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def build(source: BuildInput, home: Path, progress: Callable[[str], None] = lamb
         context = _assemble(draft, source)
         progress("checking the gates")
         results = gates.run_all(context)
-        gates.write(draft, context.release["nodes"], results)
+        gates.write(draft, context.release.nodes, results)
         _checksums(draft)
         failed = [gate for gate in results if not gate.ok]
         for gate in results:
@@ -102,28 +103,29 @@ def _index(release: Path, cache: Path, progress: Callable[[str], None]) -> None:
         progress(f"no index of texts: {error}")
 
 
-def describe(source: BuildInput) -> dict[str, Any]:
-    """evidence/release.json: the identity of the release, and the stale nodes and changed checkout of its build."""
+def describe(source: BuildInput) -> ReleaseInfo:
+    """evidence/release.json: what the release is, and what was not clean when it was built."""
     from release.cards.versions import SCHEMA as CARDS
     from release.layout import FORMAT
+    from release.schema import NodeArtifact, PublishedLicenses, ReleaseInfo
 
     section = ReleaseSection.model_validate(source.recipe["release"])
-    return {
-        "format": FORMAT,
-        "card_schema": CARDS,
-        "name": source.name,
-        "version": source.version,
-        "title": section.title or source.name,
-        "description": source.recipe.get("description", ""),
-        "namespace": section.namespace,
-        "contact": section.contact,
-        "languages": list(section.languages),
-        "license": section.license.model_dump(),
-        "commit": source.commit,
-        "dirty": source.dirty,
-        "stale": sorted(source.stale),
-        "nodes": {node: {"key": a.key, "digest": a.digest} for node, a in sorted(source.artifacts.items())},
-    }
+    return ReleaseInfo(
+        format=FORMAT,
+        card_schema=CARDS,
+        name=source.name,
+        version=source.version,
+        title=section.title or source.name,
+        description=source.recipe.get("description", ""),
+        namespace=section.namespace,
+        contact=section.contact,
+        languages=tuple(section.languages),
+        license=PublishedLicenses(**section.license.model_dump()),
+        commit=source.commit,
+        dirty=source.dirty,
+        stale=tuple(sorted(source.stale)),
+        nodes={node: NodeArtifact(a.key, a.digest) for node, a in sorted(source.artifacts.items())},
+    )
 
 
 def _assemble(folder: Path, source: BuildInput) -> BuildContext:
@@ -153,13 +155,13 @@ def _assemble(folder: Path, source: BuildInput) -> BuildContext:
     assembly.json("evidence/environment.json", source.environment, "environment of the build")
     assembly.json("evidence/recipe.json", source.recipe, "resolved recipe")
     release = describe(source)
-    assembly.json(RELEASE, release, "release.assembly.build_release")
+    assembly.json(RELEASE, release.to_json(), "release.assembly.build_release")
 
     data = read_data_facts(folder / "dataset")
     models = {name: read_model_facts(folder / name) for name in model_folders(folder)}
     steps = read_checkpoints(folder / "checkpoints")
     changes = find_interventions(steps)
-    licenses, card_origin = release["license"], "card from the published files"
+    licenses, card_origin = release.license, "card from the published files"
     data_id = render.data_id(release)
     load_reports = dict(zip(models, load_models([folder / name for name in models]), strict=True))
     for name, report in load_reports.items():
@@ -168,7 +170,7 @@ def _assemble(folder: Path, source: BuildInput) -> BuildContext:
     for name, model in models.items():
         card = render.model_card(name, release, ReleaseFacts(model, data, changes, run_costs))
         assembly.write(f"{name}/README.md", card.encode(), card_origin)
-        measured = results.text(model, data_id, release["version"])
+        measured = results.text(model, data_id, release.version)
         assembly.write(
             f"{name}/{results.results_path(data_id)}", measured.encode(), "scores in evaluation/ for the Hub"
         )
@@ -182,22 +184,22 @@ def _assemble(folder: Path, source: BuildInput) -> BuildContext:
     description = croissant.describe_dataset(release, folder / "dataset", data)
     assembly.json(f"dataset/{croissant.NAME}", description, "description of the tables")
     assembly.write("dataset/README.md", render.data_card(release, data, canary).encode(), card_origin)
-    for target, statement in attest.evaluations(folder, release["nodes"]).items():
+    for target, statement in attest.evaluations(folder, release.nodes).items():
         assembly.json(target, statement, "in-toto statement of what was measured")
-    card = render.plain_card("checkpoints", release, licenses["weights"], checkpoints=tables.checkpoints(steps))
+    card = render.plain_card("checkpoints", release, licenses.weights, checkpoints=tables.checkpoints(steps))
     assembly.write("checkpoints/README.md", card.encode(), card_origin)
     assembly.json("checkpoints/index.json", index_rows(steps), "states of the checkpoints")
     repos = repositories(folder)
-    rows = [[r.id(release["namespace"], release["name"]), r.kind, r.branch, f"`{r.folder or '.'}`"] for r in repos]
+    rows = [[r.id(release.namespace, release.name), r.kind, r.branch, f"`{r.folder or '.'}`"] for r in repos]
     repository_table = tables.table(["repository", "kind", "branch", "place in the release"], rows)
     assembly.write(
         "README.md",
-        render.plain_card("evidence", release, licenses["code"], repositories=repository_table).encode(),
+        render.plain_card("evidence", release, licenses.code, repositories=repository_table).encode(),
         card_origin,
     )
     for repository in repos:
-        kind = {"dataset": "data_compilation", "": "code"}.get(repository.folder, "weights")
-        text = assemble.license_text(licenses[kind], licenses["code"], source.code_roots)
+        spdx = {"dataset": licenses.data_compilation, "": licenses.code}.get(repository.folder, licenses.weights)
+        text = assemble.license_text(spdx, licenses.code, source.code_roots)
         assembly.write(f"{repository.folder}/LICENSE".lstrip("/"), text, "license")
     assembly.origins[ORIGINS] = {"generated": "release.assembly.build_release"}
     (folder / ORIGINS).write_bytes(assemble.to_json(assembly.origins))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pipeline
 from pipeline.core import environment, provenance
@@ -68,7 +67,7 @@ def _earlier(graph: Graph, store: Store) -> dict[str, Artifact]:
     return dict(sorted(artifacts.items()))
 
 
-def _statement(store: Store, artifact: Artifact) -> dict[str, Any]:
+def _statement(store: Store, artifact: Artifact) -> provenance.Statement:
     sealed_statement = provenance.sealed(store.ledger, artifact)
     if sealed_statement is None:
         raise AtomError(

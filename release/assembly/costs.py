@@ -21,7 +21,7 @@ def usage_by_stage(release: Path) -> Costs:
         body = json.loads(path.read_bytes())
         if provenance.phase_of(body) is not None:
             continue
-        usage, stage = provenance.usage(body), str(body["predicate"]["buildDefinition"]["externalParameters"]["stage"])
+        usage, stage = provenance.usage(body), str(provenance.parameters_of(body)["stage"])
         row = costs_by_stage.setdefault(stage, dict.fromkeys(COLUMNS, 0.0))
         row["attempts"] += 1
         row["failed"] += provenance.outcome(body) != "sealed"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import CheckFailed
+from pipeline.core.store import FileRow
 from release import schema
 
 BATCH = 4096
@@ -18,9 +20,32 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def read_manifests(release: Path) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of an artifact, in evidence/manifests. node: what its file is called after; of an artifact of an
+    earlier run, its key."""
+
+    node: str
+    key: str
+    digest: str
+    files: tuple[FileRow, ...]
+
+    @classmethod
+    def parse(cls, node: str, body: Any) -> Manifest:
+        """body: the content of the file. Raises KeyError or TypeError for another shape."""
+        files = tuple(FileRow(row["path"], row["size"], row["sha256"]) for row in body["files"])
+        return cls(node, body["key"], body["digest"], files)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """{path: SHA-256} of the files."""
+        return {row.path: row.sha256 for row in self.files}
+
+
+def read_manifests(release: Path) -> dict[str, Manifest]:
     """{node: manifest} of evidence/manifests."""
-    return {path.stem: read_json(path) for path in sorted((release / "evidence/manifests").glob("*.json"))}
+    paths = sorted((release / "evidence/manifests").glob("*.json"))
+    return {path.stem: Manifest.parse(path.stem, read_json(path)) for path in paths}
 
 
 def read_rows(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ def facts_of(release: Path) -> dict[str, Any]:
 
     Raises CheckFailed if a file of the release is missing or damaged.
     """
-    release_info, data = schema.read_release(release), read_data_facts(release / "dataset")
+    release_info, data = schema.read_release(release).to_json(), read_data_facts(release / "dataset")
     final_model, *other_models = model_folders(release)
     model_metrics = {folder: read_model_facts(release / folder) for folder in [*other_models, final_model]}
     removed: dict[str, int] = {}

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.core.store import sha256_file
 from release.assembly.data_facts import DataFacts, SourceFacts
 from release.assembly.published_tables import read_json
+from release.schema import ReleaseInfo
 
 NAME = "croissant.json"
 TYPES = {
@@ -37,10 +38,10 @@ CONTEXT: dict[str, Any] = {
 
 
 def describe_dataset(
-    release: dict[str, Any], dataset: Path, data: DataFacts, digest: Callable[[Path], str] = sha256_file
+    release: ReleaseInfo, dataset: Path, data: DataFacts, digest: Callable[[Path], str] = sha256_file
 ) -> dict[str, Any]:
-    """The JSON-LD of a dataset folder. release: evidence/release.json; data: the facts of the folder."""
-    repo = f"https://huggingface.co/datasets/{release['namespace']}/{release['name']}-data"
+    """The JSON-LD of a dataset folder. data: the facts of the folder."""
+    repo = f"https://huggingface.co/datasets/{release.repository}-data"
     tables = {"dispositions": "dispositions.parquet"}
     tables |= {
         f"kept-{name}": f"kept/{name}.parquet" for name in data.sources if (dataset / f"kept/{name}.parquet").exists()
@@ -54,16 +55,16 @@ def describe_dataset(
         "@context": CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": ["http://mlcommons.org/croissant/1.1", "http://mlcommons.org/croissant/RAI/1.0"],
-        "name": f"{release['name']}-data",
-        "description": f"What {release['title']} was trained on: the documents that were kept, one disposition for "
+        "name": f"{release.name}-data",
+        "description": f"What {release.title} was trained on: the documents that were kept, one disposition for "
         "every document that was read, and where each was seen in training.",
         "url": repo,
-        "version": release["version"],
-        "license": _license_url(release["license"]["data_compilation"]),
-        "citeAs": f"{release['title']} {release['version']}, {repo}",
-        "creator": {"@type": "sc:Organization", "name": release["namespace"]},
+        "version": release.version,
+        "license": _license_url(release.license.data_compilation),
+        "citeAs": f"{release.title} {release.version}, {repo}",
+        "creator": {"@type": "sc:Organization", "name": release.namespace},
         "isLiveDataset": False,
-        **({"inLanguage": release["languages"]} if release["languages"] else {}),
+        **({"inLanguage": list(release.languages)} if release.languages else {}),
         "distribution": [_file(dataset, path, name, digest) for name, path in tables.items()],
         "recordSet": [_records(dataset / path, name) for name, path in tables.items()],
         "prov:wasDerivedFrom": [_source(dataset, name, row) for name, row in data.sources.items()],
@@ -85,7 +86,7 @@ def describe_dataset(
         ],
         "rai:dataUseCases": "Training the models of this release, and checking what they were trained on.",
         "rai:dataReleaseMaintenancePlan": "A version is published once; changes, removals on request too, come as a "
-        f"new version. Requests: {release['contact'] or 'the discussions of the repository'}.",
+        f"new version. Requests: {release.contact or 'the discussions of the repository'}.",
     }  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from release.cards import card_tables
 from release.cards.card_tables import ReleaseFacts
 from release.hub.client import load
 from release.layout import numbered
+from release.schema import ReleaseInfo
 
-Facts = dict[str, Any]
 TEMPLATES = Path(__file__).parent
 # The Hub's identifiers that equal the SPDX identifier in lower case; for its further ones `other` is right as well.
 HUB_LICENSES = frozenset({
@@ -66,21 +66,21 @@ def model_index(scores: Scores, dataset: str) -> list[Any]:
     ]
 
 
-def model_card(folder: str, release: Facts, facts: ReleaseFacts) -> str:
-    """The card of a model folder. release: evidence/release.json; facts: including those of this model."""
+def model_card(folder: str, release: ReleaseInfo, facts: ReleaseFacts) -> str:
+    """The card of a folder that holds a model. facts: with those of this model."""
     hub = load()
 
-    namespace, name, model = release["namespace"], release["name"], facts.model
+    name, model = release.name, facts.model
     dataset = data_id(release)
     title = {"model": "", "model-base": "base"}.get(folder, folder.removeprefix("model-"))
     card_data = hub.ModelCardData(
         model_name=f"{name}-{title}".rstrip("-"),
-        **license_fields(release["license"]["weights"]),
+        **license_fields(release.license.weights),
         library_name="transformers",
         pipeline_tag="text-generation",
-        language=release["languages"] or None,
+        language=list(release.languages) or None,
         datasets=[dataset],
-        base_model=None if title == "base" else f"{namespace}/{name}-base",
+        base_model=None if title == "base" else f"{release.repository}-base",
         metrics=[metric for metric, _, _ in METRICS.values()],
         tags=[*(["mixture-of-experts"] if model.has_experts else []), "open-data", "reproducible"],
         eval_results=model_index(model.own_scores(), dataset),
@@ -95,18 +95,18 @@ def model_card(folder: str, release: Facts, facts: ReleaseFacts) -> str:
         model=model,
         title=title,
         trained_by=_join_words([_title(phase) for phase in model.training]),
-        repo=f"{namespace}/{card_data.model_name}",
+        repo=f"{release.namespace}/{card_data.model_name}",
         dataset=dataset,
-        prefix=f"{namespace}/{name}",
+        prefix=release.repository,
         t=texts,
         sections=card_tables.sections((*card_tables.MODEL_TABLES, *card_tables.RELEASE_TABLES), texts),
     )
     return _normalize_text(str(text))
 
 
-def data_id(release: Facts) -> str:
+def data_id(release: ReleaseInfo) -> str:
     """The release's data repository."""
-    return f"{release['namespace']}/{release['name']}-data"
+    return f"{release.repository}-data"
 
 
 def data_of(card: str) -> str:
@@ -124,13 +124,13 @@ def _join_words(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), *words[-1:]]) if len(words) > 1 else "".join(words)
 
 
-def data_card(release: Facts, data: DataFacts, canary: Mapping[str, str] | None = None) -> str:
+def data_card(release: ReleaseInfo, data: DataFacts, canary: Mapping[str, str] | None = None) -> str:
     hub = load()
 
     kept_documents = sum(row.kept for row in data.sources.values())
     card_data = hub.DatasetCardData(
-        pretty_name=f"{release['title']}: data",
-        language=list(release["languages"]) or None,
+        pretty_name=f"{release.title}: data",
+        language=list(release.languages) or None,
         size_categories=size_category(kept_documents),
         task_categories=["text-generation"],
         configs=[
@@ -138,7 +138,7 @@ def data_card(release: Facts, data: DataFacts, canary: Mapping[str, str] | None 
             for name in data.sources
         ]
         + [{"config_name": "dispositions", "data_files": [{"split": "all_documents", "path": "dispositions.parquet"}]}],
-        **license_fields(release["license"]["data_compilation"]),
+        **license_fields(release.license.data_compilation),
         **schema.head(),
     )
     texts = _texts(card_tables.lines_by_table(card_tables.DATA_TABLES, data))
@@ -146,7 +146,7 @@ def data_card(release: Facts, data: DataFacts, canary: Mapping[str, str] | None 
         card_data,
         template_path=str(TEMPLATES / "data.md.jinja"),
         release=release,
-        prefix=f"{release['namespace']}/{release['name']}",
+        prefix=release.repository,
         sources=list(data.sources),
         earlier=any(len(phase.parts) > 1 for phase in data.order.values()),
         canary=canary and canary["canary"],
@@ -156,17 +156,16 @@ def data_card(release: Facts, data: DataFacts, canary: Mapping[str, str] | None 
     return _normalize_text(str(text))
 
 
-def plain_card(kind: str, release: Facts, license: str, **table_lines: list[str]) -> str:
+def plain_card(kind: str, release: ReleaseInfo, license: str, **table_lines: list[str]) -> str:
     """The cards of the checkpoint and evidence repositories."""
     hub = load()
 
     template = str(TEMPLATES / f"{kind}.md.jinja")
-    prefix = f"{release['namespace']}/{release['name']}"
     text = hub.RepoCard.from_template(
         hub.CardData(**license_fields(license), **schema.head()),
         template_path=template,
         release=release,
-        prefix=prefix,
+        prefix=release.repository,
         t=_texts(table_lines),
     )
     return _normalize_text(str(text))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from release import untrusted
+from release import schema, untrusted
 from release.assembly import attest
 from release.assembly.published_tables import read_json
 from release.checks.check import Subject
 from release.checks.findings import Findings, require_comparable
-from release.layout import GATES, GATES_STATED, RELEASE
+from release.layout import GATES, GATES_STATED
 
 
 def passed_gates(subject: Subject) -> Findings:
@@ -21,8 +21,7 @@ def attestations(subject: Subject) -> Findings:
     """Checks that the statements about evaluations and gates match the tables."""
     folder = subject.folder
     require_comparable(folder, "attestations")
-    # statements and folders have the names of the release's format
-    nodes = read_json(folder / RELEASE)["nodes"]
+    nodes = schema.read_nodes(folder)
     is_release = (folder / "dataset").is_dir()
     expected = attest.evaluations(folder, nodes) if is_release else {}
     expected[GATES_STATED] = attest.gates(nodes, {name: gate["ok"] for name, gate in read_json(folder / GATES).items()})

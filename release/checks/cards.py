@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from release import schema
 from release.assembly import costs
@@ -18,6 +17,7 @@ from release.checks.findings import Absent, Findings, require_comparable, requir
 from release.checks.scores import score_problems
 from release.layout import CANARY
 from release.repositories import model_folders
+from release.schema import ReleaseInfo
 
 
 def cards(subject: Subject) -> Findings:
@@ -42,24 +42,22 @@ def _cards_of_release(folder: Path) -> Findings:
         tables.compare_tables((folder / name / "README.md").read_text(), card_tables.RELEASE_TABLES, facts, stated)
         findings.add(tables, f"{name}/")
     findings.add(_data_card(data), "dataset/")
-    problems = score_problems(data / "evaluation") + _canary(data, release["nodes"]["items"]["digest"])
+    problems = score_problems(data / "evaluation") + _canary(data, release.nodes["items"].digest)
     findings.problems += [f"dataset/{text}" for text in problems]
     return findings
 
 
-def model_card(model: Path, release: dict[str, Any] | None = None) -> Findings:
-    """Checks the card of one model repository, its plot, and its results for the Hub against the files beside them, for
-    the parts that cards of its version have.
+def model_card(model: Path, release: ReleaseInfo | None = None) -> Findings:
+    """The card of one model repository, its plot, and its results for the Hub, against the files beside them, as far as
+    cards of its version have them.
 
-    release: evidence/release.json, if it exists.
+    release: the one that it is part of, if that is there.
     """
     card, facts = (model / "README.md").read_text(), read_model_facts(model)
     stated, findings = schema.stated(model), Findings(compared=False)
     findings.compare_part("metadata", stated, lambda: _model_index(card, facts))
     findings.compare_part("plots", stated, lambda: _plots(model))
-    data_id, version = (
-        (render.data_of(card), None) if release is None else (render.data_id(release), release["version"])
-    )
+    data_id, version = (render.data_of(card), None) if release is None else (render.data_id(release), release.version)
     findings.compare_part("eval_results", stated, lambda: results.problems(model, facts, data_id, version))
     findings.compare_tables(card, card_tables.MODEL_TABLES, facts, stated)
     return findings

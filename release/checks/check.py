@@ -16,6 +16,7 @@ from release.assembly.model_facts import ModelFacts
 from release.checks.findings import Findings
 from release.checks.load_report import LoadReport
 from release.repositories import model_folders
+from release.schema import ReleaseInfo
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,19 @@ class Check:
 class BuildContext:
     """Inputs of gates that are not in the published files, or not in this form.
 
-    folder: of the release that is being built. release: evidence/release.json. evaluation: the recipe's section, with
-    the thresholds. data, models: facts of the dataset, and of each model folder. machine: paths that must not be
-    published. load_reports: of each model folder; without them the models are loaded now.
+    <<<<<<< HEAD
+        folder: of the release that is being built. release: evidence/release.json. evaluation: the recipe's section, with
+        the thresholds. data, models: facts of the dataset, and of each model folder. machine: paths that must not be
+        published. load_reports: of each model folder; without them the models are loaded now.
+    =======
+        folder: of the release in the making. evaluation: the recipe's section, with the
+        thresholds. data, models: facts of the dataset, and of each model folder. machine: paths that must not be published.
+        load_reports: of each model folder, what loading it gave; loaded now if there are none.
+    >>>>>>> 830fa4aeeabc4b611ad4e5ddc749b17828ecf494
     """
 
     folder: Path
-    release: dict[str, Any]
+    release: ReleaseInfo
     evaluation: dict[str, Any]
     data: DataFacts
     models: dict[str, ModelFacts] = field(default_factory=dict)

@@ -4,6 +4,7 @@ evidence/gates.json."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from release.checks import registry
 from release.checks.check import BuildCheck, BuildContext, Check
 from release.checks.findings import Absent, Findings
 from release.layout import GATES, GATES_STATED
+from release.schema import NodeArtifact
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ def run_all(build: BuildContext) -> list[GateResult]:
     return [result for name in names() if (result := run_gate(name, build)) is not None]
 
 
-def write(folder: Path, nodes: dict[str, dict[str, str]], results: list[GateResult]) -> None:
-    """Writes the results as a table, and as a statement about all artifacts. nodes: as in evidence/release.json."""
+def write(folder: Path, nodes: Mapping[str, NodeArtifact], results: list[GateResult]) -> None:
+    """The results as a table, and as a statement about all artifacts."""
     rows = {result.name: {"ok": result.ok, "detail": result.detail} for result in results}
     (folder / GATES).write_text(json.dumps(rows, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     stated = attest.gates(nodes, {result.name: result.ok for result in results})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.core.store import FileRow, digest_of
+from pipeline.core.store import digest_of
 from release import untrusted
 from release.assembly.assemble import unexplained
 from release.assembly.published_tables import read_manifests
@@ -18,8 +18,7 @@ def manifests(subject: Subject) -> Findings:
     """Checks that each manifest's digest is the digest of its rows."""
     findings = Findings()
     for node, manifest in read_manifests(subject.folder).items():
-        rows = [FileRow(row["path"], row["size"], row["sha256"]) for row in manifest["files"]]
-        if digest_of(rows) != manifest["digest"]:
+        if digest_of(list(manifest.files)) != manifest.digest:
             findings.problems.append(f"evidence/manifests/{node}.json: its digest is not that of its rows")
     return findings
 
@@ -32,7 +31,7 @@ def origins(subject: Subject) -> Findings:
     problems = [f"{path} has no origin" for path in unexplained(folder, origins_by_path, paths)]
     manifest_digests: dict[tuple[str, str], str] = {}
     for node, manifest in read_manifests(folder).items():
-        manifest_digests |= {(node, row["path"]): row["sha256"] for row in manifest["files"]}
+        manifest_digests |= {(node, path): digest for path, digest in manifest.digests.items()}
     present, copies = set(paths), 0
     for path, origin in sorted(origins_by_path.items()):
         copies += "artifact" in origin

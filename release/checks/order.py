@@ -47,7 +47,7 @@ def checkpoints_and_order(build: BuildContext) -> Findings:
     rows = read_checkpoints(build.folder / "checkpoints")
     orders, findings = build.data.order, Findings()
     findings.summary = f"{len(rows)} checkpoints; order of {', '.join(orders)}"
-    for phase in phases_of(build.release["nodes"]):
+    for phase in phases_of(build.release.nodes):
         steps = [row.step for row in rows if row.phase == phase]
         if not steps:
             findings.problems.append(f"no checkpoint of {phase}; set {phase}.release_checkpoint_interval")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from pipeline.core import provenance
 from pipeline.core.store import sha256_file
+from release import schema
 from release.assembly.published_tables import read_json
 from release.checks.check import Subject
 from release.checks.findings import Findings
@@ -12,14 +14,14 @@ def source_files(subject: Subject) -> Findings:
     """Checks that the published source files are those in the statements of the published artifacts, except for stale
     ones."""
     folder = subject.folder
-    release = read_json(folder / "evidence/release.json")
-    current = {artifact["key"] for node, artifact in release["nodes"].items() if node not in release["stale"]}
+    release = schema.read_release(folder)
+    current = {artifact.key for node, artifact in release.nodes.items() if node not in release.stale}
     digests_by_module: dict[str, set[str]] = {}
     for path in sorted((folder / "evidence/statements").rglob("*.json")):
         body = read_json(path)
         if not {subject["name"] for subject in body["subject"]} & current:
             continue
-        for item in body["predicate"]["buildDefinition"]["resolvedDependencies"]:
+        for item in provenance.dependencies_of(body):
             if item.get("uri", "").startswith("atom:code/"):
                 digests_by_module.setdefault(item["name"], set()).add(item["digest"]["sha256"])
     problems = []

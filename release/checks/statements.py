@@ -7,8 +7,8 @@ from typing import Any
 
 from pipeline.core import provenance
 from pipeline.core.provenance import BUILD_TYPE, PREDICATE, STATEMENT
-from pipeline.core.store import Artifact, FileRow
-from release.assembly.published_tables import read_json, read_manifests
+from pipeline.core.store import Artifact
+from release.assembly.published_tables import Manifest, read_json, read_manifests
 from release.checks.check import Subject
 from release.checks.findings import Findings
 from release.layout import ORIGINS
@@ -22,7 +22,7 @@ def statements(subject: Subject) -> Findings:
     release, and that the summary in it is that of its product."""
     folder = subject.folder
     manifests = read_manifests(folder)
-    artifact_digests = {manifest["key"]: manifest["digest"] for manifest in manifests.values()}
+    artifact_digests = {manifest.key: manifest.digest for manifest in manifests.values()}
     published_summaries = _summaries(folder, manifests)
     stated_artifacts: set[tuple[str, str]] = set()
     problems = []
@@ -49,7 +49,7 @@ def statements(subject: Subject) -> Findings:
         for key, _ in artifacts:
             if (summary := provenance.summary(body)) and published_summaries.get(key, summary) != summary:
                 problems.append(f"{name}: what it says is in {provenance.SUMMARY} of {key} is not what is there")
-        for material in build["resolvedDependencies"] if artifacts else ():
+        for material in provenance.dependencies_of(body) if artifacts else ():
             uri = material.get("uri", "")
             key = uri.removeprefix(ARTIFACT_URI)
             if uri.startswith(ARTIFACT_URI) and artifact_digests.get(key) != material["digest"]["sha256"]:
@@ -61,16 +61,13 @@ def statements(subject: Subject) -> Findings:
     return Findings(problems)
 
 
-def _summaries(folder: Path, manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """{key: the expected byproduct of a statement about it} of each artifact whose summary.json is published."""
+def _summaries(folder: Path, manifests: dict[str, Manifest]) -> dict[str, Any]:
+    """{key: the byproduct that a statement about it should have} of each artifact whose summary.json is published."""
     summaries, present = {}, set(files_below(folder))
     for path, origin in read_json(folder / ORIGINS).items():
         if origin.get("file") == provenance.SUMMARY and path in present:
             manifest = manifests[origin["artifact"]]
-            product = Artifact(manifest["key"], "", (folder / path).parent, (_row(manifest, provenance.SUMMARY),))
-            summaries[manifest["key"]] = next(provenance.summaries(product))
+            row = next(row for row in manifest.files if row.path == provenance.SUMMARY)
+            product = Artifact(manifest.key, "", (folder / path).parent, (row,))
+            summaries[manifest.key] = next(provenance.summaries(product))
     return summaries
-
-
-def _row(manifest: dict[str, Any], path: str) -> FileRow:
-    return next(FileRow(row["path"], row["size"], row["sha256"]) for row in manifest["files"] if row["path"] == path)

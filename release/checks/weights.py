@@ -42,7 +42,7 @@ def export_parity(build: BuildContext) -> Findings:
         if not delta < tolerance:
             text = f"export-{path.stem} differs by {delta:.3g}, tolerance {tolerance:g}"
             findings.problems.append(f"{text}; the export is not the trained model, do not publish it")
-    missing = [name for name in models_of(build.release["nodes"]) if name not in deltas]
+    missing = [name for name in models_of(build.release.nodes) if name not in deltas]
     findings.problems += [f"parity is not known for {name}; run its export again" for name in missing]
     findings.summary = ", ".join(f"{name} max |Δ| {deltas[name]:.3g}" for name in sorted(deltas, key=when))
     return findings

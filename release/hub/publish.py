@@ -26,6 +26,7 @@ from release.hub.remote import RemoteRepository
 from release.hub.upload import Destination, Journal, Progress, Published
 from release.layout import PUBLIC_KEY, RELEASE, SIGNATURE
 from release.repositories import repositories
+from release.schema import ReleaseInfo
 from release.signing import ANYONE, Trust
 
 
@@ -69,10 +70,10 @@ def publish(
     with translate_errors("asking who the token belongs to"):
         api().whoami()
 
-    tag, journal = f"v{release_info['version']}", Journal(release.with_name(f"{release.name}.publish.jsonl"))
+    tag, journal = f"v{release_info.version}", Journal(release.with_name(f"{release.name}.publish.jsonl"))
     destinations = []
     for repository in repositories(release):
-        remote = RemoteRepository(repository.id(namespace, release_info["name"]), repository.kind)
+        remote = RemoteRepository(repository.id(namespace, release_info.name), repository.kind)
         destinations.append(Destination(release, repository, remote, tag, journal))
     for destination in destinations:
         destination.refuse_changed_version()
@@ -88,19 +89,17 @@ def publish(
     if public:
         mains = [destination.remote for destination in destinations if destination.branch == "main"]
         _make_public(mains, journal, progress)
-        collection = _make_collection(mains, f"{release_info['title']} {release_info['version']}", namespace, journal)
+        collection = _make_collection(mains, f"{release_info.title} {release_info.version}", namespace, journal)
     return PublishReport(endpoint(), namespace, tag, public, published, collection)
 
 
-def _require_publishable(
-    release_info: dict[str, Any], namespace: str, public: bool, acknowledge: Sequence[str]
-) -> None:
-    if (card_namespace := release_info["namespace"]) != namespace:
+def _require_publishable(release_info: ReleaseInfo, namespace: str, public: bool, acknowledge: Sequence[str]) -> None:
+    if (card_namespace := release_info.namespace) != namespace:
         raise AtomError(
             f"the cards of this release name repositories of {card_namespace}; publish to {card_namespace}, "
             f"or set release.namespace: {namespace} in the recipe and build again"
         )
-    doubts = [*release_info["stale"], *(["dirty"] if release_info["dirty"] else [])]
+    doubts = [*release_info.stale, *(["dirty"] if release_info.dirty else [])]
     open_doubts = [name for name in doubts if name not in acknowledge]
     if public and open_doubts:
         reason = (

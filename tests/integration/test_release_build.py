@@ -16,6 +16,7 @@ from pipeline.core.store import write_manifest
 from release.assembly import build_release as builder
 from release.layout import ALL_SUMS, SUMS
 from release.repositories import files_below
+from release.schema import read_release
 from tests.fixtures import release_fixtures
 
 
@@ -177,7 +178,7 @@ def test_results_for_the_hub_are_the_measured_ones(built: Path, tmp_path: Path) 
         assert (built / "dataset/evaluation" / model / "scores.json").exists()
         assert ".eval_results/tiny-data.yaml" in read_sums(built / folder / SUMS, SUMS)
         assert f"{folder}/.eval_results/tiny-data.yaml" in read_sums(built / ALL_SUMS, ALL_SUMS)
-    about = json.loads((built / "evidence/release.json").read_text())
+    about = read_release(built)
     copy = Path(shutil.copytree(built / "model", tmp_path / "model"))
     path = copy / ".eval_results/tiny-data.yaml"
     text = path.read_text()

@@ -182,7 +182,7 @@ def test_stale_and_dirty_must_be_acknowledged_by_name(tmp_path: Path) -> None:
     from pipeline.core.errors import AtomError
     from release.hub.publish import _require_publishable
 
-    about = {"namespace": "local", "stale": ["dedup"], "dirty": True}
+    about = release_fixtures.release_info(stale=("dedup",), dirty=True)
     _require_publishable(about, "local", False, [])
     _require_publishable(about, "local", True, ["dedup", "dirty"])
     with pytest.raises(AtomError, match="dedup was made by other code than today's"):

@@ -38,7 +38,7 @@ def failures(names: tuple[str, ...], context: BuildContext) -> dict[str, str]:
 )
 def test_training_that_does_not_teach_is_refused(built: Path, tmp_path: Path, phase: str, scores, gate: str) -> None:
     data = read_data_facts(built / "dataset")
-    context = BuildContext(built, {}, LIMITS, data)
+    context = BuildContext(built, release_fixtures.release_info(), LIMITS, data)
     assert len(run(LEARNING, context)) == len(LEARNING) and not failures(LEARNING, context)
     release_fixtures.make_evaluation(tmp_path, *scores)
     data.evaluation[phase] = compute_scores(tmp_path)
@@ -49,7 +49,7 @@ def test_one_source_that_gets_worse_is_refused(built: Path) -> None:
     def judged(phase: str, source: str, value: float) -> list[str]:
         data = read_data_facts(built / "dataset")
         data.evaluation[phase]["bits_per_byte"][source]["value"] = value
-        failed = failures(LEARNING, BuildContext(built, {}, LIMITS, data))
+        failed = failures(LEARNING, BuildContext(built, release_fixtures.release_info(), LIMITS, data))
         assert all(source in detail for detail in failed.values())
         return list(failed)
 
@@ -61,9 +61,11 @@ def test_one_source_that_gets_worse_is_refused(built: Path) -> None:
     data = read_data_facts(built / "dataset")
     del data.order["pretrain"].parts[0].by_source["sums"]  # pre-training need not improve on what it never read
     data.evaluation["init"]["bits_per_byte"]["sums"]["value"] = 3.0
-    assert not failures(LEARNING, BuildContext(built, {}, LIMITS, data))
+    assert not failures(LEARNING, BuildContext(built, release_fixtures.release_info(), LIMITS, data))
     del data.evaluation["mid"]["bits_per_byte"]["sums"]
-    assert list(failures(LEARNING, BuildContext(built, {}, LIMITS, data))) == ["midtraining_keeps_bits_per_byte"]
+    assert list(failures(LEARNING, BuildContext(built, release_fixtures.release_info(), LIMITS, data))) == [
+        "midtraining_keeps_bits_per_byte"
+    ]
 
 
 def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **changed: tuple[float, float]):
@@ -79,7 +81,7 @@ def chat_context(folder: Path, planted: int = 40, contaminated: int = 0, **chang
     )
     data = DataFacts(chat={"test": test, "preferences": {"dpo": {"win_rate": rate}}})
     limits = {"chat": {"min_gain": 0.1, "min_win_rate": 0.5, "skill_tolerance": 0.05}}
-    return BuildContext(folder, {}, limits, data)
+    return BuildContext(folder, release_fixtures.release_info(), limits, data)
 
 
 @pytest.mark.parametrize(
@@ -121,5 +123,5 @@ def test_no_contamination_report_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_release_without_conversations_has_no_gates_on_them(built: Path) -> None:
-    context = BuildContext(built, {}, LIMITS, read_data_facts(built / "dataset"))
+    context = BuildContext(built, release_fixtures.release_info(), LIMITS, read_data_facts(built / "dataset"))
     assert run((*POST_TRAINING, "fresh_set"), context) == []

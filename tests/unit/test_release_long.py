@@ -27,6 +27,7 @@ from release.checks import cards, gates
 from release.checks.check import BuildContext, Subject
 from release.checks.statements import statements
 from release.repositories import files_below
+from release.schema import read_release
 from stages import graph
 from stages.evaluation.settings import SURE
 from tests.fixtures import release_fixtures
@@ -50,12 +51,8 @@ def model(release: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(release / "model", tmp_path / "model"))
 
 
-def release_facts(release: Path) -> dict[str, Any]:
-    return dict(read_json(release / layout.RELEASE))
-
-
 def context(release: Path, data: DataFacts) -> BuildContext:
-    return BuildContext(release, release_facts(release), LIMITS, data)
+    return BuildContext(release, read_release(release), LIMITS, data)
 
 
 def gates_by_name(release: Path, data: DataFacts) -> dict[str, gates.GateResult]:
@@ -167,7 +164,7 @@ def test_a_number_in_the_artifact_moves_the_card(release: Path, model: Path) -> 
     assert "README.md lacks the line '| 1 | 0.800 | 1.200 | 0.900 | 0.649 | none |'" in wrong
     data = read_data_facts(release / "dataset")
     facts = card_tables.ReleaseFacts(read_model_facts(model), data, [], {})
-    card = render.model_card("model", release_facts(release), facts)
+    card = render.model_card("model", read_release(release), facts)
     assert "| 1 | 0.800 | 1.200 | 0.900 | 0.649 | none |" in card
     assert "Alarm" not in card and "None of the 8 experts was dead" in card
 
@@ -176,9 +173,9 @@ def test_a_changed_card_or_plot_does_not_pass_the_gate(release: Path, tmp_path: 
     copy = Path(shutil.copytree(release, tmp_path / "copy"))
     data = read_data_facts(copy / "dataset")
     models = {name: read_model_facts(copy / name) for name in repositories.model_folders(copy)}
-    canary = canary_of(release_facts(copy)["nodes"]["items"]["digest"])
+    canary = canary_of(read_release(copy).nodes["items"].digest)
     run_costs = costs.usage_by_stage(copy)
-    build = BuildContext(copy, release_facts(copy), LIMITS, data, models, costs=run_costs, canary=canary)
+    build = BuildContext(copy, read_release(copy), LIMITS, data, models, costs=run_costs, canary=canary)
     assert gate("card_numbers", build).ok
     png = (copy / "model/experts.png").read_bytes()
     (copy / "model/experts.png").write_bytes((copy / "model-base/experts.png").read_bytes())
@@ -291,7 +288,7 @@ def test_passkeys_and_positions_are_shown_when_measured(release: Path) -> None:
             cell = {"value": value, "se": 0.01, "documents": 5, "tokens": 320}
             scores[model] |= {"loss_by_position": {"128-255": cell, "0-63": cell, "64-127": cell}}
     facts.scores["long-2"]["passkey_by_depth"] = {"1024": {"1": keys(_0=0.5)["0"], "0.5": keys(_0=0.9)["0"]}}
-    card = render.model_card("model", release_facts(release), card_tables.ReleaseFacts(facts, data, [], {}))
+    card = render.model_card("model", read_release(release), card_tables.ReleaseFacts(facts, data, [], {}))
     for words in (
         "| tokens of the text | mid-training | long context 2 |", "| 1,024 | 0.250 ± 0.100 | 0.750 ± 0.100 |",
         "| tokens of the text | depth 0.5 | depth 1 |", "| 1,024 | 0.900 ± 0.100 | 0.500 ± 0.100 |",
@@ -299,7 +296,7 @@ def test_passkeys_and_positions_are_shown_when_measured(release: Path) -> None:
     ):  # fmt: skip
         assert words in card, words
     assert card.index("| 0 to 63 |") < card.index("| 64 to 127 |") < card.index("| 128 to 255 |")
-    assert "| 1,024 | 0.250 ± 0.100 | 0.750 ± 0.100 |" in render.data_card(release_facts(release), data)
+    assert "| 1,024 | 0.250 ± 0.100 | 0.750 ± 0.100 |" in render.data_card(read_release(release), data)
     assert "asskeys" not in (release / "model/README.md").read_text()
 
 
@@ -311,7 +308,7 @@ def test_every_phase_needs_its_checkpoints_order_and_models(release: Path, sourc
     copy = tmp_path / "copy"
     shutil.copytree(release / "checkpoints", copy / "checkpoints")
     shutil.rmtree(copy / "checkpoints/longcontext-2-step-2")
-    build = BuildContext(copy, release_facts(release), LIMITS, read_data_facts(release / "dataset"))
+    build = BuildContext(copy, read_release(release), LIMITS, read_data_facts(release / "dataset"))
     assert "last checkpoint of longcontext-2 is step 0" in gate("checkpoints_and_order", build).detail
     shutil.copytree(release / "evidence/parity", copy / "evidence/parity")
     (copy / "evidence/parity/long-1.json").unlink()
@@ -339,14 +336,14 @@ def test_unpacked_orders_have_no_such_tables(release: Path) -> None:
     data = read_data_facts(release / "dataset")
     data.order = {phase: data.order[phase] for phase in ("pretrain", "midtrain")}
     assert tables.packing(data) == tables.long_documents(data) == []
-    assert "share a row" not in render.data_card(release_facts(release), data)
+    assert "share a row" not in render.data_card(read_release(release), data)
 
 
 def test_a_statement_that_tells_another_summary_is_found(release: Path, tmp_path: Path) -> None:
     from pipeline.core import provenance
 
     copy = Path(shutil.copytree(release, tmp_path / "copy"))
-    key = release_facts(copy)["nodes"]["longcontext-2"]["key"]
+    key = read_release(copy).nodes["longcontext-2"].key
     bodies = {path: read_json(path) for path in (copy / "evidence/statements").glob("*.json")}
     path, body = next((p, b) for p, b in bodies.items() if b["subject"][0]["name"] == key)
     summary = read_json(copy / "evidence/training/longcontext-2/summary.json")

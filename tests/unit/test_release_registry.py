@@ -17,7 +17,7 @@ from release.cards import card_tables, render, versions
 from release.checks import gates, registry
 from release.checks.check import BuildCheck, BuildContext, Check
 from release.checks.findings import Findings
-from tests.fixtures import ROOT
+from tests.fixtures import ROOT, release_fixtures
 
 ENGINE = {
     "__init__", "check", "check_runner", "confine", "findings", "formats", "gates", "listing", "load_report",
@@ -124,6 +124,6 @@ def test_no_table_is_newer_than_the_card_schema() -> None:
 def test_a_gate_names_the_first_problem_and_the_remedy(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = BuildCheck("always_bad", lambda build: Findings(["model/README.md is short", "another"]), "write more")
     monkeypatch.setattr(registry, "CHECKS", (bad,))
-    assert gates.run_all(BuildContext(built, {}, {}, DataFacts())) == [
+    assert gates.run_all(BuildContext(built, release_fixtures.release_info(), {}, DataFacts())) == [
         gates.GateResult("always_bad", False, "model/README.md is short; write more")
     ]

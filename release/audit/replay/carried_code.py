@@ -81,8 +81,8 @@ def find(source: Source, phase: str, last: int) -> Code | None:
         origin = source.origins[f"checkpoints/{phase}-step-{last}/state.json"]["artifact"]
         bodies = [source.statement(origin)[1]]
         tokens = provenance.material_keys(bodies[0])["tokens"]
-        bodies.append(source.statement(source.manifests[tokens][0])[1])
-        stages = [body["predicate"]["buildDefinition"]["externalParameters"]["stage"] for body in bodies]
+        bodies.append(source.statement(source.manifests[tokens].node)[1])
+        stages = [provenance.parameters_of(body)["stage"] for body in bodies]
         recorded = {name: digest for body in bodies for name, digest in provenance.code_of(body).items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckFailed(

@@ -90,7 +90,7 @@ class Plan:
                 f"steps {first}:{last} of {phase} were trained by two runs with different settings; replay up to the "
                 "step where the second run began, and then from there"
             )
-        parameters = body["predicate"]["buildDefinition"]["externalParameters"]
+        parameters = provenance.parameters_of(body)
         if (
             parameters["stage"] not in STAGES
             or parameters["node"].split("@")[0] != phase
@@ -175,6 +175,6 @@ def _checked_state(source: Source, phase: str, step: int) -> dict[str, Any]:
     return state
 
 
-def _statement_of(source: Source, phase: str, step: int) -> tuple[str, dict[str, Any]]:
+def _statement_of(source: Source, phase: str, step: int) -> tuple[str, provenance.Statement]:
     """(key, statement) of the artifact that a published checkpoint comes from."""
     return source.statement(source.origins[f"{Plan.checkpoint(phase, step)}/state.json"]["artifact"])

@@ -77,7 +77,8 @@ def certificate(replay: Replay, release: Path) -> dict[str, Any]:
     Raises CheckFailed if the release was changed since the replay.
     """
     source = Source(release)
-    release_info = schema.reader(release).release(source.json(RELEASE))
+    source.file(RELEASE)
+    release_info = schema.read_release(release)
     if any(source.sums.get(path) != digest for path, digest in replay.subject.items()):
         raise CheckFailed(
             f"step {replay.last} of {replay.phase} in {release} is not the one that was replayed; replay it"
@@ -88,7 +89,7 @@ def certificate(replay: Replay, release: Path) -> dict[str, Any]:
         tests["log"] = replay.diverges is None
     missed = [name for name, passed in tests.items() if not passed]
     notes = {
-        "release": f"{release_info['name']}-{release_info['version']}",
+        "release": f"{release_info.name}-{release_info.version}",
         "phase": replay.phase,
         "steps": [replay.first + 1, replay.last],
         "verdict": replay.verdict,

@@ -77,7 +77,7 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
     """The token shards of the sources that the phase reads, from the published documents and tokenizer, in
     `folder`/tokens. Raises CheckFailed if they differ from the manifest of the shards that were trained on."""
     source, key = plan.source, plan.materials["tokens"]
-    node, mix = source.manifests[key][0], plan.config.phase.mix
+    node, mix = source.manifests[key].node, plan.config.phase.mix
     _, body = source.statement(node)
     materials = provenance.material_keys(body)
     digest = source.listed(materials["tokenizer"])["tokenizer.json"]  # each model's repository has a copy
@@ -94,7 +94,7 @@ def tokenize(plan: Plan, folder: Path) -> Artifact:
     folders = {"dedup": kept_folder.parent, "tokenizer": source.file(encoder).parent}
     inputs = {role: Artifact(materials[role], "", path, ()) for role, path in folders.items()}
     stage = registry.stage("tokenize")
-    config = stage.config.model_validate(body["predicate"]["buildDefinition"]["externalParameters"]["config"])
+    config = stage.config.model_validate(provenance.parameters_of(body)["config"])
     stage.run(config, inputs, work, out, StopAtStep(-1, lambda text: None))
     for name in ("documents.parquet", "meta.json"):  # of all sources, as published
         shutil.copyfile(source.copy(key, name), out / name)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError, CheckFailed
+from pipeline.core.provenance import Statement
+from release.assembly.published_tables import Manifest
 from release.checksums import compare, read_sums
 from release.layout import ALL_SUMS, SUMS
 from release.tree import is_foreign_link
@@ -47,25 +49,28 @@ class Source:
 
     def listed(self, key: str) -> dict[str, str]:
         """{file: SHA-256} of an artifact, by its manifest."""
-        return {row["path"]: row["sha256"] for row in self.manifests[key][1]["files"]}
+        return self.manifests[key].digests
 
     def place(self, key: str, file: str) -> str | None:
         """The path in the release of a file of an artifact; None if it is not published."""
-        origin = {"artifact": self.manifests[key][0], "file": file}
+        origin = {"artifact": self.manifests[key].node, "file": file}
         return min((path for path, recorded in self.origins.items() if recorded == origin), default=None)
 
     def copy(self, key: str, file: str) -> Path:
         """The published copy of a file of an artifact. Raises CheckFailed if it is missing or altered."""
         return self.file(self.place(key, file) or f"{file} of {key}")
 
-    def statement(self, node: str) -> tuple[str, dict[str, Any]]:
+    def statement(self, node: str) -> tuple[str, Statement]:
         """(key, provenance statement) of the artifact of a node. Raises CheckFailed if no statement is about it."""
-        manifest = self.json(f"evidence/manifests/{node}.json")
-        subject = {"name": manifest["key"], "digest": {"sha256": manifest["digest"]}}
+        manifest = self._manifest(f"evidence/manifests/{node}.json")
+        subject = {"name": manifest.key, "digest": {"sha256": manifest.digest}}
         for body in self.statements:
             if subject in body["subject"]:
-                return manifest["key"], body
-        raise CheckFailed(f"the release has no provenance statement about {manifest['key']}")
+                return manifest.key, body
+        raise CheckFailed(f"the release has no provenance statement about {manifest.key}")
+
+    def _manifest(self, path: str) -> Manifest:
+        return Manifest.parse(Path(path).stem, self.json(path))
 
     @cached_property
     def origins(self) -> dict[str, Any]:
@@ -73,11 +78,10 @@ class Source:
         return dict(self.json("evidence/origins.json"))
 
     @cached_property
-    def manifests(self) -> dict[str, tuple[str, dict[str, Any]]]:
-        """{key: (node, manifest)} of every artifact."""
-        by_node = {Path(path).stem: self.json(path) for path in self.digests("evidence/manifests")}
-        return {manifest["key"]: (node, manifest) for node, manifest in by_node.items()}
+    def manifests(self) -> dict[str, Manifest]:
+        """{key: manifest} of every artifact."""
+        return {manifest.key: manifest for manifest in map(self._manifest, self.digests("evidence/manifests"))}
 
     @cached_property
-    def statements(self) -> list[dict[str, Any]]:
+    def statements(self) -> list[Statement]:
         return [self.json(path) for path in self.digests("evidence/statements")]

@@ -67,7 +67,7 @@ def _mentions(data: ReleaseData, doc_id: str, texts: set[str], progress: Progres
     names: dict[str, str] = {}
     if data.release and (data.release / "checkpoints").is_dir():
         release_info = schema.read_release(data.release)
-        names = {r.folder: r.id(release_info["namespace"], release_info["name"]) for r in repositories(data.release)}
+        names = {r.folder: r.id(release_info.namespace, release_info.name) for r in repositories(data.release)}
     for path in files_below(folder):
         if path.endswith(".parquet"):
             progress(f"searching {path}")
