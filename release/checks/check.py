@@ -101,15 +101,9 @@ class Check:
 class BuildContext:
     """Inputs of gates that are not in the published files, or not in this form.
 
-    <<<<<<< HEAD
-        folder: of the release that is being built. release: evidence/release.json. evaluation: the recipe's section, with
-        the thresholds. data, models: facts of the dataset, and of each model folder. machine: paths that must not be
-        published. load_reports: of each model folder; without them the models are loaded now.
-    =======
-        folder: of the release in the making. evaluation: the recipe's section, with the
-        thresholds. data, models: facts of the dataset, and of each model folder. machine: paths that must not be published.
-        load_reports: of each model folder, what loading it gave; loaded now if there are none.
-    >>>>>>> 830fa4aeeabc4b611ad4e5ddc749b17828ecf494
+    folder: of the release that is being built. evaluation: the recipe's section, with the thresholds. data, models:
+    facts of the dataset, and of each model folder. machine: paths that must not be published. load_reports: of each
+    model folder; without them the models are loaded now.
     """
 
     folder: Path
