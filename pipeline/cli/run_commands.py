@@ -27,9 +27,9 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="redraw every two seconds until the run ends")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the progress of a run and its use of time, energy and money.
+    """Show the progress and the resource use of a run.
 
-    Failed attempts are counted.
+    The use of time, energy and money includes failed attempts.
 
     Example: atom status --watch
     """

@@ -90,7 +90,9 @@ def show(
     release: ReleaseArgument,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a release on one page: its corpus, training, quality, caveats and checks.
+    """Show a release on one page.
+
+    The page has its corpus, training, quality, caveats and checks.
 
     Example: atom show runs/releases/atom-tiny-0.1.0
     """
@@ -117,7 +119,9 @@ def trace(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Trace a step to its documents, and a document or text to steps and checkpoints.
+    """Trace a step, a document or a text of a release.
+
+    A step leads to its documents, a document or a text to steps and checkpoints.
 
     Example: atom trace runs/releases/atom-tiny-0.1.0 --step 100 --phase pretrain
     """
@@ -154,8 +158,9 @@ def replay(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Retrain published steps from their checkpoint and data, and compare every tensor.
+    """Retrain published steps and compare every tensor.
 
+    The steps are trained from their published checkpoint and data.
     If the code here differs from the code that trained them, the code in the release runs instead, under bubblewrap.
     Exit code 0: every bit is the same, or all differences are within a stated tolerance; 1: it differs.
 
