@@ -296,7 +296,7 @@ def measure(size: Size) -> dict[str, Any]:
             lines["trl"].append({"tokens": metrics["completions/mean_length"][-1], "reward": metrics["reward"][-1]})
             torch.use_deterministic_algorithms(True)
             start = read_clock()
-            line = trainer.step(len(timings["ours"]) + 1)
+            line = trainer.train_step(len(timings["ours"]) + 1)
             timings["ours"].append(elapsed_since(start))
             timings["trl"].append(seconds)
             torch.use_deterministic_algorithms(False)

@@ -168,7 +168,7 @@ def test_cancel_stops_a_run_from_another_terminal(tmp_path: Path) -> None:
     run = start(home, "run", "atom-smoke", "--until", "pretrain")
     wait_for(home, "logs/*/pretrain/events.jsonl", '"done"')
     assert "stopped pretrain" in atom(home, "cancel").stdout
-    output = run.communicate(timeout=60)[0]
+    output = run.communicate(timeout=180)[0]
     assert run.returncode == 2 and "stopped on request" in output
     (folder,) = (home / "work").glob("pretrain-*")
     present = holder(folder)

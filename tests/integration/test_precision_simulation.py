@@ -97,7 +97,7 @@ def test_ctrl_c_leaves_what_is_finished(tmp_path: Path) -> None:
     assert running.stdout is not None and "simulation: started" in running.stdout.readline()
     time.sleep(1)
     running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=180)
     assert running.returncode == 130 and errors == "atom: stopped; run the same command to go on from here\n"
     assert not list(tmp_path.glob("**/*.tmp"))
 

@@ -118,7 +118,7 @@ def test_stopped_and_killed_runs_end_in_the_same_bytes(smoke_home: Path, tmp_pat
     first = start(home, *command)
     wait_for(home, "logs/*/pretrain/events.jsonl", '"done"')
     os.killpg(first.pid, signal.SIGINT)
-    output = first.communicate(timeout=60)[0]
+    output = first.communicate(timeout=180)[0]
     assert first.returncode == 130 and "stopped; run the same command to go on from here" in output, output
     key = next(p.name for p in (home / "work").iterdir() if p.name.startswith("pretrain-"))
     present = holder(home / "work" / key)

@@ -118,7 +118,7 @@ def test_an_orphan_of_an_earlier_attempt_does_no_harm(corpus: Path, undisturbed:
             train_fixtures.Reporter(11, signal.SIGTERM),
         )
     orphan.send_signal(signal.SIGCONT)
-    _, stderr = orphan.communicate(timeout=60)
+    _, stderr = orphan.communicate(timeout=180)
     assert orphan.returncode == 1 and "a later attempt has taken over from this one" in stderr
     report = train_fixtures.Reporter()
     train_fixtures.pretrain(corpus, tmp_path / "work", tmp_path / "out2", train_fixtures.config(), report)
@@ -136,7 +136,7 @@ def test_an_orphan_that_wakes_while_it_loads_does_no_harm(
 
     def slept(self: Checkpoints, *args: object) -> None:
         monkeypatch.undo()
-        _, stderr = fresh(corpus, tmp_path, 11, signal.SIGTERM).communicate(timeout=60)
+        _, stderr = fresh(corpus, tmp_path, 11, signal.SIGTERM).communicate(timeout=180)
         assert "stopped after step 11" in stderr
         take_over(self, *args)  # type: ignore[arg-type]
 
