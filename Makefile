@@ -11,14 +11,15 @@ VENV_LATEST   ?= .venv-latest
 VENV_VLLM     ?= .venv-vllm
 # NeMo Gym wants Python 3.12 or newer, and pins what we do not.
 VENV_NEMO     ?= .venv-nemo
-LATEST_TESTS  := tests/unit/test_fake_fp8.py tests/integration/test_spikes.py tests/unit/test_packing.py tests/unit/test_precision.py tests/unit/test_experts.py \
+LATEST_TESTS  := tests/integration/test_fake_fp8.py tests/integration/test_spikes.py tests/integration/test_packing.py tests/integration/test_precision.py tests/integration/test_experts.py \
 	tests/unit/test_model_*.py tests/*/test_train_*.py tests/integration/test_layouts.py tests/integration/test_export.py
 
-.PHONY: help demo test test-latest test-processors test-vllm test-nemo slurm-up slurm-down soak lint lock docs clean
+.PHONY: help demo check test test-latest test-processors test-vllm test-nemo slurm-up slurm-down soak lint lock docs clean
 
 help:
 	@echo "make demo    run, build, publish to a local Hub, pull back and verify the tiny release (about 15 minutes with installation)"
-	@echo "make test    linters, types and all tests (about half an hour)"
+	@echo "make check   linters, types and unit tests (under a minute on two cores)"
+	@echo "make test    linters, types and all tests (about 20 minutes on two cores)"
 	@echo "make test-latest   the training, checkpoint and export tests with the newest Megatron-core on $(PYTHON_LATEST) (some GB of download)"
 	@echo "make test-processors   the numeric tests as other processors compute, with a third of their tolerances (an hour)"
 	@echo "make test-vllm     vLLM on CPU against transformers, and as the sampler of RL (3 GB of download)"
@@ -44,6 +45,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What to run after each change: under a minute on two cores.
+check: lint
+	$(BIN)/python -m pytest -n 2 tests/unit
 
 # Two workers: most tests use one core. Of the tests of Slurm, and of those that share a whole run, one worker does all.
 test: lint

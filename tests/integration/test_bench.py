@@ -19,6 +19,7 @@ from stages.rl.config import RlTrainConfig
 from stages.rl.rollout import rollouts
 from stages.train.trainer import train
 from tests.fixtures import ROOT, release_fixtures, rl_fixtures, train_fixtures
+from tests.fixtures.run_fixtures import at_length
 
 
 def run_quick(name: str) -> list[str]:
@@ -73,6 +74,7 @@ def test_planner_benchmark() -> None:
     assert abs(float(memory["peak allocated: one kernel for SwiGLU, as in its recipe"][-1].rstrip("%"))) < 10
 
 
+@at_length("benchmarks", 40)
 def test_ladder_benchmark() -> None:
     table = run_quick("ladder")
     losses = [float(line.split()[-2]) for line in table if " active" in line]

@@ -6,7 +6,6 @@ their ranks, so it is the same sum in each of them and is compared like the rest
 
 from __future__ import annotations
 
-import random
 import re
 import signal
 from collections import Counter
@@ -166,11 +165,3 @@ def test_a_rank_that_gives_no_sign_is_named(corpus: Path, tmp_path: Path) -> Non
     processes[1].kill()
     processes[1].wait()
     assert "no step was finished for 8 s; no sign of rank 1; the stacks of the others are in the log; run again" in log
-
-
-def test_random_kills(corpus: Path, tmp_path: Path) -> None:
-    """The short version of what `make soak` does 25 times."""
-    settings = layout_fixtures.settings_of(layout_fixtures.FOUR["PP2xEP2"], 4, checkpoint_interval=2)
-    layout_fixtures.run(corpus, tmp_path / "calm", settings)
-    digests = layout_fixtures.kill_at_random(corpus, tmp_path / "kills", settings, 3, random.Random(0), 15)
-    assert set(digests) == {train_fixtures.digest(tmp_path / "calm" / "out")}

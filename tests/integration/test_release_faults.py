@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 import zlib
@@ -16,9 +15,9 @@ from starlette.responses import JSONResponse
 
 from release.hub.local.app import make_app
 from release.hub.local.server import LOCAL_TOKEN, free_port
+from tests.fixtures.run_fixtures import SOAK
 from tests.integration.test_release_publish import client, release  # noqa: F401 - fixtures
 
-SOAK = bool(os.environ.get("ATOM_SOAK"))
 WAYS = ("busy", "gone", "lost answer", "slow down")
 
 

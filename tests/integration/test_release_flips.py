@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from pathlib import Path
@@ -13,10 +12,10 @@ from release import signing
 from release.audit.verify import verify
 from release.layout import SIGNATURE
 from release.signing import Trust
+from tests.fixtures.run_fixtures import SOAK
 from tests.integration.test_release_verify import resum
 from tests.integration.test_sign import signed, signer  # noqa: F401 - fixtures
 
-SOAK = bool(os.environ.get("ATOM_SOAK"))
 FLIPS, SWAPS = (1000, 200) if SOAK else (60, 10)
 
 

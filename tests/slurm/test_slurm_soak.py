@@ -15,14 +15,13 @@ from tests.fixtures import slurm_fixtures
 from tests.fixtures.disturbance_fixtures import (
     AT_LENGTH,
     RESTARTED,
-    SOAK,
     finish,
     node_crash,
     node_down,
     rank_killed,
     status,
 )
-from tests.fixtures.run_fixtures import atom, digests
+from tests.fixtures.run_fixtures import SOAK, atom, digests
 
 pytestmark = slurm_fixtures.ON_SLURM
 

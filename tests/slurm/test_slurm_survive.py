@@ -16,7 +16,6 @@ from tests.fixtures import slurm_fixtures
 from tests.fixtures.disturbance_fixtures import (
     AT_LENGTH,
     RESTARTED,
-    SOAK,
     finish,
     first_rank_killed,
     preempt,
@@ -24,7 +23,7 @@ from tests.fixtures.disturbance_fixtures import (
     status,
     submit,
 )
-from tests.fixtures.run_fixtures import atom
+from tests.fixtures.run_fixtures import SOAK, at_length, atom
 from tests.integration.test_tracking import runs as tracked
 from tests.integration.test_tracking import tracking_server
 
@@ -64,6 +63,7 @@ def test_jobs_that_the_controller_lost_are_told_and_submitted_again(home: Path, 
     assert finish(home) == calm
 
 
+@at_length("slurm-stages", 100)
 def test_jobs_send_to_a_tracking_server_and_go_on_without_it(home: Path, tmp_path: Path) -> None:
     port, folder = free_port(), tmp_path / "mlflow"
     folder.mkdir()

@@ -83,8 +83,11 @@ PARTS = {
         test_steps("tests/slurm/test_slurm_soak.py"), ["tests", "result"],
         "A whole recipe on Slurm, disturbed every few seconds, and every kind of disturbance in one run.",
     ),
+    "benchmarks": Part(
+        test_steps("tests/integration/test_bench.py"), ["tests", "result"], "Every benchmark on a tiny model.",
+    ),
     "release": Part(
-        test_steps("tests/integration/test_release_faults.py", "tests/integration/test_release_flips.py"),
+        test_steps(*(f"tests/integration/test_release_{name}.py" for name in ("faults", "flips", "verify"))),
         ["tests", "result"], "Every request of a publication fails once, and a thousand bytes of a release are flipped.",
     ),
 }  # fmt: skip

@@ -162,13 +162,17 @@ def test_problems_are_right_and_follow_the_seed() -> None:
     assert FORMS["worked"](add(rng))[0] == "347+586:7+6+0=13;4+8+1=13;3+5+1=09:933"
 
 
-def test_items_differ_from_each_other_and_cannot_exceed_their_space(run_stage: Any) -> None:
+def test_items_differ_from_each_other_and_cannot_exceed_their_space(
+    run_stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     artifact = run_stage(eval_set.STAGE, {"problems": {"add": 50, "sort": 20}, "seed": 3}, {})
     rows = pq.read_table(artifact / "items.parquet").to_pylist()
     assert len({r["text"] for r in rows}) == 70 and {r["task"] for r in rows} == set(TASKS)
     assert all(r["prompt"] == r["text"] + ":" for r in rows)
-    with pytest.raises(RecipeError, match="sort"):
-        run_stage(eval_set.STAGE, {"problems": {"sort": 200_000}, "seed": 3}, {})
+    few = draw({"sort": 1.0}, 30, random.Random(0))
+    monkeypatch.setitem(TASKS, "sort", lambda rng: rng.choice(few))
+    with pytest.raises(RecipeError, match=r"sort gave only \d+ different problems of 40"):
+        run_stage(eval_set.STAGE, {"problems": {"sort": 40}, "seed": 3}, {})
 
 
 def test_library_files_are_cut_by_the_parsers_lines(tmp_path: Path) -> None:
