@@ -124,6 +124,6 @@ def test_no_table_is_newer_than_the_card_schema() -> None:
 def test_a_gate_names_the_first_problem_and_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = BuildCheck("always_bad", lambda build: Findings(["model/README.md is short", "another"]), "write more")
     monkeypatch.setattr(registry, "CHECKS", (bad,))
-    assert gates.run_all(BuildContext(built, release_fixtures.release_info(), {}, DataFacts())) == [
+    assert gates.run_all(BuildContext(tmp_path, release_fixtures.release_info(), {}, DataFacts())) == [
         gates.GateResult("always_bad", False, "model/README.md is short; write more")
     ]
