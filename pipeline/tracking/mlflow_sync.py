@@ -201,7 +201,7 @@ class Forwarder:
         ]
         if inputs:
             client.log_inputs(child, datasets=inputs)
-        client.log_artifact(child, str(sealed_statement[0]), "statement")
+        client.log_artifact(child, str(path), "statement")
         for row in artifact.rows:
             if row.path.endswith((".json", ".jsonl")) and "/" not in row.path and row.size < SMALL:
                 client.log_artifact(child, str(artifact / row.path))
