@@ -47,7 +47,7 @@ def status(
     def read() -> tuple[Table, list[NodeStatus], str | None, Hours]:
         nodes, lack = status.status(this, store)
         used = budget.used(store, (stage.key for stage in nodes))
-        return status_table(this.id, nodes, budget.told(used, this.body.get("prices"))), nodes, lack, used
+        return status_table(this.id, nodes, budget.describe(used, this.body.get("prices"))), nodes, lack, used
 
     table, nodes, lack, used = read()
     if as_json:

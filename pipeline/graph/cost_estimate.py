@@ -121,7 +121,7 @@ def _assumed(rows: list[StagePlan], uses: tuple[Use, ...], profile: Profile) -> 
     used = [row for row in rows if row.state.name in on_gpus]
     if profile.gpu and used:
         precisions = dict.fromkeys(row.estimate.training.precision for row in used if row.estimate.training)
-        rates = " and ".join(dict.fromkeys(profile.gpu.told(precision) for precision in precisions))
+        rates = " and ".join(dict.fromkeys(profile.gpu.describe(precision) for precision in precisions))
         again = ", a third more FLOPs where layers are computed again" if any(map(_recomputes, used)) else ""
         sentences.append(f"assumed: {profile.gpu.name} at {rates}{again}; {profile.gpu.source}")
         sentences.append(

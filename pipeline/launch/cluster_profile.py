@@ -78,7 +78,7 @@ class Gpu(Config):
         rate: Rate | None = getattr(self, _family(precision), None)
         return rate
 
-    def told(self, precision: str) -> str:
+    def describe(self, precision: str) -> str:
         """The rate in words. The rate must not be None."""
         rate = self.rate(precision)
         assert rate is not None

@@ -48,7 +48,7 @@ def used(store: Store, keys: Iterable[str]) -> Hours:
     return hours
 
 
-def told(hours: Hours, prices: Prices | None) -> str:
+def describe(hours: Hours, prices: Prices | None) -> str:
     """The used hours in words, with their cost by the prices of a profile."""
     text = f"{hours['gpu_hours']:.3g} GPU hours, {hours['core_hours']:.3g} core hours"
     if not prices:

@@ -488,7 +488,7 @@ def test_a_file_in_the_place_of_a_folder_is_one_sentence_of_every_command(home: 
 @pytest.mark.parametrize(
     ("number", "advice"), [("EACCES", "let yourself"), ("EISDIR", "move it"), ("ENOENT", "see what")]
 )
-def test_only_who_named_a_file_is_told_to_name_another(tmp_path: Path, number: str, advice: str) -> None:
+def test_only_who_named_a_file_is_reported_to_name_another(tmp_path: Path, number: str, advice: str) -> None:
     code, path = getattr(errno, number), tmp_path / "home" / "x"
     path.parent.mkdir()
     error = OSError(code, os.strerror(code), str(path))

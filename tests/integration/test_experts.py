@@ -74,7 +74,7 @@ def test_counts_are_those_of_another_implementation(corpus: Path) -> None:
     assert figures.router.experts.max_violation == pytest.approx(float(counts.max() / counts.mean() - 1))
 
 
-def test_an_expert_that_starves_is_told(corpus: Path, tmp_path: Path) -> None:
+def test_an_expert_that_starves_is_reported(corpus: Path, tmp_path: Path) -> None:
     """Many experts without any balancing and with large weights: some are left out, and the alarm names them."""
     settings = train_fixtures.config()
     settings["model"] = {**settings["model"], "aux_loss": 0.0, "init_std": 1.0, "experts": 32}

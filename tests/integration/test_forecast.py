@@ -140,7 +140,7 @@ def test_kinds_of_fp8_have_one_rate() -> None:
     assert gpu is not None and gpu.rate("fp8-blockwise") == gpu.rate("mxfp8") == gpu.fp8 and gpu.rate("fp32") is None
 
 
-def test_ranks_that_do_not_fill_nodes_are_told(tmp_path: Path) -> None:
+def test_ranks_that_do_not_fill_nodes_are_reported(tmp_path: Path) -> None:
     (row,) = [replace(row, ranks=12) for row in rows_by_hand() if row.state.name == "pretrain"]
     with pytest.raises(RecipeError, match="stage pretrain has 12 ranks, which do not fill nodes of 8 alike"):
         forecast([row], cluster_profile.load(write_profile(tmp_path)), small=True)

@@ -67,7 +67,7 @@ def test_a_task_from_a_yaml_file_runs_offline_and_scores_as_transformers_does(
     assert results["results"]["next_words"]["acc,none"] == right / 2
 
 
-def test_what_is_missing_is_told_in_a_sentence(
+def test_what_is_missing_is_reported_in_a_sentence(
     release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert harness.main([str(tmp_path)]) == 1

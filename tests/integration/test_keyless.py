@@ -115,7 +115,7 @@ def with_a_key(release: Path) -> str:
 @pytest.mark.parametrize(
     "tamper", [altered, other_payload, spelled_otherwise, cut, with_a_key], ids=lambda f: f.__name__
 )
-def test_what_was_done_after_signing_is_told(tamper, release: Path, ours: Trust) -> None:
+def test_what_was_done_after_signing_is_reported(tamper, release: Path, ours: Trust) -> None:
     expected = tamper(release)
     for trust in (ours, Trust()):
         ok, wrong = verdict(release, trust)
@@ -135,7 +135,7 @@ def test_another_identity_provider_or_instance_is_not_ours(signed: Path, config:
         assert words in wrong[0]
 
 
-def test_keys_and_identities_are_told_apart(release: Path, ours: Trust, config: Path, tmp_path: Path) -> None:
+def test_keys_and_identities_are_reported_apart(release: Path, ours: Trust, config: Path, tmp_path: Path) -> None:
     key = f"sha256:{'0' * 64}"
     ok, wrong = verdict(release, Trust(key))
     assert ok is False and f"model/model.sig is {IDENTITY} ({ISSUER}), not {key}" in wrong
@@ -198,7 +198,7 @@ def test_without_a_network_there_is_one_sentence(built: Path, tmp_path: Path) ->
         (["verify", "--identity", IDENTITY, "--issuer", ISSUER, "--key", "k.pub"], "leave out --key and --chain"),
     ],
 )
-def test_what_goes_not_together_is_told(arguments: list[str], words: str, built: Path) -> None:
+def test_what_goes_not_together_is_reported(arguments: list[str], words: str, built: Path) -> None:
     result = CliRunner().invoke(app, [arguments[0], str(built), *arguments[1:]])
     assert isinstance(result.exception, AtomError) and result.exception.exit_code == 2
     assert words in str(result.exception) and "\n" not in str(result.exception)

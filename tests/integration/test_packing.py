@@ -78,7 +78,7 @@ def test_the_order_of_a_packed_phase(tmp_path: Path, run_stage: Any) -> None:
     assert run_stage(order.STAGE, config(ramp=[[2, 2]], seed=1), inputs).digest != artifact.digest
 
 
-def test_long_documents_are_up_weighted_and_their_shortage_is_told(tmp_path: Path, run_stage: Any) -> None:
+def test_long_documents_are_up_weighted_and_their_shortage_is_reported(tmp_path: Path, run_stage: Any) -> None:
     inputs = {"tokens": tokens(tmp_path / "t")}
     plain = run_stage(order.STAGE, config(), inputs)
     rule = {"over": 100, "share": 0.5, "max_epochs": 100.0}

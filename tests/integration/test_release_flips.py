@@ -35,7 +35,7 @@ def names(release: Path) -> list[str]:
 
 
 @pytest.mark.timeout(3600)
-def test_a_flipped_byte_anywhere_is_told(release: Path, signer: signing.SigningKey) -> None:  # noqa: F811
+def test_a_flipped_byte_anywhere_is_reported(release: Path, signer: signing.SigningKey) -> None:  # noqa: F811
     """Sixty here, a thousand by `make soak`: half of them in files drawn alike, half in bytes drawn alike."""
     ours, draw = Trust(signing.fingerprint(signer.public_key())), random.Random(1)
     files = names(release)
@@ -54,7 +54,7 @@ def test_a_flipped_byte_anywhere_is_told(release: Path, signer: signing.SigningK
 
 
 @pytest.mark.timeout(3600)
-def test_two_files_in_each_others_place_are_told(release: Path) -> None:
+def test_two_files_in_each_others_place_are_reported(release: Path) -> None:
     draw, files = random.Random(2), names(release)
     for _ in range(SWAPS):
         one = draw.choice(files)
@@ -83,7 +83,7 @@ def cut(path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".safetensors"])
-def test_tables_and_weights_that_are_cut_short_are_told(suffix: str, copy: Path) -> None:
+def test_tables_and_weights_that_are_cut_short_are_reported(suffix: str, copy: Path) -> None:
     files = [name for name in names(copy) if name.endswith(suffix)]
     assert len(files) > 8
     for name in files:
@@ -100,7 +100,7 @@ def test_tables_and_weights_that_are_cut_short_are_told(suffix: str, copy: Path)
 @pytest.mark.parametrize(
     "place, pattern", [("dataset", "*.parquet"), ("checkpoints/midtrain-step-2", "*.safetensors")], ids=str
 )
-def test_they_are_told_in_a_repository_alone_whose_checksums_were_made_anew(
+def test_they_are_reported_in_a_repository_alone_whose_checksums_were_made_anew(
     place: str, pattern: str, copy: Path
 ) -> None:
     for path in sorted((copy / place).rglob(pattern)):

@@ -277,7 +277,7 @@ def test_carried_code_stays_in_its_folder(copy: Path, tmp_path: Path) -> None:
         Source(copy).file(LISTED)
 
 
-def test_half_a_download_is_told(built: Path, tmp_path: Path) -> None:
+def test_half_a_download_is_reported(built: Path, tmp_path: Path) -> None:
     folder = tmp_path / "half"
     shutil.copytree(built / "model", folder)
     (folder / "model.safetensors").unlink()

@@ -206,7 +206,7 @@ def test_every_spike_has_its_line(release: Path, model: Path) -> None:
     )
 
 
-def test_a_phase_without_a_measurement_is_told_as_such(model: Path) -> None:
+def test_a_phase_without_a_measurement_is_reported_as_such(model: Path) -> None:
     for phase in ("pretrain", "midtrain", "longcontext-1", "longcontext-2"):
         write_log(model, phase, [line for line in log_of(model, phase) if "experts" not in line])
     lines = tables_of(model)
@@ -318,7 +318,7 @@ def test_every_phase_needs_its_checkpoints_order_and_models(release: Path, sourc
             require_nodes({name: artifact for name, artifact in source.artifacts.items() if name != node})
 
 
-def test_packed_rows_are_counted_once_and_their_fill_is_told(release: Path) -> None:
+def test_packed_rows_are_counted_once_and_their_fill_is_reported(release: Path) -> None:
     data = read_data_facts(release / "dataset")
     (part,) = data.order["longcontext-1"].parts
     assert part.by_source["prose"] == SourceInOrder(rows=4, tokens=40, documents=2)

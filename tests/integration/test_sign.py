@@ -99,7 +99,7 @@ def added(release: Path) -> str:
 
 
 @pytest.mark.parametrize("tamper", [altered, removed, added], ids=lambda f: f.__name__)
-def test_what_was_done_after_signing_is_told_though_all_checksums_were_made_anew(tamper, release: Path) -> None:
+def test_what_was_done_after_signing_is_reported_though_all_checksums_were_made_anew(tamper, release: Path) -> None:
     expected = tamper(release)
     resum(release)
     ok, wrong = verdict(release)
@@ -122,7 +122,7 @@ def test_another_key_is_no_signature_of_ours(release: Path, signer: signing.Sign
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"\xff\x00", b'{"verificationMaterial": {}, "dsseEnvelope": []}', b"[" * 99999]
 )
-def test_what_is_no_signature_is_told(content: bytes, release: Path) -> None:
+def test_what_is_no_signature_is_reported(content: bytes, release: Path) -> None:
     (release / "model" / SIGNATURE).write_bytes(content)
     ok, wrong = verdict(release)
     assert ok is False and len(wrong) == 1 and "model/model.sig is not by the key" in wrong[0]

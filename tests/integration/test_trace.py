@@ -200,7 +200,7 @@ def test_every_step_has_its_rows(release: Path) -> None:
     assert only.phase == "midtrain" and only.segments[0].id == "prose/005"
 
 
-def test_a_step_that_there_is_not_is_told(release: Path, alone: Path) -> None:
+def test_a_step_that_there_is_not_is_reported(release: Path, alone: Path) -> None:
     for phase, n, text in (
         (None, 2, "pretrain, midtrain, longcontext-1, longcontext-2, rlvr each have a step 2; name the phase"),
         (None, 9, "has no order of step 9; pretrain ends with step 2, midtrain ends with step 4, "),
@@ -268,7 +268,7 @@ def test_tasks_that_ask_what_a_document_asks(release: Path) -> None:
     assert all(tracing.trace_document(release, id).asked == [] for id in ids(release) if id != "prose/005")
 
 
-def test_an_unknown_document_is_told_with_the_nearest(release: Path) -> None:
+def test_an_unknown_document_is_reported_with_the_nearest(release: Path) -> None:
     with pytest.raises(AtomError, match=r"has no document prose/0001; did you mean prose/001\?"):
         tracing.trace_document(release, "prose/0001")
     with pytest.raises(AtomError, match=r"has no document zzz; look for its id in"):

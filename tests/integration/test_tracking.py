@@ -84,7 +84,7 @@ def test_a_dead_server_stops_nothing_and_gets_everything_later(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["a folder", "a pipe", "a text", "artifacts"])
-def test_what_is_no_database_is_told_at_once(tmp_path: Path, kind: str) -> None:
+def test_what_is_no_database_is_reported_at_once(tmp_path: Path, kind: str) -> None:
     store = Store(tmp_path / "home")
     run = home_fixtures.start(store, home_fixtures.graphs(tmp_path)[0], ["acquire-sums"])
     path = store.home / ("mlartifacts" if kind == "artifacts" else "mlflow.db")

@@ -171,7 +171,7 @@ def test_an_attempt_that_was_succeeded_before_it_began_stops(corpus: Path, tmp_p
     assert checkpoints(tmp_path / "work") == folders
 
 
-def test_a_bug_while_writing_is_not_told_as_a_full_disk(
+def test_a_bug_while_writing_is_not_reported_as_a_full_disk(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from stages.train.checkpoint import sharded_state

@@ -168,7 +168,7 @@ def test_a_cache_in_use_and_a_restarted_server_are_noticed(fakes: Any, sampler: 
         sampler.load({**TENSORS, "model.norm.weight": torch.full((2,), 3.0)})
 
 
-def test_lost_connections_are_tried_again_and_then_told(fakes: Any, sampler: VllmServer, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_lost_connections_are_tried_again_and_then_reported(fakes: Any, sampler: VllmServer, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     fakes[0][0].trouble["/inference/v1/generate"] = ["drop", 500, "drop"]
     assert sampler.generate([PROMPT])[0].ids == (4, 5, 1)
     fakes[0][0].trouble["/inference/v1/generate"] = [500] * 4

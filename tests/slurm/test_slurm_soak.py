@@ -127,7 +127,7 @@ def told_truly(home: Path) -> dict:
     return report
 
 
-@pytest.mark.skipif(not SOAK, reason="four minutes; see `make soak`; `told_to_save` sends the same signal by hand")
+@pytest.mark.skipif(not SOAK, reason="four minutes; see `make soak`; `signalled_to_save` sends the same signal by hand")
 def test_a_time_limit_reached_again_and_again(upstream: Path, home: Path) -> None:
     """One minute, with a signal some twenty seconds after the start (Slurm may send it much earlier)."""
     folder = home.parent

@@ -54,7 +54,7 @@ def start(folder: Path, name: str, retried: int) -> tuple[Store, Run, str]:
 
 
 @pytest.mark.parametrize("name", VERDICTS)
-def test_a_verdict_ends_every_node_within_seconds_and_is_told(name: str, tmp_path: Path) -> None:
+def test_a_verdict_ends_every_node_within_seconds_and_is_reported(name: str, tmp_path: Path) -> None:
     _, _, kind, sentence = VERDICTS[name]
     store, run, job = start(tmp_path, name, retried=3 if kind.final else 0)
     (folder,) = [run.node_folder(node["name"]) for node in run.body["nodes"]]

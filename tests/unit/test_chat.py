@@ -92,7 +92,7 @@ def test_what_is_no_conversation(messages: object, message: str) -> None:
         list(chat.turns(messages))  # type: ignore[arg-type]
 
 
-def test_files_of_conversations_are_read_and_bad_ones_told(tmp_path: Path) -> None:
+def test_files_of_conversations_are_read_and_bad_ones_reported(tmp_path: Path) -> None:
     rows = [{"id": "a", "messages": TALK}, {"id": "b", "messages": [{"role": "user", "content": "alone"}]}]
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     reader = {"reader": "jsonl", "path": str(tmp_path), "messages_field": "messages", "id_field": "id"}

@@ -159,7 +159,7 @@ def test_every_document_is_proven_where_it_stands(dataset: Path) -> None:
             assert [merkle.check(proof, roots) for proof in proofs.values()] == [None] * len(proofs)
 
 
-def test_a_changed_proof_is_told(dataset: Path) -> None:
+def test_a_changed_proof_is_reported(dataset: Path) -> None:
     roots, good = merkle.roots(dataset), proofs_of(dataset, "prose/003")["dispositions"]
     bad = "0" * 64
     cases: list[tuple[dict[str, Any], str]] = [

@@ -79,7 +79,7 @@ def test_ranks_call_rank_0_and_leave_one_file(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [FAILURES, "listener.json"], "no file for each rank"
 
 
-def test_a_rank_whose_node_is_full_is_told_by_rank_0(tmp_path: Path) -> None:
+def test_a_rank_whose_node_is_full_is_reported_by_rank_0(tmp_path: Path) -> None:
     assert "GB free in" in (verdict_of_rank_0(tmp_path, 3, r2=1e9) or "")
 
 
@@ -100,7 +100,7 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path, monkeypatch: pytest.
     assert failure and failure.text == "rank 1 and 1 more of 3 did not start within 0 s; see its log"
 
 
-def test_other_packages_on_another_node_are_told_and_strangers_are_not_heard(tmp_path: Path) -> None:
+def test_other_packages_on_another_node_are_reported_and_strangers_are_not_heard(tmp_path: Path) -> None:
     def call(*lines: bytes) -> None:
         while (listener := read(tmp_path / "listener.json")) is None:
             time.sleep(0.05)
