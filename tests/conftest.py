@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """With --margin, whatever is compared within a tolerance must agree that many times better: a verdict that is near
     its threshold on one processor falls on the other side of it on the next."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script: commands inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     margin = config.getoption("margin")
     if margin == 1:
         return
