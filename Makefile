@@ -12,7 +12,7 @@ VENV_VLLM     ?= .venv-vllm
 # NeMo Gym wants Python 3.12 or newer, and pins what we do not.
 VENV_NEMO     ?= .venv-nemo
 LATEST_TESTS  := tests/integration/test_fake_fp8.py tests/integration/test_spikes.py tests/integration/test_packing.py tests/integration/test_precision.py tests/integration/test_experts.py \
-	tests/unit/test_model_*.py tests/*/test_train_*.py tests/integration/test_layouts.py tests/integration/test_export.py
+	tests/*/test_model_*.py tests/*/test_train_*.py tests/integration/test_dense_model.py tests/integration/test_layouts.py tests/integration/test_export.py
 
 .PHONY: help demo check test test-latest test-processors test-vllm test-nemo slurm-up slurm-down soak lint lock docs clean
 

@@ -1,6 +1,6 @@
 """The numeric tests as other processors compute: the kernels of older x86-64 processors can be chosen on this one.
 
-    python tests/processors.py [CELL ...] [-- ARGUMENT OF PYTEST ...]
+    python -m tests.processors [CELL ...] [-- ARGUMENT OF PYTEST ...]
 
 By default: every cell, the tests marked `numeric`, and a third of every tolerance. Prints a line a cell; exits with 1 if
 one failed. Which variable steers what was found by comparing digests of products (docs/lab-log.md).

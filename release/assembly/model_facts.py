@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.errors import CheckFailed
 from release import schema
 from release.assembly import training
 from release.assembly.published_tables import read_json
@@ -90,6 +91,8 @@ def _count_parameters(model: Path, config: dict[str, Any]) -> Parameters:
         shapes |= tensor_shapes(path)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     total, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".experts." in name)
+    if experts and not {"num_experts", "num_experts_per_tok"} <= config.keys():
+        raise CheckFailed(f"{model.name}/config.json does not state num_experts and num_experts_per_tok")
     idle = experts and experts * (config["num_experts"] - config["num_experts_per_tok"]) // config["num_experts"]
     return Parameters(total, total - idle, len(shapes))
 

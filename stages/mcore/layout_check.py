@@ -34,7 +34,7 @@ def problem(layout: Layout, model: ModelConfig, padded_vocab_size: int, micro_ba
     ):
         if layout.ranks % size:
             return (f"parallelism.ranks = {layout.ranks} is not a multiple of {fields} = {size}; "
-                    f"nearest: {_multiples(layout.ranks, size)}")  # fmt: skip
+                    f"nearest: {multiples_around(layout.ranks, size)}")  # fmt: skip
     if layout.ep == 1 and layout.split_experts != layout.tp:
         return (f"parallelism.etp = {layout.split_experts} with tp = {layout.tp} and ep = 1 would "
                 f"train wrongly without an error: Megatron-core then sums no expert's gradient over the tensor ranks; "
@@ -61,6 +61,7 @@ def _divisors(value: int, size: int) -> str:
     return " or ".join(str(d) for d in [d for d in divisors if d < size][-1:] + [d for d in divisors if d > size][:1])
 
 
-def _multiples(value: int, unit: int) -> str:
+def multiples_around(value: int, unit: int) -> str:
+    """The multiples of `unit` around `value`, as text."""
     below = value // unit * unit
     return f"{below} or {below + unit}" if below else str(unit)

@@ -22,6 +22,19 @@ BUFFERS = (".expert_bias",)
 """Suffixes of the names of buffers that training changes without a gradient: the optimizer has no moments of them."""
 
 
+CUT_MATRICES = (
+    ".word_embeddings.weight",
+    ".linear_qkv.weight",
+    ".linear_proj.weight",
+    ".linear_fc1.weight",
+    ".linear_fc2.weight",
+    "output_layer.weight",
+)
+"""Endings of the names of matrices that tensor parallelism cuts."""
+MATRICES = (*CUT_MATRICES, ".router.weight")
+"""Endings of the names of all matrices."""
+
+
 def global_name(local: str, first_layer: int = 0, first_expert: int = 0) -> str:
     """The global name of a parameter of this rank's model.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from stages.mcore.megatron_imports import parallel_state
+from stages.mcore.param_names import CUT_MATRICES
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) in each dimension of the full tensor."""
@@ -37,8 +38,12 @@ def boxes(name: str, shape: tuple[int, ...]) -> tuple[Box, ...]:
 
 
 def is_cut(name: str) -> bool:
-    """Whether tensor parallelism cuts the tensor of that global name."""
-    return "layernorm" not in name and "router" not in name
+    """Whether tensor parallelism cuts the tensor of that global name. Raises ValueError for a name without a rule."""
+    if name.endswith(("layernorm.weight", ".router.weight", ".expert_bias")):
+        return False
+    if not name.endswith(CUT_MATRICES):
+        raise ValueError(f"there is no rule for the cut of {name}; add one to stages/mcore/tensor_sharding.py")
+    return True
 
 
 def cut(full: torch.Tensor, parts: tuple[Box, ...]) -> torch.Tensor:

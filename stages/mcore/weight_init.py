@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from stages.mcore.param_names import MATRICES
 from stages.models.base import ModelConfig
 
 
@@ -24,6 +25,8 @@ def full_tensor(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int
         return torch.ones(shape)
     if name.endswith("expert_bias"):
         return torch.zeros(shape)
+    if not name.endswith(MATRICES):
+        raise ValueError(f"there is no rule for the initial weights of {name}; add one to stages/mcore/weight_init.py")
     std = model.init_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= math.sqrt(2 * model.layers)

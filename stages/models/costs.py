@@ -31,7 +31,7 @@ def training_flops(matrices: int, attention: Iterable[AttentionCost], sequence_l
     the output head, but not the input table, which is a lookup), and the same for each product of its query with a key
     and of a score with a value.
 
-    NVIDIA's published tables count in the same way (Megatron-Bridge, docs/performance-summary.md); Chowdhery et al.
+    NVIDIA's published tables count in the same way (docs/performance-summary.md of Megatron-Bridge); Chowdhery et al.
     (2022, appendix B) count attention without causality. Recomputation is not added: these are the model's FLOPs, not
     the machine's. Packed rows need fewer, because a document does not see the others of its row.
     """

@@ -47,7 +47,9 @@ class Replay(Config):
 class Sampling(Config):
     """Sampling of answers at temperature 1 without top-k or top-p: from the distribution that is trained."""
 
-    kind: SamplerName = Field("in-process", description="sampler: in-process (bitwise reproducible) or a vLLM server")
+    kind: SamplerName = Field(
+        "in-process", description="sampler of stages/rl/samplers; in-process is bitwise reproducible"
+    )
     max_new_tokens: Context = Field(description="maximum number of tokens of an answer")
     python: LongLine | None = operational(
         None, "Python interpreter of an environment with vLLM; null: ATOM_VLLM_PYTHON"
@@ -108,7 +110,7 @@ class RlPhase(PostTrainingPhase):
     )
     sampling: Sampling = Field(description="sampling of answers")
     loss_type: PolicyLossName = added(
-        DEFAULT, "policy loss: dapo (PPO's clip, summed over tokens) or cispo (MiniMax-M1, which clips the weight)"
+        DEFAULT, "policy loss of stages/rl/algorithms/policy_losses; dapo: PPO's clip, summed over tokens"
     )
     clip_low: Annotated[float, Range(0, 1, "PPO and DAPO: 0.2", above=True, below=True)] = Field(
         0.2, description="lower clip range of PPO; inactive, since each step has one update"

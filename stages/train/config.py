@@ -13,7 +13,7 @@ from pipeline.core.stage import Config, Renamed, added, operational
 from pipeline.core.text import shown
 from stages.data.order import rows_from
 from stages.data.packing import LongDocuments
-from stages.mcore.layout_check import problem
+from stages.mcore.layout_check import multiples_around, problem
 from stages.mcore.parallel_layout import Layout
 from stages.models.base import MOST_PARAMETERS, PositiveInt, Precision, Rope
 from stages.models.registry import Model
@@ -205,7 +205,7 @@ class PhaseConfig(PhaseBase):
                 )
         for name, value, unit, unit_name in sizes:
             if value % unit:
-                near = _multiples(value, unit)
+                near = multiples_around(value, unit)
                 raise ValueError(f"batch.{name} = {value} is not a multiple of {unit_name} {unit}; nearest: {near}")
         if self.optimizer.warmup_steps >= self.steps:
             raise ValueError(
@@ -337,9 +337,3 @@ class TrainConfig(TrainerConfig):
                 f"{counts['total']} and {counts['active']}; correct one or the other"
             )
         return self
-
-
-def _multiples(value: int, unit: int) -> str:
-    """The multiples of `unit` around `value`, as text."""
-    below = value // unit * unit
-    return f"{below} or {below + unit}" if below else str(unit)

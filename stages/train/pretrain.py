@@ -1,4 +1,4 @@
-"""Pre-training: a mixture-of-experts decoder from its initial weights, on the rows of the order artifact.
+"""Pre-training: a decoder from its initial weights, on the rows of the order artifact.
 
 atom run atom-tiny --until pretrain
 """

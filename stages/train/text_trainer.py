@@ -5,6 +5,7 @@ spikes.
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError
@@ -132,7 +133,7 @@ class TextTrainer(Trainer):
             self._log_experts(step, figures.router)
         return step
 
-    def write_outputs(self, out: Any) -> dict[str, Any]:
+    def write_outputs(self, out: Path) -> dict[str, Any]:
         log_lines = self.log.lines()
         measurements = [(x["step"], x["heldout_loss"]) for x in log_lines if "heldout_loss" in x]
         losses = [x["loss"] for x in log_lines if "loss" in x and "skipped" not in x]

@@ -44,7 +44,7 @@ def start(folder: Path, name: str, retried: int) -> tuple[Store, Run, str]:
     if name == "standstill":
         run.node_folder(node.name).mkdir()
         (run.node_folder(node.name) / "events.jsonl").write_text('{"time": 1.0, "event": "attempt"}\n' * 3)
-    limits: dict[str, float | None] | None = {"core_hours": 0.0} if name == "budget" else None
+    limits = {"gpu_hours": None, "core_hours": 0.0} if name == "budget" else None
     free = 1e9 if name == "preflight" else 0.0
     terms = JobLimits({node.name: node.key}, limits, retried, free, None)
     script = batch_script(store, run, node, settings.cluster(), code_snapshot.freeze(store, {}), [])
