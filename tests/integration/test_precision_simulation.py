@@ -22,7 +22,7 @@ from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train.precision_simulation import plot, report, runner, simulation
 from stages.train.precision_simulation.proxy_model import build_proxy, dimensions, ratios, step_tokens
 from stages.train.precision_simulation.report import compose, markdown, verdict_of
-from tests.fixtures.run_fixtures import atom
+from tests.fixtures.run_fixtures import at_length, atom
 
 # tensorwise alone needs no blocks, and so the smallest proxy: 96 wide, sixteen rows of 64
 SMALL = ("simulate-precision", "atom-tiny", "--precision", "fp8-tensorwise", "--steps", "8", "--seeds", "2")
@@ -66,6 +66,7 @@ def test_the_report_is_whole(rehearsed: tuple[Path, dict[str, Any]]) -> None:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
+@at_length("training", 60)
 def test_a_killed_rehearsal_goes_on_to_the_same_bytes(rehearsed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, out = rehearsed[0], tmp_path / "out"
     command = [sys.executable, "-m", "pipeline.cli", *SMALL, "--bound", "0.5", "--out", str(out)]

@@ -16,7 +16,7 @@ from tests.fixtures.run_fixtures import SOAK
 from tests.integration.test_release_verify import resum
 from tests.integration.test_sign import signed, signer  # noqa: F401 - fixtures
 
-FLIPS, SWAPS = (1000, 200) if SOAK else (60, 10)
+FLIPS, SWAPS = (1000, 200) if SOAK else (20, 6)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def names(release: Path) -> list[str]:
 
 @pytest.mark.timeout(3600)
 def test_a_flipped_byte_anywhere_is_reported(release: Path, signer: signing.SigningKey) -> None:  # noqa: F811
-    """Sixty here, a thousand by `make soak`: half of them in files drawn alike, half in bytes drawn alike."""
+    """Twenty here, a thousand by `make soak`: half of them in files drawn alike, half in bytes drawn alike."""
     ours, draw = Trust(signing.fingerprint(signer.public_key())), random.Random(1)
     files = names(release)
     sizes = [(release / name).stat().st_size for name in files]

@@ -68,10 +68,10 @@ def test_a_sound_release(built: Path) -> None:
 
 
 def test_one_flipped_byte_in_every_file(copy: Path) -> None:
-    """In one file of four here, in every one by `make soak PART=release`."""
+    """In one file of twelve here, in every one by `make soak PART=release`."""
     paths = files_below(copy)
     assert len(paths) > 100
-    for path in paths[:: 1 if SOAK else 4]:
+    for path in paths[:: 1 if SOAK else 12]:
         before = flip(copy / path)
         verdict = verify(copy)
         assert not verdict.ok, path
@@ -83,13 +83,13 @@ def test_one_flipped_byte_in_every_file(copy: Path) -> None:
 
 
 def test_one_flipped_byte_in_every_file_of_each_repository_alone(built: Path, tmp_path: Path) -> None:
-    """In one file of five here, in every one by `make soak PART=release`."""
+    """In one file of fifteen here, in every one by `make soak PART=release`."""
     kinds = {}
     for place, folder in pulled(built, tmp_path).items():
         verdict = verify(folder)
         assert verdict.ok, verdict.to_json()
         kinds[place.split("/")[0] + ("/" if "/" in place else "")] = verdict.kind
-        for path in files_below(folder)[:: 1 if SOAK else 5]:
+        for path in files_below(folder)[:: 1 if SOAK else 15]:
             before = flip(folder / path)
             verdict = verify(folder)
             assert any(path in text for check in verdict.checks for text in check.wrong), path

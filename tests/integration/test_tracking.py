@@ -73,12 +73,17 @@ def test_the_store_holds_parent_children_params_inputs_metrics_and_files(smoke_h
     assert {"manifest.json", "summary.json", "statement"} <= {f.path for f in client.list_artifacts(child.info.run_id)}
 
 
-def test_a_dead_server_stops_nothing_and_gets_everything_later(tmp_path: Path) -> None:
+def test_a_dead_server_stops_nothing_and_a_real_one_gets_everything_later(tmp_path: Path) -> None:
     home = tmp_path / "home"
     dead = "http://127.0.0.1:9"
     process = atom(home, "run", "atom-smoke", "--until", "items", MLFLOW_TRACKING_URI=dead)
     assert f"MLflow at {dead} did not accept everything" in process.stdout and "all of 1 stage sealed" in process.stdout
     assert "atom: MLflow at" in atom(home, "sync", code=2, MLFLOW_TRACKING_URI=dead).stderr
+    with tracking_server(tmp_path, free_port()) as uri:
+        atom(home, "sync", MLFLOW_TRACKING_URI=uri)
+        run = runs(uri)["items"]
+        assert run.info.status == "FINISHED" and run.data.params["problems.add"] == "40"
+    assert not (home / "mlflow.db").exists()
     atom(home, "sync")
     assert runs(f"sqlite:///{home / 'mlflow.db'}")["items"].info.status == "FINISHED"
 
@@ -104,11 +109,3 @@ def test_no_password_of_a_tracking_uri_is_printed(tmp_path: Path) -> None:
     assert "did not accept everything" in process.stdout and "did not answer" in tracked.stderr
     assert "hunter22" not in process.stdout + process.stderr + tracked.stderr
     assert not any(b"hunter22" in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
-
-
-def test_a_real_server_is_respected(tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    with tracking_server(tmp_path, free_port()) as uri:
-        atom(home, "run", "atom-smoke", "--until", "items", MLFLOW_TRACKING_URI=uri)
-        assert runs(uri)["items"].data.params["problems.add"] == "40"
-        assert not (home / "mlflow.db").exists()

@@ -18,6 +18,7 @@ from tests.fixtures.disturbance_fixtures import (
     finish,
     node_crash,
     node_down,
+    preempt,
     rank_killed,
     status,
 )
@@ -94,7 +95,7 @@ def test_a_whole_recipe_in_disorder_has_the_digests_of_a_quiet_one(seed: int, tm
             time.sleep(rng.random() * 8)
             continue
         if not kinds:
-            kinds = rng.sample([*RESTARTED, node_down, node_crash, rank_killed], len(RESTARTED) + 3)
+            kinds = rng.sample([*RESTARTED, preempt, node_down, node_crash, rank_killed], len(RESTARTED) + 4)
         disturb, stage = kinds.pop(), rng.choice(running)
         print(f"{disturb.__name__}: {stage}", flush=True)
         try:

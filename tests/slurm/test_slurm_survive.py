@@ -90,6 +90,7 @@ def test_jobs_send_to_a_tracking_server_and_go_on_without_it(home: Path, tmp_pat
         assert sorted(steps(uri)) == list(range(1, 401))
 
 
+@at_length("slurm-stages", 40)
 def test_a_full_disk_for_a_while(upstream: Path, calm: str, tmp_path: Path) -> None:
     place = tmp_path / "small"
     place.mkdir()

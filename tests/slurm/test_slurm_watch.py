@@ -11,7 +11,7 @@ import yaml
 
 from tests.fixtures import slurm_fixtures
 from tests.fixtures.disturbance_fixtures import finished_stages
-from tests.fixtures.run_fixtures import atom
+from tests.fixtures.run_fixtures import at_length, atom
 
 pytestmark = slurm_fixtures.ON_SLURM
 
@@ -47,6 +47,7 @@ def test_a_budget_that_is_used_up_stops_what_comes_next(home: Path) -> None:
     assert "the budget of 1e-06 core hours is used up" in stderr and stderr.count("\n") == 1
 
 
+@at_length("slurm-stages", 26)
 def test_orchestration_benchmark() -> None:
     run = subprocess.run(
         [sys.executable, "bench/orchestration.py", "--quick"],

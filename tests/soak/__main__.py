@@ -83,6 +83,10 @@ PARTS = {
         test_steps("tests/slurm/test_slurm_soak.py"), ["tests", "result"],
         "A whole recipe on Slurm, disturbed every few seconds, and every kind of disturbance in one run.",
     ),
+    "training": Part(
+        test_steps(*(f"tests/integration/test_{name}.py" for name in ("layouts", "precision_simulation"))),
+        ["tests", "result"], "Every feature in every layout, and a killed precision simulation.",
+    ),
     "benchmarks": Part(
         test_steps("tests/integration/test_bench.py"), ["tests", "result"], "Every benchmark on a tiny model.",
     ),
