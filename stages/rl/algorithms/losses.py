@@ -34,12 +34,6 @@ def advantages(rewards: torch.Tensor) -> torch.Tensor:
     return centered.masked_fill(zero_variance(rewards)[:, None], 0.0)
 
 
-def mask_unfinished(mask: torch.Tensor, finished: torch.Tensor) -> torch.Tensor:
-    """The mask [rows, width] without the rows of truncated completions, whose reward is not that of a complete answer
-    (overlong filtering, DAPO, arXiv 2503.14476). finished: [rows]."""
-    return mask.bool() & finished.bool()[:, None]
-
-
 def policy_loss(
     logprobs: torch.Tensor,
     sampler_logprobs: torch.Tensor,
@@ -51,8 +45,6 @@ def policy_loss(
     clip_high: float = 0.28,
     tis_cap: float = 2.0,
     old_logprobs: torch.Tensor | None = None,
-    kl: float = 0.0,
-    reference_logprobs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Figures]:
     """The sum of the tokens' losses, and figures.
 
@@ -60,17 +52,14 @@ def policy_loss(
     `old_logprobs`, the trainer's before the first update on this batch (None: this is the first update). As the
     sampler's distribution is not quite the trainer's, each token is weighted by min(exp(old - sampler), tis_cap):
     truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
-    training"). `kl` times the k3 estimate of KL(policy || reference) (joschu.net/blog/kl-approx.html) is added if not
-    0, unweighted.
+    training").
 
-    logprobs (with gradient), sampler_logprobs, old_logprobs, reference_logprobs, mask: [rows, width]. advantages:
-    [rows], or [rows, width] where they differ by token.
+    logprobs (with gradient), sampler_logprobs, old_logprobs, mask: [rows, width]. advantages: [rows], or [rows, width]
+    where they differ by token.
     Figures: `tokens`; `clip_fraction`, tokens on which the clip acted; `ratio`; `importance_ratio` and
-    `truncated`, tokens at the cap; `sampler_gap` and `max_sampler_gap`, |old - sampler|; `sampler_kl`, k3 of KL(sampler
-    || old); `kl` if it is not 0. Raises ValueError if `kl` is not 0 without a reference.
+    `truncated`, tokens at the cap; `sampler_gap` and `max_sampler_gap`, |old - sampler|; `sampler_kl`, the k3 estimate
+    (joschu.net/blog/kl-approx.html) of KL(sampler || old).
     """
-    if kl and reference_logprobs is None:
-        raise ValueError("a KL penalty needs the reference's log-probabilities")
     mask = mask.bool()
     current = _masked(logprobs, mask)
     old = current.detach() if old_logprobs is None else _masked(old_logprobs, mask).detach()
@@ -89,10 +78,6 @@ def policy_loss(
         "sampler_gap": gap.abs(),
         "sampler_kl": gap.expm1() - gap,
     }
-    if kl and reference_logprobs is not None:
-        reference_gap = _masked(reference_logprobs, mask).detach() - current
-        figures["kl"] = reference_gap.expm1() - reference_gap
-        loss = loss + kl * figures["kl"]
     sums = {name: (figure.detach().float() * mask).sum() for name, figure in figures.items()}
     sums["max_sampler_gap"] = (gap.abs() * mask).amax() if gap.numel() else gap.new_zeros(())
     return torch.where(mask, loss, 0.0).sum(), sums
@@ -103,15 +88,13 @@ def dpo_loss(
     reference_logprobs: torch.Tensor | None,
     mask: torch.Tensor,
     beta: float,
-    *,
-    margin: float = 0.0,
 ) -> tuple[torch.Tensor, Figures]:
-    """The sum over pairs of -log sigmoid(beta * (score of chosen - score of rejected) - margin), and figures.
+    """The sum over pairs of -log sigmoid(beta * (score of chosen - score of rejected)), and figures.
 
     Rows 2i and 2i + 1 are the chosen and the rejected answer of a pair. A row's score is the mean over its tokens of
     log-probability less the reference's: length-normalized DPO (Tulu 3, arXiv 2411.15124). With no reference it is
-    SimPO's loss with its target margin (arXiv 2405.14734), and for rows of one column that hold a reward model's score,
-    with beta 1, the Bradley-Terry loss (arXiv 2203.02155).
+    SimPO's loss without its target margin (arXiv 2405.14734), and for rows of one column that hold a reward model's
+    score, with beta 1, the Bradley-Terry loss (arXiv 2203.02155).
 
     logprobs (with gradient), reference_logprobs, mask: [2 * pairs, width]. A row without tokens scores 0.
     Figures: `pairs`; `accuracy`, pairs whose chosen answer scores higher; `margin`, beta times the difference; `chosen`
@@ -134,7 +117,7 @@ def dpo_loss(
         "rejected": rejected,
     }
     sums = {name: figure.detach().float().sum() for name, figure in figures.items()}
-    return -logsigmoid(margins - margin).sum(), sums
+    return -logsigmoid(margins).sum(), sums
 
 
 def _masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
