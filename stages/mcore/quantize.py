@@ -128,15 +128,6 @@ class Quantized:
     counts: Counts
 
 
-def quantize_dequantize(
-    x: torch.Tensor, recipe: Fp8Recipe, kind: Kind, summed: int = 1, group: Any = None
-) -> tuple[torch.Tensor, Counts]:
-    """A matrix rounded and rescaled for a product of the recipe, in fp32, and the counts of the rounding. Arguments:
-    see `quantize`."""
-    rounded = quantize(x, recipe, kind, summed, group)
-    return rounded.values.float() * rounded.factor, rounded.counts
-
-
 def quantize(x: torch.Tensor, recipe: Fp8Recipe, kind: Kind, summed: int = 1, group: Any = None) -> Quantized:
     """Rounds a matrix to the format's nearest numbers (ties to even), scaled so that each block's largest magnitude
     comes as near to the format's largest number as the scale allows, and saturating there.

@@ -10,11 +10,12 @@ import torch
 
 from stages.mcore import fake_fp8
 from stages.mcore.model import build
-from stages.mcore.quantize import RECIPES, Counts, Fp8Recipe, quantize_dequantize
+from stages.mcore.quantize import RECIPES, Counts, Fp8Recipe
 from stages.mcore.weight_init import full_tensor
 from stages.models.qwen3_moe.config import Qwen3MoeConfig
 from stages.train import parallel
 from tests.fixtures import fp8_layout_fixtures, train_fixtures
+from tests.fixtures.quantize_fixtures import quantize_dequantize
 
 pytestmark = pytest.mark.numeric
 

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.mcore.fake_fp8 import multiply
-from stages.mcore.quantize import E4M3, E5M2, RECIPES, Counts, Format, _round, quantize, quantize_dequantize
+from stages.mcore.quantize import E4M3, E5M2, RECIPES, Counts, Format, _round, quantize
+from tests.fixtures.quantize_fixtures import quantize_dequantize
 
 pytestmark = pytest.mark.numeric
 
@@ -119,9 +120,6 @@ def test_agrees_with_the_scalar_implementation(recipe: str, kind: str, summed: i
         exact = [[Fraction(v) * factor for v in row] for row in result.values.tolist()]
         assert exact == expected, "every value, exactly"
         underflow += counts.underflow
-        # as one tensor it is rounded to fp32 once more
-        values, recounted = quantize_dequantize(x, RECIPES[recipe], kind, summed)
-        assert recounted == counts and values.tolist() == [[float(fp32(v)) for v in row] for row in expected]
     assert underflow > 0, "there must have been something to lose"
 
 
