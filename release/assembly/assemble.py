@@ -223,7 +223,7 @@ def license_text(spdx: str, code_license: str, roots: list[Path]) -> bytes:
     )
 
 
-def unexplained(folder: Path, origins: Mapping[str, Any], paths: list[str]) -> list[str]:
+def unexplained(origins: Mapping[str, Any], paths: list[str]) -> list[str]:
     """Files of a release without an origin; checksum files and the result of the gates need none."""
     unlisted = {ALL_SUMS, GATES, GATES_STATED}
     return [p for p in paths if p not in origins and p not in unlisted and Path(p).name != SUMS]

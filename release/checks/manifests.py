@@ -28,7 +28,7 @@ def origins(subject: Subject) -> Findings:
     the artifact's manifest."""
     folder, paths = subject.folder, files_below(subject.folder)
     origins_by_path = untrusted.read_json(folder / ORIGINS, follow=True)
-    problems = [f"{path} has no origin" for path in unexplained(folder, origins_by_path, paths)]
+    problems = [f"{path} has no origin" for path in unexplained(origins_by_path, paths)]
     manifest_digests: dict[tuple[str, str], str] = {}
     for node, manifest in read_manifests(folder).items():
         manifest_digests |= {(node, path): digest for path, digest in manifest.digests.items()}
