@@ -30,13 +30,13 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peer_kernels import plain_kernels
 
 from pipeline.core.store import Artifact, write_manifest
 from stages.data.chat import render
@@ -194,16 +194,6 @@ def peer(size: Size, model: Any, tokenizer: Path, prompts: list[str], work: Path
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
-
-
-@contextmanager
-def plain_kernels() -> Iterator[None]:
-    """The peer owes nobody equal bytes."""
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(True)
 
 
 Seconds = tuple[float, float]

@@ -20,14 +20,14 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peer_kernels import plain_kernels
 
 from stages.mcore.model import named_tensors
 from stages.models.hf import hf_config
@@ -114,7 +114,7 @@ def peer(model: Any, tokens: Tokens) -> Step:
     )
 
     def step(number: int) -> float:
-        with _plain_kernels():
+        with plain_kernels():
             data = tokens.step(number)
             logits = model(data[:, :-1], use_cache=False).logits
             loss = F.cross_entropy(logits.flatten(0, 1), data[:, 1:].flatten())
@@ -125,16 +125,6 @@ def peer(model: Any, tokens: Tokens) -> Step:
             return loss.item()
 
     return step
-
-
-@contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """The peer owes nobody equal bytes."""
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(True)
 
 
 def peer_model(engine: Engine, size: Size) -> Any:
@@ -168,7 +158,7 @@ def fastest_experts(model: Any, tokens: Tokens, tries: int) -> tuple[str, dict[s
         model.set_experts_implementation(name)
 
         def step(number: int) -> float:
-            with _plain_kernels():
+            with plain_kernels():
                 data = tokens.step(number)
                 loss = F.cross_entropy(model(data[:, :-1], use_cache=False).logits.flatten(0, 1), data[:, 1:].flatten())
                 loss.backward()
