@@ -20,12 +20,12 @@ from pydantic import Field
 
 from pipeline.core.bounds import Line, LongLine, Range
 from pipeline.core.stage import Config
+from stages.rl.direct_requests import DIRECT
 from stages.rl.protocols import Answer, Parts, Response, Row, Verifier, VerifierContext, VerifierFailed
 
 ATTEMPTS = 5
 BACK_OFF = 1.0  # seconds before the second attempt; doubled for each further one
 PARALLEL = 16
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy between nodes
 
 
 class GymSettings(Config):
@@ -78,7 +78,7 @@ class GymServer(Verifier):
                 time.sleep(BACK_OFF * 2 ** (attempt - 1))
             http_request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
             try:
-                with OPENER.open(http_request, timeout=self.timeout) as http_response:
+                with DIRECT.open(http_request, timeout=self.timeout) as http_response:
                     payload = http_response.read()
                 break
             except urllib.error.HTTPError as error:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import AtomError, MachineError
+from stages.rl.direct_requests import DIRECT
 from stages.rl.protocols import SamplingSettings
 
 START_SECONDS = 900.0  # to import, and to warm up on a machine that is busy
@@ -42,7 +43,6 @@ _WORKER = Path(__file__).parent / "vllm_worker"
 # stage is killed.
 _WATCHED = 'exec 3<&0; (cat <&3 >/dev/null; kill -9 0) & exec "$@" 3<&- </dev/null'
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
-_OPEN = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy between nodes
 
 
 def interpreter(python: str | None) -> str:
@@ -130,7 +130,7 @@ class Server:
         while True:
             self._require_alive()
             try:
-                with _OPEN.open(f"{self.url}/health", timeout=10):
+                with DIRECT.open(f"{self.url}/health", timeout=10):
                     return
             except (OSError, http.client.HTTPException) as error:
                 if time.monotonic() > end:
@@ -148,7 +148,7 @@ class Server:
                 time.sleep(RETRY_SECONDS * 2 ** (attempt - 1))
             self._require_alive()
             try:
-                with _OPEN.open(request, timeout=seconds or REQUEST_SECONDS) as answer:
+                with DIRECT.open(request, timeout=seconds or REQUEST_SECONDS) as answer:
                     return json.loads(answer.read() or b"null")
             except urllib.error.HTTPError as error:
                 reason = f"{path}: {error.code} {_message(error)}"
