@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import threading
 import time
@@ -28,11 +27,9 @@ from stages.rl.sandbox import Limits, SandboxFailed
 from stages.rl.sandbox.calls import decode, encode
 from stages.rl.sandbox.cell import Cell
 from stages.rl.sandbox.running import Running
+from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("bwrap") is None and "CI" not in os.environ,
-    reason="needs bubblewrap (apt-get install bubblewrap), which only recipes that run a model's code need",
-)
+pytestmark = NEEDS_BUBBLEWRAP
 
 FULL = {"reward": 1.0, "passed": 1.0, "killed": 0.0}
 RIGHT = "def add(a, b):\n    return a + b\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,12 +14,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from stages.rl.sandbox import Outcome
-from tests.fixtures.sandbox_fixtures import PARTS, copy, pool_of, program_of  # noqa: F401 - a fixture
+from tests.fixtures.sandbox_fixtures import NEEDS_BUBBLEWRAP, PARTS, copy, pool_of, program_of  # noqa: F401 - a fixture
 
-pytestmark = pytest.mark.skipif(
-    (shutil.which("bwrap") is None or platform.machine() != "x86_64") and "CI" not in os.environ,
-    reason="needs bubblewrap (apt-get install bubblewrap), and calls the kernel by x86-64's numbers",
-)
+pytestmark = [
+    NEEDS_BUBBLEWRAP,
+    pytest.mark.skipif(
+        platform.machine() != "x86_64" and "CI" not in os.environ, reason="calls the kernel by x86-64's numbers"
+    ),
+]
 
 PROGRAMS = st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=5, unique=True).map(tuple)
 OBSERVE = (
