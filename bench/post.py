@@ -128,7 +128,7 @@ class Release:
 
         body = provenance.sealed(self.store.ledger, self.artifact(node))
         if body is None:
-            raise SystemExit(f"no statement tells how {node} was made")
+            raise SystemExit(f"no statement says how {node} was made")
         return float(provenance.usage(body[1])["cpu_seconds"])
 
     def pass_rate(self) -> float:
@@ -148,7 +148,7 @@ class Release:
 
 def control(variant: str, path: Path, home: Path) -> dict[str, Any]:
     """Trains, exports and measures a control in this process. Kept under home/controls, in a folder by all that it
-    follows from. Returns what is told of it beside its scores."""
+    follows from. Returns what is reported of it beside its scores."""
     from pipeline.core.stage import identity
     from pipeline.core.store import MANIFEST, Artifact, canonical, once, sha256_bytes, write_manifest
     from stages.train.trainer import train
@@ -271,7 +271,7 @@ def measure(seeds: Sequence[int], home: Path, folder: Path, quick: bool) -> list
 
 
 def collected(path: Path, home: Path, controls: Mapping[str, Any]) -> dict[str, Any]:
-    """What `report` tells of a seed."""
+    """What `report` says of a seed."""
     from pipeline.core.store import Artifact
 
     release = Release(path, home)

@@ -11,7 +11,7 @@ weights and ask the same questions in every step, at temperature 1, with the sam
 and advantages.
 
 The same work: the token that ends an answer is, on both sides, one beyond the vocabulary, which the model has no logit
-for. So every answer has exactly as many tokens as allowed, and ours are told to count as finished, since a stage learns
+for. So every answer has exactly as many tokens as allowed, and ours are set to count as finished, since a stage learns
 nothing from answers that were cut off. The reward is the share of letters among an answer's characters, which differs
 within every group, so no group is left out.
 
@@ -115,7 +115,7 @@ class Quiet:
         return lambda *args, **kwargs: None
 
 
-def world(folder: Path, size: Size) -> tuple[dict[str, Artifact], list[dict[str, Any]]]:
+def make_inputs(folder: Path, size: Size) -> tuple[dict[str, Artifact], list[dict[str, Any]]]:
     """Tasks, items and tokenizer under `folder`, and the rows of the tasks: as many as a step asks."""
     from tokenizers import Tokenizer, models, trainers
 
@@ -166,7 +166,7 @@ def peer_model(engine: Engine, config: Any, vocab: int, pad: int) -> Any:
 
 
 def peer(size: Size, model: Any, tokenizer: Path, prompts: list[str], work: Path, pieces: int, steps: int) -> Any:
-    """TRL's trainer, which takes `steps` steps when told to train."""
+    """TRL's trainer, which takes `steps` steps when asked to train."""
     from datasets import Dataset, disable_progress_bars
     from transformers import PreTrainedTokenizerFast
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -209,7 +209,7 @@ def elapsed_since(start: Seconds) -> Seconds:
 
 
 def drive(trainer: Any, after: Callable[[Seconds], None]) -> None:
-    """Lets TRL's trainer take its steps, with a call after each that is told how long the step took."""
+    """Lets TRL's trainer take its steps, with a call after each that gets how long the step took."""
     from transformers import TrainerCallback
 
     class Turns(TrainerCallback):
@@ -252,7 +252,7 @@ def measure(size: Size) -> dict[str, Any]:
     config = RlTrainConfig(model=size.model, phase=phase, padded_vocab_size=size.vocab, seed=0)
     with tempfile.TemporaryDirectory() as place, session(0) as ranks:
         folder = Path(place)
-        inputs, rows = world(folder, size)
+        inputs, rows = make_inputs(folder, size)
         trainer = ours(size, inputs, folder / "work", Engine(config, ranks, size.vocab), config)
         chat = trainer.policy.chat
         prompts = [render(row["responses_create_params"]["input"], ask=True) for row in rows]

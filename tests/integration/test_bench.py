@@ -143,7 +143,7 @@ def test_post_scores_follow_from_the_answers(tmp_path: Path) -> None:
     assert scores["all"]["pass@4"] == {"a": 1.0, "s": 0.0} and set(scores) == {"add", "sort", "all"}
 
 
-def test_post_tells_the_smallest_gain() -> None:
+def test_post_states_the_smallest_gain() -> None:
     def seed(number: int, *gains: float) -> dict[str, Any]:
         means = {name: [0.1, 0.3] for name in post.MODELS}
         means["RLVR"] = [before + rise for before, rise in zip(means["SFT"], gains, strict=True)]

@@ -1,4 +1,4 @@
-"""Going on from a release checkpoint of an earlier run: the order goes on, the ledger tells, nothing is repeated."""
+"""Going on from a release checkpoint of an earlier run: the order goes on, the ledger records it, nothing is repeated."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def step_files(artifact: Artifact, step: int) -> dict[str, str]:
     return {r.path: r.sha256 for r in artifact.rows if r.path.startswith(f"step-{step:06d}/") and "state" not in r.path}
 
 
-def test_a_run_goes_on_from_an_earlier_one_and_its_release_tells(smoke_home: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_an_earlier_one_and_its_release_states_it(smoke_home: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     shutil.copytree(smoke_home, home)
     store = Store(home)

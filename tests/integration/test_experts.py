@@ -1,4 +1,4 @@
-"""Where tokens go: counted exactly, told when an expert starves, and evened out in each of the ways that there are."""
+"""Where tokens go: counted exactly, reported when an expert starves, and evened out in each of the ways that there are."""
 
 from __future__ import annotations
 

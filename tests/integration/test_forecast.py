@@ -1,4 +1,4 @@
-"""What a plan takes on a cluster: worked out by hand, told by the command, and compared with runs that were published."""
+"""What a plan takes on a cluster: worked out by hand, reported by the command, and compared with runs that were published."""
 
 from __future__ import annotations
 

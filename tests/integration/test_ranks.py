@@ -66,7 +66,7 @@ def undisturbed(smoke_home: Path, recipe: str, tmp_path_factory: pytest.TempPath
     return home
 
 
-def test_two_ranks_seal_one_artifact_whose_statement_tells_how(undisturbed: Path, recipe: str) -> None:
+def test_two_ranks_seal_one_artifact_whose_statement_says_how(undisturbed: Path, recipe: str) -> None:
     status = json.loads(atom(undisturbed, "status", "--json").stdout)["stages"][-1]
     assert (status["name"], status["state"], status["ranks"]) == ("pretrain", "sealed", 2)
     store = Store(undisturbed)

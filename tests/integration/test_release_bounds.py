@@ -53,7 +53,7 @@ for line in sys.stdin:
     if os.wait()[1]:
         print("null", flush=True)
 """
-"""Verifies each folder that it is told in a process of its own, which begins with the libraries and nothing else."""
+"""Verifies each folder that it is given in a process of its own, which begins with the libraries and nothing else."""
 
 
 def replace(path: Path, make: Callable[[Path], object]) -> None:
@@ -88,7 +88,7 @@ def many_rows(path: Path) -> None:
 
 
 def long_values(path: Path) -> None:
-    """One megabyte, twenty thousand times: the footer tells of one megabyte."""
+    """One megabyte, twenty thousand times: the footer states one megabyte."""
     zeros = pa.array([0] * 20_000, pa.int32())
     names = ("id", "source", "license", "disposition", "split", "rule")
     columns = {
@@ -209,7 +209,7 @@ def long_values_of_many(release: Path) -> None:
 def below_the_growth(release: Path) -> None:
     """A table that unpacks to just less than a thousand times its bytes."""
     rows = 800_000
-    columns = {name: pa.array([name]).take(pa.array([0] * rows, pa.int32())) for name in FATES[1:]}
+    columns = {name: pa.array([name]).take(pa.array([0] * rows, pa.int32())) for name in COLUMNS[1:]}
     columns["id"] = pa.array([f"{number % 4}" for number in range(rows)])
     columns["rule"] = pa.concat_arrays([pa.array([os.urandom(900_000).hex()]), columns["rule"][1:]])
     path = release / "dataset/dispositions.parquet"
@@ -217,7 +217,7 @@ def below_the_growth(release: Path) -> None:
     resum(release)
 
 
-FATES = ("id", "source", "license", "disposition", "split", "rule", "bytes", "kept_hash")
+COLUMNS = ("id", "source", "license", "disposition", "split", "rule", "bytes", "kept_hash")
 
 
 def executable(release: Path) -> None:
@@ -286,7 +286,7 @@ def server() -> subprocess.Popen[str]:
 
 
 def judge(folder: Path) -> list[str]:
-    """All that is wrong with a folder. Fails if telling it takes more than is promised."""
+    """All that is wrong with a folder. Fails if reporting it takes more than is promised."""
     process = server()
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(json.dumps(str(folder)) + "\n")
@@ -399,7 +399,7 @@ def test_a_release_without_its_evidence_is_a_damaged_release(
     assert "evidence is missing" in [text for check in verdict.checks for text in check.wrong]
 
 
-def test_a_folder_that_tells_nothing_is_not_verified(tmp_path: Path) -> None:
+def test_a_folder_of_no_known_kind_is_not_verified(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("x")
     subprocess.run("sha256sum README.md > SHA256SUMS", shell=True, cwd=tmp_path, check=True)
     assert "nothing here tells what it is" in judge(tmp_path)[0]
@@ -534,7 +534,7 @@ MOUNTS = """22 1 8:1 / / rw - ext4 /dev/sda rw
 @pytest.mark.parametrize(
     ("place", "keeps"), [("/home/x", True), ("/media/a stick/release", False), ("/media/a", True), ("/mediaeval", True)]
 )
-def test_the_file_system_tells_whether_it_knows_what_may_be_run(place: str, keeps: bool) -> None:
+def test_the_file_system_shows_whether_it_keeps_what_may_be_run(place: str, keeps: bool) -> None:
     assert tree.keeps_modes(Path(place), MOUNTS) is keeps
 
 

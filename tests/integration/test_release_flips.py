@@ -49,7 +49,7 @@ def test_a_flipped_byte_anywhere_is_reported(release: Path, signer: signing.Sign
         if name not in problems(release, ours):
             unseen.append((name, at, by))
         (release / name).write_bytes(before)
-    assert not unseen, f"{len(unseen)} of {FLIPS} were not told"
+    assert not unseen, f"{len(unseen)} of {FLIPS} were not reported"
     assert problems(release, ours) == ""
 
 

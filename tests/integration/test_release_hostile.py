@@ -46,7 +46,7 @@ class LeavesFile:
     "name", ["model/pytorch_model.bin", "model/more.safetensors", "dataset/rl/x.txt", "evidence/a.pkl"]
 )
 def test_a_pickle_is_refused_and_not_opened(name: str, copy: Path, tmp_path: Path) -> None:
-    marker = tmp_path / "told"
+    marker = tmp_path / "opened"
     (copy / name).parent.mkdir(parents=True, exist_ok=True)
     (copy / name).write_bytes(pickle.dumps(LeavesFile(marker)))
     resum(copy)
@@ -56,7 +56,7 @@ def test_a_pickle_is_refused_and_not_opened(name: str, copy: Path, tmp_path: Pat
         f"{name} is, or may be, a pickle, which runs code when it is loaded; a release holds none"
     ]
     assert checks["reload_in_transformers"].ok is None and not marker.exists()
-    pickle.loads((copy / name).read_bytes())  # it would have told
+    pickle.loads((copy / name).read_bytes())  # it would have left the file
     assert marker.exists()
 
 
@@ -133,7 +133,7 @@ def test_a_release_of_an_older_version_lacks_what_there_was_not_yet(copy: Path) 
 
 
 def test_code_of_a_models_own_is_refused_and_not_run(copy: Path, tmp_path: Path, monkeypatch) -> None:
-    marker, config = tmp_path / "told", json.loads((copy / "model/config.json").read_text())
+    marker, config = tmp_path / "opened", json.loads((copy / "model/config.json").read_text())
     auto_map = {"AutoConfig": "m.Own", "AutoModelForCausalLM": "m.Model"}
     release_fixtures.write_json(copy / "model/config.json", {**config, "model_type": "own", "auto_map": auto_map})
     (copy / "model/m.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: ...\nclass Model: ...\n")

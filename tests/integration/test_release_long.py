@@ -339,7 +339,7 @@ def test_unpacked_orders_have_no_such_tables(release: Path) -> None:
     assert "share a row" not in render.data_card(read_release(release), data)
 
 
-def test_a_statement_that_tells_another_summary_is_found(release: Path, tmp_path: Path) -> None:
+def test_a_statement_with_another_summary_is_found(release: Path, tmp_path: Path) -> None:
     from pipeline.core import provenance
 
     copy = Path(shutil.copytree(release, tmp_path / "copy"))

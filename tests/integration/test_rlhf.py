@@ -1,5 +1,5 @@
 """Learning from preferences: pairs with their origin, an update that prefers the better answer, skills that stay, a reward
-model that tells better from worse, and the same bytes after a stop."""
+model that ranks better above worse, and the same bytes after a stop."""
 
 from __future__ import annotations
 

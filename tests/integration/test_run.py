@@ -174,7 +174,7 @@ def test_status_and_logs_read_the_files(smoke_home: Path) -> None:
     assert refused.startswith("atom: there is no log of stage pretran") and refused.count("\n") == 1
 
 
-def test_plan_tells_state_and_cost_as_json(smoke_home: Path, tmp_path: Path) -> None:
+def test_plan_reports_state_and_cost_as_json(smoke_home: Path, tmp_path: Path) -> None:
     fresh = json.loads(atom(tmp_path, "plan", "atom-smoke", "--json").stdout)
     assert {s["state"] for s in fresh["stages"]} == {"to run"} and not any(tmp_path.iterdir()), "plan writes nothing"
     pretrain = next(s for s in fresh["stages"] if s["name"] == "pretrain")

@@ -36,7 +36,7 @@ def ending(outcome: Outcome) -> tuple[Any, ...]:
 
 
 @pytest.fixture(scope="module", params=["here", "user"])
-def world(request: pytest.FixtureRequest, copy: Path) -> Iterator[Any]:  # noqa: F811
+def pools(request: pytest.FixtureRequest, copy: Path) -> Iterator[Any]:  # noqa: F811
     """(a pool of one worker, a pool of two, fresh(names): the program's ending in a pool of its own)."""
 
     @cache
@@ -52,15 +52,15 @@ def world(request: pytest.FixtureRequest, copy: Path) -> Iterator[Any]:  # noqa:
     max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate]
 )
 @given(first=PROGRAMS, second=PROGRAMS)
-def test_no_verdict_depends_on_the_program_before_or_beside(world: Any, first: Any, second: Any) -> None:
-    pool, pair, fresh = world
+def test_no_verdict_depends_on_the_program_before_or_beside(pools: Any, first: Any, second: Any) -> None:
+    pool, pair, fresh = pools
     pool.run([program_of(first)])
     assert ending(pool.run([program_of(second)])[0]) == fresh(second)
     assert [ending(o) for o in pair.run([program_of(first), program_of(second)])] == [fresh(first), fresh(second)]
 
 
-def test_nothing_is_to_be_seen_of_any_part(world: Any) -> None:
-    pool, _, fresh = world
+def test_nothing_is_to_be_seen_of_any_part(pools: Any) -> None:
+    pool, _, fresh = pools
     expected = fresh(OBSERVE)
     assert expected[0] == "ok" and expected[2].count("\n") == len(OBSERVE), expected
     names = list(PARTS)

@@ -114,7 +114,7 @@ def test_another_key_is_no_signature_of_ours(release: Path, signer: signing.Sign
     ok, wrong = verdict(release)
     assert ok is False and any("model/model.sig is not by the key sha256:" in text for text in wrong)
     theirs = signing.sign(release, other)
-    assert verdict(release)[0], "whoever signs everything anew can only be told by the key"
+    assert verdict(release)[0], "whoever signs everything anew can only be recognized by the key"
     ok, wrong = verdict(release, ours)
     assert ok is False and f"model/model.pub is {theirs}, not {ours.key}" in wrong
 

@@ -67,16 +67,20 @@ def enrich(folder: Path) -> None:
     data = folder / "dataset"
     hashed = {id: release_fixtures.sha(text) for id, text in WILD.items()}
     change(data / "kept/prose.parquet", {id: {"text": WILD[id], "content_hash": hashed[id]} for id in WILD})
-    fates: dict[str, dict[str, Any]] = {id: {"content_hash": h, "kept_hash": h} for id, h in hashed.items()}
-    fates["prose/003"] = {"rule": "exact_duplicate", "duplicate_of": "prose/001", "content_hash": hashed["prose/001"]}
-    fates["prose/007"] = {"rule": "near_duplicate", "duplicate_of": "sums/003"}
-    fates["sums/003"] = {"rule": "exact_duplicate", "duplicate_of": "sums/002"}
-    fates["sums/011"] = {"id": "sums/é"}
-    fates["sums/007"] = {"content_hash": hashed["prose/001"]}  # the same text, removed for another reason
-    change(data / "dispositions.parquet", fates)
-    change(data / "kept/sums.parquet", {"sums/011": fates["sums/011"]})
+    dispositions: dict[str, dict[str, Any]] = {id: {"content_hash": h, "kept_hash": h} for id, h in hashed.items()}
+    dispositions["prose/003"] = {
+        "rule": "exact_duplicate",
+        "duplicate_of": "prose/001",
+        "content_hash": hashed["prose/001"],
+    }
+    dispositions["prose/007"] = {"rule": "near_duplicate", "duplicate_of": "sums/003"}
+    dispositions["sums/003"] = {"rule": "exact_duplicate", "duplicate_of": "sums/002"}
+    dispositions["sums/011"] = {"id": "sums/é"}
+    dispositions["sums/007"] = {"content_hash": hashed["prose/001"]}  # the same text, removed for another reason
+    change(data / "dispositions.parquet", dispositions)
+    change(data / "kept/sums.parquet", {"sums/011": dispositions["sums/011"]})
     tokens = {id: {"content_hash": h} for id, h in hashed.items()}
-    change(data / "tokens/documents.parquet", {**tokens, "sums/011": fates["sums/011"]})
+    change(data / "tokens/documents.parquet", {**tokens, "sums/011": dispositions["sums/011"]})
     order = data / "order/longcontext-2/order.parquet"
     release_fixtures.table(order, [*read_rows(order), segment(2, 2, "sums/é")])  # which no other phase read
 
@@ -84,9 +88,11 @@ def enrich(folder: Path) -> None:
     shutil.copytree(data / "kept", earlier / "dedup-bbbb/kept")
     release_fixtures.table(earlier / "dedup-bbbb/kept/old.parquet", [OLD])
     shutil.copy(data / "dispositions.parquet", earlier / "dedup-bbbb/dispositions.parquet")
-    fate = {"id": "old/1", "source": "old", "license": "MIT", "content_hash": OLD["content_hash"], "split": "train",
-            "kept_hash": OLD["content_hash"], "rule": None, "value": None, "threshold": None}  # fmt: skip
-    change(earlier / "dedup-bbbb/dispositions.parquet", {"prose/000": fate})
+    disposition = {
+        "id": "old/1", "source": "old", "license": "MIT", "content_hash": OLD["content_hash"], "split": "train",
+        "kept_hash": OLD["content_hash"], "rule": None, "value": None, "threshold": None,
+    }  # fmt: skip
+    change(earlier / "dedup-bbbb/dispositions.parquet", {"prose/000": disposition})
     rows = [segment(step, row, id) for step in range(1, 6) for row, id in enumerate(("old/1", "prose/001", "sums/002"))]
     release_fixtures.table(earlier / "order-midtrain-aaaa/order.parquet", rows)
     release_fixtures.write_json(earlier / "order-midtrain-aaaa/meta.json", {"phase": "midtrain", "steps": 5})
@@ -219,19 +225,19 @@ def test_a_step_that_there_is_not_is_reported(release: Path, alone: Path) -> Non
         tracing.trace_step(release / "model", None, 1)
 
 
-def test_every_document_has_its_fate_and_its_steps(release: Path) -> None:
-    fates = {row["id"]: row for row in read_rows(release / "dataset/dispositions.parquet")}
+def test_every_document_has_its_outcome_and_its_steps(release: Path) -> None:
+    dispositions = {row["id"]: row for row in read_rows(release / "dataset/dispositions.parquet")}
     origins = {row["id"]: row["origin"] for _, row in kept_documents(release)}
     checkpoints = [(path.name.rpartition("-step-")[0], int(path.name.rpartition("-")[2]), path.name)
                    for path in (release / "checkpoints").glob("*-step-*")]  # fmt: skip
     assert len(checkpoints) == 10
     reached = set()
-    for id in [*fates, "old/1"]:
+    for id in [*dispositions, "old/1"]:
         document = tracing.trace_document(release, id)
-        if id in fates:
-            fate = {name: fates[id][name] for name in FATE} | {"table": "dispositions.parquet"}
-            assert dataclasses.asdict(document.fates[0]) == {**fate, "origin": origins.get(id)}
-            assert (document.fates[0].origin is None) == (fates[id]["disposition"] == "removed")
+        if id in dispositions:
+            disposition = {name: dispositions[id][name] for name in FATE} | {"table": "dispositions.parquet"}
+            assert dataclasses.asdict(document.fates[0]) == {**disposition, "origin": origins.get(id)}
+            assert (document.fates[0].origin is None) == (dispositions[id]["disposition"] == "removed")
         uses = uses_of(release, id)
         assert [dataclasses.asdict(use) for use in document.uses] == uses
         trained = [(PHASES.index(use["phase"]), use["step"]) for use in uses if use["moved"] is not False]
@@ -511,6 +517,6 @@ def test_of_the_data_alone_it_says_what_it_cannot_tell(release: Path, alone: Pat
 
 def test_what_a_terminal_would_obey_is_not_printed(release: Path) -> None:
     document = tracing.trace_document(release, "prose/001")
-    fate = dataclasses.replace(document.fates[0], origin="a\nb", license="\x9b2J")
-    page = tracing.text(dataclasses.replace(document, id="prose/\x1b[2J", fates=[fate]))
+    disposition = dataclasses.replace(document.fates[0], origin="a\nb", license="\x9b2J")
+    page = tracing.text(dataclasses.replace(document, id="prose/\x1b[2J", fates=[disposition]))
     assert "\x1b" not in page and r"prose/\x1b[2J" in page and r"\x9b2J; a\nb" in page

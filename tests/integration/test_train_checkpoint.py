@@ -1,4 +1,4 @@
-"""Work checkpoints: damaged ones are passed over, orphans do no harm, the newest are kept, a full disk is told."""
+"""Work checkpoints: damaged ones are passed over, orphans do no harm, the newest are kept, a full disk is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a real Slurm cluster: a verdict of one rank ends the processes of all nodes within seconds, is told by `atom status`,
+"""On a real Slurm cluster: a verdict of one rank ends the processes of all nodes within seconds, is reported by `atom status`,
 and what would fail again is not started again."""
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def test_a_verdict_ends_every_node_within_seconds_and_is_reported(name: str, tmp
         assert stage["state"] != "running", stage
         return stage if stage["state"] == "failed" else None
 
-    stage = slurm_fixtures.until(state, "a failure that is told")
+    stage = slurm_fixtures.until(state, "a failure that is reported")
     assert sentence in stage["message"] and stage["kind"] == kind, stage
     code = slurm_fixtures.slurm("sacct", "-n", "-X", "-P", "-j", job, "-o", "ExitCode").strip()
     assert code == ("1:0" if kind is Kind.CHECK else "2:0")

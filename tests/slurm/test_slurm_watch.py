@@ -1,4 +1,4 @@
-"""What is told of a run on a real Slurm, and what ends it: a diagnosis, a budget; what it costs."""
+"""What is reported of a run on a real Slurm, and what ends it: a diagnosis, a budget; what it costs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = slurm_fixtures.ON_SLURM
 
 def test_a_stage_that_would_fail_again_is_not_retried_and_stops_what_waits_for_it(home: Path) -> None:
     folder = home.parent
-    notes_file = folder / "told"
+    notes_file = folder / "notified"
     recipe = slurm_fixtures.write_recipe(folder)
     order = next((home / "artifacts").glob("order-pretrain-*"))
     (order / "order.parquet").write_bytes(b"x" * (order / "order.parquet").stat().st_size)  # no retry mends it

@@ -22,7 +22,7 @@ CONFIG = {"canaries": 8, "seed": 0}
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     """add/00000 stands in a document that was read, add/00001 in one that was not, add/00002 in a prompt."""
-    folder = tmp_path_factory.mktemp("world")
+    folder = tmp_path_factory.mktemp("inputs")
     rows = chat_rows(chat_fixtures.sealed(chat_fixtures.items_stage.STAGE, chat_fixtures.ITEMS, {}, folder / "look"))
     questions = {row["id"]: question(row) for row in rows}
     spaced = questions["add/00000"].replace("+", " +\n")
@@ -30,7 +30,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
         f"So {spaced} it was.",
         f"Never read: {questions['add/00001']}",
     ]
-    artifacts = chat_fixtures.make(folder / "world", {"prose": prose})
+    artifacts = chat_fixtures.make(folder / "inputs", {"prose": prose})
     tasks = read_jsonl(artifacts["tasks-rlvr"] / "tasks.jsonl")
     tasks[0]["responses_create_params"]["input"][0]["content"] = f"What is {questions['add/00002']}?"
     write_jsonl(artifacts["tasks-rlvr"] / "tasks.jsonl", tasks)

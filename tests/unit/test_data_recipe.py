@@ -1,4 +1,4 @@
-"""Data recipes: packaged ones load fast and light; what is wrong is told in one sentence with its fix."""
+"""Data recipes: packaged ones load fast and light; what is wrong is reported in one sentence with its fix."""
 
 from __future__ import annotations
 

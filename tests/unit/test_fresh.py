@@ -20,8 +20,8 @@ CONFIG = {"problems": {"add": 40, "sort": 10}, "phases": {"pretrain": ["prose"],
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    """A world in which the corpus, a task and an evaluation item ask what the model `model` will draw."""
-    folder = tmp_path_factory.mktemp("world")
+    """Artifacts whose corpus, a task and an evaluation item ask what the model `model` will draw."""
+    folder = tmp_path_factory.mktemp("inputs")
     drawn = generated_eval.draw(
         generated_eval.digest_of(chat_fixtures.model(folder / "a", 1) / "model"), CONFIG["problems"]
     )
@@ -34,7 +34,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
         ],
         "chats": [f"<|im_start|>user\n{questions[40].upper()}<|im_end|>\n", f"{questions[0]}", chat_fixtures.TEXT],
     }
-    artifacts = chat_fixtures.make(folder / "world", texts)
+    artifacts = chat_fixtures.make(folder / "inputs", texts)
     for role, name, question in (("tasks-rlvr", "tasks.jsonl", questions[2]), ("items", "chat.jsonl", questions[3])):
         rows = read_jsonl(artifacts[role] / name)
         rows[0]["responses_create_params"]["input"][0]["content"] = question

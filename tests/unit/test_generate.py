@@ -1,4 +1,4 @@
-"""The in-process sampler draws what transformers would, and tells the probabilities that it drew by."""
+"""The in-process sampler draws what transformers would, and returns the probabilities that it drew by."""
 
 from __future__ import annotations
 

@@ -192,9 +192,9 @@ def test_an_unknown_document_has_no_proof(dataset: Path) -> None:
 
 
 def test_a_measure_that_is_no_number_has_a_leaf(dataset: Path, tmp_path: Path) -> None:
-    fates = read_rows(dataset / "dispositions.parquet")
-    fates[3]["value"] = float("nan")
-    release_fixtures.table(tmp_path / "dispositions.parquet", fates)
+    dispositions = read_rows(dataset / "dispositions.parquet")
+    dispositions[3]["value"] = float("nan")
+    release_fixtures.table(tmp_path / "dispositions.parquet", dispositions)
     (tmp_path / "tokens").symlink_to(dataset / "tokens")
     proof = proofs_of(tmp_path, "prose/003")["dispositions"]
     assert proof["leaf"]["value"] == "nan"

@@ -17,7 +17,7 @@ CONFIG = {"model": "dpo", "before": "rlvr", "max_new_tokens": 6, "seed": 0}
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    return chat_fixtures.make(tmp_path_factory.mktemp("world"))
+    return chat_fixtures.make(tmp_path_factory.mktemp("inputs"))
 
 
 def pair(id: str, ours: float, theirs: float, **parts: float) -> dict:

@@ -20,7 +20,7 @@ CONFIG = {"num_samples": 3, "max_new_tokens": 6, "seed": 0}
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    return chat_fixtures.make(tmp_path_factory.mktemp("world"))
+    return chat_fixtures.make(tmp_path_factory.mktemp("inputs"))
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer() -> None:

@@ -1,4 +1,4 @@
-"""Impossible sizes are told in one sentence that names the field, its value and the nearest possible ones."""
+"""Impossible sizes are reported in one sentence that names the field, its value and the nearest possible ones."""
 
 from __future__ import annotations
 
