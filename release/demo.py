@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from pipeline.core.store import Store
     from pipeline.graph.dag import Graph
+    from stages.evaluation.scores import Figure
 
 NAMESPACE, TOKEN = "local", "hf_local"
 
@@ -74,7 +76,7 @@ def summary(composed: Graph, store: Store, release: Path, seconds: float) -> Non
     from release.assembly.data_facts import read_data_facts
     from release.assembly.model_facts import read_model_facts
     from release.cards import caveats
-    from release.cards.tables import titles
+    from release.cards.tables import titles, with_error
 
     data, model = read_data_facts(release / "dataset"), read_model_facts(release / "model")
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -110,13 +112,12 @@ def summary(composed: Graph, store: Store, release: Path, seconds: float) -> Non
     scores = data.evaluation
     phases = list(scores)
     quality = table("\nHeld-out quality: value ± standard error", "", *titles(phases).values())
-    for kind, digits, label in (("bits_per_byte", 3, "bits per byte, "), ("accuracy", 3, "exact match, ")):
-        for name in scores[phases[-1]][kind]:
-            cells = [
-                f"{scores[p][kind][name]['value']:.{digits}f} ± {scores[p][kind][name]['se']:.{digits}f}"
-                for p in phases
-            ]
-            quality.add_row(label + name, *cells)
+    for source in scores[phases[-1]]["bits_per_byte"]:
+        cells = [with_error(scores[p]["bits_per_byte"][source], 3) for p in phases]
+        quality.add_row(f"bits per byte, {source}", *cells)
+    for task in scores[phases[-1]]["accuracy"]:
+        cells = [with_error(scores[p]["accuracy"][task], 3) for p in phases]
+        quality.add_row(f"exact match, {task}", *cells)
     console.print(quality)
 
     if data.chat:
@@ -157,12 +158,13 @@ def summary(composed: Graph, store: Store, release: Path, seconds: float) -> Non
 def conversation(console: Console, table: Any, chat: dict[str, Any]) -> None:
     """Prints the scores after each phase of post-training: test problems, fresh set, reward by part, preferences."""
     from release.cards import caveats, chat_tables
+    from release.cards.tables import with_error
 
     test, fresh, preferences = (chat.get(benchmark, {}) for benchmark in ("test", "fresh", "preferences"))
     grid = table("\nIn conversation: value ± standard error; pass@1: right answers drawn at temperature 1", "", *test)
 
-    def row(label: str, cells: list[dict[str, Any] | None]) -> None:
-        grid.add_row(label, *(f"{c['value']:.3f} ± {c['se']:.3f}" if c else "" for c in cells))
+    def row(label: str, cells: Sequence[Figure | None]) -> None:
+        grid.add_row(label, *(with_error(c, 3) if c else "" for c in cells))
 
     for kind in next(iter(test.values()))["problems"]:
         row(

@@ -11,8 +11,9 @@ from typing import Any
 
 from release import schema
 from release.assembly.published_tables import read_json, stream_batches, stream_rows
-from release.assembly.score_facts import Scores, compute_chat_scores, compute_scores
+from release.assembly.score_facts import ChatScores, compute_chat_scores, compute_scores
 from release.layout import when
+from stages.evaluation.scores import ModelScores
 
 ORDER_BATCH = 65536
 """Rows of an order, which are short, that are unpacked together."""
@@ -86,8 +87,8 @@ class DataFacts:
 
     sources: dict[str, SourceFacts] = field(default_factory=dict)
     order: dict[str, OrderFacts] = field(default_factory=dict)
-    chat: dict[str, dict[str, Scores]] = field(default_factory=dict)
-    evaluation: dict[str, Scores] = field(default_factory=dict)
+    chat: dict[str, ChatScores] = field(default_factory=dict)
+    evaluation: dict[str, ModelScores] = field(default_factory=dict)
 
     def sources_read(self, phase: str) -> set[str]:
         """The sources of a phase's order; none for a phase without an order."""

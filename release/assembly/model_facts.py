@@ -11,10 +11,11 @@ from pipeline.core.errors import CheckFailed
 from release import schema
 from release.assembly import training
 from release.assembly.published_tables import read_json
-from release.assembly.score_facts import CHAT_BENCHMARKS, CONTAMINATION, Scores, read_scores
+from release.assembly.score_facts import CHAT_BENCHMARKS, CONTAMINATION, ChatScores, read_scores
 from release.assembly.training import PhaseLog
 from release.layout import when
 from release.untrusted import tensor_header
+from stages.evaluation.scores import ContaminationReport, ModelScores
 
 CONFIG_KEYS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts",
@@ -44,12 +45,12 @@ class ModelFacts:
     parameters: Parameters
     parity: dict[str, Any]
     rope: dict[str, Any]
-    scores: dict[str, Scores]
-    chat: dict[str, dict[str, Scores]] = field(default_factory=dict)
-    contamination: dict[str, Any] | None = None
+    scores: dict[str, ModelScores]
+    chat: dict[str, ChatScores] = field(default_factory=dict)
+    contamination: ContaminationReport | None = None
     training: dict[str, PhaseLog] = field(default_factory=dict)
 
-    def own_scores(self) -> Scores:
+    def own_scores(self) -> ModelScores:
         """The scores of the model itself, the last ones, because a card compares only with earlier models."""
         return self.scores[self.name()]
 
@@ -102,6 +103,6 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
     return {name: entry["shape"] for name, entry in tensor_header(path, follow=True).items()}
 
 
-def _scores_by_model(folder: Path) -> dict[str, Scores]:
+def _scores_by_model(folder: Path) -> dict[str, Any]:
     files = {schema.model(path): path for path in folder.glob("*.json")}
     return {model: read_scores(files[model]) for model in sorted(files, key=when)}

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from release import schema
 from release.assembly.published_tables import read_json, read_rows
 from release.layout import when
+from stages.evaluation.scores import ModelScores
 
-Scores = dict[str, Any]
-"""The content of a scores.json, or a part of it; figures are {value, se, n} and further fields."""
+ChatScores = dict[str, Any]
+"""The content of a scores.json by model: AnswerScores, or ComparisonScores of the benchmark `preferences`."""
 CHAT_BENCHMARKS = ("test", "fresh", "preferences")
 """The benchmarks of chat models, by the names of their folders."""
 CONTAMINATION = "evaluation/contamination/report.json"
 
 
-def read_scores(path: Path) -> Scores:
+def read_scores(path: Path) -> Any:
     """A published scores.json, or its copy in a model repository, with present names."""
-    current: Scores = schema.fields(path, "scores.json", read_json(path))
-    return current
+    return schema.fields(path, "scores.json", read_json(path))
 
 
-def compute_scores(folder: Path) -> Scores:
+def compute_scores(folder: Path) -> ModelScores:
     """The scores of one phase, recomputed from its tables: two, or four with long contexts."""
     from stages.evaluation.model_evaluation import summary
 
@@ -32,15 +32,19 @@ def compute_scores(folder: Path) -> Scores:
     return summary(*tables)
 
 
-def compute_chat_scores(evaluation: Path) -> Scores:
+def compute_chat_scores(evaluation: Path) -> dict[str, ChatScores]:
     """The scores recomputed from the tables, by benchmark and model. Empty without a chat model."""
     from stages.evaluation import pass_at_k, win_rate
 
-    facts: Scores = {}
+    facts: dict[str, ChatScores] = {}
     for benchmark in CHAT_BENCHMARKS:
-        summarize: Callable[[Any], Scores] = win_rate.summary if benchmark == "preferences" else pass_at_k.summary
+        summarize: Callable[[Any], Mapping[str, Any]] = pass_at_k.summary
+        if benchmark == "preferences":
+            summarize = win_rate.summary
         tables = chat_tables_of(evaluation, benchmark)
-        scored = {schema.model(path.parent): summarize(read_rows(path)) | _compared_models(path) for path in tables}
+        scored = {
+            schema.model(path.parent): {**summarize(read_rows(path)), **_compared_models(path)} for path in tables
+        }
         if scored:
             facts[benchmark] = {name: scored[name] for name in sorted(scored, key=when)}
     return facts
@@ -51,7 +55,7 @@ def chat_tables_of(evaluation: Path, benchmark: str) -> list[Path]:
     return sorted((evaluation / benchmark).glob(f"*/{'pairs' if benchmark == 'preferences' else 'answers'}.parquet"))
 
 
-def _compared_models(table: Path) -> Scores:
+def _compared_models(table: Path) -> dict[str, str]:
     """The two models of a comparison, which no table names."""
     stated = read_scores(table.with_name("scores.json"))
     return {name: stated[name] for name in ("model", "before") if name in stated}

@@ -10,11 +10,12 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from release import schema
 from release.layout import when
 from stages.evaluation.confidence import clustered
+from stages.evaluation.scores import Mean
 
 Facts = dict[str, Any]
 FIGURES = ("step", "tokens", "experts", "spike", "rewards", "excluded")
@@ -37,6 +38,13 @@ def read(log: Path, fields: Collection[str] | None = None) -> list[Facts]:
     return lines
 
 
+class FirstAndLast(TypedDict):
+    """Mean rewards over the first and the last quarter of the steps."""
+
+    first: Mean
+    last: Mean
+
+
 @dataclass
 class PhaseLog:
     """The facts of one phase for a card.
@@ -53,7 +61,7 @@ class PhaseLog:
     measurements: int
     dropped: int
     spikes: list[Facts]
-    rewards: dict[str, Facts]
+    rewards: dict[str, FirstAndLast]
     excluded: list[int]
 
 
@@ -77,7 +85,7 @@ def log_facts(lines: list[Facts]) -> PhaseLog:
     )
 
 
-def _first_and_last_means(means: list[float]) -> Facts:
+def _first_and_last_means(means: list[float]) -> FirstAndLast:
     size = max(2, len(means) // 4)
     return {"first": clustered(means[:size]), "last": clustered(means[-size:])}
 

@@ -17,6 +17,7 @@ from release.cards import caveats, tables
 from release.layout import GATES, PUBLIC_KEY, SIGNATURE
 from release.repositories import model_folders
 from release.untrusted import cleaned
+from stages.evaluation.scores import Figure
 
 WIDTH = 118
 ABOUT = ("name", "version", "title", "description", "license", "commit", "dirty", "stale")
@@ -83,9 +84,9 @@ def _steps_and_tokens(order: OrderFacts) -> dict[str, int]:
     return {"steps": order.steps, "tokens": sum(parts)}
 
 
-def _scores(model: ModelFacts) -> dict[str, Any]:
+def _scores(model: ModelFacts) -> dict[str, Figure]:
     scores = model.own_scores()
-    return {kind: scores[f"{kind}_all"] for kind in ("bits_per_byte", "accuracy")}
+    return {"bits_per_byte": scores["bits_per_byte_all"], "accuracy": scores["accuracy_all"]}
 
 
 def text(facts: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from release.assembly.checkpoint_facts import Intervention
 from release.assembly.costs import Costs
 from release.assembly.data_facts import DataFacts
 from release.assembly.model_facts import ModelFacts
-from release.assembly.score_facts import Scores
+from release.assembly.score_facts import ChatScores
 from release.cards import caveats, chat_tables, tables, training_tables
 
 F = TypeVar("F")
@@ -49,7 +49,7 @@ class ReleaseFacts:
         return [row for row in self.interventions if row.phase in self.model.training]
 
 
-def _preferences(facts: ModelFacts | DataFacts) -> dict[str, Scores]:
+def _preferences(facts: ModelFacts | DataFacts) -> ChatScores:
     return facts.chat.get("preferences", {})
 
 

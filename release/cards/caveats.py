@@ -13,14 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Any
 
 from release.assembly.data_facts import OrderFacts
 from release.assembly.model_facts import ModelFacts
+from release.assembly.score_facts import ChatScores
+from release.assembly.training import FirstAndLast
 from release.cards.tables import count, titles, with_error
+from stages.evaluation.scores import Figure, Mean, ModelScores
 from stages.evaluation.settings import SURE
 
-Facts = dict[str, Any]
 RULE = (
     "By rule from the figures below: what got worse from one phase to the next by more than a standard error of the "
     f"difference, and every reward that rose by more than {SURE} of them where its task did not."
@@ -39,7 +40,7 @@ def caveat_sentences(model: ModelFacts) -> list[str]:
     return [f"- {sentence}" for sentence in sentences] or [NONE]
 
 
-def unread(scores: Mapping[str, Facts], order: Mapping[str, OrderFacts]) -> list[str]:
+def unread(scores: Mapping[str, ModelScores], order: Mapping[str, OrderFacts]) -> list[str]:
     """Sources with a rise of bits per byte in phases that read none of their documents.
 
     scores: of a model, in the order of training; order: `order` of the facts of a dataset.
@@ -58,16 +59,16 @@ PHASE = {"base": "pretrain", "mid": "midtrain"}
 """The phase of a model, if their names differ."""
 
 
-def parts(chat: Mapping[str, Mapping[str, Facts]]) -> dict[str, Facts]:
+def parts(chat: Mapping[str, ChatScores]) -> dict[str, dict[str, Mean]]:
     """The parts of the reward of each model that answered the held-out requests, in the order of training."""
-    parts_by_model: dict[str, Facts] = {}
+    parts_by_model: dict[str, dict[str, Mean]] = {}
     for name, row in chat.get("preferences", {}).items():
         parts_by_model.setdefault(row["before"], row["sides"]["before"]["parts"])
         parts_by_model[name] = row["sides"]["model"]["parts"]
     return parts_by_model
 
 
-def rises(before: Facts, after: Facts, errors: float = SURE) -> bool:
+def rises(before: Figure, after: Figure, errors: float = SURE) -> bool:
     """Whether a value rises by more than that many standard errors of the difference."""
     return bool(after["value"] - before["value"] > errors * math.hypot(before["se"], after["se"]))
 
@@ -120,7 +121,7 @@ def _trained_reward_without_task(model: ModelFacts) -> Iterator[str]:
                 yield f"**A reward rose and its task did not**: {start} {target} did not ({_change(old, new)})."
 
 
-def _rewards(model: ModelFacts, phase: str) -> dict[str, Facts]:
+def _rewards(model: ModelFacts, phase: str) -> dict[str, FirstAndLast]:
     """The rewards that a phase was trained on, by kind of task; none for a phase without a log."""
     return model.training[phase].rewards if phase in model.training else {}
 
@@ -151,11 +152,11 @@ def _regressions(model: ModelFacts) -> Iterator[str]:
             yield f"From {names[before]} to {names[after]} these got worse: {', '.join(regressions)}."
 
 
-def _risen(before: Facts, after: Facts) -> list[str]:
+def _risen(before: ModelScores, after: ModelScores) -> list[str]:
     """Sources whose bits per byte rose."""
     old, new = before["bits_per_byte"], after["bits_per_byte"]
     return [source for source, row in new.items() if source in old and rises(old[source], row, 1)]
 
 
-def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    return f"{with_error(dict(before), 3)} → {with_error(dict(after), 3)}"
+def _change(before: Figure, after: Figure) -> str:
+    return f"{with_error(before, 3)} → {with_error(after, 3)}"

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from pipeline.core.text import escaped
+from release.assembly.score_facts import ChatScores
 from release.cards import caveats
 from release.cards.tables import count, table
+from stages.evaluation.scores import AnswerScores, ComparisonScores, ContaminationReport, Figure
 
-Facts = dict[str, Any]
 SHOWN = 4
 """Sample pairs that a card shows."""
 
 
-def answers(scores: Facts) -> list[str]:
+def answers(scores: Mapping[str, AnswerScores]) -> list[str]:
     """One row for each model and kind of problem."""
     body = []
     for name, model_scores in scores.items():
         parts = {**model_scores["problems"], "all problems": model_scores["problems_all"]}
         for kind, part in parts.items():
+            if part is None:
+                continue
             max_k = max(part["at"], key=int)
             body.append([
                 name, kind, str(part["samples"]["accuracy"]["n"]), _value(part["greedy"]["accuracy"]),
@@ -27,10 +29,11 @@ def answers(scores: Facts) -> list[str]:
                 f"{part['samples']['tokens']:.1f}", f"{part['samples']['truncated']:.1%}",
                 f"{part['samples']['reasoning']:.1%}",
             ])  # fmt: skip
-        for kind, part in model_scores["judged"].items():
-            cells = ["", _value(part["reward"]), "", "", f"{part['tokens']:.1f}", f"{part['truncated']:.1%}", ""]
-            body.append([name, f"{kind} (preference reward)", str(part["reward"]["n"]), *cells])
-    k = max((max(part["problems_all"]["at"], key=int) for part in scores.values()), default="k")
+        for kind, row in model_scores["judged"].items():
+            cells = ["", _value(row["reward"]), "", "", f"{row['tokens']:.1f}", f"{row['truncated']:.1%}", ""]
+            body.append([name, f"{kind} (preference reward)", str(row["reward"]["n"]), *cells])
+    totals = [model_scores["problems_all"] for model_scores in scores.values()]
+    k = max((max(part["at"], key=int) for part in totals if part), default="k")
     head = [
         "model",
         "what",
@@ -46,7 +49,7 @@ def answers(scores: Facts) -> list[str]:
     return table(head, body) if body else []
 
 
-def wins(preferences: Facts) -> list[str]:
+def wins(preferences: Mapping[str, ComparisonScores]) -> list[str]:
     body = []
     for name, comparison in preferences.items():
         rate = comparison["win_rate"]
@@ -61,7 +64,7 @@ def wins(preferences: Facts) -> list[str]:
     return table([*head, "preference reward of the other", "preference reward"], body) if body else []
 
 
-def reward_parts(chat: Mapping[str, Mapping[str, Facts]]) -> list[str]:
+def reward_parts(chat: Mapping[str, ChatScores]) -> list[str]:
     """The mean reward on the held-out requests of all models, and its parts: one row for each part."""
     measured = caveats.parts(chat)
     names = ordered([name for model_parts in measured.values() for name in model_parts])
@@ -83,7 +86,7 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (name != "reward", name != "task", name))
 
 
-def samples(preferences: Facts) -> list[str]:
+def samples(preferences: Mapping[str, ComparisonScores]) -> list[str]:
     """A few pairs of the last comparison, with fenced texts, so that no character of them is markup."""
     if not preferences:
         return []
@@ -94,7 +97,7 @@ def samples(preferences: Facts) -> list[str]:
     return table(["request", f"{comparison['before']} (reward)", f"{comparison['model']} (reward)"], body)
 
 
-def overlaps(report: Facts | None) -> list[str]:
+def overlaps(report: ContaminationReport | None) -> list[str]:
     """Items by their overlap with the training data; report: on contamination, None without one."""
     if report is None:
         return []
@@ -105,20 +108,22 @@ def overlaps(report: Facts | None) -> list[str]:
     return table(["items", "clean", "overlap", "contaminated"], body)
 
 
-def clean(report: Facts | None) -> list[str]:
+def clean(report: ContaminationReport | None) -> list[str]:
     """The score of each table on all items and on clean items."""
     if report is None:
         return []
     body = []
     for role, kinds in report["scores"].items():
         for kind, row in kinds.items():
-            subset = row["clean"]
+            full, subset = row["full"], row["clean"]
+            if full is None:
+                continue
             cells = [_value(subset), str(subset["n"])] if subset else ["no item is clean", "0"]
-            body.append([role, kind, _value(row["full"]), str(row["full"]["n"]), *cells])
+            body.append([role, kind, _value(full), str(full["n"]), *cells])
     return table(["measured by", "what", "all items", "n", "clean items", "n"], body) if body else []
 
 
-def detector(report: Facts | None) -> list[str]:
+def detector(report: ContaminationReport | None) -> list[str]:
     """One sentence: the recall of the contamination detector on planted items."""
     if report is None:
         return []
@@ -130,7 +135,7 @@ def detector(report: Facts | None) -> list[str]:
     ]
 
 
-def _value(row: Facts) -> str:
+def _value(row: Figure) -> str:
     return f"{row['value']:.3f} ± {row['se']:.3f}"
 
 

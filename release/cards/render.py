@@ -8,16 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from release import schema
 from release.assembly.data_facts import DataFacts
-from release.assembly.score_facts import Scores
 from release.cards import card_tables
 from release.cards.card_tables import ReleaseFacts
 from release.hub.client import load
 from release.layout import numbered
 from release.schema import ReleaseInfo
+from stages.evaluation.scores import ModelScores
 
 TEMPLATES = Path(__file__).parent
 # The Hub's identifiers that equal the SPDX identifier in lower case; for its further ones `other` is right as well.
@@ -27,7 +27,7 @@ HUB_LICENSES = frozenset({
     "ecl-2.0",
 })  # fmt: skip
 # kind of score -> (metric of the card's metadata, its title, its data)
-METRICS = {
+METRICS: dict[Literal["bits_per_byte", "accuracy"], tuple[str, str, str]] = {
     "bits_per_byte": ("bits_per_byte", "Bits per byte", "held-out documents"),
     "accuracy": ("exact_match", "Exact match", "held-out problems"),
 }
@@ -45,7 +45,7 @@ def license_fields(spdx: str) -> dict[str, Any]:
     return {"license": "other", "license_name": spdx.lower(), "license_link": "LICENSE"}
 
 
-def model_index(scores: Scores, dataset: str) -> list[Any]:
+def model_index(scores: ModelScores, dataset: str) -> list[Any]:
     """One EvalResult for each number of `scores.json`, at full precision."""
     hub = load()
 
@@ -185,7 +185,7 @@ def _normalize_text(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text.replace("\r\n", "\n")).strip() + "\n"
 
 
-def mismatched_scores(card: str, scores: Scores) -> list[str]:
+def mismatched_scores(card: str, scores: ModelScores) -> list[str]:
     """Values of the card's model-index that differ from the measured ones."""
     hub = load()
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from release.assembly import costs
 from release.assembly.checkpoint_facts import Checkpoint, Intervention
 from release.assembly.data_facts import DataFacts, OrderPart
 from release.assembly.model_facts import ModelFacts
-from release.assembly.score_facts import Scores
 from release.layout import numbered
+from stages.evaluation.scores import Figure, ModelScores
 
 TITLES = {"init": "random weights", "base": "pre-training (base)", "mid": "mid-training", "long": "long context"}
 
@@ -25,7 +25,7 @@ def table(head: Iterable[str], body: Iterable[Iterable[str]]) -> list[str]:
     return lines + ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in body]
 
 
-def with_error(row: dict[str, Any], digits: int) -> str:
+def with_error(row: Figure, digits: int) -> str:
     return f"{row['value']:.{digits}f} ± {row['se']:.{digits}f}"
 
 
@@ -35,33 +35,33 @@ def titles(models: Iterable[str]) -> dict[str, str]:
     return {model: f"{TITLES.get(kind, kind)} {number or ''}".strip() for model, (kind, number) in parts.items()}
 
 
-def evaluation(scores: dict[str, Scores]) -> list[str]:
+def evaluation(scores: dict[str, ModelScores]) -> list[str]:
     """One row for each measure, one column for each model: value ± standard error."""
     phases, last_scores = list(scores), scores[list(scores)[-1]]
-    measures = [("bits_per_byte", source, f"bits per byte, {source}", 4) for source in last_scores["bits_per_byte"]]
-    measures += [("accuracy", task, f"exact match, {task}", 3) for task in last_scores["accuracy"]]
     body = [
-        [label, *(with_error(scores[p][kind][key], digits) for p in phases)] for kind, key, label, digits in measures
+        [f"bits per byte, {source}", *(with_error(scores[p]["bits_per_byte"][source], 4) for p in phases)]
+        for source in last_scores["bits_per_byte"]
     ]
-    for kind, label, digits in (
-        ("bits_per_byte_all", "bits per byte, all", 4),
-        ("accuracy_all", "exact match, all", 3),
-    ):
-        body.append([label, *(with_error(scores[p][kind], digits) for p in phases)])
+    body += [
+        [f"exact match, {task}", *(with_error(scores[p]["accuracy"][task], 3) for p in phases)]
+        for task in last_scores["accuracy"]
+    ]
+    body.append(["bits per byte, all", *(with_error(scores[p]["bits_per_byte_all"], 4) for p in phases)])
+    body.append(["exact match, all", *(with_error(scores[p]["accuracy_all"], 3) for p in phases)])
     return table(["measure", *titles(phases).values()], body)
 
 
-def passkeys(scores: dict[str, Scores]) -> list[str]:
+def passkeys(scores: dict[str, ModelScores]) -> list[str]:
     """Keys retrieved from texts of each length, one column for each model that was evaluated on them."""
     return _by_model(scores, "passkey", "tokens of the text", 3)
 
 
-def positions(scores: dict[str, Scores]) -> list[str]:
+def positions(scores: dict[str, ModelScores]) -> list[str]:
     """Bits per token of long documents by the token's position, one column for each model."""
     return _by_model(scores, "loss_by_position", "position of the token", 4)
 
 
-def passkeys_by_depth(scores: dict[str, Scores]) -> list[str]:
+def passkeys_by_depth(scores: dict[str, ModelScores]) -> list[str]:
     """Keys that the last model retrieved, by length of the text and depth of the key in it (0: at its start)."""
     scores_by_length = scores[list(scores)[-1]].get("passkey_by_depth", {})
     depths = sorted({depth for row in scores_by_length.values() for depth in row}, key=float)
@@ -72,7 +72,9 @@ def passkeys_by_depth(scores: dict[str, Scores]) -> list[str]:
     return table(["tokens of the text", *(f"depth {depth}" for depth in depths)], body) if body else []
 
 
-def _by_model(scores: dict[str, Scores], kind: str, head: str, digits: int) -> list[str]:
+def _by_model(
+    scores: dict[str, ModelScores], kind: Literal["passkey", "loss_by_position"], head: str, digits: int
+) -> list[str]:
     """One row for each name of a kind of scores, in order of its first number; empty if no model has that kind."""
     names, columns = titles(scores), [model for model in scores if kind in scores[model]]
     keys = sorted({key for model in columns for key in scores[model][kind]}, key=lambda key: int(key.split("-")[0]))
@@ -84,7 +86,7 @@ def _by_model(scores: dict[str, Scores], kind: str, head: str, digits: int) -> l
     return table([head, *(names[model] for model in columns)], body) if body else []
 
 
-def samples(scores: dict[str, Scores]) -> list[str]:
+def samples(scores: dict[str, ModelScores]) -> list[str]:
     """The sample sizes of the evaluation: documents, bytes and problems."""
     last_scores = scores[list(scores)[-1]]
     body = [[name, count(r["documents"]), count(r["bytes"]), ""] for name, r in last_scores["bits_per_byte"].items()]

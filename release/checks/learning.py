@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from release.assembly.checkpoint_facts import context_of, read_checkpoints
-from release.assembly.score_facts import Scores
 from release.checks.check import BuildContext
 from release.checks.findings import Findings
 from release.layout import when
+from stages.evaluation.scores import Figure, ModelScores
 from stages.evaluation.settings import SURE
 
 ALL = "over all"
@@ -89,13 +90,13 @@ def _context_of_midtraining(build: BuildContext) -> int:
     return context_of(read_checkpoints(build.folder / "checkpoints"), "midtrain")
 
 
-def _short_position_losses(by_position: Scores, build: BuildContext) -> dict[str, float]:
+def _short_position_losses(by_position: Mapping[str, Figure], build: BuildContext) -> dict[str, float]:
     """The loss at positions within mid-training's context."""
     context = _context_of_midtraining(build)
     return {name: float(row["value"]) for name, row in by_position.items() if int(name.split("-")[1]) < context}
 
 
-def _bits(scores: Scores) -> dict[str, float]:
+def _bits(scores: ModelScores) -> dict[str, float]:
     """Bits per byte over all held-out text, and of each source."""
     by_source = {name: float(row["value"]) for name, row in sorted(scores["bits_per_byte"].items())}
     return {ALL: float(scores["bits_per_byte_all"]["value"]), **by_source}
@@ -114,13 +115,13 @@ def _rise(pair: tuple[float, float]) -> float:
     return rise if math.isfinite(rise) else math.inf
 
 
-def _significant_rises(changes: dict[str, tuple[float, float]], before: Scores, after: Scores) -> list[float]:
+def _significant_rises(changes: dict[str, tuple[float, float]], before: ModelScores, after: ModelScores) -> list[float]:
     """The significant part of each rise in bits per byte: a small source has few held-out documents, so its figures are
     too uncertain for one bound for all sources."""
     rises = []
     for name, pair in changes.items():
         rows = [s["bits_per_byte_all"] if name == ALL else s["bits_per_byte"].get(name) for s in (before, after)]
-        chance = SURE * math.hypot(*(row["se"] for row in rows)) if all(rows) else 0.0
+        chance = SURE * math.hypot(*(row["se"] for row in rows if row)) if all(rows) else 0.0
         rises.append(_rise(pair) - chance)
     return rises
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from release.assembly.score_facts import Scores
 from release.checks.check import BuildContext
 from release.checks.findings import Findings
 from release.checks.learning import BEYOND
 from release.layout import when
+from stages.evaluation.scores import Figure, Mean
 from stages.evaluation.settings import SURE
 
 
@@ -53,12 +53,12 @@ def is_preferred(model: str, build: BuildContext) -> Findings | None:
     return Findings.of_measurement(rate["low"] > build.evaluation["chat"]["min_win_rate"], text)
 
 
-def _pass_at_1(build: BuildContext) -> dict[str, Scores]:
+def _pass_at_1(build: BuildContext) -> dict[str, Mean]:
     """{model: accuracy of sampled answers to all test problems}, in the order of training; empty without a chat
     model."""
     test = build.data.chat.get("test", {})
     return {name: scores["problems_all"]["samples"]["accuracy"] for name, scores in test.items()}
 
 
-def _figure(row: Scores) -> str:
+def _figure(row: Figure) -> str:
     return f"{row['value']:.3f} ± {row['se']:.3f}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from release import schema
-from release.assembly.score_facts import Scores, chat_tables_of, compute_chat_scores, compute_scores, read_scores
+from release.assembly.score_facts import chat_tables_of, compute_chat_scores, compute_scores, read_scores
 from release.cards import versions
 from release.checks.check import Subject
 from release.checks.findings import Findings
@@ -34,7 +35,7 @@ def score_problems(evaluation: Path) -> list[str]:
     return problems
 
 
-def _equals_measured(path: Path, measured: Scores) -> bool:
+def _equals_measured(path: Path, measured: Mapping[str, Any]) -> bool:
     """Whether a scores.json equals the measured scores. One of an older schema may lack figures that were added
     later."""
     newer_figures = {figure for figure, schema_ in versions.FIGURES.items() if schema_ > schema.stated(path).cards}

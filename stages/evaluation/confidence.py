@@ -6,13 +6,15 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Literal
+
+from stages.evaluation.scores import Mean, Ratio
 
 Z95 = 1.959963984540054
 """Half the width of a normal 95 % interval, in standard errors."""
 
 
-def ratio(pairs: Sequence[tuple[float, int]], unit: str = "bytes") -> dict[str, Any]:
+def ratio(pairs: Sequence[tuple[float, int]], unit: Literal["bytes", "tokens"] = "bytes") -> Ratio:
     """Ratio of sums with its linearised standard error over documents (Cochran, Sampling Techniques, §6.3).
 
     pairs: (bits, size) of each document, two at least; `unit` is what the sizes count.
@@ -20,16 +22,18 @@ def ratio(pairs: Sequence[tuple[float, int]], unit: str = "bytes") -> dict[str, 
     n, size = len(pairs), sum(b for _, b in pairs)
     value = math.fsum(bits for bits, _ in pairs) / size
     spread = math.fsum((bits - value * b) ** 2 for bits, b in pairs)
-    return {"value": value, "se": math.sqrt(n / (n - 1) * spread) / size, "documents": n, unit: size}
+    estimate: Ratio = {"value": value, "se": math.sqrt(n / (n - 1) * spread) / size, "documents": n}
+    estimate[unit] = size
+    return estimate
 
 
-def binomial(scores: Sequence[int]) -> dict[str, Any]:
+def binomial(scores: Sequence[int]) -> Mean:
     """Share of ones with its binomial standard error."""
     n, p = len(scores), sum(scores) / len(scores)
     return {"value": p, "se": math.sqrt(p * (1 - p) / n), "n": n}
 
 
-def clustered(values: Sequence[float]) -> dict[str, Any]:
+def clustered(values: Sequence[float]) -> Mean:
     """Mean of one value per item with its standard error over items, at least two: answers to one item are correlated,
     so they are averaged first (Miller 2024, arXiv 2411.00640)."""
     n, mean = len(values), math.fsum(values) / len(values)

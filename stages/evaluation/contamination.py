@@ -15,9 +15,9 @@ that occur nowhere are planted in copies of training documents, in several forms
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, TypedDict
 
 from pydantic import Field
 
@@ -28,6 +28,7 @@ from stages.evaluation.confidence import clustered
 from stages.evaluation.contamination_corpus import Corpus, Item
 from stages.evaluation.eval_set import chat_rows, texts_of
 from stages.evaluation.pass_at_k import GREEDY
+from stages.evaluation.scores import ContaminationReport, Mean, ScoresByVerdict, VerdictCounts
 from stages.rl.protocols import question
 
 VERSION = 1
@@ -108,7 +109,7 @@ def run(config: ContaminationConfig, inputs: Inputs, work: Path, out: Path, repo
     write_rows(out / "items.parquet", OVERLAPS, rows)
     verdicts = worst_verdicts(rows)
     detector = corpus.measure_detector(set().union(*corpus.matched.values()), config.ngram, config.contaminated_from)
-    body = {
+    body: ContaminationReport = {
         "thresholds": config.model_dump(include={"ngram", "contaminated_from", "overlap_from"}),
         **summary(rows),
         "read": corpus.read,
@@ -146,7 +147,7 @@ def worst_verdicts(rows: Sequence[OverlapRow]) -> dict[str, str]:
     return verdicts
 
 
-def summary(rows: Sequence[OverlapRow]) -> dict[str, Any]:
+def summary(rows: Sequence[OverlapRow]) -> VerdictCounts:
     """Counts of verdicts from items.parquet alone: of items by split, each by its worst, and by phase and split."""
     splits = {row["id"]: row["split"] for row in rows}
     items = Counter((splits[id], verdict) for id, verdict in worst_verdicts(rows).items())
@@ -179,19 +180,24 @@ def read_scores(inputs: Inputs, role: str) -> dict[str, tuple[str, float]]:
     return {id: (kind, sum(rewards) / len(rewards)) for id, (kind, rewards) in rewards_by_item.items()}
 
 
-def scores_by_verdict(scores: Mapping[str, tuple[str, float]], verdicts: Mapping[str, str]) -> dict[str, Any]:
+def scores_by_verdict(
+    scores: Mapping[str, tuple[str, float]], verdicts: Mapping[str, str]
+) -> dict[str, ScoresByVerdict]:
     """The scores by kind on all items, on those that are not contaminated, and on clean ones; null for fewer than two
     items. The worst verdict over all phases counts, also for a model from before some of them."""
-    subsets = {"full": VERDICTS, "not_contaminated": VERDICTS[:2], "clean": VERDICTS[:1]}
-    result: dict[str, Any] = {}
-    for kind in sorted({kind for kind, _ in scores.values()}):
-        result[kind] = {}
-        for name, allowed in subsets.items():
-            subset = [
-                x for id, (item_kind, x) in sorted(scores.items()) if item_kind == kind and verdicts[id] in allowed
-            ]
-            result[kind][name] = clustered(subset) if len(subset) > 1 else None
-    return result
+
+    def mean(kind: str, allowed: Collection[str]) -> Mean | None:
+        subset = [x for id, (item_kind, x) in sorted(scores.items()) if item_kind == kind and verdicts[id] in allowed]
+        return clustered(subset) if len(subset) > 1 else None
+
+    return {
+        kind: {
+            "full": mean(kind, VERDICTS),
+            "not_contaminated": mean(kind, VERDICTS[:2]),
+            "clean": mean(kind, VERDICTS[:1]),
+        }
+        for kind in sorted({kind for kind, _ in scores.values()})
+    }
 
 
 STAGE = Stage("contamination", VERSION, ContaminationConfig, run)

@@ -6,7 +6,7 @@ import hashlib
 import random
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.core.errors import AtomError
 from pipeline.core.stage import Inputs
@@ -14,6 +14,7 @@ from stages.data.seeds import seed_of
 from stages.data.table import read_table, stream_rows
 from stages.evaluation.confidence import wilson
 from stages.evaluation.generated_eval import prompts, task_roles
+from stages.evaluation.scores import Detector
 
 if TYPE_CHECKING:
     from stages.data.curation.overlap import ItemRuns
@@ -67,7 +68,7 @@ class Corpus:
             self.read[phase] += 1
         self.unmatched = {id: item_text for id, item_text in self.unmatched.items() if item_text not in squeezed}
 
-    def measure_detector(self, matched: set[int], ngram: int, threshold: float) -> dict[str, Any]:
+    def measure_detector(self, matched: set[int], ngram: int, threshold: float) -> Detector:
         """Recall on planted items by form, and the false-positive rate on items that occur nowhere.
 
         matched: the runs that occur in the corpus, to which the planted copies are added; ngram: words of an n-gram;

@@ -34,6 +34,7 @@ from stages.data.synthetic import passkeys
 from stages.data.table import Double, Int32, String, columns_of
 from stages.evaluation.bits_per_byte import HeldoutDocument
 from stages.evaluation.confidence import binomial, ratio
+from stages.evaluation.scores import LongContextScores
 
 if TYPE_CHECKING:
     import torch
@@ -230,7 +231,7 @@ def token_bits(model: Any, ids: list[int]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def summary(keys: Sequence[PasskeyRow], by_position: Sequence[PositionRow]) -> dict[str, Any]:
+def summary(keys: Sequence[PasskeyRow], by_position: Sequence[PositionRow]) -> LongContextScores:
     """`passkey` and `loss_by_position` of scores.json, from the two tables alone.
 
     Standard errors of the loss are over documents; these are the same in every bucket, so differences between buckets

@@ -17,7 +17,6 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -40,6 +39,7 @@ from stages.evaluation.bits_per_byte import (
 from stages.evaluation.confidence import binomial, ratio
 from stages.evaluation.exact_match import PROBLEM_ANSWERS, ProblemAnswer, answer_batch
 from stages.evaluation.long_context import ContextSection, PasskeyRow, PositionRow
+from stages.evaluation.scores import ModelScores, Ratio
 
 VERSION = 3
 ROWS_PER_BATCH = 32
@@ -118,8 +118,8 @@ def run(config: EvaluateConfig, inputs: Inputs, work: Path, out: Path, report: R
     (out / "scores.json").write_text(json.dumps(scores, indent=1, sort_keys=True, allow_nan=False) + "\n")
     for task, row in scores["accuracy"].items():
         report.note(f"{task}: {row['value']:.3f} ± {row['se']:.3f} exact match on {row['n']} problems")
-    for source, row in scores["bits_per_byte"].items():
-        report.note(f"{source}: {row['value']:.4f} ± {row['se']:.4f} bits per byte on {row['documents']} documents")
+    for source, bits in scores["bits_per_byte"].items():
+        report.note(f"{source}: {bits['value']:.4f} ± {bits['se']:.4f} bits per byte on {bits['documents']} documents")
 
 
 def summary(
@@ -127,7 +127,7 @@ def summary(
     items: Sequence[ProblemAnswer],
     passkeys: Sequence[PasskeyRow] = (),
     positions: Sequence[PositionRow] = (),
-) -> dict[str, Any]:
+) -> ModelScores:
     """`scores.json` from the tables alone, so that it can be recomputed.
 
     bits_per_byte_all pools the scored documents of all sources (strata of a stratified ratio);
@@ -138,7 +138,7 @@ def summary(
         for source in sorted({row["source"] for row in documents})
     }
     size = sum(row["bytes"] for row in by_source.values())
-    pooled = {
+    pooled: Ratio = {
         "value": math.fsum(row["nll_bits"] for row in documents) / size,
         "se": math.sqrt(math.fsum((row["se"] * row["bytes"]) ** 2 for row in by_source.values())) / size,
         "documents": len(documents),
@@ -146,13 +146,17 @@ def summary(
     }
     tasks = sorted({row["task"] for row in items})
     by_task = {task: binomial([row["score"] for row in items if row["task"] == task]) for task in tasks}
-    return {
+    scores: ModelScores = {
         "bits_per_byte": by_source,
         "bits_per_byte_all": pooled,
         "accuracy": by_task,
         "accuracy_all": binomial([row["score"] for row in items]),
-        **(long_context.summary(passkeys, positions) if passkeys and positions else {}),
     }
+    if passkeys and positions:
+        long = long_context.summary(passkeys, positions)
+        scores["passkey"], scores["passkey_by_depth"] = long["passkey"], long["passkey_by_depth"]
+        scores["loss_by_position"] = long["loss_by_position"]
+    return scores
 
 
 def write_tables(out: Path, documents: Sequence[DocumentScore], items: Sequence[ProblemAnswer]) -> None:

@@ -33,6 +33,7 @@ from stages.data.seeds import seed_of
 from stages.data.table import Double, Int32, String, columns_of, write_json, write_rows
 from stages.evaluation.confidence import clustered, majority_at, pass_at, powers_of_two
 from stages.evaluation.eval_set import chat_rows
+from stages.evaluation.scores import AnswerScores, AnswerStatistics, ProblemScores, SeveralAnswers
 
 if TYPE_CHECKING:
     from stages.rl.protocols import Row
@@ -104,8 +105,8 @@ def run(config: SolveConfig, inputs: Inputs, work: Path, out: Path, report: Repo
             **{f"{x}@{largest_k}": part["at"][largest_k][x] for x in ("pass", "maj")},
         }
         report.note(f"{kind}: " + ", ".join(f"{x} {y['value']:.3f} ± {y['se']:.3f}" for x, y in headline.items()))
-    for kind, part in scores["judged"].items():
-        report.note(f"{kind}: mean reward {part['reward']['value']:.3f} ± {part['reward']['se']:.3f}")
+    for kind, judged in scores["judged"].items():
+        report.note(f"{kind}: mean reward {judged['reward']['value']:.3f} ± {judged['reward']['se']:.3f}")
 
 
 def select_split(rows: Sequence[dict[str, Any]], split: str) -> list[dict[str, Any]]:
@@ -170,7 +171,7 @@ def _answer_batch(chat_model: ChatModel, batch: Sequence[Row], config: SolveConf
     )
 
 
-def summary(answered: Sequence[Answer]) -> dict[str, Any]:
+def summary(answered: Sequence[Answer]) -> AnswerScores:
     """`scores.json` from the table alone, so that it can be recomputed. A reward of 1 is a correct answer."""
     by_kind: dict[str, dict[str, list[Answer]]] = {}
     for row in answered:
@@ -185,12 +186,12 @@ def summary(answered: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def _summarize_problems(items: Mapping[str, list[Answer]]) -> dict[str, Any]:
+def _summarize_problems(items: Mapping[str, list[Answer]]) -> ProblemScores:
     samples = {id: [row for row in rows if row["sample"] != GREEDY] for id, rows in sorted(items.items())}
     greedy = {id: [row for row in rows if row["sample"] == GREEDY] for id, rows in sorted(items.items())}
     sample_statistics = _answer_statistics(samples, "accuracy")
     n = min(len(rows) for rows in samples.values())
-    at = {
+    at: dict[str, SeveralAnswers] = {
         str(k): {
             "tokens": k * sample_statistics["tokens"],
             "pass": clustered(
@@ -208,16 +209,17 @@ def _majority_of(rows: Sequence[Answer], k: int) -> float:
     return majority_at(votes, {row["answer"] for row in rows if row["reward"] >= 1}, k)
 
 
-def _answer_statistics(items: Mapping[str, list[Answer]], name: str) -> dict[str, Any]:
+def _answer_statistics(items: Mapping[str, list[Answer]], name: Literal["accuracy", "reward"]) -> AnswerStatistics:
     """Statistics of answers by item: the mean reward under `name`, mean generated tokens, and the shares of answers
     that are truncated at max_new_tokens or have a reasoning."""
     rows = [row for answers in items.values() for row in answers]
-    return {
-        name: clustered([sum(row["reward"] for row in answers) / len(answers) for answers in items.values()]),
+    statistics: AnswerStatistics = {
         "tokens": sum(row["tokens"] for row in rows) / len(rows),
         "truncated": sum(not row["finished"] for row in rows) / len(rows),
         "reasoning": sum("</think>" in row["text"] for row in rows) / len(rows),
     }
+    statistics[name] = clustered([sum(row["reward"] for row in answers) / len(answers) for answers in items.values()])
+    return statistics
 
 
 STAGE = Stage("solve", VERSION, SolveConfig, run)

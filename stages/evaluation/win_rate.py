@@ -27,6 +27,7 @@ from stages.data.table import write_json, write_rows
 from stages.evaluation.confidence import clustered, wilson
 from stages.evaluation.eval_set import chat_rows
 from stages.evaluation.pass_at_k import JUDGED, Answer, ChatModel, select_split
+from stages.evaluation.scores import ComparisonScores, PairScores, SideScores
 
 VERSION = 3
 ITEMS_PER_BATCH = 256
@@ -77,7 +78,7 @@ def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Rep
             pair |= {f"{side}_{name}": answer[name] for name in (*SIDE_COLUMNS, "parts")}
         pairs.append(pair)
     write_rows(out / "pairs.parquet", PAIRS, pairs)
-    scores = {"model": config.model, "before": config.before, **summary(pairs)}
+    scores: ComparisonScores = {"model": config.model, "before": config.before, **summary(pairs)}
     write_json(out / "scores.json", scores)
     rate = scores["win_rate"]
     report.note(
@@ -86,7 +87,7 @@ def run(config: PreferConfig, inputs: Inputs, work: Path, out: Path, report: Rep
     )
 
 
-def summary(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summary(pairs: Sequence[dict[str, Any]]) -> PairScores:
     """`scores.json`, except for the models' names, from the table alone.
 
     win_rate counts ties as half, with the standard error over requests and Wilson's 95 % interval. without_ties is the
@@ -101,7 +102,7 @@ def summary(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     rate_low, rate_high = wilson(wins + (len(pairs) - decided) / 2, len(pairs))
     shuffled = sorted(pairs, key=lambda pair: hashlib.sha256(pair["id"].encode()).hexdigest())
     return {
-        "win_rate": rate | {"low": rate_low, "high": rate_high},
+        "win_rate": {**rate, "low": rate_low, "high": rate_high},
         "without_ties": {"value": wins / decided, "n": decided, "low": low, "high": high} if decided else None,
         "wins": wins,
         "ties": len(pairs) - decided,
@@ -122,7 +123,7 @@ def _margin(pair: dict[str, Any]) -> float:
     return margin if better.get("task", 1) == 1 else 0.0
 
 
-def _summarize_side(pairs: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
+def _summarize_side(pairs: Sequence[dict[str, Any]], side: str) -> SideScores:
     parts = [json.loads(pair[f"{side}_parts"]) for pair in pairs]
     return {
         "parts": {name: clustered([part[name] for part in parts]) for name in sorted(parts[0])},

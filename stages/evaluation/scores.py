@@ -1,0 +1,172 @@
+"""The fields of the JSON files of evaluation, which cards, gates and checks of a release read: `scores.json` of the
+stages evaluate, solve, fresh and prefer, and `report.json` of the stage contamination.
+
+docs/formats.md explains the fields. A name in these files is published and never changes its meaning.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+
+class Figure(TypedDict):
+    """An estimate and its standard error."""
+
+    value: float
+    se: float
+
+
+class Mean(Figure):
+    """A mean over `n` items."""
+
+    n: int
+
+
+class Ratio(Figure):
+    """A ratio of sums over documents, by bytes or by tokens."""
+
+    documents: int
+    bytes: NotRequired[int]
+    tokens: NotRequired[int]
+
+
+class LongContextScores(TypedDict):
+    """passkey: by length of the text. passkey_by_depth: by length and depth. loss_by_position: by `first-last`."""
+
+    passkey: dict[str, Mean]
+    passkey_by_depth: dict[str, dict[str, Mean]]
+    loss_by_position: dict[str, Ratio]
+
+
+class ModelScores(TypedDict):
+    """Of the stage evaluate. bits_per_byte: by source. accuracy: by task. The others exist for a recipe with long
+    contexts, as in LongContextScores."""
+
+    bits_per_byte: dict[str, Ratio]
+    bits_per_byte_all: Ratio
+    accuracy: dict[str, Mean]
+    accuracy_all: Mean
+    passkey: NotRequired[dict[str, Mean]]
+    passkey_by_depth: NotRequired[dict[str, dict[str, Mean]]]
+    loss_by_position: NotRequired[dict[str, Ratio]]
+
+
+class AnswerStatistics(TypedDict):
+    """Answers to items of one kind: their mean score, as `accuracy` of problems or as `reward` of judged requests."""
+
+    accuracy: NotRequired[Mean]
+    reward: NotRequired[Mean]
+    tokens: float
+    truncated: float
+    reasoning: float
+
+
+SeveralAnswers = TypedDict("SeveralAnswers", {"tokens": float, "pass": Mean, "maj": Mean})
+"""k answers to each item: their tokens, pass@k and maj@k."""
+
+
+class ProblemScores(TypedDict):
+    """Problems of one kind. at: by k."""
+
+    greedy: AnswerStatistics
+    samples: AnswerStatistics
+    at: dict[str, SeveralAnswers]
+
+
+class AnswerScores(TypedDict):
+    """Of the stages solve and fresh. problems, judged: by kind."""
+
+    problems: dict[str, ProblemScores]
+    problems_all: ProblemScores | None
+    judged: dict[str, AnswerStatistics]
+
+
+class WinRate(Mean):
+    """low, high: Wilson's 95 % interval."""
+
+    low: float
+    high: float
+
+
+class DecidedWins(TypedDict):
+    """The share of wins among decided pairs, with Wilson's 95 % interval."""
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+
+class SideScores(TypedDict):
+    """The answers of one of two compared models. parts: of the reward."""
+
+    parts: dict[str, Mean]
+    tokens: float
+    truncated: float
+
+
+class PairScores(TypedDict):
+    """Of the stage prefer, without the models' names. sides: `model` and `before`. examples: some of the pairs."""
+
+    win_rate: WinRate
+    without_ties: DecidedWins | None
+    wins: int
+    ties: int
+    losses: int
+    sides: dict[str, SideScores]
+    examples: list[dict[str, Any]]
+
+
+class ComparisonScores(PairScores):
+    """Of the stage prefer."""
+
+    model: str
+    before: str
+
+
+class VerdictCounts(TypedDict):
+    """Counts of verdicts by split, and by phase and split."""
+
+    items: dict[str, dict[str, int]]
+    phases: dict[str, dict[str, dict[str, int]]]
+
+
+class DetectorRecall(TypedDict):
+    """Planted items that were found, with Wilson's 95 % interval."""
+
+    planted: int
+    found: int
+    low: float
+    high: float
+
+
+class FalsePositives(TypedDict):
+    """Items that occur nowhere, and those of them that were found."""
+
+    absent: int
+    found: int
+
+
+class Detector(TypedDict):
+    """What the detector finds. recall_by_form: {form: {planted, found}}."""
+
+    recall: DetectorRecall
+    recall_by_form: dict[str, dict[str, int]]
+    false_positives: FalsePositives
+
+
+class ScoresByVerdict(TypedDict):
+    """The mean score of one kind of item on three sets of items; None for fewer than two items."""
+
+    full: Mean | None
+    not_contaminated: Mean | None
+    clean: Mean | None
+
+
+class ContaminationReport(VerdictCounts):
+    """Of the stage contamination. read: texts by phase. scores: by input and kind."""
+
+    thresholds: dict[str, Any]
+    read: dict[str, int]
+    detector: Detector
+    scores: dict[str, dict[str, ScoresByVerdict]]
