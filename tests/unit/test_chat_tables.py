@@ -1,0 +1,28 @@
+"""The card's tables about chat models have no rows for figures that do not exist."""
+
+from __future__ import annotations
+
+from release.cards import chat_tables
+from stages.evaluation.contamination import scores_by_verdict
+from stages.evaluation.pass_at_k import Answer, summary
+
+
+def test_a_model_with_judged_requests_only_has_no_row_of_problems() -> None:
+    answered: list[Answer] = [
+        {
+            "id": f"request-{n}", "kind": "courtesy", "sample": 0, "seed": n, "text": "yes",
+            "answer": "yes", "finished": True, "tokens": 2, "reward": 0.5, "parts": "{}",
+            "verifier": "courtesy", "verifier_version": "1",
+        }
+        for n in range(3)
+    ]  # fmt: skip
+    _, _, *rows = chat_tables.answers({"dpo": summary(answered)})
+    (row,) = rows
+    assert row.startswith("| dpo | courtesy (preference reward) | 3 |")
+
+
+def test_a_kind_with_a_single_item_has_no_row_of_clean_scores() -> None:
+    scores = {"a": ("sort", 1.0), "b": ("add", 1.0), "c": ("add", 0.0)}
+    kinds = scores_by_verdict(scores, dict.fromkeys(scores, "clean"))
+    lines = chat_tables.clean({"scores": {"solve-dpo": kinds}})  # type: ignore[typeddict-item]
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["add"]
