@@ -127,14 +127,15 @@ def test_a_phase_leaves_no_threads(corpus: Path, tmp_path: Path) -> None:
         train_fixtures.pretrain(corpus, tmp_path / name / "work", tmp_path / name / "out", train_fixtures.config())
         gc.collect()
         threads.append(len(list(Path("/proc/self/task").iterdir())))
-    assert threads[0] == threads[1] == threads[2]
+    # A thread of an earlier test may end or a pool may start one meanwhile; a group that is held adds three a run.
+    assert threads[2] - threads[0] < 3, threads
     settings = diverging()
     for name in ("fourth", "fifth"):
         with pytest.raises(AtomError, match="the gradient norm is nan"):
             train_fixtures.pretrain(corpus, tmp_path / name / "work", tmp_path / name / "out", settings)
         gc.collect()
         threads.append(len(list(Path("/proc/self/task").iterdir())))
-    assert threads[3] == threads[4] == threads[0]
+    assert threads[4] - threads[2] < 3, threads
 
 
 @pytest.fixture
