@@ -60,6 +60,20 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+_handed_over: dict[tuple[int, int, int, int], str] = {}
+"""SHA-256 of files that were hashed when their part was sealed, by device, inode, size and time of change."""
+
+
+def hand_over_hash(path: Path, sha256: str) -> None:
+    """Records the SHA-256 of an unchanged file, so that `write_manifest` need not read it again in this process."""
+    _handed_over[_version_of(path)] = sha256
+
+
+def _version_of(path: Path) -> tuple[int, int, int, int]:
+    entry = path.stat()
+    return entry.st_dev, entry.st_ino, entry.st_size, entry.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class FileRow:
     path: str
@@ -67,8 +81,11 @@ class FileRow:
     sha256: str
 
 
-def rows_of(folder: Path, ignore: frozenset[str] = frozenset({MANIFEST})) -> list[FileRow]:
-    """Every regular file below `folder`, sorted by path. Raises AtomError on a link or a special file."""
+def rows_of(folder: Path, ignore: frozenset[str] = frozenset({MANIFEST}), handed_over: bool = False) -> list[FileRow]:
+    """Every regular file below `folder`, sorted by path. Raises AtomError on a link or a special file.
+
+    handed_over: take the hashes that `hand_over_hash` recorded instead of reading those files.
+    """
     rows = []
     for root, dirs, names in os.walk(folder):
         dirs.sort()
@@ -78,7 +95,8 @@ def rows_of(folder: Path, ignore: frozenset[str] = frozenset({MANIFEST})) -> lis
                 raise AtomError(f"{path} is a link or a special file; an artifact holds regular files only")
             relative = path.relative_to(folder).as_posix()
             if path.is_file() and relative not in ignore:
-                rows.append(FileRow(relative, path.stat().st_size, sha256_file(path)))
+                sha256 = (_handed_over.get(_version_of(path)) if handed_over else None) or sha256_file(path)
+                rows.append(FileRow(relative, path.stat().st_size, sha256))
     return sorted(rows, key=lambda row: row.path)
 
 
@@ -178,15 +196,12 @@ def once(path: Path, make: Callable[[], Any]) -> Any:
 
 def write_manifest(folder: Path, key: str) -> Artifact:
     """Hashes and flushes every file of a finished folder and writes its manifest."""
-    rows = rows_of(folder)
+    rows = rows_of(folder, handed_over=True)
     digest = digest_of(rows)
     manifest = {"key": key, "digest": digest, "files": [row.__dict__ for row in rows]}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     _share_permissions(folder, (folder / MANIFEST).stat().st_mode & 0o666)
-    for row in [*rows, FileRow(MANIFEST, 0, "")]:
-        _flush(folder / row.path)
-    for root, _, _ in os.walk(folder):
-        _flush(Path(root))
+    flush_tree(folder)
     return Artifact(key, digest, folder, tuple(rows))
 
 
@@ -198,6 +213,14 @@ def _share_permissions(folder: Path, mode: int) -> None:
         for path, wanted_mode in [(Path(root), mode | search), *((Path(root, name), mode) for name in names)]:
             if (current_mode := stat.S_IMODE(path.stat().st_mode)) | wanted_mode != current_mode:
                 path.chmod(current_mode | wanted_mode)
+
+
+def flush_tree(folder: Path) -> None:
+    """Flushes every file and folder of a folder to disk."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _flush(Path(root, name))
+        _flush(Path(root))
 
 
 def _flush(path: Path) -> None:

@@ -178,6 +178,23 @@ def read_table(path: Path, columns: list[str] | None = None, filters: Any = None
         return pq.read_table(path, columns=columns, filters=filters, partitioning=None)
 
 
+def part_files(folder: Path, name: str) -> list[Path]:
+    """The files of a table, in order: `<name>/part-*.parquet`, or the `<name>.parquet` of an earlier layout.
+
+    Raises AtomError if there are none.
+    """
+    files = sorted((folder / name).glob("part-*.parquet")) or [folder / f"{name}.parquet"]
+    if not files[-1].is_file():
+        raise AtomError(f"{folder / name} holds no parts; run the stage that makes it again")
+    return files
+
+
+def stream_parts(files: Iterable[Path], columns: list[str]) -> Iterator[Any]:
+    """The rows of several files of one table, as `stream_rows` gives those of each."""
+    for path in files:
+        yield from stream_rows(path, columns)
+
+
 def slice_of(count: int, shard: int, shards: int) -> tuple[int, int]:
     """The first and last row (exclusive) of a shard of `count` rows; the shards partition the rows."""
     return count * shard // shards, count * (shard + 1) // shards

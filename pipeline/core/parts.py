@@ -1,0 +1,115 @@
+"""Parts: the pieces of an artifact that are made, sealed and resumed one by one.
+
+The recipe sets the parts, so any number of tasks makes the same bytes. A finished part is a folder in the stage's work
+folder: the files at their paths inside the artifact, and `part.json` with the size and SHA-256 of each. The artifact
+is joined from links to these files, in time that grows with the number of parts and not with their size.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from pipeline.core import json_files
+from pipeline.core.errors import AtomError
+from pipeline.core.json_files import Damaged
+from pipeline.core.store import FileRow, canonical, flush_tree, hand_over_hash, rows_of
+
+SEAL = "part.json"
+
+
+class _Seal(TypedDict):
+    files: list[dict[str, Any]]
+    facts: dict[str, Any]
+
+
+_SEAL: TypeAdapter[Any] = TypeAdapter(_Seal)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A sealed part. facts: what its maker returned, such as counts, for the join."""
+
+    folder: Path
+    rows: tuple[FileRow, ...]
+    facts: dict[str, Any]
+
+
+def part_file(number: int, suffix: str = ".parquet") -> str:
+    """The name of a file of part `number`, from 0."""
+    return f"part-{number:05d}{suffix}"
+
+
+def part_slice(count: int, part: int, parts: int) -> slice:
+    """The items of a part where `parts` parts divide `count` items in order."""
+    return slice(count * part // parts, count * (part + 1) // parts)
+
+
+def seal_part(work: Path, name: str, make: Callable[[Path], dict[str, Any]]) -> Part:
+    """The part `name` of a stage, made unless it is sealed in `work` already.
+
+    make(folder) writes the files at their paths inside the artifact and returns the facts, as plain JSON. A part that
+    is cut short or damaged is made again. Two makers at once are safe: the first to finish is used.
+    """
+    folder = work / name
+    if (part := sealed_part(folder)) is not None:
+        return part
+    draft = work / f".{name}.{os.getpid()}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    facts = make(draft)
+    rows = rows_of(draft)
+    (draft / SEAL).write_bytes(canonical({"files": [row.__dict__ for row in rows], "facts": facts}))
+    flush_tree(draft)
+    if sealed_part(folder) is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            os.rename(draft, folder)
+        except OSError:  # another maker was first
+            shutil.rmtree(draft)
+    part = sealed_part(folder)
+    if part is None:
+        raise AtomError(f"{folder} was removed while it was sealed; run again")
+    return part
+
+
+def sealed_part(folder: Path) -> Part | None:
+    """The sealed part in a folder; None if there is none, or if a file is missing or has another size."""
+    try:
+        seal = json_files.read(folder / SEAL, _SEAL)
+        rows = tuple(FileRow(**row) for row in seal["files"])
+        if any((folder / row.path).stat().st_size != row.size for row in rows):
+            return None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Damaged as error:
+        json_files.report(error, "the part is made again")
+        return None
+    return Part(folder, rows, seal["facts"])
+
+
+def link_parts(parts: Iterable[Part], out: Path, below: tuple[str, ...] = ()) -> None:
+    """Puts the files of sealed parts into `out` without copying or hashing them where the file system has links.
+
+    below: the folders of the artifact to link; none: all.
+    """
+    for part in parts:
+        for row in part.rows:
+            if below and not row.path.startswith(below):
+                continue
+            source, target = part.folder / row.path, out / row.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, target)
+            except FileExistsError:
+                raise AtomError(f"two parts have the file {row.path}; this is a fault of the stage") from None
+            except OSError:  # no links here, or work and out are on different file systems
+                shutil.copyfile(source, target)
+            hand_over_hash(target, row.sha256)
