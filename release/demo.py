@@ -159,6 +159,7 @@ def conversation(console: Console, table: Any, chat: dict[str, Any]) -> None:
     """Prints the scores after each phase of post-training: test problems, fresh set, reward by part, preferences."""
     from release.cards import caveats, chat_tables
     from release.cards.tables import with_error
+    from stages.evaluation.scores import pass_at_1
 
     test, fresh, preferences = (chat.get(benchmark, {}) for benchmark in ("test", "fresh", "preferences"))
     grid = table("\nIn conversation: value ± standard error; pass@1: right answers drawn at temperature 1", "", *test)
@@ -170,9 +171,10 @@ def conversation(console: Console, table: Any, chat: dict[str, Any]) -> None:
         row(
             f"pass@1, {kind}", [model_scores["problems"][kind]["samples"]["accuracy"] for model_scores in test.values()]
         )
-    row("pass@1, all", [model_scores["problems_all"]["samples"]["accuracy"] for model_scores in test.values()])
-    row("greedy, all", [model_scores["problems_all"]["greedy"]["accuracy"] for model_scores in test.values()])
-    row("pass@1, fresh set", [model_scores["problems_all"]["samples"]["accuracy"] for model_scores in fresh.values()])
+    row("pass@1, all", [pass_at_1(test).get(name) for name in test])
+    totals = [model_scores["problems_all"] for model_scores in test.values()]
+    row("greedy, all", [total["greedy"]["accuracy"] if total else None for total in totals])
+    row("pass@1, fresh set", [pass_at_1(fresh).get(name) for name in test])
     measured = caveats.parts(chat)
     for part in chat_tables.ordered([part for model_scores in measured.values() for part in model_scores]):
         label = f"  its part {part}" if part != "reward" else "preference reward"

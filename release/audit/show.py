@@ -17,7 +17,7 @@ from release.cards import caveats, tables
 from release.layout import GATES, PUBLIC_KEY, SIGNATURE
 from release.repositories import model_folders
 from release.untrusted import cleaned
-from stages.evaluation.scores import Figure
+from stages.evaluation.scores import Figure, pass_at_1
 
 WIDTH = 118
 ABOUT = ("name", "version", "title", "description", "license", "commit", "dirty", "stale")
@@ -41,7 +41,6 @@ def facts_of(release: Path) -> dict[str, Any]:
         for rule, count in row.removed.items():
             removed[rule] = removed.get(rule, 0) + count
     final_metrics = model_metrics[final_model]
-    chat = data.chat.get("test", {})
     return {
         "schema": 1,
         **{name: release_info[name] for name in ABOUT},
@@ -59,7 +58,7 @@ def facts_of(release: Path) -> dict[str, Any]:
         "seen": {phase: _steps_and_tokens(figures) for phase, figures in data.order.items()},
         "models": {folder: _scores(model) for folder, model in model_metrics.items()},
         "caveats": [*caveats.caveat_sentences(final_metrics), *caveats.unread(final_metrics.scores, data.order)],
-        "pass_at_1": {name: figures["problems_all"]["samples"]["accuracy"] for name, figures in chat.items()},
+        "pass_at_1": pass_at_1(data.chat.get("test", {})),
         "checkpoints": [row.branch for row in read_checkpoints(release / "checkpoints")],
         "gates": {name: gate["ok"] for name, gate in sorted(read_json(release / GATES).items())},
         "cost": costs.total(costs.usage_by_stage(release)),

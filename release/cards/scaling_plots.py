@@ -26,7 +26,7 @@ def model_plots(folder: Path, model: ModelFacts) -> dict[str, bytes]:
     model: its facts, with the scores to draw.
     """
     plots = {}
-    if scores := model.chat.get("test"):
+    if scores := {name: row for name, row in model.chat.get("test", {}).items() if row["problems_all"]}:
         plots["inference.png"] = inference(scores)
     logs = {phase: training.read(path) for phase, path in training.logs(folder).items() if phase == "rlvr"}
     if logs:

@@ -8,7 +8,7 @@ from release.checks.check import BuildContext
 from release.checks.findings import Findings
 from release.checks.learning import BEYOND
 from release.layout import when
-from stages.evaluation.scores import Figure, Mean
+from stages.evaluation.scores import Figure, Mean, pass_at_1
 from stages.evaluation.settings import SURE
 
 
@@ -54,10 +54,8 @@ def is_preferred(model: str, build: BuildContext) -> Findings | None:
 
 
 def _pass_at_1(build: BuildContext) -> dict[str, Mean]:
-    """{model: accuracy of sampled answers to all test problems}, in the order of training; empty without a chat
-    model."""
-    test = build.data.chat.get("test", {})
-    return {name: scores["problems_all"]["samples"]["accuracy"] for name, scores in test.items()}
+    """{model: accuracy on all test problems}, in the order of training; empty without a chat model."""
+    return pass_at_1(build.data.chat.get("test", {}))
 
 
 def _figure(row: Figure) -> str:

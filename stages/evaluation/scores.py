@@ -6,6 +6,7 @@ docs/formats.md explains the fields. A name in these files is published and neve
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
 
 
@@ -79,6 +80,12 @@ class AnswerScores(TypedDict):
     problems: dict[str, ProblemScores]
     problems_all: ProblemScores | None
     judged: dict[str, AnswerStatistics]
+
+
+def pass_at_1(scores: Mapping[str, AnswerScores]) -> dict[str, Mean]:
+    """The accuracy of answers drawn at temperature 1 to all problems, by model; without models that answered none."""
+    totals = {name: model_scores["problems_all"] for name, model_scores in scores.items()}
+    return {name: total["samples"]["accuracy"] for name, total in totals.items() if total}
 
 
 class WinRate(Mean):

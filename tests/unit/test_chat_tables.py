@@ -5,6 +5,7 @@ from __future__ import annotations
 from release.cards import chat_tables
 from stages.evaluation.contamination import scores_by_verdict
 from stages.evaluation.pass_at_k import Answer, summary
+from stages.evaluation.scores import pass_at_1
 
 
 def test_a_model_with_judged_requests_only_has_no_row_of_problems() -> None:
@@ -16,9 +17,11 @@ def test_a_model_with_judged_requests_only_has_no_row_of_problems() -> None:
         }
         for n in range(3)
     ]  # fmt: skip
-    _, _, *rows = chat_tables.answers({"dpo": summary(answered)})
+    scores = {"dpo": summary(answered)}
+    _, _, *rows = chat_tables.answers(scores)
     (row,) = rows
     assert row.startswith("| dpo | courtesy (preference reward) | 3 |")
+    assert pass_at_1(scores) == {}
 
 
 def test_a_kind_with_a_single_item_has_no_row_of_clean_scores() -> None:
