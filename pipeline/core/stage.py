@@ -154,6 +154,7 @@ class Estimate:
     """The resources that a stage needs. None means: not estimated."""
 
     cpu_seconds: float | None = None
+    serial_seconds: float | None = None  # of cpu_seconds, in one process; None: all, the stage has no shards
     fixed: bool = False  # cpu_seconds is that of a small corpus, for a corpus of any size
     tokens: int | None = None
     flops: float | None = None

@@ -92,7 +92,11 @@ def _use(row: StagePlan, profile: Profile, small: bool) -> Use:
         return Use(name, why="known of small corpora only")
     # each rank computes with one thread, for any number of cores of its job
     places = row.ranks if profile.slurm else min(row.ranks, profile.local.jobs)
-    return Use(name, estimate.cpu_seconds / places / 3600, core_hours=estimate.cpu_seconds / 3600)
+    seconds, core_hours = estimate.cpu_seconds / places, estimate.cpu_seconds / 3600
+    if profile.slurm and row.shards > 1 and estimate.serial_seconds is not None:
+        tasks = min(row.shards, profile.slurm.array_size)
+        seconds = estimate.serial_seconds + (estimate.cpu_seconds - estimate.serial_seconds) / tasks
+    return Use(name, seconds / 3600, core_hours=core_hours)
 
 
 def _gpus(row: StagePlan, profile: Profile) -> int:

@@ -12,8 +12,8 @@ from pipeline.graph.dag import Graph, State
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of the plan: its state, its estimate, its input artifacts from earlier runs by role, its ranks, and the
-    operational fields of its config."""
+    """One stage of the plan: its state, its estimate, its input artifacts from earlier runs by role, its ranks, the
+    operational fields of its config, and its shards, which tasks of a job array may process."""
 
     state: State
     estimate: Estimate
@@ -22,6 +22,7 @@ class StagePlan:
     operation: Mapping[str, Any]
     obstacle: str | None = None
     trains: bool = False
+    shards: int = 1
 
     def json(self) -> dict[str, Any]:
         e = self.estimate
@@ -31,6 +32,7 @@ class StagePlan:
             "state": self.state.text,
             "changed_code": list(self.state.changed),
             "cpu_seconds": e.cpu_seconds,
+            "serial_seconds": e.serial_seconds,
             "tokens": e.tokens,
             "flops": e.flops,
             "memory_bytes": e.memory_bytes,
@@ -39,6 +41,7 @@ class StagePlan:
             "training": asdict(e.training) if e.training else None,
             "external": dict(self.external),
             "ranks": self.ranks,
+            "shards": self.shards,
             "operation": dict(self.operation),
             "obstacle": self.obstacle,
             "damage": self.state.damage,
@@ -65,6 +68,7 @@ def plan(graph: Graph, states: dict[str, State], selected: list[str]) -> list[St
             operation(node.config),
             node.stage.obstacle(node.config),
             node.stage.trains,
+            node.stage.shards(node.config),
         )
         for node in (graph.nodes[name] for name in selected)
     ]

@@ -144,3 +144,14 @@ def test_ranks_that_do_not_fill_nodes_are_reported(tmp_path: Path) -> None:
     (row,) = [replace(row, ranks=12) for row in rows_by_hand() if row.state.name == "pretrain"]
     with pytest.raises(RecipeError, match="stage pretrain has 12 ranks, which do not fill nodes of 8 alike"):
         forecast([row], cluster_profile.load(write_profile(tmp_path)), small=True)
+
+
+@pytest.mark.parametrize("shards, tasks, hours", [(1, 1000, 21.0), (100, 1000, 1.2), (100, 10, 3.0)])
+def test_tasks_divide_all_but_the_serial_time(tmp_path: Path, shards: int, tasks: int, hours: float) -> None:
+    """21 core hours, of which one is serial: 20 hours by the shards or by the tasks of an array, if they are fewer."""
+    estimate = Estimate(cpu_seconds=21 * 3600, serial_seconds=3600)
+    row = plan.StagePlan(State("filter", "filter-0", "to run"), estimate, {}, 1, {}, shards=shards)
+    body = yaml.safe_load((ROOT / "pipeline/clusters/h100-pyxis.yaml").read_text())
+    profile = write_profile(tmp_path, slurm=body["slurm"] | {"array_size": tasks})
+    (use,) = forecast([row], cluster_profile.load(profile), small=False).uses
+    assert (use.hours, use.core_hours) == (pytest.approx(hours), pytest.approx(21))
